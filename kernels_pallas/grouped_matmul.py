@@ -1,10 +1,11 @@
-"""Rows sorted by group, each times its group's matrix, in plain lax.
+"""Grouped matmul: rows sorted by group times their group's matrix, in plain
+lax.
 
-XLA's own `ragged_dot` on CPU multiplies every row with every matrix, most of
-them masked to zero: E times the work. Here groups are padded to whole blocks
-of rows, so that a block needs one matrix, and a loop over blocks takes it. On
-two cores that is 2.5 times (8 experts, 256 rows) to 10 times (32 experts, 2
-rows) as fast, the gradient 2 to 28 times.
+On CPU, XLA's `ragged_dot` multiplies every row by every matrix and masks most
+products to zero: E times the work. Here groups are padded to whole blocks of
+rows, so that each block needs one matrix, and a loop runs over blocks. On two
+cores that is 2.5 times (8 experts, 256 rows) to 10 times (32 experts, 2 rows)
+as fast, and the gradient 2 to 28 times.
 """
 
 import functools
@@ -14,12 +15,12 @@ import jax.numpy as jnp
 
 
 def matmul(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-  """Returns `jax.lax.ragged_dot(x, w, sizes)`, blocked where the CPU runs it.
+  """Returns `jax.lax.ragged_dot(x, w, sizes)`, in blocks on CPU.
 
   Args:
     x: `[M, I]`, rows sorted by group.
     w: `[E, I, O]`, in the dtype of `x`.
-    sizes: int `[E]`, rows of each group; those past their sum give 0.
+    sizes: int `[E]`, rows of each group; rows past their sum give 0.
   """
   return jax.lax.platform_dependent(
     x, w, sizes, cpu=blocked, default=jax.lax.ragged_dot
@@ -32,9 +33,9 @@ def _rows_in_block(rows: int, groups: int) -> int:
 
 
 def _layout(rows, groups, sizes, block):
-  """Returns (each row's place, each block's group, number of blocks).
+  """Returns (each row's index, each block's group, number of blocks).
 
-  Rows of no group have a place past the end.
+  Rows without a group have an index past the end.
   """
   blocks = -(-rows // block) + min(groups, rows)
   ends = jnp.cumsum(sizes)
@@ -50,7 +51,7 @@ def _layout(rows, groups, sizes, block):
 
 
 def _spread(x, places, blocks, block):
-  """Returns the rows at their places, `[blocks, block, I]`, zeros between."""
+  """Scatters rows to their indices, `[blocks, block, I]`, zeros between."""
   zeros = jnp.zeros_like(x, shape=(blocks * block, x.shape[1]))
   return zeros.at[places].set(x, mode="drop").reshape(blocks, block, -1)
 
@@ -62,7 +63,7 @@ def _gathered(y, places):
 
 @jax.custom_vjp
 def blocked(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-  """Returns what `matmul` does, by a loop over blocks of rows."""
+  """Computes `matmul` by a loop over blocks of rows."""
   block = _rows_in_block(len(x), len(w))
   places, owners, blocks = _layout(len(x), len(w), sizes, block)
 
@@ -90,7 +91,7 @@ def _backward(saved, dy):
     part = jnp.dot(rows.T, slopes, preferred_element_type=jnp.float32)
     return dw.at[owner].add(part), slopes @ matrix.T
 
-  # A group's blocks add up in fp32 whatever they are multiplied in.
+  # A group's blocks are summed in float32, whatever the dtype of the products.
   zeros = jnp.zeros_like(dy, shape=w.shape, dtype=jnp.float32)
   dw, dx = jax.lax.scan(one, zeros, (spread(x), spread(dy), owners))
   return _gathered(dx, places), dw.astype(w.dtype), None

@@ -366,7 +366,7 @@ def unsharded(x: Shaped[Array, "..."], last: int = 1) -> Shaped[Array, "..."]:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-is_cut = target_platform.is_cut
+is_cut = target_platform.may_be_sharded
 """Re-exported for callers that shard arrays."""
 
 

@@ -190,7 +190,7 @@ def _flatly(eq: str, x: Float[Array, "..."], w: Float[Array, "..."]):
   rows = x.ndim + len("...") - eq.index(",")
   # A mesh may shard both batch and sequence; a flattened axis cannot express
   # that.
-  if not eq.startswith("...") or rows < 2 or target_platform.is_cut():
+  if not eq.startswith("...") or rows < 2 or target_platform.may_be_sharded():
     return jnp.einsum(eq, x, w)
   y = jnp.einsum(eq, x.reshape(-1, *x.shape[rows:]), w)
   return y.reshape(*x.shape[:rows], *y.shape[1:])

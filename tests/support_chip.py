@@ -1,8 +1,8 @@
-"""Where tests of GPU kernels run them: interpreted here, or on the GPU at hand.
+"""Runs tests of GPU kernels: interpreted, or on the local GPU.
 
-A fixture with `params=MODES` runs its tests twice: the second time, marked
-`gpu`, nothing is interpreted. What results are compared with is computed on the
-CPU in either case, in float32 that is not TF32.
+A fixture with `params=MODES` runs its tests twice; the second time, marked
+`gpu`, nothing is interpreted. Expected results are computed on the CPU in
+either case, in float32 without TF32.
 """
 
 import dataclasses
@@ -29,29 +29,29 @@ quick = functools.partial(
 
 @dataclasses.dataclass(frozen=True)
 class KernelRunner:
-  """How kernels are called.
+  """How kernels are run.
 
   Attributes:
-    interpret: As the kernels take it; None on a chip.
+    interpret: The kernels' `interpret` argument; None on a chip.
   """
 
   interpret: Any
 
   @property
   def kind(self) -> str | None:
-    """Of the device, as JAX calls it; None where kernels are interpreted."""
+    """The JAX device kind; None where kernels are interpreted."""
     return None if self.interpret else jax.devices()[0].device_kind
 
   def run(self, f: Callable[..., Any], *args: Any, jit: Any = quick) -> Any:
-    """`f(*args)`, compiled; where it is interpreted, without a race.
+    """Compiles and calls `f(*args)`; detects races where it is interpreted.
 
     Args:
       f: Calls kernels with `interpret`.
-      *args: What it is called with.
-      jit: Compiles it for the interpreter.
+      *args: Arguments of `f`.
+      jit: Compiles `f` for the interpreter.
     """
     if self.interpret is None:
-      # Arrays that are committed say where a program runs.
+      # Committed arrays determine where a program runs.
       args = jax.device_put(args, jax.devices()[0])
       return jax.device_get(jax.block_until_ready(jax.jit(f)(*args)))
 
@@ -62,21 +62,21 @@ class KernelRunner:
     return found
 
   def needs(self, cores: str | None, needed: str) -> None:
-    """Skips what the chip at hand has no instructions for.
+    """Skips a test if the local chip lacks the instructions.
 
     Args:
-      cores: What it has, or None.
-      needed: What the kernel's tiles ask for.
+      cores: The chip's matrix instructions, or None.
+      needed: The instructions that the kernel's tiles use.
     """
     if self.interpret is None and cores != needed:
       pytest.skip(f"{self.kind} has {cores}, not {needed}")
 
 
 def runner(name: str) -> Iterator[KernelRunner]:
-  """What such a fixture yields.
+  """Yields the fixture's `KernelRunner`.
 
   Args:
-    name: Of `MODES`.
+    name: One of `MODES`.
   """
   if name == ON_CHIP:
     with jax.default_device(jax.devices("cpu")[0]):

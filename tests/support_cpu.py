@@ -1,10 +1,10 @@
-"""What tests of the C++ kernels ask of the machine."""
+"""Instruction sets required by tests of the C++ kernels."""
 
 import pytest
 
 
 def supported(isa):
-  """Skips where this CPU has no such instructions."""
+  """Skips if this CPU lacks the instruction set."""
   flags = ""
   try:
     with open("/proc/cpuinfo") as file:

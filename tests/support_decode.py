@@ -1,4 +1,4 @@
-"""Rows and pages that tests of decoding share, and their truth in float64."""
+"""Rows and pages shared by decoding tests, and expected results in float64."""
 
 import functools
 
@@ -27,10 +27,10 @@ BACKENDS = {
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 COUNT, SIZE, WIDTH = 18, 4, 5
-# Rows that decode, read a prompt, go on with one, are padding; one is full.
+# Rows that decode, prefill, continue a prefill, are padding; one is full.
 LENS = np.array([7, 6, 20, 0, 13, 1], np.int32)
 STARTS = np.array([0, 1, 7, 10, 11, 12, 13], np.int32)
-TOKENS = 15  # the last two are nobody's
+TOKENS = 15  # the last two belong to no row
 
 
 def draw(*shape, seed=0, dtype=np.float32):
@@ -39,7 +39,7 @@ def draw(*shape, seed=0, dtype=np.float32):
 
 
 def tables(lens=LENS, width=WIDTH, seed=0):
-  """Distinct pages for every row, in random order; elsewhere no pages."""
+  """Distinct pages for every row, in random order; elsewhere invalid pages."""
   order = np.random.default_rng(seed).permutation(COUNT)
   table, used = np.full((len(lens), width), -7, np.int32), 0
   for row, n in enumerate(-(-lens // SIZE)):
@@ -70,7 +70,7 @@ def plain(pages):
 
 
 def truth(q, k, v, window=None, softcap=None, sinks=None, scale=None):
-  """One sequence: q [t, N, H] are the last of k, v [s, K, .]; in float64."""
+  """Expected output in float64: q [t, N, H] are the last of k, v [s, K, .]."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   (t, N, H), (s, K) = q.shape, k.shape[:2]
   o, lse = np.zeros((t, N, v.shape[-1])), np.full((t, N), -np.inf)

@@ -1,4 +1,4 @@
-"""A tiny llama as a GGUF file whose matrices are of a type each."""
+"""A tiny llama as a GGUF file with a different type for each matrix."""
 
 import pathlib
 

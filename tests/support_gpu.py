@@ -1,4 +1,4 @@
-"""What tests of kernels for GPUs ask of JAX."""
+"""JAX versions required by tests of GPU kernels."""
 
 import pytest
 
@@ -8,9 +8,9 @@ needs_kernels = pytest.mark.skipif(
   target_platform.NO_GPU_KERNELS is not None,
   reason=str(target_platform.NO_GPU_KERNELS),
 )
-"""Skips on a JAX that compiles none."""
+"""Skips on a JAX that cannot compile GPU kernels."""
 
 needs_tcgen05 = pytest.mark.skipif(
   target_platform.NO_TCGEN05 is not None, reason=str(target_platform.NO_TCGEN05)
 )
-"""Skips on a JAX that compiles none for Blackwell."""
+"""Skips on a JAX that cannot compile kernels for Blackwell."""

@@ -1,4 +1,4 @@
-"""Tiny models as other tools quantize them, and copies with changes."""
+"""Tiny models quantized by other tools, and modified copies."""
 
 import functools
 import shutil

@@ -1,4 +1,4 @@
-"""Collectives in a compiled program: which, over which axes, how large.
+"""Collectives in a compiled program: kinds, mesh axes and sizes.
 
 XLA's text is parsed line by line: `%name = shape kind(operands), attributes`.
 Instructions inside computations that a `while` runs count as in a loop.
@@ -31,12 +31,12 @@ class Collective:
   """One collective instruction.
 
   Attributes:
-    kind: one of `KINDS`.
-    shapes: of its results; several arrays may share one instruction.
-    nbytes: of its results on one device.
-    axes: the mesh axes it runs over, or None if it is no product of them.
-    loops: how many loops it is in.
-    line: the instruction.
+    kind: One of `KINDS`.
+    shapes: Shapes of its results; several arrays may share one instruction.
+    nbytes: Bytes of its results on one device.
+    axes: The mesh axes it runs over, or None if it is no product of them.
+    loops: Number of enclosing loops.
+    line: The instruction.
   """
 
   kind: str
@@ -48,7 +48,7 @@ class Collective:
 
   @property
   def largest(self) -> int:
-    """Numbers in its largest result on one device."""
+    """Elements of its largest result on one device."""
     return max(math.prod(shape) for shape in self.shapes)
 
 
@@ -56,8 +56,8 @@ def collectives(text: str, mesh) -> list[Collective]:
   """Returns the collectives of `compiled.as_text()`.
 
   Args:
-    text: the program.
-    mesh: the `jax.sharding.Mesh` it was compiled for.
+    text: Text of the program.
+    mesh: The `jax.sharding.Mesh` it was compiled for.
   """
   computations = _computations(text)
   depth = _depths(computations)
@@ -90,7 +90,7 @@ def _computations(text):
 
 
 def _depths(computations):
-  """Returns in how many loops each computation is."""
+  """Returns the number of loops around each computation."""
   called = {name: set() for name in computations}
   for name, lines in computations.items():
     for line in lines:
@@ -126,7 +126,7 @@ def _itemsize(kind):
 
 
 def _axes(line, mesh):
-  """Returns the mesh axes whose devices talk to each other."""
+  """Returns the mesh axes whose devices communicate."""
   groups = _groups(line)
   sizes = {a: n for a, n in mesh.shape.items() if n > 1}
   for count in range(len(sizes) + 1):

@@ -1,4 +1,4 @@
-"""A tokenizer and a text that cost nothing, for tables of tiny models."""
+"""A cheap tokenizer and text, for tests of tiny models."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ class Letters:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """Documents of letters at random."""
+  """Documents of random letters."""
 
   documents: int
   letters: int

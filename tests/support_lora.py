@@ -15,7 +15,7 @@ def lora(w, a, b, scale=1.0, dropout=0.0):
 
 
 def adapting(**options):
-  """Returns Adapt of plain LoRA; options of either."""
+  """Returns Adapt of plain LoRA; options are passed to either."""
   own = {f.name for f in dataclasses.fields(LoRA)} & set(options)
   method = LoRA(**{name: options.pop(name) for name in own})
   return adapt.Adapt(method=method, **options)

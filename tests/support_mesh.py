@@ -22,7 +22,7 @@ from research.training.objectives.objective import NextToken
 from tests import support
 
 BATCH, LENGTH, DEPTH = 8, 16, 3
-WIDTH = 64  # two blocks of packed weights, so that an axis of two cuts them
+WIDTH = 64  # two blocks of packed weights, so that an axis of two shards them
 
 LAYOUTS = {
   "one": sharding.Layout(data=1),
@@ -39,14 +39,14 @@ LAYOUTS = {
 
 # Adam's eps is large enough for a gradient of rounding errors to stay small.
 OPTIMIZER = optax.adam(3e-3, eps=1e-3)
-# Of the machine code, not of the program: collectives are what they would be.
+# Only of the machine code, not of the program: collectives are unchanged.
 QUICKLY = {"xla_backend_optimization_level": 0}
 MEMORY = 0.1  # of the first moment: 1 - b1
 
 
 @functools.cache
 def model(kind: str):
-  """Returns the model of a tree: its heads are 4 and 2."""
+  """Returns the model of a tree, with 4 query heads and 2 key heads."""
   sizes = dict(
     vocab=64, width=WIDTH, hidden=64, head_dim=16, depth=DEPTH, tied=True
   )
@@ -82,7 +82,7 @@ def start(kind: str) -> state.TrainState:
   """Returns the state at step 0, on one device.
 
   Args:
-    kind: plain, lora, mora, packed, qlora, or experts, experts-qlora.
+    kind: plain, lora, mora, packed, qlora, experts, or experts-qlora.
   """
   params = support.params(model(kind))
   if kind.endswith(("packed", "qlora")):
@@ -93,7 +93,7 @@ def start(kind: str) -> state.TrainState:
     params = adapt.Adapt(targets=targets, method=method)(
       params, jax.random.key(0)
     )
-    # Away from the start, where a factor's gradient is zero.
+    # Not at initialization, where a factor's gradient is zero.
     rng = np.random.default_rng(7)
     params = tree.map_paths(
       lambda path, x: (
@@ -141,7 +141,7 @@ def objective(kind: str) -> NextToken:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """A training step for a mesh, and where its state and batches live."""
+  """A training step for a mesh, with the shardings of its state and batches."""
 
   layout: sharding.Layout
   mesh: jax.sharding.Mesh
@@ -151,7 +151,7 @@ class Compiled:
   def run(self, start, batches):
     """Returns the final state and each metric's values, on the host."""
     place = self.layout.batch(self.mesh)
-    # A step destroys its state: the caller's must be copied, never shared.
+    # A step donates its state: the caller's must be copied.
     start = jax.tree.map(np.asarray, start)
     now = jax.device_put(start, self.state_shardings)
     key = jax.device_put(jax.random.key(0), sharding.replicated(self.mesh))

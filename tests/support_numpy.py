@@ -1,7 +1,7 @@
-"""Llama's Transformer in numpy, float64: a truth that shares no code with ours.
+"""Llama's Transformer in NumPy, float64: a reference without shared code.
 
-Who sees whom is a table of booleans, positions are numbers, and a row's time is
-a number; so whoever asks says all three independently of the code under test.
+Visibility is a table of booleans, positions are numbers, and a row's time is a
+number; so tests specify all three independently of the code under test.
 """
 
 import jax
@@ -70,12 +70,12 @@ def states(model, params, x, place, seen, time=None):
   """Returns the final states `[B, T, D]`.
 
   Args:
-    model: one of `support.model`, of Llama's family.
-    params: its parameters.
-    x: tokens `[B, T]`, or what they are embedded as `[B, T, D]`.
-    place: positions `[B, T]`.
-    seen: bool `[B, T, T]`: whether a query (first) sees a key. One that sees
-      nothing gets nothing.
+    model: A model of `support.model`, of Llama's family.
+    params: Its parameters.
+    x: Tokens `[B, T]`, or their embeddings `[B, T, D]`.
+    place: Positions `[B, T]`.
+    seen: Bool `[B, T, T]`: whether a query (first) sees a key. Without visible
+      keys the result is 0.
     time: `[B]` or `[B, T]`, for a model that is conditioned on it.
   """
   p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)

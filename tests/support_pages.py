@@ -1,8 +1,8 @@
-"""A quantized cache of single tokens as the pages that kernels read.
+"""A quantized cache of single tokens, converted to the kernels' pages.
 
-Two codes that must agree byte for byte: `int8` and `fp8` of `KVQuantizer`,
-token by token, and what `decode_attention` appends to pages of 8 bits. Only the
-places differ.
+Two implementations that must agree byte for byte: `int8` and `fp8` of
+`KVQuantizer`, token by token, and `decode_attention` appending to 8-bit pages.
+Only the layouts differ.
 """
 
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def pages(layer: QuantizedLayer, size: int) -> tuple[Pages, Int[Array, "R W"]]:
   Args:
     layer: `[B, K, ...]`, int8 or fp8 per token, without residual, sinks and
       shifted keys.
-    size: tokens a page; divides the layer's slots.
+    size: Tokens per page; divides the layer's slots.
   """
   k, v = layer.k, layer.v
   rows, heads, slots, dim = k.packed.codes.shape

@@ -1,4 +1,4 @@
-"""Covering designs: few rows that try every pair of features."""
+"""Covering designs: few rows that contain every pair of features."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def pairwise(factors):
-  """Rows that hold every pair of values of two factors, greedily."""
+  """Rows that contain every pair of values of two factors, greedily."""
   names = list(factors)
   pairs = {
     frozenset([(a, x), (b, y)])
@@ -33,8 +33,8 @@ def pairwise(factors):
 def cases(factors):
   """Rows of `pairwise` as parameters; all of them run with --slow.
 
-  Without, those in which some value stands for the first time: every value is
-  tried, and not every pair.
+  Without it, only the rows with a value that no earlier row has: every value is
+  tested, but not every pair.
   """
   rows = pairwise(factors)
   names = ["-".join(map(str, row.values())) for row in rows]

@@ -1,4 +1,4 @@
-"""Adapters that PEFT made over small models, and what it says of them."""
+"""Adapters that PEFT made over small models, and PEFT's results."""
 
 import functools
 import pathlib
@@ -13,7 +13,7 @@ MODELS = pathlib.Path(__file__).parent / "golden" / "models"
 
 
 BASES = {"method": "llama", "biased": "llama_biases"}
-"""How folders of `make_peft_methods` begin -> the base of their adapters."""
+"""Folder prefixes of `make_peft_methods` -> the base of their adapters."""
 
 
 def base_of(name):

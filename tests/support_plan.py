@@ -1,4 +1,4 @@
-"""Experiments to be planned: nothing of them is read or trained."""
+"""Experiments for planning tests: nothing is loaded or trained."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def experiment(
 
 
 def adapted(whole: Experiment) -> Experiment:
-  """Returns the same with adapters trained alone."""
+  """Returns the same experiment with only adapters trained."""
   return dataclasses.replace(
     whole,
     transforms=(adapt.Adapt(method=LoRA(rank=4)),),

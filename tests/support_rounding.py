@@ -1,8 +1,8 @@
 """flash-attention's rule, the only tolerance of 16 bits (kernels.md 14.1).
 
-What a kernel computes may be off by at most twice what plain attention with
-every step in the same 16 bits is off by, and by twice the rounding of numbers
-near the result: the rule is free of scales, and its limit is measured.
+A kernel's error may be at most twice that of plain attention with every step in
+the same 16 bits, plus twice the rounding of numbers near the result: the rule
+is scale-free, and its limit is measured.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ from kernels_pallas.decode_attention import reference as decode_reference
 from kernels_pallas.flash_attention import reference
 
 DEFINITIONS = (reference, decode_reference, decode_api)
-"""Modules in which the definitions choose what sums are held in."""
+"""Modules in which the references choose the accumulation dtype."""
 
 
 def in_low_precision(f, *args):
-  """`f(*args)` with the sums of the reference in the dtype of its operands.
+  """Calls `f(*args)` with the reference accumulating in its operands' dtype.
 
   Args:
     f: Calls `flash_attention`, or decoding, with backend='reference'; not
-      jitted before, lest its trace be found again.
+      jitted before, since its cached trace would be used.
     *args: Its arguments.
   """
   # XLA would keep a chain of steps in float32, and round once.
@@ -38,20 +38,20 @@ def in_low_precision(f, *args):
 
 
 def assert_no_rougher(found, rough, exact, dtype):
-  """Holds every array of a tree to the rule.
+  """Asserts the rule for every array of a tree.
 
   Args:
-    found: What is tested, in any dtype.
-    rough: The same by `in_low_precision`.
-    exact: The same in float32 or wider.
-    dtype: Of the operands.
+    found: Results under test, in any dtype.
+    rough: Results of `in_low_precision`.
+    exact: Results in float32 or wider.
+    dtype: Dtype of the operands.
   """
   wide, dtype = lambda x: np.asarray(x, np.float64), jnp.dtype(dtype)
   flat, tree = jax.tree.flatten_with_path(found)
   others = tree.flatten_up_to(rough), tree.flatten_up_to(exact)
   for (path, have), plain, truth in zip(flat, *others, strict=True):
     have, plain, truth = wide(have), wide(plain), wide(truth)
-    # By numpy, of one type throughout: JAX would compile it for each shape.
+    # By NumPy, in one dtype throughout: JAX would compile it for each shape.
     rounded, offset = truth.astype(dtype), np.asarray(0.3, dtype)
     near = rounded + offset - offset
     assert near.dtype == dtype

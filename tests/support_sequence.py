@@ -1,4 +1,4 @@
-"""Attention over tokens that eight devices share, and the same on one."""
+"""Attention over tokens sharded over eight devices, and on one device."""
 
 import dataclasses
 import functools
@@ -9,9 +9,9 @@ import numpy as np
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.sharded import (
-  Cut,
-  positioned,
+  AttentionSharding,
   sharded_attention,
+  with_positions,
 )
 from kernels_pallas.masks import Mask
 from kernels_pallas.sequence_parallel import zigzag
@@ -20,7 +20,7 @@ from tests import support_hlo
 B, T = 2, 32
 ROWS = {"rows": 2, "along": 4}
 
-# Tiny arrays: compilation is what costs.
+# Tiny arrays: compilation dominates the time.
 quick = functools.partial(
   jax.jit,
   compiler_options={
@@ -52,7 +52,7 @@ def padded(*lengths):
 MASKS = {
   "full": lambda: Mask.full(),
   "causal": lambda: Mask.causal(),
-  # Queries and keys at the same place belong to different documents.
+  # Queries and keys at the same index belong to different documents.
   "segments": lambda: Mask.causal((9, None), (documents(1), documents(2))),
   "window": lambda: Mask.full((5, 2)),
   "prefix": lambda: Mask.prefix_lm(jnp.asarray([7, 19], jnp.int32)),
@@ -93,9 +93,9 @@ def results(attend, mask, x, **options):
 
   Args:
     attend: `flash_attention` or `sharded_attention`.
-    mask: who sees whom.
-    x: some of `operands`; without sinks or dlse, these have no part.
-    **options: of `attend`.
+    mask: Which keys each query sees.
+    x: Some of `operands`; without sinks or dlse, these are not used.
+    **options: Options of `attend`.
   """
   names = [n for n in ("q", "k", "v", "sinks") if n in x]
 
@@ -147,10 +147,10 @@ def shared(mask, x, sizes, cut, shards=0, **options):
   at = np.arange(x["q"].shape[1])
   if shards:
     at = zigzag.zigzag(len(at), shards)
-    mask, x = reordered(positioned(mask, T, T), at), taken(x, at)
+    mask, x = reordered(with_positions(mask, T, T), at), taken(x, at)
 
   def run(mask, x):
-    return results(sharded_attention, mask, x, cut=cut, **options)
+    return results(sharded_attention, mask, x, sharding=cut, **options)
 
   with jax.set_mesh(mesh_of(sizes)):
     found = quick(run)(mask, x)
@@ -158,7 +158,7 @@ def shared(mask, x, sizes, cut, shards=0, **options):
 
 
 def program(sizes, cut, x, mask=None):
-  """The compiled gradient on a mesh of operands that are cut as they stay.
+  """Compiles the gradient on a mesh, with operands sharded as they are used.
 
   Returns:
     Its text, and its collectives over single axes of the mesh.
@@ -171,13 +171,13 @@ def program(sizes, cut, x, mask=None):
   x = {name: x[name] for name in ("q", "k", "v", "do")}
 
   def run(x):
-    return results(sharded_attention, mask, x, cut=cut)
+    return results(sharded_attention, mask, x, sharding=cut)
 
   with jax.set_mesh(mesh):
     done = jax.jit(run, in_shardings=place).lower(x).compile()
   return done, support_hlo.collectives(done.as_text(), mesh)
 
 
-RING = Cut(("rows",), ring=("along",))
-GATHER = Cut(("rows",), length=("along",))
-ULYSSES = Cut(("rows",), ulysses=("along",))
+RING = AttentionSharding(("rows",), ring=("along",))
+GATHER = AttentionSharding(("rows",), length=("along",))
+ULYSSES = AttentionSharding(("rows",), ulysses=("along",))

@@ -1,4 +1,4 @@
-"""Checkpoints of real sizes that take no room: files that are holes."""
+"""Checkpoints of real sizes as sparse files that take no disk space."""
 
 import json
 import math
@@ -30,9 +30,9 @@ def write(folder: pathlib.Path, config: dict, layers: int = 4) -> None:
   """Writes a Hugging Face directory of bfloat16 zeros.
 
   Args:
-    folder: exists.
-    config: its config.json.
-    layers: how many share a file.
+    folder: Existing folder.
+    config: The model's config.json.
+    layers: Number of layers per file.
   """
   model = presets.transformer(*hf_config.sizes_from_config(config))
   rows, files, where = hf.table(model), {}, {}

@@ -58,8 +58,8 @@ def tiles(masks: dict[str, Mask], length: int, block: int) -> Any:
 
 def classes(mask: Mask, length: int, block: int) -> np.ndarray:
   """Returns the class of every tile: 0 skipped, 1 in part, 2 wholly visible."""
-  found = intervals.rows(mask, length, length)
-  return intervals.classes(found, length, length, block, block)[0]
+  found = intervals.mask_intervals(mask, length, length)
+  return intervals.tile_classes(found, length, length, block, block)[0]
 
 
 def online(scores: np.ndarray, values: np.ndarray, block: int) -> list[dict]:

@@ -1,6 +1,6 @@
-"""Checks and times of the kernels on the chip at hand, for a day with one.
+"""Checks and benchmarks of the kernels on the attached TPU or GPU.
 
-`jobs` says what a job is, `worker` runs them and `supervisor` watches it;
-`attention`, `decoding`, `sequence` and `packed` are the jobs.
+`jobs` defines jobs, `worker` runs them and `supervisor` watches it;
+`attention`, `decoding`, `sequence` and `packed` contain the jobs.
 `kernels_pallas.bench.bench_gpu` and `bench_tpu` are the commands.
 """

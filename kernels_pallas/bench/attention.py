@@ -1,9 +1,9 @@
-"""Checks of attention: every mask and feature, forward and backward.
+"""Checks of attention on a chip: every mask and feature, forward and backward.
 
-Expected is the definition in float32. 16 bits may be off by twice what plain
-attention with 16-bit operands is off by, and by two roundings of the number
-(kernels.md 14.1); log-sum-exps and float32 by what exponentials and logarithms
-of the hardware, good to some 2^-21, leave of logits near 20.
+The expected result is the definition in float32. 16-bit results may differ by
+twice the error of plain attention with 16-bit operands, plus two roundings of
+the number (kernels.md 14.1); log-sum-exps and float32 by the error of hardware
+exponentials and logarithms, about 2^-21, on logits near 20.
 """
 
 import dataclasses
@@ -17,38 +17,41 @@ import jax.numpy as jnp
 from kernels_pallas.bench import jobs
 from kernels_pallas.bench.jobs import Check, Job, Target
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.mosaic_gpu import (
+  cores,
+  num_multiprocessors,
+)
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTiles,
   for_head_dim,
 )
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores, programs
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 
 FEW = 3
-"""Blocks of threads of a persistent kernel that has many more lines: each then
-takes several, and its buffers go round."""
+"""Blocks of threads of a persistent kernel with many more lines, so that each
+takes several and its buffers wrap around."""
 
 FLOAT32 = 5e-5
-"""What results in float32 may be off by, relative to 1 and to themselves."""
+"""Tolerance of float32 results, relative to 1 and to themselves."""
 
 LONG = 1000
-"""Tokens of most checks: several tiles, of which the last is not whole."""
+"""Tokens of most checks: several tiles, the last one partial."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A call that is checked.
+  """A call to check.
 
   Attributes:
-    mask: Makes the mask of T queries and S keys; None is a causal one.
-    options: More arguments of `flash_attention`.
-    T, S: Queries and keys.
-    B, N, K, H, Hv: Rows, heads of queries and of keys, head dims.
-    dtype: Of q, k and v.
-    extras: Of 'bias', 'sinks', 'padding' (NaN in it).
-    tiles: A variant of the kernel's tiles, of `_tiles`.
-    level: Added to one dim of queries and keys, so that logits are large.
+    mask: Builds the mask of T queries and S keys; None is causal.
+    options: Further arguments of `flash_attention`.
+    T, S: Number of queries and keys.
+    B, N, K, H, Hv: Batch rows, heads of queries and of keys, head dims.
+    dtype: Dtype of q, k and v.
+    extras: Some of 'bias', 'sinks', 'padding' (filled with NaN).
+    tiles: A variant of the kernel's tile sizes, see `tiles`.
+    level: Added to one dim of queries and keys, to make logits large.
   """
 
   mask: Any = None
@@ -67,12 +70,12 @@ class Problem:
 
   @property
   def flops(self) -> float:
-    """Forward, without regard to the mask."""
+    """FLOPs of the forward pass, ignoring the mask."""
     return 2.0 * self.B * self.N * self.T * self.S * (self.H + self.Hv)
 
 
 def checks(target: Target) -> list[Job]:
-  """Each problem twice: outputs, and gradients."""
+  """Returns two checks per problem: of outputs, and of gradients."""
   found = []
   for name, x in problems(target).items():
     x = _shrunk(x) if target.tiny else x
@@ -89,7 +92,7 @@ def checks(target: Target) -> list[Job]:
 
 
 def problems(target: Target) -> dict[str, Problem]:
-  """What is checked, by name."""
+  """Returns the problems to check, by name."""
   options = lambda **x: tuple(x.items())  # noqa: E731
   dropout = {"dropout_rate": 0.2, "dropout_seed": 7}
   every = options(softcap=20.0, **dropout)
@@ -127,7 +130,7 @@ def problems(target: Target) -> dict[str, Problem]:
     "D256": Problem(H=256, Hv=256),
     "other_width": Problem(H=192, Hv=128),
     "wider_values": Problem(H=64, Hv=128),
-    # As many lines as keep a whole chip busy, several for each block.
+    # Enough lines to keep a whole chip busy, several for each block.
     "many_lines": Problem(T=2048, S=2048, B=2, N=16, K=16, tiles="own"),
   }
   for H in (64, 256):
@@ -142,7 +145,7 @@ def _of_gpus() -> dict[str, Problem]:
     "float16": Problem(dtype="float16"),
     "one_row_of_queries": Problem(_plain, T=1),
     "wide_values": Problem(H=192, Hv=256),
-    # Left operands by way of shared memory, as the interpreter has them.
+    # Left operands through shared memory, as in the interpreter.
     "shared": Problem(tiles="shared"),
   }
 
@@ -168,7 +171,7 @@ def _of_tpus() -> dict[str, Problem]:
 
 
 def _shrunk(x: Problem) -> Problem:
-  """The same for the interpreter: a tile or two."""
+  """Returns a tiny version for the interpreter: a tile or two."""
   size = lambda n: n if n == 1 else 64 if n < LONG else 128  # noqa: E731
   if x.T == x.S:
     T = S = 128
@@ -189,13 +192,13 @@ def _full(T, S):
 
 
 def _documents(T, S):
-  """Packed documents, the second row's last one padding."""
+  """Packed documents, the last one of the second row padding."""
   ids = jnp.arange(T)[None] * jnp.array([[3], [4]]) // T
   return Mask.causal((T // 3, None), jnp.where(ids == 3, -1, ids))
 
 
 def _lengths(T, S):
-  """Keys of other lengths, of which queries see what is theirs."""
+  """Keys of different lengths, with padding that queries must ignore."""
   at, lens = jnp.arange(S)[None], jnp.array([[S // 2], [S - S // 8]])
   keys = jnp.where(at < lens, at, -1)
   return Mask.causal(q_positions=jnp.arange(T)[None], kv_positions=keys)
@@ -206,16 +209,16 @@ def _prefix(T, S):
 
 
 def _positions(T, S):
-  """In an order of their own."""
+  """Positions in random order."""
   order = jax.random.permutation(jax.random.key(3), T)[None]
   return Mask.causal(q_positions=order, kv_positions=order)
 
 
 def make_check(target: Target, x: Problem, direction: str) -> Check:
-  """A check of our kernels.
+  """Returns a check of our kernels.
 
   Args:
-    target: What they run on.
+    target: The chip.
     x: The call.
     direction: 'forward' or 'backward'.
   """
@@ -228,12 +231,12 @@ def make_check(target: Target, x: Problem, direction: str) -> Check:
 def check_against_reference(
   x: Problem, direction: str, run: Callable[..., Any]
 ) -> Check:
-  """A check of `run`, which returns some of what `results` does.
+  """Returns a check of `run`, which returns some of the arrays of `results`.
 
   Args:
     x: The call.
     direction: 'forward' or 'backward'.
-    run: Of named arrays and the mask.
+    run: Function of named arrays and the mask.
   """
   return Check(
     run=run,
@@ -244,7 +247,7 @@ def check_against_reference(
 
 
 def operands(x: Problem) -> tuple[dict[str, Any], Mask]:
-  """Named arrays of a call, and its mask."""
+  """Returns named arrays of a call, and its mask."""
   mask = (x.mask or _plain)(x.T, x.S)
   draw = functools.partial(jobs.normal, dtype=x.dtype)
   found = {
@@ -256,7 +259,7 @@ def operands(x: Problem) -> tuple[dict[str, Any], Mask]:
     for name in "qk":
       found[name] = found[name].at[..., 0].set((x.level * x.H**0.5) ** 0.5)
   if "padding" in x.extras:
-    keys, queries = mask.live_keys(), mask.live_queries()
+    keys, queries = mask.valid_keys(), mask.valid_queries()
     for name, live in (("q", queries), ("k", keys), ("v", keys)):
       if live is not None:
         found[name] = jnp.where(live[:, :, None, None], found[name], jnp.nan)
@@ -282,14 +285,14 @@ def results(
   operands: dict[str, Any],
   mask: Mask,
 ) -> dict[str, Any]:
-  """Output and log-sum-exp, or gradients of their products with `cotangents`.
+  """Returns output and log-sum-exp, or gradients for the given `cotangents`.
 
   Args:
     x: The call.
     direction: 'forward' or 'backward'.
-    attend: As `flash_attention`, with a backend.
+    attend: `flash_attention` with a backend.
     operands: Named arrays.
-    mask: Who sees whom.
+    mask: Which keys each query sees.
   """
 
   def run(operands):
@@ -307,7 +310,7 @@ def results(
 
 
 def cotangents(x: Problem) -> tuple[jax.Array, jax.Array]:
-  """Of the output [B, T, N, Hv] and of the log-sum-exp [B, N, T]."""
+  """Returns cotangents of output [B, T, N, Hv] and log-sum-exp [B, N, T]."""
   return (
     jobs.normal(3, x.B, x.T, x.N, x.Hv),
     jobs.normal(4, x.B, x.N, x.T),
@@ -315,7 +318,7 @@ def cotangents(x: Problem) -> tuple[jax.Array, jax.Array]:
 
 
 def _expected(x: Problem, direction: str, operands, mask):
-  """By the definition, in float32."""
+  """Computes the definition in float32."""
   attend = functools.partial(flash_attention, backend="reference")
   run = functools.partial(results, x, direction, attend)
   wide = jax.tree.map(lambda y: y.astype(jnp.float32), operands)
@@ -324,9 +327,9 @@ def _expected(x: Problem, direction: str, operands, mask):
 
 
 def _tolerances(x: Problem, direction: str, operands, expected):
-  """As the module says."""
+  """Returns the tolerances that the module's docstring describes."""
   if x.dtype == "float32":
-    # Sums of as many products as there are keys, times what cotangents weigh.
+    # Sums of as many products as there are keys, weighted by cotangents.
     return {
       n: _float32(y) * (1 if n == "lse" else 4) for n, y in expected.items()
     }
@@ -347,7 +350,7 @@ def _float32(exact: Any) -> Any:
 
 
 def _ours(target: Target, x: Problem) -> dict[str, Any]:
-  """What of `flash_attention` makes it ours."""
+  """Returns the arguments of `flash_attention` that select our kernels."""
   found = {"backend": target.backend, "config": tiles(target, x.H, x.Hv, x)}
   if target.interpret() is not None:
     found["interpret"] = target.interpret()
@@ -359,17 +362,17 @@ def _ours(target: Target, x: Problem) -> dict[str, Any]:
 def tiles(
   target: Target, H: int, Hv: int, x: Problem = Problem(tiles="own")
 ) -> GpuTiles | Tiles | None:
-  """Tiles of a call; None for the backend's own.
+  """Returns the tile sizes of a call; None for the backend's default.
 
   Args:
-    target: What it runs on.
+    target: The chip.
     H, Hv: Head dims.
-    x: Whose variant is taken.
+    x: The problem, whose variant of tiles is used.
   """
   if target.platform == "tpu":
     return _tpu_tiles(target, x)
   kind = target.kind
-  found = for_head_dim(H, Hv, cores(kind) or "wgmma", programs(kind))
+  found = for_head_dim(H, Hv, cores(kind) or "wgmma", num_multiprocessors(kind))
   if x.tiles != "own" or target.tiny:
     found = dataclasses.replace(found, programs=FEW)
   if x.tiles == "shared" or target.tiny:
@@ -378,7 +381,7 @@ def tiles(
 
 
 def _tpu_tiles(target: Target, x: Problem) -> Tiles | None:
-  """Several tiles a row, also where its own tile would be all of it."""
+  """Returns tiles of which a row has several, even for short rows."""
   if x.tiles == "own" and not target.tiny:
     return None
   small = Tile(256, 256, 128, 128)

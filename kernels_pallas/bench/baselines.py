@@ -1,7 +1,7 @@
-"""Other people's kernels of the same calls, for times beside ours.
+"""Baselines: third-party kernels of the same calls, timed next to ours.
 
-Each is imported when it is called for: what is not installed, or refuses the
-call, says so in its own column.
+Each is imported when it is called: kernels that are not installed, or do not
+support the call, report that in their own column.
 """
 
 import functools
@@ -19,11 +19,11 @@ Implementations = dict[str, Callable[[], Callable[..., Any]]]
 
 
 def attention(target: Target, row: Any) -> Implementations:
-  """By name; each makes a function of q, k, v [B, T, N, H].
+  """Returns makers of functions of q, k, v [B, T, N, H], by name.
 
   Args:
-    target: What they run on.
-    row: Of `times`.
+    target: The chip.
+    row: A `times.AttentionCall`.
   """
   if target.tiny:
     return {"jax_nn": lambda: _jax_nn(row, "xla")}
@@ -50,8 +50,8 @@ def _jax_nn(row: Any, implementation: str):
 
 
 def _jax_mgpu(row: Any):
-  """jax's own: scale 1 and float16 are its contract, not ours; no causal
-  backward. Its CUDA version check is bypassed by nothing: it may refuse."""
+  """JAX's own kernel: it requires scale 1 and float16, and has no causal
+  backward pass. Its CUDA version check is not bypassed, so it may raise."""
   from jax.experimental.pallas.ops.gpu import attention_mgpu
 
   if row.causal and row.direction == "backward":
@@ -71,14 +71,14 @@ def _jax_mgpu(row: Any):
 
 
 def _flash_attn(row: Any):
-  """Dao's kernels, by the package `flash_attn_jax`."""
+  """Dao's kernels, from the package `flash_attn_jax`."""
   from flash_attn_jax import flash_mha
 
   return functools.partial(flash_mha, is_causal=row.causal)
 
 
 def _splash(row: Any):
-  """jax's splash attention, at the best blocks of our schedules' table."""
+  """JAX's splash attention, at the best blocks of our table of schedules."""
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernel,
   )
@@ -107,7 +107,7 @@ def _splash(row: Any):
 
 
 def _jax_flash(row: Any):
-  """jax's first TPU kernel, with blocks that are not its slow default."""
+  """JAX's first TPU kernel, with other block sizes than its slow default."""
   from jax.experimental.pallas.ops.tpu import flash_attention as theirs
 
   block = min(row.length, 512)
@@ -130,10 +130,10 @@ def _jax_flash(row: Any):
 
 
 def decoding(target: Target, x: Any) -> Implementations:
-  """By name; each makes a function of q, ours, the table, and `split_pages`.
+  """Returns makers of functions of q, our cache, the table, and `split_pages`.
 
   Args:
-    target: What they run on.
+    target: The chip.
     x: A `times.DecodeStep`.
   """
   if target.tiny or not x.page or x.kv_dtype != "bfloat16":
@@ -142,7 +142,7 @@ def decoding(target: Target, x: Any) -> Implementations:
 
 
 def split_pages(x: Any) -> tuple[jax.Array, jax.Array]:
-  """Keys and values as baselines have them, `[K, pages, size, H]` each."""
+  """Returns keys and values as baselines need them, `[K, pages, size, H]`."""
   shape = x.K, x.rows * x.tokens // x.page, x.page, x.H
   k, v = (
     jax.random.normal(jax.random.key(n), shape, jnp.bfloat16) for n in (1, 2)

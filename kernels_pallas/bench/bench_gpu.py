@@ -1,14 +1,14 @@
-"""Our GPU kernels on the GPU at hand: right first, then fast.
+"""Checks and benchmarks our GPU kernels on the attached GPU.
 
     python -m kernels_pallas.bench.bench_gpu --to=gpu.jsonl --budget=540
 
-needs this package and JAX; it installs nothing. One call of each kernel comes
-first, then every check, the cheapest first, then times beside cuDNN, jax's own
-kernels and, where `flash_attn_jax` is installed, FlashAttention. Every job is a
-line of JSON as soon as it has ended, and the last line sums up; one that fails,
-hangs or takes its process along says so, and the others go on. With the same
-file again, what it has is not run again. `--dry-run` walks all of it on the CPU
-with tiny shapes, the kernels in the interpreter.
+needs this package and JAX; it installs nothing. First runs one call of each
+kernel, then every check, cheapest first, then benchmarks next to cuDNN, JAX's
+own kernels and, if `flash_attn_jax` is installed, FlashAttention. Every job
+prints a line of JSON when it ends, and the last line is a summary; a job that
+fails, hangs or crashes its process is reported, and the others continue. Jobs
+already in the given file are not run again. `--dry-run` runs everything on the
+CPU with tiny shapes, the kernels in the interpreter.
 """
 
 import sys
@@ -18,7 +18,7 @@ from kernels_pallas.bench import supervisor
 
 
 def jobs(target: Any) -> list[Any]:
-  """All checks and times of a chip.
+  """Returns all checks and benchmarks of a chip.
 
   Args:
     target: A `bench.jobs.Target`.
@@ -33,7 +33,7 @@ def jobs(target: Any) -> list[Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-  """Checks and times the kernels on the GPU at hand, in lines of JSON."""
+  """Checks and benchmarks the kernels on the attached GPU, in lines of JSON."""
   about = main.__doc__
   return supervisor.main(
     "kernels_pallas.bench.bench_gpu", "gpu", jobs, arguments, about

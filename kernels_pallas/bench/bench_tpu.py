@@ -1,9 +1,9 @@
-"""Our TPU kernels on the TPU at hand: right first, then fast.
+"""Checks and benchmarks our TPU kernels on the attached TPU.
 
     python -m kernels_pallas.bench.bench_tpu --to=tpu.jsonl --budget=540
 
-is for TPUs what `bench_gpu` is for GPUs; times are beside jax's splash, flash
-and paged attention, and XLA's product with bfloat16 weights.
+is the TPU version of `bench_gpu`, with JAX's splash, flash and paged attention,
+and XLA's matmul with bfloat16 weights, as baselines.
 """
 
 import sys
@@ -13,7 +13,7 @@ from kernels_pallas.bench.bench_gpu import jobs
 
 
 def main(arguments: list[str] | None = None) -> int:
-  """Checks and times the kernels on the TPU at hand, in lines of JSON."""
+  """Checks and benchmarks the kernels on the attached TPU, in lines of JSON."""
   about = main.__doc__
   return supervisor.main(
     "kernels_pallas.bench.bench_tpu", "tpu", jobs, arguments, about

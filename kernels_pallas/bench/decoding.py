@@ -1,9 +1,9 @@
-"""Checks of decoding: caches, pages, codes, prompts, and appending to pages.
+"""Checks of decode attention on a chip: caches, pages, prompts, and appending.
 
-Expected is the definition in float32, of the keys and values that the memory
-holds. A kernel rounds probabilities to the type of the queries, and the output:
-so it may be off by that times the output of absolute values, and times its own.
-What no token sees holds NaN.
+The expected result is the definition in float32, of the keys and values as
+stored. A kernel rounds probabilities and the output to the queries' dtype, so
+the tolerance is that rounding times the output of absolute values, plus that of
+the output. Keys and values that no token sees are NaN.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from kernels_pallas.decode_attention.api import (
   paged_attention,
 )
 from kernels_pallas.decode_attention.pages import (
-  LARGEST,
+  MAX_CODE,
   Pages,
   append_to_pages,
   quantize,
@@ -29,22 +29,22 @@ from kernels_pallas.decode_attention.pages import (
 from kernels_pallas.decode_attention.spec import Blocks
 
 FLOAT32 = 2.0**-14
-"""What exponentials of logits near 20 are off by in float32, relatively."""
+"""Relative error of float32 exponentials of logits near 20."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A call that is checked.
+  """A call to check.
 
   Attributes:
-    lengths: Tokens of each row, the new ones included.
-    new: New tokens of each row; one each where it is empty.
+    lengths: Tokens of each row, including the new ones.
+    new: New tokens of each row; one each if empty.
     N, K, H, Hv: Heads of queries and of keys, head dims.
-    page: Tokens of a page, or 0 for a cache.
-    dtype: Of queries.
-    kv_dtype: Of keys and values; None is that of queries.
-    window, softcap, sinks: As of `decode_attention`.
-    blocks: How the work is cut.
+    page: Tokens per page, or 0 for a cache.
+    dtype: Dtype of queries.
+    kv_dtype: Dtype of keys and values; None is that of queries.
+    window, softcap, sinks: As in `decode_attention`.
+    blocks: Block sizes and splits.
   """
 
   lengths: tuple[int, ...] = (1500, 0, 1, 777)
@@ -63,7 +63,7 @@ class Problem:
 
   @property
   def size(self) -> int:
-    """Tokens that a row has memory for."""
+    """Most tokens of a row."""
     unit = max(self.page, 16)
     return -(-max(self.lengths) // unit) * unit
 
@@ -75,13 +75,13 @@ class Problem:
 
   @property
   def flops(self) -> float:
-    """Of all keys."""
+    """FLOPs over all keys."""
     tokens = int(self.starts[-1])
     return 2.0 * tokens * self.N * max(self.lengths) * (self.H + self.Hv)
 
 
 def checks(target: Target) -> list[Job]:
-  """Attention, and appending."""
+  """Returns checks of attention, and of appending."""
   found = []
   for name, x in problems(target).items():
     x = _shrunk(x) if target.tiny else x
@@ -101,12 +101,12 @@ SMOKE = ("decode/cache", "decode/pages")
 
 
 def _page(target: Target) -> int:
-  """A size of pages that holds codes on the target."""
+  """Returns a page size that quantized pages support on the target."""
   return 128 if target.platform == "tpu" else 32
 
 
 def problems(target: Target) -> dict[str, Problem]:
-  """What is checked, by name."""
+  """Returns the problems to check, by name."""
   page, tpu = _page(target), target.platform == "tpu"
   cache = {
     "": Problem(),
@@ -153,7 +153,7 @@ def problems(target: Target) -> dict[str, Problem]:
 
 
 def _shrunk(x: Problem) -> Problem:
-  """The same for the interpreter."""
+  """Returns a tiny version for the interpreter."""
   small = lambda n: min(n, 3) if n <= 1 else 60  # noqa: E731
   new = tuple(min(n, 5) for n in x.new)
   blocks = x.blocks and Blocks(splits=min(x.blocks.splits, 2))
@@ -164,7 +164,7 @@ def _shrunk(x: Problem) -> Problem:
 
 
 def _operands(x: Problem) -> tuple[jax.Array, Any, jax.Array]:
-  """Queries, keys and values in their memory, and sinks."""
+  """Returns queries, keys and values in a cache or pages, and sinks."""
   rows, kv_dtype = len(x.lengths), x.kv_dtype or x.dtype
   q = jobs.normal(0, max(int(x.starts[-1]), rows), x.N, x.H, dtype=x.dtype)
   k = jobs.normal(1, rows, x.size, x.K, x.H, dtype=x.dtype)
@@ -173,7 +173,7 @@ def _operands(x: Problem) -> tuple[jax.Array, Any, jax.Array]:
   dead = ~_seen(x)[:, :, None, None]
   if not x.page:
     return q, (jnp.where(dead, jnp.nan, k), jnp.where(dead, jnp.nan, v)), sinks
-  codes = jnp.dtype(kv_dtype) in LARGEST
+  codes = jnp.dtype(kv_dtype) in MAX_CODE
   k_scale = v_scale = None
   if codes:
     (k, k_scale), (v, v_scale) = (
@@ -190,7 +190,7 @@ def _operands(x: Problem) -> tuple[jax.Array, Any, jax.Array]:
 
 
 def _seen(x: Problem) -> jax.Array:
-  """Which tokens of memory any new token of its row sees, [rows, size]."""
+  """Returns which stored tokens a new token of their row sees, [rows, size]."""
   at, lens = np.arange(x.size), np.asarray(x.lengths)[:, None]
   seen = at < lens
   if x.window is not None:
@@ -200,20 +200,20 @@ def _seen(x: Problem) -> jax.Array:
 
 
 def _table(x: Problem) -> jax.Array:
-  """Pages of each row, in random order."""
+  """Returns the pages of each row, in random order."""
   rows, width = len(x.lengths), x.size // x.page
   order = np.random.default_rng(0).permutation(rows * width)
   return jnp.asarray(order.reshape(rows, width), jnp.int32)
 
 
 def _dealt(x: Problem, y: jax.Array) -> jax.Array:
-  """[rows, pages of a row, ...] as the table has them."""
+  """Permutes [rows, pages of a row, ...] to the order of the table."""
   flat = y.reshape(-1, *y.shape[2:])
   return jnp.zeros_like(flat).at[_table(x).reshape(-1)].set(flat)
 
 
 def _attend(x: Problem, q, cache, sinks, **how) -> dict[str, jax.Array]:
-  """Output and log-sum-exp."""
+  """Returns output and log-sum-exp."""
   options = {
     "window": x.window, "softcap": x.softcap, "return_lse": True,
     "sinks": sinks if x.sinks else None, **how,
@@ -269,7 +269,7 @@ def _tolerances(x: Problem, operands, expected):
 
 
 def _append(x: Problem) -> Check:
-  """Pages after new tokens were written, exactly as NumPy writes them."""
+  """Checks that pages after appending equal those written by NumPy."""
   return Check(
     run=functools.partial(_appended, x),
     operands=functools.partial(_new, x),
@@ -280,10 +280,10 @@ def _append(x: Problem) -> Check:
 
 
 def _new(x: Problem):
-  """Pages without NaN, and new keys and values."""
+  """Returns pages without NaN, and new keys and values."""
   _, cache, _ = _operands(dataclasses.replace(x, window=None))
   cache = jax.tree.map(
-    lambda y: y if y.dtype in LARGEST else jnp.nan_to_num(y), cache
+    lambda y: y if y.dtype in MAX_CODE else jnp.nan_to_num(y), cache
   )
   tokens = int(x.starts[-1])
   shapes = (tokens, x.K, x.H), (tokens, x.K, x.Hv)

@@ -1,10 +1,10 @@
-"""What a bench runs: jobs, of which each checks or times one call.
+"""Jobs of a benchmark: each checks or times one call.
 
-A check compares a kernel with what it should compute, element by element and
-within a tolerance of its own, on memory full of NaN, and calls it again: the
-results of kernels without atomics repeat to the bit, and where they do not,
-something is read before it is written. A time is the median of rounds of calls
-that are queued one after the other.
+A check compares a kernel with the expected result elementwise, with a tolerance
+per element, on memory filled with NaN, and calls it again: kernels without
+atomics are bitwise reproducible, and if results differ, something is read
+before it is written. A time is the median over rounds of calls that are queued
+back to back.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from kernels_pallas.common import chips
 
 SMOKE, CHECK, TIME = 0, 1, 2
-"""Stages: one call of each kernel, all checks, times."""
+"""Stages: one call of each kernel, all checks, benchmarks."""
 
 REPEATS = 3
-"""Calls of a check whose results must be the same."""
+"""Calls of a check, whose results must be identical."""
 
 HOPELESS = 1e9
-"""The largest ratio, since JSON has no infinity."""
+"""The largest error ratio reported, since JSON has no infinity."""
 
 ROUNDS = 7
 ROUND_SECONDS = 0.05
@@ -35,11 +35,11 @@ POISON_BYTES = 1 << 29
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What is benched.
+  """The chip to benchmark.
 
   Attributes:
     platform: 'gpu' or 'tpu'.
-    kind: Of the device, as JAX calls it.
+    kind: Device kind, as JAX calls it.
     tiny: Whether shapes are tiny and kernels interpreted, on a CPU.
   """
 
@@ -53,7 +53,7 @@ class Target:
     return f"mosaic_{self.platform}"
 
   def interpret(self) -> Any:
-    """As of `pl.pallas_call`; None to compile."""
+    """Returns the argument `interpret` of `pl.pallas_call`; None to compile."""
     if not self.tiny:
       return None
     if self.platform == "tpu":
@@ -65,13 +65,13 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A line of the result.
+  """A check or benchmark, one line of the results.
 
   Attributes:
-    name: What identifies it, by '/' from the general to the particular.
-    stage: Of `SMOKE`, `CHECK`, `TIME`; stages run in this order.
+    name: Unique name, with '/' from general to specific.
+    stage: One of `SMOKE`, `CHECK`, `TIME`; stages run in this order.
     cost: FLOPs or bytes, by which the jobs of a stage are ordered.
-    measure: Returns the line's fields; of a check 'ok' is one of them.
+    measure: Returns the line's fields; for a check 'ok' is one of them.
     program: Returns our function, and the shapes of its operands.
   """
 
@@ -84,16 +84,16 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """What a kernel should compute.
+  """A comparison of a kernel with its expected result.
 
   Attributes:
-    run: Ours, of the operands; returns named arrays.
+    run: Our function of the operands; returns named arrays.
     operands: Makes the operands, a tuple.
-    expected: What `run` should return, of the operands; it may have more names.
-    tolerances: The most that each named array may be off by, element by element
-      or throughout, of the operands and what is expected.
+    expected: Computes what `run` should return; it may return more names.
+    tolerances: Computes the maximum error of each named array, per element or
+      for all, from the operands and the expected result.
     donates: Whether `run` may write into its first operand.
-    around: Makes a context that `run` is called in, such as a mesh.
+    around: Makes a context for calling `run`, such as a mesh.
   """
 
   run: Callable[..., Mapping[str, Any]]
@@ -105,21 +105,21 @@ class Check:
 
 
 def in_order(jobs: list[Job]) -> list[Job]:
-  """By stage, and the cheapest first within each."""
+  """Sorts jobs by stage, and by cost within each."""
   return sorted(jobs, key=lambda job: (job.stage, job.cost))
 
 
 def check(
   target: Target, name: str, found: Check, cost: float, smoke: bool = False
 ) -> Job:
-  """A job that compares.
+  """Returns a job that runs a check.
 
   Args:
-    target: What it is of.
-    name: Of the job.
-    found: What is compared.
-    cost: As of `Job`.
-    smoke: Whether it stands for all of its kernel.
+    target: The chip.
+    name: Name of the job.
+    found: The check.
+    cost: As in `Job`.
+    smoke: Whether it is its kernel's smoke test.
   """
   return Job(
     name=name,
@@ -154,17 +154,17 @@ def _compare(target: Target, x: Check) -> dict[str, Any]:
 
 
 def _ratio(found: Any, expected: Any, tolerance: Any) -> float:
-  """The largest error over its tolerance: `HOPELESS` of NaN; equal infs: 0."""
+  """Returns the largest error over its tolerance; NaN counts as `HOPELESS`."""
   found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
   error = jnp.where(found == expected, 0, jnp.abs(found - expected))
-  # Where nothing may be off, anything is too much.
+  # A tolerance of 0 allows no error at all.
   share = jnp.where(error == 0, 0, error / tolerance)
   share = jnp.where(jnp.isnan(share), HOPELESS, share)
   return round(min(HOPELESS, float(jnp.max(share, initial=0))), 4)
 
 
 def _equal(found: Any, other: Any) -> bool:
-  """Whether all arrays are the same, NaN included."""
+  """Whether all arrays are identical, including NaN."""
   wide = lambda tree: [x.astype(jnp.float32) for x in jax.tree.leaves(tree)]  # noqa: E731
   return all(
     bool(jnp.array_equal(a, b, equal_nan=True))
@@ -173,7 +173,7 @@ def _equal(found: Any, other: Any) -> bool:
 
 
 def poison(target: Target) -> None:
-  """Leaves NaN in memory that is free, which the next results may get."""
+  """Fills free memory with NaN, where the next results may be allocated."""
   if target.tiny:
     return
   full = jnp.full(POISON_BYTES // 4, jnp.nan, jnp.float32)
@@ -181,12 +181,12 @@ def poison(target: Target) -> None:
 
 
 def seconds(run: Callable[..., Any], *operands: Any, tiny: bool) -> float:
-  """Median seconds of a call among several that are queued.
+  """Returns the median seconds of a call, among several queued ones.
 
   Args:
-    run: What is timed; compiled, if it is to be.
+    run: The function to time, compiled if desired.
     *operands: Its arguments.
-    tiny: Whether one call is enough.
+    tiny: Whether to call it only once.
   """
   jax.block_until_ready(run(*operands))
   first = _round(run, operands, 1)
@@ -198,12 +198,12 @@ def seconds(run: Callable[..., Any], *operands: Any, tiny: bool) -> float:
 
 
 def chained_seconds(run: Callable[[Any], Any], state: Any, calls: int) -> float:
-  """Seconds of a call among several, each of what the one before returned.
+  """Returns the seconds of a call among several, each using the last result.
 
   Args:
     run: Returns the next state, and may overwrite its argument.
-    state: The first one.
-    calls: How many.
+    state: The first state.
+    calls: Number of calls.
   """
   state = jax.block_until_ready(run(state))
   start = time.perf_counter()
@@ -228,18 +228,18 @@ def time_all(
   flops: float = 0.0,
   size: float = 0.0,
 ) -> dict[str, Any]:
-  """Times of several implementations' functions of the same operands.
+  """Times several implementations with the same operands.
 
   Args:
-    target: What they run on.
-    implementations: By name, what makes the function, 'ours' among them; one
-      that raises says why, and the others go on.
+    target: The chip.
+    implementations: By name, makers of the function, 'ours' among them; if one
+      raises, its message is reported, and the others continue.
     operands: Makes the operands.
-    flops: Of a call.
-    size: Bytes that it has to move.
+    flops: FLOPs per call.
+    size: Bytes that a call has to move.
   """
   given, line = operands(), {}
-  chip = None if target.tiny else chips.of_kind(target.kind)
+  chip = None if target.tiny else chips.find_by_kind(target.kind)
   for name, make in implementations.items():
     try:
       took = seconds(jax.jit(make()), *given, tiny=target.tiny)
@@ -264,15 +264,15 @@ def _rates(took: float, flops: float, size: float, chip: Any) -> dict[str, Any]:
 
 
 def reason(problem: BaseException) -> str:
-  """What went wrong, in a line."""
+  """Returns an exception's type and message in one line."""
   lines = str(problem).strip().splitlines() or [""]
   return f"{type(problem).__name__}: {lines[0][:300]}"
 
 
 def untuned_jit(f: Callable[..., Any]) -> Callable[..., Any]:
-  """`f` of a definition, which is called once: nothing is tried to be fast.
+  """Compiles `f` without autotuning, for a reference that is called once.
 
-  On a GPU XLA would time every matmul's kernels, for seconds.
+  On a GPU XLA would otherwise benchmark every matmul's kernels, for seconds.
   """
   quick = {"xla_gpu_autotune_level": 0}
   here = jax.default_backend() == "gpu"
@@ -280,15 +280,15 @@ def untuned_jit(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def max_abs(x: Any) -> Any:
-  """The largest finite number of `x`, without its sign."""
+  """Returns the largest finite absolute value of `x`."""
   return jnp.max(jnp.abs(jnp.where(jnp.isfinite(x), x, 0)), initial=0.0)
 
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
-  """Random numbers near 1."""
+  """Returns standard normal random numbers."""
   return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
 def roundoff(dtype: Any) -> float:
-  """The most that rounding to a type changes a number by, relatively."""
+  """Returns the largest relative error of rounding to a dtype."""
   return float(jnp.finfo(dtype).eps) / 2

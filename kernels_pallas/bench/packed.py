@@ -1,8 +1,8 @@
-"""Checks and times of products with packed weights.
+"""Checks and benchmarks of matmuls with packed weights on a chip.
 
-Expected is the product with the decoded matrix in float32. Weights and the
-result are rounded to the type of the activations; sums are held in float32.
-Times are beside XLA's product with the same matrix in bfloat16.
+The expected result is the product with the dequantized matrix in float32.
+Weights and the result are rounded to the activations' dtype; sums are float32.
+The baseline is XLA's matmul with the same matrix in bfloat16.
 """
 
 import dataclasses
@@ -16,20 +16,20 @@ from kernels_pallas.bench import jobs
 from kernels_pallas.bench.jobs import Check, Job, Target
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import Tile
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import Tile
 from kernels_pallas.quantized_matmul.planar import Planar
 from kernels_pallas.quantized_matmul.tpu import mosaic_tpu
 
 CODEBOOKS = {
   "even": tuple(float(code - 8) for code in range(16)),
-  # That of arXiv:2305.14314, appendix E, in bfloat16.
+  # From arXiv:2305.14314, appendix E, in bfloat16.
   "nf4": (-1.0, -0.6953125, -0.5234375, -0.39453125, -0.28515625, -0.1845703125,
           -0.0908203125, 0.0, 0.07958984375, 0.1611328125, 0.24609375,
           0.337890625, 0.44140625, 0.5625, 0.72265625, 1.0),
 }  # fmt: skip
 
 SUMS = 2.0**-20
-"""What sums in float32 are off by, of the sum of absolute values."""
+"""Error of float32 sums, relative to the sum of absolute values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Problem:
   """A product with a matrix.
 
   Attributes:
-    bits: Of a code.
-    group: Inputs of a scale.
-    offset: Whether groups have one.
+    bits: Bits per code.
+    group: Inputs per scale.
+    offset: Whether groups have an offset.
     direction: 'forward' or 'gradient'.
-    rows: Of activations.
-    inputs, outputs: Of the matrix.
-    codebook: Of `CODEBOOKS`.
+    rows: Rows of activations.
+    inputs, outputs: Size of the matrix.
+    codebook: One of `CODEBOOKS`.
     codes: Whether rows are rounded to 8 bits, too.
-    dtype: Of activations.
-    scales: Of scales and offsets.
+    dtype: Dtype of activations.
+    scales: Dtype of scales and offsets.
   """
 
   bits: int = 4
@@ -63,7 +63,7 @@ class Problem:
 
   @property
   def name(self) -> str:
-    """What identifies it."""
+    """Unique name."""
     kind = "NF4" if self.codebook == "nf4" else f"W{self.bits}"
     more = ["_offset"] * self.offset
     more += [f"_{self.scales}"] * (self.scales != "bfloat16")
@@ -75,7 +75,7 @@ class Problem:
 
   @property
   def flops(self) -> float:
-    """Of the product."""
+    """FLOPs of the product."""
     return 2.0 * self.rows * self.inputs * self.outputs
 
   @property
@@ -91,7 +91,7 @@ MANY = ("forward", 300), ("gradient", 300)
 
 
 def checks(target: Target) -> list[Job]:
-  """Every kind of codes, few rows and many, and the gradient."""
+  """Returns checks of every kind of codes, few and many rows, and gradients."""
   return [
     jobs.check(
       target,
@@ -105,7 +105,7 @@ def checks(target: Target) -> list[Job]:
 
 
 def problems(target: Target) -> list[Problem]:
-  """What is checked."""
+  """Returns the problems to check."""
   if target.tiny:
     small = Problem(inputs=128, outputs=128, group=32, offset=True, rows=8)
     return [
@@ -122,7 +122,7 @@ def problems(target: Target) -> list[Problem]:
   ]  # fmt: skip
   kinds.append({"dtype": "float16" if target.platform == "gpu" else "float32"})
   if target.kind == "TPU v4":
-    # Which has no look-ups in a register.
+    # TPU v4 cannot look up values in a register.
     kinds = [kind for kind in kinds if kind.get("codebook") != "nf4"]
   found = [
     Problem(**kind, direction=direction, rows=rows)
@@ -139,7 +139,7 @@ def problems(target: Target) -> list[Problem]:
 
 
 def times(target: Target) -> list[Job]:
-  """Square matrices of 4096, from one row to many."""
+  """Returns benchmarks of square matrices of 4096, from one row to many."""
   kinds = [{}, {"group": 32, "offset": True}, {"bits": 8}]
   kinds += [{"codebook": "nf4", "group": 64}]
   size, counts = 4096, (1, 16, 128, 1024, 8192)
@@ -197,7 +197,7 @@ def _check(target: Target, x: Problem) -> Check:
 
 
 def _operands(target: Target, x: Problem) -> tuple[jax.Array, Planar]:
-  """Rows, and the packed matrix."""
+  """Returns rows, and the packed matrix."""
   n, m = x.inputs, x.outputs
   low, high, kind = (0, 16, "uint8") if x.bits == 4 else (-128, 128, "int8")
   key = jax.random.key(7)
@@ -215,15 +215,15 @@ def _operands(target: Target, x: Problem) -> tuple[jax.Array, Planar]:
   w = planar.in_words(w) if target.platform == "gpu" else w
   width = n if x.direction == "forward" else m
   if x.codes:
-    # Of which the codes are known.
+    # Rows whose codes are known.
     rows = jax.random.randint(key, (x.rows, n), -127, 128).at[:, 0].set(127)
     return rows.astype(x.dtype), w
   return jobs.normal(9, x.rows, width, dtype=x.dtype), w
 
 
 def _exact(x: Problem, rows, w: Planar) -> tuple[jax.Array, jax.Array]:
-  """The product, and that of absolute values."""
-  # Entries of a codebook are rounded to the type of the rows, as weights are.
+  """Returns the product, and that of absolute values."""
+  # Codebook entries are rounded to the rows' dtype, as weights are.
   matrix = jax.jit(planar.dense)(w)
   matrix = matrix if x.direction == "forward" else matrix.T
   wide = rows.astype(jnp.float32)
@@ -235,7 +235,7 @@ def _tolerances(x: Problem, operands, expected):
   _, size = _exact(x, *operands)
   unit = jobs.roundoff(x.dtype)
   if x.dtype == "float32":
-    # The matrix units of a TPU take it in pieces of bfloat16.
+    # TPU matrix units multiply float32 in pieces of bfloat16.
     unit = jobs.roundoff(jnp.bfloat16)
   return {"y": unit * (size + jnp.abs(expected["y"])) + SUMS * size}
 

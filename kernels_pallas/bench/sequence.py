@@ -1,9 +1,9 @@
-"""Checks of attention whose keys come in parts, or lie on several devices.
+"""Checks of attention over parts of the keys, or across devices.
 
-The parts of a ring are what kernels see of it: outputs in float32, a
-log-sum-exp of every part, and gradients of a part of the keys by the
-log-sum-exp of all. They run on one device; the ring itself, and the other ways
-across devices, over all that there are.
+The parts of a ring are what kernels compute in it: float32 outputs, a
+log-sum-exp of every part, and gradients of a part of the keys from the
+log-sum-exp of all. They run on one device; the ring itself, and the other
+sequence parallel methods, run on all devices.
 """
 
 import dataclasses
@@ -17,24 +17,30 @@ from kernels_pallas.bench import attention, jobs
 from kernels_pallas.bench.attention import Problem
 from kernels_pallas.bench.jobs import Job, Target
 from kernels_pallas.flash_attention.api import prepare
-from kernels_pallas.flash_attention.cotangents import finished, queries
-from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
+from kernels_pallas.flash_attention.cotangents import (
+  cast_gradients,
+  query_cotangents,
+)
+from kernels_pallas.flash_attention.sharded import (
+  AttentionSharding,
+  sharded_attention,
+)
 from kernels_pallas.flash_attention.spec import Operands
 from kernels_pallas.masks import Mask
 from kernels_pallas.sequence_parallel.combine import combine
-from kernels_pallas.sequence_parallel.zigzag import halves
+from kernels_pallas.sequence_parallel.zigzag import fit_half_shards
 
 PARTS = 4
 AXIS = "along"
 CUTS = {
-  "ring": Cut(ring=(AXIS,)),
-  "gathered": Cut(length=(AXIS,)),
-  "exchanged": Cut(ulysses=(AXIS,)),
+  "ring": AttentionSharding(ring=(AXIS,)),
+  "gathered": AttentionSharding(length=(AXIS,)),
+  "exchanged": AttentionSharding(ulysses=(AXIS,)),
 }
 
 
 def checks(target: Target) -> list[Job]:
-  """Parts in order, and all ways across devices."""
+  """Returns checks of parts in order, and of all methods across devices."""
   x = Problem(causal_by_position, T=1024, S=1024, N=8, K=8, extras=("sinks",))
   if target.tiny:
     x = dataclasses.replace(x, T=128, S=128, N=2, K=2, H=64, Hv=64)
@@ -57,7 +63,7 @@ def checks(target: Target) -> list[Job]:
 
 
 def causal_by_position(T, S):
-  """Causal, by positions: a shard does not know where it begins."""
+  """A causal mask with positions, since a shard does not know its start."""
   return Mask.causal(
     (3 * T // 4, None),
     q_positions=jnp.arange(T)[None],
@@ -72,14 +78,14 @@ def ring_by_parts(
   operands: dict[str, Any],
   mask: Mask,
 ) -> dict[str, Any]:
-  """What a ring of `PARTS` devices computes, one step after the other.
+  """Computes what a ring of `PARTS` devices does, one step after another.
 
   Args:
-    target: What it runs on.
+    target: The chip.
     x: The call.
     direction: 'forward' or 'backward'.
     operands: Named arrays.
-    mask: By positions.
+    mask: Mask with positions.
   """
   whole = Operands(**operands, mask=mask)
   tiles = attention.tiles(target, x.H, x.Hv, x)
@@ -87,7 +93,9 @@ def ring_by_parts(
     whole, backend=target.backend, config=tiles, interpret=target.interpret()
   )
   size = x.S // PARTS
-  spec = dataclasses.replace(spec, blocks=halves(spec.blocks, x.T, size))
+  spec = dataclasses.replace(
+    spec, blocks=fit_half_shards(spec.blocks, x.T, size)
+  )
   partial = dataclasses.replace(spec, output=jnp.float32)
   steps = [_step(whole, slice(n * size, (n + 1) * size)) for n in range(PARTS)]
   found = [backend.attend(partial, step) for step in steps]
@@ -98,7 +106,7 @@ def ring_by_parts(
     return {"o": o, "lse": lse}
   o = o.astype(whole.q.dtype)
   do, dlse = attention.cotangents(x)
-  rows = queries(whole, o, lse, do.astype(o.dtype), dlse)
+  rows = query_cotangents(whole, o, lse, do.astype(o.dtype), dlse)
   parts = [backend.gradients(spec, step, rows) for step in steps]
   total = Operands(
     q=sum(part.q for part in parts),
@@ -106,13 +114,13 @@ def ring_by_parts(
     v=jnp.concatenate([part.v for part in parts], 1),
     mask=None,
   )
-  found = finished(whole, total, rows)
+  found = cast_gradients(whole, total, rows)
   names = ("q", "k", "v", "sinks")
   return {f"d{name}": getattr(found, name) for name in names}
 
 
 def _step(whole: Operands, keys: slice) -> Operands:
-  """The keys of one shard."""
+  """Returns the call with the keys of one shard."""
   mask = dataclasses.replace(
     whole.mask, kv_positions=whole.mask.kv_positions[:, keys]
   )
@@ -121,16 +129,16 @@ def _step(whole: Operands, keys: slice) -> Operands:
   )
 
 
-def _across(target: Target, x: Problem, cut: Cut, **call):
-  """Over all devices of the mesh, of which there may be one."""
+def _across(target: Target, x: Problem, cut: AttentionSharding, **call):
+  """Runs attention over all devices of the mesh, possibly one."""
   how = {"config": attention.tiles(target, x.H, x.Hv, x)}
   if target.interpret() is not None:
     how["interpret"] = target.interpret()
-  return sharded_attention(**call, cut=cut, backend=target.backend, **how)
+  return sharded_attention(**call, sharding=cut, backend=target.backend, **how)
 
 
 def _all_devices(target: Target):
-  """A mesh that is set."""
+  """Sets a mesh of all devices."""
   count = 1 if target.tiny else jax.device_count()
   return jax.set_mesh(
     jax.make_mesh(

@@ -1,8 +1,8 @@
-"""The commands of a bench: starts workers, watches them, and sums up.
+"""Command line of the benchmarks: starts workers, watches them, and sums up.
 
-Every line that a worker prints goes to the output, and to a file, as soon as it
-is there. A job that says nothing for too long is killed, one that takes its
-process along has failed, and the jobs after it run in another process.
+Every line that a worker prints is immediately written to the output and to a
+file. A job that prints nothing for too long is killed, one that crashes its
+process has failed, and the remaining jobs run in another process.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from typing import Any
 from kernels_pallas.bench import worker
 
 PATIENCE = 150.0
-"""Seconds in which a job has to end: it compiles and compares."""
+"""Seconds in which a job, which compiles and compares, has to end."""
 
 START = 120.0
-"""Seconds in which a worker has to say that it is there."""
+"""Seconds in which a worker has to start."""
 
 Lines = dict[str, dict[str, Any]]
 
@@ -35,18 +35,17 @@ def main(
   arguments: list[str] | None,
   about: str,
 ) -> int:
-  """Runs a bench's command; returns the exit code.
+  """Runs a benchmark's command; returns the exit code.
 
   Args:
-    module: The command's, which a worker is started by.
+    module: The command's module, which also runs workers.
     platform: 'gpu' or 'tpu'.
-    make: From a `jobs.Target` to all jobs.
-    arguments: Of the command line.
-    about: What the command says of itself.
+    make: Maps a `jobs.Target` to all jobs.
+    arguments: Command line arguments.
+    about: Description of the command.
 
-  Returns:
-    0 where all jobs were done and right, 1 where one was not, 2 where there was
-    no time for all.
+  Returns: 0 if all jobs ran and passed, 1 if one failed, 2 if there was no time
+    for all.
   """
   args = _parser(module, about).parse_args(arguments)
   if args.worker:
@@ -70,25 +69,25 @@ def _parser(module: str, about: str) -> argparse.ArgumentParser:
   add = parser.add_argument
   add("--dry-run", action="store_true",
       help="tiny shapes, interpreted, on the CPU")  # fmt: skip
-  add("--only", default="", metavar="REGEX", help="jobs with such a name")
+  add("--only", default="", metavar="REGEX", help="run only matching jobs")
   add("--budget", type=float, metavar="SECONDS",
-      help="in which all has to end; what is left is named")  # fmt: skip
+      help="time limit for all jobs; the rest are listed")  # fmt: skip
   add("--to", type=pathlib.Path, metavar="FILE",
-      help="lines are added to it; jobs that it has are not run "
-      "again")  # fmt: skip
+      help="append results to this file; skip jobs that it "
+      "contains")  # fmt: skip
   add("--patience", type=float, default=PATIENCE, metavar="SECONDS",
-      help="after which a job is killed")  # fmt: skip
+      help="time limit per job, after which it is killed")  # fmt: skip
   add("--worker", action="store_true", help=argparse.SUPPRESS)
   return parser
 
 
 def read_results(file: pathlib.Path) -> Lines:
-  """The lines of a file that are results, by name; none without a file.
+  """Reads a file's results by name; none if there is no file.
 
-  A last line that was cut off is none.
+  Skips a truncated last line.
 
   Args:
-    file: Where they are.
+    file: Path of the results.
   """
   found = {}
   for text in file.read_text().splitlines() if file.exists() else ():
@@ -107,16 +106,16 @@ def supervise(
   budget: float | None = None,
   patience: float = PATIENCE,
 ) -> int:
-  """Runs workers until no job is left, or no time; prints a summary.
+  """Runs workers until no job or no time is left; prints a summary.
 
   Args:
-    command: Starts a worker, which leaves out what `to` has.
-    to: Where lines are added.
-    budget: Seconds for all; None for as long as it takes.
-    patience: Seconds for a job.
+    command: Starts a worker, which skips the jobs in `to`.
+    to: File to which lines are appended.
+    budget: Seconds for all jobs; None for no limit.
+    patience: Seconds per job.
 
   Returns:
-    As of `main`.
+    As in `main`.
   """
   start, planned = time.monotonic(), []
   deadline = None if budget is None else start + budget
@@ -132,7 +131,7 @@ def supervise(
 
 
 def _watch(command, to, deadline, patience, planned) -> int:
-  """One worker, from its start to its end; returns its exit code."""
+  """Watches one worker from start to end; returns its exit code."""
   process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
   lines: queue.Queue[str | None] = queue.Queue()
 
@@ -181,7 +180,7 @@ def _failed(name: str, reason: str) -> dict[str, Any]:
 
 
 def _add(to: pathlib.Path, line: dict[str, Any]) -> None:
-  """To the output, and to the file, where it survives this process."""
+  """Writes a line to the output, and to the file, which survives crashes."""
   text = json.dumps(line)
   print(text, flush=True)
   with to.open("a") as file:
@@ -189,7 +188,7 @@ def _add(to: pathlib.Path, line: dict[str, Any]) -> None:
 
 
 def _reason(line: dict[str, Any]) -> Any:
-  """Why a job failed: in words, or how far off it is."""
+  """Returns why a job failed: its message, or its error ratio."""
   ours = line.get("ours", {}).get("reason")
   return line.get("reason", ours or line.get("error_ratio"))
 

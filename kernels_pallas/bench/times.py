@@ -1,8 +1,8 @@
-"""Times of attention and of decoding, beside other people's kernels.
+"""Benchmarks of attention and of decoding, next to third-party kernels.
 
-The shapes of attention are those of the FlashAttention papers: 16,384 tokens
-in rows of several lengths, 2048 / H heads. Decoding reads keys and values of a
-gigabyte or a half, which no cache of a chip keeps.
+The shapes of attention are those of the FlashAttention papers: 16,384 tokens in
+rows of several lengths, 2048 / H heads. Decoding reads half a gigabyte to a
+gigabyte of keys and values, more than any cache of a chip.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from kernels_pallas.decode_attention.api import (
   paged_attention,
 )
 from kernels_pallas.decode_attention.pages import (
-  LARGEST,
+  MAX_CODE,
   Pages,
   append_to_pages,
 )
@@ -34,15 +34,15 @@ TOKENS = 16384
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
-  """A call of attention: T = S = length.
+  """A call of attention with T = S = length.
 
   Attributes:
-    length: Tokens a row of the batch.
-    batch: Rows.
+    length: Tokens per batch row.
+    batch: Batch rows.
     heads: Heads of queries and of keys.
-    head_dim: Of queries, keys and values.
+    head_dim: Head dim of queries, keys and values.
     causal: Whether the mask is causal, else full.
-    direction: 'forward' or 'backward', which is both passes.
+    direction: 'forward', or 'backward', which is both passes.
   """
 
   length: int
@@ -54,7 +54,7 @@ class AttentionCall:
 
   @property
   def flops(self) -> float:
-    """Credited: 4 H a visible pair, 3.5 times that with the backward pass."""
+    """Credited FLOPs: 4 H per visible pair, 3.5 times that if backward."""
     pairs = self.length**2
     if self.causal:
       pairs = self.length * (self.length + 1) // 2
@@ -63,13 +63,13 @@ class AttentionCall:
 
   @property
   def name(self) -> str:
-    """What identifies it."""
+    """Unique name."""
     mask = "causal" if self.causal else "full"
     return f"H{self.head_dim}/T{self.length}/{mask}/{self.direction}"
 
 
 def attention_calls(tiny: bool) -> list[AttentionCall]:
-  """Of attention."""
+  """Returns the calls of attention to time."""
   lengths, dims = ((128,), (64,)) if tiny else (LENGTHS, HEAD_DIMS)
   return [
     AttentionCall(
@@ -84,13 +84,13 @@ def attention_calls(tiny: bool) -> list[AttentionCall]:
     for n in lengths
     for causal in (False, True)
     for direction in ("forward", "backward")
-    # Tiny, one with and one without a mask walk through all that there is.
+    # If tiny, one with and one without a mask cover all code paths.
     if not tiny or causal == (direction == "backward")
   ]
 
 
 def times(target: Target) -> list[Job]:
-  """Of attention, whole and in parts, of decoding and of appending."""
+  """Returns benchmarks of attention, ring parts, decoding and appending."""
   found = [_attention(target, row) for row in attention_calls(target.tiny)]
   found.append(_parts(target))
   found += [_decoding(target, x) for x in decode_steps(target)]
@@ -124,7 +124,7 @@ def _attention(target: Target, row: AttentionCall) -> Job:
 
 
 def _directed(row: AttentionCall, make: Callable[[], Any]) -> Callable[[], Any]:
-  """Of (q, k, v, do): the output, or it and all gradients."""
+  """Returns a function of (q, k, v, do): the output, or also all gradients."""
 
   def made():
     attend = make()
@@ -141,7 +141,7 @@ def _directed(row: AttentionCall, make: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _parts(target: Target) -> Job:
-  """A ring's steps on one device beside one call."""
+  """Times a ring's steps on one device against a single call."""
   length = 128 if target.tiny else 4096
   x = attention.Problem(
     sequence.causal_by_position, T=length, S=length, N=2 if target.tiny else 16,
@@ -162,13 +162,13 @@ def _parts(target: Target) -> Job:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeStep:
-  """A step of decoding: every row has as many tokens.
+  """A decoding step in which all rows have the same length.
 
   Attributes:
-    rows, tokens: Rows and tokens of each.
+    rows, tokens: Rows, and tokens of each.
     N, K, H: Heads of queries and of keys, head dim.
-    page: Tokens of a page, or 0 for a cache.
-    kv_dtype: Type of keys and values.
+    page: Tokens per page, or 0 for a cache.
+    kv_dtype: Dtype of keys and values.
   """
 
   rows: int = 32
@@ -181,21 +181,21 @@ class DecodeStep:
 
   @property
   def size(self) -> float:
-    """Bytes of keys and values, and of scales."""
+    """Bytes of keys, values and scales."""
     token = 2 * self.H * jnp.dtype(self.kv_dtype).itemsize
-    token += 8 if jnp.dtype(self.kv_dtype) in LARGEST else 0
+    token += 8 if jnp.dtype(self.kv_dtype) in MAX_CODE else 0
     return float(self.rows * self.tokens * self.K * token)
 
   @property
   def name(self) -> str:
-    """What identifies it."""
+    """Unique name."""
     kind = f"pages{self.page}" if self.page else "cache"
     shape = f"{self.rows}x{self.tokens}/N{self.N}/K{self.K}/H{self.H}"
     return f"{kind}/{self.kv_dtype}/{shape}"
 
 
 def decode_steps(target: Target) -> list[DecodeStep]:
-  """Of decoding: batches that fill a chip, and one long row."""
+  """Returns the decoding steps: batches that fill a chip, and one long row."""
   if target.tiny:
     small = DecodeStep(2, 64, 2, 1, 64)
     return [small, dataclasses.replace(small, page=32)]
@@ -212,14 +212,14 @@ def decode_steps(target: Target) -> list[DecodeStep]:
 
 
 def _cache(x: DecodeStep):
-  """Keys and values, and who has which pages."""
+  """Returns keys and values, and the page table."""
   if not x.page:
     shape = x.rows, x.K, x.tokens, x.H
     k, v = (jobs.normal(n, *shape, dtype=x.kv_dtype) for n in (1, 2))
     return (k, v), None
   width = x.tokens // x.page
   shape = x.rows * width, x.K, x.page, 2 * x.H
-  codes, scale = jnp.dtype(x.kv_dtype) in LARGEST, None
+  codes, scale = jnp.dtype(x.kv_dtype) in MAX_CODE, None
   kv = jobs.normal(1, *shape, dtype=jnp.bfloat16)
   kv = (kv * 20).astype(x.kv_dtype) if codes else kv.astype(x.kv_dtype)
   if codes:
@@ -258,7 +258,7 @@ def _decoding(target: Target, x: DecodeStep) -> Job:
 
 
 def _appending(target: Target, x: DecodeStep) -> Job:
-  """A token for each row, into pages that are not copied."""
+  """Times appending a token to each row, in place."""
   lens = jnp.full(x.rows, x.tokens, jnp.int32)
 
   def operands():

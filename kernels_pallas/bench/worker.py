@@ -1,7 +1,7 @@
-"""Runs jobs one after the other, and prints a line of JSON for each.
+"""Benchmark worker: runs jobs in order, and prints a line of JSON for each.
 
-A process of its own: what a kernel does to a chip may end it, or never end, and
-`supervisor` then starts another for the jobs that are left.
+It is a separate process: a kernel may crash or hang it, and `supervisor` then
+starts another one for the remaining jobs.
 """
 
 import importlib.util
@@ -15,17 +15,17 @@ from collections.abc import Callable
 from typing import Any
 
 BROKEN = 3
-"""Exit code where the chip does not compute any more."""
+"""Exit code if the chip no longer computes."""
 
 
 def set_up(tiny: bool) -> None:
-  """Before JAX is imported: what the process and its packages need.
+  """Sets up the process before JAX is imported.
 
   Args:
     tiny: Whether kernels are interpreted, on the CPU.
   """
   if tiny:
-    # The interpreter's threads wait for each other: XLA needs one for each.
+    # The interpreter's threads wait for each other, so XLA needs one for each.
     os.environ.setdefault("NPROC", "16")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
   if importlib.util.find_spec("jaxtyping") is None:
@@ -33,9 +33,10 @@ def set_up(tiny: bool) -> None:
 
 
 class _Unchecked(types.ModuleType):
-  """Stands for jaxtyping where it is absent: annotations that say nothing.
+  """Replaces jaxtyping if it is not installed, with annotations that do
+  nothing.
 
-  Kernels annotate with it, and nothing of a bench checks that.
+  The kernels are annotated with it, but benchmarks do not check that.
   """
 
   def __getattr__(self, name: str) -> type:
@@ -52,18 +53,18 @@ def run_jobs(
   done: set[str],
   seconds: float | None,
 ) -> int:
-  """Prints what the chip is and which jobs there are, then each job's line.
+  """Prints the chip and the names of all jobs, then each job's result.
 
   Args:
     platform: 'gpu' or 'tpu'.
-    make: From a `jobs.Target` to all jobs.
+    make: Maps a `jobs.Target` to all jobs.
     tiny: Whether kernels are interpreted, on the CPU.
     only: Regular expression for names.
-    done: Names of jobs that need not run.
-    seconds: In which jobs may start; None for as long as it takes.
+    done: Names of jobs to skip.
+    seconds: Time in which jobs may start; None for no limit.
 
   Returns:
-    The exit code: 0, `BROKEN`, or 1 where there is no such chip.
+    The exit code: 0, `BROKEN`, or 1 if there is no such chip.
   """
   start = time.monotonic()
   import jax
@@ -106,7 +107,7 @@ def _run(job: Any) -> dict[str, Any]:
 
 
 def _alive() -> bool:
-  """Whether the chip still adds: after an illegal access it does not."""
+  """Whether the chip still computes: after illegal accesses it does not."""
   import jax.numpy as jnp
 
   try:

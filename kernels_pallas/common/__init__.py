@@ -1,1 +1,1 @@
-"""What kernels share: chips, platforms, the C++ build, memory."""
+"""Shared by all kernels: chips, platforms, the C++ build, memory, copies."""

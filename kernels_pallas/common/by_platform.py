@@ -1,14 +1,14 @@
-"""One call, an implementation for each platform that it may be lowered for.
+"""`by_platform`: one call with a separate implementation for each platform.
 
-`jax.lax.platform_dependent` is the same idea, but traces every branch wherever
-the program runs: attention's kernels for TPU and GPU are 0.1 to 0.5 s a call,
-forward and backward, of a CPU that then lowers neither. Here a kernel is traced
-when a program is lowered for its platform, and nowhere else; what a kernel
-refuses stops nobody whose program is for another one.
+`jax.lax.platform_dependent` has the same purpose, but traces every branch on
+every platform: tracing the TPU and GPU attention kernels, forward and backward,
+costs a CPU program 0.1 to 0.5 s per call although it lowers neither. Here a
+kernel is traced only when a program is lowered for its platform, so a kernel
+that refuses a call does not affect programs for other platforms.
 
-It is a primitive that holds the default's jaxpr, so FLOP counters, shapes and
-types that vary over a mesh see that. Its batching rule maps every
-implementation. Its tangents are the default's, on all platforms.
+The call is a JAX primitive that carries the default's jaxpr: FLOP counters,
+shapes and varying mesh axes come from it. Batching maps every implementation.
+Forward-mode derivatives are the default's, on all platforms.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from jax.interpreters import ad, batching, mlir
 from kernels_pallas.common import target_platform
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-"""As lowering calls them; others have the default."""
+"""Platform names as in lowering; all others run the default."""
 
 _call = Primitive("by_platform")
 _call.multiple_results = True
@@ -31,19 +31,19 @@ def by_platform(
   default: Callable[..., Any],
   kernels: Mapping[str, Callable[..., Any]],
   *args: Any,
-  note: Callable[[str], None] = lambda platform: None,
+  on_lowering: Callable[[str], None] = lambda platform: None,
 ) -> Any:
-  """Returns what the implementation for the program's platform makes of `args`.
+  """Calls the implementation for the platform that the program is lowered for.
 
   Args:
-    default: Pure; what platforms run that `kernels` does not name. Its jaxpr is
-      held, which may not have primitives of JAX's new kind: with
-      `jnp.searchsorted` JAX says "is_high=True but no to_lojax lowering rule".
-      In `kernels` they do no harm.
-    kernels: By platform, one of `PLATFORMS`. Each returns the shapes and dtypes
-      that `default` does.
-    *args: Pytrees of arrays; all that the implementations depend on.
-    note: Called with the platform, each time the call is lowered for one.
+    default: A pure function, run on platforms missing from `kernels`. Its jaxpr
+      must not contain JAX's new-style primitives: with `jnp.searchsorted` JAX
+      raises "is_high=True but no to_lojax lowering rule". `kernels` may contain
+      them.
+    kernels: Implementations by platform, a subset of `PLATFORMS`. Each returns
+      the same shapes and dtypes as `default`.
+    *args: Pytrees of arrays; the implementations depend on nothing else.
+    on_lowering: Called with the platform each time the call is lowered.
   """
   leaves, tree = jax.tree.flatten(args)
 
@@ -55,21 +55,21 @@ def by_platform(
     *leaves,
     jaxpr=jaxpr,
     kernels=tuple((name, flat(run)) for name, run in kernels.items()),
-    note=note,
+    on_lowering=on_lowering,
   )
   return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-def _implementation(platform, jaxpr, kernels, note):
-  """The function over leaves that `platform` runs."""
-  note(platform)
+def _implementation(platform, jaxpr, kernels, on_lowering):
+  """Returns the function over flat leaves that `platform` runs."""
+  on_lowering(platform)
   return dict(kernels).get(platform) or jaxpr_as_fun(jaxpr)
 
 
 @_call.def_impl
 def _run(*xs, **params):
-  """Without `jit` a program is for where its arrays are."""
-  name, _ = target_platform.place_of(xs)
+  """Without `jit`, the platform is that of the arguments' device."""
+  name, _ = target_platform.device_of_arrays(xs)
   return _implementation("cuda" if name == "gpu" else name, **params)(*xs)
 
 
@@ -81,7 +81,7 @@ def _shapes(*_, jaxpr, **__):
 def _lower(platform):
   def rule(ctx, *xs, **params):
     if platform == "cpu" and ctx.module_context.lowering_parameters.for_export:
-      # What CPUs' kernels call is a library of this machine's.
+      # CPU kernels call a shared library that exists on this machine only.
       params["kernels"] = ()
     run = _implementation(platform, **params)
     return mlir.lower_fun(run, multiple_results=True)(ctx, *xs)
@@ -89,7 +89,7 @@ def _lower(platform):
   return rule
 
 
-def _batch(xs, axes, *, jaxpr, kernels, note):
+def _batch(xs, axes, *, jaxpr, kernels, on_lowering):
   def mapped(run):
     return jax.vmap(run, in_axes=tuple(axes))
 
@@ -97,13 +97,15 @@ def _batch(xs, axes, *, jaxpr, kernels, note):
     *xs,
     jaxpr=jax.make_jaxpr(mapped(jaxpr_as_fun(jaxpr)))(*xs),
     kernels=tuple((name, mapped(run)) for name, run in kernels),
-    note=note,
+    on_lowering=on_lowering,
   )
   return results, (0,) * len(results)
 
 
-def _tangents(xs, tangents, *, jaxpr, kernels, note):
-  results = _call.bind(*xs, jaxpr=jaxpr, kernels=kernels, note=note)
+def _tangents(xs, tangents, *, jaxpr, kernels, on_lowering):
+  results = _call.bind(
+    *xs, jaxpr=jaxpr, kernels=kernels, on_lowering=on_lowering
+  )
   dots = tuple(map(ad.instantiate_zeros, tangents))
   return results, jax.jvp(jaxpr_as_fun(jaxpr), tuple(xs), dots)[1]
 

@@ -1,6 +1,6 @@
-"""What chips can do: the one table of peaks, for TPUs and GPUs.
+"""Peak FLOP/s, memory and bandwidth of TPUs and GPUs, in one table.
 
-TPUs: Cloud TPU's documentation, the page of each version; links as in "How to
+TPUs: Cloud TPU documentation, the page of each version; links as in "How to
 scale your model" (Austin et al. 2025), section on TPUs. GPUs: NVIDIA's data
 sheets, without sparsity.
 """
@@ -12,16 +12,16 @@ GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """What one chip can do; None where nobody knows.
+  """Peak rates and memory of one chip; None where unknown.
 
   Attributes:
-    name: As people call it.
-    memory: Bytes of its main memory.
+    name: Common name.
+    memory: Main memory in bytes.
     kind: Device kind, as JAX calls it.
-    flops: bf16 products and sums a second.
-    bandwidth: Bytes a second of its main memory.
-    link: Bytes a second to its neighbours along one axis of the torus, both
-      directions together.
+    flops: Peak bf16 FLOP/s, counting multiplies and adds.
+    bandwidth: Main memory bandwidth in bytes/s.
+    link: Bandwidth in bytes/s to the neighbours along one axis of the torus,
+      both directions together.
   """
 
   name: str
@@ -51,9 +51,9 @@ GPUS = _table(
   ("b200", "NVIDIA B200", 180e9, 2250e12, 8e12),
 )
 CHIPS = TPUS | GPUS
-"""By name."""
+"""Chips by name."""
 
 
-def of_kind(kind: str) -> Chip | None:
-  """The chip that JAX calls `kind`, or None where the table has none."""
+def find_by_kind(kind: str) -> Chip | None:
+  """Returns the chip whose JAX device kind is `kind`, or None."""
   return next((c for c in CHIPS.values() if c.kind == kind), None)

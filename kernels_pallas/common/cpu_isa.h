@@ -1,16 +1,16 @@
-// Instruction sets that attention and decoding are compiled for, and which of
-// them a CPU runs.
+// Instruction sets that the attention and decoding kernels are compiled for,
+// and the choice of one that this CPU supports.
 
 #ifndef KERNELS_CPU_ISA_H_
 #define KERNELS_CPU_ISA_H_
 
 #include <string>
 
-// Sums live in registers only where loops over them are unrolled.
+// Accumulators stay in registers only if loops over them are unrolled.
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 
-// What `chosen` looks for.
+// The features that `chosen` checks for.
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma")))
 
@@ -18,8 +18,8 @@ namespace isa {
 
 enum class Isa { kNone, kPortable, kAvx2, kAvx512 };
 
-// Returns the set called `name`, "auto" being the best that this CPU has; kNone
-// where it has none of that name.
+// Returns the instruction set called `name`, or for "auto" the best that this
+// CPU supports; kNone if the CPU does not support it.
 inline Isa chosen(const std::string& name) {
   const bool any = name == "auto";
 #if defined(__x86_64__)

@@ -1,8 +1,8 @@
-"""C++ kernels for CPUs: compiled at first use, and called by XLA.
+"""C++ kernels for CPUs: compiled at first use, called through XLA's FFI.
 
-A library lies in the user's cache directory under a name that says what it was
-made from: source, compiler, flags and XLA's headers. Where there is no C++
-compiler, or it fails, that is said once and plain XLA computes instead.
+A compiled library is cached in the user's cache directory, under a hash of its
+source, compiler, flags and XLA's headers. Without a working C++ compiler a
+warning is issued once, and plain XLA is used instead.
 """
 
 import ctypes
@@ -32,39 +32,39 @@ COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 120
 
 
-class Unavailable(RuntimeError):
-  """A library cannot be compiled or loaded here; says why."""
+class LibraryUnavailable(RuntimeError):
+  """A library cannot be compiled or loaded here; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-  """A library of kernels, from one source and what it includes beside it.
+  """A library of kernels: one C++ source and the files it includes.
 
   Attributes:
-    name: Of the file, before its digest.
-    source: Its C++.
-    parts: What it includes, relative to its folder.
-    targets: (name by which compiled programs call it, symbol) of each handler.
-    without: What the warning says where it cannot be had.
+    name: File name, before the hash.
+    source: The C++ source.
+    includes: Included files, relative to the source's folder.
+    targets: (FFI target name, symbol) of each handler.
+    warning: Warning issued if the library is unavailable.
   """
 
   name: str
   source: pathlib.Path
-  parts: tuple[str, ...]
+  includes: tuple[str, ...]
   targets: tuple[tuple[str, str], ...]
-  without: str
+  warning: str
 
   def build(self, folder: pathlib.Path) -> pathlib.Path:
-    """Returns the compiled library in `folder`, made unless it is there.
+    """Returns the path of the compiled library, compiling it if not cached.
 
     Raises:
-      Unavailable: it cannot be made.
+      Unavailable: It cannot be compiled.
     """
     cxx = compiler()
     try:
       include = pathlib.Path(jax.ffi.include_dir())
       made = folder / f"{self.name}-{self._digest(cxx, include)}.so"
-      if is_whole(made):
+      if is_intact(made):
         return made
       folder.mkdir(mode=0o700, parents=True, exist_ok=True)
       with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -78,43 +78,43 @@ class Library:
         )
         data = new.read_bytes()
         new.write_bytes(data + hashlib.sha256(data).digest())
-        # Whole or not at all, whoever else compiles it at the same time.
+        # Atomic, since other processes may compile the same library.
         os.replace(new, made)
     except subprocess.CalledProcessError as error:
       lines = error.stderr.decode("utf-8", "replace").splitlines()
-      said = next((line for line in lines if "error" in line), "no message")
-      raise Unavailable(f"{cxx} failed: {said[:200]}") from error
+      message = next((line for line in lines if "error" in line), "no message")
+      raise LibraryUnavailable(f"{cxx} failed: {message[:200]}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-      raise Unavailable(f"{cxx}: {error}") from error
+      raise LibraryUnavailable(f"{cxx}: {error}") from error
     return made
 
   def _digest(self, cxx: str, include: pathlib.Path) -> str:
-    """Of everything that the compiled library depends on."""
+    """Hashes everything that the compiled library depends on."""
     version = subprocess.run(
       [cxx, "--version"], capture_output=True, timeout=_SECONDS, check=True
     ).stdout
-    files = [self.source.parent / name for name in self.parts]
+    files = [self.source.parent / name for name in self.includes]
     files += [self.source, *sorted((include / "xla/ffi/api").glob("*.h"))]
     parts = [path.read_bytes() for path in files]
     parts += [version, " ".join(FLAGS).encode(), platform.machine().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
   def load(self, folder: pathlib.Path) -> None:
-    """Compiles the library if needed, and tells XLA of it.
+    """Compiles the library if needed, and registers its handlers with XLA.
 
     Raises:
-      Unavailable: it cannot be compiled or loaded.
+      Unavailable: It cannot be compiled or loaded.
     """
     made = self.build(folder)
     if made.stat().st_uid not in (os.getuid(), 0):
-      raise Unavailable(f"{made}: belongs to another user")
+      raise LibraryUnavailable(f"{made}: belongs to another user")
     try:
       loaded = ctypes.CDLL(str(made))
       handlers = [
         (target, getattr(loaded, symbol)) for target, symbol in self.targets
       ]
     except (OSError, AttributeError) as error:
-      raise Unavailable(f"{made}: {error}") from error
+      raise LibraryUnavailable(f"{made}: {error}") from error
     for target, handler in handlers:
       jax.ffi.register_ffi_target(
         target, jax.ffi.pycapsule(handler), platform="cpu"
@@ -123,12 +123,12 @@ class Library:
 
 @functools.cache
 def available(library: Library) -> bool:
-  """Whether a library is there; compiles it at first, warns once if not."""
+  """Whether the library can be used; compiles it once, warns once if not."""
   try:
     library.load(cache_folder())
-  except Unavailable as error:
+  except LibraryUnavailable as error:
     warnings.warn(
-      f"{library.without.format(error=error)} Install g++ or clang++, or set "
+      f"{library.warning.format(error=error)} Install g++ or clang++, or set "
       "CXX.",
       RuntimeWarning,
       stacklevel=2,
@@ -138,24 +138,24 @@ def available(library: Library) -> bool:
 
 
 def compiler() -> str:
-  """Returns the path of a C++ compiler: `$CXX`, or the first that is found.
+  """Returns the path of a C++ compiler: `$CXX`, or the first one found.
 
   Raises:
-    Unavailable: there is none.
+    Unavailable: There is none.
   """
   named = os.environ.get("CXX")
   for name in (named,) if named else COMPILERS:
     if found := shutil.which(name):
       return found
-  raise Unavailable(
+  raise LibraryUnavailable(
     f"no C++ compiler (looked for {named or ', '.join(COMPILERS)})"
   )
 
 
-def is_whole(made: pathlib.Path) -> bool:
-  """Whether a library ends with its own digest: half of one kills a process.
+def is_intact(made: pathlib.Path) -> bool:
+  """Whether the file ends with its own SHA-256: a truncated one would crash.
 
-  What stands after its end, a loader does not look at.
+  The dynamic loader ignores bytes after the end of the library.
   """
   if not made.is_file():
     return False
@@ -164,6 +164,6 @@ def is_whole(made: pathlib.Path) -> bool:
 
 
 def cache_folder() -> pathlib.Path:
-  """Returns where the user's compiled libraries lie."""
+  """Returns the folder of the user's compiled libraries."""
   home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   return pathlib.Path(home) / "heptad" / "libraries"

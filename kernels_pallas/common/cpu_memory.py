@@ -1,9 +1,10 @@
-"""Weights in huge pages, for programs on CPUs that read all of them each step.
+"""Huge pages for weights, for CPU programs that read all of them each step.
 
-Decoding reads memory once through. In pages of 4 KiB a core spends a third of
-that time on looking pages up (on a virtual machine, twice over), and the CPU's
-own prefetching stops at each one's end. `malloc` gives no others to arrays of
-some megabytes, whatever `GLIBC_TUNABLES` says: they hold few whole huge pages.
+Decoding streams through memory. With 4 KiB pages a core spends a third of that
+time on TLB misses (twice as much on a virtual machine), and the hardware
+prefetcher stops at each page boundary. `malloc` does not place arrays of a few
+megabytes in huge pages, whatever `GLIBC_TUNABLES` says, since they span few
+whole ones.
 """
 
 import mmap
@@ -14,15 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
-SMALLEST = 32 << 20
-"""Bytes; less fits in caches."""
+MIN_BYTES = 32 << 20
+"""Bytes; smaller trees fit into caches."""
 
 _PAGE = 2 << 20
 _LINE = 64
-"""At whose multiples XLA wants arrays."""
+"""Alignment in bytes that XLA expects of arrays."""
 
 _PACKED = re.compile("u?int[24]|float4")
-"""Types that XLA packs: it would read other bytes than it is given."""
+"""Sub-byte types that XLA packs: it would misread an aliased buffer."""
 
 _ENABLED = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MEMORY = pathlib.Path("/proc/meminfo")
@@ -30,14 +31,13 @@ _GROUP = pathlib.Path("/sys/fs/cgroup")
 
 
 def in_huge_pages(tree: Any) -> Any:
-  """Returns a tree whose arrays lie one after another in huge pages.
+  """Returns the tree with its arrays copied into one region of huge pages.
 
-  They are copies, of the same values on the same device; what keeps one of
-  them keeps the memory of all. The tree itself is returned where it is small,
-  where the system has no huge pages (none but Linux has them here), or where
-  no more than two copies would fit into free memory. Arrays on other
-  platforms, on several devices, of less than a byte a number, or weakly typed
-  stay where they are.
+  The copies have the same values and device; a reference to one of them keeps
+  the whole region alive. Returns the tree unchanged if it is small, if the
+  system has no huge pages (only Linux is supported), or if free memory does not
+  hold two copies. Leaves unchanged: arrays on other platforms or on several
+  devices, with less than a byte per element, or weakly typed.
 
   Args:
     tree: A pytree of arrays.
@@ -46,11 +46,11 @@ def in_huge_pages(tree: Any) -> Any:
   chosen = {id(x): x for x in leaves if _on_one_cpu(x)}
   ends = np.cumsum([-(-x.nbytes // _LINE) * _LINE for x in chosen.values()])
   size = int(ends[-1]) if chosen else 0
-  if size < SMALLEST or not _can_have(size):
+  if size < MIN_BYTES or not _can_have(size):
     return tree
   try:
     region = _region(size)
-  except OSError:  # A limit that nothing above knows of.
+  except OSError:  # A limit that the checks above cannot see.
     return tree
   starts = [0, *ends[:-1].tolist()]
   moved = {
@@ -71,7 +71,7 @@ def _on_one_cpu(x: Any) -> bool:
 
 
 def _can_have(size: int) -> bool:
-  """Whether the system has huge pages, and twice so much memory to spare."""
+  """Whether the system has huge pages and twice `size` bytes free."""
   try:
     if "[never]" in _ENABLED.read_text() or not hasattr(mmap, "MADV_HUGEPAGE"):
       return False
@@ -84,18 +84,18 @@ def _can_have(size: int) -> bool:
 
 
 def _left_to_group() -> float:
-  """Bytes that a container may still take, infinity if nobody says."""
+  """Returns the bytes left in the container's limit; infinity without one."""
   try:
     most, now = (
       (_GROUP / f"memory.{name}").read_text() for name in ("max", "current")
     )
     return float(most) - float(now)
-  except (OSError, ValueError):  # There is no group, or no limit: "max".
+  except (OSError, ValueError):  # No cgroup, or no limit: "max".
     return float("inf")
 
 
 def _region(size: int) -> np.ndarray:
-  """`size` bytes from a huge page's start on."""
+  """Returns `size` bytes that start at a huge page."""
   memory = mmap.mmap(-1, size + _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
   memory.madvise(mmap.MADV_HUGEPAGE)
   found = np.frombuffer(memory, np.uint8)
@@ -104,7 +104,7 @@ def _region(size: int) -> np.ndarray:
 
 
 def _copied(x: jax.Array, place: np.ndarray) -> jax.Array:
-  """An array of the values of `x`, which XLA reads where they are put."""
+  """Copies `x` into `place` and returns a JAX array that aliases it."""
   here = place.view(x.dtype).reshape(x.shape)
   here[...] = np.asarray(x)
   if x.committed:

@@ -1,4 +1,4 @@
-// How threads share the tasks of one call.
+// A work queue: threads share the tasks of one call.
 
 #ifndef KERNELS_CPU_TASKS_H_
 #define KERNELS_CPU_TASKS_H_
@@ -11,8 +11,8 @@
 
 namespace tasks {
 
-// Helpers may start after all is done: they hold the work, find no task left,
-// and touch nothing else.
+// Helpers may start after all tasks are done: they keep the work alive, find no
+// task left, and touch nothing else.
 template <class Work>
 struct Shared {
   Work work;
@@ -31,9 +31,9 @@ struct Shared {
   }
 };
 
-// Calls work(0) to work(count - 1), in this order by whoever is free, and
-// returns when all are done. `schedule(task)` runs a task some time on another
-// thread; `workers` of them work, this one included.
+// Calls work(0) to work(count - 1), each on the next free thread, and returns
+// when all are done. `schedule(task)` runs a task on another thread at some
+// later time; `workers` threads work, including this one.
 template <class Work, class Schedule>
 void share(int64_t count, int64_t workers, Work work,
            const Schedule& schedule) {
@@ -41,7 +41,7 @@ void share(int64_t count, int64_t workers, Work work,
   for (int64_t i = 1; i < workers && i < count; ++i) {
     schedule([shared] { shared->run(); });
   }
-  // Works too, so that it never waits for a helper that has not started.
+  // This thread works too, so it never waits for a helper that has not started.
   shared->run();
   while (shared->done.load(std::memory_order_acquire) < count) {
     std::this_thread::yield();

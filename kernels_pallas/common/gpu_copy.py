@@ -1,14 +1,14 @@
-"""Copies into a GPU's shared memory by `cp.async`, 16 bytes a thread at a time.
+"""Asynchronous copies into GPU shared memory by `cp.async`, 16 bytes a thread.
 
-A copy says for each row where it lies, so that a tile is any run of tokens,
-of a cache or of pages, and whether it is read at all: rows outside the range
-are filled with zeros in shared memory and cost no bytes of the GPU's memory.
-What lies there, NaN included, then reaches nothing. Pallas' own copies are
-`cp.async` before Hopper and need a barrier in memory from Hopper on; these are
-the same instruction on all of them.
+A copy gives an address for each row, so a tile can be any run of tokens of a
+cache or of pages, and a flag whether to read it: rows outside the valid range
+are filled with zeros in shared memory without reading global memory. NaN in
+skipped rows therefore never reaches a result. Pallas' own copies are `cp.async`
+before Hopper and need a barrier in memory from Hopper on; these copies are the
+same instruction on every architecture.
 
-`gpu_copy_rows` has the instructions. The GPU interpreter has neither: with
-`interpreted` a copy is an assignment.
+`gpu_copy_rows` emits the instructions. The GPU interpreter does not support
+them: with `interpreted` a copy is an assignment.
 """
 
 import math
@@ -25,11 +25,11 @@ from kernels_pallas.common import gpu_copy_rows as rows
 from kernels_pallas.common.gpu_copy_rows import LINES, Source
 
 COLUMNS = 64
-"""The most 16-bit numbers of a row of a swizzled tile."""
+"""The most 16-bit elements in a row of a swizzled tile."""
 
 
 def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
-  """Shared memory for rows of 16-bit numbers, or of pairs of codes."""
+  """Returns shared memory for rows of 16-bit elements, or of pairs of codes."""
   return plgpu.SMEM(shape, dtype, transforms=_transforms(shape[-1]))
 
 
@@ -48,16 +48,16 @@ def fetch(
   copies: list[tuple[Any, Any, Any]],
   where: tuple[Any, ...],
 ) -> None:
-  """Starts copies of a tile's rows; `commit` ends a group of them.
+  """Starts copying a tile's rows; `commit` closes the group of copies.
 
   Args:
-    interpreted: Whether to assign.
-    x: Where tokens lie.
-    table: Reference, which may be anything where none is needed.
-    copies: Of each the array of rows, the first of its columns to copy, and
+    interpreted: Whether to assign instead.
+    x: How tokens map to lines of the arrays.
+    table: Reference to the page table; unused without pages.
+    copies: For each copy, the array of rows, its first column, and the target
       [tile, n] in shared memory.
-    where: (row, head, first token, begin, end): tokens outside [begin, end)
-      are zeros.
+    where: (row, head, first token, begin, end); tokens outside [begin, end)
+      are filled with zeros.
   """
   if interpreted:
     for lines, column, target in copies:
@@ -87,16 +87,16 @@ def fetch_scales(
   target: Any,
   where: tuple[Any, ...],
 ) -> None:
-  """Starts the copy of a tile's scales, 4 bytes a thread.
+  """Starts copying a tile's scales, 4 bytes a thread.
 
   Args:
-    interpreted: Whether to assign.
-    x: Where tokens lie, in pages.
-    table: Reference.
-    scales: `[pages * 2 * stride * size]`: of a page those of keys, by head,
-      and then those of values.
+    interpreted: Whether to assign instead.
+    x: How tokens map to pages.
+    table: Reference to the page table.
+    scales: `[pages * 2 * stride * size]`; for each page the scales of keys, by
+      head, then those of values.
     target: [2 * tile] in shared memory.
-    where: As of `fetch`; scales outside of the range are 0.
+    where: As in `fetch`; scales outside of the range are 0.
   """
   if interpreted:
     _assign_scales(x, table, scales, target, where)
@@ -112,16 +112,16 @@ def fetch_scales(
   copy(table, scales, target, [jnp.int32(n) for n in where])
 
 
-def rectangle(
+def fetch_rectangle(
   interpreted: bool, source: Any, target: Any, where: tuple[Any, ...]
 ) -> None:
-  """Starts the copy of a part of a matrix.
+  """Starts copying a rectangle of a matrix.
 
   Args:
-    interpreted: Whether to assign.
+    interpreted: Whether to assign instead.
     source: [lines, columns].
     target: [height, width] in shared memory, rows of multiples of 16 bytes.
-    where: (first line, first column, whether any of it is read, else zeros are
+    where: (first line, first column, whether to read; if not, zeros are
       written).
   """
   line, column, live = where
@@ -139,7 +139,7 @@ def rectangle(
 
 
 def commit(interpreted: bool) -> None:
-  """Makes the copies since the last one a group, which may be empty."""
+  """Closes a group of all copies since the last commit, possibly none."""
   if interpreted:
     return
 
@@ -151,9 +151,9 @@ def commit(interpreted: bool) -> None:
 
 
 def wait(interpreted: bool, most: int) -> None:
-  """Until at most so many groups are under way, for all threads.
+  """Waits until at most `most` groups are in flight, then synchronizes threads.
 
-  What any of them read before is no longer needed by it.
+  After it, no thread still needs what it read before.
   """
   if interpreted:
     return
@@ -166,8 +166,8 @@ def wait(interpreted: bool, most: int) -> None:
   run()
 
 
-def meet(interpreted: bool) -> None:
-  """What any thread stored in shared memory is there for all of them.
+def sync_warpgroup(interpreted: bool) -> None:
+  """Synchronizes the warpgroup: all threads see stores to shared memory.
 
   Without the fence of `commit_smem`, which Ampere does not have.
   """
@@ -181,8 +181,8 @@ def meet(interpreted: bool) -> None:
   run()
 
 
-def part(interpreted: bool, parts: int) -> Any:
-  """Which part of a tile is this warp's."""
+def warp_part(interpreted: bool, parts: int) -> Any:
+  """Returns which part of a tile this warp works on."""
   if interpreted:
     return 0
   scalar = plgpu.Layout.WG_SPLAT(())
@@ -200,10 +200,10 @@ def part(interpreted: bool, parts: int) -> Any:
 
 
 def _assign(x: Source, table, lines, column, target, where):
-  """The copy as the interpreter runs it."""
+  """The copy of rows, as the interpreter runs it."""
   row, head, first, begin, end = where
   tile, n = target.shape
-  # Runs of rows that lie together; those that are not read are any others.
+  # Contiguous runs of rows; rows outside the range may read any others.
   found, step = [], tile if x.width is None else math.gcd(tile, x.size)
   for at in range(0, tile, step):
     line = row * x.size + first + at

@@ -1,4 +1,4 @@
-"""The instructions of a copy of `gpu_copy`: addresses and `cp.async`."""
+"""Instructions of the copies in `gpu_copy`: addresses and `cp.async`."""
 
 import dataclasses
 
@@ -11,21 +11,22 @@ CHUNK = 16
 
 THREADS = 128
 LINES = 8
-"""Rows of a swizzled tile."""
+"""Rows per swizzled tile."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where the tokens of a row lie in an array of rows, `[lines, columns]`.
+  """How the tokens of a batch row map to lines of an array `[lines, columns]`.
 
-  Token t of a row lies in line `(place * stride + head) * size + t % size`,
-  where place is entry `row * width + t // size` of the table; or, without a
-  table, in line `row * size + t`, and the head in its columns.
+  With a page table, token t is in line
+  `(page * stride + head) * size + t % size`, where page is entry
+  `row * width + t // size` of the table. Without one it is in line
+  `row * size + t`, and the head selects columns.
 
   Attributes:
-    size: Tokens of a page, or of a row's cache.
-    width: Pages of a row in the table, or None without one.
-    stride: Key heads.
+    size: Tokens per page, or per row of the cache.
+    width: Pages per row of the table, or None without a table.
+    stride: Number of key heads.
   """
 
   size: int
@@ -34,7 +35,7 @@ class Source:
 
 
 class _Rows:
-  """Which line each token of a tile lies in, and whether it is read."""
+  """The line of each token of a tile, and whether it is read."""
 
   def __init__(self, x: Source, table, tile, where):
     self.x, self.table = x, table
@@ -42,11 +43,11 @@ class _Rows:
     last = arith.subi(self.end, i32(1))
     self.last, self.once = arith.maxsi(last, i32(0)), None
     if x.width is not None and x.size % tile == 0:
-      # A tile begins at a multiple of itself: no page ends within it.
+      # A tile starts at a multiple of its size, so it lies within one page.
       self.once = self._page(arith.minsi(self.first, self.last))
 
   def token(self, r):
-    """The token of row r, or one that is read; and whether it is that."""
+    """Returns row r's token, clamped to a readable one, and its validity."""
     token = _add(self.first, r)
     inside = arith.andi(
       arith.cmpi(arith.CmpIPredicate.sge, token, self.begin),
@@ -55,7 +56,7 @@ class _Rows:
     return arith.select(inside, token, self.last), inside
 
   def line(self, token, many=1, which=None):
-    """Where a token lies, in arrays that hold a page's heads so many times."""
+    """Returns a token's line in an array of `many` sets of heads a page."""
     if self.x.width is None:
       return _add(_mul(self.row, self.x.size), token)
     place = self._page(token) if self.once is None else self.once
@@ -77,7 +78,7 @@ def _thread():
 
 
 def copy_rows(x: Source, table, copies, where):
-  """The instructions of a thread: rows, then of each the chunks of copies."""
+  """Emits one thread's copies of rows: rows outermost, then chunks."""
   shapes = [ir.MemRefType(into.type).shape[-4:] for _, _, into in copies]
   tile = shapes[0][0] * LINES
   across = [n[1] * n[3] * 2 // CHUNK for n in shapes]
@@ -99,10 +100,10 @@ def copy_rows(x: Source, table, copies, where):
 
 
 def copy_scales(x: Source, table, scales, into, where):
-  """The instruction of a thread: one scale."""
+  """Emits one thread's copy of a scale."""
   tile = ir.MemRefType(into.type).shape[0] // 2
   rows, thread = _Rows(x, table, tile, where), _thread()
-  # Of short tiles some threads copy what others do, too.
+  # For short tiles several threads copy the same scale.
   at = arith.remui(thread, i32(2 * tile))
   token, inside = rows.token(arith.remui(at, i32(tile)))
   line = rows.line(token, 2, arith.divui(at, i32(tile)))
@@ -116,12 +117,12 @@ def copy_scales(x: Source, table, scales, into, where):
 
 
 def copy_rectangle(source, into, where):
-  """The instructions of a thread: a part of a matrix to contiguous memory.
+  """Emits one thread's copies of a rectangle of a matrix.
 
   Args:
     source: [lines, columns].
-    into: [height, width] in shared memory, without a swizzle.
-    where: (first line, first column, bytes of a chunk that are read).
+    into: [height, width] in shared memory, contiguous, not swizzled.
+    where: (first line, first column, bytes to read per chunk).
   """
   line, column, read = where
   i64 = ir.IntegerType.get_signless(64)
@@ -137,7 +138,7 @@ def copy_rectangle(source, into, where):
   for n in range(-(-total // THREADS)):
     at = _add(_thread(), i32(n * THREADS))
     if total % THREADS:
-      # Of small parts some threads copy what others do, too.
+      # For small rectangles several threads copy the same chunk.
       at = arith.remui(at, i32(total))
     y = _add(line, arith.divui(at, i32(across)))
     x = _add(_mul(column, size), _mul(arith.remui(at, i32(across)), CHUNK))
@@ -153,11 +154,11 @@ def _global(lines):
 
 
 def _start(lines, column, into, thread, across):
-  """Of a thread's copies: addresses, bytes of a line, its chunk, the tiles."""
+  """Returns a thread's addresses, line pitch, chunk and the tile's shape."""
   word, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
   kind = ir.MemRefType(lines.type)
   size = mgpu.utils.bitwidth(kind.element_type) // 8
-  # THREADS is a multiple of a row's chunks: a thread copies one column.
+  # THREADS is a multiple of a row's chunks, so a thread stays in one column.
   chunk = arith.remui(thread, i32(across))
   offset = _add(_mul(column.registers.item(), size), _mul(chunk, CHUNK))
   source = llvm.ptrtoint(i64, _global(lines))
@@ -168,13 +169,13 @@ def _start(lines, column, into, thread, across):
 
 
 def _issue(one, line, r, read):
-  """One instruction: 16 bytes of a line to row r of a tile."""
+  """Emits one instruction: 16 bytes of a line to row r of a tile."""
   source, target, width, chunk, wide, swizzle = one
   i64, chunks = ir.IntegerType.get_signless(64), swizzle // CHUNK
   offset = arith.muli(arith.extui(i64, line), arith.constant(i64, width))
   inner, outer = arith.remui(r, i32(LINES)), arith.divui(r, i32(LINES))
   block = _add(_mul(outer, wide), arith.divui(chunk, i32(chunks)))
-  # Bits 7 and on of an address change bits 4 and on.
+  # The swizzle XORs address bits from 7 on into bits from 4 on.
   turn = arith.divui(inner, i32(LINES // chunks))
   place = arith.xori(arith.remui(chunk, i32(chunks)), turn)
   at = _add(_mul(block, LINES), inner)
@@ -193,7 +194,7 @@ def _cp_async(kind, size, target, source, read):
 
 
 def i32(value: int):
-  """A constant."""
+  """Returns a 32-bit integer constant."""
   return arith.constant(ir.IntegerType.get_signless(32), value)
 
 

@@ -1,4 +1,4 @@
-"""What Mosaic GPU kernels write, by any JAX that the package admits."""
+"""Stores from Mosaic GPU kernels, for every supported version of JAX."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 def store(ref: Any, value: jax.Array) -> None:
-  """Registers to shared or global memory, in whatever pieces a layout has.
+  """Stores registers to shared or global memory, for any layout.
 
-  JAX 0.11 has no `plgpu.store`; an assignment is one there, of this kind.
+  JAX 0.11 has no `plgpu.store`; there an assignment does the same.
 
   Args:
-    ref: Where to.
-    value: Of its dtype.
+    ref: Target reference.
+    value: Value of the reference's dtype.
   """
   if hasattr(plgpu, "store"):
     plgpu.store(ref, value, optimized=False)

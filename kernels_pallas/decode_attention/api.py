@@ -1,10 +1,10 @@
-"""`decode_attention`, `paged_attention`: attention of new tokens to a memory.
+"""`decode_attention` and `paged_attention`: new tokens attend to a KV cache.
 
-A new token sees the keys of its own row up to itself, within a window of
-`window` keys; nothing else of the memory matters, NaN included. Query head n
-uses key head n // (N / K). Sums are held in float32 (float64 for float64
-queries in `reference` and `xla`). A query that sees no key gives output 0 and
-log-sum-exp -inf (with sinks, that of the sink). Decoding has no gradient.
+A new token sees the keys of its own row up to and including itself, within a
+window of `window` keys; nothing else in the cache matters, not even NaN. Query
+head n uses key head n // (N / K). Sums are accumulated in float32 (float64 for
+float64 queries in `reference` and `xla`). A query that sees no key gives output
+0 and log-sum-exp -inf (with sinks, that of the sink). Decoding has no gradient.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common.target_platform import accumulator, device
+from kernels_pallas.common.target_platform import accumulator, program_device
 from kernels_pallas.decode_attention import pages as paging
 from kernels_pallas.decode_attention import ragged
 from kernels_pallas.decode_attention import work as works
 from kernels_pallas.decode_attention.cpu import cpu_decode
-from kernels_pallas.decode_attention.dispatch import BACKENDS, automatic
+from kernels_pallas.decode_attention.dispatch import BACKENDS, resolve_auto
 from kernels_pallas.decode_attention.dispatch import choose as choose
 from kernels_pallas.decode_attention.gpu.mosaic_gpu import (
   KEYS,
   mosaic_gpu_decode,
-  refused,
   splits_for,
+  unsupported,
 )
 from kernels_pallas.decode_attention.pages import Pages
 from kernels_pallas.decode_attention.reference import (
@@ -43,7 +43,7 @@ from kernels_pallas.decode_attention.xla import xla_decode
 KERNELS = ("mosaic_tpu", "mosaic_gpu")
 
 TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
-"""Kinds of device whose two cores share the parallel steps of a kernel."""
+"""Device kinds whose two cores share the parallel steps of a kernel."""
 
 
 def decode_attention(
@@ -64,34 +64,35 @@ def decode_attention(
 ) -> (
   Float[Array, "B N Hv"] | tuple[Float[Array, "B N Hv"], Float[Array, "B N"]]
 ):
-  """Attention of one new token a row to that row's cache.
+  """Attention of one new token per row to that row's cache.
 
-  A cache kept as [B, K, S, H] and passed as `cache.swapaxes(1, 2)` is not
-  copied; TPU kernels take an S that is a multiple of 16 (8 in float32, where
-  they are asked for by name).
+  A cache stored as [B, K, S, H] and passed as `cache.swapaxes(1, 2)` is not
+  copied. TPU kernels need an S that is a multiple of 16 (8 in float32, if the
+  backend is named explicitly).
 
   Args:
     q: Queries; row b's is at position `lengths[b] - 1`.
     k: Keys, position s in slot s.
     v: Values.
-    lengths: Tokens in the cache, the new one included; 0 for padding.
-    window: Keys that a query sees at most, itself included.
-    sinks: A logit a head that joins the denominator only; -inf is none.
+    lengths: Tokens in the cache, including the new one; 0 for padding.
+    window: Most keys that a query sees, including its own.
+    sinks: One logit per head that joins the denominator only; -inf disables it.
     scale: Default H ** -0.5.
     softcap: c of c tanh(logit / c).
     return_lse: Also return the natural log-sum-exp, sinks included.
     backend: One of `BACKENDS`; for 'auto' see `dispatch`.
-    blocks: How the work is cut.
-    interpret: Of Pallas backends, as of `pl.pallas_call`; runs them anywhere.
-    precision: Of the matmuls, as in `jax.lax.dot`.
+    blocks: Block sizes and number of splits.
+    interpret: For Pallas backends, as in `pl.pallas_call`; runs them on any
+      platform.
+    precision: Precision of the matmuls, as in `jax.lax.dot`.
 
   Returns:
     The output in the dtype of q; with `return_lse`, also the log-sum-exp in
     the accumulator dtype.
 
   Raises:
-    ValueError: Shapes that do not fit, unsupported arguments, or (where they
-      are known) lengths beyond S.
+    ValueError: Shapes do not match, arguments are unsupported, or lengths, if
+      known, exceed S.
   """
   _check_floats(q=(q, 3), k=(k, 4), v=(v, 4), sinks=(sinks, 1))
   (B, _, H), shapes = q.shape, f"q {q.shape}, k {k.shape}, v {v.shape}"
@@ -105,11 +106,11 @@ def decode_attention(
       f"decode_attention: found {shapes}, lengths {lengths.shape}; expected "
       "one B"
     )
-  held = works.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+  storage = works.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
   spec = _spec(H, scale, softcap, window, precision)
-  rows = ragged.rows(B, None, lengths, None, k.shape[:2])
+  rows = ragged.make_rows(B, None, lengths, None, k.shape[:2])
   return _run(
-    spec, q, held, rows, sinks, return_lse, backend, blocks, interpret
+    spec, q, storage, rows, sinks, return_lse, backend, blocks, interpret
   )
 
 
@@ -132,45 +133,45 @@ def paged_attention(
 ) -> (
   Float[Array, "T N Hv"] | tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]
 ):
-  """Attention of new tokens, few or many a row, to pages.
+  """Attention of new tokens, one or more per row, to pages of keys and values.
 
-  Token t of the q_len new ones of a row of kv_len tokens is at position
-  kv_len - q_len + t: rows that decode and rows that read a prompt mix, as do
-  whole prompts and later parts of them. Their keys are in the pages already
-  (`append_to_pages` takes the same arguments). Pages that no new token of
-  their row sees are not read, and their entries in the table may be anything.
+  Token t of the q_len new tokens of a row with kv_len tokens is at position
+  kv_len - q_len + t: decoding rows, whole prompts and chunks of prompts may be
+  mixed. The new keys and values must already be in the pages (`append_to_pages`
+  takes the same arguments). Pages that no new token of their row sees are not
+  read, and their table entries may be arbitrary.
 
   Args:
-    q: Queries of all rows one after another; after the last row's, padding.
+    q: Queries of all rows, concatenated; padding after the last row.
     pages: Keys and values, quantized or not.
     table: Pages of each row.
-    kv_lens: Tokens of each row, the new ones included; 0 for padding.
-    cu_q_lens: Where each row's queries start, and where the last one's end;
-      by default each row has one.
-    window: Keys that a query sees at most, itself included.
-    sinks: A logit a head that joins the denominator only; -inf is none.
+    kv_lens: Tokens of each row, including the new ones; 0 for padding.
+    cu_q_lens: Where each row's queries start, and where the last row's end; by
+      default each row has one query.
+    window: Most keys that a query sees, including its own.
+    sinks: One logit per head that joins the denominator only; -inf disables it.
     scale: Default H ** -0.5.
     softcap: c of c tanh(logit / c).
     return_lse: Also return the natural log-sum-exp, sinks included.
     backend: One of `BACKENDS`; for 'auto' see `dispatch`.
-    blocks: How the work is cut.
-    interpret: Of Pallas backends, as of `pl.pallas_call`; runs them anywhere.
-    precision: Of the matmuls, as in `jax.lax.dot`.
+    blocks: Block sizes and number of splits.
+    interpret: For Pallas backends, as in `pl.pallas_call`; runs them on any
+      platform.
+    precision: Precision of the matmuls, as in `jax.lax.dot`.
 
   Returns:
     The output in the dtype of q; with `return_lse`, also the log-sum-exp in
     the accumulator dtype.
 
   Raises:
-    ValueError: Shapes or dtypes that do not fit, unsupported arguments, or
-      (where they are known) lengths that their rows have no pages for. Where
-      they are not known, entries of the table outside the pages are moved to
-      the nearest page, so that nothing outside is read.
+    ValueError: Shapes or dtypes do not match, arguments are unsupported, or
+      rows have no pages for their lengths (if known). If not known, table
+      entries outside the pages are clamped, so that nothing outside is read.
   """
   paging.check_pages(pages)
   _check_floats(q=(q, 3), sinks=(sinks, 1))
   spec = _spec(q.shape[2], scale, softcap, window, precision)
-  rows = ragged.rows(
+  rows = ragged.make_rows(
     q.shape[0], table, kv_lens, cu_q_lens, (pages.count, pages.size), window
   )
   return _run(
@@ -178,10 +179,10 @@ def paged_attention(
   )
 
 
-def _run(spec, q, held, rows, sinks, return_lse, backend, blocks, interpret):
-  """Checks what the two contracts share, and runs a backend."""
+def _run(spec, q, storage, rows, sinks, return_lse, backend, blocks, interpret):
+  """Checks what both functions share, and runs a backend."""
   T, N, H = q.shape
-  K, Hk, _ = works.heads_of(held)
+  K, Hk, _ = works.head_sizes(storage)
   if N % K or Hk != H:
     raise ValueError(
       f"decoding: found q {q.shape} for {K} key heads of dim {Hk}; expected "
@@ -199,41 +200,45 @@ def _run(spec, q, held, rows, sinks, return_lse, backend, blocks, interpret):
     )
   if backend == "auto":
     attend = functools.partial(_attend, spec, blocks, None)
-    o, lse = automatic(attend, q, held, rows, spec.precision)
+    o, lse = resolve_auto(attend, q, storage, rows, spec.precision)
   else:
-    o, lse = _attend(spec, blocks, interpret, backend, device(), q, held, rows)
+    o, lse = _attend(
+      spec, blocks, interpret, backend, program_device(), q, storage, rows
+    )
   if sinks is not None:
     o, lse = add_sinks(o, lse, sinks)
   o = o.astype(q.dtype)
   return (o, lse) if return_lse else o
 
 
-def _attend(spec, blocks, interpret, backend, place, q, held, rows):
-  """What a backend finds, without sinks, in the accumulator dtype."""
+def _attend(spec, blocks, interpret, backend, place, q, storage, rows):
+  """Runs a backend, without sinks, in the accumulator dtype."""
   if backend == "reference":
-    return _reference(spec, q, held, rows)
+    return _reference(spec, q, storage, rows)
   if backend == "cpu":
-    return cpu_decode(spec, q, held, rows.kv_lens)
+    return cpu_decode(spec, q, storage, rows.kv_lens)
   if backend == "mosaic_gpu":
-    _check_for_gpu(spec, q, held)
-  blocks = _blocks(blocks, backend, place, q, held, rows)
-  p, tiling = works.prepare(spec, blocks, q, held, rows)
+    _check_for_gpu(spec, q, storage)
+  blocks = _blocks(blocks, backend, place, q, storage, rows)
+  p, tiling = works.prepare(spec, blocks, q, storage, rows)
   decode = xla_decode
   if backend == "mosaic_gpu":
     decode = functools.partial(mosaic_gpu_decode, interpret=interpret)
   if backend == "mosaic_tpu":
     check_for_tpu(p, interpret)
     decode = functools.partial(mosaic_tpu_decode, interpret=interpret)
-  return works.untile(p, tiling, rows, q.shape[0], *decode(p))
+  return works.combine_splits(p, tiling, rows, q.shape[0], *decode(p))
 
 
-def _reference(spec, q, held, rows):
+def _reference(spec, q, storage, rows):
   dtype = accumulator(q.dtype)
   if rows.table is None:
-    k, v = (x.swapaxes(1, 2).astype(dtype) for x in (held.k, held.v))
+    k, v = (x.swapaxes(1, 2).astype(dtype) for x in (storage.k, storage.v))
   else:
-    k, v = paging.dense(held, rows.table, dtype)
-  return reference_decode(spec, q, k, v, *ragged.places(rows, q.shape[0]))
+    k, v = paging.gather_pages(storage, rows.table, dtype)
+  return reference_decode(
+    spec, q, k, v, *ragged.token_positions(rows, q.shape[0])
+  )
 
 
 def _check_floats(**arrays) -> None:
@@ -257,23 +262,23 @@ def _spec(H, scale, softcap, window, precision) -> Spec:
   return Spec(scale, softcap, window, precision)
 
 
-def _check_for_gpu(spec, q, held) -> None:
-  reason = refused("", q.dtype, held, spec.precision)
+def _check_for_gpu(spec, q, storage) -> None:
+  reason = unsupported("", q.dtype, storage, spec.precision)
   if reason is not None:
     raise ValueError(f"mosaic_gpu: {reason}; backend='xla' takes it")
 
 
-def _blocks(blocks: Blocks | None, backend, place, q, held, rows) -> Blocks:
-  """The sizes asked for, or those that fit the device."""
+def _blocks(blocks: Blocks | None, backend, place, q, storage, rows) -> Blocks:
+  """Returns the requested sizes, with defaults for the device."""
   (platform, kind), blocks = place, blocks or Blocks()
   splits = 2 if platform == "tpu" and kind in TWO_CORES else 1
   if backend == "mosaic_gpu":
-    # The kernel cuts a run of keys as it likes: fine blocks make equal runs.
+    # The kernel splits keys into any runs: small blocks make equal runs.
     blocks = dataclasses.replace(blocks, keys=min(blocks.keys, KEYS))
     width = 1 if rows.table is None else rows.table.shape[1]
-    K, tokens = works.heads_of(held)[0], q.shape[0]
-    each = works.queries_of(blocks, tokens, q.shape[1] // K, rows)
-    splits = splits_for(K * -(-tokens // each), held.size * width)
+    K, tokens = works.head_sizes(storage)[0], q.shape[0]
+    each = works.queries_per_item(blocks, tokens, q.shape[1] // K, rows)
+    splits = splits_for(K * -(-tokens // each), storage.size * width)
   if blocks.splits is None:
     blocks = dataclasses.replace(blocks, splits=splits)
   return blocks

@@ -1,21 +1,21 @@
-"""Pages of keys and values: memory that sequences of any length share.
+"""Paged KV cache: pages of keys and values shared by sequences of any length.
 
-A sequence owns whole pages, named by its row of a page table, in any order;
-token t of it lies in slot t % size of page `table[row, t // size]`.
+A sequence owns whole pages in any order, listed in its row of a page table; its
+token t is in slot t % size of page `table[row, t // size]`.
 
-The layout is `[pages, K, size, H + Hv]`: tokens in sublanes, and the key and
-the value of a token side by side in lanes. A page of one head is then a matrix
-that a TPU multiplies with as it was copied, where heads in sublanes (`[pages,
-size, 2K, H]`, as in ragged paged attention) have to be picked apart first. A
-page of all heads, keys and values, is one contiguous copy, on a device that
-holds some of the heads, too. And heads of dim 64 fill the 128 lanes of a
-register, where keys and values apart would be padded to twice their size, in a
-copy of all pages for every call.
+The layout is `[pages, K, size, H + Hv]`: tokens in sublanes, a token's key and
+value next to each other in lanes. A page of one head is then a matrix that a
+TPU can multiply with as copied, whereas heads in sublanes (`[pages, size, 2K,
+H]`, as in ragged paged attention) would have to be separated first. A page with
+all heads, keys and values, is one contiguous copy, also on a device that holds
+some of the heads. And heads of dim 64 fill the 128 lanes of a register, where
+separate keys and values would be padded to twice their size, in a copy of all
+pages for every call.
 
-Quantized pages (int8 or float8_e4m3fn) have scales for each token and head,
-not for each page: a token is rounded once, when it is written, whatever comes
-after it. Scales of a page lie in lanes, as its scores do: they multiply scores
-and probabilities, never keys and values.
+Quantized pages (int8 or float8_e4m3fn) have a scale per token and head, not per
+page: a token is rounded once, when it is written, regardless of later tokens.
+The scales of a page are in lanes, like its scores: they multiply scores and
+probabilities, never keys and values.
 """
 
 import dataclasses
@@ -25,26 +25,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common.target_platform import device
+from kernels_pallas.common.target_platform import program_device
 from kernels_pallas.decode_attention import ragged
-from kernels_pallas.decode_attention.tpu.mosaic_tpu_append import (
+from kernels_pallas.decode_attention.tpu.append import (
   group_size,
   mosaic_tpu_append,
 )
 
-LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
-"""Quantized dtypes, and their largest number."""
+MAX_CODE = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+"""Quantized dtypes, and their largest finite number."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pages:
-  """Pages of one layer, or of a run of layers behind leading axes.
+  """Pages of one layer, or of several layers along leading axes.
 
   Attributes:
     kv: `[pages, K, size, H + Hv]`, a token's key and then its value.
-    scale: float32 `[pages, 2, K, size]` of keys and of values, which are `kv`
-      times their scale, if it is quantized; else None.
+    scale: float32 `[pages, 2, K, size]`, scales of keys and of values if `kv`
+      is quantized; else None.
     head_dim: H.
   """
 
@@ -54,12 +54,12 @@ class Pages:
 
   @property
   def size(self) -> int:
-    """Tokens a page."""
+    """Tokens per page."""
     return self.kv.shape[-2]
 
   @property
   def count(self) -> int:
-    """Pages, live or not."""
+    """Number of pages, in use or not."""
     return self.kv.shape[-4]
 
 
@@ -72,21 +72,21 @@ def empty_pages(
   *,
   v_head_dim: int | None = None,
 ) -> Pages:
-  """Pages of zeros.
+  """Returns pages of zeros.
 
-  A TPU takes sizes that are multiples of 8 tokens in float32, 16 in bfloat16
-  and, for their scales' sake, 128 in int8 and float8.
+  TPUs need sizes that are multiples of 8 tokens in float32, 16 in bfloat16, and
+  128 in int8 and float8, because of their scales.
 
   Args:
-    count: Pages.
+    count: Number of pages.
     kv_heads: K.
-    size: Tokens a page.
+    size: Tokens per page.
     head_dim: H.
     dtype: A float dtype, int8 or float8_e4m3fn.
     v_head_dim: Hv, by default H.
 
   Raises:
-    ValueError: A size below 1.
+    ValueError: A size is below 1.
   """
   if min(count, kv_heads, size, head_dim) < 1:
     raise ValueError(
@@ -95,7 +95,7 @@ def empty_pages(
     )
   width = head_dim + (v_head_dim or head_dim)
   scale = None
-  if jnp.dtype(dtype) in LARGEST:
+  if jnp.dtype(dtype) in MAX_CODE:
     scale = jnp.zeros((count, 2, kv_heads, size), jnp.float32)
   kv = jnp.zeros((count, kv_heads, size, width), dtype)
   return Pages(kv, scale, head_dim)
@@ -104,21 +104,21 @@ def empty_pages(
 def quantize(
   x: Float[Array, "*T H"], dtype: Any
 ) -> tuple[Array, Float[Array, "*T"]]:
-  """`x` in `dtype`, with the largest number of each vector kept exactly.
+  """Quantizes each vector of `x`, keeping its largest element exact.
 
   Args:
     x: Keys or values.
     dtype: A key of `LARGEST`.
 
   Returns:
-    The rounded numbers and a float32 scale for each vector; their product is
-    `x`, within half a step. A vector of zeros has scale 0.
+    The rounded numbers and a float32 scale per vector; their product is `x`,
+    within half a step. A vector of zeros has scale 0.
   """
-  most = LARGEST[jnp.dtype(dtype)]
+  most = MAX_CODE[jnp.dtype(dtype)]
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=-1) / most
   x = x / jnp.where(scale == 0, 1, scale)[..., None]
-  # Division may round beyond the largest number, which float8 has no inf for.
+  # Division may round past the largest number, and float8 has no inf.
   x = jnp.clip(x, -most, most)
   if jnp.dtype(dtype) == jnp.int8:
     x = jnp.round(x)
@@ -126,7 +126,7 @@ def quantize(
 
 
 def check_pages(pages: Pages) -> None:
-  """Raises ValueError unless shapes and dtypes of `pages` fit together."""
+  """Raises ValueError unless shapes and dtypes of `pages` are consistent."""
   kv, scale, H = pages.kv, pages.scale, pages.head_dim
   if kv.ndim != 4 or 0 in kv.shape or not 0 < H < kv.shape[3]:
     raise ValueError(
@@ -134,7 +134,7 @@ def check_pages(pages: Pages) -> None:
       "H + Hv] and no 0"
     )
   wanted = None
-  if kv.dtype in LARGEST:
+  if kv.dtype in MAX_CODE:
     wanted = (kv.shape[0], 2, *kv.shape[1:3])
   found = None if scale is None else scale.shape
   if found != wanted:
@@ -154,29 +154,30 @@ def append_to_pages(
   backend: str = "auto",
   interpret: Any = None,
 ) -> Pages:
-  """The pages with new tokens at the ends of their sequences.
+  """Returns the pages with new tokens appended to their sequences.
 
-  Takes what `paged_attention` takes afterwards: tokens `cu_q_lens[r]` to
-  `cu_q_lens[r + 1]` become the last of the `kv_lens[r]` of row r. In place
-  where the pages are donated; tokens after the last row's are not written, nor
-  is anything outside the pages.
+  Takes the same arguments as the `paged_attention` that follows: tokens
+  `cu_q_lens[r]` to `cu_q_lens[r + 1]` become the last of the `kv_lens[r]`
+  tokens of row r. In place if the pages are donated. Tokens after the last
+  row's are not written, nor is anything outside the pages.
 
   Args:
-    pages: Of one layer.
+    pages: Pages of one layer.
     k: New keys.
     v: New values.
     table: Pages of each row.
-    kv_lens: Tokens of each row, the new ones included.
-    cu_q_lens: Where each row's tokens start, and where the last one's end; by
-      default a token a row.
+    kv_lens: Tokens of each row, including the new ones.
+    cu_q_lens: Where each row's tokens start, and where the last row's end; by
+      default one token per row.
     backend: 'xla', whose scatter is in place on CPUs and GPUs; 'mosaic_tpu'
-      (which writes within the pages, wherever tables lead); or 'auto': the
-      kernel for TPUs where a page is a whole number of registers, else 'xla'.
-    interpret: Of the kernel, as of `pl.pallas_call`; runs it anywhere.
+      (which writes only within the pages, whatever the table contains); or
+      'auto': the kernel on TPUs if a page is a whole number of registers, else
+      'xla'.
+    interpret: For the kernel, as in `pl.pallas_call`; runs it on any platform.
 
   Raises:
-    ValueError: Shapes that do not fit, or (where values are known) tokens that
-      have no page.
+    ValueError: Shapes do not match, or tokens (if values are known) have no
+    page.
   """
   check_pages(pages)
   _, K, size, width = pages.kv.shape
@@ -186,9 +187,9 @@ def append_to_pages(
       f"append_to_pages: found k {k.shape}, v {v.shape}, expected "
       f"{(T, K, H)} and {(T, K, Hv)}"
     )
-  rows = ragged.rows(T, table, kv_lens, cu_q_lens, (pages.count, size), 1)
+  rows = ragged.make_rows(T, table, kv_lens, cu_q_lens, (pages.count, size), 1)
   dtype, scale, scales = pages.kv.dtype, pages.scale, None
-  where, taken = places(rows, T, pages), _backend(backend, pages)
+  where, taken = token_slots(rows, T, pages), _backend(backend, pages)
   if scale is not None:
     (k, k_scale), (v, v_scale) = quantize(k, dtype), quantize(v, dtype)
     scales = jnp.stack([k_scale, v_scale])
@@ -204,7 +205,7 @@ def append_to_pages(
 
 
 def _backend(backend: str, pages: Pages) -> str:
-  """What `backend` stands for here; raises where it cannot write `pages`."""
+  """Resolves `backend`; raises if it cannot write `pages`."""
   dtype, group = pages.kv.dtype, group_size(pages.kv.dtype)
   uneven = (
     f"found {pages.size} tokens a page, expected a multiple of {group} in "
@@ -215,7 +216,7 @@ def _backend(backend: str, pages: Pages) -> str:
     "mosaic_tpu": uneven if pages.size % group else None,
   }
   if backend == "auto":
-    kernel = "mosaic_tpu" if device()[0] == "tpu" else "xla"
+    kernel = "mosaic_tpu" if program_device()[0] == "tpu" else "xla"
     return kernel if refusals[kernel] is None else "xla"
   if backend not in refusals:
     raise ValueError(
@@ -226,18 +227,18 @@ def _backend(backend: str, pages: Pages) -> str:
   return backend
 
 
-def places(
-  rows: ragged.Rows, tokens: int, pages: Pages
+def token_slots(
+  rows: ragged.RaggedRows, tokens: int, pages: Pages
 ) -> tuple[Int[Array, " T"], Int[Array, " T"]]:
-  """Page and slot of each token; page `pages.count`, which there is not, for
-  tokens that have none.
+  """Returns the page and slot of each token; page `pages.count`, which does not
+  exist, for tokens without one.
 
   Args:
-    rows: Whose they are.
+    rows: The rows that the tokens belong to.
     tokens: T.
-    pages: That they are for.
+    pages: The pages to index.
   """
-  row, position, live = ragged.places(rows, tokens)
+  row, position, live = ragged.token_positions(rows, tokens)
   inside = live & (position >= 0)
   inside &= position < rows.table.shape[1] * pages.size
   position = jnp.where(inside, position, 0)
@@ -247,20 +248,20 @@ def places(
 
 
 def _put(old, new, where, *axes):
-  """What tokens have, written into an array of pages; nowhere is dropped."""
+  """Writes tokens into an array of pages, dropping those without a page."""
   page, slot = where
   return old.at[page, *axes, :, slot].set(new, mode="drop")
 
 
-def dense(
+def gather_pages(
   pages: Pages, table: Int[Array, "R W"], dtype: Any
 ) -> tuple[Float[Array, "R S K H"], Float[Array, "R S K Hv"]]:
-  """Keys and values of whole rows of the table, S = W size: for references.
+  """Gathers keys and values of whole table rows, S = W size, for references.
 
   Args:
-    pages: Of one layer.
-    table: Pages of each row; others than there are count as page 0.
-    dtype: Of the result.
+    pages: Pages of one layer.
+    table: Pages of each row; invalid entries count as page 0.
+    dtype: Dtype of the result.
   """
   inside = (table >= 0) & (table < pages.count)
   table = jnp.where(inside, table, 0)

@@ -1,4 +1,4 @@
-"""Rows of different lengths in one array of tokens: where each one is."""
+"""Ragged batches: rows of different lengths in one array of tokens."""
 
 import dataclasses
 from typing import Any
@@ -10,15 +10,15 @@ from jaxtyping import Array, Bool, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-  """Sequences, their new tokens and their memory.
+class RaggedRows:
+  """Sequences, their new tokens and their KV memory.
 
   Attributes:
-    table: int32 [R, W], pages of each row, or None where row r of the memory
-      is its own.
-    kv_lens: int32 [R], tokens of each row, the new ones included.
-    starts: int32 [R + 1], where each row's new tokens start, and the last
-      one's end.
+    table: int32 [R, W], pages of each row, or None if row r of a cache belongs
+      to row r.
+    kv_lens: int32 [R], tokens of each row, including the new ones.
+    starts: int32 [R + 1], where each row's new tokens start, and where the last
+      row's end.
   """
 
   table: Any
@@ -26,29 +26,29 @@ class Rows:
   starts: Any
 
 
-def rows(
+def make_rows(
   tokens: int,
   table: Any,
   kv_lens: Any,
   starts: Any,
   memory: tuple[int, int],
   window: int | None = None,
-) -> Rows:
-  """Checks what is known before the program runs.
+) -> RaggedRows:
+  """Builds `Rows`, checking values that are known before the program runs.
 
-  Only entries of the table that are read need to name a page.
+  Only table entries that are read need to be valid pages.
 
   Args:
-    tokens: T, new tokens of all rows, padding at the end included.
-    table: int [R, W], or None where row r of the memory is its own.
+    tokens: T, new tokens of all rows, including padding at the end.
+    table: int [R, W], or None if row r of a cache belongs to row r.
     kv_lens: int [R].
-    starts: int [R + 1], or None for a token a row.
-    memory: Pages there are, and tokens a page; without a table, those a row.
-    window: Keys that a query sees at most, itself included, or None.
+    starts: int [R + 1], or None for one token per row.
+    memory: (number of pages, tokens per page); without a table, (rows, tokens
+      per row) of the cache.
+    window: Most keys that a query sees, including its own, or None.
 
   Raises:
-    ValueError: Shapes that do not fit, or rows that ask for memory there is
-      not.
+    ValueError: Shapes do not match, or rows need memory that does not exist.
   """
   for name, x, rank in (
     ("kv_lens", kv_lens, 1), ("table", table, 2), ("cu_q_lens", starts, 1),
@@ -84,47 +84,49 @@ def rows(
     None if x is None else jnp.asarray(x, jnp.int32)
     for x in (table, kv_lens, starts)
   )
-  return Rows(*arrays)
+  return RaggedRows(*arrays)
 
 
-def places(
-  x: Rows, tokens: int
+def token_positions(
+  x: RaggedRows, tokens: int
 ) -> tuple[Int[Array, " T"], Int[Array, " T"], Bool[Array, " T"]]:
-  """Row and position of each token, and whether it is one of any row.
+  """Returns each token's row and position, and whether it belongs to a row.
 
-  The last new token of a row is at its position kv_len - 1, so that the t-th
-  of q_len is at kv_len - q_len + t.
+  The last new token of a row is at position kv_len - 1, so the t-th of q_len is
+  at kv_len - q_len + t.
 
   Args:
     x: The rows.
     tokens: T.
   """
   t = jnp.arange(tokens)
-  row = ended(x.starts[1:], t)
+  row = count_ends(x.starts[1:], t)
   live = row < x.kv_lens.shape[0]
   row = jnp.minimum(row, x.kv_lens.shape[0] - 1)
   position = x.kv_lens[row] - x.starts[row + 1] + t
   return row, position, live & (t >= x.starts[0])
 
 
-def ended(ends: Int[Array, " R"], at: Int[Array, " T"]) -> Int[Array, " T"]:
-  """How many ends, which never fall, are at or before each place.
+def count_ends(
+  ends: Int[Array, " R"], at: Int[Array, " T"]
+) -> Int[Array, " T"]:
+  """Counts the ends, which are sorted, that are at or before each position.
 
-  By all pairs: few beside attention, and no loop. Nor is it the primitive that
-  `jnp.searchsorted` is, of which `by_platform` cannot hold a jaxpr.
+  Compares all pairs: cheap next to attention, and no loop. It avoids the
+  primitive of `jnp.searchsorted`, which `by_platform` cannot keep in a jaxpr.
   """
   return jnp.sum(ends[:, None] <= at, axis=0, dtype=jnp.int32)
 
 
 def _check(tokens, table, lens, starts, memory, window) -> None:
-  """Raises ValueError for values that do not fit; None is not known."""
+  """Raises ValueError for invalid values; None is not known."""
   pages, size, room = memory
   if starts is not None:
     new = np.diff(starts)
     for row in np.flatnonzero(new < 0)[:1]:
       raise ValueError(
         f"cu_q_lens: row {row} starts at {starts[row]} and ends at "
-        f"{starts[row + 1]}, expected starts that never fall"
+        f"{starts[row + 1]}, expected nondecreasing starts"
       )
     if starts[0] < 0 or starts[-1] > tokens:
       raise ValueError(
@@ -161,7 +163,7 @@ def _check(tokens, table, lens, starts, memory, window) -> None:
 
 
 def _known(x) -> np.ndarray | None:
-  """Values, unless they are traced, or on other hosts."""
+  """Returns the values, or None if they are traced or on other hosts."""
   if x is None or isinstance(x, jax.core.Tracer):
     return None
   return np.asarray(x) if getattr(x, "is_fully_addressable", True) else None

@@ -1,4 +1,4 @@
-"""Decoding attention as its definition: every row's keys laid out in full."""
+"""Reference decode attention, from the definition, with all keys gathered."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -23,9 +23,9 @@ def reference_decode(
     q: Queries.
     k: Keys of whole rows, in the accumulator dtype.
     v: Values.
-    row: Whose keys a token sees.
-    position: Its own; it sees that key and those before it.
-    live: Whether it is a token at all.
+    row: The row whose keys a token sees.
+    position: The token's position; it sees keys up to and including it.
+    live: Whether the token belongs to a row.
 
   Returns:
     The output and the natural log-sum-exp in the accumulator dtype; 0 and
@@ -39,7 +39,7 @@ def reference_decode(
   visible = live[:, None] & (key <= position[:, None])
   if spec.window is not None:
     visible &= key > position[:, None] - spec.window
-  # What is not visible may be NaN, which 0 does not cancel.
+  # Invisible values may be NaN, and 0 * NaN is NaN.
   v = jnp.where(visible[:, :, None, None], v[row], 0)
   s = jnp.einsum("tkgh,tskh->tkgs", q, k[row], precision=spec.precision)
   s = capped(spec, s * spec.scale)
@@ -60,10 +60,10 @@ def add_sinks(
   lse: Float[Array, "T N"],
   sinks: Float[Array, " N"],
 ) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
-  """Attention with one more logit a head, whose value is 0.
+  """Adds one logit per head to the softmax, with value 0.
 
   Args:
-    o: Output without it.
+    o: Output without sinks.
     lse: Its log-sum-exp.
     sinks: The logits.
   """

@@ -1,4 +1,4 @@
-"""What every backend of decoding is asked: static values and arrays."""
+"""Static options of decode attention, shared by all backends."""
 
 import dataclasses
 from typing import Any
@@ -9,17 +9,16 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """How the work is cut; results do not depend on it, but for rounding.
+  """Block sizes of decode attention; they affect results only by rounding.
 
   Attributes:
-    queries: Tokens of one row that share a reading of its keys; None is 1
-      where there is a token a row, else as many as fill 128 rows of a matmul
-      with their heads.
-    keys: Keys that are fetched at a time, at most (at least a page; on GPUs
-      64 at most).
-    splits: Parts that each row's keys are cut into, to be read in parallel
-      and combined (Dao et al. 2023, "Flash-Decoding"). None is 2 on TPUs of
-      two cores, which share each row, as many as fill a GPU, else 1.
+    queries: Tokens of one row that share one read of its keys; None is 1 with
+      one token per row, else as many as fill 128 rows of a matmul with their
+      heads.
+    keys: Most keys fetched at a time (at least a page; at most 64 on GPUs).
+    splits: Parts that each row's keys are split into, processed in parallel and
+      combined (Dao et al. 2023, "Flash-Decoding"). None is 2 on TPUs with two
+      cores, which share each row, as many as fill a GPU, else 1.
   """
 
   queries: int | None = None
@@ -40,8 +39,8 @@ class Spec:
   Attributes:
     scale: Factor on q.k.
     softcap: c of c tanh(t / c), or None.
-    window: Keys that a query sees at most, itself included, or None.
-    precision: Of all matmuls, as in `jax.lax.dot`.
+    window: Most keys that a query sees, including its own, or None.
+    precision: Precision of all matmuls, as in `jax.lax.dot`.
   """
 
   scale: float
@@ -51,7 +50,7 @@ class Spec:
 
 
 def capped(spec: Spec, t: jax.Array) -> jax.Array:
-  """Logits from scaled products."""
+  """Applies the soft cap to scaled products."""
   if spec.softcap is None:
     return t
   return spec.softcap * jnp.tanh(t / spec.softcap)

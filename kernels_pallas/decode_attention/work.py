@@ -1,12 +1,12 @@
-"""A call as a list of pieces of work of one shape, for any lengths of rows.
+"""Work list of a decode call: pieces of one shape, for rows of any lengths.
 
-An item is a few neighbouring tokens of one row, which share a reading of its
-keys; a row of one new token is one item, a prompt is many. The G query heads
-of a key head are packed with the tokens into the rows of one matrix, `M =
-queries x G`, so that a key that was read is used for all of them. The keys of
-an item are cut into blocks, and its blocks into `splits` runs: an entry is
-one run of one item. There are as many items as the lengths may need at most;
-entries that are left over have no blocks.
+An item is a few adjacent tokens of one row, which share one read of its keys; a
+row with one new token is one item, a prompt is many. The G query heads of a key
+head are packed with the tokens into the rows of one matrix, `M = queries x G`,
+so that a key is read once for all of them. The keys of an item are divided into
+blocks, and its blocks into `splits` runs: an entry is one run of one item. The
+number of items is the most that the lengths may need; unused entries have no
+blocks.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from kernels_pallas.decode_attention.spec import Blocks, Spec
 from kernels_pallas.sequence_parallel.combine import combine
 
 FULL = 128
-"""Rows of a matmul that are worth filling with tokens of one row."""
+"""Rows of a matmul worth filling with tokens of one row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Work:
   """Entries, all int32 `[E]`, E = splits x items, items fastest.
 
   Attributes:
-    row: Whose keys.
-    position: Of the first token.
-    count: Tokens.
+    row: Row whose keys are read.
+    position: Position of the first token.
+    count: Number of tokens.
     low: First key that any of them sees.
-    high: The key after the last that any of them sees.
-    base: First key of block 0 of the item: where a page starts.
+    high: One past the last key that any of them sees.
+    base: First key of block 0 of the item: the start of a page.
     start, stop: Range of blocks.
   """
 
@@ -51,7 +51,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Memory of which each row has its own part.
+  """A contiguous KV cache, one part for each row.
 
   Attributes:
     k: `[B, K, S, H]`.
@@ -63,12 +63,12 @@ class Cache:
 
   @property
   def size(self) -> int:
-    """Tokens a row."""
+    """Tokens per row."""
     return self.k.shape[2]
 
   @property
   def count(self) -> int:
-    """Rows."""
+    """Number of rows."""
     return self.k.shape[0]
 
 
@@ -79,11 +79,11 @@ class Problem:
   Attributes:
     spec: Static part of the call.
     group: G.
-    splits: Runs of blocks of an item.
-    unit: Keys that lie together: a page, or a block of a cache.
-    block: Keys of a block, a whole number of units.
-    q: `[items, K, M, H]`, heads of a token together.
-    held: Keys and values.
+    splits: Runs of blocks per item.
+    unit: Contiguous keys: a page, or a block of a cache.
+    block: Keys per block, a whole number of units.
+    q: `[items, K, M, H]`, heads of a token adjacent.
+    storage: Keys and values.
     table: int32 `[R, W]`, or None for a cache.
     heads: (K, H, Hv).
     work: The entries.
@@ -95,25 +95,27 @@ class Problem:
   unit: int
   block: int
   q: Any
-  held: Pages | Cache
+  storage: Pages | Cache
   table: Any
   heads: tuple[int, int, int]
   work: Work
 
   @property
   def capacity(self) -> int:
-    """Keys that a row has memory for."""
-    return self.held.size * (1 if self.table is None else self.table.shape[1])
+    """Most keys of a row."""
+    return self.storage.size * (
+      1 if self.table is None else self.table.shape[1]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-  """How tokens are laid out as items.
+  """How tokens are grouped into items.
 
   Attributes:
-    queries: Tokens of an item.
-    items: Their number.
-    ends: int32 `[R]`, the item after each row's last.
+    queries: Tokens per item.
+    items: Number of items.
+    ends: int32 `[R]`, one past each row's last item.
   """
 
   queries: int
@@ -125,23 +127,23 @@ def prepare(
   spec: Spec,
   blocks: Blocks,
   q: Float[Array, "T N H"],
-  held: Pages | Cache,
-  rows: ragged.Rows,
+  storage: Pages | Cache,
+  rows: ragged.RaggedRows,
 ) -> tuple[Problem, Tiling]:
-  """The problem of a call, and what `untile` needs.
+  """Returns the problem of a call, and the tiling that `untile` needs.
 
   Args:
     spec: Static part.
-    blocks: Sizes, with `splits` set.
+    blocks: Block sizes, with `splits` set.
     q: Queries.
-    held: Keys and values.
-    rows: Whose tokens and pages they are.
+    storage: Keys and values.
+    rows: The rows that tokens and pages belong to.
   """
   T, N, H = q.shape
-  heads = heads_of(held)
+  heads = head_sizes(storage)
   K = heads[0]
   tiling = _tiling(blocks, T, N // K, rows)
-  size = held.size
+  size = storage.size
   if rows.table is None:
     unit = block = min(size, blocks.keys)
   else:
@@ -161,38 +163,38 @@ def prepare(
     unit=unit,
     block=block,
     q=tiles,
-    held=held,
-    table=_clipped(rows.table, held.count),
+    storage=storage,
+    table=_clipped(rows.table, storage.count),
     heads=heads,
     work=work,
   ), tiling
 
 
-def heads_of(held: Pages | Cache) -> tuple[int, int, int]:
-  """K, H and Hv of a memory."""
-  if isinstance(held, Cache):
-    return held.k.shape[1], held.k.shape[3], held.v.shape[3]
-  _, K, _, width = held.kv.shape
-  return K, held.head_dim, width - held.head_dim
+def head_sizes(storage: Pages | Cache) -> tuple[int, int, int]:
+  """Returns (K, H, Hv) of a cache or pages."""
+  if isinstance(storage, Cache):
+    return storage.k.shape[1], storage.k.shape[3], storage.v.shape[3]
+  _, K, _, width = storage.kv.shape
+  return K, storage.head_dim, width - storage.head_dim
 
 
-def untile(
+def combine_splits(
   p: Problem,
   tiling: Tiling,
-  rows: ragged.Rows,
+  rows: ragged.RaggedRows,
   tokens: int,
   o: Float[Array, "E K M Hv"],
   lse: Float[Array, "E K M"],
 ) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
-  """Splits combined, and tokens where they were; 0 and -inf for none's.
+  """Combines splits and restores token order; 0 and -inf for unused tokens.
 
   Args:
     p: The problem.
     tiling: Its items.
-    rows: Whose tokens they are.
+    rows: The rows that the tokens belong to.
     tokens: T.
-    o: Normalised outputs of all entries, whose rows after the last token of
-      an item may hold anything.
+    o: Normalised outputs of all entries; rows after an item's last token may
+      contain anything.
     lse: Their log-sum-exps.
   """
   if p.splits > 1:
@@ -204,7 +206,7 @@ def untile(
     x.reshape(tiling.items, K, queries, p.group, *x.shape[3:]).swapaxes(1, 2)
     for x in (o, lse)
   )
-  row, _, live = ragged.places(rows, tokens)
+  row, _, live = ragged.token_positions(rows, tokens)
   since = jnp.maximum(jnp.arange(tokens) - rows.starts[row], 0)
   first = tiling.ends[row] - _tiles(rows, queries)[row]
   item = jnp.minimum(first + since // queries, tiling.items - 1)
@@ -215,14 +217,16 @@ def untile(
   return jnp.where(live[..., None], o, 0), jnp.where(live, lse, -jnp.inf)
 
 
-def queries_of(blocks: Blocks, T: int, group: int, rows: ragged.Rows) -> int:
-  """Tokens of an item.
+def queries_per_item(
+  blocks: Blocks, T: int, group: int, rows: ragged.RaggedRows
+) -> int:
+  """Returns the number of tokens per item.
 
   Args:
-    blocks: What was asked for.
-    T: Tokens.
+    blocks: Requested sizes.
+    T: Number of tokens.
     group: G.
-    rows: Whose they are.
+    rows: The rows that the tokens belong to.
   """
   many = max(FULL // group, 1) if rows.kv_lens.shape[0] < T else 1
   return min(T, blocks.queries or many)
@@ -230,7 +234,7 @@ def queries_of(blocks: Blocks, T: int, group: int, rows: ragged.Rows) -> int:
 
 def _tiling(blocks, T, group, rows) -> Tiling:
   R = rows.kv_lens.shape[0]
-  queries = queries_of(blocks, T, group, rows)
+  queries = queries_per_item(blocks, T, group, rows)
   ends = jnp.cumsum(_tiles(rows, queries)).astype(jnp.int32)
   # Each row rounds up once, and every item has a token.
   items = min(T, (T + R * (queries - 1)) // queries)
@@ -238,17 +242,17 @@ def _tiling(blocks, T, group, rows) -> Tiling:
 
 
 def _tiles(rows, queries) -> jax.Array:
-  """Items of each row."""
+  """Returns the number of items of each row."""
   new = rows.starts[1:] - rows.starts[:-1]
   return (new + queries - 1) // queries
 
 
 def _work(spec, cut, tiling, rows):
-  """The entries, and the first token of each item."""
+  """Returns the entries, and the first token of each item."""
   splits, unit, block, room = cut
   starts, lens = rows.starts, rows.kv_lens
   item = jnp.arange(tiling.items, dtype=jnp.int32)
-  row = ragged.ended(tiling.ends, item)
+  row = ragged.count_ends(tiling.ends, item)
   live = row < lens.shape[0]
   row = jnp.minimum(row, lens.shape[0] - 1).astype(jnp.int32)
   before = tiling.ends[row] - _tiles(rows, tiling.queries)[row]
@@ -275,5 +279,5 @@ def _work(spec, cut, tiling, rows):
 
 
 def _clipped(table, pages) -> jax.Array | None:
-  """No entry leads outside the pages, though it may not be known yet."""
+  """Clamps entries to valid pages, since they may not be known yet."""
   return None if table is None else jnp.clip(table, 0, pages - 1)

@@ -1,4 +1,4 @@
-"""`flash_attention`: one contract, the same semantics on every backend."""
+"""`flash_attention`: exact attention, the same semantics on every backend."""
 
 import dataclasses
 from typing import Any
@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common.target_platform import device
-from kernels_pallas.flash_attention import backends
-from kernels_pallas.flash_attention.backends import BACKENDS
-from kernels_pallas.flash_attention.dispatch import Sizes, choice, choose
+from kernels_pallas.common.target_platform import program_device
+from kernels_pallas.flash_attention import dispatch
+from kernels_pallas.flash_attention.dispatch import BACKENDS, TileSizes, choose
 from kernels_pallas.flash_attention.spec import Backend, Operands, Spec
 from kernels_pallas.masks import Mask, Segments, Window
 
@@ -41,31 +40,31 @@ def flash_attention(
   kv_lens: Int[Array, " B"] | None = None,
   return_lse: bool = False,
   backend: str = "auto",
-  config: Sizes | None = None,
+  config: TileSizes | None = None,
   interpret: Any = None,
   precision: Any = None,
 ) -> (
   Float[Array, "B T N Hv"]
   | tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]
 ):
-  """softmax(cap(scale q k^T) + bias, over visible keys) v.
+  """Computes softmax(cap(scale q k^T) + bias, over visible keys) v.
 
-  Sums are held in float32 (float64 for float64 inputs); N must be a multiple
-  of K, and query head n uses key head n // (N / K). A query that sees no key
-  gives output 0, log-sum-exp -inf and no gradient; what padding holds never
-  matters. Decoding from a cache kept as [B, K, S, H] and passed as
-  `cache.swapaxes(1, 2)` copies nothing.
+  Sums are accumulated in float32 (float64 for float64 inputs). N must be a
+  multiple of K; query head n uses key head n // (N / K). A query that sees no
+  key gives output 0, log-sum-exp -inf and no gradient; the contents of padding
+  never matter. A decoding cache stored as [B, K, S, H] and passed as
+  `cache.swapaxes(1, 2)` is not copied.
 
   Args:
     q: Queries.
     k: Keys.
     v: Values; Hv may differ from H.
     bias: Added to the logits, broadcastable to [B, N, T, S]; differentiable.
-    segment_ids: [B, T] (T = S), or a pair [B, T], [B, S]; attend iff equal and
-      not negative.
-    mask: Who sees whom. Otherwise built from segment_ids, causal, window,
-      causal_alignment, q_offset and kv_lens, and excludes them.
-    sinks: A logit a head that joins the denominator only; -inf is none.
+    segment_ids: [B, T] (T = S), or a pair [B, T], [B, S]; tokens attend iff
+      their ids are equal and not negative.
+    mask: Which keys each query sees. By default built from segment_ids, causal,
+      window, causal_alignment, q_offset and kv_lens, which it excludes.
+    sinks: One logit per head that joins the denominator only; -inf disables it.
     causal: Key j is visible to query i iff j <= i + offset.
     window: (left, right), inclusive: i + offset - left <= j <= i + offset +
       right.
@@ -73,28 +72,28 @@ def flash_attention(
       'top_left' (offset 0).
     scale: Default H ** -0.5.
     softcap: c of c tanh(logit / c).
-    bias_before_softcap: Whether the bias is inside the soft cap.
-    dropout_rate: Share of the probabilities dropped, in [0, 1).
-    dropout_seed: 32-bit integer; needed for dropout.
-    q_offset: Key index level with query 0, instead of causal_alignment; an
-      integer, or Int [] or [B], not negative.
+    bias_before_softcap: Whether the bias is added inside the soft cap.
+    dropout_rate: Fraction of the probabilities dropped, in [0, 1).
+    dropout_seed: 32-bit integer; required for dropout.
+    q_offset: Position of query 0 in key indices, instead of causal_alignment;
+      an integer, or Int [] or [B], not negative.
     kv_lens: Int [B], at most S; keys from there on are padding.
     return_lse: Also return the log-sum-exp, which is differentiable.
-    backend: One of `BACKENDS`; 'auto' goes by the platform that the program is
-      lowered for (`backends.automatic`).
+    backend: One of `BACKENDS`; 'auto' chooses by the platform that the program
+      is lowered for (`dispatch.resolve_auto`).
     config: Tile sizes: `Tiles` for mosaic_tpu, `GpuTiles` for mosaic_gpu,
-      `CpuTiles` for cpu, else `Blocks`. With 'auto', `Blocks` stand for
-      xla_blockwise, and other sizes are used where their backend is taken.
-    interpret: Of Pallas backends, as of `pl.pallas_call`; runs them anywhere.
-      A `plgpu.InterpretGPUParams` for mosaic_gpu.
-    precision: Of the matmuls, as in `jax.lax.dot`.
+      `CpuTiles` for cpu, else `Blocks`. With 'auto', `Blocks` select
+      xla_blockwise; other types apply only if 'auto' takes their backend.
+    interpret: For Pallas backends, as in `pl.pallas_call`; runs them on any
+      platform. A `plgpu.InterpretGPUParams` for mosaic_gpu.
+    precision: Precision of the matmuls, as in `jax.lax.dot`.
 
   Returns:
     The output in the dtype of q; with `return_lse`, also the natural
     log-sum-exp (sinks included, before dropout) in the accumulator dtype.
 
   Raises:
-    ValueError: Shapes that do not fit, contradicting or unsupported arguments.
+    ValueError: Shapes do not match, or arguments conflict or are unsupported.
   """
   _check_shapes(q, k, v, bias, sinks)
   B, T, S = *q.shape[:2], k.shape[1]
@@ -151,19 +150,19 @@ def prepare(
   bias_before_softcap: bool = False,
   dropout_rate: float = 0.0,
   backend: str = "auto",
-  config: Sizes | None = None,
+  config: TileSizes | None = None,
   interpret: Any = None,
   precision: Any = None,
 ) -> tuple[Backend, Spec]:
-  """Checks a call; returns what it runs on, and its static part.
+  """Checks a call; returns its backend and its static part.
 
   Args:
     x: Arrays of the call.
     scale, softcap, bias_before_softcap, dropout_rate, backend, config,
-      interpret, precision: As of `flash_attention`.
+      interpret, precision: As in `flash_attention`.
 
   Raises:
-    ValueError: As `flash_attention`.
+    ValueError: As in `flash_attention`.
   """
   q, k, v = x.q, x.k, x.v
   _check_shapes(q, k, v, x.bias, x.sinks)
@@ -183,13 +182,13 @@ def prepare(
     precision=precision,
   )
   if backend == "auto" and interpret is None:
-    run, config = backends.automatic(x, config, spec)
+    run, config = dispatch.resolve_auto(x, config, spec)
   else:
     if backend == "auto":
-      backend, _ = choice(x, device(), config, spec)
-    run = backends.named(backend, interpret)
+      backend, _ = dispatch.choose_for_device(x, program_device(), config, spec)
+    run = dispatch.get_backend(backend, interpret)
     if config is None:
-      config = backends.fitted(x, run.config, device()[1])
+      config = dispatch.default_tile_sizes(x, run.config, program_device()[1])
   if not isinstance(config, run.config):
     raise ValueError(
       f"config: found {config!r}, expected {run.config.__name__} for {backend}"
@@ -198,7 +197,7 @@ def prepare(
 
 
 def _mask(dims, segments, causal, window, alignment, q_offset, kv_lens) -> Mask:
-  """The mask that the plain arguments describe."""
+  """Builds the mask from `flash_attention`'s keyword arguments."""
   B, T, S = dims
   if alignment not in ALIGNMENTS:
     raise ValueError(
@@ -220,7 +219,7 @@ def _mask(dims, segments, causal, window, alignment, q_offset, kv_lens) -> Mask:
   if kv_lens is None and q_offset is None:
     return build(tuple(window), segments, offset=offset)
 
-  # Offsets that are data become positions, T higher so that none is negative.
+  # Data-dependent offsets become positions, shifted by T to avoid negatives.
   if q_offset is None and offset is None and kv_lens is not None:
     q_offset = kv_lens - T
   level = jnp.asarray(offset if q_offset is None else q_offset)
@@ -261,7 +260,7 @@ def _check_shapes(q, k, v, bias, sinks) -> None:
 
 
 def _check_dtypes(**arrays) -> None:
-  """A mask passed as a bias would be added, integers be rounded to."""
+  """Rejects boolean masks passed as bias, and integers (the output's dtype)."""
   for name, x in arrays.items():
     if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(f"{name}: found {x.dtype}, expected floats")
@@ -274,7 +273,7 @@ def _check_lengths(kv_lens, B: int, S: int) -> None:
     raise ValueError(f"kv_lens: found {kv_lens.dtype}, expected integers")
   if kv_lens.shape != (B,):
     raise ValueError(f"kv_lens: found shape {kv_lens.shape}, expected {(B,)}")
-  # Values that are traced, or on other hosts, are nobody's to see.
+  # Traced values and values on other hosts cannot be checked.
   if isinstance(kv_lens, jax.core.Tracer) or not getattr(
     kv_lens, "is_fully_addressable", True
   ):

@@ -1,9 +1,9 @@
-"""What every backward pass needs of each query, and what follows from it alone.
+"""Per-query inputs of the backward passes, and gradients that need no tiles.
 
-From the output and the log-sum-exp of all keys follows the gradient with
-respect to any part of the keys (kernels.md 2.2): P = exp(s - lse) needs no
-other part. So a backend's `gradients` serves a whole sequence and one step of
-ring attention alike.
+Given the output and the log-sum-exp over all keys, the gradient with respect to
+any subset of the keys needs no other keys (kernels.md 2.2): P = exp(s - lse).
+So a backend's `gradients` serves a whole sequence and a step of ring attention
+alike.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,12 @@ from kernels_pallas.flash_attention import tiles
 from kernels_pallas.flash_attention.spec import Operands
 
 
-class Queries(NamedTuple):
-  """Fields: do [B, T, N, Hv], 0 for padding; lse and shift [B, N, T].
+class QueryCotangents(NamedTuple):
+  """Per-query inputs of the backward pass.
 
-  `lse` is +inf where no key is visible: P = exp(s - inf) = 0, and so are all
-  gradients. `shift` is sum(do * o) minus the cotangent of the log-sum-exp.
+  Fields: do [B, T, N, Hv], 0 for padding; lse [B, N, T], +inf where no key is
+  visible, so that P = exp(s - inf) = 0 and all gradients are 0; shift [B, N,
+  T], sum(do * o) minus the cotangent of the log-sum-exp.
   """
 
   do: Array
@@ -29,26 +30,27 @@ class Queries(NamedTuple):
   shift: Array
 
 
-def kept(
+def save_residuals(
   x: Operands, o: Float[Array, "B T N Hv"], lse: Float[Array, "B N T"]
 ) -> tuple[tuple[Array, Array], tuple[Operands, Array, Array]]:
-  """Returns a forward rule's results, and what it keeps for `queries`.
+  """Returns a forward rule's results and its residuals for `query_cotangents`.
 
-  The names are what `jax.checkpoint` may keep instead of attending again.
+  The names let a `jax.checkpoint` policy save them instead of recomputing
+  attention.
   """
   o = checkpoint_name(o, "attn_out")
   lse = checkpoint_name(lse, "attn_lse")
   return (o, lse), (x, o, lse)
 
 
-def queries(
+def query_cotangents(
   x: Operands,
   o: Float[Array, "B T N Hv"],
   lse: Float[Array, "B N T"],
   do: Float[Array, "B T N Hv"],
   dlse: Float[Array, "B N T"],
-) -> Queries:
-  """Returns what the backward pass needs.
+) -> QueryCotangents:
+  """Computes the per-query inputs of the backward pass.
 
   Args:
     x: Arrays of the call.
@@ -58,20 +60,22 @@ def queries(
     dlse: Cotangent of lse.
   """
   dtype = accumulator(x.q.dtype)
-  do = tiles.zero_padding(do, x.mask.live_queries())
+  do = tiles.zero_padding(do, x.mask.valid_queries())
   delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1)
   empty = lse == -jnp.inf
   shift = delta.swapaxes(1, 2) - jnp.where(empty, 0, dlse)
-  return Queries(do, jnp.where(empty, jnp.inf, lse), shift)
+  return QueryCotangents(do, jnp.where(empty, jnp.inf, lse), shift)
 
 
-def finished(x: Operands, found: Operands, rows: Queries) -> Operands:
-  """Returns a call's gradients in the types of its arrays, sinks' included.
+def cast_gradients(
+  x: Operands, found: Operands, rows: QueryCotangents
+) -> Operands:
+  """Casts a call's gradients to its arrays' dtypes and adds that of the sinks.
 
   Args:
     x: Arrays of the call.
     found: Gradients of q, k, v and bias, in the accumulator dtype.
-    rows: Of the call.
+    rows: The call's per-query inputs.
   """
   dsinks, dbias = None, found.bias
   if x.sinks is not None:

@@ -1,9 +1,9 @@
-"""Dropout decided by counters: any tile regenerates it, on any backend.
+"""Counter-based dropout: any tile regenerates its mask, on any backend.
 
 Whether a probability is kept depends on (seed, batch row, query head, query
 index, key index) alone, so results do not depend on block sizes, and the
 backward pass needs no stored mask. The bits are murmur3's 32-bit finalizer
-(Appleby, public domain) over the indices, a few integer operations a score.
+(Appleby, public domain) of the indices, a few integer operations per score.
 """
 
 import jax.numpy as jnp
@@ -19,11 +19,11 @@ def keep(
   i: Int[Array, "..."],
   j: Int[Array, "..."],
 ) -> Bool[Array, "..."]:
-  """Whether each probability survives dropout.
+  """Returns whether each probability is kept.
 
   Args:
     seed: A 32-bit integer.
-    rate: Share of probabilities to drop, in [0, 1).
+    rate: Fraction of probabilities to drop, in [0, 1).
     b: Batch rows; all four index arrays broadcast against each other.
     h: Query heads.
     i: Query indices.

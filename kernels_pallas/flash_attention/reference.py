@@ -1,7 +1,8 @@
-"""Attention as its definition: O(T S) memory, every feature, no blocks.
+"""Reference attention, straight from the definition: O(T S) memory, no tiles.
 
-The oracle for the other backends; float64 inputs are computed in float64. It
-is differentiated by JAX, so it checks their backward formulas as well.
+The oracle for the other backends, with every feature; float64 inputs are
+computed in float64. JAX differentiates it, so it also checks their backward
+formulas.
 """
 
 import jax
@@ -15,7 +16,7 @@ from kernels_pallas.flash_attention.spec import Operands, Spec
 def reference_attention(
   spec: Spec, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """Softmax attention (kernels.md 2.1), all at once.
+  """Softmax attention (kernels.md 2.1) with all scores materialised.
 
   Args:
     spec: Static part.
@@ -30,7 +31,7 @@ def reference_attention(
   dtype = accumulator(x.q.dtype)
   k = jnp.repeat(x.k, N // K, axis=2).astype(dtype)
   v = jnp.repeat(x.v, N // K, axis=2).astype(dtype)
-  keys, queries = x.mask.live_keys(), x.mask.live_queries()
+  keys, queries = x.mask.valid_keys(), x.mask.valid_queries()
   if keys is not None:
     k = jnp.where(keys[:, :, None, None], k, 0)
     v = jnp.where(keys[:, :, None, None], v, 0)
@@ -43,7 +44,7 @@ def reference_attention(
   t = t + bias if spec.bias_before_softcap else t
   u = t if spec.softcap is None else spec.softcap * jnp.tanh(t / spec.softcap)
   u = u if spec.bias_before_softcap else u + bias
-  # The inner where keeps NaN and inf of invisible scores out of gradients.
+  # The inner where keeps NaN and inf of masked scores out of gradients.
   visible = x.mask.visible(T, S)[:, None]
   s = jnp.where(visible, jnp.where(visible, u, 0), -jnp.inf)
 

@@ -1,4 +1,4 @@
-"""What every backend of flash attention is asked: static values and arrays."""
+"""Inputs of every flash attention backend: static options and arrays."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from kernels_pallas.masks import Mask
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Tile sizes of the blockwise backend; `tile_sizes.fitted` chooses them.
+  """Tile sizes of the blockwise backend, by default `default_blocks`.
 
   Attributes:
-    q: Queries a tile.
-    k: Keys a tile, where the loop over tiles is a loop of the program.
-    unroll: A block of q queries meets all its keys at once, and the blocks
-      are unrolled, while T, and the keys of one query block, are at most this
-      many tokens: fastest on CPU, and differentiable twice. Beyond it memory
-      is what matters: loops over tiles of q times k.
+    q: Queries per tile.
+    k: Keys per tile, if tiles are visited by a loop of the program.
+    unroll: While T, and the keys of one query block, are at most this many
+      tokens, each block of q queries attends to all its keys at once and blocks
+      are unrolled in Python: fastest on CPU, and twice differentiable. Beyond
+      it, loops over q x k tiles keep memory linear.
   """
 
   q: int = 128
@@ -41,12 +41,12 @@ class Spec:
   Attributes:
     scale: Factor on q.k.
     softcap: c of c tanh(t / c), or None.
-    bias_before_softcap: Whether the bias is inside the soft cap.
-    dropout_rate: Share of the normalised probabilities that is dropped.
-    keep: `(seed, rate, b, h, i, j) -> Bool`, as `dropout.keep`.
-    precision: Of all matmuls, as in `jax.lax.dot`.
-    blocks: Tile sizes, a type of the backend's own.
-    output: Type of the output; None is that of q.
+    bias_before_softcap: Whether the bias is added inside the soft cap.
+    dropout_rate: Fraction of the normalised probabilities to drop.
+    keep: `(seed, rate, b, h, i, j) -> Bool`, such as `dropout.keep`.
+    precision: Precision of all matmuls, as in `jax.lax.dot`.
+    blocks: Tile sizes, of the backend's own type.
+    output: Dtype of the output; None is that of q.
   """
 
   scale: float
@@ -77,11 +77,11 @@ class Operands(NamedTuple):
 
 
 class Backend(NamedTuple):
-  """An implementation.
+  """An implementation of attention.
 
   Fields: attend `(spec, x) -> (o, lse)`; gradients `(spec, x, queries) ->
-  Operands` of q, k, v and bias in the accumulator dtype, where `queries` (of
-  `cotangents`) may be those of more keys than x has, or None where JAX
+  Operands` of q, k, v and bias in the accumulator dtype, where `queries` (see
+  `cotangents`) may come from more keys than x has, or None if JAX
   differentiates `attend`; config, the type of `spec.blocks`.
   """
 

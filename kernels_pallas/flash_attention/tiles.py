@@ -1,9 +1,9 @@
-"""One tile of attention: its softmax state, merging states, its gradients.
+"""One tile of attention: logits, softmax state, merging states, gradients.
 
-Arrays are grouped, so that K and V are never repeated for their G query heads:
+Heads are grouped, so that K and V are never repeated for their G query heads:
 q [B, K, G, t, H], k [B, K, s, H], v [B, K, s, Hv], bias [B, K, G, t, s] (each
-axis may be 1), sinks [K, G]. The matmuls run over the merged axes
-[B*K, G*t, .]: one large batched product is what a CPU is fast at.
+axis may be 1), sinks [K, G]. Matmuls run over the merged axes [B*K, G*t, .],
+since CPUs are fast at one large batched product.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.masks import Tile, cut
+from kernels_pallas.masks import Tile, slice_axis
 
 
-class State(NamedTuple):
-  """Softmax over some of the keys: [B, K, G, t, .] in the accumulator dtype.
+class SoftmaxState(NamedTuple):
+  """Online softmax over some keys: [B, K, G, t, .] in the accumulator dtype.
 
   Fields: m the largest logit (-inf if no key was visible), l the sum of
   exp(s - m), acc the sum of exp(s - m) v after dropout; the last axis of m and
@@ -34,8 +34,8 @@ class State(NamedTuple):
 class Logits(NamedTuple):
   """A tile's logits and what their gradient needs, in one layout.
 
-  Fields: s, -inf where invisible; slope, the derivative of the soft cap, or
-  None; kept, Bool where dropout keeps, or None.
+  Fields: s, -inf where masked; slope, the derivative of the soft cap, or None;
+  kept, Bool, whether dropout keeps the probability, or None.
   """
 
   s: Array
@@ -43,25 +43,25 @@ class Logits(NamedTuple):
   kept: Array | None
 
 
-def group(x: Operands) -> Operands:
-  """The arrays grouped, with keys and queries that are padding set to 0.
+def group_heads(x: Operands) -> Operands:
+  """Groups the heads of all arrays and sets padding queries and keys to 0.
 
-  Padding may hold anything, NaN too, and 0 * NaN would reach the output.
+  Padding may contain anything, even NaN, and 0 * NaN would reach the output.
   """
   N, K = x.q.shape[2], x.k.shape[2]
   sinks, bias = x.sinks, x.bias
   if bias is not None:
     heads = (K, N // K) if bias.shape[1] == N else (1, 1)
     bias = bias.reshape(bias.shape[0], *heads, *bias.shape[2:])
-  keys = x.mask.live_keys()
+  keys = x.mask.valid_keys()
 
   def heads_first(y):
-    # In this order a cache that lies heads first is never transposed.
+    # In this order a cache stored heads-first is never transposed.
     y = jnp.swapaxes(y, 1, 2)
     return y if keys is None else jnp.where(keys[:, None, :, None], y, 0)
 
   return x._replace(
-    q=group_queries(zero_padding(x.q, x.mask.live_queries()), K),
+    q=group_queries(zero_padding(x.q, x.mask.valid_queries()), K),
     k=heads_first(x.k),
     v=heads_first(x.v),
     bias=bias,
@@ -72,7 +72,7 @@ def group(x: Operands) -> Operands:
 def group_queries(
   x: Float[Array, "B T N H"], K: int
 ) -> Float[Array, "B K G T H"]:
-  """Query heads by their key head: head n belongs to key head n // G."""
+  """Groups query heads by key head: head n belongs to key head n // G."""
   B, T, N, H = x.shape
   return x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
@@ -86,7 +86,7 @@ def ungroup_queries(
 
 
 def zero_padding(x: Array, live: Array | None) -> Array:
-  """`x` [B, T, N, H] with 0 where `live` [B or 1, T] is false."""
+  """Sets `x` [B, T, N, H] to 0 where `live` [B or 1, T] is false."""
   return x if live is None else jnp.where(live[:, :, None, None], x, 0)
 
 
@@ -99,23 +99,23 @@ def logits(
   seen: Array | None,
   arrange: Callable[[Array], Array],
 ) -> Logits:
-  """The logits of query tile `rows` and key tile `keys`.
+  """Computes the logits of query tile `rows` and key tile `keys`.
 
   Args:
     spec: Static part.
-    x: Grouped arrays, perhaps padded.
-    products: q.k in the layout of the caller.
+    x: Grouped arrays, possibly padded.
+    products: q.k in the caller's layout.
     rows: (start, size) of the queries.
     keys: (start, size) of the keys.
-    seen: Bool [b, 1, 1, t, s], or None where every key is visible.
-    arrange: Takes [B, K, G, t, s] to the layout of `products`.
+    seen: Bool [b, 1, 1, t, s], or None if every key is visible.
+    arrange: Transposes [B, K, G, t, s] to the layout of `products`.
   """
   t = products * spec.scale
   bias = None
   if x.bias is not None:
     bias = x.bias
-    bias = bias if bias.shape[3] == 1 else cut(bias, 3, *rows)
-    bias = bias if bias.shape[4] == 1 else cut(bias, 4, *keys)
+    bias = bias if bias.shape[3] == 1 else slice_axis(bias, 3, *rows)
+    bias = bias if bias.shape[4] == 1 else slice_axis(bias, 4, *keys)
     bias = arrange(bias).astype(t.dtype)
   if bias is not None and spec.bias_before_softcap:
     t = t + bias
@@ -134,20 +134,20 @@ def logits(
 def visible(
   x: Operands, T: int, S: int, rows: Tile, keys: Tile
 ) -> Bool[Array, "b 1 1 t s"]:
-  """Which keys of a tile are visible; T and S as of `Mask.visible`."""
+  """Returns which keys of a tile are visible; T, S as in `Mask.visible`."""
   return x.mask.visible(T, S, rows, keys)[:, None, None]
 
 
-def attend(
+def tile_attention(
   spec: Spec, x: Operands, rows: Tile, keys: Tile, seen: Array | None
-) -> State:
-  """The softmax state of one tile; arguments as in `logits`."""
+) -> SoftmaxState:
+  """Computes the softmax state of one tile; arguments as in `logits`."""
   q, k, v = _tile(x, rows, keys)
   shape = (*x.q.shape[:3], rows[1], -1)
   products = _dot(spec, "xth,xsh->xts", q, k).reshape(shape)
   s, _, kept = logits(spec, x, products, rows, keys, seen, arrange=lambda y: y)
-  # Rounding keeps the order, so the largest product has the largest logit:
-  # with products left as they are, logits need no pass through memory.
+  # Rounding is monotonic, so the largest product has the largest logit: scaling
+  # the maximum instead of the products saves a pass through memory.
   plain = seen is None and x.bias is None and spec.softcap is None
   if plain and spec.scale > 0:
     m = jnp.max(products, axis=-1, keepdims=True) * spec.scale
@@ -159,54 +159,60 @@ def attend(
   l = jnp.sum(p, axis=-1, keepdims=True)
   p = _drop(spec, p, kept).astype(v.dtype)
   acc = _dot(spec, "xts,xsh->xth", p.reshape(*q.shape[:2], -1), v)
-  return State(m, l, acc.reshape(shape))
+  return SoftmaxState(m, l, acc.reshape(shape))
 
 
-def merge(a: State, b: State) -> State:
-  """The state of two disjoint sets of keys (kernels.md 2.1)."""
+def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
+  """Combines the states of two disjoint sets of keys (kernels.md 2.1)."""
   m = jnp.maximum(a.m, b.m)
   ours, theirs = jnp.exp(a.m - _finite(m)), jnp.exp(b.m - _finite(m))
-  return State(m, a.l * ours + b.l * theirs, a.acc * ours + b.acc * theirs)
+  return SoftmaxState(
+    m, a.l * ours + b.l * theirs, a.acc * ours + b.acc * theirs
+  )
 
 
 def finish(
-  state: State, sinks: Float[Array, "K G"] | None
+  state: SoftmaxState, sinks: Float[Array, "K G"] | None
 ) -> tuple[Array, Array]:
-  """The output [B, K, G, t, Hv] and the log-sum-exp [B, K, G, t]."""
+  """Returns the output [B, K, G, t, Hv] and log-sum-exp [B, K, G, t]."""
   if sinks is not None:
     m = sinks.astype(state.m.dtype)[None, :, :, None, None]
     m = jnp.broadcast_to(m, state.m.shape)
-    # A sink is a key whose value is 0; of -inf, it is none.
+    # A sink acts as a key whose value is 0; -inf disables it.
     most, nothing = jax.lax.stop_gradient(m), jnp.zeros_like(state.acc)
-    state = merge(state, State(most, jnp.exp(m - _finite(most)), nothing))
+    state = merge(
+      state, SoftmaxState(most, jnp.exp(m - _finite(most)), nothing)
+    )
   empty = state.l == 0
   l = jnp.where(empty, 1, state.l)
   lse = jnp.where(empty, -jnp.inf, _finite(state.m) + jnp.log(l))
   return state.acc / l, lse[..., 0]
 
 
-def nothing(x: Operands, rows: int) -> State:
-  """The state of `rows` queries before they have seen any key."""
+def initial_state(x: Operands, rows: int) -> SoftmaxState:
+  """Returns the state of `rows` queries before the first key."""
   shape = (*x.q.shape[:3], rows)
-  return State(
-    filled(x, (*shape, 1), -jnp.inf),
-    filled(x, (*shape, 1)),
-    filled(x, (*shape, x.v.shape[-1])),
+  return SoftmaxState(
+    full_like_queries(x, (*shape, 1), -jnp.inf),
+    full_like_queries(x, (*shape, 1)),
+    full_like_queries(x, (*shape, x.v.shape[-1])),
   )
 
 
-def filled(x: Operands, shape: tuple[int, ...], value: float = 0) -> Array:
-  """An array to add tiles to, in the accumulator dtype.
+def full_like_queries(
+  x: Operands, shape: tuple[int, ...], value: float = 0
+) -> Array:
+  """Returns an array to accumulate tiles in, in the accumulator dtype.
 
-  Under `jax.shard_map` it differs between devices where the queries do, as
-  what is added to it does: a loop's carry must not change its type.
+  Under `jax.shard_map` it varies over the same mesh axes as the queries, as the
+  tiles do: a loop's carry must not change its type.
   """
   dtype = accumulator(x.q.dtype)
   return jnp.full_like(x.q, value, dtype=dtype, shape=shape)
 
 
-def add_at(total: Array, part: Array, *places: tuple[int, Tile]) -> Array:
-  """`total` with `part` added at the (axis, tile) places.
+def add_tile(total: Array, part: Array, *places: tuple[int, Tile]) -> Array:
+  """Adds `part` to `total` at the given (axis, tile) positions.
 
   Axes in which `total` has size 1 were broadcast: `part` is summed over them.
   """
@@ -215,13 +221,13 @@ def add_at(total: Array, part: Array, *places: tuple[int, Tile]) -> Array:
   here, starts = total, [0] * total.ndim
   for axis, (start, size) in places:
     if total.shape[axis] > 1:
-      here, starts[axis] = cut(here, axis, start, size), start
+      here, starts[axis] = slice_axis(here, axis, start, size), start
   starts = [jnp.asarray(start, jnp.int32) for start in starts]
   return jax.lax.dynamic_update_slice(total, here + part, starts)
 
 
-class Cotangents(NamedTuple):
-  """Of a query tile, grouped: do [B, K, G, t, Hv], lse and shift [., t].
+class TileCotangents(NamedTuple):
+  """Backward inputs of a query tile, grouped: do [B, K, G, t, Hv], rest [., t].
 
   `lse` is the saved log-sum-exp with +inf where no key was visible, `shift` is
   sum(do * o) minus the cotangent of the log-sum-exp.
@@ -238,13 +244,13 @@ def tile_gradients(
   rows: Tile,
   keys: Tile,
   seen: Array | None,
-  cotangents: Cotangents,
+  cotangents: TileCotangents,
 ) -> tuple[Array, Array, Array, Array]:
-  """A tile's part of (dq, dk, dv, dbias), kernels.md 2.2.
+  """Computes a tile's contribution to (dq, dk, dv, dbias), kernels.md 2.2.
 
-  Scores are transposed here, [s, t]: of the matmuls then only dq contracts
-  over an axis that is not the last of k. XLA would copy dt, or convert it to
-  float32, for that, so k is transposed before.
+  Scores are transposed here, [s, t]: then only the matmul for dq contracts over
+  an axis of k other than the last. For that XLA would copy dt, or convert it to
+  float32, so k is transposed first.
 
   Args:
     spec: Static part.
@@ -252,7 +258,7 @@ def tile_gradients(
     rows: (start, size) of the queries.
     keys: (start, size) of the keys.
     seen: As in `logits`.
-    cotangents: Of the queries in `rows`.
+    cotangents: Backward inputs of the queries in `rows`.
 
   Returns:
     dq [B, K, H, G, t], dk [B, K, s, H], dv [B, K, s, Hv] and dbias
@@ -287,14 +293,18 @@ def tile_gradients(
 
 
 def _tile(x: Operands, rows: Tile, keys: Tile) -> tuple[Array, Array, Array]:
-  """q, k, v of a tile as batches of matrices, [B*K, G*t or s, .]."""
-  parts = cut(x.q, 3, *rows), cut(x.k, 2, *keys), cut(x.v, 2, *keys)
+  """Slices q, k, v of a tile as batched matrices, [B*K, G*t or s, .]."""
+  parts = (
+    slice_axis(x.q, 3, *rows),
+    slice_axis(x.k, 2, *keys),
+    slice_axis(x.v, 2, *keys),
+  )
   batch = x.q.shape[0] * x.q.shape[1]
   return tuple(y.reshape(batch, -1, y.shape[-1]) for y in parts)
 
 
 def _dot(spec: Spec, equation: str, a: Array, b: Array) -> Array:
-  """A batched matmul, summed in the accumulator dtype."""
+  """A batched matmul with sums in the accumulator dtype."""
   return jnp.einsum(
     equation,
     a,
@@ -305,7 +315,7 @@ def _dot(spec: Spec, equation: str, a: Array, b: Array) -> Array:
 
 
 def _finite(m: Array) -> Array:
-  """`m` with 0 for -inf, so that a difference from it is never NaN."""
+  """Replaces -inf by 0, so that a difference from it is never NaN."""
   return jnp.where(m == -jnp.inf, 0, m)
 
 

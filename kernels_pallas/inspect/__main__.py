@@ -1,4 +1,4 @@
-"""The command: one kernel on one chip, beside the reference if asked."""
+"""Command line: inspects one kernel on one chip, and a reference if asked."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,7 @@ import json
 import pathlib
 import sys
 
-from kernels_pallas.flash_attention.tpu import tpu_tile_sizes
+from kernels_pallas.flash_attention.tpu import tile_sizes
 from kernels_pallas.inspect import (
   build,
   chips,
@@ -36,13 +36,13 @@ REFERENCES = {
     "backward": ((1024, 1024, 512, 1), (1024, 1024, 1024, 1)),
   },
 }  # fmt: skip
-"""Blocks at which a reference is read; the best of them count."""
+"""Block sizes at which a reference is measured; the best one counts."""
 
 
 def main(arguments: list[str] | None = None) -> int:
   """Prints a table, then one line of JSON; returns the exit code."""
   arguments = sys.argv[1:] if arguments is None else arguments
-  if gpu.asked(arguments):
+  if gpu.is_gpu_target(arguments):
     return gpu.main(arguments)
   args = _parser().parse_args(arguments)
   problem = build.missing()
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
   add("--kernel", choices=kernels, default=kernels[0])
   add("--target", choices=list(chips.CHIPS), required=True)
   add("--direction", choices=["forward", "backward"], default="forward")
-  add("--compare", choices=list(REFERENCES), help="read the reference, too")
+  add("--compare", choices=list(REFERENCES), help="measure this reference, too")
   add("--head_dim", type=int, choices=[64, 128, 256], default=128)
   add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
   add("--blocks", help="our tile: q,kv,q_part,kv_part")
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--search",
     action="store_true",
-    help="find the best tile, and write it where the kernels read it",
+    help="find the best tile, and write it to the kernels' table",
   )
   add("--picture", type=pathlib.Path, help="PNG of the schedule")
   add("--keep", type=pathlib.Path, help="folder for the compiler's dumps")
@@ -106,11 +106,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def summary(best: Measurement, reference: Measurement | None) -> dict:
-  """What the last line says.
+  """Returns the fields of the final JSON line.
 
   Args:
-    best: Of our kernel.
-    reference: Of what it is compared with.
+    best: Measurement of our kernel.
+    reference: Measurement of the reference, if any.
   """
   ratio = None if reference is None else best.bundles / reference.bundles
   return {
@@ -126,7 +126,7 @@ def summary(best: Measurement, reference: Measurement | None) -> dict:
 
 
 def line(blocks: tuple[int, ...], found: Measurement | str) -> str:
-  """A line of the table: what blocks cost, or why they do not compile."""
+  """Formats a line of the table: the blocks' cost, or the compiler's error."""
   label = f"{','.join(map(str, blocks)):<20}"
   if isinstance(found, str):
     return f"{label} {found}"
@@ -140,33 +140,33 @@ def line(blocks: tuple[int, ...], found: Measurement | str) -> str:
 
 
 def _search(job: Job) -> Measurement | None:
-  def tell(blocks, found):
+  def on_result(blocks, found):
     print(line(blocks, found), flush=True)
 
-  best = search.search(job, tell)
+  best = search.search(job, on_result)
   if best is not None:
-    search.write(best)
-    print(f"{search.name(job)} = {best.job.blocks}: {tpu_tile_sizes.TABLE}")
+    search.write_table(best)
+    print(f"{search.tile_name(job)} = {best.job.blocks}: {tile_sizes.TABLE}")
   return best
 
 
 def ours(
   job: Job, blocks: tuple[int, ...] = (), keep: pathlib.Path | None = None
 ) -> Measurement | None:
-  """A kernel of ours, measured and told; None if it does not compile.
+  """Measures our kernel and prints it; returns None if it does not compile.
 
   Args:
-    job: Its blocks and length are not used.
-    blocks: Else those that the kernels take.
-    keep: A folder for the compiler's dumps.
+    job: Its blocks and length are ignored.
+    blocks: Block sizes; by default those that the kernel would take.
+    keep: Folder for the compiler's dumps.
   """
-  tiles = tpu_tile_sizes.for_device(job.chip.kind, job.head_dim, job.dtype)
-  taken = dataclasses.astuple(getattr(tiles, search.name(job)))
+  tiles = tile_sizes.for_device(job.chip.kind, job.head_dim, job.dtype)
+  taken = dataclasses.astuple(getattr(tiles, search.tile_name(job)))
   return next(iter(_measure(job, [blocks or taken], keep)), None)
 
 
-def alike(found: Measurement) -> tuple[int, ...]:
-  """A reference's blocks that are most like those of our kernel."""
+def similar_blocks(found: Measurement) -> tuple[int, ...]:
+  """Returns the reference's blocks most similar to those of our kernel."""
   q, kv, _, part = found.job.blocks
   return q, kv, part, int(found.job.direction == "backward")
 
@@ -174,9 +174,9 @@ def alike(found: Measurement) -> tuple[int, ...]:
 def references(
   found: Measurement, maker: str, keep: pathlib.Path | None = None
 ) -> list[Measurement]:
-  """A reference at blocks like ours and at those of `REFERENCES`."""
+  """Measures a reference at blocks like ours and at those of `REFERENCES`."""
   blocks = dict.fromkeys(
-    (alike(found), *REFERENCES[maker][found.job.direction])
+    (similar_blocks(found), *REFERENCES[maker][found.job.direction])
   )
   job = dataclasses.replace(found.job, maker=maker)
   return _measure(job, blocks, keep)
@@ -195,12 +195,12 @@ def _blocks(text: str) -> tuple[int, ...]:
 
 
 def _measure(job: Job, blocks, keep) -> list[Measurement]:
-  """Prints a line for each of `blocks`; those that compile."""
+  """Measures and prints each of `blocks`; returns those that compile."""
   found = []
   for n, sizes in enumerate(blocks):
     folder = keep / f"{job.maker}_{n}" if keep else None
     try:
-      found.append(report.measure(search.at(job, sizes), folder))
+      found.append(report.measure(search.with_blocks(job, sizes), folder))
       text = line(sizes, found[-1])
     except ValueError as problem:
       text = line(sizes, str(problem))

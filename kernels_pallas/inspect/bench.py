@@ -1,8 +1,8 @@
-"""All rows of the README's table of schedules: `make bench-chips`.
+"""Measures all rows of the README's table of schedules: `make bench-chips`.
 
-Each row is one kernel for one chip beside a reference, as
-`python -m kernels_pallas.inspect` measures it, best blocks against best blocks
-and the same blocks against the same. Two idle cores need about 10 minutes.
+Each row is one kernel for one chip next to a reference, as measured by `python
+-m kernels_pallas.inspect`: best blocks against best blocks, and the same blocks
+against the same. Takes about 10 minutes on two idle cores.
 """
 
 import argparse
@@ -54,20 +54,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row of the table; bundles are for 1000 score elements.
+  """A row of the table; bundles are per 1000 score elements.
 
   Attributes:
-    target: A chip.
+    target: The chip.
     direction: 'forward' or 'backward'.
     ours: Bundles of our kernel.
     reference: Bundles of the reference at its best blocks, or None.
-    same: Bundles of the reference at our blocks, or None: it does not compile.
+    same: Bundles of the reference at our blocks, or None if it does not
+    compile.
     bound: Bundles if the matrix units were always busy.
-    share: Of the bound, that is reached.
-    tflops: Predicted of a chip.
-    slot: The fullest, and how full.
-    spills: A grid step.
-    vmem: MiB.
+    share: Fraction of the bound that our kernel reaches.
+    tflops: Predicted TFLOP/s of the chip.
+    slot: The fullest slot, and how full it is.
+    spills: Spills per grid step.
+    vmem: VMEM in MiB.
   """
 
   target: str
@@ -90,7 +91,7 @@ def _row(target: str, direction: str, compare: str) -> Row | None:
     return None
   theirs = command.references(ours, compare)
   best = min(theirs, key=lambda m: m.bundles, default=None)
-  alike = command.alike(ours)
+  alike = command.similar_blocks(ours)
   same = next((m for m in theirs if tuple(m.job.blocks) == alike), None)
   slot, full = ours.limiting()
   credited = job.program.credited[direction]

@@ -1,7 +1,7 @@
-"""Compiles a kernel for a TPU that is not here, in a process of its own.
+"""Compiles a kernel for a TPU that is not attached, in a separate process.
 
-libtpu reads where to dump once, when it starts: so each compilation is a
-process, `python -m kernels_pallas.inspect.build JOB`, with a folder of its own.
+libtpu reads its dump settings once, when it starts, so each compilation is a
+process, `python -m kernels_pallas.inspect.build JOB`, with its own folder.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from kernels_pallas.inspect.programs import Job
 
 TIMEOUT = 600
 
-# The sentence in pages of error that says why.
+# The sentence in pages of error output that states the reason.
 _REASON = re.compile(
   r"Scoped allocation with[^.]*\.\w+ and[^-]*?limit by \S+"
   r"|Used \S+ of \S+ vmem\. Exceeded vmem capacity by [\d.]+\w"
@@ -26,11 +26,11 @@ _REASON = re.compile(
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit)\b")
 
 FEATURES = ("full", "causal", "everything")
-"""Of attention: a full mask, a causal one, or all that the kernels can do."""
+"""Features of attention: a full mask, a causal one, or all that is possible."""
 
 
 def missing(maker: str = "flash_attention") -> str | None:
-  """Why `maker` cannot be compiled here, or None.
+  """Returns why `maker` cannot be compiled here, or None.
 
   Args:
     maker: A key of `programs.PROGRAMS`.
@@ -49,8 +49,8 @@ def missing(maker: str = "flash_attention") -> str | None:
 def dumping(folder: pathlib.Path) -> dict[str, str]:
   """Returns the environment of a process whose libtpu dumps into `folder`.
 
-  Of its 70 passes those that are read (`schedule.py`): all of them are a
-  gigabyte, and half of the time.
+  Dumps only the passes that `schedule` parses: all 70 would be a gigabyte, and
+  half of the time.
   """
   flags = (
     f"--xla_jf_dump_to={folder}",
@@ -73,7 +73,7 @@ def compile_to(job: Job, folder: pathlib.Path) -> str | None:
   """Compiles `job` and leaves libtpu's dumps in `folder`.
 
   Returns:
-    None, or what the compiler said against it.
+    None, or the compiler's error.
   """
   folder.mkdir(parents=True, exist_ok=True)
   command = [sys.executable, "-m", "kernels_pallas.inspect.build"]
@@ -91,17 +91,17 @@ def compile_to(job: Job, folder: pathlib.Path) -> str | None:
 
 
 def _reason(errors: str) -> str:
-  """The sentence that says why, or the last exception, or the last line."""
-  said = _REASON.search(errors)
-  if said is not None:
-    return said.group()
+  """Returns the sentence with the reason, or the last exception, or line."""
+  found = _REASON.search(errors)
+  if found is not None:
+    return found.group()
   lines = [line for line in errors.splitlines() if line.strip()]
   raised = [line for line in lines if _RAISED.match(line)]
   return " ".join((raised or lines)[-1:])[:300]
 
 
 def main() -> None:
-  """Compiles the job that the command line holds as JSON."""
+  """Compiles the job given as JSON on the command line."""
   job = Job(**json.loads(sys.argv[1]))
   import jax
   from jax.experimental import topologies

@@ -1,4 +1,4 @@
-"""TPU generations, and what a schedule means on each (kernels.md 12.1, 15)."""
+"""TPU generations, and predictions from schedules (kernels.md 12.1, 15)."""
 
 import dataclasses
 
@@ -7,13 +7,14 @@ from kernels_pallas.common import chips
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A generation, as its compiler and its schedules know it.
+  """A TPU generation, as its compiler and its schedules see it.
 
   Attributes:
     spec: Its data sheet.
     topology: Name of its smallest topology.
-    cores: Cores a chip.
-    clock: Hz of a core. Implied by the peak; v6e's is assumed, and fits.
+    cores: Cores per chip.
+    clock: Clock of a core in Hz. Implied by the peak; v6e's is assumed, and
+    fits.
     mxu: Rows and columns of a matrix unit.
   """
 
@@ -25,22 +26,22 @@ class Chip:
 
   @property
   def kind(self) -> str:
-    """Device kind as libtpu calls it."""
+    """Device kind, as libtpu calls it."""
     return self.spec.kind
 
   @property
   def peak(self) -> float:
-    """bf16 FLOP/s of a chip."""
+    """Peak bf16 FLOP/s of a chip."""
     return self.spec.flops
 
   @property
   def bandwidth(self) -> float:
-    """HBM bytes/s of a chip."""
+    """HBM bandwidth of a chip in bytes/s."""
     return self.spec.bandwidth
 
   @property
   def flops_per_cycle(self) -> float:
-    """bf16 FLOPs a cycle and core."""
+    """Peak bf16 FLOPs per cycle and core."""
     return self.peak / self.cores / self.clock
 
 
@@ -57,35 +58,36 @@ CHIPS = {
 
 
 def bound(chip: Chip, head_dim: int, matmuls: int) -> float:
-  """Least bundles for 1000 score elements: matrix units busy all the time.
+  """Returns the fewest bundles per 1000 score elements, matrix units always
+  busy.
 
   A head dim that does not fill a matrix unit wastes the rest of it.
 
   Args:
     chip: The generation.
     head_dim: Length of the contraction, or width of the result.
-    matmuls: Matmuls a score element.
+    matmuls: Matmuls per score element.
   """
   filled = -(-head_dim // chip.mxu) * chip.mxu
   return 1000 * matmuls * 2 * filled / chip.flops_per_cycle
 
 
 def memory_cycles(chip: Chip, size: int) -> float:
-  """Cycles in which a core gets `size` bytes from HBM, all cores reading."""
+  """Returns the cycles to read `size` bytes from HBM, while all cores read."""
   return size / (chip.bandwidth / chip.cores) * chip.clock
 
 
 def tflops(
   chip: Chip, head_dim: int, credited: int, executed: int, cycles: float
 ) -> float:
-  """Predicted TFLOP/s of a chip from cycles for 1000 score elements.
+  """Predicts a chip's TFLOP/s from cycles per 1000 score elements.
 
   Args:
     chip: The generation.
-    head_dim: Of q, k and v.
-    credited: Matmuls a score element that count as work.
-    executed: Those that run; a schedule cannot be faster than their FLOPs.
-    cycles: Of all kernels, for 1000 score elements.
+    head_dim: Head dim of q, k and v.
+    credited: Matmuls per score element that count as work.
+    executed: Matmuls that run; a schedule cannot be faster than their FLOPs.
+    cycles: Cycles of all kernels, per 1000 score elements.
   """
   least = 1000 * executed * 2 * head_dim / chip.flops_per_cycle
   cycles = max(cycles, least) / 1000

@@ -1,10 +1,10 @@
-"""Compiles attention for a GPU that is not here, and reads what came out.
+"""Compiles attention for a GPU that is not attached, and parses the result.
 
     python -m kernels_pallas.inspect.gpu --target=h100 --direction=forward
 
-XLA's compiler for CUDA needs a description of the chip and ptxas, but no GPU.
-Mosaic GPU reads where to dump from the environment, so that a compilation is a
-process of its own: `python -m kernels_pallas.inspect.gpu --job=JSON`.
+XLA's CUDA compiler needs a description of the chip and ptxas, but no GPU.
+Mosaic GPU reads its dump settings from the environment, so each compilation is
+a separate process: `python -m kernels_pallas.inspect.gpu --job=JSON`.
 """
 
 import argparse
@@ -21,11 +21,11 @@ import tempfile
 from kernels_pallas.inspect import ptx
 
 TARGETS = {"a100": "mma", "h100": "wgmma", "b200": "tcgen05"}
-"""Chips, and the instruction of `GpuTiles.cores` that is tried on each."""
+"""Chips, and the `GpuTiles.cores` compiled for each."""
 
 DTYPES = ("bfloat16", "float16")
 FEATURES = ("window", "segments", "positions", "sinks", "softcap", "dropout")
-"""What a call may have besides its mask; 'everything' is all of them."""
+"""Features of a call besides its mask; 'everything' is all of them."""
 
 MASKS = ("full", "causal", "eight")
 
@@ -37,16 +37,16 @@ class Job:
   """What to compile: T = S tokens, four query heads, two key heads.
 
   Attributes:
-    maker: 'ours' or 'attention_mgpu', which is jax's, for float16.
+    maker: 'ours' or 'attention_mgpu', JAX's kernel, for float16.
     target: One of `TARGETS`.
     direction: 'forward' or 'backward'.
-    head_dim: Of q, k and v.
+    head_dim: Head dim of q, k and v.
     dtype: One of `DTYPES`.
-    mask: Of `MASKS`; 'eight' are intervals, as many as a query may have.
-    operand: As of `GpuTiles`.
-    length: Tokens.
-    features: Of `FEATURES`; of ours alone.
-    value_dim: Of v; None is `head_dim`.
+    mask: One of `MASKS`; 'eight' has the most intervals that a query may have.
+    operand: As in `GpuTiles`.
+    length: Number of tokens.
+    features: Some of `FEATURES`; for our kernels only.
+    value_dim: Head dim of v; None is `head_dim`.
   """
 
   maker: str = "ours"
@@ -62,7 +62,7 @@ class Job:
 
   @property
   def dims(self) -> tuple[int, int]:
-    """Of q and k, and of v."""
+    """Head dims of q and k, and of v."""
     return self.head_dim, self.value_dim or self.head_dim
 
 
@@ -106,22 +106,22 @@ def main(arguments: list[str] | None = None) -> int:
   return 0
 
 
-def asked(arguments: list[str]) -> bool:
-  """Whether a command line names one of `TARGETS`."""
+def is_gpu_target(arguments: list[str]) -> bool:
+  """Whether the command line names one of `TARGETS`."""
   parser = argparse.ArgumentParser(add_help=False)
   parser.add_argument("--target")
   return parser.parse_known_args(arguments)[0].target in TARGETS
 
 
 def measure(job: Job, keep: pathlib.Path | None = None) -> list[ptx.Kernel]:
-  """The kernels of a job.
+  """Compiles a job and returns its kernels.
 
   Args:
     job: What to compile.
-    keep: Folder for the dumps; default is one that is removed.
+    keep: Folder for the dumps; by default a temporary one.
 
   Raises:
-    ValueError: The compiler refuses, in its words.
+    ValueError: Compilation fails; the compiler's message.
   """
   kernels = compiled(
     [
@@ -139,14 +139,14 @@ def measure(job: Job, keep: pathlib.Path | None = None) -> list[ptx.Kernel]:
 def compiled(
   module: list[str], keep: pathlib.Path | None = None
 ) -> list[ptx.Kernel]:
-  """The kernels that a Python module compiles, run in a process of its own.
+  """Returns the kernels that a Python module compiles, run in its own process.
 
   Args:
     module: Its name and arguments.
-    keep: Folder for the dumps; default is one that is removed.
+    keep: Folder for the dumps; by default a temporary one.
 
   Raises:
-    ValueError: The compiler refuses, in its words.
+    ValueError: Compilation fails; the compiler's message.
   """
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch) if keep is None else keep
@@ -161,15 +161,15 @@ def compiled(
     )
     if done.returncode:
       lines = [line for line in done.stderr.splitlines() if line.strip()]
-      said = [line for line in lines if "Error" in line] or lines
-      raise ValueError(" ".join(said[-1:])[-300:])
+      message = [line for line in lines if "Error" in line] or lines
+      raise ValueError(" ".join(message[-1:])[-300:])
     return ptx.read(folder)
 
 
 def devices(target: str) -> list:
-  """The devices of one of `TARGETS`, to compile for.
+  """Returns the devices of one of `TARGETS`, to compile for.
 
-  Mosaic asks the default device which instructions there are.
+  Mosaic asks the default device for its instruction set.
   """
   from jax.experimental import topologies
 
@@ -180,7 +180,7 @@ def devices(target: str) -> list:
 
 
 def missing() -> str | None:
-  """Why nothing can be compiled here, or None."""
+  """Returns why nothing can be compiled here, or None."""
   plugins = importlib.util.find_spec("jax_plugins")
   places = [] if plugins is None else plugins.submodule_search_locations or []
   if not any(pathlib.Path(p, "xla_cuda13").exists() for p in places):
@@ -194,7 +194,7 @@ def missing() -> str | None:
 
 
 def _toolkit() -> pathlib.Path | None:
-  """The folder with bin/ptxas that NVIDIA's wheel installs."""
+  """Returns the folder with bin/ptxas that NVIDIA's wheel installs, or None."""
   spec = importlib.util.find_spec("nvidia")
   for place in [] if spec is None else spec.submodule_search_locations or []:
     for found in sorted(pathlib.Path(place).glob("*/bin/ptxas")):
@@ -245,7 +245,7 @@ def _compile(job: Job) -> None:
 
 
 def call(job: Job) -> tuple:
-  """The function of q, k, v that a job compiles, and its other arguments."""
+  """Returns the function of q, k, v to compile, and its other arguments."""
   import jax
 
   if job.maker != "ours":
@@ -261,7 +261,7 @@ def call(job: Job) -> tuple:
 
 def _ours(job: Job):
   from kernels_pallas.flash_attention.api import flash_attention
-  from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import for_head_dim
+  from kernels_pallas.flash_attention.gpu.tile_sizes import for_head_dim
   from kernels_pallas.masks import Mask
 
   tiles = for_head_dim(*job.dims, TARGETS[job.target])
@@ -292,8 +292,8 @@ def _ours(job: Job):
 
 
 def _theirs(job: Job):
-  """jax's attention at the blocks of ours; where jaxlib was built without CUDA
-  its check of the runtime's version has nothing to ask, and is answered."""
+  """JAX's attention at our block sizes. If jaxlib was built without CUDA, its
+  check of the runtime's version is answered here."""
   import types
 
   from jax.experimental.pallas.ops.gpu import attention_mgpu
@@ -354,8 +354,8 @@ def _parser() -> argparse.ArgumentParser:
   choices = ", ".join(FEATURES)
   add("--features", type=_features, default=(),
       help=f"joined by commas, of {choices}; or everything")  # fmt: skip
-  add("--value_dim", type=int, help="of v, where it is another")
-  add("--compare", choices=["attention_mgpu"], help="read jax's kernel, too")
+  add("--value_dim", type=int, help="head dim of v, if different")
+  add("--compare", choices=["attention_mgpu"], help="measure JAX's kernel, too")
   add("--keep", type=pathlib.Path, help="folder for the compiler's dumps")
   add("--job", help=argparse.SUPPRESS)
   return parser

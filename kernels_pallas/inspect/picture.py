@@ -1,4 +1,4 @@
-"""A schedule as a picture: how full each slot is, bundle after bundle."""
+"""Plots a schedule: how full each slot is, bundle by bundle."""
 
 import pathlib
 
@@ -10,11 +10,11 @@ COLUMNS = 400
 
 
 def draw(schedules: list[Schedule], path: pathlib.Path) -> None:
-  """Writes a PNG with one panel a schedule; needs matplotlib.
+  """Writes a PNG with one panel per schedule; needs matplotlib.
 
   Args:
-    schedules: What to draw, one below the other.
-    path: Of the PNG.
+    schedules: What to plot, one below the other.
+    path: Path of the PNG.
   """
   import matplotlib
 

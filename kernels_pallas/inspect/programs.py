@@ -1,8 +1,9 @@
-"""Kernels that can be inspected: how each is called, what a step of it does.
+"""Kernels that can be inspected: how to call each, and the work of its grid
+steps.
 
-A kernel is one `Program` in `PROGRAMS`. Its steps say what matrix work a
-step of the grid holds, so that a schedule can be checked, and how many bytes
-it fetches, so that a prediction knows when memory is the limit.
+A kernel is one `Program` in `PROGRAMS`. Its steps state the matrix work of a
+grid step, to validate a schedule, and the bytes it fetches, to predict when
+memory is the limit.
 """
 
 import dataclasses
@@ -12,27 +13,28 @@ from typing import Any
 from kernels_pallas.inspect.chips import CHIPS, Chip
 
 EXACT, LANES, WIDTH = "exact", "lanes", "width"
-"""What pads the head dim of a matmul: nothing, where it is the rows that pass a
-matrix unit; the 128 lanes of a register, where it is contracted or was turned;
-the columns of the unit, where it is the result's last axis."""
+"""What pads the head dim of a matmul: nothing, if it indexes rows that stream
+through a matrix unit; the 128 lanes of a register, if it is contracted or was
+transposed; the columns of the unit, if it is the result's last axis."""
 
 LANE_COUNT = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What to compile: T = S tokens and one head, where it is attention.
+  """What to compile: for attention, T = S tokens and one head.
 
   Attributes:
     maker: A key of `PROGRAMS`.
     target: A key of `CHIPS`.
     direction: 'forward' or 'backward'.
-    length: Tokens.
-    head_dim: Of q, k and v.
+    length: Number of tokens.
+    head_dim: Head dim of q, k and v.
     dtype: 'bfloat16' or 'float32'.
-    blocks: (q, kv, q part, kv part) of ours, or () for those that our kernels
-      take by themselves; (q, kv, kv part, fused: 0 or 1) of splash.
-    backward: Organisation of our backward pass.
+    blocks: (q, kv, q part, kv part) of our kernels, or () for their defaults;
+    (q,
+      kv, kv part, fused: 0 or 1) of splash.
+    backward: Variant of our backward pass.
     features: One of `FEATURES`.
   """
 
@@ -48,27 +50,27 @@ class Job:
 
   @property
   def chip(self) -> Chip:
-    """The generation."""
+    """The TPU generation."""
     return CHIPS[self.target]
 
   @property
   def program(self) -> "Program":
-    """What is compiled."""
+    """The program to compile."""
     return PROGRAMS[self.maker]
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """What one step of a kernel's grid does.
+  """The work of one grid step of a kernel.
 
   Attributes:
-    name: What the kernel's name contains.
-    matmuls: Of each matmul what pads its head dim: EXACT, LANES or WIDTH.
-      Read from schedules at D = 64 on v5p and v6e, where they differ.
-    elements: Elements that the report counts by (of attention: scores), each
+    name: Substring of the kernel's name.
+    matmuls: For each matmul what pads its head dim: EXACT, LANES or WIDTH.
+      Determined from schedules at D = 64 on v5p and v6e, where they differ.
+    elements: Elements that the report counts by (for attention: scores), each
       `depth` multiply-adds of every matmul.
     depth: The head dim.
-    bytes: Read from and written to HBM, in a long row of steps.
+    bytes: Bytes read from and written to HBM, in a long sequence of steps.
     trips: How often each loop inside the step runs, in program order.
   """
 
@@ -80,7 +82,7 @@ class Step:
   trips: tuple[int, ...] = ()
 
   def units(self, mxu: int) -> float:
-    """The work of the matmuls and of their padding, that of a matmul being 1.
+    """Returns the work of the matmuls with padding, in units of one matmul.
 
     Args:
       mxu: Rows and columns of a matrix unit.
@@ -91,14 +93,14 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A kernel that can be compiled for a chip that is not here.
+  """A kernel that can be compiled for a chip that is not attached.
 
   Attributes:
-    call: From a job to the function to compile and its arguments' shapes, a
-      tree of `jax.ShapeDtypeStruct`. The function, and it alone, is traced
-      where the chip's mesh is set.
-    steps: From a job to what each of its kernels does in a grid step.
-    credited: Matmuls an element that count as work, by direction.
+    call: Maps a job to the function to compile and its arguments' shapes, a
+      tree of `jax.ShapeDtypeStruct`. Only the function is traced under the
+      chip's mesh.
+    steps: Maps a job to the grid steps of each of its kernels.
+    credited: Matmuls per element that count as work, by direction.
   """
 
   call: Callable[[Job], tuple[Callable[..., Any], Any]]
@@ -107,24 +109,24 @@ class Program:
 
 
 # Attention is credited with 2 matmuls forward and 5 backward, however it is
-# organised (kernels.md 3).
+# implemented (kernels.md 3).
 ATTENTION = {"forward": 2, "backward": 5}
 
 
 def flash_attention(job: Job) -> tuple[Callable[..., Any], Any]:
-  """Ours: one head, or whatever the job's features add."""
+  """Our attention: one head, with the job's features."""
   import jax
   import jax.numpy as jnp
 
   from kernels_pallas.flash_attention import api
-  from kernels_pallas.flash_attention.tpu import tpu_tile_sizes
+  from kernels_pallas.flash_attention.tpu import tile_sizes
 
   config = None
   if job.blocks:
-    tile = tpu_tile_sizes.Tile(*job.blocks)
+    tile = tile_sizes.Tile(*job.blocks)
     names = ("forward",) if job.direction == "forward" else ("dkv", "dq")
     config = dataclasses.replace(
-      tpu_tile_sizes.for_device(job.chip.kind, job.head_dim, job.dtype),
+      tile_sizes.for_device(job.chip.kind, job.head_dim, job.dtype),
       **dict.fromkeys(names, tile),
       backward=job.backward,
     )
@@ -155,7 +157,7 @@ def flash_attention(job: Job) -> tuple[Callable[..., Any], Any]:
 
 
 def flash_attention_steps(job: Job) -> tuple[Step, ...]:
-  """Of our kernels at the job's blocks."""
+  """Returns the grid steps of our kernels at the job's blocks."""
   q, kv, *_ = job.blocks
   H, size = job.head_dim, _size(job.dtype)
   tile = {"elements": q * kv, "depth": H}
@@ -190,7 +192,7 @@ def flash_attention_steps(job: Job) -> tuple[Step, ...]:
 
 
 def splash(job: Job) -> tuple[Callable[..., Any], Any]:
-  """jax's splash attention, forward and backward, full mask."""
+  """JAX's splash attention, forward and backward, full mask."""
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernel,
   )
@@ -213,7 +215,7 @@ def splash(job: Job) -> tuple[Callable[..., Any], Any]:
 
 
 def tokamax(job: Job) -> tuple[Callable[..., Any], Any]:
-  """tokamax's splash attention, whose backward pass is always fused."""
+  """Tokamax's splash attention, whose backward pass is always fused."""
   from tokamax._src.ops.experimental.tpu.splash_attention import (
     splash_attention_kernel as kernel,
   )
@@ -233,7 +235,7 @@ def tokamax(job: Job) -> tuple[Callable[..., Any], Any]:
 
 
 def splash_steps(job: Job) -> tuple[Step, ...]:
-  """Of splash attention, jax's and tokamax's, at the job's blocks."""
+  """Returns the grid steps of JAX's and Tokamax's splash attention."""
   q, kv, _, fused = job.blocks
   H, size = job.head_dim, _size(job.dtype)
   tile = {"elements": q * kv, "depth": H}
@@ -262,7 +264,7 @@ def splash_steps(job: Job) -> tuple[Step, ...]:
 
 
 def _heads_first(job: Job, run) -> tuple[Callable[..., Any], Any]:
-  """`run` of q, k, v [N, T, H], as what a job compiles."""
+  """Adapts `run` of q, k, v [N, T, H] to a job's function and shapes."""
   import jax
   import jax.numpy as jnp
 
@@ -272,7 +274,7 @@ def _heads_first(job: Job, run) -> tuple[Callable[..., Any], Any]:
 
 
 def _directed(job: Job, run):
-  """`run` of (what is differentiated, what is not), or its gradient."""
+  """Returns `run` of (differentiated, other) arguments, or its gradient."""
   import jax
 
   def backward(x, data):
@@ -294,4 +296,4 @@ PROGRAMS = {
   "splash": Program(splash, splash_steps, ATTENTION),
   "tokamax": Program(tokamax, splash_steps, ATTENTION),
 }
-"""What can be compiled and read, by name: another kernel is an entry more."""
+"""Programs by name; add an entry to inspect another kernel."""

@@ -1,8 +1,8 @@
-"""Reads what ptxas says of a GPU kernel, and the kernel's PTX.
+"""Parses ptxas' report on a GPU kernel, and the kernel's PTX.
 
-There is no schedule to read as there is for a TPU: a GPU decides while it runs.
-What can be read is what bounds it: registers, spills, shared memory, and the
-instructions of one iteration of the loop that does the matmuls.
+Unlike a TPU, a GPU schedules instructions at run time, so there is no schedule
+to parse. The limits can be read: registers, spills, shared memory, and the
+instructions of one iteration of the loop with the matmuls.
 """
 
 import collections
@@ -25,11 +25,11 @@ _KINDS = {
 }
 _INLINE = re.compile("|".join(map(re.escape, _KINDS)))
 _WARPS = {"wg": 1, "": 4}
-"""Instructions of a warpgroup that do what one of these says: a `mma` is that
-of a warp."""
+"""Instructions of a warpgroup per instruction in the PTX: a `mma` is issued by
+each of its four warps."""
 
 _DEPTH = 16
-"""Terms that a `tcgen05.mma` of 16 bits sums."""
+"""Terms that a 16-bit `tcgen05.mma` sums: its K dimension."""
 
 MIX = {
   "tcgen05": r"tcgen05\.mma",
@@ -50,7 +50,7 @@ MIX = {
   "barrier": r"(mbarrier|bar|barrier|fence|tcgen05)\.",
   "memory": r"(ld|st)\.",
 }
-"""Kinds of instruction by the start of their opcode, first match counts."""
+"""Kinds of instructions by the start of their opcode; first match counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Kernel:
   """One compiled kernel.
 
   Attributes:
-    name: Of its entry function.
-    registers: A thread, at launch.
-    spills: Bytes stored for want of a register, a thread.
-    shared: Bytes of shared memory a block, or None if the dump lacks it.
-    warnings: What ptxas warned of.
+    name: Name of its entry function.
+    registers: Registers per thread, at launch.
+    spills: Bytes of register spills stored, per thread.
+    shared: Bytes of shared memory per block, or None if not in the dump.
+    warnings: Warnings of ptxas.
     total: Instructions of each kind in the whole kernel.
-    loop: Those of one iteration of the smallest loop with matmuls.
-    flops: Of the matmuls of that iteration, a warpgroup.
+    loop: Instructions of one iteration of the smallest loop with matmuls.
+    flops: FLOPs of the matmuls of that iteration, per warpgroup.
   """
 
   name: str
@@ -79,10 +79,10 @@ class Kernel:
 
 
 def read(folder: pathlib.Path) -> list[Kernel]:
-  """The kernels that Mosaic GPU dumped into a folder.
+  """Returns the kernels that Mosaic GPU dumped into a folder.
 
   Raises:
-    ValueError: There are none, or one in a format that is not known.
+    ValueError: There are none, or one in an unknown format.
   """
   found = [_read(path) for path in sorted(folder.glob("*.ptxas"))]
   if not found:
@@ -91,13 +91,15 @@ def read(folder: pathlib.Path) -> list[Kernel]:
 
 
 def _read(path: pathlib.Path) -> Kernel:
-  said = path.read_text()
-  registers = re.search(r"Used (\d+) registers", said)
-  spills = re.search(r"(\d+) bytes spill stores, \d+ bytes spill loads\n", said)
+  report = path.read_text()
+  registers = re.search(r"Used (\d+) registers", report)
+  spills = re.search(
+    r"(\d+) bytes spill stores, \d+ bytes spill loads\n", report
+  )
   if registers is None or spills is None:
     raise ValueError(f"{path}: no line of registers or spills, another format")
   lines = path.with_suffix(".ptx").read_text().splitlines()
-  # Dumps of one kernel may bear different numbers.
+  # The dumps of one kernel may have different numbers.
   name = re.sub(r"_\d+$", "", path.stem)
   shared = None
   for dump in path.parent.glob(f"{name}_*.resources.txt"):
@@ -107,9 +109,9 @@ def _read(path: pathlib.Path) -> Kernel:
   return Kernel(
     name=name,
     registers=int(registers[1]),
-    spills=max(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)),
+    spills=max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)),
     shared=shared,
-    warnings=tuple(re.findall(r"ptxas warning\s*: (.*)", said)),
+    warnings=tuple(re.findall(r"ptxas warning\s*: (.*)", report)),
     total=mix(lines),
     loop=mix(loop),
     flops=_flops(loop, lines),
@@ -117,10 +119,10 @@ def _read(path: pathlib.Path) -> Kernel:
 
 
 def mix(lines: list[str]) -> dict[str, int]:
-  """How many instructions of each kind of `MIX` there are, and others."""
+  """Counts the instructions of each kind of `MIX`, and others."""
   found = collections.Counter()
   for line in lines:
-    # Inline assembly: a brace or a predicate of its own may stand before it.
+    # Inline assembly: a brace or a predicate may precede the instruction.
     if inline := _INLINE.search(line):
       found[_KINDS[inline[0]]] += 1
       continue
@@ -133,7 +135,7 @@ def mix(lines: list[str]) -> dict[str, int]:
 
 
 def _steady(lines: list[str]) -> list[str]:
-  """The smallest loop that holds a matmul: a tile that needs no mask."""
+  """Returns the smallest loop with a matmul: that of unmasked tiles."""
   labels, loops = {}, []
   for n, line in enumerate(lines):
     if label := _LABEL.match(line.strip()):
@@ -147,7 +149,7 @@ def _steady(lines: list[str]) -> list[str]:
 
 
 def _flops(loop: list[str], lines: list[str]) -> int:
-  """Of the matmuls of a loop in a kernel."""
+  """Returns the FLOPs of the matmuls in a loop."""
   numbers = dict(
     found.groups() for found in map(_NUMBER.search, lines) if found
   )

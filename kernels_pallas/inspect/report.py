@@ -1,4 +1,4 @@
-"""Measures a job: compiles it, reads its schedules, checks them, predicts."""
+"""Measures a job: compiles it, parses and checks its schedules, predicts."""
 
 import dataclasses
 import pathlib
@@ -12,14 +12,14 @@ TOLERANCE = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """What a job costs.
+  """The cost of a job.
 
   Attributes:
     job: What was compiled.
-    schedules: Of its kernels.
-    bundles: For 1000 score elements, of all kernels.
-    cycles: For 1000 score elements: a bundle each, or what memory takes.
-    executed: Matmuls a score element that run.
+    schedules: Schedules of its kernels.
+    bundles: Bundles of all kernels, per 1000 score elements.
+    cycles: Cycles per 1000 score elements: one per bundle, or the memory's.
+    executed: Matmuls per score element that run.
   """
 
   job: Job
@@ -41,24 +41,24 @@ class Measurement:
 
   @property
   def roofline_share(self) -> float:
-    """Of the bound that the matrix units set, which is reached."""
+    """Fraction of the matrix units' bound that is reached."""
     credited = self.job.program.credited[self.job.direction]
     least = chips.bound(self.job.chip, self.job.head_dim, credited)
     return min(1.0, least / self.bundles)
 
   @property
   def spills(self) -> int:
-    """Registers written to memory for want of one, a grid step, all kernels."""
+    """Register spills per grid step, over all kernels."""
     return sum(s.spills() for s in self.schedules)
 
   @property
   def vmem(self) -> int | None:
-    """Bytes of VMEM of the kernel that takes most, if libtpu says so."""
+    """Bytes of VMEM of the kernel with the most, if libtpu reports it."""
     found = [s.vmem for s in self.schedules if s.vmem is not None]
     return max(found, default=None)
 
   def limiting(self) -> tuple[str, float]:
-    """The fullest slot, and how full it is."""
+    """Returns the fullest slot, and how full it is."""
     shares = [
       max(s.share().items(), key=lambda x: x[1]) for s in self.schedules
     ]
@@ -66,15 +66,15 @@ class Measurement:
 
 
 def measure(job: Job, keep: pathlib.Path | None = None) -> Measurement:
-  """Compiles `job` and reads what it costs.
+  """Compiles `job` and measures its cost.
 
   Args:
     job: What to compile.
-    keep: A folder for libtpu's dumps, which else are deleted.
+    keep: Folder for libtpu's dumps; by default they are deleted.
 
   Raises:
-    ValueError: The compiler refuses, or the matrix work in the schedule is not
-      that of the algorithm within 1%.
+    ValueError: Compilation fails, or the matrix work in the schedule differs
+      from that of the algorithm by more than 1%.
   """
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch) if keep is None else keep
@@ -104,5 +104,5 @@ def _read(job: Job, folder: pathlib.Path) -> Measurement:
 
 
 def _adds_up(work: float, step: Step, chip: chips.Chip) -> bool:
-  """Whether `work` is that of the step's matmuls and padding, within 1%."""
+  """Whether `work` equals that of the step's matmuls and padding, within 1%."""
   return abs(work / step.units(chip.mxu) - 1) <= TOLERANCE

@@ -1,9 +1,9 @@
-"""Reads libtpu's final schedule of a kernel: bundles, slots, matrix work.
+"""Parses libtpu's final schedule of a kernel: bundles, slots, matrix work.
 
-Two files say it: `*final_bundles.txt` lists every bundle with its instructions
-and how many loops it stands in, and `*final_hlo-static-per-bundle-utilization`
-how many slots of each kind it fills. Neither format is documented; what does
-not read as expected is an error, never a number.
+Two dumps are needed: `*final_bundles.txt` lists every bundle with its
+instructions and loop depth, and `*final_hlo-static-per-bundle-utilization` how
+many slots of each kind it fills. Neither format is documented; anything
+unexpected is an error, never a number.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from kernels_pallas.inspect.chips import Chip
 
 FULL_DEPTH = 128
-"""A contraction is never shallower: it is padded to the lanes of a register."""
+"""Least depth of contractions, which are padded to the lanes of a register."""
 
 _BUNDLE = re.compile(
   r"^ *(?:0x[0-9a-f]+|0) *(?:[A-Z]{2})? *: *((?:> *)*)\{", re.M
@@ -26,16 +26,17 @@ _MATRIX = re.compile(r"\b(vmatmul|vmatpush[0-9]?)((?:\.\w+(?:\[\d+\])?)*)")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """One kernel's schedule, a grid step at a time.
+  """One kernel's schedule, per grid step.
 
   Attributes:
-    name: Of the kernel.
+    name: Name of the kernel.
     slots: Names of the slots.
-    capacity: int [slots], how many of each a bundle has.
-    use: int [bundles, slots] of the bundles of a grid step, in order.
+    capacity: int [slots], number of each slot per bundle.
+    use: int [bundles, slots], slots used by each bundle of a grid step, in
+    order.
     weight: float [bundles], how often each runs in a grid step.
-    macs: bf16 multiply-adds of a grid step on the matrix units.
-    vmem: Bytes of VMEM that the kernel holds, or None if nothing says it.
+    macs: bf16 multiply-adds per grid step on the matrix units.
+    vmem: Bytes of VMEM of the kernel, or None if not in the dumps.
   """
 
   name: str
@@ -48,18 +49,18 @@ class Schedule:
 
   @property
   def bundles(self) -> float:
-    """Bundles a grid step, bodies of loops as often as they run."""
+    """Bundles per grid step, loop bodies as often as they run."""
     return float(self.weight.sum())
 
   def share(self) -> dict[str, float]:
-    """How full each slot is, of 1."""
+    """Returns the utilization of each slot, at most 1."""
     used = (self.use * self.weight[:, None]).sum(0)
     return dict(
       zip(self.slots, used / self.capacity / self.bundles, strict=True)
     )
 
   def spills(self) -> int:
-    """Vector registers written to memory for want of one, a grid step."""
+    """Returns the vector register spills per grid step."""
     used = (self.use * self.weight[:, None]).sum(0)
     return int(used[self.slots.index("VSTORE:SPILL")])
 
@@ -67,16 +68,16 @@ class Schedule:
 def read(
   folder: pathlib.Path, name: str, chip: Chip, trips: tuple[int, ...] = ()
 ) -> Schedule:
-  """The schedule of kernel `name` from the dumps in `folder`.
+  """Parses the schedule of kernel `name` from the dumps in `folder`.
 
   Args:
-    folder: Where libtpu wrote.
-    name: What the kernel's name contains.
-    chip: Whose instructions they are.
+    folder: Folder of libtpu's dumps.
+    name: Substring of the kernel's name.
+    chip: The chip that it was compiled for.
     trips: How often each loop inside a grid step runs, in program order.
 
   Raises:
-    ValueError: No such kernel, or other loops than `trips` knows.
+    ValueError: There is no such kernel, or `trips` does not match its loops.
   """
   bundles = _one(folder, name, "*[0-9]-final_bundles.txt").read_text()
   table = _one(folder, name, "*-final_hlo-static-per-bundle-utilization.txt")
@@ -107,7 +108,7 @@ def read(
 
 
 def _vmem(folder: pathlib.Path, name: str) -> int | None:
-  """Bytes of all that is allocated in VMEM: blocks twice, scratch, spills."""
+  """Sums all VMEM allocations: blocks twice, scratch, spills."""
   found = [f for f in folder.glob("*-post-ra.txt") if name in f.name]
   sizes = [
     _VMEM.findall(f.read_text()) for f in found if "bundle" not in f.name
@@ -139,7 +140,7 @@ def _table(text: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
 
 
 def _weights(name, depth: np.ndarray, trips: tuple[int, ...]) -> np.ndarray:
-  """How often each bundle runs in one step of the grid, which is depth 1."""
+  """Returns how often each bundle runs per grid step, which is depth 1."""
   weight = (depth > 0).astype(float)
   if depth.max() > 2:
     raise ValueError(f"schedule of {name}: loops inside loops of a grid step")
@@ -158,12 +159,12 @@ def _weights(name, depth: np.ndarray, trips: tuple[int, ...]) -> np.ndarray:
 
 
 def _macs(texts: list[str], chip: Chip) -> np.ndarray:
-  """bf16 multiply-adds of each bundle.
+  """Returns the bf16 multiply-adds of each bundle.
 
-  A matmul instruction takes 16 rows of bf16 or 8 of float32 through a matrix
-  unit, 8 from a matrix register ("lmr"). How deep a unit of 256 is filled is
-  said by how many registers of weights were pushed before: they are staged
-  ("msr") and then taken over ("gmr").
+  A matmul instruction streams 16 rows of bf16 or 8 of float32 through a matrix
+  unit, 8 from a matrix register ("lmr"). How deep a unit of 256 is filled
+  depends on how many registers of weights were pushed before: they are staged
+  ("msr") and then loaded ("gmr").
   """
   macs = np.zeros(len(texts))
   staged, used = {}, {}

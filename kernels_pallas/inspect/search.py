@@ -1,9 +1,9 @@
-"""Finds the tiles of our attention kernels by their schedules alone.
+"""Finds tile sizes for our TPU attention kernels from their schedules alone.
 
-The parts that are worked on decide most, the tiles that are fetched the rest.
-So parts are tried in a tile that compiles quickly, then tiles for the best of
-them. What does not compile, or does not fit, is not chosen. A schedule counts
-a cycle a bundle, or what memory takes where that is more (kernels.md 12.1).
+The parts that are computed matter most, then the tiles that are fetched. So
+parts are tried in a tile that compiles quickly, then tiles for the best of
+them. Tiles that do not compile or do not fit are skipped. A schedule costs a
+cycle per bundle, or the memory's cycles if these are more (kernels.md 12.1).
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
-from kernels_pallas.flash_attention.tpu import tpu_tile_sizes
+from kernels_pallas.flash_attention.tpu import tile_sizes
 from kernels_pallas.inspect import report
 from kernels_pallas.inspect.programs import Job
 from kernels_pallas.inspect.report import Measurement
@@ -20,29 +20,30 @@ QUICK = 1024
 PARTS = ((256, 128), (128, 128), (128, 256), (256, 256), (512, 256))
 TILES = ((2048, 2048), (2048, 1024), (1024, 2048), (1024, 1024), (1024, 512),
          (512, 1024), (512, 512), (256, 512), (256, 256))  # fmt: skip
-MOST = 2
-"""Tiles that are tried for the best parts: the largest that fit."""
+MAX_TILES = 2
+"""Tiles to try for the best parts: the largest that fit."""
 
 
 def search(
-  job: Job, tell: Callable[[tuple[int, ...], Measurement | str], None]
+  job: Job, on_result: Callable[[tuple[int, ...], Measurement | str], None]
 ) -> Measurement | None:
-  """The measurement of the best blocks for a job of our attention, or None.
+  """Returns the measurement with the best blocks for our attention, or None.
 
   Args:
-    job: Its blocks and length are not used.
-    tell: Told of each blocks that were tried: a measurement or a refusal.
+    job: Its blocks and length are ignored.
+    on_result: Called with each blocks tried, and a measurement or an error
+      message.
   """
 
   def best(candidates: Iterator[tuple[int, ...]], most: int):
     found = []
     for blocks in candidates:
       try:
-        one = report.measure(at(job, blocks))
+        one = report.measure(with_blocks(job, blocks))
       except ValueError as problem:
-        tell(blocks, str(problem))
+        on_result(blocks, str(problem))
         continue
-      tell(blocks, one)
+      on_result(blocks, one)
       found.append(one)
       if len(found) == most:
         break
@@ -59,40 +60,40 @@ def search(
     for q, kv in TILES
     if (q, kv) != tile and q % parts.job.blocks[2] == 0
   )
-  larger = best(tiles, MOST)
+  larger = best(tiles, MAX_TILES)
   return min(filter(None, (parts, larger)), key=lambda m: m.cycles)
 
 
-def at(job: Job, blocks: tuple[int, ...]) -> Job:
-  """The job at other blocks, long enough for a steady state."""
+def with_blocks(job: Job, blocks: tuple[int, ...]) -> Job:
+  """Returns the job at other blocks, long enough for a steady state."""
   return dataclasses.replace(
     job, blocks=tuple(blocks), length=4 * max(blocks[:2])
   )
 
 
-def write(
-  found: Measurement, path: pathlib.Path = tpu_tile_sizes.TABLE
+def write_table(
+  found: Measurement, path: pathlib.Path = tile_sizes.TABLE
 ) -> None:
-  """Writes a measurement's blocks where `tpu_tile_sizes.for_device` reads.
+  """Writes a measurement's blocks to the table of `tile_sizes.for_device`.
 
   Args:
-    found: Of our attention.
-    path: Of the table.
+    found: Measurement of our attention.
+    path: Path of the table.
   """
   job, table = found.job, json.loads(path.read_text())
   row = table[job.chip.kind][job.dtype][str(job.head_dim)]
-  row[name(job)] = list(job.blocks)
+  row[tile_name(job)] = list(job.blocks)
   path.write_text(_text(table))
 
 
-def name(job: Job) -> str:
-  """Which tile of `tpu_tile_sizes.Tiles` a job measures."""
+def tile_name(job: Job) -> str:
+  """Returns the name in `tile_sizes.Tiles` of the tile that a job measures."""
   names = {("backward", "split"): "dq", ("backward", "fused"): "dkv"}
   return names.get((job.direction, job.backward), "forward")
 
 
 def _text(table) -> str:
-  """The table as JSON, a head dim a line."""
+  """Formats the table as JSON, one head dim per line."""
 
   def block(rows: list[str], indent: int) -> str:
     space = "\n" + " " * indent

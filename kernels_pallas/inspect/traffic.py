@@ -1,8 +1,8 @@
-"""Bytes between HBM and a kernel, counted from its index maps.
+"""HBM traffic of a Pallas TPU kernel, counted from its index maps.
 
-A Pallas pipeline fetches a block when its index differs from that of the grid
-step before, and writes one back when it changes. So the index maps alone say
-what a kernel moves, on any machine (kernels.md 3).
+A Pallas pipeline fetches a block if its index differs from that of the previous
+grid step, and writes one back when it changes. So the index maps alone
+determine the bytes that a kernel moves, on any machine (kernels.md 3).
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ import numpy as np
 
 from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.flash_attention.tpu import tpu_problem as problem
+from kernels_pallas.flash_attention.tpu import problem
 from kernels_pallas.flash_attention.tpu.forward_kernel import grid_spec
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile
 from kernels_pallas.masks import Mask
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """What one call moves and computes.
+  """Bytes moved and FLOPs of one call.
 
   Attributes:
-    bytes: By operand.
-    flops: Of its matmuls, for the visible pairs alone.
+    bytes: Bytes by operand.
+    flops: FLOPs of its matmuls, for visible pairs only.
   """
 
   bytes: Mapping[str, int]
@@ -41,7 +41,7 @@ class Traffic:
 
   @property
   def intensity(self) -> float:
-    """FLOPs a byte."""
+    """Arithmetic intensity: FLOPs per byte."""
     return self.flops / self.total
 
 
@@ -51,13 +51,13 @@ def count_traffic(
   sizes: Mapping[str, int],
   *prefetched: Any,
 ) -> dict[str, int]:
-  """Returns the bytes that each operand moves, in all steps of a grid.
+  """Returns the bytes that each operand moves, over all steps of a grid.
 
   Args:
-    grid: Steps an axis; the last changes fastest.
-    specs: Block specifications by operand. One without a block shape is not
-      pipelined, and is not counted.
-    sizes: Bytes an element by operand.
+    grid: Steps per axis; the last changes fastest.
+    specs: Block specifications by operand. Operands without a block shape are
+      not pipelined, and not counted.
+    sizes: Bytes per element by operand.
     prefetched: The scalar arguments that the index maps take after the ids.
   """
   steps = np.indices(grid).reshape(len(grid), -1).astype(np.int32)
@@ -89,14 +89,14 @@ def forward_traffic(
   dtype: Any = jnp.bfloat16,
   mask: Mask | None = None,
 ) -> Traffic:
-  """Returns what our forward TPU kernel moves for one head.
+  """Returns the traffic of our forward TPU kernel for one head.
 
   Args:
-    length: Queries and keys.
-    head_dim: Of q, k and v.
+    length: Number of queries and of keys.
+    head_dim: Head dim of q, k and v.
     tile: Sizes in tokens.
-    dtype: Of q, k and v.
-    mask: Decided by indices; default full.
+    dtype: Dtype of q, k and v.
+    mask: A mask that depends on indices alone; default full.
   """
   x = jnp.zeros((1, length, 1, head_dim), dtype)
   mask = mask or Mask.full()
@@ -114,10 +114,10 @@ def forward_traffic(
 def standard_traffic(
   length: int, head_dim: int, dtype: Any = jnp.bfloat16
 ) -> Traffic:
-  """Returns what attention moves whose scores pass through memory twice.
+  """Returns the traffic of attention that materialises its scores in memory.
 
-  S = q k^T is written and read, P = softmax(S) too (Dao et al. 2022,
-  "FlashAttention", algorithm 0). Arguments as of `forward_traffic`.
+  S = q k^T is written and read, and P = softmax(S) too (Dao et al. 2022,
+  "FlashAttention", algorithm 0). Arguments as in `forward_traffic`.
   """
   size = jnp.dtype(dtype).itemsize
   matrix, rows = length * length * size, length * head_dim * size

@@ -1,11 +1,11 @@
-"""What may see what, and which tiles hold any of it."""
+"""Attention masks, and which tiles of queries and keys they leave visible."""
 
 from kernels_pallas.masks.masks import (
   Mask,
   Segments,
   Tile,
   Window,
-  cut,
+  slice_axis,
 )
 
 __all__ = [
@@ -13,5 +13,5 @@ __all__ = [
   "Segments",
   "Tile",
   "Window",
-  "cut",
+  "slice_axis",
 ]

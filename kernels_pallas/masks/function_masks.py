@@ -1,12 +1,13 @@
-"""Masks that a function defines, compiled to intervals of keys.
+"""Masks defined by a function, compiled to intervals of visible keys.
 
-`function(q, k)` says which pairs see each other, as FlexAttention's `mask_mod`
-does. Kernels trace no function: before the program runs it is asked about every
-pair, some rows of queries at a time, and what each query sees is listed as
-intervals. A kernel compares coordinates with those, as with any other rule, and
-tiles are classified by their pairs exactly. Where a query's keys lie in more
-than `MOST` intervals (every third key, say), kernels refuse, and the blockwise
-backend evaluates the function a tile at a time.
+`function(q, k)` returns whether query position q may attend to key position k,
+like FlexAttention's `mask_mod`. Kernels do not trace the function. Before the
+program runs it is evaluated on every pair, a batch of queries at a time, and
+the visible keys of each query are stored as intervals. A kernel compares
+coordinates with these, as for every other mask, and tiles are classified
+exactly. Kernels do not support a mask that needs more than `MAX_INTERVALS`
+intervals for a query (every third key, say); the blockwise backend then
+evaluates the function tile by tile.
 """
 
 import functools
@@ -16,70 +17,70 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-MOST = 8
-"""Intervals a query that kernels compare with; each costs them a comparison."""
+MAX_INTERVALS = 8
+"""Intervals per query that kernels support; each costs one comparison."""
 
-_PAIRS = 2**24  # asked about at a time
+_PAIRS = 2**24  # evaluated at a time
 
 Window = tuple[int | None, int | None]
 """Keys visible to the left and right of the query; None is unbounded."""
 
 
-class Runs(NamedTuple):
-  """What queries see, a row of NumPy arrays for each interval.
+class KeyIntervals(NamedTuple):
+  """The visible keys of each query, as NumPy arrays of interval bounds.
 
   Attributes:
-    lo: int32 [R, n], first key.
-    hi: int32 [R, n], past the last key; 0 where there is no interval.
-    listed: Whether these are all that they see and nothing else. If not there
-      is one interval a query, from its first to its last key.
+    lo: int32 [R, n], first key of each of R intervals.
+    hi: int32 [R, n], one past the last key; 0 for an unused interval.
+    exact: Whether the intervals are exactly the visible keys. If not, there is
+      one interval per query, from its first to its last visible key.
   """
 
   lo: np.ndarray
   hi: np.ndarray
-  listed: bool
+  exact: bool
 
-  def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(lo, hi) of each interval, of all queries."""
+  def bounds(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Iterates over (lo, hi) of each interval, for all queries."""
     return zip(self.lo, self.hi, strict=True)
 
   def hull(self, start: int, stop: int) -> tuple[int, int]:
-    """Bounds [lo, hi) on the keys of queries start to stop - 1."""
+    """Returns bounds [lo, hi) on the keys that queries [start, stop) see."""
     lo, hi = self.lo[:, start:stop], self.hi[:, start:stop]
     some = hi > 0
     return (int(lo[some].min()), int(hi.max())) if some.any() else (0, 0)
 
 
 @functools.lru_cache(maxsize=16)
-def runs(
+def key_intervals(
   function: Callable[..., Any],
   window: Window,
   first: int,
   n: int,
   keys: int,
-) -> Runs:
-  """The intervals of keys [0, keys) that queries first to first + n - 1 see.
+) -> KeyIntervals:
+  """Returns the intervals of keys [0, keys) that each query sees.
 
   Args:
-    function: Of a mask; it is kept, with what it closes over.
-    window: Of the mask, (left, right).
-    first: Position of the first query; key 0 is at 0.
-    n: Queries.
-    keys: Keys.
+    function: The mask's function; the cache keeps it and its closure alive.
+    window: The mask's (left, right).
+    first: Position of the first query; key 0 is at position 0.
+    n: Number of queries, at positions first to first + n - 1.
+    keys: Number of keys.
 
   Raises:
-    ValueError: The function returns something else than booleans of the
-      pairs' shape, or needs values that only the running program knows.
+    ValueError: The function does not return booleans of the pairs' shape, or
+      depends on values that are known only while the program runs.
   """
-  found, listed = [], True
+  found, exact = [], True
   for seen in _rows(function, window, first, n, keys):
     edges = np.diff(np.pad(seen, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     starts, stops = (np.nonzero(edges == sign) for sign in (1, -1))
     count = np.bincount(starts[0], minlength=len(seen))
-    listed &= int(count.max(initial=0)) <= MOST
+    exact &= int(count.max(initial=0)) <= MAX_INTERVALS
     found.append((count, starts, stops))
   wide = max((int(c.max(initial=0)) for c, _, _ in found), default=0)
-  wide = max(wide, 1) if listed else 1
+  wide = max(wide, 1) if exact else 1
   bounds = np.zeros((2, wide, n), np.int32)
   at = 0
   for count, starts, stops in found:
@@ -87,29 +88,30 @@ def runs(
     for bound, edges, pick in zip(
       bounds, (starts, stops), (0, -1), strict=True
     ):
-      _place(bound[:, rows], count, edges, None if listed else pick)
+      _place(bound[:, rows], count, edges, None if exact else pick)
     at += len(count)
-  return Runs(*bounds, listed)
+  return KeyIntervals(*bounds, exact)
 
 
 @functools.lru_cache(maxsize=16)
-def tiles(
+def count_visible_pairs(
   function: Callable[..., Any],
   window: Window,
   first: int,
   sizes: tuple[int, int],
   tile: tuple[int, int],
 ) -> np.ndarray:
-  """Visible pairs of each tile, int [tiles of T, tiles of S].
+  """Counts the visible pairs of each tile, int [tiles of T, tiles of S].
 
-  For masks that `runs` cannot list: asks about all pairs again.
+  For masks with too many intervals for `key_intervals`; evaluates all pairs
+  again.
 
   Args:
-    function: As of `runs`.
-    window: As of `runs`.
-    first: As of `runs`.
+    function: As in `key_intervals`.
+    window: As in `key_intervals`.
+    first: As in `key_intervals`.
     sizes: (T, S).
-    tile: (queries, keys).
+    tile: (queries, keys) per tile.
   """
   (T, S), (bq, bk) = sizes, tile
   counts, at = np.zeros((T, -(-S // bk)), np.int64), 0
@@ -120,18 +122,18 @@ def tiles(
   return np.add.reduceat(counts, np.arange(0, T, bq), axis=0)
 
 
-def ask(function: Callable[..., Any], q: Any, k: Any) -> Any:
-  """What the function says of positions, which NumPy broadcasts.
+def evaluate(function: Callable[..., Any], q: Any, k: Any) -> Any:
+  """Evaluates the mask function on positions q and k, which broadcast.
 
   Raises:
-    ValueError: It is not boolean, or not of the pairs' shape.
+    ValueError: The result is not boolean, or not of the pairs' shape.
   """
   try:
     seen = function(q, k)
   except jax.errors.TracerArrayConversionError as error:
     raise ValueError(
-      "mask function: it looks something up in a NumPy array, expected a JAX"
-      " one, as in jnp.asarray(table)[q]"
+      "mask function: it indexes a NumPy array with traced positions, expected"
+      " a JAX array, as in jnp.asarray(table)[q]"
     ) from error
   if isinstance(seen, bool):
     seen = np.asarray(seen)
@@ -152,7 +154,7 @@ def ask(function: Callable[..., Any], q: Any, k: Any) -> Any:
 def _rows(
   function, window: Window, first: int, n: int, keys: int
 ) -> Iterator[np.ndarray]:
-  """Booleans [some rows, keys], from the first query to the last."""
+  """Yields visibility as booleans [some queries, keys], in order."""
   left, right = window
   k = np.arange(keys, dtype=np.int32)[None]
   step = max(1, _PAIRS // max(keys, 1))
@@ -160,7 +162,7 @@ def _rows(
     q = first + np.arange(start, min(start + step, n), dtype=np.int32)[:, None]
     try:
       with jax.ensure_compile_time_eval():
-        seen = np.asarray(ask(function, q, k))
+        seen = np.asarray(evaluate(function, q, k))
     except (
       jax.errors.ConcretizationTypeError,
       jax.errors.TracerArrayConversionError,
@@ -176,7 +178,7 @@ def _rows(
 
 
 def _place(bound, count, edges, pick: int | None) -> None:
-  """Writes edges, in the order of rows, to [intervals, rows]: all or one."""
+  """Writes the edges of all intervals, or of the first or last, to `bound`."""
   rows, columns = edges
   first = np.cumsum(count) - count
   if pick is None:

@@ -1,16 +1,17 @@
-"""Masks compiled for kernels: intervals a query, and which tiles hold a pair.
+"""Masks compiled for kernels: intervals of visible keys, and classes of tiles.
 
-Every rule of a `Mask` says that a query sees the keys whose coordinate lies in
-one or two intervals [lo, hi), a function's in up to eight. A kernel therefore
-needs to know no kind of mask: it compares coordinates with bounds. A key's
-coordinate is its index, or its position where positions are given; in a block
-diffusion mask the clean half starts at `shift`, past all positions of the noisy
-half.
+For every rule of a `Mask`, the keys that a query sees have coordinates in one
+or two intervals [lo, hi), or up to eight for a function. Kernels therefore do
+not distinguish kinds of masks: they compare coordinates with bounds. A key's
+coordinate is its index, or its position if positions are given. In a block
+diffusion mask the clean half starts at coordinate `shift`, past all positions
+of the noisy half.
 
-From the intervals follows each tile's class: `EMPTY` is never visited, `FULL`
-needs no mask arithmetic. What indices decide is exact and known before the
-program runs; what data decides (positions, segments, prefixes) is bounded by
-the least and the greatest of each block while it runs.
+The intervals determine each tile's class: kernels skip `EMPTY` tiles, and
+`FULL` tiles need no mask arithmetic. Classes that depend on indices alone are
+exact and known before the program runs. Classes that depend on data (positions,
+segments, prefixes) are bounded at run time by the minimum and maximum of each
+block.
 """
 
 import dataclasses
@@ -26,61 +27,63 @@ from kernels_pallas.masks import Mask, function_masks
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 END = 2**30
-"""Past every coordinate: the end of an interval that nothing bounds."""
+"""Past every coordinate: the end of an unbounded interval."""
 
-TOO_MANY = (
-  f"a query's keys lie in more than {function_masks.MOST} intervals, which "
-  "kernels do not compare with"
+TOO_MANY_INTERVALS = (
+  f"a query's keys lie in more than {function_masks.MAX_INTERVALS} intervals, "
+  "which kernels do not support"
 )
 
 _DATA_SHIFT = 2**29
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-  """What a mask says of each query and key, for T queries and S keys.
+class MaskIntervals:
+  """A mask as intervals and segments, for T queries and S keys.
 
   Attributes:
-    bounds: int32 [B or 1, R, T]: lo and hi of each interval. NumPy where
-      indices decide, else a JAX array.
-    keys: int32 [B or 1, S], the keys' coordinates, or None: their indices.
-    segments: (int32 [B or 1, T], int32 [B or 1, S]), which never agree where
-      either is padding, or None.
-    unlisted: The mask, where bounds only enclose what it lets a query see:
-      a function's that takes too many intervals. Else None.
+    bounds: int32 [B or 1, R, T], lo and hi of each interval in turn. A NumPy
+      array if it depends on indices alone, else a JAX array.
+    keys: int32 [B or 1, S], the keys' coordinates; None if these are indices.
+    segments: (int32 [B or 1, T], int32 [B or 1, S]), with padding set so that
+      it matches nothing; or None.
+    inexact_mask: The mask itself, if `bounds` only enclose the visible keys
+      because its function needs too many intervals; else None.
   """
 
   bounds: Any
   keys: Any
   segments: Any
-  unlisted: Mask | None = None
+  inexact_mask: Mask | None = None
 
-  def check_listed(self) -> None:
-    """Raises ValueError if bounds are not all that kernels need to know."""
-    if self.unlisted is not None:
-      raise ValueError(f"mask function: {TOO_MANY}; xla_blockwise can")
+  def check_exact(self) -> None:
+    """Raises ValueError if `bounds` are not exactly the visible keys."""
+    if self.inexact_mask is not None:
+      raise ValueError(
+        f"mask function: {TOO_MANY_INTERVALS}; xla_blockwise can"
+      )
 
 
-def rows(mask: Mask, T: int, S: int) -> Rows:
-  """The mask as intervals and segments.
+def mask_intervals(mask: Mask, T: int, S: int) -> MaskIntervals:
+  """Returns the mask as intervals and segments.
 
   Args:
     mask: Any mask.
-    T: Queries a row.
-    S: Keys a row.
+    T: Queries per batch row.
+    S: Keys per batch row.
 
   Raises:
-    ValueError: A block diffusion mask with a window.
+    ValueError: The mask is a block diffusion mask with a window.
   """
   data = (mask.q_positions, mask.kv_positions, mask.prefix)
   xp = np if all(x is None for x in data) else jnp
-  unlisted = None
+  inexact_mask = None
   if mask.kind == "function":
-    bounds, listed = _function_bounds(mask, T, S, xp)
-    unlisted = None if listed else mask
+    bounds, exact = _function_bounds(mask, T, S, xp)
+    inexact_mask = None if exact else mask
   else:
     bounds = _bounds(mask, T, S, xp)
-  # Without positions the keys are indices, and end at S.
+  # Without positions, coordinates are indices, which end at S.
   if mask.kv_positions is None:
     bounds = [(lo, xp.minimum(hi, S)) for lo, hi in bounds]
   # Padding has coordinate -1.
@@ -93,29 +96,28 @@ def rows(mask: Mask, T: int, S: int) -> Rows:
       jnp.where(ours < 0, -1, ours).astype(jnp.int32),
       jnp.where(theirs < 0, -2, theirs).astype(jnp.int32),
     )
-  return Rows(
+  return MaskIntervals(
     bounds=xp.stack(flat, axis=1).astype(np.int32),
     keys=_coordinates(mask, S),
     segments=segments,
-    unlisted=unlisted,
+    inexact_mask=inexact_mask,
   )
 
 
-def arrays(found: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
-  """What decides inside a tile: arrays of rows and of columns, by name.
+def tile_arrays(found: MaskIntervals) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns what a kernel compares inside a tile, as named arrays.
 
   Args:
-    found: What `rows` returned.
+    found: Result of `mask_intervals`.
 
   Returns:
-    `lo` and `hi` of each interval and `segment`, [B or 1, T]; `key` and
-    `segment`, [B or 1, S]. A bound that is 0 throughout is left out.
+    For queries, `lo` and `hi` of each interval and `segment`, [B or 1, T]; for
+    keys, `key` and `segment`, [B or 1, S]. A `lo` of zeros is left out.
 
   Raises:
-    ValueError: Of a function's mask a query sees more intervals than kernels
-      compare with.
+    ValueError: The mask's function needs more intervals than kernels support.
   """
-  found.check_listed()
+  found.check_exact()
   rows, columns = {}, {}
   for n in range(0, found.bounds.shape[1], 2):
     lo, hi = found.bounds[:, n], found.bounds[:, n + 1]
@@ -129,35 +131,37 @@ def arrays(found: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
   return rows, columns
 
 
-def classes(found: Rows, T: int, S: int, bq: int, bk: int) -> Any:
-  """The class of every tile, int32 [B or 1, tiles of T, tiles of S].
+def tile_classes(found: MaskIntervals, T: int, S: int, bq: int, bk: int) -> Any:
+  """Returns the class of every tile, int32 [B or 1, tiles of T, tiles of S].
 
-  NumPy, and exact, where indices decide; else a JAX array that may call a tile
-  partial that is empty or full.
+  A NumPy array, and exact, if classes depend on indices alone. Otherwise a JAX
+  array in which a tile marked PARTIAL may be empty or full.
 
   Args:
-    found: What `rows` returned.
-    T: Queries a row.
-    S: Keys a row.
-    bq: Queries a tile.
-    bk: Keys a tile.
+    found: Result of `mask_intervals`.
+    T: Queries per batch row.
+    S: Keys per batch row.
+    bq: Queries per tile.
+    bk: Keys per tile.
   """
   static = isinstance(found.bounds, np.ndarray) and found.keys is None
   if static:
     tiles = _exact(found, T, S, bq, bk)[None]
   else:
     tiles = _hull(found, T, S, bq, bk)
-    if found.unlisted is not None:
+    if found.inexact_mask is not None:
       tiles = jnp.minimum(tiles, PARTIAL)
   if found.segments is None:
     return tiles
   return jnp.minimum(tiles, _by_segments(found.segments, bq, bk))
 
 
-def width(found: Rows, T: int, S: int, bq: int, bk: int, axis: int) -> int:
-  """The most tiles along `axis` (1: queries, 2: keys) that one line visits.
+def max_visited(
+  found: MaskIntervals, T: int, S: int, bq: int, bk: int, axis: int
+) -> int:
+  """Returns the most tiles along `axis` (1: queries, 2: keys) visited per line.
 
-  Segments only ever take tiles away, so they are not asked.
+  Ignores segments, which only remove tiles.
   """
   if not (isinstance(found.bounds, np.ndarray) and found.keys is None):
     return -(-T // bq) if axis == 1 else -(-S // bk)
@@ -165,15 +169,15 @@ def width(found: Rows, T: int, S: int, bq: int, bk: int, axis: int) -> int:
   return max(1, int((tiles != EMPTY).sum(axis - 1).max()))
 
 
-def table(tiles: Any, wide: int) -> Any:
-  """The tiles that each line visits, in order, int32 [B or 1, lines, wide].
+def visit_table(tiles: Any, wide: int) -> Any:
+  """Returns the tiles that each line visits, int32 [B or 1, lines, wide].
 
   An entry is 4 times the tile's index plus its class. Unused entries repeat
   the last tile with class EMPTY, so that a pipeline fetches nothing for them.
 
   Args:
-    tiles: What `classes` returned; lines are its second axis.
-    wide: At least the number of tiles that are not empty on any line.
+    tiles: Result of `tile_classes`; its second axis are the lines.
+    wide: At least the largest number of non-empty tiles of a line.
   """
   xp = np if isinstance(tiles, np.ndarray) else jnp
   used = tiles != EMPTY
@@ -187,12 +191,12 @@ def table(tiles: Any, wide: int) -> Any:
 
 
 def _bounds(mask: Mask, T: int, S: int, xp) -> list[tuple[Any, Any]]:
-  """Intervals of coordinates, each a pair of arrays [B or 1, T]."""
+  """Returns intervals of coordinates, each a pair of arrays [B or 1, T]."""
   i = xp.arange(T)[None]
   if mask.kind == "block_diffusion":
     return _diffusion_bounds(mask, i, xp)
-  level = mask.level(T, S)
-  q = i + level if mask.q_positions is None else mask.q_positions
+  offset = mask.resolve_offset(T, S)
+  q = i + offset if mask.q_positions is None else mask.q_positions
   lo, hi = xp.zeros_like(q), xp.full_like(q, END)
   match mask.kind:
     case "causal":
@@ -212,21 +216,23 @@ def _bounds(mask: Mask, T: int, S: int, xp) -> list[tuple[Any, Any]]:
 def _function_bounds(
   mask: Mask, T: int, S: int, xp
 ) -> tuple[list[tuple[Any, Any]], bool]:
-  """Intervals as of `_bounds`, and whether they list what is seen."""
-  level = mask.level(T, S)
+  """Returns intervals as in `_bounds`, and whether they are exact."""
+  offset = mask.resolve_offset(T, S)
   keys = S if mask.kv_positions is None else mask.extent
-  ask = functools.partial(function_masks.runs, mask.function, mask.window)
+  intervals_of = functools.partial(
+    function_masks.key_intervals, mask.function, mask.window
+  )
   if mask.q_positions is None:
-    found = ask(level, T, keys)
-    pairs = [(lo[None], hi[None]) for lo, hi in found.pairs()]
-    return pairs, found.listed
-  found, q = ask(0, mask.extent, keys), mask.q_positions
+    found = intervals_of(offset, T, keys)
+    pairs = [(lo[None], hi[None]) for lo, hi in found.bounds()]
+    return pairs, found.exact
+  found, q = intervals_of(0, mask.extent, keys), mask.q_positions
   at, known = xp.clip(q, 0, mask.extent - 1), (q >= 0) & (q < mask.extent)
   pairs = [
     (xp.asarray(lo)[at], xp.where(known, xp.asarray(hi)[at], 0))
-    for lo, hi in found.pairs()
+    for lo, hi in found.bounds()
   ]
-  return pairs, found.listed
+  return pairs, found.exact
 
 
 def _diffusion_bounds(mask: Mask, i, xp) -> list[tuple[Any, Any]]:
@@ -260,25 +266,27 @@ def _coordinates(mask: Mask, S: int) -> Any:
   return k.astype(jnp.int32)
 
 
-def _exact(found: Rows, T: int, S: int, bq: int, bk: int) -> np.ndarray:
-  """Classes [tiles of T, tiles of S] by counting the pairs of every tile."""
-  if found.unlisted is None:
-    count = _listed_pairs(found.bounds[0], T, S, bq, bk)
+def _exact(
+  found: MaskIntervals, T: int, S: int, bq: int, bk: int
+) -> np.ndarray:
+  """Returns classes [tiles of T, tiles of S] by counting visible pairs."""
+  if found.inexact_mask is None:
+    count = _count_pairs(found.bounds[0], T, S, bq, bk)
   else:
-    mask = found.unlisted
-    level = mask.level(T, S)
-    count = function_masks.tiles(
-      mask.function, mask.window, level, (T, S), (bq, bk)
+    mask = found.inexact_mask
+    offset = mask.resolve_offset(T, S)
+    count = function_masks.count_visible_pairs(
+      mask.function, mask.window, offset, (T, S), (bq, bk)
     )
   sizes = np.minimum(np.arange(0, T, bq) + bq, T) - np.arange(0, T, bq)
   full = count == sizes[:, None] * bk
   return np.where(count == 0, EMPTY, np.where(full, FULL, PARTIAL))
 
 
-def _listed_pairs(
+def _count_pairs(
   bounds: np.ndarray, T: int, S: int, bq: int, bk: int
 ) -> np.ndarray:
-  """Visible pairs of every tile, of which the intervals are a list."""
+  """Counts the visible pairs of every tile from exact intervals."""
   starts = np.arange(0, S, bk)
   stops = np.minimum(starts + bk, S)
   count = np.zeros((T, len(starts)), np.int64)
@@ -288,8 +296,8 @@ def _listed_pairs(
   return np.add.reduceat(count, np.arange(0, T, bq), axis=0)
 
 
-def _hull(found: Rows, T: int, S: int, bq: int, bk: int) -> jax.Array:
-  """Classes from the hull of each block's intervals and coordinates."""
+def _hull(found: MaskIntervals, T: int, S: int, bq: int, bk: int) -> jax.Array:
+  """Returns classes bounded by each block's extreme intervals and keys."""
   keys = found.keys
   if keys is None:
     keys = np.arange(S)[None]
@@ -315,7 +323,7 @@ def _hull(found: Rows, T: int, S: int, bq: int, bk: int) -> jax.Array:
 
 
 def _by_segments(segments, bq: int, bk: int) -> jax.Array:
-  """Upper bounds on the classes; padding has negative segments."""
+  """Returns upper bounds on the classes; padding has negative segments."""
   ours, theirs = segments
 
   def span(x, block):
@@ -327,7 +335,7 @@ def _by_segments(segments, bq: int, bk: int) -> jax.Array:
     )
 
   first, last, least = (x[..., None] for x in span(ours, bq))
-  # Indices past S are partial by their bounds, whatever segment they get.
+  # Indices past S are PARTIAL by their bounds, whatever segment they get.
   first_k, last_k, least_k = (x[:, None, :] for x in span(theirs, bk))
   meet = (first <= last_k) & (first_k <= last)
   same = (least == last) & (least_k == last_k) & (last == last_k) & (least >= 0)
@@ -335,7 +343,7 @@ def _by_segments(segments, bq: int, bk: int) -> jax.Array:
 
 
 def _reduce(op, x, block: int, fill) -> jax.Array:
-  """`op` over blocks of the last axis, filled up with `fill`."""
+  """Reduces blocks of the last axis with `op`, padding it with `fill`."""
   x = jnp.asarray(x)
   x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), constant_values=fill)
   x = x.reshape(x.shape[0], -1, block)

@@ -1,22 +1,22 @@
-"""What may see what: one value for the model, the kernels and the cache.
+"""`Mask`: which keys each query may attend to, for models, kernels and caches.
 
-A `Mask` says which keys each query sees without a `[T, S]` array. Key j is
-visible to query i iff all of these hold:
+A `Mask` describes visibility without a `[T, S]` array. Key j is visible to
+query i iff all of these hold:
 
-* the kind's rule on positions: `full` always; `causal` k <= q; `prefix`
+* the kind's rule on positions q and k: `full` always; `causal` k <= q; `prefix`
   k <= q or k < prefix; `block_causal` k // block <= q // block;
-  `block_diffusion` see `Mask.block_diffusion`; `function` what a function of
-  both positions says;
+  `block_diffusion` see `Mask.block_diffusion`; `function` a function of (q, k)
+  returns True;
 * the window on positions, inclusive on both sides: q - left <= k <= q + right
   (None is unbounded; a sliding window of W tokens is left = W - 1);
-* the segments are equal and not negative, if there are segments;
-* the positions that were given are not negative (negative means padding).
+* the segments, if given, are equal and not negative;
+* the positions, if given, are not negative (negative means padding).
 
-A position that is not given is an index: key j is at j and query i at
-i + offset. The default offset S - T aligns the ends (bottom right), 0 aligns
-the starts. Only such index rules bound the keys of a tile of queries before
-the program runs (`key_range`, `is_full_tile`); what data decides is decided by
-`visible`, a tile at a time. A query that sees no key gets output 0.
+Without given positions, key j is at position j and query i at i + offset. The
+default offset S - T aligns the ends (bottom right), 0 aligns the starts. Only
+such index rules bound the keys of a tile of queries before the program runs
+(`key_range`, `is_full_tile`); masks that depend on data are evaluated tile by
+tile at run time (`visible`). A query that sees no key gets output 0.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from kernels_pallas.masks import function_masks, rules
 from kernels_pallas.masks.function_masks import Window
 
 Tile = tuple[Any, int]
-"""The start (perhaps traced) and the static size of a range of indices."""
+"""The start (traced or not) and the static size of a range of indices."""
 
 Segments = Int[Array, "#b t"] | tuple[Int[Array, "#b t"], Int[Array, "#b s"]]
 """One array for queries and keys, or one for each."""
@@ -46,20 +46,20 @@ _META = ("kind", "window", "block", "length", "offset", "function", "extent")
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """Which keys a query sees; see the module docstring for the rules.
+  """Which keys each query sees; the module docstring defines the rules.
 
-  Leaves are arrays (or whatever JAX puts in a tree's leaves) or None. Their
+  Its leaves are arrays (or whatever JAX puts into a tree's leaves) or None. The
   batch axis may be 1.
 
   Attributes:
     kind: One of `rules.KINDS`.
     window: (left, right), inclusive, in positions.
-    block: Block length in tokens of the two block kinds.
-    length: Half length L of a block diffusion mask.
-    offset: Index of the key that is level with query 0; None is S - T.
-    function: (q, k) -> bool, of positions that broadcast.
-    extent: Positions from here on see nothing and are not seen, where a
-      function is asked about positions that were given.
+    block: Tokens per block, for the two block kinds.
+    length: Length L of each half of a block diffusion mask.
+    offset: Position of query 0, in key indices; None is S - T.
+    function: (q, k) -> bool of broadcastable positions.
+    extent: Exclusive upper bound on positions, for a function with given
+      positions; from there on tokens see nothing and are invisible.
     q_positions: Int [B, T].
     kv_positions: Int [B, S].
     q_segments: Int [B, T].
@@ -103,7 +103,7 @@ class Mask:
     kv_positions: Int[Array, "#b s"] | None = None,
     offset: int | None = None,
   ) -> "Mask":
-    """Keys at or before the query."""
+    """Keys up to and including the query's position are visible."""
     return _build(
       cls, "causal", window, segments, q_positions, kv_positions, offset
     )
@@ -118,7 +118,7 @@ class Mask:
     kv_positions: Int[Array, "#b s"] | None = None,
     offset: int | None = None,
   ) -> "Mask":
-    """Causal, but the first `prefix` positions are visible to everybody."""
+    """Causal, except that the first `prefix` positions are visible to all."""
     mask = _build(
       cls, "prefix", window, segments, q_positions, kv_positions, offset
     )
@@ -134,7 +134,7 @@ class Mask:
     kv_positions: Int[Array, "#b s"] | None = None,
     offset: int | None = None,
   ) -> "Mask":
-    """Keys in the query's block of positions and in earlier blocks."""
+    """Keys of the query's block of positions and of earlier blocks."""
     mask = _build(
       cls, "block_causal", window, segments, q_positions, kv_positions, offset
     )
@@ -148,16 +148,16 @@ class Mask:
     segments: Int[Array, "#b t"] | None = None,
     positions: Int[Array, "#b t"] | None = None,
   ) -> "Mask":
-    """Training mask of block diffusion over `[x_t, x_0]`, 2 L tokens.
+    """The training mask of block diffusion over `[x_t, x_0]`, 2 L tokens.
 
     A noisy token (first half) sees its own noisy block and the clean blocks
     before it; a clean token sees the clean blocks up to its own (Arriola et
     al. 2025, "Block Diffusion", section 4).
 
     Args:
-      length: L, so T = S = 2 L.
-      block: Tokens a block.
-      segments: Int [B, 2 L], the documents of both halves.
+      length: L, so that T = S = 2 L.
+      block: Tokens per block.
+      segments: Int [B, 2 L], document ids of both halves.
       positions: Int [B, 2 L]; default is 0..L-1 twice.
     """
     mask = _build(
@@ -178,23 +178,24 @@ class Mask:
     offset: int | None = None,
     extent: int = 0,
   ) -> "Mask":
-    """Keys of which a function of both positions says so.
+    """Keys for which a function of both positions returns True.
 
-    It is asked about all pairs before the program runs (`function_masks`). A
-    program is compiled for each function, so define it once, not in each call.
+    The function is evaluated on all pairs before the program runs
+    (`function_masks`). Each function object compiles its own program, so define
+    it once, not in each call.
 
     Args:
-      function: (q, k) -> bool in NumPy's and JAX's common operators and
-        functions, of positions that broadcast: `lambda q, k: q % 9 == k % 9`.
-        It may close over JAX arrays whose values are known by then (over
-        NumPy's it cannot: it is asked with JAX's indices, too).
-      window: As of the others.
-      segments: As of the others.
-      q_positions: As of the others.
-      kv_positions: As of the others.
-      offset: As of the others.
-      extent: Needed where positions are given, also later (by a cache, by a
-        mesh that cuts positions): all are below it.
+      function: (q, k) -> bool in operators and functions common to NumPy and
+        JAX, of broadcastable positions: `lambda q, k: q % 9 == k % 9`. It may
+        close over JAX arrays with known values, but not over NumPy arrays,
+        since it is also called with traced positions.
+      window: As in the other constructors.
+      segments: As in the other constructors.
+      q_positions: As in the other constructors.
+      kv_positions: As in the other constructors.
+      offset: As in the other constructors.
+      extent: Exclusive upper bound on positions; required if positions are
+        given now or later (by a cache, or by a mesh that shards positions).
     """
     mask = _build(
       cls, "function", window, segments, q_positions, kv_positions, offset
@@ -205,9 +206,9 @@ class Mask:
     """Raises ValueError unless the mask fits `[B, T]` queries, `[B, S]` keys.
 
     Args:
-      B: Batch.
-      T: Queries a row.
-      S: Keys a row.
+      B: Batch size.
+      T: Queries per batch row.
+      S: Keys per batch row.
     """
     expected = {
       "q_positions": (T,),
@@ -228,7 +229,7 @@ class Mask:
     if self.kind == "function" and given and self.extent < 1:
       raise ValueError(
         "mask function: found positions, expected an extent with them, above "
-        "the greatest: the function is asked about all before the program runs"
+        "the greatest: the function is evaluated on all before the program runs"
       )
     if self.kind == "block_diffusion" and not T == S == 2 * self.length:
       raise ValueError(
@@ -236,8 +237,8 @@ class Mask:
         f"{2 * self.length} queries and keys, found {T} and {S}"
       )
 
-  def level(self, T: int, S: int) -> int:
-    """Index of the key that is level with query 0, of T queries and S keys."""
+  def resolve_offset(self, T: int, S: int) -> int:
+    """Returns the position of query 0, in key indices."""
     return S - T if self.offset is None else self.offset
 
   def visible(
@@ -247,11 +248,11 @@ class Mask:
     q_tile: Tile | None = None,
     k_tile: Tile | None = None,
   ) -> Bool[Array, "b tq tk"]:
-    """Which keys of a tile its queries see; indices past S see nothing.
+    """Returns which keys of a tile its queries see; keys past S are invisible.
 
     Args:
-      T: Queries a row, for the alignment.
-      S: Keys a row.
+      T: Queries per batch row, for the default offset.
+      S: Keys per batch row.
       q_tile: (start, size) of the queries; default all.
       k_tile: (start, size) of the keys; default all.
 
@@ -262,42 +263,42 @@ class Mask:
     k_tile = (0, S) if k_tile is None else k_tile
     i = (q_tile[0] + jnp.arange(q_tile[1]))[None, :, None]
     j = (k_tile[0] + jnp.arange(k_tile[1]))[None, None, :]
-    level = self.level(T, S)
-    q, k = i + level, j
+    offset = self.resolve_offset(T, S)
+    q, k = i + offset, j
     if self.kind == "block_diffusion":
       q, k = i % self.length, j % self.length
     seen = j < S
     if self.q_positions is not None:
-      q = cut(self.q_positions, 1, *q_tile)[:, :, None]
+      q = slice_axis(self.q_positions, 1, *q_tile)[:, :, None]
       seen &= q >= 0
     if self.kv_positions is not None:
-      k = cut(self.kv_positions, 1, *k_tile)[:, None, :]
+      k = slice_axis(self.kv_positions, 1, *k_tile)[:, None, :]
       seen &= k >= 0
     if self.q_segments is not None:
-      ours = cut(self.q_segments, 1, *q_tile)[:, :, None]
-      theirs = cut(self.kv_segments, 1, *k_tile)[:, None, :]
+      ours = slice_axis(self.q_segments, 1, *q_tile)[:, :, None]
+      theirs = slice_axis(self.kv_segments, 1, *k_tile)[:, None, :]
       seen &= (ours == theirs) & (ours >= 0)
     left, right = self.window
     if left is not None:
       seen &= k >= q - left
     if right is not None:
       seen &= k <= q + right
-    seen &= rules.holds(self, i, j, q, k)
+    seen &= rules.allowed(self, i, j, q, k)
     return jnp.broadcast_to(seen, (seen.shape[0], q_tile[1], k_tile[1]))
 
-  def live_queries(self) -> Bool[Array, "#b t"] | None:
-    """Queries that are not padding; None if none are marked as padding."""
-    return _live(self.q_positions, self.q_segments)
+  def valid_queries(self) -> Bool[Array, "#b t"] | None:
+    """Marks the queries that are not padding; None if no padding is marked."""
+    return _valid(self.q_positions, self.q_segments)
 
-  def live_keys(self) -> Bool[Array, "#b s"] | None:
-    """Keys that are not padding; None if none are marked as padding."""
-    return _live(self.kv_positions, self.kv_segments)
+  def valid_keys(self) -> Bool[Array, "#b s"] | None:
+    """Marks the keys that are not padding; None if no padding is marked."""
+    return _valid(self.kv_positions, self.kv_segments)
 
   def padded(self, t: int, s: int) -> "Mask":
-    """The mask with `t` and `s` more queries and keys, all of them padding.
+    """Returns the mask with `t` queries and `s` keys of padding appended.
 
-    The caller goes on passing the old T and S to the other methods, so the
-    alignment stays.
+    Keep passing the original T and S to the other methods, so that the offset
+    does not change.
     """
 
     def grow(leaf, amount):
@@ -316,11 +317,11 @@ class Mask:
   def key_range(
     self, q_start: int, q_stop: int, T: int, S: int
   ) -> tuple[int, int]:
-    """Bounds [lo, hi) on the keys that queries [q_start, q_stop) can see."""
+    """Bounds [lo, hi) the keys that queries [q_start, q_stop) see."""
     lo, hi = 0, S
     if self.q_positions is None and self.kv_positions is None:
-      level = self.level(T, S)
-      first, last = q_start + level, q_stop - 1 + level
+      offset = self.resolve_offset(T, S)
+      first, last = q_start + offset, q_stop - 1 + offset
       if self.kind == "causal":
         hi = last + 1
       elif self.kind == "block_causal":
@@ -328,7 +329,9 @@ class Mask:
       elif self.kind == "block_diffusion":
         return rules.diffusion_range(self.length, self.block, q_start, q_stop)
       elif self.kind == "function":
-        seen = function_masks.runs(self.function, self.window, level, T, S)
+        seen = function_masks.key_intervals(
+          self.function, self.window, offset, T, S
+        )
         lo, hi = seen.hull(q_start, q_stop)
       left, right = self.window
       lo = lo if left is None else max(lo, first - left)
@@ -339,13 +342,13 @@ class Mask:
   def is_full_tile(
     self, q_start: int, q_stop: int, k_start: int, k_stop: int, T: int, S: int
   ) -> bool:
-    """Whether every query of the tile surely sees every key of it."""
+    """Returns whether every query is known to see every key of the tile."""
     data = (self.q_positions, self.kv_positions, self.q_segments)
     unknown = ("block_diffusion", "function")
     if any(x is not None for x in data) or self.kind in unknown:
       return False
-    level = self.level(T, S)
-    first, last = q_start + level, q_stop - 1 + level
+    offset = self.resolve_offset(T, S)
+    first, last = q_start + offset, q_stop - 1 + offset
     left, right = self.window
     inside = k_stop <= S
     inside &= left is None or k_start >= last - left
@@ -357,15 +360,15 @@ class Mask:
     return inside
 
 
-def cut(x: Array, axis: int, start: Any, size: int) -> Array:
-  """`size` entries of `x` along `axis` from `start`, traced or not."""
+def slice_axis(x: Array, axis: int, start: Any, size: int) -> Array:
+  """Slices `size` entries along `axis` from `start`, traced or not."""
   if isinstance(start, int):
     return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
   return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
 
 
 def _build(cls, kind, window, segments, q_positions, kv_positions, offset):
-  """A mask with the fields that all kinds share."""
+  """Builds a mask from the fields that all kinds share."""
   window = (None, None) if window is None else window
   if not isinstance(window, tuple) or len(window) != 2:
     raise ValueError(
@@ -392,6 +395,6 @@ def _positive(name: str, value: int) -> int:
   return value
 
 
-def _live(positions: Array | None, segments: Array | None) -> Array | None:
+def _valid(positions: Array | None, segments: Array | None) -> Array | None:
   marks = [x >= 0 for x in (positions, segments) if x is not None]
   return functools.reduce(jnp.logical_and, marks) if marks else None

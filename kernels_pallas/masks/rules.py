@@ -1,4 +1,4 @@
-"""The rules that masks are of: which pairs each lets see each other."""
+"""The rule of each kind of mask, elementwise on indices and positions."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ KINDS = (
 )
 
 
-def holds(mask: Any, i: Array, j: Array, q: Array, k: Array) -> Array:
-  """What the rule of a `Mask` says of indices i, j and positions q, k."""
+def allowed(mask: Any, i: Array, j: Array, q: Array, k: Array) -> Array:
+  """Evaluates the mask's rule on indices i, j and positions q, k."""
   match mask.kind:
     case "full":
       return jnp.ones((1, 1, 1), bool)
@@ -32,7 +32,7 @@ def holds(mask: Any, i: Array, j: Array, q: Array, k: Array) -> Array:
       clean = ~noisy_q & ~noisy_k & (ours >= theirs)
       return own | before | clean
     case "function":
-      seen = function_masks.ask(mask.function, q, k)
+      seen = function_masks.evaluate(mask.function, q, k)
       if mask.q_positions is not None:
         seen &= q < mask.extent
       return seen if mask.kv_positions is None else seen & (k < mask.extent)
@@ -42,7 +42,7 @@ def holds(mask: Any, i: Array, j: Array, q: Array, k: Array) -> Array:
 def diffusion_range(
   L: int, block: int, start: int, stop: int
 ) -> tuple[int, int]:
-  """The hull of what a tile of a block diffusion mask's queries sees."""
+  """Bounds the keys that queries [start, stop) of block diffusion see."""
   lo, hi = (start // block * block, 0) if start < L else (L, L)
   if start < L:
     last = (min(stop, L) - 1) // block

@@ -1,4 +1,4 @@
-"""`quantized_matmul`: one contract, the same numbers on every backend."""
+"""`quantized_matmul`: matmul with packed weights, the same on every backend."""
 
 import functools
 import math
@@ -26,21 +26,21 @@ def quantized_matmul(
 ) -> Float[Array, "*B O"]:
   """Returns `x W` in the dtype of x, summed in float32.
 
-  Differentiable in x; the backward pass keeps only W, packed, and decodes it
+  Differentiable in x; the backward pass saves only W, packed, and decodes it
   again. W has no gradient.
 
   Args:
     x: Activations, float32 or bfloat16 (reference: any; mosaic_gpu: bfloat16
       or float16).
     w: From `panels.pack` or `planar.pack`, without leading axes.
-    backend: 'auto' takes, for CPU programs and panels, the C++ kernel where it
-      compiles, for programs for a TPU or a GPU and planes their kernels,
-      else XLA; the others insist on their kernels.
+    backend: 'auto' takes the C++ kernel for `Panels` on CPU if it compiles, the
+      Pallas kernels for `Planar` on TPU and GPU, and XLA otherwise; all other
+      names require their kernel.
     activations: None; or int8, to which rows are rounded before a product with
-      8-bit planes (`mosaic_tpu.product`).
+      8-bit `Planar` weights (`mosaic_tpu.product`).
 
   Raises:
-    ValueError: Shapes that do not fit, or an unknown backend.
+    ValueError: Shapes do not match, or the backend is unknown.
   """
   if len(w.shape) != 2 or x.ndim < 1 or x.shape[-1] != w.inputs:
     raise ValueError(
@@ -83,7 +83,7 @@ def _product(x, w, backend):
     return xla_matmul(x, w)
 
   # The platform is that of the program, which may be compiled for another one
-  # than this process runs on.
+  # than the process runs on.
   def on_cpu(x, w):
     return cpu.cpu_matmul(x, w) if cpu.available() else xla_matmul(x, w)
 

@@ -1,12 +1,12 @@
-"""Packed weights in the order in which a TPU decodes them.
+"""Packed weights in planes: the layout that TPU and GPU kernels decode.
 
-A vector register of a TPU holds 8 rows (sublanes) of 128 columns (lanes) in 32
-bits, or 16 rows in bfloat16, where a 32-bit word holds rows 2s and 2s + 1. So
-a 4-bit matrix is cut into blocks of 128 rows, and a block into four planes of
-32: word s of a block holds rows 2s (low half) and 2s + 1 (high half) of every
+A TPU vector register holds 8 rows (sublanes) of 128 columns (lanes) in 32 bits,
+or 16 rows in bfloat16, where a 32-bit word holds rows 2s and 2s + 1. So a 4-bit
+matrix is divided into blocks of 128 rows, and a block into four planes of 32:
+word s of a block holds rows 2s (low half) and 2s + 1 (high half) of every
 plane, plane j in bits 4j of each half. One shift and two bit operations then
-make a plane of bfloat16, in its rows' order: nothing moves between lanes or
-sublanes. 8-bit codes stay as they are.
+decode a plane to bfloat16, with rows in order: no data moves between lanes or
+sublanes. 8-bit codes are stored as they are.
 
 As in `panels`, with the same arguments to `pack`,
 
@@ -25,18 +25,18 @@ from jaxtyping import Array, Float, Num
 from kernels_pallas.quantized_matmul.cpu.panels import AFFINE
 
 LANES = 128
-"""Outputs are padded to whole registers, as a TPU's memory would be anyway."""
+"""Outputs are padded to whole registers, as a TPU pads its memory anyway."""
 
 BLOCK = 128
-"""Inputs of a block: four planes of 32."""
+"""Inputs per block: four planes of 32."""
 
 PLANES = 4
 PLANE = BLOCK // PLANES
 WORDS = BLOCK // 8
-"""Words of a block of 4-bit codes."""
+"""Words per block of 4-bit codes."""
 
 LEAST = 16
-"""Smallest group: the rows of a register of bfloat16."""
+"""Smallest group: the rows of a bfloat16 register."""
 
 _SCALES = ("float32", "float16", "bfloat16")
 
@@ -44,20 +44,20 @@ _SCALES = ("float32", "float16", "bfloat16")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Planar:
-  """A matrix `[I, O]` behind any leading axes; see `pack`.
+  """A matrix `[I, O]`, with any leading axes; see `pack`.
 
-  Axes -2 of all arrays follow the inputs, axes -1 the outputs: cutting them
-  alike cuts the matrix, outputs at multiples of 128, inputs at multiples of
+  Axes -2 of all arrays follow the inputs, axes -1 the outputs: slicing them
+  alike slices the matrix, outputs at multiples of 128, inputs at multiples of
   128 and of the group.
 
   Attributes:
     codes: uint32 `[..., I' / 8, O']` (4 bits) or int8 `[..., I', O']`; 8 bits
-      `in_words` are uint32 `[..., I' / 4, O']`. `I'` and `O'` are padded with
-      zeros to whole blocks, groups and lanes.
+      `in_words` are uint32 `[..., I' / 4, O']`. `I'` and `O'` are zero-padded
+      to whole blocks, groups and lanes.
     scale: `[..., I' / group, O']`.
     offset: the same shape, or None.
     inputs, outputs: `I`, `O`.
-    bits: of a code, 4 or 8.
+    bits: per code, 4 or 8.
     group: inputs that share a scale; `I'` if all do.
     codebook: values of 4-bit codes, else empty.
   """
@@ -85,7 +85,7 @@ class Planar:
 
   @property
   def words(self) -> bool:
-    """Returns whether codes are in words: all of 4 bits, some of 8."""
+    """Returns whether codes are packed in words: all of 4 bits, some of 8."""
     return self.codes.dtype == jnp.uint32
 
 
@@ -97,19 +97,20 @@ def pack(
   group: int | None = None,
   codebook: Sequence[float] = AFFINE,
 ) -> Planar:
-  """Returns the matrix packed; `unpack` inverts it, bit by bit.
+  """Returns the packed matrix; `unpack` inverts it exactly.
 
   Args:
     codes: uint8 below 16 (4 bits) or int8 (8 bits).
-    scale: of groups of inputs, in float32, bfloat16 or float16 (which no TPU
-      reads: it is converted at every call).
+    scale: of groups of inputs, in float32, bfloat16 or float16 (which TPUs do
+    not
+      read: it is converted in every call).
     offset: added to a group's weights.
-    group: inputs that a scale serves: 16, 32, 64, a multiple of 128, or at
-      least I; by default `I / X`. The last group may be shorter.
-    codebook: 16 values that 4-bit codes stand for.
+    group: inputs per scale: 16, 32, 64, a multiple of 128, or at least I; by
+      default `I / X`. The last group may be shorter.
+    codebook: 16 values of the 4-bit codes.
 
   Raises:
-    ValueError: types or shapes that do not fit each other.
+    ValueError: types or shapes do not match.
   """
   bits = {"uint8": 4, "int8": 8}.get(str(codes.dtype))
   if bits is None or codes.ndim < 2 or 0 in codes.shape:
@@ -142,7 +143,7 @@ def pack(
 
 
 def _check_scales(codes, scale, offset, group) -> int:
-  """Returns how many inputs a scale serves, with padding."""
+  """Returns the number of inputs per scale, with padding."""
   *lead, inputs, outputs = codes.shape
   if group is None:
     if scale.ndim < 2 or scale.shape[-2] < 1 or inputs % scale.shape[-2]:
@@ -176,17 +177,17 @@ def _up(n: int, multiple: int) -> int:
 
 
 def _padded(x: Array, rows: int) -> Array:
-  """Returns `[..., rows, O']`, zeros where nothing was."""
+  """Zero-pads to `[..., rows, O']`."""
   *lead, found, outputs = x.shape
   pad = ((0, 0),) * len(lead)
   return jnp.pad(x, (*pad, (0, rows - found), (0, -outputs % LANES)))
 
 
 def in_words(w: Planar) -> Planar:
-  """Returns 8-bit codes as GPUs decode them, in words like 4-bit ones.
+  """Packs 8-bit codes into words like 4-bit ones, as GPUs decode them.
 
-  A word holds two neighbouring inputs of two planes of 32, each as 128 + code;
-  a block is then 64 inputs. 4-bit codes are in words already.
+  A word holds two adjacent inputs of two planes of 32, each as 128 + code; a
+  block is then 64 inputs. 4-bit codes are already in words.
   """
   if w.words:
     return w
@@ -195,14 +196,14 @@ def in_words(w: Planar) -> Planar:
 
 
 def _shifts(bits: int) -> Array:
-  """Returns where word s has the code of plane j and half h, `[J, 1, 2, 1]`."""
+  """Returns the shifts of plane j and half h in a word, `[J, 1, 2, 1]`."""
   planes = bits * jnp.arange(16 // bits, dtype=jnp.uint32)
   halves = 16 * jnp.arange(2, dtype=jnp.uint32)
   return planes[:, None, None, None] + halves[:, None]
 
 
 def _words(codes: Array, bits: int = 4) -> Array:
-  """Returns words `[..., I' / J / 2, O']` of codes `[..., I', O']`."""
+  """Packs codes `[..., I', O']` into words `[..., I' / J / 2, O']`."""
   *lead, rows, lanes = codes.shape
   apart = codes.reshape(*lead, -1, 16 // bits, WORDS, 2, lanes)
   words = (apart.astype(jnp.uint32) << _shifts(bits)).sum(
@@ -231,7 +232,7 @@ def unpack(
   Float[Array, "... X O"],
   Float[Array, "... X O"] | None,
 ]:
-  """Returns `(codes, scale, offset)` as `pack` took them."""
+  """Returns `(codes, scale, offset)` as given to `pack`."""
   groups = -(-w.inputs // w.group)
 
   def part(x):
@@ -242,7 +243,7 @@ def unpack(
 
 
 def dense(w: Planar, dtype: Any = jnp.float32) -> Float[Array, "... I O"]:
-  """Returns the matrix, computed in float32 at least."""
+  """Returns the dequantized matrix, computed in at least float32."""
   wide = jnp.promote_types(dtype, jnp.float32)
   codes, scale, offset = unpack(w)
   if w.bits == 4:

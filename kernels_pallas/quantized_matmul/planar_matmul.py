@@ -1,4 +1,4 @@
-"""Products with `Planar` weights: kernels for TPU and GPU, else XLA."""
+"""Matmul with `Planar` weights: kernels on TPU and GPU, else XLA."""
 
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.common import target_platform
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import Tile
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import Tile
 from kernels_pallas.quantized_matmul.planar import Planar
 from kernels_pallas.quantized_matmul.tpu import mosaic_tpu
 from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import Config
@@ -28,29 +28,30 @@ def planar_matmul(
 ) -> Float[Array, "B O"]:
   """Returns `x W` in the dtype of x, summed in float32.
 
-  Differentiable in x; the backward pass keeps only W, packed, and decodes it
-  again. Its gradient is that of rows as they were before `activations`.
+  Differentiable in x; the backward pass saves only W, packed, and decodes it
+  again. The gradient ignores the rounding of `activations`.
 
-  A kernel is a program of one device: where a mesh is set, 'auto' takes them
-  within a `shard_map` over it, and XLA, which cuts its own product, outside.
+  A kernel is a program for one device: under a mesh, 'auto' takes kernels only
+  within a `shard_map` over it, and otherwise XLA, which partitions its own
+  matmul.
 
   Args:
     x: float32 or bfloat16; for GPUs bfloat16 or float16.
     w: Without leading axes.
-    backend: 'mosaic_tpu', 'mosaic_gpu'; 'xla', which decodes the matrix as a
-      whole; 'auto' is the kernels in programs for a TPU or a GPU (Ampere, Ada,
-      Hopper, B100 to B300), else XLA; and, of many rows on the latter, XLA.
+    backend: 'mosaic_tpu', 'mosaic_gpu'; 'xla', which dequantizes the whole
+      matrix; 'auto' takes the kernels in programs for a TPU or a GPU (Ampere,
+      Ada, Hopper, B100 to B300), else XLA; on Blackwell, XLA for many rows.
     activations: None, or int8 with 8-bit codes; see `mosaic_tpu.product`.
-    config: Tiles of the kernels: `Config` of TPUs, `Tile` of GPUs.
-    interpret: False to compile the kernels, or as of `pl.pallas_call`.
+    config: Tile sizes: `Config` for TPUs, `Tile` for GPUs.
+    interpret: False to compile the kernels, or as in `pl.pallas_call`.
 
   Raises:
-    ValueError: Types that do not fit each other.
+    ValueError: Types do not match.
   """
   mosaic_tpu.check_activations(activations, w)
   if jax.sharding.get_abstract_mesh().manual_axes:
-    # Rows that devices share meet a part of W on each. With the type of what
-    # differs, their gradients are added up behind the kernel, not in it.
+    # Each device multiplies the shared rows with its part of W. Marking rows as
+    # varying sums their gradients outside of the kernel.
     never = jnp.zeros_like(w.codes, bool, shape=())
     x = jnp.where(never, jnp.zeros((), x.dtype), x)
   return _product(x, w, backend, activations, config, interpret)
@@ -73,10 +74,10 @@ def _product(x, w, backend, activations, config, interpret):
 def _choose(backend, on_tpu, on_gpu, plain, x, w, activations=None):
   if backend in ("mosaic_tpu", "mosaic_gpu"):
     return (on_tpu if backend == "mosaic_tpu" else on_gpu)(x, w)
-  if backend == "xla" or not len(x) or target_platform.is_cut():
+  if backend == "xla" or not len(x) or target_platform.may_be_sharded():
     return plain(x, w)
   # The platform is that of the program, which may be compiled for another one
-  # than this process runs on.
+  # than the process runs on.
   kernels = {}
   if mosaic_tpu.unsupported(x.dtype, w) is None:
     kernels["tpu"] = on_tpu

@@ -1,4 +1,4 @@
-"""The product written down: every weight decoded, then one einsum."""
+"""Reference matmul with packed weights: dequantizes all, then one einsum."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -12,7 +12,7 @@ from kernels_pallas.quantized_matmul.planar import Planar
 def reference_matmul(
   x: Float[Array, "*B I"], w: Panels | Planar
 ) -> Float[Array, "*B O"]:
-  """Returns `x W` in the dtype of x, summed in float32 at least."""
+  """Returns `x W` in the dtype of x, summed in at least float32."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
   layout = panels if isinstance(w, Panels) else planar
   codes, scale, offset = layout.unpack(w)

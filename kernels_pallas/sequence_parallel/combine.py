@@ -1,4 +1,4 @@
-"""Partial attentions over disjoint keys combined into the one over all."""
+"""Combines attention over disjoint sets of keys into attention over all."""
 
 import functools
 from collections.abc import Sequence
@@ -12,23 +12,25 @@ def combine(
   outputs: Sequence[Float[Array, "B T N Hv"]],
   lses: Sequence[Float[Array, "B N T"]],
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """The output and log-sum-exp over the keys of all partials (kernels.md 2.1).
+  """Returns the output and log-sum-exp over the keys of all partial results.
 
-  With w_k = exp(lse_k): o = sum_k w_k o_k / sum_k w_k, lse = log sum_k w_k, in
-  any order and grouping. Differentiable in everything. A partial without a
-  visible key (lse_k = -inf) has no part in values or gradients, whatever its
-  output holds. A sink belongs to exactly one partial.
+  With w_k = exp(lse_k): o = sum_k w_k o_k / sum_k w_k, lse = log sum_k w_k
+  (kernels.md 2.1), in any order and grouping. Differentiable in everything. A
+  partial result without a visible key (lse_k = -inf) contributes nothing to
+  values or gradients, whatever its output contains. A sink belongs to exactly
+  one partial result.
 
   Args:
-    outputs: Of each partial, normalised.
+    outputs: Normalised output of each partial result.
     lses: Natural log-sum-exp of each.
 
   Returns:
-    Both in the type of the log-sum-exps, promoted with the outputs'; 0 and
-    -inf where no partial saw a key.
+    Both in the dtype of the log-sum-exps, promoted with the outputs'; 0 and
+    -inf where no partial result saw a key.
 
   Raises:
-    ValueError: No partials, or other numbers of outputs and of log-sum-exps.
+    ValueError: No partial results, or unequal numbers of outputs and
+      log-sum-exps.
   """
   if len(outputs) != len(lses) or not len(lses):
     raise ValueError(
@@ -45,7 +47,6 @@ def combine(
   parts = []
   for o, weight in zip(outputs, weights, strict=True):
     weight = jnp.swapaxes(weight / total, 1, 2)[..., None]
-    # Set to 0 before it is multiplied: 0 * NaN would reach the weight's
-    # gradient.
+    # Zeroed before the product: 0 * NaN would reach the weight's gradient.
     parts.append(weight * jnp.where(weight == 0, 0, o))
   return sum(parts), jnp.where(empty, -jnp.inf, m + jnp.log(total))

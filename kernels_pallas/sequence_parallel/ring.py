@@ -1,12 +1,12 @@
-"""Ring attention: keys and values pass by all devices, queries stay.
+"""Ring attention: keys and values rotate around the devices, queries stay.
 
-Each device holds one shard of the tokens. In n steps it attends to the shard
-of keys and values at hand while that goes on to its neighbour, and combines
-what it found by the log-sum-exps, in the accumulator dtype (Liu et al. 2023,
-"Ring Attention with Blockwise Transformers", arXiv:2310.01889). The backward
-pass sends (k, v) around again, and dk and dv after them: a step's gradients
-follow from the output and log-sum-exp of all keys. Memory is that of one
-shard; a step without a visible pair does nothing.
+Each device holds one shard of the tokens. In each of n steps it attends to its
+current shard of keys and values while sending that to its neighbour, and
+combines the partial results by their log-sum-exps, in the accumulator dtype
+(Liu et al. 2023, "Ring Attention with Blockwise Transformers",
+arXiv:2310.01889). The backward pass rotates (k, v) again, and dk and dv with
+them; each step's gradients need only the output and log-sum-exp over all keys.
+Memory is that of one shard; a step without a visible pair does no work.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from kernels_pallas.flash_attention.api import prepare
 from kernels_pallas.flash_attention.spec import Backend, Operands, Spec
 from kernels_pallas.masks import Mask, intervals
 from kernels_pallas.sequence_parallel.combine import combine
-from kernels_pallas.sequence_parallel.zigzag import Names, halves
+from kernels_pallas.sequence_parallel.zigzag import MeshAxes, fit_half_shards
 
 
 def ring_attention(
@@ -33,7 +33,7 @@ def ring_attention(
   k: Float[Array, "B S K H"],
   v: Float[Array, "B S K Hv"],
   *,
-  axis: Names,
+  axis: MeshAxes,
   mask: Mask,
   sinks: Float[Array, " N"] | None = None,
   return_lse: bool = False,
@@ -48,18 +48,18 @@ def ring_attention(
     q: This device's queries.
     k: This device's keys.
     v: This device's values.
-    axis: Axes of the mesh that cut the tokens.
-    mask: Of this device's queries and keys, by positions unless everything is
-      visible. Tokens may be in any order; in zig-zag order (`zigzag.zigzag`)
-      causal work is the same on all devices.
-    sinks: As of `flash_attention`.
+    axis: Mesh axes that shard the tokens.
+    mask: Mask of this device's queries and keys, with explicit positions unless
+      everything is visible. Tokens may be in any order; zig-zag order
+      (`zigzag.zigzag`) balances causal work over devices.
+    sinks: As in `flash_attention`.
     return_lse: Also return the log-sum-exp.
-    **options: Of `flash_attention`: scale, softcap, backend, config,
+    **options: Options of `flash_attention`: scale, softcap, backend, config,
       interpret, precision.
 
   Raises:
-    ValueError: As `flash_attention`; a mask by index; a backend without
-      gradients for a part of the keys.
+    ValueError: As in `flash_attention`; for a mask without positions; for a
+      backend without gradients for a subset of the keys.
   """
   x = Operands(q, k, v, mask, sinks=sinks)
   backend, spec = prepare(x, **options)
@@ -70,7 +70,7 @@ def ring_attention(
     )
   _check(mask)
   spec = dataclasses.replace(
-    spec, blocks=halves(spec.blocks, q.shape[1], k.shape[1])
+    spec, blocks=fit_half_shards(spec.blocks, q.shape[1], k.shape[1])
   )
   o, lse = _ring(_Ring(backend, axis), spec, x)
   return (o, lse) if return_lse else o
@@ -79,21 +79,21 @@ def ring_attention(
 @dataclasses.dataclass(frozen=True)
 class _Ring:
   backend: Backend
-  axis: Names
+  axis: MeshAxes
 
   @property
   def size(self) -> int:
     return jax.lax.axis_size(self.axis)
 
   def pass_on(self, x: Any) -> Any:
-    """What the neighbour before holds, for what is held here."""
+    """Sends `x` to the next device and returns the previous device's."""
     n = self.size
     pairs = [(r, (r + 1) % n) for r in range(n)]
     return jax.lax.ppermute(x, self.axis, pairs)
 
 
 class _Keys(NamedTuple):
-  """What goes around: k, v, and what the mask says of them."""
+  """What rotates: k, v, and the keys' positions and segments."""
 
   k: Array
   v: Array
@@ -103,7 +103,7 @@ class _Keys(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ring(ring: _Ring, spec: Spec, x: Operands):
-  """The output and log-sum-exp over all keys."""
+  """Returns the output and log-sum-exp over all keys."""
   dtype = accumulator(x.q.dtype)
   partial = dataclasses.replace(spec, output=dtype)
 
@@ -123,7 +123,7 @@ def _ring(ring: _Ring, spec: Spec, x: Operands):
   (state, held), _ = jax.lax.scan(turn, carry, None, ring.size - 1)
   o, lse = see(state, held)
   if x.sinks is not None:
-    # A key whose value is 0, once for all shards.
+    # A sink acts as a key whose value is 0; it is added once, not per shard.
     sinks = jnp.broadcast_to(x.sinks.astype(dtype)[None, :, None], lse.shape)
     o, lse = combine((o, jnp.zeros_like(o)), (lse, sinks))
   return o.astype(x.q.dtype), lse
@@ -138,7 +138,7 @@ def _forward(ring, spec, x):
 
 def _backward(ring, spec, saved, arrived):
   x, o, lse = saved
-  rows = cotangents.queries(x, o, lse, *arrived)
+  rows = cotangents.query_cotangents(x, o, lse, *arrived)
 
   def see(sums, held):
     def attend(step):
@@ -160,7 +160,7 @@ def _backward(ring, spec, saved, arrived):
   dq, *theirs = see(sums, held)
   dk, dv = ring.pass_on(theirs)
   found = Operands(dq, dk, dv, None)
-  return (cotangents.finished(x, found, rows),)
+  return (cotangents.cast_gradients(x, found, rows),)
 
 
 _ring.defvjp(_forward, _backward)
@@ -171,7 +171,7 @@ def _keys(x: Operands) -> _Keys:
 
 
 def _nothing(x: Operands, dtype: Any) -> tuple[Array, Array]:
-  """The output and log-sum-exp of queries that have seen no key."""
+  """Returns the output and log-sum-exp before the first key."""
   B, T, N, _ = x.q.shape
   return (
     jnp.full_like(x.q, 0, dtype, shape=(B, T, N, x.v.shape[-1])),
@@ -180,15 +180,15 @@ def _nothing(x: Operands, dtype: Any) -> tuple[Array, Array]:
 
 
 def _if_visible(x: Operands, held: _Keys, attend, otherwise):
-  """`attend` of the keys at hand, or `otherwise` if no query sees any."""
+  """Attends to the current keys, or returns `otherwise` if none is visible."""
   mask = dataclasses.replace(
     x.mask, kv_positions=held.positions, kv_segments=held.segments
   )
   step = x._replace(k=held.k, v=held.v, mask=mask, sinks=None)
   T, S = x.q.shape[1], held.k.shape[1]
-  # By halves, since a shard in zig-zag order holds early and late tokens.
-  tiles = intervals.classes(
-    intervals.rows(mask, T, S), T, S, -(-T // 2), -(-S // 2)
+  # In halves, since a shard in zig-zag order has early and late tokens.
+  tiles = intervals.tile_classes(
+    intervals.mask_intervals(mask, T, S), T, S, -(-T // 2), -(-S // 2)
   )
   if isinstance(tiles, np.ndarray):
     return attend(step)

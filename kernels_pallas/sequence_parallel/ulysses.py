@@ -1,8 +1,8 @@
-"""Ulysses: each device gives its tokens of other heads for all of its own.
+"""Ulysses attention: an all-to-all exchanges token shards for head shards.
 
-One all-to-all each of q, k and v before attention and one of the output after
-it; in between a device has every token of N / n heads and computes as if alone
-(Jacobs et al. 2023, "DeepSpeed Ulysses", arXiv:2309.14509).
+One all-to-all each for q, k and v before attention, and one for the output
+after it; in between each device has every token of N / n heads and attends
+locally (Jacobs et al. 2023, "DeepSpeed Ulysses", arXiv:2309.14509).
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.masks import Mask
-from kernels_pallas.sequence_parallel.zigzag import Names
+from kernels_pallas.sequence_parallel.zigzag import MeshAxes
 
 
 def ulysses_attention(
@@ -23,7 +23,7 @@ def ulysses_attention(
   k: Float[Array, "B S K H"],
   v: Float[Array, "B S K Hv"],
   *,
-  axis: Names,
+  axis: MeshAxes,
   mask: Mask,
   sinks: Float[Array, " N"] | None = None,
   return_lse: bool = False,
@@ -35,18 +35,18 @@ def ulysses_attention(
 ):
   """`attend` over the tokens of all devices, under `jax.shard_map`.
 
-  Where n does not divide the key heads, each is sent as often as n needs.
+  If n does not divide the key heads, each key head is repeated as needed.
 
   Args:
     q: This device's queries.
     k: This device's keys.
     v: This device's values.
-    axis: Axes of the mesh that cut the tokens, n devices.
-    mask: Of all queries and keys that `attend` gets.
-    sinks: As of `flash_attention`.
+    axis: Mesh axes that shard the tokens, n devices.
+    mask: Mask of all queries and keys that `attend` gets.
+    sinks: As in `flash_attention`.
     return_lse: Also return the log-sum-exp.
-    attend: `flash_attention`, or what crosses the axes that cut T / n further.
-    **options: Of `attend`.
+    attend: `flash_attention`, or attention across further axes that shard T.
+    **options: Options of `attend`.
 
   Raises:
     ValueError: n does not divide the query heads.
@@ -55,7 +55,7 @@ def ulysses_attention(
   if N % n:
     raise ValueError(
       f"ulysses: found {N} query heads over {n} devices, expected a multiple; "
-      "a ring, or gathered keys, ask nothing of heads"
+      "ring or all-gather attention does not shard heads"
     )
   times = n // math.gcd(K, n)
   if times > 1:

@@ -1,10 +1,10 @@
-"""Tokens in an order that gives every shard the same causal work.
+"""Zig-zag token order, which gives every shard the same causal work.
 
-In the order of the text the last of n shards of queries sees all keys and the
-first one almost none. In zig-zag order the text is cut into 2 n chunks and
-shard r holds chunks r and 2 n - 1 - r: each then sees half of all pairs (as in
-Llama 3's context parallelism, arXiv:2407.21783, section 3.3.2). Masks go by
-positions, which travel with the tokens.
+In text order the last of n shards of queries sees all keys and the first one
+almost none. In zig-zag order the text is split into 2 n chunks, and shard r
+holds chunks r and 2 n - 1 - r, so that each shard sees half of all pairs (as in
+Llama 3's context parallelism, arXiv:2407.21783, section 3.3.2). Masks use
+positions, which are permuted with the tokens.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tiles, fit
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tiles, fit
 
-Names = tuple[str, ...]
-"""Axes of a mesh, as one: the last of them is the fastest."""
+MeshAxes = tuple[str, ...]
+"""Mesh axes, treated as one; the last is the fastest."""
 
 
 def zigzag(length: int, shards: int) -> Int[np.ndarray, " T"]:
-  """Which token stands where: `x[:, zigzag(T, n)]` reorders a batch.
+  """Returns the zig-zag permutation: `x[:, zigzag(T, n)]` reorders a batch.
 
-  `np.argsort` of it leads back.
+  `np.argsort` of it is the inverse permutation.
 
   Args:
     length: Tokens, T.
@@ -43,14 +43,14 @@ def zigzag(length: int, shards: int) -> Int[np.ndarray, " T"]:
   return np.arange(length).reshape(chunks, -1)[np.ravel(of_shard)].reshape(-1)
 
 
-def to_zigzag(x: Any, axis: Names) -> Any:
-  """Shards in the order of the text to shards in zig-zag order.
+def to_zigzag(x: Any, axis: MeshAxes) -> Any:
+  """Permutes shards from text order to zig-zag order, under `jax.shard_map`.
 
-  Two permutations of half a shard each; under `jax.shard_map`.
+  Communicates by two permutations of half a shard each.
 
   Args:
     x: Arrays [B, T / n, ...], T / n even.
-    axis: Axes that cut T.
+    axis: Mesh axes that shard T.
   """
   n = jax.lax.axis_size(axis)
   # Shard r holds chunks 2 r and 2 r + 1. Chunk c belongs to shard c or
@@ -70,7 +70,7 @@ def to_zigzag(x: Any, axis: Names) -> Any:
   return jax.tree.map(one, x)
 
 
-def from_zigzag(x: Any, axis: Names) -> Any:
+def from_zigzag(x: Any, axis: MeshAxes) -> Any:
   """The inverse of `to_zigzag`."""
   n = jax.lax.axis_size(axis)
   homes = [
@@ -90,21 +90,22 @@ def from_zigzag(x: Any, axis: Names) -> Any:
 
 
 def _in_turn(even, odd, axis):
-  """Both halves: the lower chunk r first; the other way on odd shards r."""
+  """Concatenates the halves, the lower chunk first; swapped on odd shards."""
   swap = jax.lax.axis_index(axis) % 2 == 1
   first, second = jnp.where(swap, odd, even), jnp.where(swap, even, odd)
   return jnp.concatenate([first, second], axis=1)
 
 
-def halves(blocks: Any, T: int, S: int) -> Any:
-  """Tiles of which none spans both chunks of a shard.
+def fit_half_shards(blocks: Any, T: int, S: int) -> Any:
+  """Fits TPU tiles to half a shard, so that none spans both of its chunks.
 
-  One that did would hold early and late tokens, and be visited for either.
+  A tile across both would hold early and late tokens, and be visited for
+  either.
 
   Args:
-    blocks: Sizes of a backend; others than `Tiles` stay.
-    T: Queries of a shard.
-    S: Keys of a shard.
+    blocks: A backend's tile sizes; types other than `Tiles` are unchanged.
+    T: Queries per shard.
+    S: Keys per shard.
   """
   if not isinstance(blocks, Tiles):
     return blocks

@@ -73,10 +73,12 @@ def attend(
   if not sharding.is_cut():
     return api.flash_attention(q, k, v, mask=mask, **options)
   cut = _cut(q.shape, k.shape)
-  return sharded.sharded_attention(q, k, v, mask=mask, cut=cut, **options)
+  return sharded.sharded_attention(q, k, v, mask=mask, sharding=cut, **options)
 
 
-def _cut(queries: tuple[int, ...], keys: tuple[int, ...]) -> sharded.Cut:
+def _cut(
+  queries: tuple[int, ...], keys: tuple[int, ...]
+) -> sharded.AttentionSharding:
   names = ("batch", "length", "heads", None)
   batch, tokens, heads, _ = sharding.activation_axes(queries, *names)
   sizes = jax.sharding.get_abstract_mesh().shape
@@ -89,7 +91,7 @@ def _cut(queries: tuple[int, ...], keys: tuple[int, ...]) -> sharded.Cut:
       " Layout.sequence ask nothing of heads."
     )
   ways = {"length": "sequence", "ring": "ring", "ulysses": "ulysses"}
-  return sharded.Cut(
+  return sharded.AttentionSharding(
     batch,
     heads=heads,
     **{
@@ -117,7 +119,7 @@ def select_queries(mask: Mask, keep: Int[Array, "B N"], length: int) -> Mask:
     keep: indices of the selected queries.
     length: number of tokens in a row.
   """
-  mask = sharded.positioned(mask, length, length)
+  mask = sharded.with_positions(mask, length, length)
 
   def cut(x):
     if x is None:

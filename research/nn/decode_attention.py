@@ -71,15 +71,15 @@ def attend_one(
     y = decode_attention(q[:, 0], k, v, lengths, **options)
   else:
     y = sharded.sharded_decode_attention(
-      q[:, 0], k, v, lengths, cut=_cut(q.shape), **options
+      q[:, 0], k, v, lengths, sharding=_cut(q.shape), **options
     )
   return y[:, None]
 
 
-def _cut(shape: tuple[int, ...]) -> sharded.Cut:
+def _cut(shape: tuple[int, ...]) -> sharded.DecodeSharding:
   if not sharding.is_cut():
-    return sharded.Cut()
+    return sharded.DecodeSharding()
   rows, _, heads, _ = sharding.activation_axes(
     shape, "batch", "length", "heads", None
   )
-  return sharded.Cut(rows, heads)
+  return sharded.DecodeSharding(rows, heads)

@@ -53,7 +53,7 @@ def to_zigzag(
   """Returns activations, positions and mask in zig-zag order over `axes`."""
   if not axes:
     return x, positions, mask
-  mask = sharded.positioned(mask, x.shape[1], x.shape[1])
+  mask = sharded.with_positions(mask, x.shape[1], x.shape[1])
   arrays = {name: getattr(mask, name) for name in _ARRAYS}
   x, positions, arrays = _exchanged(
     zigzag.to_zigzag, axes, (x, positions, arrays)

@@ -1,13 +1,13 @@
-// Random attention by every kernel of cpu_attention.cc, each buffer a heap
-// block of its exact size, each helper a thread that starts late: what the
-// sanitizers watch.
+// Runs every kernel of attention.cc on random problems under the sanitizers:
+// each buffer is a heap block of its exact size, each helper a thread that
+// starts late.
 //
-// Fails unless results are those of double precision, bitwise the same with 1,
-// 2 and 5 threads, and tiles are classified as counting pairs does. Prints how
-// many problems it checked.
+// Fails unless results equal those of double precision, bitwise the same with
+// 1, 2 and 5 threads, and tile classes equal those by counting pairs. Prints
+// the number of problems checked.
 
 #define ATTENTION_WITHOUT_FFI
-#include "cpu_attention.cc"
+#include "attention.cc"
 
 #include <algorithm>
 #include <chrono>
@@ -51,7 +51,7 @@ void run(const Problem& p, Kernel kernel, int64_t count, int threads) {
   for (auto& thread : started) thread.join();
 }
 
-// The rest of what a backward pass is given follows from the forward pass.
+// The other inputs of a backward pass follow from the forward pass.
 Results results(Problem p, const Kernels& kernels, int threads) {
   Results r;
   r.o.resize(p.B * p.T * p.N * p.V), r.lse.resize(p.B * p.N * p.T);
@@ -127,7 +127,7 @@ struct Head {
     return w;
   }
 
-  // Whether a query's results are right; adds to the keys' gradients.
+  // Returns whether a query's results are correct; adds to the keys' gradients.
   bool right(const Results& r, int64_t t) {
     double lse, shift = 0;
     const std::vector<double> w = probabilities(t, &lse);
@@ -165,9 +165,9 @@ struct Head {
     return true;
   }
 
-  // Whether the keys' are, which sum over all heads: for one head alone.
+  // Returns whether the keys' gradients are, if they have only one query head.
   bool keys_right(const Results& r) const {
-    if (p.group() > 1) return true;  // the sum over heads is JAX's test's
+    if (p.group() > 1) return true;  // sums over heads are tested in Python
     for (int64_t s = 0; s < p.S; ++s) {
       const float *k = &r.dk[key(s) * p.H], *v = &r.dv[key(s) * p.V];
       const double size = 80 * this->size() * this->size();
@@ -181,7 +181,7 @@ struct Head {
     return true;
   }
 
-  // Large logits are off by more, and so is what follows from them.
+  // Large logits have larger errors, and so have results computed from them.
   double size() const { return p.scale > 1 ? 20 : 1; }
 };
 
@@ -193,8 +193,8 @@ bool right(const Problem& p, const Results& r, int64_t b, int64_t n) {
   return head.keys_right(r);
 }
 
-// Tiles: none that has a pair is empty, none that lacks one full; where indices
-// decide by one interval, none is visited without a pair.
+// Tiles with a pair are not empty, and tiles that lack one are not full; for
+// masks by index with one interval, no tile without a pair is visited.
 bool classified(const Problem& p, int64_t b, int64_t bq, int64_t bk) {
   const Seen seen(p, b);
   for (int64_t t = 0; t < p.T; t += bq) {
@@ -232,7 +232,7 @@ struct Drawn {
     p.B = 1 + below(2), p.T = 1 + below(90), p.S = 1 + below(300);
     p.K = 1 + below(2), p.N = p.K * (1 + below(3));
     p.H = 1 + below(40), p.V = 1 + below(40);
-    // Now and then such that whole rows of logits are below -88.
+    // Sometimes whole rows of logits are below -88.
     p.scale = (below(6) ? 1 : 60) / std::sqrt(float(p.H));
     const int64_t most = 1 + below(3), each = (p.S + most - 1) / most;
     p.chunks = (p.S + each - 1) / each;
@@ -253,8 +253,8 @@ struct Drawn {
 
   int64_t rows(bool of_rows) const { return of_rows ? p.B : 1; }
 
-  // Windows that move with the queries, which is what masks are; some see none.
-  // Or everything: few tiles would be full otherwise.
+  // Windows that move with the queries, as in masks; some are empty. Or
+  // everything is visible: few tiles would be full otherwise.
   void draw_bounds() {
     const bool full = !below(3);
     p.intervals = full ? 1 : 1 + below(2), p.bounds_of_rows = below(2);

@@ -1,11 +1,11 @@
-"""Compiles what a bench runs, for a chip that is not here.
+"""Compiles the programs of a benchmark for a chip that is not present.
 
     .venv-chips/bin/python -m tests.kernels_pallas.chips_bench h100 [REGEX]
 
-prints a line of JSON for each job with such a name, as the bench does: 'ok', or
-what the compiler says against it. Whether results are right only a chip can
-say; that nothing stops at the compiler, which costs minutes of one, is said
-here. `--here` compiles in this process, whose environment is set.
+prints a line of JSON for each job whose name matches, like the benchmark: 'ok',
+or the compiler's error. Results can only be checked on a chip; this checks that
+everything compiles, which would cost minutes of the chip. `--here` compiles in
+this process, whose environment is set.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from kernels_pallas.inspect.chips import CHIPS
 
 
 def compiled(chip: str, only: str) -> list[dict]:
-  """The lines of a chip's jobs, by a process of their own.
+  """Returns the lines of a chip's jobs, from a child process.
 
   Args:
-    chip: Of `inspect.chips.CHIPS` or `inspect.gpu.TARGETS`.
+    chip: A key of `inspect.chips.CHIPS` or `inspect.gpu.TARGETS`.
     only: Regular expression for names.
   """
   done = subprocess.run(
@@ -40,10 +40,10 @@ def compiled(chip: str, only: str) -> list[dict]:
 
 
 def compile_all(chip: str, only: str) -> None:
-  """Compiles in this process, and prints.
+  """Compiles the jobs in this process and prints their lines.
 
   Args:
-    chip: Of `inspect.chips.CHIPS` or `inspect.gpu.TARGETS`.
+    chip: A key of `inspect.chips.CHIPS` or `inspect.gpu.TARGETS`.
     only: Regular expression for names.
   """
   if chip in CHIPS:
@@ -68,7 +68,7 @@ def compile_all(chip: str, only: str) -> None:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
         operands,
       )
-      # A TPU's kernels go by the mesh, a GPU's by the default device.
+      # TPU kernels use the mesh, GPU kernels the default device.
       around = contextlib.nullcontext()
       if platform == "tpu" or "devices" in job.name:
         around = jax.set_mesh(mesh)
@@ -84,7 +84,7 @@ def compile_all(chip: str, only: str) -> None:
 
 
 def _in_place(done, held) -> dict[str, int]:
-  """Bytes of what is written into, and of what is copied on the way."""
+  """Returns the bytes written in place, and those of temporary copies."""
   memory = done.memory_analysis()
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
   return {
@@ -95,7 +95,7 @@ def _in_place(done, held) -> dict[str, int]:
 
 
 def main(arguments: list[str]) -> int:
-  """Compiles in a process whose environment is the compiler's."""
+  """Compiles in a child process with the compiler's environment."""
   chip, only = [*arguments, ""][:2]
   if "--here" in arguments:
     compile_all(chip, only)

@@ -1,4 +1,4 @@
-"""Compiles the decoding kernels for a TPU that is not here; says what fails.
+"""Compiles the decoding kernels for a TPU that is not present; prints failures.
 
 libtpu reads its environment once, when it starts, so this is a program:
 `python -m tests.kernels_pallas.chips_decode v5e`.
@@ -29,7 +29,7 @@ KINDS = {"decode": ROWS, "mixed": 200}
 
 
 def paged(shape, head_dim, dtype, tokens):
-  """A step of serving: tokens appended to pages, and what they attend to."""
+  """A serving step: appends tokens to pages, and attends to the pages."""
   make = lambda: empty_pages(COUNT, K, SIZE, head_dim, dtype)  # noqa: E731
   pages = jax.tree.map(lambda x: shape(x.shape, x.dtype), jax.eval_shape(make))
   activations = jnp.float32 if dtype == "float32" else jnp.bfloat16
@@ -55,7 +55,7 @@ def paged(shape, head_dim, dtype, tokens):
 
 
 def cached(shape, head_dim, dtype, heads=K):
-  """A token a row, from a cache of [B, K, S, H]."""
+  """One token per row, from a cache of [B, K, S, H]."""
   q = shape((ROWS, N // K * heads, head_dim), jnp.dtype(dtype))
   k = shape((ROWS, heads, 1040, head_dim), jnp.dtype(dtype))
 
@@ -67,7 +67,7 @@ def cached(shape, head_dim, dtype, heads=K):
 
 
 def main() -> None:
-  """Prints a line for each cell that fails."""
+  """Prints a line for each failing case."""
   topology = CHIPS[sys.argv[1]].topology
   devices = topologies.get_topology_desc(topology, platform="tpu").devices
   mesh = Mesh(devices[:1], ("x",))

@@ -1,9 +1,9 @@
-"""Compiles decoding for GPUs that are not here, and runs the PTX in NumPy.
+"""Compiles decoding for GPUs that are not present, and runs the PTX in NumPy.
 
     .venv-chips/bin/python -m tests.kernels_pallas.chips_decode_gpu
 
-prints what ptxas says of each case. `--job=JSON` is one compilation, in a
-process of its own, because Mosaic GPU reads from the environment where to dump.
+prints ptxas's report for each case. `--job=JSON` is one compilation, in a child
+process, because Mosaic GPU reads from the environment where to dump.
 """
 
 import argparse
@@ -31,16 +31,16 @@ class Case:
   """A call.
 
   Attributes:
-    target: Of `gpu.TARGETS`.
+    target: A key of `gpu.TARGETS`.
     lens: Tokens of each row.
-    new: How many of them are new, or () for a token a row.
+    new: New tokens of each row, or () for one token per row.
     heads: N, K, H and Hv.
-    page: Tokens of a page, or None for a cache.
-    queries: Tokens of an item.
+    page: Tokens per page, or None for a cache.
+    queries: Tokens per item.
     splits: Runs of a row's keys.
-    window, softcap: As of `decode_attention`.
-    dtype: Of everything,
-    code: but for codes of quantized pages.
+    window, softcap: As in `decode_attention`.
+    dtype: Dtype of all arrays except quantized pages.
+    code: Dtype of quantized pages, or None.
   """
 
   target: str = "a100"
@@ -57,7 +57,7 @@ class Case:
 
 
 def arrays(case: Case, alive: bool = True):
-  """(q, held, table, lens, starts); with `alive`, NaN where nobody looks."""
+  """(q, held, table, lens, starts); with `alive`, NaN in invisible places."""
   rng = np.random.default_rng(0)
   N, K, H, Hv = case.heads
   lens = np.array(case.lens, np.int32)
@@ -98,16 +98,18 @@ def arrays(case: Case, alive: bool = True):
 
 
 def prepare(case: Case, q, held, table, lens, starts):
-  """The problem of a call, and what puts its results in their places."""
-  rows = ragged.Rows(table, *(jnp.asarray(x) for x in (lens, starts)))
+  """Returns a call's problem, and a function that restores its results."""
+  rows = ragged.RaggedRows(table, *(jnp.asarray(x) for x in (lens, starts)))
   spec = Spec(case.heads[2] ** -0.5, case.softcap, case.window)
   blocks = Blocks(case.queries, mosaic_gpu.KEYS, case.splits)
   p, tiling = works.prepare(spec, blocks, q, held, rows)
-  return p, lambda o, lse: works.untile(p, tiling, rows, q.shape[0], o, lse)
+  return p, lambda o, lse: works.combine_splits(
+    p, tiling, rows, q.shape[0], o, lse
+  )
 
 
 def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
-  """By the kernel's PTX (output, log-sum-exp), and the bytes that it copied."""
+  """Returns the emulated (output, log-sum-exp), and the bytes copied."""
   p, untile = prepare(case, *arrays(case))
   x = mosaic_gpu.plan(p)
   E, _, K, blocks, _, Hv = x.dims
@@ -117,7 +119,7 @@ def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
           for n, y in x.arrays.items()}  # fmt: skip
   held |= {"o": o.reshape(-1).view(np.uint8),
            "lse": lse.reshape(-1).view(np.uint8)}  # fmt: skip
-  # In the order in which the kernel first uses those of one instruction.
+  # In the order in which the kernel first uses the arrays of one instruction.
   first = {
     "cp.async.cg.shared.global": ["q", "k", "v"],
     "cp.async.ca.shared.global": ["scales"],
@@ -132,7 +134,7 @@ def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
   for index in np.ndindex(E, blocks, K):
     block = emulator.Block(program, memory, index, x.shared + 2048, late)
     block.run(rng)
-  found = mosaic_gpu.finished(p, x, *(jnp.asarray(y) for y in (o, lse)))
+  found = mosaic_gpu.restore_outputs(p, x, *(jnp.asarray(y) for y in (o, lse)))
   return untile(*found), memory.copied
 
 
@@ -143,30 +145,32 @@ def least(case: Case) -> int:
   E, _, _, blocks, _, _ = x.dims
   _, begin, end = np.asarray(x.arrays["work"]).reshape(E, 3).T
   keys = int((end - begin).sum()) * K * blocks
-  # The threads that short tiles leave over copy scales a second time.
+  # Threads without work in short tiles copy scales a second time.
   scales = 8 * mosaic_gpu.KEYS // x.keys
   token = H + Hv + scales if case.code else 2 * (H + Hv)
   return keys * token + 2 * E * K * blocks * x.rows * H
 
 
 def exact(case: Case):
-  """The same by the definition, in float32."""
+  """Returns the results by the definition, in float32."""
   q, held, table, lens, starts = arrays(case, alive=False)
-  rows = ragged.Rows(table, jnp.asarray(lens), jnp.asarray(starts))
+  rows = ragged.RaggedRows(table, jnp.asarray(lens), jnp.asarray(starts))
   if table is None:
     k, v = (y.swapaxes(1, 2).astype(jnp.float32) for y in (held.k, held.v))
   else:
-    k, v = pages.dense(held, table, jnp.float32)
+    k, v = pages.gather_pages(held, table, jnp.float32)
   spec = Spec(case.heads[2] ** -0.5, case.softcap, case.window)
   q = q.astype(jnp.float32)
-  return reference_decode(spec, q, k, v, *ragged.places(rows, q.shape[0]))
+  return reference_decode(
+    spec, q, k, v, *ragged.token_positions(rows, q.shape[0])
+  )
 
 
 def measure(case: Case) -> tuple[ptx.Kernel, str]:
-  """What ptxas says of a case's kernel, and its PTX.
+  """Returns ptxas's report on a case's kernel, and its PTX.
 
   Raises:
-    ValueError: The compiler refuses, in its words.
+    ValueError: The compiler rejects it; contains the compiler's message.
   """
   job = json.dumps(dataclasses.asdict(case))
   name = "tests.kernels_pallas.chips_decode_gpu"

@@ -1,9 +1,9 @@
-"""Asks the tensor cores of GPUs that are not here for a product in float32.
+"""Compiles a float32 product for tensor cores of GPUs that are not present.
 
     .venv-chips/bin/python -m tests.kernels_pallas.chips_float32_gpu
 
-prints what comes of it. `--job=CHIP` is one compilation, in a process of its
-own, because Mosaic GPU reads from the environment where to dump.
+prints the outcome. `--job=CHIP` is one compilation, in a child process, because
+Mosaic GPU reads from the environment where to dump.
 """
 
 import argparse
@@ -23,10 +23,10 @@ M, N, K = 128, 64, 32
 
 
 def operands(target: str) -> str:
-  """The type of the operands that the chip's product has, by its PTX.
+  """Returns the operand type of the chip's product, from its PTX.
 
   Raises:
-    ValueError: The compiler refuses, in its words.
+    ValueError: The compiler rejects it; contains the compiler's message.
   """
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch)
@@ -73,7 +73,7 @@ def _blackwell(a, b, o):
 
 
 PRODUCTS = {"mma": _warps, "wgmma": _hopper, "tcgen05": _blackwell}
-"""By the instruction that `gpu.TARGETS` names."""
+"""Products by the instruction that `gpu.TARGETS` names."""
 
 
 def compile_here(target: str) -> None:
@@ -101,13 +101,13 @@ def compile_here(target: str) -> None:
 
 
 def _run(product, a, b, o, smem):
-  # What the operands hold is another matter.
+  # The contents of the operands do not matter.
   del a, b
   product(*smem, o)
 
 
 def main() -> int:
-  """Prints what each chip has, or compiles a job."""
+  """Prints each chip's result, or compiles a job."""
   parser = argparse.ArgumentParser()
   parser.add_argument("--job", choices=gpu.TARGETS)
   job = parser.parse_args().job

@@ -1,11 +1,11 @@
-"""Schedules of the quantized matmul on TPUs that are not here.
+"""Schedules of the quantized matmul on TPUs that are not present.
 
     .venv-chips/bin/python -m tests.kernels_pallas.chips_quantized v5e v6e \
         [--only=REGEX]
 
-prints a row for each case beside the same product of bfloat16 weights, by a
-kernel as plain as can be in tiles of the same size. Each is compiled in a
-process of its own: libtpu reads where to dump once.
+prints a row for each case next to the same product of bfloat16 weights, by a
+plain kernel in tiles of the same size. Each is compiled in a child process,
+since libtpu reads where to dump once.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ class Case:
   """A product of `rows` rows with a matrix of 4096 x 4096.
 
   Attributes:
-    target: Of `CHIPS`.
-    way: Of `NAMES`.
+    target: A key of `CHIPS`.
+    way: A key of `NAMES`.
     kind: 'int4', 'nf4', 'e2m1', 'int8', 'w8a8'; or 'bf16', the plain kernel.
-    group: Inputs of a scale.
-    rows: Rows.
+    group: Inputs per scale.
+    rows: Number of rows.
     tile: (rows, inputs, outputs) of a grid step.
-    dtype: Of the activations.
+    dtype: Dtype of the activations.
     offset: Whether groups have an offset.
     size: Inputs and outputs of the matrix.
   """
@@ -57,7 +57,7 @@ class Case:
 
   @property
   def bytes(self) -> float:
-    """Of a step's weights."""
+    """Bytes of a step's weights."""
     weights = self.tile[1] * self.tile[2]
     bits = {"bf16": 16, "int8": 8, "w8a8": 8}.get(self.kind, 4)
     scales = 0 if self.kind == "bf16" else 16 * (1 + self.offset) / self.group
@@ -65,7 +65,7 @@ class Case:
 
 
 def compile_to(case: Case, folder: pathlib.Path) -> str | None:
-  """Compiles a case, leaving dumps; returns what the compiler said against."""
+  """Compiles a case with dumps; returns the compiler's error, if any."""
   done = subprocess.run(
     [sys.executable, "-m", __spec__.name, json.dumps(dataclasses.asdict(case))],
     env=build.dumping(folder),
@@ -79,7 +79,7 @@ def compile_to(case: Case, folder: pathlib.Path) -> str | None:
 
 
 def read(case: Case, folder: pathlib.Path) -> schedule.Schedule:
-  """The schedule of a compiled case."""
+  """Returns the schedule of a compiled case."""
   return schedule.read(folder, NAMES[case.way], CHIPS[case.target])
 
 
@@ -141,7 +141,7 @@ def _ours(case: Case, array):
 
 
 def _plain(case: Case, array):
-  """The textbook's tiled matmul, of bfloat16 weights."""
+  """A plain tiled matmul of bfloat16 weights."""
   import jax
   import jax.numpy as jnp
   from jax.experimental import pallas as pl
@@ -218,8 +218,8 @@ def main(targets: list[str], only: str = "") -> None:
   """Prints the table: cycles of 2^20 weights, of the schedule and of memory.
 
   Args:
-    targets: of `CHIPS`.
-    only: regular expression for `kind, group`; bf16 is always read.
+    targets: Keys of `CHIPS`.
+    only: Regular expression for `kind, group`; bf16 is always read.
   """
   heads = "chip kernel weights rows bytes bundles memory kiloMAC bf16's slot"
   print(f"| {' | '.join(heads.split())} |")

@@ -1,9 +1,9 @@
-"""Compiles products with packed weights for GPUs that are not here.
+"""Compiles products with packed weights for GPUs that are not present.
 
     .venv-chips/bin/python -m tests.kernels_pallas.chips_quantized_gpu
 
-prints what ptxas says of each. `--job=JSON` is one compilation, in a process of
-its own, because Mosaic GPU reads from the environment where to dump.
+prints ptxas's report for each. `--job=JSON` is one compilation, in a child
+process, because Mosaic GPU reads from the environment where to dump.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 from kernels_pallas.inspect import gpu, ptx
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import (
   SHARED_BYTES,
   Tile,
 )
@@ -44,17 +44,17 @@ class Case:
   """A product.
 
   Attributes:
-    bits: Of a code.
-    group: Inputs of a scale.
-    offset: Whether groups have one.
+    bits: Bits per code.
+    group: Inputs per scale.
+    offset: Whether groups have an offset.
     direction: 'forward' or 'gradient'.
-    rows: Of activations.
-    dtype: Of activations.
+    rows: Rows of activations.
+    dtype: Dtype of the activations.
     size: Inputs and outputs.
-    operand: As of `Tile`; of a tile of 64 rows if 'shared'.
-    target: Of `gpu.TARGETS`.
-    scales: Type of scales and offsets.
-    codebook: Of `CODEBOOKS`.
+    operand: As in `Tile`; with a tile of 64 rows if 'shared'.
+    target: A key of `gpu.TARGETS`.
+    scales: Dtype of scales and offsets.
+    codebook: A key of `CODEBOOKS`.
     codes: Whether rows are rounded to 8 bits, too.
   """
 
@@ -95,10 +95,10 @@ TABLE = tuple(
 
 
 def measure(case: Case) -> tuple[ptx.Kernel, str]:
-  """The kernel of a case, and its PTX.
+  """Returns the kernel of a case, and its PTX.
 
   Raises:
-    ValueError: The compiler refuses, in its words.
+    ValueError: The compiler rejects it; contains the compiler's message.
   """
   job = json.dumps(dataclasses.asdict(case))
   name = "tests.kernels_pallas.chips_quantized_gpu"
@@ -110,7 +110,7 @@ def measure(case: Case) -> tuple[ptx.Kernel, str]:
 
 
 def operands(case: Case):
-  """(x, w): random rows and a random matrix."""
+  """Returns (x, w): random rows and a random matrix."""
   rng, n = np.random.default_rng(0), case.size
   low, high, kind = (0, 16, np.uint8) if case.bits == 4 else (-128, 128, "int8")
   codes = rng.integers(low, high, (n, n)).astype(kind)
@@ -129,7 +129,7 @@ def operands(case: Case):
 
 
 def emulated(case: Case, text: str, *, late: bool = True) -> np.ndarray:
-  """The result by the kernel's PTX, in float32."""
+  """Returns the emulated result, in float32."""
   x, w = operands(case)
   if case.codes:
     x, unit = quantize_rows(x)
@@ -154,7 +154,7 @@ def emulated(case: Case, text: str, *, late: bool = True) -> np.ndarray:
 
 
 def planned(case: Case):
-  """Problem, tile and names of the arrays of a kernel of `mma`."""
+  """Returns problem, tile and array names of an `mma` kernel."""
   found = []
 
   def run(x, w):

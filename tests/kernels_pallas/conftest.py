@@ -1,4 +1,4 @@
-"""What tests of several kernels share."""
+"""Fixtures shared by tests of several kernels."""
 
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -8,16 +8,16 @@ from kernels_pallas.common import cpu_library
 
 @pytest.fixture(name="cxx", scope="session")
 def _cxx():
-  """The path of a C++ compiler; skips where there is none."""
+  """Returns the path of a C++ compiler; skips where there is none."""
   try:
     return cpu_library.compiler()
-  except cpu_library.Unavailable as error:
+  except cpu_library.LibraryUnavailable as error:
     pytest.skip(str(error))
 
 
 @pytest.fixture(name="tpu_interpreter")
 def _tpu_interpreter():
-  """Two cores that find races, over memory that starts as NaN."""
+  """Two cores with race detection, over memory initialized to NaN."""
   yield pltpu.InterpretParams(
     detect_races=True,
     uninitialized_memory="nan",

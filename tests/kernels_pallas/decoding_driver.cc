@@ -1,13 +1,13 @@
-// Random steps of decoding by every kernel of cpu_decode.cc, each buffer a heap
-// block of its exact size, each helper a thread that starts late: what the
-// sanitizers watch.
+// Runs every kernel of decode.cc on random decoding steps under the sanitizers:
+// each buffer is a heap block of its exact size, each helper a thread that
+// starts late.
 //
-// Fails unless results are those of double precision, bitwise the same with 1,
-// 2 and 5 threads and where rows have more room, and unless a step of much work
-// asks for the threads that it may have. Prints how many steps it checked.
+// Fails unless results equal those of double precision, bitwise the same with
+// 1, 2 and 5 threads and with more unused slots, and unless a large step uses
+// all available threads. Prints the number of steps checked.
 
 #define DECODING_WITHOUT_FFI
-#include "cpu_decode.cc"
+#include "decode.cc"
 
 #include <chrono>
 #include <cstdio>
@@ -22,7 +22,7 @@ std::mt19937 random_bits(0);
 
 int64_t below(int64_t n) { return int64_t(random_bits() % uint32_t(n)); }
 
-// Normal numbers, kept as the problem has them.
+// Normal numbers, in the problem's dtype.
 struct Stored {
   std::vector<float> wide;
   std::vector<uint16_t> half;
@@ -50,7 +50,7 @@ struct Stored {
     return x;
   }
 
-  // Rows of `width` with room for `more`, which hold NaN.
+  // Rows of `width` with `more` unused slots, which hold NaN.
   Stored roomier(int64_t width, int64_t more) const {
     Stored out(0, false);
     const size_t count = half.empty() ? wide.size() : half.size();
@@ -70,7 +70,7 @@ struct Results {
   bool operator==(const Results& r) const { return o == r.o && lse == r.lse; }
 };
 
-int64_t helpers = 0;  // that any step had
+int64_t helpers = 0;  // the most of any step
 
 Results results(Problem p, Kernel kernel, int threads) {
   Results r;
@@ -103,7 +103,7 @@ bool close(const char* what, double got, double want, double size) {
   return false;
 }
 
-// Whether a head's result is right.
+// Returns whether a head's result is correct.
 bool right(const Problem& p, const Stored& q, const Stored& k, const Stored& v,
            const Results& r, int64_t b, int64_t n) {
   const int64_t query = b * p.N + n, row = b * p.K + n / p.group();
@@ -122,7 +122,7 @@ bool right(const Problem& p, const Stored& q, const Stored& k, const Stored& v,
   }
   for (double& x : w) sum += x = std::exp(x - most);
   const double lse = w.empty() ? -INFINITY : most + std::log(sum);
-  // Logits are rounded to their own size, a soft cap to its own.
+  // Logits are rounded relative to their size, a soft cap to its own.
   const double size = 1 + std::fabs(lse) + p.softcap;
   if (!close("lse", r.lse[query], lse, size)) return false;
   for (int64_t h = 0; h < p.V; ++h) {
@@ -145,12 +145,12 @@ bool one() {
   if (!below(3)) p.window = 1 + below(p.S + 9);
   std::vector<int32_t> lengths;
   for (int64_t b = 0; b < p.B; ++b) {
-    // Now and then none, fewer, or more than there is room for.
+    // Sometimes none, fewer, or more than the slots.
     lengths.push_back(below(6) ? 1 + below(p.S) : below(p.S + 18) - 9);
     if (!below(6)) lengths[b] = p.S + below(9);
   }
   p.lengths = lengths.data();
-  // Now and then large logits, which only a soft cap bounds.
+  // Sometimes large logits, which only a soft cap bounds.
   const float large = p.softcap ? 3000 : 40;
   const Stored q(p.B * p.N * p.H, p.halves, below(6) ? 1 : large);
   const Stored k(p.B * p.K * p.S * p.H, p.halves);

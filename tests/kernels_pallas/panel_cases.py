@@ -1,4 +1,4 @@
-"""Matrices in panels of every kind that the CPU takes, and what they hold."""
+"""Matrices in panels of every kind that the CPU supports, and their values."""
 
 import functools
 
@@ -39,7 +39,7 @@ KINDS = {  # codebook, dtype of codes, inputs, outputs, group, scale, offset
 
 
 def parts(kind, lead=()):
-  """Returns random (codes, scale, offset) of a kind, and how to pack them."""
+  """Returns random (codes, scale, offset) of a kind, and packing options."""
   codebook, dtype, inputs, outputs, group, scale, offset = KINDS[kind]
   rng = np.random.default_rng(0)
   if dtype == "uint8":

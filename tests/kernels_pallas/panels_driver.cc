@@ -1,8 +1,9 @@
-// Random products by every kernel of panels.cc, each buffer a heap block of its
-// exact size, each helper a thread that starts late: what the sanitizers watch.
+// Runs every kernel of panels.cc on random products under the sanitizers: each
+// buffer is a heap block of its exact size, each helper a thread that starts
+// late.
 //
-// Fails unless results are those of a double precision sum, and bitwise the
-// same with 1, 2 and 5 threads. Prints how many products it checked.
+// Fails unless results equal those of a double precision sum, bitwise the same
+// with 1, 2 and 5 threads. Prints the number of products checked.
 
 #define PANELS_WITHOUT_FFI
 #include "panels.cc"
@@ -32,7 +33,7 @@ struct Stored {
   Stored(int64_t n, Type type) : type(type) {
     for (int64_t i = 0; i < n; ++i) {
       if (type == Type::kF32) wide.push_back(normal());
-      // Finite halves of any size, subnormals included; modest bfloat16.
+      // Finite float16 of any size, subnormals included; moderate bfloat16.
       if (type == Type::kF16) narrow.push_back(random_bits() & 0x8fff);
       if (type == Type::kBF16) narrow.push_back(to_bfloat16(normal()));
     }
@@ -69,7 +70,7 @@ std::vector<Y> product(Problem p, Kernel run, const Numbers& x, int threads) {
       task();
     });
   });
-  // Some helpers only start now, when the caller has its result.
+  // Some helpers only start now, after the caller has its result.
   const std::vector<Y> returned = y;
   for (auto& thread : started) thread.join();
   return returned;
@@ -93,7 +94,7 @@ bool check(Problem p, const Numbers& x) {
   for (const char* name : {"portable", "avx2", "avx512", "bfloat16", "vnni"}) {
     const Kernel run = kernel(name, p);
     if (!run) {
-      // Else a kernel that refuses what it should take would pass.
+      // Otherwise a kernel that rejects supported problems would pass.
       const bool known = p.bits == 8 || (p.bits == 4 && whole_entries);
       const bool fits = known && p.scale.data && p.rows < 4 && !(p.group % 16);
       if (std::string(name) != "vnni" || !fits || !has_vnni()) continue;
@@ -143,7 +144,7 @@ bool one() {
   p.outputs = 1 + below(200);
   p.panels = (p.outputs + kLanes - 1) / kLanes;
   p.rows = below(9) ? below(20) : 120 + below(420);
-  // Codes that count up, bytes, halves of bytes, and anything.
+  // Consecutive codes, bytes, halves of bytes, and arbitrary ones.
   const int entries = below(4);
   whole_entries = entries < 3;
   for (int i = 0; i < kLanes; ++i) {
@@ -154,7 +155,7 @@ bool one() {
   std::vector<uint32_t> words(p.panels * p.words * kLanes);
   for (auto& word : words) {
     word = uint32_t(random_bits());
-    // No float that is huge or no number.
+    // Neither huge floats nor NaN.
     if (p.bits == 16) word = (word & 0x807f807f) | 0x3f003f00;
     if (p.bits == 32) word = (word & 0x807fffff) | 0x3f000000;
   }

@@ -1,4 +1,4 @@
-"""Packed matrices of every kind that TPU kernels take, and what they hold."""
+"""Packed matrices of every kind that TPU kernels support, and their values."""
 
 import functools
 
@@ -21,7 +21,7 @@ KINDS = {  # codebook, dtype of codes, inputs, outputs, group, scale, offset
 
 @functools.lru_cache
 def case(kind, lead=()):
-  """Returns (packed, what from, its float64 matrix)."""
+  """Returns (packed, its unpacked parts, its float64 matrix)."""
   codebook, dtype, inputs, outputs, group, scale, offset = KINDS[kind]
   rng = np.random.default_rng(0)
   shape = (*lead, inputs, outputs)

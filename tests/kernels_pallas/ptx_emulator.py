@@ -1,14 +1,14 @@
 """Runs the PTX of a kernel's block of 128 threads in NumPy, warp by warp.
 
-What a kernel for a GPU computes can so be known where there is none: not by
-what its source says, nor by Mosaic's lowering of it, but by the instructions
-that the assembler gets: addresses, swizzles, fragments and waits included. It
-knows the instructions that kernels of `mma` have, and raises at others.
+This checks a GPU kernel without a GPU: not its source or Mosaic's lowering, but
+the instructions that the assembler gets, with addresses, swizzles, fragments
+and waits. It implements the instructions that kernels of `mma` use, and raises
+for others.
 
-A warp runs alone until it meets a barrier, in an order that is drawn: what
-another one ought to have waited for is then not there yet. A copy by `cp.async`
-takes place when it is waited for (`late`) or at once, which are the extremes of
-what a GPU may do. An access outside of every buffer raises.
+A warp runs alone until it reaches a barrier, in random order, so that data from
+another warp without a barrier is not there yet. A `cp.async` copy takes place
+when it is waited for (`late`) or at once, the extremes of a GPU's behaviour. An
+access outside of every buffer raises.
 """
 
 import re
@@ -25,7 +25,7 @@ _GUARD = re.compile(r"^@(!?)(%p\d+)\s+(.*)$")
 
 
 def instructions(text):
-  """(opcode, operands, guard, sense) or a label, of a kernel's body."""
+  """Yields (opcode, operands, guard, sense) or a label of a kernel's body."""
   body = text[text.index("\n{") + 2 : text.rindex("}")]
   code, labels = [], {}
   for raw in body.splitlines():
@@ -45,10 +45,10 @@ def instructions(text):
 
 
 class Memory:
-  """Buffers, bound to the kernel's parameters by how it first uses them.
+  """Buffers, bound to the kernel's parameters by their first use.
 
-  The compiler orders parameters as it likes. `bind` is asked for the buffer of
-  a parameter that is used for the first time, by the instruction's name.
+  The compiler orders parameters arbitrarily. `bind` returns the buffer of a
+  parameter that is used for the first time, given the instruction's name.
   `copied` counts the bytes that copies read.
   """
 
@@ -74,8 +74,8 @@ class Block:
   """One block of threads.
 
   Attributes:
-    code, labels: As of `instructions`.
-    memory: Of the GPU.
+    code, labels: As returned by `instructions`.
+    memory: Global memory.
     late: Whether copies take place when they are waited for.
   """
 
@@ -98,7 +98,7 @@ class Block:
     return self.shared, index
 
   def land(self, opcode, target, source, size, most):
-    """The bytes of a copy, zeros where none are read."""
+    """Performs a copy, with zeros for bytes that are not read."""
     _, to = self.shared_view(target, most)
     assert not (target % most).any() and set(size.tolist()) <= {0, most}
     self.shared[to[size == 0]] = 0

@@ -1,6 +1,6 @@
-"""One warp of a PTX kernel: its registers, and what each instruction does.
+"""One warp of a PTX kernel: its registers, and the effect of each instruction.
 
-It knows the instructions that kernels of `mma` have, and raises at others.
+It implements the instructions that kernels of `mma` use, and raises for others.
 """
 
 import re
@@ -9,14 +9,14 @@ import numpy as np
 
 LANES = 32
 SPACE = 1 << 40
-"""Between buffers of global memory."""
+"""Distance between buffers of global memory."""
 
 _LANE = np.arange(LANES)
 _ROW, _PAIR = _LANE // 4, _LANE % 4
 
 
 class Warp:
-  """One warp's registers and the copies that it has under way."""
+  """One warp's registers and its copies in flight."""
 
   def __init__(self, block, number):
     self.block, self.registers = block, {}
@@ -26,7 +26,7 @@ class Warp:
   # Operands.
 
   def get(self, name, dtype):
-    """The value of an operand in the bits of a dtype."""
+    """Returns an operand's value, its bits read as a dtype."""
     size = np.dtype(dtype).itemsize
     if name in self.registers:
       value = self.registers[name]
@@ -48,7 +48,7 @@ class Warp:
     self.registers[name] = value if value.dtype == bool else value.view(bits)
 
   def address(self, operand):
-    """Of `[%rd1+4]`."""
+    """Returns the address of `[%rd1+4]`."""
     base, _, offset = operand.strip("[]").partition("+")
     dtype = np.uint32 if base.startswith("%r") and base[2] != "d" else np.uint64
     if base not in self.registers:
@@ -56,13 +56,13 @@ class Warp:
     return self.get(base, dtype).astype(np.int64) + int(offset or 0)
 
   def many(self, operand):
-    """The names in `{%r1, %r2}`."""
+    """Returns the names in `{%r1, %r2}`."""
     return [x.strip() for x in operand.strip("{}").split(",")]
 
   # Running.
 
   def run(self):
-    """Yields at every barrier."""
+    """Runs the warp and yields at every barrier."""
     code, labels = self.block.code, self.block.labels
     n = 0
     while n < len(code):
@@ -83,7 +83,7 @@ class Warp:
         self.step(opcode, operands)
 
   def step(self, opcode, x):
-    """One instruction."""
+    """Executes one instruction."""
     parts = opcode.split(".")
     name = "_".join(parts[:2]).partition("::")[0]
     special = getattr(self, "_" + name, None)
@@ -179,7 +179,7 @@ class Warp:
     bits = int(parts[-1][1:])
     at, count = (self.get(y, np.uint32).astype(np.int64) for y in x[2:])
     assert ((count > 0) & (at + count <= bits)).all(), "a field past the end"
-    # Up to the end, and down again: with its sign where it is signed.
+    # Shift up to the end and down again, with the sign if it is signed.
     kind = f"{parts[-1][0].replace('s', 'i')}{bits // 8}"
     up = self.get(x[1], kind) << (bits - at - count).astype(kind)
     self.put(x[0], up >> (bits - count).astype(kind))

@@ -1,4 +1,4 @@
-"""The C++ kernels under the sanitizers, and from one thread to five."""
+"""The C++ kernels under the sanitizers, with one to five threads."""
 
 import pathlib
 import subprocess
@@ -18,7 +18,7 @@ DRIVERS = {
 
 
 def built(name, folder, cxx, *flags):
-  """Returns the path of a driver, or skips where it cannot be made."""
+  """Returns the path of a driver, or skips where it cannot be built."""
   made = folder / "driver"
   source = pathlib.Path(__file__).with_name(f"{name}_driver.cc")
   command = [cxx, *FLAGS, *flags, f"-I{DRIVERS[name][0].source.parent}"]
@@ -45,7 +45,7 @@ def built(name, folder, cxx, *flags):
     pytest.param("decoding", "address,undefined", 60, marks=pytest.mark.slow),
   ],
 )
-def test_problems_of_any_shape_are_clean(
+def test_no_sanitizer_reports_for_any_shape(
   name, sanitizers, count, tmp_path, cxx
 ):
   made = built(

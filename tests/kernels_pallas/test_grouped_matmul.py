@@ -1,4 +1,4 @@
-"""The blocked grouped matmul is XLA's, whatever the groups."""
+"""The blocked grouped matmul equals XLA's, whatever the groups."""
 
 import jax
 import jax.numpy as jnp

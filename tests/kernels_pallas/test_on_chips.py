@@ -1,10 +1,10 @@
-"""The checks of the benches as tests, on a machine that has such a chip.
+"""The benchmarks' checks as tests, on a machine with such a chip.
 
     pytest -m gpu tests/kernels_pallas
     pytest -m tpu tests/kernels_pallas
 
-Nothing is interpreted there. `test_bench` walks the same jobs interpreted, and
-`test_bench_chips` compiles them for chips that are not here.
+Nothing is interpreted there. `test_bench` runs the same jobs interpreted, and
+`test_bench_chips` compiles them for absent chips.
 """
 
 import jax
@@ -20,7 +20,7 @@ KINDS = {"gpu": "NVIDIA H100 80GB HBM3", "tpu": "TPU v5 lite"}
 
 
 def checks(platform, kind):
-  """The jobs of a chip that compare, by name."""
+  """Returns a chip's checks, by name."""
   found = jobs.in_order(bench_gpu.jobs(Target(platform, kind)))
   return {job.name: job for job in found if job.stage != jobs.TIME}
 
@@ -33,7 +33,7 @@ def checks(platform, kind):
     for name in checks(platform, kind)
   ],
 )
-def test_computes_what_it_should(platform, name):
+def test_results_are_correct(platform, name):
   kind = jax.devices()[0].device_kind
   job = checks(platform, kind).get(name)
   if job is None:

@@ -1,6 +1,6 @@
-"""Rows, heads and packed matrices over a slice of TPUs that are not here.
+"""Rows, heads and packed matrices over a slice of absent TPUs.
 
-Tests beside this one do the same on CPUs, with numbers.
+Other tests in this folder do the same on CPUs, with numbers.
 """
 
 import dataclasses
@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
+from kernels_pallas.flash_attention.sharded import (
+  AttentionSharding,
+  sharded_attention,
+)
 from kernels_pallas.masks import Mask
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.api import quantized_matmul
@@ -31,18 +34,18 @@ def _mesh():
 
 
 def compiled(f, places, *operands):
-  """The text of a program for the mesh, and the kinds of what it sends."""
+  """The text of a program for the mesh, and its kinds of collectives."""
   step = jax.jit(f, in_shardings=places, out_shardings=places)
   text = step.lower(*operands).compile().as_text()
   kinds = r" (all-[\w-]+?|reduce-scatter|collective-permute)(?:-start)?\("
   return text, set(re.findall(kinds, text))
 
 
-def test_rows_and_heads_send_nothing(mesh):
-  cut = Cut(batch=("data",), heads=("tensor",))
+def test_rows_and_heads_need_no_communication(mesh):
+  cut = AttentionSharding(batch=("data",), heads=("tensor",))
 
   def loss(q, k, v):
-    o = sharded_attention(q, k, v, mask=Mask.causal(), cut=cut)
+    o = sharded_attention(q, k, v, mask=Mask.causal(), sharding=cut)
     return o.astype(jnp.float32).sum()
 
   q, k = (jax.ShapeDtypeStruct((2, 1024, n, 128), jnp.bfloat16) for n in (8, 4))
@@ -52,8 +55,8 @@ def test_rows_and_heads_send_nothing(mesh):
   assert "flash_attention_forward" in text and "flash_attention_fused" in text
 
 
-def test_packed_matrices_send_sums_alone(mesh):
-  """Inputs over one axis, outputs over the other, a gradient back."""
+def test_packed_matrices_communicate_only_sums(mesh):
+  """Inputs over one axis, outputs over the other, and the gradient."""
 
   def local(x, w):
     w = dataclasses.replace(w, inputs=w.padded[0], outputs=w.padded[1])

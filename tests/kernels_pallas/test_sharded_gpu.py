@@ -1,8 +1,8 @@
-"""Training over a mesh of GPUs: its programs, which need none.
+"""Training programs over a mesh of GPUs, lowered without one.
 
-What a kernel returns has to differ between devices, by its type, as its
-operands do: else JAX refuses its gradients, or adds up the cotangents of all
-devices. Plain lax says which collectives a program should have.
+By its type, a kernel's result has to differ between devices, as its operands
+do: otherwise JAX rejects its gradients, or adds up the cotangents of all
+devices. Plain lax gives the collectives that a program should have.
 """
 
 import collections
@@ -12,17 +12,20 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import subjaxprs
 
-from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
+from kernels_pallas.flash_attention.sharded import (
+  AttentionSharding,
+  sharded_attention,
+)
 from kernels_pallas.masks import Mask
 from tests.support_gpu import needs_kernels
 
 pytestmark = needs_kernels
 
 CUTS = {
-  "rows": Cut(batch=("a",), heads=("b",)),
-  "gathered": Cut(batch=("a",), length=("b",)),
-  "ring": Cut(batch=("a",), ring=("b",)),
-  "exchanged": Cut(batch=("a",), ulysses=("b",)),
+  "rows": AttentionSharding(batch=("a",), heads=("b",)),
+  "gathered": AttentionSharding(batch=("a",), length=("b",)),
+  "ring": AttentionSharding(batch=("a",), ring=("b",)),
+  "exchanged": AttentionSharding(batch=("a",), ulysses=("b",)),
 }
 COLLECTIVES = (
   "psum", "psum_invariant", "all_gather", "reduce_scatter", "all_to_all",
@@ -31,7 +34,7 @@ COLLECTIVES = (
 
 
 def collectives(jaxpr):
-  """How often each is called, loops' bodies once."""
+  """Counts the calls of each collective, loops' bodies once."""
   found = collections.Counter(
     eqn.primitive.name
     for eqn in jaxpr.eqns
@@ -55,7 +58,7 @@ def test_gradients_have_the_collectives_of_plain_lax(cut):
   def program(backend):
     def loss(x):
       o, lse = sharded_attention(
-        **x, mask=Mask.causal(), cut=CUTS[cut], backend=backend,
+        **x, mask=Mask.causal(), sharding=CUTS[cut], backend=backend,
         return_lse=True,
       )  # fmt: skip
       return jnp.sum(o.astype(jnp.float32)) + jnp.sum(lse)

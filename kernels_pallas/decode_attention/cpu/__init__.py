@@ -1,6 +1,6 @@
 """Decoding attention for CPUs, in C++."""
 
-from kernels_pallas.decode_attention.cpu.cpu import (
+from kernels_pallas.decode_attention.cpu.decode import (
   ISAS,
   LANES,
   LIBRARY,
@@ -8,7 +8,7 @@ from kernels_pallas.decode_attention.cpu.cpu import (
   TARGET,
   available,
   cpu_decode,
-  refused,
+  unsupported,
 )
 
 __all__ = [
@@ -19,5 +19,5 @@ __all__ = [
   "TARGET",
   "available",
   "cpu_decode",
-  "refused",
+  "unsupported",
 ]

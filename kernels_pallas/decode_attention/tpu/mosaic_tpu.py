@@ -1,17 +1,17 @@
-"""Decoding attention as one Mosaic kernel for TPU, the mosaic_tpu backend.
+"""Decode attention as a Mosaic TPU kernel: the mosaic_tpu backend.
 
-It has run on no TPU yet: numbers and races are the interpreter's, schedules
-and spills those of libtpu's compiler for v4 to tpu7x.
+Not yet run on a TPU: the interpreter checks numbers and races, libtpu's
+compiler for v4 to tpu7x schedules and spills.
 
-Decoding is bound by how fast keys and values are read, so the kernel is built
-around their copies. Pages lie in HBM; the blocks of all entries of a split are
-one stream, in which the copy of a block starts before the block before it is
-worked on, across rows as well: no row waits for its first page. The splits are
-a parallel dimension, so that on chips of two cores each reads half of every
-row. Which page is next is known from tables in scalar memory.
+Decoding is bound by reading keys and values, so the kernel is built around
+their copies. Pages stay in HBM; the blocks of all entries of a split form one
+stream, in which the copy of a block starts before the previous block is
+processed, across rows as well: no row waits for its first page. Splits are a
+parallel grid axis, so that on chips with two cores each reads half of every
+row. Page tables in scalar memory determine the next page.
 
-Scores are rows of queries (M = tokens x G) by lanes of keys: with as few rows
-as decoding has, registers are full that way only.
+Scores are rows of queries (M = tokens x G) by lanes of keys, which fills
+registers although decoding has few rows.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from kernels_pallas.decode_attention.pages import LARGEST
-from kernels_pallas.decode_attention.tpu import mosaic_tpu_block as blocks
-from kernels_pallas.decode_attention.tpu.mosaic_tpu_block import (
+from kernels_pallas.decode_attention.pages import MAX_CODE
+from kernels_pallas.decode_attention.tpu import key_block
+from kernels_pallas.decode_attention.tpu.key_block import (
   NAMES,
   Entry,
   Plan,
@@ -40,25 +40,25 @@ from kernels_pallas.decode_attention.work import Problem
 VMEM_LIMIT = 100 * 2**20
 
 TABLE_BYTES = 512 * 1024
-"""Most of scalar memory that tables may take."""
+"""Most scalar memory that tables may take, in bytes."""
 
 
 def mosaic_tpu_decode(
   p: Problem, interpret: Any
 ) -> tuple[Float[Array, "E K M Hv"], Float[Array, "E K M"]]:
-  """The output and log-sum-exp of every entry, in float32.
+  """Returns the output and log-sum-exp of every entry, in float32.
 
   Args:
     p: The problem.
-    interpret: None or False to compile, or as of `pl.pallas_call`.
+    interpret: None or False to compile, or as in `pl.pallas_call`.
   """
   x = plan(p)
   items, K, M, H = x.dims
   Hv, splits = x.width_v, p.splits
-  # Zeros meet the values that lie beside the keys.
+  # Queries are zero where the values lie next to the keys.
   pad = [(0, 0), (0, 0), (0, M - p.q.shape[2]), (0, H - p.q.shape[3])]
   q = jnp.pad(p.q, pad)
-  held = {name: getattr(p.held, name) for name in x.names}
+  storage = {name: getattr(p.storage, name) for name in x.names}
   entry = lambda s, i, *_: (s * items + i, 0, 0, 0)  # noqa: E731
   o, lse = pl.pallas_call(
     functools.partial(_kernel, x),
@@ -67,7 +67,7 @@ def mosaic_tpu_decode(
       grid=(splits, items),
       in_specs=[
         pl.BlockSpec((None, K, M, H), lambda s, i, *_: (i, 0, 0, 0)),
-        {name: pl.BlockSpec(memory_space=pl.ANY) for name in held},
+        {name: pl.BlockSpec(memory_space=pl.ANY) for name in storage},
       ],
       out_specs=[
         pl.BlockSpec((None, K, M, Hv), entry),
@@ -75,7 +75,7 @@ def mosaic_tpu_decode(
       ],
       scratch_shapes=[
         {
-          name: pltpu.VMEM((2, *x.shapes[name]), held[name].dtype)
+          name: pltpu.VMEM((2, *x.shapes[name]), storage[name].dtype)
           for name in x.names
         },
         pltpu.SemaphoreType.DMA((2, len(x.names))),
@@ -85,8 +85,8 @@ def mosaic_tpu_decode(
       ],
     ),
     out_shape=[
-      blocks.varying(q, (splits * items, K, M, Hv)),
-      blocks.varying(q, (splits * items, K, 1, M)),
+      key_block.varying(q, (splits * items, K, M, Hv)),
+      key_block.varying(q, (splits * items, K, 1, M)),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"),
@@ -95,16 +95,16 @@ def mosaic_tpu_decode(
     cost_estimate=_cost(p),
     interpret=interpret or False,
     name="decode_attention",
-  )(_table(p), _entries(p, items), q, held)
+  )(_table(p), _entries(p, items), q, storage)
   rows = p.q.shape[2]
   return o[:, :, :rows, -p.heads[2] :], lse[:, :, 0, :rows]
 
 
-def _kernel(x: Plan, table, entries, q, held, o, lse, buffers, sems, *state):
+def _kernel(x: Plan, table, entries, q, storage, o, lse, buffers, sems, *state):
   items = x.dims[0]
   split, item = pl.program_id(0), pl.program_id(1)
   here = Entry(entries, split * items + item)
-  stream = functools.partial(_transfer, x, table, held, buffers, sems)
+  stream = functools.partial(_transfer, x, table, storage, buffers, sems)
   m, l, acc = state
   # Finite, so that differences from it are never NaN.
   m[...] = jnp.full(m.shape, jnp.finfo(m.dtype).min, m.dtype)
@@ -130,7 +130,7 @@ def _kernel(x: Plan, table, entries, q, held, o, lse, buffers, sems, *state):
       stream(there, there["start"], 1 - slot, "start")
 
     stream(here, n, slot, "wait")
-    blocks.attend(x, here, n, q, {k: r.at[slot] for k, r in buffers.items()},
+    key_block.attend(x, here, n, q, {k: r.at[slot] for k, r in buffers.items()},
                   (m, l, acc))  # fmt: skip
     return carry
 
@@ -140,12 +140,12 @@ def _kernel(x: Plan, table, entries, q, held, o, lse, buffers, sems, *state):
   total = jnp.where(empty, 1, total)
   o[...] = acc[...] / total
   found = m[...] * math.log(2) + jnp.log(total)
-  blocks.store_rows(lse, jnp.where(empty, -jnp.inf, found))
+  key_block.store_rows(lse, jnp.where(empty, -jnp.inf, found))
 
 
-def _transfer(x, table, held, buffers, sems, entry: Entry, n, slot, what):
+def _transfer(x, table, storage, buffers, sems, entry: Entry, n, slot, what):
   """Starts or awaits the copies of block n of an entry into a slot."""
-  row, first = entry["row"], blocks.first_key(x, entry, n)
+  row, first = entry["row"], key_block.first_key(x, entry, n)
 
   def copy(name, source, target):
     at = sems.at[slot, x.names.index(name)]
@@ -153,7 +153,7 @@ def _transfer(x, table, held, buffers, sems, entry: Entry, n, slot, what):
 
   if x.pages == 0:
     for name in x.names:
-      source = held[name].at[row, :, pl.ds(first, x.block)]
+      source = storage[name].at[row, :, pl.ds(first, x.block)]
       copy(name, source, buffers[name].at[slot, 0])
     return
   page = jax.lax.div(first, np.int32(x.unit))
@@ -162,25 +162,26 @@ def _transfer(x, table, held, buffers, sems, entry: Entry, n, slot, what):
   def one(j, carry):
     found = table[row * x.pages + page + j]
     for name in x.names:
-      copy(name, held[name].at[found], buffers[name].at[slot, j])
+      copy(name, storage[name].at[found], buffers[name].at[slot, j])
     return carry
 
-  # Pages beyond the last one that is seen are not read.
+  # Pages after the last visible one are not read.
   count = jnp.minimum(end - page, x.block // x.unit)
   jax.lax.fori_loop(0, count, one, 0)
 
 
 def _table(p: Problem) -> jax.Array:
-  """Flat: rows of a table would be padded to 128 in scalar memory."""
+  """Returns the table flat: rows would be padded to 128 in scalar memory."""
   if p.table is None:
     return jnp.zeros(1, jnp.int32)
   return p.table.reshape(-1)
 
 
 def _entries(p: Problem, items: int) -> jax.Array:
-  """What the kernel asks about entries, `[fields x E]`.
+  """Returns the fields of all entries, `[fields x E]`.
 
-  The blocks of a split are numbered through, and alternate between two slots.
+  The blocks of a split are numbered consecutively, and alternate between two
+  slots.
   """
   fields = {f.name: getattr(p.work, f.name) for f in dataclasses.fields(p.work)}
   count = (p.work.stop - p.work.start).reshape(p.splits, items)
@@ -197,10 +198,10 @@ def _entries(p: Problem, items: int) -> jax.Array:
 
 
 def _cost(p: Problem) -> pl.CostEstimate:
-  """At most: what rows would cost whose memory is full."""
+  """Returns an upper bound: the cost of rows of full length."""
   items, _, M, _ = p.q.shape
   (_, H, Hv), keys = p.heads, items * p.heads[0] * p.capacity
-  memory = jax.tree.leaves(p.held) if p.table is not None else [p.held.k]
+  memory = jax.tree.leaves(p.storage) if p.table is not None else [p.storage.k]
   return pl.CostEstimate(
     flops=2 * keys * M * (H + Hv),
     transcendentals=keys * M,
@@ -210,7 +211,7 @@ def _cost(p: Problem) -> pl.CostEstimate:
 
 
 def check_for_tpu(p: Problem, interpret: Any) -> None:
-  """Raises ValueError for what no TPU takes, unless interpreted."""
+  """Raises ValueError for calls that no TPU supports, unless interpreted."""
   if p.q.dtype == jnp.float64:
     raise ValueError("mosaic_tpu: found float64, expected bfloat16 or float32")
   if interpret:
@@ -221,11 +222,11 @@ def check_for_tpu(p: Problem, interpret: Any) -> None:
       "what TPUs compute in"
     )
   for dtype in memory_dtypes(p):
-    # Scales lie in lanes; else rows of a register hold 32 bits of each lane.
-    multiple = 128 if dtype in LARGEST else 32 // dtype.itemsize
-    if p.held.size % multiple or p.block % multiple:
+    # Scales are in lanes; otherwise a register row holds 32 bits per lane.
+    multiple = 128 if dtype in MAX_CODE else 32 // dtype.itemsize
+    if p.storage.size % multiple or p.block % multiple:
       raise ValueError(
-        f"mosaic_tpu: found {p.held.size} tokens a page in blocks of "
+        f"mosaic_tpu: found {p.storage.size} tokens a page in blocks of "
         f"{p.block}, expected multiples of {multiple} in {dtype}"
       )
   tables = 4 * len(NAMES) * p.work.row.size

@@ -1,6 +1,6 @@
-"""Decoding attention in JAX alone, for any device."""
+"""Decode attention in plain JAX, on any device."""
 
-from kernels_pallas.decode_attention.xla.xla import (
+from kernels_pallas.decode_attention.xla.decode import (
   xla_decode,
 )
 

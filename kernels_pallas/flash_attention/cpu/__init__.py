@@ -1,6 +1,6 @@
 """FlashAttention for CPUs, in C++."""
 
-from kernels_pallas.flash_attention.cpu.cpu import (
+from kernels_pallas.flash_attention.cpu.attention import (
   DTYPES,
   FEWEST,
   FULL,

@@ -1,10 +1,9 @@
-"""Flash attention as Mosaic kernels for GPUs, the mosaic_gpu backend.
+"""Flash attention as Mosaic GPU kernels: the mosaic_gpu backend.
 
-`sm90_forward` and `sm90_backward` hold the kernels for Hopper,
-`sm80_forward` and `sm80_backward` those for Ampere and Ada,
-`sm100_forward` and `sm100_backward` those for Blackwell;
-`gpu_problem` is what they are called with. The saved output and
-log-sum-exp have the names that `blockwise` gives them.
+`sm90_forward` and `sm90_backward` contain the kernels for Hopper,
+`sm80_forward` and `sm80_backward` those for Ampere and Ada, `sm100_forward` and
+`sm100_backward` those for Blackwell; `problem` prepares their arguments. The
+saved output and log-sum-exp have the same checkpoint names as in `blockwise`.
 """
 
 import dataclasses
@@ -22,16 +21,16 @@ from kernels_pallas.common.target_platform import (
   HOPPER,
   NO_GPU_KERNELS,
   NO_TCGEN05,
-  spread,
+  vary_like,
 )
 from kernels_pallas.flash_attention.cotangents import (
-  Queries,
-  finished,
-  kept,
-  queries,
+  QueryCotangents,
+  cast_gradients,
+  query_cotangents,
+  save_residuals,
 )
-from kernels_pallas.flash_attention.gpu import gpu_problem as problem
 from kernels_pallas.flash_attention.gpu import (
+  problem,
   sm80_backward,
   sm80_forward,
   sm90_backward,
@@ -39,13 +38,13 @@ from kernels_pallas.flash_attention.gpu import (
   sm100_backward,
   sm100_forward,
 )
-from kernels_pallas.flash_attention.gpu.gpu_tile import LOG2E
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.tile import LOG2E
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   PROGRAMS,
   GpuTiles,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.flash_attention.tpu.tpu_problem import pad
+from kernels_pallas.flash_attention.tpu.problem import pad
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -59,11 +58,11 @@ BACKWARD = {
   "mma": sm80_backward,
   "tcgen05": sm100_backward,
 }
-"""Modules by `GpuTiles.cores`."""
+"""Kernel modules by `GpuTiles.cores`."""
 
 
 def cores(kind: str) -> str | None:
-  """`GpuTiles.cores` of a device kind, or None where there is no kernel."""
+  """Returns the device kind's `GpuTiles.cores`, or None without a kernel."""
   if any(name in kind for name in HOPPER):
     return "wgmma"
   if any(name in kind for name in BLACKWELL) and NO_TCGEN05 is None:
@@ -71,20 +70,20 @@ def cores(kind: str) -> str | None:
   return "mma" if any(name in kind for name in AMPERE) else None
 
 
-def no_kernel(kind: str) -> str:
-  """Why there is none for a device kind."""
+def no_kernel_reason(kind: str) -> str:
+  """Returns why a device kind has no kernel."""
   if any(name in kind for name in BLACKWELL) and NO_TCGEN05 is not None:
     return NO_TCGEN05
   known = "Ampere, Ada, Hopper and the B100, B200 and B300"
   return f"there is no kernel for {kind}, but for {known}"
 
 
-def programs(kind: str) -> int:
-  """Multiprocessors of a device kind, of which each runs a persistent kernel.
+def num_multiprocessors(kind: str) -> int:
+  """Returns the multiprocessors of a device kind, one persistent block for
+  each.
 
-  As the device at hand counts them where it is of the kind; else by its name,
-  that of a Hopper or a Blackwell. Too many would leave a second round to a few
-  of them.
+  Queried from a present device of this kind, otherwise assumed from its name,
+  as a Hopper or Blackwell. Excess blocks would run in a second wave.
   """
   for device in jax.devices():
     if device.device_kind == kind and getattr(device, "core_count", None):
@@ -99,7 +98,7 @@ def programs(kind: str) -> int:
 def unsupported(
   q: Any, k: Any, v: Any, bias: Any = None, precision: Any = None
 ) -> str | None:
-  """Why the kernels cannot run a call, with the argument's name, or None."""
+  """Returns why the kernels cannot run a call, with the argument, or None."""
   if NO_GPU_KERNELS is not None:
     return NO_GPU_KERNELS
   if any(y.dtype != q.dtype or y.dtype not in DTYPES for y in (q, k, v)):
@@ -108,7 +107,7 @@ def unsupported(
       "bfloat16 and float16"
     )
   if bias is not None:
-    return "bias: found one, expected None; the GPU kernels have none"
+    return "bias: found one, expected None; GPU kernels do not support it"
   if precision not in (None, jax.lax.Precision.DEFAULT):
     return (
       f"precision: found {precision!r}, expected None; tensor cores multiply "
@@ -121,7 +120,7 @@ def unsupported(
 def mosaic_gpu_attention(
   spec: Spec, interpret: Any, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """Softmax attention (kernels.md 2.1) on a GPU, with its own gradient.
+  """Softmax attention (kernels.md 2.1) on a GPU, with a custom gradient.
 
   Differentiable once in q, k, v and sinks, through both results.
 
@@ -131,12 +130,12 @@ def mosaic_gpu_attention(
     x: Arrays.
 
   Returns:
-    The output, in the dtype of q unless `spec.output` says otherwise, and the
-    natural log-sum-exp of the logits (sinks included, before dropout); 0 and
-    -inf where a query sees no key and there is no sink.
+    The output, in the dtype of q unless `spec.output` is set, and the natural
+    log-sum-exp of the logits (sinks included, before dropout); 0 and -inf where
+    a query sees no key and there is no sink.
 
   Raises:
-    ValueError: What these kernels do not compute, with what does.
+    ValueError: The kernels do not support the call; names a backend that does.
   """
   tiles = _tiles(spec, interpret, x)
   p = problem.prepare(spec, x, tiles.forward, problem.KEYS)
@@ -146,47 +145,49 @@ def mosaic_gpu_attention(
 
 
 def _typed(x: Operands, results: Any) -> Any:
-  """Results that differ between devices wherever an operand does.
+  """Marks results as varying over the mesh axes that any operand varies over.
 
-  A kernel's own say nothing of it: gradients would be refused, or cotangents of
-  all devices added up.
+  Kernel results carry no such types: JAX would refuse gradients, or sum the
+  cotangents of all devices.
   """
-  return jax.tree.map(lambda y: spread(y, (x.q, x.k, x.v)), results)
+  return jax.tree.map(lambda y: vary_like(y, (x.q, x.k, x.v)), results)
 
 
 def _forward(spec, interpret, x):
-  return kept(x, *mosaic_gpu_attention.__wrapped__(spec, interpret, x))
+  return save_residuals(
+    x, *mosaic_gpu_attention.__wrapped__(spec, interpret, x)
+  )
 
 
 def _backward(spec, interpret, saved, cotangents):
   x, o, lse = saved
-  rows = queries(x, o, lse, *cotangents)
-  found = narrow_gradients(spec, interpret, x, rows)
-  return (finished(x, found, rows),)
+  rows = query_cotangents(x, o, lse, *cotangents)
+  found = rounded_gradients(spec, interpret, x, rows)
+  return (cast_gradients(x, found, rows),)
 
 
 def mosaic_gpu_gradients(
-  spec: Spec, interpret: Any, x: Operands, rows: Queries
+  spec: Spec, interpret: Any, x: Operands, rows: QueryCotangents
 ) -> Operands:
-  """Gradients of q, k and v in float32, as they were summed.
+  """Returns the gradients of q, k and v in float32.
 
   Args:
     spec: Static part; `spec.blocks` is a `GpuTiles`.
     interpret: False to compile, or a `plgpu.InterpretGPUParams`.
-    x: Arrays; sinks are not looked at.
-    rows: What the queries saw, these keys and perhaps others.
+    x: Arrays; sinks are ignored.
+    rows: Per-query inputs, computed over these keys and possibly others.
   """
   wide = dataclasses.replace(spec, output=jnp.float32)
-  return narrow_gradients(wide, interpret, x, rows)
+  return rounded_gradients(wide, interpret, x, rows)
 
 
-def narrow_gradients(
-  spec: Spec, interpret: Any, x: Operands, rows: Queries
+def rounded_gradients(
+  spec: Spec, interpret: Any, x: Operands, rows: QueryCotangents
 ) -> Operands:
-  """As `mosaic_gpu_gradients`, but rounded once to the type of the output.
+  """As `mosaic_gpu_gradients`, but rounded once to the output's dtype.
 
   Args:
-    spec, interpret, x, rows: As of `mosaic_gpu_gradients`.
+    spec, interpret, x, rows: As in `mosaic_gpu_gradients`.
   """
   (_, T, _, H), S, Hv = x.q.shape, x.k.shape[1], x.v.shape[-1]
   tiles = _tiles(spec, interpret, x)
@@ -211,7 +212,7 @@ def narrow_gradients(
 
 
 def _with_cotangents(p: problem.Problem, do, lse, shift) -> problem.Problem:
-  """The problem with the arrays of the backward pass."""
+  """Adds the arrays of the backward pass to the problem."""
   T = p.dims[3]
   do = problem.padded(pad(do.astype(p.arrays["q"].dtype), 1, T), 1)
   rows = (pad(lse * LOG2E, 2, T, jnp.inf), pad(shift, 2, T))
@@ -220,11 +221,11 @@ def _with_cotangents(p: problem.Problem, do, lse, shift) -> problem.Problem:
 
 
 def _tiles(spec: Spec, interpret: Any, x: Operands) -> GpuTiles:
-  """The call's tiles; raises where these kernels cannot take the call."""
+  """Returns the call's tiles; raises if the kernels do not support the call."""
   tiles = spec.blocks
   if not isinstance(tiles, GpuTiles):
     raise ValueError(
-      f"config: found {tiles!r}, expected a `gpu_tile_sizes.GpuTiles` for "
+      f"config: found {tiles!r}, expected a `tile_sizes.GpuTiles` for "
       "mosaic_gpu"
     )
   reason = unsupported(x.q, x.k, x.v, x.bias, spec.precision)

@@ -1,14 +1,15 @@
-"""Persistent kernels: which lines of work a block of threads takes, and how.
+"""Persistent kernels: scheduling of work over blocks of threads, and their
+loop.
 
-There is one block a multiprocessor, and each has a list of (head, batch row,
-line of the table). While it finishes and stores one, what the next one needs is
-on its way. As many key heads as the second-level cache holds are
-worked on at a time (a tile reads too many bytes a FLOP for the memory beyond
-it): a section, in which the longest lines come first. The list of a mask that
-indices decide is dealt out before the program runs, each line to the block that
-has the least to do (Graham 1969: at most 4/3 of the best where all heads are
-one section, whose lines are sorted; else 2 - 1/m, for m blocks). One that data
-decides is dealt in turns, forth and back.
+There is one block per multiprocessor, and each has a list of lines, (head,
+batch row, line of the table). While a block finishes and stores one line, the
+operands of the next one are being copied. Only as many key heads as fit into
+the L2 cache are processed at a time, since a tile reads too many bytes per FLOP
+for main memory: these form a section, whose longest lines come first. If the
+mask depends on indices alone, lines are assigned before the program runs, each
+to the least loaded block (Graham 1969: at most 4/3 of the optimum if all heads
+are one section, whose lines are sorted; else 2 - 1/m, for m blocks). If it
+depends on data, lines are dealt in boustrophedon order.
 """
 
 import heapq
@@ -24,28 +25,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.flash_attention.gpu import tile_stream as stream
-from kernels_pallas.flash_attention.gpu.gpu_problem import KEYS, Problem
+from kernels_pallas.flash_attention.gpu.problem import KEYS, Problem
 
 PROGRAM = "program"
-"""Name of the axis of blocks of threads."""
+"""Name of the grid axis of blocks of threads."""
 
-CACHE = 32 << 20
-"""Bytes of the streamed side that are worked on at a time, of Hopper's 50 MB:
-keys and values, or queries and cotangents."""
+L2_BYTES = 32 << 20
+"""Bytes of the streamed side (keys and values, or queries and cotangents) that
+are processed at a time, of Hopper's 50 MB of L2 cache."""
 
-BETWEEN = 0.5
-"""What the change of lines takes beside a tile: a guess, to break ties."""
+LINE_OVERHEAD = 0.5
+"""Cost of changing lines, in tiles: an estimate, to break ties."""
 
-MANY = 1 << 16
-"""Lines from which they are dealt in turns: all shares are about equal then."""
+MAX_BALANCED_LINES = 1 << 16
+"""Lines above which they are dealt in turns: loads are about equal then."""
 
 
-class Place(NamedTuple):
-  """Where a warpgroup works.
+class WarpgroupRows(NamedTuple):
+  """The rows that a warpgroup works on.
 
-  Fields: b, the batch row; h, the head, of keys where queries are streamed;
-  start, its first row; group, which warpgroup of the block it is; size, how
-  many rows it has.
+  Fields: b, the batch row; h, the head (a key head if queries are streamed);
+  start, the first row; group, index of the warpgroup in its block; size, number
+  of rows.
   """
 
   b: jax.Array
@@ -56,14 +57,15 @@ class Place(NamedTuple):
 
   @property
   def rows(self) -> Any:
-    """Its rows."""
+    """The rows, as an index."""
     return pl.ds(self.start, self.size)
 
 
-class Share(NamedTuple):
-  """What one block of threads has to do.
+class WorkList(NamedTuple):
+  """The list of lines of one block of threads.
 
-  Fields: p, the problem; table, reference; start of the block's list in it.
+  Fields: p, the problem; table, reference to all lists; start, offset of the
+  block's list.
   """
 
   p: Problem
@@ -72,11 +74,11 @@ class Share(NamedTuple):
 
   @property
   def count(self) -> jax.Array:
-    """How many lines there are."""
+    """Number of lines."""
     return self.table[self.start]
 
   def at(self, i: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(batch row, head, line) of the i-th line of the list."""
+    """Returns (batch row, head, line) of the i-th line of the list."""
     B, lines = jnp.int32(self.p.dims[0]), jnp.int32(self.p.lines)
     item = self.table[self.start + 1 + i]
     rest = lax.div(item, lines)
@@ -84,8 +86,8 @@ class Share(NamedTuple):
     return rest - head * B, head, item - rest * lines
 
 
-def programs(p: Problem) -> int:
-  """How many blocks of threads a kernel has."""
+def num_blocks(p: Problem) -> int:
+  """Returns the number of blocks of threads of a kernel."""
   return min(p.spec.blocks.programs, p.dims[0] * p.heads * p.lines)
 
 
@@ -98,31 +100,31 @@ def call(
   interpret: Any,
   name: str,
 ) -> Any:
-  """The results of a persistent kernel.
+  """Runs a persistent kernel and returns its results.
 
   Args:
-    p: The problem, whose arrays and schedule are the kernel's first argument.
-    kernel: Its body.
-    scratch: Types of its memory and barriers.
+    p: The problem; its arrays and schedule are the kernel's first argument.
+    kernel: The kernel's body.
+    scratch: Types of its shared memory and barriers.
     out: Types of its results.
-    matmuls: A tile, as of `Problem.cost`.
-    interpret: As of `plgpu.kernel`.
-    name: What follows 'flash_attention_'.
+    matmuls: Matmuls per tile, as in `Problem.cost`.
+    interpret: As in `plgpu.kernel`.
+    name: Kernel name, after 'flash_attention_'.
   """
   run = plgpu.kernel(
     kernel,
     out_type=out,
     scratch_types=scratch,
-    grid=(programs(p),),
+    grid=(num_blocks(p),),
     grid_names=(PROGRAM,),
     num_threads=p.tile.groups + 1,
     thread_name=stream.GROUP,
     compiler_params=plgpu.CompilerParams(approx_math=True),
     kernel_name=f"flash_attention_{name}",
     interpret=interpret,
-    **stream.estimate(p, matmuls),
+    **stream.cost_estimate(p, matmuls),
   )
-  return run({**p.arrays, "schedule": deal(p)})
+  return run({**p.arrays, "schedule": assign_lines(p)})
 
 
 def run(
@@ -130,30 +132,30 @@ def run(
   refs: dict[str, Any],
   apart: bool,
   copy: Callable[[stream.Line, Any, Any], None],
-  fetch: Callable[[Place], None],
-  compute: Callable[[stream.Line, Place], Any],
-  store: Callable[[Any, Place], None],
+  fetch: Callable[[WarpgroupRows], None],
+  compute: Callable[[stream.Line, WarpgroupRows], Any],
+  store: Callable[[Any, WarpgroupRows], None],
   drain: Callable[[Any], None] = lambda steps: None,
 ) -> None:
-  """The body of a persistent kernel: all lines of this block of threads.
+  """The body of a persistent kernel: processes all lines of this block.
 
   Args:
     p: The problem.
-    refs: Its arrays, the schedule included.
-    apart: Whether results have shared memory of their own. Else they take the
-      place of what stays, and the next line's waits for them to leave.
-    copy: Streams the tiles of a line for (batch row, head), in one warpgroup.
-    fetch: Starts the copies of what stays while a line is worked on.
-    compute: Results of a line, in registers.
-    store: Starts the copies of results to memory.
-    drain: Called when all tiles are copied, with their number.
+    refs: Its arrays, including the schedule.
+    apart: Whether results have their own shared memory. Otherwise they reuse
+      the stationary operand's, and the next line's copy waits for their store.
+    copy: Streams a line's tiles for (batch row, head), in one warpgroup.
+    fetch: Starts the copies of a line's stationary operands.
+    compute: Returns a line's results, in registers.
+    store: Starts the stores of results to memory.
+    drain: Called with the number of tiles when all are copied.
   """
 
   def mine():
-    # Read anew where it is needed: over the loop registers are what is scarce.
+    # Reloaded where it is needed: registers are scarce across the loop.
     program = lax.optimization_barrier(lax.axis_index(PROGRAM))
     table = refs["schedule"]
-    return Share(p, table, program * (table.shape[0] // programs(p)))
+    return WorkList(p, table, program * (table.shape[0] // num_blocks(p)))
 
   def line(i, before):
     b, h, row = mine().at(i)
@@ -173,12 +175,12 @@ def run(
   def compute_all(group):
     def place(i, group):
       b, h, row = mine().at(i)
-      return Place(b, h, row * p.tile.rows + group * size, group, size)
+      return WarpgroupRows(b, h, row * p.tile.rows + group * size, group, size)
 
     def turn(carry):
       i, before = carry
       a, b, h, start = line(i, before)
-      found = compute(a, Place(b, h, start + group * size, group, size))
+      found = compute(a, WarpgroupRows(b, h, start + group * size, group, size))
       i, again = lax.optimization_barrier((i, group))
 
       def fetch_next():
@@ -186,9 +188,9 @@ def run(
         def _fetch():
           fetch(place(i + 1, again))
 
-      # What the line before left is long gone, but the wait is needed: with it
-      # comes a barrier of the warpgroup, behind which all four warps have read
-      # what stays (q, do, k, v) before one lane's copy overwrites it.
+      # The previous line's stores are long done, but the wait includes a
+      # barrier of the warpgroup: all four warps have read the stationary
+      # operands (q, do, k, v) before one lane's copy overwrites them.
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       if apart:
         fetch_next()
@@ -204,34 +206,34 @@ def run(
     )
     plgpu.wait_smem_to_gmem(0)
 
-  stream.roles(p, compute_all, copy_all)
+  stream.specialise_warpgroups(p, compute_all, copy_all)
 
 
-def deal(p: Problem) -> jax.Array:
-  """The lists of all blocks, int32, flat and of one length.
+def assign_lines(p: Problem) -> jax.Array:
+  """Returns the lists of all blocks, int32, flattened, of equal lengths.
 
-  A list is: how many lines there are, the lines, padding.
+  A list is: number of lines, the lines, padding.
 
   Args:
     p: The problem.
   """
   order, costs = _order(p)
-  blocks = programs(p)
-  if isinstance(costs, np.ndarray) and costs.size <= MANY:
-    lists = _to_the_least_busy(order, costs, blocks)
+  blocks = num_blocks(p)
+  if isinstance(costs, np.ndarray) and costs.size <= MAX_BALANCED_LINES:
+    lists = _to_least_loaded(order, costs, blocks)
   else:
-    lists = _in_turns(order, blocks)
+    lists = _round_robin(order, blocks)
   return jnp.asarray(lists, jnp.int32).reshape(-1)
 
 
 def _order(p: Problem) -> tuple[Any, Any]:
-  """The lines of all heads in the order of work, and what each costs."""
+  """Returns the lines of all heads in scheduling order, and their costs."""
   (B, _, K, T, S, H, Hv), heads = p.dims, p.heads
   tokens = S if p.streamed == KEYS else T * p.walks
   size = tokens * (H + Hv) * p.arrays["q"].dtype.itemsize
-  at_once = max(1, CACHE // size)
+  at_once = max(1, L2_BYTES // size)
   xp = np if isinstance(p.work, np.ndarray) else jnp
-  # Axes: line, batch, head. Equal lines of all heads are neighbours.
+  # Axes: line, batch, head. The same line of all heads is contiguous.
   line, b, h = np.ogrid[: p.lines, :B, :heads]
   item = ((h * B + b) * p.lines + line).astype(np.int32)
   section = np.broadcast_to((b * K + h * K // heads) // at_once, item.shape)
@@ -241,19 +243,19 @@ def _order(p: Problem) -> tuple[Any, Any]:
   return xp.asarray(item.reshape(-1))[order], costs[order]
 
 
-def _to_the_least_busy(order, costs, blocks: int) -> np.ndarray:
+def _to_least_loaded(order, costs, blocks: int) -> np.ndarray:
   heap, lists = [(0.0, n) for n in range(blocks)], [[] for _ in range(blocks)]
   for item, cost in zip(order.tolist(), costs.tolist(), strict=True):
     busy, n = heap[0]
     lists[n].append(item)
-    heapq.heapreplace(heap, (busy + cost + BETWEEN, n))
+    heapq.heapreplace(heap, (busy + cost + LINE_OVERHEAD, n))
   found = np.zeros((blocks, 1 + max(map(len, lists))), np.int32)
   for row, one in zip(found, lists, strict=True):
     row[: 1 + len(one)] = [len(one), *one]
   return found
 
 
-def _in_turns(order, blocks: int) -> Any:
+def _round_robin(order, blocks: int) -> Any:
   xp = np if isinstance(order, np.ndarray) else jnp
   rounds = math.ceil(order.size / blocks)
   lists = xp.pad(

@@ -1,14 +1,13 @@
-"""The forward kernel for Blackwell: `tcgen05` and tensor memory.
+"""Forward flash attention kernel for Blackwell (sm100): `tcgen05`.
 
-It has run on no GPU yet: numbers and races are the interpreter's, registers
-and spills those of ptxas for a B200.
+Not yet run on a GPU: the interpreter checks numbers and races, ptxas for a B200
+registers and spills.
 
-A line of work is one head and 128 queries for each warpgroup: two, or one for
-heads above 128. Two compute softmaxes at the same time, and what one waits for,
-the tensor cores do while the other one has its registers full
-(FlashAttention-4's pairs of tiles). Output sums stay in tensor memory, where
-each step multiplies them by what the maximum has grown. Lines, copies and masks
-are those of Hopper's kernel.
+A line of work is one head and 128 queries per warpgroup, with two warpgroups,
+or one for head dims above 128. While one computes its softmax, the tensor cores
+work for the other one (FlashAttention-4's pairs of tiles). Output accumulators
+stay in tensor memory, where each step rescales them as the maximum grows.
+Lines, copies and masks are those of Hopper's kernel.
 """
 
 import functools
@@ -20,28 +19,32 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.flash_attention.gpu import gpu_tile as tile
 from kernels_pallas.flash_attention.gpu import persistent as schedule
 from kernels_pallas.flash_attention.gpu import sm100_tcgen05 as tcgen05
+from kernels_pallas.flash_attention.gpu import tile
 from kernels_pallas.flash_attention.gpu import tile_stream as stream
-from kernels_pallas.flash_attention.gpu.gpu_problem import (
+from kernels_pallas.flash_attention.gpu.problem import (
   Problem,
-  results,
+  output_types,
 )
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import LANES
 from kernels_pallas.flash_attention.gpu.sm90_forward import (
   REDUCTION_BYTES,
 )
+from kernels_pallas.flash_attention.gpu.tile_sizes import LANES
 
 
 def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
-  """The output [B, T, N, Hv] and log-sum-exp [B, N, T], padding included.
+  """Returns the output [B, T, N, Hv] and log-sum-exp [B, N, T], padded.
 
   Args:
     p: The problem, keys streamed.
-    interpret: As of `plgpu.kernel`.
+    interpret: As in `plgpu.kernel`.
   """
-  kernel, scratch, out = functools.partial(_kernel, p), _scratch(p), results(p)
+  kernel, scratch, out = (
+    functools.partial(_kernel, p),
+    _scratch(p),
+    output_types(p),
+  )
   name = "forward_tcgen05"
   return tuple(schedule.call(p, kernel, scratch, out, 2, interpret, name))
 
@@ -49,18 +52,18 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
 def _scratch(p: Problem) -> list[Any]:
   """Types of shared memory, of tensor memory, and of barriers."""
   (_, _, _, _, _, H, Hv), t, dtype = p.dims, p.tile, p.arrays["q"].dtype
-  tmem, shared = tcgen05.memory(p, {"s": t.streamed, "o": Hv}, ("p",))
-  shapes = stream.shapes(p, {"q": H}, {"k": H, "v": Hv})
+  tmem, shared = tcgen05.allocate(p, {"s": t.streamed, "o": Hv}, ("p",))
+  shapes = stream.buffer_shapes(p, {"q": H}, {"k": H, "v": Hv})
   found = {name: stream.buffer(shape, dtype) for name, shape in shapes.items()}
   found |= {"lse": plgpu.SMEM((t.groups, LANES), jnp.float32), **shared}
-  # The output takes the place of the queries where there is no room for both.
+  # The output reuses the queries' memory if there is no room for both.
   both = found | {"o": stream.buffer((t.groups, LANES, Hv), dtype)}
   rest = [
     tcgen05.barriers(p, (1, 1)),
     plgpu.Barrier(num_barriers=t.groups),
-    [tcgen05.done(p), tcgen05.done(p)],
+    [tcgen05.completion_barriers(p), tcgen05.completion_barriers(p)],
   ]
-  if Hv != H or stream.room([both, *rest], REDUCTION_BYTES):
+  if Hv != H or stream.fits_shared([both, *rest], REDUCTION_BYTES):
     found = both
   stream.check(p, [found, *rest], REDUCTION_BYTES)
   return [found, tmem, *rest]
@@ -68,7 +71,7 @@ def _scratch(p: Problem) -> list[Any]:
 
 def _kernel(p, refs, o_ref, lse_ref, smem, tmem, pipe, q_ready, done):
   def copy(line, b, h):
-    stream.produce(line, *pipe, stream.of_keys(p, refs, smem, b, h))
+    stream.produce(line, *pipe, stream.key_copies(p, refs, smem, b, h))
 
   schedule.run(
     p,
@@ -85,20 +88,20 @@ def _kernel(p, refs, o_ref, lse_ref, smem, tmem, pipe, q_ready, done):
 
 
 def _compute(p, refs, smem, tmem, barriers, line, place):
-  """(m, l) of a line, whose sums are in tensor memory."""
+  """Returns (m, l) of a line, whose accumulator is in tensor memory."""
   (b, h, start, group, size), (pipe, q_ready, done) = place, barriers
-  x = tile.View(p, refs, None, b, h)
-  bounds = tile.of_queries(x, start, size)
+  x = tile.TileContext(p, refs, None, b, h)
+  bounds = tile.load_query_mask(x, start, size)
   plgpu.barrier_wait(q_ready.at[group])
   scores = functools.partial(_scores, smem, tmem, pipe, done, line, group)
   pl.when(line.steps > 0)(lambda: scores(0))
   step = functools.partial(
     _step, x, group, smem, tmem, pipe, done, scores, line, bounds, start
   )
-  found = stream.consume(line, step, tile.nothing(x))
+  found = stream.consume(line, step, tile.initial_softmax(x))
   o = tmem["o"].at[group]
   pl.when(line.steps > 0)(lambda: plgpu.barrier_wait(done[1].at[group]))
-  pl.when(line.steps == 0)(lambda: tcgen05.clear(p, o))
+  pl.when(line.steps == 0)(lambda: tcgen05.zero(p, o))
   return found
 
 
@@ -107,15 +110,15 @@ def _scores(smem, tmem, pipe, done, line, group, n):
   (k_full, _), (k_free, _) = pipe
   slot = stream.slots(line, n)[0]
   plgpu.barrier_wait(k_full.at[slot])
-  tcgen05.meet()
+  tcgen05.sync_warpgroup()
   keys = smem["k"].at[slot].transpose((1, 0))
   tcgen05.multiply(tmem["s"].at[group], smem["q"].at[group], keys)
-  tcgen05.report(k_free.at[slot], done[0].at[group])
+  tcgen05.commit_arrive(k_free.at[slot], done[0].at[group])
 
 
 def _step(x, group, smem, tmem, pipe, done, scores, line, bounds, start, n,
           where, slots, carry, masked):  # fmt: skip
-  """Softmax of one tile, and the start of the product with its values."""
+  """Computes a tile's softmax and starts the product with its values."""
   p, ((_, v_full), (_, v_free)) = x.p, pipe
   (s_done, o_done), slot = done, slots[1]
   o = tmem["o"].at[group]
@@ -126,16 +129,16 @@ def _step(x, group, smem, tmem, pipe, done, scores, line, bounds, start, n,
   if masked or p.spec.dropout_rate:
     k = where()[1] * p.tile.streamed
   if masked:
-    seen = tile.visible(x, bounds, tile.of_keys(x, k, p.tile.streamed), k)
+    seen = tile.visible(x, bounds, tile.load_key_mask(x, k, p.tile.streamed), k)
   alpha, m, l, e = tile.softmax(
     p, s, seen, (None, *carry), scale=lambda _, alpha: alpha
   )
   if p.spec.dropout_rate:
-    # Its hashes would be registers beside the scores.
+    # Its hashes would need registers while the scores are live.
     b, h, start, k, e = lax.optimization_barrier((x.b, x.h, start, k, e))
-    kept = tile.keeper(x._replace(b=b, h=h), start, k)
-    e = tile.dropped(p, e, kept())
-  # Rounded and summed first: half of their registers are free for the sums.
+    kept = tile.dropout_mask(x._replace(b=b, h=h), start, k)
+    e = tile.apply_dropout(p, e, kept())
+  # Rounded and summed first, to free half of the scores' registers.
   e = e.astype(smem["v"].dtype)
   alpha, m, l, e = lax.optimization_barrier((alpha, m, l, e))
 
@@ -145,34 +148,34 @@ def _step(x, group, smem, tmem, pipe, done, scores, line, bounds, start, n,
   def _scale():
     plgpu.barrier_wait(o_done.at[group])
     tcgen05.scale(p, o, alpha)
-    if shared:  # Else the operand's commit is that of the sums, too.
+    if shared:  # Otherwise committing the operand commits the sums, too.
       plgpu.commit_tmem()
 
   left = (smem if shared else tmem)["p"].at[group]
-  # Before all threads meet, as `tcgen05.meet` has them.
+  # Before the threads synchronize, as in `tcgen05.meet`.
   plgpu.barrier_wait(v_full.at[slot])
-  tcgen05.put(left, e, shared)
+  tcgen05.store_operand(left, e, shared)
   tcgen05.multiply(o, left, smem["v"].at[slot], n > 0)
-  tcgen05.report(v_free.at[slot], o_done.at[group])
+  tcgen05.commit_arrive(v_free.at[slot], o_done.at[group])
   return m, l
 
 
 def _store(p, outputs, smem, tmem, found, at):
-  """Results to memory."""
+  """Stores the results to memory."""
   o_ref, lse_ref = outputs
   lse_smem = smem["lse"].at[at.group]
-  factor, lse = tile.normalised(None, *found, scale=lambda _, factor: factor)
-  # By way of shared memory to the threads that have the rows of the sum.
+  factor, lse = tile.normalise(None, *found, scale=lambda _, factor: factor)
+  # Through shared memory to the threads that hold the rows of the sum.
   lse_smem[...] = factor
   plgpu.commit_smem()
   factor = plgpu.load(lse_smem, layout=tcgen05.LAYOUT.reduce(1))
   plgpu.commit_smem()
   lse_smem[...] = lse
-  tcgen05.drain(
+  tcgen05.store_accumulator(
     tmem["o"].at[at.group],
     smem.get("o", smem["q"]).at[at.group],
     o_ref.at[at.b, at.rows, at.h],
-    lambda part: tile.scaled(part, factor),
+    lambda part: tile.scale_rows(part, factor),
   )
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[at.b, at.h, at.rows])

@@ -1,11 +1,12 @@
-"""What the Blackwell kernels are made of: `tcgen05.mma` and tensor memory.
+"""Building blocks of the Blackwell kernels: `tcgen05.mma` and tensor memory.
 
-Products and sums are in tensor memory: 128 lanes, which are the rows of a
-warpgroup, by 512 columns of 32 bits. A matmul is issued by one thread and
-reports to barriers when it is done. A warpgroup issues its own: the scores of
-the next tile as soon as it has read those of this one, so that tensor cores run
-while it computes. Nothing here relies on the order in which the matmuls of two
-accumulators end: what one reads is overwritten when its barrier says so.
+Products and accumulators are in tensor memory: 128 lanes, the rows of a
+warpgroup, by 512 columns of 32 bits. One thread issues a matmul, which arrives
+on barriers when it is done. Each warpgroup issues its own: the scores of the
+next tile as soon as it has read those of this one, so that tensor cores run
+while it computes. Nothing relies on the order in which matmuls into different
+accumulators complete: an operand is overwritten only after the barrier of its
+matmul.
 """
 
 from collections.abc import Callable
@@ -17,28 +18,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.common import gpu_memory
-from kernels_pallas.flash_attention.gpu import gpu_tile as tile
+from kernels_pallas.flash_attention.gpu import tile
 from kernels_pallas.flash_attention.gpu import tile_stream as stream
-from kernels_pallas.flash_attention.gpu.gpu_problem import Problem
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import COLUMNS, LANES
+from kernels_pallas.flash_attention.gpu.problem import Problem
+from kernels_pallas.flash_attention.gpu.tile_sizes import COLUMNS, LANES
 
 LAYOUT = plgpu.Layout.TCGEN05
-"""Of sums on their way to memory."""
+"""Layout of accumulators on their way to memory."""
 
 TENSOR_COLUMNS = 512
-"""Of tensor memory, 32 bits wide."""
+"""Columns of tensor memory, 32 bits wide."""
 
 
 def barriers(
   p: Problem, copies: tuple[int, ...], reports: tuple[int, ...] = (1, 1)
 ) -> list[Any]:
-  """As `stream.barriers`: a buffer is free when matmuls that read it end.
+  """As `stream.barriers`, but a buffer is free when matmuls that read it end.
 
   Args:
     p: The problem.
-    copies: Into each operand's buffer.
-    reports: Of a warpgroup that it has read each: one of its matmuls, and one
-      of its threads where they read what was copied with the operand.
+    copies: Copies into each operand's buffer.
+    reports: Arrivals of a warpgroup per buffer: one of its matmuls, and one of
+      its threads if they read what was copied with the operand.
   """
   full, _ = stream.barriers(p, copies)
   free = [
@@ -52,24 +53,24 @@ def barriers(
   return [full, free]
 
 
-def done(p: Problem) -> Any:
-  """Type of the barriers, one a warpgroup, that say a matmul is done."""
+def completion_barriers(p: Problem) -> Any:
+  """Type of the barriers, one per warpgroup, on which a matmul arrives."""
   return plgpu.Barrier(num_barriers=p.tile.groups, orders_tensor_core=True)
 
 
-def memory(
+def allocate(
   p: Problem, sums: dict[str, int], operands: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Types of tensor memory, and of shared memory for what found no room.
+  """Types of tensor memory, and of shared memory for operands that do not fit.
 
   Args:
     p: The problem.
     sums: Columns of each float32 accumulator of a warpgroup.
-    operands: Names of left operands, as wide as a tile and 16 bits; they are
-      in shared memory where tensor memory has no room for all.
+    operands: Names of left operands, 16-bit and as wide as a tile; they are all
+      in shared memory if tensor memory has no room for all.
 
   Raises:
-    ValueError: The sums alone take too many columns.
+    ValueError: The accumulators alone need too many columns.
   """
   groups, streamed = p.tile.groups, p.tile.streamed
   dtype = p.arrays["q"].dtype
@@ -99,31 +100,32 @@ def multiply(acc: Any, a: Any, b: Any, add: Any = False) -> None:
     acc: [128, n] in tensor memory.
     a: [128, m] in tensor or shared memory.
     b: [m, n] in shared memory.
-    add: Whether to add to what is there.
+    add: Whether to accumulate.
   """
   plgpu.tcgen05_mma(acc, a, b, accumulate=add)
 
 
-def meet() -> None:
-  """Waits for all threads of the warpgroup, after they waited for a copy.
+def sync_warpgroup() -> None:
+  """Synchronizes the threads of the warpgroup after they waited for a copy.
 
-  One of them issues the matmul that frees the buffer. Another one that was
-  still asking whether it is full might miss that it was, once it is full again.
+  One of them then issues the matmul that frees the buffer. A thread still
+  polling the full barrier could otherwise miss a phase, once the buffer is full
+  again.
   """
   plgpu.wait_load_tmem()
 
 
-def report(*barriers: Any) -> None:
-  """Has barriers told when all matmuls that were started are done."""
+def commit_arrive(*barriers: Any) -> None:
+  """Lets all matmuls started so far arrive on the barriers when done."""
   for barrier in barriers:
     plgpu.tcgen05_commit_arrive(barrier)
 
 
 def load(kind: Any, ref: Any) -> jax.Array:
-  """A value of tensor memory, which may then be overwritten.
+  """Loads a value from tensor memory, which may then be overwritten.
 
   Args:
-    kind: Layout that it gets.
+    kind: Layout of the result.
     ref: [128, n].
   """
   found = plgpu.async_load_tmem(ref, layout=kind)
@@ -131,13 +133,13 @@ def load(kind: Any, ref: Any) -> jax.Array:
   return found
 
 
-def put(operand: Any, value: jax.Array, shared: bool) -> None:
-  """A left operand to where matmuls read it.
+def store_operand(operand: Any, value: jax.Array, shared: bool) -> None:
+  """Stores a left operand where matmuls read it.
 
   Args:
     operand: [128, m] in tensor or shared memory.
-    value: Of its dtype.
-    shared: Whether it is shared memory.
+    value: Value of the operand's dtype.
+    shared: Whether it is in shared memory.
   """
   if shared:
     gpu_memory.store(operand, value)
@@ -148,22 +150,22 @@ def put(operand: Any, value: jax.Array, shared: bool) -> None:
 
 
 def scale(p: Problem, acc: Any, alpha: jax.Array) -> None:
-  """Multiplies the rows of a sum; the caller commits it.
+  """Scales the rows of an accumulator; the caller commits it.
 
   Args:
     p: The problem.
     acc: [128, n] in tensor memory.
     alpha: [128].
   """
-  for part in parts(acc, 32):
+  for part in column_parts(acc, 32):
     value = load(tile.layout(p), part)
-    plgpu.async_store_tmem(part, tile.scaled(value, alpha))
+    plgpu.async_store_tmem(part, tile.scale_rows(value, alpha))
 
 
-def clear(p: Problem, *sums: Any) -> None:
-  """Zeros, of a line that visits no tile."""
+def zero(p: Problem, *sums: Any) -> None:
+  """Zeroes the accumulators of a line that visits no tile."""
   for acc in sums:
-    for part in parts(acc):
+    for part in column_parts(acc):
       zeros = plgpu.layout_cast(
         jnp.zeros(part.shape, jnp.float32), tile.layout(p)
       )
@@ -171,24 +173,24 @@ def clear(p: Problem, *sums: Any) -> None:
   plgpu.commit_tmem()
 
 
-def drain(
+def store_accumulator(
   acc: Any,
   buffer: Any,
   out: Any,
   finish: Callable[[jax.Array], jax.Array],
 ) -> None:
-  """A sum to memory, as `sm90_wgmma.store` but by parts.
+  """Stores an accumulator to memory, like `sm90_wgmma.store` but by parts.
 
-  In the layout whose stores are the fewest, whatever that of the scores was.
+  Uses the layout with the fewest stores, whatever that of the scores was.
 
   Args:
     acc: [128, n] in tensor memory.
-    buffer: Shared memory that is no longer needed, in 16 bits.
-    out: Reference, of the buffer's type or float32.
-    finish: What is done to a part of it first.
+    buffer: Shared memory that is no longer needed, 16-bit.
+    out: Reference, of the buffer's dtype or float32.
+    finish: Applied to each part first.
   """
   wide = out.dtype != buffer.dtype
-  for n, part in enumerate(parts(acc)):
+  for n, part in enumerate(column_parts(acc)):
     value = load(LAYOUT, part)
     value = finish(value).astype(out.dtype)
     columns = slice(None), pl.ds(n * part.shape[1], part.shape[1])
@@ -198,8 +200,8 @@ def drain(
     plgpu.copy_smem_to_gmem(buffer, out)
 
 
-def parts(acc: Any, most: int = COLUMNS) -> list[Any]:
-  """A sum by columns, so that few registers hold one."""
+def column_parts(acc: Any, most: int = COLUMNS) -> list[Any]:
+  """Splits an accumulator by columns, so that a part needs few registers."""
   n = min(acc.shape[1], most)
   return [
     acc.at[:, pl.ds(start, n)] for start in range(0, acc.shape[1], n)

@@ -1,14 +1,15 @@
-"""The backward kernels for GPUs before Hopper: `mma` and `cp.async`.
+"""Backward flash attention kernels for Ampere and Ada (sm80): `mma`,
+`cp.async`.
 
-It has run on no GPU yet: numbers and races are the interpreter's, registers
-and spills those of ptxas for an A100.
+Not yet run on a GPU: the interpreter checks numbers and races, ptxas for an
+A100 registers and spills.
 
-As `sm90_backward`: `dq` holds queries and streams keys, `dkv` holds keys
-and streams the queries of all heads of a group, on transposed scores, so that
-P and dS become left operands in the registers where they are. The gradient of
-the probabilities comes first: what it streams (values, or cotangents) then has
-the rest of a step to arrive for the next one, and what the scores stream
-arrives during it.
+As in `sm90_backward`: `dq` keeps queries and streams keys, `dkv` keeps keys and
+streams the queries of all heads of a group, on transposed scores, so that P and
+dS become left operands in the registers where they are. The gradient of the
+probabilities is computed first: its streamed operand (values, or cotangents)
+then has the rest of a step to arrive for the next one, and the scores' streamed
+operand arrives meanwhile.
 """
 
 import functools
@@ -20,21 +21,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.flash_attention.gpu import gpu_tile as tile
 from kernels_pallas.flash_attention.gpu import sm80_mma as mma
+from kernels_pallas.flash_attention.gpu import tile
 from kernels_pallas.flash_attention.gpu import tile_stream as stream
-from kernels_pallas.flash_attention.gpu.gpu_problem import Problem
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import ROWS
+from kernels_pallas.flash_attention.gpu.problem import Problem
 from kernels_pallas.flash_attention.gpu.sm90_backward import LSE, SHIFT
-from kernels_pallas.flash_attention.tpu.tpu_problem import varying
+from kernels_pallas.flash_attention.gpu.tile_sizes import ROWS
+from kernels_pallas.flash_attention.tpu.problem import varying
 
 
 def dq(p: Problem, interpret: Any) -> jax.Array:
-  """dq [B, T, N, H] in the type of the output.
+  """Returns dq [B, T, N, H] in the dtype of the output.
 
   Args:
     p: The problem, keys streamed, with one group and arrays do and stats.
-    interpret: As of `plgpu.kernel`.
+    interpret: As in `plgpu.kernel`.
   """
   (B, N, _, T, _, H, Hv), q = p.dims, p.arrays["q"]
   sizes = {"q": (ROWS, H), "do": (ROWS, Hv), "k": (p.tile.streamed, H),
@@ -46,13 +47,12 @@ def dq(p: Problem, interpret: Any) -> jax.Array:
 def dkv(
   p: Problem, names: tuple[str, ...], interpret: Any
 ) -> dict[str, jax.Array]:
-  """dk [B, S, K, H] and dv [B, S, K, Hv], those named, in the type of the
-  output.
+  """Returns dk [B, S, K, H] and dv [B, S, K, Hv], in the dtype of the output.
 
   Args:
     p: The problem, queries streamed, with one group and arrays do and stats.
-    names: Of 'dk' and 'dv'.
-    interpret: As of `plgpu.kernel`.
+    names: Which of 'dk' and 'dv' to compute.
+    interpret: As in `plgpu.kernel`.
   """
   (B, _, K, _, S, H, Hv), q = p.dims, p.arrays["q"]
   sizes = {"k": (ROWS, H), "v": (ROWS, Hv), "q": (p.tile.streamed, H),
@@ -83,8 +83,8 @@ def _call(p, kernel, sizes, out, heads, matmuls, interpret, name):
     compiler_params=plgpu.CompilerParams(approx_math=True),
     kernel_name=f"flash_attention_{name}_mma",
     interpret=interpret,
-    **stream.estimate(p, matmuls),
-  )(mma.flat(p, ("q", "k", "v", "do")))
+    **stream.cost_estimate(p, matmuls),
+  )(mma.flatten_heads(p, ("q", "k", "v", "do")))
 
 
 def _dq_kernel(p, interpreted, refs, dq_ref, smem):
@@ -97,7 +97,7 @@ def _dq_kernel(p, interpreted, refs, dq_ref, smem):
 
   def fetch(name, n):
     batch, head = b, kv
-    if mma.scarce(p):
+    if mma.registers_scarce(p):
       batch, head = lax.optimization_barrier((b, kv))
     where = batch, line.nth(_last(line, n)) * p.tile.streamed, head
     mma.fetch(interpreted, refs[name], smem[name], where)
@@ -110,7 +110,7 @@ def _dq_kernel(p, interpreted, refs, dq_ref, smem):
     fetch("v", 0)
     fetch("k", 0)
 
-  x = tile.View(p, refs, smem.get("p"), b, h)
+  x = tile.TileContext(p, refs, smem.get("p"), b, h)
   step = functools.partial(_dq_step, x, interpreted, smem, fetch, line, start)
   acc = stream.consume(line, step, tile.zeros(ROWS, p.dims[5]))
   mma.wait(interpreted, 0)
@@ -119,33 +119,34 @@ def _dq_kernel(p, interpreted, refs, dq_ref, smem):
 
 def _dq_step(x, interpreted, smem, fetch, line, start, n, _, slots, acc,
              masked):  # fmt: skip
-  """dq += dS K of one tile.
+  """Computes dq += dS K of one tile.
 
-  What belongs to queries is read again in every step: kept, it would spill.
+  Per-query values are loaded again in every step: kept in registers, they would
+  spill.
   """
   del slots
   p = x.p
-  q, do, k, v = mma.again(smem, ("q", "do", "k", "v"))
+  q, do, k, v = mma.loop_buffers(smem, ("q", "do", "k", "v"))
   mma.wait(interpreted, 1)
   dp = mma.product(interpreted, do, v)
   fetch("v", n + 1)
   late, first, seen = lax.optimization_barrier(start), 0, None
   if masked or p.spec.dropout_rate:
     first = line.nth(n) * p.tile.streamed
-  if kept := tile.keeper(x, late, first):
-    dp = tile.dropped(p, dp, kept())
+  if kept := tile.dropout_mask(x, late, first):
+    dp = tile.apply_dropout(p, dp, kept())
   mma.wait(interpreted, 1)
   s = mma.product(interpreted, q, k)
   if masked:
 
     def seen():
-      bounds = tile.of_queries(x, late, ROWS)
-      columns = tile.of_keys(x, first, p.tile.streamed)
+      bounds = tile.load_query_mask(x, late, ROWS)
+      columns = tile.load_key_mask(x, first, p.tile.streamed)
       return tile.visible(x, bounds, columns, first)
 
   stats = functools.partial(_stats, x, queries=pl.ds(late, ROWS))
   _, weight = tile.probabilities(x, s, stats(LSE), seen)
-  ds = tile.slopes(x, weight, dp, stats(SHIFT))
+  ds = tile.logit_gradients(x, weight, dp, stats(SHIFT))
   acc = mma.accumulate(interpreted, x, acc, ds, k)
   fetch("k", n + 1)
   return acc
@@ -173,7 +174,7 @@ def _dkv_kernel(names, p, interpreted, refs, *rest):
     fetch("do", 0)
     fetch("q", 0)
 
-  x = tile.View(p, refs, smem.get("p"), b, h)
+  x = tile.TileContext(p, refs, smem.get("p"), b, h)
   step = functools.partial(_dkv_step, x, interpreted, smem, fetch, line, start)
   sizes = {"dk": p.dims[5], "dv": p.dims[6]}
   acc = stream.consume(
@@ -187,30 +188,30 @@ def _dkv_kernel(names, p, interpreted, refs, *rest):
 
 def _dkv_step(x, interpreted, smem, fetch, line, start, n, where, _, acc,
               masked):  # fmt: skip
-  """dk += dS^T Q and dv += P^T dO of one tile, of those in `acc`."""
+  """Computes dk += dS^T Q and dv += P^T dO of one tile, those in `acc`."""
   p = x.p
-  if mma.scarce(p):
-    x = mma.late(x)
-  k, q, do = mma.again(smem, ("k", "q", "do"))
+  if mma.registers_scarce(p):
+    x = mma.hide_from_hoisting(x)
+  k, q, do = mma.loop_buffers(smem, ("k", "q", "do"))
   head, i = where()
   first, x = i * p.tile.streamed, x._replace(h=x.h * p.group + head)
   seen = None
   if masked:
 
     def seen():
-      bounds = tile.of_queries(x, first, p.tile.streamed)
-      columns = tile.of_keys(x, lax.optimization_barrier(start), ROWS)
+      bounds = tile.load_query_mask(x, first, p.tile.streamed)
+      columns = tile.load_key_mask(x, lax.optimization_barrier(start), ROWS)
       return tile.visible(x, bounds, columns, start)
 
-  kept = tile.keeper(x, first, start)
+  kept = tile.dropout_mask(x, first, start)
   mma.wait(interpreted, 1)
   if "dk" in acc:
-    dp = mma.product(interpreted, mma.again(smem, "v")[0], do)
+    dp = mma.product(interpreted, mma.loop_buffers(smem, "v")[0], do)
   if "dv" not in acc:
     fetch("do", n + 1)
     if kept:
-      # Before there are scores: registers are what there is least of.
-      dp, kept = tile.dropped(p, dp, kept()), None
+      # Before the scores exist, since registers are scarce.
+      dp, kept = tile.apply_dropout(p, dp, kept()), None
   mma.wait(interpreted, 0 if "dv" in acc else 1)
   s = mma.product(interpreted, k, q)
   stats = functools.partial(_stats, x, queries=pl.ds(first, p.tile.streamed))
@@ -220,20 +221,22 @@ def _dkv_step(x, interpreted, smem, fetch, line, start, n, where, _, acc,
     found["dv"] = mma.accumulate(interpreted, x, acc["dv"], e, do)
     fetch("do", n + 1)
   if "dk" in acc:
-    ds = tile.slopes(x, weight, dp, stats(SHIFT), signed=kept is not None)
+    ds = tile.logit_gradients(
+      x, weight, dp, stats(SHIFT), signed=kept is not None
+    )
     found["dk"] = mma.accumulate(interpreted, x, acc["dk"], ds, q)
   fetch("q", n + 1)
   return found
 
 
 def _last(line: stream.Line, n: Any) -> Any:
-  """Step n, or the last one for what follows it: copies have no condition, and
-  as many must be under way in every step."""
+  """Clamps n to the last step: copies are unconditional, and every step must
+  have the same number in flight."""
   return jnp.minimum(n, line.steps - 1)
 
 
-def _stats(x: tile.View, n: int, queries: Any) -> jax.Array:
-  """A row of the statistics of queries, out of memory."""
+def _stats(x: tile.TileContext, n: int, queries: Any) -> jax.Array:
+  """Loads a row of the queries' statistics from global memory."""
   return plgpu.load(
     x.refs["stats"].at[x.b, x.h, n, queries],
     layout=plgpu.Layout.WGMMA.reduce(1 - x.along),

@@ -1,14 +1,14 @@
-"""What the kernels for GPUs before Hopper are made of: `mma` and `cp.async`.
+"""Building blocks of the Ampere and Ada kernels: `mma` and `cp.async`.
 
-A block is one warpgroup, 64 rows of a head. What streams by has one buffer for
-each of its two operands: while one is multiplied the other one's next tile
-arrives (FlashAttention-2's order). That is little shared memory, and several
-blocks a multiprocessor hide the rest. Nothing here has a barrier in memory:
-those that other warpgroups could wait on are Hopper's; a copy waits for the
-block's reads before it, and a wait for a copy is one for all threads.
+A block is one warpgroup, 64 rows of a head. Each of the two streamed operands
+has one buffer: while one is multiplied, the other one's next tile arrives
+(FlashAttention-2's order). This needs little shared memory, and several blocks
+per multiprocessor hide the remaining latency. There are no barriers in memory,
+which only Hopper supports for this purpose: a copy waits for the block's
+earlier reads, and a wait for a copy synchronizes all threads.
 
-The GPU interpreter has neither instruction: with `interpreted` a copy is an
-assignment and a product a `jnp.dot`.
+The GPU interpreter supports neither instruction: with `interpreted` a copy is
+an assignment and a product a `jnp.dot`.
 """
 
 from typing import Any
@@ -21,18 +21,18 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.common import gpu_memory
-from kernels_pallas.flash_attention.gpu import gpu_tile as tile
-from kernels_pallas.flash_attention.gpu.gpu_problem import Problem
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import COLUMNS, ROWS
+from kernels_pallas.flash_attention.gpu import tile
+from kernels_pallas.flash_attention.gpu.problem import Problem
+from kernels_pallas.flash_attention.gpu.tile_sizes import COLUMNS, ROWS
 
 DEPTH = 16
-"""Terms that one `mma` sums."""
+"""Terms that one `mma` sums: its K dimension."""
 
 
-def flat(p: Problem, names: tuple[str, ...]) -> dict[str, jax.Array]:
-  """The problem's arrays, those named as [B, T, N H].
+def flatten_heads(p: Problem, names: tuple[str, ...]) -> dict[str, jax.Array]:
+  """Returns the problem's arrays, those named reshaped to [B, T, N H].
 
-  `cp.async` takes a head only out of rows that are flat.
+  `cp.async` copies a head only out of flat rows.
   """
   return {
     name: x.reshape(*x.shape[:2], -1) if name in names else x
@@ -44,10 +44,10 @@ def fetch(interpreted: bool, source: Any, target: Any, where: Any) -> None:
   """Starts the copy of a head's rows into shared memory.
 
   Args:
-    interpreted: Whether to assign.
+    interpreted: Whether to assign instead.
     source: [B, T, N H], flat.
     target: [1, rows, H].
-    where: (row of the batch, first token, head).
+    where: (batch row, first token, head).
   """
   b, start, head = where
   _, rows, size = target.shape
@@ -62,40 +62,42 @@ def fetch(interpreted: bool, source: Any, target: Any, where: Any) -> None:
 
 
 def wait(interpreted: bool, most: int) -> None:
-  """Until at most so many copies are under way, the latest ones."""
+  """Waits until at most `most` copies, the latest ones, are in flight."""
   if not interpreted:
     plgpu.wait_gmem_to_smem(most)
 
 
-def again(smem: dict[str, Any], names: str | tuple[str, ...]) -> list[Any]:
-  """Buffers [1, rows, n] without their first axis, for use in a loop."""
+def loop_buffers(
+  smem: dict[str, Any], names: str | tuple[str, ...]
+) -> list[Any]:
+  """Returns buffers [1, rows, n] without their first axis, for a loop."""
   return [_late(smem[name]) for name in names]
 
 
-def scarce(p: Problem) -> bool:
-  """Whether there are no registers for addresses that a loop does not change:
-  with a mask, beside the sums of a wide head."""
-  return bool(p.rows) and max(p.dims[5:]) > tile.WIDE
+def registers_scarce(p: Problem) -> bool:
+  """Whether registers do not suffice for loop-invariant addresses: with a mask,
+  besides the accumulators of a wide head."""
+  return bool(p.rows) and max(p.dims[5:]) > tile.WIDE_HEAD_DIM
 
 
-def late(x: tile.View) -> tile.View:
-  """The view with a row and head that are not known before a loop, nor what is
-  computed of them: addresses, and hashes."""
+def hide_from_hoisting(x: tile.TileContext) -> tile.TileContext:
+  """Hides the context's batch row and head from loop-invariant code motion, so
+  that addresses and hashes are recomputed instead of kept in registers."""
   b, h = lax.optimization_barrier((x.b, x.h))
   return x._replace(b=b, h=h)
 
 
 def product(interpreted: bool, a: Any, b: Any) -> jax.Array:
-  """a b^T of two references, [64, rows of b], in float32.
+  """Computes a b^T of two references, [64, rows of b], in float32.
 
   Args:
-    interpreted: Whether `mma` is not there.
+    interpreted: Whether to use `jnp.dot` instead of `mma`.
     a: [64, H] in shared memory.
     b: [n, H] in shared memory.
   """
   found = tile.zeros(ROWS, b.shape[0])
   for at in range(0, a.shape[1], COLUMNS):
-    # By parts, since operands are registers, too.
+    # By parts, since operands are held in registers, too.
     part = slice(None), pl.ds(at, COLUMNS)
     right = _right(b.at[part].transpose((1, 0)))
     found = _dot(interpreted, found, _left(a.at[part]), right)
@@ -103,13 +105,17 @@ def product(interpreted: bool, a: Any, b: Any) -> jax.Array:
 
 
 def accumulate(
-  interpreted: bool, x: tile.View, acc: jax.Array, left: jax.Array, right: Any
+  interpreted: bool,
+  x: tile.TileContext,
+  acc: jax.Array,
+  left: jax.Array,
+  right: Any,
 ) -> jax.Array:
-  """acc + left right, left rounded to the type of `right`.
+  """Computes acc + left right, with left rounded to the dtype of `right`.
 
   Args:
-    interpreted: Whether `mma` is not there.
-    x: The view; without `operand`, left becomes an operand in its registers.
+    interpreted: Whether to use `jnp.dot` instead of `mma`.
+    x: The context; without `operand`, left is used from its registers.
     acc: [64, n].
     left: [64, m], values.
     right: [m, n] in shared memory.
@@ -127,13 +133,13 @@ def accumulate(
 
 
 def store(value: jax.Array, out: Any) -> None:
-  """Sums to memory, from registers."""
+  """Stores accumulators from registers to memory."""
   gpu_memory.store(out, value.astype(out.dtype))
 
 
 def _late(buffer: Any) -> Any:
-  """[rows, n] of a buffer [1, rows, n], of which no address is known before a
-  loop: the compiler would keep one for every instruction, and spill."""
+  """Returns [rows, n] of a buffer [1, rows, n], hiding its address from
+  loop-invariant code motion, which would keep one per instruction and spill."""
   return buffer.at[lax.optimization_barrier(jnp.int32(0))]
 
 
@@ -152,7 +158,7 @@ def _right(ref):
 
 
 def _as_left(e: jax.Array, dtype: Any) -> list[jax.Array]:
-  """Left operands [64, 16] out of an accumulator: rounded, in its registers."""
+  """Rounds an accumulator to left operands [64, 16], in its registers."""
   left = plgpu.Layout.MMA_LHS(dtype)
   rows, columns = e.shape
   part = plgpu.ShapeDtypeStruct((rows, DEPTH), dtype, layout=left)

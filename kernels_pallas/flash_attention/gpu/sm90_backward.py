@@ -1,13 +1,13 @@
-"""The backward GPU kernels: probabilities recomputed, a tile at a time.
+"""Backward flash attention kernels for Hopper (sm90), with recomputation.
 
-It has run on no GPU yet: numbers and races are the interpreter's, registers
-and spills those of ptxas for an H100.
+Not yet run on a GPU: the interpreter checks numbers and races, ptxas for an
+H100 registers and spills.
 
-`dq` holds queries and streams keys, `dkv` holds keys and streams the queries of
+`dq` keeps queries and streams keys, `dkv` keeps keys and streams the queries of
 all heads of a group, whose gradients it sums in float32 (kernels.md 2.2, 6.2):
-7 matmuls a tile, no atomics, so that results repeat to the bit. `dkv` works on
-transposed scores: P^T and dS^T are then left operands, which come from
-registers.
+7 matmuls a tile, no atomics, so that results are bitwise reproducible. `dkv`
+uses transposed scores: P^T and dS^T are then left operands, which `wgmma` reads
+from registers.
 """
 
 import functools
@@ -19,28 +19,28 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.flash_attention.gpu import gpu_tile as tile
 from kernels_pallas.flash_attention.gpu import persistent as schedule
 from kernels_pallas.flash_attention.gpu import sm90_wgmma as wgmma
+from kernels_pallas.flash_attention.gpu import tile
 from kernels_pallas.flash_attention.gpu import tile_stream as stream
-from kernels_pallas.flash_attention.gpu.gpu_problem import Problem
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import ROWS
-from kernels_pallas.flash_attention.tpu.tpu_problem import varying
+from kernels_pallas.flash_attention.gpu.problem import Problem
+from kernels_pallas.flash_attention.gpu.tile_sizes import ROWS
+from kernels_pallas.flash_attention.tpu.problem import varying
 
 LSE, SHIFT = 0, 1
-"""Rows of `arrays['stats']`, float32 [B, N, 2, T]: the base-2 log-sum-exp, +inf
-where there is none, and delta minus the cotangent of the log-sum-exp."""
+"""Rows of `arrays['stats']`, float32 [B, N, 2, T]: the base-2 log-sum-exp (+inf
+if there is none), and delta minus the cotangent of the log-sum-exp."""
 
 EARLY = 4
-"""Rows of a mask, two registers each, that a warpgroup keeps over a loop."""
+"""Most mask rows, two registers each, that a warpgroup keeps over a loop."""
 
 
 def dq(p: Problem, interpret: Any) -> jax.Array:
-  """dq [B, T, N, H] in the type of the output.
+  """Returns dq [B, T, N, H] in the dtype of the output.
 
   Args:
     p: The problem, keys streamed, with arrays do and stats.
-    interpret: As of `plgpu.kernel`.
+    interpret: As in `plgpu.kernel`.
   """
   (B, N, _, T, _, H, _), q = p.dims, p.arrays["q"]
   kernel = functools.partial(_dq_kernel, p)
@@ -51,13 +51,12 @@ def dq(p: Problem, interpret: Any) -> jax.Array:
 def dkv(
   p: Problem, names: tuple[str, ...], interpret: Any
 ) -> dict[str, jax.Array]:
-  """dk [B, S, K, H] and dv [B, S, K, Hv], those named, in the type of the
-  output.
+  """Returns dk [B, S, K, H] and dv [B, S, K, Hv], in the dtype of the output.
 
   Args:
     p: The problem, queries streamed, with arrays do and stats.
-    names: Of 'dk' and 'dv'.
-    interpret: As of `plgpu.kernel`.
+    names: Which of 'dk' and 'dv' to compute.
+    interpret: As in `plgpu.kernel`.
   """
   (B, _, K, _, S, H, Hv), q = p.dims, p.arrays["q"]
   sizes = {"dk": H, "dv": Hv}
@@ -74,14 +73,14 @@ def dkv(
 def _dq_scratch(p) -> list[Any]:
   """Types of shared memory: buffers, and barriers."""
   (H, Hv), t = p.dims[-2:], p.tile
-  shapes = stream.shapes(p, {"q": H, "do": Hv}, {"k": H, "v": Hv})
+  shapes = stream.buffer_shapes(p, {"q": H, "do": Hv}, {"k": H, "v": Hv})
   return _scratch(p, shapes, {"dq": (t.groups, ROWS, H)}, {}, (1, 1))
 
 
 def _dkv_scratch(p, names) -> list[Any]:
   """Types of shared memory: buffers, and barriers."""
   (H, Hv), t = p.dims[-2:], p.tile
-  shapes = stream.shapes(p, {"k": H, "v": Hv}, {"q": H, "do": Hv})
+  shapes = stream.buffer_shapes(p, {"k": H, "v": Hv}, {"q": H, "do": Hv})
   sizes = {"dk": H, "dv": Hv}
   results = {name: (t.groups, ROWS, sizes[name]) for name in names}
   stats = plgpu.SMEM((t.stages[0], 2, t.streamed), jnp.float32)
@@ -89,7 +88,7 @@ def _dkv_scratch(p, names) -> list[Any]:
 
 
 def _scratch(p, shapes, results, more, arrivals) -> list[Any]:
-  """Results take the place of what stays where they must."""
+  """Results reuse the stationary operands' memory if there is no room."""
   if p.spec.blocks.operand == "shared":
     shapes |= {"p": (p.tile.groups, ROWS, p.tile.streamed)}
 
@@ -102,18 +101,18 @@ def _scratch(p, shapes, results, more, arrivals) -> list[Any]:
     plgpu.Barrier(num_arrivals=2, num_barriers=p.tile.groups),
   ]
   both = [buffers(shapes | results), *barriers]
-  found = both if stream.room(both) else [buffers(shapes), *barriers]
+  found = both if stream.fits_shared(both) else [buffers(shapes), *barriers]
   stream.check(p, found)
   return found
 
 
 def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
   def copy(line, b, h):
-    stream.produce(line, *pipe, stream.of_keys(p, refs, smem, b, h))
+    stream.produce(line, *pipe, stream.key_copies(p, refs, smem, b, h))
 
   def compute(line, at):
     mine = _held(smem, ("q", "do"), at.group)
-    x = tile.View(p, refs, mine.get("p"), at.b, at.h)
+    x = tile.TileContext(p, refs, mine.get("p"), at.b, at.h)
     rows = [
       plgpu.load(
         refs["stats"].at[at.b, at.h, n, at.rows],
@@ -125,7 +124,7 @@ def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
     stats = rows.__getitem__
     bounds = None
     if len(p.rows) <= EARLY:
-      bounds = tile.of_queries(x, at.start, ROWS)
+      bounds = tile.load_query_mask(x, at.start, ROWS)
     plgpu.barrier_wait(ready.at[at.group])
     step = functools.partial(
       _dq_step, x, at.group, smem, pipe, stats, bounds, at.start
@@ -144,7 +143,7 @@ def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
 
 def _dq_step(x, group, smem, pipe, stats, bounds, start, _, where, slots, acc,
              masked):  # fmt: skip
-  """dq += dS K of one tile."""
+  """Computes dq += dS K of one tile."""
   p, ((k_full, v_full), (k_free, v_free)) = x.p, pipe
   mine, (k_slot, v_slot) = _again(smem, ("q", "do"), group), slots
   k, v = smem["k"].at[k_slot], smem["v"].at[v_slot]
@@ -155,11 +154,11 @@ def _dq_step(x, group, smem, pipe, stats, bounds, start, _, where, slots, acc,
 
     def seen():
       late = lax.optimization_barrier(start)
-      rows = bounds or tile.of_queries(x, late, ROWS)
-      columns = tile.of_keys(x, first, p.tile.streamed)
+      rows = bounds or tile.load_query_mask(x, late, ROWS)
+      columns = tile.load_key_mask(x, first, p.tile.streamed)
       return tile.visible(x, rows, columns, first)
 
-  kept = tile.keeper(x, start, first)
+  kept = tile.dropout_mask(x, start, first)
   plgpu.barrier_wait(k_full.at[k_slot])
   plgpu.barrier_wait(v_full.at[v_slot])
   ds = _scores(x, (mine["q"], k), (mine["do"], v), stats, seen, kept)
@@ -174,12 +173,12 @@ def _dkv_kernel(p, names, refs, *rest):
   smem, pipe, ready = rest[len(names) :]
 
   def copy(line, b, h):
-    stream.produce(line, *pipe, stream.of_queries(p, refs, smem, b, h))
+    stream.produce(line, *pipe, stream.query_copies(p, refs, smem, b, h))
 
   def compute(line, at):
     mine = _held(smem, ("k", "v"), at.group)
-    x = tile.View(p, refs, mine.get("p"), at.b, at.h)
-    columns = tile.of_keys(x, at.start, ROWS)
+    x = tile.TileContext(p, refs, mine.get("p"), at.b, at.h)
+    columns = tile.load_key_mask(x, at.start, ROWS)
     plgpu.barrier_wait(ready.at[at.group])
     step = functools.partial(
       _dkv_step, x, at.group, smem, pipe, columns, at.start
@@ -203,11 +202,11 @@ def _dkv_kernel(p, names, refs, *rest):
 
 def _dkv_step(x, group, smem, pipe, columns, start, _, where, slots, acc,
               masked):  # fmt: skip
-  """dk += dS^T Q and dv += P^T dO of one tile, of those in `acc`."""
+  """Computes dk += dS^T Q and dv += P^T dO of one tile, those in `acc`."""
   (q_full, do_full), (q_free, do_free) = pipe
   mine, (q_slot, do_slot) = _again(smem, ("k", "v"), group), slots
   q, do = smem["q"].at[q_slot], smem["do"].at[do_slot]
-  x, seen, kept = tile.of_passing_queries(x, where, masked, columns, start)
+  x, seen, kept = tile.streamed_query_masks(x, where, masked, columns, start)
 
   def stats(n):
     row = smem["stats"].at[q_slot, n]
@@ -231,11 +230,11 @@ def _dkv_step(x, group, smem, pipe, columns, start, _, where, slots, acc,
 
 
 def _scores(x, left, right, stats, seen, kept, values=lambda e: None):
-  """dS of a tile, or None; transposed where queries are streamed.
+  """Returns dS of a tile, or None; transposed if queries are streamed.
 
-  `stats(n)` reads a row of the statistics, `seen()` gives the mask, if there is
-  one, and `kept()` what dropout keeps: late, since registers are what there is
-  least of. `values(e)` takes the probabilities as soon as they may go.
+  `stats(n)` loads a row of the statistics, `seen()` the mask, if any, and
+  `kept()` the dropout mask, all late, since registers are scarce. `values(e)`
+  consumes the probabilities as soon as they are final.
   """
   p = x.p
 
@@ -244,7 +243,7 @@ def _scores(x, left, right, stats, seen, kept, values=lambda e: None):
 
   def gradient(weight, dp):
     signed = kept is not None
-    return tile.slopes(x, weight, dp, stats(SHIFT), signed)
+    return tile.logit_gradients(x, weight, dp, stats(SHIFT), signed)
 
   if right is None or p.tile.products == "one":
     e, weight = probabilities(wgmma.product(*left))
@@ -267,13 +266,14 @@ def _scores(x, left, right, stats, seen, kept, values=lambda e: None):
 
 
 def _held(smem, names, group) -> dict[str, Any]:
-  """What a warpgroup keeps in shared memory."""
+  """Returns a warpgroup's own buffers in shared memory."""
   return {name: smem[name].at[group] for name in (*names, "p") if name in smem}
 
 
 def _again(smem, names, group) -> dict[str, Any]:
-  """The same in a loop, where its addresses may not be known beforehand.
+  """As `_held`, with addresses hidden from loop-invariant code motion.
 
-  The compiler would keep all 16 of a wide head, and spill accumulators.
+  The compiler would keep all 16 addresses of a wide head and spill
+  accumulators.
   """
   return _held(smem, names, lax.optimization_barrier(group))

@@ -1,13 +1,14 @@
-"""The forward GPU kernel: FlashAttention-3's warp-specialised online softmax.
+"""Forward flash attention kernel for Hopper (sm90): warp-specialised, `wgmma`.
 
-It has run on no GPU yet: numbers and races are the interpreter's, registers
-and spills those of ptxas for an H100.
+Not yet run on a GPU: the interpreter checks numbers and races, ptxas for an
+H100 registers and spills.
 
-A line of work is one head and 64 queries for each computing warpgroup. Two of
-them take turns: while one runs its softmax the other has the tensor cores
-("ping pong", Shah et al. 2024, section 3.1). The kernel is persistent: a block
-of threads takes line after line (`persistent`), and the next line's
-queries, keys and values are on their way while this one is finished and stored.
+FlashAttention-3's online softmax: a line of work is one head and 64 queries per
+computing warpgroup. Two of them take turns: while one runs its softmax, the
+other uses the tensor cores ("ping pong", Shah et al. 2024, section 3.1). The
+kernel is persistent: a block of threads processes line after line
+(`persistent`), and the next line's queries, keys and values arrive while this
+one is finished and stored.
 """
 
 import functools
@@ -19,28 +20,32 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.flash_attention.gpu import gpu_tile as tile
 from kernels_pallas.flash_attention.gpu import persistent as schedule
 from kernels_pallas.flash_attention.gpu import sm90_wgmma as wgmma
+from kernels_pallas.flash_attention.gpu import tile
 from kernels_pallas.flash_attention.gpu import tile_stream as stream
-from kernels_pallas.flash_attention.gpu.gpu_problem import (
+from kernels_pallas.flash_attention.gpu.problem import (
   Problem,
-  results,
+  output_types,
 )
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import ROWS
+from kernels_pallas.flash_attention.gpu.tile_sizes import ROWS
 
 REDUCTION_BYTES = 2048
-"""Of shared memory, which Mosaic GPU sets aside in a kernel with sums."""
+"""Shared memory in bytes that Mosaic GPU reserves in kernels with sums."""
 
 
 def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
-  """The output [B, T, N, Hv] and log-sum-exp [B, N, T], padding included.
+  """Returns the output [B, T, N, Hv] and log-sum-exp [B, N, T], padded.
 
   Args:
     p: The problem, keys streamed.
-    interpret: As of `plgpu.kernel`.
+    interpret: As in `plgpu.kernel`.
   """
-  kernel, scratch, out = functools.partial(_kernel, p), _scratch(p), results(p)
+  kernel, scratch, out = (
+    functools.partial(_kernel, p),
+    _scratch(p),
+    output_types(p),
+  )
   name = "forward"
   return tuple(schedule.call(p, kernel, scratch, out, 2, interpret, name))
 
@@ -48,22 +53,22 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
 def _scratch(p: Problem) -> list[Any]:
   """Types of shared memory: buffers, and barriers."""
   (_, _, _, _, _, H, Hv), t, dtype = p.dims, p.tile, p.arrays["q"].dtype
-  shapes = stream.shapes(p, {"q": H}, {"k": H, "v": Hv})
+  shapes = stream.buffer_shapes(p, {"q": H}, {"k": H, "v": Hv})
   if p.spec.blocks.operand == "shared":
     shapes["p"] = (t.groups, ROWS, t.streamed)
   found = {name: stream.buffer(shape, dtype) for name, shape in shapes.items()}
   found["lse"] = plgpu.SMEM((t.groups, ROWS), jnp.float32)
-  # The output takes the place of the queries where there is no room for both.
+  # The output reuses the queries' memory if there is no room for both.
   both = found | {"o": stream.buffer((t.groups, ROWS, Hv), dtype)}
   barriers = _barriers(p)
-  if Hv != H or stream.room([both, *barriers], REDUCTION_BYTES):
+  if Hv != H or stream.fits_shared([both, *barriers], REDUCTION_BYTES):
     found = both
   stream.check(p, [found, *barriers], REDUCTION_BYTES)
   return [found, *barriers]
 
 
 def _barriers(p: Problem) -> list[Any]:
-  """Of the stream (k, v), of the queries, and of the turns."""
+  """Barriers of the stream (k, v), of the queries, and for taking turns."""
   groups = p.tile.groups
   return [
     stream.barriers(p, (1, 1)),
@@ -74,7 +79,7 @@ def _barriers(p: Problem) -> list[Any]:
 
 def _kernel(p, refs, o_ref, lse_ref, smem, pipe, q_ready, turns):
   def copy(line, b, h):
-    stream.produce(line, *pipe, stream.of_keys(p, refs, smem, b, h))
+    stream.produce(line, *pipe, stream.key_copies(p, refs, smem, b, h))
 
   schedule.run(
     p,
@@ -88,11 +93,11 @@ def _kernel(p, refs, o_ref, lse_ref, smem, pipe, q_ready, turns):
 
 
 def _compute(p, refs, smem, barriers, line, place):
-  """(acc, m, l) of a line."""
+  """Returns (acc, m, l) of a line."""
   (b, h, start, group, _), (pipe, q_ready, turns) = place, barriers
   operand = smem["p"].at[group] if "p" in smem else None
-  x = tile.View(p, refs, operand, b, h)
-  bounds = tile.of_queries(x, start, ROWS)
+  x = tile.TileContext(p, refs, operand, b, h)
+  bounds = tile.load_query_mask(x, start, ROWS)
   plgpu.barrier_wait(q_ready.at[group])
 
   def turn():
@@ -107,7 +112,7 @@ def _compute(p, refs, smem, barriers, line, place):
     _step, x, group, smem, pipe, turn, line, bounds, start
   )
   found = stream.consume(
-    line, step, (tile.zeros(ROWS, p.dims[-1]), *tile.nothing(x))
+    line, step, (tile.zeros(ROWS, p.dims[-1]), *tile.initial_softmax(x))
   )
   pl.when(group == 0)(turn)
   return found
@@ -115,11 +120,11 @@ def _compute(p, refs, smem, barriers, line, place):
 
 def _step(x, group, smem, pipe, turn, line, bounds, start, n, where, slots,
           carry, masked):  # fmt: skip
-  """Scores of one tile, their softmax, and the product with its values."""
+  """Computes a tile's scores, softmax, and the product with its values."""
   p, ((k_full, v_full), (k_free, v_free)) = x.p, pipe
   k_slot, v_slot = slots
   if p.spec.dropout_rate:
-    # Whose hash needs the registers that addresses of wide queries would take.
+    # The dropout hash needs the registers that addresses of wide queries use.
     group = lax.optimization_barrier(group)
   s = wgmma.product(smem["q"].at[group], smem["k"].at[k_slot], turn)
   plgpu.barrier_arrive(k_free.at[k_slot])
@@ -127,10 +132,10 @@ def _step(x, group, smem, pipe, turn, line, bounds, start, n, where, slots,
   if masked or p.spec.dropout_rate:
     k = where()[1] * p.tile.streamed
   if masked:
-    seen = tile.visible(x, bounds, tile.of_keys(x, k, p.tile.streamed), k)
+    seen = tile.visible(x, bounds, tile.load_key_mask(x, k, p.tile.streamed), k)
   acc, m_new, l, e = tile.softmax(p, s, seen, carry)
-  if kept := tile.keeper(x, start, k):
-    e = tile.dropped(p, e, kept())
+  if kept := tile.dropout_mask(x, start, k):
+    e = tile.apply_dropout(p, e, kept())
   e = e.astype(smem["v"].dtype)
   acc, l, m_new, e = lax.optimization_barrier((acc, l, m_new, e))
   turn()
@@ -148,11 +153,11 @@ def _step(x, group, smem, pipe, turn, line, bounds, start, n, where, slots,
 
 
 def _store(outputs, smem, found, at):
-  """Results to memory."""
+  """Stores the results to memory."""
   o_ref, lse_ref = outputs
   o_smem = smem.get("o", smem["q"]).at[at.group]
   lse_smem = smem["lse"].at[at.group]
-  o, lse = tile.normalised(*found)
+  o, lse = tile.normalise(*found)
   lse_smem[...] = lse
   wgmma.store(o_smem, o, o_ref.at[at.b, at.rows, at.h])
   plgpu.commit_smem()

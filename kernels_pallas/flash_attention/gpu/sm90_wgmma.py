@@ -1,7 +1,8 @@
-"""What the Hopper kernels are made of: `wgmma`, and stores by the copy engine.
+"""Building blocks of the Hopper kernels: `wgmma`, and stores by the copy
+engine.
 
 A matmul reads its right operand from shared memory, and its left one from there
-or from registers, in which the sums are.
+or from registers, where the accumulators are.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.common import gpu_memory
-from kernels_pallas.flash_attention.gpu.gpu_tile import View
+from kernels_pallas.flash_attention.gpu.tile import TileContext
 
 
 def product(a: Any, b: Any, free: Callable[[], None] = lambda: None):
-  """a b^T of two references, [64, rows of b].
+  """Computes a b^T of two references, [64, rows of b].
 
   Args:
     a: [64, H] in shared memory.
@@ -35,16 +36,16 @@ def product(a: Any, b: Any, free: Callable[[], None] = lambda: None):
 
 
 def accumulate(
-  x: View,
+  x: TileContext,
   acc: jax.Array,
   left: jax.Array,
   right: Any,
   free: Callable[[], None] = lambda: None,
 ) -> jax.Array:
-  """acc + left right, left rounded to the type of `right`.
+  """Computes acc + left right, with left rounded to the dtype of `right`.
 
   Args:
-    x: The view.
+    x: The context.
     acc: [64, n].
     left: [64, m], values.
     right: [m, n] in shared memory.
@@ -71,14 +72,15 @@ def accumulate(
 
 
 def store(buffer: Any, value: jax.Array, out: Any) -> None:
-  """Sums to memory: rounded by way of a buffer, or from registers as they are.
+  """Stores an accumulator: rounded through a buffer, or float32 directly.
 
-  The caller waits, by `plgpu.wait_smem_to_gmem`.
+  The caller waits with `plgpu.wait_smem_to_gmem`.
 
   Args:
-    buffer: Shared memory that is no longer needed, in 16 bits.
+    buffer: Shared memory that is no longer needed, 16-bit.
     value: [64, n].
-    out: Reference, of the buffer's type or float32, for which it is too small.
+    out: Reference, of the buffer's dtype, or float32, which the buffer cannot
+      hold.
   """
   if out.dtype != buffer.dtype:
     gpu_memory.store(out, value.astype(out.dtype))

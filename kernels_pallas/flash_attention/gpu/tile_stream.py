@@ -1,9 +1,9 @@
-"""How tiles reach the warpgroups of a GPU kernel that compute.
+"""Streaming of tiles through shared memory: producer and consumer warpgroups.
 
-One warpgroup issues the copies of the streamed side into its buffers; each
-buffer has a barrier that says it is full, on which the others wait, and one
-that says it is free, on which all of them arrive (FlashAttention-3, section
-3.1). A line of the problem's table says which tiles: the visible ones first.
+One warpgroup issues the copies of the streamed side into its buffers. Each
+buffer has a full barrier, on which the computing warpgroups wait, and a free
+barrier, on which all of them arrive (FlashAttention-3, section 3.1). A line of
+the problem's table lists the tiles, fully visible ones first.
 """
 
 import functools
@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.flash_attention.gpu.gpu_problem import Problem
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.problem import Problem
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   REGISTERS,
   SHARED_BYTES,
 )
@@ -28,24 +28,23 @@ from kernels_pallas.masks import intervals
 GROUP = "group"
 """Name of the axis of warpgroups."""
 
-ALIGNED = 1024
-"""Bytes: Mosaic GPU starts each buffer of shared memory at a multiple."""
+ALIGNMENT = 1024
+"""Alignment in bytes of shared memory buffers in Mosaic GPU."""
 
 BARRIER_BYTES = 8
-"""Of each barrier, which follow the buffers."""
+"""Bytes per barrier; barriers follow the buffers."""
 
 Step = Callable[..., Any]
-"""(n, where, slots, carry, masked) to the next carry: n counts over the line,
-`where()` is (head, tile), slots are the operands' buffers."""
+"""Maps (n, where, slots, carry, masked) to the next carry: n counts steps of
+the line, `where()` returns (head, tile), slots are the operands' buffers."""
 
 
 class Line(NamedTuple):
-  """A line of the table: which tiles a block visits.
+  """A line of the table: the tiles that a block visits.
 
   Fields: p, the problem; table, reference; start of the line in it; full and
-  partial, how many tiles there are of each class; heads, how often the line is
-  walked, once for each query head; before, steps of the lines that the block
-  took before this one.
+  partial, number of tiles of each class; heads, how often the line is
+  traversed, once per query head; before, steps of the block's earlier lines.
   """
 
   p: Problem
@@ -58,15 +57,15 @@ class Line(NamedTuple):
 
   @property
   def steps(self) -> jax.Array:
-    """Tiles that pass, over all heads."""
+    """Tiles to stream, over all heads."""
     return self.heads * (self.full + self.partial)
 
   def nth(self, n: Any) -> jax.Array:
-    """The tile of step n of a line that is walked once."""
+    """Returns the tile of step n of a line that is traversed once."""
     return self.table[self.start + 2 + n]
 
   def at(self, n: jax.Array) -> tuple[Any, jax.Array]:
-    """(head, tile) of step n of all, of either class."""
+    """Returns (head, tile) of step n, over both classes."""
     if self.heads == 1:
       return 0, self.nth(n)
     full = n < self.heads * self.full
@@ -76,7 +75,7 @@ class Line(NamedTuple):
     return head, self.nth(jnp.where(full, 0, self.full) + m - head * count)
 
   def tile(self, kind: int, n: jax.Array) -> tuple[Any, jax.Array]:
-    """(head, tile) of step n among those of a class."""
+    """Returns (head, tile) of step n among those of a class."""
     count = self.full if kind == intervals.FULL else self.partial
     head, w = 0, n
     if self.heads > 1:
@@ -88,7 +87,7 @@ class Line(NamedTuple):
 def line(
   p: Problem, table: Any, b: Any, row: Any, heads: int = 1, before: Any = 0
 ) -> Line:
-  """The line of a batch row and a block of rows."""
+  """Returns the line of a batch row and a block of rows."""
   wide = p.wide + 2
   rows = table.shape[0] // (p.lines * wide)
   start = (row if rows == 1 else b * p.lines + row) * wide
@@ -96,7 +95,7 @@ def line(
 
 
 def barriers(p: Problem, arrivals: tuple[int, ...]) -> list[Any]:
-  """Types of the barriers: full ones, with their copies, then free ones."""
+  """Types of the barriers: the full ones, then the free ones."""
   t = p.tile
   full = [
     plgpu.Barrier(num_arrivals=n, num_barriers=stages)
@@ -110,8 +109,8 @@ def barriers(p: Problem, arrivals: tuple[int, ...]) -> list[Any]:
 
 
 def slots(a: Line, n: Any) -> tuple[jax.Array, ...]:
-  """The buffers of both operands at step n of a line."""
-  # Unsigned, whose remainder by a power of two is one instruction.
+  """Returns the buffers of both operands at step n of a line."""
+  # Unsigned: its remainder by a power of two is a single instruction.
   n = jnp.int32(a.before + n).astype(jnp.uint32)
   return tuple(
     lax.rem(n, jnp.uint32(stages)).astype(jnp.int32)
@@ -120,7 +119,7 @@ def slots(a: Line, n: Any) -> tuple[jax.Array, ...]:
 
 
 def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
-  """Shared memory as `wgmma` and the copy engine want it: swizzled rows."""
+  """Shared memory as `wgmma` and the copy engine need it: swizzled rows."""
   columns = 64 if shape[-1] % 64 == 0 else 32
   transforms = (
     plgpu.TilingTransform((8, columns)),
@@ -129,15 +128,16 @@ def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def shapes(
+def buffer_shapes(
   p: Problem, stays: dict[str, int], passes: dict[str, int]
 ) -> dict[str, tuple[int, ...]]:
-  """Of the buffers of what stays, one a warpgroup, and of what passes by.
+  """Returns the shapes of stationary buffers, one a warpgroup, and streamed
+  ones.
 
   Args:
     p: The problem.
-    stays: Columns by name.
-    passes: Columns of the two operands.
+    stays: Columns of the stationary operands, by name.
+    passes: Columns of the two streamed operands, by name.
   """
   t = p.tile
   found = {name: (t.groups, t.height, n) for name, n in stays.items()}
@@ -146,37 +146,37 @@ def shapes(
   return found
 
 
-def taken(types: Any) -> int:
-  """Bytes of shared memory that a tree of its types takes, barriers too."""
+def shared_bytes(types: Any) -> int:
+  """Returns the bytes of shared memory of a tree of types, with barriers."""
   size = 0
   for one in jax.tree.leaves(types):
     if isinstance(one, plgpu.Barrier):
       size += math.prod(one.get_ref_aval().shape) * BARRIER_BYTES
     else:
       found = math.prod(one.shape) * jnp.dtype(one.dtype).itemsize
-      size += math.ceil(found / ALIGNED) * ALIGNED
+      size += math.ceil(found / ALIGNMENT) * ALIGNMENT
   return size
 
 
-def room(types: Any, more: int = 0) -> bool:
-  """Whether shared memory holds all of it.
+def fits_shared(types: Any, more: int = 0) -> bool:
+  """Whether the types fit into shared memory.
 
   Args:
-    types: As of `taken`.
+    types: As in `shared_bytes`.
     more: Bytes that the compiler adds.
   """
-  return taken(types) + more <= SHARED_BYTES
+  return shared_bytes(types) + more <= SHARED_BYTES
 
 
 def check(p: Problem, types: Any, more: int = 0) -> None:
-  """Raises ValueError where a tile does not fit.
+  """Raises ValueError if a tile does not fit into shared memory.
 
   Args:
     p: The problem.
-    types: As of `taken`.
+    types: As in `shared_bytes`.
     more: Bytes that the compiler adds.
   """
-  size, (H, Hv) = taken(types) + more, p.dims[-2:]
+  size, (H, Hv) = shared_bytes(types) + more, p.dims[-2:]
   if size > SHARED_BYTES:
     raise ValueError(
       f"config: found {p.tile}, which at head dims {H} and {Hv} takes "
@@ -186,12 +186,12 @@ def check(p: Problem, types: Any, more: int = 0) -> None:
 
 
 def produce(a: Line, full: Any, free: Any, copies: tuple[Any, ...]) -> None:
-  """Copies the tiles of a line, one after the other, as buffers get free.
+  """Copies the tiles of a line in order, as buffers become free.
 
   Args:
     a: The line.
     full: A barrier array for each of `copies`.
-    free: Likewise.
+    free: A barrier array for each of `copies`.
     copies: Functions of (head, tile, slot, barrier).
   """
 
@@ -215,8 +215,8 @@ def drain(p: Problem, free: Any, steps: Any) -> None:
 
   Args:
     p: The problem.
-    free: As of `produce`.
-    steps: How many tiles were copied.
+    free: As in `produce`.
+    steps: Number of tiles copied.
   """
 
   def wait(barrier, slot, carry):
@@ -228,8 +228,8 @@ def drain(p: Problem, free: Any, steps: Any) -> None:
     lax.fori_loop(0, slots, functools.partial(wait, barrier), None)
 
 
-def of_keys(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
-  """Copies of k and v for query head h of a batch row, for `produce`."""
+def key_copies(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
+  """Returns the copies of k and v for a query head h, for `produce`."""
   kv = h if p.group == 1 else lax.div(h, jnp.int32(p.group))
 
   def operand(name):
@@ -244,10 +244,10 @@ def of_keys(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
   return operand("k"), operand("v")
 
 
-def of_queries(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
-  """Copies of q and do for key head h of a batch row, for `produce`.
+def query_copies(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
+  """Returns the copies of q and do for a key head h, for `produce`.
 
-  The statistics of the queries come with q.
+  The statistics of the queries are copied with q.
   """
 
   def operand(name, *more):
@@ -270,13 +270,13 @@ def of_queries(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
 def fetch(
   refs: Any, smem: Any, ready: Any, names: tuple[str, ...]
 ) -> Callable[[Any], None]:
-  """What starts the copies of what stays, a `Place`'s rows, for `schedule.run`.
+  """Returns a function that copies stationary operands, for `schedule.run`.
 
   Args:
     refs: Arrays by name.
-    smem: Buffers by name, one a warpgroup.
-    ready: A barrier a warpgroup, on which all copies arrive.
-    names: Which arrays.
+    smem: Buffers by name, one per warpgroup.
+    ready: A barrier per warpgroup, on which all copies arrive.
+    names: Which arrays to copy.
   """
 
   def run(at):
@@ -295,8 +295,8 @@ def consume(a: Line, step: Step, carry: Any) -> Any:
 
   Args:
     a: The line.
-    step: As of `Step`.
-    carry: First carry.
+    step: As in `Step`.
+    carry: Initial carry.
   """
 
   def turn(kind, first, n, carry):
@@ -309,20 +309,22 @@ def consume(a: Line, step: Step, carry: Any) -> Any:
   return carry
 
 
-def estimate(p: Problem, matmuls: int) -> dict[str, Any]:
-  """The cost of a kernel, as an argument of `plgpu.kernel` where it takes one.
+def cost_estimate(p: Problem, matmuls: int) -> dict[str, Any]:
+  """Returns the cost estimate as an argument of `plgpu.kernel`.
 
-  That of JAX 0.11 does not.
+  Empty for JAX 0.11, which has no such argument.
   """
   if "cost_estimate" not in inspect.signature(plgpu.kernel).parameters:
     return {}
   return {"cost_estimate": p.cost(matmuls)}
 
 
-def roles(p: Problem, compute: Callable[[Any], None], copy) -> None:
+def specialise_warpgroups(
+  p: Problem, compute: Callable[[Any], None], copy
+) -> None:
   """Runs `compute(group)` in all warpgroups but the last, and `copy()` there.
 
-  Registers move from the one that only copies to the others.
+  Registers are reallocated from the copying warpgroup to the others.
   """
   groups = p.tile.groups
   group = lax.axis_index(GROUP)
@@ -342,7 +344,7 @@ def roles(p: Problem, compute: Callable[[Any], None], copy) -> None:
 
 
 def _loops(a: Line):
-  """(class, steps before, steps) of the loops over a line."""
+  """Yields (class, steps before, steps) of the loops over a line."""
   if intervals.FULL in a.p.kinds:
     yield intervals.FULL, 0, a.heads * a.full
   if intervals.PARTIAL in a.p.kinds:

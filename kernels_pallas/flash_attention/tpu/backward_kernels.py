@@ -1,13 +1,13 @@
-"""The backward TPU kernels: probabilities recomputed, a tile at a time.
+"""Backward flash attention kernels for TPUs, with recomputed probabilities.
 
-It has run on no TPU yet: numbers and races are the interpreter's, schedules
-and spills those of libtpu's compiler for v4 to tpu7x.
+Not yet run on a TPU: the interpreter checks numbers and races, libtpu's
+compiler for v4 to tpu7x schedules and spills.
 
 `dkv` sums dk and dv over query tiles and over the query heads of a key head,
 `dq` sums dq over key tiles: 7 matmuls a tile, memory linear in length. `fused`
-does both in 5 matmuls a tile; its parts of dq, one for each tile of keys, are
-summed by XLA, so they cost memory that grows with the number of key tiles.
-Formulas: kernels.md 2.2.
+computes all in 5 matmuls a tile; its partial dq, one for each tile of keys, are
+summed by XLA, so their memory grows with the number of key tiles. Formulas:
+kernels.md 2.2.
 """
 
 import functools
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.flash_attention.tpu import tpu_tile as tile
-from kernels_pallas.flash_attention.tpu.tpu_problem import (
+from kernels_pallas.flash_attention.tpu import tile
+from kernels_pallas.flash_attention.tpu.problem import (
   PREFETCHED,
   VMEM_LIMIT,
   Place,
@@ -33,21 +33,21 @@ from kernels_pallas.masks import intervals
 
 
 def dkv(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
-  """dk [B, K, S, H] and dv [B, K, S, Hv], in the accumulator dtype.
+  """Returns dk [B, K, S, H] and dv [B, K, S, Hv], in the accumulator dtype.
 
   Args:
     p: The problem, with arrays do, lse and shift.
-    interpret: As of `pl.pallas_call`.
+    interpret: As in `pl.pallas_call`.
   """
   return _over_keys(p, interpret, fused=())
 
 
 def fused(p: Problem, interpret: Any) -> tuple[jax.Array, ...]:
-  """dq [B, N, T, H], dk and dv; arguments as of `dkv`."""
+  """Returns dq [B, N, T, H], dk and dv; arguments as in `dkv`."""
   (B, N, _, T, _, H, _), (_, columns) = p.dims, p.tiles
   shape = varying(p.arrays["q"], (columns, B, N, T, H), p.dtype)
   dk, dv, parts = _over_keys(p, interpret, fused=(shape,))
-  # Parts of tiles that nobody visits were never written.
+  # Partial results of tiles that are not visited were never written.
   visited = jnp.asarray(p.classes != intervals.EMPTY)
   visited = jnp.repeat(visited, p.tile.q, axis=1).transpose(2, 0, 1)
   dq = jnp.where(visited[:, :, None, :, None], parts, 0).sum(0)
@@ -55,7 +55,7 @@ def fused(p: Problem, interpret: Any) -> tuple[jax.Array, ...]:
 
 
 def dq(p: Problem, interpret: Any) -> jax.Array:
-  """dq [B, N, T, H] in the accumulator dtype; arguments as of `dkv`."""
+  """Returns dq [B, N, T, H] in the accumulator dtype; arguments as in `dkv`."""
   (B, N, _, T, _, H, _), t = p.dims, p.tile
   place = query_place(p)
   return _call(
@@ -77,7 +77,7 @@ def dq(p: Problem, interpret: Any) -> jax.Array:
 
 
 def _over_keys(p: Problem, interpret, fused):
-  """dk, dv, and dq's parts where `fused` holds their type."""
+  """Returns dk, dv, and partial dq if `fused` contains their type."""
   (B, _, K, _, S, H, Hv), t = p.dims, p.tile
   place = key_place(p)
 
@@ -132,7 +132,7 @@ def _call(
   interpret: Any,
   name: str,
 ):
-  """A backward kernel whose last `summed` grid axes are sums."""
+  """Calls a backward kernel that sums over its last `summed` grid axes."""
   operands = {k: v for k, v in p.arrays.items() if k not in ("seed", "sinks")}
   specs = operand_specs(p, place)
   semantics = ("parallel",) * (len(grid) - summed) + ("arbitrary",) * summed
@@ -202,16 +202,16 @@ def _dq_kernel(p, place, table, seed, refs, dq, dq_sum):
 
 
 def _by_keys(p: Problem) -> list[tile.Part]:
-  """All parts of a tile, queries fastest."""
+  """Returns all parts of a tile, queries fastest."""
   return sorted(tile.parts(p), key=lambda part: part.kv)
 
 
 def _sweep(x: tile.View, todo, dq_sum, dk_sum=None, dv_sum=None):
-  """Adds a tile's gradients to those sums that there are.
+  """Adds a tile's gradients to the accumulators that are given.
 
-  As in the forward kernel, the matmuls of the parts before and after stand
-  around the exponentials of a part. Where dk and dq are both summed, dq is
-  this tile's alone.
+  As in the forward kernel, the matmuls of the previous and the next part
+  surround the exponentials of a part. If dk and dq are both computed, dq is
+  only this tile's.
   """
   alone = dq_sum is not None and dk_sum is not None
   started = set()
@@ -248,10 +248,10 @@ def _products(x: tile.View, part):
 
 
 def _gradients(x: tile.View, part, s, dp):
-  """Of a part: probabilities after dropout, and gradients of the logits.
+  """Returns a part's probabilities after dropout, and its logits' gradients.
 
-  The first gradient is that of the product times scale, the second that of the
-  logits after the soft cap.
+  The first gradient is with respect to the product times scale, the second with
+  respect to the logits after the soft cap.
   """
   here = tile.queries(x.p, part)
   t, slope, kept = tile.logits(x, part, s)
@@ -262,7 +262,7 @@ def _gradients(x: tile.View, part, s, dp):
 
 
 def logit_gradient(x: tile.View, part: tile.Part) -> jax.Array:
-  """A part's gradient of the logits where the bias is added, transposed."""
+  """Returns a part's gradient with respect to the bias, transposed."""
   _, dt, du = _gradients(x, part, *_products(x, part))
   return dt if x.p.spec.bias_before_softcap else du
 

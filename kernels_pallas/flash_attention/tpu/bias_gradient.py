@@ -1,8 +1,8 @@
-"""The gradient of a bias: a kernel of its own, only run where there is one.
+"""The gradient of an attention bias for TPUs: a separate kernel, run if needed.
 
-A bias is broadcast along some of (batch, head, query, key). The grid runs over
-the other axes first and over those last, so that a block of the gradient stays
-in VMEM while all tiles that share it are added to it.
+A bias is broadcast along some of (batch, head, query, key). The grid iterates
+over these axes innermost, so that a block of the gradient stays in VMEM while
+all tiles that share it are added to it.
 """
 
 import functools
@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_attention.tpu import backward_kernels as back
-from kernels_pallas.flash_attention.tpu import tpu_tile as tile
-from kernels_pallas.flash_attention.tpu.tpu_problem import (
+from kernels_pallas.flash_attention.tpu import tile
+from kernels_pallas.flash_attention.tpu.problem import (
   PREFETCHED,
   VMEM_LIMIT,
   Problem,
@@ -26,12 +26,12 @@ from kernels_pallas.flash_attention.tpu.tpu_problem import (
 
 
 def dbias(p: Problem, shape: tuple[int, ...], interpret: Any) -> jax.Array:
-  """The gradient of a bias of `shape` [b, n, t, s], in the accumulator dtype.
+  """Returns the gradient of a bias [b, n, t, s], in the accumulator dtype.
 
   Args:
     p: The problem, with arrays do, lse and shift.
-    shape: Of the bias as called; each axis whole or 1.
-    interpret: As of `pl.pallas_call`.
+    shape: Shape of the bias; each axis is full or 1.
+    interpret: As in `pl.pallas_call`.
   """
   (B, N, _, T, S, _, _), t = p.dims, p.tile
   along_k, along_q = shape[3] > 1, shape[2] > 1
@@ -40,7 +40,7 @@ def dbias(p: Problem, shape: tuple[int, ...], interpret: Any) -> jax.Array:
   kept = [a for a in range(4) if varies[a]]
   order = [*kept, *(a for a in range(4) if a not in kept)]
   place = _place(p, order)
-  # What has no queries is repeated over lanes, what has no keys over sublanes.
+  # Without queries it is repeated over lanes, without keys over sublanes.
   block = (t.kv if along_k else _sublanes(p), t.q if along_q else lanes(t))
 
   def where(*ids):
@@ -86,7 +86,7 @@ def _sublanes(p: Problem) -> int:
 
 
 def _place(p: Problem, order: list[int]):
-  """Of a grid over (b, h, i, j) in the given order; the table is of classes."""
+  """Maps a grid over (b, h, i, j) in the given order; the table has classes."""
   (rows, columns), many = p.tiles, p.classes.shape[0] > 1
 
   def place(*ids):
@@ -117,7 +117,7 @@ def _kernel(p, place, kept, varies, table, seed, refs, total):
 
 
 def _add(x: tile.View, part, varies, total):
-  """Adds a part's gradient, summed along the axes of the broadcast."""
+  """Adds a part's gradient, summed along the broadcast axes."""
   along_k, along_q = varies
   value = back.logit_gradient(x, part)
   k, q = value.shape

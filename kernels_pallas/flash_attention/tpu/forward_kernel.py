@@ -1,13 +1,13 @@
-"""The forward TPU kernel: online softmax over transposed scores.
+"""Forward flash attention kernel for TPUs: online softmax on transposed scores.
 
-It has run on no TPU yet: numbers and races are the interpreter's, schedules
-and spills those of libtpu's compiler for v4 to tpu7x.
+Not yet run on a TPU: the interpreter checks numbers and races, libtpu's
+compiler for v4 to tpu7x schedules and spills.
 
-One grid step is one tile. Its parts are unrolled in program order such that
-the matmul of the next part's scores and that of the previous part's values
-stand on both sides of a part's exponentials: the scheduler then keeps the
-matrix units busy (kernels.md 12.1 says how that is measured). Sums of
-probabilities are kept for each sublane and added once, at the end.
+One grid step is one tile. Its parts are unrolled such that the matmul of the
+next part's scores and that of the previous part's values surround a part's
+exponentials in program order: the scheduler then keeps the matrix units busy
+(kernels.md 12.1 describes the measurement). Sums of probabilities are kept per
+sublane and reduced once, at the end.
 """
 
 import functools
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.flash_attention.tpu import tpu_tile as tile
-from kernels_pallas.flash_attention.tpu.tpu_problem import (
+from kernels_pallas.flash_attention.tpu import tile
+from kernels_pallas.flash_attention.tpu.problem import (
   PREFETCHED,
   VMEM_LIMIT,
   Problem,
@@ -29,11 +29,11 @@ from kernels_pallas.flash_attention.tpu.tpu_problem import (
 
 
 def forward(p: Problem, interpret) -> tuple[jax.Array, jax.Array]:
-  """The output [B, N, T, Hv] and log-sum-exp [B, N, 1, T], padding included.
+  """Returns the output [B, N, T, Hv] and log-sum-exp [B, N, 1, T], padded.
 
   Args:
     p: The problem.
-    interpret: As of `pl.pallas_call`.
+    interpret: As in `pl.pallas_call`.
   """
   B, N, _, T, _, _, Hv = p.dims
   operands = {k: v for k, v in p.arrays.items() if k != "seed"}
@@ -56,7 +56,7 @@ def forward(p: Problem, interpret) -> tuple[jax.Array, jax.Array]:
 
 
 def grid_spec(p: Problem) -> pltpu.PrefetchScalarGridSpec:
-  """The kernel's grid, and which block each of its steps holds."""
+  """Returns the kernel's grid and the blocks of each of its steps."""
   B, N, _, _, _, _, Hv = p.dims
   place, t = query_place(p), p.tile
   out = pl.BlockSpec((None, None, t.q, Hv), lambda b, h, i, *_: (b, h, i, 0))
@@ -75,7 +75,7 @@ def grid_spec(p: Problem) -> pltpu.PrefetchScalarGridSpec:
 
 
 def _sums(p: Problem) -> int:
-  """Rows of partial sums of probabilities."""
+  """Returns the number of rows of partial sums of probabilities."""
   return tile.SUBLANES if p.tile.kv_part % tile.SUBLANES == 0 else 1
 
 
@@ -98,7 +98,7 @@ def _kernel(p, place, table, seed, refs, o, lse, m, l, acc):
 
 
 def _start(p, refs, h, m, l, acc):
-  """No key seen, or only the sink, whose value is 0."""
+  """Initialises the state: no key, or only the sink, whose value is 0."""
   acc[...] = jnp.zeros(acc.shape, acc.dtype)
   # Finite, so that differences from it are never NaN.
   lowest = jnp.full(m.shape, jnp.finfo(m.dtype).min, m.dtype)
@@ -108,14 +108,14 @@ def _start(p, refs, h, m, l, acc):
     return
   sink = jnp.full(m.shape, refs["sinks"][h].astype(m.dtype) * tile.unit(p))
   m[...] = jnp.maximum(sink, lowest)
-  # 1, but for a sink of -inf, which is none.
+  # 1, or 0 for a sink of -inf, which is disabled.
   share = jnp.broadcast_to(tile.exponential(p, sink - m[...]), l.shape)
   first = jax.lax.broadcasted_iota(jnp.int32, l.shape, 0) == 0
   l[...] = jnp.where(first, share, 0)
 
 
 def _attend(x: tile.View, m, l, acc):
-  """Adds a tile to the state, its matmuls around the softmax of other parts."""
+  """Adds a tile to the state, overlapping matmuls with other parts' softmax."""
   todo = list(tile.parts(x.p))
   s, previous = tile.products(x, todo[0]), None
   for n, part in enumerate(todo):
@@ -128,7 +128,7 @@ def _attend(x: tile.View, m, l, acc):
 
 
 def _softmax(x: tile.View, part, s, m, l):
-  """Probabilities of a part to the new maximum, and the old state's factor."""
+  """Updates the maximum; returns a part's probabilities and the old factor."""
   p, here = x.p, tile.queries(x.p, part)
   t, _, kept = tile.logits(x, part, s)
   before = m[:, here]

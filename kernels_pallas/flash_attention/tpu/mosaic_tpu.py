@@ -1,8 +1,8 @@
-"""Flash attention as Mosaic kernels for TPU, the mosaic_tpu backend.
+"""Flash attention as Mosaic TPU kernels: the mosaic_tpu backend.
 
-`forward_kernel` and `backward_kernels` hold the kernels,
-`tpu_problem` what they are called with. The saved output and
-log-sum-exp have the names that `blockwise` gives them.
+`forward_kernel` and `backward_kernels` contain the kernels, `problem` prepares
+their arguments. The saved output and log-sum-exp have the same checkpoint names
+as in `blockwise`.
 """
 
 import dataclasses
@@ -14,34 +14,33 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention.cotangents import (
-  Queries,
-  finished,
-  kept,
-  queries,
+  QueryCotangents,
+  cast_gradients,
+  query_cotangents,
+  save_residuals,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.flash_attention.tpu import backward_kernels as back
-from kernels_pallas.flash_attention.tpu import bias_gradient
-from kernels_pallas.flash_attention.tpu import tpu_problem as problem
+from kernels_pallas.flash_attention.tpu import bias_gradient, problem
 from kernels_pallas.flash_attention.tpu.forward_kernel import forward
-from kernels_pallas.flash_attention.tpu.tpu_tile import unit
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import LANES, Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile import unit
+from kernels_pallas.flash_attention.tpu.tile_sizes import LANES, Tile, Tiles
 
 FUSED_KEY_TILES = 8
-"""Most tiles of keys for which 'auto' lets parts of dq pass through memory."""
+"""Most key tiles for which 'auto' stores partial dq in memory."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def mosaic_tpu_attention(
   spec: Spec, interpret: Any, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """Softmax attention (kernels.md 2.1) on a TPU, with its own gradient.
+  """Softmax attention (kernels.md 2.1) on a TPU, with a custom gradient.
 
   Differentiable once in q, k, v, bias and sinks, through both results.
 
   Args:
     spec: Static part; `spec.blocks` is a `Tiles`.
-    interpret: False to compile, or as of `pl.pallas_call`.
+    interpret: False to compile, or as in `pl.pallas_call`.
     x: Arrays.
 
   Returns:
@@ -50,7 +49,7 @@ def mosaic_tpu_attention(
     there is no sink.
 
   Raises:
-    ValueError: A dtype or tile that no TPU takes, unless interpreted.
+    ValueError: TPUs do not support the dtype or tile, unless interpreted.
   """
   tiles = _tiles(spec, interpret, x)
   p = problem.prepare(spec, x, tiles.forward)
@@ -60,26 +59,28 @@ def mosaic_tpu_attention(
 
 
 def _forward(spec, interpret, x):
-  return kept(x, *mosaic_tpu_attention.__wrapped__(spec, interpret, x))
+  return save_residuals(
+    x, *mosaic_tpu_attention.__wrapped__(spec, interpret, x)
+  )
 
 
 def _backward(spec, interpret, saved, cotangents):
   x, o, lse = saved
-  rows = queries(x, o, lse, *cotangents)
+  rows = query_cotangents(x, o, lse, *cotangents)
   found = mosaic_tpu_gradients(spec, interpret, x, rows)
-  return (finished(x, found, rows),)
+  return (cast_gradients(x, found, rows),)
 
 
 def mosaic_tpu_gradients(
-  spec: Spec, interpret: Any, x: Operands, rows: Queries
+  spec: Spec, interpret: Any, x: Operands, rows: QueryCotangents
 ) -> Operands:
-  """Gradients of q, k, v and bias in the accumulator dtype.
+  """Returns the gradients of q, k, v and bias in the accumulator dtype.
 
   Args:
     spec: Static part; `spec.blocks` is a `Tiles`.
-    interpret: False to compile, or as of `pl.pallas_call`.
-    x: Arrays; sinks are not looked at.
-    rows: What the queries saw, these keys and perhaps others.
+    interpret: False to compile, or as in `pl.pallas_call`.
+    x: Arrays; sinks are ignored.
+    rows: Per-query inputs, computed over these keys and possibly others.
   """
   T, S = x.q.shape[1], x.k.shape[1]
   tiles = _tiles(spec, interpret, x)
@@ -106,7 +107,7 @@ def mosaic_tpu_gradients(
 
 
 def _with_cotangents(p: problem.Problem, do, lse, shift) -> problem.Problem:
-  """The problem with the rows and arrays of the backward pass."""
+  """Adds the arrays of the backward pass to the problem."""
   t = p.tile.q
   more = {
     "do": problem.heads_first(do.astype(p.arrays["q"].dtype), t),
@@ -123,12 +124,11 @@ def _is_fused(tiles: Tiles, p: problem.Problem) -> bool:
 
 
 def _tiles(spec: Spec, interpret: Any, x: Operands) -> Tiles:
-  """The call's tiles; raises where no TPU would take the call."""
+  """Returns the call's tiles; raises if no TPU supports the call."""
   tiles = spec.blocks
   if not isinstance(tiles, Tiles):
     raise ValueError(
-      f"config: found {tiles!r}, expected a `tpu_tile_sizes.Tiles` for "
-      "mosaic_tpu"
+      f"config: found {tiles!r}, expected a `tile_sizes.Tiles` for mosaic_tpu"
     )
   if interpret:
     return tiles

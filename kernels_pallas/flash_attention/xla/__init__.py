@@ -1,1 +1,1 @@
-"""FlashAttention in JAX alone: blocks in loops, for any device."""
+"""FlashAttention in plain JAX: blockwise, on any device."""

@@ -1,7 +1,7 @@
-"""Flash attention in plain lax for every platform, the xla_blockwise backend.
+"""Blockwise flash attention in plain lax, on every platform: xla_blockwise.
 
-Never holds `[T, S]` scores of long sequences, forward or backward: it saves
-the output and the log-sum-exp and recomputes probabilities, a tile at a time
+Never materialises `[T, S]` scores of long sequences, forward or backward: it
+saves the output and the log-sum-exp and recomputes probabilities tile by tile
 (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2"). The saved
 arrays are named 'attn_out' and 'attn_lse' for `jax.checkpoint` policies, so
 that a rematerialised layer need not run attention twice.
@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention import tiles
 from kernels_pallas.flash_attention.cotangents import (
-  Queries,
-  finished,
-  kept,
-  queries,
+  QueryCotangents,
+  cast_gradients,
+  query_cotangents,
+  save_residuals,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.flash_attention.xla import (
@@ -28,13 +28,13 @@ from kernels_pallas.flash_attention.xla import (
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def blocked_attention(
+def blockwise_attention(
   spec: Spec, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """Softmax attention (kernels.md 2.1) by blocks, with its own gradient.
+  """Softmax attention (kernels.md 2.1) by blocks, with a custom gradient.
 
-  Differentiable in q, k, v, bias and sinks, through both results. Twice where
-  `spec.blocks.unroll` admits the lengths.
+  Differentiable in q, k, v, bias and sinks, through both results; twice
+  differentiable if the lengths are within `spec.blocks.unroll`.
 
   Args:
     spec: Static part.
@@ -46,7 +46,7 @@ def blocked_attention(
     there is no sink.
   """
   B, T, N, _ = x.q.shape
-  o, lse = _organisation(spec, x).forward(spec, tiles.group(x))
+  o, lse = _organisation(spec, x).forward(spec, tiles.group_heads(x))
   return (
     tiles.ungroup_queries(o).astype(spec.output or x.q.dtype),
     lse.reshape(B, N, T),
@@ -54,29 +54,31 @@ def blocked_attention(
 
 
 def _forward(spec, x):
-  return kept(x, *blocked_attention.__wrapped__(spec, x))
+  return save_residuals(x, *blockwise_attention.__wrapped__(spec, x))
 
 
 def _backward(spec, saved, cotangents):
   x, o, lse = saved
-  rows = queries(x, o, lse, *cotangents)
-  return (finished(x, blocked_gradients(spec, x, rows), rows),)
+  rows = query_cotangents(x, o, lse, *cotangents)
+  return (cast_gradients(x, blockwise_gradients(spec, x, rows), rows),)
 
 
-def blocked_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
-  """Gradients of q, k, v and bias in the accumulator dtype.
+def blockwise_gradients(
+  spec: Spec, x: Operands, rows: QueryCotangents
+) -> Operands:
+  """Returns the gradients of q, k, v and bias in the accumulator dtype.
 
   Args:
     spec: Static part.
-    x: Arrays; sinks are not looked at.
-    rows: What the queries saw, these keys and perhaps others.
+    x: Arrays; sinks are ignored.
+    rows: Per-query inputs, computed over these keys and possibly others.
   """
   (B, T, N, _), K = x.q.shape, x.k.shape[2]
   shape = (B, K, N // K, T)
   dq, dk, dv, dbias = _organisation(spec, x).backward(
     spec,
-    tiles.group(x),
-    tiles.Cotangents(
+    tiles.group_heads(x),
+    tiles.TileCotangents(
       tiles.group_queries(rows.do, K),
       rows.lse.reshape(shape),
       rows.shift.reshape(shape),
@@ -92,11 +94,11 @@ def blocked_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
 
 
 def _organisation(spec: Spec, x: Operands):
-  """The module whose loops suit the lengths."""
+  """Returns the module that implements these lengths."""
   T, S = x.q.shape[1], x.k.shape[1]
   q, limit = spec.blocks.q, spec.blocks.unroll
   short = max(T * q, min(q, T) * S) <= q * limit
   return blockwise_unrolled if short else blockwise_loops
 
 
-blocked_attention.defvjp(_forward, _backward)
+blockwise_attention.defvjp(_forward, _backward)

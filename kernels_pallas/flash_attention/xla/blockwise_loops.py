@@ -1,10 +1,10 @@
-"""Tiles of queries and keys in loops of the program: memory linear in length.
+"""Blockwise attention by loops over tiles: memory linear in sequence length.
 
 For sequences too long for `blockwise_unrolled`. The outer loop runs over query
-tiles and the inner one over the key tiles of which they may see any, from the
-table of `masks.intervals`; only tiles that are partly visible pay for the mask.
-A tile's scores are the largest temporary. The backward pass is one sweep (5
-matmuls a tile), with dk and dv as carries.
+tiles and the inner one over the key tiles that they may see, from the table of
+`masks.intervals`; only partially visible tiles evaluate the mask. A tile's
+scores are the largest temporary. The backward pass is one sweep (5 matmuls a
+tile) that carries dk and dv.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from jaxtyping import Array
 
 from kernels_pallas.flash_attention import tiles
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.masks import cut, intervals
+from kernels_pallas.masks import intervals, slice_axis
 
 
 class _Table(NamedTuple):
-  """What is visited, for each tile of queries.
+  """The key tiles to visit for each query tile.
 
-  Fields: entries [q tiles, w], 4 times the tile of keys plus its class;
-  counts [q tiles], how many of them; kinds, the classes that may occur.
+  Fields: entries [q tiles, w], 4 times the index of the key tile plus its
+  class; counts [q tiles], number of entries; kinds, the classes that may occur.
   """
 
   entries: Any
@@ -33,7 +33,7 @@ class _Table(NamedTuple):
 
 
 def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
-  """The output [B, K, G, T, Hv] and log-sum-exp [B, K, G, T], grouped."""
+  """Returns the output [B, K, G, T, Hv] and log-sum-exp [B, K, G, T]."""
   T, S = x.q.shape[3], x.k.shape[2]
   bq, bk = min(spec.blocks.q, T), min(spec.blocks.k, S)
   table = _table(spec, x)
@@ -47,13 +47,13 @@ def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
       keys = (entries[n] // 4 * bk, bk)
 
       def attend(seen):
-        return tiles.attend(spec, x, rows, keys, seen)
+        return tiles.tile_attention(spec, x, rows, keys, seen)
 
       seen = lambda: tiles.visible(x, T, S, rows, keys)  # noqa: E731
       new = _by_class(table.kinds, entries[n] % 4, seen, attend)
       return tiles.merge(state, new)
 
-    state = jax.lax.fori_loop(0, count, tile, tiles.nothing(x, bq))
+    state = jax.lax.fori_loop(0, count, tile, tiles.initial_state(x, bq))
     return carry, tiles.finish(state, x.sinks)
 
   _, (o, lse) = jax.lax.scan(row, None, _steps(table))
@@ -61,22 +61,22 @@ def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
 
 
 def backward(
-  spec: Spec, x: Operands, cotangents: tiles.Cotangents
+  spec: Spec, x: Operands, cotangents: tiles.TileCotangents
 ) -> tuple[Array, Array, Array, Array | None]:
-  """(dq, dk, dv, dbias), grouped, in the accumulator dtype."""
+  """Returns (dq, dk, dv, dbias), grouped, in the accumulator dtype."""
   T, S, shapes = x.q.shape[3], x.k.shape[2], x
   bq, bk = min(spec.blocks.q, T), min(spec.blocks.k, S)
   table = _table(spec, x)
   x = _padded(spec, x)
   do, lse, shift = cotangents
-  cotangents = tiles.Cotangents(
+  cotangents = tiles.TileCotangents(
     _pad(do, 3, bq), _pad(lse, 3, bq, jnp.inf), _pad(shift, 3, bq)
   )
 
   def row(carry, step):
     i, entries, count = step
     rows = (i * bq, bq)
-    block = jax.tree.map(lambda c: cut(c, 3, *rows), cotangents)
+    block = jax.tree.map(lambda c: slice_axis(c, 3, *rows), cotangents)
 
     def tile(n, carry):
       dq, dk, dv, dbias = carry
@@ -87,19 +87,23 @@ def backward(
 
       seen = lambda: tiles.visible(x, T, S, rows, keys)  # noqa: E731
       parts = _by_class(table.kinds, entries[n] % 4, seen, gradients)
-      dk = tiles.add_at(dk, parts[1], (2, keys))
-      dv = tiles.add_at(dv, parts[2], (2, keys))
+      dk = tiles.add_tile(dk, parts[1], (2, keys))
+      dv = tiles.add_tile(dv, parts[2], (2, keys))
       if dbias is not None:
-        dbias = tiles.add_at(dbias, parts[3], (3, rows), (4, keys))
+        dbias = tiles.add_tile(dbias, parts[3], (3, rows), (4, keys))
       return dq + parts[0], dk, dv, dbias
 
     B, K, G, _, H = x.q.shape
-    dq = tiles.filled(x, (B, K, H, G, bq))
+    dq = tiles.full_like_queries(x, (B, K, H, G, bq))
     dq, *carry = jax.lax.fori_loop(0, count, tile, (dq, *carry))
     return tuple(carry), jnp.moveaxis(dq, 2, 4)
 
-  dbias = None if x.bias is None else tiles.filled(x, x.bias.shape)
-  sums = (tiles.filled(x, x.k.shape), tiles.filled(x, x.v.shape), dbias)
+  dbias = None if x.bias is None else tiles.full_like_queries(x, x.bias.shape)
+  sums = (
+    tiles.full_like_queries(x, x.k.shape),
+    tiles.full_like_queries(x, x.v.shape),
+    dbias,
+  )
   (dk, dv, dbias), dq = jax.lax.scan(row, sums, _steps(table))
   if dbias is not None:
     dbias = dbias[..., : shapes.bias.shape[3], : shapes.bias.shape[4]]
@@ -107,11 +111,11 @@ def backward(
 
 
 def _table(spec: Spec, x: Operands) -> _Table:
-  """The tiles of keys of which any query of a tile, in any row, sees any."""
+  """Returns the key tiles that any query of a tile, in any row, sees."""
   T, S = x.q.shape[3], x.k.shape[2]
   bq, bk = min(spec.blocks.q, T), min(spec.blocks.k, S)
-  found = intervals.rows(x.mask, T, S)
-  classes = intervals.classes(found, T, S, bq, bk)
+  found = intervals.mask_intervals(x.mask, T, S)
+  classes = intervals.tile_classes(found, T, S, bq, bk)
   static = isinstance(classes, np.ndarray)
   xp = np if static else jnp
   some = (classes != intervals.EMPTY).any(0)
@@ -122,12 +126,12 @@ def _table(spec: Spec, x: Operands) -> _Table:
   kinds = np.unique(classes[some]) if static else (1, 2)
   wide = max(1, int(counts.max())) if static else classes.shape[1]
   return _Table(
-    intervals.table(classes, wide), counts, frozenset(map(int, kinds))
+    intervals.visit_table(classes, wide), counts, frozenset(map(int, kinds))
   )
 
 
 def _steps(table: _Table) -> tuple[Array, Array, Array]:
-  """What a scan over tiles of queries runs over."""
+  """Returns the inputs of the scan over query tiles."""
   lines = np.arange(len(table.counts), dtype=np.int32)
   return tuple(map(jnp.asarray, (lines, table.entries, table.counts)))
 
@@ -138,7 +142,7 @@ def _by_class(
   seen: Callable[[], Array],
   run: Callable[[Array | None], Any],
 ) -> Any:
-  """`run` of what is visible in a tile, None where that is everything."""
+  """Calls `run` with the tile's visibility, or None if all is visible."""
   if kinds == {intervals.FULL}:
     return run(None)
   if intervals.FULL not in kinds:
@@ -149,7 +153,7 @@ def _by_class(
 
 
 def _padded(spec: Spec, x: Operands) -> Operands:
-  """The arrays padded to whole tiles; `Mask.visible` hides what is past S."""
+  """Pads the arrays to whole tiles; `Mask.visible` masks keys past S."""
   T, S = x.q.shape[3], x.k.shape[2]
   bq, bk = min(spec.blocks.q, T), min(spec.blocks.k, S)
   bias = x.bias
@@ -172,6 +176,6 @@ def _pad(x: Array, axis: int, multiple: int, value: float = 0) -> Array:
 
 
 def _unstack(x: Array, T: int) -> Array:
-  """[tiles, B, K, G, t, ...] to [B, K, G, T, ...]."""
+  """Reshapes [tiles, B, K, G, t, ...] to [B, K, G, T, ...]."""
   x = jnp.moveaxis(x, 0, 3)
   return x.reshape(*x.shape[:3], -1, *x.shape[5:])[:, :, :, :T]

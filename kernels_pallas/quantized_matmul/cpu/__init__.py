@@ -1,6 +1,6 @@
-"""Products with packed weights for CPUs, in C++."""
+"""Matmul with packed weights for CPUs, in C++."""
 
-from kernels_pallas.quantized_matmul.cpu.cpu import (
+from kernels_pallas.quantized_matmul.cpu.matmul import (
   ISAS,
   LIBRARY,
   TARGET,

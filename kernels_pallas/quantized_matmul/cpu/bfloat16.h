@@ -1,12 +1,12 @@
 // bfloat16 weights times bfloat16 x: a word is two inputs of each lane, which
-// one instruction multiplies by a pair of x and adds in float32.
+// one instruction multiplies by a pair of x and accumulates in float32.
 
 #ifndef PANELS_BFLOAT16_H_
 #define PANELS_BFLOAT16_H_
 
 #include "problem.h"
 
-// GCC 10 has no name for the CPU's feature yet.
+// GCC 10 does not know this CPU feature yet.
 #if defined(__x86_64__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
 #define PANELS_BFLOAT16
 #include <immintrin.h>
@@ -19,7 +19,7 @@ inline bool takes(const Problem& p) {
   return p.bits == 16 && p.x_type == Type::kBF16 && p.inputs == p.padded;
 }
 
-// `panels::put` for a vector, which GCC leaves to one lane at a time.
+// `panels::put` for a vector, which GCC would not vectorize.
 TARGET inline void put(const Problem& p, int64_t row, int64_t panel, __m512 y) {
   const int64_t first = panel * kLanes, rest = p.outputs - first;
   const __mmask16 some = rest < kLanes ? (1 << rest) - 1 : 0xffff;
@@ -38,12 +38,13 @@ TARGET inline void put(const Problem& p, int64_t row, int64_t panel, __m512 y) {
   _mm512_mask_cvtepi32_storeu_epi16(static_cast<uint16_t*>(p.y) + at, some, up);
 }
 
-// ROWS rows of x times PANELS panels, from `row` and `panel` on.
+// ROWS rows of x times PANELS panels, starting at `row` and `panel`.
 template <int ROWS, int PANELS>
 TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
-  const int64_t stride = p.words * kLanes;  // of a panel's codes
-  // The CPU's own prefetching stops at the end of a page, which a panel is
-  // about: several ask for the panels behind them, one for what follows.
+  const int64_t stride = p.words * kLanes;  // words per panel
+  // The hardware prefetcher stops at the end of a page, about the size of a
+  // panel: with several panels prefetch the next ones, with one the words that
+  // follow.
   const int64_t ahead = PANELS > 1 ? PANELS * stride : 1024;
   const uint16_t* x = p.pairs + row * p.inputs;
   const uint32_t* codes = p.codes + panel * stride;
@@ -84,8 +85,8 @@ constexpr int64_t kFew = 16;
 template <int PANELS>
 TARGET void rows(const Problem& p, int64_t first, int64_t last, int64_t panel) {
   int64_t row = first;
-  // Eight rows meet the weights once and in the order of memory, which these
-  // come from; more of them find the weights in cache.
+  // Up to eight rows read the weights once, in memory order; more rows find the
+  // weights in cache.
   for (; p.rows < kFew && row + 8 <= last; row += 8) {
     for (int64_t q = 0; q < PANELS; ++q) tile<8, 1>(p, row, panel + q);
   }
@@ -94,7 +95,7 @@ TARGET void rows(const Problem& p, int64_t first, int64_t last, int64_t panel) {
 }
 
 TARGET inline void run(const Problem& p, int64_t begin, int64_t end) {
-  // Of more rows the second level of cache would not hold x for all panels.
+  // With more rows, the L2 cache would not hold x for all panels.
   constexpr int64_t kTogether = 128;
   for (int64_t row = 0; row < p.rows; row += kTogether) {
     const int64_t last = row + kTogether < p.rows ? row + kTogether : p.rows;

@@ -1,4 +1,4 @@
-// A vector of 16 lanes on each instruction set, and the products over it.
+// Vectors of 16 lanes for each instruction set, and the products over them.
 
 #ifndef PANELS_LANES_H_
 #define PANELS_LANES_H_
@@ -16,7 +16,7 @@ namespace panels {
 namespace portable {
 #define TARGET
 struct V {
-  static constexpr int kRows = 4, kPanels = 1;  // of sums in registers
+  static constexpr int kRows = 4, kPanels = 1;  // of accumulators in registers
   static constexpr int kMany = 32;  // rows: see `many.inc`
   using F = float __attribute__((vector_size(64)));
   using U = uint32_t __attribute__((vector_size(64)));
@@ -108,7 +108,7 @@ struct V {
     }
     return half({_mm256_cvtepu16_epi32(low), _mm256_cvtepu16_epi32(high)});
   }
-  // The permutation sees three bits; the fourth chooses between the halves.
+  // The permutation uses three bits; the fourth selects between the halves.
   LANE __m256 look_up(__m256i word, const Table& t) {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, word),
                             _mm256_permutevar8x32_ps(t.high, word),

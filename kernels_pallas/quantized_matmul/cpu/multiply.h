@@ -1,4 +1,4 @@
-// Which kernel runs, and how threads share a product.
+// Choice of the kernel, and the division of a product over threads.
 
 #ifndef PANELS_MULTIPLY_H_
 #define PANELS_MULTIPLY_H_
@@ -14,8 +14,8 @@
 
 namespace panels {
 
-// Returns the kernel called `name`, "auto" being the fastest that this CPU
-// runs; null where it runs none of that name, or not for this problem.
+// Returns the kernel called `name`, or for "auto" the fastest that this CPU
+// supports; null if the CPU or the problem is not supported.
 inline Kernel kernel(const std::string& name, const Problem& p) {
   const bool any = name == "auto";
 #if defined(__x86_64__)
@@ -42,11 +42,11 @@ inline Kernel kernel(const std::string& name, const Problem& p) {
   return any || name == "portable" ? portable::run : nullptr;
 }
 
-// What the chunks of one product need.
+// The data shared by the chunks of one product.
 struct Job {
   Problem problem;
   Kernel kernel;
-  int64_t chunk, chunks;  // panels of a chunk, number of chunks
+  int64_t chunk, chunks;  // panels per chunk, number of chunks
   std::vector<float> x, sums, units;
   std::vector<uint32_t> digits;
   std::vector<int32_t> starts;
@@ -57,7 +57,7 @@ struct Job {
   }
 };
 
-// Waking a thread takes as long as reading about this many bytes of codes.
+// Waking a thread costs about as much as reading this many bytes of codes.
 constexpr int64_t kWorthWaking = 64 << 10;
 
 inline bool takes_pairs(Kernel kernel) {
@@ -68,7 +68,7 @@ inline bool takes_pairs(Kernel kernel) {
 #endif
 }
 
-// Whether a kernel takes this problem as one of many rows, see `many.inc`.
+// Whether a kernel treats this problem as one of many rows, see `many.inc`.
 inline bool decodes_ahead(Kernel kernel, const Problem& p) {
 #if defined(__x86_64__)
   if (kernel == avx512::run) return avx512::is_many(p);
@@ -77,8 +77,8 @@ inline bool decodes_ahead(Kernel kernel, const Problem& p) {
   return kernel == portable::run && portable::is_many(p);
 }
 
-// Computes y; `x` is [rows, inputs]. `schedule(task)` runs a task some time on
-// another thread, of which there are `threads`.
+// Computes y; `x` is [rows, inputs]. `schedule(task)` runs a task on another
+// thread at some later time; there are `threads` of them.
 template <class Schedule>
 void multiply(Problem p, Kernel kernel, const Numbers& x, int64_t threads,
               const Schedule& schedule) {
@@ -128,9 +128,10 @@ void multiply(Problem p, Kernel kernel, const Numbers& x, int64_t threads,
   const int64_t bytes = p.panels * p.words * kLanes * 4 * (1 + p.rows / 4);
   const int64_t most = 1 + bytes / kWorthWaking;
   const int64_t workers = threads < most ? threads : most;
-  // A handful of chunks each, so that a slow one is waited for shortly, in
-  // whole fours of panels, which a tile takes at once; more, and of twos, where
-  // weights are decoded ahead for many rows, which makes each of them long.
+  // A few chunks per thread, so that a slow one delays little, in multiples of
+  // four panels, which a tile processes at once; more chunks, in multiples of
+  // two, if weights are dequantized ahead for many rows, which makes each of
+  // them long.
   const int64_t each = ahead ? 16 : 4, whole = ahead ? 2 : 4;
   int64_t chunk = p.panels;
   if (workers > 1) chunk = p.panels / (each * workers) + whole - 1;

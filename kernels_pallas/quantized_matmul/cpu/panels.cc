@@ -1,38 +1,34 @@
 // y = x W on CPU for weights of 4, 8, 16 or 32 bits in panels of 16 outputs.
 //
-// Decoding a token reads every weight once, so its speed is bytes per second.
-// XLA decodes packed weights to memory before it multiplies; here they are
-// decoded in registers. A panel holds 16 outputs, one for each lane of a
-// vector, and a 32-bit word of a lane holds 8, 4, 2 or 1 consecutive inputs of
-// that output, the first in the lowest bits:
+// Decoding a token reads every weight once, so its speed is memory bandwidth.
+// XLA would dequantize packed weights to memory first; here they are decoded in
+// registers. A panel holds 16 outputs, one per lane of a vector, and a 32-bit
+// word of a lane holds 8, 4, 2 or 1 consecutive inputs of that output, the
+// first in the lowest bits:
 //
 //   words  uint32 [panels, inputs * bits / 32, 16]
-//   scale, offset  [panels, groups, 16], of which each serves `group` inputs
+//   scale, offset  [panels, groups, 16], one per `group` inputs
+// // A weight is scale * code + offset. 4-bit codes index a table of 16 floats,
+// 8-bit codes are signed, 16 bits are a bfloat16 and 32 a float32, neither of
+// which has a scale. Inside a group only the codes are multiplied: the scale is
+// applied once per group, and the offset to the sum of the group's x, which is
+// computed once.
+// // If the CPU has VNNI and codes are integers, x is first converted to fixed
+// point: 23 bits relative to the group's largest |x|, as three signed bytes.
+// Products of bytes and their sums are exact integers, so this is as accurate
+// as float32, and for a single row nearly twice as fast.
 //
-// A weight is scale * code + offset. 4-bit codes look their value up in a
-// table of 16 floats, 8-bit codes are signed, 16 bits are a bfloat16 and 32 a
-// float32, neither of which has a scale. Inside a group only the codes are
-// multiplied: scale enters once a group, and offset times the sum of the
-// group's x, which is computed once.
-//
-// Where the CPU has VNNI and codes are integers, x becomes fixed point first:
-// of a group's largest |x|, 23 bits, as three signed bytes. Products of bytes
-// and their sums are exact integers, so this is as exact as float32, and for a
-// row alone nearly twice as fast.
-//
-// Where the CPU multiplies pairs of bfloat16 (AVX-512 BF16) and both sides are,
-// it does, adding in float32; subnormal products count as 0.
-//
-// Every output is summed in one order, input by input and group by group, by
-// one thread, so results do not depend on the number of threads. (The last bits
-// depend on the instruction set, and on whether a batch is small enough for
-// fixed point, or large enough for decoding weights ahead.)
-//
-// `problem.h` says what is multiplied, `lanes.h` what a vector is on each
-// instruction set, `tile.inc` the product by any of them, `many.inc` that of
-// many rows, `vnni.h` that in fixed point, `bfloat16.h` that of pairs,
-// `multiply.h` how threads share it; here is XLA's side.
-// GCC 9 or Clang 10.
+// If the CPU multiplies pairs of bfloat16 (AVX-512 BF16) and both sides are
+// bfloat16, it does, accumulating in float32; subnormal products count as 0.
+// // Every output is summed in a fixed order, input by input and group by
+// group, by one thread, so results do not depend on the number of threads. (The
+// last bits depend on the instruction set, and on whether a batch is small
+// enough for fixed point, or large enough for dequantizing weights ahead.)
+// // `problem.h` defines the inputs, `lanes.h` the vectors of each instruction
+// set, `tile.inc` the product with them, `many.inc` that for many rows,
+// `vnni.h` that in fixed point, `bfloat16.h` that of bfloat16 pairs,
+// `multiply.h` the threading; this file is the XLA FFI interface. GCC 9 or
+// Clang 10.
 
 #include "multiply.h"
 
@@ -56,7 +52,7 @@ inline Numbers numbers(const ffi::AnyBuffer& buffer) {
   return {buffer.untyped_data(), type_of(buffer.element_type())};
 }
 
-// Checks every buffer's shape before one byte is read.
+// Checks the shapes of all buffers before reading them.
 inline ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x,
                        ffi::Buffer<ffi::U32> codes, ffi::AnyBuffer scale,
                        ffi::AnyBuffer offset, ffi::Result<ffi::AnyBuffer> y,

@@ -1,15 +1,16 @@
-"""Weights in panels of 16 outputs: packed once, read front to back.
+"""Packed weights in panels of 16 outputs: the layout of the CPU kernel.
 
-A vector register holds 16 outputs, one a lane, so a product needs no sum over
-lanes; a 32-bit word of a lane holds 8, 4, 2 or 1 consecutive inputs. Decoding a
-token then reads memory in order, once, and decodes in registers
+A vector register holds 16 outputs, one per lane, so a product needs no sum
+across lanes; a 32-bit word of a lane holds 8, 4, 2 or 1 consecutive inputs.
+Decoding a token then reads memory once, in order, and decodes in registers
 (`panels.cc`). Any 16-entry codebook (NF4, AF4, FP4, IQ4), affine 4 bits, 8
 bits, bfloat16 and float32 share the layout:
 
   weight[i, o] = scale[i // group, o] * code[i, o] + offset[i // group, o]
 
-where a 4-bit code stands for its entry in the codebook. An integer zero point
-`z` is an entry's: codebook `c - z`; one a group is the offset `-scale * z`.
+where a 4-bit code stands for its codebook entry. An integer zero point `z`
+common to all groups becomes a codebook `c - z`; one per group becomes the
+offset `-scale * z`.
 """
 
 import dataclasses
@@ -22,30 +23,30 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Num
 
 LANES = 16
-"""Outputs of a panel."""
+"""Outputs per panel."""
 
 AFFINE = tuple(float(code) for code in range(16))
-"""The codebook of codes that stand for themselves."""
+"""The codebook in which each code is its own value."""
 
 _SCALES = ("float32", "float16", "bfloat16")
 
 _BITS = {"uint8": 4, "int8": 8, "bfloat16": 16, "float32": 32}
-"""Bits of a code in memory, by the type that it is given and returned in."""
+"""Bits per code in memory, by the dtype in `pack` and `unpack`."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Panels:
-  """A matrix `[I, O]` in panels, behind any leading axes; see `pack`.
+  """A matrix `[I, O]` in panels, with any leading axes; see `pack`.
 
   Attributes:
     words: uint32 `[..., P, I' bits / 32, 16]`, `I'` the inputs padded to whole
-      groups, `P` panels of 16 outputs, the last one padded with zeros.
+      groups, `P` panels of 16 outputs, the last one zero-padded.
     scale: `[..., P, I' / group, 16]`, or None.
     offset: the same shape, or None.
     inputs, outputs: `I`, `O`.
-    bits: of a code, 4, 8, 16 or 32.
-    group: inputs that share a scale; all of them where there is none.
+    bits: per code, 4, 8, 16 or 32.
+    group: inputs that share a scale; all of them without scales.
     codebook: values of 4-bit codes, else empty.
   """
 
@@ -66,7 +67,7 @@ class Panels:
 
   @property
   def padded(self) -> int:
-    """Returns the inputs with their padding."""
+    """Returns the number of inputs with padding."""
     return self.words.shape[-2] * (32 // self.bits)
 
 
@@ -78,19 +79,19 @@ def pack(
   group: int | None = None,
   codebook: Sequence[float] = AFFINE,
 ) -> Panels:
-  """Returns the matrix in panels; `unpack` inverts it, bit by bit.
+  """Returns the matrix in panels; `unpack` inverts it exactly.
 
   Args:
     codes: uint8 below 16 (4 bits), int8 (8 bits), or weights in bfloat16 or
       float32 (16 or 32 bits), which have no scale.
     scale: of groups of inputs, in float32, float16 or bfloat16.
-    offset: added to a group's weights; may have another type than the scale.
-    group: inputs a scale serves, a multiple of 8 (4 bits) or 4 (8 bits); by
-      default `I / X`. The last group may be shorter.
-    codebook: 16 values that 4-bit codes stand for.
+    offset: added to a group's weights; may have another dtype than the scale.
+    group: inputs per scale, a multiple of 8 (4 bits) or 4 (8 bits); by default
+      `I / X`. The last group may be shorter.
+    codebook: 16 values of the 4-bit codes.
 
   Raises:
-    ValueError: types or shapes that do not fit each other.
+    ValueError: types or shapes do not match.
   """
   bits = _BITS.get(str(codes.dtype))
   if bits is None or codes.ndim < 2 or 0 in codes.shape:
@@ -127,7 +128,7 @@ def pack(
 
 
 def _check_scales(codes, scale, offset, group, per_word) -> int:
-  """Returns how many inputs a scale serves."""
+  """Returns the number of inputs per scale."""
   *lead, inputs, outputs = codes.shape
   if scale is None and offset is not None:
     raise ValueError("offset: given without a scale")
@@ -161,7 +162,7 @@ def _check_scales(codes, scale, offset, group, per_word) -> int:
 
 
 def _in_panels(x: Array, rows: int) -> Array:
-  """Returns `[..., I, O]` as `[..., P, rows, 16]`, zeros where nothing was."""
+  """Reshapes `[..., I, O]` to zero-padded `[..., P, rows, 16]`."""
   *lead, inputs, outputs = x.shape
   pad = ((0, 0),) * len(lead)
   x = jnp.pad(x, (*pad, (0, rows - inputs), (0, -outputs % LANES)))
@@ -194,7 +195,7 @@ def unpack(
   Float[Array, "... X O"] | None,
   Float[Array, "... X O"] | None,
 ]:
-  """Returns `(codes, scale, offset)` as `pack` took them."""
+  """Returns `(codes, scale, offset)` as given to `pack`."""
   groups = -(-w.inputs // w.group)
 
   def part(x):
@@ -204,11 +205,11 @@ def unpack(
   return codes, part(w.scale), part(w.offset)
 
 
-def beside(parts: Sequence[Panels]) -> Panels | None:
-  """Returns `[I, O1 + O2 + ...]` of matrices `[I, O]`, copied, not repacked.
+def concatenate(parts: Sequence[Panels]) -> Panels | None:
+  """Concatenates matrices `[I, O]` to `[I, O1 + O2 + ...]`, without repacking.
 
-  None where they differ in anything but their outputs, or where one but the
-  last ends inside a panel.
+  Returns None if they differ in anything but their outputs, or if one other
+  than the last ends inside a panel.
   """
 
   def kind(w: Panels):
@@ -229,7 +230,7 @@ def beside(parts: Sequence[Panels]) -> Panels | None:
 
 
 def values(w: Panels) -> Float[Array, "... I lanes"]:
-  """Returns the weights in float32, still in panels, padding included."""
+  """Returns the dequantized float32 weights in panels, with padding."""
   codes = _codes(w)
   if w.bits == 4:
     codes = _looked_up(codes, w.codebook)
@@ -245,7 +246,7 @@ def values(w: Panels) -> Float[Array, "... I lanes"]:
 
 
 def _looked_up(codes: Integer[Array, "..."], codebook: Sequence[float]):
-  """Returns each code's entry, float32; arithmetic where entries are."""
+  """Returns each code's entry, float32; by arithmetic if consecutive."""
   first = codebook[0]
   if all(entry == first + i for i, entry in enumerate(codebook)):
     return codes.astype(jnp.float32) + jnp.float32(first)
@@ -253,12 +254,12 @@ def _looked_up(codes: Integer[Array, "..."], codebook: Sequence[float]):
 
 
 def dense(w: Panels) -> Float[Array, "... I O"]:
-  """Returns the float32 matrix."""
+  """Returns the dequantized float32 matrix."""
   return _whole(values(w), w.inputs, w.outputs)
 
 
 def take(w: Panels, ids: Int[Array, "..."]) -> Float[Array, "... I"]:
-  """Returns columns `ids` of a matrix, float32; only those are decoded."""
+  """Returns columns `ids` of a matrix, float32; decodes only those."""
   flat = ids.reshape(-1)
 
   def lane(part):

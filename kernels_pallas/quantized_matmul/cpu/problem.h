@@ -1,4 +1,4 @@
-// What is multiplied, and numbers of the types it comes in.
+// The inputs of a product, and conversions of their number types.
 
 #ifndef PANELS_PROBLEM_H_
 #define PANELS_PROBLEM_H_
@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Sums live in registers only where loops over them are unrolled.
+// Accumulators stay in registers only if loops over them are unrolled.
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace panels {
@@ -15,7 +15,7 @@ constexpr int64_t kLanes = 16;
 
 enum class Type { kNone, kF32, kF16, kBF16 };
 
-// Numbers of any of the types; `data` is null where there are none.
+// Numbers of any of the types; `data` is null if absent.
 struct Numbers {
   const void* data = nullptr;
   Type type = Type::kNone;
@@ -24,24 +24,24 @@ struct Numbers {
 struct Problem {
   int64_t rows, outputs;            // of y
   int64_t inputs;                   // of x, at most `padded`
-  int64_t panels, words;            // words: of one lane of a panel
+  int64_t panels, words;            // words: per lane of a panel
   int64_t padded, group, groups;    // padded = group * groups = inputs of W
   int bits;                         // 4, 8, 16 or 32
   const uint32_t* codes;
-  Numbers scale, offset;            // without scale a weight is its code
+  Numbers scale, offset;            // without a scale, a weight is its code
   float table[kLanes];              // values of 4-bit codes
-  Type x_type;                      // as given, kF32 or kBF16
+  Type x_type;                      // as passed, kF32 or kBF16
   const float* x;                   // [rows, padded], zeros after `inputs`
-  const uint16_t* pairs;            // x as given, where `bfloat16` runs
+  const uint16_t* pairs;            // x as passed, if `bfloat16` runs
   const float* sums;                // [rows, groups] of x, or null
   const uint32_t* digits;           // x in fixed point, or null: see `vnni`
   const int32_t* starts;            // [rows, groups, 3]
-  const float* units;               // [rows, groups], of the fixed point
+  const float* units;               // [rows, groups], units of the fixed point
   void* y;                          // [rows, outputs]
   Type y_type;                      // kF32 or kBF16
 };
 
-// Asks for number i, past the end too: that is no access.
+// Prefetches number i; addresses past the end are harmless.
 inline void prefetch(const Numbers& numbers, int64_t i) {
   const int64_t size = numbers.type == Type::kF32 ? 4 : 2;
   __builtin_prefetch(static_cast<const char*>(numbers.data) + i * size);
@@ -66,7 +66,7 @@ inline float from_half(uint16_t h) {
 
 inline float from_bfloat16(uint16_t b) { return from_bits(uint32_t(b) << 16); }
 
-// To nearest, halves to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 inline uint16_t to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

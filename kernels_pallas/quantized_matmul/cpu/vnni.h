@@ -1,4 +1,4 @@
-// Integer codes times x in fixed point, by byte products.
+// Integer codes times x in fixed point, by byte products (AVX-512 VNNI).
 
 #ifndef PANELS_VNNI_H_
 #define PANELS_VNNI_H_
@@ -8,9 +8,9 @@
 #if defined(__x86_64__)
 namespace panels {
 
-// x in fixed point: unit * (d0 + 256 d1 + 65536 d2), all d signed bytes, the
-// unit a group's own. Four inputs' bytes make a digit word, which vpdpbusd
-// multiplies with four codes in each lane.
+// x in fixed point: unit * (d0 + 256 d1 + 65536 d2), all d signed bytes, with
+// one unit per group. The bytes of four inputs make a digit word, which
+// vpdpbusd multiplies with four codes in each lane.
 namespace vnni {
 #define TARGET \
   __attribute__((  \
@@ -21,11 +21,11 @@ constexpr float kLargest = 8355000;  // below 127 * (1 + 256 + 65536)
 // Rows from which float32 is as fast: it decodes codes once for several rows.
 constexpr int64_t kTooMany = 4;
 
-// Cache lines of codes to ask for ahead of reading them. Panels of a page's size
-// end before the CPU's own prefetching has begun.
+// Cache lines of codes to prefetch ahead. Panels of a page's size end before
+// the hardware prefetcher starts.
 constexpr int64_t kAhead = 64;
 
-// Whether `factor` times each entry of the table is a signed byte, and which.
+// Returns whether `factor` times each table entry is a signed byte; stores it.
 inline bool as_bytes(const Problem& p, float factor, int8_t* out) {
   for (int i = 0; i < kLanes; ++i) {
     const float entry = factor * p.table[i];
@@ -36,7 +36,7 @@ inline bool as_bytes(const Problem& p, float factor, int8_t* out) {
   return true;
 }
 
-// Whether codes of 4 bits count up: no table is needed then.
+// Whether 4-bit codes are consecutive integers, which need no table.
 inline bool counts(const Problem& p) {
   for (int i = 0; i < kLanes; ++i) {
     if (p.table[i] != p.table[0] + float(i)) return false;
@@ -44,14 +44,14 @@ inline bool counts(const Problem& p) {
   return p.table[0] == float(int8_t(p.table[0]));
 }
 
-// What entries are multiplied with to be bytes: those of IQ4 are, of FP4 halves.
+// The factor that makes entries bytes: 1 for IQ4, 2 for FP4, whose are halves.
 inline float factor(const Problem& p) {
   int8_t found[kLanes];
   return p.bits == 8 || counts(p) || as_bytes(p, 1, found) ? 1 : 2;
 }
 
-// 8 bits, or 4 whose entries are bytes or halves of bytes, in groups of 16 (and
-// not so many that their sums overflow).
+// Supports 8 bits, or 4 whose entries are bytes or halves of bytes, in groups
+// of a multiple of 16 (and small enough that their sums do not overflow).
 inline bool takes(const Problem& p) {
   if (p.rows >= kTooMany || !p.scale.data) return false;
   if (p.bits == 16 || p.group % 16 || p.group > (1 << 15)) return false;
@@ -60,18 +60,18 @@ inline bool takes(const Problem& p) {
          as_bytes(p, 2, found);
 }
 
-// Codes are multiplied as unsigned ones; this is what they are less.
+// Codes are multiplied as unsigned ones; returns what must be added to them.
 inline int32_t zero(const Problem& p) {
   return p.bits == 4 && counts(p) ? int32_t(p.table[0]) : -128;
 }
 
 // Writes digits, starts (zero times the digits' sums), units and sums of all
-// groups; `digits` has padded / 4 words of each digit a row, digits last.
+// groups; `digits` has padded / 4 words of each digit per row, digits last.
 TARGET inline void prepare(const Problem& p, uint32_t* digits, int32_t* starts,
                            float* units, float* sums) {
   const float shrink = 1 / factor(p);
   const int32_t none = zero(p);
-  // A 4-bit word gives its even codes first, then its odd ones.
+  // A 4-bit word yields its even codes first, then its odd ones.
   __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7,  //
                                 8, 10, 12, 14, 9, 11, 13, 15);
   if (p.bits == 8) {
@@ -89,8 +89,8 @@ TARGET inline void prepare(const Problem& p, uint32_t* digits, int32_t* starts,
       top = _mm512_max_ps(top, size);
     }
     const float largest = _mm512_reduce_max_ps(top);
-    // Smaller ones are 0, since their inverse may not be a float; what is not
-    // finite makes all it touches NaN.
+    // Smaller values become 0, since their inverse may not be a float; values
+    // that are not finite turn the whole group into NaN.
     const bool tiny = !finite || largest < 1e-30f;
     const __m512 inverse = _mm512_set1_ps(tiny ? 0 : kLargest / largest);
     const float unit = !finite ? from_bits(0x7fc00000)
@@ -123,14 +123,14 @@ TARGET inline void prepare(const Problem& p, uint32_t* digits, int32_t* starts,
   }
 }
 
-// ROWS rows of x times one panel. Panels lie behind each other in memory, and
-// so do their scales: three streams, read in order.
+// ROWS rows of x times one panel. Panels are contiguous in memory, and so are
+// their scales: three streams, read in order.
 enum class Codes { kCount, kTable, kBytes };
 
 template <Codes CODES, int ROWS>
 TARGET void tile(const Problem& p, __m512i table, int64_t row, int64_t panel) {
   constexpr int kBits = CODES == Codes::kBytes ? 8 : 4;
-  constexpr int kWords = 8 / kBits;  // digit words of a word of codes
+  constexpr int kWords = 8 / kBits;  // digit words per word of codes
   const int64_t words = p.group * kBits / 32, ahead = 1 + kAhead / words;
   const __m512i low = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
   const __m512 base = _mm512_set1_ps(256);
@@ -209,7 +209,7 @@ TARGET void tile(const Problem& p, __m512i table, int64_t row, int64_t panel) {
 
 template <Codes CODES>
 TARGET void range(const Problem& p, int64_t begin, int64_t end) {
-  // What each code is, plus 128, so that it is an unsigned byte.
+  // The value of each code, plus 128, so that it is an unsigned byte.
   int8_t entries[kLanes] = {};
   if (CODES == Codes::kTable) as_bytes(p, factor(p), entries);
   const void* raw = entries;

@@ -1,1 +1,1 @@
-"""Products with packed weights for GPUs, in Pallas."""
+"""Matmul with packed weights for GPUs, in Pallas."""

@@ -1,8 +1,8 @@
-"""Products with `Planar` weights on a GPU, the mosaic_gpu backend.
+"""Matmul with `Planar` weights on a GPU: the mosaic_gpu backend.
 
-W4A16, and W8A16 out of 8-bit codes in words (`planar.in_words`); activations
-are bfloat16 or float16, sums float32. W8A8 out of the same words, of
-activations that are rounded to 8 bits here, sums int32.
+W4A16, and W8A16 from 8-bit codes in words (`planar.in_words`), with bfloat16 or
+float16 activations and float32 sums. W8A8 from the same words, with activations
+rounded to 8 bits here and int32 sums.
 """
 
 from typing import Any
@@ -14,22 +14,22 @@ from kernels_pallas.common.target_platform import (
   BLACKWELL,
   HOPPER,
   NO_GPU_KERNELS,
-  device,
   has_mma,
-  spread,
+  program_device,
+  vary_like,
 )
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_integers as integers
 from kernels_pallas.quantized_matmul.gpu import (
-  mosaic_gpu_kernel,
-  mosaic_gpu_mma,
+  sm80_kernel,
+  sm90_kernel,
+  w8a8,
 )
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_operand import Problem
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import (
   DTYPES,
-  LEAST_CODES,
+  MIN_CODES,
   Tile,
-  fitted,
+  default_tile,
 )
+from kernels_pallas.quantized_matmul.gpu.weight_operand import Problem
 from kernels_pallas.quantized_matmul.planar import Planar
 from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import (
   check_activations,
@@ -37,11 +37,11 @@ from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import (
 )
 
 NO_STAND_IN = ("wgmma", "registers")
-"""Cores and operand that the GPU interpreter does not have."""
+"""Cores and operand that the GPU interpreter does not support."""
 
 
 def unsupported(dtype: Any, w: Planar, activations: Any = None) -> str | None:
-  """Why the kernels cannot multiply such rows with `w`, or None."""
+  """Returns why the kernels cannot multiply such rows with `w`, or None."""
   if activations is not None and w.group < w.padded[0]:
     return (
       f"activations: found groups of {w.group} of {w.inputs} inputs, expected "
@@ -60,15 +60,15 @@ def unsupported(dtype: Any, w: Planar, activations: Any = None) -> str | None:
 
 
 FEW = 256
-"""Rows up to which a Blackwell decodes and multiplies at once: see README."""
+"""Rows up to which Blackwell uses the fused kernel: see README."""
 
-KERNELS = {"wgmma": mosaic_gpu_kernel, "mma": mosaic_gpu_mma}
-"""Modules by `Tile.cores`."""
+KERNELS = {"wgmma": sm90_kernel, "mma": sm80_kernel}
+"""Kernel modules by `Tile.cores`."""
 
 
 def cores() -> str | None:
-  """`Tile.cores` for the program's device, or None without a kernel."""
-  platform, kind = device()
+  """Returns `Tile.cores` for the program's device, or None without a kernel."""
+  platform, kind = program_device()
   if platform not in ("gpu", "cuda"):
     return None
   if any(name in kind for name in HOPPER):
@@ -77,14 +77,14 @@ def cores() -> str | None:
 
 
 def is_for(rows: int = 1) -> bool:
-  """Whether the program is for a device that the kernels are best on.
+  """Whether the kernels are the fastest option for the program's device.
 
   Args:
-    rows: Of activations. Blackwell's `mma` is a fraction of its tensor cores,
-      by which many rows are multiplied sooner, decoding included.
+    rows: Rows of activations. On Blackwell `mma` has a fraction of the tensor
+      cores' throughput, so for many rows dequantizing first is faster.
   """
   found = cores()
-  blackwell = any(name in device()[1] for name in BLACKWELL)
+  blackwell = any(name in program_device()[1] for name in BLACKWELL)
   return found is not None and (rows <= FEW or not blackwell)
 
 
@@ -98,16 +98,16 @@ def product(
   """Returns `x W` in the dtype of x, summed in float32, on a GPU.
 
   Args:
-    x: bfloat16 or float16; weights are rounded to its type.
+    x: bfloat16 or float16; weights are rounded to its dtype.
     w: Without leading axes.
-    tile: Sizes; by default fitted.
+    tile: Tile sizes; by default fitted.
     interpret: False to compile, or a `plgpu.InterpretGPUParams`.
-    activations: None; or int8, to which each row is then rounded, by its
-      largest number, for sums of 8-bit codes in int32 (as `mosaic_tpu.product`)
-      by `mma`. A scale then serves all inputs.
+    activations: None; or int8, to which each row is rounded, relative to its
+      largest number, for int32 sums of 8-bit codes (as in `mosaic_tpu.product`)
+      by `mma`. One scale must then serve all inputs.
 
   Raises:
-    ValueError: What the kernels do not compute.
+    ValueError: The kernels do not support the product.
   """
   if activations is not None:
     return _of_codes(x, w, tile, interpret)
@@ -120,16 +120,16 @@ def input_gradient(
   tile: Tile | None = None,
   interpret: Any = False,
 ) -> Float[Array, "B I"]:
-  """Returns `dy W^T` in the dtype of dy, from the same bytes.
+  """Returns `dy W^T` in the dtype of dy, from the same packed weights.
 
   Args:
     dy: bfloat16 or float16.
     w: Without leading axes.
-    tile: Sizes; by default fitted.
+    tile: Tile sizes; by default fitted.
     interpret: False to compile, or a `plgpu.InterpretGPUParams`.
 
   Raises:
-    ValueError: What the kernels do not compute.
+    ValueError: The kernels do not support the product.
   """
   return _run(dy, w, 0, tile, interpret)[:, : w.inputs]
 
@@ -146,27 +146,27 @@ def _run(x, w, inputs, tile, interpret):
     return jnp.zeros((0, w.padded[inputs]), x.dtype)
   p, t, arrays, out = plan(x, w, inputs, tile or cores() or "wgmma")
   y = KERNELS[t.cores].multiply(p, t, arrays, out, interpret)
-  y = spread(y, arrays.values())
+  y = vary_like(y, arrays.values())
   y = y[0] if t.splits == 1 else y.sum(axis=0).astype(x.dtype)
   return y[: len(x)]
 
 
 def _of_codes(x, w, tile, interpret):
-  """A product of rows that are rounded to 8 bits."""
+  """Multiplies rows rounded to 8 bits."""
   check_activations(jnp.int8, w)
   if reason := unsupported(x.dtype, w, jnp.int8):
     raise ValueError(f"mosaic_gpu: {reason}")
-  if tile is not None and (tile.cores, tile.rows % LEAST_CODES) != ("mma", 0):
+  if tile is not None and (tile.cores, tile.rows % MIN_CODES) != ("mma", 0):
     raise ValueError(
       f"tile: found {tile}, expected mma, and rows in multiples of "
-      f"{LEAST_CODES} for codes"
+      f"{MIN_CODES} for codes"
     )
   if not len(x):
     return jnp.zeros((0, w.outputs), x.dtype)
   codes, unit = quantize_rows(x)
   p, t, arrays, _ = plan(codes, w, 1, tile or "mma")
-  y = mosaic_gpu_mma.multiply(p, t, arrays, jnp.int32, interpret)
-  y = spread(y, arrays.values())
+  y = sm80_kernel.multiply(p, t, arrays, jnp.int32, interpret)
+  y = vary_like(y, arrays.values())
   y = y.sum(axis=0)[: len(x)].astype(jnp.float32) * w.scale
   if w.offset is not None:
     sums = codes.astype(jnp.int32).sum(axis=1, keepdims=True)
@@ -177,16 +177,16 @@ def _of_codes(x, w, tile, interpret):
 def plan(
   x: Num[Array, "B n"], w: Planar, inputs: int, tile: Tile | str
 ) -> tuple[Problem, Tile, dict[str, Any], Any]:
-  """What a kernel is called with: problem, tile, arrays, type of its result.
+  """Returns a kernel's arguments: problem, tile, arrays, dtype of its result.
 
   Args:
     x: Activations, or int8 codes of them.
     w: Their matrix.
-    inputs: As of `Problem`.
-    tile: Sizes, or one of `Tile.cores` that they are fitted to.
+    inputs: As in `Problem`.
+    tile: Tile sizes, or one of `Tile.cores` to fit them to.
 
   Raises:
-    ValueError: A tile that does not fit the matrix.
+    ValueError: The tile does not fit the matrix.
   """
   M, padded = len(x), w.padded
   p = Problem(
@@ -200,7 +200,7 @@ def plan(
   )
   if isinstance(tile, str):
     sizes = p.width // p.kept, p.steps, p.depth, p.sums
-    tile = fitted(tile, M, *sizes, codes=p.integers)
+    tile = default_tile(tile, M, *sizes, codes=p.integers)
   pieces = p.width // p.kept
   if pieces % tile.groups or tile.splits > p.steps:
     raise ValueError(
@@ -210,14 +210,14 @@ def plan(
   rows = -(-M // tile.rows) * tile.rows
   x = jnp.pad(x, ((0, rows - M), (0, padded[1 - inputs] - x.shape[1])))
   if p.integers:
-    return p, tile, {"x": integers.ordered(x), "codes": w.codes}, jnp.int32
+    return p, tile, {"x": w8a8.ordered(x), "codes": w.codes}, jnp.int32
   arrays = {"x": x, "codes": w.codes, "scale": w.scale, "offset": w.offset}
   arrays = {name: x for name, x in arrays.items() if x is not None}
   return p, tile, arrays, x.dtype if tile.splits == 1 else jnp.float32
 
 
 def _first(w: Planar) -> float | None:
-  """What code 0 stands for, or None unless the next ones follow by ones."""
+  """Returns the value of code 0 if values are consecutive integers, or None."""
   if w.bits == 8:
     return -128.0
   first = w.codebook[0]

@@ -1,1 +1,1 @@
-"""Products with packed weights for TPUs, in Pallas."""
+"""Matmul with packed weights for TPUs, in Pallas."""

@@ -1,7 +1,7 @@
-"""Products with packed weights as Mosaic kernels for TPU.
+"""Matmul with `Planar` weights on a TPU: the mosaic_tpu backend.
 
-`mosaic_tpu_few` is bound by the weights' bytes, `mosaic_tpu_many` by the matrix
-units; the backward pass is the latter, transposed, from the same bytes.
+`few_rows` is bound by the weights' bytes, `many_rows` by the matrix units; the
+backward pass is the latter, transposed, from the same packed weights.
 """
 
 import dataclasses
@@ -11,25 +11,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from kernels_pallas.quantized_matmul.planar import BLOCK, Planar
-from kernels_pallas.quantized_matmul.tpu import mosaic_tpu_problem as problem
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_few import few
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_many import (
+from kernels_pallas.quantized_matmul.tpu import problem
+from kernels_pallas.quantized_matmul.tpu.few_rows import multiply_few_rows
+from kernels_pallas.quantized_matmul.tpu.many_rows import (
   FORWARD,
   GRADIENT,
-  many,
+  multiply_many_rows,
 )
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_problem import Tile
+from kernels_pallas.quantized_matmul.tpu.problem import Tile
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """How products are cut.
+  """Tile sizes of the matmul.
 
   Attributes:
-    few: Tile of products of few rows.
-    many: Tile of products of many rows.
-    gradient: Tile of the input gradient.
-    most: Rows, times the groups of a block, up to which they are few.
+    few: Tile for few rows.
+    many: Tile for many rows.
+    gradient: Tile for the input gradient.
+    most: Rows, times the groups per block, up to which `few_rows` is used.
   """
 
   few: Tile = Tile(256, 2048, 1024)
@@ -50,14 +50,14 @@ def product(
   Args:
     x: float32 or bfloat16.
     w: Without leading axes.
-    activations: None; or int8, to which each row is then rounded, by its
-      largest number, for sums of 8-bit codes in int32 (LLM.int8,
-      arXiv:2208.07339, equation 4, without outliers).
-    config: Tiles.
-    interpret: False to compile, or as of `pl.pallas_call`.
+    activations: None; or int8, to which each row is rounded, relative to its
+      largest number, for int32 sums of 8-bit codes (LLM.int8, arXiv:2208.07339,
+      equation 4, without outliers).
+    config: Tile sizes.
+    interpret: False to compile, or as in `pl.pallas_call`.
 
   Raises:
-    ValueError: A dtype that no TPU takes, or int8 with 4-bit codes.
+    ValueError: TPUs do not support the dtype, or int8 with 4-bit codes.
   """
   if reason := unsupported(x.dtype, w):
     raise ValueError(f"mosaic_tpu: {reason}")
@@ -65,14 +65,14 @@ def product(
   if activations is not None:
     codes, unit = quantize_rows(x)
     p = problem.prepare(w, config.few)
-    y = few(codes, p, jnp.float32, interpret)
+    y = multiply_few_rows(codes, p, jnp.float32, interpret)
     y = (y * unit).astype(x.dtype)
   elif len(x) * max(1, BLOCK // w.group) <= config.most:
     p = problem.prepare(w, config.few)
-    y = few(x, p, x.dtype, interpret)
+    y = multiply_few_rows(x, p, x.dtype, interpret)
   else:
     p = problem.prepare(w, config.many)
-    y = many(x, p, FORWARD, x.dtype, interpret)
+    y = multiply_many_rows(x, p, FORWARD, x.dtype, interpret)
   return y[:, : w.outputs]
 
 
@@ -82,20 +82,20 @@ def input_gradient(
   config: Config = Config(),
   interpret: Any = False,
 ) -> Float[Array, "B I"]:
-  """Returns `dy W^T` in the dtype of dy, from the same bytes.
+  """Returns `dy W^T` in the dtype of dy, from the same packed weights.
 
   Args:
     dy: float32 or bfloat16.
     w: Without leading axes.
-    config: Tiles.
-    interpret: False to compile, or as of `pl.pallas_call`.
+    config: Tile sizes.
+    interpret: False to compile, or as in `pl.pallas_call`.
   """
   p = problem.prepare(w, config.gradient, outputs=True)
-  return many(dy, p, GRADIENT, dy.dtype, interpret)[:, : w.inputs]
+  return multiply_many_rows(dy, p, GRADIENT, dy.dtype, interpret)[:, : w.inputs]
 
 
 def unsupported(dtype: Any, w: Planar) -> str | None:
-  """Why the kernels cannot multiply such rows with `w`, or None."""
+  """Returns why the kernels cannot multiply such rows with `w`, or None."""
   if dtype not in (jnp.bfloat16, jnp.float32):
     return (
       f"found {dtype}, expected bfloat16 or float32, which are what TPUs "
@@ -120,9 +120,10 @@ def check_activations(activations: Any, w: Planar) -> None:
 def quantize_rows(
   x: Float[Array, "B I"],
 ) -> tuple[Int8[Array, "B I"], Float[Array, "B 1"]]:
-  """Rows as int8 codes, nearest and ties to even, and what a code stands for.
+  """Rounds rows to int8 codes, to nearest, ties to even; also returns the
+  units.
 
-  A row's largest number has code 127 (or -127).
+  A row's largest number has code 127 (or -127); a unit is the value of code 1.
   """
   wide = x.astype(jnp.float32)
   unit = jnp.max(jnp.abs(wide), axis=1, keepdims=True) / 127

@@ -1,6 +1,6 @@
-"""Products with packed weights in JAX alone."""
+"""Matmul with packed weights in plain JAX."""
 
-from kernels_pallas.quantized_matmul.xla.xla import (
+from kernels_pallas.quantized_matmul.xla.matmul import (
   PIECE,
   xla_input_gradient,
   xla_matmul,

@@ -132,12 +132,12 @@ def _append_and_attend(pages, q, k, v, *rows, **options):
     pages = kernel_pages.append_to_pages(pages, k, v, *rows)
     return pages, paged_attention(q, pages, *rows, **options)
   # All rows share the pool, so each device computes all rows, for its heads.
-  cut = sharded.Cut(
+  cut = sharded.DecodeSharding(
     heads=sharding.activation_axes(k.shape, None, "kv_heads", None)[1]
   )
-  pages = sharded.sharded_append_to_pages(pages, k, v, *rows, cut=cut)
+  pages = sharded.sharded_append_to_pages(pages, k, v, *rows, sharding=cut)
   return pages, sharded.sharded_paged_attention(
-    q, pages, *rows, cut=cut, **options
+    q, pages, *rows, sharding=cut, **options
   )
 
 

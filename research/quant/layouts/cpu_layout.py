@@ -190,7 +190,7 @@ def _beside(part: Any) -> Any:
       continue
     if not _alike([leaf.source for leaf in leaves]):
       continue
-    joined = layout.beside([leaf.panels for leaf in leaves])
+    joined = layout.concatenate([leaf.panels for leaf in leaves])
     if joined is not None:
       rest = {name: x for name, x in found.items() if name not in names}
       one = PanelTensor(joined, leaves[0].source)

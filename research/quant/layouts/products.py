@@ -107,7 +107,7 @@ def piece_count(w: Any, target: int) -> int:
     return 1
   size = 4 * int(np.prod(w.lead, dtype=np.int64)) * w.columns * w.rows
   # Not if sharded: an output slice would be on some of the devices only.
-  if size <= 4 * target or target_platform.is_cut():
+  if size <= 4 * target or target_platform.may_be_sharded():
     return 1
   least = -(-size // target)
   # Slices have equal size; if no suitable divisor exists, decode at once.

@@ -1,4 +1,4 @@
-"""The benches walk every job without a chip, and lose none to another."""
+"""The benchmarks run every job without a chip and isolate failing jobs."""
 
 import collections
 import importlib.machinery
@@ -37,7 +37,7 @@ CHIPS = {
   "tpu": (bench_tpu, Target("tpu", "TPU v5 lite")),
 }
 
-# Hides packages as if they were not installed: JAX and numpy are all it asks.
+# Hides packages as if they were not installed: only JAX and NumPy are needed.
 ALONE = """
 import importlib.machinery as m
 kept = m.PathFinder.find_spec
@@ -51,7 +51,7 @@ QUICK = "^append/bf|packed/W4.*forward|time/append"
 
 
 def dry_run(tmp_path, platform, only):
-  """A command's lines, with nothing but JAX."""
+  """Returns the lines of a dry run, with only JAX installed."""
   (tmp_path / "sitecustomize.py").write_text(ALONE)
   done = subprocess.run(
     [sys.executable, "-m", CHIPS[platform][0].__name__, "--dry-run",
@@ -72,7 +72,9 @@ def dry_run(tmp_path, platform, only):
 @pytest.mark.parametrize(
   "only", [QUICK, pytest.param("", marks=pytest.mark.slow)], ids=["", "all"]
 )
-def test_dry_run_walks_jobs_with_nothing_but_jax(tmp_path, platform, only):
+def test_dry_run_runs_all_jobs_with_only_jax_installed(
+  tmp_path, platform, only
+):
   first, *lines, last = dry_run(tmp_path, platform, only)
   target = Target(platform, "cpu", tiny=True)
   wanted = [
@@ -104,13 +106,13 @@ def test_every_kernel_has_a_smoke_test_checks_and_times(platform):
     by_stage[job.stage].add(kind)
   kernels = {"attention", "cache", "pages", "append", "packed"}
   assert by_stage[jobs.SMOKE] == kernels
-  # A ring's parts are calls of attention.
+  # The parts of a ring are attention calls.
   assert by_stage[jobs.CHECK] == by_stage[jobs.TIME] == kernels | {"sequence"}
 
 
 @pytest.mark.parametrize("platform", CHIPS)
 def test_nothing_is_interpreted_on_a_chip(platform):
-  """The programs of the smoke tests, lowered for it, call kernels."""
+  """The smoke tests' programs, lowered for the chip, call kernels."""
   module, target = CHIPS[platform]
   call = {"gpu": "mosaic_gpu", "tpu": "tpu_custom_call"}[platform]
   found = {job.name: job for job in module.jobs(target)}
@@ -123,7 +125,7 @@ def test_nothing_is_interpreted_on_a_chip(platform):
 
 
 def test_every_block_of_a_persistent_kernel_takes_several_lines():
-  """Of the checks of attention, so that buffers are used more than once."""
+  """In attention's checks, so that buffers are reused."""
   target = CHIPS["gpu"][1]
   for name, x in attention.problems(target).items():
     tiles = attention.tiles(target, x.H, x.Hv, x)
@@ -157,8 +159,8 @@ for name in left:
 """
 
 
-def test_no_job_loses_the_others(tmp_path, capsys):
-  """One hangs, one takes its process along, one leaves the chip broken."""
+def test_failing_jobs_do_not_affect_the_others(tmp_path, capsys):
+  """One hangs, one kills its process, one leaves the chip broken."""
   script, to = tmp_path / "worker.py", tmp_path / "lines.jsonl"
   script.write_text(textwrap.dedent(WORKER))
   command = [sys.executable, str(script), f"--to={to}"]
@@ -175,7 +177,7 @@ def test_no_job_loses_the_others(tmp_path, capsys):
   assert "start" not in capsys.readouterr().out
 
 
-def test_a_budget_ends_it_and_the_next_call_goes_on(tmp_path, capsys):
+def test_a_run_ends_at_its_budget_and_the_next_continues(tmp_path, capsys):
   script, to = tmp_path / "worker.py", tmp_path / "lines.jsonl"
   script.write_text(textwrap.dedent(WORKER))
   command = [sys.executable, str(script), f"--to={to}"]
@@ -191,7 +193,7 @@ def test_a_budget_ends_it_and_the_next_call_goes_on(tmp_path, capsys):
   assert list(last["failed"]) == ["breaks"] and last["passed"] == 4
 
 
-def test_without_a_chip_it_says_so(capsys):
+def test_a_missing_chip_is_reported(capsys):
   assert worker.run_jobs("gpu", lambda target: [], False, "", set(), None) == 1
   last = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert last == {"error": "found a cpu, expected a GPU"}
@@ -213,13 +215,13 @@ def test_a_job_that_raises_does_not_end_the_worker(capsys):
   found = {x["name"]: x for x in lines if "name" in x}
   assert found["bad"]["reason"] == "RuntimeError: no such chip"
   assert found["good"]["ok"] and not found["bad"]["ok"]
-  # A second worker has no time for any.
+  # A second worker has no time left.
   assert worker.run_jobs("gpu", make, True, "", {"bad"}, -1.0) == 0
   assert "start" not in capsys.readouterr().out.splitlines()[-1]
 
 
 def compared(run, limit=0.1, tiny=True):
-  """The line of a check whose truth is 1, -inf and 3."""
+  """Returns the line of a check whose expected values are 1, -inf and 3."""
   truth = jnp.array([1.0, -jnp.inf, 3.0])
   check = jobs.Check(
     run=run,
@@ -241,7 +243,7 @@ def compared(run, limit=0.1, tiny=True):
     ([1.0, -np.inf, np.inf], jobs.HOPELESS),
   ],
 )
-def test_a_check_sees_what_is_off(found, ratio):
+def test_a_check_detects_wrong_values(found, ratio):
   line = compared(lambda x: {"y": jnp.array(found) * x})
   assert line["error_ratio"]["y"] == pytest.approx(ratio, rel=1e-3)
   assert line["ok"] == (ratio <= 1)
@@ -250,7 +252,7 @@ def test_a_check_sees_what_is_off(found, ratio):
   )
 
 
-def test_a_check_sees_results_that_do_not_repeat(monkeypatch):
+def test_a_check_detects_irreproducible_results(monkeypatch):
   monkeypatch.setattr(jobs, "poison", lambda target: None)
   count = iter(range(9))
 
@@ -266,7 +268,7 @@ def test_a_check_sees_results_that_do_not_repeat(monkeypatch):
   )
 
 
-def test_a_maker_that_fails_does_not_lose_the_others():
+def test_a_failing_baseline_does_not_affect_the_others():
   def broken():
     raise RuntimeError("not installed\nat all")
 

@@ -1,4 +1,4 @@
-"""What the benches run compiles for chips that are not here."""
+"""The benchmarks' programs compile for chips that are not present."""
 
 import pytest
 
@@ -23,5 +23,5 @@ def test_every_job_compiles(chip, only):
   appended = [line for line in found if "held" in line]
   assert len(appended) == 3
   for line in appended:
-    # Of tokens that are new, not of pages.
+    # Bytes of the new tokens, not of the pages.
     assert line["in_place"] >= line["held"] > 4 * line["temporary"]

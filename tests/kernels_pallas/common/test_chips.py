@@ -1,4 +1,4 @@
-"""One table of what chips can do, against the arithmetic of their units."""
+"""The table of chips, against the arithmetic of their units."""
 
 import pathlib
 import re
@@ -23,13 +23,13 @@ def test_planning_and_schedules_read_the_same_table():
 
 @pytest.mark.parametrize("name", inspected.CHIPS)
 def test_a_peak_is_that_of_all_matrix_units(name):
-  """2 FLOPs for each place of a unit and cycle, to a TFLOP/s."""
+  """2 FLOPs for each element of a unit and cycle, to a TFLOP/s."""
   chip = inspected.CHIPS[name]
   places = chip.cores * UNITS * chip.mxu**2
   assert chip.peak / 1e12 == round(2 * places * chip.clock / 1e12)
 
 
-# Multiprocessors, FLOPs of one in a cycle (bfloat16, dense), boost clock in Hz.
+# Multiprocessors, FLOPs of one per cycle (bfloat16, dense), boost clock in Hz.
 GPUS = {
   "a100": (108, 2048, 1.41e9),
   "h100": (132, 4096, 1.83e9),
@@ -56,5 +56,5 @@ def test_bandwidths_are_those_that_xla_compiles_for(name):
 
 def test_a_chip_is_found_by_the_kind_that_jax_gives():
   for chip in chips.CHIPS.values():
-    assert chips.of_kind(chip.kind) is chip
-  assert chips.of_kind("NVIDIA H100 PCIe") is None
+    assert chips.find_by_kind(chip.kind) is chip
+  assert chips.find_by_kind("NVIDIA H100 PCIe") is None

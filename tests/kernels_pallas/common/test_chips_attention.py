@@ -1,11 +1,10 @@
-"""Every attention kernel through XLA's compiler for TPUs that are not here.
+"""Every attention kernel through XLA's compiler for TPUs that are not present.
 
 The cells are {chips} x {head dims} x {dtypes} x {directions}. Each is compiled
 at a tile that compiles quickly, for a full mask here and a causal one there;
-with `--slow`, also at the tiles that the kernels take by themselves, for a
-causal mask (whose kernels hold the code for tiles that are visible throughout,
-too), with every feature at once, and at the smallest tile, whose registers
-suffice. No cell is refused.
+with `--slow`, also at the kernels' default tiles, for a causal mask (whose
+kernels also hold the code for fully visible tiles), with every feature at once,
+and at the smallest tile, for which the registers suffice. Every cell compiles.
 """
 
 import itertools
@@ -38,7 +37,7 @@ both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 
 def compiles(job, folder):
-  """Compiles a job, and finds the dumps of each of its kernels."""
+  """Compiles a job, and checks that each of its kernels is dumped."""
   assert build.compile_to(job, folder) is None
   names = {f.name for f in folder.glob("*-final_bundles.txt")}
   blocks = job.blocks or QUICK
@@ -71,7 +70,7 @@ def test_split_backward_compiles(tmp_path, target):
 @every_cell
 @both_directions
 def test_the_smallest_tile_spills_nothing(target, head_dim, dtype, direction):
-  """Its matrix work adds up, too; larger ones spill since that costs less."""
+  """Its matrix work adds up, too; larger tiles spill but cost less."""
   cell = target, head_dim, dtype, direction
   job = Job("flash_attention", target, direction, 1024, head_dim, dtype, SMALL)
   assert report.measure(job).spills <= SPILLS.get(cell, 0)

@@ -1,4 +1,4 @@
-"""The decoding kernels through XLA's compiler for TPUs that are not here."""
+"""The decoding kernels through XLA's compiler for absent TPUs."""
 
 import os
 import subprocess

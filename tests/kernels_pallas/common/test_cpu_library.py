@@ -1,4 +1,4 @@
-"""Compiled libraries: made once, whole, named after what they are made of."""
+"""Compiled libraries: built once, intact, named after a hash of inputs."""
 
 import dataclasses
 import re
@@ -25,10 +25,10 @@ def test_a_damaged_library_is_not_loaded(damage, tmp_path):
     flipped=good[:99] + bytes([good[99] ^ 1]) + good[100:],
     empty=b"",
   )[damage]
-  assert cpu_library.is_whole(made)
+  assert cpu_library.is_intact(made)
   copy = tmp_path / made.name
   copy.write_bytes(bad)
-  assert not cpu_library.is_whole(copy)
+  assert not cpu_library.is_intact(copy)
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda x: x.name)
@@ -38,7 +38,7 @@ def test_every_source_names_the_library(library, tmp_path, monkeypatch):
   found = {path.name for kind in kinds for path in folder.glob(kind)}
   text = "".join((folder / name).read_text() for name in found)
   found |= set(re.findall(r'#include "(\.\./[^"]+)"', text))
-  assert found == {library.source.name, *library.parts}
+  assert found == {library.source.name, *library.includes}
   monkeypatch.setenv("CXX", str(_compiler(tmp_path)))
   copy.mkdir(parents=True)
   for name in found:
@@ -54,7 +54,7 @@ def test_every_source_names_the_library(library, tmp_path, monkeypatch):
 
 
 def _compiler(folder):
-  """Returns a compiler that notes its calls in `folder / "calls"`."""
+  """Returns a compiler that records its calls in `folder / "calls"`."""
   script = folder / "cxx"
   script.write_text(
     "#!/bin/sh\n"
@@ -66,15 +66,15 @@ def _compiler(folder):
   return script
 
 
-def test_a_library_is_made_once_and_again_if_damaged(tmp_path, monkeypatch):
+def test_a_library_is_built_once_and_again_if_damaged(tmp_path, monkeypatch):
   monkeypatch.setenv("CXX", str(_compiler(tmp_path)))
   folder = tmp_path / "libraries"
   made = products.LIBRARY.build(folder)
-  assert cpu_library.is_whole(made)
+  assert cpu_library.is_intact(made)
   assert products.LIBRARY.build(folder) == made
   assert (tmp_path / "calls").read_text() == "called\n"
   made.write_bytes(b"half")
   assert products.LIBRARY.build(folder) == made
-  assert cpu_library.is_whole(made)
+  assert cpu_library.is_intact(made)
   assert (tmp_path / "calls").read_text() == "called\n" * 2
   assert [path.name for path in folder.iterdir()] == [made.name]

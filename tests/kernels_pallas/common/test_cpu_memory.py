@@ -1,4 +1,4 @@
-"""Arrays in huge pages: the same ones, one after another."""
+"""Arrays in huge pages: equal values, contiguous."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from kernels_pallas.common import cpu_memory
 
 @pytest.fixture(name="small", autouse=True)
 def _small(monkeypatch):
-  """Trees of these tests are large enough, and the system has huge pages."""
-  monkeypatch.setattr(cpu_memory, "SMALLEST", 1000)
+  """Lowers the minimum size, and assumes the system has huge pages."""
+  monkeypatch.setattr(cpu_memory, "MIN_BYTES", 1000)
   if not cpu_memory._can_have(1000):
     pytest.skip("this system has no huge pages")
 
@@ -36,7 +36,7 @@ def address(x):
   return x.unsafe_buffer_pointer()
 
 
-def test_the_values_are_the_same_and_lie_together():
+def test_values_are_equal_and_contiguous():
   before = tree()
   found = cpu_memory.in_huge_pages(before)
   assert jax.tree.structure(found) == jax.tree.structure(before)
@@ -55,7 +55,7 @@ def test_the_values_are_the_same_and_lie_together():
   assert np.diff(places).tolist() == [320, 320]
 
 
-def test_they_outlive_what_they_were_made_of():
+def test_copies_outlive_their_sources():
   before = tree()
   wanted = np.array(before["b"][1])
   found = cpu_memory.in_huge_pages(before)["b"][1]
@@ -72,7 +72,7 @@ def test_committed_arrays_stay_committed():
   assert found is not x and found.committed and found.devices() == {device}
 
 
-def test_others_stay_on_the_device_where_they_are():
+def test_arrays_on_other_devices_stay_there():
   device = jax.devices()[1]
   with jax.default_device(device):
     x = jnp.ones((40, 50))
@@ -80,15 +80,15 @@ def test_others_stay_on_the_device_where_they_are():
   assert found is not x and not found.committed and found.devices() == {device}
 
 
-def test_arrays_may_be_given_away():
-  """What a program may write to is not what lies beside it."""
+def test_arrays_can_be_donated():
+  """Memory that a program may donate does not overlap its neighbours."""
   x, y = cpu_memory.in_huge_pages([jnp.ones((40, 50)), jnp.ones((40, 50))])
   changed = jax.jit(lambda x: x + 1, donate_argnums=0)(x)
   np.testing.assert_array_equal(np.asarray(changed), np.full((40, 50), 2.0))
   np.testing.assert_array_equal(np.asarray(y), np.ones((40, 50)))
 
 
-def test_a_limit_that_nobody_knew_of_leaves_them(monkeypatch):
+def test_a_failing_allocation_leaves_arrays_unchanged(monkeypatch):
   def none(*_):
     raise OSError(12, "Cannot allocate memory")
 
@@ -105,7 +105,9 @@ def test_a_limit_that_nobody_knew_of_leaves_them(monkeypatch):
     ("4000000", "3000000", False),
   ],
 )
-def test_a_container_may_have_less(most, now, moves, monkeypatch, tmp_path):
+def test_the_memory_limit_of_a_container_counts(
+  most, now, moves, monkeypatch, tmp_path
+):
   (tmp_path / "memory.max").write_text(f"{most}\n")
   (tmp_path / "memory.current").write_text(f"{now}\n")
   monkeypatch.setattr(cpu_memory, "_GROUP", tmp_path)
@@ -131,7 +133,7 @@ def test_arrays_on_several_devices_stay():
     ("_MEMORY", "MemTotal: 9 kB\n"),
   ],
 )
-def test_where_there_are_none_or_no_room_nothing_moves(
+def test_without_huge_pages_or_memory_nothing_is_copied(
   file, text, monkeypatch, tmp_path
 ):
   path = tmp_path / "file"
@@ -143,7 +145,7 @@ def test_where_there_are_none_or_no_room_nothing_moves(
 
 
 def test_small_trees_stay(monkeypatch):
-  monkeypatch.setattr(cpu_memory, "SMALLEST", 10**6)
+  monkeypatch.setattr(cpu_memory, "MIN_BYTES", 10**6)
   x = [jnp.ones((40, 50))]
   assert cpu_memory.in_huge_pages(x) is x
   assert cpu_memory.in_huge_pages([]) == []

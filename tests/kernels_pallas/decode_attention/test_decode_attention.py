@@ -108,8 +108,8 @@ def test_float64_agrees_with_numpy(backend):
     pytest.param(jnp.float8_e4m3fn, None, marks=pytest.mark.slow),
   ],
 )
-def test_what_no_token_sees_may_hold_anything(dtype, window):
-  """NaN in free pages, behind ends and, with a window, before its start."""
+def test_invisible_memory_may_contain_nan(dtype, window):
+  """NaN in free pages, after a row's end and, with a window, before it."""
   q, pages, table = draw(TOKENS, 4, 8), pool(2, 8, 8, dtype), tables()
   first = np.zeros_like(LENS)
   if window is not None:
@@ -132,7 +132,7 @@ def test_what_no_token_sees_may_hold_anything(dtype, window):
   chex.assert_trees_all_equal(found, clean)
   for o, lse in jax.tree.map(np.asarray, found):
     chex.assert_tree_all_finite(o)
-    # Token 10 belongs to padding, 13 and 14 to nobody.
+    # Token 10 belongs to padding, 13 and 14 to no row.
     empty = np.flatnonzero(np.all(np.isneginf(lse), axis=1))
     assert empty.tolist() == [10, 13, 14] and not np.any(o[empty])
 
@@ -141,11 +141,11 @@ def test_agrees_with_the_ragged_reference_of_jax():
   q, pages, table = draw(13, 4, 8), pool(2, 8, 8), np.maximum(tables(), 0)
   interleaved = np.stack(plain(pages), axis=2)  # [pages, K, 2, size, H]
   interleaved = np.moveaxis(interleaved, 3, 1).reshape(COUNT, SIZE, 4, 8)
-  # It knows no empty rows: the padding row becomes a row of one token.
+  # It does not support empty rows: the padding row becomes a row of one token.
   lens = np.maximum(LENS, 1)
   args = lens, table, STARTS, np.array([len(lens)], np.int32)
   for options in ({}, {"sliding_window": 5, "soft_cap": 1.5}):
-    # It slices by lengths, which are no arguments then.
+    # It slices by lengths, which cannot be arguments then.
     theirs = functools.partial(
       lambda q, kv, **options: rpa.ref_ragged_paged_attention(
         q, kv, *args, **options
@@ -182,7 +182,7 @@ def test_one_token_a_row_from_a_cache(backend, blocks):
 
 
 def one_token(q, k, v, options):
-  """JAX's output, and the output and log-sum-exp of our attention."""
+  """Returns JAX's output, and our output and log-sum-exp."""
 
   @quick
   def both(q, k, v):
@@ -231,8 +231,8 @@ def test_any_lengths(lengths):
     chex.assert_trees_all_close(found, expected, **CLOSE)
 
 
-def test_large_logits_only_move_the_log_sum_exp():
-  """A constant on all logits, whose exponential is inf or 0."""
+def test_large_logits_only_shift_the_log_sum_exp():
+  """Adds a constant to all logits whose exponential is inf or 0."""
   q, pages, where = draw(TOKENS, 4, 8), pool(2, 8, 8), (tables(), LENS, STARTS)
   level = (3000 * 8**0.5) ** 0.5
 
@@ -245,7 +245,7 @@ def test_large_logits_only_move_the_log_sum_exp():
   for sign in (1, -1):
     x = at(1, sign)
     for found in every_backend(*x, *map(jnp.asarray, where)):
-      # Float32 of 3000 in base 2 is good to 2.4e-4: so are probabilities.
+      # Float32 of 3000 in base 2 is accurate to 2.4e-4: so are probabilities.
       chex.assert_trees_all_close(
         found, (o, lse + 3000 * sign), rtol=2e-3, atol=2e-3
       )
@@ -257,7 +257,7 @@ def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
     (4, 32), (S, 2, 32), (S, 2, 32)))  # fmt: skip
   lengths = jnp.asarray([24, 1, 7, 13], jnp.int32)
 
-  # Every step is rounded, as it would be uncompiled.
+  # Every step is rounded, as without compilation.
   @functools.partial(
     jax.jit,
     static_argnums=0,
@@ -280,7 +280,9 @@ def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8", "cache"])
-def test_kernels_do_not_race_or_read_what_nobody_wrote(tpu_interpreter, kind):
+def test_kernels_do_not_race_or_read_uninitialized_memory(
+  tpu_interpreter, kind
+):
   """Two cores, parallel steps in random order, memory full of NaN."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 

@@ -1,4 +1,4 @@
-"""The C++ kernel of decoding against NumPy, and what a row may not notice."""
+"""The C++ decoding kernel against NumPy, and independence of rows."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ from tests.support_pairwise import pairwise
 
 pytestmark = pytest.mark.usefixtures("cxx")
 
-# Rows of no key, one, some, and more than a task takes.
+# Rows of no key, one, some, and more than one task's.
 LENGTHS = np.array([0, 1, 37, 1300], np.int32)
 B, S = len(LENGTHS), 1311
 
@@ -64,7 +64,7 @@ def run(q, k, v, lengths=LENGTHS, isa="auto", **options):
 @pytest.mark.parametrize(
   "case", CASES, ids=lambda c: "-".join(map(str, c.values()))
 )
-def test_it_agrees_with_numpy(case):
+def test_agrees_with_numpy(case):
   isa, options = case["isa"], {x: case[x] for x in ("window", "softcap")}
   supported(isa)
   q, k, v = operands(case["heads"], case["dims"], case["dtype"])
@@ -82,7 +82,7 @@ def test_it_agrees_with_numpy(case):
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS[1:])
-def test_a_row_does_not_notice_the_others_or_its_room(isa):
+def test_a_row_is_independent_of_others_and_of_unused_slots(isa):
   supported(isa)
   heads, dims = (6, 2), (64, 48)
   together = run(*operands(heads, dims), isa=isa)
@@ -96,7 +96,7 @@ def test_a_row_does_not_notice_the_others_or_its_room(isa):
 @pytest.mark.parametrize("isa", cpu.ISAS[1:])
 @pytest.mark.parametrize("where", ["k", "v"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_nan_that_is_seen_is_told(isa, where, softcap):
+def test_visible_nan_propagates(isa, where, softcap):
   supported(isa)
   q, k, v = operands((4, 2), (16, 16))
   x = {"k": k, "v": v}
@@ -107,21 +107,21 @@ def test_nan_that_is_seen_is_told(isa, where, softcap):
   assert not nan[[0, 1, 3]].any()
 
 
-def test_large_logits_only_move_the_log_sum_exp():
-  """A constant on all logits, whose exponential is inf or 0."""
+def test_large_logits_only_shift_the_log_sum_exp():
+  """Adds a constant to all logits whose exponential is inf or 0."""
   q, k, v = operands((4, 2), (16, 16))
   level = (3000 * 16**0.5) ** 0.5
   o, lse = run(q.at[..., 0].set(0), k, v)
   for sign in (1, -1):
     x = q.at[..., 0].set(sign * level), k.at[..., 0].set(level), v
-    # Float32 of 3000 in base 2 is good to 2.4e-4: so are probabilities.
+    # Float32 of 3000 in base 2 is accurate to 2.4e-4: so are probabilities.
     chex.assert_trees_all_close(
       run(*x), (o, lse + 3000 * sign), rtol=2e-3, atol=2e-3
     )
 
 
 def test_a_soft_cap_of_any_logits():
-  """Far above it all are the cap; far below it nothing happens."""
+  """Far above it all logits are the cap; far below they are unchanged."""
   q, k, v = operands((4, 2), (64, 16))
   o, lse = run(q * 1e6, k, v, softcap=5.0)
   alive = LENGTHS > 0
@@ -137,20 +137,20 @@ def test_a_soft_cap_of_any_logits():
 
 
 def test_logits_that_are_all_minus_infinity_see_nothing():
-  """In a row of one task, and in one of several."""
+  """In a row of one task, and in a row of several."""
   q, k, v = operands((4, 2), (16, 16))
   dead = jnp.full_like(k, -jnp.inf)
   o, lse = map(np.asarray, run(jnp.abs(q), dead, v))
   assert not o.any() and np.isneginf(lse).all()
-  # One key of the second task alone.
+  # Only one key of the second task.
   some = dead.at[3, :, 700].set(k[3, :, 700])
   o, _ = run(jnp.abs(q), some, v)
   want = jnp.repeat(v[3, :, 700], 2, axis=0)
   chex.assert_trees_all_close(o[3], want, **CLOSE)
 
 
-def test_lengths_that_cannot_be_are_the_nearest_that_can():
-  """Which are not known while the program is traced."""
+def test_invalid_lengths_are_clipped():
+  """Invalid lengths that are unknown while the program is traced."""
   x = operands((4, 2), (16, 16))
   found = run(*x, lengths=np.array([-3, 1, 37, 1300], np.int32))
   chex.assert_trees_all_equal(found, run(*x))
@@ -162,7 +162,7 @@ def test_lengths_that_cannot_be_are_the_nearest_that_can():
 
 @pytest.mark.parametrize("mesh", [False, True])
 def test_auto_has_the_gradients_and_flops_of_attention(mesh):
-  """Those of a cache of 1,311 slots, in blocks of 512, and of one query."""
+  """As a cache of 1,311 slots, in blocks of 512, with one query."""
   q, k, v = operands((4, 2), (16, 16))
   k, v = (jnp.nan_to_num(x.swapaxes(1, 2)) for x in (k, v))
   lengths = jnp.asarray(LENGTHS)
@@ -204,8 +204,8 @@ def test_auto_has_the_gradients_and_flops_of_attention(mesh):
     (dict(lse=(2, 5)), "o, lse: not"),
   ],
 )
-def test_the_library_refuses_shapes_that_do_not_fit(change, message):
-  """Whoever calls it: before it reads or writes anything."""
+def test_the_library_rejects_mismatched_shapes(change, message):
+  """It checks shapes itself, before it reads or writes anything."""
   assert cpu.available()
   shapes = dict(q=(2, 4, 16), k=(2, 2, 9, 16), v=(2, 2, 9, 16), lengths=(2,),
                 o=(2, 4, 16), lse=(2, 4)) | change  # fmt: skip
@@ -222,7 +222,7 @@ def test_the_library_refuses_shapes_that_do_not_fit(change, message):
 
 
 def test_bfloat16_is_rounded_once():
-  """Sums and probabilities are float32's: only the output is rounded."""
+  """Sums and probabilities are float32; only the output is rounded."""
   q, k, v = operands((6, 2), (64, 64), "bfloat16")
   x = q, *(y.swapaxes(1, 2) for y in (k, v)), jnp.asarray(LENGTHS)
   found = decode_attention(*x, backend="cpu")
@@ -245,7 +245,7 @@ def test_a_vmap_is_more_rows():
   chex.assert_trees_all_equal([x[1] for x in shared], list(alone))
 
 
-def test_auto_takes_it_where_it_can():
+def test_auto_takes_the_cpu_kernel_for_supported_calls():
   def taken(dtype="float32", dims=(16, 16), pages=False, **options):
     q, k, v = operands((2, 1), dims)
     lengths = jnp.asarray(LENGTHS)
@@ -268,7 +268,7 @@ def test_auto_takes_it_where_it_can():
   assert choose(jnp.float32, S)[0] == "cpu" and choose(jnp.float32)[0] == "xla"
 
 
-def test_blocks_are_no_matter():
+def test_results_do_not_depend_on_blocks():
   q, k, v = operands((2, 1), (16, 16))
   x = q, *(y.swapaxes(1, 2) for y in (k, v)), jnp.asarray(LENGTHS)
   call = functools.partial(decode_attention, *x, backend="cpu")
@@ -278,13 +278,13 @@ def test_blocks_are_no_matter():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (dict(dtype="float16"), "compute in float16.*backend='xla'"),
+    (dict(dtype="float16"), "not support float16.*backend='xla'"),
     (dict(dims=(16, 8)), "whole 16s, found 8"),
     (dict(k="bfloat16"), "one dtype, found float32 and bfloat16"),
-    (dict(precision="F64_F64_F64"), "no precision 'F64_F64_F64'"),
+    (dict(precision="F64_F64_F64"), "not support precision 'F64_F64_F64'"),
   ],
 )
-def test_what_it_cannot_do_is_said(change, message):
+def test_unsupported_calls_raise(change, message):
   dtype, dims = change.get("dtype", "float32"), change.get("dims", (16, 16))
   q, k, v = operands((2, 1), dims, dtype)
   k = k.astype(change.get("k", dtype))
@@ -295,7 +295,7 @@ def test_what_it_cannot_do_is_said(change, message):
     )  # fmt: skip
 
 
-def test_pages_are_refused():
+def test_pages_raise():
   with pytest.raises(ValueError, match="caches, no pages"):
     paged_attention(
       draw(6, 2, 8), pool(1, 8, 8), jnp.asarray(tables()), jnp.asarray(LENS),
@@ -308,7 +308,7 @@ def test_without_a_compiler_xla_decodes(monkeypatch):
   q, k, v = operands((2, 1), (16, 16))
   x = q, *(y.swapaxes(1, 2) for y in (k, v)), jnp.asarray(LENGTHS)
   assert choose(jnp.float32, S)[0] == "xla"
-  # A function of its own: the other's program is compiled already.
+  # A separate function: the other one's program is compiled already.
   program = jax.jit(lambda *x: decode_attention(*x)).lower(*x)
   assert cpu.TARGET not in program.as_text()
   with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):

@@ -1,8 +1,8 @@
-"""The decoding kernel for GPUs, interpreted with race detection, or on a GPU.
+"""The GPU decoding kernel, interpreted with race detection, or on a GPU.
 
-The interpreter has no `mma` and no `cp.async`: products of warps and copies of
-rows are plain ones there. Ranges, masks, softmax, the ring of tiles, parts and
-splits are the kernel's. On a GPU (marker `gpu`) all of it is.
+The interpreter has no `mma` and no `cp.async`: there, products of warps and
+copies of rows are plain ones. Ranges, masks, softmax, the ring of tiles, parts
+and splits are the kernel's. On a GPU (marker `gpu`) all of it runs.
 """
 
 import functools
@@ -68,7 +68,7 @@ def test_a_token_a_row_from_a_cache(gpu, name):
   q = rounded(dtype, B, N, H)
   k = rounded(dtype, B, S, K, H, seed=1)
   v = rounded(dtype, B, S, K, Hv, seed=2)
-  # What no token sees: behind the end, and before the window.
+  # Invisible keys: after the end, and before the window.
   key, n = np.arange(S), LENGTHS[:, None]
   dead = (key >= n) | (key < n - (case["window"] or S))
   dead = dead[:, :, None, None]
@@ -90,8 +90,8 @@ def test_a_token_a_row_from_a_cache(gpu, name):
   assert_no_rougher(found[0], rough[0], exact[0], dtype)
 
 
-# (page, H, Hv, tokens of an item): pages of a part of a tile, of some tiles,
-# and of neither; a token a row, and prompts.
+# (page, H, Hv, tokens per item): pages smaller than a tile, of several tiles,
+# and of neither; one token per row, and prompts.
 PAGED = {
   "small": (16, 64, 64, 1, None),
   "neither": (96, 64, 128, 1, 60),
@@ -104,7 +104,7 @@ CODES = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 
 @functools.partial(jax.jit, static_argnums=0)
 def codes(code, k, v):
-  """Pages of keys and values in codes, and their scales."""
+  """Quantized pages of keys and values, and their scales."""
   k, v = (quantize(x, code) for x in (k, v))
   return jnp.concatenate([k[0], v[0]], -1), jnp.stack([k[1], v[1]], 1)
 
@@ -113,7 +113,7 @@ def codes(code, k, v):
 @pytest.mark.sample(2)
 def test_rows_that_decode_and_rows_that_read_a_prompt(gpu, name):
   size, H, Hv, queries, window = PAGED[name]
-  # A prompt of several items; where each is a block of threads, of two.
+  # A prompt of several items; if each is a block of threads, of two.
   prompt = 12 if queries > 1 else 2
   lens = np.array([150, 0, prompt, 200], np.int32)
   starts = np.cumsum([0, 1, 1, prompt, 2], dtype=np.int32)
@@ -126,7 +126,7 @@ def test_rows_that_decode_and_rows_that_read_a_prompt(gpu, name):
     for token in range(low, n):
       page = table[row, token // size] = order[row * width + token // size]
       alive[page, token % size] = True
-  tokens = starts[-1] + 1  # the last is nobody's
+  tokens = starts[-1] + 1  # the last one belongs to no row
   q = rounded(jnp.bfloat16, tokens, 4, H)
   kv = rounded(jnp.bfloat16, count, 2, size, H + Hv, seed=1)
   alive, scale = alive[:, None, :, None], None
@@ -142,7 +142,7 @@ def test_rows_that_decode_and_rows_that_read_a_prompt(gpu, name):
   plain = functools.partial(run, backend="reference")
   wide = kv if scale is not None else kv.astype(np.float32)
   exact = quick(plain)(q.astype(np.float32), wide, scale)
-  # Of absolute values: what rounding each probability may add up to.
+  # Of absolute values: the sum of roundings of probabilities.
   values = np.where(np.arange(H + Hv) < H, wide, np.abs(np.float32(wide)))
   most, _ = quick(plain)(q.astype(np.float32), values.astype(wide.dtype), scale)
   if scale is None:
@@ -164,7 +164,7 @@ def test_rows_that_decode_and_rows_that_read_a_prompt(gpu, name):
   assert np.all(error <= (2.0**-8 + 2.0**-14) * size)
 
 
-def test_what_the_kernel_does_not_compute_is_refused():
+def test_unsupported_calls_raise():
   q, k = draw(1, 2, 64), draw(1, 16, 1, 64)
   lengths, half = jnp.array([3]), jnp.bfloat16
 
@@ -180,7 +180,7 @@ def test_what_the_kernel_does_not_compute_is_refused():
 
 
 def coded(code, size):
-  """A row of 40 tokens in pages of 16, in codes, with values of that size."""
+  """A row of 40 tokens in quantized pages of 16, with values of that size."""
   k, v = (np.asarray(draw(3, 2, 16, 64, seed=n)) for n in (1, 2))
   pages = Pages(*codes(code, k, np.float32(size) * v), 64)
   return pages, jnp.array([[2, 0, 1]]), jnp.array([40])
@@ -190,7 +190,7 @@ def coded(code, size):
 @pytest.mark.parametrize("size", [1.0, 1e-5])
 @pytest.mark.cover(1)
 def test_small_values_are_as_exact_as_large_ones(gpu, code, size):
-  """Scales of values enter operands of 16 bits."""
+  """Scales of values are part of 16-bit operands."""
   q, x = rounded(jnp.bfloat16, 1, 4, 64), coded(CODES[code], size)
   ours = {"backend": "mosaic_gpu", "interpret": gpu.interpret}
   found = gpu.run(functools.partial(paged_attention, **ours), q, *x)
@@ -225,7 +225,7 @@ def test_codes_for_float16_are_read_by_plain_lax(code):
   np.testing.assert_allclose(found, exact, rtol=2.0**-10, atol=2.0**-24)
 
 
-def test_auto_is_the_kernel_where_there_is_one():
+def test_auto_takes_the_gpu_kernel_where_supported():
   def chosen(kind, dtype=jnp.bfloat16, H=64):
     device = jax.sharding.AbstractDevice(kind, None, platform="gpu")
     mesh = jax.sharding.AbstractMesh(
@@ -246,7 +246,7 @@ def test_auto_is_the_kernel_where_there_is_one():
 
 
 def test_a_program_lowered_for_cuda_has_the_kernel():
-  """No mesh is set and no GPU is here; the CPU's program has plain lax."""
+  """Without a mesh or a GPU; the CPU's program is plain lax."""
   x = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 2, 64),
        (2, 24, 1, 64))]  # fmt: skip
   traced = jax.jit(decode_attention).trace(
@@ -260,7 +260,7 @@ def test_a_program_lowered_for_cuda_has_the_kernel():
 
 
 def test_without_jit_it_runs_where_its_arrays_are(monkeypatch):
-  """On a host with a GPU, too, which is then not looked at."""
+  """Even on a host with a GPU, which is not queried then."""
   q, k = (draw(*s).astype(jnp.bfloat16) for s in ((2, 2, 64), (2, 24, 1, 64)))
   lengths = jnp.array([3, 24])
   want = decode_attention(q, k, k, lengths, backend="xla")
@@ -268,16 +268,16 @@ def test_without_jit_it_runs_where_its_arrays_are(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [h100])
   assert (
-    target_platform.device()
-    == target_platform.place_of([])
+    target_platform.program_device()
+    == target_platform.device_of_arrays([])
     == ("gpu", "NVIDIA H100")
   )
   found = decode_attention(q, k, k, lengths)
   chex.assert_trees_all_equal(found, want)
 
 
-def test_an_array_that_is_committed_says_where():
-  """As JAX has it, which moves the others there."""
+def test_a_committed_array_determines_the_device():
+  """As in JAX, which moves the others there."""
 
   def placed(platform, committed):
     device = mock.Mock(platform=platform, device_kind="some")
@@ -286,8 +286,11 @@ def test_an_array_that_is_committed_says_where():
     return x
 
   free, held = placed("gpu", False), placed("cpu", True)
-  assert target_platform.place_of([free, np.zeros(1)]) == ("gpu", "some")
-  assert target_platform.place_of([free, held]) == ("cpu", "some")
+  assert target_platform.device_of_arrays([free, np.zeros(1)]) == (
+    "gpu",
+    "some",
+  )
+  assert target_platform.device_of_arrays([free, held]) == ("cpu", "some")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Decoding through the compiler for GPUs that are not here; its PTX in NumPy.
+"""Decoding through the compiler for absent GPUs; its PTX in NumPy.
 
-A mistake in an address, a swizzle, a fragment, a wait or a barrier is seen:
-the tests of what is left out say so.
+Errors in addresses, swizzles, fragments, waits and barriers are detected, as
+the tests with left-out instructions show.
 """
 
 import functools
@@ -28,13 +28,13 @@ def test_compiles_without_a_spill(case):
   _, _, H, Hv = case.heads
   size = 1 if case.code else 2
   keys, mine = 64 if size * (H + Hv) <= 512 else 32, 16
-  # Of a warp: scores of its keys, and the products with their values.
+  # Per warp: scores of its keys, and the products with their values.
   matmuls = mine // 8 * (H // 16) + mine // 16 * (Hv // 8)
   assert found.loop["mma"] == matmuls
   copies = keys * (H + Hv) * size / (16 * 128)
   assert found.loop["copy"] == copies + (case.code is not None)
-  # Operands by `ldmatrix`, four at a time, but for keys in rows of 64 bytes,
-  # of which it is two; one barrier, for the tile.
+  # Operands by `ldmatrix`, four at a time, except keys in rows of 64 bytes,
+  # two at a time; one barrier, for the tile.
   loads = H // 16 + matmuls // 4 * size + 2 * (H * size < 128)
   assert found.loop["matrix"] == loads
   assert found.loop["barrier"] == 1
@@ -85,7 +85,7 @@ CASES = {
 @pytest.mark.parametrize("late", [True, False], ids=["late", "at_once"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_instructions_compute_attention(name, late):
-  """With NaN where nobody looks, which is not even read."""
+  """With NaN in invisible places, which are not even read."""
   case = CASES[name]
   found, text = measure(case)
   assert found.spills == 0
@@ -101,7 +101,7 @@ def test_the_instructions_compute_attention(name, late):
 @pytest.mark.parametrize(
   "instruction", [r"bar\.sync %r\d+, 128", r"cp\.async\.wait_group.*"]
 )
-def test_a_wait_that_is_left_out_is_seen(instruction):
+def test_a_missing_wait_is_detected(instruction):
   case = CASES["cache"]
   text, count = re.subn(instruction + ";", "", measure(case)[1])
   assert count

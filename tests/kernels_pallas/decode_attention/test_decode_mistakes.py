@@ -1,4 +1,4 @@
-"""Mistakes in a call of paged attention are refused, before anything runs."""
+"""Invalid calls of paged attention raise before anything runs."""
 
 import inspect
 
@@ -33,7 +33,7 @@ GOOD = {"q": draw(TOKENS, 4, 8), "pages": pool(2, 8, 8), "table": tables(),
 
 
 def damaged(name, place, value):
-  """The argument of that name, with another value at a place."""
+  """Returns the argument of that name, with one value replaced."""
   array = np.array(GOOD[name])
   array[place] = value
   return {name: array}, name
@@ -41,7 +41,7 @@ def damaged(name, place, value):
 
 @st.composite
 def mistakes(draw_):
-  """Arguments that cannot be right, and what the message must name."""
+  """Invalid arguments, and the name that the message must contain."""
   pick = lambda *values: draw_(st.sampled_from(values))  # noqa: E731
   row = draw_(st.sampled_from(np.flatnonzero(LENS).tolist()))
   first = draw_(st.integers(0, (LENS[row] - 1) // SIZE))
@@ -75,7 +75,7 @@ def mistakes(draw_):
 
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(mistake=mistakes())
-def test_mistakes_are_refused_before_anything_runs(mistake):
+def test_invalid_arguments_raise_before_anything_runs(mistake):
   """While the program is traced, with a message that names the argument."""
   arguments, named = mistake
   with pytest.raises(ValueError, match=rf"\b{named}"):
@@ -95,7 +95,7 @@ def test_mistakes_are_refused_before_anything_runs(mistake):
     ({"lengths": np.ones(B + 1, np.int32)}, "lengths"),
   ],
 )
-def test_mistakes_with_a_cache_are_refused(change, named):
+def test_invalid_arguments_with_a_cache_raise(change, named):
   good = {"q": draw(B, 2, 8), "k": draw(B, S, 2, 8), "v": draw(B, S, 2, 8),
           "lengths": np.ones(B, np.int32)}  # fmt: skip
   with pytest.raises(ValueError, match=named):

@@ -1,4 +1,4 @@
-"""Pages are written where they are read; calls that do not fit are refused."""
+"""Appending writes the right slots; invalid calls raise."""
 
 import chex
 import jax
@@ -37,8 +37,8 @@ from tests.support_decode import (
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8,
                                    jnp.float8_e4m3fn])  # fmt: skip
-def test_tokens_are_appended_where_they_are_read(dtype):
-  """Token by token and all at once give the same pages, and the right ones."""
+def test_tokens_are_appended_to_the_slots_that_are_read(dtype):
+  """Token by token and all at once give the same, correct pages."""
   k, v = draw(TOKENS, 2, 8, seed=5), draw(TOKENS, 2, 8, seed=6)
   lens, starts = (
     np.array([6, 0, 9], np.int32),
@@ -73,8 +73,8 @@ def test_tokens_are_appended_where_they_are_read(dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8,
                                    jnp.float8_e4m3fn])  # fmt: skip
-def test_the_kernel_appends_what_a_scatter_does(dtype):
-  """Rows that begin and end anywhere in a group, none's tokens, empty rows."""
+def test_the_append_kernel_equals_a_scatter(dtype):
+  """Rows that begin and end anywhere in a group, stray tokens, empty rows."""
   count, size, K, H = 5, 32, 2, 8
   table = jnp.array([[3, 0], [1, -1], [4, -1], [2, -1]], jnp.int32)
   lens = jnp.array([41, 3, 0, 32], jnp.int32)
@@ -99,12 +99,12 @@ def test_the_kernel_appends_what_a_scatter_does(dtype):
 
 
 def test_the_kernel_that_appends_does_not_race(tpu_interpreter):
-  """With groups that rows share, rows without tokens, items left over."""
+  """With groups that rows share, rows without tokens, unused items."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
   held = Pages(draw(3, 1, 16, 16, seed=2), None, 8)
   k, v = draw(12, 1, 8), draw(12, 1, 8, seed=1)
-  # 7 tokens in two groups and pages, none, 4 in one group; 1 is nobody's.
+  # 7 tokens in two groups and pages, none, 4 in one group; 1 has no row.
   table = jnp.array([[2, 0], [-1, -1], [1, -1]], jnp.int32)
   where = table, jnp.array([20, 0, 6], jnp.int32), jnp.array([0, 7, 7, 11])
   append = jax.jit(
@@ -129,14 +129,14 @@ def fails(message, *, q=None, pages=None, table=None, lens=None, starts=None,
   table = tables() if table is None else table
   lens = LENS if lens is None else np.array(lens, np.int32)
   starts = STARTS if starts is None else np.array(starts, np.int32)
-  # Where annotations are checked, they may be first.
+  # Where annotations are checked, they may fail first.
   with pytest.raises((ValueError, TypeError), match=f"{message}|Type-check"):
     paged_attention(
       q, pages, *map(jnp.asarray, (table, lens, starts)), **options
     )
 
 
-def test_bad_input_is_named():
+def test_invalid_input_raises():
   fails("N % K = 0", q=draw(TOKENS, 3, 8))
   fails("equal head dims", q=draw(TOKENS, 4, 6))
   fails(r"expected \[6, W\]", table=tables()[:4])
@@ -180,8 +180,8 @@ def test_bad_input_is_named():
     empty_pages(0, 2, 4, 8)
 
 
-def test_lengths_may_be_known_where_the_table_is_not():
-  """Then rows have room for as many pages as the table names."""
+def test_lengths_may_be_static_while_the_table_is_traced():
+  """Then rows have room for as many pages as the table lists."""
   q, pages = draw(TOKENS, 4, 8), pool(2, 8, 8)
   lens, starts = jnp.asarray(LENS), jnp.asarray(STARTS)
 
@@ -194,8 +194,8 @@ def test_lengths_may_be_known_where_the_table_is_not():
     quick(run)(table[:, :4])
 
 
-def test_pages_beyond_the_table_are_not_read_where_nobody_can_check():
-  """Traced lengths and tables: bounded, finite, and other rows unharmed."""
+def test_pages_beyond_the_table_are_not_read_when_traced():
+  """Traced lengths and tables: clipped, finite, and other rows unharmed."""
   q, pages, table = draw(TOKENS, 4, 8), pool(2, 8, 8), tables()
   clean = every_backend(q, pages, *map(jnp.asarray, (table, LENS, STARTS)))
   lens, wrong = LENS.copy(), table.copy()
@@ -220,6 +220,6 @@ def test_the_backend_is_that_of_the_platform_compiled_for():
 
 @pytest.mark.parametrize("code", [jnp.int8, jnp.float8_e4m3fn])
 def test_nan_makes_its_own_scale_nan(code):
-  """By which it is seen where its code is not, as int8's or on a GPU."""
+  """NaN propagates through it where codes cannot hold NaN."""
   x = jnp.ones((3, 8)).at[1, 2].set(jnp.nan)
   assert np.isnan(quantize(x, code)[1]).tolist() == [False, True, False]

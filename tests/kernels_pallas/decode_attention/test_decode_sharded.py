@@ -12,19 +12,19 @@ from kernels_pallas.decode_attention.api import (
   paged_attention,
 )
 from kernels_pallas.decode_attention.pages import append_to_pages, empty_pages
-from kernels_pallas.decode_attention.sharded import Cut
+from kernels_pallas.decode_attention.sharded import DecodeSharding
 from kernels_pallas.decode_attention.spec import Blocks
 from tests import support_hlo
 
 R, K, N, H, SIZE, WIDTH = 4, 4, 8, 16, 4, 3
 POOL = 6  # pages of each half of the rows
-CUT = Cut(("rows",), ("heads",))
+CUT = DecodeSharding(("rows",), ("heads",))
 BACKENDS = {
   "xla": {"backend": "xla"},
   "mosaic_tpu": {"backend": "mosaic_tpu", "interpret": True},
 }
 LENS = jnp.asarray([9, 3, 12, 0], jnp.int32)
-# Each pair of rows has a pool of its own, and counts in it.
+# Each pair of rows has its own pool, with its own page numbers.
 TABLE = np.array([[3, 0, 5], [1, 0, 0], [2, 4, 1], [0, 0, 0]], np.int32)
 
 
@@ -56,7 +56,7 @@ def test_a_cache_by_rows_and_heads(mesh, backend):
   if backend == "cpu" and not cpu.available():
     pytest.skip("no C++ kernel can be compiled here")
   found, moved = on(mesh, lambda *x: sharded.sharded_decode_attention(
-    *x, cut=CUT, blocks=Blocks(1, 4, 2), **options, **ours
+    *x, sharding=CUT, blocks=Blocks(1, 4, 2), **options, **ours
   ), *x)  # fmt: skip
   alone = decode_attention(*x, backend="reference", **options)
   chex.assert_trees_all_close(found, alone, rtol=1e-5, atol=1e-5)
@@ -81,9 +81,9 @@ def test_pages_in_pools_by_rows_and_heads(mesh, backend, dtype):
     return run, (q, k, v, pages, table)
 
   function, args = steps(
-    lambda *x: sharded.sharded_append_to_pages(*x, cut=CUT),
+    lambda *x: sharded.sharded_append_to_pages(*x, sharding=CUT),
     lambda *x: sharded.sharded_paged_attention(
-      *x, cut=CUT, **BACKENDS[backend]
+      *x, sharding=CUT, **BACKENDS[backend]
     ),
     jnp.asarray(TABLE),
   )
@@ -100,7 +100,7 @@ def test_pages_in_pools_by_rows_and_heads(mesh, backend, dtype):
 
 
 def test_mixed_rows_by_heads(mesh):
-  cut = Cut(heads=("heads",))
+  cut = DecodeSharding(heads=("heads",))
   kv = draw(POOL * 2, K, SIZE, 2 * H)
   pages = empty_pages(POOL * 2, K, SIZE, H, jnp.float32)
   pages = type(pages)(kv, None, H)
@@ -108,15 +108,15 @@ def test_mixed_rows_by_heads(mesh):
   table = jnp.asarray(TABLE)
   x = draw(13, N, H), pages, table, LENS, starts
   found, moved = on(mesh, lambda *x: sharded.sharded_paged_attention(
-    *x, cut=cut, backend="xla", return_lse=True), *x)  # fmt: skip
+    *x, sharding=cut, backend="xla", return_lse=True), *x)  # fmt: skip
   alone = paged_attention(*x, backend="reference", return_lse=True)
   chex.assert_trees_all_close(found, alone, rtol=1e-5, atol=1e-5)
   assert not [c for c in moved if "shard_map" in c.line]
   with jax.set_mesh(mesh), pytest.raises(ValueError, match="depend on data"):
-    sharded.sharded_paged_attention(*x, cut=CUT)
+    sharded.sharded_paged_attention(*x, sharding=CUT)
 
 
 def test_axes_that_do_not_divide_are_named(mesh):
   x = draw(3, N, H), draw(3, 12, K, H), draw(3, 12, K, H), LENS[:3]
   with jax.set_mesh(mesh), pytest.raises(ValueError, match="3 rows in 2 parts"):
-    sharded.sharded_decode_attention(*x, cut=CUT)
+    sharded.sharded_decode_attention(*x, sharding=CUT)

@@ -1,4 +1,4 @@
-"""The contract of `flash_attention`: its masks, its defaults, its errors."""
+"""The contract of `flash_attention`: masks, defaults, errors."""
 
 import functools
 
@@ -70,7 +70,7 @@ def test_scale_is_the_inverse_root_of_the_head_dim(x):
 @pytest.mark.parametrize("window", [(None, None), (2, None), (1, 1)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_lengths_are_shorter_rows(x, causal, window):
-  """Rows of a padded batch are what each is alone, offsets included."""
+  """Rows of a padded batch equal each row alone, offsets included."""
   q, k, v = x
   lens = (5, 2)
   whole = attend(q, k, v, causal=causal, window=window, kv_lens=jnp.array(lens))
@@ -159,14 +159,14 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_bad_arguments_say_what_is_wrong(x, name):
+def test_invalid_arguments_raise(x, name):
   arguments, message = ERRORS[name]
   arguments = {**dict(zip("qkv", x, strict=True)), **arguments}
-  # With checked annotations some shapes are found before our own check.
+  # With checked annotations some shapes fail before our own check.
   with pytest.raises((ValueError, TypeCheckError), match=message):
     flash_attention(**arguments)
 
 
-def test_bad_blocks_say_what_is_wrong():
+def test_invalid_blocks_raise():
   with pytest.raises(ValueError, match="at least 1"):
     Blocks(q=0)

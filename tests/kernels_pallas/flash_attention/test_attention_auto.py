@@ -1,7 +1,7 @@
-"""'auto': the platform that a program is lowered for decides, at no cost.
+"""'auto': resolved by the platform that a program is lowered for, at no cost.
 
-The truth is `xla_blockwise` itself, called by name: what 'auto' is on a CPU has
-to agree with it under every transformation.
+The expected results are those of `xla_blockwise`, called by name: 'auto' on a
+CPU has to agree with it under every transformation.
 """
 
 import collections
@@ -19,11 +19,11 @@ import pytest
 
 from kernels_pallas.common import target_platform
 from kernels_pallas.common.by_platform import by_platform
-from kernels_pallas.flash_attention import backends
+from kernels_pallas.flash_attention import dispatch
 from kernels_pallas.flash_attention.api import choose, flash_attention
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import GpuTiles
+from kernels_pallas.flash_attention.gpu.tile_sizes import GpuTiles
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 from research.planning import flops
 from tests.support_gpu import needs_kernels
@@ -47,7 +47,7 @@ def qkv(dtype=np.float32):
 
 
 def calls(f, platform, *args):
-  """Names of what the program for `platform` calls, on this CPU."""
+  """Names of custom calls in the program for `platform`, lowered here."""
   low = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,))
   return set(re.findall(r"custom_call @(\w+)", low.as_text()))
 
@@ -61,12 +61,12 @@ causal = functools.partial(loss, causal=True)
 
 
 def same(make, *args, rtol=1e-6):
-  """`make(loss)` of 'auto' and of xla_blockwise, by name, on this CPU."""
+  """Compares `make(loss)` of 'auto' with xla_blockwise on this CPU."""
   ours, theirs = (
     jax.jit(make(functools.partial(loss, backend=name)))(*args)
     for name in ("auto", "xla_blockwise")
   )
-  # The same operations, which XLA may fuse another way, or the C++ kernel's.
+  # The same operations, fused differently by XLA, or the C++ kernel's.
   chex.assert_trees_all_close(ours, theirs, rtol=rtol, atol=rtol)
 
 
@@ -96,7 +96,7 @@ def test_a_cpu_traces_no_kernel_and_compiles_none():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_one_export_serves_all_platforms(dtype):
-  """A CPU's has no call of the C++ library, which is this machine's."""
+  """A CPU's contains no call of this machine's C++ library."""
   exported = jax.export.export(jax.jit(causal), platforms=("cpu", "tpu"))
   whole = exported(*shapes(dtype))
   assert whole.platforms == ("cpu", "tpu")
@@ -118,26 +118,26 @@ EVERY_OTHER = Mask.where(lambda q, k: (q - k) % 2 == 0)
     ("cuda", "pad T to 64", shapes(T=63), {}),
     ("cuda", "bias", shapes(), {"bias": jnp.zeros((T, T))}),
     ("cuda", "precision", shapes(), {"precision": "highest"}),
-    ("cuda", "at most 256, found 320", shapes(H=320), {}),
+    ("cuda", "up to 256, found 320", shapes(H=320), {}),
     ("tpu", "more than 8 intervals", shapes(), {"mask": EVERY_OTHER}),
     ("cuda", "more than 8 intervals", shapes(), {"mask": EVERY_OTHER}),
   ],
 )
-def test_what_a_kernel_refuses_is_lowered_as_blocks(
+def test_unsupported_calls_are_lowered_as_xla_blockwise(
   platform, why, args, more, caplog
 ):
-  target_platform.say.cache_clear()
+  target_platform.log_choice.cache_clear()
   with caplog.at_level(logging.INFO, "kernels_pallas"):
     assert not calls(functools.partial(loss, **more), platform, *args)
   assert f"xla_blockwise on {platform}" in caplog.text and why in caplog.text
 
 
-def test_reasons_are_told_once_and_only_on_request(caplog):
-  target_platform.say.cache_clear()
+def test_reasons_are_logged_once_and_only_at_info(caplog):
+  target_platform.log_choice.cache_clear()
   with caplog.at_level(logging.WARNING, "kernels_pallas"):
     calls(loss, "cpu", *shapes())
   assert not caplog.records
-  target_platform.say.cache_clear()
+  target_platform.log_choice.cache_clear()
   with caplog.at_level(logging.INFO, "kernels_pallas"):
     for platform in ("cpu", "tpu", "tpu"):
       calls(jax.grad(loss), platform, *shapes())
@@ -159,26 +159,26 @@ def test_sizes_are_those_of_the_backend_taken():
 
 @pytest.mark.parametrize("mesh", [False, True])
 @pytest.mark.parametrize("config", ["nonsense", 128, Tile(), Blocks])
-def test_a_config_that_is_no_backends_is_refused(config, mesh):
-  """Also where no types are checked, which users' calls are not."""
+def test_an_unknown_config_type_raises(config, mesh):
+  """Also where types are not checked, as in users' calls."""
   device = jax.sharding.AbstractDevice("TPU v5", None, platform="tpu")
   known = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
   context = jax.sharding.use_abstract_mesh(known) if mesh else nullcontext()
   x = Operands(*shapes(), Mask.causal())
   with context, pytest.raises(ValueError, match="config: found .* GpuTiles"):
-    backends.automatic(x, config, Spec(scale=1.0))
+    dispatch.resolve_auto(x, config, Spec(scale=1.0))
 
 
 @needs_kernels
-def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
+def test_the_gpu_kind_is_the_local_one_else_hopper(monkeypatch):
   q, k, v = shapes()
 
   def cores():
     x = Operands(q, k, v, Mask.causal())
-    _, sizes = backends.automatic(x, None, Spec(scale=1.0))
+    _, sizes = dispatch.resolve_auto(x, None, Spec(scale=1.0))
     return dict(sizes.kernels)["cuda"].cores
 
-  assert cores() == "wgmma" and "none is here" in target_platform.kind_of(
+  assert cores() == "wgmma" and "none is here" in target_platform.device_kind(
     "cuda"
   )
   a100 = types.SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB")
@@ -194,7 +194,7 @@ def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
 
 
 @needs_kernels
-def test_a_gpu_that_has_a_kernel_gets_it():
+def test_auto_takes_the_kernel_of_supported_gpus():
   q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
 
   def chosen(kind, q=q, **more):
@@ -246,7 +246,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_it_transforms_as_blocks_do(name):
+def test_transformations_agree_with_xla_blockwise(name):
   x = qkv()
   if name == "vmap of some":
     x[1:] = (y[:1] for y in x[1:])
@@ -265,7 +265,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_every_argument_means_what_it_does_to_blocks(name):
+def test_every_argument_agrees_with_xla_blockwise(name):
   with jax.enable_x64(name == "float64"):
     x = qkv(np.float64 if name == "float64" else np.float32)
     bound = lambda f: functools.partial(f, **ARGUMENTS[name])  # noqa: E731
@@ -275,7 +275,7 @@ def test_every_argument_means_what_it_does_to_blocks(name):
       same(lambda f: twice(bound(f)), *x, rtol=1e-5)
 
 
-def test_without_jit_it_is_the_same():
+def test_without_jit_results_are_the_same():
   x = qkv()
   value = jax.grad(causal, (0, 1, 2))(*x)
   theirs = jax.grad(functools.partial(causal, backend="xla_blockwise"),
@@ -286,7 +286,7 @@ def test_without_jit_it_is_the_same():
 @needs_kernels
 @pytest.mark.parametrize("checked", [True, False])
 def test_inside_a_shard_map_without_devices(checked):
-  """An abstract mesh knows no platform; types vary over it all the same."""
+  """An abstract mesh has no platform, but types vary over it all the same."""
   mesh = jax.sharding.AbstractMesh(
     (2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
   )
@@ -304,7 +304,7 @@ def test_inside_a_shard_map_without_devices(checked):
     assert kernel in calls(jax.grad(f, (0, 1, 2)), platform, *args)
 
 
-def test_a_checkpoint_keeps_what_is_named():
+def test_a_checkpoint_saves_named_residuals():
   def products(*names):
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     f = jax.grad(jax.checkpoint(causal, policy=policy), (0, 1, 2))
@@ -324,7 +324,7 @@ def test_flops_are_those_of_the_default():
 
 
 def test_a_platform_runs_its_own_function():
-  """`by_platform` itself: what runs here is what has this platform's name."""
+  """`by_platform` itself runs the implementation of this platform."""
   x = jnp.arange(3.0)
 
   def f(x):

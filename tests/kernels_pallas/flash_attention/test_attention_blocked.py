@@ -68,7 +68,7 @@ ROWS = pairwise(FACTORS)
 
 
 def problem(row):
-  """Arguments and options of a row of `ROWS`."""
+  """Returns arguments and options of a row of `ROWS`."""
   choice = {name: FACTORS[name][value] for name, value in row.items()}
   N, K, H, Hv = choice["heads"]
   x = {"q": draw(B, T, N, H), "k": draw(B, S, K, H), "v": draw(B, S, K, Hv)}
@@ -181,7 +181,7 @@ def test_grouped_heads_are_repeated_heads():
   )
 
 
-def test_a_constant_on_all_logits_only_moves_the_log_sum_exp():
+def test_a_constant_on_all_logits_only_shifts_the_log_sum_exp():
   q, k, v = qkv()
   o, lse = map(np.asarray, attend(q, k, v, return_lse=True))
   bias = np.full((1, 1, 1, 1), 2.5)
@@ -203,7 +203,7 @@ def test_a_window_open_to_the_left_is_causal():
   )
 
 
-def test_an_infinite_soft_cap_is_none():
+def test_an_infinite_soft_cap_has_no_effect():
   q, k, v = qkv()
   chex.assert_trees_all_close(
     attend(q, k, v, softcap=1e6), attend(q, k, v), atol=1e-10
@@ -224,7 +224,7 @@ def test_parts_of_the_keys_combine_to_the_whole():
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_padding_may_hold_anything(name):
+def test_padding_may_contain_nan(name):
   """NaN in padding reaches neither outputs nor gradients."""
   lens = np.array([5, 8])
   queries = np.array([[0] * 4 + [-1] * 2, [0] * 6], np.int32)
@@ -289,7 +289,7 @@ def test_large_logits_do_not_overflow():
 
 
 def results(*x, backend="reference", config=None):
-  """The output and gradients of a sum of its sines."""
+  """Returns the output and gradients of a sum of its sines."""
 
   def f(*x):
     o = flash_attention(*x, causal=True, backend=backend, config=config)
@@ -301,7 +301,7 @@ def results(*x, backend="reference", config=None):
 
 @functools.cache
 def rough_and_exact(dtype):
-  """Those of plain attention, in a dtype throughout and in float64."""
+  """Results of plain attention, in one dtype throughout and in float64."""
   x = qkv(dtype)
   exact = jax.jit(results)(*(np.asarray(y, np.float64) for y in x))
   return in_low_precision(results, *x), exact
@@ -393,10 +393,10 @@ def test_a_checkpoint_policy_can_keep_the_output():
     return dots(jax.make_jaxpr(jax.grad(f, (0, 1, 2)))(q, k, v).jaxpr)
 
   def dots(jaxpr):
-    # Of every call: a jaxpr that is called twice is printed once.
+    # Over all calls: a jaxpr that is called twice is printed once.
     found = sum(e.primitive.name == "dot_general" for e in jaxpr.eqns)
     return found + sum(map(dots, subjaxprs(jaxpr)))
 
-  # Two blocks: 2 products forward, 5 backward, 2 more to run forward again.
+  # Two blocks: 2 products forward, 5 backward, 2 more to recompute forward.
   assert products("attn_out", "attn_lse") == 2 * (2 + 5)
   assert products() == 2 * (2 + 5 + 2)

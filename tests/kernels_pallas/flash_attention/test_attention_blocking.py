@@ -1,4 +1,4 @@
-"""Sizes of tiles: what fits, what is skipped, and that memory stays linear."""
+"""Tile sizes: which fit, what is skipped, and that memory is linear."""
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +19,23 @@ def operands(B, T, N, S, K=None, mask=None):
 @pytest.mark.parametrize("heads", [1, 4, 9, 36])
 @pytest.mark.parametrize("length", [1, 100, 512, 1024, 2048, 16384, 131072])
 def test_scores_of_a_tile_fit(heads, length):
-  blocks = tile_sizes.fitted(operands(1, length, heads, length))
+  blocks = tile_sizes.default_blocks(operands(1, length, heads, length))
   rows = min(blocks.q, length)
   keys = length if blocks.unroll else min(blocks.k, length)
-  # Many heads may not fit with the least tile there is.
-  least = heads * tile_sizes.LEAST * 256
-  assert heads * rows * keys <= max(tile_sizes.SCORES, least)
+  # Many heads may not fit even with the smallest tile.
+  least = heads * tile_sizes.MIN_QUERIES * 256
+  assert heads * rows * keys <= max(tile_sizes.SCORES_PER_TILE, least)
   assert blocks.unroll in (0, length)
 
 
 def test_decoding_is_one_block_however_long_the_cache():
-  blocks = tile_sizes.fitted(operands(8, 1, 32, 2**17, K=8))
+  blocks = tile_sizes.default_blocks(operands(8, 1, 32, 2**17, K=8))
   assert blocks.unroll >= 2**17 and blocks.q >= 1
 
 
 def test_masks_that_skip_nothing_get_larger_blocks():
   sizes = [
-    tile_sizes.fitted(operands(1, 512, 4, 512, mask=mask)).q
+    tile_sizes.default_blocks(operands(1, 512, 4, 512, mask=mask)).q
     for mask in (Mask.causal(), Mask.full())
   ]
   assert sizes == [128, 512]

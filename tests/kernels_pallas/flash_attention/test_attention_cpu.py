@@ -1,8 +1,8 @@
-"""The C++ kernel of attention on every instruction set, forward and backward.
+"""The C++ attention kernel on every instruction set, forward and backward.
 
-The truth is the reference in float64. A sum of n products in float32 is off by
-n/2 of its units at most, and by about the root of n; what cancels is bounded by
-the sum of magnitudes.
+The expected results are the reference's in float64. A sum of n products in
+float32 is off by n/2 of its units at most, and typically by about the root of
+n; cancellation is bounded by the sum of magnitudes.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.common import by_platform, cpu_library
-from kernels_pallas.flash_attention import backends, cpu, dispatch
+from kernels_pallas.flash_attention import cpu, dispatch
 from kernels_pallas.flash_attention.api import choose, flash_attention
 from kernels_pallas.flash_attention.cpu import CpuTiles
 from kernels_pallas.masks import Mask
@@ -37,14 +37,14 @@ def draw(*shape, seed=0):
 
 
 def positions(length, behind):
-  """Of two rows, the second shorter and behind others."""
+  """Positions of two rows, the second shorter and offset."""
   one, two = np.arange(length), np.arange(length) + 7
   two[-behind:] = -1
   return jnp.asarray(np.stack([one, two]), jnp.int32)
 
 
 def documents(length):
-  """Of two rows; the last tokens of the first are padding."""
+  """Segments of two rows; the last tokens of the first are padding."""
   one = np.repeat([4, 0, 9, -1], [40, 33, 50, length - 123])
   return jnp.asarray(np.stack([one, np.arange(length) // 60]), jnp.int32)
 
@@ -113,7 +113,7 @@ def expected(H, Hv, K, sinks, mask):
 @pytest.mark.parametrize(
   "case", CASES, ids=lambda c: "-".join(map(str, c.values()))
 )
-def test_it_is_the_reference(case):
+def test_agrees_with_the_reference(case):
   isa, mask = case.pop("isa"), case.pop("mask")
   supported(isa)
   config = CpuTiles(chunk=64, isa=isa)
@@ -132,7 +132,7 @@ def test_it_is_the_reference(case):
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS[1:])
-def test_what_padding_holds_does_not_matter(isa):
+def test_padding_may_contain_nan(isa):
   supported(isa)
   mask = MASKS["positions"]()
   x, cotangents = operands(24, 24, 2, 0)
@@ -151,7 +151,7 @@ def test_what_padding_holds_does_not_matter(isa):
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS[1:])
-def test_nan_that_is_seen_is_told(isa):
+def test_visible_nan_propagates(isa):
   supported(isa)
   x, _ = operands(8, 8, 4, 0)
   x["k"][0, 100] = np.nan
@@ -172,7 +172,7 @@ def test_large_logits_do_not_overflow():
   ours = f(
     **jax.tree.map(lambda y: jnp.asarray(y, jnp.float32), x), backend="cpu"
   )
-  # The largest logit takes it all, whatever is behind it.
+  # The largest logit dominates, whatever the others are.
   with jax.enable_x64(True):
     theirs = f(**jax.tree.map(jnp.asarray, x), backend="reference")
   share = np.abs(np.asarray(ours) - np.asarray(theirs)) > 1e-2
@@ -220,7 +220,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_it_has_not_it_refuses_and_auto_leaves_to_others(name):
+def test_unsupported_calls_raise_and_auto_takes_another_backend(name):
   options, message = REFUSED[name]
   x = jax.tree.map(
     lambda y: jnp.asarray(y, jnp.float32), operands(8, 8, 2, 0)[0]
@@ -236,7 +236,7 @@ def test_what_it_has_not_it_refuses_and_auto_leaves_to_others(name):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_16_bits_are_computed_in_32(dtype):
-  """What is rounded is what goes in and what comes out."""
+  """Only inputs and outputs are rounded."""
   x, (do, _) = operands(8, 8, 2, 1)
   narrow = jax.tree.map(lambda y: jnp.asarray(y, dtype), x)
   wide = jax.tree.map(lambda y: y.astype(jnp.float32), narrow)
@@ -250,7 +250,7 @@ def test_16_bits_are_computed_in_32(dtype):
   do = jnp.asarray(do, dtype)
   found = back((do, jnp.zeros_like(lse)))[0]
   theirs = forth((do.astype(jnp.float32), jnp.zeros_like(lse)))[0]
-  # `o` that the gradient starts from was rounded: a rounding of `do . o`.
+  # `o` in the gradient was rounded: one rounding of `do . o`.
   for name, y in found.items():
     assert y.dtype == dtype, name
     scale = float(jnp.abs(theirs[name]).max())
@@ -262,7 +262,7 @@ def test_16_bits_are_computed_in_32(dtype):
     )
 
 
-def test_auto_takes_it_where_it_can():
+def test_auto_takes_the_cpu_kernel_for_supported_calls():
   def taken(*shape, dtype=jnp.float32):
     with jax.enable_x64(dtype == jnp.float64):
       return choose(jnp.zeros(shape, dtype))[0]
@@ -292,19 +292,19 @@ def test_without_a_compiler_xla_attends(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [dict(chunk=0), dict(tasks=0), dict(isa="x")])
-def test_a_config_that_means_nothing_is_refused(wrong):
+def test_an_invalid_config_raises(wrong):
   with pytest.raises(ValueError, match="config: found CpuTiles"):
     CpuTiles(**wrong)
 
 
 def test_every_backend_has_its_kernel_by_platform():
-  assert set(dispatch.KERNELS.values()) < set(backends.BACKENDS)
+  assert set(dispatch.KERNELS.values()) < set(dispatch.BACKENDS)
   assert set(dispatch.KERNELS) == set(by_platform.PLATFORMS)
 
 
 @pytest.mark.parametrize("batched", ["all", "q", "keys", "mask", "sinks"])
 def test_a_vmap_is_one_call_of_more_rows(batched):
-  """Whatever is mapped: results are those of one at a time."""
+  """Whichever arrays are mapped: results are those of single calls."""
   size = 3
   x, (do, _) = operands(24, 24, 2, 1)
   x = {n: jnp.asarray(y, jnp.float32) for n, y in x.items()}
@@ -344,8 +344,8 @@ def test_a_vmap_is_one_call_of_more_rows(batched):
   )
 
 
-def test_logits_far_below_zero_leave_padding_alone():
-  """Behind a chunk's last key lie zeros, whose exponentials are infinite."""
+def test_very_negative_logits_are_unaffected_by_padding():
+  """A chunk is padded with zeros, whose exponentials are infinite."""
   S, H = 771, 8
   x = {
     "q": np.full((1, 40, 1, H), 8.0),
@@ -389,7 +389,7 @@ def mesh_of(size):
 
 
 def test_inside_a_shard_map_operands_may_be_shared():
-  """Rows are cut, keys and segments are every device's."""
+  """Rows are sharded, keys and segments are replicated."""
   r = np.random.default_rng(0)
   q = jnp.asarray(r.standard_normal((8, 40, 2, 8), np.float32))
   k, v = (
@@ -413,15 +413,15 @@ def test_inside_a_shard_map_operands_may_be_shared():
   chex.assert_trees_all_close(cut, whole, rtol=1e-6, atol=1e-6)
 
 
-def test_what_a_mesh_cuts_is_not_gathered():
+def test_sharded_arrays_are_not_gathered():
   q = jnp.zeros((8, 40, 2, 8))
   for size, backend in ((1, "cpu"), (8, "xla_blockwise")):
     with jax.set_mesh(mesh_of(size)):
       assert choose(q)[0] == backend
 
 
-def test_a_mesh_of_one_device_transforms_as_none_does():
-  """A CPU's kernel has no tangents; those of blocks stand in under a mesh."""
+def test_a_mesh_of_one_device_transforms_as_without_a_mesh():
+  """The C++ kernel has no tangents; the blockwise ones are used instead."""
   x = jax.tree.map(
     lambda y: jnp.asarray(y, jnp.float32), operands(8, 8, 2, 0)[0]
   )
@@ -438,7 +438,7 @@ def test_a_mesh_of_one_device_transforms_as_none_does():
   chex.assert_trees_all_close(ours, jax.jit(twice)(x), rtol=1e-6, atol=1e-6)
 
 
-def test_programs_for_others_load_no_library(monkeypatch):
+def test_programs_for_other_platforms_load_no_library(monkeypatch):
   monkeypatch.setattr(cpu, "available", lambda: pytest.fail("was asked"))
   x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
   f = jax.jit(functools.partial(flash_attention, causal=True))

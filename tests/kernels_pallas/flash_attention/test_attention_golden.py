@@ -11,15 +11,15 @@ import pytest
 from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tpu.mosaic_tpu import mosaic_tpu_attention
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
-from kernels_pallas.flash_attention.xla.blockwise import blocked_attention
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.xla.blockwise import blockwise_attention
 from kernels_pallas.masks import Mask
 
 FILE = pathlib.Path(__file__).parents[2] / "golden" / "attention.json"
 GOLDEN = json.loads(FILE.read_text())
 
-# Sums published with the contract: |o|, lse, |dq|, |dk|, |dv|, then |dbias|
-# and |dsinks|, made by a third implementation. One digit is ours: it printed
+# Sums published with the contract: |o|, lse, |dq|, |dk|, |dv|, then |dbias| and
+# |dsinks|, made by a third implementation. One digit is ours: it printed
 # 1.6670886261 as |dq| of 'causal', where differences of the outputs give
 # 1.6670887261 (`test_differences_of_outputs_give_the_corrected_digit`).
 PUBLISHED = {
@@ -74,8 +74,8 @@ def interpreted(spec, x):
 
 BACKENDS = {
   "reference": (reference_attention, Blocks()),
-  "unrolled": (blocked_attention, Blocks(q=3)),
-  "looped": (blocked_attention, Blocks(q=2, k=3, unroll=0)),
+  "unrolled": (blockwise_attention, Blocks(q=3)),
+  "looped": (blockwise_attention, Blocks(q=2, k=3, unroll=0)),
   "mosaic_tpu": (interpreted, Tiles(*[Tile(4, 6, 2, 3)] * 3, "split")),
 }
 
@@ -134,7 +134,7 @@ def run(name, backend):
 
 
 def _pairs():
-  """The reference has every case; of the others, each case has one in turn."""
+  """The reference runs every case; the others share the cases in turn."""
   first, *others = BACKENDS
   for i, name in enumerate(GOLDEN):
     yield pytest.param(name, first)
@@ -167,7 +167,7 @@ def test_the_file_agrees_with_the_published_sums(name):
 
 
 def test_differences_of_outputs_give_the_corrected_digit():
-  """By no formula of a gradient: central differences of numpy's outputs."""
+  """Without a gradient formula: central differences of NumPy's outputs."""
   _, T, S, *_ = GOLDEN["causal"]["dims"]
   with jax.enable_x64(True):
     x, _, _, (do, _) = case("causal")

@@ -1,7 +1,7 @@
-"""Sinks and biases of -inf: a sink that is none, a key that nobody sees.
+"""Sinks and biases of -inf: a disabled sink, an invisible key.
 
-A head whose sink is -inf has none, and a pair whose bias is -inf is masked. So
-the truth is the reference without either: nothing infinite enters it.
+A head whose sink is -inf has no sink, and a pair whose bias is -inf is masked.
+So the expected results are the reference's without either, which are finite.
 """
 
 import functools
@@ -14,13 +14,13 @@ import pytest
 
 from kernels_pallas.decode_attention.api import decode_attention
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTile,
   GpuTiles,
 )
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
 from kernels_pallas.flash_attention.spec import Blocks
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 from tests import support_sequence
 from tests.support_chip import MODES, runner
@@ -55,14 +55,14 @@ def draw(*shape, seed=0, dtype=jnp.float32):
 
 
 def qkv(T=T, H=8, dtype=jnp.float32):
-  """Two heads with keys of their own, which share nothing."""
+  """Two heads with their own keys, which share nothing."""
   return {n: draw(1, T, 2, H, seed=i, dtype=dtype) for i, n in enumerate("qkv")}
 
 
 def window(T=T, queries=(), keys=()):
-  """Two documents and padding: of the first tile of keys that a tile of
-  queries visits, some of these see nothing. `queries` and `keys` are padding,
-  too."""
+  """Two documents and padding: in the first tile of keys that a tile of queries
+  visits, some of the queries see nothing. `queries` and `keys` are additional
+  padding."""
   at = np.arange(T)[None]
   ids = np.where(at < T // 3, 0, np.where(at < 5 * T // 6, 1, -1))
   hidden = [np.where(np.isin(at, list(x)), -1, ids) for x in (queries, keys)]
@@ -111,7 +111,7 @@ def assert_close(found, expected):
 
 @functools.cache
 def finite():
-  """What a sink of -inf in head 0 should give."""
+  """The expected results of a sink of -inf in head 0."""
   found = quick(one_sink)(qkv(), window())
   assert np.isneginf(found["lse"]).any() and np.abs(found["sinks"][1]) > 1e-2
   return found
@@ -130,7 +130,7 @@ def test_a_sink_of_minus_infinity_is_no_sink_on_cpus():
 
 
 @each(["unrolled", "mosaic_tpu_fused"])
-def test_the_lowest_sink_has_no_part_in_what_is_seen(name):
+def test_the_lowest_finite_sink_has_no_effect_on_visible_keys(name):
   """It times log2(e) is -inf."""
   mask = Mask.causal((T // 4, None))
   plain = functools.partial(step, mask=mask, backend="reference")
@@ -194,7 +194,7 @@ def test_a_sink_of_minus_infinity_is_no_sink_on_gpus(gpu, config):
   how = {"backend": "mosaic_gpu", "config": GPUS[config]}
 
   def ours(x, mask):
-    # Gradients see the log-sum-exp alone, which says it all.
+    # Gradients use only the log-sum-exp, which includes the sinks.
     return dict(zip(("o", "lse"), flash_attention(
       **x, mask=mask, return_lse=True, interpret=gpu.interpret, **how
     ), strict=True))  # fmt: skip
@@ -236,7 +236,7 @@ DECODING = {
 
 @pytest.mark.usefixtures("cxx")
 def test_decoding_has_no_sink_where_it_is_minus_infinity():
-  """Among rows without a token, too, and in all of their keys' splits."""
+  """Also for rows without a token, and in all splits of the keys."""
   q, k, v = (
     draw(3, 2, 16),
     draw(3, 24, 2, 16, seed=1),

@@ -1,4 +1,4 @@
-"""Mistakes in a call of attention are refused, before anything runs."""
+"""Invalid calls of attention raise before anything runs."""
 
 import inspect
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.spec import Blocks
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 
 B, T, S, H = 2, 5, 8, 4
@@ -28,13 +28,13 @@ def zeros(*shape, dtype=np.float32):
 
 
 def unlike(*sizes, most=12):
-  """A size that is none of `sizes`."""
+  """Draws a size that is none of `sizes`."""
   return st.integers(0, most).filter(lambda n: n not in sizes)
 
 
 @st.composite
 def mistakes(draw):
-  """Arguments that cannot be right, and what the message must name."""
+  """Invalid arguments, and the name that the message must contain."""
   pick, size = draw, lambda *ok: draw(unlike(*ok))
   shapes = st.lists(st.integers(0, 4), max_size=6)
   wrong = {
@@ -96,7 +96,7 @@ def mistakes(draw):
 
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(mistake=mistakes())
-def test_mistakes_are_refused_before_anything_runs(mistake):
+def test_invalid_arguments_raise_before_anything_runs(mistake):
   """While the program is traced, with a message that names the argument."""
   arguments, named = mistake
   arguments = jax.tree.map(

@@ -1,4 +1,4 @@
-"""ONNX's generated cases of attention, as `make_attention_onnx.py` keeps them.
+"""ONNX's generated attention cases, as stored by `make_attention_onnx.py`.
 
 Differences of contract: ONNX aligns causal masks and windows to the top left
 unless there is a past or a length; its boolean masks are biases of -inf here;
@@ -16,7 +16,7 @@ import pytest
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.spec import Blocks
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from tests.support_rounding import assert_no_rougher, in_low_precision
 
 FILE = pathlib.Path(__file__).parents[2] / "golden" / "attention_onnx.npz"
@@ -26,10 +26,10 @@ CASES = json.loads(str(ARRAYS["cases"]))["cases"]
 INEXPRESSIBLE = {
   "flexattention_prob_mod": "probabilities that do not sum to 1",
 }
-"""What our contract has no argument for, and what it lacks.
+"""Features that our contract does not have.
 
-Of cases that also return the product of q and k, or the cache, the output
-alone is compared.
+Of cases that also return the product of q and k, or the cache, only the output
+is compared.
 """
 
 BACKENDS = {
@@ -43,9 +43,9 @@ CHEAP = ("reference", "xla_blockwise")
 
 
 def array(spec):
-  """An array of the file, in the type that the case has it in.
+  """Returns an array of the file, in the case's dtype.
 
-  By numpy, as all of a problem: JAX would compile each step for each shape.
+  By NumPy, like the whole problem: JAX would compile each step for each shape.
   """
   found = ARRAYS[spec["array"]]
   dtype = np.int32 if spec["dtype"] == "int64" else jnp.dtype(spec["dtype"])
@@ -60,7 +60,7 @@ def heads_last(x, heads):
 
 
 def score_mod(attributes, T, S):
-  """Options and bias of FlexAttention's subgraphs, which are known by name."""
+  """Options and bias of FlexAttention's subgraphs, recognized by name."""
   mod = attributes.get("score_mod", {"name": None})
   name = mod["name"]
   if name == "score_mod_bias":
@@ -77,7 +77,7 @@ def score_mod(attributes, T, S):
 
 
 def bias_of(mask, S):
-  """ONNX's mask as a bias over S keys; it may end early."""
+  """Returns ONNX's mask as a bias over S keys; it may end early."""
   if mask is None:
     return None
   if mask.dtype == bool:
@@ -122,12 +122,12 @@ def problem(case):
 
 
 def kind(case):
-  """Which attributes and inputs a case has."""
+  """Returns which attributes and inputs a case has."""
   ignored = {"q_num_heads", "kv_num_heads", "qk_matmul_output_mode"}
   return frozenset(case["attributes"]) - ignored, frozenset(case["inputs"])
 
 
-# An interpreted kernel is a large program: one case of each kind will do.
+# An interpreted kernel is a large program: one case of each kind suffices.
 FIRST = {kind(CASES[name]): name for name in reversed(CASES)}
 
 
@@ -140,18 +140,18 @@ def is_double(name):
 
 
 def program(name):
-  """What a case is compiled for: its shapes and types, and its options."""
+  """Returns the compilation key: shapes and dtypes, and options."""
   arrays, options = problem(CASES[name])
   shapes = {key: (x.shape, x.dtype.name) for key, x in arrays.items()}
   return str(sorted(shapes.items())) + str(sorted(options.items()))
 
 
-# Many cases differ in what ONNX returns, or how it is laid out, alone.
+# Many cases differ only in what ONNX returns, or in its layout.
 ALIKE = {}
 for _name in NAMES:
   ALIKE.setdefault(program(_name), []).append(_name)
 
-# A program of many compiles faster than many programs do.
+# One large program compiles faster than many small ones.
 BATCH = 18
 SINGLE = [names for names in ALIKE.values() if not is_double(names[0])]
 BATCHES = [SINGLE[n : n + BATCH] for n in range(0, len(SINGLE), BATCH)]
@@ -208,7 +208,7 @@ HALVES = [
 
 @functools.cache
 def halves():
-  """The cases of 16 bits with every step in these, and in float32."""
+  """16-bit cases with every step in 16 bits, and in float32."""
   problems = {name: problem(CASES[name]) for name in HALVES}
   arrays = {name: x for name, (x, _) in problems.items()}
 
@@ -239,7 +239,7 @@ def test_onnx(name):
     expected = expected.swapaxes(1, 2)
   dtype = arrays["q"].dtype
   if name in HALVES:
-    # ONNX rounds at every step, as plain attention does: to the rule, too.
+    # ONNX rounds at every step, as plain attention does: within the rule, too.
     rough, exact = (x[name] for x in halves())
     for o in (expected, *found.values()):
       assert_no_rougher(o, rough, exact, dtype)
@@ -255,7 +255,7 @@ def test_onnx(name):
     )
 
 
-def test_all_of_onnx_is_there_and_what_is_left_out_is_known():
+def test_all_onnx_cases_are_covered_or_listed_as_unsupported():
   flex = [name for name in CASES if name.startswith("flex")]
   assert len(flex) == 11 and len(CASES) == 93 + 11
   assert INEXPRESSIBLE.keys() <= CASES.keys() and len(INEXPRESSIBLE) == 1

@@ -1,4 +1,4 @@
-"""What is true of attention whatever computes it."""
+"""Properties of attention that hold for every backend."""
 
 import collections
 import functools
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.spec import Blocks
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 from tests.support_pairwise import first_of_each
 
@@ -48,7 +48,7 @@ def draw(*shape, seed=0):
   return jnp.asarray(rng.standard_normal(shape))
 
 
-# --- Gradients against differences of the function -------------------------
+# --- Gradients against finite differences -----------------------------------
 
 FACTORS = (
   "causal", "window", "segments", "prefix", "bias", "softcap", "sinks",
@@ -111,7 +111,7 @@ def problem(row):
   return x, mask, options
 
 
-# Until each feature has been there, and not.
+# Until every feature was both on and off.
 CASES = first_of_each(
   ROWS,
   ["-".join(sorted(row)) for row in ROWS],
@@ -121,7 +121,7 @@ CASES = first_of_each(
 
 @pytest.mark.parametrize("row", CASES)
 def test_gradients_are_differences(row):
-  """Of custom gradients along random directions, by a stencil of 5 points."""
+  """Custom gradients along random directions, by a stencil of 5 points."""
   x, mask, options = problem(row)
   step = 1e-3
 
@@ -159,7 +159,7 @@ def test_gradients_are_differences(row):
 
 @functools.cache
 def attend(backend):
-  """One program a backend: any bias over the keys, any lengths."""
+  """One program per backend: any bias over the keys, any lengths."""
   return quick(
     lambda q, k, v, bias, lens: flash_attention(
       q, k, v, bias=bias, kv_lens=lens, return_lse=True, **BACKENDS[backend]
@@ -205,7 +205,7 @@ def test_order_of_keys_does_not_matter(backend, seed):
 @hypothesis.given(
   seed=seeds, junk=st.sampled_from([0.0, 1e300, np.nan, np.inf])
 )
-def test_what_is_after_the_last_key_does_not_matter(backend, seed, junk):
+def test_memory_after_the_last_key_does_not_matter(backend, seed, junk):
   q, k, v, bias, lens, _ = sample(seed)
   dead = (jnp.arange(S) >= lens[:, None])[:, :, None, None]
   chex.assert_trees_all_equal(
@@ -217,7 +217,7 @@ def test_what_is_after_the_last_key_does_not_matter(backend, seed, junk):
 @every_backend
 @examples
 @hypothesis.given(seed=seeds, constant=st.floats(-50, 50))
-def test_a_constant_on_the_logits_only_moves_the_log_sum_exp(
+def test_a_constant_on_the_logits_only_shifts_the_log_sum_exp(
   backend, seed, constant
 ):
   q, k, v, bias, lens, _ = sample(seed)
@@ -242,7 +242,7 @@ def test_linear_in_values(backend, seed):
 @examples
 @hypothesis.given(seed=seeds, share=st.floats(0, 1))
 def test_parts_combine_to_the_whole(backend, seed, share):
-  """Any two halves of the keys, one of them possibly empty (kernels.md 2.1)."""
+  """Any two halves of the keys, possibly an empty one (kernels.md 2.1)."""
   q, k, v, bias, lens, rng = sample(seed)
   first = jnp.asarray(rng.random(S) < share)
   parts = [
@@ -264,7 +264,7 @@ def test_grouped_heads_are_repeated_heads(backend):
   )
 
 
-# --- Other people's implementations, live ----------------------------------
+# --- Other implementations ---------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [None, (2, 1)])
@@ -297,7 +297,7 @@ def test_agrees_with_jax_nn(window):
 
 
 def test_agrees_with_splash():
-  """Causal, packed documents, grouped heads, soft cap: kernel and kernel."""
+  """Causal, packed documents, grouped heads, soft cap; both interpreted."""
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernel,
   )

@@ -10,9 +10,9 @@ import pytest
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.sharded import (
-  Cut,
-  positioned,
+  AttentionSharding,
   sharded_attention,
+  with_positions,
 )
 from kernels_pallas.flash_attention.spec import Blocks
 from kernels_pallas.masks import Mask, intervals
@@ -21,7 +21,7 @@ from tests import support_hlo
 B, T, N, K, H = 4, 16, 4, 2, 8
 SIZES = {"rows": 2, "queries": 2, "heads": 2}
 
-ALL = Cut(("rows",), ("queries",), ("heads",))
+ALL = AttentionSharding(("rows",), ("queries",), ("heads",))
 # Sums of 16 products of numbers near 1, the loss of 2048, in another order.
 CLOSE = dict(rtol=1e-5, atol=5e-5)
 
@@ -90,7 +90,7 @@ def both(mask, cut, operands, sizes=SIZES, **options):
     return flash_attention(q, k, v, mask=mask, **options)
 
   def shared(q, k, v, mask):
-    return sharded_attention(q, k, v, mask=mask, cut=cut, **options)
+    return sharded_attention(q, k, v, mask=mask, sharding=cut, **options)
 
   found = []
   for attend, mesh in ((alone, None), (shared, mesh_of(sizes))):
@@ -136,17 +136,17 @@ def test_more_or_fewer_keys_than_queries(keys):
   ("heads", "size"), [((4, 2), 4), ((6, 3), 2), ((8, 1), 8), ((2, 2), 4)]
 )
 def test_heads_that_the_axis_does_not_divide(heads, size):
-  cut = Cut(heads=("heads",))
+  cut = AttentionSharding(heads=("heads",))
   if heads[0] % size:
-    cut = Cut()
+    cut = AttentionSharding()
   alone, shared, _ = both(
     Mask.causal(), cut, arrays(heads=heads), {"heads": size}
   )
   chex.assert_trees_all_close(alone, shared, **CLOSE)
 
 
-def test_only_keys_and_values_travel():
-  """Nothing else of the kernel's is gathered; replicated inputs are sliced."""
+def test_only_keys_and_values_are_communicated():
+  """The kernel gathers nothing else; replicated inputs are sliced."""
   *_, found = both(Mask.causal(segments=documents()), ALL, arrays())
   inside = [c for c in found if "shard_map" in c.line]
   moved = {(c.kind, c.axes, c.shapes) for c in inside if c.kind != "all-reduce"}
@@ -157,7 +157,7 @@ def test_only_keys_and_values_travel():
   }
 
 
-def test_rows_and_heads_need_no_word_from_others():
+def test_rows_and_heads_need_no_communication():
   cut = dataclasses.replace(ALL, length=())
   *_, found = both(Mask.causal(segments=documents()), cut, arrays())
   kinds = {c.kind for c in found if "shard_map" in c.line}
@@ -172,17 +172,17 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("name", GIVEN)
-def test_a_function_cut_means_what_it_did(name):
-  """Positions that were given keep their extent; indices are all asked."""
+def test_a_function_mask_is_unchanged_by_sharding(name):
+  """Given positions keep their extent; otherwise indices define it."""
   q, k, extent = GIVEN[name]
   mask = Mask.where(dilated, None, None, q, k, offset=0, extent=extent)
-  cut = positioned(mask, 16, 16)
-  cut.check(1, 16, 16)
+  made = with_positions(mask, 16, 16)
+  made.check(1, 16, 16)
   seen = np.asarray(mask.visible(16, 16))
-  np.testing.assert_array_equal(cut.visible(16, 16), seen)
-  lo, hi = (np.asarray(intervals.rows(cut, 16, 16).bounds)[:, n::2, :, None]
-            for n in (0, 1))  # fmt: skip
-  at = np.asarray(cut.kv_positions)[:, None, None]
+  np.testing.assert_array_equal(made.visible(16, 16), seen)
+  bounds = np.asarray(intervals.mask_intervals(made, 16, 16).bounds)
+  lo, hi = (bounds[:, n::2, :, None] for n in (0, 1))
+  at = np.asarray(made.kv_positions)[:, None, None]
   listed = ((at >= lo) & (at < hi) & (at >= 0)).any(1)
   np.testing.assert_array_equal(listed, seen)
-  assert (cut.extent == extent) == (name == "both")
+  assert (made.extent == extent) == (name == "both")

@@ -1,10 +1,9 @@
 """Which tiles the attention kernels visit, counted inside them.
 
-Where indices decide, and where documents are numbered in order, rising or
-falling: exactly those that hold a visible pair, once in each kernel. Other
-segments are bounded: a tile is visited where indices allow a pair and the least
-and the greatest segments of its queries and of its keys, padding apart, enclose
-a common one.
+If the mask depends on indices, or on documents numbered in rising or falling
+order, exactly the tiles with a visible pair are visited, once in each kernel.
+Other segments are bounded: a tile is visited if indices allow a pair and the
+ranges of segments of its queries and of its keys, without padding, overlap.
 """
 
 import collections
@@ -17,14 +16,14 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.flash_attention import dropout
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.mosaic_gpu import mosaic_gpu_attention
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTile,
   GpuTiles,
 )
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import mosaic_gpu_attention
 from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.flash_attention.tpu.mosaic_tpu import mosaic_tpu_attention
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 from tests.support_gpu import needs_tcgen05
 
@@ -38,7 +37,7 @@ quick = functools.partial(
 )
 N = 30  # tokens on a TPU; no multiple of a tile
 
-# Parts differ in shape, so that a count says which kernel it is of.
+# Parts differ in shape, so that a count identifies its kernel.
 TPU = {
   "split": Tiles(
     Tile(4, 8, 4, 8), Tile(8, 4, 8, 4), Tile(16, 8, 8, 8), "split"
@@ -76,7 +75,7 @@ def documents(*lengths):
 
 
 def tiles_of(config):
-  """The tile of each kernel, in queries and keys, and its parts."""
+  """Returns the tile of each kernel, in queries and keys, and its parts."""
   if isinstance(config, GpuTiles):
     stay = [(t.rows, t.height, t.streamed) for t in vars(config).values()
             if isinstance(t, GpuTile)]  # fmt: skip
@@ -91,10 +90,10 @@ def tiles_of(config):
 
 
 def counted(config, x):
-  """A function of the mask: how often each part of a tile is worked on.
+  """Returns a function of the mask that counts visits of each part of a tile.
 
-  The kernels ask for dropout of what they visit: (row, first query, queries,
-  first key, keys).
+  The kernels call dropout for each visit: (row, first query, queries, first
+  key, keys).
   """
   seen = collections.Counter()
   gpu = isinstance(config, GpuTiles)
@@ -138,7 +137,7 @@ def in_tiles(pairs, tile):
 
 
 def once_each(config, visited):
-  """What `counted` finds where each kernel visits the tiles `visited(tile)`."""
+  """The expected `counted` if each kernel visits the tiles `visited(tile)`."""
   expected = collections.Counter()
   found = [(tile, visited(tile)) for tile in tiles_of(config)]
   assert not all(some.all() for _, some in found)  # else any count would do
@@ -151,7 +150,7 @@ def once_each(config, visited):
 
 
 def with_a_pair(mask, n):
-  """Says of a tile's size which tiles hold a visible pair."""
+  """Returns a function of tile sizes: which tiles hold a visible pair."""
   return functools.partial(in_tiles, np.asarray(mask.visible(n, n)))
 
 
@@ -175,10 +174,10 @@ def test_a_tpu_visits_no_tile_without_a_visible_pair(mask, backward):
   assert run(mask) == once_each(config, with_a_pair(mask, N))
 
 
-def test_a_tpu_visits_what_segments_allow():
+def test_a_tpu_visits_the_tiles_that_segments_allow():
   config = TPU["fused"]
   run = counted(config, [draw(2, N, 1, 4, seed=s) for s in range(3)])
-  # Where numbers fall, keys before a query have the greater ones.
+  # If numbers fall, keys before a query have the greater ones.
   packed = np.stack([documents(11, 13, 6), 1 - documents(17, 13)])
   mask = Mask.causal(segments=jnp.asarray(packed, jnp.int32))
   assert run(mask) == once_each(config, with_a_pair(mask, N))
@@ -204,7 +203,7 @@ def test_a_tpu_visits_what_segments_allow():
 
   expected = once_each(config, enclosed)
   assert run(mask) == expected
-  # More than need be, and never fewer.
+  # More than necessary, and never fewer.
   assert once_each(config, with_a_pair(mask, N)) < expected
 
 

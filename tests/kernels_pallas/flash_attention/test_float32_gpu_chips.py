@@ -1,7 +1,7 @@
-"""Why GPU kernels refuse float32: no tensor core multiplies it.
+"""Why GPU kernels do not support float32: no tensor core multiplies it.
 
-Hopper's takes the upper 19 bits of each operand (TF32, 10 of fraction), which
-is not what a call in float32 asks for; on the others the compiler refuses.
+Hopper's tensor cores use the upper 19 bits of each operand (TF32, 10 of
+fraction), less than float32 requires; on the others compilation fails.
 """
 
 import pytest
@@ -21,7 +21,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("target", REFUSALS)
-def test_the_compiler_refuses_float32(target):
+def test_the_compiler_rejects_float32(target):
   with pytest.raises(ValueError, match=REFUSALS[target]):
     chips.operands(target)
 

@@ -1,8 +1,8 @@
 """The GPU kernels, interpreted on the CPU with race detection, or on a GPU.
 
 The interpreter runs the variant whose left operands come from shared memory;
-barriers, copies, masks and loops are those of the other one, too, which is what
-runs on a GPU (marker `gpu`).
+barriers, copies, masks and loops are the same in the other variant, which runs
+on a GPU (marker `gpu`).
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from kernels_pallas.flash_attention.api import (
   flash_attention,
   prepare,
 )
-from kernels_pallas.flash_attention.cotangents import queries
+from kernels_pallas.flash_attention.cotangents import query_cotangents
 from kernels_pallas.flash_attention.gpu import (
   persistent,
   tile_stream,
 )
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTile,
   GpuTiles,
 )
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
 from kernels_pallas.flash_attention.spec import Blocks, Operands
 from kernels_pallas.masks import Mask
 from tests.support_chip import MODES, runner
@@ -124,7 +124,7 @@ def step(lse_too=1.0, **options):
   return both
 
 
-# Blocks of threads are what interpreting costs: one row where rows are alike.
+# Interpreting costs time per block of threads: one row where rows are alike.
 CASES = {
   "prefix": (
     {"mask": lambda: Mask.prefix_lm(jnp.array([70]), (40, None))},
@@ -221,7 +221,7 @@ RUNS = {
 
 @functools.cache
 def expected(name):
-  """Operands and options of a case, exact results, and those of 16 bits."""
+  """Operands and options of a case, exact results, and those in 16 bits."""
   options, shape = CASES[name]
   options = {k: v() if callable(v) else v for k, v in options.items()}
   x = (
@@ -237,14 +237,14 @@ def expected(name):
 @pytest.fixture(name="watched")
 def _watched(monkeypatch):
   """Every block of threads of a persistent kernel takes more than one line."""
-  plain = persistent.programs
+  plain = persistent.num_blocks
 
   def programs(p):
     found = plain(p)
     assert found < p.dims[0] * p.heads * p.lines
     return found
 
-  monkeypatch.setattr(persistent, "programs", programs)
+  monkeypatch.setattr(persistent, "num_blocks", programs)
 
 
 @pytest.mark.usefixtures("watched")
@@ -262,7 +262,7 @@ def test_agrees_with_the_reference_without_a_race(gpu, case, config):
 
 
 def hopper_and_blackwell(hopper):
-  """Parametrises a test by the name of its tiles."""
+  """Parametrizes a test by the name of its tiles."""
   return pytest.mark.parametrize(
     "config", [hopper, pytest.param("blackwell", marks=needs_tcgen05)]
   )
@@ -271,8 +271,8 @@ def hopper_and_blackwell(hopper):
 @hopper_and_blackwell("one_block")
 @pytest.mark.usefixtures("watched")
 @pytest.mark.sample(2)
-def test_results_may_take_the_place_of_what_stays(gpu, monkeypatch, config):
-  """As where shared memory has no room for both."""
+def test_results_may_reuse_stationary_operands_memory(gpu, monkeypatch, config):
+  """As if shared memory had no room for both."""
   how = ours(gpu, config)
 
   def results():
@@ -280,17 +280,17 @@ def test_results_may_take_the_place_of_what_stays(gpu, monkeypatch, config):
     return gpu.run(run, *x, jit=jax.jit)
 
   apart = results()
-  monkeypatch.setattr(tile_stream, "room", lambda *_: False)
+  monkeypatch.setattr(tile_stream, "fits_shared", lambda *_: False)
   chex.assert_trees_all_equal(results(), apart)
 
 
 @hopper_and_blackwell("two_groups")
 @pytest.mark.sample(2)
-def test_padding_may_hold_anything(gpu, config):
-  """NaN in padding, or where no tile is visited, reaches nothing."""
+def test_padding_may_contain_nan(gpu, config):
+  """NaN in padding, or where no tile is visited, reaches no result."""
   i, j = np.arange(T)[None], np.arange(S)[None]
-  # Queries from 70 on see keys up to 29, but for what is padding: by its
-  # segment (queries from 95, keys from 20 to 24), or position (10 to 14).
+  # Queries from 70 on see keys up to 29, except padding: by its segment
+  # (queries from 95, keys from 20 to 24), or position (10 to 14).
   queries = np.where(i >= 95, -1, 0).astype(np.int32)
   keys = np.where((j >= 20) & (j < 25), -1, 0).astype(np.int32)
   places = np.where((j >= 10) & (j < 15), -1, j).astype(np.int32)
@@ -300,7 +300,7 @@ def test_padding_may_hold_anything(gpu, config):
     kv_positions=jnp.asarray(places),
     offset=-70,
   )
-  # The first tile of queries sees nothing, and nobody the last of keys.
+  # The first tile of queries sees nothing, and no query sees the last of keys.
   dead_q = ((queries < 0) | (i < 64))[:, :, None, None]
   dead_k = ((keys < 0) | (places < 0) | (j >= 128))[:, :, None, None]
   how = ours(gpu, config)
@@ -316,8 +316,8 @@ def test_padding_may_hold_anything(gpu, config):
     assert not np.any(np.where(dead, gradients[name], 0))
 
 
-def test_large_logits_only_move_the_log_sum_exp(gpu):
-  """A constant on all logits, whose exponential is inf or 0."""
+def test_large_logits_only_shift_the_log_sum_exp(gpu):
+  """Adds a constant to all logits whose exponential is inf or 0."""
   q, k, v = qkv(T=64, S=64, B=1)
   own = {"wgmma": "two_groups", "tcgen05": "blackwell"}
   how = ours(gpu, own.get(cores(gpu.kind or ""), "ampere"))
@@ -341,7 +341,7 @@ def test_large_logits_only_move_the_log_sum_exp(gpu):
   _, rough = results(functools.partial(in_low_precision, plain))
   for sign in (1, -1):
     found = results(call, 100, 100 * sign)
-    # Float32 of 1250 in base 2 is good to 1.2e-4.
+    # Float32 of 1250 in base 2 is accurate to 1.2e-4.
     chex.assert_trees_all_close(found[0], lse, rtol=1e-3, atol=1e-3)
     assert_no_rougher(found[1], rough, exact, jnp.float16)
 
@@ -349,14 +349,14 @@ def test_large_logits_only_move_the_log_sum_exp(gpu):
 @hopper_and_blackwell("two_groups")
 @pytest.mark.sample(2)
 def test_partial_results_are_not_rounded(gpu, config):
-  """What a ring adds up: outputs and gradients in float32."""
+  """Inputs of a ring's sums: outputs and gradients in float32."""
   x = Operands(*qkv(T=64, S=64, B=1), mask=Mask.causal())
   backend, spec = prepare(x, **ours(gpu, config))
   wide = dataclasses.replace(spec, output=jnp.float32)
 
   def both(x):
     o, lse = backend.attend(wide, x)
-    rows = queries(x, o, lse, jnp.cos(o), jnp.zeros_like(lse))
+    rows = query_cotangents(x, o, lse, jnp.cos(o), jnp.zeros_like(lse))
     return o, backend.gradients(spec, x, rows)
 
   o, found = gpu.run(both, x, jit=jax.jit)
@@ -375,7 +375,7 @@ def test_partial_results_are_not_rounded(gpu, config):
   assert_no_rougher((o, *found[:3]), rough, exact, jnp.float16)
 
 
-def test_what_the_kernels_do_not_compute_is_refused():
+def test_unsupported_calls_raise():
   q, k, v = qkv()
   call = functools.partial(flash_attention, backend="mosaic_gpu")
   with pytest.raises(ValueError, match="dtype: found q float32.*xla_blockwise"):

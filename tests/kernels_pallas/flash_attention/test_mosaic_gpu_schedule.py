@@ -1,4 +1,4 @@
-"""What each block of threads of a persistent GPU kernel is given to do."""
+"""The assignment of work to blocks of a persistent GPU kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from kernels_pallas.flash_attention.gpu import mosaic_gpu, persistent
-from kernels_pallas.flash_attention.gpu.gpu_problem import (
+from kernels_pallas.flash_attention.gpu.problem import (
   KEYS,
   QUERIES,
   prepare,
 )
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTile,
   GpuTiles,
 )
@@ -42,8 +42,8 @@ def lists(name, dims, programs, streamed=KEYS):
   k = jnp.zeros((B, T, K, H), jnp.bfloat16)
   x = Operands(q, k, k, MASKS[name](B, T))
   p = prepare(spec, x, GpuTile(2, 128), streamed)
-  table = np.asarray(persistent.deal(p))
-  table = table.reshape(persistent.programs(p), -1)
+  table = np.asarray(persistent.assign_lines(p))
+  table = table.reshape(persistent.num_blocks(p), -1)
   found = []
   for count, *items in table.tolist():
     assert 1 <= count <= len(items)
@@ -79,13 +79,13 @@ def test_every_line_is_done_once(name, streamed):
     ("documents", (2, 24, 3, 1024, 64), 1.15),
   ],
 )
-def test_blocks_have_about_the_same_to_do(name, dims, share):
-  """By tiles, beside what no schedule can beat: the mean, or one line."""
+def test_blocks_have_balanced_work(name, dims, share):
+  """By tiles, against the lower bound: the mean, or one line."""
   found, work = lists(name, dims, 132)
   busy = [sum(work[b, i] for _, b, i in one) for one in found]
   best = max(sum(busy) / len(busy), work.max())
   assert max(busy) <= share * best
-  # Dealt in the order of the text, some blocks have more.
+  # In text order, some blocks would have more.
   text = sorted(item for one in found for item in one)
   naive = [sum(work[b, i] for _, b, i in text[n::132]) for n in range(132)]
   assert max(naive) > max(busy)
@@ -94,7 +94,7 @@ def test_blocks_have_about_the_same_to_do(name, dims, share):
 def test_a_head_is_finished_before_its_cache_is_needed(monkeypatch):
   """Keys and values of two heads at a time, longest lines first."""
   B, N, K, T, H = 1, 8, 4, 1024, 64
-  monkeypatch.setattr(persistent, "CACHE", 2 * T * 2 * H * 2)
+  monkeypatch.setattr(persistent, "L2_BYTES", 2 * T * 2 * H * 2)
   found, work = lists("causal", (B, N, K, T, H), 3)
   for one in found:
     pairs = [h // (N // K) // 2 for h, _, _ in one]
@@ -104,8 +104,8 @@ def test_a_head_is_finished_before_its_cache_is_needed(monkeypatch):
       assert costs == sorted(costs, reverse=True)
 
 
-def test_many_lines_are_dealt_in_turns(monkeypatch):
-  monkeypatch.setattr(persistent, "MANY", 0)
+def test_many_lines_are_assigned_round_robin(monkeypatch):
+  monkeypatch.setattr(persistent, "MAX_BALANCED_LINES", 0)
   found, work = lists("causal", (1, 8, 8, 4096, 64), 132)
   assert sum(map(len, found)) == 8 * 32
   busy = [sum(work[b, i] for _, b, i in one) for one in found]
@@ -126,4 +126,4 @@ def test_programs_are_the_devices_multiprocessors(monkeypatch):
     "NVIDIA GH200 480GB": 132,
     "NVIDIA H20": 78,
   }.items():
-    assert mosaic_gpu.programs(kind) == count
+    assert mosaic_gpu.num_multiprocessors(kind) == count

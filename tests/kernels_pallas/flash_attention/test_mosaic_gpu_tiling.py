@@ -1,4 +1,4 @@
-"""Tiles of the GPU kernels: which are refused, and what memory they share."""
+"""Tiles of the GPU kernels: which are rejected, and their shared memory."""
 
 import dataclasses
 import functools
@@ -8,13 +8,13 @@ import pytest
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.gpu import (
-  gpu_problem,
-  gpu_tile_sizes,
   mosaic_gpu,
+  problem,
   sm90_forward,
+  tile_sizes,
   tile_stream,
 )
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   SHARED_BYTES,
   GpuTile,
   GpuTiles,
@@ -34,12 +34,12 @@ from tests.support_gpu import needs_kernels, needs_tcgen05
     ({"products": "none"}, "products"),
   ],
 )
-def test_bad_tiles_are_refused(bad, match):
+def test_invalid_tiles_raise(bad, match):
   with pytest.raises(ValueError, match=match):
     GpuTile(**bad)
 
 
-def test_bad_kernels_are_refused():
+def test_invalid_kernel_tiles_raise():
   with pytest.raises(ValueError, match="operand"):
     GpuTiles(operand="memory")
   with pytest.raises(ValueError, match="cores.*1 group"):
@@ -64,7 +64,7 @@ def test_bad_kernels_are_refused():
     ({"dkv": GpuTile(1, 64, (2, 1), height=128)}, r"\(2, 1\) of dkv"),
   ],
 )
-def test_bad_tiles_of_tensor_memory_are_refused(tiles, match):
+def test_invalid_tiles_of_tensor_memory_raise(tiles, match):
   tall = GpuTile(height=128)
   start = dict.fromkeys(("forward", "dkv", "dq"), tall) if tiles else {}
   with pytest.raises(ValueError, match=match):
@@ -74,7 +74,7 @@ def test_bad_tiles_of_tensor_memory_are_refused(tiles, match):
 
 
 @needs_tcgen05
-def test_sums_that_tensor_memory_does_not_hold_are_refused_by_name():
+def test_accumulators_that_exceed_tensor_memory_raise():
   q, k, v = (jnp.zeros((1, 64, 1, 256), jnp.bfloat16),) * 3
   tiles = for_head_dim(256, 256, "tcgen05")
   two = dataclasses.replace(tiles.forward, groups=2)
@@ -89,25 +89,25 @@ def test_sums_that_tensor_memory_does_not_hold_are_refused_by_name():
 
 
 def prepared(H, Hv, cores):
-  """The problems of the forward, dq and dkv kernels, and what dkv sums."""
+  """The problems of the forward, dq and dkv kernels, and dkv's sums."""
   tiles = for_head_dim(H, Hv, cores)
   spec = Spec(scale=1.0, blocks=tiles)
   q, v = (jnp.zeros((1, 256, 1, D), jnp.bfloat16) for D in (H, Hv))
   x = Operands(q, q, v, Mask.full())
 
   problems = [
-    gpu_problem.prepare(spec, x, tile, streamed)
+    problem.prepare(spec, x, tile, streamed)
     for tile, streamed in (
-      (tiles.forward, gpu_problem.KEYS),
-      (tiles.dq, gpu_problem.KEYS),
-      (tiles.dkv, gpu_problem.QUERIES),
+      (tiles.forward, problem.KEYS),
+      (tiles.dq, problem.KEYS),
+      (tiles.dkv, problem.QUERIES),
     )
   ]
   return *problems, tiles.gradients
 
 
 def shared(H, Hv, cores="wgmma"):
-  """Of each kernel: bytes of shared memory, and which buffers there are."""
+  """For each kernel: bytes of shared memory, and which buffers there are."""
   forward, dq, dkv, gradients = prepared(H, Hv, cores)
   back = mosaic_gpu.BACKWARD[cores]
   found = {"forward": mosaic_gpu.FORWARD[cores]._scratch(forward)}
@@ -118,13 +118,13 @@ def shared(H, Hv, cores="wgmma"):
   if cores == "tcgen05":
     found = {name: [one[0], *one[2:]] for name, one in found.items()}
   return {
-    name: (tile_stream.taken(one) + more.get(name, 0), set(one[0]))
+    name: (tile_stream.shared_bytes(one) + more.get(name, 0), set(one[0]))
     for name, one in found.items()
   }
 
 
-# What `python -m kernels_pallas.inspect` says of a compiled kernel, and 8 bytes
-# for each barrier, which that leaves out.
+# As reported by `python -m kernels_pallas.inspect` for a compiled kernel, and 8
+# bytes for each barrier, which the report leaves out.
 COMPILED = {
   (64, 64, "wgmma"): {
     "forward": 101_376 + 88,
@@ -173,11 +173,11 @@ def test_shared_memory_is_counted_as_the_compiler_does(H, Hv, cores):
   assert found == COMPILED[H, Hv, cores]
 
 
-@pytest.mark.parametrize("cores", gpu_tile_sizes.CORES[::2])
+@pytest.mark.parametrize("cores", tile_sizes.CORES[::2])
 @pytest.mark.parametrize("H", [64, 128, 192, 256])
 @pytest.mark.parametrize("Hv", [64, 128, 192, 256])
 def test_tiles_fit_shared_memory(H, Hv, cores):
-  """And so do results beside what stays on Hopper, but the widest output."""
+  """As do results next to stationary operands on Hopper, except the widest."""
   for name, (size, buffers) in shared(H, Hv, cores).items():
     assert size <= SHARED_BYTES
     results = {"forward": {"o"}, "dq": {"dq"}}.get(name, {name, name[:2]})
@@ -186,7 +186,7 @@ def test_tiles_fit_shared_memory(H, Hv, cores):
 
 
 @needs_kernels
-def test_tiles_that_do_not_fit_are_refused_by_name():
+def test_tiles_that_exceed_shared_memory_raise():
   q, k, v = (jnp.zeros((1, 64, 1, 256), jnp.bfloat16),) * 3
   tiles = for_head_dim(256, 256)
   call = functools.partial(flash_attention, q, k, v, backend="mosaic_gpu")

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from kernels_pallas.flash_attention.api import choose, flash_attention
-from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
+from kernels_pallas.flash_attention.sharded import (
+  AttentionSharding,
+  sharded_attention,
+)
 from kernels_pallas.flash_attention.spec import Blocks
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles, fit
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles, fit
 from kernels_pallas.masks import Mask
 from tests.support_hlo import collectives
 from tests.support_pairwise import cases
@@ -145,7 +148,7 @@ def qkv(dtype=jnp.float32):
   )
 
 
-def test_tiles_do_not_matter_and_dropout_does_not_see_them():
+def test_results_and_dropout_do_not_depend_on_tiles():
   found = [
     quick(
       functools.partial(
@@ -158,7 +161,7 @@ def test_tiles_do_not_matter_and_dropout_does_not_see_them():
     chex.assert_trees_all_close(other, found[0], rtol=2e-5, atol=2e-5)
 
 
-def test_padding_may_hold_anything():
+def test_padding_may_contain_nan():
   """NaN in padding reaches neither outputs nor gradients."""
   queries = np.where(np.arange(T) < 9, 0, -1)[None].repeat(B, 0)
   keys = np.where(np.arange(S) < np.array([[5], [16]]), 0, -1)
@@ -199,13 +202,13 @@ def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
   assert_no_rougher(found, in_low_precision(plain, *x), exact, jnp.bfloat16)
 
 
-def test_large_logits_only_move_the_log_sum_exp():
-  """A constant on all logits, whose exponential is inf or 0."""
+def test_large_logits_only_shift_the_log_sum_exp():
+  """Adds a constant to all logits whose exponential is inf or 0."""
   step = quick(functools.partial(run, mask=Mask.causal()))
   q, k, v = qkv()
 
   def at(one, other):
-    """With 500 * one * other more in all logits."""
+    """Adds 500 * one * other to all logits."""
     level = (500 * 8**0.5) ** 0.5
     x, y = np.array(q), np.array(k)
     x[..., 0], y[..., 0] = one * level, other * level
@@ -215,14 +218,14 @@ def test_large_logits_only_move_the_log_sum_exp():
 
   expected = at(0, 0)
   assert np.abs(expected[2]).max() > 1
-  # Float32 of 500 in base 2 is good to 3e-5: so are probabilities.
+  # Float32 of 500 in base 2 is accurate to 3e-5: so are probabilities.
   for sign in (1, -1):
     chex.assert_trees_all_close(at(1, sign), expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("backward", ["split", "fused"])
 @pytest.mark.sample(2)
-def test_kernels_do_not_race_or_read_what_nobody_wrote(
+def test_kernels_do_not_race_or_read_uninitialized_memory(
   tpu_interpreter, backward
 ):
   """With memory full of NaN, and parallel grid steps in random order."""
@@ -245,7 +248,7 @@ def test_kernels_do_not_race_or_read_what_nobody_wrote(
   chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_no_feature_races_or_reads_what_nobody_wrote(tpu_interpreter):
+def test_no_feature_races_or_reads_uninitialized_memory(tpu_interpreter):
   """Segments, sinks, soft cap, dropout, and a bias with its own kernel."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
@@ -285,7 +288,7 @@ def test_tiles_are_fitted_with_little_padding(length):
     assert count * block - length < count * part
 
 
-def test_what_no_tpu_takes_is_refused():
+def test_calls_unsupported_on_tpus_raise():
   q, k, v = (x.astype(jnp.float16) for x in qkv())
   call = functools.partial(flash_attention, backend="mosaic_tpu")
   with pytest.raises(ValueError, match="expected bfloat16 or float32"):
@@ -319,7 +322,7 @@ def test_the_backend_is_that_of_the_platform_compiled_for():
   assert names == ["mosaic_tpu", "cpu", "xla_blockwise"]
 
 
-def test_each_device_runs_the_kernel_on_its_own_part():
+def test_each_device_runs_the_kernel_on_its_own_shard():
   q, k, v = (draw(2, T, n, 8, seed=n) for n in (4, 2, 2))
   options = {
     "backend": "mosaic_tpu",
@@ -329,7 +332,7 @@ def test_each_device_runs_the_kernel_on_its_own_part():
   }
   mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(
     jax.sharding.AxisType.Auto,) * 2)  # fmt: skip
-  cut = Cut(batch=("data",), heads=("tensor",))
+  cut = AttentionSharding(batch=("data",), heads=("tensor",))
 
   def gradients(attend):
     loss = lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v)))  # noqa: E731
@@ -339,10 +342,12 @@ def test_each_device_runs_the_kernel_on_its_own_part():
   place = jax.sharding.NamedSharding(mesh, jax.P("data", None, "tensor"))
   parts = jax.device_put((q, k, v), place)
   with jax.set_mesh(mesh):
-    program = gradients(lambda *x: sharded_attention(*x, cut=cut, **options))
+    program = gradients(
+      lambda *x: sharded_attention(*x, sharding=cut, **options)
+    )
     program = program.lower(*parts).compile()
     found = program(*parts)
-  # The same operations for each head, whose operands nobody sends anywhere.
+  # The same operations for each head, without communication of operands.
   chex.assert_trees_all_close(found, whole, rtol=1e-6, atol=1e-6)
   assert not collectives(program.as_text(), mesh)
   assert {x.sharding.spec for x in found} == {place.spec}

@@ -1,4 +1,4 @@
-"""Schedules are read as libtpu writes them; what does not add up is refused."""
+"""Schedules are parsed as libtpu writes them; inconsistencies raise."""
 
 import json
 
@@ -50,7 +50,7 @@ def _dump(tmp_path):
 
 def test_bodies_of_loops_count_as_often_as_they_run(dump):
   found = schedule.read(dump, "kern", V6E, trips=(5,))
-  # Three bundles a step, two of a loop; none of what stands outside the grid.
+  # Three bundles a step, two of a loop; none from outside the grid.
   assert found.bundles == 3 + 2 * 5
   # One register of 16 rows of weights: two matmuls of 16 rows, 16 deep.
   assert found.macs == 5 * 2 * 16 * 16 * 256
@@ -59,12 +59,12 @@ def test_bodies_of_loops_count_as_often_as_they_run(dump):
 
 
 @pytest.mark.parametrize("trips", [(), (2, 3)])
-def test_unknown_loops_are_refused(dump, trips):
+def test_unknown_loops_raise(dump, trips):
   with pytest.raises(ValueError, match="found 1 loops"):
     schedule.read(dump, "kern", V5P, trips)
 
 
-def test_other_formats_are_refused(dump):
+def test_other_formats_raise(dump):
   with pytest.raises(ValueError, match="found 0 files"):
     schedule.read(dump, "other", V5P)
   path = next(dump.glob("*72-final_bundles.txt"))
@@ -80,7 +80,7 @@ def test_bounds_are_those_of_the_matrix_units():
   assert chips.tflops(V5P, 128, 2, 2, 4.55) == pytest.approx(410, rel=0.05)
 
 
-# Work that libtpu's schedules held, in matmuls a grid step.
+# Work in libtpu's schedules, in matmuls a grid step.
 WORK = {
   ("flash_attention", "v6e", "forward", 128): 2,
   ("flash_attention", "v6e", "backward", 128): 5,
@@ -100,7 +100,7 @@ WORK = {
 def test_work_must_be_that_of_the_matmuls(key):
   job = build.Job(*key[:3], 2048, key[3], "bfloat16", (512, 512, 256, 1))
   (step,), work = job.program.steps(job), float(WORK[key])
-  # Twice the work of one matmul, or none of it, is no longer this kernel.
+  # Twice the work of one matmul, or none of it, is not this kernel's.
   assert report._adds_up(work, step, job.chip)
   for other in (-1, -0.5, 0.5, 1, 2):
     assert not report._adds_up(work + other, step, job.chip)
@@ -115,19 +115,19 @@ def test_work_must_be_that_of_the_matmuls(key):
    "JaxError: bad tile"),
   ("killed\n", "killed"),
 ])  # fmt: skip
-def test_refusals_are_told_in_a_sentence(errors, reason):
+def test_compiler_errors_are_summarized(errors, reason):
   found = build._reason(errors)
   assert reason in found and "simplicity" not in found
 
 
-def test_the_picture_is_a_picture(dump, tmp_path):
+def test_the_picture_is_a_valid_image(dump, tmp_path):
   picture.draw(
     [schedule.read(dump, "kern", V5P, (5,))], tmp_path / "schedule.png"
   )
   assert (tmp_path / "schedule.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_libtpu_it_says_so(monkeypatch, capsys):
+def test_missing_libtpu_is_reported(monkeypatch, capsys):
   monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
   assert command.main(["--target=v5p"]) == 1
   assert "libtpu is not installed" in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_without_libtpu_it_says_so(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments", [[], ["--target=v9"], [
     "--target=v5p", "--blocks=1,2"]])  # fmt: skip
-def test_bad_arguments_are_refused(monkeypatch, arguments):
+def test_invalid_arguments_raise(monkeypatch, arguments):
   monkeypatch.setattr(build, "missing", lambda: None)
   with pytest.raises(SystemExit):
     command.main(arguments)
@@ -143,8 +143,8 @@ def test_bad_arguments_are_refused(monkeypatch, arguments):
 
 @pytest.mark.chips
 def test_the_last_line_is_the_result(monkeypatch, capsys):
-  """A whole measurement beside splash, at small blocks to be quick."""
-  # Splash at blocks like ours alone.
+  """A whole measurement next to splash, at small blocks to be quick."""
+  # Splash only at blocks like ours.
   monkeypatch.setitem(command.REFERENCES["splash"], "forward", ())
   arguments = ["--target=v5p", "--blocks=512,512,256,128"]
   assert command.main([*arguments, "--compare=splash"]) == 0

@@ -1,4 +1,4 @@
-"""PTX is read as Mosaic GPU dumps it; where it compiles, kernels pass."""
+"""PTX is parsed as Mosaic GPU dumps it; compiled kernels pass."""
 
 import itertools
 import json
@@ -77,7 +77,7 @@ def test_a_descriptor_says_how_large_a_matmul_is(dump):
   assert found.loop["tcgen05"] == 1 and found.flops == 2 * 128 * 64 * 16
 
 
-def test_other_formats_are_refused(dump):
+def test_other_formats_raise(dump):
   (dump / "k_0.ptxas").write_text("nothing")
   with pytest.raises(ValueError, match="another format"):
     ptx.read(dump)
@@ -86,13 +86,13 @@ def test_other_formats_are_refused(dump):
     ptx.read(dump)
 
 
-def test_without_the_compiler_it_says_so(monkeypatch, capsys):
+def test_a_missing_compiler_is_reported(monkeypatch, capsys):
   monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
   assert command.main(["--target=h100"]) == 1
   assert "jax-cuda13-pjrt is not installed" in capsys.readouterr().err
 
 
-# Bytes of a block's; tiles for Ampere have to fit an Ada, too.
+# Bytes per block; tiles for Ampere have to fit an Ada, too.
 SHARED = {"h100": 232_448, "a100": 101_376, "b200": 232_448}
 
 MATRIX = list(
@@ -131,9 +131,9 @@ def test_compiles_for_ampere(head_dim, mask, direction):
   for kernel in kernels:
     name = kernel.name.split("_")[2]
     matmuls = {"forward": 2, "dq": 3, "dkdv": 4, "dk": 3, "dv": 2}[name]
-    # Tiles of 32 or 64 tokens that stream by.
+    # Streamed tiles of 32 or 64 tokens.
     assert kernel.flops / (matmuls * 2 * 64 * head_dim) in (32, 64)
-    # Copies of 16 bytes a thread, and no shuffle but the softmax's sums.
+    # Copies of 16 bytes a thread; the only shuffles are the softmax's sums.
     assert kernel.total["copy"] and not kernel.total.get("wgmma")
     shuffles = kernel.loop.get("shuffle", 0)
     assert kernel.loop["matrix"] and shuffles <= 8 * (name == "forward")
@@ -161,7 +161,7 @@ def test_compiles_for_blackwell(head_dim, dtype, mask, direction):
     name = kernel.name.split("_")[2]
     matmuls = {"forward": 2, "dq": 3, "dkdv": 4, "dk": 3, "dv": 2}[name]
     streamed = 128 if (name, head_dim) == ("forward", 64) else 64
-    # Of 128 rows; the next tile's scores are started by this one's step.
+    # 128 rows; the next tile's scores are started in this tile's step.
     assert kernel.flops == matmuls * 2 * 128 * streamed * head_dim
     assert kernel.loop["tcgen05"] and kernel.loop["tensor"]
     assert kernel.total["copy"] >= 2 and not kernel.loop.get("shuffle")
@@ -170,7 +170,7 @@ def test_compiles_for_blackwell(head_dim, dtype, mask, direction):
 
 
 SOME = ("window", "softcap", "dropout")
-# Bytes that a kernel spills, as the README says; the others none.
+# Bytes that a kernel spills, as in the README; all others spill none.
 SPILLS = {
   ("h100", ("dropout",), 64): {"dq": 8},
   ("b200", ("dropout",), 64): {"forward": 8},
@@ -205,7 +205,7 @@ def test_features_compile_and_spill_what_the_readme_says(
   known = SPILLS.get((target, features, head_dim), {})
   for kernel in gpu.measure(job):
     name = kernel.name.split("_")[2]
-    # Fewer would be as wrong: the README's table would be of another kernel.
+    # Fewer would be wrong too: the README's table would be of another kernel.
     assert kernel.spills == known.get(name, 0), name
     assert kernel.shared is not None and kernel.shared <= SHARED[target]
 
@@ -222,7 +222,7 @@ def test_eight_intervals_spill_nothing(target, direction, head_dim):
     assert kernel.spills == 0, kernel.name
 
 
-def test_features_are_named(capsys):
+def test_unknown_features_are_reported(capsys):
   job = gpu._parser().parse_args(["--features=everything"])
   assert job.features == gpu.FEATURES
   job = gpu._parser().parse_args(["--features=sinks,window"])
@@ -235,7 +235,7 @@ def test_features_are_named(capsys):
 @needs_kernels
 @pytest.mark.parametrize("features", [(name,) for name in gpu.FEATURES])
 def test_every_feature_is_in_what_is_compiled(features):
-  """Each changes the program, so that none of them is compiled in name only."""
+  """Each changes the program, so that no feature is silently ignored."""
   import jax
 
   def program(features):

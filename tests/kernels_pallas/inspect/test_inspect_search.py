@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from kernels_pallas.flash_attention.tpu import tpu_tile_sizes
+from kernels_pallas.flash_attention.tpu import tile_sizes
 from kernels_pallas.inspect import __main__ as command
 from kernels_pallas.inspect import bench, build, chips, report, schedule, search
 from kernels_pallas.inspect.build import Job
@@ -34,7 +34,7 @@ def measurement(job):
 
 @pytest.fixture(name="tried")
 def _tried(monkeypatch):
-  """Measurements without a compiler, which refuses more than 2^21 scores."""
+  """Measurements without a compiler, failing above 2^21 scores."""
   tried = []
 
   def measure(job, keep=None):
@@ -53,7 +53,7 @@ def test_search_takes_the_cheapest_that_compiles(tried):
   found = search.search(JOB, told.__setitem__)
   assert found.job.blocks == (2048, 1024, 128, 256)
   assert found.job.length == 4 * 2048
-  # The largest tile was tried, and refused.
+  # The largest tile was tried, and failed.
   assert told[2048, 2048, 128, 256] == "does not fit"
   assert list(told) == tried
 
@@ -71,28 +71,28 @@ def test_nothing_compiles(monkeypatch):
   [("forward", "fused", "forward"), ("backward", "fused", "dkv"),
    ("backward", "split", "dq")],
 )  # fmt: skip
-def test_what_is_written_is_read(
+def test_written_tiles_are_read(
   tmp_path, monkeypatch, direction, backward, name
 ):
   path = tmp_path / "tiles.json"
-  before = tpu_tile_sizes.TABLE.read_text()
+  before = tile_sizes.TABLE.read_text()
   path.write_text(before)
   blocks = (512, 384, 256, 128)
   job = dataclasses.replace(
     JOB, direction=direction, backward=backward, blocks=blocks
   )
-  search.write(measurement(job), path)
+  search.write_table(measurement(job), path)
   lines = zip(before.splitlines(), path.read_text().splitlines(), strict=True)
   assert sum(a != b for a, b in lines) == 1
   monkeypatch.setattr(
-    tpu_tile_sizes, "_table", lambda: json.loads(path.read_text())
+    tile_sizes, "_table", lambda: json.loads(path.read_text())
   )
-  tiles = tpu_tile_sizes.for_device(job.chip.kind, 128, "bfloat16")
+  tiles = tile_sizes.for_device(job.chip.kind, 128, "bfloat16")
   assert dataclasses.astuple(getattr(tiles, name)) == blocks
 
 
 def test_the_table_is_written_as_search_writes_it():
-  text = tpu_tile_sizes.TABLE.read_text()
+  text = tile_sizes.TABLE.read_text()
   assert search._text(json.loads(text)) == text
 
 
@@ -102,10 +102,10 @@ def test_the_table_is_written_as_search_writes_it():
 def test_every_device_and_head_dim_has_tiles_that_a_tpu_takes(
   kind, dtype, head_dim
 ):
-  tiles = tpu_tile_sizes.for_device(kind, head_dim, dtype)
+  tiles = tile_sizes.for_device(kind, head_dim, dtype)
   for tile in (tiles.forward, tiles.dkv, tiles.dq):
     assert not tile.q_part % 128 and not tile.kv_part % 128
-    # Blocks of q, k, v, o, twice, within the memory of the smallest.
+    # Blocks of q, k, v, o, twice, within the smallest memory.
     if kind in KINDS:
       size = 2 if dtype == "bfloat16" else 4
       wide = max(128, head_dim)
@@ -116,25 +116,23 @@ def test_every_device_and_head_dim_has_tiles_that_a_tpu_takes(
 @pytest.mark.parametrize(("head_dim", "like"), [(8, 64), (80, 128), (200, 256)])
 def test_other_head_dims_have_the_tiles_of_the_next(head_dim, like):
   found, expected = (
-    tpu_tile_sizes.for_device("TPU v5", dim) for dim in (head_dim, like)
+    tile_sizes.for_device("TPU v5", dim) for dim in (head_dim, like)
   )
   assert found == expected
 
 
 def test_larger_head_dims_have_smaller_tiles():
-  at = lambda dim: tpu_tile_sizes.for_device("TPU v5", dim).forward  # noqa: E731
+  at = lambda dim: tile_sizes.for_device("TPU v5", dim).forward  # noqa: E731
   assert at(512).q * at(512).kv * 4 == at(256).q * at(256).kv
 
 
-def test_the_command_searches_and_says_where_it_wrote(
-  tried, monkeypatch, capsys
-):
+def test_the_command_searches_and_prints_the_path(tried, monkeypatch, capsys):
   written = []
-  monkeypatch.setattr(search, "write", written.append)
+  monkeypatch.setattr(search, "write_table", written.append)
   assert command.main(["--target=v5p", "--search"]) == 0
   assert written[0].job.blocks == (2048, 1024, 128, 256)
   out = capsys.readouterr().out
-  assert "does not fit" in out and str(tpu_tile_sizes.TABLE) in out
+  assert "does not fit" in out and str(tile_sizes.TABLE) in out
   assert json.loads(out.splitlines()[-1])["kernel"] == "flash_attention"
 
 
@@ -142,7 +140,7 @@ def test_the_bench_has_all_rows_that_compile_and_compares_fairly(tried, capsys):
   assert bench.main(["--targets", "v5p", "v6e"]) == 0
   *table, last = capsys.readouterr().out.splitlines()
   rows = json.loads(last)["rows"]
-  # Forward, the kernels' tiles are of 2^22 scores.
+  # The forward kernel's tiles are of 2^22 scores.
   assert [(row["target"], row["direction"]) for row in rows] == [
     ("v5p", "backward"), ("v6e", "backward"),
   ]  # fmt: skip
@@ -152,7 +150,7 @@ def test_the_bench_has_all_rows_that_compile_and_compares_fairly(tried, capsys):
   assert len(lines) == 2 and all(line.count("|") == 13 for line in lines)
 
 
-def test_a_reference_that_is_not_installed_is_named(monkeypatch, capsys):
+def test_a_missing_reference_is_reported(monkeypatch, capsys):
   monkeypatch.setattr(
     build.importlib.util, "find_spec", lambda name: name != "tokamax" or None
   )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile
 from kernels_pallas.inspect import traffic
 from kernels_pallas.masks import Mask
 
@@ -33,7 +33,7 @@ def test_a_block_moves_when_its_index_changes():
 
 @pytest.mark.parametrize("block", [128, 256, 512])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_forward_kernel_moves_what_the_formula_says(block, head_dim):
+def test_the_forward_kernels_traffic_matches_the_formula(block, head_dim):
   S = 2048
   tile = Tile(block, block, min(block, 256), 128)
   found = traffic.forward_traffic(S, head_dim, tile)

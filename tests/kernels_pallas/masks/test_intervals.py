@@ -1,4 +1,4 @@
-"""Intervals and tile classes against what `Mask.visible` says of every pair."""
+"""Intervals and tile classes against `Mask.visible` of every pair."""
 
 import dataclasses
 import functools
@@ -79,9 +79,9 @@ PACKED = {
     False,
   )
 }
-# Data decides, and yet no tile is visited in vain: of one bound, the greatest
-# query and the least key are a pair; of documents numbered in order, rising or
-# falling, the least and the greatest enclose no other one.
+# Masks by data for which no empty tile is visited: with one bound, the greatest
+# query and the least key are a pair; with documents numbered in rising or
+# falling order, the least and the greatest enclose no other document.
 NONE_IN_VAIN = ("prefix", "q_positions", "kv_positions", "packed")
 CASES = {
   **{k: (v, True, T, S) for k, v in BY_INDEX.items()},
@@ -91,7 +91,7 @@ CASES = {
 
 
 def at_once(f):
-  """`f` as one program where data decide; where indices do, NumPy computes."""
+  """`f` as one program for masks by data; else NumPy computes it."""
   program = jax.jit(f, static_argnums=range(1, f.__code__.co_argcount))
   return lambda mask, *sizes: (
     program(mask, *sizes) if jax.tree.leaves(mask) else f(mask, *sizes)
@@ -105,24 +105,24 @@ def visible(mask, queries, keys):
 
 @at_once
 def rows_of(mask, queries, keys):
-  found = intervals.rows(mask, queries, keys)
+  found = intervals.mask_intervals(mask, queries, keys)
   return found.bounds, found.keys, found.segments
 
 
 @at_once
 def classes(mask, queries, keys, block):
-  rows = intervals.rows(mask, queries, keys)
-  return intervals.classes(rows, queries, keys, *block)
+  rows = intervals.mask_intervals(mask, queries, keys)
+  return intervals.tile_classes(rows, queries, keys, *block)
 
 
 @at_once
 def lines_of(mask, queries, keys, axis):
-  """Returns classes by line, their tables, and how wide these are."""
-  rows = intervals.rows(mask, queries, keys)
-  wide = intervals.width(rows, queries, keys, 4, 4, axis)
-  found = intervals.classes(rows, queries, keys, 4, 4)
+  """Returns classes by line, their tables, and the tables' width."""
+  rows = intervals.mask_intervals(mask, queries, keys)
+  wide = intervals.max_visited(rows, queries, keys, 4, 4, axis)
+  found = intervals.tile_classes(rows, queries, keys, 4, 4)
   lines = found if axis == 2 else found.swapaxes(1, 2)
-  return lines, intervals.table(lines, wide), wide
+  return lines, intervals.visit_table(lines, wide), wide
 
 
 @pytest.fixture(name="case", params=CASES)
@@ -132,7 +132,7 @@ def _case(request):
   return build(), exact, queries, keys
 
 
-def test_intervals_and_segments_are_the_mask(case):
+def test_intervals_and_segments_equal_the_mask(case):
   mask, _, queries, keys = case
   bounds, places, both = jax.device_get(rows_of(mask, queries, keys))
   k = np.arange(keys)[None] if places is None else places
@@ -149,7 +149,7 @@ def test_intervals_and_segments_are_the_mask(case):
 @pytest.mark.parametrize("block", [(4, 4), (5, 7), (8, 16), (100, 100)])
 @pytest.mark.sample(2)
 def test_tiles_are_classified_by_their_pairs(case, block):
-  """Exactly where indices decide, else never too little, some never in vain."""
+  """Exact for masks by index, else an upper bound, sometimes exact."""
   mask, exact, queries, keys = case
   found = np.asarray(classes(mask, queries, keys, block))
   seen = np.asarray(visible(mask, queries, keys))
@@ -174,7 +174,7 @@ def test_tiles_are_classified_by_their_pairs(case, block):
 
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.sample(2, 1)
-def test_tables_list_what_is_not_empty(case, axis):
+def test_tables_list_the_non_empty_tiles(case, axis):
   mask, _, queries, keys = case
   found = lines_of(mask, queries, keys, axis)
   lines, table, wide = jax.device_get(found)
@@ -187,87 +187,89 @@ def test_tables_list_what_is_not_empty(case, axis):
     live = entries[entries & 3 != EMPTY]
     np.testing.assert_array_equal(live >> 2, np.flatnonzero(line))
     np.testing.assert_array_equal(live & 3, line[line != EMPTY])
-    # What is left repeats the last tile, so nothing is fetched for it.
+    # Unused entries repeat the last tile, so nothing is fetched for them.
     rest = entries[len(live) :] >> 2
     assert np.all(rest == (live[-1] >> 2 if len(live) else 0))
 
 
 def test_the_block_diffusion_mask_skips_three_quarters():
   n = 2 * 4096
-  rows = intervals.rows(Mask.block_diffusion(4096, 32), n, n)
-  found = intervals.classes(rows, n, n, 256, 256)
+  rows = intervals.mask_intervals(Mask.block_diffusion(4096, 32), n, n)
+  found = intervals.tile_classes(rows, n, n, 256, 256)
   # Of 32 x 32 tiles: 16 of own blocks, 2 x 16 x 17 / 2 of clean ones.
   assert (found != EMPTY).sum() == 16 + 2 * 136
   assert 0.71 < (found == EMPTY).mean() < 0.73
 
 
-def test_packed_documents_take_tiles_away():
+def test_packed_documents_remove_tiles():
   segment = jnp.repeat(jnp.arange(4), 8)[None]
-  rows = intervals.rows(Mask.causal(segments=segment), 32, 32)
-  found = np.asarray(intervals.classes(rows, 32, 32, 8, 8))
+  rows = intervals.mask_intervals(Mask.causal(segments=segment), 32, 32)
+  found = np.asarray(intervals.tile_classes(rows, 32, 32, 8, 8))
   np.testing.assert_array_equal(found[0], np.eye(4))
 
 
-def test_a_window_over_block_diffusion_is_refused():
+def test_a_window_with_block_diffusion_raises():
   mask = dataclasses.replace(Mask.block_diffusion(4, 2), window=(1, None))
   with pytest.raises(ValueError, match="expected none"):
-    intervals.rows(mask, 8, 8)
+    intervals.mask_intervals(mask, 8, 8)
 
 
 @pytest.mark.parametrize("window", [(None, None), (30, 9)])
 @pytest.mark.parametrize("given", [False, True])
-def test_a_function_of_many_intervals_is_bounded_and_not_listed(window, given):
-  """Every other key: 20 intervals. By index its tiles are exact even so."""
+def test_a_function_with_many_intervals_is_bounded_inexactly(window, given):
+  """Every other key: 20 intervals. By index its tiles are still exact."""
   at = (jnp.arange(T)[None], jnp.arange(S)[None]) if given else (None, None)
   mask = Mask.where(
     lambda q, k: (q - k) % 2 == 0, window, None, *at, offset=0, extent=S
   )
   seen = np.asarray(mask.visible(T, S))[0]
-  found = intervals.rows(mask, T, S)
+  found = intervals.mask_intervals(mask, T, S)
   lo, hi = np.asarray(found.bounds)[0]
   k = np.arange(S)
   assert not (seen & ~((k >= lo[:, None]) & (k < hi[:, None]))).any()
   pairs = seen.reshape(T // 4, 4, S // 4, 4).sum((1, 3))
-  kinds = np.asarray(intervals.classes(found, T, S, 4, 4))[0]
+  kinds = np.asarray(intervals.tile_classes(found, T, S, 4, 4))[0]
   assert (kinds[pairs > 0] == PARTIAL).all()
   if not given:
     assert (kinds[pairs == 0] == EMPTY).all()
   with pytest.raises(ValueError, match="more than 8 intervals"):
-    intervals.arrays(found)
+    intervals.tile_arrays(found)
 
 
-def test_a_function_is_asked_by_parts(monkeypatch):
-  """In parts of 3 queries, the last of 2, the same intervals and counts."""
+def test_a_function_is_evaluated_in_chunks(monkeypatch):
+  """In chunks of 3 queries, the last of 2, the same intervals and counts."""
 
   def own(q, k):  # asked anew, since runs are kept by function
     return picture(q, k)
 
   window = (9, 3)
-  whole = function_masks.runs(picture, window, 3, 23, S)
-  pairs = function_masks.tiles(picture, window, 3, (23, S), (5, 7))
+  whole = function_masks.key_intervals(picture, window, 3, 23, S)
+  pairs = function_masks.count_visible_pairs(
+    picture, window, 3, (23, S), (5, 7)
+  )
   monkeypatch.setattr(function_masks, "_PAIRS", 3 * S)
-  parts = function_masks.runs(own, window, 3, 23, S)
+  parts = function_masks.key_intervals(own, window, 3, 23, S)
   np.testing.assert_array_equal(whole.lo, parts.lo)
   np.testing.assert_array_equal(whole.hi, parts.hi)
   q, k = 3 + np.arange(23)[:, None], np.arange(S)[None]
   seen = picture(q, k) & (k >= q - 9) & (k <= q + 3)
   seen = np.pad(seen, ((0, 2), (0, 2))).reshape(5, 5, 6, 7)
-  again = function_masks.tiles(own, window, 3, (23, S), (5, 7))
+  again = function_masks.count_visible_pairs(own, window, 3, (23, S), (5, 7))
   np.testing.assert_array_equal(pairs, seen.sum((1, 3)))
   np.testing.assert_array_equal(again, pairs)
 
 
 @pytest.mark.parametrize("given", [False, True])
 def test_intervals_are_counted_inside_the_window(given):
-  """Dilation over a row of any length: 3 intervals of a window of 15."""
+  """Dilation over a row of any length: 3 intervals in a window of 15."""
   n = 256
   at = (jnp.arange(n)[None],) * 2 if given else (None, None)
   mask = Mask.where(lambda q, k: (q - k) % 5 < 2, (14, 0), None, *at, extent=n)
-  found = intervals.rows(mask, n, n)
-  assert found.unlisted is None and found.bounds.shape[1] == 2 * 3
+  found = intervals.mask_intervals(mask, n, n)
+  assert found.inexact_mask is None and found.bounds.shape[1] == 2 * 3
 
 
-def test_a_function_is_asked_once():
+def test_a_function_is_evaluated_once():
   calls = []
 
   def counted(q, k):
@@ -276,14 +278,16 @@ def test_a_function_is_asked_once():
 
   mask = Mask.where(counted)
   for _ in range(3):
-    found = intervals.rows(mask, 32, 32)
-    intervals.classes(found, 32, 32, 8, 8)
+    found = intervals.mask_intervals(mask, 32, 32)
+    intervals.tile_classes(found, 32, 32, 8, 8)
   assert len(calls) == 2  # for intervals, which are too many, and for tiles
 
 
 @pytest.mark.parametrize("value", [True, False])
-def test_a_function_may_say_the_same_of_all(value):
+def test_a_function_may_be_constant(value):
   mask = Mask.where(lambda q, k: value)
   kind = FULL if value else EMPTY
-  found = intervals.classes(intervals.rows(mask, 8, 8), 8, 8, 4, 4)
+  found = intervals.tile_classes(
+    intervals.mask_intervals(mask, 8, 8), 8, 8, 4, 4
+  )
   np.testing.assert_array_equal(found[0], np.full((2, 2), kind))

@@ -66,7 +66,7 @@ def at(leaf, b, i, default):
 
 
 def definition(m, b, i, j, T, S):
-  """Whether query i sees key j: the module's words, in Python integers."""
+  """Whether query i sees key j: the definition, in Python integers."""
   q = i + (S - T if m.offset is None else m.offset)
   k = j
   if m.kind == "block_diffusion":
@@ -129,7 +129,7 @@ def test_visible_is_the_definition_and_tiles_are_its_parts(name, mask, T, S):
 
 
 @pytest.mark.parametrize(("name", "mask", "T", "S"), ALL, ids=IDS)
-def test_static_bounds_hold_whatever_is_visible(name, mask, T, S):
+def test_static_bounds_enclose_the_visible_keys(name, mask, T, S):
   expected = table(mask, T, S)
   for start, stop in itertools.combinations(range(T + 1), 2):
     lo, hi = mask.key_range(start, stop, T, S)
@@ -178,7 +178,7 @@ def test_block_diffusion_is_the_published_picture():
   np.testing.assert_array_equal(found[0], expected)
 
 
-def test_padding_hides_what_was_added_and_nothing_else():
+def test_padding_is_hidden_and_nothing_else():
   mask = MASKS["causal_positions"]
   grown = mask.padded(1, 2).visible(T, S, (0, T + 1), (0, S + 2))
   expected = np.pad(table(mask, T, S), ((0, 0), (0, 1), (0, 2)))
@@ -187,14 +187,14 @@ def test_padding_hides_what_was_added_and_nothing_else():
   np.testing.assert_array_equal(keys[0].sum(1), [3, 3, 3])
 
 
-def test_live_keys_are_those_not_marked_as_padding():
+def test_valid_keys_are_those_not_marked_as_padding():
   mask = Mask.full(
     segments=(jnp.array([[0, -1]]), jnp.array([[0, 0, -1]])),
     kv_positions=jnp.array([[-1, 4, 5]]),
   )
-  np.testing.assert_array_equal(mask.live_keys(), [[False, True, False]])
-  np.testing.assert_array_equal(mask.live_queries(), [[True, False]])
-  assert Mask.causal().live_keys() is None
+  np.testing.assert_array_equal(mask.valid_keys(), [[False, True, False]])
+  np.testing.assert_array_equal(mask.valid_queries(), [[True, False]])
+  assert Mask.causal().valid_keys() is None
 
 
 def test_masks_are_pytrees_with_static_rules():
@@ -228,7 +228,7 @@ def closes_over(x):
     (lambda: Mask(kind="diagonal").visible(2, 2), "diagonal"),
     (lambda: Mask.where(lambda q, k: q - k).visible(2, 2), "found int32"),
     (lambda: Mask.where(lambda q, k: 1).visible(2, 2), "found int of shape"),
-    (lambda: jax.jit(in_numpy)(jnp.int32(0)), "in a NumPy array"),
+    (lambda: jax.jit(in_numpy)(jnp.int32(0)), "indexes a NumPy array"),
     (
       lambda: Mask.where(lambda q, k: q.ravel() > 0).visible(2, 3),
       "expected bool that broadcasts to (1, 2, 3)",
@@ -240,6 +240,6 @@ def closes_over(x):
     (lambda: jax.jit(closes_over)(jnp.arange(4)), "it closes over an array"),
   ],
 )
-def test_bad_masks_say_what_is_wrong(make, message):
+def test_invalid_masks_raise(make, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     make()

@@ -1,7 +1,7 @@
 """The products with packed weights through the compiler for GPUs.
 
-The PTX of those of `mma` is run in NumPy: what is decoded, which register it is
-in, what is copied where, and what is waited for.
+The PTX of the `mma` kernels is run in NumPy: decoding, registers, copies and
+waits.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ measure = functools.cache(chips.measure)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiles_for_hopper_without_a_spill(case):
   found, _ = measure(case)
-  # 16 inputs each: of a block of words forward, of 64 outputs back.
+  # 16 inputs each: of a block of words forward, of 64 outputs in the gradient.
   operands = 4 if case.bits == 8 else 8
   assert found.loop["wgmma"] == operands
   assert found.total["copy"] >= 3  # noqa: PLR2004
   assert found.spills == 0 and not found.warnings
   assert found.shared <= 232_448  # noqa: PLR2004
-  # Nothing travels between threads until results leave.
+  # No communication between threads until results are stored.
   assert not found.loop.get("shuffle")
 
 
@@ -61,12 +61,12 @@ def test_compiles_for_others_without_a_spill(case):
   found, _ = measure(case)
   p, t, names = chips.planned(case)
   pieces = t.groups * p.halves  # of 64 x 64 weights
-  size = 1 if case.codes else 2  # of a row's number
+  size = 1 if case.codes else 2  # bytes of a row's number
   assert found.loop["mma"] == pieces * 2 * size * t.rows // 8
   # A warp's four matrices of 8 x 8 at a time: forward each half of a block has
-  # its own; the gradient's serve both, and scales of neighbours come by two.
+  # its own; the gradient's serve both, and scales of neighbours come in pairs.
   forward = case.direction == "forward"
-  # A row of 64 codes has 64 bytes, of which they are two matrices at a time.
+  # A row of 64 codes has 64 bytes: two matrices at a time.
   read = (p.halves if forward else 1) * 4 * t.rows // 16
   scales = 0 if forward else 2 * t.groups * p.scales * (len(names) - 2)
   assert found.loop["matrix"] == read + scales
@@ -80,7 +80,7 @@ def test_compiles_for_others_without_a_spill(case):
 SMALL = {
   "symmetric": Case(rows=20, size=256, target="a100"),
   "blackwell": Case(rows=20, size=256, target="b200", group=64),
-  # A ring that is filled again, and runs of what is summed.
+  # A ring buffer that is refilled, and splits of the summed axis.
   "ring": Case(rows=20, size=896, target="a100", group=32, offset=True),
   "runs": Case(rows=20, size=1024, target="b200", group=64),
   "gradient_runs": Case(direction="gradient", rows=20, size=640, target="a100",
@@ -110,7 +110,7 @@ SMALL = {
 
 
 def error(case, text, **how):
-  """Of the emulated result, in parts of what rounding may be."""
+  """The emulated result's error, relative to the rounding bound."""
   x, w = chips.operands(case)
   if case.codes:
     codes, unit = quantize_rows(x)
@@ -134,7 +134,7 @@ def error(case, text, **how):
 @pytest.mark.parametrize(
   ("name", "splits"), [("ring", 1), ("runs", 2), ("gradient_runs", 2)]
 )
-def test_rings_are_filled_again(name, splits):
+def test_ring_buffers_are_refilled(name, splits):
   p, t, _ = chips.planned(SMALL[name])
   assert p.steps // t.splits + (p.steps > t.stages) > t.stages
   assert t.splits == splits
@@ -156,8 +156,8 @@ def test_the_instructions_compute_the_product(name, late):
     (r"cp\.async\.wait_group.*", True),
   ],
 )
-def test_a_wait_that_is_left_out_is_seen(instruction, late):
-  """Copies at once are too early for who still reads, late ones too late."""
+def test_a_missing_wait_is_detected(instruction, late):
+  """Immediate copies are too early for pending readers, late ones too late."""
   case = SMALL["ring"]
   text, count = re.subn(instruction + ";", "", measure(case)[1])
   assert count

@@ -1,4 +1,4 @@
-"""Products with packed weights are those of the decoded ones, everywhere."""
+"""Products with packed weights equal those of the decoded ones."""
 
 import functools
 import warnings
@@ -18,7 +18,7 @@ BACKENDS = ("reference", "xla", "cpu", "auto")
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(cxx):
-  """Skips what needs a compiler where there is none."""
+  """Skips tests that need a compiler where there is none."""
   assert cpu.available(), cxx
 
 
@@ -29,7 +29,7 @@ def inputs_of(kind, rows, dtype=np.float32):
 
 
 def bound(x, w, eps=2.0**-24):
-  """Returns what sums of that many terms in float32 may be off by.
+  """Returns the error bound of sums of that many terms in float32.
 
   Codes are multiplied before scale and offset are: their cancellation adds.
   """
@@ -137,7 +137,7 @@ def test_the_input_gradient(kind, backend):
   assert np.all(np.abs(np.float64(dx) - want) <= slack)
 
 
-def test_the_backward_pass_keeps_packed_weights_alone():
+def test_the_backward_pass_saves_only_packed_weights():
   w = panels.pack(np.zeros((256, 512), np.int8), np.ones((8, 512), np.float32))
   x = jnp.ones((3, 256))
 
@@ -150,20 +150,20 @@ def test_the_backward_pass_keeps_packed_weights_alone():
   assert kept <= sum(part.nbytes for part in jax.tree.leaves(w))
 
 
-def test_large_matrices_are_decoded_piece_by_piece():
+def test_large_matrices_are_decoded_in_chunks():
   codes = np.random.default_rng(0).integers(0, 16, (64, 40_000), np.uint8)
   w = panels.pack(codes, np.ones((2, 40_000), np.float16))
   x = jnp.ones((1, 64))
   compiled = jax.jit(
     functools.partial(api.quantized_matmul, backend="xla")
   ).lower(x, w).compile()  # fmt: skip
-  # Whole, it would be 10 MB and its codes several times as much.
+  # As a whole it would be 10 MB, and its codes several times as much.
   assert compiled.memory_analysis().temp_size_in_bytes < 9 << 20
   np.testing.assert_array_equal(compiled(x, w)[0], codes.sum(0))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_shows(value):
+def test_nonfinite_values_propagate(value):
   w, _ = case("affine")
   x = inputs_of("affine", 2).at[1, 7].set(value)
   for isa in ("auto", "portable"):
@@ -182,7 +182,7 @@ def test_activations_of_any_size():
   assert np.all(np.abs(got - want) <= bound(x, matrix) + 1e-29)
 
 
-def test_it_batches_and_takes_no_rows():
+def test_batching_and_empty_inputs():
   w, _ = case("affine")
   x = inputs_of("affine", 6)
   apart = jax.vmap(lambda x: api.quantized_matmul(x, w, backend="cpu"))(
@@ -204,7 +204,7 @@ def test_it_batches_and_takes_no_rows():
     (dict(x="float16", backend="cpu"), "found float16"),
   ],
 )
-def test_products_that_do_not_fit_are_refused(change, message):
+def test_mismatched_products_raise(change, message):
   w, _ = case("affine")
   x = inputs_of("affine", 2, change.get("x", np.float32))
   if "inputs" in change:
@@ -284,7 +284,7 @@ def test_without_a_compiler_xla_computes(
     with pytest.warns(RuntimeWarning, match=message):
       got = jax.jit(lambda x, w: api.quantized_matmul(x, w))(x, w)
     with warnings.catch_warnings():
-      warnings.simplefilter("error")  # it was said once
+      warnings.simplefilter("error")  # the warning was issued once
       again = api.quantized_matmul(x, w)
     with pytest.raises(ValueError, match="needs a C"):
       api.quantized_matmul(x, w, backend="cpu")

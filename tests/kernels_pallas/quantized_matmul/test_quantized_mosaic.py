@@ -10,9 +10,9 @@ import pytest
 
 from kernels_pallas.quantized_matmul import api, planar
 from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
-from kernels_pallas.quantized_matmul.tpu import mosaic_tpu_decode as decode
+from kernels_pallas.quantized_matmul.tpu import dequantize
 from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import Config, quantize_rows
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_problem import (
+from kernels_pallas.quantized_matmul.tpu.problem import (
   Tile,
   fit,
   prepare,
@@ -44,7 +44,7 @@ def draw(*shape, dtype=np.float32):
 def absolute(kind):
   """Returns [I, O]: size of the numbers that are summed for a weight.
 
-  Codes are 16 more than they are inside the kernels, and offsets cancel them.
+  Codes are 16 larger inside the kernels, and offsets cancel that.
   """
   w, parts, matrix = case(kind)
   largest = 32 if w.bits == 4 else 128
@@ -56,14 +56,14 @@ def absolute(kind):
 
 
 def bound(kind, x, y, rounded, transposed=False):
-  """Returns what products may be off by.
+  """Returns the error bound of products.
 
   Args:
-    kind: Of the matrix.
+    kind: Kind of the matrix.
     x: Activations.
-    y: float64 [M, O], the truth.
-    rounded: whether scaled weights are rounded to the type of x.
-    transposed: for `x W^T`.
+    y: float64 [M, O], the exact product.
+    rounded: Whether scaled weights are rounded to the type of x.
+    transposed: For `x W^T`.
   """
   _, _, matrix = case(kind)
   terms, matrix = absolute(kind), np.abs(matrix)
@@ -93,14 +93,14 @@ def test_levels_are_the_entries_exactly(name, dtype):
   codes = np.random.default_rng(0).integers(0, 16, (256, 256), np.uint8)
   w = planar.pack(codes, np.ones((1, 256), np.float32), codebook=codebook)
   found = jax.jit(
-    lambda words: decode.levels(
-      words, codebook, dtype, decode.tables(codebook, dtype)
+    lambda words: dequantize.levels(
+      words, codebook, dtype, dequantize.tables(codebook, dtype)
     )
   )(w.codes)
   assert found.dtype == dtype
   want = jnp.asarray(codebook, dtype)[codes].astype(jnp.float32)
   np.testing.assert_array_equal(
-    found.astype(jnp.float32) + decode.base(codebook), want
+    found.astype(jnp.float32) + dequantize.base(codebook), want
   )
 
 
@@ -121,7 +121,7 @@ def test_products(kind, rows, most, dtype):
 
 
 def test_many_rows_in_tiles_as_on_a_chip():
-  """512 rows are a prefill; tiles as they are by default."""
+  """512 rows, as in a prefill, with default tiles."""
   codes = np.random.default_rng(0).integers(0, 16, (1000, 600), np.uint8)
   scale = np.full((8, 600), 0.5, np.float32)
   w = planar.pack(codes, scale, group=128, codebook=Q4_0)
@@ -154,7 +154,7 @@ def test_the_input_gradient(kind, dtype):
   assert np.all(off <= bound(kind, dy, want, True, transposed=True))
 
 
-def test_the_backward_pass_keeps_packed_weights_alone():
+def test_the_backward_pass_saves_only_packed_weights():
   w, _, _ = case("signed")
   x = draw(3, w.inputs)
 
@@ -206,7 +206,7 @@ def test_a_row_of_zeros_stays_zero():
   ],
 )
 def test_every_backend_agrees(kind, backend, activations):
-  """On the CPU 'auto' is XLA: kernels are for TPUs."""
+  """On the CPU 'auto' is XLA, since kernels are for TPUs."""
   w, _, matrix = case(kind)
   x = draw(2, 3, w.inputs)
   how = dict(backend=backend, activations=activations)
@@ -233,7 +233,7 @@ def test_every_backend_agrees(kind, backend, activations):
     (dict(x=draw(2, 7)), r"found x \(2, 7\)"),
   ],
 )
-def test_calls_that_do_not_fit_are_refused(change, message):
+def test_mismatched_calls_raise(change, message):
   w, _, _ = case("signed")
   arguments = dict(x=draw(2, 260), w=w) | change
   with pytest.raises(ValueError, match=message):
@@ -243,7 +243,7 @@ def test_calls_that_do_not_fit_are_refused(change, message):
 @pytest.mark.parametrize(
   ("kind", "most"), [("affine", 999), ("nf4", 0), ("int8, channels", 999)]
 )
-def test_kernels_do_not_race_or_read_what_nobody_wrote(
+def test_kernels_do_not_race_or_read_uninitialized_memory(
   tpu_interpreter, kind, most
 ):
   """With memory full of NaN, and parallel grid steps in random order."""
@@ -274,7 +274,7 @@ def test_tiles_cover_with_little_padding(size):
 
 
 @pytest.mark.parametrize("group", [128, 384, 640, 2048])
-def test_steps_and_groups_hold_each_other(group):
+def test_steps_and_groups_divide_each_other(group):
   codes = np.zeros((3840, 128), np.int8)
   w = planar.pack(codes, np.ones((-(-3840 // group), 128), "f4"), group=group)
   p = prepare(w, Tile(8, 512, 128))
@@ -282,7 +282,7 @@ def test_steps_and_groups_hold_each_other(group):
   assert p.tile.inputs * p.steps[0] >= 3840
 
 
-def test_what_no_tpu_takes_is_refused():
+def test_calls_unsupported_on_tpus_raise():
   w, _, _ = case("signed")
   with pytest.raises(ValueError, match="expected bfloat16 or float32"):
     run(draw(2, 260, dtype=np.float16), w)

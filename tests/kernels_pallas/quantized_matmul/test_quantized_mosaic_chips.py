@@ -1,4 +1,4 @@
-"""The quantized matmul through XLA's compiler for TPUs that are not here."""
+"""The quantized matmul through XLA's compiler for absent TPUs."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def test_compiles(tmp_path, target, way, kind, group, rows, offset, dtype):
     assert problem is not None
     return
   assert problem is None
-  # The matrix units have work: of padding at most, where rows are few.
+  # The matrix units have work: mostly of padding, if rows are few.
   found = chips_quantized.read(case, tmp_path)
   assert found.macs > 0
 
@@ -49,7 +49,7 @@ def test_compiles(tmp_path, target, way, kind, group, rows, offset, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("way", ["few", "many", "gradient"])
 @pytest.mark.parametrize("target", CHIPS)
-def test_the_tiles_that_are_taken_fit(tmp_path, target, way, dtype):
+def test_default_tiles_fit(tmp_path, target, way, dtype):
   tile = dataclasses.astuple(getattr(Config(), way))
   rows = 128 if way == "few" else 2048
   case = Case(target, way, "int4", 128, rows, tile, dtype, size=8192)
@@ -66,8 +66,8 @@ def test_matrix_work_is_that_of_the_product(tmp_path, target, way):
 
 
 @pytest.mark.parametrize("target", ["v5e", "v5p"])
-def test_decoding_waits_for_memory_alone(tmp_path, target):
-  """Fewer bundles than memory takes cycles to deliver the weights."""
+def test_decoding_is_bound_by_memory(tmp_path, target):
+  """Fewer bundles than the cycles in which memory delivers the weights."""
   case = Case(target, "few", "int4", 128, 8, (8, 2048, 1024))
   assert chips_quantized.compile_to(case, tmp_path) is None
   chip = CHIPS[target]

@@ -1,9 +1,9 @@
 """The GPU kernels of packed weights, interpreted on the CPU, or on a GPU.
 
-Of Hopper's the interpreter runs the variant whose weights pass through shared
-memory; barriers, copies, loops and arithmetic are those of the other one, too.
-Which register holds which weight is checked here by the layouts' definition. Of
-the kernel of `mma` copies are assignments and products plain ones here.
+For Hopper the interpreter runs the variant whose weights pass through shared
+memory; barriers, copies, loops and arithmetic are the same in the other one.
+Which register holds which weight is checked by the layouts' definition. In the
+interpreted `mma` kernel, copies are assignments and products plain ones.
 """
 
 import dataclasses
@@ -20,12 +20,11 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.api import quantized_matmul
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_decode as decode
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.quantized_matmul.gpu import dequantize, mosaic_gpu
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import (
   SHARED_BYTES,
   Tile,
-  fitted,
+  default_tile,
 )
 from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
 from tests import support_chip
@@ -115,7 +114,7 @@ def test_products_are_those_of_the_decoded_matrix(gpu, name, kernel):
 @pytest.mark.parametrize("offset", [False, True])
 def test_rows_of_codes_are_summed_as_integers(gpu, offset):
   w, tile = packed(8, 256, offset, "float32"), Tile(32, 2, 2, cores="mma")
-  # Of which the codes are known: the largest is 127.
+  # Whose codes are known: the largest is 127.
   rng = np.random.default_rng(0)
   codes = rng.integers(-127, 128, (37, I))
   codes[:, 5] = 127
@@ -136,7 +135,7 @@ def test_rows_of_codes_are_summed_as_integers(gpu, offset):
   size = unit * (np.abs(codes) @ np.abs(matrix))
   bound = 2.0**-8 * np.abs(want) + 2.0**-21 * size
   assert np.all(np.abs(np.asarray(found, np.float64) - want) <= bound)
-  # The gradient is that of rows as they were.
+  # The gradient is that of the unrounded rows.
   exact = np.asarray(dy, np.float64) @ matrix.T
   size = np.abs(np.asarray(dy, np.float64)) @ np.abs(matrix.T)
   error = np.abs(np.asarray(slope, np.float64) - exact)
@@ -161,8 +160,8 @@ def test_codebooks_are_looked_up(gpu, kernel, gradient, scales):
 @pytest.mark.parametrize(
   "tile", [Tile(128, 1, 2, operand="shared"), Tile(80, 1, 2, cores="mma")]
 )
-def test_many_rows_leave_in_parts_and_matrices_are_padded(gpu, tile):
-  """The last tile of rows is not whole, nor are inputs and outputs."""
+def test_many_rows_are_stored_in_parts_and_matrices_are_padded(gpu, tile):
+  """The last tile of rows is partial, as are inputs and outputs."""
   w = packed(4, 64, inputs=200, outputs=70)
   tile, x, dy = sized(gpu, tile), draw(130, 200), draw(130, 70)
 
@@ -179,14 +178,16 @@ def test_many_rows_leave_in_parts_and_matrices_are_padded(gpu, tile):
 
 @pytest.mark.parametrize("offset", [False, True])
 def test_arithmetic_in_16_bits_is_that_in_32_rounded(gpu, offset):
-  """Bit by bit: the codes are exact, and one rounding is left."""
+  """Bit by bit: the codes are exact, and only one rounding remains."""
   w, x = packed(4, 32, offset), draw(8, I)
   wide = dataclasses.replace(
     w,
     scale=w.scale.astype(jnp.float32),
     offset=None if not offset else w.offset.astype(jnp.float32),
   )
-  chosen = [decode.narrow(4, -8.0, x.dtype, y.scale.dtype) for y in (w, wide)]
+  chosen = [
+    dequantize.narrow(4, -8.0, x.dtype, y.scale.dtype) for y in (w, wide)
+  ]
   assert chosen == [True, False]
   tile = sized(gpu, TILE)
   run = lambda x, w: mosaic_gpu.product(x, w, tile, gpu.interpret)  # noqa: E731
@@ -236,11 +237,11 @@ def elements(layout, shape):
 
 @pytest.mark.parametrize("inputs", [0, 1])
 def test_registers_hold_the_words_of_their_weights(inputs):
-  """Nothing travels: a thread's words are those of its part of an operand."""
+  """A thread's words are those of its own part of an operand."""
   weights = elements(plgpu.Layout.WGMMA.to_mgpu(), (64, 64))
-  words = elements(decode.words_layout(inputs).to_mgpu(), (16, 64))
+  words = elements(dequantize.words_layout(inputs).to_mgpu(), (16, 64))
   for at in np.ndindex(weights.shape[1:-1]):
-    have = words[:, *decode.source(at, inputs)]
+    have = words[:, *dequantize.source(at, inputs)]
     for n in range(2):  # of a register's two neighbours
       place = np.divmod(weights[:, *at, n], 64)
       i, o = place[inputs], place[1 - inputs]
@@ -258,20 +259,20 @@ def test_registers_hold_the_words_of_their_weights(inputs):
 @pytest.mark.parametrize("rows", [1, 8, 60, 100, 4096])
 @pytest.mark.parametrize("pieces", [3, 8, 64])
 def test_fitted_tiles_fit_shared_memory(rows, pieces, depth, sums):
-  tile = fitted("wgmma", rows, pieces, 32, depth, sums)
+  tile = default_tile("wgmma", rows, pieces, 32, depth, sums)
   assert pieces % tile.groups == 0 and 32 // tile.splits >= 1
   assert tile.stages >= 2 and tile.rows * sums <= 256
   # Rows in 16 bits; words, 8 scales and 8 offsets of 32 bits; a part of sums.
   stage = tile.rows * depth * 2 + tile.groups * 64 * (16 + 2 * 8) * 4
   result = tile.groups * min(64, tile.rows) * 64 * 4
   assert tile.stages * stage + result + 2048 <= SHARED_BYTES["wgmma"]
-  tile = fitted("mma", rows, pieces, 32, depth, sums)
+  tile = default_tile("mma", rows, pieces, 32, depth, sums)
   assert pieces % tile.groups == 0 and 32 // tile.splits >= 1
   # As many registers as sums of 80 rows of two pieces.
   assert tile.stages >= 2 and tile.rows * tile.groups * sums <= 160
   stage = tile.rows * depth * 2 + tile.groups * 64 * (16 + 2 * 8) * 4
   assert tile.stages * stage + 2048 <= SHARED_BYTES["mma"]
-  codes = fitted("mma", rows, pieces, 32, depth, sums, codes=True)
+  codes = default_tile("mma", rows, pieces, 32, depth, sums, codes=True)
   assert pieces % codes.groups == 0 and codes.rows % 32 == 0 < codes.rows <= 64
   tiles = -(-rows // tile.rows)
   assert tiles == -(-rows // 80) and tiles * tile.rows - rows < 16 * tiles
@@ -323,7 +324,7 @@ def test_programs_for_gpus_call_the_kernels(device, few, many):
 @pytest.mark.parametrize("kind", ["NVIDIA A100", "NVIDIA H100", "NVIDIA B200"])
 @pytest.mark.parametrize(("bits", "codes"), [(4, None), (8, None), (8, "int8")])
 @pytest.mark.cover(1)
-def test_a_part_on_each_device_has_the_kernels(kind, bits, codes):
+def test_kernels_run_on_each_devices_shard(kind, bits, codes):
   """Under a `shard_map`, where results differ between devices."""
   device = jax.sharding.AbstractDevice(kind, None, platform="gpu")
   mesh = jax.sharding.AbstractMesh(
@@ -347,14 +348,14 @@ def test_a_part_on_each_device_has_the_kernels(kind, bits, codes):
   assert "mosaic_gpu" in lowered.as_text()
 
 
-def test_no_rows_are_no_rows():
+def test_zero_rows_give_zero_rows():
   w, x = packed(8, 256), jnp.zeros((0, I), jnp.float16)
   for codes in (None, jnp.int8):
     assert mosaic_gpu.product(x, w, activations=codes).shape == (0, O)
   assert mosaic_gpu.input_gradient(x[:, :O], w).shape == (0, I)
 
 
-def test_what_the_kernels_do_not_compute_is_refused():
+def test_unsupported_calls_raise():
   w, x = packed(4, 64), jnp.zeros((2, I), jnp.float16)
   call = functools.partial(quantized_matmul, backend="mosaic_gpu")
   with pytest.raises(ValueError, match="x: found float32, expected bfloat16"):
@@ -396,6 +397,6 @@ def test_what_the_kernels_do_not_compute_is_refused():
     ({"cores": "mma", "rows": 16, "operand": "shared"}, "takes registers"),
   ],
 )
-def test_bad_tiles_are_refused(bad, match):
+def test_invalid_tiles_raise(bad, match):
   with pytest.raises(ValueError, match=match):
     Tile(**bad)

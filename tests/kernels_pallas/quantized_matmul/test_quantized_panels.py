@@ -1,4 +1,4 @@
-"""Weights in panels keep every bit, in as much memory as that needs."""
+"""Weights in panels keep every bit, in as little memory as possible."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from tests.kernels_pallas.panel_cases import KINDS, NF4, case, parts
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.cover(1)
-def test_unpack_gives_back_every_bit(kind, lead):
+def test_unpack_returns_every_bit(kind, lead):
   arrays, how = parts(kind, lead)
   w = jax.jit(functools.partial(panels.pack, **how))(*arrays)
   assert w.shape == arrays[0].shape
@@ -56,23 +56,23 @@ def test_dense_and_take(kind):
 
 
 @pytest.mark.parametrize("lead", [(), (2,)])
-def test_matrices_side_by_side(lead):
+def test_concatenated_matrices(lead):
   arrays, how = parts("signed", lead)  # 16 outputs: whole panels
   w = panels.pack(*arrays, **how)
   three = [w, w, panels.pack(*(x[..., :5] for x in arrays[:2]), **how)]
-  got = panels.beside(three)
+  got = panels.concatenate(three)
   assert got.shape == (*lead, 100, 37)
   want = np.concatenate([panels.dense(w) for w in three], axis=-1)
   np.testing.assert_array_equal(panels.dense(got), want)
 
 
-def test_matrices_that_do_not_lie_side_by_side():
+def test_matrices_that_cannot_be_concatenated():
   w = case("signed")[0]
   cut, other = case("affine")[0], dataclasses.replace(w, codebook=NF4)
   wide = dataclasses.replace(w, scale=w.scale.astype(jnp.float32))
-  assert panels.beside([w, w]) is not None
+  assert panels.concatenate([w, w]) is not None
   for parts_ in ([cut, cut], [w, other], [w, wide], [w, cut]):
-    assert panels.beside(parts_) is None
+    assert panels.concatenate(parts_) is None
 
 
 GOOD = np.zeros((64, 8), np.uint8), np.ones((2, 8), np.float32)
@@ -97,6 +97,6 @@ GOOD = np.zeros((64, 8), np.uint8), np.ones((2, 8), np.float32)
     ((GOOD[0], GOOD[1]), dict(codebook=(np.inf,) * 16), "16 finite"),
   ],
 )
-def test_parts_that_do_not_fit_are_refused(arguments, how, message):
+def test_mismatched_parts_raise(arguments, how, message):
   with pytest.raises(ValueError, match=message):
     panels.pack(*arguments, **how)

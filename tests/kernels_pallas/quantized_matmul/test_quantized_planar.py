@@ -1,4 +1,4 @@
-"""The layout of weights for TPU kernels keeps every bit, where it says."""
+"""The layout of weights for TPU kernels keeps every bit, as specified."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.kernels_pallas.planar_cases import KINDS, case
 @pytest.mark.parametrize("lead", [(), (2, 3)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.cover(1)
-def test_unpack_gives_back_every_bit(kind, lead):
+def test_unpack_returns_every_bit(kind, lead):
   w, parts, matrix = case(kind, lead)
   assert w.shape == parts[0].shape
   for got, want in zip(planar.unpack(w), parts, strict=True):
@@ -25,8 +25,8 @@ def test_unpack_gives_back_every_bit(kind, lead):
   )
 
 
-def test_where_a_code_lies():
-  """The layout is a promise: others may write it."""
+def test_the_layout_of_codes():
+  """The layout is an interface: other programs may write it."""
   codes = np.random.default_rng(0).integers(0, 16, (256, 128), np.uint8)
   w = planar.pack(codes, np.ones((1, 128), np.float32))
   words = np.asarray(w.codes)
@@ -40,7 +40,7 @@ def test_where_a_code_lies():
 
 @pytest.mark.parametrize("kind", ["affine", "int8, channels"])
 def test_parts_along_each_axis_are_packed_matrices(kind):
-  """So that a mesh may cut them."""
+  """So that a mesh can shard them."""
   bits = 8 if kind.startswith("int8") else 4
   dtype = np.uint8 if bits == 4 else np.int8
   codes = np.random.default_rng(0).integers(0, 16, (256, 256)).astype(dtype)
@@ -79,6 +79,6 @@ GOOD = np.zeros((64, 8), np.uint8), np.ones((2, 8), np.float32)
     ((GOOD[0], GOOD[1]), dict(codebook=(np.inf,) * 16), "16 finite"),
   ],
 )
-def test_parts_that_do_not_fit_are_refused(arguments, how, message):
+def test_mismatched_parts_raise(arguments, how, message):
   with pytest.raises(ValueError, match=message):
     planar.pack(*arguments, **how)

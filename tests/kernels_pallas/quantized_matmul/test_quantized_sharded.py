@@ -1,4 +1,4 @@
-"""Packed matrices cut over a mesh: what a product sends, and its numbers."""
+"""Packed matrices sharded over a mesh: communication and results."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.api import quantized_matmul
 from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
 from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import Config
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_problem import Tile
+from kernels_pallas.quantized_matmul.tpu.problem import Tile
 from tests.support_hlo import collectives
 
 ROWS, INPUTS, OUTPUTS = 4, 256, 256
@@ -22,7 +22,7 @@ X, W, Y = P("rows", "inputs"), P("inputs", "outputs"), P("rows", "outputs")
 
 @pytest.fixture(name="mesh")
 def _mesh():
-  """Every axis cut in two: a part of the matrix is one block of 128 x 128."""
+  """Every axis sharded in two: a shard is one block of 128 x 128."""
   mesh = jax.make_mesh((2, 2, 2), ("rows", "inputs", "outputs"), axis_types=(
     jax.sharding.AxisType.Auto,) * 3)  # fmt: skip
   with jax.set_mesh(mesh):
@@ -55,14 +55,14 @@ def both(product, x, w):
 
 
 def on_a_device(product, x, w):
-  """The product of parts, as a `shard_map` calls it."""
+  """The product of shards, as a `shard_map` calls it."""
   w = dataclasses.replace(w, inputs=w.padded[0], outputs=w.padded[1])
   return jax.lax.psum(product(x, w), "inputs")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("way", ["by XLA", "shard_map"])
-def test_sums_alone_are_sent(mesh, way, bits):
+def test_only_sums_are_communicated(mesh, way, bits):
   """Of the result over the inputs, of the gradient over the outputs."""
   x, w, expected = problem(bits, mesh)
   f = functools.partial(both, quantized_matmul)
@@ -84,14 +84,14 @@ def test_sums_alone_are_sent(mesh, way, bits):
   bounds = (1e-3, 5e-2)
   for found, want, atol in zip(program(x, w), expected, bounds, strict=True):
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=atol)
-  # A kernel is a program of one device, which only a shard_map makes.
+  # A kernel is a program of one device, so it needs a shard_map.
   tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
   for name in ("quantized_matmul_few", "quantized_matmul_gradient"):
     assert (name in tpu) == (way == "shard_map")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_kernel_multiplies_parts(mesh, bits):
+def test_the_kernel_multiplies_shards(mesh, bits):
   x, w, (expected, _) = problem(bits, mesh)
   tile = Tile(16, 128, 128)
   product = functools.partial(
@@ -100,7 +100,7 @@ def test_the_kernel_multiplies_parts(mesh, bits):
     config=Config(tile, tile, tile),
     interpret=True,
   )
-  # The interpreter of kernels knows no types that vary over a mesh.
+  # The interpreter of kernels does not support types that vary over a mesh.
   run = jax.jit(jax.shard_map(
     functools.partial(on_a_device, product), in_specs=(X, W), out_specs=Y,
     check_vma=False))  # fmt: skip

@@ -21,7 +21,7 @@ def float64():
 
 
 def partials(q, k, v, sinks, mask):
-  """Outputs and log-sum-exps of the parts; the sink is in the second one."""
+  """Outputs and log-sum-exps of the parts; the second one has the sink."""
   out = []
   for n, (start, stop) in enumerate(PARTS):
     part = Mask(
@@ -46,7 +46,7 @@ def partials(q, k, v, sinks, mask):
 def test_parts_are_the_whole_forward_and_backward():
   x = support.operands()
   # With 9 keys to look back on, most queries see nothing of some part.
-  mask = support.positioned(Mask.causal((9, None)), 32, 32)
+  mask = support.with_positions(Mask.causal((9, None)), 32, 32)
   expected = support.alone(mask, x)
 
   def attend(q, k, v, sinks, mask, return_lse):
@@ -65,7 +65,7 @@ def some(seed=0):
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
-def test_what_an_empty_partial_holds_has_no_part(garbage):
+def test_the_contents_of_an_empty_partial_do_not_matter(garbage):
   o, lse = some()
   empty = jnp.isneginf(lse).swapaxes(2, 3)[..., None]
 
@@ -82,7 +82,7 @@ def test_what_an_empty_partial_holds_has_no_part(garbage):
   assert not jnp.where(jnp.isneginf(lse), dlse, 0).any()
 
 
-def test_order_and_grouping_do_not_matter_and_nothing_is_nothing():
+def test_order_and_grouping_do_not_matter():
   o, lse = some()
   whole = combine(tuple(o), tuple(lse))
   turned = combine(tuple(o[::-1]), tuple(lse[::-1]))

@@ -1,4 +1,4 @@
-"""Attention across devices that share the tokens: exact, forward and back."""
+"""Attention over sharded tokens: exact, forward and backward."""
 
 import chex
 import jax
@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
+from kernels_pallas.flash_attention.sharded import (
+  AttentionSharding,
+  sharded_attention,
+)
 from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
-from kernels_pallas.masks.intervals import EMPTY, classes, rows
+from kernels_pallas.masks.intervals import EMPTY, mask_intervals, tile_classes
 from kernels_pallas.sequence_parallel import ring, zigzag
 from kernels_pallas.sequence_parallel.ring import ring_attention
 from tests import support_sequence as support
@@ -25,7 +28,7 @@ def float64():
     yield
 
 
-# Mesh, cut, shards in zig-zag order.
+# Mesh, sharding, shards in zig-zag order.
 WAYS = {
   "ring": (support.ROWS, support.RING, 0),
   "ring in zig-zag order": (support.ROWS, support.RING, 4),
@@ -33,12 +36,12 @@ WAYS = {
   "exchanged": (support.ROWS, support.ULYSSES, 0),
   "ring and heads": (
     {"along": 4, "heads": 2},
-    Cut(heads=("heads",), ring=("along",)),
+    AttentionSharding(heads=("heads",), ring=("along",)),
     4,
   ),
   "ring and exchanged": (
     {"along": 2, "others": 2, "rows": 2},
-    Cut(("rows",), ring=("along",), ulysses=("others",)),
+    AttentionSharding(("rows",), ring=("along",), ulysses=("others",)),
     0,
   ),
 }
@@ -52,7 +55,7 @@ FACTORS = {
 
 
 @pytest.mark.parametrize("row", cases(FACTORS))
-def test_is_one_devices(row):
+def test_agrees_with_one_device(row):
   choice = {name: FACTORS[name][value] for name, value in row.items()}
   x = support.operands(choice["heads"])
   x = {name: y for name, y in x.items() if name not in choice["without"]}
@@ -77,7 +80,10 @@ def test_float32_in_loops_of_tiles(way):
 @pytest.mark.parametrize("way", ["ring", "gathered"])
 def test_tpu_kernels(way):
   """Interpreted, two devices, tiles that would span both chunks of a shard."""
-  cut = {"ring": Cut(ring=("along",)), "gathered": Cut(length=("along",))}[way]
+  cut = {
+    "ring": AttentionSharding(ring=("along",)),
+    "gathered": AttentionSharding(length=("along",)),
+  }[way]
   x = support.operands(dtype=jnp.float32)
   tiles = Tiles(*[Tile(16, 16, 4, 4)] * 3)
   mask = Mask.causal(segments=support.documents(1))
@@ -95,7 +101,7 @@ def test_tpu_kernels(way):
   chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_bfloat16_loses_no_more_than_twice_what_one_device_loses():
+def test_bfloat16_error_is_at_most_twice_that_of_one_device():
   exact = support.operands()
   x = {name: y.astype(jnp.bfloat16) for name, y in exact.items()}
   x["dlse"] = x["dlse"].astype(jnp.float32)
@@ -116,11 +122,11 @@ def test_bfloat16_loses_no_more_than_twice_what_one_device_loses():
   ours = errors(support.shared(mask, x, *WAYS["ring in zig-zag order"]))
   theirs = errors(alone(x))
   for name, error in ours.items():
-    # kernels.md 14.1; the log-sum-exp has float32's errors alone.
+    # kernels.md 14.1; the log-sum-exp has only float32's errors.
     assert error <= 2 * theirs[name] + 1e-6, (name, ours, theirs)
 
 
-def test_only_shards_travel_and_nothing_is_whole():
+def test_only_shards_are_communicated():
   length = 88  # no other size
   x = support.operands(dtype=jnp.float32, length=length)
   done, found = support.program(support.ROWS, support.RING, x)
@@ -145,14 +151,14 @@ def visited(mask, at, shards):
 
   def attend(spec, x):
     B, T, N, _ = x.q.shape
-    tiles = classes(rows(x.mask, T, T), T, T, size, size)
+    tiles = tile_classes(mask_intervals(x.mask, T, T), T, T, size, size)
     count = jnp.sum(tiles != EMPTY).astype(jnp.float64)
     # Partials combine to the logarithm of the sum.
     return jnp.zeros_like(x.q), jnp.full((B, N, T), jnp.log(count))
 
   around = ring._Ring(Backend(attend, None, Blocks), ("along",))
   x = jnp.ones((1, length, 1, 1))
-  mask = support.reordered(support.positioned(mask, length, length), at)
+  mask = support.reordered(support.with_positions(mask, length, length), at)
 
   def local(x, mask):
     return ring._ring(around, Spec(scale=1.0), Operands(x, x, x, mask))[1]
@@ -187,7 +193,7 @@ def test_every_shard_visits_as_many_tiles_and_none_without_a_pair(name):
 
 
 def test_a_step_without_a_visible_pair_does_nothing():
-  """What later shards hold, NaN even, is not looked at."""
+  """The contents of later shards, NaN even, are not read."""
   x = support.operands(dtype=jnp.float32)
   x["v"] = x["v"].at[:, 24:].set(jnp.nan)
   found = support.shared(Mask.causal(), x, support.ROWS, support.RING)
@@ -217,7 +223,7 @@ def test_zigzag_order_on_the_host_and_by_two_exchanges(n):
   chex.assert_trees_all_equal(back, x)
 
 
-def test_what_a_ring_cannot_do_is_refused():
+def test_calls_unsupported_by_a_ring_raise():
   x = support.operands()
   cut = jax.P(None, "along")
 
@@ -240,7 +246,7 @@ def test_what_a_ring_cannot_do_is_refused():
   with pytest.raises(ValueError, match="softcap"):
     call(Mask.full(), softcap=-1.0)
   with pytest.raises(ValueError, match="gathered or go around"):
-    Cut(length=("a",), ring=("b",))
+    AttentionSharding(length=("a",), ring=("b",))
   for option in ({"bias": x["q"]}, {"dropout_rate": 0.1, "dropout_seed": 1}):
     with pytest.raises(ValueError, match=f"found {min(option)}"):
       support.shared(Mask.full(), x, support.ROWS, support.ULYSSES, **option)
@@ -248,8 +254,8 @@ def test_what_a_ring_cannot_do_is_refused():
     zigzag.zigzag(30, 4)
 
 
-def test_block_diffusion_and_decoding_keep_queries_whole_or_keys_whole():
-  """Where tokens cannot be cut, all devices compute the same."""
+def test_block_diffusion_and_decoding_do_not_shard_tokens():
+  """If tokens cannot be sharded, all devices compute the same."""
   x = support.operands()
   del x["sinks"]
   mask = Mask.block_diffusion(T // 2, 4)
@@ -260,7 +266,7 @@ def test_block_diffusion_and_decoding_keep_queries_whole_or_keys_whole():
   with jax.set_mesh(support.mesh_of(support.ROWS)):
     found = jax.jit(
       lambda q, k, v: sharded_attention(
-        q, k, v, mask=Mask.causal(), cut=support.RING
+        q, k, v, mask=Mask.causal(), sharding=support.RING
       )
     )(q, x["k"], x["v"])
   expected = flash_attention(q, x["k"], x["v"], mask=Mask.causal())

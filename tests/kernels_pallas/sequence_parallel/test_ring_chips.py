@@ -1,4 +1,4 @@
-"""Attention over a slice's tokens, compiled for TPUs that are not here."""
+"""Attention over a slice's tokens, compiled for absent TPUs."""
 
 import re
 
@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
+from kernels_pallas.flash_attention.sharded import (
+  AttentionSharding,
+  sharded_attention,
+)
 from kernels_pallas.masks import Mask
 from research.planning import chips
 
@@ -22,15 +25,15 @@ pytestmark = pytest.mark.chips
     ("ulysses", {"all-to-all"}),
   ],
 )
-def test_both_directions_compile_and_talk_in_one_way(way, expected):
+def test_both_directions_compile_with_one_kind_of_collective(way, expected):
   devices = np.asarray(chips.topology("v5e:2x2").devices)
   mesh = jax.sharding.Mesh(
     devices, ("along",), axis_types=(jax.sharding.AxisType.Auto,)
   )
-  cut = Cut(**{way: ("along",)})
+  cut = AttentionSharding(**{way: ("along",)})
 
   def loss(q, k, v):
-    o = sharded_attention(q, k, v, mask=Mask.causal(), cut=cut)
+    o = sharded_attention(q, k, v, mask=Mask.causal(), sharding=cut)
     return o.astype(jnp.float32).sum()
 
   q, k = (jax.ShapeDtypeStruct((1, 4096, n, 128), jnp.bfloat16) for n in (8, 4))

@@ -1,12 +1,12 @@
-"""Tokens exchanged for heads and back."""
+"""All-to-all between tokens and heads, and back."""
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas.flash_attention.sharded import Cut
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.sharded import AttentionSharding
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 from tests import support_sequence as support
 from tests.support_sequence import T
@@ -19,7 +19,7 @@ def float64():
 
 
 @pytest.mark.parametrize("heads", [(8, 4, 4, 4), (12, 6, 4, 4), (4, 1, 4, 4)])
-def test_key_heads_that_devices_divide_share_or_neither(heads):
+def test_key_heads_of_any_number(heads):
   x = support.operands(heads)
   mask = Mask.causal(segments=(support.documents(1), support.documents(2)))
   expected = support.alone(mask, x)
@@ -27,7 +27,7 @@ def test_key_heads_that_devices_divide_share_or_neither(heads):
   chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_block_diffusion_is_as_good_as_any_mask():
+def test_block_diffusion():
   x = support.operands((4, 4, 4, 4))
   mask = Mask.block_diffusion(T // 2, 4, segments=support.documents(3))
   expected = support.alone(mask, x)
@@ -43,7 +43,7 @@ def test_tpu_kernels():
     mask,
     x,
     {"along": 2},
-    Cut(ulysses=("along",)),
+    AttentionSharding(ulysses=("along",)),
     backend="mosaic_tpu",
     config=Tiles(*[Tile(8, 8, 4, 4)] * 3),
     interpret=True,
@@ -52,19 +52,19 @@ def test_tpu_kernels():
   chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_heads_are_exchanged_and_nothing_else():
+def test_only_heads_are_exchanged():
   x = support.operands((4, 4, 4, 4), jnp.float32)
   _, found = support.program(support.ROWS, support.ULYSSES, x)
   assert {c.kind for c in found} == {"all-to-all"}
   assert {c.axes for c in found} == {frozenset({"along"})}
-  # q, k, v and o forth, their gradients back: a quarter of the tokens of one
-  # of four heads to each; and the log-sum-exp.
+  # q, k, v and o forth, their gradients back: a quarter of the tokens of one of
+  # four heads to each; and the log-sum-exp.
   pieces = [c.shapes for c in found]
   assert pieces.count(((1, T // 4, 1, 4),) * 4) == 8
   assert set(pieces) == {((1, T // 4, 1, 4),) * 4, ((1, 1, T // 4),) * 4}
 
 
-def test_query_heads_that_devices_do_not_divide_are_refused():
+def test_indivisible_query_heads_raise():
   x = support.operands((6, 2, 4, 4))
   with pytest.raises(ValueError, match="6 query heads over 4 devices"):
     support.shared(Mask.causal(), x, support.ROWS, support.ULYSSES)

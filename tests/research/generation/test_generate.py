@@ -276,9 +276,9 @@ def test_prepare_puts_weights_of_some_size_together(monkeypatch):
   half = MODEL.clone(dtype="bfloat16")
   with monkeypatch.context() as patch:
     patch.setattr(cpu_memory, "_can_have", lambda size: False)
-    patch.setattr(cpu_memory, "SMALLEST", 0)
+    patch.setattr(cpu_memory, "MIN_BYTES", 0)
     assert generate.prepare(params(), half) is params()
-  monkeypatch.setattr(cpu_memory, "SMALLEST", 0)
+  monkeypatch.setattr(cpu_memory, "MIN_BYTES", 0)
   if not cpu_memory._can_have(0):
     pytest.skip("this system has no huge pages")
   found = generate.prepare(params(), half)
