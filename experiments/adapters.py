@@ -175,7 +175,7 @@ def _combined() -> tuple[Any, Any, dict[str, Any]]:
   import jax
 
   from research.interop import convert, parts
-  from research.lora import plain, wrap
+  from research.lora import lora_factors, wrap
   from research.lora.merge import arithmetic
   from research.typing import UserError
 
@@ -193,7 +193,7 @@ def _combined() -> tuple[Any, Any, dict[str, Any]]:
         "summed; expected adapters alone"
       )
   summed = arithmetic.add_weighted(
-    [plain.factors(source.params()) for source in found],
+    [lora_factors.factors(source.params()) for source in found],
     _WEIGHT.value or [1.0] * len(found),
     _OP.value,
     rank=_RANK.value,
@@ -201,7 +201,7 @@ def _combined() -> tuple[Any, Any, dict[str, Any]]:
     elect=_ELECT.value,
     key=jax.random.key(_SEED.value),
   )
-  params = plain.wrapped(wrap.disable(found[0].params()), summed)
+  params = lora_factors.wrapped(wrap.disable(found[0].params()), summed)
   rows = {path: dict(rank=f.rank) for path, f in summed.items()}
   return found[0], params, _told(rows, ranks=[f.rank for f in summed.values()])
 
@@ -231,7 +231,7 @@ def _lora() -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _intruders() -> tuple[Any, Any, dict[str, Any]]:
-  from research.lora import plain, wrap
+  from research.lora import lora_factors, wrap
   from research.lora.diagnosis import diagnose
 
   source = _one()
@@ -241,7 +241,7 @@ def _intruders() -> tuple[Any, Any, dict[str, Any]]:
   )
   rows = {path: dict(intruders=n) for path, n in counts.items()}
   told = _told(rows, intruders=sum(counts.values()))
-  return source, plain.wrapped(wrap.disable(params), found), told
+  return source, lora_factors.wrapped(wrap.disable(params), found), told
 
 
 def _diagnosed() -> dict[str, Any]:

@@ -185,10 +185,10 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   from research.generation import generate
   from research.interop.peft import gguf_adapter, pool_reader
   from research.lora.serving import pool
-  from research.quant.layouts import panels
+  from research.quant.layouts import cpu_layout
 
   def ready(params):
-    fast = panels.decoding(params, loaded.model.dtype)
+    fast = cpu_layout.decoding(params, loaded.model.dtype)
     return generate.prepare(fast, loaded.model)
 
   if not places:

@@ -162,10 +162,10 @@ def _measured(
   from research import tree
   from research.generation.perplexity import perplexity
   from research.quant.kv import kv_quantizer
-  from research.quant.layouts import panels
+  from research.quant.layouts import cpu_layout
 
   rows = (chunk or _WINDOW.value) * _BATCH.value
-  params = panels.reading(loaded.params, loaded.model, rows)
+  params = cpu_layout.reading(loaded.params, loaded.model, rows)
   if params is loaded.params and isinstance(kv, kv_quantizer.KVByLayer):
     params = tree.unroll(params)
   return perplexity(

@@ -31,7 +31,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels_pallas.common import lowering
+from kernels_pallas.common import target_platform
 from research import tree as trees
 from research import weights
 from research.typing import Array, Shaped, UserError
@@ -359,13 +359,13 @@ def whole(x: Shaped[Array, "..."], last: int = 1) -> Shaped[Array, "..."]:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-is_cut = lowering.is_cut
+is_cut = target_platform.is_cut
 """Here, too: who cuts arrays asks it."""
 
 
 def activation(shape: Sequence[int], *names: str | None) -> PartitionSpec:
   """Returns the spec that `constrain` would give an array of `shape`."""
-  cut = _Cut(RULES, lowering.free_axes(), {})
+  cut = _Cut(RULES, target_platform.free_axes(), {})
   return cut.spec(shape, _Names(names), "activation")
 
 

@@ -130,7 +130,7 @@ def layer_indices(params: Params) -> dict[str, range]:
   return out
 
 
-def top(params: Params) -> dict[str, Any]:
+def outer_params(params: Params) -> dict[str, Any]:
   """Returns what stands outside the layers: embedding, final norm, head."""
   hidden = set(runs(params))
   return {k: v for k, v in params.items() if k not in hidden}
@@ -248,7 +248,7 @@ def unroll(params: Params) -> dict[str, Any]:
   The model is the same; its layers are traced one by one, each with arrays of
   its own, which CPU decoding in fp32 is faster with.
   """
-  out = top(params)
+  out = outer_params(params)
   for i, layer in enumerate(_each(params, _run_of_one)):
     out[f"run{i}"] = {"layer0": layer}
   return out
@@ -352,7 +352,7 @@ def part_bytes(x: Any, sharding: Any) -> int:
   return int(np.prod(shape)) * np.dtype(x.dtype).itemsize
 
 
-def beside(tree: Any, params: Params) -> Any:
+def device_put_like(tree: Any, params: Params) -> Any:
   """Returns a tree on the device of the weights, where these are tied to one.
 
   What a program of such weights returns is tied to it, too: carried on from

@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from kernels_pallas import grouped_matmul
-from kernels_pallas.common import lowering
+from kernels_pallas.common import target_platform
 from research import tree
 from research.typing import Array, Float, Int, Params, PRNGKey, Shaped
 
@@ -188,7 +188,7 @@ def _flatly(eq: str, x: Float[Array, "..."], w: Float[Array, "..."]):
   """
   rows = x.ndim + len("...") - eq.index(",")
   # Rows of a batch and tokens of a row may both be cut; flat they cannot.
-  if not eq.startswith("...") or rows < 2 or lowering.is_cut():
+  if not eq.startswith("...") or rows < 2 or target_platform.is_cut():
     return jnp.einsum(eq, x, w)
   y = jnp.einsum(eq, x.reshape(-1, *x.shape[rows:]), w)
   return y.reshape(*x.shape[:rows], *y.shape[1:])
@@ -435,7 +435,7 @@ def project_all(
     sizes: name -> output width.
     bias: whether there are some, each under its own name.
   """
-  name = beside(sizes)
+  name = fused_name(sizes)
   if not module.has_variable("params", name):
     return [project(module, x, n, size, bias) for n, size in sizes.items()]
   # Matrices side by side are packed, and no adapter is around them.
@@ -447,7 +447,7 @@ def project_all(
   ]
 
 
-def beside(names: Iterable[str]) -> str:
+def fused_name(names: Iterable[str]) -> str:
   """Returns the name of one matrix that holds those of `names`."""
   return "_".join(names)
 

@@ -2,14 +2,15 @@
 
 import pytest
 
-from kernels_pallas.common import lowering
+from kernels_pallas.common import target_platform
 
 needs_kernels = pytest.mark.skipif(
-  lowering.NO_GPU_KERNELS is not None, reason=str(lowering.NO_GPU_KERNELS)
+  target_platform.NO_GPU_KERNELS is not None,
+  reason=str(target_platform.NO_GPU_KERNELS),
 )
 """Skips on a JAX that compiles none."""
 
 needs_tcgen05 = pytest.mark.skipif(
-  lowering.NO_TCGEN05 is not None, reason=str(lowering.NO_TCGEN05)
+  target_platform.NO_TCGEN05 is not None, reason=str(target_platform.NO_TCGEN05)
 )
 """Skips on a JAX that compiles none for Blackwell."""

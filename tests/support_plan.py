@@ -52,7 +52,7 @@ def experiment(
     optimizer=optim.adamw(1e-3),
     objective=NextToken(),
     data=pipeline.Pipeline(source=source, length=length, batch_size=batch),
-    plan=loop.Plan(steps=2, accumulate=accumulate),
+    plan=loop.TrainConfig(steps=2, accumulate=accumulate),
     mesh=layout,
   )
 

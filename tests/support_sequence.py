@@ -14,7 +14,7 @@ from kernels_pallas.flash_attention.sharded import (
   sharded_attention,
 )
 from kernels_pallas.masks import Mask
-from kernels_pallas.sequence_parallel import order
+from kernels_pallas.sequence_parallel import zigzag
 from tests import support_hlo
 
 B, T = 2, 32
@@ -146,7 +146,7 @@ def shared(mask, x, sizes, cut, shards=0, **options):
   """`results` on a mesh, in zig-zag order over `shards` if there are any."""
   at = np.arange(x["q"].shape[1])
   if shards:
-    at = order.zigzag(len(at), shards)
+    at = zigzag.zigzag(len(at), shards)
     mask, x = reordered(positioned(mask, T, T), at), taken(x, at)
 
   def run(mask, x):

@@ -21,8 +21,8 @@ from research.io.unread import Shardings
 from research.nn.transformer import Remat
 from research.sharding import Layout
 from research.training import state
-from research.training.compiling import Rewrite
-from research.training.loop import Plan
+from research.training.aot import StateTransform
+from research.training.loop import TrainConfig
 from research.training.objectives.objective import Objective
 from research.typing import Params, PRNGKey
 
@@ -110,14 +110,14 @@ class Experiment:
   optimizer: optax.GradientTransformation
   objective: Objective
   data: Data
-  plan: Plan
+  plan: TrainConfig
   transforms: tuple[Transform, ...] = ()
   trainable: str = "."
   held: str | None = None
   validation: Data | None = None
   heldout: Data | None = None
   eval_batches: int | None = None
-  rewrites: tuple[Rewrite, ...] = ()
+  rewrites: tuple[StateTransform, ...] = ()
   after: tuple[Transform, ...] = ()
   mesh: Layout = Layout(data=1)
   seed: int = 0

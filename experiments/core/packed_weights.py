@@ -27,14 +27,14 @@ def load(name: str, dtype: str = "float32", packed: bool | None = None) -> Any:
     packed: the flag's value.
   """
   from research.interop.load import load_model
-  from research.quant.layouts import panels
+  from research.quant.layouts import cpu_layout
 
   if packed is not None:
     return load_model(name, dtype, packed)
   loaded = load_model(name, dtype, "any")
   if "quantization" in _root(loaded.source):
     return loaded
-  params = panels.decoded_elsewhere(loaded.params, dtype)
+  params = cpu_layout.decoded_elsewhere(loaded.params, dtype)
   return dataclasses.replace(loaded, params=params)
 
 

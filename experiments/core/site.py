@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from research import sharding
 from research.sharding import Layout, Shardings
-from research.training import feed
+from research.training import global_batch
 from research.training.state import Placement
 from research.typing import UserError
 
@@ -56,7 +56,7 @@ class Site:
   @property
   def share(self) -> tuple[int, int]:
     """`(i, n)`: this process reads the i-th of n equal parts of each batch."""
-    return feed.share(self.batch)
+    return global_batch.share(self.batch)
 
   def describe(self) -> str:
     """Returns the mesh in a few words."""

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from kernels_pallas.inspect import __main__ as inspect
-from kernels_pallas.masks import Mask, mask_blocks
+from kernels_pallas.masks import Mask, intervals
 
 
 def memory(rows: list[dict[str, Any]]) -> Any:
@@ -48,7 +48,7 @@ def tiles(masks: dict[str, Mask], length: int, block: int) -> Any:
   figure, axes = plt.subplots(1, len(masks), figsize=(3 * len(masks), 3.4))
   for axis, (name, mask) in zip(np.ravel(axes), masks.items(), strict=True):
     found = classes(mask, length, block)
-    skipped = (found == mask_blocks.EMPTY).mean()
+    skipped = (found == intervals.EMPTY).mean()
     axis.imshow(found, vmin=0, vmax=2, cmap="viridis")
     axis.set_title(f"{name}: {skipped:.0%} skipped", fontsize=9)
     axis.set(xlabel="tile of keys", ylabel="tile of queries")
@@ -58,8 +58,8 @@ def tiles(masks: dict[str, Mask], length: int, block: int) -> Any:
 
 def classes(mask: Mask, length: int, block: int) -> np.ndarray:
   """Returns the class of every tile: 0 skipped, 1 in part, 2 wholly visible."""
-  found = mask_blocks.rows(mask, length, length)
-  return mask_blocks.classes(found, length, length, block, block)[0]
+  found = intervals.rows(mask, length, length)
+  return intervals.classes(found, length, length, block, block)[0]
 
 
 def online(scores: np.ndarray, values: np.ndarray, block: int) -> list[dict]:

@@ -24,7 +24,7 @@ from research.diffusion.sampling.policies import Threshold
 from research.generation.sampling import GREEDY
 from research.planning import flops, forecast, text
 from research.planning.chips import Topology
-from research.training import feed
+from research.training import global_batch
 from research.typing import UserError
 
 
@@ -157,7 +157,7 @@ def _state(experiment, wanted, mask_id, mesh):
   def placed(x):
     if not x.shape:
       return x
-    where = feed.fitted(whole, x.shape)
+    where = global_batch.fitted(whole, x.shape)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
   return jax.tree.map(placed, made)

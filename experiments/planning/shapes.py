@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from experiments.core.experiment import Experiment, Source
 from research import sharding
 from research.interop.loaded import Loaded
-from research.training import compiling, feed, state, step
+from research.training import aot, global_batch, state, step
 from research.training.objectives.objective import Batch
 
 
@@ -97,7 +97,7 @@ def lower(experiment: Experiment, taken: Shapes) -> jax.stages.Lowered:
     taken.objective, experiment.optimizer, plan.accumulate, plan.average
   )
   with jax.set_mesh(taken.mesh):
-    return compiling.lower_step(
+    return aot.lower_step(
       update, taken.state, taken.batch, taken.key, experiment.rewrites
     )
 
@@ -129,6 +129,6 @@ def _batch(experiment: Experiment, tokenizer: Any, mesh: Mesh) -> Batch:
     shape = (data.batch_size, *x.shape)
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     out[name] = _at(
-      jax.ShapeDtypeStruct(shape, dtype), feed.fitted(whole, shape)
+      jax.ShapeDtypeStruct(shape, dtype), global_batch.fitted(whole, shape)
     )
   return out

@@ -18,7 +18,7 @@ from experiments.studies.study import Arm, Row, Study
 from research import tree, weights
 from research.data.pipeline import Pipeline
 from research.lora import wrap
-from research.lora.look import Reading
+from research.lora.init_stats import CalibrationData
 from research.optim import optim
 from research.training import state, step
 from research.training.objectives.objective import NextToken
@@ -201,7 +201,7 @@ def begun(study: Study, arm: Arm, on: Ground, seed: int) -> Params:
     data = Pipeline(
       source=study.task, length=on.pool.shape[1] - 1, batch_size=32
     )
-    reading = Reading(data=data, objective=on.objective)
+    reading = CalibrationData(data=data, objective=on.objective)
     transform = dataclasses.replace(transform, look=arm.look(reading))
   return transform(base, jax.random.key(seed))
 

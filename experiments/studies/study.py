@@ -15,7 +15,7 @@ import optax
 from experiments.core import fresh
 from research.lora import wrap
 from research.optim import optim
-from research.training.compiling import Rewrite
+from research.training.aot import StateTransform
 from research.typing import UserError
 
 Row = dict[str, Any]
@@ -34,7 +34,7 @@ class Arm:
   Attributes:
     name: of the row.
     transform: of the base's weights, or None.
-    look: `look.Reading` -> what `transform` looks with, or None.
+    look: `init_stats.CalibrationData` -> what `transform` looks with, or None.
     trainable, held: as in `experiment.Experiment`.
     optimizer: of a schedule.
     first: k of the first of four rates, which grow from there as needed.
@@ -51,7 +51,7 @@ class Arm:
   optimizer: Callable[..., Any] = adam
   first: int = -7
   shape: Callable[..., Any] | None = None
-  rewrites: tuple[Rewrite, ...] = ()
+  rewrites: tuple[StateTransform, ...] = ()
   group: str = ""
 
 

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from kernels_pallas.bench import jobs
 from kernels_pallas.bench.jobs import Check, Job, Target
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores, programs
-from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
   GpuTiles,
   for_head_dim,
 )
-from kernels_pallas.flash_attention.tiling import Tile, Tiles
+from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores, programs
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 
 FEW = 3

@@ -22,7 +22,7 @@ from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
 from kernels_pallas.flash_attention.spec import Operands
 from kernels_pallas.masks import Mask
 from kernels_pallas.sequence_parallel.combine import combine
-from kernels_pallas.sequence_parallel.order import halves
+from kernels_pallas.sequence_parallel.zigzag import halves
 
 PARTS = 4
 AXIS = "along"

@@ -18,7 +18,7 @@ import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from kernels_pallas.common import lowering
+from kernels_pallas.common import target_platform
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 """As lowering calls them; others have the default."""
@@ -69,7 +69,7 @@ def _implementation(platform, jaxpr, kernels, note):
 @_call.def_impl
 def _run(*xs, **params):
   """Without `jit` a program is for where its arrays are."""
-  name, _ = lowering.place_of(xs)
+  name, _ = target_platform.place_of(xs)
   return _implementation("cuda" if name == "gpu" else name, **params)(*xs)
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common.lowering import accumulator, device
+from kernels_pallas.common.target_platform import accumulator, device
 from kernels_pallas.decode_attention import pages as paging
 from kernels_pallas.decode_attention import ragged
 from kernels_pallas.decode_attention import work as works
-from kernels_pallas.decode_attention.choice import BACKENDS, automatic
-from kernels_pallas.decode_attention.choice import choose as choose
 from kernels_pallas.decode_attention.cpu import cpu_decode
+from kernels_pallas.decode_attention.dispatch import BACKENDS, automatic
+from kernels_pallas.decode_attention.dispatch import choose as choose
 from kernels_pallas.decode_attention.gpu.mosaic_gpu import (
   KEYS,
   mosaic_gpu_decode,

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common.lowering import device
+from kernels_pallas.common.target_platform import device
 from kernels_pallas.decode_attention import ragged
 from kernels_pallas.decode_attention.tpu.mosaic_tpu_append import (
   group_size,

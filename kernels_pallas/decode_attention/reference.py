@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.common.lowering import accumulator
+from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.decode_attention.spec import Spec, capped
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common.lowering import device
+from kernels_pallas.common.target_platform import device
 from kernels_pallas.flash_attention import backends
 from kernels_pallas.flash_attention.backends import BACKENDS
-from kernels_pallas.flash_attention.choice import Sizes, choice, choose
+from kernels_pallas.flash_attention.dispatch import Sizes, choice, choose
 from kernels_pallas.flash_attention.spec import Backend, Operands, Spec
 from kernels_pallas.masks import Mask, Segments, Window
 

@@ -9,28 +9,28 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from kernels_pallas.common import lowering
+from kernels_pallas.common import target_platform
 from kernels_pallas.common.by_platform import by_platform
 from kernels_pallas.flash_attention import cpu
-from kernels_pallas.flash_attention.choice import (
+from kernels_pallas.flash_attention.cotangents import finished, kept, queries
+from kernels_pallas.flash_attention.cpu import CpuTiles
+from kernels_pallas.flash_attention.dispatch import (
   KERNELS,
   Sizes,
   choice,
   ready,
 )
-from kernels_pallas.flash_attention.cotangents import finished, kept, queries
-from kernels_pallas.flash_attention.cpu import CpuTiles
 from kernels_pallas.flash_attention.gpu import mosaic_gpu
-from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
   GpuTiles,
   for_head_dim,
 )
 from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tiling import Tiles, for_device
 from kernels_pallas.flash_attention.tpu import mosaic_tpu
-from kernels_pallas.flash_attention.xla import blocking
-from kernels_pallas.flash_attention.xla.blocked import (
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tiles, for_device
+from kernels_pallas.flash_attention.xla import tile_sizes
+from kernels_pallas.flash_attention.xla.blockwise import (
   blocked_attention,
   blocked_gradients,
 )
@@ -100,7 +100,7 @@ def fitted(x: Operands, config: type, kind: str) -> Sizes:
   if config is GpuTiles:
     cores = mosaic_gpu.cores(kind) or "wgmma"
     return for_head_dim(H, Hv, cores, mosaic_gpu.programs(kind))
-  return blocking.fitted(x)
+  return tile_sizes.fitted(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Platforms:
     why = dict(self.reasons).get(platform, "it has no kernel yet")
     has = platform in dict(self.kernels)
     name = KERNELS[platform] if has else "xla_blockwise"
-    lowering.say("attention", platform, *ready(name, why))
+    target_platform.say("attention", platform, *ready(name, why))
 
 
 def automatic(
@@ -150,10 +150,10 @@ def automatic(
   def sizes(run, kind):
     return config if isinstance(config, run) else fitted(x, run, kind)
 
-  known = lowering.target()
+  known = target_platform.target()
   if known is not None and known[0] != "cpu":
     name, why = choice(x, known, config, spec)
-    lowering.say("attention", known[0], name, why)
+    target_platform.say("attention", known[0], name, why)
     run = named(name)
     return run, sizes(run.config, known[1])
   # Under a mesh of CPUs, too: whether there is a compiler is asked when a call
@@ -162,7 +162,7 @@ def automatic(
   for platform, kernel in KERNELS.items():
     if known is not None and platform != known[0]:
       continue
-    kind = lowering.kind_of(platform)
+    kind = target_platform.kind_of(platform)
     name, why = choice(x, (platform, kind), config, spec)
     reasons.append((platform, why))
     if name == kernel:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernels_pallas.common.lowering import accumulator
+from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.flash_attention import tiles
 from kernels_pallas.flash_attention.spec import Operands
 

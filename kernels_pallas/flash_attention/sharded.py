@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from kernels_pallas.common.lowering import accumulator
+from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.masks import Mask
 from kernels_pallas.sequence_parallel.gather import gathered_attention
-from kernels_pallas.sequence_parallel.order import Names
 from kernels_pallas.sequence_parallel.ring import ring_attention
 from kernels_pallas.sequence_parallel.ulysses import ulysses_attention
+from kernels_pallas.sequence_parallel.zigzag import Names
 
 OPTIONS = ("scale", "softcap", "backend", "config", "interpret", "precision")
 """Of `flash_attention`, what means the same on every device."""

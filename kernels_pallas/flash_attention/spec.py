@@ -12,7 +12,7 @@ from kernels_pallas.masks import Mask
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Tile sizes of the blockwise backend; `blocking.fitted` chooses them.
+  """Tile sizes of the blockwise backend; `tile_sizes.fitted` chooses them.
 
   Attributes:
     q: Queries a tile.

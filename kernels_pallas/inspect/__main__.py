@@ -6,7 +6,7 @@ import json
 import pathlib
 import sys
 
-from kernels_pallas.flash_attention import tiling
+from kernels_pallas.flash_attention.tpu import tpu_tile_sizes
 from kernels_pallas.inspect import (
   build,
   chips,
@@ -146,7 +146,7 @@ def _search(job: Job) -> Measurement | None:
   best = search.search(job, tell)
   if best is not None:
     search.write(best)
-    print(f"{search.name(job)} = {best.job.blocks}: {tiling.TABLE}")
+    print(f"{search.name(job)} = {best.job.blocks}: {tpu_tile_sizes.TABLE}")
   return best
 
 
@@ -160,7 +160,7 @@ def ours(
     blocks: Else those that the kernels take.
     keep: A folder for the compiler's dumps.
   """
-  tiles = tiling.for_device(job.chip.kind, job.head_dim, job.dtype)
+  tiles = tpu_tile_sizes.for_device(job.chip.kind, job.head_dim, job.dtype)
   taken = dataclasses.astuple(getattr(tiles, search.name(job)))
   return next(iter(_measure(job, [blocks or taken], keep)), None)
 

@@ -261,7 +261,7 @@ def call(job: Job) -> tuple:
 
 def _ours(job: Job):
   from kernels_pallas.flash_attention.api import flash_attention
-  from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import for_head_dim
+  from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import for_head_dim
   from kernels_pallas.masks import Mask
 
   tiles = for_head_dim(*job.dims, TARGETS[job.target])

@@ -116,14 +116,15 @@ def flash_attention(job: Job) -> tuple[Callable[..., Any], Any]:
   import jax
   import jax.numpy as jnp
 
-  from kernels_pallas.flash_attention import api, tiling
+  from kernels_pallas.flash_attention import api
+  from kernels_pallas.flash_attention.tpu import tpu_tile_sizes
 
   config = None
   if job.blocks:
-    tile = tiling.Tile(*job.blocks)
+    tile = tpu_tile_sizes.Tile(*job.blocks)
     names = ("forward",) if job.direction == "forward" else ("dkv", "dq")
     config = dataclasses.replace(
-      tiling.for_device(job.chip.kind, job.head_dim, job.dtype),
+      tpu_tile_sizes.for_device(job.chip.kind, job.head_dim, job.dtype),
       **dict.fromkeys(names, tile),
       backward=job.backward,
     )

@@ -11,7 +11,7 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
-from kernels_pallas.flash_attention import tiling
+from kernels_pallas.flash_attention.tpu import tpu_tile_sizes
 from kernels_pallas.inspect import report
 from kernels_pallas.inspect.programs import Job
 from kernels_pallas.inspect.report import Measurement
@@ -70,8 +70,10 @@ def at(job: Job, blocks: tuple[int, ...]) -> Job:
   )
 
 
-def write(found: Measurement, path: pathlib.Path = tiling.TABLE) -> None:
-  """Writes the blocks of a measurement where `tiling.for_device` reads them.
+def write(
+  found: Measurement, path: pathlib.Path = tpu_tile_sizes.TABLE
+) -> None:
+  """Writes the blocks of a measurement where `tpu_tile_sizes.for_device` reads them.
 
   Args:
     found: Of our attention.
@@ -84,7 +86,7 @@ def write(found: Measurement, path: pathlib.Path = tiling.TABLE) -> None:
 
 
 def name(job: Job) -> str:
-  """Which tile of `tiling.Tiles` a job measures."""
+  """Which tile of `tpu_tile_sizes.Tiles` a job measures."""
   names = {("backward", "split"): "dq", ("backward", "fused"): "dkv"}
   return names.get((job.direction, job.backward), "forward")
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.common.lowering import accumulator
+from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.flash_attention.tiling import Tile
-from kernels_pallas.flash_attention.tpu import mosaic_tpu_problem as problem
-from kernels_pallas.flash_attention.tpu.mosaic_tpu_forward import grid_spec
+from kernels_pallas.flash_attention.tpu import tpu_problem as problem
+from kernels_pallas.flash_attention.tpu.forward_kernel import grid_spec
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile
 from kernels_pallas.masks import Mask
 
 

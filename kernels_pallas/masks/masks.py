@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from kernels_pallas.masks import mask_functions, mask_rules
-from kernels_pallas.masks.mask_functions import Window
+from kernels_pallas.masks import function_masks, rules
+from kernels_pallas.masks.function_masks import Window
 
 Tile = tuple[Any, int]
 """The start (perhaps traced) and the static size of a range of indices."""
@@ -282,7 +282,7 @@ class Mask:
       seen &= k >= q - left
     if right is not None:
       seen &= k <= q + right
-    seen &= mask_rules.holds(self, i, j, q, k)
+    seen &= rules.holds(self, i, j, q, k)
     return jnp.broadcast_to(seen, (seen.shape[0], q_tile[1], k_tile[1]))
 
   def live_queries(self) -> Bool[Array, "#b t"] | None:
@@ -326,11 +326,9 @@ class Mask:
       elif self.kind == "block_causal":
         hi = (last // self.block + 1) * self.block
       elif self.kind == "block_diffusion":
-        return mask_rules.diffusion_range(
-          self.length, self.block, q_start, q_stop
-        )
+        return rules.diffusion_range(self.length, self.block, q_start, q_stop)
       elif self.kind == "function":
-        seen = mask_functions.runs(self.function, self.window, level, T, S)
+        seen = function_masks.runs(self.function, self.window, level, T, S)
         lo, hi = seen.hull(q_start, q_stop)
       left, right = self.window
       lo = lo if left is None else max(lo, first - left)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.common import lowering
+from kernels_pallas.common import target_platform
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
 from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import Tile
@@ -73,7 +73,7 @@ def _product(x, w, backend, activations, config, interpret):
 def _choose(backend, on_tpu, on_gpu, plain, x, w, activations=None):
   if backend in ("mosaic_tpu", "mosaic_gpu"):
     return (on_tpu if backend == "mosaic_tpu" else on_gpu)(x, w)
-  if backend == "xla" or not len(x) or lowering.is_cut():
+  if backend == "xla" or not len(x) or target_platform.is_cut():
     return plain(x, w)
   # The platform is that of the program, which may be compiled for another one
   # than this process runs on.

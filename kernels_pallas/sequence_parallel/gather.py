@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.flash_attention.api import prepare
 from kernels_pallas.flash_attention.spec import Operands
 from kernels_pallas.masks import Mask
-from kernels_pallas.sequence_parallel.order import Names, halves
+from kernels_pallas.sequence_parallel.zigzag import Names, halves
 
 
 def gathered_attention(

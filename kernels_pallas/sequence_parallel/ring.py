@@ -19,13 +19,13 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernels_pallas.common.lowering import accumulator
+from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.flash_attention import cotangents
 from kernels_pallas.flash_attention.api import prepare
 from kernels_pallas.flash_attention.spec import Backend, Operands, Spec
-from kernels_pallas.masks import Mask, mask_blocks
+from kernels_pallas.masks import Mask, intervals
 from kernels_pallas.sequence_parallel.combine import combine
-from kernels_pallas.sequence_parallel.order import Names, halves
+from kernels_pallas.sequence_parallel.zigzag import Names, halves
 
 
 def ring_attention(
@@ -50,7 +50,7 @@ def ring_attention(
     v: This device's values.
     axis: Axes of the mesh that cut the tokens.
     mask: Of this device's queries and keys, by positions unless everything is
-      visible. Tokens may be in any order; in zig-zag order (`order.zigzag`)
+      visible. Tokens may be in any order; in zig-zag order (`zigzag.zigzag`)
       causal work is the same on all devices.
     sinks: As of `flash_attention`.
     return_lse: Also return the log-sum-exp.
@@ -187,12 +187,12 @@ def _if_visible(x: Operands, held: _Keys, attend, otherwise):
   step = x._replace(k=held.k, v=held.v, mask=mask, sinks=None)
   T, S = x.q.shape[1], held.k.shape[1]
   # By halves, since a shard in zig-zag order holds early and late tokens.
-  tiles = mask_blocks.classes(
-    mask_blocks.rows(mask, T, S), T, S, -(-T // 2), -(-S // 2)
+  tiles = intervals.classes(
+    intervals.rows(mask, T, S), T, S, -(-T // 2), -(-S // 2)
   )
   if isinstance(tiles, np.ndarray):
     return attend(step)
-  visible = jnp.any(tiles != mask_blocks.EMPTY)
+  visible = jnp.any(tiles != intervals.EMPTY)
   return jax.lax.cond(visible, lambda: attend(step), lambda: otherwise)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.masks import Mask
-from kernels_pallas.sequence_parallel.order import Names
+from kernels_pallas.sequence_parallel.zigzag import Names
 
 
 def ulysses_attention(

@@ -19,7 +19,7 @@ from research.diffusion import process
 from research.diffusion.objective import Noise, masked_loss
 from research.diffusion.rows import BatchRewrite
 from research.generation.sampling import row_keys
-from research.nn import tail
+from research.nn import output_head
 from research.nn.transformer import Transformer
 from research.training.objectives.objective import Batch, Sums
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
@@ -169,7 +169,9 @@ class BlockDiffusion:
     tokens, positions = batch["tokens"], batch["positions"]
     noisy = process.noisy(tokens, masked, self.mask_id)
     both = copies(noisy, tokens, positions, batch["segments"], self.block)
-    hidden, head = tail.states(self.model, params, *both, time=times(time))
+    hidden, head = output_head.states(
+      self.model, params, *both, time=times(time)
+    )
     return predicting(hidden, positions, self.block, self.shift), head
 
 

@@ -25,7 +25,7 @@ from research.diffusion.process import Spread
 from research.diffusion.sampling.denoiser import own_rows
 from research.diffusion.variants import chunked_sum
 from research.generation.sampling import row_keys
-from research.nn import tail
+from research.nn import output_head
 from research.nn.transformer import Transformer
 from research.training.objectives.objective import Batch, Sums
 from research.typing import Array, Bool, Float, Params, PRNGKey, UserError
@@ -167,7 +167,7 @@ class GenMD4:
 
     total = chunked_sum(
       self.model,
-      tail.head_of(tree),
+      output_head.head_of(tree),
       hidden,
       loss,
       (tokens, masked),

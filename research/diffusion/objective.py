@@ -20,7 +20,7 @@ from research.diffusion.rows import BatchRewrite
 from research.diffusion.sampling.denoiser import own_rows
 from research.diffusion.schedule import Linear, Schedule
 from research.generation.sampling import row_keys
-from research.nn import tail
+from research.nn import output_head
 from research.nn.transformer import Transformer
 from research.training.objectives import losses
 from research.training.objectives.objective import Batch, Sums
@@ -120,8 +120,8 @@ class MaskedDiffusion:
     return self._sums(head, hidden, tokens, masked, counts * share, weight)
 
   def _states(self, params, *inputs, time):
-    """Returns states and what makes logits of them, see `tail.states`."""
-    return tail.states(self.model, params, *inputs, time=time)
+    """Returns states and what makes logits of them, see `output_head.states`."""
+    return output_head.states(self.model, params, *inputs, time=time)
 
   def maskable(self, batch: Batch) -> Bool[Array, "B T"]:
     """Returns which tokens may be masked."""
@@ -215,8 +215,8 @@ def masked_loss(
 
   Args:
     model: whose logits count.
-    head: the parameters that `tail.logits` needs of the states.
-    hidden: the states that predict `tokens`, see `tail.states`.
+    head: the parameters that `output_head.logits` needs of the states.
+    hidden: the states that predict `tokens`, see `output_head.states`.
     tokens: the truth.
     counts: what each is worth.
     never: a token without probability, the mask; or None.
@@ -224,7 +224,7 @@ def masked_loss(
   """
 
   def logits(head, hidden):
-    return losses.without(tail.logits(model, head, hidden), never)
+    return losses.without(output_head.logits(model, head, hidden), never)
 
   return losses.chunked_cross_entropy(
     logits,

@@ -1,4 +1,4 @@
-"""Which time a model is told (`research.nn.clock`) where nobody drew one.
+"""Which time a model is told (`research.nn.time_embedding`) where nobody drew one.
 
 Samplers that choose places by what the model says have no time. What rows look
 like has: at time t a share `1 - alpha(t)` of them is masked. A model that is

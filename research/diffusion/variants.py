@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from research.diffusion import process
 from research.diffusion.objective import MaskedDiffusion
 from research.generation.sampling import row_keys
-from research.nn import tail
+from research.nn import output_head
 from research.nn.transformer import Transformer
 from research.training.objectives import losses
 from research.training.objectives.objective import Sums
@@ -89,7 +89,7 @@ class ScoreEntropy(MaskedDiffusion):
   def _states(self, params, *inputs, time):
     """Returns final states: all have logits, which are formed twice."""
     hidden, _ = self.model.apply({"params": params}, *inputs, time=time)
-    return hidden, tail.head_of(params)
+    return hidden, output_head.head_of(params)
 
   def _sums(self, head, hidden, tokens, masked, counts, weight) -> Sums:
     def loss(logits, tokens, counts):

@@ -30,7 +30,7 @@ from research.generation.page_allocator import PageAllocator
 from research.generation.paging import Paging
 from research.generation.sampling import GREEDY, Sampling
 from research.nn import rope
-from research.nn.cache import cache_paged
+from research.nn.cache import paged
 from research.nn.transformer import Transformer
 from research.typing import Params, PRNGKey, UserError
 
@@ -61,9 +61,7 @@ class _Batch:
     self.tokens = paging.extents(prompts, limits)
     self.sampling, self.stop, self.keys = rules
     self.held: dict[int, int] = {}
-    self.pool = cache_paged.empty_pool(
-      model, params, pages.count, pages.size, dtype
-    )
+    self.pool = paged.empty_pool(model, params, pages.count, pages.size, dtype)
     asked = self.sampling.repetition_penalty is not None
     self.rows = programs.nobody(
       len(pages.table), self.keys[0], model.vocab_size if asked else None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from research.generation import generate
 from research.generation.generated import NONE
 from research.generation.sampling import Sampling
-from research.nn.cache import cache_paged
+from research.nn.cache import paged
 from research.nn.transformer import Transformer
 from research.typing import Array, Float, Int, Params, PRNGKey
 
@@ -66,12 +66,12 @@ def nobody(count: int, key: PRNGKey, vocab: int | None = None) -> Rows:
 def read(
   model: Transformer,
   params: Params,
-  pool: cache_paged.Pool,
+  pool: paged.Pool,
   table: Int[Array, "1 W"],
   length: Int[Array, "1"],
   tokens: Int[Array, "1 T"],
   count: Int[Array, "1"],
-) -> tuple[Float[Array, "1 D"], cache_paged.Pool]:
+) -> tuple[Float[Array, "1 D"], paged.Pool]:
   """Returns the hidden state of a piece's last token, and the pool with it.
 
   Args:
@@ -83,11 +83,11 @@ def read(
     tokens: the piece, padded on the right.
     count: its tokens.
   """
-  cache = cache_paged.view(pool, table, length)
+  cache = paged.view(pool, table, length)
   hidden, cache = model.apply(
     {"params": params}, tokens, cache=cache, lengths=count
   )
-  return hidden[jnp.arange(1), count - 1], cache_paged.pool_of(cache)
+  return hidden[jnp.arange(1), count - 1], paged.pool_of(cache)
 
 
 @functools.partial(
@@ -131,13 +131,13 @@ def enter(
 def decode(
   model: Transformer,
   params: Params,
-  pool: cache_paged.Pool,
+  pool: paged.Pool,
   rows: Rows,
   table: Int[Array, "R W"],
   sampling: Sampling,
   stop: Int[Array, "E"],
   size: int,
-) -> tuple[cache_paged.Pool, Rows, Int[Array, "R C"]]:
+) -> tuple[paged.Pool, Rows, Int[Array, "R C"]]:
   """Returns pages and rows `size` tokens on, and those tokens.
 
   Rows that have ended get `NONE`, and write nothing; the loop ends with the
@@ -162,7 +162,7 @@ def decode(
     hidden, cache = model.apply(
       {"params": params},
       rows.token[:, None],
-      cache=cache_paged.view(pool, table, rows.length),
+      cache=paged.view(pool, table, rows.length),
       lengths=jnp.where(rows.done, 0, 1),
     )
     token, seen = generate.choose(
@@ -173,11 +173,11 @@ def decode(
     after = rows.step + 1
     done = rows.done | generate.ended(token, after, rows.limit, stop)
     rows = Rows(cache.length, token, after, rows.limit, done, rows.keys, seen)
-    return i + 1, cache_paged.pool_of(cache), rows, out
+    return i + 1, paged.pool_of(cache), rows, out
 
   out = jnp.full((len(rows.token), size), NONE, jnp.int32)
   carry = jax.lax.while_loop(unfinished, step, (0, pool, rows, out))
   return carry[1:]
 
 
-copy = jax.jit(cache_paged.copied, donate_argnames=("pool",))
+copy = jax.jit(paged.copied, donate_argnames=("pool",))

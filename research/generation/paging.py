@@ -8,7 +8,7 @@ import jax
 
 from research.generation import generate
 from research.generation.page_allocator import PageAllocator
-from research.nn.cache import cache_paged
+from research.nn.cache import paged
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Params, UserError
 
@@ -36,7 +36,7 @@ class Paging:
       found = getattr(self, name)
       if found is not None and found < 1:
         raise UserError(f"pages {name}: found {found}, expected at least 1")
-    known = (None, *cache_paged.CODES)
+    known = (None, *paged.CODES)
     if self.dtype not in known:
       raise UserError(
         f"pages dtype: found {self.dtype!r}, expected one of "
@@ -137,9 +137,7 @@ def memory(
     leaves = jax.tree.leaves(jax.eval_shape(make))
     return sum(x.size * x.dtype.itemsize for x in leaves)
 
-  page = nbytes(
-    lambda: cache_paged.empty_pool(model, params, 1, pages.size, dtype)
-  )
+  page = nbytes(lambda: paged.empty_pool(model, params, 1, pages.size, dtype))
   longest = max(map(len, prompts))
   steps = max(generate.limits(model, prompts, max_new_tokens))
   capacity = generate.bucket(longest + steps)

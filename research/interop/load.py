@@ -169,13 +169,13 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
 
 def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   from research.interop import ours
-  from research.quant import untied
+  from research.quant import untied_embedding
 
   tied, params, source = ours.load(path, dtype, shardings)
-  model = untied.untie_model(tied, params)
+  model = untied_embedding.untie_model(tied, params)
 
   def cast(params):
-    params = untied.untie(tied, params)[1]
+    params = untied_embedding.untie(tied, params)[1]
     return ours.cast(params, dtype=dtype, packed=packed)
 
   left = shardings is unread.left

@@ -34,9 +34,9 @@ from research.quant.format import Format
 from research.quant.formats import all_formats
 from research.quant.ops import OPS
 from research.quant.qtensor import QTensor
-from research.quant.untied import Untied
+from research.quant.untied_embedding import Untied
 from research.text.tokenizer import Tokenizer
-from research.training.checkpoints import base
+from research.training.checkpoints import frozen_base
 from research.typing import Params, UserError
 
 METADATA = "metadata.gguf"
@@ -77,7 +77,7 @@ def save(
     weights=_describe(params),
   )
   safetensors.write_json(directory / "config.json", config)
-  base.record_base(directory / ARRAYS, params, None)
+  frozen_base.record_base(directory / ARRAYS, params, None)
   # Last: where there is a note, the checkpoint is whole.
   safetensors.write_json(directory / NOTE, note)
 
@@ -233,7 +233,7 @@ def load(
   if shardings is unread.left:
     params = target
   else:
-    params = base.load_frozen(directory / ARRAYS, _on(target, shardings))
+    params = frozen_base.load_frozen(directory / ARRAYS, _on(target, shardings))
   source = note.object("source")
   return model, params, dict(source.values) if source else {}
 

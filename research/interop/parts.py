@@ -60,7 +60,7 @@ def _row(leaf: Any, k: tuple[int, ...]) -> Any:
 def from_params(params: Params) -> dict[Address, Part]:
   """Returns the parameters of a tree; it stays in memory and is shared."""
   out, scaled = {}, wrap.biases(params)
-  for path, leaf in weights.named(tree.top(params)):
+  for path, leaf in weights.named(tree.outer_params(params)):
     out[Address(None, path)] = Part(
       tuple(leaf.shape), kind_of(leaf), lambda leaf=leaf: leaf
     )

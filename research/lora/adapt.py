@@ -19,7 +19,7 @@ from research.typing import Params, PRNGKey, UserError
 ALL_LINEAR = "all-linear"
 _ROUTED = re.compile(r"/mlp/(router|experts/\w+)$")
 
-Look = Callable[[Params, Sequence[str], PRNGKey], Mapping[str, Any]]
+InitStats = Callable[[Params, Sequence[str], PRNGKey], Mapping[str, Any]]
 """(params, addresses, key) -> what was measured for each of those matrices."""
 
 
@@ -40,7 +40,7 @@ class Adapt:
       are.
     rank_pattern, alpha_pattern: regular expressions for the end of addresses
       -> another rank or alpha; no two may match one address.
-    look: measures what the method's start needs, see `research.lora.look`.
+    look: measures what the method's start needs, see `research.lora.init_stats`.
   """
 
   method: Method = LoRA()
@@ -48,7 +48,7 @@ class Adapt:
   exclude: Sequence[str] = ()
   rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  look: Look | None = None
+  look: InitStats | None = None
 
   def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
     """Returns `params` with fresh adapters.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from research.lora.adapt import Adapt
-from research.lora.look import Directions, Reading
+from research.lora.init_stats import CalibrationData, InputPCA
 from research.lora.methods import eva
 from research.lora.methods.eva import EVA
 from research.typing import Params, PRNGKey, UserError
@@ -34,7 +34,7 @@ class AdaptEVA:
   """
 
   adapt: Adapt
-  reading: Reading
+  reading: CalibrationData
   rho: float = 2.0
   form: Literal["padded", "split"] = "padded"
 
@@ -59,13 +59,13 @@ class AdaptEVA:
     """
     addresses = list(self.adapt.methods(params))
     most = round(self.adapt.method.rank * self.rho)
-    looked = Directions(reading=self.reading, count=most)
+    looked = InputPCA(reading=self.reading, count=most)
     found = looked.explained(params, addresses)
     shares = {address: share for address, (_, share) in found.items()}
     if any(share.ndim > 1 for share in shares.values()):
       raise UserError(
         "AdaptEVA: experts of a stack share one rank.\nUse Adapt with the look"
-        " look.Directions, or leave experts out of the targets."
+        " init_stats.InputPCA, or leave experts out of the targets."
       )
     directions = {address: x for address, (x, _) in found.items()}
     ranks = dict.fromkeys(addresses, most)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
-from research.lora.method import Arrays, Method, turned, wide
+from research.lora.method import Arrays, Method, contracts_output, dense_fp32
 from research.typing import Array, Float, Int, PRNGKey, Shaped, UserError
 
 
@@ -49,7 +49,7 @@ class AdaptedTensor(weights.WrappedWeight):
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, x, adapted w)`; contracts either axis of `w`."""
-    turned(eq)
+    contracts_output(eq)
     return self.method.einsum(eq, x, self._dropped(x), self.arrays, self.w)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
@@ -71,7 +71,7 @@ class AdaptedTensor(weights.WrappedWeight):
     """Returns the bias behind the adapted weight; fp32 where it is scaled."""
     b = weights.bias_of(self.w, b)
     gain = self.method.output_gain
-    return b if gain is None else wide(b) * wide(self.arrays[gain])
+    return b if gain is None else dense_fp32(b) * dense_fp32(self.arrays[gain])
 
   def delta(self) -> Float[Array, "..."]:
     """Returns what merging adds, in fp32."""
@@ -82,7 +82,7 @@ class AdaptedTensor(weights.WrappedWeight):
 
   def dense(self) -> Shaped[Array, "..."]:
     """Returns the merged weight, added in fp32, in the dtype of `w`."""
-    return (wide(self.w) + self.delta()).astype(self.dtype)
+    return (dense_fp32(self.w) + self.delta()).astype(self.dtype)
 
   def axes(self, names: tuple[str | None, ...]) -> "AdaptedTensor":
     """The method names its arrays' axes."""

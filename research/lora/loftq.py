@@ -21,7 +21,7 @@ from research import tree, weights
 from research.lora.adapt import Adapt
 from research.lora.adapted import AdaptedTensor
 from research.lora.diagnosis import spectrum
-from research.lora.method import wide
+from research.lora.method import dense_fp32
 from research.lora.methods.lora import LoRA
 from research.lora.wrap import wrap
 from research.quant.format import Format
@@ -126,7 +126,7 @@ def fit(
     first: what is found first, see `LoftQ`.
     format: that q is packed in.
   """
-  full = wide(w)
+  full = dense_fp32(w)
   a = jnp.zeros((rank, w.shape[0]), jnp.float32)
   b = jnp.zeros((rank, w.shape[1]), jnp.float32)
   if first == "factors":
@@ -137,12 +137,12 @@ def fit(
     return pack((full - scale * (a.T @ b)).astype(w.dtype), format)
 
   def again(_, factors):
-    return _factors(full - wide(packed(factors)), rank, scale)
+    return _factors(full - dense_fp32(packed(factors)), rank, scale)
 
   a, b = jax.lax.fori_loop(0, steps - 1, again, (a, b))
   q = packed((a, b))
   if first == "codes":
-    a, b = _factors(full - wide(q), rank, scale)
+    a, b = _factors(full - dense_fp32(q), rank, scale)
   return q, a, b
 
 

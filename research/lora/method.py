@@ -292,7 +292,7 @@ class Method:
     raise NotImplementedError
 
 
-class Formed(Method):
+class DenseDelta(Method):
   """Methods that have nothing cheaper than the update itself.
 
   It is added to the matrix, so that an activation is multiplied once, and
@@ -306,13 +306,13 @@ class Formed(Method):
       return super().einsum(eq, x, dropped, p, w)
 
     def product(x, p, w):
-      changed = wide(w) + self.delta(p, w)
+      changed = dense_fp32(w) + self.delta(p, w)
       return jnp.einsum(eq, x, changed.astype(x.dtype))
 
     return jax.checkpoint(product)(x, p, w)
 
 
-def turned(eq: str) -> bool:
+def contracts_output(eq: str) -> bool:
   """Whether `eq` contracts the output axis of its weight, as a tied head does.
 
   Raises:
@@ -327,7 +327,7 @@ def turned(eq: str) -> bool:
   return w[0] in out
 
 
-def wide(x: Any) -> Float[Array, "..."]:
+def dense_fp32(x: Any) -> Float[Array, "..."]:
   """Returns an array or a weight, dense, in fp32 (fp64 stays what it is)."""
   x = weights.dense(x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))

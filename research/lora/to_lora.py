@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from research import weights
-from research.lora import plain, wrap
-from research.lora.plain import Factors
+from research.lora import lora_factors, wrap
+from research.lora.lora_factors import Factors
 from research.typing import Params, UserError
 
 
@@ -78,23 +78,23 @@ def to_lora(
   """
   found: dict[str, Factors] = {}
   fits = {}
-  for address, t in plain.adapters(params).items():
+  for address, t in lora_factors.adapters(params).items():
     triple = _decomposed(address, t)
     s = triple[1].astype(np.float64)
     rank, total = size.of(s), float((s**2).sum())
     rest = float((s[..., rank:] ** 2).sum())
-    found[address] = plain.truncated(triple, rank)
+    found[address] = lora_factors.truncated(triple, rank)
     fits[address] = Fit(rank, (rest / total) ** 0.5 if total else 0.0)
   if not found:
     raise UserError("these parameters hold no adapter")
   base = wrap.disable(wrap.merge_biases(params))
-  return plain.wrapped(base, found), fits
+  return lora_factors.wrapped(base, found), fits
 
 
 def _decomposed(address, t):
   if not weights.is_adapter(t.w):  # an adapter under this one
-    thin = plain.plain(address, t)
+    thin = lora_factors.plain(address, t)
     if thin is not None:
-      u, s, v = plain.decomposed(thin.a, thin.b)
+      u, s, v = lora_factors.decomposed(thin.a, thin.b)
       return u, s * thin.scale, v
-  return np.linalg.svd(plain.update(t), full_matrices=False)
+  return np.linalg.svd(lora_factors.update(t), full_matrices=False)

@@ -40,7 +40,7 @@ def matrices(params: Params) -> dict[str, tuple[int, int]]:
   Those are the layers' linear maps, `embed` `[V, D]` and an untied `head`.
   """
   out = {}
-  for path, leaf in leaves(tree.top(params)):
+  for path, leaf in leaves(tree.outer_params(params)):
     if len(leaf.shape) == 2:
       out[path] = tuple(leaf.shape)
   for prefix, layers in tree.layer_indices(params).items():
@@ -96,7 +96,9 @@ def wrap(
     trained, fixed = jax.tree.map(lambda x: x[0], arrays)
     return AdaptedTensor(leaf, trained, fixed, method=methods[path])
 
-  out = tree.map_paths(adapted, tree.top(params), is_leaf=weights.is_weight)
+  out = tree.map_paths(
+    adapted, tree.outer_params(params), is_leaf=weights.is_weight
+  )
   indices, count = tree.layer_indices(params), itertools.count()
   for name in tree.runs(params):
     run = params[name]
@@ -123,7 +125,7 @@ def adapters(
       are taken apart.
   """
   out = {}
-  for path, leaf in leaves(tree.top(params)):
+  for path, leaf in leaves(tree.outer_params(params)):
     if isinstance(leaf, AdaptedTensor):
       out[path] = prepare(leaf)
   for prefix, layers in tree.layer_indices(params).items():

@@ -10,7 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas.masks import Mask
 from research import weights
 from research.nn import rope as ropes
-from research.nn.attending import Call, attend, of_queries, take
+from research.nn.attention_context import (
+  AttentionContext,
+  attend,
+  of_queries,
+  take,
+)
 from research.nn.norm import RMSNorm
 from research.typing import Array, Float, Int, UserError
 
@@ -74,7 +79,7 @@ class Attention(nn.Module):
     if cache is None:
       y = attend(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap)
     else:
-      call = Call(
+      call = AttentionContext(
         positions,
         take(positions, keep),
         length,
@@ -116,7 +121,7 @@ class Attention(nn.Module):
   def _heads(self, x, keep):
     heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
     sizes = {name: n * self.head_dim for name, n in heads.items()}
-    together = self.has_variable("params", weights.beside(sizes))
+    together = self.has_variable("params", weights.fused_name(sizes))
     if keep is None or together:
       parts = weights.project_all(self, x, sizes, self.qkv_bias)
       parts[0] = take(parts[0], keep)

@@ -7,16 +7,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.masks import Mask
 from research import sharding, weights
-from research.nn import clock
-from research.nn.attending import take
+from research.nn import time_embedding
 from research.nn.attention import Attention
+from research.nn.attention_context import take
 from research.nn.mlp import Mlp
 from research.nn.moe import Moe
 from research.nn.moe.routing import Load
 from research.nn.norm import RMSNorm
 from research.typing import Array, Float, Int, Params
 
-ALL_TOKENS = "k", "v", weights.beside("qkv")
+ALL_TOKENS = "k", "v", weights.fused_name("qkv")
 """Projections in attention that every token goes through."""
 
 
@@ -34,14 +34,14 @@ class Block(nn.Module):
     norm: normalises the input of both.
     post_norm: normalises both outputs before they are added (Gemma 2's
       sandwich), or None.
-    modulation: what the time changes of both (`research.nn.clock`), or None.
+    modulation: what the time changes of both (`research.nn.time_embedding`), or None.
   """
 
   attention: Attention
   mlp: Mlp | Moe
   norm: RMSNorm = RMSNorm()
   post_norm: RMSNorm | None = None
-  modulation: clock.Modulation | None = None
+  modulation: time_embedding.AdaLN | None = None
 
   @nn.compact
   def __call__(
@@ -94,7 +94,7 @@ class Block(nn.Module):
     if keep is not None:
       x, gate = take(x, keep), _of_tokens(gate, keep)
     y = self._norm(self.post_norm, "post_attention_norm", y)
-    x = x + clock.gated(y, gate)
+    x = x + time_embedding.gated(y, gate)
     x = sharding.constrain(x, "batch", "length", None)
     return checkpoint_name(x, "middle"), cache
 
@@ -118,7 +118,7 @@ class Block(nn.Module):
     else:
       y, load = self.mlp(normed), None
     y = self._norm(self.post_norm, "post_mlp_norm", y)
-    x = x + clock.gated(y, gate)
+    x = x + time_embedding.gated(y, gate)
     return sharding.constrain(x, "batch", "length", None), load
 
   @staticmethod
@@ -140,7 +140,7 @@ class Block(nn.Module):
       return normed, None
     change = self.modulation.clone(name=f"{name}_modulation", parent=self)
     shift, scale, gate = change(told, x.shape[-1])
-    return clock.modulated(normed, shift, scale), gate
+    return time_embedding.modulated(normed, shift, scale), gate
 
   def _norm(self, norm, name, x):
     return x if norm is None else norm.clone(name=name, parent=self)(x)

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from research.nn.attention import Attention
 from research.nn.block import Block
-from research.nn.clock import Clock, Modulation
 from research.nn.mlp import Activation, Mlp
 from research.nn.moe import Moe
 from research.nn.moe.routing import Routing
 from research.nn.norm import RMSNorm
 from research.nn.rope import Llama3, Rope, Scaling
 from research.nn.stack import Stack
+from research.nn.time_embedding import AdaLN, TimeEmbedding
 from research.nn.transformer import Transformer
 
 
@@ -128,7 +128,7 @@ class Sizes:
   logit_softcap: float | None = None
   pattern: Sequence[str] | None = None
   max_positions: int | None = None
-  clock: Clock | None = None
+  clock: TimeEmbedding | None = None
 
 
 def transformer(
@@ -142,7 +142,7 @@ def transformer(
   own = shared
   change = None
   if sizes.clock is not None:
-    change = Modulation(closed=sizes.clock.closed)
+    change = AdaLN(closed=sizes.clock.closed)
   if sizes.local_theta is not None:
     own = Rope(theta=sizes.local_theta, fraction=sizes.rotated)
 

@@ -15,9 +15,9 @@ from flax import linen as nn
 
 from kernels_pallas.masks import Mask
 from research import sharding, tree, weights
-from research.nn import attending, meshes, order
+from research.nn import attention_context, collectives, zigzag
 from research.nn import cache as caches
-from research.nn import clock as clocks
+from research.nn import time_embedding as clocks
 from research.nn.block import Block
 from research.nn.norm import RMSNorm
 from research.nn.stack import Stack
@@ -54,7 +54,7 @@ def _rematerialised(f, remat: Remat):
 
 
 def _unless_gathered(primitive, *_, **params) -> bool:
-  """Whether to keep a value: not one that `meshes.gather` made whole.
+  """Whether to keep a value: not one that `collectives.gather` made whole.
 
   Its constraint alone leaves axes to XLA.
   """
@@ -90,7 +90,7 @@ class Transformer(nn.Module):
   dtype: str = "float32"
   remat: Remat = "none"
   max_positions: int | None = None
-  clock: clocks.Clock | None = None
+  clock: clocks.TimeEmbedding | None = None
 
   def layer_kinds(self) -> tuple[Block, ...]:
     """Returns each layer's block, first to last."""
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
     if mask is None:
       mask = Mask.causal()
       if positions is not None:
-        mask = attending.at(mask, positions, positions)
+        mask = attention_context.at(mask, positions, positions)
     if positions is None:
       step = jnp.broadcast_to(jnp.arange(length), (batch, length))
       start = 0 if cache is None else cache.length[:, None]
@@ -179,21 +179,21 @@ class Transformer(nn.Module):
     told = self._told(time, batch)
     # Times of tokens stay where their tokens are.
     still = cache is not None or (told is not None and told.shape[1] > 1)
-    axes = () if still else order.balanced(mask, (batch, length))
-    x, positions, mask = order.spread(axes, x, positions, mask)
+    axes = () if still else zigzag.balanced(mask, (batch, length))
+    x, positions, mask = zigzag.spread(axes, x, positions, mask)
     x, layers, loads = self._layers(
       x, positions, mask, cache, held, fresh, told, keep, whole
     )
     if not whole:
       return x, None, loads
-    x = order.restored(axes, x)
+    x = zigzag.restored(axes, x)
     if keep is not None and not x.shape[1] == keep.shape[1] < length:
-      x = attending.take(x, keep)
+      x = attention_context.take(x, keep)
     if told is not None and told.shape[1] > 1:
-      told = attending.take(told, keep)
+      told = attention_context.take(told, keep)
     x = self.norm.clone(name="final_norm", parent=self)(x)
     if told is not None:
-      change = clocks.Modulation(gated=False, name="final_modulation")
+      change = clocks.AdaLN(gated=False, name="final_modulation")
       x = clocks.modulated(x, *change(told, self.width))
     if not self.tied:
       self._head()
@@ -250,7 +250,7 @@ class Transformer(nn.Module):
     if time is None:
       raise clocks.missing()
     time = time[:, None] if time.ndim == 1 else time
-    return clocks.Told(self.clock, name="clock")(time, self.dtype)
+    return clocks.TimestepEmbedder(self.clock, name="clock")(time, self.dtype)
 
   def _head(self):
     init = nn.initializers.lecun_normal()
@@ -260,7 +260,7 @@ class Transformer(nn.Module):
     table = self._embedding()
     if jnp.issubdtype(inputs.dtype, jnp.floating):
       return inputs.astype(self.dtype)
-    table = meshes.gather(table, "vocab", "width")
+    table = collectives.gather(table, "vocab", "width")
     x = weights.take(table, inputs).astype(self.dtype)
     if self.embed_scale != 1.0:
       x = x * jnp.asarray(self.embed_scale, self.dtype)
@@ -307,7 +307,9 @@ class Transformer(nn.Module):
       last = i == len(runs) - 1
       alone = last and tree.run_length(params) == 1
       few = (
-        keep if alone and attending.may_keep(keep, mask, old, x.shape) else None
+        keep
+        if alone and attention_context.may_keep(keep, mask, old, x.shape)
+        else None
       )
       if last and not (whole or alone):
         raise UserError(
@@ -319,7 +321,7 @@ class Transformer(nn.Module):
 
       def period(x, params_and_cache, blocks=blocks, few=few, most=most):
         params, old = params_and_cache
-        params = meshes.gather_parts(params)
+        params = collectives.gather_parts(params)
         new, loads = {}, {}
         for j, block in enumerate(blocks):
           key = f"layer{j}"

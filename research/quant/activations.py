@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from research import tree, weights
-from research.quant.numerics import exact
+from research.quant.numerics import exact_division
 from research.quant.numerics.integers import integer_product, integers
 from research.typing import (
   Array,
@@ -195,9 +195,9 @@ class Round(Op):
         most = jnp.max(jnp.abs(x), axis=over, keepdims=True)
         scale = self.clip * most / self.top
         if self.full:  # the largest is half way between two codes
-          scale = exact.divided(self.clip * most, self.top + 0.5)
+          scale = exact_division.divided(self.clip * most, self.top + 0.5)
         scale = _positive(scale)
-      unit = exact.divided(x, scale) if self.full else x / scale
+      unit = exact_division.divided(x, scale) if self.full else x / scale
       codes = _nearest(unit, -self.top - 1, self.top)
       return codes, jnp.asarray(scale), 0.0
     most = jnp.maximum(jnp.max(x, axis=over, keepdims=True), 0)
@@ -248,9 +248,9 @@ class RoundFloat(Op):
     if scale is None:
       over = -1 if self.per == "token" else None
       most = jnp.max(jnp.abs(wide), axis=over, keepdims=True)
-      scale = _positive(exact.divided(most, _E4M3))
+      scale = _positive(exact_division.divided(most, _E4M3))
     # The type has no infinity: what is beyond it would become NaN.
-    unit = jnp.clip(exact.divided(wide, scale), -_E4M3, _E4M3)
+    unit = jnp.clip(exact_division.divided(wide, scale), -_E4M3, _E4M3)
     near = unit.astype(jnp.float8_e4m3fn).astype(jnp.float32)
     near = unit + jax.lax.stop_gradient(near - unit)
     return (near * scale).astype(x.dtype)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from research.quant.format import Format, Parts
-from research.quant.numerics import searches
+from research.quant.numerics import scale_search
 from research.typing import Array, Float, Shaped, UserError
 
 _COLUMNS, _PIECE = 512, 1 << 16
@@ -257,7 +257,7 @@ def weighted(
 
   importance * sqrt(factor * mean square of the block + x**2)
   """
-  mean = searches.total(x * x) * np.float32(factor) / np.float32(x.shape[1])
+  mean = scale_search.total(x * x) * np.float32(factor) / np.float32(x.shape[1])
   spread = np.sqrt(mean[:, None, :] + x * x)
   return groups(weight * spread, size)
 

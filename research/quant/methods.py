@@ -21,7 +21,7 @@ from research.quant.format import Format, Plain
 from research.quant.qtensor import QTensor, pack
 from research.typing import Array, Float, UserError
 
-Seen = Mapping[str, Any]
+InputStats = Mapping[str, Any]
 """Of the inputs: `xx`, the sum of `x xᵀ`, `n`, how many, and maybe `drift`."""
 
 
@@ -49,7 +49,7 @@ class Method(Protocol):
   def parts(
     self,
     ws: Sequence[Float[Array, "I O"]],
-    seen: Seen | None,
+    seen: InputStats | None,
     format: Format,
     starts: Sequence[Any] | None,
   ) -> tuple[list[Any], Any, Any]:
@@ -69,13 +69,16 @@ class Parted(Method, Protocol):
   """A method that keeps some rows in full precision, see `outlier_rows`."""
 
   def apart(
-    self, ws: Sequence[Float[Array, "I O"]], seen: Seen | None, format: Format
-  ) -> tuple[list[Any], list[Any], Seen | None]:
+    self,
+    ws: Sequence[Float[Array, "I O"]],
+    seen: InputStats | None,
+    format: Format,
+  ) -> tuple[list[Any], list[Any], InputStats | None]:
     """Returns (matrices and inputs without those rows, their outliers)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Nearest:
+class RoundToNearest:
   """Each weight by itself: round to nearest.
 
   Attributes:
@@ -115,7 +118,7 @@ class Nearest:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compensated:
+class GPTQMethod:
   """GPTQ, see `research.quant.algorithms.gptq`.
 
   Formats whose grids are not of a group alone (double quantization, scales of
@@ -239,7 +242,7 @@ class Known:
     raise UserError("GPTQ: these grids belong to a whole matrix")
 
 
-def importance_of(seen: Seen) -> Float[Array, "*E I"]:
+def importance_of(seen: InputStats) -> Float[Array, "*E I"]:
   """Returns the mean square of each input, which errors may be weighed by."""
   squares = jnp.diagonal(seen["xx"], axis1=-2, axis2=-1)
   return squares / jnp.maximum(seen["n"], 1)
@@ -277,7 +280,7 @@ class Measures:
 
 def rounded(
   ws: tuple[Float[Array, "..."], ...],
-  seen: Seen | None,
+  seen: InputStats | None,
   format: Format,
   method: Method,
   compare: bool = False,

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from research import sharding as shardings
-from research.training import feed
+from research.training import global_batch
 from research.training.objectives.objective import Batch, Objective
 from research.training.state import TrainState
 from research.training.step import EvalStep, make_eval_step
@@ -88,7 +88,7 @@ def evaluate(
   """
   sums = None
   for batch in batches:
-    found = step(state, feed.place(batch, sharding))
+    found = step(state, global_batch.place(batch, sharding))
     # Added on the device: nothing waits until the last batch is queued.
     sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
   total = {k: float(v) for k, v in jax.device_get(sums or {}).items()}

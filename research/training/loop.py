@@ -19,11 +19,11 @@ from jax.sharding import NamedSharding
 from research import sharding as shardings
 from research.io import folders
 from research.optim import ranges
-from research.training import evaluating, feed, memory, preemption
+from research.training import evaluating, global_batch, memory, preemption
+from research.training.aot import StateTransform, compile_step
 from research.training.checkpoints import unevaluated
-from research.training.checkpoints.base import record_base
 from research.training.checkpoints.checkpoint import Checkpoints
-from research.training.compiling import Rewrite, compile_step
+from research.training.checkpoints.frozen_base import record_base
 from research.training.evaluating import Evaluations
 from research.training.objectives.objective import Batch, Objective
 from research.training.reports import metrics as reports
@@ -35,7 +35,7 @@ from research.typing import PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainConfig:
   """How long to train, and when to look up.
 
   Attributes:
@@ -107,13 +107,13 @@ def fit(
   tx: optax.GradientTransformation,
   state: TrainState,
   training: Iterable[Batch],
-  plan: Plan,
+  plan: TrainConfig,
   *,
   workdir: str | os.PathLike,
   evaluations: Evaluations | None = None,
   source: Mapping[str, Any] | None = None,
   writers: Sequence[reports.WriterFactory] = (),
-  rewrites: Sequence[Rewrite] = (),
+  rewrites: Sequence[StateTransform] = (),
   sharding: NamedSharding | None = None,
   began: float | int | None = None,
 ) -> Outcome:
@@ -127,7 +127,7 @@ def fit(
     tx: the optimizer that `state` was made with.
     state: where to start. It is consumed: its trainable part is donated.
     training: endless batches of one shape, this process's share of the rows
-      (`feed.share`); `iter` of it is checkpointed if it is a grain iterator.
+      (`global_batch.share`); `iter` of it is checkpointed if it is a grain iterator.
     plan: how long, and when to look up.
     workdir: gets `metrics.jsonl`, `checkpoints/` and `profile/`.
     evaluations: name -> whole batches; metrics are written as `name/metric`.
@@ -218,8 +218,8 @@ def fit(
     if start < plan.steps:
       with clock.doing("compile"):
         # The first batch of another iterator: this one must not move.
-        _, parts = feed.share(sharding)
-        first = feed.place(next(iter(training)), sharding, parts)
+        _, parts = global_batch.share(sharding)
+        first = global_batch.place(next(iter(training)), sharding, parts)
         step = make_train_step(objective, tx, plan.accumulate, plan.average)
         update, cost = compile_step(step, state, first, key, rewrites)
       report.write(start, cost)
@@ -228,7 +228,7 @@ def fit(
 
     # --- train ---
     moving, frozen = dataclasses.replace(state, frozen=None), state.frozen
-    placed = feed.placed(batches, sharding)
+    placed = global_batch.placed(batches, sharding)
     report.restart()
     for number in range(start + 1, plan.steps + 1):
       last = number == plan.steps
@@ -275,7 +275,9 @@ def fit(
     )
 
 
-def _looks(plan: Plan, number: int, evaluations: Evaluations | None) -> bool:
+def _looks(
+  plan: TrainConfig, number: int, evaluations: Evaluations | None
+) -> bool:
   """Whether a step is evaluated."""
   return bool(evaluations) and _due(
     plan.eval_every, number, number == plan.steps
@@ -303,7 +305,7 @@ def _tokens(batch: Batch) -> int:
 
 
 @contextlib.contextmanager
-def _traced(plan: Plan, number: int, last: bool, report: Report):
+def _traced(plan: TrainConfig, number: int, last: bool, report: Report):
   """Traces the steps that `plan.profile` names, for TensorBoard or xprof."""
   first, count = plan.profile or (0, 0)
   if number == first:

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.nn import meshes
-from research.nn.tail import head_of
+from research.nn import collectives
+from research.nn.output_head import head_of
 from research.nn.transformer import Transformer
 from research.training.objectives import losses
 from research.typing import Array, Float, Int, Params, Shaped
@@ -42,7 +42,7 @@ def map_positions(
     found = jax.lax.map(lambda chunk: again(parts, chunk), chunks)
     return jax.tree.map(lambda x: losses.join_rows(x, length), found)
 
-  return meshes.map_tokens(chunked, parts, *arrays)
+  return collectives.map_tokens(chunked, parts, *arrays)
 
 
 def logits_of(

@@ -29,7 +29,7 @@ DATA = pipeline.Pipeline(
   batch_size=4,
   seed=3,
 )
-PLAN = loop.Plan(
+PLAN = loop.TrainConfig(
   steps=STEPS,
   seed=5,
   average=0.9,

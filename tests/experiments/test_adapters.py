@@ -15,7 +15,7 @@ from experiments.core import cli, config, runs
 from research import tree, weights
 from research.interop import convert as exporting
 from research.interop import load, parts, sources
-from research.lora import adapt, plain
+from research.lora import adapt, lora_factors
 from research.lora.merge import merge_modes
 from research.quant.quantize import Quantize
 from research.training.checkpoints.workdir import claim_workdir
@@ -39,7 +39,7 @@ def command(capsys):
 
 
 def factors(folder):
-  return plain.factors(load.load_model(folder).params)
+  return lora_factors.factors(load.load_model(folder).params)
 
 
 def test_a_sum_is_written_in_pefts_format(command, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.core import config
 from experiments.planning import ahead, ahead_filling
-from kernels_pallas.masks import Mask, mask_blocks
+from kernels_pallas.masks import Mask, intervals
 from research.planning import chips
 
 TRAINING = {  # run, topology -> GiB of a device
@@ -54,8 +54,8 @@ def test_sampling_fits_and_a_block_is_cheaper_than_a_row(topology, devices):
 def test_tiles_that_the_mask_of_both_halves_has(tile, share):
   """Of 4,096 tokens in blocks of 32: a quarter and the diagonals' tiles."""
   mask = Mask.block_diffusion(4096, 32)
-  found = mask_blocks.rows(mask, 8192, 8192)
-  classes = mask_blocks.classes(found, 8192, 8192, tile, tile)
-  assert np.mean(classes != mask_blocks.EMPTY) == share
+  found = intervals.rows(mask, 8192, 8192)
+  classes = intervals.classes(found, 8192, 8192, tile, tile)
+  assert np.mean(classes != intervals.EMPTY) == share
   n = 4096 // tile  # two triangles, and the diagonal of noisy blocks
   assert share == (n * (n + 1) + n) / (2 * n) ** 2

@@ -39,4 +39,4 @@ def test_a_full_disk_is_said_and_nothing_is_lost(small_disk):
   assert str(small_disk) in error[0]
   assert "Traceback" not in done.stderr
   # What was there before the disk was full is there still, and whole.
-  assert "loop.Plan.steps" in (workdir / "config.gin").read_text()
+  assert "loop.TrainConfig.steps" in (workdir / "config.gin").read_text()

@@ -95,7 +95,7 @@ def test_operative_config_rebuilds_a_bitwise_equal_run(finished, tmp_path):
 def test_resuming_is_bitwise_the_undisturbed_run(finished, tmp_path):
   _, first = finished
   # Optimizer and schedule must be those of the longer run: stop it early.
-  short = "loop.Plan.steps=2"
+  short = "loop.TrainConfig.steps=2"
   _run(tmp_path / "halves", "STEPS=4", short)
   resumed = _run(tmp_path / "halves", "STEPS=4")
   assert resumed["perplexity_after"] == first["perplexity_after"]

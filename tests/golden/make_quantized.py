@@ -62,7 +62,7 @@ def main(names=NAMES):
   model = support.model(**SIZES)
   plain = support.params(model)
   ordered = tree.stack(
-    tree.top(plain),
+    tree.outer_params(plain),
     [
       tree.map_paths(functools.partial(scattered, i), layer)
       for i, layer in enumerate(tree.layers(plain))

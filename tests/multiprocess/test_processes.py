@@ -25,7 +25,7 @@ pytestmark = pytest.mark.multiprocess
 
 CONFIG = str(pathlib.Path(__file__).with_name("tiny.gin"))
 MESH = ("DATA=2", "FSDP=2")
-STOP = "loop.Plan.steps={}"
+STOP = "loop.TrainConfig.steps={}"
 
 
 def _arguments(command, workdir, *bindings):

@@ -64,7 +64,7 @@ def here(row: str, rounds: int) -> dict:
   from research.generation import generate
   from research.interop.load import load_model
   from research.lora.serving import pool
-  from research.quant.layouts import panels
+  from research.quant.layouts import cpu_layout
 
   packed = row == "packed"
   dtype = "float32" if packed else row
@@ -76,7 +76,7 @@ def here(row: str, rounds: int) -> dict:
   prompts = [ids[i * PROMPT : (i + 1) * PROMPT] for i in range(BATCH)]
 
   def ready(params):
-    return generate.prepare(panels.decoding(params, model.dtype), model)
+    return generate.prepare(cpu_layout.decoding(params, model.dtype), model)
 
   held = pool.create(loaded.params, model, slots=BATCH, rank=RANK)
   names, first = [f"{k}" for k in range(BATCH + 1)], None

@@ -226,7 +226,7 @@ def ours_train(runs: int) -> dict:
   from research import tree
   from research.diffusion.objective import MaskedDiffusion
   from research.optim import optim
-  from research.training import compiling, state, step
+  from research.training import aot, state, step
 
   it = loaded()
   tx = optim.adamw(1e-4, weight_decay=0.01, clip=None)
@@ -245,7 +245,7 @@ def ours_train(runs: int) -> dict:
   model = it.model.clone(remat="names")
   loss = MaskedDiffusion(model=model, mask_id=MASK)
   key = jax.random.key(0)
-  run, cost = compiling.compile_step(
+  run, cost = aot.compile_step(
     step.make_train_step(loss, tx), begun, batch, key
   )
   frozen = begun.frozen

@@ -43,10 +43,10 @@ def load(side: str):
   import bench_ours
 
   from research.generation import generate
-  from research.quant.layouts import panels
+  from research.quant.layouts import cpu_layout
 
   loaded, ids = bench_ours.load(side)
-  fast = panels.decoding(loaded.params, loaded.model.dtype)
+  fast = cpu_layout.decoding(loaded.params, loaded.model.dtype)
   with mock.patch.object(cpu_memory, "in_huge_pages", lambda params: params):
     plain = generate.prepare(fast, loaded.model)
   huge = cpu_memory.in_huge_pages(plain)

@@ -138,7 +138,7 @@ def host(folder: pathlib.Path, steps: int = 400) -> dict:
   from research.data.pipeline import Pipeline
   from research.data.sources.synthetic import Copy
   from research.nn import presets
-  from research.training import compiling, loop, state
+  from research.training import aot, loop, state
   from research.training.objectives import objective
   from research.training.reports import metrics
   from research.training.step import make_train_step
@@ -158,15 +158,13 @@ def host(folder: pathlib.Path, steps: int = 400) -> dict:
     tx,
     begun,
     data.training(None),
-    loop.Plan(steps=steps),
+    loop.TrainConfig(steps=steps),
     workdir=folder / "run",
   )
   records = metrics.read_jsonl(folder / "run" / "metrics.jsonl")
   whole = [r["train/seconds"] for r in records if "train/seconds" in r][50:]
   begun = state.create(params, ".", tx)
-  update, _ = compiling.compile_step(
-    make_train_step(loss, tx), begun, first, key
-  )
+  update, _ = aot.compile_step(make_train_step(loss, tx), begun, first, key)
   moving = state.dataclasses.replace(begun, frozen=None)
   bare = []
   for _ in range(steps):

@@ -79,7 +79,7 @@ def in_panels(params, kind: str):
 
   from research import tree
   from research.quant import qtensor
-  from research.quant.layouts.panels import from_qtensor
+  from research.quant.layouts.cpu_layout import from_qtensor
 
   format, rng = formats()[kind], np.random.default_rng(0)
 
@@ -114,7 +114,7 @@ def train(dtype: str, runs: int, steps: int, method=None) -> dict:
   from research.lora import adapt, wrap
   from research.lora.methods.lora import LoRA
   from research.optim import optim
-  from research.training import compiling, state, step
+  from research.training import aot, state, step
   from research.training.objectives import objective
 
   loaded, ids = load(dtype)
@@ -137,7 +137,7 @@ def train(dtype: str, runs: int, steps: int, method=None) -> dict:
   )
   key = jax.random.key(0)
   update = step.make_train_step(objective.NextToken(model), tx)
-  run, cost = compiling.compile_step(update, start, batch, key)
+  run, cost = aot.compile_step(update, start, batch, key)
   frozen = start.frozen
   held = {"state": start.__class__(
     start.step, start.trainable, None, start.opt_state
@@ -162,13 +162,13 @@ def train(dtype: str, runs: int, steps: int, method=None) -> dict:
 def decode(batch: int, dtype: str, runs: int, steps: int) -> dict:
   """Times greedy decoding, prefill within."""
   from research.generation import generate
-  from research.quant.layouts import panels
+  from research.quant.layouts import cpu_layout
 
   loaded, ids = load(dtype)
   size = table.PROMPT
   prompts = [ids[i * size : (i + 1) * size] for i in range(batch)]
   model = loaded.model
-  params = panels.decoding(loaded.params, model.dtype)
+  params = cpu_layout.decoding(loaded.params, model.dtype)
   params = generate.prepare(params, model)
   del loaded
 
@@ -186,13 +186,13 @@ def decode(batch: int, dtype: str, runs: int, steps: int) -> dict:
 def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
   """Times reading prompts and choosing one token, which needs no step."""
   from research.generation import generate
-  from research.quant.layouts import panels
+  from research.quant.layouts import cpu_layout
 
   loaded, ids = load(dtype)
   size = table.PREFILL
   prompts = [ids[i * size : (i + 1) * size] for i in range(batch)]
   model = loaded.model
-  params = panels.decoding(loaded.params, model.dtype)
+  params = cpu_layout.decoding(loaded.params, model.dtype)
   params = generate.prepare(params, model)
   del loaded
   return table.timed(
@@ -206,10 +206,10 @@ def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
 def perplexity(dtype: str, runs: int, steps: int) -> dict:
   """Times one window as `experiments.perplexity` reads it."""
   from research.generation.perplexity import perplexity as measure
-  from research.quant.layouts import panels
+  from research.quant.layouts import cpu_layout
 
   loaded, ids = load(dtype)
-  params = panels.reading(loaded.params, loaded.model, table.WINDOW)
+  params = cpu_layout.reading(loaded.params, loaded.model, table.WINDOW)
   row = ids[: table.WINDOW]
   last = {}
 

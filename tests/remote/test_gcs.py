@@ -96,4 +96,4 @@ def test_stores_that_cannot_be_written_to():
     claim_workdir("s3://bucket/run", "a = 1\n")
   with pytest.raises(UserError, match="needs gcsfs; pip install"):
     claim_workdir("gs://bucket/run", "a = 1\n")
-  assert loop.Plan(steps=1).keep_every == 0
+  assert loop.TrainConfig(steps=1).keep_every == 0

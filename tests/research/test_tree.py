@@ -63,7 +63,9 @@ def test_layers_that_differ_in_structure_or_shape_part_runs():
   unrolled = tree.unroll(params)
   assert tree.runs(unrolled) == [f"run{i}" for i in range(11)]
   chex.assert_trees_all_equal(list(tree.layers(unrolled)), layers)
-  chex.assert_trees_all_equal(tree.top(unrolled), tree.top(params))
+  chex.assert_trees_all_equal(
+    tree.outer_params(unrolled), tree.outer_params(params)
+  )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,9 @@ def test_the_last_layer_apart(kinds, runs):
   found = [apart[name] for name in tree.runs(apart)]
   assert [(tree.run_length(run), len(run)) for run in found] == runs
   chex.assert_trees_all_equal(list(tree.layers(apart)), layers)
-  chex.assert_trees_all_equal(tree.top(apart), tree.top(params))
+  chex.assert_trees_all_equal(
+    tree.outer_params(apart), tree.outer_params(params)
+  )
   assert (
     tree.layer_indices(apart)[f"run{len(runs) - 1}/layer0"][-1]
     == len(kinds) - 1
@@ -116,12 +120,14 @@ def test_values_go_where_the_weights_are_tied():
     {"x": jnp.arange(3), "key": jax.random.key(0)},
   )
   tied = {"w": np.ones(3), "v": jax.device_put(jnp.ones(3), device)}
-  found = tree.beside(values, tied)
+  found = tree.device_put_like(values, tied)
   for x in jax.tree.leaves(found):
     assert x.committed and x.devices() == {device}
   chex.assert_trees_all_equal(found["x"], np.arange(3))
-  assert tree.beside(values, {"w": np.ones(3), "v": jnp.ones(3)}) is values
+  assert (
+    tree.device_put_like(values, {"w": np.ones(3), "v": jnp.ones(3)}) is values
+  )
   mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
   spec = jax.sharding.PartitionSpec("data")
   cut = jax.device_put(jnp.ones(2), jax.sharding.NamedSharding(mesh, spec))
-  assert tree.beside(values, {"w": cut}) is values
+  assert tree.device_put_like(values, {"w": cut}) is values

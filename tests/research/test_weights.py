@@ -11,7 +11,7 @@ from research.nn import conv
 from research.optim.low_rank import int8_weights
 from research.quant.formats.codebook import Codebook
 from research.quant.quantize import Quantize
-from research.quant.untied import Untied
+from research.quant.untied_embedding import Untied
 from tests.support_lora import lora
 
 RNG = np.random.default_rng(0)

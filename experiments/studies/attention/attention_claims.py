@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernels_pallas.common.chips import CHIPS
 from kernels_pallas.flash_attention import cpu
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.tiling import Tile
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile
 from kernels_pallas.inspect import traffic
 from kernels_pallas.masks import Mask
 from research.planning import chips, forecast

@@ -13,7 +13,7 @@ from kernels_pallas.masks import Mask
 from research.diffusion import process
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import masked_loss
-from research.nn import tail
+from research.nn import output_head
 from research.training.objectives.objective import Batch, Objective
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey
 
@@ -114,4 +114,6 @@ def states(
     return objective.states(params, batch, masked)
   noisy = process.noisy(batch["tokens"], masked, objective.mask_id)
   mask = Mask.full(segments=batch["segments"])
-  return tail.states(objective.model, params, noisy, batch["positions"], mask)
+  return output_head.states(
+    objective.model, params, noisy, batch["positions"], mask
+  )

@@ -148,7 +148,7 @@ def _ordered() -> qtensor.QTensor:
     "xx": jnp.asarray(x.T @ x),
     "n": jnp.full((1,), float(len(x)), jnp.float32),
   }
-  method = methods.Compensated(options=GPTQ(order="activations"))
+  method = methods.GPTQMethod(options=GPTQ(order="activations"))
   ws = (jnp.asarray(problem().w),)
   (q,), _, _ = methods.rounded(ws, seen, Affine(bits=4, block=64), method)
   return q

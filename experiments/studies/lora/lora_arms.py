@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from experiments.studies import study
 from experiments.studies.lora import lora_terms
 from experiments.studies.study import Arm
-from research.lora import adapt, adapt_eva, allocate, look, wrap
+from research.lora import adapt, adapt_eva, allocate, init_stats, wrap
 from research.lora.adapt import Adapt
-from research.lora.look import Reading
+from research.lora.init_stats import CalibrationData
 from research.lora.methods.adalora import AdaLoRA
 from research.lora.methods.bdlora import BDLoRA
 from research.lora.methods.c3a import C3A
@@ -22,7 +22,6 @@ from research.lora.methods.dora import DoRA
 from research.lora.methods.eva import EVA
 from research.lora.methods.fourierft import FourierFT
 from research.lora.methods.gralora import GraLoRA
-from research.lora.methods.halves import LoRAFA, MiCA
 from research.lora.methods.hira import HiRA
 from research.lora.methods.ia3 import IA3
 from research.lora.methods.kasa import KaSA
@@ -31,11 +30,12 @@ from research.lora.methods.lokr import LoKr
 from research.lora.methods.lora import LoRA
 from research.lora.methods.miss import MiSS
 from research.lora.methods.mora import MoRA
+from research.lora.methods.one_factor import LoRAFA, MiCA
 from research.lora.methods.qalora import QALoRA
 from research.lora.methods.randlora import RandLoRA
-from research.lora.methods.residual import CorDA, LoRAGA, OLoRA, PiSSA
 from research.lora.methods.rotations import BOFT, HRA, OFT
 from research.lora.methods.shira import SHiRA
+from research.lora.methods.svd_init import CorDA, LoRAGA, OLoRA, PiSSA
 from research.lora.methods.tinylora import TinyLoRA
 from research.lora.methods.vera import VeRA
 from research.lora.optim import loraplus, lorapro, relora, riemannian
@@ -169,11 +169,11 @@ def methods(steps: int) -> tuple[Arm, ...]:
 
 
 def _slopes(reading):
-  return look.Gradients(reading=reading)
+  return init_stats.Gradients(reading=reading)
 
 
 def _covariances(reading):
-  return look.Covariances(reading=reading)
+  return init_stats.Covariances(reading=reading)
 
 
 def _itself(reading):
@@ -190,7 +190,7 @@ class Spread:
   """
 
   adapt: Adapt
-  look: Reading | None = None
+  look: CalibrationData | None = None
 
   def __call__(self, params: Params, key: PRNGKey) -> Params:
     """Returns `params` with fresh adapters, each of its own rank."""

@@ -20,8 +20,8 @@ from research.quant.algorithms.calibrate import Calibration
 from research.quant.algorithms.gptq import GPTQ
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
-from research.quant.methods import Compensated, Nearest
-from research.quant.rules import Quantization, Rule
+from research.quant.methods import GPTQMethod, RoundToNearest
+from research.quant.quantize_by_rules import Quantization, Rule
 
 
 def rows(
@@ -39,8 +39,8 @@ def rows(
     format: of groups of less than `gptq.LAZY` rows; else stale grids are fresh.
     match: finds the matrices that are rounded.
   """
-  ways = {"nearest": Nearest()} | {
-    when: Compensated(options=GPTQ(order="natural", grids=when))
+  ways = {"nearest": RoundToNearest()} | {
+    when: GPTQMethod(options=GPTQ(order="natural", grids=when))
     for when in ("fresh", "stale", "static")
   }
   return tuple(

@@ -17,9 +17,9 @@ from research.quant.algorithms.rotate import Rotate
 from research.quant.algorithms.smoothquant import SmoothQuant
 from research.quant.algorithms.spinquant import SpinQuant
 from research.quant.formats.affine import Affine
-from research.quant.methods import Compensated
+from research.quant.methods import GPTQMethod
 from research.quant.quantize import Quantize
-from research.quant.rules import Quantization, Rule
+from research.quant.quantize_by_rules import Quantization, Rule
 
 TENSOR, EIGHT = Round(bits=8, per="tensor"), Round(bits=8)
 FOUR = Round(bits=4, clip=0.9)
@@ -46,7 +46,7 @@ def rows(
       Rule(
         match="^layers/",
         format=format,
-        method=Compensated(options=GPTQ(drift=0.0)),
+        method=GPTQMethod(options=GPTQ(drift=0.0)),
       ),
     ),
     calibration=calibration,

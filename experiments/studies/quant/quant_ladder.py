@@ -25,8 +25,8 @@ from research.quant.algorithms.calibrate import Calibration
 from research.quant.algorithms.gptq import GPTQ
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
-from research.quant.methods import Compensated, Nearest
-from research.quant.rules import Quantization, Rule
+from research.quant.methods import GPTQMethod, RoundToNearest
+from research.quant.quantize_by_rules import Quantization, Rule
 from research.typing import UserError
 
 Point = Mapping[str, Any]
@@ -118,11 +118,17 @@ def rows(
     whole = Quantization(rules=rules, calibration=reads, compare=False)
     return Row(name=name, transforms=(whole,), group=name, errors=False)
 
-  gptq = Compensated(options=GPTQ(drift=0.0))
+  gptq = GPTQMethod(options=GPTQ(drift=0.0))
   return tuple(
-    one(b, f"{b} bits", *((Nearest(), None) if b > 6 else (gptq, calibration)))
+    one(
+      b,
+      f"{b} bits",
+      *((RoundToNearest(), None) if b > 6 else (gptq, calibration)),
+    )
     for b in bits
-  ) + tuple(one(b, f"{b} bits, nearest", Nearest(), None) for b in nearest)
+  ) + tuple(
+    one(b, f"{b} bits, nearest", RoundToNearest(), None) for b in nearest
+  )
 
 
 def measured(

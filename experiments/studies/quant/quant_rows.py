@@ -26,9 +26,9 @@ from research.quant.formats.iq4 import IQ4NL, IQ4XS
 from research.quant.formats.kquants import Q2K, Q3K, Q4K, Q5K, Q6K
 from research.quant.formats.microscaling import Microscaling
 from research.quant.formats.nvfp4 import NVFP4
-from research.quant.methods import Compensated, Method, Nearest
+from research.quant.methods import GPTQMethod, Method, RoundToNearest
 from research.quant.quantize import Quantize
-from research.quant.rules import Quantization, Rule
+from research.quant.quantize_by_rules import Quantization, Rule
 
 
 def row(
@@ -153,7 +153,7 @@ def gptq(
     blocks: inputs that share a scale.
     order, drift: see `research.quant.algorithms.gptq`.
   """
-  method = Compensated(options=GPTQ(order=order, drift=drift))
+  method = GPTQMethod(options=GPTQ(order=order, drift=drift))
   formats = [Affine(bits=b, block=block) for b in bits for block in blocks]
   return tuple(
     by_method(f, f"GPTQ {f.name}", calibration, method)
@@ -203,7 +203,7 @@ def budget(
     )
     for method, group in (
       (Undamped(options=options), "calibration"),
-      (Compensated(options=options), "calibration, damped"),
+      (GPTQMethod(options=options), "calibration, damped"),
     ):
       name = f"GPTQ, {n} tokens" + group.removeprefix("calibration")
       name += f", draw {draw}" if draw else ""
@@ -212,7 +212,7 @@ def budget(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Undamped(Compensated):
+class Undamped(GPTQMethod):
   """GPTQ that takes its tokens for many, however few they are."""
 
   def parts(self, ws: Any, seen: Any, format: Format, starts: Any) -> Any:
@@ -244,7 +244,7 @@ def imatrix(calibration: Calibration, supers: bool = True) -> tuple[Row, ...]:
     calibration: what is read.
     supers: see `gguf`.
   """
-  weighted = Nearest(weighted=True)
+  weighted = RoundToNearest(weighted=True)
   formats = (Q4K(), Q3K()) if supers else (GGML(kind="Q4_0"), IQ4NL())
   # Not of Q3_K: its codes cannot be chosen apart from its grids.
   chosen = formats[:1] if supers else formats
@@ -252,7 +252,7 @@ def imatrix(calibration: Calibration, supers: bool = True) -> tuple[Row, ...]:
     by_method(format, f"{said} {format.name}", calibration, method)
     for said, method, some in (
       ("imatrix", weighted, formats),
-      ("GPTQ", Compensated(), chosen),
+      ("GPTQ", GPTQMethod(), chosen),
     )
     for format in some
   )

@@ -21,7 +21,7 @@ from research.quant.algorithms.calibrate import Calibration
 from research.quant.algorithms.gptq import GPTQ
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
-from research.quant.methods import Compensated
+from research.quant.methods import GPTQMethod
 
 BASE = "32 bits"
 """Name of the row that nothing was done to."""
@@ -60,7 +60,7 @@ def rows(
       2.56 in all.
     block: inputs that share a scale.
   """
-  method = Compensated(options=GPTQ(drift=0.5))
+  method = GPTQMethod(options=GPTQ(drift=0.5))
   formats = [Affine(bits=b, block=block) for b in bits]
   formats.append(Affine(bits=2, block=32))
   out = [

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common import cpu_library, lowering
+from kernels_pallas.common import cpu_library, target_platform
 from kernels_pallas.common.cpu_library import Library
 from kernels_pallas.decode_attention.pages import Pages
 from kernels_pallas.decode_attention.spec import Spec
@@ -98,7 +98,7 @@ def cpu_decode(
   if not available():
     raise ValueError("backend: cpu needs a C++ compiler, xla none")
   (B, N, _), V = q.shape, held.v.shape[-1]
-  arrays, results = lowering.alike(
+  arrays, results = target_platform.alike(
     (q, held.k, held.v, lengths), ((B, N, V), (B, N))
   )
   return jax.ffi.ffi_call(TARGET, tuple(results), vmap_method="broadcast_all")(

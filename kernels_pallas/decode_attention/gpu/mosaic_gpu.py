@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.common import gpu_copy as copy
-from kernels_pallas.common.lowering import NO_GPU_KERNELS, has_mma
+from kernels_pallas.common.target_platform import NO_GPU_KERNELS, has_mma
 from kernels_pallas.decode_attention.gpu import mosaic_gpu_codes as codes
 from kernels_pallas.decode_attention.gpu import mosaic_gpu_kernel as kernel
 from kernels_pallas.decode_attention.pages import LARGEST, Pages

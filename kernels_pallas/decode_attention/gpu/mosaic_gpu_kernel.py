@@ -31,9 +31,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.common import gpu_copy as copy
 from kernels_pallas.decode_attention.gpu import mosaic_gpu_products as products
 from kernels_pallas.decode_attention.gpu.mosaic_gpu_products import ROWS, WARP
-from kernels_pallas.flash_attention.gpu import mosaic_gpu_mma as mma
-from kernels_pallas.flash_attention.gpu import mosaic_gpu_tile as tile
-from kernels_pallas.flash_attention.tpu.mosaic_tpu_problem import varying
+from kernels_pallas.flash_attention.gpu import gpu_tile as tile
+from kernels_pallas.flash_attention.gpu import sm80_mma as mma
+from kernels_pallas.flash_attention.tpu.tpu_problem import varying
 
 CHUNK = 32
 """Columns of the output that parts exchange at a time."""

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.common import gpu_copy as copy
 from kernels_pallas.decode_attention.gpu import mosaic_gpu_codes as codes
-from kernels_pallas.flash_attention.gpu import mosaic_gpu_tile as tile
+from kernels_pallas.flash_attention.gpu import gpu_tile as tile
 
 ROWS, WARP = 64, 16
 """Rows of a warpgroup and of a warp."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.common.lowering import accumulator
+from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.decode_attention.spec import capped
 from kernels_pallas.decode_attention.work import Problem
 

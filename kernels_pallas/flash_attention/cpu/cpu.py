@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels_pallas.common import cpu_library, lowering
+from kernels_pallas.common import cpu_library, target_platform
 from kernels_pallas.common.cpu_library import Library
 from kernels_pallas.flash_attention.cotangents import (
   Queries,
@@ -25,7 +25,7 @@ from kernels_pallas.flash_attention.cotangents import (
   queries,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.masks import mask_blocks
+from kernels_pallas.masks import intervals
 
 TARGET, GRADIENTS = "heptad_attention", "heptad_attention_gradients"
 """The names by which compiled programs call the library."""
@@ -205,7 +205,7 @@ def _seen(x: Operands) -> tuple[Any, ...]:
   segments, [B or 1, T] and [B or 1, S]; what is not there is empty.
   """
   T, S = x.q.shape[1], x.k.shape[1]
-  found = mask_blocks.rows(x.mask, T, S)
+  found = intervals.rows(x.mask, T, S)
   found.check_listed()
   bounds = found.bounds.reshape(-1, found.bounds.shape[1] // 2, 2, T)
   none = np.zeros((0,), np.int32)
@@ -249,7 +249,7 @@ def _over_rows(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def _call(target: str, spec: Spec, shapes: Any, *arrays: Any) -> Any:
   """The library's results, float32 arrays of these shapes."""
-  arrays, results = lowering.alike(arrays, shapes)
+  arrays, results = target_platform.alike(arrays, shapes)
   return jax.ffi.ffi_call(target, tuple(results))(
     *arrays, scale=np.float32(spec.scale), isa=spec.blocks.isa
   )

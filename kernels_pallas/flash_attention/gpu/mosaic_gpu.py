@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.common.lowering import (
+from kernels_pallas.common.target_platform import (
   AMPERE,
   BLACKWELL,
   HOPPER,
@@ -30,34 +30,34 @@ from kernels_pallas.flash_attention.cotangents import (
   kept,
   queries,
 )
+from kernels_pallas.flash_attention.gpu import gpu_problem as problem
 from kernels_pallas.flash_attention.gpu import (
-  mosaic_gpu_ampere,
-  mosaic_gpu_ampere_backward,
-  mosaic_gpu_backward,
-  mosaic_gpu_blackwell,
-  mosaic_gpu_blackwell_backward,
-  mosaic_gpu_forward,
+  sm80_backward,
+  sm80_forward,
+  sm90_backward,
+  sm90_forward,
+  sm100_backward,
+  sm100_forward,
 )
-from kernels_pallas.flash_attention.gpu import mosaic_gpu_problem as problem
-from kernels_pallas.flash_attention.gpu.mosaic_gpu_tile import LOG2E
-from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.flash_attention.gpu.gpu_tile import LOG2E
+from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
   PROGRAMS,
   GpuTiles,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.flash_attention.tpu.mosaic_tpu_problem import pad
+from kernels_pallas.flash_attention.tpu.tpu_problem import pad
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 FORWARD = {
-  "wgmma": mosaic_gpu_forward,
-  "mma": mosaic_gpu_ampere,
-  "tcgen05": mosaic_gpu_blackwell,
+  "wgmma": sm90_forward,
+  "mma": sm80_forward,
+  "tcgen05": sm100_forward,
 }
 BACKWARD = {
-  "wgmma": mosaic_gpu_backward,
-  "mma": mosaic_gpu_ampere_backward,
-  "tcgen05": mosaic_gpu_blackwell_backward,
+  "wgmma": sm90_backward,
+  "mma": sm80_backward,
+  "tcgen05": sm100_backward,
 }
 """Modules by `GpuTiles.cores`."""
 
@@ -224,7 +224,7 @@ def _tiles(spec: Spec, interpret: Any, x: Operands) -> GpuTiles:
   tiles = spec.blocks
   if not isinstance(tiles, GpuTiles):
     raise ValueError(
-      f"config: found {tiles!r}, expected a `mosaic_gpu_tiling.GpuTiles` for "
+      f"config: found {tiles!r}, expected a `gpu_tile_sizes.GpuTiles` for "
       "mosaic_gpu"
     )
   reason = unsupported(x.q, x.k, x.v, x.bias, spec.precision)

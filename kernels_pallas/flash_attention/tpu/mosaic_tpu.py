@@ -20,12 +20,12 @@ from kernels_pallas.flash_attention.cotangents import (
   queries,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.flash_attention.tiling import LANES, Tile, Tiles
-from kernels_pallas.flash_attention.tpu import mosaic_tpu_backward as back
-from kernels_pallas.flash_attention.tpu import mosaic_tpu_bias
-from kernels_pallas.flash_attention.tpu import mosaic_tpu_problem as problem
-from kernels_pallas.flash_attention.tpu.mosaic_tpu_forward import forward
-from kernels_pallas.flash_attention.tpu.mosaic_tpu_tile import unit
+from kernels_pallas.flash_attention.tpu import backward_kernels as back
+from kernels_pallas.flash_attention.tpu import bias_gradient
+from kernels_pallas.flash_attention.tpu import tpu_problem as problem
+from kernels_pallas.flash_attention.tpu.forward_kernel import forward
+from kernels_pallas.flash_attention.tpu.tpu_tile import unit
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import LANES, Tile, Tiles
 
 FUSED_KEY_TILES = 8
 """Most tiles of keys for which 'auto' lets parts of dq pass through memory."""
@@ -95,7 +95,7 @@ def mosaic_tpu_gradients(
     dq = back.dq(prepare(tiles.dq), interpret)
   dbias = None
   if x.bias is not None:
-    dbias = mosaic_tpu_bias.dbias(prepare(tiles.dq), x.bias.shape, interpret)
+    dbias = bias_gradient.dbias(prepare(tiles.dq), x.bias.shape, interpret)
   return Operands(
     q=jnp.swapaxes(dq[:, :, :T], 1, 2),
     k=jnp.swapaxes(dk[:, :, :S], 1, 2),
@@ -127,7 +127,7 @@ def _tiles(spec: Spec, interpret: Any, x: Operands) -> Tiles:
   tiles = spec.blocks
   if not isinstance(tiles, Tiles):
     raise ValueError(
-      f"config: found {tiles!r}, expected a `tiling.Tiles` for mosaic_tpu"
+      f"config: found {tiles!r}, expected a `tpu_tile_sizes.Tiles` for mosaic_tpu"
     )
   if interpret:
     return tiles

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from kernels_pallas.common.lowering import (
+from kernels_pallas.common.target_platform import (
   BLACKWELL,
   HOPPER,
   NO_GPU_KERNELS,

@@ -91,7 +91,7 @@ def sample(
     UserError: logits are not finite, or `Growth.check`.
   """
   growth.check(options)
-  state = tree.beside(state, params)
+  state = tree.device_put_like(state, params)
   width = state.tokens.shape[1] - options.length
   state, looked, finite = _measured(denoiser, params, state, options, growth)
   sampler.checked(finite, "while the canvas's length was looked for")

@@ -156,7 +156,7 @@ def sample(
   Raises:
     UserError: logits are not finite.
   """
-  state = tree.beside(state, params)
+  state = tree.device_put_like(state, params)
   total, memory, one = state.tokens.shape[1], None, options.of_block
   ours = np.asarray(~state.fixed).any(0)
   for at in range(total - options.length, total, options.block):

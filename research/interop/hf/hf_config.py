@@ -13,7 +13,7 @@ from research.interop.hf import hf_experts_config, hf_llada, hf_llada2, hf_rope
 from research.interop.hf.hf_rope import KINDS
 from research.io.fields import Fields
 from research.nn import presets
-from research.nn.clock import Clock
+from research.nn.time_embedding import TimeEmbedding
 from research.typing import UserError
 
 FAMILIES = {
@@ -99,7 +99,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 CLOCK = "time_conditioning"
-"""Our own field of models that are told the time (`research.nn.clock`)."""
+"""Our own field of models that are told the time (`research.nn.time_embedding`)."""
 
 MAX_DEPTH = 4_096
 """Layers; what a file claims is written out one by one."""
@@ -260,7 +260,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
   )
 
 
-def _clock(fields: Fields | None) -> Clock | None:
+def _clock(fields: Fields | None) -> TimeEmbedding | None:
   """Returns how a model of ours is told the time, or None."""
   if fields is None:
     return None
@@ -268,7 +268,7 @@ def _clock(fields: Fields | None) -> Clock | None:
     name: fields.integer(name) for name in ("features", "hidden", "width")
   }
   try:
-    return Clock(
+    return TimeEmbedding(
       told=str(fields.get("told")),
       scale=fields.number("scale"),
       closed=fields.flag("closed"),

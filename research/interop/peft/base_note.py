@@ -126,7 +126,7 @@ def sample(base: Params) -> dict[str, str]:
 
 def _rows(base: Params) -> Iterator[tuple[list[str], Any, bool]]:
   """Yields (addresses, weight, whether it is no stack), embeddings apart."""
-  for path, x in wrap.leaves(tree.top(base)):
+  for path, x in wrap.leaves(tree.outer_params(base)):
     if path not in ("embed", "head") and not path.endswith("bias"):
       yield [path], x, True
   for prefix, layers in tree.layer_indices(base).items():

@@ -27,9 +27,9 @@ from research.interop.gguf import (
   gguf_types,
 )
 from research.interop.peft import peft
-from research.lora import plain, wrap
+from research.lora import lora_factors, wrap
+from research.lora.lora_factors import Factors
 from research.lora.merge import changes
-from research.lora.plain import Factors
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
 
@@ -128,7 +128,7 @@ def save(
   """
   if kind not in TYPES:
     raise UserError(f"gguf-adapter:{kind}: expected one of {', '.join(TYPES)}")
-  found, arch = plain.factors(params), architecture(model, hint)
+  found, arch = lora_factors.factors(params), architecture(model, hint)
   if model.tied and (both := {wrap.EMBEDDING, "head"} & set(found)):
     # It would take the embedding's factors for the head's too, and abort.
     raise UserError(
@@ -217,7 +217,7 @@ def load(
     )
   if not any(f.a.any() and f.b.any() for f in found.values()):
     raise UserError(f"{path}: the adapter changes nothing; A or B is zero")
-  return plain.wrapped(params, found)
+  return lora_factors.wrapped(params, found)
 
 
 def is_file(place: str | os.PathLike) -> bool:

@@ -278,7 +278,7 @@ def _with_whole(path, tensors, whole, params, model):
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
-  out = {p: tuple(w.shape) for p, w in wrap.leaves(tree.top(params))}
+  out = {p: tuple(w.shape) for p, w in wrap.leaves(tree.outer_params(params))}
   for prefix, layers in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
     for path, w in wrap.leaves(params[run][layer]):

@@ -57,7 +57,10 @@ def base_weights(
   PEFT's files name those by no module, so none is kept whole or adapted; nor
   what no file has but ours.
   """
-  rows, paths = hf.table(model), [p for p, _ in wrap.leaves(tree.top(params))]
+  rows, paths = (
+    hf.table(model),
+    [p for p, _ in wrap.leaves(tree.outer_params(params))],
+  )
   for prefix, layers in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
     for path, leaf in wrap.leaves(params[run][layer]):
@@ -164,7 +167,9 @@ def replace(params: Params, values: Mapping[str, np.ndarray]) -> Any:
   def top(path, leaf):
     return new(leaf, values[path]) if path in values else leaf
 
-  out = tree.map_paths(top, tree.top(params), is_leaf=weights.is_weight)
+  out = tree.map_paths(
+    top, tree.outer_params(params), is_leaf=weights.is_weight
+  )
   indices = tree.layer_indices(params)
   for run in tree.runs(params):
 

@@ -30,8 +30,8 @@ def read(
   """
   adapted = gguf_adapter.load_any(place, params, model)
   saved = () if gguf_adapter.is_file(place) else _saved(place)
-  before = tree.top(params)
-  for path, w in tree.top(adapted).items():
+  before = tree.outer_params(params)
+  for path, w in tree.outer_params(adapted).items():
     while isinstance(w, AdaptedTensor):
       w = w.w
     same = w is before[path] or _equal(w, before[path])

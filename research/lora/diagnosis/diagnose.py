@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float
 
-from research.lora import plain
+from research.lora import lora_factors
 from research.lora.to_lora import Energy
 from research.typing import Params, UserError
 
@@ -68,8 +68,8 @@ def diagnose(
 
 
 def _updates(params: Params) -> Iterator[tuple[str, Matrix, Matrix]]:
-  for path, t in plain.adapters(params).items():
-    w, d = plain.base(t), plain.update(t)
+  for path, t in lora_factors.adapters(params).items():
+    w, d = lora_factors.base(t), lora_factors.update(t)
     if w.ndim == 2:
       yield path, w, d
     else:
@@ -109,7 +109,7 @@ def mitigate(
   top: int = 10,
   threshold: float = 0.5,
   strength: float = 0.75,
-) -> tuple[dict[str, plain.Factors], dict[str, int]]:
+) -> tuple[dict[str, lora_factors.Factors], dict[str, int]]:
   """Returns plain adapters with weaker intruders, and their numbers.
 
   PEFT's `reduce_intruder_dimension`: each intruder of `w + d` is scaled by
@@ -123,10 +123,10 @@ def mitigate(
   """
   if not 0 <= strength <= 1:
     raise UserError(f"strength is {strength}, expected from 0 to 1")
-  found, tensors = plain.factors(params), plain.adapters(params)
+  found, tensors = lora_factors.factors(params), lora_factors.adapters(params)
   out, counts = {}, {}
   for path, f in found.items():
-    w = plain.base(tensors[path])
+    w = lora_factors.base(tensors[path])
     if w.ndim > 2:
       raise UserError(f"{path}: intruders of stacked experts stay as they are")
     u, s, v = np.linalg.svd(w + f.delta(), full_matrices=False)
@@ -139,7 +139,7 @@ def mitigate(
     weaker = np.float32(strength - 1) * (u[:, rows] * s[rows]) @ v[rows]
     u, s, v = np.linalg.svd((f.delta() + weaker) / np.float32(f.scale))
     root = np.sqrt(s[: f.rank])[:, None]
-    out[path] = plain.Factors(
+    out[path] = lora_factors.Factors(
       root * u[:, : f.rank].T, root * v[: f.rank], f.scale
     )
   return out, counts

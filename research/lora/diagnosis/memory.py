@@ -224,7 +224,7 @@ def _layer(objective, learned, frozen, batch, key) -> int:
 
   def first(part):
     one = jax.tree.map(lambda x: x[:1], part[run])
-    return tree.top(part) | {run: one}
+    return tree.outer_params(part) | {run: one}
 
   learned, frozen = jax.eval_shape(lambda *x: [*map(first, x)], learned, frozen)
   model = objective.model

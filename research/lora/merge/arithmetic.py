@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from research.lora.plain import Factors, decomposed, truncated
+from research.lora.lora_factors import Factors, decomposed, truncated
 from research.typing import PRNGKey, UserError
 
 Elect = Literal["total", "frequency"]

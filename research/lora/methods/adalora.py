@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.lora.low_rank import low_rank
-from research.lora.method import Method, normal, turned, wide, zeros
+from research.lora.method import (
+  Method,
+  contracts_output,
+  dense_fp32,
+  normal,
+  zeros,
+)
 from research.typing import UserError
 
 
@@ -65,10 +71,16 @@ class AdaLoRA(Method):
     ), {}
 
   def delta(self, p, w):
-    return self.scale * (wide(p["a"]).T * wide(p["e"])) @ wide(p["b"])
+    return (
+      self.scale
+      * (dense_fp32(p["a"]).T * dense_fp32(p["e"]))
+      @ dense_fp32(p["b"])
+    )
 
   def branch(self, eq, x, p, w):
-    first, second = (p["b"], p["a"]) if turned(eq) else (p["a"], p["b"])
+    first, second = (
+      (p["b"], p["a"]) if contracts_output(eq) else (p["a"], p["b"])
+    )
     return low_rank(x, first, second * (self.scale * p["e"])[:, None])
 
   def axes(self, names):

@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from research import sharding
-from research.lora.method import Method, turned, uniform, zeros
+from research.lora.method import Method, contracts_output, uniform, zeros
 from research.typing import UserError
 
 
@@ -48,7 +48,7 @@ class C3A(Method):
     return self._product(jnp.eye(w.shape[-2]), p["kernel"])
 
   def branch(self, eq, x, p, w):
-    if turned(eq):
+    if contracts_output(eq):
       return super().branch(eq, x, p, w)
     # There is no transform of 16-bit numbers.
     return self._product(x.astype(p["kernel"].dtype), p["kernel"]).astype(

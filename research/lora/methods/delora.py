@@ -10,7 +10,13 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from research.lora.low_rank import low_rank
-from research.lora.method import Method, turned, uniform, wide, zeros
+from research.lora.method import (
+  Method,
+  contracts_output,
+  dense_fp32,
+  uniform,
+  zeros,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,13 +43,13 @@ class DeLoRA(Method):
       b=zeros(self.rank, place.size_out),
       l=jnp.full((1,), self.alpha, jnp.float32),
     )
-    return trained, {"n": jnp.linalg.norm(wide(w), axis=1)}
+    return trained, {"n": jnp.linalg.norm(dense_fp32(w), axis=1)}
 
   def _factors(self, p):
     """Returns what is multiplied: `[r, in]` and `[r, out]`."""
-    a, b = wide(p["a"]), wide(p["b"])
-    scale = wide(p["l"]) / (self.rank * _length(a) * _length(b))
-    return a * wide(p["n"]), b * scale
+    a, b = dense_fp32(p["a"]), dense_fp32(p["b"])
+    scale = dense_fp32(p["l"]) / (self.rank * _length(a) * _length(b))
+    return a * dense_fp32(p["n"]), b * scale
 
   def delta(self, p, w):
     a, b = self._factors(p)
@@ -51,7 +57,7 @@ class DeLoRA(Method):
 
   def branch(self, eq, x, p, w):
     a, b = self._factors(p)
-    return low_rank(x, b, a) if turned(eq) else low_rank(x, a, b)
+    return low_rank(x, b, a) if contracts_output(eq) else low_rank(x, a, b)
 
   def axes(self, names):
     return dict(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from research import weights
-from research.lora.method import turned, wide
+from research.lora.method import contracts_output, dense_fp32
 from research.lora.methods.lora import LoRA
 
 
@@ -54,8 +54,8 @@ class DoRA(LoRA):
     (all of it, or more: fp32 has then a square below 0). Where a quarter is
     left two bits are lost.
     """
-    a, b = wide(p["a"]), wide(p["b"])
-    base = jnp.sum(jnp.square(wide(w)), 0)
+    a, b = dense_fp32(p["a"]), dense_fp32(p["b"])
+    base = jnp.sum(jnp.square(dense_fp32(w)), 0)
     mixed = jnp.sum(weights.einsum("...i,io->...o", a, w) * b, 0)
     own = jnp.einsum("ro,rq,qo->o", b, a @ a.T, b)
     terms = base + self.scale**2 * own
@@ -64,21 +64,21 @@ class DoRA(LoRA):
 
   def _direct(self, p, w):
     """Returns squared norms, a sum of squares of the matrix."""
-    return jnp.sum(jnp.square(wide(w) + super().delta(p, w)), 0)
+    return jnp.sum(jnp.square(dense_fp32(w) + super().delta(p, w)), 0)
 
   def _gain(self, p, w, each=lambda f: f):
     norm = self._norm(p, w, each)
     # An output of zeros is 0 whatever its gain; with 1 it can learn.
     some = norm > 0
-    return jnp.where(some, wide(p["m"]) / jnp.where(some, norm, 1), 1)
+    return jnp.where(some, dense_fp32(p["m"]) / jnp.where(some, norm, 1), 1)
 
   def delta(self, p, w):
     g = self._gain(p, w)
-    return (g - 1) * wide(w) + g * super().delta(p, w)
+    return (g - 1) * dense_fp32(w) + g * super().delta(p, w)
 
   def einsum(self, eq, x, dropped, p, w):
     g = self._gain(p, w)
-    if turned(eq):
+    if contracts_output(eq):
       scaled = (x * g).astype(x.dtype)
       y = weights.einsum(eq, scaled, w)
       if dropped is x:

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from research.lora.draws import drawn_places
-from research.lora.method import Formed, wide, zeros
+from research.lora.method import DenseDelta, dense_fp32, zeros
+from research.lora.torch_rng import drawn_places
 from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FourierFT(Formed):
+class FourierFT(DenseDelta):
   """The real part of the inverse transform of `spectrum`, times `scaling`.
 
   Attributes:
@@ -43,7 +43,9 @@ class FourierFT(Formed):
         f"{size_in * size_out}, the entries of the matrix"
       )
     places = drawn_places(self.seed, size_in * size_out, self.frequencies)
-    full = jnp.zeros(size_out * size_in).at[places].set(wide(p["spectrum"]))
+    full = (
+      jnp.zeros(size_out * size_in).at[places].set(dense_fp32(p["spectrum"]))
+    )
     update = jnp.fft.ifft2(full.reshape(size_out, size_in)).real
     return self.scaling * update.T
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from research.lora.method import Method, turned, uniform, zeros
+from research.lora.method import Method, contracts_output, uniform, zeros
 from research.typing import UserError
 
 
@@ -48,7 +48,7 @@ class GraLoRA(Method):
     return self._product(jnp.eye(w.shape[-2]), p)
 
   def branch(self, eq, x, p, w):
-    if turned(eq):
+    if contracts_output(eq):
       return super().branch(eq, x, p, w)
     return self._product(x, p)
 

@@ -7,11 +7,11 @@ full rank; zeros of the base stay zero.
 import dataclasses
 from typing import ClassVar
 
-from research.lora.method import Formed, uniform, wide, zeros
+from research.lora.method import DenseDelta, dense_fp32, uniform, zeros
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HiRA(Formed):
+class HiRA(DenseDelta):
   """`a [r, in]`, `b [r, out]`; no scale. Forms `aᵀb` in every step."""
 
   rank: int = 32
@@ -27,7 +27,7 @@ class HiRA(Formed):
     return {"a": a, "b": zeros(self.rank, place.size_out)}, {}
 
   def delta(self, p, w):
-    return wide(w) * (wide(p["a"]).T @ wide(p["b"]))
+    return dense_fp32(w) * (dense_fp32(p["a"]).T @ dense_fp32(p["b"]))
 
   def axes(self, names):
     return {"a": (None, names[0]), "b": (None, names[1])}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from research import weights
-from research.lora.method import Method, turned, wide
+from research.lora.method import Method, contracts_output, dense_fp32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,12 @@ class IA3(Method):
     return {"l": jnp.ones(size, jnp.float32)}, {}
 
   def delta(self, p, w):
-    l = wide(p["l"]) - 1
-    return wide(w) * (l[:, None] if self.by_input else l)
+    l = dense_fp32(p["l"]) - 1
+    return dense_fp32(w) * (l[:, None] if self.by_input else l)
 
   def einsum(self, eq, x, dropped, p, w):
     l = p["l"].astype(x.dtype)
-    if self.by_input != turned(eq):
+    if self.by_input != contracts_output(eq):
       return weights.einsum(eq, x * l, w)
     return checkpoint_name(weights.einsum(eq, x, w), "unscaled") * l
 

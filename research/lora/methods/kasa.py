@@ -11,7 +11,7 @@ import jax
 from research import weights
 from research.lora.diagnosis import spectrum
 from research.lora.low_rank import low_rank
-from research.lora.method import Method, normal, turned, wide
+from research.lora.method import Method, contracts_output, dense_fp32, normal
 from research.lora.methods.lora import LoRA
 from research.typing import UserError
 
@@ -53,7 +53,7 @@ class KaSA(LoRA):
         f"KaSA: rank is {self.rank}, expected less than {min(w.shape)}, a "
         "side of the matrix"
       )
-    u, s, v = spectrum.smallest(wide(w), self.rank)
+    u, s, v = spectrum.smallest(dense_fp32(w), self.rank)
     return {"a0": (u * s).T, "b0": v}
 
   def _terms(self, p):
@@ -63,11 +63,11 @@ class KaSA(LoRA):
 
   def delta(self, p, w):
     (a, b), (a0, b0) = self._terms(p)
-    return wide(a).T @ wide(b) - wide(a0).T @ wide(b0)
+    return dense_fp32(a).T @ dense_fp32(b) - dense_fp32(a0).T @ dense_fp32(b0)
 
   def einsum(self, eq, x, dropped, p, w):
     (a, b), (a0, b0) = self._terms(p)
-    if turned(eq):
+    if contracts_output(eq):
       a, b, a0, b0 = b, a, b0, a0
     base = weights.einsum(eq, x, w) - low_rank(x, a0, b0)
     return base + low_rank(dropped, a, b)

@@ -9,14 +9,14 @@ from typing import ClassVar
 
 import jax
 
-from research.lora.method import Formed, uniform, wide, zeros
+from research.lora.method import DenseDelta, dense_fp32, uniform, zeros
 
 NAMES = {"b1": "w1_a", "a1": "w1_b", "b2": "w2_a", "a2": "w2_b"}
 """Ours -> PEFT's; those whose input is the rank are turned."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoHa(Formed):
+class LoHa(DenseDelta):
   """`s (a1ᵀb1) * (a2ᵀb2)`, `a [r, in]`, `b [r, out]`, `s = alpha / r`."""
 
   alpha: float = 8.0
@@ -36,8 +36,8 @@ class LoHa(Formed):
     ), {}
 
   def delta(self, p, w):
-    one = wide(p["a1"]).T @ wide(p["b1"])
-    other = wide(p["a2"]).T @ wide(p["b2"])
+    one = dense_fp32(p["a1"]).T @ dense_fp32(p["b1"])
+    other = dense_fp32(p["a2"]).T @ dense_fp32(p["b2"])
     return self.alpha / self.rank * one * other
 
   def axes(self, names):

@@ -10,7 +10,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from research.lora.method import Formed, Method, turned, uniform, wide, zeros
+from research.lora.method import (
+  DenseDelta,
+  Method,
+  contracts_output,
+  dense_fp32,
+  uniform,
+  zeros,
+)
 from research.typing import UserError
 
 FEW = 16
@@ -37,7 +44,7 @@ def factors(size: int, factor: int) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoKr(Formed):
+class LoKr(DenseDelta):
   """`s = alpha / r`, also where no factor is of low rank.
 
   Attributes:
@@ -90,8 +97,8 @@ class LoKr(Formed):
 
   def _factor(self, p, name):
     if name in p:
-      return wide(p[name])
-    return wide(p[f"{name}_a"]).T @ wide(p[f"{name}_b"])
+      return dense_fp32(p[name])
+    return dense_fp32(p[f"{name}_a"]).T @ dense_fp32(p[f"{name}_b"])
 
   def delta(self, p, w):
     one, two = self._factor(p, "w1"), self._factor(p, "w2")
@@ -106,7 +113,7 @@ class LoKr(Formed):
     if not _few(x):
       return super().branch(eq, x, p, w)
     one, two = (self._factor(p, n).astype(x.dtype) for n in ("w1", "w2"))
-    if turned(eq):
+    if contracts_output(eq):
       one, two = one.T, two.T
     x = x.reshape(*x.shape[:-1], one.shape[0], two.shape[0])
     y = jnp.einsum("...mn,nk,ml->...lk", x, two, one)

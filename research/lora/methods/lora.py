@@ -12,7 +12,14 @@ import jax.numpy as jnp
 
 from research import weights
 from research.lora.low_rank import low_rank
-from research.lora.method import Method, normal, turned, uniform, wide, zeros
+from research.lora.method import (
+  Method,
+  contracts_output,
+  dense_fp32,
+  normal,
+  uniform,
+  zeros,
+)
 from research.typing import UserError
 
 KEYS = {
@@ -83,10 +90,12 @@ class LoRA(Method):
     return {"a": a, "b": b}, {}
 
   def delta(self, p, w):
-    return self.scale * (wide(p["a"]).T @ wide(p["b"]))
+    return self.scale * (dense_fp32(p["a"]).T @ dense_fp32(p["b"]))
 
   def branch(self, eq, x, p, w):
-    first, second = (p["b"], p["a"]) if turned(eq) else (p["a"], p["b"])
+    first, second = (
+      (p["b"], p["a"]) if contracts_output(eq) else (p["a"], p["b"])
+    )
     # The scale rides on a thin factor, never on the wide output.
     second = second * jnp.asarray(self.scale, second.dtype)
     return low_rank(x, first, second)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from research.lora.method import Method, turned, wide, zeros
+from research.lora.method import Method, contracts_output, dense_fp32, zeros
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,10 @@ class MiSS(Method):
 
   def delta(self, p, w):
     n = w.shape[-2]
-    return jnp.tile(wide(p["d"]), (-(-n // self.rank), 1))[:n]
+    return jnp.tile(dense_fp32(p["d"]), (-(-n // self.rank), 1))[:n]
 
   def branch(self, eq, x, p, w):
-    if turned(eq):
+    if contracts_output(eq):
       return super().branch(eq, x, p, w)
     pad = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % self.rank)]
     x = jnp.pad(x, pad).reshape(*x.shape[:-1], -1, self.rank)

@@ -10,7 +10,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from research import sharding
-from research.lora.method import Method, turned, wide, zeros
+from research.lora.method import Method, contracts_output, dense_fp32, zeros
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,10 @@ class MoRA(Method):
     return {"m": zeros(side, side)}, {}
 
   def delta(self, p, w):
-    return self._product(jnp.eye(w.shape[-2]), wide(p["m"]), w.shape[-1])
+    return self._product(jnp.eye(w.shape[-2]), dense_fp32(p["m"]), w.shape[-1])
 
   def branch(self, eq, x, p, w):
-    if turned(eq):
+    if contracts_output(eq):
       return super().branch(eq, x, p, w)
     return self._product(x, p["m"].astype(x.dtype), w.shape[-1])
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from research.lora.method import turned, uniform, wide, zeros
+from research.lora.method import contracts_output, dense_fp32, uniform, zeros
 from research.lora.methods.lora import LoRA
 from research.typing import UserError
 
@@ -56,7 +56,7 @@ class QALoRA(LoRA):
     return jnp.repeat(super().delta(p, w) * self._factor(p), self.group, 0)
 
   def branch(self, eq, x, p, w):
-    if not turned(eq):
+    if not contracts_output(eq):
       return super().branch(eq, self._pooled(x, p), p, w)
     y = super().branch(eq, x, p, w) * self._factor(p)
     return jnp.repeat(y, self.group, -1)
@@ -105,7 +105,7 @@ def merged_offsets(t: Any) -> Any:
       f"{size}"
     )
   scale = method.scale * method._factor(t.arrays)
-  a, b = wide(t.arrays["a"]), wide(t.arrays["b"])
+  a, b = dense_fp32(t.arrays["a"]), dense_fp32(t.arrays["b"])
   moved = scale * jnp.einsum("...rg,...ro->...go", a, b)
   moved = jnp.repeat(moved, method.group // size, -2)
   new = (offset.astype(jnp.float32) + moved).astype(offset.dtype)

@@ -10,7 +10,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from research.lora.method import Method, turned, uniform, wide, zeros
+from research.lora.method import (
+  Method,
+  contracts_output,
+  dense_fp32,
+  uniform,
+  zeros,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +66,7 @@ class RandLoRA(Method):
 
   def _factors(self, p):
     """Returns `[q, in]` and `[q, out]`, q = n r, whose product is added."""
-    l, g, a, b = (wide(p[name]) for name in "lgab")
+    l, g, a, b = (dense_fp32(p[name]) for name in "lgab")
     # Their order of a base and a rank differs between the factors in PEFT,
     # which pairs other columns of b with l than the equation does.
     small = (l[:, :, None] * a[:, None] * g).reshape(-1, g.shape[-1])
@@ -77,7 +83,7 @@ class RandLoRA(Method):
 
   def branch(self, eq, x, p, w):
     a, b = (f.astype(x.dtype) for f in self._product(p, w))
-    if turned(eq):
+    if contracts_output(eq):
       a, b = b, a
     return jnp.einsum("...i,qi->...q", x, a) @ b
 

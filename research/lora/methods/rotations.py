@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.lora.method import Method, normal, turned, wide, zeros
+from research.lora.method import (
+  Method,
+  contracts_output,
+  dense_fp32,
+  normal,
+  zeros,
+)
 from research.typing import UserError
 
 
@@ -36,12 +42,12 @@ class Rotation(Method):
     return 1
 
   def delta(self, p, w):
-    w = wide(w)
+    w = dense_fp32(w)
     return self.back(w.T, p).T * self.gain(p) - w
 
   def einsum(self, eq, x, dropped, p, w):
     p = {name: y.astype(x.dtype) for name, y in p.items()}
-    if turned(eq):
+    if contracts_output(eq):
       return self.back(weights.einsum(eq, x * self.gain(p), w), p)
     return weights.einsum(eq, self.turn(x, p), w) * self.gain(p)
 
@@ -269,7 +275,7 @@ class HRA(Rotation):
     return {"u": jnp.repeat(half, 2, axis=0)}, {}
 
   def _reflected(self, x, p, order):
-    u = wide(p["u"])
+    u = dense_fp32(p["u"])
     u = (u / jnp.linalg.norm(u, axis=1, keepdims=True)).astype(x.dtype)
     for i in order:
       x = x - 2 * jnp.einsum("...i,i->...", x, u[i])[..., None] * u[i]

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.lora.draws import drawn_places
-from research.lora.method import Formed, wide, zeros
+from research.lora.method import DenseDelta, dense_fp32, zeros
+from research.lora.torch_rng import drawn_places
 from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SHiRA(Formed):
+class SHiRA(DenseDelta):
   """As many entries as LoRA of that rank has: `r (in + out)`; no scale.
 
   Attributes:
@@ -48,7 +48,7 @@ class SHiRA(Formed):
     size_in, size_out = w.shape[-2:]
     flat = jnp.zeros(size_in * size_out, p["values"].dtype)
     # Places count [in, out] row by row.
-    flat = flat.at[p["places"]].add(wide(p["values"]))
+    flat = flat.at[p["places"]].add(dense_fp32(p["values"]))
     return flat.reshape(size_in, size_out)
 
   def axes(self, names):

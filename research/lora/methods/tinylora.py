@@ -12,7 +12,13 @@ import jax.numpy as jnp
 
 from research.lora.diagnosis import spectrum
 from research.lora.low_rank import low_rank
-from research.lora.method import Method, normal, turned, wide, zeros
+from research.lora.method import (
+  Method,
+  contracts_output,
+  dense_fp32,
+  normal,
+  zeros,
+)
 from research.typing import UserError
 
 _ORDER = (
@@ -64,22 +70,22 @@ class TinyLoRA(Method):
         f"TinyLoRA: found {what}, expected a linear layer and at most rank "
         f"{least}, a side of the matrix"
       )
-    u, s, v = spectrum.largest(wide(w), self.rank)
+    u, s, v = spectrum.largest(dense_fp32(w), self.rank)
     root = jnp.sqrt(s)[:, None]
     p = normal(key, (self.size, self.rank, self.rank), self.rank**-0.5)
     return {"v": zeros(self.size)}, {"a": root * u.T, "b": root * v, "p": p}
 
   def _mixed(self, p):
     """Returns b after the mixture."""
-    mixture = jnp.tensordot(wide(p["v"]), wide(p["p"]), 1)
-    return mixture.T @ wide(p["b"])
+    mixture = jnp.tensordot(dense_fp32(p["v"]), dense_fp32(p["p"]), 1)
+    return mixture.T @ dense_fp32(p["b"])
 
   def delta(self, p, w):
-    return wide(p["a"]).T @ self._mixed(p)
+    return dense_fp32(p["a"]).T @ self._mixed(p)
 
   def branch(self, eq, x, p, w):
     a, b = p["a"], self._mixed(p)
-    return low_rank(x, b, a) if turned(eq) else low_rank(x, a, b)
+    return low_rank(x, b, a) if contracts_output(eq) else low_rank(x, a, b)
 
   def rows(self, ids, p, w):
     return jnp.einsum("r...,rd->...d", p["a"][:, ids], self._mixed(p))

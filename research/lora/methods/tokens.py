@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 
 from research import weights
-from research.lora.method import Method, turned, wide
+from research.lora.method import Method, contracts_output, dense_fp32
 from research.typing import UserError
 
 KEY, WITHIN = "trainable_tokens_delta", "token_adapter."
@@ -65,7 +65,11 @@ class Tokens(Method):
 
   def _given(self, w):
     ids = jnp.asarray(self.ids)
-    return wide(weights.take(w, ids)) if self.side == "in" else wide(w).T[ids]
+    return (
+      dense_fp32(weights.take(w, ids))
+      if self.side == "in"
+      else dense_fp32(w).T[ids]
+    )
 
   def _moves(self, p, w):
     return p["rows"] - self._given(w)
@@ -79,7 +83,7 @@ class Tokens(Method):
 
   def branch(self, eq, x, p, w):
     ids, moves = jnp.asarray(self.ids), self._moves(p, w).astype(x.dtype)
-    if turned(eq) == (self.side == "out"):
+    if contracts_output(eq) == (self.side == "out"):
       return x[..., ids] @ moves
     count = w.shape[-1] if self.side == "out" else w.shape[-2]
     out = jnp.zeros((*x.shape[:-1], count), x.dtype)

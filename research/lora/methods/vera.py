@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from research.lora.method import Method, turned, uniform, wide, zeros
+from research.lora.method import (
+  Method,
+  contracts_output,
+  dense_fp32,
+  uniform,
+  zeros,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,12 +60,12 @@ class VeRA(Method):
     return {"d": d, "l": zeros(place.size_out)}, {"a": a, "b": b}
 
   def delta(self, p, w):
-    d, a, b = (wide(p[name]) for name in "dab")
-    return (a.T * d) @ b * wide(p["l"])
+    d, a, b = (dense_fp32(p[name]) for name in "dab")
+    return (a.T * d) @ b * dense_fp32(p["l"])
 
   def branch(self, eq, x, p, w):
     d, l, a, b = (p[name].astype(x.dtype) for name in "dlab")
-    if turned(eq):
+    if contracts_output(eq):
       return jnp.einsum("...o,ro->...r", x * l, b) * d @ a
     z = checkpoint_name(jnp.einsum("...i,ri->...r", x, a), "thin")
     return checkpoint_name(z * d @ b, "unscaled") * l

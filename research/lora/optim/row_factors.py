@@ -46,7 +46,7 @@ def of(params: Params, rank: int) -> dict[str, Any]:
       "rows of a batch share.\nUse the adapter alone, or merge it."
     )
   found = {}
-  for path, leaf in _adapted(tree.top(params)):
+  for path, leaf in _adapted(tree.outer_params(params)):
     found[path] = _factored(path, leaf, rank)
   for prefix, layers in tree.layer_indices(params).items():
     run, layer = prefix.split("/")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import grouped_matmul
 from research import weights
-from research.lora.method import turned
+from research.lora.method import contracts_output
 from research.typing import Array, Float, Int, PRNGKey, Shaped, UserError
 
 NONE = -1
@@ -51,7 +51,9 @@ class BatchedTensor(weights.WrappedWeight):
     y = weights.einsum(eq, x, self.w)
     if self.ids is None:
       return y
-    first, second = (self.b, self.a) if turned(eq) else (self.a, self.b)
+    first, second = (
+      (self.b, self.a) if contracts_output(eq) else (self.a, self.b)
+    )
     rows = self._rows(x)
     flat = x.reshape(rows, -1, x.shape[-1])
     return y + added(flat, first, second, self.ids).reshape(y.shape)

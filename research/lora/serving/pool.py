@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from research.lora import adapt
 from research.lora.optim import row_factors
 from research.lora.optim.row_factors import Factors
-from research.lora.serving import slots as slots_of
+from research.lora.serving import adapter_slots as slots_of
 from research.lora.serving.batched import NONE
 from research.nn.transformer import Transformer
 from research.typing import Array, Int, Params, UserError

@@ -1,6 +1,6 @@
 """Keys and values of what was read."""
 
-from research.nn.cache.cache import (
+from research.nn.cache.kv_cache import (
   Cache,
   LayerCache,
   Slots,

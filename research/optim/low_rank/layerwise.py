@@ -31,8 +31,11 @@ import optax
 
 from research import tree, weights
 from research.optim import muon, optim, ranges
+from research.optim.low_rank.projected_grad_weight import (
+  ProjectedGradWeight,
+  Rule,
+)
 from research.optim.low_rank.projectors import Every, Storage, Whole
-from research.optim.low_rank.seen import Rule, Seen
 from research.optim.low_rank.subspace import Projection
 from research.typing import Array, UserError
 
@@ -208,7 +211,7 @@ def _gradients(parts, loss, trainable, state, first):
       lead = _lead(path, w)
       keys = jax.random.split(own, lead) if lead else own
       held = _at(state.projector, path)
-      return Seen(w, *slots[path], held, due[path], keys, rule)
+      return ProjectedGradWeight(w, *slots[path], held, due[path], keys, rule)
 
     return tree.map_paths(one, params, movable)
 

@@ -16,12 +16,12 @@ import numpy as np
 
 from research import tree, weights
 from research.nn.transformer import Transformer
-from research.quant import rules
+from research.quant import quantize_by_rules
 from research.quant.algorithms.calibrate import Calibration, OfModel
 from research.quant.format import Format
-from research.quant.methods import Method, Nearest
+from research.quant.methods import Method, RoundToNearest
+from research.quant.quantize_by_rules import Quantization, Rule
 from research.quant.reports import Report, compare
-from research.quant.rules import Quantization, Rule
 from research.typing import Float, Params, PRNGKey, UserError
 
 Choice = tuple[float, float]
@@ -172,7 +172,7 @@ class Allocation(OfModel):
   formats: tuple[Format, ...]
   bits: float
   unit: str = r"^layers/\d+/"
-  method: Method = Nearest()
+  method: Method = RoundToNearest()
   calibration: Calibration | None = None
   probe: Calibration = Calibration(windows=4, seed=1)
   model: Any = None
@@ -184,7 +184,7 @@ class Allocation(OfModel):
     return self.run(params)[0]
 
   def run(
-    self, params: Params, say: rules.Say = lambda text: None
+    self, params: Params, say: quantize_by_rules.Say = lambda text: None
   ) -> tuple[dict[str, Any], Report]:
     """Returns `params`, packed, and what became of each matrix.
 
@@ -213,7 +213,7 @@ class Allocation(OfModel):
   def units(self, params: Params) -> dict[str, list[str]]:
     """Returns the addresses of each unit's matrices."""
     out: dict[str, list[str]] = {}
-    for address, _ in rules.named(params):
+    for address, _ in quantize_by_rules.named(params):
       text = re.search(self.unit, address)
       if text:
         out.setdefault(text.group(), []).append(address)
@@ -222,7 +222,10 @@ class Allocation(OfModel):
     return out
 
   def measured(
-    self, params: Params, units: Mapping[str, Sequence[str]], say: rules.Say
+    self,
+    params: Params,
+    units: Mapping[str, Sequence[str]],
+    say: quantize_by_rules.Say,
   ) -> dict[str, list[Choice]]:
     """Returns (bits, divergence) of each unit in each format."""
     tokens = self.probe.read(self.tokenizer).tokens
@@ -259,9 +262,9 @@ def held(params: Params) -> dict[str, Any]:
   layers = {
     f"layers/{i}/{path}": w
     for i, layer in enumerate(tree.layers(params))
-    for path, w in rules.matrices(layer).items()
+    for path, w in quantize_by_rules.matrices(layer).items()
   }
-  top = tree.top(params)
+  top = tree.outer_params(params)
   return layers | {k: top[k] for k in ("embed", "head") if k in top}
 
 
@@ -277,5 +280,5 @@ def replaced(
     )
     for i, layer in enumerate(tree.layers(params))
   ]
-  outside = {k: every.get(k, w) for k, w in tree.top(params).items()}
+  outside = {k: every.get(k, w) for k, w in tree.outer_params(params).items()}
   return tree.stack(outside, layers, model.layer_kinds())

@@ -8,7 +8,7 @@ the layer's new parameters, and goes on with what those put out:
 
 `Inputs.seen` measures through `research.taps`, one matrix or a few at a time;
 what does not lead to these is never computed, and what led to those seen before
-is not computed again (`research.quant.replay`).
+is not computed again (`research.quant.activation_cache`).
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from research import taps, tree, weights
 from research.data.sources import Documents, PydocTopics
 from research.nn.block import Block
 from research.nn.transformer import Transformer
-from research.quant import replay
-from research.quant.algorithms import drift
+from research.quant import activation_cache
+from research.quant.algorithms import error_propagation
 from research.taps.statistics import Gradient, Statistic
 from research.text import special_tokens
 from research.typing import Array, Float, Int, Params, UserError
 
-Seen = dict[str, dict[str, Array]]
+InputStats = dict[str, dict[str, Array]]
 """path of a weight in its layer -> its statistic's arrays."""
 
 
@@ -138,7 +138,7 @@ class Inputs:
   block: Block
   x: Float[Array, "N T D"]
   batch: int
-  memory: dict[str, replay.Held] = dataclasses.field(
+  memory: dict[str, activation_cache.Held] = dataclasses.field(
     default_factory=dict, init=False, compare=False, repr=False
   )
 
@@ -150,17 +150,17 @@ class Inputs:
 
   def outputs(self, params: Params) -> Float[Array, "N T D"]:
     """Returns what the layer makes of all rows."""
-    held = replay.valid(self.memory, params)
+    held = activation_cache.valid(self.memory, params)
     return jnp.concatenate(
       [
-        outputs(self.block, replay.replayed(params, held, k), x)
+        outputs(self.block, activation_cache.replayed(params, held, k), x)
         for k, x in enumerate(self.batches())
       ]
     )
 
   def seen(
     self, params: Params, paths: Sequence[str], statistic: Statistic
-  ) -> Seen:
+  ) -> InputStats:
     """Returns a statistic of the inputs of some of the layer's weights.
 
     Args:
@@ -169,18 +169,22 @@ class Inputs:
       statistic: see `research.taps.statistics`.
     """
     # What is replayed leads back to nothing: gradients need all of it.
-    held = replay.valid(self.memory, params)
+    held = activation_cache.valid(self.memory, params)
     held = {} if isinstance(statistic, Gradient) else held
-    keep = tuple(p for p in replay.keepable(params, paths) if p not in held)
+    keep = tuple(
+      p for p in activation_cache.keepable(params, paths) if p not in held
+    )
     total: Any = None
     rows: list[dict[str, Array]] = []
     for k, x in enumerate(self.batches()):
-      given = replay.replayed(params, held, k)
+      given = activation_cache.replayed(params, held, k)
       found, kept = seen(self.block, given, x, tuple(paths), statistic, keep)
       total = found if total is None else _joined(total, found, statistic)
       rows.append(kept)
     for path in keep:
-      self.memory[path] = replay.Held(params, [kept[path] for kept in rows])
+      self.memory[path] = activation_cache.Held(
+        params, [kept[path] for kept in rows]
+      )
     return total
 
 
@@ -222,8 +226,10 @@ def walk(
     out.append(new)
     if i + 1 < len(layers):
       used = {"new": new, "old": layer}.get(follow)
-      x = inputs.outputs(drift.paired(layer, new) if used is None else used)
-  return tree.stack(tree.top(params), out, kinds)
+      x = inputs.outputs(
+        error_propagation.paired(layer, new) if used is None else used
+      )
+  return tree.stack(tree.outer_params(params), out, kinds)
 
 
 def embedded(
@@ -258,7 +264,7 @@ def seen(
   paths: tuple[str, ...],
   statistic: Statistic,
   keep: tuple[str, ...] = (),
-) -> tuple[Seen, dict[str, Float[Array, "B T I"]]]:
+) -> tuple[InputStats, dict[str, Float[Array, "B T I"]]]:
   """Returns a statistic of what some weights of a layer multiply; `Inputs`.
 
   And, of those of them that are to be kept, this itself.
@@ -270,16 +276,21 @@ def seen(
     return outputs(block, layer, x).astype(jnp.float32).sum()
 
   addresses = {f"layers/0/{path}": path for path in paths}
-  both = replay.WithRows(statistic, *x.shape[:2]) if keep else statistic
+  both = (
+    activation_cache.WithRows(statistic, *x.shape[:2]) if keep else statistic
+  )
   found = taps.collect(loss, run, both, addresses=addresses)
   found = taps.by_address(run, found)
   if missing := addresses.keys() - found.keys():
     raise UserError(f"calibration: {sorted(missing)[0]} is no matrix")
   out = {path: dict(found[address]) for address, path in addresses.items()}
-  rows = {path: arrays.pop(replay.ROWS, None) for path, arrays in out.items()}
+  rows = {
+    path: arrays.pop(activation_cache.ROWS, None)
+    for path, arrays in out.items()
+  }
   return out, {path: rows[path].astype(x.dtype) for path in keep}
 
 
 @functools.partial(jax.jit, static_argnames=("statistic",))
-def _joined(a: Seen, b: Seen, statistic: Statistic) -> Seen:
+def _joined(a: InputStats, b: InputStats, statistic: Statistic) -> InputStats:
   return {path: statistic.join(a[path], b[path]) for path in a}

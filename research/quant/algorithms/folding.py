@@ -99,7 +99,7 @@ def map_layers(
     model: whose blocks tell heads and norms.
     params: its parameters.
   """
-  out = tree.top(params)
+  out = tree.outer_params(params)
   for name, _, blocks in model.stack.runs(params):
     out[name] = {}
     for j, block in enumerate(blocks):

@@ -64,7 +64,7 @@ class GPTQ:
       `"zero"` as in the authors' code, which later inputs may miss.
     clip: a search for narrower grids, or None.
     drift: share of the inputs' drift that is made up for, 0 to 1; see
-      `research.quant.algorithms.drift`.
+      `research.quant.algorithms.error_propagation`.
   """
 
   order: Literal["natural", "activations", "groups"] = "groups"

@@ -24,12 +24,17 @@ import jax.numpy as jnp
 
 from research.quant import methods
 from research.quant.format import Format
-from research.quant.methods import Compensated, Method, Nearest, Seen
+from research.quant.methods import (
+  GPTQMethod,
+  InputStats,
+  Method,
+  RoundToNearest,
+)
 from research.typing import Array, Float, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Apart:
+class KeepOutlierRows:
   """A method that leaves some rows as they are.
 
   Attributes:
@@ -38,14 +43,14 @@ class Apart:
     dtype: that they are stored in.
   """
 
-  method: Method = Nearest()
+  method: Method = RoundToNearest()
   rows: int = 4
   dtype: str = "float16"
 
   def __post_init__(self):
     if self.rows < 1:
       raise UserError(f"Apart: rows is {self.rows}, expected 1 or more")
-    if isinstance(self.method, Compensated) and self.method.options.drift:
+    if isinstance(self.method, GPTQMethod) and self.method.options.drift:
       raise UserError("Apart: GPTQ.drift moves rows, expected 0")
 
   @property
@@ -71,9 +76,11 @@ class Apart:
   def apart(
     self,
     ws: Sequence[Float[Array, "I O"]],
-    seen: Seen | None,
+    seen: InputStats | None,
     format: Format,
-  ) -> tuple[list[Float[Array, "I O"]], list[dict[str, Any]], Seen | None]:
+  ) -> tuple[
+    list[Float[Array, "I O"]], list[dict[str, Any]], InputStats | None
+  ]:
     """Returns matrices with rows of 0, their outliers, inputs without them."""
     cost = sum(costs(w, seen, format) for w in ws)
     rows = jnp.sort(jax.lax.top_k(cost, self.rows)[1]).astype(jnp.int32)
@@ -86,7 +93,7 @@ class Apart:
 
 
 def costs(
-  w: Float[Array, "I O"], seen: Seen | None, format: Format
+  w: Float[Array, "I O"], seen: InputStats | None, format: Format
 ) -> Float[Array, " I"]:
   """Returns what rounding each row costs; without inputs, of equal ones."""
   error = format.decode(format.encoded(w)) - w

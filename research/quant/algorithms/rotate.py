@@ -8,7 +8,7 @@ feed-forward by a Hadamard matrix, which alone is applied as the model runs,
 fast. Rotated activations have no outliers, and so few bits serve them.
 
 All is computed in float64 and cast at the end. The head of a model with tied
-embeddings is no longer the embedding: `research.quant.untied` is both.
+embeddings is no longer the embedding: `research.quant.untied_embedding` is both.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from research.quant.activations import InputTensor, Op
 from research.quant.algorithms import folding
 from research.quant.algorithms.folding import Flat
 from research.quant.numerics import hadamard
-from research.quant.untied import Untied
+from research.quant.untied_embedding import Untied
 from research.typing import (
   Array,
   Float,

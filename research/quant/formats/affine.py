@@ -15,7 +15,7 @@ import numpy as np
 
 from research.quant.format import Format, Parts, Plain
 from research.quant.layouts import packing
-from research.quant.numerics import exact
+from research.quant.numerics import exact_division
 from research.typing import Array, Float, Shaped, UInt8, UserError
 
 RULES = {
@@ -101,7 +101,7 @@ class Affine(Format):
     # Of any numbers: here 0 is a code either way.
     ends = (-1.0, 1.0) if self.zero == "int" else (0.0, float(self.top))
     low, high = jnp.where(empty, ends[0], low), jnp.where(empty, ends[1], high)
-    scale = self._stored(exact.divided(high - low, self.top))
+    scale = self._stored(exact_division.divided(high - low, self.top))
     zero = -low / scale
     if self.zero == "float":
       zero = zero.astype(self.scale_dtype).astype(jnp.float32)
@@ -115,9 +115,9 @@ class Affine(Format):
       extreme = jnp.take_along_axis(w, first, axis=-2)[..., 0, :]
       scale = extreme / -self.middle
     elif self.rule == "amax/qmax":
-      scale = exact.divided(abs(w).max(-2), self.middle - 1)
+      scale = exact_division.divided(abs(w).max(-2), self.middle - 1)
     else:
-      scale = exact.divided(2 * abs(w).max(-2), self.top)
+      scale = exact_division.divided(2 * abs(w).max(-2), self.top)
     return jnp.where(scale == 0, 1.0, scale)
 
   def _stored(self, scale: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -137,7 +137,7 @@ class Affine(Format):
   ) -> Float[Array, "*B S O"]:
     """Returns the nearest codes on a grid, as float32 integers."""
     shift = zero if isinstance(zero, float) else zero[..., None, :]
-    x = exact.divided(w, scale[..., None, :])
+    x = exact_division.divided(w, scale[..., None, :])
     # An integer zero is added after rounding, which halves tell apart.
     if self.symmetric or self.zero == "int":
       return jnp.clip(jnp.round(x) + shift, 0, self.top)

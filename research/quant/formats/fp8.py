@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.quant.format import Format, Parts, Plain
-from research.quant.numerics import exact, minifloats
+from research.quant.numerics import exact_division, minifloats
 from research.typing import Array, Float, UInt8, UserError
 
 
@@ -100,12 +100,12 @@ class FP8(Format):
       top = abs(tiles).max((1, 3))
     else:
       top = abs(w).max(0 if self.share == "channel" else None)
-    scale = jnp.where(top > 0, exact.divided(top, self.kind.max), 1.0)
+    scale = jnp.where(top > 0, exact_division.divided(top, self.kind.max), 1.0)
     # Not below what the type has, nor below what XLA takes for zero.
     info = jnp.finfo(self.scale_dtype)
     least = max(float(info.smallest_subnormal), 2.0**-126)
     scale = jnp.maximum(scale, least).astype(self.scale_dtype)
-    x = exact.divided(w, self._spread(scale, *w.shape))
+    x = exact_division.divided(w, self._spread(scale, *w.shape))
     return {"codes": minifloats.encode(x, self.kind), "scale": scale}
 
   def _spread(

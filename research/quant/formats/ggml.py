@@ -20,7 +20,7 @@ from research.quant.format import Parts, Plain
 from research.quant.formats import ggml_fp4, iq4, kquants, ternary
 from research.quant.ggml_format import Field, Ggml, half, joined
 from research.quant.numerics import ggml_bits as bits
-from research.quant.numerics import searches
+from research.quant.numerics import scale_search
 from research.quant.qtensor import QTensor
 from research.typing import UserError
 
@@ -96,16 +96,18 @@ class GGML(Ggml):
     if weight is not None:
       errors = weight * np.sqrt(mean + x * x)
       if offset:
-        scale, drop, codes = searches.affine(x, errors, top, (-0.9, 0.05, 36))
+        scale, drop, codes = scale_search.affine(
+          x, errors, top, (-0.9, 0.05, 36)
+        )
         low = -drop
       else:
-        scale, codes = searches.symmetric(x, zero, errors)
+        scale, codes = scale_search.symmetric(x, zero, errors)
     elif offset:
       low, high = x.min(-2), x.max(-2)
       scale = (high - low) / F(top)
       codes = (x - low[:, None]) * _inverse(scale)[:, None] + F(0.5)
     else:
-      scale = searches.extreme(x) / F(-zero)
+      scale = scale_search.extreme(x) / F(-zero)
       codes = x * _inverse(scale)[:, None] + F(zero + 0.5)
     codes = np.minimum(np.trunc(codes), F(top)).astype(np.uint8)
     parts = {"scale": half(scale)[0]} | self.packed(codes)

@@ -21,7 +21,7 @@ from research.quant.ggml_format import (
   weighted,
 )
 from research.quant.numerics import ggml_bits as bits
-from research.quant.numerics import searches
+from research.quant.numerics import scale_search
 
 F = np.float32
 CODEBOOK = (
@@ -51,8 +51,8 @@ def _inverse(scale: np.ndarray) -> np.ndarray:
 
 def _search(x, weight, tries):
   """Returns (scale, codes of the first trial) of groups `[..., 32, O]`."""
-  most = searches.extreme(x)
-  empty = np.abs(most) < searches.EMPTY
+  most = scale_search.extreme(x)
+  empty = np.abs(most) < scale_search.EMPTY
   most = np.where(empty, F(1), most)
 
   def fitted(inverse):
@@ -60,16 +60,16 @@ def _search(x, weight, tries):
     q = _VALUES[codes]
     # In the reference's order: (w q) x, which is not (w x) q.
     wq = weight * q
-    return codes, searches.total(wq * x), searches.total(wq * q)
+    return codes, scale_search.total(wq * x), scale_search.total(wq * q)
 
   start = most / _VALUES[0]
   codes, xl, ll = fitted(F(1) / (-start if tries else start))
-  scale = searches.ratio(xl, ll)
+  scale = scale_search.ratio(xl, ll)
   best = scale * xl
   for step in range(-tries, tries + 1) if tries else ():
     _, xl, ll = fitted((F(step) + _VALUES[0]) / most)
     better = (ll > 0) & (xl * xl > best * ll)
-    scale = np.where(better, searches.ratio(xl, ll), scale)
+    scale = np.where(better, scale_search.ratio(xl, ll), scale)
     best = np.where(better, scale * xl, best)
   codes[np.broadcast_to(empty[..., None, :], codes.shape)] = 0
   return np.where(empty, F(0), scale), codes
@@ -139,7 +139,7 @@ class IQ4XS(SuperBlock):
     xs = groups(x, 32)
     w = xs * xs if weight is None else weighted(x, weight, 32)
     scale, _ = _search(xs, w, TRIES)
-    d = -searches.extreme(scale) / F(32)
+    d = -scale_search.extreme(scale) / F(32)
     steps = np.rint(_inverse(d)[:, None] * scale)
     steps = np.minimum(np.maximum(steps, F(-32)), F(31))
     inverse = _inverse(d[:, None] * steps)

@@ -23,7 +23,7 @@ from research.quant.ggml_format import (
   weighted,
 )
 from research.quant.numerics import ggml_bits as bits
-from research.quant.numerics import searches
+from research.quant.numerics import scale_search
 
 F = np.float32
 
@@ -70,9 +70,9 @@ def _scales(x, weight, scale, drop, top):
     a, d = _share(scale, top)
     b, least = _share(drop, top)
   else:
-    sums = searches.total(weight)
-    d, a = searches.positive(scale, sums, top)
-    least, b = searches.positive(drop, sums, top)
+    sums = scale_search.total(weight)
+    d, a = scale_search.positive(scale, sums, top)
+    least, b = scale_search.positive(drop, sums, top)
   return a, b, d, least
 
 
@@ -103,13 +103,13 @@ class Q2K(SuperBlock):
   def blocks(self, x, weight, mean):
     xs = groups(x, 16)
     if weight is None:
-      scale, drop, kept = searches.affine(
+      scale, drop, kept = scale_search.affine(
         xs, np.abs(xs), 3, (-0.5, 0.1, 15), absolute=True
       )
       ws = None
     else:
       ws = weighted(x, weight, 16, 1.0)
-      scale, drop, kept = searches.affine(xs, ws, 3, (-0.9, 0.05, 36))
+      scale, drop, kept = scale_search.affine(xs, ws, 3, (-0.9, 0.05, 36))
     a, b, d, least = _scales(xs, ws, scale, drop, 15)
     (d, d32), (least, least32) = half(d), half(least)
     codes = _recoded(xs, d32[:, None] * a, least32[:, None] * b, 3, 0, kept)
@@ -147,8 +147,8 @@ class Q3K(SuperBlock):
   def blocks(self, x, weight, mean):
     xs = groups(x, 16)
     if weight is None:
-      scale, kept = searches.descended(xs, 4)
-      most = searches.extreme(scale)
+      scale, kept = scale_search.descended(xs, 4)
+      most = scale_search.extreme(scale)
       inverse = F(-32) / np.where(most == 0, F(1), most)
       a = np.rint(inverse[..., None, :] * scale)
       a = (np.minimum(np.maximum(a, F(-32)), F(31)) + F(32)).astype(np.uint8)
@@ -156,8 +156,8 @@ class Q3K(SuperBlock):
       d = np.where(most == 0, F(0), F(1) / inverse)
     else:
       ws = weighted(x, weight, 16)
-      scale, kept = searches.symmetric(xs, 4, ws)
-      d, a = searches.symmetric(scale, 32, searches.total(ws))
+      scale, kept = scale_search.symmetric(xs, 4, ws)
+      d, a = scale_search.symmetric(scale, 32, scale_search.total(ws))
     d, d32 = half(d)
     found = d32[:, None] * (a.astype(np.float32) - F(32))
     codes = _recoded(xs, found, None, 3, -4, kept)
@@ -206,13 +206,15 @@ class Q4K(SuperBlock):
   def blocks(self, x, weight, mean):
     xs = groups(x, 32)
     if weight is None:
-      root = np.sqrt(searches.total(xs * xs) / F(32))
+      root = np.sqrt(scale_search.total(xs * xs) / F(32))
       errors = root[..., None, :] + np.abs(xs)
-      scale, drop, kept = searches.affine(xs, errors, self.top, self.trials)
+      scale, drop, kept = scale_search.affine(xs, errors, self.top, self.trials)
       ws = None
     else:
       ws = weighted(x, weight, 32)
-      scale, drop, kept = searches.affine(xs, ws, self.top, (-0.9, 0.05, 36))
+      scale, drop, kept = scale_search.affine(
+        xs, ws, self.top, (-0.9, 0.05, 36)
+      )
     a, b, d, least = _scales(xs, ws, scale, drop, 63)
     (d, d32), (least, least32) = half(d), half(least)
     codes = _recoded(
@@ -266,9 +268,9 @@ class Q6K(SuperBlock):
   def blocks(self, x, weight, mean):
     xs = groups(x, 16)
     ws = None if weight is None else groups(weight, 16)
-    scale, kept = searches.symmetric(xs, 32, ws)
-    most = searches.extreme(scale)
-    empty = np.abs(most) < searches.EMPTY
+    scale, kept = scale_search.symmetric(xs, 32, ws)
+    most = scale_search.extreme(scale)
+    empty = np.abs(most) < scale_search.EMPTY
     inverse = F(-128) / np.where(empty, F(1), most)
     a = np.minimum(np.rint(inverse[..., None, :] * scale), F(127))
     a = np.where(empty[..., None, :], 0, a).astype(np.int8)
@@ -303,7 +305,7 @@ class Q8K(SuperBlock):
     )
 
   def blocks(self, x, weight, mean):
-    most = searches.extreme(x)
+    most = scale_search.extreme(x)
     inverse = F(-127) / np.where(most == 0, F(1), most)
     codes = np.minimum(np.rint(inverse[..., None, :] * x), F(127))
     scale = np.where(most == 0, F(0), F(1) / inverse)

@@ -15,7 +15,7 @@ import numpy as np
 
 from research.quant.format import Format, Parts, Plain
 from research.quant.layouts import packing
-from research.quant.numerics import exact, minifloats
+from research.quant.numerics import exact_division, minifloats
 from research.quant.numerics.minifloats import E2M1, E4M3
 from research.typing import Array, Float, UInt8, UserError
 
@@ -75,7 +75,7 @@ class NVFP4(Format):
     w = w.astype(jnp.float32)
     if divisor is None:
       divisor = self.divisor(w)
-    scale = divisor * exact.divided(abs(w).max(-2), E2M1.max)
+    scale = divisor * exact_division.divided(abs(w).max(-2), E2M1.max)
     # A block of small weights keeps the least scale there is, not none.
     scale = jnp.clip(scale, E4M3.values[1], E4M3.max)
     return minifloats.encode(scale, E4M3), divisor
@@ -88,7 +88,7 @@ class NVFP4(Format):
   ) -> UInt8[Array, "*B S O"]:
     """Returns the nearest codes."""
     step = minifloats.decode(scale, E4M3) / divisor
-    x = exact.divided(w.astype(jnp.float32), step[..., None, :])
+    x = exact_division.divided(w.astype(jnp.float32), step[..., None, :])
     return minifloats.encode(x, E2M1)
 
   def values(

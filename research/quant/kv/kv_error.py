@@ -13,7 +13,7 @@ import numpy as np
 
 from kernels_pallas.masks import Mask
 from research import tree, weights
-from research.nn.attending import attend
+from research.nn.attention_context import attend
 from research.nn.block import Block
 from research.nn.transformer import Transformer
 from research.quant.kv.kv_quantizer import KVQuantizer

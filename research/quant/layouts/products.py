@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.common import lowering
+from kernels_pallas.common import target_platform
 from research.typing import Array, Float, Int
 
 PIECE = 2 << 20
@@ -104,7 +104,7 @@ def piece_count(w: Any, target: int) -> int:
     return 1
   size = 4 * int(np.prod(w.lead, dtype=np.int64)) * w.columns * w.rows
   # Cut over devices, a slice of the outputs would lie on some of them.
-  if size <= 4 * target or lowering.is_cut():
+  if size <= 4 * target or target_platform.is_cut():
     return 1
   least = -(-size // target)
   # Equal pieces, unless the rows divide into none of about the right size.

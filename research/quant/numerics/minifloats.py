@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant.numerics import exact
+from research.quant.numerics import exact_division
 from research.typing import Array, Float, Int, UInt8
 
 RULES = ("floor", "ceil", "rceil", "even")
@@ -171,7 +171,7 @@ def block_exponent(
   if rule == "even":
     bits = bits + (1 << (22 - kind.mantissa))
   elif rule == "rceil":
-    bits, down = _bits(exact.divided(top, kind.max)), 0
+    bits, down = _bits(exact_division.divided(top, kind.max)), 0
   power = bits >> 23
   if rule in ("ceil", "rceil"):
     power = power + ((bits & 0x7FFFFF) > 0)

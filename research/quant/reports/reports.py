@@ -113,7 +113,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """A run of `rules.Quantization`.
+  """A run of `quantize_by_rules.Quantization`.
 
   Attributes:
     rows: one a matrix.

@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from research.io import folders
-from research.training.checkpoints import checks
-from research.training.checkpoints.place import Place
+from research.training.checkpoints import checksums
+from research.training.checkpoints.iterator_state import IteratorState
 from research.training.state import TrainState
 from research.typing import UserError
 
@@ -143,12 +143,12 @@ class Checkpoints:
     moving = _moving(state)
     parts: dict[str, Any] = {"state": moving}
     note = {
-      "kinds": checks.kinds(moving),
-      "sums": checks.sums(moving),
+      "kinds": checksums.kinds(moving),
+      "sums": checksums.sums(moving),
       "place": None,
     }
     if data is not None:
-      parts["data"] = place = Place(json.dumps(data.get_state()))
+      parts["data"] = place = IteratorState(json.dumps(data.get_state()))
       note["place"] = place.digest
     cost = self._sign * (metrics or {}).get(self._best, math.nan)
     with _quiet(), _as_they_are(), folders.writing(self.folder):
@@ -160,7 +160,7 @@ class Checkpoints:
         custom_metadata={"checks": note},
       )
       if jax.process_index() == 0:
-        checks.write_list(self.folder / str(step))
+        checksums.write_list(self.folder / str(step))
 
   def restore(
     self, target: TrainState, data: Any = None, step: int | None = None
@@ -185,7 +185,7 @@ class Checkpoints:
       )
     try:
       return self._load(step, target, data)
-    except checks.Damaged as error:
+    except checksums.Damaged as error:
       raise UserError(
         f"{self.folder / str(step)}: damaged: {error}.\n"
         f"Use another step; found {[s for s in self.steps if s != step]}."
@@ -210,7 +210,7 @@ class Checkpoints:
     for step in reversed(steps := self.steps):
       try:
         return self._load(step, target, data), step
-      except checks.Damaged as error:
+      except checksums.Damaged as error:
         self._set_aside(step, str(error))
         _meet()
         self._steps.reload()
@@ -227,29 +227,35 @@ class Checkpoints:
   def _load(self, step: int, target: TrainState, data: Any) -> TrainState:
     """Returns a state after all its checks; `data` moves last of all."""
     where, wanted = self.folder / str(step), _moving(target)
-    with _quiet(), checks.agreed():
-      if bad := checks.damaged_file(where):
-        raise checks.Damaged(bad)
+    with _quiet(), checksums.agreed():
+      if bad := checksums.damaged_file(where):
+        raise checksums.Damaged(bad)
       meta = self._steps.metadata(step)
-      found = checks.kinds(meta.metadata)
+      found = checksums.kinds(meta.metadata)
       note = (meta.custom_metadata or {}).get("checks")
       if note and found != note["kinds"]:
-        raise checks.Damaged("state: its list of arrays is not what was saved")
-      place = None if data is None else Place.read(where / "data")
+        raise checksums.Damaged(
+          "state: its list of arrays is not what was saved"
+        )
+      place = None if data is None else IteratorState.read(where / "data")
       if place and note and place.digest != note["place"]:
-        raise checks.Damaged("data: the iterator's place is not what was saved")
+        raise checksums.Damaged(
+          "data: the iterator's place is not what was saved"
+        )
     _compare(where, found, wanted)
-    with _quiet(), checks.agreed():
+    with _quiet(), checksums.agreed():
       parts = {"state": jax.tree.map(_abstract, wanted)}
       state = self._steps.load_checkpointables(step, parts)["state"]
     if note is None:
       folders.warn(f"{where}: has no checksums, so none were compared")
     else:
-      sums = checks.sums(state)
+      sums = checksums.sums(state)
       bad = [path for path in sums if sums[path] != note["sums"][path]]
       if bad:
         more = f" and {len(bad) - 1} more" if bad[1:] else ""
-        raise checks.Damaged(f"state: {bad[0]}{more} differs from its checksum")
+        raise checksums.Damaged(
+          f"state: {bad[0]}{more} differs from its checksum"
+        )
     if place:
       data.set_state(json.loads(place.text))
     return TrainState(frozen=target.frozen, **state)
@@ -335,7 +341,7 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 def _compare(where: os.PathLike, have: Mapping[str, str], wanted: Any) -> None:
   """Raises a UserError that lists the paths in which two trees differ."""
-  want = checks.kinds(wanted)
+  want = checksums.kinds(wanted)
   differences = [
     f"{path}: found {have.get(path, 'nothing')},"
     f" expected {want.get(path, 'nothing')}"
@@ -369,7 +375,7 @@ def load_tree(path: os.PathLike, target: Any) -> Any:
     UserError: what it holds differs from `target`, or is damaged.
   """
   with _quiet():
-    _compare(path, checks.kinds(ocp.metadata(path).metadata), target)
+    _compare(path, checksums.kinds(ocp.metadata(path).metadata), target)
     try:
       return ocp.load(path, jax.tree.map(_abstract, target))
     except (MemoryError, PermissionError):

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
-from research.nn import meshes
+from research.nn import collectives
 from research.optim import ranges
 from research.typing import Array, Float, Int, Shaped
 
@@ -136,7 +136,9 @@ def chunked_cross_entropy(
       arrays = _together(*arrays)
     return _chunked(of_leaves, loss, leaves, *arrays)
 
-  return meshes.sum_over_tokens(sums, tuple(leaves), hidden, weight, targets)
+  return collectives.sum_over_tokens(
+    sums, tuple(leaves), hidden, weight, targets
+  )
 
 
 def _together(hidden, weight, targets):

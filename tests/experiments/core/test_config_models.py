@@ -59,6 +59,8 @@ def test_research_models_have_a_row_for_the_mask(name):
 )
 def test_research_models_can_be_told_the_time(name, told, width):
   text = TEXT.format(name=name)
-  sizes = config.parse(text, ["CLOCK=@clock.Clock()"]).experiment.model.sizes
+  sizes = config.parse(
+    text, ["CLOCK=@time_embedding.TimeEmbedding()"]
+  ).experiment.model.sizes
   assert (sizes.clock.told, sizes.clock.width) == (told, width)
   assert sizes.clock.closed

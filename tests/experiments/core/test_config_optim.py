@@ -7,7 +7,7 @@ import pytest
 
 from experiments.core import config
 from research import weights
-from research.training import compiling, state, step
+from research.training import aot, state, step
 from tests.support_lora import lora
 
 HEAD = """
@@ -74,7 +74,7 @@ def test_optimizers_lower_a_loss(name):
   rng = np.random.default_rng(1)
   batch = {"x": np.float32(rng.normal(size=(4, 8)))}
   batch["y"] = np.float32(rng.normal(size=(4, 5)))
-  update, _ = compiling.compile_step(
+  update, _ = aot.compile_step(
     step.make_train_step(Product(), made.optimizer),
     start,
     batch,

@@ -14,7 +14,7 @@ from research.diffusion.sampling.block_causal import BlockCausal
 from research.diffusion.told import shares
 from research.interop import load
 from research.interop.diffusion.spec import Spec
-from research.nn.clock import Clock
+from research.nn.time_embedding import TimeEmbedding
 
 RUN = "runs/llada/genmd4_markov.gin"
 MASK = 10
@@ -40,7 +40,7 @@ def left(folder, objective, clock):
   return built.loaded.model, params, load.load_model(folder)
 
 
-CLOCK = Clock(features=8, hidden=8, width=8)
+CLOCK = TimeEmbedding(features=8, hidden=8, width=8)
 
 
 @pytest.mark.parametrize(("block", "clock"), [(None, None), (4, CLOCK)])

@@ -13,7 +13,7 @@ from research.interop import convert, load, parts, sources
 from research.interop.peft import peft_whole
 from research.quant.formats.affine import Affine
 from research.quant.formats.fp8 import FP8
-from research.quant.layouts import panels
+from research.quant.layouts import cpu_layout
 from research.quant.quantize import Quantize
 from tests.experiments import generated
 from tests.experiments.generated import MODELS, told
@@ -35,7 +35,7 @@ def ours(tmp_path_factory):
 
 
 def test_text_is_the_same_kept_or_decoded(capsys):
-  if not panels.cpu.available():
+  if not cpu_layout.cpu.available():
     pytest.skip("no C++ compiler")
   call = generated.command(capsys)
   found = {
@@ -75,7 +75,7 @@ def test_without_a_kernel_they_are_decoded(ours, monkeypatch):
   assert formats(packed_weights.load(str(ours / "fp8"), packed=True)) == [
     "fp8-e4m3-channel"
   ]
-  monkeypatch.setattr(panels.cpu, "available", lambda: False)
+  monkeypatch.setattr(cpu_layout.cpu, "available", lambda: False)
   for name in (ours / "int4", FILE):
     loaded = packed_weights.load(str(name))
     assert formats(loaded) == []

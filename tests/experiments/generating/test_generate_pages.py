@@ -6,8 +6,8 @@ import pytest
 
 from research import tree
 from research.generation import generate_paged
-from research.nn.cache import cache_paged
-from research.quant.layouts import panels
+from research.nn.cache import paged
+from research.quant.layouts import cpu_layout
 from tests.experiments import generated
 from tests.experiments.generated import told
 
@@ -35,14 +35,14 @@ def test_the_text_is_that_without_pages(command, pages):
 
 def test_pages_in_8_bits_are_smaller(command, monkeypatch):
   """By what the scales leave of it: 4 bytes beside a head's 8 numbers."""
-  made, zeros = [], cache_paged.empty_pool
+  made, zeros = [], paged.empty_pool
 
   def watched(*arguments):
     made.append(zeros(*arguments))
     return made[-1]
 
   exact = told(command(*PROMPTS, *RULES, "--pages=4,rows=2"))["pages"]
-  monkeypatch.setattr(cache_paged, "empty_pool", watched)
+  monkeypatch.setattr(paged, "empty_pool", watched)
   eight = "--pages=4,rows=2,dtype=int8"
   got = told(command(*PROMPTS, *RULES, eight))["pages"]
   assert got["most_pages"] == exact["most_pages"]
@@ -63,7 +63,7 @@ def test_layers_are_apart_in_every_type(command, monkeypatch):
 
   monkeypatch.setattr(generate_paged, "chunks", watched)
   # As on an accelerator, or without a compiler: panels are apart anyway.
-  monkeypatch.setattr(panels, "decoding", lambda params, dtype: params)
+  monkeypatch.setattr(cpu_layout, "decoding", lambda params, dtype: params)
   told(command(PROMPTS[0], "--pages=8", "--dtype=bfloat16"))
   assert len(found[0]) > 1 and set(found[0]) == {1}
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.common import lowering
+from kernels_pallas.common import target_platform
 from kernels_pallas.decode_attention.api import (
   choose,
   decode_attention,
@@ -267,7 +267,11 @@ def test_without_jit_it_runs_where_its_arrays_are(monkeypatch):
   h100 = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [h100])
-  assert lowering.device() == lowering.place_of([]) == ("gpu", "NVIDIA H100")
+  assert (
+    target_platform.device()
+    == target_platform.place_of([])
+    == ("gpu", "NVIDIA H100")
+  )
   found = decode_attention(q, k, k, lengths)
   chex.assert_trees_all_equal(found, want)
 
@@ -282,8 +286,8 @@ def test_an_array_that_is_committed_says_where():
     return x
 
   free, held = placed("gpu", False), placed("cpu", True)
-  assert lowering.place_of([free, np.zeros(1)]) == ("gpu", "some")
-  assert lowering.place_of([free, held]) == ("cpu", "some")
+  assert target_platform.place_of([free, np.zeros(1)]) == ("gpu", "some")
+  assert target_platform.place_of([free, held]) == ("cpu", "some")
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.common import lowering
+from kernels_pallas.common import target_platform
 from kernels_pallas.common.by_platform import by_platform
 from kernels_pallas.flash_attention import backends
 from kernels_pallas.flash_attention.api import choose, flash_attention
-from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import GpuTiles
+from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import GpuTiles
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tiling import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 from research.planning import flops
 from tests.support_gpu import needs_kernels
@@ -126,18 +126,18 @@ EVERY_OTHER = Mask.where(lambda q, k: (q - k) % 2 == 0)
 def test_what_a_kernel_refuses_is_lowered_as_blocks(
   platform, why, args, more, caplog
 ):
-  lowering.say.cache_clear()
+  target_platform.say.cache_clear()
   with caplog.at_level(logging.INFO, "kernels_pallas"):
     assert not calls(functools.partial(loss, **more), platform, *args)
   assert f"xla_blockwise on {platform}" in caplog.text and why in caplog.text
 
 
 def test_reasons_are_told_once_and_only_on_request(caplog):
-  lowering.say.cache_clear()
+  target_platform.say.cache_clear()
   with caplog.at_level(logging.WARNING, "kernels_pallas"):
     calls(loss, "cpu", *shapes())
   assert not caplog.records
-  lowering.say.cache_clear()
+  target_platform.say.cache_clear()
   with caplog.at_level(logging.INFO, "kernels_pallas"):
     for platform in ("cpu", "tpu", "tpu"):
       calls(jax.grad(loss), platform, *shapes())
@@ -178,12 +178,14 @@ def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
     _, sizes = backends.automatic(x, None, Spec(scale=1.0))
     return dict(sizes.kernels)["cuda"].cores
 
-  assert cores() == "wgmma" and "none is here" in lowering.kind_of("cuda")
+  assert cores() == "wgmma" and "none is here" in target_platform.kind_of(
+    "cuda"
+  )
   a100 = types.SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB")
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [a100])
   assert cores() == "mma"
-  if lowering.NO_TCGEN05 is None:
+  if target_platform.NO_TCGEN05 is None:
     a100.device_kind = "NVIDIA B200"
     assert cores() == "tcgen05"
   a100.device_kind = "NVIDIA GeForce RTX 5090"
@@ -209,7 +211,7 @@ def test_a_gpu_that_has_a_kernel_gets_it():
   for kind in ("NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA GeForce RTX 4090"):
     name, why = chosen(kind)
     assert name == "mosaic_gpu" and kind in why
-  if lowering.NO_TCGEN05 is None:
+  if target_platform.NO_TCGEN05 is None:
     assert chosen("NVIDIA B200")[0] == chosen("NVIDIA GB300")[0] == "mosaic_gpu"
   few = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.bfloat16)
   for name, why in (

@@ -6,7 +6,7 @@ import pytest
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
-from kernels_pallas.flash_attention.xla import blocking, looped
+from kernels_pallas.flash_attention.xla import blockwise_loops, tile_sizes
 from kernels_pallas.masks import Mask
 
 
@@ -19,23 +19,23 @@ def operands(B, T, N, S, K=None, mask=None):
 @pytest.mark.parametrize("heads", [1, 4, 9, 36])
 @pytest.mark.parametrize("length", [1, 100, 512, 1024, 2048, 16384, 131072])
 def test_scores_of_a_tile_fit(heads, length):
-  blocks = blocking.fitted(operands(1, length, heads, length))
+  blocks = tile_sizes.fitted(operands(1, length, heads, length))
   rows = min(blocks.q, length)
   keys = length if blocks.unroll else min(blocks.k, length)
   # Many heads may not fit with the least tile there is.
-  least = heads * blocking.LEAST * 256
-  assert heads * rows * keys <= max(blocking.SCORES, least)
+  least = heads * tile_sizes.LEAST * 256
+  assert heads * rows * keys <= max(tile_sizes.SCORES, least)
   assert blocks.unroll in (0, length)
 
 
 def test_decoding_is_one_block_however_long_the_cache():
-  blocks = blocking.fitted(operands(8, 1, 32, 2**17, K=8))
+  blocks = tile_sizes.fitted(operands(8, 1, 32, 2**17, K=8))
   assert blocks.unroll >= 2**17 and blocks.q >= 1
 
 
 def test_masks_that_skip_nothing_get_larger_blocks():
   sizes = [
-    blocking.fitted(operands(1, 512, 4, 512, mask=mask)).q
+    tile_sizes.fitted(operands(1, 512, 4, 512, mask=mask)).q
     for mask in (Mask.causal(), Mask.full())
   ]
   assert sizes == [128, 512]
@@ -56,7 +56,7 @@ def test_only_tiles_with_a_visible_pair_are_visited(mask, share):
     q=jax.ShapeDtypeStruct((1, 1, 1, 2048, 64), jnp.float32),
     k=jax.ShapeDtypeStruct((1, 1, 2048, 64), jnp.float32),
   )
-  table = looped._table(Spec(1.0, blocks=Blocks(256, 256)), grouped)
+  table = blockwise_loops._table(Spec(1.0, blocks=Blocks(256, 256)), grouped)
   assert table.counts.sum() == share * 64
 
 
@@ -67,7 +67,9 @@ def test_segments_skip_tiles_while_the_program_runs():
     q=jnp.zeros((1, 1, 1, 256, 64)), k=jnp.zeros((1, 1, 256, 64))
   )
   counts = jax.jit(
-    lambda: looped._table(Spec(1.0, blocks=Blocks(64, 64)), grouped).counts
+    lambda: (
+      blockwise_loops._table(Spec(1.0, blocks=Blocks(64, 64)), grouped).counts
+    )
   )()
   assert counts.tolist() == [1, 1, 1, 1]
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.common import by_platform, cpu_library
-from kernels_pallas.flash_attention import backends, choice, cpu
+from kernels_pallas.flash_attention import backends, cpu, dispatch
 from kernels_pallas.flash_attention.api import choose, flash_attention
 from kernels_pallas.flash_attention.cpu import CpuTiles
 from kernels_pallas.masks import Mask
@@ -298,8 +298,8 @@ def test_a_config_that_means_nothing_is_refused(wrong):
 
 
 def test_every_backend_has_its_kernel_by_platform():
-  assert set(choice.KERNELS.values()) < set(backends.BACKENDS)
-  assert set(choice.KERNELS) == set(by_platform.PLATFORMS)
+  assert set(dispatch.KERNELS.values()) < set(backends.BACKENDS)
+  assert set(dispatch.KERNELS) == set(by_platform.PLATFORMS)
 
 
 @pytest.mark.parametrize("batched", ["all", "q", "keys", "mask", "sinks"])

@@ -10,9 +10,9 @@ import pytest
 
 from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tiling import Tile, Tiles
 from kernels_pallas.flash_attention.tpu.mosaic_tpu import mosaic_tpu_attention
-from kernels_pallas.flash_attention.xla.blocked import blocked_attention
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.xla.blockwise import blocked_attention
 from kernels_pallas.masks import Mask
 
 FILE = pathlib.Path(__file__).parents[2] / "golden" / "attention.json"

@@ -14,13 +14,13 @@ import pytest
 
 from kernels_pallas.decode_attention.api import decode_attention
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
-from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
   GpuTile,
   GpuTiles,
 )
+from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
 from kernels_pallas.flash_attention.spec import Blocks
-from kernels_pallas.flash_attention.tiling import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 from tests import support_sequence
 from tests.support_chip import MODES, runner

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.spec import Blocks
-from kernels_pallas.flash_attention.tiling import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 
 B, T, S, H = 2, 5, 8, 4

@@ -16,7 +16,7 @@ import pytest
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.spec import Blocks
-from kernels_pallas.flash_attention.tiling import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
 from tests.support_rounding import assert_no_rougher, in_low_precision
 
 FILE = pathlib.Path(__file__).parents[2] / "golden" / "attention_onnx.npz"

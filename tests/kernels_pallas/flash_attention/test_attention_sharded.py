@@ -15,7 +15,7 @@ from kernels_pallas.flash_attention.sharded import (
   sharded_attention,
 )
 from kernels_pallas.flash_attention.spec import Blocks
-from kernels_pallas.masks import Mask, mask_blocks
+from kernels_pallas.masks import Mask, intervals
 from tests import support_hlo
 
 B, T, N, K, H = 4, 16, 4, 2, 8
@@ -180,7 +180,7 @@ def test_a_function_cut_means_what_it_did(name):
   cut.check(1, 16, 16)
   seen = np.asarray(mask.visible(16, 16))
   np.testing.assert_array_equal(cut.visible(16, 16), seen)
-  lo, hi = (np.asarray(mask_blocks.rows(cut, 16, 16).bounds)[:, n::2, :, None]
+  lo, hi = (np.asarray(intervals.rows(cut, 16, 16).bounds)[:, n::2, :, None]
             for n in (0, 1))  # fmt: skip
   at = np.asarray(cut.kv_positions)[:, None, None]
   listed = ((at >= lo) & (at < hi) & (at >= 0)).any(1)

@@ -17,14 +17,14 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.flash_attention import dropout
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import mosaic_gpu_attention
-from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
   GpuTile,
   GpuTiles,
 )
+from kernels_pallas.flash_attention.gpu.mosaic_gpu import mosaic_gpu_attention
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.flash_attention.tiling import Tile, Tiles
 from kernels_pallas.flash_attention.tpu.mosaic_tpu import mosaic_tpu_attention
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 from tests.support_gpu import needs_tcgen05
 

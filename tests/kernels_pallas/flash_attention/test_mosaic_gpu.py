@@ -21,14 +21,14 @@ from kernels_pallas.flash_attention.api import (
 )
 from kernels_pallas.flash_attention.cotangents import queries
 from kernels_pallas.flash_attention.gpu import (
-  mosaic_gpu_schedule,
-  mosaic_gpu_stream,
+  persistent,
+  tile_stream,
 )
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
-from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
   GpuTile,
   GpuTiles,
 )
+from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
 from kernels_pallas.flash_attention.spec import Blocks, Operands
 from kernels_pallas.masks import Mask
 from tests.support_chip import MODES, runner
@@ -237,14 +237,14 @@ def expected(name):
 @pytest.fixture(name="watched")
 def _watched(monkeypatch):
   """Every block of threads of a persistent kernel takes more than one line."""
-  plain = mosaic_gpu_schedule.programs
+  plain = persistent.programs
 
   def programs(p):
     found = plain(p)
     assert found < p.dims[0] * p.heads * p.lines
     return found
 
-  monkeypatch.setattr(mosaic_gpu_schedule, "programs", programs)
+  monkeypatch.setattr(persistent, "programs", programs)
 
 
 @pytest.mark.usefixtures("watched")
@@ -280,7 +280,7 @@ def test_results_may_take_the_place_of_what_stays(gpu, monkeypatch, config):
     return gpu.run(run, *x, jit=jax.jit)
 
   apart = results()
-  monkeypatch.setattr(mosaic_gpu_stream, "room", lambda *_: False)
+  monkeypatch.setattr(tile_stream, "room", lambda *_: False)
   chex.assert_trees_all_equal(results(), apart)
 
 

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.flash_attention.gpu import mosaic_gpu, mosaic_gpu_schedule
-from kernels_pallas.flash_attention.gpu.mosaic_gpu_problem import (
+from kernels_pallas.flash_attention.gpu import mosaic_gpu, persistent
+from kernels_pallas.flash_attention.gpu.gpu_problem import (
   KEYS,
   QUERIES,
   prepare,
 )
-from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
   GpuTile,
   GpuTiles,
 )
@@ -42,8 +42,8 @@ def lists(name, dims, programs, streamed=KEYS):
   k = jnp.zeros((B, T, K, H), jnp.bfloat16)
   x = Operands(q, k, k, MASKS[name](B, T))
   p = prepare(spec, x, GpuTile(2, 128), streamed)
-  table = np.asarray(mosaic_gpu_schedule.deal(p))
-  table = table.reshape(mosaic_gpu_schedule.programs(p), -1)
+  table = np.asarray(persistent.deal(p))
+  table = table.reshape(persistent.programs(p), -1)
   found = []
   for count, *items in table.tolist():
     assert 1 <= count <= len(items)
@@ -94,7 +94,7 @@ def test_blocks_have_about_the_same_to_do(name, dims, share):
 def test_a_head_is_finished_before_its_cache_is_needed(monkeypatch):
   """Keys and values of two heads at a time, longest lines first."""
   B, N, K, T, H = 1, 8, 4, 1024, 64
-  monkeypatch.setattr(mosaic_gpu_schedule, "CACHE", 2 * T * 2 * H * 2)
+  monkeypatch.setattr(persistent, "CACHE", 2 * T * 2 * H * 2)
   found, work = lists("causal", (B, N, K, T, H), 3)
   for one in found:
     pairs = [h // (N // K) // 2 for h, _, _ in one]
@@ -105,7 +105,7 @@ def test_a_head_is_finished_before_its_cache_is_needed(monkeypatch):
 
 
 def test_many_lines_are_dealt_in_turns(monkeypatch):
-  monkeypatch.setattr(mosaic_gpu_schedule, "MANY", 0)
+  monkeypatch.setattr(persistent, "MANY", 0)
   found, work = lists("causal", (1, 8, 8, 4096, 64), 132)
   assert sum(map(len, found)) == 8 * 32
   busy = [sum(work[b, i] for _, b, i in one) for one in found]

@@ -8,13 +8,13 @@ import pytest
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.gpu import (
+  gpu_problem,
+  gpu_tile_sizes,
   mosaic_gpu,
-  mosaic_gpu_forward,
-  mosaic_gpu_problem,
-  mosaic_gpu_stream,
-  mosaic_gpu_tiling,
+  sm90_forward,
+  tile_stream,
 )
-from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
   SHARED_BYTES,
   GpuTile,
   GpuTiles,
@@ -96,11 +96,11 @@ def prepared(H, Hv, cores):
   x = Operands(q, q, v, Mask.full())
 
   problems = [
-    mosaic_gpu_problem.prepare(spec, x, tile, streamed)
+    gpu_problem.prepare(spec, x, tile, streamed)
     for tile, streamed in (
-      (tiles.forward, mosaic_gpu_problem.KEYS),
-      (tiles.dq, mosaic_gpu_problem.KEYS),
-      (tiles.dkv, mosaic_gpu_problem.QUERIES),
+      (tiles.forward, gpu_problem.KEYS),
+      (tiles.dq, gpu_problem.KEYS),
+      (tiles.dkv, gpu_problem.QUERIES),
     )
   ]
   return *problems, tiles.gradients
@@ -111,14 +111,14 @@ def shared(H, Hv, cores="wgmma"):
   forward, dq, dkv, gradients = prepared(H, Hv, cores)
   back = mosaic_gpu.BACKWARD[cores]
   found = {"forward": mosaic_gpu.FORWARD[cores]._scratch(forward)}
-  more = {"forward": mosaic_gpu_forward.REDUCTION_BYTES}
+  more = {"forward": sm90_forward.REDUCTION_BYTES}
   found["dq"] = back._dq_scratch(dq)
   for names in gradients:
     found["".join(names)] = back._dkv_scratch(dkv, names)
   if cores == "tcgen05":
     found = {name: [one[0], *one[2:]] for name, one in found.items()}
   return {
-    name: (mosaic_gpu_stream.taken(one) + more.get(name, 0), set(one[0]))
+    name: (tile_stream.taken(one) + more.get(name, 0), set(one[0]))
     for name, one in found.items()
   }
 
@@ -173,7 +173,7 @@ def test_shared_memory_is_counted_as_the_compiler_does(H, Hv, cores):
   assert found == COMPILED[H, Hv, cores]
 
 
-@pytest.mark.parametrize("cores", mosaic_gpu_tiling.CORES[::2])
+@pytest.mark.parametrize("cores", gpu_tile_sizes.CORES[::2])
 @pytest.mark.parametrize("H", [64, 128, 192, 256])
 @pytest.mark.parametrize("Hv", [64, 128, 192, 256])
 def test_tiles_fit_shared_memory(H, Hv, cores):

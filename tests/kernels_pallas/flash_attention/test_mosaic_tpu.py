@@ -11,7 +11,7 @@ import pytest
 from kernels_pallas.flash_attention.api import choose, flash_attention
 from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
 from kernels_pallas.flash_attention.spec import Blocks
-from kernels_pallas.flash_attention.tiling import Tile, Tiles, fit
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles, fit
 from kernels_pallas.masks import Mask
 from tests.support_hlo import collectives
 from tests.support_pairwise import cases

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from kernels_pallas.flash_attention import tiling
+from kernels_pallas.flash_attention.tpu import tpu_tile_sizes
 from kernels_pallas.inspect import __main__ as command
 from kernels_pallas.inspect import bench, build, chips, report, schedule, search
 from kernels_pallas.inspect.build import Job
@@ -75,7 +75,7 @@ def test_what_is_written_is_read(
   tmp_path, monkeypatch, direction, backward, name
 ):
   path = tmp_path / "tiles.json"
-  before = tiling.TABLE.read_text()
+  before = tpu_tile_sizes.TABLE.read_text()
   path.write_text(before)
   blocks = (512, 384, 256, 128)
   job = dataclasses.replace(
@@ -84,13 +84,15 @@ def test_what_is_written_is_read(
   search.write(measurement(job), path)
   lines = zip(before.splitlines(), path.read_text().splitlines(), strict=True)
   assert sum(a != b for a, b in lines) == 1
-  monkeypatch.setattr(tiling, "_table", lambda: json.loads(path.read_text()))
-  tiles = tiling.for_device(job.chip.kind, 128, "bfloat16")
+  monkeypatch.setattr(
+    tpu_tile_sizes, "_table", lambda: json.loads(path.read_text())
+  )
+  tiles = tpu_tile_sizes.for_device(job.chip.kind, 128, "bfloat16")
   assert dataclasses.astuple(getattr(tiles, name)) == blocks
 
 
 def test_the_table_is_written_as_search_writes_it():
-  text = tiling.TABLE.read_text()
+  text = tpu_tile_sizes.TABLE.read_text()
   assert search._text(json.loads(text)) == text
 
 
@@ -100,7 +102,7 @@ def test_the_table_is_written_as_search_writes_it():
 def test_every_device_and_head_dim_has_tiles_that_a_tpu_takes(
   kind, dtype, head_dim
 ):
-  tiles = tiling.for_device(kind, head_dim, dtype)
+  tiles = tpu_tile_sizes.for_device(kind, head_dim, dtype)
   for tile in (tiles.forward, tiles.dkv, tiles.dq):
     assert not tile.q_part % 128 and not tile.kv_part % 128
     # Blocks of q, k, v, o, twice, within the memory of the smallest.
@@ -114,13 +116,13 @@ def test_every_device_and_head_dim_has_tiles_that_a_tpu_takes(
 @pytest.mark.parametrize(("head_dim", "like"), [(8, 64), (80, 128), (200, 256)])
 def test_other_head_dims_have_the_tiles_of_the_next(head_dim, like):
   found, expected = (
-    tiling.for_device("TPU v5", dim) for dim in (head_dim, like)
+    tpu_tile_sizes.for_device("TPU v5", dim) for dim in (head_dim, like)
   )
   assert found == expected
 
 
 def test_larger_head_dims_have_smaller_tiles():
-  at = lambda dim: tiling.for_device("TPU v5", dim).forward  # noqa: E731
+  at = lambda dim: tpu_tile_sizes.for_device("TPU v5", dim).forward  # noqa: E731
   assert at(512).q * at(512).kv * 4 == at(256).q * at(256).kv
 
 
@@ -132,7 +134,7 @@ def test_the_command_searches_and_says_where_it_wrote(
   assert command.main(["--target=v5p", "--search"]) == 0
   assert written[0].job.blocks == (2048, 1024, 128, 256)
   out = capsys.readouterr().out
-  assert "does not fit" in out and str(tiling.TABLE) in out
+  assert "does not fit" in out and str(tpu_tile_sizes.TABLE) in out
   assert json.loads(out.splitlines()[-1])["kernel"] == "flash_attention"
 
 

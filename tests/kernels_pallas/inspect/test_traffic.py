@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from kernels_pallas.flash_attention.tiling import Tile
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile
 from kernels_pallas.inspect import traffic
 from kernels_pallas.masks import Mask
 

@@ -9,10 +9,10 @@ import pytest
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
 from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tiling import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
-from kernels_pallas.masks.mask_blocks import EMPTY, classes, rows
-from kernels_pallas.sequence_parallel import order, ring
+from kernels_pallas.masks.intervals import EMPTY, classes, rows
+from kernels_pallas.sequence_parallel import ring, zigzag
 from kernels_pallas.sequence_parallel.ring import ring_attention
 from tests import support_sequence as support
 from tests.support_pairwise import cases
@@ -176,7 +176,7 @@ def test_every_shard_visits_as_many_tiles_and_none_without_a_pair(name):
   found = {}
   for way, at in (
     ("text", np.arange(length)),
-    ("zigzag", order.zigzag(length, n)),
+    ("zigzag", zigzag.zigzag(length, n)),
   ):
     tiles = visible[at][:, at].reshape(length // 4, 4, length // 4, 4)
     expected = tiles.any((1, 3)).reshape(n, -1).sum(1).tolist()
@@ -199,7 +199,7 @@ def test_a_step_without_a_visible_pair_does_nothing():
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_zigzag_order_on_the_host_and_by_two_exchanges(n):
   x = jnp.arange(2 * 32).reshape(2, 32)
-  at = order.zigzag(32, n)
+  at = zigzag.zigzag(32, n)
   shard = 32 // n
   for r in range(n):
     chunks = np.unique(at[r * shard : (r + 1) * shard] // (16 // n))
@@ -208,8 +208,8 @@ def test_zigzag_order_on_the_host_and_by_two_exchanges(n):
   @jax.jit
   @jax.shard_map(in_specs=jax.P(None, "along"), out_specs=jax.P(None, "along"))
   def there_and_back(x):
-    there = order.to_zigzag(x, ("along",))
-    return there, order.from_zigzag(there, ("along",))
+    there = zigzag.to_zigzag(x, ("along",))
+    return there, zigzag.from_zigzag(there, ("along",))
 
   with jax.set_mesh(support.mesh_of({"along": n})):
     there, back = there_and_back(x)
@@ -245,7 +245,7 @@ def test_what_a_ring_cannot_do_is_refused():
     with pytest.raises(ValueError, match=f"found {min(option)}"):
       support.shared(Mask.full(), x, support.ROWS, support.ULYSSES, **option)
   with pytest.raises(ValueError, match="30 tokens over 4 shards.*of 8"):
-    order.zigzag(30, 4)
+    zigzag.zigzag(30, 4)
 
 
 def test_block_diffusion_and_decoding_keep_queries_whole_or_keys_whole():

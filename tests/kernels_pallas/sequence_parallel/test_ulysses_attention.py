@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels_pallas.flash_attention.sharded import Cut
-from kernels_pallas.flash_attention.tiling import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 from tests import support_sequence as support
 from tests.support_sequence import T

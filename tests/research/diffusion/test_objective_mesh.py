@@ -10,13 +10,13 @@ import pytest
 
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
-from research.nn.clock import Clock
+from research.nn.time_embedding import TimeEmbedding
 from research.sharding import Layout
 from tests import support
 
 V, T, ROWS = 16, 8, 4
 MASK = V - 1
-CLOCK = Clock(features=8, hidden=8, width=8)
+CLOCK = TimeEmbedding(features=8, hidden=8, width=8)
 
 
 @functools.cache

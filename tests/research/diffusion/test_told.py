@@ -24,7 +24,7 @@ from research.diffusion.schedule import Cosine, Linear, Power
 from research.diffusion.told import Shares
 from research.diffusion.variants import AnyOrder
 from research.generation.sampling import Sampling, row_keys
-from research.nn.clock import Clock
+from research.nn.time_embedding import TimeEmbedding
 from research.typing import UserError
 from tests import support
 from tests.research.diffusion import joint, passes
@@ -43,7 +43,7 @@ def network():
     head_dim=8,
     heads=2,
     vocab=V,
-    clock=Clock(features=8, hidden=8, width=8),
+    clock=TimeEmbedding(features=8, hidden=8, width=8),
   )
   return model, support.params(model)
 

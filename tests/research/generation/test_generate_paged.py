@@ -21,7 +21,7 @@ from research.lora.methods.alora import ALoRA
 from research.lora.methods.lora import LoRA
 from research.lora.serving import pool
 from research.nn import rope
-from research.nn.cache import cache_paged
+from research.nn.cache import paged
 from research.typing import UserError
 from tests import support
 
@@ -108,12 +108,12 @@ def test_few_pages_are_enough_and_all_come_back():
 
 def test_what_free_pages_hold_does_not_matter(monkeypatch):
   model, params = case()
-  zeros = cache_paged.empty_pool
+  zeros = paged.empty_pool
 
   def poisoned(*arguments):
     return jax.tree.map(lambda x: x * jnp.nan, zeros(*arguments))
 
-  monkeypatch.setattr(cache_paged, "empty_pool", poisoned)
+  monkeypatch.setattr(paged, "empty_pool", poisoned)
   assert complete(size=4, rows=2) == reference()
 
 
@@ -140,7 +140,7 @@ def test_what_is_shared_is_bit_by_bit_what_would_be_read(alike):
   found = []
   for share in (True, False):
     pages = PageAllocator(12, 4, 2, 4)
-    held = cache_paged.empty_pool(model, params, 12, 4)
+    held = paged.empty_pool(model, params, 12, 4)
     assert pages.admit(0, first, len(first)).read == 0
     _, held = _read_alone(first, 0, (held, pages.table[:1].copy()))
     start = pages.admit(1, second if share else [0, *second[1:]], len(second))
@@ -185,13 +185,13 @@ def test_shared_beginnings_are_read_once(monkeypatch):
 
 def test_pages_in_8_bits_stay_close(monkeypatch):
   exact, made = reference().tokens, []
-  zeros = cache_paged.empty_pool
+  zeros = paged.empty_pool
 
   def watched(*arguments):
     made.append(zeros(*arguments))
     return made[-1]
 
-  monkeypatch.setattr(cache_paged, "empty_pool", watched)
+  monkeypatch.setattr(paged, "empty_pool", watched)
   got = complete(size=4, rows=2, dtype="int8").tokens
   (held,) = made
   assert {x.dtype.name for x in jax.tree.leaves(held)} == {"int8", "float32"}

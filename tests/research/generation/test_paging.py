@@ -9,7 +9,7 @@ import pytest
 from research.generation import generate_paged, paging
 from research.generation.page_allocator import PageAllocator
 from research.generation.paging import Paging, parse
-from research.nn.cache import cache_paged
+from research.nn.cache import paged
 from research.nn.transformer import init_cache
 from research.typing import UserError
 from tests import support
@@ -77,7 +77,7 @@ def test_memory_is_that_of_the_arrays():
   assert found["pool_bytes"] == 40 * 8 * token
 
 
-@pytest.mark.parametrize("dtype", cache_paged.CODES)
+@pytest.mark.parametrize("dtype", paged.CODES)
 def test_memory_in_8_bits_is_that_of_codes_and_scales(dtype):
   model = support.model("llama")
   params = support.params(model)
@@ -85,7 +85,7 @@ def test_memory_in_8_bits_is_that_of_codes_and_scales(dtype):
   found = paging.memory(model, params, [[1] * 9], 4, pages, dtype)
   # 3 layers, 2 heads, keys and values of 8 codes and a scale each.
   assert found["pool_bytes"] == 7 * 8 * 3 * 2 * 2 * (8 + 4)
-  held = cache_paged.empty_pool(model, params, 7, 8, dtype)
+  held = paged.empty_pool(model, params, 7, 8, dtype)
   assert found["pool_bytes"] == sum(x.nbytes for x in jax.tree.leaves(held))
 
 

@@ -22,7 +22,7 @@ from research.lora.adapted import AdaptedTensor
 from research.lora.merge import changes, merge_modes, merging
 from research.lora.methods.ia3 import IA3
 from research.lora.optim import row_factors
-from research.nn import clock, conv
+from research.nn import conv, time_embedding
 from research.quant.formats.affine import Affine
 from research.quant.quantize import Quantize
 from research.typing import UserError
@@ -166,7 +166,7 @@ def test_of_modulations():
   params |= dict(weight_bias=methods.draw(12, seed=4))
   params |= dict(weight=scaled(params["weight"], params["weight_bias"]))
   got, want = (
-    clock.Modulation().apply({"params": p}, told, 4)
+    time_embedding.AdaLN().apply({"params": p}, told, 4)
     for p in (params, wrap.merge(params))
   )
   chex.assert_trees_all_close(got, want, atol=1e-5)

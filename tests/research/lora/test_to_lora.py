@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.lora import adapt, plain, to_lora, wrap
+from research.lora import adapt, lora_factors, to_lora, wrap
 from research.lora.methods.dora import DoRA
 from research.lora.methods.hira import HiRA
 from research.lora.methods.ia3 import IA3
 from research.lora.methods.loha import LoHa
 from research.lora.methods.lora import LoRA
 from research.lora.methods.miss import MiSS
-from research.lora.methods.residual import PiSSA
+from research.lora.methods.svd_init import PiSSA
 from research.lora.methods.vera import VeRA
 from research.typing import UserError
 from tests import support
@@ -49,7 +49,10 @@ def adapted(method, targets=("q", "down")):
 
 
 def deltas(params):
-  return {path: plain.update(t) for path, t in plain.adapters(params).items()}
+  return {
+    path: lora_factors.update(t)
+    for path, t in lora_factors.adapters(params).items()
+  }
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
@@ -61,7 +64,7 @@ def test_all_of_an_update(method):
     scale = np.abs(want[path]).max()
     np.testing.assert_allclose(d, want[path], atol=2e-5 * scale)
     assert fits[path].error < 1e-6
-  for t in plain.adapters(got).values():
+  for t in lora_factors.adapters(got).values():
     assert type(t.method) is LoRA
     assert t.method.scale == 1.0
   chex.assert_trees_all_equal(
@@ -112,13 +115,13 @@ def test_experts_are_converted_one_by_one():
 
 def test_factors_of_what_is_lora_by_another_name():
   params = adapted(PiSSA(rank=2))
-  for path, f in plain.factors(params).items():
+  for path, f in lora_factors.factors(params).items():
     assert f.rank == 4
     np.testing.assert_allclose(f.delta(), deltas(params)[path], atol=1e-5)
   with pytest.raises(UserError, match="expected plain LoRA"):
-    plain.factors(adapted(HiRA(rank=3)))
+    lora_factors.factors(adapted(HiRA(rank=3)))
   with pytest.raises(UserError, match="hold no adapter"):
-    plain.factors(support.params(MODEL))
+    lora_factors.factors(support.params(MODEL))
   with pytest.raises(UserError, match="hold no adapter"):
     to_lora.to_lora(support.params(MODEL), to_lora.Rank(1))
 

@@ -17,7 +17,7 @@ from research.generation import generate
 from research.generation import generate_paged_rows as programs
 from research.generation.generate_paged import PIECES
 from research.generation.sampling import GREEDY, row_keys
-from research.nn.cache.cache_paged import CODES, empty_pool
+from research.nn.cache.paged import CODES, empty_pool
 from tests import support
 
 ROWS, COUNT, SIZE, WIDTH, DEPTH = 8, 64, 128, 8, 2

@@ -13,10 +13,10 @@ from kernels_pallas.masks import Mask
 from research import tree, weights
 from research.lora import adapt
 from research.lora.methods.alora import ALoRA
-from research.nn import clock as clocks
 from research.nn import presets
-from research.nn.attending import may_keep
-from research.nn.cache.cache_paged import PagedLayer
+from research.nn import time_embedding as clocks
+from research.nn.attention_context import may_keep
+from research.nn.cache.paged import PagedLayer
 from research.nn.moe.routing import Routing
 from research.nn.transformer import init_cache
 from tests import support
@@ -96,7 +96,9 @@ def test_experts_are_those_of_the_tokens_asked_for():
   "by", [pytest.param("row", marks=pytest.mark.slow), "token"]
 )
 def test_times_are_those_of_the_tokens_asked_for(by):
-  model, params = network(clock=clocks.Clock(width=8, features=8, hidden=8))
+  model, params = network(
+    clock=clocks.TimeEmbedding(width=8, features=8, hidden=8)
+  )
   time = jnp.array([0.2, 0.9])
   if by == "token":
     time = jnp.linspace(0, 1, 2 * T).reshape(2, T)

@@ -54,7 +54,7 @@ def test_scanned_equals_unrolled(case):
 def test_layers_and_stack_are_inverse(case):
   model, params, _, _ = case
   again = tree.stack(
-    tree.top(params), list(tree.layers(params)), model.layer_kinds()
+    tree.outer_params(params), list(tree.layers(params)), model.layer_kinds()
   )
   chex.assert_trees_all_equal(params, again)
   assert len(list(tree.layers(params))) == model.stack.depth

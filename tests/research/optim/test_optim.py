@@ -104,7 +104,7 @@ RANGES = [
   (objective.NextToken, dict(label_smoothing=1.5)),
   (experts.Balance, dict(loss=-1)),
   (experts.rebalance, dict(rate=-0.1)),
-  (loop.Plan, dict(steps=1, average=1.5)),
+  (loop.TrainConfig, dict(steps=1, average=1.5)),
 ]
 
 

@@ -59,7 +59,7 @@ def test_a_run_ends_at_its_average(line, tmp_path):
       tx,
       start,
       numbers(),
-      loop.Plan(steps=5),
+      loop.TrainConfig(steps=5),
       workdir=tmp_path / name,
       rewrites=rewrites,
     ).state

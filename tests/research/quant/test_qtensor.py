@@ -14,7 +14,7 @@ from research.interop import ours
 from research.interop.quantized import bnb
 from research.quant import qtensor
 from research.quant.formats.codebook import Codebook
-from research.quant.layouts import panels
+from research.quant.layouts import cpu_layout
 from research.quant.numerics import codebooks
 from research.quant.quantize import Cast, Quantize
 from research.typing import UserError
@@ -268,7 +268,7 @@ def test_axes_follow_the_parts():
 @pytest.mark.parametrize("of", ["float32", "bfloat16"])
 def test_panels_hold_the_same_numbers(of):
   w = pack(jnp.asarray(gaussian(2, 128, 24), of))
-  got = np.asarray(panels.from_qtensor(w).dense(), of)
+  got = np.asarray(cpu_layout.from_qtensor(w).dense(), of)
   np.testing.assert_array_equal(got, w.dense())
 
 

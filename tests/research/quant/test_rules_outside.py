@@ -8,12 +8,17 @@ import pytest
 
 from research import weights
 from research.quant.algorithms import calibrate
-from research.quant.algorithms.outlier_rows import Apart
+from research.quant.algorithms.outlier_rows import KeepOutlierRows
 from research.quant.formats.affine import Affine
-from research.quant.methods import Compensated, Nearest
-from research.quant.rules import Rule
+from research.quant.methods import GPTQMethod, RoundToNearest
+from research.quant.quantize_by_rules import Rule
 from research.typing import UserError
-from tests.research.quant.test_rules import FORMAT, LAYERS, known, run
+from tests.research.quant.test_quantize_by_rules import (
+  FORMAT,
+  LAYERS,
+  known,
+  run,
+)
 
 
 def test_what_is_outside_of_layers_is_checked_before_calibration(monkeypatch):
@@ -26,14 +31,14 @@ def test_what_is_outside_of_layers_is_checked_before_calibration(monkeypatch):
   broken = params | {"embed": params["embed"].at[3, 1].set(jnp.nan)}
   with pytest.raises(UserError, match=r"^embed: 1 of .* not finite"):
     run(model, broken, LAYERS, fit)
-  seeing = dataclasses.replace(fit, method=Apart(method=Compensated()))
+  seeing = dataclasses.replace(fit, method=KeepOutlierRows(method=GPTQMethod()))
   with pytest.raises(UserError, match="embed is packed without calibration"):
     run(model, params, LAYERS, seeing)
 
 
 def test_an_embedding_keeps_rows_apart():
   model, params = known()
-  method = Apart(method=Nearest(), rows=2, dtype="float32")
+  method = KeepOutlierRows(method=RoundToNearest(), rows=2, dtype="float32")
   rule = Rule(match="embed", format=Affine(block=16, bits=3), method=method)
   packed, _ = run(model, params, rule, calibration=None)
   got, want = weights.dense(packed["embed"]), params["embed"]

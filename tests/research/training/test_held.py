@@ -9,7 +9,7 @@ import pytest
 
 from research import tree
 from research.optim import optim
-from research.training import compiling, loop, state, step
+from research.training import aot, loop, state, step
 from research.typing import UserError
 
 
@@ -42,7 +42,7 @@ def test_held_resumes_bitwise(line, tmp_path):
 
   def fit(name, steps):
     start = state.create(params, "w", tx, held="base")
-    plan = loop.Plan(steps=steps)
+    plan = loop.TrainConfig(steps=steps)
     where = tmp_path / name
     rewrites = (drift,)
     return loop.fit(
@@ -79,6 +79,6 @@ def test_held_must_match_and_frozen_stays_refused(line):
 
   update = step.make_train_step(objective, tx)
   with pytest.raises(UserError, match="`trainable` or `held`"):
-    compiling.lower_step(
+    aot.lower_step(
       update, start, next(iter(numbers())), jax.random.key(0), (melt,)
     )

@@ -60,7 +60,7 @@ def test_ten_steps_are_five_and_five(model, params, adapt, tmp_path):
 
   def run(workdir, steps):
     start = state.create(adapt(params, 0.1), r"/trained/", tx, average=True)
-    plan = loop.Plan(steps=steps, seed=5, eval_every=5)
+    plan = loop.TrainConfig(steps=steps, seed=5, eval_every=5)
     return loop.fit(
       objective,
       tx,
@@ -100,7 +100,7 @@ def test_a_run_learns_and_reports(line, tmp_path):
   out = line_run(
     line,
     tmp_path,
-    loop.Plan(steps=40, eval_every=10, save_every=7, keep=1),
+    loop.TrainConfig(steps=40, eval_every=10, save_every=7, keep=1),
     evaluations={"validation": held, "heldout": held * 2},
   )
   assert int(out.state.step) == 40
@@ -130,7 +130,7 @@ def test_best_checkpoint_survives_what_comes_after(line, tmp_path):
   out = line_run(
     line,
     tmp_path,
-    loop.Plan(steps=12, eval_every=2, keep=2),
+    loop.TrainConfig(steps=12, eval_every=2, keep=2),
     evaluations={"validation": [held]},
   )
   assert out.best[0] == 2
@@ -139,7 +139,7 @@ def test_best_checkpoint_survives_what_comes_after(line, tmp_path):
 
 
 def test_a_nan_stops_the_run_before_it_is_saved(line, tmp_path):
-  plan = loop.Plan(steps=9, save_every=2)
+  plan = loop.TrainConfig(steps=9, save_every=2)
   with pytest.raises(UserError) as caught:
     line_run(line, tmp_path, plan, bad_from=6)
   assert "train/loss is nan at step 6" in str(caught.value)
@@ -176,7 +176,7 @@ def test_another_shape_is_an_error_not_a_compilation(line, tmp_path):
       tx,
       state.create(params, "w", tx),
       Uneven(),
-      loop.Plan(steps=5),
+      loop.TrainConfig(steps=5),
       workdir=tmp_path,
     )
   assert "\nexpected {'weights': 'float32[8]'" in str(caught.value)
@@ -194,7 +194,7 @@ def test_one_trace_a_run(line, tmp_path):
     tx,
     state.create(params, "w", tx),
     numbers(),
-    loop.Plan(steps=8, eval_every=2),
+    loop.TrainConfig(steps=8, eval_every=2),
     workdir=tmp_path,
     evaluations={"validation": [next(iter(numbers()))] * 3},
   )
@@ -206,7 +206,7 @@ def test_frozen_is_never_donated(line, tmp_path):
   tx = optax.sgd(0.1)
   start = state.create(params, "w", tx)
   out = loop.fit(
-    objective, tx, start, numbers(), loop.Plan(steps=3), workdir=tmp_path
+    objective, tx, start, numbers(), loop.TrainConfig(steps=3), workdir=tmp_path
   )
   assert out.state.frozen["base"] is params["base"]
   assert not params["w"].is_deleted() and start.trainable["w"].is_deleted()
@@ -229,7 +229,7 @@ def test_evaluate_weighs_by_targets(line):
 
 
 def test_profile_of_early_steps(line, tmp_path):
-  line_run(line, tmp_path, loop.Plan(steps=3, profile=(2, 5)))
+  line_run(line, tmp_path, loop.TrainConfig(steps=3, profile=(2, 5)))
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
@@ -246,7 +246,7 @@ def test_writers_get_everything(line, tmp_path):
     def close(self):
       seen.append("closed")
 
-  line_run(line, tmp_path, loop.Plan(steps=2), writers=(Listener,))
+  line_run(line, tmp_path, loop.TrainConfig(steps=2), writers=(Listener,))
   # Account of time, cost of the program; two steps; the account once more.
   assert seen == [(tmp_path, None), 0, 0, 1, 2, 2, "closed"]
 
@@ -254,4 +254,4 @@ def test_writers_get_everything(line, tmp_path):
 @pytest.mark.parametrize("field", ["steps", "accumulate", "keep"])
 def test_plans_that_do_nothing(field):
   with pytest.raises(UserError, match=f"Plan.{field}: found 0, expected at"):
-    loop.Plan(**{"steps": 1, field: 0})
+    loop.TrainConfig(**{"steps": 1, field: 0})

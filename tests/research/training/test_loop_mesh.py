@@ -11,7 +11,7 @@ import pytest
 
 from research import sharding
 from research.sharding import Layout
-from research.training import feed, loop, preemption, state
+from research.training import global_batch, loop, preemption, state
 from research.training.reports.metrics import read_jsonl
 from research.typing import UserError
 from tests.research.training import conftest
@@ -49,7 +49,7 @@ def run(workdir, layout=None, steps=6, objective=None, plan=None, **more):
       TX,
       start,
       Wide(),
-      plan or loop.Plan(steps=steps, accumulate=2, save_every=2),
+      plan or loop.TrainConfig(steps=steps, accumulate=2, save_every=2),
       workdir=workdir,
       sharding=cut,
       **{"evaluations": {"validation": [next(iter(Wide()))]}, **more},
@@ -119,13 +119,13 @@ def test_batches_are_cut_where_the_mesh_divides_them(rows):
     "flat": np.zeros(rows),
     "more": np.zeros((rows, 2, 5)),
   }
-  placed = feed.place(batch, LAYOUT.batch(mesh))
+  placed = global_batch.place(batch, LAYOUT.batch(mesh))
   found = {name: x.sharding.spec for name, x in placed.items()}
   assert found["even"] == jax.P(spec, tokens)
   assert found["odd"][0] == spec and found["odd"][1] is None
   assert found["flat"] == jax.P(spec)
   assert found["more"] == jax.P(spec, tokens, None)
-  assert feed.share(LAYOUT.batch(mesh)) == (0, 1)  # one process
+  assert global_batch.share(LAYOUT.batch(mesh)) == (0, 1)  # one process
 
 
 @pytest.mark.parametrize(
@@ -141,13 +141,13 @@ def test_batches_are_cut_where_the_mesh_divides_them(rows):
   ],
 )
 def test_which_part_of_the_rows_is_held(held, pieces, want):
-  assert feed.part(held, pieces) == want
+  assert global_batch.part(held, pieces) == want
 
 
 def test_rows_that_the_mesh_does_not_divide():
   mesh = LAYOUT.mesh()
   with pytest.raises(UserError, match="found 6 rows, expected a multiple of 4"):
-    feed.place({"x": np.zeros((6, 4))}, LAYOUT.batch(mesh))
+    global_batch.place({"x": np.zeros((6, 4))}, LAYOUT.batch(mesh))
 
 
 class Asking:
@@ -166,7 +166,7 @@ class Asking:
 
 def test_asked_to_stop_it_saves_and_says_so(tmp_path, monkeypatch):
   """Wherever it is asked; then it goes on as if nothing had happened."""
-  plan = loop.Plan(steps=6, accumulate=2, save_every=2, eval_every=3)
+  plan = loop.TrainConfig(steps=6, accumulate=2, save_every=2, eval_every=3)
   batches = [next(iter(Wide())), next(iter(Wide()))]
   more = dict(plan=plan, evaluations={"validation": batches})
   lives = [
@@ -206,7 +206,7 @@ def numbers(workdir):
 
 
 def test_a_damaged_unevaluated_step_is_not_used(tmp_path, monkeypatch, capsys):
-  more = dict(plan=loop.Plan(steps=4, accumulate=2, save_every=2))
+  more = dict(plan=loop.TrainConfig(steps=4, accumulate=2, save_every=2))
   monkeypatch.setattr(preemption, "StopPoints", lambda: Asking(6))
   with pytest.raises(preemption.Preempted, match="step 4 is saved, but for"):
     run(tmp_path, **more)

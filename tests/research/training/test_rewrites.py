@@ -43,7 +43,7 @@ def run(workdir, steps):
     tx,
     start,
     DATA.training(None),
-    loop.Plan(steps=steps),
+    loop.TrainConfig(steps=steps),
     workdir=workdir,
     rewrites=(experts.rebalance(RATE),),
   ).state

@@ -11,7 +11,7 @@ import pytest
 from experiments.notebooks import attention_pictures
 from experiments.studies.attention import attention_claims, attention_cost
 from kernels_pallas.flash_attention import cpu
-from kernels_pallas.masks import mask_blocks
+from kernels_pallas.masks import intervals
 
 
 @pytest.fixture(scope="module", name="result")
@@ -83,8 +83,8 @@ def test_tiles_of_masks_are_those_with_a_visible_pair():
     seen = seen.reshape(n, block, n, block)
     found = attention_pictures.classes(mask, length, block)
     some, full = seen.any((1, 3)), seen.all((1, 3))
-    assert ((found != mask_blocks.EMPTY) == some).all(), name
-    assert ((found == mask_blocks.FULL) == full).all(), name
+    assert ((found != intervals.EMPTY) == some).all(), name
+    assert ((found == intervals.FULL) == full).all(), name
 
 
 @pytest.mark.chips

@@ -114,12 +114,12 @@ def test_a_method_that_refuses_is_said_to():
 
 
 NEEDED = {
-  "CorDA": ["adapt.Adapt.look=@look.Covariances()"]
-  + ["look.Covariances.reading=@look.Reading()"],
-  "LoRAGA": ["adapt.Adapt.look=@look.Gradients()"]
-  + ["look.Gradients.reading=@look.Reading()"],
-  "EVA": ["adapt.Adapt.look=@look.Directions()"]
-  + ["look.Directions.reading=@look.Reading()"],
+  "CorDA": ["adapt.Adapt.look=@init_stats.Covariances()"]
+  + ["init_stats.Covariances.reading=@init_stats.CalibrationData()"],
+  "LoRAGA": ["adapt.Adapt.look=@init_stats.Gradients()"]
+  + ["init_stats.Gradients.reading=@init_stats.CalibrationData()"],
+  "EVA": ["adapt.Adapt.look=@init_stats.InputPCA()"]
+  + ["init_stats.InputPCA.reading=@init_stats.CalibrationData()"],
   "C3A": ["c3a.C3A.block=64"],
   "ALoRA": ["alora.ALoRA.invocation=(0,)"],
   "Tokens": ["tokens.Tokens.ids=(0,)", "adapt.Adapt.targets='embed'"],

@@ -13,7 +13,7 @@ from research.data.pipeline import Pipeline
 from research.nn import presets
 from research.optim import optim
 from research.quant.algorithms.calibrate import Calibration
-from research.training.loop import Plan
+from research.training.loop import TrainConfig
 from research.training.objectives import objective
 from research.typing import UserError
 from tests.support_letters import Text
@@ -36,7 +36,7 @@ LADDER = quant_ladder.Ladder(
     optimizer=optim.adamw(optim.constant(1e-3)),
     objective=objective.NextToken(),
     data=Pipeline(source=Text(4, 200), length=32, batch_size=2),
-    plan=Plan(steps=2),
+    plan=TrainConfig(steps=2),
   ),
   text=TEXT,
   rows=(quant_ladder.rows(TEXT, bits=(8,), block=16, nearest=(3,)),),

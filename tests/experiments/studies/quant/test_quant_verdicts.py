@@ -277,7 +277,7 @@ def test_a_run_leaves_what_comes_after_training_packed(tmp_path):
     optimizer=optax.sgd(0.3),
     objective=NextToken(),
     data=DATA,
-    plan=loop.Plan(steps=2),
+    plan=loop.TrainConfig(steps=2),
     heldout=DATA,
     eval_batches=1,
     transforms=(qat.Prepare(format=FORMAT),),

@@ -13,7 +13,7 @@ from research.diffusion.alignment import estimators
 from research.diffusion.alignment.estimators import Coupled, Elbo, FullMask
 from research.diffusion.schedule import Cosine
 from research.generation.sampling import row_keys
-from research.nn.clock import Clock
+from research.nn.time_embedding import TimeEmbedding
 from research.typing import UserError
 from tests import support
 from tests.research.diffusion import passes
@@ -153,7 +153,7 @@ def test_blocks_see_clean_blocks_before_them(shift):
     chex.assert_trees_all_close(got, summed(views, each), atol=1e-5)
 
 
-CLOCK = Clock(features=8, hidden=8, width=8)
+CLOCK = TimeEmbedding(features=8, hidden=8, width=8)
 
 
 @pytest.mark.parametrize("block", [None, 4])

@@ -15,7 +15,7 @@ from research import tree
 from research.interop import hf
 from research.interop.hf import hf_config, hf_config_write
 from research.io import safetensors
-from research.nn import clock, presets, rope
+from research.nn import presets, rope, time_embedding
 from research.typing import UserError
 
 MODELS = pathlib.Path(__file__).parents[3] / "golden" / "models"
@@ -253,7 +253,9 @@ def test_the_text_part_of_a_multimodal_gemma(tmp_path, spelling):
 
 
 def test_a_model_that_is_told_the_time_comes_back():
-  told = clock.Clock(told="time", scale=1000.0, features=8, closed=True)
+  told = time_embedding.TimeEmbedding(
+    told="time", scale=1000.0, features=8, closed=True
+  )
   family, sizes = hf_config.sizes_from_config(CONFIGS["llama"])
   model = presets.transformer(family, dataclasses.replace(sizes, clock=told))
   config = hf_config_write.config_from_model(model, "llama")

@@ -13,7 +13,7 @@ from research import tree
 from research.interop import convert, gguf, load, sources
 from research.interop.gguf import gguf_types
 from research.interop.peft import gguf_adapter
-from research.lora import plain, wrap
+from research.lora import lora_factors, wrap
 from research.lora.methods.hira import HiRA
 from research.typing import UserError
 from tests.support_lora import adapting
@@ -79,7 +79,7 @@ def test_llama_cpp_adds_what_we_add(options, tmp_path):
       x = x + theirs(file, name).astype(np.float32)
     raw = gguf_types.encode("F32", x)
     changed[name] = gguf.Tensor("F32", t.shape, raw)
-  assert len(names) == len(plain.adapters(params))
+  assert len(names) == len(lora_factors.adapters(params))
   whole = gguf.open_gguf(MODELS / "gguf_f32" / "model.gguf")
   gguf.write_gguf(tmp_path / "m.gguf", whole.metadata, changed)
   got = load.load_model(tmp_path / "m.gguf").params
@@ -102,7 +102,7 @@ def test_there_and_back(name, options, tmp_path):
   log = gguf_adapter.save(tmp_path / "a.gguf", params, it.model)
   assert not any(c.max_abs_error for c in log.changes)
   again = gguf_adapter.load(tmp_path / "a.gguf", it.params, it.model)
-  want, got = plain.factors(params), plain.factors(again)
+  want, got = lora_factors.factors(params), lora_factors.factors(again)
   assert set(got) == set(want)
   for path, f in want.items():
     np.testing.assert_array_equal(got[path].a, f.a)
@@ -117,7 +117,7 @@ def test_one_alpha_is_kept_and_no_factor_changes(tmp_path):
   file = gguf.open_gguf(tmp_path / "a.gguf")
   assert file.metadata["adapter.lora.alpha"] == 6.0
   b = file.tensors["blk.1.ffn_up.weight.lora_b"].decode()
-  f = plain.factors(params)["layers/1/mlp/up"]
+  f = lora_factors.factors(params)["layers/1/mlp/up"]
   np.testing.assert_array_equal(b, f.b.T)
   assert file.metadata["general.architecture"] == "qwen3"
 
@@ -247,7 +247,7 @@ def test_superfluous_tensors_and_no_alpha(folder, tmp_path):
   del meta["adapter.lora.alpha"]
   gguf.write_gguf(tmp_path / "b.gguf", meta, good.tensors)
   params = gguf_adapter.load(tmp_path / "b.gguf", it.params, it.model)
-  (f,) = plain.factors(params).values()
+  (f,) = lora_factors.factors(params).values()
   assert f.scale == 1.0
   other = dataclasses.replace(f, scale=1.0)
   np.testing.assert_array_equal(f.delta(), other.delta())

@@ -114,7 +114,7 @@ def test_every_adapter_of_ours_survives_the_format(
 
 
 def forms(params):
-  for i, layer in enumerate([tree.top(params), *tree.layers(params)]):
+  for i, layer in enumerate([tree.outer_params(params), *tree.layers(params)]):
     for path, w in wrap.leaves(layer):
       if hasattr(w, "scale") and hasattr(w, "dropout"):
         yield f"{i}/{path}", (w.method.scale, w.method.dropout)

@@ -20,7 +20,7 @@ from research.lora.methods import (
   lokr,
   lora,
   mora,
-  residual,
+  svd_init,
   vera,
 )
 from research.nn import conv
@@ -141,7 +141,7 @@ def test_merging_is_the_forward_pass(method, packed):
 
 def test_what_is_exported_as_lora_is_here_too():
   held = conv.AsMatrices()({"kernel": kernel()})
-  params = adapt.Adapt(method=residual.PiSSA(rank=2), targets=["matrix"])(
+  params = adapt.Adapt(method=svd_init.PiSSA(rank=2), targets=["matrix"])(
     held, jax.random.key(0)
   )
   w = params["kernel"].matrix

@@ -16,7 +16,7 @@ from research.interop import convert, load, sources
 from research.interop.peft import peft, peft_config, peft_naming, peft_write
 from research.lora import adapt, wrap
 from research.lora.methods.lora import LoRA
-from research.nn.clock import Clock
+from research.nn.time_embedding import TimeEmbedding
 from research.typing import UserError
 from tests import support
 
@@ -129,7 +129,9 @@ def test_a_part_of_a_module_has_no_name(tmp_path):
 
 
 def test_what_tells_a_model_the_time_has_no_name(tmp_path):
-  model = support.model(depth=1, clock=Clock(features=8, hidden=8, width=8))
+  model = support.model(
+    depth=1, clock=TimeEmbedding(features=8, hidden=8, width=8)
+  )
   params = support.params(model)
 
   def save(target):

@@ -132,7 +132,7 @@ def scattered(params):
     tree.map_paths(functools.partial(pack, i), layer)
     for i, layer in enumerate(tree.layers(params))
   ]
-  return tree.stack(tree.top(params), layers)
+  return tree.stack(tree.outer_params(params), layers)
 
 
 def test_layers_that_are_not_alike_are_runs_of_their_own(made, tmp_path):

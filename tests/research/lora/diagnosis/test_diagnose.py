@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import linalg
 
-from research.lora import plain
+from research.lora import lora_factors
 from research.lora.diagnosis import diagnose, plot_diagnosis
 from research.typing import UserError
 from tests.support_lora import lora
@@ -88,25 +88,30 @@ def test_mitigation_weakens_intruders_alone():
   assert counts == {"layers/0/x": 1}
   f = found["layers/0/x"]
   assert (f.rank, f.scale) == (1, 2.0)
-  t = plain.adapters(params)["layers/0/x"]
-  w, d = plain.base(t), plain.update(t)
+  t = lora_factors.adapters(params)["layers/0/x"]
+  w, d = lora_factors.base(t), lora_factors.update(t)
   u, s, v = np.linalg.svd((w + d).astype(np.float64), full_matrices=False)
   want = d - 0.75 * s[0] * np.outer(u[:, 0], v[0])
   u, s, v = np.linalg.svd(want)
   np.testing.assert_allclose(
     f.delta(), s[0] * np.outer(u[:, 0], v[0]), atol=1e-4
   )
-  again = plain.wrapped(
+  again = lora_factors.wrapped(
     {"run0": {"layer0": {"x": jnp.asarray(w[None])}}}, found
   )
-  assert np.linalg.norm(plain.update(plain.adapters(again)["layers/0/x"])) < 12
+  assert (
+    np.linalg.norm(
+      lora_factors.update(lora_factors.adapters(again)["layers/0/x"])
+    )
+    < 12
+  )
 
 
 def test_what_is_no_intruder_stays_bit_for_bit():
   params = model([(3.0, 0, 0), (1.0, 2, 1)])
   found, counts = diagnose.mitigate(params)
   assert counts == {"layers/0/x": 0}
-  want = plain.factors(params)["layers/0/x"]
+  want = lora_factors.factors(params)["layers/0/x"]
   np.testing.assert_array_equal(found["layers/0/x"].a, want.a)
   np.testing.assert_array_equal(found["layers/0/x"].b, want.b)
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from research.lora.lora_factors import Factors
 from research.lora.merge import arithmetic
-from research.lora.plain import Factors
 from research.typing import UserError
 
 SIZES = {"layers/0/attention/q": (12, 10), "layers/1/mlp/up": (6, 14)}

@@ -11,7 +11,7 @@ import pytest
 from research.lora.method import Place
 from research.lora.methods.lora import LoRA
 from research.lora.methods.mora import MoRA
-from research.lora.methods.residual import LoRAGA
+from research.lora.methods.svd_init import LoRAGA
 from research.typing import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[3] / "golden"

@@ -30,7 +30,6 @@ from research.lora.methods.dora import DoRA
 from research.lora.methods.eva import EVA
 from research.lora.methods.fourierft import FourierFT
 from research.lora.methods.gralora import GraLoRA
-from research.lora.methods.halves import LoRAFA, MiCA
 from research.lora.methods.hira import HiRA
 from research.lora.methods.ia3 import IA3
 from research.lora.methods.kasa import KaSA
@@ -39,11 +38,12 @@ from research.lora.methods.lokr import LoKr
 from research.lora.methods.lora import LoRA
 from research.lora.methods.miss import MiSS
 from research.lora.methods.mora import MoRA
+from research.lora.methods.one_factor import LoRAFA, MiCA
 from research.lora.methods.qalora import QALoRA
 from research.lora.methods.randlora import RandLoRA
-from research.lora.methods.residual import CorDA, LoRAGA, OLoRA, PiSSA, Residual
 from research.lora.methods.rotations import BOFT, HRA, OFT, Rotation
 from research.lora.methods.shira import SHiRA
+from research.lora.methods.svd_init import CorDA, LoRAGA, OLoRA, PiSSA, Residual
 from research.lora.methods.tinylora import TinyLoRA
 from research.lora.methods.tokens import Tokens
 from research.lora.methods.vera import VeRA

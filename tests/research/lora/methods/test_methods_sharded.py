@@ -9,7 +9,7 @@ import pytest
 
 from research import tree
 from research.lora import wrap
-from research.lora.methods.residual import Residual
+from research.lora.methods.svd_init import Residual
 from tests import support_mesh
 from tests.research.lora.methods import test_methods as methods
 

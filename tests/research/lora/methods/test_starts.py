@@ -12,11 +12,11 @@ import chex
 import numpy as np
 import pytest
 
-from research.lora import draws
+from research.lora import torch_rng
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods import eva
 from research.lora.methods.lora import LoRA
-from research.lora.methods.residual import OLoRA, PiSSA, Residual
+from research.lora.methods.svd_init import OLoRA, PiSSA, Residual
 from research.typing import UserError
 from tests.research.lora.methods import test_methods as laws
 
@@ -69,7 +69,7 @@ def test_eva_gives_ranks_to_the_directions_that_explain_most():
 )
 def test_places_are_torchs(seed, total, first):
   """Vectors of `torch.randperm` with a seeded generator, torch 2.x on CPU."""
-  assert draws.drawn_places(seed, total, len(first)).tolist() == first
+  assert torch_rng.drawn_places(seed, total, len(first)).tolist() == first
 
 
 @functools.cache
@@ -82,24 +82,25 @@ def permutations():
 def test_torchs_other_algorithm(monkeypatch):
   """Which torch has for long permutations alone; in pieces, and cut short."""
   golden = permutations()
-  assert golden["bound"] == draws._LONG
-  monkeypatch.setattr(draws, "_PIECE", 300)
+  assert golden["bound"] == torch_rng._LONG
+  monkeypatch.setattr(torch_rng, "_PIECE", 300)
   for seed, want in golden["inside_out"].items():
     for count in (len(want), 40, 1):
-      got = draws._inside_out(int(seed), len(want), count)
+      got = torch_rng._inside_out(int(seed), len(want), count)
       assert got.tolist() == want[:count]
 
 
 @pytest.mark.parametrize(
-  "total", [draws._LONG - 1, pytest.param(draws._LONG, marks=pytest.mark.slow)]
+  "total",
+  [torch_rng._LONG - 1, pytest.param(torch_rng._LONG, marks=pytest.mark.slow)],
 )
 def test_places_of_a_large_matrix_are_torchs(total):
   """A down_proj of Llama 3 70B, say, has 234,881,024 entries."""
   for seed, want in permutations()["randperm"][str(total)].items():
-    got = draws.drawn_places(int(seed), total, len(want))
+    got = torch_rng.drawn_places(int(seed), total, len(want))
     assert got.tolist() == want
 
 
 def test_places_have_to_be_counted():
   with pytest.raises(UserError, match="2,147,483,648 entries, some of which"):
-    draws.drawn_places(0, 2**31, 5)
+    torch_rng.drawn_places(0, 2**31, 5)

@@ -16,9 +16,9 @@ from research import tree, weights
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.adalora import AdaLoRA
 from research.lora.methods.dora import DoRA
-from research.lora.methods.halves import LoRAFA
 from research.lora.methods.ia3 import IA3
 from research.lora.methods.kasa import KaSA
+from research.lora.methods.one_factor import LoRAFA
 from research.lora.optim import loraplus, lorapro, pairs, riemannian
 from research.optim import optim, rates
 from research.training import state

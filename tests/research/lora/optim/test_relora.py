@@ -96,7 +96,7 @@ def leaf(at):
 def fit(workdir, steps, restart, every=4, dtype=jnp.float32):
   tx = optim.adamw(relora.schedule(0.05, 12, every, 2, 1), clip=None)
   start = state.create(params(dtype), "/trained/", tx, held="/w$")
-  plan = loop.Plan(steps=steps)
+  plan = loop.TrainConfig(steps=steps)
   return loop.fit(
     Matrix(), tx, start, Batches(), plan, workdir=workdir, rewrites=(restart,)
   ).state

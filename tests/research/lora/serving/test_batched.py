@@ -13,10 +13,10 @@ from research.generation import generate
 from research.interop.gguf import gguf_types
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
-from research.lora.serving import batched, pool, slots
+from research.lora.serving import adapter_slots, batched, pool
 from research.lora.serving.batched import NONE, BatchedTensor
 from research.quant.formats import ggml
-from research.quant.layouts import panels
+from research.quant.layouts import cpu_layout
 from research.typing import UserError
 from tests import support
 
@@ -183,7 +183,7 @@ def scanned(params):
 
 
 def decoding(params):
-  return panels.to_panels(params)
+  return cpu_layout.to_panels(params)
 
 
 ways = pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_mixed_batch_is_its_rows(kind, layout):
   tokens = support.tokens(len(NAMES), 9)
   params, held = mixed(kind, layout)
   got = logits(MODEL, params, tokens)
-  below = logits(MODEL, layout(slots.base(held.params)), tokens)
+  below = logits(MODEL, layout(adapter_slots.base(held.params)), tokens)
   chex.assert_trees_all_equal(got[1], below[1])
   for row, name in enumerate(NAMES):
     if name != pool.BASE:
@@ -223,7 +223,7 @@ def test_generated_text_is_each_rows_own(kind, layout):
   params, held = mixed(kind, layout)
   got = generate.generate(MODEL, params, PROMPTS, 12).tokens
   for name, rows in (("b", (0, 3)), (pool.BASE, (1,))):
-    alone = slots.base(held.params)
+    alone = adapter_slots.base(held.params)
     if name != pool.BASE:
       alone = adapted(kind, name)
     want = generate.generate(MODEL, layout(alone), PROMPTS, 12).tokens
@@ -238,4 +238,4 @@ def test_unbound_computes_the_base():
   chex.assert_trees_all_equal(
     logits(MODEL, held.params, tokens), logits(MODEL, base("array"), tokens)
   )
-  chex.assert_trees_all_equal(slots.base(held.params), base("array"))
+  chex.assert_trees_all_equal(adapter_slots.base(held.params), base("array"))

@@ -18,16 +18,16 @@ from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.c3a import C3A
 from research.lora.methods.dora import DoRA
-from research.lora.methods.halves import LoRAFA
 from research.lora.methods.hira import HiRA
 from research.lora.methods.ia3 import IA3
 from research.lora.methods.loha import LoHa
 from research.lora.methods.lora import LoRA
 from research.lora.methods.miss import MiSS
-from research.lora.methods.residual import PiSSA
+from research.lora.methods.one_factor import LoRAFA
+from research.lora.methods.svd_init import PiSSA
 from research.lora.methods.vera import VeRA
 from research.lora.optim import row_factors
-from research.lora.serving import pool, slots
+from research.lora.serving import adapter_slots, pool
 from research.typing import UserError
 from tests import support
 
@@ -95,7 +95,7 @@ def test_adapters_come_and_go_without_compiling(places):
     held = pool.add(held, name, place)
 
   def compiled():
-    parts = generate.prefill, generate.decode, slots._set
+    parts = generate.prefill, generate.decode, adapter_slots._set
     return [f._cache_size() for f in parts]
 
   def check(held, names):

@@ -209,7 +209,7 @@ def test_a_dense_first_layer_is_a_run_of_its_own():
     20,
   )
   again = tree.stack(
-    tree.top(base()), list(tree.layers(base())), MODEL.layer_kinds()
+    tree.outer_params(base()), list(tree.layers(base())), MODEL.layer_kinds()
   )
   chex.assert_trees_all_equal(again, base())
 

@@ -201,7 +201,7 @@ def test_the_trainer_says_what_was_read_twice(tmp_path):
   params = {"run0": {"layer0": {"up": jnp.ones((2, 4, 4))}}}
   data = [{"x": np.ones((6, 4), "f4"), "weights": np.ones((6, 1), "f4")}] * 4
   with pytest.raises(UserError) as e:
-    plan, start = loop.Plan(steps=2), state.create(params, ".", tx)
+    plan, start = loop.TrainConfig(steps=2), state.create(params, ".", tx)
     loop.fit(Views(2), tx, start, data, plan, workdir=tmp_path)
   said = "train/loss is nan at step 1: of the projected matrices 2 were not"
   assert said in str(e.value)

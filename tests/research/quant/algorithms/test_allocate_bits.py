@@ -13,7 +13,7 @@ from research.quant.algorithms.calibrate import Calibration
 from research.quant.formats.affine import Affine
 from research.typing import UserError
 from tests import support
-from tests.research.quant.test_rules import Bytes, Text
+from tests.research.quant.test_quantize_by_rules import Bytes, Text
 
 FORMATS = tuple(Affine(block=4, bits=bits, symmetric=True) for bits in (2, 8))
 PROBE = Calibration(source=Text(), windows=4, length=16, batch=4)

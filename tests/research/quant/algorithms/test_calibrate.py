@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.quant.algorithms import calibrate, drift
+from research.quant.algorithms import calibrate, error_propagation
 from research.quant.algorithms.calibrate import Calibration
 from research.taps import statistics
 from research.text.special_tokens import SpecialTokens
@@ -169,7 +169,7 @@ def test_pairs_are_two_models_at_once():
   x = weights.take(embed, tokens())
   y = x + 0.1
   both = calibrate.outputs(
-    block, drift.paired(old, new), jnp.concatenate([x, y])
+    block, error_propagation.paired(old, new), jnp.concatenate([x, y])
   )
   want = [calibrate.outputs(block, old, x), calibrate.outputs(block, new, y)]
   np.testing.assert_allclose(both, np.concatenate(want), rtol=1e-5, atol=1e-5)
@@ -181,8 +181,10 @@ def test_drift_is_summed_as_defined():
   block, layer = model.layer_kinds()[0], next(tree.layers(params))
   x = calibrate.embedded(model, params, tokens())
   inputs = calibrate.Inputs(block, jnp.concatenate([x, 2 * x + 1]), 10)
-  pairs = drift.paired(layer, layer)
-  found = inputs.seen(pairs, ["attention/q"], drift.Drift())["attention/q"]
+  pairs = error_propagation.paired(layer, layer)
+  found = inputs.seen(pairs, ["attention/q"], error_propagation.Drift())[
+    "attention/q"
+  ]
   scale = {"scale": layer["attention_norm"]["scale"]}
   old, new = (
     np.asarray(block.norm.apply({"params": scale}, z), np.float64).reshape(

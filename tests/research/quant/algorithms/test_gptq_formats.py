@@ -14,7 +14,7 @@ from research.quant import methods
 from research.quant.algorithms.calibrate import Calibration
 from research.quant.algorithms.clip import Clip
 from research.quant.algorithms.gptq import GPTQ
-from research.quant.algorithms.outlier_rows import Apart
+from research.quant.algorithms.outlier_rows import KeepOutlierRows
 from research.quant.format import Format
 from research.quant.formats import ggml
 from research.quant.formats.affine import Affine
@@ -23,8 +23,8 @@ from research.quant.formats.fp8 import FP8
 from research.quant.formats.hqq import HQQ
 from research.quant.formats.int8 import Int8
 from research.quant.formats.nvfp4 import NVFP4
-from research.quant.methods import Compensated, Known, Nearest
-from research.quant.rules import Quantization, Rule
+from research.quant.methods import GPTQMethod, Known, RoundToNearest
+from research.quant.quantize_by_rules import Quantization, Rule
 from research.typing import UserError
 from tests import support
 
@@ -75,7 +75,7 @@ def test_outputs_gain_and_codes_are_the_types_own(format):
   w, seen = problem()
   format = format.fitted(INPUTS, OUTPUTS)
   (q,), (dense,), (found,) = methods.rounded(
-    (w,), seen, format, Compensated(), compare=True
+    (w,), seen, format, GPTQMethod(), compare=True
   )
   assert found.output_error < 0.9 * found.nearest_error
   np.testing.assert_array_equal(dense, q.dense())
@@ -103,17 +103,27 @@ class Whole(Format):
     return "whole"
 
 
-CLIPPED = Compensated(options=GPTQ(clip=Clip()))
-DRIFTING = Compensated(options=GPTQ(drift=0.5))
+CLIPPED = GPTQMethod(options=GPTQ(clip=Clip()))
+DRIFTING = GPTQMethod(options=GPTQ(drift=0.5))
 
 
 @pytest.mark.parametrize(
   ("format", "method", "options", "says"),
   [
-    (Whole(block=32), Compensated(), {}, "q: GPTQ: codes of whole cannot be"),
+    (Whole(block=32), GPTQMethod(), {}, "q: GPTQ: codes of whole cannot be"),
     (HQQ(block=32), CLIPPED, {}, "q: GPTQ.clip: the grids of hqq4-g32 are not"),
-    (NVFP4(), Nearest(clip=Clip()), {}, "q: Nearest.clip: the grids of nvfp4"),
-    (Affine(block=8), Apart(rows=32), {}, "expected fewer than the matrix' 32"),
+    (
+      NVFP4(),
+      RoundToNearest(clip=Clip()),
+      {},
+      "q: Nearest.clip: the grids of nvfp4",
+    ),
+    (
+      Affine(block=8),
+      KeepOutlierRows(rows=32),
+      {},
+      "expected fewer than the matrix' 32",
+    ),
     (Affine(block=8), DRIFTING, dict(sequential="none"), "GPTQ.drift"),
   ],
 )
@@ -131,7 +141,7 @@ def test_what_cannot_be_is_said_before_a_text_is_read(
 
 def test_rows_apart_of_blocks_of_ggml():
   w, format = problem()[0], ggml.TYPES["Q4_K"]
-  (q,), _, _ = methods.rounded((w,), None, format, Apart(rows=1))
+  (q,), _, _ = methods.rounded((w,), None, format, KeepOutlierRows(rows=1))
   off = np.asarray(format.decode(format.encode(np.asarray(w)))) - w
   row = int(np.square(off).sum(-1).argmax())
   np.testing.assert_array_equal(q.outliers["rows"], [row])

@@ -14,10 +14,10 @@ from research.quant import methods, qtensor
 from research.quant.algorithms.gptq import GPTQ
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
-from research.quant.methods import Compensated
-from research.quant.rules import Quantization, Rule
+from research.quant.methods import GPTQMethod
+from research.quant.quantize_by_rules import Quantization, Rule
 from tests import support, support_mesh
-from tests.research.quant.test_rules import CALIBRATION, Bytes
+from tests.research.quant.test_quantize_by_rules import CALIBRATION, Bytes
 
 IN, OUT = 128, 32
 
@@ -62,7 +62,7 @@ def test_a_matrix_that_is_cut_is_rounded_as_on_one_device(case):
 
   lead = names[:-2]
   cut = {"xx": place(seen["xx"], *lead), "n": place(seen["n"], *lead)}
-  method = Compensated(options=options)
+  method = GPTQMethod(options=options)
   (got,), (dense,), (said,) = methods.rounded(
     (place(w, *names),), cut, format, method
   )
@@ -88,7 +88,7 @@ def test_a_model_that_is_cut_is_rounded_as_on_one_device():
   rule = Rule(
     match="^layers/",
     format=Affine(block=16),
-    method=Compensated(options=GPTQ(order="activations")),
+    method=GPTQMethod(options=GPTQ(order="activations")),
   )
   how = Quantization(rules=(rule,), calibration=CALIBRATION)
   want, alone = how.of(Loaded(model, params, Bytes(), {})).run(params)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.quant import methods, rules
+from research.quant import methods, quantize_by_rules
 from research.quant.algorithms import outlier_rows
 from research.quant.algorithms.gptq import GPTQ
-from research.quant.algorithms.outlier_rows import Apart
+from research.quant.algorithms.outlier_rows import KeepOutlierRows
 from research.quant.formats.affine import Affine
-from research.quant.methods import Compensated, Nearest
-from research.quant.rules import Quantization, Rule
+from research.quant.methods import GPTQMethod, RoundToNearest
+from research.quant.quantize_by_rules import Quantization, Rule
 from research.typing import UserError
 from tests import support
 
@@ -54,11 +54,15 @@ def output_error(w, q):
 
 @pytest.mark.parametrize(
   "inner",
-  [Nearest(), Compensated(), Compensated(options=GPTQ(order="activations"))],
+  [
+    RoundToNearest(),
+    GPTQMethod(),
+    GPTQMethod(options=GPTQ(order="activations")),
+  ],
 )
 @pytest.mark.sample(2)
 def test_the_rows_that_cost_most_are_kept_exactly(inner):
-  packed, measures = rounded(Apart(method=inner, rows=3))
+  packed, measures = rounded(KeepOutlierRows(method=inner, rows=3))
   plain, _ = rounded(inner)
   for w, q, p, m in zip(problem()[0], packed, plain, measures, strict=True):
     np.testing.assert_array_equal(q.outliers["rows"], LARGE)
@@ -89,12 +93,16 @@ def test_which_cost_most_is_what_leaving_each_alone_would_save():
 def test_a_row_apart_widens_no_grid():
   w = np.random.default_rng(1).normal(size=(64, 24)).astype(np.float32)
   w[9] *= 100
-  packed, _, _ = methods.rounded((jnp.asarray(w),), None, FORMAT, Apart(rows=1))
+  packed, _, _ = methods.rounded(
+    (jnp.asarray(w),), None, FORMAT, KeepOutlierRows(rows=1)
+  )
   np.testing.assert_array_equal(packed[0].outliers["rows"], [9])
   rest = np.delete(np.asarray(packed[0].dense()), 9, 0)
   want = np.delete(w, 9, 0)
   assert np.sqrt(np.mean((rest - want) ** 2)) < 0.25
-  plain = methods.rounded((jnp.asarray(w),), None, FORMAT, Nearest())[0][0]
+  plain = methods.rounded((jnp.asarray(w),), None, FORMAT, RoundToNearest())[0][
+    0
+  ]
   rest = np.delete(np.asarray(plain.dense()), 9, 0)
   assert np.sqrt(np.mean((rest - want) ** 2)) > 0.4
 
@@ -102,13 +110,15 @@ def test_a_row_apart_widens_no_grid():
 def test_in_a_model_by_rules():
   model = support.model()
   params = support.params(model)
-  rule = Rule(match="^layers/", format=Affine(block=4), method=Apart(rows=2))
+  rule = Rule(
+    match="^layers/", format=Affine(block=4), method=KeepOutlierRows(rows=2)
+  )
   packed, report = Quantization(rules=(rule,)).run(params)
   assert {row.method for row in report.rows} == {"nearest, 2 rows apart"}
   for layer, old in zip(tree.layers(packed), tree.layers(params), strict=True):
-    for path, w in rules.matrices(layer).items():
+    for path, w in quantize_by_rules.matrices(layer).items():
       rows = np.asarray(w.outliers["rows"])
-      want = np.asarray(rules.matrices(old)[path])[rows]
+      want = np.asarray(quantize_by_rules.matrices(old)[path])[rows]
       np.testing.assert_allclose(w.outliers["values"], want, rtol=1e-3)
   read = jax.jit(lambda p: model.apply({"params": p}, support.tokens())[0])
   dense = jax.tree.map(
@@ -124,7 +134,7 @@ def test_of_experts_each_has_its_own():
   both = jax.tree.map(lambda x: jnp.stack([x, x]), seen)
   both["xx"] = both["xx"].at[1, LARGE].set(0).at[1, :, LARGE].set(0)
   found, _, _ = methods.rounded(
-    (jnp.stack([ws[0], ws[1]]),), both, FORMAT, Apart(rows=3)
+    (jnp.stack([ws[0], ws[1]]),), both, FORMAT, KeepOutlierRows(rows=3)
   )
   rows = np.asarray(found[0].outliers["rows"])
   np.testing.assert_array_equal(rows[0], LARGE)
@@ -134,10 +144,13 @@ def test_of_experts_each_has_its_own():
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: Apart(rows=0), "rows is 0, expected 1 or more"),
-    (lambda: rounded(Apart(rows=64)), "expected fewer than the matrix' 64"),
+    (lambda: KeepOutlierRows(rows=0), "rows is 0, expected 1 or more"),
     (
-      lambda: Apart(method=Compensated(options=GPTQ(drift=1.0))),
+      lambda: rounded(KeepOutlierRows(rows=64)),
+      "expected fewer than the matrix' 64",
+    ),
+    (
+      lambda: KeepOutlierRows(method=GPTQMethod(options=GPTQ(drift=1.0))),
       "GPTQ.drift moves rows",
     ),
   ],

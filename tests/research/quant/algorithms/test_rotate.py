@@ -13,11 +13,11 @@ from research import sharding, taps, weights
 from research.interop import ours
 from research.nn.moe.routing import Routing
 from research.nn.presets import Sparse
-from research.quant import activations, qtensor, quantize, untied
+from research.quant import activations, qtensor, quantize, untied_embedding
 from research.quant.algorithms import rotate
 from research.quant.formats.affine import Affine
 from research.quant.numerics import hadamard
-from research.quant.rules import Quantization, Rule
+from research.quant.quantize_by_rules import Quantization, Rule
 from research.taps.statistics import Covariance
 from research.typing import UserError
 
@@ -77,7 +77,7 @@ def test_logits_stay(family, changes):
 
 def test_an_untied_model_is_the_same():
   model, _, rotated, tokens = _rotated()
-  apart, plain = untied.untie(model, rotated)
+  apart, plain = untied_embedding.untie(model, rotated)
   assert not apart.tied and plain["head"].shape == (32, 64)
   want = _logits(model)(rotated, tokens)
   np.testing.assert_allclose(_logits(apart)(plain, tokens), want, atol=1e-5)

@@ -237,7 +237,7 @@ def test_compensated_rounding_halves_the_error(name):
 
   @jax.jit
   def parts(w):
-    return methods.Compensated().parts([w], seen, format, None)[0][0]
+    return methods.GPTQMethod().parts([w], seen, format, None)[0][0]
 
   got = dataclasses.replace(packer(format)(w), parts=parts(w))
   x, pair = np.asarray(x), (got, packer(format)(w))

@@ -21,7 +21,7 @@ from research.quant.formats.hqq import HQQ
 from research.quant.formats.int8 import Int8
 from research.quant.formats.microscaling import Microscaling
 from research.quant.formats.nvfp4 import NVFP4
-from research.quant.layouts import packing, panels
+from research.quant.layouts import cpu_layout, packing
 from research.typing import UserError
 
 INPUTS, OUTPUTS = 256, 24
@@ -216,9 +216,9 @@ def test_parts_of_another_matrix_are_refused():
 @every
 def test_panels_hold_the_same_numbers(row):
   w = leaf(row)
-  if not panels.fits(w):
+  if not cpu_layout.fits(w):
     pytest.skip("panels hold no such codes")
-  got = jax.jit(lambda w: panels.from_qtensor(w).dense())(w)
+  got = jax.jit(lambda w: cpu_layout.from_qtensor(w).dense())(w)
   # A zero a group becomes an offset, which is rounded once.
   atol = 2.0**-22 * np.abs(decoded(row)).max(-2, keepdims=True) * 16
   assert (np.abs(np.asarray(got) - decoded(row)) <= atol).all()
@@ -261,7 +261,7 @@ def test_order_and_outliers():
   x = x.astype(jnp.float32)
   got = weights.einsum("td,df->tf", x, one)
   np.testing.assert_allclose(got, x @ want[0], rtol=1e-5, atol=1e-3)
-  assert not panels.fits(w)
+  assert not cpu_layout.fits(w)
   named = weights.axes(w, ("in", "out"))
   assert named.order == (None, None)
   assert named.outliers["values"] == (None, None, "out")

@@ -11,7 +11,7 @@ import pytest
 
 from research.quant import qtensor
 from research.quant.formats import ggml, iq4, kquants
-from research.quant.numerics import ggml_bits, searches
+from research.quant.numerics import ggml_bits, scale_search
 from research.typing import UserError
 
 TESTS = pathlib.Path(__file__).parents[3]
@@ -143,7 +143,7 @@ def test_folding_scales_of_six_bits_keeps_them():
 def test_a_search_is_at_least_as_good_as_the_obvious_scale():
   rng = np.random.default_rng(3)
   x = rng.standard_normal((16, 200)).astype(np.float32)
-  scale, codes = searches.symmetric(x, 8)
+  scale, codes = scale_search.symmetric(x, 8)
   error = ((x**2) * (scale * (codes - 8.0) - x) ** 2).sum(0)
   plain = np.take_along_axis(x, abs(x).argmax(0)[None], 0)[0] / -8
   obvious = np.clip(np.rint(x / plain), -8, 7) * plain

@@ -17,9 +17,9 @@ from research import sharding, tree, weights
 from research.generation import generate
 from research.interop import convert, load, parts, sources
 from research.quant import formats, qtensor
-from research.quant.layouts import panels
+from research.quant.layouts import cpu_layout
 from research.quant.quantize import Quantize
-from research.quant.rules import Quantization, Rule
+from research.quant.quantize_by_rules import Quantization, Rule
 from research.typing import UserError
 from tests import support, support_lora
 
@@ -170,9 +170,9 @@ def test_a_checkpoint_keeps_it(toy, tmp_path):
 def test_panels_hold_it(toy):
   model, packed = model_and_packed(toy)
   up = packed["run0"]["layer0"]["mlp"]["up"]
-  assert panels.fits(up)
-  close(panels.from_qtensor(up).dense(), up.dense())
-  got = panels.to_panels(packed)
+  assert cpu_layout.fits(up)
+  close(cpu_layout.from_qtensor(up).dense(), up.dense())
+  got = cpu_layout.to_panels(packed)
   tokens = support.tokens(vocab=64)
   close(logits(model, got, tokens), logits(model, packed, tokens))
   prompts = [[3, 5, 7], [11]]

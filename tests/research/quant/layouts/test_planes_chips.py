@@ -9,7 +9,7 @@ import pytest
 from research.planning import chips
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
-from research.quant.layouts import planes
+from research.quant.layouts import accelerator_layout
 from research.quant.quantize import Quantize
 from tests import support
 
@@ -32,7 +32,9 @@ def test_a_decode_step_multiplies_packed_weights(format):
     return Quantize(format=format)(params)
 
   params = jax.eval_shape(shapes)
-  made = jax.eval_shape(lambda p: planes.to_planes(p, gpu=False), params)
+  made = jax.eval_shape(
+    lambda p: accelerator_layout.to_planes(p, gpu=False), params
+  )
 
   def step(params, tokens):
     return model.apply({"params": params}, tokens)[0]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.quant import qtensor, rules
+from research.quant import qtensor, quantize_by_rules
 from research.quant.algorithms import qat
 from research.quant.formats.affine import Affine
 from research.quant.formats.ggml import GGML
 from research.quant.numerics import finite
 from research.quant.quantize import Quantize
-from research.quant.rules import Quantization, Rule
+from research.quant.quantize_by_rules import Quantization, Rule
 from research.typing import UserError
 from tests import support
 from tests.research.quant.formats.test_formats import ROWS, matrices
@@ -79,7 +79,7 @@ def test_rules_name_the_matrix_before_anything_is_calibrated(monkeypatch):
   def walked(*args):
     raise AssertionError("calibrated first")
 
-  monkeypatch.setattr(rules._Work, "alone", walked)
+  monkeypatch.setattr(quantize_by_rules._Work, "alone", walked)
   how = Quantization(rules=(Rule(match="^layers/", format=FORMAT),))
   with pytest.raises(UserError, match=r"layers/1/mlp/up: 1 .* \[5, 7\]"):
     how.run(damaged())

@@ -12,7 +12,7 @@ import pytest
 from research import tree
 from research.optim import optim
 from research.training import state
-from research.training.checkpoints import base, checks
+from research.training.checkpoints import checksums, frozen_base
 from research.training.checkpoints.checkpoint import Checkpoints
 from research.typing import UserError
 
@@ -54,7 +54,7 @@ def test_round_trip(start, tmp_path):
 def test_a_step_holds_no_frozen_weight(line, tmp_path):
   params = {"big": jnp.ones((512, 1024)), "a": jnp.ones((4, 4))}
   start = state.create(params, "^a$", optim.adamw(1e-3))
-  base.record_base(tmp_path, start.frozen, {"name": "somewhere"})
+  frozen_base.record_base(tmp_path, start.frozen, {"name": "somewhere"})
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(start)
   # 2 MiB are frozen; 192 bytes move, the rest is Orbax's book-keeping.
@@ -133,20 +133,20 @@ def test_every_so_many_are_kept_for_good(tmp_path):
 
 
 def test_frozen_weights_are_recorded_once(start, tmp_path):
-  base.record_base(tmp_path, start.frozen, None)
+  frozen_base.record_base(tmp_path, start.frozen, None)
   note = json.loads((tmp_path / "base.json").read_text())
   assert note["source"] is None
   size = nbytes(tmp_path)
-  base.record_base(tmp_path, start.frozen, None)
+  frozen_base.record_base(tmp_path, start.frozen, None)
   assert nbytes(tmp_path) == size > tree.nbytes(start.frozen) / 2
   target = jax.tree.map(jnp.zeros_like, start.frozen)
-  found = base.load_frozen(tmp_path, target)
+  found = frozen_base.load_frozen(tmp_path, target)
   chex.assert_trees_all_equal(found, start.frozen)
   # A checksum that does not fit is the files' damage.
-  note["sums"] = {k: v ^ 1 for k, v in checks.sums(start.frozen).items()}
+  note["sums"] = {k: v ^ 1 for k, v in checksums.sums(start.frozen).items()}
   (tmp_path / "base.json").write_text(json.dumps(note))
   with pytest.raises(UserError, match="differs from its checksum in"):
-    base.load_frozen(tmp_path, target)
+    frozen_base.load_frozen(tmp_path, target)
 
 
 def test_only_the_writer_sweeps(start, tmp_path):
@@ -162,15 +162,15 @@ def test_only_the_writer_sweeps(start, tmp_path):
 
 
 def test_another_base_is_refused(start, tmp_path):
-  base.record_base(tmp_path, start.frozen, {"name": "one"})
+  frozen_base.record_base(tmp_path, start.frozen, {"name": "one"})
   other = jax.tree.map(lambda x: x + 1, start.frozen)
   with pytest.raises(UserError, match="came from {'name': 'one'}"):
-    base.record_base(tmp_path, other, {"name": "two"})
+    frozen_base.record_base(tmp_path, other, {"name": "two"})
   with pytest.raises(UserError, match="no frozen weights here"):
-    base.load_frozen(tmp_path, start.frozen)
+    frozen_base.load_frozen(tmp_path, start.frozen)
   (tmp_path / "base.json").write_text("[]")
   with pytest.raises(UserError, match="not a note on base weights"):
-    base.record_base(tmp_path, start.frozen, None)
+    frozen_base.record_base(tmp_path, start.frozen, None)
 
 
 def test_a_file_that_cannot_grow_is_the_users_error(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from research.data import pipeline
 from research.optim import optim
 from research.training import state
-from research.training.checkpoints import checks
+from research.training.checkpoints import checksums
 from research.training.checkpoints.checkpoint import Checkpoints
 from research.typing import UserError
 
@@ -257,7 +257,7 @@ def test_a_machine_without_memory_is_no_damage(saved, monkeypatch):
     raise MemoryError
 
   with Checkpoints(saved) as checkpoints:
-    monkeypatch.setattr(checks, "damaged_file", fail)
+    monkeypatch.setattr(checksums, "damaged_file", fail)
     with pytest.raises(MemoryError):
       checkpoints.restore_latest(at(0))
   assert jax.process_count() == 1

@@ -1,0 +1,87 @@
+"""Layers see tokens in zig-zag order; whoever calls the model never does."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.masks import Mask
+from research import sharding
+from research.nn import attention_context, zigzag
+from research.nn.transformer import init_cache
+from research.typing import UserError
+from tests import support, support_mesh
+
+BATCH, TIME = 4, 16
+
+
+def padded():
+  steps = np.broadcast_to(np.arange(TIME, dtype=np.int32), (BATCH, TIME))
+  return np.where(steps < np.array([[16], [3], [9], [12]]), steps, -1)
+
+
+def prefix():
+  return Mask.prefix_lm(jnp.array([5, 0, 16, 9], jnp.int32))
+
+
+CASES = {  # family, layout, arguments of the call
+  "nothing given": ("llama", "ring", {}),
+  "padding": ("llama", "ring", {"positions": padded()}),
+  "prefix": ("llama", "sequence", {"mask": prefix()}),
+  "windows": ("gemma2", "ring", {}),
+  "full": ("llama", "ring", {"mask": Mask.full()}),
+  "exchanged": ("llama", "ulysses", {"mask": prefix()}),
+  "cache": ("llama", "ring", {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.sample(2)
+def test_hidden_states_are_one_devices(name):
+  family, layout, given = CASES[name]
+  model = support.model(family, vocab=64)
+  params, tokens = support.params(model), support.tokens(BATCH, TIME, 64)
+
+  @jax.jit
+  def run(params, tokens):
+    more = {k: jax.tree.map(jnp.asarray, x) for k, x in given.items()}
+    if name == "cache":
+      more["cache"] = init_cache(model, params, BATCH, capacity=20)
+    return model.apply({"params": params}, tokens, **more)[0]
+
+  want = run(params, tokens)
+  layout = support_mesh.LAYOUTS[layout]
+  mesh = layout.mesh()
+  place = layout.shardings(params, mesh, sharding.counts(model))
+  with jax.set_mesh(mesh):
+    got = run(
+      jax.device_put(params, place), jax.device_put(tokens, layout.batch(mesh))
+    )
+  live = given.get("positions", np.zeros((BATCH, TIME))) >= 0
+  # Sums of up to 64 float32 terms through three layers; normed, so near 1.
+  chex.assert_trees_all_close(got[live], want[live], rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_are_reordered_only_where_that_spreads_work():
+  mesh = sharding.Layout(data=2, ring=4).mesh()
+  causal = Mask.causal()
+  assert zigzag.balanced(causal, (4, 16)) == ()
+  with jax.set_mesh(mesh):
+    assert zigzag.balanced(causal, (4, 16)) == ("ring",)
+    assert zigzag.balanced(prefix(), (4, 16)) == ("ring",)
+    assert zigzag.balanced(causal, (4, 12)) == ()  # halves of shards of 3
+    assert zigzag.balanced(causal, (4, 15)) == ()
+    assert zigzag.balanced(Mask.full(), (4, 16)) == ()
+    assert zigzag.balanced(Mask.block_diffusion(8, 4), (4, 16)) == ()
+  with jax.set_mesh(sharding.Layout(ulysses=2).mesh()):
+    assert zigzag.balanced(causal, (4, 16)) == ()
+
+
+def test_layouts_that_attention_cannot_cross_are_refused():
+  with pytest.raises(UserError, match="sequence 2 and ring 4"):
+    sharding.Layout(sequence=2, ring=4)
+  q = jnp.zeros((4, 16, 3, 8))
+  refused = pytest.raises(UserError, match="found 8 for 3 heads over 1 devices")
+  with jax.set_mesh(sharding.Layout(data=1, ulysses=8).mesh()), refused:
+    attention_context.attend(q, q, q, mask=Mask.causal())
