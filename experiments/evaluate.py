@@ -5,10 +5,10 @@
   python -m experiments.evaluate --model=DIR --base=smollm2-135m
 
 With a working directory, its own configuration and its best checkpoint (or
-`--step`'s) are used; without, the untrained model of `--config`. A model beside
-its base, such as one that was quantized: perplexity of both, divergence with
-its standard error, tokens whose most likely one is the same, true bits a
-weight, size, and errors of each matrix.
+that of --step) are used; without, the untrained model of --config. A model is
+compared with its base, such as the one it was quantized from, by the perplexity
+of both, their divergence with its standard error, agreement on the most likely
+token, bits a weight, size, and the errors of each matrix.
 """
 
 # ruff: noqa: E402
@@ -38,14 +38,14 @@ _WORKDIR = flags.DEFINE_string(
 _STEP = flags.DEFINE_integer(
   "step",
   None,
-  "Which checkpoint; by default the best, else the last.",
+  "Step of the checkpoint; by default the best one, else the last.",
   flag_values=FLAGS,
 )
 _MODEL = flags.DEFINE_string(
   "model", None, f"With --base: {cli.MODEL}", flag_values=FLAGS
 )
 _BASE = flags.DEFINE_string(
-  "base", None, "What --model is compared with.", flag_values=FLAGS
+  "base", None, "The model that --model is compared with.", flag_values=FLAGS
 )
 _TEXT = flags.DEFINE_string(
   "text",
@@ -66,48 +66,40 @@ _MAX_WINDOWS = flags.DEFINE_integer(
 _LAYERS = flags.DEFINE_bool(
   "layers", True, "With --base: measure each matrix.", flag_values=FLAGS
 )
-_SET = flags.DEFINE_multi_string(
-  "set",
-  [],
-  "Gin binding that wins over the file's.",
-  flag_values=FLAGS,
-)
+_SET = cli.define_set(FLAGS, "EVAL_BATCHES=4")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
   """Evaluates; returns the metrics, which the first process prints as JSON."""
   del argv
-  from research.typing import UserError
-
   if _MODEL.value is not None or _BASE.value is not None:
-    return _beside()
+    return _compare_models()
   if _CONFIG.value is None and _WORKDIR.value is None:
+    from research.typing import UserError
+
     raise UserError(
       "give --workdir=DIR of a run, or --config=FILE; or --model= and --base="
     )
+  return _evaluate_run()
+
+
+def _evaluate_run() -> dict[str, Any] | None:
+  """Returns the metrics of a run, or of a configuration's untrained model."""
   runtime.setup()
-  from experiments.core import config, runs
+  from experiments.core import config, train_eval
   from research.io import folders
 
-  path, workdir, mark = _CONFIG.value, None, None
-  if _WORKDIR.value is not None:
-    workdir = folders.folder(_WORKDIR.value)
-    mark = workdir / "config.gin"
-    if path is None and not mark.exists():
-      raise UserError(
-        f"--workdir={_WORKDIR.value}: found no config.gin there, expected the "
-        "directory of a run of experiments.train"
-      )
-  if path is None:
-    found = config.parse(mark.read_text("utf-8"), _SET.value, str(mark))
+  if _CONFIG.value is None:
+    read = config.read_workdir(_WORKDIR.value, _SET.value)
   else:
-    found = config.read(path, _SET.value)
+    read = config.read(_CONFIG.value, _SET.value)
+  workdir = None if _WORKDIR.value is None else folders.folder(_WORKDIR.value)
   with runtime.cluster(cli.cluster(FLAGS), preemptible=False):
-    result = runs.evaluate(found.experiment, workdir, _STEP.value)
-    return result if runtime.first() else None
+    result = train_eval.evaluate(read.experiment, workdir, _STEP.value)
+    return result if runtime.is_first_process() else None
 
 
-def _beside() -> dict[str, Any]:
+def _compare_models() -> dict[str, Any]:
   """Returns how --model differs from --base."""
   cli.required(model=_MODEL.value, base=_BASE.value)
   text = None if _TEXT.value is None else cli.read_text(_TEXT.value, "text")

@@ -1,13 +1,13 @@
-"""Collects an importance matrix, which encoders of GGUF files weigh errors by.
+"""Collects an importance matrix, by which GGUF encoders weight errors.
 
   python -m experiments.imatrix --model=smollm2-135m --to=smollm2.imatrix.gguf
   python -m experiments.convert --from=smollm2-135m --to=model.gguf \\
     --format=gguf:Q4_K_M --fallback --imatrix=smollm2.imatrix.gguf
 
-For every matrix of the layers: the sum of the squares of each of its inputs,
-over windows of a text. Without --text that is a part of the Python language
-reference. The file is one of llama.cpp's, which reads and writes the same. The
-last line on stdout is JSON: matrices, tokens, windows.
+It has, for every matrix of the layers, the sum of squares of each input over
+windows of a text. The default text is a part of the Python language reference.
+The file is in llama.cpp's format. The last line on stdout is JSON: matrices,
+tokens, windows.
 """
 
 # ruff: noqa: E402
@@ -32,17 +32,20 @@ _TO = flags.DEFINE_string(
   "to", None, "The file to write; it must not exist yet.", flag_values=FLAGS
 )
 _TEXT = flags.DEFINE_string(
-  "text", None, "A text file in UTF-8.", flag_values=FLAGS
+  "text",
+  None,
+  "A text file in UTF-8; by default topics of the Python reference.",
+  flag_values=FLAGS,
 )
 _WINDOWS = flags.DEFINE_integer(
   "windows",
   24,
-  "Windows that are drawn from the text.",
+  "Windows that are sampled from the text.",
   lower_bound=1,
   flag_values=FLAGS,
 )
 _WINDOW = flags.DEFINE_integer(
-  "window", 512, "Tokens of each.", lower_bound=1, flag_values=FLAGS
+  "window", 512, "Tokens of a window.", lower_bound=1, flag_values=FLAGS
 )
 _BATCH = flags.DEFINE_integer(
   "batch",
@@ -51,7 +54,9 @@ _BATCH = flags.DEFINE_integer(
   lower_bound=1,
   flag_values=FLAGS,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draw.", flag_values=FLAGS)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of the sampling.", flag_values=FLAGS
+)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""Says what an experiment needs and takes on devices that are not here.
+"""Plans an experiment on devices that this machine does not have.
 
   python -m experiments.plan --config=runs/quickstart.gin --topology=v5e:4x4
 
-Compiles the experiment's own training step, sharded by its own mesh, for a
+Compiles the experiment's own training step, sharded over its own mesh, for a
 slice of a TPU pod (needs the package libtpu, no TPU) or for virtual devices of
 this machine (--topology=cpu:8), from shapes alone: no weight is read. Prints
-how every parameter is cut, the memory of a device, FLOPs, collectives and
-bounds of the time of a step; the last line on stdout is a JSON object.
+the sharding of every parameter, the memory of a device, FLOPs, collectives and
+bounds of a step's time; the last line on stdout is JSON.
 
-Of a model that fills in masks, sampling's two kinds of calls, with a cache:
+--fill plans the calls of a masked diffusion model that samples with a cache:
 
   python -m experiments.plan --config=runs/llada/pretrain_8b.gin \\
     --set=FSDP=1 --set=TENSOR=4 --topology=v5p:2x2x1 --fill=16x1024+256
@@ -29,12 +29,7 @@ from experiments.core import cli
 
 FLAGS = cli.new_flags()
 
-_CONFIG = flags.DEFINE_string(
-  "config",
-  None,
-  "Gin file, here or under configs/, e.g. runs/quickstart.gin.",
-  flag_values=FLAGS,
-)
+_CONFIG = cli.define_config(FLAGS)
 _TOPOLOGY = flags.DEFINE_string(
   "topology",
   None,
@@ -42,12 +37,7 @@ _TOPOLOGY = flags.DEFINE_string(
   "devices of this machine, e.g. cpu:8.",
   flag_values=FLAGS,
 )
-_SET = flags.DEFINE_multi_string(
-  "set",
-  [],
-  "Gin binding that wins over the file's, e.g. --set=BATCH=64.",
-  flag_values=FLAGS,
-)
+_SET = cli.define_set(FLAGS, "BATCH=64")
 _HLO = flags.DEFINE_string(
   "hlo",
   None,
@@ -57,8 +47,8 @@ _HLO = flags.DEFINE_string(
 _FILL = flags.DEFINE_string(
   "fill",
   None,
-  "ROWSxPROMPT+LENGTH: plan the calls that fill so many masks after prompts, "
-  "instead of training.",
+  "ROWSxPROMPT+LENGTH: plan sampling instead of training: a batch of rows, "
+  "tokens of a prompt, and tokens to generate.",
   flag_values=FLAGS,
 )
 
@@ -69,18 +59,18 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(config=_CONFIG.value, topology=_TOPOLOGY.value)
   import jax
 
-  # What is here is not asked, and stays free for others.
+  # This machine's accelerators are not used, and stay free for others.
   jax.config.update("jax_platforms", "cpu")
   from experiments.core import config
-  from experiments.planning import ahead, ahead_filling
+  from experiments.planning import plan_sampling, plan_training
   from research.planning import chips
 
   experiment, _ = config.read(_CONFIG.value, _SET.value)
-  wanted = _FILL.value and ahead_filling.rows(_FILL.value)
+  rows = _FILL.value and plan_sampling.rows(_FILL.value)
   topology = chips.topology(_TOPOLOGY.value)
-  if wanted:
-    return ahead_filling.plan(experiment, topology, wanted)
-  return ahead.plan(experiment, topology, hlo=_HLO.value)
+  if rows:
+    return plan_sampling.plan(experiment, topology, rows)
+  return plan_training.plan(experiment, topology, hlo=_HLO.value)
 
 
 if __name__ == "__main__":

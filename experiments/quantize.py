@@ -1,13 +1,13 @@
-"""Quantizes a model by rules, with calibration where they ask for it.
+"""Quantizes a model by rules, with calibration where a rule needs it.
 
   python -m experiments.quantize --config=runs/quant/gptq_smollm2.gin --to=DIR
   python -m experiments.perplexity --model=DIR --text=README.md
 
-DIR is then a model of ours: what `--model=` takes elsewhere. Beside the arrays
-stand quantize.gin, which made it, and quantize.json: the calibration's windows
-by index and hash, and each matrix' format, bits, errors and damping. The last
-line on stdout is JSON: matrices, bits_per_weight, output_error, nearest_error,
-failed, seconds, bytes.
+DIR is then our checkpoint, which --model= of other commands takes. It also has
+quantize.gin, the configuration, and quantize.json: the calibration's windows by
+index and hash, and the format, bits, errors and damping of each matrix. The
+last line on stdout is JSON: matrices, bits_per_weight, output_error,
+nearest_error, failed, seconds, bytes.
 """
 
 # ruff: noqa: E402
@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
   runtime.prepare()
 
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -40,12 +39,7 @@ _TO = flags.DEFINE_string(
   "The directory to write; it must not exist yet.",
   flag_values=FLAGS,
 )
-_SET = flags.DEFINE_multi_string(
-  "set",
-  [],
-  "Gin binding that wins over the file's.",
-  flag_values=FLAGS,
-)
+_SET = cli.define_set(FLAGS, "BITS=3")
 _TABLE = flags.DEFINE_bool(
   "table", False, "Print a line for each matrix.", flag_values=FLAGS
 )
@@ -58,6 +52,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.local(to=_TO.value)
   start = time.perf_counter()
   runtime.setup()
+  from experiments.converting.conversion import bytes_on_disk
   from experiments.core import config
   from experiments.studies.quant import quantizing
   from research.interop import convert, sources
@@ -77,16 +72,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   origin = dict(format="quantized", config=_CONFIG.value, of=name or "")
   convert.to_orbax(sources.from_training(loaded, params, origin, name), to)
   (to / "quantize.gin").write_text(text, encoding="utf-8")
-  found = [cli.plain(report.as_dict()) for report in reports]
-  (to / "quantize.json").write_text(
-    json.dumps(found, indent=1) + "\n", encoding="utf-8"
-  )
+  cli.write_json(to / "quantize.json", [report.as_dict() for report in reports])
   summary = reports[-1].summary() if reports else {}
   return {
     **summary,
     "seconds": seconds,
     "seconds_in_all": time.perf_counter() - start,
-    "bytes": sum(f.stat().st_size for f in to.rglob("*") if f.is_file()),
+    "bytes": bytes_on_disk(to),
     "peak_memory_bytes": memory.peak_memory_bytes(),
     "to": _TO.value,
   }

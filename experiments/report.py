@@ -1,11 +1,11 @@
-"""Compares runs: a table, their configurations' differences, a picture.
+"""Compares runs: a table, the differences of their configurations, a plot.
 
   python -m experiments.report --workdir=runs/a,runs/b
 
-Draws loss, throughput, learning rate and where the time went (goodput) into
-report.png, in --out or else the first working directory. A sweep's directory
-stands for all of its units. The last line on stdout is JSON with the numbers of
-the table.
+Plots loss, throughput, learning rate and the share of each part of the time
+(goodput) to report.png, in --out or else the first working directory. The
+directory of a sweep counts as all of its units. The last line on stdout is JSON
+with the numbers of the table.
 """
 
 # ruff: noqa: E402
@@ -33,13 +33,13 @@ _WORKDIR = flags.DEFINE_list(
 _OUT = flags.DEFINE_string(
   "out",
   None,
-  "Where the picture goes; by default the first working directory.",
+  "The directory of the plot; by default the first working directory.",
   flag_values=FLAGS,
 )
 
 
 SHOWN = 40
-"""Lines of differences on the screen."""
+"""Lines of differences that are printed."""
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

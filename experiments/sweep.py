@@ -2,13 +2,13 @@
 
   python -m experiments.sweep --sweep=sweeps/quickstart_rank.gin --workdir=DIR
 
-A sweep file says what varies (`experiments.sweeps` has the notation). Every
-unit's configuration is built before anything runs. The working directory gets
-units/ (a run each, with its configuration and its log), results.csv,
+A sweep file lists bindings to vary (`experiments.sweeps` has the notation). The
+configuration of every unit is built before any unit runs. The working directory
+gets units/ (a run each, with its configuration and its log), results.csv,
 results.png and result.json, whose content is the last line on stdout. The same
-command again runs what is missing. A unit that fails does not stop the others;
-the command then exits with 1. Asked to stop by SIGTERM or Ctrl-C, it lets the
-units that run save, and exits with 42.
+command again runs the missing units. A unit that fails does not stop the
+others; the command then exits with 1. On SIGTERM or Ctrl-C it lets running
+units save, and exits with 42.
 """
 
 # ruff: noqa: E402
@@ -18,7 +18,6 @@ if __name__ == "__main__":
   runtime.prepare()
 
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -32,20 +31,20 @@ FLAGS = cli.new_flags()
 _SWEEP = flags.DEFINE_string(
   "sweep",
   None,
-  "Gin file, here or under configs/, e.g. sweeps/quickstart_rank.gin.",
+  "Gin file, as it stands or under configs/, e.g. sweeps/quickstart_rank.gin.",
   flag_values=FLAGS,
 )
 _LAUNCHER = flags.DEFINE_enum(
   "launcher",
   "local",
   ["local"],
-  "Where the units run: local is here, one after another.",
+  "Where the units run: local is on this machine.",
   flag_values=FLAGS,
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Where everything goes; by default runs/ and the sweep's name.",
+  "The sweep's working directory; by default runs/ and the sweep's name.",
   flag_values=FLAGS,
 )
 _SET = flags.DEFINE_multi_string(
@@ -57,7 +56,7 @@ _SET = flags.DEFINE_multi_string(
 _PARALLEL = flags.DEFINE_integer(
   "parallel",
   1,
-  "How many units run at a time.",
+  "Units that run at the same time.",
   lower_bound=1,
   flag_values=FLAGS,
 )
@@ -71,8 +70,6 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   from experiments import sweeps
   from experiments.core import config
   from experiments.sweeps import launch, sweep_results, sweep_units
-  from research.training.preemption import Preempted
-  from research.typing import UserError
 
   sweep = config.read(_SWEEP.value, root=sweeps.Sweep, flag="sweep").experiment
   name = pathlib.Path(_SWEEP.value).stem
@@ -82,8 +79,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   units = sweep_units.plan(sweep, workdir, _SET.value, checks)
   todo = [unit for unit in units if unit.result() is None]
   cli.say(
-    f"{len(units)} units, {len(todo)} of them to run, in {workdir}; what they"
-    " say goes to units/*.log"
+    f"{len(units)} units, {len(todo)} of them to run, in {workdir}; they log to"
+    " units/*.log"
   )
 
   # --- run ---
@@ -96,22 +93,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
   # --- results ---
   result = sweep_results.report(sweep, units, statuses, workdir, name)
-  failed, missing = result["failed"], result["missing"]
-  if not failed and not missing:
-    return result
-  cli.say(json.dumps(cli.plain(result)))
-  if not failed:
-    raise Preempted(
-      f"{len(missing)} of {len(units)} units are not done; the same command"
-      " goes on."
-    )
-  log = next(u.work.log for u in units if u.work.name == failed[0])
-  raise UserError(
-    f"{len(failed)} of {len(units)} units failed: {', '.join(failed[:3])}"
-    f"{', ...' if len(failed) > 3 else ''}.\n"
-    f"{log}: {sweep_results.last_words(log)}\n"
-    "The same command runs what is missing."
-  )
+  sweep_results.check_complete(result, units)
+  return result
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
   python -m experiments.train --config=runs/quickstart.gin --workdir=DIR
 
-Trains what the configuration describes and leaves in the working directory:
+Trains the model of the configuration and writes to the working directory:
 config.gin (rebuilds the run), metrics.jsonl, checkpoints/, loss.png, adapter/
-(PEFT's format, where the run trained one) and result.json, whose content is
-the last line on stdout. The same command again resumes; so it does after
-SIGTERM or Ctrl-C, upon which the run saves and ends with status 42 (a second
-Ctrl-C ends it at once). Of a finished run it prints the result, and changes
-nothing.
+(in PEFT's format, if the run trained one) and result.json, whose content is
+the last line on stdout. The same command again resumes the run, also after
+SIGTERM or Ctrl-C, upon which it saves and exits with status 42 (a second Ctrl-C
+ends it at once). For a finished run it prints the result, and changes nothing.
 
-A mesh is a matter of five numbers (configs/base.gin); on virtual devices:
+Numbers in configs/base.gin set the mesh; on virtual devices:
 
   python -m experiments.train --config=... --workdir=D --devices=8 --set=FSDP=8
 """
@@ -35,27 +34,17 @@ MAY_DIFFER = (
   r"|\bmesh = @|\bsharding\b"
   r"|^(data|fsdp|sequence|ring|ulysses|tensor|expert) ="
 )
-"""In which lines of its configuration a run that goes on may differ: how long
-it is, and over which devices it goes."""
+"""Lines of the configuration that a resumed run may change: how long it is, and
+its mesh of devices."""
 
-_CONFIG = flags.DEFINE_string(
-  "config",
-  None,
-  "Gin file, here or under configs/, e.g. runs/quickstart.gin.",
-  flag_values=FLAGS,
-)
+_CONFIG = cli.define_config(FLAGS)
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Where the run leaves everything; resumed if it exists.",
+  "The run's working directory; the run resumes if it exists.",
   flag_values=FLAGS,
 )
-_SET = flags.DEFINE_multi_string(
-  "set",
-  [],
-  "Gin binding that wins over the file's, e.g. --set=STEPS=20.",
-  flag_values=FLAGS,
-)
+_SET = cli.define_set(FLAGS)
 _TENSORBOARD = flags.DEFINE_bool(
   "tensorboard",
   False,
@@ -75,7 +64,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   del argv
   cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
   runtime.setup()
-  from experiments.core import config, runs
+  from experiments.core import config, train_eval
   from research.training.checkpoints import workdir as workdirs
   from research.training.reports import metrics
 
@@ -87,13 +76,13 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
     def claimed():
       folder = workdirs.check_workdir(*claim)
-      if runs.finished(experiment, folder) is None:
+      if train_eval.finished_result(experiment, folder) is None:
         workdirs.claim_workdir(*claim)
       return folder
 
-    workdir = runtime.in_turn(claimed)
-    result = runs.train(experiment, workdir, writers)
-    return result if runtime.first() else None
+    workdir = runtime.first_process_first(claimed)
+    result = train_eval.train(experiment, workdir, writers)
+    return result if runtime.is_first_process() else None
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import dataclasses
 
 from experiments.core.experiment import Experiment
-from experiments.core.fresh import Fresh
+from experiments.core.from_scratch import FromScratch
 from research.data import pipeline
 from research.data.sources import synthetic
 from research.lora import adapt, wrap
@@ -48,7 +48,7 @@ def experiment(
   """Returns full training of a fresh model."""
   source = synthetic.Markov(vocab=32, length=length, count=4)
   return Experiment(
-    model=Fresh(sizes=sizes, dtype=dtype, remat="names"),
+    model=FromScratch(sizes=sizes, dtype=dtype, remat="names"),
     optimizer=optim.adamw(1e-3),
     objective=NextToken(),
     data=pipeline.Pipeline(source=source, length=length, batch_size=batch),

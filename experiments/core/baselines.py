@@ -1,14 +1,14 @@
-"""Measures what compressors and n-grams make of an experiment's held-out text.
+"""Measures compressors and n-grams on an experiment's held-out text.
 
   python -m experiments.core.baselines --config=runs/pretrain_tiny.gin
 
-They read what the model of that experiment reads: n-grams are counted on its
-training text, and xz_after_training is what the held-out text adds to the
+They read the texts of that experiment: n-grams are counted on its training
+text, and xz_after_training is the size that the held-out text adds to the
 compressed training text. The last line on stdout is JSON, in bits per byte: to
-be compared with bits_per_byte in the result of the run. It says, too, how many
-held-out documents stand in the training text (exact), or share at least half of
-their 13-grams of words with it (known), and which share of the held-out text
-the latter are (known_share): what is known already is no test.
+be compared with bits_per_byte in the result of the run. It also has how many
+held-out documents are in the training text (exact), or share at least half of
+their 13-grams of words with it (known), and the share of the held-out text that
+is in the latter (known_share), which tests memory alone.
 """
 
 # ruff: noqa: E402
@@ -26,15 +26,8 @@ from experiments.core import cli
 
 FLAGS = cli.new_flags()
 
-_CONFIG = flags.DEFINE_string(
-  "config",
-  None,
-  "Gin file, here or under configs/, e.g. runs/pretrain_tiny.gin.",
-  flag_values=FLAGS,
-)
-_SET = flags.DEFINE_multi_string(
-  "set", [], "Gin binding that wins over the file's.", flag_values=FLAGS
-)
+_CONFIG = cli.define_config(FLAGS, "runs/pretrain_tiny.gin")
+_SET = cli.define_set(FLAGS)
 _ORDER = flags.DEFINE_integer(
   "order", 6, "Bytes of the longest n-gram, at most 8.", flag_values=FLAGS
 )

@@ -1,8 +1,8 @@
-"""What every command shares: flags, help, errors for people, a JSON line.
+"""What every command shares: flags, help, error messages, a JSON line.
 
 A command is a module with a docstring, absl flags, and a `main(argv)` that
 returns its result. `run` parses the flags, prints that result as the last line
-on stdout, and turns what a user can mend into one to three lines on stderr.
+on stdout, and errors that the user can mend as one to three lines on stderr.
 """
 
 import json
@@ -43,7 +43,7 @@ _CLUSTER = flags.FlagValues()
 flags.DEFINE_integer(
   "devices",
   None,
-  "Compute on so many virtual CPU devices, to try a mesh out.",
+  "Compute on so many virtual CPU devices, to try out a mesh.",
   flag_values=_CLUSTER,
 )
 flags.DEFINE_string(
@@ -54,10 +54,10 @@ flags.DEFINE_string(
   flag_values=_CLUSTER,
 )
 flags.DEFINE_integer(
-  "processes", None, "How many processes there are.", flag_values=_CLUSTER
+  "processes", None, "The number of processes.", flag_values=_CLUSTER
 )
 flags.DEFINE_integer(
-  "process", None, "Which of them this one is, from 0.", flag_values=_CLUSTER
+  "process", None, "The index of this process, from 0.", flag_values=_CLUSTER
 )
 
 MODEL = (
@@ -65,20 +65,45 @@ MODEL = (
   "checkpoint that convert wrote, a .gguf file, org/name on the Hugging Face "
   "Hub, or the name smollm2-135m."
 )
-"""What `--model` takes."""
+"""The help of `--model`."""
+
+
+def define_config(
+  values: flags.FlagValues, example: str = "runs/quickstart.gin"
+) -> flags.FlagHolder:
+  """Defines `--config` of a command that reads an experiment."""
+  return flags.DEFINE_string(
+    "config",
+    None,
+    f"Gin file: a path, or one under configs/, e.g. {example}.",
+    flag_values=values,
+  )
+
+
+def define_set(
+  values: flags.FlagValues, example: str = "STEPS=20"
+) -> flags.FlagHolder:
+  """Defines `--set` of a command that reads a gin file."""
+  return flags.DEFINE_multi_string(
+    "set",
+    [],
+    f"Gin binding that wins over the file's, e.g. --set={example}.",
+    flag_values=values,
+  )
+
 
 Main = Callable[[Sequence[str]], dict[str, Any] | None]
 flags.FLAGS.append_flag_values(_SHARED)
 
 
 def new_flags(cluster: bool = False) -> flags.FlagValues:
-  """Returns the flags of one command, so far those that every command has.
+  """Returns the flags of a new command: those that every command has.
+
+  A command keeps them in `FLAGS` and defines its own with `flag_values=FLAGS`,
+  so that two commands in one process do not share any.
 
   Args:
     cluster: whether it may be one process of several, on many devices.
-
-  A command keeps them in `FLAGS` and defines its own with `flag_values=FLAGS`:
-  two commands in one process then do not get in each other's way.
   """
   values = flags.FlagValues()
   values.append_flag_values(_SHARED)
@@ -95,12 +120,12 @@ def cluster(values: flags.FlagValues) -> Any:
 
 
 def say(text: str) -> None:
-  """Prints a line for people, at once."""
+  """Prints a line to stdout, at once."""
   print(text, flush=True)
 
 
 def warn(text: str) -> None:
-  """Prints a warning for people on stderr, which no JSON is read from."""
+  """Prints a warning to stderr; stdout ends with JSON."""
   print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -132,19 +157,19 @@ def run(main: Main) -> NoReturn:
     status = call(main, sys.argv)
     sys.stdout.flush()
   except OSError:
-    # Whoever read our output has gone, or it is a file on a full disk, which
-    # has been said; Python would complain again at exit.
+    # The reader of our output has gone, or it is a file on a full disk, which
+    # was reported; Python would report it again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = 1
   if status and "jax" in sys.modules:
     from experiments.core import runtime
 
-    runtime.leave(status)
+    runtime.exit_together(status)
   sys.exit(status)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):
-  """Prints the library's own warnings as a line; once for all processes."""
+  """Prints the library's own warnings as a line, from one process alone."""
   if category is not RuntimeWarning:
     text = warnings.formatwarning(message, category, filename, lineno, line)
     print(text, end="", file=file or sys.stderr, flush=True)
@@ -160,15 +185,15 @@ def _show_warning(message, category, filename, lineno, file=None, line=None):
 def call(main: Main, argv: Sequence[str]) -> int:
   """Runs a command on `argv`; returns its exit status.
 
-  0: done, 1: an error, 2: a wrong command line, 42: asked to stop, and saved,
-  so that the same command goes on (`training.preemption`), 130: interrupted,
-  with nothing saved.
+  0: done, 1: an error, 2: a wrong command line, 42: stopped and saved on
+  request, so that the same command resumes (`training.preemption`), 130:
+  interrupted, with nothing saved.
   """
   values = _flags(main)
   for name in values:
     values[name].unparse()
-  asked = {"--help", "-h", "-help", "--helpshort", "--helpfull"}
-  if asked & set(argv[1:]):
+  helps = {"--help", "-h", "-help", "--helpshort", "--helpfull"}
+  if helps & set(argv[1:]):
     argv, main = argv[:1], _helps(main)
   try:
     rest = values(list(argv))[1:]
@@ -214,7 +239,7 @@ def _fail(text: str, status: int, kind: str = "error") -> int:
 
 
 def explanation(error: BaseException) -> str | None:
-  """Returns what to tell the user, or None for an error of ours."""
+  """Returns the message of an error that the user can mend, else None."""
   from research.typing import UserError
 
   if isinstance(error, UserError):
@@ -226,7 +251,7 @@ def explanation(error: BaseException) -> str | None:
 
 
 def plain(x: Any) -> Any:
-  """Returns `x` as JSON's own types; numbers that are not finite are null."""
+  """Returns `x` in JSON's types; numbers that are not finite are null."""
   if isinstance(x, dict):
     return {str(k): plain(v) for k, v in x.items()}
   if isinstance(x, list | tuple):
@@ -238,6 +263,12 @@ def plain(x: Any) -> Any:
   if isinstance(x, float) and not math.isfinite(x):
     return None
   return x
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes a value as a JSON file, see `plain`."""
+  text = json.dumps(plain(value), indent=1) + "\n"
+  pathlib.Path(path).write_text(text, encoding="utf-8")
 
 
 def describe(main: Main) -> str:
@@ -265,16 +296,21 @@ def _flag(flag: Any) -> str:
     name = f"--[no]{flag.name}"
   else:
     name = f"--{flag.name}=" + ("" if value in (None, "", []) else f"{value}")
-  text = textwrap.fill(
-    # absl adds to the help of a flag that may be repeated.
-    " ".join(flag.help.split()).replace(".; repeat", "; repeat"),
-    78,
-    initial_indent=" " * 6,
-    subsequent_indent=" " * 6,
-  )
+  first, *more = flag.help.split("\n\n")
+  text = "\n".join([_paragraph(first), *(_paragraph(x, 10) for x in more)])
   if flag.boolean:
     text += " (on by default)" if value else ""
   return f"  {name}\n{text}"
+
+
+def _paragraph(text: str, indent: int = 6) -> str:
+  return textwrap.fill(
+    # absl adds to the help of a flag that may be repeated.
+    " ".join(text.split()).replace(".; repeat", "; repeat"),
+    78,
+    initial_indent=" " * 6,
+    subsequent_indent=" " * indent,
+  )
 
 
 def read_text(path: str, flag: str) -> str:
@@ -282,10 +318,10 @@ def read_text(path: str, flag: str) -> str:
 
   Args:
     path: of a file in UTF-8.
-    flag: which named it, for the errors.
+    flag: the flag that named it, for error messages.
 
   Raises:
-    UserError: it is missing, no file, empty, or no UTF-8.
+    UserError: the file is missing, a directory, empty, or not UTF-8.
   """
   from research.typing import UserError
 

@@ -21,6 +21,7 @@ from gin import config as gin_config
 
 from experiments.core.experiment import Experiment
 from research import moved
+from research.io import folders
 from research.typing import UserError
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
@@ -31,7 +32,7 @@ _FOLDERS = {"config": "runs", "sweep": "sweeps"}
 
 
 class Read(NamedTuple):
-  """An experiment, or what else is a root, and the text that rebuilds it."""
+  """An experiment, or another root, and the text that rebuilds it."""
 
   experiment: Any
   text: str
@@ -41,8 +42,8 @@ def find(path: str, flag: str = "config") -> pathlib.Path:
   """Returns the gin file named `path`: as given, or under `configs/`.
 
   Args:
-    path: what was given.
-    flag: which gave it, for the error: `config` or `sweep`.
+    path: relative or absolute.
+    flag: the flag that named it, for the error: `config` or `sweep`.
   """
   for candidate in (pathlib.Path(path), CONFIGS / path):
     if candidate.is_file():
@@ -66,12 +67,12 @@ def read(
   Args:
     path: a gin file; relative ones are also looked for under `configs/`.
     bindings: further lines, which win: `"STEPS = 20"`, `"LoRA.rank=4"`.
-    root: what is built, without arguments.
+    root: the class to build, without arguments.
     flag: see `find`.
 
   Raises:
-    UserError: the file is missing, or names what does not exist, or gives a
-      value of the wrong type, or a binding changes nothing.
+    UserError: the file is missing, names a module or parameter that does not
+      exist, gives a value of the wrong type, or a binding changes nothing.
   """
   file = find(path, flag)
   try:
@@ -79,6 +80,25 @@ def read(
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{file}: not a readable UTF-8 file: {error}") from error
   return parse(text, bindings, name=path, root=root)
+
+
+def read_workdir(workdir: str, bindings: Sequence[str] = ()) -> Read:
+  """Returns the experiment that a run's working directory is of.
+
+  Args:
+    workdir: local, or an object store's.
+    bindings: see `read`.
+
+  Raises:
+    UserError: there is no run, or what `read` raises.
+  """
+  file = folders.folder(workdir) / "config.gin"
+  if not file.exists():
+    raise UserError(
+      f"--workdir={workdir}: found no config.gin there, expected the directory "
+      "of a run of experiments.train"
+    )
+  return parse(file.read_text("utf-8"), bindings, str(file))
 
 
 def parse(
@@ -171,7 +191,7 @@ def _empty() -> Iterator[None]:
   prefixes = list(gin_config._LOCATION_PREFIXES)
   readers = list(gin_config._FILE_READERS)
   gin.add_config_file_search_path(str(CONFIGS))
-  # Gin also looks into Python packages, and takes any folder here (`runs/`,
+  # Gin also looks into Python packages, and takes any folder (`runs/`,
   # `models/`) for one: it fails there instead of looking under configs/.
   del gin_config._FILE_READERS[1:]
   # Gin logs an error for each place where an included file is not.
@@ -205,9 +225,9 @@ def _shorten(error: Exception) -> str:
   if field:
     owner = re.search(r"parameters of ([\w.]+?)(\.__init__)?\.\n", text)
     value = re.search(r"Actual value: (.*)", text)
-    wanted = re.search(r"Expected type: (.*?)\.?\n", text)
+    expected = re.search(r"Expected type: (.*?)\.?\n", text)
     parts: list[Any] = [
-      m.group(1) if m else "?" for m in (owner, value, wanted)
+      m.group(1) if m else "?" for m in (owner, value, expected)
     ]
     return f"{parts[0]}.{field.group(1)}: found {parts[1]}, expected {parts[2]}"
   macro = re.match(r"No bindings specified for '(.+)/gin\.macro'", text)

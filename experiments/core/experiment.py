@@ -1,7 +1,7 @@
 """The root of every configuration: an experiment as one frozen value.
 
-Everything that a run depends on hangs from here, given by a gin file
-(`experiments.core.config`) or built by hand in Python; both are equal.
+It holds everything that a run depends on. A gin file describes one
+(`experiments.core.config`), or Python code builds it; both are equal.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import optax
 
-from experiments.core.site import Site
+from experiments.core.device_context import DeviceContext
 from research.data.packing import Row
 from research.data.pipeline import Data
 from research.interop import load
@@ -26,7 +26,7 @@ from research.training.loop import TrainConfig
 from research.training.objectives.objective import Objective
 from research.typing import Params, PRNGKey
 
-ALONE = Site()
+SINGLE_DEVICE = DeviceContext()
 """One device."""
 
 Transform = Callable[[Params, PRNGKey], Params]
@@ -34,8 +34,8 @@ Transform = Callable[[Params, PRNGKey], Params]
 
 
 @runtime_checkable
-class Looking(Protocol):
-  """A transform that reads data through the model, which it is given first."""
+class NeedsModel(Protocol):
+  """A transform that runs data through the model, which it gets first."""
 
   def with_model(self, loaded: Loaded) -> Transform: ...
 
@@ -47,6 +47,13 @@ class Source(Protocol):
   def load(self, shardings: Shardings | None = None) -> Loaded: ...
 
 
+@runtime_checkable
+class AbstractSource(Protocol):
+  """A source that knows the shapes of its weights without reading them."""
+
+  def load_abstract(self) -> Loaded: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
   """A model that exists.
@@ -56,7 +63,7 @@ class Pretrained:
     dtype: of computation and of the base weights.
     packed: whether quantized weights stay as the file has them; None: those
       of Hugging Face directories.
-    remat: what the backward pass computes again.
+    remat: what the backward pass recomputes.
   """
 
   name: str
@@ -68,15 +75,15 @@ class Pretrained:
     """Returns the model, its weights and its tokenizer.
 
     Args:
-      shardings: where the weights go, see `load.load_model`.
+      shardings: of the weights, see `load.load_model`.
     """
     loaded = load.load_model(self.name, self.dtype, self.packed, shardings)
     return dataclasses.replace(
       loaded, model=loaded.model.clone(remat=self.remat)
     )
 
-  def shapes(self) -> Loaded:
-    """Returns the same, with shapes in place of weights, which are not read."""
+  def load_abstract(self) -> Loaded:
+    """Returns the same with shapes in place of weights, which are not read."""
     return self.load(unread.left)
 
 
@@ -86,21 +93,22 @@ class Experiment:
 
   Attributes:
     model: where the model and its first weights come from.
-    transforms: rewrites of the weights, in order, before training.
+    transforms: of the weights, in order, before training.
     trainable: regular expression of the paths that are learned.
-    held: regular expression of the paths, besides, that only `rewrites`
-      change and checkpoints keep, or None.
+    held: regular expression of further paths, which only `rewrites` change
+      and which checkpoints keep, or None.
     objective: the loss; the loaded model is put into its field `model`.
     optimizer: an optax chain over the trainable part.
     data: what is trained on.
-    plan: how long, and when to look up.
+    plan: how long to train, and when to evaluate and save.
     validation: what the best checkpoint is chosen by, or None.
     heldout: what the result is measured on, before and after, or None.
     eval_batches: at most so many batches of each of those two; None for all.
-    rewrites: of the training state, after each step, in order.
-    after: rewrites of the weights, in order, once they are trained; what is
-      saved then is a checkpoint of ours, which keeps every kind of weight.
-    mesh: over which devices everything goes; one, by default.
+    rewrites: transforms of the training state, after each step, in order.
+    after: transforms of the trained weights, in order; the result is saved as
+      our checkpoint, which keeps every kind of weight.
+    mesh: the mesh of devices, and what is cut along its axes; one device by
+      default.
     seed: of the transforms' random numbers.
     prompt: text that the model continues before and after training, or None.
     continuation: tokens of that continuation.
@@ -124,27 +132,29 @@ class Experiment:
   prompt: str | None = None
   continuation: int = 48
 
-  def build(self, site: Site = ALONE) -> "Built":
-    """Returns what the run works with: loads, transforms, places.
+  def build(self, context: DeviceContext = SINGLE_DEVICE) -> "Built":
+    """Returns the model with transformed and sharded weights, and its loss.
 
     Args:
-      site: where the weights go; each device's part alone is read for it.
+      context: the devices; each process reads the parts of its own.
     """
-    loaded = self.model.load(site.placement)
+    loaded = self.model.load(context.placement)
     params = loaded.params
     key = jax.random.key(self.seed)
     for i, transform in enumerate(self.transforms_of(loaded)):
       params = transform(params, jax.random.fold_in(key, i))
-    if site.mesh is not None:
-      site = site.of(loaded.model)
-      params = state.shard_params(params, site.shardings)
+    if context.mesh is not None:
+      context = context.for_model(loaded.model)
+      params = state.shard_params(params, context.shardings)
     objective = dataclasses.replace(self.objective, model=loaded.model)
-    return Built(loaded=loaded, params=params, objective=objective, site=site)
+    return Built(
+      loaded=loaded, params=params, objective=objective, context=context
+    )
 
   def transforms_of(self, loaded: Loaded) -> list[Transform]:
-    """Returns the transforms, given the model where they read through it."""
+    """Returns the transforms, with the model for those that need it."""
     return [
-      t.with_model(loaded) if isinstance(t, Looking) else t
+      t.with_model(loaded) if isinstance(t, NeedsModel) else t
       for t in self.transforms
     ]
 
@@ -156,7 +166,7 @@ class Experiment:
     return params
 
   def evaluations(self, tokenizer: Any) -> dict[str, list[Row]]:
-    """Returns the batches of `validation` and `heldout`, where there are."""
+    """Returns the batches of `validation` and `heldout`, if there are any."""
     parts = {"validation": self.validation, "heldout": self.heldout}
     return {
       name: data.evaluation(tokenizer, self.eval_batches)
@@ -167,21 +177,21 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Built:
-  """An experiment's model, brought to life.
+  """An experiment's model and loss, ready to be trained or evaluated.
 
   Attributes:
     loaded: the model as it was imported.
     params: its weights after the transforms.
     objective: the loss of that model.
-    site: where those are.
+    context: the devices that they are on.
   """
 
   loaded: Loaded
   params: Any
   objective: Any
-  site: Site = ALONE
+  context: DeviceContext = SINGLE_DEVICE
 
-  def reading(self, tokenizer: Any) -> "Built":
+  def with_tokenizer(self, tokenizer: Any) -> "Built":
     """Returns the same with another tokenizer."""
     loaded = dataclasses.replace(self.loaded, tokenizer=tokenizer)
     return dataclasses.replace(self, loaded=loaded)

@@ -1,4 +1,4 @@
-"""Quantized weights of `--model=`: kept as they are, or decoded; the flag."""
+"""The weights of `--model=`: their type, and whether they stay quantized."""
 
 import dataclasses
 from typing import Any
@@ -6,15 +6,25 @@ from typing import Any
 from absl import flags
 
 
+def define_dtype(values: flags.FlagValues) -> flags.FlagHolder:
+  """Defines `--dtype` of a command that reads or generates text."""
+  return flags.DEFINE_string(
+    "dtype",
+    "float32",
+    "float32 or bfloat16, of weights and computation.",
+    flag_values=values,
+  )
+
+
 def define(values: flags.FlagValues) -> None:
-  """Defines `--packed` of a command that reads text, or makes some."""
+  """Defines `--packed` of a command that reads or generates text."""
   flags.DEFINE_bool(
     "packed",
     None,
     "Keep quantized weights as they are, or decode them (--nopacked). By "
-    "default they are kept where a kernel here multiplies them, which takes "
-    "less time and memory for the same text; those of Hugging Face directories "
-    "in any case.",
+    "default they are kept where this machine has a kernel that multiplies "
+    "them, which takes less time and memory for the same text; those of "
+    "Hugging Face directories in any case.",
     flag_values=values,
   )
 
@@ -38,8 +48,24 @@ def load(name: str, dtype: str = "float32", packed: bool | None = None) -> Any:
   return dataclasses.replace(loaded, params=params)
 
 
+def load_with_tokenizer(
+  name: str, dtype: str = "float32", packed: bool | None = None
+) -> Any:
+  """Returns a model that reads text, see `load`.
+
+  Raises:
+    UserError: it has no tokenizer.
+  """
+  from research.typing import UserError
+
+  loaded = load(name, dtype, packed)
+  if loaded.tokenizer is None:
+    raise UserError(f"--model={name}: found no tokenizer in it")
+  return loaded
+
+
 def report(params: Any) -> dict[str, list[str]]:
-  """Returns what a command says of it: names of the formats that are kept."""
+  """Returns a command's entry for its result: the formats that are kept."""
   from research.quant.reports import report_errors
 
   return {"packed": report_errors.format_names(params)}

@@ -1,4 +1,4 @@
-"""What a process needs before it computes: allocator, type checks, caches.
+"""Sets up a process before it computes: allocator, type checks, caches.
 
 Every command begins with `prepare()`, before jax or the library is imported,
 and calls `setup()` once its flags are parsed. Commands that may be one process
@@ -30,7 +30,7 @@ _HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def _wants_huge_pages(argv: list[str], environ: dict[str, str]) -> bool:
-  """Whether glibc must still be told to ask the kernel for huge pages."""
+  """Whether this process must restart for glibc to request huge pages."""
   if "--nohuge_pages" in argv or "--huge_pages=false" in argv:
     return False
   if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in environ:
@@ -74,8 +74,8 @@ def cache_directory() -> str:
 def setup() -> None:
   """Turns on the compilation cache, as the environment says where it does.
 
-  The test suite keeps every program: its workers call commands, and what a
-  command set here would hold for all that a worker tests afterwards.
+  Where the environment sets one of these options, it stays: the test suite
+  caches every program, and its workers call commands.
   """
   import jax
 
@@ -132,11 +132,11 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(where: Cluster, preemptible: bool = True) -> Iterator[None]:
-  """Connects the run's processes; they leave together.
+  """Connects the run's processes; they exit together.
 
   Args:
-    where: which process this is.
-    preemptible: whether SIGTERM and Ctrl-C ask the loop to save
+    where: the index of this process, and how to find the others.
+    preemptible: whether SIGTERM and Ctrl-C make the loop save
       (`training.preemption`) rather than end the process.
   """
   import jax
@@ -158,17 +158,17 @@ def cluster(where: Cluster, preemptible: bool = True) -> Iterator[None]:
     if mine:
       jax.distributed.shutdown()
     raise
-  # After another error, see `leave`.
+  # After another error, see `exit_together`.
   if mine:
     jax.distributed.shutdown()
 
 
-def leave(status: int) -> None:
+def exit_together(status: int) -> None:
   """Ends this process after an error, if it is one of several.
 
-  JAX would wait at exit for the others, and they for this one's part of what
-  they compute. If they do not come soon, it goes without a word, and they
-  notice that.
+  JAX would wait at exit for the others, and they for this one's part of the
+  computation. If they do not exit soon, this process exits without them, which
+  they notice.
   """
   import jax
 
@@ -188,7 +188,7 @@ def leave(status: int) -> None:
 
 
 def _connect(where: Cluster) -> bool:
-  """Returns whether the processes were connected here and now."""
+  """Connects the processes; returns whether this call did it."""
   import jax
 
   if jax.distributed.is_initialized():
@@ -240,17 +240,17 @@ def _number(name: str) -> int | None:
   return None if text is None else int(text)
 
 
-def first() -> bool:
+def is_first_process() -> bool:
   """Whether this is the process that writes and prints."""
   import jax
 
   return jax.process_index() == 0
 
 
-def in_turn(act: Callable[[], Any]) -> Any:
-  """Returns what `act` does: in the first process, then in all others.
+def first_process_first(act: Callable[[], Any]) -> Any:
+  """Returns `act()`, called in the first process, then in all others.
 
-  So the first one may leave a file for them to find.
+  So they find a file that the first one writes.
 
   Raises:
     UserError: the first process failed, and has said why.
@@ -267,7 +267,7 @@ def in_turn(act: Callable[[], Any]) -> Any:
   def agree(good: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(good)))
 
-  if not first():
+  if not is_first_process():
     if not agree(True):
       raise UserError("stopped: the first process failed, and says why")
     return act()

@@ -1,1 +1,1 @@
-"""What `plan` is made of: shapes and memory before anything is allocated."""
+"""What `plan` is made of: steps and calls, compiled from shapes alone."""

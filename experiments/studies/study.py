@@ -12,7 +12,7 @@ from typing import Any
 
 import optax
 
-from experiments.core import fresh
+from experiments.core import from_scratch
 from research.lora import wrap
 from research.optim import optim
 from research.training.aot import StateTransform
@@ -72,7 +72,7 @@ class Study:
     seeds: of adapters and of the order of data.
   """
 
-  model: fresh.Fresh
+  model: from_scratch.FromScratch
   task: Any
   arms: Sequence[Arm]
   objective: Any

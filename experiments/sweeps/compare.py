@@ -1,4 +1,4 @@
-"""What is said of runs side by side, read from their working directories."""
+"""Compares runs, read from their working directories."""
 
 import dataclasses
 import json
@@ -18,10 +18,10 @@ OLD_PARTS = {"train": "step"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """A run as it was left.
+  """A run, read from its working directory.
 
   Attributes:
-    name: told apart from the others'.
+    name: unique among the runs.
     records: of metrics.jsonl.
     result: of result.json; empty where the run is not finished.
     config: binding -> value, as text; empty without a config.gin.
@@ -53,7 +53,7 @@ class Run:
     return known
 
   def curves(self) -> Curves:
-    """Returns what of the run is drawn."""
+    """Returns the curves to plot."""
     return Curves(
       name=self.name,
       records=self.records,
@@ -86,7 +86,7 @@ class Run:
 
 
 def load(workdirs: Sequence[str]) -> list[Run]:
-  """Returns the runs in these directories; a sweep's stands for its units."""
+  """Returns the runs of these directories; those of a sweep for its own."""
   folders: list[pathlib.Path] = []
   for given in workdirs:
     folder = pathlib.Path(given)
@@ -165,7 +165,7 @@ def differences(runs: Sequence[Run]) -> dict[str, dict[str, str | None]]:
 def difference_rows(
   found: Mapping[str, Mapping[str, str | None]], runs: Sequence[Run]
 ) -> list[dict[str, Any]]:
-  """Returns the differences as a table, the longer way down."""
+  """Returns the differences as a table, with more rows than columns."""
   if len(runs) <= len(found):
     return [{"binding": name, **values} for name, values in found.items()]
   return [

@@ -1,7 +1,7 @@
 """Launchers: functions from units of work to exit statuses.
 
-So far there is `local`, which runs them here. One for a cluster is another
-function of this type, and nothing else changes.
+`local` runs them on this machine. A launcher for a cluster is another function
+of this type, and nothing else changes.
 """
 
 import collections
@@ -22,24 +22,24 @@ from research.training.preemption import (
 )
 
 PREEMPTED = Preempted.exit_status
-"""What a run exits with that was asked to stop, and has saved."""
+"""Exit status of a run that stopped and saved on request."""
 
 CUT = (-signal.SIGINT, INTERRUPTED_EXIT)
-"""What one exits with that Ctrl-C ended, the terminal's own, as it began."""
+"""Exit statuses of a run that Ctrl-C in the terminal ended as it began."""
 
 RETRIES = 20
-"""How often a preempted run is started again."""
+"""How often a preempted run is restarted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-  """A run to be made.
+  """A run to start.
 
   Attributes:
-    name: for people.
-    config: a gin file, whole in itself.
-    workdir: the run's; going on where it stands, if it exists.
-    log: gets what the run says.
+    name: of the unit.
+    config: a gin file that is complete.
+    workdir: the run's; the run resumes if it exists.
+    log: the file for the run's output.
     options: further flags of the run.
   """
 
@@ -51,14 +51,14 @@ class Work:
 
   @property
   def command(self) -> list[str]:
-    """What runs it, and runs it again after a preemption."""
+    """The command that starts the run, and resumes it after a preemption."""
     train = [sys.executable, "-m", "experiments.train"]
     files = f"--config={self.config}", f"--workdir={self.workdir}"
     return [*train, *files, *self.options]
 
 
 Launcher = Callable[[Sequence[Work]], Mapping[str, int]]
-"""Names' exit statuses; what was not started is missing."""
+"""Units -> exit statuses by name; without those that were not started."""
 
 
 def local(
@@ -68,29 +68,29 @@ def local(
   on_end: Callable[[Work, int, float], None] = lambda *_: None,
   interval: float | int = 0.1,
 ) -> dict[str, int]:
-  """Runs everything here, `parallel` at a time, in order.
+  """Runs units on this machine, `parallel` at a time, in order.
 
-  One that is preempted is started again. A SIGTERM to this process, or Ctrl-C,
-  goes on to all that are running, and nothing is started after it.
+  A preempted run is restarted. A SIGTERM to this process, or Ctrl-C, is passed
+  on to all running units, and no unit starts after it.
 
   Args:
-    work: what to run.
+    work: the units.
     parallel: processes at a time.
-    on_end: called with each that ends, its exit status and its seconds.
-    interval: seconds between looks at what is running.
+    on_end: called with each unit that ends, its exit status and its seconds.
+    interval: seconds between polls of running processes.
 
   Returns:
-    Exit statuses; `PREEMPTED` is of what has to be run again.
+    Exit statuses; `PREEMPTED` for units that have to run again.
   """
   waiting = collections.deque((w, 0) for w in work)
   running: dict[str, tuple[Work, int, float, subprocess.Popen]] = {}
   statuses: dict[str, int] = {}
-  told = False
-  with _asked_to_stop() as stopped:
+  terminated = False
+  with _catching_signals() as stopped:
     try:
       while running or (waiting and not stopped()):
-        if stopped() and not told:
-          told = True
+        if stopped() and not terminated:
+          terminated = True
           for *_, process in running.values():
             process.terminate()
         while waiting and len(running) < parallel and not stopped():
@@ -115,7 +115,7 @@ def local(
 
 
 def _start(unit: Work) -> subprocess.Popen:
-  # Appended: a run that goes on tells where the one before left it.
+  # Appended, so that a resumed run keeps its earlier output.
   with unit.log.open("ab") as log:
     return subprocess.Popen(
       unit.command,
@@ -126,31 +126,31 @@ def _start(unit: Work) -> subprocess.Popen:
 
 
 @contextlib.contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-  """Catches SIGTERM and Ctrl-C; yields whether there was one.
+def _catching_signals() -> Iterator[Callable[[], bool]]:
+  """Catches SIGTERM and Ctrl-C; yields a function: was there one?
 
   Raises:
     KeyboardInterrupt: a second Ctrl-C.
   """
-  asked: list[float] = []
+  times: list[float] = []
 
   def handle(number: int, frame: Any) -> None:
     now = time.monotonic()
-    if asked and number == signal.SIGINT and now - asked[0] > SIGINT_DEBOUNCE:
+    if times and number == signal.SIGINT and now - times[0] > SIGINT_DEBOUNCE:
       raise KeyboardInterrupt
-    asked.append(now)
+    times.append(now)
 
   numbers = signal.SIGTERM, signal.SIGINT
   before = [signal.signal(number, handle) for number in numbers]
   try:
-    yield lambda: bool(asked)
+    yield lambda: bool(times)
   finally:
     for number, handler in zip(numbers, before, strict=True):
       signal.signal(number, handler)
 
 
 def _end(processes: Sequence[subprocess.Popen], patience: float = 30.0) -> None:
-  """Ends what an interrupted launcher leaves running; a run saves first."""
+  """Ends processes of an interrupted launcher; a run saves first."""
   for process in processes:
     process.terminate()
   for process in processes:

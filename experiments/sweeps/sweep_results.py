@@ -1,4 +1,4 @@
-"""What came out of a sweep: progress, tables, a picture."""
+"""Results of a sweep: progress, tables, a plot."""
 
 import json
 import pathlib
@@ -10,15 +10,16 @@ from experiments import sweeps
 from experiments.core import cli, tables
 from experiments.sweeps.launch import PREEMPTED, Work
 from experiments.sweeps.sweep_units import Planned
+from research.training.preemption import Preempted
 from research.training.reports import plot_sweep
 from research.typing import UserError
 
 SHOWN = ("tokens_per_s", "seconds")
-"""Of result.json, on the screen, besides the metric; the CSV has all of it."""
+"""Entries of result.json that are printed besides the metric."""
 
 
 class Progress:
-  """Says what ends, and keeps results.csv up to date."""
+  """Prints units that end, and keeps results.csv up to date."""
 
   def __init__(
     self,
@@ -33,7 +34,7 @@ class Progress:
     self._statuses: dict[str, int] = {}
 
   def ended(self, work: Work, status: int, seconds: float) -> None:
-    """Says how a unit ended."""
+    """Prints how a unit ended."""
     self._done += 1
     self._statuses[work.name] = status
     head = f"[{self._done}/{self._todo}] {work.name}: "
@@ -63,11 +64,11 @@ def last_words(log: pathlib.Path) -> str:
 def rows(
   units: Sequence[Planned], statuses: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-  """Returns a row a unit: its bindings, its status, all of its result.
+  """Returns a row for each unit: bindings, status, and all of its result.
 
   Args:
     units: of the sweep.
-    statuses: what those exited with that ran just now.
+    statuses: exit statuses of the units that ran just now.
   """
   table = []
   for unit in units:
@@ -87,7 +88,7 @@ def rows(
 def groups(
   units: Sequence[Planned], metric: str, seed: str
 ) -> list[tuple[sweeps.Unit, list[float]]]:
-  """Returns each unit less its seed, and the metric of those that have it."""
+  """Returns units without their seeds, and the metric of each seed."""
   found: dict[str, tuple[sweeps.Unit, list[float]]] = {}
   for unit in units:
     rest = {k: v for k, v in unit.unit.items() if k != seed}
@@ -105,7 +106,7 @@ def report(
   workdir: pathlib.Path,
   title: str,
 ) -> dict[str, Any]:
-  """Writes and says the results; returns them in short."""
+  """Writes and prints the results; returns their summary."""
   table = rows(units, statuses)
   metric = sweep.metric
   _has(metric, table)
@@ -138,6 +139,35 @@ def report(
   except OSError as error:
     raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
   return result
+
+
+def check_complete(result: Mapping[str, Any], units: Sequence[Planned]) -> None:
+  """Raises unless every unit is done, and then prints the result as it is.
+
+  Args:
+    result: from `report`.
+    units: of the sweep.
+
+  Raises:
+    Preempted: units are missing, since the sweep was asked to stop.
+    UserError: units failed.
+  """
+  failed, missing = result["failed"], result["missing"]
+  if not failed and not missing:
+    return
+  cli.say(json.dumps(cli.plain(result)))
+  if not failed:
+    raise Preempted(
+      f"{len(missing)} of {len(units)} units are not done; the same command"
+      " goes on."
+    )
+  log = next(u.work.log for u in units if u.work.name == failed[0])
+  raise UserError(
+    f"{len(failed)} of {len(units)} units failed: {', '.join(failed[:3])}"
+    f"{', ...' if len(failed) > 3 else ''}.\n"
+    f"{log}: {last_words(log)}\n"
+    "The same command runs what is missing."
+  )
 
 
 def _has(metric: str, table: Sequence[Mapping[str, Any]]) -> None:

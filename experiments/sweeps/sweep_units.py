@@ -1,4 +1,4 @@
-"""A sweep's units on disk: what each is to run, and whether it has."""
+"""A sweep's units on disk: their configurations, commands and results."""
 
 import dataclasses
 import json
@@ -17,10 +17,10 @@ class Planned:
   """A unit whose configuration has been built once.
 
   Attributes:
-    unit: what sets it apart.
+    unit: its bindings.
     text: its whole configuration, as gin.
-    steps: that it trains.
-    work: what a launcher runs.
+    steps: of training.
+    work: for a launcher.
   """
 
   unit: sweeps.Unit
@@ -55,10 +55,10 @@ def plan(
   more: Sequence[str] = (),
   options: Sequence[str] = (),
 ) -> list[Planned]:
-  """Returns what a sweep runs; builds each configuration, runs nothing.
+  """Returns the units of a sweep; builds each configuration, runs nothing.
 
   Args:
-    sweep: which.
+    sweep: of the units.
     workdir: of the sweep.
     more: gin bindings for all units; they win over `sweep.fixed`.
     options: flags for all units.
@@ -69,8 +69,8 @@ def plan(
   """
   shared = [*sweeps.bindings(sweep.fixed), *more]
   units = sweep.units()
-  taken = {line.split("=")[0].strip() for line in more}
-  if both := taken & {binding for unit in units for binding in unit}:
+  given = {line.split("=")[0].strip() for line in more}
+  if both := given & {binding for unit in units for binding in unit}:
     raise UserError(f"--set={min(both)}=...: the sweep varies it already.")
   planned: list[Planned] = []
   for unit in units:
@@ -107,7 +107,7 @@ def _all_different(planned: Sequence[Planned]) -> None:
 
 
 def write(planned: Sequence[Planned]) -> None:
-  """Makes the folders and configurations that a launcher needs."""
+  """Writes the folders and configurations that a launcher needs."""
   for unit in planned:
     path = unit.work.config
     try:

@@ -125,18 +125,18 @@ def _merged(*units: Unit) -> Unit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-  """A run, many times over: the root of a sweep file.
+  """A run with bindings that vary: the root of a sweep file.
 
   Attributes:
     config: gin file of the run.
-    over: what varies, as a tree of units.
+    over: the bindings that vary, as a tree of units.
     fixed: bindings that all units share.
     seeds: each unit is run with each of these; none for the run's own.
-    seed: the binding that they go to.
-    metric: what of result.json the sweep looks at.
-    better: which way.
-    axis: the binding that the picture has on its x axis; None for the one with
-      most values, numbers first.
+    seed: the binding for `seeds`.
+    metric: the entry of result.json that is compared.
+    better: whether a lower or a higher metric is better.
+    axis: the binding on the plot's x axis; None for the one with most values,
+      numbers first.
   """
 
   config: str
@@ -149,7 +149,7 @@ class Sweep:
   axis: str | None = None
 
   def units(self) -> Units:
-    """Returns what varies from unit to unit; seeds last and fastest."""
+    """Returns the bindings of each unit; seeds vary last and fastest."""
     units = expand(self.over)
     if self.seeds:
       units = product(units, over(self.seed, self.seeds))
@@ -180,8 +180,8 @@ def _gin(value: Any) -> str:
 def name(unit: Mapping[str, Any]) -> str:
   """Returns a name that is a good file name: `RANK=8_SEED=0`.
 
-  It depends on the unit alone, so that it stays when a sweep grows. What a file
-  name cannot say is told apart by a hash.
+  It depends on the unit alone, so that it stays when a sweep grows. A hash
+  tells apart values that a file name cannot spell.
   """
   text = "_".join(f"{binding}={value}" for binding, value in unit.items())
   clean = re.sub(r"[^\w.=+-]+", "_", text)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import adapters, convert
-from experiments.core import cli, config, runs
+from experiments.core import cli, config, train_eval
 from research import tree, weights
 from research.interop import convert as exporting
 from research.interop import load, parts, sources
@@ -59,12 +59,20 @@ def test_a_sum_is_written_in_pefts_format(command, tmp_path):
     np.testing.assert_allclose(f.delta(), want, atol=1e-6)
 
 
-@pytest.mark.parametrize("op", ["svd", "ties", "dare_linear", "ties_svd"])
-def test_other_sums(op, command, tmp_path):
+@pytest.mark.parametrize(
+  "op, options",
+  [
+    ("svd", ["--rank=4"]),
+    ("ties", ["--density=0.5", "--elect=frequency"]),
+    ("dare_linear", ["--density=0.5", "--seed=1"]),
+    ("ties_svd", ["--density=0.5", "--rank=4"]),
+  ],
+)
+def test_other_sums(op, options, command, tmp_path):
   status, result, errors = command(
     adapters.main,
     *(f"--op={op}", f"--from={A}", f"--from={B}", f"--to={tmp_path / 'o'}"),
-    *("--density=0.5", "--seed=1"),
+    *options,
   )
   assert (status, errors) == (0, "")
   assert result["max_rank"] == 4
@@ -199,7 +207,7 @@ def test_a_run_merges_over_the_base_that_it_packed(command, tmp_path):
     ],
   )
   run, to = claim_workdir(tmp_path / "run", read.text), tmp_path / "merged"
-  runs.train(read.experiment, run)
+  train_eval.train(read.experiment, run)
   status, result, errors = command(
     adapters.main,
     *("--op=merge", f"--from={run}", f"--text={ROOT / 'LICENSE'}"),
@@ -302,3 +310,73 @@ def test_wrong_flags(command, arguments, words):
   assert (status, result) == (1, None)
   assert words in errors
   assert errors.count("\n") <= 3
+
+
+OPTIONS = {
+  **dict(weight="1", rank="2", density="0.5", elect="total", seed="1"),
+  **dict(energy="0.9", top="5", threshold="0.5", strength="0.5", to="x"),
+  **dict(picture="x", text="x", tokens="8", dtype="float32", base="x"),
+  **dict(rounding="nearest", mode="decoded", original="x", report="x"),
+}
+SUM = {"to", "base", "report", "weight"}
+TAKES = {
+  "cat": SUM,
+  "svd": SUM | {"rank"},
+  "linear": SUM,
+  "ties": SUM | {"density", "elect"},
+  "ties_svd": SUM | {"density", "elect", "rank"},
+  "dare_linear": SUM | {"density", "seed"},
+  "dare_linear_svd": SUM | {"density", "seed", "rank"},
+  "dare_ties": SUM | {"density", "elect", "seed"},
+  "dare_ties_svd": SUM | {"density", "elect", "seed", "rank"},
+  "magnitude_prune": SUM | {"density"},
+  "magnitude_prune_svd": SUM | {"density", "rank"},
+  "lora": {"to", "base", "report", "rank", "energy"},
+  "intruders": {"to", "base", "report", "top", "threshold", "strength"},
+  "diagnose": {"base", "report", "top", "threshold", "energy", "picture"},
+  "fidelity": {"base", "report", "text", "tokens"}
+  | {"dtype", "rounding", "seed"},
+  "validate": set(),
+  "merge": {"to", "report", "text", "tokens", "mode", "original"},
+}
+
+
+def test_options_that_an_operation_ignores_are_refused(command):
+  assert set(OPTIONS) == set(adapters.FLAGS) - {"op", "from"} - {
+    *cli.new_flags()
+  }
+  assert list(adapters.OPERATIONS.table) == list(TAKES)
+  for op, takes in TAKES.items():
+    for name in set(OPTIONS) - takes:
+      status, _, errors = command(
+        adapters.main,
+        *(f"--op={op}", "--from=x", f"--{name}={OPTIONS[name]}"),
+      )
+      assert status == 1
+      assert f"--{name}: is for --op=" in errors
+      assert f"found --op={op}; leave it out" in errors
+
+
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    (["--op=fidelity", "--tokens=8"], "--tokens: is for --text, which is"),
+    (["--op=merge", "--to=y", "--tokens=8"], "--tokens: is for --text"),
+    (["--op=fidelity", "--seed=1"], "no effect with --rounding=nearest"),
+    (["--op=merge", "--text=x", "--mode=decoded"], "--mode: is for --to"),
+    (["--op=merge", "--to=y", "--original=x"], "--original: is for --mode="),
+  ],
+)
+def test_options_without_effect_are_refused(command, arguments, words):
+  status, _, errors = command(adapters.main, "--from=x", *arguments)
+  assert status == 1
+  assert words in errors
+
+
+def test_help_names_operations_and_their_options(capsys):
+  assert cli.call(adapters.main, ["x", "--help"]) == 0
+  text = " ".join(capsys.readouterr().out.split())
+  for op in TAKES:
+    assert op in text
+  assert "By default 0.9." in text
+  assert "The model that the base was rounded from. For merge." in text

@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 
-from experiments.core import config, runs
+from experiments.core import config, train_eval
 from research.training.checkpoints.workdir import claim_workdir
 from research.training.reports import metrics
 from research.typing import UserError
@@ -28,11 +28,20 @@ def workdir(tmp_path):
 def test_it_is_resumed_from_its_checkpoint(workdir):
   done = json.loads((workdir / "result.json").read_text())["steps"]
   read = config.read(str(workdir / "config.gin"), [f"STEPS={done + 4}"])
-  runs.train(read.experiment, claim_workdir(workdir, read.text))
+  train_eval.train(read.experiment, claim_workdir(workdir, read.text))
   found = metrics.read_jsonl(workdir / "metrics.jsonl")
   losses = {r["step"]: r["train/loss"] for r in found if "train/loss" in r}
   assert sorted(losses) == list(range(1, done + 5))
   assert losses[done + 1] < losses[1] - 0.3
+
+
+def test_it_is_resumed_by_the_run_file_of_today(workdir):
+  """Whose imports have other names, and so have its bindings."""
+  run = pathlib.Path(__file__).parents[1] / "multiprocess" / "tiny.gin"
+  read = config.read(str(run), ["SAVE_EVERY=4"])
+  assert "from_scratch.FromScratch.sizes" in read.text
+  assert "fresh.Fresh.sizes" in (workdir / "config.gin").read_text()
+  assert claim_workdir(workdir, read.text) == workdir
 
 
 def test_another_experiment_is_refused_as_ever(workdir):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 
 from experiments import convert
+from experiments.converting import conversion
 from experiments.core import cli
 from research import tree
-from research.interop import load, peft
+from research.interop import hf, load, peft
+from research.interop.gguf import recipe as gguf_recipe
+from research.interop.quantized import checkpoint_formats
 from research.io import safetensors
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
@@ -170,6 +174,34 @@ def test_wrong_flags(command, arguments, words):
   assert errors.count("\n") <= 3
 
 
+@pytest.mark.parametrize(
+  "form, flag",
+  [
+    *(("peft", "--lossy"), ("gguf-adapter", "--lossy"), ("orbax", "--lossy")),
+    *(("bnb", "--group_size=32"), ("gguf", "--mask_token=new")),
+    *(("orbax", "--rounding=nearest"), ("hf", "--base=x")),
+  ],
+)
+def test_options_that_a_format_ignores_are_refused(command, form, flag):
+  status, _, errors = command("--from=x", "--to=y", f"--format={form}", flag)
+  assert status == 1
+  assert f"{flag.partition('=')[0]}: is for --format=" in errors
+  assert f"found --format={form}; leave it out" in errors
+
+
+def test_help_names_every_format_and_type():
+  text = " ".join(cli.describe(convert.main).split())
+  assert [
+    t for t in gguf_recipe.FILE_TYPES if not re.search(rf"\b{t}\b", text)
+  ] == []
+  table = convert.FORMATS.table
+  assert [x for x in table if f" {x}" not in text] == []
+  kinds = table["compressed-tensors"].argument.metadata["values"]
+  assert kinds == tuple(checkpoint_formats.COMPRESSED)
+  assert "float32, bfloat16 or float16" in text
+  assert hf.DTYPES == ("float32", "bfloat16", "float16")
+
+
 def test_an_unknown_type_of_gguf(command, tmp_path):
   status, _, errors = command(
     f"--from={MODELS / 'llama'}", f"--to={tmp_path / 'x'}", "--format=gguf:Q9_K"
@@ -182,9 +214,9 @@ def test_an_unknown_type_of_gguf(command, tmp_path):
   "text, want", [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1MiB", 2**20)]
 )
 def test_sizes(text, want):
-  assert convert.bytes_of(text) == want
+  assert conversion.parse_bytes(text) == want
   with pytest.raises(UserError):
-    convert.bytes_of(text + "x")
+    conversion.parse_bytes(text + "x")
 
 
 _STREAM = """
@@ -258,7 +290,7 @@ def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
 
 def test_a_run_that_trained_the_whole_model(command, tmp_path, capsys):
   """Its best checkpoint is rebuilt from config.gin and written."""
-  from experiments.core import config, runs
+  from experiments.core import config, train_eval
   from research.training.checkpoints.workdir import claim_workdir
 
   name = MODELS / "gguf_f32" / "model.gguf"
@@ -273,7 +305,7 @@ def test_a_run_that_trained_the_whole_model(command, tmp_path, capsys):
     ],
   )
   workdir = claim_workdir(tmp_path / "run", read.text)
-  runs.train(read.experiment, workdir)
+  train_eval.train(read.experiment, workdir)
   # As if it had been ended before it wrote that: checkpoints are what there is.
   shutil.rmtree(workdir / "model")
   capsys.readouterr()
@@ -283,7 +315,7 @@ def test_a_run_that_trained_the_whole_model(command, tmp_path, capsys):
   assert (status, errors) == (0, "")
   assert (result["changed"], result["tokenizer"]) == (0, True)
   before, after = load.load_model(name), load.load_model(tmp_path / "hf")
-  assert runs.evaluate(read.experiment, workdir)["step"] == 2
+  assert train_eval.evaluate(read.experiment, workdir)["step"] == 2
   capsys.readouterr()
   moved = np.abs(
     np.asarray(after.params["embed"]) - np.asarray(before.params["embed"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.core import config
-from experiments.planning import ahead, ahead_filling
+from experiments.planning import plan_sampling, plan_training
 from kernels_pallas.masks import Mask, intervals
 from research.planning import chips
 
@@ -26,7 +26,7 @@ SAMPLING = {"v5p:2x2x1": 4, "v5e:2x4": 8}  # topology -> its devices
 @pytest.mark.parametrize(("run", "topology"), TRAINING)
 def test_training_fits(run, topology):
   experiment = config.read(f"runs/llada/{run}.gin").experiment
-  found = ahead.plan(experiment, chips.topology(topology))
+  found = plan_training.plan(experiment, chips.topology(topology))
   assert found["fits"] and found["total_parameters"] == 8_015_581_184
   predicted = found["predicted_argument_bytes"]
   assert found["argument_bytes"] == pytest.approx(predicted, rel=0.05)
@@ -40,8 +40,8 @@ def test_training_fits(run, topology):
 def test_sampling_fits_and_a_block_is_cheaper_than_a_row(topology, devices):
   changes = ["FSDP=1", f"TENSOR={devices}"]
   experiment = config.read("runs/llada/pretrain_8b.gin", changes).experiment
-  rows = ahead_filling.rows("16x1024+256")
-  found = ahead_filling.plan(experiment, chips.topology(topology), rows)
+  rows = plan_sampling.rows("16x1024+256")
+  found = plan_sampling.plan(experiment, chips.topology(topology), rows)
   first, again = found["first"], found["again"]
   assert first["fits"] and again["fits"]
   # A block of 32 has a fortieth of a row's tokens; weights are read by both.

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.core import config
-from experiments.planning import ahead
+from experiments.planning import plan_training
 from research.planning import chips
 
 pytestmark = pytest.mark.chips
@@ -18,7 +18,7 @@ CASES = {  # run -> topology of one chip
 @pytest.mark.parametrize("name", CASES)
 def test_within_a_tenth_of_the_arithmetic(name):
   run = config.read(f"runs/lora/llama2_7b_{name}.gin").experiment
-  found = ahead.plan(run, chips.topology(CASES[name]))
+  found = plan_training.plan(run, chips.topology(CASES[name]))
   assert found["total_bytes"] == pytest.approx(
     found["predicted_bytes"], rel=0.1
   )

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from experiments.core import config, runs
+from experiments.core import config, train_eval
 from research.training.checkpoints import workdir
 
 RUNS = sorted(
@@ -22,7 +22,9 @@ def test_a_run_file_gives_the_numbers_of_its_header(run, tmp_path):
     r"perplexity_before ([\d.]+), perplexity_after ([\d.]+)\.", header
   )
   experiment, text = config.read(run)
-  result = runs.train(experiment, workdir.claim_workdir(tmp_path / "run", text))
+  result = train_eval.train(
+    experiment, workdir.claim_workdir(tmp_path / "run", text)
+  )
   if said is None:  # a run that says no more than its claim
     assert "perplexity_after below perplexity_before" in header
     assert result["perplexity_after"] < result["perplexity_before"]

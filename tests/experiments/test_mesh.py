@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from experiments.core import cli, config, runtime, site
+from experiments.core import cli, config, device_context, runtime
 from experiments.train import MAY_DIFFER
 from research.sharding import Layout
 from research.training.checkpoints.workdir import LENGTH_LINES, claim_workdir
@@ -70,10 +70,10 @@ muon.muon.steps = 5
 
 
 def test_one_device_is_no_mesh():
-  with site.entered(Layout(data=1)) as here:
+  with device_context.on_mesh(Layout(data=1)) as here:
     assert here.mesh is None and here.placement is None and here.batch is None
     assert here.share == (0, 1) and here.describe() == "one cpu device"
-  with site.entered(Layout(fsdp=4, data=2)) as here:
+  with device_context.on_mesh(Layout(fsdp=4, data=2)) as here:
     assert here.mesh.size == 8 and here.share == (0, 1)
     assert here.describe() == "8 cpu devices: data 2 x fsdp 4"
     assert jax.sharding.get_abstract_mesh().shape["fsdp"] == 4
@@ -82,7 +82,7 @@ def test_one_device_is_no_mesh():
 @pytest.mark.parametrize("layout", [Layout(fsdp=3), Layout(data=3, fsdp=3)])
 def test_a_mesh_that_does_not_fit_is_said(layout):
   message = r"there are 8[.]\n.*divides that[.]\n.*--devices=N"
-  with pytest.raises(UserError, match=message), site.entered(layout):
+  with pytest.raises(UserError, match=message), device_context.on_mesh(layout):
     pass
 
 
@@ -123,7 +123,9 @@ def test_a_single_process_needs_no_network(monkeypatch):
 
 
 def test_a_process_alone_takes_its_turn():
-  assert runtime.first() and runtime.in_turn(lambda: 3) == 3
+  assert (
+    runtime.is_first_process() and runtime.first_process_first(lambda: 3) == 3
+  )
 
 
 def _asked(argv):

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import plan
 from experiments.core import cli, config, experiment
-from experiments.planning import ahead, shapes
+from experiments.planning import abstract_step, plan_training
 from research.io import unread
 from research.planning import chips, flops
 from research.sharding import Layout
@@ -30,7 +30,7 @@ def planned(request):
   whole = support_plan.experiment(LAYOUTS[request.param])
   if request.param == "mixed":
     whole = support_plan.adapted(whole)
-  return whole, ahead.plan(whole, chips.topology("cpu:8"))
+  return whole, plan_training.plan(whole, chips.topology("cpu:8"))
 
 
 @pytest.mark.sample(3, 1)
@@ -39,7 +39,7 @@ def test_arguments_are_what_the_table_says(planned):
   predicted = found["predicted_argument_bytes"]
   assert found["argument_bytes"] == pytest.approx(predicted, rel=0.05)
   # The same count by hand: each array's part, on the first device.
-  taken = shapes.shapes(whole, jax.devices())
+  taken = abstract_step.build(whole, jax.devices())
   parts = jax.tree.leaves((taken.state, taken.batch))
   held = sum(
     x.dtype.itemsize * _size(x.sharding.shard_shape(x.shape)) for x in parts
@@ -56,7 +56,7 @@ def _size(shape):
 
 def test_work_is_what_the_step_asks_for_and_split_among_devices(planned):
   whole, found = planned
-  taken = shapes.shapes(whole, jax.devices())
+  taken = abstract_step.build(whole, jax.devices())
   update = step.make_train_step(taken.objective, whole.optimizer)
   asked = flops.count_flops(update, taken.state, taken.batch, jax.random.key(0))
   done = 8 * found["flops"]
@@ -91,8 +91,8 @@ def test_seconds_of_a_machine_that_nobody_knows_are_null(planned):
 
 def test_accumulation_counts_every_microbatch():
   whole = support_plan.experiment(Layout(data=4), batch=16, accumulate=4)
-  found = ahead.plan(whole, chips.topology("cpu:4"))
-  taken = shapes.shapes(whole, jax.devices()[:4])
+  found = plan_training.plan(whole, chips.topology("cpu:4"))
+  taken = abstract_step.build(whole, jax.devices()[:4])
   update = step.make_train_step(taken.objective, whole.optimizer)
   asked = flops.count_flops(update, taken.state, taken.batch, jax.random.key(0))
   assert 4 * found["flops"] == pytest.approx(asked, rel=0.02)
@@ -116,7 +116,7 @@ def test_no_weight_is_read(monkeypatch, name, packed):
       model=experiment.Pretrained(name=str(file), packed=packed),
     )
   )
-  taken = shapes.shapes(whole, jax.devices()[:2])
+  taken = abstract_step.build(whole, jax.devices()[:2])
   leaves = jax.tree.leaves(taken.state)
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
 
@@ -133,12 +133,12 @@ include 'data/markov.gin'
 include 'optim/adamw_cosine.gin'
 include 'mesh/data.gin'
 from experiments.core import experiment
-from experiments.core import fresh
+from experiments.core import from_scratch
 from research.nn import presets
 STEPS = 8
 LEARNING_RATE = 1e-3
-experiment.Experiment.model = @fresh.Fresh()
-fresh.Fresh.sizes = @presets.Sizes()
+experiment.Experiment.model = @from_scratch.FromScratch()
+from_scratch.FromScratch.sizes = @presets.Sizes()
 presets.Sizes.vocab = %STATES
 presets.Sizes.width = 32
 presets.Sizes.depth = 2
@@ -179,6 +179,6 @@ def test_what_the_command_refuses(capsys, flags, words):
 def test_what_the_mesh_does_not_divide_is_said():
   bindings = ["DATA=1", "TENSOR=2", "LENGTH=32"]
   experiment = config.parse(RUN, bindings).experiment
-  taken = shapes.shapes(experiment, jax.devices())
-  said = ahead._table(experiment, taken).splitlines()[-1]
+  taken = abstract_step.build(experiment, jax.devices())
+  said = plan_training._table(experiment, taken).splitlines()[-1]
   assert "does not divide it: kv_heads of 1 (run0/layer0/attention/" in said

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.planning import ahead
+from experiments.planning import plan_training
 from research.planning import chips
 from research.sharding import Layout
 from tests import support_plan
@@ -36,7 +36,7 @@ CASES = {
 @pytest.fixture(scope="module", params=list(CASES))
 def planned(request):
   topology, whole = CASES[request.param]
-  return whole, ahead.plan(whole, chips.topology(topology))
+  return whole, plan_training.plan(whole, chips.topology(topology))
 
 
 def test_bytes_of_a_device_are_within_a_twentieth_of_the_table(planned):

@@ -6,19 +6,19 @@ import json
 import pytest
 
 from experiments import perplexity
-from experiments.core import cli, config, corpora, runs
+from experiments.core import cli, config, data_fingerprint, train_eval
 from research.data.pipeline import Mixture
 from research.interop import load
 from research.text.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
 from research.training.checkpoints.workdir import claim_workdir
-from tests.experiments.core import test_fresh
+from tests.experiments.core import test_from_scratch
 
 AUTO = ["pipeline.Pipeline.begin='auto'", "pipeline.Pipeline.end=None"]
 BOS = SpecialTokens((0,), (), True)
 
 
 def read(*bindings):
-  bindings = [*test_fresh.SMALL, "STEPS=3", *AUTO, *bindings]
+  bindings = [*test_from_scratch.SMALL, "STEPS=3", *AUTO, *bindings]
   return config.read("runs/pretrain_tiny.gin", bindings)
 
 
@@ -26,7 +26,7 @@ def read(*bindings):
 def finished(tmp_path_factory):
   experiment, text = read()
   workdir = claim_workdir(tmp_path_factory.mktemp("run") / "tiny", text)
-  return experiment, workdir, runs.train(experiment, workdir)
+  return experiment, workdir, train_eval.train(experiment, workdir)
 
 
 def test_a_run_reads_as_its_tokenizer_says_and_says_so(finished):
@@ -39,7 +39,7 @@ def test_a_run_reads_as_its_tokenizer_says_and_says_so(finished):
   assert words.special == BOS
   batch = next(iter(experiment.data.training(words)))
   assert (batch["tokens"][batch["positions"] == 0] == 0).all()
-  again = runs.evaluate(experiment, workdir)
+  again = train_eval.evaluate(experiment, workdir)
   assert again["special_tokens"] == found
   assert again["heldout/perplexity"] == pytest.approx(
     result["perplexity_after"], rel=1e-6
@@ -55,7 +55,9 @@ def test_what_a_run_began_with_stays(finished, tmp_path, capsys):
   begun.mkdir()
 
   def found(data=experiment, **more):
-    return corpora.as_trained(data, words, begun, **more).special
+    return data_fingerprint.restore_tokenizer(
+      data, words, begun, **more
+    ).special
 
   assert found() == BOS  # nothing was trained yet
   (begun / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
@@ -68,7 +70,7 @@ def test_what_a_run_began_with_stays(finished, tmp_path, capsys):
   record = (workdir / "special_tokens.json").read_text()
   (begun / "special_tokens.json").write_text(record)
   assert found() == BOS
-  assert corpora.as_trained(experiment, None, begun) is None
+  assert data_fingerprint.restore_tokenizer(experiment, None, begun) is None
 
 
 def test_texts_beyond_the_context_are_warned_of(finished, capsys):
@@ -80,7 +82,7 @@ def test_texts_beyond_the_context_are_warned_of(finished, capsys):
   def warned(model, **changes):
     data = dataclasses.replace(experiment.data, **changes)
     changed = dataclasses.replace(experiment, data=data, heldout=None)
-    corpora.check_context(changed, model, loaded.tokenizer)
+    data_fingerprint.check_context(changed, model, loaded.tokenizer)
     return capsys.readouterr().err
 
   assert warned(loaded.model) == ""
@@ -92,7 +94,7 @@ def test_texts_beyond_the_context_are_warned_of(finished, capsys):
   assert "texts of up to 64" in warned(short, source=Short(90))
   mixed = Mixture(parts=(experiment.data,), weights=(1,))
   changed = dataclasses.replace(experiment, data=mixed, heldout=None)
-  corpora.check_context(changed, short, loaded.tokenizer)
+  data_fingerprint.check_context(changed, short, loaded.tokenizer)
   assert "rows of data hold texts of up to 64" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import train
-from experiments.core import cli, config, runs
+from experiments.core import cli, config, train_eval
 from research import tree
 from research.interop import load
 from research.lora import wrap
@@ -34,7 +34,7 @@ SMALL = [
 def _run(workdir, *bindings):
   read = config.read("runs/quickstart.gin", [*SMALL, *bindings])
   folder = claim_workdir(workdir, read.text)
-  return runs.train(read.experiment, folder)
+  return train_eval.train(read.experiment, folder)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_adapter_is_the_trained_one(finished):
   loaded = load.load_model(workdir)
   adapters, _ = tree.partition(loaded.params, wrap.TRAINABLE)
   assert tree.count(adapters) == result["trainable_parameters"]
-  again = runs.evaluate(
+  again = train_eval.evaluate(
     config.read(str(workdir / "config.gin")).experiment, workdir, 4
   )
   assert np.exp(again["heldout/loss"]) == pytest.approx(
@@ -82,7 +82,7 @@ def test_operative_config_rebuilds_a_bitwise_equal_run(finished, tmp_path):
   workdir, first = finished
   read = config.read(str(workdir / "config.gin"))
   folder = claim_workdir(tmp_path / "again", read.text)
-  again = runs.train(read.experiment, folder)
+  again = train_eval.train(read.experiment, folder)
   assert again["perplexity_after"] == first["perplexity_after"]
   weights = [
     tree.partition(load.load_model(w).params, wrap.TRAINABLE)[0]

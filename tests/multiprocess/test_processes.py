@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from experiments.core import config, runs
+from experiments.core import config, train_eval
 from experiments.train import MAY_DIFFER
 from research.training.checkpoints.workdir import claim_workdir
 from research.training.reports.metrics import read_jsonl
@@ -50,7 +50,7 @@ def _together(*commands):
 def _alone(workdir, *bindings):
   read = config.read(CONFIG, list(bindings))
   folder = claim_workdir(workdir, read.text, MAY_DIFFER)
-  return runs.train(read.experiment, folder)
+  return train_eval.train(read.experiment, folder)
 
 
 def _losses(workdir):

@@ -25,13 +25,13 @@ def main(argv):
   del argv
   runtime.setup()
   from experiments import evaluate, train
-  from experiments.core import site
+  from experiments.core import device_context
   from research.sharding import Layout
 
   mains = {"train": train.main, "evaluate": evaluate.main}
   with runtime.cluster(cli.cluster(FLAGS)):
     for sizes in ({"data": 2, "fsdp": 2}, {"tensor": 4, "data": 1}):
-      with site.entered(Layout(**sizes)) as here:
+      with device_context.on_mesh(Layout(**sizes)) as here:
         print("share", here.share, flush=True)
     for name, *arguments in json.loads(_DO.value):
       status = cli.call(mains[name], [name, *arguments])

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from experiments.core import config, runs
+from experiments.core import config, train_eval
 from research.io import folders
 from research.training.checkpoints.workdir import claim_workdir
 from tests.remote import fake_gcs
@@ -30,7 +30,7 @@ def test_everything_that_a_run_leaves(objects, capsys):
     ],
   )
   workdir = claim_workdir(WORKDIR, read.text)
-  result = runs.train(read.experiment, workdir)
+  result = train_eval.train(read.experiment, workdir)
   said = capsys.readouterr().err
   assert result["workdir"] == WORKDIR and f"--workdir={WORKDIR}" in said
   kept = json.loads((workdir / "result.json").read_text())
@@ -43,7 +43,7 @@ def test_everything_that_a_run_leaves(objects, capsys):
     *("checkpoints/base.json", "checkpoints/2/commit_success.txt"),
   } <= found
   again = config.parse((workdir / "config.gin").read_text()).experiment
-  measured = runs.evaluate(again, folders.folder(WORKDIR))
+  measured = train_eval.evaluate(again, folders.folder(WORKDIR))
   assert measured["step"] == 2
   assert measured["heldout/perplexity"] == pytest.approx(
     result["perplexity_after"], rel=1e-6

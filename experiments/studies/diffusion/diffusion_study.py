@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.core.fresh import Fresh
+from experiments.core.from_scratch import FromScratch
 from experiments.core.stats import Mean, mean
 from experiments.studies.claims import Verdict
 from research.nn import presets
@@ -97,7 +97,7 @@ class Tiny:
       hidden=2 * self.width,
       tied=False,
     )
-    loaded = Fresh(sizes=sizes, seed=seed).load()
+    loaded = FromScratch(sizes=sizes, seed=seed).load()
     return loaded.model, loaded.params
 
   def train(

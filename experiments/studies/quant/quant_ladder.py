@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.core import cli, runs, stats
+from experiments.core import cli, stats, train_eval
 from experiments.core.experiment import Experiment, Pretrained
 from experiments.studies import claims
 from experiments.studies.quant import quant_study
@@ -38,7 +38,7 @@ class Ladder:
   """What is trained, and how it is kept.
 
   Attributes:
-    training: of every model; its `model` is a `fresh.Fresh`.
+    training: of every model; its `model` is a `from_scratch.FromScratch`.
     text: windows that no model saw.
     rows: by families.
     widths: of the models; heads keep their size, hidden units their share.
@@ -148,7 +148,7 @@ def measured(
     place = folder / name
     if not (place / "result.json").exists():
       place.mkdir(parents=True, exist_ok=True)
-      runs.train(ladder.experiment(width, seed), place)
+      train_eval.train(ladder.experiment(width, seed), place)
     cli.say(f"{name}:")
     table = quant_study.Table(
       model=Pretrained(name=str(place / "model"), packed=False),

@@ -32,7 +32,7 @@ FLAGS = cli.new_flags()
 _CONFIG = flags.DEFINE_string(
   "config",
   "models/llama2_70b.gin",
-  "Gin file of a fresh.Fresh, here or under configs/.",
+  "Gin file of a from_scratch.FromScratch, here or under configs/.",
   flag_values=FLAGS,
 )
 _CONTEXT = flags.DEFINE_integer(
@@ -41,9 +41,7 @@ _CONTEXT = flags.DEFINE_integer(
 _COMPILE = flags.DEFINE_bool(
   "compile", True, "Compile a step of generation.", flag_values=FLAGS
 )
-_SET = flags.DEFINE_multi_string(
-  "set", [], "Gin binding that wins over the file's.", flag_values=FLAGS
-)
+_SET = cli.define_set(FLAGS)
 
 BUDGETS = (24, 40, 48, 80)
 """Gigabytes of one accelerator."""
@@ -52,14 +50,14 @@ BUDGETS = (24, 40, 48, 80)
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Counts; returns the result, which the command prints as JSON."""
   del argv
-  from experiments.core import config, fresh, runtime, tables
+  from experiments.core import config, from_scratch, runtime, tables
   from research.typing import UserError
 
   if _CONTEXT.value < 1:
     raise UserError(f"--context={_CONTEXT.value}: expected at least 1")
   runtime.setup()
   bindings = ["SEED = 0", *_SET.value]
-  read = config.read(_CONFIG.value, bindings, root=fresh.Fresh)
+  read = config.read(_CONFIG.value, bindings, root=from_scratch.FromScratch)
   model, shapes = shapes_of(read.experiment)
   lines = rows(model, shapes, formats(), _CONTEXT.value, _COMPILE.value)
   cli.say(f"\n{tables.text(tables.without_empty(lines))}\n")

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from experiments.core import cli
-from experiments.core.experiment import Looking, Source
+from experiments.core.experiment import NeedsModel, Source
 from experiments.studies import claims
 from research.quant.algorithms.calibrate import Calibration
 from research.quant.reports import compare, report_errors
@@ -177,8 +177,8 @@ def _transformed(row: Row, loaded: Any) -> tuple[Any, Any]:
   before = params = loaded.params
   key = jax.random.key(row.seed)
   for i, transform in enumerate(row.transforms):
-    if isinstance(transform, Looking):
-      transform = transform.with_model(loaded)
+    if isinstance(transform, NeedsModel):
+      transform = transform.of(loaded)
     before, params = params, transform(params, jax.random.fold_in(key, i))
   return before, params
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.converting.conversion import bytes_on_disk
 from experiments.core import cli, tables
 from experiments.studies.quant import quant_study
 from research.data.sources import PydocTopics
@@ -73,9 +74,7 @@ def beside(
 
 def on_disk(name: str) -> int:
   """Returns the bytes of a model's file, or of all files in its directory."""
-  path = pathlib.Path(load.locate(name))
-  files = [path] if path.is_file() else path.rglob("*")
-  return sum(f.stat().st_size for f in files if f.is_file())
+  return bytes_on_disk(pathlib.Path(load.locate(name)))
 
 
 def worst(matrices: Mapping[str, Mapping[str, float]]) -> str:

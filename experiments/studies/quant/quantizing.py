@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from experiments.core.experiment import Looking, Source, Transform
+from experiments.core.experiment import NeedsModel, Source, Transform
 from research.interop.loaded import Loaded
 from research.quant.reports import Report
 from research.typing import Params
@@ -45,8 +45,8 @@ class Job:
     params, reports = loaded.params, []
     key = jax.random.key(self.seed)
     for i, transform in enumerate(self.transforms):
-      if isinstance(transform, Looking):
-        transform = transform.with_model(loaded)
+      if isinstance(transform, NeedsModel):
+        transform = transform.of(loaded)
       if isinstance(transform, Reporting):
         params, report = transform.run(params, say)
         reports.append(report)

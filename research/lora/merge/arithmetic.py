@@ -1,56 +1,16 @@
-"""Weighted sums of adapters: PEFT's `add_weighted_adapter`.
-
-lora.md section 7. A combination has three parts: what is summed (whole updates,
-or the factors A and B one by one, which gets the products between adapters
-wrong), what is kept of each before (TIES: Yadav et al. 2023, arXiv:2306.01708,
-its largest entries; DARE: Yu et al. 2023, arXiv:2311.03099, random ones), and
-whether entries against the majority's sign count.
-"""
+"""Weighted sums of adapters, as PEFT's `add_weighted_adapter`."""
 
 import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from research.lora.lora_factors import Factors, thin_svd, truncate
+from research.lora.merge.combinations import COMBINATIONS, Combination, Elect
 from research.typing import PRNGKey, UserError
-
-Elect = Literal["total", "frequency"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Combination:
-  """How adapters are combined.
-
-  Attributes:
-    of: each factor, or the whole update, which is decomposed again.
-    keep: of an adapter: all of it, its largest entries, or random ones.
-    signs: whether only entries of the elected sign are averaged.
-  """
-
-  of: Literal["factors", "update"]
-  keep: Literal["all", "largest", "random"] = "all"
-  signs: Literal["any", "majority"] = "any"
-
-
-CAT = "cat"
-COMBINATIONS = {
-  "svd": Combination("update"),
-  "linear": Combination("factors"),
-  "ties": Combination("factors", "largest", "majority"),
-  "ties_svd": Combination("update", "largest", "majority"),
-  "dare_linear": Combination("factors", "random"),
-  "dare_linear_svd": Combination("update", "random"),
-  "dare_ties": Combination("factors", "random", "majority"),
-  "dare_ties_svd": Combination("update", "random", "majority"),
-  "magnitude_prune": Combination("factors", "largest"),
-  "magnitude_prune_svd": Combination("update", "largest"),
-}
-"""By PEFT's names, besides `CAT`, which keeps every factor."""
 
 
 def add_weighted(
@@ -68,8 +28,8 @@ def add_weighted(
   Args:
     adapters: factors by address; a matrix counts those that have it.
     weights: one for each adapter; may be negative.
-    how: `cat` (exact, ranks add up), `svd` (the best of one rank), or another
-      of `COMBINATIONS`.
+    how: one of `WAYS`: `cat` (exact, ranks add up), `svd` (the best of one
+      rank), or another.
     rank: of what is decomposed again; None for the adapters' largest.
     density: share of the entries that is left, where some are dropped.
     elect: a sign by the sum of the entries or by their number.
@@ -79,10 +39,9 @@ def add_weighted(
     UserError: the numbers do not fit each other, or the ranks do not where
       factors are summed.
   """
-  if how != CAT and how not in COMBINATIONS:
-    raise UserError(
-      f"{how!r}: expected one of {', '.join([CAT, *COMBINATIONS])}"
-    )
+  if how not in COMBINATIONS:
+    raise UserError(f"{how!r}: expected one of {', '.join(COMBINATIONS)}")
+  way = COMBINATIONS[how]
   if not adapters or len(adapters) != len(weights):
     raise UserError(
       f"{len(adapters)} adapters and {len(weights)} weights: expected one "
@@ -94,21 +53,21 @@ def add_weighted(
     raise UserError(f"density is {density}, expected above 0 and at most 1")
   if rank is not None and rank < 1:
     raise UserError(f"rank is {rank}, expected at least 1")
-  if how != CAT and COMBINATIONS[how].keep == "random" and key is None:
+  if "key" in way.options and key is None:
     raise UserError(f"{how}: drops entries at random and needs a key")
   most = rank or max(f.rank for a in adapters for f in a.values())
   out = {}
   for path in dict.fromkeys(path for a in adapters for path in a):
     pairs = zip(adapters, weights, strict=True)
     parts = [(a[path], float(w)) for a, w in pairs if path in a]
-    if how == CAT:
+    if way.of == "concatenation":
       out[path] = _concatenated(parts)
-    elif COMBINATIONS[how] == Combination("update"):
+    elif way == Combination("update"):
       thin = _concatenated(parts)
       out[path] = truncate(thin_svd(thin.a, thin.b), most)
     else:
-      mix = _Mix(COMBINATIONS[how], density, elect, key, path)
-      summed = _of_updates if COMBINATIONS[how].of == "update" else _of_factors
+      mix = _Mix(way, density, elect, key, path)
+      summed = _of_updates if way.of == "update" else _of_factors
       out[path] = summed(mix, parts, most)
   return out
 
@@ -141,9 +100,9 @@ class _Mix:
     return (w * x * agree).sum(0) / np.maximum(agree.sum(0), 1)
 
   def _left(self, x, salt):
-    if self.combination.keep == "all" or self.density >= 1:
+    if self.way.entries == "all" or self.density >= 1:
       return x
-    if self.combination.keep == "largest":
+    if self.way.entries == "largest":
       return largest(x, self.density)
     key = jax.random.fold_in(self.key, zlib.crc32(self.path.encode()))
     key = jax.random.fold_in(key, salt)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate, perplexity, train
-from experiments.core import cli, outputs
+from experiments.core import artifacts, cli
 from research import tree
 from research.interop import load, peft
 from research.lora import adapt
@@ -245,7 +245,7 @@ def test_a_full_disk(tmp_path):
   link = tmp_path / "result.json"
   link.symlink_to(FULL)
   with pytest.raises(UserError, match="json: cannot be written .No space"):
-    outputs.write(link, "x")
+    artifacts.write_text(link, "x")
   assert link.is_symlink()
   with FULL.open("w") as full:
     done = subprocess.run(

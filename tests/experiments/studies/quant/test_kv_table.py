@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from experiments import generate, perplexity
-from experiments.core import cli, config, fresh
+from experiments.core import cli, config, from_scratch
 from experiments.studies.quant import kv_study
 from research.nn import presets
 from research.typing import UserError
@@ -18,7 +18,7 @@ RUNS = sorted(
 
 
 TABLE = kv_study.Table(
-  model=fresh.Fresh(
+  model=from_scratch.FromScratch(
     sizes=presets.Sizes(
       vocab=64, width=32, depth=2, heads=2, kv_heads=1, head_dim=8, hidden=32
     ),

@@ -1,6 +1,6 @@
 """GPTQ by when its grids are fitted: rows of a tiny model, and verdicts."""
 
-from experiments.core import fresh
+from experiments.core import from_scratch
 from experiments.studies.quant import quant_grids, quant_study
 from research.nn import presets
 from research.quant.algorithms.calibrate import Calibration
@@ -45,7 +45,7 @@ def test_grids_are_compared_layer_by_layer():
 def test_rows_of_a_tiny_model(tmp_path):
   text = Calibration(source=Text(1, 1200), windows=8, length=64)
   table = quant_study.Table(
-    model=fresh.Fresh(sizes=SIZES, tokenizer=Letters()),
+    model=from_scratch.FromScratch(sizes=SIZES, tokenizer=Letters()),
     rows=(quant_grids.rows(text, Affine(bits=3, block=16)),),
     text=text,
   )

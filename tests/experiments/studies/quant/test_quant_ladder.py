@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from experiments.core import cli, config, experiment, fresh
+from experiments.core import cli, config, experiment, from_scratch
 from experiments.studies.quant import quant_ladder, quant_ladder_table
 from research.data import bpe
 from research.data.pipeline import Pipeline
@@ -32,7 +32,7 @@ SIZES = presets.Sizes(
 TEXT = Calibration(source=Text(1, 400), windows=4, length=32)
 LADDER = quant_ladder.Ladder(
   training=experiment.Experiment(
-    model=fresh.Fresh(sizes=SIZES, tokenizer=BPE),
+    model=from_scratch.FromScratch(sizes=SIZES, tokenizer=BPE),
     optimizer=optim.adamw(optim.constant(1e-3)),
     objective=objective.NextToken(),
     data=Pipeline(source=Text(4, 200), length=32, batch_size=2),
@@ -152,6 +152,6 @@ def test_the_command_trains_measures_and_keeps(tmp_path, capsys, monkeypatch):
   assert kl[1] > 4 * kl[0] > 0
   assert (tmp_path / "ladder.png").read_bytes()[:4] == b"\x89PNG"
   monkeypatch.setattr(
-    quant_ladder.runs, "train", lambda *x: pytest.fail("trained again")
+    quant_ladder.train_eval, "train", lambda *x: pytest.fail("trained again")
   )
   assert cli.call(quant_ladder_table.main, argv) == 0

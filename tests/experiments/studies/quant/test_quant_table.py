@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments.core import cli, config, fresh
+from experiments.core import cli, config, from_scratch
 from experiments.notebooks import quant_pictures
 from experiments.studies.quant import quant_rows, quant_study, quant_table
 from research.nn import presets
@@ -25,7 +25,7 @@ SIZES = presets.Sizes(
   vocab=64, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, hidden=32
 )
 TABLE = quant_study.Table(
-  model=fresh.Fresh(sizes=SIZES, tokenizer=Letters()),
+  model=from_scratch.FromScratch(sizes=SIZES, tokenizer=Letters()),
   rows=(
     quant_rows.rounding(bits=(4, 3), blocks=(16,), symmetric=(False,)),
     (

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.core import cli, experiment, fresh, runs
+from experiments.core import cli, experiment, from_scratch, train_eval
 from experiments.studies.quant import (
   quant_memory,
   quant_rows,
@@ -200,7 +200,7 @@ FORMAT = Affine(bits=3, block=16, symmetric=True)
 
 
 def test_training_comes_closer_to_the_model_before():
-  loaded = fresh.Fresh(sizes=SIZES).load()
+  loaded = from_scratch.FromScratch(sizes=SIZES).load()
   how = dict(rate=3e-3, steps=60, adapter=LoRA(rank=8, alpha=8.0))
   made = quant_training.Trained(format=FORMAT, data=DATA, **how)
   packed = made.with_model(loaded)(loaded.params, jax.random.key(0))
@@ -258,7 +258,7 @@ def test_a_step_of_generation_holds_weights_packed():
   sizes = dataclasses.replace(
     SIZES, width=128, hidden=256, head_dim=64, depth=12
   )
-  model, shapes = quant_memory.shapes_of(fresh.Fresh(sizes=sizes))
+  model, shapes = quant_memory.shapes_of(from_scratch.FromScratch(sizes=sizes))
   kept = {"bfloat16": None, "int4": Affine(bits=4, block=64)}
   found = quant_memory.rows(model, shapes, kept, context=8, compiled=True)
   whole, packed = (
@@ -273,7 +273,7 @@ def test_a_step_of_generation_holds_weights_packed():
 
 def test_a_run_leaves_what_comes_after_training_packed(tmp_path):
   made = experiment.Experiment(
-    model=fresh.Fresh(sizes=SIZES),
+    model=from_scratch.FromScratch(sizes=SIZES),
     optimizer=optax.sgd(0.3),
     objective=NextToken(),
     data=DATA,
@@ -283,7 +283,7 @@ def test_a_run_leaves_what_comes_after_training_packed(tmp_path):
     transforms=(qat.Prepare(format=FORMAT),),
     after=(qat.Convert(),),
   )
-  found = runs.train(made, tmp_path)
+  found = train_eval.train(made, tmp_path)
   loaded = load.load_model(tmp_path / "model", packed=True)
   sizes = report_errors.sizes(loaded.params)
   assert (sizes.packed_weights, sizes.bits_per_weight) == (7 * 32 * 32, 4)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from experiments.planning import ahead, shapes
+from experiments.planning import abstract_step, plan_training
 from experiments.studies.lora import lora_memory, lora_methods
 from research.lora import adapt
 from research.lora.diagnosis import memory
@@ -92,7 +92,7 @@ def taken(how="lora", remat="names"):
       transforms=(*before, adapting(4)),
       trainable="/trained/",
     )
-  return whole, shapes.shapes(whole, jax.devices()[:1])
+  return whole, abstract_step.build(whole, jax.devices()[:1])
 
 
 def test_activations_are_the_named_residuals():
@@ -101,35 +101,39 @@ def test_activations_are_the_named_residuals():
   # up; the input of each layer. And of the loss: hidden states, twice.
   layer = (9 + 3 + 3) * 64 + 9 * 64 + 9 + d + 2 * f + d
   want = 4 * rows * (n * layer + 2 * d)
-  got = ahead.arithmetic(*taken()).activations
+  got = plan_training.arithmetic(*taken()).activations
   assert got == pytest.approx(want, rel=0.01)
   # Adapters do not shrink them, a packed base does not grow them.
-  assert ahead.arithmetic(*taken("qlora")).activations == got
-  full = ahead.arithmetic(*taken("full")).activations
+  assert plan_training.arithmetic(*taken("qlora")).activations == got
+  full = plan_training.arithmetic(*taken("full")).activations
   assert got < full < 1.2 * got
-  assert ahead.arithmetic(*taken(remat="layer")).activations < 0.15 * got
+  assert (
+    plan_training.arithmetic(*taken(remat="layer")).activations < 0.15 * got
+  )
 
 
 @pytest.mark.parametrize("how", ["lora", "qlora", "full"])
 def test_within_ten_percent_of_the_compilers_report(how):
   whole, found = taken(how)
-  usage = shapes.lower(whole, found).compile().memory_analysis()
+  usage = abstract_step.lower(whole, found).compile().memory_analysis()
   total = usage.argument_size_in_bytes + usage.temp_size_in_bytes
   total += usage.output_size_in_bytes - usage.alias_size_in_bytes
-  got = ahead.arithmetic(whole, found)
+  got = plan_training.arithmetic(whole, found)
   assert got.total == pytest.approx(total, rel=0.1)
 
 
 def test_held_weights_count_as_part_of_the_model():
   whole, found = taken()
-  want = ahead.arithmetic(whole, found)
+  want = plan_training.arithmetic(whole, found)
   held = dataclasses.replace(whole, held="/w$")
-  got = ahead.arithmetic(held, shapes.shapes(held, jax.devices()[:1]))
+  got = plan_training.arithmetic(
+    held, abstract_step.build(held, jax.devices()[:1])
+  )
   assert got == want
 
 
 def test_unknown_parts_are_not_reported():
   whole, _ = taken()
   cut = dataclasses.replace(whole, mesh=Layout(data=2))
-  found = shapes.shapes(cut, jax.devices()[:2])
-  assert ahead.arithmetic(cut, found) is None
+  found = abstract_step.build(cut, jax.devices()[:2])
+  assert plan_training.arithmetic(cut, found) is None

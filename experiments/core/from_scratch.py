@@ -1,4 +1,4 @@
-"""A model that nobody has trained yet."""
+"""A model with random weights, to be trained from scratch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from research.typing import UserError
 
 @runtime_checkable
 class Vocabulary(Protocol):
-  """What gives a tokenizer: one that is learned, or one that exists."""
+  """A source of a tokenizer: one that is trained, or one that exists."""
 
   def load(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fresh:
+class FromScratch:
   """A model of a known family, of any size, with random weights.
 
   Attributes:
     sizes: of the model; `vocab` at least the tokenizer's.
     family: a key of `presets.FAMILIES`.
-    tokenizer: what gives it, e.g. `research.data.bpe.Bpe`; None where the data
+    tokenizer: its source, e.g. `research.data.bpe.Bpe`; None where the data
       are ids.
     seed: of the weights.
     dtype: of computation; the weights are float32.
-    remat: what the backward pass computes again.
+    remat: what the backward pass recomputes.
   """
 
   sizes: presets.Sizes
@@ -44,7 +44,7 @@ class Fresh:
   def __post_init__(self):
     if self.family not in presets.FAMILIES:
       raise UserError(
-        f"Fresh.family: found {self.family!r}, expected one of "
+        f"FromScratch.family: found {self.family!r}, expected one of "
         f"{', '.join(presets.FAMILIES)}."
       )
 
@@ -52,8 +52,8 @@ class Fresh:
     """Returns the model, random weights, and its tokenizer.
 
     Args:
-      shardings: abstract parameters -> where each of them goes; the values do
-        not depend on it.
+      shardings: abstract parameters -> their shardings, on which the values do
+        not depend.
 
     Raises:
       UserError: the tokenizer has more ids than the model.
@@ -61,8 +61,8 @@ class Fresh:
     tokenizer = None if self.tokenizer is None else self.tokenizer.load()
     if tokenizer is not None and tokenizer.vocab_size > self.sizes.vocab:
       raise UserError(
-        f"Fresh.sizes.vocab: found {self.sizes.vocab}, expected at least the"
-        f" tokenizer's {tokenizer.vocab_size}."
+        f"FromScratch.sizes.vocab: found {self.sizes.vocab}, expected at least"
+        f" the tokenizer's {tokenizer.vocab_size}."
       )
     family = presets.FAMILIES[self.family]
     model = presets.transformer(family, self.sizes, self.dtype)

@@ -1,6 +1,6 @@
-"""Running an experiment: train it, evaluate it. No flags, no gin.
+"""Trains and evaluates an experiment. No flags, no gin.
 
-Commands and notebooks call these with an `Experiment` value.
+Commands and notebooks call these functions with an `Experiment`.
 """
 
 import dataclasses
@@ -13,7 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.core import corpora, outputs, runtime, site
+from experiments.core import (
+  artifacts,
+  data_fingerprint,
+  device_context,
+  runtime,
+)
 from experiments.core.experiment import Built, Experiment
 from research import sharding, tree, weights
 from research.generation import generate
@@ -29,27 +34,31 @@ def train(
 ) -> dict[str, Any]:
   """Trains `experiment` in `workdir`; returns its result.
 
-  Of several processes, each calls this; the first one writes. A run that is
-  finished is left as it is.
+  Of several processes, each calls this; the first one writes. A finished run is
+  left as it is.
 
   Raises:
-    Preempted: it was asked to end (`training.preemption`), and is saved.
-    UserError: what the user can mend.
+    Preempted: the run was asked to end (`training.preemption`), and is saved.
+    UserError: an error that the user can mend.
   """
-  old = runtime.in_turn(lambda: finished(experiment, workdir))
+  old = runtime.first_process_first(
+    lambda: finished_result(experiment, workdir)
+  )
   if old is not None:
-    outputs.say(
+    artifacts.log(
       f"{workdir}: finished, after {old['steps']} steps; this is its result. "
       "More of them (--set=STEPS=...)\ngo on from there; without result.json, "
       "what the run leaves behind is written anew."
     )
     return old
-  with site.entered(experiment.mesh) as where:
-    return _train(experiment, where, workdir, writers)
+  with device_context.on_mesh(experiment.mesh) as context:
+    return _train(experiment, context, workdir, writers)
 
 
-def finished(experiment: Experiment, workdir: Folder) -> dict[str, Any] | None:
-  """Returns the result of a run that has nothing left to do, else None."""
+def finished_result(
+  experiment: Experiment, workdir: Folder
+) -> dict[str, Any] | None:
+  """Returns the result of a finished run, else None."""
   try:
     old = json.loads((workdir / "result.json").read_text("utf-8"))
   except (FileNotFoundError, ValueError):
@@ -57,36 +66,38 @@ def finished(experiment: Experiment, workdir: Folder) -> dict[str, Any] | None:
   steps = old.get("steps") if isinstance(old, dict) else None
   if type(steps) is not int or steps < experiment.plan.steps:
     return None
-  # It was written last; but a workdir may have lost what it is about.
+  # It was written last; but the workdir may have lost its checkpoints since.
   return old if (workdir / "checkpoints" / str(steps)).is_dir() else None
 
 
 def _train(
   experiment: Experiment,
-  where: site.Site,
+  context: device_context.DeviceContext,
   workdir: Folder,
   writers: Sequence[Any],
 ) -> dict[str, Any]:
   begin = time.perf_counter()
 
   # --- model ---
-  outputs.say(f"loading {experiment.model}")
-  built = experiment.build(where)
-  where = built.site
+  artifacts.log(f"loading {experiment.model}")
+  built = experiment.build(context)
+  context = built.context
   start = _start(experiment, built)
   trainable, total = map(weights.count, (start.trainable, start.params))
-  _say_parameters(experiment, built, trainable, total, workdir)
+  _log_parameters(experiment, built, trainable, total, workdir)
 
   # --- data ---
-  tokenizer = runtime.in_turn(
-    lambda: corpora.as_trained(
+  tokenizer = runtime.first_process_first(
+    lambda: data_fingerprint.restore_tokenizer(
       experiment, built.loaded.tokenizer, workdir, keep=True
     )
   )
-  built = built.reading(tokenizer)
-  texts = runtime.in_turn(lambda: corpora.claim(experiment, workdir))
-  corpora.check_context(experiment, built.loaded.model, tokenizer)
-  training = experiment.data.training(tokenizer, *where.share)
+  built = built.with_tokenizer(tokenizer)
+  texts = runtime.first_process_first(
+    lambda: data_fingerprint.claim(experiment, workdir)
+  )
+  data_fingerprint.check_context(experiment, built.loaded.model, tokenizer)
+  training = experiment.data.training(tokenizer, *context.share)
   evaluations = experiment.evaluations(tokenizer)
   heldout = evaluations.pop("heldout", None)
 
@@ -102,40 +113,44 @@ def _train(
     source=built.loaded.source,
     writers=writers,
     state_transforms=experiment.rewrites,
-    sharding=where.batch,
+    sharding=context.batch,
     started_at=runtime.START,
   )
 
-  # --- what became of it ---
-  looks = _looks(experiment, built, outcome.state, heldout)
-  (_, before), (_, after) = looks.values()
+  # --- results ---
+  heldout_metrics = _heldout_metrics(experiment, built, outcome.state, heldout)
+  (_, before), (_, after) = heldout_metrics.values()
   title = f"{workdir.name}: {trainable:,} trainable of {total:,}"
-  readable = outputs.keep(
-    experiment, built, outcome.state, workdir, looks, title
+  readable = artifacts.save(
+    experiment, built, outcome.state, workdir, heldout_metrics, title
   )
   result = {
     "perplexity_before": before and math.exp(before["loss"]),
     "perplexity_after": after and math.exp(after["loss"]),
-    "bits_per_byte": corpora.bits_per_byte(experiment, tokenizer, after),
+    "bits_per_byte": data_fingerprint.bits_per_byte(
+      experiment, tokenizer, after
+    ),
     "trainable_parameters": trainable,
     "total_parameters": total,
     "seconds": time.perf_counter() - begin,
-    **_told(workdir, outcome),
-    "devices": 1 if where.mesh is None else where.mesh.size,
+    **_loop_summary(workdir, outcome),
+    "devices": 1 if context.mesh is None else context.mesh.size,
     "processes": jax.process_count(),
     "steps": experiment.plan.steps,
     "texts": texts,
-    "special_tokens": corpora.described(tokenizer),
-    **(outcome.evaluation or _evaluated(experiment, workdir)),
+    "special_tokens": data_fingerprint.describe_special_tokens(tokenizer),
+    **(outcome.evaluation or _last_evaluation(experiment, workdir)),
     "workdir": str(workdir),
   }
-  outputs.write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+  artifacts.write_text(
+    workdir / "result.json", json.dumps(result, indent=2) + "\n"
+  )
   loaded = built.loaded if readable else None
-  outputs.say(outputs.commands(workdir, loaded, result["devices"]))
+  artifacts.log(artifacts.next_commands(workdir, loaded, result["devices"]))
   return result
 
 
-def _looks(
+def _heldout_metrics(
   experiment: Experiment,
   built: Built,
   trained: state.TrainState,
@@ -143,11 +158,12 @@ def _looks(
 ) -> dict[str, tuple[int, Any]]:
   """Returns (step, metrics of the held-out text) before and after training.
 
-  Both now: nobody waits for the first step, and the program is compiled once.
+  Both are measured after training, so that the first step comes early and the
+  program is compiled once.
   """
-  measure = evaluating.compiled(built.objective, built.site.batch)
+  measure = evaluating.compiled(built.objective, built.context.batch)
   before, after = (
-    _look(experiment, built, measure, each, heldout, when)
+    _sample_and_evaluate(experiment, built, measure, each, heldout, when)
     for when, each in (
       ("before", _untrained(experiment, built, trained)),
       ("after", trained),
@@ -156,8 +172,10 @@ def _looks(
   return {"before": (0, before), "after": (experiment.plan.steps, after)}
 
 
-def _evaluated(experiment: Experiment, workdir: Folder) -> dict[str, float]:
-  """Returns the last step's evaluation, of the process that took it."""
+def _last_evaluation(
+  experiment: Experiment, workdir: Folder
+) -> dict[str, float]:
+  """Returns the metrics of the last step's evaluation, from metrics.jsonl."""
   found: dict[str, float] = {}
   for record in metrics.read_jsonl(workdir / "metrics.jsonl"):
     if record["step"] == experiment.plan.steps:
@@ -166,12 +184,12 @@ def _evaluated(experiment: Experiment, workdir: Folder) -> dict[str, float]:
   return found
 
 
-def _told(workdir: Folder, outcome: loop.Outcome) -> dict[str, Any]:
-  """Returns what a result says of how the loop went."""
+def _loop_summary(workdir: Folder, outcome: loop.Outcome) -> dict[str, Any]:
+  """Returns the entries of a result about the training loop."""
   return {
     "tokens_per_s": outcome.tokens_per_s,
     "peak_memory_bytes": outcome.peak_memory_bytes,
-    "seconds_to_first_step": _first_step(workdir, outcome),
+    "seconds_to_first_step": _seconds_to_first_step(workdir, outcome),
     "seconds_by_part": outcome.seconds,
     "goodput": outcome.goodput["goodput/fraction"],
     "best": outcome.best,
@@ -186,30 +204,32 @@ def evaluate(
   """Evaluates `experiment` on its validation and held-out data.
 
   Args:
-    experiment: what was, or would be, trained.
-    workdir: where its checkpoints are; None for the model before training.
+    experiment: any.
+    workdir: the run's, with checkpoints; None for the model before training.
     number: step of the checkpoint; None for the best, or else the last.
   """
-  with site.entered(experiment.mesh) as where:
-    return _evaluate(experiment, where, workdir, number)
+  with device_context.on_mesh(experiment.mesh) as context:
+    return _evaluate(experiment, context, workdir, number)
 
 
-def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
-  built = experiment.build(where)
-  where = built.site
+def _evaluate(experiment, context, workdir, number) -> dict[str, Any]:
+  built = experiment.build(context)
+  context = built.context
   if workdir is None:
     at, trained = 0, _start(experiment, built)
   else:
-    words = built.loaded.tokenizer
-    built = built.reading(corpora.as_trained(experiment, words, workdir))
-    at, trained = restored(experiment, built, workdir, number)
-  words = built.loaded.tokenizer
-  corpora.check_context(experiment, built.loaded.model, words)
-  evaluations = experiment.evaluations(words)
+    tokenizer = built.loaded.tokenizer
+    built = built.with_tokenizer(
+      data_fingerprint.restore_tokenizer(experiment, tokenizer, workdir)
+    )
+    at, trained = restore_checkpoint(experiment, built, workdir, number)
+  tokenizer = built.loaded.tokenizer
+  data_fingerprint.check_context(experiment, built.loaded.model, tokenizer)
+  evaluations = experiment.evaluations(tokenizer)
   if not evaluations:
     raise UserError("this experiment has neither validation nor heldout data")
-  measure = evaluating.compiled(built.objective, where.batch)
-  found = evaluating.evaluate_all(measure, trained, evaluations, where.batch)
+  measure = evaluating.compiled(built.objective, context.batch)
+  found = evaluating.evaluate_all(measure, trained, evaluations, context.batch)
   for name in evaluations:
     found[f"{name}/perplexity"] = math.exp(found[f"{name}/loss"])
   heldout = {
@@ -217,11 +237,14 @@ def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
     for name, value in found.items()
     if name.startswith("heldout/")
   }
-  bits = corpora.bits_per_byte(
-    experiment, built.loaded.tokenizer, heldout or None
-  )
-  around = corpora.described(built.loaded.tokenizer)
-  return {"step": at, **found, "bits_per_byte": bits, "special_tokens": around}
+  return {
+    "step": at,
+    **found,
+    "bits_per_byte": data_fingerprint.bits_per_byte(
+      experiment, tokenizer, heldout or None
+    ),
+    "special_tokens": data_fingerprint.describe_special_tokens(tokenizer),
+  }
 
 
 def _start(experiment: Experiment, built: Built) -> state.TrainState:
@@ -231,11 +254,11 @@ def _start(experiment: Experiment, built: Built) -> state.TrainState:
     experiment.trainable,
     experiment.optimizer,
     held=experiment.held,
-    shardings=built.site.placement,
+    shardings=built.context.placement,
   )
 
 
-def restored(
+def restore_checkpoint(
   experiment: Experiment,
   built: Built,
   workdir: Folder,
@@ -245,8 +268,8 @@ def restored(
 
   Args:
     experiment: of the run.
-    built: what it builds.
-    workdir: where its checkpoints are.
+    built: from `experiment.build`.
+    workdir: the run's, with checkpoints.
     number: step of the checkpoint; None for the best, or else the last.
   """
   folder = workdir / "checkpoints"
@@ -260,39 +283,39 @@ def restored(
     return at, kept.restore(_start(experiment, built), step=at)
 
 
-def _say_parameters(
+def _log_parameters(
   experiment: Experiment,
   built: Built,
   trainable: int,
   total: int,
   workdir: Folder,
 ) -> None:
-  """Says what is trained and where; the table of it all goes to a file."""
-  where, note = built.site, ""
+  """Logs how much is trained, on what; parameters.txt gets all parameters."""
+  context, note = built.context, ""
   shardings = None
-  if where.mesh is not None:
-    shardings = where.shardings(built.params)
+  if context.mesh is not None:
+    shardings = context.shardings(built.params)
     each = sharding.bytes_per_device(built.params, shardings)
-    note = f"; {where.describe()}, {each:,} bytes of them on each"
-    for what in where.uncut(built.params):
-      outputs.say(f"not cut, since the mesh does not divide it: {what}")
-  used = 1 if where.mesh is None else where.mesh.size
+    note = f"; {context.describe()}, {each:,} bytes of them on each"
+    for what in context.uncut(built.params):
+      artifacts.log(f"not cut, since the mesh does not divide it: {what}")
+  used = 1 if context.mesh is None else context.mesh.size
   if (spare := jax.device_count() - used) > 0:
-    outputs.say(f"{spare} more devices are not used; --set=DATA=-1 takes all")
-  outputs.write(
+    artifacts.log(f"{spare} more devices are not used; --set=DATA=-1 takes all")
+  artifacts.write_text(
     workdir / "parameters.txt",
     tree.describe(built.params, experiment.trainable, shardings) + "\n",
   )
-  outputs.say(
+  artifacts.log(
     f"{trainable:,} of {total:,} parameters are trained "
-    f"({trainable / total:.2%}){note}; each one is in {workdir}/parameters.txt"
+    f"({trainable / total:.2%}){note}; {workdir}/parameters.txt lists them"
   )
 
 
 def _untrained(
   experiment: Experiment, built: Built, trained: state.TrainState
 ) -> state.TrainState:
-  """Returns the state before the first step; its weights were only copied."""
+  """Returns the state before the first step, from the weights it began with."""
   first, rest = tree.partition(built.params, experiment.trainable)
   first = jax.tree.map(
     lambda x, y: jnp.asarray(x, y.dtype), first, trained.trainable
@@ -303,7 +326,9 @@ def _untrained(
   return dataclasses.replace(trained, trainable=first, held=held)
 
 
-def _first_step(workdir: Folder, outcome: loop.Outcome) -> float | None:
+def _seconds_to_first_step(
+  workdir: Folder, outcome: loop.Outcome
+) -> float | None:
   """Returns seconds from the command to the end of the first step.
 
   None where this process resumed a run and so did not take it.
@@ -317,7 +342,7 @@ def _first_step(workdir: Folder, outcome: loop.Outcome) -> float | None:
   return before + first["train/seconds"]
 
 
-def _look(
+def _sample_and_evaluate(
   experiment: Experiment,
   built: Built,
   measure: Any,
@@ -325,12 +350,12 @@ def _look(
   heldout: Any,
   when: str,
 ) -> dict[str, float] | None:
-  """Says what the model makes of the prompt and of held-out text.
+  """Logs a continuation of the prompt, and the held-out perplexity.
 
   Returns:
     Means over the held-out data, or None where nothing is held out.
   """
-  # Tokens come out one by one: that is for one process to wait for.
+  # Generation is token by token, too slow for several processes in step.
   if experiment.prompt is not None and jax.process_count() == 1:
     tokenizer = built.loaded.tokenizer
     made = generate.generate(
@@ -340,9 +365,9 @@ def _look(
       max_new_tokens=experiment.continuation,
     )
     text = tokenizer.decode(made.tokens[0])
-    outputs.say(f"{when}: {experiment.prompt}{text}\n")
+    artifacts.log(f"{when}: {experiment.prompt}{text}\n")
   if heldout is None:
     return None
-  found = evaluating.evaluate(measure, trained, heldout, built.site.batch)
-  outputs.say(f"{when}: held-out perplexity {math.exp(found['loss']):.3f}")
+  found = evaluating.evaluate(measure, trained, heldout, built.context.batch)
+  artifacts.log(f"{when}: held-out perplexity {math.exp(found['loss']):.3f}")
   return found

@@ -1,7 +1,7 @@
-"""An experiment as shapes: nothing is read, nothing computed.
+"""A training step by its shapes: nothing is read, nothing is computed.
 
-The functions that make a run's weights, state and step, applied to shapes
-alone, so that a model of any size can be looked at from any machine.
+The functions that make a run's weights, state and step are applied to shapes
+alone, so that a model of any size can be planned on any machine.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.core.experiment import Experiment, Source
+from experiments.core.experiment import AbstractSource, Experiment, Source
 from research import sharding
 from research.interop.loaded import Loaded
 from research.training import aot, global_batch, state, step
@@ -20,8 +20,8 @@ from research.training.objectives.objective import Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shapes:
-  """What a step takes, as `jax.ShapeDtypeStruct`s that say where they are.
+class AbstractStep:
+  """The arguments of a step, as sharded `jax.ShapeDtypeStruct`s.
 
   Attributes:
     loaded: the model; its parameters are shapes.
@@ -41,22 +41,22 @@ class Shapes:
 
   @property
   def tokens(self) -> int:
-    """Places of tokens in a batch."""
+    """Tokens of a batch, padding included."""
     return int(np.prod(self.batch["tokens"].shape))
 
 
-def shapes(experiment: Experiment, devices: Sequence[Any]) -> Shapes:
-  """Returns what a step of `experiment` takes on such devices.
+def build(experiment: Experiment, devices: Sequence[Any]) -> AbstractStep:
+  """Returns the arguments of a training step of `experiment`.
 
-  Only the data's first row is made, since its shape is the batch's.
+  Only the first row of the data is made, for the shape of a batch.
 
   Args:
-    experiment: what would be trained.
-    devices: JAX's; they need not be here.
+    experiment: to be trained.
+    devices: JAX's; this machine need not have them.
 
   Raises:
-    UserError: the mesh does not fit the devices, or anything that a run would
-      complain of before its first step.
+    UserError: the mesh does not fit the devices, or an error of a run before
+      its first step.
   """
   mesh = experiment.mesh.mesh(devices)
   loaded = _loaded(experiment.model)
@@ -77,7 +77,7 @@ def shapes(experiment: Experiment, devices: Sequence[Any]) -> Shapes:
   where = experiment.mesh.shardings(
     made, mesh, sharding.head_counts(loaded.model)
   )
-  return Shapes(
+  return AbstractStep(
     loaded=loaded,
     objective=dataclasses.replace(experiment.objective, model=loaded.model),
     mesh=mesh,
@@ -87,20 +87,20 @@ def shapes(experiment: Experiment, devices: Sequence[Any]) -> Shapes:
   )
 
 
-def lower(experiment: Experiment, taken: Shapes) -> jax.stages.Lowered:
+def lower(experiment: Experiment, abstract: AbstractStep) -> jax.stages.Lowered:
   """Returns the experiment's training step, ready to be compiled.
 
   Args:
-    experiment: what would be trained.
-    taken: from `shapes` of that experiment.
+    experiment: to be trained.
+    abstract: from `build` of that experiment.
   """
   plan = experiment.plan
   update = step.make_train_step(
-    taken.objective, experiment.optimizer, plan.accumulate, plan.average
+    abstract.objective, experiment.optimizer, plan.accumulate, plan.average
   )
-  with jax.set_mesh(taken.mesh):
+  with jax.set_mesh(abstract.mesh):
     return aot.lower_step(
-      update, taken.state, taken.batch, taken.key, experiment.rewrites
+      update, abstract.state, abstract.batch, abstract.key, experiment.rewrites
     )
 
 
@@ -109,9 +109,9 @@ def _at(x: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def _loaded(source: Source) -> Loaded:
-  """Returns what a source loads, with shapes in place of weights."""
-  if hasattr(source, "shapes"):
-    return source.shapes()
+  """Returns a source's model, with shapes in place of weights."""
+  if isinstance(source, AbstractSource):
+    return source.load_abstract()
   found: list[Loaded] = []
 
   def params():

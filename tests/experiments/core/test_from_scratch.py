@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 
 from experiments import convert
-from experiments.core import baselines, cli, config, corpora, outputs, runs
-from experiments.core.fresh import Fresh
+from experiments.core import (
+  artifacts,
+  baselines,
+  cli,
+  config,
+  data_fingerprint,
+  train_eval,
+)
+from experiments.core.from_scratch import FromScratch
 from research import sharding, tree
 from research.data import baselines as lengths
 from research.data import bpe
@@ -38,7 +45,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def fresh():
   tokenizer = bpe.Bpe(documents=DOCUMENTS, size=400)
-  return Fresh(sizes=SIZES, tokenizer=tokenizer)
+  return FromScratch(sizes=SIZES, tokenizer=tokenizer)
 
 
 def test_weights_are_a_function_of_the_seed(fresh):
@@ -61,7 +68,7 @@ def test_weights_do_not_depend_on_the_mesh(fresh):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mixtral"])
 def test_any_family(family):
-  model = Fresh(sizes=SIZES, family=family).load()
+  model = FromScratch(sizes=SIZES, family=family).load()
   assert model.tokenizer is None
   tokens = np.arange(12)[None]
   hidden, _ = jax.jit(model.model.apply)({"params": model.params}, tokens)
@@ -74,7 +81,7 @@ def test_what_does_not_fit(fresh):
       fresh, sizes=dataclasses.replace(SIZES, vocab=399)
     ).load()
   with pytest.raises(UserError, match="'lama', expected one of llama"):
-    Fresh(sizes=SIZES, family="lama")
+    FromScratch(sizes=SIZES, family="lama")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +93,7 @@ def finished(tmp_path_factory):
 def _run(workdir, *bindings):
   read = config.read("runs/pretrain_tiny.gin", [*SMALL, *bindings])
   folder = claim_workdir(workdir, read.text)
-  return runs.train(read.experiment, folder)
+  return train_eval.train(read.experiment, folder)
 
 
 def _experiment(workdir):
@@ -118,7 +125,7 @@ def test_bits_per_byte_are_the_heldout_texts(finished):
   assert result["bits_per_byte"] == pytest.approx(bits / size, rel=1e-6)
   kept = json.loads((workdir / "result.json").read_text())
   assert kept["bits_per_byte"] == result["bits_per_byte"]
-  assert kept["texts"] == corpora.hashes(experiment)
+  assert kept["texts"] == data_fingerprint.hashes(experiment)
   # As configured: documents alone, since rows may begin anywhere in one.
   end = ["<|endoftext|>"]
   assert kept["special_tokens"] == dict(begin=end, end=end, every_row=False)
@@ -130,11 +137,11 @@ def test_bits_per_byte_need_all_of_the_text_and_the_plain_loss(finished):
   experiment = _experiment(workdir)
   tokenizer = load.load_model(workdir).tokenizer
   found = {"loss": 1.0, "weight": 7.0}
-  assert corpora.bits_per_byte(experiment, tokenizer, found) is None
-  assert corpora.bits_per_byte(experiment, tokenizer, None) is None
+  assert data_fingerprint.bits_per_byte(experiment, tokenizer, found) is None
+  assert data_fingerprint.bits_per_byte(experiment, tokenizer, None) is None
   loss = dataclasses.replace(experiment.objective, z_loss=0.1)
   other = dataclasses.replace(experiment, objective=loss)
-  assert corpora.bits_per_byte(other, tokenizer, found) is None
+  assert data_fingerprint.bits_per_byte(other, tokenizer, found) is None
 
 
 def test_the_run_is_a_model_with_its_tokenizer(finished):
@@ -151,7 +158,7 @@ def test_the_run_is_a_model_with_its_tokenizer(finished):
     loaded.model, loaded.params, loaded.tokenizer.encode(text * 40), 64, 2
   )
   assert math.isfinite(found.perplexity)
-  last = runs.evaluate(experiment, workdir)
+  last = train_eval.evaluate(experiment, workdir)
   assert last["heldout/perplexity"] == pytest.approx(
     finished[1]["perplexity_after"], rel=1e-6
   )
@@ -172,7 +179,7 @@ def test_adapters_over_the_run_name_the_model_in_it(finished, tmp_path):
     ],
   )
   folder = claim_workdir(tmp_path / "adapted", read.text)
-  runs.train(read.experiment, folder)
+  train_eval.train(read.experiment, folder)
   note = json.loads((folder / "adapter" / "adapter_config.json").read_text())
   assert note["base_model_name_or_path"] == str(workdir / "model")
   before, after = load.load_model(workdir), load.load_model(folder)
@@ -191,10 +198,10 @@ def test_a_mesh_trains_the_same_model(finished, tmp_path):
 
 def test_what_to_try_next_fits_the_context(finished):
   workdir, _ = finished
-  said = outputs.commands(workdir, load.load_model(workdir), 8)
+  said = artifacts.next_commands(workdir, load.load_model(workdir), 8)
   assert "--text=README.md --window=64\n" in said
   assert said.endswith(f"evaluate --workdir={workdir} --devices=8")
-  assert "--devices" not in outputs.commands(workdir, None, 1)
+  assert "--devices" not in artifacts.next_commands(workdir, None, 1)
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf:F32", "orbax"])
@@ -220,14 +227,14 @@ def test_other_texts_are_refused(finished, monkeypatch):
   changed = {name: text + "\n# changed\n" for name, text in real.items()}
   monkeypatch.setattr(stdlib, "_corpus", lambda: changed)
   with pytest.raises(UserError, match="began with other texts"):
-    corpora.claim(_experiment(workdir), workdir)
+    data_fingerprint.claim(_experiment(workdir), workdir)
 
 
 def test_a_damaged_note_is_said(finished, tmp_path):
   experiment = _experiment(finished[0])
   (tmp_path / "corpus.json").write_text('{"data": 1}')
   with pytest.raises(UserError, match="is no record of a run's texts"):
-    corpora.claim(experiment, tmp_path)
+    data_fingerprint.claim(experiment, tmp_path)
 
 
 def test_baselines_read_the_same_texts(finished, capsys):

@@ -1,9 +1,9 @@
-"""Which texts a run learns from, and is measured on, and what is around them.
+"""The texts of a run by their hashes, and the special tokens around them.
 
 A corpus that belongs to the machine, such as the standard library, may change
-under a run that is resumed, or between two machines; a hash tells. What stands
-around a document is the tokenizer's to say, unless a configuration does; what
-it was is kept with the run, so that its evaluations and what goes on from it
+before a run is resumed, or differ between two machines: its hash shows that.
+The tokenizer decides on the special tokens around a document, unless the
+configuration does. The run records them, so that evaluations and resumed runs
 read texts in the same way.
 """
 
@@ -12,7 +12,7 @@ import json
 import platform
 from typing import Any
 
-from experiments.core import outputs
+from experiments.core import artifacts
 from experiments.core.experiment import Experiment
 from research.data import predicted
 from research.data.pipeline import Mixture, Pipeline
@@ -26,7 +26,7 @@ from research.training.objectives.objective import NextToken
 from research.typing import UserError
 
 PARTS = ("data", "validation", "heldout")
-"""Of an experiment: what it reads."""
+"""Fields of an experiment that hold data."""
 
 
 def hashes(experiment: Experiment) -> dict[str, str]:
@@ -37,7 +37,7 @@ def hashes(experiment: Experiment) -> dict[str, str]:
 
 
 def claim(experiment: Experiment, workdir: Folder) -> dict[str, str]:
-  """Returns the run's hashes, and records them where it begins.
+  """Returns the hashes of a run's texts, which a new run records.
 
   Raises:
     UserError: the run began on other texts.
@@ -74,25 +74,25 @@ def _first(data: Any) -> Any:
   return data
 
 
-def special_of(experiment: Experiment, tokenizer: Any) -> SpecialTokens:
-  """Returns what the training documents of an experiment begin and end with."""
+def special_tokens_of(experiment: Experiment, tokenizer: Any) -> SpecialTokens:
+  """Returns the special tokens around an experiment's training documents."""
   part = _first(experiment.data)
   if isinstance(part, Pipeline):
     return part.special_tokens(tokenizer)
   return special_tokens.from_tokenizer(tokenizer)
 
 
-def as_trained(
+def restore_tokenizer(
   experiment: Experiment, tokenizer: Any, workdir: Folder, keep: bool = False
 ) -> Any:
-  """Returns the tokenizer, putting around texts what it did as the run began.
+  """Returns the tokenizer with the special tokens that the run began with.
 
   Args:
     experiment: of the run.
     tokenizer: of its model; None stays None.
-    workdir: which has a record of that. Runs that began before there were such
-      have none: what they did not configure stood around nothing.
-    keep: whether a run that begins, or goes on without one, gets a record.
+    workdir: the run's, which may have a record of them. Runs from before there
+      were records used none, unless they were configured.
+    keep: whether to write a record where there is none.
   """
   if tokenizer is None:
     return None
@@ -101,21 +101,21 @@ def as_trained(
     return dataclasses.replace(tokenizer, documents=special_tokens.read(note))
   if resumed and tokenizer.special != NO_SPECIAL_TOKENS:
     without = dataclasses.replace(tokenizer, documents=NO_SPECIAL_TOKENS)
-    found = special_of(experiment, without)
+    found = special_tokens_of(experiment, without)
     if found == NO_SPECIAL_TOKENS:
-      outputs.say(
+      artifacts.log(
         f"{workdir}: this run began without the tokens that its tokenizer puts "
         "around documents, and goes on so"
       )
   else:
-    found = special_of(experiment, tokenizer)
+    found = special_tokens_of(experiment, tokenizer)
   if keep:
-    outputs.write(note, json.dumps(found.record()) + "\n")
+    artifacts.write_text(note, json.dumps(found.record()) + "\n")
   return dataclasses.replace(tokenizer, documents=found)
 
 
-def described(tokenizer: Any) -> dict[str, Any] | None:
-  """Returns what stands around documents, as a result has it."""
+def describe_special_tokens(tokenizer: Any) -> dict[str, Any] | None:
+  """Returns the special tokens around documents, as a result has them."""
   if tokenizer is None:
     return None
   found = special_tokens.from_tokenizer(tokenizer)
@@ -129,10 +129,9 @@ def described(tokenizer: Any) -> dict[str, Any] | None:
 def check_context(
   experiment: Experiment, model: Transformer, tokenizer: Any
 ) -> None:
-  """Warns of rows with texts that are longer than the model's context.
+  """Warns of texts that are longer than the model's context.
 
-  Only rows that are longer are read for it: documents that share one may be
-  short.
+  It reads only rows that are longer: several documents may share one.
   """
   context, found = model.max_positions, {}
   for name in PARTS:
@@ -155,7 +154,7 @@ def check_context(
 def bits_per_byte(
   experiment: Experiment, tokenizer: Any, found: dict[str, float] | None
 ) -> float | None:
-  """Returns the held-out bits per byte; None where there are no such.
+  """Returns the held-out bits per byte; None where they are not defined.
 
   Args:
     experiment: whose held-out texts were evaluated.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.core import config, outputs
+from experiments.core import artifacts, config
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.sampling.block_causal import BlockCausal
@@ -36,7 +36,7 @@ def left(folder, objective, clock):
     lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype),
     built.params,
   )
-  assert outputs._save_model(folder, run, built, params)
+  assert artifacts._save_model(folder, run, built, params)
   return built.loaded.model, params, load.load_model(folder)
 
 
@@ -66,5 +66,5 @@ def test_it_says_what_its_masks_are(tmp_path, block, clock):
 
 
 def test_what_a_run_says_is_not_its_result(capsys):
-  outputs.say("loading a model")
+  artifacts.log("loading a model")
   assert capsys.readouterr() == ("", "loading a model\n")

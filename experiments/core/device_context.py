@@ -1,4 +1,4 @@
-"""Where an experiment computes: on one device, or on a mesh of many."""
+"""The devices of an experiment: one, or a mesh of many."""
 
 import contextlib
 import dataclasses
@@ -18,13 +18,13 @@ from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Site:
-  """A mesh, and what goes where on it.
+class DeviceContext:
+  """A mesh, and the shardings of arrays on it.
 
   Attributes:
-    layout: what is cut along which axis.
-    mesh: None on one device, where nothing has to be placed.
-    counts: pieces of the model's axes that stay whole, see
+    layout: which axes of arrays are cut along which axis of the mesh.
+    mesh: None on one device, where arrays need no sharding.
+    counts: pieces of the model's axes that are not cut, see
       `sharding.head_counts`.
   """
 
@@ -32,13 +32,13 @@ class Site:
   mesh: Mesh | None = None
   counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-  def of(self, model: Any) -> "Site":
-    """Returns the site for `model`, whose heads stay whole."""
+  def for_model(self, model: Any) -> "DeviceContext":
+    """Returns the context for `model`, whose heads are not cut."""
     return dataclasses.replace(self, counts=sharding.head_counts(model))
 
   @property
   def placement(self) -> Placement | None:
-    """Where arrays go, by their paths; None on one device."""
+    """Tree -> shardings of its arrays; None on one device."""
     return None if self.mesh is None else self.shardings
 
   def shardings(self, tree: Any) -> Shardings:
@@ -46,7 +46,7 @@ class Site:
     return self.layout.shardings(tree, self.mesh, self.counts)
 
   def uncut(self, tree: Any) -> list[str]:
-    """Returns what of `tree` the mesh does not divide: `Layout.undivided`."""
+    """Returns paths of arrays that the mesh does not divide."""
     return self.layout.undivided(tree, self.mesh, self.counts)
 
   @property
@@ -73,11 +73,11 @@ class Site:
 
 
 @contextlib.contextmanager
-def entered(layout: Layout) -> Iterator[Site]:
-  """Makes the mesh of `layout` that of all computation inside.
+def on_mesh(layout: Layout) -> Iterator[DeviceContext]:
+  """Sets the mesh of `layout` for all computation inside.
 
   Raises:
-    UserError: it does not fit the devices.
+    UserError: the mesh does not fit the devices.
   """
   try:
     mesh = layout.mesh()
@@ -87,17 +87,17 @@ def entered(layout: Layout) -> Iterator[Site]:
     hint = "A CPU has as many as --devices=N says."
     raise UserError(f"{error}\n{hint}") from error
   if mesh.size == 1 and jax.process_count() == 1:
-    yield Site(layout=layout)
+    yield DeviceContext(layout=layout)
     return
   with jax.set_mesh(mesh):
-    yield Site(layout=layout, mesh=mesh)
+    yield DeviceContext(layout=layout, mesh=mesh)
 
 
-def whole(tree: Any) -> Any:
-  """Returns `tree` such that this process can read every array of it.
+def gather(tree: Any) -> Any:
+  """Returns `tree` with arrays that this process can read whole.
 
-  Every process has to call it; arrays that are spread over several processes
-  are gathered into each one's memory.
+  Every process has to call it; arrays that are sharded over several processes
+  are gathered into the memory of each.
   """
 
   def one(x: Any) -> Any:

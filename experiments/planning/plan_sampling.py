@@ -1,4 +1,4 @@
-"""Planning how a masked diffusion model samples: its calls, compiled ahead.
+"""Plans sampling: calls of a masked diffusion model, compiled ahead of time.
 
 A block is filled by one call that reads whole rows, and by calls that read the
 block alone, keys and values of the rest cached (`denoiser.Cached`). How many of
@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.core import cli
 from experiments.core.experiment import Experiment
-from experiments.planning import shapes
+from experiments.planning import abstract_step
 from research.diffusion.sampling import sampler
 from research.diffusion.sampling.candidates import Options
 from research.diffusion.sampling.denoiser import Cached
@@ -82,7 +82,7 @@ def plan(
       f"--fill: the objective is {type(experiment.objective).__name__}, which "
       "has no mask_id; expected one that fills in masks"
     )
-  taken = shapes.shapes(experiment, topology.devices)
+  taken = abstract_step.build(experiment, topology.devices)
   mesh, model = taken.mesh, taken.loaded.model.clone(remat="none")
   options = Options(
     mask_id=mask_id,

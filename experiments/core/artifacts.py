@@ -1,4 +1,4 @@
-"""What a run leaves behind: a picture, weights, and commands to try next."""
+"""What a run leaves behind: a plot, weights, and commands to try next."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from experiments.core import runtime, site
+from experiments.core import device_context, runtime
 from experiments.core.experiment import Built, Experiment
 from research import tree
 from research.interop import convert, load, peft, sources
@@ -28,48 +28,48 @@ DEFAULT_WINDOW = 1024
 """Tokens that `experiments.perplexity` reads together."""
 
 
-def say(text: str) -> None:
-  """Says it on stderr, once however many processes there are.
+def log(text: str) -> None:
+  """Prints a line to stderr, from the first process alone.
 
-  What is on stdout is a run's result, and nothing else.
+  stdout has the run's result, and nothing else.
   """
-  if runtime.first():
+  if runtime.is_first_process():
     print(text, file=sys.stderr, flush=True)
 
 
-def write(path: Folder, text: str) -> None:
+def write_text(path: Folder, text: str) -> None:
   """Writes a whole file, from the first process alone."""
-  if runtime.first():
+  if runtime.is_first_process():
     with folders.writing(path):
       folders.write_text(path, text)
 
 
-def keep(
+def save(
   experiment: Experiment,
   built: Built,
   trained: state.TrainState,
   workdir: Folder,
-  looks: dict[str, tuple[int, dict[str, float] | None]],
+  heldout: dict[str, tuple[int, dict[str, float] | None]],
   title: str,
 ) -> bool:
-  """Writes the picture of the loss, and what was trained.
+  """Writes the plot of the loss, and the trained weights.
 
   Args:
     experiment, built, workdir: of the run.
     trained: the state after the last step.
-    looks: when -> (step, means over held-out data or None).
-    title: of the picture.
+    heldout: when -> (step, means over held-out data or None).
+    title: of the plot.
 
   Returns:
-    Whether other commands can read what was written.
+    Whether other commands can read the weights.
   """
   points = [
     (at, found["loss"], f"held out, {when}")
-    for when, (at, found) in looks.items()
+    for when, (at, found) in heldout.items()
     if found is not None
   ]
   with folders.locally(workdir) as place:
-    if runtime.first():
+    if runtime.is_first_process():
       plots.loss_curve(
         workdir / "metrics.jsonl",
         place / "loss.png",
@@ -83,12 +83,12 @@ def keep(
 
 
 def _save_adapter(folder, experiment, built, params) -> bool:
-  """Writes what was trained in PEFT's format, if that is adapters."""
+  """Writes trained adapters in PEFT's format; returns whether there are any."""
   adapters, rest = tree.partition(params, wrap.TRAINABLE)
   if not tree.count(adapters):
     return False
-  params = tree.combine(site.whole(adapters), rest)
-  if not runtime.first():
+  params = tree.combine(device_context.gather(adapters), rest)
+  if not runtime.is_first_process():
     return True
   base = getattr(experiment.model, "name", "unknown")
   if pathlib.Path(base).exists():
@@ -100,13 +100,13 @@ def _save_adapter(folder, experiment, built, params) -> bool:
 
 
 def _save_model(folder, experiment, built, params) -> bool:
-  """Writes the whole model: in Hugging Face's format, if that can say it.
+  """Writes the whole model, in Hugging Face's format where that has names.
 
-  What `after` made of it is kept as it is, in ours, and what only ours has
-  names for.
+  Models after the transforms of `after`, and those with a time embedding, are
+  written as our checkpoint.
   """
-  params = site.whole(params)
-  if not runtime.first():
+  params = device_context.gather(params)
+  if not runtime.is_first_process():
     return True
   source = sources.from_training(
     built.loaded,
@@ -114,20 +114,20 @@ def _save_model(folder, experiment, built, params) -> bool:
     {"format": "run", "path": str(folder.parent)},
     getattr(experiment.model, "name", None),
   )
-  source = _saying(source, experiment.objective)
+  source = _with_mask_config(source, experiment.objective)
   shutil.rmtree(folder, ignore_errors=True)
   try:
     own = experiment.after or source.model.time_embedding is not None
     as_files = convert.to_orbax if own else convert.to_hf
     as_files(source, folder)
   except UserError as error:
-    say(f"{folder}: not written: {error}")
+    log(f"{folder}: not written: {error}")
     return False
   return True
 
 
-def _saying(source: sources.Source, objective: Any) -> sources.Source:
-  """Returns a model from nothing as one that says what its masks are."""
+def _with_mask_config(source: sources.Source, objective: Any) -> sources.Source:
+  """Returns the source; a new diffusion model's config gets its mask."""
   mask = getattr(objective, "mask_id", -1)
   if source.config is not None or mask < 0:
     return source
@@ -142,8 +142,8 @@ def _saying(source: sources.Source, objective: Any) -> sources.Source:
   return dataclasses.replace(source, config=config)
 
 
-def commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
-  """Returns commands to try next, for the Python that runs this one."""
+def next_commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
+  """Returns commands to try next, with the Python that runs this process."""
   python = os.path.relpath(sys.executable)
   if python.startswith(".."):
     python = sys.executable
@@ -151,7 +151,7 @@ def commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
   if not folders.is_remote(workdir):
     near = os.path.relpath(workdir)
     where = where if near.startswith("..") else near
-  # The run's mesh takes as many: a CPU has them only if asked.
+  # A CPU has as many devices as the run's mesh only if it is asked for them.
   virtual = devices > 1 and jax.default_backend() == "cpu"
   many = f" --devices={devices}" if virtual else ""
   lines = [f"{python} -m experiments.evaluate --workdir={where}{many}"]

@@ -1,0 +1,70 @@
+"""Operations on what an adapter did to its matrices: ranks and intruders."""
+
+import dataclasses
+from typing import Any
+
+from experiments.adapting.operation import ReadsAdapters, WritesAdapter
+from experiments.core.choices import option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FindsIntruders:
+  """Which singular vectors count as intruders."""
+
+  top: int = option(10, "Leading singular vectors that are examined.")
+  threshold: float = option(
+    0.5, "Largest cosine of an intruder with any of the base's vectors."
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diagnose(FindsIntruders, ReadsAdapters):
+  """Size, ranks, angles and intruders of each update."""
+
+  energy: float = option(
+    0.9, "Share of an update's squared norm that its energy rank keeps."
+  )
+  picture: str | None = option(None, "A PNG to draw.")
+
+  def run(self) -> dict[str, Any]:
+    """Returns means over all matrices."""
+    import numpy as np
+
+    from research.lora.diagnosis import diagnose, plot_diagnosis
+
+    params = self.open(self.only).params()
+    found = diagnose.diagnose(params, self.top, self.energy)
+    if self.picture is not None:
+      plot_diagnosis.draw(found, self.picture, self.only)
+    rows = {
+      path: dataclasses.asdict(d) | dict(intruders=d.intruders(self.threshold))
+      for path, d in found.items()
+    }
+    names = ("relative", "stable_rank", "energy_rank", "intruders")
+    means = {k: float(np.mean([r[k] for r in rows.values()])) for k in names}
+    return self.summary(rows, means=means, picture=self.picture)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeakenIntruders(FindsIntruders, WritesAdapter):
+  """The adapter with weaker leading singular vectors that its base has not."""
+
+  strength: float = option(0.75, "What is left of an intruder, from 0 to 1.")
+
+  def make(self) -> tuple[Any, Any, dict[str, Any]]:
+    """Returns the source, parameters without intruders, and the result."""
+    from research.lora import lora_factors, wrap
+    from research.lora.diagnosis import diagnose
+
+    source = self.open(self.only)
+    params = source.params()
+    found, counts = diagnose.mitigate(
+      params, self.top, self.threshold, self.strength
+    )
+    rows = {path: dict(intruders=n) for path, n in counts.items()}
+    result = self.summary(rows, intruders=sum(counts.values()))
+    return (
+      source,
+      lora_factors.wrap_factors(wrap.disable(params), found),
+      result,
+    )

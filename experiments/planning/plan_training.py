@@ -1,0 +1,156 @@
+"""Plans training: compiles an experiment's step ahead of time, and its cost.
+
+No flags, no gin; `experiments.plan` is the command.
+"""
+
+import dataclasses
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from experiments.core import cli
+from experiments.core.experiment import Experiment
+from experiments.planning import abstract_step
+from research import sharding, tree, weights
+from research.lora.diagnosis import memory
+from research.optim.low_rank.layerwise import Layerwise
+from research.planning import flops, forecast, text
+from research.planning.chips import Topology
+from research.training import step
+from research.training.objectives.objective import NextToken
+
+
+def plan(
+  experiment: Experiment,
+  topology: Topology,
+  hlo: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+  """Returns the cost of a step of `experiment` on `topology`, and prints it.
+
+  Args:
+    experiment: to be trained.
+    topology: the devices.
+    hlo: file for the compiled program's text, or None.
+
+  Raises:
+    UserError: an error of a run before its first step.
+  """
+  begin = time.perf_counter()
+  abstract = abstract_step.build(experiment, topology.devices)
+  found = _before_compiling(experiment, abstract, topology)
+  cli.say(_table(experiment, abstract))
+  cli.say(_summary(found))
+  by_arithmetic = arithmetic(experiment, abstract)
+  if by_arithmetic is not None:
+    found["predicted_bytes"] = by_arithmetic.total
+    cli.say(f"by arithmetic: {by_arithmetic}")
+  try:
+    compiled = abstract_step.lower(experiment, abstract).compile()
+  except jax.errors.JaxRuntimeError as error:
+    return found | _out_of_memory(error)
+  found["seconds_to_plan"] = time.perf_counter() - begin
+  if hlo is not None:
+    pathlib.Path(hlo).write_text(compiled.as_text(), "utf-8")
+  cost = forecast.forecast(compiled, abstract.mesh, topology)
+  found |= text.as_json(cost, found["model_flops"], abstract.tokens)
+  cli.say(text.describe(cost, found))
+  return found
+
+
+def arithmetic(
+  experiment: Experiment, abstract: abstract_step.AbstractStep
+) -> memory.Memory | None:
+  """Returns the memory of a step by arithmetic, kind by kind.
+
+  None where no formula is known: on several devices, for other losses than that
+  of the next token, or where layers are updated during the backward pass.
+  """
+  tx = experiment.optimizer
+  simple = isinstance(abstract.objective, NextToken)
+  if abstract.mesh.size > 1 or not simple or isinstance(tx, Layerwise):
+    return None
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      (x.shape[0] // experiment.plan.accumulate, *x.shape[1:]), x.dtype
+    ),
+    abstract.batch,
+  )
+  return memory.step_memory(
+    abstract.objective, abstract.state, batch, abstract.key
+  )
+
+
+def model_flops(
+  abstract: abstract_step.AbstractStep, experiment: Experiment
+) -> float:
+  """Returns the FLOPs that a step needs, of all devices together.
+
+  Those of its matrix products, forward and backward, where only trainable
+  weights have gradients and no layer is recomputed. (Attention's scores are, by
+  flash attention's own algorithm.)
+  """
+  model = abstract.loaded.model.clone(remat="none")
+  objective = dataclasses.replace(abstract.objective, model=model)
+  update = step.make_train_step(objective, experiment.optimizer)
+  return flops.count_flops(update, abstract.state, abstract.batch, abstract.key)
+
+
+def _before_compiling(
+  experiment: Experiment,
+  abstract: abstract_step.AbstractStep,
+  topology: Topology,
+) -> dict[str, Any]:
+  """Returns the entries of the result that need no compilation."""
+  arguments = (abstract.state, abstract.batch)
+  where = jax.tree.map(lambda x: x.sharding, arguments)
+  return {
+    "topology": topology.name,
+    "chip": topology.chip.name,
+    "devices": abstract.mesh.size,
+    "topology_devices": len(topology.devices),
+    "mesh": {k: v for k, v in abstract.mesh.shape.items() if v > 1},
+    "total_parameters": weights.count(abstract.state.params),
+    "trainable_parameters": weights.count(abstract.state.trainable),
+    "tokens": abstract.tokens,
+    "predicted_argument_bytes": sharding.bytes_per_device(arguments, where),
+    "model_flops": model_flops(abstract, experiment),
+  }
+
+
+def _table(experiment: Experiment, abstract: abstract_step.AbstractStep) -> str:
+  params = abstract.state.params
+  where = jax.tree.map(lambda x: x.sharding, params)
+  counts = sharding.head_counts(abstract.loaded.model)
+  uncut = experiment.mesh.undivided(params, abstract.mesh, counts)
+  return "\n".join(
+    [
+      tree.describe(params, experiment.trainable, where),
+      *(f"not cut, since the mesh does not divide it: {x}" for x in uncut),
+    ]
+  )
+
+
+def _summary(found: dict[str, Any]) -> str:
+  mesh = ", ".join(f"{k} {v}" for k, v in found["mesh"].items()) or "one device"
+  spare = found["topology_devices"] - found["devices"]
+  unused = f", {spare} more unused" if spare else ""
+  return (
+    f"{found['topology']}: {found['devices']} x {found['chip']}, mesh {mesh}"
+    f"{unused}\n"
+    f"{found['trainable_parameters']:,} of {found['total_parameters']:,}"
+    f" parameters are trained on {found['tokens']:,} tokens a step,"
+    f" {found['model_flops']:.3g} FLOPs"
+  )
+
+
+def _out_of_memory(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
+  """Returns the compiler's numbers of a program that does not fit in memory."""
+  message = str(error)
+  if "RESOURCE_EXHAUSTED" not in message:
+    raise error
+  found = text.parse_out_of_memory(message)
+  cli.say(text.describe_out_of_memory(found))
+  return found
