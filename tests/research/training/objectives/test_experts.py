@@ -133,7 +133,7 @@ def test_what_cannot_be_balanced_is_said():
   with pytest.raises(UserError, match="Expected Balance.counts"):
     after(frozen, {"loss": jnp.ones(())})
   dense = dataclasses.replace(BALANCED, model=support.model("llama"))
-  with pytest.raises(UserError, match="the model has none"):
+  with pytest.raises(UserError, match="the model has no experts"):
     dense(support.params(dense.model), batch(), None)
 
 

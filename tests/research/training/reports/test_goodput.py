@@ -129,7 +129,7 @@ def test_an_unreadable_file_matters_only_when_it_is_needed(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text("no JSON\n")
   Goodput().resume(path, None)
-  with pytest.raises(UserError, match="no record of a step"):
+  with pytest.raises(UserError, match="not a record of a step"):
     Goodput().resume(path, 3)
   Goodput().resume(tmp_path / "none.jsonl", None)
 

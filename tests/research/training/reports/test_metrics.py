@@ -56,7 +56,7 @@ def test_lines_are_json_whatever_the_number(tmp_path):
 def test_a_foreign_file_is_an_error(tmp_path, line):
   path = tmp_path / "m.jsonl"
   path.write_bytes(b'{"step": 1}\n' + line + b"\n")
-  with pytest.raises(UserError, match="line 2 is no record"):
+  with pytest.raises(UserError, match="line 2 is not a record"):
     metrics.read_jsonl(path)
 
 
