@@ -108,7 +108,11 @@ def adalora_optimizer(
     zeros = {
       path: jnp.zeros(x.shape, jnp.float32) for path, x in values.items()
     }
-    kept = {p: jnp.ones(x.shape, bool) for p, x in values.items() if _is_e(p)}
+    kept = {
+      p: jnp.ones(x.shape, bool)
+      for p, x in values.items()
+      if _is_singular_values(p)
+    }
     count = jnp.zeros((), jnp.int32)
     return State(count, zeros, dict(zeros), kept, inner.init(params))
 
@@ -119,9 +123,9 @@ def adalora_optimizer(
     moves, rest = inner.update(updates, state.inner, params, **extra)
     found = _triples(moves)
     new = {path: old[path] + found[path] for path in old}
-    importance, uncertainty = _judged(budget, state, new, slopes)
+    importance, uncertainty = _update_averages(budget, state, new, slopes)
     step, last = state.count, budget.last_allocation
-    kept = _kept(budget, step, importance, uncertainty)
+    kept = _masks(budget, step, importance, uncertainty)
     due = (step > budget.warmup) & (step % budget.every == 0) & (step < last)
     due |= step == last
     kept = {p: jnp.where(due, x, state.kept[p]) for p, x in kept.items()}
@@ -139,14 +143,14 @@ def adalora_optimizer(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_e(path: str) -> bool:
+def _is_singular_values(path: str) -> bool:
   return path.rpartition("/")[2] == "e"
 
 
 def _triples(params: Any) -> dict[str, Array]:
   """Returns the arrays a, b and e of AdaLoRA's adapters, by path."""
   every = dict(tree.flatten_paths(params))
-  stems = [path[:-1] for path in every if _is_e(path)]
+  stems = [path[:-1] for path in every if _is_singular_values(path)]
   stems = [s for s in stems if s + "a" in every and s + "b" in every]
   if not stems:
     raise UserError(
@@ -156,7 +160,7 @@ def _triples(params: Any) -> dict[str, Array]:
   return {s + name: every[s + name] for s in stems for name in "abe"}
 
 
-def _judged(budget, state, new, slopes):
+def _update_averages(budget, state, new, slopes):
   """Returns both moving averages, constant from the last allocation on."""
   importance, uncertainty = {}, {}
   learns = state.count < budget.last_allocation
@@ -170,7 +174,7 @@ def _judged(budget, state, new, slopes):
   return importance, uncertainty
 
 
-def _kept(budget, step, importance, uncertainty):
+def _masks(budget, step, importance, uncertainty):
   """Returns the masks of the highest-scoring terms within the budget."""
   score = {path: importance[path] * uncertainty[path] for path in importance}
   terms = {
@@ -178,7 +182,7 @@ def _kept(budget, step, importance, uncertainty):
     + score[path[:-1] + "a"].mean(-1)
     + score[path[:-1] + "b"].mean(-1)
     for path in score
-    if _is_e(path)
+    if _is_singular_values(path)
   }
   every = jnp.sort(jnp.concatenate([x.ravel() for x in terms.values()]))
   matrices = sum(x.size // x.shape[-1] for x in terms.values())

@@ -134,7 +134,7 @@ def _zeros(params, addresses, statistic) -> InputStats:
   }
 
 
-def _each(f: Callable[[Any], Any], stats: InputStats) -> dict[str, Any]:
+def _per_matrix(f: Callable[[Any], Any], stats: InputStats) -> dict[str, Any]:
   """Returns `f` of each matrix's sums; maps over stacked experts."""
   f, out = jax.jit(f), {}
   # Matrices with the same inputs (q, k and v) share one result of `f`.
@@ -171,7 +171,7 @@ class Covariances:
   ) -> dict[str, Any]:
     """Returns covariances `[in, in]` by address; does not use `key`."""
     stats = self.calibration.sums(params, addresses, SampleCovariance())
-    return _each(lambda one: one["xx"] / jnp.maximum(one["n"], 1), stats)
+    return _per_matrix(lambda one: one["xx"] / jnp.maximum(one["n"], 1), stats)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ class Gradients:
     """Returns gradients `[in, out]` by address; does not use `key`."""
     stats = self.calibration.sums(params, addresses, Gradient())
     n = self.calibration.batches
-    return _each(lambda one: one["g"] / n, stats)
+    return _per_matrix(lambda one: one["g"] / n, stats)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,7 @@ class InputPCA:
           f"InputPCA.count: found {self.count}, expected at most the"
           f" {arrays['x'].shape[-1]} inputs of {address}."
         )
-    return _each(functools.partial(_principal, self.count), stats)
+    return _per_matrix(functools.partial(_principal, self.count), stats)
 
 
 def _principal(count: int, one: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -70,13 +70,15 @@ def truncate(triple: Triple, rank: int) -> Factors:
 
 def adapters(params: Params) -> dict[str, AdaptedTensor]:
   """Returns each adapted matrix as an AdaptedTensor of NumPy, by address."""
-  return wrap.adapters(params, lambda t: jax.tree.map(np.asarray, _still(t)))
+  return wrap.adapters(
+    params, lambda t: jax.tree.map(np.asarray, _without_dropout(t))
+  )
 
 
-def _still(t: AdaptedTensor) -> AdaptedTensor:
+def _without_dropout(t: AdaptedTensor) -> AdaptedTensor:
   """Returns the adapter without dropout keys."""
   if isinstance(t.w, AdaptedTensor):
-    t = dataclasses.replace(t, w=_still(t.w))
+    t = dataclasses.replace(t, w=_without_dropout(t.w))
   return dataclasses.replace(t, key=None)
 
 

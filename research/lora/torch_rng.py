@@ -37,13 +37,13 @@ def randperm_prefix(seed: int, total: int, count: int) -> np.ndarray:
       f"a matrix of {total:,} entries, some of which are drawn; expected at "
       f"most {np.iinfo(np.int32).max:,}"
     )
-  draw = _from_the_front if total < _LONG else _inside_out
+  draw = _forward_shuffle if total < _LONG else _inside_out
   out = draw(seed, total, count)
   out.flags.writeable = False  # the cache returns the same array to everyone
   return out
 
 
-def _from_the_front(seed: int, total: int, count: int) -> np.ndarray:
+def _forward_shuffle(seed: int, total: int, count: int) -> np.ndarray:
   """Returns the start of a forward Fisher-Yates shuffle."""
   raw = np.random.RandomState(seed)._bit_generator.random_raw(count)
   moved: dict[int, int] = {}

@@ -220,7 +220,7 @@ def _check_fit(
     rule = chosen.get(address)
     if rule is None:
       continue
-    if address in outside and not _is_blind(rule.method):
+    if address in outside and not _needs_no_data(rule.method):
       raise UserError(
         f"Quantization: {address} is packed without calibration, expected the "
         f"method RoundToNearest, found {rule.method.name}"
@@ -248,7 +248,7 @@ def _check_sound(name: str, w: Any) -> None:
     finite.check(w, name)
 
 
-def _is_blind(method: Method) -> bool:
+def _needs_no_data(method: Method) -> bool:
   """Whether a method works without calibration."""
   while isinstance(method, KeepOutlierRows):
     method = method.method

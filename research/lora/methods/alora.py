@@ -90,8 +90,8 @@ def from_last_match(
     segments = jnp.zeros_like(tokens)
   found = jnp.ones((rows, time), bool)
   for k, token in enumerate(pattern):
-    found &= _ahead(tokens, k, -1) == token
-    found &= _ahead(segments, k, -1) == segments
+    found &= _shift_left(tokens, k, -1) == token
+    found &= _shift_left(segments, k, -1) == segments
   place = jnp.where(found & (segments >= 0), jnp.arange(time), -1)
 
   def row(place: Any, segments: Any) -> Any:
@@ -102,6 +102,6 @@ def from_last_match(
   return jax.vmap(row)(place, segments)
 
 
-def _ahead(x, k, fill):
+def _shift_left(x, k, fill):
   """Returns each row shifted left by `k`, filled with `fill`."""
   return jnp.pad(x, ((0, 0), (0, k)), constant_values=fill)[:, k:]

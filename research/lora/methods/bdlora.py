@@ -73,24 +73,24 @@ class BDLoRA(LoRA):
     rows = self.rank // (n if self.side == "b" else 1)
     return {"a": a, "b": zeros(rows, spec.size_out)}, {}
 
-  def _whole(self, p):
+  def _full_factors(self, p):
     """Returns a and b as full matrices, zero outside of the blocks."""
     a, b, n = p["a"], p["b"], self.blocks
     if self.side == "a":
-      return {"a": _spread(a.reshape(n, -1, a.shape[-1])), "b": b}
+      return {"a": _block_diagonal(a.reshape(n, -1, a.shape[-1])), "b": b}
     if self.side == "b":
       parts = b.reshape(len(b), n, -1).swapaxes(0, 1)
-      return {"a": a, "b": _spread(parts)}
+      return {"a": a, "b": _block_diagonal(parts)}
     return {"a": a, "b": b}
 
   def delta(self, p, w):
-    return super().delta(self._whole(p), w)
+    return super().delta(self._full_factors(p), w)
 
   def branch(self, eq, x, p, w):
-    return super().branch(eq, x, self._whole(p), w)
+    return super().branch(eq, x, self._full_factors(p), w)
 
   def rows(self, ids, p, w):
-    return super().rows(ids, self._whole(p), w)
+    return super().rows(ids, self._full_factors(p), w)
 
   def ragged(self, x, p, w, sizes):
     return super(LoRA, self).ragged(x, p, w, sizes)
@@ -128,7 +128,7 @@ class BDLoRA(LoRA):
     return dataclasses.replace(plain, blocks=found.integer("nblocks"), **names)
 
 
-def _spread(parts):
+def _block_diagonal(parts):
   """Returns the block-diagonal matrix of `parts [n, rows, columns]`."""
   n, rows, columns = parts.shape
   out = jnp.eye(n, dtype=parts.dtype)[:, None, :, None] * parts[:, :, None]

@@ -105,12 +105,12 @@ class LoKr(DenseDelta):
     return self.alpha / self.rank * jnp.kron(one, two)
 
   def einsum(self, eq, x, dropped, p, w):
-    if _few(x):
+    if _is_small(x):
       return Method.einsum(self, eq, x, dropped, p, w)
     return super().einsum(eq, x, dropped, p, w)
 
   def branch(self, eq, x, p, w):
-    if not _few(x):
+    if not _is_small(x):
       return super().branch(eq, x, p, w)
     one, two = (self._factor(p, n).astype(x.dtype) for n in ("w1", "w2"))
     if contracts_output(eq):
@@ -163,5 +163,5 @@ class LoKr(DenseDelta):
     )
 
 
-def _few(x):
+def _is_small(x):
   return x.size < FEW_ROWS * x.shape[-1]

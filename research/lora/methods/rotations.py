@@ -58,7 +58,7 @@ def _blocks(name, size_in, block):
   return size_in // block
 
 
-def _turned(x, r):
+def _rotate_blocks(x, r):
   """Returns `x R` for blocks `r [n, block, block]` on R's diagonal."""
   y = x.reshape(*x.shape[:-1], *r.shape[:2])
   return jnp.einsum("...nk,nkc->...nc", y, r).reshape(x.shape)
@@ -111,10 +111,10 @@ class OFT(Rotation):
     return total
 
   def rotate(self, x, p):
-    return _turned(x, self._rotations(p["v"]))
+    return _rotate_blocks(x, self._rotations(p["v"]))
 
   def rotate_back(self, x, p):
-    return _turned(x, self._rotations(p["v"]).swapaxes(1, 2))
+    return _rotate_blocks(x, self._rotations(p["v"]).swapaxes(1, 2))
 
   def axes(self, names):
     return {"v": (None, None)}
@@ -199,7 +199,7 @@ class BOFT(Rotation):
     order = _butterfly(x.shape[-1], self.block, i)
     inverse = np.argsort(order)
     y = x[..., inverse]
-    return _turned(y, r.swapaxes(1, 2) if back else r)[..., order]
+    return _rotate_blocks(y, r.swapaxes(1, 2) if back else r)[..., order]
 
   def rotate(self, x, p):
     # The last factor is the leftmost.

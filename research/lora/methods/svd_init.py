@@ -53,18 +53,18 @@ class DecompositionInit(LoRA):
     return {"a": a, "b": b}, {"a0": a, "b0": b}
 
   def delta(self, p, w):
-    return super().delta(p, w) - super().delta(_start(p), w)
+    return super().delta(p, w) - super().delta(_initial_factors(p), w)
 
   def branch(self, eq, x, p, w):
     y = super().branch(eq, x, p, w)
-    return y - super().branch(eq, x, _start(p), w)
+    return y - super().branch(eq, x, _initial_factors(p), w)
 
   def rows(self, ids, p, w):
-    return super().rows(ids, p, w) - super().rows(ids, _start(p), w)
+    return super().rows(ids, p, w) - super().rows(ids, _initial_factors(p), w)
 
   def ragged(self, x, p, w, sizes):
     y = super().ragged(x, p, w, sizes)
-    return y - super().ragged(x, _start(p), w, sizes)
+    return y - super().ragged(x, _initial_factors(p), w, sizes)
 
   def axes(self, names):
     cut = super().axes(names)
@@ -79,7 +79,7 @@ class DecompositionInit(LoRA):
     return plain, {"a": a, "b": b}
 
 
-def _start(p):
+def _initial_factors(p):
   return {"a": p["a0"], "b": p["b0"]}
 
 

@@ -61,9 +61,9 @@ class Tokens(Method):
         f"Tokens: ids hold {max(self.ids)}, but there are {count} tokens; "
         "expected smaller ones, or a longer vocabulary first"
       )
-    return {"rows": self._given(w)}, {}
+    return {"rows": self._base_rows(w)}, {}
 
-  def _given(self, w):
+  def _base_rows(self, w):
     ids = jnp.asarray(self.ids)
     return (
       dense_fp32(weights.take(w, ids))
@@ -71,30 +71,33 @@ class Tokens(Method):
       else dense_fp32(w).T[ids]
     )
 
-  def _moves(self, p, w):
-    return p["rows"] - self._given(w)
+  def _row_updates(self, p, w):
+    return p["rows"] - self._base_rows(w)
 
   def delta(self, p, w):
-    ids, moves = jnp.asarray(self.ids), self._moves(p, w)
-    out = jnp.zeros(w.shape, moves.dtype)
+    ids, updates = jnp.asarray(self.ids), self._row_updates(p, w)
+    out = jnp.zeros(w.shape, updates.dtype)
     if self.side == "in":
-      return out.at[ids].set(moves)
-    return out.at[:, ids].set(moves.T)
+      return out.at[ids].set(updates)
+    return out.at[:, ids].set(updates.T)
 
   def branch(self, eq, x, p, w):
-    ids, moves = jnp.asarray(self.ids), self._moves(p, w).astype(x.dtype)
+    ids, updates = (
+      jnp.asarray(self.ids),
+      self._row_updates(p, w).astype(x.dtype),
+    )
     if contracts_output(eq) == (self.side == "out"):
-      return x[..., ids] @ moves
+      return x[..., ids] @ updates
     count = w.shape[-1] if self.side == "out" else w.shape[-2]
     out = jnp.zeros((*x.shape[:-1], count), x.dtype)
-    return out.at[..., ids].set(x @ moves.T)
+    return out.at[..., ids].set(x @ updates.T)
 
   def rows(self, ids, p, w):
     if self.side == "out":
       return super().rows(ids, p, w)
     own = jnp.full(w.shape[-2], -1).at[jnp.asarray(self.ids)]
     place = own.set(jnp.arange(len(self.ids)))[ids]
-    found = jnp.take(self._moves(p, w), jnp.maximum(place, 0), axis=0)
+    found = jnp.take(self._row_updates(p, w), jnp.maximum(place, 0), axis=0)
     return jnp.where((place >= 0)[..., None], found, 0)
 
   def axes(self, names):

@@ -50,7 +50,7 @@ def pairs(params: Any, matching: str = ".") -> list[Pair]:
   """
   owners, found = _owners(params), []
   for path, owner in owners.items():
-    up = re.sub(rf"((^|/)fixed/|(?<![^/])){DOWN}$", _beside, path)
+    up = re.sub(rf"((^|/)fixed/|(?<![^/])){DOWN}$", _up_path, path)
     if up == path or up not in owners or not re.search(matching, path):
       continue
     scale = 1.0 if owner is None else owner.pair_scale
@@ -70,7 +70,7 @@ def pairs(params: Any, matching: str = ".") -> list[Pair]:
   return found
 
 
-def _beside(a: re.Match[str]) -> str:
+def _up_path(a: re.Match[str]) -> str:
   return f"{a[2]}trained/{UP}" if a[1] else UP
 
 
@@ -120,7 +120,7 @@ def map_pairs(
   moves = dict(tree.flatten_paths(updates))
   for pair in pairs(params, matching):
     places = pair.down, pair.up
-    given = [_wide(of[path]) for of in (values, moves) for path in places]
+    given = [_as_float32(of[path]) for of in (values, moves) for path in places]
     changed = change(*given, pair.scale)
     for path, new in zip(places, changed, strict=True):
       moves[path] = new.astype(moves[path].dtype)
@@ -147,7 +147,7 @@ def stateless(
   return optax.GradientTransformation(init, update)
 
 
-def _wide(x: Array) -> Array:
+def _as_float32(x: Array) -> Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

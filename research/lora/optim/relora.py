@@ -248,7 +248,7 @@ class Restart:
       rounded, drawn = jax.random.split(_key(key, path))
       total = self.rounding(total, weight.w.dtype, rounded)
       new[f"{path}/w"] = total
-      new |= _started(path, weight.method, total, drawn)
+      new |= _new_arrays(path, weight.method, total, drawn)
       name = weights.bias_path(path)
       if name in scaled:
         bias = scaled[name]
@@ -281,7 +281,7 @@ def _key(key: PRNGKey, path: str) -> PRNGKey:
   return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def _started(path, method, w, key: PRNGKey) -> dict[str, Array]:
+def _new_arrays(path, method, w, key: PRNGKey) -> dict[str, Array]:
   """Returns path -> array of a new adapter, stacked as `w` is."""
   *lead, size_in, size_out = w.shape
   spec = MatrixSpec(size_in, size_out, embedding=path == EMBEDDING)

@@ -74,7 +74,7 @@ def _factored(path, leaf, rank):
     raise UserError(f"{path}: is adapted twice; merge one of the two first")
   method, arrays = leaf.method.exported(leaf.arrays)
   if type(method) is not LoRA:
-    return _exactly(path, leaf, rank)
+    return _factor_exactly(path, leaf, rank)
   a, b = np.asarray(arrays["a"]), np.asarray(arrays["b"])
   if a.shape[-2] > rank:
     raise UserError(
@@ -84,7 +84,7 @@ def _factored(path, leaf, rank):
   return a, b * np.float32(method.scale)
 
 
-def _exactly(path, leaf, rank):
+def _factor_exactly(path, leaf, rank):
   a, b, lost, needed = jax.tree.map(np.asarray, _sketched(leaf, rank))
   if not lost.max() <= _ROUNDING:
     raise UserError(

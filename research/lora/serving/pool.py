@@ -142,7 +142,7 @@ def from_directories(
     read=read,
   )
   for name, found in held.items():
-    _free(name)
+    _check_name(name)
     pool = _put(pool, name, found)
   return pool
 
@@ -160,9 +160,9 @@ def add(pool: Pool, name: str, directory: str | os.PathLike) -> Pool:
     UserError: the adapter is damaged, does not fit, replaces whole weights
       (modules_to_save), or is not low-rank (`row_factors.extract`).
   """
-  _free(name)
+  _check_name(name)
   place = pathlib.Path(directory)
-  pool = _put(pool, name, _again(pool, place))
+  pool = _put(pool, name, _read_adapter(pool, place))
   return _trimmed(
     dataclasses.replace(pool, directories={**pool.directories, name: place})
   )
@@ -178,14 +178,14 @@ def add_tree(pool: Pool, name: str, params: Params) -> Pool:
     name: as for `add`.
     params: parameters with the adapter, as `adapt.Adapt` or training returns.
   """
-  _free(name)
+  _check_name(name)
   return _put(remove(pool, name), name, row_factors.extract(params, pool.rank))
 
 
 def remove(pool: Pool, name: str) -> Pool:
   """Returns the pool without an adapter; frees its slot."""
   return dataclasses.replace(
-    _emptied(pool, name),
+    _without_slot(pool, name),
     host={k: v for k, v in pool.host.items() if k != name},
     directories={k: v for k, v in pool.directories.items() if k != name},
   )
@@ -218,7 +218,7 @@ def use(pool: Pool, names: Sequence[str]) -> tuple[Pool, Int[Array, "B"]]:
   # Read all before writing any, so that a failure leaves `pool` usable.
   for name in absent:
     if name not in pool.host:
-      pool = _put(pool, name, _again(pool, pool.directories[name]))
+      pool = _put(pool, name, _read_adapter(pool, pool.directories[name]))
   for name in absent:
     pool = _placed(pool, name, wanted)
   recent = [name for name in pool.recent if name not in wanted] + wanted
@@ -229,12 +229,12 @@ def use(pool: Pool, names: Sequence[str]) -> tuple[Pool, Int[Array, "B"]]:
   return _trimmed(pool), jnp.asarray(rows, jnp.int32)
 
 
-def _free(name: str) -> None:
+def _check_name(name: str) -> None:
   if name == BASE or not name:
     raise UserError(f"an adapter cannot be called {name!r}: choose another")
 
 
-def _emptied(pool, name):
+def _without_slot(pool, name):
   """Returns the pool with no slot for `name`."""
   return dataclasses.replace(
     pool,
@@ -258,7 +258,9 @@ def _put(pool, name, found):
         f"{sizes[path][0]} x {sizes[path][1]}"
       )
   host = {k: v for k, v in pool.host.items() if k != name}
-  return dataclasses.replace(_emptied(pool, name), host={**host, name: found})
+  return dataclasses.replace(
+    _without_slot(pool, name), host={**host, name: found}
+  )
 
 
 def _trimmed(pool):
@@ -269,7 +271,7 @@ def _trimmed(pool):
   return dataclasses.replace(pool, host=host)
 
 
-def _again(pool, place):
+def _read_adapter(pool, place):
   """Reads an adapter's factors from a directory for this pool."""
   if pool.read is None:
     raise UserError(
@@ -285,7 +287,7 @@ def _placed(pool, name, wanted):
   else:
     oldest = next(n for n in pool.recent if n not in wanted)
     slot = pool.slots.index(oldest)
-    pool = _emptied(pool, oldest)
+    pool = _without_slot(pool, oldest)
   slots = list(pool.slots)
   slots[slot] = name
   return dataclasses.replace(

@@ -217,7 +217,7 @@ class Allocation(NeedsModel):
       rule = self._rule(units[unit], self.formats[k])
       log(f"{unit} is quantized to {rule.format.name}")
       chosen.append(rule)
-    return self._how(chosen).run(params, log)
+    return self._quantization(chosen).run(params, log)
 
   def units(self, params: Params) -> dict[str, list[str]]:
     """Returns unit -> addresses of its matrices."""
@@ -242,7 +242,9 @@ class Allocation(NeedsModel):
     every = [path for paths in units.values() for path in paths]
     old, out = packable_weights(params), {unit: [] for unit in units}
     for format in self.formats:
-      packed = packable_weights(self._how([self._rule(every, format)])(params))
+      packed = packable_weights(
+        self._quantization([self._rule(every, format)])(params)
+      )
       for unit, paths in units.items():
         new = {path: packed[path] for path in paths}
         bits = sum(8.0 * tree.nbytes(w) for w in new.values())
@@ -256,7 +258,7 @@ class Allocation(NeedsModel):
     pattern = "|".join(f"^{re.escape(path)}$" for path in paths)
     return Rule(match=pattern, format=format, method=self.method)
 
-  def _how(self, chosen: Sequence[Rule]) -> Quantization:
+  def _quantization(self, chosen: Sequence[Rule]) -> Quantization:
     return Quantization(
       rules=tuple(chosen),
       calibration=self.calibration,

@@ -86,7 +86,7 @@ def _groups(w: Float[Array, "... I O"], size: int) -> Array:
   return w.reshape(*w.shape[:-2], -1, size, w.shape[-1])
 
 
-def _apart(format: Format, inputs: int, outputs: int) -> int:
+def _independent_inputs(format: Format, inputs: int, outputs: int) -> int:
   """Returns the number of inputs of an output that are encoded independently.
 
   For k-quants that is a block, which has the scale of its groups' scales.
@@ -131,7 +131,7 @@ def search_layer(
   paths = folding.readers(flat, "attention_norm")
   loss = functools.partial(_module_loss, modules.attention, flat, a_in)
   s, report["qkv"] = _search(search, flat, paths, a_moments, loss)
-  inputs |= {p: _over(a_moments, s) for p in paths}
+  inputs |= {p: _divide_moments(a_moments, s) for p in paths}
   scaled = folding.scale_norm(scaled, "attention_norm", s, offset)
 
   def tied(s):
@@ -145,21 +145,21 @@ def search_layer(
   s, report["o"] = _search(
     search, flat, [path], moments[path], loss, lambda s: spread(tied(s))
   )
-  inputs[path] = _over(moments[path], s)
+  inputs[path] = _divide_moments(moments[path], s)
   scaled = folding.scale_values(scaled, tied(s), a.heads, a.kv_heads)
 
   paths = folding.readers(flat, "mlp_norm")
   linear = [p for p in paths if p != "mlp/router"]
   loss = functools.partial(_module_loss, modules.mlp, flat, m_in)
   s, report["mlp"] = _search(search, flat, linear, m_moments, loss)
-  inputs |= {p: _over(m_moments, s) for p in paths}
+  inputs |= {p: _divide_moments(m_moments, s) for p in paths}
   scaled = folding.scale_norm(scaled, "mlp_norm", s, offset)
 
   path = "mlp/down"
   if path in flat:
     loss = functools.partial(_output_loss, flat, moments[path][1])
     s, report["down"] = _search(search, flat, [path], moments[path], loss)
-    inputs[path] = _over(moments[path], s)
+    inputs[path] = _divide_moments(moments[path], s)
     scaled = folding.scale_hidden(scaled, "mlp", s)
   if search.clip:
     for path in CLIPPED:
@@ -177,27 +177,27 @@ class _Modules:
   block: Block
 
   def norm(self, flat: Flat, name: str, x: Array) -> Array:
-    return self.block.norm.apply({"params": _under(flat, name)}, x)
+    return self.block.norm.apply({"params": _subtree(flat, name)}, x)
 
   def post(self, flat: Flat, y: Array) -> Array:
     norm = self.block.post_norm
     if norm is None:
       return y
-    return norm.apply({"params": _under(flat, "post_attention_norm")}, y)
+    return norm.apply({"params": _subtree(flat, "post_attention_norm")}, y)
 
   def attention(self, flat: Flat, x: Array) -> Array:
     a = self.block.attention
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     rotation = None if a.rope is None else a.rope.tables(positions, a.head_dim)
-    held = {"params": _under(flat, "attention")}
+    held = {"params": _subtree(flat, "attention")}
     return a.apply(held, x, positions, Mask.causal(), rotation)[0]
 
   def mlp(self, flat: Flat, x: Array) -> Array:
-    found = self.block.mlp.apply({"params": _under(flat, "mlp")}, x)
+    found = self.block.mlp.apply({"params": _subtree(flat, "mlp")}, x)
     return found[0] if isinstance(self.block.mlp, Moe) else found
 
 
-def _under(flat: Flat, name: str) -> dict[str, Any]:
+def _subtree(flat: Flat, name: str) -> dict[str, Any]:
   start = f"{name}/"
   found = {k[len(start) :]: w for k, w in flat.items() if k.startswith(start)}
   return traverse_util.unflatten_dict(found, sep="/")
@@ -209,7 +209,7 @@ def _moments(x: Float[Array, "N T I"]) -> Moments:
   return jnp.abs(flat).mean(0), xx / len(flat)
 
 
-def _over(moments: Moments, s: Float[Array, " I"]) -> Moments:
+def _divide_moments(moments: Moments, s: Float[Array, " I"]) -> Moments:
   """Returns the moments of inputs divided by `s`."""
   return moments[0] / s, moments[1] / (s[:, None] * s)
 
@@ -284,7 +284,9 @@ def clip_ranges(
     w: the matrix.
     xx: mean of `x xᵀ` over its inputs.
   """
-  groups = _groups(w.astype(jnp.float32), _apart(search.format, *w.shape))
+  groups = _groups(
+    w.astype(jnp.float32), _independent_inputs(search.format, *w.shape)
+  )
   count, size, _ = groups.shape
   c = xx.reshape(count, size, count, size)
   c = jnp.moveaxis(jnp.diagonal(c, axis1=0, axis2=2), -1, 0)

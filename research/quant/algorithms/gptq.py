@@ -153,7 +153,7 @@ def prepare(
   w = w.astype(h.dtype)
   diagonal = jnp.diagonal(h)
   dead = diagonal == 0
-  h, diagonal = _filled(h, diagonal, dead)
+  h, diagonal = _fill_diagonal(h, diagonal, dead)
   if options.dead == "zero":
     # A matrix without any inputs, such as an unused expert's, keeps its rows.
     w = jnp.where((dead & ~dead.all())[:, None], 0, w)
@@ -293,7 +293,7 @@ def _lazy(inputs: int, group: int, free: bool, stale: bool) -> int:
   return next(n for n in reversed(sizes) if group % n == 0)
 
 
-def _filled(h, diagonal, dead):
+def _fill_diagonal(h, diagonal, dead):
   """Returns `h` and its diagonal with zeros on the diagonal made positive.
 
   By a small value, so that the mean diagonal, which scales the damping, hardly

@@ -106,10 +106,10 @@ class FP8(Format):
     info = jnp.finfo(self.scale_dtype)
     least = max(float(info.smallest_subnormal), 2.0**-126)
     scale = jnp.maximum(scale, least).astype(self.scale_dtype)
-    x = exact_division.divide(w, self._spread(scale, *w.shape))
+    x = exact_division.divide(w, self._expand_scale(scale, *w.shape))
     return {"codes": minifloats.encode(x, self.kind), "scale": scale}
 
-  def _spread(
+  def _expand_scale(
     self, scale: Any, inputs: int, outputs: int
   ) -> Float[Array, "..."]:
     """Returns the scales, float32, in a shape that broadcasts to `[I, O]`."""
@@ -129,7 +129,7 @@ class FP8(Format):
   def normal_form(self, parts: Parts) -> NormalForm:
     codes = jnp.asarray(parts["codes"])
     *lead, inputs, outputs = codes.shape
-    scale, group = self._spread(parts["scale"], inputs, outputs), inputs
+    scale, group = self._expand_scale(parts["scale"], inputs, outputs), inputs
     if self.share == "tile":
       group = math.gcd(inputs, self.tile_inputs)
       scale = scale[..., ::group, :]
@@ -144,5 +144,5 @@ class FP8(Format):
   def decode(self, parts: Parts) -> Float[Array, "... I O"]:
     # By arithmetic rather than a gather from a table of 256.
     codes = jnp.asarray(parts["codes"])
-    scale = self._spread(parts["scale"], *codes.shape[-2:])
+    scale = self._expand_scale(parts["scale"], *codes.shape[-2:])
     return minifloats.decode(codes, self.kind) * scale

@@ -91,7 +91,7 @@ class GGML(Ggml):
   def blocks(self, x, weight, mean):
     width, zero, offset = KINDS[self.kind]
     if width == 8:
-      return self._eight(x)
+      return self._encode_q8(x)
     top, low = 2**width - 1, None
     if weight is not None:
       errors = weight * np.sqrt(mean + x * x)
@@ -120,7 +120,7 @@ class GGML(Ggml):
     parts = {"codes": bits.fold(codes & 15, 4, 16)}
     return parts | ({"high": bits.fold(codes >> 4, 1, 1)} if width == 5 else {})
 
-  def _eight(self, x: np.ndarray) -> dict[str, np.ndarray]:
+  def _encode_q8(self, x: np.ndarray) -> dict[str, np.ndarray]:
     scale = np.abs(x).max(-2) / F(127)
     codes = x * _inverse(scale)[:, None]
     # Ties round away from zero, without rounding twice.

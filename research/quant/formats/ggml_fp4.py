@@ -47,7 +47,7 @@ def _unsigned() -> np.ndarray:
 _EXPONENTS, _UNSIGNED = _exponents(), _unsigned()
 
 
-def _looked_up(table: np.ndarray, at: Any) -> Any:
+def _look_up(table: np.ndarray, at: Any) -> Any:
   if isinstance(at, np.ndarray):
     return table[at]
   return jnp.take(jnp.asarray(table), at.astype(jnp.int32))
@@ -95,7 +95,7 @@ class GgmlMXFP4(Ggml):
   def normal_form(self, parts: Parts) -> NormalForm:
     return NormalForm(
       codes=merge_blocks(bits.unfold(parts["codes"], 4, 16)),
-      scale=_looked_up(_EXPONENTS, parts["scale"]),
+      scale=_look_up(_EXPONENTS, parts["scale"]),
       group=32,
       codebook=CODEBOOK,
     )
@@ -128,7 +128,7 @@ class GgmlNVFP4(Ggml):
   def normal_form(self, parts: Parts) -> NormalForm:
     return NormalForm(
       codes=merge_blocks(bits.unfold(parts["codes"], 4, 8)),
-      scale=merge_blocks(_looked_up(_UNSIGNED, parts["scale"])),
+      scale=merge_blocks(_look_up(_UNSIGNED, parts["scale"])),
       group=16,
       codebook=CODEBOOK,
     )

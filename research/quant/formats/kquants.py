@@ -28,7 +28,7 @@ from research.quant.numerics import scale_search
 F = np.float32
 
 
-def _wide(x: Any) -> Any:
+def _as_float32(x: Any) -> Any:
   return x.astype(np.float32)
 
 
@@ -95,12 +95,12 @@ class Q2K(SuperBlock):
 
   def normal_form(self, parts: Parts) -> NormalForm:
     codes = bits.unfold(parts["codes"], 2, 32)
-    d, least = (_wide(parts[k])[..., None, :] for k in ("scale", "drop"))
+    d, least = (_as_float32(parts[k])[..., None, :] for k in ("scale", "drop"))
     both = parts["scales"]
     return NormalForm(
       codes=merge_blocks(codes),
-      scale=merge_blocks(d * _wide(both & 15)),
-      offset=merge_blocks(-(least * _wide(both >> 4))),
+      scale=merge_blocks(d * _as_float32(both & 15)),
+      offset=merge_blocks(-(least * _as_float32(both >> 4))),
       group=16,
       bits=2,
     )
@@ -140,10 +140,10 @@ class Q3K(SuperBlock):
   def normal_form(self, parts: Parts) -> NormalForm:
     codes = bits.unfold(parts["codes"], 2, 32)
     codes = codes | bits.unfold(parts["high"], 1, 32) << 2
-    scales = _wide(bits.unfold_sixes(parts["scales"])) - F(32)
+    scales = _as_float32(bits.unfold_sixes(parts["scales"])) - F(32)
     return NormalForm(
       codes=merge_blocks(codes),
-      scale=merge_blocks(_wide(parts["scale"])[..., None, :] * scales),
+      scale=merge_blocks(_as_float32(parts["scale"])[..., None, :] * scales),
       group=16,
       zero=4.0,
       bits=3,
@@ -192,11 +192,11 @@ class Q4K(SuperBlock):
 
   def normal_form(self, parts: Parts) -> NormalForm:
     a, b = bits.unfold_pairs(parts["scales"])
-    d, least = (_wide(parts[k])[..., None, :] for k in ("scale", "drop"))
+    d, least = (_as_float32(parts[k])[..., None, :] for k in ("scale", "drop"))
     return NormalForm(
       codes=merge_blocks(self.unpack_codes(parts)),
-      scale=merge_blocks(d * _wide(a)),
-      offset=merge_blocks(-(least * _wide(b))),
+      scale=merge_blocks(d * _as_float32(a)),
+      offset=merge_blocks(-(least * _as_float32(b))),
       group=32,
       bits=self.top.bit_length(),
     )
@@ -267,7 +267,9 @@ class Q6K(SuperBlock):
   def normal_form(self, parts: Parts) -> NormalForm:
     codes = bits.unfold(parts["codes"], 4, 64)
     codes = codes | bits.unfold(parts["high"], 2, 32) << 4
-    scale = _wide(parts["scale"])[..., None, :] * _wide(parts["scales"])
+    scale = _as_float32(parts["scale"])[..., None, :] * _as_float32(
+      parts["scales"]
+    )
     return NormalForm(
       codes=merge_blocks(codes),
       scale=merge_blocks(scale),

@@ -53,10 +53,12 @@ class KVQuantizer:
 
   def __post_init__(self):
     for name in ("key", "value"):
-      _one_of(name, getattr(self, name), AXES)
+      _check_choice(name, getattr(self, name), AXES)
     for name in ("bits_k", "bits_v"):
-      _one_of(name, getattr(self, name), BITS)
-    _one_of("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32"))
+      _check_choice(name, getattr(self, name), BITS)
+    _check_choice(
+      "scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32")
+    )
     for name, least in (("group", 1), ("residual", 0), ("sink_tokens", 0)):
       found = getattr(self, name)
       if found < least:
@@ -235,7 +237,7 @@ def _value(field, value: str, text: str) -> Any:
   )
 
 
-def _one_of(name: str, found: Any, known: tuple) -> None:
+def _check_choice(name: str, found: Any, known: tuple) -> None:
   if found not in known:
     raise UserError(
       f"kv {name}: found {found!r}, expected one of "

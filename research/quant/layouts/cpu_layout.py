@@ -31,7 +31,7 @@ _MATRIX = re.compile(
 )
 """Paths of matrices that multiply tokens, with or without an adapter."""
 
-_BESIDE = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
+_FUSED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
 """Matrices with the same input, which are fused into one product."""
 
 FEW_ROWS = 32
@@ -175,15 +175,15 @@ def to_panels(
   found = tree.map_paths(one, params, is_leaf=_is_packed)
   cost = "several times slower than those of 4 bits or of integers"
   kernel_codes.warn_unsupported("panels", "CPUs", left, cost)
-  return tree.unroll(_beside(found))
+  return tree.unroll(_fuse(found))
 
 
-def _beside(part: Any) -> Any:
-  """Returns a subtree with the matrices of `_BESIDE` fused."""
+def _fuse(part: Any) -> Any:
+  """Returns a subtree with the matrices of `_FUSED` fused."""
   if not isinstance(part, dict):
     return part
-  out = {name: _beside(inner) for name, inner in part.items()}
-  for module, names in _BESIDE.items():
+  out = {name: _fuse(inner) for name, inner in part.items()}
+  for module, names in _FUSED.items():
     found = out.get(module, {})
     leaves = [found.get(name) for name in names]
     if not all(isinstance(x, PanelTensor) and x.axis == -2 for x in leaves):

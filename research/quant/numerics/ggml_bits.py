@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def _of(x: Any) -> Any:
+def _array_module(x: Any) -> Any:
   return np if isinstance(x, np.ndarray) else jnp
 
 
@@ -45,7 +45,7 @@ def fold_pairs(scale: Any, offset: Any) -> Any:
   """Packs 8 scales and 8 offsets of 6 bits, `[..., 8, O]`, into 12 bytes."""
   first, second = scale[..., :4, :], scale[..., 4:, :]
   third, fourth = offset[..., :4, :], offset[..., 4:, :]
-  return _of(scale).concatenate(
+  return _array_module(scale).concatenate(
     [
       first | second >> 4 << 6,
       third | fourth >> 4 << 6,
@@ -58,7 +58,7 @@ def fold_pairs(scale: Any, offset: Any) -> Any:
 def unfold_pairs(packed: Any) -> tuple[Any, Any]:
   """Unpacks (scales, offsets), uint8 `[..., 8, O]`; inverts `fold_pairs`."""
   low, drop, last = (packed[..., i : i + 4, :] for i in (0, 4, 8))
-  join = _of(packed).concatenate
+  join = _array_module(packed).concatenate
   scale = join([low & 63, last & 15 | low >> 6 << 4], axis=-2)
   offset = join([drop & 63, last >> 4 | drop >> 6 << 4], axis=-2)
   return scale, offset
@@ -67,7 +67,7 @@ def unfold_pairs(packed: Any) -> tuple[Any, Any]:
 def fold_sixes(scale: Any) -> Any:
   """Packs 16 scales of 6 bits, uint8 `[..., 16, O]`, into 12 bytes."""
   low, high = fold(scale & 15, 4, 8), fold(scale >> 4, 2, 4)
-  return _of(scale).concatenate([low, high], axis=-2)
+  return _array_module(scale).concatenate([low, high], axis=-2)
 
 
 def unfold_sixes(packed: Any) -> Any:

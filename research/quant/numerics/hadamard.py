@@ -103,13 +103,13 @@ def _core(n: int) -> int | None:
   while k % 2 == 0:
     k //= 2
   while k <= n:
-    if k == 1 or _form(k):
+    if k == 1 or _paley_order(k):
       return k
     k *= 2
   return None
 
 
-def _form(k: int) -> tuple[int, int] | None:
+def _paley_order(k: int) -> tuple[int, int] | None:
   """Returns (construction 1 or 2, q) of Paley's order `k`, or None."""
   if k % 4 == 0 and k % 8 and _prime_power(k // 2 - 1):
     return 2, k // 2 - 1  # q = k/2 - 1 is 1 mod 4
@@ -132,7 +132,7 @@ def _paley(k: int) -> np.ndarray:
   """Returns Paley's matrix of order `k`, int8."""
   if k == 1:
     return np.ones((1, 1), np.int8)
-  form, q = _form(k)
+  form, q = _paley_order(k)
   residues = _residues(q)
   sign = -1 if form == 1 else 1
   conference = np.zeros((q + 1, q + 1), np.int8)

@@ -163,11 +163,11 @@ def errors(
   """
   if not _alike(params, other):
     params, other = tree.unroll(params), tree.unroll(other)
-  beside = dict(_matrices(other))
+  others = dict(_matrices(other))
   shape = np.shape(tokens)
 
   def probed(path, w):
-    new = beside.get(path)
+    new = others.get(path)
     if new is None or not path.startswith("run") or _same(w, new):
       return w
     if tuple(new.shape) != tuple(w.shape):

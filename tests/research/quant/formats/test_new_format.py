@@ -31,7 +31,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from research.quant.layouts import packing
-from research.quant.format import Format, Plain
+from research.quant.format import Format, NormalForm
 
 GRID = tuple(s * 2.0 ** (-k / 2) for s in (-1, 1) for k in range(8))
 
@@ -57,7 +57,7 @@ class Logarithmic(Format):
   def normal_form(self, parts):
     codes = packing.unpack(parts["codes"], 4)
     codes = codes.reshape(*codes.shape[:-3], -1, codes.shape[-1])
-    return Plain(codes, parts["top"], self.block, codebook=GRID)
+    return NormalForm(codes, parts["top"], self.block, codebook=GRID)
 '''
 
 SIZES = dict(depth=2, width=64, hidden=64, head_dim=16, vocab=64)
