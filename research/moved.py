@@ -2,7 +2,8 @@
 
 A gin file imports what it configures, and a run's `config.gin` is read again
 for as long as the run is of use. `moved.txt` has a line for each module that
-moved: its old name, its new one.
+moved, its old name and its new one; and for each class that gin files bind and
+that has another name now, `module:Old module:New`, of the module as it is.
 """
 
 import functools
@@ -10,36 +11,71 @@ import pathlib
 import re
 
 _TABLE = pathlib.Path(__file__).with_name("moved.txt")
-_IMPORT = re.compile(r"^from ([\w.]+) import (\w+)", re.M)
+_FROM = re.compile(r"^from ([\w.]+) import (\w+)(?: as (\w+))?", re.M)
+_IMPORT = re.compile(r"^import ([\w.]+)", re.M)
 
 
 @functools.cache
-def table() -> dict[str, str]:
-  """Returns the new name of each module that moved."""
+def _lines() -> dict[str, str]:
   lines = _TABLE.read_text("utf-8").splitlines()
   return dict(line.split() for line in lines if line.strip())
 
 
+def table() -> dict[str, str]:
+  """Returns the new name of each module that moved."""
+  return {old: new for old, new in _lines().items() if ":" not in old}
+
+
+def classes() -> dict[tuple[str, str], str]:
+  """Returns the new name of each class that has one, by module and old name."""
+  found = {}
+  for old, new in _lines().items():
+    if ":" in old:
+      module, name = old.split(":")
+      found[module, name] = new.split(":")[1]
+  return found
+
+
 def current(text: str) -> str:
-  """Returns a gin file's text with modules called as they are now.
+  """Returns a gin file's text with modules and classes called as they are now.
 
-  What follows an import keeps its meaning, since no module's last name, by
-  which gin calls what it imported, has changed.
+  A module is imported, and called in bindings, by its new last name; where
+  another import has that name, under the old one.
   """
-
-  def imported(match: re.Match) -> str:
-    new = table().get(f"{match[1]}.{match[2]}")
-    return (
-      match[0]
-      if new is None
-      else f"from {new[: -len(match[2]) - 1]} import {match[2]}"
-    )
-
-  text = _IMPORT.sub(imported, text)
-  for old in re.findall(r"^import ([\w.]+)", text, re.M):
+  for package, name, alias in _FROM.findall(text):
+    new = table().get(f"{package}.{name}")
+    if new is None:
+      continue
+    home, _, last = new.rpartition(".")
+    called = alias or name
+    if not alias and _called(text).get(last, new) == new:
+      text, called = _renamed(text, name, last), last
+    said = f"from {home} import {last}"
+    said += "" if called == last else f" as {called}"
+    before = f"from {package} import {name}" + (f" as {alias}" if alias else "")
+    text = re.sub(rf"^{re.escape(before)}\b(?! as )", said, text, flags=re.M)
+  for old in _IMPORT.findall(text):
     if old in table():
       text = re.sub(rf"(?<![\w.]){re.escape(old)}\b", table()[old], text)
+  for called, module in _called(text).items():
+    for (owner, old), new in classes().items():
+      if owner == module:
+        text = _renamed(text, f"{called}.{old}", f"{called}.{new}")
   return text
+
+
+def _called(text: str) -> dict[str, str]:
+  """Returns the modules that a gin file imports, by what it calls them."""
+  found = {name: name for name in _IMPORT.findall(text)}
+  for package, name, alias in _FROM.findall(text):
+    found[alias or name] = f"{package}.{name}"
+  return found
+
+
+def _renamed(text: str, old: str, new: str) -> str:
+  """Returns the text with what is bound, or referred to, under another name."""
+  bound = r"(^[ \t]*|@|^# Parameters for )((?:\w+/)*)" + re.escape(old)
+  return re.sub(rf"{bound}(?!\w)", rf"\g<1>\g<2>{new}", text, flags=re.M)
 
 
 def hint(text: str) -> str:
