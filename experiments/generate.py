@@ -43,8 +43,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments.core import cli, packed_weights, runtime
-from experiments.generating import filling_flags
+from experiments.core import cli, flags_from, packed_weights, runtime
+from research.diffusion.sampling.config import SamplerConfig
 
 FLAGS = cli.new_flags()
 
@@ -140,9 +140,28 @@ _PAGES = flags.DEFINE_string(
   flag_values=FLAGS,
 )
 
-filling_flags.define(FLAGS)
+_INFILL = flags.DEFINE_multi_string(
+  "infill",
+  [],
+  "For diffusion, instead of an answer: a text with gaps, [[N]] for one of N "
+  'tokens, e.g. --infill="def f(x): [[8]] return y". Behind the --prompt, if '
+  "there is one (with --chat, as the beginning of the answer). Brackets that "
+  "are text: \\[[. May be given several times.",
+  flag_values=FLAGS,
+)
+_GIF = flags.DEFINE_string(
+  "gif", None, "For diffusion: a moving picture to write.", flag_values=FLAGS
+)
+_HTML = flags.DEFINE_string(
+  "html", None, "For diffusion: a page to write.", flag_values=FLAGS
+)
 
-_OF_DIFFUSION = filling_flags.NAMES
+_SHARED = ("max_new_tokens",)
+_OF_DIFFUSION = (
+  *("infill", "gif", "html"),
+  *(x for x in flags_from.names(SamplerConfig).values() if x not in _SHARED),
+)
+flags_from.define(SamplerConfig, FLAGS, before="For diffusion: ")
 _NOT_OF_DIFFUSION = ("adapter", "kv", "pages", "stop", "repetition_penalty")
 
 
@@ -228,31 +247,31 @@ def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
 
 def _fill(rules: Any) -> dict[str, Any]:
   """Returns what filling in masks gives."""
-  from experiments.generating import filling, filling_gaps
+  from experiments.generating import diffusion, infilling
   from research.generation import generate
 
-  given = {name: FLAGS[name].value for name in filling_flags.NAMES}
-  wanted = filling.Wanted(
-    length=_MAX_NEW_TOKENS.value, seed=_SEED.value, **given
-  )
-  wanted.check(len(wanted.infill or _PROMPT.value))
+  config = flags_from.build(SamplerConfig, FLAGS)
+  infills, prompts = _INFILL.value, list(_PROMPT.value)
+  pictures = diffusion.Pictures(html=_HTML.value, gif=_GIF.value)
+  diffusion.check(config, infills, len(infills or prompts), pictures)
   loaded = _load()
-  how = filling.spec_of(loaded, _MODEL.value)
+  spec = diffusion.spec_of(loaded, _MODEL.value)
   params = generate.prepare(loaded.params, loaded.model)
   loaded = dataclasses.replace(loaded, params=params)
 
   def spelled(text):
     return _tokens(loaded.tokenizer, text)
 
-  prompts = list(_PROMPT.value)
-  if wanted.infill:
-    prompts, texts = filling_gaps.rows(
-      wanted.infill, prompts, loaded.tokenizer, spelled, how.mask_id
+  if infills:
+    prompts, texts = infilling.rows(
+      infills, prompts, loaded.tokenizer, spelled, spec.mask_id
     )
     ids = [text.ids for text in texts]
   else:
     ids, texts = [spelled(text) for text in prompts], None
-  rows, shared = filling.fill(loaded, how, ids, rules, wanted, texts)
+  given = ids, rules, config, _SEED.value, texts, pictures
+  with flags_from.errors_name_flags(SamplerConfig):
+    rows, shared = diffusion.fill(loaded, spec, *given)
   shared["model"] = _MODEL.value
   shared |= packed_weights.report(loaded.params)
   if len(rows) == 1:
@@ -276,7 +295,7 @@ def _check_sampler() -> None:
         f"--{name}: is not for --sampler={_SAMPLER.value}; leave one of them "
         "out"
       )
-  if FLAGS["infill"].value and FLAGS["max_new_tokens"].present:
+  if _INFILL.value and FLAGS["max_new_tokens"].present:
     raise UserError(
       "--max_new_tokens: with --infill gaps say how many tokens they have; "
       "leave it out"
@@ -336,7 +355,7 @@ def _streamed(
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Generates; returns the result, which the command prints as JSON."""
   del argv
-  texts = [*_PROMPT.value, *FLAGS["infill"].value]
+  texts = [*_PROMPT.value, *_INFILL.value]
   cli.required(model=_MODEL.value, prompt="".join(texts))
   runtime.setup()
   from experiments.generating import generate_adapters, generate_pages

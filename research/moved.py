@@ -1,15 +1,10 @@
-"""Renamed modules and configurables: keeps old gin configurations readable.
+"""Where modules are that had another name: configurations still say the old.
 
-A gin file imports the modules that it configures, and the `config.gin` in a
-run's working directory must stay readable for as long as the run is used.
-`moved.txt` has one line per renamed module or configurable, old name first:
-
-  research.training.feed research.training.global_batch
-  research.training.loop:Plan research.training.loop:TrainConfig
-  research.lora.adapt:Adapt.look research.lora.adapt:Adapt.init_stats
-
-A line without a colon is a module. After a colon comes a class, function or
-field that gin binds, listed under the module's current name.
+A gin file imports what it configures, and a run's `config.gin` is read again
+for as long as the run is of use. `moved.txt` has a line for each module that
+moved, its old name and its new one; and for each class or field that gin files
+bind and that has another name now, `module:Old module:New` or
+`module:Class.old module:Class.new`, of the module and the class as they are.
 """
 
 import functools
@@ -17,86 +12,87 @@ import pathlib
 import re
 
 _TABLE = pathlib.Path(__file__).with_name("moved.txt")
-_FROM = re.compile(r"^from ([\w.]+) import (\w+)", re.M)
+_FROM = re.compile(r"^from ([\w.]+) import (\w+)(?: as (\w+))?", re.M)
 _IMPORT = re.compile(r"^import ([\w.]+)", re.M)
 
 
 @functools.cache
-def table() -> dict[str, str]:
-  """Returns `{old name: new name}` from `moved.txt`."""
+def _lines() -> dict[str, str]:
   lines = _TABLE.read_text("utf-8").splitlines()
   return dict(line.split() for line in lines if line.strip())
 
 
+def table() -> dict[str, str]:
+  """Returns the new name of each module that moved."""
+  return {old: new for old, new in _lines().items() if ":" not in old}
+
+
+def classes() -> dict[tuple[str, str], str]:
+  """Returns new names of classes and fields, by module and old name."""
+  found = {}
+  for old, new in _lines().items():
+    if ":" in old:
+      module, name = old.split(":")
+      found[module, name] = new.split(":")[1]
+  return found
+
+
 def current(text: str) -> str:
-  """Returns a gin file's text with every old name replaced by the current one.
+  """Returns a gin file's text with modules and classes called as they are now.
 
-  Gin refers to an imported module by its last component (`from a import b`) or
-  by its full dotted name (`import a.b`). Both forms are handled.
+  A module is imported, and called in bindings, by its new last name; where
+  another import has that name, under the old one.
   """
-  called = {}  # name used in the text -> (current name, current full module)
-
-  def imported(match: re.Match) -> str:
-    old = f"{match[1]}.{match[2]}"
-    new = table().get(old, old)
-    package, _, last = new.rpartition(".")
-    called[match[2]] = last, new
-    return f"from {package} import {last}"
-
-  text = _FROM.sub(imported, text)
+  for package, name, alias in _FROM.findall(text):
+    new = table().get(f"{package}.{name}")
+    if new is None:
+      continue
+    home, _, last = new.rpartition(".")
+    called = alias or name
+    if not alias and _called(text).get(last, new) == new:
+      text, called = _renamed(text, name, last), last
+    said = f"from {home} import {last}"
+    said += "" if called == last else f" as {called}"
+    before = f"from {package} import {name}" + (f" as {alias}" if alias else "")
+    text = re.sub(rf"^{re.escape(before)}\b(?! as )", said, text, flags=re.M)
   for old in _IMPORT.findall(text):
-    new = table().get(old, old)
-    text = re.sub(
-      rf"^import {re.escape(old)}$", f"import {new}", text, flags=re.M
-    )
-    called[old] = new, new
-  for old, (name, module) in called.items():
-    text = _renamed(text, f"{old}.", f"{name}.")
-    for known, new in _configurables(module):
-      text = _renamed(text, f"{name}.{known}", f"{name}.{new}")
+    if old in table():
+      text = re.sub(rf"(?<![\w.]){re.escape(old)}\b", table()[old], text)
+  for called, module in _called(text).items():
+    for (owner, old), new in classes().items():
+      if owner == module:
+        text = _renamed(text, f"{called}.{old}", f"{called}.{new}")
   return text
 
 
 def binding(text: str) -> str:
-  """Returns a command-line binding (`loop.Plan.steps=5`) in current names.
+  """Returns one binding of a command line (`loop.Plan.steps=5`) as of today.
 
-  A single binding carries no imports, so a module is identified by its last
-  component only. This renames configurables of modules that were not renamed
-  themselves.
+  No import says what its module is, so modules of other last names are not
+  followed, and classes are by the last name of theirs.
   """
-  for old, new in table().items():
-    module, _, known = old.partition(":")
-    if known:
-      last = module.rpartition(".")[2]
-      text = _renamed(
-        text, f"{last}.{known}", f"{last}.{new.partition(':')[2]}"
-      )
+  for (module, old), new in classes().items():
+    last = module.rpartition(".")[2]
+    text = _renamed(text, f"{last}.{old}", f"{last}.{new}")
   return text
 
 
-def _configurables(module: str) -> list[tuple[str, str]]:
-  """Returns the (old, new) names of the configurables in `module`."""
-  head = f"{module}:"
-  return [
-    (old.removeprefix(head), new.removeprefix(head))
-    for old, new in table().items()
-    if old.startswith(head)
-  ]
+def _called(text: str) -> dict[str, str]:
+  """Returns the modules that a gin file imports, by what it calls them."""
+  found = {name: name for name in _IMPORT.findall(text)}
+  for package, name, alias in _FROM.findall(text):
+    found[alias or name] = f"{package}.{name}"
+  return found
 
 
 def _renamed(text: str, old: str, new: str) -> str:
-  """Replaces a dotted name, alone or as the prefix of a longer dotted name."""
-  if old == new:
-    return text
-  end = "" if old.endswith(".") else r"(?!\w)"
-  return re.sub(rf"(?<![\w./]){re.escape(old)}{end}", new, text)
+  """Returns the text with what is bound, or referred to, under another name."""
+  bound = r"(^[ \t]*|@|^# Parameters for )((?:\w+/)*)" + re.escape(old)
+  return re.sub(rf"{bound}(?!\w)", rf"\g<1>\g<2>{new}", text, flags=re.M)
 
 
 def hint(text: str) -> str:
-  """Returns the new location of modules that an import error reports missing.
-
-  Returns "" if the error names no renamed module.
-  """
+  """Returns where the modules are that an error says are not, or ""."""
   pairs = re.findall(r"cannot import name '(\w+)' from '([\w.]+)'", text)
   names = [f"{package}.{name}" for name, package in pairs]
   names += re.findall(r"No module named '([\w.]+)'", text)

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from research.diffusion.sampling import view
+from research.diffusion.sampling import visualize
 from research.diffusion.schedule import Schedule
 from research.typing import Bool, Float
 
@@ -26,14 +26,14 @@ class Unmasking:
   filled: Sequence[int]
 
   def __str__(self) -> str:
-    moments = [-1, *view.calls(self.filled)]
+    moments = [-1, *visualize.calls(self.filled)]
     return "\n".join(
-      f"{now + 1:4}  {view.frame(self.pieces, self.filled, now)}"
+      f"{now + 1:4}  {visualize.frame(self.pieces, self.filled, now)}"
       for now in moments
     )
 
   def _repr_html_(self) -> str:
-    page = html.escape(view.page(self.pieces, self.filled))
+    page = html.escape(visualize.page(self.pieces, self.filled))
     return (
       f'<iframe srcdoc="{page}" style="width: 100%; height: 12em; border: 0">'
       "</iframe>"

@@ -21,8 +21,8 @@ from research.diffusion import process
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.sampling import sampler
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Cached, Denoiser, Whole
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import BlockCache, Denoiser, NoCache
 from research.diffusion.sampling.policies import Policy, Threshold
 from research.generation.sampling import Sampling
 from research.interop.diffusion import from_autoregressive
@@ -145,7 +145,7 @@ def filled(
   denoiser: Denoiser,
   params: Params,
   noisy: Int[np.ndarray, "B T"],
-  options: Options,
+  options: SamplerConfig,
   sampling: Sampling = ANY,
   seed: int = 0,
 ) -> sampler.Sampled:
@@ -171,7 +171,7 @@ def by_steps(
     toy: whose chain is the truth.
     denoiser, params: the model.
     steps: how many.
-    selects: how places are chosen, see `Options`.
+    selects: how places are chosen, see `SamplerConfig`.
     count: rows that are drawn.
   """
   length = toy.source.length
@@ -179,7 +179,7 @@ def by_steps(
   out = []
   for select in selects:
     for n in steps:
-      options = Options(
+      options = SamplerConfig(
         mask_id=toy.mask_id, length=length, block=length, steps=n, select=select
       )
       rows = filled(denoiser, params, noisy, options).tokens
@@ -229,7 +229,7 @@ def caches(
   length = toy.source.length // 2
   noisy = toy.rows(64).copy()
   noisy[:, length:] = toy.mask_id
-  options = Options(
+  options = SamplerConfig(
     mask_id=toy.mask_id,
     length=length,
     block=length // 2,
@@ -238,9 +238,9 @@ def caches(
   out, truth = [], None
   for name, near in around.items():
     if near is None:
-      asked, read = Whole(model=model), 2 * length
+      asked, read = NoCache(model=model), 2 * length
     else:
-      asked = Cached(model=model, before=near[0], after=near[1])
+      asked = BlockCache(model=model, before=near[0], after=near[1])
       read = min(sum(near) + options.block, 2 * length)
     got = filled(asked, params, noisy, options, Sampling())
     truth = got.tokens if truth is None else truth

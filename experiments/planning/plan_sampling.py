@@ -1,10 +1,10 @@
 """Plans sampling: calls of a masked diffusion model, compiled ahead of time.
 
 A block is filled by one call that reads whole rows, and by calls that read the
-block alone, keys and values of the rest cached (`denoiser.Cached`). How many of
-the latter a block takes depends on the policy and the text; so each of the two
-is planned by itself. No flags, no gin; `experiments.plan --fill=` is the
-command.
+block alone, keys and values of the rest cached (`denoiser.BlockCache`). How
+many of the latter a block takes depends on the policy and the text; so each of
+the two is planned by itself. No flags, no gin; `experiments.plan --fill=` is
+the command.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from experiments.core import cli
 from experiments.core.experiment import Experiment
 from experiments.planning import abstract_step
 from research.diffusion.sampling import sampler
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Cached
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import BlockCache
 from research.diffusion.sampling.policies import Threshold
 from research.generation.sampling import GREEDY
 from research.planning import flops, forecast, text
@@ -84,7 +84,7 @@ def plan(
     )
   taken = abstract_step.build(experiment, topology.devices)
   mesh, model = taken.mesh, taken.loaded.model.clone(remat="none")
-  options = Options(
+  options = SamplerConfig(
     mask_id=mask_id,
     length=wanted.length,
     block=wanted.block,
@@ -92,13 +92,13 @@ def plan(
   )
   params = jax.tree.map(_served, taken.state.params)
   state = _state(experiment, wanted, mask_id, mesh)
-  asked, out = Cached(model=model), {}
+  asked, out = BlockCache(model=model), {}
 
   def first(params, state, at):
-    return _call(asked.first, params, state, at, options)
+    return _call(asked.prefill, params, state, at, options)
 
   def again(params, state, at, carry):
-    return _call(asked.again, params, state, at, options, carry)
+    return _call(asked.step, params, state, at, options, carry)
 
   at = jax.ShapeDtypeStruct((), jnp.int32)
   with jax.set_mesh(mesh):

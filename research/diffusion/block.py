@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from kernels_pallas.masks import Mask
 from research import weights
 from research.diffusion import process
+from research.diffusion.batch_transforms import BatchTransform
 from research.diffusion.objective import Noise, masked_loss
-from research.diffusion.rows import BatchRewrite
 from research.generation.sampling import row_keys
 from research.nn import output_head
 from research.nn.transformer import Transformer
@@ -55,7 +55,7 @@ class BlockDiffusion:
   shift: bool = False
   never_mask: bool = True
   rows: int = 256
-  rewrites: tuple[BatchRewrite, ...] = ()
+  rewrites: tuple[BatchTransform, ...] = ()
 
   def __post_init__(self):
     if self.block < 1:
@@ -163,7 +163,7 @@ class BlockDiffusion:
       params: of the model.
       batch: rows.
       masked: what is hidden in their noisy copy.
-      time: of each token's block, for a model that is told it; clean copies
+      time: of each token's block, for a conditioned model; clean copies
         are at time 0.
     """
     tokens, positions = batch["tokens"], batch["positions"]

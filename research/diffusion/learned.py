@@ -19,7 +19,7 @@ import numpy as np
 
 from kernels_pallas.masks import Mask
 from research import weights
-from research.diffusion import process, told
+from research.diffusion import mask_ratio_time, process
 from research.diffusion.objective import Noise
 from research.diffusion.process import Spread
 from research.diffusion.sampling.denoiser import own_rows
@@ -152,7 +152,9 @@ class GenMD4:
       process.noisy(tokens, masked, self.mask_id),
       both["positions"],
       Mask.full(segments=both["segments"]),
-      time=told.given(self.model, jnp.concatenate([t, t])[:, 0]),
+      time=mask_ratio_time.if_conditioned(
+        self.model, jnp.concatenate([t, t])[:, 0]
+      ),
     )
     hidden = own_rows(
       hidden, jnp.int32(0), tokens.shape[1], self.shift, both["positions"]

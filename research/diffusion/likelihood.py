@@ -11,9 +11,9 @@ of n rounds halves to even, which prefers even n wherever the batch does not
 divide L: 5.84 instead of 7.31 nats in a small example. Here halves are rounded
 down, which is exactly uniform.
 
-The time is integrated out of this form. A model that is told it gets, for n
-masks of L, a time whose share of masks is drawn from Beta(n, L - n + 1): the
-density of times that the bound has for any such set.
+The time is integrated out of this form. A model that is conditioned on it gets,
+for n masks of L, a time whose share of masks is drawn from Beta(n, L - n + 1):
+the density of times that the bound has for any such set.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ from research.generation.sampling import row_keys
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 Scores = Callable[..., Float[Array, "B T V"]]
-"""Noisy tokens, and each row's time if it is told, -> logits of each place's
-own token."""
+"""Noisy tokens, and each row's time for a model that is conditioned on it, ->
+logits of each place's own token."""
 
 Rounding = Literal["floor", "half_even"]
 
@@ -91,7 +91,7 @@ def values(
   Args:
     scores, tokens, target, mask_id: as for `bound`.
     masks: subsets of the target.
-    time: of each, for a model that is told it.
+    time: of each, for a model that is conditioned on it.
   """
   logits = scores(process.noisy(tokens, masks, mask_id), *time)
   logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
@@ -168,7 +168,7 @@ def exact(
 
   Args:
     scores, tokens, target, mask_id: as for `bound`; not for models that are
-      told the time, whose bound is an integral, too.
+      conditioned on the time, whose bound is an integral, too.
     batch: rows at once.
   """
   place = np.flatnonzero(np.asarray(target))
@@ -192,7 +192,7 @@ def exact(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def remembered(
+def cache_finished(
   denoiser: BlockCausal,
   params: Params,
   tokens: Int[Array, "T"],
@@ -210,7 +210,7 @@ def remembered(
   """
   valid = jnp.ones((1, tokens.shape[0]), bool)
   given = params, tokens[None], valid, start, denoiser.block
-  return denoiser.remember(*given, memory)
+  return denoiser.cache_finished(*given, memory)
 
 
 def block_scores(
@@ -237,7 +237,7 @@ def block_scores(
     mask_id: of the mask, which gets no probability.
     batch: rows at once, at most.
     stop: where the row's text ends, in the block; by default behind it.
-    memory: of `remembered`, if that is known.
+    memory: of `cache_finished`, if that is known.
 
   Raises:
     UserError: no block starts there; later, more rows than `batch`.
@@ -249,8 +249,8 @@ def block_scores(
       f"{size}, from 0 to {length - size}"
     )
   if memory is None:
-    memory = remembered(denoiser, params, tokens, jnp.int32(start))
-  memory = denoiser.repeated(memory, batch)
+    memory = cache_finished(denoiser, params, tokens, jnp.int32(start))
+  memory = denoiser.repeat_rows(memory, batch)
   valid = jnp.arange(length) < (length if stop is None else stop)
   rows, valid = (jnp.broadcast_to(x, (batch, length)) for x in (tokens, valid))
   return functools.partial(
@@ -269,7 +269,7 @@ def _block(denoiser, mask_id, params, rows, valid, start, memory, noisy):
     )
   noisy = jnp.pad(noisy, ((0, rows.shape[0] - size), (0, 0)))
   rows = jax.lax.dynamic_update_slice_in_dim(rows, noisy, start, axis=1)
-  logits, _ = denoiser.again(params, rows, valid, start, denoiser.block, memory)
+  logits, _ = denoiser.step(params, rows, valid, start, denoiser.block, memory)
   return logits[:size].astype(jnp.float32).at[..., mask_id].set(-1e30)
 
 
@@ -302,10 +302,10 @@ def _checked(found: Bound) -> Bound:
 
 
 def toward(
-  told: Float[Array, "*B V"], free: Float[Array, "*B V"], w: float
+  conditional: Float[Array, "*B V"], free: Float[Array, "*B V"], w: float
 ) -> Float[Array, "*B V"]:
-  """Returns logits `free + (w + 1) (told - free)`, see `guided`."""
-  return free + (w + 1) * (told - free)
+  """Returns logits `free + (w + 1) (conditional - free)`, see `guided`."""
+  return free + (w + 1) * (conditional - free)
 
 
 def guided(

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from kernels_pallas.masks import Mask
 from research import weights
 from research.diffusion import process
+from research.diffusion.batch_transforms import BatchTransform
 from research.diffusion.process import Spread
-from research.diffusion.rows import BatchRewrite
 from research.diffusion.sampling.denoiser import own_rows
 from research.diffusion.schedule import Linear, Schedule
 from research.generation.sampling import row_keys
@@ -73,7 +73,7 @@ class MaskedDiffusion:
   levels: int | None = None
   never_mask: bool = True
   rows: int = 256
-  rewrites: tuple[BatchRewrite, ...] = ()
+  rewrites: tuple[BatchTransform, ...] = ()
 
   def __post_init__(self):
     if self.complement and not isinstance(self.schedule, Linear):

@@ -48,8 +48,8 @@ class AnyOrder(MaskedDiffusion):
   def times(self, key: PRNGKey, maskable: Any, segments: Any) -> Any:
     """Raises UserError: there are none."""
     raise UserError(
-      "AnyOrder: numbers of masks are drawn, not times, but the model is told"
-      " the time (Sizes.time_embedding); expected MaskedDiffusion"
+      "AnyOrder: numbers of masks are drawn, not times, but the model is "
+      "conditioned on the time (Sizes.time_embedding); expected MaskedDiffusion"
     )
 
   def draw(

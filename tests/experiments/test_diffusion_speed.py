@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments.generating import filling, screen
-from experiments.generating.filling import Wanted
+from experiments.generating import diffusion, unmask_display
 from research.diffusion.sampling import layout, sampler
+from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.sampler import Sampled
 from research.generation.sampling import GREEDY
 from research.interop.diffusion.spec import Spec
@@ -21,7 +21,7 @@ class Words:
     return " ".join(map(str, ids))
 
 
-class Clock(screen.Screen):
+class Clock(unmask_display.UnmaskDisplay):
   """Two blocks of two rows, the first after a second, the other after three."""
 
   seconds = 0.0
@@ -46,12 +46,12 @@ def test_tokens_after_an_end_are_no_speed(monkeypatch, made, counts, rate):
   filled = np.zeros(tokens.shape, np.int32)
   lengths = np.array(counts, np.int32)
   found = Sampled(tokens, filled, 8, np.array([8, 8]), lengths)
-  monkeypatch.setattr(filling, "Screen", Clock)
+  monkeypatch.setattr(diffusion, "UnmaskDisplay", Clock)
   monkeypatch.setattr(sampler, "sample", lambda *_: found)
-  monkeypatch.setattr(filling, "denoiser_of", lambda *_: None)
+  monkeypatch.setattr(diffusion, "make_denoiser", lambda *_: None)
   loaded = Loaded(support.model(), {}, Words(), {})
-  how, wanted = Spec(mask_id=10, end=(END,)), Wanted(length=2 * BLOCK)
-  rows, shared = filling.fill(loaded, how, [[3, 3]] * 2, GREEDY, wanted)
+  spec, config = Spec(mask_id=10, end=(END,)), SamplerConfig(length=2 * BLOCK)
+  rows, shared = diffusion.fill(loaded, spec, [[3, 3]] * 2, GREEDY, config)
   assert [row["tokens"] for row in rows] == counts
   assert [row["tokens_per_call"] for row in rows] == [n / 8 for n in counts]
   assert shared["tokens_per_s"] == pytest.approx(rate)

@@ -1,5 +1,6 @@
 """Filling in masks from the command line: what it writes, shows and refuses."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.generating import filling, screen
-from research.diffusion.sampling import canvas, sampler, view
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Whole
-from research.diffusion.sampling.growth import Growth
+from experiments.generating import prepared_rows, unmask_display
+from research.diffusion.sampling import sampler, variable_length, visualize
+from research.diffusion.sampling.config import Growth, SamplerConfig
+from research.diffusion.sampling.denoiser import NoCache
 from research.interop import load
 from research.interop.diffusion.spec import Spec
 from tests.experiments import filled
@@ -147,7 +147,7 @@ def early(loaded, ends, ids, got, block, length):
   again of the row as it stood, without padding, one call after another.
   """
   how = loaded.diffusion
-  asked = Whole(model=loaded.model, shift=how.shift)
+  asked = NoCache(model=loaded.model, shift=how.shift)
   made, when = got.tokens[0, -length:], got.filled[0, -length:]
   valid = jnp.ones((1, len(ids) + length), bool)
 
@@ -235,11 +235,11 @@ def test_a_canvas_that_grows(command, tmp_path):
 def test_only_a_row_s_own_canvas_is_drawn(capsys):
   """Six places of eight, of which the tokenizer would show all."""
   loaded = load.load_model(TINY)
-  options = Options(mask_id=0, length=8, block=4, end=(2,))
-  growth = Growth(start=6)
-  state = canvas.start([[5, 6]], options, growth, jax.random.key(0))
+  options = SamplerConfig(mask_id=0, length=8, block=4, end=(2,))
+  options = dataclasses.replace(options, canvas=Growth(start=6))
+  state = variable_length.start([[5, 6]], options, jax.random.key(0))
   drawn = []
-  shown = screen.Screen(loaded.tokenizer, [2], 0)
+  shown = unmask_display.UnmaskDisplay(loaded.tokenizer, [2], 0)
   shown._tty = True
   shown._draw = lambda tokens, filled, open_: drawn.append(
     (tokens.tolist(), filled.tolist(), open_.tolist())
@@ -263,16 +263,16 @@ def test_what_is_drawn(command, tmp_path):
 
 def test_a_terminal_shows_each_call(command, monkeypatch):
   monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-  monkeypatch.setattr(screen, "FRAME", 0.0)
+  monkeypatch.setattr(unmask_display, "FRAME", 0.0)
   status, lines, errors = command("all", "--block=4")
   assert (status, errors) == (0, "")
   text, got = "\n".join(lines[:-1]), json.loads(lines[-1])
   for now in range(got["calls"]):
     assert f"step {now + 1}\x1b" in text
-  assert view.HIDDEN in text and "\x1b[2A" in text
+  assert visualize.HIDDEN in text and "\x1b[2A" in text
   # The last frame has nothing hidden, and is the text.
   last = text.split("\x1b[0J")[-2]
-  assert view.HIDDEN not in last
+  assert visualize.HIDDEN not in last
 
 
 @pytest.mark.parametrize(
@@ -284,14 +284,14 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
     ("all", ("--prompt=",), "--prompt"),
     ("all", ("--block=4", "--steps=3"), "a multiple of the 2 blocks"),
     ("four", ("--block=8",), "the model's blocks have 4"),
-    ("four", ("--cache=dual",), "expected prefix"),
+    ("four", ("--cache=dual",), "--cache=dual: the model's blocks see"),
     ("all", ("--policy=most",), "--policy=most: expected quota"),
-    ("all", ("--policy=threshold:2",), "P in (0, 1]"),
-    ("all", ("--policy=factor:nan",), "F above 0"),
+    ("all", ("--policy=threshold:2",), "threshold is 2.0, expected above 0"),
+    ("all", ("--policy=factor:nan",), "factor is 'nan', expected a number"),
     ("all", ("--cache=some",), "--cache=some: expected none"),
-    ("all", ("--cache=delayed:0",), "--cache=delayed:0: expected none"),
+    ("all", ("--cache=delayed:0",), "refresh is 0, expected at least 1"),
     ("all", ("--plan=dream", "--policy=factor:1"), "expected --policy=quota"),
-    ("all", ("--policy=credit:0",), "P in (0, 1]"),
+    ("all", ("--policy=credit:0",), "--policy=credit:0: Credit: threshold"),
     ("all", ("--plan=chance",), "--select=candidate: --plan=chance fills"),
     ("all", ("--remask=cap:0.1",), "expected --plan=chance"),
     (
@@ -300,10 +300,10 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
       "--plan=chance draws",
     ),
     ("all", ("--plan=chance", "--select=random", "--remask=cap"), "cap:E"),
-    ("all", ("--remask=rescale:2",), "E from 0 to 1"),
+    ("all", ("--remask=rescale:2",), "eta is 2.0, expected 0 to 1"),
     ("all", ("--canvas=auto", "--plan=chance", "--select=random"), "not with"),
-    ("all", ("--canvas=long",), "--canvas=long: expected fixed, auto, or"),
-    ("all", ("--canvas=auto:0",), "N from 1 to --max_new_tokens=8"),
+    ("all", ("--canvas=long",), "--canvas=long: expected fixed or auto[:"),
+    ("all", ("--canvas=auto:0",), "start is 0, expected at least 1"),
     ("all", ("--canvas=auto:9",), "N from 1 to --max_new_tokens=8"),
     ("all", ("--canvas=auto", "--steps=8"), "--steps=8: not with --canvas"),
     (
@@ -331,23 +331,22 @@ def test_errors(command, name, arguments, words):
 
 @pytest.mark.parametrize("block", [None, 4])
 def test_a_mask_in_the_prompt_is_refused(block):
-  how = Spec(mask_id=9, block=block)
-  wanted = filling.Wanted(length=4)
+  spec, config = Spec(mask_id=9, block=block), SamplerConfig(length=4)
   with pytest.raises(Exception, match="holds the mask, id 9"):
-    filling.begun([[1, 9, 2]], [0], how, wanted)
+    prepared_rows.prepare([[1, 9, 2]], [0], spec, config)
 
 
 def test_frames():
   pieces, filled = ["ab ", "c", "\n", "d"], np.array([-1, 2, 0, 2])
-  assert view.calls(filled) == [0, 2]
-  assert view.frame(pieces, filled, 0) == "ab ░\n░"
-  assert view.frame(pieces, filled, 2) == "ab c\nd"
-  text, lines = view.redrawn("ab\nc", "call 1", above=2)
+  assert visualize.calls(filled) == [0, 2]
+  assert visualize.frame(pieces, filled, 0) == "ab ░\n░"
+  assert visualize.frame(pieces, filled, 2) == "ab c\nd"
+  text, lines = visualize.redrawn("ab\nc", "call 1", above=2)
   assert lines == 3 and text.startswith("\x1b[2A\r")
 
 
 def test_nothing_that_a_model_writes_is_obeyed():
   evil = ["\x1b[2J", "</script><script>alert(1)</script>", "{x}"]
-  assert "\x1b" not in "".join(view.shown(evil))
-  page = view.page(evil, [0, 1, 2])
+  assert "\x1b" not in "".join(visualize.shown(evil))
+  page = visualize.page(evil, [0, 1, 2])
   assert page.count("<script>") == page.count("</script>") == 1

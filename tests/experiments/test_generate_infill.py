@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.generating import filling, filling_gaps, screen
+from experiments.generating import diffusion, infilling, unmask_display
 from research.diffusion.sampling import sampler
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Whole
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import NoCache
 from research.generation.sampling import GREEDY
 from research.interop import load
 from research.text.special_tokens import SpecialTokens
@@ -53,7 +53,7 @@ def command(capsys, places):
   ],
 )
 def test_markers(text, parts):
-  assert filling_gaps.parsed(text) == parts
+  assert infilling.parsed(text) == parts
 
 
 class Words:
@@ -70,7 +70,7 @@ class Words:
 
 def test_where_gaps_are():
   """Two that meet are two, and what is around a document is at its ends."""
-  given = filling_gaps.tokens(Words(), "a[[3]][[4]]b[[1]]", 9, None)
+  given = infilling.tokens(Words(), "a[[3]][[4]]b[[1]]", 9, None)
   a, b = ord("a"), ord("b")
   assert given.ids == [1, ord(" "), a, *[9] * 7, b, 9, 2]
   assert given.gaps == [(3, 6), (6, 10), (11, 12)] and given.prompt == 0
@@ -81,16 +81,16 @@ def test_where_gaps_are():
 
 
 def test_parts_do_not_begin_as_documents_do():
-  given = filling_gaps.tokens(Words(), "b[[2]] c", 9, [1, ord("a")])
+  given = infilling.tokens(Words(), "b[[2]] c", 9, [1, ord("a")])
   assert given.ids == [1, *map(ord, "ab"), 9, 9, *map(ord, " c")]
   assert given.gaps == [(3, 5)] and given.prompt == 2
-  assert filling_gaps.tokens(Words(), "[[1]]", 9, None).ids == [1, 9, 2]
+  assert infilling.tokens(Words(), "[[1]]", 9, None).ids == [1, 9, 2]
 
 
 def test_texts_of_the_tiny_model_are_what_they_are_without_gaps(places):
   encode = load.load_model(places["all"]).tokenizer.encode
   for first, more in (("the cat", " sat\n on"), ("", "the"), ("a", "\n\nb")):
-    given = filling_gaps.tokens(
+    given = infilling.tokens(
       load.load_model(places["all"]).tokenizer, f"{first}[[1]]{more}", 999, None
     )
     want = [*encode(first, add_special=True), 999, *encode(more)]
@@ -119,11 +119,11 @@ def by_hand(place, ids, block):
   rows = np.array([[*ids, *[0] * (known + size - len(ids))]])
   valid = np.arange(rows.shape[1])[None] < len(ids)
   end = tuple(how.end)
-  options = Options(
-    mask_id=how.mask_id, length=size, block=block, stop=False, end=end
+  options = SamplerConfig(
+    mask_id=how.mask_id, length=size, block=block, stop_early=False, end=end
   )
   state = sampler.begin(rows, rows == how.mask_id, valid, jax.random.key(0))
-  asked = Whole(model=loaded.model, shift=how.shift, block=how.block)
+  asked = NoCache(model=loaded.model, shift=how.shift, block=how.block)
   got = sampler.sample(asked, loaded.params, state, options)
   return got.tokens[0, : len(ids)], got
 
@@ -201,7 +201,7 @@ def test_tokens_a_second_are_those_that_are_told(places, monkeypatch):
   how = loaded.diffusion
   m, end, times = how.mask_id, how.end[0], itertools.count()
   clock = types.SimpleNamespace(perf_counter=lambda: next(times))
-  monkeypatch.setattr(screen, "time", clock)
+  monkeypatch.setattr(unmask_display, "time", clock)
 
   def changed(*given, sample=sampler.sample):
     got = sample(*given)
@@ -211,9 +211,10 @@ def test_tokens_a_second_are_those_that_are_told(places, monkeypatch):
     return dataclasses.replace(got, tokens=tokens)
 
   monkeypatch.setattr(sampler, "sample", changed)
-  text = filling_gaps.Text([5, *[m] * 4, 6, 6, *[m] * 4], 0, [(1, 5), (7, 11)])
-  wanted = filling.Wanted(block=4, infill=["said already"])
-  [row], shared = filling.fill(loaded, how, [text.ids], GREEDY, wanted, [text])
+  text = infilling.Text([5, *[m] * 4, 6, 6, *[m] * 4], 0, [(1, 5), (7, 11)])
+  config = SamplerConfig(block=4)
+  given = [text.ids], GREEDY, config
+  [row], shared = diffusion.fill(loaded, how, *given, texts=[text])
   # One of the first gap, which the first block fills, and two of the second,
   # in the two seconds that two more blocks take.
   assert row["tokens"] == 3 and shared["tokens_per_s"] == 2 / 2
@@ -222,7 +223,7 @@ def test_tokens_a_second_are_those_that_are_told(places, monkeypatch):
 def test_what_is_streamed_of_a_gap_ends_where_it_does(places, capsys):
   loaded = load.load_model(places["all"])
   m, end = loaded.diffusion.mask_id, loaded.diffusion.end[0]
-  text = filling_gaps.Text([5, 6, *[m] * 4, 8, 9], 0, [(2, 6)])
+  text = infilling.Text([5, 6, *[m] * 4, 8, 9], 0, [(2, 6)])
   given = np.array([text.ids])
   state = sampler.begin(
     given, given == m, np.ones_like(given, bool), jax.random.key(0)
@@ -235,7 +236,7 @@ def test_what_is_streamed_of_a_gap_ends_where_it_does(places, capsys):
     (lambda row: text.kept(row, (end,)), [5, 6, 8, 9]),
     (None, tokens[0].tolist()),
   ):
-    screen.Screen(loaded.tokenizer, [0], m, kept)(state)
+    unmask_display.UnmaskDisplay(loaded.tokenizer, [0], m, kept)(state)
     assert capsys.readouterr().out == loaded.tokenizer.decode(want)
 
 
@@ -318,6 +319,6 @@ def test_errors(command, name, arguments, words):
 
 def test_the_mask_s_own_token_in_a_text():
   with pytest.raises(UserError, match="holds the mask's own token, id 9"):
-    filling_gaps.tokens(Words(), "a # [[2]]", 9, None)
+    infilling.tokens(Words(), "a # [[2]]", 9, None)
   with pytest.raises(UserError, match="prompt 0 holds the mask, id 9"):
-    filling_gaps.tokens(Words(), "a [[2]]", 9, [1, 9])
+    infilling.tokens(Words(), "a [[2]]", 9, [1, 9])

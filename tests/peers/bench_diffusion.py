@@ -124,17 +124,17 @@ def ours_sample(batch: int, dual: bool, runs: int) -> dict:
   import jax
 
   from research.diffusion.sampling import sampler
-  from research.diffusion.sampling.candidates import Options
-  from research.diffusion.sampling.denoiser import Cached, Whole
+  from research.diffusion.sampling.config import SamplerConfig
+  from research.diffusion.sampling.denoiser import BlockCache, NoCache
   from research.generation import generate
 
   it = loaded()
   # As experiments.generate does.
   params = generate.prepare(it.params, it.model)
   prompts = tokens(batch, PROMPT).tolist()
-  asked = (Cached if dual else Whole)(model=it.model)
-  options = Options(
-    mask_id=MASK, length=NEW, block=BLOCK, steps=STEPS, stop=False
+  asked = (BlockCache if dual else NoCache)(model=it.model)
+  options = SamplerConfig(
+    mask_id=MASK, length=NEW, block=BLOCK, steps=STEPS, stop_early=False
   )
   last = {}
 

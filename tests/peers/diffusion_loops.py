@@ -37,9 +37,8 @@ class Wanted:
     policy: `quota`, `threshold` or `factor`, with `value`.
     cache: `none`, `prefix` or `dual`, Fast-dLLM's; without guidance.
     end: ids that end a text.
-    never_end: `logits_eos_inf`.
-    end_last: what `confidence_eos_eot_inf` is for: ends are filled last. Its
-      code compares with minus infinity instead, for one of two ends.
+    ends: `never`: `logits_eos_inf`; `last`: what `confidence_eos_eot_inf` is
+      for. Its code compares with minus infinity instead, for one of two ends.
     gumbel: `[S, B, K, V]`, noise of each step of the whole run.
     uniform: `[S, B, K]`, confidence of `random`.
   """
@@ -54,8 +53,7 @@ class Wanted:
   value: float = 0.0
   cache: str = "none"
   end: tuple[int, ...] = ()
-  never_end: bool = False
-  end_last: bool = False
+  ends: str = "any"
   gumbel: Any = None
   uniform: Any = None
 
@@ -93,7 +91,7 @@ def llada(
       else:
         logits, kept = cached(model, x, inside, wanted.cache, kept)
       logits[..., mask_id] = LOWEST
-      if wanted.never_end:
+      if wanted.ends == "never":
         logits[..., list(wanted.end)] = LOWEST
       _commit(x, logits, inside, mask_id, wanted, calls, plan, step)
       step, calls = step + 1, calls + 1
@@ -149,7 +147,7 @@ def _commit(x, logits, inside, mask_id, wanted, call, plan, step) -> None:
     sure = wanted.uniform[call].double()
   else:
     sure = some.softmax(-1).gather(-1, found[..., None])[..., 0]
-  if wanted.end_last:
+  if wanted.ends == "last":
     ends = torch.isin(found, torch.tensor(wanted.end))
     sure = torch.where(ends, -1.0, sure)
   for row in range(x.shape[0]):

@@ -21,9 +21,12 @@ import numpy as np
 
 from research.diffusion.sampling import ancestral, policies, sampler
 from research.diffusion.sampling.block_causal import BlockCausal
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Cached, Whole
-from research.diffusion.sampling.guided import Guided, with_prompt
+from research.diffusion.sampling.classifier_free_guidance import (
+  ClassifierFreeGuidance,
+  with_prompt,
+)
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import BlockCache, Denoiser, NoCache
 from research.diffusion.sampling.prefix_cache import PrefixCache
 from research.generation import sampling as samplers
 from research.generation.sampling import Sampling
@@ -34,16 +37,19 @@ POLICIES = {
   "factor": lambda value: policies.Factor(factor=value),
   "refine": lambda value: policies.Threshold(threshold=value, quota_first=True),
 }
-CACHES = {"none": Whole, "prefix": PrefixCache, "dual": Cached}
+CACHES = {"none": NoCache, "prefix": PrefixCache, "dual": BlockCache}
 
 
-def options(case: dict, mask_id: int) -> Options:
+def options(case: dict, mask_id: int) -> SamplerConfig:
   """Returns what a case's own names stand for."""
-  known = {f.name for f in dataclasses.fields(Options)}
+  known = {f.name for f in dataclasses.fields(SamplerConfig)}
   given = {k: v for k, v in case.items() if k in known and k != "policy"}
   given["end"] = tuple(given.get("end", ()))
+  given["cache"] = None  # which denoiser reads is said by `CACHES`
   policy = POLICIES[case["policy"]](case.get("value", 0.0))
-  return Options(mask_id=mask_id, policy=policy, stop=False, **given)
+  return SamplerConfig(
+    mask_id=mask_id, policy=policy, stop_early=False, **given
+  )
 
 
 def sample(it, args, rows) -> dict:
@@ -55,7 +61,9 @@ def sample(it, args, rows) -> dict:
     asked = reads(model=it.model, shift=it.diffusion.shift)
     state, params = sampler.start(prompts.tolist(), how, key), it.params
     if case.get("cfg"):
-      asked = Guided(inner=asked, mask_id=how.mask_id, weight=case["cfg"])
+      asked = ClassifierFreeGuidance(
+        inner=asked, mask_id=how.mask_id, weight=case["cfg"]
+      )
       params = with_prompt(params, state.fixed)
     hot = case.get("temperature", 0.0)
     rule = Sampling(temperature=hot) if hot else samplers.GREEDY
@@ -67,7 +75,7 @@ def sample(it, args, rows) -> dict:
   return out
 
 
-def noise(key, rows: int, how: Options, vocabulary: int) -> dict:
+def noise(key, rows: int, how: SamplerConfig, vocabulary: int) -> dict:
   """Returns what each step of each row draws, as `candidates` does."""
   own = samplers.row_keys(key, jnp.arange(rows))
   gumbel, uniform = [], []
@@ -87,13 +95,13 @@ def noise(key, rows: int, how: Options, vocabulary: int) -> dict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class Table(Denoiser):
   """A denoiser that knows each step's logits; its parameters are they."""
 
-  def first(self, params, tokens, valid, start, size):
+  def prefill(self, params, tokens, valid, start, size):
     return params[0], jnp.int32(1)
 
-  def again(self, params, tokens, valid, start, size, carry):
+  def step(self, params, tokens, valid, start, size, carry):
     return params[jnp.minimum(carry, len(params) - 1)], carry + 1
 
 
@@ -118,7 +126,7 @@ def refine(it, args, rows) -> dict:
 
 def ancestors(it, args, rows) -> dict:
   how = it.diffusion
-  asked = Whole(model=it.model, shift=how.shift, block=how.block)
+  asked = NoCache(model=it.model, shift=how.shift, block=how.block)
   steps, length = int(rows["steps"]), int(rows["length"])
   first = rows["prompts"]
   count, before = first.shape
@@ -157,7 +165,7 @@ def continued(it, args, rows) -> dict:
     masked = np.arange(tokens.shape[1])[None] >= len(prompt)
     ways = dict(
       tokens=BlockCausal(model=it.model, block=how.block, shift=how.shift),
-      uncached=Whole(model=it.model, block=how.block, shift=how.shift),
+      uncached=NoCache(model=it.model, block=how.block, shift=how.shift),
     )
     for name, asked in ways.items():
       state = sampler.begin(tokens, masked, np.ones_like(masked), key)
@@ -168,7 +176,7 @@ def continued(it, args, rows) -> dict:
 
 def scores(it, args, rows) -> dict:
   how = it.diffusion
-  asked = Whole(model=it.model, shift=how.shift, block=how.block)
+  asked = NoCache(model=it.model, shift=how.shift, block=how.block)
   valid = jnp.asarray(rows["positions"] >= 0)
   found = jax.jit(asked.scores)(it.params, rows["tokens"], valid)
   return dict(logits=np.asarray(found))

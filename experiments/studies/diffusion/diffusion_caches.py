@@ -30,9 +30,9 @@ from experiments.studies.diffusion.diffusion_study import (
 )
 from research.data.sources.synthetic import Markov
 from research.diffusion.sampling import sampler
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.delayed import Delayed
-from research.diffusion.sampling.denoiser import Cached, Denoiser, Whole
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.delayed_kv_cache import DelayedKVCache
+from research.diffusion.sampling.denoiser import BlockCache, Denoiser, NoCache
 from research.diffusion.sampling.prefix_cache import PrefixCache
 from research.generation.sampling import GREEDY, Sampling
 from research.training.reports import plots
@@ -102,7 +102,7 @@ class Caches:
     model, params = learned
     noisy, out = np.where(asked, mask, truth).astype(np.int32), []
     for block in self.blocks:
-      options = Options(
+      options = SamplerConfig(
         mask_id=mask, length=noisy.shape[1], block=block, select="max"
       )
       plain = None
@@ -140,14 +140,14 @@ class Caches:
   def _way(self, name: str, model: Any, mask: int) -> Denoiser:
     """Returns how rows are read."""
     if name == NONE:
-      return Whole(model=model)
+      return NoCache(model=model)
     if name == PREFIX:
       return PrefixCache(model=model)
     if name in self._delayed:
       often = self._delayed[name]
-      return Delayed(model=model, mask_id=mask, refresh=often)
+      return DelayedKVCache(model=model, mask_id=mask, refresh=often)
     before, after = self.around[name]
-    return Cached(model=model, before=before, after=after)
+    return BlockCache(model=model, before=before, after=after)
 
   def _read(self, name: str, block: int, length: int) -> float:
     """Returns the tokens that a later call of a block reads, on average."""
@@ -292,7 +292,7 @@ def _filled(
   way: Denoiser,
   params: Params,
   noisy: Int[np.ndarray, "B T"],
-  options: Options,
+  options: SamplerConfig,
   sampling: Sampling,
 ) -> Int[np.ndarray, "B T"]:
   """Returns rows whose masks are filled, block after block."""

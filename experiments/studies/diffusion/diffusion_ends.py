@@ -24,19 +24,19 @@ from experiments.studies.diffusion.diffusion_study import (
   surely,
 )
 from experiments.studies.diffusion.diffusion_tasks import Walks, learn
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Whole
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import NoCache
 from research.generation.sampling import GREEDY
 from research.training.reports import plots
 
 WAYS: dict[str, dict[str, Any]] = {
   "low confidence": {},
-  "ends last": {"end_last": True},
+  "ends last": {"ends": "last"},
   "blocks of 4": {"block": 4},
   "random places": {"select": "random"},
   "largest probability": {"select": "max"},
 }
-"""Ways to fill an answer -> what is set of `Options`."""
+"""Ways to fill an answer -> what is set of `SamplerConfig`."""
 
 GREEDILY = ("low confidence", "ends last", "blocks of 4")
 
@@ -70,7 +70,7 @@ class Ends(OfSeeds):
     rows = task.rows("heldout", self.rows)
     noisy = np.where(learned, task.mask_id, rows).astype(np.int32)
     options = functools.partial(
-      Options, mask_id=task.mask_id, length=task.length, end=(task.end,)
+      SamplerConfig, mask_id=task.mask_id, length=task.length, end=(task.end,)
     )
     want = np.array([task.mean_length(int(s), int(g)) for s, g in rows[:, :2]])
     out: Row = {"want": float(want.mean()), "data": self._judged(rows)}
@@ -78,7 +78,7 @@ class Ends(OfSeeds):
       how = options(**({"block": task.length} | more))
       for greedy in (False, True) if name in GREEDILY else (False,):
         got, _ = fill(
-          Whole(model=model),
+          NoCache(model=model),
           params,
           noisy,
           task.mask_id,

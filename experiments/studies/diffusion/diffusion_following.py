@@ -27,8 +27,8 @@ from experiments.studies.diffusion.diffusion_study import (
 from research.data.sources import Split
 from research.data.sources.synthetic import rng_of
 from research.diffusion.objective import MaskedDiffusion
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Whole
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import NoCache
 from research.diffusion.schedule import Linear
 from research.generation.sampling import GREEDY
 from research.interop.diffusion import from_autoregressive
@@ -140,8 +140,10 @@ class Following(OfSeeds):
     learned = task.learned()
     noisy = np.where(learned, objective.mask_id, rows).astype(np.int32)
     length = rows.shape[1]
-    options = Options(mask_id=objective.mask_id, length=length, block=length)
-    denoiser = Whole(model=objective.model, shift=True)
+    options = SamplerConfig(
+      mask_id=objective.mask_id, length=length, block=length
+    )
+    denoiser = NoCache(model=objective.model, shift=True)
     got, _ = fill(denoiser, params, noisy, objective.mask_id, options, GREEDY)
     # Each row's answer, many times masked.
     batch = batch_of(np.tile(rows, (8, 1)), learned)

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.studies.diffusion.diffusion_study import batch_of
 from research.diffusion.objective import MaskedDiffusion
-from research.diffusion.sampling.denoiser import Whole
+from research.diffusion.sampling.denoiser import NoCache
 from research.diffusion.schedule import Linear
 from research.nn.transformer import Transformer
 from research.training import positions
@@ -60,7 +60,7 @@ def answers(
     logits = model.apply({"params": params}, hidden, method="logits")
   else:
     valid = jnp.ones(rows.shape, bool)
-    denoiser = Whole(model=model, shift=kind == CONVERTED)
+    denoiser = NoCache(model=model, shift=kind == CONVERTED)
     logits = denoiser.scores(params, rows, valid)
   return jnp.argmax(logits[:, place, :mask_id], axis=-1)
 

@@ -1,6 +1,6 @@
 """How long an answer will be, which a model says before it has one.
 
-A canvas that grows (`sampling.canvas`) stops where the model expects
+A canvas that grows (`variable_length`) stops where the model expects
 an end. On random walks around a ring (`diffusion_tasks.Walks`) it is known
 exactly how long answers to a question are on average: the further the goal, the
 longer. Training cuts batches to random lengths, as LLaDA's now and then does,
@@ -24,11 +24,10 @@ from experiments.studies.diffusion.diffusion_study import (
   surely,
 )
 from experiments.studies.diffusion.diffusion_tasks import Walks, learn
-from research.diffusion.rows import Shortened
-from research.diffusion.sampling import canvas, sampler
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Whole
-from research.diffusion.sampling.growth import Growth
+from research.diffusion.batch_transforms import RandomTruncation
+from research.diffusion.sampling import sampler, variable_length
+from research.diffusion.sampling.config import Growth, SamplerConfig
+from research.diffusion.sampling.denoiser import NoCache
 from research.diffusion.sampling.policies import Threshold
 from research.generation.sampling import GREEDY
 from research.training.reports import plots
@@ -66,18 +65,19 @@ class Lengths(OfSeeds):
       self.steps,
       seed,
       "learned",
-      (Shortened(chance=1.0),),
+      (RandomTruncation(chance=1.0),),
     )
-    options = Options(
+    options = SamplerConfig(
       mask_id=task.mask_id,
       length=task.length,
       block=task.length,
       end=(task.end,),
       policy=Threshold(),
     )
-    key, given = jax.random.key(0), (Whole(model=model), params)
-    state = canvas.start(self.asked.tolist(), options, self.growth, key)
-    grown = canvas.sample(*given, state, options, self.growth, GREEDY)
+    key, given = jax.random.key(0), (NoCache(model=model), params)
+    growing = dataclasses.replace(options, canvas=self.growth)
+    state = variable_length.start(self.asked.tolist(), growing, key)
+    grown = variable_length.sample(*given, state, growing, GREEDY)
     state = sampler.start(self.asked.tolist(), options, key)
     fixed = sampler.sample(*given, state, options, GREEDY)
     want, alike = self.wanted, 0.0

@@ -28,10 +28,13 @@ from experiments.studies.diffusion.diffusion_study import Row, Rows, Tiny
 from research.data.sources.synthetic import Markov
 from research.diffusion.sampling import ancestral, sampler
 from research.diffusion.sampling.ancestral import Ancestral
-from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.classifier_free_guidance import (
+  ClassifierFreeGuidance,
+  with_prompt,
+)
+from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.credit import Credited
-from research.diffusion.sampling.denoiser import Denoiser, Whole, passes
-from research.diffusion.sampling.guided import Guided, with_prompt
+from research.diffusion.sampling.denoiser import Denoiser, NoCache
 from research.diffusion.sampling.policies import (
   Factor,
   Hierarchy,
@@ -50,7 +53,7 @@ SELECTS = {
   "entropy": "entropy",
   "random": "random",
 }
-"""Names of the ways to choose a quota of places -> `Options.select`."""
+"""Names of the ways to choose a quota of places -> `SamplerConfig.select`."""
 
 ANY = Sampling(temperature=1.0)
 
@@ -64,7 +67,7 @@ class Way(NamedTuple):
 
   name: str
   knob: Any
-  how: Options | Ancestral | None
+  how: SamplerConfig | Ancestral | None
   around: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser
 
 
@@ -119,7 +122,7 @@ class Policies:
     model, params = tasks.learn_chain(
       self.chain, self.tiny, self.steps, int(seed)
     )
-    return {"points": self._chain(Whole(model=model), params, int(seed))}
+    return {"points": self._chain(NoCache(model=model), params, int(seed))}
 
   def _chain(self, denoiser: Any, params: Params, seed: int) -> list[Row]:
     length, mask = self.chain.length, self.chain.vocab
@@ -138,20 +141,20 @@ class Policies:
     rows, asked = self.sums.rows("heldout", self.rows), self.sums.asked()
     mask, length = self.sums.mask_id, rows.shape[1]
     noisy = np.where(asked, mask, rows)
-    places, out, denoiser = int(asked.sum()), [], Whole(model=model)
+    places, out, denoiser = int(asked.sum()), [], NoCache(model=model)
     ways = *self._ways(mask, length, places), *self._guided(mask, asked, length)
     prompt = (jnp.arange(length) < asked.argmax())[None]
     for way in ways:
-      if not isinstance(way.how, Options) or way.how.select in (
+      if not isinstance(way.how, SamplerConfig) or way.how.select in (
         "max",
         "margin",
       ):
         continue  # the same ones, or for samples alone
       around, own = way.around(denoiser), params
-      if isinstance(around, Guided):
+      if isinstance(around, ClassifierFreeGuidance):
         own = with_prompt(params, prompt)
       given = around, own, noisy, mask, way.how, GREEDY
-      cost = _flops(around, own, length) / 1e9 / passes(around)
+      cost = _flops(around, own, length) / 1e9 / around.passes
       fill(*given)  # compiles
       begun = time.perf_counter()
       got, calls, most = filled(*given)
@@ -165,7 +168,7 @@ class Policies:
   def _ways(self, mask: int, length: int, places: int) -> Iterator[Way]:
     """Yields each policy at each speed."""
     whole = functools.partial(
-      Options, mask_id=mask, length=length, block=length
+      SamplerConfig, mask_id=mask, length=length, block=length
     )
 
     def planned(name, **options):
@@ -202,9 +205,11 @@ class Policies:
     self, mask: int, asked: Bool[np.ndarray, "T"], length: int
   ) -> Iterator[Way]:
     """Yields guidance by what stands before the first place asked for."""
-    guided = functools.partial(Guided, mask_id=mask, weight=self.guidance)
+    guided = functools.partial(
+      ClassifierFreeGuidance, mask_id=mask, weight=self.guidance
+    )
     for speed in self.speeds:
-      how = Options(
+      how = SamplerConfig(
         mask_id=mask,
         length=length,
         block=length,
@@ -240,7 +245,8 @@ def _flops(denoiser: Denoiser, params: Params, length: int) -> float:
   """Returns FLOPs of a call on one row of which all is asked for."""
   row = jnp.zeros((1, length), jnp.int32)
   return flops.count_flops(
-    lambda p: denoiser.first(p, row, row == 0, jnp.int32(0), length)[0], params
+    lambda p: denoiser.prefill(p, row, row == 0, jnp.int32(0), length)[0],
+    params,
   )
 
 
@@ -254,7 +260,7 @@ def filled(
   params: Params,
   noisy: Int[np.ndarray, "B T"],
   mask_id: int,
-  how: Options | Ancestral | None,
+  how: SamplerConfig | Ancestral | None,
   sampling: Sampling = ANY,
   seed: int = 0,
 ) -> tuple[Int[np.ndarray, "B T"], float, int]:
@@ -269,7 +275,7 @@ def filled(
     seed: of what is drawn.
   """
   masked, key = noisy == mask_id, jax.random.key(seed)
-  if isinstance(how, Options):
+  if isinstance(how, SamplerConfig):
     begun = sampler.begin(noisy, masked, np.ones_like(masked), key)
     found = sampler.sample(denoiser, params, begun, how, sampling)
     return found.tokens, float(found.counts.mean()), found.calls
@@ -290,7 +296,7 @@ def _by_chance(denoiser, params, noisy, masked, mask, keys, how):
 
   def scores(tokens):
     start = jnp.int32(0)
-    return denoiser.first(params, tokens, valid, start, length)[0]
+    return denoiser.prefill(params, tokens, valid, start, length)[0]
 
   if how is None:
     return ancestral.first_hitting(scores, noisy, masked, mask, keys)

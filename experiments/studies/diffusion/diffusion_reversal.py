@@ -27,8 +27,8 @@ from experiments.studies.diffusion.diffusion_study import (
 )
 from research.data.sources.synthetic import rng_of
 from research.diffusion.sampling import sampler
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Whole
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import NoCache
 from research.training.reports import plots
 from research.typing import Bool, Int, Params, UserError
 
@@ -228,10 +228,10 @@ def _right(answer, model, params, rows, asked, pairs) -> Bool[Any, " N"]:
 def _filled(model, params, noisy, mask_id) -> Int[np.ndarray, "N T"]:
   """Returns rows with their masks filled, the surest first."""
   length = noisy.shape[1]
-  options = Options(mask_id=mask_id, length=length, block=length)
+  options = SamplerConfig(mask_id=mask_id, length=length, block=length)
   masked = noisy == mask_id
   begun = sampler.begin(noisy, masked, np.ones_like(masked), jax.random.key(0))
-  return sampler.sample(Whole(model=model), params, begun, options).tokens
+  return sampler.sample(NoCache(model=model), params, begun, options).tokens
 
 
 def _continued(model, params, noisy, mask_id) -> Int[np.ndarray, "N T"]:

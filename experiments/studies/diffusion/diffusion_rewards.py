@@ -31,8 +31,8 @@ from experiments.studies.diffusion.diffusion_tasks import Targets, learn
 from research.diffusion.alignment import grpo
 from research.diffusion.alignment.estimators import Coupled, FullMask
 from research.diffusion.sampling import sampler
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Whole
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import NoCache
 from research.generation.sampling import GREEDY, Sampling
 from research.optim import optim
 from research.training import state, step
@@ -146,12 +146,12 @@ class Rewards:
       chosen, ((0, 0), (0, length)), constant_values=task.mask_id
     )
     masked = tokens == task.mask_id
-    options = Options(
+    options = SamplerConfig(
       mask_id=task.mask_id, length=length, block=length, select="random"
     )
     begun = sampler.begin(tokens, masked, jnp.ones(tokens.shape, bool), second)
     end, *_ = sampler.fill_block(
-      Whole(model=model),
+      NoCache(model=model),
       params,
       begun,
       jnp.int32(1),

@@ -37,8 +37,8 @@ from research.data.examples import Example
 from research.data.sources import PydocTopics, Split, pydoc
 from research.data.sources.synthetic import rng_of
 from research.diffusion.objective import MaskedDiffusion
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Whole
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import NoCache
 from research.diffusion.schedule import Linear
 from research.diffusion.variants import AnyOrder
 from research.generation.sampling import GREEDY
@@ -270,8 +270,8 @@ class Instructed(OfSeeds):
     rows = np.stack([e.tokens for e in lists])
     noisy = np.where(asked, mask, rows).astype(np.int32)
     length = noisy.shape[1]
-    options = Options(mask_id=mask, length=length, block=length)
-    denoiser = Whole(model=objective.model, shift=True)
+    options = SamplerConfig(mask_id=mask, length=length, block=length)
+    denoiser = NoCache(model=objective.model, shift=True)
     return fill(denoiser, params, noisy, mask, options, GREEDY)[0]
 
   # --- what the rows say ---

@@ -13,8 +13,8 @@ from experiments.studies import population
 from experiments.studies.diffusion.diffusion_study import Tiny, batch_of
 from research.data.sources import Split
 from research.data.sources.synthetic import Markov, rng_of
+from research.diffusion.batch_transforms import BatchTransform
 from research.diffusion.objective import MaskedDiffusion, Noise
-from research.diffusion.rows import BatchRewrite
 from research.diffusion.schedule import Linear
 from research.nn.transformer import Transformer
 from research.typing import Bool, Int, Params, UserError
@@ -224,7 +224,7 @@ def learn(
   steps: int,
   seed: int,
   noise: Noise = "all",
-  rewrites: tuple[BatchRewrite, ...] = (),
+  rewrites: tuple[BatchTransform, ...] = (),
 ) -> tuple[Transformer, Params]:
   """Returns a model of rows, by plain masked diffusion; the last id masks.
 

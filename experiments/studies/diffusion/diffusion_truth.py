@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.data.sources.synthetic import Markov
+from research.diffusion.sampling.denoiser import Denoiser
 from research.typing import Array, Bool, Float, Int, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chain:
+class Chain(Denoiser):
   """A `denoiser.Denoiser`, whose parameters are those of `tables`.
 
   Attributes:
@@ -39,7 +40,7 @@ class Chain:
     Args:
       params: from `tables`.
       tokens: rows.
-      valid: as for `denoiser.Whole.scores`; all are.
+      valid: as for `denoiser.NoCache.scores`; all are.
     """
     del valid
     powers, stationary = params["powers"], params["stationary"]
@@ -63,12 +64,12 @@ class Chain:
     found = jnp.log(left) + jnp.log(right)
     return jnp.pad(found, ((0, 0), (0, 0), (0, 1)), constant_values=-1e9)
 
-  def first(self, params, tokens, valid, start, size):
+  def prefill(self, params, tokens, valid, start, size):
     found = self.scores(params, tokens)
     return jax.lax.dynamic_slice_in_dim(found, start, size, axis=1), ()
 
-  def again(self, params, tokens, valid, start, size, carry):
-    return self.first(params, tokens, valid, start, size)
+  def step(self, params, tokens, valid, start, size, carry):
+    return self.prefill(params, tokens, valid, start, size)
 
 
 def tables(source: Markov, length: int) -> Params:

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 
 from research.diffusion import block as blocks
 from research.diffusion import process
+from research.diffusion.mask_ratio_time import if_conditioned
 from research.diffusion.sampling import denoiser
 from research.diffusion.schedule import Linear, Schedule
-from research.diffusion.told import given
 from research.nn.transformer import Transformer
 from research.training import positions
 from research.typing import (
@@ -229,7 +229,7 @@ def estimate(
   def states(masked, counts, share):
     """Returns the states that predict each token."""
     time = jnp.broadcast_to(schedule.time(share)[:, None], tokens.shape)
-    time = given(model, time)
+    time = if_conditioned(model, time)
     noisy = process.noisy(tokens, masked, mask_id)
     if block is not None:
       # What a view hides of the prompt is hidden of later blocks, too.

@@ -68,7 +68,7 @@ def sample(
   mask_id: int,
   keys: PRNGKey,
   how: Ancestral,
-  told: bool = False,
+  timed: bool = False,
 ) -> tuple[Int[Array, "B T"], Int[Array, ""]]:
   """Returns filled rows, and how often the model was asked.
 
@@ -79,7 +79,7 @@ def sample(
     mask_id: of the mask.
     keys: of the rows.
     how: the grid.
-    told: whether `scores` takes times `[B]`, those before each step.
+    timed: whether `scores` takes times `[B]`, those before each step.
 
   Raises:
     UserError: logits are not finite; within jit, `NOTHING` says so.
@@ -87,12 +87,12 @@ def sample(
   free, grid = masked, how.times()
 
   def body(i, state):
-    tokens, masked, sure = state
+    tokens, masked, confidence = state
     t, s = grid[i], grid[i + 1]
     now = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, i), 3))(
       keys
     )
-    time = (jnp.full(tokens.shape[0], t),) if told else ()
+    time = (jnp.full(tokens.shape[0], t),) if timed else ()
     logits = scores(process.noisy(tokens, masked, mask_id), *time)
     logp = _logp(logits, mask_id)
     found = _draw(now[:, 0], logp)
@@ -103,14 +103,14 @@ def sample(
       fill, _ = chances(how.schedule, t, s, jnp.float32(0))
     else:
       fill = how.remask.fills(how.schedule, t, s)
-      sigma = how.remask.sigma(how.schedule, t, s, sure, free & ~masked)
+      sigma = how.remask.sigma(how.schedule, t, s, confidence, free & ~masked)
       again = (uniform(now[:, 2]) < sigma) & (i < how.steps - 1)
     # At the end all that is left is filled.
     fill = jnp.where(i == how.steps - 1, 1.0, fill)
     filled = masked & (uniform(now[:, 1]) < fill)
     tokens = jnp.where(filled, found, tokens)
-    sure = jnp.where(filled, jnp.exp(chance), sure)
-    return tokens, (masked & ~filled) | again, sure
+    confidence = jnp.where(filled, jnp.exp(chance), confidence)
+    return tokens, (masked & ~filled) | again, confidence
 
   state = tokens, masked, jnp.ones(tokens.shape)
   tokens, _, _ = jax.lax.fori_loop(0, how.steps, body, state)
@@ -129,9 +129,9 @@ def first_hitting(
   """Returns filled rows, a place a call, and how often the model was asked.
 
   Times do not matter to a model that does not see them: what is left is a
-  random order. One that is told them is asked when a place is filled: with n
-  masks left, the share `1 - alpha` at which the next one is filled is the one
-  before times `u^(1/n)`, the largest of n uniform numbers.
+  random order. One that is conditioned on them is asked when a place is filled:
+  with n masks left, the share `1 - alpha` at which the next one is filled is
+  the one before times `u^(1/n)`, the largest of n uniform numbers.
 
   Args:
     scores, tokens, masked, mask_id, keys: as for `sample`.

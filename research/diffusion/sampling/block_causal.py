@@ -9,15 +9,20 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.masks import Mask
-from research.diffusion.sampling.denoiser import cut, positions, shifted
-from research.diffusion.told import Shares
+from research.diffusion.mask_ratio_time import MaskRatioTime
+from research.diffusion.sampling.denoiser import (
+  Denoiser,
+  cut,
+  positions,
+  shifted,
+)
 from research.nn import cache as caches
 from research.nn.transformer import Transformer, init_cache
 from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockCausal:
+class BlockCausal(Denoiser):
   """A block-causal model by its cache of finished blocks: exact.
 
   Keys and values of finished blocks come from a pass over their final tokens,
@@ -28,19 +33,24 @@ class BlockCausal:
     model: the Transformer.
     block: tokens of a block.
     shift: see `own_rows`.
-    told: times, for a model that is told them; those of finished blocks are 0.
+    time: by the masks of a row, for models that are conditioned on it; that of
+      finished blocks is 0.
   """
 
   model: Transformer
   block: int
   shift: bool = False
-  told: Shares | None = None
+  time: MaskRatioTime | None = None
 
-  def remember(self, params, tokens, valid, start, size, memory=None):
-    """Returns what `again` needs of all that lies before a block.
+  @property
+  def caches_finished(self) -> bool:
+    return True
+
+  def cache_finished(self, params, tokens, valid, start, size, memory=None):
+    """Returns what `step` needs of all that lies before a block.
 
     Args:
-      params, tokens, valid, start, size: as for `first`.
+      params, tokens, valid, start, size: as for `prefill`.
       memory: what the last call of the block before has left, whose final
         tokens are all that is read now; None to read everything.
     """
@@ -63,17 +73,17 @@ class BlockCausal:
       known,
       Mask.block_causal(self.block, segments=segments),
       cache,
-      time=self.told and jnp.zeros(rows),
+      time=self.time and jnp.zeros(rows),
       keep=jnp.full((rows, 1), jnp.maximum(start - 1, 0)),
     )
     return cache, edge
 
-  def first(self, params, tokens, valid, start, size):
+  def prefill(self, params, tokens, valid, start, size):
     """Reads all that lies before the block anew, whatever is cached."""
-    memory = self.remember(params, tokens, valid, start, size)
-    return self.again(params, tokens, valid, start, size, memory)
+    memory = self.cache_finished(params, tokens, valid, start, size)
+    return self.step(params, tokens, valid, start, size, memory)
 
-  def again(self, params, tokens, valid, start, size, carry):
+  def step(self, params, tokens, valid, start, size, carry):
     cache, edge = carry
     hidden, cache = self._read(params, tokens, valid, start, size, cache)
     if self.shift:
@@ -88,14 +98,14 @@ class BlockCausal:
     before = valid & (jnp.arange(valid.shape[1]) < start)
     held = before.sum(-1, dtype=jnp.int32)
     cache = caches.Cache(held, cache.layers, fresh=False)
-    time = self.told and self.told.rows(some, place >= 0)
+    time = self.time and self.time.rows(some, place >= 0)
     return self.model.apply(
       {"params": params}, some, place, Mask.full(), cache, time=time, keep=keep
     )
 
   @staticmethod
-  def repeated(memory, rows: int):
-    """Returns what is remembered of one row as that of equal rows."""
+  def repeat_rows(memory, rows: int):
+    """Returns what is cached of one row as that of equal rows."""
     cache, edge = memory
 
     def layers(x):

@@ -7,17 +7,16 @@ and goes with any policy.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
-from research.diffusion.sampling.denoiser import Denoiser, passes
-from research.typing import UserError
+from research.diffusion.sampling.denoiser import Denoiser
+from research.diffusion.sampling.policies import Credit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Credited:
+class Credited(Denoiser):
   """Logits plus `alpha log(1 + M)`, where M, for each place and token, is
 
     M <- beta M,   M[first choice] += p(first choice) ** gamma
@@ -27,45 +26,36 @@ class Credited:
   Attributes:
     inner: the denoiser.
     mask_id: of the mask, which is never a first choice.
-    alpha, beta, gamma: see above.
+    credit: alpha, beta and gamma; its threshold is the policy's business.
   """
 
   inner: Denoiser
   mask_id: int
-  alpha: float = 0.7
-  beta: float = 0.8
-  gamma: float = 0.2
-
-  def __post_init__(self):
-    if self.alpha < 0 or not 0 <= self.beta < 1 or self.gamma < 0:
-      raise UserError(
-        f"Credited: alpha is {self.alpha}, beta {self.beta} and gamma "
-        f"{self.gamma}, expected at least 0, and beta below 1"
-      )
+  credit: Credit = Credit()
 
   @property
   def passes(self) -> int:
     """Returns the forward passes of a call."""
-    return passes(self.inner)
+    return self.inner.passes
 
   @property
-  def remember(self):
-    """`inner`'s, and no credit; there is none if `inner` has none."""
-    return functools.partial(self._remembered, self.inner.remember)
+  def caches_finished(self) -> bool:
+    """Whether `inner` does."""
+    return self.inner.caches_finished
 
-  def _remembered(
-    self, remember, params, tokens, valid, start, size, memory=None
-  ):
+  def cache_finished(self, params, tokens, valid, start, size, memory=None):
+    """Returns `inner`'s, and no credit."""
     inner = None if memory is None else memory[0]
-    return remember(params, tokens, valid, start, size, inner), None
+    given = params, tokens, valid, start, size
+    return self.inner.cache_finished(*given, inner), None
 
-  def first(self, params, tokens, valid, start, size):
-    logits, inner = self.inner.first(params, tokens, valid, start, size)
+  def prefill(self, params, tokens, valid, start, size):
+    logits, inner = self.inner.prefill(params, tokens, valid, start, size)
     return self._credited(logits, None, inner)
 
-  def again(self, params, tokens, valid, start, size, carry):
+  def step(self, params, tokens, valid, start, size, carry):
     inner, credit = carry
-    logits, inner = self.inner.again(params, tokens, valid, start, size, inner)
+    logits, inner = self.inner.step(params, tokens, valid, start, size, inner)
     return self._credited(logits, credit, inner)
 
   def _credited(self, logits, credit, inner):
@@ -74,6 +64,6 @@ class Credited:
       credit = jnp.zeros_like(logits)
     p = jax.nn.softmax(logits.at[..., self.mask_id].set(-jnp.inf))
     choice = jax.nn.one_hot(p.argmax(-1), p.shape[-1])
-    earned = p.max(-1, keepdims=True) ** self.gamma
-    credit = self.beta * credit + earned * choice
-    return logits + self.alpha * jnp.log1p(credit), (inner, credit)
+    earned = p.max(-1, keepdims=True) ** self.credit.gamma
+    credit = self.credit.beta * credit + earned * choice
+    return logits + self.credit.alpha * jnp.log1p(credit), (inner, credit)

@@ -1,40 +1,43 @@
 """What a sampler asks of a model: logits of one block of a row.
 
-A denoiser is a static value; what it remembers from step to step (a cache) is
-its carry. `first` looks at the whole row, at a block's first step; `again` is
-any later step of the same block, and may use what `first` has left. One that
-can do without `first` has a method `remember`, which carries what is known of
+A denoiser is a static value; what it keeps from step to step (a cache) is its
+carry. `prefill` looks at the whole row, at a block's first step; `step` is any
+later step of the same block, and may use what `prefill` has left. One that can
+do without `prefill` says `caches_finished`, and carries what is known of
 finished blocks to the next: see `block_causal.BlockCausal`.
 """
 
+import abc
 import dataclasses
 import functools
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.masks import Mask
-from research.diffusion.told import Shares
+from research.diffusion.mask_ratio_time import MaskRatioTime
 from research.nn import cache as caches
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Bool, Float, Int, Params
 
 
-@runtime_checkable
-class Denoiser(Protocol):
+class Denoiser(abc.ABC):
   """Logits of tokens `[start, start + size)` of each row, and a carry."""
 
-  def first(
+  @abc.abstractmethod
+  def prefill(
     self,
     params: Params,
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     start: Int[Array, ""],
     size: int,
-  ) -> tuple[Float[Array, "B K V"], Any]: ...
+  ) -> tuple[Float[Array, "B K V"], Any]:
+    """Returns logits and a carry of a block's first step."""
 
-  def again(
+  @abc.abstractmethod
+  def step(
     self,
     params: Params,
     tokens: Int[Array, "B T"],
@@ -42,12 +45,36 @@ class Denoiser(Protocol):
     start: Int[Array, ""],
     size: int,
     carry: Any,
-  ) -> tuple[Float[Array, "B K V"], Any]: ...
+  ) -> tuple[Float[Array, "B K V"], Any]:
+    """Returns logits and the carry of a later step of the block."""
 
+  @property
+  def passes(self) -> int:
+    """Returns the model's forward passes in a call."""
+    return 1
 
-def passes(asked: Denoiser) -> int:
-  """Returns the model's forward passes in a call: a denoiser's own, or 1."""
-  return getattr(asked, "passes", 1)
+  @property
+  def caches_finished(self) -> bool:
+    """Whether `cache_finished` takes the place of `prefill`."""
+    return False
+
+  def cache_finished(
+    self,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    start: Int[Array, ""],
+    size: int,
+    memory: Any = None,
+  ) -> Any:
+    """Returns the carry of a block's first `step`: all before it, read.
+
+    Args:
+      params, tokens, valid, start, size: as for `prefill`.
+      memory: what the last call of the block before has left, whose final
+        tokens are all that is read now; None to read everything.
+    """
+    raise NotImplementedError
 
 
 def positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -137,20 +164,20 @@ def visible(block: int | None, valid: Bool[Array, "B T"]) -> Mask:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Whole:
+class NoCache(Denoiser):
   """Every step reads the whole row, and only a block's logits are formed.
 
   Attributes:
     model: the Transformer.
     shift: see `own_rows`.
     block: tokens of a block of a block-causal model; None: all see all.
-    told: times, for a model that is told them.
+    time: by the masks of a row, for models that are conditioned on it.
   """
 
   model: Transformer
   shift: bool = False
   block: int | None = None
-  told: Shares | None = None
+  time: MaskRatioTime | None = None
 
   def scores(self, params, tokens, valid) -> Float[Array, "B T V"]:
     """Returns logits of every token: what likelihoods need."""
@@ -162,21 +189,21 @@ class Whole:
 
   def _hidden(self, params, tokens, valid, keep=None):
     mask, time = visible(self.block, valid), None
-    if self.told is not None and self.block is None:
-      time = self.told.rows(tokens, valid)
-    elif self.told is not None:
-      time = self.told.blocks(tokens, valid, self.block)
+    if self.time is not None and self.block is None:
+      time = self.time.rows(tokens, valid)
+    elif self.time is not None:
+      time = self.time.blocks(tokens, valid, self.block)
     return self.model.apply(
       {"params": params}, tokens, positions(valid), mask, time=time, keep=keep
     )[0]
 
-  def first(self, params, tokens, valid, start, size):
+  def prefill(self, params, tokens, valid, start, size):
     keep = state_index(start, size, self.shift, positions(valid))
     own = self._hidden(params, tokens, valid, keep)
     return self.model.apply({"params": params}, own, method="logits"), ()
 
-  def again(self, params, tokens, valid, start, size, carry):
-    return self.first(params, tokens, valid, start, size)
+  def step(self, params, tokens, valid, start, size, carry):
+    return self.prefill(params, tokens, valid, start, size)
 
 
 def reread(
@@ -195,7 +222,7 @@ def reread(
     how: a denoiser whose cache holds all tokens of its rows: before the call,
       what it read of these places included, and after it.
     params: of its model.
-    tokens: of whole rows; with `valid`, what a model is told the time by.
+    tokens: of whole rows; with `valid`, what a model's time comes from.
     valid: False for padding.
     some: the tokens that are read.
     place: their positions; -1 for padding.
@@ -204,14 +231,14 @@ def reread(
   """
   held = valid.sum(-1) - jnp.sum(place >= 0, axis=-1)
   cache = dataclasses.replace(cache, length=held.astype(jnp.int32), fresh=False)
-  time = how.told and how.told.rows(tokens, valid)
+  time = how.time and how.time.rows(tokens, valid)
   return how.model.apply(
     {"params": params}, some, place, Mask.full(), cache, time=time, keep=keep
   )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FirstStepCache:
+class FirstStepCache(Denoiser):
   """A cache that a block's first step fills, and its later steps read.
 
   Keys and values of the places that these read are their own, others the first
@@ -220,9 +247,9 @@ class FirstStepCache:
 
   model: Transformer
   shift: bool = False
-  told: Shares | None = None
+  time: MaskRatioTime | None = None
 
-  def first(self, params, tokens, valid, start, size):
+  def prefill(self, params, tokens, valid, start, size):
     rows, length = tokens.shape
     cache = init_cache(self.model, params, rows, length)
     own, cache = self.model.apply(
@@ -231,7 +258,7 @@ class FirstStepCache:
       positions(valid),
       visible(None, valid),
       cache,
-      time=self.told and self.told.rows(tokens, valid),
+      time=self.time and self.time.rows(tokens, valid),
       keep=state_index(start, size, self.shift, positions(valid)),
     )
     logits = self.model.apply({"params": params}, own, method="logits")
@@ -242,7 +269,7 @@ class FirstStepCache:
     """Returns a block's states and the carry, once some places are read.
 
     Args:
-      params, tokens, valid, start, size, carry: as for `again`.
+      params, tokens, valid, start, size, carry: as for `step`.
       low: where the places begin, of each row if rows differ.
       span: how many they are.
     """
@@ -258,7 +285,7 @@ class FirstStepCache:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cached(FirstStepCache):
+class BlockCache(FirstStepCache):
   """Later steps of a block read the block and its neighbours alone.
 
   Keys and values of the rest are those of the block's first step: an
@@ -272,13 +299,13 @@ class Cached(FirstStepCache):
     shift: see `own_rows`.
     before, after: how many tokens around the block are read again; where a
       row's text ends, more on the other side.
-    told: times, for a model that is told them.
+    time: by the masks of a row, for models that are conditioned on it.
   """
 
   before: int = 0
   after: int = 0
 
-  def again(self, params, tokens, valid, start, size, carry):
+  def step(self, params, tokens, valid, start, size, carry):
     span = min(self.before + size + self.after, tokens.shape[1])
     low = self._low(valid, start, size, span)
     own, carry = self.states(

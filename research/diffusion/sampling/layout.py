@@ -28,7 +28,7 @@ def check_prompts(prompts: list[list[int]], mask_id: int) -> None:
       )
 
 
-def rung(n: int, least: int = LEAST) -> int:
+def bucket(n: int, least: int = LEAST) -> int:
   """Returns the least of 64, 96, 128, 192, 256, 384, .. that is no less.
 
   Args:
@@ -40,24 +40,24 @@ def rung(n: int, least: int = LEAST) -> int:
   return middle if max(n, least) <= middle else top
 
 
-def up(n: int, block: int) -> int:
+def round_up(n: int, block: int) -> int:
   """Returns the least multiple of `block` that is no less than `n`."""
   return -(-n // block) * block
 
 
 def width(longest: int, length: int, block: int = 1) -> int:
-  """Returns how many places rows have for prompts: as many as a rung leaves.
+  """Returns how many places rows have for prompts: as many as a bucket leaves.
 
   Args:
     longest: of the prompts.
     length: places that follow.
     block: what the width is a multiple of, where blocks start with the row.
   """
-  return up(max(rung(longest + length) - length, longest), block)
+  return round_up(max(bucket(longest + length) - length, longest), block)
 
 
 @dataclasses.dataclass(frozen=True)
-class Laid:
+class PaddedRows:
   """Rows, as `sampler.begin` takes them.
 
   Attributes:
@@ -79,18 +79,18 @@ class Laid:
     return self.valid & (place < np.array(self.heads)[:, None])
 
 
-def head(row: list[int], mask_id: int) -> int:
+def first_mask(row: list[int], mask_id: int) -> int:
   """Returns how many tokens stand before the first mask."""
   return row.index(mask_id)
 
 
-def lay(
+def pad_rows(
   rows: list[list[int]],
   mask_id: int,
   length: int,
   width: int,
   block: int = 1,
-) -> Laid:
+) -> PaddedRows:
   """Returns rows whose first masks stand where the last `length` places begin.
 
   Args:
@@ -105,7 +105,7 @@ def lay(
   valid = np.zeros(tokens.shape, bool)
   begins, heads = [], []
   for out, ok, row in zip(tokens, valid, rows, strict=True):
-    known = head(row, mask_id)
+    known = first_mask(row, mask_id)
     begin = width - known // block * block
     if begin < 0 or begin + len(row) > out.size:
       raise ValueError(f"a row of {len(row)}, {known} known: no room")
@@ -113,4 +113,4 @@ def lay(
     ok[begin : begin + len(row)] = True
     begins.append(begin)
     heads.append(begin + known)
-  return Laid(tokens, valid & (tokens == mask_id), valid, begins, heads)
+  return PaddedRows(tokens, valid & (tokens == mask_id), valid, begins, heads)

@@ -80,6 +80,9 @@ class Threshold:
   quota_first: bool = False
   needs_probabilities: ClassVar[bool] = True
 
+  def __post_init__(self):
+    _check_shares(self, "threshold")
+
   @property
   def uses_quota(self) -> bool:
     return self.quota_first
@@ -89,6 +92,34 @@ class Threshold:
     least = jnp.maximum(quota, 1) if self.quota_first else jnp.ones_like(quota)
     kept = (confidence >= self.threshold) | (rank < least[:, None])
     return eligible & kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Credit(Threshold):
+  """A threshold on confidences that earlier steps have raised (dInfer).
+
+  What a place was likely to be at earlier steps counts, too: `credit.Credited`
+  adds it to the logits, from these numbers.
+
+  Attributes:
+    threshold: tau.
+    alpha: how much credit counts.
+    beta: the share of it that is left at the next step.
+    gamma: the power of a first choice's probability that it earns.
+  """
+
+  alpha: float = 0.7
+  beta: float = 0.8
+  gamma: float = 0.2
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.alpha < 0 or not 0 <= self.beta < 1 or self.gamma < 0:
+      raise UserError(
+        f"Credit: alpha is {self.alpha}, beta {self.beta} and gamma "
+        f"{self.gamma}, expected alpha and gamma of at least 0, and beta from "
+        "0 to below 1"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +138,10 @@ class Factor:
   needs_probabilities: ClassVar[bool] = True
   uses_quota: ClassVar[bool] = False
 
+  def __post_init__(self):
+    if not self.factor > 0:
+      raise UserError(f"Factor: factor is {self.factor}, expected above 0")
+
   def commit(self, confidence, eligible, quota):
     rank = ranks(confidence, eligible)
     enough = confidence >= 1 - self.factor / (rank + 2)
@@ -121,30 +156,44 @@ class Hierarchy:
   """The surest place of each run of masks, if sure enough (dInfer).
 
   Attributes:
-    low: what the surest of a run needs.
     threshold: what any place needs.
+    low: what the surest of a run needs.
   """
 
-  low: float = 0.62
   threshold: float = 0.92
+  low: float = 0.62
   needs_probabilities: ClassVar[bool] = True
   uses_quota: ClassVar[bool] = False
 
+  def __post_init__(self):
+    _check_shares(self, "threshold", "low")
+
   def commit(self, confidence, eligible, quota):
-    sure = jnp.where(eligible, confidence, -jnp.inf)
+    known = jnp.where(eligible, confidence, -jnp.inf)
     start = eligible & ~jnp.pad(eligible, ((0, 0), (1, 0)))[:, :-1]
     run = jnp.where(eligible, jnp.cumsum(start, axis=-1), 0)
     same = run[:, :, None] == run[:, None, :]
-    rival = jnp.where(same & eligible[:, None, :], sure[:, None, :], -jnp.inf)
+    rival = jnp.where(same & eligible[:, None, :], known[:, None, :], -jnp.inf)
     place = jnp.arange(run.shape[-1])
-    ahead = (rival > sure[:, :, None]) | (
-      (rival == sure[:, :, None]) & (place < place[:, None])
+    ahead = (rival > known[:, :, None]) | (
+      (rival == known[:, :, None]) & (place < place[:, None])
     )
     best = eligible & ~jnp.any(ahead & same & eligible[:, None, :], axis=-1)
     kept = (best & (confidence > self.low)) | (confidence > self.threshold)
     kept &= eligible
     first = ranks(confidence, eligible) == 0
     return kept | (eligible & first & ~kept.any(-1, keepdims=True))
+
+
+def _check_shares(policy: Policy, *names: str) -> None:
+  """Raises UserError unless fields are probabilities above 0."""
+  for name in names:
+    value = getattr(policy, name)
+    if not 0 < value <= 1:
+      raise UserError(
+        f"{type(policy).__name__}: {name} is {value}, expected above 0 and at "
+        "most 1"
+      )
 
 
 def shares_of(plan: str, steps: int) -> np.ndarray:

@@ -15,7 +15,7 @@ class PrefixCache(FirstStepCache):
 
   Keys and values of all before the block, finished blocks included, are those
   of its first step: the prefix cache of Wu et al. 2025 (Fast-dLLM,
-  arXiv:2505.22618), an approximation as `Cached` is.
+  arXiv:2505.22618), an approximation as `BlockCache` is.
 
   Shapes are static, so a call reads 1, 2, 3, 4, 6, 8, 12, .. times a block's
   places, the fewest that reach the last text's end; the rest is padding. It is
@@ -24,10 +24,10 @@ class PrefixCache(FirstStepCache):
   Attributes:
     model: the Transformer; all tokens see all.
     shift: see `own_rows`.
-    told: times, for a model that is told them.
+    time: by the masks of a row, for models that are conditioned on it.
   """
 
-  def again(self, params, tokens, valid, start, size, carry):
+  def step(self, params, tokens, valid, start, size, carry):
     spans = self.spans(size, tokens.shape[1])
     need = jnp.maximum(ends(valid).max() - start, size)
     chosen = sum((need > n).astype(jnp.int32) for n in spans)
@@ -51,4 +51,4 @@ class PrefixCache(FirstStepCache):
       length: of a row.
     """
     blocks = range(1, -(-length // size) + 1)
-    return sorted({min(size * layout.rung(n, 1), length) for n in blocks})
+    return sorted({min(size * layout.bucket(n, 1), length) for n in blocks})

@@ -59,7 +59,7 @@ class Remask:
     schedule: Schedule,
     t: Float[Array, ""],
     s: Float[Array, ""],
-    sure: Float[Array, "B K"],
+    confidence: Float[Array, "B K"],
     filled: Bool[Array, "B K"],
   ) -> Float[Array, "B K"]:
     """Returns how likely each place is masked again.
@@ -67,12 +67,12 @@ class Remask:
     Args:
       schedule: of the process.
       t, s: times before and after the step.
-      sure: how probable a place's token was when it was filled in.
+      confidence: how probable a place's token was when it was filled in.
       filled: which places may be masked again.
     """
-    size = jnp.broadcast_to(self.size(schedule, t, s), sure.shape)
+    size = jnp.broadcast_to(self.size(schedule, t, s), confidence.shape)
     if self.kind == "confidence":
-      share = jax.nn.softmax(jnp.where(filled, -sure, -jnp.inf), axis=-1)
+      share = jax.nn.softmax(jnp.where(filled, -confidence, -jnp.inf), axis=-1)
       share = jnp.where(filled.any(-1, keepdims=True), share, 0.0)
       count = filled.sum(-1, keepdims=True)
       most = largest_sigma(schedule, t, s)

@@ -20,8 +20,9 @@ import numpy as np
 
 from research import tree
 from research.diffusion.sampling import layout
-from research.diffusion.sampling.candidates import Options, candidates
-from research.diffusion.sampling.denoiser import Denoiser, passes
+from research.diffusion.sampling.candidates import candidates, quota, remasked
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import Denoiser
 from research.generation import sampling as samplers
 from research.generation.sampling import GREEDY, Sampling
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
@@ -41,7 +42,8 @@ class State:
     count: int32 `[B]`, steps in which a row took part.
     done: bool `[B]`, rows that have ended.
     filled: int32 `[B, T]`, the step that filled a place, -1 for none.
-    sure: float32 `[B, T]`, how probable a place's token was when it was filled.
+    confidence: float32 `[B, T]`, how probable a place's token was when it was
+      filled.
     calls: int32, steps of the batch so far, each a call of the denoiser.
   """
 
@@ -53,7 +55,7 @@ class State:
   count: Any
   done: Any
   filled: Any
-  sure: Any
+  confidence: Any
   calls: Any
 
 
@@ -84,7 +86,7 @@ class Sampled:
 
 def start(
   prompts: list[list[int]],
-  options: Options,
+  config: SamplerConfig,
   key: PRNGKey,
   examples: Int[Array, "B"] | None = None,
   width: int | None = None,
@@ -92,7 +94,7 @@ def start(
   """Returns rows of prompts, padded on the left, and masks.
 
   Args:
-    prompts, options, key: as they are for the whole batch.
+    prompts, config, key: as they are for the whole batch.
     examples: each row's number, which its own key is derived from.
     width: places for prompts, at least the longest one's; by default those. See
       `layout.width`.
@@ -100,11 +102,12 @@ def start(
   Raises:
     UserError: there is no prompt, or one holds the mask.
   """
-  layout.check_prompts(prompts, options.mask_id)
+  checked_config(config)
+  layout.check_prompts(prompts, config.mask_id)
   width = max([width or 0, *map(len, prompts)])
-  masks = [options.mask_id] * options.length
+  masks = [config.mask_id] * config.length
   rows = [[*prompt, *masks] for prompt in prompts]
-  laid = layout.lay(rows, options.mask_id, options.length, width)
+  laid = layout.pad_rows(rows, config.mask_id, config.length, width)
   return begin(laid.tokens, laid.masked, laid.valid, key, examples)
 
 
@@ -129,7 +132,7 @@ def begin(
     count=zero,
     done=zero > 0,
     filled=jnp.full(tokens.shape, -1, jnp.int32),
-    sure=jnp.ones(tokens.shape, jnp.float32),
+    confidence=jnp.ones(tokens.shape, jnp.float32),
     calls=jnp.int32(0),
   )
 
@@ -138,7 +141,7 @@ def sample(
   denoiser: Denoiser,
   params: Params,
   state: State,
-  options: Options,
+  config: SamplerConfig,
   sampling: Sampling = GREEDY,
   look: Callable[[State], None] | None = None,
 ) -> Sampled:
@@ -147,27 +150,31 @@ def sample(
   Args:
     denoiser: the model.
     params: its parameters.
-    state: from `start` or `begin`; of its last `options.length` places what is
+    state: from `start` or `begin`; of its last `config.length` places what is
       masked is filled, block after block. It stays as it is.
-    options: how.
+    config: how.
     sampling: how candidates are drawn; greedy by default.
     look: called after each block, to show it.
 
   Raises:
     UserError: logits are not finite.
   """
+  if checked_config(config).canvas is not None:
+    raise UserError(
+      "sampler: canvas is one that grows, which variable_length.sample fills"
+    )
   state = tree.device_put_like(state, params)
-  total, memory, one = state.tokens.shape[1], None, options.of_block
+  total, memory, one = state.tokens.shape[1], None, config.of_block
   ours = np.asarray(~state.fixed).any(0)
-  for at in range(total - options.length, total, options.block):
-    if not ours[at : at + options.block].any():
+  for at in range(total - config.length, total, config.block):
+    if not ours[at : at + config.block].any():
       memory = None  # who goes on behind it reads all of it
       continue
     if bool(state.done.all()):
       break
-    if hasattr(denoiser, "remember"):
-      memory = _remembered(
-        denoiser, params, state, jnp.int32(at), options.block, memory
+    if denoiser.caches_finished:
+      memory = _cache_finished(
+        denoiser, params, state, jnp.int32(at), config.block, memory
       )
     state, finite, memory = fill_block(
       denoiser, params, state, jnp.int32(at), one, sampling, memory
@@ -175,7 +182,17 @@ def sample(
     checked(finite, f"of the block at {at}")
     if look is not None:
       look(state)
-  return result(state, options, passes(denoiser))
+  return result(state, config, denoiser.passes)
+
+
+def checked_config(config: SamplerConfig) -> SamplerConfig:
+  """Returns settings that are a model's; raises UserError for others."""
+  if config.mask_id is None:
+    raise UserError(
+      "sampler: mask_id is None, expected settings for a model's rows; "
+      "SamplerConfig.for_model returns them"
+    )
+  return config
 
 
 def checked(finite: Bool[Array, ""], where: str) -> None:
@@ -187,14 +204,14 @@ def checked(finite: Bool[Array, ""], where: str) -> None:
     )
 
 
-def result(state: State, options: Options, each: int = 1) -> Sampled:
-  """Returns what is told of rows whose last `options.length` are filled.
+def result(state: State, config: SamplerConfig, each: int = 1) -> Sampled:
+  """Returns what is reported of rows whose last `config.length` are filled.
 
   `each` is how many forward passes a step took.
   """
   tokens = np.asarray(state.tokens)
-  ours = ~np.asarray(state.fixed)[:, -options.length :]
-  ended = ours & np.isin(tokens[:, -options.length :], options.end)
+  ours = ~np.asarray(state.fixed)[:, -config.length :]
+  ended = ours & np.isin(tokens[:, -config.length :], config.end)
   before = ours & ~np.logical_or.accumulate(ended, axis=-1)
   return Sampled(
     tokens,
@@ -208,76 +225,78 @@ def result(state: State, options: Options, each: int = 1) -> Sampled:
 @functools.partial(
   jax.jit, static_argnames=("denoiser", "size"), donate_argnames=("memory",)
 )
-def _remembered(denoiser, params, state, at, size, memory):
-  """Returns what a denoiser remembers of all before a block."""
-  return denoiser.remember(params, state.tokens, state.valid, at, size, memory)
+def _cache_finished(denoiser, params, state, at, size, memory):
+  """Returns what a denoiser keeps of all before a block."""
+  return denoiser.cache_finished(
+    params, state.tokens, state.valid, at, size, memory
+  )
 
 
 @functools.partial(
-  jax.jit, static_argnames=("denoiser", "options"), donate_argnames=("memory",)
+  jax.jit, static_argnames=("denoiser", "config"), donate_argnames=("memory",)
 )
 def fill_block(
   denoiser: Denoiser,
   params: Params,
   state: State,
   at: Int[Array, ""],
-  options: Options,
+  config: SamplerConfig,
   sampling: Sampling = GREEDY,
   memory: Any = None,
 ) -> tuple[State, Bool[Array, ""], Any]:
   """Returns rows with the block at `at` filled.
 
   Args:
-    denoiser, params, options, sampling: as for `sample`.
+    denoiser, params, config, sampling: as for `sample`.
     state: rows.
     at: where the block starts.
-    memory: what a denoiser's `remember` returned; None to look at whole rows.
-      It is donated, so that a cache is not there twice.
+    memory: what a denoiser's `cache_finished` returned; None to look at whole
+      rows. It is donated, so that a cache is not there twice.
 
   Returns:
     Rows, whether logits were finite, and what the block's last call has left
-    of `memory`, from which `remember` goes on; None without.
+    of `memory`, from which `cache_finished` goes on; None without.
   """
-  size = options.block
+  size = config.block
   planned = jnp.where(state.done, 0, cut(state.masked, at, size).sum(-1))
   # Each step fills a place of every row that has some; a plan may take more.
-  most = options.block_steps
-  if options.remask is None:
+  most = config.block_steps
+  if config.remask is None:
     most = max(size, most)
 
   def unfinished(state, i):
     """Returns which rows have a place to be filled, now or once more."""
     open_ = cut(state.masked, at, size)
-    if options.remask is not None:
+    if config.remask is not None:
       open_ |= ~cut(state.fixed, at, size)  # masked again, perhaps
     return open_.any(-1) & ~state.done & (i < most)
 
   def more(loop):
     state, i, edits, *_ = loop
     go = unfinished(state, i)
-    return (go if options.edit is None else go | edits).any()
+    return (go if config.edit is None else go | edits).any()
 
   def step(loop):
     state, i, edits, spare, carry, finite = loop
     given = params, state.tokens, state.valid, at, size
-    logits, carry = denoiser.again(*given, carry)
+    logits, carry = denoiser.step(*given, carry)
     spare -= ~unfinished(state, i)
-    state, edits = fill(state, logits, at, options, sampling, planned, i, edits)
+    state, edits = fill(state, logits, at, config, sampling, planned, i, edits)
     edits &= unfinished(state, i + 1) | (spare > 0)
     return state, i + 1, edits, spare, carry, finite & _finite(logits)
 
-  ask = denoiser.first if memory is None else denoiser.again
+  ask = denoiser.prefill if memory is None else denoiser.step
   left = () if memory is None else (memory,)
   logits, carry = ask(params, state.tokens, state.valid, at, size, *left)
-  state, edits = fill(state, logits, at, options, sampling, planned, 0)
+  state, edits = fill(state, logits, at, config, sampling, planned, 0)
   carry = jax.tree.map(jnp.asarray, carry)
   # Edits of a full row are limited, however early it was full.
-  spare = jnp.full_like(planned, options.edit_steps)
+  spare = jnp.full_like(planned, config.edit_steps)
   edits &= unfinished(state, 1) | (spare > 0)
   loop = state, jnp.int32(1), edits, spare, carry, _finite(logits)
   state, *_, carry, finite = jax.lax.while_loop(more, step, loop)
-  if options.stop and options.end:
-    state = ended(state, at, options)
+  if config.stop_early and config.end:
+    state = ended(state, at, config)
   return state, finite, None if memory is None else carry
 
 
@@ -302,11 +321,11 @@ Proposed = tuple[Int[Array, "B K"], Float[Array, "B K"], Float[Array, "B K"]]
 def proposals(
   state: State,
   logits: Float[Array, "B K V"],
-  options: Options,
+  config: SamplerConfig,
   sampling: Sampling,
 ) -> Proposed:
   """Returns what `candidates` proposes for a block, by the rows' own keys."""
-  return candidates(logits, _keys(state), options, sampling)
+  return candidates(logits, _keys(state), config, sampling)
 
 
 def _keys(state: State) -> PRNGKey:
@@ -317,7 +336,7 @@ def fill(
   state: State,
   logits: Float[Array, "B K V"],
   at: Int[Array, ""],
-  options: Options,
+  config: SamplerConfig,
   sampling: Sampling,
   planned: Int[Array, "B"],
   i: Int[Array, ""] | int,
@@ -330,60 +349,60 @@ def fill(
     state: rows.
     logits: of the block.
     at: where it starts.
-    options, sampling: as for `sample`.
+    config, sampling: as for `sample`.
     planned: how many masks the block had at first.
     i: steps of this block so far.
     edits: rows that the step before changed; others are not edited. None for
       a block's first step.
     proposed: `proposals` of the logits, of who needs them besides.
   """
-  size = options.block
+  size = config.block
   tokens, masked = (cut(x, at, size) for x in (state.tokens, state.masked))
   ours = ~cut(state.fixed, at, size)
   free = ours & ~masked & ~state.done[:, None]
   active = masked.any(-1) & ~state.done
   if proposed is None:
-    proposed = proposals(state, logits, options, sampling)
-  found, sure, chance = proposed
+    proposed = proposals(state, logits, config, sampling)
+  found, confidence, chance = proposed
   eligible = masked & active[:, None]
-  quota = options.quota(planned, masked.sum(-1), i, _keys(state))
-  kept = options.policy.commit(sure, eligible, quota) & eligible
+  count = quota(config, planned, masked.sum(-1), i, _keys(state))
+  kept = config.policy.commit(confidence, eligible, count) & eligible
   new = jnp.where(kept, found, tokens)
   edited, taking_part = jnp.zeros_like(active), active
-  if options.edit is not None:
+  if config.edit is not None:
     taking_part = ~state.done & ours.any(-1)
     if edits is not None:
       taking_part &= active | edits
-    other = free & (found != tokens) & (chance > options.edit)
+    other = free & (found != tokens) & (chance > config.edit)
     other &= taking_part[:, None]
     # What was filled now is looked at once more, too.
     new, edited = jnp.where(other, found, new), (other | kept).any(-1)
   calls = state.calls + 1
   filled = jnp.where(kept, state.calls, cut(state.filled, at, size))
-  before = cut(state.sure, at, size)
-  again = options.again(before, free, i, _keys(state))
-  if options.remask is not None:
-    new = jnp.where(again, options.mask_id, new)
+  before = cut(state.confidence, at, size)
+  again = remasked(config, before, free, i, _keys(state))
+  if config.remask is not None:
+    new = jnp.where(again, config.mask_id, new)
     filled = jnp.where(again, -1, filled)
     # All planned steps; longer, who is still edited.
-    taking_part |= ~state.done & ours.any(-1) & (i < options.block_steps)
+    taking_part |= ~state.done & ours.any(-1) & (i < config.block_steps)
   state = dataclasses.replace(
     state,
     tokens=_put(state.tokens, new, at),
     masked=_put(state.masked, (masked & ~kept) | again, at),
     filled=_put(state.filled, filled, at),
-    sure=_put(state.sure, jnp.where(kept, chance, before), at),
+    confidence=_put(state.confidence, jnp.where(kept, chance, before), at),
     count=state.count + taking_part,
     calls=calls,
   )
   return state, edited
 
 
-def ended(state: State, at: Array, options: Options) -> State:
+def ended(state: State, at: Array, config: SamplerConfig) -> State:
   """Returns rows that have ended, filled up with their end."""
   place = jnp.arange(state.tokens.shape[1])
-  made = ~state.fixed & (place < at + options.block) & ~state.masked
-  ends = made & jnp.isin(state.tokens, jnp.array(options.end))
+  made = ~state.fixed & (place < at + config.block) & ~state.masked
+  ends = made & jnp.isin(state.tokens, jnp.array(config.end))
   # Only an end with nothing open before it.
   first = jnp.where(ends.any(-1), jnp.argmax(ends, axis=-1), place.size)
   open_before = (state.masked & (place < first[:, None])).any(-1)

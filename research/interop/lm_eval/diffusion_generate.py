@@ -8,16 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.diffusion.sampling import layout, sampler
-from research.diffusion.sampling.block_causal import BlockCausal
-from research.diffusion.sampling.candidates import Options as Filling
-from research.diffusion.sampling.denoiser import Denoiser, Whole
-from research.diffusion.sampling.guided import Guided, with_prompt
+from research.diffusion.sampling.classifier_free_guidance import with_prompt
+from research.diffusion.sampling.config import Prefix, SamplerConfig
+from research.diffusion.sampling.make_denoiser import make_denoiser
 from research.interop.diffusion.spec import Spec
 from research.interop.lm_eval import harness_requests as texts
 from research.interop.lm_eval.lm_eval_settings import (
   DEFAULT,
   Asking,
-  reading,
   spec_of,
 )
 from research.interop.loaded import Loaded
@@ -65,21 +63,21 @@ def _filled(loaded, spec, contexts, options, numbers, how) -> list[str]:
   ]
   block = _block(spec, how, count)
   laid, length = _laid(prompts, count, block, spec)
-  filling = _filling(loaded, spec, how, count, length, block)
+  config = _config(loaded, spec, how, count, length, block)
   key, examples = jax.random.key(how.seed), jnp.asarray(numbers)
   state = sampler.begin(laid.tokens, laid.masked, laid.valid, key, examples)
-  denoiser, params = _cached(loaded, spec, how), loaded.params
+  denoiser = make_denoiser(config, loaded.model, spec.shift, spec.block)
+  params = loaded.params
   if how.guidance:
     params = with_prompt(params, jnp.asarray(laid.prompt))
-    denoiser = Guided(inner=denoiser, mask_id=spec.mask_id, weight=how.guidance)
-  rows = sampler.sample(denoiser, params, state, filling, options.rule)
+  rows = sampler.sample(denoiser, params, state, config, options.rule)
   out = []
   for made, head in zip(rows.tokens, laid.heads, strict=True):
     made = made[head:][:count]
-    if not filling.stop:
+    if not config.stop_early:
       out.append(text_of(tokenizer, made.tolist(), options.until))
       continue
-    ends = np.flatnonzero(np.isin(made, filling.end))
+    ends = np.flatnonzero(np.isin(made, config.end))
     made = made[: ends[0]] if ends.size else made
     out.append(texts.before(tokenizer.decode(made.tolist()), options.until))
   return out
@@ -108,10 +106,10 @@ def _block(spec: Spec, how: Asking, count: int) -> int:
   return spec.block
 
 
-def _filling(
+def _config(
   loaded: Loaded, spec: Spec, how: Asking, count: int, length: int, block: int
-) -> Filling:
-  """Returns the sampler's options for `length` places, `count` asked for."""
+) -> SamplerConfig:
+  """Returns the sampler's settings for `length` places, `count` asked for."""
   ends = {*spec.end, *(loaded.tokenizer.stop or ())} - {spec.mask_id}
   given = {"end": tuple(sorted(ends)), **how.options}
   steps, blocks = given.get("steps"), -(-count // block)
@@ -123,32 +121,27 @@ def _filling(
       )
     # A prompt that ends within a model's block may bring a block more.
     given["steps"] = steps // blocks * (length // block)
-  given |= dict(length=length, block=block)
-  return Filling(mask_id=spec.mask_id, **given)
+  given |= dict(length=length, block=block, guidance=how.guidance)
+  if spec.block is not None:
+    if given.get("cache") is not None:
+      raise UserError(
+        "Asking.options: found a cache for a model with blocks, expected none: "
+        "it has its own cache, which is exact"
+      )
+    given["cache"] = Prefix()
+  return SamplerConfig(mask_id=spec.mask_id, **given)
 
 
-def _cached(loaded: Loaded, spec: Spec, how: Asking) -> Denoiser:
-  """Returns how rows are read while a text is written."""
-  if spec.block is None:
-    return reading(how.cache or Whole, loaded, spec)
-  if how.cache is not None:
-    raise UserError(
-      "Asking.cache: found one for a model with blocks, expected None: it has "
-      "its own cache, which is exact"
-    )
-  return reading(BlockCausal, loaded, spec, block=spec.block)
-
-
-def _laid(prompts, count, block, spec) -> tuple[layout.Laid, int]:
-  """Returns prompts and masks on a rung, and how many places are filled."""
+def _laid(prompts, count, block, spec) -> tuple[layout.PaddedRows, int]:
+  """Returns prompts and masks in a bucket, and how many places are filled."""
   layout.check_prompts(prompts, spec.mask_id)
   unit, rows, sizes = spec.block or 1, [], []
   for prompt in prompts:
     # Blocks of a model that has some begin where the row does.
     inside = len(prompt) % unit
-    sizes.append(layout.up(inside + count, block))
+    sizes.append(layout.round_up(inside + count, block))
     rows.append([*prompt, *[spec.mask_id] * (sizes[-1] - inside)])
   longest = max(len(prompt) // unit * unit for prompt in prompts)
   length = max(sizes)
   width = layout.width(longest, length, unit)
-  return layout.lay(rows, spec.mask_id, length, width, unit), length
+  return layout.pad_rows(rows, spec.mask_id, length, width, unit), length

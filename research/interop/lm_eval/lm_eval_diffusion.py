@@ -24,7 +24,7 @@ import numpy as np
 from research.diffusion import likelihood, process
 from research.diffusion.sampling import layout
 from research.diffusion.sampling.block_causal import BlockCausal
-from research.diffusion.sampling.denoiser import Whole
+from research.diffusion.sampling.denoiser import NoCache
 from research.generation import generate
 from research.interop.diffusion.spec import Spec
 from research.interop.lm_eval import harness_requests as texts
@@ -176,7 +176,7 @@ class _Row:
     stop, mask_id = len(self.ids), self.spec.mask_id
     tokens = self._padded(generate.bucket(stop))
     place = jnp.arange(tokens.shape[0])
-    denoiser = reading(Whole, self.loaded, self.spec)
+    denoiser = reading(NoCache, self.loaded, self.spec)
     scores = scores_of(denoiser, self.loaded.params, place < stop, mask_id)
     prompt = place < self.first
     scores = likelihood.guided(scores, prompt, mask_id, self.how.guidance)
@@ -186,7 +186,7 @@ class _Row:
     """Yields each block of a model that has some, given those before it."""
     size, stop, w = self.spec.block, len(self.ids), self.how.guidance
     denoiser = reading(BlockCausal, self.loaded, self.spec, block=size)
-    tokens = self._padded(layout.up(generate.bucket(stop), size))
+    tokens = self._padded(layout.round_up(generate.bucket(stop), size))
     place = jnp.arange(tokens.shape[0])
     prompt = place < self.first
     sides = [tokens]
@@ -201,7 +201,7 @@ class _Row:
       scores = []
       for i, side in enumerate(sides):
         given = denoiser, self.loaded.params, side
-        memories[i] = likelihood.remembered(
+        memories[i] = likelihood.cache_finished(
           *given, jnp.int32(start), memories[i]
         )
         scores.append(
@@ -223,7 +223,7 @@ class _Row:
 
 
 def scores_of(
-  denoiser: Whole, params: Params, valid: Bool[Array, "T"], mask_id: int
+  denoiser: NoCache, params: Params, valid: Bool[Array, "T"], mask_id: int
 ) -> likelihood.Scores:
   """Returns the model of rows alike, compiled, the mask without probability."""
   return functools.partial(_scores, denoiser, params, valid, mask_id)
@@ -231,7 +231,7 @@ def scores_of(
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _scores(
-  denoiser: Whole,
+  denoiser: NoCache,
   params: Params,
   valid: Bool[Array, "T"],
   mask_id: int,

@@ -4,12 +4,15 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from research.diffusion import likelihood, told
-from research.diffusion.sampling.candidates import Options
+from research.diffusion import likelihood, mask_ratio_time
+from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.denoiser import Denoiser
 from research.interop.diffusion.spec import Spec
 from research.interop.loaded import Loaded
 from research.typing import UserError
+
+_ELSEWHERE = {"mask_id", "canvas", "guidance"}
+"""Settings of a sampler that the model or another field decides about."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,13 +27,11 @@ class Asking:
     guidance: by the context, w; 0 for none.
     greedy: whether to find out if a continuation is the one that reveals its
       surest token first; it takes a call a token, and is False otherwise.
-    options: of the sampler, by their names in `candidates.Options`. By default
+    options: of the sampler, by their names in `SamplerConfig`. By default
       `length` is a request's, `block` the model's or 32, `end` the model's and
       its tokenizer's. `steps` are those of the length, split among its blocks.
-      With `stop=False` a text is not cut where it ends: as LLaDA evaluates.
-    cache: of texts, for models without blocks of their own: `PrefixCache`,
-      `Cached`, or another denoiser that is made of a model, its shift and its
-      times; None to read whole rows.
+      With `stop_early=False` a text is not cut where it ends: as LLaDA
+      evaluates. A `cache` is for models without blocks of their own.
     seed: of masks and samples; a value depends on it and on the request's
       place.
 
@@ -44,11 +45,10 @@ class Asking:
   guidance: float = 0.0
   greedy: bool = False
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  cache: Callable[..., Denoiser] | None = None
   seed: int = 0
 
   def __post_init__(self):
-    known = {f.name for f in dataclasses.fields(Options)} - {"mask_id"}
+    known = {f.name for f in dataclasses.fields(SamplerConfig)} - _ELSEWHERE
     unknown = sorted(set(self.options) - known)
     if unknown:
       *most, last = sorted(known)
@@ -56,6 +56,7 @@ class Asking:
         f"Asking.options: found {unknown[0]!r}, expected {', '.join(most)} or "
         f"{last}"
       )
+    SamplerConfig(**self.options)  # which checks itself
 
 
 DEFAULT = Asking()
@@ -65,8 +66,8 @@ def reading(
   kind: Callable[..., Denoiser], loaded: Loaded, spec: Spec, **more: Any
 ) -> Any:
   """Returns how rows are read: a denoiser of the model."""
-  times = told.shares(loaded.model, spec.mask_id)
-  return kind(model=loaded.model, shift=spec.shift, told=times, **more)
+  times = mask_ratio_time.for_model(loaded.model, spec.mask_id)
+  return kind(model=loaded.model, shift=spec.shift, time=times, **more)
 
 
 def spec_of(loaded: Loaded) -> Spec:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from experiments.core import artifacts, config
+from research.diffusion import mask_ratio_time
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.sampling.block_causal import BlockCausal
-from research.diffusion.told import shares
 from research.interop import load
 from research.interop.diffusion.spec import Spec
 from research.nn.time_embedding import TimeEmbedding
@@ -55,11 +55,11 @@ def test_it_says_what_its_masks_are(tmp_path, block, clock):
     return  # Hugging Face's files, tested elsewhere
   tokens = jnp.array([[3, MASK, 1, MASK, MASK, 2, MASK, 4]])
   valid = jnp.ones(tokens.shape, bool)
-  told = shares(model, MASK)
+  time = mask_ratio_time.for_model(model, MASK)
 
   def scores(model, params):
-    asked = BlockCausal(model=model, block=block, told=told)
-    return asked.first(params, tokens, valid, jnp.int32(4), 4)[0]
+    asked = BlockCausal(model=model, block=block, time=time)
+    return asked.prefill(params, tokens, valid, jnp.int32(4), 4)[0]
 
   got, want = scores(again.model, again.params), scores(model, params)
   np.testing.assert_array_equal(got, want)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from research.diffusion.sampling import sampler
-from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.policies import Quota, Threshold
 from research.generation.sampling import GREEDY, Sampling
 from research.interop.diffusion.spec import from_config
@@ -19,14 +19,14 @@ from tests.research.diffusion.sampling.test_sampler import MASK, Wave, run
 class Masking(Wave):
   """Likes nothing as much as the mask."""
 
-  def first(self, params, tokens, valid, start, size):
-    logits, carry = super().first(params, tokens, valid, start, size)
+  def prefill(self, params, tokens, valid, start, size):
+    logits, carry = super().prefill(params, tokens, valid, start, size)
     return logits.at[..., MASK].set(50.0), carry
 
 
 @pytest.mark.parametrize("rules", [GREEDY, Sampling(temperature=2.0)])
 def test_a_model_that_predicts_the_mask_fills_in_its_next_choice(rules):
-  options = Options(mask_id=MASK, length=8, block=8, steps=4)
+  options = SamplerConfig(mask_id=MASK, length=8, block=8, steps=4)
   found = []
   for asked in (Wave(), Masking()):
     state = sampler.start([[2, 5, 1]], options, jax.random.key(0))
@@ -37,10 +37,8 @@ def test_a_model_that_predicts_the_mask_fills_in_its_next_choice(rules):
 
 
 def test_a_block_longer_than_the_answer():
-  with pytest.raises(
-    UserError, match="length is 8, expected a multiple of block, 16"
-  ):
-    Options(mask_id=MASK, length=8, block=16)
+  with pytest.raises(UserError, match="block=16: does not divide length=8"):
+    SamplerConfig(mask_id=MASK, length=8, block=16)
 
 
 def test_steps_beyond_the_places_end_when_all_is_full():
@@ -52,7 +50,7 @@ def test_an_empty_prompt_is_a_row_of_masks():
   alone = run(prompts=[()], block=8, steps=4)
   assert alone.tokens.shape == (1, 8) and alone.calls == 4
   assert (alone.tokens != MASK).all()
-  options = Options(mask_id=MASK, length=8, block=8, steps=4)
+  options = SamplerConfig(mask_id=MASK, length=8, block=8, steps=4)
   tokens = np.full((1, 8), MASK)
   whole = tokens == MASK
   state = sampler.begin(tokens, whole, whole, jax.random.key(0))
@@ -64,7 +62,7 @@ def test_an_empty_prompt_is_a_row_of_masks():
 
 
 def test_nothing_masked_is_nothing_to_do():
-  options = Options(mask_id=MASK, length=4, block=4)
+  options = SamplerConfig(mask_id=MASK, length=4, block=4)
   tokens = np.array([[1, 2, 3, 4, 5]])
   state = sampler.begin(tokens, tokens < 0, tokens > 0, jax.random.key(0))
   got = sampler.sample(Wave(), {}, state, options)
@@ -79,11 +77,11 @@ def test_logits_that_are_no_numbers_end_and_are_told(value, policy):
 
   @dataclasses.dataclass(frozen=True)
   class Breaking(Wave):
-    def again(self, params, tokens, valid, start, size, carry):
-      logits, carry = super().first(params, tokens, valid, start, size)
+    def step(self, params, tokens, valid, start, size, carry):
+      logits, carry = super().prefill(params, tokens, valid, start, size)
       return logits.at[0, 3, 2].set(value), carry
 
-  options = Options(mask_id=MASK, length=8, block=8, policy=policy)
+  options = SamplerConfig(mask_id=MASK, length=8, block=8, policy=policy)
   state = sampler.start([[1, 2]], options, jax.random.key(0))
   with pytest.raises(UserError, match="block at 2 are not finite"):
     sampler.sample(Breaking(), {}, state, options)

@@ -80,7 +80,7 @@ def test_one_block_is_plain_diffusion():
   )
   hidden, _ = ours.states(params, batch, masked)
   noisy = jnp.where(masked, MASK, batch["tokens"])
-  whole = denoiser.Whole(model=model)
+  whole = denoiser.NoCache(model=model)
   logits = whole.scores(params, noisy, jnp.ones((3, T), bool))
   got = model.apply({"params": params}, hidden, method="logits")
   chex.assert_trees_all_close(
@@ -103,7 +103,7 @@ def test_one_pass_is_a_pass_a_block_with_its_clean_past(shift):
   got = model.apply({"params": params}, hidden, method="logits")
   d = BlockCausal(model=model, block=k, shift=shift)
   f = jax.jit(
-    lambda tokens, at: d.first(
+    lambda tokens, at: d.prefill(
       params, tokens, jnp.ones(tokens.shape, bool), at, k
     )[0]
   )

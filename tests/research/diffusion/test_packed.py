@@ -18,8 +18,8 @@ from research.diffusion.alignment.grpo import GRPO
 from research.diffusion.alignment.preference import VRPO
 from research.diffusion.learned import GenMD4, Rates
 from research.diffusion.objective import MaskedDiffusion
-from research.diffusion.sampling.delayed import Delayed
-from research.diffusion.sampling.denoiser import Cached, Whole
+from research.diffusion.sampling.delayed_kv_cache import DelayedKVCache
+from research.diffusion.sampling.denoiser import BlockCache, NoCache
 from research.diffusion.variants import AnyOrder, ScoreEntropy
 from tests import support
 
@@ -165,19 +165,19 @@ def test_preferences_of_a_first_token_do_not_read_padding():
   assert abs(found[0]) > 1e-2
 
 
-@pytest.mark.parametrize("kind", [Whole, Cached, Delayed])
+@pytest.mark.parametrize("kind", [NoCache, BlockCache, DelayedKVCache])
 def test_a_row_without_a_prompt_is_itself_beside_longer_ones(kind):
   """Its first token has padding before it, or nothing, if it is alone."""
   model, params = network()
-  more = {"mask_id": MASK, "halvings": 0} if kind is Delayed else {}
+  more = {"mask_id": MASK, "halvings": 0} if kind is DelayedKVCache else {}
   asked = kind(model=model, shift=True, **more)
   tokens = packed()["tokens"].at[:, :HALF].set(MASK)
 
   @functools.partial(jax.jit, static_argnums=2)
   def logits(tokens, valid, at):
     given = params, tokens, valid, jnp.int32(at), HALF
-    first, carry = asked.first(*given)
-    return first, asked.again(*given, carry)[0]
+    first, carry = asked.prefill(*given)
+    return first, asked.step(*given, carry)[0]
 
   want = logits(*padded(tokens, 0, 0), 0)
   got = logits(*padded(tokens, 3, 7), 3)

@@ -8,7 +8,7 @@ import pytest
 from experiments.studies.diffusion.diffusion_lengths import Lengths
 from experiments.studies.diffusion.diffusion_study import Tiny
 from experiments.studies.diffusion.diffusion_tasks import Walks
-from research.diffusion.sampling.growth import Growth
+from research.diffusion.sampling.config import Growth
 
 STUDY = Lengths()
 

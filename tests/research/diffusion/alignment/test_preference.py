@@ -159,7 +159,7 @@ def test_where_the_bound_is_exact_it_is_dpo():
   def logp(params):
     tokens = batch["tokens"].reshape(6, T)
     noisy = tokens.at[:, 4].set(MASK)
-    logits = denoiser.Whole(model=model).scores(
+    logits = denoiser.NoCache(model=model).scores(
       params, noisy, jnp.ones((6, T), bool)
     )
     # The mask has no probability.

@@ -8,22 +8,23 @@ import numpy as np
 import pytest
 
 from research.diffusion.sampling import sampler
-from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.credit import Credited
-from research.diffusion.sampling.policies import Threshold
+from research.diffusion.sampling.denoiser import Denoiser
+from research.diffusion.sampling.policies import Credit, Threshold
 from research.typing import UserError
 
 MASK = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class Table(Denoiser):
   """Logits of each step are the parameters; the carry counts."""
 
-  def first(self, params, tokens, valid, start, size):
+  def prefill(self, params, tokens, valid, start, size):
     return params["table"][0], jnp.int32(1)
 
-  def again(self, params, tokens, valid, start, size, carry):
+  def step(self, params, tokens, valid, start, size, carry):
     return params["table"][carry], carry + 1
 
 
@@ -32,10 +33,10 @@ def test_credit_by_hand():
   steps = np.array([[2.0, 1, 0, 9], [0.5, 1, 0, 9], [1.0, 0, 0, 9]])
   credited = Credited(inner=Table(), mask_id=MASK)
   table = jnp.asarray(steps[:, None, None])
-  got, carry = credited.first({"table": table}, None, None, 0, 1)
+  got, carry = credited.prefill({"table": table}, None, None, 0, 1)
   found = [got]
   for _ in range(2):
-    got, carry = credited.again({"table": table}, None, None, 0, 1, carry)
+    got, carry = credited.step({"table": table}, None, None, 0, 1, carry)
     found.append(got)
   held = np.zeros(4)
   for got, row in zip(found, steps, strict=True):
@@ -51,7 +52,7 @@ def test_a_steady_first_choice_is_filled_earlier():
   p = np.array([[0.7, 0.2, 0.1], [0.75, 0.15, 0.1], [0.7, 0.2, 0.1]])
   logits = np.concatenate([np.log(p), np.full((3, 1), -20.0)], axis=-1)
   table = jnp.asarray(np.broadcast_to(logits, (6, 1, 3, 4)))
-  options = Options(
+  options = SamplerConfig(
     mask_id=MASK, length=3, block=3, policy=Threshold(threshold=0.82)
   )
   tokens = np.full((1, 3), MASK)
@@ -69,13 +70,13 @@ def test_a_steady_first_choice_is_filled_earlier():
 
 def test_without_credit_nothing_changes():
   table = jax.random.normal(jax.random.key(0), (2, 1, 3, 4))
-  credited = Credited(inner=Table(), mask_id=MASK, alpha=0.0)
-  got, carry = credited.first({"table": table}, None, None, 0, 3)
+  credited = Credited(inner=Table(), mask_id=MASK, credit=Credit(alpha=0.0))
+  got, carry = credited.prefill({"table": table}, None, None, 0, 3)
   np.testing.assert_array_equal(got, table[0])
-  got, _ = credited.again({"table": table}, None, None, 0, 3, carry)
+  got, _ = credited.step({"table": table}, None, None, 0, 3, carry)
   np.testing.assert_array_equal(got, table[1])
 
 
 def test_mistakes():
   with pytest.raises(UserError, match="beta 1"):
-    Credited(inner=Table(), mask_id=MASK, beta=1.0)
+    Credit(beta=1.0)

@@ -13,10 +13,13 @@ from research import tree
 from research.diffusion import likelihood
 from research.diffusion.sampling import sampler
 from research.diffusion.sampling.block_causal import BlockCausal
-from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.classifier_free_guidance import (
+  ClassifierFreeGuidance,
+  with_prompt,
+)
+from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.credit import Credited
-from research.diffusion.sampling.denoiser import Cached, Whole
-from research.diffusion.sampling.guided import Guided, with_prompt
+from research.diffusion.sampling.denoiser import BlockCache, Denoiser, NoCache
 from research.diffusion.sampling.policies import Threshold
 from research.diffusion.sampling.prefix_cache import PrefixCache
 from research.generation.sampling import Sampling
@@ -58,7 +61,9 @@ def compiled(f):
 
   def call(d, *rows):
     params = network()[1]
-    params = with_prompts(params) if isinstance(d, Guided) else params
+    params = (
+      with_prompts(params) if isinstance(d, ClassifierFreeGuidance) else params
+    )
     return run(d, params, *rows)
 
   return call
@@ -72,14 +77,14 @@ def scores(d, params, tokens, valid):
 @compiled
 def first(d, params, tokens, valid, at):
   """Returns a block's logits."""
-  return d.first(params, tokens, valid, at, K)[0]
+  return d.prefill(params, tokens, valid, at, K)[0]
 
 
 @compiled
 def twice(d, params, tokens, later, valid, at):
   """Returns a block's logits, and those of its rows at a later call."""
-  logits, carry = d.first(params, tokens, valid, at, K)
-  return logits, d.again(params, later, valid, at, K, carry)[0]
+  logits, carry = d.prefill(params, tokens, valid, at, K)
+  return logits, d.step(params, later, valid, at, K, carry)[0]
 
 
 def by_hand(tokens, valid, block, shift):
@@ -107,8 +112,8 @@ def test_a_block_s_logits_are_its_rows_of_all(pads, shift):
   model = network()[0]
   tokens, valid = rows(pads)
   want = by_hand(tokens, valid, None, shift)
-  whole = Whole(model=model, shift=shift)
-  cached = Cached(model=model, shift=shift)
+  whole = NoCache(model=model, shift=shift)
+  cached = BlockCache(model=model, shift=shift)
   for d in (whole, cached):
     for at in (8, 12):
       got = first(d, tokens, valid, jnp.int32(at))
@@ -118,7 +123,7 @@ def test_a_block_s_logits_are_its_rows_of_all(pads, shift):
 
 def test_padding_on_the_left_changes_nothing():
   tokens, _ = rows()
-  whole = Whole(model=network()[0])
+  whole = NoCache(model=network()[0])
   some = jnp.asarray(np.asarray(tokens)[:, 5:])
   alone = scores(whole, some, jnp.ones(some.shape, bool))
   padded = np.broadcast_to(np.arange(T) >= 5, tokens.shape)
@@ -130,7 +135,7 @@ def test_padding_on_the_left_changes_nothing():
 def test_padding_on_the_right_changes_nothing(shift):
   model, params = network()
   tokens, _ = rows()
-  whole = Whole(model=model, shift=shift)
+  whole = NoCache(model=model, shift=shift)
 
   @jax.jit
   def both():
@@ -157,7 +162,7 @@ def test_padding_on_the_right_changes_nothing(shift):
 )
 def test_caches_are_exact_while_nothing_has_changed(before, after, shift):
   tokens, valid = rows((3, 0))
-  d = Cached(model=network()[0], shift=shift, before=before, after=after)
+  d = BlockCache(model=network()[0], shift=shift, before=before, after=after)
   for at in (8, 12):
     once, again = twice(d, tokens, tokens, valid, jnp.int32(at))
     close(again, once)
@@ -171,7 +176,7 @@ def test_a_prefix_cache_reads_the_block_and_all_behind_it(shift):
   valid = jnp.arange(T) < jnp.array([[T], [T - 3]])
   d, whole = (
     PrefixCache(model=model, shift=shift),
-    Whole(model=model, shift=shift),
+    NoCache(model=model, shift=shift),
   )
 
   def again(at, now):
@@ -204,7 +209,7 @@ def test_caches_drift_once_tokens_change_unless_all_is_read_again():
   want = by_hand(later, valid, None, False)[:, 8:12]
 
   def error(before, after):
-    d = Cached(model=network()[0], before=before, after=after)
+    d = BlockCache(model=network()[0], before=before, after=after)
     got = twice(d, tokens, later, valid, jnp.int32(8))[1]
     return float(np.abs(np.asarray(got) - want).max())
 
@@ -236,12 +241,12 @@ def test_what_is_remembered_from_block_to_block_is_what_is_read_anew(shift):
 
   @jax.jit
   def both():
-    memory = d.remember(params, tokens, valid, jnp.int32(8), K)
+    memory = d.cache_finished(params, tokens, valid, jnp.int32(8), K)
     # What the steps of a block leave behind must not be seen again.
-    _, memory = d.again(params, tokens, valid, jnp.int32(8), K, memory)
+    _, memory = d.step(params, tokens, valid, jnp.int32(8), K, memory)
     at = params, later, valid, jnp.int32(12), K
-    kept = d.again(*at, d.remember(*at, memory))[0]
-    return kept, d.first(*at)[0]
+    kept = d.step(*at, d.cache_finished(*at, memory))[0]
+    return kept, d.prefill(*at)[0]
 
   kept, anew = both()
   close(kept, anew)
@@ -252,11 +257,11 @@ def test_what_is_remembered_from_block_to_block_is_what_is_read_anew(shift):
 class Watched(BlockCausal):
   """A model whose rows may not be read anew."""
 
-  def first(self, *args):
+  def prefill(self, *args):
     raise AssertionError("a whole row was read")
 
 
-GUIDED = functools.partial(Guided, mask_id=MASK)
+GUIDED = functools.partial(ClassifierFreeGuidance, mask_id=MASK)
 WRAPPERS = {
   "none": lambda inner: inner,
   "guided": lambda inner: GUIDED(inner=inner, weight=1.5),
@@ -282,27 +287,27 @@ def test_a_block_causal_model_reads_the_start_of_rows_once(name):
   wrapped = WRAPPERS[name]
   if name not in ("none", "credited"):
     params = with_prompt(params, jnp.arange(16)[None] < 4)
-  options = Options(mask_id=MASK, length=12, block=K)
-  programs = sampler._remembered._cache_size()
+  options = SamplerConfig(mask_id=MASK, length=12, block=K)
+  programs = sampler._cache_finished._cache_size()
   found = []
-  for inner in (Watched(model=model, block=K), Whole(model=model, block=K)):
+  for inner in (Watched(model=model, block=K), NoCache(model=model, block=K)):
     state = sampler.start([[3, 1, 4, 1]], options, jax.random.key(1))
     found.append(sampler.sample(wrapped(inner), params, state, options))
   each = 2 if name in ("guided", "both") else 1
   assert found[0].calls == found[1].calls == 12 * each
   np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
   # The row's start is one program, all blocks after it another.
-  assert sampler._remembered._cache_size() - programs == 2
+  assert sampler._cache_finished._cache_size() - programs == 2
 
 
 def test_a_cache_of_finished_blocks_is_there_once():
   """What goes into a block's program is what comes out of it."""
   model, params = network()
   d = BlockCausal(model=model, block=K)
-  options = Options(mask_id=MASK, length=8, block=K)
+  options = SamplerConfig(mask_id=MASK, length=8, block=K)
   state = sampler.start([[3, 1, 4, 1]] * 64, options, jax.random.key(0))
   at = jnp.int32(K)
-  memory = sampler._remembered(d, params, state, at, K, None)
+  memory = sampler._cache_finished(d, params, state, at, K, None)
   size = sum(x.nbytes for x in jax.tree.leaves(memory[0].layers))
   program = sampler.fill_block.lower(
     d, params, state, at, options.of_block, memory=memory
@@ -317,13 +322,15 @@ def test_a_cache_of_finished_blocks_is_there_once():
 
 def test_guidance_needs_to_know_prompts():
   model, params = network()
-  d = Guided(inner=Whole(model=model), mask_id=MASK)
-  with pytest.raises(UserError, match="expected parameters of guided.with_pr"):
-    d.first(params, *rows(), jnp.int32(8), K)
+  d = ClassifierFreeGuidance(inner=NoCache(model=model), mask_id=MASK)
+  with pytest.raises(
+    UserError, match="of classifier_free_guidance.with_prompt"
+  ):
+    d.prefill(params, *rows(), jnp.int32(8), K)
 
 
 def guided(inner, weight):
-  return Guided(inner=inner, mask_id=MASK, weight=weight)
+  return ClassifierFreeGuidance(inner=inner, mask_id=MASK, weight=weight)
 
 
 def with_prompts(params):
@@ -333,26 +340,26 @@ def with_prompts(params):
 
 
 @dataclasses.dataclass(frozen=True)
-class Counted:
+class Counted(Denoiser):
   """A model that adds one to `log` at each of its forward passes."""
 
   log = []
 
-  def first(self, params, tokens, valid, start, size):
+  def prefill(self, params, tokens, valid, start, size):
     jax.debug.callback(lambda _: self.log.append(1), tokens)
     place = jnp.arange(T)[:, None]
     logits = jnp.sin(place + 2.0 * jnp.arange(V) + tokens.sum() * 0.1)
     logits = jnp.broadcast_to(logits, (*tokens.shape, V))
     return jax.lax.dynamic_slice_in_dim(logits, start, size, axis=1), ()
 
-  def again(self, params, tokens, valid, start, size, carry):
-    return self.first(params, tokens, valid, start, size)
+  def step(self, params, tokens, valid, start, size, carry):
+    return self.prefill(params, tokens, valid, start, size)
 
 
 @pytest.mark.parametrize(("weight", "each"), [(0.0, 1), (1.5, 2)])
 def test_calls_are_forward_passes(weight, each):
   """With guidance there are two a step."""
-  options = Options(mask_id=MASK, length=T // 2, block=K)
+  options = SamplerConfig(mask_id=MASK, length=T // 2, block=K)
   tokens, valid = rows()
   masked = np.arange(T) >= np.array([[T // 2], [T - 2]])
   tokens = np.where(masked, MASK, np.asarray(tokens) % MASK)
@@ -377,7 +384,10 @@ def test_guidance_has_a_cache_a_side(weight):
   tokens, valid = rows((3, 0))
   later = changed(tokens, {9: 5})
   found = []
-  for inner in (Whole(model=model), Cached(model=model, before=T, after=T)):
+  for inner in (
+    NoCache(model=model),
+    BlockCache(model=model, before=T, after=T),
+  ):
     d = guided(inner, weight)
     found.append(twice(d, tokens, later, valid, jnp.int32(8))[1])
   close(found[1], found[0])
@@ -386,7 +396,7 @@ def test_guidance_has_a_cache_a_side(weight):
 def test_no_guidance_is_no_guidance():
   """Bit by bit, and one pass: property 15 of diffusion.md 14.3."""
   tokens, valid = rows((3, 0))
-  inner = Cached(model=network()[0])
+  inner = BlockCache(model=network()[0])
   d = guided(inner, 0.0)
   at = tokens, tokens, valid, jnp.int32(8)
   found = [twice(how, *at) for how in (d, inner)]
@@ -399,7 +409,7 @@ def test_likelihoods_by_the_cache_are_those_without():
   tokens = np.random.default_rng(3).integers(0, MASK, T)
   tokens, key = jnp.asarray(tokens, jnp.int32), jax.random.key(0)
   d = BlockCausal(model=model, block=K)
-  whole = Whole(model=model, block=K)
+  whole = NoCache(model=model, block=K)
 
   @jax.jit
   def read(noisy):
@@ -434,7 +444,7 @@ def test_blocks_are_those_of_the_model():
   model, params = network()
   tokens, valid = rows()
   with pytest.raises(UserError, match="blocks of 8 tokens, but the model's"):
-    BlockCausal(model=model, block=K).first(
+    BlockCausal(model=model, block=K).prefill(
       params, tokens, valid, jnp.int32(0), 8
     )
 
@@ -444,11 +454,11 @@ def test_blocks_are_those_of_the_model():
 )
 def test_a_block_causal_model_samples_the_same_with_its_cache(temperature):
   model, params = network()
-  options = Options(
+  options = SamplerConfig(
     mask_id=MASK, length=12, block=K, policy=Threshold(threshold=0.2)
   )
   found = []
-  for d in (Whole(model=model, block=K), BlockCausal(model=model, block=K)):
+  for d in (NoCache(model=model, block=K), BlockCausal(model=model, block=K)):
     state = sampler.start([[3, 1, 4, 1]] * 2, options, jax.random.key(1))
     found.append(
       sampler.sample(

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from research.diffusion.sampling import sampler
-from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import Denoiser
 from research.diffusion.sampling.policies import Quota, Threshold
 
 MASK, SIZE = 7, 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Restless:
+class Restless(Denoiser):
   """Surely 0 at a mask, and surely the token after the one that stands there.
 
   So every place that may change does, at every call. With `calm`, a token
@@ -25,15 +26,15 @@ class Restless:
 
   calm: bool = False
 
-  def first(self, params, tokens, valid, start, size):
+  def prefill(self, params, tokens, valid, start, size):
     after = (tokens + 1) % MASK
     if self.calm:
       after = jnp.where(tokens == 3, 3, after)
     sure = jax.nn.one_hot(jnp.where(tokens == MASK, 0, after), MASK + 1)
     return jax.lax.dynamic_slice_in_dim(30 * sure, start, size, axis=1), ()
 
-  def again(self, params, tokens, valid, start, size, carry):
-    return self.first(params, tokens, valid, start, size)
+  def step(self, params, tokens, valid, start, size, carry):
+    return self.prefill(params, tokens, valid, start, size)
 
 
 def reference(row, at_once, edit_steps, calm=False):
@@ -70,7 +71,7 @@ def rows():
 
 
 def edited(policy, edit_steps, calm=False, block=SIZE):
-  options = Options(
+  options = SamplerConfig(
     mask_id=MASK, length=SIZE, block=block, policy=policy, edit=0.5,
     edit_steps=edit_steps,
   )  # fmt: skip

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from research.diffusion.sampling import sampler
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Cached, Whole
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import BlockCache, NoCache
 from research.diffusion.sampling.policies import Threshold
 from research.diffusion.sampling.prefix_cache import PrefixCache
 from research.interop import load
 
 FOLDER = pathlib.Path(__file__).parents[3] / "golden" / "diffusion" / "llada"
-KINDS = {"none": Whole, "prefix": PrefixCache, "dual": Cached}
+KINDS = {"none": NoCache, "prefix": PrefixCache, "dual": BlockCache}
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def test_tokens_are_those_of_the_authors_loops(kind):
   it, want = loaded(), golden()
   prompts = [want[f"{i}/prompt"].tolist() for i in (0, 1)]
   tokens = [want[f"{i}/{kind}/tokens"] for i in (0, 1)]
-  options = Options(
+  options = SamplerConfig(
     mask_id=it.diffusion.mask_id,
     length=len(tokens[0]) - len(prompts[0]),
     block=int(want["block"]),
@@ -62,11 +62,11 @@ def test_logits_of_every_call_are_the_authors(kind):
   @jax.jit
   def block(rows, start):
     """Returns logits of a block's calls, the first one of whole rows."""
-    first, carry = d.first(it.params, rows[:1], valid, start, size)
+    first, carry = d.prefill(it.params, rows[:1], valid, start, size)
 
     def later(carry, row):
       given = it.params, row[None], valid, start, size
-      return d.again(*given, carry)[::-1]
+      return d.step(*given, carry)[::-1]
 
     return jnp.concatenate(
       [first[None], jax.lax.scan(later, carry, rows[1:])[1]]

@@ -9,11 +9,14 @@ import pytest
 
 from research.diffusion.sampling import layout, sampler
 from research.diffusion.sampling.block_causal import BlockCausal
-from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.classifier_free_guidance import (
+  ClassifierFreeGuidance,
+  with_prompt,
+)
+from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.credit import Credited
-from research.diffusion.sampling.delayed import Delayed
-from research.diffusion.sampling.denoiser import Cached, Whole
-from research.diffusion.sampling.guided import Guided, with_prompt
+from research.diffusion.sampling.delayed_kv_cache import DelayedKVCache
+from research.diffusion.sampling.denoiser import BlockCache, NoCache
 from research.diffusion.sampling.policies import Threshold
 from research.diffusion.sampling.prefix_cache import PrefixCache
 from research.generation.sampling import GREEDY, Sampling
@@ -30,9 +33,15 @@ HOT = Sampling(temperature=1.0)
 
 
 def test_the_ladder():
-  rungs = sorted({layout.rung(n) for n in range(1025)})
-  assert rungs == [64, 96, 128, 192, 256, 384, 512, 768, 1024]
-  assert [layout.rung(n) for n in (0, 64, 65, 96, 97)] == [64, 64, 96, 96, 128]
+  buckets = sorted({layout.bucket(n) for n in range(1025)})
+  assert buckets == [64, 96, 128, 192, 256, 384, 512, 768, 1024]
+  assert [layout.bucket(n) for n in (0, 64, 65, 96, 97)] == [
+    64,
+    64,
+    96,
+    96,
+    128,
+  ]
 
 
 def test_rows_of_a_rung_are_no_shorter_than_they_have_to_be():
@@ -46,7 +55,7 @@ def test_rows_of_a_rung_are_no_shorter_than_they_have_to_be():
 def test_where_tokens_lie():
   m = MASK
   rows = [[1, 2, 3, m, m, 4], [m, 5], [1, 2, 3, 4, 5, m, m, m]]
-  laid = layout.lay(rows, m, 4, 5)
+  laid = layout.pad_rows(rows, m, 4, 5)
   want = [
     [0, 0, 1, 2, 3, m, m, 4, 0],
     [0, 0, 0, 0, 0, m, 5, 0, 0],
@@ -58,7 +67,7 @@ def test_where_tokens_lie():
   np.testing.assert_array_equal(laid.valid.sum(-1), list(map(len, rows)))
   np.testing.assert_array_equal(laid.prompt.sum(-1), [3, 0, 5])
   # Where blocks of 2 start with the row, rows are moved by whole ones.
-  laid = layout.lay(rows, m, 6, 4, 2)
+  laid = layout.pad_rows(rows, m, 6, 4, 2)
   want = [
     [0, 0, 1, 2, 3, m, m, 4, 0, 0],
     [0, 0, 0, 0, m, 5, 0, 0, 0, 0],
@@ -90,13 +99,13 @@ def alone(d, row, options, sampling, number, prompt=None):
 
 
 def together(d, rows, options, sampling, block=1):
-  """Returns what is sampled of rows on a rung, and where they begin."""
-  heads = [layout.head(row, MASK) // block * block for row in rows]
+  """Returns what is sampled of rows of a bucket, and where they begin."""
+  heads = [layout.first_mask(row, MASK) // block * block for row in rows]
   width = layout.width(max(heads), options.length, block)
-  laid = layout.lay(rows, MASK, options.length, width, block)
-  assert laid.tokens.shape[1] == layout.up(64, block)
+  laid = layout.pad_rows(rows, MASK, options.length, width, block)
+  assert laid.tokens.shape[1] == layout.round_up(64, block)
   params = network()[1]
-  if isinstance(d, Guided):
+  if isinstance(d, ClassifierFreeGuidance):
     params = with_prompt(params, jnp.asarray(laid.prompt))
   arrays = laid.tokens, laid.masked, laid.valid
   got = run(d, arrays, options, sampling, range(len(rows)), params)
@@ -123,16 +132,16 @@ def readers():
   """Returns ways to read rows of a model all of whose tokens see all."""
   model = network()[0]
   return {
-    "whole": Whole(model=model),
-    "shift": Whole(model=model, shift=True),
-    "dual": Cached(model=model),
-    "near": Cached(model=model, before=2, after=1, shift=True),
+    "whole": NoCache(model=model),
+    "shift": NoCache(model=model, shift=True),
+    "dual": BlockCache(model=model),
+    "near": BlockCache(model=model, before=2, after=1, shift=True),
     # More than there is before the first prompt, and behind any block.
-    "far": Cached(model=model, before=16, after=4),
+    "far": BlockCache(model=model, before=16, after=4),
     "prefix": PrefixCache(model=model, shift=True),
-    "delayed": Delayed(model=model, mask_id=MASK, halvings=2),
-    "renewed": Delayed(model=model, mask_id=MASK, refresh=2, shift=True),
-    "credit": Credited(inner=Whole(model=model), mask_id=MASK),
+    "delayed": DelayedKVCache(model=model, mask_id=MASK, halvings=2),
+    "renewed": DelayedKVCache(model=model, mask_id=MASK, refresh=2, shift=True),
+    "credit": Credited(inner=NoCache(model=model), mask_id=MASK),
   }
 
 
@@ -154,10 +163,10 @@ def test_rows_are_what_they_are_alone(name):
   d = readers()[name]
   common = dict(mask_id=MASK, block=K, policy=Threshold(threshold=0.3))
   common |= dict(end=(2, 7))
-  got, begins = together(d, ROWS, Options(length=LENGTH, **common), HOT)
+  got, begins = together(d, ROWS, SamplerConfig(length=LENGTH, **common), HOT)
   for i, row in enumerate(ROWS):
     length = row.count(MASK)
-    want = alone(d, row, Options(length=length, **common), HOT, i)
+    want = alone(d, row, SamplerConfig(length=length, **common), HOT, i)
     same(got, begins[i], i, want, len(row))
 
 
@@ -165,11 +174,15 @@ def test_rows_are_what_they_are_alone(name):
   "inner", ["whole", pytest.param("near", marks=pytest.mark.slow)]
 )
 def test_guided_rows_too(inner):
-  d = functools.partial(Guided, inner=readers()[inner], mask_id=MASK)
+  d = functools.partial(
+    ClassifierFreeGuidance, inner=readers()[inner], mask_id=MASK
+  )
   common = dict(mask_id=MASK, block=K)
-  got, begins = together(d(), ROWS, Options(length=LENGTH, **common), GREEDY)
+  got, begins = together(
+    d(), ROWS, SamplerConfig(length=LENGTH, **common), GREEDY
+  )
   for i, row in enumerate(ROWS):
-    own = Options(length=row.count(MASK), **common)
+    own = SamplerConfig(length=row.count(MASK), **common)
     want = alone(d(), row, own, GREEDY, i, len(PROMPTS[i]))
     same(got, begins[i], i, want, len(row))
 
@@ -191,19 +204,21 @@ def test_rows_of_blocks_too(kind, shift, edit):
   Alone, they are as long as each other, and share a program.
   """
   model = network()[0]
-  d = Whole(model=model, block=K, shift=shift)
+  d = NoCache(model=model, block=K, shift=shift)
   if kind == "cached":
     d = BlockCausal(model=model, block=K, shift=shift)
   prompts = [[3, 1, 4, 1], [5, 9, 2, 6, 5, 3, 5, 8, 9]]
   rows = [[*prompt, *[MASK] * (20 - len(prompt))] for prompt in prompts]
   common = dict(mask_id=MASK, block=K, edit=edit, edit_steps=3, end=(2,))
-  options = Options(length=16, **common)
-  guide = functools.partial(Guided, inner=d, mask_id=MASK, weight=0.5)
+  options = SamplerConfig(length=16, **common)
+  guide = functools.partial(
+    ClassifierFreeGuidance, inner=d, mask_id=MASK, weight=0.5
+  )
   guided = kind == "guided"
   got, begins = together(guide() if guided else d, rows, options, GREEDY, K)
   for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
     length = len(row) - len(prompt) // K * K
-    own = Options(length=length, **common)
+    own = SamplerConfig(length=length, **common)
     one = (guide(), row, own, GREEDY, i, len(prompt))
     want = alone(*one) if guided else alone(d, *one[1:5])
     same(got, begins[i], i, want, len(row))
@@ -225,11 +240,13 @@ GAPS = [
 def test_gaps_too(name):
   d = readers()[name]
   rows = [[*GAPS[0], 9, 9], GAPS[1]]  # whole blocks of two behind the first gap
-  common = dict(mask_id=MASK, block=2, stop=False)
-  options = Options(length=32, **common)
+  common = dict(mask_id=MASK, block=2, stop_early=False)
+  options = SamplerConfig(length=32, **common)
   got, begins = together(d, rows, options, HOT)
   for i, row in enumerate(rows):
-    own = Options(length=len(row) - layout.head(row, MASK), **common)
+    own = SamplerConfig(
+      length=len(row) - layout.first_mask(row, MASK), **common
+    )
     want = alone(d, row, own, HOT, i)
     same(got, begins[i], i, want, len(row))
     given = np.array(row) != MASK
@@ -239,26 +256,26 @@ def test_gaps_too(name):
 def test_gaps_of_a_model_with_blocks_too():
   """What is given behind a gap is padded within its block."""
   model = network()[0]
-  options = Options(mask_id=MASK, block=K, length=16, stop=False)
+  options = SamplerConfig(mask_id=MASK, block=K, length=16, stop_early=False)
   rows = [[*GAPS[0], 9], GAPS[1]]  # three blocks each, the last not whole
-  for d in (Whole(model=model, block=K), BlockCausal(model=model, block=K)):
+  for d in (NoCache(model=model, block=K), BlockCausal(model=model, block=K)):
     got, begins = together(d, rows, options, GREEDY, K)
     for i, row in enumerate(rows):
       # A block more of padding by hand: what is there is never seen.
-      size = layout.up(len(row), K)
+      size = layout.round_up(len(row), K)
       tokens = np.array([[*row, *[0] * (size - len(row))]])
       valid = np.arange(size)[None] < len(row)
-      own = Options(mask_id=MASK, block=K, length=size, stop=False)
+      own = SamplerConfig(mask_id=MASK, block=K, length=size, stop_early=False)
       state = tokens, tokens == MASK, valid
-      want = run(Whole(model=model, block=K), state, own, GREEDY, [i])
+      want = run(NoCache(model=model, block=K), state, own, GREEDY, [i])
       same(got, begins[i], i, want, len(row))
 
 
 @pytest.mark.parametrize(
-  "kind", [pytest.param(Whole, marks=pytest.mark.slow), Cached]
+  "kind", [pytest.param(NoCache, marks=pytest.mark.slow), BlockCache]
 )
 def test_blocks_in_which_nothing_is_masked_take_no_call(kind):
   row = [1, MASK, *[2] * 10, MASK]
-  options = Options(mask_id=MASK, block=4, length=12)
+  options = SamplerConfig(mask_id=MASK, block=4, length=12)
   d = kind(model=network()[0])
   assert alone(d, row, options, GREEDY, 0).calls == 2

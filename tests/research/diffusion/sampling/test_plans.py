@@ -1,6 +1,7 @@
 """How many places a step fills by plan, and which ones by chance."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from research.diffusion.sampling import policies
-from research.diffusion.sampling.candidates import Options, candidates
+from research.diffusion.sampling.candidates import candidates, quota
+from research.diffusion.sampling.config import POLICIES, SamplerConfig
 from research.diffusion.sampling.policies import (
   Factor,
   Hierarchy,
@@ -22,13 +24,13 @@ from tests.research.diffusion.sampling.test_sampler import run
 
 def planned(plan, count, steps):
   """Returns what each step of a block fills, as the loop asks for it."""
-  options = Options(
+  options = SamplerConfig(
     mask_id=9, length=count, block=count, steps=steps, plan=plan
   )
   left, out = count, []
   whole = jnp.array([count])
   for i in range(steps):
-    out.append(int(options.quota(whole, jnp.array([left]), i)[0]))
+    out.append(int(quota(options, whole, jnp.array([left]), i)[0]))
     left -= out[-1]
   assert left == 0
   return out
@@ -90,7 +92,7 @@ def test_a_new_policy_is_one_function():
 def test_places_are_drawn_without_replacement():
   """The first of two places, as often as softmax(confidence / T) says."""
   n, temperature = 20_000, 0.5
-  options = Options(
+  options = SamplerConfig(
     mask_id=4, length=3, block=3, select="max", place_temperature=temperature
   )
   logits = jnp.asarray([[2.0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [3, 0, 0, 0, 0]])
@@ -115,30 +117,33 @@ def test_places_are_drawn_without_replacement():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (dict(place_temperature=0.0), "place_temperature is 0"),
+    (
+      dict(place_temperature=0.0),
+      "place_temperature=0.0: expected more than 0",
+    ),
     (
       dict(place_temperature=1.0, policy=Threshold()),
-      "place_temperature is 1.0 and policy Threshold, expected Quota",
+      "place_temperature=1.0: policy=threshold:0.9 judges how sure",
     ),
     (
       dict(place_temperature=1.0, select="random"),
-      "place_temperature is 1.0 and select random, expected",
+      "place_temperature=1.0: has no effect with select=random",
     ),
     (
       dict(policy=Factor(), plan="cosine"),
-      "plan is cosine and policy Factor, expected Quota",
+      "plan=cosine: policy=factor:1 has no plan; expected policy=quota",
     ),
     (
       dict(policy=Hierarchy(), steps=4),
-      "steps is 4 and policy Hierarchy, expected Quota",
+      "steps=4: policy=hierarchy:0.92 needs as many calls as it takes",
     ),
-    (dict(policy=Threshold(), steps=4), "steps is 4 and policy Threshold"),
+    (dict(policy=Threshold(), steps=4), "steps=4: policy=threshold:0.9 needs"),
   ],
 )
 def test_mistakes(change, message):
   with pytest.raises(UserError, match=message):
-    Options(mask_id=9, length=8, block=8, **change)
-  assert Options(mask_id=9, length=8, block=8, policy=Quota())
+    SamplerConfig(mask_id=9, length=8, block=8, **change)
+  assert SamplerConfig(mask_id=9, length=8, block=8, policy=Quota())
   with pytest.raises(UserError, match="shape is 'square'"):
     policies.shares_of("square", 3)
 
@@ -150,13 +155,15 @@ def test_mistakes(change, message):
 )
 def test_policies_that_need_probabilities(policy):
   """By chance they are a lottery, by entropy one place a call."""
-  name = type(policy).__name__
+  name = re.escape(POLICIES.text(policy))
   for select in ("random", "entropy"):
     with pytest.raises(
       UserError,
-      match=f"select is {select} and policy {name}, expected candidate, max or",
+      match=f"select={select}: policy={name} compares how sure places are",
     ):
-      Options(mask_id=9, length=8, block=8, policy=policy, select=select)
-    assert Options(mask_id=9, length=8, block=8, select=select)
+      SamplerConfig(mask_id=9, length=8, block=8, policy=policy, select=select)
+    assert SamplerConfig(mask_id=9, length=8, block=8, select=select)
   for select in ("candidate", "max", "margin"):
-    assert Options(mask_id=9, length=8, block=8, policy=policy, select=select)
+    assert SamplerConfig(
+      mask_id=9, length=8, block=8, policy=policy, select=select
+    )

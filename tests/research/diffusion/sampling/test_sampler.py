@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from research.diffusion.sampling import ancestral, sampler
-from research.diffusion.sampling.candidates import Options, candidates
+from research.diffusion.sampling.candidates import candidates
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import Denoiser
 from research.diffusion.sampling.policies import (
   Factor,
   Hierarchy,
@@ -25,10 +27,10 @@ MASK = 7
 
 
 @dataclasses.dataclass(frozen=True)
-class Wave:
+class Wave(Denoiser):
   """diffusion.md 14.1's logits: of the place, the token before, the masks."""
 
-  def first(self, params, tokens, valid, start, size):
+  def prefill(self, params, tokens, valid, start, size):
     left = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
     many = (tokens == MASK).sum(-1)[:, None, None]
     i = jnp.arange(tokens.shape[1])[None, :, None]
@@ -38,8 +40,8 @@ class Wave:
     z = z.at[..., MASK].set(-20.0)
     return jax.lax.dynamic_slice_in_dim(z, start, size, axis=1), ()
 
-  def again(self, params, tokens, valid, start, size, carry):
-    return self.first(params, tokens, valid, start, size)
+  def step(self, params, tokens, valid, start, size, carry):
+    return self.prefill(params, tokens, valid, start, size)
 
 
 TRACES = [
@@ -64,7 +66,7 @@ TRACES = [
 
 
 def run(prompts=((2, 5, 1),), key=0, examples=None, sampling=None, **options):
-  options = Options(mask_id=MASK, **{"length": 8} | options)
+  options = SamplerConfig(mask_id=MASK, **{"length": 8} | options)
   state = sampler.start(
     [list(p) for p in prompts], options, jax.random.key(key), examples
   )
@@ -86,13 +88,13 @@ def test_traces(options, text, order):
 
 def test_confidences_of_what_is_kept():
   """The first trace, step by step."""
-  options = Options(mask_id=MASK, length=8, block=8)
+  options = SamplerConfig(mask_id=MASK, length=8, block=8)
   got, keys = run(steps=8, block=8), jax.random.split(jax.random.key(0), 1)
   final, filled = got.tokens[0], got.filled[0]
 
   @jax.jit
   def sure(row):
-    logits, _ = Wave().first({}, row[None], None, jnp.int32(3), 8)
+    logits, _ = Wave().prefill({}, row[None], None, jnp.int32(3), 8)
     return candidates(logits, keys, options, Sampling())[1][0]
 
   found = []
@@ -186,17 +188,17 @@ def test_ends():
   assert got.tokens_per_call == first / 4
   assert (got.tokens[0, 3 + first :] == end).all()
   assert got.calls == 4  # the second block was never begun
-  assert run(block=4, end=(end,), stop=False).calls == 8
-  never = run(block=4, end=(end,), never_end=True)
+  assert run(block=4, end=(end,), stop_early=False).calls == 8
+  never = run(block=4, end=(end,), ends="never")
   assert not (never.tokens[0, 3:] == end).any()
-  late = run(block=8, end=(end,), end_last=True, stop=False)
+  late = run(block=8, end=(end,), ends="last", stop_early=False)
   others = late.filled[0, 3:][late.tokens[0, 3:] != end]
   ends = late.filled[0, 3:][late.tokens[0, 3:] == end]
   assert others.max(initial=-1) < ends.min(initial=99)
 
 
 def test_infilling_keeps_what_is_given():
-  options = Options(mask_id=MASK, length=8, block=8)
+  options = SamplerConfig(mask_id=MASK, length=8, block=8)
   tokens = np.array([[2, 5, 1, MASK, 4, MASK, MASK, 0]])
   state = sampler.begin(
     tokens, tokens == MASK, np.ones_like(tokens, bool), jax.random.key(0)
@@ -213,8 +215,8 @@ def test_edits_end():
   full = got.filled.max() + 1
   assert plain.calls <= full <= 8 and got.calls <= full + 16
   # Where it stopped by itself, no other token is likely any more.
-  options = Options(mask_id=MASK, length=8, block=8)
-  logits, _ = Wave().first({}, jnp.asarray(got.tokens), None, jnp.int32(3), 8)
+  options = SamplerConfig(mask_id=MASK, length=8, block=8)
+  logits, _ = Wave().prefill({}, jnp.asarray(got.tokens), None, jnp.int32(3), 8)
   keys = jax.random.split(jax.random.key(0), 1)
   found, _, p = candidates(logits, keys, options, Sampling())
   wrong = (np.asarray(found) != got.tokens[:, 3:]) & (np.asarray(p) > 0.5)
@@ -223,7 +225,7 @@ def test_edits_end():
 
 def test_the_caller_s_rows_are_the_caller_s():
   """Sampled again, or kept from block to block, they are what they were."""
-  options = Options(mask_id=MASK, length=8, block=4)
+  options = SamplerConfig(mask_id=MASK, length=8, block=4)
   state = sampler.start([[2, 5, 1]], options, jax.random.key(0))
   before, kept = jax.device_get(state.tokens), []
   first = sampler.sample(Wave(), {}, state, options, look=kept.append)
@@ -241,15 +243,15 @@ def test_the_caller_s_rows_are_the_caller_s():
 
 
 @dataclasses.dataclass(frozen=True)
-class Exact:
+class Exact(Denoiser):
   """The joint distribution's own conditionals."""
 
-  def first(self, params, tokens, valid, start, size):
+  def prefill(self, params, tokens, valid, start, size):
     logits = joint.scores()(tokens)
     return jax.lax.dynamic_slice_in_dim(logits, start, size, axis=1), ()
 
-  def again(self, params, tokens, valid, start, size, carry):
-    return self.first(params, tokens, valid, start, size)
+  def step(self, params, tokens, valid, start, size, carry):
+    return self.prefill(params, tokens, valid, start, size)
 
 
 def law(n=20_000, **options):
@@ -258,7 +260,7 @@ def law(n=20_000, **options):
 
 
 def drawn(n=20_000, **options):
-  options = Options(
+  options = SamplerConfig(
     mask_id=joint.MASK, length=4, block=4, **{"steps": 4} | options
   )
   tokens = np.full((n, 4), joint.MASK)
@@ -326,7 +328,7 @@ def test_what_is_given_is_not_masked_again():
   rows[:, :2], rows[:, 4] = 1, 2
   masked = rows == MASK
   state = sampler.begin(rows, masked, np.ones_like(masked), jax.random.key(0))
-  options = Options(
+  options = SamplerConfig(
     mask_id=MASK, length=6, block=6, steps=9, select="random", plan="chance",
     remask=Remask(kind="rescale", eta=1.0),
   )  # fmt: skip
@@ -338,28 +340,34 @@ def test_what_is_given_is_not_masked_again():
 
 
 def test_masking_again_needs_places_by_chance():
-  with pytest.raises(UserError, match="plan even, expected chance"):
-    Options(mask_id=MASK, length=6, block=6, remask=Remask(eta=0.1))
+  with pytest.raises(
+    UserError, match="remask=cap:0.1: plan=even says how many"
+  ):
+    SamplerConfig(mask_id=MASK, length=6, block=6, remask=Remask(eta=0.1))
 
 
 def test_chance_needs_a_quota():
-  with pytest.raises(UserError, match="policy Threshold, expected Quota"):
-    Options(
+  with pytest.raises(
+    UserError, match="plan=chance: policy=threshold:0.9 has no plan"
+  ):
+    SamplerConfig(
       mask_id=MASK, length=6, block=6, plan="chance", select="random",
       policy=Threshold(),
     )  # fmt: skip
 
 
 def test_chance_needs_places_at_random():
-  with pytest.raises(UserError, match="select candidate, expected random"):
-    Options(mask_id=8, length=6, block=6, plan="chance")
+  with pytest.raises(
+    UserError, match="select=candidate: plan=chance fills any"
+  ):
+    SamplerConfig(mask_id=8, length=6, block=6, plan="chance")
 
 
 def test_tempered_confidences_are_of_what_is_drawn():
   """LLaDA 2: top-k, then top-p, at a temperature, in numpy."""
   rules = Sampling(temperature=0.7, top_k=4, top_p=0.8)
   logits = np.random.default_rng(0).normal(0, 2, (1, 6, 9)).astype(np.float32)
-  base = Options(mask_id=8, length=6, block=6)
+  base = SamplerConfig(mask_id=8, length=6, block=6)
   p = np.exp(logits[0, :, :8].astype(np.float64) / 0.7)
   kept = np.zeros_like(p)
   for row, out in zip(p, kept, strict=True):
@@ -397,14 +405,22 @@ def test_how_far_other_choices_are_from_the_joint(options, want):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    (dict(block=3), "length is 8, expected a multiple of block, 3"),
-    (dict(block=4, steps=3), "steps is 3, expected a multiple of the 2 blocks"),
-    (dict(end=(MASK,)), "end holds the mask's id"),
+    (dict(block=3), "block=3: does not divide length=8"),
+    (dict(block=4, steps=3), "steps=3: expected a multiple of the 2 blocks"),
+    (dict(end=(MASK,)), "holds the mask's id, 7; leave it out"),
   ],
 )
 def test_mistakes_in_options(options, message):
   with pytest.raises(UserError, match=message):
-    Options(mask_id=MASK, length=8, **{"block": 8} | options)
+    SamplerConfig(mask_id=MASK, length=8, **{"block": 8} | options)
+
+
+def test_settings_are_a_model_s_before_rows_are_filled():
+  config = SamplerConfig(length=8)
+  with pytest.raises(UserError, match="SamplerConfig.for_model returns them"):
+    sampler.start([[1]], config, jax.random.key(0))
+  ready = config.for_model(MASK, (1,), length=4)
+  assert (ready.mask_id, ready.end, ready.block) == (MASK, (1,), 4)
 
 
 def test_mistakes_in_prompts():
@@ -417,11 +433,11 @@ def test_mistakes_in_prompts():
 def test_logits_that_are_no_numbers():
   @dataclasses.dataclass(frozen=True)
   class Broken(Wave):
-    def first(self, params, tokens, valid, start, size):
-      logits, carry = super().first(params, tokens, valid, start, size)
+    def prefill(self, params, tokens, valid, start, size):
+      logits, carry = super().prefill(params, tokens, valid, start, size)
       return logits * jnp.nan, carry
 
-  options = Options(mask_id=MASK, length=8, block=8)
+  options = SamplerConfig(mask_id=MASK, length=8, block=8)
   state = sampler.start([[1]], options, jax.random.key(0))
   with pytest.raises(UserError, match="block at 1 are not finite"):
     sampler.sample(Broken(), {}, state, options)
@@ -444,7 +460,7 @@ def test_weights_of_a_device_do_not_compile_again():
   """Rows are where the weights are from the first block on."""
   device = jax.devices()[1]
   params = jax.device_put({"w": np.ones(3)}, device)
-  options = Options(mask_id=MASK, length=8, block=2)
+  options = SamplerConfig(mask_id=MASK, length=8, block=2)
   state = sampler.start([[2, 5, 1, 3]], options, jax.random.key(0))
   programs = sampler.fill_block._cache_size()
   found = sampler.sample(Wave(), params, state, options)

@@ -11,7 +11,7 @@ import pytest
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.sampling import sampler
 from research.diffusion.sampling.block_causal import BlockCausal
-from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.config import SamplerConfig
 from research.generation import generate
 from research.interop import load
 from research.interop.diffusion import from_autoregressive
@@ -120,7 +120,7 @@ def test_blocks_of_one_token_write_what_the_model_writes():
   grown, more, spec = from_autoregressive.to_diffusion(model, params, block=1)
   prompt = [3, 1, 4, 1, 5]
   want = generate.generate(model, params, [prompt], 8).tokens[0]
-  options = Options(mask_id=spec.mask_id, length=8, block=1)
+  options = SamplerConfig(mask_id=spec.mask_id, length=8, block=1)
   got = sampler.sample(
     BlockCausal(model=grown, block=1, shift=True),
     more,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from research.diffusion.sampling.denoiser import Whole
+from research.diffusion.sampling.denoiser import NoCache
 from research.interop import convert, load, sources
 from research.interop.diffusion.spec import Spec
 from research.interop.hf import llada
@@ -34,7 +34,7 @@ def test_logits_are_transformers(name):
   with np.load(GOLDEN / name / "golden.npz") as file:
     golden = dict(file)
   how = loaded.diffusion
-  asked = Whole(model=loaded.model, shift=how.shift, block=how.block)
+  asked = NoCache(model=loaded.model, shift=how.shift, block=how.block)
   got = jax.jit(asked.scores)(
     loaded.params, golden["tokens"], jnp.asarray(golden["positions"] >= 0)
   )

@@ -1,7 +1,6 @@
 """The harness's questions to models that fill in masks."""
 
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -12,12 +11,19 @@ import pytest
 from research.diffusion import likelihood
 from research.diffusion.sampling import sampler
 from research.diffusion.sampling.block_causal import BlockCausal
-from research.diffusion.sampling.candidates import Options as Filling
-from research.diffusion.sampling.delayed import Delayed
-from research.diffusion.sampling.denoiser import Cached, Whole
-from research.diffusion.sampling.guided import Guided, with_prompt
+from research.diffusion.sampling.classifier_free_guidance import (
+  ClassifierFreeGuidance,
+  with_prompt,
+)
+from research.diffusion.sampling.config import (
+  Delayed,
+  Dual,
+  Prefix,
+  SamplerConfig,
+)
+from research.diffusion.sampling.delayed_kv_cache import DelayedKVCache
+from research.diffusion.sampling.denoiser import BlockCache, NoCache
 from research.diffusion.sampling.policies import Threshold
-from research.diffusion.sampling.prefix_cache import PrefixCache
 from research.interop import lm_eval
 from research.interop.diffusion.spec import Spec
 from research.interop.lm_eval import diffusion_generate, lm_eval_diffusion
@@ -48,7 +54,7 @@ def exact(loaded, ids, first, guidance=0.0, prompt=None) -> float:
   Guided by as many tokens as `prompt`; by default those before `first`.
   """
   prompt = first if prompt is None else prompt
-  denoiser = Whole(model=loaded.model, block=loaded.diffusion.block)
+  denoiser = NoCache(model=loaded.model, block=loaded.diffusion.block)
   tokens = jnp.asarray([*ids, *[0] * (16 - len(ids))])
   place = jnp.arange(16)
   target = (place >= first) & (place < len(ids))
@@ -139,15 +145,15 @@ def test_blocks_follow_clean_ones(loaded, monkeypatch, guidance):
   # One that begins within a block is asked of the rest of it first, and ends
   # within one.
   within = bound(4, 3, 3) + bound(5, 4, 3)
-  monkeypatch.setattr(Whole, "scores", None)
+  monkeypatch.setattr(NoCache, "scores", None)
   read = []
-  remember = BlockCausal.remember
+  cache_finished = BlockCausal.cache_finished
 
   def watched(self, params, tokens, valid, start, size, memory=None):
     read.append((tokens.shape[0], memory is not None))
-    return remember(self, params, tokens, valid, start, size, memory)
+    return cache_finished(self, params, tokens, valid, start, size, memory)
 
-  monkeypatch.setattr(BlockCausal, "remember", watched)
+  monkeypatch.setattr(BlockCausal, "cache_finished", watched)
   jax.clear_caches()
   asked = [(ids[:2], ids[2:]), (ids[:3], ids[3:5])]
   found = lm_eval_diffusion.score(blocks, asked, how)
@@ -188,7 +194,7 @@ def test_greedy_is_asked_for(loaded):
   """The surest token first; without being asked, no continuation is it."""
   ids = [0, 9, 10]
   scores = lm_eval_diffusion.scores_of(
-    Whole(model=loaded.model), loaded.params, jnp.arange(16) < 4, MASK
+    NoCache(model=loaded.model), loaded.params, jnp.arange(16) < 4, MASK
   )
   row = jnp.asarray([[*ids, MASK, *[0] * 12]])
   best = int(scores(row)[0, 3].argmax())
@@ -211,7 +217,7 @@ def test_generate_until(loaded, block):
   whole = lm_eval_diffusion.generate_until(it, requests, batch=2, how=how)
   programs = sampler.fill_block._cache_size()
   alone = lm_eval_diffusion.generate_until(it, requests, batch=1, how=how)
-  # Contexts of all lengths of a rung share one.
+  # Contexts of all lengths of a bucket share one.
   assert sampler.fill_block._cache_size() - programs <= 1
   assert whole == alone and all(len(text) <= 16 for text in whole)
   longest = max(whole, key=len)
@@ -228,16 +234,17 @@ SETTINGS = {
   # without blocks, HumanEval, MMLU, GSM8K in blocks (ML-GSAI/LLaDA, EVAL.md);
   # LLaDA 1.5's; Fast-dLLM's (eval_gsm8k.sh).
   "ends last": dict(
-    length=8, block=8, steps=8, end=(1, EOT), end_last=True, stop=False
+    length=8, block=8, steps=8, end=(1, EOT), ends="last", stop_early=False
   ),
   "no end": dict(
-    length=8, block=8, steps=4, end=(1,), never_end=True, stop=False
+    length=8, block=8, steps=4, end=(1,), ends="never", stop_early=False
   ),
-  "short": dict(length=3, block=3, steps=3, stop=False),
-  "blocks": dict(length=8, block=2, steps=8, select="random", stop=False),
-  "dual": dict(length=8, block=4, policy=Threshold(threshold=0.3)),
+  "short": dict(length=3, block=3, steps=3, stop_early=False, cache=Delayed()),
+  "blocks": dict(length=8, block=2, steps=8, select="random", stop_early=False),
+  "dual": dict(
+    length=8, block=4, policy=Threshold(threshold=0.3), cache=Dual()
+  ),
 }
-CACHES = {"dual": Cached, "short": functools.partial(Delayed, mask_id=MASK)}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -252,21 +259,21 @@ def test_settings_are_the_sampler_s(loaded, monkeypatch, name):
     return seen[-1]
 
   monkeypatch.setattr(sampler, "sample", watched)
-  how = Asking(options=given, cache=CACHES.get(name))
+  how = Asking(options=given)
   asked = [("what", {"until": [], "max_gen_toks": 16})]
   [text] = lm_eval_diffusion.generate_until(loaded, asked, how=how)
   (denoiser, options), rows = seen
-  defaults = Filling(mask_id=MASK)
-  for field in dataclasses.fields(Filling):
+  defaults = SamplerConfig(mask_id=MASK)
+  for field in dataclasses.fields(SamplerConfig):
     want = given.get(field.name, getattr(defaults, field.name))
     if field.name == "end":
       want = given.get("end", (1,))
     assert getattr(options, field.name) == want, field.name
-  kinds = {"dual": Cached, "short": Delayed}
-  assert type(denoiser) is kinds.get(name, Whole)
+  kinds = {"dual": BlockCache, "short": DelayedKVCache}
+  assert type(denoiser) is kinds.get(name, NoCache)
   # Without an early stop nothing is cut where a text ends.
   made = rows.tokens[0, -given["length"] :]
-  if options.stop:
+  if options.stop_early:
     made = made[: rows.lengths[0]]
   assert text == loaded.tokenizer.decode(made.tolist())
   if name == "no end":
@@ -311,8 +318,10 @@ def test_guidance_is_also_of_texts(loaded):
   how = Asking(options=dict(block=4), guidance=3.0)
   [got] = lm_eval_diffusion.generate_until(loaded, [("what", options)], how=how)
   prompt = loaded.tokenizer.encode("what", add_special=True)
-  filling = Filling(mask_id=MASK, length=4, block=4, end=(1,))
-  asked = Guided(inner=Whole(model=loaded.model), mask_id=MASK, weight=3.0)
+  filling = SamplerConfig(mask_id=MASK, length=4, block=4, end=(1,))
+  asked = ClassifierFreeGuidance(
+    inner=NoCache(model=loaded.model), mask_id=MASK, weight=3.0
+  )
   state = sampler.start([prompt], filling, jax.random.key(0))
   params = with_prompt(loaded.params, state.fixed)
   rows = sampler.sample(asked, params, state, filling)
@@ -326,7 +335,9 @@ def test_guidance_is_also_of_texts(loaded):
 
 
 def test_wrong_settings(loaded):
-  with pytest.raises(UserError, match="'step', expected .*steps, stop or"):
+  with pytest.raises(
+    UserError, match="'step', expected .*steps, stop_early or"
+  ):
     Asking(options=dict(step=4))
   with pytest.raises(UserError, match="mask_id"):
     Asking(options=dict(mask_id=4))
@@ -339,7 +350,7 @@ def test_wrong_settings(loaded):
   with pytest.raises(UserError, match="block is 8, expected the model's, 4"):
     ask(blocks, options=dict(block=8))
   with pytest.raises(UserError, match="own cache, which is exact"):
-    ask(blocks, cache=PrefixCache)
+    ask(blocks, options=dict(cache=Prefix()))
   with pytest.raises(UserError, match="steps is 3, expected a multiple of the"):
     ask(loaded, options=dict(block=4, steps=3))
   with pytest.raises(UserError, match="length is 24, expected less than the"):

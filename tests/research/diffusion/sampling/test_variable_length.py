@@ -9,11 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion.sampling import canvas, sampler
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Cached, Whole, positions
-from research.diffusion.sampling.growth import Growth
-from research.diffusion.sampling.guided import Guided, with_prompt
+from research.diffusion.sampling import sampler, variable_length
+from research.diffusion.sampling.classifier_free_guidance import (
+  ClassifierFreeGuidance,
+  with_prompt,
+)
+from research.diffusion.sampling.config import Growth, SamplerConfig
+from research.diffusion.sampling.denoiser import (
+  BlockCache,
+  Denoiser,
+  NoCache,
+  positions,
+)
 from research.diffusion.sampling.policies import Quota, Threshold
 from research.generation.sampling import GREEDY, Sampling
 from research.typing import UserError
@@ -23,7 +30,7 @@ from tests.research.diffusion.sampling.test_denoiser import MASK, network
 END, ALSO = 3, 5
 PROMPTS = [[7, 1, 9], [2, 11, 4]]
 WIDTH = 3
-OPTIONS = Options(
+OPTIONS = SamplerConfig(
   mask_id=MASK, length=20, block=4, end=(END, ALSO),
   policy=Threshold(threshold=0.5),
 )  # fmt: skip
@@ -34,7 +41,7 @@ known = functools.partial(dataclasses.field, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sharp:
+class Sharp(Denoiser):
   """A random network, sure of itself; likes ends from a place on.
 
   What it is asked with has these numbers, see `given`, so that any two of these
@@ -50,9 +57,9 @@ class Sharp:
   slope: float = known(default=2.0)
   scale: float = known(default=1.0)
 
-  def first(self, params, tokens, valid, start, size):
-    whole = Whole(model=network()[0])
-    logits, _ = whole.first(params["network"], tokens, valid, start, size)
+  def prefill(self, params, tokens, valid, start, size):
+    whole = NoCache(model=network()[0])
+    logits, _ = whole.prefill(params["network"], tokens, valid, start, size)
     return self.tilted(params, logits, valid, start, size), ()
 
   def tilted(self, params, logits, valid, start, size):
@@ -61,13 +68,13 @@ class Sharp:
     ends = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array([END, ALSO]))
     return params["scale"] * logits + jnp.where(ends, tilt, 0.0)
 
-  def again(self, params, tokens, valid, start, size, carry):
-    return self.first(params, tokens, valid, start, size)
+  def step(self, params, tokens, valid, start, size, carry):
+    return self.prefill(params, tokens, valid, start, size)
 
 
 def given(asked):
   """Returns the parameters that a denoiser is asked with."""
-  if type(asked) is Guided:
+  if type(asked) is ClassifierFreeGuidance:
     prompt = jnp.arange(WIDTH + OPTIONS.length) < WIDTH
     return with_prompt(given(asked.inner), prompt[None])
   asked = getattr(asked, "like", asked)
@@ -81,11 +88,10 @@ def run(
   growth=GROWTH, options=OPTIONS, prompts=PROMPTS, asked=None, sampling=GREEDY,
   key=0, examples=None,
 ):  # fmt: skip
-  state = canvas.start(
-    prompts, options, growth, jax.random.key(key), examples
-  )  # fmt: skip
+  config = dataclasses.replace(options, canvas=growth)
+  state = variable_length.start(prompts, config, jax.random.key(key), examples)
   asked = Sharp() if asked is None else asked
-  return canvas.sample(asked, given(asked), state, options, growth, sampling)
+  return variable_length.sample(asked, given(asked), state, config, sampling)
 
 
 # Against the paper's loop ----------------------------------------------------
@@ -99,7 +105,7 @@ def reader(length):
 
 
 def logits_of(asked, row):
-  if isinstance(asked, Guided):
+  if isinstance(asked, ClassifierFreeGuidance):
     hidden = [MASK] * WIDTH + row[WIDTH:]
     told, blind = logits_of(asked.inner, row), logits_of(asked.inner, hidden)
     return blind + (1 + asked.weight) * (told - blind)
@@ -166,7 +172,7 @@ def by_hand(asked, prompt, growth, options):
         inserted += more
     at += options.block
     ends = [i for i in range(begin, min(at, len(row))) if row[i] in options.end]
-    if options.stop and ends:
+    if options.stop_early and ends:
       row[ends[0] :] = [row[ends[0]]] * (len(row) - ends[0])
   return row, looks, calls, inserted
 
@@ -174,10 +180,14 @@ def by_hand(asked, prompt, growth, options):
 CASES = [
   (dict(low=0.3), {}, Sharp()),
   (dict(low=0.4), dict(policy=Quota()), Sharp(middle=8.0)),
-  (dict(low=0.4, by=4), dict(stop=False), Sharp(scale=2.0)),
+  (dict(low=0.4, by=4), dict(stop_early=False), Sharp(scale=2.0)),
   (dict(low=0.4, begin=0.3), dict(select="margin"), Sharp(middle=11.0)),
   (dict(low=0.9, begin=0.0, ready=1.0), {}, Sharp(scale=2.0)),
-  (dict(ends=0), {}, Guided(inner=Sharp(middle=8.0), mask_id=MASK)),
+  (
+    dict(ends=0),
+    {},
+    ClassifierFreeGuidance(inner=Sharp(middle=8.0), mask_id=MASK),
+  ),
 ]
 CASES = [
   (dataclasses.replace(GROWTH, **g), dataclasses.replace(OPTIONS, **o), asked)
@@ -189,7 +199,11 @@ CASES = [
 @pytest.mark.sample(2, 1)
 def test_is_the_paper_s_loop(growth, options, asked):
   got = run(growth, options, asked=asked)
-  looks, blocks, each = [], [], 2 if isinstance(asked, Guided) else 1
+  looks, blocks, each = (
+    [],
+    [],
+    2 if isinstance(asked, ClassifierFreeGuidance) else 1,
+  )
   for i, prompt in enumerate(PROMPTS):
     row, looked, calls, _ = by_hand(asked, prompt, growth, options)
     np.testing.assert_array_equal(got.tokens[i, : len(row)], row)
@@ -215,10 +229,11 @@ def test_the_cases_grow_in_both_ways_and_end_before_they_have_to():
 
 
 def test_the_caller_s_rows_are_the_caller_s():
-  state = canvas.start(PROMPTS, OPTIONS, GROWTH, jax.random.key(0))
+  config = dataclasses.replace(OPTIONS, canvas=GROWTH)
+  state = variable_length.start(PROMPTS, config, jax.random.key(0))
   kept, given_ = [], (Sharp(), given(Sharp()))
   found = [
-    canvas.sample(*given_, state, OPTIONS, GROWTH, GREEDY, look)
+    variable_length.sample(*given_, state, config, GREEDY, look)
     for look in (kept.append, None)
   ]
   np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
@@ -276,20 +291,20 @@ def test_thresholds_that_forbid_growth_are_the_fixed_canvas(longest, policy):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tilted:
+class Tilted(Denoiser):
   """What `Sharp` is, of any way to read rows."""
 
   inner: Any
   like: Sharp = Sharp()
 
-  def first(self, params, tokens, valid, start, size):
+  def prefill(self, params, tokens, valid, start, size):
     rows = tokens, valid, start, size
-    logits, carry = self.inner.first(params["network"], *rows)
+    logits, carry = self.inner.prefill(params["network"], *rows)
     return self.like.tilted(params, logits, *rows[1:]), carry
 
-  def again(self, params, tokens, valid, start, size, carry):
+  def step(self, params, tokens, valid, start, size, carry):
     rows = tokens, valid, start, size
-    logits, carry = self.inner.again(params["network"], *rows, carry)
+    logits, carry = self.inner.step(params["network"], *rows, carry)
     return self.like.tilted(params, logits, *rows[1:]), carry
 
 
@@ -301,9 +316,9 @@ def test_a_cache_that_reads_all_again_is_none(shift):
   model = network()[0]
   growth = dataclasses.replace(GROWTH, low=0.4)
   prompts = [[7, 1, 9], [2], [2, 11, 4, 5, 6]]
-  cached = Cached(model=model, shift=shift, before=9)
+  cached = BlockCache(model=model, shift=shift, before=9)
   want = run(
-    growth, prompts=prompts, asked=Tilted(Whole(model=model, shift=shift))
+    growth, prompts=prompts, asked=Tilted(NoCache(model=model, shift=shift))
   )
   got = run(growth, prompts=prompts, asked=Tilted(cached))
   for name in ("tokens", "filled", "counts", "canvas"):
@@ -326,12 +341,12 @@ def test_the_prompt_s_cache_is_that_of_a_fixed_canvas(longest, shift):
   fixed = dataclasses.replace(OPTIONS, length=8)
   prompts = [[7, 1, 9, 2, 2, 4, 6, 1], [2, 11, 4]]
   state = sampler.start(prompts, fixed, jax.random.key(5))
-  asked = Cached(model=model, shift=shift, after=4)
+  asked = BlockCache(model=model, shift=shift, after=4)
   want = sampler.sample(asked, params, state, fixed, HOT)
   options = dataclasses.replace(fixed, length=longest)
   never = Growth(start=8, begin=0.0, ready=0.0, ends=0)
   got = run(
-    never, options, prompts, Cached(model=model, shift=shift), HOT, key=5
+    never, options, prompts, BlockCache(model=model, shift=shift), HOT, key=5
   )
   np.testing.assert_array_equal(got.tokens[:, :16], want.tokens)
   np.testing.assert_array_equal(got.counts, want.counts + int(longest > 8))
@@ -354,7 +369,8 @@ def test_rows_do_not_depend_on_their_batch():
 
 
 def test_no_length_compiles_again():
-  growth, programs = CASES[0][0], (canvas._measured, canvas.grow_block)
+  growth = CASES[0][0]
+  programs = variable_length._measured, variable_length.grow_block
   first = run(growth)
   held = [program._cache_size() for program in programs]
   again = run(growth, prompts=PROMPTS[:1] * 2, key=1)
@@ -374,21 +390,27 @@ def test_no_length_compiles_again():
     (dict(ends=-1), {}, "ends is -1, expected at least 0"),
     (dict(low=1.5), {}, "low is 1.5, expected 0 to 1"),
     (dict(ready=float("nan")), {}, "ready is nan, expected 0 to 1"),
-    (dict(start=21), {}, "start is 21, more than the longest canvas"),
+    (dict(start=21), {}, "expected auto:N with N from 1 to length=20"),
     ({}, dict(end=()), "end is empty"),
-    ({}, dict(policy=Quota(), steps=5), "steps is 5 and plan even"),
-    ({}, dict(policy=Quota(), plan="cosine"), "plan cosine"),
-    ({}, dict(edit=0.9), "edit is 0.9, expected None"),
+    ({}, dict(policy=Quota(), steps=5), "steps=5: not with canvas=auto:4"),
+    ({}, dict(policy=Quota(), plan="cosine"), "plan=cosine: not with canvas"),
+    ({}, dict(edit=0.9), "edit=0.9: not with canvas"),
   ],
 )
 def test_what_does_not_go_together(growth, options, words):
   with pytest.raises(UserError, match=words):
-    canvas.start(
-      PROMPTS,
-      dataclasses.replace(OPTIONS, **options),
-      dataclasses.replace(GROWTH, **growth),
-      jax.random.key(0),
+    dataclasses.replace(
+      OPTIONS, canvas=dataclasses.replace(GROWTH, **growth), **options
     )
+
+
+def test_a_fixed_canvas_and_one_that_grows_have_samplers_of_their_own():
+  key, growing = jax.random.key(0), dataclasses.replace(OPTIONS, canvas=GROWTH)
+  asked = Sharp(), given(Sharp())
+  with pytest.raises(UserError, match="canvas is None, expected a Growth"):
+    variable_length.start(PROMPTS, OPTIONS, key)
+  with pytest.raises(UserError, match="which variable_length.sample fills"):
+    sampler.sample(*asked, sampler.start(PROMPTS, OPTIONS, key), growing)
 
 
 def test_a_mask_in_the_prompt():
@@ -401,16 +423,16 @@ def test_a_mask_in_the_prompt():
 )
 def test_logits_that_are_no_numbers_end_and_are_told(masks, words):
   @dataclasses.dataclass(frozen=True)
-  class Broken:
+  class Broken(Denoiser):
     """All tokens are as likely, so that a call fills a place."""
 
-    def first(self, params, tokens, valid, start, size):
+    def prefill(self, params, tokens, valid, start, size):
       now = (tokens == MASK).sum() <= masks * len(PROMPTS)
       value = jnp.where(now, jnp.nan, 0.0)
       return jnp.full((len(tokens), size, MASK + 1), value), ()
 
-    def again(self, params, tokens, valid, start, size, carry):
-      return self.first(params, tokens, valid, start, size)
+    def step(self, params, tokens, valid, start, size, carry):
+      return self.prefill(params, tokens, valid, start, size)
 
   growth = dataclasses.replace(GROWTH, begin=0.0, low=0.0)
   with pytest.raises(UserError, match=words):

@@ -12,16 +12,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.diffusion.sampling.denoiser import positions, reread, state_index
-from research.diffusion.told import Shares
+from research.diffusion.mask_ratio_time import MaskRatioTime
+from research.diffusion.sampling.config import Delayed
+from research.diffusion.sampling.denoiser import (
+  Denoiser,
+  positions,
+  reread,
+  state_index,
+)
 from research.nn.transformer import Transformer, init_cache
-from research.typing import Array, Bool, Float, Int, Params, UserError
+from research.typing import Array, Bool, Float, Int, Params
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Kept:
-  """What is remembered from call to call.
+class DelayedCarry:
+  """What is kept from call to call.
 
   Attributes:
     cache: keys and values of all places.
@@ -38,7 +44,7 @@ class Kept:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Delayed:
+class DelayedKVCache(Delayed, Denoiser):
   """Later calls of a block read masks, and what has changed since the last.
 
   Shapes are static, so a call reads T, T/2, T/4 .. places, the fewest that do
@@ -51,32 +57,18 @@ class Delayed:
     mask_id: of the mask.
     shift: see `own_rows`; the place before a mask, whose state predicts it, is
       read with it.
-    refresh: calls of a block after which all is read again; 1 is no cache,
-      None for never.
-    halvings: of the number of places that are read.
-    told: times, for a model that is told them.
+    refresh, halvings: see `config.Delayed`.
+    time: by the masks of a row, for models that are conditioned on it.
   """
 
   model: Transformer
   mask_id: int
   shift: bool = False
-  refresh: int | None = None
-  halvings: int = 3
-  told: Shares | None = None
+  time: MaskRatioTime | None = None
 
-  def __post_init__(self):
-    if self.refresh is not None and self.refresh < 1:
-      raise UserError(
-        f"Delayed: refresh is {self.refresh}, expected at least 1, or None"
-      )
-    if self.halvings < 0:
-      raise UserError(
-        f"Delayed: halvings is {self.halvings}, expected at least 0"
-      )
-
-  def first(self, params, tokens, valid, start, size):
+  def prefill(self, params, tokens, valid, start, size):
     rows, length = tokens.shape
-    kept = Kept(
+    kept = DelayedCarry(
       cache=init_cache(self.model, params, rows, length),
       seen=jnp.full_like(tokens, -1),
       hidden=jnp.zeros((rows, size, self.model.width), self.model.dtype),
@@ -86,7 +78,7 @@ class Delayed:
     kept = self._read(length, params, tokens, valid, valid, wanted, kept)
     return self._logits(params, kept), kept
 
-  def again(self, params, tokens, valid, start, size, carry):
+  def step(self, params, tokens, valid, start, size, carry):
     need = self.needed(tokens, valid, carry.seen)
     calls = carry.calls + 1
     if self.refresh is not None:
@@ -147,8 +139,8 @@ class Delayed:
     valid: Bool[Array, "B T"],
     need: Bool[Array, "B T"],
     wanted: Int[Array, "B K"],
-    kept: Kept,
-  ) -> Kept:
+    kept: DelayedCarry,
+  ) -> DelayedCarry:
     """Returns what is known once the places in need, at most `n`, are read."""
     order = jnp.argsort(~need, axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1)
@@ -163,7 +155,7 @@ class Delayed:
       self, params, tokens, valid, some(tokens, at), place, kept.cache, keep
     )
     new = some(need, wanted)[..., None]
-    return Kept(
+    return DelayedCarry(
       cache=cache,
       seen=jnp.where(need, tokens, kept.seen),
       hidden=jnp.where(new, hidden, kept.hidden),

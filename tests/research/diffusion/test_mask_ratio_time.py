@@ -13,15 +13,15 @@ from kernels_pallas.masks import Mask
 from research.diffusion import likelihood
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.learned import GenMD4, Rates
+from research.diffusion.mask_ratio_time import MaskRatioTime
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.sampling import ancestral, sampler
 from research.diffusion.sampling.ancestral import Ancestral
 from research.diffusion.sampling.block_causal import BlockCausal
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.denoiser import Cached, Whole
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.denoiser import BlockCache, NoCache
 from research.diffusion.sampling.policies import Threshold
 from research.diffusion.schedule import Cosine, Linear, Power
-from research.diffusion.told import Shares
 from research.diffusion.variants import AnyOrder
 from research.generation.sampling import Sampling, row_keys
 from research.nn.time_embedding import TimeEmbedding
@@ -31,7 +31,7 @@ from tests.research.diffusion import joint, passes
 
 V, T, K = 20, 12, 4
 MASK = V - 1
-TOLD = Shares(mask_id=MASK)
+TOLD = MaskRatioTime(mask_id=MASK)
 
 
 @functools.cache
@@ -249,7 +249,7 @@ def test_samplers_tell_when_a_place_is_filled(way, schedule):
     given = telling, blank, jnp.ones(blank.shape, bool), BINS, keys
     if way == "ancestral":
       how = Ancestral(steps=BINS, schedule=schedule)
-      return ancestral.sample(*given, how, told=True)[0]
+      return ancestral.sample(*given, how, timed=True)[0]
     return ancestral.first_hitting(*given, schedule=schedule)[0]
 
   got = np.bincount(np.asarray(run()).ravel(), minlength=BINS)
@@ -277,14 +277,14 @@ def test_caches_are_told_what_whole_rows_are():
     for x, a, b in ((tokens, 6 / 10, 6 / 12), (changed, 5 / 10, 5 / 12))
   ]
   for d in (
-    Whole(model=model, told=TOLD),
-    Cached(model=model, before=T, after=T, told=TOLD),
+    NoCache(model=model, time=TOLD),
+    BlockCache(model=model, before=T, after=T, time=TOLD),
   ):
 
     @jax.jit
     def both(d=d):
-      first, carry = d.first(params, tokens, valid, at, K)
-      return first, d.again(params, changed, valid, at, K, carry)[0]
+      first, carry = d.prefill(params, tokens, valid, at, K)
+      return first, d.step(params, changed, valid, at, K, carry)[0]
 
     for got, right in zip(both(), want, strict=True):
       close(got, right)
@@ -296,20 +296,20 @@ def test_a_block_causal_cache_is_told_what_whole_rows_are():
   valid = jnp.ones(tokens.shape, bool)
   filled = tokens.at[:, 4:8].set(3)
   changed = filled.at[:, 9].set(5)
-  whole = Whole(model=model, block=K, told=TOLD)
-  d = BlockCausal(model=model, block=K, told=TOLD)
+  whole = NoCache(model=model, block=K, time=TOLD)
+  d = BlockCausal(model=model, block=K, time=TOLD)
 
   @jax.jit
   def run():
-    memory = d.remember(params, tokens, valid, jnp.int32(4), K)
-    first, memory = d.again(params, tokens, valid, jnp.int32(4), K, memory)
+    memory = d.cache_finished(params, tokens, valid, jnp.int32(4), K)
+    first, memory = d.step(params, tokens, valid, jnp.int32(4), K, memory)
     at = params, filled, valid, jnp.int32(8), K
-    memory = d.remember(*at, memory)
-    return first, d.again(params, changed, *at[2:], memory)[0]
+    memory = d.cache_finished(*at, memory)
+    return first, d.step(params, changed, *at[2:], memory)[0]
 
   first, second = run()
-  close(first, whole.first(params, tokens, valid, jnp.int32(4), K)[0])
-  want = whole.first(params, changed, valid, jnp.int32(8), K)[0]
+  close(first, whole.prefill(params, tokens, valid, jnp.int32(4), K)[0])
+  want = whole.prefill(params, changed, valid, jnp.int32(8), K)[0]
   close(second, want)
   time = jnp.broadcast_to(jnp.repeat(jnp.array([0, 0, 0.75]), K), (2, T))
   close(second, by_hand(changed, valid, K, time)[:, 8:])
@@ -317,11 +317,11 @@ def test_a_block_causal_cache_is_told_what_whole_rows_are():
 
 def test_rows_do_not_depend_on_their_batch():
   model, params = network()
-  options = Options(
+  options = SamplerConfig(
     mask_id=MASK, length=8, block=K, policy=Threshold(threshold=0.15)
   )
   prompts, key = [[3, 1, 4], [5, 9], [2, 6, 5]], jax.random.key(1)
-  d = Cached(model=model, told=TOLD)
+  d = BlockCache(model=model, time=TOLD)
   warm = Sampling(temperature=1.0)
   state = sampler.start(prompts, options, key)
   batch = sampler.sample(d, params, state, options, warm)

@@ -3,9 +3,16 @@
 import numpy as np
 import pytest
 
-from experiments.generating import filling
-from experiments.generating.filling_gaps import Text
-from research.diffusion.sampling import canvas, layout, sampler
+from experiments.generating import diffusion
+from experiments.generating.infilling import Text
+from experiments.generating.prepared_rows import batches, prepare
+from research.diffusion.sampling import layout, sampler, variable_length
+from research.diffusion.sampling.config import (
+  Dual,
+  Growth,
+  Prefix,
+  SamplerConfig,
+)
 from research.generation.sampling import GREEDY
 from research.interop import load
 from research.interop.diffusion.spec import Spec
@@ -15,9 +22,9 @@ from tests.experiments.generated import told
 
 PROGRAMS = (
   sampler.fill_block,
-  sampler._remembered,
-  canvas._measured,
-  canvas.grow_block,
+  sampler._cache_finished,
+  variable_length._measured,
+  variable_length.grow_block,
 )
 
 
@@ -41,18 +48,18 @@ def test_which_prompts_are_filled_together():
   blocks = Spec(mask_id=9, block=4)
   for how in (Spec(mask_id=9), blocks):
     for more in ({}, dict(guidance=1.0)):
-      wanted = filling.Wanted(length=4, **more)
-      assert filling.batches(prompts, how, wanted) == [[0, 1, 2, 3, 4]]
-  wanted = filling.Wanted(length=4, steps=4)
-  assert filling.batches(prompts, blocks, wanted) == [[0, 1, 3], [2, 4]]
+      config = SamplerConfig(length=4, **more)
+      assert batches(prompts, how, config, False) == [[0, 1, 2, 3, 4]]
+  config = SamplerConfig(length=4, steps=4)
+  assert batches(prompts, blocks, config, False) == [[0, 1, 3], [2, 4]]
 
 
 def test_blocks_begin_with_the_row():
   """A prompt of 4 needs a block, one of 7 two, with 3 of its tokens in one."""
-  wanted = filling.Wanted(length=4)
+  config = SamplerConfig(length=4)
   prompts = [[1] * 4, [2] * 7]
-  it = filling.begun(prompts, [2, 3], Spec(mask_id=9, block=4), wanted)
-  assert it.state.tokens.shape == (2, 64) and it.options.length == 8
+  it = prepare(prompts, [2, 3], Spec(mask_id=9, block=4), config)
+  assert it.state.tokens.shape == (2, 64) and it.config.length == 8
   assert it.heads == [56, 59] and it.begins == [52, 52]
   assert it.stops == [60, 64]
   np.testing.assert_array_equal(it.state.masked.sum(-1), [4, 5])
@@ -61,47 +68,45 @@ def test_blocks_begin_with_the_row():
 
 
 def test_steps_are_those_of_the_blocks_that_a_row_has():
-  how, wanted = Spec(mask_id=9, block=4), filling.Wanted(length=8, steps=6)
-  it = filling.begun([[1] * 4], [0], how, wanted)
-  assert it.options.length == 8 and it.options.block_steps == 3
-  it = filling.begun([[1] * 5], [0], how, wanted)
-  assert it.options.block_steps == 2
-  wrong = filling.Wanted(length=8, steps=4)
-  with pytest.raises(
-    UserError, match="--steps=4: expected a multiple of the 3"
-  ):
-    filling.begun([[1] * 5], [0], how, wrong)
+  spec, config = Spec(mask_id=9, block=4), SamplerConfig(length=8, steps=6)
+  it = prepare([[1] * 4], [0], spec, config)
+  assert it.config.length == 8 and it.config.block_steps == 3
+  it = prepare([[1] * 5], [0], spec, config)
+  assert it.config.block_steps == 2
+  wrong = SamplerConfig(length=8, steps=4)
+  with pytest.raises(UserError, match="steps=4: expected a multiple of the 3"):
+    prepare([[1] * 5], [0], spec, wrong)
 
 
 def test_guidance_is_by_something():
-  wanted = filling.Wanted(infill=["x"], guidance=1.0)
+  config = SamplerConfig(guidance=1.0)
   with pytest.raises(UserError, match="nothing before its first gap"):
-    filling.begun([[9, 1], [1, 9]], [0, 1], Spec(mask_id=9), wanted)
+    prepare([[9, 1], [1, 9]], [0, 1], Spec(mask_id=9), config, gaps=True)
 
 
-def places_of(ids, how, **wanted):
+def places_of(ids, spec, gaps=False, **settings):
   """Returns how many places a row takes."""
-  it = filling.begun([ids], [0], how, filling.Wanted(**wanted))
+  it = prepare([ids], [0], spec, SamplerConfig(**settings), gaps=gaps)
   return it.state.tokens.shape[1]
 
 
 @pytest.mark.parametrize("block", [8, 32])
-def test_rows_have_no_more_places_than_their_rung(block):
+def test_rows_have_no_more_places_than_their_bucket(block):
   """The next for a text, and what its last block has behind it."""
   m = 9
   for n in (1, 33, 64, 65, 67, 100, 128, 129, 200):
     for gap in {0, n // 2, n - 1}:
       ids = [1] * gap + [m] + [1] * (n - gap - 1)
-      got = places_of(ids, Spec(mask_id=m), block=block, infill=["x"])
-      assert n <= got <= layout.rung(n + block - 1)
+      got = places_of(ids, Spec(mask_id=m), block=block, gaps=True)
+      assert n <= got <= layout.bucket(n + block - 1)
       # Of a model's own blocks the first begins where the row does.
       own = Spec(mask_id=m, block=block)
-      assert places_of(ids, own, infill=["x"]) <= layout.rung(n + block - 1)
-    assert places_of([1] * n, Spec(mask_id=m), length=block) == layout.rung(
+      assert places_of(ids, own, gaps=True) <= layout.bucket(n + block - 1)
+    assert places_of([1] * n, Spec(mask_id=m), length=block) == layout.bucket(
       n + block
     )
     got = places_of([1] * n, Spec(mask_id=m, block=block), length=block)
-    assert got <= layout.rung(layout.up(n + block, block))
+    assert got <= layout.bucket(layout.round_up(n + block, block))
 
 
 # What padding does not change ------------------------------------------------
@@ -147,7 +152,7 @@ WAYS = [
 
 
 def unpadded(monkeypatch):
-  monkeypatch.setattr(layout, "rung", lambda n, least=1: n)
+  monkeypatch.setattr(layout, "bucket", lambda n, least=1: n)
 
 
 def kept(result):
@@ -172,9 +177,6 @@ def test_what_is_written_is_what_each_prompt_gives_without_padding(
 
 # Programs --------------------------------------------------------------------
 
-OWN = dict(edit_steps=5)
-"""Without edits it changes nothing, but names programs of these tests alone."""
-
 
 def programs():
   return [program._cache_size() for program in PROGRAMS]
@@ -183,43 +185,45 @@ def programs():
 @pytest.mark.parametrize(
   ("name", "more"),
   [
-    ("all", dict(block=4, cache="dual", guidance=1.0)),
-    ("all", dict(canvas="auto:4")),
-    ("four", dict(cache="prefix", guidance=1.0)),
+    ("all", dict(block=4, cache=Dual(), guidance=1.0)),
+    ("all", dict(canvas=Growth(start=4))),
+    ("four", dict(cache=Prefix(), guidance=1.0)),
     pytest.param("all", dict(block=4), marks=pytest.mark.slow),
-    pytest.param("four", dict(cache="prefix"), marks=pytest.mark.slow),
+    pytest.param("four", dict(cache=Prefix()), marks=pytest.mark.slow),
     pytest.param("four", dict(guidance=1.0), marks=pytest.mark.slow),
   ],
 )
 @pytest.mark.sample(3, 1)
-def test_a_rung_has_one_program(places, capsys, name, more):
-  """Prompts of 1 to 70 tokens, of two rungs; options that no test else has."""
+def test_a_bucket_has_one_program(places, capsys, name, more):
+  """Prompts of 1 to 70 tokens, of two buckets."""
   loaded = load.load_model(places[name])
-  how, wanted = loaded.diffusion, filling.Wanted(length=20, **OWN, **more)
-  for program in PROGRAMS:  # other tests may have some of the first rung
+  spec, config = loaded.diffusion, SamplerConfig(length=20, **more)
+  for program in PROGRAMS:  # other tests may have some of the first bucket
     program.clear_cache()
   start, made = programs(), []
   for lengths in ((1, 7, 40), (70, 50)):
     for n in lengths:
       prompt = np.random.default_rng(n).integers(5, 30, n).tolist()
-      filling.fill(loaded, how, [prompt], GREEDY, wanted)
+      diffusion.fill(loaded, spec, [prompt], GREEDY, config)
       if n == lengths[0]:
         now = programs()
         made.append([b - a for a, b in zip(start, now, strict=True)])
     assert programs() == now
     start = now
-  # As many for each rung; a row's start may be a program of its own.
+  # As many for each bucket; a row's start may be a program of its own.
   assert made[0] == made[1] and max(made[0]) in (1, 2)
 
 
 def test_gaps_of_many_sizes_have_one_program(places):
   loaded = load.load_model(places["all"])
   how = loaded.diffusion
-  wanted = filling.Wanted(block=4, infill=["said already"], **OWN)
-  before = programs()
+  config = SamplerConfig(block=4)
+  for program in PROGRAMS:
+    program.clear_cache()
   for given, gap, behind in ((2, 3, 1), (9, 1, 14), (1, 20, 0)):
     text = [5] * given + [how.mask_id] * gap + [6] * behind
     gaps = [Text(text, 0, [(given, given + gap)])]
-    [row], _ = filling.fill(loaded, how, [text], GREEDY, wanted, gaps)
+    rows, _ = diffusion.fill(loaded, how, [text], GREEDY, config, texts=gaps)
+    [row] = rows
     assert row["tokens"] <= gap and row["prompt_tokens"] == given + behind
-  assert programs()[0] - before[0] == 1
+  assert programs()[0] == 1

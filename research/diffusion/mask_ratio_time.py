@@ -1,10 +1,10 @@
-"""Which time a model is told (`nn.time_embedding`) where nobody drew one.
+"""The time that a model is conditioned on, where nobody drew one.
 
 Samplers that choose places by what the model says have no time. What rows look
-like has: at time t a share `1 - alpha(t)` of them is masked. A model that is
-told the time of that share is one of the row alone, so that caches, policies,
-first hitting and the bounds of `likelihood` mean for it what they mean for a
-model that is not told. Ancestral steps, first hitting and the bound can tell it
+like has: at time t a share `1 - alpha(t)` of them is masked. The time of that
+share is one of the row alone, so that caches, policies, first hitting and the
+bounds of `likelihood` mean for a conditioned model (`nn.time_embedding`) what
+they mean for any other. Ancestral steps, first hitting and the bound can take
 the process's own times instead.
 """
 
@@ -18,19 +18,19 @@ from research.nn.transformer import Transformer
 from research.typing import Array, Bool, Float, Int
 
 
-def given(model: Transformer, time: Any) -> Any:
-  """Returns the time for a model that is told it, None for any other."""
+def if_conditioned(model: Transformer, time: Any) -> Any:
+  """Returns the time for a model that is conditioned on it, else None."""
   return None if model.time_embedding is None else time
 
 
-def shares(model: Transformer, mask_id: int) -> "Shares | None":
-  """Returns what denoisers of a model need to tell it times, or None."""
-  return given(model, Shares(mask_id=mask_id))
+def for_model(model: Transformer, mask_id: int) -> "MaskRatioTime | None":
+  """Returns what denoisers of a model need to time it, or None."""
+  return if_conditioned(model, MaskRatioTime(mask_id=mask_id))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shares:
-  """Times by the share of masks.
+class MaskRatioTime:
+  """Times by the ratio of masks.
 
   Attributes:
     mask_id: of the mask.

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from research.diffusion.sampling import sampler
-from research.diffusion.sampling.candidates import Options
-from research.diffusion.sampling.delayed import Delayed
-from research.diffusion.sampling.denoiser import Whole
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.delayed_kv_cache import DelayedKVCache
+from research.diffusion.sampling.denoiser import NoCache
 from research.typing import UserError
 from tests import support
 
@@ -31,11 +31,11 @@ def network():
 @functools.cache
 def delayed(**changes):
   changes = dict(halvings=1) | changes
-  return Delayed(model=network()[0], mask_id=MASK, **changes)
+  return DelayedKVCache(model=network()[0], mask_id=MASK, **changes)
 
 
 def filled(d, prompts=tuple(map(tuple, PROMPTS)), numbers=(0, 1), block=K):
-  options = Options(mask_id=MASK, length=8, block=block)
+  options = SamplerConfig(mask_id=MASK, length=8, block=block)
   state = sampler.start(
     [list(p) for p in prompts], options, jax.random.key(0), jnp.array(numbers)
   )
@@ -128,7 +128,7 @@ def test_it_fills_in_what_the_loop_does(refresh, block, shift):
 
 
 def test_read_again_at_every_call_it_is_no_cache():
-  whole = Whole(model=network()[0])
+  whole = NoCache(model=network()[0])
   got, want = filled(delayed(refresh=1)), filled(whole)
   np.testing.assert_array_equal(got.tokens, want.tokens)
   np.testing.assert_array_equal(got.filled, want.filled)
@@ -146,10 +146,10 @@ def logits(d, steps):
 
   @jax.jit
   def run():
-    out, carry = d.first(params, tokens[0], valid, jnp.int32(K), K)
+    out, carry = d.prefill(params, tokens[0], valid, jnp.int32(K), K)
     found = [out]
     for x in tokens[1:]:
-      out, carry = d.again(params, x, valid, jnp.int32(K), K, carry)
+      out, carry = d.step(params, x, valid, jnp.int32(K), K, carry)
       found.append(out)
     return found
 
@@ -162,7 +162,7 @@ STEPS = [(9, 5), (12, 7), (8, 1)]
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.sample(2, 1)
 def test_logits_are_those_of_whole_rows_while_all_is_read(shift):
-  want = logits(Whole(model=network()[0], shift=shift), STEPS)
+  want = logits(NoCache(model=network()[0], shift=shift), STEPS)
   scale = float(jnp.abs(jnp.stack(want)).max())
   got = logits(delayed(refresh=1, shift=shift), STEPS)
   # Two layers in fp32.
@@ -204,4 +204,4 @@ def test_rows_do_not_depend_on_their_batch():
 @pytest.mark.parametrize("wrong", [dict(refresh=0), dict(halvings=-1)])
 def test_mistakes(wrong):
   with pytest.raises(UserError, match=f"Delayed: {next(iter(wrong))} is"):
-    Delayed(model=network()[0], mask_id=MASK, **wrong)
+    DelayedKVCache(model=network()[0], mask_id=MASK, **wrong)

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from research.diffusion.sampling import sampler, view
+from research.diffusion.sampling import sampler, visualize
 
 FRAME = 0.03
 """Seconds that a terminal shows a frame for."""
 
 
-class Screen:
+class UnmaskDisplay:
   """Shows a row as its blocks are filled; on a terminal step by step.
 
   Several rows are only timed.
@@ -80,13 +80,13 @@ class Screen:
     self.seconds += time.perf_counter() - begin
 
   def _draw(self, tokens, filled, open_):
-    pieces = view.shown(pieces_of(self._tokenizer, tokens, self._mask))
+    pieces = visualize.shown(pieces_of(self._tokenizer, tokens, self._mask))
     filled = np.where(open_, np.iinfo(np.int32).max, filled)
-    for now in view.calls(np.where(open_, -1, filled)):
+    for now in visualize.calls(np.where(open_, -1, filled)):
       if now <= self._last:
         continue
-      text, self._above = view.redrawn(
-        view.frame(pieces, filled, now),
+      text, self._above = visualize.redrawn(
+        visualize.frame(pieces, filled, now),
         f"step {now + 1}",
         self._above,
         self._columns,
@@ -99,7 +99,7 @@ class Screen:
 def pieces_of(tokenizer: Any, tokens: Any, mask_id: int) -> list[str]:
   """Returns the text of each token."""
   return [
-    view.HIDDEN
+    visualize.HIDDEN
     if i == mask_id
     else tokenizer.decode([int(i)], skip_special=False)
     for i in tokens

@@ -18,14 +18,14 @@ _PURPOSE = 1009
 
 
 @runtime_checkable
-class BatchRewrite(Protocol):
+class BatchTransform(Protocol):
   """A batch instead of another; `key` is None in evaluation."""
 
   def __call__(self, batch: Batch, key: PRNGKey | None) -> Batch: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shortened:
+class RandomTruncation:
   """Now and then a whole batch is cut to one random length.
 
   LLaDA (arXiv:2502.09992, section 2.2): 1% of batches, 1 to T tokens, so that
@@ -39,7 +39,9 @@ class Shortened:
 
   def __post_init__(self):
     if not 0 <= self.chance <= 1:
-      raise UserError(f"Shortened: chance is {self.chance}, expected 0 to 1")
+      raise UserError(
+        f"RandomTruncation: chance is {self.chance}, expected 0 to 1"
+      )
 
   def __call__(self, batch: Batch, key: PRNGKey | None) -> Batch:
     """Returns the batch, what is cut off as padding."""
@@ -58,7 +60,7 @@ class Shortened:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ended:
+class PadWithEOS:
   """Rows are filled up with their end, which is learned as an answer is.
 
   LLaDA's fine-tuning (arXiv:2502.09992, appendix B.1): this is how a model of
@@ -84,8 +86,8 @@ class Ended:
   def __post_init__(self):
     if self.end < 0 or self.multiple < 1:
       raise UserError(
-        f"Ended: end is {self.end} and multiple {self.multiple}, expected a "
-        "token's id and at least 1"
+        f"PadWithEOS: end is {self.end} and multiple {self.multiple}, expected "
+        "a token's id and at least 1"
       )
 
   def __call__(self, batch: Batch, key: PRNGKey | None) -> Batch:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from research.data import packing
+from research.diffusion.batch_transforms import PadWithEOS, RandomTruncation
 from research.diffusion.objective import MaskedDiffusion
-from research.diffusion.rows import Ended, Shortened
 from research.typing import UserError
 from tests import support
 
@@ -38,7 +38,7 @@ def test_one_batch_in_so_many_is_short_and_every_length_as_likely():
   n, chance = 4000, 0.25
   given = batch([T, T])
   f = jax.jit(
-    jax.vmap(lambda k: Shortened(chance=chance)(given, k)["segments"])
+    jax.vmap(lambda k: RandomTruncation(chance=chance)(given, k)["segments"])
   )
   found = np.asarray(f(jax.random.split(jax.random.key(0), n))) >= 0
   size = found.sum(-1)
@@ -56,10 +56,10 @@ def test_a_short_batch_is_one_of_short_rows():
   given, cut = batch([T, T, T]), 3
   key = jax.random.key(1)
   ours = MaskedDiffusion(
-    model=model, mask_id=MASK, rewrites=(Shortened(chance=1.0),)
+    model=model, mask_id=MASK, rewrites=(RandomTruncation(chance=1.0),)
   )
   plain = MaskedDiffusion(model=model, mask_id=MASK)
-  whole = jax.jit(Shortened(chance=1.0))
+  whole = jax.jit(RandomTruncation(chance=1.0))
   keys = [jax.random.key(i) for i in range(40)]
   sizes = [int((whole(given, k)["segments"][0] >= 0).sum()) for k in keys]
   key = keys[sizes.index(cut)]
@@ -77,7 +77,7 @@ def test_a_short_batch_is_one_of_short_rows():
   )
   chex.assert_trees_all_close(got, want, rtol=1e-6)
   assert float(got[1]) == 3 * cut
-  assert Shortened()(given, None) is given  # evaluation reads all of it
+  assert RandomTruncation()(given, None) is given  # evaluation reads all of it
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_short_batch_is_one_of_short_rows():
 )
 def test_rows_are_filled_up_with_ends_that_are_learned(change, want):
   prompt, lengths = 2, [3, 6, 5]
-  got = jax.jit(Ended(end=END, **change))(batch(lengths, prompt), None)
+  got = jax.jit(PadWithEOS(end=END, **change))(batch(lengths, prompt), None)
   how = MaskedDiffusion(mask_id=MASK, noise="learned")
   for i, (own, size) in enumerate(zip(lengths, want, strict=True)):
     row = {k: np.asarray(v[i]) for k, v in got.items()}
@@ -118,9 +118,9 @@ def test_ends_count_in_an_answer_s_length():
     mask_id=MASK,
     noise="learned",
     norm="sequence",
-    rewrites=(Ended(end=END),),
+    rewrites=(PadWithEOS(end=END),),
   )
-  full = Ended(end=END)(given, None)
+  full = PadWithEOS(end=END)(given, None)
   plain = MaskedDiffusion(model=model, mask_id=MASK, noise="learned")
   key = jax.random.key(3)
   loss, weight, _ = jax.jit(ours)(params, given, key)
@@ -141,13 +141,13 @@ def test_rows_that_only_fill_up_a_batch_stay_empty():
     k: v.at[1].set(-1 if k in ("positions", "segments") else 0)
     for k, v in given.items()
   }
-  got = Ended(end=END, multiple=T)(blank, None)
+  got = PadWithEOS(end=END, multiple=T)(blank, None)
   assert (got["segments"][0] == 0).all() and (got["segments"][1] == -1).all()
   assert not got["weights"][1].any()
 
 
 def test_mistakes():
   with pytest.raises(UserError, match="chance is 2"):
-    Shortened(chance=2.0)
+    RandomTruncation(chance=2.0)
   with pytest.raises(UserError, match="end is 3 and multiple 0"):
-    Ended(end=3, multiple=0)
+    PadWithEOS(end=3, multiple=0)

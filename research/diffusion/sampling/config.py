@@ -1,0 +1,409 @@
+"""All settings of a diffusion sampler, which check themselves once.
+
+`SamplerConfig` is what Python gives, what gin files bind, and where the flags
+of `experiments.generate --sampler=diffusion` come from
+(`experiments.core.flags_from`); `for_model` makes it the static argument of the
+sampler's programs.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from research.diffusion.sampling.policies import (
+  Credit,
+  Factor,
+  Hierarchy,
+  Policy,
+  Quota,
+  Threshold,
+)
+from research.diffusion.sampling.remask import Remask
+from research.io import settings
+from research.io.settings import Form, Forms, setting
+from research.typing import UserError
+
+BLOCK = 32
+"""Tokens of a block where neither the model nor a setting says how many."""
+
+Select = Literal["candidate", "max", "margin", "entropy", "random"]
+Plan = Literal["even", "dream", "linear", "cosine", "chance"]
+Ends = Literal["any", "last", "never"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+  """Keys and values of all before a block are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dual:
+  """Keys and values of all around a block are kept."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vicinity:
+  """Keys and values of all but some tokens around a block are kept.
+
+  Attributes:
+    before: tokens before the block that are read again.
+    after: tokens behind it; None for as many.
+  """
+
+  before: int
+  after: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Delayed:
+  """Keys and values of all but masks and what was just filled are kept.
+
+  Attributes:
+    refresh: calls of a block after which all is read again; 1 is no cache,
+      None for never.
+    halvings: how often the number of tokens that a call reads may halve.
+  """
+
+  refresh: int | None = None
+  halvings: int = 3
+
+  def __post_init__(self):
+    if self.refresh is not None and self.refresh < 1:
+      raise UserError(
+        f"Delayed: refresh is {self.refresh}, expected at least 1, or None"
+      )
+    if self.halvings < 0:
+      raise UserError(
+        f"Delayed: halvings is {self.halvings}, expected at least 0"
+      )
+
+
+Cache = Prefix | Dual | Vicinity | Delayed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Growth:
+  """When a canvas grows, and by how much; the defaults are DAEDAL's.
+
+  See `variable_length` (Li et al. 2025, arXiv:2508.00819).
+
+  Attributes:
+    start: places at first (the paper's L_init); None for 64, or the longest
+      canvas where that is shorter.
+    by: masks that are added at the end, or that a place becomes (E_factor).
+    window: places that are asked whether they are an end (W_eos).
+    begin: readiness from which the canvas is long enough to begin (tau_eos).
+    ready: readiness from which nothing is inserted (tau_expand).
+    low: candidates less likely than this are in doubt (tau_low).
+    ends: ends put behind the canvas where it is long enough to begin: not in
+      the paper, but in its code, half a window.
+  """
+
+  start: int | None = None
+  by: int = 8
+  window: int = 32
+  begin: float = 0.5
+  ready: float = 0.9
+  low: float = 0.1
+  ends: int = 16
+
+  def __post_init__(self):
+    least = dict(start=1, by=2, window=1, ends=0)
+    for name, low in least.items():
+      value = getattr(self, name)
+      if value is not None and value < low:
+        raise UserError(f"Growth: {name} is {value}, expected at least {low}")
+    for name in ("begin", "ready", "low"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise UserError(
+          f"Growth: {name} is {getattr(self, name)}, expected 0 to 1"
+        )
+
+  def first_length(self, length: int) -> int:
+    """Returns the places of a canvas at first, of `length` at most."""
+    return min(64, length) if self.start is None else self.start
+
+
+POLICIES = Forms(
+  (
+    Form("quota", Quota),
+    Form("threshold", Threshold, dict(quota_first=False)),
+    Form("quota+threshold", Threshold, dict(quota_first=True)),
+    Form("factor", Factor),
+    Form("credit", Credit, dict(quota_first=False)),
+    Form("hierarchy", Hierarchy),
+  )
+)
+CACHES = Forms(
+  (
+    Form("none", None),
+    Form("prefix", Prefix),
+    Form("dual", Dual),
+    Form("vicinity", Vicinity),
+    Form("delayed", Delayed),
+  )
+)
+REMASKS = Forms(
+  (
+    Form("none", None),
+    *(
+      Form(kind, Remask, dict(kind=kind))
+      for kind in ("cap", "rescale", "confidence")
+    ),
+  )
+)
+CANVASES = Forms((Form("fixed", None), Form("auto", Growth)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+  """How a diffusion model fills in masks; all of it is static.
+
+  What a setting does is said beside it.
+
+  Attributes:
+    mask_id: of the mask, which is never a candidate; None until `for_model`.
+    end: token ids that end a text, which the model says as well.
+
+  Raises:
+    UserError: a setting is out of bounds, has no effect or contradicts another.
+  """
+
+  length: int = setting(
+    128, "How many tokens at most.", flag="max_new_tokens", least=1
+  )
+  canvas: Growth | None = setting(
+    None,
+    "places for the answer, fixed (`length`), or auto: 64 at first (auto:N: N),"
+    " and more, up to `length`, while the model does not expect to end there "
+    "(DAEDAL; with policy=threshold:0.9). auto,by=8,window=32,begin=0.5,"
+    "ready=0.9,low=0.1,ends=16, or some of these (the defaults): masks at a "
+    "time, places asked, how sure they have to be.",
+    forms=CANVASES,
+  )
+  block: int | None = setting(
+    None,
+    "tokens of a block; blocks are filled from left to right. By default the "
+    "model's, or 32, or all.",
+    least=1,
+  )
+  steps: int | None = setting(
+    None,
+    "calls of the model, of all blocks together; by default one a token. For "
+    "policy=quota.",
+    least=1,
+  )
+  policy: Policy = setting(
+    Quota(),
+    "what a call fills: quota (as many as the steps ask for), threshold:P (all "
+    "at least so likely), quota+threshold:P (whichever is more, LLaDA 2's), "
+    "factor:F (Fast-dLLM's), credit:P (a threshold, earlier calls counted in; "
+    "credit:P,alpha=0.7,beta=0.8,gamma=0.2 says how) or hierarchy (dInfer's; "
+    "hierarchy:0.92,low=0.62: any place, the surest of a run).",
+    forms=POLICIES,
+  )
+  select: Select = setting(
+    "candidate",
+    "what makes a place sure, its candidate's probability (LLaDA's "
+    "low_confidence; biased for temperatures above 0), the largest one, the "
+    "margin between the two largest, or, with policy=quota, a low entropy or "
+    "chance.",
+  )
+  plan: Plan = setting(
+    "even",
+    "with policy=quota, how many places each call fills; chance draws it (with "
+    "select=random: ancestral sampling).",
+  )
+  place_temperature: float | None = setting(
+    None,
+    "with policy=quota, places are drawn, by how sure they are divided by this "
+    "(Dream's alg_temp); by default the surest are taken.",
+  )
+  tempered: bool = setting(
+    False,
+    "places are as sure as what is drawn from, with temperature, top_k and so "
+    "on (LLaDA 2), not as the model is.",
+  )
+  ends: Ends = setting(
+    "any",
+    "when ends of text are filled in: as any token, after all others of a "
+    "block, or never. The cures for answers that end too early.",
+  )
+  stop_early: bool = setting(
+    True, "what is behind an end of text is not filled any more."
+  )
+  remask: Remask | None = setting(
+    None,
+    "with plan=chance, filled places are masked again with probability E "
+    "(cap:E), E times the most there can be (rescale:E), or more where the "
+    "model was less sure (confidence:E). ReMDM; give it more `steps` than "
+    "tokens. cap:E,start=0.6,stop=0.1: between these times, from 1 to 0.",
+    forms=REMASKS,
+  )
+  edit: float | None = setting(
+    None,
+    "filled places change where another token is more likely than this (LLaDA "
+    "2.1), as long as some do.",
+    least=0.0,
+    most=1.0,
+  )
+  edit_steps: int = setting(
+    16, "with `edit`, at most so many calls more a block.", least=0
+  )
+  cache: Cache | None = setting(
+    None,
+    "keys and values kept within a block, none, prefix (of all before it), "
+    "dual (of all around it), vicinity:N (of all but N tokens around it; "
+    "vicinity:N,after=M has M behind it), or delayed (of all but masks and "
+    "what was just filled; delayed:N reads all every N calls; "
+    "delayed,halvings=3 says how often the number of tokens that a call reads "
+    "may halve).",
+    forms=CACHES,
+  )
+  guidance: float = setting(
+    0.0, "how much more than the model the prompt counts.", least=0.0
+  )
+  mask_id: int | None = None
+  end: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    settings.check(self)
+    self._check_quota()
+    self._check_confidence()
+    if self.edit is None and self.edit_steps != type(self).edit_steps:
+      raise UserError(
+        f"{self.said('edit_steps')}: has no effect without `edit`"
+      )
+    if self.canvas is not None:
+      self._check_canvas()
+    if self.mask_id is not None:
+      # A program has blocks of a known size.
+      block = min(BLOCK, self.length) if self.block is None else self.block
+      object.__setattr__(self, "block", block)
+      self._check_program()
+
+  def for_model(
+    self, mask_id: int, end: Sequence[int] = (), **changes
+  ) -> "SamplerConfig":
+    """Returns what programs take: these settings, for a model's rows.
+
+    Args:
+      mask_id: the model's.
+      end: its ids that end a text.
+      **changes: settings that rows decide about, such as the length.
+    """
+    return dataclasses.replace(self, mask_id=mask_id, end=tuple(end), **changes)
+
+  def said(self, name: str) -> str:
+    """Returns `name=value` of a setting, for messages."""
+    return settings.said(self, name)
+
+  def _check_quota(self) -> None:
+    """Raises UserError for a policy, a plan and steps that do not agree."""
+    policy, plan = self.said("policy"), self.said("plan")
+    if self.steps is not None and not self.policy.uses_quota:
+      raise UserError(
+        f"{self.said('steps')}: {policy} needs as many calls as it takes; "
+        "expected policy=quota, or no `steps`"
+      )
+    if self.plan != "even" and not self.policy.uses_quota:
+      raise UserError(f"{plan}: {policy} has no plan; expected policy=quota")
+    if self.plan == "chance" and not isinstance(self.policy, Quota):
+      raise UserError(
+        f"{policy}: plan=chance draws how many places are filled; expected "
+        "policy=quota"
+      )
+    if self.plan == "chance" and self.select != "random":
+      raise UserError(
+        f"{self.said('select')}: plan=chance fills any place as likely as "
+        "another; expected select=random"
+      )
+    if self.remask is not None and self.plan != "chance":
+      raise UserError(
+        f"{self.said('remask')}: {plan} says how many places are filled; "
+        "expected plan=chance"
+      )
+
+  def _check_confidence(self) -> None:
+    """Raises UserError for confidences that the policy would misread."""
+    policy, draw = self.said("policy"), self.said("place_temperature")
+    if self.policy.needs_probabilities and self.select in ("entropy", "random"):
+      raise UserError(
+        f"{self.said('select')}: {policy} compares how sure places are with a "
+        "probability; expected select=candidate, max or margin, or "
+        "policy=quota"
+      )
+    if self.place_temperature is None:
+      return
+    if not self.place_temperature > 0:
+      raise UserError(
+        f"{draw}: expected more than 0, or leave it out for the surest places"
+      )
+    if self.policy.needs_probabilities:
+      raise UserError(
+        f"{draw}: {policy} judges how sure places are, not only which is "
+        "surer; expected policy=quota"
+      )
+    if self.select == "random":
+      raise UserError(
+        f"{draw}: has no effect with select=random; leave one of them out"
+      )
+
+  def _check_canvas(self) -> None:
+    """Raises UserError for what a canvas that grows cannot have."""
+    canvas = self.said("canvas")
+    if self.canvas.first_length(self.length) > self.length:
+      raise UserError(
+        f"{canvas}: expected auto:N with N from 1 to {self.said('length')}"
+      )
+    if not isinstance(self.cache, Prefix | None):
+      raise UserError(
+        f"{self.said('cache')}: not with {canvas}, whose places move; "
+        "expected prefix, which keeps the prompt, or none"
+      )
+    for name, value in dict(steps=None, plan="even", edit=None).items():
+      if getattr(self, name) != value:
+        raise UserError(
+          f"{self.said(name)}: not with {canvas}, whose places are not known "
+          "before and move; leave one of them out"
+        )
+    if isinstance(self.policy, Credit):
+      raise UserError(
+        f"{self.said('policy')}: counts earlier calls place by place, and "
+        f"with {canvas} places move; expected threshold:P, say"
+      )
+    if self.mask_id is not None and not self.end:
+      raise UserError(
+        f"{canvas}: end is empty, so that no canvas is ever long enough; name "
+        "the tokens that end a text"
+      )
+
+  def _check_program(self) -> None:
+    """Raises UserError for what a model's rows cannot be filled by."""
+    if self.length % self.block:
+      raise UserError(
+        f"{self.said('block')}: does not divide {self.said('length')}"
+      )
+    blocks = self.length // self.block
+    if self.steps is not None and self.steps % blocks:
+      raise UserError(
+        f"{self.said('steps')}: expected a multiple of the {blocks} blocks of "
+        f"{self.block} tokens"
+      )
+    if self.mask_id in self.end:
+      raise UserError(
+        f"end={self.end}: holds the mask's id, {self.mask_id}; leave it out"
+      )
+
+  @property
+  def block_steps(self) -> int:
+    """Returns the steps planned for a block, of what `for_model` returned."""
+    if self.steps is None:
+      return self.block
+    return self.steps // (self.length // self.block)
+
+  @property
+  def of_block(self) -> "SamplerConfig":
+    """Returns these for a block alone: rows of all lengths share a program."""
+    steps = None if self.steps is None else self.block_steps
+    return dataclasses.replace(self, length=self.block, steps=steps)
