@@ -72,7 +72,7 @@ def test_a_binding_of_the_command_line_is_of_today():
 
 
 def test_a_module_with_another_last_name_is_called_by_it():
-  old = """from research.diffusion.sampling import growth
+  old = """from research.diffusion import growth
 from research.diffusion import canvas as longer
 growth.Growth.start = 4
 # Parameters for growth.Growth:
@@ -93,11 +93,14 @@ regrowth.Growth.by = 2
 
 def test_a_name_that_is_taken_is_left_to_whoever_has_it():
   old = """from elsewhere import config
-from research.diffusion.sampling import growth
+from research.diffusion import growth
 growth.Growth.start = 4
 config.Config.size = 4
 """
-  want = old.replace("import growth", "import config as growth")
+  want = old.replace(
+    "from research.diffusion import growth",
+    "from research.diffusion.sampling import config as growth",
+  )
   assert moved.current(old) == want and moved.current(want) == want
 
 
