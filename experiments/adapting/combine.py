@@ -15,10 +15,10 @@ class Combine(WritesAdapter):
   cat is exact, and of one adapter a copy of it.
 
   Attributes:
-    way: a key of `WAYS`.
+    how: a key of `COMBINATIONS`.
   """
 
-  way: str
+  how: str
   weight: tuple[float, ...] = option(
     (), "The weight of each adapter in turn; 1 each if left out."
   )
@@ -44,7 +44,7 @@ class Combine(WritesAdapter):
     summed = arithmetic.add_weighted(
       [lora_factors.factors(source.params()) for source in found],
       self.weight or [1.0] * len(found),
-      self.way,
+      self.how,
       rank=self.rank,
       density=self.density,
       elect=self.elect,
@@ -77,7 +77,7 @@ class Combine(WritesAdapter):
 def _choice(name: str) -> Choice:
   takes = {"seed" if x == "key" else x for x in COMBINATIONS[name].options}
   unused = {"rank", "density", "elect", "seed"} - takes
-  return Choice(Combine, fixed={"way": name}, unused=unused)
+  return Choice(Combine, fixed={"how": name}, unused=unused)
 
 
 SUMS = {name: _choice(name) for name in COMBINATIONS}

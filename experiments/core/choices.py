@@ -7,7 +7,7 @@ else. From a table of choices follow the flags, their help, the refusal of
 options that a choice does not take, and the value that the command runs:
 
     OPERATIONS = Choices("op", "What to do.", {
-      "ties": Choice(Combine, fixed={"way": "ties"}, unused={"rank"}),
+      "ties": Choice(Combine, fixed={"how": "ties"}, unused={"rank"}),
       "lora": Choice(ToLora),
     })
     OPERATIONS.define(FLAGS)

@@ -1,4 +1,4 @@
-"""Weighted sums of adapters, as PEFT's `add_weighted_adapter`."""
+"""Weighted sums of adapters, PEFT's `add_weighted_adapter`."""
 
 import dataclasses
 import zlib
@@ -9,7 +9,11 @@ import numpy as np
 from jaxtyping import Float
 
 from research.lora.lora_factors import Factors, thin_svd, truncate
-from research.lora.merge.combinations import COMBINATIONS, Combination, Elect
+from research.lora.merge.combinations import (
+  COMBINATIONS,
+  Combination,
+  Elect,
+)
 from research.typing import PRNGKey, UserError
 
 
@@ -28,8 +32,8 @@ def add_weighted(
   Args:
     adapters: factors by address; a matrix counts those that have it.
     weights: one for each adapter; may be negative.
-    how: one of `WAYS`: `cat` (exact, ranks add up), `svd` (the best of one
-      rank), or another.
+    how: `cat` (exact, ranks add up), `svd` (the best of one rank), or another
+      of `COMBINATIONS`.
     rank: of what is decomposed again; None for the adapters' largest.
     density: share of the entries that is left, where some are dropped.
     elect: a sign by the sum of the entries or by their number.
@@ -41,7 +45,7 @@ def add_weighted(
   """
   if how not in COMBINATIONS:
     raise UserError(f"{how!r}: expected one of {', '.join(COMBINATIONS)}")
-  way = COMBINATIONS[how]
+  combination = COMBINATIONS[how]
   if not adapters or len(adapters) != len(weights):
     raise UserError(
       f"{len(adapters)} adapters and {len(weights)} weights: expected one "
@@ -53,21 +57,21 @@ def add_weighted(
     raise UserError(f"density is {density}, expected above 0 and at most 1")
   if rank is not None and rank < 1:
     raise UserError(f"rank is {rank}, expected at least 1")
-  if "key" in way.options and key is None:
+  if "key" in combination.options and key is None:
     raise UserError(f"{how}: drops entries at random and needs a key")
   most = rank or max(f.rank for a in adapters for f in a.values())
   out = {}
   for path in dict.fromkeys(path for a in adapters for path in a):
     pairs = zip(adapters, weights, strict=True)
     parts = [(a[path], float(w)) for a, w in pairs if path in a]
-    if way.of == "concatenation":
+    if combination.of == "concatenation":
       out[path] = _concatenated(parts)
-    elif way == Combination("update"):
+    elif combination == Combination("update"):
       thin = _concatenated(parts)
       out[path] = truncate(thin_svd(thin.a, thin.b), most)
     else:
-      mix = _Mix(way, density, elect, key, path)
-      summed = _of_updates if way.of == "update" else _of_factors
+      mix = _Mix(combination, density, elect, key, path)
+      summed = _of_updates if combination.of == "update" else _of_factors
       out[path] = summed(mix, parts, most)
   return out
 
@@ -100,9 +104,9 @@ class _Mix:
     return (w * x * agree).sum(0) / np.maximum(agree.sum(0), 1)
 
   def _left(self, x, salt):
-    if self.way.entries == "all" or self.density >= 1:
+    if self.combination.keep == "all" or self.density >= 1:
       return x
-    if self.way.entries == "largest":
+    if self.combination.keep == "largest":
       return largest(x, self.density)
     key = jax.random.fold_in(self.key, zlib.crc32(self.path.encode()))
     key = jax.random.fold_in(key, salt)

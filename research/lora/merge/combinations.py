@@ -1,10 +1,10 @@
-"""Ways to combine adapters, by PEFT's names: data for `arithmetic`.
+"""How adapters are combined, by PEFT's names: data for `arithmetic`.
 
-A way has three parts: what is summed (whole updates, or the
-factors A and B one by one, which gets the products between adapters wrong),
-which entries are kept before that (TIES: Yadav et al. 2023, arXiv:2306.01708,
-the largest; DARE: Yu et al. 2023, arXiv:2311.03099, random ones), and whether
-entries against the majority's sign count.
+A combination has three parts: what is summed (whole updates, or the factors A
+and B one by one, which gets the products between adapters wrong), what is kept
+of each before (TIES: Yadav et al. 2023, arXiv:2306.01708, its largest entries;
+DARE: Yu et al. 2023, arXiv:2311.03099, random ones), and whether entries
+against the majority's sign count.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ class Combination:
   Attributes:
     of: what is summed: the whole update, which is decomposed again; each
       factor; or nothing, since factors are concatenated, which is exact.
-    entries: which of an adapter's are kept: all, the largest, or random ones.
+    keep: of an adapter: all of it, its largest entries, or random ones.
     signs: whether only entries of the elected sign are averaged.
   """
 
   of: Literal["concatenation", "factors", "update"]
-  entries: Literal["all", "largest", "random"] = "all"
+  keep: Literal["all", "largest", "random"] = "all"
   signs: Literal["any", "majority"] = "any"
 
   @property
   def options(self) -> frozenset[str]:
-    """Names of `add_weighted`'s options that have an effect on this way."""
+    """Names of `add_weighted`'s options that have an effect on it."""
     used = {
       "rank": self.of == "update",
-      "density": self.entries != "all",
+      "density": self.keep != "all",
       "elect": self.signs == "majority",
-      "key": self.entries == "random",
+      "key": self.keep == "random",
     }
     return frozenset(name for name, is_used in used.items() if is_used)
 
@@ -54,4 +54,4 @@ COMBINATIONS = {
   "magnitude_prune": Combination("factors", "largest"),
   "magnitude_prune_svd": Combination("update", "largest"),
 }
-"""PEFT's name -> way."""
+"""By PEFT's names."""
