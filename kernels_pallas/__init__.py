@@ -1,0 +1,1 @@
+"""Attention and packed products: Pallas kernels for TPU and GPU, XLA, C++."""

@@ -1,0 +1,11 @@
+"""FlashAttention, forward and backward, on every backend."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+  __name__,
+  submod_attrs={
+    "api": ["flash_attention"],
+    "reference": ["reference_attention"],
+  },
+)

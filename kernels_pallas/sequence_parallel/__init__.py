@@ -1,0 +1,1 @@
+"""Attention over a sequence that devices share: ring, Ulysses, gather."""

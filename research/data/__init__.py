@@ -1,0 +1,12 @@
+"""From documents to batches: tokenise, pack, shuffle, mix."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+  __name__,
+  submod_attrs={
+    "examples": ["Example", "Tokens"],
+    "packing": ["PackedRows", "best_fit", "concatenate"],
+    "pipeline": ["Data", "Mixture", "Pipeline"],
+  },
+)

@@ -1,1 +1,15 @@
 """Autoregressive decoding: sampling, streaming, pages, perplexity."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+  __name__,
+  submod_attrs={
+    "generated": ["Generated"],
+    "page_allocator": ["PageAllocator"],
+    "paging": ["Paging"],
+    "perplexity": ["Perplexity"],
+    "sampling": ["Sampling"],
+    "stream": ["complete"],
+  },
+)

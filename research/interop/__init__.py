@@ -14,3 +14,13 @@ quantized     Hugging Face directories that other tools have quantized
 diffusion     what a checkpoint says of its mask; models made to fill in masks
 lm_eval       models as lm-evaluation-harness asks them
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+  __name__,
+  submod_attrs={
+    "load": ["load_model"],
+    "loaded": ["Loaded"],
+  },
+)

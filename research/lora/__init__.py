@@ -5,3 +5,20 @@
 merges adapters, `optim/` has their optimizers, `serving/` pools of adapters,
 `diagnosis/` spectra and memory.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+  __name__,
+  submod_attrs={
+    "adapt": ["Adapt"],
+    "adapt_eva": ["AdaptEVA"],
+    "adapted": ["AdaptedTensor"],
+    "allocate": ["Budget"],
+    "init_stats": ["CalibrationData", "Covariances", "Gradients", "InputPCA"],
+    "loftq": ["LoftQ"],
+    "method": ["MatrixSpec", "Method"],
+    "to_lora": ["Energy", "Rank"],
+    "wrap": ["disable", "matrices"],
+  },
+)

@@ -1,0 +1,45 @@
+"""Packages' public names are there, and cost nothing until they are used."""
+
+import importlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOMS = "research", "kernels_pallas", "experiments"
+PACKAGES = sorted(
+  ".".join(path.parent.relative_to(ROOT).parts)
+  for room in ROOMS
+  for path in (ROOT / room).rglob("__init__.py")
+)
+
+
+def test_every_package_says_what_it_has():
+  assert len(PACKAGES) > 40
+  for name in PACKAGES:
+    assert importlib.import_module(name).__doc__, name
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_public_names_are_found(name):
+  package = importlib.import_module(name)
+  for public in getattr(package, "__all__", ()):
+    found = getattr(package, public)
+    module = importlib.util.find_spec(f"{name}.{public}")
+    assert module is None, f"{name}.{public} is a module, too"
+    assert found is not package
+
+
+def test_importing_a_package_imports_no_jax():
+  rooms = "data", "generation", "interop", "lora", "nn", "quant", "training"
+  lazy = [f"research.{room}" for room in rooms]
+  code = (
+    f"import sys\nfor name in {lazy}: __import__(name)\n"
+    "print('jax' in sys.modules, 'flax' in sys.modules)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.stdout.split() == ["False", "False"], done.stdout + done.stderr
