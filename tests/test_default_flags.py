@@ -30,7 +30,7 @@ LAWS = {
     "[int4-asym-g32]"
   ),
   "what is replayed is what would be computed": (
-    "quant/test_replay.py::test_what_something_new_leads_to_is_computed"
+    "quant/test_activation_cache.py::test_what_something_new_leads_to_is_computed"
   ),
   "a stream is the whole text": (
     "generation/test_generate.py::test_complete_is_the_joined_stream"

@@ -27,6 +27,7 @@ def small_disk(tmp_path):
   subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_one_save(small_disk, tmp_path):
   workdir = small_disk / "run"
   with pytest.raises(UserError, match="No space left on device") as caught:

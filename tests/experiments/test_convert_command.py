@@ -79,6 +79,7 @@ def test_around_all_formats(command, tmp_path):
   ],
   ids=lambda flags: " ".join(flags),
 )
+@pytest.mark.sample(3)
 def test_the_class_is_named(command, tmp_path, flags):
   """Of a file that had no config.json; tools find their class by it."""
   file = MODELS / "gguf_mixed" / "model.gguf"
@@ -288,6 +289,7 @@ def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
   assert anonymous * 1024 < 400e6
 
 
+@pytest.mark.slow
 def test_a_run_that_trained_the_whole_model(command, tmp_path, capsys):
   """Its best checkpoint is rebuilt from config.gin and written."""
   from experiments.core import config, train_eval

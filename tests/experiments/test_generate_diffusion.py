@@ -41,6 +41,7 @@ def test_what_is_converted_says_so(places):
   assert load.load_model(TINY).diffusion is None
 
 
+@pytest.mark.slow
 def test_blocks_of_one_write_what_the_model_wrote(command):
   want = told(command(TINY, "--sampler=autoregressive"))
   for flags in ([], ["--cache=prefix"]):
@@ -166,6 +167,7 @@ def early(loaded, ends, ids, got, block, length):
   return int(np.isin(made, ends).sum()), wrong
 
 
+@pytest.mark.slow
 def test_ends_last_are_kept_but_come_last(
   command, places, tmp_path, monkeypatch
 ):
@@ -208,6 +210,7 @@ def test_edits_change_what_is_filled(command):
   assert told(command("all", *flags, "--edit=0"))["text"] != want["text"]
 
 
+@pytest.mark.slow
 def test_a_canvas_that_grows(command, tmp_path):
   page = tmp_path / "a.html"
   flags = "--max_new_tokens=16", "--block=4", "--policy=threshold:0.5"

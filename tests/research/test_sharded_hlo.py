@@ -47,6 +47,7 @@ def test_no_stack_of_weights_travels(kind, layout):
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
+@pytest.mark.sample(2)
 def test_nothing_is_larger_than_what_a_table_row_implies(kind, layout):
   """The residual stream, one weight of a layer, or the embedding: no more."""
   mesh = support_mesh.compiled(kind, layout).mesh.shape

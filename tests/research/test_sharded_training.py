@@ -36,6 +36,7 @@ def trained(kind, layout, steps):
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
+@pytest.mark.sample(2)
 def test_loss_and_every_gradient_are_one_devices(kind, layout):
   (want, alone), (got, shared) = (
     trained(kind, which, 1) for which in ("one", layout)
@@ -92,6 +93,7 @@ def differences(got, want):
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
+@pytest.mark.sample(2)
 def test_twenty_steps_are_one_devices(kind, layout):
   """Reordered sums drive runs apart as far as rounding the start does."""
   (want, alone), (got, shared) = (
@@ -119,6 +121,7 @@ def test_twenty_steps_are_one_devices(kind, layout):
     pytest.param("experts", ("experts", "mixed"), marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.sample(2)
 def test_random_initialisation_is_bitwise_one_devices(kind, layouts):
   model = support_mesh.model(kind)
   shapes = support.shapes(model)

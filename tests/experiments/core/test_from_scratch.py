@@ -112,6 +112,7 @@ def test_the_shipped_model_has_five_million_that_can_be_quantized():
       assert x.shape[-1] % 256 == x.shape[-2] % 256 == 0, path
 
 
+@pytest.mark.slow
 def test_bits_per_byte_are_the_heldout_texts(finished):
   workdir, result = finished
   assert result["perplexity_after"] < 0.8 * result["perplexity_before"]

@@ -84,6 +84,7 @@ def asked(name):
 
 
 @pytest.mark.parametrize("name", ["masked", "blocks", "vrpo"])
+@pytest.mark.sample(3)
 def test_a_step_is_that_of_plain_arrays_and_moves_adapters_alone(name):
   _, params = network()
   objective, rows = asked(name)

@@ -37,6 +37,7 @@ def decoded(model, params, tokens):
   ("family", "layout"),
   [("gemma2", "mixed"), ("llama", "sequence"), ("experts", "expert")],
 )
+@pytest.mark.sample(3)
 def test_logits_with_a_cache_are_one_devices(family, layout):
   model = (
     support_mesh.model("experts")

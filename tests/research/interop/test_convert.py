@@ -78,7 +78,7 @@ def raw(folder) -> dict:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
   convert.to_orbax(opened(name), tmp_path / "ours")
   log = convert.to_hf(sources.open_source(tmp_path / "ours"), tmp_path / "hf")
@@ -98,7 +98,7 @@ def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - NOT_GGUF))
-@pytest.mark.sample(2, 1)
+@pytest.mark.sample(4, 1)
 def test_hf_to_gguf_to_hf(name, tmp_path):
   file = tmp_path / "model.gguf"
   convert.to_gguf(opened(name), file, gguf_recipe.Recipe("F32"))
@@ -350,7 +350,7 @@ ADAPTERS = sorted(p.name for p in MODELS.glob("peft*_*"))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_peft_to_ours_to_peft(name, tmp_path):
   source = opened(name)
   convert.to_orbax(source, tmp_path / "ours")

@@ -41,7 +41,7 @@ def case(request):
   return model, params, tokens, loss
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_scanned_equals_unrolled(case):
   _, params, tokens, loss = case
   unrolled = tree.unroll(params)

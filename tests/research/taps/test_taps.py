@@ -171,6 +171,7 @@ def test_activations_of_every_layer_are_what_it_multiplies(statistic):
 
 
 @pytest.mark.parametrize("kind", ["plain", "experts"])
+@pytest.mark.sample(2)
 def test_gradients_are_jaxs_own(kind):
   model, given = support_mesh.model(kind), params(kind)
   objective = NextToken(model, rows=32)
@@ -240,6 +241,7 @@ CASES = (
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 @pytest.mark.parametrize("statistic", STATISTICS[::3], ids=repr)
 @pytest.mark.cover(1)
+@pytest.mark.sample(2)
 def test_on_eight_devices_as_on_one(kind, layout, statistic):
   want = collected_once(kind, statistic)
   got = collected(kind, statistic, layout=layout)

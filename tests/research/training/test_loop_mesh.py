@@ -164,6 +164,7 @@ class Asking:
     pass
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_saves_and_says_so(tmp_path, monkeypatch):
   """At any stop point; the resumed run equals an uninterrupted one."""
   plan = loop.TrainConfig(steps=6, accumulate=2, save_every=2, eval_every=3)

@@ -23,6 +23,7 @@ def ended():
 
 
 @pytest.mark.parametrize("name", ["term", "int"])
+@pytest.mark.sample(2)
 def test_with_nothing_to_save_it_ends_at_once(ended, name):
   """Not as an error of the interrupted work; while compiling, in seconds."""
   for doing in ("idle", "compiling"):

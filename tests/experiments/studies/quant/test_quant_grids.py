@@ -42,6 +42,7 @@ def test_grids_are_compared_layer_by_layer():
   assert holds(quant_grids.fitted(rows)) == [True]
 
 
+@pytest.mark.slow
 def test_rows_of_a_tiny_model(tmp_path):
   text = Calibration(source=Text(1, 1200), windows=8, length=64)
   table = quant_study.Table(

@@ -281,6 +281,7 @@ RARE = "not guided", "both"
     for name in WRAPPERS
   ],
 )
+@pytest.mark.sample(3)
 def test_a_block_causal_model_reads_the_start_of_rows_once(name):
   """Whatever is around it; and what it samples is what whole rows give."""
   model, params = network()

@@ -157,7 +157,7 @@ SLOW = "whole", "shift", "renewed", "near", "credit"
     for name in readers()
   ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_rows_are_what_they_are_alone(name):
   """Of four blocks behind a prompt, and of two behind a longer one."""
   d = readers()[name]

@@ -196,7 +196,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("growth", "options", "asked"), CASES)
-@pytest.mark.sample(2, 1)
+@pytest.mark.sample(6, 1)
 def test_is_the_paper_s_loop(growth, options, asked):
   got = run(growth, options, asked=asked)
   looks, blocks, each = (
@@ -272,6 +272,7 @@ def test_does_not_grow_where_it_does():
     (20, Threshold(threshold=0.4)),
   ],
 )
+@pytest.mark.slow
 def test_thresholds_that_forbid_growth_are_the_fixed_canvas(longest, policy):
   """Draws included; with no room to grow, calls too."""
   fixed = dataclasses.replace(OPTIONS, length=8, policy=policy)
@@ -311,6 +312,7 @@ class Tilted(Denoiser):
 @pytest.mark.parametrize(
   "shift", [pytest.param(False, marks=pytest.mark.slow), True]
 )
+@pytest.mark.slow
 def test_a_cache_that_reads_all_again_is_none(shift):
   """Where canvases do grow, before and within blocks."""
   model = network()[0]

@@ -127,6 +127,7 @@ def test_blocks_of_one_token_are_the_model_that_it_was(plain):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.sample(2)
 def test_blocks_follow_clean_ones(loaded, monkeypatch, guidance):
   """Two blocks of 2 behind a context: the sum of two bounds.
 

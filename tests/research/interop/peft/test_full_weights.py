@@ -30,7 +30,7 @@ def base(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_logits_are_pefts(name):
   it = loaded(name)
   with np.load(MODELS / name / "golden.npz") as golden:

@@ -365,6 +365,7 @@ def plain():
 
 
 @crossed("targets", ["q|down", "v|up", "o|gate", "all"], ONE_OF_EACH)
+@pytest.mark.sample(2)
 def test_in_a_model_scanned_or_not(method, targets):
   params, before = plain()
 

@@ -74,7 +74,7 @@ def _cache(name, rows=2, capacity=TIME + 3):
 @pytest.mark.parametrize("name", WITH)
 @pytest.mark.parametrize("pieces", [(7, 9, 1), (3,) + (1,) * 14])
 @pytest.mark.cover(1)
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_pieces_of_any_size_are_the_whole(name, pieces):
   tokens, expected = full_logits(name)
   cache, out, at = _cache(name), [], 0

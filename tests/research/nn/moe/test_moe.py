@@ -267,6 +267,7 @@ def test_decoding_with_a_cache_equals_the_full_pass():
   chex.assert_trees_all_close(jnp.concatenate(parts, 1), want, **CLOSE)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_not_even_through_the_balance_loss():
   tokens = support.tokens()
 

@@ -89,6 +89,7 @@ def ordered(axis=-2, layers=(), seed=0):
 
 
 @pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.sample(2)
 def test_act_order_permutes_inputs_once(axis):
   w = ordered(axis)
   assert cpu_layout.is_supported(w)
@@ -138,6 +139,7 @@ def test_sharded_act_order_is_the_same():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_model_in_act_order_is_the_same_in_panels():
   model = support.model(tied=True, **SIZES)
   rng = np.random.default_rng(2)
@@ -188,6 +190,7 @@ def test_parts_are_named_after_the_axes_they_cut():
 @pytest.mark.parametrize(
   "kind", [pytest.param("Q4_1", marks=pytest.mark.slow), "Q5_0"]
 )
+@pytest.mark.slow
 def test_a_packed_model_is_the_same_in_panels(kind):
   model = support.model(tied=True, **SIZES)
   params = adapted(packed_params(model, kind))

@@ -20,6 +20,7 @@ def place(workdir, step):
   return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_stopping_after_every_step_changes_nothing(whole, tmp_path):
   folder, expected = whole
   with Checkpoints(folder / "checkpoints") as checkpoints:
