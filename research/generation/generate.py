@@ -49,7 +49,7 @@ class State:
     step: number of tokens generated so far by rows that have not ended.
     done: `[B]`, whether each row has ended.
     keys: `[B]`, random key of each row.
-    seen: `[B, V]`, whether each token occurs in the prompt or the generated
+    occurred: `[B, V]`, whether each token occurs in the prompt or the generated
       text; None without a repetition penalty.
   """
 
@@ -58,7 +58,7 @@ class State:
   step: Any
   done: Any
   keys: Any
-  seen: Any = None
+  occurred: Any = None
 
 
 def prepare(params: Params, model: Transformer) -> Params:
@@ -106,21 +106,21 @@ def sample_next(
   sampling: Sampling,
   keys: PRNGKey,
   step: Any,
-  seen: Bool[Array, "B V"] | None,
+  occurred: Bool[Array, "B V"] | None,
 ) -> tuple[Int[Array, "B"], Bool[Array, "B V"] | None]:
-  """Samples the next token of each row; returns it and the updated `seen`.
+  """Samples the next token of each row; returns it and the updated `occurred`.
 
   Args:
     model: the Transformer.
     params: its parameters.
     hidden: hidden states of the last tokens.
-    sampling, keys, step, seen: as for `sampling.sample`.
+    sampling, keys, step, occurred: as for `sampling.sample`.
   """
   logits = model.apply({"params": params}, hidden, method="logits")
-  token = samplers.sample(logits, sampling, keys, step, seen)
-  if seen is not None:
-    seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-  return token.astype(jnp.int32), seen
+  token = samplers.sample(logits, sampling, keys, step, occurred)
+  if occurred is not None:
+    occurred = occurred.at[jnp.arange(token.shape[0]), token].set(True)
+  return token.astype(jnp.int32), occurred
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity", "kv"))
@@ -165,16 +165,20 @@ def prefill(
     keep=lengths[:, None] - 1,
   )
   last = last[:, 0]
-  seen = None
+  occurred = None
   if sampling.repetition_penalty is not None:
     inside = jnp.arange(time) < lengths[:, None]
     ids = jnp.where(inside, tokens, model.vocab_size)
-    seen = jnp.zeros((rows, model.vocab_size), bool)
-    seen = seen.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
+    occurred = jnp.zeros((rows, model.vocab_size), bool)
+    occurred = occurred.at[jnp.arange(rows)[:, None], ids].set(
+      True, mode="drop"
+    )
   keys = samplers.row_keys(key, examples)
-  token, seen = sample_next(model, params, last, sampling, keys, 0, seen)
+  token, occurred = sample_next(
+    model, params, last, sampling, keys, 0, occurred
+  )
   done = has_ended(token, 1, limit, stop)
-  state = State(cache, token, jnp.int32(1), done, keys, seen)
+  state = State(cache, token, jnp.int32(1), done, keys, occurred)
   return state, token[:, None], done
 
 
@@ -215,21 +219,21 @@ def decode(
     hidden, cache = model.apply(
       {"params": params}, state.token[:, None], cache=state.cache
     )
-    token, seen = sample_next(
+    token, occurred = sample_next(
       model,
       params,
       hidden[:, 0],
       sampling,
       state.keys,
       state.step,
-      state.seen,
+      state.occurred,
     )
     shown = jnp.where(state.done, NO_TOKEN, token)
     out = jax.lax.dynamic_update_slice_in_dim(out, shown[:, None], i, axis=1)
     done = state.done | has_ended(token, state.step + 1, limit, stop)
     return (
       i + 1,
-      State(cache, token, state.step + 1, done, state.keys, seen),
+      State(cache, token, state.step + 1, done, state.keys, occurred),
       out,
     )
 

@@ -94,13 +94,15 @@ class _Batch:
         tokens,
         np.int32([length]),
       )
-    seen = None
-    if self.rows.seen is not None:
-      seen = np.zeros((1, self.model.vocab_size), bool)
-      seen[0, list(prompt)] = True
+    occurred = None
+    if self.rows.occurred is not None:
+      occurred = np.zeros((1, self.model.vocab_size), bool)
+      occurred[0, list(prompt)] = True
     none, limit = np.int32([0]), np.int32([self.limits[i]])
     length, keys = np.int32([len(prompt)]), self.keys[i : i + 1]
-    new = programs.Rows(length, none, none, limit, np.array([True]), keys, seen)
+    new = programs.Rows(
+      length, none, none, limit, np.array([True]), keys, occurred
+    )
     self.active[row] = i
     self.rows, token = programs.insert_row(
       self.model,

@@ -31,7 +31,7 @@ class Rows:
     limit: maximum number of generated tokens.
     done: whether the row has ended or is unassigned.
     keys: random keys.
-    seen: `[R, V]`, whether each token occurs in the prompt or the generated
+    occurred: `[R, V]`, whether each token occurs in the prompt or the generated
       text; None without a repetition penalty.
   """
 
@@ -41,7 +41,7 @@ class Rows:
   limit: Any
   done: Any
   keys: Any
-  seen: Any = None
+  occurred: Any = None
 
 
 def empty_rows(count: int, key: PRNGKey, vocab: int | None = None) -> Rows:
@@ -50,7 +50,7 @@ def empty_rows(count: int, key: PRNGKey, vocab: int | None = None) -> Rows:
   Args:
     count: R.
     key: any key; a placeholder.
-    vocab: V, if `seen` is needed, else None.
+    vocab: V, if `occurred` is needed, else None.
   """
   # Separate arrays: a buffer may be donated only once.
   return Rows(
@@ -122,12 +122,12 @@ def insert_row(
   Returns:
     The updated state of all rows, and the first token.
   """
-  token, seen = generate.sample_next(
-    model, params, hidden, sampling, new.keys, 0, new.seen
+  token, occurred = generate.sample_next(
+    model, params, hidden, sampling, new.keys, 0, new.occurred
   )
   step = jnp.ones_like(new.limit)
   done = generate.has_ended(token, step, new.limit, stop)
-  new = Rows(new.length, token, step, new.limit, done, new.keys, seen)
+  new = Rows(new.length, token, step, new.limit, done, new.keys, occurred)
   rows = jax.tree.map(lambda old, x: old.at[row].set(x[0]), rows, new)
   return rows, token[0]
 
@@ -174,14 +174,16 @@ def decode(
       cache=paged.paged_cache(pool, table, rows.length),
       lengths=jnp.where(rows.done, 0, 1),
     )
-    token, seen = generate.sample_next(
-      model, params, hidden[:, 0], sampling, rows.keys, rows.step, rows.seen
+    token, occurred = generate.sample_next(
+      model, params, hidden[:, 0], sampling, rows.keys, rows.step, rows.occurred
     )
     shown = jnp.where(rows.done, NO_TOKEN, token)
     out = jax.lax.dynamic_update_slice_in_dim(out, shown[:, None], i, axis=1)
     after = rows.step + 1
     done = rows.done | generate.has_ended(token, after, rows.limit, stop)
-    rows = Rows(cache.length, token, after, rows.limit, done, rows.keys, seen)
+    rows = Rows(
+      cache.length, token, after, rows.limit, done, rows.keys, occurred
+    )
     return i + 1, paged.pool_from_cache(cache), rows, out
 
   out = jnp.full((len(rows.token), size), NO_TOKEN, jnp.int32)

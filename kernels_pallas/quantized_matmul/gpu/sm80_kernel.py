@@ -132,7 +132,7 @@ def _fetch(p, t, interpreted, refs, smem, place, n):
 
 def _step(p, t, interpreted, smem, sums, slot):
   """Adds the products of one buffer to the sums."""
-  sums, x, halves = list(sums), smem["x"].at[slot], range(p.halves)
+  sums, x, halves = list(sums), smem["x"].at[slot], range(p.num_halves)
   # Forward, each half of a block has its own columns of x and the same sums;
   # backward it is the other way round, and one read of x serves both.
   for part in [[half] for half in halves] if p.inputs == 1 else [halves]:

@@ -159,7 +159,7 @@ def _sums(p, t, interpreted, smem, barriers, group, count, target) -> None:
 def _step(p, interpreted, smem, sums, group, slot) -> None:
   """Adds the products of one buffer to the sums."""
   loaded = dequantize.load(smem["codes"].at[slot, group], p.inputs)
-  for half in range(p.halves):
+  for half in range(p.num_halves):
     w = weight_operand.weights(
       p, interpreted, loaded, smem, (slot, group), half
     )

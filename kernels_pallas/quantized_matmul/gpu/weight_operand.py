@@ -52,14 +52,14 @@ class Problem:
     return PLANE * self.planes
 
   @property
-  def halves(self) -> int:
+  def num_halves(self) -> int:
     """Operands per block of words."""
     return self.planes // 2
 
   @property
   def sums(self) -> int:
     """Accumulators per piece."""
-    return 1 if self.inputs == 1 else self.halves
+    return 1 if self.inputs == 1 else self.num_halves
 
   @property
   def kept(self) -> int:

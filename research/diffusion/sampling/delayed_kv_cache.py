@@ -31,14 +31,14 @@ class DelayedCarry:
 
   Attributes:
     cache: keys and values of all places.
-    seen: int32 `[B, T]`, the token that each place was when it was read.
+    read_tokens: int32 `[B, T]`, the token that each place was when it was read.
     hidden: `[B, K, D]`, the states that predict the block's tokens, each of
       when its place was read.
     calls: int32, since all was read.
   """
 
   cache: Any
-  seen: Any
+  read_tokens: Any
   hidden: Any
   calls: Any
 
@@ -70,7 +70,7 @@ class DelayedKVCache(Delayed, Denoiser):
     rows, length = tokens.shape
     kept = DelayedCarry(
       cache=init_cache(self.model, params, rows, length),
-      seen=jnp.full_like(tokens, -1),
+      read_tokens=jnp.full_like(tokens, -1),
       hidden=jnp.zeros((rows, size, self.model.width), self.model.dtype),
       calls=jnp.int32(0),
     )
@@ -79,7 +79,7 @@ class DelayedKVCache(Delayed, Denoiser):
     return self._logits(params, kept), kept
 
   def step(self, params, tokens, valid, start, size, carry):
-    need = self.needed(tokens, valid, carry.seen)
+    need = self.needed(tokens, valid, carry.read_tokens)
     calls = carry.calls + 1
     if self.refresh is not None:
       due = calls >= self.refresh
@@ -109,17 +109,17 @@ class DelayedKVCache(Delayed, Denoiser):
     self,
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
-    seen: Int[Array, "B T"],
+    read_tokens: Int[Array, "B T"],
   ) -> Bool[Array, "B T"]:
     """Returns the places that a call reads, if not all.
 
     Args:
       tokens: now.
       valid: False for padding.
-      seen: what each place was when it was last read.
+      read_tokens: what each place was when it was last read.
     """
     masked = (tokens == self.mask_id) & valid
-    need = masked | (tokens != seen)
+    need = masked | (tokens != read_tokens)
     if self.shift:
       need |= jnp.pad(masked, ((0, 0), (0, 1)))[:, 1:]
     return need & valid
@@ -157,7 +157,7 @@ class DelayedKVCache(Delayed, Denoiser):
     new = some(need, wanted)[..., None]
     return DelayedCarry(
       cache=cache,
-      seen=jnp.where(need, tokens, kept.seen),
+      read_tokens=jnp.where(need, tokens, kept.read_tokens),
       hidden=jnp.where(new, hidden, kept.hidden),
       calls=kept.calls,
     )

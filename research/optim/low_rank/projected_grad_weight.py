@@ -42,9 +42,9 @@ class Rule:
     """Returns R, given the floats of a projector's storage."""
     return self.projection.down(g, self._decode(found, g.shape))
 
-  def up(self, n: Array, held: Any, shape: tuple[int, ...]) -> Array:
+  def up(self, n: Array, stored: Any, shape: tuple[int, ...]) -> Array:
     """Returns what R stands for, given what is kept of a projector."""
-    p = self._decode(self.storage.unpack(held), shape)
+    p = self._decode(self.storage.unpack(stored), shape)
     return self.projection.up(n, p, shape)
 
   def first(self, found: Any, shape: tuple[int, ...]) -> Array:
@@ -66,7 +66,7 @@ class ProjectedGradWeight(weights.WrappedWeight):
     small: zeros like R, whose cotangent is R.
     stub: floats whose cotangent says what is to be kept of the projector.
     reads: zeros, whose cotangent is how often the weight is read, `[layers]`.
-    held: what is kept of it.
+    stored: what is kept of it.
     due: whether a new one is to be made, `[layers]`.
     key: of its randomness, `[layers]`.
     rule: static.
@@ -76,7 +76,7 @@ class ProjectedGradWeight(weights.WrappedWeight):
   small: Any
   stub: Any
   reads: Any
-  held: Any
+  stored: Any
   due: Any
   key: Any
   rule: Rule = dataclasses.field(metadata=dict(static=True))
@@ -84,7 +84,7 @@ class ProjectedGradWeight(weights.WrappedWeight):
   def dense(self) -> Shaped[Array, "..."]:
     """Returns the array, whose cotangent becomes R."""
     w = jax.lax.stop_gradient(weights.dense(self.w))
-    more = (self.held, self.due, self.key)
+    more = (self.stored, self.due, self.key)
     return _seen(self.rule, w, self.small, self.stub, self.reads, more)
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -114,7 +114,7 @@ class ProjectedGradWeight(weights.WrappedWeight):
     def whole(name):
       return jax.tree.map(lambda x: (None,) * x.ndim, getattr(self, name))
 
-    parts = ("small", "stub", "reads", "held", "due", "key")
+    parts = ("small", "stub", "reads", "stored", "due", "key")
     return dataclasses.replace(
       self, w=weights.axes(self.w, names), **{f: whole(f) for f in parts}
     )
@@ -131,10 +131,10 @@ def _seen_fwd(rule, w, small, stub, reads, more):
 
 
 def _seen_bwd(rule, more, g):
-  held, due, key = more
+  stored, due, key = more
   g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
   found = jax.lax.cond(
-    due, lambda: rule.fresh(g, key), lambda: rule.storage.unpack(held)
+    due, lambda: rule.fresh(g, key), lambda: rule.storage.unpack(stored)
   )
   once = jnp.ones(due.shape, jnp.float32)
   return None, rule.down(g, found), found, once, None

@@ -1,5 +1,7 @@
 """GPTQ by when its grids are fitted: rows of a tiny model, and verdicts."""
 
+import pytest
+
 from experiments.core import from_scratch
 from experiments.studies.quant import quant_grids, quant_study
 from research.nn import presets

@@ -1,0 +1,62 @@
+"""Public names are the field's: a list of those that had to go."""
+
+import ast
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+BANNED = {
+  "told": "conditioning, given",
+  "seen": "inputs, gradients, history: what they are",
+  "held": "kept, stored, held_out",
+  "beside": "fused, next_to: what it does",
+  "laid": "layout",
+  "begun": "started, prepared",
+  "wanted": "expected, config",
+  "looked": "measured",
+  "clock": "time_embedding",
+  "rung": "bucket",
+  "nobody": "empty",
+  "turned": "transposed",
+  "halves": "what the two are",
+  "apart": "separate, split",
+}
+
+KEPT = {
+  "research/nn/time_embedding.py": {"told"},  # in config.json
+  "research/lora/methods/tokens.py": {"beside"},  # in checkpoints
+  "research/training/state.py": {"held"},  # in checkpoints
+  "experiments/core/experiment.py": {"held"},  # in run files
+  "kernels_pallas/inspect/chips.py": {"clock"},  # of a chip, in hertz
+}
+"""What files of before hold, and other meanings."""
+
+
+def _public(path):
+  """Yields the module's name, and those of its classes, functions, fields."""
+  yield path.stem
+  for node in ast.parse(path.read_text("utf-8")).body:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+      yield node.name
+    if isinstance(node, ast.ClassDef):
+      for x in node.body:
+        if isinstance(x, ast.FunctionDef):
+          yield x.name
+        elif isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name):
+          yield x.target.id
+
+
+def test_no_public_name_is_of_the_dialect():
+  found = []
+  for room in ("research", "kernels_pallas", "experiments"):
+    for path in sorted((ROOT / room).rglob("*.py")):
+      name = path.relative_to(ROOT).as_posix()
+      # Studies become data: their names go with their code.
+      if name.startswith(("experiments/studies", "experiments/notebooks")):
+        continue
+      banned = BANNED.keys() & {x.lower() for x in _public(path)}
+      found += [
+        f"{name}: {word}; say {BANNED[word]}"
+        for word in banned - KEPT.get(name, set())
+      ]
+  assert not found, "\n".join(found)
