@@ -60,14 +60,14 @@ OTHERS = (
 def test_compiles_for_others_without_a_spill(case):
   found, _ = measure(case)
   p, t, names = chips.planned(case)
-  pieces = t.groups * p.halves  # of 64 x 64 weights
+  pieces = t.groups * p.num_halves  # of 64 x 64 weights
   size = 1 if case.codes else 2  # bytes of a row's number
   assert found.loop["mma"] == pieces * 2 * size * t.rows // 8
   # A warp's four matrices of 8 x 8 at a time: forward each half of a block has
   # its own; the gradient's serve both, and scales of neighbours come in pairs.
   forward = case.direction == "forward"
   # A row of 64 codes has 64 bytes: two matrices at a time.
-  read = (p.halves if forward else 1) * 4 * t.rows // 16
+  read = (p.num_halves if forward else 1) * 4 * t.rows // 16
   scales = 0 if forward else 2 * t.groups * p.scales * (len(names) - 2)
   assert found.loop["matrix"] == read + scales
   copies = t.rows * p.depth * size // 2048 + t.groups * len(names)
