@@ -205,6 +205,10 @@ def _bounds(mask: Mask, T: int, S: int, xp) -> list[tuple[Any, Any]]:
       hi = xp.maximum(q + 1, mask.prefix[:, None])
     case "block_causal":
       hi = (q // mask.block + 1) * mask.block
+    case "full":
+      pass
+    case _:
+      raise ValueError(f"mask kind {mask.kind!r}: has no intervals here")
   left, right = mask.window
   lo = lo if left is None else xp.maximum(lo, q - left)
   hi = hi if right is None else xp.minimum(hi, q + right + 1)

@@ -344,8 +344,7 @@ class Mask:
   ) -> bool:
     """Returns whether every query is known to see every key of the tile."""
     data = (self.q_positions, self.kv_positions, self.q_segments)
-    unknown = ("block_diffusion", "function")
-    if any(x is not None for x in data) or self.kind in unknown:
+    if any(x is not None for x in data):
       return False
     offset = self.resolve_offset(T, S)
     first, last = q_start + offset, q_stop - 1 + offset
@@ -353,11 +352,14 @@ class Mask:
     inside = k_stop <= S
     inside &= left is None or k_start >= last - left
     inside &= right is None or k_stop - 1 <= first + right
-    if self.kind in ("causal", "prefix"):
-      inside &= k_stop - 1 <= first
-    elif self.kind == "block_causal":
-      inside &= (k_stop - 1) // self.block <= first // self.block
-    return inside
+    match self.kind:
+      case "full":
+        return inside
+      case "causal" | "prefix":
+        return inside and k_stop - 1 <= first
+      case "block_causal":
+        return inside and (k_stop - 1) // self.block <= first // self.block
+    return False  # of other rules it is not known
 
 
 def slice_axis(x: Array, axis: int, start: Any, size: int) -> Array:

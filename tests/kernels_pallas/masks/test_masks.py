@@ -1,5 +1,6 @@
 """Masks against their definition, one (query, key) pair at a time."""
 
+import dataclasses
 import itertools
 import re
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.masks import Mask
+from kernels_pallas.masks import Mask, intervals
 
 T, S, B = 7, 10, 2
 
@@ -243,3 +244,13 @@ def closes_over(x):
 def test_invalid_masks_raise(make, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     make()
+
+
+def test_an_unknown_rule_hides_nothing_silently():
+  """A rule that one of the cases forgets raises, or is evaluated."""
+  mask = dataclasses.replace(Mask.full(), kind="new")
+  assert not mask.is_full_tile(0, 4, 0, 4, 8, 8)
+  with pytest.raises(ValueError, match="'new'"):
+    mask.visible(8, 8)
+  with pytest.raises(ValueError, match="'new'"):
+    intervals.mask_intervals(mask, 8, 8)
