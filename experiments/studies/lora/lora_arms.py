@@ -186,16 +186,16 @@ class Spread:
 
   Attributes:
     adapt: what is adapted.
-    look: the data, as an arm gives it.
+    init_stats: the data, as an arm gives it.
   """
 
   adapt: Adapt
-  look: CalibrationData | None = None
+  init_stats: CalibrationData | None = None
 
   def __call__(self, params: Params, key: PRNGKey) -> Params:
     """Returns `params` with fresh adapters, each of its own rank."""
     made = adapt_eva.AdaptEVA(
-      adapt=self.adapt, calibration=self.look, form="split"
+      adapt=self.adapt, calibration=self.init_stats, form="split"
     )
     return made(params, key)
 

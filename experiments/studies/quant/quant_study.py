@@ -178,7 +178,7 @@ def _transformed(row: Row, loaded: Any) -> tuple[Any, Any]:
   key = jax.random.key(row.seed)
   for i, transform in enumerate(row.transforms):
     if isinstance(transform, NeedsModel):
-      transform = transform.of(loaded)
+      transform = transform.with_model(loaded)
     before, params = params, transform(params, jax.random.fold_in(key, i))
   return before, params
 

@@ -46,7 +46,7 @@ class Job:
     key = jax.random.key(self.seed)
     for i, transform in enumerate(self.transforms):
       if isinstance(transform, NeedsModel):
-        transform = transform.of(loaded)
+        transform = transform.with_model(loaded)
       if isinstance(transform, Reporting):
         params, report = transform.run(params, say)
         reports.append(report)

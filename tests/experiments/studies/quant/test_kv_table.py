@@ -69,7 +69,7 @@ def test_what_cannot_be_measured():
     kv_study.read(dataclasses.replace(TABLE, windows=3), Letters())
   with pytest.raises(UserError, match="expected bits of keys"):
     dataclasses.replace(TABLE, caches=("k5v5",))
-  with pytest.raises(UserError, match="found 48 a row.*group of 32"):
+  with pytest.raises(UserError, match="rows of 48.*group of 32"):
     odd = dataclasses.replace(TABLE, attention=("k4v16",))
     loaded = odd.model.load()
     kv_study.errors(odd, loaded, kv_study.read(odd, Letters()))

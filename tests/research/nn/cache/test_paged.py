@@ -180,7 +180,7 @@ class RoundedWhole:
 
   dtype: str
 
-  def of(self, layers):
+  def for_layers(self, layers):
     return self
 
   def empty(self, lead, slots, dim, dtype, windowed=False):
