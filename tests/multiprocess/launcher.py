@@ -27,6 +27,7 @@ def launch(
   devices: int = 2,
   timeout: float = 170,
   during: Callable[[list[subprocess.Popen]], None] = lambda running: None,
+  compiled_before: bool = True,
 ) -> list[Done]:
   """Returns how the processes of `python *command` ended.
 
@@ -36,6 +37,7 @@ def launch(
     devices: virtual CPU devices of each.
     timeout: seconds; then all are killed, with whatever they started.
     during: called with the running processes.
+    compiled_before: whether they may take programs from JAX's cache.
   """
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
@@ -49,7 +51,11 @@ def launch(
         f"--processes={processes}",
         f"--process={i}",
       ],
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      env=os.environ
+      | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": str(compiled_before).lower(),
+      },
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
