@@ -194,14 +194,14 @@ def test_cases_differ(sampled):
 
 
 REFINED = {
-  "quota": dict(value=2.0, steps=4),
+  "quota": dict(value=1.0, steps=4),
   "threshold": dict(value=0.5, steps=8),
   "low_threshold": dict(value=0.2, steps=8),
   "edited": dict(value=0.4, steps=12, edit=0.3),
   "edited_after_a_prompt": dict(
     value=0.4, steps=8, edit=0.3, given=[3, 9, 1, 2]
   ),
-  "edited_twice_when_full": dict(value=0.0, steps=8, edit=0.1, edit_steps=2),
+  "edited_twice_when_full": dict(value=1e-9, steps=8, edit=0.1, edit_steps=2),
 }
 BLOCK, STEPS = 12, 16
 

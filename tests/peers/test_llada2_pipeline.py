@@ -13,7 +13,7 @@ from make_models import build, float64
 BLOCK, STEPS, NEW, MASK = 4, 8, 11, 46
 CASES = {
   "threshold": dict(value=0.15),
-  "surest_only": dict(value=2.0),
+  "surest_only": dict(value=1.0),
   "edited": dict(value=0.25, edit=0.2),
 }
 PROMPT = (3, 17, 8, 30, 5, 21)
