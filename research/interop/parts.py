@@ -33,8 +33,8 @@ class Address:
   expert: int | None = None
 
   @classmethod
-  def of(cls, path: str) -> "Address":
-    """Returns the address that `layers/3/mlp/up` or `embed` spells."""
+  def parse(cls, path: str) -> "Address":
+    """Returns the address of a path such as `layers/3/mlp/up` or `embed`."""
     if not path.startswith("layers/"):
       return cls(None, path)
     _, index, inner = path.split("/", 2)

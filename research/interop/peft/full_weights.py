@@ -59,7 +59,7 @@ def base_weights(
   out = {}
   for path in paths:
     try:
-      theirs, transposed = rows.theirs(Address.of(path))
+      theirs, transposed = rows.theirs(Address.parse(path))
     except KeyError:
       continue
     module, _, name = naming.theirs(theirs).rpartition(".")

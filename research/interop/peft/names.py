@@ -168,7 +168,7 @@ def modules(
   for path in wrap.matrices(params):
     # An adapted weight that is adapted again is addressed as itself.
     try:
-      name, _ = rows.theirs(Address.of(path))
+      name, _ = rows.theirs(Address.parse(path))
     except KeyError:
       continue  # only ours has it: what tells a model the time
     out[path] = naming.theirs(name).removesuffix(".weight")

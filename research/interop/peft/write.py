@@ -224,7 +224,7 @@ def _whole(params, model, adapted, changed, resized, naming, rows):
   read = parts.from_params(wrap.disable(params))
   out = {}
   for key, w in keys.items():
-    x = np.asarray(weights.dense(read[Address.of(w.address)].read()))
+    x = np.asarray(weights.dense(read[Address.parse(w.address)].read()))
     out[key] = x.T if w.transposed else x
   return out, {w.address for w in keys.values()}, saved, bias
 
