@@ -11,6 +11,7 @@ import itertools
 import os
 import pathlib
 import re
+import sys
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Defaults, which what the command's environment says goes before.
@@ -23,6 +24,10 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# A process that a test starts would else compile our 300 modules again, four
+# seconds each time. They go where `.gitignore` says.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Most programs run once: LLVM's passes would take twice what they save. What
 # XLA itself optimizes is as everywhere. With an XLA_FLAGS of one's own, all is,
 # as test_default_flags.py sets it.

@@ -1,17 +1,19 @@
 """A disk that fills up while a run is going on."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
-SMALL = ["STEPS=2", "BATCH=2", "LENGTH=64", "EVAL_BATCHES=1", "WARMUP=1"]
+TINY = pathlib.Path(__file__).parents[1] / "multiprocess" / "tiny.gin"
+WIDE = ["presets.Sizes.width=256", "presets.Sizes.hidden=512"]
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """A filesystem of 2 MB: less than one checkpoint of the adapters."""
+  """A filesystem of 2 MB: less than one checkpoint of the wide model."""
   command = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(tmp_path)]
   if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
     pytest.skip("needs the right to mount a small tmpfs")
@@ -24,10 +26,10 @@ def test_a_full_disk_is_said_and_nothing_is_lost(small_disk):
   done = subprocess.run(
     [
       *[sys.executable, "-m", "experiments.train"],
-      "--config=runs/quickstart.gin",
+      f"--config={TINY}",
       f"--workdir={workdir}",
       "--nohuge_pages",
-      *(f"--set={binding}" for binding in SMALL),
+      *(f"--set={binding}" for binding in WIDE),
     ],
     capture_output=True,
     text=True,
