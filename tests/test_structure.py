@@ -268,6 +268,7 @@ RULES = {  # rule -> a (path, text) that breaks it
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.sample(4)
 def test_our_code_keeps(rule):
   broken = {
     path: found for path, text in _sources() if (found := rule(path, text))

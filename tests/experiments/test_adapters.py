@@ -68,6 +68,7 @@ def test_a_sum_is_written_in_pefts_format(command, tmp_path):
     ("ties_svd", ["--density=0.5", "--rank=4"]),
   ],
 )
+@pytest.mark.sample(3)
 def test_other_sums(op, options, command, tmp_path):
   status, result, errors = command(
     adapters.main,

@@ -79,7 +79,7 @@ def test_around_all_formats(command, tmp_path):
   ],
   ids=lambda flags: " ".join(flags),
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(4)
 def test_the_class_is_named(command, tmp_path, flags):
   """Of a file that had no config.json; tools find their class by it."""
   file = MODELS / "gguf_mixed" / "model.gguf"

@@ -121,7 +121,7 @@ def test_several_prompts_are_one_batch_and_do_not_matter_to_each_other(
   ],
   ids=" ".join,
 )
-@pytest.mark.sample(2, 1)
+@pytest.mark.sample(3, 1)
 def test_ways_to_fill(command, flags):
   got = told(command("all", "--block=8", *flags))
   steps = [int(f.split("=")[1]) for f in flags if f.startswith("--steps")]
@@ -326,6 +326,7 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
     ("all", ("--gif=a.gif", "--prompt=a", "--prompt=b"), "shows one prompt"),
   ],
 )
+@pytest.mark.sample(2)
 def test_errors(command, name, arguments, words):
   status, _, errors = command(name, *arguments)
   assert status == 1 and words in errors

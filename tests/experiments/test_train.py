@@ -177,6 +177,7 @@ def test_packed_base_trains_with_no_further_code(tmp_path):
     (["--config=runs/quickstart.gin", "--workdir=x", "--set=A"], 1, "NAME=V"),
   ],
 )
+@pytest.mark.sample(5)
 def test_command_line_errors(arguments, status, message, tmp_path):
   done = subprocess.run(
     [sys.executable, "-m", "experiments.train", *arguments],

@@ -45,6 +45,7 @@ def built(name, folder, cxx, *flags):
     pytest.param("decoding", "address,undefined", 60, marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.sample(10)
 def test_no_sanitizer_reports_for_any_shape(
   name, sanitizers, count, tmp_path, cxx
 ):

@@ -44,6 +44,7 @@ def collectives(jaxpr):
 
 
 @pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.sample(4)
 def test_gradients_have_the_collectives_of_plain_lax(cut):
   device = jax.sharding.AbstractDevice(
     "NVIDIA H100 80GB HBM3", None, platform="gpu"

@@ -36,7 +36,7 @@ def trained(kind, layout, steps):
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(15)
 def test_loss_and_every_gradient_are_one_devices(kind, layout):
   (want, alone), (got, shared) = (
     trained(kind, which, 1) for which in ("one", layout)
@@ -93,7 +93,7 @@ def differences(got, want):
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(8)
 def test_twenty_steps_are_one_devices(kind, layout):
   """Reordered sums drive runs apart as far as rounding the start does."""
   (want, alone), (got, shared) = (

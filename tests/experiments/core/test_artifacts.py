@@ -44,6 +44,7 @@ CLOCK = TimeEmbedding(features=8, hidden=8, width=8)
 
 
 @pytest.mark.parametrize(("block", "clock"), [(None, None), (4, CLOCK)])
+@pytest.mark.sample(2)
 def test_it_says_what_its_masks_are(tmp_path, block, clock):
   objective = MaskedDiffusion(mask_id=MASK, shift=True)
   if block is not None:

@@ -55,6 +55,7 @@ def tokens(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.sample(8)
 def test_data_makes_batches(name, tokenizer, chat, tokens):
   given = {
     "arrays": [f"TRAIN={tokens[0]!r}", f"HELDOUT={tokens[1]!r}"],

@@ -58,7 +58,7 @@ def params(adapted):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(18)
 def test_optimizers_lower_a_loss(name):
   text = HEAD.format(name=name)
   rank = ["RANK=2"] if "RANK" in text_of(name) else []

@@ -162,7 +162,7 @@ def kept(result):
 
 
 @pytest.mark.parametrize(("name", "flags"), WAYS)
-@pytest.mark.sample(2)
+@pytest.mark.sample(21)
 def test_what_is_written_is_what_each_prompt_gives_without_padding(
   command, monkeypatch, name, flags
 ):

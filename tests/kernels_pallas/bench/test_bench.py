@@ -72,6 +72,7 @@ def dry_run(tmp_path, platform, only):
 @pytest.mark.parametrize(
   "only", [QUICK, pytest.param("", marks=pytest.mark.slow)], ids=["", "all"]
 )
+@pytest.mark.sample(5)
 def test_dry_run_runs_all_jobs_with_only_jax_installed(
   tmp_path, platform, only
 ):
@@ -111,6 +112,7 @@ def test_every_kernel_has_a_smoke_test_checks_and_times(platform):
 
 
 @pytest.mark.parametrize("platform", CHIPS)
+@pytest.mark.sample(3)
 def test_nothing_is_interpreted_on_a_chip(platform):
   """The smoke tests' programs, lowered for the chip, call kernels."""
   module, target = CHIPS[platform]

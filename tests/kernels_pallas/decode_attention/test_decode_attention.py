@@ -71,6 +71,7 @@ def chosen(row):
 
 
 @pytest.mark.parametrize("row", ROWS)
+@pytest.mark.sample(4)
 def test_mixed_rows_agree_with_numpy(row):
   choice = chosen(row)
   N, K, H, Hv = choice["heads"]
@@ -108,6 +109,7 @@ def test_float64_agrees_with_numpy(backend):
     pytest.param(jnp.float8_e4m3fn, None, marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.sample(2)
 def test_invisible_memory_may_contain_nan(dtype, window):
   """NaN in free pages, after a row's end and, with a window, before it."""
   q, pages, table = draw(TOKENS, 4, 8), pool(2, 8, 8, dtype), tables()
@@ -280,6 +282,7 @@ def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8", "cache"])
+@pytest.mark.sample(3)
 def test_kernels_do_not_race_or_read_uninitialized_memory(
   tpu_interpreter, kind
 ):

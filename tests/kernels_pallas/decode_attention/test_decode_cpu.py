@@ -64,6 +64,7 @@ def run(q, k, v, lengths=LENGTHS, isa="auto", **options):
 @pytest.mark.parametrize(
   "case", CASES, ids=lambda c: "-".join(map(str, c.values()))
 )
+@pytest.mark.sample(4)
 def test_agrees_with_numpy(case):
   isa, options = case["isa"], {x: case[x] for x in ("window", "softcap")}
   supported(isa)
@@ -161,6 +162,7 @@ def test_invalid_lengths_are_clipped():
 
 
 @pytest.mark.parametrize("mesh", [False, True])
+@pytest.mark.sample(2)
 def test_auto_has_the_gradients_and_flops_of_attention(mesh):
   """As a cache of 1,311 slots, in blocks of 512, with one query."""
   q, k, v = operands((4, 2), (16, 16))

@@ -58,7 +58,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(14)
 def test_a_token_a_row_from_a_cache(gpu, name):
   case = {"N": 4, "K": 1, "H": 64, "Hv": 64, "window": None, "softcap": None,
           "sinks": False, "splits": 1, "dtype": jnp.bfloat16}  # fmt: skip
@@ -110,7 +110,7 @@ def codes(code, k, v):
 
 
 @pytest.mark.parametrize("name", PAGED)
-@pytest.mark.sample(2)
+@pytest.mark.sample(11)
 def test_rows_that_decode_and_rows_that_read_a_prompt(gpu, name):
   size, H, Hv, queries, window = PAGED[name]
   # A prompt of several items; if each is a block of threads, of two.

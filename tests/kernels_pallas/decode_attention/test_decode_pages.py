@@ -219,6 +219,7 @@ def test_the_backend_is_that_of_the_platform_compiled_for():
 
 
 @pytest.mark.parametrize("code", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.sample(2)
 def test_nan_makes_its_own_scale_nan(code):
   """NaN propagates through it where codes cannot hold NaN."""
   x = jnp.ones((3, 8)).at[1, 2].set(jnp.nan)

@@ -49,6 +49,7 @@ def on(mesh, function, *args):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "cpu"])
+@pytest.mark.sample(2)
 def test_a_cache_by_rows_and_heads(mesh, backend):
   x = draw(R, N, H), draw(R, 12, K, H), draw(R, 12, K, H, seed=1), LENS
   options = {"sinks": draw(N), "window": 7, "return_lse": True}
@@ -65,7 +66,7 @@ def test_a_cache_by_rows_and_heads(mesh, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 def test_pages_in_pools_by_rows_and_heads(mesh, backend, dtype):
   pages = empty_pages(2 * POOL, K, SIZE, H, dtype)
   q, k, v = draw(R, N, H), draw(R, K, H), draw(R, K, H, seed=1)

@@ -246,6 +246,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.sample(3)
 def test_transformations_agree_with_xla_blockwise(name):
   x = qkv()
   if name == "vmap of some":
@@ -265,6 +266,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.sample(3)
 def test_every_argument_agrees_with_xla_blockwise(name):
   with jax.enable_x64(name == "float64"):
     x = qkv(np.float64 if name == "float64" else np.float32)

@@ -87,7 +87,7 @@ def loss(x, backend, config, options):
 
 
 @pytest.mark.parametrize("row", cases(FACTORS))
-@pytest.mark.sample(2)
+@pytest.mark.sample(19)
 def test_blocks_agree_with_the_reference(row):
   x, options = problem(row)
   step = jax.value_and_grad(loss, has_aux=True)
@@ -113,6 +113,7 @@ def test_every_pair_of_features_is_covered():
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.sample(2)
 def test_gradients_are_finite_differences(backend):
   x, options = problem(
     {
@@ -225,6 +226,7 @@ def test_parts_of_the_keys_combine_to_the_whole():
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.sample(3)
 def test_padding_may_contain_nan(name):
   """NaN in padding reaches neither outputs nor gradients."""
   lens = np.array([5, 8])
@@ -251,6 +253,7 @@ def test_padding_may_contain_nan(name):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.sample(3)
 def test_rows_without_keys_are_zero(name):
   q, k, v = qkv()
   f = jax.jit(

@@ -113,7 +113,7 @@ def expected(H, Hv, K, sinks, mask):
 @pytest.mark.parametrize(
   "case", CASES, ids=lambda c: "-".join(map(str, c.values()))
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(13)
 def test_agrees_with_the_reference(case):
   isa, mask = case.pop("isa"), case.pop("mask")
   supported(isa)
@@ -221,6 +221,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.sample(3)
 def test_unsupported_calls_raise_and_auto_takes_another_backend(name):
   options, message = REFUSED[name]
   x = jax.tree.map(
@@ -304,6 +305,7 @@ def test_every_backend_has_its_kernel_by_platform():
 
 
 @pytest.mark.parametrize("batched", ["all", "q", "keys", "mask", "sinks"])
+@pytest.mark.sample(2)
 def test_a_vmap_is_one_call_of_more_rows(batched):
   """Whichever arrays are mapped: results are those of single calls."""
   size = 3

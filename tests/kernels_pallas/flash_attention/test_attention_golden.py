@@ -144,7 +144,7 @@ def _pairs():
 
 
 @pytest.mark.parametrize(("name", "backend"), list(_pairs()))
-@pytest.mark.sample(2)
+@pytest.mark.sample(19)
 def test_golden(name, backend):
   with jax.enable_x64(True):
     found = run(name, backend)

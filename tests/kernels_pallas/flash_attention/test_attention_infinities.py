@@ -118,6 +118,7 @@ def finite():
 
 
 @each([n for n in BACKENDS if n != "mosaic_tpu_fused"])
+@pytest.mark.sample(4)
 def test_a_sink_of_minus_infinity_is_no_sink(name):
   run = quick(functools.partial(step, **BACKENDS[name]))
   assert_close(run(sunk(qkv()), window()), finite())
@@ -141,6 +142,7 @@ def test_the_lowest_finite_sink_has_no_effect_on_visible_keys(name):
 
 
 @each(["reference", "looped", "mosaic_tpu_split"])
+@pytest.mark.sample(3)
 def test_a_bias_of_minus_infinity_is_a_mask(name):
   """Of keys, of all keys of a query, and where nothing is visible anyway."""
   queries, keys = (3, 17), (1, 9, 10, 20)
@@ -156,6 +158,7 @@ def test_a_bias_of_minus_infinity_is_a_mask(name):
 
 
 @each(["reference", "unrolled", "mosaic_tpu_split"])
+@pytest.mark.sample(3)
 def test_a_bias_of_minus_infinity_inside_the_soft_cap_is_minus_the_cap(name):
   bias = draw(1, 2, T, T, seed=9)
   bias = jnp.where(draw(1, 2, T, T, seed=8) > 1, -jnp.inf, bias)
@@ -187,6 +190,7 @@ def _gpu(request):
   "config",
   ["hopper", "ampere", pytest.param("blackwell", marks=needs_tcgen05)],
 )
+@pytest.mark.sample(6)
 def test_a_sink_of_minus_infinity_is_no_sink_on_gpus(gpu, config):
   gpu.needs(cores(gpu.kind or ""), GPUS[config].cores)
   long = 128

@@ -120,6 +120,7 @@ CASES = first_of_each(
 
 
 @pytest.mark.parametrize("row", CASES)
+@pytest.mark.sample(5)
 def test_gradients_are_differences(row):
   """Custom gradients along random directions, by a stencil of 5 points."""
   x, mask, options = problem(row)
@@ -191,6 +192,7 @@ seeds = st.integers(0, 2**32 - 1)
 @every_backend
 @examples
 @hypothesis.given(seed=seeds)
+@pytest.mark.sample(4)
 def test_order_of_keys_does_not_matter(backend, seed):
   q, k, v, bias, _, rng = sample(seed)
   whole, order = jnp.full(B, S), rng.permutation(S)
@@ -205,6 +207,7 @@ def test_order_of_keys_does_not_matter(backend, seed):
 @hypothesis.given(
   seed=seeds, junk=st.sampled_from([0.0, 1e300, np.nan, np.inf])
 )
+@pytest.mark.sample(3)
 def test_memory_after_the_last_key_does_not_matter(backend, seed, junk):
   q, k, v, bias, lens, _ = sample(seed)
   dead = (jnp.arange(S) >= lens[:, None])[:, :, None, None]
@@ -256,6 +259,7 @@ def test_parts_combine_to_the_whole(backend, seed, share):
 
 
 @every_backend
+@pytest.mark.sample(3)
 def test_grouped_heads_are_repeated_heads(backend):
   q, k, v, bias, lens, _ = sample(0)
   k2, v2 = (jnp.repeat(x, 2, axis=2) for x in (k, v))
@@ -268,6 +272,7 @@ def test_grouped_heads_are_repeated_heads(backend):
 
 
 @pytest.mark.parametrize("window", [None, (2, 1)])
+@pytest.mark.sample(3)
 def test_agrees_with_jax_nn(window):
   """Windows, lengths of queries and keys, and gradients."""
   q, k, v = (draw(B, S, n, H, seed=n).astype(jnp.float32) for n in (4, 2, 2))

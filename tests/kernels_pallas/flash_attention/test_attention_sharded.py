@@ -113,7 +113,7 @@ def _whole(mesh):
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.sample(2)
+@pytest.mark.sample(5)
 def test_every_mask_over_rows_queries_and_heads(name):
   alone, shared, _ = both(MASKS[name](), ALL, arrays())
   chex.assert_trees_all_close(alone, shared, **CLOSE)
@@ -135,6 +135,7 @@ def test_more_or_fewer_keys_than_queries(keys):
 @pytest.mark.parametrize(
   ("heads", "size"), [((4, 2), 4), ((6, 3), 2), ((8, 1), 8), ((2, 2), 4)]
 )
+@pytest.mark.sample(3)
 def test_heads_that_the_axis_does_not_divide(heads, size):
   cut = AttentionSharding(heads=("heads",))
   if heads[0] % size:

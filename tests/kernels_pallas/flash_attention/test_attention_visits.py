@@ -167,7 +167,7 @@ def with_a_pair(mask, n):
   ],
   ids=lambda x: x if isinstance(x, str) else x.kind,
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(5)
 def test_a_tpu_visits_no_tile_without_a_visible_pair(mask, backward):
   config = TPU[backward]
   run = counted(config, [draw(1, N, 1, 4, seed=s) for s in range(3)])
@@ -211,7 +211,7 @@ def test_a_tpu_visits_the_tiles_that_segments_allow():
   "cores",
   [pytest.param(x, marks=needs_tcgen05 if x == "tcgen05" else ()) for x in GPU],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_a_gpu_visits_no_tile_without_a_visible_pair(cores):
   n, config = 200, GPU[cores]
   mask = {

@@ -57,6 +57,7 @@ def lists(name, dims, programs, streamed=KEYS):
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("streamed", [KEYS, QUERIES])
+@pytest.mark.sample(5)
 def test_every_line_is_done_once(name, streamed):
   B, N, K, T = 2, 6, 3, 1024
   heads = N if streamed == KEYS else K

@@ -111,6 +111,7 @@ def table(mask, T, S):
 
 
 @pytest.mark.parametrize(("name", "mask", "T", "S"), ALL, ids=IDS)
+@pytest.mark.sample(5)
 def test_visible_is_the_definition_and_tiles_are_its_parts(name, mask, T, S):
   mask.check(B, T, S)
   expected = table(mask, T, S)

@@ -243,6 +243,7 @@ def test_mismatched_calls_raise(change, message):
 @pytest.mark.parametrize(
   ("kind", "most"), [("affine", 999), ("nf4", 0), ("int8, channels", 999)]
 )
+@pytest.mark.sample(4)
 def test_kernels_do_not_race_or_read_uninitialized_memory(
   tpu_interpreter, kind, most
 ):

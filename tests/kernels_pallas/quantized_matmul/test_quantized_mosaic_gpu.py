@@ -160,6 +160,7 @@ def test_codebooks_are_looked_up(gpu, kernel, gradient, scales):
 @pytest.mark.parametrize(
   "tile", [Tile(128, 1, 2, operand="shared"), Tile(80, 1, 2, cores="mma")]
 )
+@pytest.mark.sample(4)
 def test_many_rows_are_stored_in_parts_and_matrices_are_padded(gpu, tile):
   """The last tile of rows is partial, as are inputs and outputs."""
   w = packed(4, 64, inputs=200, outputs=70)
@@ -294,7 +295,7 @@ def test_fitted_tiles_fit_shared_memory(rows, pieces, depth, sums):
     ("Tesla V100-SXM2-16GB", False, False),
   ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(6)
 def test_programs_for_gpus_call_the_kernels(device, few, many):
   device = jax.sharding.AbstractDevice(device, None, platform="gpu")
   mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)

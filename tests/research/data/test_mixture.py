@@ -49,7 +49,7 @@ def order(batches):
 @pytest.mark.parametrize(
   "weights", [(1, 1), (0.7, 0.3), (5, 3, 2), (0.9, 0.05, 0.05), (50, 1)]
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 def test_every_prefix_has_the_proportions(weights):
   seen = order(take(mixture(weights).training(None), 130))
   shares = np.array(weights) / sum(weights)
@@ -73,6 +73,7 @@ def test_determined_by_seeds():
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.sample(2)
 def test_processes_share_each_global_batch(processes):
   data = mixture((0.5, 0.3, 0.2), batch_size=8)
   alone = take(data.training(None), 12)

@@ -138,6 +138,7 @@ def distribution(length, batch, rounding):
     *((12, 16, 0.75, 1.25), (20, 16, 0.75, 1.25), (16, 8, 1, 1)),
   ],
 )
+@pytest.mark.sample(5)
 def test_numbers_of_masks_are_uniform_only_rounded_down(
   length, batch, low, high
 ):

@@ -181,6 +181,7 @@ def hotter(tokens, time):
 
 
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()])
+@pytest.mark.sample(2)
 def test_the_bound_has_times_of_its_masks(schedule):
   """Against all masks, and quadrature over times."""
   x = jnp.array([0, 1, 2, 0])
@@ -239,6 +240,7 @@ def telling(tokens, time):
 
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()])
 @pytest.mark.parametrize("way", ["ancestral", "first hitting"])
+@pytest.mark.sample(3)
 def test_samplers_tell_when_a_place_is_filled(way, schedule):
   """How often in each eighth is what the schedule says."""
   blank = jnp.full((N, 6), BINS, jnp.int32)

@@ -35,6 +35,7 @@ def network(clock):
     (BlockDiffusion, CLOCK, dict(data=1, fsdp=2, tensor=2)),
   ],
 )
+@pytest.mark.sample(4)
 def test_on_a_mesh(kind, clock, sizes):
   """Devices skip chunks without masks, each its own."""
   layout = Layout(**sizes)

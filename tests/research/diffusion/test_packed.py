@@ -166,6 +166,7 @@ def test_preferences_of_a_first_token_do_not_read_padding():
 
 
 @pytest.mark.parametrize("kind", [NoCache, BlockCache, DelayedKVCache])
+@pytest.mark.sample(3)
 def test_a_row_without_a_prompt_is_itself_beside_longer_ones(kind):
   """Its first token has padding before it, or nothing, if it is alone."""
   model, params = network()

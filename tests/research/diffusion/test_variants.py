@@ -40,6 +40,7 @@ def test_any_order_draws_each_number_and_each_set_alike():
 
 
 @pytest.mark.parametrize("spread", ["independent", "even"])
+@pytest.mark.sample(2)
 def test_any_order_is_the_bound(spread):
   """Draws without the network, whose losses of all sets are known."""
   model, params = network()

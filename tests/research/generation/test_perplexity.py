@@ -68,6 +68,7 @@ def _losses(window, max_windows):
     (2, 8, 8, 8, 8),
   ],
 )
+@pytest.mark.sample(6)
 def test_against_full_logits(window, max_windows, batch, windows, tokens):
   found = p.perplexity(MODEL, params(), IDS, window, max_windows, batch)
   losses = _losses(window, max_windows)

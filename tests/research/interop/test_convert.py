@@ -78,7 +78,7 @@ def raw(folder) -> dict:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.sample(4)
+@pytest.mark.sample(18)
 def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
   convert.to_orbax(opened(name), tmp_path / "ours")
   log = convert.to_hf(sources.open_source(tmp_path / "ours"), tmp_path / "hf")
@@ -98,7 +98,7 @@ def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - NOT_GGUF))
-@pytest.mark.sample(4, 1)
+@pytest.mark.sample(14, 1)
 def test_hf_to_gguf_to_hf(name, tmp_path):
   file = tmp_path / "model.gguf"
   convert.to_gguf(opened(name), file, gguf_recipe.Recipe("F32"))
@@ -143,7 +143,7 @@ def same_metadata(got, want):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(9)
 def test_gguf_to_ours_to_gguf_is_byte_identical(name, tmp_path):
   file = MODELS / name / "model.gguf"
   convert.to_orbax(sources.open_source(file), tmp_path / "ours")
@@ -309,6 +309,7 @@ def as_int8(source, to):
 
 
 @pytest.mark.parametrize("write", [as_gguf, as_int8])
+@pytest.mark.sample(2)
 def test_an_update_is_what_changes_the_base_in_the_same_type(write, tmp_path):
   """What the base alone loses there is no loss of the adapter's."""
   file = MODELS / "gguf_f32" / "model.gguf"
@@ -350,7 +351,7 @@ ADAPTERS = sorted(p.name for p in MODELS.glob("peft*_*"))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 def test_peft_to_ours_to_peft(name, tmp_path):
   source = opened(name)
   convert.to_orbax(source, tmp_path / "ours")

@@ -53,7 +53,7 @@ def padded(x: np.ndarray, value: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.sample(2, 1)
+@pytest.mark.sample(9, 1)
 def test_logits_and_greedy_continuation(name):
   # Rows without padding, padded left, padded right, and the golden greedy
   # continuation: its next token is the argmax at each of its positions,
@@ -83,6 +83,7 @@ def test_greedy_by_full_passes_where_the_rotation_follows_the_length():
 
 
 @pytest.mark.parametrize("name", ["llama_biases", "qwen2_window", "gemma3"])
+@pytest.mark.sample(3)
 def test_right_padded_rows_by_lengths(name):
   g, it = golden(name), loaded(name)
   rows = [0, 2]

@@ -73,7 +73,7 @@ def same(got, wanted, shardings):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(7)
 def test_hugging_face_directories(name):
   # Opened once: tracing a model's initialisation takes longest.
   model, tensors, _ = hf.open_model(MODELS / name)
@@ -85,13 +85,14 @@ def test_hugging_face_directories(name):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(7)
 def test_gguf_files(name, packed):
   for shardings in (everywhere, *map(by, LAYOUTS)):
     check(MODELS / name / "model.gguf", packed, shardings)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.sample(2)
 def test_adapters(name):
   check(MODELS / name, False, by(LAYOUTS[1]))
 
@@ -104,6 +105,7 @@ def test_adapters(name):
     ("peft_lora", False),
   ],
 )
+@pytest.mark.sample(3)
 def test_our_own_checkpoints(tmp_path, name, packed):
   convert.to_orbax(sources.open_source(MODELS / name), tmp_path / "ours")
   check(tmp_path / "ours", packed, everywhere)
@@ -177,6 +179,7 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("last", [True, False])
+@pytest.mark.sample(2)
 def test_a_sixty_fourth_of_large_matrices(tmp_path, counted, last):
   model, tensors = sparse_model(tmp_path, LARGE)
   assert sum(f.stat().st_blocks * 512 for f in tmp_path.iterdir()) < 2**20

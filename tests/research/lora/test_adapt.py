@@ -199,6 +199,7 @@ def test_scales():
 
 
 @pytest.mark.parametrize("make", [llama, gemma])
+@pytest.mark.sample(3)
 def test_merged_equals_unmerged_also_where_runs_are_split(make):
   model, params = make()
   transform = adapt.Adapt(

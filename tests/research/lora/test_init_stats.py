@@ -108,12 +108,13 @@ def logits(params):
 
 
 @pytest.mark.parametrize("kind", LOOKS)
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_calibrated_adapters_start_as_their_base(kind):
   chex.assert_trees_all_equal(logits(adapted(kind)), logits(params()))
 
 
 @pytest.mark.parametrize("kind", LOOKS)
+@pytest.mark.sample(2)
 def test_planning_needs_no_data(kind):
   change = adapt.Adapt(method=kind(rank=4), init_stats=LOOKS[kind])
   planned = jax.eval_shape(change.with_model(LOADED), params(), KEY)
@@ -165,6 +166,7 @@ def cosine(a, b):
 
 
 @pytest.mark.parametrize("keep", ["instruction", "knowledge"])
+@pytest.mark.sample(2)
 def test_corda_is_the_decomposition_by_its_inputs(keep):
   """In fp64, as PEFT has it, of `W [out, in]` and the covariance."""
   addresses = [address for address, _ in rows(params())]

@@ -72,6 +72,7 @@ def model():
 
 
 @pytest.mark.parametrize("first", ["codes", "factors"])
+@pytest.mark.sample(3)
 def test_in_a_model(first):
   params = support.params(model())
   how = Quantize(targets=("q", "k", "up"))

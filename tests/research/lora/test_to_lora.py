@@ -56,6 +56,7 @@ def deltas(params):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@pytest.mark.sample(3)
 def test_all_of_an_update(method):
   params = adapted(method)
   got, fits = to_lora.to_lora(params, to_lora.Rank(99))

@@ -71,6 +71,7 @@ def some_and_all(model, params, keep=KEEP, tokens=None, **how):
 
 
 @pytest.mark.parametrize("kind", masks())
+@pytest.mark.sample(3)
 def test_states_are_those_of_all(kind):
   how = {"mask": masks()[kind]}
   if kind in ("full", "blocks"):

@@ -51,6 +51,7 @@ def test_scanned_equals_unrolled(case):
   )
 
 
+@pytest.mark.sample(3)
 def test_layers_and_stack_are_inverse(case):
   model, params, _, _ = case
   again = tree.stack(

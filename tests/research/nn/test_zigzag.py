@@ -37,7 +37,7 @@ CASES = {  # family, layout, arguments of the call
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(7)
 def test_hidden_states_are_one_devices(name):
   family, layout, given = CASES[name]
   model = support.model(family, vocab=64)

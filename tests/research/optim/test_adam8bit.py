@@ -80,6 +80,7 @@ def test_six_steps_are_those_of_bitsandbytes():
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 512), (3, 5, 7, 11), (600,), (2,)])
+@pytest.mark.sample(3)
 def test_blocks_keep_the_order_of_elements(shape):
   rng = np.random.default_rng(0)
   x = jnp.float32(rng.normal(size=shape) * 10.0 ** rng.uniform(-3, 3, shape))

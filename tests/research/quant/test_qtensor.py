@@ -106,6 +106,7 @@ def state(tensors):
 
 
 @golden
+@pytest.mark.sample(5)
 def test_decoded_bitwise_and_written_back(found):
   w = bnb.from_state_dict(tensors(found))
   outputs, inputs = found["case"][:2]
@@ -183,6 +184,7 @@ def test_bits_of_a_weight():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("inputs", [64, 45])
 @pytest.mark.parametrize("eq", ["...i,io->...o", "...o,io->...i"])
+@pytest.mark.sample(3)
 def test_products_and_their_gradients_are_the_dense_ones(eq, inputs, dtype):
   w = pack(jnp.asarray(gaussian(inputs, 24)))
   x = jnp.asarray(gaussian(2, 5, w.shape[0 if eq[3] == "i" else 1]), dtype)

@@ -95,6 +95,7 @@ def test_compensated_outputs_are_better_than_nearest():
 
 
 @pytest.mark.parametrize("calibration", [CALIBRATION, None])
+@pytest.mark.sample(3)
 def test_nearest_by_rules_is_the_format_alone(calibration):
   model, params = known()
   rule = Rule(match="mlp/up$", format=FORMAT)
@@ -190,7 +191,7 @@ def test_drift_is_corrected():
   ],
   ids=lambda x: getattr(x, "name", ""),
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(6)
 def test_any_grid_is_compensated(format, options):
   model, params = known()
   rule = Rule(

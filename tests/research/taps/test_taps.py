@@ -160,6 +160,7 @@ def summed(statistic, x, counts):
 
 
 @pytest.mark.parametrize("statistic", STATISTICS[:3], ids=repr)
+@pytest.mark.sample(3)
 def test_activations_of_every_layer_are_what_it_multiplies(statistic):
   found = collected_once("plain", statistic)
   assert len(found) == 7 * support_mesh.DEPTH
@@ -251,6 +252,7 @@ def test_on_eight_devices_as_on_one(kind, layout, statistic):
 
 
 @pytest.mark.parametrize("layout", ["data", "tensor"])
+@pytest.mark.sample(2)
 def test_largest_values_and_samples_on_eight_devices(layout):
   for statistic in STATISTICS[1:3]:
     want = collected_once("plain", statistic)

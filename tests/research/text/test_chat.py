@@ -135,6 +135,7 @@ _GROW = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}"
     "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
   ],
 )
+@pytest.mark.sample(3)
 def test_nothing_runs_away(template):
   start = time.monotonic()
   with pytest.raises(UserError):

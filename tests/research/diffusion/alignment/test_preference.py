@@ -98,7 +98,7 @@ def close_variance(found, want):
     (8, 1, 0.051564),
   ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 def test_variances_of_budgets(n_t, n_y, want):
   """diffusion.md 14.2: policy of strength 2.2, reference of 2, masks shared."""
   policy, reference = drawn(n_t, n_y)

@@ -67,7 +67,7 @@ def test_one_step_is_the_product_of_marginals():
   ],
   ids=str,
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(6)
 def test_many_steps_approach_the_joint(how):
   few, _ = law(ancestral.sample, Ancestral(steps=2, **how))
   many, calls = law(ancestral.sample, Ancestral(steps=64, **how))

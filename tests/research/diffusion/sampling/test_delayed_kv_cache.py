@@ -118,7 +118,7 @@ def by_hand(prompt, refresh, shift, block):
   ("refresh", "block", "shift"),
   [(None, 8, False), (3, 8, True), (None, 4, True)],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 def test_it_fills_in_what_the_loop_does(refresh, block, shift):
   got = filled(delayed(refresh=refresh, shift=shift), block=block)
   assert got.calls == 8

@@ -108,6 +108,7 @@ def changed(tokens, places):
 
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("pads", [(0, 0), (3, 1)])
+@pytest.mark.sample(3)
 def test_a_block_s_logits_are_its_rows_of_all(pads, shift):
   model = network()[0]
   tokens, valid = rows(pads)
@@ -160,6 +161,7 @@ def test_padding_on_the_right_changes_nothing(shift):
     ],
   ],
 )
+@pytest.mark.sample(4)
 def test_caches_are_exact_while_nothing_has_changed(before, after, shift):
   tokens, valid = rows((3, 0))
   d = BlockCache(model=network()[0], shift=shift, before=before, after=after)
@@ -169,6 +171,7 @@ def test_caches_are_exact_while_nothing_has_changed(before, after, shift):
 
 
 @pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.sample(3)
 def test_a_prefix_cache_reads_the_block_and_all_behind_it(shift):
   """Of rows whose texts end anywhere; a row's first block is behind nothing."""
   model = network()[0]
@@ -219,6 +222,7 @@ def test_caches_drift_once_tokens_change_unless_all_is_read_again():
 
 
 @pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.sample(2)
 def test_a_block_causal_model_s_cache_is_exact_at_every_step(shift):
   tokens, valid = rows()
   d = BlockCausal(model=network()[0], block=K, shift=shift)
@@ -233,6 +237,7 @@ def test_a_block_causal_model_s_cache_is_exact_at_every_step(shift):
 
 
 @pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.sample(2)
 def test_what_is_remembered_from_block_to_block_is_what_is_read_anew(shift):
   model, params = network()
   tokens, valid = rows()
@@ -358,6 +363,7 @@ class Counted(Denoiser):
 
 
 @pytest.mark.parametrize(("weight", "each"), [(0.0, 1), (1.5, 2)])
+@pytest.mark.sample(2)
 def test_calls_are_forward_passes(weight, each):
   """With guidance there are two a step."""
   options = SamplerConfig(mask_id=MASK, length=T // 2, block=K)

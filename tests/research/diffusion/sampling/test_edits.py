@@ -84,6 +84,7 @@ def edited(policy, edit_steps, calm=False, block=SIZE):
 @pytest.mark.parametrize(
   ("policy", "at_once"), [(Threshold(), SIZE), (Quota(), 1)], ids=str
 )
+@pytest.mark.sample(5)
 def test_edits_are_counted_from_when_a_row_is_full(policy, at_once, edit_steps):
   got = edited(policy, edit_steps)
   want = [reference(row, at_once, edit_steps) for row in rows().tolist()]

@@ -31,6 +31,7 @@ def loaded():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sample(3)
 def test_tokens_are_those_of_the_authors_loops(kind):
   """Of two prompts in a batch, the shorter one padded."""
   it, want = loaded(), golden()
@@ -51,6 +52,7 @@ def test_tokens_are_those_of_the_authors_loops(kind):
 
 
 @pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.sample(3)
 def test_logits_of_every_call_are_the_authors(kind):
   it, want = loaded(), golden()
   rows, starts, logits = (

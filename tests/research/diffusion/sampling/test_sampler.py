@@ -75,6 +75,7 @@ def run(prompts=((2, 5, 1),), key=0, examples=None, sampling=None, **options):
 
 
 @pytest.mark.parametrize(("options", "text", "order"), TRACES)
+@pytest.mark.sample(2)
 def test_traces(options, text, order):
   got = run(**options)
   assert " ".join(map(str, got.tokens[0])) == text
@@ -142,6 +143,7 @@ def test_policies_by_hand():
 @pytest.mark.parametrize(
   "policy", [Quota(), Threshold(), Factor(), Hierarchy()], ids=str
 )
+@pytest.mark.sample(3)
 def test_every_policy_fills_everything(policy):
   got = run(block=4, policy=policy)
   assert (got.tokens != MASK).all() and (got.filled[0, 3:] >= 0).all()
@@ -285,7 +287,7 @@ NOISE = 0.5 * np.sqrt(2 / np.pi / 20_000) * np.sqrt(joint.table()).sum()
 
 
 @pytest.mark.parametrize("select", ["random", "max", "margin", "entropy"])
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_places_chosen_without_the_candidate_sample_the_joint(select):
   assert variation(law(select=select), joint.table()) < 1.5 * NOISE
 
@@ -305,7 +307,7 @@ def test_places_by_chance_are_ancestral_steps():
 
 
 @pytest.mark.parametrize("kind", ["cap", "rescale", "confidence"])
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 def test_masking_again_is_remdm(kind):
   """The law of `ancestral`, and of the times at which places are filled."""
   again = Remask(kind=kind, eta=0.4)

@@ -99,6 +99,7 @@ def tiny(tied=True):
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.sample(2)
 def test_a_new_mask_leaves_the_other_logits_alone(tied):
   model, params = tiny(tied)
   grown, more, spec = from_autoregressive.to_diffusion(model, params)

@@ -64,6 +64,7 @@ def theirs(file, name):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o))
+@pytest.mark.sample(4)
 def test_llama_cpp_adds_what_we_add(options, tmp_path):
   """Added to the tensors of the base's own file, in the file's order."""
   it = base()

@@ -67,6 +67,7 @@ def test_logits_are_transformers(name, packed):
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.sample(4)
 def test_packed_weights_are_the_decoded_ones_bit_for_bit(name):
   path = MODELS / name / "model.gguf"
   dense, packed = (load_gguf(path, packed=p).params for p in (False, True))
@@ -170,6 +171,7 @@ def llama3_factors(config: dict, dim: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.sample(7)
 def test_every_family_has_transformers_logits(family, tmp_path):
   path = tmp_path / "model.gguf"
   write_gguf(path, *converted(family))

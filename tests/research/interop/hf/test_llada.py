@@ -27,6 +27,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sample(4)
 def test_logits_are_transformers(name):
   """Of all tokens seeing each other; Dream's come from the place before."""
   loaded = load.load_model(GOLDEN / name)

@@ -183,6 +183,7 @@ def test_dense_models_are_not_written_as_llada2():
 
 
 @pytest.mark.parametrize("name", ["llada_moe", "llada2"])
+@pytest.mark.sample(2)
 def test_our_checkpoint_is_written_back_as_the_file(name, tmp_path):
   convert.to_orbax(sources.open_source(GOLDEN / name), tmp_path / "a")
   convert.to_hf(sources.open_source(tmp_path / "a"), tmp_path / "b")

@@ -230,6 +230,7 @@ def test_dtypes_round_to_nearest_even(tmp_path, base, stored):
 
 
 @pytest.mark.parametrize("spelling", ["old", "new"])
+@pytest.mark.sample(2)
 def test_the_text_part_of_a_multimodal_gemma(tmp_path, spelling):
   folder = tmp_path / "gemma3"
   shutil.copytree(MODELS / "gemma3", folder)

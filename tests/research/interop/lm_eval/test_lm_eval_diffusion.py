@@ -208,6 +208,7 @@ def test_greedy_is_asked_for(loaded):
 
 
 @pytest.mark.parametrize("block", [None, 4])
+@pytest.mark.sample(2)
 def test_generate_until(loaded, block):
   it = dataclasses.replace(
     loaded, diffusion=dataclasses.replace(loaded.diffusion, block=block)
@@ -249,7 +250,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 def test_settings_are_the_sampler_s(loaded, monkeypatch, name):
   given, seen = SETTINGS[name], []
   sample = sampler.sample

@@ -104,6 +104,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.sample(4)
 def test_the_same_base_in_another_format(saved, name, tmp_path):
   other = FORMATS[name]()
   read(saved, other)

@@ -65,6 +65,7 @@ def close(got, want):
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.sample(5)
 def test_pefts_tensors_compute_what_they_do_there(layer, name):
   method, theirs = METHODS[name], tensors(layer, name)
   base = conv.kernel_to_matrix(kernel())

@@ -30,7 +30,7 @@ def base(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sample(4)
+@pytest.mark.sample(20)
 def test_logits_are_pefts(name):
   it = loaded(name)
   with np.load(MODELS / name / "golden.npz") as golden:
@@ -59,6 +59,7 @@ def changed(it, base) -> set[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sample(7)
 def test_read_and_written_again(name, tmp_path):
   it, b = loaded(name), base(name)
   peft.save_adapter(

@@ -113,7 +113,7 @@ def computed(model, params, tokens):
     for n in ADAPTERS
   ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(13)
 def test_logits_loss_and_gradients_are_pefts(name, tmp_path):
   it, g, bound = loaded(name), golden(name), error(name)
   value, y, slopes = computed(it.model, it.params, g["tokens"])
@@ -133,7 +133,7 @@ def test_logits_loss_and_gradients_are_pefts(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in ADAPTERS if "alora" not in n])
-@pytest.mark.sample(2)
+@pytest.mark.sample(15)
 def test_merged_logits_are_pefts(name):
   it, g = loaded(name), golden(name)
   merged = quick(wrap.merge)(it.params)
@@ -142,6 +142,7 @@ def test_merged_logits_are_pefts(name):
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.sample(5)
 def test_read_and_written_again(name, tmp_path):
   it, under = loaded(name), base_of(name)
   peft.save_adapter(tmp_path, it.params, it.model, f"../{under}")
@@ -186,6 +187,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("method", OTHERS, ids=methods.label)
+@pytest.mark.sample(3)
 def test_what_peft_has_as_something_else_is_written_again(method, tmp_path):
   """With a start of its own, half fixed, or grouped: as PEFT is told of it."""
 

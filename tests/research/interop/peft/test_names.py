@@ -55,6 +55,7 @@ def test_merged_it_is_what_peft_merges(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.sample(2)
 def test_it_comes_back_as_peft_wrote_it(name, tmp_path):
   loaded = load.load_model(ADAPTERS / name)
   base = load.load_model(base_of(name))

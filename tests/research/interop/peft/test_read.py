@@ -31,6 +31,7 @@ ADAPTERS = sorted(p.name for p in MODELS.glob("peft_*"))
     ("base_logits", wrap.disable),
   ],
 )
+@pytest.mark.sample(4)
 def test_logits_are_pefts(name, key, rewrite):
   it, g = loaded(name), golden(name)
   got = logits(it.model, rewrite(it.params), g["tokens"])
@@ -38,6 +39,7 @@ def test_logits_are_pefts(name, key, rewrite):
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.sample(3)
 def test_loss_and_gradients_are_pefts(name, tmp_path):
   it, g = loaded(name), golden(name)
   selected, frozen = tree.partition(it.params, wrap.TRAINABLE)
@@ -97,6 +99,7 @@ def test_read_and_written_again(name, tmp_path):
   ],
 )
 @pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.sample(7)
 def test_every_adapter_of_ours_survives_the_format(
   tmp_path, options, use_rslora
 ):

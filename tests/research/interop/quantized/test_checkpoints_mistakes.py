@@ -54,6 +54,7 @@ def packed(**changes):
     ),
   ],
 )
+@pytest.mark.sample(4)
 def test_what_gptq_cannot_hold(w, message):
   with pytest.raises(UserError, match=message):
     checkpoint_formats.Gptq().describe(w(), "w")

@@ -265,6 +265,7 @@ def test_codes_of_fewer_bits_than_said():
   ],
   ids=lambda x: getattr(x, "name", None),
 )
+@pytest.mark.sample(4)
 def test_what_it_cannot_hold_is_not_written(format, match):
   w = qtensor.pack(jnp.ones((64, 8)), format)
   with pytest.raises(UserError, match=match):

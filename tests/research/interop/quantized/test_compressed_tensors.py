@@ -103,6 +103,7 @@ OURS = {
 
 
 @pytest.mark.parametrize("name", OURS)
+@pytest.mark.sample(3)
 def test_our_own_codes_are_its_bytes(name):
   format = OURS[name]
   if isinstance(format, Affine):

@@ -75,7 +75,7 @@ def test_each_way_is_its_sum(format):
 
 
 @every
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 def test_logits_are_kept_by_one_way_alone(format):
   tokens = support.tokens(vocab=64)
   found = merge.report_modes(MODEL, adapted(format, 0.3), original(), tokens)

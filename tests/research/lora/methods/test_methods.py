@@ -274,7 +274,7 @@ def test_forward_is_multiplication_with_the_merged_matrix(method, packed):
 
 
 @every
-@pytest.mark.sample(2)
+@pytest.mark.sample(8)
 def test_experts_have_adapters_of_their_own(method):
   t, x = moved(method), draw(5, IN)
   sizes = jnp.array([2, 0, 3])
@@ -285,6 +285,7 @@ def test_experts_have_adapters_of_their_own(method):
 
 
 @every
+@pytest.mark.sample(3)
 def test_gradients_are_finite_differences(method):
   """Directional derivatives in fp64, at random arrays."""
   with jax.enable_x64():
@@ -326,7 +327,7 @@ def held_constant(method, trained):
 
 
 @every
-@pytest.mark.sample(2, 1)
+@pytest.mark.sample(4, 1)
 def test_dropout_falls_on_the_adapter_alone(method):
   if not method.SUPPORTS_DROPOUT:
     with pytest.raises(UserError, match="dropout"):
@@ -365,7 +366,7 @@ def plain():
 
 
 @crossed("targets", ["q|down", "v|up", "o|gate", "all"], ONE_OF_EACH)
-@pytest.mark.sample(2)
+@pytest.mark.sample(31)
 def test_in_a_model_scanned_or_not(method, targets):
   params, before = plain()
 

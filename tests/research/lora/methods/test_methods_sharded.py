@@ -83,6 +83,7 @@ def computed(layout: str):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.sample(3)
 def test_outputs_and_gradients_are_one_devices(name):
   wanted, alone = computed("one")
   found, shared = computed("mixed")

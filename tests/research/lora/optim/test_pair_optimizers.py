@@ -290,6 +290,7 @@ def slopes(t):
 
 
 @pytest.mark.parametrize("method", NAMED, ids=laws.label)
+@pytest.mark.sample(3)
 def test_updates_of_pairs_change_the_matrix_by_their_product(method):
   """`ga = s b Gᵀ` and `gb = s a G`, G of the matrix; if not, it is refused."""
   t = laws.one(laws.moved(method))

@@ -167,7 +167,7 @@ def test_host_memory_is_a_least_recently_used_cache(tmp_path, places):
   ],
   ids=lambda m: type(m).__name__,
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 def test_low_rank_methods_are_plain_lora(method):
   params = adapted(1, method)
   found = row_factors.extract(params, 4)
@@ -197,6 +197,7 @@ def test_low_rank_methods_are_plain_lora(method):
   [DoRA(rank=2), HiRA(rank=2), IA3(), C3A(block=4), LoHa(rank=4)],
   ids=lambda m: type(m).__name__,
 )
+@pytest.mark.sample(5)
 def test_other_methods_are_refused_by_name(method):
   with pytest.raises(UserError) as error:
     pool.add_tree(empty(), "x", adapted(1, method))

@@ -91,6 +91,7 @@ def test_pieces_of_any_size_are_the_whole(name, pieces):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+@pytest.mark.sample(3)
 def test_rows_of_different_lengths(name):
   """A padded prompt, then one token per row: equals each row by itself."""
   tokens, expected = full_logits(name)

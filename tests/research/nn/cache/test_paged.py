@@ -204,6 +204,7 @@ def test_pages_in_8_bits_are_a_cache_that_rounds_every_token(dtype):
 
 
 @pytest.mark.parametrize("dtype", CODE_DTYPES)
+@pytest.mark.sample(2)
 def test_pages_in_8_bits_hold_the_quantized_caches_bytes(dtype):
   model = support.model(depth=1)
   params = support.params(model)

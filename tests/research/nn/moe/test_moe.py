@@ -90,6 +90,7 @@ def dense_loop(module, params, x):
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.sample(3)
 def test_equals_a_dense_loop_with_all_gradients(name):
   module = MODULES[name]
   params, x = params_of(module), inputs()
@@ -121,6 +122,7 @@ def test_rows_sorted_by_expert():
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.sample(3)
 def test_tokens_do_not_depend_on_their_company(name):
   module = MODULES[name]
   params, x = params_of(module), inputs()
@@ -363,6 +365,7 @@ def test_pefts_files_hold_adapters_beside_experts_and_loras_on_them(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+@pytest.mark.sample(2)
 def test_packed_experts_compute_what_they_decode_to(kind):
   module = Moe(routing=Routing(experts=4, active=2), hidden=32)
   rng = np.random.default_rng(0)

@@ -140,6 +140,7 @@ def load_of(routing, rows, real):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.sample(2)
 def test_load_and_losses(name):
   """Against their definitions, over non-padding tokens."""
   routing = VARIANTS[name]

@@ -50,6 +50,7 @@ def applied(params, x, real, layout=None):
     dict(data=4, fsdp=2),
   ],
 )
+@pytest.mark.sample(5)
 def test_what_an_axis_does_not_divide_is_computed_everywhere(layout):
   rng = np.random.default_rng(1)
   x = jnp.asarray(rng.standard_normal((1, T, D)), jnp.float32)

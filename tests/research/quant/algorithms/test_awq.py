@@ -166,6 +166,7 @@ def test_candidates_are_those_of_the_paper():
   [(FORMAT, 16), (Int8(), 512), (Q4K(), 256)],
   ids=lambda x: getattr(x, "name", ""),
 )
+@pytest.mark.sample(3)
 def test_ranges_are_clipped_where_outputs_gain(format, size):
   inputs = min(2 * size, 512)
   rng = np.random.default_rng(1)

@@ -102,6 +102,7 @@ def test_without_tokens_it_raises():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.sample(2)
 def test_a_walk_that_changes_nothing_is_the_model(family):
   model = support.model(family)
   params = support.params(model)

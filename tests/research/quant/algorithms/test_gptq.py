@@ -91,7 +91,7 @@ def grid(bits=4, block=64, symmetric=False):
     (77349.3, 7.727, grid(bits=3, block=16), ACTIVATIONS | STATIC),
   ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(12)
 def test_known_numbers(loss, mse, format, options):
   w, x = problem()
   value, found, _ = solve(w, hessian_of(x), format, GPTQ(**options))
@@ -142,6 +142,7 @@ def surgeon(w, h, format, order, damp=0.01):
 
 
 @pytest.mark.parametrize("order", ["natural", "activations", "groups"])
+@pytest.mark.sample(3)
 def test_fresh_grids_equal_optimal_brain_quantization(order):
   w, x = problem()
   h = hessian_of(x + np.eye(512, 64))  # nothing is dead

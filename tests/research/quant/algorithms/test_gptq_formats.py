@@ -50,7 +50,7 @@ def problem():
 
 
 @pytest.mark.parametrize("format", GRIDS, ids=lambda format: format.name)
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 def test_codes_can_be_replaced_by_themselves(format):
   format = format.for_shape(INPUTS, OUTPUTS)
   parts = jax.tree.map(jnp.asarray, format.encode(np.asarray(problem()[0])))
@@ -70,7 +70,7 @@ def test_codes_can_be_replaced_by_themselves(format):
 @pytest.mark.parametrize(
   "format", [f for f in GRIDS if f.name in FEW], ids=lambda f: f.name
 )
-@pytest.mark.sample(4, 1)
+@pytest.mark.sample(11, 1)
 def test_outputs_improve_and_codes_are_legal(format):
   w, seen = problem()
   format = format.for_shape(INPUTS, OUTPUTS)

@@ -51,7 +51,7 @@ def different(got, want):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.sample(2, 1)
+@pytest.mark.sample(5, 1)
 def test_a_sharded_matrix_is_rounded_as_on_one_device(case):
   names, format, options = CASES[case]
   w, seen = problem(2 if case == "experts" else 0)

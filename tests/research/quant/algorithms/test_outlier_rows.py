@@ -60,7 +60,7 @@ def output_error(w, q):
     GPTQMethod(options=GPTQ(order="activations")),
   ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 def test_the_most_sensitive_rows_are_kept_exactly(inner):
   packed, measures = rounded(KeepOutlierRows(method=inner, rows=3))
   plain, _ = rounded(inner)

@@ -42,7 +42,7 @@ def _matrix(*shape, seed=0):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
-@pytest.mark.sample(2)
+@pytest.mark.sample(5)
 def test_what_is_converted_is_what_was_trained_bit_for_bit(format):
   w = qat.Prepare(format=format).prepare(_matrix(2, 64, 24))
   trained = jax.jit(lambda w: w.dense())(w)

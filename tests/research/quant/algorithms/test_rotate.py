@@ -64,7 +64,7 @@ def _turned(family, changes):
     ("qwen3_moe", dict(depth=1, sparse=SPARSE)),
   ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_logits_are_preserved(family, changes):
   model, params, rotated, tokens = _rotated(family, **changes)
   run = _logits(model)

@@ -32,6 +32,7 @@ def _case(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.sample(2)
 def test_the_model_is_preserved(family):
   model, params, run, found = _case(family)
   smooth = smoothquant.smooth(model, params, found, 0.5)

@@ -170,6 +170,7 @@ def _products(w, x, ids):
 
 
 @every
+@pytest.mark.sample(3)
 def test_products_and_gradients_are_the_dense_ones(row):
   dense = decoded(row)[1]
   x = jnp.asarray(
@@ -185,6 +186,7 @@ def test_products_and_gradients_are_the_dense_ones(row):
 
 
 @every
+@pytest.mark.sample(2)
 def test_an_embedding_decodes_only_requested_rows(row):
   embed = dataclasses.replace(one(row), axis=-1)
   assert embed.shape == (OUTPUTS, INPUTS)
@@ -214,6 +216,7 @@ def test_parts_of_another_matrix_are_refused():
 
 
 @every
+@pytest.mark.sample(3)
 def test_panels_hold_the_same_numbers(row):
   w = leaf(row)
   if not cpu_layout.is_supported(w):

@@ -210,6 +210,7 @@ def logits(model, params, tokens):
 @pytest.mark.parametrize(
   ("kind", "tied"), [("Q4_1", True), ("Q5_0", False), ("Q8_0", True)]
 )
+@pytest.mark.sample(3)
 def test_packed_logits_are_the_decoded_models(kind, tied):
   model = support.model(tied=tied, **SIZES)
   params = packed_params(model, kind)

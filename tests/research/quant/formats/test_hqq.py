@@ -36,6 +36,7 @@ def test_codes_scales_and_zeros(bits):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.sample(2)
 def test_hqq_has_fewer_large_errors(bits):
   w = np.random.default_rng(bits).standard_t(4, (256, 32)).astype(np.float32)
   errors = [

@@ -86,7 +86,7 @@ def _fed(kv, pieces, lengths, slots=48, window=None):
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(7)
 def test_the_contents_of_the_cache(name):
   """Rows of different lengths; new tokens unquantized, older ones rounded."""
   pieces = (7, *[1] * 10, 11, 1, 11, *[1] * 4)
@@ -119,6 +119,7 @@ def test_the_contents_of_the_cache(name):
     ("tokens", (3, *[1] * 6, 9, *[1] * 12, 9, 1)),
   ],
 )
+@pytest.mark.sample(3)
 def test_a_window_is_a_ring(name, pieces):
   """All tokens within a window of 10 are there."""
   kv, window = CHOICES[name], 10
@@ -153,6 +154,7 @@ def test_memory_is_packed():
 
 
 @pytest.mark.parametrize("bits", ["int8", "fp8"])
+@pytest.mark.sample(3)
 def test_single_tokens_as_pages(bits):
   """The bytes that the kernels' own append writes, and what they attend to."""
   kv = KVQuantizer("per_token", "per_token", bits, bits, residual=0)

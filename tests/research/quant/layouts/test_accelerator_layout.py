@@ -228,6 +228,7 @@ def test_any_zero_of_8_bits_is_supported(bits, middle):
 
 
 @pytest.mark.parametrize("tokens", [1, 200])
+@pytest.mark.sample(2)
 def test_products_go_to_the_kernels(tokens):
   """Each of a layer's seven in a program for a TPU: of few rows, of many."""
   model, params = packed()

@@ -216,6 +216,7 @@ def test_a_packed_model_is_the_same_in_panels(kind):
   ("family", "dtype"),
   [("llama", "bfloat16"), ("qwen2", "bfloat16"), ("qwen2", "float32")],
 )
+@pytest.mark.sample(2)
 def test_a_model_of_floats_is_the_same_in_panels(family, dtype):
   model = support.model(family, tied=False, **SIZES)
   params = jax.tree.map(lambda x: x.astype(dtype), support.params(model))

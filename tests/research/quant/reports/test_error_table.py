@@ -99,7 +99,7 @@ def measured(format):
   TABLE,
   ids=[f"{f.name}-{n}" for n, (f, *_) in enumerate(TABLE)],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(13)
 def test_error_and_bits(format, bits, want):
   # The table has four decimals, and was made of another million numbers.
   got, made = measured(format)
