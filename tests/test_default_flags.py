@@ -12,6 +12,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 LAWS = {
@@ -48,11 +50,17 @@ LAWS = {
 }
 """What is claimed -> which test says so, under tests/research."""
 
+FEW = [name for name in LAWS if re.search("packed|stream|whole", name)]
+"""Laws that compile in seconds: rounding, decoding and sampling."""
 
-def test_laws_hold_as_users_compile():
-  nodes = [f"tests/research/{node}" for node in LAWS.values()]
+
+@pytest.mark.parametrize(
+  "laws", [FEW, pytest.param(list(LAWS), marks=pytest.mark.slow)], ids=len
+)
+def test_laws_hold_as_users_compile(laws):
+  nodes = [f"tests/research/{LAWS[name]}" for name in laws]
   done = subprocess.run(
-    [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *nodes],
+    [sys.executable, "-m", "pytest", "-q", "--slow", "-p", "no:xdist", *nodes],
     cwd=ROOT,
     env=os.environ | {"XLA_FLAGS": ""},
     capture_output=True,
@@ -60,4 +68,4 @@ def test_laws_hold_as_users_compile():
   )
   assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
   passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-  assert passed >= len(LAWS) and "skipped" not in done.stdout
+  assert passed >= len(laws) and "skipped" not in done.stdout

@@ -52,6 +52,7 @@ def test_drawn_kills(server, whole, tmp_path, place, capsys):
     print(f"\n{place}: {soak.describe(tally)}")
 
 
+@pytest.mark.slow
 def test_a_kill_within_a_large_save_loses_nothing(server, tmp_path):
   """8 MB, killed at several moments between a draft and its renaming."""
   big = 500

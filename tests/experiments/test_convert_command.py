@@ -98,6 +98,7 @@ def test_the_class_is_named(command, tmp_path, flags):
   assert config["architectures"] == ["LlamaForCausalLM"]
 
 
+@pytest.mark.slow
 def test_an_adapters_tokenizer_is_its_bases(command, tmp_path):
   file, made = MODELS / "gguf_mixed" / "model.gguf", tmp_path / "adapter"
   base = load.load_model(file)

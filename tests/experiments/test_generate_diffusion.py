@@ -58,6 +58,7 @@ def test_calls_are_counted(command):
   assert got["tokens_per_s"] is None or got["tokens_per_s"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["vicinity:64", "delayed:1"])
 @pytest.mark.sample(2)
 def test_what_reads_everything_is_no_cache(command, cache):
@@ -67,6 +68,7 @@ def test_what_reads_everything_is_no_cache(command, cache):
   assert got["text"] == want["text"]
 
 
+@pytest.mark.slow
 def test_a_delayed_cache_fills_everything(command):
   got = told(command("all", "--block=8", "--steps=8", "--cache=delayed"))
   assert got["calls"] <= 8 and got["tokens"] <= LENGTH
@@ -252,6 +254,7 @@ def test_only_a_row_s_own_canvas_is_drawn(capsys):
   assert shown.blocks[0][1] == [0]
 
 
+@pytest.mark.slow
 def test_what_is_drawn(command, tmp_path):
   page, picture = tmp_path / "a.html", tmp_path / "a.gif"
   flags = f"--html={page}", f"--gif={picture}", "--guidance=1"

@@ -165,6 +165,7 @@ def test_a_prompt_may_stand_before_gaps(command):
   assert got["text"].startswith(" sat")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", WAYS, ids=" ".join)
 @pytest.mark.sample(2, 1)
 def test_several_texts_do_not_matter_to_each_other(command, more):

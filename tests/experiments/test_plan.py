@@ -90,6 +90,7 @@ def test_seconds_of_a_machine_that_nobody_knows_are_null(planned):
   assert found["fits"]
 
 
+@pytest.mark.slow
 def test_accumulation_counts_every_microbatch():
   whole = support_plan.experiment(Layout(data=4), batch=16, accumulate=4)
   found = plan_training.plan(whole, chips.topology("cpu:4"))

@@ -153,6 +153,7 @@ def test_what_cannot_be_is_said(command, flags, says, tmp_path, monkeypatch):
   assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_scales_of_activations_that_a_text_told_are_kept(tmp_path, command):
   to = tmp_path / "static"
   name = "runs/quant/smoothquant_static_smollm2.gin"

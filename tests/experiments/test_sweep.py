@@ -266,6 +266,7 @@ sweeps.Sweep.fixed = {{
 """
 
 
+@pytest.mark.slow
 def test_in_earnest(tmp_path):
   """Real runs of a tiny model, one of which fails."""
   file = tmp_path / "earnest.gin"

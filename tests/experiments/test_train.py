@@ -78,6 +78,7 @@ def test_adapter_is_the_trained_one(finished):
   )
 
 
+@pytest.mark.slow
 def test_operative_config_rebuilds_a_bitwise_equal_run(finished, tmp_path):
   workdir, first = finished
   read = config.read(str(workdir / "config.gin"))
@@ -131,6 +132,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(finished, capsys):
   assert first["tokens_per_s"] and "validation/loss" in first
 
 
+@pytest.mark.slow
 def test_a_result_that_was_not_written_is_whole(finished, tmp_path):
   """As if the process died after its last checkpoint."""
   workdir, first = finished
@@ -155,6 +157,7 @@ def test_another_experiment_is_refused(finished):
     _run(workdir, "STEPS=4", "RANK=4")
 
 
+@pytest.mark.slow
 def test_packed_base_trains_with_no_further_code(tmp_path):
   result = _run(tmp_path / "packed", "STEPS=4", "PACKED=True")
   assert result["perplexity_after"] < result["perplexity_before"]

@@ -51,6 +51,7 @@ def test_kept_cases(path, tmp_path):
   assert result["outcome"] != "FAILED", result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "fault, words",
   [

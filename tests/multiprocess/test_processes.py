@@ -154,6 +154,7 @@ def resumed(whole, preempted, folder):
   return _together(_arguments("train", folder / "asked", *MESH))
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_one_process_ends_both_with_42(preempted, folder):
   assert [p.status for p in preempted] == [42, 42], preempted
   # Noticed where both have compiled, or after the same step.
@@ -164,6 +165,7 @@ def test_ctrl_c_in_one_process_ends_both_with_42(preempted, folder):
   assert not (folder / "asked" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_after_that_the_run_is_bitwise_the_undisturbed_one(
   whole, resumed, folder
 ):

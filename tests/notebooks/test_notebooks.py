@@ -127,6 +127,7 @@ def _execute(path: pathlib.Path, names: tuple[str, ...]) -> tuple[dict, str]:
   return json.loads(done.stdout.splitlines()[-1]), done.stdout
 
 
+@pytest.mark.slow
 def test_quickstart_learns_and_reloads(tmp_path, monkeypatch):
   monkeypatch.setenv("TMPDIR", str(tmp_path))
   notebook = ROOT / "colab" / "00_quickstart.ipynb"

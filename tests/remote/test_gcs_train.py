@@ -20,6 +20,7 @@ def objects(monkeypatch):
     yield made
 
 
+@pytest.mark.slow
 def test_everything_that_a_run_leaves(objects, capsys):
   read = config.read(
     "runs/quickstart.gin",

@@ -108,6 +108,7 @@ def test_tensor_only_adds_up_activations():
   assert {s for c in large(found) for s in c.shapes if len(s) > 2} <= stream
 
 
+@pytest.mark.slow
 def test_mora_gathers_what_it_folds_of_its_own_rows_along_tensor_alone():
   gathers, lora = (
     [c for c in collectives(kind, "mixed") if c.kind == "all-gather"]

@@ -134,6 +134,7 @@ def test_bits_per_byte_are_the_heldout_texts(finished):
   assert tokenizer.special == SpecialTokens((0,), (0,), False)
 
 
+@pytest.mark.slow
 def test_bits_per_byte_need_all_of_the_text_and_the_plain_loss(finished):
   workdir, _ = finished
   experiment = _experiment(workdir)
@@ -188,6 +189,7 @@ def test_adapters_over_the_run_name_the_model_in_it(finished, tmp_path):
   assert tree.count(after.params) > tree.count(before.params)
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_the_same_model(finished, tmp_path):
   """Weights, momentum and vocabulary cut over devices; the run is the same."""
   result = _run(tmp_path / "mesh", "FSDP=2", "TENSOR=2")

@@ -36,6 +36,7 @@ def ours(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_text_is_the_same_kept_or_decoded(capsys):
   if not cpu_layout.cpu.available():
     pytest.skip("no C++ compiler")
@@ -50,6 +51,7 @@ def test_text_is_the_same_kept_or_decoded(capsys):
   assert len({x["text"] for x in found.values()}) == 1
 
 
+@pytest.mark.slow
 def test_perplexity_too(capsys, tmp_path):
   text = tmp_path / "text"
   text.write_text("the cat sat on the mat and the dog ran " * 6)

@@ -33,6 +33,7 @@ def test_the_text_is_that_without_pages(command, pages):
   assert got["pages"]["pool_bytes"] < got["pages"]["slab_bytes"]
 
 
+@pytest.mark.slow
 def test_pages_in_8_bits_are_smaller(command, monkeypatch):
   """By what the scales leave of it: 4 bytes beside a head's 8 numbers."""
   made, zeros = [], paged.empty_pool

@@ -161,6 +161,7 @@ for name in left:
 """
 
 
+@pytest.mark.slow
 def test_failing_jobs_do_not_affect_the_others(tmp_path, capsys):
   """One hangs, one kills its process, one leaves the chip broken."""
   script, to = tmp_path / "worker.py", tmp_path / "lines.jsonl"

@@ -269,6 +269,7 @@ def hopper_and_blackwell(hopper):
   )
 
 
+@pytest.mark.slow
 @hopper_and_blackwell("one_block")
 @pytest.mark.usefixtures("watched")
 @pytest.mark.sample(2)

@@ -149,6 +149,7 @@ def qkv(dtype=jnp.float32):
   )
 
 
+@pytest.mark.slow
 def test_results_and_dropout_do_not_depend_on_tiles():
   found = [
     quick(

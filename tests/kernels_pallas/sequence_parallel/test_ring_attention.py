@@ -103,6 +103,7 @@ def test_tpu_kernels(way):
   chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_error_is_at_most_twice_that_of_one_device():
   exact = support.operands()
   x = {name: y.astype(jnp.bfloat16) for name, y in exact.items()}
@@ -256,6 +257,7 @@ def test_calls_unsupported_by_a_ring_raise():
     zigzag.zigzag(30, 4)
 
 
+@pytest.mark.slow
 def test_block_diffusion_and_decoding_do_not_shard_tokens():
   """If tokens cannot be sharded, all devices compute the same."""
   x = support.operands()

@@ -292,6 +292,7 @@ def test_caches_are_told_what_whole_rows_are():
       close(got, right)
 
 
+@pytest.mark.slow
 def test_a_block_causal_cache_is_told_what_whole_rows_are():
   model, params = network()
   tokens = rows(2)["tokens"].at[:, 4:].set(MASK)
@@ -317,6 +318,7 @@ def test_a_block_causal_cache_is_told_what_whole_rows_are():
   close(second, by_hand(changed, valid, K, time)[:, 8:])
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch():
   model, params = network()
   options = SamplerConfig(

@@ -77,6 +77,7 @@ def test_rows_that_stop_make_room():
   assert complete(stop=stop, size=4, rows=2) == want
 
 
+@pytest.mark.slow
 def test_samples_are_the_same():
   """For rows that have generated different numbers of tokens."""
   rules = Sampling(temperature=1.5, top_p=0.95, repetition_penalty=1.2)
@@ -183,6 +184,7 @@ def test_shared_beginnings_are_read_once(monkeypatch):
   assert used == [4 * 7 - 3 * 2, 4 * 7]
 
 
+@pytest.mark.slow
 def test_pages_in_8_bits_stay_close(monkeypatch):
   exact, made = reference().tokens, []
   zeros = paged.empty_pool
@@ -224,6 +226,7 @@ def test_five_programs_serve_all():
   assert [b - a for a, b in zip(before, sizes(), strict=True)] == [2, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_layers_that_look_back_on_a_window_give_pages_back():
   model, params = case("mistral")
   assert {k.attention.window for k in model.layer_kinds()} == {6}
@@ -240,6 +243,7 @@ def test_layers_that_look_back_on_a_window_give_pages_back():
   assert used == [16 - 34 // 4, 16 - 50 // 4, 0]
 
 
+@pytest.mark.slow
 def test_adapters_go_along_unless_they_ask_for_whole_rows():
   model = support.model(depth=1, tied=False)
   params = support.params(model)

@@ -27,6 +27,7 @@ def _golden():
   return dict(np.load(GOLDEN / "smollm2-135m.npz"))
 
 
+@pytest.mark.slow
 def test_greedy_texts_of_a_ragged_batch_are_transformers():
   loaded, golden = _loaded(), _golden()
   # The scanned form: it compiles in a fifth of the time.

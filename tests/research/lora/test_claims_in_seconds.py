@@ -67,6 +67,7 @@ def squares(x, y):
   return loss
 
 
+@pytest.mark.slow
 def test_alpha_over_r_starts_alike_at_every_rank():
   """A sum of r terms of size 1 / r: within 2% (lora.md 3.2)."""
   w, x = draw(SIDE, SIDE, seed=1) / 8, draw(256, SIDE, seed=2)

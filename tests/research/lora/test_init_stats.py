@@ -271,6 +271,7 @@ def packed_with_experts():
   )
 
 
+@pytest.mark.slow
 def test_packed_experts_are_measured():
   loaded, base = packed_with_experts()
   change = adapt.Adapt(

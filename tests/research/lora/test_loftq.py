@@ -42,6 +42,7 @@ def error(w, steps, first, scale=SCALE):
   return jnp.linalg.norm(w - q.dense() - scale * a.T @ b)
 
 
+@pytest.mark.slow
 def test_errors_fall_as_lora_md_9_2_has_them():
   w = spread()
   plain = float(jnp.linalg.norm(w - qtensor.pack(w, Codebook()).dense()))

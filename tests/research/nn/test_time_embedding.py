@@ -111,6 +111,7 @@ def test_times_of_rows_are_times_of_their_tokens_and_rows_are_apart():
   assert float(jnp.abs(other[1] - rows[1]).max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_the_time_is_learned_from():
   model, _ = network()
   tokens = support.tokens(B, T, V)

@@ -225,6 +225,7 @@ def test_experts_are_not_cached():
     weights.ragged_dot(jnp.ones((5, 3)), w, jnp.asarray([2, 3]))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_whole_layer():
   old, _, inputs = problem()
   inputs = fresh(inputs)

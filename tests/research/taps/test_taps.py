@@ -200,6 +200,7 @@ def test_recomputing_changes_nothing(remat):
   jax.tree.map(close, got, want)
 
 
+@pytest.mark.slow
 def test_packed_weights_are_seen_as_well():
   """The gradient of the dense matrix exists even for packed integers."""
   packed = support_mesh.packed(params("plain"))

@@ -3,6 +3,7 @@
 import chex
 import numpy as np
 import optax
+import pytest
 
 from research import tree
 from research.data import pipeline
@@ -49,6 +50,7 @@ def run(workdir, steps):
   ).state
 
 
+@pytest.mark.slow
 def test_biases_move_and_resume_bitwise(tmp_path):
   whole = run(tmp_path / "whole", 6)
   run(tmp_path / "parts", 3)

@@ -178,6 +178,7 @@ def test_where_the_bound_is_exact_it_is_dpo():
   chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shared_masks_cost_less_noise():
   model, policy = network(0)
   reference = jax.tree.map(lambda x: x * 1.01, policy)

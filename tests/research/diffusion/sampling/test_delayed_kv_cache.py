@@ -127,6 +127,7 @@ def test_it_fills_in_what_the_loop_does(refresh, block, shift):
     np.testing.assert_array_equal(row[-len(want) :], want)
 
 
+@pytest.mark.slow
 def test_read_again_at_every_call_it_is_no_cache():
   whole = NoCache(model=network()[0])
   got, want = filled(delayed(refresh=1)), filled(whole)

@@ -410,6 +410,7 @@ def test_no_guidance_is_no_guidance():
   chex.assert_trees_all_equal(*found)
 
 
+@pytest.mark.slow
 def test_likelihoods_by_the_cache_are_those_without():
   """Of a block of four after eight tokens, and of the first block."""
   model, params = network()
@@ -456,6 +457,7 @@ def test_blocks_are_those_of_the_model():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "temperature", [None, pytest.param(1.0, marks=pytest.mark.slow)]
 )

@@ -170,6 +170,7 @@ def test_rows_are_what_they_are_alone(name):
     same(got, begins[i], i, want, len(row))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "inner", ["whole", pytest.param("near", marks=pytest.mark.slow)]
 )
@@ -187,6 +188,7 @@ def test_guided_rows_too(inner):
     same(got, begins[i], i, want, len(row))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("kind", "shift", "edit"),
   [
@@ -253,6 +255,7 @@ def test_gaps_too(name):
     np.testing.assert_array_equal(want.tokens[0][given], np.array(row)[given])
 
 
+@pytest.mark.slow
 def test_gaps_of_a_model_with_blocks_too():
   """What is given behind a gap is padded within its block."""
   model = network()[0]

@@ -116,6 +116,7 @@ def test_a_new_mask_leaves_the_other_logits_alone(tied):
   np.testing.assert_allclose(logits[1][..., :40], logits[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_of_one_token_write_what_the_model_writes():
   model, params = tiny()
   grown, more, spec = from_autoregressive.to_diffusion(model, params, block=1)

@@ -126,6 +126,7 @@ def test_blocks_of_one_token_are_the_model_that_it_was(plain):
   np.testing.assert_allclose([v for v, _ in got], want, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.sample(2)
 def test_blocks_follow_clean_ones(loaded, monkeypatch, guidance):
@@ -314,6 +315,7 @@ def test_stops_are_found_among_special_tokens(loaded):
   assert got == tokenizer.decode([9, 10, 11])
 
 
+@pytest.mark.slow
 def test_guidance_is_also_of_texts(loaded):
   """By hand: the sampler, guided by a prompt of as many tokens."""
   options = {"until": [], "max_gen_toks": 4}

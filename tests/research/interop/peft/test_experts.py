@@ -179,6 +179,7 @@ def test_our_own_are_read_as_the_same_update(tmp_path, targets, ranks, rslora):
     assert found[key].shape[0] == rank * experts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.sample(2)
 def test_rows_of_tokens_beside_experts_alone(tmp_path, tied):

@@ -209,6 +209,7 @@ def logits(model, params, tokens):
   return model.apply({"params": params}, hidden, method="logits")
 
 
+@pytest.mark.slow
 @ways
 def test_a_mixed_batch_is_its_rows(kind, layout):
   tokens = support.tokens(len(NAMES), 9)

@@ -227,6 +227,7 @@ def test_pages_in_8_bits_hold_the_quantized_caches_bytes(dtype):
   assert np.any(np.asarray(got.kv).view(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "layout", [pytest.param("tensor", marks=pytest.mark.slow), "mixed"]
 )

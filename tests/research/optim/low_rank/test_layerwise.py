@@ -129,6 +129,7 @@ def test_weights_in_eight_bits_learn():
   assert float(changed.mean()) > 0.1
 
 
+@pytest.mark.slow
 def test_meshes_agree():
   model = support.model("llama")
   tx = layerwise.galore(0.01, subspace.Projection(rank=4, every=1))

@@ -102,6 +102,7 @@ def test_dominated_choices_are_skipped():
     allocate_bits.allocate({"a": choices}, 1.5)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_budget():
   model = support.model()
   params = support.params(model)

@@ -101,6 +101,7 @@ def test_packed_models_are_better_than_rounding_to_nearest():
     assert report["qkv"]["alpha"] > 0
 
 
+@pytest.mark.slow
 def test_before_k_quants():
   """Their encoder is NumPy's; a scale is of 32 weights, a block of 256."""
   model = support.model("llama", width=256, hidden=256, head_dim=64, depth=1)

@@ -78,6 +78,7 @@ def _logits(model, params, tokens):
   return model.apply({"params": params}, hidden, method="logits")
 
 
+@pytest.mark.slow
 def test_learned_rounds_better_than_random():
   model, params, tokens, run = _case()
   made = spinquant.SpinQuant(

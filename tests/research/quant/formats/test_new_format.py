@@ -166,6 +166,7 @@ def test_a_checkpoint_keeps_it(toy, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again.params, packed)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:quantized_matmul")
 def test_panels_hold_it(toy):
   model, packed = model_and_packed(toy)

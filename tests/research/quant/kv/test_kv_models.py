@@ -156,6 +156,7 @@ def test_generation_uses_it():
   assert want != jnp.argmax(whole[2:-1], axis=-1).tolist()
 
 
+@pytest.mark.slow
 def test_key_heads_over_devices_are_one_devices():
   kv = dataclasses.replace(KIVI, residual=4, sink_tokens=2)
   model = support.model("llama", vocab=64, depth=2)

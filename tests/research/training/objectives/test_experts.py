@@ -102,6 +102,7 @@ def test_a_step_moves_each_bias_by_the_rate():
   assert all(jnp.any(old[k] != moved[k]) for k in old)
 
 
+@pytest.mark.slow
 def test_training_balances_the_load():
   """For unbalanced experts, by the loss and by the bias."""
   skewed = tree.map_paths(

@@ -175,6 +175,7 @@ def test_reference_is_the_model_without_its_adapters(
   np.testing.assert_allclose(start[0], B * np.log(2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_dpo_trains(model, params, batch):
   """Policy and reference as copies in one state; accuracy reaches 1."""
   both = preference.Copies()(params, jax.random.key(0))
@@ -246,6 +247,7 @@ def test_distillation_equals_full_logits(
   assert got[0] > 0.01
 
 
+@pytest.mark.slow
 def test_a_perfect_student_has_nothing_to_learn(model, params, rows):
   goal = distill.Distill(model, rows=8)
   same = {"student": params, "teacher": params}
@@ -258,6 +260,7 @@ def test_a_perfect_student_has_nothing_to_learn(model, params, rows):
   assert optax.tree.norm(grads) < 1e-3
 
 
+@pytest.mark.slow
 def test_teacher_of_another_shape(model, params, rows):
   small = presets.transformer(
     presets.FAMILIES["llama"],
