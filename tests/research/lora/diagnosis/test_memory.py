@@ -1,4 +1,4 @@
-"""Tests memory estimates against lora.md section 5 and compiler reports."""
+"""Tests memory estimates against research/lora/MATH.md 6 and compilers."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def adapting(rank, targets="all-linear", method=LoRA):
   return adapt.Adapt(method=method(rank=rank), targets=targets)
 
 
-# lora.md section 5: frozen, learned, gradients, master, optimizer; and in all.
+# research/lora/MATH.md 6: frozen, learned, gradients, master, optimizer; all.
 ROWS = [
   ((0, 13.48, 13.48, 26.95, 53.91), 107.8),
   ((0, 13.48, 13.48, 0, 26.95), 53.9),
