@@ -49,9 +49,9 @@ def test_rows_of_the_table():
     assert f"{total} GB" in str(got)
 
 
-def test_the_readme_has_the_table():
+def test_the_page_of_results_has_the_table():
   """`experiments.studies.lora.lora_methods --memory` prints it."""
-  text = lora_methods.README.read_text("utf-8")
+  text = lora_methods.RESULTS.read_text("utf-8")
   _, _, rest = text.partition("| setup | weights |")
   _, _, *lines = rest.partition("\n\n")[0].splitlines()
   stated = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
