@@ -1,4 +1,4 @@
-"""Every method of adaptation on every packed matrix, as the page of results has it.
+"""Every method of adaptation on every packed matrix, as RESULTS.md has it.
 
 Each method is computed on one of the formats, each format with a sixth of the
 methods; with --slow all cells are.
