@@ -1,8 +1,8 @@
-"""flash-attention's rule, the only tolerance of 16 bits (kernels.md 14.1).
+"""flash-attention's rule, the only tolerance of 16 bits.
 
-A kernel's error may be at most twice that of plain attention with every step in
-the same 16 bits, plus twice the rounding of numbers near the result: the rule
-is scale-free, and its limit is measured.
+kernels_pallas/MATH.md 8 has it. A kernel's error may be at most twice that of
+plain attention with every step in the same 16 bits, plus twice the rounding of
+numbers near the result: the rule is scale-free, and its limit is measured.
 """
 
 import contextlib

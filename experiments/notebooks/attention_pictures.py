@@ -72,7 +72,7 @@ def online(scores: np.ndarray, values: np.ndarray, block: int) -> list[dict]:
 
   Returns:
     Dicts of m (largest score so far), l (sum of exp(s - m)), acc (sum of
-    exp(s - m) v) and output, acc / l (kernels.md 2.1).
+    exp(s - m) v) and output, acc / l (kernels_pallas/MATH.md 2).
   """
   m, l, acc, steps = -np.inf, 0.0, 0.0, []
   for start in range(0, len(scores), block):

@@ -2,8 +2,8 @@
 
 The expected result is the definition in float32. 16-bit results may differ by
 twice the error of plain attention with 16-bit operands, plus two roundings of
-the number (kernels.md 14.1); log-sum-exps and float32 by the error of hardware
-exponentials and logarithms, about 2^-21, on logits near 20.
+the number (kernels_pallas/MATH.md 8); log-sum-exps and float32 by the error of
+hardware exponentials and logarithms, about 2^-21, on logits near 20.
 """
 
 import dataclasses

@@ -16,7 +16,9 @@ def reference_decode(
   position: Int[Array, " T"],
   live: Bool[Array, " T"],
 ) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
-  """Softmax attention of each token over its row's keys (kernels.md 2.1).
+  """Softmax attention of each token over its row's keys.
+
+  kernels_pallas/MATH.md 1 has the definition.
 
   Args:
     spec: Static part.

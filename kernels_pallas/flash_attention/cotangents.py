@@ -1,9 +1,9 @@
 """Per-query inputs of the backward passes, and gradients that need no tiles.
 
 Given the output and the log-sum-exp over all keys, the gradient with respect to
-any subset of the keys needs no other keys (kernels.md 2.2): P = exp(s - lse).
-So a backend's `gradients` serves a whole sequence and a step of ring attention
-alike.
+any subset of the keys needs no other keys: P = exp(s - lse)
+(kernels_pallas/MATH.md 3). So a backend's `gradients` serves a whole sequence
+and a step of ring attention alike.
 """
 
 from typing import NamedTuple

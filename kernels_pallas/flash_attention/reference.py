@@ -16,7 +16,7 @@ from kernels_pallas.flash_attention.spec import Operands, Spec
 def reference_attention(
   spec: Spec, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """Softmax attention (kernels.md 2.1) with all scores materialised.
+  """Softmax attention (kernels_pallas/MATH.md 1) with all scores materialised.
 
   Args:
     spec: Static part.

@@ -153,7 +153,7 @@ def tile_attention(
     m = jnp.max(products, axis=-1, keepdims=True) * spec.scale
   else:
     m = jnp.max(s, axis=-1, keepdims=True)
-  # The result does not depend on m, so its gradient is 0 (kernels.md 2.2).
+  # Of m the result is independent: gradient 0 (kernels_pallas/MATH.md 3).
   m = jax.lax.stop_gradient(m)
   p = jnp.exp(s - _finite(m))
   l = jnp.sum(p, axis=-1, keepdims=True)
@@ -163,7 +163,7 @@ def tile_attention(
 
 
 def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
-  """Combines the states of two disjoint sets of keys (kernels.md 2.1)."""
+  """Combines states of disjoint sets of keys (kernels_pallas/MATH.md 2.2)."""
   m = jnp.maximum(a.m, b.m)
   ours, theirs = jnp.exp(a.m - _finite(m)), jnp.exp(b.m - _finite(m))
   return SoftmaxState(
@@ -246,7 +246,7 @@ def tile_gradients(
   seen: Array | None,
   cotangents: TileCotangents,
 ) -> tuple[Array, Array, Array, Array]:
-  """Computes a tile's contribution to (dq, dk, dv, dbias), kernels.md 2.2.
+  """Computes a tile's share of dq, dk, dv, dbias (kernels_pallas/MATH.md 3).
 
   Scores are transposed here, [s, t]: then only the matmul for dq contracts over
   an axis of k other than the last. For that XLA would copy dt, or convert it to

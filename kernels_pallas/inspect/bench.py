@@ -1,4 +1,4 @@
-"""Measures all rows of the README's table of schedules: `make bench-chips`.
+"""Measures all rows of RESULTS.md's table of schedules: `make bench-chips`.
 
 Each row is one kernel for one chip next to a reference, as measured by `python
 -m kernels_pallas.inspect`: best blocks against best blocks, and the same blocks

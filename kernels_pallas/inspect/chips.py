@@ -1,4 +1,4 @@
-"""TPU generations, and predictions from schedules (kernels.md 12.1, 15)."""
+"""TPU generations; predictions from schedules (kernels_pallas/MATH.md 7)."""
 
 import dataclasses
 

@@ -109,7 +109,7 @@ class Program:
 
 
 # Attention is credited with 2 matmuls forward and 5 backward, however it is
-# implemented (kernels.md 3).
+# implemented (kernels_pallas/MATH.md 5.1).
 ATTENTION = {"forward": 2, "backward": 5}
 
 

@@ -3,7 +3,8 @@
 The parts that are computed matter most, then the tiles that are fetched. So
 parts are tried in a tile that compiles quickly, then tiles for the best of
 them. Tiles that do not compile or do not fit are skipped. A schedule costs a
-cycle per bundle, or the memory's cycles if these are more (kernels.md 12.1).
+cycle per bundle, or the memory's cycles if these are more
+(kernels_pallas/MATH.md 7).
 """
 
 import dataclasses

@@ -2,7 +2,8 @@
 
 A Pallas pipeline fetches a block if its index differs from that of the previous
 grid step, and writes one back when it changes. So the index maps alone
-determine the bytes that a kernel moves, on any machine (kernels.md 3).
+determine the bytes that a kernel moves, on any machine
+(kernels_pallas/MATH.md 5.3).
 """
 
 import dataclasses

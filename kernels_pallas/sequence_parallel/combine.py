@@ -15,10 +15,10 @@ def combine(
   """Returns the output and log-sum-exp over the keys of all partial results.
 
   With w_k = exp(lse_k): o = sum_k w_k o_k / sum_k w_k, lse = log sum_k w_k
-  (kernels.md 2.1), in any order and grouping. Differentiable in everything. A
-  partial result without a visible key (lse_k = -inf) contributes nothing to
-  values or gradients, whatever its output contains. A sink belongs to exactly
-  one partial result.
+  (kernels_pallas/MATH.md 2.2), in any order and grouping. Differentiable in
+  everything. A partial result without a visible key (lse_k = -inf) contributes
+  nothing to values or gradients, whatever its output contains. A sink belongs
+  to exactly one partial result.
 
   Args:
     outputs: Normalised output of each partial result.

@@ -28,7 +28,7 @@ class Adapt:
   """Transform that adds adapters, each with a random key of its address.
 
   The adapters' arrays are fp32 for any base: a bf16 array would lose an Adam
-  step of usual size, which is below half an ulp (lora.md 3.6).
+  step of usual size, which is below half an ulp (research/lora/MATH.md 3.3).
 
   Attributes:
     method: the adapters' method, see `research.lora.methods`.

@@ -1,8 +1,8 @@
 """Converts adapters of any method to plain LoRA by truncated SVD.
 
-PEFT's `convert_to_lora` (lora.md section 7), for every method. It decomposes
-the update of the given base, so a method that multiplies its base (DoRA, HiRA,
-rotations) converts too, for that base only.
+PEFT's `convert_to_lora` (research/lora/MATH.md 8), for every method. It
+decomposes the update of the given base, so a method that multiplies its base
+(DoRA, HiRA, rotations) converts too, for that base only.
 """
 
 import dataclasses

@@ -185,7 +185,7 @@ def merge(params: Params) -> Any:
   """Returns the tree with every adapter merged into its base.
 
   The sum is computed in fp32 and rounded to the base's dtype. bf16 loses most
-  of a small update (lora.md 2.5): merge into fp32 weights to keep it.
+  of a small update (research/lora/MATH.md 2.4), which fp32 weights keep.
   """
   return _replaced(params, AdaptedTensor | AdaptedBias)
 

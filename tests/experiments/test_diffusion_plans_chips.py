@@ -1,6 +1,6 @@
 """LLaDA-8B's training and sampling, compiled by XLA for pods of TPUs.
 
-Numbers are those of the table in research/diffusion/README.md.
+Numbers are those of the table in research/diffusion/RESULTS.md.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The README's numbers of D1 to D4 are those that were measured.
+"""The pages' numbers of D1 to D4 are those that were measured.
 
 Each study has its results beside its run file, with the commit that measured
 them; tables have to be the same, and sentences are written from them here.
@@ -17,8 +17,8 @@ RESULTS = sorted((RUNS / "results").glob("*.json"))
 
 
 @functools.cache
-def readme():
-  return (ROOT / "research" / "diffusion" / "README.md").read_text("utf-8")
+def page(name="RESULTS"):
+  return (ROOT / "research" / "diffusion" / f"{name}.md").read_text("utf-8")
 
 
 @functools.cache
@@ -42,9 +42,9 @@ def cells(line):
   return [x.strip() for x in line.strip().strip("|").split("|")]
 
 
-def shown(header):
-  """Returns the rows of the README's only table with such a header."""
-  lines = readme().split("\n")
+def shown(header, name="RESULTS"):
+  """Returns the rows of a page's only table with such a header."""
+  lines = page(name).split("\n")
   [start] = [
     i
     for i, line in enumerate(lines)
@@ -205,9 +205,15 @@ def d4():
 
 @pytest.mark.parametrize("claim", [d1, d2, d3, d4], ids=lambda f: f.__name__)
 def test_sentences_say_the_results(claim):
-  text = " ".join(readme().split())
+  text = " ".join(page().split())
   for sentence in claim():
     assert sentence in text
+
+
+def test_the_readme_has_the_same_verdicts():
+  header = ["claim of LLaDA", "verdict here", "where it stops"]
+  assert len(shown(header)) == 4
+  assert shown(header, "README") == shown(header)
 
 
 def test_shares_are_of_what_they_say():

@@ -1,4 +1,4 @@
-"""Tests that the README of quantization names are there."""
+"""Tests that the page of quantization's results names are there."""
 
 import pathlib
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "research" / "quant" / "README.md").read_text("utf-8")
+TEXT = (ROOT / "research" / "quant" / "RESULTS.md").read_text("utf-8")
 NAMED = sorted(set(re.findall(r"`(\w+)/(test_\w+)\.(test_\w+)`", TEXT)))
 
 

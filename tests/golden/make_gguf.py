@@ -69,7 +69,7 @@ FILES = {
   "gguf_q5_1": (Type.Q5_1, Type.Q5_1, False),
   "gguf_mixed": (Type.Q4_1, Type.Q8_0, False),
 }
-# quantization.md 17.3: sha1[:16] of the bytes and RMSE, from the C reference.
+# research/quant/MATH.md 4: sha1[:16] of the bytes, RMSE; C reference.
 REFERENCE = {
   Type.Q4_0: ("312d15e84e9c0152", 0.049931),
   Type.Q4_1: ("a61f55e3056a41da", 0.050446),

@@ -71,7 +71,7 @@ def test_the_package_decodes_our_encoding(kind, ours):
   w = matrix()
   raw = ours[1][f"{kind}.matrix"].reshape(len(w), -1)
   got = gguf.quants.dequantize(raw, Type[kind])
-  # quantization.md 1.4: of a normal distribution, for the coarsest type.
+  # research/quant/MATH.md 1.1: of a normal distribution, for the coarsest type.
   worst = {"Q2_K": 0.35, "Q3_K": 0.2}.get(kind, 0.11)
   rows = slice(4, None)
   error = np.sqrt(np.mean((got - w)[rows] ** 2)) / w[rows].std()

@@ -144,8 +144,9 @@ def moved(
   Returns:
     First standard attention (block 0), then a row for each block: `bytes`
     counted from the kernel's index maps, `formula` in closed form
-    (kernels.md 3), `intensity` in FLOPs a byte, and `constant`, that of the
-    paper's theta(N^2 D^2 / M) for bytes, M those of a tile's q, k, v and o.
+    (kernels_pallas/MATH.md 5), `intensity` in FLOPs a byte, and `constant`,
+    that of the paper's theta(N^2 D^2 / M) for bytes, M those of a tile's q, k,
+    v and o.
   """
   plain = traffic.standard_traffic(length, head_dim)
   rows = [

@@ -2,8 +2,9 @@
 
 Rows are fine-tuned with ends up to their full length, so ends are what a model
 is surest of: filled first, they grow from the back to the front, and answers
-are shorter than those that were learned (LLaDA's appendix on EOS; diffusion.md
-5.6). How long answers ought to be is known exactly (`diffusion_tasks.Walks`).
+are shorter than those that were learned (LLaDA's appendix on EOS;
+research/diffusion/MATH.md 3.2). How long answers ought to be is known exactly
+(`diffusion_tasks.Walks`).
 """
 
 import dataclasses

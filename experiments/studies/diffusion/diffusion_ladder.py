@@ -1,11 +1,12 @@
 """Left to right against diffusion, and all that lies between: what is learned.
 
 The source is a Markov chain, whose entropy is known and whose exact
-conditionals would make the bound of every block size tight (diffusion.md 9): a
-gap that is left is optimisation or capacity. A model that predicts the next
-token, one that fills in masks, and block diffusion in between have the same
-parameters, the same rows and the same optimizer, each at its best of a few
-rates. A step of block diffusion reads twice as many tokens: its clean rows.
+conditionals would make the bound of every block size tight
+(research/diffusion/MATH.md 5): a gap that is left is optimisation or capacity.
+A model that predicts the next token, one that fills in masks, and block
+diffusion in between have the same parameters, the same rows and the same
+optimizer, each at its best of a few rates. A step of block diffusion reads
+twice as many tokens: its clean rows.
 """
 
 import dataclasses

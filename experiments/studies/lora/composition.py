@@ -14,7 +14,7 @@ left after some steps of gradient descent, if
     decoded matrix gives on one device;
 
 else what does not hold. Nothing is read or kept. Prints the table of
-`research/quant/README.md` and ends with a JSON line.
+`research/quant/RESULTS.md` and ends with a JSON line.
 """
 
 # ruff: noqa: E402

@@ -241,7 +241,7 @@ def pretraining(
   """Returns ways to learn from nothing: full, GaLore, LoRA, ReLoRA.
 
   LoRA and ReLoRA stand on random matrices that no gradient changes; all else
-  is learned in full (lora.md 9.3).
+  is learned in full (research/lora/MATH.md 9.3).
 
   Args:
     steps: of each run.

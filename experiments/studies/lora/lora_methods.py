@@ -3,12 +3,12 @@
   python -m experiments.studies.lora.lora_methods [--bench=FILE] [--scores=FILE]
 
 `--bench` is what `make bench ARGS='method_...'` printed; `--scores` a text with
-the table of `claims_methods`, by default `research/lora/README.md`. What was
+the table of `claims_methods`, by default `research/lora/RESULTS.md`. What was
 not measured is "-". Trained parameters are those on SmolLM2-135M's linear
 layers at the method's own defaults; nothing is computed but shapes. Prints the
-table of methods of that README and ends with a JSON line.
+table of methods of that page and ends with a JSON line.
 
-With --memory it is that README's other table: what ways to fine-tune
+With --memory it is that page's other table: what ways to fine-tune
 Llama-2-7B hold in memory.
 """
 
@@ -52,7 +52,7 @@ _MEMORY = flags.DEFINE_bool(
   "memory", False, "Print what setups hold in memory.", flag_values=FLAGS
 )
 
-README = pathlib.Path(__file__).parents[3] / "research" / "lora" / "README.md"
+RESULTS = pathlib.Path(__file__).parents[3] / "research/lora/RESULTS.md"
 
 SPEEDS = ("times PEFT", "step / LoRA's", "memory / PEFT's")
 """Columns that a bench fills."""
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     cli.say(tables.markdown(head, cells))
     return {"setups": len(cells)}
   speeds = _speeds(_BENCH.value) if _BENCH.value else {}
-  found = rows(speeds, _scores(_SCORES.value or README))
+  found = rows(speeds, _scores(_SCORES.value or RESULTS))
   names = list(found[0])
   cells = [[_cell(row[name]) for name in names] for row in found]
   cli.say(tables.markdown(names, cells))
@@ -172,7 +172,7 @@ def _scores(path: str | pathlib.Path) -> dict[str, dict[str, str]]:
   if not heads:
     raise UserError(
       f"--scores={path}: has no table with columns method, "
-      f"{', '.join(SWEPT)}, as {README.name} of research/lora has"
+      f"{', '.join(SWEPT)}, as {RESULTS.name} of research/lora has"
     )
   names, out = cells[heads[-1]], {}
   for row in cells[heads[-1] + 2 :]:

@@ -1,7 +1,8 @@
-"""What the rows of a study say of LoRA's claims (lora.md 3, 9.1, 9.3).
+"""What the rows of a study say of LoRA's claims.
 
-Losses are held out, each arm at its own best rate; differences are paired by
-seed. An interval is Student's, 95%, over seeds.
+research/lora/MATH.md 3, 9.1 and 9.3 have the claims. Losses are held out, each
+arm at its own best rate; differences are paired by seed. An interval is
+Student's, 95%, over seeds.
 """
 
 from collections.abc import Mapping, Sequence

@@ -129,7 +129,7 @@ def first_key(x: Plan, entry: Entry, n: Any) -> jax.Array:
 
 
 def attend(x: Plan, entry: Entry, n: Any, q, storage, state) -> None:
-  """Adds block n of an entry to the softmax state (kernels.md 2.1, base 2).
+  """Adds block n of an entry to the softmax state (kernels_pallas/MATH.md 2.1).
 
   Skips work that the block does not need: masks unless at an edge of the
   visible range, and the rows of all but the first token if there is no other.

@@ -51,7 +51,7 @@ def xla_decode(
 
 
 def _attend(p, q, block, state):
-  """One step of the online softmax, a block of each entry (kernels.md 2.1)."""
+  """One step of the online softmax (kernels_pallas/MATH.md 2), a block each."""
   m, l, acc = state
   first, k, v, k_scale, v_scale = _fetch(p, block)
   key = first[:, None] + jnp.arange(p.block)

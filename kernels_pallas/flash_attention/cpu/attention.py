@@ -120,8 +120,9 @@ def available() -> bool:
 def cpu_attention(
   spec: Spec, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """Softmax attention (kernels.md 2.1) on a CPU, with a custom gradient.
+  """Softmax attention on a CPU, with a custom gradient.
 
+  kernels_pallas/MATH.md 1 and 3 have the definition and the gradients.
   Differentiable once in q, k, v and sinks, through both results.
 
   Args:

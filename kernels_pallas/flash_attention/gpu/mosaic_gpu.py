@@ -120,8 +120,9 @@ def unsupported(
 def mosaic_gpu_attention(
   spec: Spec, interpret: Any, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """Softmax attention (kernels.md 2.1) on a GPU, with a custom gradient.
+  """Softmax attention on a GPU, with a custom gradient.
 
+  kernels_pallas/MATH.md 1 and 3 have the definition and the gradients.
   Differentiable once in q, k, v and sinks, through both results.
 
   Args:

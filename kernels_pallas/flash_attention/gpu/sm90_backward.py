@@ -4,10 +4,10 @@ Not yet run on a GPU: the interpreter checks numbers and races, ptxas for an
 H100 registers and spills.
 
 `dq` keeps queries and streams keys, `dkv` keeps keys and streams the queries of
-all heads of a group, whose gradients it sums in float32 (kernels.md 2.2, 6.2):
-7 matmuls a tile, no atomics, so that results are bitwise reproducible. `dkv`
-uses transposed scores: P^T and dS^T are then left operands, which `wgmma` reads
-from registers.
+all heads of a group, whose gradients it sums in float32 (the formulas are in
+kernels_pallas/MATH.md 3, 4): 7 matmuls a tile, no atomics, so that results are
+bitwise reproducible. `dkv` uses transposed scores: P^T and dS^T are then left
+operands, which `wgmma` reads from registers.
 """
 
 import functools

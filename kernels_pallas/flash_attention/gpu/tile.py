@@ -132,8 +132,9 @@ def probabilities(
   seen: Callable[[], jax.Array] | None,
   kept: Callable[[], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Recomputes a tile's probabilities (kernels.md 2.2), and their weights in
-  dS.
+  """Recomputes a tile's probabilities, and their weights in dS.
+
+  kernels_pallas/MATH.md 3 has the formulas.
 
   The weight is all that is kept until the gradient of the probabilities is
   known, one register per element: the probability times the slope of the soft

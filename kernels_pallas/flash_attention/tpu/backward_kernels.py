@@ -7,7 +7,7 @@ compiler for v4 to tpu7x schedules and spills.
 `dq` sums dq over key tiles: 7 matmuls a tile, memory linear in length. `fused`
 computes all in 5 matmuls a tile; its partial dq, one for each tile of keys, are
 summed by XLA, so their memory grows with the number of key tiles. Formulas:
-kernels.md 2.2.
+kernels_pallas/MATH.md 3.
 """
 
 import functools

@@ -6,8 +6,8 @@ compiler for v4 to tpu7x schedules and spills.
 One grid step is one tile. Its parts are unrolled such that the matmul of the
 next part's scores and that of the previous part's values surround a part's
 exponentials in program order: the scheduler then keeps the matrix units busy
-(kernels.md 12.1 describes the measurement). Sums of probabilities are kept per
-sublane and reduced once, at the end.
+(kernels_pallas/MATH.md 7 describes the measurement). Sums of probabilities are
+kept per sublane and reduced once, at the end.
 """
 
 import functools

@@ -34,8 +34,9 @@ FUSED_KEY_TILES = 8
 def mosaic_tpu_attention(
   spec: Spec, interpret: Any, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """Softmax attention (kernels.md 2.1) on a TPU, with a custom gradient.
+  """Softmax attention on a TPU, with a custom gradient.
 
+  kernels_pallas/MATH.md 1 and 3 have the definition and the gradients.
   Differentiable once in q, k, v, bias and sinks, through both results.
 
   Args:

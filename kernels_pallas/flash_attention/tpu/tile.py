@@ -2,7 +2,7 @@
 
 Scores are transposed, [keys, queries]: maxima and sums over keys are
 elementwise operations on whole registers, and a value per query is a row
-(kernels.md 5.2).
+(kernels_pallas/MATH.md 6).
 """
 
 import functools

@@ -31,8 +31,9 @@ from kernels_pallas.flash_attention.xla import (
 def blockwise_attention(
   spec: Spec, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """Softmax attention (kernels.md 2.1) by blocks, with a custom gradient.
+  """Softmax attention by blocks, with a custom gradient.
 
+  kernels_pallas/MATH.md 1 and 3 have the definition and the gradients.
   Differentiable in q, k, v, bias and sinks, through both results; twice
   differentiable if the lengths are within `spec.blocks.unroll`.
 

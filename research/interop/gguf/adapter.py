@@ -4,8 +4,8 @@
 `.lora_b [out, r]`, an embedding `lora_a [vocabulary, r]`. There is one alpha,
 and the scale is alpha over the rank of the tensor (no alpha, or 0: scale 1), so
 that scales of other forms (rsLoRA, patterns) are folded into B here, where
-converters drop them (lora.md 6.7). llama's rows of queries and keys change
-places as in the base's own file.
+converters drop them (research/lora/MATH.md 7.5). llama's rows of queries and
+keys change places as in the base's own file.
 """
 
 import dataclasses

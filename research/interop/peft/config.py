@@ -1,6 +1,6 @@
 """adapter_config.json: which weights get adapters of which form.
 
-lora.md sections 6.4 and 6.5. A field that is not understood and does not say
+research/lora/MATH.md 7.2, 7.3. A field that is not understood and does not say
 "off" is an error: it may change what the adapter computes.
 
 A new field is named in `_UNDERSTOOD`, or in `_HARMLESS` if it changes nothing

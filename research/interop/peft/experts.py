@@ -1,8 +1,8 @@
 """LoRA on stacked experts: target_parameters of a configuration.
 
 PEFT adapts a parameter `[E, out, in]` of transformers 5's as one module
-(lora.md section 2.4): the rows of `A [r E, in]` are experts' one after the
-other, the columns of `B [out, r E]` ranks' one after the other. Gates stand
+(research/lora/MATH.md 2.3): the rows of `A [r E, in]` are experts' one after
+the other, the columns of `B [out, r E]` ranks' one after the other. Gates stand
 above the matrices beside them in `gate_up_proj`, with one A for both: ours, if
 they have one each, are written one below the other, at twice the rank. Where
 both of a layer's parameters are adapted, the first is in the second's

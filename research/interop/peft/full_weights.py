@@ -1,7 +1,7 @@
 """What a PEFT adapter brings whole: biases, modules_to_save, embeddings.
 
-lora.md sections 6.3 to 6.6. A tied model that gets an embedding or a head of
-its own is not tied any more, unless `ensure_weight_tying` says that both are
+research/lora/MATH.md 7.1 to 7.4. A tied model that gets an embedding or a head
+of its own is not tied any more, unless `ensure_weight_tying` says that both are
 meant (PEFT's issue 2777).
 """
 

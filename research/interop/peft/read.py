@@ -1,10 +1,10 @@
 """Reads PEFT's adapters: adapter_config.json and adapter_model.safetensors.
 
-Reading is strict where PEFT is not: a module that the configuration matches
-and the file lacks, or the other way round, or an adapter that changes nothing
-is an error, and so is every feature that is not understood here (lora.md
-sections 6.4 to 6.6). Writing uses only fields and patterns that mean the same
-after PEFT has sorted them.
+Reading is strict where PEFT is not: a module that the configuration matches and
+the file lacks, or the other way round, or an adapter that changes nothing is an
+error, and so is every feature that is not understood here
+(research/lora/MATH.md 7.2 to 7.4). Writing uses only fields and patterns that
+mean the same after PEFT has sorted them.
 """
 
 import pathlib

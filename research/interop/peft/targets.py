@@ -1,7 +1,8 @@
 """Which modules a PEFT configuration means, bit for bit as PEFT decides it.
 
 Names are those inside the base model: `model.layers.0.self_attn.q_proj`.
-lora.md section 6.5; PEFT's `check_target_module_exists` and `get_pattern_key`.
+research/lora/MATH.md 7.3; PEFT's `check_target_module_exists` and
+`get_pattern_key`.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
 """Rules of an adapter_config.json that do not do what they seem to.
 
-lora.md 6.5. PEFT takes the first pattern that matches; but it sorts patterns
-when it saves, so overlapping ones can mean something else after a save and a
-load. Where a rule matches nothing, it warns if that is a pattern or excludes,
-and says nothing of a name among targets; `warn` does of all of them.
+research/lora/MATH.md 7.3. PEFT takes the first pattern that matches; but it
+sorts patterns when it saves, so overlapping ones can mean something else after
+a save and a load. Where a rule matches nothing, it warns if that is a pattern
+or excludes, and says nothing of a name among targets; `warn` does of all of
+them.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Writes adapters as PEFT's own directories.
 
 Only fields and patterns that mean the same after PEFT has sorted them are
-written (lora.md sections 6.3 to 6.5).
+written (research/lora/MATH.md 7.1 to 7.3).
 """
 
 import dataclasses

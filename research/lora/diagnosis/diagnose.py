@@ -1,6 +1,6 @@
 """Diagnoses adapters: norms, ranks, principal angles, intruder dimensions.
 
-lora.md section 7. Intruder dimensions: Shuttleworth et al. 2024
+research/lora/MATH.md 8. Intruder dimensions: Shuttleworth et al. 2024
 (arXiv:2410.21228), "LoRA vs Full Fine-tuning: An Illusion of Equivalence":
 leading singular vectors of the adapted matrix that are similar to none of the
 base's.

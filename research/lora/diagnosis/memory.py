@@ -1,7 +1,7 @@
 """Estimates a training step's memory from shapes, without running it.
 
-lora.md section 5. Weights, gradients, master weights and optimizer state follow
-from the tree's shapes; activations from the residuals that reverse-mode
+research/lora/MATH.md 6. Weights, gradients, master weights and optimizer state
+follow from the tree's shapes; activations from the residuals that reverse-mode
 differentiation saves of the traced loss, for any method, base and
 rematerialisation. Low-rank methods reduce the former, not the latter.
 """
@@ -118,7 +118,7 @@ def lora_memory(
 def galore_memory(
   params: Params, rank: int, state: int = 2, layerwise: bool = False
 ) -> Memory:
-  """Returns GaLore's memory, weights and gradients in 16 bits (lora.md 4.9).
+  """Returns GaLore's memory in 16 bits (research/lora/MATH.md 5).
 
   A matrix of a layer with smaller side m and larger side n has a projector of
   m r elements and two moments of r n elements.

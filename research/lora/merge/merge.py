@@ -1,17 +1,17 @@
 """Merging adapters into their base, which tells what it loses.
 
 In bf16 most of a small update falls between two numbers and is rounded away
-(lora.md 2.5). Here sums are formed in fp32 and rounded to nearest, or
-stochastically, which keeps the update on average; what is kept is measured, and
-a merge that would lose too much is refused.
+(research/lora/MATH.md 2.4). Here sums are formed in fp32 and rounded to
+nearest, or stochastically, which keeps the update on average; what is kept is
+measured, and a merge that would lose too much is refused.
 
 An adapter over a base in few bits has learned to correct that base, rounding
 errors included, so there are three ways to merge it (`MODES`). Merged into the
 base, decoded, it computes what was trained; into the weights that the base was
 rounded from, it corrects errors that they do not have; and what is packed again
 loses what falls between two codes, which of a small update may be all of it
-(quantization.md 2.7). What each way changes is measured in logits, beside the
-model that was trained.
+(research/quant/MATH.md 2). What each way changes is measured in logits, beside
+the model that was trained.
 """
 
 import dataclasses

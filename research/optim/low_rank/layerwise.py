@@ -11,10 +11,10 @@ G. Weights then move layer by layer, in the memory that they are in:
 
 What is added up over microbatches is R, and what is clipped is its norm; so,
 unlike an optimizer that steps in the middle of the backward pass (as GaLore's
-authors do), this one accumulates and clips (lora.md 4.9). A model reads each
-matrix once in a call, by `research.weights`: projectors of two reads have no
-sum, and one of none is lost. Reads are counted, and where they are others the
-loss is NaN.
+authors do), this one accumulates and clips (research/lora/MATH.md 5). A model
+reads each matrix once in a call, by `research.weights`: projectors of two reads
+have no sum, and one of none is lost. Reads are counted, and where they are
+others the loss is NaN.
 """
 
 import dataclasses

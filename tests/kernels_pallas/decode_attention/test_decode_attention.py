@@ -254,7 +254,7 @@ def test_large_logits_only_shift_the_log_sum_exp():
 
 
 def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
-  """The rule of the flash-attention authors; see kernels.md 14.1."""
+  """The rule of the flash-attention authors; see kernels_pallas/MATH.md 8."""
   q, k, v = (draw(B, *s, dtype=jnp.bfloat16) for s in (
     (4, 32), (S, 2, 32), (S, 2, 32)))  # fmt: skip
   lengths = jnp.asarray([24, 1, 7, 13], jnp.int32)

@@ -245,7 +245,7 @@ def test_linear_in_values(backend, seed):
 @examples
 @hypothesis.given(seed=seeds, share=st.floats(0, 1))
 def test_parts_combine_to_the_whole(backend, seed, share):
-  """Any two halves of the keys, possibly an empty one (kernels.md 2.1)."""
+  """Two halves of the keys, one possibly empty (kernels_pallas/MATH.md 2.2)."""
   q, k, v, bias, lens, rng = sample(seed)
   first = jnp.asarray(rng.random(S) < share)
   parts = [

@@ -170,7 +170,7 @@ def test_compiles_for_blackwell(head_dim, dtype, mask, direction):
 
 
 SOME = ("window", "softcap", "dropout")
-# Bytes that a kernel spills, as in the README; all others spill none.
+# Bytes that a kernel spills, as in RESULTS.md; all others spill none.
 SPILLS = {
   ("h100", ("dropout",), 64): {"dq": 8},
   ("b200", ("dropout",), 64): {"forward": 8},
@@ -205,7 +205,7 @@ def test_features_compile_and_spill_what_the_readme_says(
   known = SPILLS.get((target, features, head_dim), {})
   for kernel in gpu.measure(job):
     name = kernel.name.split("_")[2]
-    # Fewer would be wrong too: the README's table would be of another kernel.
+    # Fewer would be wrong too: the page's table would be of another kernel.
     assert kernel.spills == known.get(name, 0), name
     assert kernel.shared is not None and kernel.shared <= SHARED[target]
 

@@ -37,7 +37,7 @@ def test_the_forward_kernels_traffic_matches_the_formula(block, head_dim):
   S = 2048
   tile = Tile(block, block, min(block, 256), 128)
   found = traffic.forward_traffic(S, head_dim, tile)
-  # kernels.md 3: q and o once, k and v once a block of queries, in bf16.
+  # kernels_pallas/MATH.md 5.3: q, o once, k, v once a block of queries, bf16.
   expected = 2 * S * 2 * head_dim + S // block * 2 * S * 2 * head_dim
   assert found.total - found.bytes["lse"] == expected
   assert found.bytes["lse"] == 4 * S

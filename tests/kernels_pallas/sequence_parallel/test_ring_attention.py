@@ -125,7 +125,7 @@ def test_bfloat16_error_is_at_most_twice_that_of_one_device():
   ours = errors(support.shared(mask, x, *WAYS["ring in zig-zag order"]))
   theirs = errors(alone(x))
   for name, error in ours.items():
-    # kernels.md 14.1; the log-sum-exp has only float32's errors.
+    # kernels_pallas/MATH.md 8; the log-sum-exp has only float32's errors.
     assert error <= 2 * theirs[name] + 1e-6, (name, ours, theirs)
 
 

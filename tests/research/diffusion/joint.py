@@ -1,6 +1,6 @@
 """A joint distribution small enough to enumerate, and its exact conditionals.
 
-diffusion.md 14.2: three symbols, four places,
+research/diffusion/MATH.md 6.2: three symbols, four places,
 p(a, b, c, d) proportional to exp(s sin(1 + 3a + 5bc + 7cd + ad)), s = 2.
 """
 

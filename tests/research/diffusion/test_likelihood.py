@@ -45,7 +45,7 @@ def by_count(x, strength=2.0):
 
 
 def test_values_by_number_of_masks():
-  """diffusion.md 14.2; their mean is -log p(x): the bound is tight."""
+  """research/diffusion/MATH.md 6.2; their mean is -log p(x)."""
   means = [v.mean() for v in by_count(X)]
   want = [16.260486, 4.859053, 4.271410, 3.859627]
   np.testing.assert_allclose(means, want, rtol=2e-6)
@@ -142,7 +142,7 @@ def distribution(length, batch, rounding):
 def test_numbers_of_masks_are_uniform_only_rounded_down(
   length, batch, low, high
 ):
-  """diffusion.md 8: what LLaDA's rule prefers, and that ours prefers none."""
+  """research/diffusion/MATH.md 4.1: LLaDA's rule prefers some, ours none."""
   biased = distribution(length, batch, "half_even")
   assert (biased.min(), biased.max()) == (low, high)
   np.testing.assert_array_equal(distribution(length, batch, "floor"), 1)

@@ -146,7 +146,8 @@ def test_in_expectation_it_is_the_bound_of_any_schedule(change):
   want = expected(objective.schedule, objective.levels)
   assert error < 0.02 and abs(found.mean() - want) < 4.5 * error
   # Noise of e at t = 0 takes away times below e: of one mask T e of its share,
-  # of more nearly nothing (diffusion.md 3.1); steps add at most one's width.
+  # of more nearly nothing (research/diffusion/MATH.md 2.1); steps add at most
+  # one's width.
   bound = exact()
   share = T * 1e-3 if objective.levels is None else 1 / 50
   assert abs(want - bound) < share * bound

@@ -14,7 +14,7 @@ from research.diffusion.schedule import Cosine, Linear, Power
 from research.generation.sampling import row_keys
 from research.typing import UserError
 
-# diffusion.md 3.2 and 3.3: MDLM's log-linear noise, MD4's schedules.
+# research/diffusion/MATH.md 2.2, 2.3: MDLM's log-linear noise, MD4's schedules.
 WEIGHTS = [
   (Linear(low=1e-4, high=1e-4), 0.0, 9998.0),
   (Linear(low=1e-4, high=1e-4), 0.25, 3.9984),

@@ -35,7 +35,7 @@ def losses(x):
 
 
 def test_mean_and_variance_of_the_form_in_time():
-  """diffusion.md 14.2: 7.303704 and 307.494, where 1/p is what a mask counts.
+  """7.303704 and 307.494 (research/diffusion/MATH.md 6.2): a mask counts 1/p.
 
   The schedule's own weight is (1 - e)/p, the bound's; LLaDA leaves 1 - e out.
   """

@@ -1,4 +1,4 @@
-"""Tests claims of papers about single matrices (lora.md 9.2).
+"""Tests claims of papers about single matrices (research/lora/MATH.md 9.2).
 
 Where arms are compared their rates are swept: the best of three, half a decade
 apart. Other rows of 9.2 are tested beside what they are about: `test_look`
@@ -69,7 +69,7 @@ def squares(x, y):
 
 @pytest.mark.slow
 def test_alpha_over_r_starts_alike_at_every_rank():
-  """A sum of r terms of size 1 / r: within 2% (lora.md 3.2)."""
+  """A sum of r terms of size 1 / r: within 2% (research/lora/MATH.md 3.2)."""
   w, x = draw(SIDE, SIDE, seed=1) / 8, draw(256, SIDE, seed=2)
   y = x @ (w + draw(SIDE, SIDE, seed=3) / 8)
   curves, other = [], []
@@ -130,7 +130,7 @@ def _with(weight, trained):
 
 @pytest.mark.parametrize("rate, least, most", [(1e-5, 0.85, 1), (1e-3, 0, 0.1)])
 def test_adapters_in_bf16_stall_at_small_rates(rate, least, most):
-  """One step of Adam is less than half an ulp of most of a (lora.md 3.6)."""
+  """A step is below half an ulp of most entries (research/lora/MATH.md 3.3)."""
   draws = functools.partial(jax.random.uniform, shape=(8, 576), minval=-1)
   a = draws(jax.random.key(0)) / 576**0.5
   tx = optax.adam(rate)

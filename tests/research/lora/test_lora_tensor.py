@@ -80,7 +80,7 @@ def base(request):
 
 
 def test_golden_of_the_specification():
-  # lora.md section 11, worked out by hand in the torch layout.
+  # research/lora/MATH.md 4, worked out by hand in the torch layout.
   w = jnp.array([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]]).T
   a, b = jnp.array([[1.0, 0.0, 2.0]]), jnp.array([[0.5, -1.0]])
   t = lora(w, a, b, scale=2.0)

@@ -1,4 +1,4 @@
-"""Every method of adaptation on every packed matrix, as the README has it.
+"""Every method of adaptation on every packed matrix, as RESULTS.md has it.
 
 Each method is computed on one of the formats, each format with a sixth of the
 methods; with --slow all cells are.
@@ -23,8 +23,8 @@ CELLS = [
 
 @functools.cache
 def stated():
-  """Returns the README's cells by method and format."""
-  text = (ROOT / "research" / "quant" / "README.md").read_text("utf-8")
+  """Returns the page's cells by method and format."""
+  text = (ROOT / "research" / "quant" / "RESULTS.md").read_text("utf-8")
   heads = ["method", *composition.packings()]
   lines = text.split(f"| {' | '.join(heads)} |\n")[1].split("\n\n")[0]
   rows = [

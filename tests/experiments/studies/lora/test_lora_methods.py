@@ -17,6 +17,7 @@ from research.lora.methods.lora import LoRA
 from research.typing import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[4]
+README = ROOT / "research" / "lora" / "README.md"
 
 STATIC = ("method", "file", "trained", "share %", "PEFT", *lora_abilities.NAMES)
 """Columns that the code says alone."""
@@ -42,9 +43,9 @@ def test_counts_are_those_of_the_papers(rows):
   assert rows["IA3"]["trained"] == count(lambda i, o: 1536 if i == 1536 else o)
 
 
-def test_the_readme_has_them_all(rows):
+def test_the_page_of_results_has_them_all(rows):
   """All but what was measured, and how long files are."""
-  text = (ROOT / "research" / "lora" / "README.md").read_text("utf-8")
+  text = lora_methods.RESULTS.read_text("utf-8")
   _, _, table = text.partition("| method | file | lines |")
   head, _, *lines = table.partition("\n\n")[0].splitlines()
   names = ["method", "file", "lines", *_cells(head)]
@@ -69,7 +70,7 @@ def _table(names, lines):
 
 def test_the_readme_says_what_is_not_there():
   """Every type of PEFT's that no class has, and every field that is refused."""
-  text = lora_methods.README.read_text("utf-8")
+  text = README.read_text("utf-8")
   text = text.partition("### Not there")[2].partition("\n## ")[0]
   facts = json.loads(
     (ROOT / "tests" / "golden" / "peft_facts.json").read_text()
@@ -148,7 +149,7 @@ def test_one_run_file_takes_any_method(name):
     )
   again = config.parse(run.text).experiment
   assert again.transforms[0].method == transform.method
-  readme = lora_methods.README.read_text("utf-8")
+  readme = README.read_text("utf-8")
   assert all(line in readme for line in NEEDED.get(name, ()))
 
 
@@ -181,7 +182,7 @@ def test_speeds_come_from_the_bench(tmp_path):
 
 
 def test_scores_come_from_the_table_of_claims(tmp_path):
-  found = lora_methods._scores(lora_methods.README)
+  found = lora_methods._scores(lora_methods.RESULTS)
   made = {row["method"]: row for row in lora_methods.rows({}, found)}
   for name in ("LoRA", "HiRA", "LoRAFA", "LoRAGA", "OFT"):
     assert re.fullmatch(r"\d\.\d+ ± \d\.\d+", made[name]["swept score"]), name

@@ -100,7 +100,7 @@ def close_variance(found, want):
 )
 @pytest.mark.sample(3)
 def test_variances_of_budgets(n_t, n_y, want):
-  """diffusion.md 14.2: policy of strength 2.2, reference of 2, masks shared."""
+  """research/diffusion/MATH.md 6.2: strengths 2.2 and 2, masks shared."""
   policy, reference = drawn(n_t, n_y)
   apart = policy - reference
   close_variance(apart, want)

@@ -401,7 +401,7 @@ def test_guidance_has_a_cache_a_side(weight):
 
 
 def test_no_guidance_is_no_guidance():
-  """Bit by bit, and one pass: property 15 of diffusion.md 14.3."""
+  """Bit by bit, and one pass: research/diffusion/MATH.md 6.3."""
   tokens, valid = rows((3, 0))
   inner = BlockCache(model=network()[0])
   d = guided(inner, 0.0)

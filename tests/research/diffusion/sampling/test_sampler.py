@@ -28,7 +28,7 @@ MASK = 7
 
 @dataclasses.dataclass(frozen=True)
 class Wave(Denoiser):
-  """diffusion.md 14.1's logits: of the place, the token before, the masks."""
+  """research/diffusion/MATH.md 6.1: logits of place, token before, masks."""
 
   def prefill(self, params, tokens, valid, start, size):
     left = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
@@ -399,7 +399,7 @@ def test_tempered_confidences_are_of_what_is_drawn():
   ],
 )
 def test_how_far_other_choices_are_from_the_joint(options, want):
-  """diffusion.md 5.2, by exact enumeration there."""
+  """research/diffusion/MATH.md 3.1, by exact enumeration there."""
   got = variation(law(**options), joint.table())
   assert abs(got - want) < 1.5 * NOISE
 

@@ -23,7 +23,7 @@ def llama_8b():
     yield "mlp/down", layer, 4096, 14336
 
 
-# quantization.md 15: llama.cpp's own table of Llama 3.1 8B.
+# research/quant/MATH.md 3: llama.cpp's own table of Llama 3.1 8B.
 PUBLISHED = {
   "Q2_K": 3.16,
   "Q3_K_M": 4.00,

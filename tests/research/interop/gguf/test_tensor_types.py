@@ -16,7 +16,7 @@ ENCODINGS = json.loads((GOLDEN / "gguf_encodings.json").read_text())
 X = np.asarray(ENCODINGS.pop("x"), np.float32)
 BLOCKS = list(ggml.KINDS)
 
-# sha1[:16] of the C reference's bytes, and RMSE (quantization.md 17.3).
+# sha1[:16] of the C reference's bytes, and RMSE (research/quant/MATH.md 4).
 C_REFERENCE = {
   "Q4_0": ("312d15e84e9c0152", 0.049931),
   "Q4_1": ("a61f55e3056a41da", 0.050446),

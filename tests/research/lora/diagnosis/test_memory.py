@@ -1,4 +1,4 @@
-"""Tests memory estimates against lora.md section 5 and compiler reports."""
+"""Tests memory estimates against research/lora/MATH.md 6 and compilers."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def adapting(rank, targets="all-linear", method=LoRA):
   return adapt.Adapt(method=method(rank=rank), targets=targets)
 
 
-# lora.md section 5: frozen, learned, gradients, master, optimizer; and in all.
+# research/lora/MATH.md 6: frozen, learned, gradients, master, optimizer; all.
 ROWS = [
   ((0, 13.48, 13.48, 26.95, 53.91), 107.8),
   ((0, 13.48, 13.48, 0, 26.95), 53.9),
@@ -49,9 +49,9 @@ def test_rows_of_the_table():
     assert f"{total} GB" in str(got)
 
 
-def test_the_readme_has_the_table():
+def test_the_page_of_results_has_the_table():
   """`experiments.studies.lora.lora_methods --memory` prints it."""
-  text = lora_methods.README.read_text("utf-8")
+  text = lora_methods.RESULTS.read_text("utf-8")
   _, _, rest = text.partition("| setup | weights |")
   _, _, *lines = rest.partition("\n\n")[0].splitlines()
   stated = [[x.strip() for x in line.strip("|").split("|")] for line in lines]

@@ -68,7 +68,7 @@ def matrix(relative, n=256):
   [(1e-2, 0.17, 0.17), (1e-3, 0.78, 0.80), (3e-4, 0.93, 0.94)],
 )
 def test_small_updates_are_lost_in_bf16(relative, still, lost):
-  """The shares are lora.md's, measured with PEFT."""
+  """The shares are those of research/lora/MATH.md 2.4."""
   params = matrix(relative)
   got, losses = merge.merge(params)
   before = wrap.disable(params)["run0"]["layer0"]["x"]

@@ -115,7 +115,7 @@ def test_lora_ga_is_initialised_as_in_peft():
   ],
 )
 def test_loras_initialisations_are_pefts(init, embedding, a, b):
-  """Variances of lora.md section 2.2, within 5 standard errors at least."""
+  """Variances of research/lora/MATH.md 2.2, within 5 standard errors."""
   place = MatrixSpec(512, 768, embedding=embedding)
   p, _ = LoRA(rank=8, init=init).init_arrays(jax.random.key(0), place, None)
   for name, want in (("a", a), ("b", b)):

@@ -1,6 +1,7 @@
-"""Tests the vectors of lora.md section 11, computed independently of this code.
+"""Tests the vectors of research/lora/MATH.md 4.
 
-In PEFT's layout and under its names: `W [out, in]`, `A [r, in]`, `B [out, r]`.
+They were computed independently of this code, in PEFT's layout and under its
+names: `W [out, in]`, `A [r, in]`, `B [out, r]`.
 """
 
 import jax

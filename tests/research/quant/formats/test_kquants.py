@@ -19,7 +19,7 @@ GOLDEN = np.load(TESTS / "golden" / "ggml.npz")
 W, IMPORTANCE = GOLDEN["w"], GOLDEN["importance"]
 FORMATS = ggml.TYPES
 WEIGHED = [kind for kind in FORMATS if f"{kind}.i" in GOLDEN]
-# quantization.md 17.3: one row of 256; sha1[:16] of the bytes, and RMSE.
+# research/quant/MATH.md 4: one row of 256; sha1[:16] of the bytes, and RMSE.
 X = json.loads((TESTS / "golden/models/gguf_encodings.json").read_text())["x"]
 X = np.asarray(X, np.float32)[:, None]
 SPECIFIED = {
