@@ -2,8 +2,8 @@
 
 The text is tokenised once, without special tokens, and split into
 non-overlapping windows. Each window is evaluated independently: its first token
-is given, the others are predicted. A last partial window counts if it has at
-least two tokens. The perplexity is `exp` of the mean negative log-likelihood of
+is given, the others are predicted. A last partial window, which may be the
+first, counts if it has at least two tokens. The perplexity is `exp` of the mean negative log-likelihood of
 all predicted tokens.
 
 `begin` puts special tokens before each window, for models that were trained
@@ -205,8 +205,8 @@ def perplexity(
     begin: special tokens before each window.
 
   Raises:
-    UserError: an argument is out of range, or the text is shorter than a
-      window.
+    UserError: an argument is out of range, or the text has fewer than two
+      tokens.
   """
   width = window + len(begin)
   if batch < 1:
@@ -221,6 +221,13 @@ def perplexity(
       f"window: found {window} tokens{more}, expected at most the model's "
       f"context of {model.max_positions}"
     )
+  if len(ids) < 2:
+    raise UserError(
+      f"text: found {len(ids)} tokens, expected at least 2: the first one is "
+      "given, and the others are predicted"
+    )
+  if window > len(ids):
+    window, width = len(ids), len(ids) + len(begin)
   parts = windows(ids, window, max_windows)
   batch = min(batch, len(parts))
   rows = -(-len(parts) // batch) * batch

@@ -1,7 +1,8 @@
 """The index of commands, the script `heptad`, and what every help says."""
 
 import configparser
-import importlib
+import importlib.machinery
+import importlib.util
 import pathlib
 import re
 import subprocess
