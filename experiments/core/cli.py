@@ -319,7 +319,7 @@ def read_text(path: str, flag: str) -> str:
   """Returns a text file's content.
 
   Args:
-    path: of a file in UTF-8.
+    path: of a file in UTF-8; - for standard input.
     flag: the flag that named it, for error messages.
 
   Raises:
@@ -328,7 +328,11 @@ def read_text(path: str, flag: str) -> str:
   from research.typing import UserError
 
   try:
-    data = pathlib.Path(path).read_bytes()
+    data = (
+      sys.stdin.buffer.read()
+      if path == "-"
+      else pathlib.Path(path).read_bytes()
+    )
   except OSError as error:
     raise UserError(f"--{flag}={path}: {error.strerror}") from error
   try:

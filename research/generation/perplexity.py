@@ -3,8 +3,8 @@
 The text is tokenised once, without special tokens, and split into
 non-overlapping windows. Each window is evaluated independently: its first token
 is given, the others are predicted. A last partial window, which may be the
-first, counts if it has at least two tokens. The perplexity is `exp` of the mean negative log-likelihood of
-all predicted tokens.
+first, counts if it has at least two tokens. The perplexity is `exp` of the mean
+negative log-likelihood of all predicted tokens.
 
 `begin` puts special tokens before each window, for models that were trained
 with them in every row. They come in addition to the window's tokens, and the
