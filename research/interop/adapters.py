@@ -1,6 +1,7 @@
 """Adapters of either format by name: PEFT's directories and llama.cpp's files.
 
-The working directory of a run stands for the adapter that it trained. A pool of adapters (`research.lora.serving.pool`) reads them by `read_factors`.
+The working directory of a run stands for the adapter that it trained. A pool of
+adapters (`research.lora.serving.pool`) reads them by `read_factors`.
 """
 
 import os
