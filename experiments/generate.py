@@ -370,27 +370,33 @@ def _streamed(
 
   from experiments.generating import generate_pages
   from research.generation import stream
+  from research.io import progress
 
   key = jax.random.key(_SEED.value)
   start, first, steps = time.perf_counter(), None, []
   most = _MAX_NEW_TOKENS.value
   paged = generate_pages.open_call(layout, loaded.model, prompts, most)
-  for pieces in stream.stream(
-    loaded.model,
-    params,
-    loaded.tokenizer,
-    prompts,
-    most,
-    rules,
-    jax.random.fold_in(key, turn) if turn else key,
-    stop=_STOP.value,
-    kv=kv,
-    source=paged.source,
-  ):
-    first = first or time.perf_counter()
-    steps.append(pieces)
-    if len(prompts) == 1:
-      print(pieces[0].text, end="", flush=True)
+  with progress.phase("reading prompts") as now:
+    for pieces in stream.stream(
+      loaded.model,
+      params,
+      loaded.tokenizer,
+      prompts,
+      most,
+      rules,
+      jax.random.fold_in(key, turn) if turn else key,
+      stop=_STOP.value,
+      kv=kv,
+      source=paged.source,
+    ):
+      first = first or time.perf_counter()
+      steps.append(pieces)
+      if len(prompts) == 1:
+        print(pieces[0].text, end="", flush=True)
+        now.what = None
+      else:
+        now.what, now.total = "generating tokens of each row", most
+        now.done += max(piece.tokens for piece in pieces)
   end = time.perf_counter()
   told = [
     _row(pieces, prompt)

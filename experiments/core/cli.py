@@ -5,6 +5,7 @@ returns its result. `run` parses the flags, prints that result as the last line
 on stdout, and errors that the user can mend as one to three lines on stderr.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -154,9 +155,12 @@ def local(**paths: str | None) -> None:
 
 def run(main: Main) -> NoReturn:
   """Runs a command and ends the process with its status."""
+  from research.io import progress
+
   warnings.showwarning = _show_warning
   try:
-    status = call(main, sys.argv)
+    with progress.listening(_show_progress, "working"):
+      status = call(main, sys.argv)
     sys.stdout.flush()
   except OSError:
     # The reader of our output has gone, or it is a file on a full disk, which
@@ -176,12 +180,27 @@ def _show_warning(message, category, filename, lineno, file=None, line=None):
     text = warnings.formatwarning(message, category, filename, lineno, line)
     print(text, end="", file=file or sys.stderr, flush=True)
     return
-  if "jax" in sys.modules:
-    import jax
+  if _is_first_process():
+    print(f"warning: {message}", file=file or sys.stderr, flush=True)
 
-    if jax.distributed.is_initialized() and jax.process_index():
-      return
-  print(f"warning: {message}", file=file or sys.stderr, flush=True)
+
+def _show_progress(text: str) -> None:
+  """Prints what goes on to stderr, from one process alone."""
+  import tqdm
+
+  if _is_first_process():
+    with contextlib.suppress(OSError):  # nobody reads it
+      tqdm.tqdm.write(text, file=sys.stderr)  # above a progress bar
+      sys.stderr.flush()
+
+
+def _is_first_process() -> bool:
+  """Whether no other process of the run has a smaller index."""
+  if "jax" not in sys.modules:
+    return True
+  import jax
+
+  return not (jax.distributed.is_initialized() and jax.process_index())
 
 
 def call(main: Main, argv: Sequence[str]) -> int:

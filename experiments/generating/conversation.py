@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments.core import cli
 from experiments.generating import prompts
+from research.io import progress
 from research.typing import UserError
 
 Messages = list[dict[str, str]]
@@ -39,7 +40,8 @@ def converse(
   rows: list[dict[str, Any]] = []
   while True:
     try:
-      text = input("> ").strip()
+      with progress.phase(None):  # nobody works
+        text = input("> ").strip()
     except EOFError:
       break
     if text == _NEW:

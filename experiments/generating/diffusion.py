@@ -19,6 +19,7 @@ from research.diffusion.sampling.make_denoiser import make_denoiser
 from research.generation.sampling import Sampling
 from research.interop.diffusion.spec import Spec
 from research.interop.loaded import Loaded
+from research.io import progress
 from research.typing import UserError
 
 
@@ -143,11 +144,18 @@ def _fill(loaded, spec, prompts, prepared, texts, rules, length, pictures):
   begin = time.perf_counter()
   given, growing = (denoiser, params, prepared.state), config.canvas is not None
   lengths = [length] * len(prompts)
-  if growing:
-    got = variable_length.sample(*given, config, rules, display)
-    lengths = got.canvas.tolist()
-  else:
-    got = sampler.sample(*given, config, rules, display)
+  with progress.phase("filling masks") as now:
+
+    def on_block(state):
+      if display.draws:  # what a line would tear apart
+        now.what = None
+      display(state)
+
+    if growing:
+      got = variable_length.sample(*given, config, rules, on_block)
+      lengths = got.canvas.tolist()
+    else:
+      got = sampler.sample(*given, config, rules, on_block)
   seconds = time.perf_counter() - begin - display.seconds
   if len(prompts) == 1:
     print(flush=True)

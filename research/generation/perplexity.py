@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
+from research.io import progress
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Float, Int, Params, UserError
 
@@ -239,15 +240,17 @@ def perplexity(
   sums, how = _sums, {}
   if chunk is not None:
     sums, how = _cached_sums, {"chunk": chunk, "kv": kv}
-  lowered = sums.lower(
-    model, params, tokens[:batch], lengths[:batch], given, **how
-  )
-  compiled = lowered.compile()
+  with progress.phase("compiling the model"):
+    lowered = sums.lower(
+      model, params, tokens[:batch], lengths[:batch], given, **how
+    )
+    compiled = lowered.compile()
   start = time.perf_counter()
-  sums = [
-    compiled(params, tokens[i : i + batch], lengths[i : i + batch], given)
-    for i in range(0, rows, batch)
-  ]
+  sums = []
+  for i in progress.track(range(0, rows, batch), "reading windows"):
+    part = slice(i, i + batch)
+    sums.append(compiled(params, tokens[part], lengths[part], given))
+    jax.block_until_ready(sums[-2:-1])  # at most two wait
   total = float(np.sum(np.asarray(jax.device_get(sums), np.float64)))
   seconds = time.perf_counter() - start
   count = int(np.sum(np.maximum(lengths - given, 0)))

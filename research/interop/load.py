@@ -17,7 +17,7 @@ from research.interop import hf, quantized
 from research.interop.diffusion import spec
 from research.interop.loaded import ADAPTER_CONFIG, NOTE, Loaded
 from research.interop.quantized import compressed_activations
-from research.io import safetensors, unread
+from research.io import progress, safetensors, unread
 from research.text import special_tokens
 from research.training import memory
 from research.typing import UserError
@@ -67,12 +67,13 @@ def load_model(
       f"dtype is {dtype!r}, expected one of {', '.join(hf.DTYPES)}"
     )
   path = locate(name)
-  if path.is_dir():
-    found = _directory(path, dtype, packed, shardings)
-    return _as_trained(found, pathlib.Path(name))
-  from research.interop.gguf.read import load_gguf
+  with progress.phase(f"reading {name}"):
+    if path.is_dir():
+      found = _directory(path, dtype, packed, shardings)
+      return _as_trained(found, pathlib.Path(name))
+    from research.interop.gguf.read import load_gguf
 
-  return load_gguf(path, dtype, bool(packed), shardings)
+    return load_gguf(path, dtype, bool(packed), shardings)
 
 
 def locate(name: str | os.PathLike) -> pathlib.Path:

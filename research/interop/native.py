@@ -22,7 +22,7 @@ from research.interop import gguf, parts
 from research.interop.gguf import config as gguf_config
 from research.interop.hf import config as hf_config
 from research.interop.loaded import NOTE
-from research.io import safetensors, unread
+from research.io import progress, safetensors, unread
 from research.io.fields import Fields
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import Method
@@ -77,7 +77,8 @@ def save(
     weights=_describe(params),
   )
   safetensors.write_json(directory / "config.json", config)
-  frozen_base.record_base(directory / ARRAYS, params, None)
+  with progress.phase(f"writing {directory.name}"):
+    frozen_base.record_base(directory / ARRAYS, params, None)
   # Last: where there is a note, the checkpoint is whole.
   safetensors.write_json(directory / NOTE, note)
 

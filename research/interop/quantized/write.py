@@ -20,7 +20,7 @@ from research.interop.hf import write as hf_write
 from research.interop.parts import Address
 from research.interop.quantized.checkpoint_formats import CheckpointFormat
 from research.interop.sources import Source
-from research.io import safetensors
+from research.io import progress, safetensors
 from research.lora.merge import changes
 from research.quant import qtensor
 from research.typing import UserError
@@ -77,7 +77,8 @@ def write_model(
   dense = hf_write.tensors(source.model, rest, dtype, log)
   out: dict[str, safetensors.Pending] = {}
   found: dict[str, Any] = {}
-  for address in parts.ordered(source.parts):
+  addresses = parts.ordered(source.parts)
+  for address in progress.track(addresses, "packing matrices"):
     if address in modules:
       module = modules[address]
       found[module.name], pending = make.pending(module)

@@ -24,6 +24,7 @@ import numpy as np
 from kernels_pallas.masks import Mask
 from research import taps, tree, weights
 from research.data.sources import Documents, PydocTopics
+from research.io import progress
 from research.nn.block import Block
 from research.nn.transformer import Transformer
 from research.quant import activation_cache
@@ -222,7 +223,9 @@ def walk(
     x = jnp.concatenate([part for part in parts for _ in range(2)])
     batch *= 2
   kinds, layers = model.layer_kinds(), list(tree.layers(params))
-  for i, (block, layer) in enumerate(zip(kinds, layers, strict=True)):
+  pairs = list(zip(kinds, layers, strict=True))
+  pairs = progress.track(pairs, "computing layers")
+  for i, (block, layer) in enumerate(pairs):
     inputs = LayerInputs(block, x, batch)
     new = visit(i, layer, inputs)
     out.append(new)

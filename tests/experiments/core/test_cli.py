@@ -5,6 +5,8 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from experiments import evaluate, generate, perplexity, train
 from experiments.core import artifacts, cli
 from research import tree
 from research.interop import load, peft
+from research.io import progress
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
 from research.typing import UserError
@@ -223,6 +226,25 @@ def test_traceback_on_demand(command):
 
   status, _, errors = command(main, "--traceback")
   assert status == 1 and "Traceback" in errors and "a: b" in errors
+
+
+def test_long_work_says_so(monkeypatch, capsys):
+  """Whatever a command does, in a process of its own; stdout has the result."""
+  monkeypatch.setattr(progress, "FIRST", 0.01)
+  monkeypatch.setattr(progress, "_POLL", 0.005)
+  monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+  monkeypatch.setattr(sys, "argv", ["command"])
+
+  def main(argv):
+    with progress.phase("proving"):
+      time.sleep(0.1)
+    return {"a": 1}
+
+  with pytest.raises(SystemExit) as ended:
+    cli.run(main)
+  out = capsys.readouterr()
+  assert ended.value.code == 0 and out.out == '{"a": 1}\n'
+  assert "proving: 0 s\n" in out.err
 
 
 def test_results_are_json(command):
