@@ -369,8 +369,8 @@ def _streamed(
   import jax
 
   from experiments.generating import generate_pages
+  from research import progress
   from research.generation import stream
-  from research.io import progress
 
   key = jax.random.key(_SEED.value)
   start, first, steps = time.perf_counter(), None, []

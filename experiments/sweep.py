@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   from experiments import sweeps
   from experiments.core import config
   from experiments.sweeps import launch, sweep_results, sweep_units
-  from research.io import progress as io_progress
+  from research import progress as phases
 
   sweep = config.read(_SWEEP.value, root=sweeps.Sweep, flag="sweep").experiment
   name = pathlib.Path(_SWEEP.value).stem
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   launcher = functools.partial(
     launch.local, parallel=_PARALLEL.value, on_end=progress.ended
   )
-  with io_progress.phase(None):  # each unit that ends has its line
+  with phases.phase(None):  # each unit that ends has its line
     statuses = launcher([unit.work for unit in todo])
 
   # --- results ---

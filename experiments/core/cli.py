@@ -155,7 +155,7 @@ def local(**paths: str | None) -> None:
 
 def run(main: Main) -> NoReturn:
   """Runs a command and ends the process with its status."""
-  from research.io import progress
+  from research import progress
 
   warnings.showwarning = _show_warning
   try:

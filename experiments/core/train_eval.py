@@ -20,9 +20,8 @@ from experiments.core import (
   runtime,
 )
 from experiments.core.experiment import Built, Experiment
-from research import sharding, tree, weights
+from research import progress, sharding, tree, weights
 from research.generation import generate
-from research.io import progress
 from research.io.folders import Folder
 from research.training import evaluating, loop, state
 from research.training.checkpoints import checkpoint

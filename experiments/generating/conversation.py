@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.core import cli
 from experiments.generating import prompts
-from research.io import progress
+from research import progress
 from research.typing import UserError
 
 Messages = list[dict[str, str]]

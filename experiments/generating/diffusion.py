@@ -12,6 +12,7 @@ from experiments.generating import infilling
 from experiments.generating.infilling import Text
 from experiments.generating.prepared_rows import PreparedRows, batches, prepare
 from experiments.generating.unmask_display import UnmaskDisplay, pieces_of
+from research import progress
 from research.diffusion.sampling import sampler, variable_length, visualize
 from research.diffusion.sampling.classifier_free_guidance import with_prompt
 from research.diffusion.sampling.config import SamplerConfig
@@ -19,7 +20,6 @@ from research.diffusion.sampling.make_denoiser import make_denoiser
 from research.generation.sampling import Sampling
 from research.interop.diffusion.spec import Spec
 from research.interop.loaded import Loaded
-from research.io import progress
 from research.typing import UserError
 
 

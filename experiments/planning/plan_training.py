@@ -14,8 +14,7 @@ import jax
 from experiments.core import cli
 from experiments.core.experiment import Experiment
 from experiments.planning import abstract_step
-from research import sharding, tree, weights
-from research.io import progress
+from research import progress, sharding, tree, weights
 from research.lora.diagnosis import memory
 from research.optim.low_rank.layerwise import Layerwise
 from research.planning import flops, forecast, text

@@ -27,8 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import weights
-from research.io import progress
+from research import progress, weights
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Float, Int, Params, UserError
 

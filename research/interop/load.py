@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import jax
 
+from research import progress
 from research.interop import hf, quantized
 from research.interop.diffusion import spec
 from research.interop.loaded import ADAPTER_CONFIG, NOTE, Loaded
 from research.interop.quantized import compressed_activations
-from research.io import progress, safetensors, unread
+from research.io import safetensors, unread
 from research.text import special_tokens
 from research.training import memory
 from research.typing import UserError

@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research import weights
+from research import progress, weights
 from research.interop import gguf, parts
 from research.interop.gguf import config as gguf_config
 from research.interop.hf import config as hf_config
 from research.interop.loaded import NOTE
-from research.io import progress, safetensors, unread
+from research.io import safetensors, unread
 from research.io.fields import Fields
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import Method

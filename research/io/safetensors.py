@@ -25,7 +25,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from research.io import mapped, progress
+from research import progress
+from research.io import mapped
 from research.typing import UserError
 
 Path = str | os.PathLike

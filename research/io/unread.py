@@ -15,8 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import tree
-from research.io import progress
+from research import progress, tree
 from research.typing import UserError
 
 Index = tuple[slice, ...]

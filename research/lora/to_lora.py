@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from research import weights
-from research.io import progress
+from research import progress, weights
 from research.lora import lora_factors, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.lora_factors import Factors

@@ -25,8 +25,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from research import tree, weights
-from research.io import progress
+from research import progress, tree, weights
 from research.quant import methods
 from research.quant.algorithms import calibrate, error_propagation
 from research.quant.algorithms.calibrate import Calibration, NeedsModel

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import sharding
-from research.io import progress
+from research import progress, sharding
 from research.training import memory
 from research.training.objectives.objective import Batch
 from research.training.state import TrainState

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import jax
 from jax.sharding import NamedSharding
 
+from research import progress
 from research import sharding as shardings
-from research.io import progress
 from research.training import global_batch
 from research.training.objectives.objective import Batch, Objective
 from research.training.state import TrainState

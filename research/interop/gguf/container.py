@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from research import progress
 from research.interop.gguf.tensor_types import BY_ID, TYPES, decode
-from research.io import mapped, progress
+from research.io import mapped
 from research.typing import UserError
 
 MAGIC = b"GGUF"

@@ -14,13 +14,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from research import weights
+from research import progress, weights
 from research.interop import hf, parts, quantized
 from research.interop.hf import write as hf_write
 from research.interop.parts import Address
 from research.interop.quantized.checkpoint_formats import CheckpointFormat
 from research.interop.sources import Source
-from research.io import progress, safetensors
+from research.io import safetensors
 from research.lora.merge import changes
 from research.quant import qtensor
 from research.typing import UserError

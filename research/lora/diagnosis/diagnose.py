@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float
 
-from research.io import progress
+from research import progress
 from research.lora import lora_factors, to_lora
 from research.lora.diagnosis import spectrum
 from research.lora.to_lora import Energy

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from research.io import progress
+from research import progress
 from research.lora.lora_factors import Factors, thin_svd, truncate
 from research.lora.merge.combinations import (
   COMBINATIONS,

@@ -22,9 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.masks import Mask
-from research import taps, tree, weights
+from research import progress, taps, tree, weights
 from research.data.sources import Documents, PydocTopics
-from research.io import progress
 from research.nn.block import Block
 from research.nn.transformer import Transformer
 from research.quant import activation_cache

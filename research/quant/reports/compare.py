@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.masks import Mask
-from research.io import progress
+from research import progress
 from research.nn.transformer import Transformer
 from research.training import positions
 from research.training.objectives import losses

@@ -15,9 +15,8 @@ import pytest
 
 from experiments import evaluate, generate, perplexity, train
 from experiments.core import artifacts, cli
-from research import tree
+from research import progress, tree
 from research.interop import load, peft
-from research.io import progress
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
 from research.typing import UserError

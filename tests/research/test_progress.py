@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from research.io import progress
+from research import progress
 
 
 class Clock:
