@@ -46,8 +46,10 @@ def answer(number: int, row: Mapping[str, Any]) -> str:
 
   Args:
     number: of the prompt, from 1.
-    row: its prompt, its text and, where there is one, its adapter.
+    row: its prompt ("" for a text without one), its text and, where there is
+      one, its adapter.
   """
   begin = textwrap.shorten(row["prompt"], _SHOWN, placeholder=" ...")
   adapter = "" if row.get("adapter") is None else f" [{row['adapter']}]"
-  return f"--- prompt {number}{adapter}: {begin}\n{row['text']}\n"
+  head = f"prompt {number}{adapter}: {begin}" if begin else f"text {number}"
+  return f"--- {head}\n{row['text']}\n"

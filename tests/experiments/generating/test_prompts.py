@@ -61,6 +61,7 @@ def test_a_long_prompt_is_shortened_above_its_answer():
   head, text = prompts.answer(3, row).rstrip("\n").split("\n")
   assert head.startswith("--- prompt 3 [mine]: word word")
   assert head.endswith(" ...") and len(head) < 80 and text == "end"
+  assert prompts.answer(1, dict(prompt="", text="end")) == "--- text 1\nend\n"
 
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
