@@ -43,6 +43,7 @@ def converse(
       with progress.phase(None):  # nobody works
         text = input("> ").strip()
     except EOFError:
+      print(flush=True)  # behind the prompt; the result has its own line
       break
     if text == _NEW:
       found = []
