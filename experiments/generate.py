@@ -8,9 +8,17 @@
 
 The text is printed as it comes; the last line on stdout is JSON that repeats
 it: text, tokens, tokens_per_s, finish_reason. Several prompts are one batch,
-printed when it is done, and the JSON has a list of rows. Of several adapters
-the first goes with the first prompt and so on, or all with one prompt; a NAME
-given before, or __base__ for none, may stand again without its directory.
+printed when it is done, each answer under its prompt, and the JSON has a list
+of rows. Of several adapters the first goes with the first prompt and so on, or
+all with one prompt; a NAME given before, or __base__ for none, may stand again
+without its directory.
+
+--chat without a prompt is a conversation in the terminal, and --prompt_file=-
+reads a prompt from standard input:
+
+  python -m experiments.generate --model=smollm2-135m --chat \\
+    --system="Answer in one sentence."
+  git diff | python -m experiments.generate --model=DIR --prompt_file=-
 
 --pages=16,rows=2 keeps keys and values in pages of 16 tokens, of two prompts at
 a time: those that wait take the pages of those that end. The JSON says pages.
@@ -37,6 +45,7 @@ if __name__ == "__main__":
   runtime.prepare()
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -45,6 +54,7 @@ from absl import flags
 
 from experiments.core import cli, flags_from, packed_weights, runtime
 from research.diffusion.sampling.config import SamplerConfig
+from research.typing import UserError
 
 FLAGS = cli.new_flags()
 
@@ -60,17 +70,32 @@ _PROMPT = flags.DEFINE_multi_string(
   "The text to continue; may be given several times.",
   flag_values=FLAGS,
 )
+_PROMPT_FILE = flags.DEFINE_multi_string(
+  "prompt_file",
+  [],
+  "A text file in UTF-8 that is a prompt, or - for standard input; may be "
+  "given several times.",
+  flag_values=FLAGS,
+)
 _CHAT = flags.DEFINE_bool(
   "chat",
   False,
-  "Take the prompt as a user's message to be answered.",
+  "Take the prompt as a user's message to be answered; without a prompt, a "
+  "conversation in the terminal.",
+  flag_values=FLAGS,
+)
+_SYSTEM = flags.DEFINE_string(
+  "system",
+  None,
+  "With --chat: the system message that the conversation begins with.",
   flag_values=FLAGS,
 )
 _ADAPTER = flags.DEFINE_multi_string(
   "adapter",
   [],
-  "NAME=DIR of an adapter in PEFT's format, or NAME=FILE.gguf of llama.cpp's, "
-  "to be applied; may be given several times, one for each prompt.",
+  "NAME=DIR of an adapter in PEFT's format or of a run that trained one, or "
+  "NAME=FILE.gguf of llama.cpp's, to be applied; may be given several times, "
+  "one for each prompt.",
   flag_values=FLAGS,
 )
 _SAMPLER = flags.DEFINE_enum(
@@ -167,30 +192,38 @@ _NOT_OF_DIFFUSION = ("adapter", "kv", "pages", "stop", "repetition_penalty")
 
 def _sampling() -> Any:
   """Returns what the flags say about choosing tokens."""
+  from research.generation import sampling
   from research.generation.sampling import Sampling
-  from research.typing import UserError
 
   rules = dict(top_k=_TOP_K.value, top_p=_TOP_P.value, min_p=_MIN_P.value)
   given = [name for name, value in rules.items() if value is not None]
   temperature = _TEMPERATURE.value
   if temperature is None:
     temperature = 1.0 if given else 0.0
+  if not 0 <= temperature < math.inf:
+    raise UserError(
+      f"--temperature={temperature:g}: expected a number above 0, or 0, which "
+      "takes the likeliest token"
+    )
   if temperature == 0 and given:
     raise UserError(
       f"--{given[0]}: has no effect at --temperature=0, which takes the "
       "likeliest token; give a temperature above 0"
     )
-  return Sampling(
+  found = Sampling(
     temperature=temperature or None,
     repetition_penalty=_PENALTY.value,
     **rules,
   )
+  try:
+    sampling.check(found)
+  except UserError as error:
+    raise UserError(f"--{error}") from error
+  return found
 
 
 def _load() -> Any:
   """Returns the model."""
-  from research.typing import UserError
-
   packed = FLAGS["packed"].value
   loaded = packed_weights.load(_MODEL.value, _DTYPE.value, packed)
   if loaded.tokenizer is None:
@@ -224,7 +257,7 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
   """Returns a prompt's ids, rendered as a conversation if asked to."""
-  from research.typing import UserError
+  from experiments.generating import prompts
 
   try:
     text.encode("utf-8")
@@ -232,7 +265,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
     raise UserError("--prompt: is no UTF-8; convert it first") from error
   if not _CHAT.value:
     return tokenizer.prompt(text)
-  return tokenizer.encode(tokenizer.chat([{"role": "user", "content": text}]))
+  return tokenizer.encode(tokenizer.chat(prompts.messages(text, _SYSTEM.value)))
 
 
 def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
@@ -245,13 +278,13 @@ def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
   }
 
 
-def _fill(rules: Any) -> dict[str, Any]:
+def _fill(prompts: list[str], rules: Any) -> dict[str, Any]:
   """Returns what filling in masks gives."""
   from experiments.generating import diffusion, infilling
   from research.generation import generate
 
   config = flags_from.build(SamplerConfig, FLAGS)
-  infills, prompts = _INFILL.value, list(_PROMPT.value)
+  infills = _INFILL.value
   pictures = diffusion.Pictures(html=_HTML.value, gif=_GIF.value)
   diffusion.check(config, infills, len(infills or prompts), pictures)
   loaded = _load()
@@ -279,15 +312,19 @@ def _fill(rules: Any) -> dict[str, Any]:
   rows = [
     {"prompt": prompt} | row for prompt, row in zip(prompts, rows, strict=True)
   ]
-  for row in rows:
-    print(f"{row['prompt']}{row['text']}\n", flush=True)
+  _print_answers(rows)
   return shared | {"rows": rows}
 
 
-def _check_sampler() -> None:
-  """Raises UserError if a flag is given that the other sampler has."""
-  from research.typing import UserError
+def _print_answers(rows: Sequence[dict[str, Any]]) -> None:
+  from experiments.generating import prompts
 
+  for number, row in enumerate(rows, 1):
+    cli.say(prompts.answer(number, row))
+
+
+def _check_flags(prompts: Sequence[str]) -> None:
+  """Raises UserError for flags that do not go together."""
   diffusion = _SAMPLER.value == "diffusion"
   for name in _NOT_OF_DIFFUSION if diffusion else _OF_DIFFUSION:
     if FLAGS[name].present:
@@ -300,41 +337,66 @@ def _check_sampler() -> None:
       "--max_new_tokens: with --infill gaps say how many tokens they have; "
       "leave it out"
     )
-  if _CHAT.value and not _PROMPT.value:
-    raise UserError("--chat: answers a --prompt, which is missing")
+  if _SYSTEM.value is not None and not _CHAT.value:
+    raise UserError("--system: is for --chat, which is missing")
+  if diffusion and _CHAT.value and not prompts:
+    raise UserError(
+      "--chat: answers a --prompt, which is missing; conversations are for "
+      "--sampler=autoregressive"
+    )
+  if not diffusion and _MAX_NEW_TOKENS.value < 1:
+    raise UserError(
+      f"--max_new_tokens: found {_MAX_NEW_TOKENS.value}, expected at least 1"
+    )
+  if "" in _STOP.value:
+    raise UserError("--stop: found an empty string, expected some text")
 
 
 def _streamed(
-  loaded: Any, params: Any, prompts: Any, rules: Any, kv: Any, layout: Any
+  loaded: Any,
+  params: Any,
+  prompts: Any,
+  rules: Any,
+  kv: Any,
+  layout: Any,
+  turn: int = 0,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
   """Returns what is told of each row, and of all; prints one row as it comes.
 
-  Tokens a second are those after the first ones.
+  Tokens a second are those after the first ones. Each turn of a conversation
+  draws other samples.
   """
   import jax
 
   from experiments.generating import generate_pages
+  from research import progress
   from research.generation import stream
 
+  key = jax.random.key(_SEED.value)
   start, first, steps = time.perf_counter(), None, []
   most = _MAX_NEW_TOKENS.value
   paged = generate_pages.open_call(layout, loaded.model, prompts, most)
-  for pieces in stream.stream(
-    loaded.model,
-    params,
-    loaded.tokenizer,
-    prompts,
-    most,
-    rules,
-    jax.random.key(_SEED.value),
-    stop=_STOP.value,
-    kv=kv,
-    source=paged.source,
-  ):
-    first = first or time.perf_counter()
-    steps.append(pieces)
-    if len(prompts) == 1:
-      print(pieces[0].text, end="", flush=True)
+  with progress.phase("reading prompts") as now:
+    for pieces in stream.stream(
+      loaded.model,
+      params,
+      loaded.tokenizer,
+      prompts,
+      most,
+      rules,
+      jax.random.fold_in(key, turn) if turn else key,
+      stop=_STOP.value,
+      kv=kv,
+      source=paged.source,
+    ):
+      first = first or time.perf_counter()
+      steps.append(pieces)
+      if len(prompts) == 1:
+        print(pieces[0].text, end="", flush=True)
+        now.what = None
+      else:
+        now.what, now.total = "generating tokens of each row", most
+        now.done += max(piece.tokens for piece in pieces)
   end = time.perf_counter()
   told = [
     _row(pieces, prompt)
@@ -355,43 +417,68 @@ def _streamed(
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Generates; returns the result, which the command prints as JSON."""
   del argv
-  texts = [*_PROMPT.value, *_INFILL.value]
-  cli.required(model=_MODEL.value, prompt="".join(texts))
+  from experiments.generating import conversation
+  from experiments.generating import prompts as asked
+
+  cli.required(model=_MODEL.value)
+  texts = asked.read(_PROMPT.value, _PROMPT_FILE.value)
+  talks = _CHAT.value and conversation.in_terminal()
+  if not talks or texts or _INFILL.value:
+    cli.required(prompt="".join([*texts, *_INFILL.value]))
+  _check_flags(texts)
   runtime.setup()
-  from experiments.generating import generate_adapters, generate_pages
+  rules = _sampling()
+  if _SAMPLER.value == "diffusion":
+    return _fill(texts, rules)
+  return _continue(texts, rules)
+
+
+def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
+  """Returns what generating token by token gives; no texts: a conversation."""
+  from experiments.generating import (
+    conversation,
+    generate_adapters,
+    generate_pages,
+  )
   from research import tree
-  from research.generation import sampling
   from research.quant.kv import kv_quantizer
 
-  _check_sampler()
-  rules = _sampling()
-  sampling.check(rules)
-  if _SAMPLER.value == "diffusion":
-    return _fill(rules)
   kv = kv_quantizer.parse(_KV.value)
   names, places = generate_adapters.named(_ADAPTER.value)
   layout = generate_pages.parse_flags(_PAGES.value, _KV.value, names)
-  rows = generate_adapters.rows(_PROMPT.value, names)
+  rows = generate_adapters.rows(texts or [""], names)
+  if not texts and len(rows) > 1:
+    raise UserError(
+      f"--adapter: found {len(rows)}, expected at most one for a conversation"
+    )
   loaded = _load()
-  prompts = [_tokens(loaded.tokenizer, text) for text, _ in rows]
+  prompts = [_tokens(loaded.tokenizer, text) for text, _ in rows if texts]
   params = _prepared(loaded, [name for _, name in rows], places)
   # A step would copy the pages of layers that are stacked.
   if layout is not None or isinstance(kv, kv_quantizer.KVByLayer):
     params = tree.unroll(params)
-  told, shared = _streamed(loaded, params, prompts, rules, kv, layout)
+  adapter = _ADAPTER.value[0] if _ADAPTER.value else None
+  call = loaded, params
+
+  def answer(messages, turn):
+    ids = loaded.tokenizer.encode(loaded.tokenizer.chat(messages))
+    told, _ = _streamed(*call, [ids], rules, kv, layout, turn)
+    print(flush=True)
+    return told[0]
+
+  if not texts:
+    result = conversation.converse(answer, _SYSTEM.value)
+    return result | {"model": _MODEL.value, "adapter": adapter}
+  told, shared = _streamed(*call, prompts, rules, kv, layout)
   if len(rows) == 1:
     print()
-    adapter = _ADAPTER.value[0] if _ADAPTER.value else None
     return told[0] | shared | {"adapter": adapter}
-  for (prompt, name), row in zip(rows, told, strict=True):
-    label = "" if name is None else f"[{name}] "
-    print(f"{label}{prompt}{row['text']}\n", flush=True)
-  return shared | {
-    "rows": [
-      {"prompt": prompt, "adapter": name} | row
-      for (prompt, name), row in zip(rows, told, strict=True)
-    ]
-  }
+  answers = [
+    {"prompt": prompt, "adapter": name} | row
+    for (prompt, name), row in zip(rows, told, strict=True)
+  ]
+  _print_answers(answers)
+  return shared | {"rows": answers}
 
 
 if __name__ == "__main__":

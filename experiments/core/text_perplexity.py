@@ -55,7 +55,7 @@ class TextPerplexity:
       name: of the model, for messages.
 
     Raises:
-      UserError: a setting does not fit the model, or the text is too short.
+      UserError: a setting does not fit the model, or the text has one token.
     """
     kv, chunk = self._quantizer(), self.chunk
     if kv is not None and chunk is None:

@@ -20,7 +20,7 @@ from experiments.core import (
   runtime,
 )
 from experiments.core.experiment import Built, Experiment
-from research import sharding, tree, weights
+from research import progress, sharding, tree, weights
 from research.generation import generate
 from research.io.folders import Folder
 from research.training import evaluating, loop, state
@@ -102,20 +102,21 @@ def _train(
   heldout = evaluations.pop("heldout", None)
 
   # --- train ---
-  outcome = loop.fit(
-    built.objective,
-    experiment.optimizer,
-    start,
-    training,
-    experiment.plan,
-    workdir=workdir,
-    evaluations=evaluations,
-    source=built.loaded.source,
-    writers=writers,
-    state_transforms=experiment.rewrites,
-    sharding=context.batch,
-    started_at=runtime.START,
-  )
+  with progress.phase(None):  # the loop has a progress bar
+    outcome = loop.fit(
+      built.objective,
+      experiment.optimizer,
+      start,
+      training,
+      experiment.plan,
+      workdir=workdir,
+      evaluations=evaluations,
+      source=built.loaded.source,
+      writers=writers,
+      state_transforms=experiment.rewrites,
+      sharding=context.batch,
+      started_at=runtime.START,
+    )
 
   # --- results ---
   heldout_metrics = _heldout_metrics(experiment, built, outcome.state, heldout)

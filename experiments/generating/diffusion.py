@@ -12,6 +12,7 @@ from experiments.generating import infilling
 from experiments.generating.infilling import Text
 from experiments.generating.prepared_rows import PreparedRows, batches, prepare
 from experiments.generating.unmask_display import UnmaskDisplay, pieces_of
+from research import progress
 from research.diffusion.sampling import sampler, variable_length, visualize
 from research.diffusion.sampling.classifier_free_guidance import with_prompt
 from research.diffusion.sampling.config import SamplerConfig
@@ -143,11 +144,18 @@ def _fill(loaded, spec, prompts, prepared, texts, rules, length, pictures):
   begin = time.perf_counter()
   given, growing = (denoiser, params, prepared.state), config.canvas is not None
   lengths = [length] * len(prompts)
-  if growing:
-    got = variable_length.sample(*given, config, rules, display)
-    lengths = got.canvas.tolist()
-  else:
-    got = sampler.sample(*given, config, rules, display)
+  with progress.phase("filling masks") as now:
+
+    def on_block(state):
+      if display.draws:  # what a line would tear apart
+        now.what = None
+      display(state)
+
+    if growing:
+      got = variable_length.sample(*given, config, rules, on_block)
+      lengths = got.canvas.tolist()
+    else:
+      got = sampler.sample(*given, config, rules, on_block)
   seconds = time.perf_counter() - begin - display.seconds
   if len(prompts) == 1:
     print(flush=True)

@@ -49,6 +49,11 @@ class UnmaskDisplay:
     self.seconds = 0.0
     self.blocks: list[tuple[float, list[int]]] = []
 
+  @property
+  def draws(self) -> bool:
+    """Whether a terminal shows steps, each drawn over the one before."""
+    return self._tty and len(self._first_shown) == 1
+
   def __call__(self, state: sampler.State) -> None:
     jax.block_until_ready(state)
     begin = time.perf_counter()

@@ -14,7 +14,7 @@ import jax
 from experiments.core import cli
 from experiments.core.experiment import Experiment
 from experiments.planning import abstract_step
-from research import sharding, tree, weights
+from research import progress, sharding, tree, weights
 from research.lora.diagnosis import memory
 from research.optim.low_rank.layerwise import Layerwise
 from research.planning import flops, forecast, text
@@ -48,7 +48,8 @@ def plan(
     found["predicted_bytes"] = by_arithmetic.total
     cli.say(f"by arithmetic: {by_arithmetic}")
   try:
-    compiled = abstract_step.lower(experiment, abstract).compile()
+    with progress.phase(f"compiling for {topology.name}"):
+      compiled = abstract_step.lower(experiment, abstract).compile()
   except jax.errors.JaxRuntimeError as error:
     return found | _out_of_memory(error)
   found["seconds_to_plan"] = time.perf_counter() - begin

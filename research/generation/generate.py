@@ -354,7 +354,7 @@ def token_limits(
   if not prompts:
     raise UserError("prompts: found none, expected at least one")
   found = []
-  for i, prompt in enumerate(prompts):
+  for i, prompt in enumerate(prompts, 1):
     if not len(prompt):
       raise UserError(
         f"prompt {i}: found no tokens, expected at least one to continue"

@@ -2,9 +2,9 @@
 
 The text is tokenised once, without special tokens, and split into
 non-overlapping windows. Each window is evaluated independently: its first token
-is given, the others are predicted. A last partial window counts if it has at
-least two tokens. The perplexity is `exp` of the mean negative log-likelihood of
-all predicted tokens.
+is given, the others are predicted. A last partial window, which may be the
+first, counts if it has at least two tokens. The perplexity is `exp` of the mean
+negative log-likelihood of all predicted tokens.
 
 `begin` puts special tokens before each window, for models that were trained
 with them in every row. They come in addition to the window's tokens, and the
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import weights
+from research import progress, weights
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Float, Int, Params, UserError
 
@@ -205,8 +205,8 @@ def perplexity(
     begin: special tokens before each window.
 
   Raises:
-    UserError: an argument is out of range, or the text is shorter than a
-      window.
+    UserError: an argument is out of range, or the text has fewer than two
+      tokens.
   """
   width = window + len(begin)
   if batch < 1:
@@ -221,6 +221,13 @@ def perplexity(
       f"window: found {window} tokens{more}, expected at most the model's "
       f"context of {model.max_positions}"
     )
+  if len(ids) < 2:
+    raise UserError(
+      f"text: found {len(ids)} tokens, expected at least 2: the first one is "
+      "given, and the others are predicted"
+    )
+  if window > len(ids):
+    window, width = len(ids), len(ids) + len(begin)
   parts = windows(ids, window, max_windows)
   batch = min(batch, len(parts))
   rows = -(-len(parts) // batch) * batch
@@ -232,15 +239,17 @@ def perplexity(
   sums, how = _sums, {}
   if chunk is not None:
     sums, how = _cached_sums, {"chunk": chunk, "kv": kv}
-  lowered = sums.lower(
-    model, params, tokens[:batch], lengths[:batch], given, **how
-  )
-  compiled = lowered.compile()
+  with progress.phase("compiling the model"):
+    lowered = sums.lower(
+      model, params, tokens[:batch], lengths[:batch], given, **how
+    )
+    compiled = lowered.compile()
   start = time.perf_counter()
-  sums = [
-    compiled(params, tokens[i : i + batch], lengths[i : i + batch], given)
-    for i in range(0, rows, batch)
-  ]
+  sums = []
+  for i in progress.track(range(0, rows, batch), "reading windows"):
+    part = slice(i, i + batch)
+    sums.append(compiled(params, tokens[part], lengths[part], given))
+    jax.block_until_ready(sums[-2:-1])  # at most two wait
   total = float(np.sum(np.asarray(jax.device_get(sums), np.float64)))
   seconds = time.perf_counter() - start
   count = int(np.sum(np.maximum(lengths - given, 0)))

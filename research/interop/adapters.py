@@ -1,6 +1,7 @@
 """Adapters of either format by name: PEFT's directories and llama.cpp's files.
 
-A pool of adapters (`research.lora.serving.pool`) reads them by `read_factors`.
+The working directory of a run stands for the adapter that it trained. A pool of
+adapters (`research.lora.serving.pool`) reads them by `read_factors`.
 """
 
 import os
@@ -10,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from research import tree, weights
-from research.interop import peft
+from research.interop import load, peft
 from research.interop.gguf import adapter as gguf_adapter
 from research.interop.peft import config as peft_config
 from research.lora.optim import row_factors
@@ -24,12 +25,33 @@ def is_gguf(place: str | os.PathLike) -> bool:
   return pathlib.Path(place).suffix == ".gguf"
 
 
+def locate(place: str | os.PathLike) -> pathlib.Path:
+  """Returns the GGUF file or PEFT's directory that a name stands for.
+
+  Args:
+    place: one of these, or a run's working directory.
+
+  Raises:
+    UserError: a run that has trained no adapter.
+  """
+  path = pathlib.Path(place)
+  if not (path / "config.gin").is_file():
+    return path
+  if (path / load.MODEL).is_dir():
+    raise UserError(
+      f"{path}: this run trained a whole model, expected an adapter; give it "
+      "as the model itself"
+    )
+  return load.adapter_directory(path) or path
+
+
 def load_adapter(
   place: str | os.PathLike, params: Params, model: Transformer
 ) -> dict[str, Any]:
-  """Returns `params` under the adapter of a GGUF file or PEFT's directory."""
-  read = gguf_adapter.load if is_gguf(place) else peft.load_adapter
-  return read(place, params, model)
+  """Returns `params` under the adapter that a name stands for, see `locate`."""
+  found = locate(place)
+  read = gguf_adapter.load if is_gguf(found) else peft.load_adapter
+  return read(found, params, model)
 
 
 def read_factors(
@@ -38,7 +60,7 @@ def read_factors(
   """Returns the factors of an adapter of the base `params`.
 
   Args:
-    place: a directory in PEFT's format, or a .gguf file.
+    place: a directory in PEFT's format or of a run, or a .gguf file.
     params: the base, packed or not.
     model: of it.
     rank: the largest that is taken.
@@ -47,6 +69,7 @@ def read_factors(
     UserError: it is damaged or does not fit, brings weights whole, or is no
       plain LoRA (`row_factors.extract`).
   """
+  place = locate(place)
   adapted = load_adapter(place, params, model)
   saved = () if is_gguf(place) else _saved(place)
   before = tree.outer_params(params)

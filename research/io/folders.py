@@ -46,7 +46,7 @@ def folder(path: str | os.PathLike) -> Folder:
     fsspec.get_filesystem_class("gcs")
   except ImportError as error:
     raise UserError(
-      f"{path}: needs gcsfs; pip install 'heptad[gcs]'"
+      f"{path}: needs gcsfs; pip install -e '.[gcs]' in Heptad's folder"
     ) from error
   return epath.Path(os.fspath(path))
 

@@ -25,6 +25,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from research import progress
 from research.io import mapped
 from research.typing import UserError
 
@@ -327,7 +328,7 @@ def write_file(
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
       temporary = pathlib.Path(f.name)
       f.write(len(raw).to_bytes(8, "little") + raw)
-      for name in names:
+      for name in progress.track(names, f"writing tensors of {path.name}"):
         x = np.ascontiguousarray(arrays[name].array())
         f.write(x.reshape(-1).view(np.uint8))
     os.chmod(temporary, 0o644)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import tree
+from research import progress, tree
 from research.typing import UserError
 
 Index = tuple[slice, ...]
@@ -169,13 +169,18 @@ def place(unread: Any, shardings: Shardings | None = None) -> Any:
     where = treedef.flatten_up_to(shardings(abstract(unread)))
   out: list[Any] = [None] * len(leaves)
   order = sorted(range(len(leaves)), key=lambda i: -_nbytes(leaves[i]))
-  for i in order:
-    if isinstance(where[i], jax.ShapeDtypeStruct):
-      out[i] = where[i]
-      continue
-    out[i] = jax.block_until_ready(_placed(paths[i], leaves[i], where[i]))
-    # JAX lets go of what it has copied when Python collects garbage.
-    gc.collect(0)
+  total = sum(map(_nbytes, leaves)) >> 20
+  with progress.phase("reading weights, in MiB", total) as now:
+    done = 0
+    for i in order:
+      if isinstance(where[i], jax.ShapeDtypeStruct):
+        out[i] = where[i]
+        continue
+      out[i] = jax.block_until_ready(_placed(paths[i], leaves[i], where[i]))
+      # JAX lets go of what it has copied when Python collects garbage.
+      gc.collect(0)
+      done += _nbytes(leaves[i])
+      now.done = done >> 20
   return jax.tree.unflatten(treedef, out)
 
 

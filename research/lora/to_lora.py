@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from research import weights
+from research import progress, weights
 from research.lora import lora_factors, wrap
+from research.lora.adapted import AdaptedTensor
 from research.lora.lora_factors import Factors
 from research.typing import Params, UserError
 
@@ -81,8 +82,11 @@ def to_lora(
   """
   found: dict[str, Factors] = {}
   fits = {}
-  for address, t in lora_factors.adapters(params).items():
-    triple = _decomposed(address, t)
+  adapters = lora_factors.adapters(params)
+  for address, t in progress.track(adapters.items(), "factoring updates"):
+    triple = thin_svd_of(address, t)
+    if triple is None:
+      triple = np.linalg.svd(lora_factors.update(t), full_matrices=False)
     s = triple[1].astype(np.float64)
     rank, total = size.rank_of(s), float((s**2).sum())
     rest = float((s[..., rank:] ** 2).sum())
@@ -94,10 +98,20 @@ def to_lora(
   return lora_factors.wrap_factors(base, found), fits
 
 
-def _decomposed(address, t):
-  if not weights.is_adapter(t.w):  # an adapter under this one
-    thin = lora_factors.lora_factors_of(address, t)
-    if thin is not None:
-      u, s, v = lora_factors.thin_svd(thin.a, thin.b)
-      return u, s * thin.scale, v
-  return np.linalg.svd(lora_factors.update(t), full_matrices=False)
+def thin_svd_of(address: str, t: AdaptedTensor) -> lora_factors.Triple | None:
+  """Returns the singular value decomposition (u, s, v) of plain LoRA's update.
+
+  It has as many values as the rank, in fp64. None for other methods, and for
+  two adapters on one weight.
+
+  Args:
+    address: of the weight, for messages.
+    t: an adapter in NumPy, as of `lora_factors.adapters`.
+  """
+  if weights.is_adapter(t.w):
+    return None
+  thin = lora_factors.lora_factors_of(address, t)
+  if thin is None:
+    return None
+  u, s, v = lora_factors.thin_svd(thin.a, thin.b)
+  return u, s * thin.scale, v

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from research import tree, weights
+from research import progress, tree, weights
 from research.quant import methods
 from research.quant.algorithms import calibrate, error_propagation
 from research.quant.algorithms.calibrate import Calibration, NeedsModel
@@ -127,9 +127,9 @@ class Quantization(NeedsModel):
     windows = None if self.calibration is None else self._windows()
     work = _Work(self, chosen, pairs, log)
     if windows is None:
-      layers = [
-        work.alone(i, layer) for i, layer in enumerate(tree.layers(params))
-      ]
+      count = sum(map(len, tree.layer_indices(params).values()))
+      layers = progress.track(tree.layers(params), "quantizing layers", count)
+      layers = [work.alone(i, layer) for i, layer in enumerate(layers)]
     else:
       layers = work.walked(params, windows.tokens, "pairs" if pairs else follow)
     outside = {

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import sharding
+from research import progress, sharding
 from research.training import memory
 from research.training.objectives.objective import Batch
 from research.training.state import TrainState
@@ -81,7 +81,8 @@ def compile_step(
   UserError instead of recompiling silently.
   """
   begin = time.perf_counter()
-  compiled = lower_step(step, state, batch, key, state_transforms).compile()
+  with progress.phase("compiling the step"):
+    compiled = lower_step(step, state, batch, key, state_transforms).compile()
   memory.release()
   cost = {"compile/seconds": time.perf_counter() - begin, **_cost(compiled)}
   logging.info(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import jax
 from jax.sharding import NamedSharding
 
+from research import progress
 from research import sharding as shardings
 from research.training import global_batch
 from research.training.objectives.objective import Batch, Objective
@@ -90,7 +91,7 @@ def evaluate(
     UserError: the total weight is zero.
   """
   sums = None
-  for batch in batches:
+  for batch in progress.track(batches, "evaluating batches"):
     found = step(state, global_batch.to_global(batch, sharding))
     # Summed on the device, so that batches are dispatched without waiting.
     sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)

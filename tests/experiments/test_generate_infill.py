@@ -321,5 +321,5 @@ def test_errors(command, name, arguments, words):
 def test_the_mask_s_own_token_in_a_text():
   with pytest.raises(UserError, match="holds the mask's own token, id 9"):
     infilling.tokens(Words(), "a # [[2]]", 9, None)
-  with pytest.raises(UserError, match="prompt 0 holds the mask, id 9"):
+  with pytest.raises(UserError, match="prompt 1 holds the mask, id 9"):
     infilling.tokens(Words(), "a [[2]]", 9, [1, 9])

@@ -1,6 +1,6 @@
 """Schedules of the quantized matmul on TPUs that are not present.
 
-    .venv-chips/bin/python -m tests.kernels_pallas.chips_quantized v5e v6e \
+    .venv-chips/bin/python -m tests.kernels_pallas.chips_quantized v5e v6e \\
         [--only=REGEX]
 
 prints a row for each case next to the same product of bfloat16 weights, by a

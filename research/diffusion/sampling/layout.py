@@ -20,7 +20,7 @@ def check_prompts(prompts: list[list[int]], mask_id: int) -> None:
   """Raises UserError if there is no prompt, or one holds the mask."""
   if not prompts:
     raise UserError("sampler: no prompts")
-  for i, prompt in enumerate(prompts):
+  for i, prompt in enumerate(prompts, 1):
     if mask_id in prompt:
       raise UserError(
         f"sampler: prompt {i} holds the mask, id {mask_id}; rows with gaps are "

@@ -16,6 +16,7 @@ from research.typing import UserError
 
 HIDDEN = "░"
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_COLORS = {"old": "black", "new": "#00802b", "masked": "#999999"}
 _CONTROLS = {i: "�" for i in (*range(32), *range(127, 160)) if chr(i) != "\n"}
 
 
@@ -64,11 +65,52 @@ def redrawn(
   return back + body + below, len(lines) + 1
 
 
+def layers(
+  pieces: Sequence[str],
+  filled: Sequence[int] | np.ndarray,
+  now: int,
+  columns: int = 80,
+) -> dict[str, list[str]]:
+  """Returns a frame in layers: what was there, what is new, what is masked.
+
+  Each has the frame's lines, and spaces where another layer has a character:
+  drawn over one another in a font of one width they are the frame, and each may
+  have its colour.
+
+  Args:
+    pieces, filled, now: as of `frame`.
+    columns: characters in a line.
+
+  Returns:
+    The lines of `old`, `new` and `masked`.
+  """
+  kinds = []
+  for piece, n in zip(pieces, filled, strict=True):
+    if n > now:
+      kinds += ["masked"] * len(HIDDEN)
+    else:
+      kinds += ["new" if n == now >= 0 else "old"] * len(piece)
+  at = 0
+  out: dict[str, list[str]] = {"old": [], "new": [], "masked": []}
+  for paragraph in frame(pieces, filled, now).split("\n"):
+    for line in _wrapped(paragraph, columns):
+      marked = list(zip(line, kinds[at : at + len(line)], strict=True))
+      for kind, lines in out.items():
+        lines.append("".join(c if k == kind else " " for c, k in marked))
+      at += len(line)
+    at += 1  # the line break
+  return out
+
+
 def _wrapped(text: str, columns: int) -> list[str]:
   out = []
   for line in text.split("\n"):
     out += textwrap.wrap(
-      line, max(columns, 8), drop_whitespace=False, replace_whitespace=False
+      line,
+      max(columns, 8),
+      drop_whitespace=False,
+      replace_whitespace=False,
+      expand_tabs=False,
     ) or [""]
   return out
 
@@ -84,7 +126,8 @@ pre {{ white-space: pre-wrap; }}
 .new {{ background: #cfc; }}
 input {{ width: 100%; }}
 </style>
-<p><label>step <output id="now"></output> of {last}
+<p><button id="play" type="button">Play</button>
+<label>step <output id="now"></output> of {last}
 <input id="at" type="range" min="-1" max="{most}" value="{most}"></label>
 <pre id="text">{text}</pre>
 <script>
@@ -101,18 +144,47 @@ function draw() {{
     return span;
   }}));
 }}
-at.addEventListener("input", draw);
+const moments = {moments}, play = document.getElementById("play");
+let timer = null;
+function stop() {{
+  clearInterval(timer);
+  timer = null;
+  play.textContent = "Play";
+}}
+function advance() {{
+  const next = moments.find(n => n > Number(at.value));
+  if (next === undefined) {{ stop(); return; }}
+  at.value = next;
+  draw();
+}}
+play.addEventListener("click", () => {{
+  if (timer !== null) {{ stop(); return; }}
+  if (Number(at.value) >= {most}) {{ at.value = -1; draw(); }}
+  play.textContent = "Pause";
+  timer = setInterval(advance, {pause});
+}});
+at.addEventListener("input", () => {{ stop(); draw(); }});
 draw();
 </script>
 """
 
 
-def page(pieces: Sequence[str], filled: Sequence[int] | np.ndarray) -> str:
-  """Returns a page of HTML with a slider over the steps.
+def page(
+  pieces: Sequence[str],
+  filled: Sequence[int] | np.ndarray,
+  seconds: float = 8.0,
+) -> str:
+  """Returns a page of HTML with a slider over the steps, and a play button.
 
   It needs nothing else; what the model wrote stays text, whatever it says.
+
+  Args:
+    pieces: each place's text.
+    filled: the step that filled it; -1 for what was given.
+    seconds: that playing it takes, at most half of one a step.
   """
-  most = max(calls(filled), default=-1)
+  moments = calls(filled)
+  most = max(moments, default=-1)
   # "</" would end the script.
   spelled = json.dumps(list(pieces)).replace("<", "\\u003c")
   return _PAGE.format(
@@ -122,6 +194,8 @@ def page(pieces: Sequence[str], filled: Sequence[int] | np.ndarray) -> str:
     pieces=spelled,
     filled=json.dumps([int(n) for n in filled]),
     hidden=HIDDEN,
+    moments=moments,
+    pause=round(1000 * min(0.5, seconds / max(len(moments), 1))),
   )
 
 
@@ -151,6 +225,8 @@ def write_gif(
 ) -> None:
   """Writes a moving picture, a frame for each step that filled something.
 
+  What a step filled is green in its frame, and masks are grey.
+
   Args:
     file: a .gif to write.
     pieces: each place's text.
@@ -166,19 +242,27 @@ def write_gif(
   from matplotlib.figure import Figure
 
   moments = [-1, *calls(filled)]
-  texts = [
-    "\n".join(_wrapped(frame(pieces, filled, now), columns)) for now in moments
-  ]
-  height = 1 + 0.2 * max(text.count("\n") + 1 for text in texts)
-  drawn = Figure(figsize=(1 + 0.1 * columns, min(height, 40.0)), dpi=72)
+  # After the last step nothing is new.
+  moments += [moments[-1] + 1]
+  frames = [layers(pieces, filled, now, columns) for now in moments]
+  count = max(len(text["old"]) for text in frames)
+  height = min(1 + 0.2 * count, 40.0)
+  drawn = Figure(figsize=(1 + 0.1 * columns, height), dpi=72)
   FigureCanvasAgg(drawn)
-  place = dict(family="monospace", size=10, va="top", parse_math=False)
-  words = drawn.text(0.03, 1 - 0.3 / height, "", **place)
+  font = dict(family="monospace", size=10, parse_math=False)
+  words = {
+    (kind, i): drawn.text(
+      0.03, 1 - (0.5 + 0.2 * i) / height, "", color=color, **font
+    )
+    for kind, color in _COLORS.items()
+    for i in range(count)
+  }
   writer = PillowWriter(fps=max(2.0, len(moments) / seconds))
   try:
     with writer.saving(drawn, str(file), dpi=72):
-      for text in texts:
-        words.set_text(text)
+      for text in frames:
+        for (kind, i), artist in words.items():
+          artist.set_text(text[kind][i] if i < len(text[kind]) else "")
         writer.grab_frame()
       for _ in range(int(writer.fps)):  # the end stays for a second
         writer.grab_frame()

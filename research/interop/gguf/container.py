@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from research import progress
 from research.interop.gguf.tensor_types import BY_ID, TYPES, decode
 from research.io import mapped
 from research.typing import UserError
@@ -357,7 +358,8 @@ def write_gguf(
   try:
     with partial.open("wb") as file:
       file.write(header + bytes(-len(header) % alignment))
-      for name, t in tensors.items():
+      what = f"writing tensors of {path.name}"
+      for name, t in progress.track(tensors.items(), what):
         data = np.ascontiguousarray(t.data)
         if data.nbytes != nbytes(t.type, t.shape):
           raise ValueError(f"{name}: {data.nbytes} bytes for {t}")

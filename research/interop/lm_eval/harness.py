@@ -38,7 +38,7 @@ def adapter(
   except ImportError as error:
     raise UserError(
       f"lm-evaluation-harness is not installed ({error}).\n"
-      "Install the extra: pip install 'heptad[evaluation]'."
+      "In Heptad's folder: pip install -e '.[evaluation]'"
     ) from error
 
   asking: Any = autoregressive

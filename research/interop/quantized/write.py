@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from research import weights
+from research import progress, weights
 from research.interop import hf, parts, quantized
 from research.interop.hf import write as hf_write
 from research.interop.parts import Address
@@ -77,7 +77,8 @@ def write_model(
   dense = hf_write.tensors(source.model, rest, dtype, log)
   out: dict[str, safetensors.Pending] = {}
   found: dict[str, Any] = {}
-  for address in parts.ordered(source.parts):
+  addresses = parts.ordered(source.parts)
+  for address in progress.track(addresses, "packing matrices"):
     if address in modules:
       module = modules[address]
       found[module.name], pending = make.pending(module)

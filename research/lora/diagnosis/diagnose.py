@@ -4,6 +4,9 @@ research/lora/MATH.md 8. Intruder dimensions: Shuttleworth et al. 2024
 (arXiv:2410.21228), "LoRA vs Full Fine-tuning: An Illusion of Equivalence":
 leading singular vectors of the adapted matrix that are similar to none of the
 base's.
+
+Singular vectors are eigenvectors of the smaller Gram matrix, in fp64
+(`spectrum`), and updates of plain LoRA are decomposed by their factors.
 """
 
 import dataclasses
@@ -12,7 +15,9 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float
 
-from research.lora import lora_factors
+from research import progress
+from research.lora import lora_factors, to_lora
+from research.lora.diagnosis import spectrum
 from research.lora.to_lora import Energy
 from research.typing import Params, UserError
 
@@ -64,34 +69,45 @@ def diagnose(
   if top < 1:
     raise UserError(f"top is {top}, expected at least 1")
   size = Energy(energy)
-  out = {path: _diagnosis(w, d, top, size) for path, w, d in _updates(params)}
+  out = {}
+  for path, w, update in _updates(params):
+    out[path] = _diagnosis(w, update, top, size)
   if not out:
     raise UserError("these parameters hold no adapter")
   return out
 
 
-def _updates(params: Params) -> Iterator[tuple[str, Matrix, Matrix]]:
-  for path, t in lora_factors.adapters(params).items():
-    w, d = lora_factors.base(t), lora_factors.update(t)
-    if w.ndim == 2:
-      yield path, w, d
-    else:
-      for k in range(len(w)):
-        yield f"{path}[{k}]", w[k], d[k]
+def _updates(
+  params: Params,
+) -> Iterator[tuple[str, Matrix, lora_factors.Triple]]:
+  """Yields the address, base and decomposed update of each matrix."""
+  found = lora_factors.adapters(params)
+  for path, t in progress.track(found.items(), "diagnosing matrices"):
+    w, thin = lora_factors.base(t), to_lora.thin_svd_of(path, t)
+    dense = None if thin is not None else lora_factors.update(t)
+    for k in np.ndindex(*w.shape[:-2]):  # once, or for each expert
+      if dense is not None:
+        u, s, v = spectrum.decompose(dense[k])
+      else:
+        u, s, v = (x[k] for x in thin)
+      yield path + "".join(f"[{i}]" for i in k), w[k], (u, s, v)
 
 
-def _diagnosis(w: Matrix, d: Matrix, top: int, energy: Energy) -> Diagnosis:
-  u, s, v = np.linalg.svd(d, full_matrices=False)
-  x, _, y = np.linalg.svd(w, full_matrices=False)
-  none = not s[0] > 0
+def _diagnosis(
+  w: Matrix, update: lora_factors.Triple, top: int, energy: Energy
+) -> Diagnosis:
+  u, s, v = update
+  x, _, y = spectrum.decompose(w)
+  none = not s.any()
   rank = 0 if none else energy.rank_of(s)
+  changed = spectrum.decompose(w + (u * s) @ v, top)[2]
   return Diagnosis(
-    relative=float(np.linalg.norm(d) / np.linalg.norm(w)),
+    relative=float(np.linalg.norm(s) / np.linalg.norm(w)),
     stable_rank=0.0 if none else float(((s / s[0]) ** 2).sum()),
     energy_rank=rank,
     angles_in=_angles(u[:, :rank].T, x[:, :rank].T),
     angles_out=_angles(v[:rank], y[:rank]),
-    cosines=_cosines(np.linalg.svd(w + d, full_matrices=False)[2], y, top),
+    cosines=_cosines(changed, y),
   )
 
 
@@ -103,8 +119,9 @@ def _angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   return np.arccos(np.clip(cosines, 0, 1))
 
 
-def _cosines(changed: np.ndarray, base: np.ndarray, top: int) -> np.ndarray:
-  return np.abs(changed[:top] @ base.T).max(1)
+def _cosines(changed: np.ndarray, base: np.ndarray) -> np.ndarray:
+  """Returns each row's largest absolute cosine with any row of `base`."""
+  return np.abs(changed @ base.T).max(1, initial=0.0)
 
 
 def mitigate(
@@ -134,24 +151,38 @@ def mitigate(
     raise UserError(f"strength is {strength}, expected from 0 to 1")
   found, tensors = lora_factors.factors(params), lora_factors.adapters(params)
   out, counts = {}, {}
-  for path, f in found.items():
+  for path, f in progress.track(found.items(), "reducing intruders"):
     w = lora_factors.base(tensors[path])
     if w.ndim > 2:
       raise UserError(
         f"{path}: found stacked experts, expected matrices: intruders of "
         "experts cannot be reduced"
       )
-    u, s, v = np.linalg.svd(w + f.delta(), full_matrices=False)
-    base = np.linalg.svd(w, full_matrices=False)[2]
-    rows = np.flatnonzero(_cosines(v, base, top) < threshold)
+    u, s, v = spectrum.decompose(w + f.delta(), top)
+    base = spectrum.decompose(w)[2]
+    rows = np.flatnonzero(_cosines(v, base) < threshold)
     counts[path] = len(rows)
-    if not len(rows):
-      out[path] = f
-      continue
-    weaker = np.float32(strength - 1) * (u[:, rows] * s[rows]) @ v[rows]
-    u, s, v = np.linalg.svd((f.delta() + weaker) / np.float32(f.scale))
-    root = np.sqrt(s[: f.rank])[:, None]
-    out[path] = lora_factors.Factors(
-      root * u[:, : f.rank].T, root * v[: f.rank], f.scale
-    )
+    out[path] = f
+    if len(rows):
+      less = (strength - 1) / f.scale * s[rows, None]
+      out[path] = _refactored(f, u[:, rows].T, less * v[rows])
   return out, counts
+
+
+def _refactored(
+  f: lora_factors.Factors, more_in: np.ndarray, more_out: np.ndarray
+) -> lora_factors.Factors:
+  """Returns factors of `f` and more terms, truncated to the rank of `f`.
+
+  Args:
+    f: plain LoRA.
+    more_in, more_out: factors `[n, in]`, `[n, out]` of what is added, to be
+      multiplied by the scale of `f`.
+  """
+  a, b = np.concatenate([f.a, more_in]), np.concatenate([f.b, more_out])
+  u, s, v = lora_factors.thin_svd(a, b)
+  root = np.sqrt(s[: f.rank])[:, None]
+  a, b = root * u[:, : f.rank].T, root * v[: f.rank]
+  return lora_factors.Factors(
+    a.astype(np.float32), b.astype(np.float32), f.scale
+  )

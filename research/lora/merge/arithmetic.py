@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from research import progress
 from research.lora.lora_factors import Factors, thin_svd, truncate
 from research.lora.merge.combinations import (
   COMBINATIONS,
@@ -61,7 +62,8 @@ def add_weighted(
     raise UserError(f"{how}: drops entries at random and needs a key")
   most = rank or max(f.rank for a in adapters for f in a.values())
   out = {}
-  for path in dict.fromkeys(path for a in adapters for path in a):
+  paths = list(dict.fromkeys(path for a in adapters for path in a))
+  for path in progress.track(paths, "combining matrices"):
     pairs = zip(adapters, weights, strict=True)
     parts = [(a[path], float(w)) for a, w in pairs if path in a]
     if combination.of == "concatenation":

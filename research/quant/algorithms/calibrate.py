@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.masks import Mask
-from research import taps, tree, weights
+from research import progress, taps, tree, weights
 from research.data.sources import Documents, PydocTopics
 from research.nn.block import Block
 from research.nn.transformer import Transformer
@@ -222,7 +222,9 @@ def walk(
     x = jnp.concatenate([part for part in parts for _ in range(2)])
     batch *= 2
   kinds, layers = model.layer_kinds(), list(tree.layers(params))
-  for i, (block, layer) in enumerate(zip(kinds, layers, strict=True)):
+  pairs = list(zip(kinds, layers, strict=True))
+  pairs = progress.track(pairs, "computing layers")
+  for i, (block, layer) in enumerate(pairs):
     inputs = LayerInputs(block, x, batch)
     new = visit(i, layer, inputs)
     out.append(new)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.masks import Mask
+from research import progress
 from research.nn.transformer import Transformer
 from research.training import positions
 from research.training.objectives import losses
@@ -114,7 +115,9 @@ def base_outputs(
   hidden = np.concatenate(
     [
       np.asarray(_hidden(model, params, part))
-      for part in _parts(tokens[:, :-1], batch)
+      for part in progress.track(
+        list(_parts(tokens[:, :-1], batch)), "reading windows by the base"
+      )
     ]
   )[: len(tokens)]
   return BaseOutputs(model, positions.head_of(params), tokens, hidden, batch)
@@ -149,11 +152,12 @@ def per_token(
       f"{found.model.vocab_size}, expected the same vocabulary"
     )
   out = []
-  for tokens, hidden in zip(
+  pairs = zip(
     _parts(found.tokens, found.batch),
     _parts(found.hidden, found.batch),
     strict=True,
-  ):
+  )
+  for tokens, hidden in progress.track(list(pairs), "comparing windows"):
     both = _measured(found.model, model, found.head, params, hidden, tokens)
     out.append(jax.tree.map(np.asarray, both))
   joined = jax.tree.map(lambda *x: np.concatenate(x), *out)

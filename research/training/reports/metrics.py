@@ -140,7 +140,7 @@ class TensorBoardWriter:
     except ImportError as error:
       raise UserError(
         "TensorBoardWriter: tensorboardX is not installed.\n"
-        "Install it with: pip install 'heptad[tracking]'"
+        "In Heptad's folder: pip install -e '.[tracking]'"
       ) from error
     purge = None if resume_step is None else resume_step + 1
     self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge)
@@ -171,7 +171,7 @@ class WandbWriter:
     except ImportError as error:
       raise UserError(
         "WandbWriter: wandb is not installed.\n"
-        "Install it with: pip install 'heptad[tracking]'"
+        "In Heptad's folder: pip install -e '.[tracking]'"
       ) from error
     name = pathlib.Path(folder).resolve().name
     self._run = wandb.init(

@@ -5,6 +5,8 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 
 from experiments import evaluate, generate, perplexity, train
 from experiments.core import artifacts, cli
-from research import tree
+from research import progress, tree
 from research.interop import load, peft
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
@@ -87,7 +89,10 @@ def test_a_seed_is_a_sample(command):
     (["--model=nowhere", "--prompt=a"], "nowhere"),
     ([f"--model={TINY}"], "--prompt: is missing"),
     (["--temperature=0", "--top_k=3"], "--top_k: has no effect"),
-    (["--temperature=-1"], "temperature: found -1"),
+    (["--temperature=-1"], "--temperature=-1: expected a number above 0, or 0"),
+    (["--max_new_tokens=-1", "--model=nowhere"], "max_new_tokens: found -1"),
+    (["--prompt_file=nowhere.txt"], "--prompt_file=nowhere.txt: No such file"),
+    (["--system=Be brief."], "--system: is for --chat"),
     (["--top_p=2"], "top_p: found 2"),
     (["--max_new_tokens=0"], "max_new_tokens: found 0"),
     (["--stop="], "--stop: found an empty string"),
@@ -141,7 +146,7 @@ def test_perplexity_is_the_standard(command, tmp_path):
     (b"", "is empty"),
     (b" \n", "is empty"),
     (b"abc\xff", "no UTF-8 at byte 3"),
-    (b"the cat", "--window=6"),
+    (b"a", "found 1 tokens, expected at least 2"),
   ],
 )
 def test_bad_texts(command, tmp_path, content, words):
@@ -220,6 +225,25 @@ def test_traceback_on_demand(command):
 
   status, _, errors = command(main, "--traceback")
   assert status == 1 and "Traceback" in errors and "a: b" in errors
+
+
+def test_long_work_says_so(monkeypatch, capsys):
+  """Whatever a command does, in a process of its own; stdout has the result."""
+  monkeypatch.setattr(progress, "FIRST", 0.01)
+  monkeypatch.setattr(progress, "_POLL", 0.005)
+  monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+  monkeypatch.setattr(sys, "argv", ["command"])
+
+  def main(argv):
+    with progress.phase("proving"):
+      time.sleep(0.1)
+    return {"a": 1}
+
+  with pytest.raises(SystemExit) as ended:
+    cli.run(main)
+  out = capsys.readouterr()
+  assert ended.value.code == 0 and out.out == '{"a": 1}\n'
+  assert "proving: 0 s\n" in out.err
 
 
 def test_results_are_json(command):

@@ -162,10 +162,10 @@ def test_the_context_ends_a_row():
   "prompts, new, words",
   [
     ([], 1, "prompts: found none"),
-    ([[1], []], 1, "prompt 1: found no tokens"),
-    ([[1] * 40], 1, "prompt 0: found 40 tokens.*context of 40"),
-    ([[V]], 1, f"prompt 0: found token {V}"),
-    ([[-1]], 1, "prompt 0"),
+    ([[1], []], 1, "prompt 2: found no tokens"),
+    ([[1] * 40], 1, "prompt 1: found 40 tokens.*context of 40"),
+    ([[V]], 1, f"prompt 1: found token {V}"),
+    ([[-1]], 1, "prompt 1"),
     ([[1]], 0, "max_new_tokens: found 0"),
   ],
 )

@@ -316,7 +316,7 @@ def test_pages_of_another_size_are_refused():
 
 
 def test_bad_prompts_and_too_few_pages():
-  with pytest.raises(UserError, match="prompt 0: found no tokens"):
+  with pytest.raises(UserError, match="prompt 1: found no tokens"):
     over_pages(*case(), [[]], 1)
   with pytest.raises(UserError, match="found 10 for a row of 41.*expected 11"):
     complete(size=4, count=10)

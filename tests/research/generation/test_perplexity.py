@@ -103,6 +103,16 @@ def test_a_whole_text_of_one_window():
   assert (found.windows, found.tokens) == (1, 99)
 
 
+@pytest.mark.parametrize("chunk", [None, 100])
+def test_a_text_shorter_than_a_window_is_a_partial_one(chunk):
+  """Down to two tokens, as for any other last window."""
+  for size in (37, 2):
+    found = p.perplexity(MODEL, params(), IDS[:size], 100, 8, 3, chunk=chunk)
+    assert (found.windows, found.tokens) == (1, size - 1)
+    want = _losses(100, 1)[: size - 1].mean()
+    np.testing.assert_allclose(found.nll, want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_through_a_cache_is_the_same(chunk):
   found = p.perplexity(MODEL, params(), IDS, 100, None, 3, chunk=chunk)
@@ -128,8 +138,8 @@ def test_what_is_packed_is_read_by_later_chunks():
     (dict(window=1), "window: found 1"),
     (dict(window=129), "context of 128"),
     (dict(window=128, begin=(1,)), "128 tokens and 1 special before them"),
-    (dict(ids=IDS[:99]), "found 99 tokens.*window of 100"),
-    (dict(ids=[]), "found 0 tokens"),
+    (dict(ids=[]), "found 0 tokens, expected at least 2"),
+    (dict(ids=[1]), "found 1 tokens, expected at least 2"),
     (dict(max_windows=0), "max_windows: found 0"),
     (dict(batch=0), "batch: found 0"),
     (dict(chunk=0), "chunk: found 0"),

@@ -426,7 +426,7 @@ def test_settings_are_a_model_s_before_rows_are_filled():
 
 
 def test_mistakes_in_prompts():
-  with pytest.raises(UserError, match="prompt 1 holds the mask, id 7"):
+  with pytest.raises(UserError, match="prompt 2 holds the mask, id 7"):
     run([(1, 2), (3, MASK)], block=8)
   with pytest.raises(UserError, match="no prompts"):
     run([], block=8)

@@ -416,7 +416,7 @@ def test_a_fixed_canvas_and_one_that_grows_have_samplers_of_their_own():
 
 
 def test_a_mask_in_the_prompt():
-  with pytest.raises(UserError, match="prompt 1 holds the mask"):
+  with pytest.raises(UserError, match="prompt 2 holds the mask"):
     run(prompts=[[1], [MASK]])
 
 

@@ -1,17 +1,21 @@
 """Tests diagnosis on updates with chosen singular vectors."""
 
+import dataclasses
 import functools
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import linalg
 
-from research.lora import lora_factors
-from research.lora.diagnosis import diagnose, plot_diagnosis
+from research.interop import load
+from research.lora import lora_factors, to_lora
+from research.lora.diagnosis import diagnose, plot_diagnosis, spectrum
 from research.typing import UserError
 from tests.support_lora import lora
 
+MODELS = pathlib.Path(__file__).resolve().parents[3] / "golden" / "models"
 IN, OUT = 12, 16
 
 
@@ -133,6 +137,73 @@ def test_experts_are_diagnosed_one_by_one():
   found = diagnose.diagnose({"run0": {"layer0": {"x": t}}})
   assert [d.energy_rank for d in found.values()] == [0, 1]
   assert list(found) == ["layers/0/x[0]", "layers/0/x[1]"]
+
+
+def _by_svd(w, d, top, energy):
+  """Returns a diagnosis by NumPy's SVDs of whole matrices, in fp64."""
+  w, d = w.astype(np.float64), d.astype(np.float64)
+  (u, s, v), (x, _, y), (_, _, z) = (
+    np.linalg.svd(m, full_matrices=False) for m in (d, w, w + d)
+  )
+  sums = np.cumsum(s**2)
+  rank = int((sums < energy * sums[-1]).sum()) + 1
+  angles = [
+    np.sort(linalg.subspace_angles(a, b))
+    for a, b in ((u[:, :rank], x[:, :rank]), (v[:rank].T, y[:rank].T))
+  ]
+  return diagnose.Diagnosis(
+    relative=(s**2).sum() ** 0.5 / np.linalg.norm(w),
+    stable_rank=(s**2).sum() / s[0] ** 2,
+    energy_rank=rank,
+    angles_in=angles[0],
+    angles_out=angles[1],
+    cosines=np.abs(z[:top] @ y.T).max(1),
+  )
+
+
+def _assert_same(got, want):
+  for field in dataclasses.fields(want):
+    a, b = (getattr(x, field.name) for x in (got, want))
+    np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6, err_msg=field.name)
+
+
+@pytest.mark.parametrize("shape", [(9, 20), (20, 9), (12, 12)], ids=str)
+def test_gram_matrices_give_what_svds_give(shape):
+  """Singular values of the base fall over three decades."""
+  rng = np.random.default_rng(sum(shape))
+  values = np.geomspace(1, 1e-3, min(shape))
+  u, v = (np.linalg.qr(rng.standard_normal((n, len(values))))[0] for n in shape)
+  w = (u * values @ v.T).astype(np.float32)
+  a, b = (0.3 * rng.standard_normal((3, n)).astype(np.float32) for n in shape)
+  t = lora(*(jnp.asarray(x[None]) for x in (w, a, b)), scale=0.5)
+  got = one({"run0": {"layer0": {"x": t}}}, top=5, energy=0.8)
+  _assert_same(got, _by_svd(w, 0.5 * a.T @ b, 5, 0.8))
+  found, full = spectrum.decompose(w), np.linalg.svd(w.astype(np.float64))
+  np.testing.assert_allclose(found[1], full[1], rtol=1e-9)
+  np.testing.assert_allclose(found[0] * found[1] @ found[2], w, atol=1e-12)
+
+
+def test_updates_of_other_methods_are_decomposed_whole():
+  loaded = load.load_model(MODELS / "method_loha")
+  found = diagnose.diagnose(loaded.params, top=4)
+  address, t = next(iter(lora_factors.adapters(loaded.params).items()))
+  assert to_lora.thin_svd_of(address, t) is None
+  w, d = lora_factors.base(t), lora_factors.update(t)
+  _assert_same(found[address], _by_svd(w, d, 4, 0.9))
+
+
+def test_a_null_space_has_no_vectors():
+  """A new direction there is an intruder, however LAPACK completes a basis."""
+  left, right = bases()
+  w = left[:, :2] * np.float32([4, 2]) @ right[:, :2].T
+  _, s, v = spectrum.decompose(w)
+  assert v.shape == (2, OUT)
+  np.testing.assert_allclose(s, [4, 2], rtol=1e-6)
+  assert [len(x) for x in spectrum.decompose(np.zeros((3, 2)))] == [3, 0, 0]
+  t = lora(
+    *(jnp.asarray(x[None]) for x in (w, left[:, 3:4].T, 9 * right[:, 3:4].T))
+  )
+  assert one({"run0": {"layer0": {"x": t}}}).intruders() == 1
 
 
 def test_the_picture(tmp_path):
