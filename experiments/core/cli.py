@@ -69,13 +69,22 @@ MODEL = (
 
 
 def define_config(
-  values: flags.FlagValues, example: str = "runs/quickstart.gin"
+  values: flags.FlagValues,
+  example: str = "runs/quickstart.gin",
+  default: str | None = None,
 ) -> flags.FlagHolder:
-  """Defines `--config` of a command that reads an experiment."""
+  """Defines `--config` of a command that reads an experiment.
+
+  Args:
+    values: the command's flags.
+    example: a file, for the help.
+    default: what is read without the flag, where it may be left out.
+  """
+  without = f" By default {default}." if default else ""
   return flags.DEFINE_string(
     "config",
     None,
-    f"Gin file: a path, or one under configs/, e.g. {example}.",
+    f"Gin file: a path, or one under configs/, e.g. {example}.{without}",
     flag_values=values,
   )
 
