@@ -285,7 +285,7 @@ def describe(main: Main) -> str:
   module = sys.modules[main.__module__]
   # absl files the flags of a program's own module under its path.
   name = sys.argv[0] if main.__module__ == "__main__" else main.__module__
-  by_module = _flags(main).flags_by_module_dict()
+  by_module = dict(_flags(main).flags_by_module_dict())
   found = by_module.pop(name, [])
   if hasattr(module, "FLAGS"):  # other modules' are for this command, too
     found = [*found, *(flag for more in by_module.values() for flag in more)]
