@@ -302,6 +302,10 @@ def _shorten(error: Exception) -> str:
   macro = re.match(r"No bindings specified for '(.+)/gin\.macro'", text)
   if macro:
     return f"%{macro.group(1)}: has no value; add a line {macro.group(1)} = ..."
+  missing = re.match(r"(\w+)/macro\.value set to `%gin\.REQUIRED`", text)
+  if missing:
+    name = missing.group(1)
+    return f"{name}: is required: --set={name}=..., or a line {name} = ..."
   if now := moved.hint(text):
     return f"imports a module that has moved: {now}"
   kept = [line.strip() for line in _without_gin(text).splitlines()]

@@ -93,7 +93,7 @@ def test_what_is_wrong_is_said_in_three_lines(binding, message):
 
 
 def test_a_run_of_own_data_says_what_it_needs():
-  with pytest.raises(UserError, match="FILES"):
+  with pytest.raises(UserError, match="FILES: is required: --set=FILES=..."):
     config.read("runs/data/chat.gin")
 
 
