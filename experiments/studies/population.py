@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments.studies.study import Arm, Row, Study
 from research import tree, weights
+from research.data.batches import batch_of
 from research.data.pipeline import Pipeline
 from research.lora import wrap
 from research.lora.init_stats import CalibrationData
@@ -52,19 +53,6 @@ def documents(source: Any, split: str, count: int) -> Int[Array, "N S"]:
   """Returns so many documents of a source, equally long."""
   made = dataclasses.replace(source, split=split, count=count)
   return jnp.asarray(np.stack([e.tokens for e in made.examples(None)]))
-
-
-def batch_of(rows: Int[Array, "B S"]) -> dict[str, Array]:
-  """Returns the batch in which each row is a document of its own."""
-  tokens, targets = rows[:, :-1], rows[:, 1:]
-  places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  return dict(
-    tokens=tokens,
-    targets=targets,
-    positions=places,
-    segments=jnp.zeros_like(tokens),
-    weights=jnp.ones(tokens.shape, jnp.float32),
-  )
 
 
 def ground(study: Study, base: Params | None) -> Ground:
@@ -128,7 +116,7 @@ def _member(arm, study, objective, params, pool, key, rate):
   )
 
   def one(now, rows):
-    now, metrics = update(now, batch_of(pool[rows]), key)
+    now, metrics = update(now, _batch(pool[rows]), key)
     for rewrite in arm.rewrites:
       now, metrics = rewrite(now, metrics)
     return now, metrics["loss"]
@@ -244,8 +232,13 @@ def _population(study: Study, arm: Arm, on: Ground, trees: Sequence[Params]):
 
 
 def _loss(objective: Any, params: Params, rows: Int[Array, "M S"]) -> Array:
-  total, weight, _ = objective(params, batch_of(rows), None)
+  total, weight, _ = objective(params, _batch(rows), None)
   return total / weight
+
+
+def _batch(rows: Int[Array, "B S"]) -> dict[str, Array]:
+  """Returns documents as a batch whose every position has a target."""
+  return batch_of(rows[:, 1:], begin=rows[:, 0])
 
 
 def _ranks(end: Params, begin: Params) -> tuple[Array, Array]:

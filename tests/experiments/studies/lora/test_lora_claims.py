@@ -142,7 +142,7 @@ def test_a_row_is_the_plain_training_loop(trial):
     jax.random.fold_in(key, 1), (4, 4), 0, on.pool.shape[0]
   )
   for i, places in enumerate(order):
-    now, metrics = update(now, population.batch_of(on.pool[places]), key)
+    now, metrics = update(now, population._batch(on.pool[places]), key)
     want = row["curve"][k][seed][i]
     assert float(metrics["loss"]) == pytest.approx(want, abs=2e-5)
   found = population._loss(on.objective, now.params, on.evaluations["heldout"])
