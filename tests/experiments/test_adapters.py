@@ -121,6 +121,7 @@ def test_conversion_by_energy(command, tmp_path):
   }
 
 
+@pytest.mark.slow
 def test_diagnosis_and_mitigation(command, tmp_path):
   picture = tmp_path / "a.png"
   status, result, errors = command(

@@ -156,6 +156,7 @@ def test_the_mask_need_not_be_the_tokenizer_s(places):
   assert loaded.tokenizer.backend.id_to_token(mask) is None
 
 
+@pytest.mark.slow
 def test_a_prompt_may_stand_before_gaps(command):
   flags = "--block=4", "--temperature=1"
   got = told(command("all", *flags, "--prompt=the cat", "--infill= sat[[3]]."))

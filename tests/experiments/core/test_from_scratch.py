@@ -170,6 +170,7 @@ def test_the_run_is_a_model_with_its_tokenizer(finished):
   )
 
 
+@pytest.mark.slow
 def test_adapters_over_the_run_name_the_model_in_it(finished, tmp_path):
   """So that PEFT finds a model there, which a run's directory is not."""
   workdir, _ = finished

@@ -225,6 +225,7 @@ def test_large_logits_only_shift_the_log_sum_exp():
     chex.assert_trees_all_close(at(1, sign), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", ["split", "fused"])
 @pytest.mark.sample(2)
 def test_kernels_do_not_race_or_read_uninitialized_memory(

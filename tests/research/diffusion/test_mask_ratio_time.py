@@ -124,6 +124,7 @@ def test_each_document_is_told_its_time(complement):
   del pad
 
 
+@pytest.mark.slow
 def test_each_block_is_told_its_time_and_clean_ones_0():
   model, params = network()
   objective = BlockDiffusion(model=model, mask_id=MASK, block=K)

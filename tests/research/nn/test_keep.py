@@ -106,6 +106,7 @@ def test_times_are_those_of_the_tokens_asked_for(by):
   same(*some_and_all(model, params, time=time))
 
 
+@pytest.mark.slow
 def test_adapters_that_act_behind_a_call_know_where_they_are():
   """Keys and values are computed for all tokens, the rest for some."""
   model = support.model(width=16, head_dim=4, depth=2)

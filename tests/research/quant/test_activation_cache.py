@@ -168,6 +168,7 @@ def rounding(layer, scale):
   )
 
 
+@pytest.mark.slow
 def test_cached_inputs_are_those_that_are_multiplied():
   old, new, inputs = problem()
   scale = jnp.float32(0.05)

@@ -225,6 +225,7 @@ def test_experts_are_calibrated_on_their_tokens():
   assert q.shape == next(tree.layers(params))["mlp"]["experts"]["down"].shape
 
 
+@pytest.mark.slow
 def test_experts_have_hessians_of_their_own():
   _, params = known()
   w = params["run0"]["layer0"]["attention"]["o"]  # layers, for experts

@@ -99,6 +99,7 @@ def test_what_sentencepiece_merges(prefix):
   assert again.encode("a", add_special=True)[0] == 1
 
 
+@pytest.mark.slow
 @hypothesis.given(st.text(max_size=40))
 @hypothesis.settings(max_examples=50)
 def test_any_text_is_cut_alike(text):

@@ -328,6 +328,7 @@ def test_a_cache_that_reads_all_again_is_none(shift):
   assert len(set(got.canvas.tolist())) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("longest", "shift"),
   [

@@ -89,6 +89,7 @@ def test_every_byte_comes_back(file, source, tmp_path):
   assert not written.otherwise
 
 
+@pytest.mark.slow
 def test_our_checkpoint_keeps_every_byte(source, file, tmp_path):
   convert.to_orbax(source, tmp_path / "ours")
   again = sources.open_source(tmp_path / "ours")

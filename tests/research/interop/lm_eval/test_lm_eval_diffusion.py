@@ -103,6 +103,7 @@ def test_a_single_token_takes_one_exact_sample(loaded):
   assert guided != pytest.approx(value, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_blocks_of_one_token_are_the_model_that_it_was(plain):
   """A converted model's value is exact: the chain rule, token by token."""
   blocks = dataclasses.replace(

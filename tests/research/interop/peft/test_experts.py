@@ -228,6 +228,7 @@ def test_some_layers_are_named_in_full(tmp_path):
   assert config["target_parameters"] == want
 
 
+@pytest.mark.slow
 def test_other_methods_are_not_written(tmp_path):
   it = base()
   params = adapt.Adapt(method=mora.MoRA(), targets=["experts/up"])(

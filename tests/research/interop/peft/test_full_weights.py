@@ -245,6 +245,7 @@ def test_fields_that_cannot_be_honoured(tmp_path, fields, text):
   assert text in str(e.value)
 
 
+@pytest.mark.slow
 def test_parameters_alone_are_not_enough_where_the_model_changes():
   b = base("peftfull_tied_head")
   with pytest.raises(UserError, match="another model of its base"):

@@ -135,6 +135,7 @@ def scattered(params):
   return tree.stack(tree.outer_params(params), layers)
 
 
+@pytest.mark.slow
 def test_layers_that_are_not_alike_are_runs_of_their_own(made, tmp_path):
   model = plain().model
   params = scattered(plain().params())

@@ -188,6 +188,7 @@ class RoundedWhole:
     return Rounded(zeros, zeros, self.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", CODE_DTYPES)
 @pytest.mark.sample(2)
 def test_pages_in_8_bits_are_a_cache_that_rounds_every_token(dtype):

@@ -107,6 +107,7 @@ def test_an_outlier_row_widens_no_grid():
   assert np.sqrt(np.mean((rest - want) ** 2)) > 0.4
 
 
+@pytest.mark.slow
 def test_in_a_model_by_rules():
   model = support.model()
   params = support.params(model)

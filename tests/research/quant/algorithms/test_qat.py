@@ -139,6 +139,7 @@ def _trained():
   return losses, params, now.params
 
 
+@pytest.mark.slow
 def test_adapters_learn_what_rounding_lost():
   losses, params, trained = _trained()
   assert losses[-1] < 0.8 * losses[0]

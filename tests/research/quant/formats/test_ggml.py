@@ -254,6 +254,7 @@ def loss(model, trainable, frozen, tokens):
   return losses.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "names"])
 @pytest.mark.sample(2, 1)
 def test_lora_trains_over_a_packed_base_that_stays_what_it_is(remat):

@@ -140,6 +140,7 @@ def logits(model, params, tokens):
   return jax.jit(read)(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.sample(2, 1)
 def test_a_packed_model_is_the_same_in_planes(gpu):

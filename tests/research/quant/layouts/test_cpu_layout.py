@@ -259,6 +259,7 @@ def test_float32_weights_of_a_bfloat16_model_are_rounded():
   np.testing.assert_array_equal(up["down"].dense(), want)
 
 
+@pytest.mark.slow
 def test_text_from_panels_is_the_packed_models():
   model = support.model(tied=True, **SIZES)
   params = packed_params(model)

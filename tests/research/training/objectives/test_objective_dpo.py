@@ -189,6 +189,7 @@ def test_dpo_trains(model, params, batch):
   chex.assert_trees_all_equal(at.params["reference"], params)
 
 
+@pytest.mark.slow
 def test_chat_sft_is_next_token_over_masked_rows(model, params, forward, rows):
   """Masked tokens count neither in the loss nor in the weight."""
   loss, weight, _ = jax.jit(NextToken(model, rows=8))(params, rows, None)
