@@ -122,7 +122,7 @@ REVERSED = {
 def test_reversal_by_both_ways():
   assert holds(REVERSAL, REVERSED) == [True] * 5
   lines = REVERSAL.table(REVERSED)
-  assert lines[1]["next token"] is None and lines[1]["diffusion"] == 100
+  assert lines[1]["next token"] is None and lines[1]["diffusion"] == (100, 0)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_policies_all_hold(tmp_path):
   rows = policy_rows()
   assert holds(POLICIES, rows) == [True] * 8
   assert len(POLICIES.table(rows)) == len(rows["chain, seed 0"]["points"])
-  POLICIES.draw(rows, tmp_path, "policies")
+  POLICIES.plot(rows, tmp_path, "policies")
   assert (tmp_path / "policies.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -316,13 +316,14 @@ def test_ends(lengths, number):
   path = ("ends last", "valid")
   rows = changed(end_rows(), ENDS.arms, path, [0.5] * 3)
   assert holds(ENDS, rows) == [True, True, True, True, False, True]
-  for path, values in (
-    (("low confidence, greedy", "length"), [9.0] * 3),
-    (("ends last, greedy", "valid"), [0.1] * 3),
-    (("ends last, greedy", "valid"), [0.9, 0.1, 0.1]),  # by one seed alone
+  for path, values, last in (
+    (("low confidence, greedy", "length"), [9.0] * 3, False),
+    (("ends last, greedy", "valid"), [0.1] * 3, False),
+    # By one seed alone.
+    (("ends last, greedy", "valid"), [0.9, 0.1, 0.1], None),
   ):
     rows = changed(end_rows(), ENDS.arms, path, values)
-    assert holds(ENDS, rows) == [True] * 5 + [False]
+    assert holds(ENDS, rows) == [True] * 5 + [last]
 
 
 # --- rewards ---
@@ -347,9 +348,9 @@ def reward_rows(one=0.9, coupled=0.99, lot=0.4, alike=1.5):
   ("more", "wanted"),
   [
     ({}, [True] * 5),
-    ({"one": 0.4}, [False, True, True, True, True]),
+    ({"one": 0.4}, [None, True, True, True, True]),
     ({"lot": 0.6}, [True, False, True, True, True]),
-    ({"coupled": 0.4}, [True, True, False, False, True]),
+    ({"coupled": 0.4}, [True, True, None, False, True]),
     ({"alike": 3.0}, [True, True, True, True, False]),
   ],
 )
@@ -382,7 +383,7 @@ def following_rows(before=(2.0, 0.1), after=(0.1, 0.95), alone=(1.0, 0.5)):
     ({"before": (0.05, 0.1)}, [False, True, True, True]),
     ({"before": (2.0, 0.96)}, [True, False, True, True]),
     ({"after": (0.1, 0.8)}, [True, True, False, True]),
-    ({"alone": (0.1, 0.95)}, [True, True, True, False]),
+    ({"alone": (0.1, 0.95)}, [True, True, True, None]),
   ],
 )
 def test_following(more, wanted):

@@ -17,17 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.core.stats import Mean, mean
-from experiments.studies.claims import Verdict
+from experiments.core.stats import Mean, below, every, mean, paired
+from experiments.studies import pictures
 from experiments.studies.diffusion import diffusion_tasks as tasks
 from experiments.studies.diffusion import diffusion_truth
 from experiments.studies.diffusion.diffusion_policies import ANY
 from experiments.studies.diffusion.diffusion_study import (
-  Row,
-  Rows,
+  DiffusionStudy,
   Tiny,
-  difference,
 )
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data.sources.synthetic import Markov
 from research.diffusion.sampling import sampler
 from research.diffusion.sampling.config import SamplerConfig
@@ -43,7 +42,7 @@ CHAIN, SUMS = "chain", "sums"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Caches:
+class Caches(DiffusionStudy):
   """Every cache at every size of blocks.
 
   Attributes:
@@ -87,9 +86,9 @@ class Caches:
     """A model of each task and seed."""
     return [f"{t}, seed {s}" for s in range(self.seeds) for t in (CHAIN, SUMS)]
 
-  def row(self, arm: str, before: Rows) -> Row:
+  def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns a point for each cache and size of blocks."""
-    del before
+    del before, shared
     task, seed = arm.split(", seed ")
     if task == SUMS:
       learned = tasks.learn_sums(self.sums, self.tiny, self.steps, int(seed))
@@ -188,8 +187,8 @@ class Caches:
     """Returns what each cache costs, seed by seed, at its worst block size."""
 
     def at(cache, block):
-      given = (self._each(rows, task, c, block, name) for c in (cache, NONE))
-      return mean(sign * difference(*given))
+      given = (cache, NONE)[:: -1 if sign < 0 else 1]
+      return paired(*(self._each(rows, task, c, block, name) for c in given))
 
     return {
       cache: max(
@@ -198,7 +197,7 @@ class Caches:
       for cache in self.caches
     }
 
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
+  def table(self, rows: Rows) -> Lines:
     """Returns a line for each cache and size of blocks."""
     out = []
     for block in self.blocks:
@@ -210,8 +209,7 @@ class Caches:
         ):
           found = self.of(rows, task, cache, block, name)
           unit = " %" if scale == 100 else ""
-          line[f"{task}: {name}{unit}"] = scale * found.value
-          line[f"{task}: {name} +-"] = scale * found.half
+          line[f"{task}: {name}{unit}"] = found.times(scale)
         out.append(line)
     return out
 
@@ -239,14 +237,14 @@ class Caches:
         ", ".join(
           f"{c}: {x.value:+.2%} ± {x.half:.2%}" for c, x in right.items()
         ),
-        max(x.value + x.half for x in right.values()) < 0.01,
+        every(below(x, 0.01) for x in right.values()),
       ),
       Verdict(
         "samples stay as good: pairs of the chain at most 0.01 further off",
         ", ".join(
           f"{c}: {x.value:+.4f} ± {x.half:.4f}" for c, x in off.items()
         ),
-        max(x.value + x.half for x in off.values()) < 0.01,
+        every(below(x, 0.01) for x in off.values()),
       ),
       Verdict(
         "drift grows with the steps between renewals (chain)",
@@ -264,7 +262,7 @@ class Caches:
       ),
     ]
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves drift.png: tokens that are others, against tokens of a block."""
     drawn = plots.figure(9, 3.8)
     for axes, task in zip(drawn.subplots(1, 2), (CHAIN, SUMS), strict=True):
@@ -273,7 +271,7 @@ class Caches:
         axes.errorbar(
           self.blocks,
           [100 - 100 * x.value for x in same],
-          [100 * min(x.half, 1.0) for x in same],
+          [100 * half for half in pictures.halves(same)],
           marker="o",
           markersize=4,
           capsize=2,

@@ -13,17 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies.claims import Verdict
+from experiments.core.stats import above, below, either, every
 from experiments.studies.diffusion.diffusion_policies import ANY, fill
 from experiments.studies.diffusion.diffusion_study import (
   OfSeeds,
-  Row,
-  Rows,
   Tiny,
   batch_of,
-  surely,
 )
 from experiments.studies.diffusion.diffusion_tasks import Walks, learn
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.denoiser import NoCache
 from research.generation.sampling import GREEDY
@@ -58,9 +56,9 @@ class Ends(OfSeeds):
   steps: int = 2000
   rows: int = 256
 
-  def row(self, arm: str, before: Rows) -> Row:
+  def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns lengths, and what is valid, by way."""
-    del before
+    del before, shared
     task, seed = self.walks, self.seed(arm)
     learned = np.arange(task.length + 2) > 1
     pool = batch_of(task.rows("train", 8192), learned)
@@ -97,14 +95,13 @@ class Ends(OfSeeds):
 
   # --- what the rows say ---
 
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
+  def table(self, rows: Rows) -> Lines:
     """Returns a line for each way."""
-    ways = [way for way in rows[self.arms[0]] if way not in ("want", "seconds")]
+    ways = [way for way in rows[self.arms[0]] if way != "want"]
     return [
       {
         "way": way,
-        "mean length": self.of(rows, way, "length").value,
-        "+-": self.of(rows, way, "length").half,
+        "mean length": self.of(rows, way, "length"),
         "exactly": self.of(rows, "want").value,
         "valid %": 100 * self.of(rows, way, "valid").value,
       }
@@ -126,7 +123,7 @@ class Ends(OfSeeds):
       Verdict(
         "low confidence ends too early (mean length under 80% of what it is)",
         f"{low} of {want:.2f} tokens",
-        low.value + low.half < 0.8 * want,
+        below(low, 0.8 * want),
       ),
       Verdict(
         "the model is not to blame: places by chance, and lengths are right"
@@ -165,20 +162,24 @@ class Ends(OfSeeds):
         f" {self.of(rows, way, 'valid')} valid"
         for way in (low, *cures)
       ),
-      length.value + length.half < 0.8 * want
-      and any(
-        surely(self.less(rows, (low, "valid"), (c, "valid"))) for c in cures
+      every(
+        (
+          below(length, 0.8 * want),
+          either(
+            above(self.less(rows, (low, "valid"), (c, "valid"))) for c in cures
+          ),
+        )
       ),
     )
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves ends.png: mean lengths by way."""
     drawn = plots.figure(8, 3.8)
     axes = drawn.add_subplot()
     lines = [line for line in self.table(rows) if line["way"] != "data"]
     axes.barh(
       [f"{line['way']} ({line['valid %']:.0f}% valid)" for line in lines],
-      [line["mean length"] for line in lines],
+      [line["mean length"].value for line in lines],
       color=plots.style(0)["color"],
     )
     axes.axvline(lines[0]["exactly"], color="0.4", label="exactly")

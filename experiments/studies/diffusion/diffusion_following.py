@@ -13,17 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies.claims import Verdict
+from experiments.core.stats import above
+from experiments.studies import pictures
 from experiments.studies.diffusion import diffusion_bounds
 from experiments.studies.diffusion.diffusion_policies import fill
 from experiments.studies.diffusion.diffusion_study import (
   OfSeeds,
-  Row,
-  Rows,
   Tiny,
   batch_of,
-  surely,
 )
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data.sources import Split
 from research.data.sources.synthetic import rng_of
 from research.diffusion.objective import MaskedDiffusion
@@ -102,9 +101,9 @@ class Following(OfSeeds):
   steps: int = 1000
   rows: int = 256
 
-  def row(self, arm: str, before: Rows) -> Row:
+  def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns loss and share of right answers, by model."""
-    del before
+    del before, shared
     task, seed = self.orders, self.seed(arm)
     model, begun = self.tiny.load(task.vocab, seed)
     pool = batch_of(task.rows("train", 8192, told=False))
@@ -159,15 +158,13 @@ class Following(OfSeeds):
 
   # --- what the rows say ---
 
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
+  def table(self, rows: Rows) -> Lines:
     """Returns a line for each model."""
     return [
       {
         "model": kind,
-        "loss": self.of(rows, kind, "loss").value,
-        "+- loss": self.of(rows, kind, "loss").half,
-        "right %": 100 * self.of(rows, kind, "right").value,
-        "+- right": 100 * self.of(rows, kind, "right").half,
+        "loss": self.of(rows, kind, "loss"),
+        "right %": self.of(rows, kind, "right").times(100),
       }
       for kind in (BEFORE, AFTER, ALONE)
     ]
@@ -182,13 +179,13 @@ class Following(OfSeeds):
       Verdict(
         "fine-tuned, a converted model follows instructions better: loss",
         f"lower by {apart(BEFORE, AFTER, 'loss')} nats a token",
-        surely(apart(BEFORE, AFTER, "loss")),
+        above(apart(BEFORE, AFTER, "loss")),
       ),
       Verdict(
         "and graded answers",
         f"{self.of(rows, BEFORE, 'right')} before,"
         f" {self.of(rows, AFTER, 'right')} after",
-        surely(apart(AFTER, BEFORE, "right")),
+        above(apart(AFTER, BEFORE, "right")),
       ),
       Verdict(
         "it follows them (90% of answers are right)",
@@ -200,11 +197,11 @@ class Following(OfSeeds):
         " right",
         f"{self.of(rows, ALONE, 'right')}, so"
         f" {apart(AFTER, ALONE, 'right')} less",
-        surely(apart(AFTER, ALONE, "right")),
+        above(apart(AFTER, ALONE, "right")),
       ),
     ]
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves following.png: loss and right answers, by model."""
     drawn = plots.figure(9, 3)
     kinds = (BEFORE, AFTER, ALONE)
@@ -214,15 +211,7 @@ class Following(OfSeeds):
       ("held-out loss, nats a token", "share of right answers"),
       strict=True,
     ):
-      found = [self.of(rows, kind, name) for kind in kinds]
-      axes.barh(
-        kinds,
-        [x.value for x in found],
-        xerr=[min(x.half, x.value) for x in found],
-        color=plots.style(0)["color"],
-        capsize=2,
-      )
-      axes.invert_yaxis()
-      axes.set(xlabel=label)
+      found = {kind: self.of(rows, kind, name) for kind in kinds}
+      pictures.bars(axes, found, label)
     drawn.suptitle(title)
     plots.save(drawn, folder / "following.png")

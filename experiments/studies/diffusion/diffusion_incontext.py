@@ -18,8 +18,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.core.stats import Mean, mean
-from experiments.studies.claims import Verdict
+from experiments.core.stats import Mean, above, below, every, mean, paired
+from experiments.studies import pictures
 from experiments.studies.diffusion import diffusion_kinds as kinds
 from experiments.studies.diffusion.diffusion_kinds import (
   AR,
@@ -28,15 +28,12 @@ from experiments.studies.diffusion.diffusion_kinds import (
   KINDS,
 )
 from experiments.studies.diffusion.diffusion_study import (
-  Row,
-  Rows,
+  DiffusionStudy,
   Tiny,
-  difference,
-  draw_means,
   over_seeds,
-  surely,
   swept_before,
 )
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data.sources import Split
 from research.data.sources.shots import Shots
 from research.nn.transformer import Transformer
@@ -53,7 +50,7 @@ FAR, CLOSE, LEARNED = 0.5, 0.05, 0.9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InContext:
+class InContext(DiffusionStudy):
   """The models, and every way to ask.
 
   Attributes:
@@ -86,7 +83,7 @@ class InContext:
     seeds = [f"{kind}, seed {s}" for s in range(self.seeds) for kind in KINDS]
     return [f"rates of {kind}" for kind in (AR, DIFFUSION)] + seeds
 
-  def row(self, arm: str, before: Rows) -> Row:
+  def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns accuracies while it learns and at the end, or the best rate."""
     if arm.startswith("rates of "):
       return self._swept(arm.removeprefix("rates of "))
@@ -195,7 +192,7 @@ class InContext:
       out.append(next((n for n, x in both if x >= LEARNED), None))
     return out
 
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
+  def table(self, rows: Rows) -> Lines:
     """Returns a line for each kind and way to ask, in per cent."""
     out = []
     for kind in KINDS:
@@ -203,8 +200,7 @@ class InContext:
         line: dict[str, Any] = {"model": kind, "asked": way}
         line["rate"] = rows[f"{kind}, seed 0"]["rate"]
         for i, n in enumerate(self.shots):
-          line[f"{n} shots"] = 100 * self.of(rows, kind, way, i).value
-        line["+-"] = 100 * self.of(rows, kind, way).half
+          line[f"{n} shots"] = self.of(rows, kind, way, i).times(100)
         if way in (LAST, MIDDLE):
           line["tokens to 90%"] = _thousands(self.read(rows, kind, way))
         out.append(line)
@@ -221,7 +217,7 @@ class InContext:
 
     def apart(first, second):
       a, b = (self._seeds(rows, k, "right", w, -1) for k, w in (first, second))
-      return mean(difference(a, b))
+      return paired(a, b)
 
     last = {kind: self.of(rows, kind, LAST) for kind in KINDS}
     middle = {kind: self.of(rows, kind, MIDDLE) for kind in KINDS}
@@ -236,19 +232,19 @@ class InContext:
           f"{name}, diffusion learns in context: far over chance (surely over"
           " 50%)",
           f"{last[kind]} after {self.shots[-1]} shots, chance {chance:.3f}",
-          surely(last[kind], FAR),
+          above(last[kind], FAR),
         ),
         Verdict(
           f"{name}, as well as next-token prediction (surely less than 0.05"
           " behind)",
           f"{last[AR]} there, so behind by {behind}",
-          behind.value + behind.half < CLOSE,
+          below(behind, CLOSE),
         ),
         Verdict(
           f"{name}, with shots after the gap alone (surely over 50%), and as"
           " well as with shots before it",
           f"{middle[kind]}, so behind by {turned}",
-          surely(middle[kind], FAR) and turned.value + turned.half < CLOSE,
+          every((above(middle[kind], FAR), below(turned, CLOSE))),
         ),
       ]
     return [
@@ -271,7 +267,7 @@ class InContext:
       ),
     ]
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves incontext.png: accuracy by shots, and by tokens read."""
     drawn = plots.figure(10, 4.4)
     left, right = drawn.subplots(1, 2, sharey=True)
@@ -279,12 +275,12 @@ class InContext:
     for i, (kind, way) in enumerate([*lines, (AR, SCORED)]):
       found = [self.of(rows, kind, way, j) for j in range(len(self.shots))]
       how = f"{kind}: {way}", plots.style(i)
-      draw_means(left, self.shots, found, *how)
+      pictures.means(left, self.shots, found, *how)
       if way != SCORED:
         read = [n / 1e6 for n in rows[f"{kind}, seed 0"]["read"]]
         each = range(len(read))
         points = [mean(self._seeds(rows, kind, way, j)) for j in each]
-        draw_means(right, read, points, *how)
+        pictures.means(right, read, points, *how)
     for axes in (left, right):
       axes.axhline(1 / self.source.values, color="0.6", linewidth=0.8)
       axes.set(ylim=(0, 1.02))

@@ -16,24 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from experiments.core.stats import Mean, mean
-from experiments.studies import population
-from experiments.studies.claims import Verdict
+from experiments.core.stats import Mean, above, every, mean, paired
+from experiments.studies import pictures
 from experiments.studies.diffusion import diffusion_bounds, diffusion_truth
 from experiments.studies.diffusion.diffusion_study import (
-  Row,
-  Rows,
+  DiffusionStudy,
   Tiny,
   at,
   batch_of,
   best_rate,
-  difference,
-  draw_curve,
   marks,
-  surely,
   swept,
   swept_before,
 )
+from experiments.studies.documents import documents
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data.sources.synthetic import Markov
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
@@ -49,7 +46,7 @@ CLOSE = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ladder:
+class Ladder(DiffusionStudy):
   """Next-token prediction, blocks of some sizes, and whole rows.
 
   Attributes:
@@ -95,7 +92,7 @@ class Ladder:
     """One for each kind and seed, after one for each kind's rates."""
     return swept(self.kinds, self.seeds)
 
-  def row(self, arm: str, before: Rows) -> Row:
+  def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns a curve of gaps to the truth, or the best rate."""
     if arm.startswith("rates of "):
       return self._swept(arm.removeprefix("rates of "))
@@ -129,7 +126,7 @@ class Ladder:
     """Returns `read` (tokens so far) and `gap` (nats a token), two lists."""
     model, params = self.tiny.load(self.source.vocab + 1, seed)
     objective = self.objective(kind, model)
-    rows = population.documents(self.source, "train", self.source.count)
+    rows = documents(self.source, "train", self.source.count)
     begin = self.source.vocab if kind == AR else None
     pool = batch_of(rows, begin=begin)
     size = self.tiny.batch * self.source.length
@@ -160,7 +157,7 @@ class Ladder:
 
   def gap(self, objective: Any, params: Params, kind: str) -> float:
     """Returns the bound less the true -log p, nats a token, held out."""
-    rows = population.documents(self.source, "heldout", self.heldout)
+    rows = documents(self.source, "heldout", self.heldout)
     truth = diffusion_truth.surprise(self.source, np.asarray(rows)).mean()
     block = self.kinds[kind]
     begin = self.source.vocab if block is None else None
@@ -188,9 +185,9 @@ class Ladder:
         at(rows[f"{kind}, seed {s}"], "gap", read) for s in range(self.seeds)
       ]
 
-    return mean(difference(of(first, read), of(second, None)))
+    return paired(of(first, read), of(second, None))
 
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
+  def table(self, rows: Rows) -> Lines:
     """Returns a line for each kind."""
     equal = self.steps * self.tiny.batch * self.source.length
     entropy = diffusion_truth.entropy(self.source, self.source.length)
@@ -204,8 +201,7 @@ class Ladder:
           "rate": last["rate"],
           "tokens read": last["read"][-1],
           "gap, equal FLOPs": self.gaps(rows, kind, equal).value,
-          "gap, at the end": end.value,
-          "+-": end.half,
+          "gap, at the end": end,
           "bound": entropy + end.value,
           "entropy": entropy,
         }
@@ -243,8 +239,8 @@ class Ladder:
       Verdict(
         "larger blocks are further from the source",
         said,
-        all(
-          surely(self.apart(rows, b, a))
+        every(
+          above(self.apart(rows, b, a))
           for a, b in zip(ladder, ladder[1:], strict=False)
         ),
       ),
@@ -260,13 +256,14 @@ class Ladder:
       )
     return found
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves curves.png: gaps against tokens read."""
     drawn = plots.figure(7, 4.2)
     axes = drawn.add_subplot()
     for i, kind in enumerate(self.kinds):
       mine = [rows[f"{kind}, seed {s}"] for s in range(self.seeds)]
-      draw_curve(axes, mine, "gap", i, kind)
+      gaps = np.array([row["gap"] for row in mine], float)
+      pictures.spread(axes, mine[0]["read"], gaps, kind, plots.style(i))
     axes.set(
       xscale="log",
       yscale="log",

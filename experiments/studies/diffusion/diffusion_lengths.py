@@ -14,16 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.studies.claims import Verdict
+from experiments.core.stats import above, below
+from experiments.studies import pictures
 from experiments.studies.diffusion.diffusion_study import (
   OfSeeds,
-  Row,
-  Rows,
   Tiny,
   batch_of,
-  surely,
 )
 from experiments.studies.diffusion.diffusion_tasks import Walks, learn
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.diffusion.batch_transforms import RandomTruncation
 from research.diffusion.sampling import sampler, variable_length
 from research.diffusion.sampling.config import Growth, SamplerConfig
@@ -53,9 +52,9 @@ class Lengths(OfSeeds):
   steps: int = 3000
   growth: Growth = Growth(start=4, by=2, window=2, ends=0, low=0.0)
 
-  def row(self, arm: str, before: Rows) -> Row:
+  def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns canvases by distance, and what answers are on them."""
-    del before
+    del before, shared
     task, seed = self.walks, self.seed(arm)
     learned = np.arange(task.length + 2) > 1
     model, params = learn(
@@ -123,13 +122,12 @@ class Lengths(OfSeeds):
 
   # --- what the rows say ---
 
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
+  def table(self, rows: Rows) -> Lines:
     """Returns a line for each distance, then for each kind of canvas."""
     out: list[dict[str, Any]] = [
       {
         "goal": int(d),
-        "canvas": self.of(rows, "canvas", i).value,
-        "+-": self.of(rows, "canvas", i).half,
+        "canvas": self.of(rows, "canvas", i),
         "answers, exactly": self.of(rows, "want", i).value,
       }
       for i, d in enumerate(np.unique(self.distances))
@@ -154,7 +152,7 @@ class Lengths(OfSeeds):
         f"canvases are longer where answers are (correlation surely over"
         f" {LIKE})",
         f"{alike}",
-        surely(alike, LIKE),
+        above(alike, LIKE),
       ),
       Verdict(
         f"and as long as answers are on average ({NEAR:.0%}, at each distance)",
@@ -170,24 +168,24 @@ class Lengths(OfSeeds):
         f"answers take fewer calls than on a canvas of {self.walks.length},"
         " looks for the length included",
         f"{saved} fewer",
-        surely(saved),
+        above(saved),
       ),
       Verdict(
         f"and are as often valid (surely less than {CLOSE:.0%} fewer)",
         f"{lost} fewer",
-        lost.value + lost.half < CLOSE,
+        below(lost, CLOSE),
       ),
     ]
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves lengths.png: canvases, and answers, by distance."""
     drawn = plots.figure(6, 3.6)
     axes = drawn.add_subplot()
     far = np.unique(self.distances)
     found = [self.of(rows, "canvas", i) for i in range(len(far))]
-    half = [x.half if np.isfinite(x.half) else 0.0 for x in found]
     axes.errorbar(
-      far, [x.value for x in found], half, label="canvas", capsize=3,
+      far, [x.value for x in found], pictures.halves(found), label="canvas",
+      capsize=3,
       **plots.style(0),
     )  # fmt: skip
     axes.plot(

@@ -20,11 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.studies.claims import Verdict
 from experiments.studies.diffusion import diffusion_policy_verdicts as judged
 from experiments.studies.diffusion import diffusion_tasks as tasks
 from experiments.studies.diffusion import diffusion_truth
-from experiments.studies.diffusion.diffusion_study import Row, Rows, Tiny
+from experiments.studies.diffusion.diffusion_study import (
+  DiffusionStudy,
+  Tiny,
+)
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data.sources.synthetic import Markov
 from research.diffusion.sampling import ancestral, sampler
 from research.diffusion.sampling.ancestral import Ancestral
@@ -72,7 +75,7 @@ class Way(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Policies:
+class Policies(DiffusionStudy):
   """Every policy at several speeds.
 
   Attributes:
@@ -108,9 +111,9 @@ class Policies:
     """The chain itself and models, of each seed."""
     return [f"{t}, seed {s}" for s in range(self.seeds) for t in judged.TASKS]
 
-  def row(self, arm: str, before: Rows) -> Row:
+  def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns a point for each policy and speed."""
-    del before
+    del before, shared
     task, seed = arm.split(", seed ")
     if task == judged.EXACT:
       chain = diffusion_truth.Chain(mask_id=self.chain.vocab)
@@ -217,7 +220,7 @@ class Policies:
       )
       yield Way("guidance", speed, how, lambda inner: guided(inner=inner))
 
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
+  def table(self, rows: Rows) -> Lines:
     """Returns a line for each policy and speed, of all arms."""
     return judged.table(rows, self.seeds)
 
@@ -226,7 +229,7 @@ class Policies:
     entropy = diffusion_truth.entropy(self.chain, self.chain.length)
     return judged.verdicts(rows, self.seeds, entropy)
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves policies.png: quality against calls, of all policies."""
     entropy = diffusion_truth.entropy(self.chain, self.chain.length)
     judged.draw(rows, self.seeds, entropy, folder / "policies.png", title)

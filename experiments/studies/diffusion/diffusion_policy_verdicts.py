@@ -11,11 +11,16 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
-from experiments.core.stats import Mean, mean
-from experiments.studies.claims import Verdict
-from experiments.studies.diffusion.diffusion_study import Row, Rows, surely
+from experiments.core.stats import (
+  Mean,
+  above,
+  below,
+  either,
+  every,
+  mean,
+  paired,
+)
+from experiments.studies.protocol import Row, Rows, Verdict
 from research.training.reports import plots
 
 EXACT, CHAIN, SUMS = "the chain itself", "chain", "sums"
@@ -47,7 +52,7 @@ def of(found: Sequence[Row], name: str) -> Mean:
 
 def less(a: Sequence[Row], b: Sequence[Row], name: str) -> Mean:
   """Returns how much less a number is in `a` than in `b`, seed by seed."""
-  return mean(np.subtract([x[name] for x in b], [x[name] for x in a]))
+  return paired([x[name] for x in b], [x[name] for x in a])
 
 
 def table(rows: Rows, seeds: int) -> list[dict[str, Any]]:
@@ -61,14 +66,13 @@ def table(rows: Rows, seeds: int) -> list[dict[str, Any]]:
         continue
       line[f"{name}: calls"] = of(where[point], "calls").value
       line[f"{name}: nats"] = of(where[point], "nats").value
-      line[f"{name}: off"], line[f"{name}: +-"] = of(where[point], "off")
+      line[f"{name}: off"] = of(where[point], "off")
     if point in sums:
       line["sums: calls"] = of(sums[point], "calls").value
       line["sums: tokens a call"] = of(sums[point], "tokens a call").value
       line["sums: GFLOP"] = of(sums[point], "GFLOP").value
       line["sums: ms"] = of(sums[point], "ms").value
-      right, half = of(sums[point], "row")
-      line |= {"sums: right %": 100 * right, "sums: +- %": 100 * half}
+      line["sums: right %"] = of(sums[point], "row").times(100)
     out.append(line)
   return out
 
@@ -112,7 +116,7 @@ def _places_matter(sums) -> Verdict:
       f" {of(sums[a], 'row').value:.0%} and {of(sums[b], 'row').value:.0%}"
       for a, b in zip(low, chance, strict=True)
     ),
-    all(x.value > 0 for x in apart) and any(surely(x) for x in apart),
+    every((all(x.value > 0 for x in apart), either(map(above, apart)))),
   )
 
 
@@ -120,7 +124,7 @@ def _parallel(sums, policy: str) -> Verdict:
   slow = sums[_fast(sums, "low confidence")[0]]
   right = of(slow, "row")
   lost = {p: less(sums[p], slow, "row") for p in _fast(sums, policy)}
-  good = [sums[p] for p, x in lost.items() if x.value + x.half < LOST]
+  good = [sums[p] for p, x in lost.items() if below(x, LOST)]
   best = max(good, key=lambda x: of(x, "tokens a call").value, default=slow)
   saved = {name: less(best, slow, name) for name in ("GFLOP", "ms")}
   costs = ", ".join(
@@ -133,7 +137,7 @@ def _parallel(sums, policy: str) -> Verdict:
     " call (1%), for fewer FLOPs and seconds",
     f"{many} tokens a call, {of(best, 'row')} of rows right; {right} at one a"
     f" call; a row for {costs}",
-    many.value - many.half > 2 and all(surely(x) for x in saved.values()),
+    every((above(many, 2), *map(above, saved.values()))),
   )
 
 
@@ -181,7 +185,7 @@ def _again(found, where: str) -> Verdict:
     f" {', '.join(f'{x.value:.3f}' for x in nats)} (most steps first); first"
     f" hitting {of(first, 'off')}; less off by {saved[0]} than with fewest"
     f" steps, by {saved[1]} than first hitting",
-    all(surely(x) for x in saved),
+    every(map(above, saved)),
   )
 
 
@@ -192,7 +196,7 @@ def _fewer(chain) -> Verdict:
   return Verdict(
     "chain, in models: two tokens a step by chance cost nothing (0.02)",
     f"pairs off {of(half, 'off')} instead of {of(slow, 'off')}: {cost} more",
-    cost.value + cost.half < 0.02,
+    below(cost, 0.02),
   )
 
 

@@ -15,17 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.studies.claims import Verdict
+from experiments.core.stats import above
+from experiments.studies import pictures
 from experiments.studies.diffusion.diffusion_rewards import Rewards
 from experiments.studies.diffusion.diffusion_study import (
   OfSeeds,
-  Row,
-  Rows,
   Tiny,
   batch_of,
-  surely,
 )
 from experiments.studies.diffusion.diffusion_tasks import Targets, learn
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data.sources.synthetic import rng_of
 from research.diffusion.alignment.estimators import Elbo
 from research.diffusion.alignment.preference import VRPO
@@ -75,9 +74,9 @@ class Preferences(OfSeeds):
       NAIVE: dict(estimator=one, shared=False),
     }
 
-  def row(self, arm: str, before: Rows) -> Row:
+  def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns rewards before and after, and how noisy margins are."""
-    del before
+    del before, shared
     task, seed = self.targets, self.seed(arm)
     pool = batch_of(task.rows(8192), np.arange(task.length + 1) > 0)
     model, base = learn(
@@ -143,12 +142,12 @@ class Preferences(OfSeeds):
 
   # --- what the rows say ---
 
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
+  def table(self, rows: Rows) -> Lines:
     """Returns a line for each way to learn."""
     out: list[dict[str, Any]] = []
     for kind in (BEFORE, *self.kinds):
-      right, half = self.of(rows, "reward", kind)
-      line = {"kind": kind, "right %": 100 * right, "+-": 100 * half}
+      right = self.of(rows, "reward", kind).times(100)
+      line: dict[str, Any] = {"kind": kind, "right %": right}
       if kind != BEFORE:
         line["margin's noise"] = self.of(rows, "noise", kind).value
       out.append(line)
@@ -167,31 +166,25 @@ class Preferences(OfSeeds):
         "VRPO makes answers right more often",
         f"{self.of(rows, 'reward', BEST)} after"
         f" {self.of(rows, 'reward', BEFORE)}: {gain} more",
-        surely(gain),
+        above(gain),
       ),
       Verdict(
         "more so than DPO by one time and masks apart, in as many steps",
         f"{over} more than {self.of(rows, 'reward', NAIVE)}",
-        surely(over),
+        above(over),
       ),
       Verdict(
         "shared masks take noise out of a pair's margin",
         ", ".join(f"{kind}: {x}" for kind, x in said.items()),
-        surely(quieter),
+        above(quieter),
       ),
     ]
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves preferences.png: right answers by way to learn."""
     drawn = plots.figure(7, 2.8)
     axes = drawn.add_subplot()
-    lines = self.table(rows)
-    axes.barh(
-      [line["kind"] for line in lines],
-      [line["right %"] for line in lines],
-      xerr=[min(line["+-"], 100.0) for line in lines],
-      color=plots.style(0)["color"],
-    )
-    axes.invert_yaxis()
-    axes.set(xlabel="right answers, %", title=title)
+    right = {str(line["kind"]): line["right %"] for line in self.table(rows)}
+    pictures.bars(axes, right, "right answers, %")
+    axes.set(title=title)
     plots.save(drawn, folder / "preferences.png")

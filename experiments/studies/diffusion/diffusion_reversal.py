@@ -16,15 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.core.stats import Mean, mean
-from experiments.studies.claims import Verdict
 from experiments.studies.diffusion import diffusion_kinds as kinds
 from experiments.studies.diffusion.diffusion_kinds import AR, DIFFUSION
 from experiments.studies.diffusion.diffusion_study import (
-  Row,
-  Rows,
+  DiffusionStudy,
   Tiny,
   over_seeds,
 )
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data.sources.synthetic import rng_of
 from research.diffusion.sampling import sampler
 from research.diffusion.sampling.config import SamplerConfig
@@ -92,7 +91,7 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reversal:
+class Reversal(DiffusionStudy):
   """Both kinds of models, and every way to ask.
 
   Attributes:
@@ -113,9 +112,9 @@ class Reversal:
     both, seeds = (AR, DIFFUSION), range(self.seeds)
     return [f"{kind}, seed {s}" for s in seeds for kind in both]
 
-  def row(self, arm: str, before: Rows) -> Row:
+  def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns the share of right answers, by probe."""
-    del before
+    del before, shared
     kind, seed = arm.split(", seed ")
     pairs = self.pairs
     model, begun = self.tiny.load(pairs.mask_id + 1, int(seed))
@@ -147,15 +146,14 @@ class Reversal:
       return None
     return mean(over_seeds(rows, arms, "right", probe))
 
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
+  def table(self, rows: Rows) -> Lines:
     """Returns a line for each way to ask, in per cent."""
     out = []
     for probe, asked in ASKED.items():
       line: dict[str, Any] = {"asked": asked}
       for kind in (AR, DIFFUSION):
         found = self.share(rows, kind, probe)
-        line[kind] = None if found is None else 100 * found.value
-        line[f"+- {kind}"] = None if found is None else 100 * found.half
+        line[kind] = None if found is None else found.times(100)
       out.append(line)
     return out
 
@@ -200,7 +198,7 @@ class Reversal:
       ),
     ]
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves reversal.png: bars by probe."""
     drawn = plots.figure(8, 3.6)
     axes = drawn.add_subplot()

@@ -16,18 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.core.stats import Mean, mean
-from experiments.studies.claims import Verdict
+from experiments.core.stats import Mean, above, mean, paired
+from experiments.studies import pictures
 from experiments.studies.diffusion.diffusion_study import (
-  Row,
-  Rows,
+  DiffusionStudy,
   Tiny,
   batch_of,
-  difference,
   over_seeds,
-  surely,
 )
 from experiments.studies.diffusion.diffusion_tasks import Targets, learn
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.diffusion.alignment import grpo
 from research.diffusion.alignment.estimators import Coupled, FullMask
 from research.diffusion.sampling import sampler
@@ -44,7 +42,7 @@ KINDS = (ONE, COUPLED, LOT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rewards:
+class Rewards(DiffusionStudy):
   """A base, and what becomes of it.
 
   Attributes:
@@ -77,9 +75,9 @@ class Rewards:
     """One for each kind of reward and seed."""
     return [f"{kind}: seed {s}" for s in range(self.seeds) for kind in KINDS]
 
-  def row(self, arm: str, before: Rows) -> Row:
+  def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns curves of rewards, from the base on."""
-    del before
+    del before, shared
     kind, seed = arm.split(": seed ")
     task = self.targets
     pool = batch_of(task.rows(8192), np.arange(task.length + 1) > 0)
@@ -171,16 +169,15 @@ class Rewards:
     """Returns how much reward grew."""
     arms = [f"{kind}: seed {s}" for s in range(self.seeds)]
     ends = over_seeds(rows, arms, "reward", -1)
-    return mean(difference(ends, over_seeds(rows, arms, "reward", 0)))
+    return paired(ends, over_seeds(rows, arms, "reward", 0))
 
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
+  def table(self, rows: Rows) -> Lines:
     """Returns a line for each kind."""
     return [
       {
         "kind": kind,
         "reward before": self.of(rows, kind, "reward", 0).value,
-        "reward after": self.of(rows, kind, "reward").value,
-        "+-": self.of(rows, kind, "reward").half,
+        "reward after": self.of(rows, kind, "reward"),
         "greedy before": self.of(rows, kind, "greedy", 0).value,
         "greedy after": self.of(rows, kind, "greedy").value,
         "alike before": self.of(rows, kind, "alike", 0).value,
@@ -198,7 +195,7 @@ class Rewards:
       Verdict(
         "diffu-GRPO improves a checked reward",
         f"by {one}, to {best}",
-        surely(one),
+        above(one),
       ),
       Verdict(
         "it is the reward that does it: drawn by lot, it improves nothing"
@@ -206,7 +203,7 @@ class Rewards:
         f"by {lot}",
         lot.value < 0.05,
       ),
-      Verdict("coupled-GRPO does, too", f"by {coupled}", surely(coupled)),
+      Verdict("coupled-GRPO does, too", f"by {coupled}", above(coupled)),
       Verdict(
         "seeing each token once in context is worth it: coupled-GRPO gains"
         " more",
@@ -221,17 +218,14 @@ class Rewards:
       ),
     ]
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves rewards.png: curves of rewards."""
     drawn = plots.figure(7, 4)
     axes = drawn.add_subplot()
     for i, kind in enumerate(KINDS):
       mine = [rows[f"{kind}: seed {s}"] for s in range(self.seeds)]
-      curves = np.array([row["reward"] for row in mine])
-      rounds, style = mine[0]["rounds"], plots.style(i)
-      axes.plot(rounds, curves.mean(0), label=kind, **style)
-      low, high = curves.min(0), curves.max(0)
-      axes.fill_between(rounds, low, high, alpha=0.15, color=style["color"])
+      curves = np.array([row["reward"] for row in mine], float)
+      pictures.spread(axes, mine[0]["rounds"], curves, kind, plots.style(i))
     axes.set(xlabel="rounds", ylabel="share of right answers", title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -10,7 +10,6 @@ tokens and FLOPs.
 """
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -19,19 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.core.stats import mean
-from experiments.studies.claims import Verdict
+from experiments.core.stats import above, mean, paired
+from experiments.studies import pictures
 from experiments.studies.diffusion import diffusion_bounds
 from experiments.studies.diffusion.diffusion_policies import fill
 from experiments.studies.diffusion.diffusion_study import (
   OfSeeds,
-  Row,
-  Rows,
   Tiny,
-  difference,
   over_seeds,
 )
 from experiments.studies.lora.lora_verdicts import CLOSE
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data import examples, packing
 from research.data.examples import Example
 from research.data.sources import PydocTopics, Split, pydoc
@@ -137,9 +134,9 @@ class Instructed(OfSeeds):
     if self.passes < 2:
       raise UserError(f"Instructed: passes is {self.passes}, expected >= 2")
 
-  def row(self, arm: str, before: Rows) -> Row:
+  def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns what each stage is worth, and plain text by two kinds."""
-    del before
+    del before, shared
     seed = self.seed(arm)
     loaded = load.load_model(self.name)
     words = loaded.tokenizer
@@ -276,7 +273,7 @@ class Instructed(OfSeeds):
 
   # --- what the rows say ---
 
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
+  def table(self, rows: Rows) -> Lines:
     """Returns a line for each stage, and for plain text by each kind."""
     lines = []
     for stage in STAGES:
@@ -284,8 +281,7 @@ class Instructed(OfSeeds):
       lines.append(
         {
           "stage": stage,
-          "loss": loss.value,
-          "+-": loss.half,
+          "loss": loss,
           "words right %": 100 * self.of(rows, stage, "token").value,
           "lists right %": 100 * self.of(rows, stage, "right").value,
         }
@@ -293,9 +289,7 @@ class Instructed(OfSeeds):
     for kind in (AR, DIFFUSION):
       for i, when in enumerate(("before", "after")):
         loss = self.of(rows, "text", kind, i)
-        said = {"stage": f"plain text by {kind}, {when}"}
-        nothing = {"words right %": math.nan, "lists right %": math.nan}
-        lines.append(said | {"loss": loss.value, "+-": loss.half} | nothing)
+        lines.append({"stage": f"plain text by {kind}, {when}", "loss": loss})
     return lines
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
@@ -303,19 +297,18 @@ class Instructed(OfSeeds):
 
     def lower(a, b):
       first, last = (over_seeds(rows, self.arms, s, "loss") for s in (a, b))
-      gain = mean(difference(first, last))
       said = f"{mean(first)}, then {mean(last)}"
-      return said, gain.value > gain.half
+      return said, above(paired(first, last))
 
     learned, tuned = lower(CONVERTED, ADAPTED), lower(ADAPTED, TUNED)
     first, last = (
       over_seeds(rows, self.arms, s, "right") for s in (ADAPTED, TUNED)
     )
-    gain, share = mean(difference(last, first)), mean(last).value
+    gain, share = paired(last, first), mean(last).value
     ar, bound = (
       over_seeds(rows, self.arms, "text", kind, 1) for kind in (AR, DIFFUSION)
     )
-    behind, base = mean(difference(bound, ar)), mean(ar).value
+    behind, base = paired(bound, ar), mean(ar).value
     return [
       Verdict(
         "some plain text teaches a converted model to fill in masks: the loss"
@@ -326,7 +319,7 @@ class Instructed(OfSeeds):
       Verdict(
         "fine-tuning makes it follow instructions: more lists are right",
         f"{mean(first)}, then {mean(last)} of {self.graded}",
-        gain.value > max(gain.half, 0.0),
+        above(gain),
       ),
       Verdict("half of the lists are right", f"{share:.0%}", share >= 0.5),
       Verdict(
@@ -337,7 +330,7 @@ class Instructed(OfSeeds):
       ),
     ]
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves smollm2.png: loss and right words, by stage."""
     drawn = plots.figure(9, 2.8)
     for axes, name, label in zip(
@@ -346,16 +339,8 @@ class Instructed(OfSeeds):
       ("loss of held-out answers, nats a token", "share of right words"),
       strict=True,
     ):
-      found = [self.of(rows, s, name) for s in STAGES]
-      axes.barh(
-        STAGES,
-        [f.value for f in found],
-        xerr=[f.half if math.isfinite(f.half) else 0.0 for f in found],
-        color=plots.style(0)["color"],
-        capsize=2,
-      )
-      axes.invert_yaxis()
-      axes.set(xlabel=label)
+      found = {stage: self.of(rows, stage, name) for stage in STAGES}
+      pictures.bars(axes, found, label)
     drawn.suptitle(title)
     plots.save(drawn, folder / "smollm2.png")
 

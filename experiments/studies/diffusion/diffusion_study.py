@@ -10,57 +10,22 @@ same, whatever comes after it.
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.core.from_scratch import FromScratch
-from experiments.core.stats import Mean, mean
-from experiments.studies.claims import Verdict
+from experiments.core.stats import Mean, mean, paired
+from experiments.studies.protocol import Row, Rows, Study
 from research.nn import presets
 from research.nn.transformer import Transformer
 from research.optim import optim
 from research.training import state, step
 from research.training.objectives.objective import Batch, Objective
-from research.training.reports import plots
 from research.typing import Array, Int, Params, UserError
-
-Row = dict[str, Any]
-"""What is known of an arm; plain values."""
-
-Rows = Mapping[str, Row]
-
-
-@runtime_checkable
-class Study(Protocol):
-  """What `diffusion_claims` runs."""
-
-  @property
-  def arms(self) -> Sequence[str]:
-    """Names of the arms, in the order of running."""
-
-  def row(self, arm: str, before: Rows) -> Row:
-    """Runs an arm, given the rows of those before it."""
-
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
-    """Returns the lines to print."""
-
-  def verdicts(self, rows: Rows) -> list[Verdict]:
-    """Returns what the rows say of the claims."""
-
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
-    """Leaves pictures in the folder."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Claims:
-  """The root of a run file: one study."""
-
-  study: Study
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,8 +172,14 @@ def over_seeds(rows: Rows, arms: Sequence[str], *path: Any) -> list[float]:
   return out
 
 
+class DiffusionStudy(Study):
+  """A study whose table needs all of its arms."""
+
+  needs_all = True
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OfSeeds:
+class OfSeeds(DiffusionStudy):
   """A study whose arms are seeds, each a row of all that is compared.
 
   Attributes:
@@ -232,8 +203,7 @@ class OfSeeds:
 
   def less(self, rows: Rows, a: Sequence[Any], b: Sequence[Any]) -> Mean:
     """Returns how much less the number along `a` is than that along `b`."""
-    each = (over_seeds(rows, self.arms, *path) for path in (b, a))
-    return mean(difference(*each))
+    return paired(*(over_seeds(rows, self.arms, *path) for path in (b, a)))
 
 
 def swept(kinds: Iterable[str], seeds: int) -> list[str]:
@@ -275,27 +245,6 @@ def best_rate(kind: str, found: Mapping[float, float]) -> float:
   return min(good, key=good.__getitem__)
 
 
-def draw_curve(
-  axes: Any, rows: Sequence[Row], name: str, i: int, label: str
-) -> None:
-  """Draws the mean over seeds against tokens read, and their range."""
-  found = np.array([row[name] for row in rows], float)
-  read, style = rows[0]["read"], plots.style(i)
-  axes.plot(read, found.mean(0), marker="o", markersize=3, label=label, **style)
-  low, high = found.min(0), found.max(0)
-  axes.fill_between(read, low, high, alpha=0.15, color=style["color"])
-
-
-def draw_means(
-  axes: Any, x: Any, found: Sequence[Mean], label: str, style: Any
-) -> None:
-  """Draws means, and their 95% intervals."""
-  y, half = np.array(found).T
-  half = np.where(np.isfinite(half), half, 0.0)
-  axes.plot(x, y, marker="o", markersize=3, label=label, **style)
-  axes.fill_between(x, y - half, y + half, alpha=0.15, color=style["color"])
-
-
 def marks(steps: int, every: int, points: int) -> set[int]:
   """Returns when to look, each twice as late as the one before, and the end."""
   ends = {*range(every, steps, every), steps}
@@ -317,13 +266,3 @@ def at(row: Row, name: str, read: int | None) -> float:
   if read is None:
     return row[name][-1]
   return float(np.interp(np.log(read), np.log(row["read"]), row[name]))
-
-
-def difference(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
-  """Returns `a - b`, paired by seed."""
-  return np.asarray(a, float) - np.asarray(b, float)
-
-
-def surely(found: Mean, over: float = 0.0) -> bool:
-  """Whether a mean's 95% interval lies above a number."""
-  return found.value - found.half > over

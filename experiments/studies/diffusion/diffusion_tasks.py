@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies import population
 from experiments.studies.diffusion.diffusion_study import Tiny, batch_of
+from experiments.studies.documents import documents
 from research.data.sources import Split
 from research.data.sources.synthetic import Markov, rng_of
 from research.diffusion.batch_transforms import BatchTransform
@@ -251,7 +251,7 @@ def learn(
 
 def learn_chain(source: Markov, tiny: Tiny, steps: int, seed: int):
   """Returns a model of a chain; see `learn`."""
-  pool = batch_of(population.documents(source, "train", source.count))
+  pool = batch_of(documents(source, "train", source.count))
   return learn(pool, source.vocab + 1, tiny, steps, seed)
 
 

@@ -20,23 +20,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.core.stats import Mean, mean
-from experiments.studies.claims import Verdict
+from experiments.core.stats import below, mean, paired
+from experiments.studies import pictures
 from experiments.studies.diffusion import diffusion_bounds
 from experiments.studies.diffusion.diffusion_study import (
-  Row,
-  Rows,
+  DiffusionStudy,
   Tiny,
   at,
   batch_of,
   best_rate,
-  difference,
-  draw_curve,
   marks,
   swept,
   swept_before,
 )
 from experiments.studies.lora.lora_verdicts import CLOSE
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data.bpe import Bpe
 from research.data.sources.stdlib import Stdlib
 from research.diffusion.objective import MaskedDiffusion
@@ -55,7 +53,7 @@ MARK = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
+class Text(DiffusionStudy):
   """Both models on the standard library's sources.
 
   Attributes:
@@ -101,7 +99,7 @@ class Text:
     """One for the rates of each kind, then one for each kind and seed."""
     return swept(KINDS, self.seeds)
 
-  def row(self, arm: str, before: Rows) -> Row:
+  def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns the best rate, or a curve of bits per byte."""
     if arm.startswith("rates of "):
       return self._swept(arm.removeprefix("rates of "))
@@ -225,7 +223,7 @@ class Text:
     """Returns each seed's bits a byte, at the end or after `read` tokens."""
     return [at(row, "bits", read) for row in self._of(rows, kind)]
 
-  def table(self, rows: Rows) -> list[dict[str, Any]]:
+  def table(self, rows: Rows) -> Lines:
     """Returns a line for each model, and for counted tokens."""
     equal = self.steps * self.tiny.batch * self.length
     lines = []
@@ -237,14 +235,11 @@ class Text:
           "model": kind,
           "rate": first["rate"],
           "tokens read": read or first["read"][-1],
-          "bits a byte": found.value,
-          "+-": found.half,
+          "bits a byte": found,
           "parameters": first["parameters"],
         }
       )
-    nothing = {"rate": 0.0, "tokens read": 0, "+-": 0.0, "parameters": 0}
-    own = {"model": "unigrams", "bits a byte": self.unigram()}
-    return [*lines, nothing | own]
+    return [*lines, {"model": "unigrams", "bits a byte": self.unigram()}]
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of D1 on real text."""
@@ -261,7 +256,7 @@ class Text:
       Verdict(
         "diffusion has learned more than how frequent tokens are (10% less)",
         f"{last} bits a byte, unigrams {known:.3f}",
-        last.value + last.half < 0.9 * known,
+        below(last, 0.9 * known),
       ),
       self._close(
         rows,
@@ -274,7 +269,7 @@ class Text:
 
   def _close(self, rows: Rows, claim: str, read: int | None) -> Verdict:
     ar, bound = self.bits(rows, AR), self.bits(rows, DIFFUSION, read)
-    behind: Mean = mean(difference(bound, ar))
+    behind = paired(bound, ar)
     base = mean(ar).value
     said = f"behind by {behind} of {base:.3f} bits a byte"
     return Verdict(
@@ -283,12 +278,14 @@ class Text:
       behind.value < CLOSE * base,
     )
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves text.png: bits per byte against tokens read."""
     drawn = plots.figure(7, 4.2)
     axes = drawn.add_subplot()
     for i, kind in enumerate(KINDS):
-      draw_curve(axes, self._of(rows, kind), "bits", i, kind)
+      mine = self._of(rows, kind)
+      bits = np.array([row["bits"] for row in mine], float)
+      pictures.spread(axes, mine[0]["read"], bits, kind, plots.style(i))
     axes.axhline(self.unigram(), label="unigrams", **plots.style(2))
     axes.set(
       xscale="log",

@@ -1,6 +1,5 @@
-"""Studies: what a row is, what verdicts need, and the command."""
+"""LoRA's studies: what a row is, how rates grow, and what verdicts need."""
 
-import dataclasses
 import json
 
 import chex
@@ -9,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import study as command
 from experiments.core import cli, config
-from experiments.studies import population, study
-from experiments.studies.lora import bandit, lora_claims
+from experiments.studies import protocol
+from experiments.studies.lora import bandit, lr_grid
 from experiments.studies.lora import lora_arms as arms
 from experiments.studies.lora import lora_verdicts as verdicts
 from research import tree
@@ -19,61 +19,37 @@ from research.training import state, step
 from research.typing import UserError
 from tests import support
 
-RUNS = sorted(
-  str(p.relative_to(config.CONFIGS))
-  for p in config.CONFIGS.glob("runs/lora/claims_*.gin")
-)
+RUN = "runs/lora/claims_policy.gin"
 TINY = (
   *("presets.Sizes.width=32", "presets.Sizes.depth=1"),
   "presets.Sizes.head_dim=8",
   *("presets.Sizes.hidden=32", "study.Study.base_steps=30"),
   *("study.Study.steps=4", "study.Study.seeds=2", "study.Study.batch=4"),
+  "lora_arms.policy.ranks=(1,)",
 )
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_every_study_parses_and_its_text_rebuilds_it(run):
-  first = config.read(run, root=study.Study)
-  again = config.parse(first.text, root=study.Study)
-  assert again.text == first.text
-  assert [a.name for a in again.experiment.arms] == [
-    a.name for a in first.experiment.arms
-  ]
-
-
-def test_arms_have_names_of_their_own():
-  made = config.read(RUNS[0], root=study.Study).experiment
-  with pytest.raises(UserError, match="two are called 'full'"):
-    dataclasses.replace(made, arms=(arms.FULL, arms.FULL))
 
 
 @pytest.fixture(scope="module", name="trial")
 def _trial(tmp_path_factory):
-  """The command on a tiny study: its folder, its rows, how to run it again."""
+  """The command on a tiny study: its folder, its rows, the study."""
   folder = tmp_path_factory.mktemp("study")
-
-  def run(*more):
-    bindings = (*TINY, "lora_arms.policy.ranks=(1,)", *more)
-    return cli.call(
-      lora_claims.main,
-      [
-        "lora_claims",
-        "--config=runs/lora/claims_policy.gin",
-        f"--workdir={folder}",
-        *(f"--set={b}" for b in bindings),
-      ],
-    )
-
-  assert run() == 0
-  rows = [json.loads(p.read_text()) for p in (folder / "arms").iterdir()]
-  return folder, {row["arm"]: row for row in rows}, run
+  flags = [f"--config={RUN}", f"--workdir={folder}"]
+  flags += [f"--set={b}" for b in TINY]
+  assert cli.call(command.main, ["study", *flags]) == 0
+  files = (folder / "arms").iterdir()
+  rows = {(r := json.loads(p.read_text()))["arm"]: r["row"] for p in files}
+  return (
+    folder,
+    rows,
+    config.read(RUN, TINY, root=protocol.Run).experiment.study,
+  )
 
 
-def test_the_command_leaves_what_it_says(trial, capsys):
-  folder, rows, run = trial
+def test_the_command_leaves_rows_and_pictures(trial):
+  folder, rows, study = trial
   for name in ("sweep.png", "tradeoff.png"):
     assert (folder / name).read_bytes()[:4] == b"\x89PNG"
-  assert list(rows) and set(rows) == {"full", "LoRA r=1"}
+  assert set(rows) == set(study.arms) == {"full", "LoRA r=1"}
   row = rows["LoRA r=1"]
   n = len(row["ks"])
   assert np.shape(row["heldout"]) == np.shape(row["rank90"]) == (n, 2)
@@ -84,68 +60,39 @@ def test_the_command_leaves_what_it_says(trial, capsys):
   rank = np.asarray(row["rank"])
   np.testing.assert_allclose(rank[rank > 0], 1 / 32, atol=1e-6)
   assert np.any(rank > 0)
-  capsys.readouterr()
-  assert run() == 0  # nothing is run twice
-  out = capsys.readouterr().out
-  assert "to run" not in out
-  assert json.loads(out.splitlines()[-1]) == json.loads(
-    (folder / "result.json").read_text()
-  )
 
 
-def test_without_all_arms_there_is_no_verdict(trial, tmp_path, capsys):
-  folder, _, _ = trial
-  (tmp_path / "arms").mkdir()
-  (kept,) = (folder / "arms").glob("LoRA*")
-  (tmp_path / "arms" / kept.name).write_text(kept.read_text())
-  argv = [
-    "lora_claims",
-    "--config=runs/lora/claims_policy.gin",
-    *(f"--set={b}" for b in (*TINY, "lora_arms.policy.ranks=(1,)")),
-  ]
-
-  def run(folder, only):
-    more = [f"--workdir={folder}", f"--only={only}"]
-    code = cli.call(lora_claims.main, [*argv, *more])
-    return code, capsys.readouterr()
-
-  code, said = run(tmp_path, "^LoRA")  # of which none is missing
-  result = json.loads(said.out.splitlines()[-1])
-  assert code == 0 and result["missing"] == ["full"]
-  assert [line["arm"] for line in result["arms"]] == ["LoRA r=1"]
-  assert not (tmp_path / "result.json").exists()
-  for text, wrong in (("(", "no regular expression"), ("none", "no arm")):
-    code, said = run(tmp_path / wrong, text)
-    assert code == 1 and f"--only={text}: " in said.err and wrong in said.err
-
-
-def test_another_configuration_is_refused(trial, capsys):
-  _, _, run = trial
-  assert run("study.Study.base_steps=31") == 1
-  assert "differs from this configuration" in capsys.readouterr().err
+def test_a_base_of_other_settings_is_refused(trial):
+  folder, _, study = trial
+  more = config.read(RUN, [*TINY, "study.Study.base_steps=31"], protocol.Run)
+  with pytest.raises(UserError, match=r"base.npz: was made from other"):
+    more.experiment.study.base(folder)
+  # The arms of a study may change: what they share does not.
+  assert study.settings("full") == config.read(
+    RUN, [*TINY, "lora_arms.policy.ranks=(2,)"], protocol.Run
+  ).experiment.study.settings("full")
 
 
 def test_a_row_is_the_plain_training_loop(trial):
   """One rate, one seed, step by step."""
-  folder, rows, _ = trial
-  made = config.read(str(folder / "config.gin"), root=study.Study).experiment
-  arm = next(a for a in made.arms if a.name == "LoRA r=1")
-  on = population.ground(made, lora_claims._base(made, folder))
+  folder, rows, made = trial
+  (arm,) = (a for a in made.variants if a.name == "LoRA r=1")
+  data = lr_grid.study_data(made, made.base(folder))
   row = rows[arm.name]
   seed, k = 1, 2
-  params = arm.transform(on.bases[0], jax.random.key(seed))
+  params = arm.transform(data.bases[0], jax.random.key(seed))
   tx = arm.optimizer(lambda count: 10 ** (row["ks"][k] / 2))
   now = state.create(params, arm.trainable, tx)
-  update = jax.jit(step.make_train_step(on.objective, tx))
+  update = jax.jit(step.make_train_step(data.objective, tx))
   key = jax.random.fold_in(jax.random.key(17), seed)
   order = jax.random.randint(
-    jax.random.fold_in(key, 1), (4, 4), 0, on.pool.shape[0]
+    jax.random.fold_in(key, 1), (4, 4), 0, data.pool.shape[0]
   )
   for i, places in enumerate(order):
-    now, metrics = update(now, population.batch_of(on.pool[places]), key)
+    now, metrics = update(now, lr_grid.batch_of(data.pool[places]), key)
     want = row["curve"][k][seed][i]
     assert float(metrics["loss"]) == pytest.approx(want, abs=2e-5)
-  found = population._loss(on.objective, now.params, on.evaluations["heldout"])
+  found = lr_grid._loss(data.objective, now.params, data.evaluations["heldout"])
   assert float(found) == pytest.approx(row["heldout"][k][seed], abs=2e-5)
 
 
@@ -157,16 +104,16 @@ def test_the_grid_grows_until_the_best_is_inside(monkeypatch):
     losses = jnp.abs(k + 10) * jnp.ones((1, 2))
     return {"validation": losses, "heldout": losses}
 
-  monkeypatch.setattr(population, "_population", lambda *_: found)
+  monkeypatch.setattr(lr_grid, "_compiled", lambda *_: found)
   model = support.model(width=32, head_dim=8)
   rows = jnp.zeros((1, 3), jnp.int32)
-  on = population.Ground(None, [support.params(model)], rows, {})
-  made = config.read(RUNS[0], root=study.Study).experiment
-  row = population.sweep(made, arms.FULL, on)
+  data = lr_grid.StudyData(None, [support.params(model)], rows, {})
+  made = config.read(RUN, root=protocol.Run).experiment.study
+  row = lr_grid.sweep(made, arms.FULL, data)
   assert row["ks"] == list(range(-11, -3)) and row["inside"]
   assert row["ks"][row["best"]] == -10
   assert verdicts.optimum(row) == pytest.approx(1e-5)
-  assert population.best_of(np.array([[np.nan], [2.0], [1.0]])) == 2
+  assert lr_grid.best_of(np.array([[np.nan], [2.0], [1.0]])) == 2
 
 
 def test_the_policy_gradient_is_that_of_the_expected_reward():
@@ -248,11 +195,26 @@ def test_verdicts_on_methods_can_be_false():
   assert worse[0].found.startswith("1 of 2; ")
   assert worse[1].found.startswith("2 of 3; ")
   better = verdicts.methods(rows | {"DoRA": _row(1.85)})
-  assert not better[2].holds
+  assert better[2].holds is False
 
 
-def test_an_interval_is_students():
-  """Of 1, 2, 3: standard error 1 / sqrt 3, t of two degrees 4.303."""
-  found = verdicts.mean([1.0, 2.0, 3.0])
-  assert found.value == 2 and found.half == pytest.approx(2.4843, abs=1e-3)
-  assert verdicts.mean([1.0]).half == np.inf
+def test_many_comparisons_are_corrected():
+  """One arm of many is ahead by its interval alone: that decides nothing."""
+  rows = {"full": _row(1.8, "full"), "LoRA": _row(1.90), "C3A": _row(1.93)}
+  lucky = _row(1.90)
+  at = lucky["heldout"][lucky["best"]]
+  lucky["heldout"][lucky["best"]] = [
+    x - d for x, d in zip(at, (4e-3, 5e-3, 6e-3), strict=True)
+  ]
+  many = {f"{i}": lucky for i in range(20)}
+  (alone,) = [
+    v
+    for v in verdicts.methods(rows | {"DoRA": lucky})
+    if "no method" in v.claim
+  ]
+  (of_many,) = [
+    v for v in verdicts.methods(rows | many) if "no method" in v.claim
+  ]
+  assert alone.holds is False and of_many.holds is None
+  assert "0 by 0.005 ± 0.002" in of_many.found
+  assert "Holm's correction for 21: none" in of_many.found

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.core import cli, config
+from experiments import study as command
+from experiments.core import cli
 from experiments.studies.diffusion import (
   diffusion_bounds,
-  diffusion_claims,
   diffusion_policies,
   diffusion_study,
   diffusion_tasks,
@@ -25,22 +25,9 @@ from research.diffusion.objective import MaskedDiffusion
 from research.optim import optim
 from research.training import state, step
 from research.training.objectives.objective import NextToken
+from research.typing import UserError
 
-RUNS = sorted(
-  str(p.relative_to(config.CONFIGS))
-  for p in config.CONFIGS.glob("runs/llada/claims_*.gin")
-)
 SMALL = Tiny(width=16, depth=1, heads=2, batch=2, every=2, warmup=1)
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_every_study_parses_and_its_text_rebuilds_it(run):
-  first = config.read(run, root=diffusion_study.Claims)
-  again = config.parse(first.text, root=diffusion_study.Claims)
-  assert again.text == first.text
-  study = again.experiment.study
-  assert list(study.arms) == list(first.experiment.study.arms)
-  assert len(set(study.arms)) == len(study.arms)
 
 
 @pytest.fixture(scope="module", name="trial")
@@ -48,79 +35,49 @@ def _trial(tmp_path_factory):
   """The command on a tiny study, and how to run it again."""
   folder = tmp_path_factory.mktemp("study")
 
-  def run(*more):
+  def run():
     bindings = (
       *("diffusion_study.Tiny.width=16", "diffusion_study.Tiny.depth=1"),
       "diffusion_study.Tiny.every=4",
-      *(
-        "diffusion_reversal.Reversal.steps=6",
-        "diffusion_reversal.Pairs.count=4",
-      ),
+      "diffusion_reversal.Reversal.steps=6",
+      "diffusion_reversal.Pairs.count=4",
       "diffusion_reversal.Reversal.seeds=1",
-      *more,
     )
-    return cli.call(
-      diffusion_claims.main,
-      [
-        "diffusion_claims",
-        "--config=runs/llada/claims_reversal.gin",
-        f"--workdir={folder}",
-        *(f"--set={b}" for b in bindings),
-      ],
-    )
+    flags = ["--config=runs/llada/claims_reversal.gin", f"--workdir={folder}"]
+    flags += [f"--set={b}" for b in bindings]
+    return cli.call(command.main, ["study", *flags])
 
   assert run() == 0
   return folder, run
 
 
-def test_the_command_keeps_arms_and_says_what_it_found(trial, capsys):
+def test_the_command_stores_arms_and_says_what_it_found(trial, capsys):
   folder, run = trial
-  names = ("next_token_seed_0", "diffusion_seed_0")
-  rows = {n: json.loads((folder / "arms" / f"{n}.json").read_text())
-          for n in names}  # fmt: skip
-  assert set(rows["next_token_seed_0"]["right"]) >= {"fact", "scored"}
-  assert set(rows["diffusion_seed_0"]["right"]) >= {"fact", "gap"}
+  files = {
+    k: folder / "arms" / f"{k}_seed_0.json" for k in ("next_token", "diffusion")
+  }
+  rows = {k: json.loads(path.read_text()) for k, path in files.items()}
+  assert set(rows["next_token"]["row"]["right"]) >= {"fact", "scored"}
+  assert set(rows["diffusion"]["row"]["right"]) >= {"fact", "gap"}
   assert (folder / "reversal.png").read_bytes()[:4] == b"\x89PNG"
-  (folder / "arms" / "diffusion_seed_0.json").write_text(
-    json.dumps(rows["next_token_seed_0"] | rows["diffusion_seed_0"] | {
-      "right": {**rows["diffusion_seed_0"]["right"], "gap": 1.0}
-    })
-  )  # fmt: skip
+  rows["diffusion"]["row"]["right"]["gap"] = 0.75
+  files["diffusion"].write_text(json.dumps(rows["diffusion"]))
   capsys.readouterr()
   assert run() == 0  # what is there is not run again
   out = capsys.readouterr().out
-  found = json.loads(out.splitlines()[-1])
-  assert found == json.loads((folder / "result.json").read_text())
-  held = {c["claim"]: c["holds"] for c in found["claims"]}
-  gap = next(name for name in held if name.startswith("a gap in front"))
-  assert held[gap] and not all(held.values())
+  result = json.loads(out.splitlines()[-1])
+  gap = next(v for v in result["verdicts"] if v["claim"].startswith("a gap"))
+  assert gap["found"] == "0.750 (one value)"
+  assert gap["verdict"] == "undecided"
+  assert [line[2] for line in result["tables"][0]["rows"]][1] == [75, None]
 
 
-def test_arms_are_run_apart(tmp_path, capsys):
-  def run(only):
-    return cli.call(
-      diffusion_claims.main,
-      [
-        "diffusion_claims",
-        "--config=runs/llada/claims_ar.gin",
-        f"--workdir={tmp_path}",
-        f"--only={only}",
-      ],
-    )
-
-  assert run("^none$") == 0
-  found = json.loads(capsys.readouterr().out.splitlines()[-1])
-  assert found["arms"] == [] and len(found["missing"]) == 16
-  assert run("next token, seed 0") == 1
-  assert "needs the arm 'rates of next token'" in capsys.readouterr().err
-  assert run("(") == 1
-  assert "--only=(: no regular expression" in capsys.readouterr().err
-
-
-def test_another_configuration_is_refused(trial, capsys):
-  _, run = trial
-  assert run("diffusion_reversal.Pairs.size=2") == 1
-  assert "differs from this configuration" in capsys.readouterr().err
+def test_a_kind_needs_its_rate():
+  rows = {"rates of a": {"rate": 3e-3}}
+  assert diffusion_study.swept(["a"], 1) == ["rates of a", "a, seed 0"]
+  assert diffusion_study.swept_before("a, seed 4", rows) == ("a", 4, 3e-3)
+  with pytest.raises(UserError, match="needs the arm 'rates of b'"):
+    diffusion_study.swept_before("b, seed 0", rows)
 
 
 def test_training_is_the_plain_loop_and_its_average():
@@ -196,7 +153,7 @@ def test_of_the_chain_itself_samples_are_as_good_as_the_sampler(monkeypatch):
   monkeypatch.setattr(diffusion_policies, "SELECTS", few)
   points = {
     (p["policy"], p["knob"]): p
-    for p in STUDY.row(f"{judged.EXACT}, seed 0", {})["points"]
+    for p in STUDY.run(f"{judged.EXACT}, seed 0", {}, None)["points"]
   }
   entropy = diffusion_truth.entropy(CHAIN, 8)
   slow, fast = points["random", 1], points["random", 8]
@@ -222,7 +179,7 @@ def test_what_answers_cost_is_what_ran(monkeypatch):
   study = dataclasses.replace(
     STUDY, sums=sums, tiny=SMALL, steps=2, rows=8, thresholds=(0.5,)
   )
-  points = study.row("sums, seed 0", {})["points"]
+  points = study.run("sums, seed 0", {}, None)["points"]
   slow, fast, threshold = (
     p for p in points if p["policy"] in ("low confidence", "threshold")
   )

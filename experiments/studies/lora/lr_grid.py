@@ -1,4 +1,9 @@
-"""The runs of a study's arms: one compiled program an arm, over arrays.
+"""A grid of learning rates and seeds as one compiled program an arm.
+
+Methods are compared only where each had its rate swept (Zhang et al. 2026,
+arXiv:2602.04998). Rates are half-decades, 10^(k/2); the best one is chosen on
+validation documents and lies inside the grid, or the grid grows; what is
+reported is held out.
 
 Every rate with every seed is the real training step (`research.training.step`),
 scanned, on documents that were drawn before: sampling in the step, or a
@@ -7,20 +12,24 @@ dispatch a step, would cost more than a tiny model's arithmetic.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from experiments.studies.study import Arm, Row, Study
+from experiments.core import from_scratch
+from experiments.studies.documents import documents
+from experiments.studies.protocol import Row
 from research import tree, weights
 from research.data.pipeline import Pipeline
 from research.lora import wrap
 from research.lora.init_stats import CalibrationData
 from research.optim import optim
 from research.training import state, step
+from research.training.aot import StateTransform
 from research.training.objectives.objective import NextToken
 from research.typing import Array, Float, Int, Params
 
@@ -31,9 +40,70 @@ EVALUATED = 256
 """Documents of an evaluation."""
 
 
+def adam(schedule: optim.Schedule) -> optax.GradientTransformation:
+  """Returns plain Adam."""
+  return optim.adamw(schedule, clip=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+  """One way to train.
+
+  Attributes:
+    name: of the row.
+    transform: of the base's weights, or None.
+    init_stats: `init_stats.CalibrationData` -> the statistics of the
+      transform's field of that name, or None.
+    trainable, held: as in `experiment.Experiment`.
+    optimizer: of a schedule.
+    first: k of the first of four rates, which grow from there as needed.
+    shape: of the rate over steps, with peak 1; None for the setup's.
+    rewrites: as in `experiment.Experiment`.
+    group: what it belongs to in tables.
+  """
+
+  name: str
+  transform: Callable[..., Any] | None = None
+  init_stats: Callable[..., Any] | None = None
+  trainable: str = wrap.TRAINABLE
+  held: str | None = None
+  optimizer: Callable[..., Any] = adam
+  first: int = -7
+  shape: Callable[..., Any] | None = None
+  rewrites: tuple[StateTransform, ...] = ()
+  group: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+  """What all arms have in common: one task, learned from one base.
+
+  Attributes:
+    model: of the base.
+    task: the source that is learned.
+    objective: the loss; the model is put into its field `model`.
+    known: the source that the base knows; None for a fresh base a seed.
+    base_steps, base_rate: of the base's own training, batches of 16.
+    steps, batch: of every run.
+    shape: of the rate over steps, with peak 1.
+    seeds: of adapters and of the order of data.
+  """
+
+  model: from_scratch.FromScratch
+  task: Any
+  objective: Any
+  known: Any = None
+  base_steps: int = 2000
+  base_rate: float = 3e-3
+  steps: int = 300
+  batch: int = 8
+  shape: Callable[..., Any] = optim.constant(1.0)
+  seeds: int = 3
+
+
 @dataclasses.dataclass(frozen=True)
-class Ground:
-  """What all arms of a study stand on.
+class StudyData:
+  """The data and bases of all arms.
 
   Attributes:
     objective: with its model.
@@ -46,12 +116,6 @@ class Ground:
   bases: Sequence[Params]
   pool: Int[Array, "N S"]
   evaluations: Mapping[str, Int[Array, "M S"]]
-
-
-def documents(source: Any, split: str, count: int) -> Int[Array, "N S"]:
-  """Returns so many documents of a source, equally long."""
-  made = dataclasses.replace(source, split=split, count=count)
-  return jnp.asarray(np.stack([e.tokens for e in made.examples(None)]))
 
 
 def batch_of(rows: Int[Array, "B S"]) -> dict[str, Array]:
@@ -67,64 +131,64 @@ def batch_of(rows: Int[Array, "B S"]) -> dict[str, Array]:
   )
 
 
-def ground(study: Study, base: Params | None) -> Ground:
+def study_data(setup: Setup, base: Params | None) -> StudyData:
   """Returns the data and the bases.
 
   Args:
     study: what is studied.
-    base: what `learned` returned; None where the study has a fresh base a seed.
+    base: of `trained_base`; None where the setup has a fresh base a seed.
   """
-  task = functools.partial(documents, study.task)
+  task = functools.partial(documents, setup.task)
   evaluations = {
     "validation": task("validation", EVALUATED),
     "heldout": task("heldout", EVALUATED),
   }
-  loaded = study.model.load()
-  objective = dataclasses.replace(study.objective, model=loaded.model)
-  pool = task("train", max(study.task.count, EVALUATED))
+  loaded = setup.model.load()
+  objective = dataclasses.replace(setup.objective, model=loaded.model)
+  pool = task("train", max(setup.task.count, EVALUATED))
   if base is None:
     bases = [
-      dataclasses.replace(study.model, seed=seed).load().params
-      for seed in range(study.seeds)
+      dataclasses.replace(setup.model, seed=seed).load().params
+      for seed in range(setup.seeds)
     ]
-    return Ground(objective, bases, pool, evaluations)
-  evaluations["known"] = documents(study.known, "heldout", EVALUATED)
-  return Ground(objective, [base], pool, evaluations)
+    return StudyData(objective, bases, pool, evaluations)
+  evaluations["known"] = documents(setup.known, "heldout", EVALUATED)
+  return StudyData(objective, [base], pool, evaluations)
 
 
-def before(on: Ground) -> dict[str, float]:
+def base_losses(data: StudyData) -> dict[str, float]:
   """Returns the bases' mean losses on each set of documents."""
-  f = jax.jit(lambda params, rows: _loss(on.objective, params, rows))
+  f = jax.jit(lambda params, rows: _loss(data.objective, params, rows))
   return {
-    name: float(np.mean([f(base, rows) for base in on.bases]))
-    for name, rows in on.evaluations.items()
+    name: float(np.mean([f(base, rows) for base in data.bases]))
+    for name, rows in data.evaluations.items()
   }
 
 
-def learned(study: Study) -> Params:
-  """Returns a base that knows `study.known`, by full training."""
-  loaded = study.model.load()
-  rows = documents(study.known, "train", max(study.known.count, EVALUATED))
-  shape = optim.cosine(1.0, study.base_steps, warmup=20)
+def trained_base(setup: Setup) -> Params:
+  """Returns a base that knows `setup.known`, by full training."""
+  loaded = setup.model.load()
+  rows = documents(setup.known, "train", max(setup.known.count, EVALUATED))
+  shape = optim.cosine(1.0, setup.base_steps, warmup=20)
   arm = Arm(name="base", trainable=".", shape=shape)
   member = functools.partial(
     _member,
     arm,
-    dataclasses.replace(study, steps=study.base_steps, batch=16),
+    dataclasses.replace(setup, steps=setup.base_steps, batch=16),
     NextToken(model=loaded.model, rows=512),
   )
   run = jax.jit(lambda p, rate: member(p, rows, jax.random.key(0), rate)[0])
-  return run(loaded.params, jnp.float32(study.base_rate)).params
+  return run(loaded.params, jnp.float32(setup.base_rate)).params
 
 
-def _member(arm, study, objective, params, pool, key, rate):
+def _member(arm, setup, objective, params, pool, key, rate):
   """Returns a run's last state and its losses [steps]; traced."""
-  shape = arm.shape or study.shape
+  shape = arm.shape or setup.shape
   tx = arm.optimizer(lambda count: rate * shape(count))
   first = state.create(params, arm.trainable, tx, held=arm.held)
   update = step.make_train_step(objective, tx)
   order = jax.random.randint(
-    jax.random.fold_in(key, 1), (study.steps, study.batch), 0, pool.shape[0]
+    jax.random.fold_in(key, 1), (setup.steps, setup.batch), 0, pool.shape[0]
   )
 
   def one(now, rows):
@@ -136,7 +200,7 @@ def _member(arm, study, objective, params, pool, key, rate):
   return jax.lax.scan(one, first, order)
 
 
-def sweep(study: Study, arm: Arm, on: Ground) -> Row:
+def sweep(setup: Setup, arm: Arm, data: StudyData) -> Row:
   """Returns an arm's row: all rates, all seeds, and the best rate.
 
   Arrays are [rates, seeds]: `validation`, `heldout`, `known` (loss there, what
@@ -144,8 +208,10 @@ def sweep(study: Study, arm: Arm, on: Ground) -> Row:
   largest, as a share of all) and `rank90` (how many have 90% of the energy);
   `curve` is [rates, seeds, steps].
   """
-  trees = [begun(study, arm, on, seed) for seed in range(study.seeds)]
-  run = _population(study, arm, on, trees)
+  trees = [
+    adapted_params(setup, arm, data, seed) for seed in range(setup.seeds)
+  ]
+  run = _compiled(setup, arm, data, trees)
   ks, parts = [], []
   grid = range(arm.first, arm.first + CHUNK)
   for _ in range(1 + GROWTH):
@@ -178,31 +244,36 @@ def sweep(study: Study, arm: Arm, on: Ground) -> Row:
 
 
 def one_run(
-  study: Study, arm: Arm, on: Ground, k: int, seed: int = 0
+  setup: Setup, arm: Arm, data: StudyData, k: int, seed: int = 0
 ) -> tuple[Params, Params]:
   """Returns the parameters before and after one run at the rate 10^(k/2)."""
-  begin = begun(study, arm, on, seed)
+  begin = adapted_params(setup, arm, data, seed)
   key = jax.random.fold_in(jax.random.key(17), seed)
 
   @jax.jit
   def run(params, pool, rate):
-    return _member(arm, study, on.objective, params, pool, key, rate)[0].params
+    return _member(arm, setup, data.objective, params, pool, key, rate)[
+      0
+    ].params
 
-  return begin, run(begin, on.pool, jnp.float32(10 ** (k / 2)))
+  return begin, run(begin, data.pool, jnp.float32(10 ** (k / 2)))
 
 
-def begun(study: Study, arm: Arm, on: Ground, seed: int) -> Params:
+def adapted_params(
+  setup: Setup, arm: Arm, data: StudyData, seed: int
+) -> Params:
   """Returns the parameters that one seed of an arm starts from, adapted."""
-  base = on.bases[seed % len(on.bases)]
+  base = data.bases[seed % len(data.bases)]
   transform = arm.transform
   if transform is None:
     return base
-  if arm.look is not None:
-    data = Pipeline(
-      source=study.task, length=on.pool.shape[1] - 1, batch_size=32
+  if arm.init_stats is not None:
+    pipeline = Pipeline(
+      source=setup.task, length=data.pool.shape[1] - 1, batch_size=32
     )
-    reading = CalibrationData(data=data, objective=on.objective)
-    transform = dataclasses.replace(transform, init_stats=arm.look(reading))
+    calibration = CalibrationData(data=pipeline, objective=data.objective)
+    stats = arm.init_stats(calibration)
+    transform = dataclasses.replace(transform, init_stats=stats)
   return transform(base, jax.random.key(seed))
 
 
@@ -212,10 +283,10 @@ def best_of(losses: Float[np.ndarray, "R S"]) -> int:
   return int(np.argmin(np.where(np.isfinite(mean), mean, np.inf)))
 
 
-def _population(study: Study, arm: Arm, on: Ground, trees: Sequence[Params]):
+def _compiled(setup: Setup, arm: Arm, data: StudyData, trees: Sequence[Params]):
   """Returns f(rates) -> table, compiled once."""
   # Where one base serves all seeds, it is held once.
-  apart = r"(^|/)(trained|fixed)/" if len(on.bases) == 1 else "."
+  apart = r"(^|/)(trained|fixed)/" if len(data.bases) == 1 else "."
   cut = [tree.partition(t, apart) for t in trees]
   own = jax.tree.map(lambda *x: jnp.stack(x), *[mine for mine, _ in cut])
   shared = cut[0][1]
@@ -226,9 +297,9 @@ def _population(study: Study, arm: Arm, on: Ground, trees: Sequence[Params]):
       mine = jax.tree.map(lambda x: x[seed], own)
       params = tree.combine(mine, shared)
       key = jax.random.fold_in(jax.random.key(17), seed)
-      last, curve = _member(arm, study, on.objective, params, pool, key, rate)
+      last, curve = _member(arm, setup, data.objective, params, pool, key, rate)
       out = {
-        name: _loss(on.objective, last.params, rows)
+        name: _loss(data.objective, last.params, rows)
         for name, rows in evaluations.items()
       }
       rank, rank90 = _ranks(last.params, params)
@@ -240,7 +311,7 @@ def _population(study: Study, arm: Arm, on: Ground, trees: Sequence[Params]):
       lambda rate: jax.lax.map(lambda seed: member(seed, rate), seeds), rates
     )
 
-  return lambda rates: run(own, shared, on.pool, on.evaluations, rates)
+  return lambda rates: run(own, shared, data.pool, data.evaluations, rates)
 
 
 def _loss(objective: Any, params: Params, rows: Int[Array, "M S"]) -> Array:
