@@ -1,13 +1,12 @@
-"""The table of formats: the command on a tiny model, lines, pictures."""
+"""The table of formats: rows of a tiny model, lines, pictures."""
 
 import dataclasses
-import json
 
 import pytest
 
-from experiments.core import cli, config, from_scratch
-from experiments.notebooks import quant_pictures
-from experiments.studies.quant import quant_rows, quant_study, quant_table
+from experiments.core import config, from_scratch
+from experiments.studies import protocol
+from experiments.studies.quant import bands, pictures, quant_rows, quant_study
 from research.nn import presets
 from research.quant.algorithms.calibrate import Calibration
 from research.quant.formats.affine import Affine
@@ -17,7 +16,7 @@ from tests.support_letters import Letters, Text
 RUNS = sorted(
   str(p.relative_to(config.CONFIGS))
   for p in config.CONFIGS.glob("runs/quant/claims_*.gin")
-  if "quant_study" in p.read_text("utf-8")
+  if "equal_bits" in p.name
 )
 
 
@@ -39,24 +38,14 @@ TABLE = quant_study.Table(
 
 @pytest.fixture(scope="module", name="rows")
 def _rows(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("table")
-  return folder, quant_study.measured(TABLE, folder)
+  shared = TABLE.prepare(tmp_path_factory.mktemp("table"))
+  return {arm: TABLE.run(arm, {}, shared) for arm in TABLE.arms}
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_every_table_parses_and_its_text_rebuilds_it(run):
-  first = config.read(run, root=quant_study.Table)
-  again = config.parse(first.text, root=quant_study.Table)
-  assert again.text == first.text
-  assert [r.name for r in again.experiment.flat] == [
-    r.name for r in first.experiment.flat
-  ]
-
-
-@pytest.mark.parametrize("run", [r for r in RUNS if "equal_bits" in r])
 def test_awq_reads_fewer_windows_than_gptq(run):
   """Scopes apply from the left: `b/` alone says nothing of `a/b/`."""
-  read = config.read(run, root=quant_study.Table).experiment
+  read = config.read(run, root=protocol.Run).experiment.study
   for kind, windows in (("AWQ", 4), ("GPTQ", 24), ("imatrix", 24)):
     rows = [row for row in read.flat if row.name.startswith(f"{kind} ")]
     assert rows
@@ -64,7 +53,7 @@ def test_awq_reads_fewer_windows_than_gptq(run):
 
 
 def test_more_bits_lose_less(rows):
-  _, found = rows
+  found = rows
   three, four, eight = (
     found[name] for name in ("int3-asym-g16", "int4-asym-g16", "eight")
   )
@@ -86,33 +75,21 @@ def test_more_bits_lose_less(rows):
 
 
 def test_what_does_not_fit_is_a_row_that_says_so(rows):
-  _, found = rows
-  assert "no multiple" in found["does not fit"]["failed"]
-  assert "does not fit" not in [x["row"] for x in quant_study.table(found)]
+  assert "no multiple" in rows["does not fit"]["failed"]
+  assert "does not fit" not in [x["row"] for x in TABLE.table(rows)]
 
 
-def test_rows_are_measured_once(rows, monkeypatch):
-  folder, found = rows
-  good = dataclasses.replace(TABLE, rows=TABLE.rows[:1])
-  monkeypatch.setattr(
-    quant_study, "one", lambda *x: pytest.fail("measured again")
-  )
-  again = quant_study.measured(good, folder)
-  assert again == {name: found[name] for name in again} and len(again) == 2
-  other = dataclasses.replace(good, text=Calibration(windows=2))
-  with pytest.raises(UserError, match="another configuration"):
-    quant_study.measured(other, folder)
-
-
-def test_what_tells_rows_apart_is_no_address():
-  row = quant_study.Row(name="a", transforms=(quant_study.band,))
-  key = quant_study._key(TABLE, row)
-  assert key["made"] == "(<function band>,)" and "0x" not in f"{key}"
+def test_settings_are_a_row_s_own():
+  fewer = dataclasses.replace(TABLE, rows=TABLE.rows[:1], rules=(str,))
+  for arm in fewer.arms:
+    assert fewer.settings(arm) == TABLE.settings(arm)
+  other = dataclasses.replace(TABLE, text=Calibration(windows=2))
+  assert other.settings("eight") != TABLE.settings("eight")
+  assert len({TABLE.settings(arm) for arm in TABLE.arms}) == len(TABLE.arms)
 
 
 def test_the_table_has_the_base_and_bands(rows):
-  _, found = rows
-  lines = quant_study.table(found)
+  lines = TABLE.table(rows)
   assert [x["row"] for x in lines][:2] == ["base", "eight"]
   bits = [x["bits"] for x in lines[1:]]
   assert bits == sorted(bits, reverse=True)
@@ -122,7 +99,7 @@ def test_the_table_has_the_base_and_bands(rows):
     "int4-asym-g16": None,
     "int3-asym-g16": "4.25-4.5",
   }
-  assert quant_study.band(3.5) == (3.25, 3.5) and not quant_study.band(None)
+  assert bands.band(3.5) == (3.25, 3.5) and not bands.band(None)
 
 
 def test_the_front_is_what_nothing_beats():
@@ -130,7 +107,7 @@ def test_the_front_is_what_nothing_beats():
     {"bits_per_weight": b, "kl": k}
     for b, k in ((4, 1.0), (4, 0.5), (5, 0.6), (6, 0.1), (3, 2.0))
   ]
-  front = quant_pictures.front(rows)
+  front = pictures.front(rows)
   assert [(r["bits_per_weight"], r["kl"]) for r in front] == [
     (3, 2.0),
     (4, 0.5),
@@ -138,23 +115,10 @@ def test_the_front_is_what_nothing_beats():
   ]
 
 
-def test_the_command_leaves_what_it_says(rows, tmp_path, capsys, monkeypatch):
-  read = config.Read(TABLE, "")
-  monkeypatch.setattr(config, "read", lambda *x, **y: read)
-  folder, _ = rows
-  for path in (folder / "rows").iterdir():
-    (tmp_path / "rows").mkdir(exist_ok=True)
-    (tmp_path / "rows" / path.name).write_text(path.read_text())
-  argv = ["quant_table", "--config=x.gin", f"--workdir={tmp_path}"]
-  assert cli.call(quant_table.main, [*argv, "--only=int|eight"]) == 0
-  out = capsys.readouterr().out
-  result = json.loads(out.splitlines()[-1])
-  assert result == json.loads((tmp_path / "result.json").read_text())
-  assert result["tokens"] == 6 * 63 and len(result["rows"]) == 4
+def test_a_picture_and_a_summary(rows, tmp_path):
+  TABLE.plot(rows, tmp_path, "tiny")
   assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
-  assert (tmp_path / "table.csv").read_text().count("\n") == 5
-  assert cli.call(quant_table.main, [*argv, "--only=none such"]) == 1
-  assert "finds no row" in capsys.readouterr().err
+  assert TABLE.summary(rows["eight"]).startswith("9.500 bits, perplexity ")
 
 
 def test_names_are_rows_of_their_own():

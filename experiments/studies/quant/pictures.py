@@ -1,13 +1,14 @@
-"""Pictures of quantized models: what is lost against bits."""
+"""Pictures of packed models: what is lost against bits and bytes."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.studies.quant import quant_study
+from experiments.core.stats import Mean
+from experiments.studies import pictures
+from experiments.studies.protocol import Lines, Rows
+from experiments.studies.quant import bands
 from research.training.reports import plots
-
-Rows = Mapping[str, Mapping[str, Any]]
 
 
 def pareto(rows: Rows, picture: pathlib.Path, title: str) -> None:
@@ -35,25 +36,12 @@ def front_and_ranking(rows: Rows, title: str) -> Any:
       [r["kl"] for r in mine],
       yerr=[r["kl_se"] or 0 for r in mine],
       label=group,
-      **_look(groups, group),
+      **_style(groups, group),
     )
   best = front(good)
-  left.plot(
-    [r["bits_per_weight"] for r in best],
-    [r["kl"] for r in best],
-    color="0.6",
-    linewidth=0.8,
-    zorder=0,
-  )
-  for r in best:
-    left.annotate(
-      r["row"],
-      (r["bits_per_weight"], r["kl"]),
-      (4, 4),
-      textcoords="offset points",
-      fontsize=7,
-    )
-  for low, high in quant_study.BANDS:
+  points = {r["row"]: (r["bits_per_weight"], r["kl"]) for r in best}
+  left.plot(*zip(*points.values(), strict=True), color="0.6", lw=0.8, zorder=0)
+  for low, high in bands.BANDS:
     left.axvspan(low, high, color="0.93", zorder=-1)
   left.set(
     xlabel="bits a weight, everything counted",
@@ -64,32 +52,31 @@ def front_and_ranking(rows: Rows, title: str) -> Any:
   left.legend(frameon=False, fontsize=8)
   left.grid(alpha=0.3)
   _ranking(right, good, groups)
+  drawn.draw_without_rendering()  # limits and frames are final from here on
+  pictures.label_points(left, points)
   return drawn
 
 
-def _look(groups: list[str], group: str) -> dict[str, Any]:
+def _style(groups: Sequence[str], group: str) -> dict[str, Any]:
   i = groups.index(group)
   color = plots.COLORS[i % len(plots.COLORS)]
   return dict(fmt="os^Dv*PX"[i % 8], color=color, capsize=2, markersize=5)
 
 
-def _ranking(axes: Any, rows: list[Any], groups: list[str]) -> None:
+def _ranking(axes: Any, rows: Sequence[Any], groups: Sequence[str]) -> None:
   """Draws the rows of each band under each other, the best on top."""
-  names: list[str] = []
-  for low, high in quant_study.BANDS[::-1]:
-    some = [
-      r for r in rows if quant_study.band(r["bits_per_weight"]) == (low, high)
-    ]
+  found: dict[str, Mean] = {}
+  styles: dict[str, Mapping[str, Any]] = {}
+  for limits in bands.BANDS[::-1]:
+    some = [r for r in rows if bands.band(r["bits_per_weight"]) == limits]
     for r in sorted(some, key=lambda r: -r["kl"]):
-      axes.errorbar(
-        r["kl"], len(names), xerr=r["kl_se"] or 0, **_look(groups, r["group"])
-      )
-      names.append(f"{r['row']}  ({r['bits_per_weight']:.2f})")
-    axes.axhline(len(names) - 0.5, color="0.8", linewidth=0.8)
-  axes.set_yticks(range(len(names)), names, fontsize=7)
+      name = f"{r['row']}  ({r['bits_per_weight']:.2f})"
+      found[name] = Mean(r["kl"], r["kl_se"] or 0.0)
+      styles[name] = _style(groups, r["group"])
+    axes.axhline(len(found) - 0.5, color="0.8", linewidth=0.8)
+  pictures.ranking(axes, found, styles)
   axes.set(xscale="log", xlabel="KL, by band", title="at equal bits")
   axes.xaxis.set_minor_formatter("")
-  axes.grid(alpha=0.3)
 
 
 def front(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -102,10 +89,8 @@ def front(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
   return kept
 
 
-def ladder(
-  lines: list[Mapping[str, Any]], picture: pathlib.Path, title: str
-) -> None:
-  """Draws loss against bytes, a line a way to keep a model of any width.
+def ladder(lines: Lines, picture: pathlib.Path, title: str) -> None:
+  """Draws loss against bytes, a line a way to pack a model of any width.
 
   Args:
     lines: as `experiments.studies.quant.quant_ladder.table` makes them.
@@ -115,15 +100,10 @@ def ladder(
   drawn = plots.figure(8, 5)
   axes = drawn.add_subplot()
   names = list(dict.fromkeys(x["row"] for x in lines))
-  for name in names:
+  for i, name in enumerate(names):
     mine = [x for x in lines if x["row"] == name]
-    axes.errorbar(
-      [x["kB"] for x in mine],
-      [x["loss"] for x in mine],
-      yerr=[x["± 95%"] or 0 for x in mine],
-      label=name,
-      **_look(names, name) | {"fmt": "-" + "os^Dv*PX"[names.index(name) % 8]},
-    )
+    losses = [x["loss"] for x in mine]
+    pictures.means(axes, [x["kB"] for x in mine], losses, name, plots.style(i))
   axes.set(
     xscale="log",
     xlabel="kB, all arrays",

@@ -1,21 +1,15 @@
-"""The table of caches: rows of a tiny model, verdicts, the run file."""
+"""The study of caches: arms of a tiny model, lines, verdicts."""
 
 import dataclasses
 
 import pytest
 
 from experiments import generate, perplexity
-from experiments.core import cli, config, from_scratch
+from experiments.core import cli, from_scratch
 from experiments.studies.quant import kv_study
 from research.nn import presets
 from research.typing import UserError
 from tests.support_letters import Letters, Text
-
-RUNS = sorted(
-  str(p.relative_to(config.CONFIGS))
-  for p in config.CONFIGS.glob("runs/quant/claims_kv*.gin")
-)
-
 
 TABLE = kv_study.Table(
   model=from_scratch.FromScratch(
@@ -35,33 +29,33 @@ TABLE = kv_study.Table(
 )
 
 
-def test_rows_of_a_tiny_model():
-  loaded = TABLE.model.load()
-  ids = kv_study.read(TABLE, loaded.tokenizer)
-  assert len(ids) == 64
-  fine, coarse, none = kv_study.errors(TABLE, loaded, ids)
+def test_arms_of_a_tiny_model(tmp_path):
+  shared = TABLE.prepare(tmp_path)
+  assert len(shared.ids) == 64
+  assert TABLE.arms == ["attention", "whole", "k2v2,group=8,residual=0"]
+  rows = {arm: TABLE.run(arm, {}, shared) for arm in TABLE.arms}
+  fine, coarse, none = rows["attention"]["errors"].values()
   # 2 bits have steps 85 times those of 8.
-  assert 20 < coarse["mean"] / fine["mean"] < 340
-  assert none["mean"] == none["worst"] == 0
-  assert coarse["mean"] <= coarse["worst"]
-  whole, packed = kv_study.perplexities(TABLE, loaded, ids)
+  assert 20 < coarse["error"] / fine["error"] < 340
+  assert none["error"] == none["worst"] == 0
+  assert coarse["error"] <= coarse["worst"]
+  whole, packed, *others = TABLE.table(rows)
   assert whole["kv"] == "whole" and whole["bits"] == 32
   # 2 bits, and 32 for each 8 numbers.
   assert packed["bits"] == 6
   assert packed["bytes_per_token"] == whole["bytes_per_token"] * 6 / 32
   assert packed["more"] == packed["nll"] - whole["nll"] != 0
+  assert [line["kv"] for line in others] == list(TABLE.attention)
 
 
 def test_verdicts_follow_rows():
-  caches = [{"kv": "k8v4", "more": 0.1}, {"kv": "k4v8", "more": 0.2}]
-  attention = [
-    {"kv": "k16v4", "mean": 0.3},
-    {"kv": "k16v4,value=per_channel", "mean": 0.2},
-  ]
-  values, bits = kv_study.verdicts(caches, attention)
+  caches = {"whole": {"nll": 2.0}, "k8v4": {"nll": 2.1}, "k4v8": {"nll": 2.2}}
+  errors = {"k16v4": {"error": 0.3}, "k16v4,value=per_channel": {"error": 0.2}}
+  rows = caches | {"attention": {"errors": errors}}
+  values, bits = TABLE.verdicts(rows)
   assert bits.holds and "0.1000" in bits.found
   assert not values.holds
-  assert kv_study.verdicts([], []) == []
+  assert TABLE.verdicts({}) == []
 
 
 def test_what_cannot_be_measured():
@@ -73,12 +67,6 @@ def test_what_cannot_be_measured():
     odd = dataclasses.replace(TABLE, attention=("k4v16",))
     loaded = odd.model.load()
     kv_study.errors(odd, loaded, kv_study.read(odd, Letters()))
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_every_table_parses_and_its_text_rebuilds_it(run):
-  first = config.read(run, root=kv_study.Table)
-  assert config.parse(first.text, root=kv_study.Table).text == first.text
 
 
 @pytest.mark.parametrize(
