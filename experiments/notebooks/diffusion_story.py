@@ -1,7 +1,7 @@
 """The toys of `colab/llada.ipynb`: a chain that is masked, learned, filled in.
 
 The chain is a `synthetic.Markov`, so its entropy is known, and so is what a
-perfect model would say (`diffusion_truth`); states are shown as letters.
+perfect model would say (`truth`); states are shown as letters.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.studies.diffusion import diffusion_truth
-from experiments.studies.diffusion.diffusion_study import Tiny, batch_of
+from experiments.studies.diffusion import truth as diffusion_truth
+from experiments.studies.diffusion.study import Tiny, batch_of
 from experiments.studies.documents import documents
 from research.data.sources.synthetic import Markov
 from research.diffusion import process

@@ -7,17 +7,21 @@ import math
 import pytest
 
 from experiments.studies.diffusion import (
-  diffusion_caches,
-  diffusion_ends,
-  diffusion_following,
-  diffusion_ladder,
-  diffusion_policies,
-  diffusion_reversal,
-  diffusion_rewards,
-  diffusion_study,
-  diffusion_truth,
+  caches,
+  following,
+  ladder,
+  policies,
+  reversal,
+  rewards,
+  tasks,
+  truth,
 )
-from experiments.studies.diffusion import diffusion_tasks as tasks
+from experiments.studies.diffusion import (
+  ends as diffusion_ends,
+)
+from experiments.studies.diffusion import (
+  study as diffusion_study,
+)
 from research.data.sources.synthetic import Markov
 
 SOURCE = Markov(vocab=8, length=16)
@@ -41,8 +45,8 @@ def changed(rows, arms, path, values):
 
 # --- the ladder ---
 
-LADDER = diffusion_ladder.Ladder(source=SOURCE, steps=100, more=4)
-ENTROPY = diffusion_truth.entropy(SOURCE, 16)
+LADDER = ladder.Ladder(source=SOURCE, steps=100, more=4)
+ENTROPY = truth.entropy(SOURCE, 16)
 
 
 def ladder_rows(**gaps):
@@ -97,7 +101,7 @@ def test_a_gap_at_equal_tokens_is_read_off_the_curve():
 
 # --- reversal ---
 
-REVERSAL = diffusion_reversal.Reversal()
+REVERSAL = reversal.Reversal()
 RIGHT = {
   "next token": {
     "fact": 1.0,
@@ -143,7 +147,7 @@ def test_reversal_fails(kind, probe, value, number):
 
 # --- policies ---
 
-POLICIES = diffusion_policies.Policies(chain=SOURCE)
+POLICIES = policies.Policies(chain=SOURCE)
 
 
 def policy_rows():
@@ -224,7 +228,7 @@ def test_policies_differ_by_more_than_seeds_do(name):
 
 # --- caches ---
 
-CACHES = diffusion_caches.Caches(chain=SOURCE)
+CACHES = caches.Caches(chain=SOURCE)
 
 
 def cache_rows(**more):
@@ -263,7 +267,7 @@ def test_caches(more, wanted):
 
 
 def test_delayed_caches_have_rows_and_what_they_read():
-  study = diffusion_caches.Caches(
+  study = caches.Caches(
     chain=Markov(vocab=8, length=8),
     sums=tasks.Sums(length=4),
     blocks=(4, 8),
@@ -328,11 +332,11 @@ def test_ends(lengths, number):
 
 # --- rewards ---
 
-REWARDS = diffusion_rewards.Rewards()
+REWARDS = rewards.Rewards()
 
 
 def reward_rows(one=0.9, coupled=0.99, lot=0.4, alike=1.5):
-  ends = dict(zip(diffusion_rewards.KINDS, (one, coupled, lot), strict=True))
+  ends = dict(zip(rewards.KINDS, (one, coupled, lot), strict=True))
   return {
     f"{kind}: seed {s}": {
       "reward": [0.4, end + JITTER[s]],
@@ -360,7 +364,7 @@ def test_rewards(more, wanted):
 
 # --- instructions ---
 
-FOLLOWING = diffusion_following.Following()
+FOLLOWING = following.Following()
 
 
 def following_rows(before=(2.0, 0.1), after=(0.1, 0.95), alone=(1.0, 0.5)):
@@ -391,6 +395,6 @@ def test_following(more, wanted):
 
 
 def test_one_seed_is_no_interval():
-  one = diffusion_following.Following(seeds=1)
+  one = following.Following(seeds=1)
   assert not holds(one, following_rows())[0]
   assert math.isinf(one.of(following_rows(), "converted", "loss").half)

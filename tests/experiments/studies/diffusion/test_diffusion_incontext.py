@@ -8,20 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.studies.diffusion import diffusion_incontext as incontext
-from experiments.studies.diffusion import diffusion_kinds as kinds
-from experiments.studies.diffusion.diffusion_incontext import (
+from experiments.studies.diffusion import incontext, kinds
+from experiments.studies.diffusion.incontext import (
   LAST,
   MIDDLE,
   SCORED,
   STRANGE,
 )
-from experiments.studies.diffusion.diffusion_kinds import (
+from experiments.studies.diffusion.kinds import (
   AR,
   CONVERTED,
   DIFFUSION,
 )
-from experiments.studies.diffusion.diffusion_study import Tiny
+from experiments.studies.diffusion.study import Tiny
 from research.data.sources.shots import Shots
 from research.typing import UserError
 

@@ -5,9 +5,9 @@ import copy
 import numpy as np
 import pytest
 
-from experiments.studies.diffusion.diffusion_lengths import Lengths
-from experiments.studies.diffusion.diffusion_study import Tiny
-from experiments.studies.diffusion.diffusion_tasks import Walks
+from experiments.studies.diffusion.lengths import Lengths
+from experiments.studies.diffusion.study import Tiny
+from experiments.studies.diffusion.tasks import Walks
 from research.diffusion.sampling.config import Growth
 
 STUDY = Lengths()

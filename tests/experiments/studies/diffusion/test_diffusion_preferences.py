@@ -5,14 +5,14 @@ import copy
 import numpy as np
 import pytest
 
-from experiments.studies.diffusion import diffusion_preferences as preferences
-from experiments.studies.diffusion.diffusion_preferences import (
+from experiments.studies.diffusion import preferences
+from experiments.studies.diffusion.preferences import (
   APART,
   BEFORE,
   BEST,
   NAIVE,
 )
-from experiments.studies.diffusion.diffusion_study import Tiny
+from experiments.studies.diffusion.study import Tiny
 from research.diffusion.alignment.preference import VRPO
 
 STUDY = preferences.Preferences(

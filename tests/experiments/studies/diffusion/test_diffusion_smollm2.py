@@ -5,12 +5,12 @@ import copy
 import numpy as np
 import pytest
 
-from experiments.studies.diffusion import diffusion_smollm2
-from experiments.studies.diffusion.diffusion_smollm2 import (
+from experiments.studies.diffusion import smollm2
+from experiments.studies.diffusion.smollm2 import (
   Backwards,
   Instructed,
 )
-from experiments.studies.diffusion.diffusion_study import Tiny
+from experiments.studies.diffusion.study import Tiny
 from research.interop import gguf, load
 from research.interop.loaded import Loaded
 from research.text.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def test_every_stage_is_judged(words, monkeypatch):
     tied=True,
   )  # fmt: skip
   made = Loaded(model, support.params(model), words, {})
-  monkeypatch.setattr(diffusion_smollm2.load, "load_model", lambda _: made)
+  monkeypatch.setattr(smollm2.load, "load_model", lambda _: made)
   study = Instructed(
     train=Tiny(batch=2, every=1, warmup=1, rate=1e-2),
     length=64,

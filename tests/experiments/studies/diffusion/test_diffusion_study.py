@@ -11,14 +11,16 @@ import pytest
 from experiments import study as command
 from experiments.core import cli
 from experiments.studies.diffusion import (
-  diffusion_bounds,
-  diffusion_policies,
-  diffusion_study,
-  diffusion_tasks,
-  diffusion_truth,
+  bounds,
+  policies,
+  tasks,
+  truth,
 )
-from experiments.studies.diffusion import diffusion_policy_verdicts as judged
-from experiments.studies.diffusion.diffusion_study import Tiny, batch_of
+from experiments.studies.diffusion import policy_verdicts as judged
+from experiments.studies.diffusion import (
+  study as diffusion_study,
+)
+from experiments.studies.diffusion.study import Tiny, batch_of
 from research.data.sources.synthetic import Markov
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
@@ -37,11 +39,11 @@ def _trial(tmp_path_factory):
 
   def run():
     bindings = (
-      *("diffusion_study.Tiny.width=16", "diffusion_study.Tiny.depth=1"),
-      "diffusion_study.Tiny.every=4",
-      "diffusion_reversal.Reversal.steps=6",
-      "diffusion_reversal.Pairs.count=4",
-      "diffusion_reversal.Reversal.seeds=1",
+      *("study.Tiny.width=16", "study.Tiny.depth=1"),
+      "study.Tiny.every=4",
+      "reversal.Reversal.steps=6",
+      "reversal.Pairs.count=4",
+      "reversal.Reversal.seeds=1",
     )
     flags = ["--config=runs/llada/claims_reversal.gin", f"--workdir={folder}"]
     flags += [f"--set={b}" for b in bindings]
@@ -120,23 +122,23 @@ def test_the_bound_is_the_mean_over_numbers_of_masks():
   rows = np.arange(32).reshape(4, 8) % 5
   single = BlockDiffusion(model=model, mask_id=5, block=1)
   batch = batch_of(rows)
-  want = diffusion_bounds.loss(single, params, batch)
-  got = float(diffusion_bounds.bound(single, params, batch, 1))
+  want = bounds.loss(single, params, batch)
+  got = float(bounds.bound(single, params, batch, 1))
   assert got == pytest.approx(want, rel=1e-5)
   key = jax.random.key(0)
   for n in (1, 3, 4):
-    masked, counts = diffusion_bounds.masks(key, jnp.asarray(rows), n, 4)
+    masked, counts = bounds.masks(key, jnp.asarray(rows), n, 4)
     assert (np.asarray(masked).reshape(4, 2, 4).sum(-1) == n).all()
     np.testing.assert_allclose(np.asarray(counts).sum(), 32)
   # Untrained, with a zero head: a uniform guess, for every number of masks.
   flat = dict(params) | {"head": jnp.zeros_like(params["head"])}
   whole = MaskedDiffusion(model=model, mask_id=5)
-  got = float(diffusion_bounds.bound(whole, flat, batch, 8))
+  got = float(bounds.bound(whole, flat, batch, 8))
   assert got == pytest.approx(np.log(5), rel=1e-5)
 
 
 CHAIN = Markov(vocab=4, length=8, concentration=0.3, seed=2)
-STUDY = diffusion_policies.Policies(
+STUDY = policies.Policies(
   chain=CHAIN,
   rows=512,
   speeds=(1, 8),
@@ -150,17 +152,17 @@ STUDY = diffusion_policies.Policies(
 @pytest.mark.slow
 def test_of_the_chain_itself_samples_are_as_good_as_the_sampler(monkeypatch):
   few = {"low confidence": "candidate", "random": "random"}
-  monkeypatch.setattr(diffusion_policies, "SELECTS", few)
+  monkeypatch.setattr(policies, "SELECTS", few)
   points = {
     (p["policy"], p["knob"]): p
     for p in STUDY.run(f"{judged.EXACT}, seed 0", {}, None)["points"]
   }
-  entropy = diffusion_truth.entropy(CHAIN, 8)
+  entropy = truth.entropy(CHAIN, 8)
   slow, fast = points["random", 1], points["random", 8]
   assert slow["calls"] == 8 and fast["calls"] == 1
   # Four standard errors of a row's surprise, a token.
   rows = np.stack([e.tokens for e in CHAIN.examples(None)])
-  error = 4 * diffusion_truth.surprise(CHAIN, rows).std() / 512**0.5 / 8
+  error = 4 * truth.surprise(CHAIN, rows).std() / 512**0.5 / 8
   for name in ("random", "first hitting"):
     assert points[name, 1]["nats"] == pytest.approx(entropy, abs=error)
     assert points[name, 1]["off"] < 0.06
@@ -174,8 +176,8 @@ def test_of_the_chain_itself_samples_are_as_good_as_the_sampler(monkeypatch):
 def test_what_answers_cost_is_what_ran(monkeypatch):
   """FLOPs of a batch's calls; a row has as many as its own."""
   few = {"low confidence": "candidate"}
-  monkeypatch.setattr(diffusion_policies, "SELECTS", few)
-  sums = diffusion_tasks.Sums(length=4, given=4)
+  monkeypatch.setattr(policies, "SELECTS", few)
+  sums = tasks.Sums(length=4, given=4)
   study = dataclasses.replace(
     STUDY, sums=sums, tiny=SMALL, steps=2, rows=8, thresholds=(0.5,)
   )

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.studies.diffusion import diffusion_text
-from experiments.studies.diffusion.diffusion_study import Tiny
-from experiments.studies.diffusion.diffusion_text import (
+from experiments.studies.diffusion import text as diffusion_text
+from experiments.studies.diffusion.study import Tiny
+from experiments.studies.diffusion.text import (
   AR,
   DIFFUSION,
   MARK,

@@ -18,8 +18,9 @@ import numpy as np
 
 from experiments.core.stats import Mean, above, every, mean, paired
 from experiments.studies import pictures
-from experiments.studies.diffusion import diffusion_bounds, diffusion_truth
-from experiments.studies.diffusion.diffusion_study import (
+from experiments.studies.diffusion import bounds
+from experiments.studies.diffusion import truth as diffusion_truth
+from experiments.studies.diffusion.study import (
   DiffusionStudy,
   Tiny,
   at,
@@ -163,9 +164,9 @@ class Ladder(DiffusionStudy):
     begin = self.source.vocab if block is None else None
     batch = batch_of(rows, begin=begin)
     if block is None:
-      found = diffusion_bounds.loss(objective, params, batch)
+      found = bounds.loss(objective, params, batch)
     else:
-      found = float(diffusion_bounds.bound(objective, params, batch, block))
+      found = float(bounds.bound(objective, params, batch, block))
     return found - float(truth) / self.source.length
 
   # --- what the rows say ---

@@ -22,8 +22,8 @@ import numpy as np
 
 from experiments.core.stats import below, mean, paired
 from experiments.studies import pictures
-from experiments.studies.diffusion import diffusion_bounds
-from experiments.studies.diffusion.diffusion_study import (
+from experiments.studies.diffusion import bounds
+from experiments.studies.diffusion.study import (
   DiffusionStudy,
   Tiny,
   at,
@@ -196,7 +196,7 @@ class Text(DiffusionStudy):
         rows=1024,
       )
       keys = list(jax.random.split(jax.random.key(7), self.passes))
-    nats, error = diffusion_bounds.passes(objective, params, each, keys)
+    nats, error = bounds.passes(objective, params, each, keys)
     return {
       "bits": nats * scale,
       "error": error * scale,

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.core.stats import Mean, mean
-from experiments.studies.diffusion import diffusion_kinds as kinds
-from experiments.studies.diffusion.diffusion_kinds import AR, DIFFUSION
-from experiments.studies.diffusion.diffusion_study import (
+from experiments.studies.diffusion import kinds
+from experiments.studies.diffusion.kinds import AR, DIFFUSION
+from experiments.studies.diffusion.study import (
   DiffusionStudy,
   Tiny,
   over_seeds,

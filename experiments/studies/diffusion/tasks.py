@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies.diffusion.diffusion_study import Tiny, batch_of
+from experiments.studies.diffusion.study import Tiny, batch_of
 from experiments.studies.documents import documents
 from research.data.sources import Split
 from research.data.sources.synthetic import Markov, rng_of

@@ -18,13 +18,13 @@ import numpy as np
 
 from experiments.core.stats import Mean, above, mean, paired
 from experiments.studies import pictures
-from experiments.studies.diffusion.diffusion_study import (
+from experiments.studies.diffusion.study import (
   DiffusionStudy,
   Tiny,
   batch_of,
   over_seeds,
 )
-from experiments.studies.diffusion.diffusion_tasks import Targets, learn
+from experiments.studies.diffusion.tasks import Targets, learn
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.diffusion.alignment import grpo
 from research.diffusion.alignment.estimators import Coupled, FullMask

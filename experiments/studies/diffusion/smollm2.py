@@ -20,9 +20,9 @@ import numpy as np
 
 from experiments.core.stats import above, mean, paired
 from experiments.studies import pictures
-from experiments.studies.diffusion import diffusion_bounds
-from experiments.studies.diffusion.diffusion_policies import fill
-from experiments.studies.diffusion.diffusion_study import (
+from experiments.studies.diffusion import bounds
+from experiments.studies.diffusion.policies import fill
+from experiments.studies.diffusion.study import (
   OfSeeds,
   Tiny,
   over_seeds,
@@ -182,9 +182,9 @@ class Instructed(OfSeeds):
     """Returns nats a token of plain text, before and after learning it."""
     objective = NextToken(model=loaded.model, rows=256)
     params = loaded.params
-    out = [diffusion_bounds.passes(objective, params, unseen, [None])[0]]
+    out = [bounds.passes(objective, params, unseen, [None])[0]]
     params = self.train.trained(objective, params, plain, self.adapt, 2 * seed)
-    out.append(diffusion_bounds.passes(objective, params, unseen, [None])[0])
+    out.append(bounds.passes(objective, params, unseen, [None])[0])
     return out
 
   def _plain(self, tokenizer: Any) -> Batch:
@@ -257,7 +257,7 @@ class Instructed(OfSeeds):
     self, objective: Any, params: Params, batches: Sequence[Batch]
   ) -> tuple[float, float]:
     keys = list(jax.random.split(jax.random.key(5), self.passes))
-    return diffusion_bounds.passes(objective, params, batches, keys)
+    return bounds.passes(objective, params, batches, keys)
 
   def _answers(
     self, objective: Any, params: Params, lists: Sequence[Example]

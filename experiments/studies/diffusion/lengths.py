@@ -1,7 +1,7 @@
 """How long an answer will be, which a model says before it has one.
 
 A canvas that grows (`variable_length`) stops where the model expects
-an end. On random walks around a ring (`diffusion_tasks.Walks`) it is known
+an end. On random walks around a ring (`tasks.Walks`) it is known
 exactly how long answers to a question are on average: the further the goal, the
 longer. Training cuts batches to random lengths, as LLaDA's now and then does,
 so that a short canvas is nothing new.
@@ -16,12 +16,12 @@ import numpy as np
 
 from experiments.core.stats import above, below
 from experiments.studies import pictures
-from experiments.studies.diffusion.diffusion_study import (
+from experiments.studies.diffusion.study import (
   OfSeeds,
   Tiny,
   batch_of,
 )
-from experiments.studies.diffusion.diffusion_tasks import Walks, learn
+from experiments.studies.diffusion.tasks import Walks, learn
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.diffusion.batch_transforms import RandomTruncation
 from research.diffusion.sampling import sampler, variable_length

@@ -15,9 +15,9 @@ import numpy as np
 
 from experiments.core.stats import above
 from experiments.studies import pictures
-from experiments.studies.diffusion import diffusion_bounds
-from experiments.studies.diffusion.diffusion_policies import fill
-from experiments.studies.diffusion.diffusion_study import (
+from experiments.studies.diffusion import bounds
+from experiments.studies.diffusion.policies import fill
+from experiments.studies.diffusion.study import (
   OfSeeds,
   Tiny,
   batch_of,
@@ -146,7 +146,7 @@ class Following(OfSeeds):
     got, _ = fill(denoiser, params, noisy, objective.mask_id, options, GREEDY)
     # Each row's answer, many times masked.
     batch = batch_of(np.tile(rows, (8, 1)), learned)
-    loss = diffusion_bounds.loss(
+    loss = bounds.loss(
       dataclasses.replace(objective, norm="token"), params, batch
     )
     right = (got == rows)[:, learned]

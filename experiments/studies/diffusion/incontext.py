@@ -20,14 +20,14 @@ import numpy as np
 
 from experiments.core.stats import Mean, above, below, every, mean, paired
 from experiments.studies import pictures
-from experiments.studies.diffusion import diffusion_kinds as kinds
-from experiments.studies.diffusion.diffusion_kinds import (
+from experiments.studies.diffusion import kinds
+from experiments.studies.diffusion.kinds import (
   AR,
   CONVERTED,
   DIFFUSION,
   KINDS,
 )
-from experiments.studies.diffusion.diffusion_study import (
+from experiments.studies.diffusion.study import (
   DiffusionStudy,
   Tiny,
   over_seeds,

@@ -3,7 +3,7 @@
 Rows are fine-tuned with ends up to their full length, so ends are what a model
 is surest of: filled first, they grow from the back to the front, and answers
 are shorter than those that were learned (LLaDA's appendix on EOS; diffusion.md
-5.6). How long answers ought to be is known exactly (`diffusion_tasks.Walks`).
+5.6). How long answers ought to be is known exactly (`tasks.Walks`).
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from experiments.core.stats import above, below, either, every
-from experiments.studies.diffusion.diffusion_policies import ANY, fill
-from experiments.studies.diffusion.diffusion_study import (
+from experiments.studies.diffusion.policies import ANY, fill
+from experiments.studies.diffusion.study import (
   OfSeeds,
   Tiny,
   batch_of,
 )
-from experiments.studies.diffusion.diffusion_tasks import Walks, learn
+from experiments.studies.diffusion.tasks import Walks, learn
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.denoiser import NoCache

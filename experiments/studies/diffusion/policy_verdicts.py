@@ -2,7 +2,7 @@
 
 A point is a policy at a speed: calls of a row, and how good the rows are. On
 the chain that is nats a token under the truth, which has to be the entropy,
-and the distance of pairs (`diffusion_truth.off`); on sums the share that is
+and the distance of pairs (`truth.off`); on sums the share that is
 right, beside what a row costs. Differences are paired by seed, and hold where
 their interval does.
 """

@@ -17,13 +17,13 @@ import numpy as np
 
 from experiments.core.stats import above
 from experiments.studies import pictures
-from experiments.studies.diffusion.diffusion_rewards import Rewards
-from experiments.studies.diffusion.diffusion_study import (
+from experiments.studies.diffusion.rewards import Rewards
+from experiments.studies.diffusion.study import (
   OfSeeds,
   Tiny,
   batch_of,
 )
-from experiments.studies.diffusion.diffusion_tasks import Targets, learn
+from experiments.studies.diffusion.tasks import Targets, learn
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data.sources.synthetic import rng_of
 from research.diffusion.alignment.estimators import Elbo

@@ -19,10 +19,10 @@ import numpy as np
 
 from experiments.core.stats import Mean, below, every, mean, paired
 from experiments.studies import pictures
-from experiments.studies.diffusion import diffusion_tasks as tasks
-from experiments.studies.diffusion import diffusion_truth
-from experiments.studies.diffusion.diffusion_policies import ANY
-from experiments.studies.diffusion.diffusion_study import (
+from experiments.studies.diffusion import tasks
+from experiments.studies.diffusion import truth as diffusion_truth
+from experiments.studies.diffusion.policies import ANY
+from experiments.studies.diffusion.study import (
   DiffusionStudy,
   Tiny,
 )

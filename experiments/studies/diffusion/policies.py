@@ -3,7 +3,7 @@
 On a Markov chain, sampled at temperature 1, a row's likelihood is known, and so
 are the pairs it should be made of: policies that only write what is likely are
 told apart from those that sample. They are asked of the chain's own
-conditionals (`diffusion_truth.Chain`), where all errors are the sampler's, and
+conditionals (`truth.Chain`), where all errors are the sampler's, and
 of trained models. On `Sums`, decoded greedily, answers are right or wrong; what
 they cost is counted and measured there, too: FLOPs and seconds of a batch,
 whose rows wait for the slowest of them.
@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.studies.diffusion import diffusion_policy_verdicts as judged
-from experiments.studies.diffusion import diffusion_tasks as tasks
-from experiments.studies.diffusion import diffusion_truth
-from experiments.studies.diffusion.diffusion_study import (
+from experiments.studies.diffusion import policy_verdicts as judged
+from experiments.studies.diffusion import tasks, truth
+from experiments.studies.diffusion.study import (
   DiffusionStudy,
   Tiny,
 )
@@ -116,8 +115,8 @@ class Policies(DiffusionStudy):
     del before, shared
     task, seed = arm.split(", seed ")
     if task == judged.EXACT:
-      chain = diffusion_truth.Chain(mask_id=self.chain.vocab)
-      params = diffusion_truth.tables(self.chain, self.chain.length)
+      chain = truth.Chain(mask_id=self.chain.vocab)
+      params = truth.tables(self.chain, self.chain.length)
       return {"points": self._chain(chain, params, int(seed))}
     if task == judged.SUMS:
       learned = tasks.learn_sums(self.sums, self.tiny, self.steps, int(seed))
@@ -134,8 +133,8 @@ class Policies(DiffusionStudy):
     for way in self._ways(mask, length, length):
       asked = way.around(denoiser)
       got, calls = fill(asked, params, noisy, mask, way.how, seed=seed)
-      nats = diffusion_truth.surprise(self.chain, got).mean() / length
-      off = diffusion_truth.off(self.chain, got)
+      nats = truth.surprise(self.chain, got).mean() / length
+      off = truth.off(self.chain, got)
       found = {"nats": float(nats), "off": float(off)}
       out.append(_point(way, calls, length) | found)
     return out
@@ -226,12 +225,12 @@ class Policies(DiffusionStudy):
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of D4 and of the policies."""
-    entropy = diffusion_truth.entropy(self.chain, self.chain.length)
+    entropy = truth.entropy(self.chain, self.chain.length)
     return judged.verdicts(rows, self.seeds, entropy)
 
   def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves policies.png: quality against calls, of all policies."""
-    entropy = diffusion_truth.entropy(self.chain, self.chain.length)
+    entropy = truth.entropy(self.chain, self.chain.length)
     judged.draw(rows, self.seeds, entropy, folder / "policies.png", title)
 
 
