@@ -90,11 +90,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       {"claim": v.claim, "found": v.found, "verdict": v.state} for v in verdicts
     ],
     "tables": [table],
-    "arms": {
-      arm: {"seconds": round(found["seconds"], 1), "commit": found["commit"]}
-      for arm, found in stored.items()
-    },
+    "arms": {n: round(found["seconds"], 1) for n, found in stored.items()},
   }
+  commits = sorted({str(found["commit"]) for found in stored.values()})
+  result |= {"row_commits": commits} if commits != [result["commit"]] else {}
   failed = {n: row["failed"] for n, row in rows.items() if "failed" in row}
   result |= {"failed": failed} if failed else {}
   (folder / "result.json").write_text(results.json_text(result), "utf-8")

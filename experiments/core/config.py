@@ -230,6 +230,12 @@ def _shorten(error: Exception) -> str:
       m.group(1) if m else "?" for m in (owner, value, expected)
     ]
     return f"{parts[0]}.{field.group(1)}: found {parts[1]}, expected {parts[2]}"
+  absent = re.match(r"Could not find <class '[\w.]*?(\w+\.\w+)'> in the", text)
+  if absent:
+    return (
+      f"binds nothing of {absent.group(1)}, which this command builds; is it of"
+      " another command, or of an older version (CHANGELOG.md)?"
+    )
   macro = re.match(r"No bindings specified for '(.+)/gin\.macro'", text)
   if macro:
     return f"%{macro.group(1)}: has no value; add a line {macro.group(1)} = ..."

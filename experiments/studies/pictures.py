@@ -1,5 +1,6 @@
 """What pictures of studies share: curves over seeds, bars, rankings, labels."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,24 +80,31 @@ def ranking(
 def label_points(
   axes: Any, points: Mapping[str, tuple[float, float]], size: int = 7
 ) -> None:
-  """Writes names beside their points, towards the middle of the frame.
+  """Writes names beside their points: inside of the frame, on no other name.
 
-  A name in the right half stands left of its point, so that none crosses the
-  frame. Scales and limits of the axes are those of before.
+  Where there is no room for a name, it stands on another one. Layout, scales
+  and limits have to be final: see `Figure.draw_without_rendering`.
   """
-  x_limits, y_limits = axes.get_xlim(), axes.get_ylim()
+  frame, limits = axes.get_window_extent(), (axes.get_xlim(), axes.get_ylim())
+  taken: list[Any] = []
   for name, point in points.items():
-    across, up = axes.transAxes.inverted().transform(
-      axes.transData.transform(point)
-    )
-    right, top = across > 0.5, up > 0.9
-    axes.annotate(
-      name,
-      point,
-      (-4 if right else 4, -4 if top else 4),
-      textcoords="offset points",
-      ha="right" if right else "left",
-      va="top" if top else "bottom",
-      fontsize=size,
-    )
-  axes.set(xlim=x_limits, ylim=y_limits)
+    inside = []
+    for dx, dy in itertools.product((4, -4), (4, -4, 12, -12)):
+      text = axes.annotate(
+        name,
+        point,
+        (dx, dy),
+        textcoords="offset points",
+        ha="left" if dx > 0 else "right",
+        va="bottom" if dy > 0 else "top",
+        fontsize=size,
+      )
+      box = text.get_window_extent()
+      text.remove()
+      if all(map(frame.contains, *zip(box.min, box.max, strict=True))):
+        inside.append((sum(map(box.overlaps, taken)), len(inside), text, box))
+    if inside:
+      _, _, text, box = min(inside)
+      axes.add_artist(text)
+      taken.append(box)
+  axes.set(xlim=limits[0], ylim=limits[1])

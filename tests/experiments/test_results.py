@@ -23,6 +23,7 @@ OPTIONAL = {
   "seconds": int,
   "verdicts": list,
   "arms": dict,
+  "row_commits": list,
   "failed": dict,
 }
 

@@ -81,7 +81,15 @@ def test_a_result_says_where_it_is_from(run):
   assert result["seeds"] == 3 and " cores of " in result["machine"]
   assert set(result["versions"]) == set(results.LIBRARIES)
   assert set(result["arms"]) == {"seed 0", "seed 1", "seed 2"}
-  assert all(x["commit"] == result["commit"] for x in result["arms"].values())
+  assert "row_commits" not in result
+
+
+def test_rows_of_another_commit_are_said(run, monkeypatch):
+  with monkeypatch.context() as older:
+    older.setattr(results, "commit", lambda: "0" * 40)
+    run("--only=seed 0")
+  _, result, _, _ = run()
+  assert result["row_commits"] == sorted(["0" * 40, result["commit"]])
 
 
 def test_what_is_there_is_not_run_again(run):
@@ -224,6 +232,9 @@ def test_a_run_file_of_before_is_read_as_it_was_meant():
   alone = GIN.replace("protocol.Run.study = @fake_study.Coins()", "")
   with pytest.raises(UserError, match="protocol.Run.study: is not bound, exp"):
     config.parse(alone, root=protocol.Run)
+  other = config.find("runs/quickstart.gin")
+  with pytest.raises(UserError, match="binds nothing of protocol.Store, which"):
+    config.read(str(other), root=protocol.Store)
 
 
 # --- pages ---

@@ -1,5 +1,7 @@
 """What pictures of studies share: colours, labels inside of the frame."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -67,6 +69,19 @@ def test_labels_stay_in_the_frame(drawn, tmp_path):
       box = text.get_window_extent()
       assert frame.x0 <= box.x0 and box.x1 <= frame.x1
       assert frame.y0 <= box.y0 and box.y1 <= frame.y1
+
+
+def test_names_of_points_close_together_are_legible():
+  figure = plots.figure(4, 3)
+  axes = figure.add_subplot()
+  points = {f"point {i}": (0.5 + 0.001 * i, 0.5) for i in range(4)}
+  axes.plot(*zip(*points.values(), strict=True), "o")
+  figure.draw_without_rendering()
+  pictures.label_points(axes, points)
+  boxes = [text.get_window_extent() for text in axes.texts]
+  assert len(boxes) == 4
+  for one, other in itertools.combinations(boxes, 2):
+    assert not one.overlaps(other)
 
 
 def test_one_seed_has_no_whiskers():
