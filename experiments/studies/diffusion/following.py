@@ -65,15 +65,15 @@ class Orders:
     return self.symbols + 5
 
   def rows(
-    self, split: Split, count: int, told: bool
+    self, split: Split, count: int, instructed: bool
   ) -> Int[np.ndarray, "N T"]:
-    """Returns so many rows; the word for nothing unless they are told how."""
+    """Returns so many rows; the word for nothing unless they are instructed."""
     rng = rng_of(self.seed, split)
     x = rng.integers(0, self.symbols, (count, self.length))
     how = rng.integers(0, 3, (count, 1))
     ways = [x, x[:, ::-1], np.roll(x, 1, axis=1)]
     y = np.choose(how, ways)
-    word = self.symbols + (how if told else np.full_like(how, 3))
+    word = self.symbols + (how if instructed else np.full_like(how, 3))
     between = np.full_like(how, self.symbols + 4)
     return np.concatenate([word, x, between, y], axis=1).astype(np.int32)
 
@@ -105,10 +105,10 @@ class Following(OfSeeds):
     """Returns loss and share of right answers, by model."""
     del before, shared
     task, seed = self.orders, self.seed(arm)
-    model, begun = self.tiny.load(task.vocab, seed)
-    pool = batch_of(task.rows("train", 8192, told=False))
+    model, fresh = self.tiny.load(task.vocab, seed)
+    pool = batch_of(task.rows("train", 8192, instructed=False))
     text = NextToken(model=model, rows=2048)
-    base = self.tiny.trained(text, begun, pool, self.base_steps, seed)
+    base = self.tiny.trained(text, fresh, pool, self.base_steps, seed)
     grown, started, spec = from_autoregressive.to_diffusion(model, base)
     objective = MaskedDiffusion(
       model=grown,
@@ -121,10 +121,10 @@ class Following(OfSeeds):
       rows=2048,
     )
     _, nothing = self.tiny.load(task.vocab + 1, seed)
-    told = batch_of(task.rows("train", 8192, told=True), task.learned())
+    tuning = batch_of(task.rows("train", 8192, instructed=True), task.learned())
 
     def tuned(params):
-      return self.tiny.trained(objective, params, told, self.steps, seed)
+      return self.tiny.trained(objective, params, tuning, self.steps, seed)
 
     return {
       BEFORE: self._graded(objective, started),
@@ -135,7 +135,7 @@ class Following(OfSeeds):
   def _graded(self, objective: Any, params: Any) -> dict[str, float]:
     """Returns the held-out loss, nats a token, and what is right."""
     task = self.orders
-    rows = task.rows("heldout", self.rows, told=True)
+    rows = task.rows("heldout", self.rows, instructed=True)
     learned = task.learned()
     noisy = np.where(learned, objective.mask_id, rows).astype(np.int32)
     length = rows.shape[1]

@@ -55,8 +55,8 @@ def answers(
   """Returns the likeliest tokens at a place, of what is before it or of all."""
   mask_id = model.vocab_size - 1
   if kind == AR:
-    begun = batch_of(rows, begin=mask_id)["tokens"]
-    hidden, _ = model.apply({"params": params}, begun)
+    shifted = batch_of(rows, begin=mask_id)["tokens"]
+    hidden, _ = model.apply({"params": params}, shifted)
     logits = model.apply({"params": params}, hidden, method="logits")
   else:
     valid = jnp.ones(rows.shape, bool)

@@ -158,9 +158,9 @@ class Policies(DiffusionStudy):
       given = around, own, noisy, mask, way.how, GREEDY
       cost = _flops(around, own, length) / 1e9 / around.passes
       fill(*given)  # compiles
-      begun = time.perf_counter()
+      begin = time.perf_counter()
       got, calls, most = filled(*given)
-      seconds = time.perf_counter() - begun
+      seconds = time.perf_counter() - begin
       right = (got == rows)[:, asked]
       found = {"token": float(right.mean()), "row": float(right.all(1).mean())}
       found |= {"GFLOP": most * cost, "ms": 1e3 * seconds / self.rows}
@@ -278,8 +278,8 @@ def filled(
   """
   masked, key = noisy == mask_id, jax.random.key(seed)
   if isinstance(how, SamplerConfig):
-    begun = sampler.begin(noisy, masked, np.ones_like(masked), key)
-    found = sampler.sample(denoiser, params, begun, how, sampling)
+    state = sampler.begin(noisy, masked, np.ones_like(masked), key)
+    found = sampler.sample(denoiser, params, state, how, sampling)
     return found.tokens, float(found.counts.mean()), found.calls
   keys = row_keys(key, jnp.arange(len(noisy)))
   tokens, calls = _by_chance(

@@ -48,7 +48,7 @@ class Preferences(OfSeeds):
     beta: see `VRPO`.
     times: of VRPO's estimates.
     pairs: that are learned from.
-    rows: answers that are looked at.
+    rows: answers of a measurement.
     draws: of masks, by which the noise of a margin is measured.
     seeds: of all.
   """
@@ -120,8 +120,8 @@ class Preferences(OfSeeds):
     return {k: v.reshape(count, 2, *v.shape[1:]) for k, v in both.items()}
 
   def _reward(self, model: Any, params: Params) -> float:
-    look = Rewards(targets=self.targets, tiny=self.tiny)
-    found = look.answers(model, params, jax.random.key(99), self.rows, 1)
+    rewards = Rewards(targets=self.targets, tiny=self.tiny)
+    found = rewards.answers(model, params, jax.random.key(99), self.rows, 1)
     return float(self.targets.right(np.asarray(found)).mean())
 
   def _noise(self, goal: VRPO, params: Params) -> float:

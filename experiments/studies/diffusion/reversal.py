@@ -1,10 +1,10 @@
-"""The reversal curse: facts about names, asked in the order they were not told.
+"""The reversal curse: facts about names, asked in an order not trained.
 
-Half of the pairs are told in both orders, by two templates, `name IS fact` and
-`fact WAS name`; of the others only the first is ever seen (Berglund et al.
-2023, arXiv:2309.12288). Asked for the name, a model may be given the second
-template, or the first one with a gap in front, which only a model that fills in
-masks can be; a model from left to right can score every known name instead.
+Half of the pairs are trained in both orders, by two templates, `name IS fact`
+and `fact WAS name`; of the others only the first (Berglund et al. 2023,
+arXiv:2309.12288). Asked for the name, a model may be given the second template,
+or the first one with a gap in front, which only a model that fills in masks can
+be; a model from left to right can score every known name instead.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Pairs:
   """Names and facts of several tokens each, all different.
 
   Attributes:
-    count: pairs; the first half are told in both orders.
+    count: pairs; the first half are trained in both orders.
     size: tokens of a name, and of a fact.
     words: different tokens, names and facts alike; then IS, WAS, the mask.
     seed: of the pairs.
@@ -77,16 +77,16 @@ class Pairs:
     tokens = chosen[:, None] // place % self.words
     return tokens.reshape(self.count, 2, self.size).astype(np.int32)
 
-  def told(self, word: int, turned: bool) -> Int[np.ndarray, "N T"]:
+  def sentences(self, word: int, reverse: bool) -> Int[np.ndarray, "N T"]:
     """Returns all pairs in one order around `IS` (0) or `WAS` (1)."""
-    first, second = np.moveaxis(self.entities(), 1, 0)[:: -1 if turned else 1]
+    first, second = np.moveaxis(self.entities(), 1, 0)[:: -1 if reverse else 1]
     middle = np.full((self.count, 1), self.words + word, np.int32)
     return np.concatenate([first, middle, second], axis=1)
 
   def rows(self) -> Int[np.ndarray, "M T"]:
     """Returns what is learned."""
     return np.concatenate(
-      [self.told(0, False), self.told(1, True)[: self.count // 2]]
+      [self.sentences(0, False), self.sentences(1, True)[: self.count // 2]]
     )
 
 
@@ -95,7 +95,7 @@ class Reversal(DiffusionStudy):
   """Both kinds of models, and every way to ask.
 
   Attributes:
-    pairs: what is told.
+    pairs: of names and facts.
     tiny: the model.
     steps: of either kind.
     seeds: of weights and order.
@@ -117,16 +117,16 @@ class Reversal(DiffusionStudy):
     del before, shared
     kind, seed = arm.split(", seed ")
     pairs = self.pairs
-    model, begun = self.tiny.load(pairs.mask_id + 1, int(seed))
+    model, fresh = self.tiny.load(pairs.mask_id + 1, int(seed))
     objective = kinds.objective(kind, model)
     pool = kinds.pool(kind, pairs.rows(), pairs.mask_id)
-    params = self.tiny.trained(objective, begun, pool, self.steps, int(seed))
+    params = self.tiny.trained(objective, fresh, pool, self.steps, int(seed))
     size, half = pairs.size, pairs.count // 2
     end = np.arange(2 * size + 1) > size
     answer = _continued if kind == AR else _filled
-    forward = pairs.told(0, False)
+    forward = pairs.sentences(0, False)
     found = {"fact": _right(answer, model, params, forward, end, pairs)}
-    turned = _right(answer, model, params, pairs.told(1, True), end, pairs)
+    turned = _right(answer, model, params, pairs.sentences(1, True), end, pairs)
     found["template, told both"] = turned[:half]
     found["template, told once"] = turned[half:]
     if kind == AR:
@@ -228,13 +228,13 @@ def _filled(model, params, noisy, mask_id) -> Int[np.ndarray, "N T"]:
   length = noisy.shape[1]
   options = SamplerConfig(mask_id=mask_id, length=length, block=length)
   masked = noisy == mask_id
-  begun = sampler.begin(noisy, masked, np.ones_like(masked), jax.random.key(0))
-  return sampler.sample(NoCache(model=model), params, begun, options).tokens
+  state = sampler.begin(noisy, masked, np.ones_like(masked), jax.random.key(0))
+  return sampler.sample(NoCache(model=model), params, state, options).tokens
 
 
 def _continued(model, params, noisy, mask_id) -> Int[np.ndarray, "N T"]:
   """Returns rows with their ends predicted, token after token."""
-  begun = jnp.pad(noisy, ((0, 0), (1, 0)), constant_values=mask_id)
+  padded = jnp.pad(noisy, ((0, 0), (1, 0)), constant_values=mask_id)
 
   @jax.jit
   def run(params, rows):
@@ -247,7 +247,7 @@ def _continued(model, params, noisy, mask_id) -> Int[np.ndarray, "N T"]:
 
     return jax.lax.fori_loop(1, rows.shape[1], one, rows)
 
-  return np.asarray(run(params, jnp.asarray(begun, jnp.int32)))[:, 1:]
+  return np.asarray(run(params, jnp.asarray(padded, jnp.int32)))[:, 1:]
 
 
 def _scored(model, params: Params, pairs: Pairs) -> Bool[Any, " N"]:
@@ -256,8 +256,8 @@ def _scored(model, params: Params, pairs: Pairs) -> Bool[Any, " N"]:
   middle = np.full((pairs.count, 1), pairs.words, np.int32)
   out = []
   for fact in facts:
-    told = np.broadcast_to(fact, names.shape)
-    rows = np.concatenate([names, middle, told], axis=1)
+    repeated = np.broadcast_to(fact, names.shape)
+    rows = np.concatenate([names, middle, repeated], axis=1)
     found = kinds.log_probs(model, params, jnp.asarray(rows))
     out.append(int(np.argmax(found.sum(-1))))
   return np.asarray(out) == np.arange(pairs.count)

@@ -1,7 +1,7 @@
 """Does diffu-GRPO improve a reward that is checked, not learned?
 
 A prompt names a target; an answer is some digits, right if their sum is the
-target. The base has seen right answers more often than chance, and
+target. The base has read right answers more often than chance, and
 others, too. It is then rewarded for right ones alone: by diffu-GRPO (d1,
 arXiv:2504.12216), by coupled-GRPO (DiffuCoder, arXiv:2506.20639), and, as a
 control, by diffu-GRPO with rewards of as many rows drawn by lot.
@@ -53,8 +53,8 @@ class Rewards(DiffusionStudy):
     prompts, group: of a round, and answers to each.
     inner: updates a round, each with masks of its own.
     rate: of Adam, in rounds.
-    every: rounds between looks.
-    rows: that are looked at.
+    every: rounds between measurements.
+    rows: of a measurement.
     seeds: of all.
   """
 
@@ -96,16 +96,16 @@ class Rewards(DiffusionStudy):
     )
     tx = optim.adamw(self.rate)
     now = state.create(base, ".", tx)
-    looks = [self._look(model, base)]
+    points = [self._measured(model, base)]
     key = jax.random.key(int(seed))
     for _ in range(0, self.steps, self.every):
       now = _rounds(self, objective, tx, kind == LOT, now, base, key)
-      looks.append(self._look(model, now.params))
-    curves = {name: [look[name] for look in looks] for name in looks[0]}
-    rounds = [i * self.every for i in range(len(looks))]
+      points.append(self._measured(model, now.params))
+    curves = {name: [point[name] for point in points] for name in points[0]}
+    rounds = [i * self.every for i in range(len(points))]
     return {"kind": kind, "rounds": rounds, **curves}
 
-  def _look(self, model: Any, params: Params) -> dict[str, float]:
+  def _measured(self, model: Any, params: Params) -> dict[str, float]:
     """Returns rewards at temperature 1 and greedily, and how alike they are."""
     key = jax.random.key(99)
     found = np.asarray(self.answers(model, params, key, self.rows, 1))
@@ -147,11 +147,11 @@ class Rewards(DiffusionStudy):
     options = SamplerConfig(
       mask_id=task.mask_id, length=length, block=length, select="random"
     )
-    begun = sampler.begin(tokens, masked, jnp.ones(tokens.shape, bool), second)
+    start = sampler.begin(tokens, masked, jnp.ones(tokens.shape, bool), second)
     end, *_ = sampler.fill_block(
       NoCache(model=model),
       params,
-      begun,
+      start,
       jnp.int32(1),
       options,
       Sampling(temperature=1.0) if sampling is None else sampling,
@@ -251,11 +251,11 @@ def _rounds(study, objective, tx, by_lot, now, reference, key):
 
     def inner(now, i):
       seed = now.step * rows.shape[0] + jnp.arange(rows.shape[0])
-      seen = (batch["tokens"], batch["valid"], batch["answer"], seed)
+      batched = (batch["tokens"], batch["valid"], batch["answer"], seed)
       more = {
         "seed": seed,
-        "old": objective.estimate(old, *seen),
-        "reference": objective.estimate(reference, *seen),
+        "old": objective.estimate(old, *batched),
+        "reference": objective.estimate(reference, *batched),
       }
       return update(now, batch | more, key)[0], None
 

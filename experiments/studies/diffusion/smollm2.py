@@ -228,8 +228,8 @@ class Instructed(OfSeeds):
       self._packed(self._questions("heldout").examples(tokenizer))
     )
 
-  def _batches(self, held: Any) -> list[Batch]:
-    rows = [held[i] for i in range(min(len(held), self.heldout))]
+  def _batches(self, examples: Any) -> list[Batch]:
+    rows = [examples[i] for i in range(min(len(examples), self.heldout))]
     size = self.train.batch
     rows += [packing.padding_like(rows[0])] * (-len(rows) % size)
     return [_stacked(rows[i : i + size]) for i in range(0, len(rows), size)]

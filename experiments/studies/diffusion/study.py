@@ -1,7 +1,7 @@
 """What the studies of masked diffusion share: arms, tiny models, training.
 
 A study says which arms it has and how to run one; an arm's row is plain JSON,
-kept once it is there. Models are trained by the real step
+stored once. Models are trained by the real step
 (`research.training.step`), scanned, at a constant rate; what is judged is the
 moving average of the weights, so that every point of a curve is worth the
 same, whatever comes after it.
@@ -246,7 +246,7 @@ def best_rate(kind: str, found: Mapping[float, float]) -> float:
 
 
 def marks(steps: int, every: int, points: int) -> set[int]:
-  """Returns when to look, each twice as late as the one before, and the end."""
+  """Returns when to measure: each twice as late as the last, and the end."""
   ends = {*range(every, steps, every), steps}
   wanted = {steps / 2**i for i in range(points)}
   return {min(ends, key=lambda e, w=w: (abs(e - w), e)) for w in wanted} | {

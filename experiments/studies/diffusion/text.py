@@ -338,9 +338,9 @@ def text_bytes(vocab: int, documents: int | None) -> Int[np.ndarray, " V"]:
 
 
 def _batch(rows: Any, real: Any) -> Batch:
-  """Returns rows as a batch; what is not real, but the mark, is not seen."""
-  seen = jnp.asarray(real).at[:, 0].set(True)
-  return batch_of(rows, real) | {"segments": jnp.where(seen, 0, -1)}
+  """Returns rows as a batch; what is not real, but the mark, is hidden."""
+  visible = jnp.asarray(real).at[:, 0].set(True)
+  return batch_of(rows, real) | {"segments": jnp.where(visible, 0, -1)}
 
 
 def _chunks(rows: Any, real: Any, size: int) -> list[tuple[Any, Any]]:

@@ -4,7 +4,7 @@ A place depends on the nearest tokens known on either side alone,
 
   p(x_i = v | l at distance a, r at distance b) ~ P^a[l, v] P^b[v, r],
 
-so errors of samplers can be seen apart from those of a model, and a model's
+so errors of samplers can be separated from those of a model, and a model's
 bound beside the entropy.
 """
 
@@ -46,11 +46,11 @@ class Chain(Denoiser):
     powers, stationary = params["powers"], params["stationary"]
     count = tokens.shape[1]
     place = jnp.arange(count)
-    seen = tokens != self.mask_id
+    known = tokens != self.mask_id
     # The nearest known place strictly before, and strictly after.
-    before = jax.lax.cummax(jnp.where(seen, place, -1), axis=1)
+    before = jax.lax.cummax(jnp.where(known, place, -1), axis=1)
     before = jnp.pad(before, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    after = jax.lax.cummin(jnp.where(seen, place, count), axis=1, reverse=True)
+    after = jax.lax.cummin(jnp.where(known, place, count), axis=1, reverse=True)
     after = jnp.pad(after, ((0, 0), (0, 1)), constant_values=count)[:, 1:]
 
     def token(at):

@@ -1,6 +1,6 @@
 """What the rows of a table say of claims about few bits.
 
-Each function looks at what rows there are, and says nothing of what needs
+Each function takes the rows that there are, and says nothing of what needs
 others. Differences between rows are of means over the same tokens; an interval
 is two standard errors of both to either side.
 """
@@ -56,7 +56,7 @@ def quality(rows: Rows) -> list[Verdict]:
   if not found:
     return []
   name, best = min(found.items(), key=lambda x: x[1]["kl"])
-  kept = {
+  shares = {
     "perplexity, base's over the quantized": best["base_perplexity"]
     / best["perplexity"],
     "accuracy of the next token, over the base's": best["accuracy"]
@@ -70,7 +70,7 @@ def quality(rows: Rows) -> list[Verdict]:
       value >= share,
     )
     for share in (0.95, 0.99)
-    for measure, value in kept.items()
+    for measure, value in shares.items()
   ]
 
 
@@ -122,12 +122,12 @@ def _calibrated(rows: Rows, low: float) -> list[Verdict]:
   }
   if not all(groups.values()):
     return []
-  seen, blind = (min(groups[c], key=lambda r: r["kl"]) for c in (True, False))
+  read, blind = (min(groups[c], key=lambda r: r["kl"]) for c in (True, False))
   return [
     Verdict(
       f"from {low} bits on the best calibrated row beats the best other one",
-      f"{seen['row']} {_kl(seen)} against {blind['row']} {_kl(blind)}",
-      more_kl(blind, seen),
+      f"{read['row']} {_kl(read)} against {blind['row']} {_kl(blind)}",
+      more_kl(blind, read),
     )
   ]
 

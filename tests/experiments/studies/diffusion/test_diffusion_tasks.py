@@ -105,14 +105,14 @@ def test_pairs_are_told_once_or_twice():
 
 def test_orders_say_what_is_done():
   task = following.Orders(symbols=5, length=4)
-  rows = task.rows("train", 300, told=True)
+  rows = task.rows("train", 300, instructed=True)
   ways = {5: [0, 1, 2, 3], 6: [3, 2, 1, 0], 7: [3, 0, 1, 2]}
   assert set(rows[:, 0]) == set(ways)
   for row in rows:
     x, y = row[1:5], row[6:]
     assert row[5] == 9
     np.testing.assert_array_equal(y, x[ways[int(row[0])]])
-  silent = task.rows("train", 300, told=False)
+  silent = task.rows("train", 300, instructed=False)
   assert set(silent[:, 0]) == {8}
   np.testing.assert_array_equal(silent[:, 1:], rows[:, 1:])
   assert np.flatnonzero(task.learned()).tolist() == [6, 7, 8, 9]
