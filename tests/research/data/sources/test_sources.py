@@ -99,11 +99,11 @@ def test_a_split_without_text_is_said(tmp_path):
 
 
 def test_patterns_are_the_files_they_match(tmp_path):
-  for name in ("b.txt", "a.txt", "c.md", "[d].txt"):
+  for name in ("b.txt", "a.txt", "c.log", "[d].txt"):
     (tmp_path / name).write_text(name)
   found = sources.expand((f"{tmp_path}/?.txt", f"{tmp_path}/[d].txt"))
   assert [p.split("/")[-1] for p in found] == ["a.txt", "b.txt", "[d].txt"]
-  assert sources.TextFiles(f"{tmp_path}/*.md").texts == ["c.md"]
+  assert sources.TextFiles(f"{tmp_path}/*.log").texts == ["c.log"]
   with pytest.raises(UserError, match="matches no file"):
     sources.expand(f"{tmp_path}/*.json")
   with pytest.raises(UserError, match="expected at least one file"):
