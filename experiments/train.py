@@ -8,6 +8,9 @@ config.gin (rebuilds the run), metrics.jsonl, checkpoints/, loss.png, adapter/
 the last line on stdout. The same command again resumes the run, also after
 SIGTERM or Ctrl-C, upon which it saves and exits with status 42 (a second Ctrl-C
 ends it at once). For a finished run it prints the result, and changes nothing.
+A run that was started needs no --config: its workdir has it.
+
+  python -m experiments.train --workdir=DIR [--set=STEPS=200]
 
 Numbers in configs/base.gin set the mesh; on virtual devices:
 
@@ -37,7 +40,7 @@ MAY_DIFFER = (
 """Lines of the configuration that a resumed run may change: how long it is, and
 its mesh of devices."""
 
-_CONFIG = cli.define_config(FLAGS)
+_CONFIG = cli.define_config(FLAGS, default="the workdir's own, to resume it")
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
@@ -62,7 +65,7 @@ _WANDB = flags.DEFINE_bool(
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
   """Trains; returns the result, which the first process prints as JSON."""
   del argv
-  cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
+  cli.required(workdir=_WORKDIR.value)
   runtime.setup()
   from experiments.core import config, train_eval
   from research.training.checkpoints import workdir as workdirs
@@ -70,7 +73,12 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
   writers = [metrics.TensorBoardWriter] * _TENSORBOARD.value
   writers += [metrics.WandbWriter] * _WANDB.value
-  experiment, text = config.read(_CONFIG.value, _SET.value)
+  if _CONFIG.value:
+    experiment, text = config.read(_CONFIG.value, _SET.value)
+  else:
+    experiment, text = config.read_workdir(
+      _WORKDIR.value, _SET.value, "; --config=FILE starts one there"
+    )
   with runtime.cluster(cli.cluster(FLAGS)):
     claim = (_WORKDIR.value, text, MAY_DIFFER)
 

@@ -69,13 +69,22 @@ MODEL = (
 
 
 def define_config(
-  values: flags.FlagValues, example: str = "runs/quickstart.gin"
+  values: flags.FlagValues,
+  example: str = "runs/quickstart.gin",
+  default: str | None = None,
 ) -> flags.FlagHolder:
-  """Defines `--config` of a command that reads an experiment."""
+  """Defines `--config` of a command that reads an experiment.
+
+  Args:
+    values: the command's flags.
+    example: a file, for the help.
+    default: what is read without the flag, where it may be left out.
+  """
+  without = f" By default {default}." if default else ""
   return flags.DEFINE_string(
     "config",
     None,
-    f"Gin file: a path, or one under configs/, e.g. {example}.",
+    f"Gin file: a path, or one under configs/, e.g. {example}.{without}",
     flag_values=values,
   )
 
@@ -276,7 +285,7 @@ def describe(main: Main) -> str:
   module = sys.modules[main.__module__]
   # absl files the flags of a program's own module under its path.
   name = sys.argv[0] if main.__module__ == "__main__" else main.__module__
-  by_module = _flags(main).flags_by_module_dict()
+  by_module = dict(_flags(main).flags_by_module_dict())
   found = by_module.pop(name, [])
   if hasattr(module, "FLAGS"):  # other modules' are for this command, too
     found = [*found, *(flag for more in by_module.values() for flag in more)]

@@ -7,6 +7,7 @@ by name. Types are checked by the run-time hook, since a gin value is an
 argument like any other.
 """
 
+import ast
 import contextlib
 import difflib
 import io
@@ -38,22 +39,50 @@ class Read(NamedTuple):
   text: str
 
 
-def find(path: str, flag: str = "config") -> pathlib.Path:
-  """Returns the gin file named `path`: as given, or under `configs/`.
+def find(
+  path: str, flag: str = "config", folder: pathlib.Path | None = None
+) -> pathlib.Path:
+  """Returns the gin file named `path`.
 
   Args:
-    path: relative or absolute.
+    path: absolute, or relative to the working directory, to `folder`, or to
+      `configs/`.
     flag: the flag that named it, for the error: `config` or `sweep`.
+    folder: of the file that includes it, if that is not one of ours.
   """
-  for candidate in (pathlib.Path(path), CONFIGS / path):
-    if candidate.is_file():
-      return candidate.resolve()
-  files = sorted(CONFIGS.glob(f"{_FOLDERS[flag]}/**/*.gin"))
-  known = ", ".join(str(p.relative_to(CONFIGS)) for p in files)
+  for place in (pathlib.Path(), *_places(folder)):
+    if (place / path).is_file():
+      return (place / path).resolve()
   raise UserError(
     f"--{flag}={path}: no such file, neither here nor under configs/.\n"
-    f"{_FOLDERS[flag].capitalize()} that exist: {known or 'none'}."
+    f"{_nearest(path, _FOLDERS[flag])}"
   )
+
+
+def _places(folder: pathlib.Path | None) -> tuple[pathlib.Path, ...]:
+  """Returns where included files are, besides the working directory."""
+  ours = folder is None or folder.is_relative_to(CONFIGS)
+  return (CONFIGS,) if ours else (folder, CONFIGS)
+
+
+def _nearest(path: str, folder: str) -> str:
+  """Returns a sentence that names the files of `folder` most like `path`."""
+  asked = re.sub(rf"^(configs/)?({folder}/)?|\.gin$", "", path)
+
+  def likeness(name: str) -> float:
+    own = name.removeprefix(f"{folder}/").removesuffix(".gin")
+    last, stem = own.split("/")[-1], asked.split("/")[-1]
+    if stem and stem in last:
+      return 1 + len(stem) / len(last)
+    pairs = (asked, own), (stem, last)
+    return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+  files = CONFIGS.glob(f"{folder}/**/*.gin")
+  names = sorted(file.relative_to(CONFIGS).as_posix() for file in files)
+  near = [name for name in names if likeness(name) > 0.6]
+  near = sorted(near, key=likeness, reverse=True)[:3]
+  hint = f"Did you mean {' or '.join(near)}? " if near else ""
+  return f"{hint}All of them are in {CONFIGS / folder}."
 
 
 def read(
@@ -65,7 +94,8 @@ def read(
   """Returns the experiment that a gin file describes.
 
   Args:
-    path: a gin file; relative ones are also looked for under `configs/`.
+    path: a gin file, see `find`. It may include files relative to the working
+      directory, to itself, or to `configs/`.
     bindings: further lines, which win: `"STEPS = 20"`, `"LoRA.rank=4"`.
     root: the class to build, without arguments.
     flag: see `find`.
@@ -79,15 +109,18 @@ def read(
     text = file.read_text("utf-8")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{file}: not a readable UTF-8 file: {error}") from error
-  return parse(text, bindings, name=path, root=root)
+  return parse(text, bindings, path, root, file.parent)
 
 
-def read_workdir(workdir: str, bindings: Sequence[str] = ()) -> Read:
+def read_workdir(
+  workdir: str, bindings: Sequence[str] = (), fix: str = ""
+) -> Read:
   """Returns the experiment that a run's working directory is of.
 
   Args:
     workdir: local, or an object store's.
     bindings: see `read`.
+    fix: how to mend that there is no run, for the error.
 
   Raises:
     UserError: there is no run, or what `read` raises.
@@ -96,7 +129,7 @@ def read_workdir(workdir: str, bindings: Sequence[str] = ()) -> Read:
   if not file.exists():
     raise UserError(
       f"--workdir={workdir}: found no config.gin there, expected the directory "
-      "of a run of experiments.train"
+      f"of a run of experiments.train{fix}"
     )
   return parse(file.read_text("utf-8"), bindings, str(file))
 
@@ -106,15 +139,23 @@ def parse(
   bindings: Sequence[str] = (),
   name: str = "config",
   root: type = Experiment,
+  folder: pathlib.Path | None = None,
 ) -> Read:
-  """Returns the experiment that gin `text` describes; see `read`."""
+  """Returns the experiment that gin `text` describes.
+
+  Args:
+    text: of a gin file.
+    bindings, root: see `read`.
+    name: of the file, for errors.
+    folder: of the file, where those that it includes may be.
+  """
   text = moved.current(text)
   lines = [_binding(line) for line in bindings]
-  with _empty(), _readable(name):
+  with _empty(folder), _readable(name):
     file = io.StringIO(text)
     file.name = name  # so that gin's errors say where
     gin.parse_config(file)
-    gin.parse_config("\n".join([*_imports(text), *lines]))
+    gin.parse_config("\n".join([*_imports(text, folder), *lines]))
     gin.finalize()
     experiment = gin.get_configurable(root)()
     _all_used(lines)
@@ -138,7 +179,7 @@ def _drop_defaults() -> None:
       del used[name]
 
 
-def _imports(text: str) -> list[str]:
+def _imports(text: str, folder: pathlib.Path | None = None) -> list[str]:
   """Returns the import lines of `text` and of all it includes.
 
   Each gin file has imports of its own; a binding from the command line may
@@ -149,19 +190,39 @@ def _imports(text: str) -> list[str]:
     line = line.split("#")[0].strip()
     included = re.fullmatch(r"include\s+['\"](.+)['\"]", line)
     if included:
-      found += _imports(find(included.group(1)).read_text("utf-8"))
+      file = find(included.group(1), folder=folder)
+      found += _imports(file.read_text("utf-8"), folder)
     elif re.match(r"(import|from)\s", line) and line != gin_dynamic:
       found.append(line)
   return list(dict.fromkeys(found))
 
 
 def _binding(line: str) -> str:
-  if not re.fullmatch(r"\s*[\w./]+\s*=\s*\S.*", line, re.DOTALL):
+  """Returns a line of the command line as gin reads it.
+
+  A shell takes quotes away, and gin knows no bare words: a value that is
+  neither Python's nor gin's own is a text, so FILES=a.jsonl needs no quotes.
+  """
+  found = re.fullmatch(r"(\s*[\w./]+\s*=\s*)(\S.*)", line, re.DOTALL)
+  if not found:
     raise UserError(
       f"--set={line}: expected NAME=VALUE, e.g. --set=STEPS=20 or "
       "--set=lora.LoRA.rank=16."
     )
-  return moved.binding(line)
+  name, value = found.groups()
+  return moved.binding(name + _value(value.strip()))
+
+
+def _value(text: str) -> str:
+  """Returns the value that `text` says, with gin's quotes and brackets."""
+  if text[0] in "@%":
+    return text
+  try:
+    found = ast.literal_eval(text)
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    return text if text[0] in "([{'\"" else repr(text)
+  bare = isinstance(found, tuple) and text[0] != "("
+  return f"({text})" if bare else text
 
 
 def _all_used(lines: Sequence[str]) -> None:
@@ -185,12 +246,13 @@ def _all_used(lines: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _empty() -> Iterator[None]:
+def _empty(folder: pathlib.Path | None = None) -> Iterator[None]:
   """Leaves gin's global state as empty as it was found."""
   gin.clear_config()
   prefixes = list(gin_config._LOCATION_PREFIXES)
   readers = list(gin_config._FILE_READERS)
-  gin.add_config_file_search_path(str(CONFIGS))
+  for place in _places(folder):
+    gin.add_config_file_search_path(str(place))
   # Gin also looks into Python packages, and takes any folder (`runs/`,
   # `models/`) for one: it fails there instead of looking under configs/.
   del gin_config._FILE_READERS[1:]
@@ -229,6 +291,7 @@ def _shorten(error: Exception) -> str:
     parts: list[Any] = [
       m.group(1) if m else "?" for m in (owner, value, expected)
     ]
+    parts[2] = re.sub(r"<class '([\w.]+)'>", r"\1", parts[2])
     return f"{parts[0]}.{field.group(1)}: found {parts[1]}, expected {parts[2]}"
   absent = re.match(r"Could not find <class '[\w.]*?(\w+\.\w+)'> in the", text)
   if absent:
@@ -236,9 +299,19 @@ def _shorten(error: Exception) -> str:
       f"binds nothing of {absent.group(1)}, which this command builds; is it of"
       " another command, or of an older version (CHANGELOG.md)?"
     )
+  word = re.search(r"Failed to parse token '(.*)' \((.*)\)", text)
+  if word and "malformed node" in text:
+    return (
+      f"{word.group(2)}: found {word.group(1)}, expected a value: a number, "
+      "'text' in quotes,\nTrue, None, (a, list), %MACRO or @module.Class()"
+    )
   macro = re.match(r"No bindings specified for '(.+)/gin\.macro'", text)
   if macro:
     return f"%{macro.group(1)}: has no value; add a line {macro.group(1)} = ..."
+  missing = re.match(r"(\w+)/macro\.value set to `%gin\.REQUIRED`", text)
+  if missing:
+    name = missing.group(1)
+    return f"{name}: is required: --set={name}=..., or a line {name} = ..."
   if now := moved.hint(text):
     return f"imports a module that has moved: {now}"
   kept = [line.strip() for line in _without_gin(text).splitlines()]

@@ -16,6 +16,7 @@ from experiments.core import artifacts
 from experiments.core.experiment import Experiment
 from research.data import predicted
 from research.data.pipeline import Mixture, Pipeline
+from research.data.sources import NoExamples
 from research.io import folders
 from research.io.folders import Folder
 from research.nn.transformer import Transformer
@@ -138,7 +139,10 @@ def check_context(
     data = getattr(experiment, name)
     if context is None or getattr(_first(data), "length", 0) <= context:
       continue
-    rows = data.rows(tokenizer)
+    try:
+      rows = data.rows(tokenizer)
+    except NoExamples:  # said by whoever reads them, or goes on without
+      continue
     top = max(int(rows[i]["positions"].max()) + 1 for i in range(len(rows)))
     if top > context:
       found[name] = top

@@ -14,9 +14,10 @@ import optax
 from experiments.core.device_context import DeviceContext
 from research.data.packing import Row
 from research.data.pipeline import Data
+from research.data.sources import NoExamples
 from research.interop import load
 from research.interop.loaded import Loaded
-from research.io import unread
+from research.io import folders, unread
 from research.io.unread import Shardings
 from research.nn.transformer import Remat
 from research.sharding import Layout
@@ -166,13 +167,21 @@ class Experiment:
     return params
 
   def evaluations(self, tokenizer: Any) -> dict[str, list[Row]]:
-    """Returns the batches of `validation` and `heldout`, if there are any."""
+    """Returns the batches of `validation` and `heldout`, if there are any.
+
+    Few data may leave one of them without examples, which is warned of.
+    """
     parts = {"validation": self.validation, "heldout": self.heldout}
-    return {
-      name: data.evaluation(tokenizer, self.eval_batches)
-      for name, data in parts.items()
-      if data is not None
-    }
+    found = {}
+    for name, data in parts.items():
+      if data is None:
+        continue
+      try:
+        found[name] = data.evaluation(tokenizer, self.eval_batches)
+      except NoExamples as error:
+        why = str(error).split("\n")[0]
+        folders.warn(f"goes on without {name} data: {why}")
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.studies.diffusion import truth as diffusion_truth
-from experiments.studies.diffusion.study import Tiny, batch_of
+from experiments.studies.diffusion.study import Tiny
 from experiments.studies.documents import documents
+from research.data.batches import batch_of
 from research.data.sources.synthetic import Markov
 from research.diffusion import process
 from research.diffusion.block import BlockDiffusion

@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
+    "batches": ["batch_of"],
     "examples": ["Example", "Tokens"],
     "packing": ["PackedRows", "best_fit", "concatenate"],
     "pipeline": ["Data", "Mixture", "Pipeline"],

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from research.data import packing
-from research.data.sources import Documents
+from research.data.sources import Documents, NoExamples
 from research.text import special_tokens
 from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
@@ -55,13 +55,13 @@ def read(
       default.
 
   Raises:
-    UserError: the source is text and there is no tokenizer, or no token can be
-      predicted.
+    NoExamples: no token can be predicted.
+    UserError: the source is text and there is no tokenizer.
   """
   if isinstance(source, Tokens):
     found = source.examples(tokenizer)
     if not any(e.loss_mask[1:].any() for e in found):
-      raise UserError(
+      raise NoExamples(
         f"{str(source)[:200]}: {len(found)} examples, none with a token to"
         " predict.\nExpected at least one; check the source's fields or split."
       )

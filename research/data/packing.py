@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from research.data.sources import Documents
+from research.data.sources import Documents, NoExamples
 from research.text.special_tokens import (
   NO_SPECIAL_TOKENS,
   SpecialTokens,
@@ -72,7 +72,7 @@ def tokenize(
     special: special tokens around each document.
 
   Raises:
-    UserError: no document has two tokens, so nothing can be predicted.
+    NoExamples: no document has two tokens, so nothing can be predicted.
   """
   tokens = [
     np.asarray(special.document(encode(documents[i])), np.int32)
@@ -80,7 +80,7 @@ def tokenize(
   ]
   tokens = [t for t in tokens if len(t) > 1]
   if not tokens:
-    raise UserError(
+    raise NoExamples(
       f"{documents}: {len(documents)} documents, none with two tokens.\n"
       "Expected text to learn from; check the source's paths or split."
     )

@@ -18,7 +18,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "init_stats": ["CalibrationData", "Covariances", "Gradients", "InputPCA"],
     "loftq": ["LoftQ"],
     "method": ["MatrixSpec", "Method"],
+    "methods.lora": ["LoRA"],
     "to_lora": ["Energy", "Rank"],
-    "wrap": ["disable", "matrices"],
+    "wrap": ["TRAINABLE", "disable", "matrices"],
   },
 )

@@ -14,6 +14,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "rope": ["Rope"],
     "stack": ["Stack"],
     "time_embedding": ["AdaLN", "TimeEmbedding", "TimestepEmbedder"],
-    "transformer": ["Transformer", "init_cache"],
+    "transformer": ["Transformer", "init_cache", "logits"],
   },
 )

@@ -411,3 +411,35 @@ def init_cache(
       layers[name][f"layer{j}"] = made
     start += repeats * len(blocks)
   return caches.Cache(jnp.zeros((batch,), jnp.int32), layers)
+
+
+def logits(
+  model: Transformer,
+  params: Params,
+  tokens: Int[Any, "B T"],
+  positions: Int[Any, "B T"] | None = None,
+  mask: Mask | None = None,
+  time: Float[Any, "B"] | Float[Any, "B T"] | None = None,
+) -> Float[Array, "B T V"]:
+  """Returns the logits at every token, in fp32; compiled once per shape.
+
+  They are the model's whole output, so they take memory: losses and samplers
+  compute them chunk by chunk, or for the last token alone.
+
+  Args:
+    model: the Transformer.
+    params: its parameters, of whatever leaves.
+    tokens: token ids.
+    positions, mask, time: as for `Transformer.__call__`; by default causal, as
+      a model that predicts the next token was trained.
+  """
+  return _logits(model, params, jnp.asarray(tokens), positions, mask, time)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, params, tokens, positions, mask, time):
+  params = weights.with_tokens(params, tokens)
+  hidden, _ = model.apply(
+    {"params": params}, tokens, positions, mask, time=time
+  )
+  return model.apply({"params": params}, hidden, method="logits")

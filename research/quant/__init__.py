@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "format": ["Format"],
+    "formats.codebook": ["Codebook"],
     "methods": ["GPTQMethod", "Method", "RoundToNearest"],
     "qtensor": ["QTensor", "pack"],
     "quantize": ["Cast", "Quantize"],

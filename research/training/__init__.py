@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "loop": ["TrainConfig", "fit"],
+    "objectives.objective": ["NextToken"],
     "state": ["TrainState", "create"],
     "step": ["make_eval_step", "make_train_step"],
   },

@@ -11,7 +11,8 @@ import shutil
 
 import pytest
 
-from experiments.core import config, train_eval
+from experiments import train
+from experiments.core import cli, config
 from research.training.checkpoints.workdir import claim_workdir
 from research.training.reports import metrics
 from research.typing import UserError
@@ -26,9 +27,10 @@ def workdir(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_it_is_resumed_from_its_checkpoint(workdir):
+  """By its workdir alone, which has its configuration."""
   done = json.loads((workdir / "result.json").read_text())["steps"]
-  read = config.read(str(workdir / "config.gin"), [f"STEPS={done + 4}"])
-  train_eval.train(read.experiment, claim_workdir(workdir, read.text))
+  command = ["train", f"--workdir={workdir}", f"--set=STEPS={done + 4}"]
+  assert cli.call(train.main, command) == 0
   found = metrics.read_jsonl(workdir / "metrics.jsonl")
   losses = {r["step"]: r["train/loss"] for r in found if "train/loss" in r}
   assert sorted(losses) == list(range(1, done + 5))

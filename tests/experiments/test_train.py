@@ -107,20 +107,21 @@ def _contents(folder):
 
 
 def test_the_same_command_on_a_finished_run_changes_nothing(finished, capsys):
-  """On another mesh, or for fewer steps, as well; the model is not loaded."""
+  """On another mesh, for fewer steps, or without its configuration as well.
+
+  The model is not loaded.
+  """
   workdir, first = finished
   before = _contents(workdir)
-  for more in ([], ["--set=FSDP=2"], ["--set=STEPS=3"]):
-    arguments = [f"--set={x}" for x in (*SMALL, "STEPS=4")] + more
-    status = cli.call(
-      train.main,
-      [
-        "train",
-        "--config=runs/quickstart.gin",
-        f"--workdir={workdir}",
-        *arguments,
-      ],
-    )
+  given = [f"--set={x}" for x in (*SMALL, "STEPS=4")]
+  given.append("--config=runs/quickstart.gin")
+  for arguments in (
+    given,
+    [*given, "--set=FSDP=2"],
+    [*given, "--set=STEPS=3"],
+    [],
+  ):
+    status = cli.call(train.main, ["train", f"--workdir={workdir}", *arguments])
     out = capsys.readouterr()
     assert status == 0, out.err
     kept = json.loads((workdir / "result.json").read_text())
@@ -151,8 +152,19 @@ def test_a_rate_below_zero_is_refused_before_a_model_is_loaded():
 
 def test_another_experiment_is_refused(finished):
   workdir, _ = finished
-  with pytest.raises(UserError, match="holds another experiment"):
-    _run(workdir, "STEPS=4", "RANK=4")
+  with pytest.raises(UserError, match="holds another experiment") as error:
+    _run(workdir, "STEPS=4", "RANK=4", "DTYPE='bfloat16'")
+  assert str(error.value).split("\n")[1] == (
+    "-DTYPE = 'float32'  +DTYPE = 'bfloat16'  -RANK = 8  +RANK = 4"
+  )
+
+
+def test_a_workdir_without_a_run_needs_a_configuration(tmp_path, capsys):
+  assert cli.call(train.main, ["train", f"--workdir={tmp_path}"]) == 1
+  said = capsys.readouterr().err
+  assert "found no config.gin there" in said
+  assert "--config=FILE starts one" in said
+  assert not list(tmp_path.iterdir())
 
 
 def test_packed_base_trains_with_no_further_code(tmp_path):

@@ -18,10 +18,10 @@ from experiments.studies.diffusion.policies import ANY, fill
 from experiments.studies.diffusion.study import (
   OfSeeds,
   Tiny,
-  batch_of,
 )
 from experiments.studies.diffusion.tasks import Walks, learn
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
+from research.data.batches import batch_of
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.denoiser import NoCache
 from research.generation.sampling import GREEDY

@@ -20,9 +20,9 @@ from experiments.studies.diffusion.policies import fill
 from experiments.studies.diffusion.study import (
   OfSeeds,
   Tiny,
-  batch_of,
 )
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
+from research.data.batches import batch_of
 from research.data.sources import Split
 from research.data.sources.synthetic import rng_of
 from research.diffusion.objective import MaskedDiffusion

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.studies.diffusion.study import batch_of
+from research.data.batches import batch_of
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.sampling.denoiser import NoCache
 from research.diffusion.schedule import Linear

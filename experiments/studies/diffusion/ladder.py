@@ -24,7 +24,6 @@ from experiments.studies.diffusion.study import (
   DiffusionStudy,
   Tiny,
   at,
-  batch_of,
   best_rate,
   marks,
   swept,
@@ -32,6 +31,7 @@ from experiments.studies.diffusion.study import (
 )
 from experiments.studies.documents import documents
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
+from research.data.batches import batch_of
 from research.data.sources.synthetic import Markov
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion

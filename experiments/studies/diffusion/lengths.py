@@ -19,10 +19,10 @@ from experiments.studies import pictures
 from experiments.studies.diffusion.study import (
   OfSeeds,
   Tiny,
-  batch_of,
 )
 from experiments.studies.diffusion.tasks import Walks, learn
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
+from research.data.batches import batch_of
 from research.diffusion.batch_transforms import RandomTruncation
 from research.diffusion.sampling import sampler, variable_length
 from research.diffusion.sampling.config import Growth, SamplerConfig

@@ -21,10 +21,10 @@ from experiments.studies.diffusion.rewards import Rewards
 from experiments.studies.diffusion.study import (
   OfSeeds,
   Tiny,
-  batch_of,
 )
 from experiments.studies.diffusion.tasks import Targets, learn
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
+from research.data.batches import batch_of
 from research.data.sources.synthetic import rng_of
 from research.diffusion.alignment.estimators import Elbo
 from research.diffusion.alignment.preference import VRPO

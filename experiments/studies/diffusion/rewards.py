@@ -21,11 +21,11 @@ from experiments.studies import pictures
 from experiments.studies.diffusion.study import (
   DiffusionStudy,
   Tiny,
-  batch_of,
   over_seeds,
 )
 from experiments.studies.diffusion.tasks import Targets, learn
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
+from research.data.batches import batch_of
 from research.diffusion.alignment import grpo
 from research.diffusion.alignment.estimators import Coupled, FullMask
 from research.diffusion.sampling import sampler

@@ -25,7 +25,7 @@ from research.nn.transformer import Transformer
 from research.optim import optim
 from research.training import state, step
 from research.training.objectives.objective import Batch, Objective
-from research.typing import Array, Int, Params, UserError
+from research.typing import Params, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,36 +129,6 @@ def _piece(objective: Objective, tiny: Tiny) -> Callable[..., Any]:
     return jax.lax.scan(one, now, length=count)[0]
 
   return piece
-
-
-def batch_of(
-  rows: Int[Any, "B T"], learned: Any = None, begin: int | None = None
-) -> dict[str, Array]:
-  """Returns rows as a batch, each a document of its own.
-
-  Args:
-    rows: tokens.
-    learned: which tokens are targets, `[B, T]`; by default all, the first one
-      only if something comes before it.
-    begin: a token before each row, for next-token prediction; the last token
-      of a row is then no input, so that rows stay as long as they were.
-  """
-  rows = jnp.asarray(rows, jnp.int32)
-  weights = jnp.ones(rows.shape) if learned is None else jnp.asarray(learned)
-  weights = jnp.broadcast_to(weights, rows.shape) * 1.0
-  tokens, targets = rows, rows
-  if begin is not None:
-    tokens = jnp.pad(rows, ((0, 0), (1, 0)), constant_values=begin)[:, :-1]
-  else:
-    targets = jnp.roll(rows, -1, axis=1)
-    weights = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
-  return {
-    "tokens": tokens,
-    "targets": targets,
-    "weights": weights,
-    "positions": jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape),
-    "segments": jnp.zeros_like(rows),
-  }
 
 
 def over_seeds(rows: Rows, arms: Sequence[str], *path: Any) -> list[float]:

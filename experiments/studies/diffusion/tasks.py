@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies.diffusion.study import Tiny, batch_of
+from experiments.studies.diffusion.study import Tiny
 from experiments.studies.documents import documents
+from research.data.batches import batch_of
 from research.data.sources import Split
 from research.data.sources.synthetic import Markov, rng_of
 from research.diffusion.batch_transforms import BatchTransform

@@ -27,7 +27,6 @@ from experiments.studies.diffusion.study import (
   DiffusionStudy,
   Tiny,
   at,
-  batch_of,
   best_rate,
   marks,
   swept,
@@ -35,6 +34,7 @@ from experiments.studies.diffusion.study import (
 )
 from experiments.studies.lora.lora_verdicts import CLOSE
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
+from research.data.batches import batch_of
 from research.data.bpe import Bpe
 from research.data.sources.stdlib import Stdlib
 from research.diffusion.objective import MaskedDiffusion

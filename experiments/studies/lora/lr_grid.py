@@ -24,6 +24,7 @@ from experiments.core import from_scratch
 from experiments.studies.documents import documents
 from experiments.studies.protocol import Row
 from research import tree, weights
+from research.data.batches import batch_of
 from research.data.pipeline import Pipeline
 from research.lora import wrap
 from research.lora.init_stats import CalibrationData
@@ -118,19 +119,6 @@ class StudyData:
   evaluations: Mapping[str, Int[Array, "M S"]]
 
 
-def batch_of(rows: Int[Array, "B S"]) -> dict[str, Array]:
-  """Returns the batch in which each row is a document of its own."""
-  tokens, targets = rows[:, :-1], rows[:, 1:]
-  places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  return dict(
-    tokens=tokens,
-    targets=targets,
-    positions=places,
-    segments=jnp.zeros_like(tokens),
-    weights=jnp.ones(tokens.shape, jnp.float32),
-  )
-
-
 def study_data(setup: Setup, base: Params | None) -> StudyData:
   """Returns the data and the bases.
 
@@ -192,7 +180,7 @@ def _member(arm, setup, objective, params, pool, key, rate):
   )
 
   def one(now, rows):
-    now, metrics = update(now, batch_of(pool[rows]), key)
+    now, metrics = update(now, _batch(pool[rows]), key)
     for rewrite in arm.rewrites:
       now, metrics = rewrite(now, metrics)
     return now, metrics["loss"]
@@ -315,8 +303,13 @@ def _compiled(setup: Setup, arm: Arm, data: StudyData, trees: Sequence[Params]):
 
 
 def _loss(objective: Any, params: Params, rows: Int[Array, "M S"]) -> Array:
-  total, weight, _ = objective(params, batch_of(rows), None)
+  total, weight, _ = objective(params, _batch(rows), None)
   return total / weight
+
+
+def _batch(rows: Int[Array, "B S"]) -> dict[str, Array]:
+  """Returns documents as a batch whose every position has a target."""
+  return batch_of(rows[:, 1:], begin=rows[:, 0])
 
 
 def _ranks(end: Params, begin: Params) -> tuple[Array, Array]:

@@ -2,18 +2,24 @@
 
 from research.data.sources.sources import (
   Documents,
+  NoExamples,
+  Paths,
   PydocTopics,
   Split,
   TextFiles,
+  expand,
   read_text,
   split_of,
 )
 
 __all__ = [
   "Documents",
+  "NoExamples",
+  "Paths",
   "PydocTopics",
   "Split",
   "TextFiles",
+  "expand",
   "read_text",
   "split_of",
 ]

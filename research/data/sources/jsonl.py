@@ -7,10 +7,16 @@ file and the line.
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, no_type_check
 
-from research.data.sources import Split, split_of
+from research.data.sources import (
+  NoExamples,
+  Paths,
+  Split,
+  expand,
+  split_of,
+)
 from research.typing import UserError
 
 MAX_LINE = 1 << 24
@@ -57,28 +63,30 @@ class Record(NamedTuple):
 
 
 def read(
-  paths: Sequence[str], split: Split | None = None, key: str | None = None
+  paths: Paths, split: Split | None = None, key: str | None = None
 ) -> list[Record]:
   """Reads the records of several files, in order.
 
   Args:
-    paths: UTF-8 files.
+    paths: UTF-8 files, see `sources.expand`.
     split: return only the records of this split; None for all.
     key: dotted path of the field whose hash decides the split, so that records
       with the same value are in the same split; None for the whole record.
 
   Raises:
-    UserError: a file cannot be read, a line is invalid, or no record is left.
+    NoExamples: no record is in the split.
+    UserError: a file cannot be read, or a line is invalid.
   """
-  found = [record for path in paths for record in _lines(path)]
+  files = expand(paths)
+  found = [record for path in files for record in _lines(path)]
   if split is None:
     return found
   chosen = [r for r in found if split_of(_name(r, key)) == split]
   if not chosen:
-    raise UserError(
-      f"{', '.join(paths)[:200]}: none of {len(found)} records is in the split"
-      f" {split!r}.\nGive more records, a key with more values than"
-      f" {key!r} has, or no split."
+    more = f", a key with more values than {key!r} has," if key else ""
+    raise NoExamples(
+      f"{', '.join(files)[:200]}: none of {len(found)} records is in the split"
+      f" {split!r}.\nGive more records{more} or no split."
     )
   return chosen
 

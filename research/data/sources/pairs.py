@@ -6,6 +6,7 @@ packed together. Weights are 1 on the tokens of the answers.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from research.data import pipeline
 from research.data.packing import PackedRows, Piece, Row
+from research.data.sources import NoExamples
 from research.data.sources.records import Pair
 from research.typing import UserError
 
@@ -70,13 +72,22 @@ class Pairs:
     pairs = self.source.pairs(tokenizer)
     sizes = [max(len(e.tokens) for e in pair) for pair in pairs]
     fitting = [i for i, size in enumerate(sizes) if size <= self.length]
-    if self.longer == "error" and len(fitting) < len(pairs) or not fitting:
+    dropped = len(pairs) - len(fitting)
+    if self.longer == "error" and dropped or not fitting:
       longest = int(np.argmax(sizes))
-      raise UserError(
-        f"Pairs.length: {len(pairs) - len(fitting)} of {len(pairs)} pairs do"
+      raise (UserError if self.longer == "error" else NoExamples)(
+        f"Pairs.length: {dropped} of {len(pairs)} pairs do"
         f" not fit into {self.length} positions; pair {longest} has"
         f" {sizes[longest]} tokens.\n"
         f"Set length={sizes[longest]}, or longer='drop'."
+      )
+    if dropped:
+      warnings.warn(
+        f"Pairs.length: {dropped:,} of {len(pairs):,} pairs are longer than "
+        f"{self.length} positions, the longest has {max(sizes)}. They are "
+        "dropped.",
+        RuntimeWarning,
+        stacklevel=2,
       )
     found = [example for i in fitting for example in pairs[i]]
     plan = [[Piece(i, 0, len(e.tokens))] for i, e in enumerate(found)]

@@ -5,13 +5,14 @@ the file, the line and the field.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from research.data import examples, rendering
 from research.data.examples import Example
 from research.data.rendering import Conversation
-from research.data.sources import Split, jsonl
+from research.data.sources import Paths, Split, jsonl
 from research.data.sources.jsonl import Record
 from research.typing import UserError
 
@@ -24,13 +25,13 @@ class Texts:
   """Plain text documents: `{"text": ...}`.
 
   Attributes:
-    paths: the files.
+    paths: the files, see `sources.expand`.
     field: dotted path of the text.
     split: which records, by hash; None for all.
     key: field that decides the split; None for the whole record.
   """
 
-  paths: tuple[str, ...]
+  paths: Paths
   field: str = "text"
   split: Split | None = None
   key: str | None = None
@@ -41,9 +42,9 @@ class Texts:
   def __getitem__(self, index: int) -> str:
     return self.texts[index]
 
-  @property
+  @functools.cached_property
   def texts(self) -> list[str]:
-    """The documents, read from the files on each access."""
+    """The documents, read from the files once."""
     records = jsonl.read(self.paths, self.split, self.key)
     return [record.text(self.field) for record in records]
 
@@ -53,13 +54,13 @@ class Chat:
   """Conversations: `{"messages": [{"role": ..., "content": ...}, ...]}`.
 
   Attributes:
-    paths: the files.
+    paths: the files, see `sources.expand`.
     field: dotted path of the messages.
     split: which records, by hash; None for all.
     key: field that decides the split; None for the whole record.
   """
 
-  paths: tuple[str, ...]
+  paths: Paths
   field: str = "messages"
   split: Split | None = None
   key: str | None = None
@@ -87,14 +88,14 @@ class Completions:
   prompt; its end token follows the completion and is part of the loss.
 
   Attributes:
-    paths: the files.
+    paths: the files, see `sources.expand`.
     prompt: dotted path of the prompt.
     completion: dotted path of the completion.
     split: which records, by hash; None for all.
     key: field that decides the split; None for the whole record.
   """
 
-  paths: tuple[str, ...]
+  paths: Paths
   prompt: str = "prompt"
   completion: str = "completion"
   split: Split | None = None
@@ -125,7 +126,7 @@ class Preferences:
   first messages of `chosen` and `rejected` are the prompt.
 
   Attributes:
-    paths: the files.
+    paths: the files, see `sources.expand`.
     prompt: dotted path of the prompt.
     chosen: dotted path of the better answer.
     rejected: dotted path of the worse one.
@@ -133,7 +134,7 @@ class Preferences:
     key: field that decides the split; None for the whole record.
   """
 
-  paths: tuple[str, ...]
+  paths: Paths
   prompt: str = "prompt"
   chosen: str = "chosen"
   rejected: str = "rejected"

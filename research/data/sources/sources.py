@@ -6,13 +6,29 @@ dataclass, so that experiments can print and compare it.
 
 import dataclasses
 import functools
+import glob
 import hashlib
+import os
 import pathlib
+from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 from research.typing import UserError
 
 Split = Literal["train", "validation", "heldout"]
+
+PARTS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "heldout": (0.9, 1.0)}
+"""From where to where each split of one text reaches, as shares of it."""
+
+Paths = str | Sequence[str]
+"""A file, or several; `*`, `?` and `[...]` stand for the files they match."""
+
+
+class NoExamples(UserError):
+  """A split of a source, or all of it, has nothing to learn or to predict.
+
+  An experiment goes on without an evaluation that has none.
+  """
 
 
 @runtime_checkable
@@ -33,6 +49,28 @@ def split_of(name: str) -> Split:
   digest = hashlib.sha256(name.encode("utf-8")).digest()
   share = int.from_bytes(digest[:8], "big") / 2**64
   return "train" if share < 0.8 else "validation" if share < 0.9 else "heldout"
+
+
+def expand(paths: Paths) -> list[str]:
+  """Returns the files that `paths` names, sorted where a pattern matches.
+
+  Raises:
+    UserError: a pattern matches no file, or there are no paths.
+  """
+  found: list[str] = []
+  for path in (paths,) if isinstance(paths, str) else paths:
+    # A file whose name has such a character is that file.
+    plain = glob.escape(path) == path or os.path.exists(path)
+    files = [path] if plain else sorted(glob.glob(path, recursive=True))
+    if not files:
+      raise UserError(
+        f"{path}: matches no file.\nExpected a path, or a pattern such as"
+        " notes/*.txt; check the folder."
+      )
+    found += files
+  if not found:
+    raise UserError("paths: found none, expected at least one file")
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +101,50 @@ class TextFiles:
 
   Attributes:
     paths: the files.
+    split: which part of each file: the first 80%, the next or the last 10% of
+      its characters, cut at the ends of lines; None for all of it.
   """
 
-  paths: tuple[str, ...]
+  paths: Paths
+  split: Split | None = None
 
   def __len__(self) -> int:
-    return len(self.paths)
+    return len(self.texts)
 
   def __getitem__(self, index: int) -> str:
-    return read_text(self.paths[index])
+    return self.texts[index]
+
+  @functools.cached_property
+  def texts(self) -> list[str]:
+    """The documents, without those that are empty in this split.
+
+    Raises:
+      NoExamples: all of them are.
+      UserError: a file cannot be read.
+    """
+    files = expand(self.paths)
+    whole = [read_text(path) for path in files]
+    if self.split is None:
+      return whole
+    parts = [text_part(text, self.split) for text in whole]
+    found = [part for part in parts if part.strip()]
+    if not found:
+      raise NoExamples(
+        f"{', '.join(files)[:200]}: too short for a split {self.split!r}.\n"
+        "Give more text, of several lines."
+      )
+    return found
+
+
+def text_part(text: str, split: Split) -> str:
+  """Returns the lines of a text whose middles are in a split's share of it."""
+  first, last = (share * len(text) for share in PARTS[split])
+  end, kept = 0, []
+  for line in text.splitlines(keepends=True):
+    end += len(line)
+    if first <= end - len(line) / 2 < last:
+      kept.append(line)
+  return "".join(kept)
 
 
 def read_text(path: str) -> str:

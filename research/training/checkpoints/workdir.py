@@ -1,6 +1,5 @@
 """A run's working directory: belongs to one experiment configuration."""
 
-import difflib
 import os
 import re
 
@@ -72,22 +71,56 @@ def has_progress(workdir: Folder) -> bool:
 
 def _same_experiment(mark: Folder, old: str, new: str, may_differ: str) -> None:
   def lines(text):
-    kept = (line.strip() for line in text.splitlines())
-    return [x for x in kept if x and not re.search(may_differ, x)]
+    stripped = (line.strip() for line in text.splitlines())
+    return [x for x in stripped if x and not re.search(may_differ, x)]
 
-  if sorted(lines(moved.current(old))) == sorted(lines(new)):
-    return  # renamed modules only change the order of imports
-
-  changes = [
-    line
-    for line in difflib.unified_diff(lines(old), lines(new), n=0, lineterm="")
-    if line[:1] in "+-" and line[:3] not in ("+++", "---")
+  current = moved.current(old)
+  # Renamed modules change the order of imports.
+  if sorted(lines(current)) == sorted(lines(new)) or lines(old) == lines(new):
+    return
+  changes = _changes(_bindings(current), _bindings(new), may_differ)
+  # The same bindings, of other modules.
+  changes = changes or [
+    *(f"-{x}" for x in lines(current) if x not in lines(new)),
+    *(f"+{x}" for x in lines(new) if x not in lines(current)),
   ]
-  if changes:
-    more = len(changes) - checkpoint.MAX_DIFFERENCES
-    rest = f"  (and {more} more)" if more > 0 else ""
-    raise UserError(
-      f"{mark}: this workdir holds another experiment.\n"
-      f"{'  '.join(changes[: checkpoint.MAX_DIFFERENCES])}{rest}\n"
-      "Choose another workdir, or delete this one."
-    )
+  more = len(changes) - checkpoint.MAX_DIFFERENCES
+  rest = f"  (and {more} more)" if more > 0 else ""
+  raise UserError(
+    f"{mark}: this workdir holds another experiment.\n"
+    f"{'  '.join(changes[: checkpoint.MAX_DIFFERENCES])}{rest}\n"
+    "Choose another workdir, or delete this one; train goes on with this one's"
+    " own configuration if --config is left out."
+  )
+
+
+def _bindings(text: str) -> dict[str, str]:
+  """Returns the bindings of an operative configuration, by name."""
+  found: dict[str, str] = {}
+  name = None
+  for line in text.splitlines():
+    bound = re.match(r"([\w./]+) = (.*)", line)
+    if bound:
+      name, found[bound.group(1)] = bound.groups()
+    elif line[:1] in ("#", "") or re.match(r"(from|import)\s", line):
+      name = None
+    elif name is not None:  # a value of several lines
+      found[name] = f"{found[name].removesuffix('\\')} {line.strip()}".strip()
+  return found
+
+
+def _changes(
+  old: dict[str, str], new: dict[str, str], may_differ: str
+) -> list[str]:
+  """Returns what differs, macros first: what a user sets is one, mostly."""
+  out = []
+  for name in sorted(old | new, key=lambda x: ("." in x, x)):
+    lines = [
+      f"{sign}{name} = {values[name]}"
+      for sign, values in (("-", old), ("+", new))
+      if name in values
+    ]
+    differs = old.get(name) != new.get(name)
+    if differs and not any(re.search(may_differ, x[1:]) for x in lines):
+      out.append("  ".join(lines))
+  return out

@@ -179,6 +179,7 @@ def test_help_names_every_flag(command, module, own):
   assert lines[0].endswith(".") and "python -m experiments." in text
   for name in (own, *module.FLAGS):
     assert f"--{name}" in text or f"--[no]{name}" in text
+  assert command(module.main, "--help")[1] == lines  # a second time as well
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,15 @@ RUNS = sorted(
 )
 
 
+GIVEN = ["FILES=mine.jsonl"]
+"""What runs of a user's own data need."""
+
+
+def _read(run):
+  own = run.startswith("runs/data/")
+  return config.read(run, GIVEN if own else (), root=_root(run))
+
+
 def _root(run):
   """Returns what a run file builds: an experiment, or a job."""
   lines = config._imports((config.CONFIGS / run).read_text("utf-8"))
@@ -25,7 +34,7 @@ def _root(run):
 @pytest.mark.parametrize("run", RUNS)
 def test_every_run_parses_and_its_text_rebuilds_it(run):
   root = _root(run)
-  first = config.read(run, root=root)
+  first = _read(run)
   assert isinstance(first.experiment, root)
   again = config.parse(first.text, root=root)
   assert again.text == first.text
@@ -43,7 +52,7 @@ def test_what_gin_builds_is_the_plain_value():
 
 
 def test_no_two_runs_are_the_same():
-  texts = [config.read(run, root=_root(run)).text for run in RUNS]
+  texts = [_read(run).text for run in RUNS]
   assert len(set(texts)) == len(texts)
 
 
@@ -60,7 +69,10 @@ def test_a_binding_wins_over_the_file():
     ("STEPZ=3", "did you mean STEPS"),
     ("adapt.Adapt.rang=3", "doesn't have a parameter named 'rang'"),
     ("nowhere.Nothing.x=1", "'nowhere' was not provided by an import"),
-    ("STEPS=2.5", r"steps: found 2\.5, expected <class 'int'>"),
+    ("STEPS=2.5", r"steps: found 2\.5, expected int$"),
+    ("STEPS=abc", r"steps: found 'abc', expected int$"),
+    ("STEPS=2*3", r"steps: found '2\*3', expected int$"),
+    ("STEPS=1,2", r"steps: found \(1, 2\), expected int$"),
     ("STEPS='ten'", "steps: found 'ten'"),
     ("STEPS", "expected NAME=VALUE"),
     ("STEPS=", "expected NAME=VALUE"),
@@ -77,14 +89,57 @@ def test_what_is_wrong_is_said_in_three_lines(binding, message):
   assert len(str(error.value).splitlines()) <= 3
 
 
+def test_a_run_of_own_data_says_what_it_needs():
+  with pytest.raises(UserError, match="FILES: is required: --set=FILES=..."):
+    config.read("runs/data/chat.gin")
+
+
 def test_required_values_are_required():
   with pytest.raises(UserError, match="(?i)required"):
     config.parse("include 'base.gin'")
 
 
-def test_no_such_file_lists_those_that_exist():
-  with pytest.raises(UserError, match=r"runs/quickstart\.gin"):
-    config.read("runs/quickstrat.gin")
+@pytest.mark.parametrize(
+  "path", ["runs/quickstrat.gin", "quickstart", "configs/runs/quickstart"]
+)
+def test_a_mistyped_file_is_answered_with_the_nearest(path):
+  with pytest.raises(UserError, match=r"Did you mean runs/quickstart") as error:
+    config.read(path)
+  assert len(str(error.value)) < 300 + len(str(config.CONFIGS))
+  with pytest.raises(UserError, match="no such file") as error:
+    config.read("zzz")
+  assert "Did you mean" not in str(error.value)
+  with pytest.raises(UserError, match="mean runs/lora/dora_smollm2.gin"):
+    config.read("dora")
+
+
+def test_a_bare_word_on_the_command_line_is_a_text():
+  bindings = ["experiment.Experiment.prompt=Once upon a time", "DTYPE=bfloat16"]
+  experiment = config.read("runs/quickstart.gin", bindings).experiment
+  assert experiment.prompt == "Once upon a time"
+  assert experiment.model.dtype == "bfloat16"
+
+
+def test_a_bare_word_in_a_file_is_named(tmp_path):
+  file = tmp_path / "mine.gin"
+  head = "from __gin__ import dynamic_registration\n"
+  file.write_text(head + "include 'runs/quickstart.gin'\nSTEPS = abc\n")
+  with pytest.raises(UserError, match="line 3: found abc, expected a val") as e:
+    config.read(str(file))
+  assert "ast." not in str(e.value)
+
+
+def test_a_file_elsewhere_includes_its_neighbours(tmp_path, monkeypatch):
+  """Beside the file itself, wherever the command runs."""
+  folder = tmp_path / "mine"
+  folder.mkdir()
+  head = "from __gin__ import dynamic_registration\n"
+  (folder / "short.gin").write_text(head + "STEPS = 7\n")
+  (folder / "run.gin").write_text(
+    head + "include 'runs/quickstart.gin'\ninclude 'short.gin'\n"
+  )
+  monkeypatch.chdir(tmp_path)
+  assert config.read("mine/run.gin", ["RANK=2"]).experiment.plan.steps == 7
 
 
 def test_not_text(tmp_path):

@@ -184,7 +184,8 @@ def test_pairs_that_are_too_long_are_named_or_dropped():
   data = pairs.Pairs(source=Answers(), length=5, batch_size=1)
   with pytest.raises(UserError, match="1 of 3 pairs do not .* pair 1 has 6"):
     data.rows(None)
-  kept = dataclasses.replace(data, longer="drop").rows(None)
+  with pytest.warns(RuntimeWarning, match="1 of 3 pairs are longer than 5 "):
+    kept = dataclasses.replace(data, longer="drop").rows(None)
   assert [kept[i]["tokens"][0, 0] for i in range(len(kept))] == [0, 20]
   with pytest.raises(UserError, match="3 of 3 pairs"):
     dataclasses.replace(data, longer="drop", length=3).rows(None)

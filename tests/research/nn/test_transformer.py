@@ -11,10 +11,10 @@ from flax import linen as nn
 
 from kernels_pallas.masks import Mask
 from research import tree
-from research.nn import presets
+from research.nn import logits, presets
 from research.nn.stack import Stack
 from research.typing import UserError
-from tests import support
+from tests import support, support_numpy
 
 # Two periods and a remainder, so that stacks have runs of both kinds.
 MODELS = {
@@ -192,3 +192,19 @@ def test_embeddings_as_input():
   by_ids = model.apply({"params": params}, tokens)[0]
   by_rows = model.apply({"params": params}, params["embed"][tokens])[0]
   chex.assert_trees_all_equal(by_ids, by_rows)
+
+
+@pytest.mark.parametrize("kind", ["causal", "full"])
+def test_logits_are_those_of_the_definition(kind):
+  """In NumPy, float64: of tokens that are no array of JAX as well."""
+  model = support.model()
+  params, tokens = support.params(model), np.asarray(support.tokens(1, 12))
+  table = np.ones((1, 12, 12), bool)
+  mask = Mask.full()
+  if kind == "causal":
+    table, mask = np.tril(table), None
+  found = logits(model, params, tokens, mask=mask)
+  place = np.arange(12)[None]
+  expected = support_numpy.logits(model, params, tokens, place, table)
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

@@ -20,7 +20,8 @@ from experiments.studies.diffusion import policy_verdicts as judged
 from experiments.studies.diffusion import (
   study as diffusion_study,
 )
-from experiments.studies.diffusion.study import Tiny, batch_of
+from experiments.studies.diffusion.study import Tiny
+from research.data.batches import batch_of
 from research.data.sources.synthetic import Markov
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion

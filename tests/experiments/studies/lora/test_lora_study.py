@@ -89,7 +89,7 @@ def test_a_row_is_the_plain_training_loop(trial):
     jax.random.fold_in(key, 1), (4, 4), 0, data.pool.shape[0]
   )
   for i, places in enumerate(order):
-    now, metrics = update(now, lr_grid.batch_of(data.pool[places]), key)
+    now, metrics = update(now, lr_grid._batch(data.pool[places]), key)
     want = row["curve"][k][seed][i]
     assert float(metrics["loss"]) == pytest.approx(want, abs=2e-5)
   found = lr_grid._loss(data.objective, now.params, data.evaluations["heldout"])

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.studies.lora import lora_terms, lr_grid
+from experiments.studies.lora import lora_terms
+from research.data import batch_of
 from research.lora import adapt, allocate, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.adalora import AdaLoRA
@@ -63,7 +64,7 @@ def test_beside_the_data_is_inside_the_loss():
   made = adapt.Adapt(method=AdaLoRA(rank=4))
   params = made(support.params(model), jax.random.key(0))
   plain = objective.NextToken(model=model)
-  batch, key = lr_grid.batch_of(support.tokens()), jax.random.key(1)
+  batch, key = batch_of(support.tokens()), jax.random.key(1)
   inside = allocate.Orthogonal(plain)
   outside = lora_terms.beside(lora_terms.orthogonal, optax.sgd(10.0))
 

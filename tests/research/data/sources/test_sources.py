@@ -69,3 +69,42 @@ def test_files_are_documents(tmp_path):
     (tmp_path / name).write_text(text, encoding="utf-8")
   source = sources.TextFiles((str(tmp_path / "a"), str(tmp_path / "b")))
   assert [source[0], source[1], len(source)] == ["eins", "zwei – drei", 2]
+
+
+@pytest.mark.parametrize("lines", [3, 10, 57])
+def test_splits_of_a_file_are_its_parts_in_order(tmp_path, lines):
+  path = tmp_path / "a.txt"
+  text = [f"line {i}\n" for i in range(lines)]
+  path.write_text("".join(text))
+  parts = {}
+  for split in sources.Split.__args__:
+    try:
+      [parts[split]] = sources.TextFiles(str(path), split).texts
+    except sources.NoExamples:
+      assert lines == 3
+  assert "".join(parts.values()) == "".join(text)
+  if lines > 9:
+    shares = [
+      len(parts[s].splitlines()) / lines for s in sources.Split.__args__
+    ]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=1 / lines)
+
+
+def test_a_split_without_text_is_said(tmp_path):
+  path = tmp_path / "a.txt"
+  path.write_text("one line")
+  assert sources.TextFiles((str(path),), "train")[0] == "one line"
+  with pytest.raises(sources.NoExamples, match="too short for a split 'held"):
+    len(sources.TextFiles((str(path),), "heldout"))
+
+
+def test_patterns_are_the_files_they_match(tmp_path):
+  for name in ("b.txt", "a.txt", "c.log", "[d].txt"):
+    (tmp_path / name).write_text(name)
+  found = sources.expand((f"{tmp_path}/?.txt", f"{tmp_path}/[d].txt"))
+  assert [p.split("/")[-1] for p in found] == ["a.txt", "b.txt", "[d].txt"]
+  assert sources.TextFiles(f"{tmp_path}/*.log").texts == ["c.log"]
+  with pytest.raises(UserError, match="matches no file"):
+    sources.expand(f"{tmp_path}/*.json")
+  with pytest.raises(UserError, match="expected at least one file"):
+    sources.expand(())

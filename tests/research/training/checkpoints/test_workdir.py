@@ -110,6 +110,50 @@ def test_workdir_belongs_to_one_experiment(tmp_path):
     claim_workdir(tmp_path / "file", config)
 
 
+def _operative(rank, method="lora", targets=("q", "v")):
+  """Returns what gin prints: imports, macros, then parameters."""
+  wrapped = f"\\\n    {targets!r}"
+  return f"""from __gin__ import dynamic_registration
+from research.lora import adapt
+from research.lora.methods import {method}
+
+# Macros:
+# ======
+RANK = {rank}
+STEPS = 5
+
+# Parameters for adapt.Adapt:
+# ===========================
+adapt.Adapt.method = @{method}.{method}()
+adapt.Adapt.targets = {wrapped}
+
+# Parameters for {method}.{method}:
+# ===========================
+{method}.{method}.rank = %RANK
+"""
+
+
+def test_what_differs_begins_with_macros_and_imports_are_left_out(tmp_path):
+  workdir = claim_workdir(tmp_path, _operative(8))
+  (workdir / "checkpoints" / "3").mkdir(parents=True)
+  with pytest.raises(UserError) as caught:
+    claim_workdir(tmp_path, _operative(4, "dora", ("q", "up")))
+  first, changes, _ = str(caught.value).split("\n")
+  assert changes.startswith(
+    "-RANK = 8  +RANK = 4  -adapt.Adapt.method = @lora.lora()  +adapt.Adapt."
+  )
+  assert "-adapt.Adapt.targets = ('q', 'v')" in changes
+  assert "import" not in changes and "#" not in changes
+
+
+def test_the_same_bindings_of_another_module_are_another_run(tmp_path):
+  workdir = claim_workdir(tmp_path, _operative(8))
+  (workdir / "checkpoints" / "3").mkdir(parents=True)
+  other = _operative(8).replace("research.lora.methods", "mine")
+  with pytest.raises(UserError, match="\\+from mine import lora"):
+    claim_workdir(tmp_path, other)
+
+
 def test_a_full_disk_leaves_the_mark(tmp_path):
   claim_workdir(tmp_path, "steps = 1\n")
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
