@@ -15,8 +15,8 @@ FOLDERS = ("colab", "configs", "experiments", "kernels_pallas", "research")
 SUFFIXES = (".py", ".gin", ".cc", ".h", ".inc", ".ipynb")
 EXAMPLES = {"test_citations.py", "test_pages.py"}
 """Tests whose text has broken ones."""
-OTHERS = {"EVAL.md", "printed.md"}
-"""Pages of other people's repositories, and one that a test writes."""
+OTHERS = {"EVAL.md", "printed.md", "COINS.md"}
+"""Pages of other people's repositories, and those that tests write."""
 NUMBER = r"\d+(?:\.\d+)*\b"
 CITATION = re.compile(
   r"(?P<page>(?:[\w-]+/)*[\w-]+\.md)\b"

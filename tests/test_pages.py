@@ -10,8 +10,6 @@ import functools
 import importlib
 import importlib.util
 import io
-import itertools
-import os
 import pathlib
 import re
 import shlex
@@ -37,11 +35,6 @@ PAGES = {
 LENGTHS = {"README.md": 150}
 """Lines of a page at most; of other READMEs 200."""
 
-PENDING = {
-  "experiments.study": ("config", "only", "render", "workdir"),
-}
-"""What another branch brings: empty this when it is there."""
-
 OURS = r"python -m (experiments\.[\w.]+)"
 
 PLACEHOLDER = re.compile(r"\b(?:[A-Z]+|FILE\.gguf|NAME\.gin)\b")
@@ -50,10 +43,6 @@ PLACEHOLDER = re.compile(r"\b(?:[A-Z]+|FILE\.gguf|NAME\.gin)\b")
 
 def _text(page: str) -> str:
   return PAGES[page].read_text("utf-8")
-
-
-def _pending(name: str) -> bool:
-  return name in PENDING
 
 
 # Form ------------------------------------------------------------------------
@@ -81,8 +70,6 @@ def broken_links(path: pathlib.Path, text: str) -> list[str]:
     if file.startswith(("http:", "https:")):
       continue
     target = (path.parent / file).resolve() if file else path
-    if _pending(os.path.relpath(target, ROOT)) and not target.exists():
-      continue
     if not target.exists() or (anchor and anchor not in _anchors(target)):
       out.append(link)
   return out
@@ -109,7 +96,7 @@ def test_files_that_are_named_are_there(page):
     name
     for name in named
     if not any((home / name).exists() for home in homes)
-    and not (PLACEHOLDER.search(name) or _pending(f"configs/{name}"))
+    and not PLACEHOLDER.search(name)
   }
   assert not missing
 
@@ -192,7 +179,7 @@ def _macros(config: str) -> set[str]:
 
 def _check_run_file(name: str, changes: list[str]) -> None:
   """Checks the path of a --config, and the names of its --set."""
-  if PLACEHOLDER.search(name) or _pending(f"configs/{name}"):
+  if PLACEHOLDER.search(name):
     return
   assert (CONFIGS / name).is_file(), f"no {name} in configs"
   for change in changes:
@@ -204,10 +191,6 @@ def _check_run_file(name: str, changes: list[str]) -> None:
 
 def _check_ours(module: str, words: list[str]) -> None:
   """Checks a command with absl's flags, and parses its values."""
-  if module in PENDING and importlib.util.find_spec(module) is None:
-    names = [x.removeprefix("--").split("=")[0] for x in words]
-    assert set(names) <= set(PENDING[module])
-    return
   values = copy.deepcopy(importlib.import_module(module).FLAGS)
   kept = [x for x in words if not PLACEHOLDER.search(x.partition("=")[2])]
   for word in words:
@@ -246,7 +229,7 @@ def check(line: str) -> None:
   if words[1] == "-m" and words[2] in ("pytest", "ruff", "this"):
     return
   name, path, rest = _module(words)
-  assert path.exists() or name in PENDING, f"{line}: no {path}"
+  assert path.exists(), f"{line}: no {path}"
   if name.startswith("experiments."):
     given = [x.partition("=")[::2] for x in rest]
     changes = [value for flag, value in given if flag == "--set"]
@@ -296,8 +279,7 @@ def test_flags_in_line_are_some_command_s():
   modules = {f"experiments.{path.stem}" for path in files}
   modules |= {x for _, line in COMMANDS for x in re.findall(OURS, line)}
   known = {"help", "slow", "batch_size"}  # absl, pytest, LLaDA's scripts
-  known |= set(itertools.chain(*PENDING.values()))
-  for module in modules - set(PENDING):
+  for module in modules:
     known |= set(getattr(importlib.import_module(module), "FLAGS", ()))
   for path in (ROOT / "kernels_pallas").rglob("*.py"):
     known |= set(re.findall(r'"--([\w-]+)"', path.read_text("utf-8")))

@@ -33,7 +33,6 @@ MOST = 16
 CATALOGUES = {  # a file a thing, all of one shape
   "research/lora/methods",
   "experiments/studies/diffusion",
-  "experiments/studies/quant",
   "kernels_pallas/flash_attention/gpu",
 }
 

@@ -293,6 +293,12 @@ def _shorten(error: Exception) -> str:
     ]
     parts[2] = re.sub(r"<class '([\w.]+)'>", r"\1", parts[2])
     return f"{parts[0]}.{field.group(1)}: found {parts[1]}, expected {parts[2]}"
+  absent = re.match(r"Could not find <class '[\w.]*?(\w+\.\w+)'> in the", text)
+  if absent:
+    return (
+      f"binds nothing of {absent.group(1)}, which this command builds; is it of"
+      " another command, or of an older version (CHANGELOG.md)?"
+    )
   word = re.search(r"Failed to parse token '(.*)' \((.*)\)", text)
   if word and "malformed node" in text:
     return (

@@ -1,7 +1,7 @@
 """The toys of `colab/llada.ipynb`: a chain that is masked, learned, filled in.
 
 The chain is a `synthetic.Markov`, so its entropy is known, and so is what a
-perfect model would say (`diffusion_truth`); states are shown as letters.
+perfect model would say (`truth`); states are shown as letters.
 """
 
 import dataclasses
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.studies import population
-from experiments.studies.diffusion import diffusion_truth
-from experiments.studies.diffusion.diffusion_study import Tiny, batch_of
+from experiments.studies.diffusion import truth as diffusion_truth
+from experiments.studies.diffusion.study import Tiny
+from experiments.studies.documents import documents
+from research.data.batches import batch_of
 from research.data.sources.synthetic import Markov
 from research.diffusion import process
 from research.diffusion.block import BlockDiffusion
@@ -62,7 +63,7 @@ class Toy:
   def pool(self) -> dict[str, Any]:
     """All rows to learn from, as a batch."""
     source = self.source
-    return batch_of(population.documents(source, "train", source.count))
+    return batch_of(documents(source, "train", source.count))
 
   @functools.cached_property
   def truth(self) -> tuple[diffusion_truth.Chain, Params]:
@@ -72,7 +73,7 @@ class Toy:
 
   def rows(self, count: int) -> Int[np.ndarray, "N T"]:
     """Returns held-out rows of the chain."""
-    return np.asarray(population.documents(self.source, "heldout", count))
+    return np.asarray(documents(self.source, "heldout", count))
 
   def spelled(self, row: Sequence[int] | np.ndarray) -> list[str]:
     """Returns a letter a token, and a block for the mask."""

@@ -1,7 +1,7 @@
 """The toy of `colab/lora.ipynb`: ranks swept, updates looked at, merged.
 
 Each function takes a `study.Study` (`runs/lora/claims_capacity.gin`) and the
-ground that its arms stand on.
+data and base that its arms share.
 """
 
 import dataclasses
@@ -12,17 +12,18 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.studies import population
-from experiments.studies.population import Ground
-from experiments.studies.study import Arm, Row, Study
+from experiments.studies.lora import lr_grid
+from experiments.studies.lora.lr_grid import Arm, StudyData
+from experiments.studies.lora.study import Study
+from experiments.studies.protocol import Row
 from research import weights
 from research.lora import wrap
 from research.typing import Float, Params, UserError
 
 
-def ground(study: Study) -> Ground:
+def study_data(study: Study) -> StudyData:
   """Returns the data and a base that knows the first language."""
-  return population.ground(study, population.learned(study))
+  return lr_grid.study_data(study, lr_grid.trained_base(study))
 
 
 def arm(study: Study, name: str) -> Arm:
@@ -31,16 +32,18 @@ def arm(study: Study, name: str) -> Arm:
   Raises:
     UserError: there is none.
   """
-  for found in study.arms:
+  for found in study.variants:
     if found.name == name:
       return found
-  names = ", ".join(found.name for found in study.arms)
+  names = ", ".join(study.arms)
   raise UserError(f"arm {name!r}: the study has {names}")
 
 
-def sweep(study: Study, on: Ground, names: Sequence[str]) -> dict[str, Row]:
+def sweep(
+  study: Study, data: StudyData, names: Sequence[str]
+) -> dict[str, Row]:
   """Returns rows of these arms, each with its learning rate swept."""
-  return {n: population.sweep(study, arm(study, n), on) for n in names}
+  return {n: lr_grid.sweep(study, arm(study, n), data) for n in names}
 
 
 def ranking(rows: Mapping[str, Row]) -> list[dict[str, Any]]:
@@ -89,13 +92,11 @@ def capacity(rows: Mapping[str, Row]) -> Any:
 
 
 def trained(
-  study: Study, on: Ground, rows: Mapping[str, Row]
+  study: Study, data: StudyData, rows: Mapping[str, Row]
 ) -> dict[str, tuple[Params, Params]]:
   """Returns (before, after) of one run of each row, at its best rate."""
   return {
-    name: population.one_run(
-      study, arm(study, name), on, row["ks"][row["best"]]
-    )
+    name: lr_grid.one_run(study, arm(study, name), data, row["ks"][row["best"]])
     for name, row in rows.items()
   }
 
@@ -139,16 +140,13 @@ def spectra(runs: Mapping[str, tuple[Params, Params]], address: str) -> Any:
   return figure
 
 
-def losses(on: Ground, trees: Mapping[str, Params]) -> dict[str, float]:
+def losses(data: StudyData, trees: Mapping[str, Params]) -> dict[str, float]:
   """Returns the held-out loss of each tree."""
-  grounds = {
-    name: dataclasses.replace(on, bases=[params])
+  each = {
+    name: dataclasses.replace(data, bases=[params])
     for name, params in trees.items()
   }
-  return {
-    name: population.before(ground)["heldout"]
-    for name, ground in grounds.items()
-  }
+  return {n: lr_grid.base_losses(one)["heldout"] for n, one in each.items()}
 
 
 def difference(one: Params, other: Params) -> float:

@@ -287,7 +287,7 @@ def axes(
 def measured(
   loaded: Loaded, tokens: Int[Array, "N T"], rows: Sequence[Row]
 ) -> dict[str, dict[str, Any]]:
-  """Returns rows as `quant_table` measures them, but by matrix.
+  """Returns rows as `quant_study` measures them, but by matrix.
 
   Args:
     loaded: the model before.
@@ -299,7 +299,7 @@ def measured(
     model=_Given(loaded), rows=(rows,), text=calibrate.Calibration()
   )
   rows = [dataclasses.replace(r, errors=False) for r in rows]
-  return {r.name: quant_study.one(table, r, loaded, base) for r in rows}
+  return {r.name: quant_study.measure(table, r, loaded, base) for r in rows}
 
 
 @dataclasses.dataclass(frozen=True)

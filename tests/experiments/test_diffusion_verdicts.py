@@ -7,17 +7,21 @@ import math
 import pytest
 
 from experiments.studies.diffusion import (
-  diffusion_caches,
-  diffusion_ends,
-  diffusion_following,
-  diffusion_ladder,
-  diffusion_policies,
-  diffusion_reversal,
-  diffusion_rewards,
-  diffusion_study,
-  diffusion_truth,
+  caches,
+  following,
+  ladder,
+  policies,
+  reversal,
+  rewards,
+  tasks,
+  truth,
 )
-from experiments.studies.diffusion import diffusion_tasks as tasks
+from experiments.studies.diffusion import (
+  ends as diffusion_ends,
+)
+from experiments.studies.diffusion import (
+  study as diffusion_study,
+)
 from research.data.sources.synthetic import Markov
 
 SOURCE = Markov(vocab=8, length=16)
@@ -41,8 +45,8 @@ def changed(rows, arms, path, values):
 
 # --- the ladder ---
 
-LADDER = diffusion_ladder.Ladder(source=SOURCE, steps=100, more=4)
-ENTROPY = diffusion_truth.entropy(SOURCE, 16)
+LADDER = ladder.Ladder(source=SOURCE, steps=100, more=4)
+ENTROPY = truth.entropy(SOURCE, 16)
 
 
 def ladder_rows(**gaps):
@@ -97,7 +101,7 @@ def test_a_gap_at_equal_tokens_is_read_off_the_curve():
 
 # --- reversal ---
 
-REVERSAL = diffusion_reversal.Reversal()
+REVERSAL = reversal.Reversal()
 RIGHT = {
   "next token": {
     "fact": 1.0,
@@ -122,7 +126,7 @@ REVERSED = {
 def test_reversal_by_both_ways():
   assert holds(REVERSAL, REVERSED) == [True] * 5
   lines = REVERSAL.table(REVERSED)
-  assert lines[1]["next token"] is None and lines[1]["diffusion"] == 100
+  assert lines[1]["next token"] is None and lines[1]["diffusion"] == (100, 0)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,7 @@ def test_reversal_fails(kind, probe, value, number):
 
 # --- policies ---
 
-POLICIES = diffusion_policies.Policies(chain=SOURCE)
+POLICIES = policies.Policies(chain=SOURCE)
 
 
 def policy_rows():
@@ -182,7 +186,7 @@ def test_policies_all_hold(tmp_path):
   rows = policy_rows()
   assert holds(POLICIES, rows) == [True] * 8
   assert len(POLICIES.table(rows)) == len(rows["chain, seed 0"]["points"])
-  POLICIES.draw(rows, tmp_path, "policies")
+  POLICIES.plot(rows, tmp_path, "policies")
   assert (tmp_path / "policies.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -224,7 +228,7 @@ def test_policies_differ_by_more_than_seeds_do(name):
 
 # --- caches ---
 
-CACHES = diffusion_caches.Caches(chain=SOURCE)
+CACHES = caches.Caches(chain=SOURCE)
 
 
 def cache_rows(**more):
@@ -263,7 +267,7 @@ def test_caches(more, wanted):
 
 
 def test_delayed_caches_have_rows_and_what_they_read():
-  study = diffusion_caches.Caches(
+  study = caches.Caches(
     chain=Markov(vocab=8, length=8),
     sums=tasks.Sums(length=4),
     blocks=(4, 8),
@@ -316,22 +320,23 @@ def test_ends(lengths, number):
   path = ("ends last", "valid")
   rows = changed(end_rows(), ENDS.arms, path, [0.5] * 3)
   assert holds(ENDS, rows) == [True, True, True, True, False, True]
-  for path, values in (
-    (("low confidence, greedy", "length"), [9.0] * 3),
-    (("ends last, greedy", "valid"), [0.1] * 3),
-    (("ends last, greedy", "valid"), [0.9, 0.1, 0.1]),  # by one seed alone
+  for path, values, last in (
+    (("low confidence, greedy", "length"), [9.0] * 3, False),
+    (("ends last, greedy", "valid"), [0.1] * 3, False),
+    # By one seed alone.
+    (("ends last, greedy", "valid"), [0.9, 0.1, 0.1], None),
   ):
     rows = changed(end_rows(), ENDS.arms, path, values)
-    assert holds(ENDS, rows) == [True] * 5 + [False]
+    assert holds(ENDS, rows) == [True] * 5 + [last]
 
 
 # --- rewards ---
 
-REWARDS = diffusion_rewards.Rewards()
+REWARDS = rewards.Rewards()
 
 
 def reward_rows(one=0.9, coupled=0.99, lot=0.4, alike=1.5):
-  ends = dict(zip(diffusion_rewards.KINDS, (one, coupled, lot), strict=True))
+  ends = dict(zip(rewards.KINDS, (one, coupled, lot), strict=True))
   return {
     f"{kind}: seed {s}": {
       "reward": [0.4, end + JITTER[s]],
@@ -347,9 +352,9 @@ def reward_rows(one=0.9, coupled=0.99, lot=0.4, alike=1.5):
   ("more", "wanted"),
   [
     ({}, [True] * 5),
-    ({"one": 0.4}, [False, True, True, True, True]),
+    ({"one": 0.4}, [None, True, True, True, True]),
     ({"lot": 0.6}, [True, False, True, True, True]),
-    ({"coupled": 0.4}, [True, True, False, False, True]),
+    ({"coupled": 0.4}, [True, True, None, False, True]),
     ({"alike": 3.0}, [True, True, True, True, False]),
   ],
 )
@@ -359,7 +364,7 @@ def test_rewards(more, wanted):
 
 # --- instructions ---
 
-FOLLOWING = diffusion_following.Following()
+FOLLOWING = following.Following()
 
 
 def following_rows(before=(2.0, 0.1), after=(0.1, 0.95), alone=(1.0, 0.5)):
@@ -382,7 +387,7 @@ def following_rows(before=(2.0, 0.1), after=(0.1, 0.95), alone=(1.0, 0.5)):
     ({"before": (0.05, 0.1)}, [False, True, True, True]),
     ({"before": (2.0, 0.96)}, [True, False, True, True]),
     ({"after": (0.1, 0.8)}, [True, True, False, True]),
-    ({"alone": (0.1, 0.95)}, [True, True, True, False]),
+    ({"alone": (0.1, 0.95)}, [True, True, True, None]),
   ],
 )
 def test_following(more, wanted):
@@ -390,6 +395,6 @@ def test_following(more, wanted):
 
 
 def test_one_seed_is_no_interval():
-  one = diffusion_following.Following(seeds=1)
+  one = following.Following(seeds=1)
   assert not holds(one, following_rows())[0]
   assert math.isinf(one.of(following_rows(), "converted", "loss").half)

@@ -8,9 +8,8 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from experiments.studies import study
-from experiments.studies.lora import lora_terms
-from experiments.studies.study import Arm
+from experiments.studies.lora import lora_terms, lr_grid
+from experiments.studies.lora.lr_grid import Arm
 from research.lora import adapt, adapt_eva, allocate, init_stats, wrap
 from research.lora.adapt import Adapt
 from research.lora.init_stats import CalibrationData
@@ -123,9 +122,17 @@ def methods(steps: int) -> tuple[Arm, ...]:
       "MiLoRA", PiSSA(rank=r, alpha=4.0, part="smallest"), -6, **start
     ),
     _adapted("OLoRA", OLoRA(rank=r, alpha=4.0), -6, **start),
-    _adapted("CorDA", CorDA(rank=r, alpha=4.0), -6, look=_covariances, **start),
-    _adapted("LoRA-GA", LoRAGA(rank=r, alpha=4.0), -6, look=_slopes, **start),
-    Arm(name="EVA", transform=_eva(r), look=_itself, **start),
+    _adapted(
+      "CorDA",
+      CorDA(rank=r, alpha=4.0),
+      -6,
+      init_stats=_covariances,
+      **start,
+    ),
+    _adapted(
+      "LoRA-GA", LoRAGA(rank=r, alpha=4.0), -6, init_stats=_slopes, **start
+    ),
+    Arm(name="EVA", transform=_eva(r), init_stats=_itself, **start),
     _adapted("KaSA", KaSA(rank=r, alpha=16.0), optimizer=_kasa, **start),
     _adapted(
       "AdaLoRA",
@@ -205,7 +212,7 @@ def _eva(rank):
 
 
 def _kasa(schedule):
-  return lora_terms.beside(lora_terms.kasa, study.adam(schedule))
+  return lora_terms.beside(lora_terms.kasa, lr_grid.adam(schedule))
 
 
 def _adalora(schedule, rank, steps):
@@ -215,7 +222,7 @@ def _adalora(schedule, rank, steps):
   )
   return lora_terms.beside(
     lora_terms.orthogonal,
-    allocate.adalora_optimizer(study.adam(schedule), budget),
+    allocate.adalora_optimizer(lr_grid.adam(schedule), budget),
   )
 
 

@@ -6,16 +6,26 @@ Student's, 95%, over seeds.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import stats as scipy_stats
 
-from experiments.core.stats import Mean, mean
-from experiments.studies.claims import Verdict
-from experiments.studies.study import Row
+from experiments.core.stats import (
+  Decision,
+  Mean,
+  above,
+  below,
+  every,
+  holm,
+  mean,
+  p_value,
+  paired,
+)
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 
-Rows = Mapping[str, Row]
+ALPHA = 0.05
+"""Of a corrected p, below which a difference is no accident."""
+
 CLOSE = 0.02
 """Share of a loss within which two tie: the 1 to 2% of arXiv:2602.04998."""
 
@@ -40,14 +50,29 @@ def optimum(row: Row) -> float:
   return float(10 ** ((best_k(row) + shift) / 2))
 
 
-def below(rows: Rows, first: str, second: str, name: str = "heldout") -> Mean:
+def lead(rows: Rows, first: str, second: str, name: str = "heldout") -> Mean:
   """Returns by how much `first` is below `second`, paired by seed."""
-  a, b = (np.array(at_best(rows[arm], name)) for arm in (first, second))
-  return mean(b - a)
+  a, b = (at_best(rows[arm], name) for arm in (first, second))
+  return paired(b, a)
 
 
-def _surely(difference: Mean) -> bool:
-  return difference.value > difference.half
+def leads(rows: Rows, first: str, second: str) -> Decision:
+  """Whether `first` has a lower loss than `second`, over seeds."""
+  return above(lead(rows, first, second))
+
+
+def ahead(rows: Rows, arms: Sequence[str], other: str) -> dict[str, float]:
+  """Returns arms with a lower loss than another, and Holm's p of each.
+
+  Args:
+    rows: by arm.
+    arms: that are compared with `other`; corrected for their number.
+    other: an arm.
+  """
+  losses = {n: np.array(at_best(rows[n]), float) for n in (*arms, other)}
+  gains = [losses[other] - losses[n] for n in arms]
+  p = holm([p_value(x) for x in gains])
+  return {n: q for n, x, q in zip(arms, gains, p, strict=True) if x.mean() > 0}
 
 
 def _said(rows: Rows, names: Sequence[str], name: str = "heldout") -> str:
@@ -69,19 +94,19 @@ def capacity(rows: Rows) -> list[Verdict]:
   steps = list(zip(ranks[1:], ranks, strict=False))
   rates = [optimum(rows[n]) for n in ranks]
   forgot = [mean(at_best(rows[n], "known")).value for n in (*ranks, "full")]
-  tie = below(rows, scaled, top)
+  tie = lead(rows, scaled, top)
   size = mean(at_best(rows[top])).value
   early = _early(rows, ranks[1:])
   return [
     Verdict(
       "rank is capacity: every larger rank learns more",
       _said(rows, (*ranks, "full")),
-      all(_surely(below(rows, more, less)) for more, less in steps),
+      every(leads(rows, more, less) for more, less in steps),
     ),
     Verdict(
       "LoRA of full rank reaches full training (within 2%)",
-      f"{top} above full by {below(rows, 'full', top)}",
-      below(rows, "full", top).value < CLOSE * size,
+      f"{top} above full by {lead(rows, 'full', top)}",
+      below(lead(rows, "full", top), CLOSE * size),
     ),
     _recovery(rows, ranks),
     Verdict(
@@ -103,8 +128,12 @@ def capacity(rows: Rows) -> list[Verdict]:
       "adapters on the MLP learn more than on attention, with fewer parameters",
       f"{_said(rows, (attention, mlp))}; parameters"
       f" {rows[attention]['trained']:,} and {rows[mlp]['trained']:,}",
-      _surely(below(rows, mlp, attention))
-      and rows[mlp]["trained"] < rows[attention]["trained"],
+      every(
+        (
+          leads(rows, mlp, attention),
+          rows[mlp]["trained"] < rows[attention]["trained"],
+        )
+      ),
     ),
     Verdict(
       "what learns less forgets less: forgetting grows with the rank",
@@ -156,7 +185,7 @@ def methods(rows: Rows) -> list[Verdict]:
   far = [n for n in equal if not 0.2 < own[n] < 5]
   gains = [loss[n] for n in rows]
   forgot = [mean(at_best(r, "known")).value for r in rows.values()]
-  agree = stats.spearmanr(gains, [-x for x in forgot]).statistic
+  agree = scipy_stats.spearmanr(gains, [-x for x in forgot]).statistic
   return [
     Verdict(
       "variants of LoRA tie at equal parameters (within 2%)",
@@ -168,19 +197,7 @@ def methods(rows: Rows) -> list[Verdict]:
       _spread(loss, equal),
       _near(loss, equal) == len(equal),
     ),
-    Verdict(
-      "no method is surely better than plain LoRA",
-      "surely better: "
-      + (
-        ", ".join(
-          f"{n} by {below(rows, n, 'LoRA')}"
-          for n in equal
-          if n != "LoRA" and _surely(below(rows, n, "LoRA"))
-        )
-        or "none"
-      ),
-      not any(_surely(below(rows, n, "LoRA")) for n in equal if n != "LoRA"),
-    ),
+    _none_ahead(rows, [n for n in equal if n != "LoRA"]),
     Verdict(
       "methods need rates of their own (some 5 times LoRA's, or a fifth)",
       _rates(rows, far),
@@ -192,6 +209,29 @@ def methods(rows: Rows) -> list[Verdict]:
       bool(agree >= 0.5),
     ),
   ]
+
+
+def _none_ahead(rows: Rows, others: Sequence[str]) -> Verdict:
+  """Many are compared: an interval of each alone would find some by chance."""
+  better = {n: p for n, p in ahead(rows, others, "LoRA").items() if p < ALPHA}
+  alone = [n for n in others if leads(rows, n, "LoRA")]
+  said = ", ".join(f"{n} by {lead(rows, n, 'LoRA')}" for n in alone)
+  sure = f"; after Holm's correction for {len(others)}: "
+  return Verdict(
+    "no method has a lower loss than plain LoRA",
+    "lower by its own interval: "
+    + (said or "none")
+    + sure
+    + (", ".join(better) or "none"),
+    _none(better, alone),
+  )
+
+
+def _none(better: Mapping[str, float], alone: Sequence[str]) -> Decision:
+  """One that stays after the correction decides; one that does not, nothing."""
+  if better:
+    return False
+  return None if alone else True
 
 
 def _near(loss: Mapping[str, float], names: Sequence[str]) -> int:
@@ -248,8 +288,8 @@ def pretraining(rows: Rows) -> list[Verdict]:
     Verdict(
       "full < GaLore < ReLoRA < LoRA",
       _said(rows, order),
-      all(
-        _surely(below(rows, better, worse))
+      every(
+        leads(rows, better, worse)
         for better, worse in zip(order, order[1:], strict=False)
       ),
     ),
@@ -261,12 +301,12 @@ def pretraining(rows: Rows) -> list[Verdict]:
     Verdict(
       "without reset and re-warming ReLoRA is worse than with",
       _said(rows, (re, bare, plain)),
-      _surely(below(rows, re, bare)),
+      leads(rows, re, bare),
     ),
     Verdict(
       "and worse than plain LoRA",
-      f"{bare} above {plain} by {below(rows, plain, bare)}",
-      _surely(below(rows, plain, bare)),
+      f"{bare} above {plain} by {lead(rows, plain, bare)}",
+      leads(rows, plain, bare),
     ),
   ]
 
@@ -289,15 +329,15 @@ def policy(rows: Rows) -> list[Verdict]:
   ]
 
 
-def table(rows: Rows) -> list[dict[str, Any]]:
+def table(rows: Rows) -> Lines:
   """Returns a line an arm, best first."""
   lines = [
     {
       "arm": n,
       "trained": r["trained"],
       "best rate": f"{optimum(r):.1e}" + ("" if r["inside"] else "*"),
-      "heldout": str(mean(at_best(r))),
-      "known": str(mean(at_best(r, "known"))) if "known" in r else None,
+      "heldout": mean(at_best(r)),
+      "known": mean(at_best(r, "known")) if "known" in r else None,
       "rank": mean(at_best(r, "rank")).value,
       "rank90": mean(at_best(r, "rank90")).value,
     }

@@ -6,14 +6,16 @@ so that what was packed is what later tokens read.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.core.experiment import Source
-from experiments.studies.claims import Verdict
+from experiments.studies import protocol
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data.sources import Documents
 from research.generation.perplexity import perplexity
 from research.quant.kv import kv_error, kv_memory
@@ -22,21 +24,55 @@ from research.text import special_tokens
 from research.typing import UserError
 
 WHOLE = "whole"
-"""Name of the row in which nothing is packed."""
+"""Name of the arm in which nothing is packed."""
 
-Rows = list[dict[str, Any]]
-"""Plain values by column."""
+ATTENTION = "attention"
+"""Name of the arm of attention's errors, all ways at once."""
+
+CLAIMS = (
+  (
+    "Keys go per channel (KIVI)",
+    "error",
+    ("k4v16", "k4v16,key=per_token"),
+  ),
+  (
+    "Values go per token (KIVI)",
+    "error",
+    ("k16v4", "k16v4,value=per_channel"),
+  ),
+  (
+    "A rotation helps keys per token",
+    "error",
+    ("k4v16,key=hadamard+per_token", "k4v16,key=per_token"),
+  ),
+  ("Keys need more bits than values", "more", ("k8v4", "k4v8")),
+  ("Recent tokens should be whole", "more", ("k2v2", "k2v2,residual=0")),
+  (
+    "The first tokens should be whole",
+    "more",
+    ("k2v2,residual=0,sink_tokens=32", "k2v2,residual=0"),
+  ),
+)
+"""Claim, what is compared, and the way that has less of it, before the other:
+attention's mean error, or nats a token more than with nothing packed."""
+
+
+class Shared(NamedTuple):
+  """The model, and tokens of the text."""
+
+  loaded: Any
+  ids: list[int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(protocol.Study):
   """Ways to pack, beside each other.
 
   Attributes:
     model: whose cache it is.
     text: documents that are read one after the other, from the first.
-    caches: rows of perplexity.
-    attention: rows of attention's errors, all tokens packed.
+    caches: arms of perplexity.
+    attention: ways whose attention errors are measured, all tokens packed.
     window: tokens of a window.
     windows: how many are read.
     batch: windows that are read at a time.
@@ -59,6 +95,64 @@ class Table:
     for text in (*self.caches, *self.attention):
       if parse(text) is None:
         raise UserError("Table: found '' among its rows, expected e.g. k4v4")
+    protocol.distinct(self.caches, "Table.caches")
+
+  @property
+  def arms(self) -> list[str]:
+    """Attention's errors, then caches, the first with nothing packed."""
+    return [*([ATTENTION] if self.attention else []), WHOLE, *self.caches]
+
+  def settings(self, arm: str) -> str:
+    """Returns the model and the text: other caches may come and go."""
+    of = (*self.attention, self.tokens) if arm == ATTENTION else arm
+    shared = protocol.describe(self, "caches", "attention", "tokens")
+    return f"{protocol.describe(of)}, {shared}"
+
+  def prepare(self, workdir: pathlib.Path) -> Shared:
+    """Returns the model, and the tokens that are needed."""
+    del workdir
+    loaded = self.model.load()
+    return Shared(loaded, read(self, loaded.tokenizer))
+
+  def run(self, arm: str, before: Rows, shared: Shared) -> Row:
+    """Returns a cache's perplexity and bytes, or all ways' errors."""
+    del before
+    if arm == ATTENTION:
+      return {"errors": errors(self, *shared)}
+    return perplexity_of(self, arm, *shared)
+
+  def summary(self, row: Row) -> str:
+    """Returns the perplexity, where there is one."""
+    if "errors" in row:
+      return f"{len(row['errors'])} ways"
+    return f"perplexity {row['perplexity']:.3f}"
+
+  def table(self, rows: Rows) -> Lines:
+    """Returns a line a cache, then one for each other way of attention's."""
+    error = rows.get(ATTENTION, {"errors": {}})["errors"]
+    caches = {n: r for n, r in rows.items() if n != ATTENTION}
+    out = []
+    for name, row in caches.items():
+      line = {"kv": name, **row}
+      if WHOLE in caches:
+        line["more"] = row["nll"] - caches[WHOLE]["nll"]
+      out.append(line | error.get(name, {}))
+    others = {n: found for n, found in error.items() if n not in caches}
+    return out + [{"kv": n, **found} for n, found in others.items()]
+
+  def verdicts(self, rows: Rows) -> list[Verdict]:
+    """Returns what is said of the claims known of caches."""
+    lines = {line["kv"]: line for line in self.table(rows)}
+    out = []
+    for claim, what, names in CLAIMS:
+      found = [lines.get(name, {}).get(what) for name in names]
+      if None not in found:
+        less, more = found
+        said = ", ".join(
+          f"{n} {x:.4f}" for n, x in zip(names, found, strict=True)
+        )
+        out.append(Verdict(claim, said, less < more))
+    return out
 
 
 def read(table: Table, tokenizer: Any) -> list[int]:
@@ -80,87 +174,54 @@ def read(table: Table, tokenizer: Any) -> list[int]:
   )
 
 
-def perplexities(table: Table, loaded: Any, ids: Sequence[int]) -> Rows:
-  """Returns a row for each cache, after one of nothing packed.
+def perplexity_of(
+  table: Table, name: str, loaded: Any, ids: Sequence[int]
+) -> Row:
+  """Returns what a cache costs: bits, bytes, perplexity.
+
+  Args:
+    table: how it is measured.
+    name: of the cache.
+    loaded: the model.
+    ids: tokens of the text.
+  """
+  kv = None if name == WHOLE else parse(name)
+  found = perplexity(
+    loaded.model,
+    loaded.params,
+    ids,
+    table.window,
+    table.windows,
+    table.batch,
+    table.chunk,
+    kv,
+    special_tokens.from_tokenizer(loaded.tokenizer).row_begin,
+  )
+  took = kv_memory.memory(loaded.model, loaded.params, 1, table.window, kv)
+  return {
+    "bits": took.bits_per_number,
+    "bytes_per_token": took.bytes_per_token,
+    "cache_bytes": took.cache_bytes,
+    "perplexity": found.perplexity,
+    "nll": found.nll,
+  }
+
+
+def errors(
+  table: Table, loaded: Any, ids: Sequence[int]
+) -> dict[str, dict[str, float]]:
+  """Returns each way's error of attention: its layers' mean, and the worst.
 
   Args:
     table: what to measure.
     loaded: the model.
     ids: tokens of the text.
   """
-  rows = []
-  for name in (WHOLE, *table.caches):
-    kv = None if name == WHOLE else parse(name)
-    found = perplexity(
-      loaded.model,
-      loaded.params,
-      ids,
-      table.window,
-      table.windows,
-      table.batch,
-      table.chunk,
-      kv,
-      special_tokens.from_tokenizer(loaded.tokenizer).row_begin,
-    )
-    took = kv_memory.memory(loaded.model, loaded.params, 1, table.window, kv)
-    rows.append(
-      {
-        "kv": name,
-        "bits": took.bits_per_number,
-        "bytes_per_token": took.bytes_per_token,
-        "cache_bytes": took.cache_bytes,
-        "perplexity": found.perplexity,
-        "nll": found.nll,
-        "more": found.nll - rows[0]["nll"] if rows else 0.0,
-      }
-    )
-  return rows
-
-
-def errors(table: Table, loaded: Any, ids: Sequence[int]) -> Rows:
-  """Returns a row for each way to pack: its layers' mean error and the worst.
-
-  Args:
-    table: what to measure.
-    loaded: the model.
-    ids: tokens of the text.
-  """
-  if not table.attention:
-    return []
   first = special_tokens.from_tokenizer(loaded.tokenizer).row_begin
   tokens = jnp.asarray(np.array([[*first, *ids][: table.tokens]], np.int32))
   kvs = [parse(name) for name in table.attention]
   found = kv_error.attention_errors(loaded.model, loaded.params, tokens, kvs)
-  return [
-    {"kv": name, "mean": float(x.mean()), "worst": float(x.max())}
+  return {
+    name: {"error": float(x.mean()), "worst": float(x.max())}
     for name, x in zip(table.attention, found.T, strict=True)
-  ]
-
-
-def verdicts(caches: Rows, attention: Rows) -> list[Verdict]:
-  """Returns what the rows that are there say of the claims known of caches."""
-  out = []
-  lost = {row["kv"]: row["more"] for row in caches}
-  error = {row["kv"]: row["mean"] for row in attention}
-  for claim, rows, less, more in (
-    ("Keys go per channel (KIVI)", error, "k4v16", "k4v16,key=per_token"),
-    ("Values go per token (KIVI)", error, "k16v4", "k16v4,value=per_channel"),
-    (
-      "A rotation helps keys per token",
-      error,
-      "k4v16,key=hadamard+per_token",
-      "k4v16,key=per_token",
-    ),
-    ("Keys need more bits than values", lost, "k8v4", "k4v8"),
-    ("Recent tokens should be whole", lost, "k2v2", "k2v2,residual=0"),
-    (
-      "The first tokens should be whole",
-      lost,
-      "k2v2,residual=0,sink_tokens=32",
-      "k2v2,residual=0",
-    ),
-  ):
-    if less in rows and more in rows:
-      found = f"{less} {rows[less]:.4f}, {more} {rows[more]:.4f}"
-      out.append(Verdict(claim, found, rows[less] < rows[more]))
-  return out
+  }

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.core.stats import Mean, mean
-from experiments.studies.claims import Verdict
-from experiments.studies.quant import quant_study
+from experiments.core.stats import Mean, above, below, mean
+from experiments.studies.protocol import Rows, Verdict
 from experiments.studies.quant.quant_study import Row
 from experiments.studies.quant.quant_verdicts import good
 from research.quant.algorithms.calibrate import Calibration
@@ -61,7 +60,7 @@ def rows(
   )
 
 
-def fitted(found: quant_study.Measured) -> list[Verdict]:
+def fitted(found: Rows) -> list[Verdict]:
   """Returns what GPTQ, and when its grids are fitted, do to layers' outputs.
 
   An error is the squared one of a matrix' outputs, over all tokens; a ratio is
@@ -79,7 +78,7 @@ def fitted(found: quant_study.Measured) -> list[Verdict]:
       Verdict(
         "GPTQ halves the squared error of layers' outputs",
         f"{ratio} of nearest's; {_wins(by['fresh'], by['nearest'])}",
-        ratio.value + ratio.half < 0.5,
+        below(ratio, 0.5),
       )
     )
   for when in ("stale", "static"):
@@ -89,7 +88,7 @@ def fitted(found: quant_study.Measured) -> list[Verdict]:
         Verdict(
           f"{when} grids cost a tenth of it or more",
           f"{ratio} of fresh grids'; {_wins(by['fresh'], by[when])}",
-          ratio.value - ratio.half >= 1.1,
+          above(ratio, 1.1),
         )
       )
   return out

@@ -1,13 +1,10 @@
-"""Rows of `quant_table` whose activations are in few bits, too.
+"""Rows of `quant_study` whose activations are in few bits, too.
 
 What repairs them stands beside what they are without: SmoothQuant, LLM.int8,
 QuaRot. Weights are in 8 bits where activations are the question.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from experiments.studies.claims import Verdict
+from experiments.studies.protocol import Rows, Verdict
 from experiments.studies.quant.quant_study import Row
 from research.quant import llm_int8
 from research.quant.activations import Inputs, Round
@@ -107,7 +104,7 @@ def learned(
   )
 
 
-def better_learned(rows: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+def better_learned(rows: Rows) -> list[Verdict]:
   """Returns whether learned rotations lose less, for each seed.
 
   Args:
@@ -140,7 +137,7 @@ CLAIMS = (
 """(row, what it is held against, what is claimed)."""
 
 
-def repaired(rows: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+def repaired(rows: Rows) -> list[Verdict]:
   """Returns whether each repair at least halves the divergence; GPTQ lowers it.
 
   Args:

@@ -4,8 +4,8 @@ A `Ladder` is one training, done at each width with each seed, and rows: ways to
 keep what came out. All models read the same text for equally long and share a
 vocabulary, so their losses compare. Bytes are those of all arrays.
 
-Everything is kept: DIR/w128-s0/ is a run of `experiments.train` with its rows
-beside it (`experiments.studies.quant.quant_study`).
+An arm is one training: DIR/w128-s0/ is a run of `experiments.train`, and its
+row has a point for each way to pack it (`quant_study.measure`).
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ import numpy as np
 
 from experiments.core import cli, stats, train_eval
 from experiments.core.experiment import Experiment, Pretrained
-from experiments.studies import claims
-from experiments.studies.quant import quant_study
+from experiments.studies import protocol
+from experiments.studies.protocol import Lines, Rows, Verdict
+from experiments.studies.quant import pictures, quant_study
 from experiments.studies.quant.quant_study import Row
 from research.quant.algorithms.calibrate import Calibration
 from research.quant.algorithms.gptq import GPTQ
@@ -34,8 +35,8 @@ Point = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ladder:
-  """What is trained, and how it is kept.
+class Ladder(protocol.Study):
+  """What is trained, and how it is packed.
 
   Attributes:
     training: of every model; its `model` is a `from_scratch.FromScratch`.
@@ -43,7 +44,7 @@ class Ladder:
     rows: by families.
     widths: of the models; heads keep their size, hidden units their share.
     seeds: of weights and of data's order.
-    verdicts: points -> claims, what was found, and whether they hold.
+    rules: points -> verdicts.
   """
 
   training: Experiment
@@ -51,7 +52,7 @@ class Ladder:
   rows: Sequence[Sequence[Row]]
   widths: Sequence[int]
   seeds: int = 3
-  verdicts: Sequence[Callable[[Sequence[Point]], list[Any]]] = ()
+  rules: Sequence[Callable[[Sequence[Point]], list[Verdict]]] = ()
 
   def __post_init__(self):
     sizes = self.training.model.sizes
@@ -63,8 +64,8 @@ class Ladder:
         )
 
   @property
-  def rungs(self) -> dict[str, tuple[int, int]]:
-    """Name -> (width, seed); all of a seed before the next."""
+  def sizes(self) -> dict[str, tuple[int, int]]:
+    """Arm -> (width, seed); all of a seed before the next."""
     return {
       f"w{width}-s{seed}": (width, seed)
       for seed in range(self.seeds)
@@ -72,7 +73,7 @@ class Ladder:
     }
 
   def experiment(self, width: int, seed: int) -> Experiment:
-    """Returns the training of one rung."""
+    """Returns the training of one model."""
     base = self.training
     sizes = base.model.sizes
     heads = width // sizes.head_dim
@@ -90,6 +91,67 @@ class Ladder:
       plan=dataclasses.replace(base.plan, seed=seed),
       seed=seed,
     )
+
+  @property
+  def arms(self) -> list[str]:
+    """One for each width and seed."""
+    return list(self.sizes)
+
+  def settings(self, arm: str) -> str:
+    """Returns one training, the text and the rows."""
+    training = protocol.describe(self.experiment(*self.sizes[arm]))
+    return f"{training}, {protocol.describe([self.text, self.rows])}"
+
+  def run(self, arm: str, before: Rows, workdir: pathlib.Path) -> protocol.Row:
+    """Trains a model, unless the folder has it; returns its points.
+
+    Raises:
+      UserError: a model there is of other settings, or a row fails.
+    """
+    del before
+    width, seed = self.sizes[arm]
+    self._train(arm, workdir / arm)
+    table = quant_study.Table(
+      model=Pretrained(name=str(workdir / arm / "model"), packed=False),
+      rows=self.rows,
+      text=self.text,
+    )
+    shared, points = table.prepare(workdir), []
+    for name in table.arms:
+      row = table.run(name, {}, shared)
+      if "failed" in row:
+        raise UserError(f"{arm}, {name}: {row['failed']}")
+      cli.say(f"{arm}, {name}: {table.summary(row)}")
+      loss = float(np.log(row["perplexity"]))
+      points.append(row | {"width": width, "seed": seed, "loss": loss})
+    return {"points": points}
+
+  def _train(self, arm: str, folder: pathlib.Path) -> None:
+    note = folder / "settings.txt"
+    settings = protocol.describe(self.experiment(*self.sizes[arm]))
+    if note.exists() or (folder / "result.json").exists():
+      found = note.read_text("utf-8") if note.exists() else None
+      protocol.check_settings(note, found, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(settings, "utf-8")
+    if not (folder / "result.json").exists():
+      train_eval.train(self.experiment(*self.sizes[arm]), folder)
+
+  def table(self, rows: Rows) -> Lines:
+    """Returns a line a width and way to pack; see `table`."""
+    return table(_points(rows))
+
+  def verdicts(self, rows: Rows) -> list[Verdict]:
+    """Returns what the rules say."""
+    return [verdict for rule in self.rules for verdict in rule(_points(rows))]
+
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+    """Leaves ladder.png: loss against bytes."""
+    pictures.ladder(table(_points(rows)), folder / "ladder.png", title)
+
+
+def _points(rows: Rows) -> list[Point]:
+  return [point for row in rows.values() for point in row["points"]]
 
 
 def rows(
@@ -131,45 +193,7 @@ def rows(
   )
 
 
-def measured(
-  ladder: Ladder, folder: pathlib.Path, wanted: re.Pattern[str] = claims.ALL
-) -> list[dict[str, Any]]:
-  """Returns all points, trained and measured now or before.
-
-  Args:
-    ladder: what is measured.
-    folder: keeps models and rows.
-    wanted: finds the rungs' names that are looked at.
-  """
-  points = []
-  for name, (width, seed) in ladder.rungs.items():
-    if not wanted.search(name):
-      continue
-    place = folder / name
-    if not (place / "result.json").exists():
-      place.mkdir(parents=True, exist_ok=True)
-      train_eval.train(ladder.experiment(width, seed), place)
-    cli.say(f"{name}:")
-    table = quant_study.Table(
-      model=Pretrained(name=str(place / "model"), packed=False),
-      rows=ladder.rows,
-      text=ladder.text,
-    )
-    for row in quant_study.measured(table, place).values():
-      if "failed" in row:
-        raise UserError(f"{name}, {row['row']}: {row['failed']}")
-      points.append(
-        row
-        | {
-          "width": width,
-          "seed": seed,
-          "loss": float(np.log(row["perplexity"])),
-        }
-      )
-  return points
-
-
-def table(points: Sequence[Point]) -> list[dict[str, Any]]:
+def table(points: Sequence[Point]) -> Lines:
   """Returns a line a width and row, means over seeds."""
   lines = []
   for width, name in dict.fromkeys((p["width"], p["row"]) for p in points):
@@ -182,8 +206,7 @@ def table(points: Sequence[Point]) -> list[dict[str, Any]]:
         "row": name,
         "bits": some[0]["bits_per_weight"],
         "kB": some[0]["nbytes"] / 1e3,
-        "loss": loss.value,
-        "± 95%": loss.half if np.isfinite(loss.half) else None,
+        "loss": loss,
         "unrounded": whole,
         "KL": float(np.mean([p["kl"] for p in some])),
         "seeds": len(some),
@@ -229,10 +252,10 @@ def gain(points: Sequence[Point], fewer: str, more: str) -> dict[int, float]:
   return out
 
 
-def fewer_bits(points: Sequence[Point]) -> list[claims.Verdict]:
+def fewer_bits(points: Sequence[Point]) -> list[Verdict]:
   """Returns whether fewer bits win at equal bytes, bit by bit.
 
-  Each claim is held surely: by more than the interval over seeds.
+  Over seeds: a gain's interval decides.
   """
   names = dict.fromkeys(p["row"] for p in points)
   plain = [n for n in names if re.fullmatch(r"\d+ bits", n)]
@@ -244,11 +267,11 @@ def fewer_bits(points: Sequence[Point]) -> list[claims.Verdict]:
       continue
     mean = stats.mean(list(found.values()))
     out.append(
-      claims.Verdict(
+      Verdict(
         f"at equal bytes a larger model in {fewer} beats a smaller one in"
         f" {more}",
         f"loss lower by {mean} nats a token, {len(found)} seeds",
-        mean.value > mean.half,
+        stats.above(mean),
       )
     )
   return out

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments.core import cli
-from experiments.studies import claims
 
 FLAGS = cli.new_flags()
 
@@ -62,7 +61,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   lines = rows(model, shapes, formats(), _CONTEXT.value, _COMPILE.value)
   cli.say(f"\n{tables.text(tables.without_empty(lines))}\n")
   found = verdicts(lines)
-  return {"rows": lines, "claims": claims.tell(found)}
+  for verdict in found:
+    cli.say(f"{verdict.state}: {verdict.claim}\n  {verdict.found}")
+  return {
+    "rows": lines,
+    "verdicts": [v._asdict() | {"verdict": v.state} for v in found],
+  }
 
 
 def shapes_of(source: Any) -> tuple[Any, Any]:
@@ -161,7 +165,7 @@ def step_bytes(model: Any, params: Any, cache: Any) -> int:
 
 def verdicts(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
   """Returns what is said of a 70B model, and whether it holds here."""
-  from experiments.studies.claims import Verdict
+  from experiments.studies.protocol import Verdict
 
   by = {line["format"]: line for line in lines}
   whole = by["bfloat16"]["weights GB"]

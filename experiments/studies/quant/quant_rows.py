@@ -1,4 +1,4 @@
-"""Rows of `quant_table`, by family: formats, then methods.
+"""Rows of `quant_study`, by family: formats, then methods.
 
 A family is a function that a run file names, `@quant_rows.rounding()`; its
 arguments choose among it. What is calibrated reads other documents than those

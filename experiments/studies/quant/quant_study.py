@@ -1,32 +1,27 @@
 """A model in few bits, in many ways: what is lost, and where.
 
-A `Table` is a model, a text that it did not see, and rows: ways to keep it. A
-row's number of bits is what its packed matrices take, everything counted. Each
-row is a file of its own, and is measured once.
+A `Table` is a model, a text that it did not see, and rows: ways to pack it, an
+arm each. A row's number of bits is what its packed matrices take, everything
+counted; those of 4.25 to 4.5 and of 3.25 to 3.5 bits are two bands whose rows
+compete. Errors are over texts.
 """
 
 import dataclasses
 import pathlib
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from experiments.core import cli
 from experiments.core.experiment import NeedsModel, Source
-from experiments.studies import claims
+from experiments.studies import protocol
+from experiments.studies.protocol import Lines, Rows, Verdict
+from experiments.studies.quant import bands, pictures
 from research.quant.algorithms.calibrate import Calibration
 from research.quant.reports import compare, report_errors
 from research.typing import UserError
-
-BANDS = ((4.25, 4.5), (3.25, 3.5))
-"""Bits a weight within which rows compete, both ends included."""
-
-Measured = Mapping[str, Mapping[str, Any]]
-"""Name of a row -> what is known of it; plain values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,15 +61,22 @@ class Task(Protocol):
     """Returns which questions a model answers as it should."""
 
 
+class Shared(NamedTuple):
+  """The model before, and what it says of the text."""
+
+  loaded: Any
+  base: compare.BaseOutputs
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
-  """Rows beside each other.
+class Table(protocol.Study):
+  """Ways to pack one model, beside each other.
 
   Attributes:
     model: what all rows start from.
     rows: by families.
     text: windows that are read; the model and its calibration have not.
-    verdicts: rows by name -> claims, what was found, and whether they hold.
+    rules: rows by name -> verdicts.
     probed: windows that errors by matrix are measured on.
     tasks: with answers, that rows are asked, by name.
   """
@@ -82,70 +84,72 @@ class Table:
   model: Source
   rows: Sequence[Sequence[Row]]
   text: Calibration
-  verdicts: Sequence[Callable[[Measured], list[Any]]] = ()
+  rules: Sequence[Callable[[Rows], list[Verdict]]] = ()
   probed: int = 1
   tasks: Sequence[Task] = ()
 
   def __post_init__(self):
-    names = [row.name for row in self.flat]
-    for name in names:
-      if names.count(name) > 1:
-        raise UserError(f"Table.rows: two are called {name!r}.")
+    protocol.distinct(self.arms, "Table.rows")
 
   @property
   def flat(self) -> list[Row]:
     """All rows of all families."""
     return [row for family in self.rows for row in family]
 
+  @property
+  def arms(self) -> list[str]:
+    """Names of all rows."""
+    return [row.name for row in self.flat]
 
-def measured(
-  table: Table, folder: pathlib.Path, wanted: re.Pattern[str] = claims.ALL
-) -> dict[str, dict[str, Any]]:
-  """Returns all rows, from the folder or measured now, in the table's order.
+  def _row(self, name: str) -> Row:
+    (found,) = (row for row in self.flat if row.name == name)
+    return found
 
-  Args:
-    table: what is measured.
-    folder: keeps rows; one that was made from other transforms is refused.
-    wanted: finds the rows that are looked at.
-  """
-  kept = claims.Kept(folder / "rows")
-  chosen = [row for row in table.flat if wanted.search(row.name)]
-  todo = [row for row in chosen if not _kept(kept, table, row)]
-  if todo:
-    loaded = table.model.load()
-    windows = table.text.read(loaded.tokenizer)
+  def settings(self, arm: str) -> str:
+    """Returns the model, the text and one row: others may come and go."""
+    row = protocol.describe(self._row(arm), "group")
+    return f"{row}, {protocol.describe(self, 'rows', 'rules')}"
+
+  def prepare(self, workdir: pathlib.Path) -> Shared:
+    """Returns the model, and what it says of the text."""
+    del workdir
+    loaded = self.model.load()
+    windows = self.text.read(loaded.tokenizer)
     base = compare.base_outputs(
-      loaded.model, loaded.params, windows.tokens, table.text.batch
+      loaded.model, loaded.params, windows.tokens, self.text.batch
     )
-    for row in todo:
-      found = one(table, row, loaded, base) | _key(table, row)
-      kept.keep(row.name, found)
-      cli.say(_said(row.name, found))
-  return {row.name: kept[row.name] for row in chosen}
+    return Shared(loaded, base)
 
+  def run(self, arm: str, before: Rows, shared: Shared) -> protocol.Row:
+    """Returns what `measure` does of a row."""
+    del before
+    return measure(self, self._row(arm), *shared)
 
-def _key(table: Table, row: Row) -> dict[str, str]:
-  """Returns what tells a row from others of its name."""
-  key = {"made": f"{row.transforms}", "of": f"{table.model} {table.text}"}
-  if table.tasks:
-    key["asked"] = f"{table.tasks}"
-  # A function's address is another in each process.
-  return {name: re.sub(r" at 0x[0-9a-f]+", "", x) for name, x in key.items()}
-
-
-def _kept(kept: claims.Kept, table: Table, row: Row) -> bool:
-  if row.name not in kept:
-    return False
-  found, want = kept[row.name], _key(table, row)
-  if any(found.get(k) != v for k, v in want.items()):
-    raise UserError(
-      f"{kept.path(row.name)}: was measured with another configuration.\n"
-      "Use another --workdir, or remove that file."
+  def summary(self, row: protocol.Row) -> str:
+    """Returns bits, and what is lost."""
+    bits = row["bits_per_weight"]
+    return (
+      f"{bits or 32:.3f} bits, perplexity"
+      f" {row['perplexity']:.3f} (base {row['base_perplexity']:.3f}), KL"
+      f" {row['kl']:.4f} ± {row['kl_se']:.4f}, same top {row['same_top']:.1%}"
     )
-  return "failed" not in found
+
+  def table(self, rows: Rows) -> Lines:
+    """Returns a line a row, most bits first; see the function `table`."""
+    return table(rows)
+
+  def verdicts(self, rows: Rows) -> list[Verdict]:
+    """Returns what the rules say."""
+    return [verdict for rule in self.rules for verdict in rule(rows)]
+
+  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+    """Leaves pareto.png: divergence against bits."""
+    pictures.pareto(rows, folder / "pareto.png", title)
 
 
-def one(table: Table, row: Row, loaded: Any, base: compare.BaseOutputs) -> dict:
+def measure(
+  table: Table, row: Row, loaded: Any, base: compare.BaseOutputs
+) -> protocol.Row:
   """Returns what is known of a row, as plain values.
 
   What its format cannot hold is a row that says so.
@@ -156,8 +160,7 @@ def one(table: Table, row: Row, loaded: Any, base: compare.BaseOutputs) -> dict:
   try:
     before, params = _transformed(row, loaded)
   except UserError as error:
-    seconds = time.perf_counter() - start
-    return out | {"failed": str(error), "seconds": seconds}
+    return out | {"failed": str(error)}
   jax.block_until_ready(params)
   out["seconds_to_pack"] = time.perf_counter() - start
   out |= dataclasses.asdict(report_errors.sizes(params))
@@ -169,7 +172,7 @@ def one(table: Table, row: Row, loaded: Any, base: compare.BaseOutputs) -> dict:
     tokens = base.tokens[: table.probed]
     found = report_errors.errors(loaded.model, before, params, tokens)
     out |= {"matrices": found, **overall(found)}
-  return out | {"seconds": time.perf_counter() - start}
+  return out
 
 
 def _transformed(row: Row, loaded: Any) -> tuple[Any, Any]:
@@ -195,26 +198,7 @@ def overall(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
   }
 
 
-def _said(name: str, row: Mapping[str, Any]) -> str:
-  if "failed" in row:
-    return f"{name}: {row['failed']}"
-  return (
-    f"{name}: {row['bits_per_weight']:.3f} bits, perplexity"
-    f" {row['perplexity']:.3f} (base {row['base_perplexity']:.3f}), KL"
-    f" {row['kl']:.4f} ± {row['kl_se']:.4f}, same top {row['same_top']:.1%}"
-    f" ({row['seconds']:.0f} s)"
-  )
-
-
-def band(bits: float | None) -> tuple[float, float] | None:
-  """Returns the band that a number of bits, to a hundredth, lies in."""
-  if bits is None:
-    return None
-  found = [b for b in BANDS if b[0] <= round(bits, 2) <= b[1]]
-  return found[0] if found else None
-
-
-def table(rows: Measured) -> list[dict[str, Any]]:
+def table(rows: Rows) -> Lines:
   """Returns a line a row, fewest bits first; bands are marked."""
   good = [row for row in rows.values() if "failed" not in row]
   if not good:
@@ -227,7 +211,7 @@ def table(rows: Measured) -> list[dict[str, Any]]:
     }
   ]
   for row in sorted(good, key=lambda r: -(r["bits_per_weight"] or 99)):
-    within = band(row["bits_per_weight"])
+    within = bands.band(row["bits_per_weight"])
     lines.append(
       {
         "row": row["row"],

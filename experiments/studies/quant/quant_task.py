@@ -5,14 +5,14 @@ counts. Rows answer the same questions, so what is lost is a paired difference.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats as scipy_stats
 
 from experiments.core import stats
-from experiments.studies.claims import Verdict
+from experiments.studies.protocol import Rows, Verdict
 from experiments.studies.quant.quant_rows import by_method, row
 from experiments.studies.quant.quant_study import Row
 from research.data.sources.last_words import LastWords
@@ -25,8 +25,6 @@ from research.quant.methods import GPTQMethod
 
 BASE = "32 bits"
 """Name of the row that nothing was done to."""
-
-Rows = Mapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +109,7 @@ def kept(right: Sequence[bool], base: Sequence[bool]) -> Kept:
 def answers(found: Rows, task: str = "last word") -> list[Verdict]:
   """Returns what each row keeps of a task's accuracy.
 
-  A claim holds if the whole interval of the share is above what is claimed, and
-  does not if it reaches below: few questions prove little.
+  The share's interval decides: few questions decide little.
 
   Args:
     found: rows as they are measured.
@@ -132,7 +129,7 @@ def answers(found: Rows, task: str = "last word") -> list[Verdict]:
         Verdict(
           f"{name}, {bits:.2f} bits, keeps {least:.0%} of the accuracy: {task}",
           f"{said}; {len(base['right'][task])} questions",
-          said.share - said.share_half >= least,
+          stats.above(stats.Mean(said.share, said.share_half), least),
         )
       )
   return out

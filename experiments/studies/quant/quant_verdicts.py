@@ -1,8 +1,8 @@
 """What the rows of a table say of claims about few bits.
 
-Each function looks at what rows there are, and says nothing of what needs
-others. Differences between rows are of means over the same tokens; "surely" is
-by more than two standard errors of both.
+Each function takes the rows that there are, and says nothing of what needs
+others. Differences between rows are of means over the same tokens; an interval
+is two standard errors of both to either side.
 """
 
 import itertools
@@ -15,16 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from experiments.core.stats import Mean, mean
-from experiments.studies.claims import Verdict
-from experiments.studies.quant import quant_study
+from experiments.core.stats import Decision, Mean, above, below, every, mean
+from experiments.studies.protocol import Rows, Verdict
+from experiments.studies.quant import bands
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.quantize import Quantize
 from research.typing import Float
-
-Rows = Mapping[str, Mapping[str, Any]]
 
 
 def good(rows: Rows) -> dict[str, Mapping[str, Any]]:
@@ -40,15 +38,16 @@ def within(rows: Rows, low: float) -> dict[str, Mapping[str, Any]]:
   """Returns the rows of the band that begins at `low` bits."""
   out = {}
   for name, row in good(rows).items():
-    band = quant_study.band(row["bits_per_weight"])
+    band = bands.band(row["bits_per_weight"])
     if band is not None and band[0] == low:
       out[name] = row
   return out
 
 
-def surely_above(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+def more_kl(a: Mapping[str, Any], b: Mapping[str, Any]) -> Decision:
   """Whether the divergence of `a` is above that of `b` by two errors."""
-  return a["kl"] - b["kl"] > 2 * math.hypot(a["kl_se"], b["kl_se"])
+  two = 2 * math.hypot(a["kl_se"], b["kl_se"])
+  return above(Mean(a["kl"] - b["kl"], two))
 
 
 def quality(rows: Rows) -> list[Verdict]:
@@ -57,7 +56,7 @@ def quality(rows: Rows) -> list[Verdict]:
   if not found:
     return []
   name, best = min(found.items(), key=lambda x: x[1]["kl"])
-  kept = {
+  shares = {
     "perplexity, base's over the quantized": best["base_perplexity"]
     / best["perplexity"],
     "accuracy of the next token, over the base's": best["accuracy"]
@@ -71,7 +70,7 @@ def quality(rows: Rows) -> list[Verdict]:
       value >= share,
     )
     for share in (0.95, 0.99)
-    for measure, value in kept.items()
+    for measure, value in shares.items()
   ]
 
 
@@ -85,19 +84,19 @@ def formats(rows: Rows) -> list[Verdict]:
       Verdict(
         "double quantization is free: 0.37 bits for no sure loss",
         f"{_kl(nested)} against {_kl(plain)}",
-        not surely_above(nested, plain),
+        not more_kl(nested, plain),
       ),
       Verdict(
         "NF4 loses less than FP4",
         f"{_kl(plain)} against {_kl(fp4)}",
-        surely_above(fp4, plain),
+        more_kl(fp4, plain),
       ),
     ]
   pairs = [
     (a, b)
     for a, b in itertools.combinations(within(rows, 4.25).values(), 2)
-    if (surely_above(a, b) and a["perplexity"] < b["perplexity"])
-    or (surely_above(b, a) and b["perplexity"] < a["perplexity"])
+    if (more_kl(a, b) and a["perplexity"] < b["perplexity"])
+    or (more_kl(b, a) and b["perplexity"] < a["perplexity"])
   ]
   if len(within(rows, 4.25)) > 1:
     said = [f"{a['row']} and {b['row']}" for a, b in pairs]
@@ -123,12 +122,12 @@ def _calibrated(rows: Rows, low: float) -> list[Verdict]:
   }
   if not all(groups.values()):
     return []
-  seen, blind = (min(groups[c], key=lambda r: r["kl"]) for c in (True, False))
+  read, blind = (min(groups[c], key=lambda r: r["kl"]) for c in (True, False))
   return [
     Verdict(
       f"from {low} bits on the best calibrated row beats the best other one",
-      f"{seen['row']} {_kl(seen)} against {blind['row']} {_kl(blind)}",
-      surely_above(blind, seen),
+      f"{read['row']} {_kl(read)} against {blind['row']} {_kl(blind)}",
+      more_kl(blind, read),
     )
   ]
 
@@ -146,8 +145,12 @@ def weights_are_not_the_goal(rows: Rows) -> list[Verdict]:
         f"at {bits} bits HQQ has smaller errors of weights, and a worse model",
         f"weights {fitted['weight_error']:.4f} against"
         f" {plain['weight_error']:.4f}, KL {_kl(fitted)} against {_kl(plain)}",
-        fitted["weight_error"] < plain["weight_error"]
-        and surely_above(fitted, plain),
+        every(
+          (
+            fitted["weight_error"] < plain["weight_error"],
+            more_kl(fitted, plain),
+          )
+        ),
       )
     )
   return out
@@ -182,13 +185,15 @@ def crossover(rows: Rows) -> list[Verdict]:
   }
   out = []
   for what, ratio in ratios.items():
-    by = ", ".join(f"{n}: {x:.3f} ± {se:.3f}" for n, (x, se) in ratio.items())
+    by = ", ".join(f"{n}: {Mean(*found)}" for n, found in ratio.items())
     (first, early), (last, late) = ratio[min(ratio)], ratio[max(ratio)]
     out.append(
       Verdict(
         f"integers lose less than NF4 at small blocks, more at large: {what}",
         f"NF4 over int4 asymmetric by block, ± SE, {by}",
-        first - 2 * early > 1 > last + 2 * late,
+        every(
+          (above(Mean(first, 2 * early), 1), below(Mean(last, 2 * late), 1))
+        ),
       )
     )
   return out
@@ -232,7 +237,7 @@ def _kl_ratio(a: Any, b: Any) -> tuple[float, float]:
 def too_few_tokens(rows: Rows) -> list[Verdict]:
   """Returns whether calibration on too little text is worse than none.
 
-  Each draw of a calibration is a row; all of them must be surely on one side
+  Each draw of a calibration is a row; all of them must be on one side
   of rounding to nearest.
   """
   rows = good(rows)
@@ -248,12 +253,12 @@ def too_few_tokens(rows: Rows) -> list[Verdict]:
     Verdict(
       f"GPTQ on {min(draws):,} tokens is worse than rounding to nearest",
       f"{', '.join(map(_kl, least))} against {_kl(blind[0])} {_draws(least)}",
-      all(surely_above(row, blind[0]) for row in least),
+      every(more_kl(row, blind[0]) for row in least),
     ),
     Verdict(
       f"and on {max(draws):,} better",
       f"{', '.join(map(_kl, most))} {_draws(most)}",
-      all(surely_above(blind[0], row) for row in most),
+      every(more_kl(blind[0], row) for row in most),
     ),
   ]
 
@@ -318,7 +323,7 @@ def recovery(rows: Rows) -> list[Verdict]:
       f"{arm}: half of what rounding lost comes back",
       f"of KL {recovered(rounded[0], some, 'kl')}, of the loss"
       f" {recovered(rounded[0], some, 'nll_change')}, {len(some)} seeds",
-      _surely_over(recovered(rounded[0], some, "kl"), 0.5),
+      above(recovered(rounded[0], some, "kl"), 0.5),
     )
     for arm, some in arms.items()
   ]
@@ -329,10 +334,6 @@ def recovered(
 ) -> Mean:
   """Returns the share of a loss that is gone, with its interval over seeds."""
   return mean([1 - row[name] / rounded[name] for row in rows])
-
-
-def _surely_over(found: Mean, least: float) -> bool:
-  return found.value - found.half > least
 
 
 def _kl(row: Mapping[str, Any]) -> str:

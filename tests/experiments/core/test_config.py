@@ -4,7 +4,6 @@ import pytest
 
 from experiments.core import config
 from experiments.core.experiment import Experiment, Pretrained
-from experiments.studies.diffusion import diffusion_study
 from experiments.studies.quant import quantizing
 from research.training.objectives.objective import NextToken
 from research.typing import UserError
@@ -12,7 +11,7 @@ from research.typing import UserError
 RUNS = sorted(
   str(p.relative_to(config.CONFIGS))
   for p in config.CONFIGS.glob("runs/**/*.gin")
-  if not p.name.startswith("claims_")  # studies: test_lora_claims
+  if "python -m experiments.study" not in p.read_text("utf-8")  # test_study
 )
 
 
@@ -26,10 +25,8 @@ def _read(run):
 
 
 def _root(run):
-  """Returns what a run file builds: an experiment, a study, or a job."""
+  """Returns what a run file builds: an experiment, or a job."""
   lines = config._imports((config.CONFIGS / run).read_text("utf-8"))
-  if "from experiments.studies.diffusion import diffusion_study" in lines:
-    return diffusion_study.Claims
   quantizes = "from experiments.studies.quant import quantizing" in lines
   return quantizing.Job if quantizes else Experiment
 

@@ -1,5 +1,6 @@
-"""Intervals of studies, against scipy.stats and tables in print."""
+"""Statistics of studies, against enumerations, scipy and tables in print."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 from scipy import stats as scipy_stats
 
 from experiments.core import stats
-from experiments.studies.lora import lora_verdicts
 from experiments.studies.quant import quant_task
 from research.typing import UserError
 
@@ -22,7 +22,6 @@ def test_student_s_interval_has_any_number_of_seeds(count):
   found = stats.mean(x)
   assert found.value - found.half == pytest.approx(low, rel=1e-9)
   assert found.value + found.half == pytest.approx(high, rel=1e-9)
-  assert lora_verdicts.mean(x) == found
 
 
 @pytest.mark.parametrize(
@@ -49,3 +48,79 @@ def test_an_accuracy_s_half_is_the_larger_one_of_wilson_s(hits, count):
   away = hits / count + found.half * (1 if hits < count / 2 else -1)
   reach = 1.959964 * math.sqrt(away * (1 - away) / count)
   assert found.half == pytest.approx(reach, rel=1e-5)
+
+
+def test_pairs_are_by_seed():
+  """Noise that both share is not in the difference."""
+  noise = np.array([0.0, 5.0, -3.0])
+  assert stats.paired(noise + 1, noise) == (1, 0)
+  assert stats.paired([3.0], [1.0]) == (2, math.inf)
+  with pytest.raises(UserError, match="found 2 and 3 values"):
+    stats.paired([1, 2], [1, 2, 3])
+
+
+def test_a_mean_in_another_unit():
+  assert stats.Mean(0.5, 0.1).times(100) == (50, 10)
+  assert str(stats.Mean(0.5, 0.1)) == "0.500 ± 0.100"
+  assert str(stats.mean([0.5])) == "0.500 (one value)"
+
+
+def test_the_bootstrap_is_that_of_all_resamples():
+  """All 4^4 samples with replacement, each as likely."""
+  x = [1.0, 2.0, 4.0, 8.0]
+  each = [np.mean(s) for s in itertools.product(x, repeat=4)]
+  low, high = np.quantile(each, [0.025, 0.975])
+  found = stats.bootstrap(x, resamples=20_000)
+  assert found.low == pytest.approx(low, abs=0.26)  # a step of the means
+  assert found.high == pytest.approx(high, abs=0.26)
+  assert stats.bootstrap(x, np.median) == stats.bootstrap(x, np.median)
+  with pytest.raises(UserError, match="found 1 values, expected at least two"):
+    stats.bootstrap([1.0])
+
+
+def test_p_is_the_density_s_integral():
+  x = np.array([0.3, 0.5, 0.1, 0.4])
+  t = x.mean() / (x.std(ddof=1) / 2)
+  at = np.linspace(t, 400, 2_000_001)
+  # Student's density of three degrees of freedom.
+  tail = np.trapezoid(2 / (math.pi * math.sqrt(3) * (1 + at**2 / 3) ** 2), at)
+  assert stats.p_value(x) == pytest.approx(2 * tail, rel=1e-4)
+  assert stats.p_value([0.3]) == stats.p_value([0.0, 0.0]) == 1
+  assert stats.p_value([0.25, 0.25]) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_is_the_closed_test_of_bonferroni(seed):
+  """A p is the largest of Bonferroni's over all sets that it belongs to."""
+  p = np.random.default_rng(seed).random(5) ** 3
+  want = []
+  for i in range(5):
+    sets = (
+      s
+      for size in range(1, 6)
+      for s in itertools.combinations(range(5), size)
+      if i in s
+    )
+    want.append(max(min(1, len(s) * p[list(s)].min()) for s in sets))
+  assert stats.holm(p) == pytest.approx(want)
+
+
+def test_an_interval_decides():
+  for value, want in ((3, True), (1.5, None), (0, False), (1, None)):
+    found = stats.Mean(value, 1.0)
+    assert stats.above(found, 1.5) is want
+    assert stats.below(found.times(-1), -1.5) is want
+  assert stats.above(stats.Mean(9, math.inf)) is None
+  assert stats.above(stats.Mean(0.0, 0.0)) is False
+
+
+@pytest.mark.parametrize(
+  "pair", list(itertools.product((False, None, True), repeat=2))
+)
+def test_decisions_combine_as_kleene_has_them(pair):
+  truth = {False: 0.0, None: 0.5, True: 1.0}
+  of = {x: k for k, x in truth.items()}
+  values = [truth[x] for x in pair]
+  assert stats.every(pair) is of[min(values)]
+  assert stats.either(pair) is of[max(values)]
+  assert stats.opposite(pair[0]) is of[1 - values[0]]

@@ -8,20 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.studies.diffusion import diffusion_incontext as incontext
-from experiments.studies.diffusion import diffusion_kinds as kinds
-from experiments.studies.diffusion.diffusion_incontext import (
+from experiments.studies.diffusion import incontext, kinds
+from experiments.studies.diffusion.incontext import (
   LAST,
   MIDDLE,
   SCORED,
   STRANGE,
 )
-from experiments.studies.diffusion.diffusion_kinds import (
+from experiments.studies.diffusion.kinds import (
   AR,
   CONVERTED,
   DIFFUSION,
 )
-from experiments.studies.diffusion.diffusion_study import Tiny
+from experiments.studies.diffusion.study import Tiny
 from research.data.sources.shots import Shots
 from research.typing import UserError
 
@@ -37,7 +36,7 @@ SMALL = incontext.InContext(
 def _rows():
   rows = {}
   for arm in SMALL.arms:
-    rows[arm] = SMALL.row(arm, rows)
+    rows[arm] = SMALL.run(arm, rows, None)
   return rows
 
 
@@ -56,14 +55,14 @@ def test_arms_know_what_was_read(rows, tmp_path):
     for way in (LAST, MIDDLE):
       assert found[way][-1] == found["right"][way][-1]
       assert 0 <= found[way][0] <= 1
-  SMALL.draw(rows, tmp_path, "context")
+  SMALL.plot(rows, tmp_path, "context")
   assert (tmp_path / "incontext.png").read_bytes()[:4] == b"\x89PNG"
   assert len(SMALL.table(rows)) == 4 + 3 + 3 + 2
 
 
 def test_an_arm_needs_its_rate():
   with pytest.raises(UserError, match="needs the arm 'rates of next token'"):
-    SMALL.row("converted, seed 0", {})
+    SMALL.run("converted, seed 0", {}, None)
 
 
 def test_who_sees_what_comes_after():
@@ -188,4 +187,4 @@ def test_tokens_to_90_per_cent():
   assert STUDY.read(rows, AR, MIDDLE) == [None] * 3
   lines = STUDY.table(rows)
   assert lines[0]["tokens to 90%"] == "3k, 3k, 2k"
-  assert math.isclose(lines[0]["8 shots"], 99)
+  assert math.isclose(lines[0]["8 shots"].value, 99)

@@ -5,14 +5,14 @@ import copy
 import numpy as np
 import pytest
 
-from experiments.studies.diffusion import diffusion_preferences as preferences
-from experiments.studies.diffusion.diffusion_preferences import (
+from experiments.studies.diffusion import preferences
+from experiments.studies.diffusion.preferences import (
   APART,
   BEFORE,
   BEST,
   NAIVE,
 )
-from experiments.studies.diffusion.diffusion_study import Tiny
+from experiments.studies.diffusion.study import Tiny
 from research.diffusion.alignment.preference import VRPO
 
 STUDY = preferences.Preferences(
@@ -60,7 +60,7 @@ def test_an_arm_has_a_number_of_each_kind(monkeypatch):
   kind = preferences.Preferences
   monkeypatch.setattr(kind, "kinds", property(lambda _: one))
   monkeypatch.setattr(kind, "_noise", lambda *_: 0.5)
-  row = STUDY.row("seed 0", {})
+  row = STUDY.run("seed 0", {}, None)
   assert row["noise"] == {BEST: 0.5}
   assert set(row["reward"]) == {BEFORE, BEST}
   assert all(0 <= x <= 1 for x in row["reward"].values())
@@ -86,12 +86,12 @@ def rows(best=0.6, naive=0.3, quiet=0.1):
 def test_verdicts(more, want, tmp_path):
   assert [v.holds for v in STUDY.verdicts(rows(**more))] == want
   assert len(STUDY.table(rows(**more))) == 4
-  STUDY.draw(rows(), tmp_path, "preferences")
+  STUDY.plot(rows(), tmp_path, "preferences")
   assert (tmp_path / "preferences.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_one_seed_of_three_is_not_enough():
+def test_seeds_that_differ_decide_nothing():
   found = rows()
   found["seed 0"]["reward"][BEST] = 0.2
   found["seed 1"]["reward"][BEST] = 0.25
-  assert [v.holds for v in STUDY.verdicts(found)] == [False, False, True]
+  assert [v.holds for v in STUDY.verdicts(found)] == [None, None, True]

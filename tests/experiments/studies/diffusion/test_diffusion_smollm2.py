@@ -5,12 +5,12 @@ import copy
 import numpy as np
 import pytest
 
-from experiments.studies.diffusion import diffusion_smollm2
-from experiments.studies.diffusion.diffusion_smollm2 import (
+from experiments.studies.diffusion import smollm2
+from experiments.studies.diffusion.smollm2 import (
   Backwards,
   Instructed,
 )
-from experiments.studies.diffusion.diffusion_study import Tiny
+from experiments.studies.diffusion.study import Tiny
 from research.interop import gguf, load
 from research.interop.loaded import Loaded
 from research.text.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def test_every_stage_is_judged(words, monkeypatch):
     tied=True,
   )  # fmt: skip
   made = Loaded(model, support.params(model), words, {})
-  monkeypatch.setattr(diffusion_smollm2.load, "load_model", lambda _: made)
+  monkeypatch.setattr(smollm2.load, "load_model", lambda _: made)
   study = Instructed(
     train=Tiny(batch=2, every=1, warmup=1, rate=1e-2),
     length=64,
@@ -60,7 +60,7 @@ def test_every_stage_is_judged(words, monkeypatch):
     seeds=1,
   )
   (arm,) = study.arms
-  row = study.row(arm, {})
+  row = study.run(arm, {}, None)
   text = row.pop("text")
   assert list(row) == ["converted", "adapted", "tuned"]
   losses = [row[stage]["loss"] for stage in row]
@@ -97,9 +97,9 @@ def rows_of(row):
   ("stage", "changes", "wanted"),
   [
     ("tuned", {}, [True, True, True, True, True]),
-    ("adapted", dict(loss=9.0), [False, True, True, True, True]),
-    ("tuned", dict(loss=4.98), [True, False, True, True, True]),
-    ("tuned", dict(right=0.0), [True, True, False, False, True]),
+    ("adapted", dict(loss=9.0), [None, True, True, True, True]),
+    ("tuned", dict(loss=4.98), [True, None, True, True, True]),
+    ("tuned", dict(right=0.0), [True, True, None, False, True]),
     ("tuned", dict(right=0.3), [True, True, True, False, True]),
     ("text", dict(diffusion=[8.0, 2.6]), [True, True, True, True, False]),
   ],
@@ -112,7 +112,7 @@ def test_verdicts(stage, changes, wanted):
 
 
 def test_picture(tmp_path):
-  STUDY.draw(rows_of(ROW), tmp_path, "three stages")
+  STUDY.plot(rows_of(ROW), tmp_path, "three stages")
   assert (tmp_path / "smollm2.png").stat().st_size > 1000
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from experiments.studies.diffusion import (
-  diffusion_following,
-  diffusion_reversal,
+  following,
+  reversal,
+  tasks,
 )
-from experiments.studies.diffusion import diffusion_tasks as tasks
 from research.typing import UserError
 
 
@@ -92,7 +92,7 @@ def test_other_walks_are_not(walk):
 
 
 def test_pairs_are_told_once_or_twice():
-  pairs = diffusion_reversal.Pairs(count=10, size=2, words=9)
+  pairs = reversal.Pairs(count=10, size=2, words=9)
   rows = pairs.rows()
   assert rows.shape == (15, 5) and rows.max() == 10 < pairs.mask_id
   entities = {tuple(e) for e in pairs.entities().reshape(-1, 2)}
@@ -104,15 +104,15 @@ def test_pairs_are_told_once_or_twice():
 
 
 def test_orders_say_what_is_done():
-  task = diffusion_following.Orders(symbols=5, length=4)
-  rows = task.rows("train", 300, told=True)
+  task = following.Orders(symbols=5, length=4)
+  rows = task.rows("train", 300, instructed=True)
   ways = {5: [0, 1, 2, 3], 6: [3, 2, 1, 0], 7: [3, 0, 1, 2]}
   assert set(rows[:, 0]) == set(ways)
   for row in rows:
     x, y = row[1:5], row[6:]
     assert row[5] == 9
     np.testing.assert_array_equal(y, x[ways[int(row[0])]])
-  silent = task.rows("train", 300, told=False)
+  silent = task.rows("train", 300, instructed=False)
   assert set(silent[:, 0]) == {8}
   np.testing.assert_array_equal(silent[:, 1:], rows[:, 1:])
   assert np.flatnonzero(task.learned()).tolist() == [6, 7, 8, 9]
@@ -124,8 +124,8 @@ def test_orders_say_what_is_done():
     lambda: tasks.Sums(modulus=1),
     lambda: tasks.Targets(honest=1.5),
     lambda: tasks.Walks(nodes=9, length=9),
-    lambda: diffusion_reversal.Pairs(count=9, size=1, words=20),
-    lambda: diffusion_following.Orders(length=1),
+    lambda: reversal.Pairs(count=9, size=1, words=20),
+    lambda: following.Orders(length=1),
   ],
 )
 def test_tasks_that_make_no_sense_are_refused(make):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from experiments.core import config
-from experiments.studies import population, study
-from experiments.studies.lora import lora_claims
+from experiments.studies import protocol
+from experiments.studies.lora import lr_grid
 from research import tree
 from research.lora.wrap import adapters
 from tests import support
@@ -22,37 +22,36 @@ TINY = (
 
 @pytest.fixture(scope="module", name="made")
 def _made():
-  """Returns a tiny study, and the ground of its arms."""
-  read = config.read("runs/lora/claims_methods.gin", TINY, root=study.Study)
-  made = read.experiment
+  """Returns a tiny study, and the data of its arms."""
+  read = config.read("runs/lora/claims_methods.gin", TINY, root=protocol.Run)
+  made = read.experiment.study
   base = support.params(made.model.load().model)
-  return made, population.ground(made, base)
+  return made, lr_grid.study_data(made, base)
 
 
 @pytest.fixture(name="arms")
 def _arms(made):
   """Returns f(name) -> the arm, and what a run of it starts from."""
-  tiny, on = made
+  tiny, data = made
 
-  def begun(name):
-    arm = next(a for a in tiny.arms if a.name == name)
-    return arm, population.begun(tiny, arm, on, 0)
+  def start(name):
+    arm = next(a for a in tiny.variants if a.name == name)
+    return arm, lr_grid.adapted_params(tiny, arm, data, 0)
 
-  return begun
+  return start
 
 
 @pytest.fixture(name="ran")
 def _ran(made):
   """Returns f(name) -> adapters before and after a run, and their count."""
-  made, on = made
+  tiny, data = made
 
   def run(name):
-    arm = next(a for a in made.arms if a.name == name)
-    ends = population.one_run(made, arm, on, -3)
+    arm = next(a for a in tiny.variants if a.name == name)
+    ends = lr_grid.one_run(tiny, arm, data, -3)
     parts = [adapters(params, lambda leaf: leaf) for params in ends]
-    seen, _ = tree.partition(ends[0], arm.trainable)
-    still = lora_claims._still(made, arm, on)
-    return *parts, tree.count(seen) - still
+    chosen, _ = tree.partition(ends[0], arm.trainable)
+    return *parts, tree.count(chosen) - tiny._fixed(arm, data)
 
   return run
 
@@ -102,4 +101,4 @@ def test_terms_move_without_a_gradient_of_the_data(arms, name, moved):
 
   found = moves(arm.optimizer)
   assert {path.rpartition("/")[2] for path in found} >= {moved}
-  assert not moves(study.adam)
+  assert not moves(lr_grid.adam)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.core import config
-from experiments.studies.quant import quant_inputs, quant_study
+from experiments.studies import protocol
+from experiments.studies.quant import quant_inputs
 from research.interop import convert, load, sources
 from research.quant import llm_int8
 from research.quant.activations import Inputs, InputTensor, Round
@@ -87,5 +88,5 @@ def test_rows_and_what_they_say():
 )
 def test_run_files_can_be_read(name, count):
   run = f"runs/quant/claims_{name}.gin"
-  table, _ = config.read(run, root=quant_study.Table)
+  table = config.read(run, root=protocol.Run).experiment.study
   assert len(table.flat) == count

@@ -6,8 +6,10 @@ import math
 
 import pytest
 
+from experiments import study as command
 from experiments.core import cli, config, experiment, from_scratch
-from experiments.studies.quant import quant_ladder, quant_ladder_table
+from experiments.studies import protocol
+from experiments.studies.quant import quant_ladder
 from research.data import bpe
 from research.data.pipeline import Pipeline
 from research.nn import presets
@@ -42,7 +44,7 @@ LADDER = quant_ladder.Ladder(
   rows=(quant_ladder.rows(TEXT, bits=(8,), block=16, nearest=(3,)),),
   widths=(16,),
   seeds=1,
-  verdicts=(quant_ladder.fewer_bits,),
+  rules=(quant_ladder.fewer_bits,),
 )
 
 
@@ -89,7 +91,7 @@ def test_the_gain_is_what_it_was_made_to_be():
   assert others == pytest.approx([gain, gain])
 
 
-def test_rungs_that_share_no_size_say_nothing():
+def test_models_that_share_no_size_say_nothing():
   few = [p for p in _points(1) if p["width"] == 64]
   assert not quant_ladder.gain(few, "4 bits", "8 bits")
   assert not quant_ladder.fewer_bits(few)
@@ -97,7 +99,7 @@ def test_rungs_that_share_no_size_say_nothing():
 
 def test_one_seed_is_no_evidence():
   (first, _) = quant_ladder.fewer_bits(_points(0.5, seeds=1))
-  assert not first.holds and "inf" in first.found
+  assert first.holds is None and "(one value)" in first.found
 
 
 def test_widths_are_multiples_of_heads():
@@ -120,24 +122,27 @@ def test_rows_have_an_embedding_in_8_bits_and_gptq_below():
   assert {r.calibrated_on for r in rows} == {None, 128}
 
 
-def test_a_rung_has_its_width_and_seed():
-  read = config.read("runs/quant/claims_ladder.gin", root=quant_ladder.Ladder)
-  again = config.parse(read.text, root=quant_ladder.Ladder)
-  assert again.text == read.text
-  made = read.experiment.experiment(192, 2)
+def test_an_arm_has_its_width_and_seed():
+  read = config.read("runs/quant/claims_ladder.gin", root=protocol.Run)
+  ladder = read.experiment.study
+  made = ladder.experiment(192, 2)
   sizes = made.model.sizes
   assert (sizes.width, sizes.heads, sizes.hidden) == (192, 6, 576)
   assert made.model.seed == made.data.seed == made.seed == 2
-  assert list(read.experiment.rungs)[:2] == ["w64-s0", "w96-s0"]
+  assert ladder.arms[:2] == ["w64-s0", "w96-s0"]
 
 
 @pytest.mark.slow
 def test_the_command_trains_measures_and_keeps(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(config, "read", lambda *x, **y: config.Read(LADDER, ""))
-  argv = ["quant_ladder_table", "--config=x.gin", f"--workdir={tmp_path}"]
-  assert cli.call(quant_ladder_table.main, argv) == 0
+  run = protocol.Run(study=LADDER)
+  text = "protocol.Run.study = @quant_ladder.Ladder()"
+  monkeypatch.setattr(config, "read", lambda *x, **y: config.Read(run, text))
+  argv = ["study", "--config=x.gin", f"--workdir={tmp_path}"]
+  assert cli.call(command.main, argv) == 0
   result = json.loads(capsys.readouterr().out.splitlines()[-1])
-  sizes = {(x["width"], x["row"]): x for x in result["rows"]}
+  (table,) = result["tables"]
+  lines = [dict(zip(table["header"], r, strict=True)) for r in table["rows"]]
+  sizes = {(x["width"], x["row"]): x for x in lines}
   assert len(sizes) == 2
   # Eight bits of an embedding are among the bytes, of every row.
   count = 4 * 16**2 + 3 * 16 * 32
@@ -154,4 +159,9 @@ def test_the_command_trains_measures_and_keeps(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(
     quant_ladder.train_eval, "train", lambda *x: pytest.fail("trained again")
   )
-  assert cli.call(quant_ladder_table.main, argv) == 0
+  (tmp_path / "arms" / "w16-s0.json").unlink()  # the model is still there
+  assert cli.call(command.main, argv) == 0
+  (tmp_path / "arms" / "w16-s0.json").unlink()
+  (tmp_path / "w16-s0" / "settings.txt").write_text("others")
+  assert cli.call(command.main, argv) == 1
+  assert "settings.txt: was made from other" in capsys.readouterr().err

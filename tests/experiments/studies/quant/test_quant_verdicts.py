@@ -61,8 +61,9 @@ def test_quality_is_that_of_the_best_row_of_the_band():
 
 def test_differences_count_from_two_errors_on():
   a, b = _row("a", kl=0.1), _row("b", kl=0.1028)
-  assert not quant_verdicts.surely_above(b, a)
-  assert quant_verdicts.surely_above(_row("b", kl=0.1029), a)
+  assert quant_verdicts.more_kl(b, a) is None
+  assert quant_verdicts.more_kl(_row("b", kl=0.1029), a) is True
+  assert quant_verdicts.more_kl(a, _row("b", kl=0.1029)) is False
 
 
 def test_formats_are_compared_where_both_are():
@@ -76,7 +77,7 @@ def test_formats_are_compared_where_both_are():
   assert free.holds and worse.holds and seen.holds
   assert order.holds and "fp4-b64" in order.found
   rows["GPTQ"] = _row("GPTQ", kl=0.101, group="calibrated")
-  assert not quant_verdicts.formats(rows)[-1].holds
+  assert quant_verdicts.formats(rows)[-1].holds is None
   del rows["fp4-b64"], rows["GPTQ"]
   assert quant_verdicts.formats(rows) == []
 
@@ -105,7 +106,7 @@ def test_too_few_tokens():
   again = _row("512, draw 1", kl=0.5, group="calibration", calibrated_on=512)
   rows["512, draw 1"] = again
   found = quant_verdicts.too_few_tokens(rows)
-  assert _holds(found) == [False, True]
+  assert _holds(found) == [None, True]
   # Of each row its own draws are counted.
   assert "2 draws" in found[0].found and "one draw" in found[1].found
 
@@ -123,7 +124,7 @@ def test_recovery_is_over_seeds():
     ),
   )
   found = quant_verdicts.recovery(rows)
-  assert _holds(found) == [True, False]
+  assert _holds(found) == [True, None]
   # Student's interval of 0.70, 0.69, 0.68: 4.303 * 0.01 / sqrt(3).
   assert "0.690 ± 0.025" in found[0].found
 
@@ -166,8 +167,10 @@ def test_the_crossover_is_where_the_ratio_surely_passes_one():
   assert "32: 1.125 ± 0.019" in found[2].found
   # Errors of 0.05 make it 0.094: less than two of them above 1.
   found = quant_verdicts.crossover(_blocks(((0.9, 0.8), (1.0, 1.1)), 0.05))
-  assert _holds(found) == [True, True, False]
+  assert _holds(found) == [True, True, None]
   found = quant_verdicts.crossover(_blocks(((0.8, 0.8), (1.0, 1.1))))
+  assert _holds(found) == [True, False, None]
+  found = quant_verdicts.crossover(_blocks(((0.6, 0.8), (1.0, 1.1))))
   assert _holds(found) == [True, False, False]
 
 
@@ -176,8 +179,8 @@ def test_of_one_matrix_no_error_is_known():
   for row in rows.values():
     row["matrices"] = {"m0": row["matrices"]["m0"]}
   found = quant_verdicts.crossover(rows)
-  assert _holds(found) == [True, False, True]
-  assert "32: 1.125 ± inf" in found[1].found
+  assert _holds(found) == [True, None, True]
+  assert "32: 1.125 (one value)" in found[1].found
 
 
 def test_errors_of_normal_numbers_are_published_ones():
@@ -246,12 +249,12 @@ def test_memory_is_what_the_arithmetic_says(capsys):
   cache = 2 * 80 * 8 * 128 * 2 * 4096
   held = rows["mxfp4"]["with cache GB"] - rows["mxfp4"]["weights GB"]
   assert held == pytest.approx(cache / 1e9, rel=1e-3)
-  assert [c["holds"] for c in found["claims"]] == [True, True, False, True]
+  assert [c["holds"] for c in found["verdicts"]] == [True, True, False, True]
   # 24 GB less what stays in 16 bits, over the matrices alone.
   left = 24e9 - 2 * rest
   want = [8 * left / (80 * layer), 8 * (left - cache) / (80 * layer)]
   assert quant_memory.bits_within(found["rows"], 24) == pytest.approx(want)
-  assert f"{want[0]:.2f} bits" in found["claims"][3]["found"]
+  assert f"{want[0]:.2f} bits" in found["verdicts"][3]["found"]
 
 
 def test_a_step_of_generation_holds_weights_packed():

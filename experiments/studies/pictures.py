@@ -1,0 +1,110 @@
+"""What pictures of studies share: curves over seeds, bars, rankings, labels."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.core.stats import Mean
+from research.training.reports import plots
+from research.typing import Float
+
+GREY = "0.65"
+"""Of what has no colour of its own."""
+
+
+def colors(names: Sequence[str]) -> dict[str, str]:
+  """Returns a colour for each name, none twice: grey once they are used up."""
+  own = dict(zip(names, plots.COLORS, strict=False))
+  return {name: own.get(name, GREY) for name in names}
+
+
+def spread(
+  axes: Any, x: Any, runs: Float[Any, "S T"], label: str | None, style: Any
+) -> None:
+  """Draws the mean over seeds, and their range."""
+  runs = np.asarray(runs, float)
+  axes.plot(x, runs.mean(0), marker="o", markersize=3, label=label, **style)
+  axes.fill_between(
+    x, runs.min(0), runs.max(0), alpha=0.15, color=style["color"]
+  )
+
+
+def means(
+  axes: Any, x: Any, found: Sequence[Mean], label: str, style: Any
+) -> None:
+  """Draws means, and their 95% intervals."""
+  y = np.array([m.value for m in found])
+  half = np.array(halves(found))
+  axes.plot(x, y, marker="o", markersize=3, label=label, **style)
+  axes.fill_between(x, y - half, y + half, alpha=0.15, color=style["color"])
+
+
+def halves(found: Sequence[Mean]) -> list[float]:
+  """Returns halves of intervals; 0 for those of one seed, which have none."""
+  return [m.half if math.isfinite(m.half) else 0.0 for m in found]
+
+
+def bars(axes: Any, found: Mapping[str, Mean], label: str) -> None:
+  """Draws a bar a name, the first on top, with its interval."""
+  axes.barh(
+    list(found),
+    [m.value for m in found.values()],
+    xerr=halves(list(found.values())),
+    color=plots.COLORS[0],
+    capsize=2,
+  )
+  axes.invert_yaxis()
+  axes.set(xlabel=label)
+
+
+def ranking(
+  axes: Any, found: Mapping[str, Mean], styles: Mapping[str, Mapping[str, Any]]
+) -> None:
+  """Draws names under each other, the last on top, with their intervals.
+
+  Args:
+    axes: where.
+    found: by name, in their order from below.
+    styles: by name, of `errorbar`.
+  """
+  for place, (name, m) in enumerate(found.items()):
+    (half,) = halves([m])
+    axes.errorbar(m.value, place, xerr=half, **styles[name])
+  axes.set_yticks(range(len(found)), list(found), fontsize=8)
+  axes.grid(alpha=0.3)
+
+
+def label_points(
+  axes: Any, points: Mapping[str, tuple[float, float]], size: int = 7
+) -> None:
+  """Writes names beside their points: inside of the frame, on no other name.
+
+  Where there is no room for a name, it stands on another one. Layout, scales
+  and limits have to be final: see `Figure.draw_without_rendering`.
+  """
+  frame, limits = axes.get_window_extent(), (axes.get_xlim(), axes.get_ylim())
+  taken: list[Any] = []
+  for name, point in points.items():
+    inside = []
+    for dx, dy in itertools.product((4, -4), (4, -4, 12, -12)):
+      text = axes.annotate(
+        name,
+        point,
+        (dx, dy),
+        textcoords="offset points",
+        ha="left" if dx > 0 else "right",
+        va="bottom" if dy > 0 else "top",
+        fontsize=size,
+      )
+      box = text.get_window_extent()
+      text.remove()
+      if all(map(frame.contains, *zip(box.min, box.max, strict=True))):
+        inside.append((sum(map(box.overlaps, taken)), len(inside), text, box))
+    if inside:
+      _, _, text, box = min(inside)
+      axes.add_artist(text)
+      taken.append(box)
+  axes.set(xlim=limits[0], ylim=limits[1])

@@ -1,0 +1,197 @@
+r"""Runs a study: arms one by one, then a table, verdicts and pictures.
+
+  python -m experiments.study --config=runs/lora/claims_capacity.gin \
+      --workdir=DIR
+
+Every arm's row is stored in DIR/arms/, and the same command again runs what is
+missing; --only runs some arms. A row that was made from other settings is
+refused. Once all arms are there, ends with verdicts, pictures and result.json
+in DIR. --render stores that result beside the run file, and rewrites the tables
+of the pages that show it. The last line on stdout is the result.
+"""
+
+# ruff: noqa: E402
+if __name__ == "__main__":
+  from experiments.core import runtime
+
+  runtime.prepare()
+
+import pathlib
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments.core import cli
+
+FLAGS = cli.new_flags()
+
+_CONFIG = cli.define_config(FLAGS, "runs/lora/claims_capacity.gin")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where everything goes; made if missing.", flag_values=FLAGS
+)
+_SET = cli.define_set(FLAGS)
+_ONLY = flags.DEFINE_string(
+  "only",
+  "",
+  "Regular expression: arms that it does not find are not run now, e.g."
+  " --only='seed 0'.",
+  flag_values=FLAGS,
+)
+_RENDER = flags.DEFINE_bool(
+  "render",
+  False,
+  "Store the result under configs/ and rewrite the pages that show it.",
+  flag_values=FLAGS,
+)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Runs what is missing; returns the result."""
+  del argv
+  cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
+  cli.local(workdir=_WORKDIR.value)
+  from experiments.core import config, runtime, tables
+  from experiments.studies import protocol, results
+
+  only = _pattern(_ONLY.value)
+  runtime.setup()
+  read = config.read(_CONFIG.value, _SET.value, root=protocol.Run)
+  study, folder = read.experiment.study, pathlib.Path(_WORKDIR.value)
+  if _RENDER.value:
+    results.path_of(_CONFIG.value)
+  _claim(folder, read.text)
+
+  # --- arms ---
+  stored = _run(study, folder, only)
+  rows = {arm: found["row"] for arm, found in stored.items()}
+  missing = [arm for arm in study.arms if arm not in rows]
+
+  # --- what they say ---
+  lines = [] if missing and study.needs_all else study.table(rows)
+  if lines:
+    cli.say(f"\n{tables.text(tables.without_empty(results.shown(lines)))}\n")
+  table = results.as_table(lines)
+  if missing:
+    cli.say(f"missing: {', '.join(missing)}. Verdicts need all arms.")
+    return {"arms": list(rows), "missing": missing, "tables": [table]}
+  verdicts = _verdicts(study, rows)
+  study.plot(rows, folder, pathlib.Path(_CONFIG.value).stem)
+  result = {
+    "command": _command(),
+    "commit": results.commit(),
+    "machine": results.machine(),
+    "versions": results.versions(),
+    "seeds": study.seeds,
+    "seconds": round(sum(found["seconds"] for found in stored.values())),
+    "verdicts": [
+      {"claim": v.claim, "found": v.found, "verdict": v.state} for v in verdicts
+    ],
+    "tables": [table],
+    "arms": {n: round(found["seconds"], 1) for n, found in stored.items()},
+  }
+  commits = sorted({str(found["commit"]) for found in stored.values()})
+  result |= {"row_commits": commits} if commits != [result["commit"]] else {}
+  failed = {n: row["failed"] for n, row in rows.items() if "failed" in row}
+  result |= {"failed": failed} if failed else {}
+  (folder / "result.json").write_text(results.json_text(result), "utf-8")
+  if _RENDER.value:
+    for path in results.render(_CONFIG.value, result):
+      cli.say(f"wrote {path}")
+  return result
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+  from research.typing import UserError
+
+  try:
+    return re.compile(text)
+  except re.error as error:
+    raise UserError(
+      f"--only={text}: no regular expression ({error}); expected e.g. an arm's"
+      " name"
+    ) from error
+
+
+def _claim(folder: pathlib.Path, text: str) -> None:
+  """Makes the folder, and leaves the configuration in it.
+
+  Raises:
+    UserError: it is another command's.
+  """
+  from research.typing import UserError
+
+  folder.mkdir(parents=True, exist_ok=True)
+  note = folder / "config.gin"
+  if note.exists() and "Run.study = " not in note.read_text("utf-8"):
+    raise UserError(
+      f"{note}: found no study in it, expected protocol.Run.study: another"
+      " command, or an older version of this one, wrote this folder.\n"
+      "Use another --workdir."
+    )
+  note.write_text(text, "utf-8")
+
+
+def _run(
+  study: Any, folder: pathlib.Path, only: re.Pattern[str]
+) -> dict[str, dict[str, Any]]:
+  """Returns what is stored of each arm, after running what is missing."""
+  from experiments.studies import protocol, results
+  from research.typing import UserError
+
+  arms = list(study.arms)
+  if not any(map(only.search, arms)):
+    raise UserError(
+      f"--only={only.pattern}: finds no arm; there are {', '.join(arms)}"
+    )
+  store = protocol.Store(folder / "arms")
+  stored: dict[str, dict[str, Any]] = {}
+  # Rows of other settings are refused before anything runs.
+  for arm in arms:
+    if found := store.read(arm, study.settings(arm)):
+      stored[arm] = found
+  todo = [arm for arm in arms if arm not in stored and only.search(arm)]
+  shared = study.prepare(folder) if todo else None
+  commit = results.commit()
+  for i, arm in enumerate(todo, 1):
+    cli.say(f"{arm} ({i} of {len(todo)}) ...")
+    begin = time.perf_counter()
+    before = {a: stored[a]["row"] for a in arms if a in stored}
+    row = study.run(arm, before, shared)
+    seconds = time.perf_counter() - begin
+    settings = study.settings(arm)
+    store.write(arm, settings, row, seconds=seconds, commit=commit)
+    found = store.read(arm, settings)
+    assert found is not None
+    stored[arm] = found
+    cli.say(f"{arm}: {_summary(study, found['row'])} ({seconds:.0f} s)")
+  return {arm: stored[arm] for arm in arms if arm in stored}
+
+
+def _summary(study: Any, row: dict[str, Any]) -> str:
+  return f"failed: {row['failed']}" if "failed" in row else study.summary(row)
+
+
+def _verdicts(study: Any, rows: dict[str, Any]) -> list[Any]:
+  """Returns the verdicts, and says them; one seed decides nothing."""
+  found = study.verdicts(rows)
+  if study.seeds == 1:
+    found = [v._replace(holds=None) for v in found]
+    cli.say("One seed decides nothing: every verdict is undecided.")
+  for v in found:
+    state = v.state if v.holds else v.state.upper()
+    cli.say(f"{state}: {v.claim}\n  {v.found}")
+  return found
+
+
+def _command() -> str:
+  """Returns the command that this one repeats."""
+  given = [f"--set={binding}" for binding in _SET.value]
+  parts = [f"--config={_CONFIG.value}", "--workdir=DIR", *given]
+  return " ".join(["python -m experiments.study", *parts])
+
+
+if __name__ == "__main__":
+  cli.run(main)

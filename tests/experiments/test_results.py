@@ -1,0 +1,68 @@
+"""Results that are stored beside run files: their schema, and their pages."""
+
+import json
+import re
+
+import pytest
+
+from experiments.core.config import CONFIGS
+from experiments.studies import results
+
+STORED = sorted(CONFIGS.glob("runs/*/results/*.json"))
+KEYS = {
+  "command": str,
+  "commit": str,
+  "machine": str,
+  "seeds": int | None,
+  "tables": list,
+}
+OPTIONAL = {
+  "note": str,
+  "numbers": dict,
+  "versions": dict,
+  "seconds": int,
+  "verdicts": list,
+  "arms": dict,
+  "row_commits": list,
+  "failed": dict,
+}
+
+
+def is_cell(x):
+  """A cell is null, text, a number, or a mean with its half, or without."""
+  if isinstance(x, list):
+    value, half = x
+    return isinstance(value, int | float) and isinstance(
+      half, float | int | None
+    )
+  return x is None or isinstance(x, str | int | float)
+
+
+def test_there_are_results_of_every_system():
+  folders = {path.parents[1].name for path in STORED}
+  assert folders >= {"lora", "quant", "quantized_matmul", "llada"}
+
+
+@pytest.mark.parametrize(
+  "path", STORED, ids=lambda path: f"{path.parents[1].name}-{path.stem}"
+)
+def test_a_result_has_its_schema(path):
+  text = path.read_text("utf-8")
+  found = json.loads(text)
+  assert results.json_text(found) == text
+  assert KEYS.keys() <= found.keys() <= KEYS.keys() | OPTIONAL.keys()
+  for name, kind in (KEYS | OPTIONAL).items():
+    assert name not in found or isinstance(found[name], kind), name
+  assert re.fullmatch(r"[0-9a-f]{40}\+?", found["commit"])
+  # What is of a run file is called after it.
+  run = f"runs/{path.parents[1].name}/{path.stem}.gin"
+  if f"--config={run} " in found["command"]:
+    assert (CONFIGS / run).exists()
+  for table in found["tables"]:
+    assert table.keys() == {"header", "rows"} and table["rows"]
+    assert all(isinstance(name, str) for name in table["header"])
+    for row in table["rows"]:
+      assert len(row) == len(table["header"])
+      assert all(map(is_cell, row)), row
+  for verdict in found.get("verdicts", ()):
+    assert verdict["verdict"] in ("holds", "does not hold", "undecided")
