@@ -16,12 +16,8 @@ from experiments.studies.diffusion import (
   tasks,
   truth,
 )
-from experiments.studies.diffusion import (
-  ends as diffusion_ends,
-)
-from experiments.studies.diffusion import (
-  study as diffusion_study,
-)
+from experiments.studies.diffusion import ends as diffusion_ends
+from experiments.studies.diffusion import study as diffusion_study
 from research.data.sources.synthetic import Markov
 
 SOURCE = Markov(vocab=8, length=16)

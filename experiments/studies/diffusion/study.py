@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.core.from_scratch import FromScratch
 from experiments.core.stats import Mean, mean, paired
-from experiments.studies.protocol import Row, Rows, Study
+from experiments.studies.protocol import Row, Rows, Study, describe
 from research.nn import presets
 from research.nn.transformer import Transformer
 from research.optim import optim
@@ -146,6 +146,15 @@ class DiffusionStudy(Study):
   """A study whose table needs all of its arms."""
 
   needs_all = True
+
+  def settings(self, arm: str) -> str:
+    """Returns all fields; the number of seeds only where it counts.
+
+    More seeds leave what is there as it is, but for rates, which are tried with
+    the seed after the last.
+    """
+    swept = arm.startswith("rates of ")
+    return describe(self) if swept else describe(self, "seeds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from experiments.core.stats import Decision, Mean, above, below, every, mean
+from experiments.core.stats import (
+  Decision,
+  Mean,
+  above,
+  below,
+  bootstrap,
+  every,
+  mean,
+)
 from experiments.studies.protocol import Rows, Verdict
 from experiments.studies.quant import bands
 from research.quant.format import Format
@@ -297,11 +305,18 @@ def outliers(rows: Rows) -> list[Verdict]:
     ),
     Verdict(
       "matrices differ: the worst errs twice as much as the median one",
-      f"{row['row']}: {worst} {errors.max():.3f}, median"
-      f" {np.median(errors):.3f}",
+      f"{row['row']}: {worst} {errors.max():.3f}, median {_median(errors)}",
       errors.max() > 2 * float(np.median(errors)),
     ),
   ]
+
+
+def _median(errors: Float[np.ndarray, " M"]) -> str:
+  """Returns a median over matrices, and its bootstrapped interval."""
+  if len(errors) < 2:
+    return f"{errors[0]:.3f}"
+  low, high = bootstrap(errors, np.median)
+  return f"{np.median(errors):.3f} ({low:.3f} to {high:.3f})"
 
 
 def recovery(rows: Rows) -> list[Verdict]:

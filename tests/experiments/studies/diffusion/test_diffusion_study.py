@@ -12,7 +12,9 @@ from experiments import study as command
 from experiments.core import cli
 from experiments.studies.diffusion import (
   bounds,
+  ladder,
   policies,
+  reversal,
   tasks,
   truth,
 )
@@ -73,6 +75,19 @@ def test_the_command_stores_arms_and_says_what_it_found(trial, capsys):
   assert gap["found"] == "0.750 (one value)"
   assert gap["verdict"] == "undecided"
   assert [line[2] for line in result["tables"][0]["rows"]][1] == [75, None]
+
+
+def test_more_seeds_leave_the_others_as_they_are():
+  few, more = (reversal.Reversal(seeds=n) for n in (3, 5))
+  for arm in few.arms:
+    assert few.settings(arm) == more.settings(arm)
+  assert few.settings(few.arms[0]) != reversal.Reversal(steps=9).settings(
+    few.arms[0]
+  )
+  few, more = (ladder.Ladder(source=Markov(), seeds=n) for n in (3, 5))
+  for arm in few.arms:
+    same = few.settings(arm) == more.settings(arm)
+    assert same == (not arm.startswith("rates of "))
 
 
 def test_a_kind_needs_its_rate():
