@@ -102,11 +102,11 @@ class Listener:
     phase = phases[-1] if phases else None
     if phase is not self._shown:
       self._shown, self._gap = phase, FIRST
-    if now - self._last < self._gap:
-      return
     text = None if phase is None else phase.line(now)
-    self._last, self._gap = now, min(self._gap * _GROWTH, MOST)
-    if text is not None:
+    if text is None:  # silent on purpose, for as long as it takes
+      self._last = now
+    elif now - self._last >= self._gap:
+      self._last, self._gap = now, min(self._gap * _GROWTH, MOST)
       self._write(text)
 
 

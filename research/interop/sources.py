@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from research import progress
 from research.interop import gguf, hf, load, native
 from research.interop import parts as part
 from research.interop.hf import config as hf_config
@@ -68,14 +69,13 @@ def open_source(name: str | os.PathLike) -> Source:
     UserError: it is missing, damaged or not supported.
   """
   path = pathlib.Path(load.locate(name))
-  if path.is_file():
-    return _gguf(path)
-  if (path / NOTE).is_file():
-    return _ours(path)
-  found = load.adapter_directory(path)
-  if found is not None:
-    return _adapter(found)
-  return _hf(path)
+  with progress.phase(f"opening {name}"):
+    if path.is_file():
+      return _gguf(path)
+    if (path / NOTE).is_file():
+      return _ours(path)
+    found = load.adapter_directory(path)
+    return _hf(path) if found is None else _adapter(found)
 
 
 def _hf(path: pathlib.Path) -> Source:

@@ -257,5 +257,5 @@ def test_a_task_of_the_harness(loaded, tmp_path):
 
 def test_without_the_harness(loaded, monkeypatch):
   monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-  with pytest.raises(UserError, match=r"heptad\[evaluation\]"):
+  with pytest.raises(UserError, match=r"'\.\[evaluation\]"):
     lm_eval.adapter(loaded)
