@@ -7,9 +7,10 @@ that is named by its path reaches what it imports and includes.
 """
 
 import ast
+import functools
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from tests.mutants.defects import ROOT
 
@@ -33,9 +34,10 @@ class Reach:
     for path in (root / "configs").rglob("*.gin"):
       name = path.relative_to(root / "configs").as_posix()
       self._files[name] = path.relative_to(root).as_posix()
-    self._edges = {
-      file: set(self._named_in(file)) for file in self._files.values()
-    }
+    self._users: dict[str, set[str]] = {}  # file -> those that name it
+    for source in self._files.values():
+      for target in self._named_in(source):
+        self._users.setdefault(target, set()).add(source)
 
   def tests_of(self, file: str) -> list[str]:
     """Returns the test files that reach a file, nearest first.
@@ -47,14 +49,12 @@ class Reach:
     targets = {file}
     if not file.endswith(".py"):
       folder = file.rpartition("/")[0]
-      targets = {x for x in self._edges if x.rpartition("/")[0] == folder}
-    users: dict[str, set[str]] = {}
-    for source, named in self._edges.items():
-      for target in named:
-        users.setdefault(target, set()).add(source)
+      files = self._files.values()
+      targets = {x for x in files if x.rpartition("/")[0] == folder}
     found, near = dict.fromkeys(targets), sorted(targets)
     while near:
-      near = sorted({u for x in near for u in users.get(x, ())} - found.keys())
+      users = set().union(*(self._users.get(x, ()) for x in near))
+      near = sorted(users - found.keys())
       found |= dict.fromkeys(near)
     return [
       x
@@ -98,7 +98,7 @@ class Reach:
     """Yields what a package's table of contents takes names from."""
     if not file.endswith("__init__.py"):
       return
-    for submodule, public in _table(ast.parse((self.root / file).read_text())):
+    for submodule, public in _table(self.root / file):
       if not names or names[0] in public:
         yield self._files[f"{package}.{submodule}"]
 
@@ -120,8 +120,10 @@ def _texts(tree: ast.Module, parts: bool) -> Iterator[str]:
         yield from found if parts else (x for x in found if x == node.value)
 
 
-def _table(tree: ast.Module) -> Iterator[tuple[str, Iterable[str]]]:
-  """Yields (submodule, names) of `lazy_loader.attach`."""
-  for node in ast.walk(tree):
+@functools.lru_cache(maxsize=256)
+def _table(path: pathlib.Path) -> Sequence[tuple[str, Sequence[str]]]:
+  """Returns (submodule, names) of a package's `lazy_loader.attach`."""
+  for node in ast.walk(ast.parse(path.read_text("utf-8"))):
     if isinstance(node, ast.keyword) and node.arg == "submod_attrs":
-      yield from ast.literal_eval(node.value).items()
+      return tuple(ast.literal_eval(node.value).items())
+  return ()
