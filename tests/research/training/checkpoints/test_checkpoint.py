@@ -51,6 +51,28 @@ def test_round_trip(start, tmp_path):
   assert jax.tree.structure(found) == jax.tree.structure(start)
 
 
+class Data:
+  """What a checkpoint asks of an iterator that can be resumed."""
+
+  def __init__(self, place):
+    self.place = place
+
+  def get_state(self):
+    return {"place": self.place}
+
+  def set_state(self, found):
+    self.place = found["place"]
+
+
+def test_the_place_in_the_data_comes_back(tmp_path):
+  made = state.create({"a": jnp.ones(3)}, "a", optim.adamw(1e-3))
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(made, Data(5))
+    for restore in (checkpoints.restore, checkpoints.restore_latest):
+      restore(made, data := Data(0))
+      assert data.place == 5
+
+
 def test_a_step_holds_no_frozen_weight(line, tmp_path):
   params = {"big": jnp.ones((512, 1024)), "a": jnp.ones((4, 4))}
   start = state.create(params, "^a$", optim.adamw(1e-3))
