@@ -11,6 +11,7 @@ import pytest
 from research.interop import load
 from research.interop.gguf import open_gguf
 from research.text.gguf_tokenizer import tokenizer_from_gguf
+from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
@@ -59,6 +60,13 @@ def test_smollm2_special_tokens(real):
   assert tokenizer.decode(ids, skip_special_tokens=False) == (
     "<|im_start|>hi<|im_end|>"
   )
+
+
+def test_the_end_of_a_turn_stops_a_text_like_its_end(tiny):
+  eos = tiny["tokenizer.ggml.eos_token_id"]
+  turn = {"tokenizer.ggml.eot_token_id": eos + 1}
+  assert Tokenizer.from_gguf(tiny).stop == (eos,)
+  assert Tokenizer.from_gguf(tiny | turn).stop == (eos, eos + 1)
 
 
 def test_the_tiny_files_tokenizer_is_the_tokenizers_packages(tiny):
