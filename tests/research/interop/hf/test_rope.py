@@ -1,4 +1,4 @@
-"""Rotations in config.json: each of transformers' fields is read, and written."""
+"""Rotations in config.json: every field is read, and written again."""
 
 import pytest
 
