@@ -1,4 +1,4 @@
-"""A stranger's JSON: each kind of field takes what it is, and names the rest."""
+"""A stranger's JSON: fields take what is of their kind, and name the rest."""
 
 import pytest
 

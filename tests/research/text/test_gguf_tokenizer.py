@@ -62,6 +62,16 @@ def test_smollm2_special_tokens(real):
   )
 
 
+def test_of_equal_tokens_the_first_is_used(tiny):
+  tokens = list(tiny["tokenizer.ggml.tokens"])
+  first = tokens.index("a")
+  again = tiny | {"tokenizer.ggml.tokens": [*tokens, "a"]}
+  again.pop("tokenizer.ggml.token_type", None)
+  for metadata in (tiny, again):
+    tokenizer, _ = tokenizer_from_gguf(metadata)
+    assert tokenizer.encode("a").ids == [first]
+
+
 def test_the_end_of_a_turn_stops_a_text_like_its_end(tiny):
   eos = tiny["tokenizer.ggml.eos_token_id"]
   turn = {"tokenizer.ggml.eot_token_id": eos + 1}
