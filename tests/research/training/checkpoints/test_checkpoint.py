@@ -7,6 +7,7 @@ import resource
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from research import tree
@@ -181,6 +182,17 @@ def test_only_the_writer_sweeps(start, tmp_path):
     assert checkpoints.steps == []
     checkpoints.save(start)  # sweeping is over before anything is written
   assert not draft.exists()
+
+
+def test_a_base_is_known_by_numbers_from_all_over_it():
+  x = np.zeros((40, 50), np.float32)
+  bases = [{"a": x}, {"b": x}, {"a": x.T}, {"a": x.astype(np.int32)}]
+  for row in range(0, 40, 8):
+    other = x.copy()
+    other[row : row + 8] = 1
+    bases.append({"a": other})
+  found = {frozen_base.fingerprint(jax.device_put(base)) for base in bases}
+  assert len(found) == len(bases)
 
 
 def test_another_base_is_refused(start, tmp_path):
