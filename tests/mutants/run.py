@@ -264,7 +264,9 @@ def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--only", default="", help="regular expression of names")
+  parser.add_argument(
+    "--only", default="", help="regular expression of room/name/kind/file"
+  )
   parser.add_argument("--slow", action="store_true")
   parser.add_argument(
     "--named", action="store_true", help="only the tests that defects name"
@@ -277,6 +279,8 @@ def main() -> int:
     for d in defects.load()
     if re.search(given.only, f"{d.room}/{d.name}/{d.kind}/{d.file}")
   ]
+  if not chosen:
+    parser.error(f"no defect matches {given.only!r}")
   for defect in chosen:
     defect.plant(ROOT)  # raises before anything runs
     if given.list:
