@@ -3,9 +3,9 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tiny-lm test test-all soak lint test-peers test-oldest \
-  test-chips bench bench-chips bench-gpu bench-tpu venv venv-peers llama-cpp \
-  gptqmodel clean
+.PHONY: help quickstart tiny-lm test test-all soak mutants lint test-peers \
+  test-oldest test-chips bench bench-chips bench-gpu bench-tpu venv venv-peers \
+  llama-cpp gptqmodel clean
 
 # In order of preference: those that every dependency has wheels for.
 PYTHONS := 3.13 3.12 3.14
@@ -52,6 +52,11 @@ test-all: venv  ## Runs every case, those marked slow as well (hours)
 soak: venv  ## Reads 10,000 damaged files; kills a run 200 times
 	@$(PY) -m tests.crash.soak --kills=200
 	@$(PY) -m tests.fuzz.soak --cases=10000 --workers=$(WORKERS) $(ARGS)
+
+# A report is continued where it stopped: runs/mutants.jsonl, or --report=FILE.
+# ARGS='--only=masks' for one room, ARGS=--named for the first tests alone.
+mutants: venv  ## Plants defects one by one; says which the suite finds (hours)
+	@$(PY) -m tests.mutants.run --slow $(ARGS)
 
 lint: venv  ## Checks style and formatting
 	@$(PY) -m ruff check --quiet .

@@ -40,6 +40,12 @@ def test_importances_are_collected_and_weigh_a_file(command, tmp_path):
   assert (result["matrices"], result["tokens"]) == (14, 32)
   found = gguf_imatrix.read(to)
   assert found.datasets == ("text.txt",)
+  # Another seed samples other windows of the text.
+  other = tmp_path / "other.gguf"
+  flags = (f"--model={model}", f"--to={other}", f"--text={text}", "--seed=1")
+  command(imatrix.main, *flags, "--windows=2", "--window=16")
+  name, means = next(iter(found.means().items()))
+  assert not np.allclose(gguf_imatrix.read(other).means()[name], means)
 
   flags = (f"--from={model}", f"--to={weighed}", "--format=gguf:Q3_K_M")
   status, _, _, errors = command(convert.main, *flags)

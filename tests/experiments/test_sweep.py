@@ -119,6 +119,11 @@ def test_what_is_done_is_not_done_again(command):
   status, result, out = command(ranks=(1, 8, 16))
   assert (status, result["done"]) == (0, 6)
   assert "6 units, 2 of them to run" in out.out
+  assert result["best"]["bindings"] == {"RANK": 1}
+  # Nor for another question to the same results.
+  higher = "sweeps.Sweep.better = 'higher'"
+  _, result, _ = command(ranks=(1, 8, 16), more=higher)
+  assert result["best"]["bindings"] == {"RANK": 16}
   assert lives(command, "RANK=1_SEED=0") == 1
   # More steps are another result, of the same units.
   status, result, out = command(steps=8)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate, perplexity, train
-from experiments.core import artifacts, cli
+from experiments.core import artifacts, cli, config, train_eval
 from research import progress, tree
 from research.interop import load, peft
 from research.lora import adapt
@@ -200,6 +200,20 @@ def test_evaluate_errors(command, arguments, words):
   status, lines, errors = command(evaluate.main, *arguments)
   assert (status, lines) == (1, [])
   assert words in errors and len(errors.splitlines()) <= 3
+
+
+def test_evaluate_takes_the_step_that_is_asked_for(command, monkeypatch):
+  read = config.Read(experiment=None, text="")
+  monkeypatch.setattr(config, "read_workdir", lambda *_: read)
+
+  def evaluated(experiment, workdir=None, number=None):
+    return {"workdir": workdir.name, "step": number}
+
+  monkeypatch.setattr(train_eval, "evaluate", evaluated)
+  for flags, step in (["--step=3"], 3), ([], None):
+    status, lines, errors = command(evaluate.main, "--workdir=here", *flags)
+    assert status == 0, errors
+    assert json.loads(lines[-1]) == {"workdir": "here", "step": step}
 
 
 @pytest.mark.parametrize(

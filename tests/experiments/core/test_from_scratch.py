@@ -113,6 +113,16 @@ def test_the_shipped_model_has_five_million_that_can_be_quantized():
       assert x.shape[-1] % 256 == x.shape[-2] % 256 == 0, path
 
 
+def test_a_run_that_is_made_longer_is_not_finished(tmp_path):
+  (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+  (tmp_path / "result.json").write_text('{"steps": 4}')
+  experiment = config.read("runs/pretrain_tiny.gin").experiment
+  for steps, finished in (3, True), (4, True), (5, False):
+    plan = dataclasses.replace(experiment.plan, steps=steps)
+    run = dataclasses.replace(experiment, plan=plan)
+    assert (train_eval.finished_result(run, tmp_path) is not None) == finished
+
+
 @pytest.mark.slow
 def test_bits_per_byte_are_the_heldout_texts(finished):
   workdir, result = finished

@@ -1,5 +1,6 @@
 """Prompts of many lengths by few programs, as if each had one of its own."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -65,6 +66,19 @@ def test_blocks_begin_with_the_row():
   np.testing.assert_array_equal(it.state.masked.sum(-1), [4, 5])
   np.testing.assert_array_equal(it.state.valid.sum(-1), [8, 12])
   np.testing.assert_array_equal(it.prompt.sum(-1), [4, 7])
+
+
+def test_randomness_is_of_the_seed_and_of_each_prompts_number():
+  config, spec = SamplerConfig(length=4), Spec(mask_id=9)
+
+  def keys(seed, *numbers):
+    prompts = [[1] * 4 for _ in numbers]
+    it = prepare(prompts, list(numbers), spec, config, seed)
+    return jax.random.key_data(it.state.keys).tolist()
+
+  assert keys(0, 2, 3) == keys(0, 2) + keys(0, 3)
+  found = keys(0, 2, 3) + keys(1, 2, 3)
+  assert len({tuple(key) for key in found}) == 4
 
 
 def test_steps_are_those_of_the_blocks_that_a_row_has():

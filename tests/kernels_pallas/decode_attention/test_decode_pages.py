@@ -207,6 +207,20 @@ def test_pages_beyond_the_table_are_not_read_when_traced():
     chex.assert_trees_all_equal(o[others], expected[others])
 
 
+def test_tokens_without_a_page_are_not_written_when_traced():
+  """Neither to the last page, which -1 would be, nor to any other."""
+  held, k, v = pool(2, 8, 8), draw(2, 2, 8), draw(2, 2, 8, seed=1)
+  lens, starts = jnp.array([2], jnp.int32), jnp.array([0, 2], jnp.int32)
+
+  @quick
+  def append(table):
+    return append_to_pages(held, k, v, table, lens, starts, backend="xla")
+
+  for bad in (-1, COUNT, 10**9):
+    chex.assert_trees_all_equal(append(jnp.array([[bad]], jnp.int32)), held)
+  assert np.any(append(jnp.array([[COUNT - 1]], jnp.int32)).kv != held.kv)
+
+
 def test_the_backend_is_that_of_the_platform_compiled_for():
   device = jax.sharding.AbstractDevice("TPU v5", None, platform="tpu")
   mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)

@@ -7,10 +7,15 @@ import shutil
 import socket
 
 import chex
+import jax
+import jax.numpy as jnp
 import pytest
 
-from research.interop import load
+from research.interop import load, native
+from research.quant import qtensor
+from research.quant.formats.affine import Affine
 from research.typing import UserError
+from tests import support_lora
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 
@@ -27,6 +32,19 @@ def test_a_directory_says_where_it_came_from():
   assert it.tokenizer is None
   assert it.source["format"] == "hf"
   assert it.source["model_type"] == "qwen2"
+
+
+def test_a_checkpoint_of_ours_is_cast_and_decoded_as_asked():
+  w = qtensor.pack(jnp.ones((64, 8), jnp.float32), Affine(bits=8, block=8))
+  a, b = jnp.ones((2, 64)), jnp.ones((2, 8))
+  params = {"norm": jnp.ones(3), "q": w, "k": support_lora.lora(w, a, b)}
+  kept = native.cast(params, "bfloat16", packed=True)
+  assert kept["q"] is w and kept["k"].w is w
+  decoded = native.cast(params, "bfloat16", packed=False)
+  for got in (decoded["q"], decoded["k"].w, decoded["norm"], kept["norm"]):
+    assert isinstance(got, jax.Array) and got.dtype == jnp.bfloat16
+  chex.assert_trees_all_close(decoded["q"].astype(float), w.dense(), rtol=0.01)
+  assert decoded["k"].trained["a"].dtype == jnp.float32
 
 
 def test_no_such_thing(tmp_path):

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from kernels_pallas.common.chips import Chip
 from research.planning import forecast
+from research.planning.chips import Topology
 
 
 @pytest.fixture(scope="module")
-def usage():
+def compiled():
   def loss(x, w):
     x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)
     return x.sum()
@@ -19,7 +21,11 @@ def usage():
     return x, w - jax.grad(loss, 1)(x, w)
 
   x, w = (jax.ShapeDtypeStruct(s, "float32") for s in ((64, 96), (5, 96, 96)))
-  compiled = jax.jit(update, donate_argnums=1).lower(x, w).compile()
+  return jax.jit(update, donate_argnums=1).lower(x, w).compile()
+
+
+@pytest.fixture(scope="module")
+def usage(compiled):
   return compiled.memory_analysis()
 
 
@@ -43,6 +49,20 @@ def test_what_is_held_is_the_sum_of_its_parts(usage):
   assert found == pytest.approx(
     arguments + outputs - kept + temporaries, abs=64
   )
+
+
+def test_what_is_donated_takes_no_memory_again(compiled, usage):
+  devices = jax.devices()[:1]
+  mesh = jax.sharding.Mesh(devices, ("data",))
+  chip = Chip(name="small", memory=1e6)
+  topology = Topology(name="one", devices=devices, chip=chip)
+  found = forecast.forecast(compiled, mesh, topology).memory
+  arguments, outputs, kept, temporaries = _sizes(usage).values()
+  assert (found.arguments, found.outputs) == (arguments, outputs - kept)
+  assert found.temporaries == pytest.approx(temporaries, abs=64)
+  parts = found.arguments + found.outputs + found.temporaries
+  assert found.total == parts + usage.generated_code_size_in_bytes
+  assert found.limit == 1e6 and found.fits == (found.total <= 1e6)
 
 
 def test_where_the_compiler_has_no_sum_it_is_made(usage):

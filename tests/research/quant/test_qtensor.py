@@ -1,5 +1,6 @@
 """Tests 4-bit codebooks against bitsandbytes' numbers and QLoRA's memory."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -13,6 +14,7 @@ from research import sharding, tree, weights
 from research.interop import native
 from research.interop.quantized import bnb
 from research.quant import qtensor
+from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.layouts import cpu_layout
 from research.quant.numerics import codebooks
@@ -171,6 +173,15 @@ def test_packing_decoded_weights_changes_nothing(shape, how):
 def test_zeros_stay_zeros(shape, nested, how):
   w = pack(how(np.zeros(shape, np.float32)), nested=nested)
   assert not np.asarray(_dense(w)).any()
+
+
+def test_rows_are_read_from_where_the_order_says():
+  rng = np.random.default_rng(5)
+  w = jnp.asarray(rng.standard_normal((16, 4)), jnp.float32)
+  stored = qtensor.pack(w, Affine(bits=8, block=8, symmetric=True))
+  order = np.roll(np.arange(16), 3)  # not its own inverse
+  found = dataclasses.replace(stored, order=jnp.asarray(order, jnp.int32))
+  chex.assert_trees_all_equal(found.dense(), stored.dense()[order])
 
 
 def test_bits_of_a_weight():

@@ -11,6 +11,7 @@ import pytest
 from research.interop import load
 from research.interop.gguf import open_gguf
 from research.text.gguf_tokenizer import tokenizer_from_gguf
+from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
@@ -59,6 +60,23 @@ def test_smollm2_special_tokens(real):
   assert tokenizer.decode(ids, skip_special_tokens=False) == (
     "<|im_start|>hi<|im_end|>"
   )
+
+
+def test_of_equal_tokens_the_first_is_used(tiny):
+  tokens = list(tiny["tokenizer.ggml.tokens"])
+  first = tokens.index("a")
+  again = tiny | {"tokenizer.ggml.tokens": [*tokens, "a"]}
+  again.pop("tokenizer.ggml.token_type", None)
+  for metadata in (tiny, again):
+    tokenizer, _ = tokenizer_from_gguf(metadata)
+    assert tokenizer.encode("a").ids == [first]
+
+
+def test_the_end_of_a_turn_stops_a_text_like_its_end(tiny):
+  eos = tiny["tokenizer.ggml.eos_token_id"]
+  turn = {"tokenizer.ggml.eot_token_id": eos + 1}
+  assert Tokenizer.from_gguf(tiny).stop == (eos,)
+  assert Tokenizer.from_gguf(tiny | turn).stop == (eos, eos + 1)
 
 
 def test_the_tiny_files_tokenizer_is_the_tokenizers_packages(tiny):

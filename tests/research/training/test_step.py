@@ -93,6 +93,28 @@ def test_update_is_the_gradient_of_the_mean(
   assert int(after.step) == 1
 
 
+def test_every_step_and_microbatch_has_noise_of_its_own(sgd):
+  """Of n equal numbers, n times the sum of squares is the square of the sum."""
+
+  def objective(params, batch, key):
+    noise = jax.random.uniform(key)
+    sums = {"noise": noise, "square": noise**2}
+    return params["a"].sum(), jnp.float32(1), sums
+
+  start = state.create({"a": jnp.ones(3)}, "a", sgd)
+  batch = {"tokens": jnp.zeros((4, 2), jnp.int32)}
+  found = []
+  for parts in (1, 4):
+    update = jax.jit(step.make_train_step(objective, sgd, parts))
+    after = start
+    for _ in range(2):
+      after, metrics = update(after, batch, jax.random.key(0))
+      found.append(float(metrics["noise"]))
+      spread = metrics["square"] - metrics["noise"] ** 2
+      assert (parts > 1) == (float(spread) > 1e-4)
+  assert len(set(found)) == 4
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.sample(2)
 def test_accumulation_equals_the_large_batch(

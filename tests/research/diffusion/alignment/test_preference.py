@@ -272,6 +272,9 @@ def test_far_ratios_have_no_gradient_and_divergence_pulls_back():
   )
   grads = jax.jit(jax.grad(lambda p: how(p, batch, None)[0]))(params)
   assert max(float(abs(g).max()) for g in jax.tree.leaves(grads)) == 0
+  # A fallen ratio of a good answer is not clipped: it counts in full.
+  loss, count, _ = jax.jit(how)(params, batch | {"old": now + 1.0}, None)
+  np.testing.assert_allclose(loss / count, -np.exp(-1.0), rtol=1e-5)
   pulled = GRPO(model=model, mask_id=MASK, beta=1.0)
   batch |= {"reference": now + 0.5}
   _, count, sums = jax.jit(pulled)(params, batch, None)

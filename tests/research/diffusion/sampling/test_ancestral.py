@@ -166,3 +166,12 @@ def test_grids_of_times():
     assert times[0] == 1 and times[-1] == 0 and (np.diff(times) < 0).all()
   inner = np.linspace(1, 1e-3, 6)[1:-1]
   np.testing.assert_allclose(times[1:-1], inner, rtol=1e-6)
+
+
+def test_places_are_masked_again_between_two_times_only():
+  how = Remask(eta=0.05, start=0.8, stop=0.2)
+  sizes = [
+    float(how.size(Linear(), jnp.array(t), jnp.array(t - 0.1)))
+    for t in (0.9, 0.8, 0.5, 0.2, 0.1)
+  ]
+  np.testing.assert_allclose(sizes, [0, 0.05, 0.05, 0, 0], rtol=1e-5)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from research import tree
+from research import tree, weights
 from research.interop import load, peft
 from research.interop.peft import config as peft_config
 from research.io import safetensors
@@ -112,6 +112,7 @@ def test_every_adapter_of_ours_survives_the_format(
   again = peft.load_adapter(tmp_path, it.params, it.model)
   # Scales pass through a decimal alpha.
   got, want = (dict(forms(p)) for p in (again, params))
+  assert want
   chex.assert_trees_all_close(got, want, rtol=1e-9)
   chex.assert_trees_all_equal(jax.tree.leaves(again), jax.tree.leaves(params))
 
@@ -119,7 +120,7 @@ def test_every_adapter_of_ours_survives_the_format(
 def forms(params):
   for i, layer in enumerate([tree.outer_params(params), *tree.layers(params)]):
     for path, w in wrap.leaves(layer):
-      if hasattr(w, "scale") and hasattr(w, "dropout"):
+      if weights.is_adapter(w):
         yield f"{i}/{path}", (w.method.scale, w.method.dropout)
 
 

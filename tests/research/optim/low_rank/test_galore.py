@@ -192,6 +192,12 @@ def test_means_turn_with_the_basis():
   small = held.projector["w"].T @ g[1]["w"]
   chex.assert_trees_all_close(held.inner.mu["w"], 0.1 * small, atol=1e-6)
   chex.assert_trees_all_close(held.inner.nu["w"], 1e-3 * small**2, atol=1e-7)
+  # Means and squares are reset each by its own option.
+  for options in (("reset", "keep"), ("keep", "reset")):
+    _, held = follow(small_adam(*options), g[0], g)
+    mean = np.allclose(held.inner.mu["w"], 0.1 * small, atol=1e-6)
+    square = np.allclose(held.inner.nu["w"], 1e-3 * small**2, atol=1e-7)
+    assert (mean, square) == tuple(x == "reset" for x in options)
 
 
 def test_the_rank_of_a_sum_grows_with_projectors():

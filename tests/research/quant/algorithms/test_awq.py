@@ -196,6 +196,40 @@ def test_ranges_are_clipped_where_outputs_gain(format, size):
   assert np.any(want != w) == (format != Int8())
 
 
+def test_scaled_units_and_values_keep_what_comes_out_of_them():
+  """Biases among them: as many outputs as there are scales."""
+  rng = np.random.default_rng(4)
+
+  def draw(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  flat = {
+    "mlp/up": draw(6, 8),
+    "mlp/up_bias": draw(8),
+    "mlp/down": draw(8, 6),
+    "attention/v": draw(6, 4),
+    "attention/v_bias": draw(4),
+    "attention/o": draw(8, 6),
+  }
+  x, s = draw(5, 6), jnp.exp(draw(8))
+
+  def hidden(flat):
+    return (x @ flat["mlp/up"] + flat["mlp/up_bias"]) @ flat["mlp/down"]
+
+  def values(flat):
+    v = x @ flat["attention/v"] + flat["attention/v_bias"]
+    return (
+      jnp.repeat(v.reshape(5, 2, 2), 2, 1).reshape(5, 8) @ (flat["attention/o"])
+    )
+
+  scaled = folding.scale_hidden(flat, "mlp", s)
+  assert not np.allclose(scaled["mlp/up"], flat["mlp/up"])
+  np.testing.assert_allclose(hidden(scaled), hidden(flat), atol=1e-5)
+  scaled = folding.scale_values(flat, s[:4], heads=4, kv_heads=2)
+  assert not np.allclose(scaled["attention/v"], flat["attention/v"])
+  np.testing.assert_allclose(values(scaled), values(flat), atol=1e-5)
+
+
 def test_scales_of_value_heads_go_with_their_queries():
   s = jnp.asarray(np.random.default_rng(2).uniform(0.5, 2, 12), jnp.float32)
   tied = folding.from_heads(s, heads=6, kv_heads=2)  # of two dimensions

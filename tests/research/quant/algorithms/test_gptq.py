@@ -200,6 +200,17 @@ def test_act_order_is_independent_of_the_row_order():
   np.testing.assert_allclose(two, one[rows], atol=1e-6)
 
 
+def test_groups_keep_their_grids_wherever_they_stand():
+  w, x = problem()
+  h = hessian_of(x + np.eye(512, 64))
+  format, options = grid(block=16), GPTQ(order="groups", dead="zero")
+  one, _, _ = solve(w, h, format, options)
+  for shift in (16, 32, 48):
+    rows = np.roll(np.arange(64), shift)
+    two, _, _ = solve(w[rows], h[rows][:, rows], format, options)
+    np.testing.assert_allclose(two, one[rows], atol=1e-6)
+
+
 def test_dead_rows_are_rounded_or_zero():
   w, x = problem()
   for dead in ("round", "zero"):

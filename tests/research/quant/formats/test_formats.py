@@ -102,6 +102,17 @@ def test_every_format_has_a_row():
   assert set(all_formats()) == seen
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_group_of_one_sign_has_a_grid_that_starts_at_0(sign):
+  """So half a step is the most that a weight is moved."""
+  rng = np.random.default_rng(3)
+  w = np.float32(sign * (1 + rng.random((32, 8))))
+  got = np.asarray(_packed(jnp.asarray(w), Affine(bits=4, block=32)).dense())
+  most = abs(w).max(0)
+  # The step, and so each of 15 of them, is rounded to float16.
+  assert np.all(abs(got - w) <= most * (1 / 30 + 2.0**-10))
+
+
 @every
 def test_parts_match_the_layout(row):
   w = leaf(row)

@@ -7,6 +7,7 @@ import resource
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from research import tree
@@ -49,6 +50,28 @@ def test_round_trip(start, tmp_path):
   )
   chex.assert_trees_all_equal(found, want)
   assert jax.tree.structure(found) == jax.tree.structure(start)
+
+
+class Data:
+  """What a checkpoint asks of an iterator that can be resumed."""
+
+  def __init__(self, place):
+    self.place = place
+
+  def get_state(self):
+    return {"place": self.place}
+
+  def set_state(self, found):
+    self.place = found["place"]
+
+
+def test_the_place_in_the_data_comes_back(tmp_path):
+  made = state.create({"a": jnp.ones(3)}, "a", optim.adamw(1e-3))
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(made, Data(5))
+    for restore in (checkpoints.restore, checkpoints.restore_latest):
+      restore(made, data := Data(0))
+      assert data.place == 5
 
 
 def test_a_step_holds_no_frozen_weight(line, tmp_path):
@@ -159,6 +182,17 @@ def test_only_the_writer_sweeps(start, tmp_path):
     assert checkpoints.steps == []
     checkpoints.save(start)  # sweeping is over before anything is written
   assert not draft.exists()
+
+
+def test_a_base_is_known_by_numbers_from_all_over_it():
+  x = np.zeros((40, 50), np.float32)
+  bases = [{"a": x}, {"b": x}, {"a": x.T}, {"a": x.astype(np.int32)}]
+  for row in range(0, 40, 8):
+    other = x.copy()
+    other[row : row + 8] = 1
+    bases.append({"a": other})
+  found = {frozen_base.fingerprint(jax.device_put(base)) for base in bases}
+  assert len(found) == len(bases)
 
 
 def test_another_base_is_refused(start, tmp_path):

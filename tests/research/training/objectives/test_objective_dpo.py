@@ -210,7 +210,9 @@ def test_chat_sft_is_next_token_over_masked_rows(model, params, forward, rows):
 
 
 @pytest.mark.parametrize("rows_held", [1, 8, 256])
-@pytest.mark.parametrize(("t", "hard"), [(1.0, 0.0), (2.5, 0.3)])
+@pytest.mark.parametrize(
+  ("t", "hard"), [pytest.param(1.0, 0.0, marks=pytest.mark.slow), (2.5, 0.3)]
+)
 @pytest.mark.cover(1)
 @pytest.mark.sample(2, 1)
 def test_distillation_equals_full_logits(
