@@ -137,8 +137,8 @@ def _leave_out_cases(items: list[pytest.Item]) -> None:
     if cover := cases[0].get_closest_marker("cover"):
       kept = _covering(cases, *cover.args)
     if sample := cases[0].get_closest_marker("sample"):
-      n, first = (*sample.args, 0)[:2]
-      kept &= set(cases[first::n])
+      n, first, most = (*sample.args, *(0, None)[len(sample.args) - 1 :])
+      kept &= set(cases[first::n][:most])
     for case in set(cases) - kept:
       case.add_marker(pytest.mark.slow)
 

@@ -71,7 +71,7 @@ def chosen(row):
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.sample(4)
+@pytest.mark.sample(1, 0, 4)
 def test_mixed_rows_agree_with_numpy(row):
   choice = chosen(row)
   N, K, H, Hv = choice["heads"]

@@ -87,7 +87,7 @@ def loss(x, backend, config, options):
 
 
 @pytest.mark.parametrize("row", cases(FACTORS))
-@pytest.mark.sample(19)
+@pytest.mark.sample(9, 2)
 def test_blocks_agree_with_the_reference(row):
   x, options = problem(row)
   step = jax.value_and_grad(loss, has_aux=True)
@@ -226,7 +226,7 @@ def test_parts_of_the_keys_combine_to_the_whole():
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_padding_may_contain_nan(name):
   """NaN in padding reaches neither outputs nor gradients."""
   lens = np.array([5, 8])

@@ -113,7 +113,7 @@ def expected(H, Hv, K, sinks, mask):
 @pytest.mark.parametrize(
   "case", CASES, ids=lambda c: "-".join(map(str, c.values()))
 )
-@pytest.mark.sample(13)
+@pytest.mark.sample(4, 2)
 def test_agrees_with_the_reference(case):
   isa, mask = case.pop("isa"), case.pop("mask")
   supported(isa)

@@ -84,7 +84,7 @@ ROWS = cases(FACTORS)
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.sample(28)
+@pytest.mark.sample(2, 1, 2)
 def test_agrees_with_the_reference(row):
   choice = {name: FACTORS[name][value] for name, value in row.items()}
   N, K, H, Hv = choice["heads"]

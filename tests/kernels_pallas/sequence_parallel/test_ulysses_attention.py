@@ -19,7 +19,6 @@ def float64():
 
 
 @pytest.mark.parametrize("heads", [(8, 4, 4, 4), (12, 6, 4, 4), (4, 1, 4, 4)])
-@pytest.mark.sample(3)
 def test_key_heads_of_any_number(heads):
   x = support.operands(heads)
   mask = Mask.causal(segments=(support.documents(1), support.documents(2)))

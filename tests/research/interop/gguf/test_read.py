@@ -171,7 +171,7 @@ def llama3_factors(config: dict, dim: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.sample(7)
+@pytest.mark.sample(3)
 def test_every_family_has_transformers_logits(family, tmp_path):
   path = tmp_path / "model.gguf"
   write_gguf(path, *converted(family))

@@ -99,7 +99,7 @@ def test_read_and_written_again(name, tmp_path):
   ],
 )
 @pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.sample(7)
+@pytest.mark.sample(3, 1)
 def test_every_adapter_of_ours_survives_the_format(
   tmp_path, options, use_rslora
 ):
