@@ -87,7 +87,7 @@ def loss(x, backend, config, options):
 
 
 @pytest.mark.parametrize("row", cases(FACTORS))
-@pytest.mark.sample(9, 2)
+@pytest.mark.sample(2, 0, 2)
 def test_blocks_agree_with_the_reference(row):
   x, options = problem(row)
   step = jax.value_and_grad(loss, has_aux=True)
