@@ -3,9 +3,9 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tiny-lm test test-all soak lint test-peers test-oldest \
-  test-chips bench bench-chips bench-gpu bench-tpu venv venv-peers llama-cpp \
-  gptqmodel clean
+.PHONY: help quickstart tiny-lm test test-all soak pages lint test-peers \
+  test-oldest test-chips bench bench-chips bench-gpu bench-tpu venv venv-peers \
+  llama-cpp gptqmodel clean
 
 # In order of preference: those that every dependency has wheels for.
 PYTHONS := 3.13 3.12 3.14
@@ -52,6 +52,9 @@ test-all: venv  ## Runs every case, those marked slow as well (hours)
 soak: venv  ## Reads 10,000 damaged files; kills a run 200 times
 	@$(PY) -m tests.crash.soak --kills=200
 	@$(PY) -m tests.fuzz.soak --cases=10000 --workers=$(WORKERS) $(ARGS)
+
+pages: venv  ## Writes the tables of pages from configs/runs/*/results
+	@$(PY) -c 'from experiments.studies import results; results.render_pages()'
 
 lint: venv  ## Checks style and formatting
 	@$(PY) -m ruff check --quiet .
