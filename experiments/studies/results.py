@@ -204,7 +204,9 @@ def origin(result: Mapping[str, Any]) -> str:
   """Returns the line below a result's tables: command, commits, machine."""
   commits = result.get("row_commits", [result["commit"]])
   short = ", ".join(f"`{x[:7]}{'+' * x.endswith('+')}`" for x in commits)
-  command = f"`{result['command']}`" if result["command"] else "No command was recorded"
+  command = (
+    f"`{result['command']}`" if result["command"] else "No command was recorded"
+  )
   return textwrap.fill(
     f"{command}; recorded by {short}; {result['machine']}.",
     80,
