@@ -205,7 +205,7 @@ def origin(result: Mapping[str, Any]) -> str:
   commits = result.get("row_commits", [result["commit"]])
   short = ", ".join(f"`{x[:7]}{'+' * x.endswith('+')}`" for x in commits)
   command = (
-    f"`{result['command']}`" if result["command"] else "No command was recorded"
+    f"`{result['command']}`" if result["command"] else "No command prints it"
   )
   return textwrap.fill(
     f"{command}; recorded by {short}; {result['machine']}.",
