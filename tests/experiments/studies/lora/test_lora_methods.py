@@ -168,22 +168,28 @@ def test_speeds_come_from_the_bench(tmp_path):
     lora_methods._speeds(str(file))
 
 
-def test_scores_come_from_the_table_of_claims(tmp_path):
-  found = lora_methods._scores(lora_methods.RESULTS)
+def test_scores_come_from_the_result_of_claims(tmp_path):
+  found = lora_methods._scores(results.path_of(lora_methods.CLAIMS))
   made = {row["method"]: row for row in lora_methods.rows({}, found)}
   for name in ("LoRA", "HiRA", "LoRAFA", "LoRAGA", "OFT"):
     assert re.fullmatch(r"\d\.\d+ ± \d\.\d+", made[name]["swept score"]), name
   # Each is a method, a form of one or an optimizer, or full training.
   others = {"full", "riemannian", "rslora", "milora", "lorapro", "lora+"}
   assert set(found) - {name.lower() for name in made} == others
-  file = tmp_path / "printed.md"
-  file.write_text(
-    "| method | held out | against LoRA |\n|--|--|--|\n| LoRA-FA | 2 | 3 |\n\n"
-  )
-  want = {"swept score": "2", "against LoRA": "3"}
-  assert lora_methods._scores(file) == {"lorafa": want}
-  file.write_text("| method | trained |\n")
+  file = tmp_path / "result.json"
+  table = {"header": ["method", "held out", "against LoRA"]}
+  table["rows"] = [["LoRA-FA", [2.0, 0.015], "+0.1"], ["LoRA", 2.5, None]]
+  file.write_text(json.dumps({"tables": [table]}))
+  assert lora_methods._scores(file) == {
+    "lorafa": {"swept score": "2.000 ± 0.015", "against LoRA": "+0.1"},
+    "lora": {"swept score": "2.5", "against LoRA": ""},
+  }
+  table["header"][1] = "trained"
+  file.write_text(json.dumps({"tables": [table]}))
   with pytest.raises(UserError, match="no table with columns"):
+    lora_methods._scores(file)
+  file.write_text("| method | trained |\n")
+  with pytest.raises(UserError, match="cannot be read as a result"):
     lora_methods._scores(file)
 
 
