@@ -4,9 +4,9 @@
 
 `--bench` is what `make bench ARGS='method_...'` printed; `--scores` the result
 of `claims_methods`, by default the one that is stored. What was not measured is
-"-". Trained parameters are those on SmolLM2-135M's linear layers at the method's
-own defaults; nothing is computed but shapes. Prints the table of methods of
-`research/lora/RESULTS.md` and ends with a JSON line.
+"-". Trained parameters are those on SmolLM2-135M's linear layers at the
+method's own defaults; nothing is computed but shapes. Prints the table of
+methods of `research/lora/RESULTS.md` and ends with a JSON line.
 
 With --memory it is that page's other table: what ways to fine-tune
 Llama-2-7B hold in memory.
