@@ -3,8 +3,8 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tiny-lm test test-all soak mutants lint test-peers \
-  test-oldest test-chips bench bench-chips bench-gpu bench-tpu venv venv-peers \
+.PHONY: help quickstart tiny-lm test test-all soak mutants pages lint \
+  test-peers test-oldest test-chips bench bench-chips bench-gpu bench-tpu venv venv-peers \
   llama-cpp gptqmodel clean
 
 # In order of preference: those that every dependency has wheels for.
@@ -57,6 +57,9 @@ soak: venv  ## Reads 10,000 damaged files; kills a run 200 times
 # ARGS='--only=masks' for one room, ARGS=--named for the first tests alone.
 mutants: venv  ## Plants defects one by one; says which the suite finds (hours)
 	@$(PY) -m tests.mutants.run --slow $(ARGS)
+
+pages: venv  ## Writes the tables of pages from configs/runs/*/results
+	@$(PY) -c 'from experiments.studies import results; results.render_pages()'
 
 lint: venv  ## Checks style and formatting
 	@$(PY) -m ruff check --quiet .

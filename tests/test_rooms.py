@@ -32,7 +32,6 @@ GROUND = 1
 MOST = 16
 CATALOGUES = {  # a file a thing, all of one shape
   "research/lora/methods",
-  "experiments/studies/diffusion",
   "kernels_pallas/flash_attention/gpu",
 }
 

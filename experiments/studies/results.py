@@ -7,8 +7,8 @@ two lines,
   <!-- results: runs/lora/NAME.json TABLE -->
   <!-- end -->
 
-with TABLE its number, from 0, and what stands between them is written by
-`rewrite`.
+with TABLE its number, from 0. `render_pages` writes what stands between them:
+the table, and a line that says where it comes from.
 """
 
 import json
@@ -17,7 +17,8 @@ import pathlib
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.core import cli, stats
@@ -111,25 +112,52 @@ def shown(lines: Lines) -> Lines:
 
 
 def markdown(table: Mapping[str, Any]) -> str:
-  """Returns a result's table as Markdown."""
-  cells = [[_cell(x) for x in row] for row in table["rows"]]
-  return tables.markdown(table["header"], cells)
+  """Returns a result's table as Markdown.
+
+  A number has four digits, or the five that it was stored with. Zeros at its
+  end stay if most of its column have as many decimals: 4.5 among 4.516 and
+  4.312 is 4.500.
+  """
+  columns = [_column(cells) for cells in zip(*table["rows"], strict=True)]
+  return tables.markdown(table["header"], zip(*columns, strict=True))
 
 
-def _cell(value: Any) -> str:
+def _column(cells: Sequence[Any]) -> list[str]:
+  pairs = [x if isinstance(x, list) else (x, None) for x in cells]
+  # Numbers have decimals in common, and so do their errors.
+  usual = []
+  for part in zip(*pairs, strict=True):
+    found = [_decimals(x) for x in part if isinstance(x, float)]
+    usual.append(max(set(found), key=lambda n: (found.count(n), n), default=0))
+  return [_cell(mean, half, *usual) for mean, half in pairs]
+
+
+def _room(x: float) -> int:
+  """Returns how many decimals a number has room for."""
+  digits = 5 if float(f"{x:.5g}") == x else 4
+  # Never an exponent: pages are read by people.
+  return max(0, digits - 1 - int(f"{x:e}".split("e")[1]))
+
+
+def _decimals(x: float) -> int:
+  """Returns how many decimals a number has, without zeros at its end."""
+  return len(f"{x:.{_room(x)}f}".rstrip("0").partition(".")[2])
+
+
+def _cell(value: Any, half: float | None, *usual: int) -> str:
+  """Returns a cell's text, given its column's decimals."""
   if value is None:
     return ""
-  if isinstance(value, list):
-    value, half = value
-    return _cell(value) if half is None else f"{_cell(value)} ± {_cell(half)}"
   if isinstance(value, bool | str):
     return str(value)
-  if isinstance(value, int):
+  if isinstance(value, int) and half is None:
     return f"{value:,}"
-  # Four digits, but never an exponent: pages are read by people.
-  digits = max(0, 3 - int(f"{value:e}".split("e")[1]))
-  text = f"{value:,.{digits}f}"
-  return text.rstrip("0").rstrip(".") if "." in text else text
+  both = [float(value)] if half is None else [float(value), float(half)]
+  room = min(map(_room, both))
+  return " ± ".join(
+    f"{x:,.{max(_decimals(x), min(most, room))}f}"
+    for x, most in zip(both, usual, strict=False)
+  )
 
 
 # --- files ---
@@ -172,6 +200,21 @@ def pages() -> Iterator[pathlib.Path]:
     yield from sorted((ROOT / room).rglob("*.md"))
 
 
+def origin(result: Mapping[str, Any]) -> str:
+  """Returns the line below a result's tables: command, commits, machine."""
+  commits = result.get("row_commits", [result["commit"]])
+  short = ", ".join(f"`{x[:7]}{'+' * x.endswith('+')}`" for x in commits)
+  command = (
+    f"`{result['command']}`" if result["command"] else "No command prints it"
+  )
+  return textwrap.fill(
+    f"{command}; recorded by {short}; {result['machine']}.",
+    80,
+    break_long_words=False,
+    break_on_hyphens=False,
+  )
+
+
 def rewrite(text: str) -> str:
   """Returns a page with its marked tables as the results have them.
 
@@ -180,15 +223,35 @@ def rewrite(text: str) -> str:
   """
 
   def block(found: re.Match[str]) -> str:
-    made = load(found["path"])["tables"]
-    number = int(found["table"])
+    result = load(found["path"])
+    made, number = result["tables"], int(found["table"])
     if number >= len(made):
       raise UserError(
         f"{found['path']}: found {len(made)} tables, expected number {number}"
       )
-    return f"{found[1]}\n{markdown(made[number])}\n{found['end']}"
+    parts = found[1], markdown(made[number]), "", origin(result), found["end"]
+    return "\n".join(parts)
 
   return _BLOCK.sub(block, text)
+
+
+def render_pages(write: bool = True) -> list[pathlib.Path]:
+  """Writes the marked tables of all pages; `make pages` calls it.
+
+  Args:
+    write: whether to; else pages stay as they are.
+
+  Returns:
+    The pages whose tables were not those of their results.
+  """
+  changed = []
+  for page in pages():
+    before = page.read_text("utf-8")
+    if (after := rewrite(before)) != before:
+      changed.append(page)
+      if write:
+        page.write_text(after, "utf-8")
+  return changed
 
 
 def render(config: str, result: Mapping[str, Any]) -> list[pathlib.Path]:
@@ -208,13 +271,7 @@ def render(config: str, result: Mapping[str, Any]) -> list[pathlib.Path]:
   if not path.exists() or path.read_text("utf-8") != text:
     path.write_text(text, "utf-8")
     changed.append(path)
-  for page in pages():
-    before = page.read_text("utf-8")
-    after = rewrite(before)
-    if after != before:
-      page.write_text(after, "utf-8")
-      changed.append(page)
-  return changed
+  return changed + render_pages()
 
 
 def json_text(result: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The pages' numbers of D1 to D4 are those that were measured.
 
-Each study has its results beside its run file, with the commit that measured
-them; tables have to be the same, and sentences are written from them here.
+Tables are rendered from the results of studies (`test_results.py`); sentences
+are written from them here.
 """
 
 import functools
@@ -13,11 +13,6 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RUNS = ROOT / "configs" / "runs" / "llada"
-RESULTS = [  # those of a run file; the schema of all is in test_results
-  path
-  for path in sorted((RUNS / "results").glob("*.json"))
-  if (RUNS / f"{path.stem}.gin").exists()
-]
 
 
 @functools.cache
@@ -61,16 +56,6 @@ def shown(header, name="RESULTS"):
     # An empty cell at the end is one, too.
     out.append([parsed(x) for x in line.strip()[1:-1].split("|")])
   return out
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_tables_are_the_results(path):
-  found = results(path.stem)
-  assert re.fullmatch("[0-9a-f]{40}", found["commit"])
-  assert f"--config=runs/llada/{path.stem}.gin " in found["command"]
-  assert (RUNS / f"{path.stem}.gin").exists()
-  for table in found["tables"]:
-    assert shown(table["header"]) == table["rows"]
 
 
 def at(name, row, column, knob=None):

@@ -7,16 +7,16 @@ import math
 import pytest
 
 from experiments.studies.diffusion import (
+  alignment,
   caches,
   following,
   ladder,
   policies,
   reversal,
-  rewards,
   tasks,
   truth,
 )
-from experiments.studies.diffusion import ends as diffusion_ends
+from experiments.studies.diffusion import lengths as diffusion_lengths
 from experiments.studies.diffusion import study as diffusion_study
 from research.data.sources.synthetic import Markov
 
@@ -281,7 +281,7 @@ def test_delayed_caches_have_rows_and_what_they_read():
 
 # --- ends ---
 
-ENDS = diffusion_ends.Ends()
+ENDS = diffusion_lengths.Ends()
 
 
 def end_rows(**lengths):
@@ -328,11 +328,11 @@ def test_ends(lengths, number):
 
 # --- rewards ---
 
-REWARDS = rewards.Rewards()
+REWARDS = alignment.Rewards()
 
 
 def reward_rows(one=0.9, coupled=0.99, lot=0.4, alike=1.5):
-  ends = dict(zip(rewards.KINDS, (one, coupled, lot), strict=True))
+  ends = dict(zip(alignment.KINDS, (one, coupled, lot), strict=True))
   return {
     f"{kind}: seed {s}": {
       "reward": [0.4, end + JITTER[s]],

@@ -66,3 +66,38 @@ def test_a_result_has_its_schema(path):
       assert all(map(is_cell, row)), row
   for verdict in found.get("verdicts", ()):
     assert verdict["verdict"] in ("holds", "does not hold", "undecided")
+
+
+# --- pages ---
+
+PAGES = {
+  page.relative_to(results.ROOT).as_posix(): page.read_text("utf-8")
+  for page in results.pages()
+}
+TABLE = r"^(.*)\n\|.*\n\|[ :|-]+\n(?:\|.*\n)+"
+"""A table of a page, and the line above it."""
+MARKED = re.compile(r"^<!-- results: runs/(\S+)/(\S+)\.json (\d+) -->$", re.M)
+
+
+def test_pages_have_the_numbers_of_results():
+  assert not results.render_pages(write=False), "make pages"
+
+
+def test_every_table_of_a_result_is_in_a_page():
+  shown = {x for text in PAGES.values() for x in MARKED.findall(text)}
+  stored = {
+    (path.parents[1].name, path.stem, str(number))
+    for path in STORED
+    for number in range(len(json.loads(path.read_text("utf-8"))["tables"]))
+  }
+  assert shown == stored
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.endswith("RESULTS.md")])
+def test_a_table_of_numbers_has_a_result(page):
+  """Or says why it is written by hand."""
+  above = re.findall(TABLE, PAGES[page], re.M)
+  assert above
+  by_hand = re.compile(r"<!-- by hand: .+ -->")
+  wrong = [x for x in above if not (MARKED.match(x) or by_hand.match(x))]
+  assert not wrong

@@ -2,7 +2,7 @@
 
 Dao et al. 2022, "FlashAttention: fast and memory-efficient exact attention with
 IO-awareness". Each function measures one claim for one head and returns rows,
-plain values for tables and pictures; `attention_cost` is the command.
+plain values for tables and pictures; `study` has them as arms.
 """
 
 import functools

@@ -2,11 +2,11 @@
 
   python -m experiments.studies.lora.lora_methods [--bench=FILE] [--scores=FILE]
 
-`--bench` is what `make bench ARGS='method_...'` printed; `--scores` a text with
-the table of `claims_methods`, by default `research/lora/RESULTS.md`. What was
-not measured is "-". Trained parameters are those on SmolLM2-135M's linear
-layers at the method's own defaults; nothing is computed but shapes. Prints the
-table of methods of that page and ends with a JSON line.
+`--bench` is what `make bench ARGS='method_...'` printed; `--scores` the result
+of `claims_methods`, by default the one that is stored. What was not measured is
+"-". Trained parameters are those on SmolLM2-135M's linear layers at the
+method's own defaults; nothing is computed but shapes. Prints the table of
+methods of `research/lora/RESULTS.md` and ends with a JSON line.
 
 With --memory it is that page's other table: what ways to fine-tune
 Llama-2-7B hold in memory.
@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments.core import cli
+from experiments.core import cli, stats
+from experiments.studies import results
 from experiments.studies.lora import lora_abilities, lora_memory
 from research import tables, tree
 from research.lora import adapt, wrap
@@ -45,14 +46,15 @@ _BENCH = flags.DEFINE_string(
 )
 
 _SCORES = flags.DEFINE_string(
-  "scores", None, "A text with the swept scores.", flag_values=FLAGS
+  "scores", None, "A result.json of claims_methods.", flag_values=FLAGS
 )
 
 _MEMORY = flags.DEFINE_bool(
   "memory", False, "Print what setups hold in memory.", flag_values=FLAGS
 )
 
-RESULTS = pathlib.Path(__file__).parents[3] / "research/lora/RESULTS.md"
+CLAIMS = "runs/lora/claims_methods.gin"
+"""The study whose result has the swept scores."""
 
 SPEEDS = ("times PEFT", "step / LoRA's", "memory / PEFT's")
 """Columns that a bench fills."""
@@ -95,7 +97,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     cli.say(tables.markdown(head, cells))
     return {"setups": len(cells)}
   speeds = _speeds(_BENCH.value) if _BENCH.value else {}
-  found = rows(speeds, _scores(_SCORES.value or RESULTS))
+  found = rows(speeds, _scores(_SCORES.value or results.path_of(CLAIMS)))
   names = list(found[0])
   cells = [[_cell(row[name]) for name in names] for row in found]
   cli.say(tables.markdown(names, cells))
@@ -160,28 +162,31 @@ def _peft(kind: type[Method]) -> str:
 
 
 def _scores(path: str | pathlib.Path) -> dict[str, dict[str, str]]:
-  """Returns swept scores by method, from a text that holds their table."""
+  """Returns swept scores by method, from a study's result."""
   try:
-    lines = pathlib.Path(path).read_text("utf-8").splitlines()
-  except (OSError, ValueError) as error:
-    raise UserError(f"--scores={path}: cannot be read: {error}") from error
-  # The first and last cell may be empty.
-  inner = [x.strip().removeprefix("|").removesuffix("|") for x in lines]
-  cells = [[cell.strip() for cell in line.split("|")] for line in inner]
-  heads = [i for i, c in enumerate(cells) if {"method", *SWEPT} <= set(c)]
-  if not heads:
+    [table] = json.loads(pathlib.Path(path).read_text("utf-8"))["tables"]
+    lines = [dict(zip(table["header"], x, strict=True)) for x in table["rows"]]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f"--scores={path}: cannot be read as a result: {error}"
+    ) from error
+  if not {"method", *SWEPT} <= set(table["header"]):
     raise UserError(
       f"--scores={path}: has no table with columns method, "
-      f"{', '.join(SWEPT)}, as {RESULTS.name} of research/lora has"
+      f"{', '.join(SWEPT)}, as the result of {CLAIMS} has"
     )
-  names, out = cells[heads[-1]], {}
-  for row in cells[heads[-1] + 2 :]:
-    if len(row) != len(names):
-      break
-    found = dict(zip(names, row, strict=True))
-    own = {ours: found[theirs] for theirs, ours in SWEPT.items()}
-    out[found["method"].replace("-", "").lower()] = own
-  return out
+  return {
+    line["method"].replace("-", "").lower(): {
+      ours: _swept(line[theirs]) for theirs, ours in SWEPT.items()
+    }
+    for line in lines
+  }
+
+
+def _swept(cell: Any) -> str:
+  if isinstance(cell, list):
+    return str(stats.Mean(*cell))
+  return "" if cell is None else str(cell)
 
 
 def _speeds(path: str) -> dict[str, dict[str, float]]:

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from experiments.core import config
+from experiments.studies import results
 from experiments.studies.lora import lora_abilities, lora_methods
 from research import tree
 from research.interop.peft import config as peft_config
@@ -43,29 +44,15 @@ def test_counts_are_those_of_the_papers(rows):
   assert rows["IA3"]["trained"] == count(lambda i, o: 1536 if i == 1536 else o)
 
 
-def test_the_page_of_results_has_them_all(rows):
+def test_the_stored_table_has_them_all(rows):
   """All but what was measured, and how long files are."""
-  text = lora_methods.RESULTS.read_text("utf-8")
-  _, _, table = text.partition("| method | file | lines |")
-  head, _, *lines = table.partition("\n\n")[0].splitlines()
-  names = ["method", "file", "lines", *_cells(head)]
-  stated = {line["method"]: line for line in _table(names, lines)}
-  assert list(stated) == list(rows), "in this order"
-  for name, row in rows.items():
+  [table] = results.load("runs/lora/methods.gin")["tables"]
+  lines = [dict(zip(table["header"], x, strict=True)) for x in table["rows"]]
+  assert [line["method"] for line in lines] == list(rows), "in this order"
+  for line in lines:
+    row = rows[line["method"]]
     for column in STATIC:
-      want = lora_methods._cell(row[column])
-      assert stated[name][column] == want, (
-        f"{name}, {column}: python -m "
-        "experiments.studies.lora.lora_methods prints the table"
-      )
-
-
-def _cells(line):
-  return [cell.strip() for cell in line.strip().strip("|").split("|")]
-
-
-def _table(names, lines):
-  return [dict(zip(names, _cells(line), strict=True)) for line in lines]
+      assert line[column] == row[column], f"{line['method']}, {column}"
 
 
 def test_the_readme_says_what_is_not_there():
@@ -181,22 +168,28 @@ def test_speeds_come_from_the_bench(tmp_path):
     lora_methods._speeds(str(file))
 
 
-def test_scores_come_from_the_table_of_claims(tmp_path):
-  found = lora_methods._scores(lora_methods.RESULTS)
+def test_scores_come_from_the_result_of_claims(tmp_path):
+  found = lora_methods._scores(results.path_of(lora_methods.CLAIMS))
   made = {row["method"]: row for row in lora_methods.rows({}, found)}
   for name in ("LoRA", "HiRA", "LoRAFA", "LoRAGA", "OFT"):
     assert re.fullmatch(r"\d\.\d+ ± \d\.\d+", made[name]["swept score"]), name
   # Each is a method, a form of one or an optimizer, or full training.
   others = {"full", "riemannian", "rslora", "milora", "lorapro", "lora+"}
   assert set(found) - {name.lower() for name in made} == others
-  file = tmp_path / "printed.md"
-  file.write_text(
-    "| method | held out | against LoRA |\n|--|--|--|\n| LoRA-FA | 2 | 3 |\n\n"
-  )
-  want = {"swept score": "2", "against LoRA": "3"}
-  assert lora_methods._scores(file) == {"lorafa": want}
-  file.write_text("| method | trained |\n")
+  file = tmp_path / "result.json"
+  table = {"header": ["method", "held out", "against LoRA"]}
+  table["rows"] = [["LoRA-FA", [2.0, 0.015], "+0.1"], ["LoRA", 2.5, None]]
+  file.write_text(json.dumps({"tables": [table]}))
+  assert lora_methods._scores(file) == {
+    "lorafa": {"swept score": "2.000 ± 0.015", "against LoRA": "+0.1"},
+    "lora": {"swept score": "2.5", "against LoRA": ""},
+  }
+  table["header"][1] = "trained"
+  file.write_text(json.dumps({"tables": [table]}))
   with pytest.raises(UserError, match="no table with columns"):
+    lora_methods._scores(file)
+  file.write_text("| method | trained |\n")
+  with pytest.raises(UserError, match="cannot be read as a result"):
     lora_methods._scores(file)
 
 

@@ -1,7 +1,6 @@
 """Verdicts on rows that are made up, training through rounding, and memory."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.core import cli, experiment, from_scratch, train_eval
+from experiments.core import config, experiment, from_scratch, train_eval
+from experiments.studies import protocol
 from experiments.studies.quant import (
-  quant_memory,
+  memory_study,
   quant_rows,
   quant_training,
   quant_verdicts,
@@ -237,11 +237,13 @@ def test_rows_say_what_they_read():
   assert dataclasses.replace(rows[0], transforms=()).calibrated_on is None
 
 
-def test_memory_is_what_the_arithmetic_says(capsys):
-  argv = ["quant_memory", "--config=models/llama2_70b.gin", "--nocompile"]
-  assert cli.call(quant_memory.main, argv) == 0
-  found = json.loads(capsys.readouterr().out.splitlines()[-1])
-  rows = {r["format"]: r for r in found["rows"]}
+def test_memory_is_what_the_arithmetic_says(tmp_path):
+  settings = ["memory_study.Memory.compiled=False"]
+  run = config.read("runs/quant/memory_llama2_70b.gin", settings, protocol.Run)
+  study = run.experiment.study
+  shared = study.prepare(tmp_path)
+  rows = {arm: study.run(arm, {}, shared) for arm in study.arms}
+  verdicts = study.verdicts(rows)
   # Queries and outputs, keys and values, three of the feed-forward.
   layer = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
   rest = 2 * 32000 * 8192 + 161 * 8192
@@ -251,23 +253,22 @@ def test_memory_is_what_the_arithmetic_says(capsys):
   cache = 2 * 80 * 8 * 128 * 2 * 4096
   held = rows["mxfp4"]["with cache GB"] - rows["mxfp4"]["weights GB"]
   assert held == pytest.approx(cache / 1e9, rel=1e-3)
-  assert [c["holds"] for c in found["verdicts"]] == [True, True, False, True]
+  assert [v.holds for v in verdicts] == [True, True, False, True]
   # 24 GB less what stays in 16 bits, over the matrices alone.
   left = 24e9 - 2 * rest
   want = [8 * left / (80 * layer), 8 * (left - cache) / (80 * layer)]
-  assert quant_memory.bits_within(found["rows"], 24) == pytest.approx(want)
-  assert f"{want[0]:.2f} bits" in found["verdicts"][3]["found"]
+  assert memory_study.bits_within(study.table(rows), 24) == pytest.approx(want)
+  assert f"{want[0]:.2f} bits" in verdicts[3].found
 
 
 def test_a_step_of_generation_holds_weights_packed():
   sizes = dataclasses.replace(
     SIZES, width=128, hidden=256, head_dim=64, depth=12
   )
-  model, shapes = quant_memory.shapes_of(from_scratch.FromScratch(sizes=sizes))
-  kept = {"bfloat16": None, "int4": Affine(bits=4, block=64)}
-  found = quant_memory.rows(model, shapes, kept, context=8, compiled=True)
+  model, shapes = memory_study.shapes_of(from_scratch.FromScratch(sizes=sizes))
   whole, packed = (
-    {k: r[k] for k in ("with cache GB", "step GB")} for r in found
+    memory_study.row(model, shapes, format, context=8, compiled=True)
+    for format in (None, Affine(bits=4, block=64))
   )
   # Beside what it is given, a step has a layer's decoded matrix or two.
   matrix = 4 * 128 * 256 / 1e9

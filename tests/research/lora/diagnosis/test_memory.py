@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from experiments.planning import abstract_step, plan_training
-from experiments.studies.lora import lora_memory, lora_methods
+from experiments.studies import results
+from experiments.studies.lora import lora_memory
 from research.lora import adapt
 from research.lora.diagnosis import memory
 from research.lora.methods.dora import DoRA
@@ -49,12 +50,11 @@ def test_rows_of_the_table():
     assert f"{total} GB" in str(got)
 
 
-def test_the_page_of_results_has_the_table():
+def test_the_stored_table_is_that_of_shapes():
   """`experiments.studies.lora.lora_methods --memory` prints it."""
-  text = lora_methods.RESULTS.read_text("utf-8")
-  _, _, rest = text.partition("| setup | weights |")
-  _, _, *lines = rest.partition("\n\n")[0].splitlines()
-  stated = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
+  [table] = results.load("runs/lora/memory.gin")["tables"]
+  _, _, *lines = results.markdown(table).splitlines()
+  stated = [[x.strip() for x in line[1:-1].split("|")] for line in lines]
   assert stated == lora_memory.table()[1:]
 
 

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 
-from experiments.studies.diffusion import preferences
-from experiments.studies.diffusion.preferences import (
+from experiments.studies.diffusion import alignment
+from experiments.studies.diffusion.alignment import (
   APART,
   BEFORE,
   BEST,
@@ -15,7 +15,7 @@ from experiments.studies.diffusion.preferences import (
 from experiments.studies.diffusion.study import Tiny
 from research.diffusion.alignment.preference import VRPO
 
-STUDY = preferences.Preferences(
+STUDY = alignment.Preferences(
   tiny=Tiny(width=16, depth=1, heads=2, batch=4, every=2, warmup=1),
   base_steps=2,
   steps=2,
@@ -57,7 +57,7 @@ def test_margins_of_the_reference_itself_have_noise_where_masks_are_apart():
 @pytest.mark.slow
 def test_an_arm_has_a_number_of_each_kind(monkeypatch):
   one = {BEST: STUDY.kinds[BEST]}
-  kind = preferences.Preferences
+  kind = alignment.Preferences
   monkeypatch.setattr(kind, "kinds", property(lambda _: one))
   monkeypatch.setattr(kind, "_noise", lambda *_: 0.5)
   row = STUDY.run("seed 0", {}, None)
