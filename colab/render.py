@@ -57,12 +57,11 @@ def digest(notebook: dict[str, Any]) -> str:
 def run(
   cells: list[tuple[int, str]],
 ) -> tuple[dict[int, list[dict[str, Any]]], dict[str, Any]]:
-  """Executes cells in one namespace, as a kernel does, in `colab/`.
+  """Executes cells in one namespace, as a kernel does.
 
   Returns:
     The outputs of each cell, in Jupyter's format, and the namespace.
   """
-  os.chdir(FOLDER)
   names: dict[str, Any] = {"__name__": "__main__"}
   outputs = {}
   for count, (number, source) in enumerate(cells, 1):
@@ -95,9 +94,14 @@ def _outputs(printed: str, value: Any, count: int) -> list[dict[str, Any]]:
     text = printed.splitlines(keepends=True)
     out.append({"output_type": "stream", "name": "stdout", "text": text})
   if value is not None:
-    data = {"text/plain": _lines(pprint.pformat(value, sort_dicts=False))}
-    if hasattr(value, "_repr_html_"):
-      data["text/html"] = _lines(value._repr_html_())
+    data = {
+      "text/plain": _lines(
+        pprint.pformat(value, width=79, compact=True, sort_dicts=False)
+      )
+    }
+    # A figure has one that says None.
+    if page := getattr(value, "_repr_html_", str)():
+      data["text/html"] = _lines(page)
     result = {"output_type": "execute_result", "execution_count": count}
     out.append(result | {"data": data, "metadata": {}})
   if "matplotlib.pyplot" in sys.modules:
@@ -167,6 +171,7 @@ def main() -> None:
   os.environ.setdefault("MPLBACKEND", "Agg")
   path = FOLDER / f"{arguments.name}.ipynb"
   notebook = read(path)
+  os.chdir(FOLDER)  # as Jupyter does
   (clear if arguments.clear else render)(notebook)
   write(path, notebook)
 
