@@ -161,8 +161,8 @@ def _shown(**output):
     ({"output_type": "error"}, "an error"),
     ({"output_type": "stream", "name": "stderr", "text": []}, "an error"),
     (
-      {"output_type": "stream", "name": "stdout", "text": ["in /tmp/x"]},
-      "/tmp",
+      {"output_type": "stream", "name": "stdout", "text": ["in /home"]},
+      "/home",
     ),
     (
       {
