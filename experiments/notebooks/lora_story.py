@@ -57,6 +57,7 @@ def capacity(rows: Mapping[str, Row]) -> Any:
   for line in lines:
     place = (line["trained %"], line["loss"])
     right.annotate(line["arm"], place, (4, 4), textcoords="offset points")
+  right.margins(0.2)  # names stay inside of the frame
   right.set(xlabel="trained, % of full", ylabel="loss at the best rate")
   return figure
 
