@@ -26,6 +26,10 @@ from typing import Any
 FOLDER = pathlib.Path(__file__).resolve().parent
 MAX_PICTURE = 60_000
 """Bytes of a PNG."""
+SMALL = (
+  "These outputs were stored with QUICK=1: steps and data are those of a test.\n"
+  "Not all that the text says of results shows in them.\n"
+)
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -91,8 +95,7 @@ def _execute(source: str, name: str, names: dict[str, Any]) -> Any:
 def _outputs(printed: str, value: Any, count: int) -> list[dict[str, Any]]:
   out: list[dict[str, Any]] = []
   if printed:
-    text = printed.splitlines(keepends=True)
-    out.append({"output_type": "stream", "name": "stdout", "text": text})
+    out.append(_stream(_lines(printed)))
   if value is not None:
     data = {
       "text/plain": _lines(
@@ -110,6 +113,10 @@ def _outputs(printed: str, value: Any, count: int) -> list[dict[str, Any]]:
       for x in _pictures()
     ]
   return out
+
+
+def _stream(text: list[str]) -> dict[str, Any]:
+  return {"output_type": "stream", "name": "stdout", "text": text}
 
 
 def _lines(text: str) -> list[str]:
@@ -155,10 +162,11 @@ def render(notebook: dict[str, Any]) -> None:
   for count, (number, _) in enumerate(cells, 1):
     cell = notebook["cells"][number]
     cell |= {"outputs": outputs[number], "execution_count": count}
-  notebook["metadata"]["rendered"] = {
-    "code": digest(notebook),
-    "quick": os.environ.get("QUICK") == "1",
-  }
+  quick = os.environ.get("QUICK") == "1"
+  if quick:
+    number, _ = cells[0]
+    notebook["cells"][number]["outputs"].insert(0, _stream(_lines(SMALL)))
+  notebook["metadata"]["rendered"] = {"code": digest(notebook), "quick": quick}
 
 
 def main() -> None:

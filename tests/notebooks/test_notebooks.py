@@ -35,6 +35,7 @@ LOGIC = (
 RUN = """
 import json, os, sys
 from colab import render
+sys.path[0] = os.getcwd()  # not an installed one
 os.chdir(render.FOLDER)
 outputs, names = render.run(json.load(sys.stdin))
 texts = [o.get("text", []) for cell in outputs.values() for o in cell]
@@ -225,6 +226,17 @@ def test_a_cell_shows_what_it_prints_its_last_value_and_its_figures():
   assert notebook == _notebook(*sources)
 
 
+def test_outputs_of_a_small_run_say_so(monkeypatch):
+  monkeypatch.setenv("QUICK", "1")
+  notebook = _notebook("print(1)")
+  render.render(notebook)
+  said, printed = notebook["cells"][0]["outputs"]
+  assert "QUICK=1" in "".join(said["text"]) and printed["text"] == ["1\n"]
+  monkeypatch.delenv("QUICK")
+  render.render(notebook)
+  assert len(notebook["cells"][0]["outputs"]) == 1
+
+
 def test_a_cell_that_fails_is_named(capsys):
   with pytest.raises(ZeroDivisionError):
     render.render(_notebook("x = 0", "1 / x"))
@@ -252,17 +264,22 @@ def test_hello_has_the_ten_lines():
 
 @pytest.mark.slow
 def test_hello_learns_its_sentence():
-  values, printed = _execute(HELLO, ("before", "after"))
+  # Without LLVM's passes 4-bit products of this model take minutes.
+  values, _ = _execute(HELLO, ("before", "after"), flags="")
   assert values["after"].startswith("A decorator wraps a function.")
   assert "wraps" not in values["before"]
 
 
-def _execute(path: pathlib.Path, names: tuple[str, ...]) -> tuple[dict, str]:
+def _execute(
+  path: pathlib.Path,
+  names: tuple[str, ...],
+  flags: str = "--xla_backend_optimization_level=0",
+) -> tuple[dict, str]:
   """Returns the values of `names` after all cells, and what was printed."""
   environ = dict(os.environ, QUICK="1", MPLBACKEND="Agg")
   # As a user has it: one device, no import hook; but compiled without LLVM's
   # passes, as all tests are.
-  environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+  environ["XLA_FLAGS"] = flags
   done = subprocess.run(
     [sys.executable, "-c", RUN % (names,)],
     input=json.dumps(render.code_cells(render.read(path))),
