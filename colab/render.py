@@ -27,8 +27,8 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 MAX_PICTURE = 60_000
 """Bytes of a PNG."""
 SMALL = (
-  "These outputs were stored with QUICK=1: steps and data are those of a test.\n"
-  "Not all that the text says of results shows in them.\n"
+  "Stored with QUICK=1: steps and data are those of a test, and results are\n"
+  "not always as the text has them.\n"
 )
 
 
