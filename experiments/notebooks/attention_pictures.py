@@ -41,7 +41,7 @@ def traffic(rows: list[dict[str, Any]], ridges: list[dict[str, Any]]) -> Any:
   right.set(xlabel="block", ylabel="FLOPs a byte", title="against the ridges")
   for axis in (left, right):
     axis.set_xticks(blocks, blocks)
-    axis.minorticks_off()
+    axis.xaxis.minorticks_off()
   figure.tight_layout()
   return figure
 
