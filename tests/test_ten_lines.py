@@ -4,6 +4,7 @@ With a tiny model in place of SmolLM2, which runs with `--slow`.
 """
 
 import itertools
+import json
 import pathlib
 import re
 
@@ -19,7 +20,7 @@ from tests import support
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def _ten_lines():
+def ten_lines():
   """Returns the block between the README's marks."""
   text = (ROOT / "README.md").read_text("utf-8")
   [marked] = re.findall(r"<!-- ten lines -->(.*?)<!-- end -->", text, re.S)
@@ -30,7 +31,7 @@ def _blocks(text):
   return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
 
 
-def _tiny(name):
+def tiny(name):
   """Returns a model of two layers, random, that knows some English letters."""
   assert name == "smollm2-135m"
   words = bpe.Bpe(documents=["A class is what a decorator wraps."], size=300)
@@ -44,7 +45,7 @@ def _tiny(name):
 def here(tmp_path, monkeypatch):
   """An empty working directory, and a tiny model for SmolLM2's name."""
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(interop, "load_model", _tiny)
+  monkeypatch.setattr(interop, "load_model", tiny)
   return tmp_path
 
 
@@ -76,16 +77,26 @@ def _check(found):
 
 def _run_ten_lines():
   found = {}
-  exec(compile(_ten_lines(), "README.md", "exec"), found)
+  exec(compile(ten_lines(), "README.md", "exec"), found)
   found["after"] = found["state"].params
   _check(found)
   assert found["logits"].shape[-1] == found["model"].vocab_size
   assert found["made"].tokens <= 24
+  return found
 
 
-def test_the_ten_lines(here, capsys):
-  _run_ten_lines()
+def test_the_ten_lines_and_seven_steps_more(here, capsys):
+  """Those are the last cell of the notebook that has the ten lines."""
+  found = _run_ten_lines()
   assert capsys.readouterr().out.strip()
+  hello = json.loads((ROOT / "colab" / "00_hello.ipynb").read_text("utf-8"))
+  first = float(found["metrics"]["loss"])
+  exec("".join(hello["cells"][-1]["source"]), found)
+  last = float(found["metrics"]["loss"])
+  assert last < first and int(found["state"].step) == 8
+  printed = capsys.readouterr().out
+  assert printed.startswith(f"loss   {last:.2f}\nbefore A decorator")
+  assert "\nafter  A decorator" in printed
 
 
 @pytest.mark.slow
@@ -95,7 +106,7 @@ def test_the_ten_lines_of_the_real_model(tmp_path, monkeypatch):
 
 
 def test_they_are_ten_and_import_from_three_places():
-  lines = _ten_lines().splitlines()
+  lines = ten_lines().splitlines()
   imports = [x for x in lines if re.match(r"(import|from)\b", x)]
   assert len(imports) <= 4
   assert len([x for x in lines if x and x not in imports]) <= 12

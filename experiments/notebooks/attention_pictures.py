@@ -39,6 +39,9 @@ def traffic(rows: list[dict[str, Any]], ridges: list[dict[str, Any]]) -> Any:
     place = blocks[n % len(blocks)]  # names of near ridges side by side
     right.text(place, row["ridge"], row["chip"], fontsize=7, color="gray")
   right.set(xlabel="block", ylabel="FLOPs a byte", title="against the ridges")
+  for axis in (left, right):
+    axis.set_xticks(blocks, blocks)
+    axis.xaxis.minorticks_off()
   figure.tight_layout()
   return figure
 

@@ -6,7 +6,7 @@ perfect model would say (`truth`); states are shown as letters.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,17 +20,13 @@ from research.data.batches import batch_of
 from research.data.sources.synthetic import Markov
 from research.diffusion import process
 from research.diffusion.block import BlockDiffusion
-from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.sampling import sampler
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.denoiser import BlockCache, Denoiser, NoCache
 from research.diffusion.sampling.policies import Policy, Threshold
 from research.generation.sampling import Sampling
-from research.interop.diffusion import from_autoregressive
-from research.interop.loaded import Loaded
 from research.nn.transformer import Transformer
-from research.training.objectives.objective import NextToken
-from research.typing import Bool, Float, Int, Params
+from research.typing import Float, Int, Params
 
 ANY = Sampling(temperature=1.0)
 
@@ -78,15 +74,6 @@ class Toy:
   def spelled(self, row: Sequence[int] | np.ndarray) -> list[str]:
     """Returns a letter a token, and a block for the mask."""
     return ["░" if i == self.mask_id else chr(97 + int(i)) for i in row]
-
-
-def learned(toy: Toy) -> Params:
-  """Returns the chain's model, by plain masked diffusion."""
-  model, params = toy.network
-  objective = MaskedDiffusion(
-    model=model, mask_id=toy.mask_id, spread="even", rows=2048
-  )
-  return toy.tiny.trained(objective, params, toy.pool, toy.steps, seed=0)
 
 
 def by_count(
@@ -257,42 +244,14 @@ def caches(
   return out
 
 
-def masks(
-  row: Int[np.ndarray, " T"], times: Sequence[float], mask_id: int
-) -> Bool[np.ndarray, "N T"]:
-  """Returns what is masked of a row at each time, from the same draws."""
-  keys = jnp.broadcast_to(jax.random.key(0), (len(times),))
-  whole = jnp.ones((len(times), len(row)), bool)
-  rate = jnp.asarray(times, jnp.float32)[:, None]
-  return np.asarray(process.mask_each(keys, whole, rate))
-
-
-def turned(
-  loaded: Loaded, text: str, blocks: Sequence[int], count: int
+def mean_losses(
+  objectives: Mapping[str, Any], params: Params, batch: dict[str, Any]
 ) -> list[dict[str, Any]]:
-  """Returns losses of a language model as it is, and filling in blocks.
-
-  Args:
-    loaded: predicts the next token; nothing of it is trained here.
-    text: whose first `count` tokens are read.
-    blocks: sizes.
-    count: see `text`.
-  """
-  rows = batch_of(np.array([loaded.tokenizer.prompt(text)[:count]]))
-  model, params, spec = from_autoregressive.to_diffusion(
-    loaded.model, loaded.params
-  )
-  objectives = {"next token": NextToken(model=model)} | {
-    f"blocks of {block}": BlockDiffusion(
-      model=model, mask_id=spec.mask_id, block=block, shift=spec.shift
-    )
-    for block in blocks
-  }
+  """Returns the loss of each objective, in nats a token, over eight draws."""
   out = []
   for name, objective in objectives.items():
     f = jax.jit(objective)
-    draws = 1 if name in ("next token", "blocks of 1") else 8
-    found = [f(params, rows, jax.random.key(i))[:2] for i in range(draws)]
+    found = [f(params, batch, jax.random.key(i))[:2] for i in range(8)]
     loss = float(np.mean([total / weight for total, weight in found]))
     out.append({"predicts": name, "nats a token": loss})
   return out

@@ -1,49 +1,19 @@
-"""The toy of `colab/lora.ipynb`: ranks swept, updates looked at, merged.
+"""The tables and pictures of `colab/lora.ipynb`: capacity and spectra.
 
-Each function takes a `study.Study` (`runs/lora/claims_capacity.gin`) and the
-data and base that its arms share.
+Rows are those of `lr_grid.sweep`, an arm each.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.studies.lora import lr_grid
-from experiments.studies.lora.lr_grid import Arm, StudyData
-from experiments.studies.lora.study import Study
 from experiments.studies.protocol import Row
 from research import weights
 from research.lora import wrap
 from research.typing import Float, Params, UserError
-
-
-def study_data(study: Study) -> StudyData:
-  """Returns the data and a base that knows the first language."""
-  return lr_grid.study_data(study, lr_grid.trained_base(study))
-
-
-def arm(study: Study, name: str) -> Arm:
-  """Returns an arm by its name.
-
-  Raises:
-    UserError: there is none.
-  """
-  for found in study.variants:
-    if found.name == name:
-      return found
-  names = ", ".join(study.arms)
-  raise UserError(f"arm {name!r}: the study has {names}")
-
-
-def sweep(
-  study: Study, data: StudyData, names: Sequence[str]
-) -> dict[str, Row]:
-  """Returns rows of these arms, each with its learning rate swept."""
-  return {n: lr_grid.sweep(study, arm(study, n), data) for n in names}
 
 
 def ranking(rows: Mapping[str, Row]) -> list[dict[str, Any]]:
@@ -87,18 +57,9 @@ def capacity(rows: Mapping[str, Row]) -> Any:
   for line in lines:
     place = (line["trained %"], line["loss"])
     right.annotate(line["arm"], place, (4, 4), textcoords="offset points")
+  right.margins(0.2)  # names stay inside of the frame
   right.set(xlabel="trained, % of full", ylabel="loss at the best rate")
   return figure
-
-
-def trained(
-  study: Study, data: StudyData, rows: Mapping[str, Row]
-) -> dict[str, tuple[Params, Params]]:
-  """Returns (before, after) of one run of each row, at its best rate."""
-  return {
-    name: lr_grid.one_run(study, arm(study, name), data, row["ks"][row["best"]])
-    for name, row in rows.items()
-  }
 
 
 def spectrum(
@@ -138,21 +99,3 @@ def spectra(runs: Mapping[str, tuple[Params, Params]], address: str) -> Any:
   )
   axis.legend(frameon=False)
   return figure
-
-
-def losses(data: StudyData, trees: Mapping[str, Params]) -> dict[str, float]:
-  """Returns the held-out loss of each tree."""
-  each = {
-    name: dataclasses.replace(data, bases=[params])
-    for name, params in trees.items()
-  }
-  return {n: lr_grid.base_losses(one)["heldout"] for n, one in each.items()}
-
-
-def difference(one: Params, other: Params) -> float:
-  """Returns the largest difference of two trees' merged matrices."""
-  pair = (jax.tree.leaves(wrap.merge(params)) for params in (one, other))
-  return max(
-    float(np.abs(np.asarray(x) - np.asarray(y)).max())
-    for x, y in zip(*pair, strict=True)
-  )

@@ -4,7 +4,6 @@ Numbers are those of a real model's matrices and of what they multiply.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,14 +15,10 @@ import numpy as np
 from experiments.studies.quant import quant_study
 from experiments.studies.quant.quant_study import Row
 from research import tree, weights
-from research.data.sources import PydocTopics
-from research.generation import generate
-from research.interop import convert, load, sources
 from research.interop.loaded import Loaded
 from research.quant.algorithms import calibrate, gptq
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
-from research.quant.kv import kv_error, kv_quantizer
 from research.quant.numerics import codebooks, hadamard
 from research.quant.quantize import Quantize
 from research.quant.reports import compare, input_errors
@@ -32,23 +27,6 @@ from research.typing import Array, Float, Int, Params
 
 Rows = list[dict[str, Any]]
 """Lines of a table."""
-
-
-def text(loaded: Loaded, tokens: int, windows: int = 1) -> Int[Array, "N T"]:
-  """Returns windows of topics of the Python reference."""
-  source = PydocTopics("heldout")
-  ids = loaded.tokenizer.encode("\n\n".join(source))
-  rows = loaded.tokenizer.special.windows(ids, tokens)[:windows]
-  return jnp.asarray(rows, jnp.int32)
-
-
-def seen(
-  loaded: Loaded, tokens: Int[Array, "N T"], *addresses: str
-) -> dict[str, tuple[Float[Array, "M I"], Float[Array, "I O"]]]:
-  """Returns the inputs of matrices, a row a token, and the matrices."""
-  return input_errors.collect_inputs(
-    loaded.model, loaded.params, tokens, addresses
-  )
 
 
 def histogram(w: Float[Array, "I O"], block: int = 64) -> Any:
@@ -262,28 +240,6 @@ def heads(found: Mapping[str, np.ndarray]) -> Any:
   return figure
 
 
-def axes(
-  loaded: Loaded, tokens: Int[Array, "1 T"], settings: Sequence[str]
-) -> Rows:
-  """Returns attention's errors with keys and values packed in some ways.
-
-  Args:
-    loaded: the model.
-    tokens: a multiple of 32.
-    settings: as `--kv` has them.
-  """
-  kvs = [kv_quantizer.parse(text) for text in settings]
-  found = kv_error.attention_errors(loaded.model, loaded.params, tokens, kvs)
-  return [
-    {
-      "cache": name,
-      "median layer": float(np.median(e)),
-      "worst": float(e.max()),
-    }
-    for name, e in zip(settings, found.T, strict=True)
-  ]
-
-
 def measured(
   loaded: Loaded, tokens: Int[Array, "N T"], rows: Sequence[Row]
 ) -> dict[str, dict[str, Any]]:
@@ -311,35 +267,6 @@ class _Given:
   def load(self, shardings: Any = None) -> Loaded:
     """Returns it."""
     return self.loaded
-
-
-def continued(
-  loaded: Loaded, models: Mapping[str, Params], prompt: str, tokens: int
-) -> dict[str, str]:
-  """Returns the likeliest continuation of a prompt by each of some weights."""
-  ids = loaded.tokenizer.prompt(prompt)
-  out = {}
-  for name, params in models.items():
-    ready = generate.prepare(params, loaded.model)
-    made = generate.generate(loaded.model, ready, [ids], tokens)
-    out[name] = loaded.tokenizer.decode(made.tokens[0])
-  return out
-
-
-def to_gguf(
-  loaded: Loaded, params: Params, path: pathlib.Path
-) -> tuple[Loaded, int]:
-  """Writes packed weights as they are; returns what is read back, and bytes.
-
-  Args:
-    loaded: where `params` come from.
-    params: packed in one of ggml's types.
-    path: of the new file.
-  """
-  origin = {"format": "quantized", "of": str(loaded.source.get("path"))}
-  source = sources.from_training(loaded, params, origin)
-  convert.to_gguf(source, path)
-  return load.load_model(path, packed=True), path.stat().st_size
 
 
 def differing(one: Params, other: Params) -> int:
