@@ -74,6 +74,7 @@ def test_a_delayed_cache_fills_everything(command):
   assert got["calls"] <= 8 and got["tokens"] <= LENGTH
 
 
+@pytest.mark.slow
 def test_a_prompt_may_end_within_a_block(command):
   want = told(command("four"))
   assert told(command("four", "--cache=prefix"))["text"] == want["text"]
@@ -134,6 +135,7 @@ def test_ways_to_fill(command, flags):
   assert got["tokens"] <= LENGTH
 
 
+@pytest.mark.slow
 def test_ends(command):
   """Never: none. Last: whatever is none is filled before it."""
   flags = "--max_new_tokens=16", "--block=4", "--policy=threshold:0.5"

@@ -54,6 +54,7 @@ def _size(shape):
   return out
 
 
+@pytest.mark.slow
 @pytest.mark.sample(4)
 def test_work_is_what_the_step_asks_for_and_split_among_devices(planned):
   whole, found = planned

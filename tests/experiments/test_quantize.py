@@ -60,6 +60,7 @@ def written(tmp_path_factory):
   return to, results[0]
 
 
+@pytest.mark.slow
 def test_what_is_written(written):
   to, result = written
   (report,) = json.loads((to / "quantize.json").read_text())

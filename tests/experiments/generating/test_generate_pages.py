@@ -69,6 +69,7 @@ def test_layers_are_apart_in_every_type(command, monkeypatch):
   assert len(found[0]) > 1 and set(found[0]) == {1}
 
 
+@pytest.mark.slow
 def test_one_prompt_streams(command):
   want = told(command(PROMPTS[0]))
   got = told(command(PROMPTS[0], "--pages=8"))

@@ -197,6 +197,7 @@ def programs():
   return [program._cache_size() for program in PROGRAMS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "more"),
   [

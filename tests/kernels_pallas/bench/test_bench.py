@@ -180,6 +180,7 @@ def test_failing_jobs_do_not_affect_the_others(tmp_path, capsys):
   assert "start" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_ends_at_its_budget_and_the_next_continues(tmp_path, capsys):
   script, to = tmp_path / "worker.py", tmp_path / "lines.jsonl"
   script.write_text(textwrap.dedent(WORKER))

@@ -186,6 +186,7 @@ def coded(code, size):
   return pages, jnp.array([[2, 0, 1]]), jnp.array([40])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("size", [1.0, 1e-5])
 @pytest.mark.cover(1)

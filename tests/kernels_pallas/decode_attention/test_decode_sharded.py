@@ -64,6 +64,7 @@ def test_a_cache_by_rows_and_heads(mesh, backend):
   assert not [c for c in moved if "shard_map" in c.line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 @pytest.mark.sample(3)

@@ -311,6 +311,7 @@ def rough_and_exact(dtype):
   return in_low_precision(results, *x), exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.cover(1)

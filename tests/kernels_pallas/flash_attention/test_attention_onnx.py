@@ -227,7 +227,7 @@ def halves():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.sample(26)
+@pytest.mark.sample(52)
 def test_onnx(name):
   alike = ALIKE[program(name)]
   (batch,) = (n for n, groups in enumerate(BATCHES) if alike in groups)

@@ -172,6 +172,7 @@ GIVEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_function_mask_is_unchanged_by_sharding(name):
   """Given positions keep their extent; otherwise indices define it."""

@@ -207,6 +207,7 @@ def test_a_tpu_visits_the_tiles_that_segments_allow():
   assert once_each(config, with_a_pair(mask, N)) < expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "cores",
   [pytest.param(x, marks=needs_tcgen05 if x == "tcgen05" else ()) for x in GPU],

@@ -348,6 +348,7 @@ def test_large_logits_only_shift_the_log_sum_exp(gpu):
     assert_no_rougher(found[1], rough, exact, jnp.float16)
 
 
+@pytest.mark.slow
 @hopper_and_blackwell("two_groups")
 @pytest.mark.sample(2)
 def test_partial_results_are_not_rounded(gpu, config):

@@ -240,6 +240,7 @@ def test_mismatched_calls_raise(change, message):
     api.quantized_matmul(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("kind", "most"), [("affine", 999), ("nf4", 0), ("int8, channels", 999)]
 )

@@ -67,6 +67,7 @@ def test_agrees_with_one_device(row):
   chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ring in zig-zag order", "ring"])
 @pytest.mark.sample(2, 1)
 def test_float32_in_loops_of_tiles(way):

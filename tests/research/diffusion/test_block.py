@@ -70,6 +70,7 @@ def test_blocks_of_one_token_are_autoregression(batch):
   assert ours(params, batch, key)[1] == batch["weights"].sum()
 
 
+@pytest.mark.slow
 def test_one_block_is_plain_diffusion():
   model, params = network()
   batch = rows()

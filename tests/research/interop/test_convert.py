@@ -371,6 +371,7 @@ def test_peft_to_ours_to_peft(name, tmp_path):
     np.testing.assert_array_equal(tensor.read(), old[key].read())
 
 
+@pytest.mark.slow
 def test_an_adapter_over_packed_weights(tmp_path):
   it = load.load_model(MODELS / "gguf_q8_0" / "model.gguf", packed=True)
   params = adapt.Adapt(method=LoRA(rank=2))(it.params, jax.random.key(0))

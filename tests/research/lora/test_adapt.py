@@ -198,6 +198,7 @@ def test_scales():
   assert scales(rank_pattern={"q": 2}) == {2.0, 4.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [llama, gemma])
 @pytest.mark.sample(3)
 def test_merged_equals_unmerged_also_where_runs_are_split(make):

@@ -129,6 +129,7 @@ def test_gradients_are_of_the_mean_loss():
     np.testing.assert_allclose(got[address], want, atol=1e-5 * scale)
 
 
+@pytest.mark.slow
 def test_loraga_steps_down_the_gradient_further_than_lora():
   """Wang et al. 2024, section 3: the step resembles full fine-tuning's."""
 

@@ -72,6 +72,7 @@ def model():
   return support.model(width=64, hidden=64, head_dim=8, depth=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["codes", "factors"])
 @pytest.mark.sample(3)
 def test_in_a_model(first):

@@ -86,6 +86,7 @@ def test_it_starts_as_the_model_that_is_not_told(dtype):
   )
 
 
+@pytest.mark.slow
 def test_closed_layers_start_as_nothing():
   model, _ = network(dataclasses.replace(SMALL, closed=True))
   tokens = support.tokens(B, T, V)

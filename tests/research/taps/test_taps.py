@@ -252,6 +252,7 @@ def test_on_eight_devices_as_on_one(kind, layout, statistic):
   jax.tree.map(functools.partial(close, length=2048), got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["data", "tensor"])
 @pytest.mark.sample(2)
 def test_largest_values_and_samples_on_eight_devices(layout):

@@ -228,6 +228,7 @@ def test_evaluate_weighs_by_targets(line):
     evaluating.evaluate(make_eval_step(objective), start, [])
 
 
+@pytest.mark.slow
 def test_profile_of_early_steps(line, tmp_path):
   line_run(line, tmp_path, loop.TrainConfig(steps=3, profile=(2, 5)))
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -38,6 +38,7 @@ def test_pairs_are_a_right_answer_and_a_wrong_one():
   assert (np.asarray(other) != tokens).any()
 
 
+@pytest.mark.slow
 def test_margins_of_the_reference_itself_have_noise_where_masks_are_apart():
   task = STUDY.targets
   model, base = STUDY.tiny.load(task.mask_id + 1, 0)

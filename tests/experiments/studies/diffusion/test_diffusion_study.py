@@ -98,6 +98,7 @@ def test_a_kind_needs_its_rate():
     diffusion_study.swept_before("b, seed 0", rows)
 
 
+@pytest.mark.slow
 def test_training_is_the_plain_loop_and_its_average():
   model, params = SMALL.load(6, 0)
   objective = NextToken(model=model)
@@ -132,6 +133,7 @@ def test_rows_become_batches():
   assert begun["weights"].tolist() == [[1, 1, 1]]
 
 
+@pytest.mark.slow
 def test_the_bound_is_the_mean_over_numbers_of_masks():
   """Of blocks of one it is the loss itself; masks are n of each block."""
   model, params = SMALL.load(6, 1)

@@ -73,6 +73,7 @@ def test_a_base_of_other_settings_is_refused(trial):
   ).experiment.study.settings("full")
 
 
+@pytest.mark.slow
 def test_a_row_is_the_plain_training_loop(trial):
   """One rate, one seed, step by step."""
   folder, rows, made = trial

@@ -204,6 +204,7 @@ DATA = Pipeline(
 FORMAT = Affine(bits=3, block=16, symmetric=True)
 
 
+@pytest.mark.slow
 def test_training_comes_closer_to_the_model_before():
   loaded = from_scratch.FromScratch(sizes=SIZES).load()
   how = dict(rate=3e-3, steps=60, adapter=LoRA(rank=8, alpha=8.0))

@@ -187,6 +187,7 @@ def test_what_is_read_are_masks_and_what_was_just_filled():
   np.testing.assert_array_equal(got, np.array(want, bool))
 
 
+@pytest.mark.slow
 def test_padding_of_what_is_read_changes_nothing():
   """However few sizes there are."""
   few, many = (logits(delayed(halvings=n), STEPS[:1]) for n in (0, 4))

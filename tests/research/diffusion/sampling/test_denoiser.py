@@ -279,6 +279,7 @@ WRAPPERS = {
 RARE = "not guided", "both"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name",
   [
@@ -306,6 +307,7 @@ def test_a_block_causal_model_reads_the_start_of_rows_once(name):
   assert sampler._cache_finished._cache_size() - programs == 2
 
 
+@pytest.mark.slow
 def test_a_cache_of_finished_blocks_is_there_once():
   """What goes into a block's program is what comes out of it."""
   model, params = network()

@@ -150,6 +150,7 @@ def readers():
 SLOW = "whole", "shift", "renewed", "near", "credit"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name",
   [

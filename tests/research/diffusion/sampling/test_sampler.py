@@ -458,6 +458,7 @@ def test_no_block_and_no_prompt_compiles_again():
   assert sampler.fill_block._cache_size() == programs + 1
 
 
+@pytest.mark.slow
 def test_weights_of_a_device_do_not_compile_again():
   """Rows are where the weights are from the first block on."""
   device = jax.devices()[1]

@@ -355,6 +355,7 @@ def test_the_prompt_s_cache_is_that_of_a_fixed_canvas(longest, shift):
   np.testing.assert_array_equal(got.counts, want.counts + int(longest > 8))
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch():
   prompts = [[7, 1, 9], [2], [2, 11, 4], [8, 8]]
   growth = dataclasses.replace(GROWTH, low=0.4)

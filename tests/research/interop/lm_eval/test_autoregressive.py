@@ -202,6 +202,7 @@ def test_generate_until(loaded):
   assert cut == [whole[0][: whole[0].index(stop)]]
 
 
+@pytest.mark.slow
 def test_samples_belong_to_their_request(loaded):
   options = {"max_gen_toks": 6, "do_sample": True, "temperature": 1.5}
   requests = [("abc", options), ("xyz", options), ("abc", options)]

@@ -99,6 +99,7 @@ def test_numbers_are_those_of_the_words(name, bits, made):
       np.testing.assert_array_equal(layer[a][b].dense(), want)
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_the_bits(made):
   """Each bit less doubles the error, about."""
   want = plain(True).params()["run0"]["layer0"]["mlp"]["up"]
@@ -290,6 +291,7 @@ def test_between_tools_without_loss(made, tmp_path):
   chex.assert_trees_all_equal(numbers(tmp_path / "wide"), numbers(d))
 
 
+@pytest.mark.slow
 def test_the_command(made, tmp_path, capsys):
   def call(*arguments):
     status = cli.call(command.main, ["convert", *map(str, arguments)])

@@ -96,6 +96,7 @@ def test_each_document_of_a_packed_row_has_its_own_invocation():
   assert not from_last_match(tokens, (5, 6), segments).any()
 
 
+@pytest.mark.slow
 def test_positions_before_the_invocation_use_the_base():
   got, always, base = ways()
   chex.assert_trees_all_equal(got[0, :6], base[0, :6])

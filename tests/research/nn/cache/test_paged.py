@@ -253,6 +253,7 @@ def test_heads_over_devices_are_one_devices(layout):
   assert moved and not [c for c in moved for s in c.shapes if COUNT in s]
 
 
+@pytest.mark.slow
 def test_the_model_says_the_same_by_the_kernels():
   """Appending and attending are a TPU's, interpreted; 8 tokens a page.
 

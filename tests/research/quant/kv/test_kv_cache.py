@@ -153,6 +153,7 @@ def test_memory_is_packed():
   assert layer.v.recent is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["int8", "fp8"])
 @pytest.mark.sample(3)
 def test_single_tokens_as_pages(bits):
