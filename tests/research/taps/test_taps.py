@@ -103,14 +103,15 @@ def collected(kind, statistic, remat="none", layout=None, given=None):
   """Returns the statistics of every matrix, by address."""
   model = support_mesh.model(kind).clone(remat=remat)
   objective = NextToken(model, rows=32)
+  chosen = None
+  if layout is not None:
+    chosen = [a for a in inputs(kind) if not a.endswith("router")]
 
   def run(params, batch):
     def loss(params):
       return objective(params, batch, None)[0]
 
-    counts, chosen = batch["weights"], None
-    if layout is not None:
-      chosen = [a for a in inputs(kind) if not a.endswith("router")]
+    counts = batch["weights"]
     return taps.collect(loss, params, statistic, counts, chosen)
 
   run = jax.jit(run, compiler_options=support_mesh.QUICKLY)
