@@ -23,10 +23,10 @@ _HERE = pathlib.Path(__file__).resolve().parent
 _HELP = ("--help", "-h", "-help", "help")
 
 
-def commands() -> dict[str, str]:
-  """Returns the first line of each command's docstring, by command."""
+def commands() -> dict[str, pathlib.Path]:
+  """Returns each command's file, by command."""
   return {
-    path.stem: _first_line(path)
+    path.stem: path
     for path in sorted(_HERE.glob("*.py"))
     if not path.stem.startswith("_")
   }
@@ -41,9 +41,12 @@ def index() -> str:
   """Returns the list of commands, as `heptad` without arguments prints it."""
   lines = [
     textwrap.fill(
-      text, 78, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14
+      _first_line(path),
+      78,
+      initial_indent=f"  {name:<12}",
+      subsequent_indent=" " * 14,
     )
-    for name, text in commands().items()
+    for name, path in commands().items()
   ]
   return "\n".join(
     [

@@ -148,9 +148,10 @@ def _run(
     )
   store = protocol.Store(folder / "arms")
   stored: dict[str, dict[str, Any]] = {}
+  settings = {arm: study.settings(arm) for arm in arms}
   # Rows of other settings are refused before anything runs.
   for arm in arms:
-    if found := store.read(arm, study.settings(arm)):
+    if found := store.read(arm, settings[arm]):
       stored[arm] = found
   todo = [arm for arm in arms if arm not in stored and only.search(arm)]
   shared = study.prepare(folder) if todo else None
@@ -161,9 +162,8 @@ def _run(
     before = {a: stored[a]["row"] for a in arms if a in stored}
     row = study.run(arm, before, shared)
     seconds = time.perf_counter() - begin
-    settings = study.settings(arm)
-    store.write(arm, settings, row, seconds=seconds, commit=commit)
-    found = store.read(arm, settings)
+    store.write(arm, settings[arm], row, seconds=seconds, commit=commit)
+    found = store.read(arm, settings[arm])
     assert found is not None
     stored[arm] = found
     cli.say(f"{arm}: {_summary(study, found['row'])} ({seconds:.0f} s)")

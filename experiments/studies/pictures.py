@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,20 @@ def spread(
   )
 
 
+def curves(
+  axes: Any, runs: Mapping[str, Sequence[Mapping[str, Any]]], x: str, y: str
+) -> None:
+  """Draws a curve a name over its seeds' rows, in a style of its own each.
+
+  Args:
+    axes: where.
+    runs: rows of the seeds, by name.
+    x, y: columns of a row, lists of equal length.
+  """
+  for i, (name, rows) in enumerate(runs.items()):
+    spread(axes, rows[0][x], [row[y] for row in rows], name, plots.style(i))
+
+
 def means(
   axes: Any, x: Any, found: Sequence[Mean], label: str, style: Any
 ) -> None:
@@ -58,6 +73,28 @@ def bars(axes: Any, found: Mapping[str, Mean], label: str) -> None:
   )
   axes.invert_yaxis()
   axes.set(xlabel=label)
+
+
+def bar_panels(
+  path: pathlib.Path,
+  title: str,
+  panels: Mapping[str, Mapping[str, Mean]],
+  size: tuple[float, float],
+) -> None:
+  """Saves a picture of panels beside each other, bars in each.
+
+  Args:
+    path: of the picture.
+    title: of all.
+    panels: means by name, by the label of their axis.
+    size: width and height, inches.
+  """
+  drawn = plots.figure(*size)
+  places = drawn.subplots(1, len(panels))
+  for axes, (label, found) in zip(places, panels.items(), strict=True):
+    bars(axes, found, label)
+  drawn.suptitle(title)
+  plots.save(drawn, path)
 
 
 def ranking(

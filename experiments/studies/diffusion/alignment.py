@@ -233,10 +233,11 @@ class Rewards(DiffusionStudy):
     """Leaves rewards.png: curves of rewards."""
     drawn = plots.figure(7, 4)
     axes = drawn.add_subplot()
-    for i, kind in enumerate(KINDS):
-      mine = [rows[f"{kind}: seed {s}"] for s in range(self.seeds)]
-      curves = np.array([row["reward"] for row in mine], float)
-      pictures.spread(axes, mine[0]["rounds"], curves, kind, plots.style(i))
+    runs = {
+      kind: [rows[f"{kind}: seed {s}"] for s in range(self.seeds)]
+      for kind in KINDS
+    }
+    pictures.curves(axes, runs, "rounds", "reward")
     axes.set(xlabel="rounds", ylabel="share of right answers", title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -32,7 +32,6 @@ from research.diffusion.schedule import Linear
 from research.generation.sampling import GREEDY
 from research.interop.diffusion import from_autoregressive
 from research.training.objectives.objective import NextToken
-from research.training.reports import plots
 from research.typing import Bool, Int, UserError
 
 BEFORE, AFTER, ALONE = "converted", "converted, tuned", "no base, tuned"
@@ -203,15 +202,11 @@ class Following(OfSeeds):
 
   def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves following.png: loss and right answers, by model."""
-    drawn = plots.figure(9, 3)
-    kinds = (BEFORE, AFTER, ALONE)
-    for axes, name, label in zip(
-      drawn.subplots(1, 2),
-      ("loss", "right"),
-      ("held-out loss, nats a token", "share of right answers"),
-      strict=True,
-    ):
-      found = {kind: self.of(rows, kind, name) for kind in kinds}
-      pictures.bars(axes, found, label)
-    drawn.suptitle(title)
-    plots.save(drawn, folder / "following.png")
+    panels = {
+      label: {k: self.of(rows, k, name) for k in (BEFORE, AFTER, ALONE)}
+      for name, label in (
+        ("loss", "held-out loss, nats a token"),
+        ("right", "share of right answers"),
+      )
+    }
+    pictures.bar_panels(folder / "following.png", title, panels, (9.0, 3.0))

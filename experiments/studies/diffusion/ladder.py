@@ -262,10 +262,11 @@ class Ladder(DiffusionStudy):
     """Leaves curves.png: gaps against tokens read."""
     drawn = plots.figure(7, 4.2)
     axes = drawn.add_subplot()
-    for i, kind in enumerate(self.kinds):
-      mine = [rows[f"{kind}, seed {s}"] for s in range(self.seeds)]
-      gaps = np.array([row["gap"] for row in mine], float)
-      pictures.spread(axes, mine[0]["read"], gaps, kind, plots.style(i))
+    runs = {
+      kind: [rows[f"{kind}, seed {s}"] for s in range(self.seeds)]
+      for kind in self.kinds
+    }
+    pictures.curves(axes, runs, "read", "gap")
     axes.set(
       xscale="log",
       yscale="log",

@@ -247,7 +247,7 @@ class Lengths(OfSeeds):
     grown = variable_length.sample(*given, state, growing, GREEDY)
     state = sampler.start(self.asked.tolist(), options, key)
     fixed = sampler.sample(*given, state, options, GREEDY)
-    want, alike = self.wanted, 0.0
+    want, alike = self.mean_lengths, 0.0
     if grown.canvas.std() > 0:
       alike = float(np.corrcoef(grown.canvas, want)[0, 1])
     return {
@@ -265,7 +265,7 @@ class Lengths(OfSeeds):
     return np.array([(s, g) for s in nodes for g in nodes if s != g])
 
   @property
-  def wanted(self) -> np.ndarray:
+  def mean_lengths(self) -> np.ndarray:
     """The mean length of answers to each, exactly."""
     return np.array(
       [self.walks.mean_length(int(s), int(g)) for s, g in self.asked]

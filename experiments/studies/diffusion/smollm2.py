@@ -43,7 +43,6 @@ from research.interop import load
 from research.interop.diffusion import from_autoregressive
 from research.text import special_tokens
 from research.training.objectives.objective import Batch, NextToken
-from research.training.reports import plots
 from research.typing import Int, Params, UserError
 
 CONVERTED, ADAPTED, TUNED = "converted", "adapted", "tuned"
@@ -332,17 +331,14 @@ class Instructed(OfSeeds):
 
   def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves smollm2.png: loss and right words, by stage."""
-    drawn = plots.figure(9, 2.8)
-    for axes, name, label in zip(
-      drawn.subplots(1, 2),
-      ("loss", "token"),
-      ("loss of held-out answers, nats a token", "share of right words"),
-      strict=True,
-    ):
-      found = {stage: self.of(rows, stage, name) for stage in STAGES}
-      pictures.bars(axes, found, label)
-    drawn.suptitle(title)
-    plots.save(drawn, folder / "smollm2.png")
+    panels = {
+      label: {stage: self.of(rows, stage, name) for stage in STAGES}
+      for name, label in (
+        ("loss", "loss of held-out answers, nats a token"),
+        ("token", "share of right words"),
+      )
+    }
+    pictures.bar_panels(folder / "smollm2.png", title, panels, (9.0, 2.8))
 
 
 def _stacked(rows: Sequence[Any]) -> Batch:

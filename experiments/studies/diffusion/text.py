@@ -282,10 +282,8 @@ class Text(DiffusionStudy):
     """Leaves text.png: bits per byte against tokens read."""
     drawn = plots.figure(7, 4.2)
     axes = drawn.add_subplot()
-    for i, kind in enumerate(KINDS):
-      mine = self._of(rows, kind)
-      bits = np.array([row["bits"] for row in mine], float)
-      pictures.spread(axes, mine[0]["read"], bits, kind, plots.style(i))
+    runs = {kind: self._of(rows, kind) for kind in KINDS}
+    pictures.curves(axes, runs, "read", "bits")
     axes.axhline(self.unigram(), label="unigrams", **plots.style(2))
     axes.set(
       xscale="log",

@@ -16,7 +16,7 @@ STUDY = Lengths()
 def test_answers_to_a_question_are_as_long_as_told():
   rows = STUDY.walks.rows("train", 20_000)
   found = STUDY.walks.lengths(rows)
-  for (start, goal), want in zip(STUDY.asked, STUDY.wanted, strict=True):
+  for (start, goal), want in zip(STUDY.asked, STUDY.mean_lengths, strict=True):
     mine = found[(rows[:, 0] == start) & (rows[:, 1] == goal)]
     error = mine.std() / np.sqrt(len(mine))
     assert abs(mine.mean() - want) < 4 * error
@@ -27,7 +27,7 @@ def test_answers_to_a_question_are_as_long_as_told():
   # them were left out for its length.
   long = Lengths(walks=Walks(nodes=4, length=400))
   np.testing.assert_allclose(
-    long.wanted, long.distances * (4 - long.distances), rtol=1e-3
+    long.mean_lengths, long.distances * (4 - long.distances), rtol=1e-3
   )
 
 
