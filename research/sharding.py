@@ -56,12 +56,16 @@ AXES: tuple[tuple[str, Names], ...] = (
   (r"/down$", ("hidden", "width")),
   (r"/(gate|up)_bias$", ("hidden",)),
   (r"/router$", ("width", None)),
+  # Vision encoders: inputs and outputs of their layers.
+  (r"(^|/)patch_embed$|/positions/table$", (None, "width")),
+  (r"(^|/)projection$", ("width", None)),
+  (r"(^|/)(probe|latents|class_embed)$|(^|/)logit_(scale|bias)$", (None,)),
   # The timestep embedding and AdaLN weights are small.
   (r"_modulation/weight$|(^|/)clock/(enter|leave)$", (None, None)),
   # State of low-rank gradient projectors: small, in groups across both axes.
   (r"/(gap|first|cosines|made|codes|step|zero)$", (None,)),
   # One vector per layer costs little memory; gathering it would cost time.
-  (r"(^|/)scale$|_bias$", (None,)),
+  (r"(^|/)(scale|bias)$|_bias$", (None,)),
 )
 """(regular expression, searched for in the parameter path; logical axes).
 

@@ -19,7 +19,7 @@ from research.interop import load
 from research.interop.loaded import Loaded
 from research.io import folders, unread
 from research.io.unread import Shardings
-from research.nn.transformer import Remat
+from research.nn.layers import Remat
 from research.sharding import Layout
 from research.training import state
 from research.training.aot import StateTransform

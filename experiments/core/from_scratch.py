@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from research.interop.loaded import Loaded
 from research.nn import presets
-from research.nn.transformer import Remat
+from research.nn.layers import Remat
 from research.typing import UserError
 
 

@@ -16,7 +16,7 @@ from research.nn.attention_context import (
   select_queries,
   take_tokens,
 )
-from research.nn.norm import RMSNorm
+from research.nn.norm import Norm
 from research.typing import Array, Float, Int, UserError
 
 
@@ -40,7 +40,7 @@ class Attention(nn.Module):
   window: int | None = None
   scale: float | None = None
   softcap: float | None = None
-  qk_norm: RMSNorm | None = None
+  qk_norm: Norm | None = None
   qkv_bias: bool = False
   out_bias: bool = False
 
@@ -137,11 +137,15 @@ class Attention(nn.Module):
   def _key_bias(self, positions):
     """Returns the (rotated) bias of keys at `positions`, `[B, S, K, H]`."""
     rotated = self.rope is not None
-    dynamic = rotated and isinstance(self.rope.scaling, ropes.Dynamic)
-    if not self.qkv_bias or self.qk_norm is not None or dynamic:
+    # The rotation of a cached key must follow from its position alone.
+    varies = rotated and (
+      isinstance(self.rope.scaling, ropes.Dynamic) or self.rope.axes is not None
+    )
+    if not self.qkv_bias or self.qk_norm is not None or varies:
       raise UserError(
         "kv less_bias: found a model whose keys have no bias, or one that a "
-        "norm or dynamic rotary scaling changes.\nLeave less_bias out."
+        "norm, dynamic rotary scaling or rotary axes change.\nLeave less_bias"
+        " out."
       )
     k, bias = (self.get_variable("params", name) for name in ("k", "k_bias"))
     bias = weights.scaled_bias(k, bias).astype(jnp.float32)

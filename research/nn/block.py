@@ -10,10 +10,10 @@ from research import sharding, weights
 from research.nn import time_embedding
 from research.nn.attention import Attention
 from research.nn.attention_context import take_tokens
-from research.nn.mlp import Mlp
+from research.nn.mlp import Mlp, PlainMlp
 from research.nn.moe import Moe
 from research.nn.moe.routing import Load
-from research.nn.norm import RMSNorm
+from research.nn.norm import Norm, RMSNorm
 from research.typing import Array, Float, Int, Params
 
 ALL_TOKENS = "k", "v", weights.fused_name("qkv")
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
   Attributes:
     attention: the attention sublayer.
-    mlp: the feed-forward sublayer, dense or MoE.
+    mlp: the feed-forward sublayer: gated, plain or MoE.
     norm: normalises the input of both sublayers.
     post_norm: normalises their outputs before the residual add (Gemma 2's
       sandwich norm), or None.
@@ -39,9 +39,9 @@ class Block(nn.Module):
   """
 
   attention: Attention
-  mlp: Mlp | Moe
-  norm: RMSNorm = RMSNorm()
-  post_norm: RMSNorm | None = None
+  mlp: Mlp | PlainMlp | Moe
+  norm: Norm = RMSNorm()
+  post_norm: Norm | None = None
   modulation: time_embedding.AdaLN | None = None
 
   @nn.compact

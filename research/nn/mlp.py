@@ -10,12 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 from research import sharding, weights
 from research.typing import Array, Float
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 
 ACTIVATIONS = {
   "silu": jax.nn.silu,
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
   "relu": jax.nn.relu,
 }
 
@@ -41,3 +42,24 @@ class Mlp(nn.Module):
     product = ACTIVATIONS[self.activation](gate) * up
     product = sharding.constrain(product, "batch", "length", "hidden")
     return weights.project(self, product, "down", x.shape[-1], self.bias)
+
+
+class PlainMlp(nn.Module):
+  """`act(x up) down`, without a gate, as in most vision encoders.
+
+  Attributes:
+    hidden: inner width `F`.
+    activation: activation function.
+    bias: whether both projections have a bias.
+  """
+
+  hidden: int
+  activation: Activation = "gelu"
+  bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    y = weights.project(self, x, "up", self.hidden, self.bias)
+    y = ACTIVATIONS[self.activation](checkpoint_name(y, "up"))
+    y = sharding.constrain(y, "batch", "length", "hidden")
+    return weights.project(self, y, "down", x.shape[-1], self.bias)

@@ -1,4 +1,4 @@
-"""Root mean square layer norm (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+"""Layer norms: RMSNorm of decoders, LayerNorm of most encoders."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from research.typing import Array, Float
 
 class RMSNorm(nn.Module):
   """`x / rms(x) * (offset + scale)` over the last axis, computed in fp32.
+
+  Zhang and Sennrich 2019, arXiv:1910.07467.
 
   Attributes:
     eps: added to the mean square.
@@ -29,3 +31,30 @@ class RMSNorm(nn.Module):
     normed = wide * jax.lax.rsqrt(mean + self.eps)
     scale = self.offset + scale.astype(jnp.float32)
     return (normed * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """`(x - mean(x)) / std(x) * scale + bias` over the last axis, in fp32.
+
+  Ba et al. 2016, arXiv:1607.06450.
+
+  Attributes:
+    eps: added to the variance.
+  """
+
+  eps: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    ones, zeros = nn.initializers.ones, nn.initializers.zeros
+    scale = weights.weight(self, "scale", ones, (x.shape[-1],))
+    bias = weights.weight(self, "bias", zeros, (x.shape[-1],))
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + self.eps)
+    y = normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+Norm = RMSNorm | LayerNorm

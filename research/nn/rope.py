@@ -3,15 +3,19 @@
 Su et al. 2021 (arXiv:2104.09864), in the half-split layout that Hugging Face
 checkpoints use: dimension `i` pairs with `i + H/2`. Each scaling is a dataclass
 whose `frequencies` returns scaled inverse frequencies and an attention factor.
+Tokens of images have several coordinates, such as time, row and column; the
+rotary axes decide which of them turns which frequency.
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from research.typing import Array, Float, Int
+from research.typing import Array, Float, Int, UserError
 
 
 def inverse_frequencies(theta: float, dim: int) -> np.ndarray:
@@ -126,6 +130,76 @@ Scaling = Linear | Dynamic | Llama3 | Yarn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Sections:
+  """M-RoPE: each coordinate turns a section of frequencies.
+
+  Wang et al. 2024, Qwen2-VL (arXiv:2409.12191), section 2.1.
+
+  Attributes:
+    sizes: number of frequencies per coordinate, `H/2` in total.
+  """
+
+  sizes: Sequence[int]
+
+  def coordinates(self, count: int) -> np.ndarray:
+    """Returns which coordinate turns each of `count` frequencies."""
+    _check_sections(self.sizes, count)
+    return np.repeat(np.arange(len(self.sizes)), self.sizes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InterleavedSections:
+  """Interleaved M-RoPE of Qwen3-VL: coordinates take turns.
+
+  Coordinate `a > 0` turns frequencies `a, a + n, a + 2 n, ...`, one for each of
+  its section, and coordinate 0 all others.
+
+  Attributes:
+    sizes: number of frequencies per coordinate, `H/2` in total.
+  """
+
+  sizes: Sequence[int]
+
+  def coordinates(self, count: int) -> np.ndarray:
+    """Returns which coordinate turns each of `count` frequencies."""
+    _check_sections(self.sizes, count)
+    found, n = np.zeros(count, int), len(self.sizes)
+    for a, size in itertools.islice(enumerate(self.sizes), 1, None):
+      found[a : n * size : n] = a
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spatial:
+  """Rotary embedding of image patches by row and column.
+
+  The frequencies are those of `H / count` dimensions, once per coordinate, as
+  in Qwen2-VL's vision encoder.
+
+  Attributes:
+    count: number of coordinates.
+  """
+
+  count: int = 2
+
+  def coordinates(self, count: int) -> np.ndarray:
+    """Returns which coordinate turns each of `count` frequencies."""
+    _check_sections((count // self.count,) * self.count, count)
+    return np.repeat(np.arange(self.count), count // self.count)
+
+
+Axes = Sections | InterleavedSections | Spatial
+
+
+def _check_sections(sizes: Sequence[int], count: int) -> None:
+  if sum(sizes) != count:
+    raise UserError(
+      f"rotary axes: found sections {tuple(sizes)}, expected {count} in total,"
+      " half of the rotated dimensions of a head"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
   """Rotary position embedding.
 
@@ -133,23 +207,28 @@ class Rope:
     theta: base of the frequencies.
     scaling: extension to longer contexts, or None.
     fraction: share of the head dimensions that are rotated, the first ones.
+    axes: for tokens with several coordinates, or None for one.
   """
 
   theta: float = 10_000.0
   scaling: Scaling | None = None
   fraction: float = 1.0
+  axes: Axes | None = None
 
   def tables(
-    self, positions: Int[Array, "B T"], head_dim: int
+    self, positions: Int[Array, "B T"] | Int[Array, "B T A"], head_dim: int
   ) -> tuple[Float[Array, "B T X"], Float[Array, "B T X"]]:
     """Returns cos and sin, each `[B, T, rotated/2]`, in fp32.
 
     Args:
-      positions: token positions; negative ones (padding) count as 0.
+      positions: token positions; negative ones (padding) count as 0. With
+        `axes`, a token may have A coordinates; if it has one, all are equal.
       head_dim: H.
     """
     dim = int(head_dim * self.fraction)
     positions = jnp.maximum(positions, 0)
+    if self.axes is not None:
+      return self._tables_of_axes(positions, dim)
     if self.scaling is None:
       frequencies, magnitude = inverse_frequencies(self.theta, dim), 1.0
     else:
@@ -162,6 +241,30 @@ class Rope:
       frequencies = frequencies[:, None]
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+
+  def _tables_of_axes(self, positions, dim):
+    if self.scaling is not None:
+      raise UserError(
+        f"Rope: found axes and {type(self.scaling).__name__} scaling, expected"
+        " one of them"
+      )
+    coordinates = self.axes.coordinates(dim // 2)
+    if isinstance(self.axes, Spatial):
+      part = inverse_frequencies(self.theta, dim // self.axes.count)
+      frequencies = np.tile(part, self.axes.count)
+    else:
+      frequencies = inverse_frequencies(self.theta, dim)
+    if positions.ndim == 2:
+      positions = positions[..., None]
+    elif positions.shape[-1] <= coordinates.max():
+      raise UserError(
+        f"rotary positions: found {positions.shape[-1]} coordinates, expected"
+        f" {coordinates.max() + 1}"
+      )
+    else:
+      positions = positions[..., coordinates]
+    angles = positions.astype(jnp.float32) * frequencies.astype(np.float32)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(

@@ -1,13 +1,10 @@
 """The Transformer of all model families, configured by its blocks.
 
-The layer stack is a list of scanned runs (see `research.tree`). At
-initialisation, the blocks determine the runs; afterwards, the parameter tree
-passed to `apply` does. So the same model can apply parameters whose layers have
-different leaf types, or an unrolled stack.
+`research.nn.layers` runs its stack.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,52 +12,13 @@ from flax import linen as nn
 
 from kernels_pallas.masks import Mask
 from research import sharding, tree, weights
-from research.nn import attention_context, collectives, zigzag
+from research.nn import attention_context, collectives, layers, zigzag
 from research.nn import cache as caches
 from research.nn import time_embedding as time_embeddings
 from research.nn.block import Block
-from research.nn.norm import RMSNorm
+from research.nn.norm import Norm, RMSNorm
 from research.nn.stack import Stack
-from research.typing import Array, Float, Int, Params, UserError
-
-Remat = Literal["none", "layer", "names"]
-
-SAVED = (
-  "qkv",
-  "attn_out",
-  "attn_lse",
-  "middle",
-  "gate",
-  "up",
-  "unscaled",
-  "thin",
-)
-"""Activations that `remat="names"` saves. Norms, rotations, attention
-probabilities and the gated product are recomputed. `unscaled` is a product that
-an adapter multiplies by trained scales, needed for their gradient; `thin` is
-the activation between the two factors of a low-rank adapter."""
-
-
-def _rematerialised(f, remat: Remat):
-  if remat == "none" and not sharding.is_cut():
-    return f
-  policy = None
-  if remat == "none":
-    # Weights gathered for FSDP are gathered again in the backward pass.
-    policy = _unless_gathered
-  if remat == "names":
-    policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
-  return jax.checkpoint(f, prevent_cse=False, policy=policy)
-
-
-def _unless_gathered(primitive, *_, **params) -> bool:
-  """Checkpoint policy: saves everything but the output of an FSDP gather.
-
-  A gather is recognised by a sharding constraint that leaves some axes
-  unconstrained.
-  """
-  constrained = primitive.name == "sharding_constraint"
-  return not (constrained and params["unconstrained_dims"])
+from research.typing import Array, Float, Int, Params, PRNGKey, UserError
 
 
 class Transformer(nn.Module):
@@ -76,7 +34,7 @@ class Transformer(nn.Module):
     softcap: soft cap of the logits, or None.
     dtype: compute dtype; norms, softmax and loss always compute in fp32.
     remat: activations saved for the backward pass: all ("none"), those in
-      `SAVED` ("names"), or only each layer's input ("layer").
+      `layers.SAVED` ("names"), or only each layer's input ("layer").
     max_positions: context length of training; not enforced here.
     time_embedding: configuration of the timestep conditioning, or None.
   """
@@ -84,12 +42,12 @@ class Transformer(nn.Module):
   vocab_size: int
   width: int
   stack: Stack
-  norm: RMSNorm = RMSNorm()
+  norm: Norm = RMSNorm()
   tied: bool = True
   embed_scale: float = 1.0
   softcap: float | None = None
   dtype: str = "float32"
-  remat: Remat = "none"
+  remat: layers.Remat = "none"
   max_positions: int | None = None
   time_embedding: time_embeddings.TimeEmbedding | None = None
 
@@ -107,13 +65,15 @@ class Transformer(nn.Module):
     lengths: Int[Array, "B"] | None = None,
     time: Float[Array, "B"] | Float[Array, "B T"] | None = None,
     keep: Int[Array, "B N"] | None = None,
+    rotary: Int[Array, "B T A"] | None = None,
+    injected: Float[Array, "B T J D"] | None = None,
   ) -> tuple[Float[Array, "B N D"], caches.Cache | None]:
     """Returns the final hidden states, after the last norm, and the cache.
 
     Args:
       inputs: token ids, or embeddings (already scaled).
       positions: of the tokens, -1 for padding. By default they continue from
-        the cache's length, or start at 0.
+        the cache's length, or start at 0. In a cache they are slots.
       mask: the attention mask. By default causal: by position if `positions`
         is given, else by index.
       cache: from `init_cache` or an earlier call.
@@ -124,14 +84,17 @@ class Transformer(nn.Module):
       keep: indices in `inputs` of the tokens whose states are returned; None
         for all. If the last layer is a run of its own (`tree.unroll`), it
         computes outputs for these tokens only, and keys and values for all.
+      rotary: the A coordinates by which each token is rotated, where they are
+        not its position: time, row and column (`Rope.axes`).
+      injected: activations that are added after the first J layers, at the
+        tokens of images (DeepStack); zeros elsewhere.
 
     Raises:
       UserError: `time` is missing in a model with `time_embedding`, or given to
-        one without.
+        one without; or `rotary` is given to a model without rotary axes.
     """
-    hidden, cache, _ = self._forward(
-      inputs, positions, mask, cache, lengths, time, keep
-    )
+    given = inputs, positions, mask, cache, lengths, time, keep
+    hidden, cache, _ = self._forward(*given, rotary=rotary, injected=injected)
     return hidden, cache
 
   @nn.compact
@@ -163,7 +126,10 @@ class Transformer(nn.Module):
     time,
     keep=None,
     whole=True,
+    rotary=None,
+    injected=None,
   ):
+    self._check_rotary(rotary)
     x = sharding.constrain(self._embed(inputs), "batch", "length", None)
     batch, length = x.shape[:2]
     fresh = cache is None or cache.fresh
@@ -186,10 +152,11 @@ class Transformer(nn.Module):
       conditioning is not None and conditioning.shape[1] > 1
     )
     axes = () if still else zigzag.zigzag_axes(mask, (batch, length))
-    x, positions, mask = zigzag.to_zigzag(axes, x, positions, mask)
-    x, layers, loads = self._layers(
-      x, positions, mask, cache, new_length, fresh, conditioning, keep, whole
+    x, positions, mask, (rotary, injected) = zigzag.to_zigzag(
+      axes, x, positions, mask, (rotary, injected)
     )
+    given = positions, mask, cache, new_length, fresh, conditioning
+    x, caches_out, loads = self._layers(x, given, keep, whole, rotary, injected)
     if not whole:
       return x, None, loads
     x = zigzag.from_zigzag(axes, x)
@@ -205,7 +172,7 @@ class Transformer(nn.Module):
       self._head()
     if cache is None:
       return x, None, loads
-    cache = caches.Cache(length=new_length, layers=layers, fresh=False)
+    cache = caches.Cache(length=new_length, layers=caches_out, fresh=False)
     return x, cache, loads
 
   @nn.compact
@@ -274,37 +241,18 @@ class Transformer(nn.Module):
       x = x * jnp.asarray(self.embed_scale, self.dtype)
     return x
 
-  def _runs(self) -> list[tuple[Params, tuple[Block, ...]]]:
-    """Returns each run's parameters and period of blocks, stored or new."""
-    out = []
-    for name, repeats, blocks in self.stack.runs(
-      self.variables.get("params", {})
-    ):
-      init = functools.partial(self._init_run, repeats=repeats, blocks=blocks)
-      out.append((weights.weight(self, name, init), blocks))
-    return out
-
-  def _init_run(self, key, shape, *, repeats, blocks):
+  def _init_layer(self, block: Block, key: PRNGKey) -> Params:
     x = jnp.zeros((1, 1, self.width), self.dtype)
     positions = jnp.zeros((1, 1), jnp.int32)
     conditioning = self.time_embedding and jnp.zeros(
       (1, 1, self.time_embedding.width), self.dtype
     )
+    return block.init(
+      key, x, positions, Mask.causal(), conditioning=conditioning
+    )["params"]
 
-    def one(block, key):
-      return block.init(
-        key, x, positions, Mask.causal(), conditioning=conditioning
-      )["params"]
-
-    def init(j, block):
-      keys = jax.random.split(jax.random.fold_in(key, j), repeats)
-      return jax.vmap(lambda k: one(block, k))(keys)
-
-    return {f"layer{j}": init(j, block) for j, block in enumerate(blocks)}
-
-  def _layers(
-    self, x, positions, mask, cache, length, fresh, conditioning, keep, whole
-  ):
+  def _rotations(self, positions: Array) -> dict[Any, tuple[Array, Array]]:
+    """Returns cos and sin for each kind of rotary embedding in the stack."""
     rotations = {}
     for rope, dim in {
       (b.attention.rope, b.attention.head_dim) for b in self.stack.blocks
@@ -313,64 +261,53 @@ class Transformer(nn.Module):
         # Without the barrier, XLA recomputes sines and cosines in every layer.
         tables = rope.tables(positions, dim)
         rotations[rope, dim] = jax.lax.optimization_barrier(tables)
-    caches_out, loads_out, runs = {}, {}, self._runs()
-    for i, (params, blocks) in enumerate(runs):
-      old = None if cache is None else cache.layers[f"run{i}"]
-      last = i == len(runs) - 1
-      alone = last and tree.run_length(params) == 1
-      few = (
-        keep
-        if alone
-        and attention_context.can_select_tokens(keep, mask, old, x.shape)
-        else None
+    return rotations
+
+  def _check_rotary(self, rotary):
+    ropes = [block.attention.rope for block in self.stack.blocks]
+    if rotary is not None and any(r is None or r.axes is None for r in ropes):
+      raise UserError(
+        "found rotary positions with several coordinates, but the model's"
+        " rotary embedding has one; expected positions alone"
       )
-      if last and not (whole or alone):
-        raise UserError(
-          "the last layer is scanned with others, expected one that is a run"
-          " of its own: tree.split_last_layer"
-        )
-      # Number of layers in the period that are computed in full.
-      most = len(blocks) - (few is not None or (last and not whole))
 
-      def period(x, params_and_cache, blocks=blocks, few=few, most=most):
-        params, old = params_and_cache
-        params = collectives.gather_parts(params)
-        new, loads = {}, {}
-        for j, block in enumerate(blocks):
-          key = f"layer{j}"
-          a, own = block.attention, params[key]
-          given = (
-            positions,
-            mask,
-            rotations.get((a.rope, a.head_dim)),
-            None if old is None else old[key],
-            length,
-            fresh,
-            conditioning,
-          )
-          if j < most:
-            x, new[key], loads[key] = block.apply({"params": own}, x, *given)
-          elif whole:
-            own = block.select_tokens(own, few)
-            x, new[key], loads[key] = block.apply(
-              {"params": own}, x, *given, few
-            )
-          else:
-            x, new[key] = block.apply(
-              {"params": own}, x, *given, method="attend"
-            )
-            loads[key] = None
-        return x, (None if old is None else new, loads)
+  def _layers(self, x, given, keep, whole, rotary, injected):
+    """Returns the output, each run's caches, and each run's router loads."""
+    positions, mask, cache, length, fresh, conditioning = given
+    runs = layers.stacked_runs(self, self.stack, self._init_layer)
+    if not whole and tree.run_length(runs[-1][0]) > 1:
+      raise UserError(
+        "the last layer is scanned with others, expected one that is a run"
+        " of its own: tree.split_last_layer"
+      )
+    rotations = self._rotations(positions if rotary is None else rotary)
 
-      body = _rematerialised(period, self.remat)
-      if tree.run_length(params) == 1:
-        one = jax.tree.map(lambda a: a[0], (params, old))
-        x, new = body(x, one)
-        new = jax.tree.map(lambda a: a[None], new)
-      else:
-        x, new = jax.lax.scan(body, x, (params, old))
-      caches_out[f"run{i}"], loads_out[f"run{i}"] = new
-    return x, caches_out, loads_out
+    def layer(block, own, x, old, last):
+      rotation = rotations.get((block.attention.rope, block.attention.head_dim))
+      given = positions, mask, rotation, old, length, fresh, conditioning
+      if last and not whole:
+        x, new = block.apply({"params": own}, x, *given, method="attend")
+        return x, (new, None)
+      few = last and attention_context.can_select_tokens(
+        keep, mask, old, x.shape
+      )
+      if few:
+        own, given = block.select_tokens(own, keep), (*given, keep)
+      x, new, load = block.apply({"params": own}, x, *given)
+      return x, (new, load)
+
+    old = None if cache is None else cache.layers
+    x, out, _ = layers.run_layers(
+      runs, x, layer, old, remat=self.remat, injected=injected
+    )
+
+    def part(i):
+      return {
+        run: {key: both[i] for key, both in made.items()}
+        for run, made in out.items()
+      }
+
+    return x, part(0), part(1)
 
 
 def init_cache(
@@ -394,9 +331,9 @@ def init_cache(
       or None.
   """
   dtype = dtype or model.dtype
-  layers, start = {}, 0
+  made_layers, start = {}, 0
   for name, repeats, blocks in model.stack.runs(params):
-    layers[name] = {}
+    made_layers[name] = {}
     for j, block in enumerate(blocks):
       a = block.attention
       slots = min(capacity, a.window or capacity)
@@ -408,9 +345,9 @@ def init_cache(
       else:
         zeros = jnp.zeros((*lead, slots, a.head_dim), dtype)
         made = caches.LayerCache(zeros, zeros)
-      layers[name][f"layer{j}"] = made
+      made_layers[name][f"layer{j}"] = made
     start += repeats * len(blocks)
-  return caches.Cache(jnp.zeros((batch,), jnp.int32), layers)
+  return caches.Cache(jnp.zeros((batch,), jnp.int32), made_layers)
 
 
 def logits(

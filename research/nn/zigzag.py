@@ -49,16 +49,25 @@ def to_zigzag(
   x: Float[Array, "B T D"],
   positions: Int[Array, "B T"],
   mask: Mask,
-) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], Mask]:
-  """Returns activations, positions and mask in zig-zag order over `axes`."""
+  more: Any = None,
+) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], Mask, Any]:
+  """Returns its arguments in zig-zag order over `axes`.
+
+  Args:
+    axes: from `zigzag_axes`.
+    x: activations.
+    positions: of the tokens.
+    mask: the attention mask.
+    more: any tree of arrays `[B, T, ...]`.
+  """
   if not axes:
-    return x, positions, mask
+    return x, positions, mask, more
   mask = sharded.with_positions(mask, x.shape[1], x.shape[1])
   arrays = {name: getattr(mask, name) for name in _ARRAYS}
-  x, positions, arrays = _exchanged(
-    zigzag.to_zigzag, axes, (x, positions, arrays)
+  x, positions, arrays, more = _exchanged(
+    zigzag.to_zigzag, axes, (x, positions, arrays, more)
   )
-  return x, positions, dataclasses.replace(mask, **arrays)
+  return x, positions, dataclasses.replace(mask, **arrays), more
 
 
 def from_zigzag(

@@ -1,0 +1,168 @@
+"""Published encoders as rows: a new one is a new row."""
+
+import dataclasses
+
+from research.nn.attention import Attention
+from research.nn.block import Block
+from research.nn.mlp import Activation, PlainMlp
+from research.nn.norm import LayerNorm
+from research.nn.stack import Stack
+from research.vlm.encoders.pooling import AttentionPooling, ClassPooling
+from research.vlm.encoders.positions import PositionTable
+from research.vlm.encoders.text import EndOfText, LastPosition, TextEncoder
+from research.vlm.encoders.vit import VisionTransformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderSizes:
+  """Hyperparameters of one tower.
+
+  Attributes:
+    width, depth, heads, hidden: `D`, layers, heads, inner width `F`.
+    patch: side of a patch in pixels.
+    grid: patches along each side of the images it was trained on.
+    eps: of the norms; None for the family's.
+  """
+
+  width: int
+  depth: int
+  heads: int
+  hidden: int
+  patch: int = 16
+  grid: int = 14
+  eps: float | None = None
+
+
+def encoder_stack(
+  sizes: EncoderSizes, activation: Activation, eps: float
+) -> Stack:
+  """Returns pre-norm layers with full attention and biases everywhere."""
+  block = Block(
+    attention=Attention(
+      heads=sizes.heads,
+      kv_heads=sizes.heads,
+      head_dim=sizes.width // sizes.heads,
+      rope=None,
+      qkv_bias=True,
+      out_bias=True,
+    ),
+    mlp=PlainMlp(hidden=sizes.hidden, activation=activation),
+    norm=LayerNorm(eps=eps),
+  )
+  return Stack(sizes.depth, (block,))
+
+
+def siglip(sizes: EncoderSizes, *, head: bool = False) -> VisionTransformer:
+  """Returns SigLIP's image tower (Zhai et al. 2023, arXiv:2303.15343).
+
+  Args:
+    sizes: of the tower.
+    head: whether it has the pooling head, which language models do not use.
+  """
+  eps = sizes.eps or 1e-6
+  pooling = AttentionPooling(
+    heads=sizes.heads,
+    mlp=PlainMlp(hidden=sizes.hidden, activation="gelu_tanh"),
+    norm=LayerNorm(eps=eps),
+  )
+  return VisionTransformer(
+    width=sizes.width,
+    patch=sizes.patch,
+    stack=encoder_stack(sizes, "gelu_tanh", eps),
+    positions=PositionTable(sizes.grid, sizes.grid),
+    norm=LayerNorm(eps=eps),
+    pooling=pooling if head else None,
+  )
+
+
+def clip(sizes: EncoderSizes, *, size: int | None = None) -> VisionTransformer:
+  """Returns CLIP's image tower (Radford et al. 2021, arXiv:2103.00020).
+
+  Args:
+    sizes: of the tower.
+    size: of the shared space; None for a tower without its projection.
+  """
+  eps = sizes.eps or 1e-5
+  return VisionTransformer(
+    width=sizes.width,
+    patch=sizes.patch,
+    stack=encoder_stack(sizes, "quick_gelu", eps),
+    positions=PositionTable(sizes.grid, sizes.grid),
+    patch_bias=False,
+    class_token=True,
+    input_norm=LayerNorm(eps=eps),
+    norm=LayerNorm(eps=eps),
+    pooling=None if size is None else ClassPooling(size),
+  )
+
+
+def siglip_text(
+  sizes: EncoderSizes, *, vocab: int, length: int = 64, size: int | None = None
+) -> TextEncoder:
+  """Returns SigLIP's text tower.
+
+  Args:
+    sizes: of the tower.
+    vocab: number of tokens.
+    length: tokens a text, padding included.
+    size: of the shared space; None for the width.
+  """
+  eps = sizes.eps or 1e-6
+  return TextEncoder(
+    vocab_size=vocab,
+    width=sizes.width,
+    length=length,
+    stack=encoder_stack(sizes, "gelu_tanh", eps),
+    read=LastPosition(),
+    size=size or sizes.width,
+    projection_bias=True,
+    norm=LayerNorm(eps=eps),
+  )
+
+
+def clip_text(
+  sizes: EncoderSizes,
+  *,
+  size: int,
+  vocab: int = 49_408,
+  length: int = 77,
+  end: int | None = None,
+) -> TextEncoder:
+  """Returns CLIP's text tower.
+
+  Args:
+    sizes: of the tower.
+    size: of the shared space.
+    vocab: number of tokens.
+    length: tokens a text, padding included.
+    end: id of the end token, see `EndOfText`.
+  """
+  eps = sizes.eps or 1e-5
+  return TextEncoder(
+    vocab_size=vocab,
+    width=sizes.width,
+    length=length,
+    stack=encoder_stack(sizes, "quick_gelu", eps),
+    read=EndOfText(token=end),
+    size=size,
+    norm=LayerNorm(eps=eps),
+  )
+
+
+SIGLIP_SIZES: dict[str, EncoderSizes] = {
+  "mu": EncoderSizes(width=32, depth=1, heads=2, hidden=128),
+  "Ti": EncoderSizes(width=192, depth=12, heads=3, hidden=768),
+  "S": EncoderSizes(width=384, depth=12, heads=6, hidden=1_536),
+  "B": EncoderSizes(width=768, depth=12, heads=12, hidden=3_072),
+  "L": EncoderSizes(width=1_024, depth=24, heads=16, hidden=4_096),
+  "So400m": EncoderSizes(
+    width=1_152, depth=27, heads=16, hidden=4_304, patch=14, grid=16
+  ),
+  "g-opt": EncoderSizes(width=1_536, depth=40, heads=16, hidden=6_144),
+}
+"""The shapes of big_vision's towers; `grid` is that of 224 pixels."""
+
+CLIP_L14_336 = EncoderSizes(
+  width=1_024, depth=24, heads=16, hidden=4_096, patch=14, grid=24
+)
+"""The image tower of LLaVA: CLIP ViT-L/14 at 336 pixels."""

@@ -1,0 +1,238 @@
+"""Vision transformer: patches to features (Dosovitskiy et al. 2021).
+
+arXiv:2010.11929. CLIP's and SigLIP's image towers are rows of `presets`; they
+differ in positions, norms, the class token and pooling.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from kernels_pallas.masks import Mask
+from research import sharding, weights
+from research.nn import layers
+from research.nn.block import Block
+from research.nn.norm import LayerNorm, Norm
+from research.nn.stack import Stack
+from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
+from research.vlm.encoders.pooling import Pooling
+from research.vlm.encoders.positions import PositionTable
+
+CHANNELS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Features:
+  """Which activations of an encoder are its features.
+
+  Attributes:
+    layers: as in transformers' `hidden_states`: 0 is the input of the first
+      block, i the output of block i, negative ones count from the end.
+      Features of several layers are concatenated, in this order.
+    normed: whether the final norm is applied to each.
+    class_token: whether the class token's features come first, if there is one.
+  """
+
+  layers: Sequence[int] = (-1,)
+  normed: bool = True
+  class_token: bool = False
+
+
+class VisionTransformer(nn.Module):
+  """A transformer over image patches.
+
+  Attributes:
+    width: `D`.
+    patch: side of a patch in pixels, `P`.
+    stack: the layers.
+    positions: learned position embeddings, or None (rotary ones are in the
+      layers).
+    patch_bias: whether the patch embedding has a bias.
+    class_token: whether a learned token comes first (CLIP).
+    input_norm: normalises the input of the first layer, or None (CLIP).
+    norm: the final norm.
+    pooling: one vector per image, or None.
+    dtype: compute dtype; norms and softmax always compute in fp32.
+    remat: see `layers.run_layers`.
+  """
+
+  width: int
+  patch: int
+  stack: Stack
+  positions: PositionTable | None
+  patch_bias: bool = True
+  class_token: bool = False
+  input_norm: Norm | None = None
+  norm: Norm = LayerNorm()
+  pooling: Pooling | None = None
+  dtype: str = "float32"
+  remat: layers.Remat = "none"
+
+  def layer_kinds(self) -> tuple[Block, ...]:
+    """Returns each layer's block, first to last."""
+    return self.stack.kinds()
+
+  @nn.compact
+  def __call__(
+    self,
+    patches: Float[Array, "B N X"],
+    coordinates: Int[Array, "B N 2"],
+    valid: Bool[Array, "B N"] | None = None,
+    features: Features = Features(),
+  ) -> Float[Array, "B M C"]:
+    """Returns the features of each patch, `[B, N, layers * D]`.
+
+    Args:
+      patches: normalised pixels of each patch, `X = P * P * 3` in the order
+        row, column, channel; see `patchify`.
+      coordinates: of each patch in the position table: row and column. -1 marks
+        padding.
+      valid: whether each patch is part of the image; by default those whose
+        coordinates are not negative.
+      features: which activations. With its class token, `M = N + 1`.
+    """
+    found = self._features(patches, coordinates, valid, features)
+    return jnp.concatenate(found, axis=-1)
+
+  @nn.compact
+  def pooled(
+    self,
+    patches: Float[Array, "B N X"],
+    coordinates: Int[Array, "B N 2"],
+    valid: Bool[Array, "B N"] | None = None,
+  ) -> Float[Array, "B E"]:
+    """Returns one vector per image; arguments as for `__call__`."""
+    if self.pooling is None:
+      raise UserError("this encoder has no pooling, so no vector per image")
+    valid = self._valid(coordinates, valid)
+    last = Features(normed=False, class_token=True)
+    [x] = self._features(patches, coordinates, valid, last)
+    if self.class_token:
+      valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
+    norm = self.norm.clone(name="final_norm", parent=self)
+    return self.pooling(x, valid, norm)
+
+  def _features(self, patches, coordinates, valid, features):
+    valid = self._valid(coordinates, valid)
+    x = self._embed(patches, coordinates)
+    if self.class_token:
+      valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
+    x = sharding.constrain(x, "batch", "length", None)
+    found = self._layers(x, coordinates, valid, features.layers)
+    if features.normed:
+      norm = self.norm.clone(name="final_norm", parent=self)
+      found = [norm(x) for x in found]
+    if self.class_token and not features.class_token:
+      found = [x[:, 1:] for x in found]
+    return found
+
+  def _valid(self, coordinates, valid):
+    return coordinates[..., 0] >= 0 if valid is None else valid
+
+  def _embed(self, patches, coordinates):
+    x = weights.project(
+      self,
+      patches.astype(self.dtype),
+      "patch_embed",
+      self.width,
+      self.patch_bias,
+    )
+    if self.class_token:
+      first = weights.weight(
+        self, "class_embed", nn.initializers.normal(0.02), (self.width,)
+      )
+      first = jnp.broadcast_to(first, (x.shape[0], 1, self.width))
+      x = jnp.concatenate([first.astype(x.dtype), x], axis=1)
+    if self.positions is not None:
+      places = self.positions(coordinates, self.width, self.class_token)
+      x = x + places.astype(x.dtype)
+    if self.input_norm is not None:
+      x = self.input_norm(x)
+    return x
+
+  def _layers(self, x, coordinates, valid, wanted: Sequence[int]) -> list[Any]:
+    depth = self.stack.depth
+    numbers = [_count(layer, depth) for layer in wanted]
+    last = max(numbers)
+    runs = layers.stacked_runs(self, self.stack, self._init_layer)
+    positions = jnp.where(valid, 0, -1)
+    mask = Mask.full(segments=positions)
+    rotations = self._rotations(coordinates)
+
+    def layer(block, own, x, state, alone):
+      del alone
+      rope = block.attention.rope
+      rotation = rotations.get((rope, block.attention.head_dim))
+      x, _, _ = block.apply({"params": own}, x, positions, mask, rotation)
+      return x, state
+
+    if not last:
+      return [x] * len(numbers)
+    taps = sorted({n - 1 for n in numbers if 0 < n < last})
+    y, _, watched = layers.run_layers(
+      runs, x, layer, remat=self.remat, taps=taps, stop=last
+    )
+    after = {0: x, last: y} | {
+      n + 1: each for n, each in zip(taps, watched, strict=True)
+    }
+    return [after[n] for n in numbers]
+
+  def _rotations(self, coordinates):
+    kinds = {
+      (b.attention.rope, b.attention.head_dim) for b in self.stack.blocks
+    }
+    return {
+      (rope, dim): rope.tables(coordinates, dim)
+      for rope, dim in kinds
+      if rope is not None
+    }
+
+  def _init_layer(self, block: Block, key: PRNGKey) -> Params:
+    x = jnp.zeros((1, 1, self.width), self.dtype)
+    positions = jnp.zeros((1, 1), jnp.int32)
+    return block.init(key, x, positions, Mask.full())["params"]
+
+
+def _count(layer: int, depth: int) -> int:
+  """Returns how many blocks come before hidden state `layer`."""
+  number = layer + depth + 1 if layer < 0 else layer
+  if not 0 <= number <= depth:
+    raise UserError(
+      f"Features.layers: found {layer}, expected {-depth - 1} to {depth}: the"
+      f" encoder has {depth} layers"
+    )
+  return number
+
+
+def patchify(
+  images: Float[Array, "B H W X"], patch: int
+) -> Float[Array, "B N Y"]:
+  """Cuts images into patches, row by row.
+
+  Args:
+    images: `[B, H, W, channels]`.
+    patch: side of a patch in pixels; divides H and W.
+
+  Returns:
+    `[B, (H / patch) (W / patch), patch * patch * channels]`; within a patch the
+    order is row, column, channel.
+  """
+  batch, height, width, channels = images.shape
+  if height % patch or width % patch:
+    raise UserError(
+      f"patchify: found images of {height} x {width} pixels, expected multiples"
+      f" of the patch size {patch}"
+    )
+  rows, columns = height // patch, width // patch
+  x = images.reshape(batch, rows, patch, columns, patch, channels)
+  x = x.transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(batch, rows * columns, patch * patch * channels)
+
+
+def grid_coordinates(rows: int, columns: int) -> Int[Array, "1 N 2"]:
+  """Returns row and column of each patch of a grid, row by row."""
+  at = jnp.stack(jnp.indices((rows, columns)), axis=-1)
+  return at.reshape(1, rows * columns, 2)
