@@ -10,7 +10,6 @@ rotary axes decide which of them turns which frequency.
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +138,7 @@ class Sections:
     sizes: number of frequencies per coordinate, `H/2` in total.
   """
 
-  sizes: Sequence[int]
+  sizes: tuple[int, ...]
 
   def coordinates(self, count: int) -> np.ndarray:
     """Returns which coordinate turns each of `count` frequencies."""
@@ -158,7 +157,7 @@ class InterleavedSections:
     sizes: number of frequencies per coordinate, `H/2` in total.
   """
 
-  sizes: Sequence[int]
+  sizes: tuple[int, ...]
 
   def coordinates(self, count: int) -> np.ndarray:
     """Returns which coordinate turns each of `count` frequencies."""
@@ -191,7 +190,7 @@ class Spatial:
 Axes = Sections | InterleavedSections | Spatial
 
 
-def _check_sections(sizes: Sequence[int], count: int) -> None:
+def _check_sections(sizes: tuple[int, ...], count: int) -> None:
   if sum(sizes) != count:
     raise UserError(
       f"rotary axes: found sections {tuple(sizes)}, expected {count} in total,"

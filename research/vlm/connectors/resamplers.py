@@ -1,0 +1,116 @@
+"""Connectors that ask all patches: learned queries with cross-attention."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from research import weights
+from research.nn.cross_attention import CrossAttention
+from research.nn.mlp import Activation, PlainMlp
+from research.nn.norm import LayerNorm
+from research.typing import Array, Float
+from research.vlm.connectors.projections import Grid
+
+
+class AttentionPool(nn.Module):
+  """Learned queries that attend to the patches once, then a matrix.
+
+  Attributes:
+    size: width of the language model, `D`.
+    queries: number of soft tokens.
+    heads: number of heads.
+    norm: of the patches.
+  """
+
+  size: int
+  queries: int
+  heads: int = 8
+  norm: LayerNorm = LayerNorm()
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B N C"], grid: Grid
+  ) -> Float[Array, "B S D"]:
+    """Returns `queries` soft tokens; arguments as for `Linear`."""
+    del grid
+    width = x.shape[-1]
+    init = nn.initializers.normal(0.02)
+    queries = weights.weight(self, "latents", init, (self.queries, width))
+    queries = jnp.broadcast_to(queries, (x.shape[0], *queries.shape))
+    attention = CrossAttention(
+      heads=self.heads, head_dim=width // self.heads, name="attention"
+    )
+    y = attention(queries.astype(x.dtype), self.norm(x))
+    return weights.project(self, y, "projection", self.size, True)
+
+  def tokens(self, grid: Grid) -> int:
+    """Returns the number of soft tokens, whatever the grid."""
+    del grid
+    return self.queries
+
+
+class _ResamplerLayer(nn.Module):
+  """Latents attend to the patches and to themselves; a feed-forward."""
+
+  heads: int
+  head_dim: int
+  mlp: PlainMlp
+  eps: float
+
+  @nn.compact
+  def __call__(self, latents, media):
+    normed = LayerNorm(eps=self.eps, name="media_norm")(media)
+    own = LayerNorm(eps=self.eps, name="attention_norm")(latents)
+    attention = CrossAttention(
+      heads=self.heads, head_dim=self.head_dim, name="attention"
+    )
+    latents = latents + attention(own, jnp.concatenate([normed, own], axis=1))
+    return latents + self.mlp(LayerNorm(eps=self.eps, name="mlp_norm")(latents))
+
+
+class PerceiverResampler(nn.Module):
+  """Flamingo's resampler (Alayrac et al. 2022, arXiv:2204.14198), section 3.1.
+
+  In each layer `q` is made of the latents, `k` and `v` of the patches followed
+  by the latents; neither attention nor feed-forward has biases.
+
+  Attributes:
+    size: width of the language model, `D`.
+    queries: number of latents.
+    depth: number of layers.
+    heads, head_dim: of the attention.
+    activation: of the feed-forward, which is 4 times as wide as the patches.
+    eps: of the norms.
+  """
+
+  size: int
+  queries: int = 64
+  depth: int = 6
+  heads: int = 8
+  head_dim: int = 64
+  activation: Activation = "gelu"
+  eps: float = 1e-5
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B N C"], grid: Grid
+  ) -> Float[Array, "B S D"]:
+    """Returns `queries` soft tokens; arguments as for `Linear`."""
+    del grid
+    width = x.shape[-1]
+    init = nn.initializers.normal(1.0)
+    latents = weights.weight(self, "latents", init, (self.queries, width))
+    latents = jnp.broadcast_to(latents, (x.shape[0], *latents.shape))
+    latents = latents.astype(x.dtype)
+    mlp = PlainMlp(hidden=4 * width, activation=self.activation, bias=False)
+    for i in range(self.depth):
+      layer = _ResamplerLayer(
+        self.heads, self.head_dim, mlp, self.eps, name=f"resampler{i}"
+      )
+      latents = layer(latents, x)
+    latents = LayerNorm(eps=self.eps, name="final_norm")(latents)
+    return weights.project(self, latents, "projection", self.size, True)
+
+  def tokens(self, grid: Grid) -> int:
+    """Returns the number of soft tokens, whatever the grid."""
+    del grid
+    return self.queries

@@ -1,0 +1,143 @@
+"""A vision language model: encoder, connector, language model.
+
+Its parameters are `{"vision": ..., "connector": ..., "language": ...}`. Images
+become soft tokens (`encode`), which stand where the prompt has placeholders
+(`research.vlm.splice`); what follows is the language model, of any kind.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.nn.transformer import Transformer
+from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8
+from research.vlm import splice
+from research.vlm.connectors.projections import (
+  AveragePool,
+  Grid,
+  Linear,
+  Mlp,
+  Squares,
+)
+from research.vlm.connectors.resamplers import AttentionPool, PerceiverResampler
+from research.vlm.encoders import vit
+from research.vlm.encoders.vit import Features, VisionTransformer
+
+Connector = (
+  Linear | Mlp | Squares | AveragePool | AttentionPool | PerceiverResampler
+)
+
+TOWERS = ("vision", "connector", "language")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionLanguageModel:
+  """Three modules, and what happens between them.
+
+  Attributes:
+    vision: the encoder.
+    connector: makes soft tokens of its features.
+    language: the language model.
+    features: which activations of the encoder the connector gets.
+    image_token: id of the placeholder.
+    mean, std: of the pixels, by which they are normalised; 0 to 1 is the range
+      of the values.
+    scale: multiplies the soft tokens before the language model scales its
+      embeddings: `1 / embed_scale` leaves them as the connector made them.
+  """
+
+  vision: VisionTransformer
+  connector: Connector
+  language: Transformer
+  features: Features = Features()
+  image_token: int
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  scale: float = 1.0
+
+  def init(self, key: PRNGKey) -> dict[str, Any]:
+    """Returns new parameters of all three."""
+    keys = jax.random.split(key, 3)
+    side = self.connector.side if isinstance(self.connector, SQUARES) else 1
+    patches = jnp.zeros((1, side * side, self.vision.patch**2 * vit.CHANNELS))
+    at = vit.grid_coordinates(side, side)
+    vision = self.vision.init(keys[0], patches, at)["params"]
+    features = jnp.zeros(
+      (1, side * side, len(self.features.layers) * self.vision.width)
+    )
+    connector = self.connector.init(keys[1], features, (side, side))["params"]
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    language = self.language.init(keys[2], tokens)["params"]
+    return dict(vision=vision, connector=connector, language=language)
+
+  def grid(self, height: int, width: int) -> Grid:
+    """Returns rows and columns of patches of an image of so many pixels."""
+    return height // self.vision.patch, width // self.vision.patch
+
+  def tokens_per_view(self, height: int, width: int) -> int:
+    """Returns the number of soft tokens of an image of so many pixels."""
+    return self.connector.tokens(self.grid(height, width))
+
+  def normalise(
+    self, pixels: UInt8[Array, "*B H W 3"]
+  ) -> Float[Array, "*B H W 3"]:
+    """Returns normalised pixels, computed in fp32."""
+    scale = 1 / (255 * np.asarray(self.std, np.float32))
+    shift = np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32)
+    return pixels.astype(jnp.float32) * scale - shift
+
+  def encode(
+    self, params: Params, pixels: UInt8[Array, "B V H W 3"]
+  ) -> Float[Array, "B P D"]:
+    """Returns the soft tokens of each row's views, one view after the other.
+
+    Args:
+      params: of all three, or of vision and connector alone.
+      pixels: V views a row, padded at the end; P = V * tokens_per_view.
+    """
+    rows, views, height, width, _ = pixels.shape
+    images = self.normalise(pixels.reshape(-1, height, width, vit.CHANNELS))
+    patches = vit.patchify(images, self.vision.patch)
+    grid = self.grid(height, width)
+    at = jnp.broadcast_to(vit.grid_coordinates(*grid), (*patches.shape[:2], 2))
+    features = self.encode_patches(params, patches, at)
+    soft = self.connect(params, features, grid)
+    return soft.reshape(rows, views * soft.shape[1], soft.shape[2])
+
+  def encode_patches(
+    self,
+    params: Params,
+    patches: Float[Array, "B N X"],
+    coordinates: Int[Array, "B N 2"],
+    valid: Bool[Array, "B N"] | None = None,
+  ) -> Float[Array, "B N C"]:
+    """Returns the encoder's features; arguments as for the encoder."""
+    return self.vision.apply(
+      {"params": params["vision"]}, patches, coordinates, valid, self.features
+    )
+
+  def connect(
+    self, params: Params, features: Float[Array, "B N C"], grid: Grid
+  ) -> Float[Array, "B S D"]:
+    """Returns soft tokens of features on a grid of patches."""
+    soft = self.connector.apply({"params": params["connector"]}, features, grid)
+    return soft if self.scale == 1.0 else soft * self.scale
+
+  def with_images(
+    self, params: Params, pixels: UInt8[Array, "B V H W 3"]
+  ) -> dict[str, Any]:
+    """Returns the language model's parameters, which see these images.
+
+    Args:
+      params: of all three.
+      pixels: as for `encode`; row i of a batch of tokens sees row i.
+    """
+    soft = self.encode(params, pixels)
+    return splice.splice(params["language"], soft, self.image_token)
+
+
+SQUARES = (Squares, AveragePool)
+"""Connectors that need whole squares of patches."""

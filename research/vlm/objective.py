@@ -1,0 +1,38 @@
+"""Losses of a language model that sees images."""
+
+import dataclasses
+
+from research import weights
+from research.training.objectives.objective import (
+  Batch,
+  NextToken,
+  Objective,
+  Sums,
+)
+from research.typing import Params, PRNGKey
+from research.vlm.model import VisionLanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class WithImages:
+  """Any objective of the language model, with images at its placeholders.
+
+  A batch has `pixels`, uint8 [B, V, H, W, 3], beside the objective's own keys.
+
+  Attributes:
+    model: the experiment sets it after loading.
+    objective: of the language model: next token, masked diffusion, ...
+  """
+
+  model: VisionLanguageModel | None = None
+  objective: Objective = NextToken()
+
+  def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
+    """Returns the sums of the language model's objective."""
+    towers = {k: v for k, v in params.items() if k != "language"}
+    # The objective binds the language model's weights itself.
+    bound = weights.bind(towers, key=key) | {"language": params["language"]}
+    language = self.model.with_images(bound, batch["pixels"])
+    inner = dataclasses.replace(self.objective, model=self.model.language)
+    text = {k: v for k, v in batch.items() if k != "pixels"}
+    return inner(language, text, key)
