@@ -53,9 +53,8 @@ def test_a_placeholder_outside_of_the_table_reads_nothing():
 def test_a_model_reads_them_as_embeddings(packed):
   params = PARAMS
   if packed:
-    params = dict(
-      params, embed=quant.Quantize(targets="embed")(params)["embed"]
-    )
+    table = quant.Quantize().pack(params["embed"], "embed")
+    params = params | {"embed": table}
   spliced = splice.splice(params, FEATURES, IMAGE)
   inputs = expected_embeddings(weights.dense(params["embed"]))
   hidden, _ = MODEL.apply({"params": spliced}, TOKENS)
