@@ -35,46 +35,55 @@ IMAGE = 60
 
 
 def _text(model_type="llama", **more):
-  return dict(
-    model_type=model_type,
-    vocab_size=VOCAB,
-    hidden_size=40,
-    intermediate_size=44,
-    num_hidden_layers=2,
-    num_attention_heads=5,
-    num_key_value_heads=1,
-    head_dim=8,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-  ) | more
+  return (
+    dict(
+      model_type=model_type,
+      vocab_size=VOCAB,
+      hidden_size=40,
+      intermediate_size=44,
+      num_hidden_layers=2,
+      num_attention_heads=5,
+      num_key_value_heads=1,
+      head_dim=8,
+      max_position_embeddings=128,
+      tie_word_embeddings=False,
+      pad_token_id=0,
+      bos_token_id=1,
+      eos_token_id=2,
+    )
+    | more
+  )
 
 
 def _clip_vision(**more):
-  return dict(
-    model_type="clip_vision_model",
-    hidden_size=24,
-    intermediate_size=36,
-    num_hidden_layers=3,
-    num_attention_heads=3,
-    image_size=28,
-    patch_size=7,
-    projection_dim=16,
-  ) | more
+  return (
+    dict(
+      model_type="clip_vision_model",
+      hidden_size=24,
+      intermediate_size=36,
+      num_hidden_layers=3,
+      num_attention_heads=3,
+      image_size=28,
+      patch_size=7,
+      projection_dim=16,
+    )
+    | more
+  )
 
 
 def _siglip_vision(**more):
-  return dict(
-    model_type="siglip_vision_model",
-    hidden_size=24,
-    intermediate_size=36,
-    num_hidden_layers=3,
-    num_attention_heads=3,
-    image_size=32,
-    patch_size=8,
-  ) | more
+  return (
+    dict(
+      model_type="siglip_vision_model",
+      hidden_size=24,
+      intermediate_size=36,
+      num_hidden_layers=3,
+      num_attention_heads=3,
+      image_size=32,
+      patch_size=8,
+    )
+    | more
+  )
 
 
 FAMILIES = {
@@ -167,15 +176,11 @@ def build(name: str, folder: pathlib.Path):
   """
   config = dict(FAMILIES[name])
   kind = getattr(transformers, CLASSES[name])
-  parsed = transformers.AutoConfig.for_model(
-    config.pop("model_type"), **config
-  )
+  parsed = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
   parsed._attn_implementation = "eager"
   kind(parsed).save_pretrained(folder)
   path = folder / "model.safetensors"
-  shapes = {
-    k: v.shape for k, v in safetensors.numpy.load_file(path).items()
-  }
+  shapes = {k: v.shape for k, v in safetensors.numpy.load_file(path).items()}
   tensors = {k: vlm_weights.draw(k, s) for k, s in shapes.items()}
   safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
   (folder / "tensors.json").write_text(

@@ -19,12 +19,12 @@ class Linear(nn.Module):
   Attributes:
     size: width of the language model, `D`.
     bias: whether it has a bias.
-    init: of the matrix; zeros for PaliGemma.
+    kernel_init: of the matrix; zeros for PaliGemma.
   """
 
   size: int
   bias: bool = True
-  init: Callable[..., Array] = nn.initializers.lecun_normal()
+  kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
 
   @nn.compact
   def __call__(
@@ -37,7 +37,7 @@ class Linear(nn.Module):
       grid: of the patches.
     """
     del grid
-    weights.weight(self, "project", self.init, (x.shape[-1], self.size))
+    weights.weight(self, "project", self.kernel_init, (x.shape[-1], self.size))
     return weights.project(self, x, "project", self.size, self.bias)
 
   def tokens(self, grid: Grid) -> int:

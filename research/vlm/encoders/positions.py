@@ -17,12 +17,12 @@ class PositionTable(nn.Module):
 
   Attributes:
     rows, columns: of the grid.
-    init: initialiser of the table.
+    kernel_init: initialiser of the table.
   """
 
   rows: int
   columns: int
-  init: Callable[..., Array] = nn.initializers.normal(0.02)
+  kernel_init: Callable[..., Array] = nn.initializers.normal(0.02)
 
   @nn.compact
   def __call__(
@@ -36,7 +36,7 @@ class PositionTable(nn.Module):
       class_token: whether the table starts with a vector for a class token.
     """
     count = self.rows * self.columns + class_token
-    table = weights.weight(self, "table", self.init, (count, width))
+    table = weights.weight(self, "table", self.kernel_init, (count, width))
     index = coordinates[..., 0] * self.columns + coordinates[..., 1]
     index = jnp.maximum(index, 0) + class_token
     if class_token:

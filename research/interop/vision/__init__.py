@@ -1,0 +1,16 @@
+"""Vision models in Hugging Face's format: configuration, names, reading."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+  __name__,
+  submod_attrs={
+    "config": ["dual_encoder", "vision_language_model"],
+    "read": [
+      "contrastive_params",
+      "model_from_directory",
+      "vision_language_params",
+    ],
+    "write": ["vision_language_tensors"],
+  },
+)

@@ -1,0 +1,221 @@
+"""What Hugging Face's files call the parameters of vision towers.
+
+Each row pairs a path of ours with a name, within a tower, and says how the
+array is laid out there. Read in either direction it is the importer and the
+exporter. Which rows a tower has follows from its own parameters.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from research.typing import UserError
+from research.vlm.encoders.vit import CHANNELS
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How an array of ours lies in a file.
+
+  Attributes:
+    ours: from theirs to ours.
+    theirs: from ours to theirs.
+  """
+
+  ours: Callable[[np.ndarray], np.ndarray]
+  theirs: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Layout(lambda x: x, lambda x: x)
+TRANSPOSED = Layout(np.transpose, np.transpose)
+
+
+def _patches(x: np.ndarray) -> np.ndarray:
+  """Returns a matrix `[P P 3, D]` of a convolution's `[D, 3, P, P]`."""
+  if x.ndim != 4 or x.shape[1] != CHANNELS or x.shape[2] != x.shape[3]:
+    raise UserError(
+      f"patch embedding: found shape {list(x.shape)}, expected [width,"
+      f" {CHANNELS}, patch, patch]"
+    )
+  return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+
+
+def _convolution(x: np.ndarray) -> np.ndarray:
+  """Inverts `_patches`."""
+  side = round((x.shape[0] // CHANNELS) ** 0.5)
+  return x.reshape(side, side, CHANNELS, -1).transpose(3, 2, 0, 1)
+
+
+CONVOLUTION = Layout(_patches, _convolution)
+PROBE = Layout(lambda x: x.reshape(1, -1), lambda x: x[None])
+SCALAR = Layout(lambda x: x.reshape(()), lambda x: x)
+"""Also read of `[1]`, as SigLIP's files have it."""
+VECTOR = Layout(lambda x: x.reshape(()), lambda x: x.reshape(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One parameter.
+
+  Attributes:
+    ours: path within a layer (after `layers/`) or outside of them.
+    theirs: name; `<i>` in it is the layer's number.
+    layout: how it lies in the file.
+    part: number of this matrix among the three of a fused `[3 D, ...]`; None
+      for an array of its own.
+  """
+
+  ours: str
+  theirs: str
+  layout: Layout = SAME
+  part: int | None = None
+
+
+def linear(ours: str, theirs: str) -> tuple[Row, Row]:
+  """Returns the rows of a matrix and its bias."""
+  return (
+    Row(ours, f"{theirs}.weight", TRANSPOSED),
+    Row(f"{ours}_bias", f"{theirs}.bias"),
+  )
+
+
+def _norm(ours: str, theirs: str) -> tuple[Row, Row]:
+  return (
+    Row(f"{ours}/scale", f"{theirs}.weight"),
+    Row(f"{ours}/bias", f"{theirs}.bias"),
+  )
+
+
+_LAYER = "layers/"
+_THEIRS = "encoder.layers.<i>."
+
+_LAYERS = (
+  *_norm(f"{_LAYER}attention_norm", f"{_THEIRS}layer_norm1"),
+  *_norm(f"{_LAYER}mlp_norm", f"{_THEIRS}layer_norm2"),
+  *(
+    row
+    for x, theirs in zip("qkvo", ("q", "k", "v", "out"), strict=True)
+    for row in linear(
+      f"{_LAYER}attention/{x}", f"{_THEIRS}self_attn.{theirs}_proj"
+    )
+  ),
+  *linear(f"{_LAYER}mlp/up", f"{_THEIRS}mlp.fc1"),
+  *linear(f"{_LAYER}mlp/down", f"{_THEIRS}mlp.fc2"),
+)
+
+_FUSED = "head.attention.in_proj"
+
+VISION = (
+  Row("patch_embed", "embeddings.patch_embedding.weight", CONVOLUTION),
+  Row("patch_embed_bias", "embeddings.patch_embedding.bias"),
+  Row("class_embed", "embeddings.class_embedding"),
+  Row("positions/table", "embeddings.position_embedding.weight"),
+  # The misspelling is the tensor's real name.
+  *_norm("input_norm", "pre_layrnorm"),
+  *_LAYERS,
+  *_norm("final_norm", "post_layernorm"),
+  Row("pooling/projection", "projection.weight", TRANSPOSED),
+  Row("pooling/probe", "head.probe", PROBE),
+  *(
+    Row(
+      f"pooling/attention/{x}", "head.attention.in_proj_weight", TRANSPOSED, i
+    )
+    for i, x in enumerate("qkv")
+  ),
+  *(
+    Row(f"pooling/attention/{x}_bias", f"{_FUSED}_bias", SAME, i)
+    for i, x in enumerate("qkv")
+  ),
+  *linear("pooling/attention/o", "head.attention.out_proj"),
+  *_norm("pooling/norm", "head.layernorm"),
+  *linear("pooling/mlp/up", "head.mlp.fc1"),
+  *linear("pooling/mlp/down", "head.mlp.fc2"),
+)
+"""Image towers of CLIP, SigLIP, Idefics3 and SmolVLM."""
+
+TEXT = (
+  Row("embed", "embeddings.token_embedding.weight"),
+  Row("positions", "embeddings.position_embedding.weight"),
+  *_LAYERS,
+  *_norm("final_norm", "final_layer_norm"),
+)
+
+CLIP_TEXT = (*TEXT, Row("projection", "projection.weight", TRANSPOSED))
+SIGLIP_TEXT = (*TEXT, *linear("projection", "head"))
+
+BUFFERS = ("embeddings.position_ids",)
+"""Integer tables of old files, which every reader computes itself."""
+
+
+def read_tower(
+  rows: Iterable[Row],
+  shapes: Mapping[str, tuple[int, ...]],
+  tensors: Mapping[str, Any],
+  depth: int,
+  dtype: str,
+) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]], set[str]]:
+  """Returns a tower's arrays: outside of layers, of each layer, and names read.
+
+  Args:
+    rows: of the tower.
+    shapes: of our parameters, by path; a layer's after `layers/`.
+    tensors: the file's, by their names within the tower; unread.
+    depth: number of layers.
+    dtype: of the arrays.
+
+  Raises:
+    UserError: a tensor is missing, or has another shape.
+  """
+  by_path = {row.ours: row for row in rows}
+  outside: dict[str, np.ndarray] = {}
+  layers: list[dict[str, np.ndarray]] = [{} for _ in range(depth)]
+  used = set()
+  for path, shape in shapes.items():
+    row = by_path[path]
+    numbers = range(depth) if path.startswith(_LAYER) else [None]
+    for i in numbers:
+      name = row.theirs.replace("<i>", str(i))
+      array = _read(row, name, tensors, shape).astype(dtype)
+      used.add(name)
+      into = outside if i is None else layers[i]
+      into[path.removeprefix(_LAYER)] = array
+  return outside, layers, used
+
+
+def _read(row: Row, name: str, tensors, shape) -> np.ndarray:
+  if name not in tensors:
+    raise UserError(f"missing: {name}, a tensor of shape {list(shape)}")
+  x = np.asarray(tensors[name].read())
+  if row.part is not None:
+    third = x.shape[0] // 3
+    x = x[row.part * third : (row.part + 1) * third]
+  x = row.layout.ours(x)
+  if x.shape != tuple(shape):
+    raise UserError(
+      f"{name}: found shape {list(tensors[name].shape)}, which is"
+      f" {list(x.shape)} here, expected {list(shape)} by config.json"
+    )
+  return x
+
+
+def write_tower(
+  rows: Iterable[Row],
+  outside: Mapping[str, np.ndarray],
+  layers: Iterable[Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+  """Returns a tower's tensors under the file's names; inverts `read_tower`."""
+  by_path = {row.ours: row for row in rows}
+  parts: dict[str, dict[int, np.ndarray]] = {}
+  numbered = [(None, outside), *enumerate(layers)]
+  for i, arrays in numbered:
+    for path, array in arrays.items():
+      row = by_path[path if i is None else _LAYER + path]
+      name = row.theirs.replace("<i>", str(i))
+      x = row.layout.theirs(np.asarray(array))
+      parts.setdefault(name, {})[row.part or 0] = x
+  return {
+    name: np.concatenate([x[i] for i in sorted(x)]) if len(x) > 1 else x[0]
+    for name, x in parts.items()
+  }

@@ -1,0 +1,235 @@
+"""Vision models in Hugging Face's format: read strictly, and written back."""
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research import tree
+from research.interop import hf, quantized
+from research.interop.vision import config as vision_config
+from research.interop.vision import names
+from research.io import safetensors
+from research.typing import Params, UserError
+from research.vlm.contrastive.dual_encoder import DualEncoder
+from research.vlm.encoders.text import TextEncoder
+from research.vlm.encoders.vit import CHANNELS, Features, VisionTransformer
+from research.vlm.model import VisionLanguageModel
+
+CONTRASTIVE = ("clip", "siglip")
+
+# Tower -> what its names start with: as files have them, as transformers
+# since 4.52 has them in memory, and with or without the inner model's name.
+_VISION = re.compile(
+  r"(model\.)?(vision_tower|vision_model)\.(vision_model\.)?"
+)
+_CONNECTOR = re.compile(r"(model\.)?(multi_modal_projector|connector)\.")
+_LANGUAGE = (
+  (re.compile(r"(model\.)?language_model\.lm_head\."), "lm_head."),
+  (re.compile(r"(model\.)?language_model\.(model\.)?"), "model."),
+  (re.compile(r"model\.text_model\."), "model."),
+  (re.compile(r"lm_head\."), "lm_head."),
+)
+
+CONNECTOR_ROWS = {
+  "llava": (
+    *names.linear("up", "linear_1"),
+    *names.linear("down", "linear_2"),
+  ),
+  "idefics3": (
+    names.Row(
+      "inner/project", "modality_projection.proj.weight", names.TRANSPOSED
+    ),
+  ),
+  "paligemma": names.linear("project", "linear"),
+}
+CONNECTOR_ROWS["smolvlm"] = CONNECTOR_ROWS["idefics3"]
+
+WRITTEN = {
+  "llava": ("vision_tower.vision_model.", "multi_modal_projector."),
+  "paligemma": ("vision_tower.vision_model.", "multi_modal_projector."),
+  "idefics3": ("model.vision_model.", "model.connector."),
+  "smolvlm": ("model.vision_model.", "model.connector."),
+}
+"""Family -> prefixes of the image tower and of the connector in files."""
+
+
+def vision_language_params(
+  model: VisionLanguageModel,
+  kind: str,
+  tensors: Mapping[str, quantized.Tensor],
+  dtype: str = "float32",
+  where: Any = "model",
+) -> dict[str, Any]:
+  """Returns the parameters of a vision language model out of a file's tensors.
+
+  Args:
+    model: what to fill.
+    kind: one of `config.FAMILIES`.
+    tensors: by their names; exactly the model's.
+    dtype: of the result.
+    where: the file or directory, for messages.
+
+  Raises:
+    UserError: the tensors are not exactly the model's.
+  """
+  towers = _towers(tensors, where)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  with_norm = jax.eval_shape(lambda: _init_tower(model.vision, pooled=False))
+  vision = _tower(
+    with_norm, names.VISION, towers["vision"], model.vision, dtype, where
+  )
+  connector = _tower(
+    shapes["connector"],
+    CONNECTOR_ROWS[kind],
+    towers["connector"],
+    None,
+    dtype,
+    where,
+  )
+  language = hf.read_params(model.language, towers["language"], dtype, where)
+  return dict(vision=vision, connector=connector, language=language)
+
+
+def contrastive_params(
+  model: DualEncoder,
+  kind: str,
+  tensors: Mapping[str, quantized.Tensor],
+  dtype: str = "float32",
+  where: Any = "model",
+) -> dict[str, Any]:
+  """Returns the parameters of CLIP or SigLIP out of a file's tensors.
+
+  Arguments and errors are those of `vision_language_params`.
+  """
+  image: dict[str, Any] = {}
+  text: dict[str, Any] = {}
+  scalars: dict[str, Any] = {}
+  for name, tensor in tensors.items():
+    if name in ("logit_scale", "logit_bias"):
+      scalars[name] = tensor
+    elif name in ("visual_projection.weight", "text_projection.weight"):
+      into = image if name.startswith("visual") else text
+      into["projection.weight"] = tensor
+    elif name.startswith("vision_model."):
+      image[name.removeprefix("vision_model.")] = tensor
+    elif name.startswith("text_model."):
+      text[name.removeprefix("text_model.")] = tensor
+    else:
+      raise hf.mismatch(where, [], [name])
+  text_rows = names.CLIP_TEXT if kind == "clip" else names.SIGLIP_TEXT
+  expected = {"logit_scale"} | ({"logit_bias"} if kind == "siglip" else set())
+  if set(scalars) != expected:
+    raise hf.mismatch(
+      where, sorted(expected - set(scalars)), sorted(set(scalars) - expected)
+    )
+  shapes = jax.eval_shape(lambda: _init_tower(model.image, pooled=True))
+  text_shapes = jax.eval_shape(lambda: _init_text(model.text))
+  out = {
+    "image": _tower(shapes, names.VISION, image, model.image, dtype, where),
+    "text": _tower(text_shapes, text_rows, text, model.text, dtype, where),
+  }
+  for name, tensor in scalars.items():
+    out[name] = jnp.asarray(tensor.read(), dtype).reshape(())
+  return out
+
+
+def _init_tower(model: VisionTransformer, pooled: bool) -> Params:
+  patches = jnp.zeros((1, 1, model.patch**2 * CHANNELS))
+  at = jnp.zeros((1, 1, 2), jnp.int32)
+  key = jax.random.key(0)
+  if pooled and model.pooling is not None:
+    return model.init(key, patches, at, method="pooled")["params"]
+  return model.init(key, patches, at, None, Features())["params"]
+
+
+def _init_text(model: TextEncoder) -> Params:
+  tokens = jnp.zeros((1, model.length), jnp.int32)
+  return model.init(jax.random.key(0), tokens)["params"]
+
+
+def _towers(tensors, where) -> dict[str, dict[str, Any]]:
+  out: dict[str, dict[str, Any]] = dict(vision={}, connector={}, language={})
+  for name, tensor in tensors.items():
+    tower, inner = _tower_of(name)
+    if tower is None:
+      raise hf.mismatch(where, [], [name])
+    out[tower][inner] = tensor
+  return out
+
+
+def _tower_of(name: str) -> tuple[str | None, str]:
+  """Returns the tower of a tensor, and its name within."""
+  for tower, pattern in (("vision", _VISION), ("connector", _CONNECTOR)):
+    if found := pattern.match(name):
+      return tower, name[found.end() :]
+  for pattern, plain in _LANGUAGE:
+    if found := pattern.match(name):
+      return "language", plain + name[found.end() :]
+  return None, name
+
+
+def _tower(shapes, rows, tensors, model, dtype, where) -> dict[str, Any]:
+  """Returns a tower's parameters, its layers as runs."""
+  expected = {
+    path: tuple(x.shape)
+    for path, x in tree.flatten_paths(tree.outer_params(shapes))
+  }
+  depth, kinds = 0, ()
+  if model is not None:
+    depth, kinds = model.stack.depth, model.layer_kinds()
+    run = shapes[tree.runs(shapes)[0]]["layer0"]
+    expected |= {
+      f"layers/{path}": tuple(x.shape[1:])
+      for path, x in tree.flatten_paths(run)
+    }
+  try:
+    outside, layers, used = names.read_tower(
+      rows, expected, tensors, depth, dtype
+    )
+  except UserError as e:
+    raise UserError(f"{where}: {e}") from e
+  extra = [n for n in tensors if n not in used and n not in names.BUFFERS]
+  if extra:
+    raise hf.mismatch(where, [], extra)
+  params = tree.stack(
+    _nested(outside), [_nested(layer) for layer in layers], kinds
+  )
+  return jax.tree.map(jnp.asarray, params)
+
+
+def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  out: dict[str, Any] = {}
+  for path, x in flat.items():
+    *above, last = path.split("/")
+    at = out
+    for name in above:
+      at = at.setdefault(name, {})
+    at[last] = x
+  return out
+
+
+def model_from_directory(
+  path: pathlib.Path, dtype: str = "float32"
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+  """Returns the model in a directory, its parameters, and its config.json.
+
+  Args:
+    path: with config.json and safetensors, whose model type is one of
+      `CONTRASTIVE` or of `config.FAMILIES`.
+    dtype: of parameters and computation.
+  """
+  where = str(path / "config.json")
+  config = safetensors.read_json(path / "config.json")
+  tensors = safetensors.open_directory(path)
+  kind = config.get("model_type")
+  if kind in CONTRASTIVE:
+    dual = vision_config.dual_encoder(config, where, dtype)
+    return dual, contrastive_params(dual, kind, tensors, dtype, path), config
+  model = vision_config.vision_language_model(config, where, dtype)
+  params = vision_language_params(model, kind, tensors, dtype, path)
+  return model, params, config

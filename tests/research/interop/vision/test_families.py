@@ -1,0 +1,179 @@
+"""Vision models out of Hugging Face's files, as transformers computes them."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from kernels_pallas.masks import Mask
+from research.interop import vision
+from research.typing import UserError
+from research.vlm import splice
+from research.vlm.encoders import vit
+from research.vlm.encoders.vit import Features
+
+GOLDEN = pathlib.Path(__file__).parents[3] / "golden"
+sys.path.insert(0, str(GOLDEN))
+import vlm_weights  # noqa: E402
+
+CONTRASTIVE = ("clip", "siglip")
+GENERATIVE = ("llava", "smolvlm", "idefics3", "paligemma")
+
+
+def tensors(name):
+  shapes = json.loads((GOLDEN / "vlm" / name / "tensors.json").read_text())
+  return {k: vlm_weights.draw(k, tuple(s)) for k, s in shapes.items()}
+
+
+def write(folder, name, tensors_of_it, config=None):
+  text = (GOLDEN / "vlm" / name / "config.json").read_text()
+  config = json.loads(text) if config is None else config
+  (folder / "config.json").write_text(json.dumps(config))
+  safetensors.numpy.save_file(tensors_of_it, folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+  made = {}
+
+  def one(name):
+    if name not in made:
+      folder = tmp_path_factory.mktemp(name)
+      write(folder, name, tensors(name))
+      model, params, _ = vision.model_from_directory(folder)
+      with np.load(GOLDEN / "vlm" / name / "golden.npz") as file:
+        made[name] = model, params, dict(file)
+    return made[name]
+
+  return one
+
+
+def patches(pixels, side):
+  x = vit.patchify(jnp.asarray(pixels).transpose(0, 2, 3, 1), side)
+  rows = pixels.shape[2] // side
+  at = jnp.broadcast_to(vit.grid_coordinates(rows, rows), (*x.shape[:2], 2))
+  return x, at, (rows, rows)
+
+
+def assert_close(found, expected):
+  """Products of fp32, a few layers of them: 1e-5 of the largest value."""
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_hidden_states(name, opened):
+  model, params, golden = opened(name)
+  x, at, _ = patches(golden["pixels"], model.image.patch)
+  every = Features(layers=(0, 1, 2, 3), normed=False, class_token=True)
+  found = model.image.apply({"params": params["image"]}, x, at, None, every)
+  expected = [golden[f"hidden_{i}"] for i in range(4)]
+  assert_close(found, np.concatenate(expected, axis=-1))
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_vectors_and_their_products(name, opened):
+  model, params, golden = opened(name)
+  x, at, _ = patches(golden["pixels"], model.image.patch)
+  images, texts, scale, bias = model.apply(
+    {"params": params}, x, at, jnp.asarray(golden["tokens"])
+  )
+  assert_close(images, golden["image_embeds"])
+  assert_close(texts, golden["text_embeds"])
+  assert_close(scale * images @ texts.T + bias, golden["logits_per_image"])
+
+
+def soft_tokens(model, params, golden):
+  x, at, grid = patches(golden["pixels"], model.vision.patch)
+  return model.connect(params, model.encode_patches(params, x, at), grid)
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_soft_tokens(name, opened):
+  model, params, golden = opened(name)
+  found = soft_tokens(model, params, golden) / model.scale
+  # transformers divides PaliGemma's by the root of the width.
+  if name == "paligemma":
+    found = found / model.language.embed_scale
+  assert_close(found, golden["features"])
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_logits_with_images_in_two_rows(name, opened):
+  model, params, golden = opened(name)
+  soft = soft_tokens(model, params, golden)
+  count = soft.shape[1]
+  padding = jnp.zeros((count, soft.shape[2]))
+  rows = jnp.stack(
+    [soft[:2].reshape(2 * count, -1), jnp.concatenate([soft[2], padding])]
+  )
+  language = splice.splice(params["language"], rows, model.image_token)
+  mask = Mask.causal()
+  if name == "paligemma":
+    mask = Mask.prefix_lm(jnp.argmax(golden["answer"], axis=-1))
+  hidden, _ = model.language.apply(
+    {"params": language}, jnp.asarray(golden["tokens"]), None, mask
+  )
+  logits = model.language.apply({"params": language}, hidden, method="logits")
+  assert_close(logits, golden["logits"])
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_written_tensors_are_those_that_were_read(name, opened):
+  model, params, _ = opened(name)
+  found = vision.vision_language_tensors(model, name, params)
+  # transformers 5 leaves the inner name out, which files of the Hub have.
+  inner = "vision_tower.vision_model."
+  expected = {
+    k if inner in k else k.replace("vision_tower.", inner): v
+    for k, v in tensors(name).items()
+  }
+  assert set(found) == set(expected)
+  for key, value in expected.items():
+    np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (lambda t: t.pop("vision_tower.pre_layrnorm.bias"), "missing"),
+    (lambda t: t.update(extra=np.zeros(3, np.float32)), "superfluous: extra"),
+    (
+      lambda t: t.update(
+        {"multi_modal_projector.linear_1.bias": np.zeros(3, np.float32)}
+      ),
+      "expected .40. by config.json",
+    ),
+  ],
+)
+def test_a_file_of_another_model_is_refused(change, message, tmp_path):
+  of_llava = tensors("llava")
+  change(of_llava)
+  write(tmp_path, "llava", of_llava)
+  with pytest.raises(UserError, match=message):
+    vision.model_from_directory(tmp_path)
+
+
+def test_an_unknown_family_is_refused_by_name(tmp_path):
+  write(tmp_path, "llava", {}, {"model_type": "blip"})
+  with pytest.raises(UserError, match="model_type is 'blip', expected one of"):
+    vision.model_from_directory(tmp_path)
+
+
+def test_towers_may_be_named_as_in_memory(tmp_path, opened):
+  """transformers 4.52 to 5 call the inner modules otherwise."""
+  renamed = {
+    k.replace("vision_tower.", "model.vision_tower.vision_model.")
+    .replace("multi_modal_projector.", "model.multi_modal_projector.")
+    .replace("language_model.model.", "model.language_model.")
+    .replace("language_model.lm_head.", "lm_head."): v
+    for k, v in tensors("llava").items()
+  }
+  write(tmp_path, "llava", renamed)
+  _, params, _ = vision.model_from_directory(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, params, opened("llava")[1])
