@@ -62,9 +62,7 @@ class VisionLanguageModel:
     """Returns new parameters of all three."""
     keys = jax.random.split(key, 3)
     side = self.connector.side if isinstance(self.connector, SQUARES) else 1
-    patches = jnp.zeros((1, side * side, self.vision.patch**2 * vit.CHANNELS))
-    at = vit.grid_coordinates(side, side)
-    vision = self.vision.init(keys[0], patches, at)["params"]
+    vision = vit.new_params(self.vision, keys[0])
     features = jnp.zeros(
       (1, side * side, len(self.features.layers) * self.vision.width)
     )

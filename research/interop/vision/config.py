@@ -313,9 +313,10 @@ def vision_language_model(
     text["tie_word_embeddings"] = config["tie_word_embeddings"]
   family, sizes = hf_config.sizes_from_config(text, f"{where}: text_config")
   language = presets.transformer(family, sizes, dtype)
-  vision = vision_tower(
-    dict(config.get("vision_config") or {}), f"{where}: vision_config", dtype
-  )
+  vision = dict(config.get("vision_config") or {})
+  # SigLIP's head may be in the file, though no language model uses it.
+  head = vision.get("model_type") == "siglip_vision_model"
+  vision = vision_tower(vision, f"{where}: vision_config", dtype, pooled=head)
   named = "image_token_id" if "image_token_id" in config else None
   token = fields.integer(named or _token_field(kind), least=0)
   more = special(_Parts(fields, vision, language))

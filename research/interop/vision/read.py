@@ -16,8 +16,8 @@ from research.interop.vision import names
 from research.io import safetensors
 from research.typing import Params, UserError
 from research.vlm.contrastive.dual_encoder import DualEncoder
+from research.vlm.encoders import vit
 from research.vlm.encoders.text import TextEncoder
-from research.vlm.encoders.vit import CHANNELS, Features, VisionTransformer
 from research.vlm.model import VisionLanguageModel
 
 CONTRASTIVE = ("clip", "siglip")
@@ -79,9 +79,8 @@ def vision_language_params(
   """
   towers = _towers(tensors, where)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  with_norm = jax.eval_shape(lambda: _init_tower(model.vision, pooled=False))
   vision = _tower(
-    with_norm, names.VISION, towers["vision"], model.vision, dtype, where
+    shapes["vision"], names.VISION, towers["vision"], model.vision, dtype, where
   )
   connector = _tower(
     shapes["connector"],
@@ -127,7 +126,9 @@ def contrastive_params(
     raise hf.mismatch(
       where, sorted(expected - set(scalars)), sorted(set(scalars) - expected)
     )
-  shapes = jax.eval_shape(lambda: _init_tower(model.image, pooled=True))
+  shapes = jax.eval_shape(
+    lambda: vit.new_params(model.image, jax.random.key(0))
+  )
   text_shapes = jax.eval_shape(lambda: _init_text(model.text))
   out = {
     "image": _tower(shapes, names.VISION, image, model.image, dtype, where),
@@ -136,15 +137,6 @@ def contrastive_params(
   for name, tensor in scalars.items():
     out[name] = jnp.asarray(tensor.read(), dtype).reshape(())
   return out
-
-
-def _init_tower(model: VisionTransformer, pooled: bool) -> Params:
-  patches = jnp.zeros((1, 1, model.patch**2 * CHANNELS))
-  at = jnp.zeros((1, 1, 2), jnp.int32)
-  key = jax.random.key(0)
-  if pooled and model.pooling is not None:
-    return model.init(key, patches, at, method="pooled")["params"]
-  return model.init(key, patches, at, None, Features())["params"]
 
 
 def _init_text(model: TextEncoder) -> Params:

@@ -207,6 +207,15 @@ def _count(layer: int, depth: int) -> int:
   return number
 
 
+def new_params(model: VisionTransformer, key: PRNGKey) -> Params:
+  """Returns new parameters, those of the pooling included if there is one."""
+  patches = jnp.zeros((1, 1, model.patch**2 * CHANNELS))
+  at = jnp.zeros((1, 1, 2), jnp.int32)
+  if model.pooling is not None:
+    return model.init(key, patches, at, method="pooled")["params"]
+  return model.init(key, patches, at)["params"]
+
+
 def patchify(
   images: Float[Array, "B H W X"], patch: int
 ) -> Float[Array, "B N Y"]:
