@@ -21,7 +21,7 @@ from kernels_pallas.decode_attention.api import (
   decode_attention,
   paged_attention,
 )
-from kernels_pallas.decode_attention.gpu.mosaic_gpu import splits_for
+from kernels_pallas.decode_attention.gpu.support import splits_for
 from kernels_pallas.decode_attention.pages import Pages, quantize
 from kernels_pallas.decode_attention.spec import Blocks
 from tests.support_chip import MODES, runner

@@ -14,7 +14,7 @@ import pytest
 
 from kernels_pallas.decode_attention.api import decode_attention
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
+from kernels_pallas.flash_attention.gpu.support import cores
 from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTile,
   GpuTiles,

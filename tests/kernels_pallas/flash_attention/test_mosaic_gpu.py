@@ -24,7 +24,7 @@ from kernels_pallas.flash_attention.gpu import (
   persistent,
   tile_stream,
 )
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
+from kernels_pallas.flash_attention.gpu.support import cores
 from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTile,
   GpuTiles,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
+from kernels_pallas.quantized_matmul import gpu
 from research import sharding, tree, weights
 from research.generation import generate
 from research.lora.adapted import AdaptedTensor
@@ -178,7 +178,7 @@ def test_for_decoding_leaves_unsupported_matrices(monkeypatch):
   monkeypatch.setattr(accelerator_layout, "has_kernel", lambda: True)
   plain = support.params(model)
   assert cpu_layout.for_decoding(plain) is plain
-  monkeypatch.setattr(mosaic_gpu, "is_for", lambda *_: True)
+  monkeypatch.setattr(gpu.support, "is_for", lambda *_: True)
   with pytest.warns(RuntimeWarning, match="GPUs.* int4-asym-g32 in float32;"):
     assert cpu_layout.for_decoding(params, "float32") is params
   for dtype in ("bfloat16", "float16"):
