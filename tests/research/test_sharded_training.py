@@ -110,6 +110,7 @@ def test_twenty_steps_are_one_devices(kind, layout):
   assert got.step == want.step == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("kind", "layouts"),
   [

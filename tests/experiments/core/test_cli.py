@@ -73,6 +73,7 @@ def test_an_adapter_is_applied(command, tmp_path):
   assert named[1][:-1] == alone[1][:-1] != plain[1][:-1]
 
 
+@pytest.mark.slow
 def test_a_seed_is_a_sample(command):
   arguments = [f"--model={TINY}", "--prompt=a", "--temperature=1.5"]
   texts = [

@@ -129,6 +129,7 @@ def test_gradients_are_finite_differences(backend):
   check_grads(scalar, (x,), order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_unrolled_blocks_have_second_derivatives():
   x = {n: draw(1, 3, 1, 2, seed=i) for i, n in enumerate("qkv")}
 

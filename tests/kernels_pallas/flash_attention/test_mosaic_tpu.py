@@ -185,6 +185,7 @@ def test_padding_may_contain_nan():
   assert not np.any(np.asarray(clean[0][0])[:, 9:])
 
 
+@pytest.mark.slow
 def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
   x = qkv(jnp.bfloat16)
 

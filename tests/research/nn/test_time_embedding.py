@@ -167,6 +167,7 @@ def test_nothing_else_is_a_model_s_time():
       TimeEmbedding(**wrong)
 
 
+@pytest.mark.slow
 def test_every_weight_has_a_place_on_a_mesh():
   shapes = support.shapes(network()[0])
   for path, _ in tree.flatten_paths(shapes):

@@ -195,6 +195,7 @@ def test_a_change_of_input_rounding_invalidates_the_cache():
   assert not activation_cache.still_valid(inputs.memory, fine)
 
 
+@pytest.mark.slow
 def test_pairs_of_layers_use_the_cache():
   old, new, inputs = problem()
   x = jnp.concatenate([inputs.x, inputs.x + 0.1])
@@ -239,6 +240,7 @@ def test_gradients_are_those_of_the_whole_layer():
     np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_router_is_measured_with_cached_inputs():
   old, _, inputs = problem("mixtral", sparse=SPARSE)
   paths = ["attention/o", "mlp/router"]

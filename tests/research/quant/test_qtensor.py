@@ -311,6 +311,7 @@ def test_quantize_packs_the_layers_and_shares_the_rest():
   assert jax.tree.structure(described) == jax.tree.structure(got)
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_the_same():
   model = support.model(**SIZES)
   params = Quantize(format=Codebook(block=32))(support.params(model))

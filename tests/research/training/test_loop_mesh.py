@@ -230,6 +230,7 @@ class Talkative(conftest.Line):
     return loss, weight, sums | {"vector": batch["weights"][:, None]}
 
 
+@pytest.mark.slow
 def test_arrays_among_the_metrics_are_for_rewrites_alone(tmp_path):
   """A state transform gets them after each step; the file does not."""
 

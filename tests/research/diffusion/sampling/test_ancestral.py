@@ -56,6 +56,7 @@ def test_one_step_is_the_product_of_marginals():
   assert variation(marginals()) == pytest.approx(0.3844, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "how",
   [

@@ -113,7 +113,7 @@ def computed(model, params, tokens):
     for n in ADAPTERS
   ],
 )
-@pytest.mark.sample(13)
+@pytest.mark.sample(2)
 def test_logits_loss_and_gradients_are_pefts(name, tmp_path):
   it, g, bound = loaded(name), golden(name), error(name)
   value, y, slopes = computed(it.model, it.params, g["tokens"])

@@ -116,6 +116,7 @@ def test_no_number_depends_on_where_pages_are():
   assert not np.array_equal(table(1), table(2))
 
 
+@pytest.mark.slow
 def test_pages_that_two_rows_share_are_pages_of_ones_own():
   """Bitwise; the page where they diverge is copied, then written."""
   model = support.model("gemma2", depth=2)

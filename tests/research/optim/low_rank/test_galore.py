@@ -242,6 +242,7 @@ def test_bytes_of_state():
   assert found == want - 4 * moments + moments + tops + 4
 
 
+@pytest.mark.slow
 def test_state_lies_like_its_parameters_and_meshes_agree():
   rng = np.random.default_rng(4)
   shape = (2, 16, 32)

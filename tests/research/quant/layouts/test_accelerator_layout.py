@@ -61,7 +61,7 @@ def close(got, want, eps=2e-6):
 @pytest.mark.parametrize("gpu", [False, True])
 @every
 @pytest.mark.cover(1)
-@pytest.mark.sample(2)
+@pytest.mark.sample(6)
 def test_planes_hold_the_same_numbers(name, gpu):
   w = leaf(name, layers=(2,))
   assert accelerator_layout.is_supported(w) and accelerator_layout.is_supported(
@@ -112,6 +112,7 @@ def test_parts_are_named_after_the_axes_they_cut():
     assert named.planes.codes == named.planes.scale == ("in", "out")
 
 
+@pytest.mark.slow
 def test_unsupported_matrices():
   w = np.random.default_rng(0).normal(size=(192, 40)).astype(np.float32)
   for format in (FP8(), Affine(block=8), Affine(block=96), Codebook(block=512)):
