@@ -243,6 +243,7 @@ def test_what_is_streamed_of_a_gap_ends_where_it_does(places, capsys):
     assert capsys.readouterr().out == loaded.tokenizer.decode(want)
 
 
+@pytest.mark.slow
 def test_an_end_within_a_gap_shortens_it(command, monkeypatch):
   """And what is behind it in the gap is no text."""
   kept = []

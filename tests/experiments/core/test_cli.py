@@ -56,6 +56,7 @@ def test_generate_streams_and_ends_with_json(command):
   assert cut["finish_reason"] == "stop"
 
 
+@pytest.mark.slow
 def test_an_adapter_is_applied(command, tmp_path):
   """By --adapter over its base, or as a model that names its base."""
   base = load.load_model(TINY)

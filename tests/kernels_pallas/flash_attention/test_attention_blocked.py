@@ -375,6 +375,7 @@ def temporaries(length, config):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_length():
   config = Blocks(q=64, k=64)  # so that these lengths are looped over
   short, long = (temporaries(n, config) for n in (8192, 16384))

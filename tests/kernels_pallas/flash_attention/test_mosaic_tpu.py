@@ -326,6 +326,7 @@ def test_the_backend_is_that_of_the_platform_compiled_for():
   assert names == ["mosaic_tpu", "cpu", "xla_blockwise"]
 
 
+@pytest.mark.slow
 def test_each_device_runs_the_kernel_on_its_own_shard():
   q, k, v = (draw(2, T, n, 8, seed=n) for n in (4, 2, 2))
   options = {

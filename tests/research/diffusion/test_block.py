@@ -123,6 +123,7 @@ def test_one_pass_is_a_pass_a_block_with_its_clean_past(shift):
     )
 
 
+@pytest.mark.slow
 def test_times_of_blocks():
   n, k = 600, 3
   batch = rows(n)

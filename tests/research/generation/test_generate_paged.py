@@ -167,6 +167,7 @@ def _written(n):
   return tokens
 
 
+@pytest.mark.slow
 def test_shared_beginnings_are_read_once(monkeypatch):
   model, params = case()
   prompts = [[*START, i] for i in range(4)]

@@ -353,7 +353,7 @@ ADAPTERS = sorted(p.name for p in MODELS.glob("peft*_*"))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-@pytest.mark.sample(2)
+@pytest.mark.sample(12)
 def test_peft_to_ours_to_peft(name, tmp_path):
   source = opened(name)
   convert.to_orbax(source, tmp_path / "ours")

@@ -80,6 +80,7 @@ def test_states_are_those_of_all(kind):
   same(*some_and_all(*network(), keep=keep, **how))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "family", ["gemma2", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"]
 )

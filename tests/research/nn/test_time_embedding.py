@@ -51,6 +51,7 @@ def test_sinusoids_are_those_of_the_formula(told):
   np.testing.assert_allclose(got, want, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_layer_is_the_one_of_the_formula():
   model, params = network(depth=1)
   x = np.random.default_rng(0).standard_normal((B, T, 16))

@@ -217,6 +217,7 @@ def test_products_and_their_gradients_are_the_dense_ones(eq, inputs, dtype):
   assert got[1].dtype == dtype
 
 
+@pytest.mark.slow
 def test_experts_and_rows():
   w = pack(jnp.asarray(gaussian(3, 64, 24)))
   x = jnp.asarray(gaussian(10, 64))

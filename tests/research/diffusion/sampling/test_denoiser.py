@@ -108,7 +108,7 @@ def changed(tokens, places):
 
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("pads", [(0, 0), (3, 1)])
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 def test_a_block_s_logits_are_its_rows_of_all(pads, shift):
   model = network()[0]
   tokens, valid = rows(pads)

@@ -326,6 +326,7 @@ def test_masking_again_is_remdm(kind):
   np.testing.assert_allclose(share, (0.2, 0.8 - last, last), atol=0.007)
 
 
+@pytest.mark.slow
 def test_what_is_given_is_not_masked_again():
   """Every step is taken, by rows that have no mask for now as well."""
   rows = np.full((3, 6), MASK)

@@ -77,6 +77,7 @@ def test_loglikelihood(loaded, log_p):
     assert value == pytest.approx(wanted, rel=1e-5) and greedy == best
 
 
+@pytest.mark.slow
 def test_greedy_continuations_are_recognised(loaded):
   made = generate.generate(loaded.model, loaded.params, [[0, 9, 10]], 4)
   best = made.tokens[0]

@@ -39,7 +39,7 @@ every = pytest.mark.parametrize("name", WRITERS)
 
 
 @every
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 def test_read_packed_and_written_back(name, made, tmp_path):
   folder = made(name, True)
   it = load.load_model(folder)

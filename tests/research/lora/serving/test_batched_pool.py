@@ -155,6 +155,7 @@ def test_host_memory_is_a_least_recently_used_cache(tmp_path, places):
   assert jnp.isfinite(held.params["run0"]["layer0"]["mlp"]["down"].a).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "method",
   [

@@ -290,6 +290,7 @@ def test_the_model_says_the_same_by_the_kernels():
   chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mask", [Mask.full(), Mask.causal((3, 2)), Mask.block_causal(4)]
 )

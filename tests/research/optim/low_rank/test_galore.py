@@ -101,6 +101,7 @@ def test_six_steps_are_the_authors(name):
   chex.assert_trees_all_close(got, golden(name), atol=3e-5)
 
 
+@pytest.mark.slow
 def test_a_stack_is_its_layers():
   rng = np.random.default_rng(0)
   stack = {"wide": jnp.float32(rng.normal(size=(3, 8, 5)))}

@@ -182,6 +182,7 @@ def test_panels_hold_it(toy):
   assert generate.generate(model, got, prompts, 4) == want
 
 
+@pytest.mark.slow
 def test_sharded_it_is_the_same(toy):
   model, packed = model_and_packed(toy)
   layout = sharding.Layout(data=1, fsdp=2, tensor=2)
