@@ -5,6 +5,7 @@ Imports inside of functions count as well.
 
 import ast
 import collections
+import functools
 import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -45,6 +46,7 @@ def _modules() -> dict[str, pathlib.Path]:
   return found
 
 
+@functools.cache
 def _imports() -> dict[str, set[str]]:
   """Returns which of our modules each of them imports."""
   modules, found = _modules(), collections.defaultdict(set)

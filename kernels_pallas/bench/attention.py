@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from kernels_pallas.bench import jobs
 from kernels_pallas.bench.jobs import Check, Job, Target
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import (
+from kernels_pallas.flash_attention.gpu.support import (
   cores,
   num_multiprocessors,
 )

@@ -14,11 +14,9 @@ import jax.numpy as jnp
 
 from kernels_pallas.bench import jobs
 from kernels_pallas.bench.jobs import Check, Job, Target
-from kernels_pallas.quantized_matmul import planar
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
+from kernels_pallas.quantized_matmul import gpu, planar, tpu
 from kernels_pallas.quantized_matmul.gpu.tile_sizes import Tile
 from kernels_pallas.quantized_matmul.planar import Planar
-from kernels_pallas.quantized_matmul.tpu import mosaic_tpu
 
 CODEBOOKS = {
   "even": tuple(float(code - 8) for code in range(16)),
@@ -241,7 +239,7 @@ def _tolerances(x: Problem, operands, expected):
 
 
 def _product(target: Target, x: Problem, rows, w: Planar) -> Any:
-  kernels = mosaic_gpu if target.platform == "gpu" else mosaic_tpu
+  kernels = gpu if target.platform == "gpu" else tpu
   run = kernels.product if x.direction == "forward" else kernels.input_gradient
   if x.codes:
     run = functools.partial(run, activations=jnp.int8)

@@ -16,28 +16,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.common.target_platform import accumulator, program_device
+from kernels_pallas.decode_attention import gpu, ragged, tpu
 from kernels_pallas.decode_attention import pages as paging
-from kernels_pallas.decode_attention import ragged
 from kernels_pallas.decode_attention import work as works
 from kernels_pallas.decode_attention.cpu import cpu_decode
 from kernels_pallas.decode_attention.dispatch import BACKENDS, resolve_auto
 from kernels_pallas.decode_attention.dispatch import choose as choose
-from kernels_pallas.decode_attention.gpu.mosaic_gpu import (
-  KEYS,
-  mosaic_gpu_decode,
-  splits_for,
-  unsupported,
-)
 from kernels_pallas.decode_attention.pages import Pages
 from kernels_pallas.decode_attention.reference import (
   add_sinks,
   reference_decode,
 )
 from kernels_pallas.decode_attention.spec import Blocks, Spec
-from kernels_pallas.decode_attention.tpu.mosaic_tpu import (
-  check_for_tpu,
-  mosaic_tpu_decode,
-)
 from kernels_pallas.decode_attention.xla import xla_decode
 
 KERNELS = ("mosaic_tpu", "mosaic_gpu")
@@ -223,10 +213,10 @@ def _attend(spec, blocks, interpret, backend, place, q, storage, rows):
   p, tiling = works.prepare(spec, blocks, q, storage, rows)
   decode = xla_decode
   if backend == "mosaic_gpu":
-    decode = functools.partial(mosaic_gpu_decode, interpret=interpret)
+    decode = functools.partial(gpu.mosaic_gpu_decode, interpret=interpret)
   if backend == "mosaic_tpu":
-    check_for_tpu(p, interpret)
-    decode = functools.partial(mosaic_tpu_decode, interpret=interpret)
+    tpu.check_for_tpu(p, interpret)
+    decode = functools.partial(tpu.mosaic_tpu_decode, interpret=interpret)
   return works.combine_splits(p, tiling, rows, q.shape[0], *decode(p))
 
 
@@ -263,7 +253,7 @@ def _spec(H, scale, softcap, window, precision) -> Spec:
 
 
 def _check_for_gpu(spec, q, storage) -> None:
-  reason = unsupported("", q.dtype, storage, spec.precision)
+  reason = gpu.unsupported("", q.dtype, storage, spec.precision)
   if reason is not None:
     raise ValueError(f"mosaic_gpu: {reason}; backend='xla' takes it")
 
@@ -274,11 +264,11 @@ def _blocks(blocks: Blocks | None, backend, place, q, storage, rows) -> Blocks:
   splits = 2 if platform == "tpu" and kind in TWO_CORES else 1
   if backend == "mosaic_gpu":
     # The kernel splits keys into any runs: small blocks make equal runs.
-    blocks = dataclasses.replace(blocks, keys=min(blocks.keys, KEYS))
+    blocks = dataclasses.replace(blocks, keys=min(blocks.keys, gpu.KEYS))
     width = 1 if rows.table is None else rows.table.shape[1]
     K, tokens = works.head_sizes(storage)[0], q.shape[0]
     each = works.queries_per_item(blocks, tokens, q.shape[1] // K, rows)
-    splits = splits_for(K * -(-tokens // each), storage.size * width)
+    splits = gpu.splits_for(K * -(-tokens // each), storage.size * width)
   if blocks.splits is None:
     blocks = dataclasses.replace(blocks, splits=splits)
   return blocks

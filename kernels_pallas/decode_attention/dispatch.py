@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.common import target_platform
 from kernels_pallas.common.by_platform import by_platform
-from kernels_pallas.decode_attention import cpu
-from kernels_pallas.decode_attention.gpu.mosaic_gpu import unsupported
+from kernels_pallas.decode_attention import cpu, gpu
 from kernels_pallas.decode_attention.pages import Pages
 from kernels_pallas.decode_attention.ragged import RaggedRows
 from kernels_pallas.decode_attention.work import Cache
@@ -124,7 +123,7 @@ def _choose_for_device(
 ) -> tuple[str, str]:
   platform, kind = place
   if platform in ("cuda", "gpu"):
-    reason = unsupported(kind, dtype, storage, precision)
+    reason = gpu.unsupported(kind, dtype, storage, precision)
     if reason is not None:
       return "xla", reason
     return "mosaic_gpu", f"the program is for {kind}"

@@ -26,11 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.common.target_platform import program_device
-from kernels_pallas.decode_attention import ragged
-from kernels_pallas.decode_attention.tpu.append import (
-  group_size,
-  mosaic_tpu_append,
-)
+from kernels_pallas.decode_attention import ragged, tpu
 
 MAX_CODE = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 """Quantized dtypes, and their largest finite number."""
@@ -198,7 +194,7 @@ def append_to_pages(
     for n in (0, 1):
       scale = _put(scale, scales[n], where, n)
   if taken == "mosaic_tpu":
-    kv = mosaic_tpu_append(pages.kv, new, rows, interpret)
+    kv = tpu.mosaic_tpu_append(pages.kv, new, rows, interpret)
   else:
     kv = _put(pages.kv, new, where)
   return Pages(kv, scale, H)
@@ -206,7 +202,7 @@ def append_to_pages(
 
 def _backend(backend: str, pages: Pages) -> str:
   """Resolves `backend`; raises if it cannot write `pages`."""
-  dtype, group = pages.kv.dtype, group_size(pages.kv.dtype)
+  dtype, group = pages.kv.dtype, tpu.group_size(pages.kv.dtype)
   uneven = (
     f"found {pages.size} tokens a page, expected a multiple of {group} in "
     f"{dtype}"

@@ -1,6 +1,7 @@
 """Backend selection: `backend=` names, what 'auto' resolves to, and why.
 
-Each device's kernel has unsupported cases; the reason is returned as text.
+Each device's kernel has unsupported cases; the reason is returned as text. A
+kernel is imported when a program for its device is traced.
 """
 
 import dataclasses
@@ -15,14 +16,13 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.common import target_platform
 from kernels_pallas.common.by_platform import by_platform
-from kernels_pallas.flash_attention import cpu
+from kernels_pallas.flash_attention import cpu, gpu, tpu
 from kernels_pallas.flash_attention.cotangents import (
   cast_gradients,
   query_cotangents,
   save_residuals,
 )
 from kernels_pallas.flash_attention.cpu import CpuTiles
-from kernels_pallas.flash_attention.gpu import mosaic_gpu
 from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTiles,
   for_head_dim,
@@ -30,7 +30,6 @@ from kernels_pallas.flash_attention.gpu.tile_sizes import (
 )
 from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tpu import mosaic_tpu
 from kernels_pallas.flash_attention.tpu.tile_sizes import (
   LANES,
   Tiles,
@@ -138,10 +137,10 @@ def _unsupported_by_all(x) -> str | None:
 
 
 def _unsupported_by_gpu(x, kind, precision) -> str | None:
-  cores = mosaic_gpu.cores(kind)
+  cores = gpu.cores(kind)
   if cores is None:
-    return mosaic_gpu.no_kernel_reason(kind)
-  reason = mosaic_gpu.unsupported(x.q, x.k, x.v, x.bias, precision)
+    return gpu.no_kernel_reason(kind)
+  reason = gpu.unsupported(x.q, x.k, x.v, x.bias, precision)
   if reason is not None:
     return reason
   wide = max(x.q.shape[-1], x.v.shape[-1])
@@ -226,8 +225,8 @@ def default_tile_sizes(x: Operands, config: type, kind: str) -> TileSizes:
   if config is Tiles:
     return for_device(kind, max(H, Hv), x.q.dtype.name, x.bias is not None)
   if config is GpuTiles:
-    cores = mosaic_gpu.cores(kind) or "wgmma"
-    return for_head_dim(H, Hv, cores, mosaic_gpu.num_multiprocessors(kind))
+    cores = gpu.cores(kind) or "wgmma"
+    return for_head_dim(H, Hv, cores, gpu.num_multiprocessors(kind))
   return tile_sizes.default_blocks(x)
 
 
@@ -311,11 +310,11 @@ def _attention(
   dtype = spec.output or x.q.dtype
 
   def on_tpu(spec, x):
-    o, lse = mosaic_tpu.mosaic_tpu_attention(spec, False, x)
+    o, lse = tpu.mosaic_tpu_attention(spec, False, x)
     return o.astype(dtype), lse
 
   def on_gpu(spec, x):
-    return mosaic_gpu.mosaic_gpu_attention(spec, False, x)
+    return gpu.mosaic_gpu_attention(spec, False, x)
 
   # Without its custom_vjp: a gradient may be differentiated in forward mode.
   plain = blockwise_attention.__wrapped__
@@ -338,10 +337,10 @@ def _backward(spec, saved, cotangents):
     )
 
   def on_tpu(spec, x, rows):
-    return mosaic_tpu.mosaic_tpu_gradients(spec, False, x, rows)
+    return tpu.mosaic_tpu_gradients(spec, False, x, rows)
 
   def on_gpu(spec, x, rows):
-    return mosaic_gpu.rounded_gradients(spec, False, x, rows)
+    return gpu.rounded_gradients(spec, False, x, rows)
 
   on_cpu = _compiled(spec, cpu.cpu_gradients, blockwise_gradients)
   kernels = {"tpu": on_tpu, "cuda": on_gpu, "cpu": on_cpu}
@@ -387,16 +386,16 @@ _attention.defvjp(_forward, _backward)
 
 
 def _mosaic_tpu(interpret, spec, x):
-  return mosaic_tpu.mosaic_tpu_attention(spec, interpret, x)
+  return tpu.mosaic_tpu_attention(spec, interpret, x)
 
 
 def _mosaic_tpu_gradients(interpret, spec, x, rows):
-  return mosaic_tpu.mosaic_tpu_gradients(spec, interpret, x, rows)
+  return tpu.mosaic_tpu_gradients(spec, interpret, x, rows)
 
 
 def _mosaic_gpu(interpret, spec, x):
-  return mosaic_gpu.mosaic_gpu_attention(spec, interpret, x)
+  return gpu.mosaic_gpu_attention(spec, interpret, x)
 
 
 def _mosaic_gpu_gradients(interpret, spec, x, rows):
-  return mosaic_gpu.mosaic_gpu_gradients(spec, interpret, x, rows)
+  return gpu.mosaic_gpu_gradients(spec, interpret, x, rows)

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.common import target_platform
-from kernels_pallas.quantized_matmul import planar
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
+from kernels_pallas.quantized_matmul import gpu, planar, tpu
+from kernels_pallas.quantized_matmul.activations import (
+  check_activations,
+  quantize_rows,
+)
 from kernels_pallas.quantized_matmul.gpu.tile_sizes import Tile
 from kernels_pallas.quantized_matmul.planar import Planar
-from kernels_pallas.quantized_matmul.tpu import mosaic_tpu
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import Config
+from kernels_pallas.quantized_matmul.tpu.tile_sizes import Config
 
 BACKENDS = ("auto", "xla", "mosaic_tpu", "mosaic_gpu")
 
@@ -48,7 +50,7 @@ def planar_matmul(
   Raises:
     ValueError: Types do not match.
   """
-  mosaic_tpu.check_activations(activations, w)
+  check_activations(activations, w)
   if jax.sharding.get_abstract_mesh().manual_axes:
     # Each device multiplies the shared rows with its part of W. Marking rows as
     # varying sums their gradients outside of the kernel.
@@ -60,10 +62,10 @@ def planar_matmul(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _product(x, w, backend, activations, config, interpret):
   def on_tpu(x, w):
-    return mosaic_tpu.product(x, w, activations, config or Config(), interpret)
+    return tpu.product(x, w, activations, config or Config(), interpret)
 
   def on_gpu(x, w):
-    return mosaic_gpu.product(x, w, config, interpret, activations)
+    return gpu.product(x, w, config, interpret, activations)
 
   def plain(x, w):
     return _plain(x, w, activations)
@@ -79,10 +81,10 @@ def _choose(backend, on_tpu, on_gpu, plain, x, w, activations=None):
   # The platform is that of the program, which may be compiled for another one
   # than the process runs on.
   kernels = {}
-  if mosaic_tpu.unsupported(x.dtype, w) is None:
+  if tpu.unsupported(x.dtype, w) is None:
     kernels["tpu"] = on_tpu
-  gpu = mosaic_gpu.is_for(len(x))
-  if gpu and mosaic_gpu.unsupported(x.dtype, w, activations) is None:
+  faster = gpu.is_for(len(x))
+  if faster and gpu.unsupported(x.dtype, w, activations) is None:
     kernels["cuda"] = on_gpu
   return jax.lax.platform_dependent(x, w, **kernels, default=plain)
 
@@ -90,7 +92,7 @@ def _choose(backend, on_tpu, on_gpu, plain, x, w, activations=None):
 def _plain(x, w, activations):
   dtype = x.dtype
   if activations is not None:
-    codes, unit = mosaic_tpu.quantize_rows(x)
+    codes, unit = quantize_rows(x)
     x = codes.astype(jnp.float32) * unit
   matrix = planar.dense(w, x.dtype)
   y = jnp.dot(x, matrix, preferred_element_type=_sums(dtype))
@@ -109,10 +111,10 @@ def _backward(backend, activations, config, interpret, w, dy):
   del activations
 
   def on_tpu(dy, w):
-    return mosaic_tpu.input_gradient(dy, w, config or Config(), interpret)
+    return tpu.input_gradient(dy, w, config or Config(), interpret)
 
   def on_gpu(dy, w):
-    return mosaic_gpu.input_gradient(dy, w, config, interpret)
+    return gpu.input_gradient(dy, w, config, interpret)
 
   def plain(dy, w):
     matrix = planar.dense(w, dy.dtype)

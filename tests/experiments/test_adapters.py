@@ -152,6 +152,7 @@ def test_fidelity(command):
     assert abs(1 - result["kept"]) < result["noise"] < 1
 
 
+@pytest.mark.slow
 def test_merging_over_a_packed_base(command, tmp_path):
   """What was trained is kept by decoding the base, and by that alone."""
   packed = sources.open_source(MODELS / "gguf_q4_0" / "model.gguf")

@@ -243,6 +243,7 @@ print(json.dumps([before, after, int(anonymous.split()[1])]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["hf", "Q8_0"])
 @pytest.mark.skipif(sys.platform != "linux", reason="counts Linux's pages")
 @pytest.mark.sample(2, 1)

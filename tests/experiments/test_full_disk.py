@@ -21,6 +21,7 @@ def small_disk(tmp_path):
   subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_nothing_is_lost(small_disk):
   workdir = small_disk / "run"
   done = subprocess.run(

@@ -50,6 +50,7 @@ def test_blocks_of_one_write_what_the_model_wrote(command):
       assert got[field] == want[field]
 
 
+@pytest.mark.slow
 def test_calls_are_counted(command):
   assert told(command("all", "--block=8", "--steps=2"))["calls"] == 2
   got = told(command("all", "--block=4", "--steps=4", "--cache=dual"))

@@ -182,6 +182,7 @@ def test_several_texts_do_not_matter_to_each_other(command, more):
   assert [len(row["gaps"]) for row in rows] == [2, 1, 1]
 
 
+@pytest.mark.slow
 def test_steps_are_split_among_blocks(command):
   flags = "--plan=dream", "--block=16", "--steps=2"
   got = told(command("all", "--infill=the cat[[3]] sat[[2]]", *flags))
@@ -242,6 +243,7 @@ def test_what_is_streamed_of_a_gap_ends_where_it_does(places, capsys):
     assert capsys.readouterr().out == loaded.tokenizer.decode(want)
 
 
+@pytest.mark.slow
 def test_an_end_within_a_gap_shortens_it(command, monkeypatch):
   """And what is behind it in the gap is no text."""
   kept = []

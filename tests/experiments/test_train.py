@@ -178,6 +178,7 @@ def test_packed_base_trains_with_no_further_code(tmp_path):
   assert result["total_parameters"] == 134_515_008 + 2_442_240
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("arguments", "status", "message"),
   [

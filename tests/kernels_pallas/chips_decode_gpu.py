@@ -19,7 +19,7 @@ import numpy as np
 
 from kernels_pallas.decode_attention import pages, ragged
 from kernels_pallas.decode_attention import work as works
-from kernels_pallas.decode_attention.gpu import mosaic_gpu
+from kernels_pallas.decode_attention.gpu import mosaic_gpu, support
 from kernels_pallas.decode_attention.reference import reference_decode
 from kernels_pallas.decode_attention.spec import Blocks, Spec
 from kernels_pallas.inspect import gpu, ptx
@@ -101,7 +101,7 @@ def prepare(case: Case, q, held, table, lens, starts):
   """Returns a call's problem, and a function that restores its results."""
   rows = ragged.RaggedRows(table, *(jnp.asarray(x) for x in (lens, starts)))
   spec = Spec(case.heads[2] ** -0.5, case.softcap, case.window)
-  blocks = Blocks(case.queries, mosaic_gpu.KEYS, case.splits)
+  blocks = Blocks(case.queries, support.KEYS, case.splits)
   p, tiling = works.prepare(spec, blocks, q, held, rows)
   return p, lambda o, lse: works.combine_splits(
     p, tiling, rows, q.shape[0], o, lse
@@ -146,7 +146,7 @@ def least(case: Case) -> int:
   _, begin, end = np.asarray(x.arrays["work"]).reshape(E, 3).T
   keys = int((end - begin).sum()) * K * blocks
   # Threads without work in short tiles copy scales a second time.
-  scales = 8 * mosaic_gpu.KEYS // x.keys
+  scales = 8 * support.KEYS // x.keys
   token = H + Hv + scales if case.code else 2 * (H + Hv)
   return keys * token + 2 * E * K * blocks * x.rows * H
 

@@ -108,10 +108,9 @@ def _compile(case: Case) -> None:
 def _ours(case: Case, array):
   import jax.numpy as jnp
 
-  from kernels_pallas.quantized_matmul import planar
-  from kernels_pallas.quantized_matmul.tpu import mosaic_tpu
+  from kernels_pallas.quantized_matmul import planar, tpu
 
-  n, tile = case.size, mosaic_tpu.Tile(*case.tile)
+  n, tile = case.size, tpu.Tile(*case.tile)
   codebook = {
     "int4": tuple(float(code - 8) for code in range(16)),
     "nf4": tuple((code / 15) ** 2 for code in range(16)),
@@ -129,13 +128,13 @@ def _ours(case: Case, array):
     codebook=codebook,
   )
   most = 1 << 30 if case.way == "few" else 0
-  config = mosaic_tpu.Config(tile, tile, tile, most)
+  config = tpu.Config(tile, tile, tile, most)
   activations = jnp.int8 if case.kind == "w8a8" else None
 
   def run(x, w):
     if case.way == "gradient":
-      return mosaic_tpu.input_gradient(x, w, config)
-    return mosaic_tpu.product(x, w, activations, config)
+      return tpu.input_gradient(x, w, config)
+    return tpu.product(x, w, activations, config)
 
   return run, w
 

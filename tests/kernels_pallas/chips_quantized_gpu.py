@@ -20,12 +20,12 @@ import numpy as np
 
 from kernels_pallas.inspect import gpu, ptx
 from kernels_pallas.quantized_matmul import planar
+from kernels_pallas.quantized_matmul.activations import quantize_rows
 from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
 from kernels_pallas.quantized_matmul.gpu.tile_sizes import (
   SHARED_BYTES,
   Tile,
 )
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import quantize_rows
 from tests.kernels_pallas import ptx_emulator as emulator
 
 CODEBOOKS = {

@@ -31,6 +31,7 @@ def built(name, folder, cxx, *flags):
   return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "sanitizers", "count"),
   [

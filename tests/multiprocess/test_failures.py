@@ -24,6 +24,7 @@ cli.run(main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)])
 @pytest.mark.sample(3)
 def test_an_error_in_one_process_ends_all(failing):

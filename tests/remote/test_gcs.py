@@ -28,6 +28,7 @@ def names(objects):
   return {name[start:] for name in objects.found}
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(objects, tmp_path, capsys):
   local = run.fit(tmp_path / "run", save_every=0, eval_every=4)
   run.fit(WORKDIR, steps=4, save_every=0, eval_every=4)

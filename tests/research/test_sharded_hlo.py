@@ -47,7 +47,7 @@ def test_no_stack_of_weights_travels(kind, layout):
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(4, 3)
 def test_nothing_is_larger_than_what_a_table_row_implies(kind, layout):
   """The residual stream, one weight of a layer, or the embedding: no more."""
   mesh = support_mesh.compiled(kind, layout).mesh.shape
@@ -63,7 +63,7 @@ def test_nothing_is_larger_than_what_a_table_row_implies(kind, layout):
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(4, 3)
 def test_nothing_is_exchanged_that_could_stay(kind, layout):
   kinds = {c.kind for c in collectives(kind, layout)}
   more = {
@@ -153,6 +153,7 @@ def test_tokens_change_their_order_at_both_ends_of_the_layers_alone():
   assert {s for c in moved for s in c.shapes} <= halves
 
 
+@pytest.mark.slow
 def test_a_ring_passes_keys_and_values_and_gathers_none():
   found = collectives("plain", "ring")
   inside = [c for c in found if c.kind == "collective-permute" and c.loops]
@@ -173,6 +174,7 @@ def test_heads_are_exchanged_for_tokens():
   assert shapes == {(4, LENGTH // 2, 1, 16)}
 
 
+@pytest.mark.slow
 def test_experts_exchange_tokens_not_weights():
   found = collectives("experts", "expert")
   over_experts = [c for c in found if c.axes == frozenset({"expert"})]

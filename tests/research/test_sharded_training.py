@@ -92,6 +92,7 @@ def differences(got, want):
   return metrics | {"parameters": max(jax.tree.leaves(moved))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 @pytest.mark.sample(8)
 def test_twenty_steps_are_one_devices(kind, layout):
@@ -110,6 +111,7 @@ def test_twenty_steps_are_one_devices(kind, layout):
   assert got.step == want.step == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("kind", "layouts"),
   [

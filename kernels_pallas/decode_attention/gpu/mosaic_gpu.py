@@ -13,78 +13,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.common import gpu_copy as copy
-from kernels_pallas.common.target_platform import NO_GPU_KERNELS, has_mma
 from kernels_pallas.decode_attention.gpu import quantized_pages, sm80_kernel
-from kernels_pallas.decode_attention.pages import MAX_CODE, Pages
-from kernels_pallas.decode_attention.work import Cache, Problem, head_sizes
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import (
-  DTYPES,
-  no_kernel_reason,
+from kernels_pallas.decode_attention.gpu.support import (
+  HEAD_DIMS,
+  KEYS,
+  is_quantized,
 )
+from kernels_pallas.decode_attention.work import Problem
 
-KEYS, WIDE = 64, 512
-"""Keys per tile, and the bytes of a token's key and value above which a tile
-has half as many keys."""
-
-HEAD_DIMS = (64, 128, 256)
-"""Head dims whose chunks divide a block's threads."""
+WIDE = 512
+"""Bytes of a token's key and value above which a tile has half as many keys."""
 
 SHARED_BYTES = 82_432
 """Shared memory per block with which an A100 runs two blocks."""
-
-PROCESSORS = 132
-"""Multiprocessors to fill: those of an H100."""
-
-MAX_SPLITS = 32
-
-
-def unsupported(
-  kind: str, dtype: Any, storage: Cache | Pages | None, precision: Any = None
-) -> str | None:
-  """Returns why the kernel cannot run a call, or None.
-
-  Args:
-    kind: Device kind, or '' for any with a kernel.
-    dtype: Dtype of the queries.
-    storage: Keys and values, or None for any.
-    precision: Precision of the matmuls.
-  """
-  if NO_GPU_KERNELS is not None:
-    return NO_GPU_KERNELS
-  if kind and not has_mma(kind):
-    return no_kernel_reason(kind)
-  if dtype not in DTYPES:
-    return f"GPU kernels compute in bfloat16 and float16, found {dtype}"
-  if precision not in (None, jax.lax.Precision.DEFAULT):
-    return f"GPU kernels have one precision, found {precision}"
-  if storage is None:
-    return None
-  if _is_quantized(storage) and dtype != jnp.bfloat16:
-    # Operands are probabilities times the values' scales: the exponent range of
-    # float16 is too small for the scales of small values.
-    return f"GPU kernels read codes for bfloat16 queries, found {dtype}"
-  for found in (x.dtype for x in _arrays(storage)):
-    if found != dtype and found not in MAX_CODE:
-      return f"GPU kernels take keys of the queries' {dtype}, found {found}"
-  dims = head_sizes(storage)[1:]
-  if not set(dims) <= set(HEAD_DIMS):
-    return f"GPU kernels take head dims of {HEAD_DIMS}, found {dims}"
-  return None
-
-
-def _arrays(storage):
-  return (storage.k, storage.v) if isinstance(storage, Cache) else (storage.kv,)
-
-
-def splits_for(pieces: int, keys: int) -> int:
-  """Returns the splits that fill the multiprocessors twice, of 4 tiles or more.
-
-  Args:
-    pieces: Items times key heads.
-    keys: Most keys of a row.
-  """
-  wanted = -(-2 * PROCESSORS // pieces)
-  return max(1, min(wanted, keys // (4 * KEYS), MAX_SPLITS))
 
 
 def mosaic_gpu_decode(
@@ -129,7 +70,7 @@ def plan(p: Problem, interpreted: bool = False) -> sm80_kernel.Plan:
   items, _, M, _ = p.q.shape
   (K, H, Hv), E = p.heads, items * p.splits
   parts = 4 if M <= sm80_kernel.WARP else 2 if M <= 2 * sm80_kernel.WARP else 1
-  code = p.storage.kv.dtype if _is_quantized(p.storage) else None
+  code = p.storage.kv.dtype if is_quantized(p.storage) else None
   size = p.q.dtype.itemsize if code is None else 1
   keys, token = KEYS, size * (H + Hv) + 8 * (code is not None)
   # Otherwise two tiles do not fit an Ada; or, with such wide outputs of 64
@@ -214,7 +155,3 @@ def _stages(size: int, parts: int, H: int) -> int:
   used = 2 * (sm80_kernel.ROWS // parts) * H
   used += (sm80_kernel.CHUNK + 2) * 4 * sm80_kernel.ROWS * (parts > 1)
   return max(2, min(4, (SHARED_BYTES - used) // size))
-
-
-def _is_quantized(storage: Cache | Pages) -> bool:
-  return isinstance(storage, Pages) and storage.scale is not None

@@ -4,12 +4,15 @@
 backward pass is the latter, transposed, from the same packed weights.
 """
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
+from kernels_pallas.quantized_matmul.activations import (
+  check_activations,
+  quantize_rows,
+)
 from kernels_pallas.quantized_matmul.planar import BLOCK, Planar
 from kernels_pallas.quantized_matmul.tpu import problem
 from kernels_pallas.quantized_matmul.tpu.few_rows import multiply_few_rows
@@ -18,24 +21,8 @@ from kernels_pallas.quantized_matmul.tpu.many_rows import (
   GRADIENT,
   multiply_many_rows,
 )
-from kernels_pallas.quantized_matmul.tpu.problem import Tile
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Tile sizes of the matmul.
-
-  Attributes:
-    few: Tile for few rows.
-    many: Tile for many rows.
-    gradient: Tile for the input gradient.
-    most: Rows, times the groups per block, up to which `few_rows` is used.
-  """
-
-  few: Tile = Tile(256, 2048, 1024)
-  many: Tile = Tile(1024, 1024, 512)
-  gradient: Tile = Tile(1024, 512, 1024)
-  most: int = 128
+from kernels_pallas.quantized_matmul.tpu.support import unsupported
+from kernels_pallas.quantized_matmul.tpu.tile_sizes import Config
 
 
 def product(
@@ -92,40 +79,3 @@ def input_gradient(
   """
   p = problem.prepare(w, config.gradient, outputs=True)
   return multiply_many_rows(dy, p, GRADIENT, dy.dtype, interpret)[:, : w.inputs]
-
-
-def unsupported(dtype: Any, w: Planar) -> str | None:
-  """Returns why the kernels cannot multiply such rows with `w`, or None."""
-  if dtype not in (jnp.bfloat16, jnp.float32):
-    return (
-      f"found {dtype}, expected bfloat16 or float32, which are what TPUs "
-      "compute in"
-    )
-  if w.bits == 8 and w.words:
-    return "codes: found 8 bits in words, expected int8, as planar.pack leaves"
-  return None
-
-
-def check_activations(activations: Any, w: Planar) -> None:
-  """Raises ValueError unless rows may be rounded to such codes for `w`."""
-  if activations is None:
-    return
-  if (jnp.dtype(activations), w.bits) != (jnp.int8, 8):
-    raise ValueError(
-      f"activations: found {jnp.dtype(activations)} with {w.bits}-bit codes, "
-      "expected None, or int8 with 8-bit codes"
-    )
-
-
-def quantize_rows(
-  x: Float[Array, "B I"],
-) -> tuple[Int8[Array, "B I"], Float[Array, "B 1"]]:
-  """Rounds rows to int8 codes, to nearest, ties to even; also returns the
-  units.
-
-  A row's largest number has code 127 (or -127); a unit is the value of code 1.
-  """
-  wide = x.astype(jnp.float32)
-  unit = jnp.max(jnp.abs(wide), axis=1, keepdims=True) / 127
-  codes = jnp.round(wide / jnp.where(unit == 0, 1, unit))
-  return codes.astype(jnp.int8), unit

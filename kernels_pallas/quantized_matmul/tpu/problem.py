@@ -11,31 +11,9 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.quantized_matmul.planar import BLOCK, LANES, Planar
 from kernels_pallas.quantized_matmul.tpu import dequantize
+from kernels_pallas.quantized_matmul.tpu.tile_sizes import Tile
 
 VMEM_LIMIT = 100 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-  """Sizes of a grid step.
-
-  Attributes:
-    rows: Rows of activations.
-    inputs: Inputs of the matrix, a multiple of 128.
-    outputs: Outputs of the matrix, a multiple of 128.
-  """
-
-  rows: int
-  inputs: int
-  outputs: int
-
-  def __post_init__(self):
-    fits = self.rows > 0 and self.inputs > 0 and self.outputs > 0
-    if not fits or self.inputs % BLOCK or self.outputs % LANES:
-      raise ValueError(
-        f"tile: found {self}, expected positive rows, inputs and outputs in "
-        f"multiples of {BLOCK}"
-      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.quantized_matmul import planar
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
+from kernels_pallas.quantized_matmul.gpu import support as gpu_support
 from kernels_pallas.quantized_matmul.planar import BLOCK, Planar
-from kernels_pallas.quantized_matmul.tpu import mosaic_tpu
+from kernels_pallas.quantized_matmul.tpu import support as tpu_support
 from research import tree, weights
 from research.quant.layouts import kernel_codes
 from research.quant.layouts.kernel_layout import KernelLayout
@@ -79,7 +79,7 @@ class PlanarTensor(KernelLayout):
 
 def has_kernel() -> bool:
   """Whether this process runs on a device with these kernels."""
-  return jax.default_backend() == "tpu" or mosaic_gpu.is_for()
+  return jax.default_backend() == "tpu" or gpu_support.is_for()
 
 
 def is_supported(
@@ -100,7 +100,7 @@ def is_supported(
   if not (group in GROUPS or group % BLOCK == 0 or group == w.inputs):
     return False
   made = jax.eval_shape(functools.partial(from_qtensor, gpu=gpu), w).planes
-  kernels = mosaic_gpu if gpu else mosaic_tpu
+  kernels = gpu_support if gpu else tpu_support
   return kernels.unsupported(jnp.dtype(dtype), made) is None
 
 
@@ -139,7 +139,7 @@ def to_planes(
     dtype: dtype that the model computes in.
   """
   del key
-  gpu = mosaic_gpu.is_for() if gpu is None else gpu
+  gpu = gpu_support.is_for() if gpu is None else gpu
   left: set[str] = set()
   made: list[str] = []
 

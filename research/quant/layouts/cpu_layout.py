@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.quantized_matmul import cpu
+from kernels_pallas.quantized_matmul import cpu, gpu
 from kernels_pallas.quantized_matmul.cpu import panels as layout
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
 from research import tree, weights
 from research.generation import generate
 from research.nn.transformer import Transformer
@@ -221,7 +220,7 @@ def _kernel(params: Params, dtype: str) -> Callable[[QTensor], bool] | None:
     return None
   if accelerator_layout.has_kernel():
     return functools.partial(
-      accelerator_layout.is_supported, gpu=mosaic_gpu.is_for(), dtype=dtype
+      accelerator_layout.is_supported, gpu=gpu.is_for(), dtype=dtype
     )
   if jax.default_backend() != "cpu" or not cpu.available():
     return None

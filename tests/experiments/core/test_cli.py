@@ -56,6 +56,7 @@ def test_generate_streams_and_ends_with_json(command):
   assert cut["finish_reason"] == "stop"
 
 
+@pytest.mark.slow
 def test_an_adapter_is_applied(command, tmp_path):
   """By --adapter over its base, or as a model that names its base."""
   base = load.load_model(TINY)
@@ -73,6 +74,7 @@ def test_an_adapter_is_applied(command, tmp_path):
   assert named[1][:-1] == alone[1][:-1] != plain[1][:-1]
 
 
+@pytest.mark.slow
 def test_a_seed_is_a_sample(command):
   arguments = [f"--model={TINY}", "--prompt=a", "--temperature=1.5"]
   texts = [

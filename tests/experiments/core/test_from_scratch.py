@@ -57,6 +57,7 @@ def test_weights_are_a_function_of_the_seed(fresh):
   assert first.source["format"] == "fresh"
 
 
+@pytest.mark.slow
 def test_weights_do_not_depend_on_the_mesh(fresh):
   layout = sharding.Layout(data=2, fsdp=2, tensor=2)
   mesh = layout.mesh()

@@ -72,6 +72,7 @@ def formats(loaded):
   return packed_weights.report(loaded.params)["packed"]
 
 
+@pytest.mark.slow
 def test_without_a_kernel_they_are_decoded(ours, monkeypatch):
   kept = formats(packed_weights.load(str(ours / "int4")))
   assert kept == ["int4-asym-g32"]

@@ -175,6 +175,7 @@ def kept(result):
   return {k: v for k, v in result.items() if k not in times}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "flags"), WAYS)
 @pytest.mark.sample(21)
 def test_what_is_written_is_what_each_prompt_gives_without_padding(

@@ -43,6 +43,7 @@ def test_files_are_prompts_but_for_the_line_break_that_ends_them(
     prompts.read([], ["-", "-"])
 
 
+@pytest.mark.slow
 def test_answers_stand_under_their_prompts(command, tmp_path):
   file = tmp_path / "a.txt"
   file.write_text("a dog ran\n")

@@ -26,6 +26,7 @@ def _problem(tokens=96, inputs=16, outputs=8):
   return jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
 
 
+@pytest.mark.slow
 def test_the_papers_steps_are_the_librarys():
   x, w = _problem()
   steps = quant_story.gptq_steps(x, w, bits=3)

@@ -14,6 +14,7 @@ from tests import support, support_plan
 SIZES = dataclasses.replace(support.SIZES, window=None, tied=False)
 
 
+@pytest.mark.slow
 def test_a_block_s_calls_do_less_than_a_row_s():
   layout = Layout(data=2, tensor=2)
   whole = support_plan.experiment(layout, SIZES)

@@ -111,6 +111,7 @@ def test_every_kernel_has_a_smoke_test_checks_and_times(platform):
   assert by_stage[jobs.CHECK] == by_stage[jobs.TIME] == kernels | {"sequence"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", CHIPS)
 @pytest.mark.sample(3)
 def test_nothing_is_interpreted_on_a_chip(platform):

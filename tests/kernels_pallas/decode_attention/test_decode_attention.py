@@ -214,6 +214,7 @@ def test_a_window_over_a_cache(backend):
     chex.assert_trees_all_close(found[row], expected[0], **CLOSE)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(
   st.lists(
@@ -253,6 +254,7 @@ def test_large_logits_only_shift_the_log_sum_exp():
       )
 
 
+@pytest.mark.slow
 def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
   """The rule of the flash-attention authors; see kernels_pallas/MATH.md 8."""
   q, k, v = (draw(B, *s, dtype=jnp.bfloat16) for s in (

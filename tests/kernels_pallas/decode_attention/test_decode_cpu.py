@@ -161,6 +161,7 @@ def test_invalid_lengths_are_clipped():
   chex.assert_trees_all_equal(found, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [False, True])
 @pytest.mark.sample(2)
 def test_auto_has_the_gradients_and_flops_of_attention(mesh):

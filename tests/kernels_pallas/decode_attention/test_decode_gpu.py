@@ -21,7 +21,7 @@ from kernels_pallas.decode_attention.api import (
   decode_attention,
   paged_attention,
 )
-from kernels_pallas.decode_attention.gpu.mosaic_gpu import splits_for
+from kernels_pallas.decode_attention.gpu.support import splits_for
 from kernels_pallas.decode_attention.pages import Pages, quantize
 from kernels_pallas.decode_attention.spec import Blocks
 from tests.support_chip import MODES, runner
@@ -260,6 +260,7 @@ def test_a_program_lowered_for_cuda_has_the_kernel():
   assert found == {"cpu": False, "cuda": True}
 
 
+@pytest.mark.slow
 def test_without_jit_it_runs_where_its_arrays_are(monkeypatch):
   """Even on a host with a GPU, which is not queried then."""
   q, k = (draw(*s).astype(jnp.bfloat16) for s in ((2, 2, 64), (2, 24, 1, 64)))

@@ -180,6 +180,7 @@ def test_invalid_input_raises():
     empty_pages(0, 2, 4, 8)
 
 
+@pytest.mark.slow
 def test_lengths_may_be_static_while_the_table_is_traced():
   """Then rows have room for as many pages as the table lists."""
   q, pages = draw(TOKENS, 4, 8), pool(2, 8, 8)

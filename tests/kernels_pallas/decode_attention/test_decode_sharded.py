@@ -101,6 +101,7 @@ def test_pages_in_pools_by_rows_and_heads(mesh, backend, dtype):
   assert not [c for c in moved if "shard_map" in c.line]
 
 
+@pytest.mark.slow
 def test_mixed_rows_by_heads(mesh):
   cut = DecodeSharding(heads=("heads",))
   kv = draw(POOL * 2, K, SIZE, 2 * H)

@@ -80,6 +80,7 @@ def test_lengths_are_shorter_rows(x, causal, window):
     close(whole[row], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0, 3])
 def test_offsets_as_integers_and_as_data_agree(x, offset):
   q, k, v = x

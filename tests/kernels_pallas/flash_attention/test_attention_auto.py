@@ -277,6 +277,7 @@ def test_every_argument_agrees_with_xla_blockwise(name):
       same(lambda f: twice(bound(f)), *x, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_jit_results_are_the_same():
   x = qkv()
   value = jax.grad(causal, (0, 1, 2))(*x)
@@ -285,6 +286,7 @@ def test_without_jit_results_are_the_same():
   chex.assert_trees_all_close(value, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("checked", [True, False])
 def test_inside_a_shard_map_without_devices(checked):

@@ -129,6 +129,7 @@ def test_gradients_are_finite_differences(backend):
   check_grads(scalar, (x,), order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_unrolled_blocks_have_second_derivatives():
   x = {n: draw(1, 3, 1, 2, seed=i) for i, n in enumerate("qkv")}
 
@@ -374,6 +375,7 @@ def temporaries(length, config):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_length():
   config = Blocks(q=64, k=64)  # so that these lengths are looped over
   short, long = (temporaries(n, config) for n in (8192, 16384))

@@ -275,6 +275,7 @@ def test_auto_takes_the_cpu_kernel_for_supported_calls():
   assert taken(1, 32, 2, 8, dtype=jnp.float64) == "xla_blockwise"
 
 
+@pytest.mark.slow
 def test_without_a_compiler_xla_attends(monkeypatch, tmp_path):
   x = jax.tree.map(
     lambda y: jnp.asarray(y, jnp.float32), operands(8, 8, 2, 0)[0]

@@ -14,7 +14,7 @@ import pytest
 
 from kernels_pallas.decode_attention.api import decode_attention
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
+from kernels_pallas.flash_attention.gpu.support import cores
 from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTile,
   GpuTiles,
@@ -130,6 +130,7 @@ def test_a_sink_of_minus_infinity_is_no_sink_on_cpus():
   assert_close(run(sunk(qkv()), window()), finite())
 
 
+@pytest.mark.slow
 @each(["unrolled", "mosaic_tpu_fused"])
 def test_the_lowest_finite_sink_has_no_effect_on_visible_keys(name):
   """It times log2(e) is -inf."""
@@ -217,6 +218,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.sample(2)
 def test_a_sink_of_minus_infinity_is_no_sink_across_devices(way):
   cut, shards = WAYS[way]
   x = support_sequence.operands((4, 4, 4, 4), jnp.float32)
@@ -238,6 +240,7 @@ DECODING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cxx")
 def test_decoding_has_no_sink_where_it_is_minus_infinity():
   """Also for rows without a token, and in all splits of the keys."""

@@ -189,6 +189,7 @@ examples = hypothesis.settings(max_examples=15)
 seeds = st.integers(0, 2**32 - 1)
 
 
+@pytest.mark.slow
 @every_backend
 @examples
 @hypothesis.given(seed=seeds)

@@ -119,6 +119,7 @@ def test_every_mask_over_rows_queries_and_heads(name):
   chex.assert_trees_all_close(alone, shared, **CLOSE)
 
 
+@pytest.mark.slow
 def test_tiles_in_loops_over_rows_queries_and_heads():
   mask = Mask.causal(segments=documents())
   blocks = Blocks(q=4, k=4, unroll=1)

@@ -174,6 +174,7 @@ def test_a_tpu_visits_no_tile_without_a_visible_pair(mask, backward):
   assert run(mask) == once_each(config, with_a_pair(mask, N))
 
 
+@pytest.mark.slow
 def test_a_tpu_visits_the_tiles_that_segments_allow():
   config = TPU["fused"]
   run = counted(config, [draw(2, N, 1, 4, seed=s) for s in range(3)])

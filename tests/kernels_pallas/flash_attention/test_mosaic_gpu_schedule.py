@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.flash_attention.gpu import mosaic_gpu, persistent
+from kernels_pallas.flash_attention.gpu import persistent, support
 from kernels_pallas.flash_attention.gpu.problem import (
   KEYS,
   QUERIES,
@@ -127,4 +127,4 @@ def test_programs_are_the_devices_multiprocessors(monkeypatch):
     "NVIDIA GH200 480GB": 132,
     "NVIDIA H20": 78,
   }.items():
-    assert mosaic_gpu.num_multiprocessors(kind) == count
+    assert support.num_multiprocessors(kind) == count

@@ -185,6 +185,7 @@ def test_padding_may_contain_nan():
   assert not np.any(np.asarray(clean[0][0])[:, 9:])
 
 
+@pytest.mark.slow
 def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
   x = qkv(jnp.bfloat16)
 
@@ -325,6 +326,7 @@ def test_the_backend_is_that_of_the_platform_compiled_for():
   assert names == ["mosaic_tpu", "cpu", "xla_blockwise"]
 
 
+@pytest.mark.slow
 def test_each_device_runs_the_kernel_on_its_own_shard():
   q, k, v = (draw(2, T, n, 8, seed=n) for n in (4, 2, 2))
   options = {

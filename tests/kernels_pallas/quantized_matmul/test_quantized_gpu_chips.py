@@ -14,7 +14,7 @@ import pytest
 
 from kernels_pallas.inspect import gpu
 from kernels_pallas.quantized_matmul import planar
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import quantize_rows
+from kernels_pallas.quantized_matmul.activations import quantize_rows
 from tests.kernels_pallas import chips_quantized_gpu as chips
 from tests.kernels_pallas.chips_quantized_gpu import Case
 

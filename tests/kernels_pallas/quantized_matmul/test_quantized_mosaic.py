@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from kernels_pallas.quantized_matmul import api, planar
+from kernels_pallas.quantized_matmul.activations import quantize_rows
 from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
 from kernels_pallas.quantized_matmul.tpu import dequantize
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import Config, quantize_rows
 from kernels_pallas.quantized_matmul.tpu.problem import (
   Tile,
   fit,
   prepare,
 )
+from kernels_pallas.quantized_matmul.tpu.tile_sizes import Config
 from tests.kernels_pallas.planar_cases import KINDS, NF4, Q4_0, case
 
 # Interpreted kernels are large programs over tiny arrays.

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from kernels_pallas.inspect.chips import CHIPS
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import Config
+from kernels_pallas.quantized_matmul.tpu.tile_sizes import Config
 from tests.kernels_pallas import chips_quantized
 from tests.kernels_pallas.chips_quantized import Case
 

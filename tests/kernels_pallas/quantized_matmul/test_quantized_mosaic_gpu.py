@@ -17,7 +17,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
+from kernels_pallas.flash_attention.gpu.support import cores
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.api import quantized_matmul
 from kernels_pallas.quantized_matmul.gpu import dequantize, mosaic_gpu
@@ -157,6 +157,7 @@ def test_codebooks_are_looked_up(gpu, kernel, gradient, scales):
   close(found, x, matrix.T if gradient else matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "tile", [Tile(128, 1, 2, operand="shared"), Tile(80, 1, 2, cores="mma")]
 )
@@ -177,6 +178,7 @@ def test_many_rows_are_stored_in_parts_and_matrices_are_padded(gpu, tile):
   close(slope, dy, planar.dense(w).T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [False, True])
 def test_arithmetic_in_16_bits_is_that_in_32_rounded(gpu, offset):
   """Bit by bit: the codes are exact, and only one rounding remains."""

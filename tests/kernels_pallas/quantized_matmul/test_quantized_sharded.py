@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.api import quantized_matmul
 from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import Config
 from kernels_pallas.quantized_matmul.tpu.problem import Tile
+from kernels_pallas.quantized_matmul.tpu.tile_sizes import Config
 from tests.support_hlo import collectives
 
 ROWS, INPUTS, OUTPUTS = 4, 256, 256

@@ -79,6 +79,7 @@ def test_float32_in_loops_of_tiles(way):
   chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ring", "gathered"])
 @pytest.mark.sample(3)
 def test_tpu_kernels(way):

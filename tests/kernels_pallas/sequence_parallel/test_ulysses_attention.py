@@ -35,6 +35,7 @@ def test_block_diffusion():
   chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_tpu_kernels():
   x = support.operands(dtype=jnp.float32)
   mask = Mask.causal((9, None))

@@ -24,6 +24,7 @@ class Masking(Wave):
     return logits.at[..., MASK].set(50.0), carry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", [GREEDY, Sampling(temperature=2.0)])
 def test_a_model_that_predicts_the_mask_fills_in_its_next_choice(rules):
   options = SamplerConfig(mask_id=MASK, length=8, block=8, steps=4)

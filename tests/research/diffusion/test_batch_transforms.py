@@ -50,6 +50,7 @@ def test_one_batch_in_so_many_is_short_and_every_length_as_likely():
   assert (abs(share - want) < 4.5 * np.sqrt(want * (1 - want) / n)).all()
 
 
+@pytest.mark.slow
 def test_a_short_batch_is_one_of_short_rows():
   """Loss and weight are those of rows that end there."""
   model, params = network()
@@ -109,6 +110,7 @@ def test_rows_are_filled_up_with_ends_that_are_learned(change, want):
     )
 
 
+@pytest.mark.slow
 def test_ends_count_in_an_answer_s_length():
   """LLaDA's loss: each row's mean over answer and ends, then over rows."""
   model, params = network()

@@ -93,6 +93,7 @@ def test_one_block_is_plain_diffusion():
 
 
 @pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.sample(2)
 def test_one_pass_is_a_pass_a_block_with_its_clean_past(shift):
   model, params = network()
   batch, k = rows(), 4
@@ -122,6 +123,7 @@ def test_one_pass_is_a_pass_a_block_with_its_clean_past(shift):
     )
 
 
+@pytest.mark.slow
 def test_times_of_blocks():
   n, k = 600, 3
   batch = rows(n)

@@ -52,6 +52,7 @@ def test_values_by_number_of_masks():
   np.testing.assert_allclose(np.mean(means), 7.312644, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_bound_is_tight_everywhere():
   for x in joint.SEQUENCES[::5]:
     got = np.mean([v.mean() for v in by_count(tuple(x))])
@@ -179,6 +180,7 @@ def test_guidance():
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_greedy():
   scores = joint.scores()
   best = joint.SEQUENCES[np.argmax(joint.table())]

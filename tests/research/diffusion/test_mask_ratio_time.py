@@ -155,6 +155,7 @@ def test_each_block_is_told_its_time_and_clean_ones_0():
   np.testing.assert_allclose(loss, want, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_learned_schedules_tell_it_too():
   model, params = network()
   params = Rates(vocab=V)(params, jax.random.key(0))
@@ -181,6 +182,7 @@ def hotter(tokens, time):
   return joint.scores()(tokens) * (0.3 + time)[:, None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()])
 @pytest.mark.sample(2)
 def test_the_bound_has_times_of_its_masks(schedule):
@@ -269,6 +271,7 @@ def by_hand(tokens, valid, block, time):
   return passes.logits(*network(), tokens, valid, block, time)
 
 
+@pytest.mark.slow
 def test_caches_are_told_what_whole_rows_are():
   model, params = network()
   tokens = rows(2)["tokens"].at[:, 6:].set(MASK)

@@ -27,6 +27,7 @@ def network(clock):
   return model, support.params(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("kind", "clock", "sizes"),
   [

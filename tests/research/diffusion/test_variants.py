@@ -39,6 +39,7 @@ def test_any_order_draws_each_number_and_each_set_alike():
       assert abs(found - p) < 5 * np.sqrt(p / n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", ["independent", "even"])
 @pytest.mark.sample(2)
 def test_any_order_is_the_bound(spread):

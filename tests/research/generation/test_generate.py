@@ -77,6 +77,7 @@ def test_greedy_is_the_loop_without_a_cache():
   assert min(len(set(tokens)) for tokens in found.tokens) > 3
 
 
+@pytest.mark.slow
 def test_a_batch_is_each_alone_and_prepared_is_not_another_model():
   whole = generate.generate(MODEL, tree.unroll(params()), PROMPTS, NEW)
   for prompt, tokens in zip(PROMPTS, whole.tokens, strict=True):
@@ -152,6 +153,7 @@ def test_one_compilation_a_shape():
   assert [b - a for a, b in zip(before, sizes(), strict=True)] == [1, 1]
 
 
+@pytest.mark.slow
 def test_the_context_ends_a_row():
   found = generate.generate(MODEL, params(), [[1] * 37, [1] * 20], 9)
   assert [len(t) for t in found.tokens] == [3, 9]

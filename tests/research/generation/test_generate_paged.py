@@ -93,6 +93,7 @@ def test_samples_are_the_same():
   assert collect(parts, stop) == want
 
 
+@pytest.mark.slow
 def test_few_pages_are_enough_and_all_come_back():
   model, params = case()
   layout = Paging(size=4, rows=3, count=14)
@@ -166,6 +167,7 @@ def _written(n):
   return tokens
 
 
+@pytest.mark.slow
 def test_shared_beginnings_are_read_once(monkeypatch):
   model, params = case()
   prompts = [[*START, i] for i in range(4)]
@@ -201,6 +203,7 @@ def test_pages_in_8_bits_stay_close(monkeypatch):
   assert [len(t) for t in got] == [NEW] * len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_five_programs_serve_all():
   # Another model value and number of pages: no other test has compiled them.
   model, params = case()

@@ -46,6 +46,7 @@ def test_mistakes(text, words):
     parse(text)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_arrays():
   """Prompts of 150, 20, 9, 3 tokens: exactly the pages that they need."""
   model = support.model("llama")

@@ -120,6 +120,7 @@ def test_through_a_cache_is_the_same(chunk):
   np.testing.assert_allclose(found.nll, _losses(100, None).mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_packed_is_read_by_later_chunks():
   """Two-bit caches change the result, unless there is a single chunk."""
   kv = KVQuantizer(bits_k=2, bits_v=16, group=4, residual=0)

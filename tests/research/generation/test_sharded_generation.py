@@ -35,9 +35,14 @@ def decoded(model, params, tokens):
 
 @pytest.mark.parametrize(
   ("family", "layout"),
-  [("gemma2", "mixed"), ("llama", "sequence"), ("experts", "expert")],
+  [
+    ("llama", "mixed"),
+    ("gemma2", "mixed"),
+    ("llama", "sequence"),
+    ("experts", "expert"),
+  ],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(4)
 def test_logits_with_a_cache_are_one_devices(family, layout):
   model = (
     support_mesh.model("experts")

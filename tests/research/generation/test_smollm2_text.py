@@ -41,6 +41,7 @@ def test_greedy_texts_of_a_ragged_batch_are_transformers():
     assert tokens == golden[f"greedy{i}"].tolist()
 
 
+@pytest.mark.slow
 def test_perplexity_is_transformers():
   loaded, golden = _loaded(), _golden()
   found = perplexity.perplexity(

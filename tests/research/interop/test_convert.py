@@ -161,6 +161,7 @@ def test_gguf_to_ours_to_gguf_is_byte_identical(name, tmp_path):
 @pytest.mark.parametrize("name", ["gguf_mixed", "gguf_q8_0", "gguf_bf16"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.cover(1)
+@pytest.mark.sample(4)
 def test_our_checkpoint_of_packed_weights_is_a_model(name, packed, tmp_path):
   file = MODELS / name / "model.gguf"
   convert.to_orbax(sources.open_source(file), tmp_path / "ours")
@@ -308,6 +309,7 @@ def as_int8(source, to):
   return convert.to_quantized(source, to, writer, requantize=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [as_gguf, as_int8])
 @pytest.mark.sample(2)
 def test_an_update_is_what_changes_the_base_in_the_same_type(write, tmp_path):
@@ -451,6 +453,7 @@ def test_sources_are_values():
   assert dataclasses.replace(source) == source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.sample(2, 1)
 def test_weights_that_are_codes_in_training_alone_are_numbers(

@@ -75,6 +75,7 @@ def adapters(params):
   return out
 
 
+@pytest.mark.slow
 def test_all_linear_maps_of_all_layers():
   _, params = llama()
   got = adapt.Adapt(method=LoRA(rank=3))(params, KEY)

@@ -84,6 +84,7 @@ def test_alpha_over_r_starts_alike_at_every_rank():
   assert other[1][10] < 0.9 * other[0][10]
 
 
+@pytest.mark.slow
 def test_dora_changes_magnitudes_that_lora_cannot():
   """Outputs scaled at random are a change of full rank."""
   w, x = draw(SIDE, SIDE, seed=1) / 8, draw(256, SIDE, seed=2)
@@ -95,6 +96,7 @@ def test_dora_changes_magnitudes_that_lora_cannot():
   assert best[DoRA] < 0.1 * best[LoRA]
 
 
+@pytest.mark.slow
 def test_in_one_matrix_lora_remembers_more_than_high_rank_at_equal_parameters():
   """256 keys, each with one of 64 values: the other way than MoRA's claim.
 

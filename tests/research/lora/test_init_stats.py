@@ -107,6 +107,7 @@ def logits(params):
   return MODEL.apply({"params": params}, hidden, method="logits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOOKS)
 @pytest.mark.sample(4)
 def test_calibrated_adapters_start_as_their_base(kind):
@@ -188,6 +189,7 @@ def test_corda_is_the_decomposition_by_its_inputs(keep):
     np.testing.assert_allclose(got, want.T, atol=2e-3 * scale, err_msg=address)
 
 
+@pytest.mark.slow
 def test_corda_takes_covariances_that_have_no_inverse():
   wide = np.zeros((64, 64), np.float32)
   wide[0, 0] = 1e9  # 0.01 of the mean is no help to 1e-30

@@ -95,6 +95,7 @@ def test_in_a_model(first):
   assert type(off) is type(q.w)
 
 
+@pytest.mark.slow
 def test_a_base_in_blocks_of_ggml():
   """Their encoder is NumPy code inside of LoftQ's program."""
   params = support.params(model())

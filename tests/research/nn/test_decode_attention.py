@@ -64,6 +64,7 @@ def draw(*shape, seed=0):
 )
 @pytest.mark.parametrize(("softcap", "heads"), [(None, (6, 3)), (2.0, (4, 2))])
 @pytest.mark.cover(1)
+@pytest.mark.sample(4)
 def test_a_step_is_attention_with_one_query(backend, softcap, heads):
   """Rows that are short, full, in a wrapped ring buffer, and padding."""
   if backend["backend"] == "cpu" and not cpu.available():
@@ -83,6 +84,7 @@ def test_a_step_is_attention_with_one_query(backend, softcap, heads):
   assert not np.any(got[3])
 
 
+@pytest.mark.slow
 def test_keys_that_no_row_has_do_not_matter():
   positions = jnp.array([[2], [9]])
   q, k, v = draw(2, 1, 4, 8), draw(2, SLOTS, 2, 8), draw(2, SLOTS, 2, 8, seed=1)
@@ -218,6 +220,7 @@ def test_programs_for_a_tpu_decode_by_the_kernel(family):
     assert kernels(1, grown) == {"llama": 1, "gemma2": 2}[family]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.sample(2, 1)
 def test_the_model_says_the_same_by_the_kernel(family):

@@ -80,6 +80,7 @@ def test_states_are_those_of_all(kind):
   same(*some_and_all(*network(), keep=keep, **how))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "family", ["gemma2", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"]
 )
@@ -88,6 +89,7 @@ def test_states_of_other_families_are(family):
   same(*some_and_all(*network(family)))
 
 
+@pytest.mark.slow
 def test_experts_are_those_of_the_tokens_asked_for():
   sparse = presets.Sparse(routing=Routing(experts=4, active=2), hidden=12)
   same(*some_and_all(*network(sparse=sparse)))
@@ -127,6 +129,7 @@ def test_stacked_layers_give_the_same():
   assert some_and_all(*network(), keep=jnp.tile(KEEP, 5))[0].shape[1] == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"]
 )

@@ -94,6 +94,7 @@ def adapted(model, method):
   return adapt.Adapt(method=method)(params, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_it_waits_where_it_sees_tokens_alone():
   plain = support.model(depth=2)
   apart = tree.split_last_layer(support.params(plain))

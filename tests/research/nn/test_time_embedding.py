@@ -51,6 +51,7 @@ def test_sinusoids_are_those_of_the_formula(told):
   np.testing.assert_allclose(got, want, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_layer_is_the_one_of_the_formula():
   model, params = network(depth=1)
   x = np.random.default_rng(0).standard_normal((B, T, 16))
@@ -167,6 +168,7 @@ def test_nothing_else_is_a_model_s_time():
       TimeEmbedding(**wrong)
 
 
+@pytest.mark.slow
 def test_every_weight_has_a_place_on_a_mesh():
   shapes = support.shapes(network()[0])
   for path, _ in tree.flatten_paths(shapes):

@@ -61,6 +61,7 @@ def test_layers_and_stack_are_inverse(case):
   assert len(list(tree.layers(params))) == model.stack.depth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"]
 )
@@ -82,6 +83,7 @@ def test_remat_changes_nothing(family):
     chex.assert_trees_all_close(expected, gradients(remat), **CLOSE)
 
 
+@pytest.mark.sample(2)
 def test_causal(case):
   _, params, tokens, loss = case
   changed = tokens.at[:, 10].add(1)
@@ -90,6 +92,7 @@ def test_causal(case):
   assert not np.allclose(before[:, 10:], after[:, 10:])
 
 
+@pytest.mark.slow
 @pytest.mark.sample(2)
 def test_compiles_once_a_shape(case):
   model, params, tokens, _ = case

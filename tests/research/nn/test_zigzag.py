@@ -36,6 +36,7 @@ CASES = {  # family, layout, arguments of the call
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.sample(7)
 def test_hidden_states_are_one_devices(name):

@@ -94,7 +94,7 @@ def close(got, want):
     ("mixtral", "float32", EXPERTS, ["attention/o"]),
   ],
 )
-@pytest.mark.sample(2, 1)
+@pytest.mark.sample(2)
 def test_cached_inputs_equal_recomputed_ones(family, dtype, stages, kept):
   sparse = dict(sparse=SPARSE) if family == "mixtral" else {}
   old, new, inputs = problem(family, **sparse)
@@ -195,6 +195,7 @@ def test_a_change_of_input_rounding_invalidates_the_cache():
   assert not activation_cache.still_valid(inputs.memory, fine)
 
 
+@pytest.mark.slow
 def test_pairs_of_layers_use_the_cache():
   old, new, inputs = problem()
   x = jnp.concatenate([inputs.x, inputs.x + 0.1])

@@ -105,7 +105,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("per", ["token", "tensor"])
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 def test_integer_products_equal_float_products(format, per):
   x, w = _x(), qtensor.pack(_w(), format)
   op = Round(bits=8, per=per, integer=True)

@@ -217,6 +217,7 @@ def test_products_and_their_gradients_are_the_dense_ones(eq, inputs, dtype):
   assert got[1].dtype == dtype
 
 
+@pytest.mark.slow
 def test_experts_and_rows():
   w = pack(jnp.asarray(gaussian(3, 64, 24)))
   x = jnp.asarray(gaussian(10, 64))
@@ -311,6 +312,7 @@ def test_quantize_packs_the_layers_and_shares_the_rest():
   assert jax.tree.structure(described) == jax.tree.structure(got)
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_the_same():
   model = support.model(**SIZES)
   params = Quantize(format=Codebook(block=32))(support.params(model))

@@ -107,6 +107,7 @@ def test_nearest_by_rules_is_the_format_alone(calibration):
   assert all(r.output_error == r.nearest_error for r in report.rows)
 
 
+@pytest.mark.slow
 def test_inputs_come_from_quantized_layers():
   """Errors are recomputed from the packed model alone, in float64."""
   model, params = known()
@@ -350,6 +351,7 @@ def test_stages_are_in_the_order_of_use():
   assert quantize_by_rules.stages(["x"]) == [[["x"]]]
 
 
+@pytest.mark.slow
 def test_fused_matrices_are_rounded_as_separate_ones():
   _, params = known()
   ws = [params["run0"]["layer0"]["attention"][n][0] for n in "kv"]

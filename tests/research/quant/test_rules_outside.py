@@ -36,6 +36,7 @@ def test_what_is_outside_of_layers_is_checked_before_calibration(monkeypatch):
     run(model, params, LAYERS, seeing)
 
 
+@pytest.mark.slow
 def test_an_embedding_keeps_outlier_rows():
   model, params = known()
   method = KeepOutlierRows(method=RoundToNearest(), rows=2, dtype="float32")

@@ -212,6 +212,7 @@ def test_packed_weights_are_seen_as_well():
     jax.tree.map(functools.partial(close, length=4096), got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistic", STATISTICS[::2], ids=repr)
 @pytest.mark.sample(2)
 def test_each_expert_sees_its_own_rows(statistic):
@@ -244,7 +245,7 @@ CASES = (
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 @pytest.mark.parametrize("statistic", STATISTICS[::3], ids=repr)
 @pytest.mark.cover(1)
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_on_eight_devices_as_on_one(kind, layout, statistic):
   want = collected_once(kind, statistic)
   got = collected(kind, statistic, layout=layout)
@@ -277,6 +278,7 @@ def test_what_a_mesh_would_get_wrong_is_refused(layout, statistic, message):
     collected(kind, statistic, layout=layout)
 
 
+@pytest.mark.slow
 def test_a_head_is_no_row_of_the_batch():
   model = support.model("llama", tied=False)
   given, tokens = support.params(model), support.tokens()

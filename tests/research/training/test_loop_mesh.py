@@ -230,6 +230,7 @@ class Talkative(conftest.Line):
     return loss, weight, sums | {"vector": batch["weights"][:, None]}
 
 
+@pytest.mark.slow
 def test_arrays_among_the_metrics_are_for_rewrites_alone(tmp_path):
   """A state transform gets them after each step; the file does not."""
 
@@ -254,6 +255,7 @@ def test_arrays_among_the_metrics_are_for_rewrites_alone(tmp_path):
   assert float(jnp.abs(first.state.trainable["w"]).max()) > 0
 
 
+@pytest.mark.slow
 def test_what_a_rewrite_makes_goes_where_it_belongs(tmp_path):
   """A constant has no sharding; the next step expects the right one."""
 

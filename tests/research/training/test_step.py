@@ -46,6 +46,7 @@ def start(adapted, sgd):
   return state.create(adapted, ADAPTERS, sgd)
 
 
+@pytest.mark.slow
 def test_packed_equals_unpacked(objective, start, documents):
   total = sums_and_gradients(objective, start)
   packed = batch_of(documents, 16, packing.best_fit, rows=5)

@@ -65,6 +65,7 @@ def test_an_arm_needs_its_rate():
     SMALL.run("converted, seed 0", {}, None)
 
 
+@pytest.mark.slow
 def test_who_sees_what_comes_after():
   model, params = SMALL._load(0)
   assert np.asarray(params["embed"]).std() == pytest.approx(1, rel=1e-5)

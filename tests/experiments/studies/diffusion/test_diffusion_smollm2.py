@@ -24,6 +24,7 @@ def _words():
   return Tokenizer.from_gguf(gguf.open_gguf(file).metadata)
 
 
+@pytest.mark.slow
 def test_lists_are_said_backwards_and_none_is_in_both_splits(words):
   task = Backwards(words=3)
   splits = [task.examples(words, s, 40) for s in ("train", "heldout")]

@@ -56,6 +56,7 @@ def _trial(tmp_path_factory):
   return folder, run
 
 
+@pytest.mark.slow
 def test_the_command_stores_arms_and_says_what_it_found(trial, capsys):
   folder, run = trial
   files = {

@@ -85,6 +85,7 @@ def test_table_and_picture(tmp_path):
   assert (tmp_path / "text.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_next_tokens_are_those_of_the_rows():
   """Against every token's own cross-entropy."""
   model, params = SMALL._load(0)

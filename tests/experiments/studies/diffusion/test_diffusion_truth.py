@@ -39,6 +39,7 @@ def test_every_conditional_is_that_of_the_joint():
       assert got[i, V] == 0
 
 
+@pytest.mark.slow
 def test_its_bound_is_no_bound_but_the_truth():
   chain = truth.Chain(mask_id=V)
   params = truth.tables(SOURCE, T)

@@ -35,6 +35,7 @@ def test_the_table_has_every_method():
   assert list(stated()) == list(composition.kinds())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "packing"),
   [

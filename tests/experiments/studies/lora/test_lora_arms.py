@@ -56,6 +56,7 @@ def _ran(made):
   return run
 
 
+@pytest.mark.slow
 def test_adalora_ends_with_its_budget(ran):
   before, after, _ = ran("AdaLoRA")
   assert {x.method.rank for x in before.values()} == {6}
@@ -63,6 +64,7 @@ def test_adalora_ends_with_its_budget(ran):
   assert left == 4 * len(after)
 
 
+@pytest.mark.slow
 def test_eva_gives_ranks_to_where_inputs_need_them(ran):
   before, after, count = ran("EVA")
   ranks = {path: x.method.rank for path, x in before.items()}
@@ -76,6 +78,7 @@ def test_eva_gives_ranks_to_where_inputs_need_them(ran):
   assert any(np.any(x.trained["b"]) for x in after.values())
 
 
+@pytest.mark.slow
 def test_lora_fa_moves_b_in_the_measure_of_a(ran):
   before, after, count = ran("LoRA-FA")
   assert count == 8 * sum(x.shape[-1] for x in before.values())

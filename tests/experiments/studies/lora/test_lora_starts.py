@@ -18,6 +18,7 @@ SIZES = presets.Sizes(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LoRA", "CorDA"])
 def test_times_both_calls(name):
   found = lora_starts.timed(name, lora_starts.drawn(SIZES))

@@ -45,6 +45,7 @@ def _trial(tmp_path_factory):
   )
 
 
+@pytest.mark.slow
 def test_the_command_leaves_rows_and_pictures(trial):
   folder, rows, study = trial
   for name in ("sweep.png", "tradeoff.png"):
@@ -62,6 +63,7 @@ def test_the_command_leaves_rows_and_pictures(trial):
   assert np.any(rank > 0)
 
 
+@pytest.mark.slow
 def test_a_base_of_other_settings_is_refused(trial):
   folder, _, study = trial
   more = config.read(RUN, [*TINY, "study.Study.base_steps=31"], protocol.Run)
@@ -117,6 +119,7 @@ def test_the_grid_grows_until_the_best_is_inside(monkeypatch):
   assert lr_grid.best_of(np.array([[np.nan], [2.0], [1.0]])) == 2
 
 
+@pytest.mark.slow
 def test_the_policy_gradient_is_that_of_the_expected_reward():
   """The mean of the estimates over many draws against the exact gradient."""
   model = support.model(width=32, head_dim=8)

@@ -25,6 +25,7 @@ STUDY = activation_study.ActivationErrors(
 )
 
 
+@pytest.mark.slow
 def test_arms_are_matrices_in_the_order_asked_for(tmp_path):
   shared = STUDY.prepare(tmp_path)
   assert STUDY.arms == list(STUDY.matrices)

@@ -29,6 +29,7 @@ TABLE = kv_study.Table(
 )
 
 
+@pytest.mark.slow
 def test_arms_of_a_tiny_model(tmp_path):
   shared = TABLE.prepare(tmp_path)
   assert len(shared.ids) == 64

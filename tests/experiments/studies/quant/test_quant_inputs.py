@@ -33,6 +33,7 @@ def _logits(loaded):
   return np.asarray(run(loaded.params))
 
 
+@pytest.mark.slow
 def test_a_rotated_model_is_written_and_loaded(tmp_path):
   loaded = load.load_model(MODEL)
   params = loaded.params

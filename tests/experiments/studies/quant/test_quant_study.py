@@ -52,6 +52,7 @@ def test_awq_reads_fewer_windows_than_gptq(run):
     assert {row.calibrated_on for row in rows} == {512 * windows}
 
 
+@pytest.mark.slow
 def test_more_bits_lose_less(rows):
   found = rows
   three, four, eight = (
@@ -74,6 +75,7 @@ def test_more_bits_lose_less(rows):
   }
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_a_row_that_says_so(rows):
   assert "no multiple" in rows["does not fit"]["failed"]
   assert "does not fit" not in [x["row"] for x in TABLE.table(rows)]
@@ -88,6 +90,7 @@ def test_settings_are_a_row_s_own():
   assert len({TABLE.settings(arm) for arm in TABLE.arms}) == len(TABLE.arms)
 
 
+@pytest.mark.slow
 def test_the_table_has_the_base_and_bands(rows):
   lines = TABLE.table(rows)
   assert [x["row"] for x in lines][:2] == ["base", "eight"]
@@ -115,6 +118,7 @@ def test_the_front_is_what_nothing_beats():
   ]
 
 
+@pytest.mark.slow
 def test_a_picture_and_a_summary(rows, tmp_path):
   TABLE.plot(rows, tmp_path, "tiny")
   assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"

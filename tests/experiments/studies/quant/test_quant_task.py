@@ -68,6 +68,7 @@ class _Some(quant_task.LastWords):
     return [Item("a b c", " d"), Item("a b c d", " e"), Item("b", " a")]
 
 
+@pytest.mark.slow
 def test_right_is_what_greedy_decoding_says():
   loaded = load.load_model(MODEL)
   if loaded.tokenizer is None:

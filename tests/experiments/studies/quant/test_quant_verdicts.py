@@ -162,6 +162,7 @@ def _blocks(kls, error=0.01):
   )
 
 
+@pytest.mark.slow
 def test_the_crossover_is_where_the_ratio_surely_passes_one():
   found = quant_verdicts.crossover(_blocks(((0.9, 0.8), (1.0, 1.1))))
   assert _holds(found) == [True, True, True]
@@ -278,6 +279,7 @@ def test_a_step_of_generation_holds_weights_packed():
   assert packed["step GB"] < 0.6 * whole["step GB"]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_comes_after_training_packed(tmp_path):
   made = experiment.Experiment(
     model=from_scratch.FromScratch(sizes=SIZES),

@@ -149,6 +149,7 @@ def pairs(length=1):
   }
 
 
+@pytest.mark.slow
 def test_where_the_bound_is_exact_it_is_dpo():
   """An answer of one token: one mask, and its exact log-probability."""
   model, policy = network(0)

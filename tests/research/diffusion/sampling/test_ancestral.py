@@ -56,6 +56,7 @@ def test_one_step_is_the_product_of_marginals():
   assert variation(marginals()) == pytest.approx(0.3844, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "how",
   [
@@ -106,6 +107,7 @@ def test_marginals_are_the_process_s(sigma):
   assert float(got) == pytest.approx(0.55, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_masked_again_is_the_plain_sampler():
   key, rows = jax.random.key(4), (64, 4)
   plain, _ = run(ancestral.sample, Ancestral(steps=8), key, rows)

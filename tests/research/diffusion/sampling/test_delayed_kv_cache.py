@@ -160,6 +160,7 @@ def logits(d, steps):
 STEPS = [(9, 5), (12, 7), (8, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.sample(2, 1)
 def test_logits_are_those_of_whole_rows_while_all_is_read(shift):
@@ -195,6 +196,7 @@ def test_padding_of_what_is_read_changes_nothing():
   chex.assert_trees_all_close(few, many, atol=2e-5 * scale, rtol=0)
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch():
   d = delayed(refresh=None, shift=False)
   both = filled(d)

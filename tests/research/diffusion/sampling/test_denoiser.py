@@ -206,6 +206,7 @@ def test_a_prefix_cache_reads_few_numbers_of_places():
   assert PrefixCache.spans(16, 16) == PrefixCache.spans(20, 16) == [16]
 
 
+@pytest.mark.slow
 def test_caches_drift_once_tokens_change_unless_all_is_read_again():
   tokens, valid = rows()
   later = changed(tokens, {9: 5})
@@ -236,6 +237,7 @@ def test_a_block_causal_model_s_cache_is_exact_at_every_step(shift):
   close(start, by_hand(tokens, valid, K, shift)[:, :K])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.sample(2)
 def test_what_is_remembered_from_block_to_block_is_what_is_read_anew(shift):

@@ -30,6 +30,7 @@ def loaded():
   return load.load_model(FOLDER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.sample(3)
 def test_tokens_are_those_of_the_authors_loops(kind):

@@ -233,6 +233,7 @@ GAPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name",
   [

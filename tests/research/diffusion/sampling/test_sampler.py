@@ -210,6 +210,7 @@ def test_infilling_keeps_what_is_given():
   assert (got.tokens != MASK).all() and got.calls == 3
 
 
+@pytest.mark.slow
 def test_edits_end():
   got = run(block=8, edit=0.5, policy=Threshold(threshold=0.3))
   plain = run(block=8, policy=Threshold(threshold=0.3))
@@ -286,6 +287,7 @@ def variation(p, q):
 NOISE = 0.5 * np.sqrt(2 / np.pi / 20_000) * np.sqrt(joint.table()).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select", ["random", "max", "margin", "entropy"])
 @pytest.mark.sample(4)
 def test_places_chosen_without_the_candidate_sample_the_joint(select):
@@ -324,6 +326,7 @@ def test_masking_again_is_remdm(kind):
   np.testing.assert_allclose(share, (0.2, 0.8 - last, last), atol=0.007)
 
 
+@pytest.mark.slow
 def test_what_is_given_is_not_masked_again():
   """Every step is taken, by rows that have no mask for now as well."""
   rows = np.full((3, 6), MASK)
@@ -391,6 +394,7 @@ def test_tempered_confidences_are_of_what_is_drawn():
       np.testing.assert_allclose(sure[0], want, rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("options", "want"),
   [

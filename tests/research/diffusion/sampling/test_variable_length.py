@@ -228,6 +228,7 @@ def test_the_cases_grow_in_both_ways_and_end_before_they_have_to():
   assert len(lengths) > 4 and OPTIONS.length in lengths
 
 
+@pytest.mark.slow
 def test_the_caller_s_rows_are_the_caller_s():
   config = dataclasses.replace(OPTIONS, canvas=GROWTH)
   state = variable_length.start(PROMPTS, config, jax.random.key(0))
@@ -372,6 +373,7 @@ def test_rows_do_not_depend_on_their_batch():
       assert getattr(some, name)[a] == getattr(whole, name)[b]
 
 
+@pytest.mark.slow
 def test_no_length_compiles_again():
   growth = CASES[0][0]
   programs = variable_length._measured, variable_length.grow_block

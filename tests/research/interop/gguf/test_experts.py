@@ -146,6 +146,7 @@ def written(path, kind, of=None):
   )
 
 
+@pytest.mark.slow
 def test_qwens_experts_stay_packed(tmp_path):
   written(tmp_path / "a.gguf", "Q8_0")
   opened = open_gguf(tmp_path / "a.gguf")

@@ -359,6 +359,7 @@ def test_the_real_model_occupies_five_bits_a_weight(real):
   assert tree.nbytes(real.params) * 8 < 6 * 134_515_008
 
 
+@pytest.mark.slow
 def test_the_real_file_comes_back_byte_for_byte(real):
   file = open_gguf(real.source["path"])
   heads = {"q": 9, "k": 3}

@@ -59,6 +59,7 @@ def test_packed_weights_keep_their_types_and_numbers(file):
   np.testing.assert_array_equal(layer["mlp"]["up"], up.T)
 
 
+@pytest.mark.slow
 def test_a_packed_model_computes_what_the_decoded_one_does(file):
   dense, packed = (load_gguf(file, packed=p) for p in (False, True))
   tokens = jnp.arange(3, 19)[None]
@@ -135,6 +136,7 @@ def test_a_mixture_is_refused_where_rows_are_no_whole_blocks(source, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q4_K_M", "IQ4_XS"])
 @pytest.mark.sample(2, 1)
 def test_fallbacks_are_listed_and_all_else_is_the_mixture(

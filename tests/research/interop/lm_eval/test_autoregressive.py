@@ -77,6 +77,7 @@ def test_loglikelihood(loaded, log_p):
     assert value == pytest.approx(wanted, rel=1e-5) and greedy == best
 
 
+@pytest.mark.slow
 def test_greedy_continuations_are_recognised(loaded):
   made = generate.generate(loaded.model, loaded.params, [[0, 9, 10]], 4)
   best = made.tokens[0]
@@ -156,6 +157,7 @@ def test_rolling_where_every_row_begins_with_bos(loaded, log_p, length):
   assert got == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_long_contexts_keep_bos(loaded, log_p):
   """Of a continuation longer than the context, too, bos is not asked for."""
   around = loaded.tokenizer.special

@@ -91,6 +91,7 @@ def test_the_estimate_is_of_the_bound(loaded):
   assert error > 0 and abs(np.mean(drawn) + want) < 4 * error
 
 
+@pytest.mark.slow
 def test_a_single_token_takes_one_exact_sample(loaded):
   ids = [0, 9, 10, 11]
   [(value, _)] = lm_eval_diffusion.score(loaded, [(ids[:3], ids[3:])])
@@ -177,6 +178,7 @@ def test_values_do_not_depend_on_their_company(loaded):
   assert ask(loaded, pairs, how=other) != all_of_them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every_row", [False, True])
 def test_rolling_windows_are_read_with_what_they_follow(loaded, every_row):
   around = SpecialTokens(begin=(0,), every_row=every_row)

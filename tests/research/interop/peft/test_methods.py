@@ -132,6 +132,7 @@ def test_logits_loss_and_gradients_are_pefts(name, tmp_path):
     np.testing.assert_allclose(got[key].read(), want, atol=atol, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in ADAPTERS if "alora" not in n])
 @pytest.mark.sample(15)
 def test_merged_logits_are_pefts(name):

@@ -36,6 +36,7 @@ def base_of(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.sample(3)
 def test_merged_it_is_what_peft_merges(name, tmp_path):
   """And all else of the checkpoint as it was."""
   with np.load(ADAPTERS / name / "merged.npz") as file:

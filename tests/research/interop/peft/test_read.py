@@ -38,6 +38,7 @@ def test_logits_are_pefts(name, key, rewrite):
   assert relative(got, g[key]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.sample(3)
 def test_loss_and_gradients_are_pefts(name, tmp_path):

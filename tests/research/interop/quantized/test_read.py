@@ -174,6 +174,7 @@ def test_layers_that_are_not_alike_are_runs_of_their_own(made, tmp_path):
   chex.assert_trees_all_equal(again, it.params)
 
 
+@pytest.mark.slow
 def test_experts_are_packed(tmp_path):
   it = load.load_model(MODELS / "mixtral")
   writer = checkpoint_formats.Bnb("int8")
@@ -191,6 +192,7 @@ def test_experts_are_packed(tmp_path):
   chex.assert_trees_all_equal(decoded(got), wide)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gptq", "bnb"])
 def test_each_device_reads_its_part(name):
   folder = MODELS.with_name("quantized") / name
@@ -225,6 +227,7 @@ def test_nothing_is_decoded_and_no_more_held_than_an_array(monkeypatch):
   assert packed == count * (4 + 20 / 16 + 32 / 32) / 8
 
 
+@pytest.mark.slow
 def test_a_packed_head_stays_packed_where_it_can(tmp_path):
   params = dict(plain(True).params())
   head = params["head"][:, :64]
@@ -260,6 +263,7 @@ def test_a_packed_head_stays_packed_where_it_can(tmp_path):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_between_tools_without_loss(made, tmp_path):
   def to(name, before, writer):
     log = convert.to_quantized(

@@ -95,6 +95,7 @@ def taken(how="lora", remat="names"):
   return whole, abstract_step.build(whole, jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_activations_are_the_named_residuals():
   rows, n, d, f = 4 * 256, 30, 576, 1536
   # Queries, keys, values; attention's output and normaliser; the middle, gate,

@@ -74,6 +74,7 @@ def test_each_way_is_its_sum(format):
     assert got[mode]["gate"] is params["run0"]["layer0"]["mlp"]["gate"]
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.sample(3)
 def test_logits_are_kept_by_one_way_alone(format):
@@ -85,6 +86,7 @@ def test_logits_are_kept_by_one_way_alone(format):
   assert kl["requantized"] > 1e-3 and kl["original"] > 1e-3
 
 
+@pytest.mark.slow
 def test_a_small_update_is_rounded_away():
   """What lies within half a step of its code is that code again."""
   format = Affine(block=32, symmetric=True, rule="amax/qmax")

@@ -152,6 +152,7 @@ def test_generates_as_without_a_cache_and_shares_the_bases_cache():
     assert new == text[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_shares_the_bases_cache_before_its_invocation():
   prompt = [1, 2, 3, 4, 7, *CALL, 8]
   tokens = jnp.array([prompt + [0] * 8])

@@ -53,7 +53,7 @@ def mora(x, m, size_out, form):
   "size_in, size_out, rank",
   [(12, 12, 6), (10, 7, 2), (7, 29, 2), (40, 6, 1), (4, 30, 4)],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 def test_mora_is_its_papers(form, size_in, size_out, rank):
   method, rng = MoRA(rank=rank, form=form), np.random.default_rng(3)
   side = method.side(size_in, size_out)

@@ -239,6 +239,7 @@ def test_every_method_has_a_row():
 
 
 @on_either
+@pytest.mark.sample(3)
 def test_a_fresh_adapter_changes_nothing(method, packed):
   t, x = one(fresh(method, base(packed))), draw(5, IN)
   both = jax.jit(

@@ -226,6 +226,7 @@ def test_a_mixed_batch_is_its_rows(kind, layout):
       assert jnp.abs(want - below[row]).max() > 0.01 * scale
 
 
+@pytest.mark.slow
 @ways
 def test_generated_text_is_each_rows_own(kind, layout):
   params, held = mixed(kind, layout)

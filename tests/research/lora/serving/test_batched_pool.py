@@ -155,6 +155,7 @@ def test_host_memory_is_a_least_recently_used_cache(tmp_path, places):
   assert jnp.isfinite(held.params["run0"]["layer0"]["mlp"]["down"].a).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "method",
   [
@@ -207,6 +208,7 @@ def test_other_methods_are_refused_by_name(method):
   assert len(str(error.value).splitlines()) <= 3
 
 
+@pytest.mark.slow
 def test_a_pool_sized_for_its_adapters(places, tmp_path):
   places = places | {
     "d": saved(tmp_path / "d", adapted(3, MiSS(rank=4), ("v",))),
@@ -227,6 +229,7 @@ def test_a_pool_sized_for_its_adapters(places, tmp_path):
     chex.assert_trees_all_close(got[row], want, atol=1e-4 * scale)
 
 
+@pytest.mark.slow
 def test_factors_have_the_dtype_of_the_computation():
   """bf16 rounds what a single adapter's product rounds, and so bitwise."""
   model = support.model(width=32, head_dim=8)

@@ -114,6 +114,7 @@ def test_rows_of_different_lengths(name):
     lengths = lengths + 1
 
 
+@pytest.mark.slow
 def test_a_window_needs_no_more_than_its_ring():
   layers = _cache("gemma2", capacity=64).layers["run0"]
   assert layers["layer0"].slots == SIZES.window

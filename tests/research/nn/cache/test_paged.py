@@ -116,6 +116,7 @@ def test_no_number_depends_on_where_pages_are():
   assert not np.array_equal(table(1), table(2))
 
 
+@pytest.mark.slow
 def test_pages_that_two_rows_share_are_pages_of_ones_own():
   """Bitwise; the page where they diverge is copied, then written."""
   model = support.model("gemma2", depth=2)
@@ -289,6 +290,7 @@ def test_the_model_says_the_same_by_the_kernels():
   chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mask", [Mask.full(), Mask.causal((3, 2)), Mask.block_causal(4)]
 )

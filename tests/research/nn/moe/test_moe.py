@@ -220,6 +220,7 @@ def test_a_dense_first_layer_is_a_run_of_its_own():
   chex.assert_trees_all_equal(again, base())
 
 
+@pytest.mark.slow
 def test_loads_come_beside_the_same_output():
   tokens = support.tokens()
   hidden, cache, loads = outputs(MODEL, base(), tokens)
@@ -252,6 +253,7 @@ def test_scanned_equals_unrolled():
   chex.assert_trees_all_close(one, two, **CLOSE)
 
 
+@pytest.mark.slow
 def test_decoding_with_a_cache_equals_the_full_pass():
   tokens = support.tokens(2, 12)
   want = outputs(MODEL, base(), tokens)[0]
@@ -294,6 +296,7 @@ def test_remat_changes_nothing_not_even_through_the_balance_loss():
 EXPERTS = ("router", "experts/gate", "experts/up", "experts/down")
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_on_experts_changes_no_bit():
   tokens = support.tokens()
   adapted = adapt.Adapt(targets=EXPERTS, method=LoRA(rank=3))(
@@ -322,6 +325,7 @@ def test_merged_adapters_on_experts_compute_the_same():
   assert jnp.abs(got - outputs(MODEL, base(), tokens)[0]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_dropout_reaches_the_experts_adapters():
   tokens = support.tokens()
   spec = adapt.Adapt(targets=EXPERTS, method=LoRA(rank=3, dropout=0.5))
@@ -341,6 +345,7 @@ def test_all_linear_leaves_router_and_experts_alone():
   assert {"layers/1/mlp/shared/up", "layers/0/mlp/up"} <= set(chosen)
 
 
+@pytest.mark.slow
 def test_pefts_files_hold_adapters_beside_experts_and_loras_on_them(tmp_path):
   model = support.model(
     "qwen3_moe", sparse=dataclasses.replace(SPARSE, shared=0)

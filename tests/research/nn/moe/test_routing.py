@@ -163,6 +163,7 @@ def test_load_and_losses(name):
   np.testing.assert_allclose(routings.max_violation(load), worst, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_loads_of_parts_add_up():
   routing = VARIANTS["deepseek v3"]
   rows, real = jnp.asarray(logits(40, 12)), np.arange(40) < 33
@@ -181,6 +182,7 @@ def test_balance_loss_is_one_where_experts_are_used_alike():
   chex.assert_tree_all_finite((routings.balance_loss(none), none))
 
 
+@pytest.mark.slow
 def test_the_balance_loss_pulls_the_busy_experts_scores_down():
   routing = Routing(experts=4, active=1)
   rows = jnp.asarray(logits(64, 4)).at[:, 2].add(3.0)

@@ -39,6 +39,7 @@ def applied(params, x, real, layout=None):
     return run(*jax.device_put((params, x, real), sharding.replicated(mesh)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "layout",
   [

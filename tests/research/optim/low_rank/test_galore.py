@@ -101,6 +101,7 @@ def test_six_steps_are_the_authors(name):
   chex.assert_trees_all_close(got, golden(name), atol=3e-5)
 
 
+@pytest.mark.slow
 def test_a_stack_is_its_layers():
   rng = np.random.default_rng(0)
   stack = {"wide": jnp.float32(rng.normal(size=(3, 8, 5)))}
@@ -242,6 +243,7 @@ def test_bytes_of_state():
   assert found == want - 4 * moments + moments + tops + 4
 
 
+@pytest.mark.slow
 def test_state_lies_like_its_parameters_and_meshes_agree():
   rng = np.random.default_rng(4)
   shape = (2, 16, 32)

@@ -98,6 +98,7 @@ def temporary(tx):
   return used / tree.nbytes(shapes["run0"])
 
 
+@pytest.mark.slow
 def test_no_gradient_of_the_stack_is_made():
   projection = subspace.Projection(rank=4, basis=subspace.Power())
   makes = (galore.galore, layerwise.galore)

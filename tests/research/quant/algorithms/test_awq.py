@@ -86,6 +86,7 @@ def test_scales_preserve_the_model():
   assert all(report["qkv"]["alpha"] > 0 for report in reports)
 
 
+@pytest.mark.slow
 def test_packed_models_are_better_than_rounding_to_nearest():
   _, params, _ = _case("llama")
   scaled, reports = _found("llama")
@@ -133,6 +134,7 @@ def test_before_k_quants():
   np.testing.assert_allclose(got, s / np.sqrt(s.max() * s.min()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_alpha_zero_is_rounding():
   search = _search(steps=3, duo=False)
   w = jnp.asarray(np.random.default_rng(3).standard_normal((32, 5)), "float32")
@@ -161,6 +163,7 @@ def test_candidates_are_those_of_the_paper():
   np.testing.assert_allclose(got[3], s / np.sqrt(s.max() * s.min()), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("format", "size"),
   # All of an output has one scale; and so has the scale of a block's scales.

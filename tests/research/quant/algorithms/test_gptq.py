@@ -317,6 +317,7 @@ def test_full_drift_correction_is_the_least_squares_solution():
   np.testing.assert_allclose(given.w, want, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_sharded_outputs_need_no_communication():
   w, x = problem()
   w, h = jnp.asarray(w, jnp.float32), jnp.asarray(hessian_of(x), jnp.float32)

@@ -67,6 +67,7 @@ def test_codes_can_be_replaced_by_themselves(format):
   np.testing.assert_allclose(grids.values(codes, *known), groups, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "format", [f for f in GRIDS if f.name in FEW], ids=lambda f: f.name
 )

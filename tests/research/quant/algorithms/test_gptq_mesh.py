@@ -50,6 +50,7 @@ def different(got, want):
   return np.mean(a != b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.sample(5, 1)
 def test_a_sharded_matrix_is_rounded_as_on_one_device(case):

@@ -52,6 +52,7 @@ def output_error(w, q):
   return np.sqrt(((x @ np.float64(q.dense()) - y) ** 2).sum() / (y**2).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "inner",
   [

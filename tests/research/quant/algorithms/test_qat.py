@@ -152,6 +152,7 @@ def test_adapters_learn_what_rounding_lost():
   assert moved == {p for p in before if p.endswith(("/a", "/b"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learned", [False, True])
 def test_training_lowers_the_loss_of_the_rounded_matrix(learned):
   # Inputs of four directions leave roundings to choose among.
@@ -176,6 +177,7 @@ def test_training_lowers_the_loss_of_the_rounded_matrix(learned):
   np.testing.assert_array_equal(w.pack().dense(), w.dense())
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_the_trained_one():
   _, _, trained = _trained()
   packed = qat.Convert()(trained)

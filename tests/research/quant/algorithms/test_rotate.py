@@ -118,6 +118,7 @@ def _packed():
   return model, activations.Inputs(op=op)(packed), rotated, tokens
 
 
+@pytest.mark.slow
 def test_packing_applies_after_the_rotation():
   model, packed, rotated, tokens = _packed()
   down = packed["run0"]["layer0"]["mlp"]["down"]

@@ -146,6 +146,7 @@ def test_bytes_are_counted(format, bits):
   assert packer(format)(gaussian(64, 64)).bits_per_weight == bits
 
 
+@pytest.mark.slow
 def test_more_bits_and_searches_reduce_errors():
   w = gaussian(3, 96, 40)  # compiled for already
   by = {name: error(w, format) for name, format in FORMATS.items()}
@@ -228,6 +229,7 @@ def test_packing_over_a_mesh_changes_no_byte(name):
   np.testing.assert_array_equal(_dense(got), _dense(want))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mx e2m1", "fp8 channel"])
 @pytest.mark.sample(2)
 def test_compensated_rounding_halves_the_error(name):

@@ -158,6 +158,7 @@ def test_packing_again_changes_nothing(row):
 
 
 @pytest.mark.parametrize("row", ggml.TYPES)
+@pytest.mark.sample(3)
 def test_traced_packing_equals_eager_packing(row):
   """Encoders of NumPy, too: AWQ and LoftQ round in the middle of a trace."""
   importance = jnp.linspace(0.5, 2, 2 * INPUTS).reshape(2, INPUTS)

@@ -207,6 +207,7 @@ def logits(model, params, tokens):
   return model.apply(variables, hidden, method="logits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("kind", "tied"), [("Q4_1", True), ("Q5_0", False), ("Q8_0", True)]
 )
@@ -222,6 +223,7 @@ def test_packed_logits_are_the_decoded_models(kind, tied):
   )
 
 
+@pytest.mark.slow
 def test_an_unrolled_packed_stack_is_the_scanned_one():
   model = support.model(**SIZES)
   params = packed_params(model)
@@ -286,6 +288,7 @@ def test_lora_trains_over_a_packed_base_that_stays_what_it_is(remat):
   chex.assert_trees_all_equal(after, jax.tree.leaves(before))
 
 
+@pytest.mark.slow
 def test_gradients_over_blocks_are_those_over_the_decoded_base():
   model = support.model(**SIZES)
   params = adapted(packed_params(model))

@@ -35,6 +35,7 @@ def test_codes_scales_and_zeros(bits):
     np.testing.assert_allclose(getattr(plain, name).T, want, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.sample(2)
 def test_hqq_has_fewer_large_errors(bits):

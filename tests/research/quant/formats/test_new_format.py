@@ -115,6 +115,7 @@ def test_it_packs_multiplies_and_is_sharded(toy):
   assert named.parts["codes"] == ("experts", "in", None, "out")
 
 
+@pytest.mark.slow
 def test_adapters_train_over_it(toy):
   model, packed = model_and_packed(toy)
   params = support_lora.adapting(rank=2)(packed, jax.random.key(0))
@@ -181,6 +182,7 @@ def test_panels_hold_it(toy):
   assert generate.generate(model, got, prompts, 4) == want
 
 
+@pytest.mark.slow
 def test_sharded_it_is_the_same(toy):
   model, packed = model_and_packed(toy)
   layout = sharding.Layout(data=1, fsdp=2, tensor=2)

@@ -107,6 +107,7 @@ def test_decoding_attends_to_what_was_packed():
   assert 1e-3 < np.linalg.norm(got - whole) / np.linalg.norm(whole) < 0.5
 
 
+@pytest.mark.slow
 def test_nothing_packed_is_the_whole_model():
   model = support.model("gemma2", depth=4)
   params, tokens = support.params(model), support.tokens(2, TIME)
@@ -116,6 +117,7 @@ def test_nothing_packed_is_the_whole_model():
   chex.assert_trees_all_close(got, want, atol=1e-5 * float(abs(want).max()))
 
 
+@pytest.mark.slow
 def test_a_large_key_bias_is_subtracted():
   """Per token, Qwen 2's bias dominates the scale of its keys."""
   model = support.model("qwen2", depth=2)
@@ -139,6 +141,7 @@ def test_a_missing_key_bias():
     _decoded(model, support.params(model), support.tokens(2, TIME), kv)
 
 
+@pytest.mark.slow
 def test_generation_uses_it():
   model = support.model("llama", depth=2)
   params = support.params(model)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
+from kernels_pallas.quantized_matmul import gpu
 from research import sharding, tree, weights
 from research.generation import generate
 from research.lora.adapted import AdaptedTensor
@@ -61,7 +61,7 @@ def close(got, want, eps=2e-6):
 @pytest.mark.parametrize("gpu", [False, True])
 @every
 @pytest.mark.cover(1)
-@pytest.mark.sample(2)
+@pytest.mark.sample(6)
 def test_planes_hold_the_same_numbers(name, gpu):
   w = leaf(name, layers=(2,))
   assert accelerator_layout.is_supported(w) and accelerator_layout.is_supported(
@@ -112,6 +112,7 @@ def test_parts_are_named_after_the_axes_they_cut():
     assert named.planes.codes == named.planes.scale == ("in", "out")
 
 
+@pytest.mark.slow
 def test_unsupported_matrices():
   w = np.random.default_rng(0).normal(size=(192, 40)).astype(np.float32)
   for format in (FP8(), Affine(block=8), Affine(block=96), Codebook(block=512)):
@@ -178,7 +179,7 @@ def test_for_decoding_leaves_unsupported_matrices(monkeypatch):
   monkeypatch.setattr(accelerator_layout, "has_kernel", lambda: True)
   plain = support.params(model)
   assert cpu_layout.for_decoding(plain) is plain
-  monkeypatch.setattr(mosaic_gpu, "is_for", lambda *_: True)
+  monkeypatch.setattr(gpu.support, "is_for", lambda *_: True)
   with pytest.warns(RuntimeWarning, match="GPUs.* int4-asym-g32 in float32;"):
     assert cpu_layout.for_decoding(params, "float32") is params
   for dtype in ("bfloat16", "float16"):

@@ -88,6 +88,7 @@ def ordered(axis=-2, layers=(), seed=0):
   return dataclasses.replace(w, order=jnp.asarray(order), axis=axis)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.sample(2)
 def test_act_order_permutes_inputs_once(axis):

@@ -95,7 +95,7 @@ def test_einsum_in_any_order_of_letters(eq, dtype):
 @pytest.mark.parametrize("axis", [-2, -1])
 @every
 @pytest.mark.cover(1)
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_every_kind_of_part_is_sliced(name, axis):
   w = dataclasses.replace(leaf(name), axis=axis)
   one = jax.tree.map(lambda x: x[1], w)
@@ -111,7 +111,7 @@ def test_every_kind_of_part_is_sliced(name, axis):
 @pytest.mark.parametrize("axis", [-2, -1])
 @every
 @pytest.mark.cover(1)
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 def test_experts(name, axis):
   w = dataclasses.replace(leaf(name), axis=axis)
   assert products.piece_count(w, products.PIECE) > 6

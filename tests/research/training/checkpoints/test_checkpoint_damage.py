@@ -119,6 +119,7 @@ def restored(folder):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [remove, truncate, flip])
 @pytest.mark.cover(1)
+@pytest.mark.sample(4)
 def test_any_damaged_file_is_seen(saved, tmp_path, capsys, damage, name):
   folder = tmp_path / "checkpoints"
   shutil.copytree(saved, folder)
@@ -144,6 +145,7 @@ def test_any_damaged_file_is_seen(saved, tmp_path, capsys, damage, name):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [remove, truncate, flip])
 @pytest.mark.cover(1)
+@pytest.mark.sample(4)
 def test_without_the_list_nothing_wrong_is_used(saved, tmp_path, damage, name):
   """As after a crash before the list is written: checksums must suffice."""
   folder = tmp_path / "checkpoints"
@@ -167,6 +169,7 @@ def test_an_emptied_directory(saved, tmp_path, part):
   assert restored(folder) == (3, 2)
 
 
+@pytest.mark.slow
 def test_many_flipped_bits_of_the_arrays(saved, tmp_path, capsys):
   """Orbax's files have no checksum of their own: it restores wrong numbers."""
   (path,) = (saved / "4").glob("state/ocdbt.process_0/d/*")

@@ -138,6 +138,7 @@ def test_what_cannot_be_balanced_is_said():
     dense(support.params(dense.model), batch(), None)
 
 
+@pytest.mark.slow
 def test_violation_is_what_the_metric_says():
   hidden = MODEL.apply(
     {"params": params()},

@@ -128,6 +128,7 @@ def test_dpo_is_equation_7(
   assert np.abs(margin).max() > 0.01
 
 
+@pytest.mark.slow
 def test_dpo_gradient_is_that_of_the_paper(
   model, params, other, forward, batch
 ):
@@ -162,6 +163,7 @@ def test_dpo_gradient_is_that_of_the_paper(
   )
 
 
+@pytest.mark.slow
 def test_reference_is_the_model_without_its_adapters(
   model, params, adapted, batch
 ):
