@@ -106,7 +106,7 @@ def _compare_models() -> dict[str, Any]:
   runtime.setup()
   from experiments.studies.quant import quantized
 
-  return quantized.beside(
+  return quantized.compare_with_base(
     _MODEL.value,
     _BASE.value,
     text,

@@ -113,7 +113,7 @@ def _train(
       evaluations=evaluations,
       source=built.loaded.source,
       writers=writers,
-      state_transforms=experiment.rewrites,
+      state_transforms=experiment.state_transforms,
       sharding=context.batch,
       started_at=runtime.START,
     )
@@ -254,7 +254,7 @@ def _start(experiment: Experiment, built: Built) -> state.TrainState:
     built.params,
     experiment.trainable,
     experiment.optimizer,
-    held=experiment.held,
+    transformed=experiment.transformed,
     shardings=built.context.placement,
   )
 
@@ -321,10 +321,10 @@ def _untrained(
   first = jax.tree.map(
     lambda x, y: jnp.asarray(x, y.dtype), first, trained.trainable
   )
-  held = None
-  if experiment.held is not None:
-    held, _ = tree.partition(rest, experiment.held)
-  return dataclasses.replace(trained, trainable=first, held=held)
+  transformed = None
+  if experiment.transformed is not None:
+    transformed, _ = tree.partition(rest, experiment.transformed)
+  return dataclasses.replace(trained, trainable=first, transformed=transformed)
 
 
 def _seconds_to_first_step(

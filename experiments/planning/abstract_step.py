@@ -69,7 +69,7 @@ def build(experiment: Experiment, devices: Sequence[Any]) -> AbstractStep:
       params,
       experiment.trainable,
       experiment.optimizer,
-      held=experiment.held,
+      transformed=experiment.transformed,
     )
 
   with jax.set_mesh(mesh):
@@ -100,7 +100,11 @@ def lower(experiment: Experiment, abstract: AbstractStep) -> jax.stages.Lowered:
   )
   with jax.set_mesh(abstract.mesh):
     return aot.lower_step(
-      update, abstract.state, abstract.batch, abstract.key, experiment.rewrites
+      update,
+      abstract.state,
+      abstract.batch,
+      abstract.key,
+      experiment.state_transforms,
     )
 
 
