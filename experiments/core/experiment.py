@@ -152,6 +152,17 @@ class Experiment:
       loaded=loaded, params=params, objective=objective, context=context
     )
 
+  def load_abstract(self) -> Loaded:
+    """Returns the model with shapes in place of transformed weights.
+
+    Nothing is read or computed.
+    """
+    loaded = _load_abstract(self.model)
+    key, params = jax.eval_shape(jax.random.key, self.seed), loaded.params
+    for transform in self.transforms_of(loaded):
+      params = jax.eval_shape(transform, params, key)
+    return dataclasses.replace(loaded, params=params)
+
   def transforms_of(self, loaded: Loaded) -> list[Transform]:
     """Returns the transforms, with the model for those that need it."""
     return [
@@ -182,6 +193,20 @@ class Experiment:
         why = str(error).split("\n")[0]
         folders.warn(f"goes on without {name} data: {why}")
     return found
+
+
+def _load_abstract(source: Source) -> Loaded:
+  """Returns a source's model, with shapes in place of weights."""
+  if isinstance(source, AbstractSource):
+    return source.load_abstract()
+  found: list[Loaded] = []
+
+  def params():
+    found.append(source.load())
+    return found[-1].params
+
+  made = jax.eval_shape(params)
+  return dataclasses.replace(found[-1], params=made)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
