@@ -87,15 +87,15 @@ def _evaluate_run() -> dict[str, Any] | None:
   """Returns the metrics of a run, or of a configuration's untrained model."""
   runtime.setup()
   from experiments.core import config, train_eval
-  from research.io import folders
+  from experiments.stages import staged
 
   if _CONFIG.value is None:
     read = config.read_workdir(_WORKDIR.value, _SET.value)
   else:
     read = config.read(_CONFIG.value, _SET.value)
-  workdir = None if _WORKDIR.value is None else folders.folder(_WORKDIR.value)
+  experiment, workdir = staged.open_run(read.experiment, _WORKDIR.value)
   with runtime.cluster(cli.cluster(FLAGS), preemptible=False):
-    result = train_eval.evaluate(read.experiment, workdir, _STEP.value)
+    result = train_eval.evaluate(experiment, workdir, _STEP.value)
     return result if runtime.is_first_process() else None
 
 
@@ -106,7 +106,7 @@ def _compare_models() -> dict[str, Any]:
   runtime.setup()
   from experiments.studies.quant import quantized
 
-  return quantized.beside(
+  return quantized.compare_with_base(
     _MODEL.value,
     _BASE.value,
     text,

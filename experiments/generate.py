@@ -269,7 +269,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
-  """Returns what is told of one row."""
+  """Returns the result of one row."""
   return {
     "text": "".join(p.text for p in pieces),
     "tokens": sum(p.tokens for p in pieces),
@@ -361,7 +361,7 @@ def _streamed(
   layout: Any,
   turn: int = 0,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-  """Returns what is told of each row, and of all; prints one row as it comes.
+  """Returns each row's result and the totals; prints one row as it comes.
 
   Tokens a second are those after the first ones. Each turn of a conversation
   draws other samples.
@@ -398,12 +398,15 @@ def _streamed(
         now.what, now.total = "generating tokens of each row", most
         now.done += max(piece.tokens for piece in pieces)
   end = time.perf_counter()
-  told = [
+  results = [
     _row(pieces, prompt)
     for pieces, prompt in zip(zip(*steps, strict=True), prompts, strict=True)
   ]
-  after, more = end - first, sum(row["tokens"] for row in told) - len(prompts)
-  return told, {
+  after, more = (
+    end - first,
+    sum(row["tokens"] for row in results) - len(prompts),
+  )
+  return results, {
     "tokens": more + len(prompts),
     "tokens_per_s": more / after if more > 0 and after else None,
     "seconds": end - start,
@@ -462,20 +465,20 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
 
   def answer(messages, turn):
     ids = loaded.tokenizer.encode(loaded.tokenizer.chat(messages))
-    told, _ = _streamed(*call, [ids], rules, kv, layout, turn)
+    results, _ = _streamed(*call, [ids], rules, kv, layout, turn)
     print(flush=True)
-    return told[0]
+    return results[0]
 
   if not texts:
     result = conversation.converse(answer, _SYSTEM.value)
     return result | {"model": _MODEL.value, "adapter": adapter}
-  told, shared = _streamed(*call, prompts, rules, kv, layout)
+  results, shared = _streamed(*call, prompts, rules, kv, layout)
   if len(rows) == 1:
     print()
-    return told[0] | shared | {"adapter": adapter}
+    return results[0] | shared | {"adapter": adapter}
   answers = [
     {"prompt": prompt, "adapter": name} | row
-    for (prompt, name), row in zip(rows, told, strict=True)
+    for (prompt, name), row in zip(rows, results, strict=True)
   ]
   _print_answers(answers)
   return shared | {"rows": answers}

@@ -8,6 +8,8 @@ this machine (--topology=cpu:8), from shapes alone: no weight is read. Prints
 the sharding of every parameter, the memory of a device, FLOPs, collectives and
 bounds of a step's time; the last line on stdout is JSON.
 
+Of a run of stages each one's step is planned; --hlo then writes FILE.STAGE.
+
 --fill plans the calls of a masked diffusion model that samples with a cache:
 
   python -m experiments.plan --config=runs/llada/pretrain_8b.gin \\
@@ -63,14 +65,23 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   jax.config.update("jax_platforms", "cpu")
   from experiments.core import config
   from experiments.planning import plan_sampling, plan_training
+  from experiments.stages import staged
+  from research.io import folders
   from research.planning import chips
 
-  experiment, _ = config.read(_CONFIG.value, _SET.value)
+  run = config.read(_CONFIG.value, _SET.value).experiment
   rows = _FILL.value and plan_sampling.rows(_FILL.value)
   topology = chips.topology(_TOPOLOGY.value)
   if rows:
-    return plan_sampling.plan(experiment, topology, rows)
-  return plan_training.plan(experiment, topology, hlo=_HLO.value)
+    return plan_sampling.plan(staged.final(run), topology, rows)
+  if not isinstance(run, staged.Staged):
+    return plan_training.plan(run, topology, hlo=_HLO.value)
+  plans = {}
+  for name, experiment in run.in_workdir(folders.folder(".")).stages.items():
+    cli.say(f"--- stage {name}")
+    hlo = _HLO.value and f"{_HLO.value}.{name}"
+    plans[name] = plan_training.plan(experiment, topology, hlo=hlo)
+  return {"stages": plans}
 
 
 if __name__ == "__main__":

@@ -69,29 +69,25 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   del argv
   cli.required(workdir=_WORKDIR.value)
   runtime.setup()
-  from experiments.core import config, train_eval
-  from research.training.checkpoints import workdir as workdirs
+  from experiments.core import config
+  from experiments.stages import running
   from research.training.reports import metrics
 
   writers = [metrics.TensorBoardWriter] * _TENSORBOARD.value
   writers += [metrics.WandbWriter] * _WANDB.value
   if _CONFIG.value:
-    experiment, text = config.read(_CONFIG.value, _SET.value)
+    read = config.read(_CONFIG.value, _SET.value)
   else:
-    experiment, text = config.read_workdir(
+    read = config.read_workdir(
       _WORKDIR.value, _SET.value, "; --config=FILE starts one there"
     )
   with runtime.cluster(cli.cluster(FLAGS)):
-    claim = (_WORKDIR.value, text, MAY_DIFFER)
-
-    def claimed():
-      folder = workdirs.check_workdir(*claim)
-      if train_eval.finished_result(experiment, folder) is None:
-        workdirs.claim_workdir(*claim)
-      return folder
-
-    workdir = runtime.first_process_first(claimed)
-    result = train_eval.train(experiment, workdir, writers)
+    workdir = runtime.first_process_first(
+      lambda: running.claim(
+        read.experiment, read.text, _WORKDIR.value, MAY_DIFFER
+      )
+    )
+    result = running.train(read.experiment, workdir, writers)
     return result if runtime.is_first_process() else None
 
 

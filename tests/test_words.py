@@ -8,7 +8,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 BANNED = {
   "told": "conditioning, given",
   "seen": "inputs, gradients, history: what they are",
-  "held": "kept, stored, held_out",
+  "held": "transformed, stored, held_out",
+  "rewrites": "state_transforms, batch_transforms",
   "beside": "fused, next_to: what it does",
   "laid": "layout",
   "begun": "started, prepared",
@@ -25,8 +26,6 @@ BANNED = {
 KEPT = {
   "research/nn/time_embedding.py": {"told"},  # in config.json
   "research/lora/methods/tokens.py": {"beside"},  # in checkpoints
-  "research/training/state.py": {"held"},  # in checkpoints
-  "experiments/core/experiment.py": {"held"},  # in run files
   "kernels_pallas/inspect/chips.py": {"clock"},  # of a chip, in hertz
 }
 """What files of before hold, and other meanings."""

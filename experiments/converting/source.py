@@ -15,7 +15,7 @@ def open_source(name: str) -> Any:
   Args:
     name: what --model= takes, or a run whose whole model was trained.
   """
-  path = pathlib.Path(name)
+  path = load.last_stage(pathlib.Path(name))
   written = [path / "adapter" / load.ADAPTER_CONFIG, path / "model"]
   if (path / "config.gin").is_file() and not any(p.exists() for p in written):
     return open_checkpoint(path)
@@ -31,7 +31,7 @@ def open_checkpoint(workdir: pathlib.Path) -> Any:
   Args:
     workdir: the run's working directory.
   """
-  experiment, _ = config.read(str(workdir / "config.gin"))
+  experiment = config.read_workdir(str(workdir)).experiment
   built = experiment.build()
   step, trained = train_eval.restore_checkpoint(experiment, built, workdir)
   origin = dict(format="run", path=str(workdir), step=step)

@@ -22,7 +22,7 @@ from research.io.folders import Folder
 from research.lora import wrap
 from research.training import state
 from research.training.reports import plots
-from research.typing import UserError
+from research.typing import Params, UserError
 
 DEFAULT_WINDOW = 1024
 """Tokens that `experiments.perplexity` reads together."""
@@ -83,14 +83,18 @@ def save(
 
 
 def _save_adapter(folder, experiment, built, params) -> bool:
-  """Writes trained adapters in PEFT's format; returns whether there are any."""
+  """Writes trained adapters in PEFT's format; returns whether it did.
+
+  They say what was trained only if that is adapters alone, on a base that has a
+  name: not what was made from nothing, or by an earlier stage.
+  """
   adapters, rest = tree.partition(params, wrap.TRAINABLE)
-  if not tree.count(adapters):
+  base = getattr(experiment.model, "name", None)
+  if base is None or not tree.count(adapters) or _changed(experiment, rest):
     return False
   params = tree.combine(device_context.gather(adapters), rest)
   if not runtime.is_first_process():
     return True
-  base = getattr(experiment.model, "name", "unknown")
   if pathlib.Path(base).exists():
     base = str(load.locate(base).resolve())  # of a run, the model in it
   loaded = built.loaded
@@ -99,11 +103,18 @@ def _save_adapter(folder, experiment, built, params) -> bool:
   return True
 
 
+def _changed(experiment: Experiment, params: Params) -> bool:
+  """Whether training has changed any of these parameters."""
+  patterns = (experiment.trainable, experiment.transformed)
+  parts = [tree.partition(params, p)[0] for p in patterns if p is not None]
+  return any(tree.count(part) for part in parts)
+
+
 def _save_model(folder, experiment, built, params) -> bool:
   """Writes the whole model, in Hugging Face's format where that has names.
 
-  Models after the transforms of `after`, and those with a time embedding, are
-  written as our checkpoint.
+  Models after the transforms of `after`, with adapters or a time embedding are
+  written as our checkpoint, which has every leaf as it is.
   """
   params = device_context.gather(params)
   if not runtime.is_first_process():
@@ -117,7 +128,9 @@ def _save_model(folder, experiment, built, params) -> bool:
   source = _with_mask_config(source, experiment.objective)
   shutil.rmtree(folder, ignore_errors=True)
   try:
-    own = experiment.after or source.model.time_embedding is not None
+    adapted = tree.count(tree.partition(params, wrap.TRAINABLE)[0])
+    timed = source.model.time_embedding is not None
+    own = experiment.after or adapted or timed
     as_files = convert.to_orbax if own else convert.to_hf
     as_files(source, folder)
   except UserError as error:

@@ -60,12 +60,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   cli.required(config=_CONFIG.value)
   from experiments.core import config
+  from experiments.stages import staged
   from research.data import baselines, duplicates
   from research.typing import UserError
 
   if not 1 <= _ORDER.value <= 8:
     raise UserError(f"--order={_ORDER.value}: expected 1 to 8")
-  experiment, _ = config.read(_CONFIG.value, _SET.value)
+  experiment = staged.final(config.read(_CONFIG.value, _SET.value).experiment)
   training, heldout = (
     duplicates.source_texts(_documents(data, part))
     for data, part in (

@@ -9,18 +9,20 @@ argument like any other.
 
 import ast
 import contextlib
+import dataclasses
 import difflib
 import io
 import logging
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gin
 from gin import config as gin_config
 
 from experiments.core.experiment import Experiment
+from experiments.stages.staged import Staged, StageResult, Stages
 from research import moved
 from research.io import folders
 from research.typing import UserError
@@ -29,11 +31,22 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 """Beside the package, in a checkout and in an installation alike."""
 
 _MACRO = "gin.macro"
+_FROM_STAGE = """
+from __gin__ import dynamic_registration
+from experiments.core import experiment
+from experiments.stages import staged
+experiment.Experiment.model = @staged.StageResult()
+staged.StageResult.stage = '{before}'
+"""
 _FOLDERS = {"config": "runs", "sweep": "sweeps"}
 
 
+Record = Mapping[tuple[str, str], Mapping[str, Any]]
+"""Gin's own: (scope, configurable) -> values by parameter."""
+
+
 class Read(NamedTuple):
-  """An experiment, or another root, and the text that rebuilds it."""
+  """An experiment, its stages or another root, and text that rebuilds it."""
 
   experiment: Any
   text: str
@@ -91,7 +104,7 @@ def read(
   root: type = Experiment,
   flag: str = "config",
 ) -> Read:
-  """Returns the experiment that a gin file describes.
+  """Returns the experiment that a gin file describes, or its stages.
 
   Args:
     path: a gin file, see `find`. It may include files relative to the working
@@ -131,7 +144,22 @@ def read_workdir(
       f"--workdir={workdir}: found no config.gin there, expected the directory "
       f"of a run of experiments.train{fix}"
     )
-  return parse(file.read_text("utf-8"), bindings, str(file))
+  read = parse(file.read_text("utf-8"), bindings, str(file))
+  return read._replace(experiment=_opened(read.experiment, file.parent))
+
+
+def _opened(experiment: Any, workdir: Any) -> Any:
+  """Returns an experiment that finds the results of earlier stages."""
+  if isinstance(experiment, Staged):
+    return experiment.in_workdir(workdir)
+  source = experiment.model
+  if not isinstance(source, StageResult):
+    return experiment
+  place = workdir.parent / source.stage
+  source = dataclasses.replace(
+    source, experiment=read_workdir(str(place)).experiment, workdir=place
+  )
+  return dataclasses.replace(experiment, model=source)
 
 
 def parse(
@@ -151,16 +179,106 @@ def parse(
   """
   text = moved.current(text)
   lines = [_binding(line) for line in bindings]
+  with _parsed(text, lines, name, folder):
+    names = _stage_names() if root is Experiment else ()
+    if not names:
+      read, used = _built(root)
+      _all_used(lines, used)
+      return read
+    whole = gin.config_str()
+  reads, shared = {}, []
+  for stage, before in zip(names, (None, *names), strict=False):
+    with _parsed(text, lines, name, folder), _named(stage):
+      own = _enter(stage, names, before)
+      reads[stage], used = _built(root)
+      prefix = f"{stage}/"
+      mine = [x.removeprefix(prefix) for x in lines if x.startswith(prefix)]
+      _all_used(mine, used)
+      shared.append(_without(used, own))
+  with _readable(name):
+    scopes = tuple(f"{stage}/" for stage in names)
+    lines = [line for line in lines if not line.startswith(scopes)]
+    _all_used(lines, *shared)
+  staged = Staged(
+    stages={stage: read.experiment for stage, read in reads.items()},
+    texts={stage: read.text for stage, read in reads.items()},
+  )
+  return Read(staged, whole)
+
+
+@contextlib.contextmanager
+def _parsed(
+  text: str, lines: Sequence[str], name: str, folder: pathlib.Path | None
+) -> Iterator[None]:
+  """Binds what a gin file's text and further lines say; see `parse`."""
   with _empty(folder), _readable(name):
     file = io.StringIO(text)
     file.name = name  # so that gin's errors say where
     gin.parse_config(file)
     gin.parse_config("\n".join([*_imports(text, folder), *lines]))
-    gin.finalize()
-    experiment = gin.get_configurable(root)()
-    _all_used(lines)
-    _drop_defaults()
-    return Read(experiment, gin.operative_config_str())
+    yield
+
+
+def _built(root: type) -> tuple[Read, Record]:
+  """Returns what is bound, built, and gin's record of what that used."""
+  gin.finalize()
+  experiment = gin.get_configurable(root)()
+  used = {key: dict(x) for key, x in gin_config._OPERATIVE_CONFIG.items()}
+  _drop_defaults()
+  return Read(experiment, gin.operative_config_str()), used
+
+
+def _stage_names() -> tuple[str, ...]:
+  """Returns the names of the stages that are bound, if any are."""
+  bound = gin_config._CONFIG
+  if not any(selector.endswith(".staged.Stages") for _, selector in bound):
+    return ()
+  return gin.get_configurable(Stages)().names
+
+
+def _enter(stage: str, names: Sequence[str], before: str | None) -> Record:
+  """Leaves the bindings of a stage: those of its scope, over those of none.
+
+  Returns those of its scope.
+
+  Args:
+    stage: its name.
+    names: of all stages.
+    before: the stage whose result its model is, unless it binds another; None
+      for the first one.
+  """
+  bound, own = gin_config._CONFIG, {}
+  for scope, selector in list(bound):
+    first, _, inner = scope.partition("/")
+    if selector.endswith(".staged.Stages"):
+      del bound[scope, selector]
+    elif first in names and (inner or selector != _MACRO):
+      values = bound.pop((scope, selector))
+      if first == stage:
+        own[inner, selector] = values
+  if before is not None:
+    gin.parse_config(_FROM_STAGE.format(before=before))
+  for key, values in own.items():
+    bound.setdefault(key, {}).update(values)
+  return own
+
+
+@contextlib.contextmanager
+def _named(stage: str) -> Iterator[None]:
+  """Names the stage in errors of its configuration."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"stage {stage!r}: {error}") from error
+
+
+def _without(used: Record, own: Record) -> Record:
+  """Returns a record of what was used, without what a stage has bound."""
+  left = {
+    key: {name: x for name, x in values.items() if name not in own.get(key, {})}
+    for key, values in used.items()
+  }
+  return {key: values for key, values in left.items() if values}
 
 
 def _drop_defaults() -> None:
@@ -225,17 +343,22 @@ def _value(text: str) -> str:
   return f"({text})" if bare else text
 
 
-def _all_used(lines: Sequence[str]) -> None:
-  """Raises if a binding from the command line reached nothing."""
-  used = gin_config._OPERATIVE_CONFIG
-  macros = sorted(scope for scope, name in used if name == _MACRO)
+def _all_used(lines: Sequence[str], *records: Record) -> None:
+  """Raises if a binding from the command line reached nothing.
+
+  Args:
+    lines: of the command line.
+    records: gin's, of what was used.
+  """
+  used = [pair for record in records for pair in record.items()]
+  macros = sorted({scope for (scope, name), _ in used if name == _MACRO})
   for line in lines:
     name = line.split("=")[0].strip()
     if "." in name:
       target, _, parameter = name.rpartition(".")
       reached = any(
         selector.endswith(target.split("/")[-1]) and parameter in values
-        for (_, selector), values in used.items()
+        for (_, selector), values in used
       )
     else:
       reached = name in macros

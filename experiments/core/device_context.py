@@ -72,6 +72,16 @@ class DeviceContext:
     )
 
 
+def current(layout: Layout) -> DeviceContext:
+  """Returns the context of `layout` on the mesh that is set, if one is.
+
+  Args:
+    layout: of arrays.
+  """
+  mesh = jax.sharding.get_mesh()
+  return DeviceContext(layout=layout, mesh=None if mesh.empty else mesh)
+
+
 @contextlib.contextmanager
 def on_mesh(layout: Layout) -> Iterator[DeviceContext]:
   """Sets the mesh of `layout` for all computation inside.

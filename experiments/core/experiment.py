@@ -96,8 +96,8 @@ class Experiment:
     model: where the model and its first weights come from.
     transforms: of the weights, in order, before training.
     trainable: regular expression of the paths that are learned.
-    held: regular expression of further paths, which only `rewrites` change
-      and which checkpoints keep, or None.
+    transformed: regular expression of further paths, which only
+      `state_transforms` change and which checkpoints keep, or None.
     objective: the loss; the loaded model is put into its field `model`.
     optimizer: an optax chain over the trainable part.
     data: what is trained on.
@@ -105,7 +105,7 @@ class Experiment:
     validation: what the best checkpoint is chosen by, or None.
     heldout: what the result is measured on, before and after, or None.
     eval_batches: at most so many batches of each of those two; None for all.
-    rewrites: transforms of the training state, after each step, in order.
+    state_transforms: of the training state, after each step, in order.
     after: transforms of the trained weights, in order; the result is saved as
       our checkpoint, which keeps every kind of weight.
     mesh: the mesh of devices, and what is cut along its axes; one device by
@@ -122,11 +122,11 @@ class Experiment:
   plan: TrainConfig
   transforms: tuple[Transform, ...] = ()
   trainable: str = "."
-  held: str | None = None
+  transformed: str | None = None
   validation: Data | None = None
   heldout: Data | None = None
   eval_batches: int | None = None
-  rewrites: tuple[StateTransform, ...] = ()
+  state_transforms: tuple[StateTransform, ...] = ()
   after: tuple[Transform, ...] = ()
   mesh: Layout = Layout(data=1)
   seed: int = 0
@@ -151,6 +151,17 @@ class Experiment:
     return Built(
       loaded=loaded, params=params, objective=objective, context=context
     )
+
+  def load_abstract(self) -> Loaded:
+    """Returns the model with shapes in place of transformed weights.
+
+    Nothing is read or computed.
+    """
+    loaded = _load_abstract(self.model)
+    key, params = jax.eval_shape(jax.random.key, self.seed), loaded.params
+    for transform in self.transforms_of(loaded):
+      params = jax.eval_shape(transform, params, key)
+    return dataclasses.replace(loaded, params=params)
 
   def transforms_of(self, loaded: Loaded) -> list[Transform]:
     """Returns the transforms, with the model for those that need it."""
@@ -182,6 +193,20 @@ class Experiment:
         why = str(error).split("\n")[0]
         folders.warn(f"goes on without {name} data: {why}")
     return found
+
+
+def _load_abstract(source: Source) -> Loaded:
+  """Returns a source's model, with shapes in place of weights."""
+  if isinstance(source, AbstractSource):
+    return source.load_abstract()
+  found: list[Loaded] = []
+
+  def params():
+    found.append(source.load())
+    return found[-1].params
+
+  made = jax.eval_shape(params)
+  return dataclasses.replace(found[-1], params=made)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

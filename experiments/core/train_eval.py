@@ -30,12 +30,22 @@ from research.typing import UserError
 
 
 def train(
-  experiment: Experiment, workdir: Folder, writers: Sequence[Any] = ()
+  experiment: Experiment,
+  workdir: Folder,
+  writers: Sequence[Any] = (),
+  started_at: float | None = None,
 ) -> dict[str, Any]:
   """Trains `experiment` in `workdir`; returns its result.
 
   Of several processes, each calls this; the first one writes. A finished run is
   left as it is.
+
+  Args:
+    experiment: to be trained.
+    workdir: of the run.
+    writers: of metrics, see `loop.fit`.
+    started_at: when the work on it began (`time.time()`); None for the start
+      of this process.
 
   Raises:
     Preempted: the run was asked to end (`training.preemption`), and is saved.
@@ -52,7 +62,7 @@ def train(
     )
     return old
   with device_context.on_mesh(experiment.mesh) as context:
-    return _train(experiment, context, workdir, writers)
+    return _train(experiment, context, workdir, writers, started_at)
 
 
 def finished_result(
@@ -75,6 +85,7 @@ def _train(
   context: device_context.DeviceContext,
   workdir: Folder,
   writers: Sequence[Any],
+  started_at: float | None,
 ) -> dict[str, Any]:
   begin = time.perf_counter()
 
@@ -113,9 +124,9 @@ def _train(
       evaluations=evaluations,
       source=built.loaded.source,
       writers=writers,
-      state_transforms=experiment.rewrites,
+      state_transforms=experiment.state_transforms,
       sharding=context.batch,
-      started_at=runtime.START,
+      started_at=runtime.START if started_at is None else started_at,
     )
 
   # --- results ---
@@ -254,7 +265,7 @@ def _start(experiment: Experiment, built: Built) -> state.TrainState:
     built.params,
     experiment.trainable,
     experiment.optimizer,
-    held=experiment.held,
+    transformed=experiment.transformed,
     shardings=built.context.placement,
   )
 
@@ -282,6 +293,12 @@ def restore_checkpoint(
     best = kept.best[0] if kept.best else kept.latest
     at = best if number is None else number
     return at, kept.restore(_start(experiment, built), step=at)
+
+
+def last_step(workdir: Folder) -> int:
+  """Returns the last step that a run has saved, 0 if none."""
+  names = (path.name for path in (workdir / "checkpoints").glob("*"))
+  return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _log_parameters(
@@ -321,10 +338,10 @@ def _untrained(
   first = jax.tree.map(
     lambda x, y: jnp.asarray(x, y.dtype), first, trained.trainable
   )
-  held = None
-  if experiment.held is not None:
-    held, _ = tree.partition(rest, experiment.held)
-  return dataclasses.replace(trained, trainable=first, held=held)
+  transformed = None
+  if experiment.transformed is not None:
+    transformed, _ = tree.partition(rest, experiment.transformed)
+  return dataclasses.replace(trained, trainable=first, transformed=transformed)
 
 
 def _seconds_to_first_step(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.core.experiment import AbstractSource, Experiment, Source
+from experiments.core.experiment import Experiment
 from research import sharding
 from research.interop.loaded import Loaded
 from research.training import aot, global_batch, state, step
@@ -24,7 +24,7 @@ class AbstractStep:
   """The arguments of a step, as sharded `jax.ShapeDtypeStruct`s.
 
   Attributes:
-    loaded: the model; its parameters are shapes.
+    loaded: the model; its transformed parameters are shapes.
     objective: the loss of that model.
     mesh: the experiment's, over the given devices.
     state: a `TrainState`.
@@ -59,21 +59,19 @@ def build(experiment: Experiment, devices: Sequence[Any]) -> AbstractStep:
       its first step.
   """
   mesh = experiment.mesh.mesh(devices)
-  loaded = _loaded(experiment.model)
-  key, params = jax.eval_shape(jax.random.key, experiment.seed), loaded.params
-  for transform in experiment.transforms_of(loaded):
-    params = jax.eval_shape(transform, params, key)
+  key = jax.eval_shape(jax.random.key, experiment.seed)
+  loaded = experiment.load_abstract()
 
   def create(params):
     return state.create(
       params,
       experiment.trainable,
       experiment.optimizer,
-      held=experiment.held,
+      transformed=experiment.transformed,
     )
 
   with jax.set_mesh(mesh):
-    made = jax.eval_shape(create, params)
+    made = jax.eval_shape(create, loaded.params)
   where = experiment.mesh.shardings(
     made, mesh, sharding.head_counts(loaded.model)
   )
@@ -100,26 +98,16 @@ def lower(experiment: Experiment, abstract: AbstractStep) -> jax.stages.Lowered:
   )
   with jax.set_mesh(abstract.mesh):
     return aot.lower_step(
-      update, abstract.state, abstract.batch, abstract.key, experiment.rewrites
+      update,
+      abstract.state,
+      abstract.batch,
+      abstract.key,
+      experiment.state_transforms,
     )
 
 
 def _at(x: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-
-def _loaded(source: Source) -> Loaded:
-  """Returns a source's model, with shapes in place of weights."""
-  if isinstance(source, AbstractSource):
-    return source.load_abstract()
-  found: list[Loaded] = []
-
-  def params():
-    found.append(source.load())
-    return found[-1].params
-
-  made = jax.eval_shape(params)
-  return dataclasses.replace(found[-1], params=made)
 
 
 def _batch(experiment: Experiment, tokenizer: Any, mesh: Mesh) -> Batch:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from research.training.checkpoints import workdir
 from research.training.reports import goodput, metrics, plots
 from research.training.reports.plot_runs import Curves, series
 from research.typing import UserError
@@ -86,12 +87,16 @@ class Run:
 
 
 def load(workdirs: Sequence[str]) -> list[Run]:
-  """Returns the runs of these directories; those of a sweep for its own."""
+  """Returns the runs of these directories.
+
+  A sweep's own stands for its units, that of a run of stages for its stages.
+  """
   folders: list[pathlib.Path] = []
   for given in workdirs:
     folder = pathlib.Path(given)
     units = sorted(p.parent for p in folder.glob("units/*/metrics.jsonl"))
-    folders += units or [folder]
+    stages = [folder / name for name in workdir.stage_names(folder)]
+    folders += units or stages or [folder]
   for folder in folders:
     if not (folder / "metrics.jsonl").is_file():
       raise UserError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments import sweeps
 from experiments.core import config
+from experiments.stages import staged
 from experiments.sweeps.launch import Work
 from research.typing import UserError
 
@@ -88,7 +89,7 @@ def plan(
       log=folder / f"{name}.log",
       options=tuple(options),
     )
-    steps = read.experiment.plan.steps
+    steps = staged.final(read.experiment).plan.steps
     planned.append(Planned(unit=unit, text=read.text, steps=steps, work=work))
   _all_different(planned)
   return planned

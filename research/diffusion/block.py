@@ -43,7 +43,7 @@ class BlockDiffusion:
       token has its own state alone, and is not trained.
     never_mask: whether the mask has no probability, whatever the head says.
     rows: rows of logits held at a time.
-    rewrites: of each batch, in order, before anything is masked.
+    batch_transforms: of each batch, in order, before anything is masked.
   """
 
   model: Transformer | None = None
@@ -55,7 +55,7 @@ class BlockDiffusion:
   shift: bool = False
   never_mask: bool = True
   rows: int = 256
-  rewrites: tuple[BatchTransform, ...] = ()
+  batch_transforms: tuple[BatchTransform, ...] = ()
 
   def __post_init__(self):
     if self.block < 1:
@@ -69,8 +69,8 @@ class BlockDiffusion:
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, of weights, and of masks."""
     params = weights.bind(params, key=key)
-    for rewrite in self.rewrites:
-      batch = rewrite(batch, key)
+    for transform in self.batch_transforms:
+      batch = transform(batch, key)
     drawn = process.drawing(key)
     tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["positions"])

@@ -58,7 +58,7 @@ class MaskedDiffusion:
     never_mask: whether the mask has no probability (MDLM's zero masking
       probabilities), whatever the head says.
     rows: rows of logits held at a time.
-    rewrites: of each batch, in order, before anything is masked.
+    batch_transforms: of each batch, in order, before anything is masked.
   """
 
   model: Transformer | None = None
@@ -73,7 +73,7 @@ class MaskedDiffusion:
   levels: int | None = None
   never_mask: bool = True
   rows: int = 256
-  rewrites: tuple[BatchTransform, ...] = ()
+  batch_transforms: tuple[BatchTransform, ...] = ()
 
   def __post_init__(self):
     if self.complement and not isinstance(self.schedule, Linear):
@@ -89,8 +89,8 @@ class MaskedDiffusion:
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, of weights, and of masks."""
     params = weights.bind(params, key=key)
-    for rewrite in self.rewrites:
-      batch = rewrite(batch, key)
+    for transform in self.batch_transforms:
+      batch = transform(batch, key)
     drawn = process.drawing(key)
     tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["segments"])

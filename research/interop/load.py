@@ -21,6 +21,7 @@ from research.interop.quantized import compressed_activations
 from research.io import safetensors, unread
 from research.text import special_tokens
 from research.training import memory
+from research.training.checkpoints import workdir
 from research.typing import UserError
 
 CONFIG = "config.json"
@@ -71,7 +72,7 @@ def load_model(
   with progress.phase(f"reading {name}"):
     if path.is_dir():
       found = _directory(path, dtype, packed, shardings)
-      return _as_trained(found, pathlib.Path(name))
+      return _as_trained(found, last_stage(pathlib.Path(name)))
     from research.interop.gguf.read import load_gguf
 
     return load_gguf(path, dtype, bool(packed), shardings)
@@ -85,7 +86,7 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
   """
   path = pathlib.Path(name)
   if path.is_dir():
-    return _of_run(path)
+    return _of_run(last_stage(path))
   if str(name) in PACKAGES:
     return _packaged(str(name))
   if path.is_file():
@@ -102,6 +103,12 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
     f"{name}: no such file or directory.\nExpected a directory, a .gguf file, "
     f"org/name on the Hugging Face Hub, or one of: {known}."
   )
+
+
+def last_stage(path: pathlib.Path) -> pathlib.Path:
+  """Returns the working directory of a run's last stage, or else `path`."""
+  names = workdir.stage_names(path)
+  return path / names[-1] if names else path
 
 
 def _of_run(path: pathlib.Path) -> pathlib.Path:

@@ -123,6 +123,25 @@ def scale_by_rate(rate: Number | Schedule) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
+def learning_rates(opt_state: Any) -> dict[str, Array]:
+  """Returns the rates that an optimizer last used, by the metric's name.
+
+  Args:
+    opt_state: of any optimizer: `learning_rate`, if it has one, and
+      `learning_rate/GROUP` for each that has, if there are groups (`by_path`).
+  """
+  found = optax.tree.get_all_with_path(opt_state, "learning_rate")
+  if len(found) == 1:
+    return {"learning_rate": found[0][1]}
+  return {f"learning_rate/{_group(path)}": rate for path, rate in found}
+
+
+def _group(path: Any) -> str:
+  """Returns the names on the way to a part of an optimizer's state."""
+  keys = (x for x in path if isinstance(x, jax.tree_util.DictKey))
+  return "/".join(str(key.key) for key in keys)
+
+
 def adamw(
   learning_rate: Number | Schedule,
   *,

@@ -52,13 +52,13 @@ def lower_step(
   def update(moving, frozen, batch, key):
     full = dataclasses.replace(moving, frozen=frozen)
     state, metrics = step(full, batch, key)
-    for rewrite in state_transforms:
-      state, metrics = rewrite(state, metrics)
+    for transform in state_transforms:
+      state, metrics = transform(state, metrics)
       if state.frozen is not frozen:
         raise UserError(
-          f"{rewrite}: changed frozen weights, which step checkpoints do not"
+          f"{transform}: changed frozen weights, which step checkpoints do not"
           " contain.\nExpected it to change only weights that `trainable` or"
-          " `held` matches."
+          " `transformed` matches."
         )
     numbers = {k: v for k, v in metrics.items() if v.ndim == 0}
     return dataclasses.replace(state, frozen=None), numbers

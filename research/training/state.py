@@ -34,10 +34,10 @@ class TrainState:
       optimizer state, are never donated, and are not in step checkpoints.
     opt_state: the optax state, for `trainable` only.
     ema: exponential moving average of `trainable`, or None.
-    held: parameters that only state transforms change, None elsewhere: for
-      example a base model that adapters are merged into. They have no gradient
-      and no optimizer state, but are in every checkpoint. None if there are
-      none.
+    transformed: parameters that only state transforms change, None elsewhere:
+      for example a base model that adapters are merged into. They have no
+      gradient and no optimizer state, but are in every checkpoint. None if
+      there are none.
   """
 
   step: Any
@@ -45,14 +45,14 @@ class TrainState:
   frozen: Any
   opt_state: Any
   ema: Any = None
-  held: Any = None
+  transformed: Any = None
 
   @property
   def params(self) -> Params:
     """The whole parameter tree."""
     moving = self.trainable
-    if self.held is not None:
-      moving = tree.combine(moving, self.held)
+    if self.transformed is not None:
+      moving = tree.combine(moving, self.transformed)
     return tree.combine(moving, self.frozen)
 
 
@@ -63,7 +63,7 @@ def create(
   *,
   dtype: Any = jnp.float32,
   average: bool = False,
-  held: str | None = None,
+  transformed: str | None = None,
   shardings: Placement | None = None,
 ) -> TrainState:
   """Creates the training state at step 0.
@@ -78,8 +78,8 @@ def create(
       Weights that a `Layerwise` optimizer trains as codes (`int8_weights`) keep
       their dtypes.
     average: whether to keep a moving average of the trainable arrays.
-    held: regular expression of the non-trainable paths that state transforms
-      change; they are copied, in their own dtype.
+    transformed: regular expression of the non-trainable paths that state
+      transforms change; they are copied, in their own dtype.
     shardings: maps the state's shapes to shardings; None without a mesh.
       Optimizer state is created sharded. Frozen arrays are left as they are,
       see `shard_params`.
@@ -93,16 +93,16 @@ def create(
   _check("trainable", selected, params, trainable, codes)
   if average and any(map(movable, jax.tree.leaves(selected, is_leaf=movable))):
     raise UserError("average: weights in codes have no average, expected False")
-  kept = None
-  if held is not None:
-    kept, frozen = tree.partition(frozen, held)
-    _check("held", kept, params, held, codes=False)
+  changing = None
+  if transformed is not None:
+    changing, frozen = tree.partition(frozen, transformed)
+    _check("transformed", changing, params, transformed, codes=False)
 
   def copy(x: Array) -> Array:
     coded = not jnp.issubdtype(x.dtype, jnp.floating)
     return jnp.array(x, dtype=None if coded else dtype, copy=True)
 
-  def make(selected: Params, kept: Params | None) -> TrainState:
+  def make(selected: Params, changing: Params | None) -> TrainState:
     masters = jax.tree.map(copy, selected)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
@@ -110,14 +110,14 @@ def create(
       frozen=None,
       opt_state=tx.init(masters),
       ema=jax.tree.map(copy, selected) if average else None,
-      held=jax.tree.map(lambda x: jnp.array(x, copy=True), kept),
+      transformed=jax.tree.map(lambda x: jnp.array(x, copy=True), changing),
     )
 
   if shardings is not None:
-    where = shardings(jax.eval_shape(make, selected, kept))
-    made = jax.jit(make, out_shardings=where)(selected, kept)
+    where = shardings(jax.eval_shape(make, selected, changing))
+    made = jax.jit(make, out_shardings=where)(selected, changing)
   else:
-    made = make(selected, kept)
+    made = make(selected, changing)
   return dataclasses.replace(made, frozen=frozen)
 
 
@@ -165,9 +165,9 @@ def _check(
   )
   for path, leaf in ((tree.path_name(p), x) for p, x in leaves):
     anew = codes and movable(leaf)
-    # Fixed integers of an adapter, such as sparse indices, may be held.
-    kept = field == "held" and _FIXED.search(path)
-    if not (anew or kept or jnp.issubdtype(leaf.dtype, jnp.floating)):
+    # Fixed integers of an adapter, such as sparse indices, may be transformed.
+    fixed = field == "transformed" and _FIXED.search(path)
+    if not (anew or fixed or jnp.issubdtype(leaf.dtype, jnp.floating)):
       raise UserError(
         f"{field}: {pattern!r} matches {path} of type {leaf.dtype}.\n"
         "Expected floating point; packed weights stay frozen: name the"

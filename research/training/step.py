@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from research import sharding, tree
+from research.optim import optim
 from research.optim.low_rank.compressing import Compressing
 from research.optim.low_rank.layerwise import Layerwise
 from research.training.objectives.objective import Batch, Objective
@@ -42,7 +43,8 @@ def make_train_step(
   * `weight`, the batch's weight.
   * `grad_norm`, before clipping; of projected gradients if the optimizer
     accumulates those or is `Layerwise`.
-  * `learning_rate`, if the optimizer has one.
+  * `learning_rate`, if the optimizer has one, or `learning_rate/GROUP` of each
+    group (`by_path`).
   * `nonfinite`, 1 if loss or gradient norm is not finite.
   * `misread`, for `Layerwise` optimizers, see there.
 
@@ -75,9 +77,7 @@ def make_train_step(
     metrics = {**means, "weight": weight, "grad_norm": optax.tree.norm(grads)}
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["nonfinite"] = 1.0 - finite
-    rate = optax.tree.get(opt_state, "learning_rate")
-    if rate is not None:
-      metrics["learning_rate"] = rate
+    metrics |= optim.learning_rates(opt_state)
     metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
     state = dataclasses.replace(
       state,

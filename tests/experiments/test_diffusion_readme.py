@@ -117,8 +117,8 @@ def d1():
 
 
 def d2():
-  name, told = "claims_reversal", "`fact WAS ?`, told one way"
-  share = pair(at(name, told, "diffusion"))
+  name, label = "claims_reversal", "`fact WAS ?`, trained one way"
+  share = pair(at(name, label, "diffusion"))
   few = results(name)["numbers"]["percent_of_120_longer_facts"]
   gap = at(name, "`? IS fact`", "diffusion")
   return [
@@ -216,7 +216,7 @@ def test_shares_are_of_what_they_say():
 
 def test_run_files_expect_the_results():
   name = "claims_reversal"
-  told = pair(at(name, "`fact WAS ?`, told one way", "diffusion"))
+  told = pair(at(name, "`fact WAS ?`, trained one way", "diffusion"))
   behind = results("claims_ar")["numbers"]
   sft = results("claims_sft")["numbers"]
   bits = [

@@ -393,4 +393,4 @@ def test_following(more, wanted):
 def test_one_seed_is_no_interval():
   one = following.Following(seeds=1)
   assert not holds(one, following_rows())[0]
-  assert math.isinf(one.of(following_rows(), "converted", "loss").half)
+  assert math.isinf(one.mean_of(following_rows(), "converted", "loss").half)

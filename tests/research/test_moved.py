@@ -106,14 +106,17 @@ config.Config.size = 4
 
 def test_batches_of_before_are_transformed_as_they_were():
   """Line by line as a run of today says it, so that one of before goes on."""
-  old = """from research.diffusion import rows
+  old = """from research.diffusion import objective as masked
+from research.diffusion import rows
 masked.MaskedDiffusion.rewrites = (@rows.Ended(),)
 # Parameters for rows.Ended:
 rows.Ended.end = 9
 """
   assert moved.current(old).splitlines() == [
+    "from research.diffusion import objective as masked",
     "from research.diffusion import batch_transforms",
-    "masked.MaskedDiffusion.rewrites = (@batch_transforms.PadWithEOS(),)",
+    "masked.MaskedDiffusion.batch_transforms"
+    " = (@batch_transforms.PadWithEOS(),)",
     "# Parameters for batch_transforms.PadWithEOS:",
     "batch_transforms.PadWithEOS.end = 9",
   ]

@@ -171,7 +171,9 @@ class Rewards(DiffusionStudy):
 
   # --- what the rows say ---
 
-  def of(self, rows: Rows, kind: str, name: str, at: int = -1) -> Mean:
+  def mean_of_kind(
+    self, rows: Rows, kind: str, name: str, at: int = -1
+  ) -> Mean:
     """Returns a number's mean over seeds, at the end or the start (0)."""
     arms = [f"{kind}: seed {s}" for s in range(self.seeds)]
     return mean(over_seeds(rows, arms, name, at))
@@ -187,12 +189,12 @@ class Rewards(DiffusionStudy):
     return [
       {
         "kind": kind,
-        "reward before": self.of(rows, kind, "reward", 0).value,
-        "reward after": self.of(rows, kind, "reward"),
-        "greedy before": self.of(rows, kind, "greedy", 0).value,
-        "greedy after": self.of(rows, kind, "greedy").value,
-        "alike before": self.of(rows, kind, "alike", 0).value,
-        "alike after": self.of(rows, kind, "alike").value,
+        "reward before": self.mean_of_kind(rows, kind, "reward", 0).value,
+        "reward after": self.mean_of_kind(rows, kind, "reward"),
+        "greedy before": self.mean_of_kind(rows, kind, "greedy", 0).value,
+        "greedy after": self.mean_of_kind(rows, kind, "greedy").value,
+        "alike before": self.mean_of_kind(rows, kind, "alike", 0).value,
+        "alike after": self.mean_of_kind(rows, kind, "alike").value,
       }
       for kind in KINDS
     ]
@@ -200,8 +202,8 @@ class Rewards(DiffusionStudy):
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of rewards."""
     one, coupled, lot = (self.gained(rows, kind) for kind in KINDS)
-    best = self.of(rows, ONE, "reward")
-    alike = [self.of(rows, ONE, "alike", at) for at in (0, -1)]
+    best = self.mean_of_kind(rows, ONE, "reward")
+    alike = [self.mean_of_kind(rows, ONE, "alike", at) for at in (0, -1)]
     return [
       Verdict(
         "diffu-GRPO improves a checked reward",
@@ -402,10 +404,10 @@ class Preferences(OfSeeds):
     """Returns a line for each way to learn."""
     out: list[dict[str, Any]] = []
     for kind in (BEFORE, *self.kinds):
-      right = self.of(rows, "reward", kind).times(100)
+      right = self.mean_of(rows, "reward", kind).times(100)
       line: dict[str, Any] = {"kind": kind, "right %": right}
       if kind != BEFORE:
-        line["margin's noise"] = self.of(rows, "noise", kind).value
+        line["margin's noise"] = self.mean_of(rows, "noise", kind).value
       out.append(line)
     return out
 
@@ -416,17 +418,19 @@ class Preferences(OfSeeds):
       for kind in (BEFORE, NAIVE)
     )
     quieter = self.less(rows, ("noise", BEST), ("noise", APART))
-    said = {k: str(self.of(rows, "noise", k)) for k in (BEST, APART, NAIVE)}
+    said = {
+      k: str(self.mean_of(rows, "noise", k)) for k in (BEST, APART, NAIVE)
+    }
     return [
       Verdict(
         "VRPO makes answers right more often",
-        f"{self.of(rows, 'reward', BEST)} after"
-        f" {self.of(rows, 'reward', BEFORE)}: {gain} more",
+        f"{self.mean_of(rows, 'reward', BEST)} after"
+        f" {self.mean_of(rows, 'reward', BEFORE)}: {gain} more",
         above(gain),
       ),
       Verdict(
         "more so than DPO by one time and masks apart, in as many steps",
-        f"{over} more than {self.of(rows, 'reward', NAIVE)}",
+        f"{over} more than {self.mean_of(rows, 'reward', NAIVE)}",
         above(over),
       ),
       Verdict(

@@ -168,7 +168,7 @@ class Caches(DiffusionStudy):
 
   # --- what the rows say ---
 
-  def of(
+  def mean_of_point(
     self, rows: Rows, task: str, cache: str, block: int, name: str
   ) -> Mean:
     """Returns a number's mean over seeds."""
@@ -207,7 +207,7 @@ class Caches(DiffusionStudy):
           *((CHAIN, "read", 1), (CHAIN, "same", 100), (CHAIN, "nats", 1)),
           *((CHAIN, "off", 1), (SUMS, "same", 100), (SUMS, "right", 100)),
         ):
-          found = self.of(rows, task, cache, block, name)
+          found = self.mean_of_point(rows, task, cache, block, name)
           unit = " %" if scale == 100 else ""
           line[f"{task}: {name}{unit}"] = found.times(scale)
         out.append(line)
@@ -218,7 +218,7 @@ class Caches(DiffusionStudy):
     small, large = self.blocks[0], self.blocks[-1]
 
     def drift(task, cache, block):
-      return 1 - self.of(rows, task, cache, block, "same").value
+      return 1 - self.mean_of_point(rows, task, cache, block, "same").value
 
     def said(task, block):
       return ", ".join(f"{c}: {drift(task, c, block):.2%}" for c in self.caches)
@@ -267,7 +267,9 @@ class Caches(DiffusionStudy):
     drawn = plots.figure(9, 3.8)
     for axes, task in zip(drawn.subplots(1, 2), (CHAIN, SUMS), strict=True):
       for i, cache in enumerate(self.caches):
-        same = [self.of(rows, task, cache, k, "same") for k in self.blocks]
+        same = [
+          self.mean_of_point(rows, task, cache, k, "same") for k in self.blocks
+        ]
         axes.errorbar(
           self.blocks,
           [100 - 100 * x.value for x in same],

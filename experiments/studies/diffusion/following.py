@@ -1,9 +1,9 @@
 """A model of next tokens, converted, and taught to follow instructions.
 
 The base has learned, by next-token prediction, texts of two parts, the second
-one a rearrangement of the first, without being told which. Converted
+one a rearrangement of the first, without being given which. Converted
 (`convert.converted`) it fills in masks; fine-tuned as LLaDA is, prompts clean,
-it is told which rearrangement is wanted. It is graded on prompts that it has
+it is given which rearrangement is expected. It is graded on prompts that it has
 not seen, before and after, and beside a model that had no base.
 """
 
@@ -162,8 +162,8 @@ class Following(OfSeeds):
     return [
       {
         "model": kind,
-        "loss": self.of(rows, kind, "loss"),
-        "right %": self.of(rows, kind, "right").times(100),
+        "loss": self.mean_of(rows, kind, "loss"),
+        "right %": self.mean_of(rows, kind, "right").times(100),
       }
       for kind in (BEFORE, AFTER, ALONE)
     ]
@@ -182,19 +182,19 @@ class Following(OfSeeds):
       ),
       Verdict(
         "and graded answers",
-        f"{self.of(rows, BEFORE, 'right')} before,"
-        f" {self.of(rows, AFTER, 'right')} after",
+        f"{self.mean_of(rows, BEFORE, 'right')} before,"
+        f" {self.mean_of(rows, AFTER, 'right')} after",
         above(apart(AFTER, BEFORE, "right")),
       ),
       Verdict(
         "it follows them (90% of answers are right)",
-        f"{self.of(rows, AFTER, 'right')}",
-        self.of(rows, AFTER, "right").value > 0.9,
+        f"{self.mean_of(rows, AFTER, 'right')}",
+        self.mean_of(rows, AFTER, "right").value > 0.9,
       ),
       Verdict(
         "what the base knew from left to right is of use: without it less is"
         " right",
-        f"{self.of(rows, ALONE, 'right')}, so"
+        f"{self.mean_of(rows, ALONE, 'right')}, so"
         f" {apart(AFTER, ALONE, 'right')} less",
         above(apart(AFTER, ALONE, "right")),
       ),
@@ -203,7 +203,7 @@ class Following(OfSeeds):
   def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves following.png: loss and right answers, by model."""
     panels = {
-      label: {k: self.of(rows, k, name) for k in (BEFORE, AFTER, ALONE)}
+      label: {k: self.mean_of(rows, k, name) for k in (BEFORE, AFTER, ALONE)}
       for name, label in (
         ("loss", "held-out loss, nats a token"),
         ("right", "share of right answers"),

@@ -168,13 +168,13 @@ class InContext(DiffusionStudy):
     return float((np.asarray(got) == asked.rows[:, asked.position]).mean())
 
   def guess(self, way: str, shots: int) -> float:
-    """Returns the share right of who says the commonest value that is told."""
+    """Returns the accuracy of the majority value in context."""
     asked = self.source.questions(EVIDENCE[way], shots, "heldout", self.heldout)
     return float((asked.most_common() == asked.rows[:, asked.position]).mean())
 
   # --- what the rows say ---
 
-  def of(self, rows: Rows, kind: str, way: str, at: int = -1) -> Mean:
+  def accuracy(self, rows: Rows, kind: str, way: str, at: int = -1) -> Mean:
     """Returns an accuracy's mean over seeds, by default after most shots."""
     return mean(self._seeds(rows, kind, "right", way, at))
 
@@ -200,12 +200,12 @@ class InContext(DiffusionStudy):
         line: dict[str, Any] = {"model": kind, "asked": way}
         line["rate"] = rows[f"{kind}, seed 0"]["rate"]
         for i, n in enumerate(self.shots):
-          line[f"{n} shots"] = self.of(rows, kind, way, i).times(100)
+          line[f"{n} shots"] = self.accuracy(rows, kind, way, i).times(100)
         if way in (LAST, MIDDLE):
           line["tokens to 90%"] = _thousands(self.read(rows, kind, way))
         out.append(line)
     for way in (LAST, MIDDLE):
-      line = {"model": "commonest value", "asked": way}
+      line = {"model": "majority value", "asked": way}
       for n in self.shots:
         line[f"{n} shots"] = 100 * self.guess(way, n)
       out.append(line)
@@ -219,10 +219,10 @@ class InContext(DiffusionStudy):
       a, b = (self._seeds(rows, k, "right", w, -1) for k, w in (first, second))
       return paired(a, b)
 
-    last = {kind: self.of(rows, kind, LAST) for kind in KINDS}
-    middle = {kind: self.of(rows, kind, MIDDLE) for kind in KINDS}
-    strange = [self.of(rows, kind, STRANGE) for kind in KINDS]
-    scored = self.of(rows, AR, SCORED)
+    last = {kind: self.accuracy(rows, kind, LAST) for kind in KINDS}
+    middle = {kind: self.accuracy(rows, kind, MIDDLE) for kind in KINDS}
+    strange = [self.accuracy(rows, kind, STRANGE) for kind in KINDS]
+    scored = self.accuracy(rows, AR, SCORED)
     found = []
     for kind, name in ((DIFFUSION, "from nothing"), (CONVERTED, "converted")):
       behind = apart((AR, LAST), (kind, LAST))
@@ -273,7 +273,9 @@ class InContext(DiffusionStudy):
     left, right = drawn.subplots(1, 2, sharey=True)
     lines = [(kind, way) for kind in KINDS for way in (LAST, MIDDLE)]
     for i, (kind, way) in enumerate([*lines, (AR, SCORED)]):
-      found = [self.of(rows, kind, way, j) for j in range(len(self.shots))]
+      found = [
+        self.accuracy(rows, kind, way, j) for j in range(len(self.shots))
+      ]
       how = f"{kind}: {way}", plots.style(i)
       pictures.means(left, self.shots, found, *how)
       if way != SCORED:

@@ -111,22 +111,22 @@ class Ends(OfSeeds):
     return [
       {
         "way": way,
-        "mean length": self.of(rows, way, "length"),
-        "exactly": self.of(rows, "want").value,
-        "valid %": 100 * self.of(rows, way, "valid").value,
+        "mean length": self.mean_of(rows, way, "length"),
+        "exactly": self.mean_of(rows, "want").value,
+        "valid %": 100 * self.mean_of(rows, way, "valid").value,
       }
       for way in ways
     ]
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of ends."""
-    want = self.of(rows, "want").value
+    want = self.mean_of(rows, "want").value
     low, last, blocks, chance = (
-      self.of(rows, way, "length")
+      self.mean_of(rows, way, "length")
       for way in ("low confidence", "ends last", "blocks of 4", "random places")
     )
     valid = {
-      way: self.of(rows, way, "valid").value
+      way: self.mean_of(rows, way, "valid").value
       for way in ("low confidence", "ends last", "blocks of 4")
     }
     return [
@@ -162,14 +162,14 @@ class Ends(OfSeeds):
   def _greedily(self, rows: Rows, want: float) -> Verdict:
     """Returns what holds at T = 0, where the likeliest length is no mean."""
     low, *cures = (f"{way}, greedy" for way in GREEDILY)
-    length = self.of(rows, low, "length")
+    length = self.mean_of(rows, low, "length")
     return Verdict(
       "at T = 0 low confidence ends too early, too (80%), and ends last or"
       " blocks make more answers valid",
       f"of {want:.2f} tokens; "
       + ", ".join(
-        f"{way}: {self.of(rows, way, 'length')} tokens,"
-        f" {self.of(rows, way, 'valid')} valid"
+        f"{way}: {self.mean_of(rows, way, 'length')} tokens,"
+        f" {self.mean_of(rows, way, 'valid')} valid"
         for way in (low, *cures)
       ),
       every(
@@ -295,22 +295,24 @@ class Lengths(OfSeeds):
     out: list[dict[str, Any]] = [
       {
         "goal": int(d),
-        "canvas": self.of(rows, "canvas", i),
-        "answers, exactly": self.of(rows, "want", i).value,
+        "canvas": self.mean_of(rows, "canvas", i),
+        "answers, exactly": self.mean_of(rows, "want", i).value,
       }
       for i, d in enumerate(np.unique(self.distances))
     ]
     for kind in ("grown", "fixed"):
-      found = {k: self.of(rows, kind, k) for k in ("calls", "length", "valid")}
+      found = {
+        k: self.mean_of(rows, kind, k) for k in ("calls", "length", "valid")
+      }
       out.append({"filled": kind} | {k: x.value for k, x in found.items()})
     return out
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of a canvas that grows."""
-    alike = self.of(rows, "alike")
+    alike = self.mean_of(rows, "alike")
     count = len(np.unique(self.distances))
     canvas_, want = (
-      [self.of(rows, name, i) for i in range(count)]
+      [self.mean_of(rows, name, i) for i in range(count)]
       for name in ("canvas", "want")
     )
     saved = self.less(rows, ("grown", "calls"), ("fixed", "calls"))
@@ -350,14 +352,14 @@ class Lengths(OfSeeds):
     drawn = plots.figure(6, 3.6)
     axes = drawn.add_subplot()
     far = np.unique(self.distances)
-    found = [self.of(rows, "canvas", i) for i in range(len(far))]
+    found = [self.mean_of(rows, "canvas", i) for i in range(len(far))]
     axes.errorbar(
       far, [x.value for x in found], pictures.halves(found), label="canvas",
       capsize=3,
       **plots.style(0),
     )  # fmt: skip
     axes.plot(
-      far, [self.of(rows, "want", i).value for i in range(len(far))],
+      far, [self.mean_of(rows, "want", i).value for i in range(len(far))],
       label="answers, exactly", **plots.style(1),
     )  # fmt: skip
     axes.set(xlabel="steps to the goal", ylabel="tokens, mean", title=title)

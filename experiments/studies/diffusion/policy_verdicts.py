@@ -45,9 +45,9 @@ def points(rows: Rows, task: str, seeds: int) -> dict[Point, list[Row]]:
   return out
 
 
-def of(found: Sequence[Row], name: str) -> Mean:
+def mean_of(repeats: Sequence[Row], name: str) -> Mean:
   """Returns a number's mean over seeds."""
-  return mean([point[name] for point in found])
+  return mean([row[name] for row in repeats])
 
 
 def less(a: Sequence[Row], b: Sequence[Row], name: str) -> Mean:
@@ -64,15 +64,15 @@ def table(rows: Rows, seeds: int) -> list[dict[str, Any]]:
     for name, where in (("itself", exact), ("model", chain)):
       if point not in where:
         continue
-      line[f"{name}: calls"] = of(where[point], "calls").value
-      line[f"{name}: nats"] = of(where[point], "nats").value
-      line[f"{name}: off"] = of(where[point], "off")
+      line[f"{name}: calls"] = mean_of(where[point], "calls").value
+      line[f"{name}: nats"] = mean_of(where[point], "nats").value
+      line[f"{name}: off"] = mean_of(where[point], "off")
     if point in sums:
-      line["sums: calls"] = of(sums[point], "calls").value
-      line["sums: tokens a call"] = of(sums[point], "tokens a call").value
-      line["sums: GFLOP"] = of(sums[point], "GFLOP").value
-      line["sums: ms"] = of(sums[point], "ms").value
-      line["sums: right %"] = of(sums[point], "row").times(100)
+      line["sums: calls"] = mean_of(sums[point], "calls").value
+      line["sums: tokens a call"] = mean_of(sums[point], "tokens a call").value
+      line["sums: GFLOP"] = mean_of(sums[point], "GFLOP").value
+      line["sums: ms"] = mean_of(sums[point], "ms").value
+      line["sums: right %"] = mean_of(sums[point], "row").times(100)
     out.append(line)
   return out
 
@@ -100,7 +100,7 @@ def verdicts(rows: Rows, seeds: int, entropy: float) -> list[Verdict]:
 def _fast(found: dict[Point, list[Row]], policy: str) -> list[Point]:
   """Returns a policy's points, slowest first."""
   mine = [point for point in found if point[0] == policy]
-  return sorted(mine, key=lambda p: -of(found[p], "calls").value)
+  return sorted(mine, key=lambda p: -mean_of(found[p], "calls").value)
 
 
 def _places_matter(sums) -> Verdict:
@@ -112,8 +112,9 @@ def _places_matter(sums) -> Verdict:
     "sums: at every number of steps low confidence is right more often than"
     " random places",
     ", ".join(
-      f"{of(sums[a], 'calls').value:.0f} calls:"
-      f" {of(sums[a], 'row').value:.0%} and {of(sums[b], 'row').value:.0%}"
+      f"{mean_of(sums[a], 'calls').value:.0f} calls:"
+      f" {mean_of(sums[a], 'row').value:.0%} and"
+      f" {mean_of(sums[b], 'row').value:.0%}"
       for a, b in zip(low, chance, strict=True)
     ),
     every((all(x.value > 0 for x in apart), either(map(above, apart)))),
@@ -122,21 +123,24 @@ def _places_matter(sums) -> Verdict:
 
 def _parallel(sums, policy: str) -> Verdict:
   slow = sums[_fast(sums, "low confidence")[0]]
-  right = of(slow, "row")
+  right = mean_of(slow, "row")
   lost = {p: less(sums[p], slow, "row") for p in _fast(sums, policy)}
   good = [sums[p] for p, x in lost.items() if below(x, LOST)]
-  best = max(good, key=lambda x: of(x, "tokens a call").value, default=slow)
+  best = max(
+    good, key=lambda x: mean_of(x, "tokens a call").value, default=slow
+  )
   saved = {name: less(best, slow, name) for name in ("GFLOP", "ms")}
   costs = ", ".join(
-    f"{of(best, name).value:.3g} instead of {of(slow, name).value:.3g} {name}"
+    f"{mean_of(best, name).value:.3g} instead of"
+    f" {mean_of(slow, name).value:.3g} {name}"
     for name in saved
   )
-  many = of(best, "tokens a call")
+  many = mean_of(best, "tokens a call")
   return Verdict(
     f"sums: {policy} fills over 2 tokens a call, and is as often right as one a"
     " call (1%), for fewer FLOPs and seconds",
-    f"{many} tokens a call, {of(best, 'row')} of rows right; {right} at one a"
-    f" call; a row for {costs}",
+    f"{many} tokens a call, {mean_of(best, 'row')} of rows right; {right} at"
+    f" one a call; a row for {costs}",
     every((above(many, 2), *map(above, saved.values()))),
   )
 
@@ -144,12 +148,14 @@ def _parallel(sums, policy: str) -> Verdict:
 def _biased(exact, chain, entropy: float) -> Verdict:
   slow = [_fast(x, "low confidence")[0] for x in (exact, chain)]
   nats = [
-    of(x[p], "nats").value for x, p in zip((exact, chain), slow, strict=True)
+    mean_of(x[p], "nats").value
+    for x, p in zip((exact, chain), slow, strict=True)
   ]
   off = [
-    of(x[p], "off").value for x, p in zip((exact, chain), slow, strict=True)
+    mean_of(x[p], "off").value
+    for x, p in zip((exact, chain), slow, strict=True)
   ]
-  least = of(exact[_fast(exact, "random")[0]], "off").value
+  least = mean_of(exact[_fast(exact, "random")[0]], "off").value
   return Verdict(
     "chain: low confidence, a token a step, does not sample: rows are likelier"
     " than the entropy, and their pairs are off",
@@ -162,8 +168,8 @@ def _biased(exact, chain, entropy: float) -> Verdict:
 
 def _unbiased(exact) -> Verdict:
   names = ("random", "largest probability", "margin", "entropy")
-  off = {n: of(exact[_fast(exact, n)[0]], "off").value for n in names}
-  first = of(exact[_fast(exact, "first hitting")[0]], "off").value
+  off = {n: mean_of(exact[_fast(exact, n)[0]], "off").value for n in names}
+  first = mean_of(exact[_fast(exact, "first hitting")[0]], "off").value
   return Verdict(
     "chain: places chosen before their tokens leave samples as they are (as"
     " close as first hitting, 0.02)",
@@ -176,14 +182,14 @@ def _unbiased(exact) -> Verdict:
 def _again(found, where: str) -> Verdict:
   mine = [found[p] for p in _fast(found, "ReMDM")]
   first = found[("first hitting", 1)]
-  off = [of(x, "off") for x in mine]
-  nats = [of(x, "nats") for x in mine]
+  off = [mean_of(x, "off") for x in mine]
+  nats = [mean_of(x, "nats") for x in mine]
   saved = [less(mine[0], x, "off") for x in (mine[-1], first)]
   return Verdict(
     f"chain, {where}: masking again, beyond a step a token, improves samples",
     f"pairs off {', '.join(map(str, off))} and nats"
     f" {', '.join(f'{x.value:.3f}' for x in nats)} (most steps first); first"
-    f" hitting {of(first, 'off')}; less off by {saved[0]} than with fewest"
+    f" hitting {mean_of(first, 'off')}; less off by {saved[0]} than with fewest"
     f" steps, by {saved[1]} than first hitting",
     every(map(above, saved)),
   )
@@ -195,7 +201,8 @@ def _fewer(chain) -> Verdict:
   cost = less(slow, half, "off")
   return Verdict(
     "chain, in models: two tokens a step by chance cost nothing (0.02)",
-    f"pairs off {of(half, 'off')} instead of {of(slow, 'off')}: {cost} more",
+    f"pairs off {mean_of(half, 'off')} instead of {mean_of(slow, 'off')}:"
+    f" {cost} more",
     below(cost, 0.02),
   )
 
@@ -219,8 +226,8 @@ def draw(
         dict.fromkeys(p[0] for t in (EXACT, SUMS) for p in points(rows, t, 1))
       )
       axes.plot(
-        [of(found[p], "calls").value for p in mine],
-        [shown(of(found[p], name)) for p in mine],
+        [mean_of(found[p], "calls").value for p in mine],
+        [shown(mean_of(found[p], name)) for p in mine],
         marker="o",
         markersize=3,
         label=policy,

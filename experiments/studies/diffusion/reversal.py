@@ -34,8 +34,8 @@ from research.typing import Bool, Int, Params, UserError
 ASKED = {
   "fact": "name IS ?",
   "gap": "? IS fact",
-  "template, told both": "fact WAS ?, told both ways",
-  "template, told once": "fact WAS ?, told one way",
+  "template, told both": "fact WAS ?, trained both ways",
+  "template, told once": "fact WAS ?, trained one way",
   "scored": "? IS fact, every name scored",
 }
 """Probes -> how they are asked."""
@@ -171,14 +171,14 @@ class Reversal(DiffusionStudy):
     gap, scored = of(DIFFUSION, "gap"), of(AR, "scored")
     return [
       Verdict(
-        "both kinds know the facts, in the order they were told (95%)",
+        "both kinds know the facts, in the order of training (95%)",
         f"{known[0]} and {known[1]}",
         min(x.value for x in known) > 0.95,
       ),
       Verdict(
-        "next-token prediction has the curse: told one way, it does not know"
+        "next-token prediction has the curse: trained one way, it does not know"
         " the other",
-        f"{once[0]}; told both ways {both[0]}",
+        f"{once[0]}; trained both ways {both[0]}",
         once[0].value < 0.05 and both[0].value > 0.95,
       ),
       Verdict(
@@ -188,7 +188,7 @@ class Reversal(DiffusionStudy):
       ),
       Verdict(
         "a new template does, too (50%)",
-        f"{once[1]}; told both ways {both[1]}",
+        f"{once[1]}; trained both ways {both[1]}",
         once[1].value > 0.5,
       ),
       Verdict(

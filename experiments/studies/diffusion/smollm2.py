@@ -276,18 +276,18 @@ class Instructed(OfSeeds):
     """Returns a line for each stage, and for plain text by each kind."""
     lines = []
     for stage in STAGES:
-      loss = self.of(rows, stage, "loss")
+      loss = self.mean_of(rows, stage, "loss")
       lines.append(
         {
           "stage": stage,
           "loss": loss,
-          "words right %": 100 * self.of(rows, stage, "token").value,
-          "lists right %": 100 * self.of(rows, stage, "right").value,
+          "words right %": 100 * self.mean_of(rows, stage, "token").value,
+          "lists right %": 100 * self.mean_of(rows, stage, "right").value,
         }
       )
     for kind in (AR, DIFFUSION):
       for i, when in enumerate(("before", "after")):
-        loss = self.of(rows, "text", kind, i)
+        loss = self.mean_of(rows, "text", kind, i)
         lines.append({"stage": f"plain text by {kind}, {when}", "loss": loss})
     return lines
 
@@ -332,7 +332,7 @@ class Instructed(OfSeeds):
   def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves smollm2.png: loss and right words, by stage."""
     panels = {
-      label: {stage: self.of(rows, stage, name) for stage in STAGES}
+      label: {stage: self.mean_of(rows, stage, name) for stage in STAGES}
       for name, label in (
         ("loss", "loss of held-out answers, nats a token"),
         ("token", "share of right words"),

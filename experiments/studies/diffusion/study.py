@@ -176,7 +176,7 @@ class OfSeeds(DiffusionStudy):
     """Returns the seed of an arm."""
     return int(arm.removeprefix("seed "))
 
-  def of(self, rows: Rows, *path: Any) -> Mean:
+  def mean_of(self, rows: Rows, *path: Any) -> Mean:
     """Returns a number's mean over seeds, found along `path`."""
     return mean(over_seeds(rows, self.arms, *path))
 

@@ -32,7 +32,7 @@ class Sums:
   Attributes:
     modulus: m; digits are 0 to m - 1, sums the m ids that follow.
     length: digits, and sums.
-    given: every so many sums one is told, the last of them.
+    given: every so many sums one is given, the last of them.
     seed: of the documents.
   """
 
@@ -66,7 +66,7 @@ class Sums:
     return np.arange(2 * self.length) % 2 == 1
 
   def asked(self) -> Bool[np.ndarray, " T"]:
-    """Returns where the sums are that are not told."""
+    """Returns where the sums are that are not given."""
     number = np.arange(2 * self.length) // 2
     return self.learned() & (number % self.given != self.given - 1)
 
@@ -225,7 +225,7 @@ def learn(
   steps: int,
   seed: int,
   noise: Noise = "all",
-  rewrites: tuple[BatchTransform, ...] = (),
+  batch_transforms: tuple[BatchTransform, ...] = (),
 ) -> tuple[Transformer, Params]:
   """Returns a model of rows, by plain masked diffusion; the last id masks.
 
@@ -235,7 +235,7 @@ def learn(
     tiny: the model.
     steps: of training.
     seed: of weights, order and masks.
-    noise, rewrites: see `MaskedDiffusion`.
+    noise, batch_transforms: see `MaskedDiffusion`.
   """
   model, params = tiny.load(vocab, seed)
   objective = MaskedDiffusion(
@@ -245,7 +245,7 @@ def learn(
     noise=noise,
     spread="even",
     rows=2048,
-    rewrites=rewrites,
+    batch_transforms=batch_transforms,
   )
   return model, tiny.trained(objective, params, pool, steps, seed)
 

@@ -212,7 +212,7 @@ def _eva(rank):
 
 
 def _kasa(schedule):
-  return lora_terms.beside(lora_terms.kasa, lr_grid.adam(schedule))
+  return lora_terms.add_gradient(lora_terms.kasa, lr_grid.adam(schedule))
 
 
 def _adalora(schedule, rank, steps):
@@ -220,7 +220,7 @@ def _adalora(schedule, rank, steps):
   budget = allocate.Budget(
     target=rank, steps=steps, warmup=steps // 10, final=steps // 3
   )
-  return lora_terms.beside(
+  return lora_terms.add_gradient(
     lora_terms.orthogonal,
     allocate.adalora_optimizer(lr_grid.adam(schedule), budget),
   )
@@ -260,7 +260,9 @@ def pretraining(
   lora = functools.partial(
     _adapted, first=-6, trainable=ADAPTED, group="low rank"
   )
-  base = lora(f"ReLoRA r={low}", LoRA(rank=low, alpha=float(low)), held="/w$")
+  base = lora(
+    f"ReLoRA r={low}", LoRA(rank=low, alpha=float(low)), transformed="/w$"
+  )
   return (
     dataclasses.replace(FULL, first=-6),
     *(
@@ -276,13 +278,13 @@ def pretraining(
     *(lora(f"LoRA r={r}", LoRA(rank=r, alpha=float(r))) for r in ranks),
     dataclasses.replace(
       base,
-      rewrites=(restart,),
+      state_transforms=(restart,),
       shape=relora.schedule(1.0, steps, every, 20, 20),
     ),
     dataclasses.replace(
       base,
       name=f"ReLoRA r={low}, no reset",
-      rewrites=(dataclasses.replace(restart, reset=_kept),),
+      state_transforms=(dataclasses.replace(restart, reset=_unchanged),),
     ),
   )
 
@@ -291,7 +293,7 @@ def _galore(schedule, rank):
   return galore.galore(schedule, subspace.Projection(rank=rank, every=100))
 
 
-def _kept(moment, key):
+def _unchanged(moment, key):
   del key
   return moment
 

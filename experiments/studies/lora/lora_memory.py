@@ -59,7 +59,7 @@ def setups() -> dict[str, memory.Memory]:
 
   twice, once = "NF4 with double quantization", "NF4, one level"
   return {
-    "full, 16 bits beside a master in float32": full(memory.MIXED),
+    "full, 16 bits with a float32 master": full(memory.MIXED),
     "full, all in 16 bits": full(memory.HALF),
     "LoRA r = 8 on q, v": lora(8, ("q", "v")),
     "LoRA r = 16 on all": lora(16),

@@ -46,7 +46,7 @@ _LAYERS = flags.DEFINE_integer(
   "layers", lora_methods.SMOLLM2.depth, "Of the model.", flag_values=FLAGS
 )
 
-SEEN = {"CorDA": "covariance", "LoRAGA": "gradient"}
+STATISTICS = {"CorDA": "covariance", "LoRAGA": "gradient"}
 """What methods look at."""
 
 
@@ -69,7 +69,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 def timed(name: str, params: Any) -> dict[str, float]:
   """Returns seconds that fresh adapters of a method take, twice."""
   method = all_methods()[name](**lora_methods.OPTIONS.get(name, {}))
-  look = functools.partial(_looked, SEEN[name]) if name in SEEN else None
+  look = None
+  if name in STATISTICS:
+    look = functools.partial(_statistics, STATISTICS[name])
   transform, out = adapt.Adapt(method=method, init_stats=look), {}
   for call in ("first", "again"):
     clock, processor = time.perf_counter(), time.process_time()
@@ -94,7 +96,7 @@ def drawn(sizes: presets.Sizes) -> Any:
   return tree.map_paths(draw, shapes)
 
 
-def _looked(what, params, paths, key) -> Mapping[str, np.ndarray]:
+def _statistics(what, params, paths, key) -> Mapping[str, np.ndarray]:
   del key
   sizes = wrap.matrices(params)
   each = {size: _seen(what, size) for size in {sizes[p] for p in paths}}

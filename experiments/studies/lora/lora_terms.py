@@ -27,7 +27,7 @@ Term = Callable[[Any], Array]
 """The trained part of a tree of parameters -> a scalar that is minimised."""
 
 
-def beside(
+def add_gradient(
   term: Term, inner: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
   """Returns `inner` of the gradients of the loss and `term`.

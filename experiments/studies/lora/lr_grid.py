@@ -55,11 +55,11 @@ class Arm:
     transform: of the base's weights, or None.
     init_stats: `init_stats.CalibrationData` -> the statistics of the
       transform's field of that name, or None.
-    trainable, held: as in `experiment.Experiment`.
+    trainable, transformed: as in `experiment.Experiment`.
     optimizer: of a schedule.
     first: k of the first of four rates, which grow from there as needed.
     shape: of the rate over steps, with peak 1; None for the setup's.
-    rewrites: as in `experiment.Experiment`.
+    state_transforms: as in `experiment.Experiment`.
     group: what it belongs to in tables.
   """
 
@@ -67,11 +67,11 @@ class Arm:
   transform: Callable[..., Any] | None = None
   init_stats: Callable[..., Any] | None = None
   trainable: str = wrap.TRAINABLE
-  held: str | None = None
+  transformed: str | None = None
   optimizer: Callable[..., Any] = adam
   first: int = -7
   shape: Callable[..., Any] | None = None
-  rewrites: tuple[StateTransform, ...] = ()
+  state_transforms: tuple[StateTransform, ...] = ()
   group: str = ""
 
 
@@ -173,7 +173,7 @@ def _member(arm, setup, objective, params, pool, key, rate):
   """Returns a run's last state and its losses [steps]; traced."""
   shape = arm.shape or setup.shape
   tx = arm.optimizer(lambda count: rate * shape(count))
-  first = state.create(params, arm.trainable, tx, held=arm.held)
+  first = state.create(params, arm.trainable, tx, transformed=arm.transformed)
   update = step.make_train_step(objective, tx)
   order = jax.random.randint(
     jax.random.fold_in(key, 1), (setup.steps, setup.batch), 0, pool.shape[0]
@@ -181,8 +181,8 @@ def _member(arm, setup, objective, params, pool, key, rate):
 
   def one(now, rows):
     now, metrics = update(now, _batch(pool[rows]), key)
-    for rewrite in arm.rewrites:
-      now, metrics = rewrite(now, metrics)
+    for transform in arm.state_transforms:
+      now, metrics = transform(now, metrics)
     return now, metrics["loss"]
 
   return jax.lax.scan(one, first, order)

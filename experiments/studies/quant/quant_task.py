@@ -71,7 +71,7 @@ def rows(
   return tuple(dataclasses.replace(r, errors=False) for r in out)
 
 
-class Kept(NamedTuple):
+class RelativeAccuracy(NamedTuple):
   """Accuracy, and which share of the base's it is; halves of 95% intervals."""
 
   accuracy: float
@@ -86,7 +86,9 @@ class Kept(NamedTuple):
     )
 
 
-def kept(right: Sequence[bool], base: Sequence[bool]) -> Kept:
+def relative_accuracy(
+  right: Sequence[bool], base: Sequence[bool]
+) -> RelativeAccuracy:
   """Returns accuracy and its share of the base's.
 
   The share's interval is that of a ratio of means over the same questions
@@ -103,7 +105,7 @@ def kept(right: Sequence[bool], base: Sequence[bool]) -> Kept:
   share = p / float(b.mean())
   apart = (a - share * b) / b.mean()
   half = scipy_stats.norm.ppf(stats.UPPER) * scipy_stats.sem(apart)
-  return Kept(p, float(max(p - low, high - p)), share, float(half))
+  return RelativeAccuracy(p, float(max(p - low, high - p)), share, float(half))
 
 
 def answers(found: Rows, task: str = "last word") -> list[Verdict]:
@@ -122,7 +124,7 @@ def answers(found: Rows, task: str = "last word") -> list[Verdict]:
   for name, measured in found.items():
     if "failed" in measured or name == BASE:
       continue
-    said = kept(measured["right"][task], base["right"][task])
+    said = relative_accuracy(measured["right"][task], base["right"][task])
     bits = measured["bits_per_weight"]
     for least in (0.95,) if bits > 3.9 else (0.5,):
       out.append(

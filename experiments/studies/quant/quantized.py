@@ -21,7 +21,7 @@ WORST = 12
 """Matrices that are shown."""
 
 
-def beside(
+def compare_with_base(
   model: str,
   base: str,
   text: str | None = None,

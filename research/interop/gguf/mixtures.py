@@ -89,7 +89,7 @@ def more_bits(layer: int, depth: int) -> bool:
   return layer < eighth or layer >= 7 * depth // 8 or inside
 
 
-def wanted_type(name: str, path: str, layer: int | None, shape: Shape) -> str:
+def target_type(name: str, path: str, layer: int | None, shape: Shape) -> str:
   """Returns ggml's type of a matrix, were its rows whole blocks.
 
   Args:

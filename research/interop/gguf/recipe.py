@@ -97,7 +97,7 @@ class Recipe:
       return "F32", "F32"
     if self.kind in mixtures.MIXTURES:
       path = address.path.replace("mlp/experts/", "mlp/")
-      kind = mixtures.wanted_type(self.kind, path, address.layer, shape)
+      kind = mixtures.target_type(self.kind, path, address.layer, shape)
     else:
       kind = self.kind or _PLAIN.get(part.kind, part.kind)
     tensor_types.require(kind, f"GGUF: {name}")

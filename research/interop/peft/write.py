@@ -30,7 +30,7 @@ from research.lora.methods.tokens import Tokens
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
 
-Found = Mapping[str, AdaptedTensor]
+Adapters = Mapping[str, AdaptedTensor]
 """Adapters without their bases, by address."""
 
 
@@ -106,7 +106,7 @@ def save_adapter(
   _write(directory, tensors | kept, notes, config)
 
 
-def _warn_of_dropout(directory, every: Found) -> None:
+def _warn_of_dropout(directory, every: Adapters) -> None:
   """Warns if dropout is lost, which PEFT refuses beside stacked experts."""
   lost = {p: w.method.dropout for p, w in every.items() if w.method.dropout}
   if lost:
@@ -124,7 +124,7 @@ def _undropped(method: Method) -> Method:
   return dataclasses.replace(method, dropout=0.0)
 
 
-def _check(found: Found, named: Collection[str], directory) -> None:
+def _check(found: Adapters, named: Collection[str], directory) -> None:
   """Raises UserError where there is nothing to save, or no name for it."""
   if not found:
     raise UserError(f"{directory}: these parameters hold no adapter to save")
@@ -137,7 +137,7 @@ def _check(found: Found, named: Collection[str], directory) -> None:
     )
 
 
-def _exported(directory, found: Found, modules, sizes, use_rslora, beside):
+def _exported(directory, found: Adapters, modules, sizes, use_rslora, beside):
   """Returns what PEFT's files say of adapters.
 
   Tensors by their names, and by module the methods and the tokens with rows:
@@ -170,13 +170,13 @@ def _exported(directory, found: Found, modules, sizes, use_rslora, beside):
   return tensors, methods, rows
 
 
-def _in_rows(found: Found) -> bool:
+def _in_rows(found: Adapters) -> bool:
   """Returns whether it is single rows of the embedding that are adapted."""
   return "embed" in found and isinstance(found["embed"].method, Tokens)
 
 
 def _head(
-  tensors, found: Found, resized, naming, beside
+  tensors, found: Adapters, resized, naming, beside
 ) -> dict[str, np.ndarray]:
   """Returns a tied head's tensors, the embedding's as PEFT repeats them."""
   if "embed" not in found:

@@ -194,8 +194,8 @@ def step_memory(objective: Any, state: Any, batch: Any, key: Any) -> Memory:
     return _loss(objective, learned, *rest)
 
   frozen = state.frozen
-  if state.held is not None:
-    frozen = tree.combine(state.held, frozen)
+  if state.transformed is not None:
+    frozen = tree.combine(state.transformed, frozen)
   arguments = (state.trainable, frozen, batch, key)
   activations = residual_bytes(loss, *arguments)
   working = max(_layer(objective, *arguments), _logits(objective, batch))

@@ -5,18 +5,19 @@ merged into their base, `a` is reinitialised, `b` is set to zero and the moments
 of both are reset; the learning rate warms up again from 0. After k restarts the
 base has changed by a matrix of rank up to k r.
 
-The base is `held` in the training state: `Restart` changes it, gradients do
-not, and every checkpoint contains it. The same holds for a method's fixed
+The base is `transformed` in the training state: `Restart` changes it, gradients
+do not, and every checkpoint contains it. The same holds for a method's fixed
 arrays, which may depend on the base or be random. A run needs, for weights `w`
 under adapters:
 
-  Experiment.trainable = '/trained/'     Experiment.held = '/w$|/fixed/'
-  Experiment.rewrites = (@relora.Restart(),)
+  Experiment.trainable = '/trained/'
+  Experiment.transformed = '/w$|/fixed/'
+  Experiment.state_transforms = (@relora.Restart(),)
 
 Any method works whose new adapter leaves outputs unchanged and whose
 initialisation needs the base alone: neither KaSA nor LoRA's init 'random', nor
 methods that need calibration (EVA, CorDA, LoRA-GA). A bias that (IA)^3 scales
-is merged too, and must be held or trained.
+is merged too, and must be transformed or trained.
 """
 
 import dataclasses
@@ -177,7 +178,7 @@ class Restart:
 
   A state transform `(state, metrics) -> (state, metrics)`, applied after each
   step. The base `w` and the fixed arrays of every trained adapter must be in
-  `held`. A moving average of the adapters restarts with them.
+  `transformed`. A moving average of the adapters restarts with them.
 
   Attributes:
     every: updates between restarts.
@@ -221,12 +222,12 @@ class Restart:
     key = jax.random.fold_in(jax.random.key(self.seed), state.step)
 
     def moving(state):
-      return state.trainable, state.held, state.opt_state, state.ema
+      return state.trainable, state.transformed, state.opt_state, state.ema
 
     parts = jax.lax.cond(
       due, lambda: moving(self.restart(state, key)), lambda: moving(state)
     )
-    names = ("trainable", "held", "opt_state", "ema")
+    names = ("trainable", "transformed", "opt_state", "ema")
     parts = dict(zip(names, parts, strict=True))
     return dataclasses.replace(state, **parts), metrics
 
@@ -238,8 +239,8 @@ class Restart:
       key: key of the initialisation, the resets and the rounding.
 
     Raises:
-      UserError: a base is packed or not held, there is no adapter, or a method
-        cannot be reinitialised.
+      UserError: a base is packed or not transformed, there is no adapter, or a
+        method cannot be reinitialised.
     """
     new, adapted, scaled = {}, _adapted(state), biases(state.params)
     for path, weight in adapted:
@@ -271,7 +272,7 @@ class Restart:
     return dataclasses.replace(
       state,
       trainable=tree.map_paths(renewed, state.trainable),
-      held=tree.map_paths(renewed, state.held),
+      transformed=tree.map_paths(renewed, state.transformed),
       ema=tree.map_paths(renewed, state.ema),
       opt_state=tree.map_paths(forgotten, state.opt_state),
     )
@@ -331,14 +332,14 @@ def _adapted(state: TrainState) -> list[tuple[str, Any]]:
 
 
 def _check(new: Mapping[str, Array], state: TrainState) -> None:
-  """Raises UserError for an array that the state neither trains nor holds."""
-  moving = tree.flatten_paths((state.trainable, state.held))
+  """Raises UserError for an array that is neither trained nor transformed."""
+  moving = tree.flatten_paths((state.trainable, state.transformed))
   known = {path.partition("/")[2] for path, _ in moving}
   for path in new:
     if path not in known:
       raise UserError(
-        f"relora: {path} is neither trained nor held, so a restart cannot "
-        "update it.\nExpected Experiment.held to match every adapted base, its "
-        "adapters' fixed arrays, and biases that they scale: '/w$|/fixed/', "
-        "and '_bias$' where there are any."
+        f"relora: {path} is neither trained nor transformed, so a restart "
+        "cannot update it.\nExpected Experiment.transformed to match every "
+        "adapted base, its adapters' fixed arrays, and biases that they scale: "
+        "'/w$|/fixed/', and '_bias$' where there are any."
       )

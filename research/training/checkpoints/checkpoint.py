@@ -33,6 +33,9 @@ _decide = ocp.training.save_decision_policies
 MAX_DIFFERENCES = 4
 """Maximum number of differences that an error lists."""
 
+FORMER_NAMES = {"transformed": "held"}
+"""Former names of a state's entries, which older checkpoints contain."""
+
 DAMAGED_SUFFIX = ".damaged"
 """Name suffix of a damaged checkpoint that was moved aside."""
 
@@ -227,7 +230,7 @@ class Checkpoints:
 
   def _load(self, step: int, target: TrainState, data: Any) -> TrainState:
     """Restores a state with all checks; sets the data position last."""
-    where, wanted = self.folder / str(step), _moving(target)
+    where = self.folder / str(step)
     with _quiet(), checksums.raise_together():
       if bad := checksums.damaged_file(where):
         raise checksums.Damaged(bad)
@@ -243,6 +246,7 @@ class Checkpoints:
         raise checksums.Damaged(
           "data: the iterator's position is not what was saved"
         )
+    wanted = _as_saved(_moving(target), found)
     _compare(where, found, wanted)
     with _quiet(), checksums.raise_together():
       parts = {"state": jax.tree.map(_abstract, wanted)}
@@ -259,7 +263,9 @@ class Checkpoints:
         )
     if place:
       data.set_state(json.loads(place.text))
-    return TrainState(frozen=target.frozen, **state)
+    current = {former: name for name, former in FORMER_NAMES.items()}
+    parts = {current.get(name, name): x for name, x in state.items()}
+    return TrainState(frozen=target.frozen, **parts)
 
   def _check_metrics(self) -> None:
     """Moves checkpoints with an unreadable metric aside, or raises."""
@@ -331,7 +337,23 @@ def _moving(state: TrainState) -> dict[str, Any]:
     "ema": state.ema,
   }
   # Only if present: older checkpoints do not have this entry.
-  return moving if state.held is None else {**moving, "held": state.held}
+  if state.transformed is None:
+    return moving
+  return {**moving, "transformed": state.transformed}
+
+
+def _as_saved(
+  moving: Mapping[str, Any], found: Mapping[str, str]
+) -> dict[str, Any]:
+  """Returns a state's entries under their names in a checkpoint.
+
+  Args:
+    moving: the entries by their names of today.
+    found: the checkpoint's arrays by path.
+  """
+  saved = {path.partition("/")[0] for path in found}
+  former = {n: old for n, old in FORMER_NAMES.items() if old in saved}
+  return {former.get(name, name): x for name, x in moving.items()}
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -1,5 +1,6 @@
 """A run's working directory: belongs to one experiment configuration."""
 
+import json
 import os
 import re
 
@@ -14,6 +15,32 @@ from research.typing import UserError
 LENGTH_LINES = r"(?i)^steps =|\b(plan|optim\.\w+)\.steps ="
 """Configuration lines that set the length of a run, including its schedule.
 Other `steps`, such as Muon's, are part of the experiment."""
+
+
+STAGES = "stages.json"
+"""In the working directory of a run of stages: their names, in order."""
+
+
+def stage_names(workdir: Folder) -> list[str]:
+  """Returns the names of a run's stages, in order; none if it has none.
+
+  Raises:
+    UserError: the note of them is damaged.
+  """
+  note = workdir / STAGES
+  if not note.exists():
+    return []
+  try:
+    names = json.loads(note.read_bytes())["stages"]
+    good = all(isinstance(x, str) and re.fullmatch(r"\w+", x) for x in names)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f"{note}: is no list of stages ({error}).\nRun experiments.train with"
+      " its --config again."
+    ) from error
+  if not good:
+    raise UserError(f"{note}: found stages {names}, expected their names")
+  return list(names)
 
 
 def claim_workdir(
@@ -55,6 +82,11 @@ def check_workdir(
   """
   workdir = folders.folder(workdir)
   mark = workdir / "config.gin"
+  if names := stage_names(workdir):
+    raise UserError(
+      f"{workdir}: this workdir holds a run of the stages {', '.join(names)}.\n"
+      f"Choose another workdir; the run of a stage is in {workdir / names[0]}."
+    )
   if mark.exists() and has_progress(workdir):
     old = mark.read_bytes().decode("utf-8", errors="replace")
     _same_experiment(mark, old, config, may_differ)

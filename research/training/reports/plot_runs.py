@@ -11,6 +11,9 @@ from research.training.reports.goodput import BUCKETS
 MARKERS = ("o", "s", "^", "D", "v")
 """Markers of evaluations: `validation`, then other losses."""
 
+LEARNING_RATE = "train/learning_rate"
+"""Metric of the rate, and beginning of those of groups of parameters."""
+
 BUCKET_COLORS: Mapping[str, str] = {
   "init": "#999999",
   "compile": "#E69F00",
@@ -132,8 +135,11 @@ def _throughput(axes: Any, runs: Sequence[Curves]) -> None:
 
 def _learning_rate(axes: Any, runs: Sequence[Curves]) -> None:
   for number, run in enumerate(runs):
-    steps, rates = series(run.records, "train/learning_rate")
-    axes.plot(steps, rates, linewidth=1.8, **plots.style(number))
+    rates = {n for r in run.records for n in r if n.startswith(LEARNING_RATE)}
+    for name in sorted(rates):
+      axes.plot(
+        *series(run.records, name), linewidth=1.8, **plots.style(number)
+      )
   axes.set(title="Learning rate", xlabel="step")
   axes.set_ylim(bottom=0)
   axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))

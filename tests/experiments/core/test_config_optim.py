@@ -1,4 +1,4 @@
-"""Optimizers' configurations: every one builds, moves weights, and rewrites."""
+"""Optimizers' configurations: every one builds and moves weights."""
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def test_optimizers_lower_a_loss(name):
     params(adapted),
     "/trained/" if adapted else ".",
     made.optimizer,
-    held=made.held,
+    transformed=made.transformed,
   )
   rng = np.random.default_rng(1)
   batch = {"x": np.float32(rng.normal(size=(4, 8)))}
@@ -79,7 +79,7 @@ def test_optimizers_lower_a_loss(name):
     start,
     batch,
     jax.random.key(0),
-    made.rewrites,
+    made.state_transforms,
   )
   moving, frozen, losses = start, start.frozen, []
   for _ in range(6):
@@ -93,7 +93,7 @@ def test_optimizers_lower_a_loss(name):
 
 def without_frozen(at):
   return state.TrainState(
-    at.step, at.trainable, None, at.opt_state, at.ema, at.held
+    at.step, at.trainable, None, at.opt_state, at.ema, at.transformed
   )
 
 

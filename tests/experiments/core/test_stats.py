@@ -44,7 +44,7 @@ def test_one_value_says_nothing_of_its_spread():
 def test_an_accuracy_s_half_is_the_larger_one_of_wilson_s(hits, count):
   """Wilson 1927: the shares whose own error reaches the share that is found."""
   right = [True] * hits + [False] * (count - hits)
-  found = quant_task.kept(right, [True] * count)
+  found = quant_task.relative_accuracy(right, [True] * count)
   away = hits / count + found.half * (1 if hits < count / 2 else -1)
   reach = 1.959964 * math.sqrt(away * (1 - away) / count)
   assert found.half == pytest.approx(reach, rel=1e-5)

@@ -57,7 +57,7 @@ def test_a_short_batch_is_one_of_short_rows():
   given, cut = batch([T, T, T]), 3
   key = jax.random.key(1)
   ours = MaskedDiffusion(
-    model=model, mask_id=MASK, rewrites=(RandomTruncation(chance=1.0),)
+    model=model, mask_id=MASK, batch_transforms=(RandomTruncation(chance=1.0),)
   )
   plain = MaskedDiffusion(model=model, mask_id=MASK)
   whole = jax.jit(RandomTruncation(chance=1.0))
@@ -120,7 +120,7 @@ def test_ends_count_in_an_answer_s_length():
     mask_id=MASK,
     noise="learned",
     norm="sequence",
-    rewrites=(PadWithEOS(end=END),),
+    batch_transforms=(PadWithEOS(end=END),),
   )
   full = PadWithEOS(end=END)(given, None)
   plain = MaskedDiffusion(model=model, mask_id=MASK, noise="learned")

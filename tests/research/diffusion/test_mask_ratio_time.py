@@ -1,4 +1,4 @@
-"""Models that are told the time: which one, in training and in sampling."""
+"""Models conditioned on the time: which one, in training and in sampling."""
 
 import functools
 import itertools

@@ -66,7 +66,7 @@ def test_beside_the_data_is_inside_the_loss():
   plain = objective.NextToken(model=model)
   batch, key = batch_of(support.tokens()), jax.random.key(1)
   inside = allocate.Orthogonal(plain)
-  outside = lora_terms.beside(lora_terms.orthogonal, optax.sgd(10.0))
+  outside = lora_terms.add_gradient(lora_terms.orthogonal, optax.sgd(10.0))
 
   def after(goal, tx):
     begun = state.create(params, wrap.TRAINABLE, tx)
@@ -84,6 +84,6 @@ def test_beside_the_data_is_inside_the_loss():
 def test_other_adapters_are_refused():
   with pytest.raises(UserError, match="no KaSA adapter"):
     lora_terms.kasa({"q": jnp.ones(3)})
-  tx = lora_terms.beside(lora_terms.kasa, optax.sgd(0.1))
+  tx = lora_terms.add_gradient(lora_terms.kasa, optax.sgd(0.1))
   with pytest.raises(ValueError, match="needs the parameters"):
     tx.update({}, tx.init({}))

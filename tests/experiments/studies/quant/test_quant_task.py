@@ -1,4 +1,4 @@
-"""Accuracy of a task in few bits: what is kept, and how surely."""
+"""Accuracy of a task in few bits: relative to the base, with intervals."""
 
 import pathlib
 
@@ -21,7 +21,7 @@ def test_a_share_has_the_interval_that_drawing_again_has():
   rng = np.random.default_rng(0)
   base = rng.random(400) < 0.6
   right = np.where(rng.random(400) < 0.85, base, rng.random(400) < 0.3)
-  found = quant_task.kept(right.tolist(), base.tolist())
+  found = quant_task.relative_accuracy(right.tolist(), base.tolist())
   picks = rng.integers(0, 400, (4000, 400))
   shares = right[picks].mean(1) / base[picks].mean(1)
   assert found.share == pytest.approx(right.mean() / base.mean())
@@ -32,7 +32,7 @@ def test_a_share_has_the_interval_that_drawing_again_has():
 
 def test_equal_answers_lose_nothing_surely():
   answers = [True, False] * 50
-  found = quant_task.kept(answers, answers)
+  found = quant_task.relative_accuracy(answers, answers)
   assert found.share == 1 and found.share_half == 0
 
 

@@ -41,7 +41,7 @@ def test_bits_a_weight_are_those_published(name):
   # Norms stay in float32.
   size, count = 32 * 65 * 4096, 65 * 4096
   for path, layer, rows, columns in llama_8b():
-    format = ggml.TYPES[mixtures.wanted_type(name, path, layer, shape)]
+    format = ggml.TYPES[mixtures.target_type(name, path, layer, shape)]
     size += 8 * format.nbytes * rows * columns // format.block
     count += rows * columns
   assert abs(size / count - PUBLISHED[name]) < 0.006
@@ -78,7 +78,7 @@ MIXTRAL = mixtures.Shape(32, 4, False, experts=8)
   ],
 )
 def test_what_a_matrix_is_stored_in(name, path, layer, shape, kind):
-  assert mixtures.wanted_type(name, path, layer, shape) == kind
+  assert mixtures.target_type(name, path, layer, shape) == kind
 
 
 @pytest.mark.parametrize(

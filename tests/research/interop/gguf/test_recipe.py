@@ -154,7 +154,7 @@ def test_fallbacks_are_listed_and_all_else_is_the_mixture(
   found = {k: t.type for k, t in tensors(to).items() if len(t.shape) > 1}
   assert found["token_embd.weight"] == "Q6_K"
   assert found["blk.1.ffn_up.weight"] == base
-  assert found["blk.1.attn_v.weight"] == mixtures.wanted_type(
+  assert found["blk.1.attn_v.weight"] == mixtures.target_type(
     name, "attention/v", 1, shape
   )
   assert gguf.open_gguf(to).metadata["general.file_type"] == FILE_TYPES[name]

@@ -124,12 +124,12 @@ def test_within_ten_percent_of_the_compilers_report(how):
   assert got.total == pytest.approx(total, rel=0.1)
 
 
-def test_held_weights_count_as_part_of_the_model():
+def test_transformed_weights_count_as_part_of_the_model():
   whole, found = taken()
   want = plan_training.arithmetic(whole, found)
-  held = dataclasses.replace(whole, held="/w$")
+  changing = dataclasses.replace(whole, transformed="/w$")
   got = plan_training.arithmetic(
-    held, abstract_step.build(held, jax.devices()[:1])
+    changing, abstract_step.build(changing, jax.devices()[:1])
   )
   assert got == want
 

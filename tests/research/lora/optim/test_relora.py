@@ -95,7 +95,7 @@ def leaf(at):
 
 def fit(workdir, steps, restart, every=4, dtype=jnp.float32):
   tx = optim.adamw(relora.schedule(0.05, 12, every, 2, 1), clip=None)
-  start = state.create(params(dtype), "/trained/", tx, held="/w$")
+  start = state.create(params(dtype), "/trained/", tx, transformed="/w$")
   plan = loop.TrainConfig(steps=steps)
   return loop.fit(
     Matrix(),
@@ -126,7 +126,7 @@ def test_rank_grows_with_every_restart(run):
 
 
 def state_of(tree_):
-  return state.create(tree_, "/trained/", optax.sgd(0.1), held="/w$")
+  return state.create(tree_, "/trained/", optax.sgd(0.1), transformed="/w$")
 
 
 def test_the_merged_base_is_in_the_checkpoint(run, tmp_path):
@@ -142,7 +142,7 @@ def test_the_merged_base_is_in_the_checkpoint(run, tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_restart_merges_and_reinitialises(dtype):
   tx = optim.adamw(0.1)
-  start = state.create(params(dtype), "/trained/", tx, held="/w$")
+  start = state.create(params(dtype), "/trained/", tx, transformed="/w$")
   learned = jax.tree.map(lambda x: x + 0.25, start.trainable)
   opt_state = jax.tree.map(lambda x: x + 2, start.opt_state)
   at = dataclasses.replace(
@@ -167,7 +167,7 @@ def test_a_restart_merges_and_reinitialises(dtype):
   for number in (0, 3, 5):
     same, _ = restart(dataclasses.replace(at, step=jnp.int32(number)), {})
     chex.assert_trees_all_equal(same.trainable, at.trainable)
-    chex.assert_trees_all_equal(same.held, at.held)
+    chex.assert_trees_all_equal(same.transformed, at.transformed)
 
 
 REFUSED = [
@@ -187,7 +187,7 @@ def test_a_restart_is_merged_and_changes_nothing(first):
     w = t.w + jnp.asarray(methods.waves(np.asarray(t.w)), jnp.float32)
     before[methods.label(method)] = dataclasses.replace(t, w=w)
   assert len(before) > 10
-  at = state.create(before, "/trained/", optax.sgd(0.1), held=HELD)
+  at = state.create(before, "/trained/", optax.sgd(0.1), transformed=HELD)
 
   @jax.jit
   def run(at):
@@ -212,7 +212,7 @@ def test_a_restart_is_merged_and_changes_nothing(first):
 )
 def test_methods_that_cannot_restart_are_refused(method):
   t = methods.fresh(method, methods.base())
-  at = state.create({"x": t}, "/trained/", optax.sgd(0.1), held=HELD)
+  at = state.create({"x": t}, "/trained/", optax.sgd(0.1), transformed=HELD)
   with pytest.raises(UserError, match="relora: x: "):
     relora.Restart(every=3).restart(at, methods.KEY)
 
@@ -220,7 +220,7 @@ def test_methods_that_cannot_restart_are_refused(method):
 def test_a_moving_average_restarts():
   """It averages adapters over the old base, which are all merged."""
   tx = optax.sgd(0.1)
-  at = state.create(params(), "/trained/", tx, held="/w$", average=True)
+  at = state.create(params(), "/trained/", tx, transformed="/w$", average=True)
   moved = jax.tree.map(lambda x: x + 0.25, at.trainable)
   at = dataclasses.replace(at, trainable=moved, ema=moved, step=jnp.int32(4))
   after, _ = jax.jit(relora.Restart(every=4))(at, {})
@@ -231,20 +231,26 @@ def test_biases_that_are_scaled_are_merged():
   w = methods.draw(2, IN, OUT)
   b, l = methods.draw(2, OUT, seed=4), methods.draw(2, OUT, seed=5)
   tree_ = {"q": AdaptedTensor(w, {"l": l}, method=IA3()), "q_bias": b}
-  at = state.create(tree_, "/trained/", optax.sgd(0.1), held="/w$|_bias$")
+  at = state.create(
+    tree_, "/trained/", optax.sgd(0.1), transformed="/w$|_bias$"
+  )
   at = dataclasses.replace(at, step=jnp.int32(3))
   after, _ = jax.jit(relora.Restart(every=3))(at, {})
   want, got = (wrap.merge(x.params) for x in (at, after))
   chex.assert_trees_all_close(got, want, rtol=1e-6)
   chex.assert_trees_all_close(after.params["q_bias"], b * l, rtol=1e-6)
-  unheld = state.create(tree_, "/trained/", optax.sgd(0.1), held="/w$")
-  with pytest.raises(UserError, match="q_bias is neither trained nor held"):
-    relora.Restart(every=3).restart(unheld, methods.KEY)
+  untransformed = state.create(
+    tree_, "/trained/", optax.sgd(0.1), transformed="/w$"
+  )
+  with pytest.raises(
+    UserError, match="q_bias is neither trained nor transformed"
+  ):
+    relora.Restart(every=3).restart(untransformed, methods.KEY)
 
 
 def test_until_and_after():
   tx = optax.sgd(0.1)
-  start = state.create(params(), "/trained/", tx, held="/w$")
+  start = state.create(params(), "/trained/", tx, transformed="/w$")
   learned = jax.tree.map(lambda x: x + 0.25, start.trainable)
   restart = jax.jit(relora.Restart(every=4, after=1, until=9))
   when = []
@@ -266,7 +272,7 @@ def test_until_and_after():
 def test_over_scale_after_a_reset(counts, factors):
   """Updates over the rate, for a gradient of one, k steps after a reset."""
   tx = optax.scale_by_adam(eps=1e-12)
-  start = state.create(params(), "/trained/", tx, held="/w$")
+  start = state.create(params(), "/trained/", tx, transformed="/w$")
   late = optax.tree.set(start.opt_state, count=jnp.int32(1_000_000))
   restart = relora.Restart(every=4, counts=counts)
   at = dataclasses.replace(start, opt_state=late, step=jnp.int32(4))
@@ -314,7 +320,7 @@ def test_stochastic_rounding_keeps_the_mean():
 
 def test_small_merges_add_up_by_stochastic_rounding_alone():
   at = state.create(
-    params(jnp.bfloat16), "/trained/", optax.sgd(0.1), held="/w$"
+    params(jnp.bfloat16), "/trained/", optax.sgd(0.1), transformed="/w$"
   )
   begin = np.float32(leaf(at).w)
   ends = {}
@@ -342,12 +348,14 @@ def test_bad_use():
   with pytest.raises(UserError, match="after to be less than every"):
     relora.Restart(every=3, after=3)
   restart, tx = relora.Restart(every=3), optax.sgd(0.1)
-  unheld = state.create(params(), "/trained/", tx)
-  with pytest.raises(UserError, match="layer0/q/w is neither trained nor held"):
-    restart(unheld, {})
-  still = state.create(params(), "/trained/b", tx, held="/w$")
+  untransformed = state.create(params(), "/trained/", tx)
+  with pytest.raises(
+    UserError, match="layer0/q/w is neither trained nor transformed"
+  ):
+    restart(untransformed, {})
+  still = state.create(params(), "/trained/b", tx, transformed="/w$")
   with pytest.raises(UserError, match="q/trained/a is neither trained nor"):
     restart(still, {})
-  plain = state.create(params(), "bias", tx, held="/w$")
+  plain = state.create(params(), "bias", tx, transformed="/w$")
   with pytest.raises(UserError, match="no weight has trainable adapters"):
     restart(plain, {})

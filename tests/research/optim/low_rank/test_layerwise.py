@@ -217,11 +217,11 @@ def test_codes_are_trained_layer_by_layer_alone():
     layerwise.galore(0.1, subspace.Projection(rank=1), matrices=name)
     for name in ("up", "embed")
   )
-  # Of another optimizer codes would be numbers; held ones nobody stores anew.
+  # Of another optimizer codes would be numbers.
   with pytest.raises(UserError, match="trainable: .*/up/codes of type uint8"):
     state.create(packed, "run0", optax.sgd(0.1))
-  with pytest.raises(UserError, match="held: .*/up/codes of type uint8"):
-    state.create(packed, "embed", embed, held="run0")
+  with pytest.raises(UserError, match="transformed: .*/up/codes of type uint8"):
+    state.create(packed, "embed", embed, transformed="run0")
   with pytest.raises(UserError, match="'up' does not match embed, a trainable"):
     state.create(packed, ".", up)
   # Those of a format that is not trained have no moves, either.

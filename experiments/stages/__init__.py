@@ -1,0 +1,1 @@
+"""Runs of several stages, each from the result of the one before it."""

@@ -1,0 +1,132 @@
+"""Optimizers, rates and schedules that differ by path.
+
+A group is what a regular expression finds first: an array belongs to the first
+pattern, in order, that is found in its path, and each has to belong to one. A
+group's optimizer has state for its own arrays alone, and counts its own steps,
+so that schedules may differ in kind, not only by a factor (`rates.table`):
+
+  by_path({"^vision/": cosine(2e-6, 900, warmup=100), ".": cosine(2e-5, 900)})
+
+What is not trained is not here: leave it out of `Experiment.trainable`. At rate
+0 it would still cost its gradient, two moments, and a share of the norm that
+clipping bounds.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from research import tree
+from research.optim import optim, ranges
+from research.optim.low_rank.layerwise import Layerwise
+from research.typing import Params, UserError
+
+Rate = optim.Number | optim.Schedule
+Optimizer = Callable[[Rate], optax.GradientTransformation]
+"""A rate, or a schedule of the updates done -> the optimizer."""
+
+
+def by_path(
+  groups: Mapping[str, optax.GradientTransformation | Rate],
+  *,
+  optimizer: Optimizer = optim.adamw,
+  clip: optim.Number | None = None,
+) -> optax.GradientTransformation:
+  """Returns an optimizer of groups of parameters (`optax.partition`).
+
+  Args:
+    groups: regular expression -> the optimizer of what it finds first, or its
+      rate or schedule, of which `optimizer` makes one. Optimizers of ours clip
+      by the norm of their own group.
+    optimizer: of groups that are rates or schedules.
+    clip: bound of the norm of all groups' gradients together, before any group
+      sees them, or None.
+
+  Raises:
+    UserError: there is no group, or its rate is 0 or below, or a group projects
+      gradients layer by layer. On creation of the state: an array belongs to no
+      group, or a group has no array.
+  """
+  if not groups:
+    raise UserError("by_path.groups: is empty, expected {pattern: optimizer}")
+  names = dict(zip(groups, _names(groups), strict=True))
+  made = {
+    names[pattern]: _made(pattern, group, optimizer)
+    for pattern, group in groups.items()
+  }
+
+  def labels(params: Params) -> Any:
+    return tree.map_paths(lambda path, _: names[_group(path, groups)], params)
+
+  parted = optax.partition(made, labels)
+
+  def init(params):
+    found = set(jax.tree.leaves(labels(params)))
+    for pattern, name in names.items():
+      if name not in found:
+        raise UserError(
+          f"by_path.groups: {pattern!r} has no trained parameter: it matches"
+          f" none of {len(tree.flatten_paths(params))}, or an earlier pattern"
+          " takes them all.\nExpected the narrower pattern first; leave out"
+          " what is not trained."
+        )
+    return parted.init(params)
+
+  parts = optax.GradientTransformationExtraArgs(init, parted.update)
+  return parts if clip is None else optax.chain(optim.clipped(clip), parts)
+
+
+def _made(
+  pattern: str,
+  group: optax.GradientTransformation | Rate,
+  optimizer: Optimizer,
+) -> optax.GradientTransformation:
+  """Returns a group's optimizer."""
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise UserError(
+      f"by_path.groups: {pattern!r} is no regular expression: {error}"
+    ) from error
+  match group:
+    case Layerwise():
+      raise UserError(
+        f"by_path.groups: {pattern!r} has a layerwise optimizer, which makes"
+        " all gradients itself.\nExpected another, e.g. galore.galore()."
+      )
+    case optax.GradientTransformation():
+      return group
+  if group == 0:
+    raise UserError(
+      f"by_path.groups: {pattern!r} has rate 0, expected a rate above 0.\n"
+      "What is not trained has no optimizer: leave it out of"
+      " Experiment.trainable."
+    )
+  ranges.positive("by_path", **{pattern: group})
+  return optimizer(group)
+
+
+def _group(path: str, groups: Mapping[str, Any]) -> str:
+  """Returns the first pattern that is found in a path."""
+  for pattern in groups:
+    if re.search(pattern, path):
+      return pattern
+  raise UserError(
+    f"by_path.groups: no pattern of {list(groups)} is found in {path!r}, which"
+    " is trained.\nAdd a pattern ('.' takes all that are left), or leave it out"
+    " of Experiment.trainable."
+  )
+
+
+def _names(groups: Mapping[str, Any]) -> list[str]:
+  """Returns names of groups, as paths and metrics may have them."""
+  names: list[str] = []
+  for pattern in groups:
+    name = re.sub(r"\W+", "_", pattern).strip("_") or "rest"
+    again = (f"{name}_{i}" for i in itertools.count(2))
+    names.append(name if name not in names else next(again))
+  return names
