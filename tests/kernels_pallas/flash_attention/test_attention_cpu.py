@@ -49,6 +49,13 @@ def documents(length):
   return jnp.asarray(np.stack([one, np.arange(length) // 60]), jnp.int32)
 
 
+def bounds(R):
+  """R intervals a query; those of one row are empty for 40 queries."""
+  found = np.sort(np.random.default_rng(5).integers(0, S, (B, 2 * R, T)), 1)
+  found[1, :, 50:90] = 0
+  return jnp.asarray(found, jnp.int32)
+
+
 MASKS = {
   "full": lambda: Mask.full(),
   "causal": lambda: Mask.causal(),
@@ -65,6 +72,7 @@ MASKS = {
   ),
   "of no key": lambda: Mask.causal(offset=-60),
   "function": lambda: Mask.where(stripes),
+  "intervals": lambda: Mask.intervals(bounds(3), (90, None)),
 }
 
 
