@@ -26,7 +26,8 @@ def autoregressive_blocks(
 
   With c = cumsum(mask_ar), key k is visible to query q iff c_k <= c_q: the rule
   of big_vision's PaliGemma (Beyer et al. 2024, arXiv:2407.07726). Ones alone
-  are causal attention; zeros before ones are a prefix.
+  are causal attention; zeros before ones are a prefix (kernels_pallas/MATH.md
+  9.1).
 
   Args:
     mask_ar: 1 where a block begins, 0 where one goes on.
@@ -90,8 +91,9 @@ def bidirectional_tokens(
 
   The rule of Molmo 2 (arXiv:2601.10611), whose vision tokens see those of later
   images too. However many runs they form, two intervals are enough: the keys'
-  coordinates number marked tokens from 0 and others from T. These are not
-  positions, so the mask takes neither a window nor a cache with tokens in it.
+  coordinates number marked tokens from 0 and others from T
+  (kernels_pallas/MATH.md 9.2). These are not positions, so the mask takes
+  neither a window nor a cache with tokens in it.
 
   Args:
     marked: The tokens of all images.

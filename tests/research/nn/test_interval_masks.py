@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.decode_attention.pages import Pages
+from kernels_pallas.flash_attention import flash_attention
 from kernels_pallas.masks import (
   Mask,
   bidirectional_tokens,
@@ -16,8 +18,8 @@ from kernels_pallas.masks import (
   message_tree,
   tree_positions,
 )
-from research.nn.attention_context import select_queries
-from research.nn.cache.paged import empty_pool, paged_cache
+from research.nn.attention_context import AttentionContext, select_queries
+from research.nn.cache.paged import PagedLayer, empty_pool, paged_cache
 from research.nn.transformer import init_cache
 from research.typing import UserError
 from tests import support, support_mesh
@@ -190,3 +192,31 @@ def test_selected_queries_have_their_own_intervals():
     np.testing.assert_array_equal(
       some.visible(2, 9), jnp.take_along_axis(every, keep[..., None], axis=1)
     )
+
+
+def test_pages_before_the_window_may_hold_anything():
+  """Rows of windowed layers release them: their content is another row's."""
+  rng = np.random.default_rng(0)
+  k, v = jnp.asarray(rng.standard_normal((2, 1, 9, 2, 8)), jnp.float32)
+  q = jnp.asarray(rng.standard_normal((1, 3, 4, 8)), jnp.float32)
+  ids = jnp.array([[-1, 0, 0]])
+  table = jnp.array([[1, 0, 2]])
+
+  def attend(before):
+    """Three tokens behind six, of which the window reaches two."""
+    kv = jnp.concatenate([k, v], axis=-1)[0].swapaxes(0, 1)
+    kv = kv.at[:, :4].set(before)  # a page
+    stored = jnp.zeros((3, 2, 4, 16)).at[1].set(kv[:, :4])
+    stored = stored.at[0, :, :2].set(kv[:, 4:6])
+    mask = image_blocks(ids, (2, None), start=jnp.array([6]))
+    where = jnp.array([[6, 7, 8]])
+    context = AttentionContext(where, where, jnp.array([9]), mask, False, 3)
+    layer = PagedLayer(Pages(stored, None, 8), table)
+    return layer.attend(q, k[:, 6:], v[:, 6:], context)[1]
+
+  clean = attend(0.0)
+  chex.assert_trees_all_equal(attend(jnp.nan), clean)
+  local = Mask.intervals(
+    image_blocks(ids, start=jnp.array([6])).bounds, (2, None), offset=6
+  )
+  close(clean, flash_attention(q, k, v, mask=local, backend="reference"))
