@@ -81,7 +81,12 @@ def stripes(q, k):
 
 
 SIZES = {"H": (8, 24, 37), "Hv": (8, 40), "K": (4, 2, 1), "sinks": (0, 1)}
-CASES = pairwise({**SIZES, "mask": tuple(MASKS), "isa": cpu.ISAS[1:]})
+KINDS = tuple(name for name in MASKS if name != "intervals")
+CASES = pairwise({**SIZES, "mask": KINDS, "isa": cpu.ISAS[1:]})
+CASES += [
+  {"H": 37, "Hv": 40, "K": 2, "sinks": 1, "mask": "intervals", "isa": isa}
+  for isa in cpu.ISAS[1:]
+]
 
 
 def operands(H, Hv, K, sinks):
