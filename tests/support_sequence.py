@@ -13,7 +13,7 @@ from kernels_pallas.flash_attention.sharded import (
   sharded_attention,
   with_positions,
 )
-from kernels_pallas.masks import Mask
+from kernels_pallas.masks import Mask, bidirectional_tokens
 from kernels_pallas.sequence_parallel import zigzag
 from tests import support_hlo
 
@@ -49,6 +49,14 @@ def padded(*lengths):
   return jnp.asarray(np.where(live, steps, -1), jnp.int32)
 
 
+def bounds():
+  """Two intervals a query, some of them empty, some across all shards."""
+  rng = np.random.default_rng(4)
+  found = np.sort(rng.integers(0, T + 1, (B, 4, T)), axis=1)
+  found[1, :, 5:9] = 0
+  return jnp.asarray(found, jnp.int32)
+
+
 MASKS = {
   "full": lambda: Mask.full(),
   "causal": lambda: Mask.causal(),
@@ -60,6 +68,9 @@ MASKS = {
     q_positions=padded(32, 9), kv_positions=padded(21, 32)
   ),
   "function": lambda: Mask.where(lambda q, k: (q - k) % 5 < 2, (19, None)),
+  "intervals": lambda: Mask.intervals(bounds(), (19, None)),
+  # Coordinates of keys that are no positions.
+  "marked": lambda: bidirectional_tokens(documents(1) > 0),
 }
 
 
@@ -121,7 +132,10 @@ def alone(mask, x, **options):
   return run(mask, x)
 
 
-AXES = {"lse": 2, "dlse": 2, "sinks": None, "dsinks": None, "prefix": None}
+AXES = {
+  **{"lse": 2, "dlse": 2, "bounds": 2},
+  **{"sinks": None, "dsinks": None, "prefix": None},
+}
 """Which axis of an array has the tokens; 1 for all others."""
 
 
@@ -137,7 +151,8 @@ def taken(tree, at):
 
 def reordered(mask, at):
   """Returns a mask over the tokens at the given indices."""
-  names = ("q_positions", "kv_positions", "q_segments", "kv_segments", "prefix")
+  names = ("q_positions", "kv_positions", "q_segments", "kv_segments")
+  names += ("prefix", "bounds")
   arrays = taken({name: getattr(mask, name) for name in names}, at)
   return dataclasses.replace(mask, **arrays)
 

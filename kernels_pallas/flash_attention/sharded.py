@@ -102,6 +102,7 @@ def sharded_attention(
       f"sharded attention: found {', '.join(unknown)}, expected only "
       f"{', '.join(OPTIONS)}; bias and dropout go by indices of the whole"
     )
+  mask.check(q.shape[0], q.shape[1], k.shape[1])
   sizes = jax.sharding.get_abstract_mesh().shape
   sharding = supported_sharding(sharding, mask, q.shape, k.shape, sizes)
   if sharding.length or sharding.ring:
@@ -194,7 +195,9 @@ def with_positions(mask: Mask, T: int, S: int) -> Mask:
     extent = max(
       extent, T + offset if ours is None else 0, S if theirs is None else 0
     )
-  if ours is None:
+  # Coordinates of keys alone are no positions, and take no window.
+  alone = mask.kind == "intervals" and theirs is not None
+  if ours is None and not alone:
     ours = jnp.arange(T, dtype=jnp.int32)[None] + offset
   if theirs is None:
     theirs = jnp.arange(S, dtype=jnp.int32)[None]
@@ -245,9 +248,12 @@ def _specs(mask: Mask, sharding: AttentionSharding) -> Mask:
       return None
     along = tokens.get(name.split("_")[0])
     rest = () if along is None else (along,)
+    if name == "bounds":
+      rest = (None, tokens["q"])
     return P(sharding.batch if leaf.shape[0] > 1 else (), *rest)
 
-  names = ("q_positions", "kv_positions", "q_segments", "kv_segments", "prefix")
+  names = ("q_positions", "kv_positions", "q_segments", "kv_segments")
+  names += ("prefix", "bounds")
   return dataclasses.replace(mask, **{name: spec(name) for name in names})
 
 

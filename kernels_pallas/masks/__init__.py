@@ -1,5 +1,14 @@
 """Attention masks, and which tiles of queries and keys they leave visible."""
 
+from kernels_pallas.masks.interval_masks import (
+  autoregressive_blocks,
+  bidirectional_tokens,
+  image_blocks,
+  latest_image,
+  message_tree,
+  prefix_blocks,
+  tree_positions,
+)
 from kernels_pallas.masks.masks import (
   Mask,
   Segments,
@@ -13,5 +22,12 @@ __all__ = [
   "Segments",
   "Tile",
   "Window",
+  "autoregressive_blocks",
+  "bidirectional_tokens",
+  "image_blocks",
+  "latest_image",
+  "message_tree",
+  "prefix_blocks",
   "slice_axis",
+  "tree_positions",
 ]

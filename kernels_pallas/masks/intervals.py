@@ -1,7 +1,8 @@
 """Masks compiled for kernels: intervals of visible keys, and classes of tiles.
 
 For every rule of a `Mask`, the keys that a query sees have coordinates in one
-or two intervals [lo, hi), or up to eight for a function. Kernels therefore do
+or two intervals [lo, hi), or up to eight for a function, or for intervals that
+are data. Kernels therefore do
 not distinguish kinds of masks: they compare coordinates with bounds. A key's
 coordinate is its index, or its position if positions are given. In a block
 diffusion mask the clean half starts at coordinate `shift`, past all positions
@@ -75,7 +76,7 @@ def mask_intervals(mask: Mask, T: int, S: int) -> MaskIntervals:
   Raises:
     ValueError: The mask is a block diffusion mask with a window.
   """
-  data = (mask.q_positions, mask.kv_positions, mask.prefix)
+  data = (mask.q_positions, mask.kv_positions, mask.prefix, mask.bounds)
   xp = np if all(x is None for x in data) else jnp
   inexact_mask = None
   if mask.kind == "function":
@@ -198,6 +199,12 @@ def _bounds(mask: Mask, T: int, S: int, xp) -> list[tuple[Any, Any]]:
   offset = mask.resolve_offset(T, S)
   q = i + offset if mask.q_positions is None else mask.q_positions
   lo, hi = xp.zeros_like(q), xp.full_like(q, END)
+  if mask.kind == "intervals":
+    given = mask.bounds
+    return [
+      _in_window(mask, q, given[:, n], given[:, n + 1], xp)
+      for n in range(0, given.shape[1], 2)
+    ]
   match mask.kind:
     case "causal":
       hi = q + 1
@@ -209,12 +216,17 @@ def _bounds(mask: Mask, T: int, S: int, xp) -> list[tuple[Any, Any]]:
       pass
     case _:
       raise ValueError(f"mask kind {mask.kind!r}: has no intervals here")
+  return [_in_window(mask, q, lo, hi, xp)]
+
+
+def _in_window(mask: Mask, q, lo, hi, xp) -> tuple[Any, Any]:
+  """Narrows an interval to the window; padded queries get an empty one."""
   left, right = mask.window
   lo = lo if left is None else xp.maximum(lo, q - left)
   hi = hi if right is None else xp.minimum(hi, q + right + 1)
   if mask.q_positions is not None:
     hi = xp.where(q < 0, 0, hi)
-  return [(lo, hi)]
+  return lo, hi
 
 
 def _function_bounds(

@@ -6,7 +6,8 @@ query i iff all of these hold:
 * the kind's rule on positions q and k: `full` always; `causal` k <= q; `prefix`
   k <= q or k < prefix; `block_causal` k // block <= q // block;
   `block_diffusion` see `Mask.block_diffusion`; `function` a function of (q, k)
-  returns True;
+  returns True; `intervals` lo <= k < hi for one of R intervals that the caller
+  gives for each query;
 * the window on positions, inclusive on both sides: q - left <= k <= q + right
   (None is unbounded; a sliding window of W tokens is left = W - 1);
 * the segments, if given, are equal and not negative;
@@ -37,7 +38,10 @@ Tile = tuple[Any, int]
 Segments = Int[Array, "#b t"] | tuple[Int[Array, "#b t"], Int[Array, "#b s"]]
 """One array for queries and keys, or one for each."""
 
-_DATA = ("q_positions", "kv_positions", "q_segments", "kv_segments", "prefix")
+_DATA = (
+  *("q_positions", "kv_positions", "q_segments", "kv_segments", "prefix"),
+  "bounds",
+)
 _META = ("kind", "window", "block", "length", "offset", "function", "extent")
 
 
@@ -65,6 +69,8 @@ class Mask:
     q_segments: Int [B, T].
     kv_segments: Int [B, S].
     prefix: Int [B], prefix lengths in positions.
+    bounds: Int [B, 2 R, T], first and one past the last key of each of R
+      intervals in turn, in positions of keys.
   """
 
   kind: str = "full"
@@ -79,6 +85,7 @@ class Mask:
   q_segments: Any = None
   kv_segments: Any = None
   prefix: Any = None
+  bounds: Any = None
 
   @classmethod
   def full(
@@ -202,6 +209,38 @@ class Mask:
     )
     return dataclasses.replace(mask, function=function, extent=extent)
 
+  @classmethod
+  def intervals(
+    cls,
+    bounds: Int[Array, "#b r2 t"],
+    window: Window | None = None,
+    segments: Segments | None = None,
+    q_positions: Int[Array, "#b t"] | None = None,
+    kv_positions: Int[Array, "#b s"] | None = None,
+    offset: int | None = None,
+  ) -> "Mask":
+    """Keys in any of R intervals that are given for each query.
+
+    The intervals are data: one compiled program serves images, prefixes and
+    trees of any shape (`interval_masks` builds them). An interval with hi <= lo
+    is empty; intervals of a query may overlap, and their union is visible.
+
+    Args:
+      bounds: Int [B, 2 R, T], lo and hi (exclusive) of each interval in turn,
+        R at most `function_masks.MAX_INTERVALS`. They are compared with
+        `kv_positions` if given, now or later by a cache, else with indices.
+      window: As in the other constructors.
+      segments: As in the other constructors.
+      q_positions: As in the other constructors; a window goes by them.
+      kv_positions: As in the other constructors. Given alone, they are mere
+        coordinates, and a window raises.
+      offset: As in the other constructors.
+    """
+    mask = _build(
+      cls, "intervals", window, segments, q_positions, kv_positions, offset
+    )
+    return dataclasses.replace(mask, bounds=bounds)
+
   def check(self, B: int, T: int, S: int) -> None:
     """Raises ValueError unless the mask fits `[B, T]` queries, `[B, S]` keys.
 
@@ -223,6 +262,7 @@ class Mask:
         raise ValueError(
           f"mask.{name}: found shape {leaf.shape}, expected {(B, *tail)}"
         )
+    self._check_intervals(B, T)
     if (self.q_segments is None) != (self.kv_segments is None):
       raise ValueError("mask: segments of queries and keys come together")
     given = self.q_positions is not None or self.kv_positions is not None
@@ -235,6 +275,32 @@ class Mask:
       raise ValueError(
         f"mask: block diffusion of length {self.length} needs "
         f"{2 * self.length} queries and keys, found {T} and {S}"
+      )
+
+  def _check_intervals(self, B: int, T: int) -> None:
+    """Raises ValueError unless `bounds` fit the queries and the kind."""
+    if (self.kind == "intervals") != (self.bounds is not None):
+      raise ValueError(
+        f"mask.bounds: found {'none' if self.bounds is None else 'some'} with "
+        f"kind {self.kind!r}, expected them with kind 'intervals' alone"
+      )
+    if self.bounds is None:
+      return
+    shape, dtype = self.bounds.shape, self.bounds.dtype
+    most = function_masks.MAX_INTERVALS
+    fits = len(shape) == 3 and shape[0] in (1, B) and shape[2] == T
+    if not fits or shape[1] not in range(2, 2 * most + 1, 2):
+      raise ValueError(
+        f"mask.bounds: found shape {shape}, expected [{B}, 2 R, {T}] for R "
+        f"intervals, from 1 to {most}"
+      )
+    if not jnp.issubdtype(dtype, jnp.integer):
+      raise ValueError(f"mask.bounds: found {dtype}, expected integers")
+    keys_alone = self.q_positions is None and self.kv_positions is not None
+    if keys_alone and self.window != (None, None):
+      raise ValueError(
+        f"mask of intervals: found window {self.window} with kv_positions "
+        "alone, expected q_positions too: a window compares the two"
       )
 
   def resolve_offset(self, T: int, S: int) -> int:
@@ -283,7 +349,11 @@ class Mask:
       seen &= k >= q - left
     if right is not None:
       seen &= k <= q + right
-    seen &= rules.allowed(self, i, j, q, k)
+    own = self
+    if self.bounds is not None:
+      bounds = slice_axis(self.bounds, 2, *q_tile)
+      own = dataclasses.replace(self, bounds=bounds)
+    seen &= rules.allowed(own, i, j, q, k)
     return jnp.broadcast_to(seen, (seen.shape[0], q_tile[1], k_tile[1]))
 
   def valid_queries(self) -> Bool[Array, "#b t"] | None:
@@ -306,8 +376,12 @@ class Mask:
         return None
       return jnp.pad(leaf, ((0, 0), (0, amount)), constant_values=-1)
 
+    bounds = self.bounds
+    if bounds is not None:
+      bounds = jnp.pad(bounds, ((0, 0), (0, 0), (0, t)))  # empty intervals
     return dataclasses.replace(
       self,
+      bounds=bounds,
       q_positions=grow(self.q_positions, t),
       kv_positions=grow(self.kv_positions, s),
       q_segments=grow(self.q_segments, t),

@@ -9,12 +9,15 @@ from kernels_pallas.masks import function_masks
 
 KINDS = (
   *("full", "causal", "prefix", "block_causal", "block_diffusion"),
-  "function",
+  *("function", "intervals"),
 )
 
 
 def allowed(mask: Any, i: Array, j: Array, q: Array, k: Array) -> Array:
-  """Evaluates the mask's rule on indices i, j and positions q, k."""
+  """Evaluates the mask's rule on indices i, j and positions q, k.
+
+  A mask of intervals has the bounds of queries i alone.
+  """
   match mask.kind:
     case "full":
       return jnp.ones((1, 1, 1), bool)
@@ -36,6 +39,10 @@ def allowed(mask: Any, i: Array, j: Array, q: Array, k: Array) -> Array:
       if mask.q_positions is not None:
         seen &= q < mask.extent
       return seen if mask.kv_positions is None else seen & (k < mask.extent)
+    case "intervals":
+      lo, hi = mask.bounds[:, 0::2, :, None], mask.bounds[:, 1::2, :, None]
+      k = k[:, None]
+      return ((k >= lo) & (k < hi)).any(1)
   raise ValueError(f"mask kind: found {mask.kind!r}, expected one of {KINDS}")
 
 

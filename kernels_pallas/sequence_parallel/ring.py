@@ -199,7 +199,8 @@ def _if_visible(x: Operands, held: _Keys, attend, otherwise):
 def _check(mask: Mask) -> None:
   if mask.kind == "full" and mask.window == (None, None):
     return
-  missing = mask.q_positions is None or mask.kv_positions is None
+  missing = mask.kv_positions is None
+  missing |= mask.q_positions is None and mask.kind != "intervals"
   if mask.kind == "block_diffusion" or missing:
     raise ValueError(
       f"ring attention: found a {mask.kind} mask by index, expected "

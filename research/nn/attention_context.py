@@ -126,8 +126,14 @@ def select_queries(mask: Mask, keep: Int[Array, "B N"], length: int) -> Mask:
       return None
     return take_tokens(jnp.broadcast_to(x, (keep.shape[0], length)), keep)
 
+  bounds = mask.bounds
+  if bounds is not None:
+    bounds = jnp.take_along_axis(bounds, keep[:, None], axis=2)
   return dataclasses.replace(
-    mask, q_positions=cut(mask.q_positions), q_segments=cut(mask.q_segments)
+    mask,
+    q_positions=cut(mask.q_positions),
+    q_segments=cut(mask.q_segments),
+    bounds=bounds,
   )
 
 

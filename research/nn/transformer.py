@@ -137,6 +137,11 @@ class Transformer(nn.Module):
       mask = Mask.causal()
       if positions is not None:
         mask = attention_context.with_positions(mask, positions, positions)
+    if not fresh and mask.kind == "intervals" and mask.kv_positions is not None:
+      raise UserError(
+        "mask of intervals: found kv_positions with a cache that is not empty, "
+        "expected none: bounds are compared with positions in the cache"
+      )
     if positions is None:
       step = jnp.broadcast_to(jnp.arange(length), (batch, length))
       start = 0 if cache is None else cache.length[:, None]

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from kernels_pallas.flash_attention import sharded
@@ -20,8 +21,11 @@ from kernels_pallas.sequence_parallel import zigzag
 from research import sharding
 from research.typing import Array, Float, Int
 
-CAUSAL = ("causal", "prefix", "block_causal")
-"""Kinds of mask under which late tokens attend to more keys than early ones."""
+CAUSAL = ("causal", "prefix", "block_causal", "intervals")
+"""Kinds of mask under which late tokens attend to more keys than early ones.
+
+Of intervals that is not known, but images and trees in causal text are so.
+"""
 
 _ARRAYS = ("q_positions", "kv_positions", "q_segments", "kv_segments")
 
@@ -64,9 +68,13 @@ def to_zigzag(
     return x, positions, mask, more
   mask = sharded.with_positions(mask, x.shape[1], x.shape[1])
   arrays = {name: getattr(mask, name) for name in _ARRAYS}
+  if mask.bounds is not None:
+    arrays["bounds"] = jnp.swapaxes(mask.bounds, 1, 2)
   x, positions, arrays, more = _exchanged(
     zigzag.to_zigzag, axes, (x, positions, arrays, more)
   )
+  if mask.bounds is not None:
+    arrays["bounds"] = jnp.swapaxes(arrays["bounds"], 1, 2)
   return x, positions, dataclasses.replace(mask, **arrays), more
 
 

@@ -23,7 +23,11 @@ from kernels_pallas.decode_attention.api import paged_attention
 from kernels_pallas.decode_attention.pages import Pages
 from kernels_pallas.masks import Mask
 from research import sharding
-from research.nn.attention_context import AttentionContext
+from research.nn.attention_context import (
+  AttentionContext,
+  attend,
+  with_positions,
+)
 from research.nn.cache import Cache
 from research.nn.transformer import Transformer
 from research.typing import Array, Bool, Float, Int, Params, UserError
@@ -41,7 +45,9 @@ class PagedLayer:
   """A layer's pages, and the page table of the rows.
 
   New tokens are appended to their row in order. Queries read keys and values
-  from the pages, including their own, in the precision of the pages.
+  from the pages, including their own, in the precision of the pages. Kernels
+  read pages where they lie, and only look back (causal); under a mask of
+  intervals (a prompt with images), rows are copied together first.
 
   Attributes:
     pages: pages of one layer, or of a run of layers on a leading axis.
@@ -73,44 +79,49 @@ class PagedLayer:
       context: positions, mask and options of the call.
 
     Raises:
-      UserError: the mask is not causal, or has explicit positions.
+      UserError: the mask is neither causal nor one of intervals, or has
+        positions or segments.
     """
-    window = _window(context.mask)
+    _check(context.mask)
     alive = context.positions >= 0
     new = jnp.sum(alive, axis=1, dtype=jnp.int32)
     rows = self.table, jnp.where(new > 0, context.length, 0)
+    place, unordered = None, q
     if q.shape[1] == 1:  # one token per row: already in order
       q, k, v = (x[:, 0] for x in (q, k, v))
     else:
       source, place = _order(alive)
       rows += (jnp.pad(jnp.cumsum(new), (1, 0)),)
       q, k, v = (x.reshape(-1, *x.shape[2:])[source] for x in (q, k, v))
-    pages, y = _append_and_attend(
-      self.pages, q, k, v, *rows, window=window, **context.options
-    )
-    if alive.shape[1] > 1:
+    pages = _append(self.pages, k, v, *rows)
+    if context.mask.kind == "intervals":
+      y = _attend_to_copy(pages, unordered, *rows[:2], context)
+      return PagedLayer(pages, self.table), y
+    left, _ = context.mask.window
+    window = None if left is None else left + 1
+    y = _attend(pages, q, *rows, window=window, **context.options)
+    if place is not None:
       y = y[place]
     y = y.reshape(*alive.shape, *y.shape[1:])
     y = jnp.where(alive[..., None, None], y, 0)
     return PagedLayer(pages, self.table), y
 
 
-def _window(mask: Mask) -> int | None:
+def _check(mask: Mask) -> None:
   if mask.q_positions is not None or mask.kv_positions is not None:
     raise UserError(
       "pages: found a mask with positions, expected none: new tokens are "
       "appended to their row.\nGive lengths in place of positions, "
       "or use a cache without pages."
     )
-  left, right = mask.window
-  if mask.kind != "causal" or right or mask.q_segments is not None:
+  ahead = mask.kind != "causal" or mask.window[1]
+  if mask.kind != "intervals" and ahead or mask.q_segments is not None:
     raise UserError(
       f"pages: found a mask of kind {mask.kind!r}, window {mask.window}"
       f"{'' if mask.q_segments is None else ', with segments'}; expected one "
-      "that only looks back (causal), without segments.\nUse a cache without "
-      "pages."
+      "that only looks back (causal) or one of intervals, without segments.\n"
+      "Use a cache without pages."
     )
-  return None if left is None else left + 1
 
 
 def _order(
@@ -126,19 +137,44 @@ def _order(
   return source, place
 
 
-def _append_and_attend(pages, q, k, v, *rows, **options):
-  """Appends new tokens; returns the pages and the attention output."""
+def _append(pages, k, v, *rows):
+  """Returns the pages with new tokens."""
   if not sharding.is_cut():
-    pages = kernel_pages.append_to_pages(pages, k, v, *rows)
-    return pages, paged_attention(q, pages, *rows, **options)
-  # All rows share the pool, so each device computes all rows, for its heads.
-  cut = sharded.DecodeSharding(
-    heads=sharding.activation_axes(k.shape, None, "kv_heads", None)[1]
+    return kernel_pages.append_to_pages(pages, k, v, *rows)
+  return sharded.sharded_append_to_pages(
+    pages, k, v, *rows, sharding=_cut(pages)
   )
-  pages = sharded.sharded_append_to_pages(pages, k, v, *rows, sharding=cut)
-  return pages, sharded.sharded_paged_attention(
-    q, pages, *rows, sharding=cut, **options
+
+
+def _attend(pages, q, *rows, **options):
+  """Returns the output of causal attention to pages, where they lie."""
+  if not sharding.is_cut():
+    return paged_attention(q, pages, *rows, **options)
+  return sharded.sharded_paged_attention(
+    q, pages, *rows, sharding=_cut(pages), **options
   )
+
+
+def _cut(pages):
+  """Each device computes all rows, which share the pool, for its heads."""
+  names = (None, "kv_heads", None, None)
+  return sharded.DecodeSharding(
+    heads=sharding.activation_axes(pages.kv.shape, *names)[1]
+  )
+
+
+def _attend_to_copy(pages, q, table, length, context):
+  """Returns the output of attention to a copy of each row's pages."""
+  k, v = kernel_pages.gather_pages(pages, table, q.dtype)
+  slot, positions = jnp.arange(k.shape[1]), context.positions
+  # Elsewhere are other rows' tokens, or anything: NaN may not reach a product.
+  mine = slot < length[:, None]
+  left, _ = context.mask.window
+  if left is not None:
+    first = jnp.min(jnp.where(positions < 0, k.shape[1], positions), axis=1)
+    mine &= slot >= first[:, None] - left
+  mask = with_positions(context.mask, positions, jnp.where(mine, slot, -1))
+  return attend(q, k, v, mask=mask, **context.options)
 
 
 def empty_pool(

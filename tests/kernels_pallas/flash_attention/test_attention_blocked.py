@@ -42,6 +42,12 @@ def ids(*shape, seed=0):
   return jnp.asarray(rng.integers(-1, 2, shape), jnp.int32)
 
 
+def bounds():
+  """Two intervals a query, that overlap or are empty here and there."""
+  rng = np.random.default_rng(3)
+  return jnp.asarray(rng.integers(0, S + 2, (B, 4, T)), jnp.int32)
+
+
 FACTORS = {
   "mask": {
     "causal": lambda: Mask.causal(),
@@ -50,6 +56,7 @@ FACTORS = {
     "prefix": lambda: Mask.prefix_lm(jnp.array([5, 0])),
     "positions": lambda: Mask.full((3, 1), None, ids(B, T) * 4, ids(1, S) * 3),
     "function": lambda: Mask.where(lambda q, k: (q - k) % 3 < 2),
+    "intervals": lambda: Mask.intervals(bounds(), (5, None)),
   },
   "bias": {
     "none": lambda N: None,

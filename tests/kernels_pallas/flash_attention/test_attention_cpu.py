@@ -49,6 +49,13 @@ def documents(length):
   return jnp.asarray(np.stack([one, np.arange(length) // 60]), jnp.int32)
 
 
+def bounds(R):
+  """R intervals a query; those of one row are empty for 40 queries."""
+  found = np.sort(np.random.default_rng(5).integers(0, S, (B, 2 * R, T)), 1)
+  found[1, :, 50:90] = 0
+  return jnp.asarray(found, jnp.int32)
+
+
 MASKS = {
   "full": lambda: Mask.full(),
   "causal": lambda: Mask.causal(),
@@ -65,6 +72,7 @@ MASKS = {
   ),
   "of no key": lambda: Mask.causal(offset=-60),
   "function": lambda: Mask.where(stripes),
+  "intervals": lambda: Mask.intervals(bounds(3), (90, None)),
 }
 
 
@@ -73,7 +81,12 @@ def stripes(q, k):
 
 
 SIZES = {"H": (8, 24, 37), "Hv": (8, 40), "K": (4, 2, 1), "sinks": (0, 1)}
-CASES = pairwise({**SIZES, "mask": tuple(MASKS), "isa": cpu.ISAS[1:]})
+KINDS = tuple(name for name in MASKS if name != "intervals")
+CASES = pairwise({**SIZES, "mask": KINDS, "isa": cpu.ISAS[1:]})
+CASES += [
+  {"H": 37, "Hv": 40, "K": 2, "sinks": 1, "mask": "intervals", "isa": isa}
+  for isa in cpu.ISAS[1:]
+]
 
 
 def operands(H, Hv, K, sinks):

@@ -62,6 +62,12 @@ def dilated(q, k):
   return (q >= k) & ((q - k) % 3 != 1)
 
 
+def bounds():
+  rng = np.random.default_rng(2)
+  found = np.sort(rng.integers(0, T + 1, (B, 4, T)), axis=1)
+  return jnp.asarray(found, jnp.int32)
+
+
 MASKS = {
   "causal": lambda: Mask.causal(),
   "window": lambda: Mask.causal((4, None), segments=documents()),
@@ -72,6 +78,7 @@ MASKS = {
   "diffusion": lambda: Mask.block_diffusion(8, 4, segments=documents()),
   "full": lambda: Mask.full(),
   "function": lambda: Mask.where(dilated, segments=documents()),
+  "intervals": lambda: Mask.intervals(bounds(), (9, None), documents()),
 }
 
 

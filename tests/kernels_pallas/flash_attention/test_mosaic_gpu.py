@@ -98,6 +98,14 @@ def ids(*shape, high=3):
   return jnp.asarray(rng.integers(-1, high, shape), jnp.int32)
 
 
+def bounds():
+  """Two intervals a query; the first of a tile, the second across tiles."""
+  rng = np.random.default_rng(3)
+  found = np.sort(rng.integers(30, S, (1, 4, T)), axis=1)
+  found[:, :2] = np.array([[0], [64]])
+  return jnp.asarray(found, jnp.int32)
+
+
 def qkv(H=64, Hv=64, T=T, S=S, B=B, dtype=jnp.float16):
   draw_ = functools.partial(draw, dtype=dtype)
   return draw_(B, T, 2, H), draw_(B, S, 1, H), draw_(B, S, 1, Hv, seed=1)
@@ -136,6 +144,10 @@ CASES = {
   ),
   "function": (
     {"mask": lambda: Mask.where(lambda q, k: (q - k) % 60 < 25)},
+    {"B": 1},
+  ),
+  "intervals": (
+    {"mask": lambda: Mask.intervals(bounds(), (90, None))},
     {"B": 1},
   ),
   "diffusion_bfloat16": (

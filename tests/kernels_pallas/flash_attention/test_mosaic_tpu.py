@@ -53,6 +53,12 @@ def ids(*shape, high=2, seed=0):
   return jnp.asarray(rng.integers(-1, high, shape), jnp.int32)
 
 
+def bounds():
+  """Two intervals a query, that overlap or are empty here and there."""
+  rng = np.random.default_rng(3)
+  return jnp.asarray(rng.integers(0, S + 2, (B, 4, T)), jnp.int32)
+
+
 FACTORS = {
   "mask": {
     "window_segments": lambda: Mask.causal((6, None), (ids(B, T), ids(B, S))),
@@ -65,6 +71,7 @@ FACTORS = {
     "function": lambda: Mask.where(
       lambda q, k: (k < 2) | ((q - k) % 5 < 2), (14, None)
     ),
+    "intervals": lambda: Mask.intervals(bounds(), (14, None)),
   },
   "bias": {
     "none": lambda N, T, S: None,

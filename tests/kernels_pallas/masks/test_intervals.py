@@ -23,6 +23,19 @@ def segments():
   return tuple(jnp.asarray(np.sort(ids(n, 4), axis=1)) for n in (T, S))
 
 
+def bounds(R):
+  """R intervals a query, of which some overlap and some are empty."""
+  rng = np.random.default_rng(R)
+  return jnp.asarray(rng.integers(-2, S + 3, (B, 2 * R, T)), jnp.int32)
+
+
+def rising():
+  """A block of 4 queries sees 8 keys, a tile, and one key more."""
+  first = 8 * (jnp.arange(T) // 4 % 5)
+  more = jnp.arange(T) % S
+  return jnp.stack([first, first + 8, more, more + 1])[None]
+
+
 def picture(q, k):
   """A patch of 8 x 5 sees its neighbours two rows and one column away."""
   return (abs(q // 5 - k // 5) < 3) & (abs(q % 5 - k % 5) < 2)
@@ -61,6 +74,11 @@ BY_DATA = {
   ),
   "picture_q_positions": lambda: Mask.where(
     picture, q_positions=ids(T, 30, 1), extent=30
+  ),
+  "intervals": lambda: Mask.intervals(bounds(3), (9, None)),
+  "intervals_rising": lambda: Mask.intervals(rising()),
+  "intervals_positions": lambda: Mask.intervals(
+    bounds(2), (9, 3), segments(), ids(T, 30), ids(S, 30, 1)
   ),
 }
 DIFFUSION = {

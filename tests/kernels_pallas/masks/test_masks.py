@@ -27,6 +27,11 @@ def positions():
   return ints(2, B, T, high=9), ints(3, B, S, high=9)
 
 
+def bounds(R, low=-1, high=13):
+  """R intervals a query, of which some overlap and some are empty."""
+  return ints(6, B, 2 * R, T, low=low, high=high)
+
+
 def near_or_third(q, k):
   return (abs(q - k) < 3) | (k % 3 == 0)
 
@@ -48,6 +53,11 @@ MASKS = {
   "function_window": Mask.where(near_or_third, (4, 1), segments(), offset=-2),
   "function_positions": Mask.where(
     near_or_third, None, None, *positions(), extent=7
+  ),
+  "intervals": Mask.intervals(bounds(2)),
+  "intervals_window": Mask.intervals(bounds(3), (4, 1), segments(), offset=2),
+  "intervals_positions": Mask.intervals(
+    bounds(2)[:1], (5, None), None, *positions()
   ),
 }
 DIFFUSION = {
@@ -95,6 +105,10 @@ def definition(m, b, i, j, T, S):
     known = m.q_positions is None or q < m.extent
     known &= m.kv_positions is None or k < m.extent
     return known and (abs(q - k) < 3 or k % 3 == 0)
+  if m.kind == "intervals":
+    edges = m.bounds[b % m.bounds.shape[0], :, i].tolist()
+    pairs = zip(edges[0::2], edges[1::2], strict=True)
+    return any(lo <= k < hi for lo, hi in pairs)
   if m.kind == "block_diffusion":
     ours, theirs = q // m.block, k // m.block
     if i < m.length:
@@ -240,6 +254,26 @@ def closes_over(x):
       "an extent with them",
     ),
     (lambda: jax.jit(closes_over)(jnp.arange(4)), "it closes over an array"),
+    (lambda: Mask.intervals(bounds(2)).check(B, 5, 5), "expected [2, 2 R, 5]"),
+    (lambda: Mask.intervals(bounds(9)).check(B, T, S), "from 1 to 8"),
+    (
+      lambda: Mask.intervals(bounds(1)[:, :1]).check(B, T, S),
+      "found shape (2, 1, 7)",
+    ),
+    (
+      lambda: Mask(kind="intervals", bounds=jnp.zeros((1, 2, T))).check(
+        B, T, S
+      ),
+      "found float32, expected integers",
+    ),
+    (lambda: Mask(kind="intervals").check(B, T, S), "found none with kind"),
+    (lambda: Mask(bounds=bounds(1)).check(B, T, S), "found some with kind"),
+    (
+      lambda: Mask.intervals(
+        bounds(1), (3, 0), kv_positions=positions()[1]
+      ).check(B, T, S),
+      "with kv_positions alone",
+    ),
   ],
 )
 def test_invalid_masks_raise(make, message):

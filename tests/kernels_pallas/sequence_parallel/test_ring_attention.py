@@ -1,5 +1,7 @@
 """Attention over sharded tokens: exact, forward and backward."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.sharded import (
   AttentionSharding,
   sharded_attention,
+  with_positions,
 )
 from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
@@ -65,6 +68,31 @@ def test_agrees_with_one_device(row):
   found = support.shared(mask, x, *choice["way"], **options)
   assert all(float(jnp.abs(g).max()) > 1e-3 for g in expected.values())
   chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+  ("way", "name"),
+  [
+    ("ring in zig-zag order", "marked"),
+    ("gathered in zig-zag order", "intervals"),
+    ("exchanged", "intervals"),
+  ],
+)
+def test_intervals_are_cut_with_the_queries(way, name):
+  x = support.operands((4, 4, 4, 4))
+  mask = MASKS[name]()
+  expected = support.alone(mask, x)
+  found = support.shared(mask, x, *WAYS[way])
+  chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_coordinates_that_are_no_positions_take_no_window_on_a_mesh():
+  marked = MASKS["marked"]()
+  mask = dataclasses.replace(marked, window=(3, None))
+  with pytest.raises(ValueError, match="with kv_positions alone"):
+    support.shared(mask, support.operands(), support.ROWS, support.RING)
+  # Nor by positions that are added before a layer's window is.
+  assert with_positions(marked, T, T).q_positions is None
 
 
 @pytest.mark.slow

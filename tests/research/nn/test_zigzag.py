@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.masks import Mask
+from kernels_pallas.masks import Mask, image_blocks
 from research import sharding
 from research.nn import attention_context, zigzag
 from research.nn.transformer import init_cache
@@ -21,6 +21,11 @@ def padded():
   return np.where(steps < np.array([[16], [3], [9], [12]]), steps, -1)
 
 
+def images():
+  ids = np.random.default_rng(0).integers(-1, 2, (BATCH, TIME))
+  return image_blocks(jnp.asarray(np.sort(ids, axis=1), jnp.int32))
+
+
 def prefix():
   return Mask.prefix_lm(jnp.array([5, 0, 16, 9], jnp.int32))
 
@@ -33,6 +38,7 @@ CASES = {  # family, layout, arguments of the call
   "full": ("llama", "ring", {"mask": Mask.full()}),
   "exchanged": ("llama", "ulysses", {"mask": prefix()}),
   "cache": ("llama", "ring", {}),
+  "images": ("gemma2", "ring", {"mask": images()}),
 }
 
 
@@ -71,6 +77,7 @@ def test_tokens_are_reordered_only_where_that_spreads_work():
   with jax.set_mesh(mesh):
     assert zigzag.zigzag_axes(causal, (4, 16)) == ("ring",)
     assert zigzag.zigzag_axes(prefix(), (4, 16)) == ("ring",)
+    assert zigzag.zigzag_axes(images(), (4, 16)) == ("ring",)
     assert zigzag.zigzag_axes(causal, (4, 12)) == ()  # halves of shards of 3
     assert zigzag.zigzag_axes(causal, (4, 15)) == ()
     assert zigzag.zigzag_axes(Mask.full(), (4, 16)) == ()
