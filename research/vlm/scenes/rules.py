@@ -85,3 +85,39 @@ MAJORITY = BestGiven(lambda sample: ())
 def yes_no(holds: object) -> str:
   """Returns "yes" or "no"."""
   return "yes" if holds else "no"
+
+
+# Of questions about a colour and a shape -----------------------------------
+
+
+def asked(sample: Sample, part: str) -> str:
+  """Returns what the question names, "" where it names no such part."""
+  return str(sample.program.get(part, ""))
+
+
+def _number(sample: Sample, found: int) -> str:
+  return str(found) if sample.kind == "count" else yes_no(found)
+
+
+def _colour_only(sample: Sample) -> str:
+  return _number(sample, sample.count(colour=asked(sample, "colour")))
+
+
+def _shape_only(sample: Sample) -> str:
+  return _number(sample, sample.count(name=asked(sample, "shape")))
+
+
+def _both_somewhere(sample: Sample) -> str:
+  colours = sample.count(colour=asked(sample, "colour"))
+  return _number(
+    sample, min(colours, sample.count(name=asked(sample, "shape")))
+  )
+
+
+_KINDS = ("count", "exists")
+ATTRIBUTES: Mapping[str, Rule] = {
+  "colour only": Each(_colour_only, _KINDS),
+  "shape only": Each(_shape_only, _KINDS),
+  "both somewhere": Each(_both_somewhere, _KINDS),
+}
+"""Answers from one attribute, and from both without asking who has which."""

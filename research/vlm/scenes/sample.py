@@ -28,6 +28,7 @@ class Object:
     box: what it is drawn in.
     image: index of its image in the sample.
     source: index in the data set that it comes from; -1 for a drawn one.
+    points: corners of a line, in pixels.
   """
 
   name: str
@@ -35,6 +36,7 @@ class Object:
   box: Box
   image: int = 0
   source: int = -1
+  points: tuple[tuple[int, int], ...] = ()
 
   @property
   def centre(self) -> tuple[float, float]:

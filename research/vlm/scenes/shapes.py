@@ -15,7 +15,14 @@ import numpy as np
 
 from research.typing import UInt8, UserError
 from research.vlm.scenes import drawing
-from research.vlm.scenes.rules import MAJORITY, BestGiven, Each, yes_no
+from research.vlm.scenes.rules import (
+  ATTRIBUTES,
+  MAJORITY,
+  BestGiven,
+  Each,
+  asked,
+  yes_no,
+)
 from research.vlm.scenes.sample import YES_NO, Object, Sample
 from research.vlm.scenes.task import Task
 
@@ -52,25 +59,9 @@ class Draft(NamedTuple):
   cells: tuple[tuple[int, int], ...] = ()
 
 
-def _asked(x: Sample, part: str) -> str:
-  return str(x.program.get(part, ""))
-
-
-def _by_attributes(x: Sample, colour: str, name: str) -> str:
-  """Answers about objects that match these attributes of those asked."""
-  found = x.count(colour, name)
-  return str(found) if x.kind == "count" else yes_no(found)
-
-
-def _somewhere(x: Sample) -> str:
-  """Answers from the bags of colours and of shapes, not who has which."""
-  found = min(x.count(_asked(x, "colour")), x.count(name=_asked(x, "shape")))
-  return str(found) if x.kind == "count" else yes_no(found)
-
-
-def _first_alone(x: Sample) -> str:
+def _first_only(x: Sample) -> str:
   """Says where the first-named object is, whatever the second one does."""
-  axis, sign = RELATIONS[_asked(x, "relation")]
+  axis, sign = RELATIONS[asked(x, "relation")]
   (first,) = _named(x, "first")
   low = first.centre[axis] < int(x.program["size"]) / 2
   return yes_no(low == (sign < 0))
@@ -82,7 +73,7 @@ def _commonest(x: Sample) -> str:
 
 
 def _named(x: Sample, which: str) -> list[Object]:
-  colour, shape = _asked(x, which).split(" ")
+  colour, shape = asked(x, which).split(" ")
   return [o for o in x.objects if (o.colour, o.name) == (colour, shape)]
 
 
@@ -116,18 +107,12 @@ class Shapes(Task):
   KINDS: ClassVar = ("count", "exists", "relation", "colour", "compare")
   RULES: ClassVar = {
     "majority": MAJORITY,
-    "colour only": Each(
-      lambda x: _by_attributes(x, _asked(x, "colour"), ""), ("count", "exists")
-    ),
-    "shape only": Each(
-      lambda x: _by_attributes(x, "", _asked(x, "shape")), ("count", "exists")
-    ),
-    "both somewhere": Each(_somewhere, ("count", "exists")),
+    **ATTRIBUTES,
     "number of objects": BestGiven(lambda x: len(x.objects)),
-    "first object only": Each(_first_alone, ("relation",)),
+    "first object only": Each(_first_only, ("relation",)),
     "commonest colour": Each(_commonest, ("colour",)),
     "first count only": BestGiven(
-      lambda x: x.count(_asked(x, "first")), ("compare",)
+      lambda x: x.count(asked(x, "first")), ("compare",)
     ),
   }
 
@@ -183,10 +168,10 @@ class Shapes(Task):
 
   def _squares(self) -> list[tuple[Pair, Pair, Pair, Pair]]:
     """Returns (asked, other, colour only, shape only) for "both, unbound"."""
-    possible, asked = set(self._possible()), self._asked_pairs()
+    possible = set(self._possible())
     return [
       (a, b, (a[0], b[1]), (b[0], a[1]))
-      for a in asked
+      for a in self._asked_pairs()
       for b in sorted(possible)
       if a[0] != b[0]
       and a[1] != b[1]
@@ -222,16 +207,16 @@ class Shapes(Task):
     return Draft(text, str(count), numbers, form, program, pairs)
 
   def _exists(self, rng: np.random.Generator) -> Draft:
-    asked, other, has_colour, has_shape = _pick(rng, self._squares())
-    colour, shape = asked
+    pair, other, has_colour, has_shape = _pick(rng, self._squares())
+    colour, shape = pair
     stratum = _pick(rng, ("absent", "one", "both"))
     answer = _pick(rng, YES_NO)
     total = int(rng.integers(2, self.max_objects + 1))
     possible = self._possible()
     if stratum == "both":
       # The same bags of colours and shapes, bound in one way or the other.
-      two = [asked, other] if answer == "yes" else [has_colour, has_shape]
-      rest = [p for p in possible if p != asked]
+      two = [pair, other] if answer == "yes" else [has_colour, has_shape]
+      rest = [p for p in possible if p != pair]
     else:
       given = None if stratum == "absent" else rng.integers(2)
       rest = [
@@ -240,7 +225,7 @@ class Shapes(Task):
         if (given == 0 or p[0] != colour) and (given == 1 or p[1] != shape)
       ]
       first = other if given is None else (has_colour, has_shape)[given]
-      two = [first, asked if answer == "yes" else _pick(rng, rest)]
+      two = [first, pair if answer == "yes" else _pick(rng, rest)]
     return Draft(
       f"Is there a {colour} {shape}?",
       answer,
