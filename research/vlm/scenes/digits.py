@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from research.data.sources import Split
-from research.typing import UInt8, UserError
+from research.typing import Int, UInt8, UserError
 from research.vlm.scenes.rules import MAJORITY, BestGiven
 from research.vlm.scenes.sample import YES_NO, Object, Sample
 from research.vlm.scenes.task import Task
@@ -59,7 +59,7 @@ def load() -> tuple[UInt8[np.ndarray, "B 8 8"], UInt8[np.ndarray, "B"]]:
 
 
 @functools.cache
-def indices(split: Split) -> dict[int, UInt8[np.ndarray, "B"]]:
+def indices(split: Split) -> dict[int, Int[np.ndarray, "B"]]:
   """Returns digit -> indices of its images in a split: 8 of 10 are train."""
   images, digits = load()
   parts = np.array([zlib.crc32(x.tobytes()) % 10 for x in images])

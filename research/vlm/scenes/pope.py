@@ -8,6 +8,7 @@ an object of the scene. Unlike in POPE, answers are uniform given the text.
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import ClassVar
 
@@ -61,7 +62,7 @@ class PopeShapes(Task):
     self.expect("max_objects", 2, self.cells**2)
     self.expect("size", 8 * self.cells)
 
-  @property
+  @functools.cached_property
   def pairs(self) -> list[Pair]:
     """All pairs of colour and shape, the most frequent first.
 
@@ -77,23 +78,18 @@ class PopeShapes(Task):
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
     """Returns a sample without images."""
-    pairs, weights = self.pairs, 1 / np.arange(1, len(self.pairs) + 1)
+    pairs = self.pairs
     stratum = self.STRATA[rng.integers(len(self.STRATA))]
     most = self.popular if stratum == "popular" else len(pairs)
     colour, shape = pair = pairs[rng.integers(most)]
     answer = YES_NO[rng.integers(2)]
 
-    def others(some: list[Pair], count: int) -> list[Pair]:
-      p = np.array([weights[pairs.index(x)] for x in some])
-      drawn = rng.choice(len(some), size=count, p=p / p.sum())
-      return [some[i] for i in drawn]
-
     absent = [x for x in pairs if x != pair]
     alike = [x for x in absent if (x[0] == colour) != (x[1] == shape)]
     total = int(rng.integers(2, self.max_objects + 1))
-    scene = others(alike if stratum == "adversarial" else absent, 1)
-    scene += [pair] if answer == "yes" else others(absent, 1)
-    scene += others(absent, total - 2)
+    scene = self._others(rng, alike if stratum == "adversarial" else absent, 1)
+    scene += [pair] if answer == "yes" else self._others(rng, absent, 1)
+    scene += self._others(rng, absent, total - 2)
     return Sample(
       (),
       f"Is there a {colour} {shape} in the image?",
@@ -104,6 +100,13 @@ class PopeShapes(Task):
       place(rng, scene, self.size, self.cells),
       YES_NO,
     )
+
+  def _others(
+    self, rng: np.random.Generator, some: list[Pair], count: int
+  ) -> list[Pair]:
+    """Returns pairs drawn by Zipf's law, the i-th as often as 1 / i."""
+    p = np.array([1 / (1 + self.pairs.index(x)) for x in some])
+    return [some[i] for i in rng.choice(len(some), size=count, p=p / p.sum())]
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
     """Returns the image of a drawn sample."""

@@ -18,8 +18,8 @@ from research.vlm.scenes.rules import MAJORITY, Each
 from research.vlm.scenes.sample import Object, Sample
 from research.vlm.scenes.task import Task
 
-ALPHABET = "ACDEFGHJKLMNPRTUVWXY34679"
-"""Without characters that look alike, such as 0 and O."""
+ALPHABET = "ACDEFGHKLMNPRTUVWXY34679"
+"""Without those that look alike, such as 0 and O, or reach below the line."""
 FIELDS = ("Sum", "Tax", "Day", "Row", "Age")
 BARS = "ABCDE"
 _FIGURES = 3
