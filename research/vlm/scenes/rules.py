@@ -95,29 +95,30 @@ def asked(sample: Sample, part: str) -> str:
   return str(sample.program.get(part, ""))
 
 
-def _number(sample: Sample, found: int) -> str:
-  return str(found) if sample.kind == "count" else yes_no(found)
+def _counts(sample: Sample) -> tuple[int, int] | None:
+  """Returns how many objects have the colour, and how many the shape.
+
+  None where only one of them is asked about: then it is all that counts.
+  """
+  colour, shape = asked(sample, "colour"), asked(sample, "shape")
+  if not colour or not shape:
+    return None
+  return sample.count(colour=colour), sample.count(name=shape)
 
 
-def _colour_only(sample: Sample) -> str:
-  return _number(sample, sample.count(colour=asked(sample, "colour")))
+def _from_counts(choose: Callable[[int, int], int]) -> Each:
+  def answer(sample: Sample) -> str | None:
+    if (counts := _counts(sample)) is None:
+      return None
+    found = choose(*counts)
+    return str(found) if sample.kind == "count" else yes_no(found)
+
+  return Each(answer, ("count", "exists"))
 
 
-def _shape_only(sample: Sample) -> str:
-  return _number(sample, sample.count(name=asked(sample, "shape")))
-
-
-def _both_somewhere(sample: Sample) -> str:
-  colours = sample.count(colour=asked(sample, "colour"))
-  return _number(
-    sample, min(colours, sample.count(name=asked(sample, "shape")))
-  )
-
-
-_KINDS = ("count", "exists")
 ATTRIBUTES: Mapping[str, Rule] = {
-  "colour only": Each(_colour_only, _KINDS),
-  "shape only": Each(_shape_only, _KINDS),
-  "both somewhere": Each(_both_somewhere, _KINDS),
+  "colour only": _from_counts(lambda colour, shape: colour),
+  "shape only": _from_counts(lambda colour, shape: shape),
+  "both somewhere": _from_counts(min),
 }
 """Answers from one attribute, and from both without asking who has which."""
