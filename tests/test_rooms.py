@@ -23,6 +23,7 @@ ORDER = (  # what stands on a line may import what stands above it, and itself
   {"research.quant"},
   {"research.lora"},
   {"research.diffusion"},
+  {"research.vlm"},
   {"research.interop"},
   {"research.planning"},
   {"experiments"},

@@ -343,6 +343,8 @@ DISTRIBUTIONS = {
   "absl": "absl-py",
   "gin": "gin-config",
   "orbax": "orbax-checkpoint",
+  "PIL": "pillow",
+  "sklearn": "scikit-learn",
   "jaxlib": "jax",  # pins it
 }
 """What brings a package, where it is not called after it."""

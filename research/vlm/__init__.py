@@ -1,0 +1,1 @@
+"""Vision language models: from pixels to tokens of a language model."""

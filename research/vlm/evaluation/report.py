@@ -1,0 +1,237 @@
+"""A report: a model's score beside those of its baselines, by stratum."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from research import tables
+from research.typing import Bool, Float, UserError
+from research.vlm.evaluation.yes_no import YesNoScores, yes_no_scores
+from research.vlm.scenes.sample import YES_NO, Sample
+
+REAL, BLIND, SHUFFLED = "real", "blind", "shuffled"
+"""The model with its images, with zeros, and with other samples' images."""
+
+CONFIDENCE = 0.95
+"""Of every interval, two-sided."""
+_RESAMPLES = 4000
+
+
+class Result(NamedTuple):
+  """A mean score and its interval.
+
+  Attributes:
+    score: mean over samples, 0 to 1.
+    low: of the interval.
+    high: of the interval.
+    n: number of samples.
+  """
+
+  score: float
+  low: float
+  high: float
+  n: int
+
+
+class Margin(NamedTuple):
+  """How far the model is above its best baseline.
+
+  Attributes:
+    baseline: the name of the best one in this group.
+    difference: of mean scores.
+    low: of the interval, over the same samples for both.
+    high: of the interval.
+  """
+
+  baseline: str
+  difference: float
+  low: float
+  high: float
+
+
+def bootstrap(
+  values: Float[np.ndarray, "B"], seed: int = 0
+) -> tuple[float, float]:
+  """Returns the percentile bootstrap's interval of a mean (Efron 1979).
+
+  Values are few, such as 0 and 1, so a resample is drawn as how often each
+  occurs: the same distribution, without a draw for each sample.
+
+  Args:
+    values: one at least.
+    seed: of the resamples.
+  """
+  different, counts = np.unique(values, return_counts=True)
+  rng = np.random.default_rng(seed)
+  drawn = rng.multinomial(len(values), counts / len(values), size=_RESAMPLES)
+  tail = (1 - CONFIDENCE) / 2
+  means = drawn @ different / len(values)
+  low, high = np.quantile(means, (tail, 1 - tail))
+  return float(low), float(high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Answers and scores of a model and its baselines on the same samples.
+
+  Attributes:
+    samples: without their images.
+    texts: what the model wrote: with real, blind and shuffled images.
+    answers: parsed from these; None is invalid.
+    scores: of these and of each rule, 0 to 1; NaN where a rule does not apply.
+  """
+
+  samples: Sequence[Sample]
+  texts: Mapping[str, Sequence[str]]
+  answers: Mapping[str, Sequence[str | None]]
+  scores: Mapping[str, Float[np.ndarray, "B"]]
+
+  def within(self, kind: str = "", stratum: str = "") -> Bool[np.ndarray, "B"]:
+    """Returns which samples are of a kind and a stratum; "" is all.
+
+    Raises:
+      UserError: none is.
+    """
+    found = np.array(
+      [
+        kind in ("", x.kind) and stratum in ("", x.stratum)
+        for x in self.samples
+      ]
+    )
+    if not found.any():
+      raise UserError(
+        f"Report: found no sample of kind {kind!r} and stratum {stratum!r};"
+        f" there are {', '.join(map(repr, self.groups()))}."
+      )
+    return found
+
+  def groups(self) -> list[tuple[str, str]]:
+    """Returns kinds and their strata, in order of their names."""
+    return sorted({(x.kind, x.stratum) for x in self.samples})
+
+  def systems(self, kind: str = "", stratum: str = "") -> list[str]:
+    """Returns the model's and the rules that answer the whole group."""
+    group = self.within(kind, stratum)
+    return [
+      name
+      for name, scores in self.scores.items()
+      if not np.isnan(scores[group]).any()
+    ]
+
+  def result(
+    self, system: str = REAL, kind: str = "", stratum: str = ""
+  ) -> Result:
+    """Returns the score of the model or of a baseline in a group."""
+    scores = self.scores[system][self.within(kind, stratum)]
+    return Result(float(scores.mean()), *bootstrap(scores), len(scores))
+
+  def margin(self, kind: str = "", stratum: str = "") -> Margin:
+    """Returns how far the model is above the best of its baselines.
+
+    A rule counts where it answers the whole group. The interval is that of the
+    mean difference by sample; that the best was chosen by these samples makes
+    it, if anything, too low.
+    """
+    group = self.within(kind, stratum)
+    names = [x for x in self.systems(kind, stratum) if x != REAL]
+    best = max(names, key=lambda name: self.scores[name][group].mean())
+    apart = self.scores[REAL][group] - self.scores[best][group]
+    return Margin(best, float(apart.mean()), *bootstrap(apart))
+
+  def invalid(
+    self, system: str = REAL, kind: str = "", stratum: str = ""
+  ) -> float:
+    """Returns the share of the model's answers that no parser could read."""
+    group = self.within(kind, stratum)
+    answers = self.answers[system]
+    return float(np.mean([answers[i] is None for i in np.flatnonzero(group)]))
+
+  def yes_no(
+    self, system: str = REAL, kind: str = "", stratum: str = ""
+  ) -> YesNoScores:
+    """Returns POPE's numbers of a group of yes-no questions.
+
+    Raises:
+      UserError: the group has other questions.
+    """
+    some = np.flatnonzero(self.within(kind, stratum))
+    return yes_no_scores(
+      [self.answers[system][i] for i in some],
+      [self.samples[i].answer for i in some],
+    )
+
+  def _rows(self, kind: str) -> Iterator[tuple[str, str, str]]:
+    """Yields (title, kind, stratum) of the rows of a kind's table."""
+    strata = [s for k, s in self.groups() if k == kind]
+    if len(strata) > 1:
+      yield from ((stratum, kind, stratum) for stratum in strata)
+    yield "all", kind, ""
+
+  def _table(self, kind: str) -> list[list[str]]:
+    groups = list(self._rows(kind)) if kind else [("all", "", "")]
+    answering = {
+      name: None for _, *group in groups for name in self.systems(*group)
+    }
+    columns = [name for name in self.scores if name in answering][1:]
+    some = [x for x in self.samples if kind in ("", x.kind)]
+    binary = all(x.choices == YES_NO for x in some)
+    head = [kind or "all kinds", "n", "real", "95%", *columns]
+    rows = [[*head, "above best", "95%", "invalid", *["yes"] * binary]]
+    for title, *group in groups:
+      systems = self.systems(*group)
+      real, margin = self.result(REAL, *group), self.margin(*group)
+      rows.append(
+        [
+          title,
+          f"{real.n:,}",
+          _percent(real.score),
+          f"{_percent(real.low)} to {_percent(real.high)}",
+          *(
+            _percent(self.result(name, *group).score) if name in systems else ""
+            for name in columns
+          ),
+          _percent(margin.difference),
+          f"{_percent(margin.low)} to {_percent(margin.high)}",
+          _percent(self.invalid(REAL, *group)),
+        ]
+      )
+      if binary:
+        rows[-1].append(_percent(self.yes_no(REAL, *group).yes_ratio))
+    return rows
+
+  def _tables(self) -> list[list[list[str]]]:
+    kinds = sorted({x.kind for x in self.samples})
+    return [self._table(x) for x in kinds + [""] * (len(kinds) > 1)]
+
+  def __str__(self) -> str:
+    """Returns a table for each kind of question, in per cent."""
+    return "\n\n".join(
+      "\n".join(tables.aligned(x, right=range(1, len(x[0]))))
+      for x in self._tables()
+    )
+
+  def markdown(self) -> str:
+    """Returns the same tables as Markdown."""
+    return "\n\n".join(tables.markdown(x[0], x[1:]) for x in self._tables())
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns scores, intervals and margins by group, of plain values."""
+    groups = [("", ""), *((k, "") for k in dict(self.groups())), *self.groups()]
+    out = {}
+    for kind, stratum in groups:
+      name = "/".join(x for x in (kind, stratum) if x) or "all"
+      out[name] = {
+        "margin": self.margin(kind, stratum)._asdict(),
+        "invalid": self.invalid(REAL, kind, stratum),
+        "systems": {
+          system: self.result(system, kind, stratum)._asdict()
+          for system in self.systems(kind, stratum)
+        },
+      }
+    return out
+
+
+def _percent(share: float) -> str:
+  return f"{100 * share:.1f}"
