@@ -343,6 +343,7 @@ DISTRIBUTIONS = {
   "absl": "absl-py",
   "gin": "gin-config",
   "orbax": "orbax-checkpoint",
+  "PIL": "pillow",
   "jaxlib": "jax",  # pins it
 }
 """What brings a package, where it is not called after it."""
