@@ -25,6 +25,8 @@ from jaxtyping import (
   UInt8,
 )
 
+from research.errors import UserError
+
 PRNGKey = jax.Array
 """A typed key from `jax.random.key`, or an array of such keys."""
 
@@ -47,11 +49,3 @@ __all__ = [
   "UInt8",
   "UserError",
 ]
-
-
-class UserError(ValueError):
-  """An error that the user can fix: in a path, a field, a flag or a file.
-
-  The message has one to three lines: where the error is, what was found, what
-  was expected, and the fix. The command line prints it without a traceback.
-  """

@@ -16,6 +16,7 @@ ORDER = (  # what stands on a line may import what stands above it, and itself
     *("research.typing", "research.tree", "research.weights"),
     *("research.sharding", "research.io", "research.text", "research.taps"),
     *("research.moved", "research.tables", "research.progress"),
+    "research.errors",
   },
   {"research.nn"},
   {"research.generation", "research.data", "research.optim"},
@@ -34,6 +35,7 @@ GROUND = 1
 MOST = 16
 CATALOGUES = {  # a file a thing, all of one shape
   "research/lora/methods",
+  "research/vlm/images/tiling",
   "kernels_pallas/flash_attention/gpu",
 }
 

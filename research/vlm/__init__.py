@@ -1,1 +1,18 @@
-"""Vision language models: from pixels to tokens of a language model."""
+"""Vision language models: from pixels to tokens that a language model reads.
+
+`images/` makes of an image file what an encoder takes, without JAX; `encoders/`
+and `connectors/` make soft tokens of that, which `splice` puts in the place of
+a prompt's placeholders. `contrastive/` trains encoders, `scenes/` draws
+questions with known answers, `evaluation/` scores answers.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+  __name__,
+  submod_attrs={
+    "model": ["VisionLanguageModel"],
+    "objective": ["WithImages"],
+    "splice": ["SplicedEmbedding", "splice"],
+  },
+)

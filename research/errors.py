@@ -1,0 +1,9 @@
+"""The error that a user can fix; it imports nothing, so that workers may."""
+
+
+class UserError(ValueError):
+  """An error that the user can fix: in a path, a field, a flag or a file.
+
+  The message has one to three lines: where the error is, what was found, what
+  was expected, and the fix. The command line prints it without a traceback.
+  """

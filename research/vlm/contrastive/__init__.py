@@ -1,0 +1,11 @@
+"""Contrastive pre-training: images and texts in one space."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+  __name__,
+  submod_attrs={
+    "dual_encoder": ["DualEncoder"],
+    "losses": ["clip_loss", "siglip_loss", "siglip_ring_loss"],
+  },
+)

@@ -1,0 +1,95 @@
+"""All that a model expects of its images, as a value; `describe` counts it."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float32
+
+from research.vlm.images.normalise import Normalisation
+from research.vlm.images.plan import Plan, Tiling, Views
+from research.vlm.images.prompts import (
+  Layout,
+  Piece,
+  Text,
+  Wrapped,
+  token_count,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessor:
+  """How a model wants its images.
+
+  Attributes:
+    tiling: makes the views.
+    normalise: makes floats of them, where the encoder takes floats.
+    layout: what stands for the image in a prompt.
+    placeholder: the token that stands for one feature.
+  """
+
+  tiling: Tiling
+  normalise: Normalisation
+  layout: Layout = Wrapped()
+  placeholder: str = "<image>"
+
+  def plan(self, height: int, width: int) -> Plan:
+    """Returns what becomes of an image of this size; see `Tiling.plan`."""
+    return self.tiling.plan(height, width)
+
+  def views(self, image: np.ndarray, plan: Plan | None = None) -> Views:
+    """Returns the image's views in uint8; see `Tiling.views`."""
+    return self.tiling.views(image, plan)
+
+  def pieces(self, plan: Plan) -> tuple[Piece, ...]:
+    """Returns what stands for the image in a prompt."""
+    return self.layout(plan)
+
+  def floats(self, views: Views) -> Float32[np.ndarray, "N H W 3"]:
+    """Returns the views as the encoder takes them."""
+    return self.normalise(views.pixels)
+
+
+def describe(
+  preprocessor: Preprocessor, height: int, width: int, name: str = "image"
+) -> str:
+  """Returns a text of what an image of this size costs, in tokens.
+
+  Args:
+    preprocessor: of the model.
+    height: of the image, upright, in pixels.
+    width: of the image.
+    name: of the preset, for the first line.
+  """
+  plan = preprocessor.plan(height, width)
+  pieces = preprocessor.pieces(plan)
+  total = token_count(pieces)
+  wrappers = total - plan.soft_tokens
+  words = " ".join(x.text.strip() for x in pieces if isinstance(x, Text))
+  lines = [
+    f"{name}: {height} x {width} pixels (height x width)",
+    f"  resized to      {plan.content[0]} x {plan.content[1]}",
+    f"  views           {plan.views} of {plan.view[0]} x {plan.view[1]}"
+    + (f", {plan.rows} x {plan.columns} tiles" if plan.rows else ""),
+    f"  encoder tokens  {plan.patches[0] * plan.patches[1]} per view, "
+    f"{plan.encoder_tokens} in all",
+    f"  soft tokens     {_grids(plan)} = {plan.soft_tokens}",
+    f"  wrapper tokens  {wrappers}",
+    f"  total           {total}",
+  ]
+  if words:
+    lines.append(f"  and the words   {words!r}")
+  return "\n".join(lines)
+
+
+def _grids(plan: Plan) -> str:
+  """Returns the sum of grids as a text; equal ones in a row are a product."""
+  terms, grids = [], list(plan.grids)
+  while grids:
+    first, same = grids[0], 1
+    while same < len(grids) and grids[same] == first:
+      same += 1
+    factor = f"{same} x " if same > 1 else ""
+    terms.append(f"{factor}{first[0]} x {first[1]}")
+    del grids[:same]
+  terms += [f"{plan.row_ends} ends of rows"] if plan.row_ends else []
+  return " + ".join(terms)

@@ -1,0 +1,55 @@
+"""Centre crop: the shorter side at one size, and the middle of the longer one.
+
+CLIP (openai/CLIP, `clip.py`: Resize, CenterCrop), LLaVA-1, and stage 1 of
+LLaVA-1.5.
+"""
+
+import dataclasses
+
+from research.errors import UserError
+from research.vlm.images.plan import Plan, Tiling, square
+from research.vlm.images.resize import (
+  Resample,
+  centre_crop,
+  resize,
+  shortest_side,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CentreCrop(Tiling):
+  """One square view of the image's middle.
+
+  Attributes:
+    shortest: what the image's shorter side becomes, in pixels.
+    tile: the side of the view, at most `shortest`.
+    patch: the encoder's patch, in pixels.
+    pool: patches, each way, that become one soft token.
+    resample: the filter.
+  """
+
+  shortest: int = 336
+  tile: int = 336
+  patch: int = 14
+  pool: int = 1
+  resample: Resample = "bicubic"
+
+  def __post_init__(self):
+    if self.tile > self.shortest:
+      raise UserError(
+        f"CentreCrop: tile is {self.tile}, expected at most shortest, "
+        f"{self.shortest}: nothing is padded"
+      )
+
+  def _plan(self, height, width):
+    canvas = shortest_side(height, width, self.shortest)
+    patches, tokens = square(self.tile, self.patch, self.pool)
+    return Plan(
+      size=(height, width), content=canvas, canvas=canvas, rows=0, columns=0,
+      views=1, view=(self.tile, self.tile), patches=patches, grids=(tokens,),
+    )  # fmt: skip
+
+  def _views(self, image, plan):
+    return centre_crop(resize(image, plan.content, self.resample), plan.view)[
+      None
+    ]

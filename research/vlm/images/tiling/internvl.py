@@ -1,0 +1,83 @@
+"""InternVL's dynamic tiling: the grid of the nearest shape, then a thumbnail.
+
+InternVL 1.5 (arXiv:2404.16821, section 3.3); transformers does it for InternVL
+by the processor of GOT-OCR2.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from research.errors import UserError
+from research.vlm.images.plan import Plan, Tiling, square
+from research.vlm.images.resize import Resample, Size, cut, resize
+
+
+@dataclasses.dataclass(frozen=True)
+class InternVL(Tiling):
+  """Tiles of the stretched image, row by row, then the whole image.
+
+  Attributes:
+    tile: the side of a view, in pixels.
+    least: tiles, at least.
+    most: tiles, at most; 12 in training, up to 40 in use. A whole view comes on
+      top where there are several.
+    patch: the encoder's patch, in pixels.
+    pool: patches, each way, that become one soft token.
+    resample: the filter.
+  """
+
+  tile: int = 448
+  least: int = 1
+  most: int = 12
+  patch: int = 14
+  pool: int = 2
+  resample: Resample = "bicubic"
+
+  def __post_init__(self):
+    if not 1 <= self.least <= self.most:
+      raise UserError(
+        f"InternVL: from {self.least} to {self.most} tiles, expected at least "
+        "1, and most of at least least"
+      )
+
+  def _plan(self, height, width):
+    rows, columns = self._grid(height, width)
+    canvas = (rows * self.tile, columns * self.tile)
+    patches, tokens = square(self.tile, self.patch, self.pool)
+    views = rows * columns + (rows * columns > 1)
+    return Plan(
+      size=(height, width), content=canvas, canvas=canvas, rows=rows,
+      columns=columns, views=views, view=(self.tile, self.tile),
+      patches=patches, grids=(tokens,) * views,
+    )  # fmt: skip
+
+  def _views(self, image, plan):
+    tiles = cut(resize(image, plan.content, self.resample), self.tile)
+    if plan.views == 1:
+      return tiles
+    whole = resize(image, plan.view, self.resample)
+    return np.concatenate([tiles, whole[None]])
+
+  def _grid(self, height: int, width: int) -> Size:
+    """Returns (rows, columns) of the shape nearest to the image's.
+
+    Of equal ones, a larger grid is taken while it has less than twice the
+    image's pixels.
+    """
+    sides = range(1, self.most + 1)
+    grids = [
+      (rows, columns)
+      for columns in sides
+      for rows in sides
+      if self.least <= rows * columns <= self.most
+    ]
+    best, nearest = (1, 1), float("inf")
+    for rows, columns in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+      distance = abs(width / height - columns / rows)
+      enlarged = 0.5 * self.tile * self.tile * rows * columns
+      if distance < nearest:
+        best, nearest = (rows, columns), distance
+      elif distance == nearest and height * width > enlarged:
+        best = (rows, columns)
+    return best
