@@ -5,11 +5,11 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
-    "attention": ["Attention"],
+    "attention": ["Attention", "CrossAttention"],
     "block": ["Block"],
     "conv": ["Conv"],
-    "mlp": ["Mlp"],
-    "norm": ["RMSNorm"],
+    "mlp": ["Mlp", "PlainMlp"],
+    "norm": ["LayerNorm", "RMSNorm"],
     "presets": ["FAMILIES", "Sizes"],
     "rope": ["Rope"],
     "stack": ["Stack"],

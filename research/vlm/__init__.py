@@ -13,6 +13,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   submod_attrs={
     "model": ["VisionLanguageModel"],
     "objective": ["WithImages"],
-    "splice": ["SplicedEmbedding", "splice"],
+    "splice": ["SplicedEmbedding", "with_features"],
   },
 )

@@ -134,7 +134,7 @@ class VisionLanguageModel:
       pixels: as for `encode`; row i of a batch of tokens sees row i.
     """
     soft = self.encode(params, pixels)
-    return splice.splice(params["language"], soft, self.image_token)
+    return splice.with_features(params["language"], soft, self.image_token)
 
 
 SQUARES = (Squares, AveragePool)

@@ -58,7 +58,7 @@ class SplicedEmbedding(weights.WrappedWeight):
     return jnp.where(here[..., None], rows.astype(words.dtype), words)
 
 
-def splice(
+def with_features(
   params: Params, features: Float[Array, "B P D"], token: int
 ) -> dict[str, Any]:
   """Returns a language model's parameters with features at placeholders.

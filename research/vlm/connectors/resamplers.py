@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from research import weights
-from research.nn.cross_attention import CrossAttention
+from research.nn.attention import CrossAttention
 from research.nn.mlp import Activation, PlainMlp
 from research.nn.norm import LayerNorm
 from research.typing import Array, Float

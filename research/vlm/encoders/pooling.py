@@ -5,7 +5,7 @@ from flax import linen as nn
 
 from kernels_pallas.masks import Mask
 from research import weights
-from research.nn.cross_attention import CrossAttention
+from research.nn.attention import CrossAttention
 from research.nn.mlp import PlainMlp
 from research.nn.norm import LayerNorm, Norm
 from research.typing import Array, Bool, Float

@@ -10,7 +10,7 @@ from flax import linen as nn
 from kernels_pallas.masks import Mask
 from research import tree
 from research.nn import layers
-from research.nn.cross_attention import CrossAttention
+from research.nn.attention import CrossAttention
 from research.nn.mlp import PlainMlp
 from research.nn.norm import LayerNorm
 from research.typing import UserError

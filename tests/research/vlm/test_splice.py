@@ -55,7 +55,7 @@ def test_a_model_reads_them_as_embeddings(packed):
   if packed:
     table = quant.Quantize().pack(params["embed"], "embed")
     params = params | {"embed": table}
-  spliced = splice.splice(params, FEATURES, IMAGE)
+  spliced = splice.with_features(params, FEATURES, IMAGE)
   inputs = expected_embeddings(weights.dense(params["embed"]))
   hidden, _ = MODEL.apply({"params": spliced}, TOKENS)
   expected, _ = MODEL.apply({"params": params}, jnp.asarray(inputs))
@@ -67,7 +67,7 @@ def test_the_loss_has_the_gradient_of_the_features():
   batch = batch_of(TOKENS)
 
   def loss(features):
-    spliced = splice.splice(PARAMS, features, IMAGE)
+    spliced = splice.with_features(PARAMS, features, IMAGE)
     return objective(spliced, batch, None)[0]
 
   def by_hand(features):

@@ -109,7 +109,7 @@ def test_logits_with_images_in_two_rows(name, opened):
   rows = jnp.stack(
     [soft[:2].reshape(2 * count, -1), jnp.concatenate([soft[2], padding])]
   )
-  language = splice.splice(params["language"], rows, model.image_token)
+  language = splice.with_features(params["language"], rows, model.image_token)
   mask = Mask.causal()
   if name == "paligemma":
     mask = Mask.prefix_lm(jnp.argmax(golden["answer"], axis=-1))
