@@ -42,6 +42,8 @@ class Weight:
   """Whether training updates the stored codes directly; see `Int8Tensor`."""
   token_wise = False
   """Whether the output for a token depends on that token only."""
+  extra_ids: tuple[int, ...] = ()
+  """Ids that `take` accepts besides those of the table's rows."""
 
   @property
   def ndim(self) -> int:
@@ -217,6 +219,11 @@ def take(w: AnyWeight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
   if is_weight(w):
     return w.take(ids)
   return jnp.take(w, ids, axis=0)
+
+
+def extra_ids(w: AnyWeight) -> tuple[int, ...]:
+  """Returns the ids that `take` accepts besides those of the table's rows."""
+  return w.extra_ids if is_weight(w) else ()
 
 
 def ragged_dot(

@@ -273,7 +273,8 @@ def chunks(
     UserError: a prompt is empty, too long, or has ids outside the vocabulary.
   """
   samplers.check(sampling)
-  room = token_limits(model, prompts, max_new_tokens)
+  extra = weights.extra_ids(params["embed"])
+  room = token_limits(model, prompts, max_new_tokens, extra)
   longest = max(map(len, prompts))
   tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
@@ -337,12 +338,17 @@ def pad_stop_tokens(tokens: Sequence[int]) -> np.ndarray:
 
 
 def token_limits(
-  model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int
+  model: Transformer,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  extra: Sequence[int] = (),
 ) -> list[int]:
   """Returns the maximum number of new tokens of each prompt.
 
   Args:
     model, prompts, max_new_tokens: as for `chunks`.
+    extra: ids outside of the vocabulary that prompts may have
+      (`weights.extra_ids`).
 
   Raises:
     UserError: a prompt is empty, too long, or has ids outside the vocabulary.
@@ -359,9 +365,10 @@ def token_limits(
       raise UserError(
         f"prompt {i}: found no tokens, expected at least one to continue"
       )
-    if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+    unknown = set(prompt).difference(range(model.vocab_size), extra)
+    if unknown:
       raise UserError(
-        f"prompt {i}: found token {max(prompt)}, expected ids below "
+        f"prompt {i}: found token {max(unknown)}, expected ids below "
         f"{model.vocab_size}: is this the model's own tokenizer?"
       )
     room = max_new_tokens

@@ -6,6 +6,7 @@ from typing import Any
 from research.interop.diffusion import spec
 from research.nn.transformer import Transformer
 from research.typing import Params
+from research.vlm.model import VisionLanguageModel
 
 NOTE = "heptad.json"
 """In a checkpoint that `research.interop.native` wrote."""
@@ -27,7 +28,7 @@ class Loaded:
       next token.
   """
 
-  model: Transformer
+  model: Transformer | VisionLanguageModel
   params: Params
   tokenizer: Any
   source: dict[str, Any]

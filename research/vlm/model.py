@@ -6,6 +6,7 @@ become soft tokens (`encode`), which stand where the prompt has placeholders
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -60,16 +61,20 @@ class VisionLanguageModel:
 
   def init(self, key: PRNGKey) -> dict[str, Any]:
     """Returns new parameters of all three."""
-    keys = jax.random.split(key, 3)
+    key, own = jax.random.split(key)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    language = self.language.init(own, tokens)["params"]
+    return self.new_towers(key) | {"language": language}
+
+  def new_towers(self, key: PRNGKey) -> dict[str, Any]:
+    """Returns new parameters of the encoder and of the connector."""
+    key, own = jax.random.split(key)
     side = self.connector.side if isinstance(self.connector, SQUARES) else 1
-    vision = vit.new_params(self.vision, keys[0])
     features = jnp.zeros(
       (1, side * side, len(self.features.layers) * self.vision.width)
     )
-    connector = self.connector.init(keys[1], features, (side, side))["params"]
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    language = self.language.init(keys[2], tokens)["params"]
-    return dict(vision=vision, connector=connector, language=language)
+    connector = self.connector.init(own, features, (side, side))["params"]
+    return dict(vision=vit.new_params(self.vision, key), connector=connector)
 
   def grid(self, height: int, width: int) -> Grid:
     """Returns rows and columns of patches of an image of so many pixels."""
@@ -135,6 +140,24 @@ class VisionLanguageModel:
     """
     soft = self.encode(params, pixels)
     return splice.with_features(params["language"], soft, self.image_token)
+
+  def with_images_compiled(
+    self, params: Params, pixels: UInt8[Array, "B V H W 3"]
+  ) -> dict[str, Any]:
+    """Returns `with_images`, compiled once for each shape of `pixels`."""
+    towers = {k: params[k] for k in ("vision", "connector")}
+    soft = _encode(self, towers, pixels)
+    return splice.with_features(params["language"], soft, self.image_token)
+
+  @property
+  def max_positions(self) -> int | None:
+    """The language model's context length."""
+    return self.language.max_positions
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model, params, pixels):
+  return model.encode(params, pixels)
 
 
 SQUARES = (Squares, AveragePool)

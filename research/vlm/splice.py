@@ -34,6 +34,11 @@ class SplicedEmbedding(weights.WrappedWeight):
   features: Float[Array, "B P D"]
   token: int = dataclasses.field(metadata=dict(static=True))
 
+  @property
+  def extra_ids(self) -> tuple[int, ...]:
+    """Returns the placeholder's id, which may be no row of the table."""
+    return (self.token,)
+
   def dense(self) -> Shaped[Array, "..."]:
     """Returns the table."""
     return weights.dense(self.w)

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "model_from_directory",
       "vision_language_params",
     ],
+    "source": ["Assembled"],
     "write": ["vision_language_tensors"],
   },
 )

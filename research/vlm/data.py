@@ -1,0 +1,193 @@
+"""Questions about images as rows that a vision language model learns from.
+
+A row is one sample: the placeholders of its images, the question, and the
+answer, which alone is in the loss. A row's images are drawn or read, and cut
+into views, when the row is.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from research.data import pipeline
+from research.data.examples import Example
+from research.data.packing import Row
+from research.typing import UInt8, UserError
+from research.vlm.images.plan import Tiling
+from research.vlm.scenes.sample import Sample
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Template:
+  """The text of a sample, around its images.
+
+  Attributes:
+    question: around the question, which comes after the images.
+    answer: around the answer.
+    end: whether the tokenizer's end token follows, which is learned as well.
+  """
+
+  question: str = "{question}"
+  answer: str = " {answer}"
+  end: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageQuestions:
+  """Samples as rows of tokens and views; a `research.data.pipeline.Data`.
+
+  Attributes:
+    samples: questions about images.
+    tiling: how an image becomes views.
+    image_token: id of the placeholder.
+    length: tokens of a row, T.
+    views: views of a row, V; a sample with more of them is refused.
+    template: the text around images.
+    batch_size: rows in a batch over all processes.
+    seed: of the shuffle.
+  """
+
+  samples: Sequence[Sample]
+  tiling: Tiling
+  image_token: int
+  length: int
+  views: int = 1
+  template: Template = Template()
+  batch_size: int = 8
+  seed: int = 0
+
+  def __post_init__(self):
+    pipeline.check_sizes(self, length=2, views=1, batch_size=1)
+
+  def rows(self, tokenizer: Any) -> "ImageRows":
+    """Returns the rows in the samples' order."""
+    return ImageRows(self, tokenizer)
+
+  def stream(self, tokenizer: Any) -> grain.MapDataset:
+    """Returns the endless shuffled rows of all processes."""
+    return pipeline.shuffled(self.rows(tokenizer), self.seed)
+
+  def training(
+    self, tokenizer: Any, process: int = 0, processes: int = 1
+  ) -> grain.IterDataset:
+    """Returns endless shuffled batches; `iter()` of it can be checkpointed."""
+    stream = self.stream(tokenizer)
+    return pipeline.share(stream, self.batch_size, process, processes)
+
+  def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
+    """Returns all rows once, in order, in at most `limit` equal batches."""
+    return pipeline.in_order(self.rows(tokenizer), self.batch_size, limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRows(Sequence[Row]):
+  """Rows of an `ImageQuestions`, made when they are read.
+
+  Beside the keys of text, a row has `pixels`, uint8 [V, H, W, 3]; where it has
+  fewer views, the rest are zeros.
+  """
+
+  data: ImageQuestions
+  tokenizer: Any
+
+  def __len__(self) -> int:
+    return len(self.data.samples)
+
+  def __getitem__(self, index: Any) -> Row:
+    data, sample = self.data, self.data.samples[index]
+    pixels, soft = views_of(sample.images, data.tiling, data.views)
+    example = tokens_of(
+      sample, soft, self.tokenizer, data.image_token, data.template
+    )
+    if len(example.tokens) > data.length:
+      raise UserError(
+        f"ImageQuestions.length: found {data.length}, expected at least"
+        f" {len(example.tokens)}: {sum(soft)} soft tokens of"
+        f" {len(sample.images)} images, and the text of {sample.question!r}"
+      )
+    return text_row(example, data.length) | {"pixels": pixels}
+
+
+def views_of(
+  images: Sequence[UInt8[np.ndarray, "..."]], tiling: Tiling, most: int
+) -> tuple[UInt8[np.ndarray, "V H W 3"], list[int]]:
+  """Returns the views of some images, and each image's number of soft tokens.
+
+  Args:
+    images: each [H, W, 3].
+    tiling: how they become views, all of one size.
+    most: V; the rest are zeros.
+
+  Raises:
+    UserError: there are no images, or more than V views.
+  """
+  made = [tiling.views(image) for image in images]
+  count = sum(len(views.pixels) for views in made)
+  if not made or count > most:
+    raise UserError(
+      f"views: found {count} of {len(made)} images, expected 1 to {most};"
+      " allow more, or use a tiling that makes fewer"
+    )
+  pixels = np.concatenate([views.pixels for views in made])
+  pixels = np.pad(pixels, ((0, most - count), (0, 0), (0, 0), (0, 0)))
+  return pixels, [views.plan.soft_tokens for views in made]
+
+
+def prompt_tokens(
+  question: str,
+  soft: Sequence[int],
+  tokenizer: Any,
+  image_token: int,
+  template: Template,
+) -> list[int]:
+  """Returns the ids that the answer follows: placeholders, then the question.
+
+  Args:
+    question: text; what it says of images is text as well.
+    soft: each image's number of soft tokens.
+    tokenizer: has `encode(text)`.
+    image_token: id of the placeholder.
+    template: around the question.
+  """
+  text = template.question.format(question=question)
+  return [image_token] * sum(soft) + list(tokenizer.encode(text))
+
+
+def tokens_of(
+  sample: Sample,
+  soft: Sequence[int],
+  tokenizer: Any,
+  image_token: int,
+  template: Template,
+) -> Example:
+  """Returns a sample's tokens; the loss covers its answer and the end."""
+  prompt = prompt_tokens(
+    sample.question, soft, tokenizer, image_token, template
+  )
+  text = template.answer.format(answer=sample.answer)
+  answer = list(tokenizer.encode(text))
+  if template.end:
+    answer += list(tokenizer.stop[:1])
+  mask = np.repeat([False, True], [len(prompt), len(answer)])
+  return Example(np.asarray(prompt + answer, np.int32), mask)
+
+
+def text_row(example: Example, length: int) -> Row:
+  """Returns an example as a row of `length` tokens, a document of its own."""
+  size = len(example.tokens)
+
+  def padded(x: np.ndarray, fill: int, dtype: Any) -> np.ndarray:
+    out = np.full(length, fill, dtype)
+    out[: len(x)] = x
+    return out
+
+  return {
+    "tokens": padded(example.tokens, 0, np.int32),
+    "targets": padded(example.tokens[1:], 0, np.int32),
+    "positions": padded(np.arange(size), -1, np.int32),
+    "segments": padded(np.zeros(size), -1, np.int32),
+    "weights": padded(example.loss_mask[1:], 0, np.float32),
+  }
