@@ -344,7 +344,6 @@ DISTRIBUTIONS = {
   "gin": "gin-config",
   "orbax": "orbax-checkpoint",
   "PIL": "pillow",
-  "sklearn": "scikit-learn",
   "jaxlib": "jax",  # pins it
 }
 """What brings a package, where it is not called after it."""

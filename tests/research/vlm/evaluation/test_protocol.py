@@ -1,0 +1,185 @@
+"""Evaluation: what each baseline gets to see, and the report's numbers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from research.typing import UserError
+from research.vlm import evaluation, scenes
+from research.vlm.evaluation import report as reports
+
+TASK = scenes.PopeShapes(count=120, size=32)
+
+
+def _oracle(task):
+  """Returns a model that knows each image's answer to each question."""
+  known = {}
+  for x in task:
+    known[x.image.tobytes(), x.question] = x.answer
+
+  def answer(images, questions):
+    return [
+      known.get((image.tobytes(), question), "Maybe.")
+      for (image,), question in zip(images, questions, strict=True)
+    ]
+
+  return answer
+
+
+@pytest.fixture(scope="module")
+def report():
+  return evaluation.evaluate(TASK, _oracle(TASK), TASK.rules(200), batch=50)
+
+
+def test_a_model_that_sees_is_right_with_its_images_alone(report):
+  assert report.result("real") == (1, 1, 1, 120)
+  assert report.result("blind").score == 0
+  assert report.invalid("blind") == 1 and report.invalid("real") == 0
+  # With the image of another sample it answers that one's question.
+  order = evaluation.shuffled_images(report.samples)
+  for i, x in enumerate(report.samples):
+    other = report.samples[order[i]]
+    if other.question == x.question:
+      assert report.answers["shuffled"][i] == other.answer
+  assert 0.3 < report.result("shuffled").score < 0.7
+  assert set(report.scores) == {"real", "blind", "shuffled", *TASK.RULES}
+  for name, rule in TASK.rules(200).items():
+    drawn = [TASK.drawn(i) for i in range(120)]
+    right = [a == x.answer for a, x in zip(rule(drawn), drawn, strict=True)]
+    assert report.result(name).score == np.mean(right)
+
+
+def test_strata_add_up(report):
+  groups = report.groups()
+  assert [s for _, s in groups] == ["adversarial", "popular", "random"]
+  for system in ("real", "shuffled", "colour only"):
+    parts = [report.result(system, *group) for group in groups]
+    total = sum(x.score * x.n for x in parts)
+    assert sum(x.n for x in parts) == 120
+    assert total == pytest.approx(120 * report.result(system).score)
+  numbers = report.yes_no("real", "exists", "random")
+  assert numbers.f1 == 1 and numbers.n == report.within("", "random").sum()
+  with pytest.raises(UserError, match="no sample of kind 'count'"):
+    report.result("real", "count")
+
+
+def test_margins_are_over_the_best_baseline(report):
+  means = {
+    name: report.result(name, "exists", "popular").score
+    for name in report.systems("exists", "popular")
+    if name != "real"
+  }
+  margin = report.margin("exists", "popular")
+  assert margin.baseline == max(means, key=means.get) == "both somewhere"
+  assert margin.difference == pytest.approx(1 - max(means.values()))
+  assert margin.low <= margin.difference <= margin.high
+
+
+def test_tables_have_every_number(report):
+  text = str(report)
+  lines = text.splitlines()
+  assert lines[0].split()[:4] == ["exists", "n", "real", "95%"]
+  assert [x.split()[0] for x in lines[1:]] == (
+    ["adversarial", "popular", "random", "all"]
+  )
+  for name in report.scores:
+    assert name in lines[0]
+  assert lines[-1].split()[1:6] == ["120", "100.0", "100.0", "to", "100.0"]
+  markdown = report.markdown().splitlines()
+  assert len(markdown) == len(lines) + 1 and markdown[1].startswith("| ---")
+  found = report.to_json()
+  assert set(found) == {
+    "all",
+    "exists",
+    *(f"exists/{s}" for _, s in report.groups()),
+  }
+  assert found["exists/random"]["systems"]["blind"]["score"] == 0
+
+
+def test_shuffled_images_are_never_ones_own_and_of_the_same_question():
+  samples = [TASK.drawn(i) for i in range(120)]
+  order = evaluation.shuffled_images(samples)
+  assert sorted(order) == list(range(120))
+  assert all(i != j for i, j in enumerate(order))
+  counts = {}
+  for x in samples:
+    counts[x.question] = counts.get(x.question, 0) + 1
+  same = [
+    samples[j].question == x.question
+    for x, j in zip(samples, order, strict=True)
+  ]
+  often = [counts[x.question] > 1 for x in samples]
+  assert sum(often) > 100
+  assert all(s for s, o in zip(same, often, strict=True) if o) or (
+    len([o for o in often if not o]) == 1
+  )
+  assert order != evaluation.shuffled_images(samples, seed=1)
+
+
+def test_a_question_that_occurs_once_gets_another_image_of_its_kind():
+  base = TASK.drawn(0)
+
+  def order(*texts):
+    some = [dataclasses.replace(base, question=t, kind=t[0]) for t in texts]
+    return evaluation.shuffled_images(some)
+
+  for texts in (
+    ("a1", "a2"),
+    ("a1", "a1", "a2"),
+    ("a1", "b1"),
+    ("a1", "b", "c"),
+  ):
+    found = order(*texts)
+    assert sorted(found) == list(range(len(texts)))
+    assert all(i != j for i, j in enumerate(found)), texts
+  found = order("a1", "a2", "b1", "b2")
+  assert found == [1, 0, 3, 2]
+  with pytest.raises(UserError, match="expected two at least"):
+    order("a1")
+
+
+def test_an_invalid_answer_is_wrong_and_the_parser_says_which():
+  def verbose(images, questions):
+    return ["Yes, it is."] * len(questions)
+
+  some = dataclasses.replace(TASK, count=40)
+  exact = evaluation.evaluate(some, verbose, {})
+  first = evaluation.evaluate(some, verbose, {}, parser=evaluation.first_choice)
+  yes = np.mean([some.drawn(i).answer == "yes" for i in range(40)])
+  assert (exact.result().score, exact.invalid()) == (0, 1)
+  assert (first.result().score, first.invalid()) == (yes, 0)
+  assert first.yes_no().yes_ratio == 1
+  with pytest.raises(UserError, match="found 1 answers to 40 questions"):
+    evaluation.evaluate(some, lambda images, questions: ["yes"], {})
+
+
+def test_blind_images_are_zeros_of_the_same_shapes():
+  shapes = []
+
+  def answer(images, questions):
+    shapes.append([[(x.shape, x.any()) for x in found] for found in images])
+    return ["1"] * len(questions)
+
+  task = scenes.MultiImage(count=4, images=2)
+  evaluation.evaluate(task, answer, task.rules(10))
+  real, blind, shuffled = shapes
+  for a, b, c in zip(real, blind, shuffled, strict=True):
+    assert a == c == [((48, 48, 3), True)] * 2
+    assert b == [((48, 48, 3), False)] * 2
+
+
+def test_the_interval_is_the_bootstraps():
+  """Of zeros and ones a resample's mean is binomial: its quantiles."""
+  values = np.array([1.0] * 30 + [0.0] * 10)
+  low, high = reports.bootstrap(values)
+  expected = stats.binom.ppf([0.025, 0.975], 40, 0.75) / 40
+  assert abs(low - expected[0]) <= 1 / 40 and abs(high - expected[1]) <= 1 / 40
+  rng = np.random.default_rng(0)
+  values = rng.random(200)
+  found = stats.bootstrap(
+    (values,), np.mean, method="percentile", random_state=rng
+  ).confidence_interval
+  np.testing.assert_allclose(reports.bootstrap(values), found, atol=0.005)
+  assert reports.bootstrap(np.ones(5)) == (1, 1)
