@@ -11,7 +11,7 @@ from research.generation import generate
 from research.generation.sampling import GREEDY, Sampling
 from research.typing import Params, UInt8
 from research.vlm import data
-from research.vlm.images.plan import Tiling
+from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.model import VisionLanguageModel
 
 
@@ -25,7 +25,7 @@ class Answerer:
     model: the model.
     params: of all three towers.
     tokenizer: of the language model.
-    tiling: how an image becomes views.
+    preprocessor: how an image becomes views, and what stands for it.
     views: views of a row.
     template: the text around images.
     most: tokens of an answer.
@@ -35,7 +35,7 @@ class Answerer:
   model: VisionLanguageModel
   params: Params
   tokenizer: Any
-  tiling: Tiling
+  preprocessor: Preprocessor
   views: int = 1
   template: data.Template = data.Template()
   most: int = 8
@@ -52,13 +52,15 @@ class Answerer:
       images: of each question, at least one.
       questions: texts; all are one batch.
     """
-    made = [data.views_of(each, self.tiling, self.views) for each in images]
-    pixels = jnp.asarray(np.stack([views for views, _ in made]))
+    made = [
+      data.Prompt.of(each, self.preprocessor, self.views) for each in images
+    ]
+    pixels = jnp.asarray(np.stack([prompt.pixels for prompt in made]))
     prompts = [
-      data.prompt_tokens(
-        question, soft, self.tokenizer, self.model.image_token, self.template
+      data.prompt_ids(
+        question, prompt, self.tokenizer, self.model.image_token, self.template
       )
-      for question, (_, soft) in zip(questions, made, strict=True)
+      for question, prompt in zip(questions, made, strict=True)
     ]
     found = generate.generate(
       self.model.language,

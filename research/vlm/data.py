@@ -16,7 +16,8 @@ from research.data import pipeline
 from research.data.examples import Example
 from research.data.packing import Row
 from research.typing import UInt8, UserError
-from research.vlm.images.plan import Tiling
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.prompts import Piece, Soft, Text
 from research.vlm.scenes.sample import Sample
 
 
@@ -41,7 +42,7 @@ class ImageQuestions:
 
   Attributes:
     samples: questions about images.
-    tiling: how an image becomes views.
+    preprocessor: how an image becomes views, and what stands for it.
     image_token: id of the placeholder.
     length: tokens of a row, T.
     views: views of a row, V; a sample with more of them is refused.
@@ -51,7 +52,7 @@ class ImageQuestions:
   """
 
   samples: Sequence[Sample]
-  tiling: Tiling
+  preprocessor: Preprocessor
   image_token: int
   length: int
   views: int = 1
@@ -98,81 +99,147 @@ class ImageRows(Sequence[Row]):
 
   def __getitem__(self, index: Any) -> Row:
     data, sample = self.data, self.data.samples[index]
-    pixels, soft = views_of(sample.images, data.tiling, data.views)
+    prompt = Prompt.of(sample.images, data.preprocessor, data.views)
     example = tokens_of(
-      sample, soft, self.tokenizer, data.image_token, data.template
+      sample, prompt, self.tokenizer, data.image_token, data.template
     )
     if len(example.tokens) > data.length:
       raise UserError(
         f"ImageQuestions.length: found {data.length}, expected at least"
-        f" {len(example.tokens)}: {sum(soft)} soft tokens of"
-        f" {len(sample.images)} images, and the text of {sample.question!r}"
+        f" {len(example.tokens)}: {len(sample.images)} images with"
+        f" {prompt.soft_tokens} soft tokens, and the text of"
+        f" {sample.question!r}"
       )
-    return text_row(example, data.length) | {"pixels": pixels}
+    return text_row(example, data.length) | {"pixels": prompt.pixels}
 
 
-def views_of(
-  images: Sequence[UInt8[np.ndarray, "..."]], tiling: Tiling, most: int
-) -> tuple[UInt8[np.ndarray, "V H W 3"], list[int]]:
-  """Returns the views of some images, and each image's number of soft tokens.
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """Images on their way into a prompt.
+
+  Attributes:
+    pixels: uint8 [V, H, W, 3], the views of all images and then zeros.
+    pieces: what stands for each image.
+  """
+
+  pixels: UInt8[np.ndarray, "V H W 3"]
+  pieces: list[tuple[Piece, ...]]
+
+  @classmethod
+  def of(
+    cls,
+    images: Sequence[UInt8[np.ndarray, "..."]],
+    preprocessor: Preprocessor,
+    most: int,
+  ) -> "Prompt":
+    """Returns the views of some images, and what stands for them.
+
+    Args:
+      images: each [H, W, 3].
+      preprocessor: of the model; its views are all of one size.
+      most: V.
+
+    Raises:
+      UserError: there are no images, or more than V views.
+    """
+    made = [preprocessor.views(image) for image in images]
+    count = sum(len(views.pixels) for views in made)
+    if not made or count > most:
+      raise UserError(
+        f"views: found {count} of {len(made)} images, expected 1 to {most};"
+        " allow more, or use a tiling that makes fewer"
+      )
+    pixels = np.concatenate([views.pixels for views in made])
+    pixels = np.pad(pixels, ((0, most - count), (0, 0), (0, 0), (0, 0)))
+    return cls(pixels, [preprocessor.pieces(views.plan) for views in made])
+
+  @property
+  def soft_tokens(self) -> int:
+    """Number of placeholders."""
+    return sum(
+      piece.count
+      for pieces in self.pieces
+      for piece in pieces
+      if isinstance(piece, Soft)
+    )
+
+
+def image_ids(
+  pieces: Sequence[Piece], tokenizer: Any, image_token: int
+) -> list[int]:
+  """Returns the ids of what stands for an image.
 
   Args:
-    images: each [H, W, 3].
-    tiling: how they become views, all of one size.
-    most: V; the rest are zeros.
+    pieces: from a preprocessor.
+    tokenizer: of the language model.
+    image_token: id of the placeholder.
 
   Raises:
-    UserError: there are no images, or more than V views.
+    UserError: the tokenizer has no such token.
   """
-  made = [tiling.views(image) for image in images]
-  count = sum(len(views.pixels) for views in made)
-  if not made or count > most:
+  ids: list[int] = []
+  for piece in pieces:
+    if isinstance(piece, Soft):
+      ids += [image_token] * piece.count
+    elif isinstance(piece, Text):
+      ids += tokenizer.encode(piece.text)
+    else:
+      ids.append(_token(piece.text, tokenizer))
+  return ids
+
+
+def _token(text: str, tokenizer: Any) -> int:
+  """Returns the id of a token: a special one, or one of the vocabulary."""
+  special = tokenizer.backend.token_to_id(text)
+  ids = [special] if special is not None else tokenizer.encode(text)
+  if len(ids) != 1:
     raise UserError(
-      f"views: found {count} of {len(made)} images, expected 1 to {most};"
-      " allow more, or use a tiling that makes fewer"
+      f"tokenizer: found no token {text!r}, which stands around images;"
+      " expected the model's own tokenizer"
     )
-  pixels = np.concatenate([views.pixels for views in made])
-  pixels = np.pad(pixels, ((0, most - count), (0, 0), (0, 0), (0, 0)))
-  return pixels, [views.plan.soft_tokens for views in made]
+  return ids[0]
 
 
-def prompt_tokens(
+def prompt_ids(
   question: str,
-  soft: Sequence[int],
+  prompt: Prompt,
   tokenizer: Any,
   image_token: int,
   template: Template,
 ) -> list[int]:
-  """Returns the ids that the answer follows: placeholders, then the question.
+  """Returns the ids that the answer follows: images, then the question.
 
   Args:
     question: text; what it says of images is text as well.
-    soft: each image's number of soft tokens.
+    prompt: the images.
     tokenizer: has `encode(text)`.
     image_token: id of the placeholder.
     template: around the question.
   """
+  ids = [
+    i
+    for pieces in prompt.pieces
+    for i in image_ids(pieces, tokenizer, image_token)
+  ]
   text = template.question.format(question=question)
-  return [image_token] * sum(soft) + list(tokenizer.encode(text))
+  return ids + list(tokenizer.encode(text))
 
 
 def tokens_of(
   sample: Sample,
-  soft: Sequence[int],
+  prompt: Prompt,
   tokenizer: Any,
   image_token: int,
   template: Template,
 ) -> Example:
   """Returns a sample's tokens; the loss covers its answer and the end."""
-  prompt = prompt_tokens(
-    sample.question, soft, tokenizer, image_token, template
-  )
+  before = prompt_ids(sample.question, prompt, tokenizer, image_token, template)
   text = template.answer.format(answer=sample.answer)
   answer = list(tokenizer.encode(text))
   if template.end:
     answer += list(tokenizer.stop[:1])
-  mask = np.repeat([False, True], [len(prompt), len(answer)])
-  return Example(np.asarray(prompt + answer, np.int32), mask)
+  mask = np.repeat([False, True], [len(before), len(answer)])
+  return Example(np.asarray(before + answer, np.int32), mask)
 
 
 def text_row(example: Example, length: int) -> Row:

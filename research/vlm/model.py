@@ -26,6 +26,7 @@ from research.vlm.connectors.projections import (
 from research.vlm.connectors.resamplers import AttentionPool, PerceiverResampler
 from research.vlm.encoders import vit
 from research.vlm.encoders.vit import Features, VisionTransformer
+from research.vlm.images.normalise import HALF, Normalisation
 
 Connector = (
   Linear | Mlp | Squares | AveragePool | AttentionPool | PerceiverResampler
@@ -44,8 +45,7 @@ class VisionLanguageModel:
     language: the language model.
     features: which activations of the encoder the connector gets.
     image_token: id of the placeholder.
-    mean, std: of the pixels, by which they are normalised; 0 to 1 is the range
-      of the values.
+    normalise: of the pixels.
     scale: multiplies the soft tokens before the language model scales its
       embeddings: `1 / embed_scale` leaves them as the connector made them.
   """
@@ -55,8 +55,7 @@ class VisionLanguageModel:
   language: Transformer
   features: Features = Features()
   image_token: int
-  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  normalise: Normalisation = HALF
   scale: float = 1.0
 
   def init(self, key: PRNGKey) -> dict[str, Any]:
@@ -84,13 +83,13 @@ class VisionLanguageModel:
     """Returns the number of soft tokens of an image of so many pixels."""
     return self.connector.tokens(self.grid(height, width))
 
-  def normalise(
+  def normalised(
     self, pixels: UInt8[Array, "*B H W 3"]
   ) -> Float[Array, "*B H W 3"]:
-    """Returns normalised pixels, computed in fp32."""
-    scale = 1 / (255 * np.asarray(self.std, np.float32))
-    shift = np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32)
-    return pixels.astype(jnp.float32) * scale - shift
+    """Returns pixels as the encoder takes them, computed in fp32."""
+    mean = np.asarray(self.normalise.mean, np.float32)
+    std = np.asarray(self.normalise.std, np.float32)
+    return (pixels.astype(jnp.float32) / 255 - mean) / std
 
   def encode(
     self, params: Params, pixels: UInt8[Array, "B V H W 3"]
@@ -102,7 +101,7 @@ class VisionLanguageModel:
       pixels: V views a row, padded at the end; P = V * tokens_per_view.
     """
     rows, views, height, width, _ = pixels.shape
-    images = self.normalise(pixels.reshape(-1, height, width, vit.CHANNELS))
+    images = self.normalised(pixels.reshape(-1, height, width, vit.CHANNELS))
     patches = vit.patchify(images, self.vision.patch)
     grid = self.grid(height, width)
     at = jnp.broadcast_to(vit.grid_coordinates(*grid), (*patches.shape[:2], 2))

@@ -23,6 +23,7 @@ from research.vlm.encoders.pooling import AttentionPooling, ClassPooling
 from research.vlm.encoders.positions import PositionTable
 from research.vlm.encoders.text import EndOfText, LastPosition, TextEncoder
 from research.vlm.encoders.vit import Features, VisionTransformer
+from research.vlm.images import normalise
 from research.vlm.model import VisionLanguageModel
 
 ACTIVATIONS = {
@@ -251,8 +252,7 @@ def _llava(parts: _Parts) -> dict[str, Any]:
     features=Features(
       layers=tuple(layers), normed=False, class_token=strategy == "full"
     ),
-    mean=CLIP_MEAN,
-    std=CLIP_STD,
+    normalise=normalise.CLIP,
   )
 
 
@@ -269,9 +269,6 @@ def _paligemma(parts: _Parts) -> dict[str, Any]:
     scale=1 / parts.language.embed_scale,
   )
 
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 FAMILIES = {
   "llava": (
