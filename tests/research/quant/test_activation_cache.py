@@ -94,7 +94,7 @@ def close(got, want):
     ("mixtral", "float32", EXPERTS, ["attention/o"]),
   ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(2, 1)
 def test_cached_inputs_equal_recomputed_ones(family, dtype, stages, kept):
   sparse = dict(sparse=SPARSE) if family == "mixtral" else {}
   old, new, inputs = problem(family, **sparse)
@@ -240,6 +240,7 @@ def test_gradients_are_those_of_the_whole_layer():
     np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_router_is_measured_with_cached_inputs():
   old, _, inputs = problem("mixtral", sparse=SPARSE)
   paths = ["attention/o", "mlp/router"]
