@@ -186,7 +186,7 @@ def parse(
       _all_used(lines, used)
       return read
     whole = gin.config_str()
-  reads, shared = {}, []
+    reads, shared = {}, [dict(gin_config._OPERATIVE_CONFIG)]
   for stage, before in zip(names, (None, *names), strict=False):
     with _parsed(text, lines, name, folder), _named(stage):
       own = _enter(stage, names, before)

@@ -1,6 +1,7 @@
 """Runs an experiment, or the stages of a run one after the other."""
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from research.typing import UserError
 def claim(
   run: Experiment | Staged,
   text: str,
-  workdir: str,
+  workdir: str | os.PathLike,
   may_differ: str = workdirs.LENGTH_LINES,
 ) -> Folder:
   """Creates the working directory and assigns it to a run.

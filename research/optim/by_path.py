@@ -5,7 +5,10 @@ pattern, in order, that is found in its path, and each has to belong to one. A
 group's optimizer has state for its own arrays alone, and counts its own steps,
 so that schedules may differ in kind, not only by a factor (`rates.table`):
 
-  by_path({"^vision/": cosine(2e-6, 900, warmup=100), ".": cosine(2e-5, 900)})
+  by_path([
+    ("^vision/", optim.cosine(2e-6, 900, warmup=100)),
+    (".", optim.cosine(2e-5, 900)),
+  ])
 
 What is not trained is not here: leave it out of `Experiment.trainable`. At rate
 0 it would still cost its gradient, two moments, and a share of the norm that
@@ -14,7 +17,7 @@ clipping bounds.
 
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +34,7 @@ Optimizer = Callable[[Rate], optax.GradientTransformation]
 
 
 def by_path(
-  groups: Mapping[str, optax.GradientTransformation | Rate],
+  groups: Sequence[tuple[str, optax.GradientTransformation | Rate]],
   *,
   optimizer: Optimizer = optim.adamw,
   clip: optim.Number | None = None,
@@ -39,7 +42,7 @@ def by_path(
   """Returns an optimizer of groups of parameters (`optax.partition`).
 
   Args:
-    groups: regular expression -> the optimizer of what it finds first, or its
+    groups: (regular expression, the optimizer of what it finds first), or its
       rate or schedule, of which `optimizer` makes one. Optimizers of ours clip
       by the norm of their own group.
     optimizer: of groups that are rates or schedules.
@@ -51,16 +54,16 @@ def by_path(
       gradients layer by layer. On creation of the state: an array belongs to no
       group, or a group has no array.
   """
-  if not groups:
-    raise UserError("by_path.groups: is empty, expected {pattern: optimizer}")
-  names = dict(zip(groups, _names(groups), strict=True))
-  made = {
-    names[pattern]: _made(pattern, group, optimizer)
-    for pattern, group in groups.items()
-  }
+  patterns = [pattern for pattern, _ in groups]
+  if not patterns or len(set(patterns)) < len(patterns):
+    raise UserError(
+      f"by_path.groups: found {patterns}, expected different patterns"
+    )
+  names = dict(zip(patterns, _names(patterns), strict=True))
+  made = {names[p]: _made(p, group, optimizer) for p, group in groups}
 
   def labels(params: Params) -> Any:
-    return tree.map_paths(lambda path, _: names[_group(path, groups)], params)
+    return tree.map_paths(lambda path, _: names[_group(path, patterns)], params)
 
   parted = optax.partition(made, labels)
 
@@ -110,22 +113,22 @@ def _made(
   return optimizer(group)
 
 
-def _group(path: str, groups: Mapping[str, Any]) -> str:
+def _group(path: str, patterns: Sequence[str]) -> str:
   """Returns the first pattern that is found in a path."""
-  for pattern in groups:
+  for pattern in patterns:
     if re.search(pattern, path):
       return pattern
   raise UserError(
-    f"by_path.groups: no pattern of {list(groups)} is found in {path!r}, which"
+    f"by_path.groups: no pattern of {patterns} is found in {path!r}, which"
     " is trained.\nAdd a pattern ('.' takes all that are left), or leave it out"
     " of Experiment.trainable."
   )
 
 
-def _names(groups: Mapping[str, Any]) -> list[str]:
+def _names(patterns: Sequence[str]) -> list[str]:
   """Returns names of groups, as paths and metrics may have them."""
   names: list[str] = []
-  for pattern in groups:
+  for pattern in patterns:
     name = re.sub(r"\W+", "_", pattern).strip("_") or "rest"
     again = (f"{name}_{i}" for i in itertools.count(2))
     names.append(name if name not in names else next(again))

@@ -46,7 +46,7 @@ def test_it_is_optax_multi_transform_with_labels_by_hand():
     return optim.adamw(VISION), optax.sgd(0.1), optax.adamw(TEXT)
 
   a, b, c = parts()
-  groups = by_path({"^vision/": a, "^connector/w": b, ".": c}, clip=0.5)
+  groups = by_path([("^vision/", a), ("^connector/w", b), (".", c)], clip=0.5)
   a, b, c = parts()
   labels = {
     "vision": {"w": "a", "b": "a"},
@@ -64,7 +64,9 @@ def test_it_is_optax_multi_transform_with_labels_by_hand():
 
 def test_each_group_moves_as_in_a_run_of_its_own():
   """Rates make AdamW, clipped by the norm of the group, each its own steps."""
-  both, _ = follow(by_path({"^text/": TEXT, ".": VISION}), PARAMS, gradients())
+  both, _ = follow(
+    by_path([("^text/", TEXT), (".", VISION)]), PARAMS, gradients()
+  )
   for rate, names in ((TEXT, ["text"]), (VISION, ["vision", "connector"])):
     mine = {name: PARAMS[name] for name in names}
     grads = [{name: g[name] for name in names} for g in gradients()]
@@ -73,7 +75,7 @@ def test_each_group_moves_as_in_a_run_of_its_own():
 
 
 def test_what_is_frozen_has_no_state_and_no_share_of_the_norm():
-  groups = {"^connector/": 1e-2, "^text/": TEXT}
+  groups = [("^connector/", 1e-2), ("^text/", TEXT)]
   made = state.create(
     PARAMS,
     "^connector/|^text/",
@@ -105,7 +107,7 @@ def test_what_is_frozen_has_no_state_and_no_share_of_the_norm():
 
 def test_a_run_logs_each_rate_and_resumes_bitwise(line, tmp_path):
   objective, params, numbers = line
-  tx = by_path({"w": VISION, "base": TEXT})
+  tx = by_path([("w", VISION), ("base", TEXT)])
   batch = next(iter(numbers()))
 
   def fit(name, steps):
@@ -131,7 +133,7 @@ def test_a_run_logs_each_rate_and_resumes_bitwise(line, tmp_path):
 
 def test_one_group_s_rate_has_the_usual_name(line):
   objective, params, numbers = line
-  tx = by_path({".": 0.1})
+  tx = by_path([(".", 0.1)])
   update = step.make_train_step(objective, tx)
   start = state.create(params, "w", tx)
   _, metrics = update(start, next(iter(numbers())), jax.random.key(0))
@@ -139,7 +141,7 @@ def test_one_group_s_rate_has_the_usual_name(line):
 
 
 def test_patterns_may_have_names_alike():
-  tx = by_path({"^vision/w": 0.1, "^(vision/w)?": 0.2})
+  tx = by_path([("^vision/w", 0.1), ("^(vision/w)?", 0.2)])
   made = tx.init(PARAMS)
   rates = {k: float(x) for k, x in optim.learning_rates(made).items()}
   assert rates == pytest.approx(
@@ -150,15 +152,16 @@ def test_patterns_may_have_names_alike():
 @pytest.mark.parametrize(
   ("groups", "error"),
   [
-    ({}, "groups: is empty"),
-    ({"(": 0.1}, "'\\(' is no regular expression"),
-    ({"^vision/": 0, ".": 0.1}, "'\\^vision/' has rate 0.*\n.*trainable"),
-    ({".": -0.1}, "by_path.\\.: found -0.1, expected"),
-    ({"^vision/": 0.1}, "is found in 'connector/w', which is trained"),
-    ({".": 0.1, "^vision/": 0.2}, "'\\^vision/' has no trained parameter"),
-    ({"^visoin/": 0.1, ".": 0.2}, "'\\^visoin/' has no trained parameter"),
+    ([], "groups: found \\[\\], expected different patterns"),
+    ([(".", 0.1), (".", 0.2)], "found \\['.', '.'\\], expected different"),
+    ([("(", 0.1)], "'\\(' is no regular expression"),
+    ([("^vision/", 0), (".", 0.1)], "'\\^vision/' has rate 0.*\n.*trainable"),
+    ([(".", -0.1)], "by_path.\\.: found -0.1, expected"),
+    ([("^vision/", 0.1)], "is found in 'connector/w', which is trained"),
+    ([(".", 0.1), ("^text/", 0.2)], "'\\^text/' has no trained parameter"),
+    ([("^visoin/", 0.1), (".", 0.2)], "'\\^visoin/' has no trained parameter"),
     (
-      {".": layerwise.galore(0.1, subspace.Projection(rank=1))},
+      [(".", layerwise.galore(0.1, subspace.Projection(rank=1)))],
       "has a layerwise optimizer",
     ),
   ],
@@ -170,6 +173,6 @@ def test_groups_that_cannot_be(groups, error):
 
 def test_the_state_is_of_the_groups_own_arrays():
   """As masks of optax: no zeros in place of the others."""
-  made = by_path({"^vision/": 0.1, ".": 0.2}).init(PARAMS)
+  made = by_path([("^vision/", 0.1), (".", 0.2)]).init(PARAMS)
   sizes = {name: tree.count(inner) for name, inner in made.inner_states.items()}
   assert sizes == {"vision": 2 * 9 + 3, "rest": 2 * 11 + 3}
