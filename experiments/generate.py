@@ -20,6 +20,12 @@ reads a prompt from standard input:
     --system="Answer in one sentence."
   git diff | python -m experiments.generate --model=DIR --prompt_file=-
 
+--image=FILE shows images to a vision language model, before the prompt or at
+its <image>s; the JSON says image_tokens.
+
+  python -m experiments.generate --model=DIR --image=photo.jpg \\
+    --prompt="How many red circles are there?"
+
 --pages=16,rows=2 keeps keys and values in pages of 16 tokens, of two prompts at
 a time: those that wait take the pages of those that end. The JSON says pages.
 
@@ -96,6 +102,13 @@ _ADAPTER = flags.DEFINE_multi_string(
   "NAME=DIR of an adapter in PEFT's format or of a run that trained one, or "
   "NAME=FILE.gguf of llama.cpp's, to be applied; may be given several times, "
   "one for each prompt.",
+  flag_values=FLAGS,
+)
+_IMAGE = flags.DEFINE_multi_string(
+  "image",
+  [],
+  "An image file on this machine, for a vision language model; may be given "
+  "several times. They fill <image> in the prompt in order, or come first.",
   flag_values=FLAGS,
 )
 _SAMPLER = flags.DEFINE_enum(
@@ -187,7 +200,9 @@ _OF_DIFFUSION = (
   *(x for x in flags_from.names(SamplerConfig).values() if x not in _SHARED),
 )
 flags_from.define(SamplerConfig, FLAGS, before="For diffusion: ")
-_NOT_OF_DIFFUSION = ("adapter", "kv", "pages", "stop", "repetition_penalty")
+_NOT_OF_DIFFUSION = (
+  *("adapter", "image", "kv", "pages", "stop", "repetition_penalty"),
+)
 
 
 def _sampling() -> Any:
@@ -436,12 +451,31 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   return _continue(texts, rules)
 
 
+def _with_images(
+  loaded: Any, text: str
+) -> tuple[Any, list[list[int]], dict[str, int]]:
+  """Returns the language model, the prompt, and what the JSON says of it."""
+  from experiments.generating import images
+  from experiments.generating import prompts as asked
+
+  def render(text):
+    if not _CHAT.value:
+      return loaded.tokenizer.prompt(""), text
+    messages = asked.messages(text, _SYSTEM.value)
+    return [], loaded.tokenizer.chat(messages)
+
+  made = images.prompt_of(loaded, _IMAGE.value, text, render)
+  language = images.language_of(loaded, made.params)
+  return language, [made.ids], {"image_tokens": made.image_tokens}
+
+
 def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
   """Returns what generating token by token gives; no texts: a conversation."""
   from experiments.generating import (
     conversation,
     generate_adapters,
     generate_pages,
+    images,
   )
   from research import tree
   from research.quant.kv import kv_quantizer
@@ -455,7 +489,12 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
       f"--adapter: found {len(rows)}, expected at most one for a conversation"
     )
   loaded = _load()
-  prompts = [_tokens(loaded.tokenizer, text) for text, _ in rows if texts]
+  images.check(loaded.model, _IMAGE.value, texts)
+  if _IMAGE.value:
+    loaded, prompts, seen = _with_images(loaded, texts[0])
+  else:
+    loaded, seen = images.language_of(loaded), {}
+    prompts = [_tokens(loaded.tokenizer, text) for text, _ in rows if texts]
   params = _prepared(loaded, [name for _, name in rows], places)
   # A step would copy the pages of layers that are stacked.
   if layout is not None or isinstance(kv, kv_quantizer.KVByLayer):
@@ -475,7 +514,7 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
   results, shared = _streamed(*call, prompts, rules, kv, layout)
   if len(rows) == 1:
     print()
-    return results[0] | shared | {"adapter": adapter}
+    return results[0] | shared | {"adapter": adapter} | seen
   answers = [
     {"prompt": prompt, "adapter": name} | row
     for (prompt, name), row in zip(rows, results, strict=True)

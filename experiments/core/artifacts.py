@@ -12,7 +12,7 @@ import jax
 from experiments.core import device_context, runtime
 from experiments.core.experiment import Built, Experiment
 from research import tree
-from research.interop import convert, load, peft, sources
+from research.interop import convert, load, peft, sources, vision
 from research.interop.diffusion import spec
 from research.interop.hf import write as hf_write
 from research.interop.loaded import Loaded
@@ -23,6 +23,7 @@ from research.lora import wrap
 from research.training import state
 from research.training.reports import plots
 from research.typing import Params, UserError
+from research.vlm.model import VisionLanguageModel
 
 DEFAULT_WINDOW = 1024
 """Tokens that `experiments.perplexity` reads together."""
@@ -119,6 +120,8 @@ def _save_model(folder, experiment, built, params) -> bool:
   params = device_context.gather(params)
   if not runtime.is_first_process():
     return True
+  if isinstance(built.loaded.model, VisionLanguageModel):
+    return _save_vision_model(folder, built.loaded, params)
   source = sources.from_training(
     built.loaded,
     params,
@@ -133,6 +136,17 @@ def _save_model(folder, experiment, built, params) -> bool:
     own = experiment.after or adapted or timed
     as_files = convert.to_orbax if own else convert.to_hf
     as_files(source, folder)
+  except UserError as error:
+    log(f"{folder}: not written: {error}")
+    return False
+  return True
+
+
+def _save_vision_model(folder, loaded, params) -> bool:
+  """Writes a model that sees images, in Hugging Face's format."""
+  shutil.rmtree(folder, ignore_errors=True)
+  try:
+    vision.write_model(folder, loaded, params)
   except UserError as error:
     log(f"{folder}: not written: {error}")
     return False

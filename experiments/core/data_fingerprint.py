@@ -25,6 +25,7 @@ from research.text.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
 from research.training.checkpoints import workdir as workdirs
 from research.training.objectives.objective import NextToken
 from research.typing import UserError
+from research.vlm.model import VisionLanguageModel
 
 PARTS = ("data", "validation", "heldout")
 """Fields of an experiment that hold data."""
@@ -128,7 +129,9 @@ def describe_special_tokens(tokenizer: Any) -> dict[str, Any] | None:
 
 
 def check_context(
-  experiment: Experiment, model: Transformer, tokenizer: Any
+  experiment: Experiment,
+  model: Transformer | VisionLanguageModel,
+  tokenizer: Any,
 ) -> None:
   """Warns of texts that are longer than the model's context.
 

@@ -25,6 +25,9 @@ from research.training.checkpoints import workdir
 from research.typing import UserError
 
 CONFIG = "config.json"
+VISION = ("llava", "idefics3", "smolvlm", "paligemma")
+"""Model types of `research.interop.vision`."""
+
 MODEL = "model"
 """In a run's working directory: what it trained whole, Hugging Face's way."""
 
@@ -166,6 +169,10 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
       "that a tool has quantized; these tensors are not, so load them without "
       "packed"
     )
+  if safetensors.read_json(path / CONFIG).get("model_type") in VISION:
+    from research.interop.vision.read import load
+
+    return load(path, dtype)
   words = tokenizer(path)
   memory.trim()  # reading it took more than it keeps
   model, params, source = hf.model_from_directory(

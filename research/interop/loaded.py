@@ -6,6 +6,7 @@ from typing import Any
 from research.interop.diffusion import spec
 from research.nn.transformer import Transformer
 from research.typing import Params
+from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.model import VisionLanguageModel
 
 NOTE = "heptad.json"
@@ -26,6 +27,7 @@ class Loaded:
     source: where it came from: `format`, `path`, and whatever else is known.
     diffusion: how its masks are to be filled; None for models that predict the
       next token.
+    preprocessor: what becomes of images; None for models without eyes.
   """
 
   model: Transformer | VisionLanguageModel
@@ -33,3 +35,4 @@ class Loaded:
   tokenizer: Any
   source: dict[str, Any]
   diffusion: spec.Spec | None = None
+  preprocessor: Preprocessor | None = None

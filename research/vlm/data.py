@@ -15,10 +15,12 @@ import numpy as np
 from research.data import pipeline
 from research.data.examples import Example
 from research.data.packing import Row
+from research.data.sources import Documents
 from research.typing import UInt8, UserError
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.prompts import Piece, Soft, Text
 from research.vlm.scenes.sample import Sample
+from research.vlm.scenes.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,27 @@ class Template:
   question: str = "{question}"
   answer: str = " {answer}"
   end: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts(Documents):
+  """The texts of samples, without their images: what a tokenizer learns from.
+
+  Attributes:
+    samples: questions about images.
+    template: the text around images.
+  """
+
+  samples: Task
+  template: Template = Template()
+
+  def __len__(self) -> int:
+    return len(self.samples)
+
+  def __getitem__(self, index: int) -> str:
+    sample = self.samples.drawn(index)
+    question = self.template.question.format(question=sample.question)
+    return question + self.template.answer.format(answer=sample.answer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "config": ["dual_encoder", "vision_language_model"],
     "read": [
       "contrastive_params",
+      "load",
       "model_from_directory",
       "vision_language_params",
     ],
     "source": ["Assembled"],
-    "write": ["vision_language_tensors"],
+    "write": ["vision_language_tensors", "write_model"],
   },
 )

@@ -287,6 +287,16 @@ FAMILIES = {
 }
 """Model type -> what is special about it, and the fields it may leave out."""
 
+_TOWERS = {"idefics3": "idefics3_vision", "smolvlm": "smolvlm_vision"}
+
+ARCHITECTURES = {
+  "llava": "LlavaForConditionalGeneration",
+  "idefics3": "Idefics3ForConditionalGeneration",
+  "smolvlm": "SmolVLMForConditionalGeneration",
+  "paligemma": "PaliGemmaForConditionalGeneration",
+}
+"""Model type -> the class of transformers."""
+
 _LANGUAGE = {"llava": "llama", "paligemma": "gemma"}
 
 
@@ -324,3 +334,91 @@ def vision_language_model(
 
 def _token_field(kind: str) -> str:
   return next(k for k in FAMILIES[kind][1] if k.startswith("image_token"))
+
+
+def config_of(model: VisionLanguageModel, kind: str) -> dict[str, Any]:
+  """Returns the config.json of a model; inverts `vision_language_model`.
+
+  Args:
+    model: any.
+    kind: one of `FAMILIES`.
+
+  Raises:
+    UserError: reading the result back would not give `model`.
+  """
+  vision, language = model.vision, model.language
+  block, [_, defaults] = vision.stack.blocks[0], FAMILIES[kind]
+  activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+  grid = vision.positions.rows if vision.positions is not None else 0
+  tower = "clip" if vision.class_token else "siglip"
+  values: dict[str, Any] = dict(
+    model_type=_TOWERS.get(kind, f"{tower}_vision_model"),
+    hidden_size=vision.width,
+    intermediate_size=block.mlp.hidden,
+    num_hidden_layers=vision.stack.depth,
+    num_attention_heads=block.attention.heads,
+    num_channels=3,
+    image_size=grid * vision.patch,
+    patch_size=vision.patch,
+    hidden_act=activations[block.mlp.activation],
+    layer_norm_eps=vision.norm.eps,
+  )
+  if tower == "siglip":
+    values["vision_use_head"] = vision.pooling is not None
+  config = dict(
+    model_type=kind,
+    architectures=[ARCHITECTURES[kind]],
+    text_config=hf_config.describe(language),
+    vision_config=values,
+    tie_word_embeddings=language.tied,
+    torch_dtype=language.dtype,
+    **{_token_field(kind): model.image_token},
+  )
+  if kind == "llava":
+    layers = model.features.layers
+    config |= dict(
+      vision_feature_layer=layers[0] if len(layers) == 1 else list(layers),
+      vision_feature_select_strategy="full"
+      if model.features.class_token
+      else "default",
+      projector_hidden_act=activations[
+        getattr(model.connector, "activation", "gelu")
+      ],
+      multimodal_projector_bias=True,
+    )
+  if "scale_factor" in defaults:
+    config["scale_factor"] = getattr(model.connector, "side", 1)
+  again = vision_language_model(config, "the model's configuration")
+  if _comparable(again) != _comparable(model):
+    raise UserError(
+      f"config.json of model_type {kind!r} cannot describe this vision language"
+      " model: reading it back gives another one"
+    )
+  return config
+
+
+def describe(model: VisionLanguageModel) -> dict[str, Any]:
+  """Returns the config.json of the first family that can describe `model`.
+
+  Raises:
+    UserError: none of `FAMILIES` can.
+  """
+  for kind in FAMILIES:
+    try:
+      return config_of(model, kind)
+    except (UserError, AttributeError, KeyError):
+      continue
+  raise UserError(
+    f"no config.json describes this model; tried {', '.join(FAMILIES)}.\\n"
+    "Expected the encoder and the connector of one of these families."
+  )
+
+
+def _comparable(model: VisionLanguageModel) -> VisionLanguageModel:
+  """Returns the model without what its files do not say."""
+  return dataclasses.replace(
+    model,
+    vision=model.vision.clone(remat="none", dtype="float32"),
+    language=model.language.clone(remat="none", dtype="float32"),
+    normalise=normalise.HALF,
+  )

@@ -1,5 +1,6 @@
 """Vision models in Hugging Face's format: read strictly, and written back."""
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
@@ -11,16 +12,21 @@ import numpy as np
 
 from research import tree
 from research.interop import hf, quantized
+from research.interop.loaded import Loaded
 from research.interop.vision import config as vision_config
 from research.interop.vision import names
 from research.io import safetensors
+from research.text.tokenizer import Tokenizer
 from research.typing import Params, UserError
 from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.encoders import vit
 from research.vlm.encoders.text import TextEncoder
+from research.vlm.images.configs import from_preprocessor_config
 from research.vlm.model import VisionLanguageModel
 
 CONTRASTIVE = ("clip", "siglip")
+
+PREPROCESSOR = "preprocessor_config.json"
 
 # Tower -> what its names start with: as files have them, as transformers
 # since 4.52 has them in memory, and with or without the inner model's name.
@@ -225,3 +231,29 @@ def model_from_directory(
   model = vision_config.vision_language_model(config, where, dtype)
   params = vision_language_params(model, kind, tensors, dtype, path)
   return model, params, config
+
+
+def load(path: pathlib.Path, dtype: str = "float32") -> Loaded:
+  """Returns a vision language model with its tokenizer and preprocessor.
+
+  Args:
+    path: a directory whose model type is one of `config.FAMILIES`.
+    dtype: of parameters and computation.
+  """
+  model, params, config = model_from_directory(path, dtype)
+  words, preprocessor = None, None
+  if (path / "tokenizer.json").is_file():
+    words = Tokenizer.from_directory(path)
+  if (path / PREPROCESSOR).is_file():
+    side = getattr(model.connector, "side", 1)
+    preprocessor = from_preprocessor_config(
+      path / PREPROCESSOR, patch=model.vision.patch, pool=side
+    )
+    model = dataclasses.replace(model, normalise=preprocessor.normalise)
+  source = dict(
+    format="hf",
+    path=str(path),
+    model_type=config["model_type"],
+    config=config,
+  )
+  return Loaded(model, params, words, source, preprocessor=preprocessor)

@@ -9,6 +9,7 @@ import jax
 from research.interop.loaded import Loaded
 from research.nn.layers import Remat
 from research.vlm.encoders.vit import Features, VisionTransformer
+from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.model import Connector, VisionLanguageModel
 
 
@@ -30,6 +31,7 @@ class Assembled:
     image_token: id of the placeholder; None for the first id after the
       vocabulary.
     features: which activations of the encoder the connector gets.
+    preprocessor: what becomes of images.
     seed: of the new weights.
     remat: what the encoder's backward pass recomputes.
   """
@@ -39,6 +41,7 @@ class Assembled:
   connector: Connector
   image_token: int | None = None
   features: Features = Features()
+  preprocessor: Preprocessor
   seed: int = 0
   remat: Remat = "none"
 
@@ -55,6 +58,7 @@ class Assembled:
       connector=self.connector,
       language=loaded.model,
       features=self.features,
+      normalise=self.preprocessor.normalise,
       image_token=loaded.model.vocab_size if token is None else token,
     )
     key, places = jax.random.key(self.seed), None
@@ -67,4 +71,5 @@ class Assembled:
       model=model,
       params=towers | {"language": loaded.params},
       source=source,
+      preprocessor=self.preprocessor,
     )

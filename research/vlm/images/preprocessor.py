@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float32
 
-from research.vlm.images.normalise import Normalisation
+from research.vlm.images.normalise import HALF, Normalisation
 from research.vlm.images.plan import Plan, Tiling, Views
 from research.vlm.images.prompts import (
   Layout,
@@ -28,7 +28,7 @@ class Preprocessor:
   """
 
   tiling: Tiling
-  normalise: Normalisation
+  normalise: Normalisation = HALF
   layout: Layout = Wrapped()
   placeholder: str = "<image>"
 

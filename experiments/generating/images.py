@@ -1,0 +1,123 @@
+"""Images of a prompt: which stand where, and what the model sees of them."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from research.interop.loaded import Loaded
+from research.typing import UserError
+from research.vlm import data
+from research.vlm.images import open_image
+from research.vlm.images.prompts import Piece
+from research.vlm.model import VisionLanguageModel
+
+MARK = "<image>"
+"""Where an image stands in a prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptWithImages:
+  """A prompt with images.
+
+  Attributes:
+    ids: of the prompt, placeholders among them.
+    params: of the language model, with the images in them.
+    image_tokens: number of placeholders.
+  """
+
+  ids: list[int]
+  params: Any
+  image_tokens: int
+
+
+def check(model: Any, files: Sequence[str], prompts: Sequence[str]) -> None:
+  """Raises UserError for images without a model or a prompt to see them.
+
+  Args:
+    model: the loaded one.
+    files: of --image.
+    prompts: of --prompt.
+  """
+  if files and not isinstance(model, VisionLanguageModel):
+    raise UserError(
+      f"--image={files[0]}: this model reads text alone; expected a vision"
+      f" language model, or leave --image out"
+    )
+  if files and len(prompts) != 1:
+    raise UserError(
+      f"--image: found {len(prompts)} prompts, expected one; run the command"
+      " once for each"
+    )
+
+
+def prompt_of(
+  loaded: Loaded,
+  files: Sequence[str],
+  text: str,
+  render: Callable[[str], tuple[list[int], str]],
+) -> PromptWithImages:
+  """Returns a prompt and parameters that see the images.
+
+  Args:
+    loaded: a vision language model.
+    files: of images, on this machine.
+    text: the prompt; its `MARK`s are images, in order. Without any, the images
+      come first.
+    render: the prompt -> ids at its beginning, and all of its text, such as a
+      conversation.
+
+  Raises:
+    UserError: the prompt has more or fewer marks than there are images, or a
+      file cannot be read.
+  """
+  if loaded.preprocessor is None:
+    raise UserError(
+      "--image: found no preprocessor_config.json with the model, which says"
+      " how its images are made; add the published one"
+    )
+  marks = text.count(MARK)
+  if marks not in (0, len(files)):
+    raise UserError(
+      f"--image: found {len(files)} files and {marks} times {MARK} in the"
+      " prompt, expected as many of both, or none in the prompt"
+    )
+  images = [open_image(file) for file in files]
+  plans = [loaded.preprocessor.plan(*image.shape[:2]) for image in images]
+  views = sum(plan.views for plan in plans)
+  prompt = data.Prompt.of(images, loaded.preprocessor, views)
+  begin, whole = render(text if marks else MARK * len(files) + text)
+  params = loaded.model.with_images_compiled(
+    loaded.params, jnp.asarray(prompt.pixels[None])
+  )
+  return PromptWithImages(
+    begin + _joined(loaded, whole.split(MARK), prompt.pieces),
+    params,
+    prompt.soft_tokens,
+  )
+
+
+def _joined(
+  loaded: Loaded,
+  texts: Sequence[str],
+  pieces: Sequence[tuple[Piece, ...]],
+) -> list[int]:
+  """Returns text, image, text, ... as ids."""
+  ids: list[int] = []
+  for part, image in itertools.zip_longest(texts, pieces):
+    if part:
+      ids += loaded.tokenizer.encode(part)
+    if image is not None:
+      token = loaded.model.image_token
+      ids += data.image_ids(image, loaded.tokenizer, token)
+  return ids
+
+
+def language_of(loaded: Loaded, params: Any = None) -> Loaded:
+  """Returns the language model alone, with `params` if given."""
+  if not isinstance(loaded.model, VisionLanguageModel):
+    return loaded
+  own = loaded.params["language"] if params is None else params
+  return dataclasses.replace(loaded, model=loaded.model.language, params=own)
