@@ -1,0 +1,115 @@
+"""Rows of questions about images: placeholders, labels, and what is refused."""
+
+import numpy as np
+import pytest
+
+from research.typing import UserError
+from research.vlm import data
+from research.vlm.images import prompts
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.tiling.idefics3 import Idefics3
+from research.vlm.scenes.sample import Sample
+from tests import support_vlm
+
+TOKENIZER, IMAGE = support_vlm.tokenizer(), support_vlm.IMAGE
+RNG = np.random.default_rng(0)
+
+
+def image(height, width):
+  return RNG.integers(0, 256, (height, width, 3), np.uint8)
+
+
+def sample(*images, question="w5 <image> w6", answer="w7 w8"):
+  return Sample(images, question, answer, "", "", program={}, objects=())
+
+
+def questions(*samples, **changes):
+  fields = dict(
+    samples=list(samples),
+    preprocessor=support_vlm.PREPROCESSOR,
+    image_token=IMAGE,
+    length=16,
+    views=2,
+    batch_size=2,
+  )
+  return data.ImageQuestions(**(fields | changes))
+
+
+def test_a_row_has_placeholders_question_answer_and_end():
+  """What a user types stays text: `<image>` is an unknown word, `w1`."""
+  row = questions(sample(image(9, 30))).rows(TOKENIZER)[0]
+  ids = [*[IMAGE] * 4, 5, 1, 6, 7, 8, 65]
+  np.testing.assert_array_equal(row["tokens"][:10], ids)
+  np.testing.assert_array_equal(row["segments"], [0] * 10 + [-1] * 6)
+  np.testing.assert_array_equal(row["positions"][:10], np.arange(10))
+  learned = row["targets"][row["weights"] > 0]
+  np.testing.assert_array_equal(learned, [7, 8, 65])
+
+
+def test_views_are_the_preprocessors_and_then_zeros():
+  first = image(9, 30)
+  row = questions(sample(first)).rows(TOKENIZER)[0]
+  expected = support_vlm.PREPROCESSOR.views(first).pixels
+  np.testing.assert_array_equal(row["pixels"][:1], expected)
+  assert not row["pixels"][1].any()
+
+
+def test_two_images_are_one_after_the_other():
+  images = image(16, 16), image(8, 8)
+  row = questions(sample(*images)).rows(TOKENIZER)[0]
+  assert (row["tokens"] == IMAGE).sum() == 8
+  for view, each in zip(row["pixels"], images, strict=True):
+    expected = support_vlm.PREPROCESSOR.views(each).pixels[0]
+    np.testing.assert_array_equal(view, expected)
+
+
+def test_tokens_around_tiles_are_of_the_tokenizer():
+  layout = prompts.Wrapped(before=("<begin>",), after=("w3",))
+  tiles = Preprocessor(
+    Idefics3(longest=32, tile=16, patch=4, pool=2), layout=layout
+  )
+  row = questions(
+    sample(image(20, 30)), preprocessor=tiles, views=5, length=40
+  ).rows(TOKENIZER)[0]
+  soft = tiles.plan(20, 30).soft_tokens
+  assert soft == 20  # four tiles, and the whole
+  ids = [66, *[IMAGE] * soft, 3, 5]
+  np.testing.assert_array_equal(row["tokens"][: len(ids)], ids)
+  strange = Preprocessor(tiles.tiling, layout=prompts.Wrapped(("a b",)))
+  with pytest.raises(UserError, match="found no token 'a b'"):
+    questions(
+      sample(image(20, 30)), preprocessor=strange, views=5, length=40
+    ).rows(TOKENIZER)[0]
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(length=9), "found 9, expected at least 10: 1 images with 4 soft"),
+    (dict(views=0), "views: found 0, expected at least 1"),
+  ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+  with pytest.raises(UserError, match=message):
+    questions(sample(image(9, 9)), **changes).rows(TOKENIZER)[0]
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_as_many_images_as_there_is_room_for(count):
+  images = [image(8, 8) for _ in range(count)]
+  with pytest.raises(UserError, match=f"found {count} of {count} images"):
+    questions(sample(*images)).rows(TOKENIZER)[0]
+
+
+def test_batches_resume_where_they_stopped():
+  samples = [sample(image(8, 8), answer=f"w{i}") for i in range(6)]
+  stream = iter(questions(*samples).training(TOKENIZER))
+  next(stream)
+  state = stream.get_state()
+  expected = next(stream)
+  other = iter(questions(*samples).training(TOKENIZER))
+  other.set_state(state)
+  found = next(other)
+  assert expected["pixels"].shape == (2, 2, 16, 16, 3)
+  for name, value in expected.items():
+    np.testing.assert_array_equal(found[name], value)

@@ -1,0 +1,128 @@
+"""A vision language model's loss: what it depends on, and what it does not."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research import tree
+from research.data import batch_of
+from research.diffusion.objective import MaskedDiffusion
+from research.nn import logits
+from research.training.objectives.objective import NextToken
+from research.vlm import WithImages
+from research.vlm.answering import Answerer
+from tests import support_vlm
+
+MODEL, PARAMS = support_vlm.model(), support_vlm.params()
+IMAGE = support_vlm.IMAGE
+# Row 0 has two images, row 1 one, row 2 none.
+TOKENS = [
+  [66, *[IMAGE] * 4, 5, *[IMAGE] * 4, 6, 7],
+  [4, 8, *[IMAGE] * 4, 9, 10],
+  [11, 12, 13],
+]
+PIXELS = support_vlm.pixels(3, 2)
+# Sums over two short models, in another order.
+CLOSE = dict(rtol=1e-4, atol=1e-5)
+
+
+def batch(tokens=TOKENS, pixels=PIXELS):
+  mask = [[i not in (0, IMAGE) for i in row] for row in tokens]
+  size = max(map(len, tokens))
+  mask = np.array([row + [False] * (size - len(row)) for row in mask])
+  return batch_of(tokens, mask) | {"pixels": jnp.asarray(pixels)}
+
+
+@functools.cache
+def compiled(objective=NextToken()):
+  loss = WithImages(MODEL, objective)
+
+  def sums(params, batch, key):
+    total, weight, _ = loss(params, batch, key)
+    return total, weight
+
+  return jax.jit(jax.value_and_grad(sums, has_aux=True))
+
+
+def loss_of(batch, params=PARAMS):
+  (total, _), grads = compiled()(params, batch, None)
+  return total, grads
+
+
+@pytest.fixture(scope="module")
+def reference():
+  return loss_of(batch())
+
+
+def test_every_weight_of_every_tower_has_a_gradient(reference):
+  for path, gradient in tree.flatten_paths(reference[1]):
+    assert np.abs(gradient).max() > 0, path
+
+
+def test_pixels_of_an_image_change_the_loss(reference):
+  pixels = PIXELS.copy()
+  pixels[1, 0, :4, :4] ^= 255
+  assert abs(loss_of(batch(pixels=pixels))[0] - reference[0]) > 1e-3
+
+
+def test_views_that_no_placeholder_shows_change_nothing(reference):
+  pixels = PIXELS.copy()
+  pixels[1, 1] ^= 255
+  pixels[2] ^= 255
+  chex.assert_trees_all_equal(loss_of(batch(pixels=pixels)), reference)
+
+
+def test_rows_see_their_own_images(reference):
+  order = [2, 0, 1]
+  moved = batch([TOKENS[i] for i in order], PIXELS[order])
+  chex.assert_trees_all_close(loss_of(moved), reference, **CLOSE)
+
+
+def test_text_alone_is_the_language_models():
+  tokens = [TOKENS[2], [5, 6, 7]]
+  text = batch(tokens, PIXELS[:2])
+  found, _, _ = WithImages(MODEL)(PARAMS, text, None)
+  expected, _, _ = NextToken(MODEL.language)(PARAMS["language"], text, None)
+  chex.assert_trees_all_equal(found, expected)
+
+
+def test_masked_diffusion_sees_images_too():
+  """The placeholders are in the prompt, which is never masked."""
+  objective = MaskedDiffusion(mask_id=2)
+  given = batch()
+  pixels = PIXELS.copy()
+  pixels[0] ^= 255
+  key = jax.random.key(0)
+  (one, weight), grads = compiled(objective)(PARAMS, given, key)
+  (other, _), _ = compiled(objective)(PARAMS, batch(pixels=pixels), key)
+  assert weight > 0
+  assert abs(one - other) > 1e-3
+  assert np.abs(grads["vision"]["patch_embed"]).max() > 0
+
+
+def test_answers_are_those_of_full_forward_passes():
+  answerer = Answerer(
+    model=MODEL,
+    params=PARAMS,
+    tokenizer=support_vlm.tokenizer(),
+    preprocessor=support_vlm.PREPROCESSOR,
+    most=3,
+  )
+  images = [(PIXELS[0, 0],), (PIXELS[1, 0],)]
+  questions = ["w5 w6", "w7"]
+  found = answerer(images, questions)
+  for each, question, text in zip(images, questions, found, strict=True):
+    words = [int(word[1:]) for word in question.split()]
+    ids = [IMAGE] * 4 + words
+    spliced = MODEL.with_images(PARAMS, jnp.asarray(each[0])[None, None])
+    for _ in range(3):
+      scores = logits(MODEL.language, spliced, jnp.asarray([ids]))
+      ids.append(int(scores[0, -1].argmax()))
+    new = ids[4 + len(words) :]
+    end = new.index(65) if 65 in new else 3
+    names = {65: "<end>", 66: "<begin>"}
+    assert text.split() == [names.get(i, f"w{i}") for i in new[:end]]
