@@ -32,7 +32,7 @@ def model() -> VisionLanguageModel:
     connector=connectors.Squares(
       side=2, inner=connectors.Linear(size=32, bias=False)
     ),
-    language=support.model("llama"),
+    language=support.model("llama", max_positions=128),
     image_token=IMAGE,
   )
 

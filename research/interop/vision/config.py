@@ -419,6 +419,8 @@ def _comparable(model: VisionLanguageModel) -> VisionLanguageModel:
   return dataclasses.replace(
     model,
     vision=model.vision.clone(remat="none", dtype="float32"),
-    language=model.language.clone(remat="none", dtype="float32"),
+    language=model.language.clone(
+      remat="none", dtype="float32", max_positions=None
+    ),
     normalise=normalise.HALF,
   )

@@ -1,0 +1,83 @@
+"""Images in a prompt of the command line."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.generating import images
+from research.interop.loaded import Loaded
+from research.typing import UserError
+from tests import support, support_vlm
+
+TOKENIZER, IMAGE = support_vlm.tokenizer(), support_vlm.IMAGE
+LOADED = Loaded(
+  support_vlm.model(),
+  support_vlm.params(),
+  TOKENIZER,
+  source={},
+  preprocessor=support_vlm.PREPROCESSOR,
+)
+SOFT = [IMAGE] * 4
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("images")
+  out = []
+  for i, view in enumerate(support_vlm.pixels(2, 1)):
+    Image.fromarray(view[0]).save(folder / f"{i}.png")
+    out.append(str(folder / f"{i}.png"))
+  return out
+
+
+def render(text):
+  return [66], text
+
+
+@pytest.mark.parametrize(
+  "text, expected",
+  [
+    ("w5 w6", [66, *SOFT, *SOFT, 5, 6]),
+    ("w5 <image> w6 <image>", [66, 5, *SOFT, 6, *SOFT]),
+    ("<image><image>w7", [66, *SOFT, *SOFT, 7]),
+  ],
+)
+def test_images_fill_their_places_in_order(text, expected, files):
+  made = images.prompt_of(LOADED, files, text, render)
+  assert made.ids == expected
+  assert made.image_tokens == 8
+  features = made.params["embed"].features
+  whole = LOADED.model.encode(
+    LOADED.params, jnp.asarray(support_vlm.pixels(2, 1).swapaxes(0, 1))
+  )
+  np.testing.assert_allclose(features, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_conversation_has_them_in_its_message(files):
+  def chat(text):
+    return [], f"w1 {text} w2"
+
+  made = images.prompt_of(LOADED, files[:1], "w5", chat)
+  assert made.ids == [1, *SOFT, 5, 2]
+
+
+@pytest.mark.parametrize("text", ["<image> w5", "<image><image><image>"])
+def test_as_many_marks_as_images(text, files):
+  with pytest.raises(UserError, match="found 2 files and"):
+    images.prompt_of(LOADED, files, text, render)
+
+
+def test_a_model_without_eyes_says_so(files):
+  with pytest.raises(UserError, match="reads text alone"):
+    images.check(support.model("llama"), files, ["w5"])
+  with pytest.raises(UserError, match="found 2 prompts, expected one"):
+    images.check(LOADED.model, files, ["w5", "w6"])
+
+
+def test_a_model_without_a_preprocessor_says_so(files):
+  blind = dataclasses.replace(LOADED, preprocessor=None)
+  with pytest.raises(UserError, match="no preprocessor_config.json"):
+    images.prompt_of(blind, files, "w5", render)

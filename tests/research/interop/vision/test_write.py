@@ -1,0 +1,84 @@
+"""A vision language model as a directory: written, and read back the same."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from research.interop import load, vision
+from research.interop.loaded import Loaded
+from research.interop.vision import config
+from research.typing import UserError
+from research.vlm import connectors
+from research.vlm.encoders.vit import Features
+from tests import support_vlm
+
+MODEL, PARAMS = support_vlm.model(), support_vlm.params()
+
+
+def loaded(model=MODEL, params=PARAMS, **changes):
+  fields = dict(
+    tokenizer=support_vlm.tokenizer(), preprocessor=support_vlm.PREPROCESSOR
+  )
+  return Loaded(model, params, source={}, **(fields | changes))
+
+
+def test_what_is_written_is_read_back(tmp_path):
+  vision.write_model(tmp_path / "model", loaded(), PARAMS)
+  found = load.load_model(tmp_path / "model")
+  assert found.model == MODEL
+  assert found.preprocessor == support_vlm.PREPROCESSOR
+  assert found.tokenizer.encode("w5 w6") == [5, 6]
+  jax.tree.map(np.testing.assert_array_equal, found.params, PARAMS)
+
+
+def llava():
+  """Returns the model with LLaVA's connector and an earlier layer."""
+  return dataclasses.replace(
+    MODEL,
+    connector=connectors.Mlp(size=32),
+    features=Features(layers=(-2,), normed=False),
+  )
+
+
+@pytest.mark.parametrize(
+  "model, kind",
+  [
+    (MODEL, "idefics3"),
+    (llava(), "llava"),
+    (
+      dataclasses.replace(MODEL, connector=connectors.Linear(size=32)),
+      "paligemma",
+    ),
+  ],
+)
+def test_the_family_follows_from_the_parts(model, kind):
+  assert config.describe(model)["model_type"] == kind
+
+
+def test_a_model_of_no_family_is_not_written(tmp_path):
+  pool = connectors.AttentionPool(size=32, queries=2)
+  model = dataclasses.replace(MODEL, connector=pool)
+  with pytest.raises(UserError, match="no config.json describes this model"):
+    vision.write_model(tmp_path, loaded(model), PARAMS)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_that_the_file_cannot_say_is_not_written(tmp_path):
+  model = dataclasses.replace(MODEL, scale=2.0)
+  with pytest.raises(UserError, match="no config.json describes"):
+    vision.write_model(tmp_path, loaded(model), PARAMS)
+
+
+def test_token_ids_and_files_of_transformers(tmp_path):
+  vision.write_model(tmp_path / "model", loaded(), PARAMS)
+  names = {path.name for path in (tmp_path / "model").iterdir()}
+  assert {
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+  } <= names
+  written = json.loads((tmp_path / "model" / "config.json").read_text())
+  assert written["image_token_id"] == support_vlm.IMAGE
