@@ -23,13 +23,22 @@ from research.vlm.connectors.projections import (
   Mlp,
   Squares,
 )
+from research.vlm.connectors.qformer import QFormer
 from research.vlm.connectors.resamplers import AttentionPool, PerceiverResampler
+from research.vlm.connectors.square_attention import SquareAttention
 from research.vlm.encoders import vit
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images.normalise import HALF, Normalisation
 
 Connector = (
-  Linear | Mlp | Squares | AveragePool | AttentionPool | PerceiverResampler
+  Linear
+  | Mlp
+  | Squares
+  | AveragePool
+  | SquareAttention
+  | AttentionPool
+  | PerceiverResampler
+  | QFormer
 )
 
 TOWERS = ("vision", "connector", "language")
@@ -159,5 +168,5 @@ def _encode(model, params, pixels):
   return model.encode(params, pixels)
 
 
-SQUARES = (Squares, AveragePool)
+SQUARES = (Squares, AveragePool, SquareAttention)
 """Connectors that need whole squares of patches."""
