@@ -5,6 +5,7 @@ A pretrained model gets new layers (`interleave`) and their weights
 of a batch of images, once, however many tokens are generated.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -130,3 +131,25 @@ def _keys_and_values(cross, layers, media, sizes):
 
   keys, values = jax.lax.map(one, layers["attention"])
   return keys, values, jnp.broadcast_to(sizes, (keys.shape[0], *sizes.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class LatestImage:
+  """Text attends to the soft tokens of the image before it, in some layers.
+
+  Flamingo's placement (`interleave`). A prompt has one placeholder for each
+  view, however many soft tokens that has.
+  """
+
+  def __call__(
+    self,
+    model: Transformer,
+    params: Params,
+    soft: Float[Array, "B P C"],
+    views: int,
+    token: int,
+  ) -> dict[str, Any]:
+    """Returns the language model's parameters; arguments as for `Splice`."""
+    rows, count, _ = soft.shape
+    sizes = jnp.full((rows, views), count // views, jnp.int32)
+    return with_media(model, params, soft, sizes, token)

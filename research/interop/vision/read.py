@@ -14,7 +14,7 @@ from research import tree
 from research.interop import hf, quantized
 from research.interop.loaded import Loaded
 from research.interop.vision import config as vision_config
-from research.interop.vision import names
+from research.interop.vision import internvl, names
 from research.io import safetensors
 from research.text.tokenizer import Tokenizer
 from research.typing import Params, UserError
@@ -52,14 +52,23 @@ CONNECTOR_ROWS = {
     ),
   ),
   "paligemma": names.linear("project", "linear"),
+  "internvl": (
+    *names.norm("after", "layer_norm"),
+    *names.linear("inner/up", "linear_1"),
+    *names.linear("inner/down", "linear_2"),
+  ),
 }
 CONNECTOR_ROWS["smolvlm"] = CONNECTOR_ROWS["idefics3"]
+
+VISION_ROWS = {"internvl": internvl.VISION}
+"""Family -> tensors of its image tower, if they are not `names.VISION`."""
 
 WRITTEN = {
   "llava": ("vision_tower.vision_model.", "multi_modal_projector."),
   "paligemma": ("vision_tower.vision_model.", "multi_modal_projector."),
   "idefics3": ("model.vision_model.", "model.connector."),
   "smolvlm": ("model.vision_model.", "model.connector."),
+  "internvl": ("vision_tower.", "multi_modal_projector."),
 }
 """Family -> prefixes of the image tower and of the connector in files."""
 
@@ -85,8 +94,9 @@ def vision_language_params(
   """
   towers = _towers(tensors, where)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
+  rows = VISION_ROWS.get(kind, names.VISION)
   vision = read_tower(
-    shapes["vision"], names.VISION, towers["vision"], model.vision, dtype, where
+    shapes["vision"], rows, towers["vision"], model.vision, dtype, where
   )
   connector = read_tower(
     shapes["connector"],

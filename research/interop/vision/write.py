@@ -30,6 +30,7 @@ _INNER = {
 _LANGUAGE = {
   "llava": _INNER,
   "paligemma": _INNER,
+  "internvl": _INNER,
   "idefics3": {"model.": "model.text_model.", "lm_head.": "lm_head."},
 }
 _LANGUAGE["smolvlm"] = _LANGUAGE["idefics3"]
@@ -47,7 +48,8 @@ def vision_language_tensors(
     dtype: of the tensors.
   """
   vision, connector = read.WRITTEN[kind]
-  out = _prefixed(vision, tower_tensors(names.VISION, params["vision"], dtype))
+  rows = read.VISION_ROWS.get(kind, names.VISION)
+  out = _prefixed(vision, tower_tensors(rows, params["vision"], dtype))
   out |= _prefixed(
     connector,
     tower_tensors(read.CONNECTOR_ROWS[kind], params["connector"], dtype),

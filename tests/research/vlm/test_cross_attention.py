@@ -1,5 +1,6 @@
 """Gated cross-attention: transformers' Idefics, and what Flamingo promises."""
 
+import dataclasses
 import functools
 
 import chex
@@ -18,8 +19,9 @@ from research.nn.mlp import Mlp, PlainMlp
 from research.nn.norm import RMSNorm
 from research.training.objectives.objective import NextToken
 from research.typing import UserError
-from research.vlm import cross_attention
-from tests import support, support_connectors
+from research.vlm import WithImages, cross_attention
+from research.vlm.connectors import PerceiverResampler
+from tests import support, support_connectors, support_vlm
 
 IMAGE, WIDTH, LATENTS = 60, 20, 3
 LAYER = GatedCrossAttention(
@@ -242,6 +244,46 @@ def test_objectives_need_not_know():
   gradients = jax.jit(jax.grad(loss))(params())
   for path, x in tree.flatten_paths(gradients):
     assert "/cross/" not in path or np.abs(x).max() > 0, path
+
+
+def test_a_vision_language_model_with_images_beside_its_text():
+  """Pixels of an image change the loss of its own row; all towers learn."""
+  base = support_vlm.model()
+  connector = PerceiverResampler(
+    WIDTH, queries=LATENTS, depth=1, heads=2, head_dim=5
+  )
+  model = dataclasses.replace(
+    base,
+    connector=connector,
+    language=MODEL,
+    image_token=IMAGE,
+    placement=cross_attention.LatestImage(),
+  )
+  towers = model.new_towers(jax.random.key(2))
+  pixels = jnp.asarray(support_vlm.pixels(2, 2))
+  rows = dict(
+    tokens=TOKENS,
+    targets=TOKENS,
+    segments=jnp.zeros_like(TOKENS),
+    positions=jnp.broadcast_to(jnp.arange(8), TOKENS.shape),
+  )
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(params, pixels, weights):
+    batch = rows | dict(pixels=pixels, weights=weights)
+    return WithImages(model)(params, batch, None)[0]
+
+  first = jnp.zeros(TOKENS.shape).at[0].set(1.0)
+  given = towers | {"language": params()}
+  expected, gradients = loss(given, pixels, first)
+  for path, x in tree.flatten_paths(gradients):
+    unused = path.endswith(("attention/k_bias", "final_norm/bias"))
+    assert unused or np.abs(x).max() > 0, path
+  found, _ = loss(given, pixels.at[1].set(0), first)
+  assert found == expected
+  found, _ = loss(given, pixels.at[0, 1].set(0), first)
+  assert abs(found - expected) > 1e-4
 
 
 def test_every_new_parameter_has_a_sharding_rule():
