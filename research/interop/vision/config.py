@@ -386,6 +386,9 @@ def config_of(model: VisionLanguageModel, kind: str) -> dict[str, Any]:
       ],
       multimodal_projector_bias=True,
     )
+  if kind == "paligemma":
+    values["projection_dim"] = config["projection_dim"] = language.width
+    config["hidden_size"] = language.width
   if "scale_factor" in defaults:
     config["scale_factor"] = getattr(model.connector, "side", 1)
   again = vision_language_model(config, "the model's configuration")
