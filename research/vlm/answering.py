@@ -69,5 +69,6 @@ class Answerer:
       self.most,
       self.sampling,
       stop_tokens=self.tokenizer.stop,
+      source=self.model.token_source(),
     )
     return [self.tokenizer.decode(tokens).strip() for tokens in found.tokens]

@@ -24,6 +24,7 @@ from research.vlm.encoders.positions import PositionTable
 from research.vlm.encoders.text import EndOfText, LastPosition, TextEncoder
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images import normalise
+from research.vlm.masks import BidirectionalPrompt
 from research.vlm.model import VisionLanguageModel
 
 ACTIVATIONS = {
@@ -266,6 +267,7 @@ def _paligemma(parts: _Parts) -> dict[str, Any]:
   # The language model scales all its embeddings; soft tokens are not scaled.
   return dict(
     connector=connectors.Linear(size=parts.width),
+    mask=BidirectionalPrompt(),
     scale=1 / parts.language.embed_scale,
   )
 
