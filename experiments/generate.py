@@ -240,7 +240,9 @@ def _sampling() -> Any:
 def _load() -> Any:
   """Returns the model."""
   packed = FLAGS["packed"].value
-  loaded = packed_weights.load(_MODEL.value, _DTYPE.value, packed)
+  autoregressive = _SAMPLER.value == "autoregressive"
+  towers = "all" if autoregressive else "language"
+  loaded = packed_weights.load(_MODEL.value, _DTYPE.value, packed, towers)
   if loaded.tokenizer is None:
     raise UserError(f"--model={_MODEL.value}: found no tokenizer in it")
   return loaded

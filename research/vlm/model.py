@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.generation import generate
+from research.nn import layers
 from research.nn.transformer import Transformer
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8
 from research.vlm import splice
@@ -78,6 +79,14 @@ class VisionLanguageModel:
     )
     connector = self.connector.init(own, features, (side, side))["params"]
     return dict(vision=vit.new_params(self.vision, key), connector=connector)
+
+  def clone(self, *, remat: layers.Remat) -> "VisionLanguageModel":
+    """Returns the model whose backward passes recompute what `remat` says."""
+    return dataclasses.replace(
+      self,
+      vision=self.vision.clone(remat=remat),
+      language=self.language.clone(remat=remat),
+    )
 
   def grid(self, height: int, width: int) -> Grid:
     """Returns rows and columns of patches of an image of so many pixels."""

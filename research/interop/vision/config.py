@@ -5,6 +5,7 @@ configuration classes. A model type that is not known is refused by name.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from research.nn import presets
 from research.nn.attention import Attention
 from research.nn.block import Block
 from research.nn.mlp import PlainMlp
-from research.nn.norm import LayerNorm
+from research.nn.norm import LayerNorm, RMSNorm
 from research.nn.stack import Stack
 from research.typing import UserError
 from research.vlm import connectors
@@ -24,7 +25,7 @@ from research.vlm.encoders.positions import PositionTable
 from research.vlm.encoders.text import EndOfText, LastPosition, TextEncoder
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images import normalise
-from research.vlm.masks import BidirectionalPrompt
+from research.vlm.masks import BidirectionalImages, BidirectionalPrompt
 from research.vlm.model import VisionLanguageModel
 
 ACTIVATIONS = {
@@ -272,7 +273,32 @@ def _paligemma(parts: _Parts) -> dict[str, Any]:
   )
 
 
+def _gemma3(parts: _Parts) -> dict[str, Any]:
+  fields, table = parts.fields, parts.vision.positions
+  tokens = fields.integer("mm_tokens_per_image")
+  side = math.isqrt(tokens)
+  if side * side != tokens or table.rows % side:
+    raise fields.wrong(
+      "mm_tokens_per_image",
+      f"a square whose side divides {table.rows}, the patches of a side",
+    )
+  eps = parts.vision.norm.eps
+  return dict(
+    connector=connectors.AveragePool(
+      side=table.rows // side,
+      norm=RMSNorm(eps=eps, offset=1.0),
+      inner=connectors.Linear(size=parts.width, bias=False),
+    ),
+    mask=BidirectionalImages(image_token=fields.integer("image_token_index")),
+    scale=1 / parts.language.embed_scale,
+  )
+
+
 FAMILIES = {
+  "gemma3": (
+    _gemma3,
+    dict(image_token_index=262_144, mm_tokens_per_image=256),
+  ),
   "llava": (
     _llava,
     dict(
@@ -296,10 +322,11 @@ ARCHITECTURES = {
   "idefics3": "Idefics3ForConditionalGeneration",
   "smolvlm": "SmolVLMForConditionalGeneration",
   "paligemma": "PaliGemmaForConditionalGeneration",
+  "gemma3": "Gemma3ForConditionalGeneration",
 }
 """Model type -> the class of transformers."""
 
-_LANGUAGE = {"llava": "llama", "paligemma": "gemma"}
+_LANGUAGE = {"llava": "llama", "paligemma": "gemma", "gemma3": "gemma3_text"}
 
 
 def vision_language_model(
@@ -391,6 +418,8 @@ def config_of(model: VisionLanguageModel, kind: str) -> dict[str, Any]:
   if kind == "paligemma":
     values["projection_dim"] = config["projection_dim"] = language.width
     config["hidden_size"] = language.width
+  if kind == "gemma3":
+    config["mm_tokens_per_image"] = model.connector.tokens((grid, grid))
   if "scale_factor" in defaults:
     config["scale_factor"] = getattr(model.connector, "side", 1)
   again = vision_language_model(config, "the model's configuration")

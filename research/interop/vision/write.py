@@ -30,6 +30,7 @@ _INNER = {
 _LANGUAGE = {
   "llava": _INNER,
   "paligemma": _INNER,
+  "gemma3": _INNER,
   "idefics3": {"model.": "model.text_model.", "lm_head.": "lm_head."},
 }
 _LANGUAGE["smolvlm"] = _LANGUAGE["idefics3"]
