@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from research.generation import generate
 from research.nn import layers
@@ -96,14 +95,6 @@ class VisionLanguageModel:
     """Returns the number of soft tokens of an image of so many pixels."""
     return self.connector.tokens(self.grid(height, width))
 
-  def normalised(
-    self, pixels: UInt8[Array, "*B H W 3"]
-  ) -> Float[Array, "*B H W 3"]:
-    """Returns pixels as the encoder takes them, computed in fp32."""
-    mean = np.asarray(self.normalise.mean, np.float32)
-    std = np.asarray(self.normalise.std, np.float32)
-    return (pixels.astype(jnp.float32) / 255 - mean) / std
-
   def encode(
     self, params: Params, pixels: UInt8[Array, "B V H W 3"]
   ) -> Float[Array, "B P D"]:
@@ -114,7 +105,8 @@ class VisionLanguageModel:
       pixels: V views a row, padded at the end; P = V * tokens_per_view.
     """
     rows, views, height, width, _ = pixels.shape
-    images = self.normalised(pixels.reshape(-1, height, width, vit.CHANNELS))
+    flat = pixels.reshape(-1, height, width, vit.CHANNELS)
+    images = vit.normalised(flat, self.normalise)
     patches = vit.patchify(images, self.vision.patch)
     grid = self.grid(height, width)
     at = jnp.broadcast_to(vit.grid_coordinates(*grid), (*patches.shape[:2], 2))

@@ -38,6 +38,13 @@ class Objective(Protocol):
   ) -> Sums: ...
 
 
+class WholeBatch:
+  """Base of objectives in which a row's loss depends on all other rows.
+
+  Such a loss is not a sum over microbatches, so a step does not accumulate it.
+  """
+
+
 @dataclasses.dataclass(frozen=True)
 class NextToken:
   """Next-token prediction over packed rows.
