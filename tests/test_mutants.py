@@ -25,6 +25,8 @@ ROOMS = {  # folder -> file of its defects
   "research/quant": "quant",
   "research/lora": "lora",
   "research/diffusion": "diffusion",
+  "research/vlm/scenes": "vlm_scenes",
+  "research/vlm/evaluation": "vlm_evaluation",
   "research/interop": "interop",
   "research/planning": "planning",
   "experiments/core": "experiments_core",
