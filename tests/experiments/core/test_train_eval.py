@@ -15,7 +15,7 @@ def _mark(state, values):
 
 
 def test_state_transforms_run_after_each_step(tmp_path):
-  bindings = [*test_from_scratch.SMALL, "STEPS=2"]
+  bindings = [*test_from_scratch.SMALL, "STEPS=3"]
   read = config.read("runs/pretrain_tiny.gin", bindings)
   experiment = dataclasses.replace(
     read.experiment, state_transforms=(_mark,), validation=None, heldout=None
@@ -24,4 +24,4 @@ def test_state_transforms_run_after_each_step(tmp_path):
   train_eval.train(experiment, workdir)
   records = metrics.read_jsonl(workdir / "metrics.jsonl")
   marked = [r["train/marked"] for r in records if "train/loss" in r]
-  assert marked == [7.0, 7.0]
+  assert marked == [7.0, 7.0, 7.0]
