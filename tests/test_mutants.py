@@ -25,6 +25,7 @@ ROOMS = {  # folder -> file of its defects
   "research/quant": "quant",
   "research/lora": "lora",
   "research/diffusion": "diffusion",
+  "research/vlm/images": "vlm_images",
   "research/interop": "interop",
   "research/planning": "planning",
   "experiments/core": "experiments_core",
