@@ -27,6 +27,7 @@ ROOMS = {  # folder -> file of its defects
   "research/diffusion": "diffusion",
   "research/vlm/scenes": "vlm_scenes",
   "research/vlm/evaluation": "vlm_evaluation",
+  "research/vlm/images": "vlm_images",
   "research/interop": "interop",
   "research/planning": "planning",
   "experiments/core": "experiments_core",

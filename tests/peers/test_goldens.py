@@ -8,6 +8,7 @@ import make_bnb4
 import make_gguf
 import make_gguf_names
 import make_hqq
+import make_images
 import make_llm_int8
 import make_models
 import make_peft
@@ -171,3 +172,9 @@ def test_golden_would_notice(name, change):
     make_models.logits(model, want), want["logits"]
   )
   assert error > 1e-3
+
+
+def test_images():
+  assert make_images.hashes() == json.loads(make_images.HASHES.read_text())
+  with np.load(make_images.COUNTS) as file:
+    support.assert_same_arrays(make_images.counts(), dict(file), 0)
