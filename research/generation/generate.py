@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.common import cpu_memory
+from kernels_pallas.masks import Mask
 from research import tree, weights
 from research.generation import sampling as samplers
 from research.generation.generated import (
@@ -30,6 +31,9 @@ from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 TokenSource = Callable[..., Iterator[np.ndarray]]
 """A function with the signature of `chunks`, which yields new tokens."""
+
+PromptMask = Callable[[Int[Any, "B"], int], Mask]
+"""(lengths of the prompts, tokens of a row) -> what prompts' tokens see."""
 
 CHUNK = 16
 """Tokens per decoding program, and per chunk that is yielded."""
@@ -136,6 +140,7 @@ def prefill(
   stop: Int[Array, "E"],
   capacity: int,
   kv: Any = None,
+  mask: Mask | None = None,
 ) -> tuple[State, Int[Array, "B 1"], Bool[Array, "B"]]:
   """Processes the prompts and samples the first token of each row.
 
@@ -151,6 +156,7 @@ def prefill(
     stop: tokens that end a row.
     capacity: number of positions in the cache.
     kv: quantizer of the cache, as for `init_cache`.
+    mask: of the prompts; None for causal.
 
   Returns:
     The decoding state, the first tokens, and whether each row has ended.
@@ -160,6 +166,7 @@ def prefill(
   last, cache = model.apply(
     {"params": params},
     tokens,
+    mask=mask,
     cache=cache,
     lengths=lengths,
     keep=lengths[:, None] - 1,
@@ -253,6 +260,7 @@ def chunks(
   examples: Sequence[int] | None = None,
   size: int = CHUNK,
   kv: Any = None,
+  mask: PromptMask | None = None,
 ) -> Iterator[np.ndarray]:
   """Yields chunks of new tokens `[B, n]`, with `NO_TOKEN` after a row's end.
 
@@ -268,6 +276,8 @@ def chunks(
       index, not on the batch. By default 0, 1, ...
     size: tokens per chunk.
     kv: quantizer of the cache, as for `init_cache`.
+    mask: of the prompts, `masks.prefix_blocks` for a prefix language model;
+      None for causal.
 
   Raises:
     UserError: a prompt is empty, too long, or has ids outside the vocabulary.
@@ -283,12 +293,13 @@ def chunks(
   params = weights.with_tokens(params, jnp.where(inside, tokens, NO_TOKEN))
   limit, stop = np.array(room, np.int32), pad_stop_tokens(stop_tokens)
   rows = range(len(prompts)) if examples is None else examples
+  lengths = np.array([len(p) for p in prompts], np.int32)
   steps = max(room)
   state, shown, done = prefill(
     model,
     params,
     tokens,
-    np.array([len(p) for p in prompts], np.int32),
+    lengths,
     sampling,
     jax.random.key(0) if key is None else key,
     np.array(rows, np.int32),
@@ -296,6 +307,7 @@ def chunks(
     stop,
     capacity=bucket(longest + steps),
     kv=kv,
+    mask=None if mask is None else mask(lengths, tokens.shape[1]),
   )
   made = 1
   while True:
@@ -310,23 +322,27 @@ def chunks(
     state, shown, done = ahead
 
 
-def token_source(kv: Any, source: TokenSource | None) -> TokenSource:
+def token_source(
+  kv: Any, source: TokenSource | None, mask: PromptMask | None = None
+) -> TokenSource:
   """Returns the function that generates tokens: `source`, or else `chunks`.
 
   Args:
     kv: quantizer of the cache of `chunks`.
-    source: called like `chunks`, without `kv`; or None.
+    source: called like `chunks`, without `kv` and `mask`; or None.
+    mask: of the prompts of `chunks`.
 
   Raises:
-    UserError: both are given.
+    UserError: `source` is given, and one of the others.
   """
   if source is None:
-    return functools.partial(chunks, kv=kv)
-  if kv is not None:
-    raise UserError(
-      f"kv: found {kv!r} together with a source, expected one of them: a "
-      "source has its own cache"
-    )
+    return functools.partial(chunks, kv=kv, mask=mask)
+  for name, found in (("kv", kv), ("mask", mask)):
+    if found is not None:
+      raise UserError(
+        f"{name}: found {found!r} together with a source, expected one of"
+        " them: a source has its own cache"
+      )
   return source
 
 
@@ -394,15 +410,16 @@ def generate(
   examples: Sequence[int] | None = None,
   kv: Any = None,
   source: TokenSource | None = None,
+  mask: PromptMask | None = None,
 ) -> Generated:
   """Generates continuations of token prompts.
 
   Args:
     model, params, prompts, max_new_tokens, sampling, key, stop_tokens,
-      examples, kv: as for `chunks`.
+      examples, kv, mask: as for `chunks`.
     source: see `token_source`.
   """
-  parts = token_source(kv, source)(
+  parts = token_source(kv, source, mask)(
     model,
     params,
     prompts,
