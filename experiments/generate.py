@@ -375,6 +375,7 @@ def _streamed(
   kv: Any,
   layout: Any,
   turn: int = 0,
+  mask: Any = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
   """Returns each row's result and the totals; prints one row as it comes.
 
@@ -383,7 +384,7 @@ def _streamed(
   """
   import jax
 
-  from experiments.generating import generate_pages
+  from experiments.generating import generate_pages, images
   from research import progress
   from research.generation import stream
 
@@ -401,8 +402,7 @@ def _streamed(
       rules,
       jax.random.fold_in(key, turn) if turn else key,
       stop=_STOP.value,
-      kv=kv,
-      source=paged.source,
+      **images.source_of(mask, kv, paged.source),
     ):
       first = first or time.perf_counter()
       steps.append(pieces)
@@ -490,6 +490,7 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
     )
   loaded = _load()
   images.check(loaded.model, _IMAGE.value, texts)
+  mask = images.mask_of(loaded.model)
   if _IMAGE.value:
     loaded, prompts, seen = _with_images(loaded, texts[0])
   else:
@@ -504,14 +505,14 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
 
   def answer(messages, turn):
     ids = loaded.tokenizer.encode(loaded.tokenizer.chat(messages))
-    results, _ = _streamed(*call, [ids], rules, kv, layout, turn)
+    results, _ = _streamed(*call, [ids], rules, kv, layout, turn, mask)
     print(flush=True)
     return results[0]
 
   if not texts:
     result = conversation.converse(answer, _SYSTEM.value)
     return result | {"model": _MODEL.value, "adapter": adapter}
-  results, shared = _streamed(*call, prompts, rules, kv, layout)
+  results, shared = _streamed(*call, prompts, rules, kv, layout, mask=mask)
   if len(rows) == 1:
     print()
     return results[0] | shared | {"adapter": adapter} | seen

@@ -57,8 +57,8 @@ AXES: tuple[tuple[str, Names], ...] = (
   (r"/(gate|up)_bias$", ("hidden",)),
   (r"/router$", ("width", None)),
   # Vision encoders: inputs and outputs of their layers.
-  (r"(^|/)patch_embed$|/positions/table$", (None, "width")),
-  (r"(^|/)projection$", ("width", None)),
+  (r"(^|/)(patch_embed|positions|positions/table)$", (None, "width")),
+  (r"(^|/)(project|projection)$", ("width", None)),
   (r"(^|/)(probe|latents|class_embed)$|(^|/)logit_(scale|bias)$", (None,)),
   # The timestep embedding and AdaLN weights are small.
   (r"_modulation/weight$|(^|/)clock/(enter|leave)$", (None, None)),

@@ -29,11 +29,12 @@ from research.generation.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
+PromptMask = Callable[[Array, Array], Mask | None]
+"""`mask(tokens [B, T], lengths [B])` of right-padded prompts; None is causal.
+Each object compiles its own program, unless it compares equal."""
+
 TokenSource = Callable[..., Iterator[np.ndarray]]
 """A function with the signature of `chunks`, which yields new tokens."""
-
-PromptMask = Callable[[Int[Any, "B"], int], Mask]
-"""(lengths of the prompts, tokens of a row) -> what prompts' tokens see."""
 
 CHUNK = 16
 """Tokens per decoding program, and per chunk that is yielded."""
@@ -127,7 +128,7 @@ def sample_next(
   return token.astype(jnp.int32), occurred
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity", "kv"))
+@functools.partial(jax.jit, static_argnames=("model", "capacity", "kv", "mask"))
 def prefill(
   model: Transformer,
   params: Params,
@@ -140,7 +141,7 @@ def prefill(
   stop: Int[Array, "E"],
   capacity: int,
   kv: Any = None,
-  mask: Mask | None = None,
+  mask: PromptMask | None = None,
 ) -> tuple[State, Int[Array, "B 1"], Bool[Array, "B"]]:
   """Processes the prompts and samples the first token of each row.
 
@@ -156,7 +157,7 @@ def prefill(
     stop: tokens that end a row.
     capacity: number of positions in the cache.
     kv: quantizer of the cache, as for `init_cache`.
-    mask: of the prompts; None for causal.
+    mask: what the tokens of a prompt see of each other; None for causal.
 
   Returns:
     The decoding state, the first tokens, and whether each row has ended.
@@ -166,7 +167,7 @@ def prefill(
   last, cache = model.apply(
     {"params": params},
     tokens,
-    mask=mask,
+    mask=None if mask is None else mask(tokens, lengths),
     cache=cache,
     lengths=lengths,
     keep=lengths[:, None] - 1,
@@ -276,8 +277,8 @@ def chunks(
       index, not on the batch. By default 0, 1, ...
     size: tokens per chunk.
     kv: quantizer of the cache, as for `init_cache`.
-    mask: of the prompts, `masks.prefix_blocks` for a prefix language model;
-      None for causal.
+    mask: what the tokens of a prompt see of each other; None for causal. Bind
+      it by `functools.partial` to get a `TokenSource`.
 
   Raises:
     UserError: a prompt is empty, too long, or has ids outside the vocabulary.
@@ -293,13 +294,12 @@ def chunks(
   params = weights.with_tokens(params, jnp.where(inside, tokens, NO_TOKEN))
   limit, stop = np.array(room, np.int32), pad_stop_tokens(stop_tokens)
   rows = range(len(prompts)) if examples is None else examples
-  lengths = np.array([len(p) for p in prompts], np.int32)
   steps = max(room)
   state, shown, done = prefill(
     model,
     params,
     tokens,
-    lengths,
+    np.array([len(p) for p in prompts], np.int32),
     sampling,
     jax.random.key(0) if key is None else key,
     np.array(rows, np.int32),
@@ -307,7 +307,7 @@ def chunks(
     stop,
     capacity=bucket(longest + steps),
     kv=kv,
-    mask=None if mask is None else mask(lengths, tokens.shape[1]),
+    mask=mask,
   )
   made = 1
   while True:
@@ -322,27 +322,23 @@ def chunks(
     state, shown, done = ahead
 
 
-def token_source(
-  kv: Any, source: TokenSource | None, mask: PromptMask | None = None
-) -> TokenSource:
+def token_source(kv: Any, source: TokenSource | None) -> TokenSource:
   """Returns the function that generates tokens: `source`, or else `chunks`.
 
   Args:
     kv: quantizer of the cache of `chunks`.
-    source: called like `chunks`, without `kv` and `mask`; or None.
-    mask: of the prompts of `chunks`.
+    source: called like `chunks`, without `kv`; or None.
 
   Raises:
-    UserError: `source` is given, and one of the others.
+    UserError: both are given.
   """
   if source is None:
-    return functools.partial(chunks, kv=kv, mask=mask)
-  for name, found in (("kv", kv), ("mask", mask)):
-    if found is not None:
-      raise UserError(
-        f"{name}: found {found!r} together with a source, expected one of"
-        " them: a source has its own cache"
-      )
+    return functools.partial(chunks, kv=kv)
+  if kv is not None:
+    raise UserError(
+      f"kv: found {kv!r} together with a source, expected one of them: a "
+      "source has its own cache"
+    )
   return source
 
 
@@ -410,16 +406,15 @@ def generate(
   examples: Sequence[int] | None = None,
   kv: Any = None,
   source: TokenSource | None = None,
-  mask: PromptMask | None = None,
 ) -> Generated:
   """Generates continuations of token prompts.
 
   Args:
     model, params, prompts, max_new_tokens, sampling, key, stop_tokens,
-      examples, kv, mask: as for `chunks`.
+      examples, kv: as for `chunks`.
     source: see `token_source`.
   """
-  parts = token_source(kv, source, mask)(
+  parts = token_source(kv, source)(
     model,
     params,
     prompts,

@@ -19,7 +19,11 @@ from research import sharding, tree
 from research.optim import optim
 from research.optim.low_rank.compressing import Compressing
 from research.optim.low_rank.layerwise import Layerwise
-from research.training.objectives.objective import Batch, Objective
+from research.training.objectives.objective import (
+  PER_ROW,
+  Batch,
+  Objective,
+)
 from research.training.state import TrainState
 from research.typing import Array, PRNGKey, UserError
 
@@ -176,7 +180,8 @@ def _microbatches(batch: Batch, count: int) -> Any:
       )
     x = x.reshape(count, x.shape[0] // count, *x.shape[1:])
     # Shard each microbatch over the whole mesh, not one microbatch per device.
-    rest = ("length",) * (x.ndim > 2) + (None,) * (x.ndim - 3)
+    second = None if path in PER_ROW else "length"
+    rest = (second,) * (x.ndim > 2) + (None,) * (x.ndim - 3)
     return sharding.constrain(x, None, "batch", *rest)
 
   return tree.map_paths(cut, dict(batch))

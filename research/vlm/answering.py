@@ -39,8 +39,6 @@ class Answerer:
     template: the text around images.
     most: tokens of an answer.
     sampling: how tokens are chosen.
-    mask: what the tokens of a prompt see: `masks.prefix_blocks` for a model
-      that was trained with `prefix_mask`; None for causal.
     rows: a batch is padded to a multiple of so many rows, by its last one, so
       that few shapes are compiled.
   """
@@ -53,7 +51,6 @@ class Answerer:
   template: data.Template = data.Template()
   most: int = 8
   sampling: Sampling = GREEDY
-  mask: generate.PromptMask | None = None
   rows: int = 1
 
   def __call__(
@@ -87,7 +84,7 @@ class Answerer:
       self.most,
       self.sampling,
       stop_tokens=self.tokenizer.stop,
-      mask=self.mask,
+      source=self.model.token_source(),
     )
     tokens = found.tokens[: len(images)]
     return [self.tokenizer.decode(each).strip() for each in tokens]
@@ -102,7 +99,6 @@ class Answers:
     most: tokens of an answer.
     limit: samples at most, the first ones; None for all.
     batch: samples in a call.
-    mask: see `Answerer`.
     score, parser, seed: see `evaluation.protocol.evaluate`.
   """
 
@@ -110,7 +106,6 @@ class Answers:
   most: int = 8
   limit: int | None = None
   batch: int = 64
-  mask: generate.PromptMask | None = None
   score: Score = exact_match
   parser: Parser = exact_choice
   seed: int = 0
@@ -130,7 +125,6 @@ class Answers:
       views=self.questions.views,
       template=self.questions.template,
       most=self.most,
-      mask=self.mask,
       rows=self.batch,
     )
     samples = self.questions.samples

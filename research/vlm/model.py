@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.generation import generate
 from research.nn.transformer import Transformer
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8
 from research.vlm import splice
@@ -27,6 +28,7 @@ from research.vlm.connectors.resamplers import AttentionPool, PerceiverResampler
 from research.vlm.encoders import vit
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images.normalise import HALF, Normalisation
+from research.vlm.masks import Causal, PromptMask
 
 Connector = (
   Linear | Mlp | Squares | AveragePool | AttentionPool | PerceiverResampler
@@ -46,6 +48,7 @@ class VisionLanguageModel:
     features: which activations of the encoder the connector gets.
     image_token: id of the placeholder.
     normalise: of the pixels.
+    mask: what the tokens of a prompt see of each other.
     scale: multiplies the soft tokens before the language model scales its
       embeddings: `1 / embed_scale` leaves them as the connector made them.
   """
@@ -56,6 +59,7 @@ class VisionLanguageModel:
   features: Features = Features()
   image_token: int
   normalise: Normalisation = HALF
+  mask: PromptMask = Causal()
   scale: float = 1.0
 
   def init(self, key: PRNGKey) -> dict[str, Any]:
@@ -147,6 +151,10 @@ class VisionLanguageModel:
     towers = {k: params[k] for k in ("vision", "connector")}
     soft = _encode(self, towers, pixels)
     return splice.with_features(params["language"], soft, self.image_token)
+
+  def token_source(self) -> generate.TokenSource:
+    """Returns what generates tokens after prompts that have this mask."""
+    return functools.partial(generate.chunks, mask=self.mask)
 
   @property
   def max_positions(self) -> int | None:

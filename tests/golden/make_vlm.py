@@ -178,6 +178,7 @@ def build(name: str, folder: pathlib.Path):
   kind = getattr(transformers, CLASSES[name])
   parsed = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
   parsed._attn_implementation = "eager"
+  folder.mkdir(parents=True, exist_ok=True)
   kind(parsed).save_pretrained(folder)
   path = folder / "model.safetensors"
   shapes = {k: v.shape for k, v in safetensors.numpy.load_file(path).items()}

@@ -31,6 +31,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import ours_diffusion  # noqa: E402
+import ours_vision  # noqa: E402
 
 from research import tree  # noqa: E402
 from research.interop import load  # noqa: E402
@@ -175,6 +176,7 @@ COMMANDS = dict(
   rewrite=rewrite,
   gradients=gradients,
   **ours_diffusion.COMMANDS,
+  **ours_vision.COMMANDS,
 )
 
 

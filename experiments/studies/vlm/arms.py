@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kernels_pallas.masks import prefix_blocks
-from research.generation.generate import PromptMask
-from research.training.objectives.objective import NextToken, prefix_mask
 from research.vlm.connectors.projections import Linear, Mlp, Squares
 from research.vlm.connectors.resamplers import AttentionPool
+from research.vlm.masks import BidirectionalPrompt, Causal, PromptMask
 from research.vlm.model import Connector
 
 CONNECTOR = "^connector/"
@@ -53,16 +51,14 @@ class Arm:
     name: of the arm.
     stages: one after the other, each with an optimizer of its own.
     connector: between the towers.
-    objective: of the language model.
-    mask: what prompts see when the model answers; as the objective's.
+    mask: what the tokens of a prompt see of each other.
     images: what training sees of them, `real` or `blind`.
   """
 
   name: str
   stages: tuple[Stage, ...]
   connector: Connector
-  objective: NextToken = NextToken()
-  mask: PromptMask | None = None
+  mask: PromptMask = Causal()
   images: Callable[[Any], Any] = real
 
 
@@ -132,8 +128,7 @@ def masks(steps: int = 600, width: int = 64) -> tuple[Arm, ...]:
     width: of the language model.
   """
   shared = dict(stages=(Stage(EVERYTHING, steps),), connector=linear(2, width))
-  prefix = NextToken(mask=prefix_mask)
   return (
     Arm(name=CAUSAL, **shared),
-    Arm(name=PREFIX, objective=prefix, mask=prefix_blocks, **shared),
+    Arm(name=PREFIX, mask=BidirectionalPrompt(), **shared),
   )

@@ -35,6 +35,7 @@ from research.vlm import data
 from research.vlm.encoders.presets import EncoderSizes, siglip
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.tiling.square import Square
+from research.vlm.masks import Causal, PromptMask
 from research.vlm.model import Connector
 from research.vlm.objective import WithImages
 from research.vlm.scenes.sample import Sample
@@ -88,7 +89,13 @@ class Tiny:
     """Returns the number of soft tokens of an image."""
     return connector.tokens((self.grid, self.grid))
 
-  def load(self, connector: Connector, tokenizer: Any, seed: int) -> Loaded:
+  def load(
+    self,
+    connector: Connector,
+    tokenizer: Any,
+    seed: int,
+    mask: PromptMask = Causal(),
+  ) -> Loaded:
     """Returns a new model of three towers."""
     sizes = dict(
       width=self.width,
@@ -111,6 +118,7 @@ class Tiny:
       connector=connector,
       image_token=self.vocab,
       preprocessor=self.preprocessor(connector),
+      mask=mask,
       seed=seed,
     ).load()
 

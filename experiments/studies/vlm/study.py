@@ -112,21 +112,19 @@ class Study(protocol.Study):
     del before
     variant, seed = self._variant(arm)
     tiny, connector = self.tiny, variant.connector
-    loaded = tiny.load(connector, shared.tokenizer, seed)
+    loaded = tiny.load(connector, shared.tokenizer, seed, variant.mask)
     params = {**loaded.params, **self._towers(seed, shared)}
     questions = tiny.questions(connector, shared.samples)
     rows = questions.rows(shared.tokenizer)
     pool = base.pool_of([rows[i] for i in range(len(rows))])
     pool["pixels"] = variant.images(pool["pixels"])
-    objective = WithImages(model=loaded.model, objective=variant.objective)
+    objective = WithImages(model=loaded.model)
     losses = []
     for stage in variant.stages:
       params, loss = tiny.trained(objective, params, pool, stage, seed)
       losses.append(loss)
     asked = self.task(split="heldout", count=self.asked)
-    answers = Answers(
-      questions=tiny.questions(connector, asked), mask=variant.mask
-    )
+    answers = Answers(questions=tiny.questions(connector, asked))
     report = answers(dataclasses.replace(loaded, params=params)).to_json()
     patterns = [stage.trainable for stage in variant.stages]
     trained, _ = tree.partition(params, "|".join(patterns))

@@ -24,6 +24,7 @@ from research.vlm.encoders.positions import PositionTable
 from research.vlm.encoders.text import EndOfText, LastPosition, TextEncoder
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images import normalise
+from research.vlm.masks import BidirectionalPrompt
 from research.vlm.model import VisionLanguageModel
 
 ACTIVATIONS = {
@@ -266,6 +267,7 @@ def _paligemma(parts: _Parts) -> dict[str, Any]:
   # The language model scales all its embeddings; soft tokens are not scaled.
   return dict(
     connector=connectors.Linear(size=parts.width),
+    mask=BidirectionalPrompt(),
     scale=1 / parts.language.embed_scale,
   )
 
@@ -386,6 +388,9 @@ def config_of(model: VisionLanguageModel, kind: str) -> dict[str, Any]:
       ],
       multimodal_projector_bias=True,
     )
+  if kind == "paligemma":
+    values["projection_dim"] = config["projection_dim"] = language.width
+    config["hidden_size"] = language.width
   if "scale_factor" in defaults:
     config["scale_factor"] = getattr(model.connector, "side", 1)
   again = vision_language_model(config, "the model's configuration")

@@ -23,6 +23,10 @@ Batch = Mapping[str, Any]
 """Arrays [B, ...]. For text: `tokens`, `targets`, `positions` and `segments`,
 int32 [B, T], the last two -1 for padding; `weights`, float32 [B, T]."""
 
+PER_ROW = frozenset({"pixels"})
+"""Arrays of a batch whose second axis is not that of tokens: a mesh cuts their
+rows, and nothing else."""
+
 Sums = tuple[Array, Array, dict[str, Array]]
 """`(loss_sum, weight, metrics)`, all scalar sums over the batch."""
 
@@ -48,7 +52,7 @@ def prefix_mask(batch: Batch) -> Mask:
 
   Tokens that are learned see those before them. Others are prompts, and see
   all of their own (PaliGemma, arXiv:2407.07726, figure 2). At inference
-  prompts need the same mask: `generate(mask=prefix_blocks)`.
+  prompts need the same mask, `generate.chunks(mask=...)`.
   """
   learned = jnp.pad(batch["weights"][:, :-1] > 0, ((0, 0), (1, 0)))
   # A prompt that follows an answer, of a chat, is a block of its own.

@@ -12,11 +12,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from kernels_pallas.common import cpu_memory
-from kernels_pallas.masks import Mask, prefix_blocks
 from research import tree
 from research.generation import generate, stream
 from research.generation.sampling import GREEDY, Sampling
-from research.nn import logits, presets
+from research.nn import presets
 from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 
@@ -290,19 +289,3 @@ def test_prepare_puts_weights_of_some_size_together(monkeypatch):
   places = sorted(x.unsafe_buffer_pointer() for x in leaves)
   size = sum(-(-x.nbytes // 64) * 64 for x in leaves)
   assert places[0] % 2**21 == 0 and places[-1] < places[0] + size
-
-
-def test_prompts_of_a_prefix_model_see_all_of_themselves():
-  """As in full passes in which the prompt's tokens see each other."""
-  found = generate.generate(MODEL, params(), PROMPTS, 3, mask=prefix_blocks)
-  for prompt, made in zip(PROMPTS, found.tokens, strict=True):
-    ids = list(prompt)
-    mask = Mask.prefix_lm(jnp.array([len(prompt)]))
-    for _ in range(3):
-      scores = logits(MODEL, params(), jnp.array([ids]), mask=mask)
-      ids.append(int(scores[0, -1].argmax()))
-    assert list(made) == ids[len(prompt) :]
-  causal = generate.generate(MODEL, params(), PROMPTS, 3)
-  assert causal.tokens != found.tokens
-  with pytest.raises(UserError, match="^mask: .*together with a source"):
-    generate.token_source(None, generate.chunks, prefix_blocks)

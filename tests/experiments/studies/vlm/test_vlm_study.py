@@ -12,7 +12,6 @@ from experiments.studies import protocol
 from experiments.studies.vlm import arms, base, verdicts
 from experiments.studies.vlm.arms import Stage
 from research import tree
-from research.training.objectives.objective import prefix_mask
 from research.vlm.objective import WithImages
 from research.vlm.scenes.shapes import Shapes
 
@@ -39,7 +38,6 @@ def test_arms_take_as_many_steps_and_fit_the_model(name):
     tokens = study.tiny.tokens(arm.connector)
     plan = study.tiny.preprocessor(arm.connector).plan(32, 32)
     assert plan.soft_tokens == tokens
-    assert (arm.objective.mask is prefix_mask) == (arm.mask is not None)
   assert len({study.settings(x) for x in study.arms}) == len(study.variants)
 
 
