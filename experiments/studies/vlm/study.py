@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.core import cli
@@ -168,7 +168,7 @@ class Study(protocol.Study):
     protocol.check_settings(path, str(saved["settings"]), settings)
     loaded = self.tiny.load(connector, shared.tokenizer, seed)
     like = {name: loaded.params[name] for name in ("vision", "language")}
-    return tree.map_paths(lambda name, _: jax.numpy.asarray(saved[name]), like)
+    return tree.map_paths(lambda name, _: jnp.asarray(saved[name]), like)
 
   def summary(self, row: Row) -> str:
     """Returns the score, and how far above the best baseline it is."""
@@ -229,7 +229,9 @@ def _score(report: Mapping[str, Any], group: str, system: str) -> float:
   return report[group]["systems"][system]["score"]
 
 
-def _mean(report: Mapping[str, Any], groups: Sequence[str], system: str):
+def _mean(
+  report: Mapping[str, Any], groups: Sequence[str], system: str
+) -> float:
   return float(np.mean([_score(report, x, system) for x in groups]))
 
 
