@@ -55,6 +55,22 @@ class AbstractSource(Protocol):
   def load_abstract(self) -> Loaded: ...
 
 
+@runtime_checkable
+class AnswerReport(Protocol):
+  """What a model's answers are worth: a table as text, and as plain values."""
+
+  def __str__(self) -> str: ...
+
+  def to_json(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+  """Asks a model questions, and reports on its answers."""
+
+  def __call__(self, loaded: Loaded) -> AnswerReport: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
   """A model that exists.
@@ -109,6 +125,8 @@ class Experiment:
     validation: what the best checkpoint is chosen by, or None.
     heldout: what the result is measured on, before and after, or None.
     eval_batches: at most so many batches of each of those two; None for all.
+    answers: what the trained model is asked, whose report is in the result
+      beside the loss; None for nothing.
     state_transforms: of the training state, after each step, in order.
     after: transforms of the trained weights, in order; the result is saved as
       our checkpoint, which keeps every kind of weight.
@@ -130,6 +148,7 @@ class Experiment:
   validation: Data | None = None
   heldout: Data | None = None
   eval_batches: int | None = None
+  answers: Answers | None = None
   state_transforms: tuple[StateTransform, ...] = ()
   after: tuple[Transform, ...] = ()
   mesh: Layout = Layout(data=1)

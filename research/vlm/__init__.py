@@ -11,8 +11,11 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
+    "answering": ["Answerer", "Answers"],
+    "data": ["ImageQuestions", "Template"],
     "model": ["VisionLanguageModel"],
     "objective": ["WithImages"],
     "splice": ["SplicedEmbedding", "with_features"],
+    "within": ["Within"],
   },
 )

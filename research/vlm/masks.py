@@ -1,7 +1,8 @@
 """What the tokens of a prompt see of each other; those of an answer are causal.
 
 A policy is a function of a prompt's tokens and lengths, for
-`generation.generate.chunks`.
+`generation.generate.chunks`; its `of_rows` is the same for rows that are
+learned, for `NextToken.mask`.
 """
 
 import dataclasses
@@ -9,7 +10,9 @@ import dataclasses
 import jax.numpy as jnp
 
 from kernels_pallas.masks import Mask, image_blocks
-from research.typing import Array, Int
+from research.training.objectives import objective
+from research.training.objectives.objective import Batch
+from research.typing import Array, Bool, Int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,10 @@ class Causal:
     """Returns None, which is causal."""
     del tokens, lengths
     return None
+
+  def of_rows(self, batch: Batch) -> Mask:
+    """Returns the mask of packed rows of prompts and answers."""
+    return objective.causal_mask(batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,10 @@ class BidirectionalPrompt:
     return Mask.prefix_lm(
       lengths, q_positions=positions, kv_positions=positions
     )
+
+  def of_rows(self, batch: Batch) -> Mask:
+    """Returns the mask of packed rows, whose prompts are not learned."""
+    return objective.prefix_mask(batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,14 +63,23 @@ class BidirectionalImages:
     self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
   ) -> Mask:
     """Returns the mask of right-padded prompts."""
-    here = tokens == self.image_token
-    begins = here & ~jnp.pad(here[:, :-1], ((0, 0), (1, 0)))
-    images = jnp.where(here, jnp.cumsum(begins, axis=-1), -1)
     inside = _positions(tokens, lengths) >= 0
+    images = _runs(tokens == self.image_token)
     return image_blocks(images, segments=jnp.where(inside, 0, -1))
+
+  def of_rows(self, batch: Batch) -> Mask:
+    """Returns the mask of packed rows of prompts and answers."""
+    images = _runs(batch["tokens"] == self.image_token)
+    return image_blocks(images, segments=batch["segments"])
 
 
 PromptMask = Causal | BidirectionalPrompt | BidirectionalImages
+
+
+def _runs(here: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+  """Numbers runs of marked tokens; -1 elsewhere."""
+  begins = here & ~jnp.pad(here[:, :-1], ((0, 0), (1, 0)))
+  return jnp.where(here, jnp.cumsum(begins, axis=-1), -1)
 
 
 def _positions(tokens, lengths):

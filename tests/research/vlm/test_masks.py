@@ -2,14 +2,16 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kernels_pallas.masks import Mask
+from research.data import batch_of
 from research.generation import generate
 from research.nn import logits
-from research.vlm import masks
+from research.vlm import WithImages, masks
 from tests import support_vlm
 
 MODEL, PARAMS = support_vlm.model(), support_vlm.params()
@@ -63,6 +65,44 @@ def test_generated_tokens_are_those_of_full_passes(policy, also):
       )
       ids.append(int(scores[0, -1].argmax()))
     assert found.tokens[row] == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+  "policy",
+  [
+    masks.BidirectionalPrompt(),
+    masks.BidirectionalImages(image_token=IMAGE),
+    masks.Causal(),
+  ],
+  ids=lambda x: type(x).__name__,
+)
+def test_what_is_learned_is_what_is_generated(policy):
+  """The loss of an answer is its tokens' by the mask of its prompt."""
+  model = dataclasses.replace(MODEL, mask=policy)
+  pixels = jnp.asarray(support_vlm.pixels(1, 2))
+  prompt, answer = PROMPTS[0], [11, 12, 65]
+  row = prompt + answer
+  learned = [False] * len(prompt) + [True] * len(answer)
+  batch = batch_of([row], [learned]) | {"pixels": pixels}
+  found, weight, _ = jax.jit(WithImages(model))(PARAMS, batch, None)
+  assert weight == 3
+  size = len(row)
+  pairs = np.tril(np.ones((size, size), bool))
+  # Among the prompt's tokens alone: those of the answer are causal.
+  here = np.arange(size) < len(prompt)
+  both = here[:, None] & here[None]
+  also = {
+    masks.BidirectionalPrompt: both,
+    masks.BidirectionalImages: images_alone(row, size),
+    masks.Causal: False,
+  }[type(policy)]
+  spliced = model.with_images(PARAMS, pixels)
+  scores = logits(
+    model.language, spliced, jnp.asarray([row]), None, _dense(pairs | also)
+  )
+  at = jnp.arange(len(prompt) - 1, size - 1)
+  chosen = jax.nn.log_softmax(scores)[0, at, jnp.asarray(answer)]
+  np.testing.assert_allclose(found, -chosen.sum(), rtol=1e-4)
 
 
 def test_the_policies_generate_other_tokens():
