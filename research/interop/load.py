@@ -25,7 +25,7 @@ from research.training.checkpoints import workdir
 from research.typing import UserError
 
 CONFIG = "config.json"
-VISION = ("gemma3", "llava", "idefics3", "smolvlm", "paligemma")
+VISION = (*("gemma3", "idefics3", "internvl", "llava", "paligemma", "smolvlm"),)
 """Model types of `research.interop.vision`."""
 
 MODEL = "model"

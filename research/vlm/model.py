@@ -2,7 +2,8 @@
 
 Its parameters are `{"vision": ..., "connector": ..., "language": ...}`. Images
 become soft tokens (`encode`), which stand where the prompt has placeholders
-(`research.vlm.splice`); what follows is the language model, of any kind.
+(`research.vlm.splice`) or are attended to by layers of the language model
+(`research.vlm.cross_attention`), which is of any kind.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ from research.generation import generate
 from research.nn import layers
 from research.nn.transformer import Transformer
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8
-from research.vlm import splice
 from research.vlm.connectors.projections import (
   AveragePool,
   Grid,
@@ -24,14 +24,25 @@ from research.vlm.connectors.projections import (
   Mlp,
   Squares,
 )
+from research.vlm.connectors.qformer import QFormer
 from research.vlm.connectors.resamplers import AttentionPool, PerceiverResampler
+from research.vlm.connectors.square_attention import SquareAttention
+from research.vlm.cross_attention import LatestImage
 from research.vlm.encoders import vit
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images.normalise import HALF, Normalisation
 from research.vlm.masks import Causal, PromptMask
+from research.vlm.splice import Splice
 
 Connector = (
-  Linear | Mlp | Squares | AveragePool | AttentionPool | PerceiverResampler
+  Linear
+  | Mlp
+  | Squares
+  | AveragePool
+  | SquareAttention
+  | AttentionPool
+  | PerceiverResampler
+  | QFormer
 )
 
 TOWERS = ("vision", "connector", "language")
@@ -51,6 +62,7 @@ class VisionLanguageModel:
     mask: what the tokens of a prompt see of each other.
     scale: multiplies the soft tokens before the language model scales its
       embeddings: `1 / embed_scale` leaves them as the connector made them.
+    placement: where the language model meets the soft tokens.
   """
 
   vision: VisionTransformer
@@ -61,6 +73,7 @@ class VisionLanguageModel:
   normalise: Normalisation = HALF
   mask: PromptMask = Causal()
   scale: float = 1.0
+  placement: Splice | LatestImage = Splice()
 
   def init(self, key: PRNGKey) -> dict[str, Any]:
     """Returns new parameters of all three."""
@@ -143,7 +156,7 @@ class VisionLanguageModel:
       pixels: as for `encode`; row i of a batch of tokens sees row i.
     """
     soft = self.encode(params, pixels)
-    return splice.with_features(params["language"], soft, self.image_token)
+    return self._placed(params["language"], soft, pixels.shape[1])
 
   def with_images_compiled(
     self, params: Params, pixels: UInt8[Array, "B V H W 3"]
@@ -151,7 +164,12 @@ class VisionLanguageModel:
     """Returns `with_images`, compiled once for each shape of `pixels`."""
     towers = {k: params[k] for k in ("vision", "connector")}
     soft = _encode(self, towers, pixels)
-    return splice.with_features(params["language"], soft, self.image_token)
+    return self._placed(params["language"], soft, pixels.shape[1])
+
+  def _placed(self, language, soft, views):
+    return self.placement(
+      self.language, language, soft, views, self.image_token
+    )
 
   def token_source(self) -> generate.TokenSource:
     """Returns what generates tokens after prompts that have this mask."""
@@ -168,5 +186,5 @@ def _encode(model, params, pixels):
   return model.encode(params, pixels)
 
 
-SQUARES = (Squares, AveragePool)
+SQUARES = (Squares, AveragePool, SquareAttention)
 """Connectors that need whole squares of patches."""

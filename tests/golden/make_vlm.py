@@ -155,6 +155,24 @@ FAMILIES = {
     projection_dim=32,
     hidden_size=32,
   ),
+  "internvl": dict(
+    model_type="internvl",
+    text_config=_text("qwen2"),
+    vision_config=dict(
+      model_type="internvl_vision",
+      hidden_size=24,
+      intermediate_size=36,
+      num_hidden_layers=2,
+      num_attention_heads=3,
+      attention_bias=True,
+      image_size=16,
+      patch_size=4,
+    ),
+    image_token_id=IMAGE,
+    image_seq_length=4,
+    downsample_ratio=0.5,
+    tie_word_embeddings=False,
+  ),
 }
 
 FAMILIES["gemma3"] = dict(
@@ -184,6 +202,7 @@ CLASSES = {
   "idefics3": "Idefics3ForConditionalGeneration",
   "paligemma": "PaliGemmaForConditionalGeneration",
   "gemma3": "Gemma3ForConditionalGeneration",
+  "internvl": "InternVLForConditionalGeneration",
 }
 
 
@@ -301,7 +320,8 @@ def _soft_tokens(config) -> int:
   side = vision["image_size"] // vision["patch_size"]
   if "mm_tokens_per_image" in config:
     return config["mm_tokens_per_image"]
-  return (side // config.get("scale_factor", 1)) ** 2
+  shorter = round(1 / config.get("downsample_ratio", 1))
+  return (side // config.get("scale_factor", shorter)) ** 2
 
 
 def main() -> None:

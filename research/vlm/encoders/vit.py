@@ -64,7 +64,7 @@ class VisionTransformer(nn.Module):
     patch_bias: whether the patch embedding has a bias.
     class_token: whether a learned token comes first (CLIP).
     input_norm: normalises the input of the first layer, or None (CLIP).
-    norm: the final norm.
+    norm: the final norm, or None (InternVL).
     pooling: one vector per image, or None.
     dtype: compute dtype; norms and softmax always compute in fp32.
     remat: see `layers.run_layers`.
@@ -77,7 +77,7 @@ class VisionTransformer(nn.Module):
   patch_bias: bool = True
   class_token: bool = False
   input_norm: Norm | None = None
-  norm: Norm = LayerNorm()
+  norm: Norm | None = LayerNorm()
   pooling: Pooling | None = None
   dtype: str = "float32"
   remat: layers.Remat = "none"
@@ -123,8 +123,7 @@ class VisionTransformer(nn.Module):
     [x] = self._features(patches, coordinates, valid, last)
     if self.class_token:
       valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
-    norm = self.norm.clone(name="final_norm", parent=self)
-    return self.pooling(x, valid, norm)
+    return self.pooling(x, valid, self._final_norm())
 
   def _features(self, patches, coordinates, valid, features):
     valid = self._valid(coordinates, valid)
@@ -134,11 +133,16 @@ class VisionTransformer(nn.Module):
     x = sharding.constrain(x, "batch", "length", None)
     found = self._layers(x, coordinates, valid, features.layers)
     if features.normed:
-      norm = self.norm.clone(name="final_norm", parent=self)
+      norm = self._final_norm()
       found = [norm(x) for x in found]
     if self.class_token and not features.class_token:
       found = [x[:, 1:] for x in found]
     return found
+
+  def _final_norm(self):
+    if self.norm is None:
+      return lambda x: x
+    return self.norm.clone(name="final_norm", parent=self)
 
   def _valid(self, coordinates, valid):
     return coordinates[..., 0] >= 0 if valid is None else valid
