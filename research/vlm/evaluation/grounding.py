@@ -45,8 +45,8 @@ def parse_box(text: str) -> tuple[float, float, float, float] | None:
 
   Between them stand spaces, commas, or both: "[0.1, 0.2, 0.5, 0.6]".
   """
-  number = r"(-?\d+(?:\.\d+)?)"
-  found = re.search(r"[\s,]+".join([number] * 4), text)
+  number = r"(-?(?:\d+(?:\.\d+)?|\.\d+))"
+  found = re.search(r"(?<![\d.])" + r"[\s,]+".join([number] * 4), text)
   return tuple(map(float, found.groups())) if found else None
 
 

@@ -203,7 +203,7 @@ def test_iou_is_that_of_pixels():
 
 def test_boxes_in_texts():
   parse = evaluation.parse_box
-  assert parse("It is at [0.1, .2, 0.3, 4,5]") is None
+  assert parse("It is at [0.1, .2, 0.3, 4,5]") == (0.1, 0.2, 0.3, 4)
   assert parse("3 things: [0.1, 0.25, 3, -4].") == (0.1, 0.25, 3, -4)
   assert parse("10 20 30 40") == (10, 20, 30, 40)
   assert parse("left") is None
