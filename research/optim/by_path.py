@@ -29,7 +29,6 @@ from research.optim import optim, ranges
 from research.optim.low_rank.layerwise import Layerwise
 from research.typing import Params, UserError
 
-
 Rate = optim.Number | optim.Schedule
 Optimizer = Callable[[Rate], optax.GradientTransformation]
 """A rate, or a schedule of the updates done -> the optimizer."""
