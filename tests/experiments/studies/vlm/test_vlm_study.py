@@ -41,8 +41,8 @@ def test_arms_take_as_many_steps_and_fit_the_model(name):
   assert len({study.settings(x) for x in study.arms}) == len(study.variants)
 
 
-def test_the_command_stores_an_arm(tmp_path):
-  """One of each mask; the last seed's verdicts need all arms."""
+@pytest.mark.slow
+def test_the_command_stores_both_arms_and_says_what_they_found(tmp_path):
   flags = ["--config=runs/vlm/claims_masks.gin", f"--workdir={tmp_path}"]
   flags += [f"--set={x}" for x in SMALL]
   assert cli.call(command.main, ["study", *flags]) == 0
@@ -64,6 +64,7 @@ def test_the_command_stores_an_arm(tmp_path):
     (arms.EVERYTHING, {"connector", "language", "vision"}),
   ],
 )
+@pytest.mark.sample(3)
 def test_a_stage_trains_its_towers(trainable, moved):
   task = Shapes(size=32, count=8, kinds=("colour",))
   tokenizer = TINY.tokenizer(task)
