@@ -45,21 +45,25 @@ Shardings = Any
 AXES: tuple[tuple[str, Names], ...] = (
   (r"(^|/)embed$", ("vocab", "width")),
   (r"(^|/)head$", ("width", "vocab")),
-  (r"/attention/q$", ("width", "heads")),
-  (r"/attention/[kv]$", ("width", "kv_heads")),
-  (r"/attention/o$", ("heads", "width")),
-  (r"/attention/q_bias$", ("heads",)),
-  (r"/attention/[kv]_bias$", ("kv_heads",)),
+  (r"attention/q$", ("width", "heads")),
+  (r"attention/[kv]$", ("width", "kv_heads")),
+  (r"attention/o$", ("heads", "width")),
+  (r"attention/q_bias$", ("heads",)),
+  (r"attention/[kv]_bias$", ("kv_heads",)),
   (r"/experts/(gate|up)$", ("expert", "width", "hidden")),
   (r"/experts/down$", ("expert", "hidden", "width")),
   (r"/(gate|up)$", ("width", "hidden")),
   (r"/down$", ("hidden", "width")),
   (r"/(gate|up)_bias$", ("hidden",)),
   (r"/router$", ("width", None)),
-  # Vision encoders: inputs and outputs of their layers.
-  (r"(^|/)(patch_embed|positions|positions/table)$", (None, "width")),
-  (r"(^|/)(project|projection)$", ("width", None)),
-  (r"(^|/)(probe|latents|class_embed)$|(^|/)logit_(scale|bias)$", (None,)),
+  # Vision encoders and connectors: inputs and outputs of their layers.
+  (r"(^|/)patch_embed$|(^|/)positions(/table)?$", (None, "width")),
+  (r"(^|/)(\w+_)?projection$|(^|/)project$", ("width", None)),
+  (
+    r"(^|/)(probe|latents|class_embed|padding)$|(^|/)logit_(scale|bias)$",
+    (None,),
+  ),
+  (r"/(attention|mlp)_gate$|(^|/)temperature$", (None,)),
   # The timestep embedding and AdaLN weights are small.
   (r"_modulation/weight$|(^|/)clock/(enter|leave)$", (None, None)),
   # State of low-rank gradient projectors: small, in groups across both axes.
@@ -328,9 +332,11 @@ def head_counts(model: Any) -> dict[str, int]:
   Args:
     model: a `research.nn.transformer.Transformer`.
   """
-  found = [kind.attention for kind in model.layer_kinds()]
+  kinds = model.layer_kinds()
+  found = [kind.attention for kind in kinds]
+  crossing = [k.cross.attention for k in kinds if k.cross is not None]
   return {
-    "heads": math.gcd(*(a.heads for a in found)),
+    "heads": math.gcd(*(a.heads for a in (*found, *crossing))),
     "kv_heads": math.gcd(*(a.kv_heads for a in found)),
   }
 

@@ -81,12 +81,14 @@ class Pretrained:
     packed: whether quantized weights stay as the file has them; None: those
       of Hugging Face directories.
     remat: what the backward pass recomputes.
+    towers: of a vision language model: "language", or "all" of them.
   """
 
   name: str
   dtype: str = "float32"
   packed: bool | None = None
   remat: Remat = "names"
+  towers: load.Towers = "language"
 
   def load(self, shardings: Shardings | None = None) -> Loaded:
     """Returns the model, its weights and its tokenizer.
@@ -94,7 +96,9 @@ class Pretrained:
     Args:
       shardings: of the weights, see `load.load_model`.
     """
-    loaded = load.load_model(self.name, self.dtype, self.packed, shardings)
+    loaded = load.load_model(
+      self.name, self.dtype, self.packed, shardings, self.towers
+    )
     return dataclasses.replace(
       loaded, model=loaded.model.clone(remat=self.remat)
     )

@@ -163,6 +163,7 @@ class CrossAttention(nn.Module):
 
   Attributes:
     heads, head_dim: `N`, `H`; keys and values have as many heads.
+    size: width of the output; None for that of the tokens.
     scale: of the attention logits; None for `H**-0.5`.
     qk_norm: normalises the queries and keys of each head, or None.
     qkv_bias, out_bias: whether those projections have a bias.
@@ -170,6 +171,7 @@ class CrossAttention(nn.Module):
 
   heads: int
   head_dim: int
+  size: int | None = None
   scale: float | None = None
   qk_norm: Norm | None = None
   qkv_bias: bool = False
@@ -181,7 +183,7 @@ class CrossAttention(nn.Module):
     x: Float[Array, "B T D"],
     memory: Float[Array, "B S C"],
     mask: Mask | None = None,
-  ) -> Float[Array, "B T D"]:
+  ) -> Float[Array, "B T E"]:
     """Returns the attention output; 0 for a query that sees nothing.
 
     Args:
@@ -189,19 +191,48 @@ class CrossAttention(nn.Module):
       memory: what is attended to.
       mask: which of the S each of the T sees; None for all.
     """
+    return self.attend_to(x, *self.keys_and_values(memory), mask)
+
+  @nn.compact
+  def keys_and_values(
+    self, memory: Float[Array, "B S C"]
+  ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
+    """Returns the keys and values of `memory`, whoever asks."""
+    names = {"k": self.heads * self.head_dim, "v": self.heads * self.head_dim}
+    k, v = map(
+      self._by_head, weights.project_all(self, memory, names, self.qkv_bias)
+    )
+    return self._norm("k_norm", k), v
+
+  @nn.compact
+  def attend_to(
+    self,
+    x: Float[Array, "B T D"],
+    keys: Float[Array, "B S N H"],
+    values: Float[Array, "B S N H"],
+    mask: Mask | None = None,
+  ) -> Float[Array, "B T E"]:
+    """Returns the attention output.
+
+    Args:
+      x, mask: as for `__call__`.
+      keys, values: from `keys_and_values`.
+    """
     size = self.heads * self.head_dim
-    q = weights.project(self, x, "q", size, self.qkv_bias)
-    k, v = weights.project_all(
-      self, memory, {"k": size, "v": size}, self.qkv_bias
-    )
-    q, k, v = (
-      y.reshape(*y.shape[:2], self.heads, self.head_dim) for y in (q, k, v)
-    )
-    if self.qk_norm is not None:
-      q = self.qk_norm.clone(name="q_norm", parent=self)(q)
-      k = self.qk_norm.clone(name="k_norm", parent=self)(k)
-    q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
+    q = self._by_head(weights.project(self, x, "q", size, self.qkv_bias))
+    given = self._norm("q_norm", q), keys, values
+    q, k, v = (checkpoint_name(y.astype(x.dtype), "qkv") for y in given)
     mask = Mask.full() if mask is None else mask
     y = attend(q, k, v, mask=mask, scale=self.scale)
     y = y.reshape(*y.shape[:2], size)
-    return weights.project(self, y, "o", x.shape[-1], self.out_bias)
+    return weights.project(
+      self, y, "o", self.size or x.shape[-1], self.out_bias
+    )
+
+  def _by_head(self, x):
+    return x.reshape(*x.shape[:2], self.heads, self.head_dim)
+
+  def _norm(self, name, x):
+    if self.qk_norm is None:
+      return x
+    return self.qk_norm.clone(name=name, parent=self)(x)

@@ -10,10 +10,11 @@ from research import sharding, weights
 from research.nn import time_embedding
 from research.nn.attention import Attention
 from research.nn.attention_context import take_tokens
+from research.nn.cross_attention import GatedCrossAttention
 from research.nn.mlp import Mlp, PlainMlp
 from research.nn.moe import Moe
 from research.nn.moe.routing import Load
-from research.nn.norm import Norm, RMSNorm
+from research.nn.norm import LayerScale, Norm, RMSNorm
 from research.typing import Array, Float, Int, Params
 
 ALL_TOKENS = "k", "v", weights.fused_name("qkv")
@@ -33,16 +34,18 @@ class Block(nn.Module):
     mlp: the feed-forward sublayer: gated, plain or MoE.
     norm: normalises the input of both sublayers.
     post_norm: normalises their outputs before the residual add (Gemma 2's
-      sandwich norm), or None.
+      sandwich norm), or scales them (InternVL), or None.
     modulation: adaptive layer norm from the timestep (`nn.time_embedding`), or
       None.
+    cross: a layer before this one that attends to images, or None.
   """
 
   attention: Attention
   mlp: Mlp | PlainMlp | Moe
   norm: Norm = RMSNorm()
-  post_norm: Norm | None = None
+  post_norm: Norm | LayerScale | None = None
   modulation: time_embedding.AdaLN | None = None
+  cross: GatedCrossAttention | None = None
 
   @nn.compact
   def __call__(
@@ -94,6 +97,8 @@ class Block(nn.Module):
     Returns:
       The residual stream after attention, and the cache.
     """
+    if self.cross is not None:
+      x = self.cross(x)
     normed, gate = self._read("attention", x, conditioning)
     y, cache = self.attention(
       normed, positions, mask, rotation, cache, length, fresh, keep
@@ -135,12 +140,14 @@ class Block(nn.Module):
   def select_tokens(params: Params, keep: Int[Array, "B N"]) -> Params:
     """Restricts token-bound weights (`weights.with_tokens`) to kept tokens.
 
-    Key and value projections still process all tokens and stay unchanged.
+    Key and value projections still process all tokens and stay unchanged, as
+    does the layer before them that attends to images.
     """
+    every = {k: v for k, v in params.items() if k == "cross"}
     all_of_them = params["attention"]
     params = weights.select_tokens(params, keep)
     of_keys = {k: v for k, v in all_of_them.items() if k in ALL_TOKENS}
-    return params | {"attention": params["attention"] | of_keys}
+    return params | every | {"attention": params["attention"] | of_keys}
 
   def _read(self, name, x, conditioning):
     """Returns a sublayer's normalised input, and its output gate or None."""

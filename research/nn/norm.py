@@ -57,4 +57,23 @@ class LayerNorm(nn.Module):
     return y.astype(x.dtype)
 
 
+class LayerScale(nn.Module):
+  """`x * scale`: learned factors of a sublayer's output.
+
+  Touvron et al. 2021, arXiv:2103.17239. It stands where other models have a
+  norm after the sublayer.
+
+  Attributes:
+    start: the factors of a new model.
+  """
+
+  start: float = 0.1
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    start = nn.initializers.constant(self.start)
+    scale = weights.weight(self, "scale", start, (x.shape[-1],))
+    return x * scale.astype(x.dtype)
+
+
 Norm = RMSNorm | LayerNorm

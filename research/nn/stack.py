@@ -2,8 +2,9 @@
 
 import dataclasses
 
+from flax import linen as nn
+
 from research import tree
-from research.nn.block import Block
 from research.typing import Params, UserError
 
 
@@ -12,17 +13,20 @@ class Stack:
   """`depth` layers; layer `i` is `blocks[i % len(blocks)]`.
 
   A plain dataclass, not a Linen module: its blocks stay unbound, so they
-  compare and hash by value.
+  compare and hash by value. They are of any kind that the model's `layer`
+  function applies (`layers.run_layers`): `Block`, or a Q-Former's.
   """
 
   depth: int
-  blocks: tuple[Block, ...]
+  blocks: tuple[nn.Module, ...]
 
-  def kinds(self) -> tuple[Block, ...]:
+  def kinds(self) -> tuple[nn.Module, ...]:
     """Returns each layer's block, first to last."""
     return tuple(self.blocks[i % len(self.blocks)] for i in range(self.depth))
 
-  def runs(self, params: Params) -> list[tuple[str, int, tuple[Block, ...]]]:
+  def runs(
+    self, params: Params
+  ) -> list[tuple[str, int, tuple[nn.Module, ...]]]:
     """Returns `(name, repeats, period of blocks)` for each scanned run.
 
     Args:

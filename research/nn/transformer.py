@@ -152,9 +152,12 @@ class Transformer(nn.Module):
     if cache is not None:
       new_length = cache.length + jnp.sum(positions >= 0, axis=-1)
     conditioning = self._conditioning(time, batch)
-    # Per-token conditioning is not reordered, so neither are its tokens.
-    still = cache is not None or (
-      conditioning is not None and conditioning.shape[1] > 1
+    # Neither per-token conditioning is reordered, nor which image a token sees;
+    # so the tokens are not.
+    still = (
+      cache is not None
+      or (conditioning is not None and conditioning.shape[1] > 1)
+      or any(block.cross is not None for block in self.stack.blocks)
     )
     axes = () if still else zigzag.zigzag_axes(mask, (batch, length))
     x, positions, mask, (rotary, injected) = zigzag.to_zigzag(

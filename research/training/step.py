@@ -23,6 +23,7 @@ from research.training.objectives.objective import (
   PER_ROW,
   Batch,
   Objective,
+  WholeBatch,
 )
 from research.training.state import TrainState
 from research.typing import Array, PRNGKey, UserError
@@ -61,6 +62,13 @@ def make_train_step(
       the batch.
     average: decay of the exponential moving average, if the state has one.
   """
+
+  if accumulate > 1 and isinstance(objective, WholeBatch):
+    raise UserError(
+      f"accumulate: found {accumulate} microbatches, expected 1:"
+      f" {type(objective).__name__} compares each row of a batch with all"
+      " others. Use more devices, or a smaller batch."
+    )
 
   def step(state: TrainState, batch: Batch, key: PRNGKey):
     key = jax.random.fold_in(key, state.step)

@@ -2,8 +2,10 @@
 
 `images/` makes of an image file what an encoder takes, without JAX; `encoders/`
 and `connectors/` make soft tokens of that, which `splice` puts in the place of
-a prompt's placeholders. `contrastive/` trains encoders, `scenes/` draws
-questions with known answers, `evaluation/` scores answers.
+a prompt's placeholders, or to which layers of the language model attend
+(`cross_attention`). `contrastive/` trains encoders and `bootstrapping/`
+Q-Formers, `scenes/` draws questions with known answers, `evaluation/` scores
+answers.
 """
 
 import lazy_loader
@@ -12,10 +14,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "answering": ["Answerer", "Answers"],
+    "cross_attention": ["LatestImage", "interleave"],
     "data": ["ImageQuestions", "Template"],
     "model": ["VisionLanguageModel"],
     "objective": ["WithImages"],
-    "splice": ["SplicedEmbedding", "with_features"],
+    "splice": ["Splice", "SplicedEmbedding", "with_features"],
     "within": ["Within"],
   },
 )

@@ -2,7 +2,8 @@
 
 Its parameters are `{"vision": ..., "connector": ..., "language": ...}`. Images
 become soft tokens (`encode`), which stand where the prompt has placeholders
-(`research.vlm.splice`); what follows is the language model, of any kind.
+(`research.vlm.splice`) or are attended to by layers of the language model
+(`research.vlm.cross_attention`), which is of any kind.
 """
 
 import dataclasses
@@ -11,12 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from research.generation import generate
+from research.nn import layers
 from research.nn.transformer import Transformer
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8
-from research.vlm import splice
 from research.vlm.connectors.projections import (
   AveragePool,
   Grid,
@@ -24,14 +24,25 @@ from research.vlm.connectors.projections import (
   Mlp,
   Squares,
 )
+from research.vlm.connectors.qformer import QFormer
 from research.vlm.connectors.resamplers import AttentionPool, PerceiverResampler
+from research.vlm.connectors.square_attention import SquareAttention
+from research.vlm.cross_attention import LatestImage
 from research.vlm.encoders import vit
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images.normalise import HALF, Normalisation
 from research.vlm.masks import Causal, PromptMask
+from research.vlm.splice import Splice
 
 Connector = (
-  Linear | Mlp | Squares | AveragePool | AttentionPool | PerceiverResampler
+  Linear
+  | Mlp
+  | Squares
+  | AveragePool
+  | SquareAttention
+  | AttentionPool
+  | PerceiverResampler
+  | QFormer
 )
 
 TOWERS = ("vision", "connector", "language")
@@ -51,6 +62,7 @@ class VisionLanguageModel:
     mask: what the tokens of a prompt see of each other.
     scale: multiplies the soft tokens before the language model scales its
       embeddings: `1 / embed_scale` leaves them as the connector made them.
+    placement: where the language model meets the soft tokens.
   """
 
   vision: VisionTransformer
@@ -61,6 +73,7 @@ class VisionLanguageModel:
   normalise: Normalisation = HALF
   mask: PromptMask = Causal()
   scale: float = 1.0
+  placement: Splice | LatestImage = Splice()
 
   def init(self, key: PRNGKey) -> dict[str, Any]:
     """Returns new parameters of all three."""
@@ -79,6 +92,14 @@ class VisionLanguageModel:
     connector = self.connector.init(own, features, (side, side))["params"]
     return dict(vision=vit.new_params(self.vision, key), connector=connector)
 
+  def clone(self, *, remat: layers.Remat) -> "VisionLanguageModel":
+    """Returns the model whose backward passes recompute what `remat` says."""
+    return dataclasses.replace(
+      self,
+      vision=self.vision.clone(remat=remat),
+      language=self.language.clone(remat=remat),
+    )
+
   def grid(self, height: int, width: int) -> Grid:
     """Returns rows and columns of patches of an image of so many pixels."""
     return height // self.vision.patch, width // self.vision.patch
@@ -86,14 +107,6 @@ class VisionLanguageModel:
   def tokens_per_view(self, height: int, width: int) -> int:
     """Returns the number of soft tokens of an image of so many pixels."""
     return self.connector.tokens(self.grid(height, width))
-
-  def normalised(
-    self, pixels: UInt8[Array, "*B H W 3"]
-  ) -> Float[Array, "*B H W 3"]:
-    """Returns pixels as the encoder takes them, computed in fp32."""
-    mean = np.asarray(self.normalise.mean, np.float32)
-    std = np.asarray(self.normalise.std, np.float32)
-    return (pixels.astype(jnp.float32) / 255 - mean) / std
 
   def encode(
     self, params: Params, pixels: UInt8[Array, "B V H W 3"]
@@ -105,7 +118,8 @@ class VisionLanguageModel:
       pixels: V views a row, padded at the end; P = V * tokens_per_view.
     """
     rows, views, height, width, _ = pixels.shape
-    images = self.normalised(pixels.reshape(-1, height, width, vit.CHANNELS))
+    flat = pixels.reshape(-1, height, width, vit.CHANNELS)
+    images = vit.normalised(flat, self.normalise)
     patches = vit.patchify(images, self.vision.patch)
     grid = self.grid(height, width)
     at = jnp.broadcast_to(vit.grid_coordinates(*grid), (*patches.shape[:2], 2))
@@ -142,7 +156,7 @@ class VisionLanguageModel:
       pixels: as for `encode`; row i of a batch of tokens sees row i.
     """
     soft = self.encode(params, pixels)
-    return splice.with_features(params["language"], soft, self.image_token)
+    return self._placed(params["language"], soft, pixels.shape[1])
 
   def with_images_compiled(
     self, params: Params, pixels: UInt8[Array, "B V H W 3"]
@@ -150,7 +164,12 @@ class VisionLanguageModel:
     """Returns `with_images`, compiled once for each shape of `pixels`."""
     towers = {k: params[k] for k in ("vision", "connector")}
     soft = _encode(self, towers, pixels)
-    return splice.with_features(params["language"], soft, self.image_token)
+    return self._placed(params["language"], soft, pixels.shape[1])
+
+  def _placed(self, language, soft, views):
+    return self.placement(
+      self.language, language, soft, views, self.image_token
+    )
 
   def token_source(self) -> generate.TokenSource:
     """Returns what generates tokens after prompts that have this mask."""
@@ -167,5 +186,5 @@ def _encode(model, params, pixels):
   return model.encode(params, pixels)
 
 
-SQUARES = (Squares, AveragePool)
+SQUARES = (Squares, AveragePool, SquareAttention)
 """Connectors that need whole squares of patches."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
+from research.nn.transformer import Transformer
 from research.typing import Array, Float, Int, Params, Shaped
 
 
@@ -76,3 +77,28 @@ def with_features(
   """
   table = SplicedEmbedding(params["embed"], features, token)
   return {**params, "embed": table}
+
+
+@dataclasses.dataclass(frozen=True)
+class Splice:
+  """Soft tokens are inputs of the language model, one for each placeholder."""
+
+  def __call__(
+    self,
+    model: Transformer,
+    params: Params,
+    soft: Float[Array, "B P D"],
+    views: int,
+    token: int,
+  ) -> dict[str, Any]:
+    """Returns the language model's parameters, which see these images.
+
+    Args:
+      model: the language model.
+      params: its parameters.
+      soft: each row's soft tokens, view by view.
+      views: number of views in a row.
+      token: id of the placeholder.
+    """
+    del model, views
+    return with_features(params, soft, token)

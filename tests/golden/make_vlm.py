@@ -155,7 +155,44 @@ FAMILIES = {
     projection_dim=32,
     hidden_size=32,
   ),
+  "internvl": dict(
+    model_type="internvl",
+    text_config=_text("qwen2"),
+    vision_config=dict(
+      model_type="internvl_vision",
+      hidden_size=24,
+      intermediate_size=36,
+      num_hidden_layers=2,
+      num_attention_heads=3,
+      attention_bias=True,
+      image_size=16,
+      patch_size=4,
+    ),
+    image_token_id=IMAGE,
+    image_seq_length=4,
+    downsample_ratio=0.5,
+    tie_word_embeddings=False,
+  ),
 }
+
+FAMILIES["gemma3"] = dict(
+  model_type="gemma3",
+  text_config=_text(
+    "gemma3_text",
+    num_attention_heads=4,
+    hidden_size=32,
+    num_hidden_layers=3,
+    sliding_window=5,
+    query_pre_attn_scalar=8,
+    sliding_window_pattern=2,
+    tie_word_embeddings=True,
+  ),
+  vision_config=_siglip_vision(vision_use_head=False),
+  mm_tokens_per_image=4,
+  image_token_index=IMAGE,
+  boi_token_index=61,
+  eoi_token_index=62,
+)
 
 CLASSES = {
   "clip": "CLIPModel",
@@ -164,6 +201,8 @@ CLASSES = {
   "smolvlm": "SmolVLMForConditionalGeneration",
   "idefics3": "Idefics3ForConditionalGeneration",
   "paligemma": "PaliGemmaForConditionalGeneration",
+  "gemma3": "Gemma3ForConditionalGeneration",
+  "internvl": "InternVLForConditionalGeneration",
 }
 
 
@@ -262,6 +301,8 @@ def generative(model, config, name) -> dict[str, np.ndarray]:
     answer[1, count + 6 :] = 1
     given["token_type_ids"] = torch.from_numpy(answer)
     given["labels"] = given["input_ids"]
+  if name == "gemma3":
+    given["token_type_ids"] = (given["input_ids"] == IMAGE).long()
   given["attention_mask"] = torch.ones_like(given["input_ids"])
   logits = model(**given).logits
   features = getattr(features, "pooler_output", features)
@@ -277,7 +318,10 @@ def generative(model, config, name) -> dict[str, np.ndarray]:
 def _soft_tokens(config) -> int:
   vision = config["vision_config"]
   side = vision["image_size"] // vision["patch_size"]
-  return (side // config.get("scale_factor", 1)) ** 2
+  if "mm_tokens_per_image" in config:
+    return config["mm_tokens_per_image"]
+  shorter = round(1 / config.get("downsample_ratio", 1))
+  return (side // config.get("scale_factor", shorter)) ** 2
 
 
 def main() -> None:

@@ -189,7 +189,8 @@ def main() -> None:
   parser.add_argument("--adapter", type=pathlib.Path)
   parser.add_argument("--packed", action="store_true")
   args = parser.parse_args()
-  it = load.load_model(args.model, packed=args.packed)
+  towers = "all" if args.command == "vision" else "language"
+  it = load.load_model(args.model, packed=args.packed, towers=towers)
   with np.load(args.rows, allow_pickle=False) as file:
     rows = dict(file)
   out = COMMANDS[args.command](it, args, rows)

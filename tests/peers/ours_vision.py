@@ -1,7 +1,7 @@
 """Heptad's side of the comparisons of vision language models; see ours.py.
 
 vision    pixels [V, 3, H, W], tokens [B, T], counts [B] (views of each row),
-          answer [B] (first token not in the prefix; -1 for causal)
+          answer [B] (first token not in the prefix; -1 if all is prompt)
           -> soft tokens and logits; the model is written to --adapter
 """
 
@@ -36,10 +36,11 @@ def vision_language(it, args, rows) -> dict:
   language = splice.with_features(
     params["language"], jnp.stack(of_rows), model.image_token
   )
-  mask = None
+  tokens = jnp.asarray(rows["tokens"])
+  mask = model.mask(tokens, jnp.full(len(tokens), tokens.shape[1]))
   if rows["answer"].min() >= 0:
     mask = Mask.prefix_lm(jnp.asarray(rows["answer"]))
-  found = logits(model.language, language, rows["tokens"], None, mask)
+  found = logits(model.language, language, tokens, None, mask)
   if args.adapter:
     shutil.rmtree(args.adapter, ignore_errors=True)
     vision.write_model(args.adapter, it, params)

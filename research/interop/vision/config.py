@@ -5,16 +5,18 @@ configuration classes. A model type that is not known is refused by name.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from research.interop.hf import config as hf_config
+from research.interop.vision import internvl
 from research.io.fields import Fields
 from research.nn import presets
 from research.nn.attention import Attention
 from research.nn.block import Block
 from research.nn.mlp import PlainMlp
-from research.nn.norm import LayerNorm
+from research.nn.norm import LayerNorm, RMSNorm
 from research.nn.stack import Stack
 from research.typing import UserError
 from research.vlm import connectors
@@ -24,7 +26,7 @@ from research.vlm.encoders.positions import PositionTable
 from research.vlm.encoders.text import EndOfText, LastPosition, TextEncoder
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images import normalise
-from research.vlm.masks import BidirectionalPrompt
+from research.vlm.masks import BidirectionalImages, BidirectionalPrompt
 from research.vlm.model import VisionLanguageModel
 
 ACTIVATIONS = {
@@ -139,10 +141,12 @@ def vision_tower(
     size: of CLIP's shared space.
   """
   kind = config.get("model_type")
+  if kind == internvl.MODEL_TYPE:
+    return internvl.vision_tower(config, where, dtype)
   if kind not in VISION_DEFAULTS:
     raise UserError(
       f"{where}: model_type is {kind!r}, expected one of"
-      f" {', '.join(VISION_DEFAULTS)}"
+      f" {', '.join((*VISION_DEFAULTS, internvl.MODEL_TYPE))}"
     )
   fields = Fields(config, where, VISION_DEFAULTS[kind])
   if fields.integer("num_channels") != 3:
@@ -272,7 +276,54 @@ def _paligemma(parts: _Parts) -> dict[str, Any]:
   )
 
 
+def _gemma3(parts: _Parts) -> dict[str, Any]:
+  fields, table = parts.fields, parts.vision.positions
+  tokens = fields.integer("mm_tokens_per_image")
+  side = math.isqrt(tokens)
+  if side * side != tokens or table.rows % side:
+    raise fields.wrong(
+      "mm_tokens_per_image",
+      f"a square whose side divides {table.rows}, the patches of a side",
+    )
+  eps = parts.vision.norm.eps
+  return dict(
+    connector=connectors.AveragePool(
+      side=table.rows // side,
+      norm=RMSNorm(eps=eps, offset=1.0),
+      inner=connectors.Linear(size=parts.width, bias=False),
+    ),
+    mask=BidirectionalImages(image_token=fields.integer("image_token_index")),
+    scale=1 / parts.language.embed_scale,
+  )
+
+
+def _internvl(parts: _Parts) -> dict[str, Any]:
+  fields = parts.fields
+  side = round(1 / fields.number("downsample_ratio"))
+  if side < 1 or side * fields.number("downsample_ratio") != 1:
+    raise fields.wrong("downsample_ratio", "one over a whole number")
+  if fields.get("vision_feature_select_strategy") != "default":
+    raise fields.wrong("vision_feature_select_strategy", "default")
+  layer = fields.get("vision_feature_layer")
+  if type(layer) is not int:
+    raise fields.wrong("vision_feature_layer", "a number of a layer")
+  inner = connectors.Mlp(
+    size=parts.width, activation=_activation(fields, "projector_hidden_act")
+  )
+  return dict(
+    connector=connectors.Squares(
+      side=side, inner=inner, after=LayerNorm(eps=1e-5)
+    ),
+    features=Features(layers=(layer,), normed=layer == -1),
+    normalise=normalise.IMAGENET,
+  )
+
+
 FAMILIES = {
+  "gemma3": (
+    _gemma3,
+    dict(image_token_index=262_144, mm_tokens_per_image=256),
+  ),
   "llava": (
     _llava,
     dict(
@@ -286,6 +337,17 @@ FAMILIES = {
   "idefics3": (_idefics3, dict(image_token_id=128_257, scale_factor=2)),
   "smolvlm": (_idefics3, dict(image_token_id=128_257, scale_factor=2)),
   "paligemma": (_paligemma, dict(image_token_index=256_000)),
+  "internvl": (
+    _internvl,
+    dict(
+      image_token_id=151_667,
+      downsample_ratio=0.5,
+      projector_hidden_act="gelu",
+      vision_feature_layer=-1,
+      vision_feature_select_strategy="default",
+      tie_word_embeddings=True,
+    ),
+  ),
 }
 """Model type -> what is special about it, and the fields it may leave out."""
 
@@ -296,10 +358,17 @@ ARCHITECTURES = {
   "idefics3": "Idefics3ForConditionalGeneration",
   "smolvlm": "SmolVLMForConditionalGeneration",
   "paligemma": "PaliGemmaForConditionalGeneration",
+  "gemma3": "Gemma3ForConditionalGeneration",
+  "internvl": "InternVLForConditionalGeneration",
 }
 """Model type -> the class of transformers."""
 
-_LANGUAGE = {"llava": "llama", "paligemma": "gemma"}
+_LANGUAGE = {
+  "llava": "llama",
+  "paligemma": "gemma",
+  "gemma3": "gemma3_text",
+  "internvl": "qwen2",
+}
 
 
 def vision_language_model(
@@ -348,30 +417,13 @@ def config_of(model: VisionLanguageModel, kind: str) -> dict[str, Any]:
   Raises:
     UserError: reading the result back would not give `model`.
   """
-  vision, language = model.vision, model.language
-  block, [_, defaults] = vision.stack.blocks[0], FAMILIES[kind]
+  language, [_, defaults] = model.language, FAMILIES[kind]
   activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-  grid = vision.positions.rows if vision.positions is not None else 0
-  tower = "clip" if vision.class_token else "siglip"
-  values: dict[str, Any] = dict(
-    model_type=_TOWERS.get(kind, f"{tower}_vision_model"),
-    hidden_size=vision.width,
-    intermediate_size=block.mlp.hidden,
-    num_hidden_layers=vision.stack.depth,
-    num_attention_heads=block.attention.heads,
-    num_channels=3,
-    image_size=grid * vision.patch,
-    patch_size=vision.patch,
-    hidden_act=activations[block.mlp.activation],
-    layer_norm_eps=vision.norm.eps,
-  )
-  if tower == "siglip":
-    values["vision_use_head"] = vision.pooling is not None
   config = dict(
     model_type=kind,
     architectures=[ARCHITECTURES[kind]],
     text_config=hf_config.describe(language),
-    vision_config=values,
+    vision_config=_vision_config(model.vision, kind),
     tie_word_embeddings=language.tied,
     torch_dtype=language.dtype,
     **{_token_field(kind): model.image_token},
@@ -389,10 +441,24 @@ def config_of(model: VisionLanguageModel, kind: str) -> dict[str, Any]:
       multimodal_projector_bias=True,
     )
   if kind == "paligemma":
-    values["projection_dim"] = config["projection_dim"] = language.width
-    config["hidden_size"] = language.width
+    config["vision_config"]["projection_dim"] = language.width
+    config |= dict(projection_dim=language.width, hidden_size=language.width)
+  if kind == "gemma3":
+    table = model.vision.positions
+    config["mm_tokens_per_image"] = model.connector.tokens(
+      (table.rows, table.columns)
+    )
   if "scale_factor" in defaults:
     config["scale_factor"] = getattr(model.connector, "side", 1)
+  if kind == "internvl":
+    config |= dict(
+      downsample_ratio=1 / model.connector.side,
+      image_seq_length=model.tokens_per_view(
+        *config["vision_config"]["image_size"]
+      ),
+      projector_hidden_act=activations[model.connector.inner.activation],
+      vision_feature_layer=model.features.layers[0],
+    )
   again = vision_language_model(config, "the model's configuration")
   if _comparable(again) != _comparable(model):
     raise UserError(
@@ -400,6 +466,30 @@ def config_of(model: VisionLanguageModel, kind: str) -> dict[str, Any]:
       " model: reading it back gives another one"
     )
   return config
+
+
+def _vision_config(vision: VisionTransformer, kind: str) -> dict[str, Any]:
+  if kind == "internvl":
+    return internvl.vision_config(vision)
+  block = vision.stack.blocks[0]
+  activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+  grid = vision.positions.rows if vision.positions is not None else 0
+  tower = "clip" if vision.class_token else "siglip"
+  values = dict(
+    model_type=_TOWERS.get(kind, f"{tower}_vision_model"),
+    hidden_size=vision.width,
+    intermediate_size=block.mlp.hidden,
+    num_hidden_layers=vision.stack.depth,
+    num_attention_heads=block.attention.heads,
+    num_channels=3,
+    image_size=grid * vision.patch,
+    patch_size=vision.patch,
+    hidden_act=activations[block.mlp.activation],
+    layer_norm_eps=vision.norm.eps,
+  )
+  if tower == "siglip":
+    values["vision_use_head"] = vision.pooling is not None
+  return values
 
 
 def describe(model: VisionLanguageModel) -> dict[str, Any]:

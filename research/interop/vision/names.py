@@ -6,7 +6,7 @@ exporter. Which rows a tower has follows from its own parameters.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,28 +81,29 @@ def linear(ours: str, theirs: str) -> tuple[Row, Row]:
   )
 
 
-def _norm(ours: str, theirs: str) -> tuple[Row, Row]:
+def norm(ours: str, theirs: str) -> tuple[Row, Row]:
+  """Returns the rows of a norm's scale and bias."""
   return (
     Row(f"{ours}/scale", f"{theirs}.weight"),
     Row(f"{ours}/bias", f"{theirs}.bias"),
   )
 
 
-_LAYER = "layers/"
+LAYER = "layers/"
 _THEIRS = "encoder.layers.<i>."
 
 _LAYERS = (
-  *_norm(f"{_LAYER}attention_norm", f"{_THEIRS}layer_norm1"),
-  *_norm(f"{_LAYER}mlp_norm", f"{_THEIRS}layer_norm2"),
+  *norm(f"{LAYER}attention_norm", f"{_THEIRS}layer_norm1"),
+  *norm(f"{LAYER}mlp_norm", f"{_THEIRS}layer_norm2"),
   *(
     row
     for x, theirs in zip("qkvo", ("q", "k", "v", "out"), strict=True)
     for row in linear(
-      f"{_LAYER}attention/{x}", f"{_THEIRS}self_attn.{theirs}_proj"
+      f"{LAYER}attention/{x}", f"{_THEIRS}self_attn.{theirs}_proj"
     )
   ),
-  *linear(f"{_LAYER}mlp/up", f"{_THEIRS}mlp.fc1"),
-  *linear(f"{_LAYER}mlp/down", f"{_THEIRS}mlp.fc2"),
+  *linear(f"{LAYER}mlp/up", f"{_THEIRS}mlp.fc1"),
+  *linear(f"{LAYER}mlp/down", f"{_THEIRS}mlp.fc2"),
 )
 
 _FUSED = "head.attention.in_proj"
@@ -113,9 +114,9 @@ VISION = (
   Row("class_embed", "embeddings.class_embedding"),
   Row("positions/table", "embeddings.position_embedding.weight"),
   # The misspelling is the tensor's real name.
-  *_norm("input_norm", "pre_layrnorm"),
+  *norm("input_norm", "pre_layrnorm"),
   *_LAYERS,
-  *_norm("final_norm", "post_layernorm"),
+  *norm("final_norm", "post_layernorm"),
   Row("pooling/projection", "projection.weight", TRANSPOSED),
   Row("pooling/probe", "head.probe", PROBE),
   *(
@@ -129,7 +130,7 @@ VISION = (
     for i, x in enumerate("qkv")
   ),
   *linear("pooling/attention/o", "head.attention.out_proj"),
-  *_norm("pooling/norm", "head.layernorm"),
+  *norm("pooling/norm", "head.layernorm"),
   *linear("pooling/mlp/up", "head.mlp.fc1"),
   *linear("pooling/mlp/down", "head.mlp.fc2"),
 )
@@ -139,7 +140,7 @@ TEXT = (
   Row("embed", "embeddings.token_embedding.weight"),
   Row("positions", "embeddings.position_embedding.weight"),
   *_LAYERS,
-  *_norm("final_norm", "final_layer_norm"),
+  *norm("final_norm", "final_layer_norm"),
 )
 
 CLIP_TEXT = (*TEXT, Row("projection", "projection.weight", TRANSPOSED))
@@ -151,37 +152,37 @@ BUFFERS = ("embeddings.position_ids",)
 
 def read_tower(
   rows: Iterable[Row],
-  shapes: Mapping[str, tuple[int, ...]],
+  outside: Mapping[str, tuple[int, ...]],
+  layers: Sequence[Mapping[str, tuple[int, ...]]],
   tensors: Mapping[str, Any],
-  depth: int,
   dtype: str,
 ) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]], set[str]]:
   """Returns a tower's arrays: outside of layers, of each layer, and names read.
 
   Args:
     rows: of the tower.
-    shapes: of our parameters, by path; a layer's after `layers/`.
+    outside: shapes of our parameters outside of layers, by path.
+    layers: shapes of each layer's parameters, by path.
     tensors: the file's, by their names within the tower; unread.
-    depth: number of layers.
     dtype: of the arrays.
 
   Raises:
     UserError: a tensor is missing, or has another shape.
   """
   by_path = {row.ours: row for row in rows}
-  outside: dict[str, np.ndarray] = {}
-  layers: list[dict[str, np.ndarray]] = [{} for _ in range(depth)]
   used = set()
-  for path, shape in shapes.items():
-    row = by_path[path]
-    numbers = range(depth) if path.startswith(_LAYER) else [None]
-    for i in numbers:
-      name = row.theirs.replace("<i>", str(i))
-      array = _read(row, name, tensors, shape).astype(dtype)
+
+  def arrays(prefix, number, shapes):
+    out = {}
+    for path, shape in shapes.items():
+      row = by_path[prefix + path]
+      name = row.theirs.replace("<i>", str(number))
+      out[path] = _read(row, name, tensors, shape).astype(dtype)
       used.add(name)
-      into = outside if i is None else layers[i]
-      into[path.removeprefix(_LAYER)] = array
-  return outside, layers, used
+    return out
+
+  own = arrays("", None, outside)
+  return own, [arrays(LAYER, i, x) for i, x in enumerate(layers)], used
 
 
 def _read(row: Row, name: str, tensors, shape) -> np.ndarray:
@@ -211,7 +212,7 @@ def write_tower(
   numbered = [(None, outside), *enumerate(layers)]
   for i, arrays in numbered:
     for path, array in arrays.items():
-      row = by_path[path if i is None else _LAYER + path]
+      row = by_path[path if i is None else LAYER + path]
       name = row.theirs.replace("<i>", str(i))
       x = row.layout.theirs(np.asarray(array))
       parts.setdefault(name, {})[row.part or 0] = x

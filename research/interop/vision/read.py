@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from research import tree
 from research.interop import hf, quantized
 from research.interop.loaded import Loaded
 from research.interop.vision import config as vision_config
-from research.interop.vision import names
+from research.interop.vision import internvl, names
 from research.io import safetensors
 from research.text.tokenizer import Tokenizer
 from research.typing import Params, UserError
@@ -52,14 +52,28 @@ CONNECTOR_ROWS = {
     ),
   ),
   "paligemma": names.linear("project", "linear"),
+  "gemma3": (
+    names.Row("inner/project", "mm_input_projection_weight"),
+    names.Row("norm/scale", "mm_soft_emb_norm.weight"),
+  ),
+  "internvl": (
+    *names.norm("after", "layer_norm"),
+    *names.linear("inner/up", "linear_1"),
+    *names.linear("inner/down", "linear_2"),
+  ),
 }
 CONNECTOR_ROWS["smolvlm"] = CONNECTOR_ROWS["idefics3"]
+
+VISION_ROWS = {"internvl": internvl.VISION}
+"""Family -> tensors of its image tower, if they are not `names.VISION`."""
 
 WRITTEN = {
   "llava": ("vision_tower.vision_model.", "multi_modal_projector."),
   "paligemma": ("vision_tower.vision_model.", "multi_modal_projector."),
+  "gemma3": ("vision_tower.vision_model.", "multi_modal_projector."),
   "idefics3": ("model.vision_model.", "model.connector."),
   "smolvlm": ("model.vision_model.", "model.connector."),
+  "internvl": ("vision_tower.", "multi_modal_projector."),
 }
 """Family -> prefixes of the image tower and of the connector in files."""
 
@@ -85,10 +99,11 @@ def vision_language_params(
   """
   towers = _towers(tensors, where)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  vision = _tower(
-    shapes["vision"], names.VISION, towers["vision"], model.vision, dtype, where
+  rows = VISION_ROWS.get(kind, names.VISION)
+  vision = read_tower(
+    shapes["vision"], rows, towers["vision"], model.vision, dtype, where
   )
-  connector = _tower(
+  connector = read_tower(
     shapes["connector"],
     CONNECTOR_ROWS[kind],
     towers["connector"],
@@ -137,8 +152,8 @@ def contrastive_params(
   )
   text_shapes = jax.eval_shape(lambda: _init_text(model.text))
   out = {
-    "image": _tower(shapes, names.VISION, image, model.image, dtype, where),
-    "text": _tower(text_shapes, text_rows, text, model.text, dtype, where),
+    "image": read_tower(shapes, names.VISION, image, model.image, dtype, where),
+    "text": read_tower(text_shapes, text_rows, text, model.text, dtype, where),
   }
   for name, tensor in scalars.items():
     out[name] = jnp.asarray(tensor.read(), dtype).reshape(())
@@ -171,33 +186,61 @@ def _tower_of(name: str) -> tuple[str | None, str]:
   return None, name
 
 
-def _tower(shapes, rows, tensors, model, dtype, where) -> dict[str, Any]:
-  """Returns a tower's parameters, its layers as runs."""
-  expected = {
-    path: tuple(x.shape)
-    for path, x in tree.flatten_paths(tree.outer_params(shapes))
-  }
-  depth, kinds = 0, ()
-  if model is not None:
-    depth, kinds = model.stack.depth, model.layer_kinds()
-    run = shapes[tree.runs(shapes)[0]]["layer0"]
-    expected |= {
-      f"layers/{path}": tuple(x.shape[1:])
-      for path, x in tree.flatten_paths(run)
-    }
+def read_tower(
+  shapes: Params,
+  rows: Iterable[names.Row],
+  tensors: Mapping[str, quantized.Tensor],
+  model: Any,
+  dtype: str,
+  where: Any,
+) -> dict[str, Any]:
+  """Returns a tower's parameters, its layers as runs.
+
+  Args:
+    shapes: of the parameters.
+    rows: of the tower (`names.Row`).
+    tensors: the file's, by their names within the tower; exactly the tower's.
+    model: the tower, or None for one without layers.
+    dtype: of the result.
+    where: the file or directory, for messages.
+
+  Raises:
+    UserError: the tensors are not exactly the tower's.
+  """
   try:
     outside, layers, used = names.read_tower(
-      rows, expected, tensors, depth, dtype
+      rows, *layer_shapes(shapes), tensors, dtype
     )
   except UserError as e:
     raise UserError(f"{where}: {e}") from e
   extra = [n for n in tensors if n not in used and n not in names.BUFFERS]
   if extra:
     raise hf.mismatch(where, [], extra)
+  kinds = () if model is None else model.layer_kinds()
   params = tree.stack(
     _nested(outside), [_nested(layer) for layer in layers], kinds
   )
   return jax.tree.map(jnp.asarray, params)
+
+
+def layer_shapes(
+  shapes: Params,
+) -> tuple[dict[str, tuple[int, ...]], list[dict[str, tuple[int, ...]]]]:
+  """Returns the shapes outside of layers, and those of each layer, by path."""
+
+  def flat(params, lead):
+    return {k: x.shape[lead:] for k, x in tree.flatten_paths(params)}
+
+  numbered = {
+    number: flat(shapes[run][layer], 1)
+    for run, layer, numbers in (
+      (*name.split("/"), numbers)
+      for name, numbers in tree.layer_indices(shapes).items()
+    )
+    for number in numbers
+  }
+  layers = [numbered[i] for i in range(len(numbered))]
+  return flat(tree.outer_params(shapes), 0), layers
 
 
 def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -257,3 +300,13 @@ def load(path: pathlib.Path, dtype: str = "float32") -> Loaded:
     config=config,
   )
   return Loaded(model, params, words, source, preprocessor=preprocessor)
+
+
+def language_of(loaded: Loaded) -> Loaded:
+  """Returns the language model of a vision language model alone."""
+  return dataclasses.replace(
+    loaded,
+    model=loaded.model.language,
+    params=loaded.params["language"],
+    preprocessor=None,
+  )

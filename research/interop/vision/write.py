@@ -1,7 +1,7 @@
 """Vision language models as tensors of Hugging Face's files."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ _INNER = {
 _LANGUAGE = {
   "llava": _INNER,
   "paligemma": _INNER,
+  "gemma3": _INNER,
+  "internvl": _INNER,
   "idefics3": {"model.": "model.text_model.", "lm_head.": "lm_head."},
 }
 _LANGUAGE["smolvlm"] = _LANGUAGE["idefics3"]
@@ -47,9 +49,11 @@ def vision_language_tensors(
     dtype: of the tensors.
   """
   vision, connector = read.WRITTEN[kind]
-  out = _prefixed(vision, _tower(names.VISION, params["vision"], dtype))
+  rows = read.VISION_ROWS.get(kind, names.VISION)
+  out = _prefixed(vision, tower_tensors(rows, params["vision"], dtype))
   out |= _prefixed(
-    connector, _tower(read.CONNECTOR_ROWS[kind], params["connector"], dtype)
+    connector,
+    tower_tensors(read.CONNECTOR_ROWS[kind], params["connector"], dtype),
   )
   pending = hf_write.tensors(
     model.language, parts.from_params(params["language"]), dtype, changes.Log()
@@ -65,7 +69,17 @@ def _prefixed(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
   return {prefix + name: x for name, x in tensors.items()}
 
 
-def _tower(rows: Any, params: Params, dtype: str) -> dict[str, np.ndarray]:
+def tower_tensors(
+  rows: Iterable[names.Row], params: Params, dtype: str
+) -> dict[str, np.ndarray]:
+  """Returns a tower's tensors, by their names within it.
+
+  Args:
+    rows: of the tower.
+    params: its parameters; packed weights are decoded.
+    dtype: of the tensors.
+  """
+
   def flat(subtree: Any) -> dict[str, np.ndarray]:
     return {
       path: np.asarray(weights.dense(w)).astype(dtype)

@@ -40,6 +40,13 @@ class Objective(Protocol):
   ) -> Sums: ...
 
 
+class WholeBatch:
+  """Base of objectives in which a row's loss depends on all other rows.
+
+  Such a loss is not a sum over microbatches, so a step does not accumulate it.
+  """
+
+
 def causal_mask(batch: Batch) -> Mask:
   """Returns the mask in which tokens see those before them, in a document."""
   # By index, not by position: rows are packed in order, and for an

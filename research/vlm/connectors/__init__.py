@@ -5,7 +5,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
+    "presets": ["CONNECTORS"],
     "projections": ["AveragePool", "Linear", "Mlp", "Squares"],
+    "qformer": ["QFormer", "without_text"],
     "resamplers": ["AttentionPool", "PerceiverResampler"],
+    "square_attention": ["SquareAttention"],
   },
 )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from kernels_pallas.masks import Mask
@@ -17,9 +18,19 @@ from research.nn import layers
 from research.nn.block import Block
 from research.nn.norm import LayerNorm, Norm
 from research.nn.stack import Stack
-from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
+from research.typing import (
+  Array,
+  Bool,
+  Float,
+  Int,
+  Params,
+  PRNGKey,
+  UInt8,
+  UserError,
+)
 from research.vlm.encoders.pooling import Pooling
 from research.vlm.encoders.positions import PositionTable
+from research.vlm.images.normalise import Normalisation
 
 CHANNELS = 3
 
@@ -53,7 +64,7 @@ class VisionTransformer(nn.Module):
     patch_bias: whether the patch embedding has a bias.
     class_token: whether a learned token comes first (CLIP).
     input_norm: normalises the input of the first layer, or None (CLIP).
-    norm: the final norm.
+    norm: the final norm, or None (InternVL).
     pooling: one vector per image, or None.
     dtype: compute dtype; norms and softmax always compute in fp32.
     remat: see `layers.run_layers`.
@@ -66,7 +77,7 @@ class VisionTransformer(nn.Module):
   patch_bias: bool = True
   class_token: bool = False
   input_norm: Norm | None = None
-  norm: Norm = LayerNorm()
+  norm: Norm | None = LayerNorm()
   pooling: Pooling | None = None
   dtype: str = "float32"
   remat: layers.Remat = "none"
@@ -112,8 +123,7 @@ class VisionTransformer(nn.Module):
     [x] = self._features(patches, coordinates, valid, last)
     if self.class_token:
       valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
-    norm = self.norm.clone(name="final_norm", parent=self)
-    return self.pooling(x, valid, norm)
+    return self.pooling(x, valid, self._final_norm())
 
   def _features(self, patches, coordinates, valid, features):
     valid = self._valid(coordinates, valid)
@@ -123,11 +133,16 @@ class VisionTransformer(nn.Module):
     x = sharding.constrain(x, "batch", "length", None)
     found = self._layers(x, coordinates, valid, features.layers)
     if features.normed:
-      norm = self.norm.clone(name="final_norm", parent=self)
+      norm = self._final_norm()
       found = [norm(x) for x in found]
     if self.class_token and not features.class_token:
       found = [x[:, 1:] for x in found]
     return found
+
+  def _final_norm(self):
+    if self.norm is None:
+      return lambda x: x
+    return self.norm.clone(name="final_norm", parent=self)
 
   def _valid(self, coordinates, valid):
     return coordinates[..., 0] >= 0 if valid is None else valid
@@ -214,6 +229,15 @@ def new_params(model: VisionTransformer, key: PRNGKey) -> Params:
   if model.pooling is not None:
     return model.init(key, patches, at, method="pooled")["params"]
   return model.init(key, patches, at)["params"]
+
+
+def normalised(
+  pixels: UInt8[Array, "*B H W 3"], normalise: Normalisation
+) -> Float[Array, "*B H W 3"]:
+  """Returns pixels as an encoder takes them, computed in fp32."""
+  mean = np.asarray(normalise.mean, np.float32)
+  std = np.asarray(normalise.std, np.float32)
+  return (pixels.astype(jnp.float32) / 255 - mean) / std
 
 
 def patchify(

@@ -22,7 +22,14 @@ sys.path.insert(0, str(GOLDEN))
 import vlm_weights  # noqa: E402
 
 CONTRASTIVE = ("clip", "siglip")
-GENERATIVE = ("llava", "smolvlm", "idefics3", "paligemma")
+GENERATIVE = (
+  "llava",
+  "smolvlm",
+  "idefics3",
+  "paligemma",
+  "gemma3",
+  "internvl",
+)
 
 
 def tensors(name):
@@ -110,12 +117,11 @@ def test_logits_with_images_in_two_rows(name, opened):
     [soft[:2].reshape(2 * count, -1), jnp.concatenate([soft[2], padding])]
   )
   language = splice.with_features(params["language"], rows, model.image_token)
-  mask = Mask.causal()
-  if name == "paligemma":
+  tokens = jnp.asarray(golden["tokens"])
+  mask = model.mask(tokens, jnp.full(2, tokens.shape[1])) or Mask.causal()
+  if name == "paligemma":  # whose answer was given as well
     mask = Mask.prefix_lm(jnp.argmax(golden["answer"], axis=-1))
-  hidden, _ = model.language.apply(
-    {"params": language}, jnp.asarray(golden["tokens"]), None, mask
-  )
+  hidden, _ = model.language.apply({"params": language}, tokens, None, mask)
   logits = model.language.apply({"params": language}, hidden, method="logits")
   assert_close(logits, golden["logits"])
 
@@ -126,8 +132,9 @@ def test_written_tensors_are_those_that_were_read(name, opened):
   found = vision.vision_language_tensors(model, name, params)
   # transformers 5 leaves the inner name out, which files of the Hub have.
   inner = "vision_tower.vision_model."
+  renamed = name != "internvl"
   expected = {
-    k if inner in k else k.replace("vision_tower.", inner): v
+    k.replace("vision_tower.", inner) if renamed and inner not in k else k: v
     for k, v in tensors(name).items()
   }
   assert set(found) == set(expected)

@@ -99,6 +99,6 @@ def test_rules_answer_new_samples_by_what_they_counted():
   # Without others' counts it flatters: it is fitted to what it answers.
   assert rule(known) == ["yes"] * 3 + ["no"] * 3
   assert rule([]) == []
-  # Nothing to count: no sample is of its kind.
-  other = dataclasses.replace(rule, kinds=("compare",))
-  assert other(known[:2]) == [None, None]
+  # It is about another kind of question.
+  other = dataclasses.replace(rule, kinds=("no such kind",))
+  assert other(known[:2]) == other.fit(known)(known[:2]) == [None, None]

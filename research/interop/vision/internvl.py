@@ -1,0 +1,172 @@
+"""InternVL's vision tower: InternViT, with learned scales of its sublayers.
+
+Chen et al. 2023, arXiv:2312.14238. That of 6 billion parameters, which
+normalises queries and keys over all heads at once, is refused by name.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from research.interop.hf import config as hf_config
+from research.interop.vision import names
+from research.io.fields import Fields
+from research.nn.attention import Attention
+from research.nn.block import Block
+from research.nn.mlp import PlainMlp
+from research.nn.norm import LayerNorm, LayerScale, RMSNorm
+from research.nn.stack import Stack
+from research.vlm.encoders.positions import PositionTable
+from research.vlm.encoders.vit import VisionTransformer
+
+MODEL_TYPE = "internvl_vision"
+
+DEFAULTS = dict(
+  hidden_size=1024,
+  num_hidden_layers=24,
+  num_attention_heads=16,
+  attention_bias=False,
+  use_qk_norm=False,
+  intermediate_size=4096,
+  hidden_act="gelu",
+  norm_type="layer_norm",
+  layer_norm_eps=1e-6,
+  image_size=[448, 448],
+  patch_size=[14, 14],
+  num_channels=3,
+  use_mask_token=False,
+  use_absolute_position_embeddings=True,
+  layer_scale_init_value=0.1,
+  use_mean_pooling=True,
+)
+
+_NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
+
+_LAYER, _THEIRS = names.LAYER, "encoder.layer.<i>."
+
+FIRST_OF_ONE = names.Layout(lambda x: x[0], lambda x: x[None])
+ALONE = names.Layout(lambda x: x.reshape(-1), lambda x: x.reshape(1, 1, -1))
+
+VISION = (
+  names.Row(
+    "patch_embed",
+    "embeddings.patch_embeddings.projection.weight",
+    names.CONVOLUTION,
+  ),
+  names.Row("patch_embed_bias", "embeddings.patch_embeddings.projection.bias"),
+  names.Row("class_embed", "embeddings.cls_token", ALONE),
+  names.Row("positions/table", "embeddings.position_embeddings", FIRST_OF_ONE),
+  *names.norm(f"{_LAYER}attention_norm", f"{_THEIRS}layernorm_before"),
+  *names.norm(f"{_LAYER}mlp_norm", f"{_THEIRS}layernorm_after"),
+  names.Row(f"{_LAYER}post_attention_norm/scale", f"{_THEIRS}lambda_1"),
+  names.Row(f"{_LAYER}post_mlp_norm/scale", f"{_THEIRS}lambda_2"),
+  *(
+    row
+    for x, theirs in zip(
+      "qkvo", ("q_proj", "k_proj", "v_proj", "projection_layer"), strict=True
+    )
+    for row in names.linear(
+      f"{_LAYER}attention/{x}", f"{_THEIRS}attention.{theirs}"
+    )
+  ),
+  *names.linear(f"{_LAYER}mlp/up", f"{_THEIRS}mlp.fc1"),
+  *names.linear(f"{_LAYER}mlp/down", f"{_THEIRS}mlp.fc2"),
+  *names.norm("final_norm", "layernorm"),
+)
+"""Its tensors, by our paths."""
+
+
+def vision_tower(
+  config: Mapping[str, Any], where: str, dtype: str
+) -> VisionTransformer:
+  """Returns the image tower that a `vision_config` describes.
+
+  Args:
+    config: the object.
+    where: its file and place, for messages.
+    dtype: of the computation.
+  """
+  fields = Fields(config, where, DEFAULTS)
+  fields.neutral(
+    {"use_qk_norm": (None, False), "use_mask_token": (None, False)}
+  )
+  if fields.get("hidden_act") != "gelu":
+    raise fields.wrong("hidden_act", "gelu")
+  if fields.get("norm_type") not in _NORMS:
+    raise fields.wrong("norm_type", f"one of {', '.join(_NORMS)}")
+  if fields.integer("num_channels") != 3:
+    raise fields.wrong("num_channels", "3")
+  width, heads = (
+    fields.integer("hidden_size"),
+    fields.integer("num_attention_heads"),
+  )
+  if width % heads:
+    raise fields.wrong("num_attention_heads", f"a divisor of {width}")
+  eps = fields.number("layer_norm_eps")
+  scale = LayerScale(start=fields.number("layer_scale_init_value"))
+  block = Block(
+    attention=Attention(
+      heads=heads,
+      kv_heads=heads,
+      head_dim=width // heads,
+      rope=None,
+      qkv_bias=fields.flag("attention_bias"),
+      out_bias=True,
+    ),
+    mlp=PlainMlp(hidden=fields.integer("intermediate_size")),
+    norm=_NORMS[fields.get("norm_type")](eps=eps),
+    post_norm=scale,
+  )
+  patch, other = _pair(fields, "patch_size")
+  if patch != other:
+    raise fields.wrong("patch_size", "a square")
+  height, across = _pair(fields, "image_size")
+  positions = PositionTable(height // patch, across // patch)
+  return VisionTransformer(
+    width=width,
+    patch=patch,
+    stack=Stack(
+      fields.integer("num_hidden_layers", most=hf_config.MAX_DEPTH), (block,)
+    ),
+    positions=positions
+    if fields.flag("use_absolute_position_embeddings")
+    else None,
+    class_token=True,
+    # With mean pooling the mean is normalised, and no patch.
+    norm=None if fields.flag("use_mean_pooling") else LayerNorm(eps=eps),
+    dtype=dtype,
+  )
+
+
+def _pair(fields: Fields, name: str) -> tuple[int, int]:
+  x = fields.get(name)
+  pair = [x, x] if type(x) is int else x
+  if (
+    not isinstance(pair, list | tuple)
+    or len(pair) != 2
+    or any(type(side) is not int or not 0 < side < 2**16 for side in pair)
+  ):
+    raise fields.wrong(name, "a number of pixels, or two")
+  return pair[0], pair[1]
+
+
+def vision_config(vision: VisionTransformer) -> dict[str, Any]:
+  """Returns the `vision_config` of a tower; inverts `vision_tower`."""
+  block, patch = vision.stack.blocks[0], vision.patch
+  grid = vision.positions or PositionTable(1, 1)
+  norms = {kind: name for name, kind in _NORMS.items()}
+  return dict(
+    model_type=MODEL_TYPE,
+    hidden_size=vision.width,
+    intermediate_size=block.mlp.hidden,
+    num_hidden_layers=vision.stack.depth,
+    num_attention_heads=block.attention.heads,
+    attention_bias=block.attention.qkv_bias,
+    hidden_act="gelu",
+    norm_type=norms[type(block.norm)],
+    layer_norm_eps=block.norm.eps,
+    image_size=[grid.rows * patch, grid.columns * patch],
+    patch_size=[patch, patch],
+    use_absolute_position_embeddings=vision.positions is not None,
+    layer_scale_init_value=block.post_norm.start,
+    use_mean_pooling=vision.norm is None,
+  )

@@ -1,0 +1,158 @@
+"""BLIP-2's first stage: masks by hand, negatives by their law, padding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research import sharding, tree
+from research.typing import UserError
+from research.vlm.bootstrapping import (
+  CaptionHead,
+  ImageText,
+  ImageTextModel,
+  masks,
+  objective,
+)
+from research.vlm.connectors.qformer import qformer
+
+QUERIES, LENGTH = 3, 4
+MODEL = ImageTextModel(
+  qformer=qformer(
+    1, width=12, depth=2, heads=2, hidden=16, queries=QUERIES, text=True
+  ),
+  vocab_size=19,
+  length=LENGTH,
+  size=8,
+  caption=CaptionHead(),
+  caption_start=2,
+)
+SEGMENTS = np.array([[0, 0, 0, 0], [0, 0, -1, -1], [0, 0, 0, -1]])
+
+
+def batch(rows=3, seed=0):
+  rng = np.random.default_rng(seed)
+  return dict(
+    features=jnp.asarray(rng.normal(size=(rows, 5, 10)), jnp.float32),
+    tokens=jnp.asarray(rng.integers(3, 19, (rows, LENGTH))),
+    segments=jnp.asarray(SEGMENTS[:rows]),
+  )
+
+
+@functools.cache
+def params():
+  given = batch()
+  shapes = jax.eval_shape(
+    MODEL.init,
+    jax.random.key(0),
+    given["features"],
+    given["tokens"],
+    given["segments"] >= 0,
+  )["params"]
+  rng = np.random.default_rng(1)
+
+  def draw(path, x):
+    if path.endswith("temperature"):
+      return jnp.float32(0.5)
+    value = 0.4 * rng.normal(size=x.shape)
+    return jnp.asarray(value + path.endswith("scale"), jnp.float32)
+
+  return tree.map_paths(draw, shapes)
+
+
+@functools.cache
+def compiled():
+  def loss(params, batch, key):
+    total, count, sums = ImageText(MODEL)(params, batch, key)
+    return total / count, sums
+
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.mark.parametrize(
+  "make, visible",
+  [
+    (masks.unimodal, lambda q, k: (q < QUERIES) == (k < QUERIES)),
+    (masks.bidirectional, lambda q, k: True),
+    (masks.multimodal_causal, lambda q, k: k < QUERIES or QUERIES <= k <= q),
+  ],
+)
+def test_masks_are_those_of_figure_2(make, visible):
+  valid = SEGMENTS >= 0
+  total = QUERIES + LENGTH
+  found = make(jnp.asarray(valid), QUERIES).visible(total, total)
+  for row in range(3):
+    real = [True] * QUERIES + list(valid[row])
+    for q in range(total):
+      for k in range(total):
+        expected = real[q] and real[k] and visible(q, k)
+        assert found[row, q, k] == expected, (row, q, k)
+
+
+def test_negatives_follow_their_law():
+  """Frequencies of 4,000 draws, within 4 standard deviations."""
+  products = jnp.asarray(np.random.default_rng(0).normal(size=(5, 5)) * 2)
+  ids = jnp.array([0, 1, 1, 2, -1])
+  keys = jax.random.split(jax.random.key(0), 4_000)
+  draw = jax.jit(
+    jax.vmap(lambda key: objective.hard_negatives(products, ids, key))
+  )
+  for found, table in zip(draw(keys), (products.T, products), strict=True):
+    table = np.array(table, np.float64)[:4, :4]
+    p = np.exp(table) / np.exp(table).sum(axis=1, keepdims=True) + 1e-4
+    p *= np.array([[0, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 1, 0]])
+    p /= p.sum(axis=1, keepdims=True)
+    counts = np.stack([np.bincount(x, minlength=5) for x in found.T[:4]])
+    assert not counts[:, 4].any()
+    spread = np.sqrt(4_000 * p * (1 - p))
+    assert (np.abs(counts[:, :4] - 4_000 * p) <= 4 * spread + 1).all()
+    assert not counts[:, :4][p == 0].any()
+
+
+def test_every_weight_has_a_gradient_and_a_sharding_rule():
+  (_, sums), gradients = compiled()(params(), batch(), jax.random.key(0))
+  assert set(sums) == {"contrast", "matching", "captions"}
+  for path, x in tree.flatten_paths(gradients):
+    assert sharding.logical_axes(path) is not None, path
+    assert np.abs(x).max() > 0 or path.endswith("qformer/projection"), path
+
+
+def test_a_padded_row_counts_nowhere():
+  (expected, _), gradients = compiled()(params(), batch(), None)
+  given = batch()
+  padded = {k: jnp.concatenate([x, x[:1]]) for k, x in given.items()}
+  padded["segments"] = padded["segments"].at[3].set(-1)
+  (found, _), again = compiled()(params(), padded, None)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  # Sums over three rows in another order.
+  for (path, x), (_, y) in zip(
+    tree.flatten_paths(again), tree.flatten_paths(gradients), strict=True
+  ):
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+def test_the_start_token_hides_the_first_word_from_captions():
+  given = batch()
+  valid = given["segments"] >= 0
+  run = jax.jit(functools.partial(MODEL.apply, method="captions"))
+  one = run({"params": params()}, given["features"], given["tokens"], valid)
+  changed = given["tokens"].at[:, 0].set(7)
+  two = run({"params": params()}, given["features"], changed, valid)
+  np.testing.assert_array_equal(one, two)
+
+
+def test_what_cannot_be_compared_is_refused():
+  given = batch()
+  pair = given["features"], given["tokens"], given["segments"] >= 0
+  model = MODEL.clone(caption=None)
+  with pytest.raises(UserError, match="no caption head"):
+    model.apply({"params": params()}, *pair, method="captions")
+  model = MODEL.clone(length=3)
+  with pytest.raises(UserError, match="expected at most 3"):
+    model.apply({"params": params()}, *pair, method="match")
+  silent = qformer(1, width=12, depth=2, heads=2, hidden=16, queries=QUERIES)
+  model = MODEL.clone(qformer=silent)
+  with pytest.raises(UserError, match="no text_mlp"):
+    model.apply({"params": params()}, *pair, method="match")

@@ -1,0 +1,313 @@
+"""Gated cross-attention: transformers' Idefics, and what Flamingo promises."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.masks import Mask
+from research import sharding, tree, weights
+from research.generation import generate
+from research.nn import logits
+from research.nn.attention import CrossAttention
+from research.nn.cross_attention import GatedCrossAttention, Media
+from research.nn.mlp import Mlp, PlainMlp
+from research.nn.norm import RMSNorm
+from research.training.objectives.objective import NextToken
+from research.typing import UserError
+from research.vlm import WithImages, cross_attention
+from research.vlm.connectors import PerceiverResampler
+from tests import support, support_connectors, support_vlm
+
+IMAGE, WIDTH, LATENTS = 60, 20, 3
+LAYER = GatedCrossAttention(
+  attention=CrossAttention(heads=2, head_dim=5),
+  mlp=PlainMlp(hidden=28, bias=False),
+  media_width=WIDTH,
+)
+BARE = support.model("llama", depth=4)
+MODEL = cross_attention.interleave(BARE, LAYER, every=2)
+# Row 0: words, an image, words, an image, words. Row 1: an image at once.
+TOKENS = jnp.array(
+  [[5, 6, IMAGE, 7, 8, IMAGE, 9, 10], [IMAGE, 4, 3, 12, 13, 14, 15, 16]]
+)
+SIZES = jnp.array([[LATENTS, LATENTS], [LATENTS, 0]])
+
+
+def media(seed=0):
+  drawn = np.random.default_rng(seed).normal(size=(2, 2 * LATENTS, WIDTH))
+  return jnp.asarray(drawn, jnp.float32)
+
+
+@functools.cache
+def params():
+  """Returns weights whose gates are open."""
+  new = cross_attention.add_layers(
+    MODEL, support.params(BARE), jax.random.key(0)
+  )
+  return tree.map_paths(
+    lambda path, x: x + 0.7 if path.endswith("_gate") else x, new
+  )
+
+
+@jax.jit
+def hidden_of(params, tokens, images, segments=None):
+  bound = cross_attention.with_media(MODEL, params, images, SIZES, IMAGE)
+  bound = weights.with_tokens(bound, tokens, segments)
+  mask = Mask.causal(segments=segments)
+  return MODEL.apply({"params": bound}, tokens, None, mask)[0]
+
+
+def test_a_layer_is_transformers_idefics():
+  tensors, golden = support_connectors.golden("gated")
+  layer = GatedCrossAttention(
+    attention=CrossAttention(heads=3, head_dim=8),
+    mlp=Mlp(hidden=28),
+    media_width=WIDTH,
+    norm=RMSNorm(eps=1e-5),
+  )
+  linear = functools.partial(support_connectors.linear, tensors)
+  attention = {}
+  for x in "qkvo":
+    attention |= linear(f"cross_attn.{x}_proj", x)
+  own = dict(
+    attention=attention,
+    mlp=linear("mlp.gate_proj", "gate")
+    | linear("mlp.up_proj", "up")
+    | linear("mlp.down_proj", "down"),
+    attention_norm=support_connectors.norm(tensors, "input_layernorm"),
+    mlp_norm=support_connectors.norm(tensors, "post_attention_layernorm"),
+    attention_gate=tensors["alpha_cross_attn"][0],
+    mlp_gate=tensors["alpha_dense"][0],
+  )
+  keys, values = layer.attention.apply(
+    {"params": attention}, golden["media"], method="keys_and_values"
+  )
+  images = golden["images"]
+  bounds = jnp.stack([images * 3, jnp.where(images < 0, 0, images + 1) * 3], 1)
+  own["media"] = Media(keys, values, jnp.full((2, 2), 3), IMAGE, bounds)
+  found = layer.apply({"params": own}, golden["x"])
+  support_connectors.assert_close(found, golden["y"])
+
+
+def test_tokens_see_the_latest_image_of_their_document():
+  """By a loop over tokens."""
+  tokens = np.array([[IMAGE, 3, IMAGE, 4, 5, 6, IMAGE, 7, 0]])
+  documents = np.array([[0, 0, 0, 0, 1, 1, 1, 1, -1]])
+  sizes = jnp.array([[2, 3, 1]])
+  given = jnp.zeros((1, 6, 1, 1))
+  edges = [0, 2, 5, 6]
+  for segments in (None, documents):
+    bound = Media(given, given, sizes, IMAGE).with_tokens(
+      jnp.asarray(tokens), None if segments is None else jnp.asarray(segments)
+    )
+    for t in range(9):
+      last, number = None, -1
+      for s in range(t + 1):
+        same = segments is None or segments[0, s] == segments[0, t] >= 0
+        if tokens[0, s] == IMAGE:
+          number += 1
+          last = number if same else last
+      lo, hi = (0, 0) if last is None else edges[last : last + 2]
+      assert set(range(*bound.bounds[0, :, t])) == set(range(lo, hi)), (t, last)
+
+
+def test_closed_gates_leave_the_language_models_logits_bitwise():
+  bare = support.params(BARE)
+  closed = cross_attention.add_layers(MODEL, bare, jax.random.key(0))
+  bound = cross_attention.with_media(MODEL, closed, media(), SIZES, IMAGE)
+  chex.assert_trees_all_equal(
+    logits(MODEL, bound, TOKENS), logits(BARE, bare, TOKENS)
+  )
+  chex.assert_trees_all_equal(cross_attention.remove_layers(BARE, closed), bare)
+
+
+def test_images_change_only_the_tokens_after_them():
+  base = hidden_of(params(), TOKENS, media())
+  for image, (row, first) in enumerate([(0, 2), (0, 5), (1, 0)]):
+    at = image % 2 * LATENTS
+    moved = media().at[row, at : at + LATENTS].add(1.0)
+    found = hidden_of(params(), TOKENS, moved)
+    changed = np.any(np.asarray(found != base), axis=-1)
+    expected = np.zeros((2, 8), bool)
+    expected[row, first:] = True
+    np.testing.assert_array_equal(changed, expected)
+  # Row 1 has no second image: what stands there is never seen.
+  moved = media().at[1, LATENTS:].add(1.0)
+  np.testing.assert_array_equal(hidden_of(params(), TOKENS, moved), base)
+
+
+def test_attention_adds_exactly_nothing_before_the_first_image():
+  layer = MODEL.layer_kinds()[0].cross
+  own = params()["run0"]["layer0"]["cross"]
+  own = jax.tree.map(lambda x: x[0], own)
+  x = jax.random.normal(jax.random.key(1), (2, 8, 32))
+  blind = layer.apply({"params": own}, x)
+  keys, values = layer.attention.apply(
+    {"params": own["attention"]}, media(), method="keys_and_values"
+  )
+  shown = Media(keys, values, SIZES, IMAGE).with_tokens(TOKENS, None)
+  found = layer.apply({"params": {**own, "media": shown}}, x)
+  same = np.all(np.asarray(found == blind), axis=-1)
+  expected = np.zeros((2, 8), bool)
+  expected[0, :2] = True
+  np.testing.assert_array_equal(same, expected)
+
+
+def test_generated_tokens_are_those_of_full_forward_passes():
+  bound = cross_attention.with_media(MODEL, params(), media(), SIZES, IMAGE)
+  prompts = [[5, 6, IMAGE, 7], [IMAGE, 4, 3, 12, 13]]
+  found = generate.generate(MODEL, bound, prompts, 3).tokens
+  for row, prompt in enumerate(prompts):
+    ids = list(prompt)
+    for _ in range(3):
+      padded = (
+        jnp.zeros((2, 8), jnp.int32).at[row, : len(ids)].set(jnp.array(ids))
+      )
+      scores = logits(MODEL, bound, padded)[row, len(ids) - 1]
+      ids.append(int(scores.argmax()))
+    assert found[row] == ids[len(prompt) :]
+
+
+def test_documents_packed_in_a_row_are_those_apart():
+  """Their losses' gradients too."""
+  joined = jnp.array([[5, IMAGE, 7, 8, IMAGE, 9, 10, 11]])
+  segments = jnp.array([[0, 0, 0, 1, 1, 1, 1, 1]])
+  images = media()[:1]
+
+  def packed(params):
+    return jnp.sum(_packed(params, joined, segments, images, SIZES[:1]) ** 2)
+
+  def separate(params):
+    halves = [(slice(0, 3), slice(0, LATENTS)), (slice(3, 8), slice(3, 6))]
+    return sum(
+      jnp.sum(
+        _packed(
+          params,
+          joined[:, words],
+          jnp.zeros_like(segments[:, words]),
+          images[:, own],
+          SIZES[:1, :1],
+        )
+        ** 2
+      )
+      for words, own in halves
+    )
+
+  found, expected = (
+    jax.jit(jax.value_and_grad(f))(params()) for f in (packed, separate)
+  )
+  # Sums of squares of 8 x 32 states, gradients of all weights.
+  chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-3)
+
+
+def _packed(params, tokens, segments, images, sizes):
+  bound = cross_attention.with_media(MODEL, params, images, sizes, IMAGE)
+  bound = weights.with_tokens(bound, tokens, segments)
+  begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+  index = jnp.arange(tokens.shape[1])
+  positions = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+  mask = Mask.causal(segments=segments)
+  return MODEL.apply({"params": bound}, tokens, positions, mask)[0]
+
+
+def test_selected_tokens_are_those_of_all():
+  single = tree.split_last_layer(params())
+  bound = cross_attention.with_media(MODEL, single, media(), SIZES, IMAGE)
+  bound = weights.with_tokens(bound, TOKENS)
+  keep = jnp.array([[3, 7], [1, 6]])
+  apply = jax.jit(MODEL.apply)
+  found, _ = apply({"params": bound}, TOKENS, keep=keep)
+  every = hidden_of(params(), TOKENS, media())
+  expected = jnp.take_along_axis(every, keep[..., None], axis=1)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_objectives_need_not_know():
+  """All weights of the new layers get gradients from next-token prediction."""
+  batch = dict(
+    tokens=TOKENS,
+    targets=TOKENS,
+    segments=jnp.zeros_like(TOKENS),
+    positions=jnp.broadcast_to(jnp.arange(8), TOKENS.shape),
+    weights=jnp.ones(TOKENS.shape),
+  )
+
+  def loss(params):
+    bound = cross_attention.with_media(MODEL, params, media(), SIZES, IMAGE)
+    return NextToken(MODEL)(bound, batch, None)[0]
+
+  gradients = jax.jit(jax.grad(loss))(params())
+  for path, x in tree.flatten_paths(gradients):
+    assert "/cross/" not in path or np.abs(x).max() > 0, path
+
+
+def test_a_vision_language_model_with_images_beside_its_text():
+  """Pixels of an image change the loss of its own row; all towers learn."""
+  base = support_vlm.model()
+  connector = PerceiverResampler(
+    WIDTH, queries=LATENTS, depth=1, heads=2, head_dim=5
+  )
+  model = dataclasses.replace(
+    base,
+    connector=connector,
+    language=MODEL,
+    image_token=IMAGE,
+    placement=cross_attention.LatestImage(),
+  )
+  towers = model.new_towers(jax.random.key(2))
+  pixels = jnp.asarray(support_vlm.pixels(2, 2))
+  rows = dict(
+    tokens=TOKENS,
+    targets=TOKENS,
+    segments=jnp.zeros_like(TOKENS),
+    positions=jnp.broadcast_to(jnp.arange(8), TOKENS.shape),
+  )
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(params, pixels, weights):
+    batch = rows | dict(pixels=pixels, weights=weights)
+    return WithImages(model)(params, batch, None)[0]
+
+  first = jnp.zeros(TOKENS.shape).at[0].set(1.0)
+  given = towers | {"language": params()}
+  expected, gradients = loss(given, pixels, first)
+  for path, x in tree.flatten_paths(gradients):
+    unused = path.endswith(("attention/k_bias", "final_norm/bias"))
+    assert unused or np.abs(x).max() > 0, path
+  found, _ = loss(given, pixels.at[1].set(0), first)
+  assert found == expected
+  found, _ = loss(given, pixels.at[0, 1].set(0), first)
+  assert abs(found - expected) > 1e-4
+
+
+def test_every_new_parameter_has_a_sharding_rule():
+  for path, _ in tree.flatten_paths(params()):
+    assert sharding.logical_axes(path) is not None, path
+  assert sharding.head_counts(MODEL) == {"heads": 2, "kv_heads": 2}
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(token=67), "image_token: found 67"),
+    (dict(model=BARE), "without cross-attention"),
+  ],
+)
+def test_what_cannot_be_bound_is_refused(change, message):
+  given = dict(model=MODEL, params=params(), media=media(), sizes=SIZES)
+  with pytest.raises(UserError, match=message):
+    cross_attention.with_media(**given | dict(token=IMAGE) | change)
+
+
+def test_unknown_tokens_are_refused():
+  bound = cross_attention.with_media(MODEL, params(), media(), SIZES, IMAGE)
+  with pytest.raises(UserError, match="weights.with_tokens"):
+    MODEL.apply({"params": bound}, TOKENS)
+  with pytest.raises(UserError, match="every 2 and first 2"):
+    cross_attention.interleave(BARE, LAYER, every=2, first=2)
