@@ -1,6 +1,7 @@
 """The study of vision language models: arms, what they train, verdicts."""
 
 import json
+import pathlib
 
 import chex
 import numpy as np
@@ -11,6 +12,7 @@ from experiments.core import cli, config
 from experiments.studies import protocol
 from experiments.studies.vlm import arms, base, verdicts
 from experiments.studies.vlm.arms import Stage
+from experiments.studies.vlm.study import Shared
 from research import tree
 from research.vlm.objective import WithImages
 from research.vlm.scenes.shapes import Shapes
@@ -125,8 +127,16 @@ def test_verdicts_of_connectors_compare_at_equal_tokens():
   assert found == [False, True, True, False, True]
 
 
-def test_a_blind_arm_is_trained_on_black_images():
-  control = arms.stages()[-1]
-  pixels = np.full((2, 1, 4, 4, 3), 7, np.uint8)
-  assert not control.images(pixels).any()
-  chex.assert_trees_all_equal(arms.stages()[0].images(pixels), pixels)
+def test_the_control_learns_from_black_images_and_others_do_not():
+  study = study_of("stages")
+  task = Shapes(size=32, count=4, kinds=("colour",))
+  tokenizer = study.tiny.tokenizer(task)
+  shared = Shared(pathlib.Path(), tokenizer, task[:])
+  *others, control = study.variants
+  assert control.name == arms.BLIND
+  black = study.training_rows(control, shared)
+  found = study.training_rows(others[0], shared)
+  assert not np.asarray(black.pop("pixels")).any()
+  expected = np.stack([x.image for x in shared.samples])
+  np.testing.assert_array_equal(found.pop("pixels")[:, 0], expected)
+  chex.assert_trees_all_equal(black, found)
