@@ -28,6 +28,7 @@ ROOMS = {  # folder -> file of its defects
   "research/vlm/scenes": "vlm_scenes",
   "research/vlm/evaluation": "vlm_evaluation",
   "research/vlm/images": "vlm_images",
+  "research/vlm": "vlm",
   "research/interop": "interop",
   "research/planning": "planning",
   "experiments/core": "experiments_core",

@@ -22,6 +22,7 @@ from experiments.studies.vlm import base
 from experiments.studies.vlm.arms import Arm, linear
 from experiments.studies.vlm.base import Tiny
 from research import tree, weights
+from research.training.objectives.objective import Batch
 from research.training.reports import plots
 from research.typing import Params
 from research.vlm.answering import Answers
@@ -114,10 +115,7 @@ class Study(protocol.Study):
     tiny, connector = self.tiny, variant.connector
     loaded = tiny.load(connector, shared.tokenizer, seed, variant.mask)
     params = {**loaded.params, **self._towers(seed, shared)}
-    questions = tiny.questions(connector, shared.samples)
-    rows = questions.rows(shared.tokenizer)
-    pool = base.pool_of([rows[i] for i in range(len(rows))])
-    pool["pixels"] = variant.images(pool["pixels"])
+    pool = self.training_rows(variant, shared)
     objective = WithImages(model=loaded.model)
     losses = []
     for stage in variant.stages:
@@ -139,6 +137,13 @@ class Study(protocol.Study):
       "shuffled": _mean(report, self.groups, SHUFFLED),
       "margin": float(np.mean(margins)),
     }
+
+  def training_rows(self, variant: Arm, shared: Shared) -> Batch:
+    """Returns what an arm learns from, as one batch."""
+    questions = self.tiny.questions(variant.connector, shared.samples)
+    rows = questions.rows(shared.tokenizer)
+    pool = base.pool_of([rows[i] for i in range(len(rows))])
+    return pool | {"pixels": variant.images(pool["pixels"])}
 
   def _towers(self, seed: int, shared: Shared) -> Params:
     """Returns a seed's encoder and language model, from the folder if there."""

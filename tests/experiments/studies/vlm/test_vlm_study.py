@@ -1,6 +1,7 @@
 """The study of vision language models: arms, what they train, verdicts."""
 
 import json
+import pathlib
 
 import chex
 import numpy as np
@@ -11,6 +12,7 @@ from experiments.core import cli, config
 from experiments.studies import protocol
 from experiments.studies.vlm import arms, base, verdicts
 from experiments.studies.vlm.arms import Stage
+from experiments.studies.vlm.study import Shared
 from research import tree
 from research.vlm.objective import WithImages
 from research.vlm.scenes.shapes import Shapes
@@ -41,8 +43,8 @@ def test_arms_take_as_many_steps_and_fit_the_model(name):
   assert len({study.settings(x) for x in study.arms}) == len(study.variants)
 
 
-def test_the_command_stores_an_arm(tmp_path):
-  """One of each mask; the last seed's verdicts need all arms."""
+@pytest.mark.slow
+def test_the_command_stores_both_arms_and_says_what_they_found(tmp_path):
   flags = ["--config=runs/vlm/claims_masks.gin", f"--workdir={tmp_path}"]
   flags += [f"--set={x}" for x in SMALL]
   assert cli.call(command.main, ["study", *flags]) == 0
@@ -64,6 +66,7 @@ def test_the_command_stores_an_arm(tmp_path):
     (arms.EVERYTHING, {"connector", "language", "vision"}),
   ],
 )
+@pytest.mark.sample(3)
 def test_a_stage_trains_its_towers(trainable, moved):
   task = Shapes(size=32, count=8, kinds=("colour",))
   tokenizer = TINY.tokenizer(task)
@@ -124,8 +127,16 @@ def test_verdicts_of_connectors_compare_at_equal_tokens():
   assert found == [False, True, True, False, True]
 
 
-def test_a_blind_arm_is_trained_on_black_images():
-  control = arms.stages()[-1]
-  pixels = np.full((2, 1, 4, 4, 3), 7, np.uint8)
-  assert not control.images(pixels).any()
-  chex.assert_trees_all_equal(arms.stages()[0].images(pixels), pixels)
+def test_the_control_learns_from_black_images_and_others_do_not():
+  study = study_of("stages")
+  task = Shapes(size=32, count=4, kinds=("colour",))
+  tokenizer = study.tiny.tokenizer(task)
+  shared = Shared(pathlib.Path(), tokenizer, task[:])
+  *others, control = study.variants
+  assert control.name == arms.BLIND
+  black = study.training_rows(control, shared)
+  found = study.training_rows(others[0], shared)
+  assert not np.asarray(black.pop("pixels")).any()
+  expected = np.stack([x.image for x in shared.samples])
+  np.testing.assert_array_equal(found.pop("pixels")[:, 0], expected)
+  chex.assert_trees_all_equal(black, found)
