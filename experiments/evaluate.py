@@ -5,10 +5,13 @@
   python -m experiments.evaluate --model=DIR --base=smollm2-135m
 
 With a working directory, its own configuration and its best checkpoint (or
-that of --step) are used; without, the untrained model of --config. A model is
-compared with its base, such as the one it was quantized from, by the perplexity
-of both, their divergence with its standard error, agreement on the most likely
-token, bits a weight, size, and the errors of each matrix.
+that of --step) are used; without, the untrained model of --config. A run that
+asks its model questions (`Experiment.answers`) has the scores of the answers as
+well, beside those of blind models, other images and rules.
+
+A model is compared with its base, such as the one it was quantized from, by the
+perplexity of both, their divergence with its standard error, agreement on the
+most likely token, bits a weight, size, and the errors of each matrix.
 """
 
 # ruff: noqa: E402

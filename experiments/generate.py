@@ -51,7 +51,6 @@ if __name__ == "__main__":
   runtime.prepare()
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -205,42 +204,11 @@ _NOT_OF_DIFFUSION = (
 )
 
 
-def _sampling() -> Any:
-  """Returns what the flags say about choosing tokens."""
-  from research.generation import sampling
-  from research.generation.sampling import Sampling
-
-  rules = dict(top_k=_TOP_K.value, top_p=_TOP_P.value, min_p=_MIN_P.value)
-  given = [name for name, value in rules.items() if value is not None]
-  temperature = _TEMPERATURE.value
-  if temperature is None:
-    temperature = 1.0 if given else 0.0
-  if not 0 <= temperature < math.inf:
-    raise UserError(
-      f"--temperature={temperature:g}: expected a number above 0, or 0, which "
-      "takes the likeliest token"
-    )
-  if temperature == 0 and given:
-    raise UserError(
-      f"--{given[0]}: has no effect at --temperature=0, which takes the "
-      "likeliest token; give a temperature above 0"
-    )
-  found = Sampling(
-    temperature=temperature or None,
-    repetition_penalty=_PENALTY.value,
-    **rules,
-  )
-  try:
-    sampling.check(found)
-  except UserError as error:
-    raise UserError(f"--{error}") from error
-  return found
-
-
 def _load() -> Any:
   """Returns the model."""
   packed = FLAGS["packed"].value
-  loaded = packed_weights.load(_MODEL.value, _DTYPE.value, packed)
+  towers = "language" if _SAMPLER.value == "diffusion" else "all"
+  loaded = packed_weights.load(_MODEL.value, _DTYPE.value, packed, towers)
   if loaded.tokenizer is None:
     raise UserError(f"--model={_MODEL.value}: found no tokenizer in it")
   return loaded
@@ -375,6 +343,7 @@ def _streamed(
   kv: Any,
   layout: Any,
   turn: int = 0,
+  mask: Any = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
   """Returns each row's result and the totals; prints one row as it comes.
 
@@ -383,7 +352,7 @@ def _streamed(
   """
   import jax
 
-  from experiments.generating import generate_pages
+  from experiments.generating import generate_pages, images
   from research import progress
   from research.generation import stream
 
@@ -401,8 +370,7 @@ def _streamed(
       rules,
       jax.random.fold_in(key, turn) if turn else key,
       stop=_STOP.value,
-      kv=kv,
-      source=paged.source,
+      **images.source_of(mask, kv, paged.source),
     ):
       first = first or time.perf_counter()
       steps.append(pieces)
@@ -435,7 +403,7 @@ def _streamed(
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Generates; returns the result, which the command prints as JSON."""
   del argv
-  from experiments.generating import conversation
+  from experiments.generating import conversation, sampling_rules
   from experiments.generating import prompts as asked
 
   cli.required(model=_MODEL.value)
@@ -445,15 +413,19 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     cli.required(prompt="".join([*texts, *_INFILL.value]))
   _check_flags(texts)
   runtime.setup()
-  rules = _sampling()
+  rules = sampling_rules.of_flags(
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    min_p=_MIN_P.value,
+    repetition_penalty=_PENALTY.value,
+  )
   if _SAMPLER.value == "diffusion":
     return _fill(texts, rules)
   return _continue(texts, rules)
 
 
-def _with_images(
-  loaded: Any, text: str
-) -> tuple[Any, list[list[int]], dict[str, int]]:
+def _with_images(loaded: Any, text: str) -> tuple[Any, Any, dict[str, int]]:
   """Returns the language model, the prompt, and what the JSON says of it."""
   from experiments.generating import images
   from experiments.generating import prompts as asked
@@ -461,12 +433,12 @@ def _with_images(
   def render(text):
     if not _CHAT.value:
       return loaded.tokenizer.prompt(""), text
-    messages = asked.messages(text, _SYSTEM.value)
-    return [], loaded.tokenizer.chat(messages)
+    said = asked.messages(text, _SYSTEM.value)
+    return [], loaded.tokenizer.chat(said)
 
   made = images.prompt_of(loaded, _IMAGE.value, text, render)
-  language = images.language_of(loaded, made.params)
-  return language, [made.ids], {"image_tokens": made.image_tokens}
+  found = {"image_tokens": made.image_tokens}
+  return images.language_of(loaded, made.params), [made.ids], found
 
 
 def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
@@ -490,6 +462,7 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
     )
   loaded = _load()
   images.check(loaded.model, _IMAGE.value, texts)
+  mask = images.mask_of(loaded.model)
   if _IMAGE.value:
     loaded, prompts, seen = _with_images(loaded, texts[0])
   else:
@@ -504,14 +477,14 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
 
   def answer(messages, turn):
     ids = loaded.tokenizer.encode(loaded.tokenizer.chat(messages))
-    results, _ = _streamed(*call, [ids], rules, kv, layout, turn)
+    results, _ = _streamed(*call, [ids], rules, kv, layout, turn, mask)
     print(flush=True)
     return results[0]
 
   if not texts:
     result = conversation.converse(answer, _SYSTEM.value)
     return result | {"model": _MODEL.value, "adapter": adapter}
-  results, shared = _streamed(*call, prompts, rules, kv, layout)
+  results, shared = _streamed(*call, prompts, rules, kv, layout, mask=mask)
   if len(rows) == 1:
     print()
     return results[0] | shared | {"adapter": adapter} | seen

@@ -78,6 +78,20 @@ def runs(params: Params) -> list[str]:
   return sorted(found, key=lambda k: int(k[3:]))
 
 
+def no_layers(who: str, params: Params) -> str:
+  """Returns the message of a transform that finds no layers.
+
+  Args:
+    who: the transform.
+    params: a tree without runs, such as one of towers.
+  """
+  return (
+    f"{who}: found no layers in a tree of {', '.join(params)}, expected the"
+    " parameters of one model.\nOf a model of towers name the tower:"
+    f" Within('language', {who}(...))"
+  )
+
+
 def run_length(run: Params) -> int:
   """Returns the number of scan steps of `run`: how often its period repeats."""
   return jax.tree.leaves(run)[0].shape[0]

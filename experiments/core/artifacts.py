@@ -185,11 +185,14 @@ def next_commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
   if usable is not None and usable.tokenizer is not None:
     context = usable.model.max_positions or DEFAULT_WINDOW
     window = f" --window={context}" if context < DEFAULT_WINDOW else ""
-    lines = [
-      f"{python} -m experiments.generate --model={where} "
-      '--prompt="A Python decorator is"',
-      f"{python} -m experiments.perplexity --model={where} --text=README.md"
-      f"{window}",
-      *lines,
-    ]
+    generate = f"{python} -m experiments.generate --model={where}"
+    perplexity = f"{python} -m experiments.perplexity --model={where}"
+    if isinstance(usable.model, VisionLanguageModel):
+      tried = [f'{generate} --image=FILE --prompt="What is there?"']
+    else:
+      tried = [
+        f'{generate} --prompt="A Python decorator is"',
+        f"{perplexity} --text=README.md{window}",
+      ]
+    lines = [*tried, *lines]
   return f"picture: {where}/loss.png. To try next:\n  " + "\n  ".join(lines)

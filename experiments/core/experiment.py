@@ -55,6 +55,22 @@ class AbstractSource(Protocol):
   def load_abstract(self) -> Loaded: ...
 
 
+@runtime_checkable
+class AnswerReport(Protocol):
+  """What a model's answers are worth: a table as text, and as plain values."""
+
+  def __str__(self) -> str: ...
+
+  def to_json(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+  """Asks a model questions, and reports on its answers."""
+
+  def __call__(self, loaded: Loaded) -> AnswerReport: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
   """A model that exists.
@@ -65,12 +81,14 @@ class Pretrained:
     packed: whether quantized weights stay as the file has them; None: those
       of Hugging Face directories.
     remat: what the backward pass recomputes.
+    towers: of a vision language model: "language", or "all" of them.
   """
 
   name: str
   dtype: str = "float32"
   packed: bool | None = None
   remat: Remat = "names"
+  towers: load.Towers = "language"
 
   def load(self, shardings: Shardings | None = None) -> Loaded:
     """Returns the model, its weights and its tokenizer.
@@ -78,7 +96,9 @@ class Pretrained:
     Args:
       shardings: of the weights, see `load.load_model`.
     """
-    loaded = load.load_model(self.name, self.dtype, self.packed, shardings)
+    loaded = load.load_model(
+      self.name, self.dtype, self.packed, shardings, self.towers
+    )
     return dataclasses.replace(
       loaded, model=loaded.model.clone(remat=self.remat)
     )
@@ -105,6 +125,8 @@ class Experiment:
     validation: what the best checkpoint is chosen by, or None.
     heldout: what the result is measured on, before and after, or None.
     eval_batches: at most so many batches of each of those two; None for all.
+    answers: what the trained model is asked, whose report is in the result
+      beside the loss; None for nothing.
     state_transforms: of the training state, after each step, in order.
     after: transforms of the trained weights, in order; the result is saved as
       our checkpoint, which keeps every kind of weight.
@@ -126,6 +148,7 @@ class Experiment:
   validation: Data | None = None
   heldout: Data | None = None
   eval_batches: int | None = None
+  answers: Answers | None = None
   state_transforms: tuple[StateTransform, ...] = ()
   after: tuple[Transform, ...] = ()
   mesh: Layout = Layout(data=1)

@@ -29,19 +29,24 @@ def define(values: flags.FlagValues) -> None:
   )
 
 
-def load(name: str, dtype: str = "float32", packed: bool | None = None) -> Any:
+def load(
+  name: str,
+  dtype: str = "float32",
+  packed: bool | None = None,
+  towers: Any = "language",
+) -> Any:
   """Returns a model, its quantized weights as `--packed` has them.
 
   Args:
-    name, dtype: see `research.interop.load.load_model`.
+    name, dtype, towers: see `research.interop.load.load_model`.
     packed: the flag's value.
   """
   from research.interop.load import load_model
   from research.quant.layouts import cpu_layout
 
   if packed is not None:
-    return load_model(name, dtype, packed)
-  loaded = load_model(name, dtype, "any")
+    return load_model(name, dtype, packed, towers=towers)
+  loaded = load_model(name, dtype, "any", towers=towers)
   if "quantization" in _root(loaded.source):
     return loaded
   params = cpu_layout.decode_unsupported(loaded.params, dtype)

@@ -132,6 +132,7 @@ def _train(
   # --- results ---
   heldout_metrics = _heldout_metrics(experiment, built, outcome.state, heldout)
   (_, before), (_, after) = heldout_metrics.values()
+  answers = _answers(experiment, built, outcome.state)
   title = f"{workdir.name}: {trainable:,} trainable of {total:,}"
   readable = artifacts.save(
     experiment, built, outcome.state, workdir, heldout_metrics, title
@@ -152,6 +153,7 @@ def _train(
     "texts": texts,
     "special_tokens": data_fingerprint.describe_special_tokens(tokenizer),
     **(outcome.evaluation or _last_evaluation(experiment, workdir)),
+    **answers,
     "workdir": str(workdir),
   }
   artifacts.write_text(
@@ -238,7 +240,7 @@ def _evaluate(experiment, context, workdir, number) -> dict[str, Any]:
   tokenizer = built.loaded.tokenizer
   data_fingerprint.check_context(experiment, built.loaded.model, tokenizer)
   evaluations = experiment.evaluations(tokenizer)
-  if not evaluations:
+  if not evaluations and experiment.answers is None:
     raise UserError("this experiment has neither validation nor heldout data")
   measure = evaluating.compiled(built.objective, context.batch)
   found = evaluating.evaluate_all(measure, trained, evaluations, context.batch)
@@ -256,7 +258,21 @@ def _evaluate(experiment, context, workdir, number) -> dict[str, Any]:
       experiment, tokenizer, heldout or None
     ),
     "special_tokens": data_fingerprint.describe_special_tokens(tokenizer),
+    **_answers(experiment, built, trained),
   }
+
+
+def _answers(
+  experiment: Experiment, built: Built, trained: state.TrainState
+) -> dict[str, Any]:
+  """Logs what the model's answers are worth; returns a result's entry of it."""
+  # Token by token, as a continuation is: see `_sample_and_evaluate`.
+  if experiment.answers is None or jax.process_count() > 1:
+    return {}
+  loaded = dataclasses.replace(built.loaded, params=trained.params)
+  report = experiment.answers(loaded)
+  artifacts.log(f"answers, % right:\n{report}\n")
+  return {"answers": report.to_json()}
 
 
 def _start(experiment: Experiment, built: Built) -> state.TrainState:

@@ -1,17 +1,21 @@
 """Images of a prompt: which stand where, and what the model sees of them."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from research.generation import generate
+from research.generation.generate import PromptMask, TokenSource
 from research.interop.loaded import Loaded
 from research.typing import UserError
 from research.vlm import data
 from research.vlm.images import open_image
 from research.vlm.images.prompts import Piece
+from research.vlm.masks import Causal
 from research.vlm.model import VisionLanguageModel
 
 MARK = "<image>"
@@ -121,3 +125,33 @@ def language_of(loaded: Loaded, params: Any = None) -> Loaded:
     return loaded
   own = loaded.params["language"] if params is None else params
   return dataclasses.replace(loaded, model=loaded.model.language, params=own)
+
+
+def mask_of(model: Any) -> PromptMask | None:
+  """Returns what a prompt's tokens see of each other; None for causal."""
+  if not isinstance(model, VisionLanguageModel) or model.mask == Causal():
+    return None
+  return model.mask
+
+
+def source_of(
+  mask: PromptMask | None, kv: Any, pages: TokenSource | None
+) -> dict[str, Any]:
+  """Returns the arguments of `stream.stream` that say where tokens come from.
+
+  Args:
+    mask: of the prompts, from `mask_of`.
+    kv: quantizer of the cache, or None.
+    pages: of --pages, or None.
+
+  Raises:
+    UserError: the prompts have a mask, and pages would not apply it.
+  """
+  if mask is None:
+    return {"kv": kv, "source": pages}
+  if pages is not None:
+    raise UserError(
+      f"--pages: prompts of this model have the mask {type(mask).__name__},"
+      " which pages do not apply yet; leave --pages out"
+    )
+  return {"source": functools.partial(generate.chunks, kv=kv, mask=mask)}

@@ -120,6 +120,6 @@ def _batch(experiment: Experiment, tokenizer: Any, mesh: Mesh) -> Batch:
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     out[name] = _at(
       jax.ShapeDtypeStruct(shape, dtype),
-      global_batch.array_sharding(whole, shape),
+      global_batch.array_sharding(whole, shape, name),
     )
   return out

@@ -250,7 +250,8 @@ def _check_tree(parents: Array, depth: int) -> None:
       f"tree depth: found {depth}, expected 1 to {MAX_INTERVALS}, as many "
       "intervals as kernels support"
     )
-  if isinstance(parents, jax.core.Tracer):
+  # Traced values and values on other hosts cannot be checked.
+  if isinstance(parents, jax.core.Tracer) or not parents.is_fully_addressable:
     return
   above = np.asarray(parents)
   own = np.arange(above.shape[1])

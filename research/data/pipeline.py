@@ -49,8 +49,36 @@ class Data(Protocol):
     """Returns all rows once, in order, in at most `limit` equal batches."""
 
 
+class ShuffledRows:
+  """Base of data whose rows are shuffled and batched.
+
+  Subclasses define `rows`, and have fields `batch_size` and `seed`.
+  """
+
+  transforms: tuple[RowTransform, ...] = ()
+  """Random transforms of a row, in order; training only."""
+
+  def rows(self, tokenizer: Any) -> Rows:
+    """Returns the rows in the source's order."""
+    raise NotImplementedError
+
+  def stream(self, tokenizer: Any) -> grain.MapDataset:
+    """Returns the endless shuffled rows of all processes."""
+    return shuffled(self.rows(tokenizer), self.seed, self.transforms)
+
+  def training(
+    self, tokenizer: Any, process: int = 0, processes: int = 1
+  ) -> grain.IterDataset:
+    """Returns endless shuffled batches; `iter()` of it can be checkpointed."""
+    return share(self.stream(tokenizer), self.batch_size, process, processes)
+
+  def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
+    """Returns all rows once, in order, in at most `limit` equal batches."""
+    return in_order(self.rows(tokenizer), self.batch_size, limit)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pipeline:
+class Pipeline(ShuffledRows):
   """A data source, packed into rows and shuffled.
 
   Attributes:
@@ -131,20 +159,6 @@ class Pipeline:
       RuntimeWarning,
       stacklevel=3,
     )
-
-  def stream(self, tokenizer: Any) -> grain.MapDataset:
-    """Returns the endless shuffled rows of all processes."""
-    return shuffled(self.rows(tokenizer), self.seed, self.transforms)
-
-  def training(
-    self, tokenizer: Any, process: int = 0, processes: int = 1
-  ) -> grain.IterDataset:
-    """Returns endless shuffled batches; `iter()` of it can be checkpointed."""
-    return share(self.stream(tokenizer), self.batch_size, process, processes)
-
-  def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
-    """Returns all rows once, in order, in at most `limit` equal batches."""
-    return in_order(self.rows(tokenizer), self.batch_size, limit)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

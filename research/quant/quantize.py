@@ -62,6 +62,8 @@ class Quantize:
 
   def selected_paths(self, params: Params) -> list[str]:
     """Returns the paths of the matrices to pack, each a stack of layers."""
+    if not tree.runs(params):
+      raise UserError(tree.no_layers("Quantize", params))
     paths = [
       path
       for path, w in weights.named_weights(params)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from research.sharding import spec_axes
-from research.training.objectives.objective import Batch
+from research.training.objectives.objective import PER_ROW, Batch
 from research.typing import UserError
 
 
@@ -50,11 +50,17 @@ def equal_part(held: Set[int], pieces: int) -> tuple[int, int]:
 
 
 def array_sharding(
-  sharding: NamedSharding, shape: tuple[int, ...]
+  sharding: NamedSharding, shape: tuple[int, ...], name: str = "tokens"
 ) -> NamedSharding:
   """Adapts `sharding` of `[B, T]` to a batch array of `shape`.
 
-  Axes after the first that the mesh does not divide stay unsharded.
+  Axes after the first that the mesh does not divide stay unsharded, as do all
+  of those of an array in `PER_ROW`.
+
+  Args:
+    sharding: of `[B, T]`.
+    shape: of the array.
+    name: of the array in the batch.
 
   Raises:
     UserError: the mesh does not divide the rows.
@@ -68,7 +74,7 @@ def array_sharding(
       f" ({sharding.mesh.shape_tuple}, axes {axes[0]})."
     )
   for i, dim in enumerate(shape):
-    if dim % _pieces(sharding, i):
+    if dim % _pieces(sharding, i) or (i and name in PER_ROW):
       axes[i] = None
   return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
@@ -91,15 +97,15 @@ def to_global(
   if sharding is None:
     return dict(batch)
 
-  def one(x: Any) -> jax.Array:
+  def one(name: str, x: Any) -> jax.Array:
     x = np.asarray(x)
     shape = (x.shape[0] * parts, *x.shape[1:])
-    cut = array_sharding(sharding, shape)
+    cut = array_sharding(sharding, shape, name)
     if jax.process_count() == 1:
       return jax.device_put(x, cut)
     return jax.make_array_from_process_local_data(cut, x, shape)
 
-  return {name: one(x) for name, x in batch.items()}
+  return {name: one(name, x) for name, x in batch.items()}
 
 
 def to_global_batches(

@@ -19,7 +19,12 @@ from research import sharding, tree
 from research.optim import optim
 from research.optim.low_rank.compressing import Compressing
 from research.optim.low_rank.layerwise import Layerwise
-from research.training.objectives.objective import Batch, Objective
+from research.training.objectives.objective import (
+  PER_ROW,
+  Batch,
+  Objective,
+  WholeBatch,
+)
 from research.training.state import TrainState
 from research.typing import Array, PRNGKey, UserError
 
@@ -57,6 +62,13 @@ def make_train_step(
       the batch.
     average: decay of the exponential moving average, if the state has one.
   """
+
+  if accumulate > 1 and isinstance(objective, WholeBatch):
+    raise UserError(
+      f"accumulate: found {accumulate} microbatches, expected 1:"
+      f" {type(objective).__name__} compares each row of a batch with all"
+      " others. Use more devices, or a smaller batch."
+    )
 
   def step(state: TrainState, batch: Batch, key: PRNGKey):
     key = jax.random.fold_in(key, state.step)
@@ -176,7 +188,8 @@ def _microbatches(batch: Batch, count: int) -> Any:
       )
     x = x.reshape(count, x.shape[0] // count, *x.shape[1:])
     # Shard each microbatch over the whole mesh, not one microbatch per device.
-    rest = ("length",) * (x.ndim > 2) + (None,) * (x.ndim - 3)
+    second = None if path in PER_ROW else "length"
+    rest = (second,) * (x.ndim > 2) + (None,) * (x.ndim - 3)
     return sharding.constrain(x, None, "batch", *rest)
 
   return tree.map_paths(cut, dict(batch))

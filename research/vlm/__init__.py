@@ -13,9 +13,12 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
+    "answering": ["Answerer", "Answers"],
     "cross_attention": ["LatestImage", "interleave"],
+    "data": ["ImageQuestions", "Template"],
     "model": ["VisionLanguageModel"],
     "objective": ["WithImages"],
     "splice": ["Splice", "SplicedEmbedding", "with_features"],
+    "within": ["Within"],
   },
 )

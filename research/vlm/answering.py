@@ -1,4 +1,8 @@
-"""A vision language model's answers to questions about images."""
+"""A vision language model's answers to questions about images.
+
+`Answerer` is the model as a function of images and questions; `Answers` asks it
+a data set, and reports its score beside those of the baselines.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,8 +15,13 @@ from research.generation import generate
 from research.generation.sampling import GREEDY, Sampling
 from research.typing import Params, UInt8
 from research.vlm import data
+from research.vlm.evaluation import protocol
+from research.vlm.evaluation.parsers import Parser, exact_choice
+from research.vlm.evaluation.report import Report
+from research.vlm.evaluation.scores import Score, exact_match
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.model import VisionLanguageModel
+from research.vlm.scenes.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +39,8 @@ class Answerer:
     template: the text around images.
     most: tokens of an answer.
     sampling: how tokens are chosen.
+    rows: a batch is padded to a multiple of so many rows, by its last one, so
+      that few shapes are compiled.
   """
 
   model: VisionLanguageModel
@@ -40,6 +51,7 @@ class Answerer:
   template: data.Template = data.Template()
   most: int = 8
   sampling: Sampling = GREEDY
+  rows: int = 1
 
   def __call__(
     self,
@@ -55,6 +67,9 @@ class Answerer:
     made = [
       data.Prompt.of(each, self.preprocessor, self.views) for each in images
     ]
+    missing = -len(made) % self.rows
+    made += made[-1:] * missing
+    questions = [*questions, *questions[-1:] * missing]
     pixels = jnp.asarray(np.stack([prompt.pixels for prompt in made]))
     prompts = [
       data.prompt_ids(
@@ -69,5 +84,57 @@ class Answerer:
       self.most,
       self.sampling,
       stop_tokens=self.tokenizer.stop,
+      source=self.model.token_source(),
     )
-    return [self.tokenizer.decode(tokens).strip() for tokens in found.tokens]
+    tokens = found.tokens[: len(images)]
+    return [self.tokenizer.decode(each).strip() for each in tokens]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answers:
+  """An evaluation: a model's answers to a data set, and its baselines'.
+
+  Attributes:
+    questions: what is asked, and the text around it.
+    most: tokens of an answer.
+    limit: samples at most, the first ones; None for all.
+    batch: samples in a call.
+    score, parser, seed: see `evaluation.protocol.evaluate`.
+  """
+
+  questions: data.ImageQuestions
+  most: int = 8
+  limit: int | None = None
+  batch: int = 64
+  score: Score = exact_match
+  parser: Parser = exact_choice
+  seed: int = 0
+
+  def __call__(self, loaded: Any) -> Report:
+    """Returns the scores with real, blind and shuffled images, and of rules.
+
+    Args:
+      loaded: the model with the weights to evaluate, its tokenizer and its
+        preprocessor: a `research.interop.loaded.Loaded`.
+    """
+    answer = Answerer(
+      model=loaded.model,
+      params=loaded.params,
+      tokenizer=loaded.tokenizer,
+      preprocessor=loaded.preprocessor,
+      views=self.questions.views,
+      template=self.questions.template,
+      most=self.most,
+      rows=self.batch,
+    )
+    samples = self.questions.samples
+    return protocol.evaluate(
+      samples[: self.limit],
+      answer,
+      # Only who draws the scenes knows what a part of them says.
+      samples.rules() if isinstance(samples, Task) else {},
+      score=self.score,
+      parser=self.parser,
+      batch=self.batch,
+      seed=self.seed,
+    )

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from research.data import pipeline
@@ -60,7 +59,7 @@ class Texts(Documents):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageQuestions:
+class ImageQuestions(pipeline.ShuffledRows):
   """Samples as rows of tokens and views; a `research.data.pipeline.Data`.
 
   Attributes:
@@ -89,21 +88,6 @@ class ImageQuestions:
   def rows(self, tokenizer: Any) -> "ImageRows":
     """Returns the rows in the samples' order."""
     return ImageRows(self, tokenizer)
-
-  def stream(self, tokenizer: Any) -> grain.MapDataset:
-    """Returns the endless shuffled rows of all processes."""
-    return pipeline.shuffled(self.rows(tokenizer), self.seed)
-
-  def training(
-    self, tokenizer: Any, process: int = 0, processes: int = 1
-  ) -> grain.IterDataset:
-    """Returns endless shuffled batches; `iter()` of it can be checkpointed."""
-    stream = self.stream(tokenizer)
-    return pipeline.share(stream, self.batch_size, process, processes)
-
-  def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
-    """Returns all rows once, in order, in at most `limit` equal batches."""
-    return pipeline.in_order(self.rows(tokenizer), self.batch_size, limit)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from research.generation import generate
+from research.nn import layers
 from research.nn.transformer import Transformer
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8
 from research.vlm.connectors.projections import (
@@ -30,6 +31,7 @@ from research.vlm.cross_attention import LatestImage
 from research.vlm.encoders import vit
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images.normalise import HALF, Normalisation
+from research.vlm.masks import Causal, PromptMask
 from research.vlm.splice import Splice
 
 Connector = (
@@ -57,6 +59,7 @@ class VisionLanguageModel:
     features: which activations of the encoder the connector gets.
     image_token: id of the placeholder.
     normalise: of the pixels.
+    mask: what the tokens of a prompt see of each other.
     scale: multiplies the soft tokens before the language model scales its
       embeddings: `1 / embed_scale` leaves them as the connector made them.
     placement: where the language model meets the soft tokens.
@@ -68,6 +71,7 @@ class VisionLanguageModel:
   features: Features = Features()
   image_token: int
   normalise: Normalisation = HALF
+  mask: PromptMask = Causal()
   scale: float = 1.0
   placement: Splice | LatestImage = Splice()
 
@@ -88,6 +92,14 @@ class VisionLanguageModel:
     connector = self.connector.init(own, features, (side, side))["params"]
     return dict(vision=vit.new_params(self.vision, key), connector=connector)
 
+  def clone(self, *, remat: layers.Remat) -> "VisionLanguageModel":
+    """Returns the model whose backward passes recompute what `remat` says."""
+    return dataclasses.replace(
+      self,
+      vision=self.vision.clone(remat=remat),
+      language=self.language.clone(remat=remat),
+    )
+
   def grid(self, height: int, width: int) -> Grid:
     """Returns rows and columns of patches of an image of so many pixels."""
     return height // self.vision.patch, width // self.vision.patch
@@ -95,14 +107,6 @@ class VisionLanguageModel:
   def tokens_per_view(self, height: int, width: int) -> int:
     """Returns the number of soft tokens of an image of so many pixels."""
     return self.connector.tokens(self.grid(height, width))
-
-  def normalised(
-    self, pixels: UInt8[Array, "*B H W 3"]
-  ) -> Float[Array, "*B H W 3"]:
-    """Returns pixels as the encoder takes them, computed in fp32."""
-    mean = np.asarray(self.normalise.mean, np.float32)
-    std = np.asarray(self.normalise.std, np.float32)
-    return (pixels.astype(jnp.float32) / 255 - mean) / std
 
   def encode(
     self, params: Params, pixels: UInt8[Array, "B V H W 3"]
@@ -114,7 +118,8 @@ class VisionLanguageModel:
       pixels: V views a row, padded at the end; P = V * tokens_per_view.
     """
     rows, views, height, width, _ = pixels.shape
-    images = self.normalised(pixels.reshape(-1, height, width, vit.CHANNELS))
+    flat = pixels.reshape(-1, height, width, vit.CHANNELS)
+    images = vit.normalised(flat, self.normalise)
     patches = vit.patchify(images, self.vision.patch)
     grid = self.grid(height, width)
     at = jnp.broadcast_to(vit.grid_coordinates(*grid), (*patches.shape[:2], 2))
@@ -165,6 +170,10 @@ class VisionLanguageModel:
     return self.placement(
       self.language, language, soft, views, self.image_token
     )
+
+  def token_source(self) -> generate.TokenSource:
+    """Returns what generates tokens after prompts that have this mask."""
+    return functools.partial(generate.chunks, mask=self.mask)
 
   @property
   def max_positions(self) -> int | None:

@@ -18,6 +18,8 @@ class WithImages:
   """Any objective of the language model, with images at its placeholders.
 
   A batch has `pixels`, uint8 [B, V, H, W, 3], beside the objective's own keys.
+  Prompts that predict the next token have the model's mask, as they have when
+  it answers.
 
   Attributes:
     model: the experiment sets it after loading.
@@ -34,5 +36,7 @@ class WithImages:
     bound = weights.bind(towers, key=key) | {"language": params["language"]}
     language = self.model.with_images(bound, batch["pixels"])
     inner = dataclasses.replace(self.objective, model=self.model.language)
+    if isinstance(inner, NextToken):
+      inner = dataclasses.replace(inner, mask=self.model.mask.of_rows)
     text = {k: v for k, v in batch.items() if k != "pixels"}
     return inner(language, text, key)

@@ -32,7 +32,7 @@ class SplicedEmbedding(weights.WrappedWeight):
   """
 
   w: Any
-  features: Float[Array, "B P D"]
+  features: Any
   token: int = dataclasses.field(metadata=dict(static=True))
 
   @property

@@ -175,6 +175,25 @@ FAMILIES = {
   ),
 }
 
+FAMILIES["gemma3"] = dict(
+  model_type="gemma3",
+  text_config=_text(
+    "gemma3_text",
+    num_attention_heads=4,
+    hidden_size=32,
+    num_hidden_layers=3,
+    sliding_window=5,
+    query_pre_attn_scalar=8,
+    sliding_window_pattern=2,
+    tie_word_embeddings=True,
+  ),
+  vision_config=_siglip_vision(vision_use_head=False),
+  mm_tokens_per_image=4,
+  image_token_index=IMAGE,
+  boi_token_index=61,
+  eoi_token_index=62,
+)
+
 CLASSES = {
   "clip": "CLIPModel",
   "siglip": "SiglipModel",
@@ -182,6 +201,7 @@ CLASSES = {
   "smolvlm": "SmolVLMForConditionalGeneration",
   "idefics3": "Idefics3ForConditionalGeneration",
   "paligemma": "PaliGemmaForConditionalGeneration",
+  "gemma3": "Gemma3ForConditionalGeneration",
   "internvl": "InternVLForConditionalGeneration",
 }
 
@@ -197,6 +217,7 @@ def build(name: str, folder: pathlib.Path):
   kind = getattr(transformers, CLASSES[name])
   parsed = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
   parsed._attn_implementation = "eager"
+  folder.mkdir(parents=True, exist_ok=True)
   kind(parsed).save_pretrained(folder)
   path = folder / "model.safetensors"
   shapes = {k: v.shape for k, v in safetensors.numpy.load_file(path).items()}
@@ -280,6 +301,8 @@ def generative(model, config, name) -> dict[str, np.ndarray]:
     answer[1, count + 6 :] = 1
     given["token_type_ids"] = torch.from_numpy(answer)
     given["labels"] = given["input_ids"]
+  if name == "gemma3":
+    given["token_type_ids"] = (given["input_ids"] == IMAGE).long()
   given["attention_mask"] = torch.ones_like(given["input_ids"])
   logits = model(**given).logits
   features = getattr(features, "pooler_output", features)
@@ -295,6 +318,8 @@ def generative(model, config, name) -> dict[str, np.ndarray]:
 def _soft_tokens(config) -> int:
   vision = config["vision_config"]
   side = vision["image_size"] // vision["patch_size"]
+  if "mm_tokens_per_image" in config:
+    return config["mm_tokens_per_image"]
   shorter = round(1 / config.get("downsample_ratio", 1))
   return (side // config.get("scale_factor", shorter)) ** 2
 

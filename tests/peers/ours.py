@@ -31,6 +31,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import ours_diffusion  # noqa: E402
+import ours_vision  # noqa: E402
 
 from research import tree  # noqa: E402
 from research.interop import load  # noqa: E402
@@ -175,6 +176,7 @@ COMMANDS = dict(
   rewrite=rewrite,
   gradients=gradients,
   **ours_diffusion.COMMANDS,
+  **ours_vision.COMMANDS,
 )
 
 
@@ -187,7 +189,8 @@ def main() -> None:
   parser.add_argument("--adapter", type=pathlib.Path)
   parser.add_argument("--packed", action="store_true")
   args = parser.parse_args()
-  it = load.load_model(args.model, packed=args.packed)
+  towers = "all" if args.command == "vision" else "language"
+  it = load.load_model(args.model, packed=args.packed, towers=towers)
   with np.load(args.rows, allow_pickle=False) as file:
     rows = dict(file)
   out = COMMANDS[args.command](it, args, rows)

@@ -8,10 +8,12 @@ import make_bnb4
 import make_gguf
 import make_gguf_names
 import make_hqq
+import make_images
 import make_llm_int8
 import make_models
 import make_peft
 import make_peft_full
+import make_vision_masks
 import numpy as np
 import peft
 import pytest
@@ -103,9 +105,11 @@ def test_transformers_reads_the_same_weights_from_gguf(name):
       np.testing.assert_allclose(got, value, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("module", [make_bnb4, make_hqq, make_llm_int8])
-def test_packed_matrices(module):
-  """Codes, scales and tables, byte by byte."""
+@pytest.mark.parametrize(
+  "module", [make_bnb4, make_hqq, make_llm_int8, make_vision_masks]
+)
+def test_json_files(module):
+  """Codes, scales and tables, byte by byte; masks, pair by pair."""
   script = pathlib.Path(module.__file__)
   name = script.stem.removeprefix("make_") + ".json"
   want = json.loads(script.with_name(name).read_text())
@@ -168,3 +172,9 @@ def test_golden_would_notice(name, change):
     make_models.logits(model, want), want["logits"]
   )
   assert error > 1e-3
+
+
+def test_images():
+  assert make_images.hashes() == json.loads(make_images.HASHES.read_text())
+  with np.load(make_images.COUNTS) as file:
+    support.assert_same_arrays(make_images.counts(), dict(file), 0)

@@ -5,6 +5,7 @@ configuration classes. A model type that is not known is refused by name.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from research.nn import presets
 from research.nn.attention import Attention
 from research.nn.block import Block
 from research.nn.mlp import PlainMlp
-from research.nn.norm import LayerNorm
+from research.nn.norm import LayerNorm, RMSNorm
 from research.nn.stack import Stack
 from research.typing import UserError
 from research.vlm import connectors
@@ -25,6 +26,7 @@ from research.vlm.encoders.positions import PositionTable
 from research.vlm.encoders.text import EndOfText, LastPosition, TextEncoder
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images import normalise
+from research.vlm.masks import BidirectionalImages, BidirectionalPrompt
 from research.vlm.model import VisionLanguageModel
 
 ACTIVATIONS = {
@@ -269,6 +271,28 @@ def _paligemma(parts: _Parts) -> dict[str, Any]:
   # The language model scales all its embeddings; soft tokens are not scaled.
   return dict(
     connector=connectors.Linear(size=parts.width),
+    mask=BidirectionalPrompt(),
+    scale=1 / parts.language.embed_scale,
+  )
+
+
+def _gemma3(parts: _Parts) -> dict[str, Any]:
+  fields, table = parts.fields, parts.vision.positions
+  tokens = fields.integer("mm_tokens_per_image")
+  side = math.isqrt(tokens)
+  if side * side != tokens or table.rows % side:
+    raise fields.wrong(
+      "mm_tokens_per_image",
+      f"a square whose side divides {table.rows}, the patches of a side",
+    )
+  eps = parts.vision.norm.eps
+  return dict(
+    connector=connectors.AveragePool(
+      side=table.rows // side,
+      norm=RMSNorm(eps=eps, offset=1.0),
+      inner=connectors.Linear(size=parts.width, bias=False),
+    ),
+    mask=BidirectionalImages(image_token=fields.integer("image_token_index")),
     scale=1 / parts.language.embed_scale,
   )
 
@@ -296,6 +320,10 @@ def _internvl(parts: _Parts) -> dict[str, Any]:
 
 
 FAMILIES = {
+  "gemma3": (
+    _gemma3,
+    dict(image_token_index=262_144, mm_tokens_per_image=256),
+  ),
   "llava": (
     _llava,
     dict(
@@ -323,18 +351,12 @@ FAMILIES = {
 }
 """Model type -> what is special about it, and the fields it may leave out."""
 
-_TOWERS = {"idefics3": "idefics3_vision", "smolvlm": "smolvlm_vision"}
-
-ARCHITECTURES = {
-  "llava": "LlavaForConditionalGeneration",
-  "idefics3": "Idefics3ForConditionalGeneration",
-  "smolvlm": "SmolVLMForConditionalGeneration",
-  "paligemma": "PaliGemmaForConditionalGeneration",
-  "internvl": "InternVLForConditionalGeneration",
+_LANGUAGE = {
+  "llava": "llama",
+  "paligemma": "gemma",
+  "gemma3": "gemma3_text",
+  "internvl": "qwen2",
 }
-"""Model type -> the class of transformers."""
-
-_LANGUAGE = {"llava": "llama", "paligemma": "gemma", "internvl": "qwen2"}
 
 
 def vision_language_model(
@@ -362,118 +384,13 @@ def vision_language_model(
   head = vision.get("model_type") == "siglip_vision_model"
   vision = vision_tower(vision, f"{where}: vision_config", dtype, pooled=head)
   named = "image_token_id" if "image_token_id" in config else None
-  token = fields.integer(named or _token_field(kind), least=0)
+  token = fields.integer(named or token_field(kind), least=0)
   more = special(_Parts(fields, vision, language))
   return VisionLanguageModel(
     vision=vision, language=language, image_token=token, **more
   )
 
 
-def _token_field(kind: str) -> str:
+def token_field(kind: str) -> str:
+  """Returns the field that has the id of the placeholder."""
   return next(k for k in FAMILIES[kind][1] if k.startswith("image_token"))
-
-
-def config_of(model: VisionLanguageModel, kind: str) -> dict[str, Any]:
-  """Returns the config.json of a model; inverts `vision_language_model`.
-
-  Args:
-    model: any.
-    kind: one of `FAMILIES`.
-
-  Raises:
-    UserError: reading the result back would not give `model`.
-  """
-  language, [_, defaults] = model.language, FAMILIES[kind]
-  activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-  config = dict(
-    model_type=kind,
-    architectures=[ARCHITECTURES[kind]],
-    text_config=hf_config.describe(language),
-    vision_config=_vision_config(model.vision, kind),
-    tie_word_embeddings=language.tied,
-    torch_dtype=language.dtype,
-    **{_token_field(kind): model.image_token},
-  )
-  if kind == "llava":
-    layers = model.features.layers
-    config |= dict(
-      vision_feature_layer=layers[0] if len(layers) == 1 else list(layers),
-      vision_feature_select_strategy="full"
-      if model.features.class_token
-      else "default",
-      projector_hidden_act=activations[
-        getattr(model.connector, "activation", "gelu")
-      ],
-      multimodal_projector_bias=True,
-    )
-  if "scale_factor" in defaults:
-    config["scale_factor"] = getattr(model.connector, "side", 1)
-  if kind == "internvl":
-    config |= dict(
-      downsample_ratio=1 / model.connector.side,
-      image_seq_length=model.tokens_per_view(
-        *config["vision_config"]["image_size"]
-      ),
-      projector_hidden_act=activations[model.connector.inner.activation],
-      vision_feature_layer=model.features.layers[0],
-    )
-  again = vision_language_model(config, "the model's configuration")
-  if _comparable(again) != _comparable(model):
-    raise UserError(
-      f"config.json of model_type {kind!r} cannot describe this vision language"
-      " model: reading it back gives another one"
-    )
-  return config
-
-
-def _vision_config(vision: VisionTransformer, kind: str) -> dict[str, Any]:
-  if kind == "internvl":
-    return internvl.vision_config(vision)
-  block = vision.stack.blocks[0]
-  activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-  grid = vision.positions.rows if vision.positions is not None else 0
-  tower = "clip" if vision.class_token else "siglip"
-  values = dict(
-    model_type=_TOWERS.get(kind, f"{tower}_vision_model"),
-    hidden_size=vision.width,
-    intermediate_size=block.mlp.hidden,
-    num_hidden_layers=vision.stack.depth,
-    num_attention_heads=block.attention.heads,
-    num_channels=3,
-    image_size=grid * vision.patch,
-    patch_size=vision.patch,
-    hidden_act=activations[block.mlp.activation],
-    layer_norm_eps=vision.norm.eps,
-  )
-  if tower == "siglip":
-    values["vision_use_head"] = vision.pooling is not None
-  return values
-
-
-def describe(model: VisionLanguageModel) -> dict[str, Any]:
-  """Returns the config.json of the first family that can describe `model`.
-
-  Raises:
-    UserError: none of `FAMILIES` can.
-  """
-  for kind in FAMILIES:
-    try:
-      return config_of(model, kind)
-    except (UserError, AttributeError, KeyError):
-      continue
-  raise UserError(
-    f"no config.json describes this model; tried {', '.join(FAMILIES)}.\\n"
-    "Expected the encoder and the connector of one of these families."
-  )
-
-
-def _comparable(model: VisionLanguageModel) -> VisionLanguageModel:
-  """Returns the model without what its files do not say."""
-  return dataclasses.replace(
-    model,
-    vision=model.vision.clone(remat="none", dtype="float32"),
-    language=model.language.clone(
-      remat="none", dtype="float32", max_positions=None
-    ),
-    normalise=normalise.HALF,
-  )

@@ -52,6 +52,10 @@ CONNECTOR_ROWS = {
     ),
   ),
   "paligemma": names.linear("project", "linear"),
+  "gemma3": (
+    names.Row("inner/project", "mm_input_projection_weight"),
+    names.Row("norm/scale", "mm_soft_emb_norm.weight"),
+  ),
   "internvl": (
     *names.norm("after", "layer_norm"),
     *names.linear("inner/up", "linear_1"),
@@ -66,6 +70,7 @@ VISION_ROWS = {"internvl": internvl.VISION}
 WRITTEN = {
   "llava": ("vision_tower.vision_model.", "multi_modal_projector."),
   "paligemma": ("vision_tower.vision_model.", "multi_modal_projector."),
+  "gemma3": ("vision_tower.vision_model.", "multi_modal_projector."),
   "idefics3": ("model.vision_model.", "model.connector."),
   "smolvlm": ("model.vision_model.", "model.connector."),
   "internvl": ("vision_tower.", "multi_modal_projector."),
@@ -295,3 +300,13 @@ def load(path: pathlib.Path, dtype: str = "float32") -> Loaded:
     config=config,
   )
   return Loaded(model, params, words, source, preprocessor=preprocessor)
+
+
+def language_of(loaded: Loaded) -> Loaded:
+  """Returns the language model of a vision language model alone."""
+  return dataclasses.replace(
+    loaded,
+    model=loaded.model.language,
+    params=loaded.params["language"],
+    preprocessor=None,
+  )

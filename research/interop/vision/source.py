@@ -10,6 +10,7 @@ from research.interop.loaded import Loaded
 from research.nn.layers import Remat
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.masks import Causal, PromptMask
 from research.vlm.model import Connector, VisionLanguageModel
 
 
@@ -32,6 +33,7 @@ class Assembled:
       vocabulary.
     features: which activations of the encoder the connector gets.
     preprocessor: what becomes of images.
+    mask: what the tokens of a prompt see of each other.
     seed: of the new weights.
     remat: what the encoder's backward pass recomputes.
   """
@@ -42,6 +44,7 @@ class Assembled:
   image_token: int | None = None
   features: Features = Features()
   preprocessor: Preprocessor
+  mask: PromptMask = Causal()
   seed: int = 0
   remat: Remat = "none"
 
@@ -59,6 +62,7 @@ class Assembled:
       language=loaded.model,
       features=self.features,
       normalise=self.preprocessor.normalise,
+      mask=self.mask,
       image_token=loaded.model.vocab_size if token is None else token,
     )
     key, places = jax.random.key(self.seed), None

@@ -6,10 +6,12 @@ summed weight.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from kernels_pallas.masks import Mask
+import jax.numpy as jnp
+
+from kernels_pallas.masks import Mask, autoregressive_blocks
 from research import weights
 from research.nn.transformer import Transformer
 from research.optim import ranges
@@ -20,6 +22,10 @@ from research.typing import Array, Params, PRNGKey
 Batch = Mapping[str, Any]
 """Arrays [B, ...]. For text: `tokens`, `targets`, `positions` and `segments`,
 int32 [B, T], the last two -1 for padding; `weights`, float32 [B, T]."""
+
+PER_ROW = frozenset({"pixels"})
+"""Arrays of a batch whose second axis is not that of tokens: a mesh cuts their
+rows, and nothing else."""
 
 Sums = tuple[Array, Array, dict[str, Array]]
 """`(loss_sum, weight, metrics)`, all scalar sums over the batch."""
@@ -34,6 +40,34 @@ class Objective(Protocol):
   ) -> Sums: ...
 
 
+class WholeBatch:
+  """Base of objectives in which a row's loss depends on all other rows.
+
+  Such a loss is not a sum over microbatches, so a step does not accumulate it.
+  """
+
+
+def causal_mask(batch: Batch) -> Mask:
+  """Returns the mask in which tokens see those before them, in a document."""
+  # By index, not by position: rows are packed in order, and for an
+  # index-based mask the tiles to skip are known at compile time.
+  return Mask.causal(segments=batch["segments"])
+
+
+def prefix_mask(batch: Batch) -> Mask:
+  """Returns the mask of a prefix language model.
+
+  Tokens that are learned see those before them. Others are prompts, and see
+  all of their own (PaliGemma, arXiv:2407.07726, figure 2). At inference
+  prompts need the same mask, `generate.chunks(mask=...)`.
+  """
+  learned = jnp.pad(batch["weights"][:, :-1] > 0, ((0, 0), (1, 0)))
+  # A prompt that follows an answer, of a chat, is a block of its own.
+  after = jnp.pad(learned[:, :-1], ((0, 0), (1, 0)))
+  begins = (learned | after).astype(jnp.int32)
+  return autoregressive_blocks(begins, segments=batch["segments"])
+
+
 @dataclasses.dataclass(frozen=True)
 class NextToken:
   """Next-token prediction over packed rows.
@@ -44,6 +78,7 @@ class NextToken:
     label_smoothing: see `losses.TokenLoss`.
     rows: rows of logits materialised at a time.
     experts: auxiliary losses of a model with experts, or None.
+    mask: what tokens see, `causal_mask` or `prefix_mask`.
   """
 
   model: Transformer | None = None
@@ -51,6 +86,7 @@ class NextToken:
   label_smoothing: float | int = 0.0
   rows: int = 256
   experts: Balance | None = None
+  mask: Callable[[Batch], Mask] = causal_mask
 
   def __post_init__(self):
     ranges.non_negative("NextToken", z_loss=self.z_loss)
@@ -62,14 +98,11 @@ class NextToken:
     params = weights.bind(params, key=key)
     tokens, segments = batch["tokens"], batch["segments"]
     params = weights.with_tokens(params, tokens, segments)
-    # By index, not by position: rows are packed in order, and for an
-    # index-based mask the tiles to skip are known at compile time.
-    mask = Mask.causal(segments=segments)
     hidden, _, loads = self.model.apply(
       {"params": params},
       tokens,
       batch["positions"],
-      mask,
+      self.mask(batch),
       method="with_router_loads",
     )
     head = "embed" if self.model.tied else "head"

@@ -7,5 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   submod_attrs={
     "dual_encoder": ["DualEncoder"],
     "losses": ["clip_loss", "siglip_loss", "siglip_ring_loss"],
+    "objective": ["Contrastive", "sigmoid", "softmax"],
   },
 )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from kernels_pallas.masks import Mask
@@ -17,9 +18,19 @@ from research.nn import layers
 from research.nn.block import Block
 from research.nn.norm import LayerNorm, Norm
 from research.nn.stack import Stack
-from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
+from research.typing import (
+  Array,
+  Bool,
+  Float,
+  Int,
+  Params,
+  PRNGKey,
+  UInt8,
+  UserError,
+)
 from research.vlm.encoders.pooling import Pooling
 from research.vlm.encoders.positions import PositionTable
+from research.vlm.images.normalise import Normalisation
 
 CHANNELS = 3
 
@@ -218,6 +229,15 @@ def new_params(model: VisionTransformer, key: PRNGKey) -> Params:
   if model.pooling is not None:
     return model.init(key, patches, at, method="pooled")["params"]
   return model.init(key, patches, at)["params"]
+
+
+def normalised(
+  pixels: UInt8[Array, "*B H W 3"], normalise: Normalisation
+) -> Float[Array, "*B H W 3"]:
+  """Returns pixels as an encoder takes them, computed in fp32."""
+  mean = np.asarray(normalise.mean, np.float32)
+  std = np.asarray(normalise.std, np.float32)
+  return (pixels.astype(jnp.float32) / 255 - mean) / std
 
 
 def patchify(

@@ -3,8 +3,9 @@
 Images are uint8 `[H, W, 3]`; sizes are (height, width).
 
 Pillow's filters antialias and round to uint8 between their two passes and
-after. torchvision's uint8 kernels do, too, and still differ from them by one
-level, by two with Lanczos; `jax.image.resize` does neither.
+after. torchvision's uint8 kernels do, too, and still differ from them by a
+level or two, in places more (`tests/peers/test_images.py`); `jax.image.resize`
+does not round.
 """
 
 from typing import Literal
@@ -49,7 +50,8 @@ def _sample(image: Pixels, size: Size) -> Pixels:
   """Interpolates between four pixels, to the last bit as torch does.
 
   Along rows first, in float32, with torch's fused multiply-adds; then rounded,
-  half to even.
+  half to even. (On one thread, and where rows and columns together are at most
+  128, torch sums in another order: a pixel in a thousand is a level away.)
   """
   above, below, y = _neighbours(image.shape[0], size[0])
   left, right, x = _neighbours(image.shape[1], size[1])

@@ -65,9 +65,8 @@ class BestGiven:
 
   def __call__(self, samples: Sequence[Sample]) -> list[str | None]:
     """Returns an answer for each sample; the first choice to a new text."""
-    if not self.counts:
-      return self.fit(samples)(samples) if samples else []
-    return [self._answer(x) for x in samples]
+    rule = self if self.counts else self.fit(samples)
+    return [rule._answer(x) for x in samples]
 
   def _answer(self, sample: Sample) -> str | None:
     if self.kinds and sample.kind not in self.kinds:

@@ -1,5 +1,9 @@
-"""A contact sheet: samples with their questions and answers, in one picture."""
+"""A contact sheet: samples with their questions and answers, in one picture.
 
+python -m research.vlm.scenes.sheet FILE.png
+"""
+
+import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -8,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from research.vlm.scenes import drawing
 from research.vlm.scenes.blind_test import BlindTest
+from research.vlm.scenes.grounding import Grounding
 from research.vlm.scenes.multi_image import MultiImage
 from research.vlm.scenes.pope import PopeShapes
 from research.vlm.scenes.sample import Sample
@@ -44,17 +49,23 @@ def contact_sheet(
     sheet.paste(picture.resize(inner, Image.LANCZOS), (left, top))
     edge = (left - 1, top - 1, left + inner[0], top + inner[1])
     draw.rectangle(edge, outline=(190, 190, 190))
-    lines = [
-      line
-      for text, most in ((sample.question, _LINES), (f"> {sample.answer}", 1))
-      for line in textwrap.wrap(
-        text, width // 7, max_lines=most, placeholder=" .."
-      )
-    ]
+    inner_width = width - 2 * _MARGIN
+    lines = _wrapped(sample.question, inner_width, _LINES)
+    lines += _wrapped(f"> {sample.answer}", inner_width, 1)
     for j, line in enumerate(lines):
       y = top + height + 6 + j * _LINE
       drawing.write(draw, left, y, line, _CAPITAL)
   return sheet
+
+
+def _wrapped(text: str, width: int, most: int) -> list[str]:
+  """Returns the lines of a text that are at most so many pixels wide."""
+  for letters in range(len(text) + 1, 0, -1):
+    lines = textwrap.wrap(text, letters + 3, max_lines=most, placeholder=" ..")
+    boxes = [drawing.text_box(0, 0, line, _CAPITAL) for line in lines]
+    if all(right <= width for _, _, right, _ in boxes):
+      return lines
+  return []
 
 
 def _side_by_side(sample: Sample) -> Image.Image:
@@ -71,9 +82,13 @@ def _side_by_side(sample: Sample) -> Image.Image:
 
 def examples(seed: int = 0) -> list[Sample]:
   """Returns one sample of each kind that needs no other package's pictures."""
-  tasks = (Shapes, PopeShapes, Text, BlindTest, MultiImage)
+  tasks = (Shapes, PopeShapes, Grounding, Text, BlindTest, MultiImage)
   return [
     sample
     for task in tasks
     for sample in task(seed=seed, count=len(task.KINDS))
   ]
+
+
+if __name__ == "__main__":
+  contact_sheet().save(sys.argv[1])

@@ -82,7 +82,7 @@ class Task(Sequence[Sample], abc.ABC):
     """Whether a drawn sample is of this split."""
     return split_of(sample.objects) == self.split
 
-  def rules(self, samples: int = 4096) -> dict[str, Rule]:
+  def rules(self, samples: int = 2048) -> dict[str, Rule]:
     """Returns the task's rule baselines, `RULES`, ready to answer.
 
     Args:

@@ -1,6 +1,11 @@
-"""Masks of intervals against the rules of their papers, pair by pair."""
+"""Masks of intervals against the rules of their papers, pair by pair.
+
+Those of Gemma 3, Gemma 4, Molmo 2 and PaliGemma also against transformers'.
+"""
 
 import functools
+import json
+import pathlib
 import re
 
 import jax
@@ -19,6 +24,7 @@ from kernels_pallas.masks import (
   tree_positions,
 )
 
+GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "vision_masks.json"
 B, T = 3, 14
 LAST = np.arange(T)[:, None] >= np.arange(T)  # causal
 
@@ -89,6 +95,44 @@ def test_tokens_of_an_image_see_each_other(window):
   np.testing.assert_array_equal(
     seen(image_blocks(jnp.asarray(IMAGES))), pattern
   )
+
+
+def of_peers(name, types, length):
+  """Our mask for that of transformers, over rows of types."""
+  letters = np.array([list(row) for row in types])
+  segments = jnp.where(letters == "-", -1, 0)
+  vision = jnp.asarray(letters == "v")
+  first = jnp.diff(vision, axis=1, prepend=False)
+  images = jnp.where(vision, jnp.cumsum(first, axis=1), -1)
+  window = (length - 1, None)
+  return {
+    "gemma3_full": lambda: image_blocks(images, None, segments),
+    "gemma3_sliding": lambda: image_blocks(images, window, segments),
+    "gemma4_full": lambda: Mask.causal(None, segments),
+    "gemma4_sliding": lambda: image_blocks(images, window, segments),
+    "molmo2": lambda: bidirectional_tokens(vision, segments),
+    "paligemma": lambda: prefix_blocks(
+      jnp.asarray(np.isin(letters, ["v", "p"]).sum(1)),
+      letters.shape[1],
+      None,
+      segments,
+    ),
+  }[name]()
+
+
+STORED = json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("name", STORED["masks"])
+def test_masks_are_those_of_transformers(name):
+  types = STORED["prefixed" if name == "paligemma" else "types"]
+  found = of_peers(name, types, STORED["window"]).visible(16, 16)
+  for row, pairs, text in zip(
+    types, np.asarray(found), STORED["masks"][name], strict=True
+  ):
+    live = [n for n, kind in enumerate(row) if kind != "-"]
+    drawn = ["".join(".#"[int(k)] for k in pairs[n]) for n in live]
+    assert drawn == [text[n] for n in live]
 
 
 def test_prefixes_are_those_of_the_other_kind():

@@ -79,6 +79,14 @@ CACHES = {
 }
 
 
+def last_step(total):
+  """Two intervals of each row's last token, which does not see the middle."""
+  total = jnp.asarray(total)
+  nothing = jnp.zeros_like(total)
+  bounds = nothing, nothing + 3, total - 4, total
+  return jnp.stack(bounds, axis=1)[..., None]
+
+
 @functools.cache
 def in_one_call():
   """Each row in one forward pass with one mask, all of its calls in a row."""
@@ -93,12 +101,20 @@ def in_one_call():
       ids[row, at[row] : at[row] + n] = theirs[row, :n]
     at += np.asarray(counts)
   whole = jnp.asarray(tokens)
-  want, _ = logits(model, params, whole, mask=image_blocks(jnp.asarray(ids)))
-  causal = image_blocks(jnp.full_like(whole, -1))
+  bounds = jnp.pad(
+    image_blocks(jnp.asarray(ids)).bounds, ((0, 0), (0, 2), (0, 0))
+  )
+  rows = np.flatnonzero(CALLS[-1])
+  at = rows, slice(None), total[rows] - 1
+  bounds = bounds.at[at].set(last_step(total)[rows, :, 0])
+  want, _ = logits(model, params, whole, mask=Mask.intervals(bounds))
+  ends = jnp.arange(1, total.max() + 1)
+  causal = Mask.intervals(bounds.at[:, 1, :-1].set(ends[:-1]))
   causal, _ = logits(model, params, whole, mask=causal)
   live = np.arange(total.max()) < total[:, None]
   # Images in the first piece change all that comes behind, steps included.
-  assert np.abs(want - causal)[0, total[0] - 1].max() > 0.1
+  change = np.abs(want - causal)[0].max(-1)
+  assert change[total[0] - 2] > 0.1 and change[total[0] - 1] > 0.1
   return (
     model,
     params,
@@ -110,11 +126,13 @@ def in_one_call():
 def test_pieces_then_steps_are_one_forward_pass(name):
   model, params, want = in_one_call()
   cache, got = CACHES[name](model, params), [[] for _ in range(ROWS)]
-  for tokens, ids, counts in calls():
-    # Steps say nothing: they see all that came before.
+  for n, (tokens, ids, counts) in enumerate(calls()):
+    # Steps need no mask, since they see all that came before, but may have one.
     mask = None
     if tokens.shape[1] > 1:
       mask = image_blocks(ids, start=cache.length)
+    elif n == len(CALLS) - 1:
+      mask = Mask.intervals(last_step(cache.length + 1))
     found, cache = logits(
       model, params, tokens, mask=mask, cache=cache, lengths=counts
     )

@@ -13,9 +13,11 @@ from research import tree
 from research.optim import optim
 from research.optim.by_path import by_path
 from research.optim.low_rank import layerwise, subspace
+from research.sharding import Layout
 from research.training import loop, state, step
 from research.training.reports.metrics import read_jsonl
 from research.typing import UserError
+from tests.support_lora import lora
 
 STEPS = 5
 PARAMS = {
@@ -172,7 +174,29 @@ def test_groups_that_cannot_be(groups, error):
 
 
 def test_the_state_is_of_the_groups_own_arrays():
-  """As masks of optax: no zeros in place of the others."""
+  """No zeros in place of the others."""
   made = by_path([("^vision/", 0.1), (".", 0.2)]).init(PARAMS)
-  sizes = {name: tree.count(inner) for name, inner in made.inner_states.items()}
+  sizes = {name: tree.count(inner) for name, inner in made.groups.items()}
   assert sizes == {"vision": 2 * 9 + 3, "rest": 2 * 11 + 3}
+
+
+def test_its_state_is_cut_as_the_parameters_are():
+  """Also beside an adapter's base, which is in no group."""
+  up = lora(jnp.zeros((2, 8, 16)), jnp.zeros((2, 4, 8)), jnp.zeros((2, 4, 16)))
+  params = {
+    "embed": jnp.zeros((32, 8)),
+    "run0": {"layer0": {"mlp": {"up": up}}},
+  }
+  layout = Layout(fsdp=2)
+  mesh = layout.mesh()
+  tx = by_path([("/trained/", 0.1), ("^embed", 0.2)])
+  made = jax.eval_shape(
+    lambda params: state.create(params, "/trained/|^embed", tx), params
+  )
+  where = layout.shardings(made, mesh)
+  specs = {p: x.spec for p, x in tree.flatten_paths(where)}
+  moments = {p: x for p, x in specs.items() if "/mu/" in p}
+  assert len(moments) == 3
+  for path, spec in moments.items():
+    assert spec == specs[f"trainable/{path.split('/mu/')[1]}"]
+  assert [tuple(x) for x in moments.values()].count((None, "fsdp")) == 1

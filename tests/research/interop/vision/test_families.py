@@ -22,7 +22,14 @@ sys.path.insert(0, str(GOLDEN))
 import vlm_weights  # noqa: E402
 
 CONTRASTIVE = ("clip", "siglip")
-GENERATIVE = ("llava", "smolvlm", "idefics3", "paligemma", "internvl")
+GENERATIVE = (
+  "llava",
+  "smolvlm",
+  "idefics3",
+  "paligemma",
+  "gemma3",
+  "internvl",
+)
 
 
 def tensors(name):
@@ -110,12 +117,11 @@ def test_logits_with_images_in_two_rows(name, opened):
     [soft[:2].reshape(2 * count, -1), jnp.concatenate([soft[2], padding])]
   )
   language = splice.with_features(params["language"], rows, model.image_token)
-  mask = Mask.causal()
-  if name == "paligemma":
+  tokens = jnp.asarray(golden["tokens"])
+  mask = model.mask(tokens, jnp.full(2, tokens.shape[1])) or Mask.causal()
+  if name == "paligemma":  # whose answer was given as well
     mask = Mask.prefix_lm(jnp.argmax(golden["answer"], axis=-1))
-  hidden, _ = model.language.apply(
-    {"params": language}, jnp.asarray(golden["tokens"]), None, mask
-  )
+  hidden, _ = model.language.apply({"params": language}, tokens, None, mask)
   logits = model.language.apply({"params": language}, hidden, method="logits")
   assert_close(logits, golden["logits"])
 

@@ -9,9 +9,9 @@ import pytest
 
 from research.interop import load, vision
 from research.interop.loaded import Loaded
-from research.interop.vision import config
+from research.interop.vision import config_write
 from research.typing import UserError
-from research.vlm import connectors
+from research.vlm import connectors, masks
 from research.vlm.encoders.vit import Features
 from tests import support_vlm
 
@@ -27,11 +27,15 @@ def loaded(model=MODEL, params=PARAMS, **changes):
 
 def test_what_is_written_is_read_back(tmp_path):
   vision.write_model(tmp_path / "model", loaded(), PARAMS)
-  found = load.load_model(tmp_path / "model")
+  found = load.load_model(tmp_path / "model", towers="all")
   assert found.model == MODEL
   assert found.preprocessor == support_vlm.PREPROCESSOR
   assert found.tokenizer.encode("w5 w6") == [5, 6]
   jax.tree.map(np.testing.assert_array_equal, found.params, PARAMS)
+  # Other commands read its language model.
+  alone = load.load_model(tmp_path / "model")
+  assert alone.model == MODEL.language
+  jax.tree.map(np.testing.assert_array_equal, alone.params, PARAMS["language"])
 
 
 def llava():
@@ -49,13 +53,17 @@ def llava():
     (MODEL, "idefics3"),
     (llava(), "llava"),
     (
-      dataclasses.replace(MODEL, connector=connectors.Linear(size=32)),
+      dataclasses.replace(
+        MODEL,
+        connector=connectors.Linear(size=32),
+        mask=masks.BidirectionalPrompt(),
+      ),
       "paligemma",
     ),
   ],
 )
 def test_the_family_follows_from_the_parts(model, kind):
-  assert config.describe(model)["model_type"] == kind
+  assert config_write.describe(model)["model_type"] == kind
 
 
 def test_a_model_of_no_family_is_not_written(tmp_path):

@@ -12,6 +12,7 @@ from tests import support_scenes
 TASKS = (
   scenes.Shapes(count=40),
   scenes.PopeShapes(count=24),
+  scenes.Grounding(count=24),
   scenes.MultiImage(count=24, images=3),
   scenes.BlindTest(count=24),
   scenes.Text(count=24),
@@ -99,3 +100,6 @@ def test_rules_answer_new_samples_by_what_they_counted():
   # Without others' counts it flatters: it is fitted to what it answers.
   assert rule(known) == ["yes"] * 3 + ["no"] * 3
   assert rule([]) == []
+  # It is about another kind of question.
+  other = dataclasses.replace(rule, kinds=("no such kind",))
+  assert other(known[:2]) == other.fit(known)(known[:2]) == [None, None]

@@ -1,0 +1,1 @@
+"""Studies of vision language models: arms, tasks and verdicts."""

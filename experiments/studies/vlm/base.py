@@ -1,0 +1,249 @@
+"""What all arms of a seed start from: small towers that know something.
+
+No package brings an image encoder, so one is trained here from nothing: it
+learns to answer questions of `known` kinds, with a language model that is then
+dropped. The language model that stays reads questions and answers of all kinds,
+without images. So "frozen" means something in the arms.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.core.from_scratch import FromScratch
+from experiments.studies.vlm.arms import EVERYTHING, Stage
+from research.data import bpe
+from research.data.examples import Example
+from research.interop.loaded import Loaded
+from research.interop.vision.source import Assembled
+from research.nn import presets
+from research.optim import optim
+from research.training import state, step
+from research.training.objectives.objective import (
+  Batch,
+  NextToken,
+  Objective,
+)
+from research.typing import Params
+from research.vlm import data
+from research.vlm.encoders.presets import EncoderSizes, siglip
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.tiling.square import Square
+from research.vlm.masks import Causal, PromptMask
+from research.vlm.model import Connector
+from research.vlm.objective import WithImages
+from research.vlm.scenes.sample import Sample
+from research.vlm.scenes.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+  """A tokenizer that is there already, as a source of one."""
+
+  tokenizer: Any
+
+  def load(self) -> Any:
+    """Returns it."""
+    return self.tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiny:
+  """Sizes of encoder and language model, and how they are trained.
+
+  Attributes:
+    width, depth, heads: of both; feed-forwards are twice as wide.
+    size, patch: of images and patches, in pixels along each side.
+    vocab: ids of the tokenizer.
+    text: tokens of a row beside those of its image.
+    batch: rows of a step.
+    rate: of Adam, at its peak, then half a cosine; the same for all arms.
+    warmup: steps.
+    every: steps of a compiled piece of training.
+  """
+
+  width: int = 64
+  depth: int = 2
+  heads: int = 4
+  size: int = 32
+  patch: int = 4
+  vocab: int = 320
+  text: int = 32
+  batch: int = 32
+  rate: float = 2e-3
+  warmup: int = 20
+  every: int = 50
+
+  @property
+  def grid(self) -> int:
+    """Patches along each side of an image."""
+    return self.size // self.patch
+
+  def tokens(self, connector: Connector) -> int:
+    """Returns the number of soft tokens of an image."""
+    return connector.tokens((self.grid, self.grid))
+
+  def load(
+    self,
+    connector: Connector,
+    tokenizer: Any,
+    seed: int,
+    mask: PromptMask = Causal(),
+  ) -> Loaded:
+    """Returns a new model of three towers."""
+    sizes = dict(
+      width=self.width,
+      depth=self.depth,
+      heads=self.heads,
+      hidden=2 * self.width,
+    )
+    text = presets.Sizes(
+      vocab=self.vocab,
+      kv_heads=self.heads,
+      head_dim=self.width // self.heads,
+      tied=True,
+      max_positions=self.text + self.tokens(connector),
+      **sizes,
+    )
+    encoder = EncoderSizes(patch=self.patch, grid=self.grid, **sizes)
+    return Assembled(
+      language=FromScratch(sizes=text, tokenizer=Known(tokenizer), seed=seed),
+      vision=siglip(encoder),
+      connector=connector,
+      image_token=self.vocab,
+      preprocessor=self.preprocessor(connector),
+      mask=mask,
+      seed=seed,
+    ).load()
+
+  def preprocessor(self, connector: Connector) -> Preprocessor:
+    """Returns what makes one view of an image, with the connector's tokens."""
+    pool = self.grid // math.isqrt(self.tokens(connector))
+    return Preprocessor(Square(tile=self.size, patch=self.patch, pool=pool))
+
+  def questions(
+    self, connector: Connector, samples: Sequence[Sample]
+  ) -> data.ImageQuestions:
+    """Returns samples as rows for a connector."""
+    return data.ImageQuestions(
+      samples=samples,
+      preprocessor=self.preprocessor(connector),
+      image_token=self.vocab,
+      length=self.text + self.tokens(connector),
+      batch_size=self.batch,
+    )
+
+  def tokenizer(self, task: Task) -> Any:
+    """Returns a tokenizer of the task's texts."""
+    texts = data.Texts(samples=dataclasses.replace(task, count=2000))
+    return bpe.Bpe(documents=texts, size=self.vocab).load()
+
+  def trained(
+    self,
+    objective: Objective,
+    params: Params,
+    pool: Batch,
+    stage: Stage,
+    seed: int,
+  ) -> tuple[Params, float]:
+    """Returns trained weights, and the mean loss of the last piece of steps.
+
+    Args:
+      objective: with its model.
+      params: at the start, of which `stage.trainable` is in the optimizer.
+      pool: rows to draw batches from, a batch of all of them.
+      stage: what is trained, and for how many steps.
+      seed: of the order.
+    """
+    begin, piece = _compiled(objective, self, stage)
+    now, key, done, loss = begin(params), jax.random.key(seed), 0, math.nan
+    while done < stage.steps:
+      count = min(self.every, stage.steps - done)
+      now, losses = piece(now, pool, key, count)
+      done, loss = done + count, float(losses.mean())
+    return now.params, loss
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(objective: Objective, tiny: Tiny, stage: Stage):
+  """Returns (weights -> state, state after `count` steps and their losses)."""
+  tx = optim.adamw(
+    optim.cosine(tiny.rate, stage.steps, min(tiny.warmup, stage.steps // 2))
+  )
+  update = step.make_train_step(objective, tx)
+
+  def begin(params):
+    return state.create(params, stage.trainable, tx)
+
+  @functools.partial(jax.jit, static_argnums=3)
+  def piece(now, pool, key, count):
+    total = pool["tokens"].shape[0]
+
+    def one(now, _):
+      at = jax.random.fold_in(jax.random.fold_in(key, 1), now.step)
+      chosen = jax.random.randint(at, (tiny.batch,), 0, total)
+      batch = {name: x[chosen] for name, x in pool.items()}
+      now, metrics = update(now, batch, key)
+      return now, metrics["loss"]
+
+    return jax.lax.scan(one, now, length=count)
+
+  return begin, piece
+
+
+def pool_of(rows: Sequence[Batch]) -> dict[str, Any]:
+  """Returns rows as one batch on the device."""
+  return {
+    name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]
+  }
+
+
+def text_rows(task: Task, tokenizer: Any, length: int) -> list[Batch]:
+  """Returns the task's questions and answers, every token of them learned."""
+  texts = data.Texts(samples=task)
+  out = []
+  for i in range(len(texts)):
+    ids = [*tokenizer.encode(texts[i]), *tokenizer.stop[:1]]
+    tokens = np.asarray(ids, np.int32)
+    example = Example(tokens, np.ones(len(ids), bool))
+    out.append(data.text_row(example, length))
+  return out
+
+
+def base_towers(
+  tiny: Tiny,
+  connector: Connector,
+  task: Task,
+  known: Sequence[Sample],
+  tokenizer: Any,
+  steps: int,
+  seed: int,
+) -> dict[str, Params]:
+  """Returns a trained encoder and a trained language model.
+
+  Args:
+    tiny: their sizes.
+    connector: of the encoder's training.
+    task: whose texts the language model reads.
+    known: what the encoder learns from.
+    tokenizer: of all models.
+    steps: of either.
+    seed: of weights and order.
+  """
+  everything = Stage(EVERYTHING, steps)
+  loaded = tiny.load(connector, tokenizer, seed)
+  rows = tiny.questions(connector, known).rows(tokenizer)
+  pool = pool_of([rows[i] for i in range(len(rows))])
+  sees = WithImages(model=loaded.model)
+  seeing, _ = tiny.trained(sees, loaded.params, pool, everything, seed)
+  texts = pool_of(text_rows(task, tokenizer, tiny.text))
+  reads = NextToken(model=loaded.model.language)
+  start = loaded.params["language"]
+  language, _ = tiny.trained(reads, start, texts, everything, seed)
+  return {"vision": seeing["vision"], "language": language}

@@ -1,0 +1,87 @@
+"""What the tokens of a prompt see of each other; those of an answer are causal.
+
+A policy is a function of a prompt's tokens and lengths, for
+`generation.generate.chunks`; its `of_rows` is the same for rows that are
+learned, for `NextToken.mask`.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from kernels_pallas.masks import Mask, image_blocks
+from research.training.objectives import objective
+from research.training.objectives.objective import Batch
+from research.typing import Array, Bool, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Causal:
+  """Every token sees those before it: LLaVA, SmolVLM, Qwen-VL, InternVL."""
+
+  def __call__(
+    self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+  ) -> Mask | None:
+    """Returns None, which is causal."""
+    del tokens, lengths
+    return None
+
+  def of_rows(self, batch: Batch) -> Mask:
+    """Returns the mask of packed rows of prompts and answers."""
+    return objective.causal_mask(batch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BidirectionalPrompt:
+  """Every token of the prompt sees all of it: PaliGemma (arXiv:2407.07726)."""
+
+  def __call__(
+    self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+  ) -> Mask:
+    """Returns the mask of right-padded prompts."""
+    positions = _positions(tokens, lengths)
+    return Mask.prefix_lm(
+      lengths, q_positions=positions, kv_positions=positions
+    )
+
+  def of_rows(self, batch: Batch) -> Mask:
+    """Returns the mask of packed rows, whose prompts are not learned."""
+    return objective.prefix_mask(batch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BidirectionalImages:
+  """The tokens of an image see each other: Gemma 3 (arXiv:2503.19786).
+
+  Attributes:
+    image_token: id of the placeholder; a run of them is an image.
+  """
+
+  image_token: int
+
+  def __call__(
+    self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+  ) -> Mask:
+    """Returns the mask of right-padded prompts."""
+    inside = _positions(tokens, lengths) >= 0
+    images = _runs(tokens == self.image_token)
+    return image_blocks(images, segments=jnp.where(inside, 0, -1))
+
+  def of_rows(self, batch: Batch) -> Mask:
+    """Returns the mask of packed rows of prompts and answers."""
+    images = _runs(batch["tokens"] == self.image_token)
+    return image_blocks(images, segments=batch["segments"])
+
+
+PromptMask = Causal | BidirectionalPrompt | BidirectionalImages
+
+
+def _runs(here: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+  """Numbers runs of marked tokens; -1 elsewhere."""
+  begins = here & ~jnp.pad(here[:, :-1], ((0, 0), (1, 0)))
+  return jnp.where(here, jnp.cumsum(begins, axis=-1), -1)
+
+
+def _positions(tokens, lengths):
+  at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  return jnp.where(at < lengths[:, None], at, -1)

@@ -1,0 +1,72 @@
+"""Transforms of one tower: adapters on the language model, a packed encoder.
+
+Other systems' transforms see a tree of one model, whose layers are its runs.
+`Within` gives them a tower's, so that each of them serves every tower.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from research.typing import Params, PRNGKey, UserError
+from research.vlm.model import TOWERS
+
+Transform = Callable[[Params, PRNGKey], Params]
+"""A pure rewrite of a parameter tree."""
+
+
+@runtime_checkable
+class _NeedsModel(Protocol):
+  """A transform that gets the model first, to run data through it."""
+
+  def with_model(self, loaded: Any) -> Transform: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+  """A transform of one tower's parameters; the others stay as they are.
+
+  Attributes:
+    tower: its name, one of `research.vlm.model.TOWERS`.
+    transform: of its parameters, such as `Adapt` or `Quantize`. Addresses
+      within it are the tower's own: `layers/0/attention/q`.
+  """
+
+  tower: str
+  transform: Transform
+
+  def __post_init__(self):
+    if self.tower not in TOWERS:
+      raise UserError(
+        f"Within.tower: found {self.tower!r}, expected one of"
+        f" {', '.join(TOWERS)}"
+      )
+
+  def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
+    """Returns the parameters of all towers, with those of one transformed.
+
+    Raises:
+      UserError: the parameters are not those of a model of towers.
+    """
+    if self.tower not in params:
+      raise UserError(
+        f"Within: found no tower {self.tower!r} in {', '.join(params)};"
+        " expected the parameters of a vision language model"
+      )
+    return {**params, self.tower: self.transform(params[self.tower], key)}
+
+  def with_model(self, loaded: Any) -> "Within":
+    """Returns a copy whose transform runs its tower alone, if it runs any.
+
+    Args:
+      loaded: a vision language model; the transform gets one whose `model` and
+        `params` are the tower's.
+    """
+    if not isinstance(self.transform, _NeedsModel):
+      return self
+    own = dataclasses.replace(
+      loaded,
+      model=getattr(loaded.model, self.tower),
+      params=loaded.params[self.tower],
+    )
+    return dataclasses.replace(self, transform=self.transform.with_model(own))

@@ -1,0 +1,57 @@
+"""Run files of vision language models, built without weights."""
+
+import dataclasses
+
+from experiments.core import config
+from experiments.core.from_scratch import FromScratch
+from research import tree
+from research.nn.presets import Sizes
+from research.vlm.model import TOWERS
+
+SMOLLM2 = Sizes(
+  vocab=49_152, width=576, depth=2, heads=9, kv_heads=3, head_dim=64, hidden=16
+)
+"""Vocabulary and width are the model's own; the rest is less."""
+
+
+def _trained(experiment):
+  """Returns tower -> (trained, all) arrays."""
+  params = experiment.load_abstract().params
+  trained, _ = tree.partition(params, experiment.trainable)
+  return {
+    tower: [len(tree.flatten_paths(x[tower])) for x in (trained, params)]
+    for tower in TOWERS
+  }
+
+
+def test_the_stages_of_smollm2_train_what_they_say(tmp_path):
+  run = config.read("runs/vlm/two_stages_smollm2.gin").experiment
+  align, tune = run.stages.values()
+  language = FromScratch(sizes=SMOLLM2)
+  model = dataclasses.replace(align.model, language=language)
+  stages = dict(run.stages, align=dataclasses.replace(align, model=model))
+  run = dataclasses.replace(run, stages=stages).in_workdir(tmp_path)
+  found = {name: _trained(stage) for name, stage in run.stages.items()}
+  for towers in found.values():
+    for tower in ("vision", "connector"):
+      assert towers[tower][0] == towers[tower][1] > 0
+  assert found["align"]["language"][0] == 0
+  # Two factors for each of the seven matrices of a layer.
+  trained, every = found["tune"]["language"]
+  assert trained == 2 * 7
+  assert every == found["align"]["language"][1] + trained
+
+
+def test_images_of_smollm2_have_as_many_tokens_as_placeholders():
+  run = config.read("runs/vlm/two_stages_smollm2.gin").experiment
+  for stage in run.stages.values():
+    questions = stage.data
+    sample = questions.samples[0]
+    views = questions.preprocessor.views(sample.image)
+    assert views.plan.soft_tokens == 16
+  model = run.stages["align"].model
+  height, width = views.pixels.shape[1:3]
+  grid = (height // model.vision.patch, width // model.vision.patch)
+  assert model.connector.tokens(grid) == 16
+  assert questions.image_token == model.image_token == SMOLLM2.vocab
+  assert stage.answers.questions.template == questions.template

@@ -1,0 +1,82 @@
+"""The contrastive objective: its batch, its gradient, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from research import training, tree
+from research.typing import UserError
+from research.vlm.contrastive import Contrastive, DualEncoder, sigmoid, softmax
+from research.vlm.encoders import (
+  EncoderSizes,
+  clip,
+  clip_text,
+  siglip,
+  siglip_text,
+)
+from tests import support_vlm
+
+SIZES = EncoderSizes(width=16, depth=1, heads=2, hidden=20, patch=4, grid=4)
+SIGLIP = DualEncoder(
+  image=siglip(SIZES, head=True),
+  text=siglip_text(SIZES, vocab=30, length=5),
+  scale=10.0,
+  bias=-2.71,
+)
+CLIP = DualEncoder(
+  image=clip(SIZES, size=12),
+  text=clip_text(SIZES, vocab=30, length=5, size=12),
+)
+CAPTIONS = np.array([[3, 4, 2, 0, 0], [5, 6, 7, 2, 0], [3, 4, 2, 0, 0]])
+IDS = np.array([0, 1, 0])
+BATCH = {
+  "pixels": jnp.asarray(support_vlm.pixels(3, 1)),
+  "captions": jnp.asarray(CAPTIONS, jnp.int32),
+  "ids": jnp.asarray(IDS, jnp.int32),
+}
+
+
+def params_of(model):
+  patches, at = jnp.zeros((1, 1, 48)), jnp.zeros((1, 1, 2), jnp.int32)
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), patches, at, BATCH["captions"][:1])
+  )["params"]
+  rng = np.random.default_rng(0)
+  return tree.map_paths(
+    lambda path, x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype),
+    shapes,
+  )
+
+
+@pytest.mark.parametrize(
+  "model, loss", [(SIGLIP, sigmoid), (CLIP, softmax)], ids=["siglip", "clip"]
+)
+def test_a_step_learns_the_pairs_and_padding_changes_nothing(model, loss):
+  objective = Contrastive(model, loss=loss)
+  params, optimizer = params_of(model), optax.adam(1e-2)
+
+  @jax.jit
+  def of(params, batch):
+    return objective(params, batch, None)
+
+  total, weight, metrics = of(params, BATCH)
+  padded = {k: jnp.concatenate([v, v[:1]]) for k, v in BATCH.items()}
+  padded["ids"] = padded["ids"].at[3].set(-1)
+  again, same, hits = of(params, padded)
+  np.testing.assert_allclose((again, same), (total, weight), rtol=1e-5)
+  assert weight == 3 and hits["accuracy"] == metrics["accuracy"]
+
+  state = training.create(params, ".", optimizer)
+  step = jax.jit(training.make_train_step(objective, optimizer))
+  for _ in range(30):
+    state, last = step(state, BATCH, jax.random.key(0))
+  assert last["loss"] < 0.7 * total / weight
+  for path, x in tree.flatten_paths(state.opt_state[0].mu):
+    assert np.abs(x).max() > 0 or "bias" in path, path
+
+
+def test_microbatches_are_refused():
+  with pytest.raises(UserError, match="accumulate: found 2 microbatches"):
+    training.make_train_step(Contrastive(CLIP), optax.sgd(0.1), accumulate=2)
