@@ -504,7 +504,7 @@ def describe(model: VisionLanguageModel) -> dict[str, Any]:
     except (UserError, AttributeError, KeyError):
       continue
   raise UserError(
-    f"no config.json describes this model; tried {', '.join(FAMILIES)}.\\n"
+    f"no config.json describes this model; tried {', '.join(FAMILIES)}.\n"
     "Expected the encoder and the connector of one of these families."
   )
 
