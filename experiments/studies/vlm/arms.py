@@ -67,7 +67,7 @@ def linear(side: int, width: int) -> Squares:
   return Squares(side=side, inner=Linear(size=width))
 
 
-def stages(steps: int = 600, width: int = 64) -> tuple[Arm, ...]:
+def stages(steps: int = 2000, width: int = 64) -> tuple[Arm, ...]:
   """Returns one stage against two, and a model that never sees an image.
 
   Args:
@@ -82,14 +82,14 @@ def stages(steps: int = 600, width: int = 64) -> tuple[Arm, ...]:
     SECOND: (Stage(LANGUAGE, steps),),
     ALL: (Stage(EVERYTHING, steps),),
   }
-  shared = dict(connector=linear(2, width))
+  shared = dict(connector=linear(1, width))
   made = [Arm(name=name, stages=x, **shared) for name, x in arms.items()]
   control = Arm(name=BLIND, stages=arms[ALL], images=blind, **shared)
   return (*made, control)
 
 
 def connectors(
-  steps: int = 600, width: int = 64, patches: int = 64, heads: int = 4
+  steps: int = 2000, width: int = 64, patches: int = 16, heads: int = 4
 ) -> tuple[Arm, ...]:
   """Returns three connectors, each with three numbers of tokens.
 
@@ -120,14 +120,14 @@ def named(kind: str, tokens: int) -> str:
   return f"{kind}, {tokens} tokens"
 
 
-def masks(steps: int = 600, width: int = 64) -> tuple[Arm, ...]:
+def masks(steps: int = 2000, width: int = 64) -> tuple[Arm, ...]:
   """Returns the same model with a causal and with a prefix mask.
 
   Args:
     steps: of both, which train everything.
     width: of the language model.
   """
-  shared = dict(stages=(Stage(EVERYTHING, steps),), connector=linear(2, width))
+  shared = dict(stages=(Stage(EVERYTHING, steps),), connector=linear(1, width))
   return (
     Arm(name=CAUSAL, **shared),
     Arm(name=PREFIX, mask=BidirectionalPrompt(), **shared),

@@ -72,7 +72,7 @@ class Tiny:
   depth: int = 2
   heads: int = 4
   size: int = 32
-  patch: int = 4
+  patch: int = 8
   vocab: int = 320
   text: int = 32
   batch: int = 32

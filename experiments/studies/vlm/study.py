@@ -42,11 +42,20 @@ COLUMNS = {
 
 @dataclasses.dataclass
 class Shared:
-  """What arms share: the tokenizer, samples with images, towers by seed."""
+  """What arms share.
+
+  Attributes:
+    folder: of the study.
+    tokenizer: of all models.
+    samples: with their images.
+    pools: rows of all samples, by the soft tokens of an image.
+    towers: trained ones, by seed.
+  """
 
   folder: pathlib.Path
   tokenizer: Any
   samples: list[Sample]
+  pools: dict[int, Batch] = dataclasses.field(default_factory=dict)
   towers: dict[int, Params] = dataclasses.field(default_factory=dict)
 
 
@@ -73,9 +82,9 @@ class Study(protocol.Study):
   kinds: tuple[str, ...] = ("count", "exists", "colour")
   known: tuple[str, ...] = ("compare", "colour")
   groups: tuple[str, ...] = ("count", "exists/both", "colour")
-  rows: int = 8192
+  rows: int = 16_384
   asked: int = 384
-  base_steps: int = 800
+  base_steps: int = 2000
   seeds: int = 3
 
   def __post_init__(self):
@@ -140,10 +149,13 @@ class Study(protocol.Study):
 
   def training_rows(self, variant: Arm, shared: Shared) -> Batch:
     """Returns what an arm learns from, as one batch."""
-    questions = self.tiny.questions(variant.connector, shared.samples)
-    rows = questions.rows(shared.tokenizer)
-    pool = base.pool_of([rows[i] for i in range(len(rows))])
-    return pool | {"pixels": variant.images(pool["pixels"])}
+    tokens = self.tiny.tokens(variant.connector)
+    if tokens not in shared.pools:
+      questions = self.tiny.questions(variant.connector, shared.samples)
+      rows = questions.rows(shared.tokenizer)
+      shared.pools[tokens] = base.pool_of([rows[i] for i in range(len(rows))])
+    pool = shared.pools[tokens]
+    return {**pool, "pixels": variant.images(pool["pixels"])}
 
   def _towers(self, seed: int, shared: Shared) -> Params:
     """Returns a seed's encoder and language model, from the folder if there."""
@@ -155,7 +167,7 @@ class Study(protocol.Study):
     path = shared.folder / f"base_{seed}.npz"
     without = ("variants", "rule", "seeds", "groups", "asked")
     settings = protocol.describe(self, *without)
-    connector = linear(2, self.tiny.width)
+    connector = linear(1, self.tiny.width)
     if not path.exists():
       cli.say(f"training the towers of seed {seed}")
       made = base.base_towers(

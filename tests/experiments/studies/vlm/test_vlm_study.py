@@ -17,11 +17,11 @@ from research import tree
 from research.vlm.objective import WithImages
 from research.vlm.scenes.shapes import Shapes
 
-TINY = base.Tiny(width=16, depth=1, heads=2, batch=4, patch=8, every=2)
+TINY = base.Tiny(width=16, depth=1, heads=2, batch=4, every=2)
 RUNS = "stages", "connectors", "masks"
 SMALL = (
   *("base.Tiny.width=16", "base.Tiny.depth=1", "base.Tiny.heads=2"),
-  *("base.Tiny.patch=8", "base.Tiny.batch=4", "base.Tiny.every=2"),
+  *("base.Tiny.batch=4", "base.Tiny.every=2"),
   *("study.Study.rows=12", "study.Study.asked=32", "study.Study.seeds=1"),
   *("STEPS=2", "BASE_STEPS=2", "arms.masks.width=16"),
 )
@@ -36,7 +36,7 @@ def study_of(name):
 def test_arms_take_as_many_steps_and_fit_the_model(name):
   study = study_of(name)
   for arm in study.variants:
-    assert sum(stage.steps for stage in arm.stages) == 600
+    assert sum(stage.steps for stage in arm.stages) == 2000
     tokens = study.tiny.tokens(arm.connector)
     plan = study.tiny.preprocessor(arm.connector).plan(32, 32)
     assert plan.soft_tokens == tokens
@@ -50,7 +50,7 @@ def test_the_command_stores_both_arms_and_says_what_they_found(tmp_path):
   assert cli.call(command.main, ["study", *flags]) == 0
   row = json.loads((tmp_path / "arms" / "prefix_seed_0.json").read_text())
   row = row["row"]
-  assert row["tokens"] == 4 and len(row["losses"]) == 1
+  assert row["tokens"] == 16 and len(row["losses"]) == 1
   assert {"count", "exists/both", "relation"} <= set(row["answers"])
   result = json.loads((tmp_path / "result.json").read_text())
   assert {x["verdict"] for x in result["verdicts"]} == {"undecided"}
