@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,19 +22,19 @@ def golden(name: str) -> tuple[dict, dict]:
     return tensors, {k: jnp.asarray(x) for k, x in file.items()}
 
 
-def linear(tensors: dict, theirs: str, ours: str) -> dict[str, np.ndarray]:
+def linear(tensors: dict, theirs: str, ours: str) -> dict[str, jax.Array]:
   """Returns the matrix of a torch Linear and its bias, if it has one."""
-  out = {ours: tensors[f"{theirs}.weight"].T}
+  out = {ours: jnp.asarray(tensors[f"{theirs}.weight"].T)}
   if f"{theirs}.bias" in tensors:
-    out[f"{ours}_bias"] = tensors[f"{theirs}.bias"]
+    out[f"{ours}_bias"] = jnp.asarray(tensors[f"{theirs}.bias"])
   return out
 
 
-def norm(tensors: dict, theirs: str) -> dict[str, np.ndarray]:
+def norm(tensors: dict, theirs: str) -> dict[str, jax.Array]:
   """Returns the scale of a norm and its bias, if it has one."""
-  out = {"scale": tensors[f"{theirs}.weight"]}
+  out = {"scale": jnp.asarray(tensors[f"{theirs}.weight"])}
   if f"{theirs}.bias" in tensors:
-    out["bias"] = tensors[f"{theirs}.bias"]
+    out["bias"] = jnp.asarray(tensors[f"{theirs}.bias"])
   return out
 
 

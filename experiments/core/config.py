@@ -239,13 +239,14 @@ def _stage_names() -> tuple[str, ...]:
 def _enter(stage: str, names: Sequence[str], before: str | None) -> Record:
   """Leaves the bindings of a stage: those of its scope, over those of none.
 
-  Returns those of its scope.
-
   Args:
     stage: its name.
     names: of all stages.
     before: the stage whose result its model is, unless it binds another; None
       for the first one.
+
+  Returns:
+    The bindings of its scope.
   """
   bound, own = gin_config._CONFIG, {}
   for scope, selector in list(bound):

@@ -29,16 +29,15 @@ from research.optim import optim, ranges
 from research.optim.low_rank.layerwise import Layerwise
 from research.typing import Params, UserError
 
+Rate = optim.Number | optim.Schedule
+Optimizer = Callable[[Rate], optax.GradientTransformation]
+"""A rate, or a schedule of the updates done -> the optimizer."""
+
 
 class ByPathState(NamedTuple):
   """The states of groups, by their names."""
 
   groups: dict[str, Any]
-
-
-Rate = optim.Number | optim.Schedule
-Optimizer = Callable[[Rate], optax.GradientTransformation]
-"""A rate, or a schedule of the updates done -> the optimizer."""
 
 
 def by_path(

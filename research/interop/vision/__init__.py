@@ -6,6 +6,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "config": ["dual_encoder", "vision_language_model"],
+    "qformer": [
+      "image_text_model",
+      "image_text_params",
+      "image_text_tensors",
+      "qformer_from_config",
+      "qformer_params",
+      "qformer_tensors",
+    ],
     "read": [
       "contrastive_params",
       "load",

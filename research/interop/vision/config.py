@@ -351,18 +351,6 @@ FAMILIES = {
 }
 """Model type -> what is special about it, and the fields it may leave out."""
 
-_TOWERS = {"idefics3": "idefics3_vision", "smolvlm": "smolvlm_vision"}
-
-ARCHITECTURES = {
-  "llava": "LlavaForConditionalGeneration",
-  "idefics3": "Idefics3ForConditionalGeneration",
-  "smolvlm": "SmolVLMForConditionalGeneration",
-  "paligemma": "PaliGemmaForConditionalGeneration",
-  "gemma3": "Gemma3ForConditionalGeneration",
-  "internvl": "InternVLForConditionalGeneration",
-}
-"""Model type -> the class of transformers."""
-
 _LANGUAGE = {
   "llava": "llama",
   "paligemma": "gemma",
@@ -396,126 +384,13 @@ def vision_language_model(
   head = vision.get("model_type") == "siglip_vision_model"
   vision = vision_tower(vision, f"{where}: vision_config", dtype, pooled=head)
   named = "image_token_id" if "image_token_id" in config else None
-  token = fields.integer(named or _token_field(kind), least=0)
+  token = fields.integer(named or token_field(kind), least=0)
   more = special(_Parts(fields, vision, language))
   return VisionLanguageModel(
     vision=vision, language=language, image_token=token, **more
   )
 
 
-def _token_field(kind: str) -> str:
+def token_field(kind: str) -> str:
+  """Returns the field that has the id of the placeholder."""
   return next(k for k in FAMILIES[kind][1] if k.startswith("image_token"))
-
-
-def config_of(model: VisionLanguageModel, kind: str) -> dict[str, Any]:
-  """Returns the config.json of a model; inverts `vision_language_model`.
-
-  Args:
-    model: any.
-    kind: one of `FAMILIES`.
-
-  Raises:
-    UserError: reading the result back would not give `model`.
-  """
-  language, [_, defaults] = model.language, FAMILIES[kind]
-  activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-  config = dict(
-    model_type=kind,
-    architectures=[ARCHITECTURES[kind]],
-    text_config=hf_config.describe(language),
-    vision_config=_vision_config(model.vision, kind),
-    tie_word_embeddings=language.tied,
-    torch_dtype=language.dtype,
-    **{_token_field(kind): model.image_token},
-  )
-  if kind == "llava":
-    layers = model.features.layers
-    config |= dict(
-      vision_feature_layer=layers[0] if len(layers) == 1 else list(layers),
-      vision_feature_select_strategy="full"
-      if model.features.class_token
-      else "default",
-      projector_hidden_act=activations[
-        getattr(model.connector, "activation", "gelu")
-      ],
-      multimodal_projector_bias=True,
-    )
-  if kind == "paligemma":
-    config["vision_config"]["projection_dim"] = language.width
-    config |= dict(projection_dim=language.width, hidden_size=language.width)
-  if kind == "gemma3":
-    table = model.vision.positions
-    config["mm_tokens_per_image"] = model.connector.tokens(
-      (table.rows, table.columns)
-    )
-  if "scale_factor" in defaults:
-    config["scale_factor"] = getattr(model.connector, "side", 1)
-  if kind == "internvl":
-    config |= dict(
-      downsample_ratio=1 / model.connector.side,
-      image_seq_length=model.tokens_per_view(
-        *config["vision_config"]["image_size"]
-      ),
-      projector_hidden_act=activations[model.connector.inner.activation],
-      vision_feature_layer=model.features.layers[0],
-    )
-  again = vision_language_model(config, "the model's configuration")
-  if _comparable(again) != _comparable(model):
-    raise UserError(
-      f"config.json of model_type {kind!r} cannot describe this vision language"
-      " model: reading it back gives another one"
-    )
-  return config
-
-
-def _vision_config(vision: VisionTransformer, kind: str) -> dict[str, Any]:
-  if kind == "internvl":
-    return internvl.vision_config(vision)
-  block = vision.stack.blocks[0]
-  activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-  grid = vision.positions.rows if vision.positions is not None else 0
-  tower = "clip" if vision.class_token else "siglip"
-  values = dict(
-    model_type=_TOWERS.get(kind, f"{tower}_vision_model"),
-    hidden_size=vision.width,
-    intermediate_size=block.mlp.hidden,
-    num_hidden_layers=vision.stack.depth,
-    num_attention_heads=block.attention.heads,
-    num_channels=3,
-    image_size=grid * vision.patch,
-    patch_size=vision.patch,
-    hidden_act=activations[block.mlp.activation],
-    layer_norm_eps=vision.norm.eps,
-  )
-  if tower == "siglip":
-    values["vision_use_head"] = vision.pooling is not None
-  return values
-
-
-def describe(model: VisionLanguageModel) -> dict[str, Any]:
-  """Returns the config.json of the first family that can describe `model`.
-
-  Raises:
-    UserError: none of `FAMILIES` can.
-  """
-  for kind in FAMILIES:
-    try:
-      return config_of(model, kind)
-    except (UserError, AttributeError, KeyError):
-      continue
-  raise UserError(
-    f"no config.json describes this model; tried {', '.join(FAMILIES)}.\n"
-    "Expected the encoder and the connector of one of these families."
-  )
-
-
-def _comparable(model: VisionLanguageModel) -> VisionLanguageModel:
-  """Returns the model without what its files do not say."""
-  return dataclasses.replace(
-    model,
-    vision=model.vision.clone(remat="none", dtype="float32"),
-    language=model.language.clone(
-      remat="none", dtype="float32", max_positions=None
-    ),
-    normalise=normalise.HALF,
-  )

@@ -43,7 +43,6 @@ _NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
 
 _LAYER, _THEIRS = names.LAYER, "encoder.layer.<i>."
 
-FIRST_OF_ONE = names.Layout(lambda x: x[0], lambda x: x[None])
 ALONE = names.Layout(lambda x: x.reshape(-1), lambda x: x.reshape(1, 1, -1))
 
 VISION = (
@@ -54,7 +53,9 @@ VISION = (
   ),
   names.Row("patch_embed_bias", "embeddings.patch_embeddings.projection.bias"),
   names.Row("class_embed", "embeddings.cls_token", ALONE),
-  names.Row("positions/table", "embeddings.position_embeddings", FIRST_OF_ONE),
+  names.Row(
+    "positions/table", "embeddings.position_embeddings", names.FIRST_OF_ONE
+  ),
   *names.norm(f"{_LAYER}attention_norm", f"{_THEIRS}layernorm_before"),
   *names.norm(f"{_LAYER}mlp_norm", f"{_THEIRS}layernorm_after"),
   names.Row(f"{_LAYER}post_attention_norm/scale", f"{_THEIRS}lambda_1"),

@@ -20,8 +20,6 @@ from research.typing import Params, UserError
 from research.vlm.bootstrapping.model import CaptionHead, ImageTextModel
 from research.vlm.connectors.qformer import QFormer, qformer
 
-FIRST_OF_ONE = names.Layout(lambda x: x[0], lambda x: x[None])
-
 _LAYER = names.LAYER
 _THEIRS = "qformer.encoder.layer.<i>."
 
@@ -52,7 +50,7 @@ def _mlp(ours: str, suffix: str) -> tuple[names.Row, ...]:
 
 
 QFORMER = (
-  names.Row("latents", "query_tokens", FIRST_OF_ONE),
+  names.Row("latents", "query_tokens", names.FIRST_OF_ONE),
   *names.norm("input_norm", "qformer.layernorm"),
   *_attention("attention", "attention"),
   *_attention("cross_attention", "crossattention"),

@@ -12,8 +12,7 @@ from research.interop import parts
 from research.interop.hf import tokenizer as hf_tokenizer
 from research.interop.hf import write as hf_write
 from research.interop.loaded import Loaded
-from research.interop.vision import config as vision_config
-from research.interop.vision import names, read
+from research.interop.vision import config_write, names, read
 from research.interop.vision.read import PREPROCESSOR
 from research.io import safetensors
 from research.lora.merge import changes
@@ -107,7 +106,7 @@ def write_model(
   Raises:
     UserError: no family of `config.FAMILIES` can describe it.
   """
-  config = vision_config.describe(loaded.model)
+  config = config_write.describe(loaded.model)
   config["torch_dtype"] = dtype
   tensors = vision_language_tensors(
     loaded.model, config["model_type"], params, dtype

@@ -181,15 +181,16 @@ def qformer(
   """
   shape = dict(heads=heads, head_dim=width // heads)
   biases = dict(qkv_bias=True, out_bias=True)
-  mlp, norm = PlainMlp(hidden=hidden), LayerNorm(eps=eps)
+  norm = LayerNorm(eps=eps)
 
   def block(number: int) -> QFormerBlock:
     crosses = number % every == 0
     return QFormerBlock(
       attention=Attention(**shape, kv_heads=heads, rope=None, **biases),
-      mlp=mlp,
+      mlp=PlainMlp(hidden=hidden),
       cross_attention=CrossAttention(**shape, **biases) if crosses else None,
-      text_mlp=mlp if text else None,
+      # An instance of its own: Linen shares the weights of one that is not.
+      text_mlp=PlainMlp(hidden=hidden) if text else None,
       norm=norm,
     )
 

@@ -53,7 +53,7 @@ class _ResamplerLayer(nn.Module):
 
   heads: int
   head_dim: int
-  mlp: PlainMlp
+  activation: Activation
   eps: float
 
   @nn.compact
@@ -64,7 +64,13 @@ class _ResamplerLayer(nn.Module):
       heads=self.heads, head_dim=self.head_dim, name="attention"
     )
     latents = latents + attention(own, jnp.concatenate([normed, own], axis=1))
-    return latents + self.mlp(LayerNorm(eps=self.eps, name="mlp_norm")(latents))
+    mlp = PlainMlp(
+      hidden=4 * latents.shape[-1],
+      activation=self.activation,
+      bias=False,
+      name="mlp",
+    )
+    return latents + mlp(LayerNorm(eps=self.eps, name="mlp_norm")(latents))
 
 
 class PerceiverResampler(nn.Module):
@@ -101,10 +107,13 @@ class PerceiverResampler(nn.Module):
     latents = weights.weight(self, "latents", init, (self.queries, width))
     latents = jnp.broadcast_to(latents, (x.shape[0], *latents.shape))
     latents = latents.astype(x.dtype)
-    mlp = PlainMlp(hidden=4 * width, activation=self.activation, bias=False)
     for i in range(self.depth):
       layer = _ResamplerLayer(
-        self.heads, self.head_dim, mlp, self.eps, name=f"resampler{i}"
+        self.heads,
+        self.head_dim,
+        self.activation,
+        self.eps,
+        name=f"resampler{i}",
       )
       latents = layer(latents, x)
     latents = LayerNorm(eps=self.eps, name="final_norm")(latents)

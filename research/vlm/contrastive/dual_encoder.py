@@ -68,7 +68,7 @@ class DualEncoder(nn.Module):
     return scale, weights.weight(self, "logit_bias", start, ())
 
 
-def unit(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
+def unit(x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
   """Returns vectors of length 1, in fp32."""
   wide = x.astype(jnp.float32)
   return wide / (jnp.linalg.norm(wide, axis=-1, keepdims=True) + 1e-8)

@@ -8,7 +8,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "answers": ["evalai_normalize", "vqa_normalize"],
     "captions": ["Chair", "chair", "cider_d"],
     "counting": ["CountScores", "count_scores", "parse_count"],
-    "grounding": ["box_iou", "grounding_accuracy", "mask_iou"],
+    "grounding": [
+      "box_iou",
+      "box_score",
+      "grounding_accuracy",
+      "mask_iou",
+      "parse_box",
+    ],
     "parsers": [
       "Parser",
       "exact_choice",

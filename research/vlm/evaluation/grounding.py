@@ -1,5 +1,7 @@
 """Grounding: intersection over union of boxes and of masks."""
 
+import re
+
 import numpy as np
 
 from research.typing import Bool, Float, Shaped
@@ -36,6 +38,24 @@ def grounding_accuracy(
 ) -> float:
   """Returns the share of boxes found: RefCOCO's accuracy at an IoU of 0.5."""
   return float((box_iou(predictions, boxes) >= threshold).mean())
+
+
+def parse_box(text: str) -> tuple[float, float, float, float] | None:
+  """Returns the first four numbers in a row of a text, None without any.
+
+  Between them stand spaces, commas, or both: "[0.1, 0.2, 0.5, 0.6]".
+  """
+  number = r"(-?(?:\d+(?:\.\d+)?|\.\d+))"
+  found = re.search(r"(?<![\d.])" + r"[\s,]+".join([number] * 4), text)
+  return tuple(map(float, found.groups())) if found else None
+
+
+def box_score(prediction: str, answer: str, threshold: float = 0.5) -> float:
+  """Returns 1 where the box in a text has the IoU with that of the answer."""
+  found, box = parse_box(prediction), parse_box(answer)
+  if found is None or box is None:
+    return 0.0
+  return float(box_iou(np.array(found), np.array(box)) >= threshold)
 
 
 def mask_iou(

@@ -92,13 +92,14 @@ def open_image(
       a kind that has no agreed conversion.
   """
   with _opened(source, max_pixels) as (image, file):
-    frames = getattr(image, "n_frames", 1)
     # The further pictures of an MPO are previews, or the other eye's.
-    if animation == "refuse" and frames > 1 and image.format != "MPO":
-      raise UserError(
-        f"{_name(source)}: an animation of {frames} frames, expected a still "
-        'image; animation="first" takes the first frame'
-      )
+    if animation == "refuse" and image.format != "MPO":
+      frames = getattr(image, "n_frames", 1)  # reads all of the file
+      if frames > 1:
+        raise UserError(
+          f"{_name(source)}: an animation of {frames} frames, expected a still "
+          'image; animation="first" takes the first frame'
+        )
     orientation = _orientation(image, file)
     image.load()
     rgb = _to_rgb(image, backdrop, _name(source))

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   submod_attrs={
     "blind_test": ["BlindTest"],
     "digits": ["Digits"],
+    "grounding": ["Grounding"],
     "multi_image": ["MultiImage"],
     "pope": ["PopeShapes"],
     "rules": ["BestGiven", "Each", "MAJORITY", "Rule"],

@@ -99,7 +99,7 @@ class Shapes(Task):
     max_count: largest count; counts are uniform from 0.
     max_objects: in a scene.
     size: width and height of the image, in pixels.
-    cells: along each side of the grid, even; an object takes one.
+    cells: along each side of the grid, even, at least 4; an object takes one.
     held_out: colour-shape pairs that familiar scenes do not have.
     composition: "familiar", or "novel": questions about pairs held out.
   """
@@ -135,9 +135,9 @@ class Shapes(Task):
           f"Shapes.{name}: found {found}, expected at least three of"
           f" {', '.join(known)}."
         )
-    self.expect("cells", 2)
+    self.expect("cells", 4)
     self.expect("max_count", 2, self.max_objects)
-    self.expect("max_objects", 2, self.cells**2)
+    self.expect("max_objects", 4, self.cells**2)
     self.expect("size", 8 * self.cells)
     if self.cells % 2:
       raise UserError(f"Shapes.cells: found {self.cells}, expected even.")
@@ -152,10 +152,20 @@ class Shapes(Task):
           "Shapes.composition: found 'novel' with kinds that name no pair;"
           " say kinds=('count', 'exists') or one of the two."
         )
-    if not self._squares():
+    self._check_held_out()
+
+  def _check_held_out(self) -> None:
+    known = set(itertools.product(self.colours, self.shapes))
+    left = known - set(self.held_out)
+    poor = [
+      x
+      for x in (*self.colours, *self.shapes)
+      if sum(x in pair for pair in left) < 2
+    ]
+    if not set(self.held_out) <= known or poor or not self._squares():
       raise UserError(
-        f"Shapes.held_out: found {self.held_out}, which leaves no pairs to ask"
-        " about; hold fewer out."
+        f"Shapes.held_out: found {self.held_out}, expected pairs of a colour"
+        " and a shape that leave two pairs of each, and some to ask about."
       )
 
   # Pairs

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from research.vlm.scenes import drawing
 from research.vlm.scenes.blind_test import BlindTest
+from research.vlm.scenes.grounding import Grounding
 from research.vlm.scenes.multi_image import MultiImage
 from research.vlm.scenes.pope import PopeShapes
 from research.vlm.scenes.sample import Sample
@@ -81,7 +82,7 @@ def _side_by_side(sample: Sample) -> Image.Image:
 
 def examples(seed: int = 0) -> list[Sample]:
   """Returns one sample of each kind that needs no other package's pictures."""
-  tasks = (Shapes, PopeShapes, Text, BlindTest, MultiImage)
+  tasks = (Shapes, PopeShapes, Grounding, Text, BlindTest, MultiImage)
   return [
     sample
     for task in tasks

@@ -117,6 +117,17 @@ def test_a_model_of_a_stage_s_own_wins():
   assert stages[SECOND].model == stages[FIRST].model
 
 
+def test_groups_share_an_optimizer_s_bindings():
+  lines = [
+    "adapters/by_path.by_path.clip=1.0",
+    "adapters/by_path.by_path.optimizer=@optim.adamw",
+    "adapters/optim.adamw.clip=None",
+  ]
+  texts = config.read(TINY, lines).experiment.texts
+  assert "optim.adamw.clip = None\n" in texts[SECOND]
+  assert "by_path" not in texts[FIRST].replace("import by_path", "")
+
+
 @pytest.mark.parametrize(
   ("binding", "error"),
   [

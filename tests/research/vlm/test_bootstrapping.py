@@ -82,7 +82,7 @@ def compiled():
 def test_masks_are_those_of_figure_2(make, visible):
   valid = SEGMENTS >= 0
   total = QUERIES + LENGTH
-  found = make(jnp.asarray(valid), QUERIES).visible(total, total)
+  found = np.asarray(make(jnp.asarray(valid), QUERIES).visible(total, total))
   for row in range(3):
     real = [True] * QUERIES + list(valid[row])
     for q in range(total):
@@ -99,7 +99,8 @@ def test_negatives_follow_their_law():
   draw = jax.jit(
     jax.vmap(lambda key: objective.hard_negatives(products, ids, key))
   )
-  for found, table in zip(draw(keys), (products.T, products), strict=True):
+  drawn = map(np.asarray, draw(keys))
+  for found, table in zip(drawn, (products.T, products), strict=True):
     table = np.array(table, np.float64)[:4, :4]
     p = np.exp(table) / np.exp(table).sum(axis=1, keepdims=True) + 1e-4
     p *= np.array([[0, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 1, 0]])
@@ -116,7 +117,7 @@ def test_every_weight_has_a_gradient_and_a_sharding_rule():
   assert set(sums) == {"contrast", "matching", "captions"}
   for path, x in tree.flatten_paths(gradients):
     assert sharding.logical_axes(path) is not None, path
-    assert np.abs(x).max() > 0 or path.endswith("qformer/projection"), path
+    assert np.abs(x).max() > 0, path
 
 
 def test_a_padded_row_counts_nowhere():

@@ -9,7 +9,7 @@ import pytest
 
 from research.interop import load, vision
 from research.interop.loaded import Loaded
-from research.interop.vision import config
+from research.interop.vision import config_write
 from research.typing import UserError
 from research.vlm import connectors, masks
 from research.vlm.encoders.vit import Features
@@ -63,7 +63,7 @@ def llava():
   ],
 )
 def test_the_family_follows_from_the_parts(model, kind):
-  assert config.describe(model)["model_type"] == kind
+  assert config_write.describe(model)["model_type"] == kind
 
 
 def test_a_model_of_no_family_is_not_written(tmp_path):

@@ -201,6 +201,19 @@ def test_iou_is_that_of_pixels():
   assert evaluation.mask_iou(none, none) == 0
 
 
+def test_boxes_in_texts():
+  parse = evaluation.parse_box
+  assert parse("It is at [0.1, .2, 0.3, 4,5]") == (0.1, 0.2, 0.3, 4)
+  assert parse("3 things: [0.1, 0.25, 3, -4].") == (0.1, 0.25, 3, -4)
+  assert parse("10 20 30 40") == (10, 20, 30, 40)
+  assert parse("left") is None
+  # Half of the box; a third of the union of both.
+  assert evaluation.box_score("0 0 10 5", "0 0 10 10") == 1
+  assert evaluation.box_score("0 5 10 15", "0 0 10 10") == 0
+  assert evaluation.box_score("0 5 10 15", "0 0 10 10", threshold=0.33) == 1
+  assert evaluation.box_score("nowhere", "0 0 10 10") == 0
+
+
 def test_counts():
   texts = [
     "3",

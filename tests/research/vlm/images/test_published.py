@@ -17,7 +17,8 @@ from research.vlm.images.configs import from_preprocessor_config
 from research.vlm.images.normalise import CLIP, HALF, IMAGENET, UNIT
 from research.vlm.images.patches import patchify
 from research.vlm.images.presets import preset
-from research.vlm.images.tiling import Budget, NaFlex, Native
+from research.vlm.images.prompts import RowEnds, Soft
+from research.vlm.images.tiling import Budget, NaFlex, NanoVLM, Native, Overlap
 
 GOLDEN = pathlib.Path(__file__).parents[3] / "golden"
 _spec = importlib.util.spec_from_file_location(
@@ -109,3 +110,51 @@ def test_normalisation_of_all_256_levels(values):
   want = (scaled - np.float32(values.mean)) / np.float32(values.std)
   np.testing.assert_array_equal(values(many), want)
   np.testing.assert_array_equal(values(many[:, ::7, 5:]), want[:, ::7, 5:])
+
+
+def floats(name):
+  """Returns the golden arrays of a kind, by the picture's size."""
+  with np.load(GOLDEN / "image_floats.npz") as file:
+    found = {k: file[k] for k in file.files if k.startswith(f"{name} ")}
+  return {tuple(map(int, k.split()[1].split("x"))): v for k, v in found.items()}
+
+
+def close(found, want):
+  """In levels: rounded once, and stored with eleven bits."""
+  assert found.shape == want.shape
+  return np.abs(found - want.astype(np.float64)).max() < 1.2
+
+
+def test_nanovlm_s_views_within_a_level():
+  tiling = NanoVLM(longest=48, tile=16, patch=4, pool=2)
+  for size, want in floats("nanovlm").items():
+    found = tiling.views(make_images.picture(*size)).pixels
+    assert close(found, want), size
+    # The tiles are not resized in floats.
+    exact = np.abs(found[1:] - want[1:].astype(np.float64)).max()
+    assert exact < 0.1, size
+
+
+def test_molmo_s_views_within_a_level_its_tokens_and_places():
+  tiling = Overlap(32, most=6, margins=(4, 4), patch=2, pool=2)
+  ids = {"<im_start>": 0, "<im_col>": 2, "<im_end>": 3}
+  tokens, places = floats("molmo_tokens"), floats("molmo_places")
+  for size, want in floats("molmo").items():
+    plan = tiling.plan(*size)
+    found = tiling.views(make_images.picture(*size), plan).pixels
+    assert close(found, want), size
+    said = []
+    for piece in RowEnds()(plan):
+      said += (
+        [1] * piece.count if isinstance(piece, Soft) else [ids[piece.text]]
+      )
+    assert said == tokens[size].tolist(), size
+    # Molmo pools 2 x 2 patches inside of each view, to 8 x 8 cells.
+    cells = np.arange(plan.encoder_tokens).reshape(-1, 8, 2, 8, 2)
+    cells = cells.swapaxes(2, 3).reshape(-1, 4).tolist()
+    features = np.flatnonzero(tokens[size] == 1)
+    groups = map(tuple, tiling.groups(plan).tolist())
+    place = dict(zip(groups, features.tolist(), strict=True))
+    found = [place.get(tuple(cell), -1) for cell in cells]
+    want = np.maximum(places[size], -1).tolist()
+    assert found == want, size

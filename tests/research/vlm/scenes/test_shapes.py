@@ -238,3 +238,13 @@ def test_pairs_held_out_are_asked_about_in_novel_scenes_alone():
     scenes.Shapes(composition="novel", kinds=("count",))
   with pytest.raises(UserError, match="with kinds that name no pair"):
     scenes.Shapes(composition="novel", held_out=HELD_OUT)
+  too_many = (("red", "square"), ("red", "circle"))
+  for held_out in (too_many, (("red", "star"),)):
+    with pytest.raises(UserError, match=r"Shapes\.held_out: found"):
+      scenes.Shapes(held_out=held_out)
+
+
+def test_the_smallest_settings_draw_all_kinds():
+  small = scenes.Shapes(max_objects=4, max_count=2, size=32, count=200)
+  for x in support_scenes.drawn(small):
+    assert x.answer == _answer(x) and len(x.objects) <= 4

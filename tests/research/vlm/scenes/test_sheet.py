@@ -15,8 +15,9 @@ def test_the_command_writes_a_picture_of_every_kind(tmp_path):
   command = [sys.executable, "-m", "research.vlm.scenes.sheet", str(path)]
   subprocess.run(command, check=True)
   kinds = [x.kind for x in sheet.examples()]
-  tasks = (scenes.Shapes, scenes.PopeShapes, scenes.Text, scenes.BlindTest)
-  assert kinds == [k for t in (*tasks, scenes.MultiImage) for k in t.KINDS]
+  tasks = (scenes.Shapes, scenes.PopeShapes, scenes.Grounding, scenes.Text)
+  tasks += (scenes.BlindTest, scenes.MultiImage)
+  assert kinds == [k for t in tasks for k in t.KINDS]
   picture = Image.open(path)
   assert picture.size[0] == 5 * 210 and picture.format == "PNG"
   # Each sample's place has ink above, where its image is, and below it.

@@ -12,6 +12,7 @@ from tests import support_scenes
 TASKS = (
   scenes.Shapes(count=40),
   scenes.PopeShapes(count=24),
+  scenes.Grounding(count=24),
   scenes.MultiImage(count=24, images=3),
   scenes.BlindTest(count=24),
   scenes.Text(count=24),

@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from research.typing import UserError
-from research.vlm import scenes
-from research.vlm.scenes import digits, drawing, multi_image
+from research.vlm import evaluation, scenes
+from research.vlm.scenes import digits, drawing, multi_image, tiles
 from research.vlm.scenes import text as text_scenes
 from tests import support_scenes
 
@@ -51,6 +51,39 @@ def test_pope_strata_and_popularity():
   assert found[0] > 1.3 * found[1] > 1.3 * found[3] > 1.3 * found[8]
   assert {c for c, _ in task.pairs[:4]} == set(task.colours)
   assert {s for _, s in task.pairs[:4]} == {"circle", "square", *task.shapes}
+
+
+# Grounding -------------------------------------------------------------------
+
+
+def test_boxes_are_those_of_the_pixels():
+  """The extent of the asked object's colour in the image, and strata."""
+  task = scenes.Grounding(count=120, size=100, cells=4)
+  for x in task:
+    named = x.program["colour"], x.program["shape"]
+    pairs = [(o.colour, o.name) for o in x.objects]
+    assert pairs.count(named) == 1 and 3 <= len(pairs) <= 6
+    shared = [sum(p[i] == named[i] for p in pairs) > 1 for i in range(2)]
+    assert shared == [x.stratum == "shared"] * 2
+    if x.stratum == "distinct":  # nothing else has its colour
+      red, green, blue = drawing.COLOURS[named[0]]
+      part = np.abs(x.image.astype(int) - (red, green, blue)).max(-1) < 60
+      rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
+      found = f"{columns[0]} {rows[0]} {columns[-1] + 1} {rows[-1] + 1}"
+      assert evaluation.box_score(found, x.answer, threshold=0.7) == 1
+
+
+def test_grounding_rules():
+  task = scenes.Grounding(count=900)
+  samples = support_scenes.drawn(task)
+  for name, rule in task.rules(1).items():
+    score = {"distinct": [], "shared": []}
+    for x, answer in zip(samples, rule(samples), strict=True):
+      score[x.stratum].append(evaluation.box_score(answer, x.answer))
+    means = [np.mean(score[s]) for s in ("distinct", "shared")]
+    # One attribute is enough, but for others that share it; the middle is not.
+    assert means[0] == (0 if name == "centre" else 1) or means[0] < 0.05
+    assert means[1] < (0.05 if name == "centre" else 0.6)
 
 
 # Several images --------------------------------------------------------------
@@ -202,6 +235,11 @@ def test_letters_cross_borders_where_the_stratum_says():
   assert support_scenes.accuracy(alone, wrong) == 0
 
 
+def test_tiles_of_a_box():
+  boxes = [(0, 0, 96, 96), (0, 0, 97, 96), (95, 95, 97, 97), (96, 5, 192, 9)]
+  assert [tiles.tiles_of(box, 96) for box in boxes] == [1, 2, 4, 1]
+
+
 def test_letters_are_drawn_in_their_boxes():
   task = scenes.SpotTiles(count=12, size=192, tile=96, height=12)
   for x in task:
@@ -216,11 +254,23 @@ def test_letters_are_drawn_in_their_boxes():
 # Digits ----------------------------------------------------------------------
 
 
-def test_digits():
-  pytest.importorskip("sklearn", reason="pip install -e '.[vlm]'")
+@pytest.fixture
+def fake_digits(monkeypatch):
+  """Images like scikit-learn's, a third of them twice, where it is missing."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 17, (900, 8, 8)).astype(np.uint8)
+  labels = (np.arange(900) % 10).astype(np.uint8)
+  images[600:] = images[:300]
+  digits.indices.cache_clear()
+  monkeypatch.setattr(digits, "load", lambda: (images, labels))
+  yield images, labels
+  digits.indices.cache_clear()
+
+
+def test_digits(fake_digits):
   task = scenes.Digits(count=3000)
   by_kind = _grouped(task)
-  _, labels = digits.load()
+  _, labels = fake_digits
   for kind in ("total", "count", "sum", "exists"):
     _uniform(by_kind[kind], by_stratum=False)
   for kind, samples in by_kind.items():
@@ -242,19 +292,22 @@ def test_digits():
   assert support_scenes.accuracy(rules["one digit only"], by_kind["sum"]) < 0.3
 
 
-def test_digits_are_those_of_the_package_and_of_one_split():
-  package = pytest.importorskip("sklearn.datasets")
-  images, labels = digits.load()
-  found = package.load_digits()
-  np.testing.assert_array_equal(images, found.images)
-  np.testing.assert_array_equal(labels, found.target)
-  sets = []
+def test_an_image_of_a_digit_is_of_one_split(fake_digits):
+  images, labels = fake_digits
+  shown = {}
   for split in ("train", "validation", "heldout"):
-    pool = np.concatenate(list(digits.indices(split).values()))
-    sets.append({images[i].tobytes() for i in pool})
+    task = scenes.Digits(count=600, split=split)
+    used = {o.source for x in support_scenes.drawn(task) for o in x.objects}
+    shown[split] = {images[i].tobytes() for i in used}
     for digit, some in digits.indices(split).items():
-      assert len(some) > 5 and (labels[some] == digit).all()
-  assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+      assert len(some) and (labels[some] == digit).all()
+  a, b, c = shown.values()
+  assert len(a) > 400 and min(len(b), len(c)) > 30
+  assert not (a & b or a & c or b & c)
+
+
+def test_digits_are_drawn_as_they_are(fake_digits):
+  images, _ = fake_digits
   sample = scenes.Digits(scale=1)[1]
   for o in sample.objects:
     left, top, right, bottom = o.box
@@ -262,8 +315,20 @@ def test_digits_are_those_of_the_package_and_of_one_split():
     np.testing.assert_allclose(ink * 16 / 255, images[o.source], atol=0.04)
 
 
+def test_digits_are_those_of_the_package():
+  package = pytest.importorskip("sklearn.datasets")
+  found = package.load_digits()
+  images, labels = digits.load()
+  np.testing.assert_array_equal(images, found.images)
+  np.testing.assert_array_equal(labels, found.target)
+  for split in ("train", "validation", "heldout"):
+    assert min(map(len, digits.indices(split).values())) > 5
+  assert scenes.Digits()[0].image.shape == (64, 64, 3)
+
+
 def test_without_the_package_digits_say_what_to_install(monkeypatch):
   digits.load.cache_clear()
+  digits.indices.cache_clear()
   monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"pip install -e '\.\[vlm\]'"):
     scenes.Digits()[0]
