@@ -62,15 +62,6 @@ def params():
   return tree.map_paths(draw, shapes)
 
 
-@functools.cache
-def compiled():
-  def loss(params, batch, key):
-    total, count, sums = ImageText(MODEL)(params, batch, key)
-    return total / count, sums
-
-  return jax.jit(jax.value_and_grad(loss, has_aux=True))
-
-
 @pytest.mark.parametrize(
   "make, visible",
   [
@@ -113,7 +104,12 @@ def test_negatives_follow_their_law():
 
 
 def test_every_weight_has_a_gradient_and_a_sharding_rule():
-  (_, sums), gradients = compiled()(params(), batch(), jax.random.key(0))
+
+  def loss(params):
+    total, _, sums = ImageText(MODEL)(params, batch(), jax.random.key(0))
+    return total, sums
+
+  gradients, sums = jax.jit(jax.grad(loss, has_aux=True))(params())
   assert set(sums) == {"contrast", "matching", "captions"}
   for path, x in tree.flatten_paths(gradients):
     assert sharding.logical_axes(path) is not None, path
@@ -121,17 +117,13 @@ def test_every_weight_has_a_gradient_and_a_sharding_rule():
 
 
 def test_a_padded_row_counts_nowhere():
-  (expected, _), gradients = compiled()(params(), batch(), None)
-  given = batch()
-  padded = {k: jnp.concatenate([x, x[:1]]) for k, x in given.items()}
+  loss = jax.jit(ImageText(MODEL))
+  total, count, _ = loss(params(), batch(), None)
+  padded = {k: jnp.concatenate([x, x[:1]]) for k, x in batch().items()}
   padded["segments"] = padded["segments"].at[3].set(-1)
-  (found, _), again = compiled()(params(), padded, None)
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
-  # Sums over three rows in another order.
-  for (path, x), (_, y) in zip(
-    tree.flatten_paths(again), tree.flatten_paths(gradients), strict=True
-  ):
-    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5, err_msg=path)
+  again, rows, _ = loss(params(), padded, None)
+  assert rows == count == 3
+  np.testing.assert_allclose(again, total, rtol=1e-5)
 
 
 def test_the_start_token_hides_the_first_word_from_captions():

@@ -34,9 +34,7 @@ FEATURES = 20
 def first_stage(tmp_path_factory):
   """Returns the model, its parameters, a file's tensors, and golden arrays."""
   tensors, golden = support_connectors.golden("bootstrapping")
-  # The towers of a real file are left alone.
-  more = {"vision_model.post_layernorm.weight": np.ones(3, np.float32)}
-  opened = write(tmp_path_factory.mktemp("first"), tensors | more)
+  opened = write(tmp_path_factory.mktemp("first"), tensors)
   model = qformer.image_text_model(CONFIG, "config", caption=CaptionHead())
   params = qformer.image_text_params(model, opened, FEATURES)
   return model, params, tensors, golden
@@ -86,8 +84,10 @@ def test_written_tensors_are_those_that_were_read(first_stage):
   _, params, tensors, _ = first_stage
   found = qformer.image_text_tensors(params)
   assert found.pop("temp").shape == ()
-  assert set(found) == set(tensors)
-  for name, x in tensors.items():
+  # The image tower of the file is left alone.
+  own = {k: x for k, x in tensors.items() if not k.startswith("vision_model.")}
+  assert set(found) == set(own) < set(tensors)
+  for name, x in own.items():
     np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
@@ -111,8 +111,9 @@ def test_the_second_stage_begins_where_the_first_ended(first_stage):
   connector = qformer.qformer_from_config(CONFIG, "config", 40)
   own = without_text(params["qformer"])
   expected = jax.eval_shape(
-    connector.init, jax.random.key(0), golden["features"], (1, 5)
-  )["params"]
+    lambda x: connector.init(jax.random.key(0), x, (1, 5))["params"],
+    golden["features"],
+  )
   shapes = [(path, x.shape) for path, x in tree.flatten_paths(own)]
   assert shapes == [
     (path, x.shape)
