@@ -30,8 +30,8 @@ from research.optim.low_rank.layerwise import Layerwise
 from research.typing import Params, UserError
 
 Rate = optim.Number | optim.Schedule
-Optimizer = Callable[[Rate], optax.GradientTransformation]
-"""A rate, or a schedule of the updates done -> the optimizer."""
+Optimizer = Callable[..., optax.GradientTransformation]
+"""Makes an optimizer of `learning_rate=`, a number or a schedule."""
 
 
 class ByPathState(NamedTuple):
@@ -144,7 +144,8 @@ def _made(
       " Experiment.trainable."
     )
   ranges.positive("by_path", **{pattern: group})
-  return optimizer(group)
+  # By its name, which wins over what gin has bound.
+  return optimizer(learning_rate=group)
 
 
 def _group(path: str, patterns: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """Groups of parameters by path, against optax's own and separate optimizers."""
 
+import functools
 import itertools
 
 import chex
@@ -81,7 +82,9 @@ def test_what_is_frozen_has_no_state_and_no_share_of_the_norm():
   made = state.create(
     PARAMS,
     "^connector/|^text/",
-    by_path(groups, clip=1.0, optimizer=lambda r: optim.adamw(r, clip=None)),
+    by_path(
+      groups, clip=1.0, optimizer=functools.partial(optim.adamw, clip=None)
+    ),
   )
   paths = [path for path, _ in tree.flatten_paths(made.opt_state)]
   assert not [path for path in paths if "vision" in path]
