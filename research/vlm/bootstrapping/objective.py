@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from research import weights
 from research.optim import ranges
-from research.training.objectives.objective import Batch, Sums
+from research.training.objectives.objective import Batch, Sums, WholeBatch
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey
 from research.vlm.bootstrapping.model import ImageTextModel
 from research.vlm.contrastive.losses import same_pairs
@@ -21,16 +21,13 @@ FLOOR = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageText:
+class ImageText(WholeBatch):
   """The sum of three losses, each a mean over the batch.
 
   A batch has `features`, float [B, N, C], of the images; `tokens` and
   `segments`, int32 [B, T], of their texts, -1 for padding in the latter; and
   optionally `ids`, int32 [B], equal for equal texts, which are no negatives of
   each other. Rows of padding count nowhere.
-
-  Contrast and negatives depend on the whole batch, so the loss of microbatches
-  is another one: it compares fewer pairs.
 
   Attributes:
     model: the network.
