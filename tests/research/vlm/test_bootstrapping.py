@@ -172,8 +172,7 @@ def test_features_of_pixels_are_those_of_the_model():
   [(params, batch)] = given
   assert params == 1
   assert sorted(batch) == ["features", "tokens"]
-  images = model.normalised(pixels[:, 0])
-  patches = vit.patchify(images, 4)
+  patches = vit.patchify(pixels[:, 0] / 127.5 - 1, 4)
   at = jnp.broadcast_to(vit.grid_coordinates(4, 4), (2, 16, 2))
   expected = model.encode_patches({"vision": tower}, patches, at)
-  np.testing.assert_allclose(batch["features"], expected, rtol=1e-5)
+  np.testing.assert_allclose(batch["features"], expected, rtol=1e-4, atol=1e-5)
