@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "model_from_directory",
       "vision_language_params",
     ],
-    "source": ["Assembled"],
+    "source": ["Assembled", "Interleaved"],
     "write": ["vision_language_tensors", "write_model"],
   },
 )

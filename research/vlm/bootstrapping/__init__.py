@@ -7,6 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   submod_attrs={
     "masks": ["bidirectional", "multimodal_causal", "unimodal"],
     "model": ["CaptionHead", "ImageTextModel"],
-    "objective": ["ImageText"],
+    "objective": ["FromPixels", "ImageText"],
   },
 )

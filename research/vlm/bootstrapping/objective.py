@@ -11,26 +11,31 @@ import jax.numpy as jnp
 
 from research import weights
 from research.optim import ranges
-from research.training.objectives.objective import Batch, Sums
+from research.training.objectives.objective import (
+  Batch,
+  Objective,
+  Sums,
+  WholeBatch,
+)
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey
 from research.vlm.bootstrapping.model import ImageTextModel
 from research.vlm.contrastive.losses import same_pairs
+from research.vlm.encoders import vit
+from research.vlm.encoders.vit import Features, VisionTransformer
+from research.vlm.images.normalise import CLIP, Normalisation
 
 FLOOR = 1e-4
 """Added to every negative's probability, as in LAVIS."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageText:
+class ImageText(WholeBatch):
   """The sum of three losses, each a mean over the batch.
 
   A batch has `features`, float [B, N, C], of the images; `tokens` and
   `segments`, int32 [B, T], of their texts, -1 for padding in the latter; and
   optionally `ids`, int32 [B], equal for equal texts, which are no negatives of
   each other. Rows of padding count nowhere.
-
-  Contrast and negatives depend on the whole batch, so the loss of microbatches
-  is another one: it compares fewer pairs.
 
   Attributes:
     model: the network.
@@ -83,6 +88,46 @@ class ImageText:
       jnp.arange(len(some)) < len(ids), log_p[:, 1], log_p[:, 0]
     )
     return -jnp.sum(log_p * some) / jnp.maximum(some.sum(), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FromPixels(WholeBatch):
+  """An objective of images' features, which an encoder makes of pixels.
+
+  Parameters are `vision`, the encoder's, which BLIP-2 leaves frozen, and
+  `image_text`, the objective's. A batch has `pixels`, uint8 [B, V, H, W, 3], of
+  which the first view counts, in the place of `features`.
+
+  Attributes:
+    vision: the encoder.
+    objective: of features and texts.
+    features: which activations. BLIP-2's encoder has lost its last layer, so
+      its features are the last ones there are.
+    normalise: of the pixels.
+  """
+
+  vision: VisionTransformer
+  objective: Objective
+  features: Features = Features(class_token=True)
+  normalise: Normalisation = CLIP
+
+  def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
+    """Returns the sums of the objective."""
+    pixels = vit.normalised(batch["pixels"][:, 0], self.normalise)
+    patches = vit.patchify(pixels, self.vision.patch)
+    rows, columns = (n // self.vision.patch for n in pixels.shape[1:3])
+    at = vit.grid_coordinates(rows, columns)
+    features = self.vision.apply(
+      {"params": params["vision"]},
+      patches,
+      jnp.broadcast_to(at, (len(patches), *at.shape[1:])),
+      None,
+      self.features,
+    )
+    text = {k: x for k, x in batch.items() if k != "pixels"}
+    return self.objective(
+      params["image_text"], text | {"features": features}, key
+    )
 
 
 def similarity(

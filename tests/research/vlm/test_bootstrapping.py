@@ -11,12 +11,15 @@ from research import sharding, tree
 from research.typing import UserError
 from research.vlm.bootstrapping import (
   CaptionHead,
+  FromPixels,
   ImageText,
   ImageTextModel,
   masks,
   objective,
 )
 from research.vlm.connectors.qformer import qformer
+from research.vlm.encoders import vit
+from tests import support_vlm
 
 QUERIES, LENGTH = 3, 4
 MODEL = ImageTextModel(
@@ -149,3 +152,27 @@ def test_what_cannot_be_compared_is_refused():
   model = MODEL.clone(qformer=silent)
   with pytest.raises(UserError, match="no text_mlp"):
     model.apply({"params": params()}, *pair, method="match")
+
+
+def test_features_of_pixels_are_those_of_the_model():
+  model = support_vlm.model()
+  pixels = jnp.asarray(support_vlm.pixels(2, 2))
+  tower = support_vlm.params()["vision"]
+  given = []
+
+  def record(params, batch, key):
+    given.append((params, batch))
+    return jnp.zeros(()), jnp.ones(()), {}
+
+  loss = FromPixels(
+    vision=model.vision, objective=record, normalise=model.normalise
+  )
+  towers = {"vision": tower, "image_text": 1}
+  loss(towers, {"pixels": pixels, "tokens": 2}, None)
+  [(params, batch)] = given
+  assert params == 1
+  assert sorted(batch) == ["features", "tokens"]
+  patches = vit.patchify(pixels[:, 0] / 127.5 - 1, 4)
+  at = jnp.broadcast_to(vit.grid_coordinates(4, 4), (2, 16, 2))
+  expected = model.encode_patches({"vision": tower}, patches, at)
+  np.testing.assert_allclose(batch["features"], expected, rtol=1e-4, atol=1e-5)

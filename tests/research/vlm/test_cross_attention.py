@@ -12,6 +12,8 @@ import pytest
 from kernels_pallas.masks import Mask
 from research import sharding, tree, weights
 from research.generation import generate
+from research.interop.loaded import Loaded
+from research.interop.vision import source
 from research.nn import logits
 from research.nn.attention import CrossAttention
 from research.nn.cross_attention import GatedCrossAttention, Media
@@ -250,6 +252,33 @@ def test_a_vision_language_model_with_images_beside_its_text():
   assert found == expected
   found, _ = loss(given, pixels.at[0, 1].set(0), first)
   assert abs(found - expected) > 1e-4
+
+
+class Language:
+  """A source of the bare model."""
+
+  def load(self, shardings=None):
+    del shardings
+    return Loaded(BARE, support.params(BARE), None, {})
+
+
+def test_a_run_file_assembles_one_from_a_pretrained_language_model():
+  base = support_vlm.model()
+  loaded = source.Assembled(
+    language=source.Interleaved(language=Language(), layer=LAYER, every=2),
+    vision=base.vision,
+    connector=PerceiverResampler(WIDTH, queries=LATENTS, depth=1),
+    image_token=IMAGE,
+    preprocessor=support_vlm.PREPROCESSOR,
+    placement=cross_attention.LatestImage(),
+  ).load()
+  assert loaded.model.language == MODEL
+  assert loaded.model.placement == cross_attention.LatestImage()
+  language = loaded.params["language"]
+  chex.assert_trees_all_equal(
+    cross_attention.remove_layers(BARE, language), support.params(BARE)
+  )
+  assert not language["run0"]["layer0"]["cross"]["attention_gate"].any()
 
 
 def test_every_new_parameter_has_a_sharding_rule():

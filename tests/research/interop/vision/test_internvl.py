@@ -21,7 +21,7 @@ def config(**vision):
 @pytest.mark.parametrize(
   "vision",
   [
-    {},
+    dict(use_mean_pooling=True),
     dict(use_mean_pooling=False),
     dict(norm_type="rms_norm", attention_bias=False),
     dict(use_absolute_position_embeddings=False),
