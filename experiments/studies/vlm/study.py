@@ -68,7 +68,7 @@ class Study(protocol.Study):
     rule: rows by arm, seeds -> verdicts.
     tiny: the models.
     kinds: of questions.
-    known: kinds that the encoder has learned before.
+    known: other kinds, from which the encoder has learned to see.
     groups: kinds or strata ("exists/both") whose mean is an arm's score.
     rows: training samples.
     asked: samples that nobody has seen.
@@ -80,7 +80,7 @@ class Study(protocol.Study):
   rule: Callable[[Rows, int], list[Verdict]]
   tiny: Tiny = Tiny()
   kinds: tuple[str, ...] = ("count", "exists", "colour")
-  known: tuple[str, ...] = ("compare", "colour")
+  known: tuple[str, ...] = ("compare", "relation")
   groups: tuple[str, ...] = ("count", "exists/both", "colour")
   rows: int = 16_384
   asked: int = 384
