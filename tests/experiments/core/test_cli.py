@@ -205,7 +205,7 @@ def test_evaluate_errors(command, arguments, words):
 
 
 def test_evaluate_takes_the_step_that_is_asked_for(command, monkeypatch):
-  read = config.Read(experiment=None, text="")
+  read = config.read("runs/quickstart.gin", [])
   monkeypatch.setattr(config, "read_workdir", lambda *_: read)
 
   def evaluated(experiment, workdir=None, number=None):

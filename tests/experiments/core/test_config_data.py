@@ -18,7 +18,7 @@ from research.typing import UserError
 HEAD = """
 from __gin__ import dynamic_registration
 include 'base.gin'
-include 'models/smollm2_135m.gin'
+include 'models/{model}.gin'
 include 'data/{name}.gin'
 include 'optim/adamw_cosine.gin'
 STEPS = 9
@@ -28,6 +28,12 @@ PAGE = (
   pathlib.Path(__file__).resolve().parents[3] / "research/data/README.md"
 ).read_text("utf-8")
 NAMES = sorted(p.stem for p in config.CONFIGS.glob("data/*.gin"))
+
+
+def _head(name):
+  """Returns a configuration around data: of a model that can read it."""
+  model = "vlm_tiny" if name == "shapes" else "smollm2_135m"
+  return HEAD.format(name=name, model=model)
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +117,13 @@ def test_data_makes_batches(name, tokenizer, chat, tokens, tmp_path):
   given = {
     "arrays": [f"TRAIN={tokens[0]!r}", f"HELDOUT={tokens[1]!r}"],
     "stdlib": ["DOCUMENTS=5"],
+    "shapes": ["HELDOUT_SAMPLES=40"],
   }
   for kind, (own, _) in KINDS.items():
     if own == name:
       given[name] = [f"FILES={_write(tmp_path, kind, 120)}"]
   given["chat_jsonl"] = [f"FILES=({chat!r},)", "KEY=teacher"]
-  read = config.parse(HEAD.format(name=name), given.get(name, []))
+  read = config.parse(_head(name), given.get(name, []))
   experiment = read.experiment
   batch = next(iter(experiment.data.training(tokenizer)))
   shape = batch["tokens"].shape
@@ -130,7 +137,7 @@ def test_data_makes_batches(name, tokenizer, chat, tokens, tmp_path):
 
 def test_required_files_are_said():
   with pytest.raises(UserError, match="(?i)required"):
-    config.parse(HEAD.format(name="chat_jsonl"))
+    config.parse(_head("chat_jsonl"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
