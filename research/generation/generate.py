@@ -115,6 +115,9 @@ def sample_next(
 ) -> tuple[Int[Array, "B"], Bool[Array, "B V"] | None]:
   """Samples the next token of each row; returns it and the updated `occurred`.
 
+  A placeholder of images (`weights.extra_ids`) is never sampled: it would stand
+  for a feature, not for a word.
+
   Args:
     model: the Transformer.
     params: its parameters.
@@ -122,6 +125,9 @@ def sample_next(
     sampling, keys, step, occurred: as for `sampling.sample`.
   """
   logits = model.apply({"params": params}, hidden, method="logits")
+  for token in weights.extra_ids(params["embed"]):
+    if token < logits.shape[-1]:
+      logits = logits.at[..., token].set(-jnp.inf)
   token = samplers.sample(logits, sampling, keys, step, occurred)
   if occurred is not None:
     occurred = occurred.at[jnp.arange(token.shape[0]), token].set(True)
