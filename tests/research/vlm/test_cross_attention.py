@@ -31,7 +31,7 @@ LAYER = GatedCrossAttention(
   media_width=WIDTH,
 )
 BARE = support.model("llama", depth=4)
-MODEL = cross_attention.interleave(BARE, LAYER, every=2)
+MODEL = cross_attention.interleave(BARE, LAYER, every=2, first=1)
 # Row 0: words, an image, words, an image, words. Row 1: an image at once.
 TOKENS = jnp.array(
   [[5, 6, IMAGE, 7, 8, IMAGE, 9, 10], [IMAGE, 4, 3, 12, 13, 14, 15, 16]]
@@ -143,8 +143,8 @@ def test_images_change_only_the_tokens_after_them():
 
 
 def test_attention_adds_exactly_nothing_before_the_first_image():
-  layer = MODEL.layer_kinds()[0].cross
-  own = params()["run0"]["layer0"]["cross"]
+  layer = MODEL.layer_kinds()[1].cross
+  own = params()["run0"]["layer1"]["cross"]
   own = jax.tree.map(lambda x: x[0], own)
   x = jax.random.normal(jax.random.key(1), (2, 8, 32))
   blind = layer.apply({"params": own}, x)
@@ -265,7 +265,9 @@ class Language:
 def test_a_run_file_assembles_one_from_a_pretrained_language_model():
   base = support_vlm.model()
   loaded = source.Assembled(
-    language=source.Interleaved(language=Language(), layer=LAYER, every=2),
+    language=source.Interleaved(
+      language=Language(), layer=LAYER, every=2, first=1
+    ),
     vision=base.vision,
     connector=PerceiverResampler(WIDTH, queries=LATENTS, depth=1),
     image_token=IMAGE,
@@ -278,7 +280,7 @@ def test_a_run_file_assembles_one_from_a_pretrained_language_model():
   chex.assert_trees_all_equal(
     cross_attention.remove_layers(BARE, language), support.params(BARE)
   )
-  assert not language["run0"]["layer0"]["cross"]["attention_gate"].any()
+  assert not language["run0"]["layer1"]["cross"]["attention_gate"].any()
 
 
 def test_every_new_parameter_has_a_sharding_rule():
