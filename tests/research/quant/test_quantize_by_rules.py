@@ -73,6 +73,7 @@ def dense(params):
   return jax.tree.map(weights.dense, params, is_leaf=weights.is_weight)
 
 
+@pytest.mark.slow
 def test_every_matrix_of_the_layers_is_packed():
   model, params = known()
   packed, report = done()

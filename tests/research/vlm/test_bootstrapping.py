@@ -106,6 +106,7 @@ def test_negatives_follow_their_law():
     assert not counts[:, :4][p == 0].any()
 
 
+@pytest.mark.slow
 def test_every_weight_has_a_gradient_and_a_sharding_rule():
 
   def loss(params):
