@@ -214,7 +214,6 @@ def test_selected_tokens_are_those_of_all():
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_vision_language_model_with_images_beside_its_text():
   """Pixels of an image change the loss of its own row; all towers learn."""
   base = support_vlm.model()
