@@ -160,7 +160,9 @@ def test_attention_adds_exactly_nothing_before_the_first_image():
 
 
 def test_generated_tokens_are_those_of_full_forward_passes():
-  bound = cross_attention.with_media(MODEL, params(), media(), SIZES, IMAGE)
+  # Loud enough for each token to depend on what it sees.
+  images = 30 * media()
+  bound = cross_attention.with_media(MODEL, params(), images, SIZES, IMAGE)
   prompts = [[5, 6, IMAGE, 7], [IMAGE, 4, 3, 12, 13]]
   found = generate.generate(MODEL, bound, prompts, 3).tokens
   for row, prompt in enumerate(prompts):
