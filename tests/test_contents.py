@@ -46,9 +46,10 @@ def test_imports_take_what_they_need():
     "for x in packages: [getattr(x, name) for name in x.__all__]\n"
     "from experiments.core import config, train_eval\n"
     "print(*[f'jax.experimental.{x}' in sys.modules for x in\n"
-    "  ('mosaic.gpu', 'pallas.mosaic_gpu', 'pallas.tpu', 'pallas')])"
+    "  ('mosaic.gpu', 'pallas.mosaic_gpu', 'pallas.tpu', 'pallas')])\n"
+    "print('scipy.ndimage' in sys.modules)"
   )
   done = subprocess.run(
     [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
   )
-  assert done.stdout.split() == ["False"] * 6, done.stdout + done.stderr
+  assert done.stdout.split() == ["False"] * 7, done.stdout + done.stderr

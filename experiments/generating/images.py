@@ -91,7 +91,7 @@ def prompt_of(
   images = [open_image(file) for file in files]
   plans = [loaded.preprocessor.plan(*image.shape[:2]) for image in images]
   views = sum(plan.views for plan in plans)
-  prompt = data.Prompt.of(images, loaded.preprocessor, views)
+  prompt = data.Prompt.from_images(images, loaded.preprocessor, views)
   begin, whole = render(text if marks else MARK * len(files) + text)
   params = loaded.model.with_images_compiled(
     loaded.params, jnp.asarray(prompt.pixels[None])

@@ -162,7 +162,7 @@ class Pipeline(ShuffledRows):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mixture:
+class Mixture(ShuffledRows):
   """A mixture of several data sets in fixed proportions.
 
   Any prefix of the stream has the right proportions, to within a few rows. Each
@@ -208,16 +208,6 @@ class Mixture:
     streams = [part.stream(tokenizer) for part in self.parts]
     _check_equal_shapes(streams)
     return grain.MapDataset.mix(streams, self.weights)
-
-  def training(
-    self, tokenizer: Any, process: int = 0, processes: int = 1
-  ) -> grain.IterDataset:
-    """Returns endless shuffled batches; `iter()` of it can be checkpointed."""
-    return share(self.stream(tokenizer), self.batch_size, process, processes)
-
-  def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
-    """Returns all rows once, in order, ignoring the weights."""
-    return in_order(self.rows(tokenizer), self.batch_size, limit)
 
 
 def _ids(token: int | None) -> tuple[int, ...]:

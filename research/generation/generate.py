@@ -383,7 +383,11 @@ def token_limits(
       raise UserError(
         f"prompt {i}: found no tokens, expected at least one to continue"
       )
-    unknown = set(prompt).difference(range(model.vocab_size), extra)
+    unknown = [
+      token
+      for token in prompt
+      if not 0 <= token < model.vocab_size and token not in extra
+    ]
     if unknown:
       raise UserError(
         f"prompt {i}: found token {max(unknown)}, expected ids below "

@@ -65,7 +65,8 @@ class Answerer:
       questions: texts; all are one batch.
     """
     made = [
-      data.Prompt.of(each, self.preprocessor, self.views) for each in images
+      data.Prompt.from_images(each, self.preprocessor, self.views)
+      for each in images
     ]
     missing = -len(made) % self.rows
     made += made[-1:] * missing

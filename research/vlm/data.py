@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from research.data import pipeline
+from research.data import packing, pipeline
 from research.data.examples import Example
 from research.data.packing import Row
 from research.data.sources import Documents
@@ -106,7 +106,7 @@ class ImageRows(Sequence[Row]):
 
   def __getitem__(self, index: Any) -> Row:
     data, sample = self.data, self.data.samples[index]
-    prompt = Prompt.of(sample.images, data.preprocessor, data.views)
+    prompt = Prompt.from_images(sample.images, data.preprocessor, data.views)
     example = tokens_of(
       sample, prompt, self.tokenizer, data.image_token, data.template
     )
@@ -117,7 +117,7 @@ class ImageRows(Sequence[Row]):
         f" {prompt.soft_tokens} soft tokens, and the text of"
         f" {sample.question!r}"
       )
-    return text_row(example, data.length) | {"pixels": prompt.pixels}
+    return _row(example, data.length) | {"pixels": prompt.pixels}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Prompt:
   pieces: list[tuple[Piece, ...]]
 
   @classmethod
-  def of(
+  def from_images(
     cls,
     images: Sequence[UInt8[np.ndarray, "..."]],
     preprocessor: Preprocessor,
@@ -249,19 +249,10 @@ def tokens_of(
   return Example(np.asarray(before + answer, np.int32), mask)
 
 
-def text_row(example: Example, length: int) -> Row:
+def _row(example: Example, length: int) -> Row:
   """Returns an example as a row of `length` tokens, a document of its own."""
-  size = len(example.tokens)
-
-  def padded(x: np.ndarray, fill: int, dtype: Any) -> np.ndarray:
-    out = np.full(length, fill, dtype)
-    out[: len(x)] = x
-    return out
-
-  return {
-    "tokens": padded(example.tokens, 0, np.int32),
-    "targets": padded(example.tokens[1:], 0, np.int32),
-    "positions": padded(np.arange(size), -1, np.int32),
-    "segments": padded(np.zeros(size), -1, np.int32),
-    "weights": padded(example.loss_mask[1:], 0, np.float32),
-  }
+  whole = packing.Piece(0, 0, len(example.tokens))
+  rows = packing.PackedRows(
+    [example.tokens], [[whole]], length, [example.loss_mask]
+  )
+  return rows[0]

@@ -53,7 +53,6 @@ FIRST_OF_ONE = Layout(lambda x: x[0], lambda x: x[None])
 PROBE = Layout(lambda x: x.reshape(1, -1), lambda x: x[None])
 SCALAR = Layout(lambda x: x.reshape(()), lambda x: x)
 """Also read of `[1]`, as SigLIP's files have it."""
-VECTOR = Layout(lambda x: x.reshape(()), lambda x: x.reshape(1))
 
 
 @dataclasses.dataclass(frozen=True)

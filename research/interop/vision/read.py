@@ -8,14 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from research import tree
 from research.interop import hf, quantized
 from research.interop.loaded import Loaded
 from research.interop.vision import config as vision_config
 from research.interop.vision import internvl, names
-from research.io import safetensors
+from research.io import safetensors, unread
 from research.text.tokenizer import Tokenizer
 from research.typing import Params, UserError
 from research.vlm.contrastive.dual_encoder import DualEncoder
@@ -218,7 +217,7 @@ def read_tower(
     raise hf.mismatch(where, [], extra)
   kinds = () if model is None else model.layer_kinds()
   params = tree.stack(
-    _nested(outside), [_nested(layer) for layer in layers], kinds
+    unread.nested(outside), [unread.nested(layer) for layer in layers], kinds
   )
   return jax.tree.map(jnp.asarray, params)
 
@@ -241,17 +240,6 @@ def layer_shapes(
   }
   layers = [numbered[i] for i in range(len(numbered))]
   return flat(tree.outer_params(shapes), 0), layers
-
-
-def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  out: dict[str, Any] = {}
-  for path, x in flat.items():
-    *above, last = path.split("/")
-    at = out
-    for name in above:
-      at = at.setdefault(name, {})
-    at[last] = x
-  return out
 
 
 def model_from_directory(

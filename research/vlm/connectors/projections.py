@@ -162,14 +162,3 @@ def space_to_depth(
   shape = batch, rows // side, side, columns // side, side, channels
   x = x.reshape(shape).transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(batch, -1, side * side * channels)
-
-
-def depth_to_space(
-  x: Float[Array, "B S X"], grid: Grid, side: int
-) -> Float[Array, "B N C"]:
-  """Inverts `space_to_depth`; `grid` is that of the patches."""
-  rows, columns = grid
-  batch, _, channels = x.shape
-  shape = (batch, rows // side, columns // side, side, side)
-  x = x.reshape(*shape, channels // side**2).transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(batch, rows * columns, -1)

@@ -1,4 +1,4 @@
-"""One vector per image: by the class token, by attention, or a mean."""
+"""One vector per image: by the class token, or by attention."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -72,16 +72,4 @@ class AttentionPooling(nn.Module):
     return (y + self.mlp(self.norm(y)))[:, 0]
 
 
-class MeanPooling(nn.Module):
-  """The mean of the normalised patches."""
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "B N D"], valid: Bool[Array, "B N"], norm: Norm
-  ) -> Float[Array, "B D"]:
-    """Returns `[B, D]`; arguments as for `ClassPooling`."""
-    real = valid[..., None].astype(x.dtype)
-    return jnp.sum(norm(x) * real, axis=1) / jnp.maximum(real.sum(axis=1), 1)
-
-
-Pooling = ClassPooling | AttentionPooling | MeanPooling
+Pooling = ClassPooling | AttentionPooling
