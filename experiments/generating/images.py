@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from research.generation import generate
 from research.generation.generate import PromptMask, TokenSource
 from research.interop.loaded import Loaded
+from research.interop.vision import read
 from research.typing import UserError
 from research.vlm import data
 from research.vlm.images import open_image
@@ -123,8 +124,7 @@ def language_of(loaded: Loaded, params: Any = None) -> Loaded:
   """Returns the language model alone, with `params` if given."""
   if not isinstance(loaded.model, VisionLanguageModel):
     return loaded
-  own = loaded.params["language"] if params is None else params
-  return dataclasses.replace(loaded, model=loaded.model.language, params=own)
+  return read.language_of(loaded, params)
 
 
 def mask_of(model: Any) -> PromptMask | None:

@@ -37,6 +37,13 @@ class Fields:
       raise self.wrong(name, f"at most {most}")
     return x
 
+  def divisor(self, name: str, whole: int) -> int:
+    """Returns a whole number that divides `whole`."""
+    x = self.integer(name)
+    if whole % x:
+      raise self.wrong(name, f"a divisor of {whole}")
+    return x
+
   def maybe_integer(self, name: str) -> int | None:
     return None if self.get(name) is None else self.integer(name)
 

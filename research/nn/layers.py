@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from kernels_pallas.masks import Mask
 from research import sharding, tree, weights
 from research.nn import collectives
 from research.nn.stack import Stack
@@ -72,6 +73,23 @@ def stacked_runs(
     start = functools.partial(new, repeats=repeats, blocks=blocks)
     out.append((weights.weight(module, name, start), blocks))
   return out
+
+
+def new_layer(
+  block: Any, key: PRNGKey, width: int, dtype: str, **given: Any
+) -> Params:
+  """Returns new parameters of a `Block` for activations of a width.
+
+  Args:
+    block: the block.
+    key: of its weights.
+    width: D.
+    dtype: of the computation.
+    **given: further arguments of its call.
+  """
+  x = jnp.zeros((1, 1, width), dtype)
+  positions = jnp.zeros((1, 1), jnp.int32)
+  return block.init(key, x, positions, Mask.causal(), **given)["params"]
 
 
 def run_layers(

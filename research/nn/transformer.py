@@ -250,14 +250,12 @@ class Transformer(nn.Module):
     return x
 
   def _init_layer(self, block: Block, key: PRNGKey) -> Params:
-    x = jnp.zeros((1, 1, self.width), self.dtype)
-    positions = jnp.zeros((1, 1), jnp.int32)
     conditioning = self.time_embedding and jnp.zeros(
       (1, 1, self.time_embedding.width), self.dtype
     )
-    return block.init(
-      key, x, positions, Mask.causal(), conditioning=conditioning
-    )["params"]
+    return layers.new_layer(
+      block, key, self.width, self.dtype, conditioning=conditioning
+    )
 
   def _rotations(self, positions: Array) -> dict[Any, tuple[Array, Array]]:
     """Returns cos and sin for each kind of rotary embedding in the stack."""

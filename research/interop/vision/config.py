@@ -97,12 +97,8 @@ def _activation(fields: Fields, name: str = "hidden_act") -> Any:
 
 def _stack(fields: Fields) -> tuple[Stack, LayerNorm]:
   """Returns the layers of a tower, and its norm."""
-  width, heads = (
-    fields.integer("hidden_size"),
-    fields.integer("num_attention_heads"),
-  )
-  if width % heads:
-    raise fields.wrong("num_attention_heads", f"a divisor of {width}")
+  width = fields.integer("hidden_size")
+  heads = fields.divisor("num_attention_heads", width)
   norm = LayerNorm(eps=fields.number("layer_norm_eps"))
   block = Block(
     attention=Attention(

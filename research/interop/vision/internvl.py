@@ -96,12 +96,8 @@ def vision_tower(
     raise fields.wrong("norm_type", f"one of {', '.join(_NORMS)}")
   if fields.integer("num_channels") != 3:
     raise fields.wrong("num_channels", "3")
-  width, heads = (
-    fields.integer("hidden_size"),
-    fields.integer("num_attention_heads"),
-  )
-  if width % heads:
-    raise fields.wrong("num_attention_heads", f"a divisor of {width}")
+  width = fields.integer("hidden_size")
+  heads = fields.divisor("num_attention_heads", width)
   eps = fields.number("layer_norm_eps")
   scale = LayerScale(start=fields.number("layer_scale_init_value"))
   block = Block(

@@ -109,12 +109,8 @@ def qformer_from_config(
   fields = Fields(inner, f"{where}: qformer_config", _DEFAULTS)
   if ACTIVATIONS.get(fields.get("hidden_act")) != "gelu":
     raise fields.wrong("hidden_act", "gelu")
-  width, heads = (
-    fields.integer("hidden_size"),
-    fields.integer("num_attention_heads"),
-  )
-  if width % heads:
-    raise fields.wrong("num_attention_heads", f"a divisor of {width}")
+  width = fields.integer("hidden_size")
+  heads = fields.divisor("num_attention_heads", width)
   outer = Fields(config, where, dict(num_query_tokens=32))
   return qformer(
     size,

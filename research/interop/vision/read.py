@@ -290,11 +290,17 @@ def load(path: pathlib.Path, dtype: str = "float32") -> Loaded:
   return Loaded(model, params, words, source, preprocessor=preprocessor)
 
 
-def language_of(loaded: Loaded) -> Loaded:
-  """Returns the language model of a vision language model alone."""
+def language_of(loaded: Loaded, params: Params | None = None) -> Loaded:
+  """Returns the language model of a vision language model alone.
+
+  Args:
+    loaded: the vision language model.
+    params: of the language model, such as those that see images; by default
+      its own.
+  """
   return dataclasses.replace(
     loaded,
     model=loaded.model.language,
-    params=loaded.params["language"],
+    params=loaded.params["language"] if params is None else params,
     preprocessor=None,
   )

@@ -122,6 +122,4 @@ class TextEncoder(nn.Module):
     )
 
   def _init_layer(self, block: Block, key: PRNGKey) -> Params:
-    x = jnp.zeros((1, 1, self.width), self.dtype)
-    positions = jnp.zeros((1, 1), jnp.int32)
-    return block.init(key, x, positions, Mask.full())["params"]
+    return layers.new_layer(block, key, self.width, self.dtype)

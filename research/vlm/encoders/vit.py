@@ -206,9 +206,7 @@ class VisionTransformer(nn.Module):
     }
 
   def _init_layer(self, block: Block, key: PRNGKey) -> Params:
-    x = jnp.zeros((1, 1, self.width), self.dtype)
-    positions = jnp.zeros((1, 1), jnp.int32)
-    return block.init(key, x, positions, Mask.full())["params"]
+    return layers.new_layer(block, key, self.width, self.dtype)
 
 
 def _count(layer: int, depth: int) -> int:
