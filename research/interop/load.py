@@ -18,6 +18,7 @@ from research.interop import hf, quantized
 from research.interop.diffusion import spec
 from research.interop.loaded import ADAPTER_CONFIG, NOTE, Loaded
 from research.interop.quantized import compressed_activations
+from research.interop.vision import families
 from research.io import safetensors, unread
 from research.text import special_tokens
 from research.training import memory
@@ -25,8 +26,6 @@ from research.training.checkpoints import workdir
 from research.typing import UserError
 
 CONFIG = "config.json"
-VISION = (*("gemma3", "idefics3", "internvl", "llava", "paligemma", "smolvlm"),)
-"""Model types of `research.interop.vision`."""
 
 MODEL = "model"
 """In a run's working directory: what it trained whole, Hugging Face's way."""
@@ -177,7 +176,7 @@ def _directory(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
     )
   kind = safetensors.read_json(path / CONFIG).get("model_type")
   # Gemma 3's language model is read as other families' are, packed or not.
-  if kind in VISION and (towers == "all" or kind != "gemma3"):
+  if kind in families.MODULES and (towers == "all" or kind != "gemma3"):
     from research.interop.vision import read
 
     found = read.load(path, dtype)
