@@ -12,8 +12,8 @@ from research.interop.vision.tower_params import read_tower
 from research.io.fields import Fields
 from research.typing import Params
 from research.vlm.contrastive.dual_encoder import DualEncoder
-from research.vlm.encoders import vit
-from research.vlm.encoders.text import EndOfText, LastPosition, TextEncoder
+from research.vlm.encoders import presets, vit
+from research.vlm.encoders.text import TextEncoder
 
 MODEL_TYPES = ("clip", "siglip")
 
@@ -67,36 +67,27 @@ def dual_encoder(
 
 def _clip_text(config, where, dtype, size) -> TextEncoder:
   fields = Fields(config, where, _CLIP_TEXT)
-  stack, norm = towers.layers(fields)
   end = fields.get("eos_token_id")
-  return TextEncoder(
-    vocab_size=fields.integer("vocab_size"),
-    width=fields.integer("hidden_size"),
-    length=fields.integer("max_position_embeddings"),
-    stack=stack,
-    # Configurations of before transformers 4.31 say 2, and mean the greatest.
-    read=EndOfText(token=None if end == 2 else end),
+  tower = presets.clip_text(
+    towers.sizes(fields),
     size=size,
-    norm=norm,
-    dtype=dtype,
+    vocab=fields.integer("vocab_size"),
+    length=fields.integer("max_position_embeddings"),
+    # Configurations of before transformers 4.31 say 2, and mean the greatest.
+    end=None if end == 2 else end,
   )
+  return tower.clone(dtype=dtype)
 
 
 def _siglip_text(config, where, dtype) -> TextEncoder:
   fields = Fields(config, where, _SIGLIP_TEXT)
-  stack, norm = towers.layers(fields)
-  width = fields.integer("hidden_size")
-  return TextEncoder(
-    vocab_size=fields.integer("vocab_size"),
-    width=width,
+  tower = presets.siglip_text(
+    towers.sizes(fields),
+    vocab=fields.integer("vocab_size"),
     length=fields.integer("max_position_embeddings"),
-    stack=stack,
-    read=LastPosition(),
-    size=fields.maybe_integer("projection_size") or width,
-    projection_bias=True,
-    norm=norm,
-    dtype=dtype,
+    size=fields.maybe_integer("projection_size"),
   )
+  return tower.clone(dtype=dtype)
 
 
 def contrastive_params(

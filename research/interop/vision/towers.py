@@ -11,13 +11,8 @@ from typing import Any
 
 from research.interop.hf import config as hf_config
 from research.io.fields import Fields
-from research.nn.attention import Attention
-from research.nn.block import Block
-from research.nn.mlp import PlainMlp
-from research.nn.norm import LayerNorm
-from research.nn.stack import Stack
-from research.vlm.encoders.pooling import AttentionPooling, ClassPooling
-from research.vlm.encoders.positions import PositionTable
+from research.vlm.encoders import presets
+from research.vlm.encoders.presets import EncoderSizes
 from research.vlm.encoders.vit import VisionTransformer
 
 ACTIVATIONS = {
@@ -94,28 +89,24 @@ IDEFICS_DEFAULTS = SIGLIP_DEFAULTS | dict(
 )
 
 
-def layers(fields: Fields) -> tuple[Stack, LayerNorm]:
-  """Returns the layers of a tower of images or texts, and its norm."""
+def sizes(fields: Fields) -> EncoderSizes:
+  """Returns the sizes of a tower of images or texts, but for its images."""
   width = fields.integer("hidden_size")
-  heads = fields.divisor("num_attention_heads", width)
-  norm = LayerNorm(eps=fields.number("layer_norm_eps"))
-  block = Block(
-    attention=Attention(
-      heads=heads,
-      kv_heads=heads,
-      head_dim=width // heads,
-      rope=None,
-      qkv_bias=True,
-      out_bias=True,
-    ),
-    mlp=PlainMlp(
-      hidden=fields.integer("intermediate_size"),
-      activation=activation(fields),
-    ),
-    norm=norm,
+  return EncoderSizes(
+    width=width,
+    depth=fields.integer("num_hidden_layers", most=hf_config.MAX_DEPTH),
+    heads=fields.divisor("num_attention_heads", width),
+    hidden=fields.integer("intermediate_size"),
+    eps=fields.number("layer_norm_eps"),
+    activation=activation(fields),
   )
-  depth = fields.integer("num_hidden_layers", most=hf_config.MAX_DEPTH)
-  return Stack(depth, (block,)), norm
+
+
+def _image_sizes(fields: Fields) -> EncoderSizes:
+  if fields.integer("num_channels") != 3:
+    raise fields.wrong("num_channels", "3")
+  side, patch = fields.integer("image_size"), fields.integer("patch_size")
+  return dataclasses.replace(sizes(fields), patch=patch, grid=side // patch)
 
 
 def clip(
@@ -130,17 +121,7 @@ def clip(
     size: of the space it shares with texts; None for a tower of patches.
   """
   fields = Fields(config, where, CLIP_DEFAULTS)
-  stack, norm = layers(fields)
-  return VisionTransformer(
-    **_patches(fields),
-    stack=stack,
-    patch_bias=False,
-    class_token=True,
-    input_norm=norm,
-    norm=norm,
-    pooling=None if size is None else ClassPooling(size),
-    dtype=dtype,
-  )
+  return presets.clip(_image_sizes(fields), size=size).clone(dtype=dtype)
 
 
 def siglip(
@@ -157,28 +138,8 @@ def siglip(
     defaults: of fields that the file leaves out.
   """
   fields = Fields(config, where, defaults)
-  stack, norm = layers(fields)
-  pooling = None
-  if fields.flag("vision_use_head"):
-    block = stack.blocks[0]
-    pooling = AttentionPooling(
-      heads=block.attention.heads, mlp=block.mlp.clone(), norm=norm.clone()
-    )
-  return VisionTransformer(
-    **_patches(fields), stack=stack, norm=norm, pooling=pooling, dtype=dtype
-  )
-
-
-def _patches(fields: Fields) -> dict[str, Any]:
-  """Returns the fields of a tower that follow from its images."""
-  if fields.integer("num_channels") != 3:
-    raise fields.wrong("num_channels", "3")
-  side, patch = fields.integer("image_size"), fields.integer("patch_size")
-  return dict(
-    width=fields.integer("hidden_size"),
-    patch=patch,
-    positions=PositionTable(side // patch, side // patch),
-  )
+  head = fields.flag("vision_use_head")
+  return presets.siglip(_image_sizes(fields), head=head).clone(dtype=dtype)
 
 
 def _written(vision: VisionTransformer) -> dict[str, Any]:
