@@ -40,6 +40,14 @@ class Objective(Protocol):
   ) -> Sums: ...
 
 
+@runtime_checkable
+class TakesMask(Protocol):
+  """An objective whose tokens see what another part of the model says."""
+
+  def with_mask(self, mask: Callable[[Batch], Mask]) -> Objective:
+    """Returns the objective with this mask of a batch's tokens."""
+
+
 class WholeBatch:
   """Base of objectives in which a row's loss depends on all other rows.
 
@@ -92,6 +100,10 @@ class NextToken:
     ranges.non_negative("NextToken", z_loss=self.z_loss)
     ranges.share("NextToken", label_smoothing=self.label_smoothing)
     ranges.positive("NextToken", rows=self.rows)
+
+  def with_mask(self, mask: Callable[[Batch], Mask]) -> "NextToken":
+    """Returns the objective with this mask; see `TakesMask`."""
+    return dataclasses.replace(self, mask=mask)
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, weights and correct predictions."""
