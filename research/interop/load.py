@@ -168,23 +168,24 @@ def _directory(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
   adapter = adapter_directory(path)
   if adapter is not None:
     return _adapted(adapter, dtype, packed, shardings)
-  if packed is True and not quantized.is_quantized(path):
+  config = safetensors.read_json(path / CONFIG)
+  if packed is True and not quantized.is_quantized(config, path):
     raise UserError(
       f"{path}: packed weights come from .gguf files and from directories "
       "that a tool has quantized; these tensors are not, so load them without "
       "packed"
     )
-  kind = safetensors.read_json(path / CONFIG).get("model_type")
+  kind = config.get("model_type")
   # Gemma 3's language model is read as other families' are, packed or not.
   if kind in families.MODULES and (towers == "all" or kind != "gemma3"):
     from research.interop.vision import read
 
-    found = read.load(path, dtype)
+    found = read.load(path, dtype, config)
     return found if towers == "all" else read.language_of(found)
   words = tokenizer(path)
   memory.trim()  # reading it took more than it keeps
   model, params, source = hf.model_from_directory(
-    path, dtype, shardings, packed is not False
+    path, dtype, shardings, packed is not False, config
   )
   if packed is not False:
     quantization = source.get("quantization")
@@ -199,7 +200,8 @@ def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   from research.interop import native
   from research.quant import untied_embedding
 
-  tied, params, source = native.load(path, dtype, shardings)
+  config = safetensors.read_json(path / CONFIG)
+  tied, params, source = native.load(path, dtype, shardings, config)
   model = untied_embedding.untie_model(tied, params)
 
   def cast(params):
@@ -212,7 +214,6 @@ def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
     # Decoded weights are cut as arrays are, no longer as blocks.
     params = unread.moved(params, shardings)
   source = dict(format="orbax", path=str(path), came_from=source)
-  config = safetensors.read_json(path / CONFIG)
   how = spec.from_config(config, str(path / CONFIG))
   return Loaded(model, params, native.tokenizer(path), source, how)
 

@@ -57,17 +57,21 @@ def vision_language_params(
 
 
 def model_from_directory(
-  path: pathlib.Path, dtype: str = "float32"
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+  path: pathlib.Path,
+  dtype: str = "float32",
+  config: Mapping[str, Any] | None = None,
+) -> tuple[Any, dict[str, Any], Mapping[str, Any]]:
   """Returns the model in a directory, its parameters, and its config.json.
 
   Args:
     path: with config.json and safetensors, whose model type is one of
       `contrastive.MODEL_TYPES` or of `families.MODULES`.
     dtype: of parameters and computation.
+    config: what config.json says, if it has been read.
   """
   where = str(path / "config.json")
-  config = safetensors.read_json(path / "config.json")
+  if config is None:
+    config = safetensors.read_json(path / "config.json")
   tensors = safetensors.open_directory(path)
   kind = config.get("model_type")
   if kind in contrastive.MODEL_TYPES:
@@ -80,14 +84,19 @@ def model_from_directory(
   return model, params, config
 
 
-def load(path: pathlib.Path, dtype: str = "float32") -> Loaded:
+def load(
+  path: pathlib.Path,
+  dtype: str = "float32",
+  config: Mapping[str, Any] | None = None,
+) -> Loaded:
   """Returns a vision language model with its tokenizer and preprocessor.
 
   Args:
     path: a directory whose model type is one of `families.MODULES`.
     dtype: of parameters and computation.
+    config: what config.json says, if it has been read.
   """
-  model, params, config = model_from_directory(path, dtype)
+  model, params, config = model_from_directory(path, dtype, config)
   words, preprocessor = None, None
   if (path / "tokenizer.json").is_file():
     words = Tokenizer.from_directory(path)
