@@ -19,8 +19,8 @@ class WithImages:
   """Any objective of the language model, with images at its placeholders.
 
   A batch has `pixels`, uint8 [B, V, H, W, 3], beside the objective's own keys.
-  Where the objective takes a mask, it is the model's, which prompts have when it
-  answers as well.
+  Where the objective takes a mask it gets the model's, which prompts have when
+  it answers as well.
 
   Attributes:
     model: the experiment sets it after loading.
