@@ -48,6 +48,14 @@ class TakesMask(Protocol):
     """Returns the objective with this mask of a batch's tokens."""
 
 
+@runtime_checkable
+class Constrained(Protocol):
+  """An objective that bounds parameters: each update ends within its bounds."""
+
+  def constrain(self, trainable: Params) -> Params:
+    """Returns trained parameters, those out of bounds at their bounds."""
+
+
 class WholeBatch:
   """Base of objectives in which a row's loss depends on all other rows.
 

@@ -1,5 +1,6 @@
 """The contrastive objective: its batch, its gradient, and what it refuses."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +77,29 @@ def test_a_step_learns_the_pairs_and_padding_changes_nothing(model, loss):
   assert last["loss"] < 0.7 * total / weight
   for path, x in tree.flatten_paths(state.opt_state[0].mu):
     assert np.abs(x).max() > 0 or "bias" in path, path
+
+
+def test_a_step_cannot_pass_clips_limit_of_the_scale():
+  """Whatever the optimizer does: this one adds 5 to all parameters."""
+  params = params_of(CLIP) | {"logit_scale": jnp.float32(4.0)}
+  more = optax.stateless(
+    lambda updates, _: jax.tree.map(lambda x: jnp.full_like(x, 5), updates)
+  )
+  objective = Contrastive(CLIP, loss=softmax)
+  state = training.create(params, ".", more)
+  step = jax.jit(training.make_train_step(objective, more))
+  state, _ = step(state, BATCH, jax.random.key(0))
+  np.testing.assert_allclose(
+    state.params["logit_scale"], np.log(100), rtol=1e-6
+  )
+  rest = dict(params, logit_scale=jnp.float32(np.log(100) - 5))
+  moved = jax.tree.map(lambda x: x + 5, rest)
+  chex.assert_trees_all_close(state.params, moved, rtol=1e-5)
+
+
+def test_siglips_scale_has_no_limit():
+  params = {"logit_scale": jnp.float32(9), "logit_bias": jnp.float32(-10)}
+  assert Contrastive(SIGLIP).constrain(params) == params
 
 
 def test_microbatches_are_refused():
