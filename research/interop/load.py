@@ -9,6 +9,7 @@ import importlib.util
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -53,6 +54,7 @@ def load_model(
   packed: Packed = None,
   shardings: unread.Shardings | None = None,
   towers: Towers = "language",
+  image_size: Callable[[Loaded], Loaded] | None = None,
 ) -> Loaded:
   """Returns the model that `name` stands for.
 
@@ -68,6 +70,8 @@ def load_model(
       it. None puts whole arrays on the default device.
     towers: of a vision language model: its language model alone, or all of it,
       which then is a `research.vlm.VisionLanguageModel`.
+    image_size: what makes it a model for images of another size, see
+      `research.interop.vision.ImageSize`; None for the published one.
 
   Raises:
     UserError: it is none of these, or damaged, or not supported.
@@ -80,10 +84,12 @@ def load_model(
   with progress.phase(f"reading {name}"):
     if path.is_dir():
       found = _directory(path, dtype, packed, shardings, towers)
-      return _as_trained(found, last_stage(pathlib.Path(name)))
-    from research.interop.gguf.read import load_gguf
+      found = _as_trained(found, last_stage(pathlib.Path(name)))
+    else:
+      from research.interop.gguf.read import load_gguf
 
-    return load_gguf(path, dtype, bool(packed), shardings)
+      found = load_gguf(path, dtype, bool(packed), shardings)
+    return found if image_size is None else image_size(found)
 
 
 def locate(name: str | os.PathLike) -> pathlib.Path:

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "config": ["vision_language_model"],
     "contrastive": ["contrastive_params", "dual_encoder"],
     "families.table": ["family_of"],
+    "image_size": ["ImageSize"],
     "qformer": [
       "image_text_model",
       "image_text_params",

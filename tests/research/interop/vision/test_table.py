@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -35,6 +37,15 @@ def test_the_table_names_every_row():
   assert found == families.MODULES
   for kind in found:
     assert families.family_of(kind).model_type == kind
+
+
+def test_the_loader_asks_for_model_types_without_importing_jax():
+  code = (
+    "import sys; from research.interop.vision.families import MODULES;"
+    "print(len(MODULES), 'jax' in sys.modules)"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+  assert done.stdout.decode().split() == [str(len(families.MODULES)), "False"]
 
 
 def _parts(parts):
