@@ -35,6 +35,7 @@ GROUND = 1
 MOST = 16
 CATALOGUES = {  # a file a thing, all of one shape
   "research/lora/methods",
+  "research/interop/vision/families",
   "research/vlm/images/tiling",
   "kernels_pallas/flash_attention/gpu",
 }

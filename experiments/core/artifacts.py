@@ -23,7 +23,7 @@ from research.lora import wrap
 from research.training import state
 from research.training.reports import plots
 from research.typing import Params, UserError
-from research.vlm.model import VisionLanguageModel
+from research.vlm.sees_images import SeesImages
 
 DEFAULT_WINDOW = 1024
 """Tokens that `experiments.perplexity` reads together."""
@@ -120,7 +120,7 @@ def _save_model(folder, experiment, built, params) -> bool:
   params = device_context.gather(params)
   if not runtime.is_first_process():
     return True
-  if isinstance(built.loaded.model, VisionLanguageModel):
+  if isinstance(built.loaded.model, SeesImages):
     return _save_vision_model(folder, built.loaded, params)
   source = sources.from_training(
     built.loaded,
@@ -187,7 +187,7 @@ def next_commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
     window = f" --window={context}" if context < DEFAULT_WINDOW else ""
     generate = f"{python} -m experiments.generate --model={where}"
     perplexity = f"{python} -m experiments.perplexity --model={where}"
-    if isinstance(usable.model, VisionLanguageModel):
+    if isinstance(usable.model, SeesImages):
       tried = [f'{generate} --image=FILE --prompt="What is there?"']
     else:
       tried = [

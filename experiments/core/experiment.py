@@ -82,6 +82,7 @@ class Pretrained:
       of Hugging Face directories.
     remat: what the backward pass recomputes.
     towers: of a vision language model: "language", or "all" of them.
+    image_size: another size of its images, an `interop.vision.ImageSize`.
   """
 
   name: str
@@ -89,6 +90,7 @@ class Pretrained:
   packed: bool | None = None
   remat: Remat = "names"
   towers: load.Towers = "language"
+  image_size: Callable[[Loaded], Loaded] | None = None
 
   def load(self, shardings: Shardings | None = None) -> Loaded:
     """Returns the model, its weights and its tokenizer.
@@ -97,7 +99,12 @@ class Pretrained:
       shardings: of the weights, see `load.load_model`.
     """
     loaded = load.load_model(
-      self.name, self.dtype, self.packed, shardings, self.towers
+      self.name,
+      self.dtype,
+      self.packed,
+      shardings,
+      self.towers,
+      self.image_size,
     )
     return dataclasses.replace(
       loaded, model=loaded.model.clone(remat=self.remat)

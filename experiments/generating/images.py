@@ -17,7 +17,7 @@ from research.vlm import data
 from research.vlm.images import open_image
 from research.vlm.images.prompts import Piece
 from research.vlm.masks import Causal
-from research.vlm.model import VisionLanguageModel
+from research.vlm.sees_images import SeesImages
 
 MARK = "<image>"
 """Where an image stands in a prompt."""
@@ -46,7 +46,7 @@ def check(model: Any, files: Sequence[str], prompts: Sequence[str]) -> None:
     files: of --image.
     prompts: of --prompt.
   """
-  if files and not isinstance(model, VisionLanguageModel):
+  if files and not isinstance(model, SeesImages):
     raise UserError(
       f"--image={files[0]}: this model reads text alone; expected a vision"
       f" language model, or leave --image out"
@@ -122,14 +122,14 @@ def _joined(
 
 def language_of(loaded: Loaded, params: Any = None) -> Loaded:
   """Returns the language model alone, with `params` if given."""
-  if not isinstance(loaded.model, VisionLanguageModel):
+  if not isinstance(loaded.model, SeesImages):
     return loaded
   return read.language_of(loaded, params)
 
 
 def mask_of(model: Any) -> PromptMask | None:
   """Returns what a prompt's tokens see of each other; None for causal."""
-  if not isinstance(model, VisionLanguageModel) or model.mask == Causal():
+  if not isinstance(model, SeesImages) or model.mask == Causal():
     return None
   return model.mask
 

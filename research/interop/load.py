@@ -9,6 +9,7 @@ import importlib.util
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -18,6 +19,7 @@ from research.interop import hf, quantized
 from research.interop.diffusion import spec
 from research.interop.loaded import ADAPTER_CONFIG, NOTE, Loaded
 from research.interop.quantized import compressed_activations
+from research.interop.vision import families
 from research.io import safetensors, unread
 from research.text import special_tokens
 from research.training import memory
@@ -25,8 +27,6 @@ from research.training.checkpoints import workdir
 from research.typing import UserError
 
 CONFIG = "config.json"
-VISION = (*("gemma3", "idefics3", "internvl", "llava", "paligemma", "smolvlm"),)
-"""Model types of `research.interop.vision`."""
 
 MODEL = "model"
 """In a run's working directory: what it trained whole, Hugging Face's way."""
@@ -54,6 +54,7 @@ def load_model(
   packed: Packed = None,
   shardings: unread.Shardings | None = None,
   towers: Towers = "language",
+  image_size: Callable[[Loaded], Loaded] | None = None,
 ) -> Loaded:
   """Returns the model that `name` stands for.
 
@@ -69,6 +70,8 @@ def load_model(
       it. None puts whole arrays on the default device.
     towers: of a vision language model: its language model alone, or all of it,
       which then is a `research.vlm.VisionLanguageModel`.
+    image_size: what makes it a model for images of another size, see
+      `research.interop.vision.ImageSize`; None for the published one.
 
   Raises:
     UserError: it is none of these, or damaged, or not supported.
@@ -81,10 +84,12 @@ def load_model(
   with progress.phase(f"reading {name}"):
     if path.is_dir():
       found = _directory(path, dtype, packed, shardings, towers)
-      return _as_trained(found, last_stage(pathlib.Path(name)))
-    from research.interop.gguf.read import load_gguf
+      found = _as_trained(found, last_stage(pathlib.Path(name)))
+    else:
+      from research.interop.gguf.read import load_gguf
 
-    return load_gguf(path, dtype, bool(packed), shardings)
+      found = load_gguf(path, dtype, bool(packed), shardings)
+    return found if image_size is None else image_size(found)
 
 
 def locate(name: str | os.PathLike) -> pathlib.Path:
@@ -169,23 +174,24 @@ def _directory(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
   adapter = adapter_directory(path)
   if adapter is not None:
     return _adapted(adapter, dtype, packed, shardings)
-  if packed is True and not quantized.is_quantized(path):
+  config = safetensors.read_json(path / CONFIG)
+  if packed is True and not quantized.is_quantized(config, path):
     raise UserError(
       f"{path}: packed weights come from .gguf files and from directories "
       "that a tool has quantized; these tensors are not, so load them without "
       "packed"
     )
-  kind = safetensors.read_json(path / CONFIG).get("model_type")
+  kind = config.get("model_type")
   # Gemma 3's language model is read as other families' are, packed or not.
-  if kind in VISION and (towers == "all" or kind != "gemma3"):
+  if kind in families.MODULES and (towers == "all" or kind != "gemma3"):
     from research.interop.vision import read
 
-    found = read.load(path, dtype)
+    found = read.load(path, dtype, config)
     return found if towers == "all" else read.language_of(found)
   words = tokenizer(path)
   memory.trim()  # reading it took more than it keeps
   model, params, source = hf.model_from_directory(
-    path, dtype, shardings, packed is not False
+    path, dtype, shardings, packed is not False, config
   )
   if packed is not False:
     quantization = source.get("quantization")
@@ -200,7 +206,8 @@ def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   from research.interop import native
   from research.quant import untied_embedding
 
-  tied, params, source = native.load(path, dtype, shardings)
+  config = safetensors.read_json(path / CONFIG)
+  tied, params, source = native.load(path, dtype, shardings, config)
   model = untied_embedding.untie_model(tied, params)
 
   def cast(params):
@@ -213,7 +220,6 @@ def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
     # Decoded weights are cut as arrays are, no longer as blocks.
     params = unread.moved(params, shardings)
   source = dict(format="orbax", path=str(path), came_from=source)
-  config = safetensors.read_json(path / CONFIG)
   how = spec.from_config(config, str(path / CONFIG))
   return Loaded(model, params, native.tokenizer(path), source, how)
 

@@ -209,6 +209,7 @@ def load(
   directory: pathlib.Path,
   dtype: str = "float32",
   shardings: unread.Shardings | None = None,
+  config: Mapping[str, Any] | None = None,
 ) -> tuple[Transformer, dict[str, Any], dict[str, Any]]:
   """Returns (model, params as they were saved, source) of a checkpoint.
 
@@ -216,6 +217,7 @@ def load(
     directory: that `save` wrote.
     dtype: of the computation.
     shardings: where the arrays go, see `unread.place`.
+    config: what config.json says, if it has been read.
 
   Raises:
     UserError: it is damaged, or of a later version.
@@ -224,7 +226,8 @@ def load(
   note = Fields(safetensors.read_json(file), str(file))
   if note.get("version") != VERSION:
     raise note.wrong("version", f"{VERSION}; update Heptad, or convert again")
-  config = safetensors.read_json(directory / "config.json")
+  if config is None:
+    config = safetensors.read_json(directory / "config.json")
   family, sizes = hf_config.sizes_from_config(
     config, str(directory / "config.json")
   )

@@ -4,7 +4,8 @@ Start with `make_train_step`; the loop compiles the function that it returns.
 The gradient is that of (sum of losses) / (sum of weights) over the whole batch,
 for any number of microbatches and however unevenly they are masked. Optimizers
 that project gradients (`Compressing`) accumulate projected gradients;
-`Layerwise` ones never materialise all gradients or updates at once.
+`Layerwise` ones never materialise all gradients or updates at once. Parameters
+that the objective bounds (`Constrained`) end each step within their bounds.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from research.optim.low_rank.layerwise import Layerwise
 from research.training.objectives.objective import (
   PER_ROW,
   Batch,
+  Constrained,
   Objective,
   WholeBatch,
 )
@@ -80,6 +82,8 @@ def make_train_step(
     trainable, opt_state = _moved(
       tx, accumulate, grads, opt_state, state.trainable
     )
+    if isinstance(objective, Constrained):
+      trainable = objective.constrain(trainable)
     ema = state.ema
     if ema is not None:
       ema = optax.incremental_update(trainable, ema, 1 - average)

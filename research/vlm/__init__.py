@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "data": ["ImageQuestions", "Template"],
     "model": ["VisionLanguageModel"],
     "objective": ["WithImages"],
+    "sees_images": ["SeesImages"],
     "splice": ["Splice", "SplicedEmbedding", "with_features"],
     "within": ["Within"],
   },

@@ -8,6 +8,7 @@ from research.training.objectives.objective import (
   NextToken,
   Objective,
   Sums,
+  TakesMask,
 )
 from research.typing import Params, PRNGKey
 from research.vlm.model import VisionLanguageModel
@@ -18,8 +19,8 @@ class WithImages:
   """Any objective of the language model, with images at its placeholders.
 
   A batch has `pixels`, uint8 [B, V, H, W, 3], beside the objective's own keys.
-  Prompts that predict the next token have the model's mask, as they have when
-  it answers.
+  Where the objective takes a mask it gets the model's, which prompts have when
+  it answers as well.
 
   Attributes:
     model: the experiment sets it after loading.
@@ -36,7 +37,7 @@ class WithImages:
     bound = weights.bind(towers, key=key) | {"language": params["language"]}
     language = self.model.with_images(bound, batch["pixels"])
     inner = dataclasses.replace(self.objective, model=self.model.language)
-    if isinstance(inner, NextToken):
-      inner = dataclasses.replace(inner, mask=self.model.mask.of_rows)
+    if isinstance(inner, TakesMask):
+      inner = inner.with_mask(self.model.mask.of_rows)
     text = {k: v for k, v in batch.items() if k != "pixels"}
     return inner(language, text, key)

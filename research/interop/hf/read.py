@@ -264,22 +264,24 @@ def read_parts(
 
 
 def open_model(
-  directory: str | pathlib.Path, dtype: str = "float32"
+  directory: str | pathlib.Path,
+  dtype: str = "float32",
+  config: Mapping[str, Any] | None = None,
 ) -> tuple[Transformer, dict[str, quantized.Tensor], dict[str, Any]]:
   """Returns (model, its tensors unread, source) of a directory.
 
   Args:
     directory: has config.json and safetensors files.
     dtype: of the computation.
+    config: what config.json says, if it has been read.
 
   Raises:
     UserError: anything in it is missing, damaged or not supported.
   """
   directory = pathlib.Path(directory)
   file = directory / "config.json"
-  config, quantization = quantized.split_config(
-    safetensors.read_json(file), directory
-  )
+  config = safetensors.read_json(file) if config is None else config
+  config, quantization = quantized.split_config(config, directory)
   family, sizes = hf_config.sizes_from_config(config, str(file))
   model = presets.transformer(family, sizes, dtype)
   tensors: dict[str, Any] = safetensors.open_directory(directory)
@@ -313,6 +315,7 @@ def model_from_directory(
   dtype: str = "float32",
   shardings: unread.Shardings | None = None,
   packed: bool = True,
+  config: Mapping[str, Any] | None = None,
 ) -> tuple[Transformer, dict[str, Any], dict[str, Any]]:
   """Returns (model, params, source) of a Hugging Face directory.
 
@@ -321,10 +324,11 @@ def model_from_directory(
     dtype: of the parameters and of the computation.
     shardings: where the parameters go, see `unread.place`.
     packed: whether matrices that a tool has quantized stay packed.
+    config: what config.json says, if it has been read.
 
   Raises:
     UserError: anything in it is missing, damaged or not supported.
   """
-  model, tensors, source = open_model(directory, dtype)
+  model, tensors, source = open_model(directory, dtype, config)
   params = read_params(model, tensors, dtype, directory, shardings, packed)
   return model, params, source

@@ -101,9 +101,8 @@ def split_config(
   return plain, found
 
 
-def is_quantized(directory: pathlib.Path) -> bool:
-  """Whether the model in a directory says that it is quantized."""
-  config = safetensors.read_json(directory / "config.json")
+def is_quantized(config: Mapping[str, Any], directory: pathlib.Path) -> bool:
+  """Whether a model says that it is quantized; see `split_config`."""
   return split_config(config, directory)[1] is not None
 
 

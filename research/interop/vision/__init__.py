@@ -5,7 +5,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
-    "config": ["dual_encoder", "vision_language_model"],
+    "config": ["vision_language_model"],
+    "contrastive": ["contrastive_params", "dual_encoder"],
+    "families.table": ["family_of"],
+    "image_size": ["ImageSize"],
     "qformer": [
       "image_text_model",
       "image_text_params",
@@ -14,12 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "qformer_params",
       "qformer_tensors",
     ],
-    "read": [
-      "contrastive_params",
-      "load",
-      "model_from_directory",
-      "vision_language_params",
-    ],
+    "read": ["load", "model_from_directory", "vision_language_params"],
     "source": ["Assembled", "Interleaved"],
     "write": ["vision_language_tensors", "write_model"],
   },

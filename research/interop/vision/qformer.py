@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.interop import hf, quantized
-from research.interop.vision import names, read, write
-from research.interop.vision.config import ACTIVATIONS
+from research.interop.vision import names
+from research.interop.vision.tower_params import read_tower, tower_tensors
+from research.interop.vision.towers import ACTIVATIONS
 from research.io.fields import Fields
 from research.typing import Params, UserError
 from research.vlm.bootstrapping.model import CaptionHead, ImageTextModel
@@ -171,7 +172,7 @@ def qformer_params(
     lambda: model.init(jax.random.key(0), x, (1, 1))["params"]
   )
   own = {k: x for k, x in tensors.items() if not _OTHERS.match(k)}
-  return read.read_tower(shapes, QFORMER, own, model, dtype, where)
+  return read_tower(shapes, QFORMER, own, model, dtype, where)
 
 
 def image_text_params(
@@ -202,8 +203,8 @@ def image_text_params(
   of_qformer = {k: x for k, x in own.items() if k.startswith(tuple(inner))}
   rest = {k: x for k, x in own.items() if k not in of_qformer}
   outside = {k: x for k, x in shapes.items() if k != "qformer"}
-  out = read.read_tower(outside, TEXTS, rest, None, dtype, where)
-  out["qformer"] = read.read_tower(
+  out = read_tower(outside, TEXTS, rest, None, dtype, where)
+  out["qformer"] = read_tower(
     shapes["qformer"], QFORMER, of_qformer, model.qformer, dtype, where
   )
   return out | start
@@ -218,7 +219,7 @@ def qformer_tensors(
     params: of a `QFormer`; packed weights are decoded.
     dtype: of the tensors.
   """
-  return write.tower_tensors(QFORMER, params, dtype)
+  return tower_tensors(QFORMER, params, dtype)
 
 
 def image_text_tensors(
@@ -226,5 +227,5 @@ def image_text_tensors(
 ) -> dict[str, np.ndarray]:
   """Returns the first stage's tensors; arguments as for `qformer_tensors`."""
   outside = {k: x for k, x in params.items() if k != "qformer"}
-  out = write.tower_tensors(TEXTS, outside, dtype)
+  out = tower_tensors(TEXTS, outside, dtype)
   return out | qformer_tensors(params["qformer"], dtype)

@@ -40,6 +40,22 @@ class Objective(Protocol):
   ) -> Sums: ...
 
 
+@runtime_checkable
+class TakesMask(Protocol):
+  """An objective whose tokens see what another part of the model says."""
+
+  def with_mask(self, mask: Callable[[Batch], Mask]) -> Objective:
+    """Returns the objective with this mask of a batch's tokens."""
+
+
+@runtime_checkable
+class Constrained(Protocol):
+  """An objective that bounds parameters: each update ends within its bounds."""
+
+  def constrain(self, trainable: Params) -> Params:
+    """Returns trained parameters, those out of bounds at their bounds."""
+
+
 class WholeBatch:
   """Base of objectives in which a row's loss depends on all other rows.
 
@@ -92,6 +108,10 @@ class NextToken:
     ranges.non_negative("NextToken", z_loss=self.z_loss)
     ranges.share("NextToken", label_smoothing=self.label_smoothing)
     ranges.positive("NextToken", rows=self.rows)
+
+  def with_mask(self, mask: Callable[[Batch], Mask]) -> "NextToken":
+    """Returns the objective with this mask; see `TakesMask`."""
+    return dataclasses.replace(self, mask=mask)
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, weights and correct predictions."""

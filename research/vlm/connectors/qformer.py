@@ -17,6 +17,7 @@ from research.nn.mlp import PlainMlp
 from research.nn.norm import LayerNorm
 from research.nn.stack import Stack
 from research.typing import Array, Float, Params, PRNGKey, UserError
+from research.vlm.connectors.latents import latents
 from research.vlm.connectors.projections import Grid
 
 
@@ -130,12 +131,8 @@ class QFormer(nn.Module):
     """
     parts, queries = [], 0
     if image is not None:
-      init = nn.initializers.normal(0.02)
-      shape = self.queries, self.width
-      latents = weights.weight(self, "latents", init, shape)
-      parts, queries = [latents.astype(self.dtype)], self.queries
-      parts = [jnp.broadcast_to(parts[0], (image.shape[0], *shape))]
-      image = image.astype(self.dtype)
+      image, queries = image.astype(self.dtype), self.queries
+      parts.append(latents(self, image, queries, self.width, std=0.02))
     if text is not None:
       parts.append(text.astype(self.dtype))
     x = jnp.concatenate(parts, axis=1)

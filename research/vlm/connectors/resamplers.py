@@ -8,6 +8,7 @@ from research.nn.attention import CrossAttention
 from research.nn.mlp import Activation, PlainMlp
 from research.nn.norm import LayerNorm
 from research.typing import Array, Float
+from research.vlm.connectors.latents import latents
 from research.vlm.connectors.projections import Grid
 
 
@@ -33,13 +34,11 @@ class AttentionPool(nn.Module):
     """Returns `queries` soft tokens; arguments as for `Linear`."""
     del grid
     width = x.shape[-1]
-    init = nn.initializers.normal(0.02)
-    queries = weights.weight(self, "latents", init, (self.queries, width))
-    queries = jnp.broadcast_to(queries, (x.shape[0], *queries.shape))
+    queries = latents(self, x, self.queries, width, std=0.02)
     attention = CrossAttention(
       heads=self.heads, head_dim=width // self.heads, name="attention"
     )
-    y = attention(queries.astype(x.dtype), self.norm(x))
+    y = attention(queries, self.norm(x))
     return weights.project(self, y, "projection", self.size, True)
 
   def tokens(self, grid: Grid) -> int:
@@ -57,20 +56,20 @@ class _ResamplerLayer(nn.Module):
   eps: float
 
   @nn.compact
-  def __call__(self, latents, media):
+  def __call__(self, y, media):
     normed = LayerNorm(eps=self.eps, name="media_norm")(media)
-    own = LayerNorm(eps=self.eps, name="attention_norm")(latents)
+    own = LayerNorm(eps=self.eps, name="attention_norm")(y)
     attention = CrossAttention(
       heads=self.heads, head_dim=self.head_dim, name="attention"
     )
-    latents = latents + attention(own, jnp.concatenate([normed, own], axis=1))
+    y = y + attention(own, jnp.concatenate([normed, own], axis=1))
     mlp = PlainMlp(
-      hidden=4 * latents.shape[-1],
+      hidden=4 * y.shape[-1],
       activation=self.activation,
       bias=False,
       name="mlp",
     )
-    return latents + mlp(LayerNorm(eps=self.eps, name="mlp_norm")(latents))
+    return y + mlp(LayerNorm(eps=self.eps, name="mlp_norm")(y))
 
 
 class PerceiverResampler(nn.Module):
@@ -102,11 +101,7 @@ class PerceiverResampler(nn.Module):
   ) -> Float[Array, "B S D"]:
     """Returns `queries` soft tokens; arguments as for `Linear`."""
     del grid
-    width = x.shape[-1]
-    init = nn.initializers.normal(1.0)
-    latents = weights.weight(self, "latents", init, (self.queries, width))
-    latents = jnp.broadcast_to(latents, (x.shape[0], *latents.shape))
-    latents = latents.astype(x.dtype)
+    y = latents(self, x, self.queries, x.shape[-1], std=1.0)
     for i in range(self.depth):
       layer = _ResamplerLayer(
         self.heads,
@@ -115,9 +110,9 @@ class PerceiverResampler(nn.Module):
         self.eps,
         name=f"resampler{i}",
       )
-      latents = layer(latents, x)
-    latents = LayerNorm(eps=self.eps, name="final_norm")(latents)
-    return weights.project(self, latents, "projection", self.size, True)
+      y = layer(y, x)
+    y = LayerNorm(eps=self.eps, name="final_norm")(y)
+    return weights.project(self, y, "projection", self.size, True)
 
   def tokens(self, grid: Grid) -> int:
     """Returns the number of soft tokens, whatever the grid."""

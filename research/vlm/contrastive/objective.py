@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from research import weights
+from research import tree, weights
 from research.training.objectives.objective import Batch, Sums, WholeBatch
 from research.typing import Array, Params, PRNGKey
 from research.vlm.contrastive import losses
@@ -50,6 +50,18 @@ class Contrastive(WholeBatch):
   model: DualEncoder | None = None
   loss: Loss = sigmoid
   normalise: Normalisation = HALF
+
+  def constrain(self, trainable: Params) -> Params:
+    """Returns trained parameters, CLIP's scale at most `losses.MAX_SCALE`.
+
+    A model with a bias is SigLIP's, whose scale has no limit.
+    """
+    if self.model.bias is not None:
+      return trainable
+    return tree.map_paths(
+      lambda path, x: losses.clipped_scale(x) if path == "logit_scale" else x,
+      trainable,
+    )
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the loss times the number of real rows, and that number.

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "presets": ["EncoderSizes", "clip", "clip_text", "siglip", "siglip_text"],
+    "resize_positions": ["bicubic", "corner_aligned", "resized_positions"],
     "text": ["TextEncoder"],
     "vit": ["Features", "VisionTransformer"],
   },

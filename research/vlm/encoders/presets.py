@@ -22,6 +22,7 @@ class EncoderSizes:
     patch: side of a patch in pixels.
     grid: patches along each side of the images it was trained on.
     eps: of the norms; None for the family's.
+    activation: of the feed-forwards; None for the family's.
   """
 
   width: int
@@ -31,12 +32,33 @@ class EncoderSizes:
   patch: int = 16
   grid: int = 14
   eps: float | None = None
+  activation: Activation | None = None
 
 
-def encoder_stack(
-  sizes: EncoderSizes, activation: Activation, eps: float
-) -> Stack:
-  """Returns pre-norm layers with full attention and biases everywhere."""
+def _siglip(sizes: EncoderSizes) -> EncoderSizes:
+  """Returns the sizes, SigLIP's norms and activation where they say none."""
+  return dataclasses.replace(
+    sizes,
+    eps=sizes.eps or 1e-6,
+    activation=sizes.activation or "gelu_tanh",
+  )
+
+
+def _clip(sizes: EncoderSizes) -> EncoderSizes:
+  """Returns the sizes, CLIP's norms and activation where they say none."""
+  return dataclasses.replace(
+    sizes,
+    eps=sizes.eps or 1e-5,
+    activation=sizes.activation or "quick_gelu",
+  )
+
+
+def encoder_stack(sizes: EncoderSizes) -> Stack:
+  """Returns pre-norm layers with full attention and biases everywhere.
+
+  Args:
+    sizes: with norms and activation.
+  """
   block = Block(
     attention=Attention(
       heads=sizes.heads,
@@ -46,8 +68,8 @@ def encoder_stack(
       qkv_bias=True,
       out_bias=True,
     ),
-    mlp=PlainMlp(hidden=sizes.hidden, activation=activation),
-    norm=LayerNorm(eps=eps),
+    mlp=PlainMlp(hidden=sizes.hidden, activation=sizes.activation),
+    norm=LayerNorm(eps=sizes.eps),
   )
   return Stack(sizes.depth, (block,))
 
@@ -59,18 +81,18 @@ def siglip(sizes: EncoderSizes, *, head: bool = False) -> VisionTransformer:
     sizes: of the tower.
     head: whether it has the pooling head, which language models do not use.
   """
-  eps = sizes.eps or 1e-6
+  sizes = _siglip(sizes)
   pooling = AttentionPooling(
     heads=sizes.heads,
-    mlp=PlainMlp(hidden=sizes.hidden, activation="gelu_tanh"),
-    norm=LayerNorm(eps=eps),
+    mlp=PlainMlp(hidden=sizes.hidden, activation=sizes.activation),
+    norm=LayerNorm(eps=sizes.eps),
   )
   return VisionTransformer(
     width=sizes.width,
     patch=sizes.patch,
-    stack=encoder_stack(sizes, "gelu_tanh", eps),
+    stack=encoder_stack(sizes),
     positions=PositionTable(sizes.grid, sizes.grid),
-    norm=LayerNorm(eps=eps),
+    norm=LayerNorm(eps=sizes.eps),
     pooling=pooling if head else None,
   )
 
@@ -82,16 +104,16 @@ def clip(sizes: EncoderSizes, *, size: int | None = None) -> VisionTransformer:
     sizes: of the tower.
     size: of the shared space; None for a tower without its projection.
   """
-  eps = sizes.eps or 1e-5
+  sizes = _clip(sizes)
   return VisionTransformer(
     width=sizes.width,
     patch=sizes.patch,
-    stack=encoder_stack(sizes, "quick_gelu", eps),
+    stack=encoder_stack(sizes),
     positions=PositionTable(sizes.grid, sizes.grid),
     patch_bias=False,
     class_token=True,
-    input_norm=LayerNorm(eps=eps),
-    norm=LayerNorm(eps=eps),
+    input_norm=LayerNorm(eps=sizes.eps),
+    norm=LayerNorm(eps=sizes.eps),
     pooling=None if size is None else ClassPooling(size),
   )
 
@@ -107,16 +129,16 @@ def siglip_text(
     length: tokens a text, padding included.
     size: of the shared space; None for the width.
   """
-  eps = sizes.eps or 1e-6
+  sizes = _siglip(sizes)
   return TextEncoder(
     vocab_size=vocab,
     width=sizes.width,
     length=length,
-    stack=encoder_stack(sizes, "gelu_tanh", eps),
+    stack=encoder_stack(sizes),
     read=LastPosition(),
     size=size or sizes.width,
     projection_bias=True,
-    norm=LayerNorm(eps=eps),
+    norm=LayerNorm(eps=sizes.eps),
   )
 
 
@@ -137,15 +159,15 @@ def clip_text(
     length: tokens a text, padding included.
     end: id of the end token, see `EndOfText`.
   """
-  eps = sizes.eps or 1e-5
+  sizes = _clip(sizes)
   return TextEncoder(
     vocab_size=vocab,
     width=sizes.width,
     length=length,
-    stack=encoder_stack(sizes, "quick_gelu", eps),
+    stack=encoder_stack(sizes),
     read=EndOfText(token=end),
     size=size,
-    norm=LayerNorm(eps=eps),
+    norm=LayerNorm(eps=sizes.eps),
   )
 
 

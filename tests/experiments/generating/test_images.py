@@ -10,6 +10,7 @@ from PIL import Image
 from experiments.generating import images
 from research.interop.loaded import Loaded
 from research.typing import UserError
+from research.vlm import masks
 from tests import support, support_vlm
 
 TOKENIZER, IMAGE = support_vlm.tokenizer(), support_vlm.IMAGE
@@ -75,6 +76,25 @@ def test_a_model_without_eyes_says_so(files):
     images.check(support.model("llama"), files, ["w5"])
   with pytest.raises(UserError, match="found 2 prompts, expected one"):
     images.check(LOADED.model, files, ["w5", "w6"])
+
+
+class OtherEyes:
+  """A model of other towers: not a `VisionLanguageModel`."""
+
+  def __init__(self):
+    self.language, self.image_token = LOADED.model.language, IMAGE
+    self.mask = masks.BidirectionalPrompt()
+
+  def with_images(self, params, pixels):
+    return LOADED.model.with_images(params, pixels)
+
+  with_images_compiled = with_images
+
+
+def test_a_model_of_another_class_sees_images(files):
+  images.check(OtherEyes(), files, ["w5"])
+  assert images.mask_of(OtherEyes()) == masks.BidirectionalPrompt()
+  assert images.mask_of(support.model("llama")) is None
 
 
 def test_a_model_without_a_preprocessor_says_so(files):

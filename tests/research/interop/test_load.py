@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from research.interop import load, native
+from research.interop import convert, load, native, sources, vision
+from research.interop.loaded import Loaded
+from research.io import safetensors
 from research.quant import qtensor
 from research.quant.formats.affine import Affine
 from research.typing import UserError
-from tests import support_lora
+from tests import support_lora, support_vlm
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 
@@ -32,6 +34,25 @@ def test_a_directory_says_where_it_came_from():
   assert it.tokenizer is None
   assert it.source["format"] == "hf"
   assert it.source["model_type"] == "qwen2"
+
+
+@pytest.mark.parametrize("kind", ["hf", "vision", "orbax"])
+def test_config_json_is_read_once(kind, tmp_path, monkeypatch):
+  folder = MODELS / "llama" if kind == "hf" else tmp_path / "model"
+  if kind == "orbax":
+    convert.to_orbax(sources.open_source(MODELS / "llama"), folder)
+  if kind == "vision":
+    model, params = support_vlm.model(), support_vlm.params()
+    vision.write_model(folder, Loaded(model, params, None, {}), params)
+  read, files = safetensors.read_json, []
+
+  def count(path, raw=None):
+    files.append(pathlib.Path(path).name)
+    return read(path, raw)
+
+  monkeypatch.setattr(safetensors, "read_json", count)
+  load.load_model(folder, towers="all")
+  assert files.count("config.json") == 1
 
 
 def test_a_checkpoint_of_ours_is_cast_and_decoded_as_asked():

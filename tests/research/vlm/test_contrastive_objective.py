@@ -78,6 +78,33 @@ def test_a_step_learns_the_pairs_and_padding_changes_nothing(model, loss):
     assert np.abs(x).max() > 0 or "bias" in path, path
 
 
+class AnyLoss(Contrastive):
+  """The objective, but for its loss."""
+
+  def __call__(self, params, batch, key):
+    return sum(x.sum() for x in jax.tree.leaves(params)), jnp.ones(()), {}
+
+
+def test_a_step_cannot_pass_clips_limit_of_the_scale():
+  """Whatever the optimizer does: this one adds 5 to all parameters."""
+  params = {"logit_scale": jnp.float32(4), "image": {"norm": jnp.ones(3)}}
+  more = optax.stateless(
+    lambda updates, _: jax.tree.map(lambda x: jnp.full_like(x, 5), updates)
+  )
+  state = training.create(params, ".", more)
+  step = jax.jit(training.make_train_step(AnyLoss(CLIP), more))
+  state, _ = step(state, BATCH, jax.random.key(0))
+  scale = state.params["logit_scale"]
+  np.testing.assert_allclose(scale, np.log(100), rtol=1e-6)
+  # Other parameters have no limit.
+  np.testing.assert_array_equal(state.params["image"]["norm"], 6)
+
+
+def test_siglips_scale_has_no_limit():
+  params = {"logit_scale": jnp.float32(9), "logit_bias": jnp.float32(-10)}
+  assert Contrastive(SIGLIP).constrain(params) == params
+
+
 def test_microbatches_are_refused():
   with pytest.raises(UserError, match="accumulate: found 2 microbatches"):
     training.make_train_step(Contrastive(CLIP), optax.sgd(0.1), accumulate=2)

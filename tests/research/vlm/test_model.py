@@ -1,6 +1,8 @@
 """A vision language model's loss: what it depends on, and what it does not."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -16,7 +18,7 @@ from research.nn import logits
 from research.sharding import Layout
 from research.training import global_batch
 from research.training.objectives.objective import NextToken
-from research.vlm import WithImages
+from research.vlm import WithImages, masks
 from research.vlm.answering import Answerer
 from tests import support_vlm
 
@@ -97,6 +99,28 @@ def test_text_alone_is_the_language_models():
   found, _, _ = WithImages(MODEL)(PARAMS, text, None)
   expected, _, _ = NextToken(MODEL.language)(PARAMS["language"], text, None)
   chex.assert_trees_all_equal(found, expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class TakesAnyMask:
+  """An objective that returns whether it has the expected mask."""
+
+  expected: Any
+  model: Any = None
+  mask: Any = None
+
+  def with_mask(self, mask):
+    return dataclasses.replace(self, mask=mask)
+
+  def __call__(self, params, batch, key):
+    return jnp.float32(self.mask == self.expected), jnp.ones(()), {}
+
+
+def test_any_objective_that_takes_a_mask_has_the_models():
+  model = dataclasses.replace(MODEL, mask=masks.BidirectionalPrompt())
+  objective = TakesAnyMask(expected=model.mask.of_rows)
+  same, _, _ = WithImages(model, objective)(PARAMS, batch(), None)
+  assert same == 1
 
 
 def test_masked_diffusion_sees_images_too():

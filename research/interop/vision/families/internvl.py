@@ -1,26 +1,34 @@
-"""InternVL's vision tower: InternViT, with learned scales of its sublayers.
+"""InternVL: InternViT, pixel shuffle, a norm and an MLP.
 
-Chen et al. 2023, arXiv:2312.14238. That of 6 billion parameters, which
-normalises queries and keys over all heads at once, is refused by name.
+Chen et al. 2023, arXiv:2312.14238. InternViT has learned scales of its
+sublayers. That of 6 billion parameters, which normalises queries and keys over
+all heads at once, is refused by name.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from research.interop.hf import config as hf_config
-from research.interop.vision import names
+from research.interop.vision import names, towers
+from research.interop.vision.families.family import (
+  Config,
+  Family,
+  Language,
+  Parts,
+)
+from research.interop.vision.prefixes import like_llava
 from research.io.fields import Fields
 from research.nn.attention import Attention
 from research.nn.block import Block
 from research.nn.mlp import PlainMlp
 from research.nn.norm import LayerNorm, LayerScale, RMSNorm
 from research.nn.stack import Stack
+from research.vlm import connectors
 from research.vlm.encoders.positions import PositionTable
-from research.vlm.encoders.vit import VisionTransformer
+from research.vlm.encoders.vit import Features, VisionTransformer
+from research.vlm.images import normalise
+from research.vlm.model import VisionLanguageModel
 
-MODEL_TYPE = "internvl_vision"
-
-DEFAULTS = dict(
+VISION_DEFAULTS = dict(
   hidden_size=1024,
   num_hidden_layers=24,
   num_attention_heads=16,
@@ -43,16 +51,16 @@ _NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
 
 _LAYER, _THEIRS = names.LAYER, "encoder.layer.<i>."
 
-ALONE = names.Layout(lambda x: x.reshape(-1), lambda x: x.reshape(1, 1, -1))
+_ALONE = names.Layout(lambda x: x.reshape(-1), lambda x: x.reshape(1, 1, -1))
 
-VISION = (
+VISION_ROWS = (
   names.Row(
     "patch_embed",
     "embeddings.patch_embeddings.projection.weight",
     names.CONVOLUTION,
   ),
   names.Row("patch_embed_bias", "embeddings.patch_embeddings.projection.bias"),
-  names.Row("class_embed", "embeddings.cls_token", ALONE),
+  names.Row("class_embed", "embeddings.cls_token", _ALONE),
   names.Row(
     "positions/table", "embeddings.position_embeddings", names.FIRST_OF_ONE
   ),
@@ -73,12 +81,10 @@ VISION = (
   *names.linear(f"{_LAYER}mlp/down", f"{_THEIRS}mlp.fc2"),
   *names.norm("final_norm", "layernorm"),
 )
-"""Its tensors, by our paths."""
+"""InternViT's tensors, by our paths."""
 
 
-def vision_tower(
-  config: Mapping[str, Any], where: str, dtype: str
-) -> VisionTransformer:
+def _read_vision(config: Config, where: str, dtype: str) -> VisionTransformer:
   """Returns the image tower that a `vision_config` describes.
 
   Args:
@@ -86,7 +92,7 @@ def vision_tower(
     where: its file and place, for messages.
     dtype: of the computation.
   """
-  fields = Fields(config, where, DEFAULTS)
+  fields = Fields(config, where, VISION_DEFAULTS)
   fields.neutral(
     {"use_qk_norm": (None, False), "use_mask_token": (None, False)}
   )
@@ -146,13 +152,12 @@ def _pair(fields: Fields, name: str) -> tuple[int, int]:
   return pair[0], pair[1]
 
 
-def vision_config(vision: VisionTransformer) -> dict[str, Any]:
-  """Returns the `vision_config` of a tower; inverts `vision_tower`."""
+def _write_vision(vision: VisionTransformer) -> dict[str, Any]:
+  """Returns the `vision_config` of a tower; inverts `_read_vision`."""
   block, patch = vision.stack.blocks[0], vision.patch
   grid = vision.positions or PositionTable(1, 1)
   norms = {kind: name for name, kind in _NORMS.items()}
   return dict(
-    model_type=MODEL_TYPE,
     hidden_size=vision.width,
     intermediate_size=block.mlp.hidden,
     num_hidden_layers=vision.stack.depth,
@@ -167,3 +172,66 @@ def vision_config(vision: VisionTransformer) -> dict[str, Any]:
     layer_scale_init_value=block.post_norm.start,
     use_mean_pooling=vision.norm is None,
   )
+
+
+def _parts(parts: Parts) -> dict[str, Any]:
+  fields = parts.fields
+  side = round(1 / fields.number("downsample_ratio"))
+  if side < 1 or side * fields.number("downsample_ratio") != 1:
+    raise fields.wrong("downsample_ratio", "one over a whole number")
+  if fields.get("vision_feature_select_strategy") != "default":
+    raise fields.wrong("vision_feature_select_strategy", "default")
+  layer = fields.get("vision_feature_layer")
+  if type(layer) is not int:
+    raise fields.wrong("vision_feature_layer", "a number of a layer")
+  inner = connectors.Mlp(
+    size=parts.language.width,
+    activation=towers.activation(fields, "projector_hidden_act"),
+  )
+  return dict(
+    connector=connectors.Squares(
+      side=side, inner=inner, after=LayerNorm(eps=1e-5)
+    ),
+    features=Features(layers=(layer,), normed=layer == -1),
+    normalise=normalise.IMAGENET,
+  )
+
+
+def _fields(model: VisionLanguageModel, config: Config) -> dict[str, Any]:
+  connector = model.connector
+  return dict(
+    downsample_ratio=1 / connector.side,
+    image_seq_length=model.tokens_per_view(
+      *config["vision_config"]["image_size"]
+    ),
+    projector_hidden_act=towers.activation_name(connector.inner.activation),
+    vision_feature_layer=model.features.layers[0],
+  )
+
+
+INTERNVL = Family(
+  model_type="internvl",
+  architecture="InternVLForConditionalGeneration",
+  defaults=dict(
+    image_token_id=151_667,
+    downsample_ratio=0.5,
+    projector_hidden_act="gelu",
+    vision_feature_layer=-1,
+    vision_feature_select_strategy="default",
+    tie_word_embeddings=True,
+  ),
+  image_token="image_token_id",
+  towers=(towers.Tower("internvl_vision", _read_vision, _write_vision),),
+  language=Language("qwen2"),
+  parts=_parts,
+  fields=_fields,
+  naming=like_llava(vision="vision_tower."),
+  vision_rows=VISION_ROWS,
+  connector_rows=(
+    *names.norm("after", "layer_norm"),
+    *names.linear("inner/up", "linear_1"),
+    *names.linear("inner/down", "linear_2"),
+  ),
+)
+
+FAMILIES = (INTERNVL,)

@@ -1,0 +1,40 @@
+"""The families, by model type; each is imported when it is used.
+
+Importing this file is cheap: the loader asks it of any directory.
+"""
+
+import importlib
+from typing import Any
+
+from research.errors import UserError
+
+MODULES = {
+  "gemma3": "research.interop.vision.families.gemma3",
+  "llava": "research.interop.vision.families.llava",
+  "idefics3": "research.interop.vision.families.idefics3",
+  "smolvlm": "research.interop.vision.families.idefics3",
+  "paligemma": "research.interop.vision.families.paligemma",
+  "internvl": "research.interop.vision.families.internvl",
+}
+"""Model type -> the module whose `FAMILIES` has its row.
+
+A model that several can describe is written as the first of them.
+"""
+
+
+def family_of(kind: Any, where: Any = "config.json") -> Any:
+  """Returns the `Family` of a model type.
+
+  Args:
+    kind: of a config.json.
+    where: that file, for messages.
+
+  Raises:
+    UserError: there is none.
+  """
+  if kind not in MODULES:
+    raise UserError(
+      f"{where}: model_type is {kind!r}, expected one of {', '.join(MODULES)}"
+    )
+  module = importlib.import_module(MODULES[kind])
+  return next(row for row in module.FAMILIES if row.model_type == kind)

@@ -1,0 +1,34 @@
+"""What a model that sees images can do, whatever it is made of."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from research.typing import Array, Params, UInt8
+from research.vlm.masks import PromptMask
+
+
+@runtime_checkable
+class SeesImages(Protocol):
+  """A language model that sees images: `VisionLanguageModel` is one.
+
+  Commands ask for this rather than for a class, so that a model of other
+  towers is one as well.
+
+  Attributes:
+    language: the language model.
+    image_token: id of the placeholder.
+    mask: what the tokens of a prompt see of each other.
+  """
+
+  language: Any
+  image_token: int
+  mask: PromptMask
+
+  def with_images(
+    self, params: Params, pixels: UInt8[Array, "B V H W 3"]
+  ) -> dict[str, Any]:
+    """Returns the language model's parameters, which see these images."""
+
+  def with_images_compiled(
+    self, params: Params, pixels: UInt8[Array, "B V H W 3"]
+  ) -> dict[str, Any]:
+    """Returns `with_images`, compiled once for each shape of `pixels`."""
