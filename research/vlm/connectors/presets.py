@@ -10,6 +10,7 @@ from typing import Any
 from flax import linen as nn
 
 from research.nn.norm import LayerNorm, RMSNorm
+from research.vlm.connectors.deep_stack import DeepStack
 from research.vlm.connectors.projections import (
   AveragePool,
   Linear,
@@ -31,6 +32,16 @@ def _qwen2_vl(size: int, features: int, norm: Any = None) -> Squares:
   return Squares(side=2, inner=inner, before=norm or LayerNorm(eps=1e-6))
 
 
+def _qwen3_vl(size: int, features: int) -> DeepStack:
+  # Features of the output and of three layers before it.
+  inner, norm = Mlp(size=size, hidden=features), LayerNorm(eps=1e-6)
+  return DeepStack(
+    first=Squares(side=2, inner=inner, before=norm),
+    deeper=Squares(side=2, inner=inner.clone(), after=norm.clone()),
+    count=3,
+  )
+
+
 CONNECTORS: dict[str, Callable[[int, int], Any]] = {
   "llava": lambda size, features: Linear(size=size),
   "llava-1.5": lambda size, features: Mlp(size=size),
@@ -48,6 +59,7 @@ CONNECTORS: dict[str, Callable[[int, int], Any]] = {
   "qwen2.5-vl": lambda size, features: _qwen2_vl(
     size, features, RMSNorm(eps=1e-6)
   ),
+  "qwen3-vl": _qwen3_vl,
   "gemma3": lambda size, features: AveragePool(
     side=4,
     norm=RMSNorm(eps=1e-6, offset=1.0),
