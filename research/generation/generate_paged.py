@@ -241,6 +241,7 @@ def _check_adapters(params):
   bound = jax.eval_shape(lambda: weights.with_tokens(params, token))
   if jax.tree.structure(bound) != jax.tree.structure(params):
     raise UserError(
-      "pages: found an adapter that is activated by certain tokens, expected "
-      "one that does not depend on whole rows.\nGenerate without pages."
+      "pages: found weights that depend on all tokens of a row (an adapter "
+      "that certain tokens activate, rotary positions of images), expected "
+      "ones that do not.\nGenerate without pages."
     )

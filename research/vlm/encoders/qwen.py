@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from research.nn.attention import Attention
 from research.nn.block import Block
-from research.nn.mlp import Activation, Mlp, PlainMlp
+from research.nn.mlp import Mlp, PlainMlp
 from research.nn.norm import LayerNorm, Norm, RMSNorm
 from research.nn.rope import Rope, Spatial
 from research.nn.stack import Stack
@@ -63,19 +63,17 @@ def _tower(
 
 
 def qwen2_vl(
-  sizes: EncoderSizes,
-  *,
-  activation: Activation = "quick_gelu",
-  dtype: str = "float32",
+  sizes: EncoderSizes, *, dtype: str = "float32"
 ) -> VisionTransformer:
   """Returns Qwen2-VL's image tower (Wang et al. 2024, arXiv:2409.12191).
 
   Args:
     sizes: of the tower; its grid is not used.
-    activation: of the feed-forward.
     dtype: of the computation.
   """
-  mlp = PlainMlp(hidden=sizes.hidden, activation=activation)
+  mlp = PlainMlp(
+    hidden=sizes.hidden, activation=sizes.activation or "quick_gelu"
+  )
   block = _block(sizes, mlp, LayerNorm(eps=EPS))
   return _tower(sizes, (block,), None, dtype)
 
@@ -85,7 +83,6 @@ def qwen2_5_vl(
   *,
   window: int = 8,
   full: Sequence[int] = (7, 15, 23, 31),
-  activation: Activation = "silu",
   dtype: str = "float32",
 ) -> VisionTransformer:
   """Returns Qwen2.5-VL's image tower (Bai et al. 2025, arXiv:2502.13923).
@@ -94,7 +91,6 @@ def qwen2_5_vl(
     sizes: of the tower; its grid is not used.
     window: side of the windows, in patches.
     full: numbers of the layers without windows, from 0.
-    activation: of the feed-forward's gate.
     dtype: of the computation.
 
   Raises:
@@ -105,7 +101,9 @@ def qwen2_5_vl(
       f"full: found layers {tuple(full)}, expected numbers below {sizes.depth},"
       " the number of layers"
     )
-  mlp = Mlp(hidden=sizes.hidden, activation=activation, bias=True)
+  mlp = Mlp(
+    hidden=sizes.hidden, activation=sizes.activation or "silu", bias=True
+  )
   kinds = [0 if i in full else window for i in range(sizes.depth)]
   period = next(
     p
@@ -120,19 +118,17 @@ def qwen2_5_vl(
 
 
 def qwen3_vl(
-  sizes: EncoderSizes,
-  *,
-  activation: Activation = "gelu_tanh",
-  dtype: str = "float32",
+  sizes: EncoderSizes, *, dtype: str = "float32"
 ) -> VisionTransformer:
   """Returns Qwen3-VL's image tower (arXiv:2511.21631).
 
   Args:
     sizes: of the tower; its grid is that of the learned positions.
-    activation: of the feed-forward.
     dtype: of the computation.
   """
-  mlp = PlainMlp(hidden=sizes.hidden, activation=activation)
+  mlp = PlainMlp(
+    hidden=sizes.hidden, activation=sizes.activation or "gelu_tanh"
+  )
   block = _block(sizes, mlp, LayerNorm(eps=EPS))
   table = InterpolatedTable(sizes.grid, sizes.grid)
   return _tower(sizes, (block,), table, dtype)
