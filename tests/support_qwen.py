@@ -7,8 +7,11 @@ import sys
 
 import numpy as np
 import safetensors.numpy
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from research.interop import vision
+from research.text.tokenizer import Tokenizer
 from research.vlm import data
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.presets import QWEN
@@ -82,3 +85,19 @@ def rows(name):
   found = golden(name)
   pairs = zip(found["tokens"], found["lengths"], strict=True)
   return [row[:n].tolist() for row, n in pairs]
+
+
+START, END = 61, 62
+"""Tokens around an image."""
+
+
+def tokenizer() -> Tokenizer:
+  """Returns words `w0` to `w66`, of which three are Qwen's tokens of images."""
+  words = {f"w{i}": i for i in range(67) if i not in (IMAGE, START, END)}
+  around = {"<|vision_start|>": START, "<|vision_end|>": END}
+  backend = Backend(
+    models.WordLevel(words | around | {"<|image_pad|>": IMAGE}, unk_token="w0")
+  )
+  backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  backend.add_special_tokens(["<|vision_start|>", "<|vision_end|>"])
+  return Tokenizer(backend=backend, eos=65, pad=0, stop=(65,))

@@ -230,6 +230,12 @@ def _check_rotations(model):
 
 def _check_adapters(params):
   """Raises UserError if a weight depends on the row or on its tokens."""
+  if weights.per_row(params):
+    raise UserError(
+      "pages: found images, expected text alone: prompts are prefilled in "
+      "pieces, which do not know where their images are.\nGenerate without "
+      "pages."
+    )
   loose = jax.eval_shape(lambda: weights.bind(params))
   if jax.tree.structure(loose) != jax.tree.structure(params):
     raise UserError(
@@ -241,7 +247,6 @@ def _check_adapters(params):
   bound = jax.eval_shape(lambda: weights.with_tokens(params, token))
   if jax.tree.structure(bound) != jax.tree.structure(params):
     raise UserError(
-      "pages: found weights that depend on all tokens of a row (an adapter "
-      "that certain tokens activate, rotary positions of images), expected "
-      "ones that do not.\nGenerate without pages."
+      "pages: found an adapter that is activated by certain tokens, expected "
+      "one that does not depend on whole rows.\nGenerate without pages."
     )

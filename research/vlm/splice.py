@@ -36,6 +36,8 @@ class SplicedEmbedding(weights.WrappedWeight):
     token: id of the placeholder, which may lie outside of the table.
   """
 
+  per_row = True
+
   w: Any
   features: Any
   token: int = dataclasses.field(metadata=dict(static=True))

@@ -48,7 +48,9 @@ class InjectedFeatures(weights.Weight):
     token: id of the placeholder.
   """
 
-  features: Float[Array, "B P J D"]
+  per_row = True
+
+  features: Any
   token: int
 
   @property

@@ -88,10 +88,12 @@ class ImagePositions(weights.Weight):
     offset: `[B]`, of the tokens after these, or None before `with_tokens`.
   """
 
-  grids: Int[Array, "B V 2"]
+  per_row = True
+
+  grids: Any
   token: int
-  positions: Int[Array, "B T 3"] | None = None
-  offset: Int[Array, "B"] | None = None
+  positions: Any = None
+  offset: Any = None
 
   @property
   def shape(self) -> tuple[int, ...]:

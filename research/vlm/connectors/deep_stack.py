@@ -16,13 +16,11 @@ class DeepStack(nn.Module):
 
   Attributes:
     first: of the encoder's output, the first of `Features.layers`.
-    deeper: of each other layer; each has weights of its own.
-    count: number of other layers, J.
+    deeper: of each of J other layers, in order.
   """
 
   first: Squares
-  deeper: Squares
-  count: int
+  deeper: tuple[Squares, ...]
 
   @property
   def side(self) -> int:
@@ -42,18 +40,15 @@ class DeepStack(nn.Module):
     Returns:
       `[B, S, (1 + J) width]`; `Splice` takes them apart.
     """
-    if x.shape[-1] % (1 + self.count):
+    count = 1 + len(self.deeper)
+    if x.shape[-1] % count:
       raise UserError(
         f"DeepStack: found features of width {x.shape[-1]}, expected those of"
-        f" {1 + self.count} layers; name so many in Features.layers"
+        f" {count} layers; name so many in Features.layers"
       )
-    first, *others = jnp.split(x, 1 + self.count, axis=-1)
-    mergers = [
-      self.deeper.clone(name=f"deeper{i}", parent=self)
-      for i in range(self.count)
-    ]
-    soft = [self.first(first, grid)]
-    soft += [f(x, grid) for f, x in zip(mergers, others, strict=True)]
+    of_layers = jnp.split(x, count, axis=-1)
+    mergers = self.first, *self.deeper
+    soft = [f(x, grid) for f, x in zip(mergers, of_layers, strict=True)]
     return jnp.concatenate(soft, axis=-1)
 
   def tokens(self, grid: Grid) -> int:

@@ -34,11 +34,12 @@ def _qwen2_vl(size: int, features: int, norm: Any = None) -> Squares:
 
 def _qwen3_vl(size: int, features: int) -> DeepStack:
   # Features of the output and of three layers before it.
-  inner, norm = Mlp(size=size, hidden=features), LayerNorm(eps=1e-6)
+  def merger(**norm):
+    return Squares(side=2, inner=Mlp(size=size, hidden=features), **norm)
+
   return DeepStack(
-    first=Squares(side=2, inner=inner, before=norm),
-    deeper=Squares(side=2, inner=inner.clone(), after=norm.clone()),
-    count=3,
+    first=merger(before=LayerNorm(eps=1e-6)),
+    deeper=tuple(merger(after=LayerNorm(eps=1e-6)) for _ in range(3)),
   )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from research.typing import UserError
 from research.vlm import connectors, data
-from research.vlm.encoders import native, windows
+from research.vlm.encoders import EncoderSizes, native, qwen, windows
 from research.vlm.images.patches import patchify
 from tests import support_qwen, support_vlm
 
@@ -43,8 +43,9 @@ def test_windows_are_squares_of_patches_in_order():
   for window in set(found[valid[0]].tolist()):
     inside = np.asarray(at[0][found == window])
     assert len({tuple(x // 4) for x in inside}) == 1
-  block = windows.WindowedBlock(attention=None, mlp=None, side=4)
-  order = windows.window_order(at, valid, [block])
+  sizes = EncoderSizes(width=24, depth=2, heads=2, hidden=8, patch=4)
+  tower = qwen.qwen2_5_vl(sizes, window=4, full=(1,))
+  order = windows.window_order(at, valid, tower.layer_kinds())
   in_order = np.asarray(found[order[0]])
   changes = np.count_nonzero(np.diff(in_order))
   assert changes == 6 and (in_order[60:] == -1).all()

@@ -57,12 +57,14 @@ def _parts(parts: Parts) -> dict[str, Any]:
     raise fields.wrong(
       DEEPER, f"1 to {most}, fewer than the language model has layers"
     )
-  before, after = LayerNorm(eps=encoders.EPS), LayerNorm(eps=encoders.EPS)
+
+  def merger(norm: str) -> connectors.Squares:
+    own = {norm: LayerNorm(eps=encoders.EPS)}
+    return qwen.merger(parts, fields, WIDTH, **own)
+
   return dict(
     connector=connectors.DeepStack(
-      first=qwen.merger(parts, fields, WIDTH, before=before),
-      deeper=qwen.merger(parts, fields, WIDTH, after=after),
-      count=len(layers),
+      first=merger("before"), deeper=tuple(merger("after") for _ in layers)
     ),
     # Theirs count blocks from 0; the input of the first is our layer 0.
     features=Features(layers=(-1, *(i + 1 for i in layers)), normed=False),
@@ -101,7 +103,7 @@ QWEN3_VL = Family(
       row
       for i in range(MOST_DEEPER)
       for row in _merger_rows(
-        f"deeper{i}", "after", f"deepstack_merger_list.{i}"
+        f"deeper_{i}", "after", f"deepstack_merger_list.{i}"
       )
     ),
   ),
