@@ -221,7 +221,9 @@ class VisionTransformer(nn.Module):
 
   def _order(self, coordinates, valid):
     """Returns the order of patches in which the layers run; None for theirs."""
-    if self.class_token and any(map(window_side, self.stack.blocks)):
+    if not any(map(window_side, self.stack.blocks)):
+      return None
+    if self.class_token:
       raise UserError(
         "VisionTransformer: found layers with windows and a class token, which"
         " is in none; expected one of them"

@@ -44,7 +44,7 @@ def window_order(
   coordinates: Int[Array, "B N 2"],
   valid: Bool[Array, "B N"],
   blocks: Iterable[Block],
-) -> Int[Array, "B N"] | None:
+) -> Int[Array, "B N"]:
   """Returns an order in which the patches of a window follow each other.
 
   Attention then skips tiles of patches that have no window in common. Padding
@@ -52,11 +52,10 @@ def window_order(
 
   Args:
     coordinates, valid: as for `windows_of`.
-    blocks: the layers; None is returned if none has windows.
+    blocks: the layers, of which one at least has windows; of several sizes the
+      smallest count.
   """
   sides = set(map(window_side, blocks)) - {0}
-  if not sides:
-    return None
   windows = windows_of(coordinates, valid, min(sides))
   last = jnp.iinfo(windows.dtype).max
   return jnp.argsort(jnp.where(valid, windows, last), axis=1, stable=True)

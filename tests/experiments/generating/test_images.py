@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from experiments.generating import images
-from research.generation import generate
 from research.interop.loaded import Loaded
 from research.typing import UserError
 from research.vlm import masks
@@ -84,7 +83,7 @@ class OtherEyes:
 
   def __init__(self):
     self.language, self.image_token = LOADED.model.language, IMAGE
-    self.mask = masks.BidirectionalPrompt()
+    self.mask, self.square = masks.BidirectionalPrompt(), 1
 
   def with_images(self, params, pixels):
     return LOADED.model.with_images(params, pixels)
@@ -104,7 +103,7 @@ def test_a_model_without_a_preprocessor_says_so(files):
     images.prompt_of(blind, files, "w5", render)
 
 
-def test_images_of_native_resolution_as_transformers_generates(tmp_path):
+def test_images_of_native_resolution(tmp_path):
   """The prompt is the goldens' first row, written as a user would."""
   model, params = support_qwen.opened("qwen2_vl", tmp_path)
   loaded = Loaded(
@@ -128,5 +127,8 @@ def test_images_of_native_resolution_as_transformers_generates(tmp_path):
   made = images.prompt_of(loaded, paths, text, lambda text: ([], text))
   assert made.ids == ids
   assert made.image_tokens == ids.count(support_qwen.IMAGE)
-  found = generate.generate(model.language, made.params, [made.ids], 6)
-  assert found.tokens == golden["generated"][:1].tolist()
+  grids = made.params["rotary"].grids[0]
+  np.testing.assert_array_equal(grids, golden["grids"][:2] // 2)
+  features = made.params["embed"].features[0, : made.image_tokens]
+  expected = golden["features"][: made.image_tokens]
+  np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from research.typing import UserError
 from research.vlm import connectors, data
 from research.vlm.encoders import EncoderSizes, native, qwen, windows
 from research.vlm.images.patches import patchify
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.tiling.native import Native
+from research.vlm.scenes.sample import Sample
 from tests import support_qwen, support_vlm
 
 
@@ -49,41 +53,23 @@ def test_windows_are_squares_of_patches_in_order():
   in_order = np.asarray(found[order[0]])
   changes = np.count_nonzero(np.diff(in_order))
   assert changes == 6 and (in_order[60:] == -1).all()
-  assert windows.window_order(at, valid, []) is None
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
-def model(request, tmp_path_factory):
-  return support_qwen.opened(request.param, tmp_path_factory.mktemp("model"))
-
-
-def test_places_for_more_patches_change_nothing(model):
-  model, params = model
-  images = support_qwen.images(model, "qwen2_vl")
-  count = images.shape[-2]
-  wider = jnp.pad(images.pixels, ((0, 0), (0, 1), (0, 16), (0, 0)))
-  grids = jnp.pad(images.grids, ((0, 0), (0, 1), (0, 0)))
-  few = model.encode(params, images)
-  many = model.encode(params, native.Patches(wider, grids))
-  soft = np.asarray(images.grids).prod(-1).sum(-1) // model.square**2
-  assert few.shape[1] == 2 * count // 4 < many.shape[1]
-  for n, x, y in zip(soft, few, many, strict=True):
-    np.testing.assert_allclose(x[:n], y[:n], rtol=1e-5, atol=1e-5)
-
-
-def test_views_of_one_size_are_images_of_that_size(model):
-  """Patches go row by row, or square by square."""
-  model, params = model
-  pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
-  how = support_qwen.preprocessor(model)
-  prompts = [data.Prompt.from_images([view], how, 1) for view in pixels]
-  found = model.encode(params, data.batch_images(prompts, model.square))
-  expected = model.encode(params, jnp.asarray(pixels[:, None]))
-  soft = expected.shape[1]
-  assert soft == 6
-  np.testing.assert_allclose(found[:, :soft], expected, rtol=1e-5, atol=1e-5)
-  grids = model.soft_grids(jnp.asarray(pixels[:, None]))
-  np.testing.assert_array_equal(grids, [[(2, 3)], [(2, 3)]])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_views_of_one_size_are_images_of_that_size(name, tmp_path):
+  """Patches go row by row here, and square by square in the goldens."""
+  model, params = support_qwen.opened(name, tmp_path)
+  golden = support_qwen.golden(name)
+  view = jnp.asarray(golden["image_2"])[None, None]
+  found = jax.jit(model.encode)(params, view)[0]
+  assert found.shape[0] == 4
+  expected = golden["features"][-4:]
+  if name == "qwen3_vl":
+    deeper = golden["deeper"][-4:].reshape(4, -1)
+    expected = np.concatenate([expected, deeper], axis=-1)
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
+  np.testing.assert_array_equal(model.soft_grids(view), [[(1, 4)]])
 
 
 def test_connectors_that_read_whole_views_are_refused():
@@ -96,8 +82,32 @@ def test_connectors_that_read_whole_views_are_refused():
     model.encode({}, patches)
 
 
-def test_an_image_of_too_many_patches_is_refused(model):
-  how = support_qwen.preprocessor(model[0])
+def test_an_image_of_too_many_patches_is_refused():
+  how = Preprocessor(Native(patch=4, merge=2, least=1))
   image = np.zeros((16, 24, 3), np.uint8)
   with pytest.raises(UserError, match="found 24 of an image, expected at most"):
     data.Prompt.from_images([image], how, 1, patches=16)
+
+
+def test_rows_of_questions_have_patches_and_grids():
+  how = Preprocessor(Native(patch=4, merge=2, least=1))
+  images = tuple(np.full((h, w, 3), h, np.uint8) for h, w in ((16, 24), (8, 8)))
+  fields = dict(
+    samples=[Sample(images, "w5", "w6", "", "", program={}, objects=())],
+    preprocessor=how,
+    image_token=support_vlm.IMAGE,
+    length=16,
+    views=3,
+  )
+  questions = data.ImageQuestions(**fields, patches=32)
+  [row] = questions.rows(support_vlm.tokenizer())
+  assert row["patches"].shape == (3, 32, 48)
+  np.testing.assert_array_equal(row["grids"], [(4, 6), (2, 2), (0, 0)])
+  counts = (row["patches"] != 0).all(-1).sum(-1)
+  np.testing.assert_array_equal(counts, [24, 4, 0])
+  assert (row["tokens"] == support_vlm.IMAGE).sum() == 7
+  with pytest.raises(UserError, match="patches: found None, expected the most"):
+    data.ImageQuestions(**fields)
+  views = fields | dict(preprocessor=support_vlm.PREPROCESSOR)
+  with pytest.raises(UserError, match="patches: found 32, expected None"):
+    data.ImageQuestions(**views, patches=32)
