@@ -42,6 +42,8 @@ class Weight:
   """Whether training updates the stored codes directly; see `Int8Tensor`."""
   token_wise = False
   """Whether the output for a token depends on that token only."""
+  per_row = False
+  """Whether its arrays have an axis of a batch's rows, such as their images."""
   extra_ids: tuple[int, ...] = ()
   """Ids that `take` accepts besides those of the table's rows."""
 
@@ -385,6 +387,12 @@ def token_wise(params: Any) -> bool:
   """
   leaves = jax.tree.leaves(params, is_leaf=is_weight)
   return all(not is_weight(w) or w.token_wise for w in leaves)
+
+
+def per_row(params: Any) -> bool:
+  """Whether some weights are those of a batch's rows, such as their images."""
+  leaves = jax.tree.leaves(params, is_leaf=is_weight)
+  return any(is_weight(w) and w.per_row for w in leaves)
 
 
 def select_tokens(params: Any, keep: Int[Array, "B N"]) -> Any:

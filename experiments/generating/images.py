@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from research.generation import generate
 from research.generation.generate import PromptMask, TokenSource
 from research.interop.loaded import Loaded
@@ -95,7 +93,7 @@ def prompt_of(
   prompt = data.Prompt.from_images(images, loaded.preprocessor, views)
   begin, whole = render(text if marks else MARK * len(files) + text)
   params = loaded.model.with_images_compiled(
-    loaded.params, jnp.asarray(prompt.pixels[None])
+    loaded.params, data.batch_images([prompt], loaded.model.square)
   )
   return PromptWithImages(
     begin + _joined(loaded, whole.split(MARK), prompt.pieces),

@@ -230,6 +230,12 @@ def _check_rotations(model):
 
 def _check_adapters(params):
   """Raises UserError if a weight depends on the row or on its tokens."""
+  if weights.per_row(params):
+    raise UserError(
+      "pages: found images, expected text alone: prompts are prefilled in "
+      "pieces, which do not know where their images are.\nGenerate without "
+      "pages."
+    )
   loose = jax.eval_shape(lambda: weights.bind(params))
   if jax.tree.structure(loose) != jax.tree.structure(params):
     raise UserError(

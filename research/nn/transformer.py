@@ -89,6 +89,9 @@ class Transformer(nn.Module):
       injected: activations that are added after the first J layers, at the
         tokens of images (DeepStack); zeros elsewhere.
 
+    Without `rotary` and `injected`, both are those of the images in the
+    parameters, if there are any (`research.nn.multimodal`).
+
     Raises:
       UserError: `time` is missing in a model with `time_embedding`, or given to
         one without; or `rotary` is given to a model without rotary axes.
@@ -129,7 +132,6 @@ class Transformer(nn.Module):
     rotary=None,
     injected=None,
   ):
-    self._check_rotary(rotary)
     x = sharding.constrain(self._embed(inputs), "batch", "length", None)
     batch, length = x.shape[:2]
     fresh = cache is None or cache.fresh
@@ -148,6 +150,11 @@ class Transformer(nn.Module):
       positions = step + start
       if lengths is not None:
         positions = jnp.where(step < lengths[:, None], positions, -1)
+    if rotary is None:
+      rotary = self._rotary_of_images(positions, cache)
+    if injected is None:
+      injected = self._injected_at_images(inputs)
+    self._check_rotary(rotary)
     new_length = None
     if cache is not None:
       new_length = cache.length + jnp.sum(positions >= 0, axis=-1)
@@ -268,6 +275,26 @@ class Transformer(nn.Module):
         tables = rope.tables(positions, dim)
         rotations[rope, dim] = jax.lax.optimization_barrier(tables)
     return rotations
+
+  def _rotary_of_images(self, positions, cache):
+    """Returns the coordinates of a batch with images, or None."""
+    if not self.has_variable("params", "rotary"):
+      return None
+    images = self.get_variable("params", "rotary")
+    if cache is None:
+      return images.of_row(positions.shape[1])
+    return images.of_slots(positions)
+
+  def _injected_at_images(self, inputs):
+    """Returns the features of a batch with images for deeper layers, or None.
+
+    A token that is generated alone is no placeholder (`sample_next`).
+    """
+    ids = inputs.ndim == 2 and inputs.shape[1] > 1
+    if not ids or not self.has_variable("params", "injected"):
+      return None
+    found = weights.take(self.get_variable("params", "injected"), inputs)
+    return found.astype(self.dtype)
 
   def _check_rotary(self, rotary):
     ropes = [block.attention.rope for block in self.stack.blocks]

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from research.generation import generate
@@ -71,7 +70,6 @@ class Answerer:
     missing = -len(made) % self.rows
     made += made[-1:] * missing
     questions = [*questions, *questions[-1:] * missing]
-    pixels = jnp.asarray(np.stack([prompt.pixels for prompt in made]))
     prompts = [
       data.prompt_ids(
         question, prompt, self.tokenizer, self.model.image_token, self.template
@@ -80,7 +78,9 @@ class Answerer:
     ]
     found = generate.generate(
       self.model.language,
-      self.model.with_images_compiled(self.params, pixels),
+      self.model.with_images_compiled(
+        self.params, data.batch_images(made, self.model.square)
+      ),
       prompts,
       self.most,
       self.sampling,

@@ -146,10 +146,9 @@ class LatestImage:
     model: Transformer,
     params: Params,
     soft: Float[Array, "B P C"],
-    views: int,
+    grids: Int[Array, "B V 2"],
     token: int,
   ) -> dict[str, Any]:
     """Returns the language model's parameters; arguments as for `Splice`."""
-    rows, count, _ = soft.shape
-    sizes = jnp.full((rows, views), count // views, jnp.int32)
+    sizes = jnp.prod(grids, axis=-1, dtype=jnp.int32)
     return with_media(model, params, soft, sizes, token)

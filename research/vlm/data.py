@@ -9,13 +9,19 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research.data import packing, pipeline
 from research.data.examples import Example
 from research.data.packing import Row
 from research.data.sources import Documents
+from research.generation import generate
 from research.typing import UInt8, UserError
+from research.vlm.encoders.native import Images, Patches
+from research.vlm.images.patches import patchify
+from research.vlm.images.plan import Views
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.prompts import Piece, Soft, Text
 from research.vlm.scenes.sample import Sample
@@ -68,6 +74,8 @@ class ImageQuestions(pipeline.ShuffledRows):
     image_token: id of the placeholder.
     length: tokens of a row, T.
     views: views of a row, V; a sample with more of them is refused.
+    patches: places for patches of a view, N, at native resolution; an image of
+      more is refused. None where views are of one size.
     template: the text around images.
     batch_size: rows in a batch over all processes.
     seed: of the shuffle.
@@ -78,12 +86,24 @@ class ImageQuestions(pipeline.ShuffledRows):
   image_token: int
   length: int
   views: int = 1
+  patches: int | None = None
   template: Template = Template()
   batch_size: int = 8
   seed: int = 0
 
   def __post_init__(self):
     pipeline.check_sizes(self, length=2, views=1, batch_size=1)
+    native = self.preprocessor.tiling.native_square is not None
+    if native != (self.patches is not None):
+      raise UserError(
+        f"ImageQuestions.patches: found {self.patches}, expected "
+        + (
+          "the most patches of an image, since its tiling keeps each image's"
+          " size"
+          if native
+          else "None, since all views are of one size"
+        )
+      )
 
   def rows(self, tokenizer: Any) -> "ImageRows":
     """Returns the rows in the samples' order."""
@@ -94,8 +114,9 @@ class ImageQuestions(pipeline.ShuffledRows):
 class ImageRows(Sequence[Row]):
   """Rows of an `ImageQuestions`, made when they are read.
 
-  Beside the keys of text, a row has `pixels`, uint8 [V, H, W, 3]; where it has
-  fewer views, the rest are zeros.
+  Beside the keys of text, a row has `pixels`, uint8 [V, H, W, 3]; at native
+  resolution `patches`, uint8 [V, N, X], and `grids`, int32 [V, 2] (`Patches`).
+  Where it has fewer views, the rest are zeros.
   """
 
   data: ImageQuestions
@@ -106,7 +127,9 @@ class ImageRows(Sequence[Row]):
 
   def __getitem__(self, index: Any) -> Row:
     data, sample = self.data, self.data.samples[index]
-    prompt = Prompt.from_images(sample.images, data.preprocessor, data.views)
+    prompt = Prompt.from_images(
+      sample.images, data.preprocessor, data.views, data.patches
+    )
     example = tokens_of(
       sample, prompt, self.tokenizer, data.image_token, data.template
     )
@@ -117,7 +140,7 @@ class ImageRows(Sequence[Row]):
         f" {prompt.soft_tokens} soft tokens, and the text of"
         f" {sample.question!r}"
       )
-    return _row(example, data.length) | {"pixels": prompt.pixels}
+    return _row(example, data.length) | prompt.arrays()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +148,12 @@ class Prompt:
   """Images on their way into a prompt.
 
   Attributes:
-    pixels: uint8 [V, H, W, 3], the views of all images and then zeros.
+    pixels: uint8 [V, H, W, 3], the views of all images and then zeros; or, at
+      native resolution, their patches.
     pieces: what stands for each image.
   """
 
-  pixels: UInt8[np.ndarray, "V H W 3"]
+  pixels: UInt8[np.ndarray, "V H W 3"] | Patches
   pieces: list[tuple[Piece, ...]]
 
   @classmethod
@@ -138,16 +162,20 @@ class Prompt:
     images: Sequence[UInt8[np.ndarray, "..."]],
     preprocessor: Preprocessor,
     most: int,
+    patches: int | None = None,
   ) -> "Prompt":
     """Returns the views of some images, and what stands for them.
 
     Args:
       images: each [H, W, 3].
-      preprocessor: of the model; its views are all of one size.
+      preprocessor: of the model.
       most: V.
+      patches: N, at native resolution; None for as many as the largest image
+        has.
 
     Raises:
-      UserError: there are no images, or more than V views.
+      UserError: there are no images, or more than V views, or an image of more
+        than N patches.
     """
     made = [preprocessor.views(image) for image in images]
     count = sum(len(views.pixels) for views in made)
@@ -156,9 +184,18 @@ class Prompt:
         f"views: found {count} of {len(made)} images, expected 1 to {most};"
         " allow more, or use a tiling that makes fewer"
       )
+    pieces = [preprocessor.pieces(views.plan) for views in made]
+    if preprocessor.tiling.native_square is not None:
+      return cls(_patches(made, preprocessor, most, patches), pieces)
     pixels = np.concatenate([views.pixels for views in made])
     pixels = np.pad(pixels, ((0, most - count), (0, 0), (0, 0), (0, 0)))
-    return cls(pixels, [preprocessor.pieces(views.plan) for views in made])
+    return cls(pixels, pieces)
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Returns the images as they are in a batch; see `objective.images_of`."""
+    if isinstance(self.pixels, Patches):
+      return {"patches": self.pixels.pixels, "grids": self.pixels.grids}
+    return {"pixels": self.pixels}
 
   @property
   def soft_tokens(self) -> int:
@@ -169,6 +206,47 @@ class Prompt:
       for piece in pieces
       if isinstance(piece, Soft)
     )
+
+
+def _patches(
+  made: Sequence[Views],
+  preprocessor: Preprocessor,
+  most: int,
+  count: int | None,
+) -> Patches:
+  """Returns the patches of images that have one view each."""
+  tiling = preprocessor.tiling
+  found = [
+    patchify(views.pixels[0], tiling.patch, tiling.native_square)[0]
+    for views in made
+  ]
+  longest = max(map(len, found))
+  out = Patches(
+    np.zeros((most, longest, found[0][0].size), np.uint8),
+    np.zeros((most, 2), np.int32),
+  )
+  for i, (patches, views) in enumerate(zip(found, made, strict=True)):
+    out.pixels[i, : len(patches)] = patches.reshape(len(patches), -1)
+    out.grids[i] = views.plan.patches
+  return out.padded(longest if count is None else count)
+
+
+def batch_images(prompts: Sequence[Prompt], square: int = 1) -> Images:
+  """Returns the images of some prompts, a row each.
+
+  At native resolution the number of patches is rounded up, so that few shapes
+  are compiled.
+
+  Args:
+    prompts: of one preprocessor, with as many views each.
+    square: side of the squares that the connector merges, in patches.
+  """
+  pixels = [prompt.pixels for prompt in prompts]
+  if isinstance(pixels[0], Patches):
+    longest = max(x.shape[-2] for x in pixels)
+    count = generate.bucket(-(-longest // square**2)) * square**2
+    pixels = [x.padded(count) for x in pixels]
+  return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *pixels)
 
 
 def image_ids(

@@ -16,7 +16,16 @@ import jax.numpy as jnp
 from research.generation import generate
 from research.nn import layers
 from research.nn.transformer import Transformer
-from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8
+from research.typing import (
+  Array,
+  Bool,
+  Float,
+  Int,
+  Params,
+  PRNGKey,
+  UserError,
+)
+from research.vlm.connectors.deep_stack import DeepStack
 from research.vlm.connectors.projections import (
   AveragePool,
   Grid,
@@ -28,7 +37,8 @@ from research.vlm.connectors.qformer import QFormer
 from research.vlm.connectors.resamplers import AttentionPool, PerceiverResampler
 from research.vlm.connectors.square_attention import SquareAttention
 from research.vlm.cross_attention import LatestImage
-from research.vlm.encoders import vit
+from research.vlm.encoders import native, vit
+from research.vlm.encoders.native import Images, Patches
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images.normalise import HALF, Normalisation
 from research.vlm.masks import Causal, PromptMask
@@ -40,6 +50,7 @@ Connector = (
   | Squares
   | AveragePool
   | SquareAttention
+  | DeepStack
   | AttentionPool
   | PerceiverResampler
   | QFormer
@@ -85,7 +96,7 @@ class VisionLanguageModel:
   def new_towers(self, key: PRNGKey) -> dict[str, Any]:
     """Returns new parameters of the encoder and of the connector."""
     key, own = jax.random.split(key)
-    side = self.connector.side if isinstance(self.connector, SQUARES) else 1
+    side = self.square
     features = jnp.zeros(
       (1, side * side, len(self.features.layers) * self.vision.width)
     )
@@ -108,24 +119,66 @@ class VisionLanguageModel:
     """Returns the number of soft tokens of an image of so many pixels."""
     return self.connector.tokens(self.grid(height, width))
 
-  def encode(
-    self, params: Params, pixels: UInt8[Array, "B V H W 3"]
-  ) -> Float[Array, "B P D"]:
-    """Returns the soft tokens of each row's views, one view after the other.
+  @property
+  def square(self) -> int:
+    """The side, in patches, of the squares that the connector merges."""
+    return self.connector.side if isinstance(self.connector, SQUARES) else 1
+
+  def encode(self, params: Params, images: Images) -> Float[Array, "B P D"]:
+    """Returns the soft tokens of each row's images, one after the other.
 
     Args:
       params: of all three, or of vision and connector alone.
-      pixels: V views a row, padded at the end; P = V * tokens_per_view.
+      images: V views a row. Of views of one size, P = V * tokens_per_view; of
+        native resolution, each image has as many as its grid, and what comes
+        after the last is of any value.
+
+    Raises:
+      UserError: images of native resolution, for a connector that reads whole
+        views.
     """
-    rows, views, height, width, _ = pixels.shape
-    flat = pixels.reshape(-1, height, width, vit.CHANNELS)
-    images = vit.normalised(flat, self.normalise)
-    patches = vit.patchify(images, self.vision.patch)
+    if isinstance(images, Patches):
+      return self._encode_native(params, images)
+    rows, views, height, width, _ = images.shape
+    flat = images.reshape(-1, height, width, vit.CHANNELS)
+    patches = vit.patchify(
+      vit.normalised(flat, self.normalise), self.vision.patch
+    )
     grid = self.grid(height, width)
     at = jnp.broadcast_to(vit.grid_coordinates(*grid), (*patches.shape[:2], 2))
     features = self.encode_patches(params, patches, at)
     soft = self.connect(params, features, grid)
     return soft.reshape(rows, views * soft.shape[1], soft.shape[2])
+
+  def _encode_native(self, params, images):
+    if not isinstance(self.connector, LOCAL):
+      raise UserError(
+        f"connector: found {type(self.connector).__name__}, which would read"
+        " the padding of images of native resolution; expected one that reads"
+        " each square of patches alone"
+      )
+    rows, views, count, _ = images.shape
+    side = self.square
+    patches = native.normalised(images, self.normalise)
+    patches = patches.reshape(rows * views, count, -1)
+    at = native.coordinates(images.grids.reshape(-1, 2), count, side)
+    features = self.encode_patches(params, patches, at)
+    # Squares that follow each other are a grid of the width of one.
+    soft = self.connect(params, features, (count // side, side))
+    soft = soft.reshape(rows, views, -1, soft.shape[-1])
+    sizes = jnp.prod(self.soft_grids(images), axis=-1)
+    return native.without_padding(soft, sizes)
+
+  def soft_grids(self, images: Images) -> Int[Array, "B V 2"]:
+    """Returns rows and columns of soft tokens of each view; zeros for none."""
+    if isinstance(images, Patches):
+      return images.grids // self.square
+    rows, views, height, width, _ = images.shape
+    grid = self.grid(height, width)
+    soft = 1, self.connector.tokens(grid)
+    if isinstance(self.connector, LOCAL):
+      soft = tuple(n // self.square for n in grid)
+    return jnp.broadcast_to(jnp.array(soft, jnp.int32), (rows, views, 2))
 
   def encode_patches(
     self,
@@ -146,29 +199,27 @@ class VisionLanguageModel:
     soft = self.connector.apply({"params": params["connector"]}, features, grid)
     return soft if self.scale == 1.0 else soft * self.scale
 
-  def with_images(
-    self, params: Params, pixels: UInt8[Array, "B V H W 3"]
-  ) -> dict[str, Any]:
+  def with_images(self, params: Params, images: Images) -> dict[str, Any]:
     """Returns the language model's parameters, which see these images.
 
     Args:
       params: of all three.
-      pixels: as for `encode`; row i of a batch of tokens sees row i.
+      images: as for `encode`; row i of a batch of tokens sees row i.
     """
-    soft = self.encode(params, pixels)
-    return self._placed(params["language"], soft, pixels.shape[1])
+    return self._placed(params["language"], self.encode(params, images), images)
 
   def with_images_compiled(
-    self, params: Params, pixels: UInt8[Array, "B V H W 3"]
+    self, params: Params, images: Images
   ) -> dict[str, Any]:
-    """Returns `with_images`, compiled once for each shape of `pixels`."""
+    """Returns `with_images`, compiled once for each shape of `images`."""
     towers = {k: params[k] for k in ("vision", "connector")}
-    soft = _encode(self, towers, pixels)
-    return self._placed(params["language"], soft, pixels.shape[1])
+    soft = _encode(self, towers, images)
+    return self._placed(params["language"], soft, images)
 
-  def _placed(self, language, soft, views):
+  def _placed(self, language, soft, images):
+    grids = self.soft_grids(images)
     return self.placement(
-      self.language, language, soft, views, self.image_token
+      self.language, language, soft, grids, self.image_token
     )
 
   def token_source(self) -> generate.TokenSource:
@@ -182,9 +233,12 @@ class VisionLanguageModel:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(model, params, pixels):
-  return model.encode(params, pixels)
+def _encode(model, params, images):
+  return model.encode(params, images)
 
 
-SQUARES = (Squares, AveragePool, SquareAttention)
+SQUARES = (Squares, AveragePool, SquareAttention, DeepStack)
 """Connectors that need whole squares of patches."""
+
+LOCAL = (*SQUARES, Linear, Mlp)
+"""Connectors whose soft tokens depend on one square of patches each."""

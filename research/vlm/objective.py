@@ -4,6 +4,7 @@ import dataclasses
 
 from research import weights
 from research.training.objectives.objective import (
+  PER_ROW,
   Batch,
   NextToken,
   Objective,
@@ -11,6 +12,7 @@ from research.training.objectives.objective import (
   TakesMask,
 )
 from research.typing import Params, PRNGKey
+from research.vlm.encoders.native import Images, Patches
 from research.vlm.model import VisionLanguageModel
 
 
@@ -18,9 +20,10 @@ from research.vlm.model import VisionLanguageModel
 class WithImages:
   """Any objective of the language model, with images at its placeholders.
 
-  A batch has `pixels`, uint8 [B, V, H, W, 3], beside the objective's own keys.
-  Where the objective takes a mask it gets the model's, which prompts have when
-  it answers as well.
+  Beside the objective's own keys, a batch has `pixels`, uint8 [B, V, H, W, 3],
+  or, of images of native resolution, `patches` and `grids` (`Patches`). Where
+  the objective takes a mask it gets the model's, which prompts have when it
+  answers as well.
 
   Attributes:
     model: the experiment sets it after loading.
@@ -35,9 +38,20 @@ class WithImages:
     towers = {k: v for k, v in params.items() if k != "language"}
     # The objective binds the language model's weights itself.
     bound = weights.bind(towers, key=key) | {"language": params["language"]}
-    language = self.model.with_images(bound, batch["pixels"])
+    language = self.model.with_images(bound, images_of(batch))
+    if "rotary" in language:
+      rows = batch["tokens"], batch.get("segments")
+      rotary = weights.with_tokens(language["rotary"], *rows)
+      language = {**language, "rotary": rotary}
     inner = dataclasses.replace(self.objective, model=self.model.language)
     if isinstance(inner, TakesMask):
       inner = inner.with_mask(self.model.mask.of_rows)
-    text = {k: v for k, v in batch.items() if k != "pixels"}
+    text = {k: v for k, v in batch.items() if k not in PER_ROW}
     return inner(language, text, key)
+
+
+def images_of(batch: Batch) -> Images:
+  """Returns the images of a batch."""
+  if "patches" in batch:
+    return Patches(batch["patches"], batch["grids"])
+  return batch["pixels"]

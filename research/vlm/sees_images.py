@@ -2,7 +2,8 @@
 
 from typing import Any, Protocol, runtime_checkable
 
-from research.typing import Array, Params, UInt8
+from research.typing import Params
+from research.vlm.encoders.native import Images
 from research.vlm.masks import PromptMask
 
 
@@ -17,18 +18,18 @@ class SeesImages(Protocol):
     language: the language model.
     image_token: id of the placeholder.
     mask: what the tokens of a prompt see of each other.
+    square: side, in patches, of the squares that become one soft token.
   """
 
   language: Any
   image_token: int
   mask: PromptMask
+  square: int
 
-  def with_images(
-    self, params: Params, pixels: UInt8[Array, "B V H W 3"]
-  ) -> dict[str, Any]:
+  def with_images(self, params: Params, images: Images) -> dict[str, Any]:
     """Returns the language model's parameters, which see these images."""
 
   def with_images_compiled(
-    self, params: Params, pixels: UInt8[Array, "B V H W 3"]
+    self, params: Params, images: Images
   ) -> dict[str, Any]:
-    """Returns `with_images`, compiled once for each shape of `pixels`."""
+    """Returns `with_images`, compiled once for each shape of `images`."""

@@ -13,8 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
+from research.nn.multimodal import (
+  ImagePositions,
+  InjectedFeatures,
+  at_placeholders,
+)
 from research.nn.transformer import Transformer
-from research.typing import Array, Float, Int, Params, Shaped
+from research.typing import Array, Float, Int, Params, Shaped, UserError
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +35,8 @@ class SplicedEmbedding(weights.WrappedWeight):
     features: `[B, P, D]`; rows with fewer placeholders do not use the last.
     token: id of the placeholder, which may lie outside of the table.
   """
+
+  per_row = True
 
   w: Any
   features: Any
@@ -55,10 +62,7 @@ class SplicedEmbedding(weights.WrappedWeight):
 
   def take(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Returns features at placeholders, and embeddings elsewhere."""
-    here = ids == self.token
-    index = jnp.cumsum(here, axis=-1) - 1
-    index = jnp.clip(index, 0, self.features.shape[1] - 1)
-    rows = jnp.take_along_axis(self.features, index[..., None], axis=1)
+    rows, here = at_placeholders(ids, self.features, self.token)
     # An id outside of the table would read NaN, also where it is not used.
     words = weights.take(self.w, jnp.where(here, 0, ids))
     return jnp.where(here[..., None], rows.astype(words.dtype), words)
@@ -81,14 +85,19 @@ def with_features(
 
 @dataclasses.dataclass(frozen=True)
 class Splice:
-  """Soft tokens are inputs of the language model, one for each placeholder."""
+  """Soft tokens are inputs of the language model, one for each placeholder.
+
+  Those of a connector that serves deeper layers as well (`DeepStack`) are wider
+  than the language model, by whole multiples. A language model that rotates by
+  several coordinates (`Rope.axes`) gets those of each image's grid.
+  """
 
   def __call__(
     self,
     model: Transformer,
     params: Params,
     soft: Float[Array, "B P D"],
-    views: int,
+    grids: Int[Array, "B V 2"],
     token: int,
   ) -> dict[str, Any]:
     """Returns the language model's parameters, which see these images.
@@ -97,8 +106,30 @@ class Splice:
       model: the language model.
       params: its parameters.
       soft: each row's soft tokens, view by view.
-      views: number of views in a row.
+      grids: rows and columns of soft tokens of each view; zeros for none.
       token: id of the placeholder.
+
+    Raises:
+      UserError: the soft tokens are no multiple of the language model's width,
+        or serve more layers than it has.
     """
-    del model, views
-    return with_features(params, soft, token)
+    width = model.width
+    deeper, rest = divmod(soft.shape[-1] - width, width)
+    if rest or not 0 <= deeper < model.stack.depth:
+      raise UserError(
+        f"soft tokens: found a width of {soft.shape[-1]}, expected the language"
+        f" model's {width}, or a multiple for its first layers"
+      )
+    out = with_features(params, soft[..., :width], token)
+    if deeper:
+      more = soft[..., width:].reshape(*soft.shape[:2], deeper, width)
+      out["injected"] = InjectedFeatures(more, token)
+    if rotates_by_axes(model):
+      out["rotary"] = ImagePositions(grids, token)
+    return out
+
+
+def rotates_by_axes(model: Transformer) -> bool:
+  """Whether a language model rotates tokens by several coordinates."""
+  ropes = [block.attention.rope for block in model.stack.blocks]
+  return all(rope is not None and rope.axes is not None for rope in ropes)

@@ -213,8 +213,19 @@ def build(name: str, folder: pathlib.Path):
     name: of a family.
     folder: gets config.json and model.safetensors.
   """
-  config = dict(FAMILIES[name])
-  kind = getattr(transformers, CLASSES[name])
+  return build_from(FAMILIES[name], CLASSES[name], folder)
+
+
+def build_from(config: dict, name: str, folder: pathlib.Path):
+  """Returns transformers' model in fp64, from a file with drawn weights.
+
+  Args:
+    config: of its config.json.
+    name: of its class.
+    folder: gets config.json and model.safetensors.
+  """
+  config = dict(config)
+  kind = getattr(transformers, name)
   parsed = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
   parsed._attn_implementation = "eager"
   folder.mkdir(parents=True, exist_ok=True)

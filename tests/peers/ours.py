@@ -189,7 +189,7 @@ def main() -> None:
   parser.add_argument("--adapter", type=pathlib.Path)
   parser.add_argument("--packed", action="store_true")
   args = parser.parse_args()
-  towers = "all" if args.command == "vision" else "language"
+  towers = "all" if args.command in ours_vision.COMMANDS else "language"
   it = load.load_model(args.model, packed=args.packed, towers=towers)
   with np.load(args.rows, allow_pickle=False) as file:
     rows = dict(file)

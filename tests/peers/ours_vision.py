@@ -3,6 +3,10 @@
 vision    pixels [V, 3, H, W], tokens [B, T], counts [B] (views of each row),
           answer [B] (first token not in the prefix; -1 if all is prompt)
           -> soft tokens and logits; the model is written to --adapter
+native    image_<i> [H, W, 3], counts [B] (images of each row), tokens [B, T],
+          lengths [B], steps
+          -> soft tokens and logits of images of native resolution, and steps
+          tokens generated through the cache; the model is written to --adapter
 """
 
 import shutil
@@ -11,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.masks import Mask
+from research.generation import generate
 from research.interop import vision
 from research.nn import logits
-from research.vlm import splice
+from research.vlm import data, splice
 from research.vlm.encoders import vit
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.tiling.native import Native
 
 
 def vision_language(it, args, rows) -> dict:
@@ -49,4 +56,41 @@ def vision_language(it, args, rows) -> dict:
   return dict(features=plain, logits=np.asarray(found))
 
 
-COMMANDS = dict(vision=vision_language)
+def native(it, args, rows) -> dict:
+  """Returns soft tokens, logits and greedy tokens of rows with images."""
+  model, params = it.model, it.params
+  tiling = Native(patch=model.vision.patch, merge=model.square, least=1)
+  how = Preprocessor(tiling, model.normalise)
+  ends = np.cumsum(rows["counts"])
+  prompts = [
+    data.Prompt.from_images(
+      [rows[f"image_{i}"] for i in range(end - count, end)],
+      how,
+      int(rows["counts"].max()),
+    )
+    for end, count in zip(ends, rows["counts"], strict=True)
+  ]
+  language = model.with_images_compiled(
+    params, data.batch_images(prompts, model.square)
+  )
+  soft = language["embed"].features
+  if "injected" in language:
+    deeper = language["injected"].features
+    soft = jnp.concatenate([soft[:, :, None], deeper], axis=2)
+  used = [x[: made.soft_tokens] for x, made in zip(soft, prompts, strict=True)]
+  found = logits(model.language, language, rows["tokens"])
+  ids = [
+    row[:n].tolist()
+    for row, n in zip(rows["tokens"], rows["lengths"], strict=True)
+  ]
+  new = generate.generate(model.language, language, ids, int(rows["steps"]))
+  shutil.rmtree(args.adapter, ignore_errors=True)
+  vision.write_model(args.adapter, it, params)
+  return dict(
+    features=np.concatenate(used),
+    logits=np.asarray(found),
+    generated=np.asarray(new.tokens),
+  )
+
+
+COMMANDS = dict(vision=vision_language, native=native)

@@ -13,6 +13,7 @@ import make_llm_int8
 import make_models
 import make_peft
 import make_peft_full
+import make_qwen_vl
 import make_vision_masks
 import numpy as np
 import peft
@@ -63,6 +64,13 @@ def test_adapter(name, tmp_path):
 @pytest.mark.parametrize("name", make_peft_full.CASES)
 def test_adapter_with_whole_weights(name, tmp_path):
   regenerated(make_peft_full, name, tmp_path, ("adapter_config.json",))
+
+
+@pytest.mark.parametrize("name", make_qwen_vl.FAMILIES)
+def test_qwen_vl(name, tmp_path):
+  made = make_qwen_vl.make(name, tmp_path)
+  with np.load(make_qwen_vl.FOLDER / name / "golden.npz") as file:
+    support.assert_same_arrays(made, dict(file), EXACT)
 
 
 @pytest.mark.parametrize("name", make_gguf.FILES)

@@ -13,7 +13,12 @@ from typing import Any
 from research.interop.hf import experts as hf_experts
 from research.interop.hf import llada, llada2
 from research.interop.hf import rope as hf_rope
-from research.interop.hf.families import ACTIVATIONS, MODEL_TYPES, NEUTRAL
+from research.interop.hf.families import (
+  ACTIVATIONS,
+  MODEL_TYPES,
+  NEUTRAL,
+  REFUSED,
+)
 from research.interop.hf.rope import KINDS
 from research.io.fields import Fields
 from research.nn import presets
@@ -85,6 +90,8 @@ def text_fields(config: Mapping[str, Any], where: str) -> Fields:
   if kind == "Dream":
     # Qwen2, but for what it is asked: its mask.
     config, kind = dict(config) | {"model_type": "qwen2"}, "qwen2"
+  if isinstance(kind, str) and kind in REFUSED:
+    raise UserError(f"{where}: model_type {kind!r} has {REFUSED[kind]}")
   if not isinstance(kind, str) or kind not in MODEL_TYPES:
     raise UserError(
       f"{where}: model_type is {repr(kind)[:80]}, which is not supported.\n"

@@ -171,3 +171,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
   "logits_scaling": (None, 1.0),
 }
 """Features no supported family has here: field -> values that mean "off"."""
+
+_LINEAR = "layers of linear attention (a gated delta rule), which are not here"
+REFUSED: dict[str, str] = {
+  **dict.fromkeys(
+    (
+      *("qwen3_next", "qwen3_5", "qwen3_5_text"),
+      *("qwen3_5_moe", "qwen3_5_moe_text"),
+    ),
+    _LINEAR,
+  ),
+  "qwen3_vl_moe": "experts between layers that see images, which are not here",
+}
+"""Model type -> what it has that no model here has."""

@@ -48,7 +48,24 @@ def _convolution(x: np.ndarray) -> np.ndarray:
   return x.reshape(side, side, CHANNELS, -1).transpose(3, 2, 0, 1)
 
 
+def _frames(x: np.ndarray) -> np.ndarray:
+  """Returns a matrix `[2 P P 3, D]` of a convolution's `[D, 3, 2, P, P]`."""
+  if x.ndim != 5 or x.shape[1:3] != (CHANNELS, 2) or x.shape[3] != x.shape[4]:
+    raise UserError(
+      f"patch embedding: found shape {list(x.shape)}, expected [width,"
+      f" {CHANNELS}, 2, patch, patch]"
+    )
+  return x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0])
+
+
+def _convolution_of_frames(x: np.ndarray) -> np.ndarray:
+  """Inverts `_frames`."""
+  side = round((x.shape[0] // CHANNELS // 2) ** 0.5)
+  return x.reshape(2, side, side, CHANNELS, -1).transpose(4, 3, 0, 1, 2)
+
+
 CONVOLUTION = Layout(_patches, _convolution)
+TWO_FRAMES = Layout(_frames, _convolution_of_frames)
 FIRST_OF_ONE = Layout(lambda x: x[0], lambda x: x[None])
 PROBE = Layout(lambda x: x.reshape(1, -1), lambda x: x[None])
 SCALAR = Layout(lambda x: x.reshape(()), lambda x: x)

@@ -15,8 +15,9 @@ from research.interop.vision.families import Family
 from research.interop.vision.tower_params import read_tower
 from research.io import safetensors
 from research.text.tokenizer import Tokenizer
-from research.typing import Params
+from research.typing import Params, UserError
 from research.vlm.images.configs import from_preprocessor_config
+from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.model import VisionLanguageModel
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -105,6 +106,7 @@ def load(
     preprocessor = from_preprocessor_config(
       path / PREPROCESSOR, patch=model.vision.patch, pool=side
     )
+    _check_squares(preprocessor, model, path / PREPROCESSOR)
     model = dataclasses.replace(model, normalise=preprocessor.normalise)
   source = dict(
     format="hf",
@@ -113,6 +115,22 @@ def load(
     config=config,
   )
   return Loaded(model, params, words, source, preprocessor=preprocessor)
+
+
+def _check_squares(
+  preprocessor: Preprocessor, model: VisionLanguageModel, where: pathlib.Path
+) -> None:
+  """Raises UserError if native resolution is cut otherwise than the model's."""
+  tiling = preprocessor.tiling
+  if tiling.native_square is None:
+    return
+  found = tiling.patch, tiling.native_square
+  expected = model.vision.patch, model.square
+  if found != expected:
+    raise UserError(
+      f"{where}: patches of {found[0]} pixels, {found[1]} each way in a soft"
+      f" token, expected {expected[0]} and {expected[1]} by config.json"
+    )
 
 
 def language_of(loaded: Loaded, params: Params | None = None) -> Loaded:

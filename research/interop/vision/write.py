@@ -16,8 +16,11 @@ from research.interop.vision.tower_params import tower_tensors
 from research.io import safetensors
 from research.lora.merge import changes
 from research.typing import Params, UserError
+from research.vlm.encoders.qwen import FRAMES
 from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.presets import QWEN
 from research.vlm.images.prompts import Wrapped
+from research.vlm.images.tiling.native import Native
 from research.vlm.images.tiling.square import Square
 from research.vlm.model import VisionLanguageModel
 
@@ -82,22 +85,36 @@ def write_model(
 
 
 def preprocessor_config(preprocessor: Preprocessor) -> dict[str, Any]:
-  """Returns the preprocessor_config.json of images resized to a square.
+  """Returns the preprocessor_config.json of images that are resized, no more.
 
   Raises:
-    UserError: it cuts images into tiles, or puts tokens around them.
+    UserError: it cuts images into tiles, or puts other tokens around them than
+      a family does.
   """
   tiling, around = preprocessor.tiling, preprocessor.layout
-  if not isinstance(tiling, Square) or around != Wrapped():
+  if isinstance(tiling, Square) and around == Wrapped():
+    own = dict(
+      image_processor_type="SiglipImageProcessor",
+      size=dict(height=tiling.tile, width=tiling.tile),
+    )
+  elif isinstance(tiling, Native) and around == QWEN:
+    own = dict(
+      image_processor_type="Qwen2VLImageProcessor",
+      # Numbers of pixels, whatever they are called.
+      size=dict(shortest_edge=tiling.least, longest_edge=tiling.most),
+      patch_size=tiling.patch,
+      merge_size=tiling.merge,
+      temporal_patch_size=FRAMES,
+    )
+  else:
     raise UserError(
       f"{PREPROCESSOR}: found {type(tiling).__name__} and"
-      f" {type(around).__name__}, expected Square and Wrapped(): others are"
-      " read from published files, and not written yet"
+      f" {type(around).__name__}, expected Square and Wrapped(), or Native and"
+      " Qwen's layout: others are read from published files, and not written"
+      " yet"
     )
   numbers = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
-  return dict(
-    image_processor_type="SiglipImageProcessor",
-    size=dict(height=tiling.tile, width=tiling.tile),
+  return own | dict(
     resample=numbers[tiling.resample],
     do_resize=True,
     do_rescale=True,

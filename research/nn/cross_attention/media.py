@@ -34,6 +34,8 @@ class Media(weights.Weight):
       or None before `with_tokens`.
   """
 
+  per_row = True
+
   keys: Float[Array, "*L B S N H"]
   values: Float[Array, "*L B S N H"]
   sizes: Int[Array, "*L B M"]

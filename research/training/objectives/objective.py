@@ -23,7 +23,7 @@ Batch = Mapping[str, Any]
 """Arrays [B, ...]. For text: `tokens`, `targets`, `positions` and `segments`,
 int32 [B, T], the last two -1 for padding; `weights`, float32 [B, T]."""
 
-PER_ROW = frozenset({"pixels"})
+PER_ROW = frozenset({"pixels", "patches", "grids"})
 """Arrays of a batch whose second axis is not that of tokens: a mesh cuts their
 rows, and nothing else."""
 

@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
+    "deep_stack": ["DeepStack"],
     "presets": ["CONNECTORS"],
     "projections": ["AveragePool", "Linear", "Mlp", "Squares"],
     "qformer": ["QFormer", "without_text"],

@@ -10,6 +10,7 @@ from typing import Any
 from flax import linen as nn
 
 from research.nn.norm import LayerNorm, RMSNorm
+from research.vlm.connectors.deep_stack import DeepStack
 from research.vlm.connectors.projections import (
   AveragePool,
   Linear,
@@ -31,6 +32,17 @@ def _qwen2_vl(size: int, features: int, norm: Any = None) -> Squares:
   return Squares(side=2, inner=inner, before=norm or LayerNorm(eps=1e-6))
 
 
+def _qwen3_vl(size: int, features: int) -> DeepStack:
+  # Features of the output and of three layers before it.
+  def merger(**norm):
+    return Squares(side=2, inner=Mlp(size=size, hidden=features), **norm)
+
+  return DeepStack(
+    first=merger(before=LayerNorm(eps=1e-6)),
+    deeper=tuple(merger(after=LayerNorm(eps=1e-6)) for _ in range(3)),
+  )
+
+
 CONNECTORS: dict[str, Callable[[int, int], Any]] = {
   "llava": lambda size, features: Linear(size=size),
   "llava-1.5": lambda size, features: Mlp(size=size),
@@ -48,6 +60,7 @@ CONNECTORS: dict[str, Callable[[int, int], Any]] = {
   "qwen2.5-vl": lambda size, features: _qwen2_vl(
     size, features, RMSNorm(eps=1e-6)
   ),
+  "qwen3-vl": _qwen3_vl,
   "gemma3": lambda size, features: AveragePool(
     side=4,
     norm=RMSNorm(eps=1e-6, offset=1.0),

@@ -5,9 +5,11 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
+    "native": ["Patches"],
     "presets": ["EncoderSizes", "clip", "clip_text", "siglip", "siglip_text"],
     "resize_positions": ["bicubic", "corner_aligned", "resized_positions"],
     "text": ["TextEncoder"],
     "vit": ["Features", "VisionTransformer"],
+    "windows": ["WindowedBlock"],
   },
 )

@@ -1,12 +1,13 @@
 """Learned position embeddings of image patches."""
 
+import itertools
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from research import weights
-from research.typing import Array, Float, Int
+from research.typing import Array, Float, Int, UserError
 
 
 class PositionTable(nn.Module):
@@ -39,3 +40,57 @@ class PositionTable(nn.Module):
     if class_token:
       index = jnp.pad(index, ((0, 0), (1, 0)))
     return weights.take(table, index)
+
+
+class InterpolatedTable(nn.Module):
+  """A learned grid, resampled for each image to the image's own: Qwen3-VL's.
+
+  Bilinear, with corners on corners: the first and the last row of patches have
+  those of the grid (`align_corners` of `torch.nn.functional.interpolate`).
+
+  Attributes:
+    rows, columns: of the learned grid.
+    kernel_init: initialiser of the table.
+  """
+
+  rows: int
+  columns: int
+  kernel_init: Callable[..., Array] = nn.initializers.normal(0.02)
+
+  @nn.compact
+  def __call__(
+    self, coordinates: Int[Array, "B N 2"], width: int, class_token: bool
+  ) -> Float[Array, "B N D"]:
+    """Returns the vectors at `coordinates` of each image's own grid.
+
+    Args:
+      coordinates: row and column of each patch; -1 for padding. The largest are
+        the image's last row and column.
+      width: D.
+      class_token: False.
+
+    Raises:
+      UserError: there is a class token, which has no place in a grid.
+    """
+    if class_token:
+      raise UserError(
+        "InterpolatedTable: found a class token, expected patches alone"
+      )
+    shape = self.rows * self.columns, width
+    table = weights.weight(self, "table", self.kernel_init, shape)
+    ends = jnp.array([self.rows, self.columns]) - 1
+    last = jnp.max(coordinates, axis=1, keepdims=True)
+    at = jnp.maximum(coordinates, 0).astype(jnp.float32)
+    at = at * ends / jnp.maximum(last, 1)
+    low = jnp.floor(at).astype(jnp.int32)
+    share = at - low
+    taps = [(low, 1 - share), (jnp.minimum(low + 1, ends), share)]
+    out = jnp.zeros((*at.shape[:2], width), jnp.float32)
+    for (rows, own), (columns, other) in itertools.product(taps, taps):
+      index = rows[..., 0] * self.columns + columns[..., 1]
+      share = own[..., 0] * other[..., 1]
+      out = out + weights.take(table, index) * share[..., None]
+    return out
+
+
+Positions = PositionTable | InterpolatedTable

@@ -15,6 +15,7 @@ from flax import linen as nn
 from kernels_pallas.masks import Mask
 from research import sharding, weights
 from research.nn import layers
+from research.nn.attention_context import take_tokens
 from research.nn.block import Block
 from research.nn.norm import LayerNorm, Norm
 from research.nn.stack import Stack
@@ -29,7 +30,12 @@ from research.typing import (
   UserError,
 )
 from research.vlm.encoders.pooling import Pooling
-from research.vlm.encoders.positions import PositionTable
+from research.vlm.encoders.positions import Positions
+from research.vlm.encoders.windows import (
+  window_order,
+  window_side,
+  windows_of,
+)
 from research.vlm.images.normalise import Normalisation
 
 CHANNELS = 3
@@ -58,9 +64,11 @@ class VisionTransformer(nn.Module):
   Attributes:
     width: `D`.
     patch: side of a patch in pixels, `P`.
-    stack: the layers.
+    stack: the layers; some may attend within windows (`WindowedBlock`).
     positions: learned position embeddings, or None (rotary ones are in the
       layers).
+    frames: of a video that a patch has, if the encoder was trained on videos;
+      an image is one of so many equal frames (Qwen2-VL).
     patch_bias: whether the patch embedding has a bias.
     class_token: whether a learned token comes first (CLIP).
     input_norm: normalises the input of the first layer, or None (CLIP).
@@ -73,7 +81,8 @@ class VisionTransformer(nn.Module):
   width: int
   patch: int
   stack: Stack
-  positions: PositionTable | None
+  positions: Positions | None
+  frames: int = 1
   patch_bias: bool = True
   class_token: bool = False
   input_norm: Norm | None = None
@@ -150,7 +159,7 @@ class VisionTransformer(nn.Module):
   def _embed(self, patches, coordinates):
     x = weights.project(
       self,
-      patches.astype(self.dtype),
+      jnp.tile(patches.astype(self.dtype), self.frames),
       "patch_embed",
       self.width,
       self.patch_bias,
@@ -173,19 +182,30 @@ class VisionTransformer(nn.Module):
     numbers = [_count(layer, depth) for layer in wanted]
     last = max(numbers)
     runs = layers.stacked_runs(self, self.stack, self._init_layer)
+    if not last:
+      return [x] * len(numbers)
+    order = self._order(coordinates, valid)
+    if order is not None:
+      x, coordinates, valid = (
+        take_tokens(each, order) for each in (x, coordinates, valid)
+      )
     positions = jnp.where(valid, 0, -1)
-    mask = Mask.full(segments=positions)
+    masks = {
+      side: Mask.full(
+        segments=windows_of(coordinates, valid, side) if side else positions
+      )
+      for side in set(map(window_side, self.stack.blocks))
+    }
     rotations = self._rotations(coordinates)
 
     def layer(block, own, x, state, alone):
       del alone
       rope = block.attention.rope
       rotation = rotations.get((rope, block.attention.head_dim))
-      x, _, _ = block.apply({"params": own}, x, positions, mask, rotation)
+      given = x, positions, masks[window_side(block)], rotation
+      x, _, _ = block.apply({"params": own}, *given)
       return x, state
 
-    if not last:
-      return [x] * len(numbers)
     taps = sorted({n - 1 for n in numbers if 0 < n < last})
     y, _, watched = layers.run_layers(
       runs, x, layer, remat=self.remat, taps=taps, stop=last
@@ -193,7 +213,22 @@ class VisionTransformer(nn.Module):
     after = {0: x, last: y} | {
       n + 1: each for n, each in zip(taps, watched, strict=True)
     }
-    return [after[n] for n in numbers]
+    found = [after[n] for n in numbers]
+    if order is None:
+      return found
+    back = jnp.argsort(order, axis=1)
+    return [take_tokens(each, back) for each in found]
+
+  def _order(self, coordinates, valid):
+    """Returns the order of patches in which the layers run; None for theirs."""
+    if not any(map(window_side, self.stack.blocks)):
+      return None
+    if self.class_token:
+      raise UserError(
+        "VisionTransformer: found layers with windows and a class token, which"
+        " is in none; expected one of them"
+      )
+    return window_order(coordinates, valid, self.stack.blocks)
 
   def _rotations(self, coordinates):
     kinds = {

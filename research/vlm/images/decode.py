@@ -33,6 +33,9 @@ from research.errors import UserError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's names of the formats that are read; MPO is a JPEG."""
 
+VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
+"""Names' ends of videos, which are refused as such."""
+
 MAX_PIXELS = 89_478_485
 """Pillow's own limit: 256 MiB of RGB. It refuses twice as many in any case."""
 
@@ -130,6 +133,11 @@ def _opened(
         "decodes: scale the image down first"
       ) from e
     except Image.UnidentifiedImageError as e:
+      if str(name).lower().endswith(VIDEOS):
+        raise UserError(
+          f"{name}: a video, which no model here reads; give some of its frames"
+          " as images"
+        ) from e
       file.seek(0)
       start = file.read(8)
       raise UserError(

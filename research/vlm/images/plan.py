@@ -74,6 +74,15 @@ class Views:
 class Tiling(abc.ABC):
   """How an image becomes views; a kind is a file in `tiling/`."""
 
+  @property
+  def native_square(self) -> int | None:
+    """Side, in patches, of what becomes one soft token at native resolution.
+
+    None where all views are of one size. At native resolution an image has one
+    view, of a size of its own, which an encoder takes as `patches` of pixels.
+    """
+    return None
+
   def plan(self, height: int, width: int) -> Plan:
     """Returns what becomes of an image of this size.
 

@@ -11,7 +11,7 @@ from experiments.generating import images
 from research.interop.loaded import Loaded
 from research.typing import UserError
 from research.vlm import masks
-from tests import support, support_vlm
+from tests import support, support_qwen, support_vlm
 
 TOKENIZER, IMAGE = support_vlm.tokenizer(), support_vlm.IMAGE
 LOADED = Loaded(
@@ -83,7 +83,7 @@ class OtherEyes:
 
   def __init__(self):
     self.language, self.image_token = LOADED.model.language, IMAGE
-    self.mask = masks.BidirectionalPrompt()
+    self.mask, self.square = masks.BidirectionalPrompt(), 1
 
   def with_images(self, params, pixels):
     return LOADED.model.with_images(params, pixels)
@@ -101,3 +101,34 @@ def test_a_model_without_a_preprocessor_says_so(files):
   blind = dataclasses.replace(LOADED, preprocessor=None)
   with pytest.raises(UserError, match="no preprocessor_config.json"):
     images.prompt_of(blind, files, "w5", render)
+
+
+def test_images_of_native_resolution(tmp_path):
+  """The prompt is the goldens' first row, written as a user would."""
+  model, params = support_qwen.opened("qwen2_vl", tmp_path)
+  loaded = Loaded(
+    model,
+    params,
+    support_qwen.tokenizer(),
+    source={},
+    preprocessor=support_qwen.preprocessor(model),
+  )
+  golden = support_qwen.golden("qwen2_vl")
+  paths = []
+  for i in support_qwen.IMAGES_OF[0]:
+    paths.append(str(tmp_path / f"{i}.png"))
+    Image.fromarray(golden[f"image_{i}"]).save(paths[-1])
+  ids = support_qwen.rows("qwen2_vl")[0]
+  words = [f"w{i}" if i < support_qwen.IMAGE else str(i) for i in ids]
+  text = " ".join(words)
+  for grid in golden["grids"][:2]:
+    soft = ["60"] * int(grid.prod() // 4)
+    text = text.replace(" ".join(["61", *soft, "62"]), "<image>", 1)
+  made = images.prompt_of(loaded, paths, text, lambda text: ([], text))
+  assert made.ids == ids
+  assert made.image_tokens == ids.count(support_qwen.IMAGE)
+  grids = made.params["rotary"].grids[0]
+  np.testing.assert_array_equal(grids, golden["grids"][:2] // 2)
+  features = made.params["embed"].features[0, : made.image_tokens]
+  expected = golden["features"][: made.image_tokens]
+  np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)

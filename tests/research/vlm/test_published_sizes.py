@@ -142,6 +142,66 @@ MODELS = {
     ),
     4_300_079_472,
   ),
+  # The fields of the language model stand outside in the Hub's files.
+  "Qwen2-VL-2B": (
+    dict(
+      model_type="qwen2_vl",
+      vocab_size=151_936,
+      hidden_size=1_536,
+      intermediate_size=8_960,
+      num_hidden_layers=28,
+      num_attention_heads=12,
+      num_key_value_heads=2,
+      rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+      tie_word_embeddings=True,
+      vision_config=dict(embed_dim=1_280, in_chans=3, hidden_size=1_536),
+    ),
+    2_208_985_600,
+  ),
+  "Qwen2.5-VL-3B": (
+    dict(
+      model_type="qwen2_5_vl",
+      vocab_size=151_936,
+      hidden_size=2_048,
+      intermediate_size=11_008,
+      num_hidden_layers=36,
+      num_attention_heads=16,
+      num_key_value_heads=2,
+      rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+      tie_word_embeddings=True,
+      vision_config=dict(hidden_size=1_280, in_chans=3, out_hidden_size=2_048),
+    ),
+    3_754_622_976,
+  ),
+  "Qwen3-VL-4B": (
+    dict(
+      model_type="qwen3_vl",
+      tie_word_embeddings=True,
+      vision_config=dict(
+        model_type="qwen3_vl",
+        depth=24,
+        hidden_size=1_024,
+        intermediate_size=4_096,
+        out_hidden_size=2_560,
+        deepstack_visual_indexes=[5, 11, 17],
+      ),
+      text_config=dict(
+        model_type="qwen3_vl_text",
+        vocab_size=151_936,
+        hidden_size=2_560,
+        intermediate_size=9_728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rope_scaling=dict(
+          rope_type="default",
+          mrope_interleaved=True,
+          mrope_section=[24, 20, 20],
+        ),
+      ),
+    ),
+    4_437_815_808,
+  ),
 }
 
 

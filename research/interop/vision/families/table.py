@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 from research.errors import UserError
+from research.interop.hf.families import REFUSED
 
 MODULES = {
   "gemma3": "research.interop.vision.families.gemma3",
@@ -15,6 +16,9 @@ MODULES = {
   "smolvlm": "research.interop.vision.families.idefics3",
   "paligemma": "research.interop.vision.families.paligemma",
   "internvl": "research.interop.vision.families.internvl",
+  "qwen2_vl": "research.interop.vision.families.qwen2_vl",
+  "qwen2_5_vl": "research.interop.vision.families.qwen2_vl",
+  "qwen3_vl": "research.interop.vision.families.qwen3_vl",
 }
 """Model type -> the module whose `FAMILIES` has its row.
 
@@ -32,6 +36,8 @@ def family_of(kind: Any, where: Any = "config.json") -> Any:
   Raises:
     UserError: there is none.
   """
+  if kind in REFUSED:
+    raise UserError(f"{where}: model_type {kind!r} has {REFUSED[kind]}")
   if kind not in MODULES:
     raise UserError(
       f"{where}: model_type is {kind!r}, expected one of {', '.join(MODULES)}"

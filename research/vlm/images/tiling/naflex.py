@@ -29,6 +29,11 @@ class NaFlex(Tiling):
   patch: int = 16
   resample: Resample = "bilinear"
 
+  @property
+  def native_square(self) -> int:
+    """Side, in patches, of what becomes one soft token."""
+    return 1
+
   def _plan(self, height, width):
     grid = self._grid(height, width)
     size = grid[0] * self.patch, grid[1] * self.patch

@@ -41,6 +41,11 @@ class Native(Tiling):
         "1, and most of at least least"
       )
 
+  @property
+  def native_square(self) -> int:
+    """Side, in patches, of what becomes one soft token."""
+    return self.merge
+
   def _plan(self, height, width):
     if max(height, width) / min(height, width) > MOST_OBLONG:
       raise UserError(

@@ -1,0 +1,82 @@
+"""Features of images at the placeholders of a row, in its input or deeper."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research import weights
+from research.typing import Array, Bool, Float, Int
+
+
+def at_placeholders(
+  ids: Int[Array, "B T"], features: Float[Array, "B P *X"], token: int
+) -> tuple[Float[Array, "B T *X"], Bool[Array, "B T"]]:
+  """Returns the feature of each token, and which tokens have one.
+
+  The i-th placeholder of a row gets the i-th feature of that row. A gather, so
+  it is differentiable and has static shapes; other tokens get any feature.
+
+  Args:
+    ids: complete rows of tokens.
+    features: of each row; rows with fewer placeholders do not use the last.
+    token: id of the placeholder.
+  """
+  here = ids == token
+  index = jnp.clip(jnp.cumsum(here, axis=-1) - 1, 0, features.shape[1] - 1)
+  index = index.reshape(*index.shape, *(1,) * (features.ndim - 2))
+  return jnp.take_along_axis(features, index, axis=1), here
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("features",),
+  meta_fields=("token",),
+)
+@dataclasses.dataclass(frozen=True)
+class InjectedFeatures(weights.Weight):
+  """Features that are added after the first layers: DeepStack.
+
+  Meng et al. 2024 (arXiv:2406.04334); Qwen3-VL (arXiv:2511.21631). It stands in
+  the parameter tree as `injected`, since objectives and samplers pass
+  parameters on and need not know.
+
+  Attributes:
+    features: `[B, P, J, D]`, for the outputs of layers 0 to J - 1.
+    token: id of the placeholder.
+  """
+
+  per_row = True
+
+  features: Any
+  token: int
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Returns the shape of the features."""
+    return self.features.shape
+
+  @property
+  def dtype(self) -> Any:
+    """Returns the features' dtype."""
+    return self.features.dtype
+
+  def dense(self) -> Float[Array, "B P J D"]:
+    """Returns the features."""
+    return self.features
+
+  def axes(self, names: tuple[str | None, ...]) -> "InjectedFeatures":
+    """Returns the logical axis names of the features."""
+    del names
+    return dataclasses.replace(self, features=("batch", None, None, None))
+
+  def count(self) -> int:
+    """Returns 0: these are activations."""
+    return 0
+
+  def take(self, ids: Int[Array, "B T"]) -> Float[Array, "B T J D"]:
+    """Returns features at placeholders, and zeros elsewhere."""
+    found, here = at_placeholders(ids, self.features, self.token)
+    return jnp.where(here[..., None, None], found, 0)
