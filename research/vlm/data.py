@@ -2,12 +2,13 @@
 
 A row is one sample: the placeholders of its images, the question, and the
 answer, which alone is in the loss. A row's images are drawn or read, and cut
-into views, when the row is.
+into views, when the row is. Rows of several shapes, and rows that several
+samples share, are `research.vlm.buckets`.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,8 +19,34 @@ from research.data.sources import Documents
 from research.typing import UInt8, UserError
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.prompts import Piece, Soft, Text
+from research.vlm.images.resize import Size
+from research.vlm.scenes.mixed import Mixed
 from research.vlm.scenes.sample import Sample
 from research.vlm.scenes.task import Task
+
+_ANY: Size = (64, 64)
+"""A size of images, where their views' is asked for and there is no image."""
+
+
+@runtime_checkable
+class Outlined(Protocol):
+  """Samples whose texts and sizes of images are known without any pixel."""
+
+  def outline(self, index: int) -> tuple[Sample, tuple[Size, ...]]:
+    """Returns a sample without its images, and (height, width) of each."""
+
+
+def outline(
+  samples: Sequence[Sample], index: int
+) -> tuple[Sample, tuple[Size, ...]]:
+  """Returns a sample for its text, and (height, width) of its images.
+
+  Pixels are drawn or read only where the samples cannot do without.
+  """
+  if isinstance(samples, Outlined):
+    return samples.outline(index)
+  sample = samples[index]
+  return sample, tuple(image.shape[:2] for image in sample.images)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +73,7 @@ class Texts(Documents):
     template: the text around images.
   """
 
-  samples: Task
+  samples: Task | Mixed
   template: Template = Template()
 
   def __len__(self) -> int:
@@ -63,7 +90,7 @@ class ImageQuestions(pipeline.ShuffledRows):
   """Samples as rows of tokens and views; a `research.data.pipeline.Data`.
 
   Attributes:
-    samples: questions about images.
+    samples: questions about images, or about none.
     preprocessor: how an image becomes views, and what stands for it.
     image_token: id of the placeholder.
     length: tokens of a row, T.
@@ -108,7 +135,7 @@ class ImageRows(Sequence[Row]):
     data, sample = self.data, self.data.samples[index]
     prompt = Prompt.from_images(sample.images, data.preprocessor, data.views)
     example = tokens_of(
-      sample, prompt, self.tokenizer, data.image_token, data.template
+      sample, prompt.pieces, self.tokenizer, data.image_token, data.template
     )
     if len(example.tokens) > data.length:
       raise UserError(
@@ -117,7 +144,7 @@ class ImageRows(Sequence[Row]):
         f" {prompt.soft_tokens} soft tokens, and the text of"
         f" {sample.question!r}"
       )
-    return _row(example, data.length) | {"pixels": prompt.pixels}
+    return row_of([example], data.length) | {"pixels": prompt.pixels}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,22 +169,24 @@ class Prompt:
     """Returns the views of some images, and what stands for them.
 
     Args:
-      images: each [H, W, 3].
+      images: each [H, W, 3]; none for a prompt of text alone.
       preprocessor: of the model; its views are all of one size.
       most: V.
 
     Raises:
-      UserError: there are no images, or more than V views.
+      UserError: there are more than V views.
     """
     made = [preprocessor.views(image) for image in images]
     count = sum(len(views.pixels) for views in made)
-    if not made or count > most:
+    if count > most:
       raise UserError(
-        f"views: found {count} of {len(made)} images, expected 1 to {most};"
+        f"views: found {count} of {len(made)} images, expected at most {most};"
         " allow more, or use a tiling that makes fewer"
       )
-    pixels = np.concatenate([views.pixels for views in made])
-    pixels = np.pad(pixels, ((0, most - count), (0, 0), (0, 0), (0, 0)))
+    # The views of a tiling are of one size, whatever the image.
+    size = made[0].plan.view if made else preprocessor.plan(*_ANY).view
+    padding = np.zeros((most - count, *size, 3), np.uint8)
+    pixels = np.concatenate([*(views.pixels for views in made), padding])
     return cls(pixels, [preprocessor.pieces(views.plan) for views in made])
 
   @property
@@ -209,7 +238,7 @@ def _token(text: str, tokenizer: Any) -> int:
 
 def prompt_ids(
   question: str,
-  prompt: Prompt,
+  images: Sequence[tuple[Piece, ...]],
   tokenizer: Any,
   image_token: int,
   template: Template,
@@ -218,15 +247,13 @@ def prompt_ids(
 
   Args:
     question: text; what it says of images is text as well.
-    prompt: the images.
+    images: what stands for each.
     tokenizer: has `encode(text)`.
     image_token: id of the placeholder.
     template: around the question.
   """
   ids = [
-    i
-    for pieces in prompt.pieces
-    for i in image_ids(pieces, tokenizer, image_token)
+    i for pieces in images for i in image_ids(pieces, tokenizer, image_token)
   ]
   text = template.question.format(question=question)
   return ids + list(tokenizer.encode(text))
@@ -234,13 +261,18 @@ def prompt_ids(
 
 def tokens_of(
   sample: Sample,
-  prompt: Prompt,
+  images: Sequence[tuple[Piece, ...]],
   tokenizer: Any,
   image_token: int,
   template: Template,
 ) -> Example:
-  """Returns a sample's tokens; the loss covers its answer and the end."""
-  before = prompt_ids(sample.question, prompt, tokenizer, image_token, template)
+  """Returns a sample's tokens; the loss covers its answer and the end.
+
+  Args:
+    sample: question and answer.
+    images, tokenizer, image_token, template: as for `prompt_ids`.
+  """
+  before = prompt_ids(sample.question, images, tokenizer, image_token, template)
   text = template.answer.format(answer=sample.answer)
   answer = list(tokenizer.encode(text))
   if template.end:
@@ -249,10 +281,13 @@ def tokens_of(
   return Example(np.asarray(before + answer, np.int32), mask)
 
 
-def _row(example: Example, length: int) -> Row:
-  """Returns an example as a row of `length` tokens, a document of its own."""
-  whole = packing.Piece(0, 0, len(example.tokens))
+def row_of(examples: Sequence[Example], length: int) -> Row:
+  """Returns examples as one row of `length` tokens, each a document."""
+  pieces = [packing.Piece(i, 0, len(x.tokens)) for i, x in enumerate(examples)]
   rows = packing.PackedRows(
-    [example.tokens], [[whole]], length, [example.loss_mask]
+    [x.tokens for x in examples],
+    [pieces],
+    length,
+    [x.loss_mask for x in examples],
   )
   return rows[0]

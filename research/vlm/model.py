@@ -119,13 +119,24 @@ class VisionLanguageModel:
     """
     rows, views, height, width, _ = pixels.shape
     flat = pixels.reshape(-1, height, width, vit.CHANNELS)
-    images = vit.normalised(flat, self.normalise)
-    patches = vit.patchify(images, self.vision.patch)
-    grid = self.grid(height, width)
-    at = jnp.broadcast_to(vit.grid_coordinates(*grid), (*patches.shape[:2], 2))
-    features = self.encode_patches(params, patches, at)
-    soft = self.connect(params, features, grid)
+    features = self.view_features(params, flat)
+    soft = self.connect(params, features, self.grid(height, width))
     return soft.reshape(rows, views * soft.shape[1], soft.shape[2])
+
+  def view_features(
+    self, params: Params, pixels: UInt8[Array, "B H W 3"]
+  ) -> Float[Array, "B N C"]:
+    """Returns what the connector gets of each view.
+
+    Args:
+      params: of all three, or of vision alone.
+      pixels: of the views.
+    """
+    images = vit.normalised(pixels, self.normalise)
+    patches = vit.patchify(images, self.vision.patch)
+    grid = self.grid(*pixels.shape[1:3])
+    at = jnp.broadcast_to(vit.grid_coordinates(*grid), (*patches.shape[:2], 2))
+    return self.encode_patches(params, patches, at)
 
   def encode_patches(
     self,
@@ -153,10 +164,27 @@ class VisionLanguageModel:
 
     Args:
       params: of all three.
-      pixels: as for `encode`; row i of a batch of tokens sees row i.
+      pixels: as for `encode`; row i of a batch of tokens sees row i. With
+        fewer rows than tokens have, consecutive ones share (`splice`).
     """
     soft = self.encode(params, pixels)
     return self._placed(params["language"], soft, pixels.shape[1])
+
+  def with_features(
+    self, params: Params, features: Float[Array, "B V R S C"]
+  ) -> dict[str, Any]:
+    """Returns `with_images` of images that are encoded already.
+
+    Args:
+      params: of all three.
+      features: `view_features` of each row's views, R rows and S columns of
+        patches, padded at the end.
+    """
+    rows, views, height, width, size = features.shape
+    flat = features.reshape(-1, height * width, size)
+    soft = self.connect(params, flat, (height, width))
+    soft = soft.reshape(rows, views * soft.shape[1], soft.shape[2])
+    return self._placed(params["language"], soft, views)
 
   def with_images_compiled(
     self, params: Params, pixels: UInt8[Array, "B V H W 3"]

@@ -4,6 +4,7 @@ import dataclasses
 
 from research import weights
 from research.training.objectives.objective import (
+  PER_ROW,
   Batch,
   NextToken,
   Objective,
@@ -17,9 +18,11 @@ from research.vlm.model import VisionLanguageModel
 class WithImages:
   """Any objective of the language model, with images at its placeholders.
 
-  A batch has `pixels`, uint8 [B, V, H, W, 3], beside the objective's own keys.
-  Prompts that predict the next token have the model's mask, as they have when
-  it answers.
+  A batch has `pixels`, uint8 [G, V, H, W, 3], beside the objective's own keys,
+  or `features`, which the encoder made of them (`research.vlm.cached`). B rows
+  of tokens share G of images, usually one each. A batch without either is text,
+  and its loss is the language model's. Prompts that predict the next token have
+  the model's mask, as they have when it answers.
 
   Attributes:
     model: the experiment sets it after loading.
@@ -34,9 +37,17 @@ class WithImages:
     towers = {k: v for k, v in params.items() if k != "language"}
     # The objective binds the language model's weights itself.
     bound = weights.bind(towers, key=key) | {"language": params["language"]}
-    language = self.model.with_images(bound, batch["pixels"])
+    language = self._language(bound, batch)
     inner = dataclasses.replace(self.objective, model=self.model.language)
     if isinstance(inner, NextToken):
       inner = dataclasses.replace(inner, mask=self.model.mask.of_rows)
-    text = {k: v for k, v in batch.items() if k != "pixels"}
+    text = {k: v for k, v in batch.items() if k not in PER_ROW}
     return inner(language, text, key)
+
+  def _language(self, params: Params, batch: Batch) -> Params:
+    """Returns the language model's parameters, which see a batch's images."""
+    if "pixels" in batch:
+      return self.model.with_images(params, batch["pixels"])
+    if "features" in batch:
+      return self.model.with_features(params, batch["features"])
+    return params["language"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from research import weights
 from research.nn.transformer import Transformer
-from research.typing import Array, Float, Int, Params, Shaped
+from research.typing import Array, Float, Int, Params, Shaped, UserError
 
 
 @jax.tree_util.register_dataclass
@@ -25,9 +25,13 @@ class SplicedEmbedding(weights.WrappedWeight):
   The i-th placeholder of a row gets the i-th feature of that row. A gather, so
   it is differentiable and has static shapes.
 
+  Consecutive rows may share an entry of `features`, a pool: then placeholders
+  are counted over these rows, one after the other.
+
   Attributes:
     w: the table `[V, D]`, any weight.
-    features: `[B, P, D]`; rows with fewer placeholders do not use the last.
+    features: `[G, P, D]` for B rows, a multiple of G; pools with fewer
+      placeholders do not use the last.
     token: id of the placeholder, which may lie outside of the table.
   """
 
@@ -56,22 +60,31 @@ class SplicedEmbedding(weights.WrappedWeight):
   def take(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Returns features at placeholders, and embeddings elsewhere."""
     here = ids == self.token
-    index = jnp.cumsum(here, axis=-1) - 1
-    index = jnp.clip(index, 0, self.features.shape[1] - 1)
-    rows = jnp.take_along_axis(self.features, index[..., None], axis=1)
+    pools, size = self.features.shape[:2]
+    if ids.shape[0] % pools:
+      raise UserError(
+        f"features: found {pools} rows of images for {ids.shape[0]} rows of"
+        " tokens, expected a divisor"
+      )
+    # Of a pool's rows as one; a row for itself stays as it is.
+    index = jnp.cumsum(here.reshape(pools, -1), axis=-1) - 1
+    index = jnp.clip(index, 0, size - 1)
+    soft = jnp.take_along_axis(self.features, index[..., None], axis=1)
+    soft = soft.reshape(*ids.shape, -1)
     # An id outside of the table would read NaN, also where it is not used.
     words = weights.take(self.w, jnp.where(here, 0, ids))
-    return jnp.where(here[..., None], rows.astype(words.dtype), words)
+    return jnp.where(here[..., None], soft.astype(words.dtype), words)
 
 
 def with_features(
-  params: Params, features: Float[Array, "B P D"], token: int
+  params: Params, features: Float[Array, "G P D"], token: int
 ) -> dict[str, Any]:
   """Returns a language model's parameters with features at placeholders.
 
   Args:
     params: of a `Transformer`.
-    features: of each row's images, in the order of its placeholders. A model
+    features: of each row's images, or of the rows' of a pool, in the order of
+      the placeholders, see `SplicedEmbedding`. A model
       that scales its embeddings scales these as well (`embed_scale`).
     token: id of the placeholder.
   """
@@ -87,7 +100,7 @@ class Splice:
     self,
     model: Transformer,
     params: Params,
-    soft: Float[Array, "B P D"],
+    soft: Float[Array, "G P D"],
     views: int,
     token: int,
   ) -> dict[str, Any]:
@@ -96,8 +109,8 @@ class Splice:
     Args:
       model: the language model.
       params: its parameters.
-      soft: each row's soft tokens, view by view.
-      views: number of views in a row.
+      soft: soft tokens of each row, or of each pool of rows, view by view.
+      views: number of views in a row or pool.
       token: id of the placeholder.
     """
     del model, views
