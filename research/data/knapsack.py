@@ -27,8 +27,8 @@ rows that it might go to."""
 
 
 def best_fit(
-  tokens: Counts,
-  views: Counts,
+  tokens: Int[np.ndarray, " items"],
+  views: Int[np.ndarray, " items"],
   length: int,
   budget: int,
   rows: int = 1,
@@ -54,8 +54,8 @@ def best_fit(
 
 
 def one_per_row(
-  tokens: Counts,
-  views: Counts,
+  tokens: Int[np.ndarray, " items"],
+  views: Int[np.ndarray, " items"],
   length: int,
   budget: int,
   rows: int = 1,

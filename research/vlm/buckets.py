@@ -61,7 +61,7 @@ class Bucket:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BucketedQuestions:
+class BucketedQuestions(data.ImageData):
   """Samples in buckets; a `research.data.pipeline.Data`.
 
   Attributes:
@@ -73,6 +73,8 @@ class BucketedQuestions:
     packing: how samples share rows: `knapsack.best_fit` or `one_per_row`.
     seed: of the shuffle.
     threads: that read images and cut them into views.
+    inputs: what rows have of views: `data.Pixels()`, or features of a frozen
+      encoder (`research.vlm.cached`).
   """
 
   samples: Sequence[Sample]
@@ -83,6 +85,7 @@ class BucketedQuestions:
   packing: knapsack.Packing = knapsack.best_fit
   seed: int = 0
   threads: int = 1
+  inputs: data.ViewInputs = data.Pixels()
 
   def __post_init__(self):
     pipeline.check_sizes(self, threads=1)
@@ -117,7 +120,7 @@ class BucketedQuestions:
     buckets = sorted(self.buckets, key=lambda x: (x.length, x.views / x.pool))
     numbers: list[list[int]] = [[] for _ in buckets]
     for i in np.flatnonzero(needs.tokens >= 0):
-      tokens, views = needs.tokens[i], needs.views[i]
+      tokens, views = int(needs.tokens[i]), int(needs.views[i])
       fits = (
         k
         for k, x in enumerate(buckets)
@@ -286,9 +289,9 @@ class BucketPlan:
 class PooledRows(Sequence[Row]):
   """The pools of a bucket, made when they are read.
 
-  Text is `[pool, T]`; `pixels` are uint8 `[1, V, H, W, 3]`, the views of all
-  samples in the order of their placeholders and then zeros, and absent where
-  the bucket has no views.
+  Text is `[pool, T]`; `pixels` (or what `inputs` makes of them) are uint8
+  `[1, V, H, W, 3]`, the views of all samples in the order of their placeholders
+  and then zeros, and absent where the bucket has no views.
   """
 
   data: BucketedQuestions
@@ -313,7 +316,8 @@ class PooledRows(Sequence[Row]):
       return unit
     shape = (bucket.views - len(pixels), *self.view, 3)
     whole = np.stack([*pixels, *np.zeros(shape, np.uint8)])
-    return unit | {"pixels": whole[None]}
+    inputs = self.data.inputs(whole, len(pixels))
+    return unit | {k: x[None] for k, x in inputs.items()}
 
   def _read(
     self, number: int

@@ -8,7 +8,7 @@ samples share, are `research.vlm.buckets`.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from research.data import packing, pipeline
 from research.data.examples import Example
 from research.data.packing import Row
 from research.data.sources import Documents
-from research.typing import UInt8, UserError
+from research.typing import Params, UInt8, UserError
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.prompts import Piece, Soft, Text
 from research.vlm.images.resize import Size
@@ -47,6 +47,58 @@ def outline(
     return samples.outline(index)
   sample = samples[index]
   return sample, tuple(image.shape[:2] for image in sample.images)
+
+
+@runtime_checkable
+class ViewInputs(Protocol):
+  """What a batch has of views: pixels, or what an encoder made of them."""
+
+  def __call__(self, pixels: UInt8[np.ndarray, "V H W 3"], used: int) -> Row:
+    """Returns arrays `[V, ...]`.
+
+    Args:
+      pixels: of views, padded at the end.
+      used: how many are no padding.
+    """
+
+  def with_encoder(
+    self, model: Any, params: Params, trainable: str
+  ) -> "ViewInputs":
+    """Returns the same for a model, of which some paths are learned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+  """Views as they are, which the model encodes in every step."""
+
+  def __call__(self, pixels: UInt8[np.ndarray, "V H W 3"], used: int) -> Row:
+    """Returns `pixels`."""
+    del used
+    return {"pixels": pixels}
+
+  def with_encoder(
+    self, model: Any, params: Params, trainable: str
+  ) -> "Pixels":
+    """Returns itself, whatever the model."""
+    del model, params, trainable
+    return self
+
+
+class ImageData:
+  """Base of data whose `inputs` may need the experiment's encoder."""
+
+  inputs: ViewInputs
+
+  def with_encoder(self, model: Any, params: Params, trainable: str) -> Self:
+    """Returns the data of an experiment with this model.
+
+    Args:
+      model: the experiment's.
+      params: its parameters before the first step.
+      trainable: regular expression of the paths that are learned.
+    """
+    inputs = self.inputs.with_encoder(model, params, trainable)
+    return dataclasses.replace(self, inputs=inputs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +138,7 @@ class Texts(Documents):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageQuestions(pipeline.ShuffledRows):
+class ImageQuestions(pipeline.ShuffledRows, ImageData):
   """Samples as rows of tokens and views; a `research.data.pipeline.Data`.
 
   Attributes:
@@ -98,6 +150,8 @@ class ImageQuestions(pipeline.ShuffledRows):
     template: the text around images.
     batch_size: rows in a batch over all processes.
     seed: of the shuffle.
+    inputs: what rows have of views: `Pixels()`, or features of a frozen encoder
+      (`research.vlm.cached`).
   """
 
   samples: Sequence[Sample]
@@ -108,6 +162,7 @@ class ImageQuestions(pipeline.ShuffledRows):
   template: Template = Template()
   batch_size: int = 8
   seed: int = 0
+  inputs: ViewInputs = Pixels()
 
   def __post_init__(self):
     pipeline.check_sizes(self, length=2, views=1, batch_size=1)
@@ -144,7 +199,8 @@ class ImageRows(Sequence[Row]):
         f" {prompt.soft_tokens} soft tokens, and the text of"
         f" {sample.question!r}"
       )
-    return row_of([example], data.length) | {"pixels": prompt.pixels}
+    views = data.inputs(prompt.pixels, prompt.views)
+    return row_of([example], data.length) | views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +210,12 @@ class Prompt:
   Attributes:
     pixels: uint8 [V, H, W, 3], the views of all images and then zeros.
     pieces: what stands for each image.
+    views: how many views are no padding.
   """
 
   pixels: UInt8[np.ndarray, "V H W 3"]
   pieces: list[tuple[Piece, ...]]
+  views: int
 
   @classmethod
   def from_images(
@@ -187,7 +245,8 @@ class Prompt:
     size = made[0].plan.view if made else preprocessor.plan(*_ANY).view
     padding = np.zeros((most - count, *size, 3), np.uint8)
     pixels = np.concatenate([*(views.pixels for views in made), padding])
-    return cls(pixels, [preprocessor.pieces(views.plan) for views in made])
+    pieces = [preprocessor.pieces(views.plan) for views in made]
+    return cls(pixels, pieces, count)
 
   @property
   def soft_tokens(self) -> int:
