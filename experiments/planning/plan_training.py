@@ -42,7 +42,7 @@ def plan(
     UserError: an error of a run before its first step.
   """
   begin = time.perf_counter()
-  abstract = _largest(
+  abstract = largest_bucket(
     experiment, abstract_step.build(experiment, topology.devices)
   )
   found = _before_compiling(experiment, abstract, topology)
@@ -66,7 +66,7 @@ def plan(
   return found
 
 
-def _largest(
+def largest_bucket(
   experiment: Experiment, abstract: abstract_step.AbstractStep
 ) -> abstract_step.AbstractStep:
   """Returns the step of the bucket with the most FLOPs."""

@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import jax
+
 from experiments.core import config
 from experiments.core.from_scratch import FromScratch
+from experiments.planning import abstract_step, plan_training
 from research import tree
 from research.nn.presets import Sizes
 from research.vlm.model import TOWERS
@@ -55,3 +58,34 @@ def test_images_of_smollm2_have_as_many_tokens_as_placeholders():
   assert model.connector.tokens(grid) == 16
   assert questions.image_token == model.image_token == SMOLLM2.vocab
   assert stage.answers.questions.template == questions.template
+
+
+def test_images_of_any_number_have_buckets():
+  """The buckets of the run file have room for all its samples."""
+  run = config.read(
+    "runs/vlm/mixed_images.gin", ["SAMPLES=40", "HELDOUT_SAMPLES=8"]
+  ).experiment
+  tokenizer = run.model.language.tokenizer.load()
+  report = run.data.plan(tokenizer).report()
+  assert not report["left_out"]
+  assert all(x["samples"] for x in report["buckets"].values())
+  assert sum(x["samples"] for x in report["buckets"].values()) == 120
+  training = run.data.training(tokenizer)
+  assert len(training.shapes) == len(run.data.buckets) == 3
+  for batch, _ in zip(training, range(6), strict=False):
+    shapes = {k: x.shape for k, x in batch.items()}
+    assert shapes in [
+      {k: x.shape for k, x in each.items()} for each in training.shapes
+    ]
+  abstract = abstract_step.build(run, jax.devices()[:1])
+  largest = plan_training.largest_bucket(run, abstract)
+  # All have 32 views, and this one the most tokens.
+  assert largest.batch["tokens"].shape == (32, 32)
+  assert [x["pixels"].shape[:2] for x in abstract.batches] == [
+    (32, 1),
+    (4, 8),
+    (4, 8),
+  ]
+  counts = {len(x.images) for x in run.answers.questions.samples[:6]}
+  assert counts == {1, 2, 3}
+  assert run.answers.questions.samples.tasks[0].split == "heldout"
