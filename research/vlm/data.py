@@ -8,7 +8,7 @@ samples share, are `research.vlm.buckets`.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class ImageData:
 
   inputs: ViewInputs
 
-  def with_encoder(self, model: Any, params: Params, trainable: str) -> Self:
+  def with_encoder(self, model: Any, params: Params, trainable: str) -> Any:
     """Returns the data of an experiment with this model.
 
     Args:
