@@ -89,7 +89,7 @@ class BucketedQuestions(data.ImageData):
 
   def __post_init__(self):
     pipeline.check_sizes(self, threads=1)
-    shapes = [(x.length, x.views, x.pool, x.rows) for x in self.buckets]
+    shapes = [(x.length, x.views, x.pool) for x in self.buckets]
     if not shapes or len(set(shapes)) < len(shapes):
       raise UserError(
         f"BucketedQuestions.buckets: found {[str(x) for x in self.buckets]},"
@@ -119,30 +119,16 @@ class BucketedQuestions(data.ImageData):
     needs, left_out = _needs(self, tokenizer)
     buckets = sorted(self.buckets, key=lambda x: (x.length, x.views / x.pool))
     numbers: list[list[int]] = [[] for _ in buckets]
-    for i in np.flatnonzero(needs.tokens >= 0):
-      tokens, views = int(needs.tokens[i]), int(needs.views[i])
-      fits = (
-        k
-        for k, x in enumerate(buckets)
-        if tokens <= x.length and views <= x.views
-      )
-      found = next(fits, None)
-      if found is None:
-        left_out[_reason(buckets, tokens, views)].append(int(i))
+    for i in np.flatnonzero(needs.tokens >= 0).tolist():
+      found = _smallest(buckets, needs.tokens[i], needs.views[i])
+      if isinstance(found, str):
+        left_out[found].append(i)
       else:
-        numbers[found].append(int(i))
-    parts = []
-    for bucket, own in zip(buckets, numbers, strict=True):
-      own = np.asarray(own, int)
-      pools = self.packing(
-        needs.tokens[own],
-        needs.views[own],
-        bucket.length,
-        bucket.views,
-        bucket.pool,
-      )
-      pools = [[[int(own[i]) for i in row] for row in pool] for pool in pools]
-      parts.append(Part(bucket, pools))
+        numbers[found].append(i)
+    parts = (
+      self._packed(bucket, np.asarray(own, int), needs)
+      for bucket, own in zip(buckets, numbers, strict=True)
+    )
     plan = BucketPlan(tuple(parts), needs, dict(left_out))
     if not plan.used:
       raise NoExamples(
@@ -167,12 +153,7 @@ class BucketedQuestions(data.ImageData):
           f"Bucket.rows: found {bucket.rows} rows in pools of {bucket.pool},"
           f" expected a multiple of {bucket.pool} rows x {processes} processes"
         )
-    plan = self.plan(tokenizer)
-    if plan.left_out and process == 0:
-      folders.warn(
-        f"{sum(map(len, plan.left_out.values())):,} of {len(self.samples):,}"
-        f" samples fit in no bucket: {plan.reasons()}"
-      )
+    plan = self._warned(tokenizer)
     return bucketing.training(
       self._rows(plan, tokenizer),
       self.seed,
@@ -183,8 +164,11 @@ class BucketedQuestions(data.ImageData):
     )
 
   def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
-    """Returns all rows once, in at most `limit` batches of any bucket."""
-    plan = self.plan(tokenizer)
+    """Returns all rows once, in at most `limit` batches of any bucket.
+
+    Warns of samples that fit in no bucket.
+    """
+    plan = self._warned(tokenizer)
     return bucketing.evaluation(self._rows(plan, tokenizer), limit)
 
   def rows(self, tokenizer: Any) -> Rows:
@@ -202,6 +186,32 @@ class BucketedQuestions(data.ImageData):
       "BucketedQuestions: found in a mixture of rows, expected rows of one"
       " shape; mix the samples (research.vlm.scenes.Mixed)"
     )
+
+  def _packed(
+    self, bucket: Bucket, own: Int[np.ndarray, " samples"], needs: "Needs"
+  ) -> "Part":
+    """Returns the samples of a bucket in rows."""
+    pools = self.packing(
+      needs.tokens[own],
+      needs.views[own],
+      bucket.length,
+      bucket.views,
+      bucket.pool,
+    )
+    numbers = own.tolist()
+    return Part(
+      bucket, [[[numbers[i] for i in row] for row in pool] for pool in pools]
+    )
+
+  def _warned(self, tokenizer: Any) -> "BucketPlan":
+    """Returns the plan, and says what is left out."""
+    plan = self.plan(tokenizer)
+    if plan.left_out:
+      folders.warn(
+        f"{sum(map(len, plan.left_out.values())):,} of {len(self.samples):,}"
+        f" samples fit in no bucket: {plan.reasons()}"
+      )
+    return plan
 
   def _rows(self, plan: "BucketPlan", tokenizer: Any) -> list[BucketRows]:
     return [
@@ -377,7 +387,11 @@ def _check_order(plan: Plan, preprocessor: Preprocessor) -> None:
     )
 
 
-def _reason(buckets: Sequence[Bucket], tokens: int, views: int) -> str:
+def _smallest(buckets: Sequence[Bucket], tokens: Any, views: Any) -> int | str:
+  """Returns the first bucket with room, or the reason why there is none."""
+  for i, bucket in enumerate(buckets):
+    if tokens <= bucket.length and views <= bucket.views:
+      return i
   longest = max(bucket.length for bucket in buckets)
   most = max(bucket.views for bucket in buckets)
   if tokens > longest:

@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax
+import pytest
 
-from experiments.core import config
+from experiments.core import config, train_eval
 from experiments.core.from_scratch import FromScratch
 from experiments.planning import abstract_step, plan_training
 from research import tree
 from research.nn.presets import Sizes
+from research.training.checkpoints.workdir import claim_workdir
 from research.vlm.model import TOWERS
 
 SMOLLM2 = Sizes(
@@ -89,3 +91,19 @@ def test_images_of_any_number_have_buckets():
   counts = {len(x.images) for x in run.answers.questions.samples[:6]}
   assert counts == {1, 2, 3}
   assert run.answers.questions.samples.tasks[0].split == "heldout"
+
+
+@pytest.mark.slow
+def test_a_run_over_images_of_any_number_has_a_program_a_bucket(
+  tmp_path, caplog
+):
+  bindings = ["SAMPLES=40", "HELDOUT_SAMPLES=4", "STEPS=9", "WIDTH=32"]
+  read = config.read("runs/vlm/mixed_images.gin", bindings)
+  folder = claim_workdir(tmp_path / "run", read.text)
+  with jax.log_compiles():
+    result = train_eval.train(read.experiment, folder)
+  said = [record.getMessage() for record in caplog.records]
+  assert sum(x.startswith("Compiling jit(update)") for x in said) == 3
+  assert sum(x["samples"] for x in result["buckets"].values()) == 120
+  assert result["left_out"] == {} and result["perplexity_after"] > 0
+  assert {"more", "count"} < set(result["answers"])

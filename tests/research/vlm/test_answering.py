@@ -76,6 +76,28 @@ def test_answers_are_to_real_blank_and_others_images(samples):
   assert report.texts["real"] != report.texts["blind"]
 
 
+def test_questions_of_a_batch_have_any_number_of_images(samples):
+  """None, one and two: each as if it were alone."""
+  ask = Answerer(
+    model=LOADED.model,
+    params=LOADED.params,
+    tokenizer=LOADED.tokenizer,
+    preprocessor=LOADED.preprocessor,
+    views=2,
+    most=2,
+    rows=3,
+  )
+  images = [(), samples[0].images, samples[1].images + samples[2].images]
+  questions = ["w5 w6", "w5", "w6"]
+  found = ask(images, questions)
+  for i, (each, question) in enumerate(zip(images, questions, strict=True)):
+    assert ask([each], [question]) == [found[i]]
+  bare = generate.generate(
+    LOADED.model.language, LOADED.params["language"], [[5, 6]], 2
+  )
+  assert found[0] == LOADED.tokenizer.decode(bare.tokens[0]).strip()
+
+
 def test_a_task_brings_its_rules_and_a_limit_cuts_it():
   task = Shapes(kinds=("count", "exists"), size=32, count=20, split="heldout")
   report = Answers(questions=questions(task), most=1, limit=6, batch=6)(LOADED)
