@@ -148,8 +148,18 @@ class LatestImage:
     soft: Float[Array, "B P C"],
     views: int,
     token: int,
+    pool: int = 1,
   ) -> dict[str, Any]:
-    """Returns the language model's parameters; arguments as for `Splice`."""
+    """Returns the language model's parameters; arguments as for `Splice`.
+
+    Raises:
+      UserError: rows share their views.
+    """
+    if pool > 1:
+      raise UserError(
+        f"LatestImage: found views that {pool} rows share, expected views of"
+        " each row's own; set Bucket.pool = 1"
+      )
     rows, count, _ = soft.shape
     sizes = jnp.full((rows, views), count // views, jnp.int32)
     return with_media(model, params, soft, sizes, token)

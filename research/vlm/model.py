@@ -158,20 +158,20 @@ class VisionLanguageModel:
     return soft if self.scale == 1.0 else soft * self.scale
 
   def with_images(
-    self, params: Params, pixels: UInt8[Array, "B V H W 3"]
+    self, params: Params, pixels: UInt8[Array, "G V H W 3"], pool: int = 1
   ) -> dict[str, Any]:
     """Returns the language model's parameters, which see these images.
 
     Args:
       params: of all three.
-      pixels: as for `encode`; row i of a batch of tokens sees row i. With
-        fewer rows than tokens have, consecutive ones share (`splice`).
+      pixels: as for `encode`; row i of a batch of tokens sees row i.
+      pool: consecutive rows of tokens that share a row of pixels.
     """
     soft = self.encode(params, pixels)
-    return self._placed(params["language"], soft, pixels.shape[1])
+    return self._placed(params["language"], soft, pixels.shape[1], pool)
 
   def with_features(
-    self, params: Params, features: Float[Array, "B V R S C"]
+    self, params: Params, features: Float[Array, "G V R S C"], pool: int = 1
   ) -> dict[str, Any]:
     """Returns `with_images` of images that are encoded already.
 
@@ -179,12 +179,13 @@ class VisionLanguageModel:
       params: of all three.
       features: `view_features` of each row's views, R rows and S columns of
         patches, padded at the end.
+      pool: as for `with_images`.
     """
     rows, views, height, width, size = features.shape
     flat = features.reshape(-1, height * width, size)
     soft = self.connect(params, flat, (height, width))
     soft = soft.reshape(rows, views * soft.shape[1], soft.shape[2])
-    return self._placed(params["language"], soft, views)
+    return self._placed(params["language"], soft, views, pool)
 
   def with_images_compiled(
     self, params: Params, pixels: UInt8[Array, "B V H W 3"]
@@ -194,9 +195,9 @@ class VisionLanguageModel:
     soft = _encode(self, towers, pixels)
     return self._placed(params["language"], soft, pixels.shape[1])
 
-  def _placed(self, language, soft, views):
+  def _placed(self, language, soft, views, pool=1):
     return self.placement(
-      self.language, language, soft, views, self.image_token
+      self.language, language, soft, views, self.image_token, pool
     )
 
   def token_source(self) -> generate.TokenSource:

@@ -46,8 +46,12 @@ class WithImages:
 
   def _language(self, params: Params, batch: Batch) -> Params:
     """Returns the language model's parameters, which see a batch's images."""
-    if "pixels" in batch:
-      return self.model.with_images(params, batch["pixels"])
-    if "features" in batch:
-      return self.model.with_features(params, batch["features"])
+    ways = (
+      ("pixels", self.model.with_images),
+      ("features", self.model.with_features),
+    )
+    for name, see in ways:
+      if name in batch:
+        pool = len(batch["tokens"]) // len(batch[name])
+        return see(params, batch[name], pool)
     return params["language"]

@@ -25,19 +25,19 @@ class SplicedEmbedding(weights.WrappedWeight):
   The i-th placeholder of a row gets the i-th feature of that row. A gather, so
   it is differentiable and has static shapes.
 
-  Consecutive rows may share an entry of `features`, a pool: then placeholders
-  are counted over these rows, one after the other.
-
   Attributes:
     w: the table `[V, D]`, any weight.
-    features: `[G, P, D]` for B rows, a multiple of G; pools with fewer
-      placeholders do not use the last.
+    features: `[B, P, D]`; rows with fewer placeholders do not use the last.
+      With pools, `[B / pool, P, D]`.
     token: id of the placeholder, which may lie outside of the table.
+    pool: consecutive rows that share features: their placeholders are counted
+      as if they were one row.
   """
 
   w: Any
   features: Any
   token: int = dataclasses.field(metadata=dict(static=True))
+  pool: int = dataclasses.field(default=1, metadata=dict(static=True))
 
   @property
   def extra_ids(self) -> tuple[int, ...]:
@@ -60,15 +60,17 @@ class SplicedEmbedding(weights.WrappedWeight):
   def take(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Returns features at placeholders, and embeddings elsewhere."""
     here = ids == self.token
-    pools, size = self.features.shape[:2]
-    if ids.shape[0] % pools:
-      raise UserError(
-        f"features: found {pools} rows of images for {ids.shape[0]} rows of"
-        " tokens, expected a divisor"
-      )
-    # Of a pool's rows as one; a row for itself stays as it is.
-    index = jnp.cumsum(here.reshape(pools, -1), axis=-1) - 1
-    index = jnp.clip(index, 0, size - 1)
+    counted = here
+    if self.pool > 1:
+      pools = self.features.shape[0]
+      if ids.shape[0] != pools * self.pool:
+        raise UserError(
+          f"features: found {pools} pools of {self.pool} rows for"
+          f" {ids.shape[0]} rows of tokens, expected {pools * self.pool}"
+        )
+      counted = here.reshape(pools, -1)  # the rows of a pool as one
+    index = jnp.cumsum(counted, axis=-1) - 1
+    index = jnp.clip(index, 0, self.features.shape[1] - 1)
     soft = jnp.take_along_axis(self.features, index[..., None], axis=1)
     soft = soft.reshape(*ids.shape, -1)
     # An id outside of the table would read NaN, also where it is not used.
@@ -77,18 +79,18 @@ class SplicedEmbedding(weights.WrappedWeight):
 
 
 def with_features(
-  params: Params, features: Float[Array, "G P D"], token: int
+  params: Params, features: Float[Array, "G P D"], token: int, pool: int = 1
 ) -> dict[str, Any]:
   """Returns a language model's parameters with features at placeholders.
 
   Args:
     params: of a `Transformer`.
-    features: of each row's images, or of the rows' of a pool, in the order of
-      the placeholders, see `SplicedEmbedding`. A model
+    features: of each row's images, in the order of its placeholders. A model
       that scales its embeddings scales these as well (`embed_scale`).
     token: id of the placeholder.
+    pool: consecutive rows that share an entry of `features`.
   """
-  table = SplicedEmbedding(params["embed"], features, token)
+  table = SplicedEmbedding(params["embed"], features, token, pool)
   return {**params, "embed": table}
 
 
@@ -103,6 +105,7 @@ class Splice:
     soft: Float[Array, "G P D"],
     views: int,
     token: int,
+    pool: int = 1,
   ) -> dict[str, Any]:
     """Returns the language model's parameters, which see these images.
 
@@ -112,6 +115,7 @@ class Splice:
       soft: soft tokens of each row, or of each pool of rows, view by view.
       views: number of views in a row or pool.
       token: id of the placeholder.
+      pool: rows that share their views.
     """
     del model, views
-    return with_features(params, soft, token)
+    return with_features(params, soft, token, pool)

@@ -73,17 +73,7 @@ class Media(weights.Weight):
   def with_tokens(
     self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None
   ) -> "Media":
-    """Returns the media of these tokens; documents do not see each other's.
-
-    Raises:
-      UserError: several rows share their images.
-    """
-    if self.sizes.shape[-2] != tokens.shape[0]:
-      raise UserError(
-        f"cross-attention: found images of {self.sizes.shape[-2]} rows for"
-        f" {tokens.shape[0]} rows of tokens, expected as many of both; give"
-        " each row images of its own (Bucket.pool = 1)"
-      )
+    """Returns the media of these tokens; documents do not see each other's."""
     sizes = self.sizes.reshape(-1, *self.sizes.shape[-2:])[0]
     marks = tokens == self.token
     bounds = latest_image(marks, sizes).bounds

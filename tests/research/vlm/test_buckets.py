@@ -221,7 +221,8 @@ def compiled():
   """Returns loss and gradients, by a mask that is data."""
 
   def loss(params, batch, mask):
-    language = MODEL.with_images(params, batch["pixels"])
+    pool = len(batch["tokens"]) // len(batch["pixels"])
+    language = MODEL.with_images(params, batch["pixels"], pool)
     return NextToken(MODEL.language, mask=lambda _: mask)(
       language, batch, None
     )[0]

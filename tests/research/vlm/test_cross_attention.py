@@ -305,7 +305,7 @@ def test_packed_samples_have_the_gradient_of_those_alone():
     atol = 1e-6 + 1e-4 * np.abs(y).max()
     np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=path)
   pooled = batches[0] | dict(pixels=pixels[:1])
-  with pytest.raises(UserError, match="images of 1 rows for 2 rows"):
+  with pytest.raises(UserError, match="views that 2 rows share"):
     WithImages(model)(given, pooled, None)
 
 
