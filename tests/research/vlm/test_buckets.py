@@ -16,6 +16,8 @@ from kernels_pallas.masks import autoregressive_blocks
 from research import tree
 from research.data.sources import NoExamples
 from research.nn import logits
+from research.sharding import Layout
+from research.training import global_batch
 from research.training.objectives.objective import NextToken
 from research.typing import UserError
 from research.vlm import WithImages, data, masks
@@ -319,6 +321,26 @@ def test_no_sample_sees_anothers_images(policy):
     changed = compiled()(PARAMS, alone | {"pixels": own}, mask)
     assert abs(changed[0] - base[0]) > 1e-3
   assert sorted(views) == list(range(len(SAMPLES)))
+
+
+@pytest.mark.slow
+def test_a_mesh_cuts_pools_and_never_views():
+  packed = batch_of(PACKED)
+  loss = jax.jit(lambda *x: WithImages(MODEL)(*x, None)[0])
+  expected = loss(PARAMS, packed)
+  layout = Layout(data=2, sequence=2)
+  mesh = layout.mesh(jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    params = jax.device_put(PARAMS, layout.shardings(PARAMS, mesh))
+    placed = global_batch.to_global(packed, layout.batch(mesh))
+    shapes = {k: x.sharding.shard_shape(x.shape) for k, x in placed.items()}
+    assert shapes["tokens"] == (2, 12)
+    assert shapes["pixels"] == (1, *packed["pixels"].shape[1:])
+    np.testing.assert_allclose(loss(params, placed), expected, rtol=2e-5)
+    with pytest.raises(UserError, match="for `pixels`"):
+      global_batch.to_global(
+        packed | {"pixels": packed["pixels"][:1]}, layout.batch(mesh)
+      )
 
 
 def test_text_alone_is_the_bare_language_model():
