@@ -28,7 +28,6 @@ from research.vlm import data
 from research.vlm.images.plan import Plan
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.resize import Size
-from research.vlm.scenes.sample import Sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ class BucketedQuestions(data.ImageData):
       encoder (`research.vlm.cached`).
   """
 
-  samples: Sequence[Sample]
+  samples: data.Samples
   preprocessor: Preprocessor
   image_token: int
   buckets: tuple[Bucket, ...]

@@ -29,6 +29,15 @@ _ANY: Size = (64, 64)
 
 
 @runtime_checkable
+class Samples(Protocol):
+  """A random-access sequence of samples, which are drawn or read one by one."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Sample: ...
+
+
+@runtime_checkable
 class Outlined(Protocol):
   """Samples whose texts and sizes of images are known without any pixel."""
 
@@ -36,9 +45,7 @@ class Outlined(Protocol):
     """Returns a sample without its images, and (height, width) of each."""
 
 
-def outline(
-  samples: Sequence[Sample], index: int
-) -> tuple[Sample, tuple[Size, ...]]:
+def outline(samples: Samples, index: int) -> tuple[Sample, tuple[Size, ...]]:
   """Returns a sample for its text, and (height, width) of its images.
 
   Pixels are drawn or read only where the samples cannot do without.
@@ -154,7 +161,7 @@ class ImageQuestions(pipeline.ShuffledRows, ImageData):
       (`research.vlm.cached`).
   """
 
-  samples: Sequence[Sample]
+  samples: Samples
   preprocessor: Preprocessor
   image_token: int
   length: int
