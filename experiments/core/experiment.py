@@ -71,6 +71,15 @@ class Answers(Protocol):
   def __call__(self, loaded: Loaded) -> AnswerReport: ...
 
 
+@runtime_checkable
+class NeedsEncoder(Protocol):
+  """Data that may have features of the model's frozen encoder."""
+
+  def with_encoder(
+    self, model: Any, params: Params, trainable: str
+  ) -> Data: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
   """A model that exists.
@@ -199,6 +208,21 @@ class Experiment:
       t.with_model(loaded) if isinstance(t, NeedsModel) else t
       for t in self.transforms
     ]
+
+  def with_encoder_of(self, built: "Built") -> "Experiment":
+    """Returns the experiment whose data have the built model's encoder."""
+
+    def one(data: Data | None) -> Data | None:
+      if not isinstance(data, NeedsEncoder):
+        return data
+      return data.with_encoder(built.loaded.model, built.params, self.trainable)
+
+    return dataclasses.replace(
+      self,
+      data=one(self.data),
+      validation=one(self.validation),
+      heldout=one(self.heldout),
+    )
 
   def finished(self, params: Params) -> Params:
     """Returns trained weights after the transforms of `after`."""

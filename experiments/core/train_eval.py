@@ -21,6 +21,7 @@ from experiments.core import (
 )
 from experiments.core.experiment import Built, Experiment
 from research import progress, sharding, tree, weights
+from research.data.bucketing import BucketedBatches
 from research.generation import generate
 from research.io.folders import Folder
 from research.training import evaluating, loop, state
@@ -92,7 +93,7 @@ def _train(
   # --- model ---
   artifacts.log(f"loading {experiment.model}")
   built = experiment.build(context)
-  context = built.context
+  experiment, context = experiment.with_encoder_of(built), built.context
   start = _start(experiment, built)
   trainable, total = map(weights.count, (start.trainable, start.params))
   _log_parameters(experiment, built, trainable, total, workdir)
@@ -109,6 +110,8 @@ def _train(
   )
   data_fingerprint.check_context(experiment, built.loaded.model, tokenizer)
   training = experiment.data.training(tokenizer, *context.share)
+  for name, bucket in _data_report(training).get("buckets", {}).items():
+    artifacts.log(f"batches of {name}: {bucket}")
   evaluations = experiment.evaluations(tokenizer)
   heldout = evaluations.pop("heldout", None)
 
@@ -151,6 +154,7 @@ def _train(
     "processes": jax.process_count(),
     "steps": experiment.plan.steps,
     "texts": texts,
+    **_data_report(training),
     "special_tokens": data_fingerprint.describe_special_tokens(tokenizer),
     **(outcome.evaluation or _last_evaluation(experiment, workdir)),
     **answers,
@@ -184,6 +188,11 @@ def _heldout_metrics(
     )
   )
   return {"before": (0, before), "after": (experiment.plan.steps, after)}
+
+
+def _data_report(training: Any) -> dict[str, Any]:
+  """Returns what is in the buckets and what in none, where there are any."""
+  return dict(training.report) if isinstance(training, BucketedBatches) else {}
 
 
 def _last_evaluation(
@@ -228,7 +237,7 @@ def evaluate(
 
 def _evaluate(experiment, context, workdir, number) -> dict[str, Any]:
   built = experiment.build(context)
-  context = built.context
+  experiment, context = experiment.with_encoder_of(built), built.context
   if workdir is None:
     at, trained = 0, _start(experiment, built)
   else:

@@ -17,6 +17,7 @@ from research import sharding
 from research.interop.loaded import Loaded
 from research.training import aot, global_batch, state, step
 from research.training.objectives.objective import Batch
+from research.vlm.buckets import BucketedQuestions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,16 +29,23 @@ class AbstractStep:
     objective: the loss of that model.
     mesh: the experiment's, over the given devices.
     state: a `TrainState`.
-    batch: of training.
+    batches: of training, one for each bucket.
     key: of the run.
+    bucket: the batch that the step is planned for, by its number.
   """
 
   loaded: Loaded
   objective: Any
   mesh: Mesh
   state: state.TrainState
-  batch: Batch
+  batches: tuple[Batch, ...]
   key: Any
+  bucket: int = 0
+
+  @property
+  def batch(self) -> Batch:
+    """The batch of the bucket."""
+    return self.batches[self.bucket]
 
   @property
   def tokens(self) -> int:
@@ -48,7 +56,7 @@ class AbstractStep:
 def build(experiment: Experiment, devices: Sequence[Any]) -> AbstractStep:
   """Returns the arguments of a training step of `experiment`.
 
-  Only the first row of the data is made, for the shape of a batch.
+  Only the first row of the data, or of each bucket, is made, for its shape.
 
   Args:
     experiment: to be trained.
@@ -80,7 +88,7 @@ def build(experiment: Experiment, devices: Sequence[Any]) -> AbstractStep:
     objective=dataclasses.replace(experiment.objective, model=loaded.model),
     mesh=mesh,
     state=jax.tree.map(_at, made, where),
-    batch=_batch(experiment, loaded.tokenizer, mesh),
+    batches=_batches(experiment, loaded.tokenizer, mesh),
     key=_at(key, sharding.replicated(mesh)),
   )
 
@@ -110,16 +118,19 @@ def _at(x: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
-def _batch(experiment: Experiment, tokenizer: Any, mesh: Mesh) -> Batch:
-  data = experiment.data
-  row = data.stream(tokenizer)[0]
-  whole = experiment.mesh.batch(mesh)
-  out = {}
-  for name, x in row.items():
-    shape = (data.batch_size, *x.shape)
-    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-    out[name] = _at(
-      jax.ShapeDtypeStruct(shape, dtype),
-      global_batch.array_sharding(whole, shape, name),
+def _batches(
+  experiment: Experiment, tokenizer: Any, mesh: Mesh
+) -> tuple[Batch, ...]:
+  """Returns the shapes of batches, one for each bucket."""
+  data, whole = experiment.data, experiment.mesh.batch(mesh)
+  if isinstance(data, BucketedQuestions):
+    shapes = data.training(tokenizer).shapes
+  else:
+    row = data.stream(tokenizer)[0]
+    shapes = (
+      {
+        name: jax.ShapeDtypeStruct((data.batch_size, *x.shape), x.dtype)
+        for name, x in row.items()
+      },
     )
-  return out
+  return tuple(global_batch.abstract(batch, whole) for batch in shapes)

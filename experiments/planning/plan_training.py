@@ -20,7 +20,10 @@ from research.optim.low_rank.layerwise import Layerwise
 from research.planning import flops, forecast, text
 from research.planning.chips import Topology
 from research.training import step
-from research.training.objectives.objective import NextToken
+from research.training.objectives.objective import PER_ROW, NextToken
+
+_SHOWN = frozenset({"tokens"}) | PER_ROW
+"""Arrays of a batch that tell its bucket."""
 
 
 def plan(
@@ -39,7 +42,9 @@ def plan(
     UserError: an error of a run before its first step.
   """
   begin = time.perf_counter()
-  abstract = abstract_step.build(experiment, topology.devices)
+  abstract = largest_bucket(
+    experiment, abstract_step.build(experiment, topology.devices)
+  )
   found = _before_compiling(experiment, abstract, topology)
   cli.say(_table(experiment, abstract))
   cli.say(_summary(found))
@@ -59,6 +64,25 @@ def plan(
   found |= text.as_json(cost, found["model_flops"], abstract.tokens)
   cli.say(text.describe(cost, found))
   return found
+
+
+def largest_bucket(
+  experiment: Experiment, abstract: abstract_step.AbstractStep
+) -> abstract_step.AbstractStep:
+  """Returns the step of the bucket with the most FLOPs."""
+  if len(abstract.batches) == 1:
+    return abstract
+  each = [
+    dataclasses.replace(abstract, bucket=i)
+    for i in range(len(abstract.batches))
+  ]
+  found = [model_flops(x, experiment) for x in each]
+  largest = max(range(len(each)), key=found.__getitem__)
+  for i, (x, count) in enumerate(zip(each, found, strict=True)):
+    shapes = {k: list(v.shape) for k, v in x.batch.items() if k in _SHOWN}
+    planned = ", which is planned" if i == largest else ""
+    cli.say(f"a batch of {shapes}: {count:.3g} FLOPs{planned}")
+  return each[largest]
 
 
 def arithmetic(

@@ -252,6 +252,23 @@ def share(
   Raises:
     UserError: the batch does not divide among the processes.
   """
+  # One thread: building a row is cheap, and XLA needs the cores.
+  return prefetched(batches(stream, batch_size, process, processes))
+
+
+def batches(
+  stream: grain.MapDataset,
+  batch_size: int,
+  process: int,
+  processes: int,
+  join: Callable[[Sequence[Row]], Row] | None = None,
+) -> grain.MapDataset:
+  """Returns this process's share of the batches, by index.
+
+  Args:
+    stream, batch_size, process, processes: as for `share`.
+    join: makes a batch of rows; by default it stacks their arrays.
+  """
   if batch_size % processes:
     raise UserError(
       f"Pipeline.batch_size: found {batch_size}, expected a multiple"
@@ -260,10 +277,14 @@ def share(
   size = batch_size // processes
   if processes > 1:
     stream = _Part(stream, size, process, processes)
-  data = stream.batch(size)
-  # One thread: building a row is cheap, and XLA needs the cores.
+  return stream.batch(size, batch_fn=join)
+
+
+def prefetched(data: grain.MapDataset, threads: int = 1) -> grain.IterDataset:
+  """Returns an iterable whose elements threads make ahead of time."""
+  ahead = max(4, threads)
   return data.to_iter_dataset(
-    grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
   )
 
 

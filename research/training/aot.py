@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,9 @@ StateTransform = Callable[[TrainState, Metrics], tuple[TrainState, Metrics]]
 It is compiled with the step, decides by `state.step` whether to act, and may
 consume metrics that are arrays.
 """
+
+Kinds = frozenset[tuple[str, tuple[int, ...], np.dtype]]
+"""Name, shape and dtype of each array of a batch."""
 
 
 def lower_step(
@@ -75,34 +78,83 @@ def compile_step(
   key: PRNGKey | jax.ShapeDtypeStruct,
   state_transforms: Sequence[StateTransform] = (),
 ) -> tuple[Callable, dict[str, float]]:
+  """Returns `compile_steps` of one shape of batches."""
+  return compile_steps(step, state, [batch], key, state_transforms)
+
+
+def compile_steps(
+  step: Callable,
+  state: TrainState,
+  batches: Sequence[Batch],
+  key: PRNGKey | jax.ShapeDtypeStruct,
+  state_transforms: Sequence[StateTransform] = (),
+) -> tuple[Callable, dict[str, float]]:
   """Returns the compiled update of `lower_step`, and its cost.
 
-  The update accepts batches of one shape only: another shape raises a
-  UserError instead of recompiling silently.
+  There is a program for each shape of batches, and no other: a batch of
+  another shape raises a UserError instead of recompiling silently.
+
+  Args:
+    step, state, key, state_transforms: as for `lower_step`.
+    batches: one of each shape, or their shapes.
+
+  Returns:
+    The update, and metrics: seconds of all compilations, the number of
+    programs, and the FLOPs and bytes of the one with the most of each.
   """
-  begin = time.perf_counter()
-  with progress.phase("compiling the step"):
-    compiled = lower_step(step, state, batch, key, state_transforms).compile()
-  memory.release()
-  cost = {"compile/seconds": time.perf_counter() - begin, **_cost(compiled)}
-  logging.info(
-    "Compiled the step in %.1f s: %s",
-    cost["compile/seconds"],
-    ", ".join(
-      f"{v:.3g} {k[8:]}" for k, v in cost.items() if k[8:] != "seconds"
-    ),
-  )
-  wanted, shapes = _kinds(batch), _shapes(batch)
+  programs: dict[Kinds, Callable] = {}
+  costs = []
+  for batch in batches:
+    if _kinds(batch) in programs:
+      continue
+    begin = time.perf_counter()
+    with progress.phase("compiling the step"):
+      lowered = lower_step(step, state, batch, key, state_transforms)
+      compiled = lowered.compile()
+    memory.release()
+    seconds = time.perf_counter() - begin
+    costs.append({"compile/seconds": seconds, **_cost(compiled)})
+    _log(costs[-1], batch, several=len(batches) > 1)
+    programs[_kinds(batch)] = compiled
 
   def run(moving, frozen, batch, key):
-    if _kinds(batch) != wanted:
+    program = programs.get(_kinds(batch))
+    if program is None:
       raise UserError(
-        f"batch: found {_shapes(batch)},\nexpected {shapes}.\n"
-        "Every batch of a run has one shape: pad the rows, drop a short batch."
+        f"batch: found {_shapes(batch)},\n{_expected(batches)}.\n"
+        "Every batch of a run has one shape, or that of a bucket: pad the"
+        " rows, drop a short batch."
       )
-    return compiled(moving, frozen, batch, key)
+    return program(moving, frozen, batch, key)
 
-  return run, cost
+  return run, _total(costs)
+
+
+def _log(cost: dict[str, float], batch: Batch, several: bool) -> None:
+  numbers = ", ".join(
+    f"{v:.3g} {k[8:]}" for k, v in cost.items() if k[8:] != "seconds"
+  )
+  logging.info(
+    "Compiled the step%s in %.1f s: %s",
+    f" for {_shapes(batch)}" if several else "",
+    cost["compile/seconds"],
+    numbers,
+  )
+
+
+def _expected(batches: Sequence[Batch]) -> str:
+  shapes = [str(_shapes(batch)) for batch in batches]
+  return (
+    "expected " + ("" if len(shapes) == 1 else "one of\n") + "\n".join(shapes)
+  )
+
+
+def _total(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """Returns the seconds of all programs, and the most of everything else."""
+  names = dict.fromkeys(name for cost in costs for name in cost)
+  total = {k: max(cost.get(k, 0.0) for cost in costs) for k in names}
+  total["compile/seconds"] = sum(cost["compile/seconds"] for cost in costs)
+  return total | {"compile/programs": len(costs)}
 
 
 def _same(moving: TrainState) -> Any:
@@ -116,9 +168,12 @@ def _same(moving: TrainState) -> Any:
   )
 
 
-def _kinds(batch: Batch) -> dict[str, tuple[Any, Any]]:
-  """Returns the shapes and dtypes that must be equal in every batch."""
-  return {path: (x.shape, x.dtype) for path, x in batch.items()}
+def _kinds(batch: Batch) -> Kinds:
+  """Returns the shapes and dtypes that a program was compiled for."""
+  return frozenset(
+    (path, x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+    for path, x in batch.items()
+  )
 
 
 def _shapes(batch: Batch) -> dict[str, str]:

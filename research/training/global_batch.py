@@ -6,7 +6,7 @@ processes, so a run can resume with another number of processes.
 """
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import jax
@@ -71,7 +71,7 @@ def array_sharding(
     raise UserError(
       f"batch_size: found {shape[0]} rows, expected a multiple of"
       f" {_pieces(sharding, 0)}, the number of shards\non the mesh"
-      f" ({sharding.mesh.shape_tuple}, axes {axes[0]})."
+      f" ({sharding.mesh.shape_tuple}, axes {axes[0]}), for `{name}`."
     )
   for i, dim in enumerate(shape):
     if dim % _pieces(sharding, i) or (i and name in PER_ROW):
@@ -104,6 +104,24 @@ def to_global(
     if jax.process_count() == 1:
       return jax.device_put(x, cut)
     return jax.make_array_from_process_local_data(cut, x, shape)
+
+  return {name: one(name, x) for name, x in batch.items()}
+
+
+def abstract(
+  batch: Mapping[str, jax.ShapeDtypeStruct],
+  sharding: NamedSharding | None,
+  parts: int = 1,
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of `to_global` of a batch of these shapes."""
+
+  def one(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    if sharding is None:
+      return jax.ShapeDtypeStruct(x.shape, dtype)
+    shape = (x.shape[0] * parts, *x.shape[1:])
+    where = array_sharding(sharding, shape, name)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
   return {name: one(name, x) for name, x in batch.items()}
 

@@ -9,8 +9,8 @@ state.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from research import sharding as shardings
 from research.io import folders
 from research.optim import ranges
 from research.training import evaluating, global_batch, memory, preemption
-from research.training.aot import StateTransform, compile_step
+from research.training.aot import StateTransform, compile_steps
 from research.training.checkpoints import unevaluated
 from research.training.checkpoints.checkpoint import Checkpoints
 from research.training.checkpoints.frozen_base import record_base
@@ -33,6 +33,19 @@ from research.training.reports.report import Report
 from research.training.state import TrainState
 from research.training.step import make_train_step
 from research.typing import PRNGKey, UserError
+
+
+@runtime_checkable
+class Bucketed(Protocol):
+  """Endless batches of several shapes, all of which are known at the start.
+
+  Attributes:
+    shapes: of this process's share of a batch, for each bucket.
+  """
+
+  shapes: Sequence[Mapping[str, jax.ShapeDtypeStruct]]
+
+  def __iter__(self) -> Iterator[Batch]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,8 +101,8 @@ class Outcome:
     start: number of updates done before this process started.
     best: (step, metric) of the best checkpoint, or None.
     evaluation: metrics of the last evaluation in this process.
-    tokens_per_s: training throughput in this process, without evaluation and
-      saving; None if it did no step.
+    tokens_per_s: training throughput in this process, without padding,
+      evaluation and saving; None if it did no step.
     seconds: seconds per activity in this process, see `Goodput`.
     goodput: totals over all processes of this run, see `Goodput`.
     peak_memory_bytes: see `memory.peak_memory_bytes`.
@@ -129,9 +142,10 @@ def fit(
     objective: the loss.
     tx: the optimizer that `state` was created with.
     state: the initial state. Its trainable part is donated.
-    training: endless batches of one shape, with this process's share of the
-      rows (`global_batch.share`). The iterator is checkpointed if it is one of
-      grain's.
+    training: endless batches with this process's share of the rows
+      (`global_batch.share`), of one shape, or of as many as it says
+      (`Bucketed`), for each of which a program is compiled. The iterator is
+      checkpointed if it is one of grain's.
     config: duration and schedule.
     workdir: receives `metrics.jsonl`, `checkpoints/` and `profile/`.
     evaluations: name -> whole batches; metrics are written as `name/metric`.
@@ -145,7 +159,7 @@ def fit(
   Raises:
     UserError: the loss or gradient is not finite (names step and metric), the
       base weights or the structure differ from the workdir's, or a batch has
-      another shape.
+      a shape that no program was compiled for.
     Preempted: a stop was requested (`preemption`); the state has been saved.
   """
   workdir = folders.folder(workdir)
@@ -222,11 +236,9 @@ def fit(
     key = _key(config.seed, sharding)
     if start < config.steps:
       with clock.doing("compile"):
-        # From another iterator: `batches` must not advance.
-        _, parts = global_batch.share(sharding)
-        first = global_batch.to_global(next(iter(training)), sharding, parts)
+        shapes = _shapes(training, sharding)
         step = make_train_step(objective, tx, config.accumulate, config.average)
-        update, cost = compile_step(step, state, first, key, state_transforms)
+        update, cost = compile_steps(step, state, shapes, key, state_transforms)
       report.write(start, cost)
       if points.reached():
         leave(f"step {start} is saved" if start else "no step was taken")
@@ -244,7 +256,7 @@ def fit(
         points.unsaved(True)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
           moving, values = update(moving, frozen, batch, key)
-        report.late.push(number, {**values, "tokens": _tokens(batch)})
+        report.late.push(number, {"tokens": _positions(batch), **values})
         leaving = points.reached()
         saving = looking or _due(config.save_every, number, last or leaving)
         if saving:
@@ -305,8 +317,21 @@ def _resumable(batches: Any) -> Any:
   return batches if hasattr(batches, "set_state") else None
 
 
-def _tokens(batch: Batch) -> int:
+def _positions(batch: Batch) -> int:
+  """Returns the positions of a batch, padding included."""
   return int(np.prod(batch["tokens"].shape)) if "tokens" in batch else 0
+
+
+def _shapes(
+  training: Iterable[Batch], sharding: NamedSharding | None
+) -> list[Batch]:
+  """Returns a batch of each shape, or its shapes, over all processes."""
+  _, parts = global_batch.share(sharding)
+  if isinstance(training, Bucketed):
+    return [global_batch.abstract(x, sharding, parts) for x in training.shapes]
+  # From another iterator: that of the run must not advance.
+  first = next(iter(training))
+  return [global_batch.to_global(first, sharding, parts)]
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ def make_train_step(
   * `loss` and the objective's own, means over the batch's weight. Non-scalar
     ones are input for state transforms, which must consume them.
   * `weight`, the batch's weight.
+  * `tokens`, those that are no padding, if the batch has `segments`.
   * `grad_norm`, before clipping; of projected gradients if the optimizer
     accumulates those or is `Layerwise`.
   * `learning_rate`, if the optimizer has one, or `learning_rate/GROUP` of each
@@ -91,6 +92,8 @@ def make_train_step(
       k: v / weight_or_one for k, v in {"loss": loss_sum, **sums}.items()
     }
     metrics = {**means, "weight": weight, "grad_norm": optax.tree.norm(grads)}
+    if "segments" in batch:
+      metrics["tokens"] = (batch["segments"] >= 0).sum()
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["nonfinite"] = 1.0 - finite
     metrics |= optim.learning_rates(opt_state)

@@ -14,10 +14,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "answering": ["Answerer", "Answers"],
+    "buckets": ["Bucket", "BucketedQuestions"],
+    "cached": ["CachedFeatures"],
     "cross_attention": ["LatestImage", "interleave"],
     "data": ["ImageQuestions", "Template"],
     "model": ["VisionLanguageModel"],
     "objective": ["WithImages"],
+    "records": ["ImageRecords"],
     "sees_images": ["SeesImages"],
     "splice": ["Splice", "SplicedEmbedding", "with_features"],
     "within": ["Within"],

@@ -20,6 +20,7 @@ from research.vlm.evaluation.report import Report
 from research.vlm.evaluation.scores import Score, exact_match
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.model import VisionLanguageModel
+from research.vlm.scenes.mixed import Mixed
 from research.vlm.scenes.task import Task
 
 
@@ -34,7 +35,7 @@ class Answerer:
     params: of all three towers.
     tokenizer: of the language model.
     preprocessor: how an image becomes views, and what stands for it.
-    views: views of a row.
+    views: views of a row; prompts may have fewer, or none.
     template: the text around images.
     most: tokens of an answer.
     sampling: how tokens are chosen.
@@ -60,7 +61,7 @@ class Answerer:
     """Returns the answers, without spaces around them.
 
     Args:
-      images: of each question, at least one.
+      images: of each question: one, several or none.
       questions: texts; all are one batch.
     """
     made = [
@@ -72,7 +73,11 @@ class Answerer:
     questions = [*questions, *questions[-1:] * missing]
     prompts = [
       data.prompt_ids(
-        question, prompt, self.tokenizer, self.model.image_token, self.template
+        question,
+        prompt.pieces,
+        self.tokenizer,
+        self.model.image_token,
+        self.template,
       )
       for question, prompt in zip(questions, made, strict=True)
     ]
@@ -133,7 +138,7 @@ class Answers:
       samples[: self.limit],
       answer,
       # Only who draws the scenes knows what a part of them says.
-      samples.rules() if isinstance(samples, Task) else {},
+      samples.rules() if isinstance(samples, Task | Mixed) else {},
       score=self.score,
       parser=self.parser,
       batch=self.batch,

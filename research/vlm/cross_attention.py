@@ -148,7 +148,17 @@ class LatestImage:
     soft: Float[Array, "B P C"],
     grids: Int[Array, "B V 2"],
     token: int,
+    pool: int = 1,
   ) -> dict[str, Any]:
-    """Returns the language model's parameters; arguments as for `Splice`."""
+    """Returns the language model's parameters; arguments as for `Splice`.
+
+    Raises:
+      UserError: rows share their views.
+    """
+    if pool > 1:
+      raise UserError(
+        f"LatestImage: found views that {pool} rows share, expected views of"
+        " each row's own; set Bucket.pool = 1"
+      )
     sizes = jnp.prod(grids, axis=-1, dtype=jnp.int32)
     return with_media(model, params, soft, sizes, token)

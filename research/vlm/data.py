@@ -2,12 +2,13 @@
 
 A row is one sample: the placeholders of its images, the question, and the
 answer, which alone is in the loss. A row's images are drawn or read, and cut
-into views, when the row is.
+into views, when the row is. Rows of several shapes, and rows that several
+samples share, are `research.vlm.buckets`.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,105 @@ from research.data.examples import Example
 from research.data.packing import Row
 from research.data.sources import Documents
 from research.generation import generate
-from research.typing import UInt8, UserError
+from research.typing import Params, UInt8, UserError
 from research.vlm.encoders.native import Images, Patches
 from research.vlm.images.patches import patchify
 from research.vlm.images.plan import Views
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.prompts import Piece, Soft, Text
+from research.vlm.images.resize import Size
+from research.vlm.scenes.mixed import Mixed
 from research.vlm.scenes.sample import Sample
 from research.vlm.scenes.task import Task
+
+_ANY: Size = (64, 64)
+"""A size of images, where their views' is asked for and there is no image."""
+
+
+@runtime_checkable
+class Samples(Protocol):
+  """A random-access sequence of samples, which are drawn or read one by one."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Sample: ...
+
+
+@runtime_checkable
+class Outlined(Protocol):
+  """Samples whose texts and sizes of images are known without any pixel."""
+
+  def outline(self, index: int) -> tuple[Sample, tuple[Size, ...]]:
+    """Returns a sample without its images, and (height, width) of each."""
+
+
+def outline(samples: Samples, index: int) -> tuple[Sample, tuple[Size, ...]]:
+  """Returns a sample for its text, and (height, width) of its images.
+
+  Pixels are drawn or read only where the samples cannot do without.
+  """
+  if isinstance(samples, Outlined):
+    return samples.outline(index)
+  sample = samples[index]
+  return sample, tuple(image.shape[:2] for image in sample.images)
+
+
+@runtime_checkable
+class ViewInputs(Protocol):
+  """What a batch has of views: pixels, or what an encoder made of them."""
+
+  def __call__(
+    self, pixels: UInt8[np.ndarray, "V H W 3"] | Patches, used: int
+  ) -> Row:
+    """Returns arrays `[V, ...]`.
+
+    Args:
+      pixels: of views, padded at the end.
+      used: how many are no padding.
+    """
+
+  def with_encoder(
+    self, model: Any, params: Params, trainable: str
+  ) -> "ViewInputs":
+    """Returns the same for a model, of which some paths are learned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+  """Views as they are, which the model encodes in every step."""
+
+  def __call__(
+    self, pixels: UInt8[np.ndarray, "V H W 3"] | Patches, used: int
+  ) -> Row:
+    """Returns `pixels`; at native resolution `patches` and `grids`."""
+    del used
+    if isinstance(pixels, Patches):
+      return {"patches": pixels.pixels, "grids": pixels.grids}
+    return {"pixels": pixels}
+
+  def with_encoder(
+    self, model: Any, params: Params, trainable: str
+  ) -> "Pixels":
+    """Returns itself, whatever the model."""
+    del model, params, trainable
+    return self
+
+
+class ImageData:
+  """Base of data whose `inputs` may need the experiment's encoder."""
+
+  inputs: ViewInputs
+
+  def with_encoder(self, model: Any, params: Params, trainable: str) -> Any:
+    """Returns the data of an experiment with this model.
+
+    Args:
+      model: the experiment's.
+      params: its parameters before the first step.
+      trainable: regular expression of the paths that are learned.
+    """
+    inputs = self.inputs.with_encoder(model, params, trainable)
+    return dataclasses.replace(self, inputs=inputs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +144,7 @@ class Texts(Documents):
     template: the text around images.
   """
 
-  samples: Task
+  samples: Task | Mixed
   template: Template = Template()
 
   def __len__(self) -> int:
@@ -65,11 +157,11 @@ class Texts(Documents):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageQuestions(pipeline.ShuffledRows):
+class ImageQuestions(pipeline.ShuffledRows, ImageData):
   """Samples as rows of tokens and views; a `research.data.pipeline.Data`.
 
   Attributes:
-    samples: questions about images.
+    samples: questions about images, or about none.
     preprocessor: how an image becomes views, and what stands for it.
     image_token: id of the placeholder.
     length: tokens of a row, T.
@@ -79,9 +171,11 @@ class ImageQuestions(pipeline.ShuffledRows):
     template: the text around images.
     batch_size: rows in a batch over all processes.
     seed: of the shuffle.
+    inputs: what rows have of views: `Pixels()`, or features of a frozen encoder
+      (`research.vlm.cached`).
   """
 
-  samples: Sequence[Sample]
+  samples: Samples
   preprocessor: Preprocessor
   image_token: int
   length: int
@@ -90,6 +184,7 @@ class ImageQuestions(pipeline.ShuffledRows):
   template: Template = Template()
   batch_size: int = 8
   seed: int = 0
+  inputs: ViewInputs = Pixels()
 
   def __post_init__(self):
     pipeline.check_sizes(self, length=2, views=1, batch_size=1)
@@ -131,7 +226,7 @@ class ImageRows(Sequence[Row]):
       sample.images, data.preprocessor, data.views, data.patches
     )
     example = tokens_of(
-      sample, prompt, self.tokenizer, data.image_token, data.template
+      sample, prompt.pieces, self.tokenizer, data.image_token, data.template
     )
     if len(example.tokens) > data.length:
       raise UserError(
@@ -140,7 +235,8 @@ class ImageRows(Sequence[Row]):
         f" {prompt.soft_tokens} soft tokens, and the text of"
         f" {sample.question!r}"
       )
-    return _row(example, data.length) | prompt.arrays()
+    views = data.inputs(prompt.pixels, prompt.views)
+    return row_of([example], data.length) | views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +247,12 @@ class Prompt:
     pixels: uint8 [V, H, W, 3], the views of all images and then zeros; or, at
       native resolution, their patches.
     pieces: what stands for each image.
+    views: how many views are no padding.
   """
 
   pixels: UInt8[np.ndarray, "V H W 3"] | Patches
   pieces: list[tuple[Piece, ...]]
+  views: int
 
   @classmethod
   def from_images(
@@ -167,35 +265,36 @@ class Prompt:
     """Returns the views of some images, and what stands for them.
 
     Args:
-      images: each [H, W, 3].
-      preprocessor: of the model.
+      images: each [H, W, 3]; none for a prompt of text alone.
+      preprocessor: of the model; its views are all of one size.
       most: V.
       patches: N, at native resolution; None for as many as the largest image
         has.
 
     Raises:
-      UserError: there are no images, or more than V views, or an image of more
-        than N patches.
+      UserError: there are more than V views, or an image of more than N
+        patches, or none of native resolution.
     """
     made = [preprocessor.views(image) for image in images]
     count = sum(len(views.pixels) for views in made)
-    if not made or count > most:
+    if count > most:
       raise UserError(
-        f"views: found {count} of {len(made)} images, expected 1 to {most};"
+        f"views: found {count} of {len(made)} images, expected at most {most};"
         " allow more, or use a tiling that makes fewer"
       )
     pieces = [preprocessor.pieces(views.plan) for views in made]
     if preprocessor.tiling.native_square is not None:
-      return cls(_patches(made, preprocessor, most, patches), pieces)
-    pixels = np.concatenate([views.pixels for views in made])
-    pixels = np.pad(pixels, ((0, most - count), (0, 0), (0, 0), (0, 0)))
-    return cls(pixels, pieces)
-
-  def arrays(self) -> dict[str, np.ndarray]:
-    """Returns the images as they are in a batch; see `objective.images_of`."""
-    if isinstance(self.pixels, Patches):
-      return {"patches": self.pixels.pixels, "grids": self.pixels.grids}
-    return {"pixels": self.pixels}
+      if not made:
+        raise UserError(
+          "images: found none, expected at least one at native resolution, from"
+          " which the number of patches follows"
+        )
+      return cls(_patches(made, preprocessor, most, patches), pieces, count)
+    # The views of a tiling are of one size, whatever the image.
+    size = made[0].plan.view if made else preprocessor.plan(*_ANY).view
+    padding = np.zeros((most - count, *size, 3), np.uint8)
+    pixels = np.concatenate([*(views.pixels for views in made), padding])
+    return cls(pixels, pieces, count)
 
   @property
   def soft_tokens(self) -> int:
@@ -287,7 +386,7 @@ def _token(text: str, tokenizer: Any) -> int:
 
 def prompt_ids(
   question: str,
-  prompt: Prompt,
+  images: Sequence[tuple[Piece, ...]],
   tokenizer: Any,
   image_token: int,
   template: Template,
@@ -296,15 +395,13 @@ def prompt_ids(
 
   Args:
     question: text; what it says of images is text as well.
-    prompt: the images.
+    images: what stands for each.
     tokenizer: has `encode(text)`.
     image_token: id of the placeholder.
     template: around the question.
   """
   ids = [
-    i
-    for pieces in prompt.pieces
-    for i in image_ids(pieces, tokenizer, image_token)
+    i for pieces in images for i in image_ids(pieces, tokenizer, image_token)
   ]
   text = template.question.format(question=question)
   return ids + list(tokenizer.encode(text))
@@ -312,13 +409,18 @@ def prompt_ids(
 
 def tokens_of(
   sample: Sample,
-  prompt: Prompt,
+  images: Sequence[tuple[Piece, ...]],
   tokenizer: Any,
   image_token: int,
   template: Template,
 ) -> Example:
-  """Returns a sample's tokens; the loss covers its answer and the end."""
-  before = prompt_ids(sample.question, prompt, tokenizer, image_token, template)
+  """Returns a sample's tokens; the loss covers its answer and the end.
+
+  Args:
+    sample: question and answer.
+    images, tokenizer, image_token, template: as for `prompt_ids`.
+  """
+  before = prompt_ids(sample.question, images, tokenizer, image_token, template)
   text = template.answer.format(answer=sample.answer)
   answer = list(tokenizer.encode(text))
   if template.end:
@@ -327,10 +429,13 @@ def tokens_of(
   return Example(np.asarray(before + answer, np.int32), mask)
 
 
-def _row(example: Example, length: int) -> Row:
-  """Returns an example as a row of `length` tokens, a document of its own."""
-  whole = packing.Piece(0, 0, len(example.tokens))
+def row_of(examples: Sequence[Example], length: int) -> Row:
+  """Returns examples as one row of `length` tokens, each a document."""
+  pieces = [packing.Piece(i, 0, len(x.tokens)) for i, x in enumerate(examples)]
   rows = packing.PackedRows(
-    [example.tokens], [[whole]], length, [example.loss_mask]
+    [x.tokens for x in examples],
+    [pieces],
+    length,
+    [x.loss_mask for x in examples],
   )
   return rows[0]

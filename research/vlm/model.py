@@ -23,6 +23,7 @@ from research.typing import (
   Int,
   Params,
   PRNGKey,
+  UInt8,
   UserError,
 )
 from research.vlm.connectors.deep_stack import DeepStack
@@ -141,13 +142,8 @@ class VisionLanguageModel:
       return self._encode_native(params, images)
     rows, views, height, width, _ = images.shape
     flat = images.reshape(-1, height, width, vit.CHANNELS)
-    patches = vit.patchify(
-      vit.normalised(flat, self.normalise), self.vision.patch
-    )
-    grid = self.grid(height, width)
-    at = jnp.broadcast_to(vit.grid_coordinates(*grid), (*patches.shape[:2], 2))
-    features = self.encode_patches(params, patches, at)
-    soft = self.connect(params, features, grid)
+    features = self.view_features(params, flat)
+    soft = self.connect(params, features, self.grid(height, width))
     return soft.reshape(rows, views * soft.shape[1], soft.shape[2])
 
   def _encode_native(self, params, images):
@@ -174,11 +170,28 @@ class VisionLanguageModel:
     if isinstance(images, Patches):
       return images.grids // self.square
     rows, views, height, width, _ = images.shape
-    grid = self.grid(height, width)
+    return self._soft_grids(rows, views, self.grid(height, width))
+
+  def _soft_grids(self, rows, views, grid):
     soft = 1, self.connector.tokens(grid)
     if isinstance(self.connector, LOCAL):
       soft = tuple(n // self.square for n in grid)
     return jnp.broadcast_to(jnp.array(soft, jnp.int32), (rows, views, 2))
+
+  def view_features(
+    self, params: Params, pixels: UInt8[Array, "B H W 3"]
+  ) -> Float[Array, "B N C"]:
+    """Returns what the connector gets of each view.
+
+    Args:
+      params: of all three, or of vision alone.
+      pixels: of the views.
+    """
+    images = vit.normalised(pixels, self.normalise)
+    patches = vit.patchify(images, self.vision.patch)
+    grid = self.grid(*pixels.shape[1:3])
+    at = jnp.broadcast_to(vit.grid_coordinates(*grid), (*patches.shape[:2], 2))
+    return self.encode_patches(params, patches, at)
 
   def encode_patches(
     self,
@@ -199,14 +212,36 @@ class VisionLanguageModel:
     soft = self.connector.apply({"params": params["connector"]}, features, grid)
     return soft if self.scale == 1.0 else soft * self.scale
 
-  def with_images(self, params: Params, images: Images) -> dict[str, Any]:
+  def with_images(
+    self, params: Params, images: Images, pool: int = 1
+  ) -> dict[str, Any]:
     """Returns the language model's parameters, which see these images.
 
     Args:
       params: of all three.
       images: as for `encode`; row i of a batch of tokens sees row i.
+      pool: consecutive rows of tokens that share a row of images.
     """
-    return self._placed(params["language"], self.encode(params, images), images)
+    soft, grids = self.encode(params, images), self.soft_grids(images)
+    return self._placed(params["language"], soft, grids, pool)
+
+  def with_features(
+    self, params: Params, features: Float[Array, "G V R S C"], pool: int = 1
+  ) -> dict[str, Any]:
+    """Returns `with_images` of images that are encoded already.
+
+    Args:
+      params: of all three.
+      features: `view_features` of each row's views, R rows and S columns of
+        patches, padded at the end.
+      pool: as for `with_images`.
+    """
+    rows, views, height, width, size = features.shape
+    flat = features.reshape(-1, height * width, size)
+    soft = self.connect(params, flat, (height, width))
+    soft = soft.reshape(rows, views * soft.shape[1], soft.shape[2])
+    grids = self._soft_grids(rows, views, (height, width))
+    return self._placed(params["language"], soft, grids, pool)
 
   def with_images_compiled(
     self, params: Params, images: Images
@@ -214,12 +249,11 @@ class VisionLanguageModel:
     """Returns `with_images`, compiled once for each shape of `images`."""
     towers = {k: params[k] for k in ("vision", "connector")}
     soft = _encode(self, towers, images)
-    return self._placed(params["language"], soft, images)
+    return self._placed(params["language"], soft, self.soft_grids(images))
 
-  def _placed(self, language, soft, images):
-    grids = self.soft_grids(images)
+  def _placed(self, language, soft, grids, pool=1):
     return self.placement(
-      self.language, language, soft, grids, self.image_token
+      self.language, language, soft, grids, self.image_token, pool
     )
 
   def token_source(self) -> generate.TokenSource:

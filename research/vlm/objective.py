@@ -20,10 +20,12 @@ from research.vlm.model import VisionLanguageModel
 class WithImages:
   """Any objective of the language model, with images at its placeholders.
 
-  Beside the objective's own keys, a batch has `pixels`, uint8 [B, V, H, W, 3],
-  or, of images of native resolution, `patches` and `grids` (`Patches`). Where
-  the objective takes a mask it gets the model's, which prompts have when it
-  answers as well.
+  Beside the objective's own keys, a batch has `pixels`, uint8 [G, V, H, W, 3];
+  or, of images of native resolution, `patches` and `grids` (`Patches`); or
+  `features`, which the encoder made of them (`research.vlm.cached`). B rows of
+  tokens share G of images, usually one each. A batch without any is text, and
+  its loss is the language model's. Where the objective takes a mask it gets the
+  model's, which prompts have when it answers as well.
 
   Attributes:
     model: the experiment sets it after loading.
@@ -38,7 +40,7 @@ class WithImages:
     towers = {k: v for k, v in params.items() if k != "language"}
     # The objective binds the language model's weights itself.
     bound = weights.bind(towers, key=key) | {"language": params["language"]}
-    language = self.model.with_images(bound, images_of(batch))
+    language = self._language(bound, batch)
     if "rotary" in language:
       rows = batch["tokens"], batch.get("segments")
       rotary = weights.with_tokens(language["rotary"], *rows)
@@ -48,6 +50,19 @@ class WithImages:
       inner = inner.with_mask(self.model.mask.of_rows)
     text = {k: v for k, v in batch.items() if k not in PER_ROW}
     return inner(language, text, key)
+
+  def _language(self, params: Params, batch: Batch) -> Params:
+    """Returns the language model's parameters, which see a batch's images."""
+    for name, see in (
+      ("pixels", self.model.with_images),
+      ("patches", self.model.with_images),
+      ("features", self.model.with_features),
+    ):
+      if name in batch:
+        images = images_of(batch) if name == "patches" else batch[name]
+        pool = len(batch["tokens"]) // len(batch[name])
+        return see(params, images, pool)
+    return params["language"]
 
 
 def images_of(batch: Batch) -> Images:

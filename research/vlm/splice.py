@@ -33,7 +33,10 @@ class SplicedEmbedding(weights.WrappedWeight):
   Attributes:
     w: the table `[V, D]`, any weight.
     features: `[B, P, D]`; rows with fewer placeholders do not use the last.
+      With pools, `[B / pool, P, D]`.
     token: id of the placeholder, which may lie outside of the table.
+    pool: consecutive rows that share features: their placeholders are counted
+      as if they were one row.
   """
 
   per_row = True
@@ -41,6 +44,7 @@ class SplicedEmbedding(weights.WrappedWeight):
   w: Any
   features: Any
   token: int = dataclasses.field(metadata=dict(static=True))
+  pool: int = dataclasses.field(default=1, metadata=dict(static=True))
 
   @property
   def extra_ids(self) -> tuple[int, ...]:
@@ -62,14 +66,14 @@ class SplicedEmbedding(weights.WrappedWeight):
 
   def take(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Returns features at placeholders, and embeddings elsewhere."""
-    rows, here = at_placeholders(ids, self.features, self.token)
+    rows, here = at_placeholders(ids, self.features, self.token, self.pool)
     # An id outside of the table would read NaN, also where it is not used.
     words = weights.take(self.w, jnp.where(here, 0, ids))
     return jnp.where(here[..., None], rows.astype(words.dtype), words)
 
 
 def with_features(
-  params: Params, features: Float[Array, "B P D"], token: int
+  params: Params, features: Float[Array, "G P D"], token: int, pool: int = 1
 ) -> dict[str, Any]:
   """Returns a language model's parameters with features at placeholders.
 
@@ -78,8 +82,9 @@ def with_features(
     features: of each row's images, in the order of its placeholders. A model
       that scales its embeddings scales these as well (`embed_scale`).
     token: id of the placeholder.
+    pool: consecutive rows that share an entry of `features`.
   """
-  table = SplicedEmbedding(params["embed"], features, token)
+  table = SplicedEmbedding(params["embed"], features, token, pool)
   return {**params, "embed": table}
 
 
@@ -96,22 +101,25 @@ class Splice:
     self,
     model: Transformer,
     params: Params,
-    soft: Float[Array, "B P D"],
-    grids: Int[Array, "B V 2"],
+    soft: Float[Array, "G P D"],
+    grids: Int[Array, "G V 2"],
     token: int,
+    pool: int = 1,
   ) -> dict[str, Any]:
     """Returns the language model's parameters, which see these images.
 
     Args:
       model: the language model.
       params: its parameters.
-      soft: each row's soft tokens, view by view.
+      soft: soft tokens of each row, or of each pool of rows, view by view.
       grids: rows and columns of soft tokens of each view; zeros for none.
       token: id of the placeholder.
+      pool: rows that share their views.
 
     Raises:
       UserError: the soft tokens are no multiple of the language model's width,
-        or serve more layers than it has.
+        or serve more layers than it has; or rows share views of a model that
+        rotates their tokens by axes, or adds features to deeper layers.
     """
     width = model.width
     deeper, rest = divmod(soft.shape[-1] - width, width)
@@ -120,11 +128,17 @@ class Splice:
         f"soft tokens: found a width of {soft.shape[-1]}, expected the language"
         f" model's {width}, or a multiple for its first layers"
       )
-    out = with_features(params, soft[..., :width], token)
+    rotates = rotates_by_axes(model)
+    if pool > 1 and (deeper or rotates):
+      raise UserError(
+        f"images: found views that {pool} rows share, expected views of each"
+        " row's own for this language model; set Bucket.pool = 1"
+      )
+    out = with_features(params, soft[..., :width], token, pool)
     if deeper:
       more = soft[..., width:].reshape(*soft.shape[:2], deeper, width)
       out["injected"] = InjectedFeatures(more, token)
-    if rotates_by_axes(model):
+    if rotates:
       out["rotary"] = ImagePositions(grids, token)
     return out
 

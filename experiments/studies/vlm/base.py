@@ -212,7 +212,7 @@ def text_rows(task: Task, tokenizer: Any, length: int) -> list[Batch]:
     ids = [*tokenizer.encode(texts[i]), *tokenizer.stop[:1]]
     tokens = np.asarray(ids, np.int32)
     example = Example(tokens, np.ones(len(ids), bool))
-    out.append(data.text_row(example, length))
+    out.append(data.row_of([example], length))
   return out
 
 

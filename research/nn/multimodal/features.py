@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
-from research.typing import Array, Bool, Float, Int
+from research.typing import Array, Bool, Float, Int, UserError
 
 
 def at_placeholders(
-  ids: Int[Array, "B T"], features: Float[Array, "B P *X"], token: int
+  ids: Int[Array, "B T"],
+  features: Float[Array, "G P *X"],
+  token: int,
+  pool: int = 1,
 ) -> tuple[Float[Array, "B T *X"], Bool[Array, "B T"]]:
   """Returns the feature of each token, and which tokens have one.
 
@@ -21,13 +24,30 @@ def at_placeholders(
 
   Args:
     ids: complete rows of tokens.
-    features: of each row; rows with fewer placeholders do not use the last.
+    features: of each row, or of each pool; rows with fewer placeholders do not
+      use the last.
     token: id of the placeholder.
+    pool: consecutive rows that share features: their placeholders are counted
+      as if they were one row.
+
+  Raises:
+    UserError: there are not as many pools as rows need.
   """
   here = ids == token
-  index = jnp.clip(jnp.cumsum(here, axis=-1) - 1, 0, features.shape[1] - 1)
+  counted = here
+  if pool > 1:
+    pools = features.shape[0]
+    if ids.shape[0] != pools * pool:
+      raise UserError(
+        f"features: found {pools} pools of {pool} rows for {ids.shape[0]} rows"
+        f" of tokens, expected {pools * pool}"
+      )
+    counted = here.reshape(pools, -1)
+  index = jnp.cumsum(counted, axis=-1) - 1
+  index = jnp.clip(index, 0, features.shape[1] - 1)
   index = index.reshape(*index.shape, *(1,) * (features.ndim - 2))
-  return jnp.take_along_axis(features, index, axis=1), here
+  rows = jnp.take_along_axis(features, index, axis=1)
+  return rows.reshape(*ids.shape, *features.shape[2:]), here
 
 
 @functools.partial(

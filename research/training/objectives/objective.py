@@ -23,9 +23,10 @@ Batch = Mapping[str, Any]
 """Arrays [B, ...]. For text: `tokens`, `targets`, `positions` and `segments`,
 int32 [B, T], the last two -1 for padding; `weights`, float32 [B, T]."""
 
-PER_ROW = frozenset({"pixels", "patches", "grids"})
+PER_ROW = frozenset({"pixels", "patches", "grids", "features"})
 """Arrays of a batch whose second axis is not that of tokens: a mesh cuts their
-rows, and nothing else."""
+first axis, and nothing else. That axis may be shorter than B where consecutive
+rows share an entry."""
 
 Sums = tuple[Array, Array, dict[str, Array]]
 """`(loss_sum, weight, metrics)`, all scalar sums over the batch."""

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "blind_test": ["BlindTest"],
     "digits": ["Digits"],
     "grounding": ["Grounding"],
+    "mixed": ["Mixed"],
     "multi_image": ["MultiImage"],
     "pope": ["PopeShapes"],
     "rules": ["BestGiven", "Each", "MAJORITY", "Rule"],

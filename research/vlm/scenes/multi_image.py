@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from research.typing import UInt8, UserError
+from research.vlm.images.resize import Size
 from research.vlm.scenes import drawing
 from research.vlm.scenes.rules import MAJORITY, BestGiven, Each, asked
 from research.vlm.scenes.sample import Object, Sample
@@ -165,6 +166,10 @@ class MultiImage(Task):
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
     """Returns a sample without images."""
     return self._more(rng) if kind == "more" else self._which(rng)
+
+  def image_sizes(self, sample: Sample) -> tuple[Size, ...]:
+    """Returns (height, width) of each image."""
+    return ((self.size, self.size),) * len(sample.choices)
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
     """Returns the images of a drawn sample, in order."""

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from research.typing import UInt8, UserError
+from research.vlm.images.resize import Size
 from research.vlm.scenes import drawing
 from research.vlm.scenes.rules import (
   ATTRIBUTES,
@@ -343,6 +344,11 @@ class Shapes(Task):
       objects,
       draft.choices,
     )
+
+  def image_sizes(self, sample: Sample) -> tuple[Size, ...]:
+    """Returns (height, width) of the image."""
+    del sample
+    return ((self.size, self.size),)
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
     """Returns the image of a drawn sample."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from research.data.sources import Split
 from research.typing import UInt8, UserError
+from research.vlm.images.resize import Size
 from research.vlm.scenes.rules import MAJORITY, BestGiven, Rule
 from research.vlm.scenes.sample import Object, Sample
 
@@ -77,6 +78,18 @@ class Task(Sequence[Sample], abc.ABC):
   @abc.abstractmethod
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
     """Returns the images of a drawn sample, which depend on nothing else."""
+
+  def image_sizes(self, sample: Sample) -> tuple[Size, ...]:
+    """Returns (height, width) of each image of a drawn sample.
+
+    Tasks that know them without rendering say so.
+    """
+    return tuple(image.shape[:2] for image in self.render(sample))
+
+  def outline(self, index: int) -> tuple[Sample, tuple[Size, ...]]:
+    """Returns a sample without its images, and the sizes of these."""
+    sample = self.drawn(index)
+    return sample, self.image_sizes(sample)
 
   def belongs(self, sample: Sample) -> bool:
     """Whether a drawn sample is of this split."""

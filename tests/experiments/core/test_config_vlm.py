@@ -2,10 +2,15 @@
 
 import dataclasses
 
-from experiments.core import config
+import jax
+import pytest
+
+from experiments.core import config, train_eval
 from experiments.core.from_scratch import FromScratch
+from experiments.planning import abstract_step, plan_training
 from research import tree
 from research.nn.presets import Sizes
+from research.training.checkpoints.workdir import claim_workdir
 from research.vlm.model import TOWERS
 
 SMOLLM2 = Sizes(
@@ -55,3 +60,50 @@ def test_images_of_smollm2_have_as_many_tokens_as_placeholders():
   assert model.connector.tokens(grid) == 16
   assert questions.image_token == model.image_token == SMOLLM2.vocab
   assert stage.answers.questions.template == questions.template
+
+
+def test_images_of_any_number_have_buckets():
+  """The buckets of the run file have room for all its samples."""
+  run = config.read(
+    "runs/vlm/mixed_images.gin", ["SAMPLES=40", "HELDOUT_SAMPLES=8"]
+  ).experiment
+  tokenizer = run.model.language.tokenizer.load()
+  report = run.data.plan(tokenizer).report()
+  assert not report["left_out"]
+  assert all(x["samples"] for x in report["buckets"].values())
+  assert sum(x["samples"] for x in report["buckets"].values()) == 120
+  training = run.data.training(tokenizer)
+  assert len(training.shapes) == len(run.data.buckets) == 3
+  for batch, _ in zip(training, range(6), strict=False):
+    shapes = {k: x.shape for k, x in batch.items()}
+    assert shapes in [
+      {k: x.shape for k, x in each.items()} for each in training.shapes
+    ]
+  abstract = abstract_step.build(run, jax.devices()[:1])
+  largest = plan_training.largest_bucket(run, abstract)
+  # All have 32 views, and this one the most tokens.
+  assert largest.batch["tokens"].shape == (32, 32)
+  assert [x["pixels"].shape[:2] for x in abstract.batches] == [
+    (32, 1),
+    (4, 8),
+    (4, 8),
+  ]
+  counts = {len(x.images) for x in run.answers.questions.samples[:6]}
+  assert counts == {1, 2, 3}
+  assert run.answers.questions.samples.tasks[0].split == "heldout"
+
+
+@pytest.mark.slow
+def test_a_run_over_images_of_any_number_has_a_program_a_bucket(
+  tmp_path, caplog
+):
+  bindings = ["SAMPLES=40", "HELDOUT_SAMPLES=4", "STEPS=9", "WIDTH=32"]
+  read = config.read("runs/vlm/mixed_images.gin", bindings)
+  folder = claim_workdir(tmp_path / "run", read.text)
+  with jax.log_compiles():
+    result = train_eval.train(read.experiment, folder)
+  said = [record.getMessage() for record in caplog.records]
+  assert sum(x.startswith("Compiling jit(update)") for x in said) == 3
+  assert sum(x["samples"] for x in result["buckets"].values()) == 120
+  assert result["left_out"] == {} and result["perplexity_after"] > 0
+  assert {"more", "count"} < set(result["answers"])

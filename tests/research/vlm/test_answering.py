@@ -2,10 +2,12 @@
 
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.generation import generate
+from research.nn import logits
 from research.vlm import data
 from research.vlm.answering import Answerer, Answers
 from research.vlm.scenes.sample import Sample
@@ -60,6 +62,8 @@ def test_answers_are_to_real_blank_and_others_images(samples):
   ask([samples[0].images], ["w5"])
   before = generate.prefill._cache_size()
   report = Answers(questions=questions(samples), most=2, batch=4)(LOADED)
+  # A question without images, next to one that has one.
+  text, shown = ask([(), samples[1].images], ["w5", "w6"])
   assert generate.prefill._cache_size() == before
   assert not {"majority"} & set(report.scores)
 
@@ -74,6 +78,12 @@ def test_answers_are_to_real_blank_and_others_images(samples):
     others = {alone(x.images, sample) for x in group if x is not sample}
     assert report.texts["shuffled"][i] in others
   assert report.texts["real"] != report.texts["blind"]
+  assert shown == alone(samples[1].images, samples[1])
+  scores = logits(
+    LOADED.model.language, LOADED.params["language"], jnp.array([[5]])
+  )
+  first = int(scores[0, -1].argmax())
+  assert text.split()[0] == LOADED.tokenizer.decode([first]).strip()
 
 
 def test_a_task_brings_its_rules_and_a_limit_cuts_it():

@@ -11,6 +11,8 @@ import pytest
 
 from kernels_pallas.masks import Mask
 from research import sharding, tree, weights
+from research.data import packing
+from research.data.examples import Example
 from research.generation import generate
 from research.interop.loaded import Loaded
 from research.interop.vision import source
@@ -24,6 +26,7 @@ from research.nn.norm import RMSNorm
 from research.typing import UserError
 from research.vlm import WithImages, cross_attention
 from research.vlm.connectors import PerceiverResampler
+from research.vlm.data import row_of
 from tests import support, support_connectors, support_vlm
 
 IMAGE, WIDTH, LATENTS = 60, 20, 3
@@ -232,44 +235,78 @@ def test_selected_tokens_are_those_of_all(made):
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_vision_language_model_with_images_beside_its_text():
-  """Pixels of an image change the loss of its own row; all towers learn."""
-  base = support_vlm.model()
+@functools.cache
+def seeing():
+  """Returns a model with images beside its text, its weights, and its loss."""
   connector = PerceiverResampler(
     WIDTH, queries=LATENTS, depth=1, heads=2, head_dim=5
   )
   model = dataclasses.replace(
-    base,
+    support_vlm.model(),
     connector=connector,
     language=MODEL,
     image_token=IMAGE,
     placement=cross_attention.LatestImage(),
   )
   towers = model.new_towers(jax.random.key(2))
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(params, batch):
+    return WithImages(model)(params, batch, None)[0]
+
+  return model, towers | {"language": params()}, loss
+
+
+def test_a_vision_language_model_with_images_beside_its_text():
+  """Pixels of an image change the loss of its own row; all towers learn."""
+  _, given, loss = seeing()
   pixels = jnp.asarray(support_vlm.pixels(2, 2))
-  rows = dict(
+  batch = dict(
     tokens=TOKENS,
     targets=TOKENS,
     segments=jnp.zeros_like(TOKENS),
     positions=jnp.broadcast_to(jnp.arange(8), TOKENS.shape),
+    weights=jnp.zeros(TOKENS.shape).at[0].set(1.0),
+    pixels=pixels,
   )
-
-  @jax.jit
-  @jax.value_and_grad
-  def loss(params, pixels, weights):
-    batch = rows | dict(pixels=pixels, weights=weights)
-    return WithImages(model)(params, batch, None)[0]
-
-  first = jnp.zeros(TOKENS.shape).at[0].set(1.0)
-  given = towers | {"language": params()}
-  expected, gradients = loss(given, pixels, first)
+  expected, gradients = loss(given, batch)
   for path, x in tree.flatten_paths(gradients):
     # A bias of all keys alike changes no softmax.
     assert path.endswith("k_bias") or np.abs(x).max() > 0, path
-  found, _ = loss(given, pixels.at[1].set(0), first)
+  found, _ = loss(given, batch | dict(pixels=pixels.at[1].set(0)))
   assert found == expected
-  found, _ = loss(given, pixels.at[0, 1].set(0), first)
+  found, _ = loss(given, batch | dict(pixels=pixels.at[0, 1].set(0)))
   assert abs(found - expected) > 1e-4
+
+
+def test_packed_samples_have_the_gradient_of_those_alone():
+  """A row of two samples and their two images; rows do not share images."""
+  model, given, loss = seeing()
+  pixels = jnp.asarray(support_vlm.pixels(2, 2))
+  examples = [
+    Example(np.array(ids, np.int32), np.array(ids) < 50)
+    for ids in ([5, IMAGE, 7, 8], [IMAGE, 9, 10])
+  ]
+  both = row_of(examples, 8), packing.padding_row(8)
+  alone = [row_of([example], 8) for example in examples]
+  batches = [
+    {k: jnp.stack([row[k] for row in rows]) for k in rows[0]}
+    for rows in (both, alone)
+  ]
+  shown = pixels[:1].at[0, 1].set(0), pixels[:1, ::-1].at[0, 1].set(0)
+  found, moved = loss(given, batches[0] | dict(pixels=pixels))
+  pixels = pixels.at[0].set(shown[0][0]).at[1].set(shown[1][0])
+  expected, gradients = loss(given, batches[1] | dict(pixels=pixels))
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  for (path, x), (_, y) in zip(
+    tree.flatten_paths(moved), tree.flatten_paths(gradients), strict=True
+  ):
+    atol = 1e-6 + 1e-4 * np.abs(y).max()
+    np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=path)
+  pooled = batches[0] | dict(pixels=pixels[:1])
+  with pytest.raises(UserError, match="views that 2 rows share"):
+    WithImages(model)(given, pooled, None)
 
 
 class Language:

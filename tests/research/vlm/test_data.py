@@ -94,11 +94,16 @@ def test_what_does_not_fit_is_refused(changes, message):
     questions(sample(image(9, 9)), **changes).rows(TOKENIZER)[0]
 
 
-@pytest.mark.parametrize("count", [0, 3])
-def test_as_many_images_as_there_is_room_for(count):
-  images = [image(8, 8) for _ in range(count)]
-  with pytest.raises(UserError, match=f"found {count} of {count} images"):
+def test_more_views_than_there_is_room_for_are_refused():
+  images = [image(8, 8) for _ in range(3)]
+  with pytest.raises(UserError, match="found 3 of 3 images, expected at most"):
     questions(sample(*images)).rows(TOKENIZER)[0]
+
+
+def test_a_sample_without_images_is_a_row_without_placeholders():
+  row = questions(sample()).rows(TOKENIZER)[0]
+  np.testing.assert_array_equal(row["tokens"][:6], [5, 1, 6, 7, 8, 65])
+  assert row["pixels"].shape == (2, 16, 16, 3) and not row["pixels"].any()
 
 
 def test_batches_resume_where_they_stopped():

@@ -10,6 +10,7 @@ from kernels_pallas.masks import Mask
 from research import quant, weights
 from research.data import batch_of
 from research.training.objectives.objective import NextToken
+from research.typing import UserError
 from research.vlm import splice
 from tests import support
 
@@ -36,6 +37,21 @@ def test_placeholders_get_the_features_in_order():
   chex.assert_trees_all_equal(
     table.take(TOKENS), expected_embeddings(PARAMS["embed"])
   )
+
+
+def test_rows_of_a_pool_share_features_in_the_order_of_their_rows():
+  """As one row of features and tokens; one row of them serves any number."""
+  shared = FEATURES.reshape(1, 8, 32)
+  table = splice.SplicedEmbedding(PARAMS["embed"], shared, IMAGE, pool=2)
+  whole = splice.SplicedEmbedding(PARAMS["embed"], shared, IMAGE)
+  expected = whole.take(TOKENS.reshape(1, -1)).reshape(2, 7, 32)
+  chex.assert_trees_all_equal(table.take(TOKENS), expected)
+  both = whole.take(TOKENS)
+  for row in range(2):
+    alone = whole.take(TOKENS[row : row + 1])[0]
+    chex.assert_trees_all_equal(both[row], alone)
+  with pytest.raises(UserError, match="1 pools of 2 rows for 3 rows"):
+    table.take(jnp.concatenate([TOKENS, TOKENS[:1]]))
 
 
 def test_a_placeholder_outside_of_the_table_reads_nothing():

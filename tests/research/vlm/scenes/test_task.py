@@ -39,6 +39,15 @@ def test_a_sample_depends_on_seed_and_index_alone(task):
 
 
 @pytest.mark.parametrize("task", TASKS, ids=IDS)
+def test_an_outline_is_the_sample_but_for_its_pixels(task):
+  for i in range(2):
+    sample, sizes = task.outline(i)
+    whole = task[i]
+    assert sample == dataclasses.replace(whole, images=())
+    assert sizes == tuple(image.shape[:2] for image in whole.images)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=IDS)
 def test_a_split_shares_no_scene_with_another(task):
   """Whatever their seeds: also those that would draw the same scene."""
   scenes_of = {}
