@@ -80,9 +80,7 @@ class LabelledSolution:
     self, labels: Sequence[Label], source: str
   ) -> "LabelledSolution":
     """Returns the solution with other labels, and where they are from."""
-    return dataclasses.replace(
-      self, labels=tuple(labels), label_source=source
-    )
+    return dataclasses.replace(self, labels=tuple(labels), label_source=source)
 
 
 def labels_until(first_error: int, n: int) -> tuple[Label, ...]:

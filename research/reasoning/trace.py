@@ -87,7 +87,9 @@ class Step:
         f"Step: found tokens {self.start} to {self.end}, expected one at least"
       )
     if self.score is not None and math.isnan(self.score):
-      raise UserError("Step: found a score that is not a number; did it diverge?")
+      raise UserError(
+        "Step: found a score that is not a number; did it diverge?"
+      )
     if self.label is not None and not 0 <= self.label <= 1:
       raise UserError(f"Step: found the label {self.label}, expected 0 to 1")
     if self.mc is not None:

@@ -99,13 +99,15 @@ def records(path: str) -> list[Record]:
     return jsonl.read(path)
   try:
     size = os.path.getsize(path)
-    text = "" if size > jsonl.MAX_LINE else pathlib.Path(path).read_text("utf-8")
+    text = (
+      "" if size > jsonl.MAX_LINE else pathlib.Path(path).read_text("utf-8")
+    )
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{path}: cannot be read as UTF-8 ({error})") from error
   if size > jsonl.MAX_LINE:
     raise UserError(
-      f"{path}: found {size:,} bytes, expected at most {jsonl.MAX_LINE:,} in one"
-      " JSON object.\nWrite it as JSON Lines, one record a line."
+      f"{path}: found {size:,} bytes, expected at most {jsonl.MAX_LINE:,} in"
+      " one JSON object.\nWrite it as JSON Lines, one record a line."
     )
   return [jsonl.parse(text, path)]
 
@@ -127,7 +129,7 @@ def _check_lossless(record: Record, written: Mapping[str, Any]) -> None:
     if name not in written or value != written[name]:
       was, would = str(value), str(written.get(name))
       at = next(
-        (i for i, (x, y) in enumerate(zip(was, would)) if x != y),  # noqa: B905
+        (i for i, (x, y) in enumerate(zip(was, would, strict=False)) if x != y),
         min(len(was), len(would)),
       )
       raise UserError(
@@ -243,9 +245,7 @@ def messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
   return [{"role": role, "content": content} for role, content in turns]
 
 
-def hard(
-  solution: LabelledSolution, names: Callable[[int], Any]
-) -> list[Any]:
+def hard(solution: LabelledSolution, names: Callable[[int], Any]) -> list[Any]:
   """Returns each step's label in a layout that has right and wrong alone.
 
   Raises:

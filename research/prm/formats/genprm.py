@@ -1,9 +1,9 @@
-r"""GenPRM: a judge's analysis, code and verdict of each step (Zhao et al. 2025).
+r"""GenPRM: analysis, code and verdict on each step (Zhao et al. 2025).
 
 Layout: huggingface.co/datasets/GenPRM/GenPRM-MATH-Data, dataset card. A chat:
-system, then a user turn a step, each answered by `<analyze>`, `<verify>` (Python
-code and what it printed) and `<output>` with \boxed{Yes} or \boxed{No}. The code
-is text here: nothing executes it.
+system, then a user turn a step, each answered by `<analyze>`, `<verify>`
+(Python code and what it printed) and `<output>` with \boxed{Yes} or \boxed{No}.
+The code is text here: nothing executes it.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from research.prm.formats import files
 from research.prm.labelled import LabelledSolution
 
 SYSTEM = (
-  "You are a math teacher. Your task is to review and critique the paragraphs in"
-  " solution step by step."
+  "You are a math teacher. Your task is to review and critique the paragraphs"
+  " in solution step by step."
 )
 _QUESTION = "Question: "
 _OUTPUT = re.compile(r"<output>((?:(?!<output>).)*?)</output>", re.DOTALL)

@@ -1,9 +1,9 @@
 """MATH-APS: values of states that OmegaPRM estimated (Luo et al. 2024).
 
-Layouts: github.com/openreasoner/openr, `data/omegaPRM_v2` writes one JSON object
-a problem, whose `reasoning_steps` are a flat list of prefixes or a tree;
-`prm/code` trains on `question`, `process` with tags, and `label`. Values have no
-counts. A record of the first two has several solutions.
+Layouts: github.com/openreasoner/openr. `data/omegaPRM_v2` writes one JSON
+object a problem, whose `reasoning_steps` are a flat list of prefixes or a tree;
+`prm/code` trains on `question`, `process` with tags, and `label`. Values have
+no counts. A record of the first two has several solutions.
 """
 
 import dataclasses

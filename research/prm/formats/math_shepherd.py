@@ -55,7 +55,9 @@ class MathShepherd:
       for i, text in enumerate(solution.steps, start=1)
     ]
     if any(TAG in text for text in (solution.prompt, *steps)):
-      raise UserError(f"steps: found the tag {TAG}, expected none inside a text")
+      raise UserError(
+        f"steps: found the tag {TAG}, expected none inside a text"
+      )
 
     def joined(tags):
       tagged = [f"{x} {tag}" for x, tag in zip(steps, tags, strict=True)]

@@ -25,7 +25,9 @@ class Native:
   def solutions(self, record: Record) -> list[LabelledSolution]:
     """Returns the record's solution; `first_error` must be its labels'."""
     kinds = int, float, type(None)
-    labels = files.items(record, "step_labels", kinds, "0 to 1, or null, a step")
+    labels = files.items(
+      record, "step_labels", kinds, "0 to 1, or null, a step"
+    )
     correct = record.get("final_correct")
     if correct is not None:
       files.boolean(record, "final_correct")

@@ -80,7 +80,9 @@ class PRM800K:
       text, label = rated[chosen] if chosen is not None else _human(step)
       if text is None:
         if i + 1 < len(rows):
-          raise step.wrong("chosen_completion", None, "one of a step that goes on")
+          raise step.wrong(
+            "chosen_completion", None, "one of a step that goes on"
+          )
         whole = False
         break
       steps, labels = steps + (text,), labels + (label,)

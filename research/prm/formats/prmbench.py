@@ -61,7 +61,9 @@ class PRMBench:
   def values(self, solution: LabelledSolution) -> dict[str, Any]:
     """Returns the record."""
     if "classification" not in solution.extra:
-      raise UserError("extra: found no classification, expected the error's kind")
+      raise UserError(
+        "extra: found no classification, expected the error's kind"
+      )
     right = files.hard(solution, bool)
     return dict(solution.extra) | {
       "modified_question": solution.prompt,

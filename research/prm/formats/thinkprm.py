@@ -1,8 +1,9 @@
 r"""ThinkPRM: one chain that verifies all steps (Khalifa et al. 2025).
 
 Layout: huggingface.co/datasets/launch/thinkprm-1K-verification-cots, dataset
-card. `cot` ends its part on each step with \boxed{correct} or \boxed{incorrect};
-published chains are those whose verdicts are PRM800K's labels.
+card. `cot` ends its part on each step with \boxed{correct} or
+\boxed{incorrect}; published chains are those whose verdicts are PRM800K's
+labels.
 """
 
 import dataclasses

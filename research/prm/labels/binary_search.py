@@ -15,8 +15,13 @@ from typing import NamedTuple
 
 from research.errors import UserError
 from research.prm.labelled import Label
-from research.prm.labels.monte_carlo import Complete, Rollout, Steps
-from research.prm.labels.monte_carlo import count, rollouts
+from research.prm.labels.monte_carlo import (
+  Complete,
+  Rollout,
+  Steps,
+  count,
+  rollouts,
+)
 from research.reasoning.trace import MonteCarlo
 
 

@@ -15,8 +15,13 @@ from typing import Any, NamedTuple
 from research.errors import UserError
 from research.prm.labelled import LabelledSolution
 from research.prm.labels.binary_search import locate_with_rollouts
-from research.prm.labels.monte_carlo import Complete, Rollout, Steps
-from research.prm.labels.monte_carlo import count, rollouts
+from research.prm.labels.monte_carlo import (
+  Complete,
+  Rollout,
+  Steps,
+  count,
+  rollouts,
+)
 from research.reasoning.trace import MonteCarlo
 
 
@@ -195,13 +200,13 @@ def _selected(state: State, rollout: Steps) -> State:
   return dataclasses.replace(state, visits=state.visits + 1, wrong=rest)
 
 
-def _merged(
-  old: State | None, steps: Steps, found: Sequence[Rollout]
-) -> State:
+def _merged(old: State | None, steps: Steps, found: Sequence[Rollout]) -> State:
   """Returns a state with more rollouts, which two selections may probe."""
   new = _state(steps, found)
   if old is None:
     return new
-  counts = MonteCarlo(*(sum(x) for x in zip(old.counts, new.counts, strict=True)))
+  counts = MonteCarlo(
+    *(sum(x) for x in zip(old.counts, new.counts, strict=True))
+  )
   wrong = tuple(dict.fromkeys(old.wrong + new.wrong))
   return dataclasses.replace(old, counts=counts, wrong=wrong)

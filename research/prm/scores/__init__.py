@@ -24,6 +24,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "auc",
       "auc_by",
       "brier",
+      "by_index",
+      "by_steps_to_go",
       "expected_calibration_error",
       "fit_isotonic",
       "fit_temperature",

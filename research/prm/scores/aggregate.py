@@ -4,14 +4,14 @@ Store scores of steps and aggregate afterwards; the choice is a setting, and it
 depends on the labels that the model learned:
 
 * labels that end at the first error say whether steps are right. The model was
-  never trained on a step after an error, so what it says of a wrong trace's last
-  step means nothing. Choosing among finished traces by `Last` then gets worse
-  with more of them (measured on countdown: .265 of 2 traces, .219 of 16, a random
-  pick .245); `Product` and `Min` of the same scores do not. Between siblings of
-  one prefix `Last` is fine: how to prune and how to choose at the end are two
-  settings.
-* labels that are values say what becomes of a state. Steps depend on each other,
-  and `Last` has all of it.
+  never trained on a step after an error, so what it says of a wrong trace's
+  last step means nothing. Choosing among finished traces by `Last` then gets
+  worse with more of them (measured on countdown: .265 of 2 traces, .219 of 16,
+  a random pick .245); `Product` and `Min` of the same scores do not. Between
+  siblings of one prefix `Last` is fine: how to prune and how to choose at the
+  end are two settings.
+* labels that are values say what becomes of a state. Steps depend on each
+  other, and `Last` has all of it.
 
 A trace without steps has the worst score, -inf. Products shrink with every
 step: never compare them across different ways of cutting steps.
@@ -155,7 +155,7 @@ class Product(_Log):
 
 @dataclasses.dataclass(frozen=True)
 class Geometric(_Log):
-  """The geometric mean, a product that length does not change; its logarithm."""
+  """The geometric mean, which length does not change; its logarithm."""
 
   def _of(self, logs: Float[np.ndarray, "T"]) -> float | np.floating:
     return logs.mean()

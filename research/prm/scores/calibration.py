@@ -5,7 +5,7 @@ are not independent.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +14,8 @@ from scipy import optimize, special, stats
 
 from research.errors import UserError
 
-Scores = Float[np.ndarray, "N"]
-Labels = Float[np.ndarray, "N"] | Int[np.ndarray, "N"] | Bool[np.ndarray, "N"]
+Scores = Float[np.ndarray, "B"]
+Labels = Float[np.ndarray, "B"] | Int[np.ndarray, "B"] | Bool[np.ndarray, "B"]
 """0 to 1; soft ones for calibration against a value."""
 
 
@@ -74,25 +74,33 @@ def auc(scores: Scores, labels: Labels) -> float:
   return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
 
 
+def by_index(index: int, steps: int) -> int:
+  """Returns the index of a step: 0 is the first."""
+  return index
+
+
+def by_steps_to_go(index: int, steps: int) -> int:
+  """Returns how many steps follow: 0 is the last."""
+  return steps - 1 - index
+
+
 def auc_by(
   scores: Sequence[Sequence[float | int]],
   labels: Sequence[Sequence[float | int | None]],
-  *,
-  from_end: int | None = None,
+  group: Callable[[int, int], int] = by_index,
 ) -> dict[int, float]:
-  """Returns the AUC of all steps with one index, or one depth to go.
+  """Returns the AUC of each group of steps.
 
   Args:
     scores, labels: of each trace's steps; labels of None are left out.
-    from_end: None for the index; else this many steps before the end are index
-      0, such as 1 for the last step.
+    group: of a step's index and its trace's number of steps, its group.
   """
   groups: dict[int, list[tuple[float, float]]] = {}
   for trace, known in zip(scores, labels, strict=True):
     for i, (score, label) in enumerate(zip(trace, known, strict=True)):
-      at = i if from_end is None else len(trace) - from_end - i
       if label is not None:
-        groups.setdefault(at, []).append((float(score), float(label)))
+        pair = float(score), float(label)
+        groups.setdefault(group(i, len(trace)), []).append(pair)
   return {
     at: auc(*np.array(pairs, float).T) for at, pairs in sorted(groups.items())
   }

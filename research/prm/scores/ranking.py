@@ -1,8 +1,8 @@
 """How well scores choose among solutions of a problem, and why.
 
-Best-of-n alone is a biased metric: a model that only looks at the last step does
-well on it (Zhang et al. 2025, arXiv:2501.07301, section 4.2). Report the others
-beside it.
+Best-of-n alone is a biased metric: a model that only looks at the last step
+does well on it (Zhang et al. 2025, arXiv:2501.07301, section 4.2). Report the
+others beside it.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from research.errors import UserError
 
 
 def best_of_n(
-  scores: Float[np.ndarray, "N"], correct: Bool[np.ndarray, "N"]
+  scores: Float[np.ndarray, "B"], correct: Bool[np.ndarray, "B"]
 ) -> float:
   """Returns the chance that the best-scored of a problem's traces is correct.
 
@@ -75,7 +75,7 @@ def wrong_process_detection(
 
 
 def rank_correlation(
-  scores: Float[np.ndarray, "N"], values: Float[np.ndarray, "N"]
+  scores: Float[np.ndarray, "B"], values: Float[np.ndarray, "B"]
 ) -> float:
   """Returns Spearman's correlation of scores with exact values."""
   return float(stats.spearmanr(scores, values).statistic)
