@@ -10,7 +10,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
-    "cost": ["Causal", "Dense", "ModelCost", "model_cost"],
+    "cost": ["Cached", "Causal", "Dense", "ModelCost", "model_cost"],
     "ledger": [
       "Incremental",
       "Ledger",

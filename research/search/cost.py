@@ -46,12 +46,29 @@ class Causal:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cached:
+  """Each token is multiplied with every slot of a cache: what decoding runs.
+
+  Attributes:
+    tokens: new ones.
+    capacity: of the cache; windowed layers have at most their window.
+  """
+
+  tokens: int
+  capacity: int
+
+  def pairs(self, window: int | None) -> int:
+    """Returns `tokens * min(capacity, window)`; empty slots are computed."""
+    return self.tokens * min(self.capacity, window or self.capacity)
+
+
+@dataclasses.dataclass(frozen=True)
 class Dense:
-  """Each token is multiplied with every key: what a program may execute.
+  """Each token is multiplied with every key: what a short prefill runs.
 
   Attributes:
     tokens: queries.
-    keys: of each of them, such as the cache's capacity.
+    keys: of each of them.
   """
 
   tokens: int

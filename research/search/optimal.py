@@ -2,8 +2,9 @@
 
 Snell et al. 2024 (arXiv:2408.03314), section 3.2. The best of several
 strategies on the problems that are also reported wins by noise alone: of 10
-strategies with 100 problems a bin by about 1.5 standard errors. So one half of the problems
-chooses and the other half is reported, and then the other way round.
+strategies with 100 problems a bin by about 1.5 standard errors. So one half of
+the problems chooses and the other half is reported, and then the other way
+round.
 """
 
 import dataclasses

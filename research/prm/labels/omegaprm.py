@@ -168,9 +168,10 @@ class OmegaPRM:
       states[state.steps] = _selected(state, rollout)
       error, probed = self._expand(state, rollout, complete)
       used += self.k * len(probed)
-      for steps, found in probed.items():
-        states[steps] = _merged(states.get(steps), steps, found)
       done.append(Selection(state.steps, rollout, error))
+      for steps, found in probed.items():
+        tried = {x.rollout for x in done if x.steps == steps}
+        states[steps] = _merged(states.get(steps), _state(steps, found), tried)
     return Tree(tuple(states.values()), tuple(done), used)
 
   def _expand(
@@ -200,13 +201,15 @@ def _selected(state: State, rollout: Steps) -> State:
   return dataclasses.replace(state, visits=state.visits + 1, wrong=rest)
 
 
-def _merged(old: State | None, steps: Steps, found: Sequence[Rollout]) -> State:
-  """Returns a state with more rollouts, which two selections may probe."""
-  new = _state(steps, found)
+def _merged(old: State | None, new: State, tried: set[Steps]) -> State:
+  """Returns a state with more rollouts, as two selections may probe it.
+
+  A wrong rollout that was selected before does not join the pool again.
+  """
   if old is None:
     return new
-  counts = MonteCarlo(
-    *(sum(x) for x in zip(old.counts, new.counts, strict=True))
+  both = zip(old.counts, new.counts, strict=True)
+  wrong = dict.fromkeys(x for x in old.wrong + new.wrong if x not in tried)
+  return dataclasses.replace(
+    old, counts=MonteCarlo(*map(sum, both)), wrong=tuple(wrong)
   )
-  wrong = tuple(dict.fromkeys(old.wrong + new.wrong))
-  return dataclasses.replace(old, counts=counts, wrong=wrong)
