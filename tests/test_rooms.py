@@ -19,10 +19,8 @@ ORDER = (  # what stands on a line may import what stands above it, and itself
     "research.errors",
   },
   {"research.nn"},
-  {
-    *("research.generation", "research.data", "research.optim"),
-    "research.reasoning",
-  },
+  {"research.generation", "research.data", "research.optim"},
+  {"research.reasoning"},
   {"research.training"},
   {"research.quant"},
   {"research.lora"},

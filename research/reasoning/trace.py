@@ -137,11 +137,6 @@ class Trace:
 
   def __post_init__(self) -> None:
     where = f"Trace of {self.problem_id!r}"
-    if self.finish not in get_args(Finish):
-      raise UserError(
-        f"{where}: finish is {self.finish!r}, expected"
-        f" {', '.join(get_args(Finish))}"
-      )
     if self.final_answer is not None and not self.final_answer.strip():
       raise UserError(
         f"{where}: found an empty final answer, expected None, which is no vote"
@@ -211,36 +206,38 @@ class Trace:
       found["sampler"] = dataclasses.asdict(self.sampler)
     return _without_none(found)
 
+  @classmethod
+  def from_json(cls, values: Any, where: str = "trace") -> "Trace":
+    """Returns the trace that `to_json` wrote.
+
+    Args:
+      values: the JSON object, from any source.
+      where: its file and line, for errors.
+
+    Raises:
+      UserError: a field is missing, unknown, or not what it should be.
+    """
+    fields = _fields(values, where, Trace)
+    if fields.get("finish") not in get_args(Finish):
+      raise fields.wrong("finish", ", ".join(get_args(Finish)))
+    steps = fields.get("steps")
+    if not isinstance(steps, list):
+      raise fields.wrong("steps", "a list")
+    found = dict(values)
+    found["steps"] = tuple(
+      _step(step, f"{where}: steps[{i}]") for i, step in enumerate(steps)
+    )
+    if found.get("sampler") is not None:
+      sampler = _fields(found["sampler"], f"{where}: sampler", Sampler)
+      found["sampler"] = Sampler(**sampler.values)
+    try:
+      return cls(**found)
+    except UserError as error:
+      raise UserError(f"{where}: {error}") from error
+
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in values.items() if value is not None}
-
-
-def trace_from_json(values: Mapping[str, Any], where: str) -> Trace:
-  """Returns the trace that `to_json` wrote.
-
-  Args:
-    values: the JSON object, from any source.
-    where: its file and line, for errors.
-
-  Raises:
-    UserError: a field is missing, unknown, or not what it should be.
-  """
-  fields = _fields(values, where, Trace)
-  steps = fields.get("steps")
-  if not isinstance(steps, list):
-    raise fields.wrong("steps", "a list")
-  found = dict(values)
-  found["steps"] = tuple(
-    _step(step, f"{where}: steps[{i}]") for i, step in enumerate(steps)
-  )
-  if found.get("sampler") is not None:
-    sampler = _fields(found["sampler"], f"{where}: sampler", Sampler)
-    found["sampler"] = Sampler(**sampler.values)
-  try:
-    return Trace(**found)
-  except UserError as error:
-    raise UserError(f"{where}: {error}") from error
 
 
 def _step(values: Any, where: str) -> Step:

@@ -135,7 +135,7 @@ def _best(
   bins: Int[np.ndarray, "B"],
   which: Sequence[bool] | np.ndarray,
   size: int,
-) -> Int[np.ndarray, "B"]:
+) -> Int[np.ndarray, "M"]:
   """Returns each bin's best strategy; the first of equal ones."""
   found = np.full(size, -1)
   for level in range(size):

@@ -62,7 +62,7 @@ class Curve:
     return float(found)
 
 
-def crossover(small: Curve, large: Curve) -> float | None:
+def crossover(small: Curve, large: Curve) -> float | int | None:
   """Returns the lowest measured cost from which the large system is ahead.
 
   None where the small one is ahead at the last cost that both have, or where

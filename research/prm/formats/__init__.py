@@ -6,7 +6,15 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "catalogue": ["FORMATS"],
-    "files": ["Format", "Skipped", "read", "read_valid", "write"],
+    "files": [
+      "Format",
+      "Record",
+      "Skipped",
+      "read",
+      "read_valid",
+      "write",
+      "write_records",
+    ],
     "genprm": ["GenPRM"],
     "math_aps": ["MathAPSFlat", "MathAPSProcess", "MathAPSTree"],
     "math_shepherd": ["MathShepherd"],

@@ -8,7 +8,7 @@ are kept, since the bias of a hard label depends on k.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from research.errors import UserError
 from research.prm.labelled import Label
@@ -30,6 +30,7 @@ class Rollout(NamedTuple):
   correct: bool
 
 
+@runtime_checkable
 class Complete(Protocol):
   """Writes rollouts of several prefixes at once, `k` of each.
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from research.prm.labelled import Label
 
-StepVerdict = Literal["ok", "error", "unknown"]
+Checked = Literal["ok", "error", "unknown"]
 """Of a step, by a checker of the task."""
 
 
@@ -83,13 +83,14 @@ def state_value[S: Hashable](
 
 
 def label_steps(
-  steps: Sequence[str], verify: Callable[[Sequence[str], str], StepVerdict]
+  steps: Sequence[str], verify: Callable[[Sequence[str], str], Checked]
 ) -> tuple[Label, ...]:
   """Returns a checker's labels, unknown after the first error.
 
   Args:
     steps: of a solution.
-    verify: says of a prefix and the next step whether that is right.
+    verify: says of a prefix and the next step whether that is right; of a
+      `reasoning.StepVerifier`, the label of its `verify_step`.
   """
   labels: list[Label] = []
   for i, step in enumerate(steps):

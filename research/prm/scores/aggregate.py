@@ -27,7 +27,7 @@ from jaxtyping import Float
 
 from research.errors import UserError
 
-Scores = Sequence[float | int]
+Scores = Sequence[float | int] | np.ndarray
 """Of a trace's steps: probabilities, first to last."""
 
 WORST = -math.inf

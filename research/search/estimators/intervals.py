@@ -39,8 +39,8 @@ class Estimate(NamedTuple):
 
 
 def paired_difference(
-  first: Float[np.ndarray, "*S B"],
-  second: Float[np.ndarray, "*S B"],
+  first: Float[np.ndarray, "..."],
+  second: Float[np.ndarray, "..."],
   resamples: int = RESAMPLES,
   seed: int = 0,
 ) -> Estimate:

@@ -99,6 +99,6 @@ def weighted_majority_at_k(
     winners = weighted_vote(
       [answers[i] for i in subset], [weights[i] for i in subset]
     )
-    return sum(share for x, share in winners.items() if verdicts[x])
+    return sum((s for x, s in winners.items() if verdicts[x]), 0.0)
 
   return mean_over_subsets(chance, len(answers), k, draws, seed)

@@ -74,7 +74,7 @@ def test_choosing_by_the_last_step_gets_worse_with_more_traces():
   accuracy = {}
   for n in (1, 2, 16):
     hits = {"last": [], "product": []}
-    for _ in range(400):
+    for _ in range(150):
       correct = rng.random(n) < 0.25
       right = rng.uniform(0.8, 0.95, (n, 3))
       wrong = right.copy()

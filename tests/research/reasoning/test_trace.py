@@ -10,7 +10,6 @@ from research.reasoning.trace import (
   Sampler,
   Step,
   Trace,
-  trace_from_json,
 )
 
 STEPS = (
@@ -32,7 +31,7 @@ TRACE = Trace(
 @pytest.mark.parametrize("trace", [TRACE, Trace("empty", (), "length")])
 def test_a_trace_survives_json(trace):
   text = json.dumps(trace.to_json())
-  assert trace_from_json(json.loads(text), "pool.jsonl:1") == trace
+  assert Trace.from_json(json.loads(text), "pool.jsonl:1") == trace
 
 
 def test_only_what_the_model_ended_is_complete_and_votes():
@@ -82,4 +81,4 @@ def test_nonsense_is_refused(make, message):
 def test_a_bad_record_names_file_and_field(change, message):
   values = TRACE.to_json() | change
   with pytest.raises(UserError, match=r"pool.jsonl:4: .*" + message):
-    trace_from_json(values, "pool.jsonl:4")
+    Trace.from_json(values, "pool.jsonl:4")

@@ -191,11 +191,11 @@ def test_intervals_are_those_of_scipy():
   rng = np.random.default_rng(0)
   first = (rng.random(300) < 0.5).astype(float)
   second = (rng.random(300) < 0.4).astype(float)
-  found = estimators.paired_difference(first, second)
+  found = estimators.paired_difference(first, second, 4000)
   theirs = stats.bootstrap(
     (first - second,),
     np.mean,
-    n_resamples=10_000,
+    n_resamples=4000,
     method="percentile",
     batch=500,
     random_state=np.random.default_rng(1),
@@ -298,7 +298,10 @@ def test_a_beta_fit_recovers_the_mixture():
     (lambda: estimators.majority_at_k("aa", [True, False], 1), "both correct"),
     (lambda: estimators.weighted_vote("ab", [1, math.nan]), "weight nan"),
     (lambda: estimators.weighted_vote("ab", [1, -1]), "weight -1"),
-    (lambda: estimators.vote([]) or estimators.majority_at_k([], [], 1), "k = 1 of 0"),
+    (
+      lambda: estimators.vote([]) or estimators.majority_at_k([], [], 1),
+      "k = 1 of 0",
+    ),
     (
       lambda: estimators.paired_difference(np.ones(3), np.ones(4)),
       "same problems",
