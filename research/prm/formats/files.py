@@ -69,7 +69,7 @@ def read(path: str, format: Format) -> list[LabelledSolution]:
     UserError: a file cannot be read, or a record is not of the layout; the
       first one that is not.
   """
-  return [x for record in records(path) for x in _solutions(record, format)]
+  return [x for record in records(path) for x in solutions_of(record, format)]
 
 
 def read_valid(
@@ -87,7 +87,7 @@ def read_valid(
   skipped: list[Skipped] = []
   for record in records(path):
     try:
-      found += _solutions(record, format)
+      found += solutions_of(record, format)
     except UserError as error:
       skipped.append(Skipped(record.where, str(error)))
   return found, skipped
@@ -112,7 +112,12 @@ def records(path: str) -> list[Record]:
   return [jsonl.parse(text, path)]
 
 
-def _solutions(record: Record, format: Format) -> list[LabelledSolution]:
+def solutions_of(record: Record, format: Format) -> list[LabelledSolution]:
+  """Returns the solutions of one record.
+
+  Raises:
+    UserError: it is not of the layout, or would not be written as it is.
+  """
   try:
     found = format.solutions(record)
   except UserError as error:

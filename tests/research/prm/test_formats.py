@@ -289,3 +289,34 @@ def test_one_object_a_file_as_omegaprm_writes_it(tmp_path):
   path.write_text(json.dumps(_raw("math_aps_tree")[0], indent=4), "utf-8")
   found = files.read(str(path), FORMATS["math_aps_tree"])
   assert found == files.read(_path("math_aps_tree"), FORMATS["math_aps_tree"])
+
+
+ODD = (None, True, -1, 0, 2.5, 10**30, "", "x", "\n\n", [], [[]], {}, {"a": 1})
+
+
+def _places(value, place=()):
+  """Yields the way to each value of a JSON object."""
+  items = value.items() if isinstance(value, dict) else enumerate(value)
+  for key, x in items:
+    yield (*place, key)
+    if isinstance(x, dict | list):
+      yield from _places(x, (*place, key))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_value_in_any_place_is_read_or_refused(name):
+  """Nothing but UserError leaves a reader, and what it reads it can write."""
+  format, refused = FORMATS[name], 0
+  for place in list(_places(_raw(name)[0])):
+    for odd in ODD:
+      values = _raw(name)[0]
+      _set(*place, value=odd)(values)
+      record = jsonl.Record(values, "x:1")
+      try:
+        found = files.solutions_of(record, format)
+      except UserError as error:
+        assert str(error).startswith("x:1")
+        refused += 1
+        continue
+      assert all(isinstance(x, LabelledSolution) for x in found)
+  assert refused > 20
