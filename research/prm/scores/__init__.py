@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "check_final_selection",
       "default_aggregate",
     ],
+    "biases": ["diversity", "length_bias", "segmentation_sensitivity"],
     "calibration": [
       "Isotonic",
       "Temperature",
@@ -38,6 +39,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "mean_f1",
       "processbench",
     ],
+    "report": ["StepReport", "evaluate_steps"],
     "ranking": [
       "best_of_n",
       "min_at_last",

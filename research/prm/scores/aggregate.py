@@ -19,16 +19,14 @@ step: never compare them across different ways of cutting steps.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from research.errors import UserError
-
-Scores = Sequence[float | int] | np.ndarray
-"""Of a trace's steps: probabilities, first to last."""
+from research.prm.scores.checks import Scores, probabilities
 
 WORST = -math.inf
 """The score of a trace without steps."""
@@ -47,23 +45,11 @@ class Aggregate(Protocol):
     ...
 
 
-def _checked(scores: Scores) -> Float[np.ndarray, "T"]:
-  found = np.asarray(scores, float)
-  if found.ndim != 1:
-    raise UserError(f"scores: found shape {found.shape}, expected one a step")
-  if not (np.isfinite(found).all() and ((found >= 0) & (found <= 1)).all()):
-    raise UserError(
-      f"scores: found {scores!r:.80}, expected probabilities, 0 to 1; apply the"
-      " sigmoid to logits, and look for NaN in the model"
-    )
-  return found
-
-
 class _Probability:
   """An aggregate whose score is itself a probability."""
 
   def __call__(self, scores: Scores) -> float:
-    found = _checked(scores)
+    found = probabilities(scores)
     return float(self._of(found)) if len(found) else WORST
 
   def weight(self, scores: Scores) -> float:
@@ -78,7 +64,7 @@ class _Log:
   """An aggregate whose score is a logarithm, so that it cannot underflow."""
 
   def __call__(self, scores: Scores) -> float:
-    found = _checked(scores)
+    found = probabilities(scores)
     if not len(found):
       return WORST
     with np.errstate(divide="ignore"):

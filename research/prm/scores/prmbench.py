@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from research.errors import UserError
+from research.prm.scores.checks import Scores, finite
 
 
 class StepCounts(NamedTuple):
@@ -56,7 +57,7 @@ def _f1(hit: int, false: int, missed: int) -> float:
 
 
 def step_counts(
-  scores: Sequence[float | int],
+  scores: Scores,
   labels: Sequence[float | int | None],
   threshold: float | int = 0.5,
 ) -> StepCounts:
@@ -68,14 +69,14 @@ def step_counts(
     threshold: state it beside every result.
 
   Raises:
-    UserError: there are not as many scores as labels.
+    UserError: there are not as many scores as labels, or one is not finite.
   """
   if len(scores) != len(labels):
     raise UserError(
       f"prmbench: found {len(scores)} scores of {len(labels)} steps"
     )
   found = [0, 0, 0, 0]
-  for score, label in zip(scores, labels, strict=True):
+  for score, label in zip(finite(scores).tolist(), labels, strict=True):
     if label is not None:
       right, called = label > 0.5, score > threshold
       found[(0 if called else 3) if right else (1 if called else 2)] += 1

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from research.errors import UserError
+from research.prm.scores.checks import Scores, finite
 
 NO_ERROR = -1
 """The index where all steps are right."""
@@ -35,17 +36,19 @@ class FirstErrorScores(NamedTuple):
     return 2 * self.error * self.correct / total if total else 0.0
 
 
-def first_error(
-  scores: Sequence[float | int], threshold: float | int = 0.5
-) -> int:
+def first_error(scores: Scores, threshold: float | int = 0.5) -> int:
   """Returns the index of the first step whose score is below a threshold.
 
   Args:
     scores: of the steps.
     threshold: state it beside every result: the paper takes 0.5 for models of
       two classes, and fits it on the GSM8K subset for others.
+
+  Raises:
+    UserError: a score is not finite.
   """
-  return next((i for i, x in enumerate(scores) if x < threshold), NO_ERROR)
+  below = finite(scores) < threshold
+  return int(below.argmax()) if below.any() else NO_ERROR
 
 
 def processbench(

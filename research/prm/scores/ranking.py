@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 
 from research.errors import UserError
+from research.prm.scores.checks import Scores, finite
 
 
 def best_of_n(
@@ -35,21 +36,21 @@ def best_of_n(
   return float(correct[scores == scores.max()].mean())
 
 
-def min_at_last(scores: Sequence[Sequence[float | int]]) -> float:
+def min_at_last(scores: Sequence[Scores]) -> float:
   """Returns the share of traces whose lowest score is the last step's.
 
   Over 40% says that a process reward model has become an outcome reward model
   (Zhang et al. 2025, section 4.2.3). Traces of one step say nothing and are
   left out; of equal scores the earliest is the lowest.
   """
-  longer = [np.asarray(x, float) for x in scores if len(x) > 1]
+  longer = [finite(x) for x in scores if len(x) > 1]
   if not longer:
     return float("nan")
   return float(np.mean([x.argmin() == len(x) - 1 for x in longer]))
 
 
 def wrong_process_detection(
-  scores: Sequence[Sequence[float | int]],
+  scores: Sequence[Scores],
   final_correct: Sequence[bool],
   process_correct: Sequence[bool],
   threshold: float | int = 0.5,
@@ -67,7 +68,7 @@ def wrong_process_detection(
   """
   rows = zip(scores, final_correct, process_correct, strict=True)
   found = [
-    min(mine, default=0.0) < threshold
+    finite(mine).min(initial=np.inf) < threshold
     for mine, answer, process in rows
     if answer and not process
   ]

@@ -1,5 +1,6 @@
 """Scores of steps: closed forms, scikit-learn, and published examples."""
 
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from sklearn import isotonic, metrics
 
 from research.errors import UserError
 from research.prm import scores
+from research.prm.labelled import LabelledSolution
 from research.prm.scores.aggregate import TRUNCATED_SOURCES, VALUE_SOURCES
 
 TRACE = (0.9, 0.5, 0.8)
@@ -35,8 +37,8 @@ def test_aggregates_are_their_formulas(aggregate, score, weight):
   zero = aggregate((0.0,))
   assert zero >= aggregate(())
   assert aggregate.weight((0.0,)) == 0
-  for bad in (math.nan, 1.2, -0.1):
-    with pytest.raises(UserError, match="probabilities"):
+  for bad, expected in ((math.nan, "finite"), (1.2, "prob"), (-0.1, "prob")):
+    with pytest.raises(UserError, match=expected):
       aggregate((0.5, bad))
 
 
@@ -225,3 +227,93 @@ def test_what_best_of_n_hides():
   assert scores.rank_correlation(
     np.array([0.1, 0.2, 0.9]), np.array([1.0, 2.0, 3.0])
   ) == pytest.approx(1)
+
+
+def _solutions():
+  return [
+    LabelledSolution(prompt="p", steps=("a", "b", "c"), labels=row)
+    for row in ((1, 0, None), (1, 1, 1), (1, None, 0))
+  ]
+
+
+def test_a_report_has_what_its_parts_have():
+  rows = [[0.9, 0.4, 0.8], [0.9, 0.3, 0.7], [0.6, 0.1, 0.65]]
+  found = scores.evaluate_steps(_solutions(), rows)
+  # The third one's first error is unknown.
+  assert found.first == scores.processbench([1, 1], [1, -1])
+  truth = np.array([1, 0, 1, 1, 1, 1, 0])
+  values = np.array([0.9, 0.4, 0.9, 0.3, 0.7, 0.6, 0.65])
+  assert found.auc == pytest.approx(metrics.roc_auc_score(truth, values))
+  assert found.brier == pytest.approx(metrics.brier_score_loss(truth, values))
+  assert found.base_rate == pytest.approx(5 / 7)
+  assert (found.solutions, found.steps) == (3, 7)
+  written = json.loads(json.dumps(found.to_json(), allow_nan=False))
+  assert written["accuracy_error"] == 1
+  assert written["f1"] == 0
+  assert written["auc_step_1"] == 0  # .4 wrong, .3 right
+  assert written["auc_step_0"] is None  # all right
+  assert written["auc_0_to_go"] == 1
+
+
+@pytest.mark.parametrize(
+  ("rows", "message"),
+  [
+    ([[0.9] * 3] * 2, "2 rows"),
+    ([[0.9] * 3, [0.9] * 2, [0.9] * 3], "2 scores of solution 1"),
+    ([[0.9, math.nan, 0.1]] * 3, r"scores\[1\]: found nan"),
+    ([[0.9, 3.0, 0.1]] * 3, "sigmoid"),
+  ],
+)
+def test_a_report_refuses_scores_that_do_not_fit(rows, message):
+  with pytest.raises(UserError, match=message):
+    scores.evaluate_steps(_solutions(), rows)
+
+
+def test_a_score_that_is_not_a_number_neither_passes_nor_fails():
+  """NaN < 0.5 is false: a diverged verifier would find no errors at all."""
+  for judge in (
+    scores.first_error,
+    lambda x: scores.min_at_last([x]),
+    lambda x: scores.prmbench([x], [[1, 0]], ["circular"]),
+    lambda x: scores.wrong_process_detection([x], [True], [False]),
+  ):
+    with pytest.raises(UserError, match=r"scores\[0\]: found nan"):
+      judge([math.nan, 0.9])
+
+
+def test_products_favour_short_traces_and_means_do_not():
+  rng = np.random.default_rng(0)
+  steps = rng.integers(2, 9, 200)
+  correct = rng.random(200) < 0.5
+  traces = [rng.uniform(0.5, 1, n) for n in steps]
+
+  def bias(name):
+    ranked = np.array([scores.AGGREGATES[name](x) for x in traces])
+    return scores.length_bias(ranked, steps, correct)
+
+  assert bias("product") < -0.8
+  assert abs(bias("geometric")) < 0.15
+  # That wrong traces are longer, and score low, is no bias.
+  longer = np.where(correct, 3, 5)
+  assert math.isnan(scores.length_bias(correct.astype(float), longer, correct))
+
+
+def test_cutting_steps_in_two_moves_products():
+  traces = [[0.9, 0.8], [0.7], [0.95, 0.9, 0.85]]
+  halves = [[x for x in trace for _ in range(2)] for trace in traces]
+  for name, moved in (("product", True), ("min", False), ("geometric", False)):
+    first, second = (
+      np.array([scores.AGGREGATES[name](x) for x in rows])
+      for rows in (traces, halves)
+    )
+    found = scores.segmentation_sensitivity(first, second)
+    assert (found.change > 1e-9) == moved
+  order = np.array([1.0, 2.0, 3.0])
+  assert scores.segmentation_sensitivity(order, order[::-1].copy()).flips == 1
+  tied = scores.segmentation_sensitivity(order, np.zeros(3))
+  assert tied == (2.0, 0.5)
+
+
+def test_diversity_counts_first_steps_and_answers():
+  traces = [["a", "b"], ["a", "c"], ["d"], []]
+  assert scores.diversity(traces, ["1", "2", "1", None]) == (2, 2)
