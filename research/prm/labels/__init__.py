@@ -5,17 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
+    "agreement": ["Consensus", "consensus"],
     "binary_search": ["Located", "locate_errors"],
-    "consensus": ["Consensus", "consensus"],
-    "monte_carlo": [
-      "Complete",
-      "Rollout",
-      "chance_of_positive",
-      "hard",
-      "monte_carlo",
-      "soft",
-      "truncate",
-    ],
     "omegaprm": ["OmegaPRM", "State", "Tree"],
     "oracle": ["Transition", "is_solvable", "label_steps", "state_value"],
     "progress": [
@@ -24,6 +15,15 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "effective_reward",
       "preference_pairs",
       "relative_progress",
+    ],
+    "rollouts": [
+      "Complete",
+      "Rollout",
+      "chance_of_positive",
+      "hard",
+      "monte_carlo",
+      "soft",
+      "truncate",
     ],
   },
 )

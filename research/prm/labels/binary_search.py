@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from research.errors import UserError
 from research.prm.labelled import Label
-from research.prm.labels.monte_carlo import (
+from research.prm.labels.rollouts import (
   Complete,
   Rollout,
   Steps,

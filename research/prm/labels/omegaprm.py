@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from research.errors import UserError
 from research.prm.labelled import LabelledSolution
 from research.prm.labels.binary_search import locate_with_rollouts
-from research.prm.labels.monte_carlo import (
+from research.prm.labels.rollouts import (
   Complete,
   Rollout,
   Steps,

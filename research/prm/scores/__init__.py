@@ -31,20 +31,20 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "fit_isotonic",
       "fit_temperature",
     ],
-    "prmbench": ["StepCounts", "StepScores", "prmbench", "similarity"],
-    "processbench": [
+    "every_error": ["StepCounts", "StepScores", "prmbench", "similarity"],
+    "first_errors": [
       "FirstErrorScores",
       "first_error",
       "majority_index",
       "mean_f1",
       "processbench",
     ],
-    "report": ["StepReport", "evaluate_steps"],
     "ranking": [
       "best_of_n",
       "min_at_last",
       "rank_correlation",
       "wrong_process_detection",
     ],
+    "report": ["StepReport", "evaluate_steps"],
   },
 )

@@ -10,7 +10,7 @@ from research.errors import UserError
 from research.prm.labelled import LabelledSolution
 from research.prm.scores import calibration
 from research.prm.scores.checks import Scores, probabilities
-from research.prm.scores.processbench import (
+from research.prm.scores.first_errors import (
   FirstErrorScores,
   first_error,
   processbench,

@@ -14,8 +14,8 @@ from research.errors import UserError
 from research.prm import labels
 from research.prm.labelled import LabelledSolution
 from research.prm.labels.binary_search import locate_with_rollouts
-from research.prm.labels.monte_carlo import Rollout
 from research.prm.labels.omegaprm import OmegaPRM
+from research.prm.labels.rollouts import Rollout
 from research.reasoning.trace import MonteCarlo
 
 DEPTH, K = 4, 16
