@@ -8,7 +8,8 @@ The content is made up; the layouts are those of
 * TRL: huggingface.co/docs/trl, dataset formats, stepwise supervision;
 * RLHFlow: github.com/RLHFlow/RLHF-Reward-Modeling, math-rm/README;
 * MATH-APS: github.com/openreasoner/openr, data/omegaPRM_v2 (`collect_*` of
-  omegaprm.py, `process_question` of run_omegaprm.py) and prm/code/test.json;
+  omegaprm.py, `process_question` of run_omegaprm.py), docs/docs/datasets.md and
+  prm/code/test.json;
 * ProcessBench: github.com/QwenLM/ProcessBench, README;
 * PRMBench: github.com/ssmisya/PRMBench, docs/data_format.md;
 * GenPRM: huggingface.co/datasets/GenPRM/GenPRM-MATH-Data, dataset card;
@@ -23,7 +24,7 @@ import json
 import pathlib
 
 FOLDER = pathlib.Path(__file__).parent / "step_labels"
-TAG = "ки"
+TAG, NEWLINES = "ки", "\n" * 5
 QUESTION = "Ann has 3 bags of 4 figs and eats 2. How many are left?"
 STEPS = ["There are 3 x 4 = 12 figs.", "12 - 2 = 9.", "The answer is 9."]
 
@@ -145,7 +146,7 @@ def _math_aps():
   right = {"text": "12 - 2 = 10.\n\nSo 10.", "mc_value": 1.0, "children": []}
   first = {"text": STEPS[0], "mc_value": 0.75, "children": [wrong, right]}
   root = {"text": QUESTION, "mc_value": 0.5, "children": [first]}
-  tagged = "\n".join(f"{x} {TAG}" for x in STEPS)
+  tagged = "\n".join(f"{x} {NEWLINES}" for x in STEPS)
   process = {"question": QUESTION, "process": tagged}
   return {
     "math_aps_flat": [head | {"reasoning_steps": flat}],

@@ -2,8 +2,9 @@
 
 Layouts: github.com/openreasoner/openr. `data/omegaPRM_v2` writes one JSON
 object a problem, whose `reasoning_steps` are a flat list of prefixes or a tree;
-`prm/code` trains on `question`, `process` with tags, and `label`. Values have
-no counts. A record of the first two has several solutions.
+`prm/code` trains on `question`, `process` with tags, and `label`, where values
+above 0.5 are "+" (docs/docs/datasets.md). Values have no counts. A record of
+the first two has several solutions.
 """
 
 import dataclasses
@@ -13,7 +14,6 @@ from typing import Any, ClassVar
 from research.data.sources.jsonl import Record
 from research.errors import UserError
 from research.prm.formats import files
-from research.prm.formats.math_shepherd import TAG
 from research.prm.labelled import MAX_STEPS, Label, LabelledSolution
 
 SEPARATOR = "\n\n"
@@ -150,12 +150,15 @@ class MathAPSProcess:
   """The layout for training: steps with tags in one text, and their labels.
 
   Attributes:
-    tag: after each step: one token of the model's tokenizer.
+    tag: after each step and a space: one token of Qwen's tokenizer, or
+      Math-Shepherd's.
+    joiner: between a tag and the next step.
     name: of the field with labels: "label" in the scripts, "labels" in their
       example.
   """
 
-  tag: str = TAG
+  tag: str = "\n" * 5
+  joiner: str = "\n"
   name: str = "label"
   single: ClassVar[bool] = True
 
@@ -179,7 +182,7 @@ class MathAPSProcess:
       more[_NUMBERS] = True
     found = _solution(
       record.text("question"),
-      [step.removeprefix("\n") for step in steps],
+      [step.removeprefix(self.joiner) for step in steps],
       labels,
     )
     return [
@@ -193,7 +196,7 @@ class MathAPSProcess:
     tagged = [f"{step} {self.tag}" for step in solution.steps]
     return more | {
       "question": solution.prompt,
-      "process": "\n".join(tagged),
+      "process": self.joiner.join(tagged),
       self.name: files.hard(solution, signs.__getitem__),
     }
 

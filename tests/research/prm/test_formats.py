@@ -10,7 +10,14 @@ import pytest
 
 from research.data.sources import jsonl
 from research.errors import UserError
-from research.prm.formats import FORMATS, files, genprm, prm800k, thinkprm
+from research.prm.formats import (
+  FORMATS,
+  files,
+  genprm,
+  math_aps,
+  prm800k,
+  thinkprm,
+)
 from research.prm.formats.rlhflow import RLHFlow
 from research.prm.formats.trl import tokenize
 from research.prm.labelled import LabelledSolution
@@ -110,6 +117,19 @@ def test_maths_aps_trees_have_values_at_ends_of_nodes_alone():
   assert wrong.labels == (0.75, None, 0.0)
   assert right.steps == (STEPS[0], "12 - 2 = 10.", "So 10.")
   assert right.labels == (0.75, None, 1.0)
+
+
+def test_openrs_example_has_another_tag_and_another_field():
+  values = {
+    "question": "1 + 1?",
+    "process": "Step 1: 1 ки\nStep 2: 3 ки",
+    "labels": [1, 0],
+  }
+  format = math_aps.MathAPSProcess(tag="ки", name="labels")
+  (found,) = files.solutions_of(jsonl.Record(values, "x:1"), format)
+  assert found.steps == ("Step 1: 1", "Step 2: 3")
+  assert found.labels == (1, 0)
+  assert format.values(found) == values
 
 
 def test_rlhflow_parts_the_first_turn_where_problems_are_known():
@@ -242,7 +262,7 @@ BAD = [
     r"children\[0\]: field 'mc_value'",
   ),
   ("math_aps_process", _set("label", value=["+", 1, 0]), "not both"),
-  ("math_aps_process", _replace("process", "ки\n", "\n"), "for 1 steps"),
+  ("math_aps_process", _replace("process", " \n\n\n\n\n\n", "\n"), "for 1 st"),
 ]
 
 
