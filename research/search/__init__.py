@@ -29,6 +29,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "protocols": [
       "Curve",
       "EffectiveSize",
+      "Point",
+      "at_equal_cost",
+      "crossover",
       "effective_size",
       "inference_multiplier",
       "total_flops",

@@ -62,6 +62,38 @@ class Curve:
     return float(found)
 
 
+class Point(NamedTuple):
+  """What a system reaches within a budget.
+
+  Attributes:
+    cost: that it spends, at most the budget.
+    accuracy: at that cost.
+  """
+
+  cost: float | int
+  accuracy: float | int
+
+
+def at_equal_cost(
+  systems: Sequence[Curve], budget: float | int
+) -> dict[str, Point | None]:
+  """Returns what each system reaches within a budget, by its name.
+
+  None for a system of which the budget buys nothing.
+
+  Args:
+    systems: whose costs are in one unit, which names the protocol: FLOPs of
+      inference, `total_flops`, or seconds.
+    budget: in that unit, such as a single pass of the large model.
+  """
+  found = {}
+  for curve in systems:
+    i = curve.affordable(budget)
+    point = i is not None and Point(curve.costs[i], curve.accuracies[i])
+    found[curve.name] = point or None
+  return found
+
+
 def crossover(small: Curve, large: Curve) -> float | int | None:
   """Returns the lowest measured cost from which the large system is ahead.
 

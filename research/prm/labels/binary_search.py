@@ -82,7 +82,7 @@ def locate_with_rollouts(
   if not all(solutions):
     raise UserError("locate_errors: found a solution without steps")
   searches = [bisect(len(steps)) for steps in solutions]
-  seen: list[dict[int, list[Rollout]]] = [{} for _ in solutions]
+  drawn: list[dict[int, list[Rollout]]] = [{} for _ in solutions]
   errors: dict[int, int] = {}
   probes: dict[int, int] = {}
 
@@ -103,9 +103,9 @@ def locate_with_rollouts(
     prefixes = [solutions[i][: at + 1] for i, at in batch]
     found = rollouts(complete, prefixes, k)
     for (i, at), some in zip(batch, found, strict=True):
-      seen[i][at] = some
+      drawn[i][at] = some
       advance(i, any(x.correct for x in some))
   return [
-    (Located(errors[i], {at: count(x) for at, x in seen[i].items()}), seen[i])
+    (Located(errors[i], {at: count(x) for at, x in drawn[i].items()}), drawn[i])
     for i in range(len(solutions))
   ]

@@ -27,6 +27,12 @@ def test_a_budget_buys_measured_points_only():
   assert curve.interpolated(0.5) is None
   assert curve.interpolated(10**0.5) == pytest.approx(0.35)
   assert curve.interpolated(1e9) == 0.4
+  large = Curve("large", (50,), (0.6,))
+  assert protocols.at_equal_cost([curve, large], 20) == {
+    "small": (10, 0.5),
+    "large": None,
+  }
+  assert protocols.at_equal_cost([large], 50) == {"large": (50, 0.6)}
   with pytest.raises(UserError, match="rising costs"):
     Curve("x", (2, 1), (0.1, 0.2))
 
