@@ -29,6 +29,8 @@ ROOMS = {  # folder -> file of its defects
   "research/vlm/evaluation": "vlm_evaluation",
   "research/vlm/images": "vlm_images",
   "research/vlm": "vlm",
+  "research/prm": "prm",
+  "research/search": "search",
   "research/interop": "interop",
   "research/planning": "planning",
   "experiments/core": "experiments_core",

@@ -20,11 +20,13 @@ ORDER = (  # what stands on a line may import what stands above it, and itself
   },
   {"research.nn"},
   {"research.generation", "research.data", "research.optim"},
+  {"research.reasoning"},
   {"research.training"},
   {"research.quant"},
   {"research.lora"},
   {"research.diffusion"},
-  {"research.vlm"},
+  {"research.vlm", "research.prm"},
+  {"research.search"},
   {"research.interop"},
   {"research.planning"},
   {"experiments"},
@@ -37,6 +39,7 @@ CATALOGUES = {  # a file a thing, all of one shape
   "research/lora/methods",
   "research/interop/vision/families",
   "research/vlm/images/tiling",
+  "research/prm/formats",
   "kernels_pallas/flash_attention/gpu",
 }
 
