@@ -20,6 +20,7 @@ ORDER = (  # what stands on a line may import what stands above it, and itself
   },
   {"research.nn"},
   {"research.generation", "research.data", "research.optim"},
+  {"research.reasoning"},
   {"research.training"},
   {"research.quant"},
   {"research.lora"},
@@ -36,6 +37,7 @@ MOST = 16
 CATALOGUES = {  # a file a thing, all of one shape
   "research/lora/methods",
   "research/vlm/images/tiling",
+  "research/reasoning/tasks",
   "kernels_pallas/flash_attention/gpu",
 }
 

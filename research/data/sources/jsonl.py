@@ -17,7 +17,7 @@ from research.data.sources import (
   expand,
   split_of,
 )
-from research.typing import UserError
+from research.errors import UserError
 
 MAX_LINE = 1 << 24
 """Maximum length of a line, in bytes."""
