@@ -9,7 +9,7 @@ import dataclasses
 import re
 from typing import Protocol, runtime_checkable
 
-from research.reasoning import normalization
+from research.reasoning import expressions, normalization
 from research.reasoning.extraction import Extractor
 from research.reasoning.isolation import Failed, TimedOut, shared
 from research.reasoning.problem import Verdict
@@ -92,10 +92,10 @@ class Ladder:
       return False
     if normalization.is_integer(truth) or normalization.is_integer(given):
       return False
-    exact = [normalization.expressions.rational(x) for x in (truth, given)]
+    exact = [expressions.rational(x) for x in (truth, given)]
     if None not in exact:
       return exact[0] == exact[1]
-    if not (self.symbolic_seconds and may_simplify(f"{truth}-({given})")):
+    if not self.symbolic_seconds or not may_simplify(truth, given):
       return False
     worker = shared(_SYMBOLIC, self.symbolic_seconds)
     return worker.call("sympy_equal", truth, given)
@@ -103,7 +103,7 @@ class Ladder:
   def canonical(self, given: str) -> str:
     """Returns the normalised answer; sympy's form where it may simplify."""
     found = normalization.canonical(normalization.normalize(given))
-    plain = normalization.expressions.rational(found) is not None
+    plain = expressions.rational(found) is not None
     if plain or not self.symbolic_seconds or not may_simplify(found):
       return found
     try:
@@ -138,14 +138,19 @@ class MathVerify:
     return Ladder(self.seconds).canonical(given)
 
 
-def may_simplify(expression: str) -> bool:
-  """Whether sympy may be asked to simplify a normalised expression.
+def may_simplify(*parts: str) -> bool:
+  """Whether sympy may be asked to simplify normalised expressions together.
 
   Not with more than two unknown letters, and not with powers on which it is
   known to hang: PRM800K's rules.
   """
-  letters = {x for x in _WORDS.sub("", expression) if x.isalpha()}
-  return len(letters) <= 2 and not _LARGE.search(expression)
+  text = " ".join(parts)
+  letters = {x for x in _WORDS.sub("", text) if x.isalpha()}
+  return (
+    len(letters) <= 2
+    and not _LARGE.search(text)
+    and all(map(expressions.is_expression, parts))
+  )
 
 
 def judge(

@@ -4,7 +4,7 @@ It follows the grader of PRM800K (Lightman et al. 2023, arXiv:2305.20050;
 github.com/openai/prm800k): units, currency and LaTeX's ways of writing one
 thing go; what could change the value stays. It differs where that grader errs:
 a comma within brackets separates, `\frac{x+1}{2}` keeps its numerator together,
-and -7 3/4 is below -7.
+7 3/4 is not 73/4, -7 3/4 is below -7, and 3 million is 3000000.
 """
 
 import re
@@ -35,6 +35,7 @@ _SCALED = re.compile(r"(\d+(?:\.\d+)?) *(million|billion|trillion)\b")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _MIXED = re.compile(r"(?<![\d./])(-?) *(\d+) +(\d+/\d+)(?![\d/])")
 _FLOAT = re.compile(r"(-?\d+)\.0*")
+_SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?e\+?\d{1,2}")
 _INTEGER = re.compile(r"-?\d+")
 _FRACTION = re.compile(r"-?\d+/0*[1-9]\d*")
 _NAMED = re.compile(r"[a-z]{1,2} *= *(?=[^=]+$)")
@@ -220,6 +221,8 @@ def _number(text: str) -> str:
   """Makes integers of floats with integer values, and drops zeros before."""
   around = re.fullmatch(r"([(\[]?)(.*?)([)\]]?)", text)
   before, inner, after = around.groups()
+  if _SCIENTIFIC.fullmatch(inner) and Fraction(inner).denominator == 1:
+    inner = str(Fraction(inner))
   if found := _FLOAT.fullmatch(inner):
     inner = found[1]
   if _INTEGER.fullmatch(inner):

@@ -41,8 +41,8 @@ class SampleLog:
     target: the reference answer; "" for none.
     prompt: what the model read.
     responses: its texts, one a repeat.
-    filtered: the answers in them, as the filter left them: one a repeat, or
-      one for all.
+    filtered: what the filter left of them: one answer for all, as `take_first`
+      or a vote leaves it, or a tuple with one a repeat.
     metrics: scores by name.
     filter: the filter's name.
     generation: settings of the sampler, such as `until` and `temperature`.
@@ -53,7 +53,7 @@ class SampleLog:
   target: str
   prompt: str
   responses: tuple[str, ...]
-  filtered: tuple[str, ...]
+  filtered: str | tuple[str, ...]
   metrics: Mapping[str, float]
   filter: str = "none"
   generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -64,6 +64,7 @@ class SampleLog:
     Raises:
       UserError: a metric has the name of a field.
     """
+    one = isinstance(self.filtered, str)
     values = {
       "doc_id": self.doc_id,
       "doc": dict(self.doc),
@@ -72,7 +73,7 @@ class SampleLog:
         "gen_args_0": {"arg_0": self.prompt, "arg_1": dict(self.generation)}
       },
       "resps": [list(self.responses)],
-      "filtered_resps": list(self.filtered),
+      "filtered_resps": [self.filtered if one else list(self.filtered)],
       "filter": self.filter,
       "metrics": list(self.metrics),
       "doc_hash": _hash(json.dumps(self.doc, indent=2, ensure_ascii=False)),
@@ -100,15 +101,16 @@ class SampleLog:
           f" {kind.__name__}: is it lm-evaluation-harness' --log_samples?"
         )
     requests, responses = values["arguments"], values["resps"]
-    if len(requests) != 1 or len(responses) != 1:
+    sizes = [len(values[x]) for x in ("arguments", "resps", "filtered_resps")]
+    if sizes != [1, 1, 1]:
       raise UserError(
-        f"{where}: found {len(requests)} requests for one document, expected"
-        " one: the samples of a task that generates text."
+        f"{where}: found {max(sizes)} requests for one document, expected one:"
+        " the samples of a task that generates text."
       )
     [arguments] = requests.values()
-    filtered = values["filtered_resps"]
-    if len(filtered) == 1 and isinstance(filtered[0], list):
-      [filtered] = filtered
+    [filtered] = values["filtered_resps"]
+    if not isinstance(filtered, str):
+      filtered = _texts(filtered, where, "filtered_resps")
     metrics = {name: values.get(name) for name in values.get("metrics", [])}
     return cls(
       doc_id=values["doc_id"],
@@ -116,7 +118,7 @@ class SampleLog:
       target=values["target"],
       prompt=_text(arguments.get("arg_0"), where, "arguments"),
       responses=_texts(responses[0], where, "resps"),
-      filtered=_texts(filtered, where, "filtered_resps"),
+      filtered=filtered,
       metrics=metrics,
       filter=values.get("filter", "none"),
       generation=arguments.get("arg_1") or {},
@@ -195,5 +197,7 @@ def _text(value: Any, where: str, field: str) -> str:
 
 def _texts(values: Any, where: str, field: str) -> tuple[str, ...]:
   if not isinstance(values, list):
-    values = [values]
+    raise UserError(
+      f"{where}: field {field!r}: found {values!r:.60}, expected a list."
+    )
   return tuple(_text(x, where, field) for x in values)

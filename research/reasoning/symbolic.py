@@ -19,8 +19,9 @@ def sympy_equal(a: str, b: str) -> bool:
 
 
 def sympy_canonical(a: str) -> str:
-  """Returns how sympy prints an expression that it has simplified."""
-  return str(_sympy().simplify(_tree(a)))
+  """Returns how sympy prints an expression, simplified and multiplied out."""
+  sympy = _sympy()
+  return str(sympy.expand(sympy.simplify(_tree(a))))
 
 
 def math_verify_equal(truth: str, given: str) -> bool:

@@ -175,6 +175,8 @@ def samples() -> str:
               "group_select": -1,
               "regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)",
             },
+            {"function": "majority_vote"},
+            {"function": "take_first"},
           ],
         },
       ],

@@ -105,7 +105,7 @@ class AnswerFile(Task):
       difficulty=self._difficulty(record),
     )
 
-  def _difficulty(self, record: jsonl.Record) -> float | None:
+  def _difficulty(self, record: jsonl.Record) -> float | int | None:
     if self.difficulty is None:
       return None
     found = record.get(self.difficulty)

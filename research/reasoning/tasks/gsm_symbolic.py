@@ -9,8 +9,10 @@ import dataclasses
 import functools
 import hashlib
 import random
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+from research.data.sources import split_of
 from research.errors import UserError
 from research.reasoning.extraction import Extractor, boxed_or_hash
 from research.reasoning.extras import needs
@@ -31,8 +33,8 @@ class GSMSymbolic(GeneratedTask):
 
   Attributes:
     language: such as "eng", "deu" or "jpn".
-    split_by: whether splits differ in questions or in templates: about 10 of
-      100 templates are held out then.
+    split_by: whether splits differ in what templates are filled with, or in
+      the templates: about 10 of 100 are held out then.
     extract: finds the answer in a text.
     grader: compares it.
   """
@@ -40,32 +42,47 @@ class GSMSymbolic(GeneratedTask):
   NAME: ClassVar[str] = "gsm_symbolic"
 
   language: str = "eng"
-  split_by: Literal["question", "template"] = "question"
+  split_by: Literal["numbers", "template"] = "numbers"
   extract: Extractor = boxed_or_hash
   grader: Grader = Ladder()
 
   def draw(self, rng: random.Random) -> Problem | None:
-    """Returns a question of a template; None where its numbers do not meet."""
+    """Returns a question of a template; None if that is of another split."""
     instruction, replacements, templates = _templates(self.language)
     at = rng.randrange(len(templates))
     template, choices = templates[at], _choices(self.language, at)
-    made = _generate(template, choices, replacements, rng)
-    if made is None:
+
+    def of_split(numbers: str) -> bool:
+      key = self._key(template.id_orig, numbers)
+      return split_of(key) == self.split
+
+    if self.split_by == "template" and not of_split(""):
       return None
+    numbers = _numbers(template, choices, rng, of_split)
+    if numbers is None:
+      return None
+    made = template.generate_questions(
+      1, replacements, rng=rng, verbose=False, fixed=numbers
+    )[0]
     solution, _, answer = made.answer.rpartition("####")
     digest = hashlib.sha256(made.question.encode()).hexdigest()[:12]
     return Problem(
       id=f"{self.NAME}/{self.language}/{template.id_orig}/{digest}",
       prompt=f"{instruction}\n\n{made.question.strip()}",
       answer=answer.strip(),
-      meta={"template": template.id_orig, "solution": solution.strip()},
+      meta={
+        "template": template.id_orig,
+        "numbers": _text(numbers),
+        "solution": solution.strip(),
+      },
     )
 
   def key(self, problem: Problem) -> str:
-    """Returns the template or the question, as `split_by` says."""
-    if self.split_by == "template":
-      return f"{self.NAME}/{problem.meta['template']}"
-    return problem.prompt
+    """Returns the template, and its numbers unless templates are split."""
+    return self._key(problem.meta["template"], problem.meta["numbers"])
+
+  def _key(self, template: int, numbers: str) -> str:
+    return str(template) + (numbers if self.split_by == "numbers" else "")
 
   def present(self, answer: str) -> str:
     """Returns an answer in a box."""
@@ -80,20 +97,20 @@ class GSMSymbolic(GeneratedTask):
 def _templates(language: str) -> tuple[str, Any, list[Any]]:
   with needs("multilingual-gsm-symbolic"):
     import multilingual_gsm_symbolic as package
-  languages = package.available_languages()
-  if language not in languages:
-    raise UserError(
-      f"GSMSymbolic.language: found {language!r}, expected one of"
-      f" {', '.join(languages)}."
+  try:
+    return (
+      package.load_instruction(language),
+      package.load_replacements(language),
+      package.load_data(language),
     )
-  return (
-    package.load_instruction(language),
-    package.load_replacements(language),
-    package.load_data(language),
-  )
+  except FileNotFoundError as error:
+    raise UserError(
+      f"GSMSymbolic.language: found {language!r}, of which there are no"
+      " templates; see multilingual_gsm_symbolic.available_languages()."
+    ) from error
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=512)
 def _choices(language: str, index: int) -> dict[str, list[dict]]:
   """Returns the values that each constrained line of a template may take."""
   _, replacements, templates = _templates(language)
@@ -103,22 +120,28 @@ def _choices(language: str, index: int) -> dict[str, list[dict]]:
   )
 
 
-def _generate(
+def _numbers(
   template: Any,
   choices: dict[str, list[dict]],
-  replacements: Any,
   rng: random.Random,
-) -> Any:
-  """Returns the package's question for numbers that meet the conditions.
+  of_split: Callable[[str], bool],
+) -> dict[str, Any] | None:
+  """Returns numbers of a split that meet a template's conditions.
 
-  The package enumerates all combinations, millions for some templates. Here a
-  combination is drawn until one meets the conditions, and given as `fixed`.
+  The package enumerates all combinations, millions for some templates. Here
+  one is drawn until it fits, and the package makes the question of it.
   """
+  if not choices:
+    return {} if of_split("") else None
   for _ in range(_TRIES):
     drawn = {key: [rng.choice(values)] for key, values in choices.items()}
-    if not choices or template._filter_invalid_combinations_streaming(drawn):
-      fixed = {k: v for [x] in drawn.values() for k, v in x.items()}
-      return template.generate_questions(
-        1, replacements, rng=rng, verbose=False, fixed=fixed
-      )[0]
+    numbers = {k: v for [x] in drawn.values() for k, v in x.items()}
+    if not of_split(_text(numbers)):
+      continue
+    if template._filter_invalid_combinations_streaming(drawn):
+      return numbers
   return None
+
+
+def _text(numbers: dict[str, Any]) -> str:
+  return ", ".join(f"{k}={v}" for k, v in sorted(numbers.items()))

@@ -24,7 +24,7 @@ def test_gsm8k_filters_are_those_of_lm_eval(name):
   found = [extract(x) for x in values["texts"]]
   assert found == [None if x == "[invalid]" else x for x in values[name]]
   assert found.count(None) >= 2
-  assert len(set(found)) > 7
+  assert len(set(found)) > 4
 
 
 @pytest.mark.parametrize(
