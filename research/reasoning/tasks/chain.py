@@ -17,13 +17,8 @@ from typing import ClassVar
 
 from research.errors import UserError
 from research.reasoning.problem import Problem, StepVerdict, Verdict
-from research.reasoning.tasks.task import (
-  EOS,
-  PAD,
-  GeneratedTask,
-  answer_of,
-  mutate,
-)
+from research.reasoning.tasks.task import GeneratedTask, answer_of, mutate
+from research.reasoning.words import EOS, PAD
 
 _STEP = re.compile(r"(-?\d{1,18}) ([-+]) (\d{1,18}) = (-?\d{1,18}) ;")
 _LAST = re.compile(r"= (-?\d{1,18}) ;$")

@@ -23,13 +23,8 @@ from typing import ClassVar
 from research.errors import UserError
 from research.reasoning.problem import Problem, StepVerdict, Verdict
 from research.reasoning.segmentation import SEMICOLON, steps_of
-from research.reasoning.tasks.task import (
-  EOS,
-  PAD,
-  GeneratedTask,
-  answer_of,
-  mutate,
-)
+from research.reasoning.tasks.task import GeneratedTask, answer_of, mutate
+from research.reasoning.words import EOS, PAD
 
 OPERATORS = "+-*"
 

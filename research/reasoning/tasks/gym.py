@@ -3,7 +3,7 @@
 Stojanovski et al. 2025, arXiv:2505.24760; the package `reasoning-gym`.
 
 * Item i of seed s is item i + 1 of seed s - 1, so another seed is the same set,
-  shifted. Splits are ranges of indices of one seed.
+  shifted. Splits are ranges of indices of one seed, and seeds are a size apart.
 * Scores are not correctness: a wrong answer may get 0.5. Correct is 1.
 * Some scorers reject their own answer, accept anything, raise, or *run the
   answer as code*. `allowed.json` has the names that passed `self_test`; others
@@ -75,6 +75,8 @@ class Gym(Task):
 
   def __post_init__(self):
     super().__post_init__()
+    self.expect("size", 10)
+    self.expect("seed", 0, (1 << 32) // self.size - 1)
     if self.name not in allowed():
       why = refused().get(self.name, "it is no data set of it")
       raise UserError(
@@ -109,7 +111,9 @@ class Gym(Task):
 
   @functools.cached_property
   def _settings(self) -> str:
-    settings = {"name": self.name, "seed": self.seed, "size": self.size}
+    # Items of neighbouring seeds are the same: these are a size apart.
+    seed = self.seed * self.size
+    settings = {"name": self.name, "seed": seed, "size": self.size}
     return json.dumps(settings | {"config": dict(self.config)})
 
   def present(self, answer: str) -> str:

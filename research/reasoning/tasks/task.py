@@ -15,12 +15,10 @@ from typing import ClassVar, overload
 from research.data.sources import Split, split_of
 from research.errors import UserError
 from research.reasoning.problem import Problem, Verdict
+from research.reasoning.words import EOS
 
 DRAWS = 1000
 """How often a problem of a split is drawn before that is an error."""
-
-EOS = "<eos>"
-PAD = "<pad>"
 
 _INTEGER = re.compile(r"\d+(?!.*\d)", re.DOTALL)
 

@@ -42,6 +42,15 @@ def test_splits_are_ranges_of_indices_of_one_seed():
     chain(split="heldout", size=1000, count=101)
 
 
+def test_our_seeds_share_no_items():
+  one, other = (
+    {x.prompt for x in chain(count=100, seed=seed)} for seed in (0, 1)
+  )
+  assert len(one & other) < 3
+  with pytest.raises(UserError, match="Gym.seed: found 300000, expected 0 to"):
+    chain(seed=300_000)
+
+
 def test_small_settings_repeat_questions_and_distinct_drops_them():
   """Ranges of indices do not help where there are 200 questions in all."""
   settings = {"min_terms": 2, "max_terms": 2, "max_digits": 1}
