@@ -78,7 +78,8 @@ def test_a_partial_score_is_not_correct():
   assert task.verify(problem, problem.answer).reason == "no answer"
   assert task.verify(problem, None).canonical is None
   text = f"<answer>{padded}</answer> or <answer> {problem.answer} </answer>"
-  assert task.verify(problem, text).correct
+  found = task.verify(problem, text)
+  assert (found.correct, found.canonical) == (True, problem.answer)
 
 
 @pytest.mark.parametrize(
