@@ -1,7 +1,7 @@
 """How often a verifier errs, on answers of which the truth is known."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from research.reasoning.problem import Problem, Verdict
@@ -17,7 +17,7 @@ class Provoking(Protocol):
 
   def mutated(self, problem: Problem) -> str: ...
 
-  def hedge(self, problem: Problem) -> str: ...
+  def hedges(self, problem: Problem) -> list[str]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rates:
     problems: how many there were.
     false_negative: the oracle's text was rejected.
     false_positive: the oracle's text with another answer was accepted.
-    hedge: a text with the right and a wrong answer was accepted.
+    hedge: of the texts with the right and a wrong answer, those accepted.
   """
 
   problems: int
@@ -56,13 +56,13 @@ def measure(
   """
   verify = (verifier or task).verify
 
-  def accepted(texts: Iterable[str]) -> float:
-    pairs = zip(problems, texts, strict=True)
-    return sum(verify(x, text).correct for x, text in pairs) / len(problems)
+  def accepted(texts: Callable[[Problem], Sequence[str]]) -> float:
+    verdicts = [verify(x, text) for x in problems for text in texts(x)]
+    return sum(x.correct for x in verdicts) / len(verdicts)
 
   return Rates(
     len(problems),
-    1 - accepted(task.oracle(x) for x in problems),
-    accepted(task.mutated(x) for x in problems),
-    accepted(task.hedge(x) for x in problems),
+    1 - accepted(lambda x: [task.oracle(x)]),
+    accepted(lambda x: [task.mutated(x)]),
+    accepted(task.hedges),
   )

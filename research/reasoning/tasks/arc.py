@@ -74,9 +74,11 @@ class ARC(Task):
     answer = problem.answer or ""
     return f"{answer[:-1]}{(int(answer[-1]) + 1) % 10}"
 
-  def hedge(self, problem: Problem) -> str:
-    """Returns the right grid and, after it, a wrong one."""
-    return f"{problem.answer}\n\nor\n\n{self.mutated(problem)}"
+  def hedges(self, problem: Problem) -> list[str]:
+    """Returns texts of two grids, joined and apart."""
+    both = problem.answer or "", self.mutated(problem)
+    orders = both, both[::-1]
+    return [sign.join(x) for sign in ("\n", "\n\nor\n\n") for x in orders]
 
   def verify(self, problem: Problem, text: str | None) -> Verdict:
     """Returns whether the text's last grid is the output, cell by cell."""

@@ -95,10 +95,17 @@ class Chain(GeneratedTask):
     """Returns the solution with another last number."""
     return mutate(self.oracle(problem))
 
-  def hedge(self, problem: Problem) -> str:
-    """Returns a solution that ends with two totals, the first of them right."""
-    found = self.oracle(problem).removesuffix(" ;")
-    return f"{found} or {mutate(problem.answer or '')} ;"
+  def hedges(self, problem: Problem) -> list[str]:
+    """Returns solutions that end with two totals, and pairs of solutions."""
+    both = self.oracle(problem), self.mutated(problem)
+    ends = [x.removesuffix(" ;").rpartition(" ")[2] for x in both]
+    one, other = (x.removesuffix(" ;") for x in both)
+    return [
+      f"{one} or {ends[1]} ;",
+      f"{other} or {ends[0]} ;",
+      " or ".join(both),
+      " or ".join(both[::-1]),
+    ]
 
   def verify(self, problem: Problem, text: str | None) -> Verdict:
     """Returns whether the last step's total is the sum."""

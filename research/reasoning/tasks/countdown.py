@@ -118,9 +118,11 @@ class Countdown(GeneratedTask):
     """Returns the solution with another last number."""
     return mutate(self.oracle(problem))
 
-  def hedge(self, problem: Problem) -> str:
-    """Returns two solutions, of which the second is wrong."""
-    return f"{self.oracle(problem)} {self.mutated(problem)}"
+  def hedges(self, problem: Problem) -> list[str]:
+    """Returns texts of two solutions, of which one is wrong."""
+    both = self.oracle(problem), self.mutated(problem)
+    orders = both, both[::-1]
+    return [sign.join(x) for sign in (" ", " or ") for x in orders]
 
   def verify(self, problem: Problem, text: str | None) -> Verdict:
     """Returns whether every step is legal and the last number is the target.

@@ -83,10 +83,21 @@ class Task(Sequence[Problem], abc.ABC):
     """Returns the oracle's text with another answer, which is wrong."""
     return self.present(mutate(problem.answer or ""))
 
-  def hedge(self, problem: Problem) -> str:
-    """Returns a text that names the right answer and a wrong one."""
-    answer = problem.answer or ""
-    return self.present(f"{answer} or {mutate(answer)}")
+  def hedges(self, problem: Problem) -> list[str]:
+    """Returns texts that give the right answer and a wrong one.
+
+    Both in one place and in two, and in either order. Where the last place
+    counts, as for boxes, one of the four is right by convention.
+    """
+    right = problem.answer or ""
+    wrong = mutate(right)
+    places = self.present(right), self.present(wrong)
+    return [
+      self.present(f"{right} or {wrong}"),
+      self.present(f"{wrong} or {right}"),
+      " or ".join(places),
+      " or ".join(places[::-1]),
+    ]
 
   def __len__(self) -> int:
     return self.count

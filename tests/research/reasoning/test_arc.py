@@ -67,8 +67,9 @@ def test_read_grid(text, expected):
   assert arc.read_grid(text) == expected
 
 
-def test_a_hedge_is_its_last_grid():
+def test_the_last_grid_counts_and_a_joined_one_is_another():
   task = ARC(count=1)
   problem = task[0]
-  assert not task.verify(problem, task.hedge(problem)).correct
+  found = [task.verify(problem, x).correct for x in task.hedges(problem)]
+  assert found == [False, False, False, True]
   assert task.verify(problem, None).reason == "no answer"

@@ -1,6 +1,7 @@
 """How often verifiers err: the numbers of the README, on fewer problems."""
 
 import builtins
+import json
 import pathlib
 import re
 import subprocess
@@ -11,7 +12,15 @@ import pytest
 from research.errors import UserError
 from research.reasoning import Isolated, Rates, measure
 from research.reasoning.extras import needs
-from research.reasoning.tasks import ARC, Chain, Countdown, GSMSymbolic, Gym
+from research.reasoning.tasks import (
+  ARC,
+  Chain,
+  Countdown,
+  GSMSymbolic,
+  Gym,
+  Task,
+  answers,
+)
 from research.reasoning.tasks.task import mutate
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -22,6 +31,11 @@ TASKS = {
   'Gym(name="countdown")': Gym(name="countdown", split="heldout"),
   "GSMSymbolic()": GSMSymbolic(split="heldout"),
   "ARC()": ARC(split="heldout"),
+  "answers.gsm8k(path)": (answers.gsm8k, ["3", "17", "1,024", "-5"]),
+  "answers.math(path)": (
+    answers.math,
+    ["3", r"\frac{1}{2}", "(1,2)", r"\sqrt{2}", "2x+3", "1,024", r"3\pi"],
+  ),
 }
 
 
@@ -34,9 +48,23 @@ def published():
   return {name: [float(x) / 100 for x in found] for name, *found in rows}
 
 
+def from_file(make, folder, answers):
+  """Returns a task of a file in which the answers are boxed and behind ####."""
+  rows = [
+    {"question": "?", "answer": f"#### {x}"}
+    | {"problem": "?", "solution": f"\\boxed{{{x}}}", "level": 1}
+    for x in answers
+  ]
+  path = folder / "file.jsonl"
+  path.write_text("".join(json.dumps(x) + "\n" for x in rows), "utf-8")
+  return make(str(path))
+
+
 @pytest.mark.parametrize("name", TASKS)
-def test_verifiers_err_as_the_readme_says(name):
+def test_verifiers_err_as_the_readme_says(name, tmp_path):
   task = TASKS[name]
+  if not isinstance(task, Task):
+    task = from_file(*task[:1], tmp_path, task[1])
   found = measure(task, task[:12])
   assert published()[name] == [
     found.false_negative,
@@ -59,9 +87,9 @@ def test_measure_counts_what_a_verifier_accepts():
       return type(found)(True, "x", "x")
 
   task = Chain(count=10)
-  assert measure(task, task[:]) == Rates(10, 0, 0, 0)
+  assert measure(task, task[:]) == Rates(10, 0.0, 0.0, 0.25)
   found = measure(task, task[:], Lenient())
-  assert found == Rates(10, 0, 0.5, 0.5)
+  assert found == Rates(10, 0.0, 0.5, 0.5)
   assert str(found).startswith("0.0% of 10 right answers rejected, 50.0%")
 
 
@@ -112,4 +140,4 @@ def test_nothing_imports_jax_or_a_generator():
 
 def test_an_isolated_task_has_the_same_rates():
   task = Countdown(count=4)
-  assert measure(task, task[:], Isolated(task, seconds=60)) == Rates(4, 0, 0, 0)
+  assert measure(task, task[:], Isolated(task, seconds=60)) == Rates(4, 0.0, 0.0, 0.0)
