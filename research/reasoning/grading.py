@@ -17,7 +17,7 @@ from research.reasoning.problem import Verdict
 _SYMBOLIC = "research.reasoning.symbolic"
 _WORDS = re.compile(r"sqrt|log|ln|sin|cos|tan|pi|inf")
 _LARGE = re.compile(r"\^\(|\^\d+\^|\^-?\d\d+")
-_SEVERAL = re.compile(r"\b(?:or|and)\b|;", re.IGNORECASE)
+_NAMED = re.compile(r"\s*\\?[A-Za-z]\w*(?:\([a-z]\))?\s*=[^=]*")
 
 
 @runtime_checkable
@@ -117,8 +117,8 @@ class Ladder:
 class MathVerify:
   """Hugging Face's math-verify, given one answer and a time limit.
 
-  It is more lenient than `Ladder`: 10% is 0.1, 2/4 is 1/2. An answer that names
-  several values is right only if the truth does.
+  It is more lenient than `Ladder`: 10% is 0.1, 2/4 is 1/2. Of an equation it
+  takes the right side, which is an answer only if the left one is a name.
 
   Attributes:
     seconds: for a pair, after the process has started.
@@ -128,7 +128,8 @@ class MathVerify:
 
   def equal(self, truth: str, given: str) -> bool:
     """Whether math-verify accepts `given` for `truth`."""
-    if _SEVERAL.search(given) and not _SEVERAL.search(truth):
+    # It takes what is right of the sign: 4 = 3 would be a 3.
+    if "=" in given and "=" not in truth and not _NAMED.fullmatch(given):
       return False
     worker = shared(_SYMBOLIC, self.seconds)
     return worker.call("math_verify_equal", truth, given)

@@ -237,6 +237,11 @@ def test_sympy_decides_what_remains(truth, given, expected):
     ("3", "3 or 4", False),
     ("3", r"3 \text{ or } 4", False),
     ("3", "3; 4", False),
+    ("3", "x = 3", True),
+    ("3", "f(x) = 3", True),
+    ("3", "4 = 3", False),
+    ("3", "x = 4 = 3", False),
+    ("x = 3", "3 = x", True),
     ("3", r"\frac{", False),
   ],
 )
