@@ -140,4 +140,6 @@ def test_nothing_imports_jax_or_a_generator():
 
 def test_an_isolated_task_has_the_same_rates():
   task = Countdown(count=4)
-  assert measure(task, task[:], Isolated(task, seconds=60)) == Rates(4, 0.0, 0.0, 0.0)
+  assert measure(task, task[:], Isolated(task, seconds=60)) == Rates(
+    4, 0.0, 0.0, 0.0
+  )
