@@ -21,6 +21,7 @@ ROOMS = {  # folder -> file of its defects
   "research/generation": "generation",
   "research/data": "data",
   "research/optim": "optim",
+  "research/reasoning": "reasoning",
   "research/training": "training",
   "research/quant": "quant",
   "research/lora": "lora",

@@ -40,6 +40,7 @@ CATALOGUES = {  # a file a thing, all of one shape
   "research/interop/vision/families",
   "research/vlm/images/tiling",
   "research/prm/formats",
+  "research/reasoning/tasks",
   "kernels_pallas/flash_attention/gpu",
 }
 

@@ -1,0 +1,230 @@
+r"""The conservative ladder that makes of an answer the form it is compared in.
+
+It follows the grader of PRM800K (Lightman et al. 2023, arXiv:2305.20050;
+github.com/openai/prm800k): units, currency and LaTeX's ways of writing one
+thing go; what could change the value stays. It differs where that grader errs:
+a comma within brackets separates, `\frac{x+1}{2}` keeps its numerator together,
+7 3/4 is not 73/4, -7 3/4 is below -7, and 3 million is 3000000.
+"""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from research.reasoning import expressions
+
+MAX_LENGTH = 2000
+"""Characters of an answer at most; a longer one is compared as it is."""
+
+_PASSES = 5
+"""What one step of the ladder lays bare another may have to remove."""
+
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*(?=\{)")
+_SPACES = re.compile(r"\\[!,;: ]|\\quad|\\qquad|~")
+_UNITS = (
+  "centimeters?|cm|kilometers?|km|meters?|miles?|degrees?|seconds?|minutes?"
+  "|hours?|days?|weeks?|months?|years?|foot|feet|inch(?:es)?|yards?|dollars?"
+  "|cents?|units?|points?"
+)
+_UNIT = re.compile(
+  rf"(?<=[\d)}}]) *(?:square +|cubic +)?\b(?:{_UNITS})\b(?: *\^ *\{{?\d\}}?)?"
+  rf"|(?<=\d)(?:cm|km)\b(?: *\^ *\{{?\d\}}?)?"
+)
+_SCALES = {"million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALED = re.compile(r"(\d+(?:\.\d+)?) *(million|billion|trillion)\b")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_MIXED = re.compile(r"(?<![\d./])(-?) *(\d+) +(\d+/\d+)(?![\d/])")
+_FLOAT = re.compile(r"(-?\d+)\.0*")
+_SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?e\+?\d{1,2}")
+_INTEGER = re.compile(r"-?\d+")
+_FRACTION = re.compile(r"-?\d+/0*[1-9]\d*")
+_NAMED = re.compile(r"[a-z]{1,2} *= *(?=[^=]+$)")
+_SYMBOLS = {
+  r"\cdot": "*",
+  r"\times": "*",
+  r"\div": "/",
+  r"\pi": "pi",
+  r"\infty": "inf",
+  r"\cup": "∪",
+  r"\pm": "±",
+  "×": "*",
+  "·": "*",
+  "−": "-",
+  "π": "pi",
+  "∞": "inf",
+}
+_OPEN, _CLOSE = "([", ")]"
+
+
+def normalize(text: str) -> str:
+  """Returns the form of an answer in which it is compared.
+
+  `normalize(normalize(x)) == normalize(x)`, so stored forms stay what they are.
+  """
+  if len(text) > MAX_LENGTH:
+    return text.strip()
+  for _ in range(_PASSES):
+    before, text = text, _once(text)
+    if text == before:
+      break
+  return text
+
+
+def _once(text: str) -> str:
+  out = _plain(text.strip())
+  out = _NAMED.sub("", out, count=1) if _NAMED.match(out) else out
+  out = _SCALED.sub(_scaled, _UNIT.sub("", out))
+  out = _mixed(_thousands(out))
+  out = re.sub(r"\s+", "", re.sub(r"[{}]", "", out))
+  return ",".join(_number(x) for x in out.split(","))
+
+
+def elements(normalized: str) -> tuple[str, list[str]]:
+  """Returns the brackets around an answer and the elements between them.
+
+  `"(1,2]"` gives `("(]", ["1", "2"])`; an answer without brackets around all of
+  it is one element.
+  """
+  inner = normalized[1:-1]
+  if (
+    len(normalized) > 2
+    and normalized[0] in _OPEN
+    and normalized[-1] in _CLOSE
+    and "," in inner
+    and not any(x in inner for x in _OPEN + _CLOSE)
+  ):
+    return normalized[0] + normalized[-1], inner.split(",")
+  return "", [normalized]
+
+
+def is_integer(normalized: str) -> bool:
+  """Whether an element is an integer, digit by digit."""
+  return _INTEGER.fullmatch(normalized) is not None
+
+
+def is_fraction(normalized: str) -> bool:
+  """Whether an element is one integer over another."""
+  return _FRACTION.fullmatch(normalized) is not None
+
+
+def canonical(normalized: str) -> str:
+  """Returns the form in which votes for an answer are counted together.
+
+  0.5, 1/2 and .50 have one; 2/4 and 6/2 have their own, since the ladder does
+  not accept them in the place of 1/2 and 3.
+  """
+  around, inner = elements(normalized)
+  joined = ",".join(_canonical(x) for x in inner)
+  return around[:1] + joined + around[1:]
+
+
+def _canonical(element: str) -> str:
+  found = expressions.rational(element)
+  if found is None or is_integer(element) or found.denominator == 1:
+    return element
+  if is_fraction(element) and str(found) != element:
+    return element
+  return str(found)
+
+
+def _plain(text: str) -> str:
+  """Removes LaTeX, and lower-cases what is left."""
+  text = text.replace("\\%", "%").replace("\\$", "$")
+  text = re.sub(r"\\[()\[\]]|[$%]", "", text)
+  text = re.sub(r"\\(?:left|right|big|Big)(?![A-Za-z])", "", text)
+  text = text.replace("{,}", ",").replace(",\\!", ",")
+  text = _TEXT.sub("", _SPACES.sub(" ", text))
+  text = re.sub(r"\^ *\{? *\\circ *\}?|°", "", text)
+  text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+  text = _macro(text, "frac", 2, _frac)
+  text = _macro(text, "sqrt", 1, lambda before, x: f"sqrt({x})")
+  for name, plain in _SYMBOLS.items():
+    text = text.replace(name, plain)
+  text = text.replace("\\{", "{").replace("\\}", "}")
+  text = re.sub(r"\b(?:or|and)\b", ",", text.lower())
+  text = re.sub(r"- +", "-", text)
+  return re.sub(r"\.$", "", text.strip())
+
+
+def _macro(text: str, name: str, count: int, build: Callable[..., str]) -> str:
+  r"""Replaces `\name{a}{b}` by `build(text before, a, b)`, innermost last."""
+  pattern = re.compile(rf"\\{name}(?![A-Za-z])")
+  # A macro without its arguments stays, so there is an end to the search.
+  at = 0
+  while found := pattern.search(text, at):
+    arguments, end = [], found.end()
+    for _ in range(count):
+      argument, end = _argument(text, end)
+      arguments.append(argument)
+    if None in arguments:
+      at = found.end()
+      continue
+    before = text[: found.start()]
+    made = build(before, *arguments)
+    text, at = before + made + text[end:], found.start()
+  return text
+
+
+def _argument(text: str, at: int) -> tuple[str | None, int]:
+  """Returns a macro's argument at a position, and where it ends."""
+  while at < len(text) and text[at] == " ":
+    at += 1
+  if at >= len(text) or text[at] in "}\\[":
+    return None, at
+  if text[at] != "{":
+    return text[at], at + 1
+  depth = 0
+  for i in range(at, len(text)):
+    depth += {"{": 1, "}": -1}.get(text[i], 0)
+    if not depth:
+      return text[at + 1 : i].strip(), i + 1
+  return None, at
+
+
+def _frac(before: str, top: str, bottom: str) -> str:
+  """Returns a fraction, in brackets where it would read as something else."""
+  simple = re.compile(r"-?\d+|[A-Za-z]")
+  parts = [x if simple.fullmatch(x) else f"({x})" for x in (top, bottom)]
+  made, last = "/".join(parts), before.rstrip()[-1:]
+  if last.isdigit():  # 7\frac{3}{4} is a mixed number
+    return f" {made}"
+  product = last and (last.isalpha() or last in ")^/")
+  return f"({made})" if product else made
+
+
+def _scaled(found: re.Match) -> str:
+  number = Fraction(found[1]) * _SCALES[found[2]]
+  return str(number) if number.denominator == 1 else found[0]
+
+
+def _thousands(text: str) -> str:
+  """Removes well-formed commas of thousands, but not those in brackets."""
+  out, depth, at = [], 0, 0
+  for found in _THOUSANDS.finditer(text):
+    part = text[at : found.start()]
+    depth += sum(part.count(x) for x in _OPEN)
+    depth -= sum(part.count(x) for x in _CLOSE)
+    number = found[0] if depth > 0 else found[0].replace(",", "")
+    out += [part, number]
+    at = found.end()
+  return "".join([*out, text[at:]])
+
+
+def _mixed(text: str) -> str:
+  """Makes sums of mixed numbers: 7 3/4 becomes 7+3/4."""
+  return _MIXED.sub(
+    lambda m: f"-({m[2]}+{m[3]})" if m[1] else f"{m[2]}+{m[3]}", text
+  )
+
+
+def _number(text: str) -> str:
+  """Makes integers of floats with integer values, and drops zeros before."""
+  around = re.fullmatch(r"([(\[]?)(.*?)([)\]]?)", text)
+  before, inner, after = around.groups()
+  if _SCIENTIFIC.fullmatch(inner) and Fraction(inner).denominator == 1:
+    inner = str(Fraction(inner))
+  if found := _FLOAT.fullmatch(inner):
+    inner = found[1]
+  if _INTEGER.fullmatch(inner):
+    inner = str(int(inner))
+  return before + inner + after

@@ -1,0 +1,169 @@
+r"""Questions with answers in JSON Lines: GSM8K, MATH, and a user's own.
+
+`gsm8k(path)` and `math(path)` read these sets as they are published; any other
+file is an `AnswerFile` that names its fields, an extractor and a grader.
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+from research.data.sources import Paths, jsonl
+from research.errors import UserError
+from research.reasoning import extraction
+from research.reasoning.extraction import Extractor
+from research.reasoning.grading import ExactMatch, Grader, Ladder, judge
+from research.reasoning.problem import Problem, Verdict
+from research.reasoning.tasks.task import Task
+
+QWEN = (
+  "{question}\nPlease reason step by step, and put your final answer within"
+  " \\boxed{{}}."
+)
+"""The prompt of Qwen2.5-Math."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerFile(Task):
+  """Problems of a file, an object a line.
+
+  Attributes:
+    path: files, as `research.data.sources.expand` reads them.
+    count: number of problems; None for all.
+    question: dotted path of the field with the question.
+    answer: of the field with the answer, or with a solution that has it.
+    difficulty: of a field with a number, or None.
+    identity: of a field with an id that no other line has; None for the line's
+      number.
+    template: of the prompt, with `{question}` in it.
+    reference: finds the answer in the field `answer`.
+    extract: finds the answer in a model's text.
+    shown: an answer as such a text, with `{answer}` in it.
+    grader: compares the two.
+    parts: "all" gives every split the whole file, which is itself one; "hash"
+      splits the lines by the hash of their question.
+  """
+
+  NAME: ClassVar[str] = "answers"
+
+  path: Paths
+  count: int | None = None
+  question: str = "question"
+  answer: str = "answer"
+  difficulty: str | None = None
+  identity: str | None = None
+  template: str = "{question}"
+  reference: Extractor = extraction.whole
+  extract: Extractor = extraction.boxed_or_phrase
+  shown: str = "The answer is \\boxed{{{answer}}}."
+  grader: Grader = Ladder()
+  parts: str = "all"
+
+  def __post_init__(self):
+    if isinstance(self.path, list):
+      object.__setattr__(self, "path", tuple(self.path))
+    if self.parts not in ("all", "hash"):
+      raise UserError(
+        f"AnswerFile.parts: found {self.parts!r}, expected 'all' or 'hash'."
+      )
+    found = len(self._records)
+    if self.count is None:
+      object.__setattr__(self, "count", found)
+    super().__post_init__()
+    if self.count > found:
+      raise UserError(
+        f"{self.path}: found {found} problems, expected {self.count}; lower"
+        " count."
+      )
+
+  @property
+  def _records(self) -> tuple[jsonl.Record, ...]:
+    split = self.split if self.parts == "hash" else None
+    return _read(self.path, split, self.question)
+
+  def problem(self, index: int) -> Problem:
+    """Returns the problem of a line.
+
+    Raises:
+      UserError: a field is missing, or the answer is not in its field.
+    """
+    record = self._records[index]
+    question, solution = record.text(self.question), record.get(self.answer)
+    if isinstance(solution, int | float) and not isinstance(solution, bool):
+      solution = str(solution)
+    if not isinstance(solution, str):
+      raise record.wrong(self.answer, solution, "text or a number")
+    answer = self.reference(solution)
+    if answer is None:
+      raise record.wrong(self.answer, solution, "text with an answer in it")
+    identity = record.get(self.identity) if self.identity else None
+    return Problem(
+      id=str(identity) if identity is not None else _place(record.where),
+      prompt=self.template.format(question=question),
+      answer=answer,
+      meta={"solution": solution},
+      difficulty=self._difficulty(record),
+    )
+
+  def _difficulty(self, record: jsonl.Record) -> float | int | None:
+    if self.difficulty is None:
+      return None
+    found = record.get(self.difficulty)
+    if isinstance(found, str):  # MATH has "Level 5"
+      digits = found.removeprefix("Level ")
+      found = float(digits) if digits.isdigit() else None
+    if isinstance(found, bool) or not isinstance(found, int | float | None):
+      raise record.wrong(self.difficulty, found, "a number")
+    return found
+
+  def present(self, answer: str) -> str:
+    """Returns an answer as the text of a model that found it."""
+    return self.shown.format(answer=answer)
+
+  def verify(self, problem: Problem, text: str | None) -> Verdict:
+    """Returns whether the answer in the text is that of the file."""
+    return judge(text, problem.answer, self.extract, self.grader)
+
+
+def gsm8k(path: Paths, **fields) -> AnswerFile:
+  """Returns GSM8K's `test.jsonl`, graded as lm-evaluation-harness does.
+
+  `fields` may replace any, as `extract=extraction.gsm8k_strict`.
+  """
+  return AnswerFile(
+    **{
+      "path": path,
+      "template": "Question: {question}\nAnswer:",
+      "reference": extraction.gsm8k_strict,
+      "extract": extraction.gsm8k_flexible,
+      "shown": "#### {answer}",
+      "grader": ExactMatch(),
+      **fields,
+    }
+  )
+
+
+def math(path: Paths, **fields) -> AnswerFile:
+  r"""Returns MATH or MATH-500: `problem`, `solution` with a box, `level`."""
+  return AnswerFile(
+    **{
+      "path": path,
+      "question": "problem",
+      "answer": "solution",
+      "difficulty": "level",
+      "template": QWEN,
+      "reference": extraction.boxed,
+      "extract": extraction.boxed,
+      **fields,
+    }
+  )
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: Paths, split: str | None, key: str) -> tuple[jsonl.Record, ...]:
+  return tuple(jsonl.read(path, split, key))
+
+
+def _place(where: str) -> str:
+  """Returns `file.jsonl:3` of a path, wherever the file lies."""
+  return where.replace("\\", "/").rpartition("/")[2]

@@ -1,0 +1,185 @@
+"""A task: a sequence of problems, and the verifier that judges answers to them.
+
+Problem i depends on the task's fields and i alone, so workers of a pipeline
+read any part of it. A task is a frozen dataclass: experiments print it, and
+`isolation.Isolated` makes it again in another process.
+"""
+
+import abc
+import dataclasses
+import random
+import re
+from collections.abc import Collection, Sequence
+from typing import ClassVar, overload
+
+from research.data.sources import Split, split_of
+from research.errors import UserError
+from research.reasoning.problem import Problem, Verdict
+from research.reasoning.words import EOS
+
+DRAWS = 1000
+"""How often a problem of a split is drawn before that is an error."""
+
+_INTEGER = re.compile(r"\d+(?!.*\d)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(Sequence[Problem], abc.ABC):
+  """Problems of one kind.
+
+  Attributes:
+    count: number of problems.
+    split: which of them; no problem is in two splits.
+    seed: of generated problems.
+  """
+
+  NAME: ClassVar[str]
+
+  count: int = 1000
+  split: Split = "train"
+  seed: int = 0
+
+  def __post_init__(self):
+    self.expect("count", 0)
+    self.expect("seed", 0)
+    if self.split not in ("train", "validation", "heldout"):
+      raise UserError(
+        f"{type(self).__name__}.split: found {self.split!r}, expected train,"
+        " validation or heldout."
+      )
+
+  def expect(self, field: str, least: int, most: int = 1 << 31) -> None:
+    """Raises UserError unless a field lies between two numbers."""
+    found = getattr(self, field)
+    if not least <= found <= most:
+      raise UserError(
+        f"{type(self).__name__}.{field}: found {found}, expected {least} to"
+        f" {most}."
+      )
+
+  @abc.abstractmethod
+  def problem(self, index: int) -> Problem:
+    """Returns the problem of an index from 0 on."""
+
+  @abc.abstractmethod
+  def verify(self, problem: Problem, text: str | None) -> Verdict:
+    """Returns the verdict on a model's text."""
+
+  def present(self, answer: str) -> str:
+    """Returns an answer as a text in which `verify` finds it."""
+    return answer
+
+  def oracle(self, problem: Problem) -> str:
+    """Returns a text that `verify` accepts.
+
+    Raises:
+      UserError: none is known.
+    """
+    if problem.answer is None:
+      raise UserError(f"{problem.id}: has no reference answer.")
+    return self.present(problem.answer)
+
+  def mutated(self, problem: Problem) -> str:
+    """Returns the oracle's text with another answer, which is wrong."""
+    return self.present(mutate(problem.answer or ""))
+
+  def hedges(self, problem: Problem) -> list[str]:
+    """Returns texts that give the right answer and a wrong one.
+
+    Both in one place and in two, and in either order. Where the last place
+    counts, as for boxes, one of the four is right by convention.
+    """
+    right = problem.answer or ""
+    wrong = mutate(right)
+    places = self.present(right), self.present(wrong)
+    return [
+      self.present(f"{right} or {wrong}"),
+      self.present(f"{wrong} or {right}"),
+      " or ".join(places),
+      " or ".join(places[::-1]),
+    ]
+
+  def __len__(self) -> int:
+    return self.count
+
+  @overload
+  def __getitem__(self, index: int) -> Problem: ...
+  @overload
+  def __getitem__(self, index: slice) -> list[Problem]: ...
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(self.count))]
+    return self.problem(range(self.count)[index])  # or IndexError
+
+  def distinct(
+    self, count: int, excluding: Collection[str] = ()
+  ) -> list[Problem]:
+    """Returns the first problems that differ in what they ask.
+
+    Args:
+      count: how many.
+      excluding: prompts, such as those of training, that none may have.
+
+    Raises:
+      UserError: the task has fewer.
+    """
+    found: dict[str, Problem] = {}
+    for problem in self:
+      if len(found) == count:
+        break
+      if problem.prompt not in excluding:
+        found.setdefault(problem.prompt, problem)
+    if len(found) < count:
+      raise UserError(
+        f"{type(self).__name__}: found {len(found)} different problems among"
+        f" {self.count}, expected {count}; raise the task's count."
+      )
+    return list(found.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratedTask(Task):
+  """A task whose problems are drawn; the hash of a problem's key is its split.
+
+  So no problem is in two splits, whatever their seeds.
+  """
+
+  @abc.abstractmethod
+  def draw(self, rng: random.Random) -> Problem | None:
+    """Returns a problem, or None where the draw broke a rule."""
+
+  def key(self, problem: Problem) -> str:
+    """Returns what decides the split: equal for problems that are the same."""
+    return problem.id
+
+  def problem(self, index: int) -> Problem:
+    """Returns the problem of an index from 0 on.
+
+    Raises:
+      UserError: there is hardly any such problem in this split.
+    """
+    # A string seeds by SHA-512, so neighbouring seeds share no problems.
+    rng = random.Random(f"{self.NAME}/{self.split}/{self.seed}/{index}")
+    for _ in range(DRAWS):
+      found = self.draw(rng)
+      if found is not None and split_of(self.key(found)) == self.split:
+        return found
+    raise UserError(
+      f"{type(self).__name__}: found no problem of split {self.split!r} in"
+      f" {DRAWS} draws: the settings admit too few."
+    )
+
+
+def answer_of(text: str | None) -> str:
+  """Returns a text without the end that a model of words writes."""
+  return (text or "").strip().removesuffix(EOS).rstrip()
+
+
+def mutate(answer: str) -> str:
+  """Returns another answer: its last integer plus one, or its text reversed."""
+  found = _INTEGER.search(answer)
+  if found:
+    number = str(int(found.group()) + 1)
+    return answer[: found.start()] + number + answer[found.end() :]
+  return answer[::-1] if answer != answer[::-1] else answer + "x"

@@ -1,0 +1,85 @@
+"""Extractors, against lm-evaluation-harness' filters and written cases."""
+
+import functools
+import json
+import pathlib
+
+import pytest
+
+from research.reasoning import extraction
+
+GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "grading.json"
+
+
+@functools.cache
+def golden():
+  """Returns what `make_grading.py` wrote: others' filters and graders."""
+  return json.loads(GOLDEN.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("name", ["strict", "flexible"])
+def test_gsm8k_filters_are_those_of_lm_eval(name):
+  extract = getattr(extraction, f"gsm8k_{name}")
+  values = golden()["gsm8k"]
+  found = [extract(x) for x in values["texts"]]
+  assert found == [None if x == "[invalid]" else x for x in values[name]]
+  assert found.count(None) >= 2
+  assert len(set(found)) > 4
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    (r"so \boxed{5}.", "5"),
+    (r"\boxed{\frac{1}{2}} done", r"\frac{1}{2}"),
+    (r"\boxed{a{b{c}}d}", "a{b{c}}d"),
+    (r"\boxed{1} or \boxed{2}", "2"),
+    (r"$\fbox{x}$", "x"),
+    (r"\boxed 5$ and 6", "5"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
+    (r"\boxed {7}", "7"),
+    (r"\boxed{}", None),
+    (r"first \boxed{1}, then \boxed{2", None),
+    (r"\boxed", None),
+    (r"\boxedtext{5}", None),
+    ("5", None),
+    ("", None),
+  ],
+)
+def test_boxed(text, expected):
+  assert extraction.boxed(text) == expected
+
+
+@pytest.mark.parametrize(
+  ("extract", "text", "expected"),
+  [
+    ("answer_tag", "<answer>1</answer> no: <answer> 2 </answer>", "2"),
+    ("answer_tag", "<answer>1", None),
+    ("answer_tag", "<answer>1\n2</answer><answer>3", "1\n2"),
+    ("answer_tag", "1</answer>", None),
+    ("answer_phrase", "The answer is $7$. I hope so.", "7"),
+    ("answer_phrase", "The answer is 3 or 4", "3 or 4"),
+    ("answer_phrase", "Answer: 3\nFinal answer: 4.5.", "4.5"),
+    ("answer_phrase", "my answer", None),
+    ("answer_phrase", "the answer is ", None),
+    ("boxed_or_phrase", r"The answer is 3, \boxed{4}", "4"),
+    ("boxed_or_phrase", r"The answer is 3, \boxed{4", None),
+    ("boxed_or_phrase", "The answer is 3.", "3"),
+    ("boxed_or_hash", r"#### 3 \boxed{4}", "4"),
+    ("boxed_or_hash", "#### 3", "3"),
+    ("whole", "  3 ", "3"),
+    ("whole", "  ", None),
+  ],
+)
+def test_other_extractors(extract, text, expected):
+  assert getattr(extraction, extract)(text) == expected
+
+
+def test_hostile_lengths_take_linear_time():
+  """A million characters a pattern; quadratic time would be hours."""
+  n = 1_000_000
+  assert extraction.answer_tag("<answer>" * (n // 8)) is None
+  assert extraction.boxed(r"\boxed{" * (n // 7)) is None
+  assert extraction.answer_phrase("answer is" + " " * n + "x") == "x"
+  assert extraction.gsm8k_flexible("-" * n) is None
