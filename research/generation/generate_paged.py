@@ -24,6 +24,7 @@ from research import weights
 from research.generation import generate, paging
 from research.generation import generate_paged_rows as programs
 from research.generation import sampling as samplers
+from research.generation.decoding import Rows
 from research.generation.generate import CHUNK
 from research.generation.generated import NO_TOKEN, drop_empty_columns
 from research.generation.page_allocator import PageAllocator
@@ -95,14 +96,19 @@ class _Batch:
         np.int32([length]),
       )
     occurred = None
-    if self.rows.occurred is not None:
+    if self.rows.rows.occurred is not None:
       occurred = np.zeros((1, self.model.vocab_size), bool)
       occurred[0, list(prompt)] = True
-    none, limit = np.int32([0]), np.int32([self.limits[i]])
-    length, keys = np.int32([len(prompt)]), self.keys[i : i + 1]
-    new = programs.Rows(
-      length, none, none, limit, np.array([True]), keys, occurred
+    none = np.int32([0])
+    rows = Rows(
+      token=none,
+      step=none,
+      limit=np.int32([self.limits[i]]),
+      done=np.array([False]),
+      keys=self.keys[i : i + 1],
+      occurred=occurred,
     )
+    new = programs.PagedRows(np.int32([len(prompt)]), rows)
     self.active[row] = i
     self.rows, token = programs.insert_row(
       self.model,
@@ -134,7 +140,7 @@ class _Batch:
       self.stop,
       size,
     )
-    out, done = np.asarray(out), np.asarray(self.rows.done)
+    out, done = np.asarray(out), np.asarray(self.rows.rows.done)
     lengths, found = np.asarray(self.rows.length), {}
     for row, i in list(self.active.items()):
       found[i] = [token for token in out[row].tolist() if token != NO_TOKEN]

@@ -5,6 +5,7 @@ from research.nn.cache.kv_cache import (
   LayerCache,
   SlotCache,
   slot_positions,
+  take_rows,
   write,
 )
 
@@ -13,5 +14,6 @@ __all__ = [
   "LayerCache",
   "SlotCache",
   "slot_positions",
+  "take_rows",
   "write",
 ]

@@ -169,6 +169,19 @@ class Cache:
     return max(layer.slots for layer in layers)
 
 
+def take_rows(cache: Cache, rows: Int[Array, " N"]) -> Cache:
+  """Returns the cache of N rows, each a copy of a row of `cache`.
+
+  Args:
+    cache: with rows of their own; pages are shared by a table instead
+      (`research.generation.page_allocator`).
+    rows: the row of each.
+  """
+  # Every array of every kind of layer has run, row, head first.
+  layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache.layers)
+  return Cache(cache.length[rows], layers, cache.fresh)
+
+
 def slot_positions(length: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
   """Returns the position stored in each slot, -1 for empty slots."""
   slot = jnp.arange(slots)

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from research.generation import generate
+from research.generation import decoding
 from research.vlm import data
 from research.vlm.answering import Answerer, Answers
 from research.vlm.scenes.sample import Sample
@@ -58,9 +58,9 @@ def test_answers_are_to_real_blank_and_others_images(samples):
     rows=4,
   )
   ask([samples[0].images], ["w5"])
-  before = generate.prefill._cache_size()
+  before = decoding.prefill._cache_size()
   report = Answers(questions=questions(samples), most=2, batch=4)(LOADED)
-  assert generate.prefill._cache_size() == before
+  assert decoding.prefill._cache_size() == before
   assert not {"majority"} & set(report.scores)
 
   def alone(images, sample):
