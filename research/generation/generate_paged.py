@@ -39,7 +39,7 @@ PREFILL_SIZES = (16, 64)
 """Sizes of prefill pieces in tokens; uses the smallest that fits the rest."""
 
 
-def _pieces(
+def pieces(
   prompt: Sequence[int], start: int
 ) -> Iterator[tuple[int, np.ndarray, int]]:
   """Yields `(start, padded tokens [1, size], number of tokens)` per piece."""
@@ -85,7 +85,7 @@ class _Batch:
     if start.copy is not None:
       self.pool = programs.copy_page(self.pool, *map(np.int32, start.copy))
     table = self.pages.table[[row]]
-    for at, tokens, length in _pieces(prompt, start.read):
+    for at, tokens, length in pieces(prompt, start.read):
       hidden, self.pool = programs.prefill(
         self.model,
         self.params,
@@ -130,7 +130,7 @@ class _Batch:
       reach: largest attention window of all layers, or None if unlimited.
     """
     # A copy: the table changes before the device has read it.
-    self.pool, self.rows, out = programs.decode(
+    self.pool, self.rows, drawn = programs.decode(
       self.model,
       self.params,
       self.pool,
@@ -140,7 +140,7 @@ class _Batch:
       self.stop,
       size,
     )
-    out, done = np.asarray(out), np.asarray(self.rows.rows.done)
+    out, done = np.asarray(drawn.tokens), np.asarray(drawn.done)
     lengths, found = np.asarray(self.rows.length), {}
     for row, i in list(self.active.items()):
       found[i] = [token for token in out[row].tolist() if token != NO_TOKEN]
@@ -181,7 +181,7 @@ def chunks(
       dynamic rotary scaling or adapters that depend on the row or its tokens.
   """
   samplers.check(sampling)
-  _check_rotations(model)
+  check_rotations(model)
   _check_adapters(params)
   limits = generate.token_limits(model, prompts, max_new_tokens)
   if pages is None:
@@ -223,7 +223,7 @@ def _check_pages(pages, layout):
     )
 
 
-def _check_rotations(model):
+def check_rotations(model):
   """Raises UserError if a token's rotation depends on the row's length."""
   ropes = (kind.attention.rope for kind in model.layer_kinds())
   if any(r and isinstance(r.scaling, rope.Dynamic) for r in ropes):

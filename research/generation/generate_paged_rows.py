@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from research.generation import decoding
-from research.generation.decoding import Rows
+from research.generation.boundary import Boundary
+from research.generation.decoding import Drawn, Rows
 from research.generation.sampling import Sampling
 from research.nn.cache import paged
 from research.nn.transformer import Transformer
@@ -124,7 +125,9 @@ def insert_row(
 
 
 @functools.partial(
-  jax.jit, static_argnames=("model", "size"), donate_argnames=("pool", "rows")
+  jax.jit,
+  static_argnames=("model", "size", "log_probs"),
+  donate_argnames=("pool", "rows"),
 )
 def decode(
   model: Transformer,
@@ -135,10 +138,12 @@ def decode(
   sampling: Sampling,
   stop: Int[Array, "E"],
   size: int,
-) -> tuple[paged.Pool, PagedRows, Int[Array, "R C"]]:
-  """Decodes up to `size` tokens for all rows; stops early when all have ended.
+  boundary: Boundary | None = None,
+  log_probs: bool = False,
+) -> tuple[paged.Pool, PagedRows, Drawn]:
+  """Decodes up to `size` tokens for all rows; stops early if none is active.
 
-  Rows that have ended write nothing and yield `NO_TOKEN`.
+  Rows that have ended or pause write nothing.
 
   Args:
     model: the Transformer.
@@ -147,10 +152,11 @@ def decode(
     table: page table of each row.
     sampling: sampling parameters.
     stop: tokens that end a row.
-    size: number of tokens.
+    size: C, number of tokens.
+    boundary, log_probs: as for `decoding.prefill`.
 
   Returns:
-    The updated pages and rows, and the new tokens.
+    The updated pages and rows, and the new tokens `[R, C]`.
   """
 
   def step(carry):
@@ -162,15 +168,33 @@ def decode(
       lengths=now.rows.active.astype(jnp.int32),
     )
     rows, token, scores = decoding.next_token(
-      model, params, now.rows, hidden[:, 0], sampling, stop
+      *(model, params, now.rows, hidden[:, 0], sampling, stop),
+      *(boundary, log_probs),
     )
     after = PagedRows(cache.length, rows)
     return (paged.pool_from_cache(cache), after), token, scores
 
   (pool, rows), drawn = decoding.repeat(
-    step, (pool, rows), lambda carry: carry[1].rows, size, log_probs=False
+    step, (pool, rows), lambda carry: carry[1].rows, size, log_probs
   )
-  return pool, rows, drawn.tokens
+  return pool, rows, drawn
 
+
+first_tokens = functools.partial(
+  jax.jit, static_argnames=("model", "log_probs")
+)(decoding.next_token)
+"""Samples the first token of rows whose prompts are in pages."""
 
 copy_page = jax.jit(paged.copy_page, donate_argnames=("pool",))
+
+copy_pages = jax.jit(paged.copy_pages, donate_argnames=("pool",))
+
+
+@jax.jit
+def select_rows(
+  rows: PagedRows, chosen: Int[Array, " N"], branch: Int[Array, " N"]
+) -> PagedRows:
+  """Returns N rows; arguments as for `decoding.select`."""
+  return PagedRows(
+    rows.length[chosen], decoding.select_rows(rows.rows, chosen, branch)
+  )

@@ -130,18 +130,7 @@ class Stepwise:
     Raises:
       UserError: there is no such row, or two would draw the same tokens.
     """
-    count = state.rows.token.shape[0]
-    if wrong := [row for row in rows if not 0 <= row < count]:
-      raise UserError(
-        f"select: found row {wrong[0]}, expected one of {count} rows"
-      )
-    pairs = list(zip(rows, branch, strict=True))
-    if len(set(pairs)) < len(pairs):
-      twice = next(x for x in pairs if pairs.count(x) > 1)
-      raise UserError(
-        f"select: found row {twice[0]} twice as branch {twice[1]}, expected a"
-        " branch of its own for each copy: they would draw the same tokens"
-      )
+    check_choice(state.rows.token.shape[0], rows, branch)
     return decoding.select(
       state, np.array(rows, np.int32), np.array(branch, np.int32)
     )
@@ -163,10 +152,28 @@ class Stepwise:
         self.log_probs,
       )
       parts.append(drawn)
-    return state, _joined(parts, state.rows.done)
+    return state, joined(parts, state.rows.done)
 
 
-def _joined(parts: Sequence[Drawn], done: Any) -> Drawn:
+def check_choice(
+  count: int, rows: Sequence[int], branch: Sequence[int]
+) -> None:
+  """Raises UserError if `rows` of `count` cannot go on, each as its branch."""
+  if wrong := [row for row in rows if not 0 <= row < count]:
+    raise UserError(
+      f"select: found row {wrong[0]}, expected one of {count} rows"
+    )
+  pairs = list(zip(rows, branch, strict=True))
+  if len(set(pairs)) < len(pairs):
+    twice = next(x for x in pairs if pairs.count(x) > 1)
+    raise UserError(
+      f"select: found row {twice[0]} twice as branch {twice[1]}, expected a"
+      " branch of its own for each copy: they would draw the same tokens"
+    )
+
+
+def joined(parts: Sequence[Drawn], done: Any) -> Drawn:
+  """Returns the tokens of several programs as those of one, on the host."""
   if not parts:
     none = np.zeros((len(done), 0), np.int32)
     return Drawn(none, np.asarray(done), none.astype(np.float32))
