@@ -19,12 +19,16 @@ ORDER = (  # what stands on a line may import what stands above it, and itself
     "research.errors",
   },
   {"research.nn"},
-  {"research.generation", "research.data", "research.optim"},
+  {
+    *("research.generation", "research.data", "research.optim"),
+    "research.reasoning",
+  },
   {"research.training"},
   {"research.quant"},
   {"research.lora"},
   {"research.diffusion"},
-  {"research.vlm"},
+  {"research.vlm", "research.prm"},
+  {"research.search"},
   {"research.interop"},
   {"research.planning"},
   {"experiments"},
@@ -36,6 +40,7 @@ MOST = 16
 CATALOGUES = {  # a file a thing, all of one shape
   "research/lora/methods",
   "research/vlm/images/tiling",
+  "research/prm/formats",
   "kernels_pallas/flash_attention/gpu",
 }
 

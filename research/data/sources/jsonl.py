@@ -17,7 +17,7 @@ from research.data.sources import (
   expand,
   split_of,
 )
-from research.typing import UserError
+from research.errors import UserError
 
 MAX_LINE = 1 << 24
 """Maximum length of a line, in bytes."""
@@ -115,7 +115,7 @@ def _lines(path: str) -> Iterator[Record]:
         text = _text(line, f"{path}:{number}", first=number == 1)
         if text.strip():
           count += 1
-          yield _record(text, f"{path}:{number}")
+          yield parse(text, f"{path}:{number}")
   except OSError as error:
     raise UserError(
       f"{path}: cannot be read ({error.strerror}).\n"
@@ -136,7 +136,16 @@ def _text(line: bytes, where: str, first: bool) -> str:
     ) from error
 
 
-def _record(text: str, where: str) -> Record:
+def parse(text: str, where: str) -> Record:
+  """Returns the record of one object's JSON.
+
+  Args:
+    text: of a stranger.
+    where: its file and line, for errors.
+
+  Raises:
+    UserError: the text is not one object of standard JSON.
+  """
   try:
     found = json.loads(
       text, object_pairs_hook=_unique, parse_constant=_no_constant

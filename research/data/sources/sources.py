@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
-from research.typing import UserError
+from research.errors import UserError
 
 Split = Literal["train", "validation", "heldout"]
 

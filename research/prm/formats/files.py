@@ -1,0 +1,261 @@
+"""Files of labelled solutions: read strictly, written without loss.
+
+A `Format` is the layout of one record. Fields that a layout does not define
+are kept in `LabelledSolution.extra` and written back. A record that a
+single-solution format reads is refused where writing it would not give the same
+record: a layout that is only almost the published one never loses anything
+silently.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+from research.data.sources import jsonl
+from research.data.sources.jsonl import Record
+from research.errors import UserError
+from research.prm.labelled import LabelledSolution
+
+
+@runtime_checkable
+class Format(Protocol):
+  """The layout of a record, JSON, that has one solution or several.
+
+  Attributes:
+    single: whether a record is one solution, which `values` gives back.
+  """
+
+  single: ClassVar[bool]
+
+  def solutions(self, record: Record) -> list[LabelledSolution]:
+    """Returns the solutions of a record.
+
+    Raises:
+      UserError: names the file, line and field that is not as published.
+    """
+    ...
+
+  def values(self, solution: LabelledSolution) -> dict[str, Any]:
+    """Returns a record that has this solution.
+
+    Raises:
+      UserError: the layout has no place for it.
+    """
+    ...
+
+
+class Skipped(NamedTuple):
+  """A record that could not be read.
+
+  Attributes:
+    where: its file and line.
+    reason: what was found there, and what was expected.
+  """
+
+  where: str
+  reason: str
+
+
+def read(path: str, format: Format) -> list[LabelledSolution]:
+  """Reads JSON Lines of one format; `.json` is one record.
+
+  Args:
+    path: one file, or a pattern of several.
+    format: their layout, such as `FORMATS["prm800k"]`.
+
+  Raises:
+    UserError: a file cannot be read, or a record is not of the layout; the
+      first one that is not.
+  """
+  return [x for record in records(path) for x in _solutions(record, format)]
+
+
+def read_valid(
+  path: str, format: Format
+) -> tuple[list[LabelledSolution], list[Skipped]]:
+  """Reads those records that are valid, and says which were not.
+
+  Published sets have rows with annotation errors (Math-Shepherd's have a tag
+  missing, or a step twice): count and report what was left out.
+
+  Args:
+    path, format: as for `read`.
+  """
+  found: list[LabelledSolution] = []
+  skipped: list[Skipped] = []
+  for record in records(path):
+    try:
+      found += _solutions(record, format)
+    except UserError as error:
+      skipped.append(Skipped(record.where, str(error)))
+  return found, skipped
+
+
+def records(path: str) -> list[Record]:
+  """Returns the records of a file, as they are, without their solutions."""
+  if not path.endswith(".json"):
+    return jsonl.read(path)
+  try:
+    size = os.path.getsize(path)
+    text = (
+      "" if size > jsonl.MAX_LINE else pathlib.Path(path).read_text("utf-8")
+    )
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{path}: cannot be read as UTF-8 ({error})") from error
+  if size > jsonl.MAX_LINE:
+    raise UserError(
+      f"{path}: found {size:,} bytes, expected at most {jsonl.MAX_LINE:,} in"
+      " one JSON object.\nWrite it as JSON Lines, one record a line."
+    )
+  return [jsonl.parse(text, path)]
+
+
+def _solutions(record: Record, format: Format) -> list[LabelledSolution]:
+  try:
+    found = format.solutions(record)
+  except UserError as error:
+    if str(error).startswith(record.where):
+      raise
+    raise UserError(f"{record.where}: {error}") from error
+  if format.single:
+    _check_lossless(record, format.values(found[0]))
+  return found
+
+
+def _check_lossless(record: Record, written: Mapping[str, Any]) -> None:
+  for name, value in record.values.items():
+    if name not in written or value != written[name]:
+      was, would = str(value), str(written.get(name))
+      at = next(
+        (i for i, (x, y) in enumerate(zip(was, would, strict=False)) if x != y),
+        min(len(was), len(would)),
+      )
+      raise UserError(
+        f"{record.where}: field {name!r}: found {was[at : at + 40]!r} at"
+        f" character {at}, where the layout has {would[at : at + 40]!r}.\n"
+        "Correct the record, or leave it out (read_valid does)."
+      )
+
+
+def write(
+  path: str, solutions: Iterable[LabelledSolution], format: Format
+) -> None:
+  """Writes solutions as JSON Lines, a record each.
+
+  Args:
+    path: of the file, which is replaced.
+    solutions: of any origin.
+    format: the layout.
+
+  Raises:
+    UserError: the layout has no place for a solution; nothing is written.
+  """
+  lines = list(_lines(solutions, format))
+  pathlib.Path(path).write_text("".join(lines), "utf-8")
+
+
+def write_records(path: str, found: Iterable[Record]) -> None:
+  """Writes records as they were read, every field of theirs.
+
+  Args:
+    path: of the file, which is replaced.
+    found: such as those of `records` that a filter left.
+  """
+  lines = [json.dumps(x.values, ensure_ascii=False) + "\n" for x in found]
+  pathlib.Path(path).write_text("".join(lines), "utf-8")
+
+
+def _lines(
+  solutions: Iterable[LabelledSolution], format: Format
+) -> Iterator[str]:
+  for i, solution in enumerate(solutions):
+    try:
+      values = format.values(solution)
+    except UserError as error:
+      raise UserError(f"solution {i}: {error}") from error
+    yield json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+# --- what formats share ---
+
+
+def extra(record: Record, known: Iterable[str]) -> dict[str, Any]:
+  """Returns the fields that a layout does not define."""
+  names = set(known)
+  return {k: v for k, v in record.values.items() if k not in names}
+
+
+def texts(record: Record, name: str) -> tuple[str, ...]:
+  """Returns a field that is a list of texts."""
+  return tuple(items(record, name, str, "a list of texts"))
+
+
+def items(
+  record: Record, name: str, kind: type | tuple[type, ...], expected: str
+) -> Sequence[Any]:
+  """Returns a list field whose items are of a type; `bool` is no `int`."""
+  found = record.get(name)
+  if not isinstance(found, list):
+    raise record.wrong(name, found, expected)
+  kinds = kind if isinstance(kind, tuple) else (kind,)
+  for i, x in enumerate(found):
+    if type(x) not in kinds:
+      raise record.wrong(f"{name}[{i}]", x, expected)
+  return found
+
+
+def boolean(record: Record, name: str) -> bool:
+  """Returns a field that is true or false."""
+  found = record.get(name)
+  if not isinstance(found, bool):
+    raise record.wrong(name, found, "true or false")
+  return found
+
+
+def choice(
+  record: Record, name: str, found: Any, allowed: Mapping[Any, Any]
+) -> Any:
+  """Returns what a value stands for.
+
+  Raises:
+    UserError: it stands for nothing.
+  """
+  if type(found) in (str, int, type(None)) and found in allowed:
+    return allowed[found]
+  shown = ", ".join(map(repr, allowed))
+  raise record.wrong(name, found, f"one of {shown}")
+
+
+def chat(record: Record, name: str) -> list[tuple[str, str]]:
+  """Returns the (role, content) of each message of a conversation."""
+  messages = items(record, name, dict, "a list of messages")
+  found = []
+  for i, message in enumerate(messages):
+    where = Record(message, f"{record.where}: {name}[{i}]")
+    if message.keys() != {"role", "content"}:
+      raise where.wrong("role", None, "role and content, and nothing else")
+    found.append((where.text("role"), where.text("content")))
+  return found
+
+
+def messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+  """Returns the conversation of these (role, content)."""
+  return [{"role": role, "content": content} for role, content in turns]
+
+
+def hard(solution: LabelledSolution, names: Callable[[int], Any]) -> list[Any]:
+  """Returns each step's label in a layout that has right and wrong alone.
+
+  Raises:
+    UserError: a label is soft or unknown.
+  """
+  for i, label in enumerate(solution.labels):
+    if label not in (0, 1):
+      raise UserError(
+        f"labels[{i}]: found {label}, expected 0 or 1: this layout has no soft"
+        " and no unknown labels.\nMake them hard, or cut the steps after the"
+        " first error."
+      )
+  return [names(int(label or 0)) for label in solution.labels]

@@ -1,0 +1,169 @@
+"""Majority voting of k of n samples: the mean over all subsets, exact.
+
+Answers are canonical texts, None is no vote: a sample without an answer takes
+its place in the subset and votes for nothing. Among equally frequent answers a
+random one wins. A subset without a vote is wrong.
+"""
+
+import collections
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from scipy import special
+
+from research.errors import UserError
+from research.search.estimators.pool import check_subset
+
+Answers = Sequence[Hashable | None]
+"""Of the samples, in canonical form; None is no vote."""
+
+
+def _classes(
+  answers: Answers, correct: Sequence[bool]
+) -> tuple[list[int], list[bool], int]:
+  """Returns each answer's count and verdict, and the number without a vote."""
+  if len(answers) != len(correct):
+    raise UserError(
+      f"voting: found {len(correct)} verdicts of {len(answers)} samples"
+    )
+  verdicts: dict[Hashable, bool] = {}
+  for answer, verdict in zip(answers, correct, strict=True):
+    if answer is None:
+      continue
+    if verdicts.setdefault(answer, bool(verdict)) != bool(verdict):
+      raise UserError(
+        f"voting: found the answer {answer!r} both correct and wrong, expected"
+        " one verdict of equal answers"
+      )
+  counts = collections.Counter(x for x in answers if x is not None)
+  names = list(verdicts)
+  silent = len(answers) - counts.total()
+  return [counts[x] for x in names], [verdicts[x] for x in names], silent
+
+
+def majority_at_k(answers: Answers, correct: Sequence[bool], k: int) -> float:
+  """Returns the chance that the majority of k samples is correct.
+
+  Exact, by generating functions: an answer with m samples wins with j of them
+  where no other has more, and shares with those that have j as well. Of the
+  others, x counts samples and z answers with exactly j.
+
+  Args:
+    answers: of one problem's samples.
+    correct: their verdicts, one of equal answers.
+    k: budget.
+
+  Raises:
+    UserError: k is not 1 to n, or equal answers have different verdicts.
+  """
+  counts, verdicts, silent = _classes(answers, correct)
+  check_subset(len(answers), k, "majority_at_k")
+  total = 0.0
+  for i, right in enumerate(verdicts):
+    if right:
+      others = counts[:i] + counts[i + 1 :]
+      total += sum(
+        _wins(counts[i], j, others, silent, k)
+        for j in range(1, min(counts[i], k) + 1)
+      )
+  # Each term is rounded; a certain win stays one.
+  return min(total, 1.0)
+
+
+def _wins(m: int, j: int, others: Sequence[int], silent: int, k: int) -> float:
+  """Returns the chance that an answer wins with exactly j samples."""
+  rest = k - j
+  n = m + sum(others) + silent
+  poly = np.zeros((1, rest + 1))
+  poly[0, 0] = 1.0
+  log_scale = 0.0
+  factors = [(silent, None)] + [(count, j) for count in others]
+  for count, limit in factors:
+    poly, scale = _times(poly, count, limit)
+    log_scale += scale
+    if not poly.any():
+      return 0.0
+  ways = poly[:, rest] @ (1 / np.arange(1, len(poly) + 1))
+  if ways == 0:
+    return 0.0
+  logs = _log_binomials(m)[j] - _log_binomials(n)[k]
+  return float(np.exp(np.log(ways) + log_scale + logs))
+
+
+def _times(
+  poly: Float[np.ndarray, "Z X"], count: int, limit: int | None
+) -> tuple[Float[np.ndarray, "Y X"], float]:
+  """Returns the product with one answer's samples, scaled, and its log scale.
+
+  Args:
+    poly: coefficients of `z^t x^s`.
+    count: the answer's samples.
+    limit: most that may be drawn; with as many it ties. None for no limit.
+  """
+  size = poly.shape[1]
+  most = count if limit is None else min(count, limit - 1)
+  logs = _log_binomials(count)
+  shift = logs.max()
+  below = np.exp(logs[: most + 1] - shift)
+  out = np.stack([np.convolve(row, below)[:size] for row in poly])
+  if limit is not None and count >= limit:
+    tied = np.zeros((len(poly) + 1, size))
+    tied[:-1] = out
+    if limit < size:
+      ways = np.exp(logs[limit] - shift)
+      tied[1:, limit:] += ways * poly[:, : size - limit]
+    out = tied
+  scale = out.max()
+  if scale == 0:
+    return out, 0.0
+  return out / scale, float(np.log(scale) + shift)
+
+
+def _log_binomials(n: int) -> Float[np.ndarray, "M"]:
+  """Returns `log C(n, i)` for i of 0 to n."""
+  i = np.arange(n + 1)
+  return (
+    special.gammaln(n + 1) - special.gammaln(i + 1) - special.gammaln(n - i + 1)
+  )
+
+
+def vote(answers: Answers) -> Mapping[Hashable, float]:
+  """Returns the chance of each answer to win the vote of all samples.
+
+  Empty where there is no vote; equally frequent ones share.
+  """
+  return weighted_vote(answers, [1.0] * len(answers))
+
+
+def weighted_vote(
+  answers: Answers, weights: Sequence[float | int]
+) -> Mapping[Hashable, float]:
+  """Returns the chance of each answer to have the largest sum of weights.
+
+  Sums that differ by less than rounding are equal, so that the order of samples
+  decides nothing.
+
+  Args:
+    answers: None is no vote, whatever its weight.
+    weights: at least 0, such as `Aggregate.weight`.
+
+  Raises:
+    UserError: not as many weights as answers, or one is negative or NaN.
+  """
+  if len(answers) != len(weights):
+    raise UserError(
+      f"voting: found {len(weights)} weights of {len(answers)} samples"
+    )
+  sums: dict[Hashable, list[float]] = {}
+  for answer, weight in zip(answers, weights, strict=True):
+    if not 0 <= weight < float("inf"):
+      raise UserError(f"voting: found the weight {weight}, expected 0 or more")
+    if answer is not None:
+      sums.setdefault(answer, []).append(float(weight))
+  if not sums:
+    return {}
+  totals = {answer: sum(sorted(x)) for answer, x in sums.items()}
+  most = max(totals.values())
+  best = [x for x, total in totals.items() if total >= most * (1 - 1e-12)]
+  return dict.fromkeys(best, 1 / len(best))
