@@ -16,11 +16,11 @@ from research import weights
 from research.generation import decoding, generate
 from research.generation import sampling as samplers
 from research.generation.boundary import Boundary
-from research.generation.decoding import Drawn, State
+from research.generation.decoding import Drawn, Rows, State
 from research.generation.generated import NO_TOKEN
 from research.generation.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer
-from research.typing import Array, Int, Params, PRNGKey, UserError
+from research.typing import Array, Bool, Int, Params, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +135,10 @@ class Stepwise:
       state, np.array(rows, np.int32), np.array(branch, np.int32)
     )
 
+  def end(self, state: State, rows: Bool[np.ndarray, "B"]) -> State:
+    """Returns the state in which some rows have ended."""
+    return dataclasses.replace(state, rows=ended(state.rows, rows))
+
   @property
   def _stop(self) -> np.ndarray:
     return generate.pad_stop_tokens(self.stop_tokens)
@@ -153,6 +157,11 @@ class Stepwise:
       )
       parts.append(drawn)
     return state, joined(parts, state.rows.done)
+
+
+def ended(rows: Rows, which: Bool[np.ndarray, "B"]) -> Rows:
+  """Returns rows, some of which get no more tokens."""
+  return dataclasses.replace(rows, done=rows.done | which)
 
 
 def check_choice(

@@ -20,9 +20,9 @@ from research.generation.decoding import Drawn, Rows
 from research.generation.generate_paged_rows import PagedRows
 from research.generation.page_allocator import PageAllocator
 from research.generation.paging import Paging
-from research.generation.stepwise import Stepwise, check_choice, joined
+from research.generation.stepwise import Stepwise, check_choice, ended, joined
 from research.nn.cache import paged
-from research.typing import PRNGKey
+from research.typing import Bool, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +152,11 @@ class PagedStepwise(Stepwise):
     chosen = np.array(rows, np.int32)
     new = programs.select_rows(state.rows, chosen, np.array(branch, np.int32))
     return PagedState(pool, new, pages, extent)
+
+  def end(self, state: PagedState, rows: Bool[np.ndarray, "B"]) -> PagedState:
+    """Returns the state in which some rows have ended."""
+    one = dataclasses.replace(state.rows, rows=ended(state.rows.rows, rows))
+    return dataclasses.replace(state, rows=one)
 
   def _read(self, pages, pool, row, prompt, extent):
     """Returns the pool with a prompt, and the last token's hidden state."""
