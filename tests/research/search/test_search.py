@@ -17,6 +17,7 @@ from research.prm.scores.aggregate import Product
 from research.search import ledger as ledgers
 from research.search.cost import model_cost
 from research.search.engine import Engine
+from research.search.lookahead import Lookahead
 from research.search.search import search
 from research.search.strategies.beam import Beam
 from research.search.strategies.diverse_trees import DiverseTrees
@@ -218,6 +219,30 @@ def test_dropped_paths_are_paid_for():
     texts = [path.tokens for path in one.paths]
     tree = {text[: i + 1] for text in texts for i in range(len(text))}
     assert one.ledger.policy_decode_tokens > len(tree)
+
+
+def test_a_step_is_worth_what_follows_it():
+  """Against a greedy rollout of each path, alone; its cost is on the ledger."""
+  it = policy()
+  look = Lookahead(policy=it, verifier=Arbitrary(), steps=2)
+  watched = Watched(Beam(copies=4, width=2))
+  samples = found(watched, look)
+  ahead = 2 * STEP
+  for paths, _ in watched.said:
+    for path in paths:
+      prompt = [*PROMPTS[path.problem], *path.tokens]
+      rows = generate.generate(
+        *(it.model, it.params, [prompt], min(ahead, NEW - len(path.tokens))),
+        stop_tokens=STOP,
+      )
+      (more,) = rows.tokens
+      texts = [(*path.tokens, *more)]
+      if rows.reasons == ["stop"]:
+        texts = [(*texts[0], stop) for stop in STOP]
+      assert path.scores[-1] in [score(text) for text in texts]
+  plain = found(Beam(copies=4, width=2))
+  for one, other in zip(samples, plain, strict=True):
+    assert one.ledger.policy_decode_tokens > other.ledger.policy_decode_tokens
 
 
 def test_steps_are_capped():
