@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from research.prm.scores.aggregate import Aggregate, Last
 from research.search.engine import Path
+from research.search.step_search import StepSearch
 from research.search.strategies.ranking import ranked
 from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiverseTrees:
+class DiverseTrees(StepSearch):
   """N/M trees of width M, of which the best path goes on.
 
   Attributes:
@@ -23,11 +24,11 @@ class DiverseTrees:
     prune: makes one score of a path's steps so far.
   """
 
-  copies: int = 16
   width: int = 4
   prune: Aggregate = Last()
 
   def __post_init__(self):
+    super().__post_init__()
     if self.width < 1 or self.copies % self.width:
       raise UserError(
         f"DiverseTrees: width is {self.width}, expected a divisor of the"

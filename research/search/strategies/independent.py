@@ -4,17 +4,16 @@ import dataclasses
 from collections.abc import Sequence
 
 from research.search.engine import Path
+from research.search.step_search import StepSearch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Independent:
+class Independent(StepSearch):
   """N paths, each on its own.
 
   Attributes:
     copies: N.
   """
-
-  copies: int = 16
 
   def children(self, paths: Sequence[Path]) -> Sequence[int]:
     """Returns one for each path."""

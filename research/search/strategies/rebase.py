@@ -7,11 +7,12 @@ import numpy as np
 
 from research.prm.scores.aggregate import Aggregate, Last
 from research.search.engine import Path
+from research.search.step_search import StepSearch
 from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rebase:
+class Rebase(StepSearch):
   """A budget of paths, shared by a softmax of their scores.
 
   Attributes:
@@ -20,11 +21,11 @@ class Rebase:
     prune: makes one score, 0 to 1, of a path's steps so far.
   """
 
-  copies: int = 16
   temperature: float | int = 0.2
   prune: Aggregate = Last()
 
   def __post_init__(self):
+    super().__post_init__()
     if not self.temperature > 0:
       raise UserError(
         f"Rebase: temperature is {self.temperature}, expected more than 0"

@@ -18,7 +18,7 @@ from research.search import ledger as ledgers
 from research.search.cost import model_cost
 from research.search.engine import Engine
 from research.search.lookahead import Lookahead
-from research.search.search import search
+from research.search.step_search import Limits, StepSearch
 from research.search.strategies.beam import Beam
 from research.search.strategies.diverse_trees import DiverseTrees
 from research.search.strategies.independent import Independent
@@ -73,13 +73,10 @@ class Arbitrary:
     return [state[row] for row in rows]
 
 
-def found(strategy, engine=None, **options):
-  return search(
-    engine or Engine(policy=policy(), verifier=Arbitrary()),
-    strategy,
-    PROMPTS,
-    **{"max_new_tokens": NEW, "key": jax.random.key(2)} | options,
-  )
+def found(strategy, engine=None, prompts=PROMPTS, **limits):
+  engine = engine or Engine(policy=policy(), verifier=Arbitrary())
+  key = jax.random.key(2)
+  return strategy(engine, prompts, Limits(tokens=NEW, key=key, **limits))
 
 
 @functools.cache
@@ -118,14 +115,7 @@ def test_one_tree_is_a_beam_of_one():
 
 
 def test_a_beam_of_many_problems_is_that_of_each():
-  engine = Engine(policy=policy(), verifier=Arbitrary())
-  alone = search(
-    engine,
-    Beam(copies=4, width=2),
-    PROMPTS[:1],
-    max_new_tokens=NEW,
-    key=jax.random.key(2),
-  )
+  alone = found(Beam(copies=4, width=2), prompts=PROMPTS[:1])
   assert tokens(alone) == tokens(beam())[:1]
 
 
@@ -140,16 +130,12 @@ def test_a_beam_over_pages_is_one_over_rows():
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Watched:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watched(StepSearch):
   """A strategy, and all that it was asked and said."""
 
   inner: object
   said: list = dataclasses.field(default_factory=list)
-
-  @property
-  def copies(self):
-    return self.inner.copies
 
   def children(self, paths):
     counts = self.inner.children(paths)
@@ -166,7 +152,7 @@ class Watched:
   ],
 )
 def test_the_best_go_on_and_their_children_differ(strategy):
-  watched = Watched(strategy)
+  watched = Watched(inner=strategy, copies=4)
   samples = found(watched)
   for paths, counts in watched.said:
     kept = [path for path, n in zip(paths, counts, strict=True) if n]
@@ -225,7 +211,7 @@ def test_a_step_is_worth_what_follows_it():
   """Against a greedy rollout of each path, alone; its cost is on the ledger."""
   it = policy()
   look = Lookahead(policy=it, verifier=Arbitrary(), steps=2)
-  watched = Watched(Beam(copies=4, width=2))
+  watched = Watched(inner=Beam(copies=4, width=2), copies=4)
   samples = found(watched, look)
   ahead = 2 * STEP
   for paths, _ in watched.said:
@@ -246,16 +232,14 @@ def test_a_step_is_worth_what_follows_it():
 
 
 def test_steps_are_capped():
-  samples = found(Independent(copies=2), max_steps=2)
+  samples = found(Independent(copies=2), steps=2)
   steps = [len(path.steps) for one in samples for path in one.paths]
   assert max(steps) == 2 and len(steps) == 6
   assert not all(path.done for one in samples for path in one.paths)
 
 
-class Greedy:
-  """Wants more than it has."""
-
-  copies = 2
+class Greedy(StepSearch):
+  """Asks for more than it has."""
 
   def children(self, paths):
     return [2] * len(paths)
@@ -270,15 +254,7 @@ class Greedy:
       Independent(copies=2),
       "found the score nan for problem 0 after 1 steps",
     ),
-    (
-      None,
-      Watched(
-        type(
-          "Greedy", (), {"copies": 2, "children": lambda _, p: [2] * len(p)}
-        )()
-      ),
-      r"found \[2, 2\] children of 2",
-    ),  # fmt: skip # noqa: E501
+    (None, Greedy(copies=2), r"Greedy: found \[2, 2\] children of 2 paths"),
   ],
 )
 def test_what_cannot_be_searched_is_an_error(engine, strategy, message):
@@ -292,6 +268,7 @@ def test_what_cannot_be_searched_is_an_error(engine, strategy, message):
     (lambda: Beam(copies=4, width=3), "width is 3"),
     (lambda: DiverseTrees(copies=4, width=0), "width is 0"),
     (lambda: Rebase(temperature=0), "temperature is 0"),
+    (lambda: Independent(copies=0), "copies is 0"),
   ],
 )
 def test_settings_are_checked(make, message):
