@@ -34,6 +34,14 @@ class StepState:
     length = jnp.where(self.paused, 0, self.length)
     return StepState(jnp.zeros_like(self.paused), length, self.matched)
 
+  def restarted(self, rows: Bool[Array, "B"]) -> "StepState":
+    """Returns the state in which some rows begin a step."""
+    return StepState(
+      self.paused & ~rows,
+      jnp.where(rows, 0, self.length),
+      jnp.where(rows, 0, self.matched),
+    )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from research.generation import sampling as samplers
 from research.generation.boundary import Boundary, StepState
 from research.generation.generated import NO_TOKEN
 from research.generation.sampling import Sampling
-from research.nn.cache import Cache, take_rows
+from research.nn.cache import Cache, put_rows, take_rows
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey
 
@@ -296,6 +296,63 @@ def decode(
   return repeat(step, state, lambda state: state.rows, size, log_probs)
 
 
+@functools.partial(
+  jax.jit, static_argnames=("model",), donate_argnames=("state",)
+)
+def append(
+  model: Transformer,
+  params: Params,
+  state: State,
+  tokens: Int[Array, "B C"],
+  replace: Bool[Array, "B"],
+) -> State:
+  """Returns the state after tokens that were not drawn.
+
+  A row that gets some is open again, unless it is at its limit, and begins a
+  step of its text.
+
+  Args:
+    model: the Transformer.
+    params: its parameters.
+    state: any; its buffers are donated.
+    tokens: of each row, with `NO_TOKEN` behind the last one. With those that it
+      has, no row may have more than its limit.
+    replace: which rows lose their last token first, such as one that ended
+      them too early.
+  """
+  rows, count = state.rows, jnp.sum(tokens != NO_TOKEN, axis=1)
+  some = count > 0
+  replace = replace & some
+  # The last token is not in the cache yet: it is fed with the new ones, all but
+  # the last of which are; one that is replaced never is.
+  fed = jnp.concatenate([rows.token[:, None], tokens], axis=1)
+  fed = jnp.where(replace[:, None], jnp.roll(fed, -1, axis=1), fed)[:, :-1]
+  _, cache = model.apply(
+    {"params": params},
+    jnp.maximum(fed, 0),
+    cache=state.cache,
+    lengths=count - replace,
+  )
+  place = jnp.maximum(count - 1, 0)[:, None]
+  last = jnp.take_along_axis(tokens, place, axis=1)[:, 0]
+  occurred = rows.occurred
+  if occurred is not None:
+    every = jnp.where(tokens < 0, occurred.shape[1], tokens)
+    lines = jnp.arange(len(count))[:, None]
+    occurred = occurred.at[lines, every].set(True, mode="drop")
+  step = rows.step + count - replace
+  new = Rows(
+    token=jnp.where(some, last, rows.token),
+    step=step,
+    limit=rows.limit,
+    done=jnp.where(some, step >= rows.limit, rows.done),
+    keys=rows.keys,
+    occurred=occurred,
+    steps=None if rows.steps is None else rows.steps.restarted(some),
+  )
+  return State(cache, new)
+
+
 def repeat(
   step: Callable[[Any], tuple[Any, Array, Array | None]],
   state: Any,
@@ -357,6 +414,25 @@ def select(
   """
   return State(
     take_rows(state.cache, rows), select_rows(state.rows, rows, branch)
+  )
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def store(state: State, new: State, rows: Int[Array, " N"]) -> State:
+  """Returns the state with N of its rows replaced by those of `new`.
+
+  Args:
+    state: any; its buffers are donated.
+    new: N rows of the same capacity.
+    rows: where each goes; the number of rows of `state`, or more: nowhere.
+  """
+
+  def put(old, x):
+    return old.at[rows].set(x, mode="drop")
+
+  return State(
+    put_rows(state.cache, new.cache, rows),
+    jax.tree.map(put, state.rows, new.rows),
   )
 
 

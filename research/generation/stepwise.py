@@ -135,6 +135,40 @@ class Stepwise:
       state, np.array(rows, np.int32), np.array(branch, np.int32)
     )
 
+  def append(
+    self,
+    state: State,
+    tokens: Sequence[Sequence[int]],
+    replace: Sequence[bool] | None = None,
+  ) -> State:
+    """Returns the state after tokens that were not drawn; `decoding.append`.
+
+    Args:
+      state: any; its buffers are donated.
+      tokens: of each row, or none.
+      replace: which rows lose their last token first; by default no row.
+
+    Raises:
+      UserError: a row would have more tokens than its limit.
+    """
+    count = np.array([len(row) for row in tokens])
+    lost = np.array(replace or [False] * len(tokens)) & (count > 0)
+    over = np.asarray(state.rows.step) + count - lost > state.rows.limit
+    if over.any():
+      row = int(np.argmax(over))
+      raise UserError(
+        f"append: found {count[row]} tokens after {int(state.rows.step[row])}"
+        f" of row {row}, expected at most {int(state.rows.limit[row])} together"
+      )
+    padded = np.full((len(tokens), max(count.max(), 1)), NO_TOKEN, np.int32)
+    for row, own in zip(padded, tokens, strict=True):
+      row[: len(own)] = own
+    return decoding.append(self.model, self.params, state, padded, lost)
+
+  def store(self, state: State, new: State, rows: Sequence[int]) -> State:
+    """Returns the state with other rows in place of some; `decoding.store`."""
+    return decoding.store(state, new, np.array(rows, np.int32))
+
   def end(self, state: State, rows: Bool[np.ndarray, "B"]) -> State:
     """Returns the state in which some rows have ended."""
     return dataclasses.replace(state, rows=ended(state.rows, rows))

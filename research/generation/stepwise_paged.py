@@ -22,7 +22,7 @@ from research.generation.page_allocator import PageAllocator
 from research.generation.paging import Paging
 from research.generation.stepwise import Stepwise, check_choice, ended, joined
 from research.nn.cache import paged
-from research.typing import Bool, PRNGKey
+from research.typing import Bool, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +152,13 @@ class PagedStepwise(Stepwise):
     chosen = np.array(rows, np.int32)
     new = programs.select_rows(state.rows, chosen, np.array(branch, np.int32))
     return PagedState(pool, new, pages, extent)
+
+  def store(self, state: Any, new: Any, rows: Sequence[int]) -> Any:
+    """Raises UserError: rows of two states have pages in two pools."""
+    raise UserError(
+      "PagedStepwise: cannot store rows of one state in another, as a tree"
+      " search does; use Stepwise"
+    )
 
   def end(self, state: PagedState, rows: Bool[np.ndarray, "B"]) -> PagedState:
     """Returns the state in which some rows have ended."""

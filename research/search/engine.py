@@ -82,6 +82,13 @@ class Verifier(Protocol):
     """Returns the state of chosen rows."""
     ...
 
+  def store(self, state: Any, new: Any, rows: Sequence[int]) -> Any:
+    """Returns the state with rows of `new` in place of some.
+
+    Only tree searches need it. A row past the last one of `state` goes nowhere.
+    """
+    ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Frontier:
@@ -172,6 +179,32 @@ class Engine:
       verifier=judged,
       paths=tuple(frontier.paths[row] for row in rows),
       fresh=tuple(frontier.fresh[row] for row in rows),
+    )
+
+  def store(
+    self, frontier: Frontier, new: Frontier, rows: Sequence[int]
+  ) -> Frontier:
+    """Returns the frontier with rows of `new` in place of some.
+
+    Args:
+      frontier: any; its buffers are used up.
+      new: of the same problems, with what they have cost by now.
+      rows: where each row of `new` goes; past the last row, nowhere.
+    """
+    judged = frontier.verifier
+    if self.verifier is not None:
+      judged = self.verifier.store(judged, new.verifier, rows)
+    paths, fresh = list(frontier.paths), list(frontier.fresh)
+    for row, path, own in zip(rows, new.paths, new.fresh, strict=True):
+      if row < len(paths):
+        paths[row], fresh[row] = path, own
+    return dataclasses.replace(
+      frontier,
+      state=self.policy.store(frontier.state, new.state, rows),
+      verifier=judged,
+      paths=tuple(paths),
+      fresh=tuple(fresh),
+      ledgers=new.ledgers,
     )
 
   def end(self, frontier: Frontier, idle: Sequence[bool]) -> Frontier:

@@ -182,6 +182,23 @@ def take_rows(cache: Cache, rows: Int[Array, " N"]) -> Cache:
   return Cache(cache.length[rows], layers, cache.fresh)
 
 
+def put_rows(cache: Cache, new: Cache, rows: Int[Array, " N"]) -> Cache:
+  """Returns the cache with N of its rows replaced; inverts `take_rows`.
+
+  Args:
+    cache: any, of the capacity of `new`.
+    new: N rows.
+    rows: where each goes; one past the last row, or more: nowhere.
+  """
+
+  def put(old, x):
+    return old.at[:, rows].set(x, mode="drop")
+
+  layers = jax.tree.map(put, cache.layers, new.layers)
+  length = cache.length.at[rows].set(new.length, mode="drop")
+  return Cache(length, layers, cache.fresh)
+
+
 def slot_positions(length: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
   """Returns the position stored in each slot, -1 for empty slots."""
   slot = jnp.arange(slots)

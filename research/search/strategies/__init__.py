@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "diverse_trees": ["DiverseTrees"],
     "independent": ["Independent"],
     "rebase": ["Rebase"],
+    "tree": ["TreeSearch"],
   },
 )

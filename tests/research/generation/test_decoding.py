@@ -1,5 +1,6 @@
 """Rows that pause, branch and end: as if nothing had happened to the others."""
 
+import dataclasses
 import functools
 
 import chex
@@ -142,6 +143,33 @@ def test_branches_of_one_row_at_two_times_have_other_keys():
   drawn = jax.random.fold_in(state.rows.keys[0], 1)
   keys = [jax.random.key_data(k).tolist() for k in (early[0], late[0], drawn)]
   assert len({tuple(k) for k in keys}) == 3
+
+
+def test_tokens_that_were_not_drawn_count_as_if_they_had_been():
+  """A row that ends too early goes on otherwise; one gets words to read."""
+  engine = stepwise(boundary=boundary(most=4))
+  engine = dataclasses.replace(engine, sampling=GREEDY)
+  _, drawn = engine.start(PROMPTS, 12)
+  first, second = drawn.tokens.tolist()
+  assert first[2] not in second
+  # It ends the first row, and is replaced.
+  first = first[: first.index(first[2]) + 1]
+  ends = dataclasses.replace(engine, stop_tokens=(first[-1],))
+  state, _ = ends.start(PROMPTS, 12)
+  assert state.rows.done.tolist() == [True, False]
+  state = engine.append(state, [[17], [3, 4, 5]], [True, False])
+  assert state.rows.step.tolist() == [len(first), 7]
+  _, after = engine.advance(state)
+  model, params = case()
+  texts = [PROMPTS[0] + first[:-1] + [17], PROMPTS[1] + second + [3, 4, 5]]
+  expected = generate.generate(model, params, texts, 4).tokens
+  assert [row for row, _ in rows_of([after])] == expected
+
+
+def test_no_row_gets_more_than_its_limit():
+  engine, state, _ = paused()
+  with pytest.raises(UserError, match="found 12 tokens after 6 of row 1"):
+    engine.append(state, [[], [1] * 12])
 
 
 def test_rows_that_ended_write_nothing():

@@ -72,6 +72,13 @@ class Arbitrary:
   def select(self, state, rows):
     return [state[row] for row in rows]
 
+  def store(self, state, new, rows):
+    state = list(state)
+    for row, value in zip(rows, new, strict=True):
+      if row < len(state):
+        state[row] = value
+    return state
+
 
 def found(strategy, engine=None, prompts=PROMPTS, **limits):
   engine = engine or Engine(policy=policy(), verifier=Arbitrary())
