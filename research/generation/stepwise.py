@@ -169,6 +169,10 @@ class Stepwise:
     """Returns the state with other rows in place of some; `decoding.store`."""
     return decoding.store(state, new, np.array(rows, np.int32))
 
+  def done(self, state: State) -> Bool[Array, "B"]:
+    """Returns which rows have ended."""
+    return state.rows.done
+
   def end(self, state: State, rows: Bool[np.ndarray, "B"]) -> State:
     """Returns the state in which some rows have ended."""
     return dataclasses.replace(state, rows=ended(state.rows, rows))

@@ -22,7 +22,7 @@ from research.generation.page_allocator import PageAllocator
 from research.generation.paging import Paging
 from research.generation.stepwise import Stepwise, check_choice, ended, joined
 from research.nn.cache import paged
-from research.typing import Bool, PRNGKey, UserError
+from research.typing import Array, Bool, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +158,21 @@ class PagedStepwise(Stepwise):
     raise UserError(
       "PagedStepwise: cannot store rows of one state in another, as a tree"
       " search does; use Stepwise"
+    )
+
+  def done(self, state: PagedState) -> Bool[Array, "B"]:
+    """Returns which rows have ended."""
+    return state.rows.rows.done
+
+  def append(
+    self,
+    state: Any,
+    tokens: Sequence[Sequence[int]],
+    replace: Sequence[bool] | None = None,
+  ) -> Any:
+    """Raises UserError: nothing is written in pages but what was drawn."""
+    raise UserError(
+      "PagedStepwise: cannot append tokens that were not drawn; use Stepwise"
     )
 
   def end(self, state: PagedState, rows: Bool[np.ndarray, "B"]) -> PagedState:

@@ -181,6 +181,56 @@ class Engine:
       fresh=tuple(frontier.fresh[row] for row in rows),
     )
 
+  def append(
+    self,
+    frontier: Frontier,
+    tokens: Sequence[Sequence[int]],
+    replace: Sequence[bool],
+  ) -> Frontier:
+    """Returns the frontier after tokens that were not drawn, as a step.
+
+    Args:
+      frontier: any; its buffers are used up.
+      tokens: of each path, or none.
+      replace: which paths that get some lose their last token first.
+
+    Raises:
+      UserError: there is a verifier, which has read what would be lost; or a
+        path would have too many tokens.
+    """
+    if self.verifier is not None:
+      raise UserError(
+        "append: found a verifier, expected none: it has read the tokens that"
+        " are replaced.\nScore the finished paths instead"
+      )
+    state = self.policy.append(frontier.state, tokens, replace)
+    cost, ledgers = model_cost(self.policy.model), list(frontier.ledgers)
+    paths = list(frontier.paths)
+    for row, (own, lost) in enumerate(zip(tokens, replace, strict=True)):
+      if not own:
+        continue
+      path = paths[row]
+      *steps, last = path.steps
+      kept = last[:-1] if lost else last
+      before = path.prompt + len(path.tokens) - 1
+      fed = len(own) - lost
+      ledgers[path.problem] += Ledger(
+        policy_decode_tokens=len(own),
+        flops_policy=cost.forward(fed, Causal(before, fed), 0),
+      )
+      steps = (*steps, kept, tuple(own)) if kept else (*steps, tuple(own))
+      paths[row] = dataclasses.replace(
+        path, steps=tuple(steps), done=False, stopped=False
+      )
+    done = np.asarray(self.policy.done(state))
+    paths = [
+      dataclasses.replace(path, done=bool(end)) if own else path
+      for path, end, own in zip(paths, done, tokens, strict=True)
+    ]
+    return dataclasses.replace(
+      frontier, state=state, paths=tuple(paths), ledgers=tuple(ledgers)
+    )
+
   def store(
     self, frontier: Frontier, new: Frontier, rows: Sequence[int]
   ) -> Frontier:
