@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from research.generation import generate
-from research.generation.generate import PromptMask, TokenSource
+from research.generation.decoding import PromptMask
+from research.generation.generate import TokenSource
 from research.interop.loaded import Loaded
 from research.interop.vision import read
 from research.typing import UserError

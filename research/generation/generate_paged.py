@@ -24,6 +24,7 @@ from research import weights
 from research.generation import generate, paging
 from research.generation import generate_paged_rows as programs
 from research.generation import sampling as samplers
+from research.generation.decoding import Rows
 from research.generation.generate import CHUNK
 from research.generation.generated import NO_TOKEN, drop_empty_columns
 from research.generation.page_allocator import PageAllocator
@@ -38,7 +39,7 @@ PREFILL_SIZES = (16, 64)
 """Sizes of prefill pieces in tokens; uses the smallest that fits the rest."""
 
 
-def _pieces(
+def pieces(
   prompt: Sequence[int], start: int
 ) -> Iterator[tuple[int, np.ndarray, int]]:
   """Yields `(start, padded tokens [1, size], number of tokens)` per piece."""
@@ -84,7 +85,7 @@ class _Batch:
     if start.copy is not None:
       self.pool = programs.copy_page(self.pool, *map(np.int32, start.copy))
     table = self.pages.table[[row]]
-    for at, tokens, length in _pieces(prompt, start.read):
+    for at, tokens, length in pieces(prompt, start.read):
       hidden, self.pool = programs.prefill(
         self.model,
         self.params,
@@ -95,14 +96,19 @@ class _Batch:
         np.int32([length]),
       )
     occurred = None
-    if self.rows.occurred is not None:
+    if self.rows.rows.occurred is not None:
       occurred = np.zeros((1, self.model.vocab_size), bool)
       occurred[0, list(prompt)] = True
-    none, limit = np.int32([0]), np.int32([self.limits[i]])
-    length, keys = np.int32([len(prompt)]), self.keys[i : i + 1]
-    new = programs.Rows(
-      length, none, none, limit, np.array([True]), keys, occurred
+    none = np.int32([0])
+    rows = Rows(
+      token=none,
+      step=none,
+      limit=np.int32([self.limits[i]]),
+      done=np.array([False]),
+      keys=self.keys[i : i + 1],
+      occurred=occurred,
     )
+    new = programs.PagedRows(np.int32([len(prompt)]), rows)
     self.active[row] = i
     self.rows, token = programs.insert_row(
       self.model,
@@ -124,7 +130,7 @@ class _Batch:
       reach: largest attention window of all layers, or None if unlimited.
     """
     # A copy: the table changes before the device has read it.
-    self.pool, self.rows, out = programs.decode(
+    self.pool, self.rows, drawn = programs.decode(
       self.model,
       self.params,
       self.pool,
@@ -134,7 +140,7 @@ class _Batch:
       self.stop,
       size,
     )
-    out, done = np.asarray(out), np.asarray(self.rows.done)
+    out, done = np.asarray(drawn.tokens), np.asarray(drawn.done)
     lengths, found = np.asarray(self.rows.length), {}
     for row, i in list(self.active.items()):
       found[i] = [token for token in out[row].tolist() if token != NO_TOKEN]
@@ -175,7 +181,7 @@ def chunks(
       dynamic rotary scaling or adapters that depend on the row or its tokens.
   """
   samplers.check(sampling)
-  _check_rotations(model)
+  check_rotations(model)
   _check_adapters(params)
   limits = generate.token_limits(model, prompts, max_new_tokens)
   if pages is None:
@@ -217,7 +223,7 @@ def _check_pages(pages, layout):
     )
 
 
-def _check_rotations(model):
+def check_rotations(model):
   """Raises UserError if a token's rotation depends on the row's length."""
   ropes = (kind.attention.rope for kind in model.layer_kinds())
   if any(r and isinstance(r.scaling, rope.Dynamic) for r in ropes):

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.generation import generate
-from research.generation.generated import NO_TOKEN
+from research.generation import decoding
+from research.generation.boundary import Boundary
+from research.generation.decoding import Drawn, Rows
 from research.generation.sampling import Sampling
 from research.nn.cache import paged
 from research.nn.transformer import Transformer
@@ -21,30 +22,19 @@ from research.typing import Array, Float, Int, Params, PRNGKey
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
-  """Per-row decoding state besides the pages; arrays are `[R]`.
+class PagedRows:
+  """The rows of a batch, and how many of their tokens are in pages.
 
   Attributes:
-    length: number of tokens in pages: all of a row's but the last.
-    token: the last token.
-    step: number of generated tokens.
-    limit: maximum number of generated tokens.
-    done: whether the row has ended or is unassigned.
-    keys: random keys.
-    occurred: `[R, V]`, whether each token occurs in the prompt or the generated
-      text; None without a repetition penalty.
+    length: `[R]`, number of tokens in pages: all of a row's but the last.
+    rows: everything else; those that are unassigned have ended.
   """
 
   length: Any
-  token: Any
-  step: Any
-  limit: Any
-  done: Any
-  keys: Any
-  occurred: Any = None
+  rows: Rows
 
 
-def empty_rows(count: int, key: PRNGKey, vocab: int | None = None) -> Rows:
+def empty_rows(count: int, key: PRNGKey, vocab: int | None = None) -> PagedRows:
   """Returns the state of unassigned rows.
 
   Args:
@@ -53,12 +43,16 @@ def empty_rows(count: int, key: PRNGKey, vocab: int | None = None) -> Rows:
     vocab: V, if `occurred` is needed, else None.
   """
   # Separate arrays: a buffer may be donated only once.
-  return Rows(
-    *(jnp.zeros(count, jnp.int32) for _ in range(4)),
-    jnp.ones(count, bool),
-    jnp.broadcast_to(key, (count,)),
-    None if vocab is None else jnp.zeros((count, vocab), bool),
+  length, token, step, limit = (jnp.zeros(count, jnp.int32) for _ in range(4))
+  rows = Rows(
+    token=token,
+    step=step,
+    limit=limit,
+    done=jnp.ones(count, bool),
+    keys=jnp.broadcast_to(key, (count,)),
+    occurred=None if vocab is None else jnp.zeros((count, vocab), bool),
   )
+  return PagedRows(length, rows)
 
 
 @functools.partial(
@@ -100,95 +94,107 @@ def prefill(
 def insert_row(
   model: Transformer,
   params: Params,
-  rows: Rows,
+  rows: PagedRows,
   row: Int[Array, ""],
-  new: Rows,
+  new: PagedRows,
   hidden: Float[Array, "1 D"],
   sampling: Sampling,
   stop: Int[Array, "E"],
-) -> tuple[Rows, Int[Array, ""]]:
+) -> tuple[PagedRows, Int[Array, ""]]:
   """Samples a prefilled row's first token and inserts the row into the batch.
 
   Args:
     model: the Transformer.
     params: its parameters.
-    rows: state of all rows; donated.
+    rows: all rows; donated.
     row: index to insert at.
-    new: state of the new row, R = 1; its token, step and done are set here.
+    new: the new row, R = 1, without a token.
     hidden: hidden state of its prompt's last token.
     sampling: sampling parameters.
     stop: tokens that end a row.
 
   Returns:
-    The updated state of all rows, and the first token.
+    The updated rows, and the first token.
   """
-  token, occurred = generate.sample_next(
-    model, params, hidden, sampling, new.keys, 0, new.occurred
+  one, token, _ = decoding.next_token(
+    model, params, new.rows, hidden, sampling, stop
   )
-  step = jnp.ones_like(new.limit)
-  done = generate.has_ended(token, step, new.limit, stop)
-  new = Rows(new.length, token, step, new.limit, done, new.keys, occurred)
+  new = PagedRows(new.length, one)
   rows = jax.tree.map(lambda old, x: old.at[row].set(x[0]), rows, new)
   return rows, token[0]
 
 
 @functools.partial(
-  jax.jit, static_argnames=("model", "size"), donate_argnames=("pool", "rows")
+  jax.jit,
+  static_argnames=("model", "size", "log_probs"),
+  donate_argnames=("pool", "rows"),
 )
 def decode(
   model: Transformer,
   params: Params,
   pool: paged.Pool,
-  rows: Rows,
+  rows: PagedRows,
   table: Int[Array, "R W"],
   sampling: Sampling,
   stop: Int[Array, "E"],
   size: int,
-) -> tuple[paged.Pool, Rows, Int[Array, "R C"]]:
-  """Decodes up to `size` tokens for all rows; stops early when all have ended.
+  boundary: Boundary | None = None,
+  log_probs: bool = False,
+) -> tuple[paged.Pool, PagedRows, Drawn]:
+  """Decodes up to `size` tokens for all rows; stops early if none is active.
 
-  Rows that have ended write nothing and yield `NO_TOKEN`.
+  Rows that have ended or pause write nothing.
 
   Args:
     model: the Transformer.
     params: its parameters.
-    pool, rows: current pages and row state; donated.
+    pool, rows: current pages and rows; donated.
     table: page table of each row.
     sampling: sampling parameters.
     stop: tokens that end a row.
-    size: number of tokens.
+    size: C, number of tokens.
+    boundary, log_probs: as for `decoding.prefill`.
 
   Returns:
-    The updated pages and rows, and the new tokens.
+    The updated pages and rows, and the new tokens `[R, C]`.
   """
 
-  def unfinished(carry):
-    i, _, rows, _ = carry
-    return (i < size) & ~jnp.all(rows.done)
-
   def step(carry):
-    i, pool, rows, out = carry
+    pool, now = carry
     hidden, cache = model.apply(
       {"params": params},
-      rows.token[:, None],
-      cache=paged.paged_cache(pool, table, rows.length),
-      lengths=jnp.where(rows.done, 0, 1),
+      now.rows.token[:, None],
+      cache=paged.paged_cache(pool, table, now.length),
+      lengths=now.rows.active.astype(jnp.int32),
     )
-    token, occurred = generate.sample_next(
-      model, params, hidden[:, 0], sampling, rows.keys, rows.step, rows.occurred
+    rows, token, scores = decoding.next_token(
+      *(model, params, now.rows, hidden[:, 0], sampling, stop),
+      *(boundary, log_probs),
     )
-    shown = jnp.where(rows.done, NO_TOKEN, token)
-    out = jax.lax.dynamic_update_slice_in_dim(out, shown[:, None], i, axis=1)
-    after = rows.step + 1
-    done = rows.done | generate.has_ended(token, after, rows.limit, stop)
-    rows = Rows(
-      cache.length, token, after, rows.limit, done, rows.keys, occurred
-    )
-    return i + 1, paged.pool_from_cache(cache), rows, out
+    after = PagedRows(cache.length, rows)
+    return (paged.pool_from_cache(cache), after), token, scores
 
-  out = jnp.full((len(rows.token), size), NO_TOKEN, jnp.int32)
-  carry = jax.lax.while_loop(unfinished, step, (0, pool, rows, out))
-  return carry[1:]
+  (pool, rows), drawn = decoding.repeat(
+    step, (pool, rows), lambda carry: carry[1].rows, size, log_probs
+  )
+  return pool, rows, drawn
 
+
+first_tokens = functools.partial(
+  jax.jit, static_argnames=("model", "log_probs")
+)(decoding.next_token)
+"""Samples the first token of rows whose prompts are in pages."""
 
 copy_page = jax.jit(paged.copy_page, donate_argnames=("pool",))
+
+copy_pages = jax.jit(paged.copy_pages, donate_argnames=("pool",))
+
+
+@jax.jit
+def select_rows(
+  rows: PagedRows, chosen: Int[Array, " N"], branch: Int[Array, " N"]
+) -> PagedRows:
+  """Returns N rows; arguments as for `decoding.select`."""
+  return PagedRows(
+    rows.length[chosen], decoding.select_rows(rows.rows, chosen, branch)
+  )

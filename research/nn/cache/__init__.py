@@ -4,7 +4,9 @@ from research.nn.cache.kv_cache import (
   Cache,
   LayerCache,
   SlotCache,
+  put_rows,
   slot_positions,
+  take_rows,
   write,
 )
 
@@ -12,6 +14,8 @@ __all__ = [
   "Cache",
   "LayerCache",
   "SlotCache",
+  "put_rows",
   "slot_positions",
+  "take_rows",
   "write",
 ]

@@ -169,6 +169,36 @@ class Cache:
     return max(layer.slots for layer in layers)
 
 
+def take_rows(cache: Cache, rows: Int[Array, " N"]) -> Cache:
+  """Returns the cache of N rows, each a copy of a row of `cache`.
+
+  Args:
+    cache: with rows of their own; pages are shared by a table instead
+      (`research.generation.page_allocator`).
+    rows: the row of each.
+  """
+  # Every array of every kind of layer has run, row, head first.
+  layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache.layers)
+  return Cache(cache.length[rows], layers, cache.fresh)
+
+
+def put_rows(cache: Cache, new: Cache, rows: Int[Array, " N"]) -> Cache:
+  """Returns the cache with N of its rows replaced; inverts `take_rows`.
+
+  Args:
+    cache: any, of the capacity of `new`.
+    new: N rows.
+    rows: where each goes; one past the last row, or more: nowhere.
+  """
+
+  def put(old, x):
+    return old.at[:, rows].set(x, mode="drop")
+
+  layers = jax.tree.map(put, cache.layers, new.layers)
+  length = cache.length.at[rows].set(new.length, mode="drop")
+  return Cache(length, layers, cache.fresh)
+
+
 def slot_positions(length: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
   """Returns the position stored in each slot, -1 for empty slots."""
   slot = jnp.arange(slots)

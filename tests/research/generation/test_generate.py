@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from kernels_pallas.common import cpu_memory
 from research import tree
-from research.generation import generate, stream
+from research.generation import decoding, generate, stream
 from research.generation.sampling import GREEDY, Sampling
 from research.nn import presets
 from research.text.tokenizer import Tokenizer
@@ -136,7 +136,7 @@ def test_one_compilation_a_shape():
   model = MODEL.clone(max_positions=39)
 
   def sizes():
-    return generate.prefill._cache_size(), generate.decode._cache_size()
+    return decoding.prefill._cache_size(), decoding.decode._cache_size()
 
   before = sizes()
   for i, prompt in enumerate([[1, 2], [3] * 9, [4] * 13]):

@@ -9,6 +9,7 @@ import pytest
 
 from research.generation import generate, perplexity
 from research.interop.load import load_model
+from research.text import separators
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "golden" / "models"
 pytestmark = pytest.mark.skipif(
@@ -60,3 +61,13 @@ def test_the_tokenizer_of_the_file_chats():
   assert ids[0] == tokenizer.bos and tokenizer.eos in tokenizer.stop
   assert tokenizer.decode(ids, skip_special=False) == prompt
   assert "<|" not in tokenizer.decode(ids)
+
+
+def test_texts_of_tokens_join_to_the_text():
+  tokenizer = _loaded().tokenizer
+  texts = separators.token_texts(tokenizer, tokenizer.vocab_size + 3)
+  assert texts[-3:] == [b""] * 3 and len(texts) == tokenizer.vocab_size + 3
+  text = "Two lines.\n\nThen  a word (x) and 12\n"
+  ids = tokenizer.encode(text)
+  assert b"".join(texts[i] for i in ids).decode() == text
+  assert texts[tokenizer.eos] == b""

@@ -54,7 +54,9 @@ def lowered(device, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=there)
 
   keys = shapes(lambda: row_keys(jax.random.key(0), jnp.zeros(ROWS, "int32")))
-  rows = programs.Rows(*[whole(ROWS)] * 4, whole(ROWS, dtype="bool"), keys)
+  done = whole(ROWS, dtype="bool")
+  rows = programs.Rows(*[whole(ROWS)] * 3, done, keys)
+  rows = programs.PagedRows(whole(ROWS), rows)
   stop = whole(len(generate.pad_stop_tokens(())))
   with jax.set_mesh(mesh), jax.default_device(device):
     yield programs.decode.lower(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.generation import generate
+from research.generation import decoding
 from research.nn import logits
 from research.vlm import data
 from research.vlm.answering import Answerer, Answers
@@ -60,11 +60,11 @@ def test_answers_are_to_real_blank_and_others_images(samples):
     rows=4,
   )
   ask([samples[0].images], ["w5"])
-  before = generate.prefill._cache_size()
+  before = decoding.prefill._cache_size()
   report = Answers(questions=questions(samples), most=2, batch=4)(LOADED)
   # A question without images, next to one that has one.
   text, shown = ask([(), samples[1].images], ["w5", "w6"])
-  assert generate.prefill._cache_size() == before
+  assert decoding.prefill._cache_size() == before
   assert not {"majority"} & set(report.scores)
 
   def alone(images, sample):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.generation import generate
+from research.generation import decoding, generate
 from research.generation.sampling import GREEDY
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
@@ -159,7 +159,7 @@ def test_shares_the_bases_cache_before_its_invocation():
 
   def cache(params):
     params = weights.with_tokens(params, tokens.at[0, len(prompt) :].set(-1))
-    return generate.prefill(
+    return decoding.prefill(
       model(),
       params,
       tokens,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.generation import generate
+from research.generation import decoding, generate
 from research.interop import adapters, load, peft
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
@@ -94,7 +94,7 @@ def test_adapters_are_swapped_without_compiling(places):
     held = pool.add(held, name, place)
 
   def compiled():
-    parts = generate.prefill, generate.decode, adapter_slots._set
+    parts = decoding.prefill, decoding.decode, adapter_slots._set
     return [f._cache_size() for f in parts]
 
   def check(held, names):

@@ -1,0 +1,238 @@
+"""Generation step by step: rows pause, are judged and chosen, and go on.
+
+For searches over steps of reasoning. A prompt is processed once, however many
+rows continue it, and no row reads its own text again.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research import weights
+from research.generation import decoding, generate
+from research.generation import sampling as samplers
+from research.generation.boundary import Boundary
+from research.generation.decoding import Drawn, Rows, State
+from research.generation.generated import NO_TOKEN
+from research.generation.sampling import GREEDY, Sampling
+from research.nn.transformer import Transformer
+from research.typing import Array, Bool, Int, Params, PRNGKey, UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stepwise:
+  """A model, and how its rows are sampled.
+
+  Attributes:
+    model: the Transformer.
+    params: its parameters, preferably from `generate.prepare`.
+    sampling: sampling parameters.
+    stop_tokens: end a row, and are its last token.
+    boundary: where rows pause; None: only at their end.
+    kv: quantizer of the cache, as for `init_cache`.
+    log_probs: whether tokens come with their log-probabilities.
+    size: tokens of a decoding program.
+  """
+
+  model: Transformer
+  params: Params
+  sampling: Sampling = GREEDY
+  stop_tokens: Sequence[int] = ()
+  boundary: Boundary | None = None
+  kv: Any = None
+  log_probs: bool = False
+  size: int = generate.CHUNK
+
+  def __post_init__(self):
+    samplers.check(self.sampling)
+    token = jnp.zeros((1, 1), jnp.int32)
+    bound = jax.eval_shape(
+      lambda: weights.with_tokens(weights.bind(self.params), token)
+    )
+    if jax.tree.structure(bound) != jax.tree.structure(self.params):
+      raise UserError(
+        "Stepwise: found weights that depend on the tokens of a row, such as"
+        " images or an adapter that certain tokens activate; expected ones that"
+        " do not, since rows are copied and dropped"
+      )
+
+  def start(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    key: PRNGKey | None = None,
+    copies: int = 1,
+  ) -> tuple[State, Drawn]:
+    """Returns `copies` rows for each prompt, up to their first pause.
+
+    Args:
+      prompts: P of them, token ids.
+      max_new_tokens: maximum per row.
+      key: random key of the sampling; seed 0 by default.
+      copies: rows that continue each prompt, one after the other.
+
+    Returns:
+      The state of `P * copies` rows, and their tokens.
+
+    Raises:
+      UserError: a prompt is empty, too long, or has ids outside the vocabulary;
+        or `copies` is below 1.
+    """
+    if copies < 1:
+      raise UserError(f"copies: found {copies}, expected at least 1")
+    limits = generate.token_limits(self.model, prompts, max_new_tokens)
+    tokens = np.zeros(
+      (len(prompts), generate.bucket(max(map(len, prompts)))), np.int32
+    )
+    for row, prompt in zip(tokens, prompts, strict=True):
+      row[: len(prompt)] = prompt
+    longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
+    state, drawn = decoding.prefill(
+      self.model,
+      self.params,
+      tokens,
+      np.array([len(p) for p in prompts], np.int32),
+      self.sampling,
+      jax.random.key(0) if key is None else key,
+      np.arange(len(prompts) * copies, dtype=np.int32),
+      np.repeat(np.array(limits, np.int32), copies),
+      self._stop,
+      capacity=generate.bucket(longest),
+      kv=self.kv,
+      boundary=self.boundary,
+      log_probs=self.log_probs,
+    )
+    return self._until_paused(state, [drawn])
+
+  def advance(self, state: State) -> tuple[State, Drawn]:
+    """Lets paused rows go on; returns them up to the next pause, or the end.
+
+    Args:
+      state: of any rows; its buffers are donated.
+
+    Returns:
+      The state, and the new tokens `[B, C]`, of which each row has those of one
+      step, and `NO_TOKEN` in other places.
+    """
+    if self.boundary is not None:
+      state = dataclasses.replace(state, rows=decoding.resume(state.rows))
+    return self._until_paused(state, [])
+
+  def select(
+    self, state: State, rows: Sequence[int], branch: Sequence[int]
+  ) -> State:
+    """Returns the state of chosen rows; see `decoding.select`.
+
+    Raises:
+      UserError: there is no such row, or two would draw the same tokens.
+    """
+    check_choice(state.rows.token.shape[0], rows, branch)
+    return decoding.select(
+      state, np.array(rows, np.int32), np.array(branch, np.int32)
+    )
+
+  def append(
+    self,
+    state: State,
+    tokens: Sequence[Sequence[int]],
+    replace: Sequence[bool] | None = None,
+  ) -> State:
+    """Returns the state after tokens that were not drawn; `decoding.append`.
+
+    Args:
+      state: any; its buffers are donated.
+      tokens: of each row, or none.
+      replace: which rows lose their last token first; by default no row.
+
+    Raises:
+      UserError: a row would have more tokens than its limit.
+    """
+    count = np.array([len(row) for row in tokens])
+    lost = np.array(replace or [False] * len(tokens)) & (count > 0)
+    over = np.asarray(state.rows.step) + count - lost > state.rows.limit
+    if over.any():
+      row = int(np.argmax(over))
+      raise UserError(
+        f"append: found {count[row]} tokens after {int(state.rows.step[row])}"
+        f" of row {row}, expected at most {int(state.rows.limit[row])} together"
+      )
+    padded = np.full((len(tokens), max(count.max(), 1)), NO_TOKEN, np.int32)
+    for row, own in zip(padded, tokens, strict=True):
+      row[: len(own)] = own
+    return decoding.append(self.model, self.params, state, padded, lost)
+
+  def store(self, state: State, new: State, rows: Sequence[int]) -> State:
+    """Returns the state with other rows in place of some; `decoding.store`."""
+    return decoding.store(state, new, np.array(rows, np.int32))
+
+  def done(self, state: State) -> Bool[Array, "B"]:
+    """Returns which rows have ended."""
+    return state.rows.done
+
+  def end(self, state: State, rows: Bool[np.ndarray, "B"]) -> State:
+    """Returns the state in which some rows have ended."""
+    return dataclasses.replace(state, rows=ended(state.rows, rows))
+
+  @property
+  def _stop(self) -> np.ndarray:
+    return generate.pad_stop_tokens(self.stop_tokens)
+
+  def _until_paused(self, state, parts) -> tuple[State, Drawn]:
+    while bool(jnp.any(state.rows.active)):
+      state, drawn = decoding.decode(
+        self.model,
+        self.params,
+        state,
+        self.sampling,
+        self._stop,
+        self.size,
+        self.boundary,
+        self.log_probs,
+      )
+      parts.append(drawn)
+    return state, joined(parts, state.rows.done)
+
+
+def ended(rows: Rows, which: Bool[np.ndarray, "B"]) -> Rows:
+  """Returns rows, some of which get no more tokens."""
+  return dataclasses.replace(rows, done=rows.done | which)
+
+
+def check_choice(
+  count: int, rows: Sequence[int], branch: Sequence[int]
+) -> None:
+  """Raises UserError if `rows` of `count` cannot go on, each as its branch."""
+  if wrong := [row for row in rows if not 0 <= row < count]:
+    raise UserError(
+      f"select: found row {wrong[0]}, expected one of {count} rows"
+    )
+  pairs = list(zip(rows, branch, strict=True))
+  if len(set(pairs)) < len(pairs):
+    twice = next(x for x in pairs if pairs.count(x) > 1)
+    raise UserError(
+      f"select: found row {twice[0]} twice as branch {twice[1]}, expected a"
+      " branch of its own for each copy: they would draw the same tokens"
+    )
+
+
+def joined(parts: Sequence[Drawn], done: Any) -> Drawn:
+  """Returns the tokens of several programs as those of one, on the host."""
+  if not parts:
+    none = np.zeros((len(done), 0), np.int32)
+    return Drawn(none, np.asarray(done), none.astype(np.float32))
+  tokens = np.concatenate([np.asarray(x.tokens) for x in parts], axis=1)
+  used = np.any(tokens != NO_TOKEN, axis=0)
+  scores = None
+  if parts[0].log_probs is not None:
+    found = [np.asarray(x.log_probs) for x in parts]
+    scores = np.concatenate(found, axis=1)[:, used]
+  return Drawn(tokens[:, used], np.asarray(done), scores)
+
+
+def lengths(drawn: Drawn) -> Int[Array, "B"]:
+  """Returns how many tokens each row has."""
+  return np.sum(drawn.tokens != NO_TOKEN, axis=1)

@@ -1,0 +1,122 @@
+"""Chooses among a problem's samples: the last setting of a search.
+
+Each rule returns the chance of each answer to be chosen: where several are
+equally good a random one is taken, so that the order of sampling decides
+nothing. A path that was cut, or has no answer, is no vote.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from research.prm.scores.aggregate import Aggregate
+from research.search.engine import Path
+from research.search.estimators.voting import vote, weighted_vote
+from research.typing import UserError
+
+Answers = Sequence[Hashable | None]
+"""Of each path, in canonical form; None where nothing was extracted."""
+
+Chances = Mapping[Hashable, float]
+"""Answer -> chance to be chosen; empty if there is none to choose."""
+
+
+def answers_of(
+  paths: Sequence[Path], extract: Callable[[Path], Hashable | None]
+) -> list[Hashable | None]:
+  """Returns the answer of each path that ended by itself, None of others."""
+  return [extract(path) if path.stopped else None for path in paths]
+
+
+@runtime_checkable
+class Choice(Protocol):
+  """A rule."""
+
+  def __call__(self, paths: Sequence[Path], answers: Answers) -> Chances:
+    """Returns the chance of each answer."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOf:
+  """The answer of the path with the best score (best-of-N).
+
+  Attributes:
+    aggregate: makes one score of a path's steps.
+  """
+
+  aggregate: Aggregate
+
+  def __call__(self, paths: Sequence[Path], answers: Answers) -> Chances:
+    scored = [
+      (self.aggregate(path.scores), answer)
+      for path, answer in zip(paths, answers, strict=True)
+      if answer is not None
+    ]
+    if not scored:
+      return {}
+    most = max(score for score, _ in scored)
+    best = [answer for score, answer in scored if score == most]
+    return {answer: best.count(answer) / len(best) for answer in best}
+
+
+@dataclasses.dataclass(frozen=True)
+class Majority:
+  """The most frequent answer (Wang et al. 2022, arXiv:2203.11171)."""
+
+  def __call__(self, paths: Sequence[Path], answers: Answers) -> Chances:
+    return vote(answers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+  """The answer with the largest sum of scores (weighted best-of-N).
+
+  Attributes:
+    aggregate: makes one weight of a path's steps.
+  """
+
+  aggregate: Aggregate
+
+  def __call__(self, paths: Sequence[Path], answers: Answers) -> Chances:
+    return weighted_vote(
+      answers, [self.aggregate.weight(path.scores) for path in paths]
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Confident:
+  """A vote of the most confident paths (DeepConf, Fu et al. 2025,
+  arXiv:2508.15260, offline).
+
+  Confidence is the mean log-probability of a path's tokens; the paper's is the
+  mean over the k most likely tokens at each place.
+
+  Attributes:
+    keep: share of the paths that vote; at least one does.
+    inner: how they vote.
+  """
+
+  keep: float | int = 0.5
+  inner: Choice = Majority()
+
+  def __post_init__(self):
+    if not 0 < self.keep <= 1:
+      raise UserError(f"Confident: keep is {self.keep}, expected 0 to 1")
+
+  def __call__(self, paths: Sequence[Path], answers: Answers) -> Chances:
+    voters = [i for i, answer in enumerate(answers) if answer is not None]
+    if not voters:
+      return {}
+    mean = {i: paths[i].log_prob / len(paths[i].tokens) for i in voters}
+    count = max(1, int(np.floor(self.keep * len(voters))))
+    least = sorted(mean.values())[-count]
+    kept = [i for i in voters if mean[i] >= least]
+    return self.inner([paths[i] for i in kept], [answers[i] for i in kept])
+
+
+def accuracy(chances: Chances, correct: Callable[[Hashable], bool]) -> float:
+  """Returns the chance that the chosen answer is correct; 0 without answers."""
+  return float(sum(p for answer, p in chances.items() if correct(answer)))

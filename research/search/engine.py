@@ -1,0 +1,372 @@
+"""Paths of many problems, step by step: policy, verifier and their cost.
+
+All rows of all problems are one batch. A policy's row pauses where a step ends,
+the verifier reads the new tokens alone, and `select` says which rows go on, and
+how often. Every token of policy and verifier is on the problem's ledger.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from research.generation.decoding import Drawn
+from research.generation.generated import NO_TOKEN
+from research.generation.stepwise import Stepwise
+from research.search.cost import Causal, ModelCost, model_cost
+from research.search.ledger import Ledger, prefill
+from research.typing import Float, Int, PRNGKey, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+  """A solution on its way.
+
+  Attributes:
+    problem: index of its problem.
+    root: index of the copy of the prompt from which it comes, from 0.
+    prompt: number of tokens of the prompt.
+    steps: tokens of each step.
+    scores: the verifier's, of each step; empty without a verifier.
+    log_prob: of all tokens under the policy, in nats; 0 if not asked for.
+    done: whether it has ended.
+    stopped: whether it ended by a stop token, rather than by its length.
+  """
+
+  problem: int
+  root: int
+  prompt: int
+  steps: tuple[tuple[int, ...], ...] = ()
+  scores: tuple[float, ...] = ()
+  log_prob: float | int = 0.0
+  done: bool = False
+  stopped: bool = False
+
+  @property
+  def tokens(self) -> tuple[int, ...]:
+    """All new tokens."""
+    return tuple(token for step in self.steps for token in step)
+
+
+@runtime_checkable
+class Verifier(Protocol):
+  """Scores steps; it has a state for each row, as the policy does.
+
+  Attributes:
+    cost: of its forward pass; None for one that computes nothing to speak of.
+  """
+
+  @property
+  def cost(self) -> ModelCost | None: ...
+
+  def start(self, prompts: Sequence[Sequence[int]], copies: int) -> Any:
+    """Returns the state of `copies` rows for each prompt, read once."""
+    ...
+
+  def read(
+    self, state: Any, paths: Sequence[Path], new: Int[np.ndarray, "R C"]
+  ) -> tuple[Any, Float[np.ndarray, " R"]]:
+    """Returns the state, and each row's score after its new tokens.
+
+    Args:
+      state: of rows.
+      paths: of the rows, new tokens included.
+      new: the tokens that were not read yet, `NO_TOKEN` in other places; a row
+        without any keeps its state, and its score means nothing.
+    """
+    ...
+
+  def select(self, state: Any, rows: Sequence[int]) -> Any:
+    """Returns the state of chosen rows."""
+    ...
+
+  def store(self, state: Any, new: Any, rows: Sequence[int]) -> Any:
+    """Returns the state with rows of `new` in place of some.
+
+    Only tree searches need it. A row past the last one of `state` goes nowhere.
+    """
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+  """The rows of all problems between two steps.
+
+  Attributes:
+    state: the policy's.
+    verifier: the verifier's state, or None.
+    paths: one for each row.
+    fresh: whether each row got tokens in the last step; others are idle.
+    ledgers: one for each problem.
+    started: when, in seconds of a clock.
+  """
+
+  state: Any
+  verifier: Any
+  paths: tuple[Path, ...]
+  fresh: tuple[bool, ...]
+  ledgers: tuple[Ledger, ...]
+  started: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Engine:
+  """A policy, and what judges its steps.
+
+  Attributes:
+    policy: whose rows pause at the ends of steps.
+    verifier: scores steps; None: paths have no scores.
+  """
+
+  policy: Stepwise
+  verifier: Verifier | None = None
+
+  def start(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    copies: int,
+    key: PRNGKey | None = None,
+  ) -> Frontier:
+    """Returns `copies` paths for each problem, after their first step.
+
+    Args:
+      prompts: of the problems, token ids.
+      max_new_tokens: of a path.
+      copies: paths of a problem, one after the other.
+      key: random key of the sampling; seed 0 by default.
+    """
+    began = time.perf_counter()
+    cost = model_cost(self.policy.model)
+    state, drawn = self.policy.start(prompts, max_new_tokens, key, copies)
+    paths = tuple(
+      Path(problem=i, root=root, prompt=len(prompt))
+      for i, prompt in enumerate(prompts)
+      for root in range(copies)
+    )
+    ledgers = tuple(prefill(cost, len(prompt)) for prompt in prompts)
+    judged = None
+    if self.verifier is not None:
+      judged = self.verifier.start(prompts, copies)
+      ledgers = tuple(
+        ledger.alongside(_read_prompt(self.verifier.cost, len(prompt)))
+        for ledger, prompt in zip(ledgers, prompts, strict=True)
+      )
+    fresh = (True,) * len(paths)
+    frontier = Frontier(state, judged, paths, fresh, ledgers, began)
+    return self._with_tokens(frontier, state, drawn)
+
+  def advance(self, frontier: Frontier) -> Frontier:
+    """Returns the frontier after one more step of all paths that go on.
+
+    The buffers of `frontier` are used up.
+    """
+    state, drawn = self.policy.advance(frontier.state)
+    return self._with_tokens(frontier, state, drawn)
+
+  def select(
+    self, frontier: Frontier, rows: Sequence[int], branch: Sequence[int]
+  ) -> Frontier:
+    """Returns chosen paths; arguments as for `decoding.select`."""
+    judged = frontier.verifier
+    if self.verifier is not None:
+      judged = self.verifier.select(judged, rows)
+    return dataclasses.replace(
+      frontier,
+      state=self.policy.select(frontier.state, rows, branch),
+      verifier=judged,
+      paths=tuple(frontier.paths[row] for row in rows),
+      fresh=tuple(frontier.fresh[row] for row in rows),
+    )
+
+  def append(
+    self,
+    frontier: Frontier,
+    tokens: Sequence[Sequence[int]],
+    replace: Sequence[bool],
+  ) -> Frontier:
+    """Returns the frontier after tokens that were not drawn, as a step.
+
+    Args:
+      frontier: any; its buffers are used up.
+      tokens: of each path, or none.
+      replace: which paths that get some lose their last token first.
+
+    Raises:
+      UserError: there is a verifier, which has read what would be lost; or a
+        path would have too many tokens.
+    """
+    if self.verifier is not None:
+      raise UserError(
+        "append: found a verifier, expected none: it has read the tokens that"
+        " are replaced.\nScore the finished paths instead"
+      )
+    state = self.policy.append(frontier.state, tokens, replace)
+    cost, ledgers = model_cost(self.policy.model), list(frontier.ledgers)
+    paths = list(frontier.paths)
+    for row, (own, lost) in enumerate(zip(tokens, replace, strict=True)):
+      if not own:
+        continue
+      path = paths[row]
+      *steps, last = path.steps
+      kept = last[:-1] if lost else last
+      before = path.prompt + len(path.tokens) - 1
+      fed = len(own) - lost
+      ledgers[path.problem] += Ledger(
+        policy_decode_tokens=len(own),
+        flops_policy=cost.forward(fed, Causal(before, fed), 0),
+      )
+      steps = (*steps, kept, tuple(own)) if kept else (*steps, tuple(own))
+      paths[row] = dataclasses.replace(
+        path, steps=tuple(steps), done=False, stopped=False
+      )
+    done = np.asarray(self.policy.done(state))
+    paths = [
+      dataclasses.replace(path, done=bool(end)) if own else path
+      for path, end, own in zip(paths, done, tokens, strict=True)
+    ]
+    return dataclasses.replace(
+      frontier, state=state, paths=tuple(paths), ledgers=tuple(ledgers)
+    )
+
+  def store(
+    self, frontier: Frontier, new: Frontier, rows: Sequence[int]
+  ) -> Frontier:
+    """Returns the frontier with rows of `new` in place of some.
+
+    Args:
+      frontier: any; its buffers are used up.
+      new: of the same problems, with what they have cost by now.
+      rows: where each row of `new` goes; past the last row, nowhere.
+    """
+    judged = frontier.verifier
+    if self.verifier is not None:
+      judged = self.verifier.store(judged, new.verifier, rows)
+    paths, fresh = list(frontier.paths), list(frontier.fresh)
+    for row, path, own in zip(rows, new.paths, new.fresh, strict=True):
+      if row < len(paths):
+        paths[row], fresh[row] = path, own
+    return dataclasses.replace(
+      frontier,
+      state=self.policy.store(frontier.state, new.state, rows),
+      verifier=judged,
+      paths=tuple(paths),
+      fresh=tuple(fresh),
+      ledgers=new.ledgers,
+    )
+
+  def end(self, frontier: Frontier, idle: Sequence[bool]) -> Frontier:
+    """Returns the frontier with some rows idle from now on."""
+    state = self.policy.end(frontier.state, np.array(idle))
+    return dataclasses.replace(frontier, state=state)
+
+  def _with_tokens(
+    self, frontier: Frontier, state: Any, drawn: Drawn
+  ) -> Frontier:
+    new = np.asarray(drawn.tokens)
+    paths = [
+      self._longer(path, row, scores, bool(done))
+      for path, row, scores, done in zip(
+        frontier.paths,
+        new,
+        np.zeros(len(new)) if drawn.log_probs is None else drawn.log_probs,
+        drawn.done,
+        strict=True,
+      )
+    ]
+    judged = frontier.verifier
+    if self.verifier is not None:
+      judged, found = self.verifier.read(judged, paths, new)
+      paths = [
+        _scored(path, score, row)
+        for path, score, row in zip(paths, found, new, strict=True)
+      ]
+    fresh = tuple(bool(x) for x in (new != NO_TOKEN).any(axis=1))
+    return dataclasses.replace(
+      frontier,
+      state=state,
+      verifier=judged,
+      paths=tuple(paths),
+      fresh=fresh,
+      ledgers=self._costs(frontier, new),
+    )
+
+  def _longer(
+    self, path: Path, row: Int[np.ndarray, " C"], log_probs: Any, done: bool
+  ) -> Path:
+    tokens = tuple(int(token) for token in row if token != NO_TOKEN)
+    if not tokens:
+      return path
+    return dataclasses.replace(
+      path,
+      steps=(*path.steps, tokens),
+      log_prob=path.log_prob + float(np.sum(log_probs)),
+      done=done,
+      stopped=done and tokens[-1] in self.policy.stop_tokens,
+    )
+
+  def _costs(
+    self, frontier: Frontier, new: Int[np.ndarray, "R C"]
+  ) -> tuple[Ledger, ...]:
+    """Returns the ledgers with the passes that drew and judged new tokens."""
+    cost, ledgers = model_cost(self.policy.model), list(frontier.ledgers)
+    cached = [0] * len(ledgers)
+    for path, row in zip(frontier.paths, new, strict=True):
+      count, before = int((row != NO_TOKEN).sum()), len(path.tokens)
+      cached[path.problem] += before + count
+      if not count:
+        continue
+      # A path's first token is drawn from its prompt's last state; the last
+      # one of each step is fed when the next step begins.
+      fed = count if path.steps else count - 1
+      start = path.prompt + (before - 1 if path.steps else 0)
+      now = Ledger(
+        policy_decode_tokens=count,
+        flops_policy=cost.forward(fed, Causal(start, fed), fed),
+      )
+      if self.verifier is not None:
+        now = now.alongside(
+          _read_step(self.verifier.cost, path.prompt + before, count)
+        )
+      ledgers[path.problem] += now
+    seconds = time.perf_counter() - frontier.started
+    prompts = {path.problem: path.prompt for path in frontier.paths}
+    return tuple(
+      dataclasses.replace(
+        ledger,
+        seconds=seconds,
+        peak_cache_tokens=max(
+          ledger.peak_cache_tokens, prompts.get(i, 0) + cached[i]
+        ),
+      )
+      for i, ledger in enumerate(ledgers)
+    )
+
+
+def _scored(path: Path, score: Any, row: Int[np.ndarray, " C"]) -> Path:
+  if not (row != NO_TOKEN).any():
+    return path
+  if not np.isfinite(score):
+    raise UserError(
+      f"verifier: found the score {score} for problem {path.problem} after"
+      f" {len(path.steps)} steps, expected a number"
+    )
+  return dataclasses.replace(path, scores=(*path.scores, float(score)))
+
+
+def _read_prompt(cost: ModelCost | None, tokens: int) -> Ledger:
+  flops = 0 if cost is None else cost.forward(tokens, Causal(0, tokens), 0)
+  return Ledger(
+    verifier_prefill_tokens=0 if cost is None else tokens, flops_verifier=flops
+  )
+
+
+def _read_step(cost: ModelCost | None, start: int, tokens: int) -> Ledger:
+  if cost is None:
+    return Ledger()
+  return Ledger(
+    verifier_new_tokens=tokens,
+    flops_verifier=cost.forward(tokens, Causal(start, tokens), 1),
+  )

@@ -1,0 +1,17 @@
+"""Search strategies, one file each."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+  __name__,
+  submod_attrs={
+    "adaptive": ["Adaptive"],
+    "beam": ["Beam"],
+    "budget_forcing": ["BudgetForcing"],
+    "diverse_trees": ["DiverseTrees"],
+    "independent": ["Independent"],
+    "rebase": ["Rebase"],
+    "rounds": ["LastTries", "Rounds", "Subsets"],
+    "tree": ["TreeSearch"],
+  },
+)

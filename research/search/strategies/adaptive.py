@@ -1,0 +1,84 @@
+"""Self-consistency that stops when the vote is decided.
+
+Samples come in rounds, until the answer in front would stay there with a given
+probability (Aggarwal et al. 2023, "Let's sample step by step",
+arXiv:2305.11860: the posterior of a Beta distribution over the two most
+frequent answers). Easy problems cost few samples.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+
+import jax
+from scipy import stats
+
+from research.search.choose import answers_of
+from research.search.engine import Engine, Path
+from research.search.ledger import Ledger
+from research.search.step_search import Limits, Samples
+from research.search.strategies.independent import Independent
+from research.typing import UserError
+
+
+def lead(answers: Sequence[Hashable | None]) -> float:
+  """Returns the probability that the most frequent answer stays in front.
+
+  `P(p > 1/2)` for `p ~ Beta(a + 1, b + 1)`, where a and b are the counts of the
+  two most frequent answers; 0 without answers.
+  """
+  votes = [answer for answer in answers if answer is not None]
+  counts = sorted((votes.count(x) for x in set(votes)), reverse=True)
+  if not counts:
+    return 0.0
+  second = counts[1] if len(counts) > 1 else 0
+  return float(stats.beta.sf(0.5, counts[0] + 1, second + 1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adaptive:
+  """Rounds of independent samples, for the problems that are undecided.
+
+  Attributes:
+    answer: extracts a path's answer, in canonical form, or None.
+    round: samples of a round.
+    most: samples of a problem, a multiple of `round`.
+    sure: probability at which a vote is decided.
+  """
+
+  answer: Callable[[Path], Hashable | None]
+  round: int = 4
+  most: int = 32
+  sure: float | int = 0.95
+
+  def __post_init__(self):
+    if self.round < 1 or self.most < 1 or self.most % self.round:
+      raise UserError(
+        f"Adaptive: found rounds of {self.round} and at most {self.most}"
+        " samples, expected a multiple"
+      )
+    if not 0.5 < self.sure < 1:
+      raise UserError(f"Adaptive: sure is {self.sure}, expected 0.5 to 1")
+
+  def __call__(
+    self, engine: Engine, prompts: Sequence[Sequence[int]], limits: Limits
+  ) -> list[Samples]:
+    """Returns each problem's samples; see `Strategy`."""
+    key = jax.random.key(0) if limits.key is None else limits.key
+    found = [Samples((), Ledger()) for _ in prompts]
+    for k in range(self.most // self.round):
+      opened = [i for i, one in enumerate(found) if not self._decided(one)]
+      if not opened:
+        break
+      more = Independent(copies=self.round)(
+        engine,
+        [prompts[i] for i in opened],
+        dataclasses.replace(limits, key=jax.random.fold_in(key, k)),
+      )
+      for i, one in zip(opened, more, strict=True):
+        found[i] = Samples(
+          (*found[i].paths, *one.paths), found[i].ledger + one.ledger
+        )
+    return found
+
+  def _decided(self, samples: Samples) -> bool:
+    return lead(answers_of(samples.paths, self.answer)) >= self.sure

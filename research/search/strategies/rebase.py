@@ -1,0 +1,46 @@
+"""Reward balanced search (REBASE, Wu et al. 2024, arXiv:2408.00724, eq. 1)."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from research.prm.scores.aggregate import Aggregate, Last
+from research.search.engine import Path
+from research.search.step_search import StepSearch
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rebase(StepSearch):
+  """A budget of paths, shared by a softmax of their scores.
+
+  Attributes:
+    copies: the budget at the beginning; each path that ends takes one of it.
+    temperature: of the softmax.
+    prune: makes one score, 0 to 1, of a path's steps so far.
+  """
+
+  temperature: float | int = 0.2
+  prune: Aggregate = Last()
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.temperature > 0:
+      raise UserError(
+        f"Rebase: temperature is {self.temperature}, expected more than 0"
+      )
+
+  def children(self, paths: Sequence[Path]) -> Sequence[int]:
+    """Returns shares of the paths that are left, which add up to them.
+
+    Shares are rounded down, and what is left goes to the largest remainders:
+    rounding each by itself, as the paper has it, may exceed the budget.
+    """
+    scores = np.array([self.prune.weight(path.scores) for path in paths])
+    parts = np.exp((scores - scores.max()) / self.temperature)
+    shares = len(paths) * parts / parts.sum()
+    counts = np.floor(shares).astype(int)
+    order = np.argsort(counts - shares, kind="stable")
+    counts[order[: len(paths) - counts.sum()]] += 1
+    return counts.tolist()
