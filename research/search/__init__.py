@@ -1,8 +1,9 @@
-"""Test-time compute: what it buys, and what it costs.
+"""Test-time compute: searches, what they buy, and what they cost.
 
+`strategies/` search over steps, `choose` picks among the samples.
 `estimators/` says from one pool of samples what any budget would reach,
 `ledger` what it costs, `protocols` and `optimal` compare systems at equal cost.
-Nothing here needs JAX.
+Of these none needs JAX.
 """
 
 import lazy_loader
@@ -10,7 +11,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
+    "choose": ["BestOf", "Confident", "Majority", "Weighted", "answers_of"],
     "cost": ["Cached", "Causal", "Dense", "ModelCost", "model_cost"],
+    "engine": ["Engine", "Path", "Verifier"],
     "ledger": [
       "Incremental",
       "Ledger",
@@ -20,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "training_flops",
       "verification",
     ],
+    "lookahead": ["Lookahead"],
     "optimal": [
       "Choice",
       "absolute_bins",
@@ -36,5 +40,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "inference_multiplier",
       "total_flops",
     ],
+    "step_search": ["Limits", "Samples", "StepSearch", "Strategy"],
   },
 )
