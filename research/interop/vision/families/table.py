@@ -7,7 +7,6 @@ import importlib
 from typing import Any
 
 from research.errors import UserError
-from research.interop.hf.families import REFUSED
 
 MODULES = {
   "gemma3": "research.interop.vision.families.gemma3",
@@ -36,6 +35,9 @@ def family_of(kind: Any, where: Any = "config.json") -> Any:
   Raises:
     UserError: there is none.
   """
+  # Imported late: its package imports JAX.
+  from research.interop.hf.families import REFUSED
+
   if kind in REFUSED:
     raise UserError(f"{where}: model_type {kind!r} has {REFUSED[kind]}")
   if kind not in MODULES:
