@@ -5,7 +5,14 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
-    "presets": ["EncoderSizes", "clip", "clip_text", "siglip", "siglip_text"],
+    "presets": [
+      "EncoderSizes",
+      "clip",
+      "clip_text",
+      "rice",
+      "siglip",
+      "siglip_text",
+    ],
     "text": ["TextEncoder"],
     "vit": ["Features", "VisionTransformer"],
   },
