@@ -1,10 +1,14 @@
 """Run files of vision language models, built without weights."""
 
 import dataclasses
+import json
+
+import numpy as np
+from PIL import Image
 
 from experiments.core import config
 from experiments.core.from_scratch import FromScratch
-from research import tree
+from research import interop, tree
 from research.nn.presets import Sizes
 from research.vlm.model import TOWERS
 
@@ -55,3 +59,31 @@ def test_images_of_smollm2_have_as_many_tokens_as_placeholders():
   assert model.connector.tokens(grid) == 16
   assert questions.image_token == model.image_token == SMOLLM2.vocab
   assert stage.answers.questions.template == questions.template
+
+
+def test_ten_rows_of_my_pictures_are_enough(tmp_path):
+  rng = np.random.default_rng(0)
+  lines = []
+  for i in range(10):
+    pixels = rng.integers(0, 256, (20 + i, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    line = dict(images=[f"{i}.png"], question=f"Which? {i}", answer=str(i))
+    lines.append(json.dumps(line) + "\n")
+  file = tmp_path / "questions.jsonl"
+  file.write_text("".join(lines))
+  run = config.read(
+    "runs/data/images.gin", [f"FILES={file}", f"FOLDER={tmp_path}"]
+  ).experiment
+  tokenizer = interop.load_model("smollm2-135m").tokenizer
+  parts = (run.data, run.validation, run.heldout)
+  rows = [row for data in parts for row in data.rows(tokenizer)]
+  # Each row is in one split: 16 placeholders, and an answer that counts.
+  assert len(rows) == 10
+  for row in rows:
+    assert (row["tokens"] == SMOLLM2.vocab).sum() == 16
+    assert row["weights"].sum() > 0
+    assert row["pixels"].shape == (1, 64, 64, 3)
+  # A hash decides: a split without any is left out, and said.
+  found = run.evaluations(tokenizer)
+  have = {"validation": run.validation, "heldout": run.heldout}
+  assert set(found) == {k for k, x in have.items() if len(x.samples)}
