@@ -8,6 +8,7 @@ the kernels give.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,8 +100,8 @@ def _places(block: Block, x):
 
 
 def over_images(
-  row: Float[np.ndarray, "T"],
-  tokens: Int[np.ndarray, "T"],
+  row: Float[Any, "T"],
+  tokens: Int[Any, "T"],
   image_token: int,
   plans: list[Plan],
 ) -> list[list[Float[np.ndarray, "h w"]]]:

@@ -8,9 +8,10 @@ from PIL import Image
 
 from experiments.core import config
 from experiments.core.from_scratch import FromScratch
-from research import interop, tree
+from research import tree
 from research.nn.presets import Sizes
 from research.vlm.model import TOWERS
+from tests import support_vlm
 
 SMOLLM2 = Sizes(
   vocab=49_152, width=576, depth=2, heads=9, kv_heads=3, head_dim=64, hidden=16
@@ -74,7 +75,7 @@ def test_ten_rows_of_my_pictures_are_enough(tmp_path):
   run = config.read(
     "runs/data/images.gin", [f"FILES={file}", f"FOLDER={tmp_path}"]
   ).experiment
-  tokenizer = interop.load_model("smollm2-135m").tokenizer
+  tokenizer = support_vlm.tokenizer()
   parts = (run.data, run.validation, run.heldout)
   rows = [row for data in parts for row in data.rows(tokenizer)]
   # Each row is in one split: 16 placeholders, and an answer that counts.
