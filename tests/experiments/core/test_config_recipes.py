@@ -17,6 +17,7 @@ from research import tree, weights
 from research.io import folders
 from research.optim import optim
 from research.vlm.model import TOWERS
+from research.vlm.presets import PRESETS
 
 FEW_WORDS = ["text/shapes.Shapes.count=20"]
 
@@ -159,6 +160,14 @@ def test_a_step_can_be_traced(name, stage, tmp_path):
   _, views, height, width, _ = taken.batch["pixels"].shape
   soft = views * taken.loaded.model.tokens_per_view(height, width)
   assert taken.batch["tokens"].shape[1] >= soft
+
+
+def test_a_stage_at_448_pixels_has_the_shapes_of_that_model(tmp_path):
+  found = _stages("paligemma_3b", tmp_path)["middle"].load_abstract()
+  published = PRESETS["paligemma-3b-448"].model(dtype="bfloat16")
+  assert found.model.vision.positions == published.vision.positions
+  want = jax.eval_shape(published.init, jax.random.key(0))
+  assert jax.tree.map(jnp.shape, found.params) == jax.tree.map(jnp.shape, want)
 
 
 @pytest.mark.slow
