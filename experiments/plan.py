@@ -14,6 +14,11 @@ Of a run of stages each one's step is planned; --hlo then writes FILE.STAGE.
 
   python -m experiments.plan --config=runs/llada/pretrain_8b.gin \\
     --set=FSDP=1 --set=TENSOR=4 --topology=v5p:2x2x1 --fill=16x1024+256
+
+--preset says what an image costs a published vision language model, and
+compiles nothing: views, tokens, FLOPs of each tower, bytes of keys and values:
+
+  python -m experiments.plan --preset=smolvlm-256m --image_size=480x640
 """
 
 # ruff: noqa: E402
@@ -53,11 +58,33 @@ _FILL = flags.DEFINE_string(
   "tokens of a prompt, and tokens to generate.",
   flag_values=FLAGS,
 )
+_PRESET = flags.DEFINE_string(
+  "preset",
+  None,
+  "A published vision language model (research/vlm/presets.py): say what an "
+  "image of --image_size costs it.",
+  flag_values=FLAGS,
+)
+_IMAGE_SIZE = flags.DEFINE_string(
+  "image_size",
+  None,
+  "With --preset: HEIGHTxWIDTH of an image, in pixels, e.g. 480x640.",
+  flag_values=FLAGS,
+)
+_TEXT_TOKENS = flags.DEFINE_integer(
+  "text_tokens",
+  0,
+  "With --preset: tokens of the question.",
+  lower_bound=0,
+  flag_values=FLAGS,
+)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Plans; returns the result, which the command prints as JSON."""
   del argv
+  if _PRESET.value is not None:
+    return _image()
   cli.required(config=_CONFIG.value, topology=_TOPOLOGY.value)
   import jax
 
@@ -82,6 +109,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     hlo = _HLO.value and f"{_HLO.value}.{name}"
     plans[name] = plan_training.plan(experiment, topology, hlo=hlo)
   return {"stages": plans}
+
+
+def _image() -> dict[str, Any]:
+  """Returns what an image costs a published model."""
+  cli.required(image_size=_IMAGE_SIZE.value)
+  from experiments.planning import plan_images
+
+  return plan_images.plan(_PRESET.value, _IMAGE_SIZE.value, _TEXT_TOKENS.value)
 
 
 if __name__ == "__main__":

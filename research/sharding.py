@@ -255,7 +255,8 @@ def part_names(leaf: Any, names: Names) -> Any:
   """Returns the axis names of each array inside `leaf`, as tree leaves."""
   if weights.is_weight(leaf):
     found = weights.axes(leaf, names)
-    return jax.tree.map(lambda x, names: _Names(names), leaf, found)
+    # What is bound to a batch, such as a key of dropout, has no names.
+    return jax.tree.map(lambda x, names: _Names(names or ()), leaf, found)
   # A factored moment has fewer axes than its parameter, namely the first ones.
   return _Names(names[: leaf.ndim])
 

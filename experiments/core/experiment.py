@@ -242,7 +242,10 @@ class Experiment:
       if data is None:
         continue
       try:
-        found[name] = data.evaluation(tokenizer, self.eval_batches)
+        batches = data.evaluation(tokenizer, self.eval_batches)
+        if not batches:
+          raise NoExamples("no sample is in the split")
+        found[name] = batches
       except NoExamples as error:
         why = str(error).split("\n")[0]
         folders.warn(f"goes on without {name} data: {why}")

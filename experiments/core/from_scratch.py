@@ -1,4 +1,4 @@
-"""A model with random weights, to be trained from scratch."""
+"""Models with random weights: of any size, or a published vision model's."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from research.interop.loaded import Loaded
 from research.nn import presets
 from research.nn.layers import Remat
 from research.typing import UserError
+from research.vlm import presets as vision_presets
 
 
 @runtime_checkable
@@ -76,3 +77,47 @@ class FromScratch:
     params = jax.jit(init, out_shardings=places)(key)
     source = {"format": "fresh", "family": self.family, "seed": self.seed}
     return Loaded(model.clone(remat=self.remat), params, tokenizer, source)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionFromScratch:
+  """A row of `research.vlm.presets`, for plans and tests: nothing is read.
+
+  Attributes:
+    preset: its name.
+    shrink: what its widths and depths are divided by; 1 for its own.
+    tokenizer: its source; with fewer ids than the model.
+    seed: of the weights.
+    dtype: of computation; the weights are float32.
+    remat: what the backward pass recomputes.
+  """
+
+  preset: str
+  shrink: int = 1
+  tokenizer: Vocabulary | None = None
+  seed: int = 0
+  dtype: str = "float32"
+  remat: Remat = "none"
+
+  def __post_init__(self):
+    vision_presets.preset(self.preset)
+
+  def load(self, shardings: Callable[[Any], Any] | None = None) -> Loaded:
+    """Returns the model, random weights, and the tokenizer.
+
+    Args:
+      shardings: abstract parameters -> their shardings, on which the values do
+        not depend.
+    """
+    row = vision_presets.preset(self.preset).reduced(self.shrink)
+    model = row.model(self.dtype).clone(remat=self.remat)
+    key, places = jax.random.key(self.seed), None
+    if shardings is not None:
+      places = shardings(jax.eval_shape(model.init, key))
+    return Loaded(
+      model=model,
+      params=jax.jit(model.init, out_shardings=places)(key),
+      tokenizer=None if self.tokenizer is None else self.tokenizer.load(),
+      source={"format": "fresh", "preset": self.preset, "seed": self.seed},
+      preprocessor=row.preprocessor,
+    )

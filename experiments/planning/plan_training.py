@@ -13,7 +13,7 @@ import jax
 
 from experiments.core import cli
 from experiments.core.experiment import Experiment
-from experiments.planning import abstract_step
+from experiments.planning import abstract_step, towers
 from research import progress, sharding, tree, weights
 from research.lora.diagnosis import memory
 from research.optim.low_rank.layerwise import Layerwise
@@ -48,6 +48,8 @@ def plan(
   found = _before_compiling(experiment, abstract, topology)
   cli.say(_table(experiment, abstract))
   cli.say(_summary(found))
+  if found["towers"]:
+    cli.say(towers.describe(found["towers"]))
   by_arithmetic = arithmetic(experiment, abstract)
   if by_arithmetic is not None:
     found["predicted_bytes"] = by_arithmetic.total
@@ -142,6 +144,7 @@ def _before_compiling(
     "tokens": abstract.tokens,
     "predicted_argument_bytes": sharding.bytes_per_device(arguments, where),
     "model_flops": model_flops(abstract, experiment),
+    "towers": towers.shares(abstract),
   }
 
 

@@ -24,17 +24,21 @@ class Bpe:
 
   Attributes:
     documents: training documents; use the training split only.
-    size: vocabulary size, including the 256 bytes and `END`.
+    size: vocabulary size, including the 256 bytes and special tokens.
+    special: special tokens beside `END`, such as those around images.
   """
 
   documents: Documents
   size: int = 4096
+  special: tuple[str, ...] = ()
 
   def __post_init__(self):
-    if self.size < 257:
+    least = 257 + len(self.special)
+    if self.size < least:
       raise UserError(
-        f"Bpe.size: found {self.size}, expected at least 257: the bytes and"
-        f" {END}."
+        f"Bpe.size: found {self.size}, expected at least {least}: the bytes,"
+        f" {', '.join((END, *self.special[:3]))}"
+        f"{' ...' if len(self.special) > 3 else ''}."
       )
 
   def load(self) -> Tokenizer:
@@ -46,7 +50,7 @@ class Bpe:
       (self.documents[i] for i in range(len(self.documents))),
       trainers.BpeTrainer(
         vocab_size=self.size,
-        special_tokens=[END],
+        special_tokens=[END, *self.special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
       ),

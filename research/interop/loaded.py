@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from flax import linen as nn
+
 from research.interop.diffusion import spec
 from research.nn.transformer import Transformer
 from research.typing import Params
@@ -21,7 +23,7 @@ class Loaded:
   """A model and what came with it.
 
   Attributes:
-    model: how to compute.
+    model: how to compute; one tower's module for a transform of that tower.
     params: the weights.
     tokenizer: a `research.text.tokenizer.Tokenizer`, or None.
     source: where it came from: `format`, `path`, and whatever else is known.
@@ -30,7 +32,7 @@ class Loaded:
     preprocessor: what becomes of images; None for models without eyes.
   """
 
-  model: Transformer | VisionLanguageModel
+  model: Transformer | VisionLanguageModel | nn.Module
   params: Params
   tokenizer: Any
   source: dict[str, Any]

@@ -6,6 +6,7 @@ independently of the scanned runs that store them: `layers/3/attention/q`,
 since a scan needs equal layers.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 from research import tree, weights
 from research.lora.adapted import AdaptedBias, AdaptedTensor
 from research.lora.method import Arrays, Method
-from research.typing import Params, UserError
+from research.typing import Params, PRNGKey, UserError
 
 TRAINABLE = r"(^|/)trained/"
 """Paths of the adapters' trained arrays, for `tree.partition`."""
@@ -188,6 +189,16 @@ def merge(params: Params) -> Any:
   of a small update (research/lora/MATH.md 2.4), which fp32 weights keep.
   """
   return _replaced(params, AdaptedTensor | AdaptedBias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+  """Transform after a stage: what `merge` does, for `Experiment.after`."""
+
+  def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
+    """Returns the tree with every adapter merged into its base."""
+    del key
+    return merge(params)
 
 
 def merge_biases(params: Params) -> Any:

@@ -50,6 +50,25 @@ def linear(
   return _warmed(peak, warmup, decay)
 
 
+def rsqrt(peak: Number, warmup: int = 0, timescale: int = 10_000) -> Schedule:
+  """Returns a schedule without an end: warm-up, then one over a root.
+
+  `peak / sqrt(1 + n / timescale)` at n steps after the warm-up, as big_vision
+  has it (Zhai et al. 2022, arXiv:2106.04560, section 3.5).
+
+  Args:
+    peak: the highest rate.
+    warmup: steps of linear warm-up.
+    timescale: steps after which the rate is `peak / sqrt(2)`.
+  """
+  ranges.positive("schedule", timescale=timescale)
+
+  def decay(count):
+    return peak / jnp.sqrt(1 + jnp.maximum(count, 0) / timescale)
+
+  return _warmed(peak, warmup, decay)
+
+
 def wsd(
   peak: Number, steps: int, warmup: int = 0, decay: int = 0, final: Number = 0.0
 ) -> Schedule:

@@ -394,6 +394,22 @@ def test_quantization_shows_what_it_says(tmp_path, monkeypatch):
   assert 85e6 < file.stat().st_size < 95e6
 
 
+@pytest.mark.slow
+def test_vlm_counts_trains_and_asks(tmp_path, monkeypatch):
+  monkeypatch.setenv("TMPDIR", str(tmp_path))
+  notebook = ROOT / "colab" / "vlm.ipynb"
+  values, printed = _execute(notebook, ("table", "stages", "told"))
+  models = {row["model"]: row for row in values["table"]}
+  assert models["smolvlm-256m"]["views"] == 13
+  assert models["llava-1.5-7b"]["soft tokens"] == 576
+  align, tune = values["stages"].values()
+  assert align["trainable_parameters"] < tune["trainable_parameters"]
+  assert tune["perplexity_after"] < align["perplexity_after"]
+  assert align["perplexity_after"] < align["perplexity_before"]
+  assert len(values["told"]) == 6
+  assert "SplicedEmbedding" in printed and "shuffled" in printed
+
+
 # The first cell --------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from research import sharding, tree
+from research import sharding, tree, weights
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
 from research.nn.moe.routing import Routing
@@ -51,6 +51,19 @@ def test_experts_are_cut_over_their_own_axis():
   down = next(p for p in found if p.endswith("experts/down"))
   assert found[up] == P(None, "expert", "fsdp", "tensor")
   assert found[down] == P(None, "expert", "tensor", "fsdp")
+
+
+def test_keys_of_dropout_have_no_axes():
+  """They are bound to adapters in every step, and belong to no device."""
+  params = support.params(llama())
+  adapted = adapt.Adapt(method=LoRA(rank=4, dropout=0.5))(
+    params, jax.random.key(0)
+  )
+  bound = weights.bind(adapted, key=jax.random.key(1))
+  leaf = bound["run0"]["layer0"]["attention"]["q"]
+  names = ("layers", "width", "heads")
+  found = sharding.part_names(leaf, names)
+  assert found.w.names == names and found.key.names == ()
 
 
 def test_a_training_state_is_cut_like_its_parameters():

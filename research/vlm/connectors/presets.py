@@ -55,6 +55,9 @@ CONNECTORS: dict[str, Callable[[int, int], Any]] = {
   "smolvlm-2.2b": lambda size, features: Squares(
     side=3, inner=Linear(size=size, bias=False)
   ),
+  "nanovlm": lambda size, features: Squares(
+    side=2, inner=Linear(size=size, bias=False)
+  ),
   "internvl": _internvl,
   "qwen2-vl": _qwen2_vl,
   "qwen2.5-vl": lambda size, features: _qwen2_vl(

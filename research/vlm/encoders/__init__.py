@@ -6,7 +6,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "native": ["Patches"],
-    "presets": ["EncoderSizes", "clip", "clip_text", "siglip", "siglip_text"],
+    "presets": [
+      "EncoderSizes",
+      "clip",
+      "clip_text",
+      "rice",
+      "siglip",
+      "siglip_text",
+    ],
     "resize_positions": ["bicubic", "corner_aligned", "resized_positions"],
     "text": ["TextEncoder"],
     "vit": ["Features", "VisionTransformer"],

@@ -6,6 +6,7 @@ from research.nn.attention import Attention
 from research.nn.block import Block
 from research.nn.mlp import Activation, PlainMlp
 from research.nn.norm import LayerNorm
+from research.nn.rope import Rope, Spatial
 from research.nn.stack import Stack
 from research.vlm.encoders.pooling import AttentionPooling, ClassPooling
 from research.vlm.encoders.positions import PositionTable
@@ -53,18 +54,19 @@ def _clip(sizes: EncoderSizes) -> EncoderSizes:
   )
 
 
-def encoder_stack(sizes: EncoderSizes) -> Stack:
+def encoder_stack(sizes: EncoderSizes, rope: Rope | None = None) -> Stack:
   """Returns pre-norm layers with full attention and biases everywhere.
 
   Args:
     sizes: with norms and activation.
+    rope: rotations of queries and keys.
   """
   block = Block(
     attention=Attention(
       heads=sizes.heads,
       kv_heads=sizes.heads,
       head_dim=sizes.width // sizes.heads,
-      rope=None,
+      rope=rope,
       qkv_bias=True,
       out_bias=True,
     ),
@@ -115,6 +117,30 @@ def clip(sizes: EncoderSizes, *, size: int | None = None) -> VisionTransformer:
     input_norm=LayerNorm(eps=sizes.eps),
     norm=LayerNorm(eps=sizes.eps),
     pooling=None if size is None else ClassPooling(size),
+  )
+
+
+def rice(sizes: EncoderSizes) -> VisionTransformer:
+  """Returns RICE's image tower (Xie et al. 2025, arXiv:2507.20025).
+
+  CLIP's, rotated by row and column in place of learned positions, so that it
+  takes images of any shape. Without a class token and a final norm, as language
+  models use it.
+
+  Args:
+    sizes: of the tower; `grid` is not used.
+  """
+  sizes = dataclasses.replace(
+    sizes, eps=sizes.eps or 1e-5, activation=sizes.activation or "gelu"
+  )
+  return VisionTransformer(
+    width=sizes.width,
+    patch=sizes.patch,
+    stack=encoder_stack(sizes, Rope(axes=Spatial())),
+    positions=None,
+    patch_bias=False,
+    input_norm=LayerNorm(eps=sizes.eps),
+    norm=None,
   )
 
 

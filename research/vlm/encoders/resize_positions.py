@@ -63,7 +63,7 @@ def resized_positions(
   interpolation: Interpolation = corner_aligned,
   class_token: bool = False,
 ) -> Float[Array, "M D"]:
-  """Returns a table of positions for another grid, computed in fp64.
+  """Returns a table of positions for another grid, computed in fp32.
 
   Args:
     table: a vector for each cell of the grid, row by row.
@@ -84,13 +84,17 @@ def resized_positions(
     )
   if old == new:
     return table
-  values = np.asarray(table).astype(np.float64)
-  own, cells = values[:class_token], values[class_token:]
+  own, cells = table[:class_token], table[class_token:]
   rows, columns = (
-    interpolation(*sides) for sides in zip(old, new, strict=True)
+    jnp.asarray(interpolation(*sides), jnp.float32)
+    for sides in zip(old, new, strict=True)
   )
-  grid = np.einsum(
-    "ri,cj,ijd->rcd", rows, columns, cells.reshape(*old, -1), optimize=True
+  grid = jnp.einsum(
+    "ri,cj,ijd->rcd",
+    rows,
+    columns,
+    cells.astype(jnp.float32).reshape(*old, -1),
+    precision="highest",
   )
-  out = np.concatenate([own, grid.reshape(-1, values.shape[1])])
-  return jnp.asarray(out, table.dtype)
+  resized = grid.reshape(-1, table.shape[1]).astype(table.dtype)
+  return jnp.concatenate([own, resized])

@@ -279,21 +279,23 @@ def patchify(
   """Cuts images into patches, row by row.
 
   Args:
-    images: `[B, H, W, channels]`.
-    patch: side of a patch in pixels; divides H and W.
+    images: `[B, H, W, channels]`. What is left over at the right and below is
+      not seen, as a convolution has it: 6 of SigLIP's 384 pixels.
+    patch: side of a patch in pixels, at most H and W.
 
   Returns:
     `[B, (H / patch) (W / patch), patch * patch * channels]`; within a patch the
     order is row, column, channel.
   """
   batch, height, width, channels = images.shape
-  if height % patch or width % patch:
-    raise UserError(
-      f"patchify: found images of {height} x {width} pixels, expected multiples"
-      f" of the patch size {patch}"
-    )
   rows, columns = height // patch, width // patch
-  x = images.reshape(batch, rows, patch, columns, patch, channels)
+  if not rows or not columns:
+    raise UserError(
+      f"patchify: found images of {height} x {width} pixels, expected at least"
+      f" one patch of {patch} x {patch}"
+    )
+  x = images[:, : rows * patch, : columns * patch]
+  x = x.reshape(batch, rows, patch, columns, patch, channels)
   x = x.transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(batch, rows * columns, patch * patch * channels)
 

@@ -48,6 +48,8 @@ _QWEN2 = Preprocessor(
 PRESETS: Mapping[str, Preprocessor] = {
   "clip-vit-l-336": Preprocessor(CentreCrop(336, 336, patch=14), CLIP),
   "siglip-b-224": Preprocessor(Square(224, patch=16), HALF),
+  # LLaVA's class for SigLIP: bicubic, whatever SigLIP 2's file says.
+  "siglip2-so400m-384": Preprocessor(Square(384, patch=14), HALF),
   "siglip2-naflex": Preprocessor(NaFlex(256, patch=16), HALF),
   # Stage 1 crops; stage 2, and use, pads. (llava-hf's file crops.)
   "llava-1.5-stage1": Preprocessor(CentreCrop(336, 336, patch=14), CLIP),
@@ -81,6 +83,7 @@ PRESETS: Mapping[str, Preprocessor] = {
   "internvl": Preprocessor(InternVL(), IMAGENET, INTERNVL, "<IMG_CONTEXT>"),
   "qwen2-vl": _QWEN2,
   "qwen2.5-vl": _QWEN2,
+  "llava-onevision-1.5": _QWEN2,  # Qwen2.5-VL's processor
   "qwen3-vl": Preprocessor(
     Native(patch=16, merge=2, least=65_536, most=16_777_216), HALF, QWEN,
     "<|image_pad|>",

@@ -1,9 +1,12 @@
 """Run files of vision language models, built without weights."""
 
 import dataclasses
+import json
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from experiments.core import config, train_eval
 from experiments.core.from_scratch import FromScratch
@@ -12,6 +15,7 @@ from research import tree
 from research.nn.presets import Sizes
 from research.training.checkpoints.workdir import claim_workdir
 from research.vlm.model import TOWERS
+from tests import support_vlm
 
 SMOLLM2 = Sizes(
   vocab=49_152, width=576, depth=2, heads=9, kv_heads=3, head_dim=64, hidden=16
@@ -107,3 +111,31 @@ def test_a_run_over_images_of_any_number_has_a_program_a_bucket(
   assert sum(x["samples"] for x in result["buckets"].values()) == 120
   assert result["left_out"] == {} and result["perplexity_after"] > 0
   assert {"more", "count"} < set(result["answers"])
+
+
+def test_ten_rows_of_my_pictures_are_enough(tmp_path):
+  rng = np.random.default_rng(0)
+  lines = []
+  for i in range(10):
+    pixels = rng.integers(0, 256, (20 + i, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    line = dict(images=[f"{i}.png"], question=f"Which? {i}", answer=str(i))
+    lines.append(json.dumps(line) + "\n")
+  file = tmp_path / "questions.jsonl"
+  file.write_text("".join(lines))
+  run = config.read(
+    "runs/data/images.gin", [f"FILES={file}", f"FOLDER={tmp_path}"]
+  ).experiment
+  tokenizer = support_vlm.tokenizer()
+  parts = (run.data, run.validation, run.heldout)
+  rows = [row for data in parts for row in data.rows(tokenizer)]
+  # Each row is in one split: 16 placeholders, and an answer that counts.
+  assert len(rows) == 10
+  for row in rows:
+    assert (row["tokens"] == SMOLLM2.vocab).sum() == 16
+    assert row["weights"].sum() > 0
+    assert row["pixels"].shape == (1, 64, 64, 3)
+  # A hash decides: a split without any is left out, and said.
+  found = run.evaluations(tokenizer)
+  have = {"validation": run.validation, "heldout": run.heldout}
+  assert set(found) == {k for k, x in have.items() if len(x.samples)}

@@ -25,6 +25,11 @@ from research.typing import UserError
     (optim.cosine(2.0, 4, final=0.0), [2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5, 0]),
     (optim.wsd(2.0, 8, warmup=2, decay=4), [1, 2, 2, 2, 2, 1.5, 1, 0.5, 0]),
     (optim.wsd(2.0, 3), [2, 2, 2]),
+    # Three steps after the warm-up it is a root of 2 lower.
+    (
+      optim.rsqrt(2.0, warmup=2, timescale=3),
+      [1, 2, 2, 3**0.5, 2 * 0.6**0.5, 2**0.5],
+    ),
   ],
 )
 def test_schedules(schedule, want):

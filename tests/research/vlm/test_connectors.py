@@ -128,7 +128,9 @@ def test_attention_pool_by_its_formula():
 
 TOKENS = {
   **dict.fromkeys(("llava", "llava-1.5", "paligemma"), 144),
-  **dict.fromkeys(("internvl", "qwen2-vl", "qwen2.5-vl", "molmo"), 36),
+  **dict.fromkeys(
+    ("internvl", "nanovlm", "qwen2-vl", "qwen2.5-vl", "molmo"), 36
+  ),
   **{"smolvlm-256m": 9, "smolvlm-2.2b": 16, "gemma3": 9},
   **{"flamingo": 64, "blip-2": 32},
 }

@@ -36,7 +36,7 @@ def test_corner_aligned_is_big_visions(old, new):
   zoom = (new[0] / old[0], new[1] / old[1], 1)
   expected = ndimage.zoom(grid, zoom, order=1)
   np.testing.assert_allclose(
-    found, expected.reshape(found.shape), rtol=1e-6, atol=1e-6
+    found, expected.reshape(found.shape), rtol=1e-6, atol=3e-6
   )
 
 
@@ -51,7 +51,8 @@ def test_bicubic_is_transformers(grid):
     interpolation=bicubic,
     class_token=True,
   )
-  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+  # Two sums of four numbers up to 3 in fp32.
+  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=3e-6)
   np.testing.assert_array_equal(found[0], before[0])
 
 

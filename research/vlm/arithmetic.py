@@ -1,0 +1,259 @@
+"""What an image costs a model: views, tokens, FLOPs, bytes; before any compile.
+
+A product of [n, a] and [a, b] is 2 n a b FLOPs. A layer's scores and their
+product with values are 4 N H for each pair of a query and a key it sees. Norms,
+activations and softmax are not counted.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection
+
+import jax
+
+from research.nn.attention import Attention
+from research.nn.block import Block
+from research.nn.mlp import Mlp
+from research.nn.moe import Moe
+from research.nn.transformer import Transformer
+from research.typing import UserError
+from research.vlm.encoders.vit import CHANNELS
+from research.vlm.images.plan import Plan
+from research.vlm.images.preprocessor import describe
+from research.vlm.images.prompts import token_count
+from research.vlm.masks import BidirectionalPrompt
+from research.vlm.model import VisionLanguageModel
+from research.vlm.presets import Preset
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageCost:
+  """What one image costs.
+
+  Attributes:
+    height, width: of the image, in pixels.
+    views: how many images the encoder sees.
+    patches: of a view, which the encoder reads.
+    soft_tokens: positions that features take in the prompt.
+    wrapper_tokens: positions of what stands around them; words do not count.
+    text_tokens: of the question.
+    total_tokens: all of them, which the language model reads.
+    encoder_flops: of all views.
+    connector_flops: of all views.
+    language_flops: of the prompt's layers, without the head.
+    head_flops: of the logits of one token.
+    kv_bytes: keys and values of the prompt.
+  """
+
+  height: int
+  width: int
+  views: int
+  patches: int
+  soft_tokens: int
+  wrapper_tokens: int
+  text_tokens: int
+  total_tokens: int
+  encoder_flops: float
+  connector_flops: float
+  language_flops: float
+  head_flops: float
+  kv_bytes: int
+
+  @property
+  def encoder_share(self) -> float:
+    """The encoder's share of all FLOPs before the first token."""
+    rest = self.connector_flops + self.language_flops + self.head_flops
+    return self.encoder_flops / (self.encoder_flops + rest)
+
+
+def image_cost(
+  preset: Preset, height: int, width: int, text: int = 0, kv_width: int = 2
+) -> ImageCost:
+  """Returns what an image of this size costs a published model.
+
+  Args:
+    preset: the model.
+    height: of the image, upright, in pixels.
+    width: of the image.
+    text: tokens of the question.
+    kv_width: bytes of a number in the cache of keys and values.
+
+  Raises:
+    UserError: the image is refused, see `Tiling.plan`.
+  """
+  plan = preset.preprocessor.plan(height, width)
+  model = preset.model()
+  pieces = preset.preprocessor.pieces(plan)
+  tokens = token_count(pieces)
+  total = tokens + text
+  mask = model.mask
+  both_ways = preset.diffusion or isinstance(mask, BidirectionalPrompt)
+  return ImageCost(
+    height=height,
+    width=width,
+    views=plan.views,
+    patches=plan.patches[0] * plan.patches[1],
+    soft_tokens=plan.soft_tokens,
+    wrapper_tokens=tokens - plan.soft_tokens,
+    text_tokens=text,
+    total_tokens=total,
+    encoder_flops=encoder_flops(model, plan),
+    connector_flops=connector_flops(model, plan),
+    language_flops=language_flops(model.language, total, both_ways=both_ways),
+    head_flops=2.0 * model.language.width * model.language.vocab_size,
+    kv_bytes=kv_cache_bytes(model.language, total, kv_width),
+  )
+
+
+def encoder_flops(model: VisionLanguageModel, plan: Plan) -> float:
+  """Returns the FLOPs of encoding an image.
+
+  Layers behind the last one that is a feature do not run.
+
+  Args:
+    model: whose encoder it is.
+    plan: of the image.
+  """
+  vision = model.vision
+  depth = max(
+    x + vision.stack.depth + 1 if x < 0 else x for x in model.features.layers
+  )
+  n = plan.patches[0] * plan.patches[1]
+  flops = 2.0 * n * vision.patch**2 * CHANNELS * vision.width
+  n += vision.class_token
+  kinds = vision.stack.kinds()[:depth]
+  flops += sum(_block(x, vision.width, n) for x in kinds)
+  flops += sum(_scores(x.attention, float(n * n)) for x in kinds)
+  return plan.views * flops
+
+
+def connector_flops(model: VisionLanguageModel, plan: Plan) -> float:
+  """Returns the FLOPs of a connector of matrices, for an image.
+
+  Args:
+    model: whose connector multiplies each soft token by all of its matrices, as
+      `connectors.projections` do.
+    plan: of the image.
+  """
+  shapes = jax.eval_shape(model.new_towers, jax.random.key(0))["connector"]
+  matrices = [x for x in jax.tree.leaves(shapes) if x.ndim == 2]
+  each = model.connector.tokens(plan.patches)
+  return 2.0 * plan.views * each * sum(math.prod(x.shape) for x in matrices)
+
+
+def language_flops(
+  model: Transformer, tokens: int, *, both_ways: bool = False
+) -> float:
+  """Returns the FLOPs of the layers for a prompt, without the head.
+
+  Args:
+    model: the language model.
+    tokens: of the prompt.
+    both_ways: whether its tokens see all of it; causal by default.
+
+  Raises:
+    UserError: it has layers of experts.
+  """
+  flops = 0.0
+  for block in model.layer_kinds():
+    if isinstance(block.mlp, Moe):
+      raise UserError("language_flops: found layers of experts, expected none")
+    pairs = float(tokens) ** 2
+    if not both_ways:
+      seen = min(block.attention.window or tokens, tokens)
+      pairs = seen * (seen + 1) / 2 + (tokens - seen) * seen
+    flops += _block(block, model.width, tokens)
+    flops += _scores(block.attention, pairs)
+  return flops
+
+
+def training_flops(
+  model: VisionLanguageModel,
+  plan: Plan,
+  tokens: int,
+  trained: Collection[str],
+) -> dict[str, float]:
+  """Returns the FLOPs of a training step for one row, by tower.
+
+  A pass backward costs as much as one forward for gradients of activations, and
+  again for those of weights. Nothing is recomputed. Logits are those of all
+  tokens.
+
+  Args:
+    model: the model.
+    plan: of the row's images.
+    tokens: of the row, images included.
+    trained: names of towers that have trained weights.
+  """
+  both_ways = isinstance(model.mask, BidirectionalPrompt)
+  language = language_flops(model.language, tokens, both_ways=both_ways)
+  language += 2.0 * tokens * model.language.width * model.language.vocab_size
+  once = {
+    "vision": encoder_flops(model, plan),
+    "connector": connector_flops(model, plan),
+    "language": language,
+  }
+  passes, through = {}, False
+  for name in once:
+    # Gradients go through what comes after something that is trained.
+    passes[name] = 3 if name in trained else 1 + through
+    through = through or name in trained
+  return {name: passes[name] * flops for name, flops in once.items()}
+
+
+def kv_cache_bytes(model: Transformer, tokens: int, width: int = 2) -> int:
+  """Returns the bytes of keys and values of a prompt.
+
+  Args:
+    model: the language model; layers with a window keep no more than it.
+    tokens: of the prompt.
+    width: bytes of a number.
+  """
+  return sum(
+    2
+    * block.attention.kv_heads
+    * block.attention.head_dim
+    * min(block.attention.window or tokens, tokens)
+    * width
+    for block in model.layer_kinds()
+  )
+
+
+def _block(block: Block, width: int, tokens: int) -> float:
+  """Returns the FLOPs of a layer's matrices."""
+  attention, mlp = block.attention, block.mlp
+  heads = 2 * (attention.heads + attention.kv_heads)
+  matrices = 3 if isinstance(mlp, Mlp) else 2
+  rows = heads * attention.head_dim + matrices * mlp.hidden
+  return 2.0 * tokens * width * rows
+
+
+def _scores(attention: Attention, pairs: float) -> float:
+  return 4.0 * attention.heads * attention.head_dim * pairs
+
+
+def describe_cost(
+  preset: Preset, cost: ImageCost, name: str = "image", kv_width: int = 2
+) -> str:
+  """Returns a text of what an image costs a model.
+
+  Args:
+    preset: the model.
+    cost: of the image, from `image_cost`.
+    name: of the preset, for the first line.
+    kv_width: bytes of a number in the cache, as for `image_cost`.
+  """
+  of_image = describe(preset.preprocessor, cost.height, cost.width, name)
+  encoder, language = cost.encoder_flops / 1e12, cost.language_flops / 1e12
+  lines = [
+    of_image,
+    f"  with a question of {cost.text_tokens} tokens: {cost.total_tokens}",
+    f"  encoder         {encoder:.3g} TFLOP, {cost.encoder_share:.0%} of all"
+    " before the first token",
+    f"  connector       {cost.connector_flops / 1e12:.3g} TFLOP",
+    f"  language model  {language:.3g} TFLOP, and {cost.head_flops / 1e9:.3g}"
+    " GFLOP for the logits of a token",
+    f"  keys and values {cost.kv_bytes / 2**20:.4g} MiB at {kv_width} bytes a"
+    " number",
+  ]
+  return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""The same model for larger images: its position table on another grid."""
+
+import dataclasses
+
+from research.typing import Params, UserError
+from research.vlm.encoders.resize_positions import (
+  Interpolation,
+  corner_aligned,
+  resized_positions,
+)
+from research.vlm.model import VisionLanguageModel
+
+
+def at_resolution(
+  model: VisionLanguageModel,
+  params: Params,
+  pixels: int,
+  interpolation: Interpolation = corner_aligned,
+) -> tuple[VisionLanguageModel, Params]:
+  """Returns a model and its parameters for square images of another size.
+
+  Args:
+    model: whose encoder has a table of positions.
+    params: its parameters.
+    pixels: along each side of the new images.
+    interpolation: of the table, see `encoders.resize_positions`.
+
+  Raises:
+    UserError: the encoder has no table.
+  """
+  table = model.vision.positions
+  if table is None:
+    raise UserError(
+      "at_resolution: found an encoder without a table of positions; it takes"
+      " images of any size as it is"
+    )
+  side = pixels // model.vision.patch
+  grid = (side, side)
+  vision = model.vision.clone(positions=table.clone(rows=side, columns=side))
+  resized = resized_positions(
+    params["vision"]["positions"]["table"],
+    (table.rows, table.columns),
+    grid,
+    interpolation=interpolation,
+    class_token=model.vision.class_token,
+  )
+  inside = params["vision"] | {"positions": {"table": resized}}
+  return (
+    dataclasses.replace(model, vision=vision),
+    {**params, "vision": inside},
+  )

@@ -1,0 +1,82 @@
+"""What images cost: the literature's figures, and what traced programs do."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from research.planning import flops
+from research.vlm import arithmetic
+from research.vlm.presets import PRESETS
+
+
+def test_smolvlm_spends_most_on_its_encoder():
+  """17 views of 512 pixels: 3.65 TFLOP, and 0.24 for 1,127 tokens."""
+  preset = PRESETS["smolvlm-256m"]
+  cost = arithmetic.image_cost(preset, 386, 386)
+  assert (cost.views, cost.patches) == (17, 1024)
+  assert (cost.soft_tokens, cost.total_tokens) == (1088, 1127)
+  assert cost.encoder_flops == pytest.approx(3.65e12, rel=0.01)
+  scores = 4 * 30 * 9 * 64 * 1127 * 1128 / 2
+  assert cost.language_flops - scores == pytest.approx(0.24e12, rel=0.01)
+  # 23 KB a token in bfloat16.
+  assert cost.kv_bytes == 1127 * 30 * 2 * 3 * 64 * 2
+  text = arithmetic.describe_cost(preset, cost, "smolvlm-256m")
+  assert "17 of 512 x 512" in text
+  assert f"encoder         {cost.encoder_flops / 1e12:.3g} TFLOP" in text
+
+
+def test_llava_spends_most_on_its_language_model():
+  cost = arithmetic.image_cost(PRESETS["llava-1.5-7b"], 480, 640, text=50)
+  assert (cost.views, cost.patches, cost.total_tokens) == (1, 576, 626)
+  # 0.35 TFLOP of matrices in 24 layers, of which 23 run, and the scores.
+  scores = 4 * 23 * 16 * 64 * 577**2
+  linear = cost.encoder_flops - scores
+  assert linear == pytest.approx(0.35e12 * 23 / 24, rel=0.01)
+  assert cost.language_flops == pytest.approx(8.2e12, rel=0.02)
+  assert cost.encoder_share < 0.05
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "llava-1.5-7b",
+    "nanovlm-222m",
+    "paligemma-3b-224",
+    "llava-onevision-1.5-4b",
+  ],
+)
+def test_products_are_those_of_the_traced_program(name):
+  """Of towers whose scores fit one tile, which the trace counts."""
+  preset = PRESETS[name].reduced(8)
+  model = preset.model()
+  plan = preset.preprocessor.plan(300, 200)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  pixels = jax.ShapeDtypeStruct((1, plan.views, *plan.view, 3), jnp.uint8)
+  want = arithmetic.encoder_flops(model, plan)
+  want += arithmetic.connector_flops(model, plan)
+  got = flops.count_flops(model.encode, shapes, pixels)
+  assert got == pytest.approx(want, rel=1e-6)
+
+  tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+
+  def hidden(params, tokens):
+    return model.language.apply({"params": params}, tokens)[0]
+
+  # A tile is computed whole, whatever of it a causal mask hides.
+  want = arithmetic.language_flops(model.language, 64, both_ways=True)
+  got = flops.count_flops(hidden, shapes["language"], tokens)
+  assert got == pytest.approx(want, rel=1e-6)
+
+
+def test_training_costs_three_passes_where_weights_are_trained():
+  """A frozen tower is passed once, or twice where gradients go through it."""
+  model = PRESETS["llava-1.5-7b"].model()
+  plan = PRESETS["llava-1.5-7b"].preprocessor.plan(336, 336)
+  once = arithmetic.encoder_flops(model, plan)
+  found = [
+    arithmetic.training_flops(model, plan, 2048, trained)
+    for trained in (("connector",), ("connector", "language"))
+  ]
+  assert [x["vision"] for x in found] == [once, once]
+  assert found[1]["language"] == pytest.approx(1.5 * found[0]["language"])
+  assert found[0]["connector"] == 3 * arithmetic.connector_flops(model, plan)

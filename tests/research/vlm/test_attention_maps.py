@@ -1,0 +1,97 @@
+"""Attention weights: values weighted by them are what the kernels return."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.masks import Mask
+from research import tree, weights
+from research.typing import UserError
+from research.vlm import attention_maps, splice
+from research.vlm.images.plan import Plan
+from tests import support, support_vlm
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _both(model, params, tokens, layer, mask, found):
+  """Returns a layer's attention: the kernels', and values weighted by these."""
+  x = weights.take(params["embed"], tokens)
+  x = x * jnp.asarray(model.embed_scale, x.dtype)
+  positions = jnp.arange(x.shape[1])[None]
+  blocks = list(zip(model.layer_kinds(), tree.layers(params), strict=True))
+  for block, own in blocks[:layer]:
+    rotation = block.attention.rope.tables(positions, block.attention.head_dim)
+    x, *_ = block.apply({"params": own}, x, positions, mask, rotation)
+  block, own = blocks[layer]
+  a, matrices = block.attention, {"params": own["attention"]}
+  normed = block.norm.apply({"params": own["attention_norm"]}, x)
+  rotation = a.rope.tables(positions, a.head_dim)
+  want, _ = a.apply(matrices, normed, positions, mask, rotation)
+  _, _, v = a.apply(matrices, normed, rotation, method="heads_of")
+  v = jnp.repeat(v, a.heads // a.kv_heads, axis=2)
+  y = jnp.einsum("bnts,bsnh->btnh", found, v).reshape(*x.shape[:2], -1)
+  return want, y @ own["attention"]["o"]
+
+
+def _check(model, params, tokens, layer, mask):
+  found = attention_maps.attention_weights(model, params, tokens, layer, mask)
+  want, got = _both(model, params, tokens, layer, mask, found)
+  np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
+  return np.asarray(found)
+
+
+def test_weighted_values_are_the_layers_attention():
+  """Behind an image, whose tokens see each other; heads share keys."""
+  model, params = support_vlm.model(), support_vlm.params()
+  rng = np.random.default_rng(0)
+  soft = jnp.asarray(rng.normal(size=(1, 4, 32)), jnp.float32)
+  sees = splice.with_features(params["language"], soft, support_vlm.IMAGE)
+  tokens = jnp.asarray([[support_vlm.IMAGE] * 4 + [5, 6, 7, 8]])
+  mask = Mask.prefix_lm(jnp.asarray([6]))
+  found = _check(model.language, sees, tokens, 2, mask)
+  seen = np.asarray(mask.visible(8, 8))[:, None]
+  assert ((found > 0) == seen).all()
+
+
+def test_a_window_and_a_soft_cap_are_the_layers():
+  """Gemma 2's: windowed layers see the window, and scores are capped."""
+  model = support.model("gemma2")
+  a = model.layer_kinds()[0].attention
+  assert a.softcap and a.window < 8
+  tokens = support.tokens(batch=1, length=8)
+  found = _check(model, support.params(model), tokens, 0, Mask.causal())
+  seen = np.asarray(Mask.causal((a.window - 1, None)).visible(8, 8))
+  assert ((found > 0) == seen[:, None]).all()
+
+
+def test_weights_lie_on_the_images_grids():
+  """Two images: one of two grids, and one whose rows have learned ends."""
+
+  def plan(grids, row_ends=0):
+    return Plan(
+      size=(8, 8), content=(8, 8), canvas=(8, 8), rows=0, columns=0,
+      views=len(grids), view=(8, 8), patches=(2, 2), grids=grids,
+      row_ends=row_ends,
+    )  # fmt: skip
+
+  plans = [plan(((2, 3), (1, 2))), plan(((1, 1), (2, 2)), row_ends=2)]
+  tokens = np.array([9, *[7] * 8, 9, 9, *[7] * 7, 9])
+  row = np.arange(len(tokens), dtype=np.float32)
+  first, second = attention_maps.over_images(row, tokens, 7, plans)
+  np.testing.assert_array_equal(first[0], [[1, 2, 3], [4, 5, 6]])
+  np.testing.assert_array_equal(first[1], [[7, 8]])
+  np.testing.assert_array_equal(second[0], [[11]])
+  np.testing.assert_array_equal(second[1], [[12, 13], [15, 16]])
+  with pytest.raises(UserError, match="found 15 placeholders, expected 8"):
+    attention_maps.over_images(row, tokens, 7, plans[:1])
+
+
+def test_a_layer_that_is_not_there():
+  model, params = support_vlm.model(), support_vlm.params()
+  with pytest.raises(UserError, match="layer 3, expected one of 3"):
+    attention_maps.attention_weights(
+      model.language, params["language"], jnp.zeros((1, 2), jnp.int32), 3
+    )
