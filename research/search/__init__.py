@@ -11,6 +11,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
+    "cached_verifier": ["CachedVerifier"],
     "choose": ["BestOf", "Confident", "Majority", "Weighted", "answers_of"],
     "cost": ["Cached", "Causal", "Dense", "ModelCost", "model_cost"],
     "engine": ["Engine", "Path", "Verifier"],

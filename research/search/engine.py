@@ -15,7 +15,7 @@ import numpy as np
 from research.generation.decoding import Drawn
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
-from research.search.cost import Causal, ModelCost, model_cost
+from research.search.cost import Causal, model_cost
 from research.search.ledger import Ledger, prefill
 from research.typing import Float, Int, PRNGKey, UserError
 
@@ -52,16 +52,24 @@ class Path:
 
 @runtime_checkable
 class Verifier(Protocol):
-  """Scores steps; it has a state for each row, as the policy does.
+  """Scores steps; it has a state for each row, as the policy does."""
 
-  Attributes:
-    cost: of its forward pass; None for one that computes nothing to speak of.
-  """
+  def prompt_cost(self, tokens: int) -> Ledger:
+    """Returns what a prompt of so many tokens costs it."""
+    ...
 
-  @property
-  def cost(self) -> ModelCost | None: ...
+  def step_cost(self, start: int, tokens: int) -> Ledger:
+    """Returns what a step costs it.
 
-  def start(self, prompts: Sequence[Sequence[int]], copies: int) -> Any:
+    Args:
+      start: tokens before the step.
+      tokens: of the step.
+    """
+    ...
+
+  def start(
+    self, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int
+  ) -> Any:
     """Returns the state of `copies` rows for each prompt, read once."""
     ...
 
@@ -149,9 +157,9 @@ class Engine:
     ledgers = tuple(prefill(cost, len(prompt)) for prompt in prompts)
     judged = None
     if self.verifier is not None:
-      judged = self.verifier.start(prompts, copies)
+      judged = self.verifier.start(prompts, copies, max_new_tokens)
       ledgers = tuple(
-        ledger.alongside(_read_prompt(self.verifier.cost, len(prompt)))
+        ledger.alongside(self.verifier.prompt_cost(len(prompt)))
         for ledger, prompt in zip(ledgers, prompts, strict=True)
       )
     fresh = (True,) * len(paths)
@@ -327,9 +335,8 @@ class Engine:
         flops_policy=cost.forward(fed, Causal(start, fed), fed),
       )
       if self.verifier is not None:
-        now = now.alongside(
-          _read_step(self.verifier.cost, path.prompt + before, count)
-        )
+        read = self.verifier.step_cost(path.prompt + before, count)
+        now = now.alongside(read)
       ledgers[path.problem] += now
     seconds = time.perf_counter() - frontier.started
     prompts = {path.problem: path.prompt for path in frontier.paths}
@@ -354,19 +361,3 @@ def _scored(path: Path, score: Any, row: Int[np.ndarray, " C"]) -> Path:
       f" {len(path.steps)} steps, expected a number"
     )
   return dataclasses.replace(path, scores=(*path.scores, float(score)))
-
-
-def _read_prompt(cost: ModelCost | None, tokens: int) -> Ledger:
-  flops = 0 if cost is None else cost.forward(tokens, Causal(0, tokens), 0)
-  return Ledger(
-    verifier_prefill_tokens=0 if cost is None else tokens, flops_verifier=flops
-  )
-
-
-def _read_step(cost: ModelCost | None, start: int, tokens: int) -> Ledger:
-  if cost is None:
-    return Ledger()
-  return Ledger(
-    verifier_new_tokens=tokens,
-    flops_verifier=cost.forward(tokens, Causal(start, tokens), 1),
-  )

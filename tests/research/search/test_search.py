@@ -15,7 +15,7 @@ from research.generation.stepwise import Stepwise
 from research.generation.stepwise_paged import PagedStepwise
 from research.prm.scores.aggregate import Product
 from research.search import ledger as ledgers
-from research.search.cost import model_cost
+from research.search.cost import Causal, model_cost
 from research.search.engine import Engine
 from research.search.lookahead import Lookahead
 from research.search.step_search import Limits, StepSearch
@@ -59,7 +59,18 @@ class Arbitrary:
   cost: object = None
   value: object = score
 
-  def start(self, prompts, copies):
+  def prompt_cost(self, tokens):
+    if self.cost is None:
+      return ledgers.Ledger()
+    return ledgers.verification(self.cost, tokens, [])
+
+  def step_cost(self, start, tokens):
+    if self.cost is None:
+      return ledgers.Ledger()
+    read = self.cost.forward(tokens, Causal(start, tokens), 1)
+    return ledgers.Ledger(verifier_new_tokens=tokens, flops_verifier=read)
+
+  def start(self, prompts, copies, max_new_tokens):
     return [0] * (len(prompts) * copies)
 
   def read(self, state, paths, new):
