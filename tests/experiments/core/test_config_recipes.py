@@ -52,7 +52,7 @@ PUBLISHED = {
   },
   "smolvlm_256m": {
     "adapt": Stage(None, 1024, 1e-4, 2000, 1e-4, 25_750),
-    "all": Stage(None, 2048, 1e-4, 100, 1e-4, 3_000, 256_484_928),
+    "all": Stage(None, 2048, 1e-4, 100, 1e-4, 3_000),
     "instruct": Stage(None, 8192, 1e-4, 100, 1e-4, 2_000),
   },
   "paligemma_3b": {
