@@ -8,10 +8,10 @@ The content is made up; the layouts are those of
 * TRL: huggingface.co/docs/trl, dataset formats, stepwise supervision;
 * RLHFlow: github.com/RLHFlow/RLHF-Reward-Modeling, math-rm/README;
 * MATH-APS: github.com/openreasoner/openr, data/omegaPRM_v2 (`collect_*` of
-  omegaprm.py, `process_question` of run_omegaprm.py), docs/docs/datasets.md and
+  omegaprm.py, `process_question` of run_omegaprm.py), its docs (Datasets) and
   prm/code/test.json;
 * ProcessBench: github.com/QwenLM/ProcessBench, README;
-* PRMBench: github.com/ssmisya/PRMBench, docs/data_format.md;
+* PRMBench: github.com/ssmisya/PRMBench, docs, "Data Format";
 * GenPRM: huggingface.co/datasets/GenPRM/GenPRM-MATH-Data, dataset card;
 * ThinkPRM: huggingface.co/datasets/launch/thinkprm-1K-verification-cots, card.
 

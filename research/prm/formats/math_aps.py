@@ -3,7 +3,7 @@
 Layouts: github.com/openreasoner/openr. `data/omegaPRM_v2` writes one JSON
 object a problem, whose `reasoning_steps` are a flat list of prefixes or a tree;
 `prm/code` trains on `question`, `process` with tags, and `label`, where values
-above 0.5 are "+" (docs/docs/datasets.md). Values have no counts. A record of
+above 0.5 are "+" (its docs, "Datasets"). Values have no counts. A record of
 the first two has several solutions.
 """
 

@@ -1,6 +1,6 @@
 """PRMBench: solutions with errors of nine kinds put in (Song et al. 2025).
 
-Layout: github.com/ssmisya/PRMBench, docs/data_format.md. `error_steps` count
+Layout: github.com/ssmisya/PRMBench, docs, "Data Format". `error_steps` count
 from 1, and name every wrong step, not only the first.
 """
 

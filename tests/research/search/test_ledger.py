@@ -211,5 +211,5 @@ def test_what_has_no_formula_or_no_tokens_is_refused(cost):
   with pytest.raises(UserError, match="steps are not empty"):
     ledgers.verification(cost, 3, [[2, 2]])
   with pytest.raises(UserError, match="planning.flops"):
-    time = presets.TimeEmbedding(width=8, frequencies=8)
+    time = presets.TimeEmbedding(features=8, hidden=8, width=8)
     costs.model_cost(support.model("llama", time_embedding=time))
