@@ -95,7 +95,7 @@ def compilations(caplog, name):
 
 def test_as_many_programs_as_buckets(tmp_path, caplog):
   """Whatever the order and the number of steps, by JAX's own account."""
-  with jax.log_compiles():
+  with jax.log_compiles(), caplog.at_level(logging.INFO):
     run(tmp_path, 20)
   found = records(tmp_path)
   sizes = {r["train/tokens"] for r in found if "train/tokens" in r}
