@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import chex
 import jax
