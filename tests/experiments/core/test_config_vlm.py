@@ -74,10 +74,10 @@ def test_images_of_any_number_have_buckets():
   tokenizer = run.model.language.tokenizer.load()
   report = run.data.plan(tokenizer).report()
   assert not report["left_out"]
-  assert all(x["samples"] for x in report["buckets"].values())
+  assert all(x["tokens"] > 0.8 for x in report["buckets"].values())
   assert sum(x["samples"] for x in report["buckets"].values()) == 120
   training = run.data.training(tokenizer)
-  assert len(training.shapes) == len(run.data.buckets) == 3
+  assert len(training.shapes) == len(run.data.buckets) == 2
   for batch, _ in zip(training, range(6), strict=False):
     shapes = {k: x.shape for k, x in batch.items()}
     assert shapes in [
@@ -88,7 +88,6 @@ def test_images_of_any_number_have_buckets():
   assert largest.batch["tokens"].shape == (8, 116)
   assert [x["pixels"].shape[:2] for x in abstract.batches] == [
     (16, 2),
-    (4, 8),
     (4, 12),
   ]
   counts = {len(x.images) for x in run.answers.questions.samples[:6]}
@@ -106,7 +105,7 @@ def test_a_run_over_images_of_any_number_has_a_program_a_bucket(
   with jax.log_compiles():
     result = train_eval.train(read.experiment, folder)
   said = [record.getMessage() for record in caplog.records]
-  assert sum(x.startswith("Compiling jit(update)") for x in said) == 3
+  assert sum(x.startswith("Compiling jit(update)") for x in said) == 2
   assert sum(x["samples"] for x in result["buckets"].values()) == 120
   assert result["left_out"] == {} and result["perplexity_after"] > 0
   assert {"more", "count"} < set(result["answers"])

@@ -247,10 +247,12 @@ def batch_of(bucket, **changes):
 
 
 def assert_close(found, expected):
-  """Sums over a short model in another order, by each array's largest."""
+  """Sums over a short model in another order, by the largest of a tower."""
   pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+  largest = max(np.abs(y).max() for y in jax.tree.leaves(expected))
   for x, y in pairs:
-    size = 1e-3 + np.abs(y).max()
+    # Biases of keys change no softmax: their gradients are rounding.
+    size = np.abs(y).max() + 0.05 * largest
     np.testing.assert_allclose(x / size, y / size, rtol=0, atol=5e-5)
 
 
