@@ -133,7 +133,7 @@ def ours(row: str, folder: str) -> dict:
 
   from research.interop.load import load_model
   from research.optim import optim
-  from research.training import aot, state, step
+  from research.training import state, step
   from research.vlm import objective
 
   loaded = load_model(folder, towers="all")
@@ -172,8 +172,7 @@ def ours(row: str, folder: str) -> dict:
     return timed(lambda: jax.block_until_ready(forward(params, rows)))
   tx = optim.adamw(RATE, weight_decay=0.01, clip=None)
   now = state.create(loaded.params, ".", tx)
-  update = step.make_train_step(loss, tx)
-  run, _ = aot.compile_step(update, now, rows, key)
+  run = jax.jit(step.make_train_step(loss, tx), donate_argnums=0)
 
   def one():
     nonlocal now
