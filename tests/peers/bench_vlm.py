@@ -13,6 +13,7 @@ weights, the loss of the text's tokens. Both sides say their loss, which has to
 agree. Each measurement is a process of its own, and the sides alternate.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -171,13 +172,13 @@ def ours(row: str, folder: str) -> dict:
 
     return timed(lambda: jax.block_until_ready(forward(params, rows)))
   tx = optim.adamw(RATE, weight_decay=0.01, clip=None)
-  now = state.create(loaded.params, ".", tx)
-  update = step.make_train_step(loss, tx)
-  run, _ = aot.compile_step(update, now, rows, key)
+  start = state.create(loaded.params, ".", tx)
+  run, _ = aot.compile_step(step.make_train_step(loss, tx), start, rows, key)
+  frozen, now = start.frozen, dataclasses.replace(start, frozen=None)
 
   def one():
     nonlocal now
-    now, metrics = run(now, rows, key)
+    now, metrics = run(now, frozen, rows, key)
     return float(metrics["loss"])
 
   return timed(one)
