@@ -45,6 +45,7 @@ from research.diffusion.sampling.denoiser import NoCache
 from research.generation.sampling import GREEDY, Sampling
 from research.optim import optim
 from research.training import state, step
+from research.training.alignment.advantages import centered
 from research.training.reports import plots
 from research.typing import Array, Float, Int, Params, PRNGKey
 
@@ -285,7 +286,7 @@ def _batch(study, rows, rewards: Float[Array, " N"]) -> dict[str, Array]:
     "tokens": rows,
     "valid": jnp.ones(rows.shape, bool),
     "answer": jnp.broadcast_to(place > 0, rows.shape),
-    "advantage": grpo.advantages(groups).reshape(-1),
+    "advantage": centered(groups).reshape(-1),
   }
 
 
