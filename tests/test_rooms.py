@@ -24,7 +24,7 @@ ORDER = (  # what stands on a line may import what stands above it, and itself
   {"research.quant"},
   {"research.lora"},
   {"research.diffusion"},
-  {"research.vlm"},
+  {"research.vlm", "research.prm"},
   {"research.interop"},
   {"research.planning"},
   {"experiments"},
