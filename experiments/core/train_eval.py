@@ -108,7 +108,7 @@ def _train(
     lambda: data_fingerprint.claim(experiment, workdir)
   )
   data_fingerprint.check_context(experiment, built.loaded.model, tokenizer)
-  training = experiment.data.training(tokenizer, *context.share)
+  training = experiment.training(built, tokenizer)
   evaluations = experiment.evaluations(tokenizer)
   heldout = evaluations.pop("heldout", None)
 

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.core.experiment import Experiment
+from experiments.core.experiment import Experiment, RolloutData
 from research import sharding
 from research.interop.loaded import Loaded
 from research.training import aot, global_batch, state, step
 from research.training.objectives.objective import Batch
+from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,12 @@ def _at(x: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 def _batch(experiment: Experiment, tokenizer: Any, mesh: Mesh) -> Batch:
   data = experiment.data
+  if isinstance(data, RolloutData):
+    raise UserError(
+      f"data: found {type(data).__name__}, whose batches the policy samples;"
+      " expected rows of data.\nPlan the same model with a Pipeline of rows as"
+      " long as prompt and answer: a step costs the same."
+    )
   row = data.stream(tokenizer)[0]
   whole = experiment.mesh.batch(mesh)
   out = {}

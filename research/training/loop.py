@@ -3,7 +3,8 @@
 A run is a deterministic function of its config, data and seed. Ten steps are
 bitwise equal to five steps, a crash and five more, because a step's key is
 `fold_in(key(seed), step)` and the data iterator's position is saved with the
-state.
+state. Samples of the policy itself depend on parameters and step alone
+(`rollouts`).
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from jax.sharding import NamedSharding
 from research import sharding as shardings
 from research.io import folders
 from research.optim import ranges
-from research.training import evaluating, global_batch, memory, preemption
+from research.training import evaluating, memory, preemption
 from research.training.aot import StateTransform, compile_step
 from research.training.checkpoints import unevaluated
 from research.training.checkpoints.checkpoint import Checkpoints
@@ -30,6 +31,7 @@ from research.training.objectives.objective import Batch, Objective
 from research.training.reports import metrics as reports
 from research.training.reports.goodput import Goodput
 from research.training.reports.report import Report
+from research.training.rollouts import Rollouts, batch_source
 from research.training.state import TrainState
 from research.training.step import make_train_step
 from research.typing import PRNGKey, UserError
@@ -109,7 +111,7 @@ def fit(
   objective: Objective,
   tx: optax.GradientTransformation,
   state: TrainState,
-  training: Iterable[Batch],
+  training: Iterable[Batch] | Rollouts,
   config: TrainConfig,
   *,
   workdir: str | os.PathLike,
@@ -130,8 +132,8 @@ def fit(
     tx: the optimizer that `state` was created with.
     state: the initial state. Its trainable part is donated.
     training: endless batches of one shape, with this process's share of the
-      rows (`global_batch.share`). The iterator is checkpointed if it is one of
-      grain's.
+      rows (`global_batch.share`), whose iterator is checkpointed if it is one
+      of grain's; or `Rollouts`, which sample them from the parameters.
     config: duration and schedule.
     workdir: receives `metrics.jsonl`, `checkpoints/` and `profile/`.
     evaluations: name -> whole batches; metrics are written as `name/metric`.
@@ -151,7 +153,7 @@ def fit(
   workdir = folders.folder(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   clock, evaluation = Goodput(started_at), {}
-  points, batches = preemption.StopPoints(), iter(training)
+  points, batches = preemption.StopPoints(), batch_source(training, sharding)
   with contextlib.ExitStack() as stack:
     # --- restore ---
     folder = workdir / "checkpoints"
@@ -167,7 +169,7 @@ def fit(
     )
     with clock.doing("restore"):
       record_base(folder, state.frozen, source)
-      data = _resumable(batches)
+      data = batches.resumable
       state, resumed = checkpoints.restore_latest(state, data)
       state, left = unevaluated.restore(workdir, state, data, resumed)
     start = int(state.step)
@@ -199,7 +201,7 @@ def fit(
     def save(state: TrainState, found: dict[str, float] | None) -> None:
       with clock.doing("save"):
         report.flush()
-        checkpoints.save(state, _resumable(batches), found)
+        checkpoints.save(state, batches.resumable, found)
       report.write(int(state.step), clock.summary())
       points.unsaved(False)
 
@@ -222,9 +224,7 @@ def fit(
     key = _key(config.seed, sharding)
     if start < config.steps:
       with clock.doing("compile"):
-        # From another iterator: `batches` must not advance.
-        _, parts = global_batch.share(sharding)
-        first = global_batch.to_global(next(iter(training)), sharding, parts)
+        first = batches.first(state)
         step = make_train_step(objective, tx, config.accumulate, config.average)
         update, cost = compile_step(step, state, first, key, state_transforms)
       report.write(start, cost)
@@ -233,18 +233,20 @@ def fit(
 
     # --- train ---
     moving, frozen = dataclasses.replace(state, frozen=None), state.frozen
-    placed = global_batch.to_global_batches(batches, sharding)
     report.restart()
     for number in range(start + 1, config.steps + 1):
       last = number == config.steps
       looking = _looks(config, number, evaluations)
       with clock.doing("data"):
-        batch = next(placed)
+        batch = batches.next(
+          dataclasses.replace(moving, frozen=frozen), number - 1
+        )
       with clock.doing("step"), _traced(config, number - start, last, report):
         points.unsaved(True)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
           moving, values = update(moving, frozen, batch, key)
-        report.late.push(number, {**values, "tokens": _tokens(batch)})
+        more = {**batches.metrics, "tokens": _tokens(batch)}
+        report.late.push(number, {**values, **more})
         leaving = points.reached()
         saving = looking or _due(config.save_every, number, last or leaving)
         if saving:
@@ -258,7 +260,7 @@ def fit(
       if looking and leaving:
         with clock.doing("save"):
           report.flush()
-          unevaluated.save(workdir, moving, _resumable(batches))
+          unevaluated.save(workdir, moving, batches.resumable)
         leave(f"step {number} is saved, but for its evaluation")
       if saving:
         save(moving, found)
@@ -299,10 +301,6 @@ def _key(seed: int, sharding: NamedSharding | None) -> PRNGKey:
 
 def _due(every: int, number: int, last: bool) -> bool:
   return last or (every > 0 and number % every == 0)
-
-
-def _resumable(batches: Any) -> Any:
-  return batches if hasattr(batches, "set_state") else None
 
 
 def _tokens(batch: Batch) -> int:

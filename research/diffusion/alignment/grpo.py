@@ -21,6 +21,7 @@ from research.generation.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training.alignment.surrogate import Surrogate, grpo
 from research.training.objectives.objective import Batch, Sums
+from research.training.objectives.preference import Select, all_params
 from research.typing import (
   Array,
   Bool,
@@ -46,6 +47,7 @@ class GRPO:
     surrogate: the loss; d1 clips at 0.5, with beta 0.04.
     shift: see `denoiser.own_rows`.
     block, schedule: see `estimators.estimate`.
+    policy: selects the policy's parameters.
     rows: rows of logits held at a time.
   """
 
@@ -56,6 +58,7 @@ class GRPO:
   shift: bool = False
   block: int | None = None
   schedule: Schedule = Linear()
+  policy: Select = all_params
   rows: int = 256
 
   def estimate(
@@ -84,7 +87,7 @@ class GRPO:
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the surrogate's sums."""
-    params = weights.bind(params, key=key)
+    params = weights.bind(self.policy(params), key=key)
     answer = batch["answer"]
     new = self.estimate(
       params, batch["tokens"], batch["valid"], answer, batch["seed"]

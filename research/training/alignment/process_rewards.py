@@ -8,9 +8,9 @@ two choices, each a value:
   baseline   what is subtracted: nothing, the others' mean, or the group's
 
 `as_given` with `StandardizedSteps` is GRPO with process supervision (Shao et
-al. 2024, arXiv:2402.03300, section 4.1.3). `SoftMin` with `others_per_step` is PURE
-(Cheng et al. 2025, arXiv:2504.15275): an answer is worth its worst step, so the
-sum of future rewards, which pays for more steps, becomes their minimum.
+al. 2024, arXiv:2402.03300, section 4.1.3). `SoftMin` with `others_per_step` is
+PURE (Cheng et al. 2025, arXiv:2504.15275): an answer is worth its worst step,
+so the sum of future rewards, which pays for more steps, becomes their minimum.
 """
 
 import dataclasses
