@@ -45,6 +45,8 @@ Shardings = Any
 AXES: tuple[tuple[str, Names], ...] = (
   (r"(^|/)embed$", ("vocab", "width")),
   (r"(^|/)head$", ("width", "vocab")),
+  # A scalar head has one or two outputs.
+  (r"(^|/)score/out$", ("width", None)),
   (r"attention/q$", ("width", "heads")),
   (r"attention/[kv]$", ("width", "kv_heads")),
   (r"attention/o$", ("heads", "width")),

@@ -5,7 +5,7 @@ It holds everything that a run depends on. A gin file describes one
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -24,7 +24,8 @@ from research.sharding import Layout
 from research.training import state
 from research.training.aot import StateTransform
 from research.training.loop import TrainConfig
-from research.training.objectives.objective import Objective
+from research.training.objectives.objective import Batch, Objective
+from research.training.rollouts import Rollouts
 from research.typing import Params, PRNGKey
 
 SINGLE_DEVICE = DeviceContext()
@@ -53,6 +54,15 @@ class AbstractSource(Protocol):
   """A source that knows the shapes of its weights without reading them."""
 
   def load_abstract(self) -> Loaded: ...
+
+
+@runtime_checkable
+class RolloutData(Protocol):
+  """Data that the policy samples itself, see `training.rollouts`."""
+
+  def with_objective(self, objective: Any) -> Rollouts:
+    """Returns the rollouts of an objective that has its model."""
+    ...
 
 
 @runtime_checkable
@@ -136,7 +146,7 @@ class Experiment:
       `state_transforms` change and which checkpoints keep, or None.
     objective: the loss; the loaded model is put into its field `model`.
     optimizer: an optax chain over the trainable part.
-    data: what is trained on.
+    data: what is trained on: rows, or rollouts of the policy.
     plan: how long to train, and when to evaluate and save.
     validation: what the best checkpoint is chosen by, or None.
     heldout: what the result is measured on, before and after, or None.
@@ -156,7 +166,7 @@ class Experiment:
   model: Source
   optimizer: optax.GradientTransformation
   objective: Objective
-  data: Data
+  data: Data | RolloutData
   plan: TrainConfig
   transforms: tuple[Transform, ...] = ()
   trainable: str = "."
@@ -223,6 +233,19 @@ class Experiment:
       validation=one(self.validation),
       heldout=one(self.heldout),
     )
+
+  def training(
+    self, built: "Built", tokenizer: Any
+  ) -> Iterable[Batch] | Rollouts:
+    """Returns what the loop trains on.
+
+    Args:
+      built: from `build`.
+      tokenizer: of its model.
+    """
+    if isinstance(self.data, RolloutData):
+      return self.data.with_objective(built.objective)
+    return self.data.training(tokenizer, *built.context.share)
 
   def finished(self, params: Params) -> Params:
     """Returns trained weights after the transforms of `after`."""

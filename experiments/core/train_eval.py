@@ -109,7 +109,7 @@ def _train(
     lambda: data_fingerprint.claim(experiment, workdir)
   )
   data_fingerprint.check_context(experiment, built.loaded.model, tokenizer)
-  training = experiment.data.training(tokenizer, *context.share)
+  training = experiment.training(built, tokenizer)
   for name, bucket in _data_report(training).get("buckets", {}).items():
     artifacts.log(f"batches of {name}: {bucket}")
   evaluations = experiment.evaluations(tokenizer)

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.core.experiment import Experiment
+from experiments.core.experiment import Experiment, RolloutData
 from research import sharding
 from research.interop.loaded import Loaded
 from research.training import aot, global_batch, state, step
 from research.training.objectives.objective import Batch
+from research.typing import UserError
 from research.vlm.buckets import BucketedQuestions
 
 
@@ -123,6 +124,12 @@ def _batches(
 ) -> tuple[Batch, ...]:
   """Returns the shapes of batches, one for each bucket."""
   data, whole = experiment.data, experiment.mesh.batch(mesh)
+  if isinstance(data, RolloutData):
+    raise UserError(
+      f"data: found {type(data).__name__}, whose batches the policy samples;"
+      " expected rows of data.\nPlan the same model with a Pipeline of rows as"
+      " long as prompt and answer: a step costs the same."
+    )
   if isinstance(data, BucketedQuestions):
     shapes = data.training(tokenizer).shapes
   else:

@@ -1,8 +1,9 @@
-"""Process reward models: data with labels of steps, and scores of steps.
+"""Process reward models: models that judge every step of an answer.
 
-`formats/` reads and writes the published layouts, `labels/` derives labels from
-rollouts and oracles, `scores/` aggregates, calibrates and evaluates. Nothing
-here needs a model, or JAX.
+`formats/` reads and writes the published layouts of labelled steps, `labels/`
+derives labels from rollouts and oracles, `scores/` aggregates, calibrates and
+evaluates: none of these needs a model, or JAX. `model` has reward models on any
+backbone, `objective` their losses.
 """
 
 import lazy_loader
@@ -11,5 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "labelled": ["LabelledSolution"],
+    "model": ["GenerativeReward", "RewardModel"],
+    "objective": ["StepReward"],
   },
 )

@@ -3,14 +3,15 @@
 A run is a deterministic function of its config, data and seed. Ten steps are
 bitwise equal to five steps, a crash and five more, because a step's key is
 `fold_in(key(seed), step)` and the data iterator's position is saved with the
-state.
+state. Samples of the policy itself depend on parameters and step alone
+(`rollouts`).
 """
 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NoReturn
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from jax.sharding import NamedSharding
 from research import sharding as shardings
 from research.io import folders
 from research.optim import ranges
-from research.training import evaluating, global_batch, memory, preemption
+from research.training import evaluating, memory, preemption
 from research.training.aot import StateTransform, compile_steps
 from research.training.checkpoints import unevaluated
 from research.training.checkpoints.checkpoint import Checkpoints
@@ -30,22 +31,10 @@ from research.training.objectives.objective import Batch, Objective
 from research.training.reports import metrics as reports
 from research.training.reports.goodput import Goodput
 from research.training.reports.report import Report
+from research.training.rollouts import Rollouts, batch_source
 from research.training.state import TrainState
 from research.training.step import make_train_step
 from research.typing import PRNGKey, UserError
-
-
-@runtime_checkable
-class Bucketed(Protocol):
-  """Endless batches of several shapes, all of which are known at the start.
-
-  Attributes:
-    shapes: of this process's share of a batch, for each bucket.
-  """
-
-  shapes: Sequence[Mapping[str, jax.ShapeDtypeStruct]]
-
-  def __iter__(self) -> Iterator[Batch]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +111,7 @@ def fit(
   objective: Objective,
   tx: optax.GradientTransformation,
   state: TrainState,
-  training: Iterable[Batch],
+  training: Iterable[Batch] | Rollouts,
   config: TrainConfig,
   *,
   workdir: str | os.PathLike,
@@ -145,7 +134,8 @@ def fit(
     training: endless batches with this process's share of the rows
       (`global_batch.share`), of one shape, or of as many as it says
       (`Bucketed`), for each of which a program is compiled. The iterator is
-      checkpointed if it is one of grain's.
+      checkpointed if it is one of grain's. Or `Rollouts`, which sample them
+      from the parameters.
     config: duration and schedule.
     workdir: receives `metrics.jsonl`, `checkpoints/` and `profile/`.
     evaluations: name -> whole batches; metrics are written as `name/metric`.
@@ -165,7 +155,7 @@ def fit(
   workdir = folders.folder(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   clock, evaluation = Goodput(started_at), {}
-  points, batches = preemption.StopPoints(), iter(training)
+  points, batches = preemption.StopPoints(), batch_source(training, sharding)
   with contextlib.ExitStack() as stack:
     # --- restore ---
     folder = workdir / "checkpoints"
@@ -181,7 +171,7 @@ def fit(
     )
     with clock.doing("restore"):
       record_base(folder, state.frozen, source)
-      data = _resumable(batches)
+      data = batches.resumable
       state, resumed = checkpoints.restore_latest(state, data)
       state, left = unevaluated.restore(workdir, state, data, resumed)
     start = int(state.step)
@@ -213,7 +203,7 @@ def fit(
     def save(state: TrainState, found: dict[str, float] | None) -> None:
       with clock.doing("save"):
         report.flush()
-        checkpoints.save(state, _resumable(batches), found)
+        checkpoints.save(state, batches.resumable, found)
       report.write(int(state.step), clock.summary())
       points.unsaved(False)
 
@@ -236,7 +226,7 @@ def fit(
     key = _key(config.seed, sharding)
     if start < config.steps:
       with clock.doing("compile"):
-        shapes = _shapes(training, sharding)
+        shapes = batches.shapes(state)
         step = make_train_step(objective, tx, config.accumulate, config.average)
         update, cost = compile_steps(step, state, shapes, key, state_transforms)
       report.write(start, cost)
@@ -245,18 +235,20 @@ def fit(
 
     # --- train ---
     moving, frozen = dataclasses.replace(state, frozen=None), state.frozen
-    placed = global_batch.to_global_batches(batches, sharding)
     report.restart()
     for number in range(start + 1, config.steps + 1):
       last = number == config.steps
       looking = _looks(config, number, evaluations)
       with clock.doing("data"):
-        batch = next(placed)
+        batch = batches.next(
+          dataclasses.replace(moving, frozen=frozen), number - 1
+        )
       with clock.doing("step"), _traced(config, number - start, last, report):
         points.unsaved(True)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
           moving, values = update(moving, frozen, batch, key)
-        report.late.push(number, {"tokens": _positions(batch), **values})
+        more = {"tokens": _positions(batch), **values, **batches.metrics}
+        report.late.push(number, more)
         leaving = points.reached()
         saving = looking or _due(config.save_every, number, last or leaving)
         if saving:
@@ -270,7 +262,7 @@ def fit(
       if looking and leaving:
         with clock.doing("save"):
           report.flush()
-          unevaluated.save(workdir, moving, _resumable(batches))
+          unevaluated.save(workdir, moving, batches.resumable)
         leave(f"step {number} is saved, but for its evaluation")
       if saving:
         save(moving, found)
@@ -313,25 +305,9 @@ def _due(every: int, number: int, last: bool) -> bool:
   return last or (every > 0 and number % every == 0)
 
 
-def _resumable(batches: Any) -> Any:
-  return batches if hasattr(batches, "set_state") else None
-
-
 def _positions(batch: Batch) -> int:
   """Returns the positions of a batch, padding included."""
   return int(np.prod(batch["tokens"].shape)) if "tokens" in batch else 0
-
-
-def _shapes(
-  training: Iterable[Batch], sharding: NamedSharding | None
-) -> list[Batch]:
-  """Returns a batch of each shape, or its shapes, over all processes."""
-  _, parts = global_batch.share(sharding)
-  if isinstance(training, Bucketed):
-    return [global_batch.abstract(x, sharding, parts) for x in training.shapes]
-  # From another iterator: that of the run must not advance.
-  first = next(iter(training))
-  return [global_batch.to_global(first, sharding, parts)]
 
 
 @contextlib.contextmanager

@@ -60,6 +60,7 @@ def log_probs(
   targets: Int[Array, "B T"],
   rows: int = 256,
   excluded: int | None = None,
+  temperature: float = 1.0,
 ) -> Float[Array, "B T"]:
   """Returns log p(target) of each position.
 
@@ -70,10 +71,12 @@ def log_probs(
     targets: token ids.
     rows: batch times positions per chunk on a device.
     excluded: a token that gets probability 0, or None.
+    temperature: divides the logits.
   """
 
   def one(head, hidden, targets):
-    logits = losses.exclude_token(fp32_logits(model, head, hidden), excluded)
+    logits = fp32_logits(model, head, hidden) / temperature
+    logits = losses.exclude_token(logits, excluded)
     loss, _ = losses.token_losses(logits, targets)
     return -loss
 

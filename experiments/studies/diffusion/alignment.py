@@ -26,22 +26,25 @@ import numpy as np
 
 from experiments.core.stats import Mean, above, mean, paired
 from experiments.studies import pictures
+from experiments.studies.alignment import target_rollouts
+from experiments.studies.alignment.target_rollouts import (
+  TargetRollouts,
+  by_lot,
+  exact,
+)
 from experiments.studies.diffusion.study import (
   DiffusionStudy,
   OfSeeds,
   Tiny,
   over_seeds,
 )
-from experiments.studies.diffusion.tasks import Targets, learn
+from experiments.studies.diffusion.tasks import Targets, learn_targets
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data.batches import batch_of
 from research.data.sources.synthetic import rng_of
-from research.diffusion.alignment import grpo
 from research.diffusion.alignment.estimators import Coupled, Elbo, FullMask
+from research.diffusion.alignment.grpo import GRPO
 from research.diffusion.alignment.preference import VRPO
-from research.diffusion.sampling import sampler
-from research.diffusion.sampling.config import SamplerConfig
-from research.diffusion.sampling.denoiser import NoCache
 from research.generation.sampling import GREEDY, Sampling
 from research.optim import optim
 from research.training import state, step
@@ -91,26 +94,25 @@ class Rewards(DiffusionStudy):
     del before, shared
     kind, seed = arm.split(": seed ")
     task = self.targets
-    pool = batch_of(task.rows(8192), np.arange(task.length + 1) > 0)
-    model, base = learn(
-      pool,
-      task.mask_id + 1,
-      self.tiny,
-      self.base_steps,
-      int(seed),
-      "learned",
-    )
-    objective = grpo.GRPO(
-      model=model,
-      mask_id=task.mask_id,
-      estimator=Coupled() if kind == COUPLED else FullMask(),
+    model, base = learn_targets(task, self.tiny, self.base_steps, int(seed))
+    rollouts = TargetRollouts(
+      targets=task,
+      prompts=self.prompts,
+      group=self.group,
+      updates=self.inner,
+      judge=by_lot if kind == LOT else exact,
+      objective=GRPO(
+        model=model,
+        mask_id=task.mask_id,
+        estimator=Coupled() if kind == COUPLED else FullMask(),
+      ),
     )
     tx = optim.adamw(self.rate)
     now = state.create(base, ".", tx)
     points = [self._measured(model, base)]
     key = jax.random.key(int(seed))
     for _ in range(0, self.steps, self.every):
-      now = _rounds(self, objective, tx, kind == LOT, now, base, key)
+      now = scanned(rollouts, tx, self.every, now, base, key)
       points.append(self._measured(model, now.params))
     curves = {name: [point[name] for point in points] for name in points[0]}
     rounds = [i * self.every for i in range(len(points))]
@@ -137,37 +139,10 @@ class Rewards(DiffusionStudy):
     group: int,
     sampling: Sampling | None = None,
   ) -> Int[Array, "N T"]:
-    """Returns rows of answers, places by chance, by default at temperature 1.
-
-    Args:
-      model: the network.
-      params: its parameters.
-      key: of prompts and answers.
-      prompts: how many.
-      group: answers to each, next to each other.
-      sampling: of tokens.
-    """
-    task, length = self.targets, self.targets.length
-    first, second = jax.random.split(key)
-    chosen = jax.random.randint(first, (prompts,), 0, task.sums)
-    chosen = jnp.repeat(chosen, group)[:, None] + task.digits
-    tokens = jnp.pad(
-      chosen, ((0, 0), (0, length)), constant_values=task.mask_id
+    """Returns rows of answers; see `target_rollouts.answers`."""
+    return target_rollouts.answers(
+      self.targets, model, params, key, prompts, group, sampling
     )
-    masked = tokens == task.mask_id
-    options = SamplerConfig(
-      mask_id=task.mask_id, length=length, block=length, select="random"
-    )
-    start = sampler.begin(tokens, masked, jnp.ones(tokens.shape, bool), second)
-    end, *_ = sampler.fill_block(
-      NoCache(model=model),
-      params,
-      start,
-      jnp.int32(1),
-      options,
-      Sampling(temperature=1.0) if sampling is None else sampling,
-    )
-    return end.tokens
 
   # --- what the rows say ---
 
@@ -246,47 +221,38 @@ class Rewards(DiffusionStudy):
     plots.save(drawn, folder / "rewards.png")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _rounds(study, objective, tx, by_lot, now, reference, key):
-  """Returns the state after `study.every` rounds."""
-  update = step.make_train_step(objective, tx)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def scanned(
+  rollouts: TargetRollouts,
+  tx: Any,
+  count: int,
+  now: state.TrainState,
+  reference: Params,
+  key: PRNGKey,
+) -> state.TrainState:
+  """Returns the state after `count` rounds, as one program.
+
+  Args:
+    rollouts: of the policy, with their objective.
+    tx: the optimizer.
+    count: of rounds.
+    now: the state, whose parameters are the policy's.
+    reference: parameters that the policy stays near.
+    key: of the run.
+  """
+  update = step.make_train_step(rollouts.objective, tx)
 
   def one(now, _):
-    at = jax.random.fold_in(key, now.step)
-    rows = study.answers(
-      objective.model, now.params, at, study.prompts, study.group
+    common, own, _ = target_rollouts.sample(
+      rollouts, now.params, reference, key, now.step
     )
-    rewards = study.targets.right(rows).astype(jnp.float32)
-    if by_lot:
-      rewards = jax.random.permutation(jax.random.fold_in(at, 1), rewards)
-    batch = _batch(study, rows, rewards)
 
-    old = now.params
+    def inner(now, own):
+      return update(now, common | own, key)[0], None
 
-    def inner(now, i):
-      seed = now.step * rows.shape[0] + jnp.arange(rows.shape[0])
-      batched = (batch["tokens"], batch["valid"], batch["answer"], seed)
-      more = {
-        "seed": seed,
-        "old": objective.estimate(old, *batched),
-        "reference": objective.estimate(reference, *batched),
-      }
-      return update(now, batch | more, key)[0], None
+    return jax.lax.scan(inner, now, own)[0], None
 
-    return jax.lax.scan(inner, now, jnp.arange(study.inner))[0], None
-
-  return jax.lax.scan(one, now, length=study.every)[0]
-
-
-def _batch(study, rows, rewards: Float[Array, " N"]) -> dict[str, Array]:
-  groups = rewards.reshape(study.prompts, study.group)
-  place = jnp.arange(rows.shape[1])
-  return {
-    "tokens": rows,
-    "valid": jnp.ones(rows.shape, bool),
-    "answer": jnp.broadcast_to(place > 0, rows.shape),
-    "advantage": grpo.advantages(groups).reshape(-1),
-  }
+  return jax.lax.scan(one, now, length=count)[0]
 
 
 BEST, APART, NAIVE = "VRPO", "masks apart", "one time, masks apart"
@@ -336,10 +302,7 @@ class Preferences(OfSeeds):
     """Returns rewards before and after, and how noisy margins are."""
     del before, shared
     task, seed = self.targets, self.seed(arm)
-    pool = batch_of(task.rows(8192), np.arange(task.length + 1) > 0)
-    model, base = learn(
-      pool, task.mask_id + 1, self.tiny, self.base_steps, seed, "learned"
-    )
+    model, base = learn_targets(task, self.tiny, self.base_steps, seed)
     pairs = self.paired("train", self.pairs)
     goals = {
       kind: VRPO(

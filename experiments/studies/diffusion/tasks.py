@@ -256,6 +256,12 @@ def learn_chain(source: Markov, tiny: Tiny, steps: int, seed: int):
   return learn(pool, source.vocab + 1, tiny, steps, seed)
 
 
+def learn_targets(task: Targets, tiny: Tiny, steps: int, seed: int):
+  """Returns a model of answers, more of them right than by luck."""
+  pool = batch_of(task.rows(8192), np.arange(task.length + 1) > 0)
+  return learn(pool, task.mask_id + 1, tiny, steps, seed, "learned")
+
+
 def learn_sums(task: Sums, tiny: Tiny, steps: int, seed: int):
   """Returns a model of sums, given digits; see `learn`."""
   pool = batch_of(task.rows("train", 8192), task.learned())

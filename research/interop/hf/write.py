@@ -40,12 +40,29 @@ def tensors(
   rows, out = hf.table(model), {}
   for address in ordered(parts):
     name, transposed = _named(rows, address)
-    part = parts[address]
-    kind = dtype or ("float32" if part.packed else part.kind)
-    shape = part.shape[::-1] if transposed else part.shape
-    make = _maker(name, part, kind, transposed, log, rounding)
-    out[name] = safetensors.Pending(shape, _dtype(kind), make)
+    row = hf_names.Row(address.path, name, transposed)
+    out[name] = pending(row, parts[address], dtype, log, rounding)
   return out
+
+
+def pending(
+  row: hf_names.Row,
+  part: Part,
+  dtype: str | None,
+  log: changes.Log,
+  rounding: changes.Rounding = changes.cast,
+) -> safetensors.Pending:
+  """Returns one tensor of a file, unread.
+
+  Args:
+    row: its whole name in the file, and whether it is transposed there.
+    part: the parameter.
+    dtype, log, rounding: as for `tensors`.
+  """
+  kind = dtype or ("float32" if part.packed else part.kind)
+  shape = part.shape[::-1] if row.transposed else part.shape
+  make = _maker(row.theirs, part, kind, row.transposed, log, rounding)
+  return safetensors.Pending(shape, _dtype(kind), make)
 
 
 def _dtype(kind: str) -> np.dtype:

@@ -1,0 +1,1 @@
+"""Tasks with exact judges, and rollouts of policies that learn them."""

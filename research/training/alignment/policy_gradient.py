@@ -1,0 +1,106 @@
+"""Policy gradients of an autoregressive model, whose log p is exact."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.masks import Mask
+from research import weights
+from research.nn.transformer import Transformer
+from research.optim import ranges
+from research.training import positions
+from research.training.alignment.surrogate import Surrogate
+from research.training.objectives.objective import Batch, Sums
+from research.training.objectives.preference import Select, all_params
+from research.typing import Array, Bool, Float, Int, Params, PRNGKey
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyGradient:
+  """The clipped surrogate of answers that a policy sampled.
+
+  A batch has what text has (`tokens`, `targets`, `positions`, `segments` and
+  `weights`, which is above 0 where the target is an answer's token), and:
+
+    advantage   float32 `[B]`, or `[B, T]` of each target
+    old         float32 `[B, T]`, log p of each target when it was sampled
+    reference   float32 `[B, T]`, by the reference, if there is a divergence
+
+  `rollouts.GroupRollouts` samples such batches.
+
+  Attributes:
+    model: the network; the experiment sets it.
+    surrogate: the loss.
+    temperature: by which logits are divided, that of the sampling: the policy
+      is the distribution that answers were drawn from.
+    policy: selects the policy's parameters.
+    rows: rows of logits materialised at a time.
+  """
+
+  model: Transformer | None = None
+  surrogate: Surrogate = Surrogate()
+  temperature: float | int = 1.0
+  policy: Select = all_params
+  rows: int = 256
+
+  def __post_init__(self):
+    ranges.positive(
+      "PolicyGradient", temperature=self.temperature, rows=self.rows
+    )
+
+  def log_probs(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
+    """Returns log p of each target, 0 where it is not an answer's.
+
+    Args:
+      params: of one model, such as the policy or the reference.
+      batch: of text.
+    """
+    mask = Mask.causal(segments=batch["segments"])
+    params = weights.with_tokens(params, batch["tokens"], batch["segments"])
+    hidden, _ = self.model.apply(
+      {"params": params}, batch["tokens"], batch["positions"], mask
+    )
+    found = positions.log_probs(
+      self.model,
+      params,
+      hidden,
+      batch["targets"],
+      self.rows,
+      temperature=self.temperature,
+    )
+    return jnp.where(batch["weights"] > 0, found, 0.0)
+
+  def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
+    """Returns the surrogate's sums, and `surprisal`, the mean of -log p.
+
+    At the first update of a round `surprisal` estimates the policy's entropy:
+    where it falls to 0, answers have stopped to vary.
+    """
+    params = weights.bind(self.policy(params), key=key)
+    answer = batch["weights"] > 0
+    new = self.log_probs(params, batch)
+    loss_sum, weight, sums = self.surrogate(
+      new, batch["old"], batch["advantage"], answer, batch.get("reference")
+    )
+    total, count = self.surrogate.normalization(jnp.ones_like(new), answer)
+    del total
+    length = jnp.maximum(answer.sum(-1), 1)
+    surprisal = jax.lax.stop_gradient(-new.sum(-1) / length)
+    return loss_sum, weight, sums | {"surprisal": (surprisal * count).sum()}
+
+
+def answer_mask(
+  tokens: Int[Array, "B T"], prompt: int, stop_tokens: tuple[int, ...]
+) -> Bool[Array, "B T"]:
+  """Returns which tokens are an answer's: up to its first stop token, included.
+
+  Args:
+    tokens: rows.
+    prompt: tokens of the prompt, padding included.
+    stop_tokens: token ids that end a text.
+  """
+  place = jnp.arange(tokens.shape[1])
+  ends = jnp.isin(tokens, jnp.array(stop_tokens or (-1,))) & (place >= prompt)
+  before = jnp.cumsum(ends, axis=-1) - ends
+  return (place >= prompt) & (before == 0)
