@@ -8,7 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "attention": ["Attention", "CrossAttention"],
     "block": ["Block"],
     "conv": ["Conv"],
-    "heads": ["LinearHead", "MlpHead"],
     "mlp": ["Mlp", "PlainMlp"],
     "norm": ["LayerNorm", "RMSNorm"],
     "presets": ["FAMILIES", "Sizes"],

@@ -17,9 +17,9 @@ from kernels_pallas.masks import Mask
 from research import weights
 from research.nn import layers
 from research.nn.block import Block
-from research.nn.heads import SCORE, Head, LinearHead
 from research.nn.output_head import head_of
 from research.nn.transformer import Transformer
+from research.prm.heads import SCORE, Head, LinearHead
 from research.training import positions as positionwise
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError
 

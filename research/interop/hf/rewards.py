@@ -27,7 +27,7 @@ from research.interop.hf.names import HEAD, Row
 from research.interop.parts import DTYPES
 from research.io import safetensors, unread
 from research.lora.merge import changes
-from research.nn.heads import SCORE, Head, LinearHead, MlpHead
+from research.prm.heads import SCORE, Head, LinearHead, MlpHead
 from research.prm.model import RewardModel
 from research.typing import Params, UserError
 

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from research import sharding, tree, weights
 from research.lora.adapt import Adapt
-from research.nn.heads import LinearHead, MlpHead
+from research.prm.heads import LinearHead, MlpHead
 from research.prm.model import (
   GenerativeReward,
   RewardModel,

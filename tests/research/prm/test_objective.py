@@ -7,8 +7,8 @@ import optax
 import pytest
 from scipy import special
 
-from research.nn.heads import LinearHead
 from research.optim import optim
+from research.prm.heads import LinearHead
 from research.prm.model import RewardModel
 from research.prm.objective import (
   PQM,

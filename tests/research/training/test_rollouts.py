@@ -97,7 +97,7 @@ def test_a_round_of_another_length_is_no_round_of_this_run(tmp_path):
 def test_positions_come_back_with_all_their_arrays(tmp_path):
   source = OnPolicy(Guesses(2), None)
   made = state.create({"w": jnp.zeros(3)}, ".", optax.sgd(0.1))
-  first = source.first(made)
+  [first] = source.shapes(made)
   taken = source.next(made, 0)
   for name, value in first.items():
     np.testing.assert_array_equal(taken[name], value)

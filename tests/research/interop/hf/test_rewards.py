@@ -12,7 +12,7 @@ import pytest
 from research.interop.hf import rewards
 from research.io import safetensors
 from research.lora.adapt import Adapt
-from research.nn.heads import LinearHead, MlpHead
+from research.prm.heads import LinearHead, MlpHead
 from research.prm.model import RewardModel
 from research.typing import UserError
 
