@@ -117,7 +117,7 @@ class ImageRows(Sequence[Row]):
         f" {prompt.soft_tokens} soft tokens, and the text of"
         f" {sample.question!r}"
       )
-    return _row(example, data.length) | {"pixels": prompt.pixels}
+    return text_row(example, data.length) | {"pixels": prompt.pixels}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +249,7 @@ def tokens_of(
   return Example(np.asarray(before + answer, np.int32), mask)
 
 
-def _row(example: Example, length: int) -> Row:
+def text_row(example: Example, length: int) -> Row:
   """Returns an example as a row of `length` tokens, a document of its own."""
   whole = packing.Piece(0, 0, len(example.tokens))
   rows = packing.PackedRows(

@@ -1,9 +1,10 @@
 """What all arms of a seed start from: small towers that know something.
 
 No package brings an image encoder, so one is trained here from nothing: it
-learns to answer questions of `known` kinds, with a language model that is then
-dropped. The language model that stays reads questions and answers of all kinds,
-without images. So "frozen" means something in the arms.
+learns to caption scenes (CapPa, arXiv:2306.07915), with a language model that
+is then dropped. The language model that stays answers questions about scenes
+that are described in words; it has never seen an image. So "frozen" means
+something in the arms, and what they have to learn is to connect the two.
 """
 
 import dataclasses
@@ -38,7 +39,9 @@ from research.vlm.images.tiling.square import Square
 from research.vlm.masks import Causal, PromptMask
 from research.vlm.model import Connector
 from research.vlm.objective import WithImages
+from research.vlm.scenes.captions import in_words
 from research.vlm.scenes.sample import Sample
+from research.vlm.scenes.shapes import Shapes
 from research.vlm.scenes.task import Task
 
 
@@ -204,46 +207,55 @@ def pool_of(rows: Sequence[Batch]) -> dict[str, Any]:
   }
 
 
-def text_rows(task: Task, tokenizer: Any, length: int) -> list[Batch]:
-  """Returns the task's questions and answers, every token of them learned."""
-  texts = data.Texts(samples=task)
-  out = []
-  for i in range(len(texts)):
-    ids = [*tokenizer.encode(texts[i]), *tokenizer.stop[:1]]
-    tokens = np.asarray(ids, np.int32)
-    example = Example(tokens, np.ones(len(ids), bool))
-    out.append(data.text_row(example, length))
+def text_rows(task: Shapes, tokenizer: Any, length: int) -> list[Batch]:
+  """Returns scenes in words, a question and its answer, which is learned.
+
+  Args:
+    task: the questions.
+    tokenizer: of the texts.
+    length: tokens of a row.
+  """
+  cell, out = task.size // task.cells, []
+  for i in range(len(task)):
+    sample = task.drawn(i)
+    scene = in_words(sample.objects, cell)
+    before = tokenizer.encode(f"{scene}. {sample.question}")
+    answer = [*tokenizer.encode(f" {sample.answer}"), *tokenizer.stop[:1]]
+    mask = np.repeat([False, True], [len(before), len(answer)])
+    tokens = np.asarray([*before, *answer], np.int32)
+    out.append(data.text_row(Example(tokens, mask), length))
   return out
 
 
 def base_towers(
   tiny: Tiny,
   connector: Connector,
-  task: Task,
-  known: Sequence[Sample],
+  task: Shapes,
+  captions: Sequence[Sample],
   tokenizer: Any,
   steps: int,
   seed: int,
-) -> dict[str, Params]:
-  """Returns a trained encoder and a trained language model.
+) -> tuple[dict[str, Params], dict[str, float]]:
+  """Returns a trained encoder and a trained language model, and their losses.
 
   Args:
     tiny: their sizes.
     connector: of the encoder's training.
-    task: whose texts the language model reads.
-    known: what the encoder learns from.
+    task: whose scenes, in words, the language model is asked about.
+    captions: what the encoder learns from.
     tokenizer: of all models.
     steps: of either.
     seed: of weights and order.
   """
   everything = Stage(EVERYTHING, steps)
   loaded = tiny.load(connector, tokenizer, seed)
-  rows = tiny.questions(connector, known).rows(tokenizer)
+  rows = tiny.questions(connector, captions).rows(tokenizer)
   pool = pool_of([rows[i] for i in range(len(rows))])
   sees = WithImages(model=loaded.model)
-  seeing, _ = tiny.trained(sees, loaded.params, pool, everything, seed)
+  seeing, caption = tiny.trained(sees, loaded.params, pool, everything, seed)
   texts = pool_of(text_rows(task, tokenizer, tiny.text))
   reads = NextToken(model=loaded.model.language)
   start = loaded.params["language"]
-  language, _ = tiny.trained(reads, start, texts, everything, seed)
-  return {"vision": seeing["vision"], "language": language}
+  language, text = tiny.trained(reads, start, texts, everything, seed)
+  towers = {"vision": seeing["vision"], "language": language}
+  return towers, {"captions": caption, "texts": text}
