@@ -2,9 +2,9 @@
 
 No package brings an image encoder, so one is trained here from nothing: it
 learns to caption scenes (CapPa, arXiv:2306.07915), with a language model that
-is then dropped. The language model that stays answers questions about scenes
-that are described in words; it has never seen an image. So "frozen" means
-something in the arms, and what they have to learn is to connect the two.
+is then dropped. The language model that stays has read questions and answers,
+without images. So "frozen" means something in the arms, and what they have to
+learn is to connect the two.
 """
 
 import dataclasses
@@ -39,9 +39,7 @@ from research.vlm.images.tiling.square import Square
 from research.vlm.masks import Causal, PromptMask
 from research.vlm.model import Connector
 from research.vlm.objective import WithImages
-from research.vlm.scenes.captions import in_words
 from research.vlm.scenes.sample import Sample
-from research.vlm.scenes.shapes import Shapes
 from research.vlm.scenes.task import Task
 
 
@@ -64,7 +62,8 @@ class Tiny:
     width, depth, heads: of both; feed-forwards are twice as wide.
     size, patch: of images and patches, in pixels along each side.
     vocab: ids of the tokenizer.
-    text: tokens of a row beside those of its image.
+    text: tokens of a question and its answer, beside those of the image.
+    caption: tokens of a caption and its question.
     batch: rows of a step.
     rate: of Adam, at its peak, then half a cosine; the same for all arms.
     warmup: steps.
@@ -76,12 +75,13 @@ class Tiny:
   heads: int = 4
   size: int = 32
   patch: int = 8
-  vocab: int = 320
-  text: int = 32
+  vocab: int = 400
+  text: int = 12
+  caption: int = 40
   batch: int = 32
   rate: float = 2e-3
-  warmup: int = 20
-  every: int = 50
+  warmup: int = 50
+  every: int = 100
 
   @property
   def grid(self) -> int:
@@ -111,7 +111,7 @@ class Tiny:
       kv_heads=self.heads,
       head_dim=self.width // self.heads,
       tied=True,
-      max_positions=self.text + self.tokens(connector),
+      max_positions=max(self.text, self.caption) + self.tokens(connector),
       **sizes,
     )
     encoder = EncoderSizes(patch=self.patch, grid=self.grid, **sizes)
@@ -131,14 +131,20 @@ class Tiny:
     return Preprocessor(Square(tile=self.size, patch=self.patch, pool=pool))
 
   def questions(
-    self, connector: Connector, samples: Sequence[Sample]
+    self, connector: Connector, samples: Sequence[Sample], text: int = 0
   ) -> data.ImageQuestions:
-    """Returns samples as rows for a connector."""
+    """Returns samples as rows for a connector.
+
+    Args:
+      connector: which makes an image's soft tokens.
+      samples: questions, or captions.
+      text: tokens beside these; 0 for those of questions.
+    """
     return data.ImageQuestions(
       samples=samples,
       preprocessor=self.preprocessor(connector),
       image_token=self.vocab,
-      length=self.text + self.tokens(connector),
+      length=(text or self.text) + self.tokens(connector),
       batch_size=self.batch,
     )
 
@@ -207,30 +213,22 @@ def pool_of(rows: Sequence[Batch]) -> dict[str, Any]:
   }
 
 
-def text_rows(task: Shapes, tokenizer: Any, length: int) -> list[Batch]:
-  """Returns scenes in words, a question and its answer, which is learned.
-
-  Args:
-    task: the questions.
-    tokenizer: of the texts.
-    length: tokens of a row.
-  """
-  cell, out = task.size // task.cells, []
-  for i in range(len(task)):
-    sample = task.drawn(i)
-    scene = in_words(sample.objects, cell)
-    before = tokenizer.encode(f"{scene}. {sample.question}")
-    answer = [*tokenizer.encode(f" {sample.answer}"), *tokenizer.stop[:1]]
-    mask = np.repeat([False, True], [len(before), len(answer)])
-    tokens = np.asarray([*before, *answer], np.int32)
-    out.append(data.text_row(Example(tokens, mask), length))
+def text_rows(task: Task, tokenizer: Any, length: int) -> list[Batch]:
+  """Returns the task's questions and answers, every token of them learned."""
+  texts = data.Texts(samples=task)
+  out = []
+  for i in range(len(texts)):
+    ids = [*tokenizer.encode(texts[i]), *tokenizer.stop[:1]]
+    tokens = np.asarray(ids, np.int32)
+    example = Example(tokens, np.ones(len(ids), bool))
+    out.append(data.text_row(example, length))
   return out
 
 
 def base_towers(
   tiny: Tiny,
   connector: Connector,
-  task: Shapes,
+  task: Task,
   captions: Sequence[Sample],
   tokenizer: Any,
   steps: int,
@@ -241,7 +239,7 @@ def base_towers(
   Args:
     tiny: their sizes.
     connector: of the encoder's training.
-    task: whose scenes, in words, the language model is asked about.
+    task: whose texts the language model reads.
     captions: what the encoder learns from.
     tokenizer: of all models.
     steps: of either.
@@ -249,7 +247,8 @@ def base_towers(
   """
   everything = Stage(EVERYTHING, steps)
   loaded = tiny.load(connector, tokenizer, seed)
-  rows = tiny.questions(connector, captions).rows(tokenizer)
+  questions = tiny.questions(connector, captions, tiny.caption)
+  rows = questions.rows(tokenizer)
   pool = pool_of([rows[i] for i in range(len(rows))])
   sees = WithImages(model=loaded.model)
   seeing, caption = tiny.trained(sees, loaded.params, pool, everything, seed)

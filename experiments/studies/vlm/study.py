@@ -72,8 +72,8 @@ class Study(protocol.Study):
     groups: kinds or strata ("exists/both") whose mean is an arm's score.
     rows: training samples, of questions and of captions.
     asked: samples that nobody has seen.
-    base_steps: that encoder (on captions) and language model (on scenes in
-      words) are trained before.
+    base_steps: that encoder (on captions) and language model (on texts) are
+      trained before.
     seeds: of weights, order and towers.
   """
 

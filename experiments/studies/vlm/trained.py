@@ -8,9 +8,9 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments.core import config, train_eval
-from experiments.core.experiment import Experiment
+from experiments.core import config
 from experiments.core.stats import above, every, mean
+from experiments.stages import running, staged
 from experiments.studies import protocol
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.typing import UserError
@@ -47,7 +47,7 @@ class RunFile:
       UserError: it asks its model nothing.
     """
     found = config.read(self.path, [f"SEED={seed}"])
-    if getattr(found.experiment, "answers", None) is None:
+    if staged.final(found.experiment).answers is None:
       raise UserError(
         f"{self.path}: found no Experiment.answers, expected what the trained"
         " model is asked"
@@ -90,12 +90,12 @@ class Trained(protocol.Study):
     """Returns the report of the trained model's answers."""
     del before
     file, seed = self._file(arm)
-    experiment: Experiment = file.read(seed).experiment
+    read = file.read(seed)
     folder = shared / "runs" / f"{file.name}_{seed}"
-    result = train_eval.train(experiment, folder)
+    workdir = running.claim(read.experiment, read.text, folder)
+    result = running.train(read.experiment, workdir)
     return {
       "answers": result["answers"],
-      "seconds": result["seconds"],
       "parameters": result["total_parameters"],
     }
 

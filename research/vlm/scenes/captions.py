@@ -7,7 +7,6 @@ on captions, as language models are, learns from each object of each image
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -15,22 +14,11 @@ import numpy as np
 from research.typing import UInt8, UserError
 from research.vlm.scenes import drawing
 from research.vlm.scenes.rules import MAJORITY, BestGiven
-from research.vlm.scenes.sample import Object, Sample
+from research.vlm.scenes.sample import Sample
 from research.vlm.scenes.shapes import place
 from research.vlm.scenes.task import Task
 
 QUESTION = "What is in the picture?"
-
-
-def in_words(objects: Sequence[Object], cell: int) -> str:
-  """Returns "red circle, blue square": objects by their cells, row by row.
-
-  Args:
-    objects: coloured shapes, each within a cell.
-    cell: its side, in pixels.
-  """
-  found = sorted(objects, key=lambda x: (x.box[1] // cell, x.box[0]))
-  return ", ".join(f"{x.colour} {x.name}" for x in found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +80,9 @@ class ShapeCaptions(Task):
     drawn = rng.integers(len(self.classes), size=total)
     pairs = [tuple(self.classes[i].split(" ")) for i in drawn]
     objects = place(rng, pairs, self.size, self.cells)
-    text = in_words(objects, self.size // self.cells)
+    cell = self.size // self.cells
+    in_order = sorted(objects, key=lambda x: (x.box[1] // cell, x.box[0]))
+    text = ", ".join(f"{x.colour} {x.name}" for x in in_order)
     choices = self.classes if self.most == 1 else ()
     stratum = "1 object" if total == 1 else f"{total} objects"
     return Sample((), QUESTION, text, kind, stratum, {}, objects, choices)
