@@ -23,6 +23,7 @@ from research.lora import wrap
 from research.training import state
 from research.training.reports import plots
 from research.typing import Params, UserError
+from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.sees_images import SeesImages
 
 DEFAULT_WINDOW = 1024
@@ -117,6 +118,8 @@ def _save_model(folder, experiment, built, params) -> bool:
   Models after the transforms of `after`, with adapters or a time embedding are
   written as our checkpoint, which has every leaf as it is.
   """
+  if isinstance(built.loaded.model, DualEncoder):
+    return False  # its checkpoint is all that commands read
   params = device_context.gather(params)
   if not runtime.is_first_process():
     return True

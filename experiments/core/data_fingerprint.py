@@ -25,6 +25,7 @@ from research.text.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
 from research.training.checkpoints import workdir as workdirs
 from research.training.objectives.objective import NextToken
 from research.typing import UserError
+from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.model import VisionLanguageModel
 
 PARTS = ("data", "validation", "heldout")
@@ -130,7 +131,7 @@ def describe_special_tokens(tokenizer: Any) -> dict[str, Any] | None:
 
 def check_context(
   experiment: Experiment,
-  model: Transformer | VisionLanguageModel,
+  model: Transformer | VisionLanguageModel | DualEncoder,
   tokenizer: Any,
 ) -> None:
   """Warns of texts that are longer than the model's context.

@@ -12,6 +12,11 @@ from research.nn import presets
 from research.nn.layers import Remat
 from research.typing import UserError
 from research.vlm import presets as vision_presets
+from research.vlm.contrastive.dual_encoder import DualEncoder
+from research.vlm.encoders import vit
+from research.vlm.encoders.text import TextEncoder
+from research.vlm.encoders.vit import VisionTransformer
+from research.vlm.images.preprocessor import Preprocessor
 
 
 @runtime_checkable
@@ -120,4 +125,70 @@ class VisionFromScratch:
       tokenizer=None if self.tokenizer is None else self.tokenizer.load(),
       source={"format": "fresh", "preset": self.preset, "seed": self.seed},
       preprocessor=row.preprocessor,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedDualEncoder(Loaded):
+  """A dual encoder and what came with it."""
+
+  model: DualEncoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DualFromScratch:
+  """Two towers in one space, with random weights.
+
+  Attributes:
+    image: with a pooling.
+    text: whose vectors are as wide as the images'.
+    tokenizer: source of the text tower's.
+    preprocessor: makes one view of an image.
+    scale, bias: of the products, see `DualEncoder`.
+    seed: of the weights.
+  """
+
+  image: VisionTransformer
+  text: TextEncoder
+  tokenizer: Vocabulary
+  preprocessor: Preprocessor
+  scale: float = 10.0
+  bias: float | None = -10.0
+  seed: int = 0
+
+  def load(
+    self, shardings: Callable[[Any], Any] | None = None
+  ) -> LoadedDualEncoder:
+    """Returns the model, random weights, and its tokenizer.
+
+    Args:
+      shardings: abstract parameters -> their shardings, on which the values do
+        not depend.
+
+    Raises:
+      UserError: the tokenizer has more ids than the text tower.
+    """
+    tokenizer = self.tokenizer.load()
+    if tokenizer.vocab_size > self.text.vocab_size:
+      raise UserError(
+        f"DualFromScratch.text.vocab_size: found {self.text.vocab_size},"
+        f" expected at least the tokenizer's {tokenizer.vocab_size}."
+      )
+    model = DualEncoder(
+      image=self.image, text=self.text, scale=self.scale, bias=self.bias
+    )
+
+    def init(key):
+      patches = jnp.zeros((1, 1, self.image.patch**2 * vit.CHANNELS))
+      at = jnp.zeros((1, 1, 2), jnp.int32)
+      tokens = jnp.zeros((1, self.text.length), jnp.int32)
+      return model.init(key, patches, at, tokens)["params"]
+
+    key, places = jax.random.key(self.seed), None
+    if shardings is not None:
+      places = shardings(jax.eval_shape(init, key))
+    params = jax.jit(init, out_shardings=places)(key)
+    source = {"format": "fresh", "family": "dual encoder", "seed": self.seed}
+    return LoadedDualEncoder(
+      model, params, tokenizer, source, preprocessor=self.preprocessor
     )

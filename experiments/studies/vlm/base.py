@@ -1,9 +1,10 @@
 """What all arms of a seed start from: small towers that know something.
 
 No package brings an image encoder, so one is trained here from nothing: it
-learns to answer questions of `known` kinds, with a language model that is then
-dropped. The language model that stays reads questions and answers of all kinds,
-without images. So "frozen" means something in the arms.
+learns to caption scenes (CapPa, arXiv:2306.07915), with a language model that
+is then dropped. The language model that stays has read questions and answers,
+without images. So "frozen" means something in the arms, and what they have to
+learn is to connect the two.
 """
 
 import dataclasses
@@ -61,7 +62,8 @@ class Tiny:
     width, depth, heads: of both; feed-forwards are twice as wide.
     size, patch: of images and patches, in pixels along each side.
     vocab: ids of the tokenizer.
-    text: tokens of a row beside those of its image.
+    text: tokens of a question and its answer, beside those of the image.
+    caption: tokens of a caption and its question.
     batch: rows of a step.
     rate: of Adam, at its peak, then half a cosine; the same for all arms.
     warmup: steps.
@@ -73,12 +75,13 @@ class Tiny:
   heads: int = 4
   size: int = 32
   patch: int = 8
-  vocab: int = 320
-  text: int = 32
+  vocab: int = 400
+  text: int = 12
+  caption: int = 40
   batch: int = 32
   rate: float = 2e-3
-  warmup: int = 20
-  every: int = 50
+  warmup: int = 50
+  every: int = 100
 
   @property
   def grid(self) -> int:
@@ -108,7 +111,7 @@ class Tiny:
       kv_heads=self.heads,
       head_dim=self.width // self.heads,
       tied=True,
-      max_positions=self.text + self.tokens(connector),
+      max_positions=max(self.text, self.caption) + self.tokens(connector),
       **sizes,
     )
     encoder = EncoderSizes(patch=self.patch, grid=self.grid, **sizes)
@@ -128,14 +131,20 @@ class Tiny:
     return Preprocessor(Square(tile=self.size, patch=self.patch, pool=pool))
 
   def questions(
-    self, connector: Connector, samples: Sequence[Sample]
+    self, connector: Connector, samples: Sequence[Sample], text: int = 0
   ) -> data.ImageQuestions:
-    """Returns samples as rows for a connector."""
+    """Returns samples as rows for a connector.
+
+    Args:
+      connector: which makes an image's soft tokens.
+      samples: questions, or captions.
+      text: tokens beside these; 0 for those of questions.
+    """
     return data.ImageQuestions(
       samples=samples,
       preprocessor=self.preprocessor(connector),
       image_token=self.vocab,
-      length=self.text + self.tokens(connector),
+      length=(text or self.text) + self.tokens(connector),
       batch_size=self.batch,
     )
 
@@ -220,30 +229,32 @@ def base_towers(
   tiny: Tiny,
   connector: Connector,
   task: Task,
-  known: Sequence[Sample],
+  captions: Sequence[Sample],
   tokenizer: Any,
   steps: int,
   seed: int,
-) -> dict[str, Params]:
-  """Returns a trained encoder and a trained language model.
+) -> tuple[dict[str, Params], dict[str, float]]:
+  """Returns a trained encoder and a trained language model, and their losses.
 
   Args:
     tiny: their sizes.
     connector: of the encoder's training.
     task: whose texts the language model reads.
-    known: what the encoder learns from.
+    captions: what the encoder learns from.
     tokenizer: of all models.
     steps: of either.
     seed: of weights and order.
   """
   everything = Stage(EVERYTHING, steps)
   loaded = tiny.load(connector, tokenizer, seed)
-  rows = tiny.questions(connector, known).rows(tokenizer)
+  questions = tiny.questions(connector, captions, tiny.caption)
+  rows = questions.rows(tokenizer)
   pool = pool_of([rows[i] for i in range(len(rows))])
   sees = WithImages(model=loaded.model)
-  seeing, _ = tiny.trained(sees, loaded.params, pool, everything, seed)
+  seeing, caption = tiny.trained(sees, loaded.params, pool, everything, seed)
   texts = pool_of(text_rows(task, tokenizer, tiny.text))
   reads = NextToken(model=loaded.model.language)
   start = loaded.params["language"]
-  language, _ = tiny.trained(reads, start, texts, everything, seed)
-  return {"vision": seeing["vision"], "language": language}
+  language, text = tiny.trained(reads, start, texts, everything, seed)
+  towers = {"vision": seeing["vision"], "language": language}
+  return towers, {"captions": caption, "texts": text}

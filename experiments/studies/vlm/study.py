@@ -28,6 +28,7 @@ from research.typing import Params
 from research.vlm.answering import Answers
 from research.vlm.evaluation.report import BLIND, REAL, SHUFFLED
 from research.vlm.objective import WithImages
+from research.vlm.scenes.captions import ShapeCaptions
 from research.vlm.scenes.sample import Sample
 from research.vlm.scenes.shapes import Shapes
 
@@ -68,11 +69,11 @@ class Study(protocol.Study):
     rule: rows by arm, seeds -> verdicts.
     tiny: the models.
     kinds: of questions.
-    known: other kinds, from which the encoder has learned to see.
     groups: kinds or strata ("exists/both") whose mean is an arm's score.
-    rows: training samples.
+    rows: training samples, of questions and of captions.
     asked: samples that nobody has seen.
-    base_steps: that encoder and language model are trained before.
+    base_steps: that encoder (on captions) and language model (on texts) are
+      trained before.
     seeds: of weights, order and towers.
   """
 
@@ -80,7 +81,6 @@ class Study(protocol.Study):
   rule: Callable[[Rows, int], list[Verdict]]
   tiny: Tiny = Tiny()
   kinds: tuple[str, ...] = ("count", "exists", "colour")
-  known: tuple[str, ...] = ("compare", "relation")
   groups: tuple[str, ...] = ("count", "exists/both", "colour")
   rows: int = 16_384
   asked: int = 384
@@ -112,10 +112,8 @@ class Study(protocol.Study):
     return Shapes(**(fields | changes))
 
   def prepare(self, workdir: pathlib.Path) -> Shared:
-    """Returns a tokenizer of all kinds' texts, and drawn samples."""
-    kinds = tuple(sorted({*self.kinds, *self.known}))
-    tokenizer = self.tiny.tokenizer(self.task(kinds=kinds))
-    return Shared(workdir, tokenizer, self.task()[:])
+    """Returns a tokenizer of the task's texts, and drawn samples."""
+    return Shared(workdir, self.tiny.tokenizer(self.task()), self.task()[:])
 
   def run(self, arm: str, before: Rows, shared: Shared) -> Row:
     """Returns what the arm's answers are worth, and its losses by stage."""
@@ -170,15 +168,17 @@ class Study(protocol.Study):
     connector = linear(1, self.tiny.width)
     if not path.exists():
       cli.say(f"training the towers of seed {seed}")
-      made = base.base_towers(
+      captions = ShapeCaptions(size=self.tiny.size, count=self.rows)
+      made, losses = base.base_towers(
         self.tiny,
         connector,
         self.task(),
-        self.task(kinds=self.known)[:],
+        captions[:],
         shared.tokenizer,
         self.base_steps,
         seed,
       )
+      cli.say(f"losses: {cli.plain(losses)}")
       found = dict(tree.flatten_paths(made))
       np.savez(path, **found, settings=np.array(settings))
     saved = np.load(path, allow_pickle=False)

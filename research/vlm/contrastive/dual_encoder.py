@@ -29,6 +29,11 @@ class DualEncoder(nn.Module):
   scale: float = 1 / 0.07
   bias: float | None = None
 
+  @property
+  def max_positions(self) -> int:
+    """Tokens of a text."""
+    return self.text.length
+
   @nn.compact
   def __call__(
     self,

@@ -6,7 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "blind_test": ["BlindTest"],
-    "digits": ["Digits"],
+    "captions": ["ShapeCaptions"],
+    "digits": ["DigitNames", "Digits"],
     "grounding": ["Grounding"],
     "mixed": ["Mixed"],
     "multi_image": ["MultiImage"],

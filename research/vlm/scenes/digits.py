@@ -1,4 +1,4 @@
-"""Scenes of real handwritten digits: reading, counting, sums, existence.
+"""Scenes of real handwritten digits: reading, counting, sums, existence, names.
 
 The 1,797 digits of the UCI set "Optical Recognition of Handwritten Digits"
 (Alpaydin & Kaynak 1998), 8x8 pixels of 0 to 16, come from the installed package
@@ -24,6 +24,10 @@ from research.vlm.scenes.task import Task
 
 SIDE = 8
 """Of a digit's image in the data set, in pixels."""
+NAMES = ("zero", "one", "two", "three", "four") + (
+  *("five", "six", "seven", "eight", "nine"),
+)
+"""Of the digits, in order."""
 _LARGEST = 16
 _FILE = ("datasets", "data", "digits.csv.gz")
 
@@ -200,15 +204,64 @@ class Digits(Task):
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
     """Returns the image of a drawn sample: black ink on white."""
-    images, _ = load()
-    canvas = np.full((self.size, self.size, 3), 255, np.uint8)
-    for x in sample.objects:
-      left, top, right, bottom = x.box
-      ink = images[x.source].astype(np.float32) * (255 / _LARGEST)
-      picture = Image.fromarray((255 - ink).round().astype(np.uint8))
-      scaled = picture.resize((right - left, bottom - top), Image.BICUBIC)
-      canvas[top:bottom, left:right] = np.asarray(scaled)[..., None]
-    return (canvas,)
+    return (_canvas(sample.objects, self.size),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DigitNames(Task):
+  """One handwritten digit, whose caption is its name, such as "seven".
+
+  | kind | strata |
+  | --- | --- |
+  | caption | the digit |
+
+  Attributes:
+    scale: pixels for each of the 8x8 pixels, along a side.
+  """
+
+  KINDS: ClassVar = ("caption",)
+
+  scale: int = 4
+
+  def __post_init__(self):
+    super().__post_init__()
+    self.expect("scale", 1, 64)
+
+  @property
+  def size(self) -> int:
+    """Width and height of the image, in pixels."""
+    return self.scale * SIDE
+
+  def belongs(self, sample: Sample) -> bool:
+    """All are: they are drawn from this split's images."""
+    return True
+
+  def draw(self, rng: np.random.Generator, kind: str) -> Sample:
+    """Returns a sample without images."""
+    digit = int(rng.integers(10))
+    pool = indices(self.split)[digit]
+    source = int(pool[rng.integers(len(pool))])
+    box = (0, 0, self.size, self.size)
+    objects = (Object(str(digit), "", box, source=source),)
+    text = "What is in the picture?"
+    return Sample((), text, NAMES[digit], kind, str(digit), {}, objects, NAMES)
+
+  def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
+    """Returns the image of a drawn sample: black ink on white."""
+    return (_canvas(sample.objects, self.size),)
+
+
+def _canvas(objects: tuple[Object, ...], size: int) -> np.ndarray:
+  """Returns digits on white, uint8 `[size, size, 3]`."""
+  images, _ = load()
+  canvas = np.full((size, size, 3), 255, np.uint8)
+  for x in objects:
+    left, top, right, bottom = x.box
+    ink = images[x.source].astype(np.float32) * (255 / _LARGEST)
+    picture = Image.fromarray((255 - ink).round().astype(np.uint8))
+    scaled = picture.resize((right - left, bottom - top), Image.BICUBIC)
+    canvas[top:bottom, left:right] = np.asarray(scaled)[..., None]
+  return canvas
 
 
 def _others(rng: np.random.Generator, asked: int, count: int) -> list[int]:

@@ -120,6 +120,27 @@ def read_stamps(folder: str = FOLDER) -> tuple[Stamp, ...]:
   return tuple(stamps)
 
 
+@functools.cache
+def _of_split(folder: str, split: Split) -> list[Stamp]:
+  return [x for x in read_stamps(folder) if x.split == split]
+
+
+@functools.cache
+def _numbers(folder: str) -> dict[str, int]:
+  """Returns name -> index in `read_stamps`."""
+  return {x.name: i for i, x in enumerate(read_stamps(folder))}
+
+
+@functools.lru_cache(maxsize=1024)
+def _image(
+  stamp: Stamp, size: int, background: tuple[int, int, int]
+) -> UInt8[np.ndarray, "H W 3"]:
+  # All of the package's at 64 pixels are 12 MB; decoding takes milliseconds.
+  image = stamp.image(size, background)
+  image.setflags(write=False)
+  return image
+
+
 def _shown(x: Sample) -> str:
   return x.objects[0].name
 
@@ -172,7 +193,7 @@ class Stamps(Task):
 
   def stamps(self) -> list[Stamp]:
     """Returns the pictures of this split."""
-    return [x for x in read_stamps(self.folder) if x.split == self.split]
+    return _of_split(self.folder, self.split)
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
     """Returns a sample without images."""
@@ -214,7 +235,7 @@ class Stamps(Task):
   def _sample(
     self, kind, text, answer, stratum, stamp, choices=(), program=None
   ) -> Sample:
-    source = read_stamps(self.folder).index(stamp)
+    source = _numbers(self.folder)[stamp.name]
     box = (0, 0, self.size, self.size)
     objects = (Object(stamp.name, "", box, source=source),)
     return Sample(
@@ -224,7 +245,7 @@ class Stamps(Task):
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
     """Returns the picture of a drawn sample."""
     stamp = read_stamps(self.folder)[sample.objects[0].source]
-    return (stamp.image(self.size, self.background),)
+    return (_image(stamp, self.size, self.background),)
 
 
 _NEGATIVES: dict[str, Callable[[Stamp, Stamp], bool]] = {

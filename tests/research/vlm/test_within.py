@@ -25,12 +25,17 @@ MODEL, PARAMS = support_vlm.model(), support_vlm.params()
 KEY = jax.random.key(0)
 GIN = """
 from __gin__ import dynamic_registration
-include 'runs/vlm/shapes.gin'
+include 'base.gin'
+include 'models/vlm_tiny.gin'
+include 'data/shapes.gin'
+include 'optim/adamw_cosine.gin'
 from experiments.core import experiment
 from research.lora import adapt
 from research.lora.methods import lora
 from research.quant import quantize
 from research.vlm import within
+STEPS = 3000
+LEARNING_RATE = 2e-3
 experiment.Experiment.transforms = (@packed/within.Within(), @within.Within())
 experiment.Experiment.trainable = '/trained/'
 packed/within.Within.transform = @quantize.Quantize()

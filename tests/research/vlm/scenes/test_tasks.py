@@ -292,6 +292,29 @@ def test_digits(fake_digits):
   assert support_scenes.accuracy(rules["one digit only"], by_kind["sum"]) < 0.3
 
 
+def test_a_digit_alone_has_its_name(fake_digits):
+  images, labels = fake_digits
+  task = scenes.DigitNames(count=300, scale=1)
+  words = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+  ]
+  for x in task:
+    (shown,) = x.objects
+    assert x.answer == words[labels[shown.source]]
+    ink = np.round(255 - images[shown.source] * (255 / 16))
+    np.testing.assert_array_equal(x.image, np.stack([ink] * 3, -1))
+  assert support_scenes.conditional_p(task) > 1e-3
+
+
 def test_an_image_of_a_digit_is_of_one_split(fake_digits):
   images, labels = fake_digits
   shown = {}

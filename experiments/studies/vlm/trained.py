@@ -1,0 +1,154 @@
+"""A study of run files: each is trained with several seeds, as it stands.
+
+Its arms are experiments, so what a run file's header claims is measured by the
+code that users run: `experiments.train`, and its report of answers.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from experiments.core import config
+from experiments.core.stats import above, every, mean
+from experiments.stages import running, staged
+from experiments.studies import protocol
+from experiments.studies.protocol import Lines, Row, Rows, Verdict
+from research.typing import UserError
+from research.vlm.evaluation.report import BLIND, REAL, SHUFFLED
+
+COLUMNS = {REAL: "right, %", BLIND: "blind", SHUFFLED: "shuffled"}
+"""Systems of a report, and their titles in the table."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFile:
+  """A run file, and what is asked of its answers.
+
+  Attributes:
+    path: below `configs/`.
+    groups: kinds or strata ("exists/both") that the table and the verdict have.
+    margin: share of right answers above the best baseline, in the mean over
+      groups, that the claim says.
+  """
+
+  path: str
+  groups: tuple[str, ...]
+  margin: float | int = 0.25
+
+  @property
+  def name(self) -> str:
+    """The file's, without folder and suffix."""
+    return pathlib.PurePosixPath(self.path).stem
+
+  def read(self, seed: int) -> config.Read:
+    """Returns the experiment with a seed.
+
+    Raises:
+      UserError: it asks its model nothing.
+    """
+    found = config.read(self.path, [f"SEED={seed}"])
+    if staged.final(found.experiment).answers is None:
+      raise UserError(
+        f"{self.path}: found no Experiment.answers, expected what the trained"
+        " model is asked"
+      )
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained(protocol.Study):
+  """Run files, trained with several seeds.
+
+  Attributes:
+    files: the run files.
+    seeds: of weights and order; the questions are the same for all.
+  """
+
+  files: tuple[RunFile, ...]
+  seeds: int = 3
+
+  def __post_init__(self):
+    protocol.distinct([x.name for x in self.files], "Trained.files")
+
+  @property
+  def arms(self) -> list[str]:
+    """One for each seed and file."""
+    seeds = range(self.seeds)
+    return [f"{x.name}, seed {s}" for x in self.files for s in seeds]
+
+  def _file(self, arm: str) -> tuple[RunFile, int]:
+    name, seed = arm.rsplit(", seed ", 1)
+    (found,) = (x for x in self.files if x.name == name)
+    return found, int(seed)
+
+  def settings(self, arm: str) -> str:
+    """Returns what the arm's run file says."""
+    file, seed = self._file(arm)
+    return file.read(seed).text
+
+  def run(self, arm: str, before: Rows, shared: pathlib.Path) -> Row:
+    """Returns the report of the trained model's answers."""
+    del before
+    file, seed = self._file(arm)
+    read = file.read(seed)
+    folder = shared / "runs" / f"{file.name}_{seed}"
+    workdir = running.claim(read.experiment, read.text, folder)
+    result = running.train(read.experiment, workdir)
+    return {
+      "answers": result["answers"],
+      "parameters": result["total_parameters"],
+    }
+
+  def summary(self, row: Row) -> str:
+    """Returns the share of right answers to all questions."""
+    found = row["answers"]["all"]["systems"][REAL]
+    return f"{100 * found['score']:.1f}% right"
+
+  # --- what the rows say ---
+
+  def _found(self, rows: Rows, file: RunFile) -> list[Row]:
+    arms = [f"{file.name}, seed {s}" for s in range(self.seeds)]
+    return [rows[arm]["answers"] for arm in arms if arm in rows]
+
+  def table(self, rows: Rows) -> Lines:
+    """Returns a line for each file and group, in per cent of right answers."""
+    out = []
+    for file in self.files:
+      found = self._found(rows, file)
+      out += [_line(file.name, group, found) for group in file.groups if found]
+    return out
+
+  def verdicts(self, rows: Rows) -> list[Verdict]:
+    """Returns whether each file's model is above the best of its baselines."""
+    return [_verdict(x, self._found(rows, x)) for x in self.files]
+
+
+def _line(name: str, group: str, reports: list[Row]) -> dict[str, Any]:
+  line = {"run": name, "group": group}
+  line["n"] = reports[0][group]["systems"][REAL]["n"]
+  for system, title in COLUMNS.items():
+    scores = [x[group]["systems"][system]["score"] for x in reports]
+    line[title] = mean(scores).times(100)
+  rules = {
+    name: mean([x[group]["systems"][name]["score"] for x in reports]).value
+    for name in reports[0][group]["systems"]
+    if name not in COLUMNS
+  }
+  best = max(rules, key=lambda name: rules[name])
+  line["best rule"] = f"{best}: {100 * rules[best]:.1f}"
+  margins = [x[group]["margin"]["difference"] for x in reports]
+  line["above the best of all"] = mean(margins).times(100)
+  return line
+
+
+def _verdict(file: RunFile, reports: list[Row]) -> Verdict:
+  found = {
+    group: mean([x[group]["margin"]["difference"] for x in reports])
+    for group in file.groups
+  }
+  return Verdict(
+    f"{file.name}: answers to each of {', '.join(file.groups)} are"
+    f" {100 * file.margin:g} points above the best of blind, shuffled, rules",
+    ", ".join(f"{g}: {x.times(100)}" for g, x in found.items()),
+    every([above(x, file.margin) for x in found.values()]),
+  )

@@ -1,0 +1,59 @@
+"""The study of run files: what it reads, and what it says of their answers."""
+
+import pytest
+
+from experiments.studies.vlm import trained
+from experiments.studies.vlm.trained import RunFile, Trained
+from research.typing import UserError
+
+SHAPES = RunFile(path="runs/vlm/shapes.gin", groups=("count", "exists/both"))
+STUDY = Trained(files=(SHAPES,))
+
+
+def report(real, rule):
+  systems = {"real": real, "blind": 0.2, "shuffled": 0.3, "majority": rule}
+  best = max(0.3, rule)
+  group = {
+    "systems": {k: {"score": x, "n": 9} for k, x in systems.items()},
+    "margin": {"difference": real - best},
+  }
+  return {name: group for name in ("all", *SHAPES.groups)}
+
+
+def rows_of(*reals, rule=0.25):
+  return {
+    arm: {"answers": report(real, rule)}
+    for arm, real in zip(STUDY.arms, reals, strict=True)
+  }
+
+
+def test_an_arm_is_the_run_file_with_its_seed():
+  texts = [STUDY.settings(arm) for arm in STUDY.arms]
+  assert len({*texts}) == 3
+  for seed, text in enumerate(texts):
+    assert f"SEED = {seed}" in text
+  assert SHAPES.read(2).experiment.seed == 2
+
+
+def test_a_run_that_asks_nothing_is_refused():
+  file = RunFile(path="runs/quickstart.gin", groups=("all",))
+  with pytest.raises(UserError, match=r"quickstart\.gin: found no .*answers"):
+    file.read(0)
+
+
+def test_lines_and_verdicts_are_of_each_group():
+  rows = rows_of(0.90, 0.92, 0.94)
+  count, both = STUDY.table(rows)
+  assert (count["group"], both["group"]) == SHAPES.groups
+  assert count["right, %"].value == pytest.approx(92)
+  assert count["best rule"] == "majority: 25.0"
+  assert count["above the best of all"].value == pytest.approx(62)
+  assert [x.holds for x in STUDY.verdicts(rows)] == [True]
+  assert [x.holds for x in STUDY.verdicts(rows_of(0.5, 0.51, 0.52))] == [False]
+  assert [x.holds for x in STUDY.verdicts(rows_of(0.2, 0.9, 0.7))] == [None]
+
+
+def test_names_are_distinct():
+  with pytest.raises(UserError, match=r"Trained\.files"):
+    Trained(files=(SHAPES, SHAPES))
+  assert trained.COLUMNS["real"] == "right, %"
