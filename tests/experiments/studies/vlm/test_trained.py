@@ -32,7 +32,8 @@ def test_an_arm_is_the_run_file_with_its_seed():
   assert len({*texts}) == 3
   for seed, text in enumerate(texts):
     assert f"SEED = {seed}" in text
-  assert SHAPES.read(2).experiment.seed == 2
+  stages = SHAPES.read(2).experiment.stages.values()
+  assert [stage.seed for stage in stages] == [2, 2]
 
 
 def test_a_run_that_asks_nothing_is_refused():

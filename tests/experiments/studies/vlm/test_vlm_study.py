@@ -49,8 +49,8 @@ def test_the_language_model_reads_questions_and_answers():
   tokenizer = TINY.tokenizer(task)
   rows = base.text_rows(task, tokenizer, TINY.text)
   for sample, row in zip(task, rows, strict=True):
-    learned = row["targets"][row["weights"] > 0]
-    text = tokenizer.decode([row["tokens"][0], *learned[:-1]])
+    learned = row["targets"][row["weights"] > 0].tolist()
+    text = tokenizer.decode([int(row["tokens"][0]), *learned[:-1]])
     assert text == f"{sample.question} {sample.answer}"
     assert learned[-1] == tokenizer.stop[0]
 
