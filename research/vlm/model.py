@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from research.generation import generate
 from research.nn import layers
+from research.nn.block import Block
 from research.nn.transformer import Transformer
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8
 from research.vlm.connectors.projections import (
@@ -99,6 +100,10 @@ class VisionLanguageModel:
       vision=self.vision.clone(remat=remat),
       language=self.language.clone(remat=remat),
     )
+
+  def layer_kinds(self) -> tuple[Block, ...]:
+    """Returns the blocks of the encoder, then those of the language model."""
+    return (*self.vision.layer_kinds(), *self.language.layer_kinds())
 
   def grid(self, height: int, width: int) -> Grid:
     """Returns rows and columns of patches of an image of so many pixels."""

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import overload
 
-from research.data.sources import Paths, Split, jsonl
+from research.data.sources import NoExamples, Paths, Split, jsonl
 from research.data.sources.jsonl import Record
 from research.typing import UserError
 from research.vlm.images import decode
@@ -45,8 +45,11 @@ class ImageRecords(Sequence[Sample]):
 
   @functools.cached_property
   def records(self) -> list[Record]:
-    """The records, read from the files once."""
-    return jsonl.read(self.paths, self.split, self.key)
+    """The records, read from the files once; a split may have none."""
+    try:
+      return jsonl.read(self.paths, self.split, self.key)
+    except NoExamples:
+      return []
 
   def __len__(self) -> int:
     return len(self.records)
