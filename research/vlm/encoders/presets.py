@@ -35,10 +35,7 @@ class EncoderSizes:
 
 
 def encoder_stack(
-  sizes: EncoderSizes,
-  activation: Activation,
-  eps: float,
-  rope: Rope | None = None,
+  sizes: EncoderSizes, activation: Activation, eps: float
 ) -> Stack:
   """Returns pre-norm layers with full attention and biases everywhere."""
   block = Block(
@@ -46,7 +43,7 @@ def encoder_stack(
       heads=sizes.heads,
       kv_heads=sizes.heads,
       head_dim=sizes.width // sizes.heads,
-      rope=rope,
+      rope=None,
       qkv_bias=True,
       out_bias=True,
     ),
@@ -110,14 +107,16 @@ def rice(sizes: EncoderSizes) -> VisionTransformer:
   Args:
     sizes: of the tower; `grid` is not used.
   """
-  eps = sizes.eps or 1e-5
-  return VisionTransformer(
-    width=sizes.width,
-    patch=sizes.patch,
-    stack=encoder_stack(sizes, "gelu", eps, Rope(axes=Spatial())),
+  tower = clip(sizes)
+  [block] = tower.stack.blocks
+  block = block.clone(
+    attention=block.attention.clone(rope=Rope(axes=Spatial())),
+    mlp=block.mlp.clone(activation="gelu"),
+  )
+  return tower.clone(
+    stack=dataclasses.replace(tower.stack, blocks=(block,)),
     positions=None,
-    patch_bias=False,
-    input_norm=LayerNorm(eps=eps),
+    class_token=False,
     norm=None,
   )
 
