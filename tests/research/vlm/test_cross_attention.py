@@ -14,6 +14,8 @@ from research import sharding, tree, weights
 from research.generation import generate
 from research.interop.loaded import Loaded
 from research.interop.vision import source
+from research.lora import Adapt
+from research.lora.methods.alora import ALoRA
 from research.nn import logits
 from research.nn.attention import CrossAttention
 from research.nn.cross_attention import GatedCrossAttention, Media
@@ -204,14 +206,28 @@ def test_documents_packed_in_a_row_are_those_alone():
   close(packed[3:], second[:5])
 
 
-def test_selected_tokens_are_those_of_all():
-  single = tree.split_last_layer(params())
+@functools.cache
+def adapted():
+  """Returns weights whose new layers have adapters, active after a 7."""
+  method = ALoRA(rank=2, invocation=(7,))
+  transform = Adapt(
+    method=method, targets=r"layers/\d+/cross/(attention/q|mlp/.*)"
+  )
+  made = transform(params(), jax.random.key(1))
+  return tree.map_paths(
+    lambda path, x: x + 0.3 if "/trained/" in path else x, made
+  )
+
+
+@pytest.mark.parametrize("made", [params, adapted])
+def test_selected_tokens_are_those_of_all(made):
+  single = tree.split_last_layer(made())
   bound = cross_attention.with_media(MODEL, single, media(), SIZES, IMAGE)
   bound = weights.with_tokens(bound, TOKENS)
   keep = jnp.array([[3, 7], [1, 6]])
   apply = jax.jit(MODEL.apply)
   found, _ = apply({"params": bound}, TOKENS, keep=keep)
-  every = hidden_of(params(), TOKENS, media())
+  every = hidden_of(made(), TOKENS, media())
   expected = jnp.take_along_axis(every, keep[..., None], axis=1)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
