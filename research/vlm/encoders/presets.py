@@ -54,19 +54,18 @@ def _clip(sizes: EncoderSizes) -> EncoderSizes:
   )
 
 
-def encoder_stack(sizes: EncoderSizes, rope: Rope | None = None) -> Stack:
+def encoder_stack(sizes: EncoderSizes) -> Stack:
   """Returns pre-norm layers with full attention and biases everywhere.
 
   Args:
     sizes: with norms and activation.
-    rope: rotations of queries and keys.
   """
   block = Block(
     attention=Attention(
       heads=sizes.heads,
       kv_heads=sizes.heads,
       head_dim=sizes.width // sizes.heads,
-      rope=rope,
+      rope=None,
       qkv_bias=True,
       out_bias=True,
     ),
@@ -130,16 +129,16 @@ def rice(sizes: EncoderSizes) -> VisionTransformer:
   Args:
     sizes: of the tower; `grid` is not used.
   """
-  sizes = dataclasses.replace(
-    sizes, eps=sizes.eps or 1e-5, activation=sizes.activation or "gelu"
+  tower = clip(sizes)
+  [block] = tower.stack.blocks
+  block = block.clone(
+    attention=block.attention.clone(rope=Rope(axes=Spatial())),
+    mlp=block.mlp.clone(activation="gelu"),
   )
-  return VisionTransformer(
-    width=sizes.width,
-    patch=sizes.patch,
-    stack=encoder_stack(sizes, Rope(axes=Spatial())),
+  return tower.clone(
+    stack=dataclasses.replace(tower.stack, blocks=(block,)),
     positions=None,
-    patch_bias=False,
-    input_norm=LayerNorm(eps=sizes.eps),
+    class_token=False,
     norm=None,
   )
 
