@@ -36,6 +36,10 @@ MEMORY = 4 << 30
 """Address space of a process, in bytes."""
 
 
+# OpenBLAS reserves address space for every core, of which there may be many.
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
 class TimedOut(Exception):
   """A call took longer than it may."""
 
@@ -106,7 +110,7 @@ class Worker:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
-      env=os.environ | {"PYTHONPATH": path},
+      env=os.environ | {"PYTHONPATH": path, **_ONE_THREAD},
     )
     self._process, self._read = process, b""
     self._stop = weakref.finalize(self, _kill, process)

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
+from research.errors import UserError
+
 Span = tuple[int, int]
 
 FENCES = (("```", "```"), ("$$", "$$"), (r"\[", r"\]"))
@@ -42,6 +44,13 @@ class Separator:
 
   pattern: str
   fences: tuple[tuple[str, str], ...] = ()
+
+  def __post_init__(self):
+    if re.search(self.pattern, ""):
+      raise UserError(
+        f"Separator.pattern: found {self.pattern!r}, which matches an empty"
+        " text, expected one that matches a separator alone."
+      )
 
   def split(self, text: str) -> list[Span]:
     """Returns where steps start and stop, in characters."""

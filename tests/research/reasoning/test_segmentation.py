@@ -4,8 +4,9 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from research.errors import UserError
 from research.reasoning import SEGMENTERS, steps_of
-from research.reasoning.segmentation import FENCES
+from research.reasoning.segmentation import FENCES, Separator
 
 PIECES = (
   *("\n", "\n\n", " ", "a", "b c", "ки", "ки\n", "<extra_0>", " \n\n\n\n\n"),
@@ -58,6 +59,11 @@ def test_conventions(name, text, expected):
     assert found == [expected[0], text[len(expected[0]) :]]
   else:
     assert found == expected
+
+
+def test_a_separator_is_some_text():
+  with pytest.raises(UserError, match="matches an empty text"):
+    Separator(r"\n*")
 
 
 def test_a_separator_at_the_end_makes_no_empty_step():
