@@ -170,9 +170,8 @@ class GroupRollouts:
       )
     lengths = np.array([len(x) for x in answers]).reshape(shape)
     ended = np.array([self._ended(x) for x in answers]).reshape(shape)
-    shaped, learned = map(
-      np.asarray, self.overlong(jnp.asarray(rewards), lengths, ended)
-    )
+    given = map(jnp.asarray, (rewards, lengths, ended))
+    shaped, learned = map(np.asarray, self.overlong(*given))
     advantages = np.asarray(self.advantages(jnp.asarray(shaped)))
     selected = np.asarray(self.select(jnp.asarray(shaped)))
     return [

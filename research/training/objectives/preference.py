@@ -65,6 +65,24 @@ class Copies:
 
 
 @dataclasses.dataclass(frozen=True)
+class KeepPart:
+  """A weight transform: keeps one of several models, the inverse of `Copies`.
+
+  After training (`Experiment.after`) the reference is of no more use.
+
+  Attributes:
+    name: key of the model.
+  """
+
+  name: str = "policy"
+
+  def __call__(self, params: Params, key: PRNGKey) -> Any:
+    """Returns the parameters under the key."""
+    del key
+    return Part(self.name)(params)
+
+
+@dataclasses.dataclass(frozen=True)
 class DPO:
   """DPO loss: -log sigmoid(b [log-ratio(chosen) - log-ratio(rejected)]).
 

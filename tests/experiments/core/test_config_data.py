@@ -27,7 +27,12 @@ LEARNING_RATE = 1e-3
 PAGE = (
   pathlib.Path(__file__).resolve().parents[3] / "research/data/README.md"
 ).read_text("utf-8")
-NAMES = sorted(p.stem for p in config.CONFIGS.glob("data/*.gin"))
+NAMES = sorted(
+  p.stem
+  for p in config.CONFIGS.glob("data/*.gin")
+  # Batches that the policy samples itself.
+  if p.stem not in ("additions",)
+)
 
 
 def _head(name):

@@ -157,8 +157,12 @@ def test_a_step_can_be_traced(name, stage, tmp_path):
     taken.objective, taken.state.params, taken.batch, taken.key
   )
   assert sums[0].shape == ()
-  _, views, height, width, _ = taken.batch["pixels"].shape
-  soft = views * taken.loaded.model.tokens_per_view(height, width)
+  if "patches" in taken.batch:
+    _, views, count, _ = taken.batch["patches"].shape
+    soft = views * count // taken.loaded.model.square**2
+  else:
+    _, views, height, width, _ = taken.batch["pixels"].shape
+    soft = views * taken.loaded.model.tokens_per_view(height, width)
   assert taken.batch["tokens"].shape[1] >= soft
 
 

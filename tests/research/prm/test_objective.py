@@ -1,5 +1,6 @@
 """Losses of steps against loops over single traces."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,7 @@ import optax
 import pytest
 from scipy import special
 
+from research import tree
 from research.optim import optim
 from research.prm.heads import LinearHead
 from research.prm.model import RewardModel
@@ -22,6 +24,7 @@ from research.prm.objective import (
   squared_value,
 )
 from research.training import state, step
+from research.training.checkpoints.checkpoint import Checkpoints
 from research.typing import UserError
 from tests import support
 
@@ -163,6 +166,22 @@ def test_a_step_weighs_the_same_in_any_microbatch():
     )
     found.append((now.trainable, metrics["loss"]))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), *found)
+
+
+def test_a_probe_trains_and_saves_the_head_alone(tmp_path):
+  params, tx = MODEL.init(jax.random.key(0)), optim.adamw(0.02)
+  now = state.create(params, "^score/", tx)
+  update = jax.jit(step.make_train_step(StepReward(model=MODEL), tx))
+  after, _ = update(now, traces(), jax.random.key(0))
+  paths = [path for path, _ in tree.flatten_paths(after.trainable)]
+  assert paths == ["score/out", "score/out_bias"]
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(after)
+    found = checkpoints.restore(now)
+  chex.assert_trees_all_equal(found.params, after.params)
+  gap = abs(found.params["score"]["out"] - params["score"]["out"]).max()
+  assert float(gap) > 1e-3
+  np.testing.assert_array_equal(found.params["embed"], params["embed"])
 
 
 def test_mistakes():

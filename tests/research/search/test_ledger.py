@@ -9,7 +9,7 @@ import pytest
 
 from research import tree
 from research.errors import UserError
-from research.generation import generate
+from research.generation import decoding, generate
 from research.generation.sampling import GREEDY
 from research.nn import presets
 from research.nn.moe.routing import Routing
@@ -31,7 +31,7 @@ def _programs(model, rows):
   capacity = generate.bucket(PROMPT + NEW)
 
   def prefill(params, tokens, lengths, examples, limit, stop):
-    return generate.prefill(
+    return decoding.prefill(
       model,
       params,
       tokens,
@@ -44,8 +44,8 @@ def _programs(model, rows):
       capacity,
     )
 
-  def decode(params, state, limit, stop):
-    return generate.decode(model, params, state, GREEDY, limit, stop, NEW)
+  def decode(params, state, stop):
+    return decoding.decode(model, params, state, GREEDY, stop, NEW)
 
   def given(n):
     return params, i32((n, width)), *(i32((n,)) for _ in range(3)), i32((8,))
@@ -53,7 +53,7 @@ def _programs(model, rows):
   state = jax.eval_shape(prefill, *given(rows))[0]
   first = flops.count_flops(prefill, *given(1))
   # A loop that may end early counts once: this is one step of all rows.
-  step = flops.count_flops(decode, params, state, i32((rows,)), i32((8,)))
+  step = flops.count_flops(decode, params, state, i32((8,)))
   return first, step, width, capacity
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.studies.alignment.additions import Additions
 from research.optim import optim
 from research.training import loop, state
 from research.training.alignment import surrogate
@@ -139,8 +138,7 @@ def test_a_reference_is_asked_where_the_loss_needs_it():
   assert (np.asarray(batch["reference"]) != np.asarray(batch["old"])).any()
 
 
-@pytest.mark.parametrize("updates", [1, 2])
-def test_three_steps_and_three_are_six(updates, tmp_path):
+def test_three_steps_and_three_are_six_within_a_round(tmp_path):
   tx = optim.adamw(1e-2)
 
   def fit(folder, steps):
@@ -149,7 +147,7 @@ def test_three_steps_and_three_are_six(updates, tmp_path):
       GOAL,
       tx,
       made_state,
-      made(updates=updates),
+      made(updates=2),
       loop.TrainConfig(steps=steps),
       workdir=tmp_path / folder,
     )
@@ -163,23 +161,6 @@ def test_three_steps_and_three_are_six(updates, tmp_path):
     lambda a, b: float(abs(a - b).max()), whole.state.trainable, PARAMS
   )
   assert max(jax.tree.leaves(moved)) > 1e-3
-
-
-def test_a_sum_is_judged_exactly_and_splits_are_apart():
-  task = Additions()
-  prompt = task.prompt(7, 5)
-  assert task.reward(prompt, [12, task.end]) == 1
-  for wrong in ([12], [12, 12], [11, task.end], [], [task.end, 12]):
-    assert task.reward(prompt, wrong) == 0
-  splits = [
-    {
-      p.problem
-      for p in Additions(split=split).sample(np.random.default_rng(0), 5000)
-    }
-    for split in ("train", "heldout")
-  ]
-  assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == 100
-  assert 10 <= len(splits[1]) <= 20
 
 
 def test_greedy_answers_are_counted():
@@ -212,7 +193,6 @@ def test_greedy_answers_are_counted():
       "found temperature 1.0 and PolicyGradient.temperature 0.5",
     ),
     (lambda: made().with_objective(NextToken()), "the objective NextToken"),
-    (lambda: Additions(numbers=1), "found numbers 1 and every 7"),
   ],
 )
 def test_mistakes(change, message):
