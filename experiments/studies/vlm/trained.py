@@ -151,8 +151,9 @@ def _verdict(file: RunFile, reports: list[Row]) -> Verdict:
   overall = mean(np.mean(list(margins.values()), axis=0))
   each = ", ".join(f"{g}: {mean(x).times(100)}" for g, x in margins.items())
   return Verdict(
-    f"{file.name}: right answers are {100 * file.margin:g} points above the best"
-    f" of blind, shuffled and rules, in the mean over {', '.join(file.groups)}",
+    f"{file.name}: right answers are {100 * file.margin:g} points above the"
+    " best of blind, shuffled and rules, in the mean over"
+    f" {', '.join(file.groups)}",
     f"{overall.times(100)} points ({each})",
     above(overall, file.margin),
   )
