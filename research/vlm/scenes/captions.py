@@ -6,6 +6,7 @@ on captions, as language models are, learns from each object of each image
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import ClassVar
 
@@ -68,7 +69,7 @@ class ShapeCaptions(Task):
     self.expect("most", 1, self.cells**2)
     self.expect("size", 8 * self.cells)
 
-  @property
+  @functools.cached_property
   def classes(self) -> tuple[str, ...]:
     """The captions of one object."""
     pairs = itertools.product(self.colours, self.shapes)

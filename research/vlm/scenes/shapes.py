@@ -8,6 +8,7 @@ and in the stratum "both, unbound" all colours and all shapes of the scene.
 
 import collections
 import dataclasses
+import functools
 import itertools
 from typing import ClassVar, Literal, NamedTuple
 
@@ -163,7 +164,7 @@ class Shapes(Task):
       for x in (*self.colours, *self.shapes)
       if sum(x in pair for pair in left) < 2
     ]
-    if not set(self.held_out) <= known or poor or not self._squares():
+    if not set(self.held_out) <= known or poor or not self._squares:
       raise UserError(
         f"Shapes.held_out: found {self.held_out}, expected pairs of a colour"
         " and a shape that leave two pairs of each, and some to ask about."
@@ -171,27 +172,30 @@ class Shapes(Task):
 
   # Pairs
 
+  @functools.cached_property
   def _possible(self) -> list[Pair]:
     """Returns the pairs that scenes may have."""
     out = set(self.held_out) if self.composition == "familiar" else ()
     pairs = itertools.product(self.colours, self.shapes)
     return [pair for pair in pairs if pair not in out]
 
+  @functools.cached_property
   def _squares(self) -> list[tuple[Pair, Pair, Pair, Pair]]:
     """Returns (asked, other, colour only, shape only) for "both, unbound"."""
-    possible = set(self._possible())
+    possible = set(self._possible)
     return [
       (a, b, (a[0], b[1]), (b[0], a[1]))
-      for a in self._asked_pairs()
+      for a in self._asked_pairs
       for b in sorted(possible)
       if a[0] != b[0]
       and a[1] != b[1]
       and {(a[0], b[1]), (b[0], a[1])} <= possible
     ]
 
+  @functools.cached_property
   def _asked_pairs(self) -> list[Pair]:
     if self.composition == "familiar":
-      return self._possible()
+      return self._possible
     return list(self.held_out)
 
   # Kinds
@@ -199,12 +203,12 @@ class Shapes(Task):
   def _count(self, rng: np.random.Generator) -> Draft:
     forms = ("colour", "shape", "pair")
     form = "pair" if self.composition == "novel" else _pick(rng, forms)
-    colour, shape = _pick(rng, self._asked_pairs())
+    colour, shape = _pick(rng, self._asked_pairs)
     program = {"colour": colour, "shape": shape}
     if form != "pair":
       program = {form: program[form]}
-    match = [p for p in self._possible() if _matches(p, program)]
-    rest = [p for p in self._possible() if not _matches(p, program)]
+    match = [p for p in self._possible if _matches(p, program)]
+    rest = [p for p in self._possible if not _matches(p, program)]
     count = int(rng.integers(self.max_count + 1))
     total = int(rng.integers(self.max_count, self.max_objects + 1))
     pairs = _picks(rng, match, count) + _picks(rng, rest, total - count)
@@ -218,12 +222,12 @@ class Shapes(Task):
     return Draft(text, str(count), numbers, form, program, pairs)
 
   def _exists(self, rng: np.random.Generator) -> Draft:
-    pair, other, has_colour, has_shape = _pick(rng, self._squares())
+    pair, other, has_colour, has_shape = _pick(rng, self._squares)
     colour, shape = pair
     stratum = _pick(rng, ("absent", "one", "both"))
     answer = _pick(rng, YES_NO)
     total = int(rng.integers(2, self.max_objects + 1))
-    possible = self._possible()
+    possible = self._possible
     if stratum == "both":
       # The same bags of colours and shapes, bound in one way or the other.
       two = [pair, other] if answer == "yes" else [has_colour, has_shape]
@@ -247,7 +251,7 @@ class Shapes(Task):
     )
 
   def _relation(self, rng: np.random.Generator) -> Draft:
-    pairs = self._possible()
+    pairs = self._possible
     first, second = (pairs[i] for i in rng.permutation(len(pairs))[:2])
     relation = _pick(rng, tuple(RELATIONS))
     axis, sign = RELATIONS[relation]
@@ -289,10 +293,10 @@ class Shapes(Task):
 
   def _colour(self, rng: np.random.Generator) -> Draft:
     shape = _pick(rng, self.shapes)
-    choices = tuple(c for c in self.colours if (c, shape) in self._possible())
+    choices = tuple(c for c in self.colours if (c, shape) in self._possible)
     answer = _pick(rng, choices)
     total = int(rng.integers(1, self.max_objects + 1))
-    rest = [p for p in self._possible() if p[1] != shape]
+    rest = [p for p in self._possible if p[1] != shape]
     stratum = "1-3 objects" if total <= 3 else "4 or more"
     pairs = [(answer, shape), *_picks(rng, rest, total - 1)]
     text = f"What colour is the {shape}?"
@@ -314,7 +318,7 @@ class Shapes(Task):
     )
     counts = (more, less) if answer == "yes" else (less, more)
     total = int(rng.integers(less + more, self.max_objects + 1))
-    possible = self._possible()
+    possible = self._possible
     rest = [p for p in possible if p[0] not in (first, second)]
     pairs = _picks(rng, rest, total - less - more)
     for colour, count in zip((first, second), counts, strict=True):
