@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from kernels_pallas.bench import jobs
 from kernels_pallas.bench.jobs import Check, Job, Target
 from kernels_pallas.quantized_matmul import gpu, planar, tpu
-from kernels_pallas.quantized_matmul.gpu.tile_sizes import Tile
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import MIN_CODES, Tile
 from kernels_pallas.quantized_matmul.planar import Planar
 
 CODEBOOKS = {
@@ -249,7 +249,8 @@ def _product(target: Target, x: Problem, rows, w: Planar) -> Any:
   if target.platform == "gpu":
     groups = 2 if x.direction == "forward" else 1
     tile = Tile(8, groups, 2, operand="shared")
-    if x.rows > tile.rows:
-      tile = Tile(x.rows, 2, 2, cores="mma")
+    if x.codes or x.rows > tile.rows:
+      size = -(-x.rows // MIN_CODES) * MIN_CODES if x.codes else x.rows
+      tile = Tile(size, 2, 2, cores="mma")
     run = functools.partial(run, tile=tile)
   return run(rows, w)

@@ -212,7 +212,9 @@ def test_rows_of_blocks_too(kind, shift, edit):
     d = BlockCausal(model=model, block=K, shift=shift)
   prompts = [[3, 1, 4, 1], [5, 9, 2, 6, 5, 3, 5, 8, 9]]
   rows = [[*prompt, *[MASK] * (20 - len(prompt))] for prompt in prompts]
-  common = dict(mask_id=MASK, block=K, edit=edit, edit_steps=3, end=(2,))
+  common = dict(mask_id=MASK, block=K, end=(2,))
+  if edit is not None:
+    common |= dict(edit=edit, edit_steps=3)
   options = SamplerConfig(length=16, **common)
   guide = functools.partial(
     ClassifierFreeGuidance, inner=d, mask_id=MASK, weight=0.5

@@ -375,6 +375,7 @@ def test_in_a_model_scanned_or_not(method, targets):
     sizes = wrap.matrices(params)
     return look(method, {path: sizes[path] for path in paths})
 
+  matrices = 7 if targets == "all" else 2
   targets = adapt.ALL_LINEAR if targets == "all" else f".*/({targets})"
   adapted = adapt.Adapt(method=method, init_stats=seen, targets=targets)(
     params, KEY
@@ -386,8 +387,10 @@ def test_in_a_model_scanned_or_not(method, targets):
   got = np.asarray(logits(noisy, support.tokens()))
   assert np.abs(got - before).max() > 1e-3
   size = float(np.abs(got).max())
-  # A start that is subtracted again rounds numbers larger than the result.
+  # A start that is subtracted again rounds numbers larger than the result. Each
+  # matrix rounds by itself, so errors add up as the root of their number.
   atol = (1e-4 if isinstance(method, DecompositionInit) else 2e-5) * size
+  atol *= (matrices / 2) ** 0.5
   for other in (tree.unroll(noisy), wrap.merge(noisy)):
     after = logits(other, support.tokens())
     chex.assert_trees_all_close(after, got, atol=atol)
