@@ -247,12 +247,11 @@ def batch_of(bucket, **changes):
 
 
 def assert_close(found, expected):
-  """Sums over a short model in another order, by the largest of a tower."""
+  """Sums over a short model in another order, by each array's largest."""
   pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-  largest = max(np.abs(y).max() for y in jax.tree.leaves(expected))
   for x, y in pairs:
     # Biases of keys change no softmax: their gradients are rounding.
-    size = np.abs(y).max() + 0.05 * largest
+    size = 0.3 + np.abs(y).max()
     np.testing.assert_allclose(x / size, y / size, rtol=0, atol=5e-5)
 
 
