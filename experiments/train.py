@@ -33,7 +33,7 @@ from experiments.core import cli, runtime
 FLAGS = cli.new_flags(cluster=True)
 
 MAY_DIFFER = (
-  r"(?i)^steps =|\b(plan|optim\.\w+)\.steps ="
+  r"(?i)^steps =|\b(TrainConfig|plan|optim\.\w+)\.steps ="
   r"|\bmesh = @|\bsharding\b"
   r"|^(data|fsdp|sequence|ring|ulysses|tensor|expert) ="
 )

@@ -41,7 +41,7 @@ COLUMNS = {
 """Fields of a row, shares of right answers, and their titles in the table."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Shared:
   """What arms share.
 

@@ -12,7 +12,7 @@ from research.io.folders import Folder
 from research.training.checkpoints import checkpoint, versions
 from research.typing import UserError
 
-LENGTH_LINES = r"(?i)^steps =|\b(plan|optim\.\w+)\.steps ="
+LENGTH_LINES = r"(?i)^steps =|\b(TrainConfig|plan|optim\.\w+)\.steps ="
 """Configuration lines that set the length of a run, including its schedule.
 Other `steps`, such as Muon's, are part of the experiment."""
 

@@ -92,8 +92,17 @@ def test_what_is_remote(path, remote):
     assert str(found).endswith(path) and not folders.is_remote(found)
 
 
-def test_workdir_belongs_to_one_experiment(tmp_path):
-  config = "adamw.learning_rate = 0.1\nSTEPS = 5\nPlan.steps = %STEPS\n"
+@pytest.mark.parametrize(
+  "length",
+  [
+    "STEPS = 5\nloop.TrainConfig.steps = %STEPS\n",
+    "loop.TrainConfig.steps = 5\n",
+    "optim.cosine.steps = 5\n",
+    "Plan.steps = 5\n",  # before it was renamed
+  ],
+)
+def test_workdir_belongs_to_one_experiment(length, tmp_path):
+  config = f"adamw.learning_rate = 0.1\n{length}"
   workdir = claim_workdir(tmp_path / "run", config)
   assert (workdir / "config.gin").read_text() == config
   (workdir / "checkpoints" / "3").mkdir(parents=True)
