@@ -16,7 +16,6 @@ from research.search.step_search import Limits, Samples
 from research.typing import UserError
 
 
-@dataclasses.dataclass
 class Node:
   """A step of the tree, or the problem itself, which has no path.
 
@@ -29,12 +28,13 @@ class Node:
     children: next steps.
   """
 
-  path: Path | None = None
-  slot: int = -1
-  prior: float = 1.0
-  visits: int = 0
-  total: float = 0.0
-  children: list["Node"] = dataclasses.field(default_factory=list)
+  def __init__(
+    self, path: Path | None = None, slot: int = -1, prior: float = 1.0
+  ):
+    """Creates a step that nobody has visited."""
+    self.path, self.slot, self.prior = path, slot, prior
+    self.visits, self.total = 0, 0.0
+    self.children: list[Node] = []
 
   def walk(self) -> Iterator["Node"]:
     """Yields this node and all below it."""
