@@ -222,7 +222,7 @@ class Experiment:
   def with_encoder_of(self, built: "Built") -> "Experiment":
     """Returns the experiment whose data have the built model's encoder."""
 
-    def one(data: Data | None) -> Data | None:
+    def one(data: Any) -> Any:
       if not isinstance(data, NeedsEncoder):
         return data
       return data.with_encoder(built.loaded.model, built.params, self.trainable)
