@@ -10,7 +10,6 @@ import numpy as np
 
 from experiments.core.stats import Mean
 from research.training.reports import plots
-from research.typing import Float
 
 GREY = "0.65"
 """Of what has no colour of its own."""
@@ -22,10 +21,8 @@ def colors(names: Sequence[str]) -> dict[str, str]:
   return {name: own.get(name, GREY) for name in names}
 
 
-def spread(
-  axes: Any, x: Any, runs: Float[Any, "S T"], label: str | None, style: Any
-) -> None:
-  """Draws the mean over seeds, and their range."""
+def spread(axes: Any, x: Any, runs: Any, label: str | None, style: Any) -> None:
+  """Draws the mean over seeds, and their range; `runs` is [S, T] numbers."""
   runs = np.asarray(runs, float)
   axes.plot(x, runs.mean(0), marker="o", markersize=3, label=label, **style)
   axes.fill_between(

@@ -51,7 +51,7 @@ def test_a_cell_is_what_the_table_says(name, packing):
   assert re.fullmatch(r"[~*]?0\.\d{3}", got.text), got
   # What rounds on one processor is exact on another.
   assert (got.text[0] == "*") == (want[1] == "*")
-  assert want[1] or got.start == 0
+  assert want[1] or got.start < 1e-6
   assert got.left == pytest.approx(float(want[2]), abs=0.02)
 
 
