@@ -99,7 +99,8 @@ def test_images_of_any_number_have_buckets():
 def test_a_run_over_images_of_any_number_has_a_program_a_bucket(
   tmp_path, caplog
 ):
-  bindings = ["SAMPLES=40", "HELDOUT_SAMPLES=4", "STEPS=9", "WIDTH=32"]
+  bindings = ["SAMPLES=40", "HELDOUT_SAMPLES=4", "STEPS=9", "WARMUP=2"]
+  bindings += ["WIDTH=32"]
   read = config.read("runs/vlm/mixed_images.gin", bindings)
   folder = claim_workdir(tmp_path / "run", read.text)
   with jax.log_compiles():
