@@ -30,8 +30,8 @@ def test_a_run_file_gives_the_numbers_of_its_header(run, tmp_path):
     assert result["perplexity_after"] < result["perplexity_before"]
     return
   before, after = (float(x) for x in said.groups())
-  # The texts are Python's own documentation, and each release has another: with
-  # 3.13.5 it is 23.797, also with the code of when the headers were written.
+  # The texts are Python's own documentation, of which each release has another:
+  # the headers' numbers are of 3.13.5.
   assert result["perplexity_before"] == pytest.approx(before, rel=0.005)
   # Another machine rounds another way, which 24 steps amplify.
   assert result["perplexity_after"] == pytest.approx(after, rel=0.02)
