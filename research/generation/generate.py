@@ -27,7 +27,7 @@ from research.generation.generated import (
 )
 from research.generation.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer
-from research.typing import Params, PRNGKey, UserError
+from research.typing import Int, Params, PRNGKey, UserError
 
 TokenSource = Callable[..., Iterator[np.ndarray]]
 """A function with the signature of `chunks`, which yields new tokens."""
@@ -96,11 +96,8 @@ def chunks(
   samplers.check(sampling)
   extra = weights.extra_ids(params["embed"])
   room = token_limits(model, prompts, max_new_tokens, extra)
-  longest = max(map(len, prompts))
-  tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
-  for row, prompt in zip(tokens, prompts, strict=True):
-    row[: len(prompt)] = prompt
-  inside = np.arange(tokens.shape[1]) < np.array([[len(p)] for p in prompts])
+  tokens, lengths = pad_prompts(prompts)
+  inside = np.arange(tokens.shape[1]) < lengths[:, None]
   params = weights.with_tokens(params, jnp.where(inside, tokens, NO_TOKEN))
   limit, stop = np.array(room, np.int32), pad_stop_tokens(stop_tokens)
   rows = range(len(prompts)) if examples is None else examples
@@ -109,13 +106,13 @@ def chunks(
     model,
     params,
     tokens,
-    np.array([len(p) for p in prompts], np.int32),
+    lengths,
     sampling,
     jax.random.key(0) if key is None else key,
     np.array(rows, np.int32),
     limit,
     stop,
-    capacity=bucket(longest + steps),
+    capacity=bucket(max(map(len, prompts)) + steps),
     kv=kv,
     mask=mask,
   )
@@ -150,6 +147,19 @@ def token_source(kv: Any, source: TokenSource | None) -> TokenSource:
       "source has its own cache"
     )
   return source
+
+
+def pad_prompts(
+  prompts: Sequence[Sequence[int]],
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+  """Returns token ids padded on the right to a bucket, and their numbers."""
+  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+  tokens = np.zeros(
+    (len(prompts), bucket(max(int(lengths.max()), 1))), np.int32
+  )
+  for row, prompt in zip(tokens, prompts, strict=True):
+    row[: len(prompt)] = prompt
+  return tokens, lengths
 
 
 def pad_stop_tokens(tokens: Sequence[int]) -> np.ndarray:

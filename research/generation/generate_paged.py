@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.generation import generate, paging
+from research.generation import generate, paging, row_weights
 from research.generation import generate_paged_rows as programs
 from research.generation import sampling as samplers
 from research.generation.decoding import Rows
@@ -242,16 +242,13 @@ def _check_adapters(params):
       "pieces, which do not know where their images are.\nGenerate without "
       "pages."
     )
-  loose = jax.eval_shape(lambda: weights.bind(params))
-  if jax.tree.structure(loose) != jax.tree.structure(params):
+  if row_weights.bound_to_rows(params):
     raise UserError(
       "pages: found weights that are bound to the rows of a batch "
       "(weights.bind), expected one adapter for all rows: the prompt of a row "
       "changes during generation.\nGenerate without pages."
     )
-  token = jnp.zeros((1, 1), jnp.int32)
-  bound = jax.eval_shape(lambda: weights.with_tokens(params, token))
-  if jax.tree.structure(bound) != jax.tree.structure(params):
+  if row_weights.bound_to_tokens(params):
     raise UserError(
       "pages: found an adapter that is activated by certain tokens, expected "
       "one that does not depend on whole rows.\nGenerate without pages."

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.generation import decoding, generate
+from research.generation import decoding, generate, row_weights
 from research.generation import sampling as samplers
 from research.generation.boundary import Boundary
 from research.generation.decoding import Drawn, Rows, State
 from research.generation.generated import NO_TOKEN
 from research.generation.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer
-from research.typing import Array, Bool, Int, Params, PRNGKey, UserError
+from research.typing import Array, Bool, Params, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +49,11 @@ class Stepwise:
 
   def __post_init__(self):
     samplers.check(self.sampling)
-    token = jnp.zeros((1, 1), jnp.int32)
-    bound = jax.eval_shape(
-      lambda: weights.with_tokens(weights.bind(self.params), token)
-    )
-    if jax.tree.structure(bound) != jax.tree.structure(self.params):
+    if (
+      weights.per_row(self.params)
+      or row_weights.bound_to_rows(self.params)
+      or row_weights.bound_to_tokens(self.params)
+    ):
       raise UserError(
         "Stepwise: found weights that depend on the tokens of a row, such as"
         " images or an adapter that certain tokens activate; expected ones that"
@@ -82,20 +82,14 @@ class Stepwise:
       UserError: a prompt is empty, too long, or has ids outside the vocabulary;
         or `copies` is below 1.
     """
-    if copies < 1:
-      raise UserError(f"copies: found {copies}, expected at least 1")
-    limits = generate.token_limits(self.model, prompts, max_new_tokens)
-    tokens = np.zeros(
-      (len(prompts), generate.bucket(max(map(len, prompts)))), np.int32
-    )
-    for row, prompt in zip(tokens, prompts, strict=True):
-      row[: len(prompt)] = prompt
+    limits = self._limits(prompts, max_new_tokens, copies)
+    tokens, given = generate.pad_prompts(prompts)
     longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
     state, drawn = decoding.prefill(
       self.model,
       self.params,
       tokens,
-      np.array([len(p) for p in prompts], np.int32),
+      given,
       self.sampling,
       jax.random.key(0) if key is None else key,
       np.arange(len(prompts) * copies, dtype=np.int32),
@@ -177,6 +171,14 @@ class Stepwise:
     """Returns the state in which some rows have ended."""
     return dataclasses.replace(state, rows=ended(state.rows, rows))
 
+  def _limits(
+    self, prompts: Sequence[Sequence[int]], max_new_tokens: int, copies: int
+  ) -> list[int]:
+    """Returns the maximum number of new tokens of each prompt, checked."""
+    if copies < 1:
+      raise UserError(f"copies: found {copies}, expected at least 1")
+    return generate.token_limits(self.model, prompts, max_new_tokens)
+
   @property
   def _stop(self) -> np.ndarray:
     return generate.pad_stop_tokens(self.stop_tokens)
@@ -231,8 +233,3 @@ def joined(parts: Sequence[Drawn], done: Any) -> Drawn:
     found = [np.asarray(x.log_probs) for x in parts]
     scores = np.concatenate(found, axis=1)[:, used]
   return Drawn(tokens[:, used], np.asarray(done), scores)
-
-
-def lengths(drawn: Drawn) -> Int[Array, "B"]:
-  """Returns how many tokens each row has."""
-  return np.sum(drawn.tokens != NO_TOKEN, axis=1)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.generation import decoding, generate, generate_paged
+from research.generation import decoding, generate_paged
 from research.generation import generate_paged_rows as programs
 from research.generation import sampling as samplers
 from research.generation.decoding import Drawn, Rows
@@ -56,6 +56,11 @@ class PagedStepwise(Stepwise):
 
   def __post_init__(self):
     super().__post_init__()
+    if self.kv is not None:
+      raise UserError(
+        f"PagedStepwise.kv: found {self.kv!r:.60}, expected none: pages have"
+        " their own precision.\nSet Paging.dtype, or use Stepwise."
+      )
     generate_paged.check_rotations(self.model)
 
   def start(
@@ -66,7 +71,7 @@ class PagedStepwise(Stepwise):
     copies: int = 1,
   ) -> tuple[PagedState, Drawn]:
     """Returns rows up to their first pause; see `Stepwise.start`."""
-    limits = generate.token_limits(self.model, prompts, max_new_tokens)
+    limits = self._limits(prompts, max_new_tokens, copies)
     extents = [len(p) + n for p, n in zip(prompts, limits, strict=True)]
     total, size = len(prompts) * copies, self.layout.size
     width = -(-max(extents) // size)

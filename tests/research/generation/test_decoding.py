@@ -20,6 +20,7 @@ from research.nn.cache import take_rows
 from research.quant.kv.kv_quantizer import KVQuantizer
 from research.text import separators
 from research.typing import UserError
+from research.vlm.splice import with_features
 from tests import support
 
 PROMPTS = [[5, 6, 7], [9] * 11]
@@ -233,9 +234,20 @@ def test_separators_are_found_however_tokens_cut_them(separator):
     separators.separator_automaton(tokens, b"")
 
 
-def test_weights_of_rows_are_not_copied():
-  model, params = case()
+def images(params):
+  """Returns parameters that see images, one row's."""
+  features = jnp.zeros((1, 2, params["embed"].shape[1]))
+  return with_features(params, features, token=3)
+
+
+def invoked(params):
   method = ALoRA(rank=2, invocation=(3,))
-  params = Adapt(method=method)(params, KEY)
+  return Adapt(method=method)(params, KEY)
+
+
+@pytest.mark.parametrize("change", [images, invoked])
+def test_weights_of_rows_are_not_copied(change):
+  """Also where the placeholder of images is a token of the vocabulary."""
+  model, params = case()
   with pytest.raises(UserError, match="found weights that depend on the"):
-    Stepwise(model=model, params=params)
+    Stepwise(model=model, params=change(params))

@@ -11,6 +11,7 @@ from research.generation.paging import Paging
 from research.generation.sampling import Sampling
 from research.generation.stepwise import Stepwise
 from research.generation.stepwise_paged import PagedStepwise
+from research.quant.kv.kv_quantizer import KVQuantizer
 from research.typing import UserError
 from tests import support
 
@@ -91,3 +92,18 @@ def test_what_was_released_cannot_be_held():
   pages.release(0)
   with pytest.raises(UserError, match="row 0 has none for 3 tokens"):
     pages.hold(0, 3)
+
+
+@pytest.mark.parametrize(
+  ("use", "message"),
+  [
+    (lambda: engine(PagedStepwise, kv=KVQuantizer()), r"PagedStepwise\.kv"),
+    (
+      lambda: engine(PagedStepwise).start(PROMPTS, 4, copies=0),
+      "copies: found 0",
+    ),
+  ],
+)
+def test_what_pages_cannot_do_is_refused(use, message):
+  with pytest.raises(UserError, match=message):
+    use()
