@@ -32,14 +32,6 @@ from experiments.core import cli, runtime
 
 FLAGS = cli.new_flags(cluster=True)
 
-MAY_DIFFER = (
-  r"(?i)^steps =|\b(TrainConfig|plan|optim\.\w+)\.steps ="
-  r"|\bmesh = @|\bsharding\b"
-  r"|^(data|fsdp|sequence|ring|ulysses|tensor|expert) ="
-)
-"""Lines of the configuration that a resumed run may change: how long it is, and
-its mesh of devices."""
-
 _CONFIG = cli.define_config(FLAGS, default="the workdir's own, to resume it")
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -71,6 +63,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   runtime.setup()
   from experiments.core import config
   from experiments.stages import running
+  from research.training.checkpoints.workdir import LENGTH_AND_MESH_LINES
   from research.training.reports import metrics
 
   writers = [metrics.TensorBoardWriter] * _TENSORBOARD.value
@@ -84,7 +77,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   with runtime.cluster(cli.cluster(FLAGS)):
     workdir = runtime.first_process_first(
       lambda: running.claim(
-        read.experiment, read.text, _WORKDIR.value, MAY_DIFFER
+        read.experiment, read.text, _WORKDIR.value, LENGTH_AND_MESH_LINES
       )
     )
     result = running.train(read.experiment, workdir, writers)

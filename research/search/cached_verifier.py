@@ -78,10 +78,7 @@ class CachedVerifier:
         f" {max_new_tokens} new ones, expected at most {most} together, its"
         " context"
       )
-    tokens = np.zeros((len(prompts), generate.bucket(longest)), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-      row[: len(prompt)] = prompt
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens, lengths = generate.pad_prompts(prompts)
     return _start(
       self.model,
       self.params,
@@ -96,12 +93,9 @@ class CachedVerifier:
   ) -> tuple[Cache, Float[np.ndarray, " R"]]:
     """Returns the state after new tokens, and the scores; see `Verifier`."""
     del paths
-    rows = [row[row != NO_TOKEN] for row in new]
-    counts = np.array([len(row) for row in rows], np.int32)
-    width = generate.bucket(max(1, *map(len, rows)))
-    tokens = np.zeros((len(rows), width), np.int32)
-    for out, row in zip(tokens, rows, strict=True):
-      out[: len(row)] = row
+    tokens, counts = generate.pad_prompts(
+      [row[row != NO_TOKEN].tolist() for row in new]
+    )
     state, scores = _read(
       self.model,
       self.params,

@@ -6,6 +6,7 @@ how often. Every token of policy and verifier is on the problem's ledger.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +16,7 @@ import numpy as np
 from research.generation.decoding import Drawn
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
-from research.search.cost import Causal, model_cost
+from research.search.cost import Causal, ModelCost, model_cost
 from research.search.ledger import Ledger, prefill
 from research.typing import Float, Int, PRNGKey, UserError
 
@@ -131,6 +132,10 @@ class Engine:
   policy: Stepwise
   verifier: Verifier | None = None
 
+  @functools.cached_property
+  def _cost(self) -> ModelCost:
+    return model_cost(self.policy.model)
+
   def start(
     self,
     prompts: Sequence[Sequence[int]],
@@ -147,14 +152,13 @@ class Engine:
       key: random key of the sampling; seed 0 by default.
     """
     began = time.perf_counter()
-    cost = model_cost(self.policy.model)
     state, drawn = self.policy.start(prompts, max_new_tokens, key, copies)
     paths = tuple(
       Path(problem=i, root=root, prompt=len(prompt))
       for i, prompt in enumerate(prompts)
       for root in range(copies)
     )
-    ledgers = tuple(prefill(cost, len(prompt)) for prompt in prompts)
+    ledgers = tuple(prefill(self._cost, len(prompt)) for prompt in prompts)
     judged = None
     if self.verifier is not None:
       judged = self.verifier.start(prompts, copies, max_new_tokens)
@@ -212,7 +216,7 @@ class Engine:
         " are replaced.\nScore the finished paths instead"
       )
     state = self.policy.append(frontier.state, tokens, replace)
-    cost, ledgers = model_cost(self.policy.model), list(frontier.ledgers)
+    cost, ledgers = self._cost, list(frontier.ledgers)
     paths = list(frontier.paths)
     for row, (own, lost) in enumerate(zip(tokens, replace, strict=True)):
       if not own:
@@ -319,7 +323,7 @@ class Engine:
     self, frontier: Frontier, new: Int[np.ndarray, "R C"]
   ) -> tuple[Ledger, ...]:
     """Returns the ledgers with the passes that drew and judged new tokens."""
-    cost, ledgers = model_cost(self.policy.model), list(frontier.ledgers)
+    cost, ledgers = self._cost, list(frontier.ledgers)
     cached = [0] * len(ledgers)
     for path, row in zip(frontier.paths, new, strict=True):
       count, before = int((row != NO_TOKEN).sum()), len(path.tokens)

@@ -4,9 +4,12 @@ import jax
 import pytest
 
 from experiments.core import cli, config, device_context, runtime
-from experiments.train import MAY_DIFFER
 from research.sharding import Layout
-from research.training.checkpoints.workdir import LENGTH_LINES, claim_workdir
+from research.training.checkpoints.workdir import (
+  LENGTH_AND_MESH_LINES,
+  LENGTH_LINES,
+  claim_workdir,
+)
 from research.training.preemption import Preempted
 from research.typing import UserError
 
@@ -44,14 +47,14 @@ def test_a_size_from_the_command_line_wins():
 
 def test_a_run_goes_on_over_other_devices_and_no_other_change(tmp_path):
   first = config.parse(HEAD + RUN, ["FSDP=8"]).text
-  claim_workdir(tmp_path, first, MAY_DIFFER)
+  claim_workdir(tmp_path, first, LENGTH_AND_MESH_LINES)
   (tmp_path / "checkpoints" / "1").mkdir(parents=True)
   for bindings in (["FSDP=4", "DATA=2"], ["SEQUENCE=2", "STEPS=80"], []):
     text = config.parse(HEAD + RUN, bindings).text
-    claim_workdir(tmp_path, text, MAY_DIFFER)
+    claim_workdir(tmp_path, text, LENGTH_AND_MESH_LINES)
   other = config.parse(HEAD + RUN, ["RANK=4"]).text
   with pytest.raises(UserError, match="RANK = 8"):
-    claim_workdir(tmp_path, other, MAY_DIFFER)
+    claim_workdir(tmp_path, other, LENGTH_AND_MESH_LINES)
 
 
 def test_other_steps_than_updates_are_another_run(tmp_path):
@@ -63,7 +66,7 @@ muon.muon.steps = 5
   changed = text.replace("muon.muon.steps = 5", "muon.muon.steps = 4")
   (tmp_path / "checkpoints" / "1").mkdir(parents=True)
   (tmp_path / "config.gin").write_text(text)
-  for may_differ in (MAY_DIFFER, LENGTH_LINES):
+  for may_differ in (LENGTH_AND_MESH_LINES, LENGTH_LINES):
     claim_workdir(tmp_path, text, may_differ)
     with pytest.raises(UserError, match="muon.muon.steps = 4"):
       claim_workdir(tmp_path, changed, may_differ)

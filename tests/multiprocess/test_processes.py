@@ -16,8 +16,10 @@ import pytest
 from safetensors import numpy as safetensors
 
 from experiments.core import config, train_eval
-from experiments.train import MAY_DIFFER
-from research.training.checkpoints.workdir import claim_workdir
+from research.training.checkpoints.workdir import (
+  LENGTH_AND_MESH_LINES,
+  claim_workdir,
+)
 from research.training.reports.metrics import read_jsonl
 from tests.multiprocess.launcher import launch
 
@@ -49,7 +51,7 @@ def _together(*commands):
 
 def _alone(workdir, *bindings):
   read = config.read(CONFIG, list(bindings))
-  folder = claim_workdir(workdir, read.text, MAY_DIFFER)
+  folder = claim_workdir(workdir, read.text, LENGTH_AND_MESH_LINES)
   return train_eval.train(read.experiment, folder)
 
 

@@ -8,15 +8,12 @@ place, so late steps cost less rather than more.
 import dataclasses
 from collections.abc import Sequence
 
-from research.prm.scores.aggregate import Aggregate, Last
 from research.search.engine import Path
-from research.search.step_search import StepSearch
-from research.search.strategies.ranking import ranked
-from research.typing import UserError
+from research.search.strategies.ranking import OfWidth, ranked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Beam(StepSearch):
+class Beam(OfWidth):
   """N paths, of which the best N/M go on after each step.
 
   Attributes:
@@ -24,17 +21,6 @@ class Beam(StepSearch):
     width: M, children of each path; 1 is `Independent`.
     prune: makes one score of a path's steps so far.
   """
-
-  width: int = 4
-  prune: Aggregate = Last()
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.width < 1 or self.copies % self.width:
-      raise UserError(
-        f"Beam: width is {self.width}, expected a divisor of the {self.copies}"
-        " paths"
-      )
 
   def children(self, paths: Sequence[Path]) -> Sequence[int]:
     """Returns `width` for each of the best paths."""

@@ -7,15 +7,12 @@ Better than a beam of many paths, which collapses to one prefix.
 import dataclasses
 from collections.abc import Sequence
 
-from research.prm.scores.aggregate import Aggregate, Last
 from research.search.engine import Path
-from research.search.step_search import StepSearch
-from research.search.strategies.ranking import ranked
-from research.typing import UserError
+from research.search.strategies.ranking import OfWidth, ranked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiverseTrees(StepSearch):
+class DiverseTrees(OfWidth):
   """N/M trees of width M, of which the best path goes on.
 
   Attributes:
@@ -23,17 +20,6 @@ class DiverseTrees(StepSearch):
     width: M.
     prune: makes one score of a path's steps so far.
   """
-
-  width: int = 4
-  prune: Aggregate = Last()
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.width < 1 or self.copies % self.width:
-      raise UserError(
-        f"DiverseTrees: width is {self.width}, expected a divisor of the"
-        f" {self.copies} paths"
-      )
 
   def children(self, paths: Sequence[Path]) -> Sequence[int]:
     """Returns `width` for the best path of each tree."""

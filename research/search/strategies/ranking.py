@@ -1,9 +1,11 @@
-"""Ranks open paths by the verifier's scores."""
+"""Searches of a width, and ranks of open paths by the verifier's scores."""
 
+import dataclasses
 from collections.abc import Sequence
 
-from research.prm.scores.aggregate import Aggregate
+from research.prm.scores.aggregate import Aggregate, Last
 from research.search.engine import Path
+from research.search.step_search import StepSearch
 from research.typing import UserError
 
 
@@ -24,3 +26,25 @@ def ranked(paths: Sequence[Path], prune: Aggregate) -> list[int]:
     )
   scores = [prune(path.scores) for path in paths]
   return sorted(range(len(paths)), key=lambda i: -scores[i])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfWidth(StepSearch):
+  """Base of searches whose best paths have several children.
+
+  Attributes:
+    copies: N.
+    width: M, children of each path.
+    prune: makes one score of a path's steps so far.
+  """
+
+  width: int = 4
+  prune: Aggregate = Last()
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.width < 1 or self.copies % self.width:
+      raise UserError(
+        f"{type(self).__name__}: width is {self.width}, expected a divisor of"
+        f" the {self.copies} paths"
+      )

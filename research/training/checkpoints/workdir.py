@@ -16,6 +16,12 @@ LENGTH_LINES = r"(?i)^steps =|\b(TrainConfig|plan|optim\.\w+)\.steps ="
 """Configuration lines that set the length of a run, including its schedule.
 Other `steps`, such as Muon's, are part of the experiment."""
 
+LENGTH_AND_MESH_LINES = LENGTH_LINES + (
+  r"|\bmesh = @|\bsharding\b"
+  r"|^(data|fsdp|sequence|ring|ulysses|tensor|expert) ="
+)
+"""Those, and lines that set a run's mesh of devices: what a run may change when
+it is resumed."""
 
 STAGES = "stages.json"
 """In the working directory of a run of stages: their names, in order."""

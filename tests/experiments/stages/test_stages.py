@@ -16,7 +16,10 @@ from experiments.stages.staged import Staged, StageResult, final
 from research import tree
 from research.interop import load
 from research.training import loop, preemption, state
-from research.training.checkpoints.workdir import claim_workdir
+from research.training.checkpoints.workdir import (
+  LENGTH_AND_MESH_LINES,
+  claim_workdir,
+)
 from research.typing import UserError
 
 TINY = str(pathlib.Path(__file__).with_name("tiny.gin"))
@@ -25,7 +28,9 @@ FIRST, SECOND = "embedding", "adapters"
 
 def run(workdir, *bindings):
   read = config.read(TINY, bindings)
-  folder = running.claim(read.experiment, read.text, workdir, train.MAY_DIFFER)
+  folder = running.claim(
+    read.experiment, read.text, workdir, LENGTH_AND_MESH_LINES
+  )
   return running.train(read.experiment, folder)
 
 
