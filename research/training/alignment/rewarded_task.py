@@ -154,8 +154,7 @@ class PolicyRates:
 
   def __str__(self) -> str:
     return (
-      f"greedy {self.greedy}\n"
-      f"sampled {self.sampled}, {self.samples} times each"
+      f"greedy {self.greedy}\nsampled {self.sampled}, {self.samples} times each"
     )
 
   def to_json(self) -> dict[str, Any]:
