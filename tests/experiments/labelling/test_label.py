@@ -1,4 +1,4 @@
-"""From a policy to its labelled steps to a reward model, by the commands' parts.
+"""From a policy to labelled steps to a reward model, by the commands' parts.
 
 Tiny: two numbers, a few steps of training.
 """
