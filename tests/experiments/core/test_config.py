@@ -4,6 +4,7 @@ import pytest
 
 from experiments.core import config
 from experiments.core.experiment import Experiment, Pretrained
+from experiments.labelling import label_run
 from experiments.stages.staged import Staged
 from experiments.studies.quant import quantizing
 from research.training.objectives.objective import NextToken
@@ -26,10 +27,13 @@ def _read(run):
 
 
 def _root(run):
-  """Returns what a run file builds: an experiment, or a job."""
+  """Returns what a run file builds: an experiment, a job, or labels."""
   lines = config._imports((config.CONFIGS / run).read_text("utf-8"))
-  quantizes = "from experiments.studies.quant import quantizing" in lines
-  return quantizing.Job if quantizes else Experiment
+  roots = {
+    "from experiments.studies.quant import quantizing": quantizing.Job,
+    "from experiments.labelling import label_run": label_run.LabelRun,
+  }
+  return next((roots[x] for x in lines if x in roots), Experiment)
 
 
 @pytest.mark.parametrize("run", RUNS)
