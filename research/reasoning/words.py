@@ -1,5 +1,6 @@
 """A tokenizer of words between spaces, for small models of generated tasks."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,3 +38,18 @@ def word_tokenizer(words: Sequence[str]) -> Any:
   return Tokenizer(
     backend=backend, eos=ids[EOS], pad=ids[PAD], stop=(ids[EOS],)
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WordVocabulary:
+  """The source of a tokenizer of words, for configurations.
+
+  Attributes:
+    words: as for `word_tokenizer`.
+  """
+
+  words: tuple[str, ...] = dataclasses.field(repr=False)
+
+  def load(self) -> Any:
+    """Returns the tokenizer."""
+    return word_tokenizer(self.words)

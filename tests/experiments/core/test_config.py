@@ -4,6 +4,7 @@ import pytest
 
 from experiments.core import config
 from experiments.core.experiment import Experiment, Pretrained
+from experiments.searching import search_run
 from experiments.stages.staged import Staged
 from experiments.studies.quant import quantizing
 from research.training.objectives.objective import NextToken
@@ -16,6 +17,12 @@ RUNS = sorted(
 )
 
 
+ROOTS = {
+  "from experiments.studies.quant import quantizing": quantizing.Job,
+  "from experiments.searching import search_run": search_run.SearchRun,
+}
+"""What run files build that import these."""
+
 GIVEN = ["FILES=mine.jsonl"]
 """What runs of a user's own data need."""
 
@@ -26,10 +33,12 @@ def _read(run):
 
 
 def _root(run):
-  """Returns what a run file builds: an experiment, or a job."""
+  """Returns what a run file builds: an experiment, a job or a search."""
   lines = config._imports((config.CONFIGS / run).read_text("utf-8"))
-  quantizes = "from experiments.studies.quant import quantizing" in lines
-  return quantizing.Job if quantizes else Experiment
+  for line, root in ROOTS.items():
+    if line in lines:
+      return root
+  return Experiment
 
 
 @pytest.mark.parametrize("run", RUNS)
