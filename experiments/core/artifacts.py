@@ -14,12 +14,15 @@ from experiments.core.experiment import Built, Experiment
 from research import tree
 from research.interop import convert, load, peft, sources, vision
 from research.interop.diffusion import spec
+from research.interop.hf import rewards
+from research.interop.hf import tokenizer as hf_tokenizer
 from research.interop.hf import write as hf_write
 from research.interop.loaded import Loaded
 from research.interop.peft import names as peft_names
 from research.io import folders
 from research.io.folders import Folder
 from research.lora import wrap
+from research.prm.model import RewardModel
 from research.training import state
 from research.training.reports import plots
 from research.typing import Params, UserError
@@ -123,6 +126,9 @@ def _save_model(folder, experiment, built, params) -> bool:
   params = device_context.gather(params)
   if not runtime.is_first_process():
     return True
+  if isinstance(built.loaded.model, RewardModel):
+    _save_reward_model(folder, built.loaded, params)
+    return False  # it writes no text: evaluate and search read it
   if isinstance(built.loaded.model, SeesImages):
     return _save_vision_model(folder, built.loaded, params)
   source = sources.from_training(
@@ -143,6 +149,19 @@ def _save_model(folder, experiment, built, params) -> bool:
     log(f"{folder}: not written: {error}")
     return False
   return True
+
+
+def _save_reward_model(folder, loaded, params) -> None:
+  """Writes a reward model, in Hugging Face's format for token classifiers."""
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir()
+  try:
+    config = loaded.source.get("config")
+    rewards.write_reward_model(folder, loaded.model, params, config)
+    hf_tokenizer.write(folder, None, loaded.tokenizer)
+  except UserError as error:
+    shutil.rmtree(folder, ignore_errors=True)
+    log(f"{folder}: not written: {error}")
 
 
 def _save_vision_model(folder, loaded, params) -> bool:

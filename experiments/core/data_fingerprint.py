@@ -20,6 +20,7 @@ from research.data.sources import NoExamples
 from research.io import folders
 from research.io.folders import Folder
 from research.nn.transformer import Transformer
+from research.prm.model import RewardModel
 from research.text import special_tokens
 from research.text.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
 from research.training.checkpoints import workdir as workdirs
@@ -131,7 +132,7 @@ def describe_special_tokens(tokenizer: Any) -> dict[str, Any] | None:
 
 def check_context(
   experiment: Experiment,
-  model: Transformer | VisionLanguageModel | DualEncoder,
+  model: Transformer | VisionLanguageModel | DualEncoder | RewardModel,
   tokenizer: Any,
 ) -> None:
   """Warns of texts that are longer than the model's context.

@@ -20,6 +20,7 @@ from research.interop.loaded import Loaded
 from research.io import folders, unread
 from research.io.unread import Shardings
 from research.nn.layers import Remat
+from research.prm.scores.report import StepReport
 from research.sharding import Layout
 from research.training import state
 from research.training.aot import StateTransform
@@ -79,6 +80,13 @@ class Answers(Protocol):
   """Asks a model questions, and reports on its answers."""
 
   def __call__(self, loaded: Loaded) -> AnswerReport: ...
+
+
+@runtime_checkable
+class StepJudgement(Protocol):
+  """Asks a reward model to judge labelled steps, and reports on that."""
+
+  def __call__(self, loaded: Loaded) -> StepReport: ...
 
 
 @runtime_checkable
@@ -153,6 +161,8 @@ class Experiment:
     eval_batches: at most so many batches of each of those two; None for all.
     answers: what the trained model is asked, whose report is in the result
       beside the loss; None for nothing.
+    step_report: judges labelled steps by the trained reward model; its main
+      numbers are the result's own. None for nothing.
     state_transforms: of the training state, after each step, in order.
     after: transforms of the trained weights, in order; the result is saved as
       our checkpoint, which keeps every kind of weight.
@@ -175,6 +185,7 @@ class Experiment:
   heldout: Data | None = None
   eval_batches: int | None = None
   answers: Answers | None = None
+  step_report: StepJudgement | None = None
   state_transforms: tuple[StateTransform, ...] = ()
   after: tuple[Transform, ...] = ()
   mesh: Layout = Layout(data=1)

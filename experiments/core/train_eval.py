@@ -136,6 +136,7 @@ def _train(
   heldout_metrics = _heldout_metrics(experiment, built, outcome.state, heldout)
   (_, before), (_, after) = heldout_metrics.values()
   answers = _answers(experiment, built, outcome.state)
+  judged = _judged(experiment, built, outcome.state)
   title = f"{workdir.name}: {trainable:,} trainable of {total:,}"
   readable = artifacts.save(
     experiment, built, outcome.state, workdir, heldout_metrics, title
@@ -158,6 +159,7 @@ def _train(
     "special_tokens": data_fingerprint.describe_special_tokens(tokenizer),
     **(outcome.evaluation or _last_evaluation(experiment, workdir)),
     **answers,
+    **judged,
     "workdir": str(workdir),
   }
   artifacts.write_text(
@@ -249,7 +251,8 @@ def _evaluate(experiment, context, workdir, number) -> dict[str, Any]:
   tokenizer = built.loaded.tokenizer
   data_fingerprint.check_context(experiment, built.loaded.model, tokenizer)
   evaluations = experiment.evaluations(tokenizer)
-  if not evaluations and experiment.answers is None:
+  asks = experiment.answers or experiment.step_report
+  if not evaluations and asks is None:
     raise UserError("this experiment has neither validation nor heldout data")
   measure = evaluating.compiled(built.objective, context.batch)
   found = evaluating.evaluate_all(measure, trained, evaluations, context.batch)
@@ -268,6 +271,7 @@ def _evaluate(experiment, context, workdir, number) -> dict[str, Any]:
     ),
     "special_tokens": data_fingerprint.describe_special_tokens(tokenizer),
     **_answers(experiment, built, trained),
+    **_judged(experiment, built, trained),
   }
 
 
@@ -282,6 +286,20 @@ def _answers(
   report = experiment.answers(loaded)
   artifacts.log(f"answers, % right:\n{report}\n")
   return {"answers": report.to_json()}
+
+
+def _judged(
+  experiment: Experiment, built: Built, trained: state.TrainState
+) -> dict[str, Any]:
+  """Logs how well steps are judged; returns a result's entries of it."""
+  if experiment.step_report is None or jax.process_count() > 1:
+    return {}
+  loaded = dataclasses.replace(built.loaded, params=trained.params)
+  report = experiment.step_report(loaded)
+  artifacts.log(f"labelled steps: {report}\n")
+  every = report.to_json()
+  main = "f1", "accuracy_error", "accuracy_correct", "auc", "threshold"
+  return {name: every[name] for name in main} | {"step_report": every}
 
 
 def _start(experiment: Experiment, built: Built) -> state.TrainState:

@@ -4,6 +4,7 @@ load          any model by name, what `--model=` takes; `loaded` what it is
 sources       the same, opened but unread; `parts` their parameters one by one
 convert       a source into any format
 adapters      adapters of either format by name
+rewards       reward models: a language model with a new head, or one from files
 native        our own checkpoint of a model
 
 hf gguf peft  a format each. `config` has the fields of its configuration, both

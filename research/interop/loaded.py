@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from research.interop.diffusion import spec
 from research.nn.transformer import Transformer
+from research.prm.model import GenerativeReward, RewardModel
 from research.typing import Params
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.model import VisionLanguageModel
@@ -32,7 +33,13 @@ class Loaded:
     preprocessor: what becomes of images; None for models without eyes.
   """
 
-  model: Transformer | VisionLanguageModel | nn.Module
+  model: (
+    Transformer
+    | VisionLanguageModel
+    | RewardModel
+    | GenerativeReward
+    | nn.Module
+  )
   params: Params
   tokenizer: Any
   source: dict[str, Any]

@@ -17,6 +17,7 @@ from research.nn.rope import Llama3, Rope, Scaling
 from research.nn.stack import Stack
 from research.nn.time_embedding import AdaLN, TimeEmbedding
 from research.nn.transformer import Transformer
+from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,6 +210,44 @@ def _feed_forward(
     hidden=sparse.hidden,
     activation=family.activation,
     shared=shared,
+  )
+
+
+def sizes_of_width(
+  width: int,
+  *,
+  vocab: int,
+  depth: int = 2,
+  heads: int = 4,
+  max_positions: int | None = None,
+) -> Sizes:
+  """Returns sizes that follow from a width: models of a ladder.
+
+  The gated feed-forward has a hidden width of 8/3 `width`, so that it has as
+  many parameters as one of 4 `width` without a gate (Shazeer 2020), and a layer
+  has 12 `width**2`. The embedding is not tied to the head.
+
+  Args:
+    width, vocab, depth, heads, max_positions: see `Sizes`.
+
+  Raises:
+    UserError: `width` is not an even multiple of `heads`, as rotations want.
+  """
+  if width % (2 * heads):
+    raise UserError(
+      f"width: found {width}, expected a multiple of {2 * heads}, for {heads}"
+      " heads of an even size"
+    )
+  return Sizes(
+    vocab=vocab,
+    width=width,
+    depth=depth,
+    heads=heads,
+    kv_heads=heads,
+    head_dim=width // heads,
+    hidden=8 * width // 3,
+    tied=False,
+    max_positions=max_positions,
   )
 
 

@@ -3,7 +3,8 @@
 `formats/` reads and writes the published layouts of labelled steps, `labels/`
 derives labels from rollouts and oracles, `scores/` aggregates, calibrates and
 evaluates: none of these needs a model, or JAX. `model` has reward models on any
-backbone, `objective` their losses.
+backbone, `objective` their losses, `rows` the data of these; `policy_samples`
+labels what a policy writes, `judge` scores it.
 """
 
 import lazy_loader
@@ -12,8 +13,16 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "heads": ["LinearHead", "MlpHead"],
+    "judge": ["StepEvaluation", "score_solutions"],
     "labelled": ["LabelledSolution"],
     "model": ["GenerativeReward", "RewardModel"],
     "objective": ["StepReward"],
+    "policy_samples": [
+      "PolicySampler",
+      "sample_solutions",
+      "with_exact_labels",
+      "with_rollouts",
+    ],
+    "rows": ["LabelledRows"],
   },
 )

@@ -44,6 +44,13 @@ class StepReport:
   solutions: int
   steps: int
 
+  def __str__(self) -> str:
+    return (
+      f"F1 {self.first.f1:.3f} ({self.first.error:.3f} of {self.first.errors}"
+      f" with an error, {self.first.correct:.3f} of {self.first.corrects}"
+      f" without), AUC {self.auc:.3f}"
+    )
+
   def to_json(self) -> dict[str, Any]:
     """Returns the metrics; NaN, where there is nothing to say, is None."""
     found = {

@@ -108,19 +108,85 @@ class GreedyReward:
 
   def __call__(self, loaded: Any) -> AnswerRate:
     """Returns the rate of a model's greedy answers."""
-    rng = np.random.default_rng(self.seed)
-    prompts = self.task.sample(rng, self.count)
+    key = jax.random.key(0)
+    return self._rate(loaded, self._prompts(), GREEDY, key)
+
+  def _prompts(self) -> Sequence[Prompt]:
+    return self.task.sample(np.random.default_rng(self.seed), self.count)
+
+  def _rate(
+    self,
+    loaded: Any,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    key: Array,
+  ) -> AnswerRate:
+    """Returns the rate of one answer to each prompt."""
     answers = sampled(
       loaded.model,
       self.policy(loaded.params),
       [prompt.tokens for prompt in prompts],
       self.new_tokens,
       self.stop_tokens,
-      GREEDY,
-      jax.random.key(0),
+      sampling,
+      key,
     )
     rewards = [
       self.task.reward(prompt, answer)
       for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    return AnswerRate(float(sum(rewards)), self.count)
+    return AnswerRate(float(sum(rewards)), len(prompts))
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyRates:
+  """The shares of right answers, greedy and sampled.
+
+  Attributes:
+    greedy: of greedy answers.
+    sampled: of all sampled ones.
+    samples: answers sampled to each prompt.
+  """
+
+  greedy: AnswerRate
+  sampled: AnswerRate
+  samples: int
+
+  def __str__(self) -> str:
+    return (
+      f"greedy {self.greedy}\nsampled {self.sampled}, {self.samples} times each"
+    )
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns numbers."""
+    return {
+      "greedy": self.greedy.right / self.greedy.count,
+      "sampled": self.sampled.right / self.sampled.count,
+      "count": self.greedy.count,
+      "samples": self.samples,
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledReward(GreedyReward):
+  """The mean rewards of greedy and of sampled answers.
+
+  Attributes:
+    samples: answers sampled to each prompt.
+    sampling: of their tokens.
+  """
+
+  samples: int = 4
+  sampling: Sampling = Sampling(temperature=1.0)
+
+  def __call__(self, loaded: Any) -> PolicyRates:
+    """Returns the rates of a model's answers."""
+    prompts = self._prompts()
+    keys = jax.random.split(jax.random.key(self.seed), self.samples + 1)
+    greedy = self._rate(loaded, prompts, GREEDY, keys[0])
+    rounds = [
+      self._rate(loaded, prompts, self.sampling, key) for key in keys[1:]
+    ]
+    right = sum(x.right for x in rounds)
+    every = AnswerRate(right, self.samples * greedy.count)
+    return PolicyRates(greedy, every, self.samples)

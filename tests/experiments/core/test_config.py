@@ -4,6 +4,7 @@ import pytest
 
 from experiments.core import config
 from experiments.core.experiment import Experiment, Pretrained
+from experiments.labelling import label_run
 from experiments.searching import search_run
 from experiments.stages.staged import Staged
 from experiments.studies.quant import quantizing
@@ -19,6 +20,7 @@ RUNS = sorted(
 
 ROOTS = {
   "from experiments.studies.quant import quantizing": quantizing.Job,
+  "from experiments.labelling import label_run": label_run.LabelRun,
   "from experiments.searching import search_run": search_run.SearchRun,
 }
 """What run files build that import these."""
@@ -33,7 +35,7 @@ def _read(run):
 
 
 def _root(run):
-  """Returns what a run file builds: an experiment, a job or a search."""
+  """Returns what a run file builds: an experiment, a job, labels, a search."""
   lines = config._imports((config.CONFIGS / run).read_text("utf-8"))
   for line, root in ROOTS.items():
     if line in lines:

@@ -30,8 +30,9 @@ PAGE = (
 NAMES = sorted(
   p.stem
   for p in config.CONFIGS.glob("data/*.gin")
-  # Batches that the policy samples itself.
-  if p.stem not in ("additions",)
+  # Batches that the policy samples itself; problems with a vocabulary of their
+  # own, and labels of them (experiments/labelling).
+  if p.stem not in ("additions", "chain", "countdown", "labelled_steps")
 )
 
 

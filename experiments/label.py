@@ -1,0 +1,86 @@
+"""Labels the steps of a policy's solutions: data of process reward models.
+
+  python -m experiments.label --config=runs/prm/countdown_labels.gin --to=FILE
+
+Samples solutions of a task's problems from a trained policy, or reads the pool
+of a search (LabelRun.pool), and writes FILE as JSON Lines in our native layout
+(research/prm/formats/native.py): steps, labels of the task's exact oracle until
+the first error, and how many rollouts from the end of each step succeed. The
+last line on stdout is JSON: solutions, steps, labelled, correct, base_rate,
+first_errors, cut, seconds, to.
+"""
+
+# ruff: noqa: E402
+if __name__ == "__main__":
+  from experiments.core import runtime
+
+  runtime.prepare()
+
+import collections
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments.core import cli, runtime
+
+FLAGS = cli.new_flags()
+
+_CONFIG = flags.DEFINE_string(
+  "config",
+  None,
+  "Gin file of a labelling.label_run.LabelRun; also looked for in configs/.",
+  flag_values=FLAGS,
+)
+_TO = flags.DEFINE_string(
+  "to",
+  None,
+  "The file to write; it must not exist yet.",
+  flag_values=FLAGS,
+)
+_SET = cli.define_set(FLAGS, "ROLLOUTS=16")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Labels; returns the result, which the command prints as JSON."""
+  del argv
+  cli.required(config=_CONFIG.value, to=_TO.value)
+  cli.local(to=_TO.value)
+  start = time.perf_counter()
+  runtime.setup()
+  from experiments.core import config
+  from experiments.labelling.label_run import LabelRun
+  from research.prm import formats
+  from research.typing import UserError
+
+  to = pathlib.Path(_TO.value)
+  if to.exists():
+    raise UserError(f"--to={to}: exists; choose another file, or delete it")
+  run, _ = config.read(_CONFIG.value, _SET.value, root=LabelRun)
+  solutions, cut = run.run(cli.say)
+  to.parent.mkdir(parents=True, exist_ok=True)
+  formats.write(str(to), solutions, formats.FORMATS["native"])
+  labels = [x for one in solutions for x in one.labels if x is not None]
+  first = collections.Counter(one.first_error for one in solutions)
+  known = sorted(i for i in first if i is not None)
+  return {
+    "solutions": len(solutions),
+    "steps": sum(len(one.steps) for one in solutions),
+    "labelled": len(labels),
+    "correct": _mean([bool(one.final_correct) for one in solutions]),
+    "base_rate": _mean(labels),
+    "first_errors": {str(i): first[i] for i in known},
+    "cut": cut,
+    "seconds": time.perf_counter() - start,
+    "to": str(to),
+  }
+
+
+def _mean(values: Sequence[float | int]) -> float | None:
+  return sum(values) / len(values) if values else None
+
+
+if __name__ == "__main__":
+  cli.run(main)

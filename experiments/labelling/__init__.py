@@ -1,0 +1,1 @@
+"""What `label` is made of: a policy's solutions, and labels of their steps."""

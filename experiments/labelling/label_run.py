@@ -1,0 +1,188 @@
+"""The root of a configuration of labels: problems, a policy, kinds of label."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments.core.experiment import Source
+from research.data.sources import jsonl
+from research.generation import generate
+from research.generation.sampling import Sampling
+from research.prm import policy_samples
+from research.prm.labelled import LabelledSolution
+from research.reasoning.problem import Problem, StepVerifier, Verdict
+from research.reasoning.segmentation import SEGMENTERS
+from research.reasoning.tasks.task import Task
+from research.reasoning.trace import Trace
+from research.typing import UserError
+
+SAMPLED = Sampling(temperature=1.0)
+
+
+class Labelled(NamedTuple):
+  """What a run has made.
+
+  Attributes:
+    solutions: with labels.
+    cut: solutions that were left out, as they had no end or no step.
+  """
+
+  solutions: list[LabelledSolution]
+  cut: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelRun:
+  """Solutions of a task's problems, and labels of their steps.
+
+  Tasks with an exact oracle of steps label all of them, until the first error.
+
+  Attributes:
+    task: the problems, and who judges solutions.
+    policy: where the model that writes solutions comes from, and that which
+      completes their beginnings.
+    segmenter: splits a solution into steps, a key of `SEGMENTERS`.
+    problems: first and last index of the task's problems, the last one not
+      included.
+    copies: solutions of a problem.
+    pool: `pool.jsonl` of `experiments.search`, whose solutions are labelled in
+      place of new ones; None for new ones.
+    rollouts: completions of each step that are counted; 0 for none.
+    new_tokens: of a solution, at most.
+    sampling: of the policy's tokens.
+    rows: of a batch that is sampled.
+    policy_id: name of the policy in the file.
+    seed: of the sampling.
+  """
+
+  task: Task
+  policy: Source
+  segmenter: str
+  problems: tuple[int, int] = (0, 1000)
+  copies: int = 4
+  pool: str | None = None
+  rollouts: int = 0
+  new_tokens: int = 64
+  sampling: Sampling = SAMPLED
+  rows: int = 1024
+  policy_id: str = ""
+  seed: int = 0
+
+  def __post_init__(self):
+    first, last = self.problems
+    if not 0 <= first < last <= len(self.task):
+      raise UserError(
+        f"LabelRun.problems: found {first} to {last}, expected a range within"
+        f" the {len(self.task)} problems of {type(self.task).__name__}; raise"
+        " its count."
+      )
+    least = dict(copies=1, rollouts=0, new_tokens=1, rows=1)
+    for name, low in least.items():
+      if getattr(self, name) < low:
+        raise UserError(
+          f"LabelRun.{name}: found {getattr(self, name)}, expected at least"
+          f" {low}."
+        )
+    if self.segmenter not in SEGMENTERS:
+      raise UserError(
+        f"LabelRun.segmenter: found {self.segmenter!r}, expected one of"
+        f" {', '.join(SEGMENTERS)}."
+      )
+    if not self.rollouts and not isinstance(self.task, StepVerifier):
+      raise UserError(
+        f"LabelRun.rollouts: found 0, expected at least 1:"
+        f" {type(self.task).__name__} has no oracle of steps."
+      )
+
+  def run(self, say: Callable[[str], Any]) -> Labelled:
+    """Returns the labelled solutions.
+
+    Args:
+      say: is told of progress.
+    """
+    keys = jax.random.split(jax.random.key(self.seed))
+    if self.pool is None:
+      problems = self.task[slice(*self.problems)]
+      sampler = self._sampler()
+      found = policy_samples.sample_solutions(
+        sampler,
+        self.task,
+        problems,
+        self.copies,
+        SEGMENTERS[self.segmenter],
+        keys[0],
+      )
+      asked = len(problems) * self.copies
+    else:
+      problems, found, asked = read_pool(self.pool)
+      sampler = self._sampler() if self.rollouts else None
+    say(f"{len(found):,} solutions of {len(problems):,} problems")
+    found = [
+      dataclasses.replace(
+        one, policy_id=self.policy_id, segmenter_id=self.segmenter
+      )
+      for one in found
+    ]
+    if sampler is not None and self.rollouts:
+      found = policy_samples.with_rollouts(
+        *(found, sampler, self.task, problems, self.rollouts, keys[1])
+      )
+    if isinstance(self.task, StepVerifier):
+      found = policy_samples.with_exact_labels(found, self.task, problems)
+    return Labelled(found, asked - len(found))
+
+  def _sampler(self) -> policy_samples.PolicySampler:
+    loaded = self.policy.load()
+    if loaded.tokenizer is None or not loaded.tokenizer.stop:
+      raise UserError(
+        "LabelRun.policy: found no tokenizer with a token that ends a text,"
+        " expected one: a solution that is cut has no verdict."
+      )
+    return policy_samples.PolicySampler(
+      model=loaded.model,
+      params=generate.prepare(loaded.params, loaded.model),
+      tokenizer=loaded.tokenizer,
+      new_tokens=self.new_tokens,
+      sampling=self.sampling,
+      rows=self.rows,
+    )
+
+
+def read_pool(path: str) -> tuple[list[Problem], list[LabelledSolution], int]:
+  """Returns the problems of a pool, their solutions, and the number of samples.
+
+  Args:
+    path: `pool.jsonl` of `experiments.search`. Samples that were cut, or have
+      no step, are no solutions.
+
+  Raises:
+    UserError: it cannot be read, or a line is not of a pool.
+  """
+  problems, found, count = [], [], 0
+  for record in jsonl.read(path):
+    where = record.where
+    problem = Problem.from_json(record.get("problem") or {}, where)
+    problems.append(problem)
+    samples = record.get("samples")
+    if not isinstance(samples, list):
+      raise record.wrong("samples", samples, "a list")
+    for i, sample in enumerate(samples):
+      at = f"{where}: samples[{i}]"
+      if not isinstance(sample, dict):
+        raise UserError(f"{at}: found {sample!r:.60}, expected an object")
+      count += 1
+      trace = Trace.from_json(sample.get("trace"), at)
+      verdict = Verdict.from_json(sample.get("verdict") or {}, at)
+      if trace.complete and trace.steps:
+        found.append(
+          LabelledSolution(
+            prompt=problem.prompt,
+            steps=tuple(step.text for step in trace.steps),
+            labels=(None,) * len(trace.steps),
+            final_correct=verdict.correct,
+            problem_id=problem.id,
+          )
+        )
+  return problems, found, count

@@ -1,0 +1,93 @@
+"""Reward models as sources of an experiment: new ones, and those in files."""
+
+import dataclasses
+import pathlib
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from research.interop import load
+from research.interop.hf import rewards
+from research.interop.loaded import Loaded
+from research.io import unread
+from research.nn.transformer import Transformer
+from research.prm.heads import Head, LinearHead
+from research.prm.model import Readout, RewardModel, probability
+from research.typing import UserError
+
+
+@runtime_checkable
+class Source(Protocol):
+  """Where a language model comes from."""
+
+  def load(self, shardings: unread.Shardings | None = None) -> Loaded: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithHead:
+  """A language model with a new scalar head in place of its vocabulary's.
+
+  Attributes:
+    backbone: where the language model comes from, such as a trained policy.
+    head: of hidden states; its weights are random.
+    readout: logits -> score, see `prm.RewardModel`.
+    seed: of the head.
+  """
+
+  backbone: Source
+  head: Head = LinearHead()
+  readout: Readout = probability
+  seed: int = 0
+
+  def load(self, shardings: unread.Shardings | None = None) -> Loaded:
+    """Returns the reward model, its weights, and the backbone's tokenizer.
+
+    Args:
+      shardings: of the weights, see `load.load_model`.
+
+    Raises:
+      UserError: the backbone is no language model.
+    """
+    loaded = self.backbone.load()
+    if not isinstance(loaded.model, Transformer):
+      raise UserError(
+        f"WithHead.backbone: found a {type(loaded.model).__name__}, expected a"
+        " language model"
+      )
+    # No logits of words are computed, so a head that is not tied is not kept.
+    backbone = loaded.model.clone(tied=True)
+    model = RewardModel(backbone=backbone, head=self.head, readout=self.readout)
+    body = {k: v for k, v in loaded.params.items() if k != "head"}
+    params = model.with_new_head(body, jax.random.key(self.seed))
+    if shardings is not None:
+      params = unread.moved(params, shardings)
+    return dataclasses.replace(loaded, model=model, params=params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainedReward:
+  """A reward model in a directory.
+
+  Attributes:
+    name: a run's working directory that trained one, or a directory in Hugging
+      Face's format, see `hf.rewards`.
+    dtype: of computation and of the body's weights.
+    readout: logits -> score.
+  """
+
+  name: str
+  dtype: str = "float32"
+  readout: Readout = probability
+
+  def load(self, shardings: unread.Shardings | None = None) -> Loaded:
+    """Returns the model, its weights and its tokenizer.
+
+    Args:
+      shardings: of the weights, see `load.load_model`.
+    """
+    path: Any = load.locate(self.name)
+    model, params, source = rewards.load_reward_model(
+      pathlib.Path(path), self.dtype, shardings
+    )
+    model = dataclasses.replace(model, readout=self.readout)
+    return Loaded(model, params, load.tokenizer(path), source)

@@ -1,0 +1,219 @@
+"""Solutions that a policy samples, and labels of their steps.
+
+On-policy data of a process reward model. A solution is sampled whole and cut
+into steps; an exact oracle of the task says which step is the first wrong one,
+rollouts from the ends of steps say how often the policy still succeeds. Both
+may stand in one record: `labels` and `mc` of a `LabelledSolution`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from research.generation.sampling import Sampling
+from research.nn.transformer import Transformer
+from research.prm.labelled import LabelledSolution
+from research.prm.labels.oracle import label_steps
+from research.prm.labels.rollouts import Rollout, count
+from research.reasoning.problem import Problem, StepVerifier, Verifier
+from research.reasoning.segmentation import Segmenter, steps_of
+from research.reasoning.trace import MonteCarlo
+from research.training.alignment.rewarded_task import sampled
+from research.typing import Params, PRNGKey, UserError
+
+EXACT = "exact_first_error"
+"""`label_source` of an oracle's labels, which end at the first error."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PolicySampler:
+  """Writes texts, many at once.
+
+  Attributes:
+    model: the Transformer.
+    params: its parameters, preferably from `generate.prepare`.
+    tokenizer: encodes and decodes; its `stop` ids end a text.
+    new_tokens: of a text, at most.
+    sampling: of tokens.
+    rows: of a batch; all batches have as many, so that programs compile once
+      for each length of prompts.
+  """
+
+  model: Transformer
+  params: Params
+  tokenizer: Any
+  new_tokens: int
+  sampling: Sampling = Sampling(temperature=1.0)
+  rows: int = 1024
+
+  def __call__(
+    self, prompts: Sequence[Sequence[int]], key: PRNGKey
+  ) -> list[str | None]:
+    """Returns the text after each prompt; None where it was cut.
+
+    Args:
+      prompts: token ids; equal ones get different texts.
+      key: of the sampling.
+    """
+    # Those of one length together, which is padded alike.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: list[str | None] = [None] * len(prompts)
+    for start in range(0, len(order), self.rows):
+      own = order[start : start + self.rows]
+      padded = [*own, *[own[-1]] * (self.rows - len(own))]
+      answers = sampled(
+        self.model,
+        self.params,
+        [prompts[i] for i in padded],
+        self.new_tokens,
+        self.tokenizer.stop,
+        self.sampling,
+        jax.random.fold_in(key, start),
+      )
+      for i, answer in zip(own, answers, strict=False):
+        if answer and answer[-1] in self.tokenizer.stop:
+          found[i] = self.tokenizer.decode(answer)
+    return found
+
+  def prompt(self, problem: Problem, steps: Sequence[str] = ()) -> list[int]:
+    """Returns the tokens of a problem, and of steps of a solution.
+
+    Steps are encoded one by one, so that no token reaches from one to another.
+    """
+    encode = self.tokenizer.encode
+    begin = self.tokenizer.prompt(problem.prompt)
+    return [*begin, *(token for step in steps for token in encode(step))]
+
+
+def sample_solutions(
+  sampler: PolicySampler,
+  verifier: Verifier,
+  problems: Sequence[Problem],
+  copies: int,
+  segmenter: Segmenter,
+  key: PRNGKey,
+) -> list[LabelledSolution]:
+  """Returns solutions in steps, judged as a whole; no step has a label.
+
+  Solutions that were cut, or have no step, are left out: there are fewer than
+  `copies` for each problem then.
+
+  Args:
+    sampler: of the policy.
+    verifier: of whole solutions.
+    problems: that are solved.
+    copies: solutions of each.
+    segmenter: splits a solution.
+    key: of the sampling.
+  """
+  asked = [problem for problem in problems for _ in range(copies)]
+  texts = sampler([sampler.prompt(problem) for problem in asked], key)
+  found = []
+  for problem, text in zip(asked, texts, strict=True):
+    steps = tuple(steps_of(segmenter, text or ""))
+    if steps:
+      found.append(
+        LabelledSolution(
+          prompt=problem.prompt,
+          steps=steps,
+          labels=(None,) * len(steps),
+          final_correct=verifier.verify(problem, text).correct,
+          problem_id=problem.id,
+        )
+      )
+  return found
+
+
+def with_exact_labels(
+  solutions: Sequence[LabelledSolution],
+  verifier: StepVerifier,
+  problems: Sequence[Problem],
+) -> list[LabelledSolution]:
+  """Returns solutions with an oracle's labels, unknown after the first error.
+
+  Args:
+    solutions: in steps.
+    verifier: judges steps exactly.
+    problems: among which are those of the solutions.
+  """
+  asked = _by_prompt(problems)
+
+  def labels(one):
+    problem = asked[one.prompt]
+    return label_steps(
+      one.steps,
+      lambda before, step: verifier.verify_step(problem, before, step).label,
+    )
+
+  return [one.relabelled(labels(one), EXACT) for one in solutions]
+
+
+def with_rollouts(
+  solutions: Sequence[LabelledSolution],
+  sampler: PolicySampler,
+  verifier: Verifier,
+  problems: Sequence[Problem],
+  k: int,
+  key: PRNGKey,
+) -> list[LabelledSolution]:
+  """Returns solutions with the counts of k rollouts from the end of each step.
+
+  As `labels.monte_carlo`, for all solutions at once: a prefix that several of
+  them share is completed k times, not k times for each. The last step needs no
+  rollout: its count is the verdict.
+
+  Args:
+    solutions: in steps.
+    sampler: of the policy that completes them.
+    verifier: of whole solutions.
+    problems: among which are those of the solutions.
+    k: rollouts of a prefix.
+    key: of the sampling.
+
+  Raises:
+    UserError: k is below 1.
+  """
+  if k < 1:
+    raise UserError(f"rollouts: found k = {k}, expected one at least")
+  asked = _by_prompt(problems)
+  prefixes = dict.fromkeys(
+    (one.prompt, one.steps[:n])
+    for one in solutions
+    for n in range(1, len(one.steps))
+  )
+  prompts = [
+    sampler.prompt(asked[prompt], steps)
+    for prompt, steps in prefixes
+    for _ in range(k)
+  ]
+  texts = sampler(prompts, key) if prompts else []
+
+  @functools.cache
+  def right(prompt: str, text: str) -> bool:
+    return verifier.verify(asked[prompt], text).correct
+
+  counts: dict[Any, MonteCarlo] = {}
+  for i, (prompt, steps) in enumerate(prefixes):
+    begin = "".join(steps)
+    rollouts = [
+      Rollout((text or "",), text is not None and right(prompt, begin + text))
+      for text in texts[i * k : (i + 1) * k]
+    ]
+    counts[prompt, steps] = count(rollouts)
+
+  def counted(one: LabelledSolution) -> LabelledSolution:
+    inner = (
+      counts[one.prompt, one.steps[:n]] for n in range(1, len(one.steps))
+    )
+    last = MonteCarlo(int(bool(one.final_correct)), 1)
+    return dataclasses.replace(one, mc=(*inner, last))
+
+  return [counted(one) for one in solutions]
+
+
+def _by_prompt(problems: Sequence[Problem]) -> dict[str, Problem]:
+  # Not by id: countdown's is one for all orders of its numbers.
+  return {problem.prompt: problem for problem in problems}

@@ -1,0 +1,263 @@
+"""Labelled steps as training data: files of any format, a solution a row.
+
+A step and the separator after it are encoded on their own and joined, as TRL's
+`tokenize_row` does, so that no token reaches over the seam and a step's last
+token is where its score is read. Rows have what `StepReward` takes: `tokens`,
+`positions`, `segments`, `labels` and `weights`.
+"""
+
+import dataclasses
+import functools
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from research.data import pipeline
+from research.data.packing import Row
+from research.data.sources import NoExamples, Split, split_of
+from research.prm.formats import Format, Native, read
+from research.prm.labelled import Label, LabelledSolution
+from research.prm.labels import rollouts
+from research.typing import UserError
+
+StepLabels = Callable[[LabelledSolution], Sequence[Label]]
+"""What is learned of a solution: a label for each step, None for unknown."""
+
+
+def recorded(solution: LabelledSolution) -> Sequence[Label]:
+  """Returns the labels of the file."""
+  return solution.labels
+
+
+def truncated(solution: LabelledSolution) -> Sequence[Label]:
+  """Returns the labels of the file until the first 0, unknown after it."""
+  return rollouts.truncate(solution.labels)
+
+
+def unrecovered(solution: LabelledSolution) -> Sequence[Label]:
+  """Returns the labels of the file, and 0 for what follows the first 0.
+
+  True of tasks in which no step makes an error good, such as countdown, whose
+  target cannot be made any more. A model that learns them may choose by its
+  last score.
+  """
+  labels = tuple(solution.labels)
+  if 0 not in labels:
+    return labels
+  n = labels.index(0)
+  return labels[:n] + (0,) * (len(labels) - n)
+
+
+def outcome(solution: LabelledSolution) -> Sequence[Label]:
+  """Returns for every step whether the final answer is correct.
+
+  With the supervision `every_step` a model learns it from every prefix (Cobbe
+  et al. 2021, arXiv:2110.14168), with `last_step` from whole solutions.
+  """
+  correct = solution.final_correct
+  return [None if correct is None else int(correct)] * len(solution.steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counted:
+  """Labels from the file's counts of rollouts, the share that succeeded.
+
+  Attributes:
+    rollouts: how many of them are used, drawn without replacement; None for
+      all. So one file shows what fewer rollouts would have given.
+    threshold: a larger share is 1, others 0: hard labels, which end at the
+      first error. None for soft labels, which do not.
+    seed: of the draws.
+  """
+
+  rollouts: int | None = None
+  threshold: float | int | None = None
+  seed: int = 0
+
+  def __call__(self, solution: LabelledSolution) -> Sequence[Label]:
+    """Returns the labels; all unknown where there are no counts."""
+    counts = solution.mc or (None,) * len(solution.steps)
+    if self.rollouts is not None:
+      text = "\n".join((solution.prompt, *solution.steps))
+      rng = np.random.default_rng([self.seed, zlib.crc32(text.encode())])
+      counts = [x and self._fewer(x, rng) for x in counts]
+    if self.threshold is None:
+      return rollouts.soft(counts)
+    return rollouts.truncate(rollouts.hard(counts, self.threshold))
+
+  def _fewer(self, counts, rng):
+    c, k = counts
+    # A verdict, of one rollout, is exact.
+    drawn = min(self.rollouts, k)
+    right = int(rng.hypergeometric(c, k - c, drawn))
+    return type(counts)(right, drawn)
+
+
+class Encoded(NamedTuple):
+  """A solution in tokens.
+
+  Attributes:
+    tokens: ids.
+    ends: index of each step's last token.
+  """
+
+  tokens: list[int]
+  ends: list[int]
+
+
+def encode(
+  solution: LabelledSolution, tokenizer: Any, separator: str = ""
+) -> Encoded:
+  """Returns a solution's tokens, and where its steps end.
+
+  Args:
+    solution: in steps.
+    tokenizer: has `encode(text)`, and `prompt(text)` for what begins a text.
+    separator: text after each step, "" where steps have their own.
+
+  Raises:
+    UserError: a step has no token.
+  """
+  tokens, ends = list(tokenizer.prompt(solution.prompt)), []
+  after = list(tokenizer.encode(separator)) if separator else []
+  for i, step in enumerate(solution.steps):
+    own = [*tokenizer.encode(step), *after]
+    if not own:
+      raise UserError(
+        f"{solution.problem_id}: steps[{i}]: found {step!r:.60}, which has no"
+        " tokens, expected a text"
+      )
+    tokens += own
+    ends.append(len(tokens) - 1)
+  return Encoded(tokens, ends)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelledRows(pipeline.ShuffledRows):
+  """Solutions of files with labelled steps, one a row.
+
+  Solutions longer than a row lose what is beyond it; those that are left
+  without a label are dropped. Both are warned of, with their numbers.
+
+  Attributes:
+    paths: a file, or a pattern of several.
+    format: their layout, of `prm.formats`.
+    labels: which labels are learned: `recorded`, `truncated`, `unrecovered`,
+      `outcome`, or a `Counted`.
+    separator: text after each step, as for `encode`.
+    split: which solutions, by the hash of their prompt; None for all. No
+      problem is in two splits.
+    length: row length T.
+    batch_size: rows in a batch over all processes, B.
+    seed: of the shuffle.
+  """
+
+  paths: str
+  format: Format = Native()
+  labels: StepLabels = recorded
+  separator: str = ""
+  split: Split | None = None
+  length: int = 256
+  batch_size: int = 32
+  seed: int = 0
+
+  def __post_init__(self):
+    pipeline.check_sizes(self, length=2, batch_size=1)
+
+  def solutions(self) -> list[LabelledSolution]:
+    """Returns the solutions of the split."""
+    found = read(self.paths, self.format)
+    if self.split is None:
+      return found
+    return [x for x in found if split_of(x.prompt) == self.split]
+
+  def rows(self, tokenizer: Any) -> "_LabelledRows":
+    """Returns the rows that have a label, in the files' order.
+
+    Raises:
+      UserError: there is no tokenizer.
+      NoExamples: no step of the split has a label.
+    """
+    if tokenizer is None:
+      raise UserError(
+        f"{self.paths}: is text, and this model has no tokenizer."
+      )
+    solutions = self.solutions()
+    made = _LabelledRows.of(solutions, tokenizer, self)
+    dropped = len(solutions) - len(made)
+    if made.cut or dropped:
+      warnings.warn(
+        f"{self.paths}: {made.cut:,} of {len(solutions):,} solutions are longer"
+        f" than LabelledRows.length, {self.length}, and were cut; {dropped:,}"
+        " have no label and were dropped.",
+        RuntimeWarning,
+        stacklevel=2,
+      )
+    if not len(made):
+      raise NoExamples(
+        f"{self.paths}: {len(solutions)} solutions, none with a labelled step."
+        "\nExpected at least one; check the split, and the labels."
+      )
+    return made
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LabelledRows:
+  """Tokens, sizes and labels of all rows; `cut` counts those cut short."""
+
+  tokens: np.ndarray
+  sizes: np.ndarray
+  labels: np.ndarray  # NaN where there is none
+  cut: int
+
+  @classmethod
+  def of(
+    cls,
+    solutions: Sequence[LabelledSolution],
+    tokenizer: Any,
+    data: LabelledRows,
+  ) -> "_LabelledRows":
+    """Returns the rows of solutions that keep a label."""
+    words = _Cached(tokenizer)
+    shape = len(solutions), data.length
+    tokens = np.zeros(shape, np.int32)
+    labels = np.full(shape, np.nan, np.float32)
+    sizes = np.zeros(len(solutions), np.int32)
+    cut = 0
+    for i, solution in enumerate(solutions):
+      ids, ends = encode(solution, words, data.separator)
+      cut += len(ids) > data.length
+      ids = ids[: data.length]
+      tokens[i, : len(ids)], sizes[i] = ids, len(ids)
+      for end, label in zip(ends, data.labels(solution), strict=True):
+        if label is not None and end < data.length:
+          labels[i, end] = label
+    some = ~np.isnan(labels).all(axis=1)
+    return cls(tokens[some], sizes[some], labels[some], cut)
+
+  def __len__(self) -> int:
+    return len(self.sizes)
+
+  def __getitem__(self, index: int) -> Row:
+    at = np.arange(self.tokens.shape[1], dtype=np.int32)
+    real = at < self.sizes[index]
+    labels = self.labels[index]
+    known = ~np.isnan(labels)
+    return {
+      "tokens": self.tokens[index],
+      "positions": np.where(real, at, np.int32(-1)),
+      "segments": np.where(real, np.int32(0), np.int32(-1)),
+      "labels": np.where(known, labels, np.float32(0)),
+      "weights": known.astype(np.float32),
+    }
+
+
+class _Cached:
+  """A tokenizer that remembers texts: solutions share prompts and steps."""
+
+  def __init__(self, tokenizer: Any):
+    self.encode = functools.lru_cache(1 << 16)(tokenizer.encode)
+    self.prompt = functools.lru_cache(1 << 16)(tokenizer.prompt)

@@ -1,0 +1,143 @@
+"""Reasoning tasks for training: solutions as rows, verdicts as rewards.
+
+`Solutions` is data of supervised training, `VerifiedTask` the prompts and the
+judge of `training.alignment`. Both read any task of `research.reasoning`, whose
+splits share no problem.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from research.data import pipeline
+from research.data.packing import PackedRows, Piece, Row
+from research.data.sources.records import completion_example
+from research.reasoning.problem import Problem
+from research.reasoning.tasks.task import Task
+from research.training.alignment.rewarded_task import Prompt
+from research.typing import UserError
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+  """A source of a tokenizer, such as `reasoning.words.WordVocabulary`."""
+
+  def load(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Solutions(pipeline.ShuffledRows):
+  """Problems with the solutions of the task's oracle, one a row.
+
+  The loss covers the solution and the token that ends it. A problem is drawn
+  and encoded when its row is first read, in the thread that reads ahead, and
+  its tokens are kept: no run waits for all of them, nor draws one twice.
+
+  Attributes:
+    task: has the problems; its `count` is the number of rows.
+    length: row length T.
+    batch_size: rows in a batch over all processes, B.
+    seed: of the shuffle.
+  """
+
+  task: Task
+  length: int
+  batch_size: int = 256
+  seed: int = 0
+
+  def __post_init__(self):
+    pipeline.check_sizes(self, length=2, batch_size=1)
+
+  def rows(self, tokenizer: Any) -> "_SolutionRows":
+    """Returns the rows in the task's order."""
+    if tokenizer is None:
+      raise UserError(
+        f"{type(self.task).__name__}: is text, and this model has no tokenizer."
+        "\nGive it one: FromScratch.tokenizer = @words.WordVocabulary()"
+      )
+    return _SolutionRows(self.task, tokenizer, self.length)
+
+
+class _SolutionRows:
+  """Rows that are made when they are read, see `Solutions`."""
+
+  def __init__(self, task: Task, tokenizer: Any, length: int):
+    self._task, self._tokenizer, self._length = task, tokenizer, length
+    self._tokens = np.zeros((len(task), length), np.int32)
+    self._prompt = np.zeros(len(task), np.int32)
+    self._size = np.zeros(len(task), np.int32)  # 0: not made yet
+
+  def __len__(self) -> int:
+    return len(self._task)
+
+  def __getitem__(self, index: int) -> Row:
+    if not self._size[index]:
+      self._make(index)
+    size = int(self._size[index])
+    tokens = self._tokens[index, :size]
+    learned = np.arange(size) >= self._prompt[index]
+    plan = [[Piece(0, 0, size)]]
+    return PackedRows([tokens], plan, self._length, [learned])[0]
+
+  def _make(self, index: int) -> None:
+    problem = self._task[index]
+    text = self._task.oracle(problem)
+    found = completion_example(self._tokenizer, problem.prompt, text)
+    size = len(found.tokens)
+    if size > self._length:
+      raise UserError(
+        f"Solutions.length: found {self._length}, and problem {problem.id!r}"
+        f" with its solution has {size} tokens; expected at least as many."
+      )
+    self._tokens[index, :size] = found.tokens
+    self._prompt[index] = size - int(found.loss_mask.sum())
+    self._size[index] = size  # last: other threads read
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifiedTask:
+  """Prompts and rewards of a task: 1 if its verifier accepts the answer.
+
+  A `RewardedTask` of `training.alignment`.
+
+  Attributes:
+    task: has the problems, and judges answers.
+    vocabulary: source of the model's tokenizer.
+  """
+
+  task: Task
+  vocabulary: Vocabulary
+
+  @functools.cached_property
+  def tokenizer(self) -> Any:
+    """The model's tokenizer."""
+    return self.vocabulary.load()
+
+  def sample(self, rng: np.random.Generator, count: int) -> list[Prompt]:
+    """Returns prompts of different problems of the task.
+
+    Raises:
+      UserError: the task has fewer.
+    """
+    if count > len(self.task):
+      raise UserError(
+        f"{type(self.task).__name__}.count: found {len(self.task)}, expected at"
+        f" least {count}, as many as prompts are sampled at once."
+      )
+    chosen = rng.choice(len(self.task), count, replace=False)
+    return [self.prompt(self.task[int(i)]) for i in chosen]
+
+  def prompt(self, problem: Problem) -> Prompt:
+    """Returns what a policy reads of a problem."""
+    return Prompt(tuple(self.tokenizer.prompt(problem.prompt)), problem)
+
+  def reward(self, prompt: Prompt, answer: Sequence[int]) -> float:
+    """Returns 1 for an answer that has ended and is right, else 0."""
+    # What was cut may look right, and go on wrongly.
+    if not answer or answer[-1] not in self.tokenizer.stop:
+      return 0.0
+    text = self.tokenizer.decode(answer)
+    return float(self.task.verify(prompt.problem, text).correct)

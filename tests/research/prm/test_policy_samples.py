@@ -1,0 +1,122 @@
+"""Labels of sampled solutions, against completers that never err.
+
+From a perfect completer every rollout succeeds where a solution exists, so
+that counts and the oracle's labels must agree.
+"""
+
+import jax
+import pytest
+
+from research.prm import policy_samples
+from research.prm.labels import hard, truncate
+from research.reasoning.segmentation import SEMICOLON
+from research.reasoning.tasks import Chain, Countdown
+from research.reasoning.tasks.countdown import parse_prompt
+from research.typing import UserError
+
+KEY = jax.random.key(0)
+
+
+class Texts:
+  """A sampler whose prompts are texts, and whose answers a function gives."""
+
+  def __init__(self, answer):
+    self.answer, self.asked = answer, []
+
+  def prompt(self, problem, steps=()):
+    return problem, tuple(steps)
+
+  def __call__(self, prompts, key):
+    self.asked.append(prompts)
+    return [self.answer(i, *prompt) for i, prompt in enumerate(prompts)]
+
+
+def solve(task):
+  """Returns a function that solves what is left of a problem, or gives up."""
+
+  def answer(i, problem, steps):
+    del i
+    left, target = parse_prompt(problem.prompt)
+    for step in steps:
+      try:
+        left = task._read(left, step)[-1]
+      except ValueError:
+        return "no way"
+    return " ".join(next(task.solutions(left, target), ["no way"]))
+
+  return answer
+
+
+def wander(task):
+  """Returns a function that plays on at random, and sometimes never ends."""
+
+  def answer(i, problem, steps):
+    assert not steps
+    if i % 5 == 4:
+      return None
+    left, _ = parse_prompt(problem.prompt)
+    out = []
+    while len(left) > 1:
+      moves = list(task.moves(left))
+      step, left = moves[(7 * i + len(out)) % len(moves)]
+      out.append(step)
+    if i % 7 == 3:
+      out[1] = "1 + 1 = 3 ;"
+    return " ".join(out)
+
+  return answer
+
+
+def test_rollouts_that_never_err_agree_with_the_oracle():
+  task = Countdown(count=12)
+  problems = task[:]
+  found = policy_samples.sample_solutions(
+    Texts(wander(task)), task, problems, 5, SEMICOLON, KEY
+  )
+  assert len(found) == 4 * 12  # every fifth was cut
+  exact = policy_samples.with_exact_labels(found, task, problems)
+  completer = Texts(solve(task))
+  both = policy_samples.with_rollouts(exact, completer, task, problems, 3, KEY)
+  first = {one.first_error for one in both}
+  assert {0, 1} <= first
+  for one in both:
+    assert one.label_source == "exact_first_error"
+    assert one.labels == truncate(hard(one.mc))
+    assert [x.rollouts for x in one.mc] == [3, 3, 1]
+    assert one.final_correct == (one.first_error == -1)
+  # A prefix that several solutions share is completed once.
+  (asked,) = completer.asked
+  prefixes = {(one.prompt, one.steps[:n]) for one in found for n in (1, 2)}
+  assert len(asked) == 3 * len(prefixes) < 3 * 2 * len(found)
+
+
+def test_errors_of_chains_are_never_made_good():
+  task = Chain(count=6, terms=(4, 4))
+  problems = task[:]
+
+  def sums(i, problem, steps):
+    """Goes on from the last total; whole solutions err at a step, or never."""
+    words = problem.prompt.split()[:-1]
+    total = int(steps[-1].split()[-2]) if steps else int(words[0])
+    out = []
+    for n in range(len(steps), 3):
+      sign, term = words[2 * n + 1], int(words[2 * n + 2])
+      after = total + term if sign == "+" else total - term
+      after += not steps and i % 4 == n
+      out.append(f"{total} {sign} {term} = {after} ;")
+      total = after
+    return " ".join(out)
+
+  found = policy_samples.sample_solutions(
+    Texts(sums), task, problems, 2, SEMICOLON, KEY
+  )
+  found = policy_samples.with_exact_labels(found, task, problems)
+  found = policy_samples.with_rollouts(
+    found, Texts(sums), task, problems, 2, KEY
+  )
+  assert {one.first_error for one in found} == {-1, 0, 1, 2}
+  for one in found:
+    assert one.final_correct == (one.first_error == -1)
+    assert one.labels == truncate(hard(one.mc))
+  with pytest.raises(UserError, match="k = 0"):
+    policy_samples.with_rollouts(found, Texts(sums), task, problems, 0, KEY)
