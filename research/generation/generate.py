@@ -150,12 +150,18 @@ def token_source(kv: Any, source: TokenSource | None) -> TokenSource:
 
 
 def pad_prompts(
-  prompts: Sequence[Sequence[int]],
+  prompts: Sequence[Sequence[int]], room: int = 1
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-  """Returns token ids padded on the right to a bucket, and their numbers."""
+  """Returns token ids padded on the right to a bucket, and their numbers.
+
+  Args:
+    prompts: token ids.
+    room: tokens that there is room for at least, so that batches of shorter and
+      longer prompts have one shape.
+  """
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
   tokens = np.zeros(
-    (len(prompts), bucket(max(int(lengths.max()), 1))), np.int32
+    (len(prompts), bucket(max(int(lengths.max()), room))), np.int32
   )
   for row, prompt in zip(tokens, prompts, strict=True):
     row[: len(prompt)] = prompt

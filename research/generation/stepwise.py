@@ -36,6 +36,8 @@ class Stepwise:
     kv: quantizer of the cache, as for `init_cache`.
     log_probs: whether tokens come with their log-probabilities.
     size: tokens of a decoding program.
+    prompt_room: tokens that prompts are padded for at least, so that batches
+      whose longest prompts differ share their programs.
   """
 
   model: Transformer
@@ -46,6 +48,7 @@ class Stepwise:
   kv: Any = None
   log_probs: bool = False
   size: int = generate.CHUNK
+  prompt_room: int = 1
 
   def __post_init__(self):
     samplers.check(self.sampling)
@@ -83,8 +86,9 @@ class Stepwise:
         or `copies` is below 1.
     """
     limits = self._limits(prompts, max_new_tokens, copies)
-    tokens, given = generate.pad_prompts(prompts)
+    tokens, given = generate.pad_prompts(prompts, self.prompt_room)
     longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
+    longest = max(longest, self.prompt_room + max(limits))
     state, drawn = decoding.prefill(
       self.model,
       self.params,

@@ -19,7 +19,7 @@ from research.nn import layers
 from research.nn.block import Block
 from research.nn.output_head import head_of
 from research.nn.transformer import Transformer
-from research.prm.heads import SCORE, Head, LinearHead
+from research.prm.heads import SCORE, Head, LinearHead, MlpHead
 from research.training import positions as positionwise
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError
 
@@ -113,7 +113,22 @@ class RewardModel:
       keep: indices of the tokens that are asked for; None for all.
     """
     hidden = _hidden(self.backbone, params, tokens, positions, segments, keep)
+    return self.logits_of(params, hidden, key)
+
+  def logits_of(
+    self,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    key: PRNGKey | None = None,
+  ) -> Float[Array, "B T K"]:
+    """Returns logits of the backbone's final hidden states."""
     return self.head.apply({"params": params[SCORE]}, hidden, key)
+
+  @property
+  def outputs(self) -> int:
+    """Numbers of a head that is one matrix and costs as much, for a ledger."""
+    width = self.backbone.width if isinstance(self.head, MlpHead) else 0
+    return width + self.head.outputs
 
   def scores(
     self, params: Params, tokens: Int[Any, "B T"], steps: Int[Any, "B S"]
@@ -172,6 +187,12 @@ class GenerativeReward:
     """Returns logits of the wrong and the right word; see `RewardModel`."""
     del key
     hidden = _hidden(self.backbone, params, tokens, positions, segments, keep)
+    return self.logits_of(params, hidden)
+
+  def logits_of(
+    self, params: Params, hidden: Float[Array, "B T D"]
+  ) -> Float[Array, "B T K"]:
+    """Returns logits of the backbone's final hidden states."""
     words = jnp.array([self.wrong, self.right])
 
     def two(head, hidden):
@@ -181,6 +202,11 @@ class GenerativeReward:
     return positionwise.map_positions(
       two, head_of(params), hidden, rows=self.rows
     )
+
+  @property
+  def outputs(self) -> int:
+    """Numbers that are computed for a token: the whole vocabulary's."""
+    return self.backbone.vocab_size
 
   def scores(
     self, params: Params, tokens: Int[Any, "B T"], steps: Int[Any, "B S"]

@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "cached_verifier": ["CachedVerifier"],
     "choose": ["BestOf", "Confident", "Majority", "Weighted", "answers_of"],
     "cost": ["Cached", "Causal", "Dense", "ModelCost", "model_cost"],
-    "engine": ["Engine", "Path", "Verifier"],
+    "engine": ["Engine", "Path", "StateVerifier", "Verifier"],
     "ledger": [
       "Incremental",
       "Ledger",
@@ -41,6 +41,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "inference_multiplier",
       "total_flops",
     ],
+    "reward_verifiers": ["PolicyProbe", "StepScore", "verifier_of"],
     "step_search": ["Limits", "Samples", "StepSearch", "Strategy"],
   },
 )

@@ -38,6 +38,7 @@ class CachedVerifier:
     outputs: numbers that the head computes for a token; for the ledger.
     separator: tokens that the model reads after a step, before it scores it,
       where the policy does not write them; they are read for the score alone.
+    prompt_room: tokens that prompts are padded for at least, as the policy's.
   """
 
   model: Transformer
@@ -45,6 +46,7 @@ class CachedVerifier:
   head: Head
   outputs: int = 1
   separator: tuple[int, ...] = ()
+  prompt_room: int = 1
 
   @functools.cached_property
   def _cost(self) -> ModelCost:
@@ -78,7 +80,8 @@ class CachedVerifier:
         f" {max_new_tokens} new ones, expected at most {most} together, its"
         " context"
       )
-    tokens, lengths = generate.pad_prompts(prompts)
+    tokens, lengths = generate.pad_prompts(prompts, self.prompt_room)
+    room = max(room, self.prompt_room + max_new_tokens + len(self.separator))
     return _start(
       self.model,
       self.params,

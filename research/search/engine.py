@@ -18,7 +18,7 @@ from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
 from research.search.cost import Causal, ModelCost, model_cost
 from research.search.ledger import Ledger, prefill
-from research.typing import Float, Int, PRNGKey, UserError
+from research.typing import Bool, Float, Int, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +99,30 @@ class Verifier(Protocol):
     ...
 
 
+@runtime_checkable
+class StateVerifier(Protocol):
+  """Scores steps by the policy's own states, and has none itself."""
+
+  def prompt_cost(self, tokens: int) -> Ledger:
+    """Returns what a prompt costs it, see `Verifier`."""
+    ...
+
+  def step_cost(self, start: int, tokens: int) -> Ledger:
+    """Returns what a step costs it, see `Verifier`."""
+    ...
+
+  def score(
+    self, state: Any, fresh: Bool[np.ndarray, " R"]
+  ) -> Float[np.ndarray, " R"]:
+    """Returns each row's score at its last token.
+
+    Args:
+      state: the policy's, after the tokens that are scored.
+      fresh: rows whose score is asked for; others' mean nothing.
+    """
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Frontier:
   """The rows of all problems between two steps.
@@ -130,11 +154,23 @@ class Engine:
   """
 
   policy: Stepwise
-  verifier: Verifier | None = None
+  verifier: Verifier | StateVerifier | None = None
+
+  @property
+  def _reader(self) -> Verifier | None:
+    """The verifier, if it has a state of its own."""
+    return self.verifier if isinstance(self.verifier, Verifier) else None
 
   @functools.cached_property
   def _cost(self) -> ModelCost:
     return model_cost(self.policy.model)
+
+  def prompt_cost(self, tokens: int) -> Ledger:
+    """Returns what reading a prompt of so many tokens costs, once."""
+    cost = prefill(self._cost, tokens)
+    if self.verifier is None:
+      return cost
+    return cost.alongside(self.verifier.prompt_cost(tokens))
 
   def start(
     self,
@@ -158,14 +194,10 @@ class Engine:
       for i, prompt in enumerate(prompts)
       for root in range(copies)
     )
-    ledgers = tuple(prefill(self._cost, len(prompt)) for prompt in prompts)
+    ledgers = tuple(self.prompt_cost(len(prompt)) for prompt in prompts)
     judged = None
-    if self.verifier is not None:
-      judged = self.verifier.start(prompts, copies, max_new_tokens)
-      ledgers = tuple(
-        ledger.alongside(self.verifier.prompt_cost(len(prompt)))
-        for ledger, prompt in zip(ledgers, prompts, strict=True)
-      )
+    if self._reader is not None:
+      judged = self._reader.start(prompts, copies, max_new_tokens)
     fresh = (True,) * len(paths)
     frontier = Frontier(state, judged, paths, fresh, ledgers, began)
     return self._with_tokens(frontier, state, drawn)
@@ -183,8 +215,8 @@ class Engine:
   ) -> Frontier:
     """Returns chosen paths; arguments as for `decoding.select`."""
     judged = frontier.verifier
-    if self.verifier is not None:
-      judged = self.verifier.select(judged, rows)
+    if self._reader is not None:
+      judged = self._reader.select(judged, rows)
     return dataclasses.replace(
       frontier,
       state=self.policy.select(frontier.state, rows, branch),
@@ -254,8 +286,8 @@ class Engine:
       rows: where each row of `new` goes; past the last row, nowhere.
     """
     judged = frontier.verifier
-    if self.verifier is not None:
-      judged = self.verifier.store(judged, new.verifier, rows)
+    if self._reader is not None:
+      judged = self._reader.store(judged, new.verifier, rows)
     paths, fresh = list(frontier.paths), list(frontier.fresh)
     for row, path, own in zip(rows, new.paths, new.fresh, strict=True):
       if row < len(paths):
@@ -289,11 +321,16 @@ class Engine:
       )
     ]
     judged = frontier.verifier
+    asked = self._asked(frontier.paths, new)
     if self.verifier is not None:
-      judged, found = self.verifier.read(judged, paths, new)
+      fresh = (asked != NO_TOKEN).any(axis=1)
+      if self._reader is None:
+        found = self.verifier.score(state, fresh)
+      else:
+        judged, found = self._reader.read(judged, paths, asked)
       paths = [
-        _scored(path, score, row)
-        for path, score, row in zip(paths, found, new, strict=True)
+        _scored(path, score) if own else path
+        for path, score, own in zip(paths, found, fresh, strict=True)
       ]
     fresh = tuple(bool(x) for x in (new != NO_TOKEN).any(axis=1))
     return dataclasses.replace(
@@ -302,8 +339,19 @@ class Engine:
       verifier=judged,
       paths=tuple(paths),
       fresh=fresh,
-      ledgers=self._costs(frontier, new),
+      ledgers=self._costs(frontier, new, asked),
     )
+
+  def _asked(
+    self, paths: Sequence[Path], new: Int[np.ndarray, "R C"]
+  ) -> Int[np.ndarray, "R C"]:
+    """Returns the new tokens of steps, `NO_TOKEN` in other places.
+
+    A stop token alone is no step, and has no score: it joins the step before.
+    """
+    ends = np.isin(new, [*self.policy.stop_tokens, NO_TOKEN]).all(axis=1)
+    ends &= np.array([bool(path.steps) for path in paths])
+    return np.where(ends[:, None], NO_TOKEN, new)
 
   def _longer(
     self, path: Path, row: Int[np.ndarray, " C"], log_probs: Any, done: bool
@@ -311,21 +359,27 @@ class Engine:
     tokens = tuple(int(token) for token in row if token != NO_TOKEN)
     if not tokens:
       return path
+    steps = *path.steps, tokens
+    if path.steps and set(tokens) <= set(self.policy.stop_tokens):
+      steps = *path.steps[:-1], path.steps[-1] + tokens
     return dataclasses.replace(
       path,
-      steps=(*path.steps, tokens),
+      steps=steps,
       log_prob=path.log_prob + float(np.sum(log_probs)),
       done=done,
       stopped=done and tokens[-1] in self.policy.stop_tokens,
     )
 
   def _costs(
-    self, frontier: Frontier, new: Int[np.ndarray, "R C"]
+    self,
+    frontier: Frontier,
+    new: Int[np.ndarray, "R C"],
+    asked: Int[np.ndarray, "R C"],
   ) -> tuple[Ledger, ...]:
     """Returns the ledgers with the passes that drew and judged new tokens."""
     cost, ledgers = self._cost, list(frontier.ledgers)
     cached = [0] * len(ledgers)
-    for path, row in zip(frontier.paths, new, strict=True):
+    for path, row, step in zip(frontier.paths, new, asked, strict=True):
       count, before = int((row != NO_TOKEN).sum()), len(path.tokens)
       cached[path.problem] += before + count
       if not count:
@@ -338,7 +392,7 @@ class Engine:
         policy_decode_tokens=count,
         flops_policy=cost.forward(fed, Causal(start, fed), fed),
       )
-      if self.verifier is not None:
+      if self.verifier is not None and (step != NO_TOKEN).any():
         read = self.verifier.step_cost(path.prompt + before, count)
         now = now.alongside(read)
       ledgers[path.problem] += now
@@ -356,9 +410,7 @@ class Engine:
     )
 
 
-def _scored(path: Path, score: Any, row: Int[np.ndarray, " C"]) -> Path:
-  if not (row != NO_TOKEN).any():
-    return path
+def _scored(path: Path, score: Any) -> Path:
   if not np.isfinite(score):
     raise UserError(
       f"verifier: found the score {score} for problem {path.problem} after"

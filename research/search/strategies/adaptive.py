@@ -69,14 +69,20 @@ class Adaptive:
       opened = [i for i, one in enumerate(found) if not self._decided(one)]
       if not opened:
         break
+      # As many rows as at first: no round compiles programs of its own.
+      asked = [*opened, *[opened[-1]] * (len(prompts) - len(opened))]
       more = Independent(copies=self.round)(
         engine,
-        [prompts[i] for i in opened],
+        [prompts[i] for i in asked],
         dataclasses.replace(limits, key=jax.random.fold_in(key, k)),
       )
-      for i, one in zip(opened, more, strict=True):
+      for i, one in zip(opened, more, strict=False):
+        own = [
+          dataclasses.replace(path, problem=i, root=k * self.round + path.root)
+          for path in one.paths
+        ]
         found[i] = Samples(
-          (*found[i].paths, *one.paths), found[i].ledger + one.ledger
+          (*found[i].paths, *own), found[i].ledger + one.ledger
         )
     return found
 

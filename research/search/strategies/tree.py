@@ -146,11 +146,7 @@ class TreeSearch:
   ) -> None:
     """Adds children to the last node of a line, and their scores to all."""
     parent = line[-1]
-    before = 0.0 if parent.path is None else parent.path.log_prob
-    likely = [
-      math.exp((path.log_prob - before) / len(path.steps[-1]))
-      for _, path in made
-    ]
+    likely = [_likelihood(parent.path, path) for _, path in made]
     for (slot, path), weight in zip(made, likely, strict=True):
       node = Node(path, slot, weight / sum(likely))
       parent.children.append(node)
@@ -168,10 +164,24 @@ def _spread(
   return rows, branch
 
 
+def _new_tokens(parent: Path | None, path: Path) -> int:
+  return len(path.tokens) - (0 if parent is None else len(parent.tokens))
+
+
+def _likelihood(parent: Path | None, path: Path) -> float:
+  """Returns the geometric mean of the new tokens' probabilities."""
+  before = 0.0 if parent is None else parent.log_prob
+  return math.exp((path.log_prob - before) / _new_tokens(parent, path))
+
+
 def _samples(root: Node, prune: Aggregate, ledger) -> Samples:
   paths = [node.path for node in root.walk() if node.path is not None]
   ended = [path for path in paths if path.done]
   best = max(paths, key=lambda path: prune(path.scores))
-  tokens = paths[0].prompt + sum(len(path.steps[-1]) for path in paths)
+  tokens = paths[0].prompt + sum(
+    _new_tokens(node.path, child.path)
+    for node in root.walk()
+    for child in node.children
+  )
   ledger = dataclasses.replace(ledger, peak_cache_tokens=tokens)
   return Samples(tuple(ended) or (best,), ledger)

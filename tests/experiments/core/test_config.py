@@ -5,6 +5,7 @@ import pytest
 from experiments.core import config
 from experiments.core.experiment import Experiment, Pretrained
 from experiments.labelling import label_run
+from experiments.searching import search_run
 from experiments.stages.staged import Staged
 from experiments.studies.quant import quantizing
 from research.training.objectives.objective import NextToken
@@ -17,6 +18,13 @@ RUNS = sorted(
 )
 
 
+ROOTS = {
+  "from experiments.studies.quant import quantizing": quantizing.Job,
+  "from experiments.labelling import label_run": label_run.LabelRun,
+  "from experiments.searching import search_run": search_run.SearchRun,
+}
+"""What run files build that import these."""
+
 GIVEN = ["FILES=mine.jsonl"]
 """What runs of a user's own data need."""
 
@@ -27,13 +35,12 @@ def _read(run):
 
 
 def _root(run):
-  """Returns what a run file builds: an experiment, a job, or labels."""
+  """Returns what a run file builds: an experiment, a job, labels, a search."""
   lines = config._imports((config.CONFIGS / run).read_text("utf-8"))
-  roots = {
-    "from experiments.studies.quant import quantizing": quantizing.Job,
-    "from experiments.labelling import label_run": label_run.LabelRun,
-  }
-  return next((roots[x] for x in lines if x in roots), Experiment)
+  for line, root in ROOTS.items():
+    if line in lines:
+      return root
+  return Experiment
 
 
 @pytest.mark.parametrize("run", RUNS)

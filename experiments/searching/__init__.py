@@ -1,0 +1,1 @@
+"""What `search` is made of: problems, models, a pool of samples, results."""

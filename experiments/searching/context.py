@@ -1,0 +1,46 @@
+"""What strategies and verifiers of a configuration are made with."""
+
+import dataclasses
+from typing import Any
+
+from experiments.searching import texts
+from experiments.searching.prompts import Prompting
+from research.generation.stepwise import Stepwise
+from research.reasoning.problem import Problem
+from research.reasoning.problem import Verifier as Judge
+from research.reasoning.tasks.task import Task
+from research.search.engine import Path
+from research.typing import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+  """A run's models and task, and the problems of a batch.
+
+  Attributes:
+    policy: samples solutions.
+    params: its weights as they were loaded, before `generate.prepare`.
+    tokenizer: of both models.
+    prompting: what the policy reads of a question.
+    task: of the problems.
+    judge: of texts.
+    problems: of the batch, by `Path.problem`.
+  """
+
+  policy: Stepwise
+  params: Params
+  tokenizer: Any
+  prompting: Prompting
+  task: Task
+  judge: Judge
+  problems: tuple[Problem, ...] = ()
+
+  def text(self, path: Path) -> str:
+    """Returns a path's text."""
+    return texts.steps_of(path, self.tokenizer)[0]
+
+  def answer(self, path: Path) -> str | None:
+    """Returns a path's answer in canonical form, or None."""
+    problem = self.problems[path.problem]
+    found = self.judge.verify(problem, self.text(path)).canonical
+    return found if found and found.strip() else None

@@ -1,0 +1,161 @@
+"""Verifiers that are not models, at no cost: what others are compared with."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from experiments.searching import texts
+from experiments.searching.context import Context
+from research.generation.generated import NO_TOKEN
+from research.reasoning.problem import Problem, StepVerifier
+from research.search.engine import Path, Verifier
+from research.search.ledger import Ledger
+from research.typing import Float, Int, UserError
+
+
+@runtime_checkable
+class ReadsProblems(Protocol):
+  """A verifier that has to know the problems of a batch."""
+
+  def with_problems(self, problems: Sequence[Problem]) -> Verifier:
+    """Returns the verifier of these problems, by `Path.problem`."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomScores:
+  """Scores that are drawn: what any other has to beat.
+
+  Attributes:
+    seed: of the scores; a path has one score.
+  """
+
+  seed: int = 0
+
+  def load(self, context: Context) -> Verifier:
+    """Returns the verifier."""
+    del context
+    return Stateless(lambda path: _uniform(self.seed, path))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExactSteps:
+  """The task's own oracle of steps, which errs as often as it is set to.
+
+  Its score is 1 for a step that it accepts, else 0. Searches with it show what
+  a better verifier would buy, and the plateau of one that errs
+  (`estimators.noisy_best_of_n`).
+
+  Attributes:
+    right: chance that it accepts a right step, t.
+    wrong: chance that it accepts a wrong one, f.
+    seed: of its errors; a path has one score.
+  """
+
+  right: float | int = 1.0
+  wrong: float | int = 0.0
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("right", "wrong"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise UserError(
+          f"ExactSteps.{name}: found {getattr(self, name)}, expected a chance"
+          " from 0 to 1."
+        )
+
+  def load(self, context: Context) -> Verifier:
+    """Returns the verifier.
+
+    Raises:
+      UserError: the task has no oracle of steps.
+    """
+    if not isinstance(context.task, StepVerifier):
+      raise UserError(
+        f"ExactSteps: {type(context.task).__name__} has no oracle of steps,"
+        " expected a task such as Countdown or Chain."
+      )
+    return _Oracle(lambda path: 0.0, self, context)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stateless:
+  """A verifier that is a function of a path.
+
+  Attributes:
+    score: of the path's last step, from 0 to 1.
+  """
+
+  score: Callable[[Path], float]
+
+  def prompt_cost(self, tokens: int) -> Ledger:
+    """Returns no cost."""
+    del tokens
+    return Ledger()
+
+  def step_cost(self, start: int, tokens: int) -> Ledger:
+    """Returns no cost."""
+    del start, tokens
+    return Ledger()
+
+  def start(
+    self, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int
+  ) -> Any:
+    """Returns no state."""
+    del prompts, copies, max_new_tokens
+
+  def read(
+    self, state: Any, paths: Sequence[Path], new: Int[np.ndarray, "R C"]
+  ) -> tuple[Any, Float[np.ndarray, " R"]]:
+    """Returns no state, and the scores."""
+    fresh = (new != NO_TOKEN).any(axis=1)
+    scores = [
+      self.score(path) if own else 0.0
+      for path, own in zip(paths, fresh, strict=True)
+    ]
+    return state, np.array(scores, float)
+
+  def select(self, state: Any, rows: Sequence[int]) -> Any:
+    """Returns no state."""
+    del rows
+    return state
+
+  def store(self, state: Any, new: Any, rows: Sequence[int]) -> Any:
+    """Returns no state."""
+    del new, rows
+    return state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Oracle(Stateless):
+  """See `ExactSteps`."""
+
+  settings: ExactSteps
+  context: Context
+
+  def with_problems(self, problems: Sequence[Problem]) -> Verifier:
+    """Returns the verifier of these problems."""
+
+    def score(path: Path) -> float:
+      steps = texts.steps_of(path, self.context.tokenizer)[1]
+      words = [step.text for step in steps]
+      problem = problems[path.problem]
+      right = bool(words) and self._accepts(problem, words)
+      share = self.settings.right if right else self.settings.wrong
+      return float(_uniform(self.settings.seed, path, problem.id) < share)
+
+    return dataclasses.replace(self, score=score)
+
+  def _accepts(self, problem: Problem, steps: Sequence[str]) -> bool:
+    *before, last = steps
+    return self.context.task.verify_step(problem, before, last).label == "ok"
+
+
+def _uniform(seed: int, path: Path, name: str = "") -> float:
+  """Returns a number from 0 to 1 that a path always has."""
+  text = f"{seed} {name} {path.problem} {path.root} {path.tokens}"
+  digest = hashlib.sha256(text.encode()).digest()
+  return int.from_bytes(digest[:6], "big") / 2**48

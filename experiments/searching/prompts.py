@@ -1,0 +1,81 @@
+"""What a policy reads of a problem, and the text of what it writes."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from research.typing import UserError
+
+
+@runtime_checkable
+class Prompting(Protocol):
+  """Makes a prompt of a problem's question."""
+
+  def __call__(self, tokenizer: Any, question: str) -> list[int]:
+    """Returns the prompt's tokens."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+  """The question in a template.
+
+  Attributes:
+    template: with `{question}` in it.
+  """
+
+  template: str = "{question}"
+
+  def __call__(self, tokenizer: Any, question: str) -> list[int]:
+    """Returns the prompt's tokens, with those that begin a document."""
+    return tokenizer.prompt(self.template.replace("{question}", question))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat:
+  """The question as a user's message.
+
+  Attributes:
+    system: the message before it; None for the template's own.
+    template: of the user's message, with `{question}` in it.
+  """
+
+  system: str | None = None
+  template: str = "{question}"
+
+  def __call__(self, tokenizer: Any, question: str) -> list[int]:
+    """Returns the tokens of the rendered conversation."""
+    text = self.template.replace("{question}", question)
+    messages = [{"role": "user", "content": text}]
+    if self.system is not None:
+      messages.insert(0, {"role": "system", "content": self.system})
+    return tokenizer.encode(tokenizer.chat(messages))
+
+
+class IdWords:
+  """The tokenizer of a model that has none: its texts are ids with spaces."""
+
+  stop: tuple[int, ...] = ()
+
+  def prompt(self, text: str) -> list[int]:
+    """Returns the ids that a text lists."""
+    return self.encode(text)
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids that a text lists.
+
+    Raises:
+      UserError: it has other words; the model has no tokenizer for them.
+    """
+    words = text.split()
+    if not all(word.isdecimal() for word in words):
+      raise UserError(
+        f"prompt: found {text!r:.60}, expected ids such as '3 19 7': this model"
+        " has no tokenizer.\nGive it one, such as FromScratch.tokenizer ="
+        " @words.WordVocabulary()"
+      )
+    return [int(word) for word in words]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns ids as words."""
+    return " ".join(str(i) for i in ids)

@@ -1,0 +1,229 @@
+"""What a pool of samples says: accuracy, cost, what other budgets reach."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.searching.pool import Searched
+from research.prm.scores.aggregate import AGGREGATES, Aggregate
+from research.search import choose
+from research.search.choose import BestOf, Choice, Confident, Majority, Weighted
+from research.search.estimators import pool as estimators
+from research.search.estimators.intervals import Estimate, paired_difference
+from research.search.estimators.subsets import mean_over_subsets
+from research.search.estimators.voting import majority_at_k
+from research.search.ledger import Ledger
+from research.search.strategies.independent import Independent
+from research.typing import Float, UserError
+
+LOWEST = float(np.finfo(float).min)
+"""Above the score of no answer."""
+
+RESAMPLES = 2_000
+"""Of the intervals of estimates; the accuracy's own has the default."""
+
+
+def accuracy_of(searched: Searched, choice: Choice) -> float:
+  """Returns the chance that the answer that is chosen is right.
+
+  Args:
+    searched: a problem; one without any answer is wrong.
+    choice: among its samples.
+  """
+  return _chosen(searched, choice, range(len(searched.samples)))
+
+
+def _chosen(searched: Searched, choice: Choice, which: Sequence[int]) -> float:
+  samples = [searched.samples[i] for i in which]
+  right = {x.answer: x.correct for x in samples}
+  chances = choice([x.path() for x in samples], [x.answer for x in samples])
+  return choose.accuracy(chances, right.__getitem__)
+
+
+def accuracy_at(searched: Searched, choice: Choice, n: int) -> float:
+  """Returns the mean over all subsets of n independent samples.
+
+  Votes and best-of-n by their closed forms, others by subsets, which are drawn
+  where they are many.
+
+  Args:
+    searched: a problem with n samples at least.
+    choice: among them.
+    n: number of samples to choose among.
+  """
+  samples = searched.samples
+  answers = [x.answer for x in samples]
+  correct = [x.correct for x in samples]
+  if n == len(samples):
+    return accuracy_of(searched, choice)
+  if isinstance(choice, Majority):
+    return majority_at_k(answers, correct, n)
+  if isinstance(choice, BestOf):
+    return best_at(searched, choice.aggregate, n)
+  return mean_over_subsets(
+    lambda which: _chosen(searched, choice, which), len(samples), n
+  ).value
+
+
+def best_at(searched: Searched, aggregate: Aggregate, n: int) -> float:
+  """Returns best-of-n of independent samples; no answer is never the best."""
+  scores = [
+    -np.inf if x.answer is None else max(aggregate(x.scores), LOWEST)
+    for x in searched.samples
+  ]
+  correct = [x.correct for x in searched.samples]
+  return estimators.best_of_k(np.array(scores), np.array(correct), n)
+
+
+def result_of(
+  pool: Sequence[Searched], strategy: Any, choice: Choice, n: int | None
+) -> dict[str, Any]:
+  """Returns the accuracy of a pool, its interval and its cost.
+
+  Args:
+    pool: problems, at least one.
+    strategy: that searched them.
+    choice: among the samples of each.
+    n: samples to choose among, or None for all.
+
+  Raises:
+    UserError: the choice needs scores, or n subsets, that the pool cannot give.
+  """
+  check_choice(pool, strategy, choice, n)
+  if n is None:
+    each = [accuracy_of(one, choice) for one in pool]
+  else:
+    each = [accuracy_at(one, choice, n) for one in pool]
+  ledgers = [ledger_at(one, n) for one in pool]
+  found = _estimate(each)
+  return {
+    "n": _number(n or np.mean([len(one.samples) for one in pool])),
+    "problems": len(pool),
+    "accuracy": found.value,
+    "interval": [found.low, found.high],
+    "flops_per_problem": _mean(ledgers, "flops"),
+    "flops_policy": _mean(ledgers, "flops_policy"),
+    "flops_verifier": _mean(ledgers, "flops_verifier"),
+    "tokens_per_problem": _mean(ledgers, "policy_decode_tokens"),
+    "seconds": sum(x.seconds for x in ledgers),
+  }
+
+
+def check_choice(
+  pool: Sequence[Searched], strategy: Any, choice: Choice, n: int | None
+) -> None:
+  """Raises UserError for a choice that a pool does not support."""
+  inner = choice.inner if isinstance(choice, Confident) else choice
+  some = [x for one in pool for x in one.samples if x.trace.steps]
+  if isinstance(inner, BestOf | Weighted) and not all(x.scores for x in some):
+    raise UserError(
+      f"SearchRun.choice: found {type(inner).__name__}, and samples without"
+      " scores; choose by choose.Majority, or sample with a verifier."
+    )
+  if n is None:
+    return
+  if not isinstance(strategy, Independent):
+    raise UserError(
+      f"SearchRun.n: found {n} of the samples of {type(strategy).__name__},"
+      " whose samples depend on each other, expected None: search again with a"
+      " smaller budget.\nSubsets are as good as fewer samples for Independent."
+    )
+  least = min(len(one.samples) for one in pool)
+  if n > least:
+    raise UserError(
+      f"SearchRun.n: found {n}, but a problem has {least} samples; sample more."
+    )
+
+
+def ledger_at(searched: Searched, n: int | None) -> Ledger:
+  """Returns what n of a problem's independent samples cost in the mean.
+
+  Args:
+    searched: the problem; its prompt is read once, however many there are.
+    n: number of samples; None for all that was computed.
+  """
+  if n is None or n == len(searched.samples):
+    return searched.ledger
+  share = n / len(searched.samples)
+
+  def part(name: str) -> float:
+    whole = getattr(searched.ledger, name)
+    once = getattr(searched.prompt_ledger, name)
+    return once + share * (whole - once)
+
+  names = [x.name for x in dataclasses.fields(Ledger)]
+  found = {name: part(name) for name in names}
+  counts = {
+    name: x if name == "seconds" else round(x) for name, x in found.items()
+  }
+  return Ledger(**counts)
+
+
+def estimates_of(
+  pool: Sequence[Searched], strategy: Any
+) -> dict[str, Any] | None:
+  """Returns what each budget of independent samples would reach.
+
+  pass@k, maj@k, and best-of-k by each aggregate if there are scores, unbiased
+  (`search.estimators`), with intervals over problems; and the mean FLOPs.
+
+  Args:
+    pool: problems.
+    strategy: that searched them; None is returned for any but `Independent`,
+      of which no subset is a smaller search.
+  """
+  if not isinstance(strategy, Independent):
+    return None
+  most = min(len(one.samples) for one in pool)
+  scored = all(x.scores for o in pool for x in o.samples if x.trace.steps)
+  rules: dict[str, Any] = {"pass": _pass_at, "majority": _majority_at}
+  if scored:
+    rules |= {
+      f"best_of/{name}": _best_rule(aggregate)
+      for name, aggregate in AGGREGATES.items()
+    }
+  found: dict[str, Any] = {"k": _budgets(most)}
+  for name, rule in rules.items():
+    rows = [
+      _estimate([rule(one, k) for one in pool], RESAMPLES) for k in found["k"]
+    ]
+    found[name] = [[x.value, x.low, x.high] for x in rows]
+  found["flops"] = [
+    float(np.mean([ledger_at(one, k).flops for one in pool]))
+    for k in found["k"]
+  ]
+  return found
+
+
+def _pass_at(one: Searched, k: int) -> float:
+  right = sum(x.correct for x in one.samples)
+  return estimators.pass_at_k(len(one.samples), right, k)
+
+
+def _majority_at(one: Searched, k: int) -> float:
+  return accuracy_at(one, Majority(), k)
+
+
+def _best_rule(aggregate: Aggregate) -> Any:
+  return lambda one, k: best_at(one, aggregate, k)
+
+
+def _budgets(most: int) -> list[int]:
+  """Returns powers of two, and the most there is."""
+  found = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
+  return found if found[-1] == most else [*found, most]
+
+
+def _estimate(each: Sequence[float], resamples: int = 10_000) -> Estimate:
+  values: Float[np.ndarray, " B"] = np.array(each, float)
+  return paired_difference(values, np.zeros(len(values)), resamples)
+
+
+def _mean(ledgers: Sequence[Ledger], name: str) -> float:
+  return float(np.mean([getattr(x, name) for x in ledgers]))
+
+
+def _number(x: Any) -> int | float:
+  return int(x) if float(x).is_integer() else float(x)

@@ -1,0 +1,142 @@
+"""A search in a working directory: what it stores, resumes and reports."""
+
+import json
+import pathlib
+from typing import Any
+
+import tqdm
+
+from experiments.core import cli
+from experiments.searching import display, results, sampling
+from experiments.searching import pool as pools
+from experiments.searching.pool import Searched
+from experiments.searching.search_run import SearchRun
+from research import progress
+from research.io import folders
+from research.reasoning import sample_logs
+from research.reasoning.tasks.task import Task
+from research.typing import UserError
+
+SETTINGS = "settings.json"
+"""In a working directory: what decided on the samples of its pool."""
+
+LOGS = "samples.jsonl"
+"""In a working directory: the samples in lm-evaluation-harness' layout."""
+
+TRACES = "traces.html"
+"""In a working directory: the first problems, to look at."""
+
+
+def complete(run: SearchRun, folder: pathlib.Path, text: str) -> list[Searched]:
+  """Searches the problems that a folder's pool lacks; returns all of the run.
+
+  Args:
+    run: what is searched, and how.
+    folder: the working directory; made if missing.
+    text: the configuration, which is written there.
+
+  Raises:
+    UserError: the pool is of other settings, or what searches raise.
+  """
+  _claim(run, folder, text)
+  path = folder / pools.FILE
+  pools.repair(path)
+  found = {one.problem.id: one for one in pools.read(path)}
+  ids = [problem.id for problem in sampling.problems_of(run)]
+  done = sum(x in found for x in ids)
+  if done < len(ids):
+    with progress.phase(None), _bar(len(ids), done) as bar:
+      for searched in sampling.batches(run, found):
+        pools.append(path, searched)
+        found |= {one.problem.id: one for one in searched}
+        bar.update(len(searched))
+  return [found[x] for x in ids]
+
+
+def _bar(total: int, done: int) -> tqdm.tqdm:
+  return tqdm.tqdm(
+    total=total, initial=done, unit="problem", dynamic_ncols=True
+  )
+
+
+def _claim(run: SearchRun, folder: pathlib.Path, text: str) -> None:
+  """Makes the folder, and leaves the configuration in it.
+
+  Raises:
+    UserError: it is another search's.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  # As it is read back: tuples are lists there.
+  now = json.loads(json.dumps(run.settings()))
+  note = folder / SETTINGS
+  if note.exists():
+    before = _settings(note)
+    differing = [k for k in now if before.get(k) != now[k]]
+    if differing:
+      name = differing[0]
+      raise UserError(
+        f"{folder}: has samples of another search: {name} was"
+        f" {json.dumps(before.get(name))[:160]},\nfound"
+        f" {json.dumps(now[name])[:160]}. Use another --workdir."
+      )
+  elif (folder / "config.gin").exists() or (folder / pools.FILE).exists():
+    raise UserError(
+      f"{folder}: found files of another command, and no {SETTINGS}, expected a"
+      " new folder or one of a search.\nUse another --workdir."
+    )
+  folders.write_text(note, json.dumps(now, indent=1) + "\n")
+  folders.write_text(folder / "config.gin", text)
+
+
+def _settings(note: pathlib.Path) -> dict[str, Any]:
+  try:
+    found = json.loads(note.read_text("utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{note}: is not JSON: {error}") from error
+  if not isinstance(found, dict):
+    raise UserError(f"{note}: found no object, expected a search's settings")
+  return found
+
+
+def report(
+  run: SearchRun, pool: list[Searched], folder: pathlib.Path
+) -> dict[str, Any]:
+  """Writes the files of a result; returns what to print as JSON."""
+  found = {
+    "task": _task_name(run.task),
+    "strategy": type(run.strategy).__name__,
+    **results.result_of(pool, run.strategy, run.choice, run.n),
+  }
+  more = {
+    "choice": repr(run.choice),
+    "split": run.task.split,
+    "estimates": results.estimates_of(pool, run.strategy),
+  }
+  cli.write_json(folder / "result.json", found | more)
+  title = f"{found['task']}: {found['strategy']}"
+  folders.write_text(folder / TRACES, display.page(pool, title))
+  _write_logs(run, pool, folder)
+  return found
+
+
+def _task_name(task: Task) -> str:
+  """Returns the task's name, with its data set's where there are several."""
+  name = getattr(task, "name", None)
+  return f"{task.NAME}/{name}" if isinstance(name, str) else task.NAME
+
+
+def _write_logs(
+  run: SearchRun, pool: list[Searched], folder: pathlib.Path
+) -> None:
+  """Writes the samples as lm-evaluation-harness logs them."""
+  logs = [
+    sample_logs.sample_of(
+      i,
+      one.problem,
+      [x.trace.text for x in one.samples],
+      [x.verdict for x in one.samples],
+      {"temperature": run.sampling.temperature or 0.0},
+    )
+    for i, one in enumerate(pool, run.problems[0])
+  ]
+  sample_logs.write_samples(str(folder / LOGS), logs)

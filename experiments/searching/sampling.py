@@ -1,0 +1,213 @@
+"""Searches a run's problems, batch by batch.
+
+Batches have one shape: the last one repeats its last problem, and all prompts
+are padded to the longest one, so that programs compile once. Random keys are
+those of a batch's first problem, so a run that goes on has the same texts.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Collection, Iterator, Sequence
+
+import jax
+
+from experiments.searching import texts
+from experiments.searching.context import Context
+from experiments.searching.free_verifiers import ReadsProblems
+from experiments.searching.pool import Sample, Searched
+from experiments.searching.prompts import IdWords
+from experiments.searching.search_run import SearchRun
+from experiments.searching.strategies import TextStrategy
+from research.generation import generate
+from research.generation.stepwise import Stepwise
+from research.interop.loaded import Loaded
+from research.nn.transformer import Transformer
+from research.reasoning.problem import Problem
+from research.reasoning.trace import Sampler
+from research.search.engine import Engine
+from research.search.lookahead import Lookahead
+from research.search.step_search import Limits, Samples, Strategy
+from research.typing import UserError
+
+
+def batches(
+  run: SearchRun, done: Collection[str] = ()
+) -> Iterator[list[Searched]]:
+  """Yields each batch's problems that are not done yet, searched.
+
+  Args:
+    run: what is searched, and how.
+    done: ids of problems that are in the pool.
+
+  Raises:
+    UserError: the task has too few problems, or what models and searches raise.
+  """
+  problems = problems_of(run)
+  todo = [
+    start
+    for start in range(0, len(problems), run.batch)
+    if any(x.id not in done for x in problems[start : start + run.batch])
+  ]
+  if not todo:
+    return
+  search = Search(run, problems)
+  for start in todo:
+    own = problems[start : start + run.batch]
+    found = search(own, run.problems[0] + start)
+    yield [one for one in found if one.problem.id not in done]
+
+
+def problems_of(run: SearchRun) -> list[Problem]:
+  """Returns a run's problems: of the task's different ones, a range.
+
+  Raises:
+    UserError: the task has not so many.
+  """
+  first, last = run.problems
+  found: dict[str, Problem] = {}
+  for problem in run.task:
+    found.setdefault(problem.id, problem)
+    if len(found) == last:
+      return list(found.values())[first:]
+  raise UserError(
+    f"SearchRun.problems: found {len(found)} different ones among the"
+    f" {len(run.task)} of {type(run.task).__name__}, expected {last}; raise its"
+    " count, or give it more room."
+  )
+
+
+class Search:
+  """A run's models, loaded, and what its batches have in common."""
+
+  def __init__(self, run: SearchRun, problems: Sequence[Problem]):
+    """Loads the models.
+
+    Args:
+      run: what is searched, and how.
+      problems: all of them, for the longest prompt.
+    """
+    loaded = run.policy.load()
+    if not isinstance(loaded.model, Transformer):
+      raise UserError(
+        f"SearchRun.policy: found a {type(loaded.model).__name__}, expected a"
+        " language model that writes token by token."
+      )
+    self._run = run
+    self._words = IdWords() if loaded.tokenizer is None else loaded.tokenizer
+    self._prompts = {x.id: self._prompt(x) for x in problems}
+    context = self._context_of(loaded)
+    self._engine = self._engine_of(context)
+    # The weights as they were loaded are not needed again.
+    self._context = dataclasses.replace(context, params={})
+
+  def _prompt(self, problem: Problem) -> list[int]:
+    return self._run.prompting(self._words, problem.prompt)
+
+  def _context_of(self, loaded: Loaded) -> Context:
+    run = self._run
+    stop = self._words.stop if run.stop_tokens is None else run.stop_tokens
+    if not stop:
+      raise UserError(
+        "SearchRun.stop_tokens: found none, and none of the model's tokenizer,"
+        " expected ids that end a solution: one that is cut has no answer."
+      )
+    policy = Stepwise(
+      model=loaded.model,
+      params=generate.prepare(loaded.params, loaded.model),
+      sampling=run.sampling,
+      stop_tokens=tuple(stop),
+      boundary=run.steps(self._words, loaded.model.vocab_size),
+      log_probs=True,
+      prompt_room=max(map(len, self._prompts.values())),
+    )
+    return Context(
+      policy=policy,
+      params=loaded.params,
+      tokenizer=self._words,
+      prompting=run.prompting,
+      task=run.task,
+      judge=run.judge(run.task),
+    )
+
+  def _engine_of(self, context: Context) -> Engine:
+    run = self._run
+    if run.verifier is None:
+      return Engine(policy=context.policy)
+    verifier = run.verifier.load(context)
+    if not run.lookahead:
+      return Engine(policy=context.policy, verifier=verifier)
+    return Lookahead(
+      policy=context.policy, verifier=verifier, steps=run.lookahead
+    )
+
+  def __call__(self, problems: Sequence[Problem], first: int) -> list[Searched]:
+    """Returns what is found for the problems of a batch.
+
+    Args:
+      problems: at most the run's `batch`.
+      first: index of the first one in the task.
+    """
+    begin, run = time.perf_counter(), self._run
+    asked = [*problems, *[problems[-1]] * (run.batch - len(problems))]
+    limits = Limits(
+      tokens=run.new_tokens,
+      steps=run.most_steps,
+      key=jax.random.fold_in(jax.random.key(run.seed), first),
+    )
+    prompts = [self._prompts[x.id] for x in asked]
+    strategy, engine = self._strategy(asked), self._engine
+    if isinstance(engine.verifier, ReadsProblems):
+      verifier = engine.verifier.with_problems(asked)
+      engine = dataclasses.replace(engine, verifier=verifier)
+    found = strategy(engine, prompts, limits)[: len(problems)]
+    made = [
+      self._searched(problem, one)
+      for problem, one in zip(problems, found, strict=True)
+    ]
+    # Ledgers add up: each problem has its share of the batch's time.
+    seconds = (time.perf_counter() - begin) / len(made)
+    return [
+      dataclasses.replace(
+        one, ledger=dataclasses.replace(one.ledger, seconds=seconds)
+      )
+      for one in made
+    ]
+
+  def _strategy(self, problems: Sequence[Problem]) -> Strategy:
+    found = self._run.strategy
+    if not isinstance(found, TextStrategy):
+      return found
+    own = dataclasses.replace(self._context, problems=tuple(problems))
+    return found.of_tokens(own)
+
+  def _searched(self, problem: Problem, samples: Samples) -> Searched:
+    verdict_of = functools.cache(
+      functools.partial(self._context.judge.verify, problem)
+    )
+    made = []
+    for path in samples.paths:
+      text, steps = texts.steps_of(path, self._words)
+      verdict = verdict_of(text)
+      trace = texts.trace_of(path, steps, problem.id, verdict, self._sampler)
+      made.append(Sample(trace, verdict, path.root))
+    once = self._engine.prompt_cost(len(self._prompts[problem.id]))
+    return Searched(problem, tuple(made), samples.ledger, once)
+
+  @functools.cached_property
+  def _sampler(self) -> Sampler:
+    rules = self._run.sampling
+    return Sampler(
+      temperature=0.0 if rules.temperature is None else rules.temperature,
+      top_p=1.0 if rules.top_p is None else rules.top_p,
+      seed=self._run.seed,
+      policy_id=_policy_id(self._run),
+    )
+
+
+def _policy_id(run: SearchRun) -> str:
+  """Returns the policy's name or folder, else the kind of its source."""
+  for field in ("name", "workdir"):
+    if found := getattr(run.policy, field, None):
+      return str(found)
+  return type(run.policy).__name__

@@ -1,0 +1,99 @@
+"""The root of a search's configuration: problems, a policy, a way to search.
+
+What decides on the samples is apart from what is made of them: `choice` and
+`n` choose again from a pool that is there, without sampling.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from experiments.core.experiment import Source
+from experiments.searching.prompts import Plain, Prompting
+from experiments.searching.step_ends import AtEnd, StepEnds
+from experiments.searching.strategies import SearchStrategy
+from experiments.searching.verifiers import VerifierSource
+from research.generation.sampling import Sampling
+from research.reasoning import isolation
+from research.reasoning.isolation import Guarded
+from research.reasoning.tasks.task import Task
+from research.search.choose import Choice, Majority
+from research.typing import UserError
+
+SAMPLED = Sampling(temperature=1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchRun:
+  """A search over problems of a task.
+
+  Attributes:
+    task: the problems, and who judges answers; its split should be held out.
+    policy: where the model that writes solutions comes from.
+    strategy: the search, of `research.search.strategies`, or one of
+      `searching.strategies`.
+    problems: first and last index, the last one not included, among the task's
+      problems with different ids.
+    verifier: where scores of steps come from; None for no scores.
+    lookahead: steps that a greedy rollout goes on before a step is scored.
+    steps: where a step of a solution ends.
+    prompting: what the policy reads of a problem.
+    sampling: of the policy's tokens.
+    new_tokens: of a solution, at most.
+    most_steps: of a solution, at most.
+    stop_tokens: that end a solution; None for the tokenizer's.
+    batch: problems that are searched at once.
+    seed: of the sampling.
+    judge: makes what judges texts of the task: `isolation.Guarded`, or
+      `isolation.Isolated` for verifiers that may hang.
+    choice: which of a problem's answers is given.
+    n: samples to choose among, every subset of so many; None for all.
+  """
+
+  task: Task
+  policy: Source
+  strategy: SearchStrategy
+  problems: tuple[int, int] = (0, 100)
+  verifier: VerifierSource | None = None
+  lookahead: int = 0
+  steps: StepEnds = AtEnd()
+  prompting: Prompting = Plain()
+  sampling: Sampling = SAMPLED
+  new_tokens: int = 64
+  most_steps: int = 64
+  stop_tokens: tuple[int, ...] | None = None
+  batch: int = 8
+  seed: int = 0
+  judge: Callable[[Any], Any] = Guarded
+  choice: Choice = Majority()
+  n: int | None = None
+
+  def __post_init__(self):
+    first, last = self.problems
+    if not 0 <= first < last <= len(self.task):
+      raise UserError(
+        f"SearchRun.problems: found {first} to {last}, expected a range within"
+        f" the {len(self.task)} problems of {type(self.task).__name__}; raise"
+        " its count."
+      )
+    for name in ("new_tokens", "most_steps", "batch"):
+      if getattr(self, name) < 1:
+        raise UserError(
+          f"SearchRun.{name}: found {getattr(self, name)}, expected at least 1."
+        )
+    if self.lookahead < 0 or (self.lookahead and self.verifier is None):
+      raise UserError(
+        f"SearchRun.lookahead: found {self.lookahead} and the verifier"
+        f" {self.verifier}, expected at least 0, and a verifier if above."
+      )
+    if self.n is not None and self.n < 1:
+      raise UserError(f"SearchRun.n: found {self.n}, expected at least 1.")
+
+  def settings(self) -> dict[str, Any]:
+    """Returns what decides on the samples of a problem, as plain values."""
+    values = isolation.describe(self)["fields"]
+    return {name: x for name, x in values.items() if name not in CHOSEN_AFTER}
+
+
+CHOSEN_AFTER = ("problems", "choice", "n")
+"""Fields of a run that may change while a pool grows, or when it is there."""

@@ -1,0 +1,148 @@
+"""Searches whose settings are texts, or which read answers.
+
+A run's task and tokenizer make one of `research.search.strategies` of them; all
+others stand in a configuration as they are.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from experiments.searching.context import Context
+from research.search.engine import Path
+from research.search.step_search import Strategy
+from research.search.strategies.adaptive import Adaptive
+from research.search.strategies.budget_forcing import BudgetForcing
+from research.search.strategies.rounds import LastTries, Rounds, Shown
+from research.typing import UserError
+
+
+@runtime_checkable
+class TextStrategy(Protocol):
+  """A search of texts."""
+
+  def of_tokens(self, context: Context) -> Strategy:
+    """Returns the search of tokens."""
+    ...
+
+
+SearchStrategy = Strategy | TextStrategy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptiveVotes:
+  """`strategies.Adaptive` over the answers that the task's verifier extracts.
+
+  Attributes:
+    round: samples of a round.
+    most: samples of a problem, a multiple of `round`.
+    sure: probability at which a vote is decided.
+  """
+
+  round: int = 4
+  most: int = 32
+  sure: float | int = 0.95
+
+  def of_tokens(self, context: Context) -> Strategy:
+    """Returns the search of tokens."""
+    return Adaptive(
+      answer=context.answer, round=self.round, most=self.most, sure=self.sure
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BudgetForcedText:
+  """`strategies.BudgetForcing` by texts.
+
+  Attributes:
+    copies: paths of a problem.
+    least, most: tokens that a path thinks at least and at most.
+    wait: in place of an end that comes too early.
+    waits: how often at most.
+    answer: leads to the answer after `most` tokens.
+  """
+
+  copies: int = 1
+  least: int = 0
+  most: int = 2**30
+  wait: str = ""
+  waits: int = 2
+  answer: str = ""
+
+  def of_tokens(self, context: Context) -> Strategy:
+    """Returns the search of tokens."""
+    encode = context.tokenizer.encode
+    return BudgetForcing(
+      copies=self.copies,
+      least=self.least,
+      most=self.most,
+      wait=encode(self.wait) if self.wait else (),
+      waits=self.waits,
+      answer=encode(self.answer) if self.answer else (),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundsOfText:
+  """`strategies.Rounds` whose prompts show solutions in a template.
+
+  Attributes:
+    template: of the question that is asked again, with `{question}` and
+      `{solutions}` in it.
+    solution: of each solution, with `{solution}` in it.
+    shown: `LastTries()` for revision, `Subsets()` for RSA.
+    width, rounds, every, seed: see `strategies.Rounds`.
+  """
+
+  template: str = (
+    "{question}\n\nEarlier solutions, which may be wrong:\n{solutions}\nSolve"
+    " it again."
+  )
+  solution: str = "{solution}\n"
+  shown: Shown = LastTries()
+  width: int = 4
+  rounds: int = 4
+  every: bool = True
+  seed: int = 0
+
+  def __post_init__(self):
+    for name, words in (
+      ("template", ("question", "solutions")),
+      ("solution", ("solution",)),
+    ):
+      text = getattr(self, name)
+      if missing := [word for word in words if f"{{{word}}}" not in text]:
+        raise UserError(
+          f"RoundsOfText.{name}: found {text!r:.60} without {{{missing[0]}}}."
+        )
+
+  def of_tokens(self, context: Context) -> Strategy:
+    """Returns the search of tokens."""
+
+    def rewrite(prompt: Sequence[int], shown: Sequence[Path]) -> Sequence[int]:
+      del prompt
+      texts = [
+        filled(self.solution, solution=context.text(path)) for path in shown
+      ]
+      question = context.problems[shown[0].problem].prompt
+      asked = filled(self.template, question=question, solutions="".join(texts))
+      return context.prompting(context.tokenizer, asked)
+
+    return Rounds(
+      rewrite=rewrite,
+      shown=self.shown,
+      width=self.width,
+      rounds=self.rounds,
+      every=self.every,
+      seed=self.seed,
+    )
+
+
+def filled(template: str, **texts: str) -> str:
+  """Returns a template with texts in place of `{name}`.
+
+  Texts are not searched for names in turn: a model may write them.
+  """
+  names = "|".join(texts)
+  return re.sub(rf"\{{({names})\}}", lambda found: texts[found[1]], template)

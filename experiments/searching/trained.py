@@ -1,0 +1,69 @@
+"""Models that runs of `experiments.train` have left."""
+
+import dataclasses
+from typing import Any, Literal
+
+from experiments.core import (
+  config,
+  data_fingerprint,
+  device_context,
+  train_eval,
+)
+from experiments.stages import staged
+from research.interop.loaded import Loaded
+from research.io.unread import Shardings
+from research.typing import Params, UserError
+
+Which = Literal["best", "last"]
+"""Of a run's checkpoints."""
+
+
+def restore(workdir: str, which: Which = "best") -> tuple[Any, Params]:
+  """Returns a run's `experiment.Built`, and the weights that it has trained.
+
+  The run's own configuration builds the model; transforms of `after` are
+  applied to its weights.
+
+  Args:
+    workdir: of the run; of several stages the last one is meant.
+    which: checkpoint.
+
+  Raises:
+    UserError: there is no run, or it has saved nothing.
+  """
+  read = config.read_workdir(workdir)
+  experiment, folder = staged.open_run(read.experiment, workdir)
+  context = device_context.current(experiment.mesh)
+  last = train_eval.last_step(folder)
+  if not last:
+    raise UserError(
+      f"{folder}: found no checkpoint, expected a run that has saved one."
+    )
+  built = experiment.build(context)
+  tokenizer = data_fingerprint.restore_tokenizer(
+    experiment, built.loaded.tokenizer, folder
+  )
+  _, state = train_eval.restore_checkpoint(
+    experiment, built, folder, None if which == "best" else last
+  )
+  params = experiment.finished(state.params)
+  return built.with_tokenizer(tokenizer), params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+  """The model that a run has trained, as a policy.
+
+  Attributes:
+    workdir: of the run.
+    which: of its checkpoints.
+  """
+
+  workdir: str
+  which: Which = "best"
+
+  def load(self, shardings: Shardings | None = None) -> Loaded:
+    """Returns the model, its weights and its tokenizer."""
+    del shardings
+    built, params = restore(self.workdir, self.which)
+    return dataclasses.replace(built.loaded, params=params)

@@ -1,0 +1,217 @@
+"""The command of searches: what it stores, resumes, refuses and says."""
+
+import json
+import pathlib
+import types
+
+import numpy as np
+import pytest
+
+from experiments import search
+from experiments.core import cli
+from experiments.searching import pool as pools
+from experiments.searching import running
+from research.reasoning import sample_logs
+from research.reasoning.trace import Trace
+from research.search.strategies.adaptive import lead
+
+TINY = str(pathlib.Path(__file__).with_name("tiny.gin"))
+FIELDS = (
+  *("task", "strategy", "n", "problems", "accuracy", "interval"),
+  *("flops_per_problem", "flops_policy", "flops_verifier"),
+  *("tokens_per_problem", "seconds"),
+)
+"""Of DESIGN.md, section 4."""
+
+REWARD = "VERIFIER=@verifiers.NewReward()"
+
+
+@pytest.fixture(name="run")
+def _run(tmp_path, capsys):
+  """Returns f(bindings) -> status, result, output, errors and the folder."""
+
+  def run(*bindings, folder="work", flags=()):
+    given = [f"--set={x}" for x in bindings]
+    place = tmp_path / folder
+    argv = ["search", f"--config={TINY}", f"--workdir={place}", *given, *flags]
+    code = cli.call(search.main, argv)
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    return types.SimpleNamespace(
+      code=code,
+      result=json.loads(lines[-1]) if code == 0 else None,
+      out=said.out,
+      err=said.err,
+      folder=place,
+      pool=pools.read(place / pools.FILE) if code == 0 else [],
+    )
+
+  return run
+
+
+def untimed(text):
+  """Returns a pool's lines without their seconds."""
+  found = [json.loads(line) for line in text.splitlines()]
+  for one in found:
+    one["ledger"].pop("seconds")
+  return found
+
+
+def test_a_pool_grows_resumes_and_is_chosen_from_again(run, monkeypatch):
+  first = run("PROBLEMS=(0, 5)")
+  assert first.code == 0, first.err
+  assert tuple(first.result) == FIELDS
+  assert first.result["task"] == "parity" and first.result["n"] == 4
+  file = first.folder / pools.FILE
+  text = file.read_text()
+  for line in map(json.loads, text.splitlines()):
+    assert len(line["samples"]) == 4
+    for sample in line["samples"]:
+      trace = Trace.from_json(sample["trace"])
+      assert trace.to_json() == sample["trace"]
+  stored = json.loads((first.folder / "result.json").read_text())
+  assert {k: stored[k] for k in FIELDS} == first.result
+  assert stored["estimates"]["k"] == [1, 2, 4]
+  # Among all four samples there is one subset.
+  assert stored["estimates"]["majority"][-1][0] == pytest.approx(
+    first.result["accuracy"]
+  )
+  # Killed in the middle of a batch, and of a line.
+  lines = text.splitlines(keepends=True)
+  file.write_text("".join(lines[:3]) + lines[3][:100])
+  again = run("PROBLEMS=(0, 5)")
+  assert file.read_text().startswith("".join(lines[:3]))
+  assert untimed(file.read_text()) == untimed(text)
+  assert again.result["accuracy"] == first.result["accuracy"]
+  # What is there is not searched again.
+  monkeypatch.setattr(
+    running.sampling, "Search", lambda *_: pytest.fail("it samples")
+  )
+  fewer = run("PROBLEMS=(0, 5)", "N=2")
+  assert fewer.code == 0, fewer.err
+  pair = stored["estimates"]["majority"][1][0]
+  assert fewer.result["accuracy"] == pytest.approx(pair)
+  assert fewer.result["flops_per_problem"] == pytest.approx(
+    stored["estimates"]["flops"][1], rel=1e-6
+  )
+  logs = sample_logs.read_samples(str(first.folder / "samples.jsonl"))
+  right = [log.metrics["mean_correct"] for log in logs]
+  assert right == [
+    np.mean([x.verdict.correct for x in one.samples]) for one in first.pool
+  ]
+  part = run("PROBLEMS=(1, 3)")
+  assert part.result["problems"] == 2
+  other = run("COPIES=2")
+  assert other.code == 1
+  assert "strategy was" in other.err and "--workdir" in other.err
+
+
+SEARCHES = {
+  "Independent": ("STRATEGY=@independent.Independent()",),
+  "Beam": ("STRATEGY=@beam.Beam()",),
+  "DiverseTrees": ("STRATEGY=@diverse_trees.DiverseTrees()",),
+  "Rebase": ("STRATEGY=@rebase.Rebase()",),
+  "TreeSearch": ("STRATEGY=@tree.TreeSearch()",),
+  "Beam, lookahead": ("STRATEGY=@beam.Beam()", "LOOKAHEAD=1"),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_searches_with_a_verifier(run, name):
+  choice = "CHOICE=@choose.BestOf()"
+  found = run(*SEARCHES[name], REWARD, choice, "PROBLEMS=(0, 2)")
+  assert found.code == 0, found.err
+  assert found.result["strategy"] == name.split(",")[0]
+  assert found.result["flops_verifier"] > 0
+  total = found.result["flops_policy"] + found.result["flops_verifier"]
+  assert found.result["flops_per_problem"] == pytest.approx(total)
+  for one in found.pool:
+    for sample in one.samples:
+      assert len(sample.scores) == len(sample.trace.steps)
+      assert "".join(x.text for x in sample.trace.steps) == sample.trace.text
+
+
+@pytest.mark.parametrize(
+  ("name", "bindings"),
+  [
+    ("AdaptiveVotes", ("STRATEGY=@strategies.AdaptiveVotes()",)),
+    ("BudgetForcedText", ("STRATEGY=@strategies.BudgetForcedText()",)),
+    ("RoundsOfText", ("STRATEGY=@strategies.RoundsOfText()",)),
+    (
+      "RoundsOfText",
+      (
+        "STRATEGY=@strategies.RoundsOfText()",
+        "strategies.RoundsOfText.shown=@rounds.Subsets()",
+        "strategies.RoundsOfText.every=False",
+      ),
+    ),
+  ],
+)
+def test_searches_of_texts(run, name, bindings):
+  found = run(*bindings, "PROBLEMS=(0, 2)")
+  assert found.code == 0, found.err
+  assert found.result["strategy"] == name
+  for one in found.pool:
+    answers = [x.answer for x in one.samples]
+    if name == "AdaptiveVotes":
+      assert len(answers) == 8 or lead(answers) >= 0.95
+    elif name == "BudgetForcedText":
+      for x in one.samples:
+        assert x.trace.n_new >= 4 or x.trace.text.count("+") >= 2
+    else:
+      assert len(answers) == (4 if len(bindings) > 1 else 8)
+
+
+def test_random_scores_cost_nothing_and_are_shown(run):
+  found = run(
+    "PROBLEMS=(0, 2)",
+    "VERIFIER=@free_verifiers.RandomScores()",
+    flags=["--show=1"],
+  )
+  assert found.code == 0, found.err
+  assert found.result["flops_verifier"] == 0
+  first = found.pool[0].samples[0]
+  assert (
+    f"{first.scores[0]:.2f} {first.trace.steps[0].text.strip()}" in found.out
+  )
+  assert "\x1b" not in found.out  # not a terminal
+  page = (found.folder / "traces.html").read_text()
+  assert page.count("<article") == 8
+
+
+@pytest.mark.parametrize(
+  ("bindings", "message"),
+  [
+    (("VERIFIER=@parity.Diverged()",), "the score nan for problem 0 after 1"),
+    (("STRATEGY=@beam.Beam()",), "found paths without scores"),
+    (("CHOICE=@choose.BestOf()",), "samples without scores"),
+    (("PROBLEMS=(0, 5000)",), "within the 1000 problems"),
+    (("LOOKAHEAD=1",), "and a verifier if above"),
+    (("N=5",), "a problem has 4 samples"),
+    (("search_run.SearchRun.stop_tokens=()",), "ids that end a solution"),
+    (("VERIFIER=@verifiers.TrainedReward()",), "no config.gin there"),
+  ],
+)
+def test_what_cannot_be_searched_is_an_error(run, bindings, message):
+  found = run(
+    *bindings, *("PROBLEMS=(0, 2)",) * ("PROBLEMS" not in bindings[0])
+  )
+  assert found.code == 1
+  assert message in found.err and found.err.count("\n") <= 5
+
+
+def test_a_judge_that_raises_or_hangs_gives_no_vote(run):
+  found = run("PROBLEMS=(0, 2)", "parity.Parity.broken=True")
+  assert found.code == 0, found.err
+  assert found.result["accuracy"] == 0.0
+  verdicts = {x.verdict.reason for one in found.pool for x in one.samples}
+  assert verdicts == {"error: RuntimeError: broken"}
+  assert all(x.answer is None for one in found.pool for x in one.samples)
+
+
+def test_a_command_of_another_kind_keeps_its_folder(run, tmp_path):
+  (tmp_path / "work").mkdir()
+  (tmp_path / "work" / "config.gin").write_text("of a training run")
+  found = run()
+  assert found.code == 1 and "files of another command" in found.err
+  assert (tmp_path / "work" / "config.gin").read_text() == "of a training run"

@@ -1,0 +1,182 @@
+"""What is made of a pool: choices, estimates, costs; and what is refused."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from experiments.searching import pool as pools
+from experiments.searching import results
+from experiments.searching.pool import Sample, Searched
+from research.prm.scores.aggregate import Last, Min, Product
+from research.reasoning.problem import Problem, Verdict
+from research.reasoning.trace import Step, Trace
+from research.search.choose import BestOf, Confident, Majority, Weighted
+from research.search.ledger import Ledger
+from research.search.strategies.beam import Beam
+from research.search.strategies.independent import Independent
+from research.typing import UserError
+
+ONCE = Ledger(policy_prefill_tokens=3, flops_policy=30, flops_verifier=6)
+
+
+def sample(answer, scores=(), finish="eos", right="7"):
+  """Returns a sample of two tokens a step, with an answer or None."""
+  scores = scores or (None,)
+  steps = tuple(
+    Step(f"step {i}\n", 2 * i, 2 * i + 2, score)
+    for i, score in enumerate(scores)
+  )
+  trace = Trace(
+    "p", steps, finish, answer, 3, 2 * len(steps), -1.0 * len(steps)
+  )
+  return Sample(trace, Verdict(answer == right, answer, answer))
+
+
+def searched(*samples, problem="p"):
+  cost = Ledger(
+    policy_prefill_tokens=3,
+    policy_decode_tokens=4 * len(samples),
+    flops_policy=30 + 40 * len(samples),
+    flops_verifier=6 + 10 * len(samples),
+    seconds=1.5,
+  )
+  return Searched(Problem(problem, "?"), samples, cost, ONCE)
+
+
+MIXED = searched(
+  sample("7", (0.9, 0.2)),
+  sample("5", (0.5, 0.6)),
+  sample("5", (0.4, 0.9)),
+  sample(None, (0.99, 0.99)),
+  sample("7", (0.9, 0.95), finish="length"),
+  sample("7", (0.6, 0.5)),
+)
+
+
+def test_one_sample_is_what_it_is():
+  """N = 1: every choice gives its answer."""
+  for choice in (Majority(), BestOf(Min()), Weighted(Min()), Confident()):
+    for one, expected in (
+      (searched(sample("7", (0.3,))), 1.0),
+      (searched(sample("5", (0.3,))), 0.0),
+      (searched(sample(None, (0.3,))), 0.0),
+      (searched(sample("7", (0.3,), finish="length")), 0.0),
+    ):
+      assert results.accuracy_of(one, choice) == expected
+  found = results.result_of(
+    [searched(sample("7"))], Independent(copies=1), Majority(), None
+  )
+  assert found["n"] == 1 and found["interval"] == [1.0, 1.0]
+  assert results.estimates_of(
+    [searched(sample("7"))], Independent(copies=1)
+  ) == {
+    "k": [1],
+    "pass": [[1.0] * 3],
+    "majority": [[1.0] * 3],
+    "flops": [86.0],
+  }
+
+
+def test_equal_candidates_are_one_answer():
+  """All candidates equal: no choice can go wrong, nor right."""
+  for answer, expected in (("7", 1.0), ("5", 0.0)):
+    one = searched(*[sample(answer, (0.5, 0.5))] * 4)
+    for choice in (Majority(), BestOf(Product()), Weighted(Last())):
+      assert results.accuracy_of(one, choice) == expected
+      assert results.accuracy_at(one, choice, 2) == pytest.approx(expected)
+
+
+def test_no_answer_and_a_cut_solution_are_no_votes():
+  assert results.accuracy_of(MIXED, Majority()) == 0.5  # two for 7, two for 5
+  # The best scores are those of no answer and of a solution that was cut.
+  assert results.accuracy_of(MIXED, BestOf(Last())) == 0.0
+  assert results.accuracy_of(MIXED, BestOf(Min())) == 0.5  # 5 and 7 tie
+  none = searched(sample(None), sample(None, finish="length"))
+  found = results.result_of([none], Independent(copies=2), Majority(), None)
+  assert found["accuracy"] == 0.0
+  assert (
+    results.estimates_of([none], Independent(copies=2))["pass"]
+    == [[0.0] * 3] * 2
+  )
+
+
+@pytest.mark.parametrize(
+  "choice", [Majority(), BestOf(Min()), BestOf(Last()), Weighted(Product())]
+)
+@pytest.mark.parametrize("n", [1, 2, 4, 6])
+def test_fewer_samples_are_the_mean_of_all_subsets(choice, n):
+  """Closed forms against running the choice on every subset."""
+  every = [
+    results.accuracy_of(searched(*[MIXED.samples[i] for i in which]), choice)
+    for which in itertools.combinations(range(6), n)
+  ]
+  found = results.accuracy_at(MIXED, choice, n)
+  assert found == pytest.approx(np.mean(every))
+
+
+def test_a_pool_says_what_fewer_samples_cost():
+  ledger = results.ledger_at(MIXED, 2)
+  assert ledger == Ledger(
+    policy_prefill_tokens=3,
+    policy_decode_tokens=8,
+    flops_policy=110,
+    flops_verifier=26,
+    seconds=0.5,
+  )
+  found = results.result_of([MIXED] * 2, Independent(copies=6), Majority(), 2)
+  assert found["flops_per_problem"] == 136
+  assert (found["flops_policy"], found["flops_verifier"]) == (110, 26)
+  assert found["tokens_per_problem"] == 8 and found["n"] == 2
+
+
+@pytest.mark.parametrize(
+  ("pool", "strategy", "choice", "n", "message"),
+  [
+    ([MIXED], Beam(copies=4, width=2), Majority(), 2, "depend on each other"),
+    ([MIXED], Independent(copies=6), Majority(), 7, "a problem has 6 samples"),
+    ([searched(sample("7"))], Independent(), BestOf(Min()), None, "without"),
+  ],
+)
+def test_what_a_pool_cannot_say_is_an_error(pool, strategy, choice, n, message):
+  with pytest.raises(UserError, match=message):
+    results.result_of(pool, strategy, choice, n)
+
+
+# --- files --------------------------------------------------------------------
+
+
+def test_a_pool_is_read_as_it_was_written(tmp_path):
+  path = tmp_path / "pool.jsonl"
+  hostile = searched(sample("\x1b[31m\u2028\x9b7\u202e"), problem="q\n{}")
+  pools.append(path, [MIXED])
+  pools.append(path, [hostile])
+  assert pools.read(path) == [MIXED, hostile]
+  data = path.read_bytes()
+  assert data.isascii() and b"\x1b" not in data
+  path.write_bytes(data[:-30])  # killed while it wrote
+  assert pools.read(path) == [MIXED]
+  pools.repair(path)
+  assert path.read_bytes() == data.splitlines(keepends=True)[0]
+  assert pools.read(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda x: x | {"ledger": {"flops_policy": -1}}, "flops_policy: found -1"),
+    (lambda x: x | {"ledger": {"speed": 1}}, "speed: found 1"),
+    (lambda x: x | {"samples": {}}, "samples: found none"),
+    (lambda x: x | {"samples": [{}]}, r"samples\[0\]: trace: found None"),
+    (lambda x: x | {"problem": {"id": 3}}, "problem"),
+    (lambda x: {"text": "of another program"}, "samples: found none"),
+  ],
+)
+def test_a_damaged_pool_names_its_line(tmp_path, change, message):
+  path = tmp_path / "pool.jsonl"
+  lines = [MIXED.to_json(), change(MIXED.to_json())]
+  path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+  with pytest.raises(UserError, match=message) as error:
+    pools.read(path)
+  assert "pool.jsonl:2" in str(error.value)
