@@ -13,7 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from research.data import pipeline
-from research.data.packing import PackedRows, Piece, Row
+from research.data.array_batches import ShuffledBatches
+from research.data.packing import Row
 from research.data.sources.records import completion_example
 from research.reasoning.problem import Problem
 from research.reasoning.tasks.task import SolvedProblems, Task
@@ -36,7 +37,7 @@ class DrawsAtOnce(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Solutions(pipeline.ShuffledRows):
+class Solutions(ShuffledBatches):
   """Problems with the solutions of the task's oracle, one a row.
 
   The loss covers the solution and the token that ends it. A task that draws all
@@ -85,13 +86,25 @@ class _SolutionRows:
     return len(self._task)
 
   def __getitem__(self, index: int) -> Row:
-    if not self._size[index]:
+    batch = self.take(np.array([index]))
+    return {name: x[0] for name, x in batch.items()}
+
+  def take(self, indices: np.ndarray) -> Row:
+    """Returns a batch of rows, as `packing.one_per_row` makes them."""
+    for index in indices[self._size[indices] == 0].tolist():
       self._make(index)
-    size = int(self._size[index])
-    tokens = self._tokens[index, :size]
-    learned = np.arange(size) >= self._prompt[index]
-    plan = [[Piece(0, 0, size)]]
-    return PackedRows([tokens], plan, self._length, [learned])[0]
+    tokens, size = self._tokens[indices], self._size[indices, None]
+    at = np.arange(self._length, dtype=np.int32)[None]
+    real, followed = at < size, at < size - 1
+    after = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    learned = followed & (at >= self._prompt[indices, None] - 1)
+    return {
+      "tokens": tokens,
+      "targets": np.where(followed, after, np.int32(0)),
+      "weights": learned.astype(np.float32),
+      "positions": np.where(real, at, np.int32(-1)),
+      "segments": np.where(real, np.int32(0), np.int32(-1)),
+    }
 
   def fill(self, found: SolvedProblems) -> None:
     """Makes all rows from what the task has drawn at once.
