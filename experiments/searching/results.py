@@ -96,18 +96,18 @@ def result_of(
     each = [accuracy_of(one, choice) for one in pool]
   else:
     each = [accuracy_at(one, choice, n) for one in pool]
-  ledgers = [ledger_at(one, n) for one in pool]
+  costs = [cost_at(one, n) for one in pool]
   found = _estimate(each)
   return {
     "n": _number(n or np.mean([len(one.samples) for one in pool])),
     "problems": len(pool),
     "accuracy": found.value,
     "interval": [found.low, found.high],
-    "flops_per_problem": _mean(ledgers, "flops"),
-    "flops_policy": _mean(ledgers, "flops_policy"),
-    "flops_verifier": _mean(ledgers, "flops_verifier"),
-    "tokens_per_problem": _mean(ledgers, "policy_decode_tokens"),
-    "seconds": sum(x.seconds for x in ledgers),
+    "flops_per_problem": _mean(costs, "flops"),
+    "flops_policy": _mean(costs, "flops_policy"),
+    "flops_verifier": _mean(costs, "flops_verifier"),
+    "tokens_per_problem": _mean(costs, "policy_decode_tokens"),
+    "seconds": sum(x["seconds"] for x in costs),
   }
 
 
@@ -137,28 +137,23 @@ def check_choice(
     )
 
 
-def ledger_at(searched: Searched, n: int | None) -> Ledger:
+def cost_at(searched: Searched, n: int | None) -> dict[str, float]:
   """Returns what n of a problem's independent samples cost in the mean.
 
   Args:
     searched: the problem; its prompt is read once, however many there are.
     n: number of samples; None for all that was computed.
+
+  Returns:
+    Its ledger's fields, of means, and `flops` of policy and verifier.
   """
-  if n is None or n == len(searched.samples):
-    return searched.ledger
-  share = n / len(searched.samples)
-
-  def part(name: str) -> float:
-    whole = getattr(searched.ledger, name)
-    once = getattr(searched.prompt_ledger, name)
-    return once + share * (whole - once)
-
-  names = [x.name for x in dataclasses.fields(Ledger)]
-  found = {name: part(name) for name in names}
-  counts = {
-    name: x if name == "seconds" else round(x) for name, x in found.items()
-  }
-  return Ledger(**counts)
+  share = 1.0 if n is None else n / len(searched.samples)
+  found = {}
+  for field in dataclasses.fields(Ledger):
+    whole = getattr(searched.ledger, field.name)
+    once = getattr(searched.prompt_ledger, field.name)
+    found[field.name] = once + share * (whole - once)
+  return found | {"flops": found["flops_policy"] + found["flops_verifier"]}
 
 
 def estimates_of(
@@ -191,8 +186,7 @@ def estimates_of(
     ]
     found[name] = [[x.value, x.low, x.high] for x in rows]
   found["flops"] = [
-    float(np.mean([ledger_at(one, k).flops for one in pool]))
-    for k in found["k"]
+    _mean([cost_at(one, k) for one in pool], "flops") for k in found["k"]
   ]
   return found
 
@@ -221,8 +215,8 @@ def _estimate(each: Sequence[float], resamples: int = 10_000) -> Estimate:
   return paired_difference(values, np.zeros(len(values)), resamples)
 
 
-def _mean(ledgers: Sequence[Ledger], name: str) -> float:
-  return float(np.mean([getattr(x, name) for x in ledgers]))
+def _mean(costs: Sequence[dict[str, float]], name: str) -> float:
+  return float(np.mean([x[name] for x in costs]))
 
 
 def _number(x: Any) -> int | float:

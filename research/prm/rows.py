@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.data import pipeline
+from research.data.array_batches import ShuffledBatches
 from research.data.packing import Row
 from research.data.sources import NoExamples, Split, split_of
 from research.prm.formats import Format, Native, read
@@ -136,7 +137,7 @@ def encode(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledRows(pipeline.ShuffledRows):
+class LabelledRows(ShuffledBatches):
   """Solutions of files with labelled steps, one a row.
 
   Solutions longer than a row lose what is beyond it; those that are left
@@ -242,12 +243,17 @@ class _LabelledRows:
     return len(self.sizes)
 
   def __getitem__(self, index: int) -> Row:
-    at = np.arange(self.tokens.shape[1], dtype=np.int32)
-    real = at < self.sizes[index]
-    labels = self.labels[index]
+    batch = self.take(np.array([index]))
+    return {name: x[0] for name, x in batch.items()}
+
+  def take(self, indices: np.ndarray) -> Row:
+    """Returns a batch of rows."""
+    at = np.arange(self.tokens.shape[1], dtype=np.int32)[None]
+    real = at < self.sizes[indices, None]
+    labels = self.labels[indices]
     known = ~np.isnan(labels)
     return {
-      "tokens": self.tokens[index],
+      "tokens": self.tokens[indices],
       "positions": np.where(real, at, np.int32(-1)),
       "segments": np.where(real, np.int32(0), np.int32(-1)),
       "labels": np.where(known, labels, np.float32(0)),

@@ -13,10 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from research.data import pipeline
-from research.data.packing import PackedRows, Piece, Row
+from research.data.array_batches import ShuffledBatches
+from research.data.packing import Row
 from research.data.sources.records import completion_example
 from research.reasoning.problem import Problem
-from research.reasoning.tasks.task import Task
+from research.reasoning.tasks.task import SolvedProblems, Task
 from research.training.alignment.rewarded_task import Prompt
 from research.typing import UserError
 
@@ -28,13 +29,21 @@ class Vocabulary(Protocol):
   def load(self) -> Any: ...
 
 
+@runtime_checkable
+class DrawsAtOnce(Protocol):
+  """A task that draws all problems with their solutions at once."""
+
+  def solved(self) -> SolvedProblems: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Solutions(pipeline.ShuffledRows):
+class Solutions(ShuffledBatches):
   """Problems with the solutions of the task's oracle, one a row.
 
-  The loss covers the solution and the token that ends it. A problem is drawn
-  and encoded when its row is first read, in the thread that reads ahead, and
-  its tokens are kept: no run waits for all of them, nor draws one twice.
+  The loss covers the solution and the token that ends it. A task that draws all
+  of its problems at once (`DrawsAtOnce`) does so. Those of others are drawn and
+  encoded when their row is first read, in the thread that reads ahead, and
+  their tokens are kept: no run waits for all of them, nor draws one twice.
 
   Attributes:
     task: has the problems; its `count` is the number of rows.
@@ -58,7 +67,10 @@ class Solutions(pipeline.ShuffledRows):
         f"{type(self.task).__name__}: is text, and this model has no tokenizer."
         "\nGive it one: FromScratch.tokenizer = @words.WordVocabulary()"
       )
-    return _SolutionRows(self.task, tokenizer, self.length)
+    rows = _SolutionRows(self.task, tokenizer, self.length)
+    if isinstance(self.task, DrawsAtOnce) and len(self.task):
+      rows.fill(self.task.solved())
+    return rows
 
 
 class _SolutionRows:
@@ -74,27 +86,60 @@ class _SolutionRows:
     return len(self._task)
 
   def __getitem__(self, index: int) -> Row:
-    if not self._size[index]:
+    batch = self.take(np.array([index]))
+    return {name: x[0] for name, x in batch.items()}
+
+  def take(self, indices: np.ndarray) -> Row:
+    """Returns a batch of rows, as `packing.one_per_row` makes them."""
+    for index in indices[self._size[indices] == 0].tolist():
       self._make(index)
-    size = int(self._size[index])
-    tokens = self._tokens[index, :size]
-    learned = np.arange(size) >= self._prompt[index]
-    plan = [[Piece(0, 0, size)]]
-    return PackedRows([tokens], plan, self._length, [learned])[0]
+    tokens, size = self._tokens[indices], self._size[indices, None]
+    at = np.arange(self._length, dtype=np.int32)[None]
+    real, followed = at < size, at < size - 1
+    after = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    learned = followed & (at >= self._prompt[indices, None] - 1)
+    return {
+      "tokens": tokens,
+      "targets": np.where(followed, after, np.int32(0)),
+      "weights": learned.astype(np.float32),
+      "positions": np.where(real, at, np.int32(-1)),
+      "segments": np.where(real, np.int32(0), np.int32(-1)),
+    }
+
+  def fill(self, found: SolvedProblems) -> None:
+    """Makes all rows from what the task has drawn at once.
+
+    Raises:
+      UserError: a word is not one token, or a row is too short.
+    """
+    ids = [self._tokenizer.encode(word) for word in found.words]
+    for word, own in zip(found.words, ids, strict=True):
+      if len(own) != 1:
+        raise UserError(
+          f"{type(self._task).__name__}: found {word!r} to be the tokens {own},"
+          " expected one: give the model @words.WordVocabulary()."
+        )
+    size = found.rows.shape[1]
+    self._check("problems", size)
+    self._tokens[:, :size] = np.array(ids, np.int32)[found.rows, 0]
+    self._prompt[:], self._size[:] = found.prompt, size
 
   def _make(self, index: int) -> None:
     problem = self._task[index]
     text = self._task.oracle(problem)
     found = completion_example(self._tokenizer, problem.prompt, text)
     size = len(found.tokens)
-    if size > self._length:
-      raise UserError(
-        f"Solutions.length: found {self._length}, and problem {problem.id!r}"
-        f" with its solution has {size} tokens; expected at least as many."
-      )
+    self._check(f"problem {problem.id!r}", size)
     self._tokens[index, :size] = found.tokens
     self._prompt[index] = size - int(found.loss_mask.sum())
     self._size[index] = size  # last: other threads read
+
+  def _check(self, what: str, size: int) -> None:
+    if size > self._length:
+      raise UserError(
+        f"Solutions.length: found {self._length}, and {what} with a solution of"
+        f" {size} tokens in all; expected at least as many."
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

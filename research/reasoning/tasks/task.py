@@ -10,7 +10,7 @@ import dataclasses
 import random
 import re
 from collections.abc import Collection, Sequence
-from typing import ClassVar, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 from research.data.sources import Split, split_of
 from research.errors import UserError
@@ -21,6 +21,20 @@ DRAWS = 1000
 """How often a problem of a split is drawn before that is an error."""
 
 _INTEGER = re.compile(r"\d+(?!.*\d)", re.DOTALL)
+
+
+class SolvedProblems(NamedTuple):
+  """Problems of words with solutions, drawn all at once.
+
+  Attributes:
+    words: each of them a token.
+    rows: indices of words, int32 `[P, W]`: a prompt, a solution and its end.
+    prompt: words of a prompt.
+  """
+
+  words: tuple[str, ...]
+  rows: Any
+  prompt: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,13 @@
 """Reasoning tasks as rows and rewards, against the tasks' own verifiers."""
 
+import itertools
+
 import numpy as np
 import pytest
 
+from research.data import packing, sources
+from research.data.sources.records import completion_example
+from research.reasoning.problem import Problem
 from research.reasoning.tasks import Chain, Countdown, chain, countdown
 from research.reasoning.words import EOS, WordVocabulary
 from research.training.alignment import rewarded_task
@@ -24,11 +29,11 @@ def test_rows_are_problems_with_right_solutions(task, words, length):
   tokenizer = words.load()
   rows = Solutions(task=task, length=length).rows(tokenizer)
   for i in (3, 19, 3):
-    row, problem = rows[i], task[i]
+    row = rows[i]
     real = row["positions"] >= 0
     learned = row["weights"] > 0
-    prompt = row["tokens"][: int(learned.argmax()) + 1]
-    assert tokenizer.decode(prompt) == problem.prompt
+    prompt = tokenizer.decode(row["tokens"][: int(learned.argmax()) + 1])
+    problem = Problem(id="x", prompt=prompt, answer=task[i].answer)
     answer = row["targets"][learned]
     assert answer[-1] == tokenizer.eos
     assert task.verify(problem, tokenizer.decode(answer)).correct
@@ -48,6 +53,51 @@ def test_batches_are_the_rows_shuffled():
   assert sorted(seen.tolist()) == every
 
 
+def test_rows_are_those_of_the_pipeline():
+  """Packed one a row, and the same for any number of processes."""
+  task, tokenizer = Chain(count=9, terms=(2, 5), totals=(0, 199)), SUMS.load()
+  data = Solutions(task=task, length=36, batch_size=4, seed=3)
+  rows = data.rows(tokenizer)
+  for i, problem in enumerate(task):
+    found = completion_example(tokenizer, problem.prompt, task.oracle(problem))
+    packed = packing.pack(
+      [found.tokens], 36, packing.one_per_row, [found.loss_mask]
+    )[0]
+    assert rows[i].keys() == packed.keys()
+    for name, x in packed.items():
+      np.testing.assert_array_equal(rows[i][name], x, name)
+      assert rows[i][name].dtype == x.dtype
+  whole = [x["tokens"] for x in itertools.islice(data.training(tokenizer), 5)]
+  parts = [iter(data.training(tokenizer, i, 2)) for i in range(2)]
+  for batch in whole:
+    both = np.concatenate([next(part)["tokens"] for part in parts])
+    np.testing.assert_array_equal(both, batch)
+  with pytest.raises(UserError, match="multiple of the 3 processes"):
+    data.training(tokenizer, 0, 3)
+
+
+def test_problems_drawn_at_once_are_of_the_split_and_solved():
+  task = Countdown(count=300, split="heldout", seed=5)
+  found = task.solved()
+  assert found.rows.shape == (300, 29)
+  texts = [[found.words[i] for i in row] for row in found.rows]
+  for words in texts:
+    prompt = " ".join(words[: found.prompt])
+    problem = Problem(id="x", prompt=prompt)
+    assert task.verify(problem, " ".join(words[found.prompt :])).correct
+    assert sources.split_of(task.key(problem)) == "heldout"
+  # The same first ones, however many; and signs as often as one by one.
+  few = Countdown(count=9, split="heldout", seed=5).solved()
+  np.testing.assert_array_equal(few.rows, found.rows[:9])
+  share = [sum(w.count(x) for w in texts) / 900 for x in "+-*"]
+  one_by_one = [" ".join(x.meta["solution"]) for x in task]
+  for sign, own in zip("+-*", share, strict=True):
+    other = sum(text.count(f" {sign} ") for text in one_by_one) / 900
+    assert own == pytest.approx(other, abs=0.08)  # 3.5 standard errors
+  with pytest.raises(UserError, match="admit too few"):
+    Countdown(count=9, values=(1, 1), targets=(90, 99)).solved()
+
+
 def test_a_problem_is_in_one_split():
   def keys(split):
     task = Countdown(count=300, split=split, numbers=3)
@@ -59,8 +109,11 @@ def test_a_problem_is_in_one_split():
 
 
 def test_a_solution_has_to_fit():
-  rows = Solutions(task=Countdown(count=1), length=28).rows(WORDS.load())
   with pytest.raises(UserError, match=r"Solutions.length: found 28.* 29 tok"):
+    Solutions(task=Countdown(count=1), length=28).rows(WORDS.load())
+  short = Solutions(task=Chain(count=1, terms=(2, 2)), length=9)
+  rows = short.rows(WordVocabulary(words=chain.vocabulary(-200, 200)).load())
+  with pytest.raises(UserError, match=r"found 9, and problem 'chain.* 11 tok"):
     rows[0]
   with pytest.raises(UserError, match="no tokenizer"):
     Solutions(task=Countdown(count=1), length=28).rows(None)
