@@ -1,0 +1,1 @@
+"""Studies of searches: what thinking longer buys, and what it costs."""

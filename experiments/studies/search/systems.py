@@ -1,0 +1,140 @@
+"""Systems that answer problems: their accuracy, their cost, comparisons."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.core.stats import mean
+from experiments.studies.protocol import Row, Verdict
+from research.search.estimators import pool as estimators
+from research.search.estimators.intervals import paired_difference
+from research.typing import Float, UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+  """A search, and what decides which of its samples is given.
+
+  Attributes:
+    step: name of the search.
+    title: of its line; "" for the name.
+    checked: None, and the search's own choice decides; or a number of its
+      independent samples, the first of which that an exact check of the final
+      answer accepts is given. The check is free, and no verifier is asked.
+  """
+
+  step: str
+  title: str = ""
+  checked: int | None = None
+
+  @property
+  def name(self) -> str:
+    """Its title, or else its step's name."""
+    return self.title or self.step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+  """A claim: a system is better than another.
+
+  Attributes:
+    claim: a sentence.
+    first: the system that is better.
+    second: than this one.
+    within: the first one costs at most so many times the second one's FLOPs,
+      verifier included; None where cost is not compared.
+    least: difference of the shares of right answers.
+  """
+
+  claim: str
+  first: System
+  second: System
+  within: float | int | None = None
+  least: float | int = 0.0
+
+
+def each_of(system: System, rows: Sequence[Row]) -> Float[np.ndarray, "S P"]:
+  """Returns each problem's share of right answers, a row a seed."""
+  if system.checked is None:
+    return np.array([row["each"] for row in rows], float)
+  k = system.checked
+  return np.array(
+    [
+      [
+        estimators.pass_at_k(n, right, k)
+        for n, right in zip(row["samples"], row["right"], strict=True)
+      ]
+      for row in rows
+    ],
+    float,
+  )
+
+
+def flops_of(system: System, rows: Sequence[Row]) -> tuple[float, float]:
+  """Returns FLOPs a problem, of the policy and of the verifier."""
+  policy = float(np.mean([row["flops_policy"] for row in rows]))
+  if system.checked is None:
+    return policy, float(np.mean([row["flops_verifier"] for row in rows]))
+  once = float(np.mean([row["prompt_flops_policy"] for row in rows]))
+  share = system.checked / float(np.mean([row["samples"] for row in rows]))
+  return once + share * (policy - once), 0.0
+
+
+def line(system: System, rows: Sequence[Row]) -> dict[str, Any]:
+  """Returns a system's line of the table."""
+  policy, verifier = flops_of(system, rows)
+  samples = system.checked or np.mean([row["samples"] for row in rows])
+  accuracy = mean(each_of(system, rows).mean(axis=1))
+  return {
+    "system": system.name,
+    "samples": round(float(samples), 1),
+    "right, %": accuracy.times(100),
+    "MFLOP a problem": (policy + verifier) / 1e6,
+    "of these verifier, %": 100 * verifier / (policy + verifier),
+    "seeds": len(rows),
+  }
+
+
+def verdict(
+  comparison: Comparison, first: Sequence[Row], second: Sequence[Row]
+) -> Verdict:
+  """Returns whether a claim holds, by a bootstrap over problems and seeds.
+
+  A system of one seed is compared with each seed of the other.
+  """
+  a, b = (
+    each_of(system, rows)
+    for system, rows in (
+      (comparison.first, first),
+      (comparison.second, second),
+    )
+  )
+  seeds = max(len(a), len(b))
+  if {len(a), len(b)} - {1, seeds}:
+    raise UserError(
+      f"Comparison {comparison.claim!r}: found {len(a)} and {len(b)} seeds,"
+      " expected as many, or one"
+    )
+  a, b = (np.broadcast_to(x, (seeds, x.shape[1])) for x in (a, b))
+  found = paired_difference(a, b)
+  ratio = sum(flops_of(comparison.first, first)) / sum(
+    flops_of(comparison.second, second)
+  )
+  text = (
+    f"{100 * a.mean():.1f}% against {100 * b.mean():.1f}%:"
+    f" {100 * found.value:+.1f} points ({100 * found.low:.1f} to"
+    f" {100 * found.high:.1f}), {found.problems} problems, {seeds} seeds, at"
+    f" {ratio:.2f} times the FLOPs"
+  )
+  if comparison.within is not None and ratio > comparison.within:
+    return Verdict(comparison.claim, f"{text}: too many", False)
+  holds = (
+    True
+    if found.low > comparison.least
+    else False
+    if found.high < comparison.least
+    else None
+  )
+  return Verdict(comparison.claim, text, holds)
