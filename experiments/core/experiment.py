@@ -20,7 +20,6 @@ from research.interop.loaded import Loaded, Source, load_abstract
 from research.io import folders, unread
 from research.io.unread import Shardings
 from research.nn.layers import Remat
-from research.prm.scores.report import StepReport
 from research.sharding import Layout
 from research.training import state
 from research.training.aot import StateTransform
@@ -66,13 +65,6 @@ class Answers(Protocol):
   """Asks a model questions, and reports on its answers."""
 
   def __call__(self, loaded: Loaded) -> AnswerReport: ...
-
-
-@runtime_checkable
-class StepJudgement(Protocol):
-  """Asks a reward model to judge labelled steps, and reports on that."""
-
-  def __call__(self, loaded: Loaded) -> StepReport: ...
 
 
 @runtime_checkable
@@ -171,7 +163,7 @@ class Experiment:
   heldout: Data | None = None
   eval_batches: int | None = None
   answers: Answers | None = None
-  step_report: StepJudgement | None = None
+  step_report: Answers | None = None
   state_transforms: tuple[StateTransform, ...] = ()
   after: tuple[Transform, ...] = ()
   mesh: Layout = Layout(data=1)

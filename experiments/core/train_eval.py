@@ -23,6 +23,7 @@ from experiments.core.experiment import Built, Experiment
 from research import progress, sharding, tree, weights
 from research.data.bucketing import BucketedBatches
 from research.generation import generate
+from research.interop.loaded import Loaded
 from research.io.folders import Folder
 from research.training import evaluating, loop, state
 from research.training.checkpoints import checkpoint
@@ -282,8 +283,7 @@ def _answers(
   # Token by token, as a continuation is: see `_sample_and_evaluate`.
   if experiment.answers is None or jax.process_count() > 1:
     return {}
-  loaded = dataclasses.replace(built.loaded, params=trained.params)
-  report = experiment.answers(loaded)
+  report = experiment.answers(_trained(built, trained))
   artifacts.log(f"answers, % right:\n{report}\n")
   return {"answers": report.to_json()}
 
@@ -294,12 +294,16 @@ def _judged(
   """Logs how well steps are judged; returns a result's entries of it."""
   if experiment.step_report is None or jax.process_count() > 1:
     return {}
-  loaded = dataclasses.replace(built.loaded, params=trained.params)
-  report = experiment.step_report(loaded)
+  report = experiment.step_report(_trained(built, trained))
   artifacts.log(f"labelled steps: {report}\n")
   every = report.to_json()
   main = "f1", "accuracy_error", "accuracy_correct", "auc", "threshold"
   return {name: every[name] for name in main} | {"step_report": every}
+
+
+def _trained(built: Built, trained: state.TrainState) -> Loaded:
+  """Returns the model with trained weights."""
+  return dataclasses.replace(built.loaded, params=trained.params)
 
 
 def _start(experiment: Experiment, built: Built) -> state.TrainState:

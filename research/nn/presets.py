@@ -219,6 +219,7 @@ def sizes_of_width(
   vocab: int,
   depth: int = 2,
   heads: int = 4,
+  theta: float = 10_000.0,
   max_positions: int | None = None,
 ) -> Sizes:
   """Returns sizes that follow from a width: models of a ladder.
@@ -228,7 +229,7 @@ def sizes_of_width(
   has 12 `width**2`. The embedding is not tied to the head.
 
   Args:
-    width, vocab, depth, heads, max_positions: see `Sizes`.
+    width, vocab, depth, heads, theta, max_positions: see `Sizes`.
 
   Raises:
     UserError: `width` is not an even multiple of `heads`, as rotations want.
@@ -246,6 +247,7 @@ def sizes_of_width(
     kv_heads=heads,
     head_dim=width // heads,
     hidden=8 * width // 3,
+    theta=theta,
     tied=False,
     max_positions=max_positions,
   )

@@ -9,7 +9,7 @@ may stand in one record: `labels` and `mc` of a `LabelledSolution`.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -28,9 +28,24 @@ EXACT = "exact_first_error"
 """`label_source` of an oracle's labels, which end at the first error."""
 
 
+@runtime_checkable
+class TextSampler(Protocol):
+  """Writes what follows the beginnings of solutions, many at once."""
+
+  def __call__(
+    self, prompts: Sequence[Any], key: PRNGKey
+  ) -> Sequence[str | None]:
+    """Returns the text after each prompt; None where it was cut."""
+    ...
+
+  def prompt(self, problem: Problem, steps: Sequence[str] = ()) -> Any:
+    """Returns what it reads of a problem, and of steps of a solution."""
+    ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PolicySampler:
-  """Writes texts, many at once.
+  """A policy as a `TextSampler`.
 
   Attributes:
     model: the Transformer.
@@ -89,7 +104,7 @@ class PolicySampler:
 
 
 def sample_solutions(
-  sampler: PolicySampler,
+  sampler: TextSampler,
   verifier: Verifier,
   problems: Sequence[Problem],
   copies: int,
@@ -153,7 +168,7 @@ def with_exact_labels(
 
 def with_rollouts(
   solutions: Sequence[LabelledSolution],
-  sampler: PolicySampler,
+  sampler: TextSampler,
   verifier: Verifier,
   problems: Sequence[Problem],
   k: int,

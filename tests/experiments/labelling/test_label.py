@@ -1,6 +1,6 @@
 """From a policy to labelled steps to a reward model, by the commands' parts.
 
-Tiny: two numbers, a few steps of training.
+Tiny: three numbers, one step of training.
 """
 
 import json
@@ -11,99 +11,121 @@ from experiments.core import config, train_eval
 from experiments.labelling import label_run
 from research.interop import rewards
 from research.prm import formats, judge
+from research.prm.labelled import LabelledSolution
+from research.prm.policy_samples import with_exact_labels
+from research.reasoning.segmentation import SEMICOLON, steps_of
 from research.reasoning.tasks import Countdown
 from research.training.checkpoints.workdir import claim_workdir
 from research.typing import UserError
 
-SMALL = ["NUMBERS=3", "VALUES=(1, 4)", "WARMUP=1", "BATCH=16"]
-LABELS = ["NUMBERS=3", "VALUES=(1, 4)", "LAST=16", "COPIES=2"]
-LABELS += ["label_run.LabelRun.rows=32"]
+SMALL = ["NUMBERS=3", "VALUES=(1, 4)"]
+TASK = Countdown(numbers=3, values=(1, 4), count=200000)
 
 
-def run(path, workdir, bindings):
-  read = config.read(path, bindings)
+def run(path, workdir, *bindings):
+  given = ["STEPS=1", "WARMUP=0", "BATCH=4", "LENGTH=21", *bindings]
+  read = config.read(path, given)
   return train_eval.train(read.experiment, claim_workdir(workdir, read.text))
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("ladder") / "policy"
-  sizes = ["WIDTH=16", "HELDOUT=16", "SAMPLES=1", "PROBLEMS=64", "STEPS=40"]
-  return workdir, run(
-    "runs/search/countdown_policy.gin", workdir, [*SMALL, *sizes]
-  )
-
-
-def labels(workdir, *bindings):
+def labels(*bindings):
+  given = [*SMALL, "LAST=8", "COPIES=2", *bindings]
   read = config.read(
-    "runs/prm/countdown_labels.gin",
-    [*LABELS, f"POLICY={workdir}", *bindings],
-    root=label_run.LabelRun,
+    "runs/prm/countdown_labels.gin", given, root=label_run.LabelRun
   )
-  return read.experiment.run(lambda text: None)
+  return read.experiment
 
 
-def test_a_policy_becomes_labels_and_these_a_reward_model(policy, tmp_path):
-  workdir, result = policy
-  assert set(result["answers"]) == {"greedy", "sampled", "count", "samples"}
-  assert result["validation/loss"] < 5.34  # log 208: it has learned
-  made, cut = labels(workdir, "ROLLOUTS=2")
-  assert len(made) + cut == 32
-  assert made
-  task = Countdown(numbers=3, values=(1, 4), count=200000)
+class Oracle:
+  """A sampler that solves what is left, or gives up; one in four is cut."""
+
+  def prompt(self, problem, steps=()):
+    return problem, tuple(steps)
+
+  def __call__(self, prompts, key):
+    return [
+      None if i % 4 == 3 else self._text(*prompt)
+      for i, prompt in enumerate(prompts)
+    ]
+
+  def _text(self, problem, steps):
+    return "".join(steps_of(SEMICOLON, TASK.oracle(problem))[len(steps) :])
+
+
+def test_a_run_labels_what_its_policy_writes(monkeypatch):
+  monkeypatch.setattr(label_run.LabelRun, "_sampler", lambda self: Oracle())
+  lines = []
+  made, cut = labels("ROLLOUTS=4", "SEED=3").run(lines.append)
+  assert lines == ["12 solutions of 8 problems"]
+  assert (len(made), cut) == (12, 4)
+  assert {one.prompt for one in made} <= {x.prompt for x in TASK[:8]}
   for one in made:
-    assert one.mc is not None
-    assert one.labels[0] in (0, 1)
-    assert one.prompt in {problem.prompt for problem in task[:16]}
-  file = tmp_path / "labels.jsonl"
-  formats.write(str(file), made, formats.FORMATS["native"])
-  again = formats.read(str(file), formats.FORMATS["native"])
-  assert again == made
-  settings = [f"POLICY={workdir}", f"LABELS={file}", f"TEST={file}"]
-  settings += ["STEPS=2", "WARMUP=1", "BATCH=16", "LENGTH=40"]
-  prm = tmp_path / "prm"
-  result = run("runs/prm/countdown_prm.gin", prm, settings)
-  names = {"f1", "accuracy_error", "accuracy_correct", "auc", "threshold"}
-  assert names <= set(result)
-  assert json.loads((prm / "result.json").read_text())["f1"] == result["f1"]
-  loaded = rewards.PretrainedReward(name=str(prm)).load()
-  found = judge.score_solutions(
-    loaded.model, loaded.params, loaded.tokenizer, made, batch_size=16
-  )
-  assert judge.evaluate_steps(made, found).auc == pytest.approx(result["auc"])
+    assert one.final_correct and set(one.labels) == {1}
+    assert [tuple(x) for x in one.mc] == [(3, 4), (1, 1)]
+    assert one.segmenter_id == "semicolon"
 
 
-def test_solutions_come_from_a_pool(policy, tmp_path):
-  workdir, _ = policy
-  task = Countdown(numbers=3, values=(1, 4), count=200000)
-  problem = task[0]
-  step = {"text": task.oracle(problem)}
-  pool = tmp_path / "pool.jsonl"
+def test_solutions_come_from_a_pool(tmp_path):
+  problem = TASK[0]
+  step = {"text": TASK.oracle(problem)}
+  trace = {"problem_id": problem.id, "steps": [step]}
   line = {
     "problem": problem.to_json(),
     "samples": [
-      {
-        "trace": {
-          "problem_id": problem.id,
-          "steps": [step],
-          "finish": finish,
-        },
-        "verdict": {"correct": False},
-      }
-      for finish in ("eos", "length")
+      {"trace": trace | {"finish": x}, "verdict": {"correct": False}}
+      for x in ("eos", "length")
     ],
   }
+  pool = tmp_path / "pool.jsonl"
   pool.write_text(json.dumps(line) + "\n")
-  made, cut = labels(workdir, f"label_run.LabelRun.pool={pool}")
+  taken = labels(f"label_run.LabelRun.pool={pool}")
+  made, cut = taken.run(lambda text: None)
   assert (len(made), cut) == (1, 1)
   assert made[0].steps == (step["text"],)
   pool.write_text(json.dumps(line | {"samples": 3}) + "\n")
   with pytest.raises(UserError, match=r"pool.jsonl:1.*samples"):
-    labels(workdir, f"label_run.LabelRun.pool={pool}")
+    taken.run(lambda text: None)
 
 
 def test_settings_are_checked():
   with pytest.raises(UserError, match="LabelRun.problems: found 5 to 5"):
-    labels("x", "FIRST=5", "LAST=5")
+    labels("FIRST=5", "LAST=5")
   with pytest.raises(UserError, match="LabelRun.segmenter: found 'line'"):
-    labels("x", "label_run.LabelRun.segmenter=line")
+    labels("label_run.LabelRun.segmenter=line")
+
+
+def test_a_policy_becomes_a_reward_model(tmp_path):
+  policy, prm, file = (tmp_path / x for x in ("policy", "prm", "labels.jsonl"))
+  none = [f"experiment.Experiment.{x}=None" for x in ("answers", "validation")]
+  small = [*SMALL, "WIDTH=16", "PROBLEMS=32", *none]
+  run("runs/search/countdown_policy.gin", policy, *small)
+  problems = TASK[:8]
+  texts = [
+    (problem, text)
+    for problem in problems
+    for text in (TASK.oracle(problem), TASK.mutated(problem))
+  ]
+  made = [
+    LabelledSolution(
+      prompt=problem.prompt,
+      steps=tuple(steps_of(SEMICOLON, text)),
+      labels=(None,) * 2,
+      final_correct=TASK.verify(problem, text).correct,
+    )
+    for problem, text in texts
+  ]
+  made = with_exact_labels(made, TASK, problems)
+  formats.write(str(file), made, formats.FORMATS["native"])
+  given = [f"POLICY={policy}", f"LABELS={file}", f"TEST={file}"]
+  result = run("runs/prm/countdown_prm.gin", prm, *given)
+  names = {"f1", "accuracy_error", "accuracy_correct", "auc", "threshold"}
+  assert names <= result.keys()
+  assert result["step_report"]["base_rate"] == 0.75
+  assert json.loads((prm / "result.json").read_text())["auc"] == result["auc"]
+  # What it wrote gives the same scores as what it trained.
+  loaded = rewards.PretrainedReward(name=str(prm)).load()
+  assert loaded.model.backbone.width == 16
+  scores = judge.score_solutions(
+    loaded.model, loaded.params, loaded.tokenizer, made, batch_size=4
+  )
+  assert judge.evaluate_steps(made, scores).auc == pytest.approx(result["auc"])

@@ -7,12 +7,14 @@ that counts and the oracle's labels must agree.
 import jax
 import pytest
 
+from research.generation import generate
 from research.prm import policy_samples
 from research.prm.labels import hard, truncate
 from research.reasoning.segmentation import SEMICOLON
 from research.reasoning.tasks import Chain, Countdown
 from research.reasoning.tasks.countdown import parse_prompt
 from research.typing import UserError
+from tests import support
 
 KEY = jax.random.key(0)
 
@@ -120,3 +122,37 @@ def test_errors_of_chains_are_never_made_good():
     assert one.labels == truncate(hard(one.mc))
   with pytest.raises(UserError, match="k = 0"):
     policy_samples.with_rollouts(found, Texts(sums), task, problems, 0, KEY)
+
+
+class Numbers:
+  """The tokenizer of ids as words; most of them end a text."""
+
+  stop = tuple(range(0, 60, 2))
+
+  def decode(self, ids):
+    return " ".join(map(str, ids))
+
+
+def test_a_sampler_s_texts_are_generated_ones():
+  """Row by row, in the order of the prompts; those without an end are None."""
+  model = support.model("llama")
+  params = support.params(model)
+  sampler = policy_samples.PolicySampler(
+    model=model,
+    params=params,
+    tokenizer=Numbers(),
+    new_tokens=2,
+    rows=4,
+  )
+  prompts = [[5, 6, 7], [8], [9, 10], [11], [3, 4]]
+  texts = sampler(prompts, KEY)
+  first = generate.generate(
+    *(model, params, [[8], [11], [9, 10], [3, 4]], 2),
+    *(sampler.sampling, jax.random.fold_in(KEY, 0), Numbers.stop),
+  )
+  expected = [
+    Numbers().decode(row) if row[-1] in Numbers.stop else None
+    for row in first.tokens
+  ]
+  assert [texts[i] for i in (1, 3, 2, 4)] == expected
+  assert None in texts and set(texts) != {None}

@@ -32,11 +32,13 @@ def test_rows_are_problems_with_right_solutions(task, words, length):
     row = rows[i]
     real = row["positions"] >= 0
     learned = row["weights"] > 0
-    prompt = tokenizer.decode(row["tokens"][: int(learned.argmax()) + 1])
+    prompt = tokenizer.decode(
+      row["tokens"][: int(learned.argmax()) + 1].tolist()
+    )
     problem = Problem(id="x", prompt=prompt, answer=task[i].answer)
     answer = row["targets"][learned]
     assert answer[-1] == tokenizer.eos
-    assert task.verify(problem, tokenizer.decode(answer)).correct
+    assert task.verify(problem, tokenizer.decode(answer.tolist())).correct
     np.testing.assert_array_equal(
       row["targets"][: real.sum() - 1], row["tokens"][1 : real.sum()]
     )
