@@ -21,7 +21,7 @@ from research.typing import Float, UserError
 LOWEST = float(np.finfo(float).min)
 """Above the score of no answer."""
 
-RESAMPLES = 2_000
+RESAMPLES = 1_000
 """Of the intervals of estimates; the accuracy's own has the default."""
 
 
@@ -99,7 +99,7 @@ def result_of(
   costs = [cost_at(one, n) for one in pool]
   found = _estimate(each)
   return {
-    "n": _number(n or np.mean([len(one.samples) for one in pool])),
+    "n": _number(n or _budget(pool, strategy)),
     "problems": len(pool),
     "accuracy": found.value,
     "interval": [found.low, found.high],
@@ -217,6 +217,12 @@ def _estimate(each: Sequence[float], resamples: int = 10_000) -> Estimate:
 
 def _mean(costs: Sequence[dict[str, float]], name: str) -> float:
   return float(np.mean([x[name] for x in costs]))
+
+
+def _budget(pool: Sequence[Searched], strategy: Any) -> float | int:
+  """Returns a strategy's paths of a problem, or the mean number of samples."""
+  copies = getattr(strategy, "copies", None)
+  return copies or float(np.mean([len(one.samples) for one in pool]))
 
 
 def _number(x: Any) -> int | float:

@@ -63,13 +63,14 @@ def _claim(run: SearchRun, folder: pathlib.Path, text: str) -> None:
   """Makes the folder, and leaves the configuration in it.
 
   Raises:
-    UserError: it is another search's.
+    UserError: it has samples of another search, or files of another command.
   """
   folder.mkdir(parents=True, exist_ok=True)
   # As it is read back: tuples are lists there.
   now = json.loads(json.dumps(run.settings()))
-  note = folder / SETTINGS
-  if note.exists():
+  note, pool = folder / SETTINGS, folder / pools.FILE
+  sampled = pool.exists() and pool.stat().st_size > 0
+  if note.exists() and sampled:
     before = _settings(note)
     differing = [k for k in now if before.get(k) != now[k]]
     if differing:
@@ -79,7 +80,7 @@ def _claim(run: SearchRun, folder: pathlib.Path, text: str) -> None:
         f" {json.dumps(before.get(name))[:160]},\nfound"
         f" {json.dumps(now[name])[:160]}. Use another --workdir."
       )
-  elif (folder / "config.gin").exists() or (folder / pools.FILE).exists():
+  elif not note.exists() and (sampled or (folder / "config.gin").exists()):
     raise UserError(
       f"{folder}: found files of another command, and no {SETTINGS}, expected a"
       " new folder or one of a search.\nUse another --workdir."

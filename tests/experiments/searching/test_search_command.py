@@ -201,6 +201,8 @@ def test_what_cannot_be_searched_is_an_error(run, bindings, message):
 
 
 def test_a_judge_that_raises_or_hangs_gives_no_vote(run):
+  # A folder that has no samples may be tried again with other settings.
+  assert run("VERIFIER=@parity.Diverged()", "PROBLEMS=(0, 2)").code == 1
   found = run("PROBLEMS=(0, 2)", "parity.Parity.broken=True")
   assert found.code == 0, found.err
   assert found.result["accuracy"] == 0.0

@@ -2,12 +2,12 @@
 
 import dataclasses
 import itertools
-import types
 
 import numpy as np
 import pytest
 
 from experiments.searching import free_verifiers, strategies, texts
+from experiments.searching.context import Context
 from experiments.searching.prompts import Chat, IdWords, Plain
 from experiments.searching.rewarded_problems import RewardedProblems
 from experiments.studies.alignment.additions import Additions
@@ -19,6 +19,7 @@ from research.reasoning.trace import Sampler
 from research.search.engine import Path
 from research.typing import UserError
 from tests.experiments.searching import parity
+from tests.research.search import test_search as shared
 
 WORDS = words.word_tokenizer(chain.vocabulary(-99, 198))
 
@@ -79,7 +80,14 @@ def test_a_trace_says_why_it_ended(fields, finish, vote):
 
 
 def context(task):
-  return types.SimpleNamespace(task=task, tokenizer=WORDS)
+  return Context(
+    policy=shared.policy(),
+    params={},
+    tokenizer=WORDS,
+    prompting=Plain(),
+    task=task,
+    judge=task,
+  )
 
 
 def test_exact_steps_are_the_oracles_and_err_as_set():

@@ -10,7 +10,6 @@ import pytest
 
 from research.generation import decoding
 from research.generation.sampling import GREEDY
-from research.generation.stepwise_paged import PagedStepwise
 from research.planning import flops
 from research.prm.heads import LinearHead, MlpHead
 from research.prm.model import GenerativeReward, RewardModel, log_odds
@@ -43,31 +42,40 @@ def reward(head=LinearHead()):
   return model, params | {"score": own}
 
 
-def searched(verifier, policy=None):
-  engine = Engine(policy=policy or shared.policy(), verifier=verifier)
+def searched(verifier):
+  engine = Engine(policy=shared.policy(), verifier=verifier)
   limits = Limits(tokens=shared.NEW, key=jax.random.key(2))
   return Beam(copies=4, width=2)(engine, shared.PROMPTS, limits)
 
 
-def whole(model, params, path):
-  """Returns the scores of a path that is read from its beginning, alone."""
-  text = [*shared.PROMPTS[path.problem], *path.tokens]
-  ends = np.cumsum([len(step) for step in path.steps])
-  # A stop token alone has joined a step that had ended before it.
-  ends[-1] -= len(path.steps[-1]) > shared.STEP
-  steps = [len(text) - len(path.tokens) + int(end) - 1 for end in ends]
-  found = model.scores(params, np.array([text]), np.array([steps]))
-  return np.asarray(found)[0]
+def whole(model, params, paths):
+  """Returns the scores of paths that are read from their beginnings, alone."""
+  tokens = np.zeros((len(paths), 20), np.int32)
+  steps = np.full((len(paths), shared.NEW), -1, np.int32)
+  for row, ends, path in zip(tokens, steps, paths, strict=True):
+    prompt = shared.PROMPTS[path.problem]
+    text = [*prompt, *path.tokens]
+    row[: len(text)] = text
+    own = len(prompt) + np.cumsum([len(step) for step in path.steps])
+    # A stop token alone has joined a step that had ended before it.
+    own[-1] -= shared.joined(path)
+    ends[: len(own)] = own - 1
+  found = np.asarray(model.scores(params, tokens, steps))
+  return [
+    row[: len(path.steps)] for row, path in zip(found, paths, strict=True)
+  ]
 
 
 def test_scores_are_the_reward_models():
   model, params = reward()
-  samples = searched(verifier_of(model, params))
-  for one in samples:
-    for path in one.paths:
-      np.testing.assert_allclose(
-        path.scores, whole(model, params, path), rtol=2e-4
-      )
+  paths = [
+    path for one in searched(verifier_of(model, params)) for path in one.paths
+  ]
+  expected = whole(model, params, paths)
+  for path, scores in zip(paths, expected, strict=True):
+    np.testing.assert_allclose(path.scores, scores, rtol=2e-4)
+  every = np.concatenate(expected)
+  assert every.std() > 0.05
 
 
 def test_a_probe_scores_as_its_whole_model_does():
@@ -91,10 +99,11 @@ def test_a_probe_scores_as_its_whole_model_does():
 
 def test_a_probe_has_no_pages():
   model, params = reward()
-  policy = shared.policy(PagedStepwise)
-  probe = PolicyProbe(policy=policy, head=StepScore(model), params=params)
+  probe = PolicyProbe(
+    policy=shared.policy(), head=StepScore(model), params=params
+  )
   with pytest.raises(UserError, match="pages cannot be read"):
-    searched(probe, policy)
+    probe.score({"pages": 3}, np.ones(2, bool))
 
 
 def test_equal_heads_share_programs():
