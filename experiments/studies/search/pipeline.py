@@ -6,6 +6,7 @@ them, and searches with both.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -106,13 +107,13 @@ class Pipeline(protocol.Study):
   def settings(self, arm: str) -> str:
     """Returns the arm's configuration, and those of the arms that it needs."""
     step, seed = self._step(arm)
-    read = _read(step, {x.name: x.name for x in self.steps}, seed)
+    text = _text(step, tuple(x.name for x in self.steps), seed)
     needed = [
       self.settings(_arm(x, min(seed, self._seeds_of(x) - 1)))
       for x in self.steps
       if any(f"{{{x.name}}}" in line for line in step.set)
     ]
-    return "\n".join([*needed, read.text])
+    return "\n".join([*needed, text])
 
   def run(self, arm: str, before: Rows, shared: pathlib.Path) -> Row:
     """Returns what the command's result says."""
@@ -179,6 +180,12 @@ def _place(step: Step, seed: int, shared: pathlib.Path) -> pathlib.Path:
   """Returns a step's working directory, or the file of its labels."""
   suffix = ".jsonl" if step.command == "label" else ""
   return shared / "runs" / f"{step.name}_{seed}{suffix}"
+
+
+@functools.cache
+def _text(step: Step, names: tuple[str, ...], seed: int) -> str:
+  """Returns a step's configuration, with names in place of paths."""
+  return _read(step, {name: name for name in names}, seed).text
 
 
 def _read(step: Step, places: Mapping[str, str], seed: int) -> config.Read:
