@@ -69,7 +69,8 @@ def load_model(
       `jax.sharding.Sharding`s: each device's part, and no more, is read for
       it. None puts whole arrays on the default device.
     towers: of a vision language model: its language model alone, or all of it,
-      which then is a `research.vlm.VisionLanguageModel`.
+      which then is a `research.vlm.VisionLanguageModel`. A contrastive model,
+      which has none, is a `DualEncoder` of all its towers.
     image_size: what makes it a model for images of another size, see
       `research.interop.vision.ImageSize`; None for the published one.
 
@@ -188,6 +189,10 @@ def _directory(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
 
     found = read.load(path, dtype, config)
     return found if towers == "all" else read.language_of(found)
+  if kind in families.CONTRASTIVE and towers == "all":
+    from research.interop.vision import read
+
+    return read.load(path, dtype, config)
   words = tokenizer(path)
   memory.trim()  # reading it took more than it keeps
   model, params, source = hf.model_from_directory(
