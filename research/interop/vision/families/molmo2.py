@@ -187,8 +187,9 @@ def _write_text(model: Transformer) -> dict[str, Any]:
   plain = model.clone(input_vocab=None)
   values = hf_config.config_from_model(plain, "qwen3")
   theta = values.pop("rope_theta")
-  values.pop("rope_scaling")
-  return values | dict(
+  # What only Qwen3's files say, transformers would take for more.
+  own = {k: v for k, v in values.items() if k in _TEXT}
+  return own | dict(
     model_type=KIND,
     additional_vocab_size=extra,
     qk_norm_type="qwen3",

@@ -88,7 +88,8 @@ def test_logits_of_two_rows_of_different_images(name, language):
   mask = model.mask(jnp.asarray(tokens), jnp.asarray(golden["lengths"]))
   found = logits(model.language, params, tokens, None, mask)
   for i, n in enumerate(golden["lengths"]):
-    assert_close(found[i, :n], golden["logits"][i, :n])
+    # Its attention does not divide by sqrt(H): what fp32 rounds grows.
+    assert_close(found[i, :n], golden["logits"][i, :n], 1e-4)
 
 
 @pytest.mark.parametrize(
