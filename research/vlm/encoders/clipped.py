@@ -1,7 +1,8 @@
 """Matrices between bounds: what goes in and what comes out is clipped.
 
 The encoders of the small Gemma 4 models have them; their files carry the
-bounds.
+bounds, which get no gradients. Leave them out of `trainable` all the same, where
+an optimizer decays what it trains: `^(?!.*_m(in|ax)$)`.
 """
 
 import dataclasses
@@ -42,9 +43,10 @@ class Clipped(weights.WrappedWeight):
     )
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the bounded product."""
+    """Returns the bounded product; the bounds themselves are not learned."""
     low, high, least, most = (
-      jnp.asarray(bound).astype(x.dtype) for bound in self.bounds().values()
+      jax.lax.stop_gradient(jnp.asarray(bound)).astype(x.dtype)
+      for bound in self.bounds().values()
     )
     y = weights.einsum(eq, jnp.clip(x, low, high), self.w)
     return jnp.clip(y, least, most)
