@@ -1,8 +1,8 @@
 """Matrices between bounds: what goes in and what comes out is clipped.
 
 The encoders of the small Gemma 4 models have them; their files carry the
-bounds, which get no gradients. Leave them out of `trainable` all the same, where
-an optimizer decays what it trains: `^(?!.*_m(in|ax)$)`.
+bounds, which get no gradients. Where an optimizer decays what it trains, leave
+them out of `trainable` all the same: `^(?!.*_m(in|ax)$)`.
 """
 
 import dataclasses
