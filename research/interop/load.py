@@ -69,8 +69,8 @@ def load_model(
       `jax.sharding.Sharding`s: each device's part, and no more, is read for
       it. None puts whole arrays on the default device.
     towers: of a vision language model: its language model alone, or all of it,
-      which then is a `research.vlm.VisionLanguageModel`. A contrastive model,
-      which has none, is a `DualEncoder` of all its towers.
+      which then is a `research.vlm.VisionLanguageModel`. CLIP, SigLIP and
+      SigLIP 2 are loaded with "all" alone, as a `DualEncoder`.
     image_size: what makes it a model for images of another size, see
       `research.interop.vision.ImageSize`; None for the published one.
 
