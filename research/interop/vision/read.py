@@ -104,9 +104,12 @@ def load(
   words, preprocessor = None, None
   if (path / "tokenizer.json").is_file():
     words = Tokenizer.from_directory(path)
-  described = _preprocessor_file(path)
+  described, dual = _preprocessor_file(path), isinstance(model, DualEncoder)
+  if dual and described is not None:
+    # CLIP's first files name no class that says the rest.
+    named = "image_processor_type" in safetensors.read_json(described)
+    described = described if named else None
   if described is not None:
-    dual = isinstance(model, DualEncoder)
     encoder = model.image if dual else model.vision
     side = 1 if dual else getattr(model.connector, "side", 1)
     preprocessor = from_preprocessor_config(
