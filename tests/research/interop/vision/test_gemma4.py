@@ -137,7 +137,7 @@ def test_files_of_the_hub_have_more(opened, tmp_path, capsys):
   config["audio_config"] = {"model_type": "gemma4_audio"}
   unread = np.zeros(3, np.float32)
   for x in ("k_proj", "v_proj", "k_norm"):
-    arrays[f"model.language_model.layers.5.self_attn.{x}.weight"] = unread
+    arrays[f"model.language_model.layers.7.self_attn.{x}.weight"] = unread
   arrays["model.audio_tower.layers.0.weight"] = unread
   arrays["model.embed_audio.embedding_projection.weight"] = unread
   support_golden.write(tmp_path, name, arrays, config)
@@ -203,8 +203,8 @@ def test_pages_are_refused_by_name(opened):
     ("text_config.enable_moe_block", True, "26B-A4B"),
     ("text_config.use_bidirectional_attention", "all", "is 'all', expected"),
     ("text_config.attention_bias", True, "attention_bias is True"),
-    ("text_config.num_kv_shared_layers", 5, "a layer of each kind before"),
-    ("text_config.layer_types", ["x"] * 6, "6 times one of full_attention"),
+    ("text_config.num_kv_shared_layers", 7, "a layer of each kind before"),
+    ("text_config.layer_types", ["x"] * 8, "8 times one of full_attention"),
     (
       "text_config.rope_parameters.full_attention.rope_type",
       "yarn",
