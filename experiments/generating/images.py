@@ -13,6 +13,7 @@ from research.interop.loaded import Loaded
 from research.interop.vision import read
 from research.typing import UserError
 from research.vlm import data
+from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.images import open_image
 from research.vlm.images.prompts import Piece
 from research.vlm.masks import Causal
@@ -40,11 +41,18 @@ class PromptWithImages:
 def check(model: Any, files: Sequence[str], prompts: Sequence[str]) -> None:
   """Raises UserError for images without a model or a prompt to see them.
 
+  So it does for a model that has no text to give.
+
   Args:
     model: the loaded one.
     files: of --image.
     prompts: of --prompt.
   """
+  if isinstance(model, DualEncoder):
+    raise UserError(
+      "--model: found towers of images and texts (CLIP, SigLIP), which generate"
+      " nothing; expected a language model"
+    )
   if files and not isinstance(model, SeesImages):
     raise UserError(
       f"--image={files[0]}: this model reads text alone; expected a vision"

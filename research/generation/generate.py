@@ -197,21 +197,19 @@ def token_limits(
     )
   if not prompts:
     raise UserError("prompts: found none, expected at least one")
-  found = []
+  found, rows = [], model.input_vocab or model.vocab_size
   for i, prompt in enumerate(prompts, 1):
     if not len(prompt):
       raise UserError(
         f"prompt {i}: found no tokens, expected at least one to continue"
       )
     unknown = [
-      token
-      for token in prompt
-      if not 0 <= token < model.vocab_size and token not in extra
+      token for token in prompt if not 0 <= token < rows and token not in extra
     ]
     if unknown:
       raise UserError(
         f"prompt {i}: found token {max(unknown)}, expected ids below "
-        f"{model.vocab_size}: is this the model's own tokenizer?"
+        f"{rows}: is this the model's own tokenizer?"
       )
     room = max_new_tokens
     if model.max_positions is not None:

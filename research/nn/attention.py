@@ -1,7 +1,7 @@
 """Self- and cross-attention, computed by the `flash_attention` kernels."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,11 +12,13 @@ from research import weights
 from research.nn import rope as ropes
 from research.nn.attention_context import (
   AttentionContext,
+  KeysValues,
   attend,
+  attend_to,
   select_queries,
   take_tokens,
 )
-from research.nn.norm import Norm
+from research.nn.norm import Norm, UnitRMS
 from research.typing import Array, Float, Int, UserError
 
 
@@ -30,6 +32,14 @@ class Attention(nn.Module):
     scale: of the attention logits; None for `H**-0.5`.
     softcap: c of the soft cap `c tanh(logits / c)`, or None.
     qk_norm: normalises the queries and keys of each head before the rotation.
+    v_norm: normalises the values of each head.
+    values: whether values have a projection of their own, or are what becomes
+      of keys before their norm and rotation.
+    kv: whether keys and values are the layer's own, its own and `lent` to
+      layers after it, or `borrowed` of the last layer of the same window that
+      lends (shared caches, Brandon et al. 2024, arXiv:2405.12981).
+    images: whether tokens of an image see each other where the mask lets them,
+      or as text does, backwards.
     qkv_bias, out_bias: whether those projections have a bias.
   """
 
@@ -41,6 +51,10 @@ class Attention(nn.Module):
   scale: float | None = None
   softcap: float | None = None
   qk_norm: Norm | None = None
+  v_norm: Norm | UnitRMS | None = None
+  values: Literal["projected", "keys"] = "projected"
+  kv: Literal["own", "lent", "borrowed"] = "own"
+  images: Literal["as_masked", "causal"] = "as_masked"
   qkv_bias: bool = False
   out_bias: bool = False
 
@@ -55,8 +69,11 @@ class Attention(nn.Module):
     length: Int[Array, "B"] | None = None,
     fresh: bool = True,
     keep: Int[Array, "B N"] | None = None,
+    borrowed: KeysValues | None = None,
   ) -> tuple[Float[Array, "B N D"], Any]:
     """Returns the attention output and the updated cache.
+
+    Of a layer that lends, the second is the cache and what it lends.
 
     Args:
       x: activations.
@@ -68,31 +85,61 @@ class Attention(nn.Module):
       length: number of tokens of each row in the cache after this call.
       fresh: whether the cache was empty before this call.
       keep: indices of the tokens used as queries; None for all.
+      borrowed: keys and values of another layer, for one that borrows.
     """
     q, k, v = self._rotated(x, rotation, keep)
-    q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
-    if self.window is not None:
-      mask = dataclasses.replace(mask, window=(self.window - 1, None))
+    q, k, v = (
+      None if t is None else checkpoint_name(t, "qkv") for t in (q, k, v)
+    )
+    mask = self._own_mask(mask)
     if keep is not None:
       mask = select_queries(mask, keep, x.shape[1])
-    if cache is None:
-      y = attend(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap)
+    call = AttentionContext(
+      positions,
+      take_tokens(positions, keep),
+      length,
+      mask,
+      fresh,
+      window=self.window,
+      bias=self._key_bias,
+      scale=self.scale,
+      softcap=self.softcap,
+    )
+    if self.kv != "own":
+      cache, y = self._share(q, k, v, call, cache, borrowed)
+    elif cache is None:
+      y = attend(q, k, v, mask=mask, **call.options)
     else:
-      call = AttentionContext(
-        positions,
-        take_tokens(positions, keep),
-        length,
-        mask,
-        fresh,
-        window=self.window,
-        bias=self._key_bias,
-        scale=self.scale,
-        softcap=self.softcap,
-      )
       cache, y = cache.attend(q, k, v, call)
     y = y.reshape(*y.shape[:2], self.heads * self.head_dim)
     y = weights.project(self, y, "o", x.shape[-1], self.out_bias)
     return y, cache
+
+  def _own_mask(self, mask):
+    """Returns the mask with this layer's window, for its view of images."""
+    if self.images == "causal" and mask.kind == "intervals":
+      # Without positions of queries, those of keys are mere coordinates.
+      at = mask.kv_positions if mask.q_positions is not None else None
+      mask = dataclasses.replace(
+        mask, kind="causal", bounds=None, kv_positions=at
+      )
+    if self.window is not None:
+      mask = dataclasses.replace(mask, window=(self.window - 1, None))
+    return mask
+
+  def _share(self, q, k, v, call, cache, borrowed):
+    """Returns the cache, with what this layer lends, and the output."""
+    if self.kv == "borrowed":
+      if borrowed is None:
+        raise UserError(
+          "Attention.kv: found a layer that borrows keys and values, and none"
+          " before it that lends; expected one with the same window"
+        )
+      return cache, attend_to(q, borrowed, call)
+    lent = KeysValues(k, v)
+    if cache is not None:
+      cache, lent = cache.store(k, v, call)
+    return (cache, lent), attend_to(q, lent, call)
 
   @nn.compact
   def heads_of(
@@ -106,21 +153,39 @@ class Attention(nn.Module):
 
     Args:
       x, rotation: as for `__call__`.
+
+    Raises:
+      UserError: the layer borrows keys and values.
     """
+    if self.kv == "borrowed":
+      raise UserError(
+        "heads_of: found a layer that borrows keys and values of another,"
+        " expected one with its own"
+      )
     return self._rotated(x, rotation)
 
   def _rotated(self, x, rotation, keep=None):
     q, k, v = self._heads(x, keep)
     if self.qk_norm is not None:
       q = self.qk_norm.clone(name="q_norm", parent=self)(q)
-      k = self.qk_norm.clone(name="k_norm", parent=self)(k)
+      if k is not None:
+        k = self.qk_norm.clone(name="k_norm", parent=self)(k)
+    if self.v_norm is not None and v is not None:
+      v = self.v_norm(v)
     if rotation is not None:
-      q = ropes.rotate(q, *(take_tokens(x, keep) for x in rotation))
-      k = ropes.rotate(k, *rotation)
+      parts = self.rope.parts
+      q = ropes.rotate(q, *(take_tokens(x, keep) for x in rotation), parts)
+      if k is not None:
+        k = ropes.rotate(k, *rotation, parts)
     return q, k, v
 
   def _heads(self, x, keep):
-    heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
+    """Returns queries, keys and values; None for what is borrowed."""
+    heads = {"q": self.heads}
+    if self.kv != "borrowed":
+      heads["k"] = self.kv_heads
+      if self.values == "projected":
+        heads["v"] = self.kv_heads
     sizes = {name: n * self.head_dim for name, n in heads.items()}
     together = self.has_variable("params", weights.fused_name(sizes))
     if keep is None or together:
@@ -132,7 +197,8 @@ class Attention(nn.Module):
         self, take_tokens(x, keep), few, self.qkv_bias
       )
       parts += weights.project_all(self, x, sizes, self.qkv_bias)
-    return [y.reshape(*y.shape[:2], -1, self.head_dim) for y in parts]
+    q, *kv = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in parts)
+    return (q, kv[0], kv[-1]) if kv else (q, None, None)
 
   def _key_bias(self, positions):
     """Returns the (rotated) bias of keys at `positions`, `[B, S, K, H]`."""

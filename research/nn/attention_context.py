@@ -1,6 +1,7 @@
 """Attention calls of a layer: context, sharding and selection of queries."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from kernels_pallas.flash_attention import api, sharded
 from kernels_pallas.masks import Mask
 from research import sharding
+from research.nn import decode_attention
 from research.typing import Array, Float, Int, Shaped, UserError
 
 
@@ -44,6 +46,50 @@ class AttentionContext:
   def options(self) -> dict[str, Any]:
     """Keyword arguments for the attention kernels."""
     return {"scale": self.scale, "softcap": self.softcap}
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("k", "v", "positions"),
+  meta_fields=("in_order",),
+)
+@dataclasses.dataclass(frozen=True)
+class KeysValues:
+  """What the queries of a layer, and of those that share it, attend to.
+
+  Attributes:
+    k, v: `[B, S, K, H]`.
+    positions: `[B, S]`, of the keys, -1 for none; None if they are those of the
+      new tokens.
+    in_order: whether they are a cache's, see `SlotCache.in_order`.
+  """
+
+  k: Any
+  v: Any
+  positions: Any = None
+  in_order: bool = False
+
+
+def attend_to(
+  q: Float[Array, "B Q N H"], found: KeysValues, context: AttentionContext
+) -> Float[Array, "B Q N H"]:
+  """Returns the attention output of new tokens' queries.
+
+  Args:
+    q: of the new tokens, or of a subset.
+    found: keys and values, those of the new tokens included.
+    context: positions, mask and options of the call.
+  """
+  mask = context.mask
+  if found.positions is not None:
+    mask = with_positions(mask, context.queries, found.positions)
+  one = found.in_order and not context.fresh and q.shape[1] == 1
+  one = one and context.positions.shape[1] == 1
+  if one and decode_attention.has_kernel(q, found.k, mask):
+    return decode_attention.attend_one(
+      q, found.k, found.v, context.positions, **context.options
+    )
+  return attend(q, found.k, found.v, mask=mask, **context.options)
 
 
 def attend(

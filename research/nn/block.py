@@ -9,12 +9,13 @@ from kernels_pallas.masks import Mask
 from research import sharding, weights
 from research.nn import time_embedding
 from research.nn.attention import Attention
-from research.nn.attention_context import take_tokens
+from research.nn.attention_context import KeysValues, take_tokens
 from research.nn.cross_attention import GatedCrossAttention
+from research.nn.gemma4.per_layer import PerLayerUpdate
 from research.nn.mlp import Mlp, PlainMlp
 from research.nn.moe import Moe
 from research.nn.moe.routing import Load
-from research.nn.norm import LayerScale, Norm, RMSNorm
+from research.nn.norm import LayerScalar, LayerScale, Norm, RMSNorm
 from research.typing import Array, Float, Int, Params
 
 ALL_TOKENS = "k", "v", weights.fused_name("qkv")
@@ -38,6 +39,8 @@ class Block(nn.Module):
     modulation: adaptive layer norm from the timestep (`nn.time_embedding`), or
       None.
     cross: a layer before this one that attends to images, or None.
+    per_layer: what the layer makes of its own vector of each token, or None.
+    output_scale: a learned factor of its output, or None.
   """
 
   attention: Attention
@@ -46,6 +49,8 @@ class Block(nn.Module):
   post_norm: Norm | LayerScale | None = None
   modulation: time_embedding.AdaLN | None = None
   cross: GatedCrossAttention | None = None
+  per_layer: PerLayerUpdate | None = None
+  output_scale: LayerScalar | None = None
 
   @nn.compact
   def __call__(
@@ -59,6 +64,8 @@ class Block(nn.Module):
     fresh: bool = True,
     conditioning: Float[Array, "B #T C"] | None = None,
     keep: Int[Array, "B N"] | None = None,
+    borrowed: KeysValues | None = None,
+    vector: Float[Array, "B T P"] | None = None,
   ) -> tuple[Float[Array, "B N D"], Any, Load | None]:
     """Returns the layer's output, its cache, and the router load (MoE only).
 
@@ -67,16 +74,32 @@ class Block(nn.Module):
       conditioning: timestep conditioning vectors, per row or per token.
       keep: indices of the tokens to compute outputs for; all tokens still get
         keys and values. None for all.
+      borrowed: as in `Attention`.
+      vector: the layer's own of each token, for `per_layer`.
     """
     x, cache = self.attend(
-      x, positions, mask, rotation, cache, length, fresh, conditioning, keep
+      x,
+      positions,
+      mask,
+      rotation,
+      cache,
+      length,
+      fresh,
+      conditioning,
+      keep,
+      borrowed,
     )
     if keep is not None:
-      positions, conditioning = (
+      positions, conditioning, vector = (
         take_tokens(positions, keep),
         _of_tokens(conditioning, keep),
+        _of_tokens(vector, keep),
       )
     x, load = self.feed_forward(x, positions, conditioning)
+    if self.per_layer is not None:
+      x = x + self.per_layer(x, vector)
+    if self.output_scale is not None:
+      x = self.output_scale(x)
     return x, cache, load
 
   @nn.compact
@@ -91,6 +114,7 @@ class Block(nn.Module):
     fresh: bool = True,
     conditioning: Float[Array, "B #T C"] | None = None,
     keep: Int[Array, "B N"] | None = None,
+    borrowed: KeysValues | None = None,
   ) -> tuple[Float[Array, "B N D"], Any]:
     """Runs the attention sublayer; arguments as for `__call__`.
 
@@ -101,7 +125,7 @@ class Block(nn.Module):
       x = self.cross(x)
     normed, gate = self._read("attention", x, conditioning)
     y, cache = self.attention(
-      normed, positions, mask, rotation, cache, length, fresh, keep
+      normed, positions, mask, rotation, cache, length, fresh, keep, borrowed
     )
     if keep is not None:
       x, gate = take_tokens(x, keep), _of_tokens(gate, keep)
@@ -117,7 +141,7 @@ class Block(nn.Module):
     positions: Int[Array, "B T"] | None = None,
     conditioning: Float[Array, "B #T C"] | None = None,
   ) -> tuple[Float[Array, "B T D"], Load | None]:
-    """Runs the feed-forward sublayer.
+    """Runs the feed-forward sublayer, without what comes after it.
 
     Args:
       x: the residual stream that `attend` returned.

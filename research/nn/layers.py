@@ -40,10 +40,15 @@ the activation between the two factors of a low-rank adapter."""
 Runs = list[tuple[Params, tuple[Any, ...]]]
 """Each run's stacked parameters, and its period of blocks."""
 
-Layer = Callable[[Any, Params, Array, Any, bool], tuple[Array, Any]]
+Stream = Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Any]
+"""The residual stream; or that and what layers hand on to later ones, a tree
+which only layers in a run of one step may change in structure."""
+
+Layer = Callable[[Any, Params, Any, Any, bool], tuple[Any, Any]]
 """`layer(block, params, x, state, last) -> (x, output)`: applies one block.
 
-`last` is True for the stack's last layer if that is not scanned with others.
+`x` is a `Stream`. `last` is True for the stack's last layer if that is not
+scanned with others.
 """
 
 
@@ -94,7 +99,7 @@ def new_layer(
 
 def run_layers(
   runs: Runs,
-  x: Float[Array, "B T D"],
+  x: Stream,
   layer: Layer,
   states: dict[str, Any] | None = None,
   *,
@@ -102,7 +107,7 @@ def run_layers(
   taps: Sequence[int] = (),
   injected: Float[Array, "B T J D"] | None = None,
   stop: int | None = None,
-) -> tuple[Float[Array, "B N D"], dict[str, Any], list[Float[Array, "B T D"]]]:
+) -> tuple[Any, dict[str, Any], list[Float[Array, "B T D"]]]:
   """Applies all layers in order, each run by one `lax.scan`.
 
   Args:
@@ -120,8 +125,8 @@ def run_layers(
     stop: number of layers to run; None for all.
 
   Returns:
-    The last layer's output; each run's outputs, in the structure of `states`;
-    the residual stream after each layer of `taps`.
+    The last layer's `Stream`, of N tokens; each run's outputs, in the structure
+    of `states`; the residual stream after each layer of `taps`.
 
   Raises:
     UserError: a layer of `taps`, or J, is not below the number of layers.
@@ -129,7 +134,7 @@ def run_layers(
   runs = runs if stop is None else _until(stop, runs)
   depth = sum(tree.run_length(p) * len(blocks) for p, blocks in runs)
   _check_layers(depth, taps, injected)
-  watched = [jnp.zeros_like(x) for _ in taps]
+  watched = [jnp.zeros_like(_residual(x)) for _ in taps]
   outputs, start = {}, 0
   for i, (params, blocks) in enumerate(runs):
     name, repeats = f"run{i}", tree.run_length(params)
@@ -145,7 +150,7 @@ def run_layers(
         x, made[key] = layer(block, params[key], x, own, last)
         if number is not None:
           x = _inject(x, injected, number + j)
-          watched = _watch(x, watched, taps, number + j)
+          watched = _watch(_residual(x), watched, taps, number + j)
       return (x, watched), made
 
     state = None if states is None else states[name]
@@ -195,9 +200,15 @@ def _until(stop: int, runs: Runs) -> Runs:
   return out
 
 
+def _residual(x):
+  return x[0] if isinstance(x, tuple) else x
+
+
 def _inject(x, injected, number):
   if injected is None:
     return x
+  if isinstance(x, tuple):
+    return _inject(x[0], injected, number), *x[1:]
   count = injected.shape[2]
   index = jnp.minimum(number, count - 1)
   added = jax.lax.dynamic_index_in_dim(injected, index, axis=2, keepdims=False)

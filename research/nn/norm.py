@@ -33,6 +33,22 @@ class RMSNorm(nn.Module):
     return (normed * scale).astype(x.dtype)
 
 
+class UnitRMS(nn.Module):
+  """`x / rms(x)` over the last axis, in fp32, without learned factors.
+
+  Attributes:
+    eps: added to the mean square.
+  """
+
+  eps: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean + self.eps)).astype(x.dtype)
+
+
 class LayerNorm(nn.Module):
   """`(x - mean(x)) / std(x) * scale + bias` over the last axis, in fp32.
 
@@ -73,6 +89,15 @@ class LayerScale(nn.Module):
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     start = nn.initializers.constant(self.start)
     scale = weights.weight(self, "scale", start, (x.shape[-1],))
+    return x * scale.astype(x.dtype)
+
+
+class LayerScalar(nn.Module):
+  """`x * scale`: one learned factor of a layer's whole output (Gemma 4)."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    scale = weights.weight(self, "scale", nn.initializers.ones, (1,))
     return x * scale.astype(x.dtype)
 
 

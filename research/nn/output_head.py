@@ -34,8 +34,8 @@ def head_inputs(
 
   If possible, these are the states before the last feed-forward. That requires
   a last layer in a run of its own (`tree.split_last_layer`), without experts,
-  time conditioning or weights that depend on other tokens, and no mesh.
-  Otherwise they are the final hidden states.
+  time conditioning, anything behind its feed-forward, or weights that depend on
+  other tokens, and no mesh. Otherwise they are the final hidden states.
 
   Args:
     model: the Transformer.
@@ -82,6 +82,8 @@ def _feed(model: Transformer, params: Params) -> Params:
     return {}
   key = f"layer{len(run) - 1}"
   found = {k: run[key][k] for k in _FEED if k in run[key]}
-  if model.time_embedding is not None or not weights.token_wise(found):
+  after = block.per_layer is not None or block.output_scale is not None
+  timed = model.time_embedding is not None
+  if after or timed or not weights.token_wise(found):
     return {}
   return {name: {key: found}}

@@ -125,7 +125,28 @@ class Yarn:
     return ramp * plain / self.factor + (1 - ramp) * plain, self._magnitude()
 
 
-Scaling = Linear | Dynamic | Llama3 | Yarn
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proportional:
+  """Gemma 4's: the fastest frequencies turn, the others stand still.
+
+  Unlike `Rope.fraction`, the frequencies are those of the whole head, and
+  dimension `i` pairs with `i + H/2`.
+
+  Attributes:
+    fraction: share of the frequencies that turn.
+    factor: divides them.
+  """
+
+  fraction: float
+  factor: float = 1.0
+
+  def frequencies(self, theta, dim, longest):
+    plain = inverse_frequencies(theta, dim)
+    turns = np.arange(dim // 2) < int(self.fraction * dim // 2)
+    return np.where(turns, plain, 0.0) / self.factor, 1.0
+
+
+Scaling = Linear | Dynamic | Llama3 | Yarn | Proportional
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,6 +208,20 @@ class Spatial:
     return np.repeat(np.arange(self.count), count // self.count)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpatialParts(Spatial):
+  """Rotary embedding of image patches, a part of each head per coordinate.
+
+  The frequencies are those of `Spatial`; dimensions pair within a part rather
+  than over the whole head, as in Gemma 4's vision encoder: the first part turns
+  by the last coordinate, the column.
+  """
+
+  def coordinates(self, count: int) -> np.ndarray:
+    """Returns which coordinate turns each of `count` frequencies."""
+    return self.count - 1 - super().coordinates(count)
+
+
 Axes = Sections | InterleavedSections | Spatial
 
 
@@ -213,6 +248,11 @@ class Rope:
   scaling: Scaling | None = None
   fraction: float = 1.0
   axes: Axes | None = None
+
+  @property
+  def parts(self) -> int:
+    """The parts of a head in which dimensions pair; see `rotate`."""
+    return self.axes.count if isinstance(self.axes, SpatialParts) else 1
 
   def tables(
     self, positions: Int[Array, "B T"] | Int[Array, "B T A"], head_dim: int
@@ -270,8 +310,21 @@ def rotate(
   x: Float[Array, "B T N H"],
   cos: Float[Array, "B T X"],
   sin: Float[Array, "B T X"],
+  parts: int = 1,
 ) -> Float[Array, "B T N H"]:
-  """Returns `x` with its first `2X` dimensions rotated, in its dtype."""
+  """Returns `x` with its first `2X` dimensions rotated, in its dtype.
+
+  Args:
+    x: heads.
+    cos, sin: of `Rope.tables`.
+    parts: of the rotated dimensions, in each of which the first half pairs with
+      the second one.
+  """
+  if parts > 1:
+    pieces = zip(
+      *(jnp.split(t, parts, axis=-1) for t in (x, cos, sin)), strict=True
+    )
+    return jnp.concatenate([rotate(*piece) for piece in pieces], axis=-1)
   half = cos.shape[-1]
   cos, sin = cos[:, :, None], sin[:, :, None]
   wide = x[..., : 2 * half].astype(jnp.float32)

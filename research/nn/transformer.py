@@ -16,6 +16,7 @@ from research.nn import attention_context, collectives, layers, zigzag
 from research.nn import cache as caches
 from research.nn import time_embedding as time_embeddings
 from research.nn.block import Block
+from research.nn.gemma4.per_layer import PerLayerInputs, of_run
 from research.nn.norm import Norm, RMSNorm
 from research.nn.stack import Stack
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError
@@ -26,6 +27,8 @@ class Transformer(nn.Module):
 
   Attributes:
     vocab_size, width: `V`, `D`.
+    input_vocab: rows of the embedding, where the head has fewer outputs (tokens
+      that are read and never written); None for `V`.
     stack: the layers.
     norm: the final norm.
     tied: whether the head is the transposed embedding.
@@ -37,6 +40,7 @@ class Transformer(nn.Module):
       `layers.SAVED` ("names"), or only each layer's input ("layer").
     max_positions: context length of training; not enforced here.
     time_embedding: configuration of the timestep conditioning, or None.
+    per_layer: what each layer gets of each token besides, or None (Gemma 4).
   """
 
   vocab_size: int
@@ -50,6 +54,8 @@ class Transformer(nn.Module):
   remat: layers.Remat = "none"
   max_positions: int | None = None
   time_embedding: time_embeddings.TimeEmbedding | None = None
+  per_layer: PerLayerInputs | None = None
+  input_vocab: int | None = None
 
   def layer_kinds(self) -> tuple[Block, ...]:
     """Returns each layer's block, first to last."""
@@ -133,6 +139,7 @@ class Transformer(nn.Module):
     injected=None,
   ):
     x = sharding.constrain(self._embed(inputs), "batch", "length", None)
+    vectors = self._vectors(inputs, x)
     batch, length = x.shape[:2]
     fresh = cache is None or cache.fresh
     if mask is None:
@@ -167,11 +174,13 @@ class Transformer(nn.Module):
       or any(block.cross is not None for block in self.stack.blocks)
     )
     axes = () if still else zigzag.zigzag_axes(mask, (batch, length))
-    x, positions, mask, (rotary, injected) = zigzag.to_zigzag(
-      axes, x, positions, mask, (rotary, injected)
+    x, positions, mask, (rotary, injected, vectors) = zigzag.to_zigzag(
+      axes, x, positions, mask, (rotary, injected, vectors)
     )
     given = positions, mask, cache, new_length, fresh, conditioning
-    x, caches_out, loads = self._layers(x, given, keep, whole, rotary, injected)
+    x, caches_out, loads = self._layers(
+      x, given, keep, whole, rotary, injected, vectors
+    )
     if not whole:
       return x, None, loads
     x = zigzag.from_zigzag(axes, x)
@@ -225,7 +234,13 @@ class Transformer(nn.Module):
 
   def _embedding(self):
     init = nn.initializers.normal(0.02)
-    return weights.weight(self, "embed", init, (self.vocab_size, self.width))
+    rows = self.input_vocab or self.vocab_size
+    if self.tied and rows != self.vocab_size:
+      raise UserError(
+        f"input_vocab: found {rows} for a tied head, expected None or"
+        f" {self.vocab_size}, its outputs"
+      )
+    return weights.weight(self, "embed", init, (rows, self.width))
 
   def _conditioning(self, time, batch):
     """Returns the layers' conditioning vectors, `[B, 1 or T, C]`, or None."""
@@ -256,12 +271,30 @@ class Transformer(nn.Module):
       x = x * jnp.asarray(self.embed_scale, self.dtype)
     return x
 
+  def _vectors(self, inputs, x):
+    """Returns what each layer gets of each token, or None."""
+    if self.per_layer is None:
+      return None
+    if jnp.issubdtype(inputs.dtype, jnp.floating):
+      raise UserError(
+        "inputs: found embeddings, expected token ids: each layer gets a vector"
+        " of each token (per_layer)"
+      )
+    return self.per_layer(inputs, x)
+
   def _init_layer(self, block: Block, key: PRNGKey) -> Params:
     conditioning = self.time_embedding and jnp.zeros(
       (1, 1, self.time_embedding.width), self.dtype
     )
+    given = {}
+    if self.per_layer is not None:
+      given["vector"] = jnp.zeros((1, 1, self.per_layer.size), self.dtype)
+    if block.attention.kv == "borrowed":
+      a = block.attention
+      one = jnp.zeros((1, 1, a.kv_heads, a.head_dim), self.dtype)
+      given["borrowed"] = attention_context.KeysValues(one, one)
     return layers.new_layer(
-      block, key, self.width, self.dtype, conditioning=conditioning
+      block, key, self.width, self.dtype, conditioning=conditioning, **given
     )
 
   def _rotations(self, positions: Array) -> dict[Any, tuple[Array, Array]]:
@@ -304,7 +337,7 @@ class Transformer(nn.Module):
         " rotary embedding has one; expected positions alone"
       )
 
-  def _layers(self, x, given, keep, whole, rotary, injected):
+  def _layers(self, x, given, keep, whole, rotary, injected, vectors):
     """Returns the output, each run's caches, and each run's router loads."""
     positions, mask, cache, length, fresh, conditioning = given
     runs = layers.stacked_runs(self, self.stack, self._init_layer)
@@ -315,23 +348,34 @@ class Transformer(nn.Module):
       )
     rotations = self._rotations(positions if rotary is None else rotary)
 
-    def layer(block, own, x, old, last):
+    def layer(block, own, stream, state, last):
+      (x, lent), (old, vector) = stream, state or (None, None)
       rotation = rotations.get((block.attention.rope, block.attention.head_dim))
       given = positions, mask, rotation, old, length, fresh, conditioning
+      kind = str(block.attention.window)
+      more = dict(borrowed=lent.get(kind))
       if last and not whole:
-        x, new = block.apply({"params": own}, x, *given, method="attend")
-        return x, (new, None)
+        x, new = block.apply(
+          {"params": own}, x, *given, **more, method="attend"
+        )
+        return (x, lent), (new, None)
       few = last and attention_context.can_select_tokens(
         keep, mask, old, x.shape
       )
       if few:
         own, given = block.select_tokens(own, keep), (*given, keep)
-      x, new, load = block.apply({"params": own}, x, *given)
-      return x, (new, load)
+      x, new, load = block.apply(
+        {"params": own}, x, *given, **more, vector=vector
+      )
+      if block.attention.kv == "lent":
+        new, own_kv = new
+        lent = {**lent, kind: own_kv}
+      return (x, lent), (new, load)
 
     old = None if cache is None else cache.layers
-    x, out, _ = layers.run_layers(
-      runs, x, layer, old, remat=self.remat, injected=injected
+    states = _states(runs, old, vectors)
+    (x, _), out, _ = layers.run_layers(
+      runs, (x, {}), layer, states, remat=self.remat, injected=injected
     )
 
     def part(i):
@@ -341,6 +385,24 @@ class Transformer(nn.Module):
       }
 
     return x, part(0), part(1)
+
+
+def _states(runs, old, vectors):
+  """Returns each layer's cache and vectors, by run; None if there are none."""
+  if old is None and vectors is None:
+    return None
+  states, start = {}, 0
+  for i, (params, blocks) in enumerate(runs):
+    name, repeats = f"run{i}", tree.run_length(params)
+    own = [None] * len(blocks)
+    if vectors is not None:
+      own = of_run(vectors, start, repeats, len(blocks))
+    states[name] = {
+      f"layer{j}": (None if old is None else old[name][f"layer{j}"], vector)
+      for j, vector in enumerate(own)
+    }
+    start += repeats * len(blocks)
+  return states
 
 
 def init_cache(
@@ -361,7 +423,7 @@ def init_cache(
       windowed layers store at most their window, in a ring buffer.
     dtype: of keys and values; by default the model's.
     kv: quantizer of the cache (`research.quant.kv.kv_quantizer.KVQuantizer`),
-      or None.
+      or None. Layers that borrow keys and values have none.
   """
   dtype = dtype or model.dtype
   made_layers, start = {}, 0
@@ -371,7 +433,9 @@ def init_cache(
       a = block.attention
       slots = min(capacity, a.window or capacity)
       lead = repeats, batch, a.kv_heads
-      if kv is not None:
+      if a.kv == "borrowed":
+        made = None
+      elif kv is not None:
         first, period = start + j, len(blocks)
         own = kv.for_layers(range(first, first + repeats * period, period))
         made = own.empty(lead, slots, a.head_dim, dtype, slots < capacity)

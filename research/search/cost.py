@@ -166,6 +166,13 @@ def _layer(block: Any, width: int) -> LayerCost:
       " attention and feed-forward alone; count its FLOPs with planning.flops"
     )
   attention = block.attention
+  own = attention.kv == "own" and attention.values == "projected"
+  if block.per_layer is not None or not own:
+    raise UserError(
+      "model_cost: found a layer that shares keys and values, or with per-layer"
+      " embeddings (Gemma 4), expected neither; count its FLOPs with"
+      " planning.flops"
+    )
   heads = attention.heads * attention.head_dim
   shared = attention.kv_heads * attention.head_dim
   products = width * (2 * heads + 2 * shared) + _feed_forward(block.mlp, width)

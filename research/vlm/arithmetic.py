@@ -155,6 +155,10 @@ def language_flops(
     UserError: it has layers of experts.
   """
   flops = 0.0
+  if model.per_layer is not None:
+    # A projection for each layer of the input, and two matrices within it.
+    each = model.width * model.per_layer.size
+    flops += 2.0 * tokens * 3 * model.per_layer.depth * each
   for block in model.layer_kinds():
     if isinstance(block.mlp, Moe):
       raise UserError("language_flops: found layers of experts, expected none")
@@ -216,13 +220,17 @@ def kv_cache_bytes(model: Transformer, tokens: int, width: int = 2) -> int:
     * min(block.attention.window or tokens, tokens)
     * width
     for block in model.layer_kinds()
+    if block.attention.kv != "borrowed"
   )
 
 
 def _block(block: Block, width: int, tokens: int) -> float:
   """Returns the FLOPs of a layer's matrices."""
   attention, mlp = block.attention, block.mlp
-  heads = 2 * (attention.heads + attention.kv_heads)
+  of_keys = 2 if attention.values == "projected" else 1
+  if attention.kv == "borrowed":
+    of_keys = 0
+  heads = 2 * attention.heads + of_keys * attention.kv_heads
   matrices = 3 if isinstance(mlp, Mlp) else 2
   rows = heads * attention.head_dim + matrices * mlp.hidden
   return 2.0 * tokens * width * rows

@@ -24,6 +24,8 @@ from research import tree
 from research.data.packing import Row
 from research.io import folders
 from research.typing import Array, Float, Params, UInt8, UserError
+from research.vlm.data import ViewPixels
+from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import Patches
 from research.vlm.model import VisionLanguageModel
 
@@ -44,9 +46,7 @@ class CachedFeatures:
   folder: str | None = None
   megabytes: int = 1024
 
-  def __call__(
-    self, pixels: UInt8[np.ndarray, "V H W 3"] | Patches, used: int
-  ) -> Row:
+  def __call__(self, pixels: ViewPixels, used: int) -> Row:
     """Refuses: there is no encoder yet.
 
     Raises:
@@ -129,18 +129,17 @@ class EncodedViews:
   )
   lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False)
 
-  def __call__(
-    self, pixels: UInt8[np.ndarray, "V H W 3"] | Patches, used: int
-  ) -> Row:
+  def __call__(self, pixels: ViewPixels, used: int) -> Row:
     """Returns `features`, `[V, R, S, C]`: zeros where views are padding.
 
     Raises:
-      UserError: views are of native resolution, each of a grid of its own.
+      UserError: views are of native resolution, each of a grid of its own, or
+        their patches are pooled together.
     """
-    if isinstance(pixels, Patches):
+    if isinstance(pixels, Patches | GroupedViews):
       raise UserError(
-        "CachedFeatures: found views of native resolution, expected views of"
-        " one size; use pixels"
+        "CachedFeatures: found views of native resolution or groups of patches,"
+        " expected views of one size, each on its own; use pixels"
       )
     names = [
       hashlib.sha256(view.tobytes()).hexdigest() for view in pixels[:used]

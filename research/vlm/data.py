@@ -19,7 +19,8 @@ from research.data.examples import Example
 from research.data.packing import Row
 from research.data.sources import Documents
 from research.generation import generate
-from research.typing import Params, UInt8, UserError
+from research.typing import Int32, Params, UInt8, UserError
+from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import Images, Patches
 from research.vlm.images.patches import patchify
 from research.vlm.images.plan import Views
@@ -62,13 +63,15 @@ def outline(samples: Samples, index: int) -> tuple[Sample, tuple[Size, ...]]:
   return sample, tuple(image.shape[:2] for image in sample.images)
 
 
+ViewPixels = UInt8[np.ndarray, "V H W 3"] | Patches | GroupedViews
+"""The views of a row, on their way into a batch."""
+
+
 @runtime_checkable
 class ViewInputs(Protocol):
   """What a batch has of views: pixels, or what an encoder made of them."""
 
-  def __call__(
-    self, pixels: UInt8[np.ndarray, "V H W 3"] | Patches, used: int
-  ) -> Row:
+  def __call__(self, pixels: ViewPixels, used: int) -> Row:
     """Returns arrays `[V, ...]`.
 
     Args:
@@ -86,11 +89,14 @@ class ViewInputs(Protocol):
 class Pixels:
   """Views as they are, which the model encodes in every step."""
 
-  def __call__(
-    self, pixels: UInt8[np.ndarray, "V H W 3"] | Patches, used: int
-  ) -> Row:
-    """Returns `pixels`; at native resolution `patches` and `grids`."""
+  def __call__(self, pixels: ViewPixels, used: int) -> Row:
+    """Returns `pixels`; at native resolution `patches` and `grids`.
+
+    Of views whose patches are pooled together `pixels` and `groups`.
+    """
     del used
+    if isinstance(pixels, GroupedViews):
+      return {"pixels": pixels.pixels, "groups": pixels.groups}
     if isinstance(pixels, Patches):
       return {"patches": pixels.pixels, "grids": pixels.grids}
     return {"pixels": pixels}
@@ -235,7 +241,10 @@ class ImageRows(Sequence[Row]):
         f" {prompt.soft_tokens} soft tokens, and the text of"
         f" {sample.question!r}"
       )
-    views = data.inputs(prompt.pixels, prompt.views)
+    pixels = prompt.pixels
+    if isinstance(pixels, GroupedViews):  # a row has no more soft tokens
+      pixels = pixels.padded(data.length)
+    views = data.inputs(pixels, prompt.views)
     return row_of([example], data.length) | views
 
 
@@ -245,12 +254,12 @@ class Prompt:
 
   Attributes:
     pixels: uint8 [V, H, W, 3], the views of all images and then zeros; or, at
-      native resolution, their patches.
+      native resolution, their patches; or those views and groups of patches.
     pieces: what stands for each image.
     views: how many views are no padding.
   """
 
-  pixels: UInt8[np.ndarray, "V H W 3"] | Patches
+  pixels: ViewPixels
   pieces: list[tuple[Piece, ...]]
   views: int
 
@@ -294,6 +303,9 @@ class Prompt:
     size = made[0].plan.view if made else preprocessor.plan(*_ANY).view
     padding = np.zeros((most - count, *size, 3), np.uint8)
     pixels = np.concatenate([*(views.pixels for views in made), padding])
+    groups = _groups(made, preprocessor)
+    if groups is not None:
+      pixels = GroupedViews(pixels, groups)
     return cls(pixels, pieces, count)
 
   @property
@@ -330,17 +342,37 @@ def _patches(
   return out.padded(longest if count is None else count)
 
 
+def _groups(
+  made: Sequence[Views], preprocessor: Preprocessor
+) -> Int32[np.ndarray, "S G"] | None:
+  """Returns the patches, of all images' views, that each soft token pools."""
+  # An image of any size says whether the tiling groups patches.
+  plans = [views.plan for views in made] or [preprocessor.plan(*_ANY)]
+  groups, start = [], 0
+  for plan in plans:
+    own = preprocessor.tiling.groups(plan)
+    if own is None:
+      return None
+    groups.append(np.where(own < 0, -1, own + start))
+    start += plan.encoder_tokens
+  found = np.concatenate(groups).astype(np.int32)
+  return found if made else found[:0]
+
+
 def batch_images(prompts: Sequence[Prompt], square: int = 1) -> Images:
   """Returns the images of some prompts, a row each.
 
-  At native resolution the number of patches is rounded up, so that few shapes
-  are compiled.
+  At native resolution the number of patches is rounded up, and so is that of
+  groups of patches, so that few shapes are compiled.
 
   Args:
     prompts: of one preprocessor, with as many views each.
     square: side of the squares that the connector merges, in patches.
   """
   pixels = [prompt.pixels for prompt in prompts]
+  if isinstance(pixels[0], GroupedViews):
+    count = generate.bucket(max(x.groups.shape[0] for x in pixels))
+    pixels = [x.padded(count) for x in pixels]
   if isinstance(pixels[0], Patches):
     longest = max(x.shape[-2] for x in pixels)
     count = generate.bucket(-(-longest // square**2)) * square**2

@@ -9,7 +9,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from kernels_pallas.masks import Mask, image_blocks
+from kernels_pallas.masks import Mask, bidirectional_tokens, image_blocks
 from research.training.objectives import objective
 from research.training.objectives.objective import Batch
 from research.typing import Array, Bool, Int
@@ -73,7 +73,38 @@ class BidirectionalImages:
     return image_blocks(images, segments=batch["segments"])
 
 
-PromptMask = Causal | BidirectionalPrompt | BidirectionalImages
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BidirectionalVision:
+  """All tokens of all images see each other: Molmo 2 (arXiv:2601.10611).
+
+  Those around an image's features count as the image's.
+
+  Attributes:
+    tokens: ids of the placeholder and of the tokens around it.
+  """
+
+  tokens: tuple[int, ...]
+
+  def __call__(
+    self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+  ) -> Mask:
+    """Returns the mask of right-padded prompts."""
+    inside = _positions(tokens, lengths) >= 0
+    segments = jnp.where(inside, 0, -1)
+    return bidirectional_tokens(self._marked(tokens) & inside, segments)
+
+  def of_rows(self, batch: Batch) -> Mask:
+    """Returns the mask of packed rows of prompts and answers."""
+    marked = self._marked(batch["tokens"])
+    return bidirectional_tokens(marked, batch["segments"])
+
+  def _marked(self, tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    return jnp.isin(tokens, jnp.asarray(self.tokens, tokens.dtype))
+
+
+PromptMask = (
+  Causal | BidirectionalPrompt | BidirectionalImages | BidirectionalVision
+)
 
 
 def _runs(here: Bool[Array, "B T"]) -> Int[Array, "B T"]:

@@ -28,6 +28,7 @@ from research.typing import (
   UserError,
 )
 from research.vlm.connectors.deep_stack import DeepStack
+from research.vlm.connectors.group_attention import GroupAttention
 from research.vlm.connectors.projections import (
   AveragePool,
   Grid,
@@ -40,6 +41,7 @@ from research.vlm.connectors.resamplers import AttentionPool, PerceiverResampler
 from research.vlm.connectors.square_attention import SquareAttention
 from research.vlm.cross_attention import LatestImage
 from research.vlm.encoders import native, vit
+from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import Images, Patches
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images.normalise import HALF, Normalisation
@@ -52,6 +54,7 @@ Connector = (
   | Squares
   | AveragePool
   | SquareAttention
+  | GroupAttention
   | DeepStack
   | AttentionPool
   | PerceiverResampler
@@ -137,7 +140,7 @@ class VisionLanguageModel:
       params: of all three, or of vision and connector alone.
       images: V views a row. Of views of one size, P = V * tokens_per_view; of
         native resolution, each image has as many as its grid, and what comes
-        after the last is of any value.
+        after the last is of any value. Of groups of patches, one for each.
 
     Raises:
       UserError: images of native resolution, for a connector that reads whole
@@ -145,6 +148,8 @@ class VisionLanguageModel:
     """
     if isinstance(images, Patches):
       return self._encode_native(params, images)
+    if isinstance(images, GroupedViews):
+      return self._encode_groups(params, images)
     rows, views, height, width, _ = images.shape
     flat = images.reshape(-1, height, width, vit.CHANNELS)
     features = self.view_features(params, flat)
@@ -170,10 +175,28 @@ class VisionLanguageModel:
     sizes = jnp.prod(self.soft_grids(images), axis=-1)
     return native.without_padding(soft, sizes)
 
+  def _encode_groups(self, params, images):
+    if not isinstance(self.connector, GroupAttention):
+      raise UserError(
+        f"connector: found {type(self.connector).__name__}, which reads each"
+        " view alone; expected one that reads groups of patches of several"
+      )
+    rows, _, height, width, _ = images.shape
+    flat = images.pixels.reshape(-1, height, width, vit.CHANNELS)
+    features = self.view_features(params, flat)
+    features = features.reshape(rows, -1, features.shape[-1])
+    soft = self.connector.apply(
+      {"params": params["connector"]}, features, images.groups, method="pool"
+    )
+    return soft if self.scale == 1.0 else soft * self.scale
+
   def soft_grids(self, images: Images) -> Int[Array, "B V 2"]:
     """Returns rows and columns of soft tokens of each view; zeros for none."""
     if isinstance(images, Patches):
       return images.grids // self.square
+    if isinstance(images, GroupedViews):
+      rows, count, _ = images.groups.shape
+      return jnp.broadcast_to(jnp.array((1, count), jnp.int32), (rows, 1, 2))
     rows, views, height, width, _ = images.shape
     return self._soft_grids(rows, views, self.grid(height, width))
 

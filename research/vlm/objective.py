@@ -12,6 +12,7 @@ from research.training.objectives.objective import (
   TakesMask,
 )
 from research.typing import Params, PRNGKey
+from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import Images, Patches
 from research.vlm.model import VisionLanguageModel
 
@@ -59,7 +60,7 @@ class WithImages:
       ("features", self.model.with_features),
     ):
       if name in batch:
-        images = images_of(batch) if name == "patches" else batch[name]
+        images = batch[name] if name == "features" else images_of(batch)
         pool = len(batch["tokens"]) // len(batch[name])
         return see(params, images, pool)
     return params["language"]
@@ -69,4 +70,6 @@ def images_of(batch: Batch) -> Images:
   """Returns the images of a batch."""
   if "patches" in batch:
     return Patches(batch["patches"], batch["grids"])
+  if "groups" in batch:
+    return GroupedViews(batch["pixels"], batch["groups"])
   return batch["pixels"]

@@ -7,7 +7,8 @@ and caches multiply by weights, so they need not know.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from research.nn.multimodal import (
 )
 from research.nn.transformer import Transformer
 from research.typing import Array, Float, Int, Params, Shaped, UserError
+
+Onto = Literal["nothing", "embedding"]
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +38,7 @@ class SplicedEmbedding(weights.WrappedWeight):
     features: `[B, P, D]`; rows with fewer placeholders do not use the last.
       With pools, `[B / pool, P, D]`.
     token: id of the placeholder, which may lie outside of the table.
+    onto: what features are added to: nothing, or the placeholder's own row.
     pool: consecutive rows that share features: their placeholders are counted
       as if they were one row.
   """
@@ -45,6 +49,7 @@ class SplicedEmbedding(weights.WrappedWeight):
   features: Any
   token: int = dataclasses.field(metadata=dict(static=True))
   pool: int = dataclasses.field(default=1, metadata=dict(static=True))
+  onto: Onto = dataclasses.field(default="nothing", metadata=dict(static=True))
 
   @property
   def extra_ids(self) -> tuple[int, ...]:
@@ -67,13 +72,52 @@ class SplicedEmbedding(weights.WrappedWeight):
   def take(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Returns features at placeholders, and embeddings elsewhere."""
     rows, here = at_placeholders(ids, self.features, self.token, self.pool)
+    if self.onto == "embedding":
+      words = weights.take(self.w, ids)
+      return words + jnp.where(here[..., None], rows.astype(words.dtype), 0)
     # An id outside of the table would read NaN, also where it is not used.
     words = weights.take(self.w, jnp.where(here, 0, ids))
     return jnp.where(here[..., None], rows.astype(words.dtype), words)
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("w",),
+  meta_fields=("token", "row"),
+)
+@dataclasses.dataclass(frozen=True)
+class RowOfImages(weights.WrappedWeight):
+  """A table in which all placeholders have the same row.
+
+  Attributes:
+    w: the table `[V, D]`, any weight.
+    token: id of the placeholder.
+    row: theirs.
+  """
+
+  w: Any
+  token: int
+  row: int
+
+  def dense(self) -> Shaped[Array, "..."]:
+    """Returns the table."""
+    return weights.dense(self.w)
+
+  def axes(self, names: tuple[str | None, ...]) -> "RowOfImages":
+    """Returns the logical axis names of the table."""
+    return dataclasses.replace(self, w=weights.axes(self.w, names))
+
+  def take(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Returns rows of the table."""
+    return weights.take(self.w, jnp.where(ids == self.token, self.row, ids))
+
+
 def with_features(
-  params: Params, features: Float[Array, "G P D"], token: int, pool: int = 1
+  params: Params,
+  features: Float[Array, "G P D"],
+  token: int,
+  pool: int = 1,
+  onto: Onto = "nothing",
 ) -> dict[str, Any]:
   """Returns a language model's parameters with features at placeholders.
 
@@ -83,8 +127,9 @@ def with_features(
       that scales its embeddings scales these as well (`embed_scale`).
     token: id of the placeholder.
     pool: consecutive rows that share an entry of `features`.
+    onto: see `SplicedEmbedding`.
   """
-  table = SplicedEmbedding(params["embed"], features, token, pool)
+  table = SplicedEmbedding(params["embed"], features, token, pool, onto)
   return {**params, "embed": table}
 
 
@@ -95,7 +140,13 @@ class Splice:
   Those of a connector that serves deeper layers as well (`DeepStack`) are wider
   than the language model, by whole multiples. A language model that rotates by
   several coordinates (`Rope.axes`) gets those of each image's grid.
+
+  Attributes:
+    onto: what soft tokens are added to: nothing, or the embedding of the
+      placeholder, which then has a row (Molmo 2).
   """
+
+  onto: Onto = "nothing"
 
   def __call__(
     self,
@@ -134,10 +185,14 @@ class Splice:
         f"images: found views that {pool} rows share, expected views of each"
         " row's own for this language model; set Bucket.pool = 1"
       )
-    out = with_features(params, soft[..., :width], token, pool)
+    out = with_features(params, soft[..., :width], token, pool, self.onto)
     if deeper:
       more = soft[..., width:].reshape(*soft.shape[:2], deeper, width)
       out["injected"] = InjectedFeatures(more, token)
+    if model.per_layer is not None:
+      own = params["per_layer"]
+      table = RowOfImages(own["embed"], token, model.per_layer.padding)
+      out["per_layer"] = {**own, "embed": table}
     if rotates:
       out["rotary"] = ImagePositions(grids, token)
     return out

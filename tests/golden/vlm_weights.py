@@ -11,6 +11,11 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
   value = generator.standard_normal(shape)
   if "norm" in name and name.endswith("weight") and len(shape) == 1:
     value = 1 + 0.2 * value
+  elif name.endswith(("_min", "_max")):
+    # Bounds of Gemma 4's products, which some of them reach.
+    value = (1 + 0.2 * value) * (1 if name.endswith("_max") else -1)
+  elif name.endswith("layer_scalar"):
+    value = 1 + 0.2 * value
   elif name.endswith("bias") or not shape:
     value = 0.2 * value
   else:

@@ -4,9 +4,13 @@ vision    pixels [V, 3, H, W], tokens [B, T], counts [B] (views of each row),
           answer [B] (first token not in the prefix; -1 if all is prompt)
           -> soft tokens and logits; the model is written to --adapter
 native    image_<i> [H, W, 3], counts [B] (images of each row), tokens [B, T],
-          lengths [B], steps
-          -> soft tokens and logits of images of native resolution, and steps
-          tokens generated through the cache; the model is written to --adapter
+          lengths [B], steps (views: most of a row)
+          -> soft tokens and logits of images of native resolution, or as the
+          directory's preprocessor has them, and steps tokens generated through
+          the cache; the model is written to --adapter
+dual      image_<i> [H, W, 3], tokens [C, T]
+          -> vectors of images and texts, and their products; the model is
+          written to --adapter
 """
 
 import shutil
@@ -19,6 +23,7 @@ from research.generation import generate
 from research.interop import vision
 from research.nn import logits
 from research.vlm import data, splice
+from research.vlm.encoders import native as native_patches
 from research.vlm.encoders import vit
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.tiling.native import Native
@@ -60,30 +65,35 @@ def native(it, args, rows) -> dict:
   """Returns soft tokens, logits and greedy tokens of rows with images."""
   model, params = it.model, it.params
   tiling = Native(patch=model.vision.patch, merge=model.square, least=1)
-  how = Preprocessor(tiling, model.normalise)
+  how = it.preprocessor or Preprocessor(tiling, model.normalise)
+  most = int(rows.get("views", rows["counts"].max()))
   ends = np.cumsum(rows["counts"])
   prompts = [
     data.Prompt.from_images(
-      [rows[f"image_{i}"] for i in range(end - count, end)],
-      how,
-      int(rows["counts"].max()),
+      [rows[f"image_{i}"] for i in range(end - count, end)], how, most
     )
     for end, count in zip(ends, rows["counts"], strict=True)
   ]
   language = model.with_images_compiled(
     params, data.batch_images(prompts, model.square)
   )
-  soft = language["embed"].features
+  # Those of the connector; the model may scale what it splices.
+  soft = language["embed"].features / model.scale
   if "injected" in language:
     deeper = language["injected"].features
     soft = jnp.concatenate([soft[:, :, None], deeper], axis=2)
   used = [x[: made.soft_tokens] for x, made in zip(soft, prompts, strict=True)]
-  found = logits(model.language, language, rows["tokens"])
+  tokens = jnp.asarray(rows["tokens"])
+  mask = model.mask(tokens, jnp.asarray(rows["lengths"]))
+  found = logits(model.language, language, tokens, None, mask)
   ids = [
     row[:n].tolist()
     for row, n in zip(rows["tokens"], rows["lengths"], strict=True)
   ]
-  new = generate.generate(model.language, language, ids, int(rows["steps"]))
+  source = model.token_source()
+  new = generate.generate(
+    model.language, language, ids, int(rows["steps"]), source=source
+  )
   shutil.rmtree(args.adapter, ignore_errors=True)
   vision.write_model(args.adapter, it, params)
   return dict(
@@ -93,4 +103,24 @@ def native(it, args, rows) -> dict:
   )
 
 
-COMMANDS = dict(vision=vision_language, native=native)
+def dual(it, args, rows) -> dict:
+  """Returns the vectors of images of native resolution, and of texts."""
+  model, params, how = it.model, it.params, it.preprocessor
+  names = sorted(k for k in rows if k.startswith("image_"))
+  made = [data.Prompt.from_images([rows[k]], how, 1) for k in names]
+  images = native_patches.encoder_inputs(
+    data.batch_images(made), how.normalise, model.image.patch
+  )
+  tokens = jnp.asarray(rows["tokens"])
+  found, texts, scale, bias = model.apply({"params": params}, *images, tokens)
+  shutil.rmtree(args.adapter, ignore_errors=True)
+  vision.write_model(args.adapter, it, params)
+  products = scale * found @ texts.T + bias
+  return dict(
+    image_embeds=np.asarray(found),
+    text_embeds=np.asarray(texts),
+    logits_per_image=np.asarray(products),
+  )
+
+
+COMMANDS = dict(vision=vision_language, native=native, dual=dual)

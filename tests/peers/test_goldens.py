@@ -5,15 +5,18 @@ import pathlib
 
 import families
 import make_bnb4
+import make_gemma4
 import make_gguf
 import make_gguf_names
 import make_hqq
 import make_images
 import make_llm_int8
 import make_models
+import make_molmo2
 import make_peft
 import make_peft_full
 import make_qwen_vl
+import make_siglip2
 import make_vision_masks
 import numpy as np
 import peft
@@ -70,6 +73,20 @@ def test_adapter_with_whole_weights(name, tmp_path):
 def test_qwen_vl(name, tmp_path):
   made = make_qwen_vl.make(name, tmp_path)
   with np.load(make_qwen_vl.FOLDER / name / "golden.npz") as file:
+    support.assert_same_arrays(made, dict(file), EXACT)
+
+
+@pytest.mark.parametrize("name", make_gemma4.FAMILIES)
+def test_gemma4(name, tmp_path):
+  made = make_gemma4.make(name, tmp_path)
+  with np.load(make_gemma4.FOLDER / name / "golden.npz") as file:
+    support.assert_same_arrays(made, dict(file), EXACT)
+
+
+@pytest.mark.parametrize("module", [make_siglip2, make_molmo2])
+def test_siglip2_and_molmo2(module, tmp_path):
+  made = module.make(tmp_path)
+  with np.load(module.FOLDER / module.NAME / "golden.npz") as file:
     support.assert_same_arrays(made, dict(file), EXACT)
 
 

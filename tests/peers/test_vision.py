@@ -1,7 +1,12 @@
 """Vision language models against transformers, live: read, and written back."""
 
+import json
+
+import make_gemma4
 import make_models
+import make_molmo2
 import make_qwen_vl
+import make_siglip2
 import make_vlm
 import numpy as np
 import pytest
@@ -85,3 +90,110 @@ def test_native_resolution_read_and_written_back(name, heptad, tmp_path):
   assert support.relative_error(np.asarray(rows["logits"]), want["logits"]) < (
     1e-9
   )
+
+
+def opened_by(folder, kind):
+  """Returns transformers' model of a folder that we wrote, in fp64."""
+  model = getattr(transformers, kind).from_pretrained(
+    folder, dtype=torch.float32, attn_implementation="eager"
+  )
+  return model.double().eval()
+
+
+def assert_as_generated(got, want, tolerance=1e-5):
+  """Soft tokens and logits are near transformers', and its tokens ours."""
+  assert support.relative_error(got["features"], want["features"]) < 1e-5
+  for i, n in enumerate(want["lengths"]):
+    error = support.relative_error(got["logits"][i, :n], want["logits"][i, :n])
+    assert error < tolerance
+  np.testing.assert_array_equal(got["generated"], want["generated"])
+
+
+def rows_of(want, **more):
+  """Returns what `native` gets of a golden with two rows."""
+  pictures = {k: v for k, v in want.items() if k.startswith("image_")}
+  return pictures | dict(
+    counts=np.array([2, 1]),
+    tokens=want["tokens"],
+    lengths=want["lengths"],
+    steps=np.array(want["generated"].shape[1]),
+    **more,
+  )
+
+
+@pytest.mark.parametrize("name", make_gemma4.FAMILIES)
+def test_gemma4_read_and_written_back(name, heptad, tmp_path):
+  """Images of three shapes in two rows, by budgets that are not reached."""
+  theirs = make_gemma4.build(name, tmp_path / "theirs")
+  with torch.no_grad(), make_models.float64():
+    want = make_siglip2.rounded(make_gemma4.golden(theirs))
+  ours = tmp_path / "ours"
+  got = heptad.bridge("native", tmp_path / "theirs", adapter=ours,
+                      **rows_of(want))  # fmt: skip
+  # Its attention does not divide by sqrt(H): what fp32 rounds grows in softmax.
+  assert_as_generated(got, want, 1e-4)
+  assert_opened(make_gemma4.CLASS, ours, theirs.float())
+  # The weights are not all: what config.json says is theirs, too.
+  with torch.no_grad(), make_models.float64():
+    again = make_gemma4.golden(opened_by(ours, make_gemma4.CLASS))
+  error = support.relative_error(np.asarray(again["logits"]), want["logits"])
+  assert error < 1e-6
+
+
+def test_molmo2_read_and_written_back(heptad, tmp_path):
+  """Images cut into one to five views, whose patches are pooled together."""
+  theirs = make_molmo2.build(tmp_path / "theirs")
+  for own in (make_molmo2.ALL, *make_molmo2.IMAGES_OF):
+    make_molmo2.processed(own)
+  with torch.no_grad(), make_models.float64():
+    want = make_siglip2.rounded(make_molmo2.golden(theirs))
+  processor = dict(
+    image_processor_type="Molmo2ImageProcessor", **make_molmo2.PROCESSOR
+  )
+  path = tmp_path / "theirs" / "preprocessor_config.json"
+  path.write_text(json.dumps(processor))
+  ours = tmp_path / "ours"
+  got = heptad.bridge("native", tmp_path / "theirs", adapter=ours,
+                      **rows_of(want, views=np.array(10)))  # fmt: skip
+  assert_as_generated(got, want)
+  assert_opened(make_molmo2.CLASS, ours, theirs.float())
+  with torch.no_grad(), make_models.float64():
+    again = make_molmo2.golden(opened_by(ours, make_molmo2.CLASS))
+  error = support.relative_error(np.asarray(again["logits"]), want["logits"])
+  assert error < 1e-6
+  made = transformers.Molmo2ImageProcessor.from_pretrained(ours)
+  for name in ("max_crops", "overlap_margins", "patch_size", "pooling_size"):
+    assert getattr(made, name) == make_molmo2.PROCESSOR[name], name
+
+
+def test_siglip2_read_and_written_back(heptad, tmp_path):
+  """Images of five shapes in a batch, resized by the published processor."""
+  theirs = make_siglip2.build(tmp_path / "theirs")
+  with torch.no_grad(), make_models.float64():
+    want = make_siglip2.rounded(make_siglip2.golden(theirs))
+  processor = dict(
+    image_processor_type="Siglip2ImageProcessor",
+    patch_size=make_siglip2.PATCH,
+    max_num_patches=make_siglip2.BUDGET,
+  )
+  path = tmp_path / "theirs" / "preprocessor_config.json"
+  path.write_text(json.dumps(processor))
+  ours = tmp_path / "ours"
+  got = heptad.bridge(
+    "dual",
+    tmp_path / "theirs",
+    adapter=ours,
+    tokens=want["tokens"],
+    **{
+      f"image_{i}": want[f"image_{i}"] for i in range(len(make_siglip2.SHAPES))
+    },
+  )
+  for name, value in got.items():
+    assert support.relative_error(value, want[name]) < 1e-5, name
+  assert_opened(make_siglip2.CLASS, ours, theirs.float())
+  with torch.no_grad(), make_models.float64():
+    again = make_siglip2.golden(opened_by(ours, make_siglip2.CLASS))
+  error = support.relative_error(
+    np.asarray(again["logits_per_image"]), want["logits_per_image"]
+  )
+  assert error < 1e-6

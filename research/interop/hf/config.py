@@ -353,6 +353,8 @@ def _check_described(model: Transformer, config: dict[str, Any]) -> None:
     "tied",
     "softcap",
     "time_embedding",
+    "per_layer",
+    "input_vocab",
   ):
     same = same and getattr(again, field) == getattr(model, field)
   if not same or again.embed_scale != model.embed_scale:

@@ -143,8 +143,25 @@ _MIXTRAL = (
   ),
 )
 
+# What layers get of each token besides, and a factor of their output.
+_PER_LAYER_OUTSIDE = (
+  Row("per_layer/embed", "model.embed_tokens_per_layer.weight"),
+  Row("per_layer/project", "model.per_layer_model_projection.weight", True),
+  Row("per_layer/norm/scale", "model.per_layer_projection_norm.weight"),
+)
+_PER_LAYER = (
+  Row("per_layer/gate", "per_layer_input_gate.weight", transposed=True),
+  Row("per_layer/down", "per_layer_projection.weight", transposed=True),
+  Row("per_layer/norm/scale", "post_per_layer_input_norm.weight"),
+  Row("output_scale/scale", "layer_scalar"),
+)
+
 PLAIN = Table(_OUTSIDE, _ATTENTION + _MLP + _NORMS)
 SANDWICH = Table(_OUTSIDE, _ATTENTION + _MLP + _SANDWICH_NORMS)
+GEMMA4 = Table(
+  _OUTSIDE + _PER_LAYER_OUTSIDE,
+  _ATTENTION + _MLP + _SANDWICH_NORMS + _PER_LAYER,
+)
 SPARSE = Table(_OUTSIDE, _ATTENTION + _MLP + _EXPERTS + _NORMS)
 MIXTRAL = Table(_OUTSIDE, _ATTENTION + _MIXTRAL + _NORMS)
 
@@ -156,7 +173,22 @@ def table(model: Transformer) -> Table:
     # The families with experts differ in what they do to queries and keys.
     mixtral = kinds[0].attention.qk_norm is None
     return MIXTRAL if mixtral else SPARSE
+  if kinds[0].output_scale is not None:
+    return GEMMA4
   return PLAIN if kinds[0].post_norm is None else SANDWICH
+
+
+def unused(model: Transformer) -> set[str]:
+  """Returns names that files may have beside `model`'s: what it never reads.
+
+  Layers that borrow keys and values were trained with a copy of their own.
+  """
+  return {
+    f"{LAYER_PREFIX}{i}.self_attn.{x}.weight"
+    for i, kind in enumerate(model.layer_kinds())
+    if kind.attention.kv == "borrowed"
+    for x in ("k_proj", "v_proj", "k_norm")
+  }
 
 
 BUFFERS = re.compile(

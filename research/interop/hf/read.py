@@ -2,8 +2,9 @@
 
 What must be in the file follows from the model: every parameter has one name
 (`names`), and a tensor that is missing, superfluous or of another shape is an
-error. Two kinds of tensor are tolerated: a copy of a tied head, which must
-equal the embedding, and the rotary tables of old files (`names.BUFFERS`).
+error. Three kinds of tensor are tolerated: a copy of a tied head, which must
+equal the embedding, the rotary tables of old files (`names.BUFFERS`), and keys
+of layers that borrow others' (`names.unused`).
 """
 
 import math
@@ -72,8 +73,9 @@ def mismatch(
 
 def _check(where, model, tensors, wanted) -> None:
   missing = [name for name in wanted if name not in tensors]
+  known = {*wanted, *hf_names.unused(model)}
   extra = [
-    n for n in tensors if n not in wanted and not hf_names.BUFFERS.match(n)
+    n for n in tensors if n not in known and not hf_names.BUFFERS.match(n)
   ]
   if model.tied and HEAD in extra and EMBEDDING in tensors:
     extra.remove(HEAD)

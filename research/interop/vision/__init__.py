@@ -6,7 +6,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "config": ["vision_language_model"],
-    "contrastive": ["contrastive_params", "dual_encoder"],
+    "contrastive": [
+      "contrastive_config",
+      "contrastive_params",
+      "contrastive_tensors",
+      "dual_encoder",
+    ],
     "families.table": ["family_of"],
     "image_size": ["ImageSize"],
     "qformer": [

@@ -1,21 +1,26 @@
-"""CLIP and SigLIP in Hugging Face's format: configuration and tensors."""
+"""CLIP, SigLIP and SigLIP 2 in Hugging Face's format, both ways.
 
-from collections.abc import Mapping
+A new family is a row of `KINDS`: its towers, and what its files call tensors.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.interop import hf, quantized
 from research.interop.vision import names, towers
-from research.interop.vision.tower_params import read_tower
+from research.interop.vision.tower_params import read_tower, tower_tensors
 from research.io.fields import Fields
-from research.typing import Params
+from research.typing import Params, UserError
 from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.encoders import presets, vit
 from research.vlm.encoders.text import TextEncoder
 
-MODEL_TYPES = ("clip", "siglip")
+Config = Mapping[str, Any]
 
 _CLIP_TEXT = dict(
   vocab_size=49_408,
@@ -39,38 +44,39 @@ _SIGLIP_TEXT = _CLIP_TEXT | dict(
 )
 
 
-def dual_encoder(
-  config: Mapping[str, Any], where: str, dtype: str = "float32"
-) -> DualEncoder:
-  """Returns the contrastive model of a config.json of one of `MODEL_TYPES`."""
-  kind = config["model_type"]
-  fields = Fields(config, where, dict(projection_dim=512))
-  vision, text = (
-    dict(config.get(name) or {}) for name in ("vision_config", "text_config")
-  )
-  at_vision, at_text = f"{where}: vision_config", f"{where}: text_config"
-  expected = f"{kind}_vision_model"
-  if vision.setdefault("model_type", expected) != expected:
-    raise Fields(vision, at_vision).wrong("model_type", expected)
-  if kind == "clip":
-    size = fields.integer("projection_dim")
-    return DualEncoder(
-      image=towers.clip(vision, at_vision, dtype, size=size),
-      text=_clip_text(text, at_text, dtype, size),
-    )
-  return DualEncoder(
-    image=towers.siglip(vision, at_vision, dtype),
-    text=_siglip_text(text, at_text, dtype),
-    bias=0.0,
-  )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+  """A model type of two towers.
+
+  Attributes:
+    architecture: the class of transformers.
+    image: the image tower, but for a projection.
+    text: (the file's outermost fields, `text_config`, its place, dtype) -> the
+      text tower.
+    image_rows, text_rows: what the towers' tensors are called.
+    projected: whether both end in a matrix to a shared space, which config.json
+      has the size of and files keep outside of the towers (CLIP).
+  """
+
+  architecture: str
+  image: towers.Tower
+  text: Callable[[Fields, Config, str, str], TextEncoder]
+  image_rows: Sequence[names.Row] = names.VISION
+  text_rows: Sequence[names.Row] = names.SIGLIP_TEXT
+  projected: bool = False
+
+  @property
+  def scalars(self) -> tuple[str, ...]:
+    """Names of the scale and, for the sigmoid loss, the bias."""
+    return ("logit_scale",) if self.projected else ("logit_scale", "logit_bias")
 
 
-def _clip_text(config, where, dtype, size) -> TextEncoder:
+def _clip_text(outer: Fields, config, where, dtype) -> TextEncoder:
   fields = Fields(config, where, _CLIP_TEXT)
   end = fields.get("eos_token_id")
   tower = presets.clip_text(
     towers.sizes(fields),
-    size=size,
+    size=outer.integer("projection_dim"),
     vocab=fields.integer("vocab_size"),
     length=fields.integer("max_position_embeddings"),
     # Configurations of before transformers 4.31 say 2, and mean the greatest.
@@ -79,7 +85,8 @@ def _clip_text(config, where, dtype, size) -> TextEncoder:
   return tower.clone(dtype=dtype)
 
 
-def _siglip_text(config, where, dtype) -> TextEncoder:
+def _siglip_text(outer: Fields, config, where, dtype) -> TextEncoder:
+  del outer
   fields = Fields(config, where, _SIGLIP_TEXT)
   tower = presets.siglip_text(
     towers.sizes(fields),
@@ -90,6 +97,97 @@ def _siglip_text(config, where, dtype) -> TextEncoder:
   return tower.clone(dtype=dtype)
 
 
+KINDS: Mapping[str, Kind] = {
+  "clip": Kind(
+    architecture="CLIPModel",
+    image=towers.CLIP,
+    text=_clip_text,
+    text_rows=names.CLIP_TEXT,
+    projected=True,
+  ),
+  "siglip": Kind(
+    architecture="SiglipModel", image=towers.SIGLIP, text=_siglip_text
+  ),
+  "siglip2": Kind(
+    architecture="Siglip2Model",
+    image=towers.NAFLEX,
+    text=_siglip_text,
+    image_rows=names.NAFLEX,
+  ),
+}
+"""Model type -> its row. Files of SigLIP 2 without NaFlex are SigLIP's."""
+
+_PROJECTIONS = {
+  "image": "visual_projection.weight",
+  "text": "text_projection.weight",
+}
+_INNER = "projection.weight"
+"""A projection's name within its tower."""
+
+
+def dual_encoder(
+  config: Config, where: str, dtype: str = "float32"
+) -> DualEncoder:
+  """Returns the contrastive model of a config.json of one of `KINDS`."""
+  kind = KINDS[config["model_type"]]
+  outer = Fields(config, where, dict(projection_dim=512))
+  vision, text = (
+    dict(config.get(name) or {}) for name in ("vision_config", "text_config")
+  )
+  at_vision, at_text = f"{where}: vision_config", f"{where}: text_config"
+  expected = kind.image.model_type
+  if vision.setdefault("model_type", expected) != expected:
+    raise Fields(vision, at_vision).wrong("model_type", expected)
+  size = {"size": outer.integer("projection_dim")} if kind.projected else {}
+  return DualEncoder(
+    image=kind.image.read(vision, at_vision, dtype, **size),
+    text=kind.text(outer, text, at_text, dtype),
+    bias=None if kind.projected else 0.0,
+  )
+
+
+def contrastive_config(model: DualEncoder) -> dict[str, Any]:
+  """Returns the config.json of a model; inverts `dual_encoder`.
+
+  Raises:
+    UserError: none of `KINDS` can describe it.
+  """
+  for name, kind in KINDS.items():
+    if not kind.image.describes(model.image):
+      continue
+    config = _described(model, name, kind)
+    again = dual_encoder(config, "the model's configuration", model.image.dtype)
+    if (again.image, again.text) == (model.image, model.text):
+      return config
+  raise UserError(
+    f"no config.json describes this model; tried {', '.join(KINDS)}.\n"
+    "Expected the towers of one of these families."
+  )
+
+
+def _described(model: DualEncoder, name: str, kind: Kind) -> dict[str, Any]:
+  text = model.text
+  own = towers.written_sizes(text) | dict(
+    vocab_size=text.vocab_size, max_position_embeddings=text.length
+  )
+  config = dict(
+    model_type=name,
+    architectures=[kind.architecture],
+    text_config=own,
+    vision_config={"model_type": kind.image.model_type}
+    | kind.image.write(model.image),
+    torch_dtype=model.image.dtype,
+  )
+  if kind.projected:
+    end = getattr(text.read, "token", None)
+    own |= dict(
+      projection_dim=text.size, eos_token_id=2 if end is None else end
+    )
+    return config | dict(projection_dim=text.size)
+  own["projection_size"] = text.size
+  return config
+
+
 def contrastive_params(
   model: DualEncoder,
   kind: str,
@@ -97,11 +195,11 @@ def contrastive_params(
   dtype: str = "float32",
   where: Any = "model",
 ) -> dict[str, Any]:
-  """Returns the parameters of CLIP or SigLIP out of a file's tensors.
+  """Returns a contrastive model's parameters out of a file's tensors.
 
   Args:
     model: what to fill.
-    kind: one of `MODEL_TYPES`.
+    kind: one of `KINDS`.
     tensors: by their names; exactly the model's.
     dtype: of the result.
     where: the file or directory, for messages.
@@ -109,23 +207,21 @@ def contrastive_params(
   Raises:
     UserError: the tensors are not exactly the model's.
   """
-  image: dict[str, Any] = {}
-  text: dict[str, Any] = {}
-  scalars: dict[str, Any] = {}
+  row = KINDS[kind]
+  found: dict[str, dict[str, Any]] = {"image": {}, "text": {}, "": {}}
+  outside = {name: part for part, name in _PROJECTIONS.items()}
   for name, tensor in tensors.items():
     if name in ("logit_scale", "logit_bias"):
-      scalars[name] = tensor
-    elif name in ("visual_projection.weight", "text_projection.weight"):
-      into = image if name.startswith("visual") else text
-      into["projection.weight"] = tensor
+      found[""][name] = tensor
+    elif name in outside:
+      found[outside[name]][_INNER] = tensor
     elif name.startswith("vision_model."):
-      image[name.removeprefix("vision_model.")] = tensor
+      found["image"][name.removeprefix("vision_model.")] = tensor
     elif name.startswith("text_model."):
-      text[name.removeprefix("text_model.")] = tensor
+      found["text"][name.removeprefix("text_model.")] = tensor
     else:
       raise hf.mismatch(where, [], [name])
-  text_rows = names.CLIP_TEXT if kind == "clip" else names.SIGLIP_TEXT
-  expected = {"logit_scale"} | ({"logit_bias"} if kind == "siglip" else set())
+  scalars, expected = found[""], set(row.scalars)
   if set(scalars) != expected:
     raise hf.mismatch(
       where, sorted(expected - set(scalars)), sorted(set(scalars) - expected)
@@ -134,12 +230,42 @@ def contrastive_params(
     lambda: vit.new_params(model.image, jax.random.key(0))
   )
   text_shapes = jax.eval_shape(lambda: _init_text(model.text))
+  given = dtype, where
   out = {
-    "image": read_tower(shapes, names.VISION, image, model.image, dtype, where),
-    "text": read_tower(text_shapes, text_rows, text, model.text, dtype, where),
+    "image": read_tower(
+      shapes, row.image_rows, found["image"], model.image, *given
+    ),
+    "text": read_tower(
+      text_shapes, row.text_rows, found["text"], model.text, *given
+    ),
   }
   for name, tensor in scalars.items():
     out[name] = jnp.asarray(tensor.read(), dtype).reshape(())
+  return out
+
+
+def contrastive_tensors(
+  kind: str, params: Params, dtype: str = "float32"
+) -> dict[str, np.ndarray]:
+  """Returns every tensor under its name; inverts `contrastive_params`.
+
+  Args:
+    kind: one of `KINDS`.
+    params: of both towers; packed weights are decoded.
+    dtype: of the tensors.
+  """
+  row, out = KINDS[kind], {}
+  for part, prefix, rows in (
+    ("image", "vision_model.", row.image_rows),
+    ("text", "text_model.", row.text_rows),
+  ):
+    for name, x in tower_tensors(rows, params[part], dtype).items():
+      outside = row.projected and name == _INNER
+      out[_PROJECTIONS[part] if outside else prefix + name] = x
+  for name in row.scalars:
+    # CLIP's scale has no axis, SigLIP's has one.
+    shape = () if row.projected else (1,)
+    out[name] = np.asarray(params[name]).astype(dtype).reshape(shape)
   return out
 
 

@@ -153,6 +153,9 @@ VISION = (
 )
 """Image towers of CLIP, SigLIP, Idefics3 and SmolVLM."""
 
+NAFLEX = (*linear("patch_embed", "embeddings.patch_embedding"), *VISION[2:])
+"""SigLIP 2's image tower of NaFlex, which gets patches and multiplies them."""
+
 TEXT = (
   Row("embed", "embeddings.token_embedding.weight"),
   Row("positions", "embeddings.position_embedding.weight"),

@@ -16,11 +16,13 @@ from research.interop.vision.tower_params import read_tower
 from research.io import safetensors
 from research.text.tokenizer import Tokenizer
 from research.typing import Params, UserError
+from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.images.configs import from_preprocessor_config
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.model import VisionLanguageModel
 
 PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
 
 
 def vision_language_params(
@@ -66,7 +68,7 @@ def model_from_directory(
 
   Args:
     path: with config.json and safetensors, whose model type is one of
-      `contrastive.MODEL_TYPES` or of `families.MODULES`.
+      `contrastive.KINDS` or of `families.MODULES`.
     dtype: of parameters and computation.
     config: what config.json says, if it has been read.
   """
@@ -75,7 +77,7 @@ def model_from_directory(
     config = safetensors.read_json(path / "config.json")
   tensors = safetensors.open_directory(path)
   kind = config.get("model_type")
-  if kind in contrastive.MODEL_TYPES:
+  if kind in contrastive.KINDS:
     dual = contrastive.dual_encoder(config, where, dtype)
     params = contrastive.contrastive_params(dual, kind, tensors, dtype, path)
     return dual, params, config
@@ -90,10 +92,11 @@ def load(
   dtype: str = "float32",
   config: Mapping[str, Any] | None = None,
 ) -> Loaded:
-  """Returns a vision language model with its tokenizer and preprocessor.
+  """Returns a model with images, with its tokenizer and preprocessor.
 
   Args:
-    path: a directory whose model type is one of `families.MODULES`.
+    path: a directory whose model type is one of `families.MODULES` or of
+      `contrastive.KINDS`.
     dtype: of parameters and computation.
     config: what config.json says, if it has been read.
   """
@@ -101,13 +104,20 @@ def load(
   words, preprocessor = None, None
   if (path / "tokenizer.json").is_file():
     words = Tokenizer.from_directory(path)
-  if (path / PREPROCESSOR).is_file():
-    side = getattr(model.connector, "side", 1)
+  described, dual = _preprocessor_file(path), isinstance(model, DualEncoder)
+  if dual and described is not None:
+    # CLIP's first files name no class that says the rest.
+    named = "image_processor_type" in safetensors.read_json(described)
+    described = described if named else None
+  if described is not None:
+    encoder = model.image if dual else model.vision
+    side = 1 if dual else getattr(model.connector, "side", 1)
     preprocessor = from_preprocessor_config(
-      path / PREPROCESSOR, patch=model.vision.patch, pool=side
+      described, patch=encoder.patch, pool=side
     )
-    _check_squares(preprocessor, model, path / PREPROCESSOR)
-    model = dataclasses.replace(model, normalise=preprocessor.normalise)
+    if not dual:
+      _check_squares(preprocessor, model, described)
+      model = dataclasses.replace(model, normalise=preprocessor.normalise)
   source = dict(
     format="hf",
     path=str(path),
@@ -115,6 +125,17 @@ def load(
     config=config,
   )
   return Loaded(model, params, words, source, preprocessor=preprocessor)
+
+
+def _preprocessor_file(path: pathlib.Path) -> pathlib.Path | None:
+  """Returns the file that says what becomes of images, or None."""
+  if (path / PREPROCESSOR).is_file():
+    return path / PREPROCESSOR
+  # Files of Gemma 4 have it beside what becomes of videos and of sound.
+  whole = path / PROCESSOR
+  if whole.is_file() and "image_processor" in safetensors.read_json(whole):
+    return whole
+  return None
 
 
 def _check_squares(

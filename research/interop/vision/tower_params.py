@@ -12,6 +12,7 @@ from research.interop import hf, quantized
 from research.interop.vision import names
 from research.io import unread
 from research.typing import Params, UserError
+from research.vlm.encoders.clipped import Clipped
 
 
 def read_tower(
@@ -49,7 +50,9 @@ def read_tower(
   params = tree.stack(
     unread.nested(outside), [unread.nested(layer) for layer in layers], kinds
   )
-  return jax.tree.map(jnp.asarray, params)
+  # Leaves that are more than an array have a path for each of their arrays.
+  arrays = dict(tree.flatten_paths(params))
+  return tree.map_paths(lambda path, _: jnp.asarray(arrays[path]), shapes)
 
 
 def layer_shapes(
@@ -84,10 +87,13 @@ def tower_tensors(
   """
 
   def flat(subtree: Any) -> dict[str, np.ndarray]:
-    return {
-      path: np.asarray(weights.dense(w)).astype(dtype)
-      for path, w in weights.named_weights(subtree)
-    }
+    arrays = {}
+    for path, w in weights.named_weights(subtree):
+      if isinstance(w, Clipped):
+        arrays |= {f"{path}/{name}": x for name, x in w.bounds().items()}
+        path, w = f"{path}/w", w.w
+      arrays[path] = weights.dense(w)
+    return {k: np.asarray(x).astype(dtype) for k, x in arrays.items()}
 
   layers = [flat(jax.tree.map(np.asarray, x)) for x in tree.layers(params)]
   return names.write_tower(rows, flat(tree.outer_params(params)), layers)

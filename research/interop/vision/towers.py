@@ -1,4 +1,4 @@
-"""Image towers of CLIP and SigLIP, as a `vision_config` describes them.
+"""Image towers of CLIP, SigLIP and SigLIP 2, as `vision_config` describes them.
 
 Fields that a file leaves out have the defaults of transformers' own
 configuration classes.
@@ -6,13 +6,16 @@ configuration classes.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from research.interop.hf import config as hf_config
 from research.io.fields import Fields
 from research.vlm.encoders import presets
+from research.vlm.encoders.positions import AntialiasedTable
 from research.vlm.encoders.presets import EncoderSizes
+from research.vlm.encoders.text import TextEncoder
 from research.vlm.encoders.vit import VisionTransformer
 
 ACTIVATIONS = {
@@ -84,6 +87,7 @@ SIGLIP_DEFAULTS = CLIP_DEFAULTS | dict(
   layer_norm_eps=1e-6,
   vision_use_head=True,
 )
+NAFLEX_DEFAULTS = SIGLIP_DEFAULTS | dict(num_patches=256)
 IDEFICS_DEFAULTS = SIGLIP_DEFAULTS | dict(
   hidden_size=1152, num_attention_heads=16, patch_size=32, vision_use_head=False
 )
@@ -142,20 +146,44 @@ def siglip(
   return presets.siglip(_image_sizes(fields), head=head).clone(dtype=dtype)
 
 
+def naflex(
+  config: Mapping[str, Any], where: str, dtype: str
+) -> VisionTransformer:
+  """Returns SigLIP 2's tower of NaFlex; arguments as for `siglip`."""
+  fields = Fields(config, where, NAFLEX_DEFAULTS)
+  if fields.integer("num_channels") != 3:
+    raise fields.wrong("num_channels", "3")
+  cells = fields.integer("num_patches")
+  grid = math.isqrt(cells)
+  if grid * grid != cells:
+    raise fields.wrong("num_patches", "the cells of a square")
+  patch = fields.integer("patch_size")
+  own = dataclasses.replace(sizes(fields), patch=patch, grid=grid)
+  head = fields.flag("vision_use_head")
+  return presets.naflex(own, head=head).clone(dtype=dtype)
+
+
+def written_sizes(tower: VisionTransformer | TextEncoder) -> dict[str, Any]:
+  """Returns the fields of a tower's sizes; inverts `sizes`."""
+  block = tower.stack.blocks[0]
+  return dict(
+    hidden_size=tower.width,
+    intermediate_size=block.mlp.hidden,
+    num_hidden_layers=tower.stack.depth,
+    num_attention_heads=block.attention.heads,
+    hidden_act=activation_name(block.mlp.activation),
+    layer_norm_eps=block.norm.eps,
+  )
+
+
 def _written(vision: VisionTransformer) -> dict[str, Any]:
   """Returns the `vision_config` of CLIP's or SigLIP's tower."""
-  block = vision.stack.blocks[0]
-  values = dict(
-    hidden_size=vision.width,
-    intermediate_size=block.mlp.hidden,
-    num_hidden_layers=vision.stack.depth,
-    num_attention_heads=block.attention.heads,
-    num_channels=3,
-    image_size=vision.positions.rows * vision.patch,
-    patch_size=vision.patch,
-    hidden_act=activation_name(block.mlp.activation),
-    layer_norm_eps=vision.norm.eps,
-  )
+  table = vision.positions
+  values = written_sizes(vision) | dict(num_channels=3, patch_size=vision.patch)
+  if isinstance(table, AntialiasedTable):
+    values["num_patches"] = table.rows * table.columns
+  else:
+    values["image_size"] = table.rows * vision.patch
   if not vision.class_token:
     values["vision_use_head"] = vision.pooling is not None
   return values
@@ -163,6 +191,12 @@ def _written(vision: VisionTransformer) -> dict[str, Any]:
 
 CLIP = Tower(
   "clip_vision_model", clip, _written, lambda tower: tower.class_token
+)
+NAFLEX = Tower(
+  "siglip2_vision_model",
+  naflex,
+  _written,
+  lambda tower: isinstance(tower.positions, AntialiasedTable),
 )
 SIGLIP = Tower(
   "siglip_vision_model", siglip, _written, lambda tower: not tower.class_token

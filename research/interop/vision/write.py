@@ -9,18 +9,22 @@ from research.interop import parts
 from research.interop.hf import tokenizer as hf_tokenizer
 from research.interop.hf import write as hf_write
 from research.interop.loaded import Loaded
-from research.interop.vision import config_write, families
+from research.interop.vision import config_write, contrastive, families
 from research.interop.vision.families import Family
 from research.interop.vision.read import PREPROCESSOR
 from research.interop.vision.tower_params import tower_tensors
 from research.io import safetensors
 from research.lora.merge import changes
 from research.typing import Params, UserError
+from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.encoders.qwen import FRAMES
 from research.vlm.images.preprocessor import Preprocessor
-from research.vlm.images.presets import QWEN
+from research.vlm.images.presets import GEMMA4, MOLMO2, QWEN
 from research.vlm.images.prompts import Wrapped
+from research.vlm.images.tiling.budget import Budget
+from research.vlm.images.tiling.naflex import NaFlex
 from research.vlm.images.tiling.native import Native
+from research.vlm.images.tiling.overlap import Overlap
 from research.vlm.images.tiling.square import Square
 from research.vlm.model import VisionLanguageModel
 
@@ -59,21 +63,28 @@ def write_model(
   params: Params,
   dtype: str = "float32",
 ) -> None:
-  """Writes a vision language model as a Hugging Face directory.
+  """Writes a model with images as a Hugging Face directory.
 
   Args:
     directory: a new one.
-    loaded: the model, its tokenizer and its preprocessor.
-    params: of all three towers; packed weights are decoded, adapters merged.
+    loaded: the model, its tokenizer and its preprocessor. A vision language
+      model, or a contrastive one of two towers.
+    params: of all towers; packed weights are decoded, adapters merged.
     dtype: of the tensors.
 
   Raises:
-    UserError: none of `families.MODULES` can describe it.
+    UserError: none of `families.MODULES`, or of `contrastive.KINDS`, can
+      describe it.
   """
-  config = config_write.describe(loaded.model)
+  if isinstance(loaded.model, DualEncoder):
+    config = contrastive.contrastive_config(loaded.model)
+    kind = config["model_type"]
+    tensors = contrastive.contrastive_tensors(kind, params, dtype)
+  else:
+    config = config_write.describe(loaded.model)
+    family = families.family_of(config["model_type"])
+    tensors = vision_language_tensors(loaded.model, family, params, dtype)
   config["torch_dtype"] = dtype
-  family = families.family_of(config["model_type"])
-  tensors = vision_language_tensors(loaded.model, family, params, dtype)
   directory.mkdir(parents=True, exist_ok=True)
   safetensors.write_directory(directory, tensors, safetensors.SHARD_SIZE)
   safetensors.write_json(directory / "config.json", config)
@@ -84,42 +95,88 @@ def write_model(
   hf_tokenizer.write(directory, None, loaded.tokenizer)
 
 
-def preprocessor_config(preprocessor: Preprocessor) -> dict[str, Any]:
-  """Returns the preprocessor_config.json of images that are resized, no more.
-
-  Raises:
-    UserError: it cuts images into tiles, or puts other tokens around them than
-      a family does.
-  """
-  tiling, around = preprocessor.tiling, preprocessor.layout
-  if isinstance(tiling, Square) and around == Wrapped():
-    own = dict(
+PREPROCESSORS = (
+  (
+    Square,
+    Wrapped(),
+    lambda tiling: dict(
       image_processor_type="SiglipImageProcessor",
       size=dict(height=tiling.tile, width=tiling.tile),
-    )
-  elif isinstance(tiling, Native) and around == QWEN:
-    own = dict(
+    ),
+  ),
+  (
+    NaFlex,
+    Wrapped(),
+    lambda tiling: dict(
+      image_processor_type="Siglip2ImageProcessor",
+      patch_size=tiling.patch,
+      max_num_patches=tiling.budget,
+    ),
+  ),
+  (
+    Native,
+    QWEN,
+    lambda tiling: dict(
       image_processor_type="Qwen2VLImageProcessor",
       # Numbers of pixels, whatever they are called.
       size=dict(shortest_edge=tiling.least, longest_edge=tiling.most),
       patch_size=tiling.patch,
       merge_size=tiling.merge,
       temporal_patch_size=FRAMES,
-    )
-  else:
-    raise UserError(
-      f"{PREPROCESSOR}: found {type(tiling).__name__} and"
-      f" {type(around).__name__}, expected Square and Wrapped(), or Native and"
-      " Qwen's layout: others are read from published files, and not written"
-      " yet"
-    )
-  numbers = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
-  return own | dict(
-    resample=numbers[tiling.resample],
-    do_resize=True,
-    do_rescale=True,
-    rescale_factor=1 / 255,
-    do_normalize=True,
-    image_mean=list(preprocessor.normalise.mean),
-    image_std=list(preprocessor.normalise.std),
+    ),
+  ),
+  (
+    Budget,
+    GEMMA4,
+    lambda tiling: dict(
+      image_processor_type="Gemma4ImageProcessor",
+      patch_size=tiling.patch,
+      pooling_kernel_size=tiling.pool,
+      max_soft_tokens=tiling.budget,
+    ),
+  ),
+  (
+    Overlap,
+    MOLMO2,
+    lambda tiling: dict(
+      image_processor_type="Molmo2ImageProcessor",
+      size=dict(height=tiling.tile, width=tiling.tile),
+      max_crops=tiling.most,
+      overlap_margins=list(tiling.margins),
+      patch_size=tiling.patch,
+      pooling_size=[tiling.pool, tiling.pool],
+    ),
+  ),
+)
+"""A tiling, what stands around its images, and its fields; others are read from
+published files, and not written yet."""
+
+# `bilinear_sampled` is what Molmo 2's processor means by bilinear.
+_FILTERS = dict(lanczos=1, bilinear=2, bilinear_sampled=2, bicubic=3)
+
+
+def preprocessor_config(preprocessor: Preprocessor) -> dict[str, Any]:
+  """Returns the preprocessor_config.json of one of `PREPROCESSORS`.
+
+  Raises:
+    UserError: it cuts images otherwise, or puts other tokens around them than
+      a family does.
+  """
+  tiling, around = preprocessor.tiling, preprocessor.layout
+  for kind, layout, own in PREPROCESSORS:
+    if isinstance(tiling, kind) and around == layout:
+      return own(tiling) | dict(
+        resample=_FILTERS[tiling.resample],
+        do_resize=True,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(preprocessor.normalise.mean),
+        image_std=list(preprocessor.normalise.std),
+      )
+  known = ", ".join(kind.__name__ for kind, _, _ in PREPROCESSORS)
+  raise UserError(
+    f"{PREPROCESSOR}: found {type(tiling).__name__} and"
+    f" {type(around).__name__}, expected one of {known}, with the layout of its"
+    " family"
   )

@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from research.nn import decode_attention
 from research.nn.attention_context import (
   AttentionContext,
-  attend,
-  with_positions,
+  KeysValues,
+  attend_to,
 )
 from research.typing import Array, Float, Int
 
@@ -50,6 +49,20 @@ class SlotCache:
       k, v: keys and values of the new tokens.
       context: positions, mask and options of the call.
     """
+    cache, found = self.store(k, v, context)
+    return cache, attend_to(q, found, context)
+
+  def store(
+    self,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    context: AttentionContext,
+  ) -> tuple[Any, KeysValues]:
+    """Appends new tokens and returns the cache and what they attend to.
+
+    Args:
+      k, v, context: as for `attend`.
+    """
     cache, keys, values, key_positions = self.extend(
       k,
       v,
@@ -59,19 +72,7 @@ class SlotCache:
       window=context.window,
       bias=context.bias,
     )
-    mask = (
-      context.mask
-      if key_positions is None
-      else with_positions(context.mask, context.queries, key_positions)
-    )
-    one = self.in_order and not context.fresh and k.shape[1] == 1
-    if one and decode_attention.has_kernel(q, keys, mask):
-      y = decode_attention.attend_one(
-        q, keys, values, context.positions, **context.options
-      )
-    else:
-      y = attend(q, keys, values, mask=mask, **context.options)
-    return cache, y
+    return cache, KeysValues(keys, values, key_positions, self.in_order)
 
 
 @jax.tree_util.register_dataclass

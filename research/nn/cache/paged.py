@@ -106,6 +106,13 @@ class PagedLayer:
     y = jnp.where(alive[..., None, None], y, 0)
     return PagedLayer(pages, self.table), y
 
+  def store(self, k: Any, v: Any, context: AttentionContext) -> Any:
+    """Raises UserError: pages are not shared among layers."""
+    raise UserError(
+      "pages: found layers that lend their keys and values to others, expected"
+      " layers with their own; use a cache without pages."
+    )
+
 
 def _check(mask: Mask) -> None:
   if mask.q_positions is not None or mask.kv_positions is not None:

@@ -50,6 +50,8 @@ def memory(
   bits, count, held = 0.0, 0, 0
   for i, block in enumerate(model.layer_kinds()):
     a = block.attention
+    if a.kv == "borrowed":  # of a layer that counts
+      continue
     width = a.kv_heads * a.head_dim
     own = 8.0 * jax.numpy.dtype(model.dtype).itemsize
     one = None if kv is None else kv.for_layers([i])

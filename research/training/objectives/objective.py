@@ -23,7 +23,7 @@ Batch = Mapping[str, Any]
 """Arrays [B, ...]. For text: `tokens`, `targets`, `positions` and `segments`,
 int32 [B, T], the last two -1 for padding; `weights`, float32 [B, T]."""
 
-PER_ROW = frozenset({"pixels", "patches", "grids", "features"})
+PER_ROW = frozenset({"pixels", "patches", "grids", "groups", "features"})
 """Arrays of a batch whose second axis is not that of tokens: a mesh cuts their
 first axis, and nothing else. That axis may be shorter than B where consecutive
 rows share an entry."""

@@ -6,8 +6,15 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "deep_stack": ["DeepStack"],
+    "group_attention": ["GroupAttention"],
     "presets": ["CONNECTORS"],
-    "projections": ["AveragePool", "Linear", "Mlp", "Squares"],
+    "projections": [
+      "AveragePool",
+      "Linear",
+      "Mlp",
+      "Squares",
+      "Standardise",
+    ],
     "qformer": ["QFormer", "without_text"],
     "resamplers": ["AttentionPool", "PerceiverResampler"],
     "square_attention": ["SquareAttention"],

@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from research import weights
 from research.nn.mlp import ACTIVATIONS, Activation
-from research.nn.norm import Norm
+from research.nn.norm import Norm, UnitRMS
 from research.typing import Array, Float, UserError
 
 Grid = tuple[int, int]
@@ -108,18 +108,33 @@ class Squares(nn.Module):
     return grid[0] * grid[1] // self.side**2
 
 
+class Standardise(nn.Module):
+  """`(x - bias) * scale`, by statistics of features that a file has."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+    shape = x.shape[-1:]
+    bias = weights.weight(self, "bias", nn.initializers.zeros, shape)
+    scale = weights.weight(self, "scale", nn.initializers.ones, shape)
+    return (x - bias.astype(x.dtype)) * scale.astype(x.dtype)
+
+
 class AveragePool(nn.Module):
-  """The mean over squares of patches, a norm, and a matrix: Gemma 3's.
+  """The mean over squares of patches, a norm, and a matrix: Gemma 3's and 4's.
 
   Attributes:
     side: of a square, in patches.
     norm: of the means.
     inner: the matrix.
+    factor: of the means, before all else.
+    standardise: of the means, before the norm, or None.
   """
 
   side: int
-  norm: Norm
+  norm: Norm | UnitRMS
   inner: Linear
+  factor: float = 1.0
+  standardise: Standardise | None = None
 
   @nn.compact
   def __call__(
@@ -129,6 +144,10 @@ class AveragePool(nn.Module):
     squares = space_to_depth(x, grid, self.side)
     squares = squares.reshape(*squares.shape[:2], self.side**2, x.shape[-1])
     mean = squares.mean(axis=2)
+    if self.factor != 1.0:
+      mean = mean * self.factor
+    if self.standardise is not None:
+      mean = self.standardise(mean)
     return self.inner(
       self.norm(mean), (grid[0] // self.side, grid[1] // self.side)
     )

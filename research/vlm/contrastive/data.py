@@ -11,6 +11,7 @@ from research.data import pipeline
 from research.data.packing import Row
 from research.data.sources import Documents
 from research.typing import Int32, UInt8, UserError
+from research.vlm.data import Pixels, Prompt
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.resize import resize
 from research.vlm.scenes.sample import Sample
@@ -116,14 +117,17 @@ class CaptionTexts(Documents):
 class Captions(pipeline.ShuffledRows):
   """Pictures with captions as rows; a `research.data.pipeline.Data`.
 
-  A row has `pixels`, uint8 [1, H, W, 3], `captions`, int32 [T], and `ids`, a
-  hash of the caption without its template: rows of a batch that have the same
+  A row has `pixels`, uint8 [1, H, W, 3], or, at native resolution, `patches`,
+  uint8 [1, N, X], and `grids`, int32 [1, 2]; `captions`, int32 [T]; and `ids`,
+  a hash of the caption without its template: rows of a batch that have the same
   one are no negatives of each other.
 
   Attributes:
     samples: each with one image, whose answer is the caption.
     preprocessor: makes one view of an image.
     length: tokens of a caption, T; longer ones are cut.
+    patches: places for patches of an image, N, at native resolution; None where
+      views are of one size.
     templates: each sample's caption gets one of them, by the sample's index.
     augment: the image as training shows it, by the sample's index.
     batch_size: rows in a batch over all processes.
@@ -133,6 +137,7 @@ class Captions(pipeline.ShuffledRows):
   samples: Sequence[Sample]
   preprocessor: Preprocessor
   length: int
+  patches: int | None = None
   templates: tuple[str, ...] = PLAIN
   augment: Augment = same
   batch_size: int = 64
@@ -171,11 +176,31 @@ class CaptionRows(Sequence[Row]):
     image = data.augment(sample.image, rng)
     template = data.templates[int(rng.integers(len(data.templates)))]
     text = template.format(sample.answer)
+    prompt = first_view(image, data.preprocessor, data.patches)
     return {
-      "pixels": data.preprocessor.views(image).pixels[:1],
+      **Pixels()(prompt.pixels, used=1),
       "captions": caption_tokens(text, self.tokenizer, data.length),
       "ids": np.int32(zlib.crc32(sample.answer.encode()) >> 1),
     }
+
+
+def first_view(
+  image: UInt8[np.ndarray, "H W 3"],
+  preprocessor: Preprocessor,
+  patches: int | None = None,
+) -> Prompt:
+  """Returns the first view of an image, for an encoder.
+
+  Args:
+    image: pixels.
+    preprocessor: makes views of it.
+    patches: places for patches, at native resolution; None for as many as the
+      image has.
+  """
+  if preprocessor.tiling.native_square is not None:
+    return Prompt.from_images([image], preprocessor, 1, patches)
+  views = preprocessor.views(image)
+  return Prompt(views.pixels[:1], [preprocessor.pieces(views.plan)], 1)
 
 
 def check_templates(where: str, templates: Sequence[str]) -> None:

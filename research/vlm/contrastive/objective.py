@@ -11,8 +11,9 @@ from research.training.objectives.objective import Batch, Sums, WholeBatch
 from research.typing import Array, Params, PRNGKey
 from research.vlm.contrastive import losses
 from research.vlm.contrastive.dual_encoder import DualEncoder
-from research.vlm.encoders import vit
+from research.vlm.encoders import native
 from research.vlm.images.normalise import HALF, Normalisation
+from research.vlm.objective import images_of
 
 Loss = Callable[[Array, Array, Array, Array, Array], Array]
 """`loss(images, texts, scale, bias, ids)` of unit vectors."""
@@ -37,9 +38,9 @@ def sigmoid(
 class Contrastive(WholeBatch):
   """Images and captions, each row against all others.
 
-  A batch has `pixels`, uint8 [B, V, H, W, 3], of which the first view counts;
-  `captions`, int32 [B, T]; and `ids`, int32 [B], equal for equal captions and
-  -1 for padding.
+  A batch has `pixels`, uint8 [B, V, H, W, 3], of which the first view counts,
+  or `patches` and `grids` of native resolution (`Patches`); `captions`, int32
+  [B, T]; and `ids`, int32 [B], equal for equal captions and -1 for padding.
 
   Attributes:
     model: the experiment sets it after loading.
@@ -70,15 +71,11 @@ class Contrastive(WholeBatch):
     similar text.
     """
     params = weights.bind(params, key=key)
-    pixels = vit.normalised(batch["pixels"][:, 0], self.normalise)
-    patches = vit.patchify(pixels, self.model.image.patch)
-    rows, columns = (n // self.model.image.patch for n in pixels.shape[1:3])
-    at = vit.grid_coordinates(rows, columns)
+    patches, at = native.encoder_inputs(
+      images_of(batch), self.normalise, self.model.image.patch
+    )
     images, texts, scale, bias = self.model.apply(
-      {"params": params},
-      patches,
-      jnp.broadcast_to(at, (len(patches), *at.shape[1:])),
-      batch["captions"],
+      {"params": params}, patches, at, batch["captions"]
     )
     ids = batch["ids"]
     real = (ids >= 0).sum().astype(jnp.float32)

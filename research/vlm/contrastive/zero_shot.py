@@ -17,7 +17,9 @@ from research import tables
 from research.typing import Array, Float, Int, Params, UInt8
 from research.vlm.contrastive import data
 from research.vlm.contrastive.dual_encoder import DualEncoder
-from research.vlm.encoders import vit
+from research.vlm.data import batch_images
+from research.vlm.encoders import native
+from research.vlm.encoders.native import Patches
 from research.vlm.evaluation import protocol, retrieval
 from research.vlm.evaluation.report import Report
 from research.vlm.images.normalise import HALF, Normalisation
@@ -33,7 +35,7 @@ CHANCE = "chance"
 def image_vectors(
   model: DualEncoder,
   params: Params,
-  pixels: UInt8[Array, "B H W 3"],
+  images: UInt8[Array, "B H W 3"] | Patches,
   normalise: Normalisation = HALF,
 ) -> Float[Array, "B E"]:
   """Returns the unit vectors of images, compiled for each shape.
@@ -41,14 +43,13 @@ def image_vectors(
   Args:
     model: of both towers.
     params: of both.
-    pixels: one view an image.
+    images: one view an image; or patches of native resolution, one image a row.
     normalise: of the pixels.
   """
-  side = model.image.patch
-  patches = vit.patchify(vit.normalised(pixels, normalise), side)
-  at = vit.grid_coordinates(pixels.shape[1] // side, pixels.shape[2] // side)
-  at = jnp.broadcast_to(at, (len(patches), *at.shape[1:]))
-  return model.apply({"params": params}, patches, at, method="embed_images")
+  if not isinstance(images, Patches):
+    images = images[:, None]
+  given = native.encoder_inputs(images, normalise, model.image.patch)
+  return model.apply({"params": params}, *given, method="embed_images")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -106,13 +107,13 @@ class Classifier:
     self, images: Sequence[Sequence[UInt8[np.ndarray, "..."]]]
   ) -> Float[np.ndarray, "B E"]:
     """Returns the images' unit vectors."""
-    views = [self.preprocessor.views(x).pixels[0] for (x,) in images]
-    views += views[-1:] * (-len(views) % self.rows)
+    rows = [data.first_view(x, self.preprocessor) for (x,) in images]
+    rows += rows[-1:] * (-len(rows) % self.rows)
+    views = batch_images(rows)
+    if not isinstance(views, Patches):
+      views = views[:, 0]
     found = image_vectors(
-      self.model,
-      self.params,
-      jnp.asarray(np.stack(views)),
-      self.preprocessor.normalise,
+      self.model, self.params, views, self.preprocessor.normalise
     )
     return np.asarray(found)[: len(images)]
 

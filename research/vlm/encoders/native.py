@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.typing import Array, Float, Int, UInt8, UserError
+from research.vlm.encoders import vit
+from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.images.normalise import Normalisation
 
 CHANNELS = 3
@@ -56,9 +58,10 @@ class Patches:
     return dataclasses.replace(self, pixels=np.pad(self.pixels, width))
 
 
-Images = UInt8[Array, "B V H W 3"] | Patches
-"""Views of one size, padded at the end of each row; or images of native
-resolution, each of a size of its own."""
+Images = UInt8[Array, "B V H W 3"] | Patches | GroupedViews
+"""Views of one size, padded at the end of each row; images of native
+resolution, each of a size of its own; or views whose patches are pooled
+together."""
 
 
 def coordinates(
@@ -90,6 +93,30 @@ def normalised(
   std = np.asarray(normalise.std, np.float32)
   values = (values.astype(jnp.float32) / 255 - mean) / std
   return values.reshape(pixels.shape)
+
+
+def encoder_inputs(
+  images: Images, normalise: Normalisation, patch: int
+) -> tuple[Float[Array, "B N X"], Int[Array, "B N 2"]]:
+  """Returns the first view of each row, for an encoder that merges no patches.
+
+  Args:
+    images: views of one size, or images of native resolution.
+    normalise: of the pixels.
+    patch: side of a patch, in pixels.
+
+  Returns:
+    Patches and their coordinates, as `VisionTransformer` takes them.
+  """
+  if isinstance(images, GroupedViews):
+    images = images.pixels
+  if isinstance(images, Patches):
+    first = Patches(images.pixels[:, 0], images.grids[:, 0])
+    at = coordinates(first.grids, first.shape[1], side=1)
+    return normalised(first, normalise), at
+  patches = vit.patchify(vit.normalised(images[:, 0], normalise), patch)
+  at = vit.grid_coordinates(*(n // patch for n in images.shape[2:4]))
+  return patches, jnp.broadcast_to(at, (len(patches), *at.shape[1:]))
 
 
 def without_padding(

@@ -93,4 +93,101 @@ class InterpolatedTable(nn.Module):
     return out
 
 
-Positions = PositionTable | InterpolatedTable
+class AntialiasedTable(nn.Module):
+  """A learned grid, resized for each image to the image's own: NaFlex's.
+
+  SigLIP 2 (Tschannen et al. 2025, arXiv:2502.14786), section 2.4.2. Bilinear,
+  with edges on edges; where an image has fewer patches than the grid has cells,
+  each is a weighted mean of several (`scale_and_translate` of `jax.image`, with
+  antialiasing).
+
+  Attributes:
+    rows, columns: of the learned grid.
+    kernel_init: initialiser of the table.
+  """
+
+  rows: int
+  columns: int
+  kernel_init: Callable[..., Array] = nn.initializers.normal(0.02)
+
+  @nn.compact
+  def __call__(
+    self, coordinates: Int[Array, "B N 2"], width: int, class_token: bool
+  ) -> Float[Array, "B N D"]:
+    """Returns the vectors at `coordinates` of each image's own grid.
+
+    Args:
+      coordinates, width, class_token: as for `InterpolatedTable`.
+
+    Raises:
+      UserError: there is a class token, which has no place in a grid.
+    """
+    if class_token:
+      raise UserError(
+        "AntialiasedTable: found a class token, expected patches alone"
+      )
+    shape = self.rows * self.columns, width
+    table = weights.weight(self, "table", self.kernel_init, shape)
+    sizes = jnp.max(coordinates, axis=1, keepdims=True) + 1
+    at = jnp.maximum(coordinates, 0)
+    rows, columns = (
+      _shares(at[..., axis], jnp.maximum(sizes[..., axis], 1), cells)
+      for axis, cells in enumerate((self.rows, self.columns))
+    )
+    shares = rows[..., :, None] * columns[..., None, :]
+    return weights.einsum(
+      "...d,df->...f", shares.reshape(*at.shape[:2], shape[0]), table
+    )
+
+
+def _shares(
+  at: Int[Array, "B N"], sizes: Int[Array, "B 1"], cells: int
+) -> Float[Array, "B N R"]:
+  """Returns how much of each cell of an axis there is in each place.
+
+  Args:
+    at: the places.
+    sizes: how many places there are along the axis of each image.
+    cells: R.
+  """
+  scale = cells / sizes
+  centre = (at + 0.5) * scale - 0.5
+  distance = jnp.abs(jnp.arange(cells) - centre[..., None])
+  shares = jnp.maximum(1 - distance / jnp.maximum(scale, 1)[..., None], 0)
+  return shares / jnp.sum(shares, axis=-1, keepdims=True)
+
+
+class FactoredTable(nn.Module):
+  """A learned vector per column and one per row, which are added: Gemma 4's.
+
+  Attributes:
+    size: columns, and rows, that it has vectors for.
+    kernel_init: initialiser of the table: first columns, then rows.
+  """
+
+  size: int
+  kernel_init: Callable[..., Array] = nn.initializers.normal(0.02)
+
+  @nn.compact
+  def __call__(
+    self, coordinates: Int[Array, "B N 2"], width: int, class_token: bool
+  ) -> Float[Array, "B N D"]:
+    """Returns the vectors at `coordinates`.
+
+    Args:
+      coordinates, width, class_token: as for `InterpolatedTable`.
+
+    Raises:
+      UserError: there is a class token, which is in no row and no column.
+    """
+    if class_token:
+      raise UserError(
+        "FactoredTable: found a class token, expected patches alone"
+      )
+    shape = 2 * self.size, width
+    table = weights.weight(self, "table", self.kernel_init, shape)
+    row, column = (jnp.maximum(coordinates[..., i], 0) for i in range(2))
+    return weights.take(table, column) + weights.take(table, self.size + row)
+
+
+Positions = PositionTable | InterpolatedTable | AntialiasedTable | FactoredTable

@@ -9,7 +9,7 @@ from research.nn.norm import LayerNorm
 from research.nn.rope import Rope, Spatial
 from research.nn.stack import Stack
 from research.vlm.encoders.pooling import AttentionPooling, ClassPooling
-from research.vlm.encoders.positions import PositionTable
+from research.vlm.encoders.positions import AntialiasedTable, PositionTable
 from research.vlm.encoders.text import EndOfText, LastPosition, TextEncoder
 from research.vlm.encoders.vit import VisionTransformer
 
@@ -96,6 +96,19 @@ def siglip(sizes: EncoderSizes, *, head: bool = False) -> VisionTransformer:
     norm=LayerNorm(eps=sizes.eps),
     pooling=pooling if head else None,
   )
+
+
+def naflex(sizes: EncoderSizes, *, head: bool = False) -> VisionTransformer:
+  """Returns SigLIP 2's image tower for images of any shape (arXiv:2502.14786).
+
+  SigLIP's, whose learned grid is resized to that of each image (NaFlex).
+
+  Args:
+    sizes: of the tower; its grid is that of the learned positions.
+    head: as for `siglip`.
+  """
+  table = AntialiasedTable(sizes.grid, sizes.grid)
+  return siglip(sizes, head=head).clone(positions=table)
 
 
 def clip(sizes: EncoderSizes, *, size: int | None = None) -> VisionTransformer:

@@ -29,6 +29,7 @@ from research.typing import (
   UInt8,
   UserError,
 )
+from research.vlm.encoders.clipped import Clipping
 from research.vlm.encoders.pooling import Pooling
 from research.vlm.encoders.positions import Positions
 from research.vlm.encoders.windows import (
@@ -69,11 +70,14 @@ class VisionTransformer(nn.Module):
       layers).
     frames: of a video that a patch has, if the encoder was trained on videos;
       an image is one of so many equal frames (Qwen2-VL).
+    centre: of patches that come as values in [0, 1], or None (Gemma 4).
     patch_bias: whether the patch embedding has a bias.
     class_token: whether a learned token comes first (CLIP).
     input_norm: normalises the input of the first layer, or None (CLIP).
     norm: the final norm, or None (InternVL).
     pooling: one vector per image, or None.
+    clipping: bounds what goes into and comes out of a new layer's matrices, or
+      None.
     dtype: compute dtype; norms and softmax always compute in fp32.
     remat: see `layers.run_layers`.
   """
@@ -83,11 +87,13 @@ class VisionTransformer(nn.Module):
   stack: Stack
   positions: Positions | None
   frames: int = 1
+  centre: Normalisation | None = None
   patch_bias: bool = True
   class_token: bool = False
   input_norm: Norm | None = None
   norm: Norm | None = LayerNorm()
   pooling: Pooling | None = None
+  clipping: Clipping | None = None
   dtype: str = "float32"
   remat: layers.Remat = "none"
 
@@ -157,6 +163,12 @@ class VisionTransformer(nn.Module):
     return coordinates[..., 0] >= 0 if valid is None else valid
 
   def _embed(self, patches, coordinates):
+    if self.centre is not None:
+      mean, std = (
+        np.asarray(x, np.float32) for x in (self.centre.mean, self.centre.std)
+      )
+      values = patches.reshape(*patches.shape[:-1], -1, CHANNELS)
+      patches = ((values - mean) / std).reshape(patches.shape)
     x = weights.project(
       self,
       jnp.tile(patches.astype(self.dtype), self.frames),
@@ -241,7 +253,8 @@ class VisionTransformer(nn.Module):
     }
 
   def _init_layer(self, block: Block, key: PRNGKey) -> Params:
-    return layers.new_layer(block, key, self.width, self.dtype)
+    params = layers.new_layer(block, key, self.width, self.dtype)
+    return params if self.clipping is None else self.clipping(params)
 
 
 def _count(layer: int, depth: int) -> int:

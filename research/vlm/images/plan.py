@@ -10,7 +10,7 @@ import abc
 import dataclasses
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from research.errors import UserError
 from research.vlm.images.resize import Pixels, Size
@@ -81,6 +81,15 @@ class Tiling(abc.ABC):
     None where all views are of one size. At native resolution an image has one
     view, of a size of its own, which an encoder takes as `patches` of pixels.
     """
+    return None
+
+  def groups(self, plan: Plan) -> Int32[np.ndarray, "S G"] | None:
+    """Returns the patches that each soft token pools.
+
+    None where they are squares of one view each. Else indices into all views'
+    patches, [views * patches]; -1 where a group reaches over the edge.
+    """
+    del plan
     return None
 
   def plan(self, height: int, width: int) -> Plan:

@@ -10,11 +10,13 @@ from research.errors import UserError
 
 MODULES = {
   "gemma3": "research.interop.vision.families.gemma3",
+  "gemma4": "research.interop.vision.families.gemma4",
   "llava": "research.interop.vision.families.llava",
   "idefics3": "research.interop.vision.families.idefics3",
   "smolvlm": "research.interop.vision.families.idefics3",
   "paligemma": "research.interop.vision.families.paligemma",
   "internvl": "research.interop.vision.families.internvl",
+  "molmo2": "research.interop.vision.families.molmo2",
   "qwen2_vl": "research.interop.vision.families.qwen2_vl",
   "qwen2_5_vl": "research.interop.vision.families.qwen2_vl",
   "qwen3_vl": "research.interop.vision.families.qwen3_vl",
@@ -23,6 +25,10 @@ MODULES = {
 
 A model that several can describe is written as the first of them.
 """
+
+
+CONTRASTIVE = ("clip", "siglip", "siglip2")
+"""Model types of two towers without a language model (`contrastive.KINDS`)."""
 
 
 def family_of(kind: Any, where: Any = "config.json") -> Any:

@@ -29,6 +29,11 @@ class Budget(Tiling):
   pool: int = 3
   resample: Resample = "bicubic"
 
+  @property
+  def native_square(self) -> int:
+    """Side, in patches, of what becomes one soft token."""
+    return self.pool
+
   def _plan(self, height, width):
     size = self._size(height, width)
     grid = size[0] // self.patch, size[1] // self.patch

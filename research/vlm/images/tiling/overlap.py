@@ -131,17 +131,24 @@ class Overlap(Tiling):
       for y in range(plan.rows)
     ]
     maps = whole, np.concatenate(lines)
-    return np.concatenate([self._grouped(map_) for map_ in maps])
+    return np.concatenate([grouped(map_, self.pool) for map_ in maps])
 
-  def _grouped(self, index: Int32[np.ndarray, "H W"]):
-    """Returns a map's groups, row by row; an odd map is padded all around."""
-    pool = self.pool
-    odd = [-side % pool for side in index.shape]
-    margins = [(short // 2, short - short // 2) for short in odd]
-    index = np.pad(index, margins, constant_values=-1)
-    rows, columns = index.shape[0] // pool, index.shape[1] // pool
-    groups = index.reshape(rows, pool, columns, pool).swapaxes(1, 2)
-    return groups.reshape(rows * columns, pool * pool)
+
+def grouped(
+  index: Int32[np.ndarray, "H W"], pool: int
+) -> Int32[np.ndarray, "S G"]:
+  """Returns a map's groups, row by row; an odd map is padded all around.
+
+  Args:
+    index: numbers of patches; -1 for none.
+    pool: patches of a group, each way.
+  """
+  odd = [-side % pool for side in index.shape]
+  margins = [(short // 2, short - short // 2) for short in odd]
+  index = np.pad(index, margins, constant_values=-1)
+  rows, columns = index.shape[0] // pool, index.shape[1] // pool
+  groups = index.reshape(rows, pool, columns, pool).swapaxes(1, 2)
+  return groups.reshape(rows * columns, pool * pool)
 
 
 def best_grid(height: int, width: int, step: int, most: int) -> Size:
