@@ -39,6 +39,13 @@ GRACE_SECONDS = 2.0
 """Seconds after which a thread ends a process whose main thread is stuck in
 native code and has nothing to save."""
 
+GRACE_VARIABLE = "HEPTAD_GRACE_SECONDS"
+"""Environment variable by which a launcher says how many seconds pass between
+SIGTERM and SIGKILL: Slurm's KillWait, Kubernetes' termination grace period."""
+
+ASSUMED_RATE = 100e6
+"""Bytes a second of a save that was not measured yet: a gigabit network's."""
+
 _NOTHING = "asked to stop; nothing had to be saved.\nThe same command resumes."
 
 
@@ -152,6 +159,53 @@ def handling_signals() -> Iterator[None]:
     watching.join()
     os.close(out)
     os.close(into)
+
+
+class SaveTimes:
+  """Announces saves that take longer than the launcher gives a run.
+
+  `GRACE_VARIABLE` says how long that is; without it nothing is announced.
+  """
+
+  def __init__(self, nbytes: int):
+    """Expects `ASSUMED_RATE` until a save was measured.
+
+    Args:
+      nbytes: that this process saves.
+
+    Raises:
+      UserError: the variable holds no number.
+    """
+    text = os.environ.get(GRACE_VARIABLE, "")
+    try:
+      self._grace = float(text or "inf")
+    except ValueError as error:
+      raise UserError(
+        f"{GRACE_VARIABLE}={text}: expected seconds between SIGTERM and SIGKILL"
+      ) from error
+    self._expected = nbytes / ASSUMED_RATE
+    self._measured = self._announced = False
+
+  def too_long(self, asked: bool) -> str | None:
+    """Returns what to say before a save; None if it will be in time.
+
+    Args:
+      asked: whether the run was asked to stop: then it is always said, else
+        once.
+    """
+    if self._expected <= self._grace or (self._announced and not asked):
+      return None
+    self._announced = True
+    known = "as long as the last one" if self._measured else "by its size"
+    return (
+      f"saving takes about {self._expected:.0f} s, {known}; a launcher kills a"
+      f" run {self._grace:.0f} s after SIGTERM ({GRACE_VARIABLE}; Slurm's"
+      " KillWait).\nIf it does, the run goes on from the save before."
+    )
+
+  def measured(self, seconds: float) -> None:
+    """Notes how long a save took."""
+    self._expected, self._measured = seconds, True
 
 
 class StopPoints:
