@@ -240,10 +240,12 @@ def call(main: Main, argv: Sequence[str]) -> int:
     return _fail(
       f"{rest[0]!r}: found an argument, expected flags such as --name=value", 2
     )
+  # Read now: a command that this one calls may have a value of its own.
+  path = values["result"].value
   try:
     result = main(list(argv))
     if result is not None:
-      _write_result(result, values["result"].value)
+      _write_result(result, path)
   except KeyboardInterrupt:
     return _fail("interrupted", 130)
   except BrokenPipeError:

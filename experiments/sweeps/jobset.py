@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from experiments.sweeps.sweep_units import Planned
-from experiments.sweeps.work import PREEMPTED
+from experiments.sweeps.work import PREEMPTED, TERMINATED
 from research.training.preemption import GRACE_VARIABLE
 from research.typing import UserError
 
@@ -267,7 +267,7 @@ def _job(
       "rules": [
         {
           "action": "FailJob",
-          "onExitCodes": {"operator": "In", "values": [PREEMPTED]},
+          "onExitCodes": {"operator": "In", "values": [PREEMPTED, TERMINATED]},
         },
         {
           "action": "FailJob",

@@ -4,7 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any
 
 from experiments.core import tables
 
@@ -19,10 +19,10 @@ class LiveTable:
 
   def __init__(
     self,
-    out: TextIO | None = None,
+    out: Any = None,
     clock: Callable[[], float] = time.monotonic,
   ):
-    """Draws on `out`, by default stdout; `clock` returns seconds."""
+    """Draws on a stream, by default stdout; `clock` returns seconds."""
     self._out, self._clock = out or sys.stdout, clock
     self._live = self._out.isatty()
     self._lines, self._next = 0, clock()

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.sweeps.work import PREEMPTED, Work
+from experiments.sweeps.work import PREEMPTED, TERMINATED, Work
 from research.training.preemption import GRACE_VARIABLE
 from research.typing import UserError
 
@@ -57,7 +57,7 @@ for attempt in 1 2; do
   status=$?
   case $status in
     0) exit 0 ;;
-    {preempted} | 143)  # saved on request, or had nothing to save yet
+    {preempted} | {terminated})  # saved on request, or had nothing to save yet
       scontrol requeue incomplete "$SLURM_JOB_ID"
       exit $status ;;
   esac
@@ -133,6 +133,7 @@ def script(
     command=" \\\n    ".join([" ".join(words[:3]), *words[3:]]),
     log=f'{here}/"$unit".log',
     preempted=PREEMPTED,
+    terminated=TERMINATED,
     variable=GRACE_VARIABLE,
   )
 

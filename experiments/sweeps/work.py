@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -13,6 +14,10 @@ from research.typing import UserError
 
 PREEMPTED = Preempted.exit_status
 """Exit status of a run that stopped and saved on request."""
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status, to a shell, of a command that SIGTERM ended before it could
+answer: it had nothing to save."""
 
 LOCK = "sweep.lock"
 

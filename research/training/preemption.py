@@ -7,9 +7,10 @@ it.
 * A single process handles both signals itself (`handling_signals`). While it
   has nothing to save (loading, compiling, writing final files), it exits
   immediately.
-* With several processes, JAX's coordination service broadcasts a SIGTERM that
-  any process receives, and all agree on a stop point. So all processes must
-  reach the same stop points in the same order. Ctrl-C is turned into a SIGTERM.
+* With several processes, once they are connected, JAX's coordination service
+  broadcasts a SIGTERM that any process receives, and all agree on a stop point.
+  So all processes must reach the same stop points in the same order. Ctrl-C is
+  turned into a SIGTERM.
 
 A second Ctrl-C ends a process immediately, without saving.
 """
@@ -72,12 +73,21 @@ class StopRequest:
     unsaved: whether exiting now would lose a step.
   """
 
-  def __init__(self, alone: bool):
-    """Creates a handler for a single process, or for one of several."""
+  def __init__(self):
+    """Creates a handler for a single process; see `connected`."""
     self.asked = False
     self.unsaved = False
-    self._alone = alone
+    self._alone = True
     self._raised = False
+
+  def connected(self) -> None:
+    """Says that JAX has connected this process to all others of its run.
+
+    If there are others, JAX's own handler of SIGTERM, which tells them, stays.
+    """
+    self._alone = jax.process_count() == 1
+    if self._alone:
+      signal.signal(signal.SIGTERM, self)  # JAX has put its own there
 
   def __call__(self, number: int, frame: FrameType | None) -> None:
     """Handles a signal, in the main thread, as soon as it runs Python code."""
@@ -124,31 +134,30 @@ def _say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def handling_signals() -> Iterator[None]:
+def handling_signals() -> Iterator[StopRequest | None]:
   """Context in which SIGTERM and Ctrl-C request a save and stop.
 
   Python's signal handlers run between bytecodes of the main thread, which may
-  be compiling for minutes; so a second thread receives each signal, too.
-  Outside of the main thread this context does nothing.
+  be compiling, or waiting for other processes, for minutes; so a second thread
+  receives each signal, too. Outside of the main thread this context does
+  nothing, and yields None.
 
   Raises:
     Preempted: a signal arrived when there was nothing to save.
   """
   if threading.current_thread() is not threading.main_thread():
-    yield
+    yield None
     return
-  alone = jax.process_count() == 1
-  asked = StopRequest(alone)
-  # With several processes, JAX's own SIGTERM handler stays installed.
-  numbers = [signal.SIGINT, *([signal.SIGTERM] if alone else [])]
+  asked = StopRequest()
   out, into = os.pipe()
   os.set_blocking(into, False)
   watching = threading.Thread(target=asked.watch, args=(out,), daemon=True)
   watching.start()
   woken = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+  numbers = signal.SIGINT, signal.SIGTERM
   before = {n: signal.signal(n, asked) for n in numbers}
   try:
-    yield
+    yield asked
   except Interrupted:
     raise Preempted(_NOTHING) from None
   finally:

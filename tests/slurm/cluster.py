@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-NODES = ("n1", "n2", "n3", "n4")
+NODES = {f"n{i}": f"127.0.0.{i + 1}" for i in (1, 2, 3, 4)}
+"""Addresses on the loopback interface, by name."""
+
 FIRST_PORT = 17000
 KILL_WAIT = 60
 
@@ -126,9 +128,9 @@ class Cluster:
     key.chmod(0o400)
     host = socket.gethostname().partition(".")[0]
     nodes = [
-      f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1"
-      f" Port={FIRST_PORT + 1 + i} CPUs=2 State=UNKNOWN"
-      for i, node in enumerate(NODES)
+      f"NodeName={node} NodeHostname={host} NodeAddr={address}"
+      f" Port={FIRST_PORT + i} CPUs=2 State=UNKNOWN"
+      for i, (node, address) in enumerate(NODES.items(), 1)
     ]
     (self.folder / "slurm.conf").write_text(
       CONF.format(
@@ -189,9 +191,14 @@ class Cluster:
 def _loopback(folder: pathlib.Path) -> None:
   """Gives the namespaces a loopback interface, and its nodes their names."""
   subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-  host = socket.gethostname()
+  # Slurm listens by names of AI_ADDRCONFIG, to which 127.0.0.1 does not count.
+  for address in NODES.values():
+    command = ["ip", "address", "add", f"{address}/8", "dev", "lo"]
+    subprocess.run(command, check=True)
+  lines = [f"127.0.0.1 localhost {socket.gethostname()}"]
+  lines += [f"{address} {node}" for node, address in NODES.items()]
   hosts = folder / "hosts"
-  hosts.write_text(f"127.0.0.1 localhost {host} {' '.join(NODES)}\n")
+  hosts.write_text("\n".join(lines) + "\n")
   subprocess.run(["mount", "--bind", str(hosts), "/etc/hosts"], check=True)
 
 
