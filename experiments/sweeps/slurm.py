@@ -52,7 +52,7 @@ export {variable}
 trap '' TERM
 
 for attempt in 1 2; do
-  srun --kill-on-bad-exit=0 {command} \\
+  srun --kill-on-bad-exit=0 --wait=300 {command} \\
     >> {log} 2>&1
   status=$?
   case $status in

@@ -4,6 +4,7 @@
 is printed is the transcript.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -37,7 +38,10 @@ def slurm(tmp_path_factory):
   with pytest.MonkeyPatch.context() as environment:
     environment.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
     environment.setenv("JAX_PLATFORMS", "cpu")
-    with cluster.Cluster(folder) as started:
+    # What the suite compiles without optimization runs once; these run long.
+    environment.delenv("XLA_FLAGS", raising=False)
+    say = functools.partial(print, flush=True)
+    with cluster.Cluster(folder, say) as started:
       yield started
 
 

@@ -121,7 +121,12 @@ def test_how_a_unit_ends(stand_ins, tmp_path, statuses, end, requeued):
   assert said == runs + last
   place = tmp_path / "my units"
   unit = units(place)[1]
-  expected = ["--kill-on-bad-exit=0", sys.executable, *unit.arguments]
+  expected = [
+    "--kill-on-bad-exit=0",
+    "--wait=300",
+    sys.executable,
+    *unit.arguments,
+  ]
   assert set(runs) == {f"srun 45 {' '.join(expected)}"}
   assert unit.log.read_text() == "from the unit\n" * len(runs)
 

@@ -23,7 +23,7 @@ export HEPTAD_GRACE_SECONDS
 trap '' TERM
 
 for attempt in 1 2; do
-  srun --kill-on-bad-exit=0 python -m experiments.train \
+  srun --kill-on-bad-exit=0 --wait=300 python -m experiments.train \
     --config='/runs/my sweep/units'/"$unit".gin \
     --workdir='/runs/my sweep/units'/"$unit" \
     --result='/runs/my sweep/units'/"$unit".json \
