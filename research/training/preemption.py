@@ -71,13 +71,14 @@ class StopRequest:
   Attributes:
     asked: whether a signal was received.
     unsaved: whether exiting now would lose a step.
+    alone: whether this is the only process, as far as is known.
   """
 
   def __init__(self):
-    """Creates a handler for a single process; see `connected`."""
+    """Creates a handler; JAX may be connected to other processes already."""
     self.asked = False
     self.unsaved = False
-    self._alone = True
+    self.alone = not jax.distributed.is_initialized() or _is_alone()
     self._raised = False
 
   def connected(self) -> None:
@@ -85,14 +86,14 @@ class StopRequest:
 
     If there are others, JAX's own handler of SIGTERM, which tells them, stays.
     """
-    self._alone = jax.process_count() == 1
-    if self._alone:
+    self.alone = _is_alone()
+    if self.alone:
       signal.signal(signal.SIGTERM, self)  # JAX has put its own there
 
   def __call__(self, number: int, frame: FrameType | None) -> None:
     """Handles a signal, in the main thread, as soon as it runs Python code."""
     first, self.asked = not self.asked, True
-    if not self._alone:
+    if not self.alone:
       if number == signal.SIGINT and first:
         os.kill(os.getpid(), signal.SIGTERM)
     elif not self.unsaved and not self._raised:
@@ -122,9 +123,13 @@ class StopRequest:
   def _end_if_stuck(self) -> None:
     """Ends a process with nothing to save whose main thread runs no Python."""
     time.sleep(GRACE_SECONDS)
-    if self._alone and not (self.unsaved or self._raised or self.asked):
+    if self.alone and not (self.unsaved or self._raised or self.asked):
       _say(f"preempted: {_NOTHING}")
       os._exit(Preempted.exit_status)
+
+
+def _is_alone() -> bool:
+  return jax.process_count() == 1
 
 
 def _say(text: str) -> None:
@@ -154,7 +159,8 @@ def handling_signals() -> Iterator[StopRequest | None]:
   watching = threading.Thread(target=asked.watch, args=(out,), daemon=True)
   watching.start()
   woken = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
-  numbers = signal.SIGINT, signal.SIGTERM
+  # With several processes, JAX's own SIGTERM handler stays installed.
+  numbers = [signal.SIGINT, *([signal.SIGTERM] if asked.alone else [])]
   before = {n: signal.signal(n, asked) for n in numbers}
   try:
     yield asked
@@ -162,7 +168,8 @@ def handling_signals() -> Iterator[StopRequest | None]:
     raise Preempted(_NOTHING) from None
   finally:
     for n, handler in before.items():
-      signal.signal(n, handler or signal.SIG_DFL)
+      if asked.alone or n == signal.SIGINT:
+        signal.signal(n, handler or signal.SIG_DFL)
     signal.set_wakeup_fd(woken)
     os.write(into, b"\0")
     watching.join()
