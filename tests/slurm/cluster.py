@@ -28,8 +28,8 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A job that was queued again waits until its credential has expired, which takes
-# longer than KillWait: until then slurmd may still end what has its number.
+# A requeued job waits until its credential has expired, which takes longer than
+# KillWait: until then slurmd may still end what has its number.
 AuthInfo=socket={folder}/munge.socket,cred_expire={expire}
 CredType=cred/munge
 StateSaveLocation={folder}/state
