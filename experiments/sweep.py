@@ -139,14 +139,13 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   units = sweep_units.plan(sweep, workdir, _SET.value, checks)
   if _CANCEL.value:
     return {"cancelled": slurm.cancel(workdir)}
-  queued = slurm.queued(workdir)
   if _STATUS.value:
-    return _status(sweep, units, queued, workdir, name)
-
-  # --- what is left to do ---
-  left = [unit for unit in units if unit.result() is None]
-  todo = [unit for unit in left if unit.work.name not in queued]
+    return _status(sweep, units, workdir, name)
   with work.lock(workdir) as lock:
+    # --- what is left to do ---
+    queued = slurm.queued(workdir)
+    left = [unit for unit in units if unit.result() is None]
+    todo = [unit for unit in left if unit.work.name not in queued]
     sweep_units.write(todo)
     if _LAUNCHER.value == "slurm":
       return _submit(units, todo, workdir, name)
@@ -237,7 +236,6 @@ def _write_jobsets(
 def _status(
   sweep: Any,
   units: Sequence[Any],
-  queued: Mapping[str, Any],
   workdir: pathlib.Path,
   name: str,
 ) -> dict[str, Any]:
@@ -245,6 +243,7 @@ def _status(
   from experiments.core import tables
   from experiments.sweeps import slurm, sweep_results
 
+  queued = slurm.queued(workdir)
   rows = slurm.table(
     queued, {u.work.name: sweep_results.how_far(u.work) for u in units}
   )
