@@ -242,7 +242,13 @@ def _status(
   """Prints how far the units are; returns the result of those that ended."""
   from experiments.core import tables
   from experiments.sweeps import slurm, sweep_results
+  from research.typing import UserError
 
+  if not (workdir / "units").is_dir():
+    raise UserError(
+      f"--workdir={workdir}: found no sweep there, expected the directory of one"
+      " that was started"
+    )
   queued = slurm.queued(workdir)
   rows = slurm.table(
     queued, {u.work.name: sweep_results.how_far(u.work) for u in units}
