@@ -229,7 +229,7 @@ def _write_jobsets(
   )
   with folders.writing(path):
     folders.write_text(path, text)
-  cli.say(f"kubectl apply -f {path}   starts; delete -f saves and ends")
+  cli.say(f"kubectl apply -f {path} starts them; delete -f ends them, saved")
   return {"units": len(units), "written": len(todo), "jobset": str(path)}
 
 
@@ -246,8 +246,8 @@ def _status(
 
   if not (workdir / "units").is_dir():
     raise UserError(
-      f"--workdir={workdir}: found no sweep there, expected the directory of one"
-      " that was started"
+      f"--workdir={workdir}: found no sweep there, expected the directory of"
+      " one that was started"
     )
   queued = slurm.queued(workdir)
   rows = slurm.table(
