@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help quickstart tiny-lm test test-all soak mutants pages lint \
-  test-peers test-oldest test-chips bench bench-chips bench-gpu bench-tpu venv venv-peers \
+  test-peers test-oldest test-chips test-slurm bench bench-chips bench-gpu bench-tpu venv venv-peers \
   llama-cpp gptqmodel clean
 
 # In order of preference: those that every dependency has wheels for.
@@ -95,6 +95,10 @@ bench-chips:  ## Reads kernels' schedules for TPUs beside jax's (Linux)
 	sh .ci/make_venv.sh .venv-chips "$(PYTHONS)" -e '.[dev,tpu,cuda-compile]' \
 	  -- '$(MODEL)' && JAX_PLATFORMS=cpu \
 	  .venv-chips/bin/python -m kernels_pallas.inspect.bench $(ARGS)
+
+# Where Slurm cannot be installed or started, it says why, and that is all.
+test-slurm: venv  ## Runs sweeps on a real Slurm, which it installs (Debian)
+	@sh .ci/slurm.sh $(PY) -m pytest -m slurm -s tests/slurm $(ARGS)
 
 # These install nothing: they run in whatever Python has JAX for the chip.
 bench-gpu:  ## Checks and times the kernels on the GPU at hand

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       file=sys.stderr,
     )
     return 2
-  runtime.prepare(argv)
+  runtime.prepare(argv, resumes=name == "train")
   import_before_working_directory()
   sys.argv = [f"heptad {name}", *argv[2:]]
   cli.run(importlib.import_module(f"experiments.{name}").main)

@@ -1,14 +1,26 @@
-"""Runs a sweep: one run many times over, with other bindings.
+"""Runs a sweep: one command many times over, with other bindings.
 
   python -m experiments.sweep --sweep=sweeps/quickstart_rank.gin --workdir=DIR
 
-A sweep file lists bindings to vary (`experiments.sweeps` has the notation). The
-configuration of every unit is built before any unit runs. The working directory
-gets units/ (a run each, with its configuration and its log), results.csv,
-results.png and result.json, whose content is the last line on stdout. The same
-command again runs the missing units. A unit that fails does not stop the
-others; the command then exits with 1. On SIGTERM or Ctrl-C it lets running
-units save, and exits with 42.
+A sweep file names a command, by default train, and lists bindings to vary
+(`experiments.sweeps.sweeps` has the notation). The configuration of every unit
+is built before any unit runs. The working directory gets units/ (for each unit
+its configuration, log, result, and working directory), results.csv, results.png
+and result.json, whose content is the last line on stdout. The same command
+again runs the missing units. A unit that fails is run once more after the
+others; if it fails again, the end of its log is printed, and the command exits
+with 1. On SIGTERM or Ctrl-C it lets running units save, and exits with 42.
+
+Slurm runs the units as an array of jobs, which this submits; `--status`
+collects results, `--cancel` ends what is queued or runs:
+
+  python -m experiments.sweep --sweep=... --workdir=DIR --launcher=slurm \
+      --sbatch=--nodes=2 --sbatch=--time=8:00:00
+
+For Kubernetes this writes jobset.yaml, which `kubectl apply -f` takes:
+
+  python -m experiments.sweep --sweep=... --workdir=/mnt/DIR --launcher=jobset \
+      --topology=v5e:4x4 --slices=2 --image=IMAGE --volume=CLAIM:/mnt
 """
 
 # ruff: noqa: E402
@@ -17,9 +29,10 @@ if __name__ == "__main__":
 
   runtime.prepare()
 
-import functools
+import collections
+import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -37,8 +50,55 @@ _SWEEP = flags.DEFINE_string(
 _LAUNCHER = flags.DEFINE_enum(
   "launcher",
   "local",
-  ["local"],
-  "Where the units run: local is on this machine.",
+  ["local", "slurm", "jobset"],
+  "Who runs the units: this machine, Slurm as an array of jobs, or Kubernetes "
+  "as JobSets.",
+  flag_values=FLAGS,
+)
+_SBATCH = flags.DEFINE_multi_string(
+  "sbatch",
+  [],
+  "Option of sbatch, for Slurm's jobs, e.g. --sbatch=--gpus-per-node=8.",
+  flag_values=FLAGS,
+)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology",
+  None,
+  "What each JobSet runs on: a slice of TPUs, e.g. v5e:4x4, v5p:2x2x4 or "
+  "v6e:16x16, or a node of GPUs, e.g. h100:8.",
+  flag_values=FLAGS,
+)
+_SLICES = flags.DEFINE_integer(
+  "slices",
+  1,
+  "Slices of TPUs, or nodes of GPUs, of each JobSet.",
+  lower_bound=1,
+  flag_values=FLAGS,
+)
+_IMAGE = flags.DEFINE_string(
+  "image",
+  None,
+  "Image of a JobSet's containers, in which `python` has Heptad.",
+  flag_values=FLAGS,
+)
+_VOLUME = flags.DEFINE_multi_string(
+  "volume",
+  [],
+  "CLAIM:/path: a PersistentVolumeClaim that pods mount. One has the working "
+  "directory, under the same path as here.",
+  flag_values=FLAGS,
+)
+_STATUS = flags.DEFINE_bool(
+  "status",
+  False,
+  "Start nothing; print which units are queued, running, done and failed, and "
+  "collect the results.",
+  flag_values=FLAGS,
+)
+_CANCEL = flags.DEFINE_bool(
+  "cancel",
+  False,
+  "Start nothing; cancel the units that Slurm has queued or runs. Runs save.",
   flag_values=FLAGS,
 )
 _WORKDIR = flags.DEFINE_string(
@@ -69,8 +129,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   cli.local(workdir=_WORKDIR.value)
   from experiments import sweeps
   from experiments.core import config
-  from experiments.sweeps import launch, sweep_results, sweep_units
-  from research import progress as phases
+  from experiments.sweeps import slurm, sweep_units, work
 
   sweep = config.read(_SWEEP.value, root=sweeps.Sweep, flag="sweep").experiment
   name = pathlib.Path(_SWEEP.value).stem
@@ -78,25 +137,139 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   # What this command does not check, its units do not check either.
   checks = [] if FLAGS["typecheck"].value else ["--notypecheck"]
   units = sweep_units.plan(sweep, workdir, _SET.value, checks)
-  todo = [unit for unit in units if unit.result() is None]
-  cli.say(
-    f"{len(units)} units, {len(todo)} of them to run, in {workdir}; they log to"
-    " units/*.log"
-  )
+  if _CANCEL.value:
+    return {"cancelled": slurm.cancel(workdir)}
+  if _STATUS.value:
+    return _status(sweep, units, workdir, name)
+  with work.lock(workdir) as lock:
+    # --- what is left to do ---
+    queued = slurm.queued(workdir)
+    left = [unit for unit in units if unit.result() is None]
+    todo = [unit for unit in left if unit.work.name not in queued]
+    sweep_units.write(todo)
+    if _LAUNCHER.value == "slurm":
+      return _submit(units, todo, workdir, name)
+    if _LAUNCHER.value == "jobset":
+      return _write_jobsets(units, todo, workdir, name)
+    if len(todo) < len(left):
+      raise _busy(queued)
+    cli.say(
+      f"{len(units)} units, {len(todo)} of them to run, in {workdir}; they log"
+      " to units/*.log"
+    )
+    return _run(sweep, units, todo, lock, workdir, name)
 
-  # --- run ---
-  sweep_units.write(todo)
+
+def _run(
+  sweep: Any,
+  units: Sequence[Any],
+  todo: Sequence[Any],
+  lock: int,
+  workdir: pathlib.Path,
+  name: str,
+) -> dict[str, Any]:
+  """Runs units on this machine; returns the sweep's result."""
+  from experiments.sweeps import launch, sweep_results
+  from research import progress as phases
+
   progress = sweep_results.Progress(sweep, units, len(todo), workdir)
-  launcher = functools.partial(
-    launch.local, parallel=_PARALLEL.value, on_end=progress.ended
-  )
-  with phases.phase(None):  # each unit that ends has its line
-    statuses = launcher([unit.work for unit in todo])
-
-  # --- results ---
+  with contextlib.closing(progress), phases.phase(None):  # units have lines
+    statuses = launch.local(
+      [unit.work for unit in todo],
+      parallel=_PARALLEL.value,
+      events=progress,
+      lock=lock,
+    )
   result = sweep_results.report(sweep, units, statuses, workdir, name)
   sweep_results.check_complete(result, units)
   return result
+
+
+def _submit(
+  units: Sequence[Any],
+  todo: Sequence[Any],
+  workdir: pathlib.Path,
+  name: str,
+) -> dict[str, Any]:
+  """Queues units; returns how many, and the number of their array."""
+  from experiments.sweeps import slurm
+
+  array = None
+  if todo:
+    array = slurm.submit(
+      [unit.work for unit in todo], workdir, name, _SBATCH.value
+    )
+    cli.say(f"{workdir / slurm.FOLDER}: submitted as {array}; see --status")
+  return {
+    "units": len(units),
+    "submitted": len(todo),
+    "array": array,
+    "workdir": str(workdir),
+  }
+
+
+def _write_jobsets(
+  units: Sequence[Any],
+  todo: Sequence[Any],
+  workdir: pathlib.Path,
+  name: str,
+) -> dict[str, Any]:
+  """Writes jobset.yaml; returns how many units it has, and where it is."""
+  from experiments.sweeps import jobset
+  from research.io import folders
+
+  cli.required(topology=_TOPOLOGY.value, image=_IMAGE.value)
+  path = workdir / "jobset.yaml"
+  text = jobset.manifest(
+    todo,
+    sweep=name,
+    image=_IMAGE.value,
+    on=jobset.hardware(_TOPOLOGY.value, _SLICES.value),
+    volumes=_VOLUME.value,
+  )
+  with folders.writing(path):
+    folders.write_text(path, text)
+  cli.say(f"kubectl apply -f {path} starts them; delete -f ends them, saved")
+  return {"units": len(units), "written": len(todo), "jobset": str(path)}
+
+
+def _status(
+  sweep: Any,
+  units: Sequence[Any],
+  workdir: pathlib.Path,
+  name: str,
+) -> dict[str, Any]:
+  """Prints how far the units are; returns the result of those that ended."""
+  from experiments.core import tables
+  from experiments.sweeps import slurm, sweep_results
+  from research.typing import UserError
+
+  if not (workdir / "units").is_dir():
+    raise UserError(
+      f"--workdir={workdir}: found no sweep there, expected the directory of"
+      " one that was started"
+    )
+  queued = slurm.queued(workdir)
+  rows = slurm.table(
+    queued, {u.work.name: sweep_results.how_far(u.work) for u in units}
+  )
+  if rows:
+    cli.say(tables.text(rows))
+  statuses = dict.fromkeys(slurm.ended(workdir, queued), 1)
+  result = sweep_results.report(sweep, units, statuses, workdir, name)
+  for unit in [u for u in units if u.work.name in result["failed"]]:
+    cli.say(sweep_results.end_of(unit.work.log))
+  states = collections.Counter(job.state.lower() for job in queued.values())
+  return {**result, "queued": dict(states)}
+
+
+def _busy(queued: Mapping[str, Any]) -> Exception:
+  from research.typing import UserError
+
+  return UserError(
+    f"Slurm has queued or runs {len(queued)} units of this sweep.\nExpected"
+    " none, to run units here; --status shows them, --cancel ends them."
+  )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ Numbers in configs/base.gin set the mesh; on virtual devices:
 if __name__ == "__main__":
   from experiments.core import runtime
 
-  runtime.prepare()
+  runtime.prepare(resumes=True)
 
 from collections.abc import Sequence
 from typing import Any

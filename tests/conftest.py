@@ -93,6 +93,8 @@ def _reason_to_skip(item: pytest.Item) -> str | None:
       return f"needs a {marker.upper()}; JAX runs on {jax.default_backend()}"
   if item.get_closest_marker("chips") and not _has("libtpu"):
     return "needs libtpu: run `make test-chips`"
+  if item.get_closest_marker("slurm") and "HEPTAD_SLURM" not in os.environ:
+    return "needs Slurm: run `make test-slurm`"
   if item.get_closest_marker("peers"):
     return "needs .venv-peers: run `make test-peers`"
   if item.get_closest_marker("slow") and not item.config.getoption("--slow"):

@@ -26,6 +26,13 @@ flags.DEFINE_bool(
   "Show where in the code an error came from.",
   flag_values=_SHARED,
 )
+flags.DEFINE_string(
+  "result",
+  None,
+  "Also write the last line of stdout, the result, to this file, as a sweep's "
+  "units do.",
+  flag_values=_SHARED,
+)
 # The next two are read by runtime.prepare, before flags are parsed.
 flags.DEFINE_bool(
   "typecheck",
@@ -233,10 +240,12 @@ def call(main: Main, argv: Sequence[str]) -> int:
     return _fail(
       f"{rest[0]!r}: found an argument, expected flags such as --name=value", 2
     )
+  # Read now: a command that this one calls may have a value of its own.
+  path = values["result"].value
   try:
     result = main(list(argv))
     if result is not None:
-      print(json.dumps(plain(result)), flush=True)
+      _write_result(result, path)
   except KeyboardInterrupt:
     return _fail("interrupted", 130)
   except BrokenPipeError:
@@ -251,6 +260,19 @@ def call(main: Main, argv: Sequence[str]) -> int:
       _fail(text, 1) if status is None else _fail(text, status, "preempted")
     )
   return 0
+
+
+def _write_result(result: dict[str, Any], path: str | None) -> None:
+  """Prints a command's result; writes it in one move where --result says."""
+  text = json.dumps(plain(result))
+  if path is not None:
+    from research.io import folders
+
+    file = folders.folder(path)
+    with folders.writing(file):
+      file.parent.mkdir(parents=True, exist_ok=True)
+      folders.write_text(file, text + "\n")
+  print(text, flush=True)
 
 
 def _helps(main: Main) -> Main:

@@ -11,11 +11,12 @@ import importlib.util
 import os
 import pathlib
 import re
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 START = time.time()
 """When this process began, to within the interpreter's own start."""
@@ -25,6 +26,9 @@ PATIENCE = 10.0
 
 WRITING = 3600
 """Seconds that all others wait at the end for the first one, which writes."""
+
+PREEMPTED = 42
+"""`preemption.Preempted.exit_status`, which is known before JAX is imported."""
 
 PACKAGES = ("research", "kernels_pallas", "experiments")
 _HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -61,7 +65,7 @@ def check_packages() -> None:
       )
 
 
-def prepare(argv: list[str] | None = None) -> None:
+def prepare(argv: list[str] | None = None, resumes: bool = False) -> None:
   """Sets what only the start of a process can set.
 
   * Packages: see `check_packages`.
@@ -69,13 +73,18 @@ def prepare(argv: list[str] | None = None) -> None:
     page faults cost 6 to 14% of a training step. glibc reads the setting at
     process start only, so the process replaces itself, once.
     `--nohuge_pages` turns it off.
+  * SIGTERM: while a command that resumes imports, it ends as one that was
+    preempted and had nothing to save.
   * Type checks: every annotated function of the library, gin's values
     included, is checked at run time. `--notypecheck` turns it off.
 
   Args:
     argv: the command line; by default this process's.
+    resumes: whether the same command goes on where it was stopped.
   """
   argv = sys.argv if argv is None else argv
+  if resumes:
+    signal.signal(signal.SIGTERM, _leave)
   check_packages()
   if _wants_huge_pages(argv, dict(os.environ)):
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -84,6 +93,13 @@ def prepare(argv: list[str] | None = None) -> None:
     from jaxtyping import install_import_hook
 
     install_import_hook(list(PACKAGES), "beartype.beartype")
+
+
+def _leave(*_: Any) -> NoReturn:
+  """Ends a process that has nothing to save; also as a handler of signals."""
+  text = b"preempted: asked to stop; nothing had to be saved.\n"
+  os.write(sys.stderr.fileno(), text)
+  os._exit(PREEMPTED)
 
 
 def cache_directory() -> str:
@@ -169,12 +185,18 @@ def cluster(where: Cluster, preemptible: bool = True) -> Iterator[None]:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", where.devices)
   jax.config.update("jax_enable_preemption_service", preemptible)
-  mine = _connect(where)
+  mine = False
   handling = contextlib.nullcontext()
   if preemptible:
     handling = preemption.handling_signals()
   try:
-    with handling:
+    with handling as asked:
+      try:
+        mine = _connect(where)
+      except preemption.Interrupted:
+        _leave()  # JAX is half connected, and would wait for the others
+      if asked is not None:
+        asked.connected()
       yield
   except preemption.Preempted:
     if mine:

@@ -1,89 +1,78 @@
-"""Launchers: functions from units of work to exit statuses.
+"""The local launcher: runs units on this machine.
 
-`local` runs them on this machine. A launcher for a cluster is another function
-of this type, and nothing else changes.
+A launcher for a cluster writes what the cluster's own engine takes (`slurm`,
+`jobset`), and nothing else changes.
 """
 
 import collections
 import contextlib
 import dataclasses
-import pathlib
+import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from research.training.preemption import (
-  INTERRUPTED_EXIT,
-  SIGINT_DEBOUNCE,
-  Preempted,
-)
-
-PREEMPTED = Preempted.exit_status
-"""Exit status of a run that stopped and saved on request."""
+from experiments.sweeps.work import PREEMPTED, Events, Work
+from research.training.preemption import INTERRUPTED_EXIT, SIGINT_DEBOUNCE
 
 CUT = (-signal.SIGINT, INTERRUPTED_EXIT)
 """Exit statuses of a run that Ctrl-C in the terminal ended as it began."""
 
-RETRIES = 20
-"""How often a preempted run is restarted."""
+PREEMPTIONS = 20
+"""How often a preempted unit is restarted."""
+
+FAILURES = 1
+"""How often a failed unit is restarted, after all others."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-  """A run to start.
+@dataclasses.dataclass
+class _Try:
+  """A unit that waits or runs, and what has happened to it.
 
   Attributes:
-    name: of the unit.
-    config: a gin file that is complete.
-    workdir: the run's; the run resumes if it exists.
-    log: the file for the run's output.
-    options: further flags of the run.
+    work: the unit.
+    preempted, failed: how often it was.
+    begin: when it started, in seconds of the monotonic clock.
+    process: that runs it.
   """
 
-  name: str
-  config: pathlib.Path
-  workdir: pathlib.Path
-  log: pathlib.Path
-  options: tuple[str, ...] = ()
-
-  @property
-  def command(self) -> list[str]:
-    """The command that starts the run, and resumes it after a preemption."""
-    train = [sys.executable, "-m", "experiments.train"]
-    files = f"--config={self.config}", f"--workdir={self.workdir}"
-    return [*train, *files, *self.options]
-
-
-Launcher = Callable[[Sequence[Work]], Mapping[str, int]]
-"""Units -> exit statuses by name; without those that were not started."""
+  work: Work
+  preempted: int = 0
+  failed: int = 0
+  begin: float = 0.0
+  process: subprocess.Popen | None = None
 
 
 def local(
   work: Sequence[Work],
   *,
   parallel: int = 1,
-  on_end: Callable[[Work, int, float], None] = lambda *_: None,
+  events: Events | None = None,
+  lock: int | None = None,
   interval: float | int = 0.1,
 ) -> dict[str, int]:
   """Runs units on this machine, `parallel` at a time, in order.
 
-  A preempted run is restarted. A SIGTERM to this process, or Ctrl-C, is passed
-  on to all running units, and no unit starts after it.
+  A preempted unit is restarted at once, a failed one when no other waits. A
+  SIGTERM to this process, or Ctrl-C, is passed on to all running units, and no
+  unit starts after it. Should this process be killed, Linux sends its units a
+  SIGTERM.
 
   Args:
     work: the units.
     parallel: processes at a time.
-    on_end: called with each unit that ends, its exit status and its seconds.
+    events: is called with what happens.
+    lock: descriptor that units inherit, see `work.lock`.
     interval: seconds between polls of running processes.
 
   Returns:
     Exit statuses; `PREEMPTED` for units that have to run again.
   """
-  waiting = collections.deque((w, 0) for w in work)
-  running: dict[str, tuple[Work, int, float, subprocess.Popen]] = {}
+  events = Events() if events is None else events
+  waiting = collections.deque(_Try(w) for w in work)
+  running: list[_Try] = []
   statuses: dict[str, int] = {}
   terminated = False
   with _catching_signals() as stopped:
@@ -91,38 +80,62 @@ def local(
       while running or (waiting and not stopped()):
         if stopped() and not terminated:
           terminated = True
-          for *_, process in running.values():
-            process.terminate()
+          for one in running:
+            one.process.terminate()
         while waiting and len(running) < parallel and not stopped():
-          unit, tries = waiting.popleft()
-          running[unit.name] = unit, tries, time.monotonic(), _start(unit)
+          one = waiting.popleft()
+          one.process, one.begin = _start(one.work, lock), time.monotonic()
+          running.append(one)
+          events.started(one.work)
         time.sleep(interval)
-        for unit, tries, begin, process in list(running.values()):
-          status = process.poll()
-          if status is None:
-            continue
-          del running[unit.name]
+        events.tick()
+        for one in [x for x in running if x.process.poll() is not None]:
+          running.remove(one)
+          status = one.process.returncode
           if status == -signal.SIGTERM or (stopped() and status in CUT):
             status = PREEMPTED  # before it had anything to save
-          if status == PREEMPTED and tries < RETRIES and not stopped():
-            waiting.appendleft((unit, tries + 1))
+          if _again(one, status, stopped()):
+            if status == PREEMPTED:
+              waiting.appendleft(one)
+            else:
+              waiting.append(one)
+              events.retried(one.work, status)
             continue
-          statuses[unit.name] = status
-          on_end(unit, status, time.monotonic() - begin)
+          statuses[one.work.name] = status
+          events.ended(one.work, status, time.monotonic() - one.begin)
     finally:
-      _end([process for *_, process in running.values()])
+      _end([one.process for one in running])
   return statuses
 
 
-def _start(unit: Work) -> subprocess.Popen:
+def _again(one: _Try, status: int, stopped: bool) -> bool:
+  """Counts how a unit ended; returns whether it runs again."""
+  if status == PREEMPTED:
+    one.preempted += 1
+    return one.preempted <= PREEMPTIONS and not stopped
+  if status:
+    one.failed += 1
+    return one.failed <= FAILURES and not stopped
+  return False
+
+
+def _start(unit: Work, lock: int | None) -> subprocess.Popen:
   # Appended, so that a resumed run keeps its earlier output.
   with unit.log.open("ab") as log:
     return subprocess.Popen(
-      unit.command,
+      _ends_with_this_process(unit.command),
       stdin=subprocess.DEVNULL,
       stdout=log,
       stderr=subprocess.STDOUT,
+      pass_fds=() if lock is None else (lock,),
     )
+
+
+def _ends_with_this_process(command: Sequence[str]) -> list[str]:
+  """Returns a command that gets SIGTERM when this process ends, on Linux."""
+  setpriv = shutil.which("setpriv")  # util-linux
+  tie = [] if setpriv is None else [setpriv, "--pdeathsig", "TERM"]
+  return [*tie, *command]
 
 
 @contextlib.contextmanager

@@ -3,23 +3,32 @@
 import json
 import pathlib
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import sweeps
 from experiments.core import cli, tables
-from experiments.sweeps.launch import PREEMPTED, Work
+from experiments.sweeps import live_table
 from experiments.sweeps.sweep_units import Planned
+from experiments.sweeps.work import PREEMPTED, Events, Work
+from research import progress
 from research.training.preemption import Preempted
 from research.training.reports import plot_sweep
 from research.typing import UserError
 
 SHOWN = ("tokens_per_s", "seconds")
-"""Entries of result.json that are printed besides the metric."""
+"""Entries of a unit's result that are printed besides the metric."""
+
+LOG_LINES = 8
+"""Lines of a failed unit's log that are printed at the end."""
 
 
-class Progress:
-  """Prints units that end, and keeps results.csv up to date."""
+class Progress(Events):
+  """Prints units that end, and keeps results.csv up to date.
+
+  In a terminal, a table below shows the units that run, and how far they are.
+  """
 
   def __init__(
     self,
@@ -32,9 +41,26 @@ class Progress:
     self._sweep, self._units = sweep, {u.work.name: u for u in units}
     self._todo, self._done, self._workdir = todo, 0, workdir
     self._statuses: dict[str, int] = {}
+    self._failed: set[str] = set()
+    self._running: dict[str, tuple[Work, float]] = {}
+    self._table = live_table.LiveTable()
+
+  def started(self, work: Work) -> None:
+    """Adds a unit to the table."""
+    self._running[work.name] = work, time.monotonic()
+
+  def retried(self, work: Work, status: int) -> None:
+    """Prints that a unit failed, and runs once more."""
+    self._running.pop(work.name, None)
+    self._failed.add(work.name)
+    self._say(
+      f"{work.name}: failed with {status}: {last_words(work.log)}; once more,"
+      " after the others"
+    )
 
   def ended(self, work: Work, status: int, seconds: float) -> None:
     """Prints how a unit ended."""
+    self._running.pop(work.name, None)
     self._done += 1
     self._statuses[work.name] = status
     head = f"[{self._done}/{self._todo}] {work.name}: "
@@ -46,9 +72,55 @@ class Progress:
       text = "preempted"
     else:
       text = f"failed with {status}: {last_words(work.log)}"
-    cli.say(f"{head}{text} ({seconds:.0f} s)")
+    self._say(f"{head}{text} ({seconds:.0f} s)")
     table = rows(list(self._units.values()), self._statuses)
     tables.write_csv(self._workdir / "results.csv", table)
+
+  def tick(self) -> None:
+    """Draws the table of running units, twice a second at most."""
+    self._table.draw(self._rows)
+
+  def close(self) -> None:
+    """Removes the table."""
+    self._table.clear()
+
+  def _say(self, text: str) -> None:
+    self._table.clear()
+    cli.say(text)
+
+  def _rows(self) -> list[dict[str, Any]]:
+    now = time.monotonic()
+    waiting = self._todo - self._done - len(self._running)
+    return [
+      {
+        "running": f"{name} (again)" if name in self._failed else name,
+        "for": progress.duration(now - begin),
+        "at": how_far(work),
+      }
+      for name, (work, begin) in self._running.items()
+    ] + ([{"running": f"{waiting} more units wait"}] if waiting else [])
+
+
+def how_far(work: Work) -> str:
+  """Returns how far a unit is: its step and loss, or what its log ends with."""
+  line = _last_line(work.workdir / "metrics.jsonl")
+  try:
+    record = json.loads(line)
+    loss = record.get("train/loss")
+    return f"step {record['step']}" + (f", loss {loss:.4g}" if loss else "")
+  except (ValueError, TypeError, KeyError):
+    return _last_line(work.log).rpartition("\r")[2]
+
+
+def _last_line(path: pathlib.Path) -> str:
+  """Returns the last whole line of a file that grows; '' without any."""
+  try:
+    with path.open("rb") as file:
+      file.seek(max(0, path.stat().st_size - 4096))
+      lines = file.read().decode("utf-8", "replace").split("\n")[:-1]
+  except OSError:
+    return ""
+  return next((line for line in reversed(lines) if line.strip()), "")
 
 
 def last_words(log: pathlib.Path) -> str:
@@ -59,6 +131,16 @@ def last_words(log: pathlib.Path) -> str:
     return "no log"
   errors = [line for line in lines[-4:] if line.startswith("error: ")]
   return (errors or lines or ["empty log"])[-1].removeprefix("error: ")
+
+
+def end_of(log: pathlib.Path) -> str:
+  """Returns the last lines of a log, under its path, for people to read."""
+  try:
+    lines = log.read_text("utf-8", "replace").splitlines()
+  except OSError as error:
+    lines = [f"cannot be read ({error.strerror})"]
+  kept = [line.rpartition("\r")[2] for line in lines if line.strip()]
+  return "\n".join([f"{log}:", *(f"  {x}" for x in kept[-LOG_LINES:])])
 
 
 def rows(
@@ -155,6 +237,8 @@ def check_complete(result: Mapping[str, Any], units: Sequence[Planned]) -> None:
   failed, missing = result["failed"], result["missing"]
   if not failed and not missing:
     return
+  for unit in [u for u in units if u.work.name in failed]:
+    cli.say(end_of(unit.work.log))
   cli.say(json.dumps(cli.plain(result)))
   if not failed:
     raise Preempted(

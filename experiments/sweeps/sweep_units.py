@@ -1,6 +1,8 @@
 """A sweep's units on disk: their configurations, commands and results."""
 
+import collections
 import dataclasses
+import importlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -8,9 +10,16 @@ from typing import Any
 
 from experiments import sweeps
 from experiments.core import config
-from experiments.stages import staged
-from experiments.sweeps.launch import Work
+from experiments.sweeps.work import Work
 from research.typing import UserError
+
+ROOTS = {
+  "train": "experiments.core.experiment:Experiment",
+  "evaluate": "experiments.core.experiment:Experiment",
+  "search": "experiments.searching.search_run:SearchRun",
+  "study": "experiments.studies.protocol:Run",
+}
+"""What the configuration of each command builds: module:class."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,32 +29,29 @@ class Planned:
   Attributes:
     unit: its bindings.
     text: its whole configuration, as gin.
-    steps: of training.
     work: for a launcher.
   """
 
   unit: sweeps.Unit
   text: str
-  steps: int
   work: Work
 
   def result(self) -> dict[str, Any] | None:
     """Returns the result of this very configuration, or None."""
-    workdir = self.work.workdir
     try:
-      mark = (workdir / "config.gin").read_text("utf-8")
-      found = json.loads((workdir / "result.json").read_text("utf-8"))
+      text = self.work.config.read_text("utf-8")
+      found = json.loads(self.work.result.read_text("utf-8"))
     except (OSError, ValueError):
       return None
-    # A run that is being lengthened still has the result of the shorter one.
-    done = isinstance(found, dict) and found.get("steps") == self.steps
-    return _flat(found) if done and mark == self.text else None
+    return _flat(found) if text == self.text else None
 
 
 def _flat(found: dict[str, Any]) -> dict[str, Any]:
   flat = {}
   for name, value in found.items():
     inner = value if isinstance(value, dict) else {"": value}
+    if name == "verdicts":  # a study's; how many of them hold
+      inner = collections.Counter(x["verdict"] for x in value)
     flat |= {f"{name}/{k}" if k else name: v for k, v in inner.items()}
   return flat
 
@@ -78,7 +84,7 @@ def plan(
     name = sweeps.name(unit)
     try:
       lines = [*shared, *sweeps.bindings(unit)]
-      read = config.read(sweep.config, lines)
+      read = config.read(sweep.config, lines, root=root(sweep.command))
     except UserError as error:
       raise UserError(f"unit {name}: {error}") from error
     folder = workdir / "units"
@@ -87,12 +93,18 @@ def plan(
       config=folder / f"{name}.gin",
       workdir=folder / name,
       log=folder / f"{name}.log",
-      options=tuple(options),
+      program=sweep.command,
+      options=(*sweep.options, *options),
     )
-    steps = staged.final(read.experiment).plan.steps
-    planned.append(Planned(unit=unit, text=read.text, steps=steps, work=work))
+    planned.append(Planned(unit=unit, text=read.text, work=work))
   _all_different(planned)
   return planned
+
+
+def root(command: str) -> type:
+  """Returns the class that a command's configuration builds."""
+  module, _, name = ROOTS[command].partition(":")
+  return getattr(importlib.import_module(module), name)
 
 
 def _all_different(planned: Sequence[Planned]) -> None:
@@ -108,11 +120,12 @@ def _all_different(planned: Sequence[Planned]) -> None:
 
 
 def write(planned: Sequence[Planned]) -> None:
-  """Writes the folders and configurations that a launcher needs."""
+  """Writes what a launcher needs; removes results of other configurations."""
   for unit in planned:
     path = unit.work.config
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
+      unit.work.result.unlink(missing_ok=True)
       path.write_text(unit.text, encoding="utf-8")
     except OSError as error:
       raise UserError(

@@ -8,6 +8,8 @@ A unit is a dict from gin bindings to values. A sweep file (gin, under
     {'zip': {'RANK': [1, 8], 'BATCH': [8, 4]}}  # side by side, equally long
     {'zip': [TREE, ...]}
     {'chain': [TREE, ...]}                    # one after the other
+    {'sample': {'RATE': {'log_uniform': (1e-5, 1e-2)}, 'RANK': [4, 8]},
+     'count': 20, 'seed': 0}                  # drawn at random
     {}                                        # one unit, without bindings
 
 What a unit's values may be is what gin may bind; `'@...'` and `'%...'` stand
@@ -20,6 +22,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from experiments.sweeps import sampling
 from research.typing import UserError
 
 Unit = dict[str, Any]
@@ -68,6 +71,8 @@ def expand(tree: Mapping[str, Any]) -> Units:
     UserError: it is no such tree, a binding is given twice in one unit, lists
       that are zipped differ in length, a list is empty.
   """
+  if "sample" in tree:
+    return sampling.sample(tree)
   for name, combine in _COMBINE.items():
     if name in tree:
       if len(tree) > 1:
@@ -99,7 +104,7 @@ def _parts(name: str, value: Any) -> list[Any]:
     if not isinstance(part, Mapping):
       raise UserError(
         f"sweep: found {part!r} in {name!r}, expected"
-        f" {{'BINDING': [values]}} or one of {sorted(_COMBINE)}."
+        f" {{'BINDING': [values]}} or one of {sorted([*_COMBINE, 'sample'])}."
       )
   return list(value)
 
@@ -125,15 +130,18 @@ def _merged(*units: Unit) -> Unit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-  """A run with bindings that vary: the root of a sweep file.
+  """A command with bindings that vary: the root of a sweep file.
 
   Attributes:
-    config: gin file of the run.
+    config: gin file of the command.
     over: the bindings that vary, as a tree of units.
+    command: what a unit runs: `python -m experiments.COMMAND`. An evaluation is
+      that of the model which its configuration starts from.
+    options: further flags of every unit, such as `--devices=2`.
     fixed: bindings that all units share.
     seeds: each unit is run with each of these; none for the run's own.
     seed: the binding for `seeds`.
-    metric: the entry of result.json that is compared.
+    metric: the entry of a unit's result that is compared.
     better: whether a lower or a higher metric is better.
     axis: the binding on the plot's x axis; None for the one with most values,
       numbers first.
@@ -141,6 +149,8 @@ class Sweep:
 
   config: str
   over: Mapping[str, Any]
+  command: Literal["train", "search", "study", "evaluate"] = "train"
+  options: Sequence[str] = ()
   fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   seeds: Sequence[int] = ()
   seed: str = "SEED"

@@ -10,7 +10,7 @@ state. Samples of the policy itself depend on parameters and step alone
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 import jax
@@ -187,6 +187,7 @@ def fit(
     )
     report.write(start, clock.summary())
     evaluate_step = evaluating.compiled(objective, sharding)
+    times = preemption.SaveTimes(_saved_bytes(state))
 
     def evaluated(state: TrainState) -> dict[str, float] | None:
       """Returns the evaluation of a state, or None if it was interrupted."""
@@ -200,9 +201,21 @@ def fit(
       report.write(int(state.step), found)
       return found
 
-    def save(state: TrainState, found: dict[str, float] | None) -> None:
+    @contextlib.contextmanager
+    def saving_in_time(asked: bool) -> Iterator[None]:
+      """Says it before a save that takes longer than a launcher waits."""
+      if text := times.too_long(asked):
+        folders.warn(f"{workdir}: {text}")
+      begin = clock.seconds["save"]
       with clock.doing("save"):
         report.flush()
+        yield
+      times.measured(clock.seconds["save"] - begin)
+
+    def save(
+      state: TrainState, found: dict[str, float] | None, asked: bool = False
+    ) -> None:
+      with saving_in_time(asked):
         checkpoints.save(state, batches.resumable, found)
       report.write(int(state.step), clock.summary())
       points.unsaved(False)
@@ -260,12 +273,11 @@ def fit(
         found = evaluated(dataclasses.replace(moving, frozen=frozen))
         evaluation, leaving = found or {}, found is None
       if looking and leaving:
-        with clock.doing("save"):
-          report.flush()
+        with saving_in_time(True):
           unevaluated.save(workdir, moving, batches.resumable)
         leave(f"step {number} is saved, but for its evaluation")
       if saving:
-        save(moving, found)
+        save(moving, found, leaving)
         report.restart()
         if leaving or points.reached():
           leave(f"step {number} is saved")
@@ -299,6 +311,12 @@ def _key(seed: int, sharding: NamedSharding | None) -> PRNGKey:
     return jax.random.key(seed)
   where = shardings.replicated(sharding.mesh)
   return jax.jit(jax.random.key, static_argnums=0, out_shardings=where)(seed)
+
+
+def _saved_bytes(state: TrainState) -> int:
+  """Returns the bytes that this process has of a checkpoint, about."""
+  leaves = jax.tree.leaves(dataclasses.replace(state, frozen=None))
+  return sum(x.nbytes for x in leaves) // jax.process_count()
 
 
 def _due(every: int, number: int, last: bool) -> bool:

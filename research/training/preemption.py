@@ -7,9 +7,10 @@ it.
 * A single process handles both signals itself (`handling_signals`). While it
   has nothing to save (loading, compiling, writing final files), it exits
   immediately.
-* With several processes, JAX's coordination service broadcasts a SIGTERM that
-  any process receives, and all agree on a stop point. So all processes must
-  reach the same stop points in the same order. Ctrl-C is turned into a SIGTERM.
+* With several processes, once they are connected, JAX's coordination service
+  broadcasts a SIGTERM that any process receives, and all agree on a stop point.
+  So all processes must reach the same stop points in the same order. Ctrl-C is
+  turned into a SIGTERM.
 
 A second Ctrl-C ends a process immediately, without saving.
 """
@@ -39,6 +40,13 @@ GRACE_SECONDS = 2.0
 """Seconds after which a thread ends a process whose main thread is stuck in
 native code and has nothing to save."""
 
+GRACE_VARIABLE = "HEPTAD_GRACE_SECONDS"
+"""Environment variable by which a launcher says how many seconds pass between
+SIGTERM and SIGKILL: Slurm's KillWait, Kubernetes' termination grace period."""
+
+ASSUMED_RATE = 100e6
+"""Bytes a second of a save that was not measured yet: a gigabit network's."""
+
 _NOTHING = "asked to stop; nothing had to be saved.\nThe same command resumes."
 
 
@@ -63,19 +71,29 @@ class StopRequest:
   Attributes:
     asked: whether a signal was received.
     unsaved: whether exiting now would lose a step.
+    alone: whether this is the only process, as far as is known.
   """
 
-  def __init__(self, alone: bool):
-    """Creates a handler for a single process, or for one of several."""
+  def __init__(self):
+    """Creates a handler; JAX may be connected to other processes already."""
     self.asked = False
     self.unsaved = False
-    self._alone = alone
+    self.alone = not jax.distributed.is_initialized() or _is_alone()
     self._raised = False
+
+  def connected(self) -> None:
+    """Says that JAX has connected this process to all others of its run.
+
+    If there are others, JAX's own handler of SIGTERM, which tells them, stays.
+    """
+    self.alone = _is_alone()
+    if self.alone:
+      signal.signal(signal.SIGTERM, self)  # JAX has put its own there
 
   def __call__(self, number: int, frame: FrameType | None) -> None:
     """Handles a signal, in the main thread, as soon as it runs Python code."""
     first, self.asked = not self.asked, True
-    if not self._alone:
+    if not self.alone:
       if number == signal.SIGINT and first:
         os.kill(os.getpid(), signal.SIGTERM)
     elif not self.unsaved and not self._raised:
@@ -105,9 +123,13 @@ class StopRequest:
   def _end_if_stuck(self) -> None:
     """Ends a process with nothing to save whose main thread runs no Python."""
     time.sleep(GRACE_SECONDS)
-    if self._alone and not (self.unsaved or self._raised or self.asked):
+    if self.alone and not (self.unsaved or self._raised or self.asked):
       _say(f"preempted: {_NOTHING}")
       os._exit(Preempted.exit_status)
+
+
+def _is_alone() -> bool:
+  return jax.process_count() == 1
 
 
 def _say(text: str) -> None:
@@ -117,41 +139,89 @@ def _say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def handling_signals() -> Iterator[None]:
+def handling_signals() -> Iterator[StopRequest | None]:
   """Context in which SIGTERM and Ctrl-C request a save and stop.
 
   Python's signal handlers run between bytecodes of the main thread, which may
-  be compiling for minutes; so a second thread receives each signal, too.
-  Outside of the main thread this context does nothing.
+  be compiling, or waiting for other processes, for minutes; so a second thread
+  receives each signal, too. Outside of the main thread this context does
+  nothing, and yields None.
 
   Raises:
     Preempted: a signal arrived when there was nothing to save.
   """
   if threading.current_thread() is not threading.main_thread():
-    yield
+    yield None
     return
-  alone = jax.process_count() == 1
-  asked = StopRequest(alone)
-  # With several processes, JAX's own SIGTERM handler stays installed.
-  numbers = [signal.SIGINT, *([signal.SIGTERM] if alone else [])]
+  asked = StopRequest()
   out, into = os.pipe()
   os.set_blocking(into, False)
   watching = threading.Thread(target=asked.watch, args=(out,), daemon=True)
   watching.start()
   woken = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+  # With several processes, JAX's own SIGTERM handler stays installed.
+  numbers = [signal.SIGINT, *([signal.SIGTERM] if asked.alone else [])]
   before = {n: signal.signal(n, asked) for n in numbers}
   try:
-    yield
+    yield asked
   except Interrupted:
     raise Preempted(_NOTHING) from None
   finally:
     for n, handler in before.items():
-      signal.signal(n, handler or signal.SIG_DFL)
+      if asked.alone or n == signal.SIGINT:
+        signal.signal(n, handler or signal.SIG_DFL)
     signal.set_wakeup_fd(woken)
     os.write(into, b"\0")
     watching.join()
     os.close(out)
     os.close(into)
+
+
+class SaveTimes:
+  """Announces saves that take longer than the launcher gives a run.
+
+  `GRACE_VARIABLE` says how long that is; without it nothing is announced.
+  """
+
+  def __init__(self, nbytes: int):
+    """Expects `ASSUMED_RATE` until a save was measured.
+
+    Args:
+      nbytes: that this process saves.
+
+    Raises:
+      UserError: the variable holds no number.
+    """
+    text = os.environ.get(GRACE_VARIABLE, "")
+    try:
+      self._grace = float(text or "inf")
+    except ValueError as error:
+      raise UserError(
+        f"{GRACE_VARIABLE}={text}: expected seconds between SIGTERM and SIGKILL"
+      ) from error
+    self._expected = nbytes / ASSUMED_RATE
+    self._measured = self._announced = False
+
+  def too_long(self, asked: bool) -> str | None:
+    """Returns what to say before a save; None if it will be in time.
+
+    Args:
+      asked: whether the run was asked to stop: then it is always said, else
+        once.
+    """
+    if self._expected <= self._grace or (self._announced and not asked):
+      return None
+    self._announced = True
+    known = "as long as the last one" if self._measured else "by its size"
+    return (
+      f"saving takes about {self._expected:.0f} s, {known}; a launcher kills a"
+      f" run {self._grace:.0f} s after SIGTERM ({GRACE_VARIABLE}; Slurm's"
+      " KillWait).\nIf it does, the run goes on from the save before."
+    )
+
+  def measured(self, seconds: float) -> None:
+    """Notes how long a save took."""
+    self._expected, self._measured = seconds, True
 
 
 class StopPoints:

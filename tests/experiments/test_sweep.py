@@ -1,19 +1,29 @@
 """The sweep command: with scripts in the place of runs, and once in earnest."""
 
 import csv
+import importlib.util
+import io
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from experiments import sweep, sweeps
+from experiments import study, sweep, sweeps
 from experiments.core import cli, config
-from experiments.sweeps import launch, sweep_units
+from experiments.sweeps import (
+  launch,
+  live_table,
+  sweep_results,
+  sweep_units,
+  work,
+)
 from research.typing import UserError
+from tests.experiments import test_study
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "golden" / "models" / "gguf_f32" / "model.gguf"
@@ -22,15 +32,15 @@ TINY = ROOT / "tests" / "golden" / "models" / "gguf_f32" / "model.gguf"
 # rank 2 is preempted once.
 RUN = r"""
 import json, pathlib, re, sys
-config, workdir = (pathlib.Path(a.split("=", 1)[1]) for a in sys.argv[1:3])
+given = dict(x[2:].split("=", 1) for x in sys.argv[1:4])
+config, workdir, out = map(pathlib.Path, given.values())
 text = config.read_text()
 names = "RANK", "SEED", "STEPS", "LEARNING_RATE"
 rank, seed, steps, rate = (
   float(re.search(rf"^{name} = (\S+)", text, re.M)[1]) for name in names
 )
 workdir.mkdir(parents=True, exist_ok=True)
-(workdir / "config.gin").write_text(text)
-(workdir / "flags").write_text(" ".join(sys.argv[3:]))
+(workdir / "flags").write_text(" ".join(sys.argv[4:]))
 lives = workdir / "lives"
 before = lives.read_text() if lives.exists() else ""
 lives.write_text(before + "x")
@@ -39,9 +49,9 @@ if rank == 2 and not before:
 if rank == 4 and not (workdir.parents[2] / "mended").exists():
   print("lots of talk\nerror: no luck today")
   sys.exit(1)
-result = {"steps": int(steps), "perplexity_after": 10 + rank + seed / 10}
+result = {"steps": steps, "perplexity_after": 10 + rank + seed / 10}
 result |= {"seconds": 1.5, "seconds_by_part": {"step": 1.0}, "best": None}
-(workdir / "result.json").write_text(json.dumps(result))
+out.write_text(json.dumps(result))
 """
 
 SWEEP = """
@@ -61,14 +71,9 @@ def command(tmp_path, monkeypatch, capsys):
   script.write_text(RUN)
 
   def fake(self):
-    return [
-      *(sys.executable, "-S", str(script)),
-      f"--config={self.config}",
-      f"--workdir={self.workdir}",
-      *self.options,
-    ]
+    return [sys.executable, "-S", str(script), *self.arguments[2:]]
 
-  monkeypatch.setattr(launch.Work, "command", property(fake))
+  monkeypatch.setattr(work.Work, "command", property(fake))
 
   def call(*arguments, ranks=(1, 8), steps=4, more=""):
     file = tmp_path / "mine.gin"
@@ -139,6 +144,9 @@ def test_a_failure_is_told_at_the_end_and_can_be_mended(command):
   assert "2 of 4 units failed" in out.err and "no luck today" in out.err
   assert len(out.err.strip().splitlines()) <= 3
   assert "failed with 1: no luck today" in out.out
+  # Each was tried twice, and its log ends the report.
+  assert lives(command, "RANK=4_SEED=0") == 2
+  assert "RANK=4_SEED=0.log:\n  lots of talk\n  error: no luck" in out.out
   (command.out.parent / "mended").touch()
   status, result, out = command(ranks=(4, 1))
   assert (status, result["done"], result["failed"]) == (0, 4, [])
@@ -164,9 +172,9 @@ def test_a_preempted_unit_goes_on(command):
 
 
 def test_what_remains_after_a_preemption_is_said(command, monkeypatch):
-  monkeypatch.setattr(launch, "RETRIES", 0)
+  monkeypatch.setattr(launch, "PREEMPTIONS", 0)
   status, result, out = command(ranks=(2, 1))
-  assert status == launch.PREEMPTED
+  assert status == work.PREEMPTED
   assert result["missing"] == ["RANK=2_SEED=0", "RANK=2_SEED=1"]
   assert "2 of 4 units are not done" in out.err
 
@@ -192,6 +200,7 @@ def test_a_trial_has_bindings_of_its_own(command):
     ([], {"more": "sweeps.Sweep.axes = 'RANK'"}, "parameter named 'axes'"),
     ([], {"more": "sweeps.Sweep.better = 'more'"}, "better: found 'more'"),
     (["--sweep=nowhere.gin"], {}, "--sweep=nowhere.gin: no such file"),
+    (["--status"], {}, "found no sweep there"),
     (["--workdir=gs://a/b"], {}, "--workdir=gs://a/b: .* a local path"),
   ],
 )
@@ -241,21 +250,118 @@ def test_units_that_cannot_be_written(tmp_path):
 def test_a_result_is_of_its_own_configuration(tmp_path):
   made = sweeps.Sweep(config="runs/quickstart.gin", over={"RANK": [1, 2]})
   unit = sweep_units.plan(made, tmp_path)[0]
-  folder = unit.work.workdir
-  folder.mkdir(parents=True)
-
-  def leave(text, steps):
-    (folder / "config.gin").write_text(text)
-    (folder / "result.json").write_text(json.dumps({"steps": steps}))
-    return unit.result()
-
   assert unit.result() is None
-  assert leave(unit.text, unit.steps) == {"steps": 72}
-  assert leave(unit.text.replace("RANK = 1", "RANK = 3"), 72) is None
-  # Being lengthened, and not yet at its end: the result is the shorter run's.
-  assert leave(unit.text, 24) is None
-  (folder / "result.json").write_text("{torn")
-  assert unit.result() is None
+  sweep_units.write([unit])
+  unit.work.result.write_text('{"steps": 72, "by_part": {"step": 1.5}}')
+  assert unit.result() == {"steps": 72, "by_part/step": 1.5}
+  longer = sweep_units.plan(made, tmp_path, ["STEPS = 90"])[0]
+  assert longer.result() is None
+  # A result of other settings is gone before the unit runs.
+  sweep_units.write([longer])
+  assert longer.result() is None and unit.result() is None
+  unit.work.result.write_text("{torn")
+  assert longer.result() is None
+
+
+STUDY = """
+from __gin__ import dynamic_registration
+from experiments import sweeps
+sweeps.Sweep.command = 'study'
+sweeps.Sweep.config = '{config}'
+sweeps.Sweep.over = {{'fake_study.Coins.tosses': [4, 9]}}
+sweeps.Sweep.metric = 'verdicts/holds'
+sweeps.Sweep.better = 'higher'
+sweeps.Sweep.axis = 'fake_study.Coins.tosses'
+"""
+
+
+def test_a_study_is_swept(tmp_path, monkeypatch, capsys):
+  """Its units run in this process, by the command lines that they have."""
+  (tmp_path / "coins.gin").write_text(test_study.GIN)
+  file = tmp_path / "mine.gin"
+  file.write_text(STUDY.format(config=tmp_path / "coins.gin"))
+
+  def here(units, events, **_):
+    statuses = {}
+    for unit in units:
+      module, *given = unit.arguments[1:]
+      assert module == "experiments.study"
+      statuses[unit.name] = cli.call(study.main, ["study", *given])
+      events.ended(unit, statuses[unit.name], 1.0)
+    return statuses
+
+  monkeypatch.setattr(launch, "local", here)
+  given = [f"--sweep={file}", f"--workdir={tmp_path / 'out'}"]
+  assert cli.call(sweep.main, ["sweep", *given]) == 0
+  result = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert result["done"] == 2 and result["metric"] == "verdicts/holds"
+  holds = []
+  for tosses in (4, 9):
+    one = tmp_path / "out" / "units" / f"fake_study.Coins.tosses={tosses}"
+    stored = json.loads(one.with_name(f"{one.name}.json").read_text())
+    assert stored == json.loads((one / "result.json").read_text())
+    holds.append(sum(v["verdict"] == "holds" for v in stored["verdicts"]))
+  assert result["best"]["mean"] == max(holds) > 0
+
+
+@pytest.mark.parametrize("command", sweep_units.ROOTS)
+def test_every_command_takes_its_units_flags(command, tmp_path):
+  module = f"experiments.{command}"
+  if importlib.util.find_spec(module) is None:
+    pytest.skip(f"{module} is not there yet")
+  assert isinstance(sweep_units.root(command), type)
+  unit = work.Work(
+    name="a",
+    config=tmp_path / "a=0.1.gin",
+    workdir=tmp_path / "a",
+    log=tmp_path / "a.log",
+    program=command,
+  )
+  names = {x[2:].split("=")[0] for x in unit.arguments[2:]}
+  assert names <= set(importlib.import_module(module).FLAGS)
+  assert unit.result.name == "a=0.1.json"
+  # A run that is there is not what an evaluation of a unit means.
+  assert ("workdir" in names) == (command != "evaluate")
+
+
+def test_in_a_terminal_running_units_have_a_table(tmp_path):
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  now = [0.0]
+  screen = Terminal()
+  table = live_table.LiveTable(screen, clock=lambda: now[0])
+  table.draw(lambda: [{"running": "a" * 200}, {"running": "b"}])
+  width = shutil.get_terminal_size().columns
+  drawn = screen.getvalue()
+  assert drawn.count("\n") == 4
+  assert max(map(len, drawn.splitlines())) < width
+  table.draw(lambda: [{"running": "c"}])  # too early
+  assert screen.getvalue() == drawn
+  now[0] = live_table.INTERVAL
+  table.draw(lambda: [{"running": "c"}])
+  assert "\x1b[4F\x1b[J" in screen.getvalue()
+  table.clear()
+  assert screen.getvalue().endswith("c\n\x1b[3F\x1b[J")
+  silent = io.StringIO()
+  live_table.LiveTable(silent).draw(lambda: [{"running": "a"}])
+  assert silent.getvalue() == ""
+
+
+def test_how_far_a_unit_is(tmp_path):
+  unit = work.Work(
+    name="a",
+    config=tmp_path / "a.gin",
+    workdir=tmp_path,
+    log=tmp_path / "a.log",
+  )
+  assert sweep_results.how_far(unit) == ""
+  unit.log.write_text("loading\n 1%|\r 2%|\n")
+  assert sweep_results.how_far(unit) == " 2%|"
+  metrics = tmp_path / "metrics.jsonl"
+  metrics.write_text('{"step": 3, "train/loss": 2.5}\n{"step": 4, "tr')
+  assert sweep_results.how_far(unit) == "step 3, loss 2.5"
 
 
 EARNEST = f"""

@@ -320,3 +320,18 @@ def test_a_process_of_its_own():
   wrong = run("--prompt=a")
   assert wrong.returncode == 1 and wrong.stdout == ""
   assert wrong.stderr == "error: --model: is missing; --help says what it is\n"
+
+
+def _counts(argv):
+  return {"count": 3, "rate": float("nan")}
+
+
+def test_a_result_is_also_written_where_it_is_asked_for(command, tmp_path):
+  path = tmp_path / "made" / "a.json"
+  status, lines, _ = command(_counts, f"--result={path}")
+  assert (status, json.loads(lines[-1])) == (0, {"count": 3, "rate": None})
+  assert path.read_text() == lines[-1] + "\n"
+  assert [x.name for x in path.parent.iterdir()] == ["a.json"]
+  # A file in the place of its folder.
+  status, lines, errors = command(_counts, f"--result={path}/b.json")
+  assert status == 1 and "cannot be written" in errors and lines == []

@@ -1,9 +1,19 @@
 """What a command sets for its process, which tests share."""
 
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
 import jax
 import pytest
 
 from experiments.core import runtime
+from research.training.preemption import Preempted
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 NAME = "jax_persistent_cache_min_compile_time_secs"
 SET = (
@@ -42,3 +52,55 @@ def test_setup_sets_nothing_that_is_not_put_back(monkeypatch, kept):
     monkeypatch.delenv(name.upper(), raising=False)
   runtime.setup()
   assert set(named) == set(kept)
+
+
+TRAIN = (sys.executable, "-m", "experiments.train", "--nohuge_pages")
+
+
+def catches_sigterm(pid):
+  """Whether a process has a handler, by the mask that Linux shows (proc(5))."""
+  text = pathlib.Path(f"/proc/{pid}/status").read_text()
+  mask = int(text.partition("SigCgt:")[2].split()[0], 16)
+  return bool(mask >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_that_imports_ends_as_one_that_is_preempted(tmp_path):
+  with subprocess.Popen(
+    [*TRAIN, f"--workdir={tmp_path}"], stderr=subprocess.PIPE, cwd=ROOT
+  ) as process:
+    end = time.monotonic() + 60
+    while not catches_sigterm(process.pid):
+      assert time.monotonic() < end and process.poll() is None
+      time.sleep(0.002)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+  assert process.returncode == runtime.PREEMPTED == Preempted.exit_status
+  assert said == b"preempted: asked to stop; nothing had to be saved.\n"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_so_does_one_that_waits_for_the_others(tmp_path):
+  """Process 1 of 2, which calls a process 0 that does not answer."""
+  with socket.socket() as listening:
+    listening.bind(("127.0.0.1", 0))
+    listening.listen()
+    listening.settimeout(120)
+    given = [
+      "--config=tests/multiprocess/tiny.gin",
+      f"--workdir={tmp_path / 'run'}",
+      f"--coordinator=127.0.0.1:{listening.getsockname()[1]}",
+      *("--processes=2", "--process=1", "--devices=1"),
+    ]
+    with subprocess.Popen(
+      [*TRAIN, *given], stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+      connection, _ = listening.accept()
+      with connection:
+        time.sleep(0.5)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+  assert process.returncode == runtime.PREEMPTED
+  assert b"nothing had to be saved" in said
+  assert not (tmp_path / "run").exists()

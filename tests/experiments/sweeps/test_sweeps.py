@@ -1,11 +1,13 @@
 """The algebra of sweeps: against itertools, and what is refused."""
 
+import collections
 import itertools
 import re
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
+from scipy import stats
 
 from experiments import sweeps
 from experiments.core import config
@@ -49,6 +51,45 @@ def test_trees_nest():
   assert found[-1] == {"C": 0, "D": 9}
 
 
+RATES = {"LEARNING_RATE": {"log_uniform": (1e-5, 1e-1)}}
+
+
+def test_rates_are_drawn_uniformly_in_their_logarithm():
+  """By the Kolmogorov-Smirnov test against the distribution that scipy has."""
+  units = sweeps.expand({"sample": RATES, "count": 400, "seed": 7})
+  rates = [unit["LEARNING_RATE"] for unit in units]
+  uniform = stats.loguniform(1e-5, 1e-1)
+  assert stats.kstest(rates, uniform.cdf).pvalue > 0.01
+  assert stats.kstest(rates, stats.uniform(0, 0.1).cdf).pvalue < 1e-6
+  # Short, and read back as it is.
+  assert all(rate == float(f"{rate:.4g}") for rate in rates)
+
+
+def test_choices_are_drawn_alike():
+  tree = {"sample": {"A": ["x", "y"], **RATES}, "count": 400}
+  counts = collections.Counter(unit["A"] for unit in sweeps.expand(tree))
+  assert stats.binomtest(counts["x"], 400).pvalue > 0.01
+
+
+def test_draws_stay_when_a_sweep_grows():
+  few = sweeps.expand({"sample": RATES | A, "count": 5, "seed": 1})
+  more = sweeps.expand({"sample": RATES | A | B, "count": 9, "seed": 1})
+  assert [{**unit, "B": 0} for unit in few] == [
+    {**unit, "B": 0} for unit in more[:5]
+  ]
+  assert few != sweeps.expand({"sample": RATES | A, "count": 5, "seed": 2})
+  # The same in every Python and on every machine.
+  assert few[0] == {"LEARNING_RATE": 0.004216, "A": 2}
+
+
+def test_units_that_are_drawn_differ():
+  every = sweeps.expand({"sample": A | B, "count": 6})
+  grid = sweeps.expand(A | B)
+  assert sorted(map(repr, every)) == sorted(map(repr, grid)) and every != grid
+  part = {"product": [{"sample": RATES, "count": 2}, A]}
+  assert len(sweeps.expand(part)) == 4
+
+
 SIZES = st.lists(st.integers(1, 3), min_size=1, max_size=4)
 
 
@@ -77,6 +118,15 @@ def test_counts(sizes):
     ({"chain": []}, "'chain' holds"),
     ({"chain": [A], "B": [1]}, r"found \['B'\] beside 'chain'"),
     ({"product": [3]}, "found 3 in 'product'"),
+    ({"sample": A | B, "count": 7}, "'count': 7, but its axes have 6"),
+    ({"sample": A}, "'count': None, expected an integer from 1"),
+    ({"sample": A, "count": True}, "'count': True"),
+    ({"sample": A, "count": 1, "seed": -1}, "'seed': -1, expected"),
+    ({"sample": A, "count": 1, "B": [1]}, r"found \['B'\] beside 'sample'"),
+    ({"sample": [A], "count": 1}, "'sample' holds"),
+    ({"sample": {"A": []}, "count": 1}, r"A: \[\], expected a list"),
+    ({"sample": {"A": {"uniform": (1, 2)}}, "count": 1}, "expected a list of"),
+    ({"sample": {"A": {"log_uniform": (0, 2)}}, "count": 1}, "0 < LOW < HIGH"),
   ],
 )
 def test_what_is_no_sweep_is_refused(tree, message):

@@ -158,6 +158,16 @@ def test_a_nan_stops_the_run_before_it_is_saved(line, tmp_path):
   assert [s for s, _ in losses(tmp_path)] == list(range(1, 10))
 
 
+def test_a_run_says_that_its_saves_take_too_long(
+  line, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setenv("HEPTAD_GRACE_SECONDS", "0")
+  line_run(line, tmp_path, loop.TrainConfig(steps=3, save_every=1))
+  said = capsys.readouterr().err
+  assert said.count("saving takes about 0 s, by its size") == 1
+  assert f"warning: {tmp_path}: saving" in said
+
+
 def test_another_shape_is_an_error_not_a_compilation(line, tmp_path):
   objective, params, numbers = line
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from research.training import preemption
+from research.typing import UserError
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +61,22 @@ def test_nothing_is_left_behind():
     assert signal.getsignal(signal.SIGINT) is inside
   found = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
   assert found == before
+
+
+def test_a_save_that_takes_too_long_is_announced(monkeypatch):
+  monkeypatch.delenv(preemption.GRACE_VARIABLE, raising=False)
+  assert preemption.SaveTimes(10**15).too_long(True) is None
+  monkeypatch.setenv(preemption.GRACE_VARIABLE, "30")
+  times = preemption.SaveTimes(10 * 10**9)  # at 100 MB/s
+  said = times.too_long(False)
+  assert "about 100 s, by its size; a launcher kills a run 30 s after" in said
+  # Once while nobody asks the run to stop; then whenever it matters.
+  assert times.too_long(False) is None and times.too_long(True) == said
+  times.measured(29.0)
+  assert times.too_long(True) is None
+  times.measured(31.0)
+  assert "about 31 s, as long as the last one" in times.too_long(True)
+  assert preemption.SaveTimes(10**9).too_long(True) is None
+  monkeypatch.setenv(preemption.GRACE_VARIABLE, "soon")
+  with pytest.raises(UserError, match="HEPTAD_GRACE_SECONDS=soon: expected"):
+    preemption.SaveTimes(1)
