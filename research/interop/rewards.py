@@ -2,25 +2,18 @@
 
 import dataclasses
 import pathlib
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 
 from research.interop import load
 from research.interop.hf import rewards
-from research.interop.loaded import Loaded
+from research.interop.loaded import Loaded, Source
 from research.io import unread
 from research.nn.transformer import Transformer
 from research.prm.heads import Head, LinearHead
 from research.prm.model import Readout, RewardModel, probability
 from research.typing import UserError
-
-
-@runtime_checkable
-class Source(Protocol):
-  """Where a language model comes from."""
-
-  def load(self, shardings: unread.Shardings | None = None) -> Loaded: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
