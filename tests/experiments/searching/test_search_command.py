@@ -21,7 +21,7 @@ FIELDS = (
   *("flops_per_problem", "flops_policy", "flops_verifier"),
   *("tokens_per_problem", "seconds"),
 )
-"""Of DESIGN.md, section 4."""
+"""Of the last line on stdout."""
 
 REWARD = "VERIFIER=@verifiers.NewReward()"
 

@@ -99,7 +99,7 @@ def test_exact_steps_are_the_oracles_and_err_as_set():
   for name, text in (("right", right), ("wrong", wrong)):
     tokens = WORDS.encode(text)
     middle = tokens.index(WORDS.encode(";")[0]) + 1
-    both = path(tokens, (middle,)), path(tokens[:middle])
+    both = path(tokens, (middle,), (1.0,)), path(tokens[:middle])
     load = free_verifiers.ExactSteps().load(context(task))
     verifier = load.with_problems([problem])
     new = np.zeros((2, 1), int)
