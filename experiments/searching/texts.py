@@ -31,11 +31,12 @@ def steps_of(path: Path, tokenizer: Any) -> tuple[str, list[StepText]]:
   two steps share are the later one's.
 
   Args:
-    path: with a score for each step, or without scores.
+    path: with a score for each step, or for the first ones alone.
     tokenizer: whose `decode` makes the text.
   """
   whole = tokenizer.decode(path.tokens)
-  scores = path.scores or (None,) * len(path.steps)
+  # A verifier that is asked for the last step's score has those before it.
+  scores = [*path.scores, *[None] * (len(path.steps) - len(path.scores))]
   found: list[StepText] = []
   start = end = at = 0
   for tokens, score in zip(path.steps, scores, strict=True):

@@ -12,6 +12,7 @@ Extractor = Callable[[str], str | None]
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(r"answer(?: is:?|:)", re.IGNORECASE)
@@ -36,6 +37,12 @@ def gsm8k_flexible(text: str) -> str | None:
   for found in _FLEXIBLE.finditer(text):  # noqa: B007
     pass
   return (found.group(1) or found.group(2)).strip() if found else None
+
+
+def last_number(text: str) -> str | None:
+  """Returns the last number, without commas of thousands or a full stop."""
+  found = _NUMBER.findall(text)
+  return found[-1].replace(",", "") if found else None
 
 
 def answer_tag(text: str) -> str | None:

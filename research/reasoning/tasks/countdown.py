@@ -201,18 +201,26 @@ class Countdown(GeneratedTask):
     """Returns whether every step is legal and the last number is the target.
 
     The answer is the expression that the steps make up; its canonical form has
-    sums and products in one order.
+    sums and products in one order. Steps that break a rule are an answer, too,
+    a wrong one, and stand for themselves: a policy that is forced to end at the
+    target errs by its arithmetic, so that leaving such answers out of a vote
+    would be an exact check of all of them.
     """
     numbers, target = parse_prompt(problem.prompt)
     steps = steps_of(SEMICOLON, answer_of(text))
     if not steps:
       return Verdict(False, reason="no answer")
+    written = " ".join(x.strip() for x in steps)
+    for step in steps:
+      if _match(step) is None:
+        reason = f"no answer: found {step.strip()!r:.60}, not a step"
+        return Verdict(False, reason=reason)
     left, expressions = numbers, list(map(str, numbers))
     for step in steps:
       try:
         a, sign, b, left_now = self._read(left, step)
       except IllegalStep as error:
-        return Verdict(False, reason=f"no answer: {error}")
+        return Verdict(False, written, written, f"wrong: {error}")
       i, j = _places(left, a, b)
       made = _expression(expressions[i], sign, expressions[j])
       rest = _without(tuple(expressions), i, j)
@@ -220,11 +228,11 @@ class Countdown(GeneratedTask):
       expressions = [made, *_ordered(rest, _without(left, i, j), left_now[1:])]
       left = left_now
     if len(left) > 1:
-      return Verdict(False, reason=f"no answer: {len(left)} numbers left")
+      reason = f"wrong: {len(left)} numbers left"
+      return Verdict(False, written, written, reason)
     correct = left[0] == target
     reason = "correct" if correct else f"wrong: {left[0]}"
-    found = expressions[0]
-    return Verdict(correct, " ".join(x.strip() for x in steps), found, reason)
+    return Verdict(correct, written, expressions[0], reason)
 
   def verify_step(
     self, problem: Problem, steps: Sequence[str], step: str
@@ -287,8 +295,8 @@ class Countdown(GeneratedTask):
     Raises:
       IllegalStep: naming the first rule that it breaks.
     """
-    found = _STEP.fullmatch(step.strip())
-    if not found or len(step) > 200:
+    found = _match(step)
+    if found is None:
       raise IllegalStep(f"found {step.strip()!r:.60}, not a step")
     a, b, c = (int(found[i]) for i in (1, 3, 4))
     sign, copies = found[2], tuple(map(int, found[5].split()))
@@ -306,6 +314,11 @@ class Countdown(GeneratedTask):
     if +rest != collections.Counter(copies):
       raise IllegalStep("the other numbers are not copied")
     return a, sign, b, (c, *copies)
+
+
+def _match(text: str) -> re.Match[str] | None:
+  """Returns a step's parts, if a text has its form; they may be wrong."""
+  return _STEP.fullmatch(text.strip()) if len(text) <= 200 else None
 
 
 def vocabulary(largest: int = 199) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ FIELDS = (
   *("flops_per_problem", "flops_policy", "flops_verifier"),
   *("tokens_per_problem", "seconds"),
 )
-"""Of DESIGN.md, section 4."""
+"""Of the last line on stdout."""
 
 REWARD = "VERIFIER=@verifiers.NewReward()"
 
@@ -114,9 +114,17 @@ SEARCHES = {
   "TreeSearch": ("STRATEGY=@tree.TreeSearch()",),
   "Beam, lookahead": ("STRATEGY=@beam.Beam()", "LOOKAHEAD=1"),
 }
+SLOW = "Beam, lookahead", "Rebase"
+"""Those whose programs others compile as well."""
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x
+    for x in SEARCHES
+  ],
+)
 def test_searches_with_a_verifier(run, name):
   choice = "CHOICE=@choose.BestOf()"
   found = run(*SEARCHES[name], REWARD, choice, "PROBLEMS=(0, 2)")
@@ -137,13 +145,14 @@ def test_searches_with_a_verifier(run, name):
     ("AdaptiveVotes", ("STRATEGY=@strategies.AdaptiveVotes()",)),
     ("BudgetForcedText", ("STRATEGY=@strategies.BudgetForcedText()",)),
     ("RoundsOfText", ("STRATEGY=@strategies.RoundsOfText()",)),
-    (
+    pytest.param(
       "RoundsOfText",
       (
         "STRATEGY=@strategies.RoundsOfText()",
         "strategies.RoundsOfText.shown=@rounds.Subsets()",
         "strategies.RoundsOfText.every=False",
       ),
+      marks=pytest.mark.slow,
     ),
   ],
 )

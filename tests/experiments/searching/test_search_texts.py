@@ -99,7 +99,7 @@ def test_exact_steps_are_the_oracles_and_err_as_set():
   for name, text in (("right", right), ("wrong", wrong)):
     tokens = WORDS.encode(text)
     middle = tokens.index(WORDS.encode(";")[0]) + 1
-    both = path(tokens, (middle,)), path(tokens[:middle])
+    both = path(tokens, (middle,), (1.0,)), path(tokens[:middle])
     load = free_verifiers.ExactSteps().load(context(task))
     verifier = load.with_problems([problem])
     new = np.zeros((2, 1), int)
@@ -108,9 +108,10 @@ def test_exact_steps_are_the_oracles_and_err_as_set():
   noisy = free_verifiers.ExactSteps(right=0.9, wrong=0.2).load(context(task))
   noisy = noisy.with_problems([problem])
   for text, share in ((right, 0.9), (wrong, 0.2)):
-    paths = [
-      dataclasses.replace(path(WORDS.encode(text)), root=i) for i in range(1500)
-    ]
+    tokens = WORDS.encode(text)
+    middle = tokens.index(WORDS.encode(";")[0]) + 1
+    one = path(tokens, (middle,))
+    paths = [dataclasses.replace(one, root=i) for i in range(1500)]
     found = [noisy.score(one) for one in paths]
     assert abs(np.mean(found) - share) < 5 * np.sqrt(share * (1 - share) / 1500)
   with pytest.raises(UserError, match="Parity has no oracle"):

@@ -60,7 +60,8 @@ def wander(task):
     out = []
     while len(left) > 1:
       moves = list(task.moves(left))
-      step, left = moves[(7 * i + len(out)) % len(moves)]
+      # Neighbours begin alike.
+      step, left = moves[(7 * (i // 2) + len(out)) % len(moves)]
       out.append(step)
     if i % 7 == 3:
       out[1] = "1 + 1 = 3 ;"
@@ -150,9 +151,9 @@ def test_a_sampler_s_texts_are_generated_ones():
     *(model, params, [[8], [11], [9, 10], [3, 4]], 2),
     *(sampler.sampling, jax.random.fold_in(KEY, 0), Numbers.stop),
   )
-  expected = [
-    Numbers().decode(row) if row[-1] in Numbers.stop else None
-    for row in first.tokens
-  ]
-  assert [texts[i] for i in (1, 3, 2, 4)] == expected
+  for i, row in zip((1, 3, 2, 4), first.tokens, strict=True):
+    # Without the token that ended it, which is the text's last word.
+    assert (texts[i] is None) == (len(row) == 2)
+    if texts[i] is not None:
+      assert texts[i].split()[:-1] == list(map(str, row))
   assert None in texts and set(texts) != {None}

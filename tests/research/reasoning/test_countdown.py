@@ -135,7 +135,9 @@ def test_verify_step_names_the_first_rule_that_is_broken(step, reason):
     (None, "no answer"),
     ("", "no answer"),
     ("  \n", "no answer"),
-    ("12 - 7 = 5 3 5 ; 5 * 3 = 15 5 ;", "no answer: 2 numbers left"),
+    ("12 - 7 = 5 3 5 ; 5 * 3 = 15 5 ;", "wrong: 2 numbers left"),
+    # It ends at the target, by its arithmetic alone.
+    ("12 - 7 = 5 3 5 ; 5 * 3 = 15 5 ; 15 + 5 = 24 ;", "wrong: 15 + 5 is 20"),
     ("12 - 7 = 5 3 5 ; 5 * 3 = 15 5 ; 15 - 5 = 10 ;", "wrong: 10"),
     ("12 - 7 = 5 3 5 ; 5 * 3 = 15 5 ; 15 - 5 = 10 ; 10 + 14 = 24 ;", "10 and"),
     ("12 + 12 = 24 ;", "not both there"),
@@ -148,6 +150,7 @@ def test_verify_rejects(text, reason):
   assert not found.correct
   assert reason in found.reason
   assert (found.extracted is None) == found.reason.startswith("no answer")
+  assert (found.canonical is None) == (found.extracted is None)
 
 
 def test_equal_expressions_have_one_canonical_form():

@@ -83,3 +83,17 @@ def test_hostile_lengths_take_linear_time():
   assert extraction.boxed(r"\boxed{" * (n // 7)) is None
   assert extraction.answer_phrase("answer is" + " " * n + "x") == "x"
   assert extraction.gsm8k_flexible("-" * n) is None
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("The sum of 82 and 1 is 83.", "83"),
+    ("so 1,234,567.", "1234567"),
+    ("-4, or 3.50", "3.50"),
+    ("it is -4.", "-4"),
+    ("nothing", None),
+  ],
+)
+def test_the_last_number_is_one(text, expected):
+  assert extraction.last_number(text) == expected
