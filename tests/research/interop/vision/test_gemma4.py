@@ -105,7 +105,9 @@ def test_generation_through_a_cache(name, language):
   assert found.tokens == golden["generated"].tolist()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)]
+)
 def test_written_as_it_was_read(name, opened, tmp_path):
   model, params = opened(name)
   how = Preprocessor(
@@ -126,6 +128,7 @@ def test_written_as_it_was_read(name, opened, tmp_path):
     np.testing.assert_array_equal(written[key], value, err_msg=key)
 
 
+@pytest.mark.slow
 def test_files_of_the_hub_have_more(opened, tmp_path, capsys):
   """Keys of layers that borrow others', an audio tower, another spelling."""
   name = "gemma4_e2b"

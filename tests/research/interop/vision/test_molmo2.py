@@ -105,6 +105,7 @@ def test_generation_through_a_cache(opened, language):
   assert found.tokens == golden["generated"].tolist()
 
 
+@pytest.mark.slow
 def test_written_as_it_was_read(opened, tmp_path):
   model, params = opened
   tokenizer = support_vlm.tokenizer()
