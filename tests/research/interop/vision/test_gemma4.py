@@ -88,8 +88,10 @@ def test_logits_of_two_rows_of_different_images(name, language):
   mask = model.mask(jnp.asarray(tokens), jnp.asarray(golden["lengths"]))
   found = logits(model.language, params, tokens, None, mask)
   for i, n in enumerate(golden["lengths"]):
-    # Its attention does not divide by sqrt(H): what fp32 rounds grows.
-    assert_close(found[i, :n], golden["logits"][i, :n], 1e-4)
+    # Its attention does not divide by sqrt(H), and so what fp32 rounds grows:
+    # transformers in fp32 is 1.2e-4 away from itself in fp64 (E2B), and 3e-6.
+    tolerance = 3e-4 if name == NAMES[0] else 1e-5
+    assert_close(found[i, :n], golden["logits"][i, :n], tolerance)
 
 
 @pytest.mark.parametrize(

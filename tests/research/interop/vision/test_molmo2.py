@@ -81,8 +81,9 @@ def test_soft_tokens_of_images_of_all_shapes(language):
   golden, soft = support_golden.golden(NAME), language["embed"].features
   sizes = [prompt.soft_tokens for prompt in prompts()]
   assert sum(sizes) == len(golden["features"])
-  assert_close(soft[0, : sizes[0]], golden["features"][: sizes[0]])
-  assert_close(soft[1, : sizes[1]], golden["features"][sizes[0] :])
+  # Features are not normalised; transformers in fp32 is 6e-6 away from itself.
+  assert_close(soft[0, : sizes[0]], golden["features"][: sizes[0]], 2e-5)
+  assert_close(soft[1, : sizes[1]], golden["features"][sizes[0] :], 2e-5)
 
 
 @pytest.mark.slow
