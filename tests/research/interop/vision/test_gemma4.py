@@ -193,6 +193,7 @@ def test_loss_and_gradients_with_layers_recomputed(opened):
     assert bound or np.abs(gradient).max() > 0, path
 
 
+@pytest.mark.slow
 def test_pages_are_refused_by_name(opened):
   model, params = opened("gemma4_e2b")
   with pytest.raises(UserError, match="lend their keys and values"):

@@ -96,6 +96,7 @@ def test_logits_of_two_rows_of_different_images(opened, language):
     assert_close(found[i, :n], golden["logits"][i, :n])
 
 
+@pytest.mark.slow
 def test_generation_through_a_cache(opened, language):
   """One batch of unequal prompts; transformers generated each row alone."""
   golden, (model, _) = support_golden.golden(NAME), opened
