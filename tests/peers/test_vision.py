@@ -92,14 +92,6 @@ def test_native_resolution_read_and_written_back(name, heptad, tmp_path):
   )
 
 
-def opened_by(folder, kind):
-  """Returns transformers' model of a folder that we wrote, in fp64."""
-  model = getattr(transformers, kind).from_pretrained(
-    folder, dtype=torch.float32, attn_implementation="eager"
-  )
-  return model.double().eval()
-
-
 def assert_as_generated(got, want, tolerance=1e-5):
   """Soft tokens and logits are near transformers', and its tokens ours."""
   assert support.relative_error(got["features"], want["features"]) < 1e-5
@@ -132,11 +124,11 @@ def test_gemma4_read_and_written_back(name, heptad, tmp_path):
                       **rows_of(want))  # fmt: skip
   # Its attention does not divide by sqrt(H): what fp32 rounds grows in softmax.
   assert_as_generated(got, want, 1e-4)
-  assert_opened(make_gemma4.CLASS, ours, theirs.float())
+  again = assert_opened(make_gemma4.CLASS, ours, theirs)
   # The weights are not all: what config.json says is theirs, too.
   with torch.no_grad(), make_models.float64():
-    again = make_gemma4.golden(opened_by(ours, make_gemma4.CLASS))
-  error = support.relative_error(np.asarray(again["logits"]), want["logits"])
+    made = make_gemma4.golden(again.double().eval())
+  error = support.relative_error(np.asarray(made["logits"]), want["logits"])
   assert error < 1e-6
 
 
@@ -156,14 +148,14 @@ def test_molmo2_read_and_written_back(heptad, tmp_path):
   got = heptad.bridge("native", tmp_path / "theirs", adapter=ours,
                       **rows_of(want, views=np.array(10)))  # fmt: skip
   assert_as_generated(got, want)
-  assert_opened(make_molmo2.CLASS, ours, theirs.float())
+  again = assert_opened(make_molmo2.CLASS, ours, theirs)
   with torch.no_grad(), make_models.float64():
-    again = make_molmo2.golden(opened_by(ours, make_molmo2.CLASS))
-  error = support.relative_error(np.asarray(again["logits"]), want["logits"])
+    made = make_molmo2.golden(again.double().eval())
+  error = support.relative_error(np.asarray(made["logits"]), want["logits"])
   assert error < 1e-6
-  made = transformers.Molmo2ImageProcessor.from_pretrained(ours)
+  processor = transformers.Molmo2ImageProcessor.from_pretrained(ours)
   for name in ("max_crops", "overlap_margins", "patch_size", "pooling_size"):
-    assert getattr(made, name) == make_molmo2.PROCESSOR[name], name
+    assert getattr(processor, name) == make_molmo2.PROCESSOR[name], name
 
 
 def test_siglip2_read_and_written_back(heptad, tmp_path):
@@ -190,10 +182,10 @@ def test_siglip2_read_and_written_back(heptad, tmp_path):
   )
   for name, value in got.items():
     assert support.relative_error(value, want[name]) < 1e-5, name
-  assert_opened(make_siglip2.CLASS, ours, theirs.float())
+  again = assert_opened(make_siglip2.CLASS, ours, theirs)
   with torch.no_grad(), make_models.float64():
-    again = make_siglip2.golden(opened_by(ours, make_siglip2.CLASS))
+    made = make_siglip2.golden(again.double().eval())
   error = support.relative_error(
-    np.asarray(again["logits_per_image"]), want["logits_per_image"]
+    np.asarray(made["logits_per_image"]), want["logits_per_image"]
   )
   assert error < 1e-6

@@ -88,8 +88,10 @@ def test_logits_of_two_rows_of_different_images(name, language):
   mask = model.mask(jnp.asarray(tokens), jnp.asarray(golden["lengths"]))
   found = logits(model.language, params, tokens, None, mask)
   for i, n in enumerate(golden["lengths"]):
-    # Its attention does not divide by sqrt(H): what fp32 rounds grows.
-    assert_close(found[i, :n], golden["logits"][i, :n], 1e-4)
+    # Its attention does not divide by sqrt(H), and so what fp32 rounds grows:
+    # transformers in fp32 is 1.2e-4 away from itself in fp64 (E2B), and 3e-6.
+    tolerance = 3e-4 if name == NAMES[0] else 1e-5
+    assert_close(found[i, :n], golden["logits"][i, :n], tolerance)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,9 @@ def test_generation_through_a_cache(name, language):
   assert found.tokens == golden["generated"].tolist()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)]
+)
 def test_written_as_it_was_read(name, opened, tmp_path):
   model, params = opened(name)
   how = Preprocessor(
@@ -126,6 +130,7 @@ def test_written_as_it_was_read(name, opened, tmp_path):
     np.testing.assert_array_equal(written[key], value, err_msg=key)
 
 
+@pytest.mark.slow
 def test_files_of_the_hub_have_more(opened, tmp_path, capsys):
   """Keys of layers that borrow others', an audio tower, another spelling."""
   name = "gemma4_e2b"
@@ -188,6 +193,7 @@ def test_loss_and_gradients_with_layers_recomputed(opened):
     assert bound or np.abs(gradient).max() > 0, path
 
 
+@pytest.mark.slow
 def test_pages_are_refused_by_name(opened):
   model, params = opened("gemma4_e2b")
   with pytest.raises(UserError, match="lend their keys and values"):

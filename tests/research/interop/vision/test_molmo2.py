@@ -81,8 +81,9 @@ def test_soft_tokens_of_images_of_all_shapes(language):
   golden, soft = support_golden.golden(NAME), language["embed"].features
   sizes = [prompt.soft_tokens for prompt in prompts()]
   assert sum(sizes) == len(golden["features"])
-  assert_close(soft[0, : sizes[0]], golden["features"][: sizes[0]])
-  assert_close(soft[1, : sizes[1]], golden["features"][sizes[0] :])
+  # Features are not normalised; transformers in fp32 is 6e-6 away from itself.
+  assert_close(soft[0, : sizes[0]], golden["features"][: sizes[0]], 2e-5)
+  assert_close(soft[1, : sizes[1]], golden["features"][sizes[0] :], 2e-5)
 
 
 @pytest.mark.slow
@@ -95,6 +96,7 @@ def test_logits_of_two_rows_of_different_images(opened, language):
     assert_close(found[i, :n], golden["logits"][i, :n])
 
 
+@pytest.mark.slow
 def test_generation_through_a_cache(opened, language):
   """One batch of unequal prompts; transformers generated each row alone."""
   golden, (model, _) = support_golden.golden(NAME), opened
@@ -105,6 +107,7 @@ def test_generation_through_a_cache(opened, language):
   assert found.tokens == golden["generated"].tolist()
 
 
+@pytest.mark.slow
 def test_written_as_it_was_read(opened, tmp_path):
   model, params = opened
   tokenizer = support_vlm.tokenizer()

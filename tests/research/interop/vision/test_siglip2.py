@@ -145,6 +145,7 @@ def test_the_encoder_serves_a_vision_language_model(opened):
     start += grid.prod()
 
 
+@pytest.mark.slow
 def test_positions_are_those_of_jax_image():
   """big_vision resizes with `scale_and_translate`; both up and down."""
   tower = AntialiasedTable(3, 3)
