@@ -15,7 +15,11 @@ NODES = {f"n{i}": f"127.0.0.{i + 1}" for i in (1, 2, 3, 4)}
 """Addresses on the loopback interface, by name."""
 
 FIRST_PORT = 17000
-KILL_WAIT = 60
+KILL_WAIT = 45
+"""Seconds; a save may take that long on a busy machine."""
+
+CREDENTIAL_EXPIRES = 65
+"""Seconds; Slurm's default is 120."""
 
 CONF = """
 ClusterName=heptad
@@ -24,8 +28,9 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A job that was queued again waits until its credential has expired.
-AuthInfo=socket={folder}/munge.socket,cred_expire=10
+# A requeued job waits until its credential has expired, which takes longer than
+# KillWait: until then slurmd may still end what has its number.
+AuthInfo=socket={folder}/munge.socket,cred_expire={expire}
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -138,6 +143,7 @@ class Cluster:
         host=host,
         port=FIRST_PORT,
         kill_wait=KILL_WAIT,
+        expire=CREDENTIAL_EXPIRES,
         nodes="\n".join(nodes),
       )
     )
