@@ -139,14 +139,13 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   units = sweep_units.plan(sweep, workdir, _SET.value, checks)
   if _CANCEL.value:
     return {"cancelled": slurm.cancel(workdir)}
-  queued = slurm.queued(workdir)
   if _STATUS.value:
-    return _status(sweep, units, queued, workdir, name)
-
-  # --- what is left to do ---
-  left = [unit for unit in units if unit.result() is None]
-  todo = [unit for unit in left if unit.work.name not in queued]
+    return _status(sweep, units, workdir, name)
   with work.lock(workdir) as lock:
+    # --- what is left to do ---
+    queued = slurm.queued(workdir)
+    left = [unit for unit in units if unit.result() is None]
+    todo = [unit for unit in left if unit.work.name not in queued]
     sweep_units.write(todo)
     if _LAUNCHER.value == "slurm":
       return _submit(units, todo, workdir, name)
@@ -230,21 +229,27 @@ def _write_jobsets(
   )
   with folders.writing(path):
     folders.write_text(path, text)
-  cli.say(f"kubectl apply -f {path}   starts; delete -f saves and ends")
+  cli.say(f"kubectl apply -f {path} starts them; delete -f ends them, saved")
   return {"units": len(units), "written": len(todo), "jobset": str(path)}
 
 
 def _status(
   sweep: Any,
   units: Sequence[Any],
-  queued: Mapping[str, Any],
   workdir: pathlib.Path,
   name: str,
 ) -> dict[str, Any]:
   """Prints how far the units are; returns the result of those that ended."""
   from experiments.core import tables
   from experiments.sweeps import slurm, sweep_results
+  from research.typing import UserError
 
+  if not (workdir / "units").is_dir():
+    raise UserError(
+      f"--workdir={workdir}: found no sweep there, expected the directory of"
+      " one that was started"
+    )
+  queued = slurm.queued(workdir)
   rows = slurm.table(
     queued, {u.work.name: sweep_results.how_far(u.work) for u in units}
   )

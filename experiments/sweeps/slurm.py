@@ -225,7 +225,12 @@ def table(
 ) -> list[dict[str, Any]]:
   """Returns a row for each unit that is queued or runs."""
   return [
-    {"unit": name, "state": job.state, "on": job.nodes, "at": how_far[name]}
+    {
+      "unit": name,
+      "state": job.state,
+      "on": job.nodes,
+      "at": how_far.get(name),
+    }
     for name, job in jobs.items()
   ]
 

@@ -200,6 +200,7 @@ def test_a_trial_has_bindings_of_its_own(command):
     ([], {"more": "sweeps.Sweep.axes = 'RANK'"}, "parameter named 'axes'"),
     ([], {"more": "sweeps.Sweep.better = 'more'"}, "better: found 'more'"),
     (["--sweep=nowhere.gin"], {}, "--sweep=nowhere.gin: no such file"),
+    (["--status"], {}, "found no sweep there"),
     (["--workdir=gs://a/b"], {}, "--workdir=gs://a/b: .* a local path"),
   ],
 )

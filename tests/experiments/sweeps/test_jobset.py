@@ -8,6 +8,8 @@ import sys
 import pytest
 import yaml
 
+from experiments import sweep
+from experiments.core import cli, config
 from experiments.sweeps import jobset
 from research.typing import UserError
 from tests.golden import make_launchers
@@ -123,6 +125,30 @@ def test_names_are_labels_of_dns():
   assert name.isascii() and name == name.lower() and len(name) <= 40
   assert all(x.isalnum() or x == "-" for x in name) and name[0].isalnum()
   assert name != jobset.jobset_name("Ä sweep_of " + 40 * "many ", "RANK=2")
+
+
+SWEEP = """
+from __gin__ import dynamic_registration
+from experiments import sweeps
+sweeps.Sweep.config = 'runs/quickstart.gin'
+sweeps.Sweep.over = {'RANK': [1, 8]}
+"""
+
+
+def test_the_command(tmp_path, capsys):
+  file = tmp_path / "mine.gin"
+  file.write_text(SWEEP)
+  out = tmp_path / "out"
+  given = [f"--sweep={file}", f"--workdir={out}", "--launcher=jobset"]
+  more = ["--topology=v5p:2x2x2", "--image=a", f"--volume=runs:{tmp_path}"]
+  assert cli.call(sweep.main, ["sweep", *given, *more[:1]]) == 1
+  assert "--image: is missing" in capsys.readouterr().err
+  assert cli.call(sweep.main, ["sweep", *given, *more]) == 0
+  found = list(yaml.safe_load_all((out / "jobset.yaml").read_text()))
+  assert [x["kind"] for x in found] == ["ConfigMap", "JobSet"] * 2
+  for rank, document in zip((1, 8), found[::2], strict=True):
+    text = document["data"]["unit.gin"]
+    assert f"\nRANK = {rank}\n" in text and config.parse(text).text == text
 
 
 STALE = {

@@ -12,6 +12,8 @@ import time
 
 import pytest
 
+from experiments import sweep
+from experiments.core import cli
 from experiments.sweeps import slurm
 from research.typing import UserError
 from tests.golden import make_launchers
@@ -197,3 +199,42 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", "")
   with pytest.raises(UserError, match="found no sbatch here"):
     slurm.submit(units(tmp_path), tmp_path, "a")
+
+
+SWEEP = """
+from __gin__ import dynamic_registration
+from experiments import sweeps
+sweeps.Sweep.config = 'runs/quickstart.gin'
+sweeps.Sweep.over = {'RANK': [1, 8]}
+"""
+
+
+def test_the_command(stand_ins, tmp_path, capsys):
+  """Submits, shows, refuses what is queued, says what failed, cancels."""
+  (tmp_path / "mine.gin").write_text(SWEEP)
+  out, queue = tmp_path / "out", stand_ins / "queue"
+
+  def call(*flags):
+    given = f"--sweep={tmp_path / 'mine.gin'}", f"--workdir={out}", *flags
+    status = cli.call(sweep.main, ["sweep", *given])
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    return status, json.loads(lines[-1]) if not status else None, said
+
+  status, result, _ = call("--launcher=slurm", "--sbatch=--nodes=2")
+  assert (status, result["submitted"], result["array"]) == (0, 2, "12")
+  queue.write_text("12|0|RUNNING|n1\n12|1|PENDING|\n")
+  assert call("--launcher=slurm")[1]["submitted"] == 0
+  status, _, said = call()
+  assert status == 1 and "Slurm has queued or runs 2 units" in said.err
+  status, result, said = call("--status")
+  assert result["queued"] == {"running": 1, "pending": 1}
+  assert result["missing"] == ["RANK=1", "RANK=8"] and "RUNNING" in said.out
+  queue.write_text("12|1|PENDING|\n")
+  (out / "units" / "RANK=1.log").write_text("error: no luck today\n")
+  _, result, said = call("--status")
+  assert (result["failed"], result["missing"]) == (["RANK=1"], ["RANK=8"])
+  assert "RANK=1.log:\n  error: no luck today" in said.out
+  assert call("--cancel")[1] == {"cancelled": ["RANK=8"]}
+  queue.write_text("")
+  assert call("--status")[1]["missing"] == ["RANK=8"]
