@@ -9,7 +9,6 @@ argument like any other.
 
 import ast
 import contextlib
-import dataclasses
 import difflib
 import io
 import logging
@@ -22,7 +21,7 @@ import gin
 from gin import config as gin_config
 
 from experiments.core.experiment import Experiment
-from experiments.stages.staged import Staged, StageResult, Stages
+from experiments.stages.staged import Staged, Stages, open_results
 from research import moved
 from research.io import folders
 from research.typing import UserError
@@ -152,14 +151,14 @@ def _opened(experiment: Any, workdir: Any) -> Any:
   """Returns an experiment that finds the results of earlier stages."""
   if isinstance(experiment, Staged):
     return experiment.in_workdir(workdir)
-  source = experiment.model
-  if not isinstance(source, StageResult):
+  if not isinstance(experiment, Experiment):
     return experiment
-  place = workdir.parent / source.stage
-  source = dataclasses.replace(
-    source, experiment=read_workdir(str(place)).experiment, workdir=place
-  )
-  return dataclasses.replace(experiment, model=source)
+
+  def find(stage):
+    place = workdir.parent / stage
+    return read_workdir(str(place)).experiment, place
+
+  return open_results(experiment, find)
 
 
 def parse(

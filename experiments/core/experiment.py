@@ -16,7 +16,7 @@ from research.data.packing import Row
 from research.data.pipeline import Data
 from research.data.sources import NoExamples
 from research.interop import load
-from research.interop.loaded import Loaded
+from research.interop.loaded import Loaded, Source, load_abstract
 from research.io import folders, unread
 from research.io.unread import Shardings
 from research.nn.layers import Remat
@@ -40,20 +40,6 @@ class NeedsModel(Protocol):
   """A transform that runs data through the model, which it gets first."""
 
   def with_model(self, loaded: Loaded) -> Transform: ...
-
-
-@runtime_checkable
-class Source(Protocol):
-  """Where a model and its first weights come from."""
-
-  def load(self, shardings: Shardings | None = None) -> Loaded: ...
-
-
-@runtime_checkable
-class AbstractSource(Protocol):
-  """A source that knows the shapes of its weights without reading them."""
-
-  def load_abstract(self) -> Loaded: ...
 
 
 @runtime_checkable
@@ -206,7 +192,7 @@ class Experiment:
 
     Nothing is read or computed.
     """
-    loaded = _load_abstract(self.model)
+    loaded = load_abstract(self.model)
     key, params = jax.eval_shape(jax.random.key, self.seed), loaded.params
     for transform in self.transforms_of(loaded):
       params = jax.eval_shape(transform, params, key)
@@ -273,20 +259,6 @@ class Experiment:
         why = str(error).split("\n")[0]
         folders.warn(f"goes on without {name} data: {why}")
     return found
-
-
-def _load_abstract(source: Source) -> Loaded:
-  """Returns a source's model, with shapes in place of weights."""
-  if isinstance(source, AbstractSource):
-    return source.load_abstract()
-  found: list[Loaded] = []
-
-  def params():
-    found.append(source.load())
-    return found[-1].params
-
-  made = jax.eval_shape(params)
-  return dataclasses.replace(found[-1], params=made)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

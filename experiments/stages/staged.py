@@ -10,13 +10,14 @@ as well; all else holds in every stage:
   tune/experiment.Experiment.trainable = '/trained/'
 
 The model of the first stage is the run's; each later one starts from the
-weights of the stage before it (`StageResult`), with an optimizer of its own.
+weights of the stage before it (`StageResult`), with an optimizer of its own,
+or from a model of its own, of which that result may be a part (an encoder).
 Each is a run in `workdir/<stage>`, whose `config.gin` has its bindings alone.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -153,12 +154,12 @@ class Staged:
     check_names(list(self.stages))
     before: list[str] = []
     for name, experiment in self.stages.items():
-      source = experiment.model
-      if isinstance(source, StageResult) and source.stage not in before:
-        raise UserError(
-          f"stage {name!r}: its model is the result of {source.stage!r},"
-          f" expected a stage before it, of {before}"
-        )
+      for result in results_in(experiment.model):
+        if result.stage not in before:
+          raise UserError(
+            f"stage {name!r}: its model is the result of {result.stage!r},"
+            f" expected a stage before it, of {before}"
+          )
       before.append(name)
 
   @property
@@ -170,16 +171,48 @@ class Staged:
     """Returns the same, with results of stages to be found in `workdir`."""
     opened: dict[str, Experiment] = {}
     for name, experiment in self.stages.items():
-      source = experiment.model
-      if isinstance(source, StageResult):
-        source = dataclasses.replace(
-          source,
-          experiment=opened[source.stage],
-          workdir=workdir / source.stage,
-        )
-        experiment = dataclasses.replace(experiment, model=source)
-      opened[name] = experiment
+      opened[name] = open_results(
+        experiment, lambda stage: (opened[stage], workdir / stage)
+      )
     return dataclasses.replace(self, stages=opened)
+
+
+def results_in(source: Any) -> list[StageResult]:
+  """Returns the stages' results that a source is, or has as its parts."""
+  if isinstance(source, StageResult):
+    return [source]
+  return list(_parts(source).values())
+
+
+def open_results(
+  experiment: Experiment, find: Callable[[str], tuple[Experiment, Folder]]
+) -> Experiment:
+  """Returns an experiment whose source knows where stages' results are.
+
+  Args:
+    experiment: of a stage.
+    find: name of a stage -> that stage, and its working directory.
+  """
+
+  def opened(result):
+    stage, workdir = find(result.stage)
+    return dataclasses.replace(result, experiment=stage, workdir=workdir)
+
+  source = experiment.model
+  if isinstance(source, StageResult):
+    return dataclasses.replace(experiment, model=opened(source))
+  parts = {name: opened(part) for name, part in _parts(source).items()}
+  if not parts:
+    return experiment
+  source = dataclasses.replace(source, **parts)
+  return dataclasses.replace(experiment, model=source)
+
+
+def _parts(source: Any) -> dict[str, StageResult]:
+  if not dataclasses.is_dataclass(source):
+    return {}
+  fields = {x.name: getattr(source, x.name) for x in dataclasses.fields(source)}
+  return {k: x for k, x in fields.items() if isinstance(x, StageResult)}
 
 
 def final(experiment: Experiment | Staged) -> Experiment:

@@ -19,7 +19,7 @@ from research.interop import hf, quantized
 from research.interop.diffusion import spec
 from research.interop.loaded import ADAPTER_CONFIG, NOTE, Loaded
 from research.interop.quantized import compressed_activations
-from research.interop.vision import families
+from research.interop.vision import contrastive, families
 from research.io import safetensors, unread
 from research.text import special_tokens
 from research.training import memory
@@ -69,7 +69,8 @@ def load_model(
       `jax.sharding.Sharding`s: each device's part, and no more, is read for
       it. None puts whole arrays on the default device.
     towers: of a vision language model: its language model alone, or all of it,
-      which then is a `research.vlm.VisionLanguageModel`.
+      which then is a `research.vlm.VisionLanguageModel`. CLIP and SigLIP are
+      loaded with "all" alone, as a `DualEncoder`.
     image_size: what makes it a model for images of another size, see
       `research.interop.vision.ImageSize`; None for the published one.
 
@@ -182,6 +183,12 @@ def _directory(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
       "packed"
     )
   kind = config.get("model_type")
+  if kind in contrastive.MODEL_TYPES and towers == "all":
+    from research.interop.vision import read
+
+    dual, params, config = read.model_from_directory(path, dtype, config)
+    source = dict(format="hf", path=str(path), config=config)
+    return Loaded(dual, params, tokenizer(path), source)
   # Gemma 3's language model is read as other families' are, packed or not.
   if kind in families.MODULES and (towers == "all" or kind != "gemma3"):
     from research.interop.vision import read

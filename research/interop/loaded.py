@@ -1,11 +1,16 @@
-"""What `load.load_model` returns, and the files that tell directories apart."""
+"""What `load.load_model` and other sources of models return.
+
+And the files that tell directories apart.
+"""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import jax
 from flax import linen as nn
 
 from research.interop.diffusion import spec
+from research.io.unread import Shardings
 from research.nn.transformer import Transformer
 from research.typing import Params
 from research.vlm.images.preprocessor import Preprocessor
@@ -38,3 +43,31 @@ class Loaded:
   source: dict[str, Any]
   diffusion: spec.Spec | None = None
   preprocessor: Preprocessor | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+  """Where a model and its first weights come from."""
+
+  def load(self, shardings: Shardings | None = None) -> Loaded: ...
+
+
+@runtime_checkable
+class AbstractSource(Protocol):
+  """A source that knows the shapes of its weights without reading them."""
+
+  def load_abstract(self) -> Loaded: ...
+
+
+def load_abstract(source: Source) -> Loaded:
+  """Returns a source's model, with shapes in place of weights."""
+  if isinstance(source, AbstractSource):
+    return source.load_abstract()
+  found: list[Loaded] = []
+
+  def params():
+    found.append(source.load())
+    return found[-1].params
+
+  made = jax.eval_shape(params)
+  return dataclasses.replace(found[-1], params=made)

@@ -25,6 +25,7 @@ def workdir(tmp_path):
   return shutil.copytree(BEFORE, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_it_is_resumed_from_its_checkpoint(workdir):
   """By its workdir alone, which has its configuration."""

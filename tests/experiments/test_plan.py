@@ -85,6 +85,7 @@ def test_collectives_are_those_of_the_mesh(planned):
   assert not any(f"[{depth}," in s for row in rows for s in row["shapes"])
 
 
+@pytest.mark.slow
 def test_seconds_of_a_machine_that_nobody_knows_are_null(planned):
   _, found = planned
   assert found["seconds"] is None and found["mfu_bound"] is None

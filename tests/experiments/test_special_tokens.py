@@ -29,6 +29,7 @@ def finished(tmp_path_factory):
   return experiment, workdir, train_eval.train(experiment, workdir)
 
 
+@pytest.mark.slow
 def test_a_run_reads_as_its_tokenizer_says_and_says_so(finished):
   experiment, workdir, result = finished
   found = dict(begin=["<|endoftext|>"], end=[], every_row=True)

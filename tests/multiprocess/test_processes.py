@@ -104,6 +104,7 @@ def whole(folder):
   return workdir, result, found
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_are_one_of_four(whole, folder):
   workdir, result, _ = whole
   alone = _alone(folder / "alone", *MESH)

@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "qformer_tensors",
     ],
     "read": ["load", "model_from_directory", "vision_language_params"],
-    "source": ["Assembled", "Interleaved"],
+    "source": ["Assembled", "Interleaved", "encoder_params"],
     "write": ["vision_language_tensors", "write_model"],
   },
 )

@@ -35,15 +35,17 @@ def _trained(experiment):
 
 def test_the_stages_of_smollm2_train_what_they_say(tmp_path):
   run = config.read("runs/vlm/two_stages_smollm2.gin").experiment
-  align, tune = run.stages.values()
+  align = run.stages["align"]
   language = FromScratch(sizes=SMOLLM2)
   model = dataclasses.replace(align.model, language=language)
   stages = dict(run.stages, align=dataclasses.replace(align, model=model))
   run = dataclasses.replace(run, stages=stages).in_workdir(tmp_path)
+  assert run.stages["align"].model.encoder.workdir == tmp_path / "see"
+  assert run.stages["align"].model.vision == run.stages["see"].model.vision
   found = {name: _trained(stage) for name, stage in run.stages.items()}
   for towers in found.values():
-    for tower in ("vision", "connector"):
-      assert towers[tower][0] == towers[tower][1] > 0
+    assert towers["connector"][0] == towers["connector"][1] > 0
+  assert [x["vision"][0] > 0 for x in found.values()] == [True, False, False]
   assert found["align"]["language"][0] == 0
   # Two factors for each of the seven matrices of a layer.
   trained, every = found["tune"]["language"]
@@ -53,19 +55,21 @@ def test_the_stages_of_smollm2_train_what_they_say(tmp_path):
 
 def test_images_of_smollm2_have_as_many_tokens_as_placeholders():
   run = config.read("runs/vlm/two_stages_smollm2.gin").experiment
-  for stage in run.stages.values():
-    questions = stage.data
-    sample = questions.samples[0]
-    views = questions.preprocessor.views(sample.image)
+  for name in ("see", "align"):
+    stage = run.stages[name]
+    model, questions = stage.model, stage.data
+    views = questions.preprocessor.views(questions.samples[0].image)
     assert views.plan.soft_tokens == 16
-  model = run.stages["align"].model
-  height, width = views.pixels.shape[1:3]
-  grid = (height // model.vision.patch, width // model.vision.patch)
-  assert model.connector.tokens(grid) == 16
-  assert questions.image_token == model.image_token == SMOLLM2.vocab
-  assert stage.answers.questions.template == questions.template
+    height, width = views.pixels.shape[1:3]
+    grid = (height // model.vision.patch, width // model.vision.patch)
+    assert model.connector.tokens(grid) == 16
+    assert questions.image_token == model.image_token
+    assert stage.answers.questions.template == questions.template
+  tune = run.stages["tune"].data
+  assert tune.image_token == model.image_token == SMOLLM2.vocab
 
 
+@pytest.mark.slow
 def test_images_of_any_number_have_buckets():
   """The buckets of the run file have room for all its samples."""
   run = config.read(

@@ -47,6 +47,7 @@ def rows(done):
   return json.loads(lines[-1])["rows"]
 
 
+@pytest.mark.slow
 def test_each_prompt_has_its_adapter(command, places):
   first, second = "--prompt=the cat", "--prompt=a dog ran"
   flags = places["a"], places["b"], "--adapter=a", "--adapter=__base__"

@@ -20,6 +20,7 @@ def command(capsys):
   return generated.of_tiny(capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pages", ["4", "4,rows=2", "16,rows=1"])
 @pytest.mark.sample(3, 1)
 def test_the_text_is_that_without_pages(command, pages):

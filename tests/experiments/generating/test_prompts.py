@@ -69,6 +69,7 @@ SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
 CAT = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.slow
 def test_a_conversation_in_the_terminal(command, stdin):
   """Each answer is to all before it; the first is that to a prompt."""
   chat = "--chat", "--system=Be brief."

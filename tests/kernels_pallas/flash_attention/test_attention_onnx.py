@@ -226,6 +226,7 @@ def halves():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.sample(52)
 def test_onnx(name):

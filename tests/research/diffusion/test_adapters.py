@@ -83,6 +83,7 @@ def asked(name):
   return MaskedDiffusion(model=model, mask_id=MASK), batch(4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["masked", "blocks", "vrpo"])
 @pytest.mark.sample(3)
 def test_a_step_is_that_of_plain_arrays_and_moves_adapters_alone(name):

@@ -52,6 +52,7 @@ def search(engine):
   return state, found
 
 
+@pytest.mark.slow
 def test_a_search_over_pages_is_that_over_rows():
   layout = Paging(size=4)
   state, found = search(engine(PagedStepwise, layout=layout, most=4))

@@ -114,6 +114,7 @@ def test_calibrated_adapters_start_as_their_base(kind):
   chex.assert_trees_all_equal(logits(adapted(kind)), logits(params()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOOKS)
 @pytest.mark.sample(2)
 def test_planning_needs_no_data(kind):

@@ -75,6 +75,7 @@ def pqm(q, right, margin):
   return np.mean(terms if below else terms[1:])
 
 
+@pytest.mark.slow
 def test_pqm_ranks_the_steps_of_a_trace():
   traces = [[1, 1, 0, 0], [1, 1, 1], [0], [0, 1, 0, 1]]
   z = RNG.normal(size=(5, 9)).astype(np.float32)

@@ -89,6 +89,7 @@ def test_every_matrix_of_the_layers_is_packed():
   np.testing.assert_allclose(hidden, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compensated_outputs_are_better_than_nearest():
   _, report = done()
   better = [row.output_error < row.nearest_error for row in report.rows]

@@ -128,6 +128,7 @@ def test_tokens_are_those_without_padding(tmp_path):
   assert out.tokens_per_s == pytest.approx(sum(expected) / steps)
 
 
+@pytest.mark.slow
 def test_eight_steps_are_three_and_five(tmp_path):
   """Bitwise: the schedule of buckets goes on where it was."""
   whole = run(tmp_path / "whole", 8, save_every=3)

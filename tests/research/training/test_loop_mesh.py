@@ -206,6 +206,7 @@ def numbers(workdir):
   return rows, sorted(p.name for p in (workdir / "checkpoints").glob("[0-9]*"))
 
 
+@pytest.mark.slow
 def test_a_damaged_unevaluated_step_is_not_used(tmp_path, monkeypatch, capsys):
   more = dict(plan=loop.TrainConfig(steps=4, accumulate=2, save_every=2))
   monkeypatch.setattr(preemption, "StopPoints", lambda: Asking(6))

@@ -54,7 +54,14 @@ def numbers(workdir):
   ]
 
 
-@pytest.mark.parametrize("updates", [1, 2, 4])
+@pytest.mark.parametrize(
+  "updates",
+  [
+    pytest.param(1, marks=pytest.mark.slow),
+    2,
+    pytest.param(4, marks=pytest.mark.slow),
+  ],
+)
 def test_three_steps_and_three_are_six(updates, tmp_path):
   """In the middle of a round the checkpoint has what is left of it."""
   whole, source = fit(tmp_path / "whole", updates)

@@ -258,6 +258,7 @@ def seeing():
   return model, towers | {"language": params()}, loss
 
 
+@pytest.mark.slow
 def test_a_vision_language_model_with_images_beside_its_text():
   """Pixels of an image change the loss of its own row; all towers learn."""
   _, given, loss = seeing()

@@ -186,6 +186,7 @@ def test_a_mesh_cuts_rows_of_pixels_and_no_other_axis(sizes):
   assert_close((found, moved), (total, grads))
 
 
+@pytest.mark.slow
 def test_microbatches_are_rows_with_their_images():
   """The gradient is that of the whole batch, whatever a row's images."""
   tokens = [*TOKENS, TOKENS[0]]

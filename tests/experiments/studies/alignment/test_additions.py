@@ -22,6 +22,7 @@ def run(workdir, steps, *bindings):
   return train_eval.train(read.experiment, folder)
 
 
+@pytest.mark.slow
 def test_three_steps_and_three_are_six(tmp_path):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   result = run(whole, 6)

@@ -32,6 +32,7 @@ def _rows():
   return {row["method"]: row for row in lora_methods.rows()}
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_the_papers(rows):
   def count(f):
     return 30 * sum(n * f(i, o) for i, o, n in SIZES)

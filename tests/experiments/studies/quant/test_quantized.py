@@ -37,6 +37,7 @@ def _packed(tmp_path_factory):
   return folder / "model", text, loaded, params
 
 
+@pytest.mark.slow
 def test_the_command_says_what_was_lost(packed, capsys):
   model, text, loaded, params = packed
   argv = [f"--model={model}", f"--base={TINY}", f"--text={text}"]

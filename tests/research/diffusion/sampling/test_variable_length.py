@@ -195,6 +195,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("growth", "options", "asked"), CASES)
 @pytest.mark.sample(6, 1)
 def test_is_the_paper_s_loop(growth, options, asked):

@@ -216,6 +216,7 @@ def importances(source, rng):
   }
 
 
+@pytest.mark.slow
 def test_importances_weigh_the_encoding(source, tmp_path):
   given = importances(source, np.random.default_rng(1))
   recipe = Recipe("Q3_K_S", True, given)

@@ -71,6 +71,7 @@ def test_our_checkpoint_keeps_what_is_said_of_masks(tmp_path):
   assert load.load_model(tmp_path / "a").diffusion == SPECS["llada"]
 
 
+@pytest.mark.slow
 def test_another_tools_format_has_llamas_names(tmp_path):
   from research.interop.quantized import checkpoint_formats
 

@@ -184,6 +184,7 @@ def test_long_contexts_keep_bos(loaded, log_p):
   assert got == loaded.tokenizer.decode(made.tokens[0])
 
 
+@pytest.mark.slow
 def test_generate_until(loaded):
   contexts = ["what", "is th", "a"]
   tokenizer = loaded.tokenizer

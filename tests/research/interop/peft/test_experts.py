@@ -30,6 +30,7 @@ def base():
   return load.load_model(MODELS / "mixtral")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.sample(2)
 def test_logits_are_pefts(name):

@@ -11,10 +11,10 @@ import pytest
 import safetensors.numpy
 
 from kernels_pallas.masks import Mask
-from research.interop import vision
+from research.interop import load_model, vision
 from research.typing import UserError
-from research.vlm import splice
-from research.vlm.encoders import vit
+from research.vlm import encoders, splice
+from research.vlm.encoders import EncoderSizes, vit
 from research.vlm.encoders.vit import Features
 
 GOLDEN = pathlib.Path(__file__).parents[3] / "golden"
@@ -93,6 +93,30 @@ def test_vectors_and_their_products(name, opened):
   assert_close(images, golden["image_embeds"])
   assert_close(texts, golden["text_embeds"])
   assert_close(scale * images @ texts.T + bias, golden["logits_per_image"])
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_a_directory_s_encoder_starts_a_new_model(name, tmp_path, opened):
+  config = json.loads((GOLDEN / "vlm" / name / "config.json").read_text())
+  fields = config["vision_config"]
+  sizes = EncoderSizes(
+    width=fields["hidden_size"],
+    depth=fields["num_hidden_layers"],
+    heads=fields["num_attention_heads"],
+    hidden=fields["intermediate_size"],
+    patch=fields["patch_size"],
+    grid=fields["image_size"] // fields["patch_size"],
+  )
+  encoder = {"clip": encoders.clip, "siglip": encoders.siglip}[name](sizes)
+  write(tmp_path, name, tensors(name))
+  loaded = load_model(tmp_path, towers="all")
+  params = vision.encoder_params(encoder, loaded.model, loaded.params)
+  assert params.keys() == vit.new_params(encoder, jax.random.key(0)).keys()
+  golden = opened(name)[2]
+  x, at, _ = patches(golden["pixels"], encoder.patch)
+  last = Features(normed=False, class_token=True)
+  found = encoder.apply({"params": params}, x, at, None, last)
+  assert_close(found, golden["hidden_3"])
 
 
 def soft_tokens(model, params, golden):

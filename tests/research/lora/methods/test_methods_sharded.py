@@ -82,6 +82,7 @@ def computed(layout: str):
   return jax.tree.map(np.asarray, (outputs, gradients))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.sample(3)
 def test_outputs_and_gradients_are_one_devices(name):

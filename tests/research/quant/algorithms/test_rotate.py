@@ -152,6 +152,7 @@ def test_taps_see_rotated_inputs():
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_on_eight_devices_as_on_one():
   """Rotated inputs with a sharded axis; integers; an untied head."""
   model, packed, _, tokens = _packed()

@@ -92,6 +92,7 @@ def _decoded(model, params, tokens, kv, prompt=9):
   return jnp.concatenate(out, axis=1)
 
 
+@pytest.mark.slow
 def test_decoding_attends_to_what_was_packed():
   """As attention to all tokens, packed and unpacked at once when read."""
   model = support.model("gemma2", depth=4)

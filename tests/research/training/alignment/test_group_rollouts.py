@@ -138,6 +138,7 @@ def test_a_reference_is_asked_where_the_loss_needs_it():
   assert (np.asarray(batch["reference"]) != np.asarray(batch["old"])).any()
 
 
+@pytest.mark.slow
 def test_three_steps_and_three_are_six_within_a_round(tmp_path):
   tx = optim.adamw(1e-2)
 

@@ -78,6 +78,7 @@ def test_evaluation_reports_and_adds_nothing():
   assert set(sums) - set(plain) == {"balance", "router_z", "violation"}
 
 
+@pytest.mark.slow
 def test_a_step_moves_each_bias_by_the_rate():
   tx, after = optax.adamw(1e-3, weight_decay=0.0), experts.rebalance(0.25)
   step = make_train_step(BALANCED, tx, accumulate=2)

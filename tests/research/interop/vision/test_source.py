@@ -1,0 +1,80 @@
+"""Vision language models assembled of parts: whose encoder they start with."""
+
+import dataclasses
+
+import chex
+import jax
+import pytest
+
+from research.interop.loaded import Loaded
+from research.interop.vision import Assembled
+from research.typing import UserError
+from research.vlm.contrastive.dual_encoder import DualEncoder
+from research.vlm.encoders import EncoderSizes, siglip, siglip_text, vit
+from tests import support, support_vlm
+
+SIZES = EncoderSizes(width=24, depth=2, heads=2, hidden=28, patch=4, grid=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Of a model that is there."""
+
+  model: object
+  params: object
+
+  def load(self, shardings=None):
+    del shardings
+    return Loaded(self.model, self.params, None, {"format": "test"})
+
+
+def assembled(encoder=None):
+  base = support_vlm.model()
+  return Assembled(
+    language=Source(base.language, support_vlm.params()["language"]),
+    vision=base.vision,
+    encoder=encoder,
+    connector=base.connector,
+    preprocessor=support_vlm.PREPROCESSOR,
+    seed=3,
+  )
+
+
+def two_towers():
+  image = siglip(SIZES, head=True)
+  text = siglip_text(SIZES, vocab=66, length=5)
+  params = vit.new_params(image, jax.random.key(7))
+  return Source(DualEncoder(image=image, text=text), {"image": params})
+
+
+@pytest.mark.parametrize("kind", ["vision language", "contrastive"])
+def test_it_starts_with_the_weights_of_a_trained_encoder(kind):
+  if kind == "contrastive":
+    source = two_towers()
+    expected = dict(source.params["image"])
+    assert expected.pop("pooling")
+  else:
+    source = Source(support_vlm.model(), support_vlm.params())
+    expected = source.params["vision"]
+  fresh, found = assembled().load(), assembled(source).load()
+  chex.assert_trees_all_equal(found.params["vision"], expected)
+  others = {k: found.params[k] for k in ("connector", "language")}
+  chex.assert_trees_all_equal(others, {k: fresh.params[k] for k in others})
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_equal(fresh.params["vision"], expected)
+
+
+def test_another_encoder_is_refused_by_its_differences():
+  wider = dataclasses.replace(SIZES, width=32)
+  source = Source(
+    dataclasses.replace(support_vlm.model(), vision=siglip(wider)),
+    {"vision": 0},
+  )
+  with pytest.raises(UserError, match="found width 32, expected 24"):
+    assembled(source).load()
+
+
+def test_a_language_model_has_no_encoder():
+  source = Source(support.model("llama"), {})
+  with pytest.raises(UserError, match="found a Transformer"):
+    assembled(source).load()
