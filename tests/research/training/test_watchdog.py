@@ -112,7 +112,7 @@ def test_a_run_that_hangs_ends_on_every_process(tmp_path):
     [
       *("-c", HANGS, f"--config={config}", f"--workdir={tmp_path / 'run'}"),
       *("--set=DATA=2", "--set=FSDP=2"),
-      "--set=loop.TrainConfig.stalled_after=8",
+      "--set=loop.TrainConfig.stalled_after=40",
     ]
   )
   for process in done:
