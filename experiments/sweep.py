@@ -1,4 +1,4 @@
-"""Runs a sweep: one command many times over, with other bindings.
+r"""Runs a sweep: one command many times over, with other bindings.
 
   python -m experiments.sweep --sweep=sweeps/quickstart_rank.gin --workdir=DIR
 

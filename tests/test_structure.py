@@ -344,6 +344,7 @@ DISTRIBUTIONS = {
   "gin": "gin-config",
   "orbax": "orbax-checkpoint",
   "PIL": "pillow",
+  "yaml": "pyyaml",
   "jaxlib": "jax",  # pins it
 }
 """What brings a package, where it is not called after it."""

@@ -211,11 +211,18 @@ def _show_progress(text: str) -> None:
 
 
 def _is_first_process() -> bool:
-  """Whether no other process of the run has a smaller index."""
+  """Whether no other process of the run has a smaller index.
+
+  Each is, until it has found the others.
+  """
   if "jax" not in sys.modules:
     return True
   import jax
 
+  from experiments.core import runtime
+
+  if runtime.CONNECTING.is_set():
+    return True
   return not (jax.distributed.is_initialized() and jax.process_index())
 
 

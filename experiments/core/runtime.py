@@ -30,6 +30,10 @@ WRITING = 3600
 PREEMPTED = 42
 """`preemption.Preempted.exit_status`, which is known before JAX is imported."""
 
+CONNECTING = threading.Event()
+"""Is set while this process waits for the others of its run. JAX has a client
+then, but who asks for its index would start a backend that fails."""
+
 PACKAGES = ("research", "kernels_pallas", "experiments")
 _HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -242,6 +246,7 @@ def _connect(where: Cluster) -> bool:
   processes = where.processes or _number("JAX_NUM_PROCESSES")
   process = where.process
   process = _number("JAX_PROCESS_ID") if process is None else process
+  CONNECTING.set()
   try:
     if None not in (coordinator, processes, process):
       jax.distributed.initialize(
@@ -272,6 +277,8 @@ def _connect(where: Cluster) -> bool:
       f"{coordinator}: process {process} of {processes} could not connect:"
       f" {why}\nExpected process 0 to listen there."
     ) from error
+  finally:
+    CONNECTING.clear()
 
 
 def _number(name: str) -> int | None:

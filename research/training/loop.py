@@ -34,6 +34,7 @@ from research.training.reports.report import Report
 from research.training.rollouts import Rollouts, batch_source
 from research.training.state import TrainState
 from research.training.step import make_train_step
+from research.training.watchdog import Watchdog
 from research.typing import PRNGKey, UserError
 
 
@@ -53,6 +54,9 @@ class TrainConfig:
     keep_every: steps between checkpoints that are never deleted; 0 for none.
     best: the metric that determines the best checkpoint.
     better: whether lower or higher values of it are better.
+    stalled_after: seconds without progress of any process after which a run of
+      several says which one hangs, and ends (`watchdog`); None for never. It
+      must exceed a step, a compilation, a save and an evaluation.
     profile: (first step, number of steps) to trace with the JAX profiler,
       counted from the start of this process, or None.
   """
@@ -67,6 +71,7 @@ class TrainConfig:
   keep_every: int = 0
   best: str = "validation/loss"
   better: Literal["lower", "higher"] = "lower"
+  stalled_after: float | int | None = 3600
   profile: tuple[int, int] | None = None
 
   def __post_init__(self):
@@ -79,6 +84,11 @@ class TrainConfig:
           f"{low}."
         )
     ranges.share("TrainConfig", average=self.average)
+    if self.stalled_after is not None and self.stalled_after <= 0:
+      raise UserError(
+        f"TrainConfig.stalled_after: found {self.stalled_after}, expected"
+        " seconds above 0, or None."
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +166,11 @@ def fit(
   workdir.mkdir(parents=True, exist_ok=True)
   clock, evaluation = Goodput(started_at), {}
   points, batches = preemption.StopPoints(), batch_source(training, sharding)
+  processes = jax.process_index(), jax.process_count()
   with contextlib.ExitStack() as stack:
+    watched = stack.enter_context(
+      Watchdog(workdir, *processes, patience=config.stalled_after)
+    )
     # --- restore ---
     folder = workdir / "checkpoints"
     checkpoints = stack.enter_context(
@@ -169,6 +183,7 @@ def fit(
         sweep=True,
       )
     )
+    watched.doing("restoring")
     with clock.doing("restore"):
       record_base(folder, state.frozen, source)
       data = batches.resumable
@@ -191,6 +206,9 @@ def fit(
 
     def evaluated(state: TrainState) -> dict[str, float] | None:
       """Returns the evaluation of a state, or None if it was interrupted."""
+      watched.doing(
+        f"evaluating step {int(state.step)}", "an evaluation's batch"
+      )
       try:
         with clock.doing("evaluate"):
           found = evaluating.evaluate_all(
@@ -204,6 +222,7 @@ def fit(
     @contextlib.contextmanager
     def saving_in_time(asked: bool) -> Iterator[None]:
       """Says it before a save that takes longer than a launcher waits."""
+      watched.doing("saving", "a checkpoint")
       if text := times.too_long(asked):
         folders.warn(f"{workdir}: {text}")
       begin = clock.seconds["save"]
@@ -238,6 +257,7 @@ def fit(
     # --- compile ---
     key = _key(config.seed, sharding)
     if start < config.steps:
+      watched.doing("compiling")
       with clock.doing("compile"):
         shapes = batches.shapes(state)
         step = make_train_step(objective, tx, config.accumulate, config.average)
@@ -252,12 +272,16 @@ def fit(
     for number in range(start + 1, config.steps + 1):
       last = number == config.steps
       looking = _looks(config, number, evaluations)
+      watched.doing(f"reading the batch of step {number}")
       with clock.doing("data"):
         batch = batches.next(
           dataclasses.replace(moving, frozen=frozen), number - 1
         )
       with clock.doing("step"), _traced(config, number - start, last, report):
         points.unsaved(True)
+        watched.doing(
+          f"computing step {number}", f"the update of step {number}"
+        )
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
           moving, values = update(moving, frozen, batch, key)
         more = {"tokens": _positions(batch), **values, **batches.metrics}

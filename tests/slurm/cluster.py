@@ -46,6 +46,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
+MinJobAge=3600
 KillWait={kill_wait}
 SlurmdTimeout=10
 SchedulerParameters=sched_interval=2,bf_interval=2

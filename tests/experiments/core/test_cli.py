@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate, perplexity, train
-from experiments.core import artifacts, cli, config, train_eval
+from experiments.core import artifacts, cli, config, runtime, train_eval
 from research import progress, tree
 from research.interop import load, peft
 from research.lora import adapt
@@ -335,3 +336,15 @@ def test_a_result_is_also_written_where_it_is_asked_for(command, tmp_path):
   # A file in the place of its folder.
   status, lines, errors = command(_counts, f"--result={path}/b.json")
   assert status == 1 and "cannot be written" in errors and lines == []
+
+
+def test_who_waits_for_other_processes_may_speak(monkeypatch):
+  """JAX has a client by then; asking it for the index would start a backend."""
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(jax, "process_index", lambda: pytest.fail("asked"))
+  monkeypatch.setattr(runtime, "CONNECTING", threading.Event())
+  runtime.CONNECTING.set()
+  assert cli._is_first_process()
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  runtime.CONNECTING.clear()
+  assert not cli._is_first_process()

@@ -113,8 +113,8 @@ def test_where_files_are():
     "--workdir=/runs/a/units/RANK=1",
     "--result=/runs/a/units/RANK=1.json",
   ]
-  with pytest.raises(UserError, match="pods would not find /home/a"):
-    documents(folder="/home/a")
+  with pytest.raises(UserError, match="pods would not find /elsewhere"):
+    documents(folder="/elsewhere")
   with pytest.raises(UserError, match="--volume=runs: expected CLAIM:/path"):
     documents(volumes=["runs"])
 
