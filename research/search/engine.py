@@ -7,8 +7,10 @@ how often. Every token of policy and verifier is on the problem's ledger.
 
 import dataclasses
 import functools
+import queue
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,39 +18,15 @@ import numpy as np
 from research.generation.decoding import Drawn
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
-from research.search.cost import Causal, ModelCost, model_cost
-from research.search.ledger import Ledger, prefill
+from research.search.cost import Causal, model_cost
+from research.search.ledger import Ledger
+from research.search.policy import (
+  AutoregressiveCost,
+  Path,
+  Policy,
+  PolicyCost,
+)
 from research.typing import Float, Int, PRNGKey, UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Path:
-  """A solution on its way.
-
-  Attributes:
-    problem: index of its problem.
-    root: index of the copy of the prompt from which it comes, from 0.
-    prompt: number of tokens of the prompt.
-    steps: tokens of each step.
-    scores: the verifier's, of each step; empty without a verifier.
-    log_prob: of all tokens under the policy, in nats; 0 if not asked for.
-    done: whether it has ended.
-    stopped: whether it ended by a stop token, rather than by its length.
-  """
-
-  problem: int
-  root: int
-  prompt: int
-  steps: tuple[tuple[int, ...], ...] = ()
-  scores: tuple[float, ...] = ()
-  log_prob: float | int = 0.0
-  done: bool = False
-  stopped: bool = False
-
-  @property
-  def tokens(self) -> tuple[int, ...]:
-    """All new tokens."""
-    return tuple(token for step in self.steps for token in step)
 
 
 @runtime_checkable
@@ -99,6 +77,15 @@ class Verifier(Protocol):
     ...
 
 
+@runtime_checkable
+class WritingVerifier(Verifier, Protocol):
+  """A verifier whose cost is known once it has judged, such as a judge's."""
+
+  def spent(self, state: Any) -> Sequence[Ledger]:
+    """Returns what the last `read` has cost, of each row."""
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Frontier:
   """The rows of all problems between two steps.
@@ -127,14 +114,20 @@ class Engine:
   Attributes:
     policy: whose rows pause at the ends of steps.
     verifier: scores steps; None: paths have no scores.
+    timeout: seconds that the verifier has for the steps of all paths; None for
+      any number. One that asks elsewhere may never answer.
   """
 
-  policy: Stepwise
+  policy: Policy
   verifier: Verifier | None = None
+  timeout: float | int | None = None
 
   @functools.cached_property
-  def _cost(self) -> ModelCost:
-    return model_cost(self.policy.model)
+  def _cost(self) -> PolicyCost:
+    # What stands in `generation` knows no ledger.
+    if isinstance(self.policy, Stepwise):
+      return AutoregressiveCost(model_cost(self.policy.model))
+    return self.policy
 
   def start(
     self,
@@ -153,12 +146,26 @@ class Engine:
     """
     began = time.perf_counter()
     state, drawn = self.policy.start(prompts, max_new_tokens, key, copies)
+    frontier = self._without_steps(
+      state, prompts, max_new_tokens, copies, began
+    )
+    return self._with_tokens(frontier, state, drawn)
+
+  def _without_steps(
+    self,
+    state: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    copies: int,
+    began: float,
+  ) -> Frontier:
+    """Returns paths without a token, their prompts read and paid for."""
     paths = tuple(
       Path(problem=i, root=root, prompt=len(prompt))
       for i, prompt in enumerate(prompts)
       for root in range(copies)
     )
-    ledgers = tuple(prefill(self._cost, len(prompt)) for prompt in prompts)
+    ledgers = tuple(self._cost.prompt(len(prompt)) for prompt in prompts)
     judged = None
     if self.verifier is not None:
       judged = self.verifier.start(prompts, copies, max_new_tokens)
@@ -167,8 +174,7 @@ class Engine:
         for ledger, prompt in zip(ledgers, prompts, strict=True)
       )
     fresh = (True,) * len(paths)
-    frontier = Frontier(state, judged, paths, fresh, ledgers, began)
-    return self._with_tokens(frontier, state, drawn)
+    return Frontier(state, judged, paths, fresh, ledgers, began)
 
   def advance(self, frontier: Frontier) -> Frontier:
     """Returns the frontier after one more step of all paths that go on.
@@ -216,7 +222,7 @@ class Engine:
         " are replaced.\nScore the finished paths instead"
       )
     state = self.policy.append(frontier.state, tokens, replace)
-    cost, ledgers = self._cost, list(frontier.ledgers)
+    cost, ledgers = model_cost(self.policy.model), list(frontier.ledgers)
     paths = list(frontier.paths)
     for row, (own, lost) in enumerate(zip(tokens, replace, strict=True)):
       if not own:
@@ -290,7 +296,7 @@ class Engine:
     ]
     judged = frontier.verifier
     if self.verifier is not None:
-      judged, found = self.verifier.read(judged, paths, new)
+      judged, found = self._judged(judged, paths, new)
       paths = [
         _scored(path, score, row)
         for path, score, row in zip(paths, found, new, strict=True)
@@ -302,8 +308,23 @@ class Engine:
       verifier=judged,
       paths=tuple(paths),
       fresh=fresh,
-      ledgers=self._costs(frontier, new),
+      ledgers=self._costs(frontier, drawn, judged),
     )
+
+  def _judged(
+    self, state: Any, paths: Sequence[Path], new: Int[np.ndarray, "R C"]
+  ) -> tuple[Any, Float[np.ndarray, " R"]]:
+    """Returns the verifier's state and scores, if they come in time."""
+    read = functools.partial(self.verifier.read, state, paths, new)
+    state, found = (
+      read() if self.timeout is None else _within(self.timeout, read)
+    )
+    if np.shape(found) != (len(paths),):
+      raise UserError(
+        f"verifier: found scores of shape {np.shape(found)}, expected one for"
+        f" each of {len(paths)} paths"
+      )
+    return state, found
 
   def _longer(
     self, path: Path, row: Int[np.ndarray, " C"], log_probs: Any, done: bool
@@ -320,40 +341,74 @@ class Engine:
     )
 
   def _costs(
-    self, frontier: Frontier, new: Int[np.ndarray, "R C"]
+    self, frontier: Frontier, drawn: Drawn, judged: Any
   ) -> tuple[Ledger, ...]:
     """Returns the ledgers with the passes that drew and judged new tokens."""
-    cost, ledgers = self._cost, list(frontier.ledgers)
-    cached = [0] * len(ledgers)
-    for path, row in zip(frontier.paths, new, strict=True):
-      count, before = int((row != NO_TOKEN).sum()), len(path.tokens)
-      cached[path.problem] += before + count
-      if not count:
-        continue
-      # A path's first token is drawn from its prompt's last state; the last
-      # one of each step is fed when the next step begins.
-      fed = count if path.steps else count - 1
-      start = path.prompt + (before - 1 if path.steps else 0)
-      now = Ledger(
-        policy_decode_tokens=count,
-        flops_policy=cost.forward(fed, Causal(start, fed), fed),
-      )
-      if self.verifier is not None:
-        read = self.verifier.step_cost(path.prompt + before, count)
-        now = now.alongside(read)
-      ledgers[path.problem] += now
+    ledgers, paths = list(frontier.ledgers), frontier.paths
+    shared = {
+      path.problem: self._cost.prompt(path.prompt).peak_cache_tokens
+      for path in paths
+    }
+    cached = [shared.get(i, 0) for i in range(len(ledgers))]
+    counts = (np.asarray(drawn.tokens) != NO_TOKEN).sum(axis=1).tolist()
+    steps = self._cost.steps(paths, drawn)
+    reads = self._reads(paths, counts, judged)
+    for path, count, now, read in zip(paths, counts, steps, reads, strict=True):
+      cached[path.problem] += now.peak_cache_tokens
+      if count:
+        now = dataclasses.replace(now, peak_cache_tokens=0)
+        ledgers[path.problem] += now.alongside(read)
     seconds = time.perf_counter() - frontier.started
-    prompts = {path.problem: path.prompt for path in frontier.paths}
     return tuple(
       dataclasses.replace(
         ledger,
         seconds=seconds,
-        peak_cache_tokens=max(
-          ledger.peak_cache_tokens, prompts.get(i, 0) + cached[i]
-        ),
+        peak_cache_tokens=max(ledger.peak_cache_tokens, peak),
       )
-      for i, ledger in enumerate(ledgers)
+      for ledger, peak in zip(ledgers, cached, strict=True)
     )
+
+  def _reads(
+    self, paths: Sequence[Path], counts: Sequence[int], judged: Any
+  ) -> Sequence[Ledger]:
+    """Returns what judging each path's new tokens costs."""
+    if self.verifier is None:
+      return [Ledger()] * len(paths)
+    if isinstance(self.verifier, WritingVerifier):
+      return self.verifier.spent(judged)
+    return [
+      self.verifier.step_cost(path.prompt + len(path.tokens), count)
+      if count
+      else Ledger()
+      for path, count in zip(paths, counts, strict=True)
+    ]
+
+
+def _within(seconds: float | int, read: Callable[[], Any]) -> Any:
+  """Returns what a call returns, or raises what it raises, within some time.
+
+  Raises:
+    UserError: it does neither; its thread is left to itself.
+  """
+  found: queue.Queue = queue.Queue()
+
+  def run():
+    try:
+      found.put((read(), None))
+    except BaseException as error:
+      found.put((None, error))
+
+  threading.Thread(target=run, daemon=True).start()
+  try:
+    value, error = found.get(timeout=seconds)
+  except queue.Empty:
+    raise UserError(
+      f"verifier: found no scores after {seconds} s, expected them by then.\n"
+      "Give Engine.timeout more, or judge fewer paths at a time."
+    ) from None
+  if error is not None:
+    raise error
+  return value
 
 
 def _scored(path: Path, score: Any, row: Int[np.ndarray, " C"]) -> Path:
