@@ -2,8 +2,8 @@
 
 `formats/` reads and writes the published layouts of labelled steps, `labels/`
 derives labels from rollouts and oracles, `scores/` aggregates, calibrates and
-evaluates: none of these needs a model, or JAX. `model` has reward models on any
-backbone, `objective` their losses.
+evaluates, `attacks` changes solutions: none of these needs a model, or JAX.
+`model` has reward models on any backbone, `objective` their losses.
 """
 
 import lazy_loader
@@ -11,6 +11,16 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
+    "attacks": [
+      "ATTACKS",
+      "Attacked",
+      "Confident",
+      "Corrupted",
+      "Inflated",
+      "Merged",
+      "Reordered",
+      "Split",
+    ],
     "heads": ["LinearHead", "MlpHead"],
     "labelled": ["LabelledSolution"],
     "model": ["GenerativeReward", "RewardModel"],
