@@ -441,12 +441,25 @@ def select_rows(
 ) -> Rows:
   """Returns N rows without their keys and values; arguments as for `select`."""
   rows = jax.tree.map(lambda x: x[chosen], rows)
+  keys = branch_keys(rows.keys, rows.step, branch)
+  return dataclasses.replace(rows, keys=keys)
+
+
+def branch_keys(
+  keys: PRNGKey, step: Int[Array, " N"], branch: Int[Array, " N"]
+) -> PRNGKey:
+  """Returns the random keys of continuations of rows; branch 0 has the row's.
+
+  Args:
+    keys: of the rows, `[N]`.
+    step: numbers that sampling has folded into them so far, from 0 up.
+    branch: which continuation of its row each is.
+  """
 
   def fork(key, step, branch):
-    # Sampling folds in numbers of tokens: from 0 up. These count down from
-    # 2^32 - 1, so no token is drawn with the key of a branch.
+    # These count down from 2^32 - 1, so no token is drawn with the key of a
+    # branch.
     other = jax.random.fold_in(jax.random.fold_in(key, ~step), branch)
     return jnp.where(branch == 0, key, other)
 
-  keys = jax.vmap(fork)(rows.keys, rows.step.astype(jnp.uint32), branch)
-  return dataclasses.replace(rows, keys=keys)
+  return jax.vmap(fork)(keys, step.astype(jnp.uint32), branch)

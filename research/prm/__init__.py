@@ -2,9 +2,9 @@
 
 `formats/` reads and writes the published layouts of labelled steps, `labels/`
 derives labels from rollouts and oracles, `scores/` aggregates, calibrates and
-evaluates: none of these needs a model, or JAX. `model` has reward models on any
-backbone, `objective` their losses, `rows` the data of these; `policy_samples`
-labels what a policy writes, `judge` scores it.
+evaluates, `attacks` changes solutions: none of these needs a model, or JAX.
+`model` has reward models on any backbone, `objective` their losses, `rows` the
+data of these; `policy_samples` labels what a policy writes, `judge` scores it.
 """
 
 import lazy_loader
@@ -12,6 +12,16 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
+    "attacks": [
+      "ATTACKS",
+      "Attacked",
+      "Confident",
+      "Corrupted",
+      "Inflated",
+      "Merged",
+      "Reordered",
+      "Split",
+    ],
     "heads": ["LinearHead", "MlpHead"],
     "judge": ["StepEvaluation", "score_solutions"],
     "labelled": ["LabelledSolution"],

@@ -14,7 +14,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "cached_verifier": ["CachedVerifier"],
     "choose": ["BestOf", "Confident", "Majority", "Weighted", "answers_of"],
     "cost": ["Cached", "Causal", "Dense", "ModelCost", "model_cost"],
-    "engine": ["Engine", "Path", "StateVerifier", "Verifier"],
+    "diffusion_policy": ["DiffusionPolicy"],
+    "engine": ["Engine", "StateVerifier", "Verifier"],
+    "generative_judge": [
+      "GenPRMChat",
+      "GenerativeJudge",
+      "LanguageModelWriter",
+      "ThinkPRMChain",
+    ],
     "ledger": [
       "Incremental",
       "Ledger",
@@ -31,6 +38,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "compute_optimal",
       "quantile_bins",
     ],
+    "policy": ["Path", "Policy", "PolicyCost"],
     "protocols": [
       "Curve",
       "EffectiveSize",

@@ -7,8 +7,10 @@ how often. Every token of policy and verifier is on the problem's ledger.
 
 import dataclasses
 import functools
+import queue
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,39 +18,15 @@ import numpy as np
 from research.generation.decoding import Drawn
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
-from research.search.cost import Causal, ModelCost, model_cost
-from research.search.ledger import Ledger, prefill
+from research.search.cost import Causal, model_cost
+from research.search.ledger import Ledger
+from research.search.policy import (
+  AutoregressiveCost,
+  Path,
+  Policy,
+  PolicyCost,
+)
 from research.typing import Bool, Float, Int, PRNGKey, UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Path:
-  """A solution on its way.
-
-  Attributes:
-    problem: index of its problem.
-    root: index of the copy of the prompt from which it comes, from 0.
-    prompt: number of tokens of the prompt.
-    steps: tokens of each step.
-    scores: the verifier's, of each step; empty without a verifier.
-    log_prob: of all tokens under the policy, in nats; 0 if not asked for.
-    done: whether it has ended.
-    stopped: whether it ended by a stop token, rather than by its length.
-  """
-
-  problem: int
-  root: int
-  prompt: int
-  steps: tuple[tuple[int, ...], ...] = ()
-  scores: tuple[float, ...] = ()
-  log_prob: float | int = 0.0
-  done: bool = False
-  stopped: bool = False
-
-  @property
-  def tokens(self) -> tuple[int, ...]:
-    """All new tokens."""
-    return tuple(token for step in self.steps for token in step)
 
 
 @runtime_checkable
@@ -123,6 +101,15 @@ class StateVerifier(Protocol):
     ...
 
 
+@runtime_checkable
+class WritingVerifier(Verifier, Protocol):
+  """A verifier whose cost is known once it has judged, such as a judge's."""
+
+  def spent(self, state: Any) -> Sequence[Ledger]:
+    """Returns what the last `read` has cost, of each row."""
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Frontier:
   """The rows of all problems between two steps.
@@ -151,10 +138,13 @@ class Engine:
   Attributes:
     policy: whose rows pause at the ends of steps.
     verifier: scores steps; None: paths have no scores.
+    timeout: seconds that the verifier has for the steps of all paths; None for
+      any number. One that asks elsewhere may never answer.
   """
 
-  policy: Stepwise
+  policy: Policy
   verifier: Verifier | StateVerifier | None = None
+  timeout: float | int | None = None
 
   @property
   def _reader(self) -> Verifier | None:
@@ -162,12 +152,15 @@ class Engine:
     return self.verifier if isinstance(self.verifier, Verifier) else None
 
   @functools.cached_property
-  def _cost(self) -> ModelCost:
-    return model_cost(self.policy.model)
+  def _cost(self) -> PolicyCost:
+    # What stands in `generation` knows no ledger.
+    if isinstance(self.policy, Stepwise):
+      return AutoregressiveCost(model_cost(self.policy.model))
+    return self.policy
 
   def prompt_cost(self, tokens: int) -> Ledger:
     """Returns what reading a prompt of so many tokens costs, once."""
-    cost = prefill(self._cost, tokens)
+    cost = self._cost.prompt(tokens)
     if self.verifier is None:
       return cost
     return cost.alongside(self.verifier.prompt_cost(tokens))
@@ -189,6 +182,20 @@ class Engine:
     """
     began = time.perf_counter()
     state, drawn = self.policy.start(prompts, max_new_tokens, key, copies)
+    frontier = self._without_steps(
+      state, prompts, max_new_tokens, copies, began
+    )
+    return self._with_tokens(frontier, state, drawn)
+
+  def _without_steps(
+    self,
+    state: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    copies: int,
+    began: float,
+  ) -> Frontier:
+    """Returns paths without a token, their prompts read and paid for."""
     paths = tuple(
       Path(problem=i, root=root, prompt=len(prompt))
       for i, prompt in enumerate(prompts)
@@ -199,8 +206,7 @@ class Engine:
     if self._reader is not None:
       judged = self._reader.start(prompts, copies, max_new_tokens)
     fresh = (True,) * len(paths)
-    frontier = Frontier(state, judged, paths, fresh, ledgers, began)
-    return self._with_tokens(frontier, state, drawn)
+    return Frontier(state, judged, paths, fresh, ledgers, began)
 
   def advance(self, frontier: Frontier) -> Frontier:
     """Returns the frontier after one more step of all paths that go on.
@@ -248,7 +254,7 @@ class Engine:
         " are replaced.\nScore the finished paths instead"
       )
     state = self.policy.append(frontier.state, tokens, replace)
-    cost, ledgers = self._cost, list(frontier.ledgers)
+    cost, ledgers = model_cost(self.policy.model), list(frontier.ledgers)
     paths = list(frontier.paths)
     for row, (own, lost) in enumerate(zip(tokens, replace, strict=True)):
       if not own:
@@ -324,10 +330,7 @@ class Engine:
     asked = self._asked(frontier.paths, new)
     if self.verifier is not None:
       fresh = (asked != NO_TOKEN).any(axis=1)
-      if self._reader is None:
-        found = self.verifier.score(state, fresh)
-      else:
-        judged, found = self._reader.read(judged, paths, asked)
+      judged, found = self._judged(judged, state, paths, asked)
       paths = [
         _scored(path, score) if own else path
         for path, score, own in zip(paths, found, fresh, strict=True)
@@ -339,7 +342,7 @@ class Engine:
       verifier=judged,
       paths=tuple(paths),
       fresh=fresh,
-      ledgers=self._costs(frontier, new, asked),
+      ledgers=self._costs(frontier, drawn, judged, asked),
     )
 
   def _asked(
@@ -352,6 +355,30 @@ class Engine:
     ends = np.isin(new, [*self.policy.stop_tokens, NO_TOKEN]).all(axis=1)
     ends &= np.array([bool(path.steps) for path in paths])
     return np.where(ends[:, None], NO_TOKEN, new)
+
+  def _judged(
+    self,
+    judged: Any,
+    state: Any,
+    paths: Sequence[Path],
+    asked: Int[np.ndarray, "R C"],
+  ) -> tuple[Any, Float[np.ndarray, " R"]]:
+    """Returns the verifier's state and scores, if they come in time."""
+
+    def read():
+      if self._reader is None:
+        return judged, self.verifier.score(state, (asked != NO_TOKEN).any(1))
+      return self._reader.read(judged, paths, asked)
+
+    judged, found = (
+      read() if self.timeout is None else _within(self.timeout, read)
+    )
+    if np.shape(found) != (len(paths),):
+      raise UserError(
+        f"verifier: found scores of shape {np.shape(found)}, expected one for"
+        f" each of {len(paths)} paths"
+      )
+    return judged, found
 
   def _longer(
     self, path: Path, row: Int[np.ndarray, " C"], log_probs: Any, done: bool
@@ -373,41 +400,77 @@ class Engine:
   def _costs(
     self,
     frontier: Frontier,
-    new: Int[np.ndarray, "R C"],
+    drawn: Drawn,
+    judged: Any,
     asked: Int[np.ndarray, "R C"],
   ) -> tuple[Ledger, ...]:
     """Returns the ledgers with the passes that drew and judged new tokens."""
-    cost, ledgers = self._cost, list(frontier.ledgers)
-    cached = [0] * len(ledgers)
-    for path, row, step in zip(frontier.paths, new, asked, strict=True):
-      count, before = int((row != NO_TOKEN).sum()), len(path.tokens)
-      cached[path.problem] += before + count
-      if not count:
-        continue
-      # A path's first token is drawn from its prompt's last state; the last
-      # one of each step is fed when the next step begins.
-      fed = count if path.steps else count - 1
-      start = path.prompt + (before - 1 if path.steps else 0)
-      now = Ledger(
-        policy_decode_tokens=count,
-        flops_policy=cost.forward(fed, Causal(start, fed), fed),
-      )
-      if self.verifier is not None and (step != NO_TOKEN).any():
-        read = self.verifier.step_cost(path.prompt + before, count)
-        now = now.alongside(read)
-      ledgers[path.problem] += now
+    ledgers, paths = list(frontier.ledgers), frontier.paths
+    shared = {
+      path.problem: self._cost.prompt(path.prompt).peak_cache_tokens
+      for path in paths
+    }
+    cached = [shared.get(i, 0) for i in range(len(ledgers))]
+    counts = (np.asarray(drawn.tokens) != NO_TOKEN).sum(axis=1).tolist()
+    steps = self._cost.steps(paths, drawn)
+    judges = np.where((asked != NO_TOKEN).any(axis=1), counts, 0).tolist()
+    reads = self._reads(paths, judges, judged)
+    for path, count, now, read in zip(paths, counts, steps, reads, strict=True):
+      cached[path.problem] += now.peak_cache_tokens
+      if count:
+        now = dataclasses.replace(now, peak_cache_tokens=0)
+        ledgers[path.problem] += now.alongside(read)
     seconds = time.perf_counter() - frontier.started
-    prompts = {path.problem: path.prompt for path in frontier.paths}
     return tuple(
       dataclasses.replace(
         ledger,
         seconds=seconds,
-        peak_cache_tokens=max(
-          ledger.peak_cache_tokens, prompts.get(i, 0) + cached[i]
-        ),
+        peak_cache_tokens=max(ledger.peak_cache_tokens, peak),
       )
-      for i, ledger in enumerate(ledgers)
+      for ledger, peak in zip(ledgers, cached, strict=True)
     )
+
+  def _reads(
+    self, paths: Sequence[Path], counts: Sequence[int], judged: Any
+  ) -> Sequence[Ledger]:
+    """Returns what judging each path's new tokens costs."""
+    if self.verifier is None:
+      return [Ledger()] * len(paths)
+    if isinstance(self.verifier, WritingVerifier):
+      return self.verifier.spent(judged)
+    return [
+      self.verifier.step_cost(path.prompt + len(path.tokens), count)
+      if count
+      else Ledger()
+      for path, count in zip(paths, counts, strict=True)
+    ]
+
+
+def _within(seconds: float | int, read: Callable[[], Any]) -> Any:
+  """Returns what a call returns, or raises what it raises, within some time.
+
+  Raises:
+    UserError: it does neither; its thread is left to itself.
+  """
+  found: queue.Queue = queue.Queue()
+
+  def run():
+    try:
+      found.put((read(), None))
+    except BaseException as error:
+      found.put((None, error))
+
+  threading.Thread(target=run, daemon=True).start()
+  try:
+    value, error = found.get(timeout=seconds)
+  except queue.Empty:
+    raise UserError(
+      f"verifier: found no scores after {seconds} s, expected them by then.\n"
+      "Give Engine.timeout more, or judge fewer paths at a time."
+    ) from None
+  if error is not None:
+    raise error
+  return value
 
 
 def _scored(path: Path, score: Any) -> Path:

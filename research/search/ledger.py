@@ -27,6 +27,7 @@ class Ledger:
     flops_policy, flops_verifier: of both.
     seconds: of wall time.
     peak_cache_tokens: most tokens in the policy's cache at once.
+    verifier_decode_tokens: that the verifier wrote, as judges do that think.
   """
 
   policy_prefill_tokens: int = 0
@@ -37,6 +38,7 @@ class Ledger:
   flops_verifier: int = 0
   seconds: float | int = 0.0
   peak_cache_tokens: int = 0
+  verifier_decode_tokens: int = 0
 
   @property
   def flops(self) -> int:
@@ -67,7 +69,7 @@ class Ledger:
     found = policy.two_n(tokens)
     if verifier is not None:
       read = self.verifier_prefill_tokens + self.verifier_new_tokens
-      found += verifier.two_n(read)
+      found += verifier.two_n(read + self.verifier_decode_tokens)
     return found
 
   def to_json(self) -> dict[str, int | float]:

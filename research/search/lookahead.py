@@ -35,7 +35,7 @@ class Lookahead(Engine):
   ) -> Frontier:
     now = super()._with_tokens(frontier, state, drawn)
     greedy = dataclasses.replace(self.policy, sampling=GREEDY)
-    engine = Engine(policy=greedy, verifier=self.verifier)
+    engine = Engine(policy=greedy, verifier=self.verifier, timeout=self.timeout)
     rows = range(len(now.paths))
     # A copy: decoding uses up the buffers of what it begins with.
     ahead = engine.select(now, rows, [0] * len(rows))

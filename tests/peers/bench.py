@@ -9,10 +9,11 @@ Rows against torch come first; those of `bench_methods` (PEFT's methods),
 `bench_attention` (attention alone), `bench_diffusion` (masked diffusion),
 `bench_decode4bit` (few bits' panels), `bench_llama_cpp` (GGUF files),
 `bench_quantize` (packing, GPTQ), `bench_images` (preprocessing of images),
-`bench_vlm` (a vision language model), `bench_loop` (checkpoints, input, the
-host) and `bench_import` (loading models, memory) follow. Each measurement is a
-process of its own; ours and torch's alternate, so that a machine which changes
-speed changes it for both. The ratio is the median of the pairs' ratios.
+`bench_vlm` (a vision language model), `bench_search` (a search by a reward
+model), `bench_loop` (checkpoints, input, the host) and `bench_import` (loading
+models, memory) follow. Each measurement is a process of its own; ours and
+torch's alternate, so that a machine which changes speed changes it for both.
+The ratio is the median of the pairs' ratios.
 `--huge_pages=ours` starts training steps as each side does by itself: ours ask
 glibc for huge pages; `both` gives them to torch, too.
 """
@@ -37,6 +38,7 @@ from tests.peers import (
   bench_loop,
   bench_methods,
   bench_quantize,
+  bench_search,
   bench_vlm,
   sides,
 )
@@ -56,6 +58,7 @@ SECTIONS = {
   "packing": bench_quantize,
   "images": bench_images,
   "vlm": bench_vlm,
+  "search": bench_search,
 }
 """Tables of their own, each against others' code, by name in the JSON line."""
 

@@ -173,7 +173,7 @@ def sample(
     if bool(state.done.all()):
       break
     if denoiser.caches_finished:
-      memory = _cache_finished(
+      memory = cache_finished(
         denoiser, params, state, jnp.int32(at), config.block, memory
       )
     state, finite, memory = fill_block(
@@ -225,8 +225,25 @@ def result(state: State, config: SamplerConfig, each: int = 1) -> Sampled:
 @functools.partial(
   jax.jit, static_argnames=("denoiser", "size"), donate_argnames=("memory",)
 )
-def _cache_finished(denoiser, params, state, at, size, memory):
-  """Returns what a denoiser keeps of all before a block."""
+def cache_finished(
+  denoiser: Denoiser,
+  params: Params,
+  state: State,
+  at: Int[Array, ""],
+  size: int,
+  memory: Any,
+) -> Any:
+  """Returns what a denoiser keeps of all before a block.
+
+  Args:
+    denoiser: one that `caches_finished`.
+    params: of its model.
+    state: rows.
+    at: where the block starts.
+    size: of a block.
+    memory: what the block before has left, which is donated, or None; see
+      `Denoiser.cache_finished`.
+  """
   return denoiser.cache_finished(
     params, state.tokens, state.valid, at, size, memory
   )

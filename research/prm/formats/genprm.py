@@ -8,6 +8,7 @@ The code is text here: nothing executes it.
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from research.data.sources.jsonl import Record
@@ -24,14 +25,45 @@ _OUTPUT = re.compile(r"<output>((?:(?!<output>).)*?)</output>", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{(Yes|No)\}")
 
 
-def verdict(critique: str) -> int | None:
-  """Returns the label that a critique ends in, 1 or 0, or None for none.
+def decision(critique: str) -> tuple[int, int] | None:
+  """Returns the label that a critique ends in, and where its word begins.
 
-  The last `<output>` counts, and it has one verdict.
+  The last `<output>` counts, and it has one verdict; None where it has not.
   """
-  outputs = _OUTPUT.findall(critique)
-  found = _BOXED.findall(outputs[-1]) if outputs else []
-  return int(found[0] == "Yes") if len(found) == 1 else None
+  outputs = list(_OUTPUT.finditer(critique))
+  found = list(_BOXED.finditer(outputs[-1][1])) if outputs else []
+  if len(found) != 1:
+    return None
+  at = outputs[-1].start(1) + found[0].start(1)
+  return int(found[0][1] == "Yes"), at
+
+
+def verdict(critique: str) -> int | None:
+  """Returns the label that a critique ends in, 1 or 0, or None for none."""
+  found = decision(critique)
+  return None if found is None else found[0]
+
+
+def turns(
+  system: str, prompt: str, steps: Sequence[str], critiques: Sequence[str]
+) -> list[tuple[str, str]]:
+  """Returns the (role, text) of a chat of steps and critiques.
+
+  Args:
+    system: the system prompt.
+    prompt: the problem.
+    steps: first to last, at least one.
+    critiques: of all steps, or of all but the last one, which is then asked
+      for.
+  """
+  first, *rest = steps
+  users = [f"{_QUESTION}{prompt}\n\n{first}", *rest]
+  found = [("system", system)]
+  for i, user in enumerate(users):
+    found.append(("user", user))
+    if i < len(critiques):
+      found.append(("assistant", critiques[i]))
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,30 +75,30 @@ class GenPRM:
 
   def solutions(self, record: Record) -> list[LabelledSolution]:
     """Returns the record's solution, with its critiques."""
-    turns = files.chat(record, "conversations")
-    roles = [role for role, _ in turns]
-    steps = len(turns) // 2
+    chat = files.chat(record, "conversations")
+    roles = [role for role, _ in chat]
+    steps = len(chat) // 2
     if not steps or roles != ["system"] + ["user", "assistant"] * steps:
       expected = "system, then user and assistant in turn"
       raise record.wrong("conversations", roles, expected)
-    if turns[0][1] != self.system:
-      found, expected = turns[0][1], f"the system prompt {self.system[:40]!r}"
+    if chat[0][1] != self.system:
+      found, expected = chat[0][1], f"the system prompt {self.system[:40]!r}"
       raise record.wrong("conversations[0].content", found, expected)
-    question, gap, first = turns[1][1].partition("\n\n")
+    question, gap, first = chat[1][1].partition("\n\n")
     if not gap or not question.startswith(_QUESTION):
       expected = f"{_QUESTION!r}, the question, an empty line, the first step"
-      raise record.wrong("conversations[1].content", turns[1][1], expected)
-    critiques = tuple(text for _, text in turns[2::2])
+      raise record.wrong("conversations[1].content", chat[1][1], expected)
+    critiques = tuple(text for _, text in chat[2::2])
     labels = tuple(map(verdict, critiques))
     if None in labels:
       i = 2 + 2 * labels.index(None)
       expected = r"one \boxed{Yes} or \boxed{No} in its last <output>"
       name = f"conversations[{i}].content"
-      raise record.wrong(name, turns[i][1][-60:], expected)
+      raise record.wrong(name, chat[i][1][-60:], expected)
     return [
       LabelledSolution(
         prompt=question.removeprefix(_QUESTION),
-        steps=(first, *(text for _, text in turns[3::2])),
+        steps=(first, *(text for _, text in chat[3::2])),
         labels=labels,
         critiques=critiques,
         label_source="judge",
@@ -90,9 +122,7 @@ class GenPRM:
         )
     if "\n\n" in solution.prompt:
       raise UserError("prompt: found an empty line, which would end it here")
-    first, *rest = solution.steps
-    users = [f"{_QUESTION}{solution.prompt}\n\n{first}", *rest]
-    turns = [("system", self.system)]
-    for user, critique in zip(users, solution.critiques, strict=True):
-      turns += [("user", user), ("assistant", critique)]
-    return dict(solution.extra) | {"conversations": files.messages(turns)}
+    chat = turns(
+      *(self.system, solution.prompt, solution.steps, solution.critiques)
+    )
+    return dict(solution.extra) | {"conversations": files.messages(chat)}

@@ -20,9 +20,15 @@ _BOXED = re.compile(r"\\boxed\{(correct|incorrect)\}")
 _SIGNS = {"+": 1, "-": 0}
 
 
+def decisions(chain: str) -> tuple[tuple[int, int], ...]:
+  """Returns a chain's verdicts on steps, and where their words begin."""
+  found = _BOXED.finditer(chain)
+  return tuple((int(x[1] == "correct"), x.start(1)) for x in found)
+
+
 def verdicts(chain: str) -> tuple[int, ...]:
   """Returns a chain's verdicts on steps, in order: 1 for correct."""
-  return tuple(int(x == "correct") for x in _BOXED.findall(chain))
+  return tuple(label for label, _ in decisions(chain))
 
 
 def agrees(solution: LabelledSolution) -> bool:

@@ -46,5 +46,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "wrong_process_detection",
     ],
     "report": ["StepReport", "evaluate_steps"],
+    "robustness": ["AttackReport", "attack_report"],
   },
 )

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "diverse_trees": ["DiverseTrees"],
     "independent": ["Independent"],
     "rebase": ["Rebase"],
+    "remasking": ["AllButBest", "Below", "Remasking"],
     "rounds": ["LastTries", "Rounds", "Subsets"],
     "tree": ["TreeSearch"],
   },

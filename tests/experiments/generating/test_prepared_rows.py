@@ -23,7 +23,7 @@ from tests.experiments.generated import told
 
 PROGRAMS = (
   sampler.fill_block,
-  sampler._cache_finished,
+  sampler.cache_finished,
   variable_length._measured,
   variable_length.grow_block,
 )

@@ -297,7 +297,7 @@ def test_a_block_causal_model_reads_the_start_of_rows_once(name):
   if name not in ("none", "credited"):
     params = with_prompt(params, jnp.arange(16)[None] < 4)
   options = SamplerConfig(mask_id=MASK, length=12, block=K)
-  programs = sampler._cache_finished._cache_size()
+  programs = sampler.cache_finished._cache_size()
   found = []
   for inner in (Watched(model=model, block=K), NoCache(model=model, block=K)):
     state = sampler.start([[3, 1, 4, 1]], options, jax.random.key(1))
@@ -306,7 +306,7 @@ def test_a_block_causal_model_reads_the_start_of_rows_once(name):
   assert found[0].calls == found[1].calls == 12 * each
   np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
   # The row's start is one program, all blocks after it another.
-  assert sampler._cache_finished._cache_size() - programs == 2
+  assert sampler.cache_finished._cache_size() - programs == 2
 
 
 @pytest.mark.slow
@@ -317,7 +317,7 @@ def test_a_cache_of_finished_blocks_is_there_once():
   options = SamplerConfig(mask_id=MASK, length=8, block=K)
   state = sampler.start([[3, 1, 4, 1]] * 64, options, jax.random.key(0))
   at = jnp.int32(K)
-  memory = sampler._cache_finished(d, params, state, at, K, None)
+  memory = sampler.cache_finished(d, params, state, at, K, None)
   size = sum(x.nbytes for x in jax.tree.leaves(memory[0].layers))
   program = sampler.fill_block.lower(
     d, params, state, at, options.of_block, memory=memory

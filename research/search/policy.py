@@ -1,0 +1,154 @@
+"""What a search asks of a policy: rows that pause, and what they cost.
+
+`generation.Stepwise` is one, `search.DiffusionPolicy` another.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from research.generation.decoding import Drawn
+from research.generation.generated import NO_TOKEN
+from research.search.cost import Causal, ModelCost
+from research.search.ledger import Ledger, prefill
+from research.typing import PRNGKey
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+  """A solution on its way.
+
+  Attributes:
+    problem: index of its problem.
+    root: index of the copy of the prompt from which it comes, from 0.
+    prompt: number of tokens of the prompt.
+    steps: tokens of each step.
+    scores: the verifier's, of each step; empty without a verifier.
+    log_prob: of all tokens under the policy, in nats; 0 if not asked for.
+    done: whether it has ended.
+    stopped: whether it ended by a stop token, rather than by its length.
+  """
+
+  problem: int
+  root: int
+  prompt: int
+  steps: tuple[tuple[int, ...], ...] = ()
+  scores: tuple[float, ...] = ()
+  log_prob: float | int = 0.0
+  done: bool = False
+  stopped: bool = False
+
+  @property
+  def tokens(self) -> tuple[int, ...]:
+    """All new tokens."""
+    return tuple(token for step in self.steps for token in step)
+
+
+@runtime_checkable
+class Policy(Protocol):
+  """Rows that pause where a step ends: `Stepwise`, `DiffusionPolicy`.
+
+  Any but a `Stepwise` is a `PolicyCost` as well.
+  """
+
+  @property
+  def stop_tokens(self) -> Sequence[int]:
+    """Those that end a row, and are its last token."""
+    ...
+
+  def start(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    key: PRNGKey | None = None,
+    copies: int = 1,
+  ) -> tuple[Any, Drawn]:
+    """Returns `copies` rows for each prompt, after their first step."""
+    ...
+
+  def advance(self, state: Any) -> tuple[Any, Drawn]:
+    """Returns the rows after one more step; buffers of `state` are used up."""
+    ...
+
+  def select(
+    self, state: Any, rows: Sequence[int], branch: Sequence[int]
+  ) -> Any:
+    """Returns chosen rows; arguments as for `decoding.select`."""
+    ...
+
+  def append(
+    self, state: Any, tokens: Sequence[Sequence[int]], replace: Sequence[bool]
+  ) -> Any:
+    """Returns the rows after tokens that were not drawn."""
+    ...
+
+  def store(self, state: Any, new: Any, rows: Sequence[int]) -> Any:
+    """Returns the rows with those of `new` in place of some."""
+    ...
+
+  def done(self, state: Any) -> Any:
+    """Returns which rows have ended, bool `[R]`."""
+    ...
+
+  def end(self, state: Any, rows: Any) -> Any:
+    """Returns the rows, some of which get no more tokens."""
+    ...
+
+
+@runtime_checkable
+class PolicyCost(Protocol):
+  """What a policy's passes cost, for the ledger."""
+
+  def prompt(self, tokens: int) -> Ledger:
+    """Returns the cost of reading a prompt, once for all of its paths.
+
+    Its `peak_cache_tokens` are those that the paths share.
+    """
+    ...
+
+  def steps(self, paths: Sequence[Path], drawn: Drawn) -> list[Ledger]:
+    """Returns the cost of one step of each path.
+
+    Args:
+      paths: before the step.
+      drawn: what the policy drew; of rows without a token, only
+        `peak_cache_tokens` count: what a path has in the cache by itself.
+    """
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoregressiveCost:
+  """One pass a token, each token read once; a `PolicyCost`.
+
+  Attributes:
+    model: the policy's.
+  """
+
+  model: ModelCost
+
+  def prompt(self, tokens: int) -> Ledger:
+    """Returns the cost of a prompt and of its last token's logits."""
+    return prefill(self.model, tokens)
+
+  def steps(self, paths: Sequence[Path], drawn: Drawn) -> list[Ledger]:
+    """Returns the cost of each path's step; see `PolicyCost`.
+
+    A path's first token is drawn from its prompt's last state; the last one of
+    each step is fed when the next step begins.
+    """
+    found = []
+    for path, row in zip(paths, np.asarray(drawn.tokens), strict=True):
+      count, before = int((row != NO_TOKEN).sum()), len(path.tokens)
+      now = Ledger(peak_cache_tokens=before + count)
+      if count:
+        fed = count if path.steps else count - 1
+        start = path.prompt + (before - 1 if path.steps else 0)
+        flops = self.model.forward(fed, Causal(start, fed), fed)
+        now = dataclasses.replace(
+          now, policy_decode_tokens=count, flops_policy=flops
+        )
+      found.append(now)
+    return found
