@@ -148,7 +148,7 @@ def test_known_searches_run_over_blocks():
     texts = [path.tokens for path in samples.paths]
     assert len(set(texts)) == len(texts) >= 2
     lengths = [len(x) for path in samples.paths for x in path.steps]
-    assert max(lengths) == K
+    assert max(lengths) in (K, K + 1)  # with a stop token that came alone
     for path in samples.paths:
       assert len(path.scores) == len(path.steps)
       room = NEW - len(prompt) % K
@@ -361,12 +361,17 @@ def test_blocks_are_never_worse_and_the_best_stay():
     kind,
   )
   changed = 0
-  for old, new in zip(before, after, strict=True):
+  for prompt, old, new in zip(PROMPTS, before, after, strict=True):
+
+    def first_block(path, size=K - len(prompt) % K):
+      # A stop token that came alone has joined it.
+      return path.steps[0][:size]
+
     first = {path.root: path for path in old.paths}
     best = max(old.paths, key=lambda path: path.scores[0])
     for path in new.paths:
-      same = path.steps[0] == first[path.root].steps[0]
-      assert path.scores[0] == score(path.steps[0])
+      same = first_block(path) == first_block(first[path.root])
+      assert path.scores[0] == score(first_block(path))
       assert same or path.scores[0] > first[path.root].scores[0]
       changed += not same
       assert path.root != best.root or same
