@@ -35,7 +35,10 @@ REPORT = ROOT / "runs" / "mutants.jsonl"
 SUITES = {"default": (), "slow": ("--slow",)}
 NAMED_SECONDS = 900
 REACH_SECONDS = 5400
-_FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
+# A parameter in brackets may have " - " in it.
+_FAILED = re.compile(
+  r"^(?:FAILED|ERROR) ([^\[\n]+?(?:\[.*\])?)(?: - .*)?$", re.MULTILINE
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -211,13 +211,16 @@ def test_one_that_the_terminal_ends_as_it_begins_is_run_again(tmp_path):
   assert run([unit]) == [("a", 42)]
 
 
+# As long as a checkpoint takes: the folder stays locked for all of it.
+SAVES_SLOWLY = SAVES.replace("  print", "  time.sleep(1)\n  print")
+
 SWEEP = """
 import os, pathlib, sys
 from experiments.sweeps import launch, work
-from tests.experiments.sweeps.test_launch import SAVES, script
+from tests.experiments.sweeps.test_launch import SAVES_SLOWLY, script
 folder = pathlib.Path(sys.argv[1])
 with work.lock(folder) as lock:
-  launch.local([script(folder, "a", SAVES)], lock=lock)
+  launch.local([script(folder, "a", SAVES_SLOWLY)], lock=lock)
 """
 
 
