@@ -86,11 +86,12 @@ def line(system: System, rows: Sequence[Row]) -> dict[str, Any]:
   """Returns a system's line of the table."""
   policy, verifier = flops_of(system, rows)
   samples = system.checked or np.mean([row["samples"] for row in rows])
-  accuracy = mean(each_of(system, rows).mean(axis=1))
+  accuracy = mean(each_of(system, rows).mean(axis=1)).times(100)
   return {
     "system": system.name,
     "samples": round(float(samples), 1),
-    "right, %": accuracy.times(100),
+    # One seed has no interval.
+    "right, %": accuracy if len(rows) > 1 else accuracy.value,
     "MFLOP a problem": (policy + verifier) / 1e6,
     "of these verifier, %": 100 * verifier / (policy + verifier),
     "seeds": len(rows),
