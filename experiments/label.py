@@ -28,12 +28,7 @@ from experiments.core import cli, runtime
 
 FLAGS = cli.new_flags()
 
-_CONFIG = flags.DEFINE_string(
-  "config",
-  None,
-  "Gin file of a labelling.label_run.LabelRun; also looked for in configs/.",
-  flag_values=FLAGS,
-)
+_CONFIG = cli.define_config(FLAGS, "runs/prm/countdown_labels.gin")
 _TO = flags.DEFINE_string(
   "to",
   None,

@@ -1,12 +1,5 @@
 """Tiny models of Qwen's families, with goldens of transformers."""
 
-import functools
-import json
-import pathlib
-import sys
-
-import numpy as np
-import safetensors.numpy
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
@@ -16,41 +9,12 @@ from research.vlm import data
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.presets import QWEN
 from research.vlm.images.tiling.native import Native
-
-GOLDEN = pathlib.Path(__file__).parent / "golden"
-sys.path.insert(0, str(GOLDEN))
-import vlm_weights  # noqa: E402
+from tests.support_golden import golden, write
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 IMAGE = 60
 IMAGES_OF = ((0, 1), (2,))
 """The images of each row of the goldens."""
-
-
-def tensors(name):
-  """Returns the tensors of the family's file, by name."""
-  shapes = json.loads((GOLDEN / "vlm" / name / "tensors.json").read_text())
-  return {k: vlm_weights.draw(k, tuple(s)) for k, s in shapes.items()}
-
-
-def config(name):
-  """Returns its config.json, as transformers wrote it."""
-  return json.loads((GOLDEN / "vlm" / name / "config.json").read_text())
-
-
-def write(folder, name, arrays=None, values=None):
-  """Writes a directory; by default that of the goldens."""
-  values = config(name) if values is None else values
-  arrays = tensors(name) if arrays is None else arrays
-  (folder / "config.json").write_text(json.dumps(values))
-  safetensors.numpy.save_file(arrays, folder / "model.safetensors")
-
-
-@functools.cache
-def golden(name):
-  """Returns the arrays that transformers computed."""
-  with np.load(GOLDEN / "vlm" / name / "golden.npz") as file:
-    return dict(file)
 
 
 def opened(name, folder):

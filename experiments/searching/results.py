@@ -92,10 +92,7 @@ def result_of(
     UserError: the choice needs scores, or n subsets, that the pool cannot give.
   """
   check_choice(pool, strategy, choice, n)
-  if n is None:
-    each = [accuracy_of(one, choice) for one in pool]
-  else:
-    each = [accuracy_at(one, choice, n) for one in pool]
+  each = accuracies(pool, choice, n)
   costs = [cost_at(one, n) for one in pool]
   found = _estimate(each)
   return {
@@ -109,6 +106,21 @@ def result_of(
     "tokens_per_problem": _mean(costs, "policy_decode_tokens"),
     "seconds": sum(x["seconds"] for x in costs),
   }
+
+
+def accuracies(
+  pool: Sequence[Searched], choice: Choice, n: int | None
+) -> list[float]:
+  """Returns each problem's chance of a right answer.
+
+  Args:
+    pool: problems.
+    choice: among the samples of each.
+    n: samples to choose among, or None for all.
+  """
+  if n is None:
+    return [accuracy_of(one, choice) for one in pool]
+  return [accuracy_at(one, choice, n) for one in pool]
 
 
 def check_choice(

@@ -187,7 +187,7 @@ class LabelledRows(ShuffledBatches):
         f"{self.paths}: is text, and this model has no tokenizer."
       )
     solutions = self.solutions()
-    made = _LabelledRows.of(solutions, tokenizer, self)
+    made = _LabelledRows.from_solutions(solutions, tokenizer, self)
     dropped = len(solutions) - len(made)
     if made.cut or dropped:
       warnings.warn(
@@ -215,7 +215,7 @@ class _LabelledRows:
   cut: int
 
   @classmethod
-  def of(
+  def from_solutions(
     cls,
     solutions: Sequence[LabelledSolution],
     tokenizer: Any,

@@ -132,7 +132,11 @@ class Pipeline(protocol.Study):
     if step.command == "label":
       return _labelled(read.experiment.run(cli.say), folder)
     pool = running.complete(read.experiment, folder, read.text)
-    return _searched(read.experiment, pool)
+    row = _searched(read.experiment, pool)
+    if step.pool is None:  # what is chosen again has those of its pool
+      strategy = read.experiment.strategy
+      row["estimates"] = results.estimates_of(pool, strategy)
+    return row
 
   def summary(self, row: Row) -> str:
     """Returns the accuracy, if there is one."""
@@ -202,12 +206,13 @@ def _read(step: Step, places: Mapping[str, str], seed: int) -> config.Read:
 
 
 def _trained(result: Mapping[str, Any]) -> Row:
-  """Returns the numbers of a training's result."""
+  """Returns the numbers of a training's result, and its answers."""
   return {
     name: x
     for name, x in result.items()
-    if isinstance(x, int | float) and not isinstance(x, bool)
-  } | {k: result[k] for k in ("answers", "steps_report") if k in result}
+    if name == "answers"
+    or (isinstance(x, int | float) and not isinstance(x, bool))
+  }
 
 
 def _labelled(found: label_run.Labelled, path: pathlib.Path) -> Row:
@@ -223,12 +228,7 @@ def _labelled(found: label_run.Labelled, path: pathlib.Path) -> Row:
 def _searched(run: search_run.SearchRun, pool: Sequence[Searched]) -> Row:
   """Returns a pool's accuracy and cost, and what each problem reached."""
   whole = results.result_of(pool, run.strategy, run.choice, run.n)
-  each = [
-    results.accuracy_of(one, run.choice)
-    if run.n is None
-    else results.accuracy_at(one, run.choice, run.n)
-    for one in pool
-  ]
+  each = results.accuracies(pool, run.choice, run.n)
   return whole | {
     "each": [round(x, 6) for x in each],
     "right": [sum(x.correct for x in one.samples) for one in pool],
@@ -236,5 +236,4 @@ def _searched(run: search_run.SearchRun, pool: Sequence[Searched]) -> Row:
     "prompt_flops_policy": float(
       np.mean([one.prompt_ledger.flops_policy for one in pool])
     ),
-    "estimates": results.estimates_of(pool, run.strategy),
   }

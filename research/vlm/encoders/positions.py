@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -42,6 +43,20 @@ class PositionTable(nn.Module):
     return weights.take(table, index)
 
 
+def _grid(module: Any, width: int, class_token: bool) -> Array:
+  """Returns the learned grid of a module, `[rows * columns, D]`.
+
+  Raises:
+    UserError: there is a class token, which has no place in a grid.
+  """
+  if class_token:
+    raise UserError(
+      f"{type(module).__name__}: found a class token, expected patches alone"
+    )
+  shape = module.rows * module.columns, width
+  return weights.weight(module, "table", module.kernel_init, shape)
+
+
 class InterpolatedTable(nn.Module):
   """A learned grid, resampled for each image to the image's own: Qwen3-VL's.
 
@@ -72,12 +87,7 @@ class InterpolatedTable(nn.Module):
     Raises:
       UserError: there is a class token, which has no place in a grid.
     """
-    if class_token:
-      raise UserError(
-        "InterpolatedTable: found a class token, expected patches alone"
-      )
-    shape = self.rows * self.columns, width
-    table = weights.weight(self, "table", self.kernel_init, shape)
+    table = _grid(self, width, class_token)
     ends = jnp.array([self.rows, self.columns]) - 1
     last = jnp.max(coordinates, axis=1, keepdims=True)
     at = jnp.maximum(coordinates, 0).astype(jnp.float32)
@@ -122,12 +132,7 @@ class AntialiasedTable(nn.Module):
     Raises:
       UserError: there is a class token, which has no place in a grid.
     """
-    if class_token:
-      raise UserError(
-        "AntialiasedTable: found a class token, expected patches alone"
-      )
-    shape = self.rows * self.columns, width
-    table = weights.weight(self, "table", self.kernel_init, shape)
+    table = _grid(self, width, class_token)
     sizes = jnp.max(coordinates, axis=1, keepdims=True) + 1
     at = jnp.maximum(coordinates, 0)
     rows, columns = (
@@ -136,7 +141,7 @@ class AntialiasedTable(nn.Module):
     )
     shares = rows[..., :, None] * columns[..., None, :]
     return weights.einsum(
-      "...d,df->...f", shares.reshape(*at.shape[:2], shape[0]), table
+      "...d,df->...f", shares.reshape(*at.shape[:2], -1), table
     )
 
 

@@ -11,7 +11,7 @@ from experiments.generating import images
 from research.interop.loaded import Loaded
 from research.typing import UserError
 from research.vlm import masks
-from tests import support, support_qwen, support_vlm
+from tests import support, support_golden, support_qwen, support_vlm
 
 TOKENIZER, IMAGE = support_vlm.tokenizer(), support_vlm.IMAGE
 LOADED = Loaded(
@@ -113,7 +113,7 @@ def test_images_of_native_resolution(tmp_path):
     source={},
     preprocessor=support_qwen.preprocessor(model),
   )
-  golden = support_qwen.golden("qwen2_vl")
+  golden = support_golden.golden("qwen2_vl")
   paths = []
   for i in support_qwen.IMAGES_OF[0]:
     paths.append(str(tmp_path / f"{i}.png"))

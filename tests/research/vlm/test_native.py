@@ -14,7 +14,7 @@ from research.vlm.images.patches import patchify
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.tiling.native import Native
 from research.vlm.scenes.sample import Sample
-from tests import support_qwen, support_vlm
+from tests import support_golden, support_qwen, support_vlm
 
 
 @pytest.mark.parametrize("side", [1, 2])
@@ -59,7 +59,7 @@ def test_windows_are_squares_of_patches_in_order():
 def test_views_of_one_size_are_images_of_that_size(name, tmp_path):
   """Patches go row by row here, and square by square in the goldens."""
   model, params = support_qwen.opened(name, tmp_path)
-  golden = support_qwen.golden(name)
+  golden = support_golden.golden(name)
   view = jnp.asarray(golden["image_2"])[None, None]
   found = jax.jit(model.encode)(params, view)[0]
   assert found.shape[0] == 4

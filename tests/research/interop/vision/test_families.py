@@ -1,14 +1,9 @@
 """Vision models out of Hugging Face's files, as transformers computes them."""
 
-import json
-import pathlib
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from kernels_pallas.masks import Mask
 from research.interop import load_model, vision
@@ -16,10 +11,7 @@ from research.typing import UserError
 from research.vlm import encoders, splice
 from research.vlm.encoders import EncoderSizes, vit
 from research.vlm.encoders.vit import Features
-
-GOLDEN = pathlib.Path(__file__).parents[3] / "golden"
-sys.path.insert(0, str(GOLDEN))
-import vlm_weights  # noqa: E402
+from tests.support_golden import assert_close, config, golden, tensors, write
 
 CONTRASTIVE = ("clip", "siglip")
 GENERATIVE = (
@@ -32,18 +24,6 @@ GENERATIVE = (
 )
 
 
-def tensors(name):
-  shapes = json.loads((GOLDEN / "vlm" / name / "tensors.json").read_text())
-  return {k: vlm_weights.draw(k, tuple(s)) for k, s in shapes.items()}
-
-
-def write(folder, name, tensors_of_it, config=None):
-  text = (GOLDEN / "vlm" / name / "config.json").read_text()
-  config = json.loads(text) if config is None else config
-  (folder / "config.json").write_text(json.dumps(config))
-  safetensors.numpy.save_file(tensors_of_it, folder / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
   made = {}
@@ -53,8 +33,7 @@ def opened(tmp_path_factory):
       folder = tmp_path_factory.mktemp(name)
       write(folder, name, tensors(name))
       model, params, _ = vision.model_from_directory(folder)
-      with np.load(GOLDEN / "vlm" / name / "golden.npz") as file:
-        made[name] = model, params, dict(file)
+      made[name] = model, params, golden(name)
     return made[name]
 
   return one
@@ -65,12 +44,6 @@ def patches(pixels, side):
   rows = pixels.shape[2] // side
   at = jnp.broadcast_to(vit.grid_coordinates(rows, rows), (*x.shape[:2], 2))
   return x, at, (rows, rows)
-
-
-def assert_close(found, expected):
-  """Products of fp32, a few layers of them: 1e-5 of the largest value."""
-  scale = np.abs(expected).max()
-  np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)
@@ -97,8 +70,7 @@ def test_vectors_and_their_products(name, opened):
 
 @pytest.mark.parametrize("name", CONTRASTIVE)
 def test_a_directory_s_encoder_starts_a_new_model(name, tmp_path, opened):
-  config = json.loads((GOLDEN / "vlm" / name / "config.json").read_text())
-  fields = config["vision_config"]
+  fields = config(name)["vision_config"]
   sizes = EncoderSizes(
     width=fields["hidden_size"],
     depth=fields["num_hidden_layers"],

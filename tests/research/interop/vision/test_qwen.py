@@ -17,7 +17,7 @@ from research.nn import logits
 from research.typing import UserError
 from research.vlm import WithImages
 from research.vlm.images import configs
-from tests import support_qwen, support_vlm
+from tests import support_golden, support_qwen, support_vlm
 
 NAMES, IMAGE = support_qwen.NAMES, support_qwen.IMAGE
 
@@ -52,7 +52,7 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_soft_tokens_of_images_of_all_shapes(name, language):
-  golden, (_, params) = support_qwen.golden(name), language(name)
+  golden, (_, params) = support_golden.golden(name), language(name)
   counts = golden["grids"].prod(-1) // 4
   first, second = params["embed"].features
   size = counts[:2].sum()
@@ -69,7 +69,7 @@ def test_soft_tokens_of_images_of_all_shapes(name, language):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_of_two_rows_of_different_images(name, language):
-  golden, (model, params) = support_qwen.golden(name), language(name)
+  golden, (model, params) = support_golden.golden(name), language(name)
   found = logits(model, params, golden["tokens"])
   for i, n in enumerate(golden["lengths"]):
     assert_close(found[i, :n], golden["logits"][i, :n])
@@ -78,7 +78,7 @@ def test_logits_of_two_rows_of_different_images(name, language):
 @pytest.mark.parametrize("name", NAMES)
 def test_generation_through_a_cache(name, language):
   """One batch of unequal prompts; transformers generated each row alone."""
-  golden, (model, params) = support_qwen.golden(name), language(name)
+  golden, (model, params) = support_golden.golden(name), language(name)
   most = golden["generated"].shape[1]
   prompts = support_qwen.rows(name)
   found = generate.generate(model, params, prompts, most)
@@ -103,7 +103,7 @@ def test_written_as_it_was_read(name, opened, tmp_path):
   written = vision.vision_language_tensors(
     model, vision.family_of(name), params
   )
-  expected = support_qwen.tensors(name)
+  expected = support_golden.tensors(name)
   if name == "qwen3_vl":
     assert "model.visual.deepstack_merger_list.1.norm.weight" in written
   else:
@@ -127,7 +127,7 @@ def in_memory(name):
 
 def flat(name):
   """Returns config.json as the Hub's files of Qwen2-VL and 2.5-VL have it."""
-  values = support_qwen.config(name)
+  values = support_golden.config(name)
   text = values.pop("text_config")
   rotation = text.pop("rope_parameters")
   vision_config = values.pop("vision_config")
@@ -151,16 +151,16 @@ def test_files_of_the_hub_have_text_fields_outside(name, opened, tmp_path):
     in_memory(k)
     .replace("model.language_model.", "model.")
     .replace("model.visual.", "visual."): x
-    for k, x in support_qwen.tensors(name).items()
+    for k, x in support_golden.tensors(name).items()
   }
-  support_qwen.write(tmp_path, name, named, flat(name))
+  support_golden.write(tmp_path, name, named, flat(name))
   again, read, _ = vision.model_from_directory(tmp_path)
   assert again == model
   jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
 def changed(name, path, value):
-  values = support_qwen.config(name)
+  values = support_golden.config(name)
   *outer, last = path.split(".")
   inner = functools.reduce(dict.__getitem__, outer, values)
   inner[last] = value
@@ -219,7 +219,7 @@ def test_what_no_model_here_has_is_refused_by_name(name, path, value, message):
 
 
 def test_a_preprocessor_of_other_squares_is_refused(opened, tmp_path):
-  support_qwen.write(tmp_path, "qwen2_vl")
+  support_golden.write(tmp_path, "qwen2_vl")
   published = dict(image_processor_type="Qwen2VLImageProcessor")
   path = tmp_path / "preprocessor_config.json"
   path.write_text(json.dumps(published))
@@ -232,7 +232,7 @@ def test_loss_and_gradients_of_rows_with_images(opened):
   """The loss is that of transformers' logits; all towers learn."""
   name = "qwen3_vl"
   model, params = opened(name)
-  golden, rows = support_qwen.golden(name), support_qwen.rows(name)
+  golden, rows = support_golden.golden(name), support_qwen.rows(name)
   learned = [[False] * 3 + [i != IMAGE for i in row[3:]] for row in rows]
   width = max(map(len, rows))
   mask = [row + [False] * (width - len(row)) for row in learned]

@@ -7,7 +7,7 @@ import pytest
 from research import weights
 from research.nn.multimodal import ImagePositions, rope_index
 from research.typing import UserError
-from tests import support_qwen
+from tests import support_golden, support_qwen
 
 IMAGE = support_qwen.IMAGE
 
@@ -33,7 +33,7 @@ def found_of(tokens, grids, segments=None):
 
 
 def test_positions_are_those_of_transformers():
-  golden = support_qwen.golden("qwen2_vl")
+  golden = support_golden.golden("qwen2_vl")
   tokens = golden["rope_tokens"]
   positions, offsets = found_of(tokens, golden["rope_grids"])
   real = tokens >= 0
