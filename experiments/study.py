@@ -70,13 +70,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   missing = [arm for arm in study.arms if arm not in rows]
 
   # --- what they say ---
-  lines = [] if missing and study.needs_all else study.table(rows)
-  if lines:
+  every = [[]] if missing and study.needs_all else study.tables(rows)
+  for lines in filter(None, every):
     cli.say(f"\n{tables.text(tables.without_empty(results.shown(lines)))}\n")
-  table = results.as_table(lines)
+  shown = [results.as_table(lines) for lines in every]
   if missing:
     cli.say(f"missing: {', '.join(missing)}. Verdicts need all arms.")
-    return {"arms": list(rows), "missing": missing, "tables": [table]}
+    return {"arms": list(rows), "missing": missing, "tables": shown}
   verdicts = _verdicts(study, rows)
   study.plot(rows, folder, pathlib.Path(_CONFIG.value).stem)
   result = {
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     "verdicts": [
       {"claim": v.claim, "found": v.found, "verdict": v.state} for v in verdicts
     ],
-    "tables": [table],
+    "tables": shown,
     "arms": {n: round(found["seconds"], 1) for n, found in stored.items()},
   }
   commits = sorted({str(found["commit"]) for found in stored.values()})

@@ -84,6 +84,10 @@ class Study(abc.ABC):
   def table(self, rows: Rows) -> Lines:
     """Returns the lines to print."""
 
+  def tables(self, rows: Rows) -> list[Lines]:
+    """Returns all tables of the result, the one of `table` first."""
+    return [self.table(rows)]
+
   @abc.abstractmethod
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what the rows of all arms say of the claims."""

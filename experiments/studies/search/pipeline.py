@@ -21,6 +21,7 @@ from experiments.stages import running as training
 from experiments.studies import protocol
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from experiments.studies.search import pictures, systems
+from experiments.studies.search.reports import Report
 from experiments.studies.search.systems import Comparison, System
 from research.prm import formats
 from research.typing import UserError
@@ -65,6 +66,7 @@ class Pipeline(protocol.Study):
     shown: the systems of the table.
     comparisons: claims, each of two systems.
     curves: systems of the picture by samples, one curve a budget.
+    reports: more tables.
     seeds: of training and sampling; the problems are the same for all.
   """
 
@@ -72,6 +74,7 @@ class Pipeline(protocol.Study):
   shown: tuple[System, ...] = ()
   comparisons: tuple[Comparison, ...] = ()
   curves: tuple[System, ...] = ()
+  reports: tuple[Report, ...] = ()
   seeds: int = 3
 
   def __post_init__(self):
@@ -79,6 +82,7 @@ class Pipeline(protocol.Study):
     protocol.distinct(names, "Pipeline.steps")
     every = [*self.shown, *self.curves]
     every += [x for c in self.comparisons for x in (c.first, c.second)]
+    every += [x for report in self.reports for x in report.systems]
     for system in every:
       if system.step not in names:
         raise UserError(
@@ -153,6 +157,11 @@ class Pipeline(protocol.Study):
       for system in self.shown
       if (found := self.rows_of(system, rows))
     ]
+
+  def tables(self, rows: Rows) -> list[Lines]:
+    """Returns the table, and those of the reports."""
+    more = [x.lines(lambda s: self.rows_of(s, rows)) for x in self.reports]
+    return [self.table(rows), *more]
 
   def rows_of(self, system: System, rows: Rows) -> list[Row]:
     """Returns a system's rows, a seed after the other."""

@@ -1,0 +1,253 @@
+"""More tables of a study of commands: what its pools say besides accuracies."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from experiments.core.stats import mean
+from experiments.studies.protocol import Lines, Row
+from experiments.studies.search import systems
+from experiments.studies.search.systems import System
+from research.search import optimal
+from research.search.estimators import closed_forms, coverage
+from research.search.estimators import pool as estimators
+from research.typing import UserError
+
+Found = Callable[[System], list[Row]]
+"""A system's rows that are there, a seed after the other."""
+
+LEVELS = "easy (from 50%)", "medium (from 10%)", "hard"
+"""Names of the levels of `optimal.absolute_bins`."""
+
+
+class Report(abc.ABC):
+  """A table of a study of commands. Reports are frozen dataclasses."""
+
+  systems: tuple[System, ...]
+  """Those whose rows it needs."""
+
+  @abc.abstractmethod
+  def lines(self, found: Found) -> Lines:
+    """Returns the table; no lines where rows are missing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardModels(Report):
+  """How well reward models find first errors, on the test solutions.
+
+  Attributes:
+    systems: steps that trained one.
+  """
+
+  systems: tuple[System, ...]
+
+  def lines(self, found: Found) -> Lines:
+    """Returns a line for each model that is there."""
+    return [
+      {
+        "learned": system.name,
+        "F1 of first errors, %": _over_seeds(rows, "f1"),
+        "AUC, %": _over_seeds(rows, "auc"),
+        "seeds": len(rows),
+      }
+      for system in self.systems
+      if (rows := found(system))
+    ]
+
+
+def _over_seeds(rows: Sequence[Row], name: str) -> Any:
+  values = mean([row[name] for row in rows]).times(100)
+  return values if len(rows) > 1 else values.value  # one seed has no interval
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByDifficulty(Report):
+  """Systems of equal cost, apart by how often the policy is right.
+
+  The levels are of Liu et al. 2025 (arXiv:2502.06703). The last lines have what
+  choosing a system by the level reaches, cross-validated, beside the best
+  system for all problems.
+
+  Attributes:
+    pool: independent samples that no system shares: the levels are theirs. Of
+      the samples that are judged, the lucky problems would be the easy ones.
+    compared: the systems.
+  """
+
+  pool: System
+  compared: tuple[System, ...]
+
+  @property
+  def systems(self) -> tuple[System, ...]:
+    """All of them."""
+    return (self.pool, *self.compared)
+
+  def lines(self, found: Found) -> Lines:
+    """Returns a line for each level, and for all problems."""
+    rows = {x: found(x) for x in self.systems}
+    if not all(rows.values()):
+      return []
+    ease = _pass_at_1(rows[self.pool])
+    bins = optimal.absolute_bins(ease)
+    each = {
+      x.name: systems.each_of(x, rows[x]).mean(axis=0) for x in self.compared
+    }
+    out = []
+    for level, name in enumerate(LEVELS):
+      which = bins == level
+      if which.any():
+        out.append(_level(name, which, each))
+    out.append(_level("all", np.ones(len(bins), bool), each))
+    return [*out, *_chosen(np.array([*each.values()]), bins, list(each))]
+
+
+def _pass_at_1(rows: Sequence[Row]) -> np.ndarray:
+  shares = [np.divide(row["right"], row["samples"]) for row in rows]
+  return np.mean(shares, axis=0)
+
+
+def _level(name: str, which: np.ndarray, each: dict[str, np.ndarray]):
+  line = {"problems": name, "n": int(which.sum())}
+  return line | {k: 100 * float(x[which].mean()) for k, x in each.items()}
+
+
+def _chosen(accuracy: np.ndarray, bins: np.ndarray, names: list[str]) -> Lines:
+  found = optimal.compute_optimal(accuracy, bins)
+  values = {
+    "the best for each level, cross-validated": found.accuracy,
+    "the best for all, cross-validated": found.best_single,
+  }
+  n = int(accuracy.shape[1])
+  return [
+    {"problems": title, "n": n, names[0]: 100 * value}
+    for title, value in values.items()
+  ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extrapolated(Report):
+  """Coverage of many samples, predicted from few (arXiv:2407.21787).
+
+  Attributes:
+    pool: independent samples.
+    fitted: how many of each problem's samples the laws are fitted to.
+    budgets: numbers of samples of the table, at most the pool's.
+  """
+
+  pool: System
+  fitted: int = 16
+  budgets: tuple[int, ...] = (1, 4, 16, 40, 80, 160)
+
+  @property
+  def systems(self) -> tuple[System, ...]:
+    """The pool."""
+    return (self.pool,)
+
+  def lines(self, found: Found) -> Lines:
+    """Returns a line for each budget."""
+    rows = found(self.pool)
+    if not rows:
+      return []
+    samples = np.array(rows[0]["samples"])
+    right = np.array([row["right"] for row in rows])
+    most = max(*self.budgets, self.fitted)
+    if samples.min() < most:
+      raise UserError(
+        f"Extrapolated.budgets: found {most} samples, expected at most"
+        f" {samples.min()}, those of {self.pool.name!r}"
+      )
+    # What was sampled first is a random subset of all.
+    rng = np.random.default_rng(0)
+    few = rng.hypergeometric(right[0], samples - right[0], self.fitted)
+    beta = coverage.fit_beta(np.full(len(few), self.fitted), few)
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= self.fitted]
+    law = coverage.fit_power_law(ks, [_cover(self.fitted, few, k) for k in ks])
+    return [
+      {
+        "samples": k,
+        "measured, %": 100 * _cover(samples, right[0], k),
+        f"power law of {self.fitted}": 100 * law(k),
+        f"Beta of {self.fitted}": 100 * beta(k),
+      }
+      for k in self.budgets
+    ]
+
+
+def _cover(samples: Any, right: np.ndarray, k: int) -> float:
+  n = np.broadcast_to(samples, right.shape)
+  each = [
+    estimators.pass_at_k(int(a), int(c), k)
+    for a, c in zip(n, right, strict=True)
+  ]
+  return float(np.mean(each))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Noisy:
+  """Selection by a verifier that errs, against what a closed form predicts.
+
+  Attributes:
+    system: a choice among independent samples, by whether the last step is
+      accepted.
+    right: chance that a right solution is accepted.
+    wrong: chance that a wrong one is.
+  """
+
+  system: System
+  right: float | int
+  wrong: float | int
+
+  def line(self, rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns the accuracy, and that of `closed_forms.noisy_best_of_n`."""
+    n = int(rows[0]["n"])
+    beta = coverage.fit_beta(
+      np.concatenate([row["samples"] for row in rows]),
+      np.concatenate([row["right"] for row in rows]),
+    )
+    chances = stats.beta(beta.alpha, beta.beta).ppf(_MIDDLES)
+
+    def predicted(k):
+      rates = float(self.right), float(self.wrong)
+      each = [
+        closed_forms.noisy_best_of_n(float(p), *rates, k) for p in chances
+      ]
+      return 100 * float(np.mean(each))
+
+    measured = systems.each_of(self.system, rows)
+    return {
+      "accepts right": float(self.right),
+      "accepts wrong": float(self.wrong),
+      "samples": n,
+      "measured, %": 100 * float(measured.mean()),
+      "predicted, %": predicted(n),
+      "plateau, %": predicted(_ENDLESS),
+    }
+
+
+_ENDLESS = 10**6
+_MIDDLES = (np.arange(2000) + 0.5) / 2000
+"""Of equally likely chances of success."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoisePlateau(Report):
+  """Verifiers that err, and where more samples stop to help.
+
+  Attributes:
+    verifiers: each with its rates.
+  """
+
+  verifiers: tuple[Noisy, ...]
+
+  @property
+  def systems(self) -> tuple[System, ...]:
+    """Those of all verifiers."""
+    return tuple(x.system for x in self.verifiers)
+
+  def lines(self, found: Found) -> Lines:
+    """Returns a line for each verifier and number of samples."""
+    return [x.line(rows) for x in self.verifiers if (rows := found(x.system))]

@@ -1,0 +1,109 @@
+"""Tables of pools, against rows whose truth is known."""
+
+import numpy as np
+import pytest
+
+from experiments.core import config
+from experiments.studies import protocol
+from experiments.studies.search import reports
+from experiments.studies.search.systems import System
+from research.typing import UserError
+
+POOL, FIRST, SECOND = (System(step=x) for x in ("pool", "first", "second"))
+
+
+def row(**fields):
+  return {"samples": [], "right": [], "each": []} | fields
+
+
+def test_reward_models_have_an_interval_where_there_are_seeds():
+  rows = {FIRST: [{"f1": 0.5, "auc": 0.8}, {"f1": 0.7, "auc": 0.8}]}
+  rows |= {SECOND: [{"f1": 0.25, "auc": 0.5}], POOL: []}
+  table = reports.RewardModels(systems=(FIRST, SECOND, POOL))
+  first, second = table.lines(rows.get)
+  assert first["F1 of first errors, %"].value == pytest.approx(60)
+  assert first["AUC, %"].half == pytest.approx(0, abs=1e-6)
+  assert second["F1 of first errors, %"] == 25 and second["seeds"] == 1
+
+
+def test_levels_are_those_of_a_pool_that_no_system_shares():
+  """One system is good at easy problems only, the other at hard ones only."""
+  n = 20
+  easy = np.arange(n) < n // 2
+  rows = {
+    POOL: [row(samples=[4] * n, right=np.where(easy, 3, 0).tolist())],
+    FIRST: [row(each=easy.astype(float).tolist())],
+    SECOND: [row(each=(~easy).astype(float).tolist())],
+  }
+  lines = reports.ByDifficulty(pool=POOL, compared=(FIRST, SECOND)).lines(
+    rows.get
+  )
+  found = {line["problems"]: line for line in lines}
+  assert "medium (from 10%)" not in found
+  assert found["easy (from 50%)"]["n"] == found["hard"]["n"] == n // 2
+  assert found["easy (from 50%)"]["first"] == found["hard"]["second"] == 100
+  assert found["all"]["first"] == found["all"]["second"] == 50
+  assert found["the best for each level, cross-validated"]["first"] == 100
+  assert found["the best for all, cross-validated"]["first"] == 50
+  rows[SECOND] = []
+  assert not reports.ByDifficulty(pool=POOL, compared=(SECOND,)).lines(rows.get)
+
+
+def test_coverage_is_predicted_from_few_samples():
+  """Chances of success are Beta(0.3, 2), whose coverage is known."""
+  rng = np.random.default_rng(0)
+  chances, n = rng.beta(0.3, 2.0, 2000), 160
+  rows = [row(samples=[n] * 2000, right=rng.binomial(n, chances).tolist())]
+  lines = reports.Extrapolated(pool=POOL).lines(lambda _: rows)
+  last = lines[-1]
+  exact = 100 * np.mean(1 - (1 - chances) ** 160)
+  # Of 2,000 problems, half of a point is a standard error of the fit's.
+  assert last["samples"] == 160
+  assert last["measured, %"] == pytest.approx(exact, abs=0.5)
+  assert last["Beta of 16"] == pytest.approx(exact, abs=2)
+  assert lines[0]["measured, %"] < lines[1]["measured, %"] < exact
+  with pytest.raises(UserError, match="found 320 samples, expected at most"):
+    reports.Extrapolated(pool=POOL, budgets=(320,)).lines(lambda _: rows)
+
+
+@pytest.mark.parametrize("right, wrong", [(0.9, 0.1), (1.0, 0.0), (0.5, 0.5)])
+def test_a_verifier_that_errs_is_as_good_as_predicted(right, wrong):
+  """Simulated by its definition: a random one of the accepted samples."""
+  rng = np.random.default_rng(1)
+  problems, n = 4000, 8
+  correct = rng.random((problems, n)) < rng.beta(1.0, 2.0, problems)[:, None]
+  accepted = rng.random((problems, n)) < np.where(correct, right, wrong)
+  each = [
+    correct[i][accepted[i]].mean() if accepted[i].any() else correct[i].mean()
+    for i in range(problems)
+  ]
+  rows = [
+    row(
+      n=n,
+      each=each,
+      samples=[n] * problems,
+      right=correct.sum(axis=1).tolist(),
+    )
+  ]
+  noisy = reports.Noisy(system=POOL, right=right, wrong=wrong)
+  (line,) = reports.NoisePlateau(verifiers=(noisy,)).lines(lambda _: rows)
+  assert line["samples"] == n
+  error = 100 * np.std(each) / np.sqrt(problems)
+  assert line["measured, %"] == pytest.approx(
+    line["predicted, %"], abs=4 * error
+  )
+  assert line["plateau, %"] >= line["predicted, %"] - 1e-6
+
+
+def test_the_experiment_on_labels_can_be_configured():
+  """Each command stands after those that it needs, and reports have systems."""
+  study = config.read(
+    "runs/search/claims_countdown_labels.gin", root=protocol.Run
+  ).experiment.study
+  settings = [study.settings(arm) for arm in study.arms]
+  assert len(set(settings)) == len(settings)
+  for noisy in study.reports[2].verifiers:
+    (step,) = (x for x in study.steps if x.name == noisy.system.step)
+    assert f"free_verifiers.ExactSteps.right={noisy.right}" in step.set
+    assert f"free_verifiers.ExactSteps.wrong={noisy.wrong}" in step.set
+  assert [len(x) for x in study.tables({})] == [0] * 5
