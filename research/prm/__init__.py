@@ -4,7 +4,8 @@
 derives labels from rollouts and oracles, `scores/` aggregates, calibrates and
 evaluates, `attacks` changes solutions: none of these needs a model, or JAX.
 `model` has reward models on any backbone, `objective` their losses, `rows` the
-data of these; `policy_samples` labels what a policy writes, `judge` scores it.
+data of these; `policy_samples` labels what a policy writes, `judge` scores it,
+and `scored_task` makes its scores the reward of a policy.
 """
 
 import lazy_loader
@@ -34,5 +35,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "with_rollouts",
     ],
     "rows": ["LabelledRows"],
+    "scored_task": ["ScoredTask"],
   },
 )

@@ -29,11 +29,12 @@ def score_solutions(
     tokenizer: of the model.
     solutions: in steps.
     separator: as for `rows.encode`.
-    batch_size: solutions of a program; all batches have one shape.
+    batch_size: solutions of a program. All batches have one shape, whose
+      length and number of steps are powers of two: calls share programs.
   """
   encoded = [rows.encode(one, tokenizer, separator) for one in solutions]
-  length = max((len(x.tokens) for x in encoded), default=0)
-  most = max((len(x.ends) for x in encoded), default=0)
+  length = _power_of_two(max((len(x.tokens) for x in encoded), default=1))
+  most = _power_of_two(max((len(x.ends) for x in encoded), default=1))
   tokens = np.zeros((len(encoded), length), np.int32)
   ends = np.full((len(encoded), most), -1, np.int32)
   for i, (ids, own) in enumerate(encoded):
@@ -50,6 +51,11 @@ def score_solutions(
     for one, row in zip(encoded[part], np.asarray(scores), strict=False):
       found.append(row[: len(one.ends)].tolist())
   return found
+
+
+def _power_of_two(n: int) -> int:
+  """Returns the least power of two that is at least n."""
+  return 1 << (n - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

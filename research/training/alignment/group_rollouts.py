@@ -9,7 +9,7 @@ parameters, step and seed.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from research.training.alignment.policy_gradient import PolicyGradient
 from research.training.alignment.rewarded_task import (
   Prompt,
   RewardedTask,
+  judged,
   sampled,
 )
 from research.training.objectives.preference import Part, Select
@@ -109,7 +110,8 @@ class GroupRollouts:
     """Returns a round; see `training.rollouts.Rollouts`.
 
     Its metrics are `reward`, `varied` (the share of groups whose rewards
-    differ), `ended` and `answer_tokens`, all of everything that was sampled.
+    differ), `ended` and `answer_tokens`, all of everything that was sampled,
+    and the task's own (`rewarded_task.JudgesTogether`).
 
     Raises:
       UserError: a prompt is longer than `prompt_tokens`, or a reward is not
@@ -119,9 +121,13 @@ class GroupRollouts:
     policy = self.objective.policy(params)
     groups: list[_Group] = []
     seen: list[_Group] = []
+    own: list[Mapping[str, float]] = []
     for attempt in range(self.attempts):
       rng = np.random.default_rng([self.seed, step, attempt])
-      found = self._groups(policy, rng, jax.random.fold_in(key, attempt))
+      found, measured = self._groups(
+        policy, rng, jax.random.fold_in(key, attempt)
+      )
+      own.append(measured)
       seen += found
       groups += [x for x in found if x.selected]
       if len(groups) >= self.prompts:
@@ -140,28 +146,27 @@ class GroupRollouts:
       "varied": (rewards.max(1) > rewards.min(1)).mean(),
       "ended": np.mean([self._ended(answer) for answer in answers]),
       "answer_tokens": np.mean([len(answer) for answer in answers]),
-    }
+    } | {name: np.mean([x[name] for x in own]) for name in own[0]}
     return Round(batch, metrics={k: float(v) for k, v in metrics.items()})
 
-  def _groups(self, policy, rng, key) -> "list[_Group]":
-    """Returns the groups of new prompts, with advantages."""
+  def _groups(
+    self, policy, rng, key
+  ) -> "tuple[list[_Group], Mapping[str, float]]":
+    """Returns groups of new prompts, and the task's metrics."""
     prompts = self.task.sample(rng, self.prompts)
     self._check(prompts)
-    rows = [prompt.tokens for prompt in prompts for _ in range(self.group)]
+    asked = [prompt for prompt in prompts for _ in range(self.group)]
     answers = sampled(
       self.objective.model,
       policy,
-      rows,
+      [prompt.tokens for prompt in asked],
       self.new_tokens,
       self.stop_tokens,
       self.sampling,
       key,
     )
     shape = len(prompts), self.group
-    raw = [
-      self.task.reward(prompts[i // self.group], answer)
-      for i, answer in enumerate(answers)
-    ]
+    raw, measured = judged(self.task, asked, answers)
     rewards = np.array(raw, np.float32).reshape(shape)
     if not np.isfinite(rewards).all():
       raise UserError(
@@ -174,7 +179,7 @@ class GroupRollouts:
     shaped, learned = map(np.asarray, self.overlong(*given))
     advantages = np.asarray(self.advantages(jnp.asarray(shaped)))
     selected = np.asarray(self.select(jnp.asarray(shaped)))
-    return [
+    groups = [
       _Group(
         prompt.tokens,
         answers[i * self.group : (i + 1) * self.group],
@@ -185,6 +190,7 @@ class GroupRollouts:
       )
       for i, prompt in enumerate(prompts)
     ]
+    return groups, measured
 
   def _ended(self, answer: Sequence[int]) -> bool:
     """Whether an answer ended by itself, or has no way to."""

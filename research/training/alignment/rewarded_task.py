@@ -1,8 +1,8 @@
 """Tasks whose answers have rewards, and how well a policy answers them."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -38,6 +38,47 @@ class RewardedTask(Protocol):
   def reward(self, prompt: Prompt, answer: Sequence[int]) -> float:
     """Returns the reward of an answer's tokens, its stop token included."""
     ...
+
+
+class Judged(NamedTuple):
+  """What is made of answers.
+
+  Attributes:
+    rewards: one for each answer.
+    metrics: of all of them, by name, to be logged beside the reward.
+  """
+
+  rewards: Sequence[float]
+  metrics: Mapping[str, float]
+
+
+@runtime_checkable
+class JudgesTogether(Protocol):
+  """A rewarded task that judges all answers of a round at once."""
+
+  def judge(
+    self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
+  ) -> Judged:
+    """Returns rewards; each answer has its own prompt."""
+    ...
+
+
+def judged(
+  task: RewardedTask,
+  prompts: Sequence[Prompt],
+  answers: Sequence[Sequence[int]],
+) -> Judged:
+  """Returns the rewards of answers, one by one or all at once.
+
+  Args:
+    task: that judges.
+    prompts: one for each answer.
+    answers: token ids.
+  """
+  if isinstance(task, JudgesTogether):
+    return task.judge(prompts, answers)
+  pairs = zip(prompts, answers, strict=True)
+  return Judged([task.reward(prompt, answer) for prompt, answer in pairs], {})
 
 
 def sampled(
@@ -131,11 +172,8 @@ class GreedyReward:
       sampling,
       key,
     )
-    rewards = [
-      self.task.reward(prompt, answer)
-      for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    return AnswerRate(float(sum(rewards)), len(prompts))
+    found = judged(self.task, prompts, answers)
+    return AnswerRate(float(sum(found.rewards)), len(prompts))
 
 
 @dataclasses.dataclass(frozen=True)

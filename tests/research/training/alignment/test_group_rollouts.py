@@ -16,7 +16,11 @@ from research.training.alignment.advantages import centered, varied
 from research.training.alignment.group_rollouts import GroupRollouts
 from research.training.alignment.overlong import mask_overlong
 from research.training.alignment.policy_gradient import PolicyGradient
-from research.training.alignment.rewarded_task import GreedyReward, Prompt
+from research.training.alignment.rewarded_task import (
+  GreedyReward,
+  Judged,
+  Prompt,
+)
 from research.training.objectives.objective import NextToken
 from research.typing import UserError
 from tests import support
@@ -42,6 +46,18 @@ class Echo:
     if self.bad is not None:
       return self.bad
     return float(answer[0] == prompt.tokens[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Together(Echo):
+  """Judges all answers of a round at once, and counts the long ones."""
+
+  def judge(self, prompts, answers):
+    rewards = [
+      self.reward(*pair) for pair in zip(prompts, answers, strict=True)
+    ]
+    long = float(np.mean([len(answer) > 1 for answer in answers]))
+    return Judged(rewards, {"long": long})
 
 
 def made(**more):
@@ -100,6 +116,16 @@ def test_a_round_is_a_function_of_parameters_and_step():
   # Children of one prompt differ.
   rows = {tuple(row) for row in first["tokens"].tolist()}
   assert len(rows) > 4
+
+
+def test_a_task_that_judges_a_round_at_once_adds_its_metrics():
+  alone = made().sample_round(PARAMS, 3)
+  found = made(task=Together()).sample_round(PARAMS, 3)
+  chex.assert_trees_all_equal(found.common, alone.common)
+  lengths = (np.asarray(alone.common["weights"]) > 0).sum(axis=1)
+  long = float(np.mean(lengths > 1))
+  assert found.metrics == alone.metrics | {"long": pytest.approx(long)}
+  assert 0 < long < 1
 
 
 def test_groups_without_a_gradient_are_sampled_anew():

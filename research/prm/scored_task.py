@@ -1,0 +1,125 @@
+"""A task whose rewards are a reward model's scores: what a policy can exploit.
+
+A policy that is optimized against a learned reward finds what the reward model
+gets wrong (Gao et al. 2023, arXiv:2210.10760). So the share of answers that the
+task itself accepts is measured beside the reward, and never rewarded.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from research.prm import judge
+from research.prm.labelled import LabelledSolution
+from research.prm.scores.aggregate import Aggregate, Product
+from research.reasoning.segmentation import SEGMENTERS, steps_of
+from research.training.alignment.rewarded_task import Judged, Prompt
+from research.training.reasoning_tasks import VerifiedTask
+from research.typing import UserError
+
+VERIFIED = "verified"
+"""Name of the metric: share of answers that the task accepts."""
+
+
+@runtime_checkable
+class RewardSource(Protocol):
+  """Where a reward model comes from, e.g. `interop.rewards`."""
+
+  def load(self) -> Any:
+    """Returns `model`, `params` and `tokenizer`."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoredTask:
+  """Prompts of a task, and a reward model that judges answers to them.
+
+  A `RewardedTask`. The reward of an answer is from 0 to 1: the aggregate of its
+  steps' scores, and 0 for one that was cut or has no step.
+
+  Attributes:
+    task: has the prompts; its verdicts are measured, not rewarded.
+    reward_model: source of the model that scores steps.
+    segmenter: splits an answer into steps, a key of `SEGMENTERS`.
+    aggregate: makes a reward of the scores of steps.
+    separator: text after each step, as for `rows.encode`.
+  """
+
+  task: VerifiedTask
+  reward_model: RewardSource
+  segmenter: str
+  aggregate: Aggregate = Product()
+  separator: str = ""
+
+  def __post_init__(self):
+    if self.segmenter not in SEGMENTERS:
+      raise UserError(
+        f"ScoredTask.segmenter: found {self.segmenter!r}, expected one of"
+        f" {', '.join(SEGMENTERS)}."
+      )
+
+  @functools.cached_property
+  def _loaded(self) -> Any:
+    loaded = self.reward_model.load()
+    if not hasattr(loaded.model, "scores"):
+      raise UserError(
+        f"ScoredTask.reward_model: found a {type(loaded.model).__name__},"
+        " expected a reward model, such as interop.rewards.PretrainedReward."
+      )
+    return dataclasses.replace(loaded, params=jax.device_put(loaded.params))
+
+  def sample(self, rng: np.random.Generator, count: int) -> list[Prompt]:
+    """Returns prompts of different problems of the task."""
+    return self.task.sample(rng, count)
+
+  def reward(self, prompt: Prompt, answer: Sequence[int]) -> float:
+    """Returns the reward of one answer; `judge` is for many."""
+    return float(self.judge([prompt], [answer]).rewards[0])
+
+  def judge(
+    self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
+  ) -> Judged:
+    """Returns rewards, and the share of answers that the task accepts.
+
+    Args:
+      prompts: one for each answer.
+      answers: token ids, the end's included.
+    """
+    pairs = list(zip(prompts, answers, strict=True))
+    steps = [self._steps(answer) for answer in answers]
+    solutions = [
+      LabelledSolution(
+        prompt=prompt.problem.prompt, steps=own, labels=(None,) * len(own)
+      )
+      for (prompt, _), own in zip(pairs, steps, strict=True)
+      if own
+    ]
+    scores = iter(self._scores(solutions))
+    rewards = [
+      float(self.aggregate.weight(next(scores))) if own else 0.0
+      for own in steps
+    ]
+    right = [self.task.reward(prompt, answer) for prompt, answer in pairs]
+    return Judged(rewards, {VERIFIED: float(np.mean(right))})
+
+  def _steps(self, answer: Sequence[int]) -> tuple[str, ...]:
+    """Returns the steps of an answer; none of one that was cut."""
+    tokenizer = self.task.tokenizer
+    if not answer or answer[-1] not in tokenizer.stop:
+      return ()
+    found = steps_of(SEGMENTERS[self.segmenter], tokenizer.decode(answer))
+    return tuple(found)
+
+  def _scores(self, solutions):
+    loaded = self._loaded
+    return judge.score_solutions(
+      loaded.model,
+      loaded.params,
+      loaded.tokenizer,
+      solutions,
+      self.separator,
+    )

@@ -1,0 +1,100 @@
+"""Rewards of a reward model, against scores that are a known function."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from research.prm.scored_task import ScoredTask
+from research.prm.scores.aggregate import Min, Product
+from research.reasoning.tasks import Countdown
+from research.reasoning.tasks.countdown import vocabulary
+from research.reasoning.words import WordVocabulary
+from research.training.reasoning_tasks import VerifiedTask
+from research.typing import UserError
+
+
+class ByEnd:
+  """Scores a step by where it ends: `1 / (1 + index of its last token)`."""
+
+  shapes: list[tuple[int, ...]]
+
+  def __init__(self):
+    self.shapes = []
+
+  def scores(self, params, tokens, ends):
+    assert params["scale"] == 1
+    self.shapes.append(tokens.shape)
+    # Each step of countdown ends in a semicolon.
+    semicolon = WordVocabulary(words=vocabulary()).load().encode(";")[0]
+    rows = np.arange(len(tokens))[:, None]
+    assert ((tokens[rows, ends] == semicolon) | (ends < 0)).all()
+    return np.where(ends < 0, 0.0, 1.0 / (1.0 + np.maximum(ends, 0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  model: Any
+  params: Any
+  tokenizer: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  model: Any
+
+  def load(self):
+    words = WordVocabulary(words=vocabulary()).load()
+    return Loaded(self.model, {"scale": 1}, words)
+
+
+def scored(model=None, **fields):
+  verified = VerifiedTask(
+    task=Countdown(count=8), vocabulary=WordVocabulary(words=vocabulary())
+  )
+  source = Source(model or ByEnd())
+  given = dict(task=verified, reward_model=source, segmenter="semicolon")
+  return ScoredTask(**given | fields)
+
+
+def answers_of(task, prompt):
+  """Returns a right answer, one with a false last step, and two of no use."""
+  words, problem = task.task.tokenizer, prompt.problem
+  right = words.encode(task.task.task.oracle(problem))
+  wrong = words.encode(task.task.task.mutated(problem))
+  end = words.stop[0]
+  return [[*right, end], [*wrong, end], right, [end]]
+
+
+@pytest.mark.parametrize("aggregate, of", [(Product(), np.prod), (Min(), min)])
+def test_rewards_are_aggregated_scores_and_verdicts_stand_beside(aggregate, of):
+  task = scored(aggregate=aggregate)
+  (prompt,) = task.sample(np.random.default_rng(0), 1)
+  answers = answers_of(task, prompt)
+  found = task.judge([prompt] * 4, answers)
+  ends = np.array([14, 21, 27])  # 7 tokens of a prompt, steps of 8, 7 and 6
+  # A model that reads no arithmetic gives both texts the same.
+  whole = of(1 / (1 + ends))
+  np.testing.assert_allclose(found.rewards, [whole, whole, 0, 0], rtol=1e-6)
+  assert found.metrics == {"verified": 0.25}
+  assert task.reward(prompt, answers[0]) == pytest.approx(whole)
+
+
+def test_rounds_of_other_lengths_share_a_program():
+  model = ByEnd()
+  task = scored(model)
+  (prompt,) = task.sample(np.random.default_rng(0), 1)
+  right = answers_of(task, prompt)[0]
+  for tokens in (8, 15, 21):
+    task.judge([prompt], [[*right[:tokens], right[-1]]])
+  assert {shape[1] for shape in model.shapes} <= {16, 32}
+
+
+def test_what_cannot_score_is_refused():
+  with pytest.raises(UserError, match="segmenter: found 'x', expected one of"):
+    scored(segmenter="x")
+  task = scored(object())
+  (prompt,) = task.sample(np.random.default_rng(0), 1)
+  with pytest.raises(UserError, match="found a object, expected a reward"):
+    task.reward(prompt, answers_of(task, prompt)[0])
