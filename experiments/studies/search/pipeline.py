@@ -15,7 +15,12 @@ import numpy as np
 
 from experiments.core import cli, config
 from experiments.labelling import label_run
-from experiments.searching import results, running, search_run
+from experiments.searching import (
+  results,
+  running,
+  search_run,
+  wrong_answers,
+)
 from experiments.searching.pool import Searched
 from experiments.stages import running as training
 from experiments.studies import protocol
@@ -24,6 +29,7 @@ from experiments.studies.search import pictures, systems
 from experiments.studies.search.reports import Report
 from experiments.studies.search.systems import Comparison, System
 from research.prm import formats
+from research.search.choose import BestOf
 from research.typing import UserError
 
 Command = Literal["train", "label", "search"]
@@ -238,6 +244,8 @@ def _searched(run: search_run.SearchRun, pool: Sequence[Searched]) -> Row:
   """Returns a pool's accuracy and cost, and what each problem reached."""
   whole = results.result_of(pool, run.strategy, run.choice, run.n)
   each = results.accuracies(pool, run.choice, run.n)
+  if isinstance(run.choice, BestOf):
+    whole["wrong"] = wrong_answers.kinds_of(pool, run.choice.aggregate)
   return whole | {
     "each": [round(x, 6) for x in each],
     "right": [sum(x.correct for x in one.samples) for one in pool],

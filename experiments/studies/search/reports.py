@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,38 @@ def _chosen(accuracy: np.ndarray, bins: np.ndarray, names: list[str]) -> Lines:
     {"problems": title, "n": n, names[0]: 100 * value}
     for title, value in values.items()
   ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrongSolutions(Report):
+  """What is wrong with solutions, and how often scores see it.
+
+  Attributes:
+    systems: choices by scores among samples of one policy.
+    least: share of all samples that a kind needs for a line of its own.
+  """
+
+  systems: tuple[System, ...]
+  least: float | int = 0.02
+
+  def lines(self, found: Found) -> Lines:
+    """Returns a line for each kind, with a column for each system."""
+    rows = {x: found(x) for x in self.systems}
+    if not all(rows.values()):
+      return []
+    first = rows[self.systems[0]][0]["wrong"]
+    kinds = [k for k, x in first.items() if x["share"] >= self.least]
+    return [
+      {"what is wrong": kind, "of all samples, %": 100 * first[kind]["share"]}
+      | {x.name: _seen(rows[x][0]["wrong"].get(kind)) for x in self.systems}
+      for kind in kinds
+    ]
+
+
+def _seen(kind: Mapping[str, Any] | None) -> float | None:
+  if kind is None or kind["below"] is None:
+    return None
+  return 100 * kind["below"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

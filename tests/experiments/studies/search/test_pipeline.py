@@ -14,7 +14,11 @@ from research.typing import UserError
 from tests.experiments.searching import parity
 
 TINY = str(pathlib.Path(parity.__file__).with_name("tiny.gin"))
-SCORED = ("VERIFIER=@verifiers.NewReward()", "search_run.SearchRun.seed={seed}")
+SCORED = (
+  "VERIFIER=@verifiers.NewReward()",
+  "CHOICE=@choose.BestOf()",
+  "search_run.SearchRun.seed={seed}",
+)
 EVERY = Step(name="every", command="search", path=TINY, set=SCORED)
 PAIRS = Step(
   name="pairs", command="search", path=TINY, set=(*SCORED, "N=2"), pool="every"
@@ -49,6 +53,9 @@ def test_searches_run_and_choose_again_and_are_compared(tmp_path, monkeypatch):
   assert every["accuracy"] == pytest.approx(
     sum(every["each"]) / len(every["each"]), abs=1e-6
   )
+  wrong = sum(x["share"] for x in every["wrong"].values())
+  right = sum(every["right"]) / sum(every["samples"])
+  assert wrong == pytest.approx(1 - right)
   assert len(STUDY.table(rows)) == 3
   (found,) = STUDY.verdicts(rows)
   assert re.search("5 problems, 2 seeds, at 2.*times the FLOPs", found.found)

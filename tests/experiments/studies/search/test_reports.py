@@ -49,6 +49,22 @@ def test_levels_are_those_of_a_pool_that_no_system_shares():
   assert not reports.ByDifficulty(pool=POOL, compared=(SECOND,)).lines(rows.get)
 
 
+def test_each_kind_of_wrong_solution_has_its_line():
+  few = {"share": 0.01, "below": 0.5}
+  first = {"cut": few, "false": {"share": 0.6, "below": 0.75}}
+  other = {"false": {"share": 0.6, "below": None}}
+  rows = {FIRST: [row(wrong=first)], SECOND: [row(wrong=other)], POOL: [row()]}
+  report = reports.WrongSolutions(systems=(FIRST, SECOND))
+  assert report.lines(rows.get) == [
+    {
+      "what is wrong": "false",
+      "of all samples, %": 60,
+      "first": 75,
+      "second": None,
+    }
+  ]
+
+
 def test_coverage_is_predicted_from_few_samples():
   """Chances of success are Beta(0.3, 2), whose coverage is known."""
   rng = np.random.default_rng(0)
@@ -102,8 +118,8 @@ def test_the_experiment_on_labels_can_be_configured():
   ).experiment.study
   settings = [study.settings(arm) for arm in study.arms]
   assert len(set(settings)) == len(settings)
-  for noisy in study.reports[2].verifiers:
+  for noisy in study.reports[3].verifiers:
     (step,) = (x for x in study.steps if x.name == noisy.system.step)
     assert f"free_verifiers.ExactSteps.right={noisy.right}" in step.set
     assert f"free_verifiers.ExactSteps.wrong={noisy.wrong}" in step.set
-  assert [len(x) for x in study.tables({})] == [0] * 5
+  assert [len(x) for x in study.tables({})] == [0] * 6
