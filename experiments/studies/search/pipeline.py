@@ -25,7 +25,7 @@ from experiments.searching.pool import Searched
 from experiments.stages import running as training
 from experiments.studies import protocol
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
-from experiments.studies.search import pictures, systems
+from experiments.studies.search import pictures, rounds, systems
 from experiments.studies.search.reports import Report
 from experiments.studies.search.systems import Comparison, System
 from research.prm import formats
@@ -138,7 +138,8 @@ class Pipeline(protocol.Study):
     folder.parent.mkdir(parents=True, exist_ok=True)
     if step.command == "train":
       workdir = training.claim(read.experiment, read.text, folder)
-      return _trained(training.train(read.experiment, workdir))
+      result = training.train(read.experiment, workdir)
+      return _trained(result) | rounds.curves_of(folder)
     if step.command == "label":
       return _labelled(read.experiment.run(cli.say), folder)
     pool = running.complete(read.experiment, folder, read.text)
@@ -189,6 +190,9 @@ class Pipeline(protocol.Study):
     points = {x: self.rows_of(x, rows) for x in self.shown}
     curves = {x: self.rows_of(x, rows) for x in self.curves}
     pictures.against_flops(points, curves, folder / f"{title}.png", title)
+    for i, report in enumerate(self.reports):
+      path = folder / f"{title}_{i + 1}.png"
+      report.plot(lambda system: self.rows_of(system, rows), path)
 
 
 def _arm(step: Step, seed: int) -> str:

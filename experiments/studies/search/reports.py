@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,10 @@ class Report(abc.ABC):
   @abc.abstractmethod
   def lines(self, found: Found) -> Lines:
     """Returns the table; no lines where rows are missing."""
+
+  def plot(self, found: Found, path: pathlib.Path) -> None:
+    """Leaves a picture, if there is one to draw."""
+    del found, path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -122,4 +122,4 @@ def test_the_experiment_on_labels_can_be_configured():
     (step,) = (x for x in study.steps if x.name == noisy.system.step)
     assert f"free_verifiers.ExactSteps.right={noisy.right}" in step.set
     assert f"free_verifiers.ExactSteps.wrong={noisy.wrong}" in step.set
-  assert [len(x) for x in study.tables({})] == [0] * 6
+  assert [len(x) for x in study.tables({})] == [0] * 7

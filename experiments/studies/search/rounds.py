@@ -1,0 +1,107 @@
+"""Policies that learn from rewards: what they earn, and what is right of it."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.studies.protocol import Lines, Row
+from experiments.studies.search.reports import Found, Report
+from experiments.studies.search.systems import System
+from research.prm.scored_task import VERIFIED
+from research.training.reports import plots
+
+POINTS = 30
+"""Of a curve: means over as many equal parts of a training."""
+
+
+def curves_of(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the curves of a run that learned from rewards; {} for others.
+
+  Args:
+    workdir: of the run.
+
+  Returns:
+    `curves`: `step`, `reward` and `verified`, the share of right answers, at
+    most `POINTS` each. Where the reward is the verdict, both are the same.
+  """
+  lines = (workdir / "metrics.jsonl").read_text("utf-8").splitlines()
+  found = [json.loads(line) for line in lines]
+  found = [x for x in found if "train/reward" in x]
+  if not found:
+    return {}
+  reward = [x["train/reward"] for x in found]
+  named = {
+    "step": [x["step"] for x in found],
+    "reward": reward,
+    "verified": [
+      x.get(f"train/{VERIFIED}", own)
+      for x, own in zip(found, reward, strict=True)
+    ],
+  }
+  parts = min(POINTS, len(found))
+  return {
+    "curves": {
+      name: [float(np.mean(x)) for x in np.array_split(values, parts)]
+      for name, values in named.items()
+    }
+  }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimized(Report):
+  """Rewards that policies were optimized for, beside exact verdicts.
+
+  Attributes:
+    systems: steps that trained a policy by rewards.
+  """
+
+  systems: tuple[System, ...]
+
+  def lines(self, found: Found) -> Lines:
+    """Returns a line for each policy that is there."""
+    return [
+      {
+        "reward": system.name,
+        "earned at first": _end(rows, "reward", 0),
+        "at last": _end(rows, "reward", -1),
+        "right at first, %": 100 * _end(rows, "verified", 0),
+        "at last, %": 100 * _end(rows, "verified", -1),
+        "held out, greedy, %": 100 * _mean(rows, "greedy"),
+        "sampled, %": 100 * _mean(rows, "sampled"),
+      }
+      for system in self.systems
+      if (rows := found(system))
+    ]
+
+  def plot(self, found: Found, path: pathlib.Path) -> None:
+    """Draws rewards above, shares of right answers below."""
+    rows = {x: found(x) for x in self.systems}
+    if not any(rows.values()):
+      return
+    drawn = plots.figure(7, 6)
+    upper, lower = drawn.subplots(2, sharex=True)
+    for i, (system, own) in enumerate(rows.items()):
+      for seed, row in enumerate(own):
+        curves = row["curves"]
+        style = plots.style(i) | {"lw": 1.2}
+        name = system.name if seed == 0 else None
+        upper.plot(curves["step"], curves["reward"], label=name, **style)
+        lower.plot(curves["step"], 100 * np.array(curves["verified"]), **style)
+    upper.set(ylabel="reward")
+    lower.set(ylabel="right, %", xlabel="step", ylim=(0, None))
+    upper.legend(frameon=False, fontsize=8)
+    for axes in (upper, lower):
+      axes.grid(alpha=0.3)
+    plots.save(drawn, path)
+
+
+def _end(rows: Sequence[Row], name: str, at: int) -> float:
+  return float(np.mean([row["curves"][name][at] for row in rows]))
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+  return float(np.mean([row["answers"][name] for row in rows]))
