@@ -101,6 +101,18 @@ def test_files_that_are_named_are_there(page):
   assert not missing
 
 
+def test_examples_of_what_one_file_adds_have_so_many_lines():
+  rows = re.findall(
+    r"^\|[^|]+\| `([\w/]+\.py)` \| (\d+) \|",
+    _text("research/README.md"),
+    re.M,
+  )
+  assert len(rows) >= 8
+  for name, lines in rows:
+    found = (ROOT / name).read_text("utf-8").count("\n")
+    assert abs(found - int(lines)) <= 0.1 * found, (name, found)
+
+
 def test_the_picture_has_the_rooms_in_their_order():
   """Each name of the picture may import those above it."""
   picture = _text("README.md").split("```")[1]
