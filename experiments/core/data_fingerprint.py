@@ -1,22 +1,25 @@
 """The texts of a run by their hashes, and the special tokens around them.
 
-A corpus that belongs to the machine, such as the standard library, may change
-before a run is resumed, or differ between two machines: its hash shows that.
+Files, or a corpus that belongs to the machine such as the standard library, may
+change before a run is resumed, or differ between two machines: a hash shows
+that. One changed record would move every later batch, unnoticed.
 The tokenizer decides on the special tokens around a document, unless the
 configuration does. The run records them, so that evaluations and resumed runs
 read texts in the same way.
 """
 
 import dataclasses
+import hashlib
 import json
 import platform
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments.core import artifacts
 from experiments.core.experiment import Experiment
 from research.data import predicted
 from research.data.pipeline import Mixture, Pipeline
-from research.data.sources import NoExamples
+from research.data.sources import NoExamples, expand
 from research.io import folders
 from research.io.folders import Folder
 from research.nn.transformer import Transformer
@@ -33,11 +36,29 @@ PARTS = ("data", "validation", "heldout")
 """Fields of an experiment that hold data."""
 
 
+def sources(data: Any) -> Iterator[tuple[Any, str]]:
+  """Yields the sources in a part's data that have a hash, with it."""
+  value = getattr(data, "sha256", None)
+  if value is not None:
+    yield data, value
+  elif isinstance(data, tuple | list):
+    for each in data:
+      yield from sources(each)
+  elif dataclasses.is_dataclass(data):
+    for field in dataclasses.fields(data):
+      yield from sources(getattr(data, field.name))
+
+
 def hashes(experiment: Experiment) -> dict[str, str]:
-  """Returns part -> hash, for parts whose source has one (`sha256`)."""
-  sources = {p: getattr(getattr(experiment, p), "source", None) for p in PARTS}
-  found = {p: getattr(s, "sha256", None) for p, s in sources.items()}
-  return {p: value for p, value in found.items() if value is not None}
+  """Returns part -> hash, for parts whose sources have one."""
+  found = {}
+  for part in PARTS:
+    each = [value for _, value in sources(getattr(experiment, part))]
+    if len(each) == 1:
+      found[part] = each[0]
+    elif each:
+      found[part] = hashlib.sha256("\n".join(each).encode()).hexdigest()
+  return found
 
 
 def claim(experiment: Experiment, workdir: Folder) -> dict[str, str]:
@@ -52,23 +73,42 @@ def claim(experiment: Experiment, workdir: Folder) -> dict[str, str]:
   if note.exists():
     try:
       before = json.loads(note.read_text("utf-8"))
-      known = {part: before[part] for part in now}
+      # A part without a hash is of a run from before files had one.
+      known = {part: before.get(part, now[part]) for part in now}
       python = before["python"]
     except (ValueError, TypeError, KeyError) as error:
       raise UserError(
         f"{note}: is no record of a run's texts ({error}); use another workdir."
       ) from error
     if known != now:
-      raise UserError(
-        f"{note}: this run began with other texts (Python {python}; here"
-        f" {platform.python_version()}).\n"
-        "Resume it with that Python, or use another workdir."
-      )
+      changed = [part for part in now if known[part] != now[part]]
+      raise _changed(experiment, changed, note, python)
     return now
   record = now | {"python": platform.python_version()}
   with folders.writing(note):
     folders.write_text(note, json.dumps(record, indent=2) + "\n")
   return now
+
+
+def _changed(
+  experiment: Experiment, parts: Sequence[str], note: Folder, python: str
+) -> UserError:
+  """Returns the error for parts whose texts are not those of the run."""
+  files, libraries = set(), False
+  for part in parts:
+    for source, _ in sources(getattr(experiment, part)):
+      named = getattr(source, "paths", getattr(source, "path", ()))
+      files |= set(expand(named)) if named else set()
+      libraries |= not named
+  found = ", ".join(sorted(files)[:4]) + ", ..." * (len(files) > 4)
+  if libraries:
+    found += f"{', ' * bool(files)}Python {python}; here"
+    found += f" {platform.python_version()}"
+  mend = "Restore the files" if files else "Resume it with that Python"
+  return UserError(
+    f"{note}: this run began with other texts of {' and '.join(parts)}"
+    f" ({found}).\n{mend}, or use another workdir."
+  )
 
 
 def _first(data: Any) -> Any:

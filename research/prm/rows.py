@@ -18,7 +18,7 @@ import numpy as np
 from research.data import pipeline
 from research.data.array_batches import ShuffledBatches
 from research.data.packing import Row
-from research.data.sources import NoExamples, Split, split_of
+from research.data.sources import FromFiles, NoExamples, Split, split_of
 from research.prm.formats import Format, Native, read
 from research.prm.labelled import Label, LabelledSolution
 from research.prm.labels import rollouts
@@ -137,7 +137,7 @@ def encode(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledRows(ShuffledBatches):
+class LabelledRows(FromFiles, ShuffledBatches):
   """Solutions of files with labelled steps, one a row.
 
   Solutions longer than a row lose what is beyond it; those that are left

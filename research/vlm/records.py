@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import overload
 
-from research.data.sources import NoExamples, Paths, Split, jsonl
+from research.data.sources import FromFiles, NoExamples, Paths, Split, jsonl
 from research.data.sources.jsonl import Record
 from research.typing import UserError
 from research.vlm.images import decode
@@ -20,7 +20,7 @@ from research.vlm.scenes.sample import Sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageRecords(Sequence[Sample]):
+class ImageRecords(FromFiles, Sequence[Sample]):
   """Samples of JSON Lines files: images by path, a question, an answer.
 
   Attributes:

@@ -2,24 +2,28 @@
 
 from research.data.sources.sources import (
   Documents,
+  FromFiles,
   NoExamples,
   Paths,
   PydocTopics,
   Split,
   TextFiles,
   expand,
+  files_sha256,
   read_text,
   split_of,
 )
 
 __all__ = [
   "Documents",
+  "FromFiles",
   "NoExamples",
   "Paths",
   "PydocTopics",
   "Split",
   "TextFiles",
   "expand",
+  "files_sha256",
   "read_text",
   "split_of",
 ]

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from research.data.examples import Example
+from research.data.sources import files_sha256
 from research.typing import UserError
 
 _CHUNK = 1 << 20
@@ -35,6 +36,11 @@ class Arrays:
 
   path: str
   vocab: int | None = None
+
+  @property
+  def sha256(self) -> str | None:
+    """A hash of the file, to identify it; see `files_sha256`."""
+    return files_sha256(self.path)
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
     """Returns the documents; their tokens are memory-mapped."""

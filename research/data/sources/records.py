@@ -12,7 +12,7 @@ from typing import Any
 from research.data import examples, rendering
 from research.data.examples import Example
 from research.data.rendering import Conversation
-from research.data.sources import Paths, Split, jsonl
+from research.data.sources import FromFiles, Paths, Split, jsonl
 from research.data.sources.jsonl import Record
 from research.typing import UserError
 
@@ -21,7 +21,7 @@ Pair = tuple[Example, Example]
 
 
 @dataclasses.dataclass(frozen=True)
-class Texts:
+class Texts(FromFiles):
   """Plain text documents: `{"text": ...}`.
 
   Attributes:
@@ -50,7 +50,7 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat:
+class Chat(FromFiles):
   """Conversations: `{"messages": [{"role": ..., "content": ...}, ...]}`.
 
   Attributes:
@@ -81,7 +81,7 @@ class Chat:
 
 
 @dataclasses.dataclass(frozen=True)
-class Completions:
+class Completions(FromFiles):
   """Prompts with completions: `{"prompt": ..., "completion": ...}`.
 
   No template is applied. The tokenizer's initial special tokens precede the
@@ -119,7 +119,7 @@ class Completions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Preferences:
+class Preferences(FromFiles):
   """Preference pairs: `{"prompt": ..., "chosen": ..., "rejected": ...}`.
 
   Fields are texts or lists of messages. Without a prompt field, the common

@@ -73,6 +73,51 @@ def expand(paths: Paths) -> list[str]:
   return found
 
 
+def files_sha256(paths: Paths) -> str | None:
+  """Returns a hash of the files' contents, in order; None if none has any.
+
+  Named pipes and devices are left out: they can be read but once.
+
+  Raises:
+    UserError: a file cannot be read.
+  """
+  files = [path for path in expand(paths) if os.path.isfile(path)]
+  if not files:
+    return None
+  try:
+    each = [_file_sha256(path, _identity(path)) for path in files]
+  except OSError as error:
+    raise UserError(
+      f"{error.filename}: cannot be read ({error.strerror}).\n"
+      "Expected the file that the run reads; check the path."
+    ) from error
+  return hashlib.sha256("\n".join(each).encode()).hexdigest()
+
+
+def _identity(path: str) -> tuple[int, ...]:
+  found = os.stat(path)
+  return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_sha256(path: str, identity: tuple[int, ...]) -> str:
+  """Reads a file once, though several splits of it are sources."""
+  del identity
+  with pathlib.Path(path).open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class FromFiles:
+  """Base of sources that read the files `paths`."""
+
+  paths: Paths
+
+  @property
+  def sha256(self) -> str | None:
+    """A hash of the files, to identify them; see `files_sha256`."""
+    return files_sha256(self.paths)
+
+
 @dataclasses.dataclass(frozen=True)
 class PydocTopics:
   """The Python language reference, which ships with every interpreter.
@@ -96,7 +141,7 @@ class PydocTopics:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextFiles:
+class TextFiles(FromFiles):
   """UTF-8 text files, one document each.
 
   Attributes:
