@@ -15,7 +15,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from experiments.core import artifacts
+from experiments.core import artifacts, runtime
 from experiments.core.experiment import Experiment
 from research.data import predicted
 from research.data.pipeline import Mixture, Pipeline
@@ -64,13 +64,17 @@ def hashes(experiment: Experiment) -> dict[str, str]:
 def claim(experiment: Experiment, workdir: Folder) -> dict[str, str]:
   """Returns the hashes of a run's texts, which a new run records.
 
+  A run without a checkpoint is new: its texts may have been mended since. The
+  first process decides, and all others must read the same.
+
   Raises:
     UserError: the run began on other texts.
   """
   note, now = workdir / "corpus.json", hashes(experiment)
   if not now:
     return {}
-  if note.exists():
+  begun = workdirs.has_progress(workdir) or not runtime.is_first_process()
+  if begun and note.exists():
     try:
       before = json.loads(note.read_text("utf-8"))
       # A part without a hash is of a run from before files had one.
