@@ -49,8 +49,8 @@ test-all: venv  ## Runs every case, those marked slow as well (hours)
 	@$(PY) $(PYTEST) --slow $(ARGS)
 
 # Numbers of cases, from --first on: make soak ARGS='--first=10000'
-soak: venv  ## Reads 10,000 damaged files; kills a run 200 times
-	@$(PY) -m tests.crash.soak --kills=200
+soak: venv  ## Reads 10,000 damaged files; kills and injures runs (an hour)
+	@$(PY) -m tests.crash.soak --kills=200 --minutes=30
 	@$(PY) -m tests.fuzz.soak --cases=10000 --workers=$(WORKERS) $(ARGS)
 
 # A report is continued where it stopped: runs/mutants.jsonl, or --report=FILE.

@@ -1,6 +1,7 @@
 """The index of commands: `python -m experiments`, and the script `heptad`.
 
   heptad            lists the commands
+  heptad --version  prints the version
   heptad train ...  does what python -m experiments.train ... does
 
 `python -m` takes packages from the working directory first, where a folder of
@@ -11,6 +12,7 @@ Heptad's packages before it looks there, so it runs in any directory.
 import ast
 import difflib
 import importlib
+import importlib.metadata
 import os
 import pathlib
 import sys
@@ -73,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv if argv is None else argv)
   if len(argv) == 1 or argv[1] in _HELP:
     cli.say(index())
+    return 0
+  if argv[1] == "--version":
+    cli.say(f"heptad {importlib.metadata.version('heptad')}")
     return 0
   name = argv[1]
   if name not in commands():

@@ -132,12 +132,12 @@ def _child(argv: Sequence[str], log: str) -> None:
 def _flags(processes: int) -> list[list[str]]:
   """Returns the flags of each process that tell it from the others."""
   if processes == 1:
-    return [["--devices=1"]]
+    return [[]]
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   run = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
-  return [["--devices=1", *run, f"--process={i}"] for i in range(processes)]
+  return [[*run, f"--process={i}"] for i in range(processes)]
 
 
 def _serve(order: dict[str, Any]) -> None:

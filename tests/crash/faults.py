@@ -49,6 +49,8 @@ class Run:
     seconds: that it takes undisturbed, once it is compiled.
     draw: source of the moments and of what is damaged.
     processes: how many it has.
+    devices: of each of them.
+    data: size of the mesh's axis; None for all of them, as a number.
     small: whether the workdir's filesystem can be filled.
     pids: of the attempt's processes, in their order.
     ends: of those that have ended.
@@ -61,6 +63,8 @@ class Run:
   seconds: float
   draw: random.Random
   processes: int = 1
+  devices: int = 1
+  data: int | None = None
   small: bool = False
   pids: list[int] = dataclasses.field(default_factory=list)
   ends: list[Ended] = dataclasses.field(default_factory=list)
@@ -76,10 +80,12 @@ class Run:
     """Starts the same command as ever."""
     self._said = self.log.stat().st_size if self.log.exists() else 0
     self._saved, self.ends = self.steps, []
+    rows = self.processes * self.devices if self.data is None else self.data
     argv = [
       *("train", f"--config={CONFIG}", f"--workdir={self.workdir}"),
       f"--set=FILES={str(self.texts)!r}",
-      f"--set=DATA={self.processes}",
+      f"--set=DATA={rows}",
+      f"--devices={self.devices}",
     ]
     self.pids = self.commands.start(argv, self.log, self.processes)
 

@@ -1,9 +1,11 @@
-"""Kills runs at random moments, on tmpfs and on disk, and counts.
+"""Kills runs at random moments, lets other faults happen to them, and counts.
 
-  python -m tests.crash.soak --kills=200 [--seed=0] [--folder=DIR ...]
+  python -m tests.crash.soak --kills=200 --minutes=30 [--seed=0] [--folder=DIR]
 
-The kills are shared out among the folders; each restart must succeed, and each
-run must end bitwise as if nothing had happened. The last line is JSON.
+The kills are shared out among the folders, tmpfs and disk by default. For so
+many minutes then, the faults of `faults` happen to runs of `train`. Each
+restart must succeed, and each run must end bitwise as if nothing had happened:
+the first that does not ends this with an error. The last line is JSON.
 """
 
 import argparse
@@ -12,7 +14,9 @@ import pathlib
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 
+from tests.crash import commands, faulty
 from tests.crash import kills as killing
 from tests.crash.kills import ROOT, Server, Tally
 
@@ -56,27 +60,48 @@ def describe(tally: Tally) -> str:
   )
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--kills", type=int, default=200)
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--folder", type=pathlib.Path, action="append")
-  args = parser.parse_args()
-  places = args.folder or [p for p in PLACES if p.is_dir()]
-  begin, tallies = time.monotonic(), {}
+def kill(kills: int, seed: int, places: Sequence[pathlib.Path]) -> dict:
+  """Kills runs in these folders so often; returns the counts."""
+  tallies = {}
   with killing.server() as server:
     for i, place in enumerate(places):
-      kills = (args.kills + i) // len(places)
+      part = (kills + i) // len(places)
       with tempfile.TemporaryDirectory(dir=place, prefix=".crash-") as name:
         folder = pathlib.Path(name)
         killing.undisturbed(server, folder / "cold")
         whole = killing.undisturbed(server, folder / "whole")
-        tally = run(server, folder, *whole, kills=kills, seed=args.seed + i)
+        tally = run(server, folder, *whole, kills=part, seed=seed + i)
       print(f"{place}: {describe(tally)}", flush=True)
       tallies[str(place)] = vars(tally)
   total = sum(tally["kills"] for tally in tallies.values())
-  seconds = time.monotonic() - begin
-  print(json.dumps(dict(kills=total, seconds=seconds, places=tallies)))
+  return dict(kills=total, places=tallies)
+
+
+def injure(minutes: float, seed: int, place: pathlib.Path) -> dict:
+  """Lets faults happen to runs for so long; returns the counts."""
+  with (
+    tempfile.TemporaryDirectory(dir=place, prefix=".crash-") as name,
+    commands.serving() as serving,
+  ):
+    report = faulty.soak(serving, pathlib.Path(name), 60 * minutes, seed)
+  print(f"{minutes:g} minutes: {report.describe()}", flush=True)
+  return vars(report)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--kills", type=int, default=0)
+  parser.add_argument("--minutes", type=float, default=0)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--folder", type=pathlib.Path, action="append")
+  args = parser.parse_args()
+  places = args.folder or [p for p in PLACES if p.is_dir()]
+  begin, found = time.monotonic(), {}
+  if args.kills:
+    found |= kill(args.kills, args.seed, places)
+  if args.minutes:
+    found |= injure(args.minutes, args.seed, places[-1])
+  print(json.dumps(dict(seconds=time.monotonic() - begin, **found)))
 
 
 if __name__ == "__main__":
