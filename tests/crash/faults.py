@@ -206,7 +206,7 @@ def sigterm(run: Run) -> bool:
 
 def _stopped(run: Run) -> bool:
   found = set(run.statuses())
-  run.check(found in ({Preempted.exit_status}, {0}))
+  run.check(found <= {Preempted.exit_status, 0})
   asked = Preempted.exit_status in found
   assert not asked or "asked to stop" in run.said()
   return asked
@@ -339,7 +339,7 @@ def hung_process(run: Run) -> bool:
   time.sleep(run.draw.uniform(0, 0.05))
   hung = run.draw.randrange(run.processes)
   run.signal(signal.SIGSTOP, [run.pids[hung]])
-  end = time.monotonic() + 120
+  end = time.monotonic() + PATIENCE
   others = [pid for i, pid in enumerate(run.pids) if i != hung]
   while set(others) & set(run.running()) and time.monotonic() < end:
     time.sleep(0.05)
