@@ -76,12 +76,16 @@ class Commands:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Commands]:
-  """Starts a server; ends it and what it has started."""
-  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache/xla"))
+def serving(cache: os.PathLike) -> Iterator[Commands]:
+  """Starts a server; ends it and what it has started.
+
+  Args:
+    cache: folder of compiled programs. Its own, as JAX does not write them in
+      one move: a killed process leaves parts, which no other is to read.
+  """
   environment = os.environ | dict(
     JAX_PLATFORMS="cpu",
-    JAX_COMPILATION_CACHE_DIR=cache,
+    JAX_COMPILATION_CACHE_DIR=str(cache),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
     PYTHONWARNINGS="ignore",

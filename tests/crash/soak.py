@@ -81,7 +81,7 @@ def injure(minutes: float, seed: int, place: pathlib.Path) -> dict:
   """Lets faults happen to runs for so long; returns the counts."""
   with (
     tempfile.TemporaryDirectory(dir=place, prefix=".crash-") as name,
-    commands.serving() as serving,
+    commands.serving(pathlib.Path(name, "cache")) as serving,
   ):
     report = faulty.soak(serving, pathlib.Path(name), 60 * minutes, seed)
   print(f"{minutes:g} minutes: {report.describe()}", flush=True)

@@ -14,8 +14,8 @@ from tests.crash import commands, faults, faulty
 
 
 @pytest.fixture(scope="module")
-def serving():
-  with commands.serving() as started:
+def serving(tmp_path_factory):
+  with commands.serving(tmp_path_factory.mktemp("cache")) as started:
     yield started
 
 
