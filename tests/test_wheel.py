@@ -63,7 +63,11 @@ def wheel(tmp_path_factory):
     shutil.copy(ROOT / name, source)
   out = tmp_path_factory.mktemp("wheel")
   build = ["wheel", ".", "--no-deps", "--no-build-isolation", "--no-index"]
-  run(sys.executable, "-m", "pip", *build, f"--wheel-dir={out}", cwd=source)
+  run(
+    *(sys.executable, "-m", "pip", *build, f"--wheel-dir={out}"),
+    cwd=source,
+    PYTHONPATH=os.environ.get("PYTHONPATH", ""),
+  )
   (made,) = out.iterdir()
   return made
 
