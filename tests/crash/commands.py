@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -144,7 +145,11 @@ def _flags(processes: int) -> list[list[str]]:
   return [[*run, f"--process={i}"] for i in range(processes)]
 
 
-def _serve(order: dict[str, Any]) -> None:
+def _serve(order: dict[str, Any]) -> list[int]:
+  """Starts a command and reports its ends; returns its processes.
+
+  They are not collected yet: a number that is to be killed is no one else's.
+  """
   pids = []
   for flags in _flags(order["processes"]):
     pid = os.fork()
@@ -152,9 +157,16 @@ def _serve(order: dict[str, Any]) -> None:
       _child([*order["argv"], *flags], order["log"])
     pids.append(pid)
   print("pids", *pids, flush=True)
-  for _ in pids:
-    pid, status = os.wait()
-    print("ended", pid, os.waitstatus_to_exitcode(status), flush=True)
+  left, how = set(pids), os.WEXITED | os.WNOWAIT | os.WNOHANG
+  while left:
+    for pid in sorted(left):
+      if end := os.waitid(os.P_PID, pid, how):
+        exited = end.si_code == os.CLD_EXITED
+        status = end.si_status if exited else -end.si_status
+        print("ended", pid, status, flush=True)
+        left.remove(pid)
+    time.sleep(0.002)
+  return pids
 
 
 def main() -> None:
@@ -167,8 +179,11 @@ def main() -> None:
   gc.collect()
   gc.freeze()
   print("ready", flush=True)
+  ended: list[int] = []
   for line in sys.stdin:
-    _serve(json.loads(line))
+    for pid in ended:
+      os.waitpid(pid, 0)
+    ended = _serve(json.loads(line))
 
 
 if __name__ == "__main__":

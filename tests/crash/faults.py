@@ -103,9 +103,9 @@ class Run:
     return [pid for pid in self.pids if pid not in gone]
 
   def signal(self, number: int, pids: list[int]) -> None:
-    """Sends a signal to processes, those excepted that have ended."""
+    """Sends a signal to processes; to those that have ended it does nothing."""
     for pid in pids:
-      # Their parent has collected none whose end we were not told of.
+      # Their parent collects them when the next are started.
       with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
