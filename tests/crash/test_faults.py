@@ -42,7 +42,7 @@ def injured(serving, folder, seed=0):
 def stop_at(one, step):
   """Lets a run go on until a step is saved, and asks it to stop."""
   one.start()
-  assert one.until(lambda: (one.steps or [0])[-1] >= step, 120), one.said()
+  assert one.until(lambda: (one.steps or [0])[-1] >= step, 300), one.said()
   one.signal(signal.SIGTERM, one.pids)
   assert one.wait() and one.statuses() == [42], one.said()
 
@@ -88,10 +88,11 @@ def test_the_same_command_goes_on_with_other_numbers_of_devices(
   faults.undisturbed(one)
   found, expected = (faulty.outcome(each.workdir) for each in (one, whole))
   for row, other in zip(found["numbers"], expected["numbers"], strict=True):
-    assert row.keys() == other.keys()
+    assert row.keys() == other.keys() and row["step"] == other["step"]
     for name in row:
-      # As in tests/multiprocess: other orders of sums in float32.
-      np.testing.assert_allclose(row[name], other[name], rtol=1e-5)
+      if name.endswith("loss"):
+        # As in tests/multiprocess: other orders of sums in float32.
+        np.testing.assert_allclose(row[name], other[name], rtol=1e-5)
 
 
 def test_the_comparison_notices(tmp_path):
