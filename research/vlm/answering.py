@@ -110,7 +110,7 @@ class Answers:
     limit: samples at most, the first ones; None for all.
     batch: samples in a call.
     source: what generates tokens, see `Answerer`: for a masked diffusion model
-      a `diffusion.sampling.token_source.DiffusionSource`.
+      a `diffusion.token_source.DiffusionSource`.
     score, parser, seed: see `evaluation.protocol.evaluate`.
   """
 

@@ -22,6 +22,7 @@ from experiments.studies.vlm.base import Tiny
 from experiments.studies.vlm.tesseract import Tesseract
 from research import weights
 from research.training.reports import plots
+from research.typing import UInt8
 from research.vlm.answering import Answers
 from research.vlm.evaluation.report import BLIND, REAL, SHUFFLED
 from research.vlm.images.plan import Tiling
@@ -41,6 +42,8 @@ READERS = {PAGE_READER: False, "tesseract, reduced page": True}
 """Arms that are no models, and whether they read the reduced page."""
 COLUMNS = {"score": "all", "blind": "blind", "shuffled": "shuffled"}
 """Fields of a row, shares of right answers, and their titles in the table."""
+
+Reader = Callable[[Sequence[UInt8[np.ndarray, "H W 3"]], str], list[str]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,7 @@ class SmallText(protocol.Study):
     alphabet: of a text.
     rows: pages that are learned.
     asked: pages that nobody has seen.
-    reader: reads them without having learned.
+    reader: reads them without having learned: (images, alphabet) -> texts.
     seeds: of weights and order.
   """
 
@@ -139,7 +142,7 @@ class SmallText(protocol.Study):
   alphabet: str = "0123456789"
   rows: int = 16_384
   asked: int = 512
-  reader: Tesseract = Tesseract()
+  reader: Reader = Tesseract()
   seeds: int = 3
 
   def __post_init__(self):

@@ -7,6 +7,5 @@ with `NoCache`, `BlockCache` and what its caches share; `prefix_cache`,
 `delayed_kv_cache` and `block_causal` are other caches,
 `classifier_free_guidance` and `credit` denoisers around a denoiser, and
 `make_denoiser` picks one by the settings. `ancestral` and `remask` sample
-places by chance; `visualize` shows it. `token_source` is a sampler where a
-next-token model would generate.
+places by chance; `visualize` shows it.
 """

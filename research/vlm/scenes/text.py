@@ -45,6 +45,7 @@ class Text(Task):
     heights: of capital letters, in pixels.
     length: characters of a line.
     alphabet: of a line, each character as likely as any other.
+    step: a line begins at multiples of so many pixels, across and down.
     width: of the image, in pixels.
     height: of the image, in pixels.
   """
@@ -60,6 +61,7 @@ class Text(Task):
   heights: tuple[int, ...] = (4, 6, 8, 10, 12, 16, 20, 24)
   length: int = 4
   alphabet: str = ALPHABET
+  step: int = 1
   width: int = 192
   height: int = 128
 
@@ -70,6 +72,7 @@ class Text(Task):
         f"Text.heights: found {self.heights}, expected pixels, at least 2."
       )
     self.expect("length", 1, 32)
+    self.expect("step", 1)
     if not self.alphabet or self.alphabet != self.alphabet.replace(" ", ""):
       raise UserError(
         f"Text.alphabet: found {self.alphabet!r}, expected characters, without"
@@ -100,8 +103,10 @@ class Text(Task):
   def _line(self, rng: np.random.Generator, height: int) -> Sample:
     text = "".join(rng.choice(list(self.alphabet), size=self.length))
     _, _, right, _ = drawing.text_box(0, 0, text, height)
-    x = int(rng.integers(self.width - right))
-    y = int(rng.integers(self.height - height))
+    x, y = (
+      self.step * int(rng.integers(-(-room // self.step)))
+      for room in (self.width - right, self.height - height)
+    )
     objects = (Object(text, "black", (x, y, x + right, y + height)),)
     question = "What does the image say?"
     return _sample(question, text, "line", height, {}, objects)
