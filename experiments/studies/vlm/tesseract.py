@@ -57,13 +57,7 @@ class Tesseract:
       pages = place / "pages.txt"
       pages.write_text("".join(f"{file}\n" for file in files), "utf-8")
       said = _run([str(pages), "stdout", "--psm", "7"], alphabet)
-    found = said.split("\f")[:-1]
-    if len(found) != len(images):
-      raise UserError(
-        f"{PROGRAM}: found {len(found)} pages, expected {len(images)}: is it"
-        " version 4 or later?"
-      )
-    return ["".join(text.split()) for text in found]
+    return _texts(said, len(images))
 
   def line(self, image: UInt8[np.ndarray, "H W 3"]) -> Image.Image:
     """Returns the part of an image that has ink, enlarged; or all of it."""
@@ -90,9 +84,10 @@ def _run(arguments: Sequence[str], alphabet: str) -> str:
       " (on Debian: apt-get install tesseract-ocr). To run the models alone:"
       " --only='seed'"
     )
-  whitelist = f"tessedit_char_whitelist={alphabet}"
+  settings = f"tessedit_char_whitelist={alphabet}", "tessedit_create_tsv=1"
+  flags = [x for each in settings for x in ("-c", each)]
   done = subprocess.run(
-    [program, *arguments, "-c", whitelist],
+    [program, *arguments, *flags],
     capture_output=True,
     text=True,
     check=False,
@@ -101,3 +96,26 @@ def _run(arguments: Sequence[str], alphabet: str) -> str:
   if done.returncode:
     raise UserError(f"{PROGRAM}: failed with {done.returncode}: {done.stderr}")
   return done.stdout
+
+
+def _texts(table: str, count: int) -> list[str]:
+  """Returns the words of each page, joined, from the program's table.
+
+  A table, since an empty page leaves no mark in plain text.
+  """
+  head, *lines = [line.split("\t") for line in table.splitlines()] or [[]]
+  if not {"level", "page_num", "text"} <= {*head}:
+    raise UserError(
+      f"{PROGRAM}: found the columns {head}, expected a table of words: is it"
+      " version 4 or later?"
+    )
+  rows = [dict(zip(head, line, strict=False)) for line in lines]
+  pages = {int(row["page_num"]) for row in rows}
+  if pages != {*range(1, count + 1)}:
+    raise UserError(
+      f"{PROGRAM}: found {len(pages)} pages, expected {count}; run it again"
+    )
+  texts = [""] * count
+  for row in rows:
+    texts[int(row["page_num"]) - 1] += row.get("text", "").strip()
+  return texts

@@ -65,16 +65,24 @@ def test_the_reader_reads_the_line_that_was_cut_out(tmp_path, monkeypatch):
   fake(
     tmp_path,
     'test "$OMP_THREAD_LIMIT$6" = 1tessedit_char_whitelist=01 || exit 3\n'
+    'printf "level\\tpage_num\\tconf\\ttext\\n"; page=0\n'
     "while read -r file; do test -s $file || exit 4\n"
-    'file=${file##*/}; printf "%s 7\\n\\f" "${file%.png}"; done < "$1"',
+    "page=$((page + 1)); file=${file##*/}\n"
+    'printf "1\\t$page\\t-1\\t\\n"; test $page = 2 && continue\n'
+    'printf "5\\t$page\\t96\\t${file%.png}\\n5\\t$page\\t90\\t7\\n"\n'
+    'done < "$1"',
   )
   image = np.full((40, 50, 3), 255, np.uint8)
   image[30:34, 10:20] = 0
-  assert Tesseract()([image] * 12, "01") == [f"{i}7" for i in range(12)]
+  expected = [f"{i}7" if i != 1 else "" for i in range(12)]
+  assert Tesseract()([image] * 12, "01") == expected
   line = np.asarray(Tesseract().line(image))[..., 0] < 128
   rows, columns = (np.flatnonzero(line.any(axis)) for axis in (1, 0))
   assert abs(len(rows) - 32) <= 1 and abs(len(columns) - 80) <= 1
   assert rows[0] >= 16 and line.shape[0] - rows[-1] > 16
+  fake(tmp_path, "echo page_num level text")
+  with pytest.raises(UserError, match="expected a table of words"):
+    Tesseract()([image], "01")
   fake(tmp_path, "echo broken >&2; exit 5")
   with pytest.raises(UserError, match="failed with 5: broken"):
     Tesseract()([image], "01")
