@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -156,7 +157,7 @@ def test_the_connector_gets_the_features_of_its_arm():
   task = Shapes(size=32, count=4, kinds=("colour",))
   tokenizer = TINY.tokenizer(task)
   connector = arms.linear(1, TINY.width)
-  pixels = np.stack([x.image for x in task])
+  pixels = jnp.asarray(np.stack([x.image for x in task]))
   found = {}
   for arm in arms.feature_layers(2, TINY.width):
     loaded = TINY.load(connector, tokenizer, 0, features=arm.features)
