@@ -1,12 +1,14 @@
 """A study of small text on a page: pixels, soft tokens and tiles.
 
-All arms read the same two figures, wherever they stand on the page. They differ
-in what the encoder gets: the page reduced to a small view, all of its pixels in
-one view, or tiles of it and the small view; and in how many soft tokens become
-of that. Tesseract reads the page, and the small view: what their pixels say.
+All arms read the same three figures, wherever they stand on the page. They
+differ in what the encoder gets: the page reduced to a small view, all of its
+pixels in one view, or tiles of it and the small view; and in how many soft
+tokens become of that. Tesseract reads the page, and the small view: what their
+pixels say.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -107,10 +109,25 @@ class Pages(Tiny):
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-  """What arms share: a tokenizer, and samples with their images."""
+  """What models share, made when the first one needs it.
 
-  tokenizer: Any
-  samples: Sequence[Sample]
+  Attributes:
+    task: of the pages that are learned.
+    tiny: makes the tokenizer.
+  """
+
+  task: Text
+  tiny: Tiny
+
+  @functools.cached_property
+  def tokenizer(self) -> Any:
+    """The tokenizer of the task's texts."""
+    return self.tiny.tokenizer(self.task)
+
+  @functools.cached_property
+  def samples(self) -> list[Sample]:
+    """The samples, with their images."""
+    return self.task[:]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +143,8 @@ class SmallText(protocol.Study):
     heights: of capitals and figures on the page, in pixels.
     length: characters of a text.
     alphabet: of a text.
+    step: a text begins at multiples of so many pixels: of all places, more
+      would have to be learned.
     rows: pages that are learned.
     asked: pages that nobody has seen.
     reader: reads them without having learned: (images, alphabet) -> texts.
@@ -135,11 +154,12 @@ class SmallText(protocol.Study):
   variants: Sequence[ViewArm]
   rule: Callable[[Rows, int], list[Verdict]]
   tiny: Tiny = Tiny()
-  steps: int = 4000
+  steps: int = 6000
   size: int = 64
-  heights: tuple[int, ...] = (6, 8, 10, 12, 16)
-  length: int = 2
+  heights: tuple[int, ...] = (6, 8, 10, 12)
+  length: int = 3
   alphabet: str = "0123456789"
+  step: int = 4
   rows: int = 16_384
   asked: int = 512
   reader: Reader = Tesseract()
@@ -178,6 +198,7 @@ class SmallText(protocol.Study):
       heights=self.heights,
       length=self.length,
       alphabet=self.alphabet,
+      step=self.step,
       width=self.size,
       height=self.size,
       count=self.rows,
@@ -191,9 +212,9 @@ class SmallText(protocol.Study):
     return Pages(**(vars(self.tiny) | own), tiling=tiling, page=self.size)
 
   def prepare(self, workdir: pathlib.Path) -> Shared:
-    """Returns a tokenizer of the task's texts, and drawn samples."""
+    """Returns what models share."""
     del workdir
-    return Shared(self.tiny.tokenizer(self.task()), self.task()[:])
+    return Shared(self.task(), self.tiny)
 
   def run(self, arm: str, before: Rows, shared: Shared) -> Row:
     """Returns the share of texts that are right, by height."""

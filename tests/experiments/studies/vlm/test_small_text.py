@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 import stat
 
@@ -17,7 +18,7 @@ from research.typing import UserError
 
 RUN = "runs/vlm/claims_tiling.gin"
 STUDY = config.read(RUN, root=protocol.Run).experiment.study
-NOTHING = small_text.Shared(None, [])
+SHARED = STUDY.prepare(pathlib.Path())
 
 
 def test_arms_differ_in_pixels_and_in_soft_tokens():
@@ -96,11 +97,11 @@ def test_a_reader_is_scored_by_height_on_both_pages():
     assert alphabet == STUDY.alphabet
     sizes.append({x.shape for x in pages})
     found = [asked.get(x.tobytes()) for x in pages]
-    return [x.answer if x and "16" in x.stratum else "no" for x in found]
+    return [x.answer if x and "12" in x.stratum else "no" for x in found]
 
   study = dataclasses.replace(STUDY, reader=reader, asked=30)
-  whole, reduced = (study.run(x, {}, NOTHING) for x in small_text.READERS)
-  assert whole["heights"] == [0, 0, 0, 0, 1] and whole["score"] > 0
+  whole, reduced = (study.run(x, {}, SHARED) for x in small_text.READERS)
+  assert whole["heights"] == [0, 0, 0, 1] and whole["score"] > 0
   assert reduced["score"] == 0
   assert sizes == [{(64, 64, 3)}, {(32, 32, 3)}]
 
@@ -109,7 +110,7 @@ def test_without_the_reader_its_arms_say_what_to_install(monkeypatch):
   monkeypatch.setenv("PATH", "")
   study = dataclasses.replace(STUDY, asked=5)
   with pytest.raises(UserError, match="apt-get install tesseract-ocr"):
-    study.run(small_text.PAGE_READER, {}, NOTHING)
+    study.run(small_text.PAGE_READER, {}, SHARED)
   only = [x for x in STUDY.arms if "seed" in x]  # as the message advises
   assert not {*only} & {*small_text.READERS} and len(only) == 15
 
