@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research import weights
@@ -92,10 +93,10 @@ class DiffusionSource:
       [list(prompt) for prompt in prompts],
       config,
       jax.random.key(0) if key is None else key,
-      None if examples is None else np.asarray(examples, np.int32),
+      None if examples is None else jnp.asarray(examples, jnp.int32),
       layout.width(max(map(len, prompts)), config.length),
     )
-    tokens = np.where(state.valid, state.tokens, NO_TOKEN)
+    tokens = jnp.where(state.valid, state.tokens, NO_TOKEN)
     found = sampler.sample(
       make_denoiser(config, model, self.shift),
       weights.with_tokens(params, tokens),

@@ -145,8 +145,9 @@ def test_a_diffusion_model_answers_about_images(cache, most):
     new = filled(image, words, most)
     end = new.index(65) if 65 in new else most
     names = [LOADED.tokenizer.decode([i]).strip() for i in new[:end]]
-    assert answer.split() == names
-  assert found[1] != found[2]  # the same question about other pixels
+    assert answer.split() == [name for name in names if name]
+  # The same question about other pixels.
+  assert most == 1 or found[1] != found[2]
 
 
 def test_a_diffusion_model_stops_at_its_first_end():

@@ -164,7 +164,7 @@ def test_the_connector_gets_the_features_of_its_arm():
     found[arm.name] = loaded.model.view_features(loaded.params, pixels)
   last, plain = found[arms.LAST], found[arms.UNNORMED]
   both = np.concatenate([plain, found[arms.BEFORE]], axis=-1)
-  np.testing.assert_array_equal(found[arms.CONCATENATED], both)
+  np.testing.assert_allclose(found[arms.CONCATENATED], both, atol=1e-6)
   np.testing.assert_allclose(last.mean(-1), 0, atol=1e-5)
   assert np.abs(plain.mean(-1)).max() > 1e-3
 
