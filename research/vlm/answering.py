@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from research.generation import generate
+from research.generation.generate import TokenSource
 from research.generation.sampling import GREEDY, Sampling
 from research.typing import Params, UInt8
 from research.vlm import data
@@ -39,6 +40,8 @@ class Answerer:
     template: the text around images.
     most: tokens of an answer.
     sampling: how tokens are chosen.
+    source: what generates tokens; None for one after the other, with the
+      model's mask.
     rows: a batch is padded to a multiple of so many rows, by its last one, so
       that few shapes are compiled.
   """
@@ -51,6 +54,7 @@ class Answerer:
   template: data.Template = data.Template()
   most: int = 8
   sampling: Sampling = GREEDY
+  source: TokenSource | None = None
   rows: int = 1
 
   def __call__(
@@ -90,7 +94,7 @@ class Answerer:
       self.most,
       self.sampling,
       stop_tokens=self.tokenizer.stop,
-      source=self.model.token_source(),
+      source=self.source or self.model.token_source(),
     )
     tokens = found.tokens[: len(images)]
     return [self.tokenizer.decode(each).strip() for each in tokens]
@@ -105,6 +109,8 @@ class Answers:
     most: tokens of an answer.
     limit: samples at most, the first ones; None for all.
     batch: samples in a call.
+    source: what generates tokens, see `Answerer`: for a masked diffusion model
+      a `diffusion.token_source.DiffusionSource`.
     score, parser, seed: see `evaluation.protocol.evaluate`.
   """
 
@@ -112,6 +118,7 @@ class Answers:
   most: int = 8
   limit: int | None = None
   batch: int = 64
+  source: TokenSource | None = None
   score: Score = exact_match
   parser: Parser = exact_choice
   seed: int = 0
@@ -131,6 +138,7 @@ class Answers:
       views=self.questions.views,
       template=self.questions.template,
       most=self.most,
+      source=self.source,
       rows=self.batch,
     )
     samples = self.questions.samples

@@ -11,6 +11,7 @@ import numpy as np
 
 from research.vlm.connectors.projections import Linear, Mlp, Squares
 from research.vlm.connectors.resamplers import AttentionPool
+from research.vlm.encoders.vit import Features
 from research.vlm.masks import BidirectionalPrompt, Causal, PromptMask
 from research.vlm.model import Connector
 
@@ -22,6 +23,8 @@ TWO, FIRST, SECOND = "two stages", "stage 1 alone", "stage 2 alone"
 ALL, BLIND = "everything", "everything, blind"
 CAUSAL, PREFIX = "causal", "prefix"
 LINEAR, MLP, POOL = "linear", "mlp", "attention pool"
+LAST, BEFORE, CONCATENATED = "last layer", "layer before", "both layers"
+UNNORMED = "last layer, no norm"
 SIDES = (1, 2, 4)
 """Sides of the squares of patches that become a token."""
 
@@ -52,6 +55,7 @@ class Arm:
     stages: one after the other, each with an optimizer of its own.
     connector: between the towers.
     mask: what the tokens of a prompt see of each other.
+    features: which activations of the encoder the connector gets.
     images: what training sees of them, `real` or `blind`.
   """
 
@@ -59,6 +63,7 @@ class Arm:
   stages: tuple[Stage, ...]
   connector: Connector
   mask: PromptMask = Causal()
+  features: Features = Features()
   images: Callable[[Any], Any] = real
 
 
@@ -131,4 +136,23 @@ def masks(steps: int = 2000, width: int = 64) -> tuple[Arm, ...]:
   return (
     Arm(name=CAUSAL, **shared),
     Arm(name=PREFIX, mask=BidirectionalPrompt(), **shared),
+  )
+
+
+def feature_layers(steps: int = 2000, width: int = 64) -> tuple[Arm, ...]:
+  """Returns the same model with features of different layers of the encoder.
+
+  Args:
+    steps: of each arm, in one stage that leaves the encoder as it is.
+    width: of the language model.
+  """
+  layers = {
+    LAST: Features(),  # SigLIP's, as PaliGemma and SmolVLM have it
+    UNNORMED: Features(normed=False),
+    BEFORE: Features(layers=(-2,), normed=False),  # LLaVA
+    CONCATENATED: Features(layers=(-1, -2), normed=False),  # Molmo
+  }
+  shared = dict(stages=(Stage(LANGUAGE, steps),), connector=linear(1, width))
+  return tuple(
+    Arm(name=name, features=x, **shared) for name, x in layers.items()
   )

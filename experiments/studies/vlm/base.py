@@ -34,6 +34,7 @@ from research.training.objectives.objective import (
 from research.typing import Params
 from research.vlm import data
 from research.vlm.encoders.presets import EncoderSizes, siglip
+from research.vlm.encoders.vit import Features
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.tiling.square import Square
 from research.vlm.masks import Causal, PromptMask
@@ -66,6 +67,8 @@ class Tiny:
     caption: tokens of a caption and its question.
     batch: rows of a step.
     rate: of Adam, at its peak, then half a cosine; the same for all arms.
+    base_rate: of the towers' training before: at 3e-3 some seeds learn no
+      shapes from captions (`runs/vlm/shapes.gin`).
     warmup: steps.
     every: steps of a compiled piece of training.
   """
@@ -80,6 +83,7 @@ class Tiny:
   caption: int = 40
   batch: int = 32
   rate: float = 2e-3
+  base_rate: float = 1e-3
   warmup: int = 50
   every: int = 100
 
@@ -87,6 +91,11 @@ class Tiny:
   def grid(self) -> int:
     """Patches along each side of an image."""
     return self.size // self.patch
+
+  @property
+  def views(self) -> int:
+    """Views of an image."""
+    return 1
 
   def tokens(self, connector: Connector) -> int:
     """Returns the number of soft tokens of an image."""
@@ -98,6 +107,7 @@ class Tiny:
     tokenizer: Any,
     seed: int,
     mask: PromptMask = Causal(),
+    features: Features = Features(),
   ) -> Loaded:
     """Returns a new model of three towers."""
     sizes = dict(
@@ -122,6 +132,7 @@ class Tiny:
       image_token=self.vocab,
       preprocessor=self.preprocessor(connector),
       mask=mask,
+      features=features,
       seed=seed,
     ).load()
 
@@ -145,6 +156,7 @@ class Tiny:
       preprocessor=self.preprocessor(connector),
       image_token=self.vocab,
       length=(text or self.text) + self.tokens(connector),
+      views=self.views,
       batch_size=self.batch,
     )
 
@@ -245,6 +257,7 @@ def base_towers(
     steps: of either.
     seed: of weights and order.
   """
+  tiny = dataclasses.replace(tiny, rate=tiny.base_rate)
   everything = Stage(EVERYTHING, steps)
   loaded = tiny.load(connector, tokenizer, seed)
   questions = tiny.questions(connector, captions, tiny.caption)

@@ -120,7 +120,9 @@ class Study(protocol.Study):
     del before
     variant, seed = self._variant(arm)
     tiny, connector = self.tiny, variant.connector
-    loaded = tiny.load(connector, shared.tokenizer, seed, variant.mask)
+    loaded = tiny.load(
+      connector, shared.tokenizer, seed, variant.mask, variant.features
+    )
     params = {**loaded.params, **self._towers(seed, shared)}
     pool = self.training_rows(variant, shared)
     objective = WithImages(model=loaded.model)

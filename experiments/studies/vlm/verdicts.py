@@ -4,6 +4,8 @@ A score is the mean share of right answers over a study's groups of questions; a
 verdict compares scores by seed.
 """
 
+import numpy as np
+
 from experiments.core.stats import (
   Decision,
   Mean,
@@ -15,6 +17,7 @@ from experiments.core.stats import (
 )
 from experiments.studies.protocol import Rows, Verdict
 from experiments.studies.vlm import arms
+from experiments.studies.vlm import small_text as text
 
 MARGIN = 0.25
 """Points above the best baseline that count as using the image."""
@@ -114,6 +117,32 @@ def connectors(rows: Rows, seeds: int) -> list[Verdict]:
   return out
 
 
+def feature_layers(rows: Rows, seeds: int) -> list[Verdict]:
+  """Returns what the layer before the last one is worth, and both together."""
+  before = _apart(rows, arms.BEFORE, arms.LAST, seeds)
+  both = _apart(rows, arms.CONCATENATED, arms.LAST, seeds)
+  norm = _apart(rows, arms.UNNORMED, arms.LAST, seeds)
+  return [
+    Verdict(
+      "features of the layer before the last one are better than the last"
+      " layer's (LLaVA, arXiv:2304.08485)",
+      _points(before),
+      above(before),
+    ),
+    Verdict(
+      "features of both layers are better than the last layer's (Molmo,"
+      " arXiv:2409.17146)",
+      _points(both),
+      above(both),
+    ),
+    Verdict(
+      "the encoder's final norm does not matter: within 2 points without it",
+      _points(norm),
+      alike(norm),
+    ),
+  ]
+
+
 def masks(rows: Rows, seeds: int) -> list[Verdict]:
   """Returns what a prefix mask is worth."""
   found = _apart(rows, arms.PREFIX, arms.CAUSAL, seeds)
@@ -130,5 +159,57 @@ def masks(rows: Rows, seeds: int) -> list[Verdict]:
       " baseline",
       _points(margin),
       above(margin, MARGIN),
+    ),
+  ]
+
+
+def small_text(rows: Rows, seeds: int) -> list[Verdict]:
+  """Returns what pixels, soft tokens and tiles are worth for small text.
+
+  Small text is of the two least heights, large text of the two greatest ones.
+  """
+  small, large = slice(2), slice(-2, None)
+
+  def scores(arm, some=small):
+    found = [rows[f"{arm}, seed {s}"]["heights"][some] for s in range(seeds)]
+    return np.mean(found, axis=1)
+
+  def gain(arm, some=small):
+    return scores(arm, some) - scores(text.REDUCED, some)
+
+  tiles, pixels = mean(gain(text.TILES)), mean(gain(text.FEW_TOKENS))
+  focus = paired(gain(text.TILES), gain(text.TILES, large))
+  tokens = mean(gain(text.MORE_TOKENS))
+  ceiling = float(np.mean(rows[text.PAGE_READER]["heights"][small]))
+  left = mean(scores(text.TILES) - ceiling)
+  return [
+    Verdict(
+      "tiles beside the reduced page read more small text than the reduced page"
+      " alone (LLaVA-NeXT, Idefics3)",
+      _points(tiles),
+      above(tiles),
+    ),
+    Verdict(
+      "they add more to small text than to large text (PaliGemma,"
+      " arXiv:2407.07726: resolution is for text)",
+      _points(focus),
+      above(focus),
+    ),
+    Verdict(
+      "it is pixels: a whole page in as few soft tokens reads more small text",
+      _points(pixels),
+      above(pixels),
+    ),
+    Verdict(
+      "it is not soft tokens: four times as many of the same pixels are within"
+      " 2 points",
+      _points(tokens),
+      alike(tokens),
+    ),
+    Verdict(
+      "tesseract is a ceiling: with tiles, no more small text is right than it"
+      f" reads of the whole page ({100 * ceiling:.0f}%)",
+      _points(left),
+      below(left),
     ),
   ]

@@ -44,6 +44,8 @@ class Text(Task):
   Attributes:
     heights: of capital letters, in pixels.
     length: characters of a line.
+    alphabet: of a line, each character as likely as any other.
+    step: a line begins at multiples of so many pixels, across and down.
     width: of the image, in pixels.
     height: of the image, in pixels.
   """
@@ -58,6 +60,8 @@ class Text(Task):
 
   heights: tuple[int, ...] = (4, 6, 8, 10, 12, 16, 20, 24)
   length: int = 4
+  alphabet: str = ALPHABET
+  step: int = 1
   width: int = 192
   height: int = 128
 
@@ -68,12 +72,28 @@ class Text(Task):
         f"Text.heights: found {self.heights}, expected pixels, at least 2."
       )
     self.expect("length", 1, 32)
-    tallest = max(self.heights)
-    longest = drawing.text_box(0, 0, "W" * self.length, tallest)[2]
-    field = drawing.text_box(0, 0, f"{FIELDS[0]}: 000 ", tallest)[2]
-    bars = _axis_width(tallest) + len(BARS) * tallest
-    self.expect("width", max(longest, field, bars) + 2)
-    self.expect("height", 5 * tallest)
+    self.expect("step", 1)
+    if not self.alphabet or self.alphabet != self.alphabet.replace(" ", ""):
+      raise UserError(
+        f"Text.alphabet: found {self.alphabet!r}, expected characters, without"
+        " spaces."
+      )
+    kinds, tallest = self.kinds or self.KINDS, max(self.heights)
+    longest = max(self._line_width(kind, tallest) for kind in kinds)
+    self.expect("width", longest + 2)
+    only_lines = set(kinds) == {"line"}
+    self.expect("height", tallest + 2 if only_lines else 5 * tallest)
+
+  def _line_width(self, kind: str, height: int) -> int:
+    """Returns what a kind's longest line takes, in pixels."""
+    if kind == "bar":
+      return _axis_width(height) + len(BARS) * height
+    if kind == "field":
+      return drawing.text_box(0, 0, f"{FIELDS[0]}: 000 ", height)[2]
+    boxes = [
+      drawing.text_box(0, 0, x * self.length, height) for x in self.alphabet
+    ]
+    return max(right for _, _, right, _ in boxes)
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
     """Returns a sample without images."""
@@ -81,10 +101,12 @@ class Text(Task):
     return getattr(self, f"_{kind}")(rng, height)
 
   def _line(self, rng: np.random.Generator, height: int) -> Sample:
-    text = "".join(rng.choice(list(ALPHABET), size=self.length))
+    text = "".join(rng.choice(list(self.alphabet), size=self.length))
     _, _, right, _ = drawing.text_box(0, 0, text, height)
-    x = int(rng.integers(self.width - right))
-    y = int(rng.integers(self.height - height))
+    x, y = (
+      self.step * int(rng.integers(-(-room // self.step)))
+      for room in (self.width - right, self.height - height)
+    )
     objects = (Object(text, "black", (x, y, x + right, y + height)),)
     question = "What does the image say?"
     return _sample(question, text, "line", height, {}, objects)

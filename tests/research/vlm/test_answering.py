@@ -2,12 +2,17 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.masks import Mask
+from research.diffusion.sampling.config import Dual, Prefix, SamplerConfig
+from research.diffusion.token_source import DiffusionSource
 from research.generation import decoding
 from research.nn import logits
+from research.typing import UserError
 from research.vlm import data
 from research.vlm.answering import Answerer, Answers
 from research.vlm.scenes.sample import Sample
@@ -93,3 +98,77 @@ def test_a_task_brings_its_rules_and_a_limit_cuts_it():
   assert {*Shapes.RULES} < set(report.scores)
   shown = report.to_json()["exists"]["systems"]
   assert shown["real"]["n"] == 3 and "colour only" in shown
+
+
+HIDDEN = 2
+"""The id that hides others, in tests of masked diffusion."""
+
+
+def filled(image, words, most):
+  """Returns tokens filled in one by one, the surest first, by full passes."""
+  model, count = LOADED.model, 4 + len(words)
+  spliced = model.with_images(LOADED.params, jnp.asarray(image)[None, None])
+  ids = [support_vlm.IMAGE] * 4 + words + [HIDDEN] * most
+  for _ in range(most):
+    tokens = jnp.asarray([ids])
+    positions = jnp.arange(len(ids))[None]
+    scores = model.language.apply(
+      {"params": spliced}, tokens, positions, Mask.full()
+    )[0]
+    scores = model.language.apply({"params": spliced}, scores, method="logits")[
+      0
+    ]
+    chances = np.array(jax.nn.softmax(scores.at[:, HIDDEN].set(-jnp.inf)))
+    chances *= np.asarray(ids)[:, None] == HIDDEN
+    chances[:count] = 0
+    at = np.unravel_index(chances.argmax(), chances.shape)
+    ids[at[0]] = int(at[1])
+  return ids[count:]
+
+
+@pytest.mark.parametrize(("cache", "most"), [(None, 4), (Prefix(), 1)])
+def test_a_diffusion_model_answers_about_images(cache, most):
+  """Prompts of other lengths share a batch; nothing of them is masked."""
+  source = DiffusionSource(mask_id=HIDDEN, config=SamplerConfig(cache=cache))
+  ask = Answerer(
+    model=LOADED.model,
+    params=LOADED.params,
+    tokenizer=LOADED.tokenizer,
+    preprocessor=LOADED.preprocessor,
+    most=most,
+    source=source,
+  )
+  images, texts = support_vlm.pixels(3, 1)[:, 0], ["w5 w6 w9", "w7", "w7"]
+  found = ask([(image,) for image in images], texts)
+  for image, text, answer in zip(images, texts, found, strict=True):
+    words = [int(word[1:]) for word in text.split()]
+    new = filled(image, words, most)
+    end = new.index(65) if 65 in new else most
+    names = [LOADED.tokenizer.decode([i]).strip() for i in new[:end]]
+    assert answer.split() == [name for name in names if name]
+  # The same question about other pixels.
+  assert most == 1 or found[1] != found[2]
+
+
+def test_a_diffusion_model_stops_at_its_first_end():
+  """Whatever fills the places behind it."""
+  source = DiffusionSource(mask_id=HIDDEN)
+  prompts = [[5, 6], [7]]
+  model, params = LOADED.model.language, LOADED.params["language"]
+  [whole] = source(model, params, prompts, 6)
+  assert (whole >= 0).all()
+  end = int(whole[0, 2])
+  [cut] = source(model, params, prompts, 6, stop_tokens=(end,))
+  row = cut[0][cut[0] >= 0].tolist()
+  assert row.count(end) == 1 and row[-1] == end
+  assert (cut[0, len(row) :] == -1).all()
+
+
+def test_samplers_that_miscount_placeholders_are_refused():
+  for config in (SamplerConfig(guidance=1.0), SamplerConfig(cache=Dual())):
+    with pytest.raises(UserError, match="DiffusionSource: .*expected"):
+      DiffusionSource(mask_id=HIDDEN, config=config)
+  source = DiffusionSource(mask_id=HIDDEN)
+  model, params = LOADED.model.language, LOADED.params["language"]
+  with pytest.raises(UserError, match="room for 8 new tokens, expected 9"):
+    next(source(model, params, [[5] * 120], 9))

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ from research.vlm.objective import WithImages
 from research.vlm.scenes.shapes import Shapes
 
 TINY = base.Tiny(width=16, depth=1, heads=2, batch=4, every=2)
-RUNS = "stages", "connectors", "masks"
+RUNS = "stages", "connectors", "features", "masks"
 SMALL = (
   *("base.Tiny.width=16", "base.Tiny.depth=1", "base.Tiny.heads=2"),
   *("base.Tiny.batch=4", "base.Tiny.every=2"),
@@ -137,6 +138,35 @@ def test_verdicts_of_connectors_compare_at_equal_tokens():
   rows |= rows_of({arms.named(arms.MLP, 4): HIGH}, tokens=4)
   found = [x.holds for x in verdicts.connectors(rows, 3)]
   assert found == [False, True, True, False, True]
+
+
+def test_verdicts_of_feature_layers_are_against_the_last_one():
+  found = {
+    arms.LAST: LOW,
+    arms.UNNORMED: LOW,
+    arms.BEFORE: HIGH,
+    arms.CONCATENATED: HIGH,
+  }
+  assert states(verdicts.feature_layers, found) == [True] * 3
+  found[arms.LAST], found[arms.CONCATENATED] = HIGH, (0.88, 0.89, 0.90)
+  found[arms.BEFORE] = WIDE
+  assert states(verdicts.feature_layers, found) == [None, False, False]
+
+
+def test_the_connector_gets_the_features_of_its_arm():
+  task = Shapes(size=32, count=4, kinds=("colour",))
+  tokenizer = TINY.tokenizer(task)
+  connector = arms.linear(1, TINY.width)
+  pixels = jnp.asarray(np.stack([x.image for x in task]))
+  found = {}
+  for arm in arms.feature_layers(2, TINY.width):
+    loaded = TINY.load(connector, tokenizer, 0, features=arm.features)
+    found[arm.name] = loaded.model.view_features(loaded.params, pixels)
+  last, plain = found[arms.LAST], found[arms.UNNORMED]
+  both = np.concatenate([plain, found[arms.BEFORE]], axis=-1)
+  np.testing.assert_allclose(found[arms.CONCATENATED], both, atol=1e-6)
+  np.testing.assert_allclose(last.mean(-1), 0, atol=1e-5)
+  assert np.abs(plain.mean(-1)).max() > 1e-3
 
 
 def test_the_control_learns_from_black_images_and_others_do_not():
