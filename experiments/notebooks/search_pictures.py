@@ -6,8 +6,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.searching.pool import Searched
 from experiments.studies.pictures import label_points
-from research.search.ledger import Ledger
 from research.search.protocols import Curve, Point
 from research.training.reports.plots import COLORS
 
@@ -35,25 +35,24 @@ def budgets(
   return figure
 
 
-def costs(spent: Mapping[str, tuple[Ledger, Ledger]]) -> Any:
-  """Returns a figure of what searches cost: prompts, tokens, verifier.
+def costs(pools: Mapping[str, Sequence[Searched]]) -> Any:
+  """Returns a figure of what searches cost a problem, by what it went to.
 
   Args:
-    spent: by name, what a problem cost, and the part of it that reading the
-      prompt did.
+    pools: what was searched, by name.
   """
-  figure, axes = plt.subplots(figsize=(8, 0.45 * len(spent) + 1.1))
+  figure, axes = plt.subplots(figsize=(8, 0.45 * len(pools) + 1.1))
   parts = {
-    "policy, prompt": [x.flops_policy for _, x in spent.values()],
-    "policy, tokens": [
-      x.flops_policy - p.flops_policy for x, p in spent.values()
-    ],
-    "verifier": [x.flops_verifier for x, _ in spent.values()],
+    "policy, prompt": lambda x: x.prompt_ledger.flops_policy,
+    "policy, tokens": lambda x: (
+      x.ledger.flops_policy - x.prompt_ledger.flops_policy
+    ),
+    "verifier": lambda x: x.ledger.flops_verifier,
   }
-  left = np.zeros(len(spent))
+  left = np.zeros(len(pools))
   for (name, flops), color in zip(parts.items(), COLORS, strict=False):
-    width = np.array(flops) / 1e6
-    axes.barh(list(spent), width, left=left, color=color, label=name)
+    width = np.array([np.mean([*map(flops, x)]) for x in pools.values()]) / 1e6
+    axes.barh(list(pools), width, left=left, color=color, label=name)
     left += width
   axes.invert_yaxis()
   axes.set(xlabel="MFLOP a problem")
