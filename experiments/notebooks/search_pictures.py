@@ -23,7 +23,7 @@ def budgets(
       of a search.
   """
   figure, axes = plt.subplots(figsize=(8, 4))
-  for (name, rows), color in zip(curves.items(), COLORS, strict=True):
+  for (name, rows), color in zip(curves.items(), COLORS, strict=False):
     value, low, high = 100 * np.array(rows).T
     axes.plot(ks, value, "o-", color=color, markersize=4, label=name)
     axes.fill_between(ks, low, high, color=color, alpha=0.12, lw=0)
