@@ -410,6 +410,53 @@ def test_vlm_counts_trains_and_asks(tmp_path, monkeypatch):
   assert "SplicedEmbedding" in printed and "shuffled" in printed
 
 
+@pytest.mark.slow
+def test_process_rewards_judge_steps(tmp_path, monkeypatch):
+  monkeypatch.setenv("TMPDIR", str(tmp_path))
+  notebook = ROOT / "colab" / "process_rewards.ipynb"
+  names = ("counted", "table", "curves", "reports", "errors")
+  values, printed = _execute(notebook, names)
+  assert "48 cannot be made of what is left" in printed
+  assert "3 + 2 is 5, not 1" in printed
+  wrong = [row["right steps, called wrong %"] for row in values["counted"]]
+  # Nothing makes an error good, so a rollout that succeeds is a proof.
+  assert not any(
+    row["wrong steps, called right %"] for row in values["counted"]
+  )
+  assert wrong == sorted(wrong, reverse=True) and wrong[0] > wrong[-1]
+  assert [row["model"] for row in values["table"]] == ["process", "outcome"]
+  assert values["table"][0]["auc"] > 0.6
+  assert values["errors"]["fitted"] < 0.2
+  check, *others = (np.array(x)[:, 0] for x in values["curves"].values())
+  assert (np.diff(check) > 0).all()
+  assert all((other <= check + 1e-9).all() for other in others)
+  # Of one sample all rules give that one, but for those without an answer.
+  assert all(other[0] == pytest.approx(check[0]) for other in others)
+  style, error = values["reports"].values()
+  assert style["new_errors"] is None and error["new_errors"] < 0
+
+
+@pytest.mark.slow
+def test_test_time_compute_counts_what_it_compares(tmp_path, monkeypatch):
+  monkeypatch.setenv("TMPDIR", str(tmp_path))
+  notebook = ROOT / "colab" / "test_time_compute.ipynb"
+  values, printed = _execute(notebook, ("small", "points", "lines"))
+  form, ledger = re.search(r"form (\d+) ledger (\d+)", printed).groups()
+  assert form == ledger
+  check, best = (
+    np.array(values["small"][x]) for x in ("pass", "best_of/product")
+  )
+  assert (np.diff(check[:, 0]) > 0).all() and (check >= best - 1e-9)[:, 0].all()
+  assert (check[:, 1] <= check[:, 0]).all() and (
+    check[:, 0] <= check[:, 2]
+  ).all()
+  flops = {name: cost for name, (cost, _) in values["points"].items()}
+  assert flops["greedy"] < flops["beam of 4"] < flops["best of 8"]
+  assert flops["large, greedy"] == flops["brief, greedy"] > flops["greedy"]
+  assert [row["large passes"] for row in values["lines"]] == [1, 2, 4, 8]
+  assert re.search(r"check: large is ahead from", printed)
+
+
 # The first cell --------------------------------------------------------------
 
 
