@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import pytest
 
 from experiments.planning import advice
@@ -80,7 +79,10 @@ def test_what_fits_is_tried_with_less_recomputation(planned):
 
 
 def test_meshes_and_packed_weights_are_tried_too(planned):
-  whole = support_plan.adapted(_run(Layout(data=4)))
+  sizes = dataclasses.replace(
+    support.SIZES, width=64, head_dim=16, hidden=128
+  )  # of whole blocks of 64
+  whole = support_plan.adapted(_run(Layout(data=4), sizes=sizes))
   found = advice.advise(whole, _topology(1e9, 4), compiles=100)
   tried = {tuple(x["set"]) for x in found["ranked"]}
   assert ("DATA=1 FSDP=4 TENSOR=1",) in tried
@@ -118,17 +120,15 @@ def test_an_error_of_the_run_itself_is_raised(planned):
 
 
 @pytest.mark.slow
-def test_advice_of_the_compiler():
-  """Rungs of the ladder take less and less memory of a real program."""
+def test_rungs_take_less_and_less_memory(monkeypatch):
+  """By XLA's account, of a real program."""
+  monkeypatch.setattr(advice.sharding, "bytes_per_device", lambda *_: 0)
   sizes = dataclasses.replace(support.SIZES, depth=8)
-  run = _run(sizes=sizes, length=128)
-  topology = _topology(1.0)
-  found = advice.advise(run, topology, compiles=4)
+  found = advice.advise(_run(sizes=sizes, length=128), _topology(1.0), 4)
   totals = {tuple(x["set"]): x["total_bytes"] for x in found["ranked"]}
-  assert totals[()] > totals["REMAT=names",] > totals["REMAT=layer",]
-  assert totals["REMAT=layer",] > totals["REMAT=layer", _two()]
-  assert jax.devices()
-
-
-def _two():
-  return "loop.TrainConfig.accumulate=2"
+  assert list(sorted(totals, key=totals.__getitem__)) == [
+    ("REMAT=layer", "loop.TrainConfig.accumulate=2"),
+    ("REMAT=layer",),
+    ("REMAT=names",),
+    (),
+  ]

@@ -13,6 +13,7 @@ from research.generation.generate import bucket
 from research.generation.paging import Paging
 from research.interop import rewards
 from research.planning import chips
+from research.prm.objective import StepReward
 from research.sharding import Layout
 from research.typing import UserError
 from tests import support, support_plan
@@ -84,7 +85,11 @@ def test_packed_weights_are_served_as_they_are():
 
 def _verifier(whole, sizes):
   backbone = FromScratch(sizes=sizes)
-  return dataclasses.replace(whole, model=rewards.WithHead(backbone=backbone))
+  return dataclasses.replace(
+    whole,
+    model=rewards.WithHead(backbone=backbone),
+    objective=StepReward(),
+  )
 
 
 def test_a_search_holds_both_models_and_adds_their_seconds(topology, whole):
