@@ -175,9 +175,9 @@ BOUNDS = (
     most=40000000000.0,
   ),
   Bound(
-    claim="an 8B step for v5e:16x16 is compiled within 2 minutes",
+    claim="an 8B step for v5e:16x16 is compiled in 2 minutes of one core",
     cell="Llama-3.1-8B, full, v5e:16x16",
-    field="compile_seconds",
+    field="cpu_seconds",
     most=120.0,
   ),
   Bound(

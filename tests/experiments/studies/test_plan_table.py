@@ -28,6 +28,7 @@ ROW = {
   "mfu_bound": 0.6,
   "devices": 8,
   "compile_seconds": 3.4,
+  "cpu_seconds": 2.6,
 }
 
 
@@ -45,6 +46,7 @@ def test_a_line_has_gigabytes_and_whole_tokens():
     "tokens/s at most": 2000,
     "MFU at most": 0.6,
     "s to compile": 3,
+    "CPU s to compile": 3,
   }
   assert plan_table.line(CELL, {})["fits"] == "not compiled"
 
