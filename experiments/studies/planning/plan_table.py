@@ -7,7 +7,6 @@ lie under the bounds.
 """
 
 import dataclasses
-import pathlib
 import re
 import time
 from collections.abc import Mapping, Sequence
