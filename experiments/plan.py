@@ -233,7 +233,7 @@ def _sampling(run: Any, topology: Any) -> dict[str, Any]:
   if _VERIFIER.value:
     read = config.read(_VERIFIER.value, _SET.value, flag="verifier")
     verifier = staged.final(read.experiment)
-  wanted = plan_search.wanted(_SEARCH.value)
+  wanted = plan_search.parse_search(_SEARCH.value)
   return plan_search.plan(run, verifier, topology, wanted, _SCORED.value, pages)
 
 

@@ -35,7 +35,7 @@ STEPS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wanted:
+class SearchRows:
   """A search.
 
   Attributes:
@@ -47,7 +47,7 @@ class Wanted:
   copies: int
 
 
-def wanted(given: str) -> Wanted:
+def parse_search(given: str) -> SearchRows:
   """Returns what `8x16x512+1024` stands for.
 
   That is problems, copies of each, tokens of a problem and of a solution.
@@ -69,14 +69,14 @@ def wanted(given: str) -> Wanted:
       f"--search={given}: expected PROBLEMSxCOPIESxPROMPT+LENGTH, e.g."
       " 8x16x512+1024"
     ) from error
-  return Wanted(rows=found, copies=int(copies))
+  return SearchRows(rows=found, copies=int(copies))
 
 
 def plan(
   policy: Experiment,
   verifier: Experiment | None,
   topology: Topology,
-  search: Wanted,
+  search: SearchRows,
   batch: int | None = None,
   paging: Paging | None = None,
 ) -> dict[str, Any]:

@@ -63,8 +63,8 @@ def devices(name: str) -> list[Any]:
   chip, count, each = hosts(name)
   if (missing := gpu.missing()) is not None:
     raise UserError(
-      f"topology {name!r}: {missing}.\nRun: pip install 'heptad[cuda-compile]'"
-      " (Linux on x86-64; no GPU is needed)."
+      f"topology {name!r}: {missing}.\nRun: pip install -e '.[cuda-compile]' in"
+      " a checkout (Linux on x86-64; no GPU is needed)."
     )
   found = topologies.get_topology_desc(
     chip,

@@ -1,6 +1,6 @@
 """The cells of the table of plans, and the claims that they decide.
 
-MaxText's rates are those of Llama-2-70B in its getting_started/Run_Llama2.md.
+MaxText's rates are those that its page on Llama 2 gives for 70B.
 """
 
 from experiments.studies.planning.plan_table import Bound, Cell

@@ -179,7 +179,7 @@ def compiled(cell: Cell) -> Row:
     found = plan_sampling.plan(run, topology, calls.rows(cell.fill, "fill"))
     row = _of_calls(found, "again")
   elif cell.search:
-    wanted = plan_search.wanted(cell.search)
+    wanted = plan_search.parse_search(cell.search)
     verifier = None
     if cell.verifier is not None:
       verifier = _experiment(cell.verifier, cell.set)

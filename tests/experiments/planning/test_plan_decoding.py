@@ -101,8 +101,8 @@ def _verifier(whole, sizes):
 
 
 def test_a_search_holds_both_models_and_adds_their_seconds(topology, whole):
-  search = plan_search.wanted("2x2x32+16")
-  assert search == plan_search.Wanted(
+  search = plan_search.parse_search("2x2x32+16")
+  assert search == plan_search.SearchRows(
     rows=calls.Rows(count=2, prompt=32, length=16), copies=2
   )
   judge = _verifier(whole, SIZES)
@@ -131,14 +131,14 @@ def test_memory_is_that_of_the_largest_call_beside_the_other_model(topology):
 @pytest.mark.parametrize("given", ["", "2x2", "2x0x8+8", "ax2x8+8", "2x2x8"])
 def test_what_is_no_search(given):
   with pytest.raises(UserError, match="PROBLEMSxCOPIESxPROMPT"):
-    plan_search.wanted(given)
+    plan_search.parse_search(given)
 
 
 def test_models_that_neither_write_nor_score(topology, whole):
   masked = dataclasses.replace(whole, objective=MaskedDiffusion(mask_id=3))
   with pytest.raises(UserError, match="--fill"):
     plan_decoding.plan(masked, topology, WANTED)
-  search = plan_search.wanted("1x2x32+16")
+  search = plan_search.parse_search("1x2x32+16")
   with pytest.raises(UserError, match="expected a reward model"):
     plan_search.score(whole, topology, 2, 48)
   with pytest.raises(UserError, match="expected a language model"):
