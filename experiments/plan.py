@@ -3,10 +3,12 @@
   python -m experiments.plan --config=runs/quickstart.gin --topology=v5e:4x4
 
 Compiles the experiment's own training step, sharded over its own mesh, for a
-slice of a TPU pod (needs the package libtpu, no TPU) or for virtual devices of
-this machine (--topology=cpu:8), from shapes alone: no weight is read. Prints
-the sharding of every parameter, the memory of a device, FLOPs, collectives and
-bounds of a step's time; the last line on stdout is JSON.
+slice of a TPU pod (needs the package libtpu, no TPU), for hosts of GPUs
+(--topology=h100:8, or h100:4x8 for four hosts; needs the extra cuda-compile, no
+GPU) or for virtual devices of this machine (--topology=cpu:8), from shapes
+alone: no weight is read. Prints the sharding of every parameter, the memory of
+a device, FLOPs, collectives and bounds of a step's time; the last line on
+stdout is JSON.
 
 Of a run of stages each one's step is planned; --hlo then writes FILE.STAGE.
 
@@ -40,8 +42,9 @@ _CONFIG = cli.define_config(FLAGS)
 _TOPOLOGY = flags.DEFINE_string(
   "topology",
   None,
-  "A slice of a TPU pod, e.g. v5e:4x4, v5p:2x2x4 or v6e:16x16; or virtual "
-  "devices of this machine, e.g. cpu:8.",
+  "A slice of a TPU pod, e.g. v5e:4x4, v5p:2x2x4 or v6e:16x16; GPUs of one "
+  "host or of several, e.g. h100:8 or h100:4x8; or virtual devices of this "
+  "machine, e.g. cpu:8.",
   flag_values=FLAGS,
 )
 _SET = cli.define_set(FLAGS, "BATCH=64")
@@ -56,6 +59,68 @@ _FILL = flags.DEFINE_string(
   None,
   "ROWSxPROMPT+LENGTH: plan sampling instead of training: a batch of rows, "
   "tokens of a prompt, and tokens to generate.",
+  flag_values=FLAGS,
+)
+_CACHE = flags.DEFINE_string(
+  "cache",
+  None,
+  "With --fill: keys and values that are kept, none, prefix, dual, vicinity:N "
+  "or delayed; by default dual, or prefix for a model of blocks.",
+  flag_values=FLAGS,
+)
+_GUIDANCE = flags.DEFINE_float(
+  "guidance",
+  0.0,
+  "With --fill: by the prompt; above 0 each call reads rows twice.",
+  lower_bound=0.0,
+  flag_values=FLAGS,
+)
+_GENERATE = flags.DEFINE_string(
+  "generate",
+  None,
+  "ROWSxPROMPT+LENGTH: plan autoregressive generation instead of training.",
+  flag_values=FLAGS,
+)
+_PAGES = flags.DEFINE_string(
+  "pages",
+  None,
+  "With --generate or --search: keys and values in pages, as `generate "
+  "--pages` has them, e.g. 16 or 128,dtype=int8.",
+  flag_values=FLAGS,
+)
+_SEARCH = flags.DEFINE_string(
+  "search",
+  None,
+  "PROBLEMSxCOPIESxPROMPT+LENGTH: plan a search instead of training: problems "
+  "at once, solutions of each, tokens of a problem and of a solution.",
+  flag_values=FLAGS,
+)
+_VERIFIER = flags.DEFINE_string(
+  "verifier",
+  None,
+  "With --search: a run file of the reward model that scores solutions; --set "
+  "is for both run files.",
+  flag_values=FLAGS,
+)
+_SCORED = flags.DEFINE_integer(
+  "scored",
+  None,
+  "With --verifier: solutions that it reads at once; all by default.",
+  lower_bound=1,
+  flag_values=FLAGS,
+)
+_ADVISE = flags.DEFINE_bool(
+  "advise",
+  False,
+  "Try other meshes, remat policies, accumulation and packed weights, and rank "
+  "what fits.",
+  flag_values=FLAGS,
+)
+_COMPILES = flags.DEFINE_integer(
+  "compiles",
+  8,
+  "With --advise: programs to compile at most.",
+  lower_bound=1,
   flag_values=FLAGS,
 )
 _PRESET = flags.DEFINE_string(
@@ -91,24 +156,85 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   # This machine's accelerators are not used, and stay free for others.
   jax.config.update("jax_platforms", "cpu")
   from experiments.core import config
-  from experiments.planning import plan_sampling, plan_training
   from experiments.stages import staged
-  from research.io import folders
   from research.planning import chips
 
+  _check_flags()
   run = config.read(_CONFIG.value, _SET.value).experiment
-  rows = _FILL.value and plan_sampling.rows(_FILL.value)
   topology = chips.topology(_TOPOLOGY.value)
-  if rows:
-    return plan_sampling.plan(staged.final(run), topology, rows)
+  if any(flag.value for flag in (_FILL, _GENERATE, _SEARCH)):
+    return _sampling(staged.final(run), topology)
   if not isinstance(run, staged.Staged):
-    return plan_training.plan(run, topology, hlo=_HLO.value)
+    return _training(run, topology, _HLO.value)
+  from research.io import folders
+
   plans = {}
   for name, experiment in run.in_workdir(folders.folder(".")).stages.items():
     cli.say(f"--- stage {name}")
     hlo = _HLO.value and f"{_HLO.value}.{name}"
-    plans[name] = plan_training.plan(experiment, topology, hlo=hlo)
+    plans[name] = _training(experiment, topology, hlo)
   return {"stages": plans}
+
+
+def _check_flags() -> None:
+  """Raises UserError for flags that contradict each other, or do nothing."""
+  from research.typing import UserError
+
+  plans = [f.name for f in (_FILL, _GENERATE, _SEARCH, _ADVISE) if f.value]
+  if len(plans) > 1:
+    raise UserError(f"--{plans[0]}, --{plans[1]}: expected one of them")
+  needs = (
+    (_CACHE, (_FILL,)),
+    (_GUIDANCE, (_FILL,)),
+    (_PAGES, (_GENERATE, _SEARCH)),
+    (_VERIFIER, (_SEARCH,)),
+    (_SCORED, (_VERIFIER,)),
+  )
+  for flag, of in needs:
+    if flag.value and not any(other.value for other in of):
+      names = " or ".join(f"--{other.name}" for other in of)
+      raise UserError(f"--{flag.name}: has no effect without {names}")
+
+
+def _training(run: Any, topology: Any, hlo: str | None) -> dict[str, Any]:
+  """Returns the plan of a training step, or advice."""
+  from experiments.planning import advice, plan_training
+
+  if _ADVISE.value:
+    return advice.advise(run, topology, _COMPILES.value)
+  return plan_training.plan(run, topology, hlo=hlo)
+
+
+def _sampling(run: Any, topology: Any) -> dict[str, Any]:
+  """Returns the plan of what is asked for instead of training."""
+  from experiments.core import config
+  from experiments.planning import (
+    calls,
+    plan_decoding,
+    plan_sampling,
+    plan_search,
+  )
+  from experiments.stages import staged
+  from research.generation import paging
+
+  if _FILL.value:
+    return plan_sampling.plan(
+      run,
+      topology,
+      calls.rows(_FILL.value, "fill"),
+      _CACHE.value,
+      _GUIDANCE.value,
+    )
+  pages = paging.parse(_PAGES.value) if _PAGES.value else None
+  if _GENERATE.value:
+    wanted = calls.rows(_GENERATE.value)
+    return plan_decoding.plan(run, topology, wanted, pages)
+  verifier = None
+  if _VERIFIER.value:
+    read = config.read(_VERIFIER.value, _SET.value, flag="verifier")
+    verifier = staged.final(read.experiment)
+  wanted = plan_search.parse_search(_SEARCH.value)
+  return plan_search.plan(run, verifier, topology, wanted, _SCORED.value, pages)
 
 
 def _image() -> dict[str, Any]:

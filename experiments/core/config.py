@@ -37,7 +37,7 @@ from experiments.stages import staged
 experiment.Experiment.model = @staged.StageResult()
 staged.StageResult.stage = '{before}'
 """
-_FOLDERS = {"config": "runs", "sweep": "sweeps"}
+_FOLDERS = {"config": "runs", "sweep": "sweeps", "verifier": "runs"}
 
 
 Record = Mapping[tuple[str, str], Mapping[str, Any]]

@@ -1,10 +1,11 @@
-"""Plans sampling: calls of a masked diffusion model, compiled ahead of time.
+"""Plans sampling of a masked diffusion model: calls compiled ahead of time.
 
-A block is filled by one call that reads whole rows, and by calls that read the
-block alone, keys and values of the rest cached (`denoiser.BlockCache`). How
-many of the latter a block takes depends on the policy and the text; so each of
-the two is planned by itself. No flags, no gin; `experiments.plan --fill=` is
-the command.
+A block is filled by one call that reads whole rows, and by calls that read what
+the sampler's cache leaves to be read (`make_denoiser`: nothing is kept, or keys
+and values of the prefix, of all around the block, or all but what was just
+filled). How many of the latter a block takes depends on the policy and the
+text; so each of the two is planned by itself. No flags, no gin;
+`experiments.plan --fill=` is the command.
 """
 
 import dataclasses
@@ -14,67 +15,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.core import cli
 from experiments.core.experiment import Experiment
 from experiments.planning import abstract_step
+from experiments.planning.calls import Planner, Rows, placed, served
 from research.diffusion.sampling import sampler
-from research.diffusion.sampling.config import SamplerConfig
-from research.diffusion.sampling.denoiser import BlockCache
+from research.diffusion.sampling.classifier_free_guidance import with_prompt
+from research.diffusion.sampling.config import CACHES, SamplerConfig
+from research.diffusion.sampling.make_denoiser import make_denoiser
 from research.diffusion.sampling.policies import Threshold
 from research.generation.sampling import GREEDY
-from research.planning import flops, forecast, text
 from research.planning.chips import Topology
 from research.training import global_batch
 from research.typing import UserError
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
-  """What is sampled.
-
-  Attributes:
-    count: rows of a batch.
-    prompt: tokens of each.
-    length: tokens that are generated.
-    block: of them at a time.
-  """
-
-  count: int
-  prompt: int
-  length: int
-  block: int = 32
-
-
-def rows(given: str) -> Rows:
-  """Returns what `16x1024+256` stands for: rows, prompt, generated tokens.
-
-  Raises:
-    UserError: it stands for nothing.
-  """
-  count, _, rest = given.partition("x")
-  prompt, _, length = rest.partition("+")
-  parts = (count, prompt, length)
-  if not all(p.isdecimal() and len(p) < 8 and int(p) for p in parts):
-    raise UserError(
-      f"--fill={given}: expected ROWSxPROMPT+LENGTH, e.g. 16x1024+256"
-    )
-  return Rows(count=int(count), prompt=int(prompt), length=int(length))
+BLOCK = 32
+"""Tokens that are filled at a time, unless the model has blocks of its own."""
 
 
 def plan(
-  experiment: Experiment, topology: Topology, wanted: Rows
+  experiment: Experiment,
+  topology: Topology,
+  wanted: Rows,
+  cache: str | None = None,
+  guidance: float = 0.0,
+  block: int | None = None,
 ) -> dict[str, Any]:
   """Returns what calls of an experiment's model cost on `topology`.
 
-  Weights are bfloat16, as they are served, cut as the experiment cuts them.
+  Weights are bfloat16, as they are served, or packed, cut as the experiment
+  cuts them.
 
   Args:
     experiment: whose objective has a mask.
     topology: what on.
     wanted: rows.
+    cache: what is kept from call to call, as `generate --cache=` has it; by
+      default dual, or prefix for a model of blocks.
+    guidance: by the prompt; above 0 each call reads rows twice.
+    block: tokens that are filled at a time; by default the model's, or 32.
 
   Raises:
-    UserError: the objective has no mask, or blocks do not divide.
+    UserError: the objective has no mask, blocks do not divide, or the cache is
+      not one for the model.
   """
   mask_id = getattr(experiment.objective, "mask_id", -1)
   if mask_id < 0:
@@ -83,49 +65,60 @@ def plan(
       "has no mask_id; expected one that fills in masks"
     )
   taken = abstract_step.build(experiment, topology.devices)
-  mesh, model = taken.mesh, taken.loaded.model.clone(remat="none")
+  planner = Planner(mesh=taken.mesh, topology=topology)
+  own = getattr(experiment.objective, "block", None)
+  asked = cache or ("dual" if own is None else "prefix")
   options = SamplerConfig(
     mask_id=mask_id,
     length=wanted.length,
-    block=wanted.block,
+    block=block or own or min(BLOCK, wanted.length),
     policy=Threshold(threshold=0.9),
+    cache=_cache(asked),
+    guidance=guidance,
   )
-  params = jax.tree.map(_served, taken.state.params)
-  state = _state(experiment, wanted, mask_id, mesh)
-  asked, out = BlockCache(model=model), {}
+  model = taken.loaded.model.clone(remat="none")
+  denoiser = make_denoiser(options, model, block=own)
+  state = _state(experiment, wanted, mask_id, planner.mesh)
+  params = served(taken.state.params)
+  if guidance:
+    params = with_prompt(params, state.masked)
+  at = jax.ShapeDtypeStruct((), jnp.int32)
 
   def first(params, state, at):
-    return _call(asked.prefill, params, state, at, options)
+    return _call(denoiser.prefill, params, state, at, options)
 
   def again(params, state, at, carry):
-    return _call(asked.step, params, state, at, options, carry)
+    return _call(denoiser.step, params, state, at, options, carry)
 
-  at = jax.ShapeDtypeStruct((), jnp.int32)
-  with jax.set_mesh(mesh):
-    compiled = jax.jit(first).lower(params, state, at).compile()
-    work = flops.count_flops(first, params, state, at)
-    out["first"] = _told(
-      "a call for whole rows", compiled, work, mesh, topology, wanted.count
-    )
-    _, carry = jax.eval_shape(first, params, state, at)
-    held = jax.tree.map(
-      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-      carry,
-      compiled.output_shardings[1],
-    )
-    work = flops.count_flops(again, params, state, at, held)
-    step = jax.jit(again, donate_argnums=3)
-    compiled = step.lower(params, state, at, held).compile()
-    out["again"] = _told(
-      "a call for a block", compiled, work, mesh, topology, wanted.count
+  # At least a token of each row.
+  out, tokens = {}, wanted.count
+  out["first"], made = planner.plan(
+    "a call for whole rows", first, params, state, at, tokens=tokens
+  )
+  if made is not None:
+    out["again"], _ = planner.plan(
+      f"a later call, cache {asked}",
+      *(again, params, state, at, made[1]),
+      tokens=tokens,
+      donate=(3,),
     )
   return {
     "topology": topology.name,
     "chip": topology.chip.name,
-    "devices": mesh.size,
+    "devices": planner.mesh.size,
     "rows": dataclasses.asdict(wanted),
+    "cache": asked,
+    "guidance": guidance,
+    "block": options.block,
     **out,
   }
+
+
+def _cache(given: str) -> Any:
+  try:
+    return CACHES.parse(given)
+  except UserError as error:
+    raise UserError(f"--cache={given}: {error}") from error
 
 
 def _call(ask, params, state, at, options, *carry):
@@ -135,12 +128,6 @@ def _call(ask, params, state, at, options, *carry):
   logits, carry = ask(params, state.tokens, state.valid, at, size, *carry)
   state, _ = sampler.fill(state, logits, at, options, GREEDY, masked.sum(-1), 0)
   return state, carry
-
-
-def _served(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  floating = jnp.issubdtype(x.dtype, jnp.floating)
-  dtype = jnp.bfloat16 if floating else x.dtype
-  return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
 
 def _state(experiment, wanted, mask_id, mesh):
@@ -154,19 +141,9 @@ def _state(experiment, wanted, mask_id, mesh):
   )
   whole = experiment.mesh.batch(mesh)
 
-  def placed(x):
+  def cut(x):
     if not x.shape:
       return x
-    where = global_batch.array_sharding(whole, x.shape)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return placed(x, global_batch.array_sharding(whole, x.shape))
 
-  return jax.tree.map(placed, made)
-
-
-def _told(name, compiled, work, mesh, topology, count) -> dict[str, Any]:
-  """Returns a call's cost; its tokens are one a row, the least it fills."""
-  cost = forecast.forecast(compiled, mesh, topology)
-  found = text.as_json(cost, work, count)
-  cli.say(f"{name}, at least a token of each row:\n")
-  cli.say(text.describe(cost, found))
-  return found
+  return jax.tree.map(cut, made)

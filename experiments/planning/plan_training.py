@@ -13,7 +13,7 @@ import jax
 
 from experiments.core import cli
 from experiments.core.experiment import Experiment
-from experiments.planning import abstract_step, towers
+from experiments.planning import abstract_step, calls, towers
 from research import progress, sharding, tree, weights
 from research.lora.diagnosis import memory
 from research.optim.low_rank.layerwise import Layerwise
@@ -30,6 +30,7 @@ def plan(
   experiment: Experiment,
   topology: Topology,
   hlo: str | os.PathLike | None = None,
+  quiet: bool = False,
 ) -> dict[str, Any]:
   """Returns the cost of a step of `experiment` on `topology`, and prints it.
 
@@ -37,35 +38,42 @@ def plan(
     experiment: to be trained.
     topology: the devices.
     hlo: file for the compiled program's text, or None.
+    quiet: whether nothing is printed but progress.
 
   Raises:
     UserError: an error of a run before its first step.
   """
-  begin = time.perf_counter()
+  begin, say = time.perf_counter(), _silent if quiet else cli.say
   abstract = largest_bucket(
     experiment, abstract_step.build(experiment, topology.devices)
   )
   found = _before_compiling(experiment, abstract, topology)
-  cli.say(_table(experiment, abstract))
-  cli.say(_summary(found))
+  say(_table(experiment, abstract))
+  say(_summary(found))
   if found["towers"]:
-    cli.say(towers.describe(found["towers"]))
+    say(towers.describe(found["towers"]))
   by_arithmetic = arithmetic(experiment, abstract)
   if by_arithmetic is not None:
     found["predicted_bytes"] = by_arithmetic.total
-    cli.say(f"by arithmetic: {by_arithmetic}")
+    say(f"by arithmetic: {by_arithmetic}")
   try:
     with progress.phase(f"compiling for {topology.name}"):
-      compiled = abstract_step.lower(experiment, abstract).compile()
+      with topology.lowering():
+        lowered = abstract_step.lower(experiment, abstract)
+      compiled = topology.compile(lowered)
   except jax.errors.JaxRuntimeError as error:
-    return found | _out_of_memory(error)
+    return found | calls.refused(error)
   found["seconds_to_plan"] = time.perf_counter() - begin
   if hlo is not None:
     pathlib.Path(hlo).write_text(compiled.as_text(), "utf-8")
   cost = forecast.forecast(compiled, abstract.mesh, topology)
   found |= text.as_json(cost, found["model_flops"], abstract.tokens)
-  cli.say(text.describe(cost, found))
+  say(text.describe(cost, found, topology.notes))
   return found
+
+
+def _silent(text: str) -> None:
+  del text
 
 
 def largest_bucket(
@@ -172,13 +180,3 @@ def _summary(found: dict[str, Any]) -> str:
     f" parameters are trained on {found['tokens']:,} tokens a step,"
     f" {found['model_flops']:.3g} FLOPs"
   )
-
-
-def _out_of_memory(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
-  """Returns the compiler's numbers of a program that does not fit in memory."""
-  message = str(error)
-  if "RESOURCE_EXHAUSTED" not in message:
-    raise error
-  found = text.parse_out_of_memory(message)
-  cli.say(text.describe_out_of_memory(found))
-  return found

@@ -2,7 +2,8 @@
 
 TPUs: Cloud TPU documentation, the page of each version; links as in "How to
 scale your model" (Austin et al. 2025), section on TPUs. GPUs: NVIDIA's data
-sheets, without sparsity.
+sheets, without sparsity; links are NVLink's (600, 900, 900 and 1,800 GB/s both
+ways), networks those of DGX systems (a port of 200 or 400 Gb/s for each GPU).
 """
 
 import dataclasses
@@ -20,8 +21,11 @@ class Chip:
     kind: Device kind, as JAX calls it.
     flops: Peak bf16 FLOP/s, counting multiplies and adds.
     bandwidth: Main memory bandwidth in bytes/s.
-    link: Bandwidth in bytes/s to the neighbours along one axis of the torus,
-      both directions together.
+    link: Bytes/s that a chip sends to others. TPUs: to the neighbours along one
+      axis of the torus, both directions together. GPUs: by NVLink, within a
+      host.
+    network: Bytes/s that a chip sends to other hosts; None where links reach
+      all chips.
   """
 
   name: str
@@ -30,10 +34,11 @@ class Chip:
   flops: float | None = None
   bandwidth: float | None = None
   link: float | None = None
+  network: float | None = None
 
 
 def _table(*rows) -> dict[str, Chip]:
-  names = ("name", "kind", "memory", "flops", "bandwidth", "link")
+  names = ("name", "kind", "memory", "flops", "bandwidth", "link", "network")
   return {row[0]: Chip(**dict(zip(names, row, strict=False))) for row in rows}
 
 
@@ -45,10 +50,10 @@ TPUS = _table(
   ("tpu7x", "TPU7x", 192 * GIB, 2307e12, 7.38e12, 18e10),
 )
 GPUS = _table(
-  ("a100", "NVIDIA A100-SXM4-80GB", 80 * GIB, 312e12, 2.039e12),
-  ("h100", "NVIDIA H100 80GB HBM3", 80 * GIB, 989e12, 3.35e12),
-  ("h200", "NVIDIA H200", 141e9, 989e12, 4.8e12),
-  ("b200", "NVIDIA B200", 180e9, 2250e12, 8e12),
+  ("a100", "NVIDIA A100-SXM4-80GB", 80 * GIB, 312e12, 2.039e12, 30e10, 25e9),
+  ("h100", "NVIDIA H100 80GB HBM3", 80 * GIB, 989e12, 3.35e12, 45e10, 50e9),
+  ("h200", "NVIDIA H200", 141e9, 989e12, 4.8e12, 45e10, 50e9),
+  ("b200", "NVIDIA B200", 180e9, 2250e12, 8e12, 90e10, 50e9),
 )
 CHIPS = TPUS | GPUS
 """Chips by name."""

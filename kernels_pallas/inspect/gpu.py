@@ -188,12 +188,12 @@ def missing() -> str | None:
       "jax-cuda13-pjrt is not installed, and no GPU kernel compiles without "
       "it; `make test-chips` installs it into an environment of its own"
     )
-  if _toolkit() is None:
+  if toolkit() is None:
     return "ptxas was not found; pip install nvidia-cuda-nvcc beside the plugin"
   return None
 
 
-def _toolkit() -> pathlib.Path | None:
+def toolkit() -> pathlib.Path | None:
   """Returns the folder with bin/ptxas that NVIDIA's wheel installs, or None."""
   spec = importlib.util.find_spec("nvidia")
   for place in [] if spec is None else spec.submodule_search_locations or []:
@@ -203,13 +203,13 @@ def _toolkit() -> pathlib.Path | None:
 
 
 def _environment(folder: pathlib.Path) -> dict[str, str]:
-  toolkit = _toolkit()
+  cuda = toolkit()
   return {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
-    "PATH": f"{toolkit}/bin{os.pathsep}{os.environ.get('PATH', '')}",
-    "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={toolkit} "
+    "PATH": f"{cuda}/bin{os.pathsep}{os.environ.get('PATH', '')}",
+    "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={cuda} "
     "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
     "MOSAIC_GPU_DUMP_TO": str(folder),
     "MOSAIC_GPU_DUMP_PTX": "1",

@@ -1,7 +1,8 @@
 """Device topologies to compile for without having the devices.
 
 `v5e:4x4` is a slice of a TPU pod, for which the compiler in the package libtpu
-can compile; `cpu:8` are eight virtual devices of this machine.
+can compile; `h100:4x8` are four hosts of eight GPUs, see `gpus`; `cpu:8` are
+eight virtual devices of this machine.
 """
 
 import collections
@@ -10,13 +11,14 @@ import dataclasses
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from kernels_pallas.common.chips import TPUS, Chip
+from research.planning import gpus
 from research.typing import UserError
 
 CHIPS = {chip.kind: chip for chip in TPUS.values()}
@@ -38,31 +40,59 @@ class Topology:
 
   Attributes:
     name: the requested name.
-    devices: JAX devices; those of a TPU slice cannot execute programs.
+    devices: JAX devices; those that are not here cannot execute programs.
     chip: specification of each device.
+    compile_options: of XLA.
+    notes: what a reader of numbers for it has to know.
   """
 
   name: str
   devices: Sequence[Any]
   chip: Chip
+  compile_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
+
+  def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Returns a program for these devices, from `lowering`."""
+    return lowered.compile(dict(self.compile_options) or None)
+
+  def lowering(self) -> contextlib.AbstractContextManager:
+    """Within it programs are lowered for these devices.
+
+    GPU kernels are written for the instructions of the default device.
+    """
+    first = self.devices[0]
+    if first.platform != "gpu":
+      return contextlib.nullcontext()
+    return jax.default_device(first)
 
 
 def topology(name: str) -> Topology:
   """Returns the topology with this name.
 
   Args:
-    name: `cpu:8`, or a TPU slice: `v5e:4x4`, `v5p:2x2x4`, `v6e:16x16`, ...
+    name: `cpu:8`, a TPU slice: `v5e:4x4`, `v5p:2x2x4`, `v6e:16x16`, ..., or
+      GPUs: `h100:8` of one host, `h100:4x8` of four.
 
   Raises:
     UserError: there is no such slice, or its compiler is not installed.
   """
   kind, _, size = name.partition(":")
+  if gpus.is_gpus(name):
+    return Topology(
+      name=name,
+      devices=gpus.devices(name),
+      chip=gpus.usable(kind),
+      compile_options=gpus.compile_options(),
+      notes=gpus.NOTES,
+    )
   if kind == "cpu" and re.fullmatch(r"[1-9]\d*", size):
     return _cpu(name, int(size))
   if not re.fullmatch(r"(tpu)?v?\d+\w*:\d+(x\d+)*", name):
     raise UserError(
       f"topology {name!r}: expected a slice of a TPU pod such as v5e:4x4,"
-      " v5p:2x2x4\nor v6e:16x16, or virtual devices of this machine, cpu:8."
+      " v5p:2x2x4\nor v6e:16x16, GPUs such as h100:8 or h100:4x8, or virtual"
+      " devices of this machine, cpu:8."
     )
   return _tpu(name)
 

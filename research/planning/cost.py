@@ -27,6 +27,12 @@ COLLECTIVES = (
   "collective-broadcast",
 )
 
+_STATED = re.compile(
+  r'"cost_estimate":\{"flops":"(\d+)"'  # TPUs
+  r"|cost_estimate_json = .*?flops\\22: (\d+)"  # GPUs
+)
+"""FLOPs that a Pallas kernel states, as XLA writes them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -269,9 +275,8 @@ def _flops(where: Computation, i: Instruction) -> float:
     return _convolution(i, left, right)
   if i.opcode == "custom-call":
     # A Pallas kernel states its FLOPs; its traffic is that of its operands.
-    _, _, stated = i.attributes.partition('"cost_estimate":{"flops":"')
-    digits = stated.partition('"')[0]
-    return float(digits) if digits.isdigit() else 0.0
+    stated = _STATED.search(i.attributes)
+    return float(stated.group(1) or stated.group(2)) if stated else 0.0
   return 0.0
 
 

@@ -2,9 +2,10 @@
 
 Memory is the compiler's own analysis. Times are bounds from the chip's data
 sheet (a roofline): a step takes at least the maximum of arithmetic, memory and
-link time if everything overlaps, and about their sum if nothing does. Link time
-assumes one axis of the torus: collectives over several axes may be faster,
-small blocking ones are slower.
+link time if everything overlaps, and about their sum if nothing does. A TPU's
+link time assumes one axis of the torus: collectives over several axes may be
+faster, small blocking ones are slower. GPUs of several hosts exchange over
+NVLink and the network at the same time (`link_seconds`).
 """
 
 import dataclasses
@@ -55,6 +56,7 @@ class Exchange:
     count: number of executions in a step.
     payload: bytes gathered, reduced or passed on per execution.
     sent: bytes that each device sends in a step.
+    seconds: of all executions, by the chip's links; None if unknown.
   """
 
   kind: str
@@ -63,6 +65,7 @@ class Exchange:
   count: float
   payload: int
   sent: float
+  seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +114,7 @@ def forecast(compiled: Any, mesh: Mesh, topology: Topology) -> Forecast:
     topology: the devices and their chip.
   """
   found = cost.program_cost(hlo.parse(compiled.as_text()), mesh.size)
-  exchanges = _exchanges(found, mesh)
-  sent = sum((e.sent for e in exchanges), 0.0)
+  exchanges = _exchanges(found, mesh, topology.chip)
   return Forecast(
     devices=mesh.size,
     peak_flops=topology.chip.flops,
@@ -121,7 +123,7 @@ def forecast(compiled: Any, mesh: Mesh, topology: Topology) -> Forecast:
     bytes=found.bytes,
     exchanges=exchanges,
     unknown_loops=found.unknown,
-    seconds=_seconds(topology.chip, found, sent),
+    seconds=_seconds(topology.chip, found, exchanges),
   )
 
 
@@ -156,17 +158,58 @@ def peak_bytes(usage: Any) -> int:
   return found or given + usage.temp_size_in_bytes
 
 
-def _seconds(chip: Chip, found: cost.Cost, sent: float) -> dict[str, float]:
+def _seconds(
+  chip: Chip, found: cost.Cost, exchanges: tuple[Exchange, ...]
+) -> dict[str, float]:
   if not (chip.flops and chip.bandwidth and chip.link):
     return {}
   return {
     "arithmetic": found.flops / chip.flops,
     "memory": found.bytes / chip.bandwidth,
-    "links": sent / chip.link,
+    "links": sum((e.seconds or 0.0 for e in exchanges), 0.0),
   }
 
 
-def _exchanges(found: cost.Cost, mesh: Mesh) -> tuple[Exchange, ...]:
+def link_seconds(
+  chip: Chip, collective: cost.Collective, hosts: int
+) -> float | None:
+  """Returns the least seconds of a collective, once; None if unknown.
+
+  Within a host, or a TPU slice, a ring sends `collective.sent` over a link.
+  Between hosts each host gets what it has not, through the network ports of all
+  its devices in the group; both happen at the same time.
+
+  Args:
+    chip: of each device.
+    collective: with a group.
+    hosts: over how many hosts the group is spread evenly.
+  """
+  if chip.link is None:
+    return None
+  within = collective.sent / chip.link
+  if hosts < 2 or chip.network is None:
+    return within
+  ports = max(1, collective.size // hosts)
+  if collective.kind == "collective-permute":
+    between = float(collective.operand_bytes)
+  elif collective.kind in ("all-to-all", "ragged-all-to-all"):
+    # What each device sends, unless the receiver is a neighbour.
+    between = collective.operand_bytes * (hosts - 1) / hosts
+  else:
+    rounds = 2 if collective.kind == "all-reduce" else 1
+    between = rounds * collective.payload * (hosts - 1) / hosts / ports
+  return max(within, between / chip.network)
+
+
+def hosts_along(axes: tuple[str, ...], mesh: Any) -> int:
+  """Returns over how many hosts a group along some axes of a mesh is spread."""
+  index = tuple(slice(None) if n in axes else 0 for n in mesh.axis_names)
+  return len({d.process_index for d in np.ravel(mesh.devices[index])})
+
+
+def _exchanges(
+  found: cost.Cost, mesh: Mesh, chip: Chip
+) -> tuple[Exchange, ...]:
   def key(one):
     shapes = tuple(re.sub(r"(?<=\[)(1,)+", "", s) for s in one.shapes)
     return one.kind, _axes(one.group, mesh), shapes
@@ -185,9 +228,16 @@ def _exchanges(found: cost.Cost, mesh: Mesh) -> tuple[Exchange, ...]:
         count=sum(n for _, n in each),
         payload=each[0][0].payload,
         sent=sum(n * one.sent for one, n in each),
+        seconds=_total_seconds(each, hosts_along(axes, mesh), chip),
       )
     )
   return tuple(sorted(out, key=lambda e: -e.sent))
+
+
+def _total_seconds(each, hosts: int, chip: Chip) -> float | None:
+  if chip.link is None:
+    return None
+  return sum(n * (link_seconds(chip, one, hosts) or 0.0) for one, n in each)
 
 
 def _axes(group: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:

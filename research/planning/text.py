@@ -1,7 +1,7 @@
 """Formats a forecast as text and as JSON."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from research import tables
@@ -48,18 +48,22 @@ def as_json(cost: Forecast, model_flops: float, tokens: int) -> dict[str, Any]:
         "count": e.count,
         "payload_bytes": e.payload,
         "sent_bytes": e.sent,
+        "seconds": e.seconds,
       }
       for e in cost.exchanges
     ],
   }
 
 
-def describe(cost: Forecast, found: Mapping[str, Any]) -> str:
+def describe(
+  cost: Forecast, found: Mapping[str, Any], notes: Sequence[str] = ()
+) -> str:
   """Returns a forecast as readable text.
 
   Args:
     cost: the forecast per device.
     found: its `as_json`.
+    notes: of its topology, which are shown last.
   """
   m = cost.memory
   verdict = "fits" if m.fits else "DOES NOT FIT"
@@ -79,6 +83,7 @@ def describe(cost: Forecast, found: Mapping[str, Any]) -> str:
       " count once: expect more"
     )
   lines += _seconds(cost, found) + _exchanges(cost)
+  lines += [f"note: {note}" for note in notes]
   return "\n".join(lines)
 
 
@@ -97,7 +102,7 @@ def _seconds(cost: Forecast, found: Mapping[str, Any]) -> list[str]:
 def _exchanges(cost: Forecast) -> list[str]:
   if not cost.exchanges:
     return ["collectives: none"]
-  rows = [("count", "collective", "over", "each", "sent", "of")]
+  rows = [("count", "collective", "over", "each", "sent", "ms", "of")]
   for e in cost.exchanges[:_SHOWN]:
     of = e.shapes[0] + (f" +{len(e.shapes) - 1}" if len(e.shapes) > 1 else "")
     rows.append(
@@ -107,13 +112,14 @@ def _exchanges(cost: Forecast) -> list[str]:
         " ".join(e.axes),
         format_bytes(e.payload),
         format_bytes(e.sent),
+        "" if e.seconds is None else f"{1e3 * e.seconds:.3g}",
         of,
       )
     )
   left = len(cost.exchanges) - _SHOWN
   return [
     "collectives of a step:",
-    *(f"  {line}" for line in tables.aligned(rows, right=(0, 3, 4))),
+    *(f"  {line}" for line in tables.aligned(rows, right=(0, 3, 4, 5))),
     *([f"  and {left} smaller ones"] if left > 0 else []),
   ]
 

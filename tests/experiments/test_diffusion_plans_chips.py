@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.core import config
-from experiments.planning import plan_sampling, plan_training
+from experiments.planning import calls, plan_sampling, plan_training
 from kernels_pallas.masks import Mask, intervals
 from research.planning import chips
 
@@ -40,7 +40,7 @@ def test_training_fits(run, topology):
 def test_sampling_fits_and_a_block_is_cheaper_than_a_row(topology, devices):
   changes = ["FSDP=1", f"TENSOR={devices}"]
   experiment = config.read("runs/llada/pretrain_8b.gin", changes).experiment
-  rows = plan_sampling.rows("16x1024+256")
+  rows = calls.rows("16x1024+256")
   found = plan_sampling.plan(experiment, chips.topology(topology), rows)
   first, again = found["first"], found["again"]
   assert first["fits"] and again["fits"]

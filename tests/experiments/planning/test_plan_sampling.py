@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from experiments.planning import plan_sampling
+from experiments.planning import calls, plan_sampling
 from research.diffusion.objective import MaskedDiffusion
 from research.planning import chips
 from research.sharding import Layout
@@ -19,8 +19,8 @@ def test_a_block_s_calls_do_less_than_a_row_s():
   layout = Layout(data=2, tensor=2)
   whole = support_plan.experiment(layout, SIZES)
   whole = dataclasses.replace(whole, objective=MaskedDiffusion(mask_id=3))
-  wanted = plan_sampling.Rows(count=4, prompt=48, length=16, block=8)
-  found = plan_sampling.plan(whole, chips.topology("cpu:4"), wanted)
+  wanted = calls.Rows(count=4, prompt=48, length=16)
+  found = plan_sampling.plan(whole, chips.topology("cpu:4"), wanted, block=8)
   # A matrix of a layer takes 2 FLOPs a token and weight; the head is asked for
   # the block alone.
   width, head = SIZES.width, SIZES.width * SIZES.vocab
@@ -44,17 +44,15 @@ def test_a_block_s_calls_do_less_than_a_row_s():
 @pytest.mark.parametrize("given", ["", "16", "4x8", "0x8+4", "4x8+x", "4x-1+4"])
 def test_rows_that_are_none(given):
   with pytest.raises(UserError, match="expected ROWSxPROMPT"):
-    plan_sampling.rows(given)
+    calls.rows(given, "fill")
 
 
 def test_rows():
-  want = plan_sampling.Rows(count=16, prompt=1024, length=256)
-  assert plan_sampling.rows("16x1024+256") == want
+  want = calls.Rows(count=16, prompt=1024, length=256)
+  assert calls.rows("16x1024+256") == want
 
 
 def test_next_token_prediction_fills_nothing():
   whole = support_plan.experiment(Layout(data=1))
   with pytest.raises(UserError, match="NextToken, which has no mask_id"):
-    plan_sampling.plan(
-      whole, chips.topology("cpu:1"), plan_sampling.rows("4x8+32")
-    )
+    plan_sampling.plan(whole, chips.topology("cpu:1"), calls.rows("4x8+32"))

@@ -4,7 +4,8 @@ import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from research.planning import chips
+from kernels_pallas.common import chips as chips_table
+from research.planning import chips, gpus
 from research.typing import UserError
 
 
@@ -38,7 +39,7 @@ def test_this_machine_in_parts():
 
 
 @pytest.mark.parametrize(
-  "name", ["cpu", "cpu:0", "cpu:x", "h100:8", "v5e", "v5e:4x", "", "v5e:4x4 "]
+  "name", ["cpu", "cpu:0", "cpu:x", "gpu:8", "v5e", "v5e:4x", "", "v5e:4x4 "]
 )
 def test_what_is_no_topology(name):
   with pytest.raises(UserError, match="expected a slice of a TPU pod"):
@@ -54,3 +55,38 @@ def test_a_pod_without_its_compiler(monkeypatch):
   monkeypatch.setattr(chips, "has_tpu_compiler", lambda: False)
   with pytest.raises(UserError, match=r"pip install 'jax\[tpu\]'"):
     chips.topology("v5e:4x4")
+
+
+@pytest.mark.parametrize(
+  ("name", "want"),
+  [("h100:8", ("h100", 1, 8)), ("b200:4x8", ("b200", 4, 8))],
+)
+def test_hosts_of_gpus(name, want):
+  assert gpus.hosts(name) == want
+
+
+@pytest.mark.parametrize("name", ["h100", "h100:0", "h100:2x", "h100:1x2x8"])
+def test_what_is_no_host_of_gpus(name):
+  with pytest.raises(UserError, match="h100:4x8"):
+    chips.topology(name)
+
+
+def test_gpus_without_their_compiler(monkeypatch):
+  monkeypatch.setattr(gpus.gpu, "missing", lambda: "the plugin is missing")
+  with pytest.raises(UserError, match="(?s)plugin is missing.*cuda-compile"):
+    chips.topology("h100:8")
+
+
+def test_a_chip_without_a_description_is_a_relative_with_its_own_memory():
+  like, own = gpus.description("h100"), gpus.description("h200")
+  lines = zip(like.splitlines(), own.splitlines(), strict=True)
+  changed = {b.strip().split(":")[0]: b for a, b in lines if a != b}
+  assert set(changed) == {
+    "memory_bandwidth",
+    "device_memory_size",
+    "device_description_str",
+  }
+  assert "4800000000000" in changed["memory_bandwidth"]
+  assert "141000000000" in changed["device_memory_size"]
+  # CUDA takes some of the 80 GiB before XLA sees them.
+  assert gpus.usable("h100").memory < chips_table.CHIPS["h100"].memory

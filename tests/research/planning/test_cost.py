@@ -262,10 +262,18 @@ def test_a_collective_that_several_fusions_share_counts_once():
   assert list(cost.program_cost(hlo.parse(text), 4).collectives.values()) == [1]
 
 
-def test_a_kernel_costs_what_it_states():
+@pytest.mark.parametrize(
+  "stated",
+  [
+    '"cost_estimate":{"flops":"640","bytes_accessed":"9"}',
+    r'cost_estimate_json = "{\22flops\22: 640, \22bytes_accessed\22: 9}"',
+  ],
+  ids=["tpu", "gpu"],
+)
+def test_a_kernel_costs_what_it_states(stated):
   text = f"""HloModule m
 {HEAD}  %a = f32[4]{{0}} parameter(0)
-  ROOT %k = f32[4]{{0}} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={{"cost_estimate":{{"flops":"640","bytes_accessed":"9"}}}}
+  ROOT %k = f32[4]{{0}} custom-call(%a), custom_call_target="kernel", backend_config={{{stated}}}
 }}
 """  # noqa: E501
   assert cost.program_cost(hlo.parse(text), 1).flops == 640

@@ -4,10 +4,11 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kernels_pallas.common.chips import Chip
-from research.planning import forecast
+from research.planning import cost, forecast
 from research.planning.chips import Topology
 
 
@@ -77,3 +78,38 @@ def test_the_compilers_sum_wins_and_its_rest_is_temporaries(usage):
     **_sizes(usage), total_allocation_bytes=forecast.peak_bytes(usage) - 1000
   )
   assert forecast.peak_bytes(other) == forecast.peak_bytes(usage) - 1000
+
+
+GPU = Chip(name="gpu", memory=1e9, link=100.0, network=10.0)
+TPU = Chip(name="tpu", memory=1e9, link=100.0)
+
+
+# Sixteen devices gather, reduce, exchange or pass on 1,600 bytes: those of two
+# hosts get half of it over the network, by eight ports of 10 B/s a host.
+@pytest.mark.parametrize(
+  ("kind", "operand", "within", "between"),
+  [
+    ("all-gather", 100, 15.0, 800 / 80),
+    ("reduce-scatter", 1600, 15.0, 800 / 80),
+    ("all-reduce", 1600, 30.0, 1600 / 80),
+    ("all-to-all", 1600, 15.0, 800 / 10),
+    ("collective-permute", 1600, 16.0, 1600 / 10),
+  ],
+)
+def test_seconds_of_links_and_of_the_network(kind, operand, within, between):
+  one = cost.Collective(kind, (), operand, tuple(range(16)), 16)
+  assert forecast.link_seconds(TPU, one, hosts=2) == within
+  assert forecast.link_seconds(GPU, one, hosts=1) == within
+  assert forecast.link_seconds(GPU, one, hosts=2) == max(within, between)
+  unknown = Chip(name="unknown", memory=1e9)
+  assert forecast.link_seconds(unknown, one, hosts=1) is None
+
+
+def test_hosts_are_those_along_the_axes_of_a_group():
+  hosts = [[types.SimpleNamespace(process_index=h)] * 4 for h in (0, 1)]
+  mesh = types.SimpleNamespace(
+    devices=np.array(hosts, object), axis_names=("data", "fsdp")
+  )
+  assert forecast.hosts_along(("fsdp",), mesh) == 1
+  assert forecast.hosts_along(("data",), mesh) == 2
+  assert forecast.hosts_along(("data", "fsdp"), mesh) == 2

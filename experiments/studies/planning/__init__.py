@@ -1,0 +1,1 @@
+"""Tables of plans, and the articles' claims on memory by the compiler."""
