@@ -11,7 +11,7 @@ from experiments.studies.prm.states import States
 from research.prm.labelled import Label, LabelledSolution
 from research.typing import Float, UserError
 
-Scores = list[Float[np.ndarray, " S"]]
+Scores = list[Float[np.ndarray, " _"]]
 """Of each solution, from 0 (wrong) to 1 (right)."""
 
 

@@ -17,7 +17,7 @@ from research.prm import rows
 from research.prm.labelled import LabelledSolution
 from research.typing import Array, Float, Int, Params, UserError
 
-States = list[Float[np.ndarray, "S D"]]
+States = list[Float[np.ndarray, "_ D"]]
 """Of each solution a row a step: the state after the final norm, at the step's
 last token. It is what a `search.PolicyProbe` reads."""
 
