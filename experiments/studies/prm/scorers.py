@@ -171,18 +171,22 @@ def fit(
   """
   mean, scale = x.mean(0), x.std(0)
   scale = np.where(scale > 0, scale, 1.0)
-  z = ((x - mean) / scale).astype(float)
+  # The bias is the weight of a column of ones, without a penalty.
+  z = np.append((x - mean) / scale, np.ones((len(x), 1)), axis=1).astype(float)
+  penalty = np.append(np.full(x.shape[1], strength), 0.0)
 
-  def loss(parameters):
-    weights, bias = parameters[:-1], parameters[-1]
-    logits = z @ weights + bias
+  def loss(weights):
+    logits = z @ weights
     value = np.mean(np.logaddexp(0.0, logits) - y * logits)
-    wrong = (special.expit(logits) - y) / len(y)
-    slope = np.append(z.T @ wrong + strength * weights, wrong.sum())
-    return value + strength / 2 * weights @ weights, slope
+    slope = z.T @ (special.expit(logits) - y) / len(y)
+    value += penalty @ weights**2 / 2
+    return value, slope + penalty * weights
 
-  start = np.zeros(x.shape[1] + 1)
   found = optimize.minimize(
-    loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000}
+    loss,
+    np.zeros(z.shape[1]),
+    jac=True,
+    method="L-BFGS-B",
+    options={"gtol": 1e-6, "ftol": 1e-12, "maxiter": 1000},
   )
   return Logistic(mean, scale, found.x[:-1], float(found.x[-1]))
