@@ -13,7 +13,7 @@ from research.interop.diffusion import spec
 from research.io.unread import Shardings
 from research.nn.transformer import Transformer
 from research.prm.model import GenerativeReward, RewardModel
-from research.typing import Params
+from research.typing import Params, UserError
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.model import VisionLanguageModel
 
@@ -78,3 +78,27 @@ def load_abstract(source: Source) -> Loaded:
 
   made = jax.eval_shape(params)
   return dataclasses.replace(found[-1], params=made)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerOf:
+  """A model's tokenizer, without its weights.
+
+  Attributes:
+    source: of the model.
+  """
+
+  source: Source
+
+  def load(self) -> Any:
+    """Returns the tokenizer.
+
+    Raises:
+      UserError: the model has none.
+    """
+    found = load_abstract(self.source).tokenizer
+    if found is None:
+      raise UserError(
+        f"TokenizerOf.source: found {self.source}, a model without a tokenizer"
+      )
+    return found

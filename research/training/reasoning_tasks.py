@@ -151,10 +151,16 @@ class VerifiedTask:
   Attributes:
     task: has the problems, and judges answers.
     vocabulary: source of the model's tokenizer.
+    stop_tokens: ids that end an answer; None for the tokenizer's.
+    excluding: problems whose questions are never sampled. Generators may ask
+      the same in two splits, as reasoning-gym's do where there is little to
+      ask; None for a task that does not.
   """
 
   task: Task
   vocabulary: Vocabulary
+  stop_tokens: tuple[int, ...] | None = None
+  excluding: Task | None = None
 
   @functools.cached_property
   def tokenizer(self) -> Any:
@@ -167,13 +173,23 @@ class VerifiedTask:
     Raises:
       UserError: the task has fewer.
     """
-    if count > len(self.task):
+    if count > len(self._allowed):
       raise UserError(
-        f"{type(self.task).__name__}.count: found {len(self.task)}, expected at"
+        f"{type(self.task).__name__}.count: found {len(self._allowed)}"
+        f"{' that are not excluded' if self.excluding else ''}, expected at"
         f" least {count}, as many as prompts are sampled at once."
       )
-    chosen = rng.choice(len(self.task), count, replace=False)
+    chosen = rng.choice(self._allowed, count, replace=False)
     return [self.prompt(self.task[int(i)]) for i in chosen]
+
+  @functools.cached_property
+  def _allowed(self) -> np.ndarray:
+    """Indices of problems whose questions may be sampled."""
+    if self.excluding is None:
+      return np.arange(len(self.task))
+    asked = {problem.prompt for problem in self.excluding}
+    own = enumerate(self.task)
+    return np.array([i for i, x in own if x.prompt not in asked], int)
 
   def prompt(self, problem: Problem) -> Prompt:
     """Returns what a policy reads of a problem."""
@@ -181,8 +197,10 @@ class VerifiedTask:
 
   def reward(self, prompt: Prompt, answer: Sequence[int]) -> float:
     """Returns 1 for an answer that has ended and is right, else 0."""
+    stop = self.stop_tokens
+    stop = self.tokenizer.stop if stop is None else stop
     # What was cut may look right, and go on wrongly.
-    if not answer or answer[-1] not in self.tokenizer.stop:
+    if not answer or answer[-1] not in stop:
       return 0.0
     text = self.tokenizer.decode(answer)
     return float(self.task.verify(prompt.problem, text).correct)

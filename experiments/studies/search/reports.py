@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments.core.stats import mean
+from experiments.core.stats import Mean, mean
 from experiments.studies.protocol import Lines, Row
 from experiments.studies.search import systems
 from experiments.studies.search.systems import System
@@ -67,6 +67,48 @@ class RewardModels(Report):
 def _over_seeds(rows: Sequence[Row], name: str) -> Any:
   values = mean([row[name] for row in rows]).times(100)
   return values if len(rows) > 1 else values.value  # one seed has no interval
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budgets(Report):
+  """What fewer samples of a pool reach: pass@k, and votes of k.
+
+  Intervals are over problems, half of the bootstrap's width; of several seeds,
+  their mean.
+
+  Attributes:
+    pools: of independent samples.
+  """
+
+  pools: tuple[System, ...]
+
+  @property
+  def systems(self) -> tuple[System, ...]:
+    """The pools."""
+    return self.pools
+
+  def lines(self, found: Found) -> Lines:
+    """Returns a line for each pool and power of two."""
+    return [
+      {
+        "policy": pool.name,
+        "samples": k,
+        "any is right (pass@k), %": _estimate(rows, "pass", i),
+        "vote (maj@k), %": _estimate(rows, "majority", i),
+        "MFLOP a problem": float(
+          np.mean([row["estimates"]["flops"][i] for row in rows]) / 1e6
+        ),
+      }
+      for pool in self.pools
+      if (rows := found(pool))
+      for i, k in enumerate(rows[0]["estimates"]["k"])
+    ]
+
+
+def _estimate(rows: Sequence[Row], name: str, index: int) -> Mean:
+  each = np.array([row["estimates"][name][index] for row in rows], float)
+  value, low, high = 100 * each.mean(axis=0)
+  return Mean(float(value), float(high - low) / 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Reasoning tasks as rows and rewards, against the tasks' own verifiers."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 
 from research.data import packing, sources
 from research.data.sources.records import completion_example
-from research.reasoning.problem import Problem
+from research.reasoning.problem import Problem, Verdict
 from research.reasoning.tasks import Chain, Countdown, chain, countdown
+from research.reasoning.tasks.task import Task
 from research.reasoning.words import EOS, WordVocabulary
 from research.training.alignment import rewarded_task
 from research.training.reasoning_tasks import Solutions, VerifiedTask
@@ -137,6 +139,41 @@ def test_rewards_are_verdicts_on_answers_that_have_ended():
     assert verified.reward(prompt, []) == 0
   with pytest.raises(UserError, match="found 10, expected at least 11"):
     verified.sample(np.random.default_rng(0), 11)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Numbers(Task):
+  """Asks for numbers from `first` on."""
+
+  first: int
+
+  def problem(self, index):
+    return Problem(id=f"{self.split}/{index}", prompt=str(self.first + index))
+
+  def verify(self, problem, text):
+    return Verdict(text == problem.prompt)
+
+
+def test_questions_of_another_split_are_not_sampled():
+  """The task asks 0 to 7, the other split 4 to 8."""
+  task = Numbers(count=8, first=0)
+  asked = Numbers(count=5, first=4, split="heldout")
+  verified = VerifiedTask(task=task, vocabulary=SUMS, excluding=asked)
+  prompts = verified.sample(np.random.default_rng(0), 4)
+  assert sorted(x.problem.prompt for x in prompts) == ["0", "1", "2", "3"]
+  with pytest.raises(UserError, match=r"found 4 that are not excluded.* 5"):
+    verified.sample(np.random.default_rng(0), 5)
+
+
+def test_an_answer_may_end_with_other_tokens():
+  task = Countdown(count=1, split="heldout")
+  ends = tuple(WORDS.load().encode(";"))
+  verified = VerifiedTask(task=task, vocabulary=WORDS, stop_tokens=ends)
+  prompt = verified.prompt(task[0])
+  right = verified.tokenizer.encode(task.oracle(task[0]))
+  assert right[-1] in ends and verified.reward(prompt, right) == 1
+  ended = [*right, *verified.tokenizer.stop]
+  assert verified.reward(prompt, ended) == 0
 
 
 def test_rates_count_greedy_and_sampled_answers(monkeypatch):

@@ -26,6 +26,26 @@ def test_reward_models_have_an_interval_where_there_are_seeds():
   assert second["F1 of first errors, %"] == 25 and second["seeds"] == 1
 
 
+def test_budgets_are_a_pool_s_own_estimates():
+  def estimates(shift):
+    return {
+      "k": [1, 2],
+      "pass": [[0.2 + shift, 0.1, 0.3], [0.4 + shift, 0.3, 0.6]],
+      "majority": [[0.2, 0.1, 0.3], [0.3, 0.1, 0.4]],
+      "flops": [1e6, 3e6],
+    }
+
+  rows = {
+    POOL: [row(estimates=estimates(0.0)), row(estimates=estimates(0.1))],
+    FIRST: [],
+  }
+  one, two = reports.Budgets(pools=(FIRST, POOL)).lines(rows.get)
+  assert one["samples"] == 1 and two["samples"] == 2
+  assert two["any is right (pass@k), %"] == pytest.approx((45, 15))
+  assert two["vote (maj@k), %"] == pytest.approx((30, 15))
+  assert two["MFLOP a problem"] == 3
+
+
 def test_levels_are_those_of_a_pool_that_no_system_shares():
   """One system is good at easy problems only, the other at hard ones only."""
   n = 20

@@ -1,0 +1,1 @@
+"""Studies of process reward models, judged against people's labels."""

@@ -1,0 +1,178 @@
+"""How well scores find first wrong steps, cross-validated by problem."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.core.stats import UPPER
+from experiments.studies.prm.scorers import Labelled, Scorer, Scores
+from research.prm.labelled import LabelledSolution
+from research.prm.scores import first_error, processbench
+from research.typing import Float, Int
+
+THRESHOLDS = 100
+"""Most thresholds that are tried, quantiles of the scores."""
+
+
+class Judged(NamedTuple):
+  """Scores of solutions that had no part in making them.
+
+  Attributes:
+    scores: of steps.
+    predicted: index of each solution's first wrong step, or -1.
+    thresholds: below which a step is called wrong, of each fold.
+    strengths: of each fold.
+  """
+
+  scores: Scores
+  predicted: list[int]
+  thresholds: list[float]
+  strengths: list[float]
+
+
+def folds_of(
+  solutions: Sequence[LabelledSolution], count: int, seed: int
+) -> Int[np.ndarray, " N"]:
+  """Returns each solution's fold; those of one problem share theirs."""
+  names = sorted({x.problem_id for x in solutions})
+  order = np.random.default_rng(seed).permutation(len(names))
+  fold = {name: int(at) % count for name, at in zip(names, order, strict=True)}
+  return np.array([fold[x.problem_id] for x in solutions])
+
+
+def cross_validated(
+  scorer: Scorer, data: Labelled, folds: int, inner: int, seed: int
+) -> Judged:
+  """Returns scores and predictions of all solutions.
+
+  Threshold and strength of a fold are those with the best F1 on the other
+  folds' solutions, cross-validated again.
+
+  Args:
+    scorer: learns anew for each fold.
+    data: the solutions.
+    folds, inner: of the outer and inner cross-validation.
+    seed: of both partitions.
+  """
+  fold = folds_of(data.solutions, folds, seed)
+  scores: list[Any] = [None] * len(fold)
+  predicted = [-1] * len(fold)
+  chosen = []
+  for k in range(folds):
+    train = data.take(np.flatnonzero(fold != k))
+    test = np.flatnonzero(fold == k)
+    threshold, strength = _choose(scorer, train, inner, seed + 1)
+    found = scorer.scores(train, data.take(test), strength)
+    for i, one in zip(test, found, strict=True):
+      scores[i], predicted[i] = one, first_error(one, threshold)
+    chosen.append((threshold, strength))
+  thresholds, strengths = map(list, zip(*chosen, strict=True))
+  return Judged(scores, predicted, thresholds, strengths)
+
+
+def _choose(
+  scorer: Scorer, data: Labelled, folds: int, seed: int
+) -> tuple[float, float]:
+  fold = folds_of(data.solutions, folds, seed)
+  best = (-1.0, 0.0, 0.0)
+  for strength in scorer.strengths:
+    scores: list[Any] = [None] * len(fold)
+    for k in range(folds):
+      test = np.flatnonzero(fold == k)
+      train = data.take(np.flatnonzero(fold != k))
+      found = scorer.scores(train, data.take(test), strength)
+      for i, one in zip(test, found, strict=True):
+        scores[i] = one
+    f1, threshold = best_threshold(scores, data.solutions)
+    best = max(best, (f1, threshold, strength), key=lambda x: x[0])
+  return best[1], best[2]
+
+
+def best_threshold(
+  scores: Scores, solutions: Sequence[LabelledSolution]
+) -> tuple[float, float]:
+  """Returns the best F1 of a threshold, and the threshold."""
+  truth = [int(x.first_error) for x in solutions]
+  every = np.concatenate(scores)
+  tried = np.unique(np.quantile(every, np.linspace(0, 1, THRESHOLDS)))
+  found = [
+    processbench([first_error(x, t) for x in scores], truth).f1 for t in tried
+  ]
+  at = int(np.argmax(found))
+  return found[at], float(tried[at])
+
+
+# --- statistics of resampled problems ---
+
+Statistic = Callable[[Float[np.ndarray, " N"]], float]
+"""Of weights of solutions."""
+
+
+class Interval(NamedTuple):
+  """A statistic, and the percentile bootstrap's interval of 95%."""
+
+  value: float
+  low: float
+  high: float
+
+
+def f1_of(predicted: Sequence[int], truth: Sequence[int]) -> Statistic:
+  """Returns ProcessBench's F1 of weighted solutions."""
+  mine, label = np.array(predicted), np.array(truth)
+  hit, wrong = mine == label, label >= 0
+
+  def f1(weights):
+    shares = [
+      (weights * hit)[x].sum() / max(weights[x].sum(), 1e-12)
+      for x in (wrong, ~wrong)
+    ]
+    return 2 * shares[0] * shares[1] / max(sum(shares), 1e-12)
+
+  return f1
+
+
+def auc_of(scores: Scores, truth: Sequence[int]) -> Statistic:
+  """Returns the area under the ROC curve of steps until the first wrong one.
+
+  The chance that a right step's score is above a wrong one's; ties count half.
+  A step has its solution's weight.
+  """
+  counts = [
+    len(x) if t < 0 else t + 1 for x, t in zip(scores, truth, strict=True)
+  ]
+  every = np.concatenate([x[:n] for x, n in zip(scores, counts, strict=True)])
+  owner = np.repeat(np.arange(len(counts)), counts)
+  right = np.ones(len(every), bool)
+  ends = np.cumsum(counts) - 1
+  right[ends[np.array(truth) >= 0]] = False
+  _, rank = np.unique(every, return_inverse=True)
+
+  def auc(weights):
+    own = weights[owner]
+    wrong = np.bincount(rank, own * ~right)
+    above = np.cumsum(wrong) - wrong / 2
+    total = wrong.sum() * own[right].sum()
+    return float((own * right) @ above[rank] / total) if total else np.nan
+
+  return auc
+
+
+def bootstrap(
+  statistic: Statistic, problems: Sequence[str], resamples: int = 2000
+) -> Interval:
+  """Returns a statistic's interval over problems, drawn with replacement.
+
+  Args:
+    statistic: of weights of solutions; a difference of two is paired.
+    problems: name of each solution's.
+    resamples: number of draws, always the same ones.
+  """
+  names, owner = np.unique(problems, return_inverse=True)
+  rng, n = np.random.default_rng(0), len(names)
+  found = [
+    statistic(rng.multinomial(n, np.full(n, 1 / n))[owner].astype(float))
+    for _ in range(resamples)
+  ]
+  low, high = np.nanquantile(found, (1 - UPPER, UPPER))
+  return Interval(statistic(np.ones(len(owner))), float(low), float(high))

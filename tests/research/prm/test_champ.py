@@ -1,0 +1,118 @@
+"""CHAMP's marked solutions in steps, against a file of its layout."""
+
+import importlib.util
+import json
+
+import pytest
+
+from research.prm.champ import Champ
+from research.reasoning.segmentation import SEGMENTERS, steps_of
+from research.typing import UserError
+
+TEXT = "First, n = 3.\n\nThen 2n = 7.\nSo 7.\n\n\nThe answer is 7."
+WRONG = TEXT.index("2n = 7")
+
+
+def annotation(**changes):
+  values = dict(
+    text=TEXT, start_idx=WRONG, end_idx=WRONG + 6, author="GPT-4 Turbo"
+  )
+  return values | changes
+
+
+def written(tmp_path, *annotations, **problem):
+  values = {
+    "_text": "What is 2n?",
+    "category": "Sequence",
+    "fws_annotations": {f"M|{i}": x for i, x in enumerate(annotations)},
+  }
+  path = tmp_path / "v0.json"
+  text = json.dumps({"problems": {"P_1": values | problem}, "concepts": {}})
+  path.write_text(text, "utf-8")
+  return str(path)
+
+
+def test_a_marked_range_makes_its_step_the_first_wrong_one(tmp_path):
+  path = written(
+    tmp_path, annotation(), annotation(start_idx=None, end_idx=None)
+  )
+  wrong, right = Champ(path=path).solutions()
+  assert wrong.steps == (
+    *("First, n = 3.\n\n", "Then 2n = 7.\nSo 7.\n\n\n", "The answer is 7."),
+  )
+  assert wrong.labels == (1, 0, None) and right.labels == (1, 1, 1)
+  assert wrong.prompt == "What is 2n?" and wrong.problem_id == "P_1"
+  assert wrong.policy_id == "GPT-4 Turbo" and wrong.final_correct is None
+  assert wrong.label_source == "human_first_error"
+  assert right.extra == {"category": "Sequence", "prompting": "1"}
+
+
+@pytest.mark.parametrize("name", ["blank_line", "newline", "whole"])
+def test_every_start_lies_in_its_step(tmp_path, name):
+  """Of every character; a range that begins with blanks means what follows."""
+  starts = range(len(TEXT))
+  marks = [annotation(start_idx=i, end_idx=len(TEXT)) for i in starts]
+  found = Champ(path=written(tmp_path, *marks), segmenter=name).solutions()
+  steps = steps_of(SEGMENTERS[name], TEXT)
+  for i, solution in zip(starts, found, strict=True):
+    assert list(solution.steps) == steps
+    # In the text from this step on, without blanks, the range is still whole;
+    # from the next step on it is not.
+    meant = TEXT[i:].lstrip()
+    first = solution.first_error
+    assert "".join(steps[first:]).endswith(meant)
+    assert len("".join(steps[first + 1 :])) < len(meant)
+
+
+@pytest.mark.parametrize(
+  ("changes", "found"),
+  [
+    ({"start_idx": -1}, "start_idx.*-1"),
+    ({"start_idx": len(TEXT)}, "start_idx"),
+    ({"start_idx": True}, "start_idx.*bool"),
+    ({"start_idx": None}, "start_idx"),
+    ({"end_idx": None}, "end_idx"),
+    ({"end_idx": len(TEXT) + 1}, "end_idx"),
+    ({"end_idx": WRONG}, "end_idx.*some text"),
+    ({"start_idx": 13, "end_idx": 15}, "end_idx.*some text"),
+    ({"text": " \n"}, "text.*not blank"),
+    ({"text": 3}, "text.*int"),
+    ({"author": None}, "author"),
+  ],
+)
+def test_what_is_not_of_the_layout_is_refused_by_its_field(
+  tmp_path, changes, found
+):
+  path = written(tmp_path, annotation(**changes))
+  with pytest.raises(UserError, match=f"(?s)v0.json: P_1.*M.0.*{found}"):
+    Champ(path=path).solutions()
+
+
+def test_files_of_other_sorts_are_refused(tmp_path):
+  path = tmp_path / "v0.json"
+  path.write_text('{"problems": []}', "utf-8")
+  with pytest.raises(UserError, match="problems: found list"):
+    Champ(path=str(path)).solutions()
+  path.write_text('{"problems": {"P": 3}}', "utf-8")
+  with pytest.raises(UserError, match="P: found int"):
+    Champ(path=str(path)).solutions()
+  with pytest.raises(UserError, match="cannot be read"):
+    Champ(path=str(tmp_path / "none.json")).solutions()
+  with pytest.raises(UserError, match=r"Champ.segmenter.*blank_line"):
+    Champ(segmenter="sentences")
+
+
+def test_the_package_is_found_and_not_run(tmp_path, monkeypatch):
+  """A package's folder is enough, whatever its code does."""
+  package = tmp_path / "champ_dataset"
+  (package / "dataset_files").mkdir(parents=True)
+  (package / "__init__.py").write_text("raise SystemError('run')")
+  monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+  with pytest.raises(UserError, match=r"pip install -e '.\[reasoning\]'"):
+    Champ().solutions()
+  monkeypatch.undo()
+  monkeypatch.syspath_prepend(str(tmp_path))
+  with pytest.raises(UserError, match="champ-dataset"):
+    Champ().solutions()  # no file in it
+  written(package / "dataset_files", annotation())
+  assert Champ().solutions()[0].first_error == 1
