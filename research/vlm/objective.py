@@ -3,6 +3,7 @@
 import dataclasses
 
 from research import weights
+from research.diffusion.alignment.preference import VRPO
 from research.training.objectives.objective import (
   PER_ROW,
   Batch,
@@ -10,8 +11,10 @@ from research.training.objectives.objective import (
   Objective,
   Sums,
   TakesMask,
+  with_model,
 )
-from research.typing import Params, PRNGKey
+from research.training.objectives.preference import DPO
+from research.typing import Params, PRNGKey, UserError
 from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import Images, Patches
 from research.vlm.model import VisionLanguageModel
@@ -36,6 +39,14 @@ class WithImages:
   model: VisionLanguageModel | None = None
   objective: Objective = NextToken()
 
+  def __post_init__(self):
+    if isinstance(self.objective, DPO | VRPO):
+      raise UserError(
+        f"WithImages.objective: found {type(self.objective).__name__}, whose"
+        " rows are pairs of answers, expected an objective of single rows, such"
+        " as NextToken: images are placed row by row"
+      )
+
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of the language model's objective."""
     towers = {k: v for k, v in params.items() if k != "language"}
@@ -46,7 +57,7 @@ class WithImages:
       rows = batch["tokens"], batch.get("segments")
       rotary = weights.with_tokens(language["rotary"], *rows)
       language = {**language, "rotary": rotary}
-    inner = dataclasses.replace(self.objective, model=self.model.language)
+    inner = with_model(self.objective, self.model.language)
     if isinstance(inner, TakesMask):
       inner = inner.with_mask(self.model.mask.of_rows)
     text = {k: v for k, v in batch.items() if k not in PER_ROW}
