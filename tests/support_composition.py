@@ -74,7 +74,7 @@ ADAPTERS = {
   "LoRA": LoRA(rank=2),
   "DoRA": DoRA(rank=2),
   "PiSSA": PiSSA(rank=2),
-  "AdaLoRA": AdaLoRA(rank=2),
+  "AdaLoRA": AdaLoRA(rank=2, alpha=64.0),
   "VeRA": VeRA(rank=4),
   "HiRA": HiRA(rank=2),
   "IA3": IA3(),
@@ -310,16 +310,13 @@ def loss(name: str, kind: str, width: int, pairs: bool = False) -> Any:
 
 
 def quantized(case: Case, params: Any) -> Any:
-  """Returns weights that are packed; those of QAT are when they are adapted."""
+  """Returns packed weights; those of QAT are rounded once they are adapted."""
   how = QUANTIZERS[case["quantizer"]]
   if how is None or isinstance(how, qat.Prepare):
     return params
-  towers = ("vision", "language") if case["kind"] == "vision" else ()
   if not isinstance(how, Quantize):
     how = functools.partial(_rounded, how)
-  for tower in towers:
-    params = Within(tower, how)(params, jax.random.key(0))
-  return params if towers else how(params)
+  return _transformed(case, how, ("vision", "language"), params)
 
 
 def _rounded(method, params, key=None):
@@ -348,26 +345,25 @@ def _rounded(method, params, key=None):
 
 def adapted(case: Case, params: Any) -> Any:
   """Returns weights with new adapters, and what trains with rounding."""
-  method, how = ADAPTERS[case["adapter"]], QUANTIZERS[case["quantizer"]]
-  vision = case["kind"] == "vision"
-  rounds = how if isinstance(how, qat.Prepare) else None
-
-  def one(params, key=None):
-    if method is not None:
-      params = Adapt(method=method, targets=_targets(case))(
-        params, jax.random.key(3)
-      )
-    return params if rounds is None else rounds(params)
-
-  if not vision:
-    return one(params)
-  if isinstance(method, ALoRA | Tokens):
+  method, rounds = ADAPTERS[case["adapter"]], QUANTIZERS[case["quantizer"]]
+  towers = ("vision", "language")
+  if method is not None:
+    adapt = Adapt(method=method, targets=_targets(case))
     # Images have no tokens.
-    towers = ("language",)
-  else:
-    towers = ("vision", "language")
+    own = towers[1:] if isinstance(method, ALoRA | Tokens) else towers
+    params = _transformed(case, adapt, own, params)
+  if isinstance(rounds, qat.Prepare):
+    params = _transformed(case, rounds, towers, params)
+  return params
+
+
+def _transformed(case, transform, towers, params):
+  """Returns the parameters, of towers if they have some, transformed."""
+  key = jax.random.key(3)
+  if case["kind"] != "vision":
+    return transform(params, key)
   for tower in towers:
-    params = Within(tower, one)(params, jax.random.key(0))
+    params = Within(tower, transform)(params, key)
   return params
 
 
@@ -396,7 +392,7 @@ class Cell:
 
   Attributes:
     params: packed, adapted.
-    base: the same without adapters.
+    base: the same without adapters, where they are a policy's; or None.
     objective: the loss.
     state: the first training state.
     step: one training step.
@@ -413,15 +409,15 @@ def cell(case: Case) -> Cell:
   """Builds a case; compiles no step."""
   kind, size = case["kind"], width(case)
   bare = quantized(case, params(kind, size))
-  full = adapted(case, bare)
-  base = full if case["adapter"] == "none" else None
-  if base is None:
+  full, base = adapted(case, bare), None
+  pairs = case["objective"] in PAIRS
+  alone = case["adapter"] == "none"
+  if pairs and not alone:
     base = adapted(case | {"adapter": "none"}, bare)
-  pairs = case["adapter"] == "none" and case["objective"] in PAIRS
-  objective = loss(case["objective"], kind, size, pairs)
-  if pairs:
+  objective = loss(case["objective"], kind, size, pairs and alone)
+  if pairs and alone:
     full = Copies()(full, jax.random.key(0))
-  tx = optax.adam(3e-3)
+  tx = optax.adam(3e-4 if alone else 3e-3)
   state = training.create(full, trainable(case), tx)
   step = training.make_train_step(objective, tx)
   return Cell(full, base, objective, state, step)

@@ -99,7 +99,7 @@ REFUSED = {  # two values -> the error
     "ALoRA: experts cannot be adapted",
     "refused: rows of an expert have no places in a text",
   ),
-  **{("ALoRA", objective): NO_TOKENS for objective in matrix.DIFFUSION},
+  **{("ALoRA", x): NO_TOKENS for x in ("diffusion", *matrix.DIFFUSION)},
 }
 
 
@@ -214,11 +214,11 @@ def test_a_composition_trains(case, tmp_path):
     )
 
   plain = _arrays(second.params)
-  if case["objective"] in matrix.PAIRS and case["adapter"] != "none":
+  if cell.base is not None:
     plain = {"policy": plain, "reference": _arrays(cell.base)}
   loss = _loss_of_arrays(case["objective"], case["kind"], matrix.width(case))
   # fp32: sums of up to 512 products in another order, through two layers.
-  assert after == pytest.approx(float(loss(plain, batch)), rel=2e-4)
+  assert after == pytest.approx(float(loss(plain, batch)), rel=2e-4, abs=1e-4)
 
   if CASES.index(case) in FEW:
     with Checkpoints(tmp_path) as checkpoints:
@@ -234,7 +234,11 @@ def test_what_cannot_compose_says_so(pair):
     case
     for case in matrix.product(AXES)
     if {*case.values()}.issuperset(pair)
-    and not any({*case.values()}.issuperset(p) for p in REFUSED if p != pair)
+    and not any(
+      {*case.values()}.issuperset(other)
+      for other, refusal in REFUSED.items()
+      if refusal != REFUSED[pair]
+    )
     and (case["kind"], case["objective"]) not in MEANINGLESS
   )
   with pytest.raises(UserError, match=REFUSED[pair].match):
