@@ -72,8 +72,7 @@ class BlockDiffusion:
     for transform in self.batch_transforms:
       batch = transform(batch, key)
     drawn = process.drawing(key)
-    tokens = batch["tokens"]
-    maskable = process.without_images(params, tokens, self.maskable(batch))
+    tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["positions"])
     time = None
     if self.model.time_embedding is not None:
