@@ -79,7 +79,8 @@ def with_model(objective: Any, model: Any) -> Any:
   for field in dataclasses.fields(objective):
     if field.name == "model":
       given = typing.get_args(field.type) or (field.type,)
-      kinds = tuple(x for x in given if isinstance(x, type))
+      if Any not in given:
+        kinds = tuple(x for x in given if isinstance(x, type))
   expected = [x for x in kinds if x is not type(None)]
   if expected and not isinstance(model, kinds):
     name = type(objective).__name__
