@@ -2,32 +2,38 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 
-def pairwise(factors):
-  """Rows that contain every pair of values of two factors, greedily."""
-  names = list(factors)
-  pairs = {
-    frozenset([(a, x), (b, y)])
-    for a, b in itertools.combinations(names, 2)
-    for x in factors[a]
-    for y in factors[b]
-  }
-  rows = []
+def pairwise(factors, allowed=lambda row: True):
+  """Rows that contain every pair of values of two factors, greedily.
 
-  def gain(row):
-    return sum(
-      frozenset(p) in pairs
-      for p in itertools.combinations(zip(names, row, strict=True), 2)
-    )
-
-  every = list(itertools.product(*factors.values()))
-  while pairs:
-    best = max(every, key=gain)
-    rows.append(dict(zip(names, best, strict=True)))
-    pairs -= {frozenset(p) for p in itertools.combinations(rows[-1].items(), 2)}
-  return rows
+  Args:
+    factors: name -> values.
+    allowed: whether a row (name -> value) may be used; what only other rows
+      contain is left out.
+  """
+  rows = [
+    dict(zip(factors, values, strict=True))
+    for values in itertools.product(*factors.values())
+  ]
+  rows = [row for row in rows if allowed(row)]
+  numbers = {}
+  pairs = np.array(
+    [
+      [
+        numbers.setdefault(pair, len(numbers))
+        for pair in itertools.combinations(row.items(), 2)
+      ]
+      for row in rows
+    ]
+  )
+  left, chosen = np.ones(len(numbers), bool), []
+  while left.any():
+    chosen.append(int(left[pairs].sum(1).argmax()))
+    left[pairs[chosen[-1]]] = False
+  return [rows[i] for i in chosen]
 
 
 def cases(factors):

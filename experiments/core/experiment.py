@@ -24,7 +24,11 @@ from research.sharding import Layout
 from research.training import state
 from research.training.aot import StateTransform
 from research.training.loop import TrainConfig
-from research.training.objectives.objective import Batch, Objective
+from research.training.objectives.objective import (
+  Batch,
+  Objective,
+  with_model,
+)
 from research.training.rollouts import Rollouts
 from research.typing import Params, PRNGKey
 
@@ -185,7 +189,7 @@ class Experiment:
     if context.mesh is not None:
       context = context.for_model(loaded.model)
       params = state.shard_params(params, context.shardings)
-    objective = dataclasses.replace(self.objective, model=loaded.model)
+    objective = with_model(self.objective, loaded.model)
     return Built(
       loaded=loaded, params=params, objective=objective, context=context
     )

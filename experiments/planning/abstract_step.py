@@ -16,7 +16,7 @@ from experiments.core.experiment import Experiment, RolloutData
 from research import sharding
 from research.interop.loaded import Loaded
 from research.training import aot, global_batch, state, step
-from research.training.objectives.objective import Batch
+from research.training.objectives.objective import Batch, with_model
 from research.typing import UserError
 from research.vlm.buckets import BucketedQuestions
 
@@ -86,7 +86,7 @@ def build(experiment: Experiment, devices: Sequence[Any]) -> AbstractStep:
   )
   return AbstractStep(
     loaded=loaded,
-    objective=dataclasses.replace(experiment.objective, model=loaded.model),
+    objective=with_model(experiment.objective, loaded.model),
     mesh=mesh,
     state=jax.tree.map(_at, made, where),
     batches=_batches(experiment, loaded.tokenizer, mesh),

@@ -92,7 +92,8 @@ class MaskedDiffusion:
     for transform in self.batch_transforms:
       batch = transform(batch, key)
     drawn = process.drawing(key)
-    tokens, maskable = batch["tokens"], self.maskable(batch)
+    tokens = batch["tokens"]
+    maskable = process.without_images(params, tokens, self.maskable(batch))
     masked, counts = self.draw(drawn, maskable, batch["segments"])
     time = None
     if self.model.time_embedding is not None:

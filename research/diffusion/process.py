@@ -9,7 +9,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from research.typing import Array, Bool, Float, Int, PRNGKey
+from research import weights as parameters
+from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 Spread = Literal["independent", "even"]
 
@@ -82,8 +83,36 @@ def mask_count(
   return maskable & (ranks(moments(keys, maskable)) < count[:, None])
 
 
+def without_images(
+  params: Params, tokens: Int[Array, "B T"], maskable: Bool[Array, "B T"]
+) -> Bool[Array, "B T"]:
+  """Returns what may be masked, without the placeholders of images.
+
+  The i-th placeholder of a row stands for its i-th feature: if one were hidden,
+  those after it would have another's.
+
+  Args:
+    params: of the network; its embedding knows placeholders.
+    tokens: rows.
+    maskable: which tokens may be masked.
+  """
+  for token in parameters.extra_ids(params["embed"]):
+    maskable &= tokens != token
+  return maskable
+
+
 def noisy(
   tokens: Int[Array, "*#B T"], masked: Bool[Array, "*#B T"], mask_id: int
 ) -> Int[Array, "*B T"]:
-  """Returns the tokens with masks in their places."""
+  """Returns the tokens with masks in their places.
+
+  Raises:
+    UserError: there is no mask.
+  """
+  if mask_id < 0:
+    raise UserError(
+      f"mask_id: found {mask_id}, expected the id of the token that hides"
+      " others.\nA causal model has none: `experiments.convert"
+      " --mask_token=new` adds one"
+    )
   return jnp.where(masked, mask_id, tokens)

@@ -223,9 +223,15 @@ def _merged(w: AdaptedTensor | AdaptedBias) -> Any:
 
 
 def disable(params: Params) -> Any:
-  """Returns the tree without its adapters; shares the base's arrays."""
+  """Returns the tree without its adapters; shares the base's arrays.
+
+  Adapters inside other weights, such as those that train with rounding, go too.
+  """
 
   def base(w):
-    return base(w.w) if isinstance(w, AdaptedTensor) else w
+    if isinstance(w, AdaptedTensor):
+      return base(w.w)
+    inner = weights.unwrap(w)
+    return w if inner is None else dataclasses.replace(w, w=base(inner))
 
   return jax.tree.map(base, params, is_leaf=weights.is_weight)

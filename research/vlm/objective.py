@@ -3,6 +3,11 @@
 import dataclasses
 
 from research import weights
+from research.diffusion.alignment.grpo import GRPO
+from research.diffusion.alignment.preference import VRPO
+from research.diffusion.block import BlockDiffusion
+from research.diffusion.learned import GenMD4
+from research.diffusion.objective import MaskedDiffusion
 from research.training.objectives.objective import (
   PER_ROW,
   Batch,
@@ -10,8 +15,10 @@ from research.training.objectives.objective import (
   Objective,
   Sums,
   TakesMask,
+  with_model,
 )
-from research.typing import Params, PRNGKey
+from research.training.objectives.preference import DPO
+from research.typing import Params, PRNGKey, UserError
 from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import Images, Patches
 from research.vlm.model import VisionLanguageModel
@@ -36,6 +43,14 @@ class WithImages:
   model: VisionLanguageModel | None = None
   objective: Objective = NextToken()
 
+  def __post_init__(self):
+    if why := _other_rows(self.objective):
+      raise UserError(
+        f"WithImages.objective: found {type(self.objective).__name__}, which"
+        f" reads {why}, expected an objective of a batch's rows as they are,"
+        " such as NextToken: images are placed row by row"
+      )
+
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of the language model's objective."""
     towers = {k: v for k, v in params.items() if k != "language"}
@@ -46,7 +61,7 @@ class WithImages:
       rows = batch["tokens"], batch.get("segments")
       rotary = weights.with_tokens(language["rotary"], *rows)
       language = {**language, "rotary": rotary}
-    inner = dataclasses.replace(self.objective, model=self.model.language)
+    inner = with_model(self.objective, self.model.language)
     if isinstance(inner, TakesMask):
       inner = inner.with_mask(self.model.mask.of_rows)
     text = {k: v for k, v in batch.items() if k not in PER_ROW}
@@ -64,6 +79,18 @@ class WithImages:
         pool = len(batch["tokens"]) // len(batch[name])
         return see(params, images, pool)
     return params["language"]
+
+
+def _other_rows(objective: Objective) -> str | None:
+  """Returns what an objective reads in place of a batch's rows, if it does."""
+  if isinstance(objective, DPO | VRPO):
+    return "pairs of answers"
+  twice = isinstance(objective, BlockDiffusion | GenMD4)
+  if isinstance(objective, MaskedDiffusion):
+    twice = objective.complement
+  if isinstance(objective, GRPO):
+    twice = objective.block is not None
+  return "each row twice" if twice else None
 
 
 def images_of(batch: Batch) -> Images:

@@ -14,6 +14,7 @@ import dataclasses
 import jax
 
 from research import weights
+from research.diffusion import process
 from research.diffusion.alignment import estimators
 from research.diffusion.alignment.estimators import Estimator, FullMask
 from research.diffusion.schedule import Linear, Schedule
@@ -71,7 +72,8 @@ class GRPO:
   ) -> Float[Array, "B T"]:
     """Returns log p of each token; masks follow a row's seed, not its place."""
     keys = row_keys(jax.random.key(0), seed)
-    views = self.estimator.plan(keys, answer, valid)
+    hidden = process.without_images(params, tokens, valid)
+    views = self.estimator.plan(keys, answer, hidden)
     return estimators.estimate(
       self.model,
       params,

@@ -90,6 +90,24 @@ class FakeQuantTensor(weights.WrappedWeight):
       of=str(w.dtype),
     )
 
+  def bind(
+    self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
+  ) -> "FakeQuantTensor":
+    """Returns the weight with `w` bound to a batch.
+
+    Raises:
+      UserError: an adapter inside has dropout.
+    """
+    bound = super().bind(key=key, ids=ids)
+    if key is not None and (
+      jax.tree.structure(bound.w) != jax.tree.structure(self.w)
+    ):
+      raise UserError(
+        "FakeQuantTensor: found an adapter with dropout, expected dropout = 0:"
+        " the merged matrix is rounded, and has no adapter's input to drop"
+      )
+    return bound
+
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, x, rounded w)`."""
     return weights.einsum(eq, x, self.dense())
@@ -224,11 +242,23 @@ class Convert:
   """Transform after training that packs master weights and adapters."""
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
-    """Returns `params` with fake-quantized matrices packed."""
+    """Returns `params` with fake-quantized matrices packed.
+
+    Biases that an adapter scales are merged with it.
+    """
     del key
+    scaling = {
+      weights.bias_path(path): w
+      for path, w in weights.named_weights(params)
+      if isinstance(w, FakeQuantTensor)
+    }
 
     def one(path: str, w: Any) -> Any:
-      return w.pack(path) if isinstance(w, FakeQuantTensor) else w
+      if isinstance(w, FakeQuantTensor):
+        return w.pack(path)
+      if path not in scaling:
+        return w
+      return weights.scaled_bias(scaling[path], w).astype(w.dtype)
 
     return tree.map_paths(one, params, is_leaf=weights.is_weight)
 

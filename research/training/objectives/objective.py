@@ -6,6 +6,7 @@ summed weight.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +18,7 @@ from research.nn.transformer import Transformer
 from research.optim import ranges
 from research.training.objectives import losses
 from research.training.objectives.experts import Balance
-from research.typing import Array, Params, PRNGKey
+from research.typing import Array, Params, PRNGKey, UserError
 
 Batch = Mapping[str, Any]
 """Arrays [B, ...]. For text: `tokens`, `targets`, `positions` and `segments`,
@@ -62,6 +63,33 @@ class WholeBatch:
 
   Such a loss is not a sum over microbatches, so a step does not accumulate it.
   """
+
+
+def with_model(objective: Any, model: Any) -> Any:
+  """Returns the objective with its network.
+
+  Args:
+    objective: a dataclass with a field `model`.
+    model: a value of the field's type.
+
+  Raises:
+    UserError: the objective is of another kind of model.
+  """
+  kinds: tuple[type, ...] = ()
+  for field in dataclasses.fields(objective):
+    if field.name == "model":
+      given = typing.get_args(field.type) or (field.type,)
+      if Any not in given:
+        kinds = tuple(x for x in given if isinstance(x, type))
+  expected = [x for x in kinds if x is not type(None)]
+  if expected and not isinstance(model, kinds):
+    name = type(objective).__name__
+    raise UserError(
+      f"{name}.model: found {type(model).__name__}, expected"
+      f" {' or '.join(x.__name__ for x in expected)}.\nUse an objective of this"
+      " model, or a model of this objective."
+    )
+  return dataclasses.replace(objective, model=model)
 
 
 def causal_mask(batch: Batch) -> Mask:

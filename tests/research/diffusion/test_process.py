@@ -1,7 +1,9 @@
 """Schedules, times and masks: published numbers, laws, and exact sums."""
 
+import dataclasses
 import itertools
 import math
+from typing import Any
 
 import chex
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research import weights
 from research.diffusion import process
 from research.diffusion.schedule import Cosine, Linear, Power
 from research.generation.sampling import row_keys
@@ -118,7 +121,25 @@ def test_every_set_of_masks_is_as_likely():
   assert counts.sum() == n
 
 
+def test_images_are_never_masked():
+  @jax.tree_util.register_dataclass
+  @dataclasses.dataclass(frozen=True)
+  class Images(weights.WrappedWeight):
+    w: Any
+    extra_ids = (9, 7)
+
+  tokens, may = jnp.array([[9, 7, 5], [1, 9, 2]]), jnp.ones((2, 3), bool)
+  may = may.at[1, 2].set(False)
+  table = jnp.zeros((6, 2))
+  found = process.without_images({"embed": Images(table)}, tokens, may)
+  np.testing.assert_array_equal(found, [[0, 0, 1], [1, 0, 0]])
+  same = process.without_images({"embed": table}, tokens, may)
+  np.testing.assert_array_equal(same, may)
+
+
 def test_mistakes():
+  with pytest.raises(UserError, match="mask_id: found -1, expected the id"):
+    process.noisy(jnp.zeros((1, 2), int), jnp.ones((1, 2), bool), -1)
   with pytest.raises(UserError, match="low is 0.6 and high 0.5"):
     Linear(low=0.6, high=0.5)
   with pytest.raises(UserError, match="power is 0"):

@@ -14,6 +14,8 @@ from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.lora import LoRA
 from research.nn import presets
+from research.quant.algorithms import qat
+from research.quant.formats.affine import Affine
 from research.typing import UserError
 from tests.support_lora import adapting
 
@@ -230,6 +232,14 @@ def test_disabled_is_the_base_itself():
     x is y
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True)
   )
+
+
+def test_adapters_that_train_with_rounding_are_disabled():
+  """DPO's reference is the rounded base, not the policy itself."""
+  _, params = llama()
+  rounded = qat.Prepare(format=Affine(block=2, symmetric=True))
+  got = wrap.disable(rounded(adapt.Adapt()(params, KEY)))
+  chex.assert_trees_all_equal(got, rounded(params))
 
 
 def test_two_adapters_on_one_weight_add_up():

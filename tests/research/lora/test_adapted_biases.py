@@ -22,6 +22,7 @@ from research.lora.merge import changes, merge
 from research.lora.methods.ia3 import IA3
 from research.lora.optim import row_factors
 from research.nn import conv, time_embedding
+from research.quant.algorithms import qat
 from research.quant.formats.affine import Affine
 from research.quant.quantize import Quantize
 from research.typing import UserError
@@ -91,6 +92,12 @@ def test_merged():
     f"layers/{i}/attention/{x}_bias" for i in range(3) for x in "qv"
   }
   assert all(losses[name].update > 0 for name in of_biases)
+
+
+def test_converted_after_training_with_rounding():
+  """The matrix is packed with its gain, so its bias has it, too."""
+  rounds = qat.Prepare(format=Affine(block=4, symmetric=True))
+  check(qat.Convert()(rounds(adapted())))
 
 
 @pytest.mark.parametrize("mode", merge.MODES)

@@ -13,11 +13,16 @@ import pytest
 
 from research import training, tree
 from research.data import batch_of
+from research.diffusion.alignment.grpo import GRPO
+from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
+from research.diffusion.schedule import Linear
 from research.nn import logits
 from research.sharding import Layout
 from research.training import global_batch
 from research.training.objectives.objective import NextToken
+from research.training.objectives.preference import DPO
+from research.typing import UserError
 from research.vlm import WithImages, masks
 from research.vlm.answering import Answerer
 from tests import support_vlm
@@ -124,7 +129,7 @@ def test_any_objective_that_takes_a_mask_has_the_models():
 
 
 def test_masked_diffusion_sees_images_too():
-  """The placeholders are in the prompt, which is never masked."""
+  """All may be masked but placeholders, which would shift their features."""
   objective = MaskedDiffusion(mask_id=2)
   given = batch()
   pixels = PIXELS.copy()
@@ -132,9 +137,26 @@ def test_masked_diffusion_sees_images_too():
   key = jax.random.key(0)
   (one, weight), grads = compiled(objective)(PARAMS, given, key)
   (other, _), _ = compiled(objective)(PARAMS, batch(pixels=pixels), key)
-  assert weight > 0
+  assert weight == sum(token != IMAGE for row in TOKENS for token in row)
   assert abs(one - other) > 1e-3
   assert np.abs(grads["vision"]["patch_embed"]).max() > 0
+
+
+@pytest.mark.parametrize(
+  "objective",
+  [
+    DPO(),
+    BlockDiffusion(mask_id=2),
+    MaskedDiffusion(mask_id=2, schedule=Linear(), complement=True),
+    GRPO(mask_id=2, block=4),
+  ],
+  ids=lambda x: type(x).__name__,
+)
+def test_objectives_of_other_rows_are_refused(objective):
+  """A copy of a row would get the features that follow the row's own."""
+  found = f"WithImages.objective: found {type(objective).__name__}, which reads"
+  with pytest.raises(UserError, match=found):
+    WithImages(MODEL, objective)
 
 
 def test_answers_are_those_of_full_forward_passes():

@@ -214,6 +214,16 @@ def test_the_teacher_is_the_original_model():
   )
 
 
+def test_dropout_cannot_act_on_what_is_rounded():
+  method = LoRA(rank=2, dropout=0.1)
+  params = support.params(support.model())
+  params = adapt.Adapt(method=method)(params, jax.random.key(0))
+  prepared = qat.Prepare(format=SYMMETRIC)(params)
+  weights.bind(prepared)  # in evaluation there is none
+  with pytest.raises(UserError, match="adapter with dropout, expected"):
+    weights.bind(prepared, key=jax.random.key(0))
+
+
 def test_scales_are_sharded_like_their_matrix():
   w = qat.Prepare(format=SYMMETRIC, learned=True).prepare(_matrix(8, 3))
   names = w.axes(("embed", "mlp"))
