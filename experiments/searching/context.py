@@ -1,13 +1,14 @@
 """What strategies and verifiers of a configuration are made with."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.searching import texts
-from experiments.searching.prompts import Prompting
 from research.generation.stepwise import Stepwise
 from research.reasoning.problem import Problem
 from research.reasoning.problem import Verifier as Judge
+from research.reasoning.prompting import Prompting
 from research.reasoning.tasks.task import Task
 from research.search.engine import Path
 from research.typing import Params
@@ -25,6 +26,7 @@ class Context:
     task: of the problems.
     judge: of texts.
     problems: of the batch, by `Path.problem`.
+    prompts: some of the run's, which show what stands beside their tokens.
   """
 
   policy: Stepwise
@@ -34,6 +36,7 @@ class Context:
   task: Task
   judge: Judge
   problems: tuple[Problem, ...] = ()
+  prompts: tuple[Sequence[int], ...] = ()
 
   def text(self, path: Path) -> str:
     """Returns a path's text."""

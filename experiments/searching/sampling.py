@@ -12,17 +12,15 @@ from collections.abc import Collection, Iterator, Sequence
 
 import jax
 
-from experiments.searching import texts
+from experiments.searching import policies, texts
 from experiments.searching.context import Context
 from experiments.searching.free_verifiers import ReadsProblems
 from experiments.searching.pool import Sample, Searched
 from experiments.searching.prompts import IdWords
 from experiments.searching.search_run import SearchRun
 from experiments.searching.strategies import TextStrategy
-from research.generation import generate
 from research.generation.stepwise import Stepwise
 from research.interop.loaded import Loaded
-from research.nn.transformer import Transformer
 from research.reasoning.problem import Problem
 from research.reasoning.trace import Sampler
 from research.search.engine import Engine
@@ -88,11 +86,6 @@ class Search:
       problems: all of them, for the longest prompt.
     """
     loaded = run.policy.load()
-    if not isinstance(loaded.model, Transformer):
-      raise UserError(
-        f"SearchRun.policy: found a {type(loaded.model).__name__}, expected a"
-        " language model that writes token by token."
-      )
     self._run = run
     self._words = IdWords() if loaded.tokenizer is None else loaded.tokenizer
     self._prompts = {x.id: self._prompt(x) for x in problems}
@@ -101,7 +94,7 @@ class Search:
     # The weights as they were loaded are not needed again.
     self._context = dataclasses.replace(context, params={})
 
-  def _prompt(self, problem: Problem) -> list[int]:
+  def _prompt(self, problem: Problem) -> Sequence[int]:
     return self._run.prompting(self._words, problem.prompt)
 
   def _context_of(self, loaded: Loaded) -> Context:
@@ -112,18 +105,22 @@ class Search:
         "SearchRun.stop_tokens: found none, and none of the model's tokenizer,"
         " expected ids that end a solution: one that is cut has no answer."
       )
+    prompts = list(self._prompts.values())
+    found = policies.policy_of(loaded, prompts, "SearchRun.policy")
     policy = Stepwise(
-      model=loaded.model,
-      params=generate.prepare(loaded.params, loaded.model),
+      model=found.model,
+      params=found.params,
       sampling=run.sampling,
       stop_tokens=tuple(stop),
-      boundary=run.steps(self._words, loaded.model.vocab_size),
+      boundary=run.steps(self._words, found.model.vocab_size),
       log_probs=True,
-      prompt_room=max(map(len, self._prompts.values())),
+      prompt_room=max(map(len, prompts)),
+      reader=found.reader,
     )
     return Context(
       policy=policy,
-      params=loaded.params,
+      params=found.loaded,
+      prompts=tuple(prompts[:1]),
       tokenizer=self._words,
       prompting=run.prompting,
       task=run.task,

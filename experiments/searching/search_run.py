@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.core.experiment import Source
-from experiments.searching.prompts import Plain, Prompting
+from experiments.searching.prompts import Plain
 from experiments.searching.step_ends import AtEnd, StepEnds
 from experiments.searching.strategies import SearchStrategy
 from experiments.searching.verifiers import VerifierSource
 from research.generation.sampling import Sampling
 from research.reasoning import isolation
 from research.reasoning.isolation import Guarded
+from research.reasoning.prompting import Prompting
 from research.reasoning.tasks.task import Task
 from research.search.choose import Choice, Majority
 from research.typing import UserError

@@ -1,0 +1,193 @@
+"""Labels, reward models and searches of a policy that reads pictures.
+
+A tiny vision language model with random weights, whose own greedy answers to
+whole prompts are the truth.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.labelling.label_run import LabelRun
+from experiments.searching import sampling
+from experiments.searching.search_run import SearchRun
+from experiments.searching.verifiers import TrainedModel, TrainedReward
+from research.generation import generate
+from research.generation.sampling import GREEDY
+from research.interop import rewards
+from research.interop.loaded import Loaded
+from research.prm import formats, judge
+from research.prm.objective import StepReward
+from research.prm.rows import LabelledRows
+from research.reasoning import words
+from research.reasoning.prompting import arrays_of
+from research.reasoning.tasks import Chain
+from research.reasoning.tasks.chain import vocabulary
+from research.search.strategies.independent import Independent
+from research.typing import UserError
+from research.vlm.objective import WithImages
+from research.vlm.prompts import DrawnQuestion, WordGrid
+from tests import support_vlm
+
+TASK = Chain(terms=(2, 2), digits=1, totals=(0, 18), count=6)
+WORDS = words.word_tokenizer(vocabulary(0, 18))
+DRAWN = DrawnQuestion(
+  draw=WordGrid(columns=2, rows=2, cell=8, capital=4, scatter=1),
+  preprocessor=support_vlm.PREPROCESSOR,
+  image_token=support_vlm.IMAGE,
+  text="=",
+)
+NEW = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """The model, which never ends a text by itself."""
+
+  def load(self, shardings=None):
+    del shardings
+    return Loaded(
+      support_vlm.model(),
+      support_vlm.params(),
+      WORDS,
+      {},
+      preprocessor=support_vlm.PREPROCESSOR,
+    )
+
+
+def greedy(problems):
+  """Returns the policy's own answers, whose every pass has the images."""
+  asked = [DRAWN(WORDS, x.prompt) for x in problems]
+  pixels = jnp.asarray(arrays_of(asked)["pixels"])
+  vlm = support_vlm.model()
+  see = vlm.with_images(support_vlm.params(), pixels)
+  return generate.generate(vlm.language, see, asked, NEW).tokens
+
+
+def search(**settings):
+  run = SearchRun(
+    task=TASK,
+    policy=Source(),
+    strategy=Independent(copies=1),
+    problems=(0, 4),
+    prompting=DRAWN,
+    sampling=GREEDY,
+    new_tokens=NEW,
+    batch=4,
+    **settings,
+  )
+  problems = sampling.problems_of(run)
+  (found,) = sampling.batches(run)
+  return problems, found
+
+
+def test_a_search_writes_what_the_model_answers():
+  problems, found = search()
+  answers = greedy(problems)
+  assert len({tuple(x) for x in answers}) > 1  # the pictures differ alone
+  for one, tokens in zip(found, answers, strict=True):
+    (sample,) = one.samples
+    assert sample.trace.text == WORDS.decode(list(tokens))
+    assert one.ledger.flops_policy > one.prompt_ledger.flops_policy > 0
+
+
+def test_a_reward_model_that_sees_judges_a_search(monkeypatch):
+  loaded = rewards.WithHead(backbone=Source(), seed=2).load()
+  reward = loaded.model.language
+  made = TrainedModel(
+    reward, loaded.params["language"], (loaded.model, loaded.params)
+  )
+  monkeypatch.setattr(
+    "experiments.searching.verifiers.reward_of", lambda *_: made
+  )
+  problems, found = search(verifier=TrainedReward(workdir="unused"))
+  for problem, one in zip(problems, found, strict=True):
+    (sample,) = one.samples
+    prompt = DRAWN(WORDS, problem.prompt)
+    answer = greedy([problem])[0]
+    tokens = jnp.asarray([[*prompt, *answer]])
+    pixels = jnp.asarray(prompt.arrays["pixels"][None])
+    see = loaded.model.with_images(loaded.params, pixels)
+    last = jnp.asarray([[tokens.shape[1] - 1]])
+    expected = reward.scores(see, tokens, last)[0]
+    np.testing.assert_allclose(sample.scores, expected, rtol=1e-4)
+    assert one.ledger.flops_verifier > 0
+
+
+class Ends:
+  """The words, of which all end a text: no sample is cut."""
+
+  stop = tuple(range(len(vocabulary(0, 18)) + 50))
+
+  def __getattr__(self, name):
+    return getattr(WORDS, name)
+
+
+def test_labels_and_losses_of_pictures(tmp_path, monkeypatch):
+  run = LabelRun(
+    task=TASK,
+    policy=Source(),
+    segmenter="semicolon",
+    problems=(0, 3),
+    copies=2,
+    new_tokens=NEW,
+    sampling=GREEDY,
+    prompting=DRAWN,
+    rows=8,
+  )
+  sampler = run._sampler(TASK[:1])
+  prompts = [sampler.prompt(x) for x in TASK[:3]]
+  ends = dataclasses.replace(sampler, tokenizer=Ends())
+  texts = ends(prompts, jax.random.key(0))
+  # Every token ends a text, so that the first one is the whole of it.
+  expected = [WORDS.decode(list(x[:1])) for x in greedy(TASK[:3])]
+  assert texts == expected
+  # The same solutions, right ones, as rows of a reward model.
+  made = [
+    dataclasses.replace(one, labels=(1,) * len(one.steps))
+    for one in _solutions()
+  ]
+  path = tmp_path / "labels.jsonl"
+  formats.write(str(path), made, formats.FORMATS["native"])
+  data = LabelledRows(paths=str(path), length=16, prompting=DRAWN)
+  batch = data.rows(WORDS).take(np.arange(3))
+  loaded = rewards.WithHead(backbone=Source(), seed=2).load()
+  loss = WithImages(model=loaded.model, objective=StepReward())
+  total, weight, found = loss(loaded.params, batch, None)
+  scores = judge.score_solutions(
+    loaded.model, loaded.params, WORDS, made, prompting=DRAWN, batch_size=2
+  )
+  each = np.array(scores)[:, 0]
+  assert float(weight) == 3 and len(set(each.round(6))) == 3
+  assert float(total) == pytest.approx(-np.log(each).sum(), rel=1e-4)
+  assert float(found["score"]) == pytest.approx(each.sum(), rel=1e-4)
+  # Drawn elsewhere, the same problems have other scores.
+  moved = dataclasses.replace(
+    DRAWN, draw=dataclasses.replace(DRAWN.draw, seed=1)
+  )
+  other = judge.score_solutions(
+    loaded.model, loaded.params, WORDS, made, prompting=moved, batch_size=2
+  )
+  assert np.abs(np.array(other)[:, 0] - each).max() > 1e-4
+
+
+def _solutions():
+  from research.prm.labelled import LabelledSolution
+
+  return [
+    LabelledSolution(
+      prompt=problem.prompt,
+      steps=tuple(TASK.solution(problem)),
+      labels=(None,),
+    )
+    for problem in TASK[:3]
+  ]
+
+
+def test_a_policy_that_reads_pictures_is_asked_with_pictures():
+  with pytest.raises(UserError, match="reads pixels"):
+    run = SearchRun(task=TASK, policy=Source(), strategy=Independent())
+    next(sampling.batches(run))
