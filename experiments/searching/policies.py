@@ -3,10 +3,15 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.make_denoiser import make_denoiser
 from research.generation import generate
+from research.generation.sampling import Sampling
 from research.generation.stepwise import PromptReader
+from research.interop.diffusion.spec import Spec
 from research.interop.loaded import Loaded
 from research.nn.transformer import Transformer
+from research.search.diffusion_policy import DiffusionPolicy
 from research.typing import Params, UserError
 from research.vlm.model import VisionLanguageModel
 from research.vlm.prompts.reader import ImageReader
@@ -57,3 +62,43 @@ def policy_of(
   towers = {**loaded.params, "language": prepared}
   reader = ImageReader.of_prompts(loaded.model, towers, prompts)
   return TokenPolicy(model, params, reader.text_params, reader)
+
+
+def diffusion_policy(
+  found: TokenPolicy,
+  config: SamplerConfig,
+  spec: Spec | None,
+  stop: Sequence[int],
+  new_tokens: int,
+  sampling: Sampling,
+) -> DiffusionPolicy:
+  """Returns a masked diffusion model as what writes solutions, block by block.
+
+  Args:
+    found: the model, from `policy_of`.
+    config: settings of the sampler; with the mask's id where `spec` has none.
+    spec: what the checkpoint says of its masks, or None.
+    stop: ids that end a solution.
+    new_tokens: of a solution, a multiple of the block.
+    sampling: of candidates.
+
+  Raises:
+    UserError: nothing says which id the mask is.
+  """
+  mask = config.mask_id
+  if mask is None and spec is not None:
+    mask = spec.mask_id
+  if mask is None:
+    raise UserError(
+      "SearchRun.sampler: found no mask_id, and a model that says nothing of"
+      " masks, expected SamplerConfig.mask_id, the id that it was trained with"
+    )
+  config = config.for_model(mask, stop, length=new_tokens)
+  shift, block = (False, None) if spec is None else (spec.shift, spec.block)
+  return DiffusionPolicy(
+    denoiser=make_denoiser(config, found.model, shift, block),
+    params=found.params,
+    config=config,
+    sampling=sampling,
+    reader=found.reader,
+  )

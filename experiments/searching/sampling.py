@@ -18,6 +18,7 @@ from experiments.searching.free_verifiers import ReadsProblems
 from experiments.searching.pool import Sample, Searched
 from experiments.searching.prompts import IdWords
 from experiments.searching.search_run import SearchRun
+from experiments.searching.step_ends import AtEnd
 from experiments.searching.strategies import TextStrategy
 from research.generation.stepwise import Stepwise
 from research.interop.loaded import Loaded
@@ -107,18 +108,32 @@ class Search:
       )
     prompts = list(self._prompts.values())
     found = policies.policy_of(loaded, prompts, "SearchRun.policy")
-    policy = Stepwise(
-      model=found.model,
-      params=found.params,
-      sampling=run.sampling,
-      stop_tokens=tuple(stop),
-      boundary=run.steps(self._words, found.model.vocab_size),
-      log_probs=True,
-      prompt_room=max(map(len, prompts)),
-      reader=found.reader,
-    )
+    room = max(map(len, prompts))
+    if run.sampler is None:
+      policy = Stepwise(
+        model=found.model,
+        params=found.params,
+        sampling=run.sampling,
+        stop_tokens=tuple(stop),
+        boundary=run.steps(self._words, found.model.vocab_size),
+        log_probs=True,
+        prompt_room=room,
+        reader=found.reader,
+      )
+    else:
+      if not isinstance(run.steps, AtEnd):
+        raise UserError(
+          f"SearchRun.steps: found {type(run.steps).__name__} and a sampler of"
+          " masked diffusion, whose blocks are the steps; expected AtEnd, and"
+          " SamplerConfig.block"
+        )
+      policy = policies.diffusion_policy(
+        *(found, run.sampler, loaded.diffusion, stop, run.new_tokens),
+        run.sampling,
+      )
     return Context(
       policy=policy,
+      prompt_room=room,
       params=found.loaded,
       prompts=tuple(prompts[:1]),
       tokenizer=self._words,

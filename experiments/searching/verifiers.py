@@ -10,6 +10,7 @@ from experiments.core.experiment import Source
 from experiments.searching.context import Context
 from experiments.searching.trained import Which, restore
 from research import tree
+from research.generation.stepwise import Stepwise
 from research.prm.heads import SCORE, Head, LinearHead
 from research.prm.model import (
   GenerativeReward,
@@ -67,7 +68,7 @@ class TrainedReward:
       found.params if reader is None else reader.text_params,
       tuple(context.tokenizer.encode(words)) if words else (),
       self.readout,
-      context.policy.prompt_room,
+      context.prompt_room,
       reader,
     )
 
@@ -96,6 +97,11 @@ class TrainedProbe:
     """
     model, params, _ = reward_of(self.workdir, self.which)
     _check_vocabulary(model, context, self.workdir)
+    if not isinstance(context.policy, Stepwise):
+      raise UserError(
+        f"{self.workdir}: found a {type(context.policy).__name__}, expected a"
+        " policy that writes token by token: a probe reads its states"
+      )
     if path := _first_difference(params, context.params):
       raise UserError(
         f"{self.workdir}: {path} is not the policy's, expected a head that was"
@@ -130,7 +136,7 @@ class NewReward:
     model = RewardModel(backbone=loaded.model, head=self.head)
     _check_vocabulary(model, context, "NewReward")
     params = model.with_new_head(loaded.params, jax.random.key(self.seed))
-    room = context.policy.prompt_room
+    room = context.prompt_room
     return verifier_of(model, params, prompt_room=room)
 
 
@@ -170,7 +176,7 @@ def reward_of(workdir: str, which: Which = "best") -> TrainedModel:
 
 def _check_vocabulary(model: Reward, context: Context, where: str) -> None:
   found = model.backbone.vocab_size
-  own = context.policy.model.vocab_size
+  own = context.vocab_size
   if found != own:
     raise UserError(
       f"{where}: found a verifier with {found} ids, expected {own}, as many as"

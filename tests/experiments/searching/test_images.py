@@ -15,6 +15,8 @@ from experiments.labelling.label_run import LabelRun
 from experiments.searching import sampling
 from experiments.searching.search_run import SearchRun
 from experiments.searching.verifiers import TrainedModel, TrainedReward
+from kernels_pallas.masks import Mask
+from research.diffusion.sampling.config import SamplerConfig
 from research.generation import generate
 from research.generation.sampling import GREEDY
 from research.interop import rewards
@@ -191,3 +193,35 @@ def test_a_policy_that_reads_pictures_is_asked_with_pictures():
   with pytest.raises(UserError, match="reads pixels"):
     run = SearchRun(task=TASK, policy=Source(), strategy=Independent())
     next(sampling.batches(run))
+
+
+def test_a_diffusion_policy_fills_blocks_with_its_picture_in_sight():
+  mask, block = 66, 3
+  config = SamplerConfig(mask_id=mask, block=block, length=NEW)
+  problems, found = search(sampler=config)
+  vlm = support_vlm.model()
+  for problem, one in zip(problems, found, strict=True):
+    (sample,) = one.samples
+    prompt = DRAWN(WORDS, problem.prompt)
+    see = vlm.with_images(
+      support_vlm.params(), jnp.asarray(prompt.arrays["pixels"][None])
+    )
+    row = [*prompt, *[mask] * NEW]
+    for step in range(NEW):
+      # The surest place of the first block that has a mask.
+      start = len(prompt) + step // block * block
+      chances = jax.nn.softmax(_logits(vlm.language, see, row), -1)
+      chances = np.asarray(chances.at[:, mask].set(0))
+      open_ = [i for i in range(start, start + block) if row[i] == mask]
+      at = max(open_, key=lambda i: chances[i].max())
+      row[at] = int(chances[at].argmax())
+    assert sample.trace.text == WORDS.decode(row[len(prompt) :])
+    assert one.prompt_ledger.flops_policy > 0
+  texts = {one.samples[0].trace.text for one in found}
+  assert len(texts) > 1
+
+
+def _logits(model, params, row):
+  tokens = jnp.asarray([row])
+  hidden, _ = model.apply({"params": params}, tokens, mask=Mask.full())
+  return model.apply({"params": params}, hidden, method="logits")[0]
