@@ -77,7 +77,8 @@ class Removed:
   Attributes:
     part: what is taken out; "" for none.
     system: what is left.
-    models: steps that trained its models, the last of their versions alone.
+    models: steps that trained what it runs: a policy, and a reward model if it
+      has one.
   """
 
   part: str

@@ -35,7 +35,10 @@ from research.vlm.prompts import DrawnQuestion, WordGrid
 from tests import support_vlm
 
 TASK = Chain(terms=(2, 2), digits=1, totals=(0, 18), count=6)
-WORDS = words.word_tokenizer(vocabulary(0, 18))
+NAMES = (*vocabulary(0, 18), *(f"w{i}" for i in range(42)))
+WORDS = words.word_tokenizer(NAMES)
+"""A word for each id of the model."""
+
 DRAWN = DrawnQuestion(
   draw=WordGrid(columns=2, rows=2, cell=8, capital=4, scatter=1),
   preprocessor=support_vlm.PREPROCESSOR,
@@ -78,6 +81,7 @@ def search(**settings):
     prompting=DRAWN,
     sampling=GREEDY,
     new_tokens=NEW,
+    stop_tokens=(1000,),  # none of the model's: no text ends by itself
     batch=4,
     **settings,
   )
@@ -122,7 +126,7 @@ def test_a_reward_model_that_sees_judges_a_search(monkeypatch):
 class Ends:
   """The words, of which all end a text: no sample is cut."""
 
-  stop = tuple(range(len(vocabulary(0, 18)) + 50))
+  stop = tuple(range(len(NAMES)))
 
   def __getattr__(self, name):
     return getattr(WORDS, name)
