@@ -492,14 +492,7 @@ def _biased(module, y, name, bias, w):
 
 
 def take_rows(params: Any, rows: Int[Array, " N"]) -> Any:
-  """Returns weights of which some are a batch's rows, for chosen rows of it.
-
-  Args:
-    params: any tree of weights; those that are not `per_row` stay as they are.
-    rows: indices; a row may occur several times.
-  """
-
-  def one(w):
-    return w.take_rows(rows) if is_weight(w) else w
-
-  return jax.tree.map(one, params, is_leaf=is_weight)
+  """Returns a tree in which weights of rows (`per_row`) have chosen rows."""
+  leaves, treedef = jax.tree.flatten(params, is_leaf=is_weight)
+  found = [w.take_rows(rows) if is_weight(w) else w for w in leaves]
+  return jax.tree.unflatten(treedef, found)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.core.experiment import Source
-from experiments.searching import policies
+from experiments.generating import policies
 from research.data.sources import jsonl
 from research.generation.sampling import Sampling
 from research.prm import policy_samples

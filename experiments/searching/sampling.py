@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 import jax
 
-from experiments.searching import policies, texts
+from experiments.generating import policies
+from experiments.searching import texts
 from experiments.searching.context import Context
 from experiments.searching.free_verifiers import ReadsProblems
 from experiments.searching.pool import Sample, Searched
