@@ -77,7 +77,8 @@ def test_labelled_steps_share_their_problem_s_picture(tmp_path):
   for problem in (TASK[0], TASK[1], TASK[0]):
     steps = tuple(f"{x} " for x in TASK.solution(problem))
     labels = (1, 0) if len(made) else (None, None)  # the first is dropped
-    made.append(LabelledSolution(problem.prompt, steps, labels))
+    one = LabelledSolution(prompt=problem.prompt, steps=steps, labels=labels)
+    made.append(one)
   path = tmp_path / "labels.jsonl"
   formats.write(str(path), made, formats.FORMATS["native"])
   data = rows.LabelledRows(paths=str(path), length=32, prompting=DRAWN)
