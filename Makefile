@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tiny-lm test test-all soak mutants pages lint \
+.PHONY: help quickstart tour tiny-lm test test-all soak mutants pages lint \
   test-peers test-oldest test-chips test-slurm bench bench-chips bench-gpu bench-tpu venv venv-peers \
   llama-cpp gptqmodel clean
 
@@ -34,6 +34,11 @@ help:  ## Lists the targets
 quickstart: venv  ## Installs, then fine-tunes a real language model (minutes)
 	@$(PY) -m experiments.train --config=runs/quickstart.gin \
 	  --workdir=runs/quickstart
+
+# Goes on where it stopped; one seed: make tour ARGS="--only='seed 0'"
+tour: venv  ## All systems in one: pictures, NF4, LoRA, diffusion, reward, search
+	@$(PY) -m experiments.study --config=runs/tour/tour.gin \
+	  --workdir=runs/tour $(ARGS)
 
 tiny-lm: venv  ## Trains a small language model of our own (20 minutes)
 	@$(PY) -m experiments.train --config=runs/pretrain_tiny.gin \

@@ -96,6 +96,10 @@ class Weight:
     """Returns the weight bound to selected tokens; see `select_tokens`."""
     return self
 
+  def take_rows(self, rows: Int[Array, " N"]) -> Any:
+    """Returns the weight of chosen rows of a batch; see `take_rows`."""
+    return self
+
   def count(self) -> int:
     """Returns the number of parameters it represents; see `count`."""
     # If its arrays live in another tree (they are None here), it has no shape.
@@ -485,3 +489,10 @@ def _biased(module, y, name, bias, w):
   zeros = nn.initializers.zeros
   b = weight(module, f"{name}_bias", zeros, y.shape[-1:])
   return y + scaled_bias(w, b).astype(y.dtype)
+
+
+def take_rows(params: Any, rows: Int[Array, " N"]) -> Any:
+  """Returns a tree in which weights of rows (`per_row`) have chosen rows."""
+  leaves, treedef = jax.tree.flatten(params, is_leaf=is_weight)
+  found = [w.take_rows(rows) if is_weight(w) else w for w in leaves]
+  return jax.tree.unflatten(treedef, found)

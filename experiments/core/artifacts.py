@@ -121,15 +121,18 @@ def _save_model(folder, experiment, built, params) -> bool:
   Models after the transforms of `after`, with adapters or a time embedding are
   written as our checkpoint, which has every leaf as it is.
   """
-  if isinstance(built.loaded.model, DualEncoder):
+  model = built.loaded.model
+  sees = isinstance(model, SeesImages)
+  judges = sees and isinstance(model.language, RewardModel)
+  if isinstance(model, DualEncoder) or judges:
     return False  # its checkpoint is all that commands read
   params = device_context.gather(params)
   if not runtime.is_first_process():
     return True
-  if isinstance(built.loaded.model, RewardModel):
+  if isinstance(model, RewardModel):
     _save_reward_model(folder, built.loaded, params)
     return False  # it writes no text: evaluate and search read it
-  if isinstance(built.loaded.model, SeesImages):
+  if sees:
     return _save_vision_model(folder, built.loaded, params)
   source = sources.from_training(
     built.loaded,

@@ -150,6 +150,7 @@ def _train(
     ),
     "trainable_parameters": trainable,
     "total_parameters": total,
+    "parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(built.params)),
     "seconds": time.perf_counter() - begin,
     **_loop_summary(workdir, outcome),
     "devices": 1 if context.mesh is None else context.mesh.size,

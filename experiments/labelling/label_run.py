@@ -1,18 +1,19 @@
 """The root of a configuration of labels: problems, a policy, kinds of label."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from experiments.core.experiment import Source
+from experiments.generating import policies
 from research.data.sources import jsonl
-from research.generation import generate
 from research.generation.sampling import Sampling
 from research.prm import policy_samples
 from research.prm.labelled import LabelledSolution
 from research.reasoning.problem import Problem, StepVerifier, Verdict
+from research.reasoning.prompting import Prompting, as_text
 from research.reasoning.segmentation import SEGMENTERS
 from research.reasoning.tasks.task import Task
 from research.reasoning.trace import Trace
@@ -52,6 +53,7 @@ class LabelRun:
     rollouts: completions of each step that are counted; 0 for none.
     new_tokens: of a solution, at most.
     sampling: of the policy's tokens.
+    prompting: what the policy reads of a problem.
     rows: of a batch that is sampled.
     policy_id: name of the policy in the file.
     seed: of the sampling.
@@ -66,6 +68,7 @@ class LabelRun:
   rollouts: int = 0
   new_tokens: int = 64
   sampling: Sampling = SAMPLED
+  prompting: Prompting = as_text
   rows: int = 1024
   policy_id: str = ""
   seed: int = 0
@@ -105,7 +108,7 @@ class LabelRun:
     keys = jax.random.split(jax.random.key(self.seed))
     if self.pool is None:
       problems = self.task[slice(*self.problems)]
-      sampler = self._sampler()
+      sampler = self._sampler(problems)
       found = policy_samples.sample_solutions(
         sampler,
         self.task,
@@ -117,7 +120,7 @@ class LabelRun:
       asked = len(problems) * self.copies
     else:
       problems, found, asked = read_pool(self.pool)
-      sampler = self._sampler() if self.rollouts else None
+      sampler = self._sampler(problems) if self.rollouts else None
     say(f"{len(found):,} solutions of {len(problems):,} problems")
     found = [
       dataclasses.replace(
@@ -133,20 +136,26 @@ class LabelRun:
       found = policy_samples.with_exact_labels(found, self.task, problems)
     return Labelled(found, asked - len(found))
 
-  def _sampler(self) -> policy_samples.PolicySampler:
+  def _sampler(
+    self, problems: Sequence[Problem]
+  ) -> policy_samples.PolicySampler:
     loaded = self.policy.load()
     if loaded.tokenizer is None or not loaded.tokenizer.stop:
       raise UserError(
         "LabelRun.policy: found no tokenizer with a token that ends a text,"
         " expected one: a solution that is cut has no verdict."
       )
+    prompts = [self.prompting(loaded.tokenizer, x.prompt) for x in problems[:1]]
+    policy = policies.policy_of(loaded, prompts, "LabelRun.policy")
     return policy_samples.PolicySampler(
-      model=loaded.model,
-      params=generate.prepare(loaded.params, loaded.model),
+      model=policy.model,
+      params=policy.params,
       tokenizer=loaded.tokenizer,
       new_tokens=self.new_tokens,
       sampling=self.sampling,
       rows=self.rows,
+      prompting=self.prompting,
+      reader=policy.reader,
     )
 
 

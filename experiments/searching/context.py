@@ -1,14 +1,16 @@
 """What strategies and verifiers of a configuration are made with."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.searching import texts
-from experiments.searching.prompts import Prompting
 from research.generation.stepwise import Stepwise
 from research.reasoning.problem import Problem
 from research.reasoning.problem import Verifier as Judge
+from research.reasoning.prompting import Prompting
 from research.reasoning.tasks.task import Task
+from research.search.diffusion_policy import DiffusionPolicy
 from research.search.engine import Path
 from research.typing import Params
 
@@ -19,21 +21,32 @@ class Context:
 
   Attributes:
     policy: samples solutions.
+    prompt_room: tokens that prompts are padded for at least.
     params: its weights as they were loaded, before `generate.prepare`.
     tokenizer: of both models.
     prompting: what the policy reads of a question.
     task: of the problems.
     judge: of texts.
     problems: of the batch, by `Path.problem`.
+    prompts: some of the run's, which show what stands beside their tokens.
   """
 
-  policy: Stepwise
+  policy: Stepwise | DiffusionPolicy
+  prompt_room: int = 1
   params: Params
   tokenizer: Any
   prompting: Prompting
   task: Task
   judge: Judge
   problems: tuple[Problem, ...] = ()
+  prompts: tuple[Sequence[int], ...] = ()
+
+  @property
+  def vocab_size(self) -> int:
+    """The number of the policy's ids."""
+    if isinstance(self.policy, DiffusionPolicy):
+      return self.policy.denoiser.model.vocab_size
+    return self.policy.model.vocab_size
 
   def text(self, path: Path) -> str:
     """Returns a path's text."""

@@ -1,19 +1,13 @@
-"""What a policy reads of a problem, and the text of what it writes."""
+"""What a policy reads of a problem, and the text of what it writes.
+
+Each is a `reasoning.prompting.Prompting`; others are in `vlm.prompts`.
+"""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from research.typing import UserError
-
-
-@runtime_checkable
-class Prompting(Protocol):
-  """Makes a prompt of a problem's question."""
-
-  def __call__(self, tokenizer: Any, question: str) -> list[int]:
-    """Returns the prompt's tokens."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True)

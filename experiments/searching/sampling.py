@@ -12,17 +12,17 @@ from collections.abc import Collection, Iterator, Sequence
 
 import jax
 
+from experiments.generating import policies
 from experiments.searching import texts
 from experiments.searching.context import Context
 from experiments.searching.free_verifiers import ReadsProblems
 from experiments.searching.pool import Sample, Searched
 from experiments.searching.prompts import IdWords
 from experiments.searching.search_run import SearchRun
+from experiments.searching.step_ends import AtEnd
 from experiments.searching.strategies import TextStrategy
-from research.generation import generate
 from research.generation.stepwise import Stepwise
 from research.interop.loaded import Loaded
-from research.nn.transformer import Transformer
 from research.reasoning.problem import Problem
 from research.reasoning.trace import Sampler
 from research.search.engine import Engine
@@ -88,11 +88,6 @@ class Search:
       problems: all of them, for the longest prompt.
     """
     loaded = run.policy.load()
-    if not isinstance(loaded.model, Transformer):
-      raise UserError(
-        f"SearchRun.policy: found a {type(loaded.model).__name__}, expected a"
-        " language model that writes token by token."
-      )
     self._run = run
     self._words = IdWords() if loaded.tokenizer is None else loaded.tokenizer
     self._prompts = {x.id: self._prompt(x) for x in problems}
@@ -101,7 +96,7 @@ class Search:
     # The weights as they were loaded are not needed again.
     self._context = dataclasses.replace(context, params={})
 
-  def _prompt(self, problem: Problem) -> list[int]:
+  def _prompt(self, problem: Problem) -> Sequence[int]:
     return self._run.prompting(self._words, problem.prompt)
 
   def _context_of(self, loaded: Loaded) -> Context:
@@ -112,18 +107,36 @@ class Search:
         "SearchRun.stop_tokens: found none, and none of the model's tokenizer,"
         " expected ids that end a solution: one that is cut has no answer."
       )
-    policy = Stepwise(
-      model=loaded.model,
-      params=generate.prepare(loaded.params, loaded.model),
-      sampling=run.sampling,
-      stop_tokens=tuple(stop),
-      boundary=run.steps(self._words, loaded.model.vocab_size),
-      log_probs=True,
-      prompt_room=max(map(len, self._prompts.values())),
-    )
+    prompts = list(self._prompts.values())
+    found = policies.policy_of(loaded, prompts, "SearchRun.policy")
+    room = max(map(len, prompts))
+    if run.sampler is None:
+      policy = Stepwise(
+        model=found.model,
+        params=found.params,
+        sampling=run.sampling,
+        stop_tokens=tuple(stop),
+        boundary=run.steps(self._words, found.model.vocab_size),
+        log_probs=True,
+        prompt_room=room,
+        reader=found.reader,
+      )
+    else:
+      if not isinstance(run.steps, AtEnd):
+        raise UserError(
+          f"SearchRun.steps: found {type(run.steps).__name__} and a sampler of"
+          " masked diffusion, whose blocks are the steps; expected AtEnd, and"
+          " SamplerConfig.block"
+        )
+      policy = policies.diffusion_policy(
+        *(found, run.sampler, loaded.diffusion, stop, run.new_tokens),
+        run.sampling,
+      )
     return Context(
       policy=policy,
-      params=loaded.params,
+      prompt_room=room,
+      params=found.loaded,
+      prompts=tuple(prompts[:1]),
       tokenizer=self._words,
       prompting=run.prompting,
       task=run.task,

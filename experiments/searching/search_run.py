@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.core.experiment import Source
-from experiments.searching.prompts import Plain, Prompting
+from experiments.searching.prompts import Plain
 from experiments.searching.step_ends import AtEnd, StepEnds
 from experiments.searching.strategies import SearchStrategy
 from experiments.searching.verifiers import VerifierSource
+from research.diffusion.sampling.config import SamplerConfig
 from research.generation.sampling import Sampling
 from research.reasoning import isolation
 from research.reasoning.isolation import Guarded
+from research.reasoning.prompting import Prompting
 from research.reasoning.tasks.task import Task
 from research.search.choose import Choice, Majority
 from research.typing import UserError
@@ -39,7 +41,9 @@ class SearchRun:
     steps: where a step of a solution ends.
     prompting: what the policy reads of a problem.
     sampling: of the policy's tokens.
-    new_tokens: of a solution, at most.
+    sampler: how a masked diffusion policy fills its blocks, which are the
+      steps; None for a policy that writes token by token.
+    new_tokens: of a solution, at most; of whole blocks.
     most_steps: of a solution, at most.
     stop_tokens: that end a solution; None for the tokenizer's.
     batch: problems that are searched at once.
@@ -59,6 +63,7 @@ class SearchRun:
   steps: StepEnds = AtEnd()
   prompting: Prompting = Plain()
   sampling: Sampling = SAMPLED
+  sampler: SamplerConfig | None = None
   new_tokens: int = 64
   most_steps: int = 64
   stop_tokens: tuple[int, ...] | None = None
@@ -92,6 +97,8 @@ class SearchRun:
   def settings(self) -> dict[str, Any]:
     """Returns what decides on the samples of a problem, as plain values."""
     values = isolation.describe(self)["fields"]
+    if self.sampler is None:
+      del values["sampler"]  # as pools have it that are older than this field
     return {name: x for name, x in values.items() if name not in CHOSEN_AFTER}
 
 

@@ -1,7 +1,7 @@
 """Where scores of steps come from."""
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from experiments.core.experiment import Source
 from experiments.searching.context import Context
 from experiments.searching.trained import Which, restore
 from research import tree
+from research.generation.stepwise import Stepwise
 from research.prm.heads import SCORE, Head, LinearHead
 from research.prm.model import (
   GenerativeReward,
@@ -24,6 +25,8 @@ from research.search.reward_verifiers import (
   verifier_of,
 )
 from research.typing import Params, UserError
+from research.vlm.model import VisionLanguageModel
+from research.vlm.prompts.reader import ImageReader
 
 Reward = RewardModel | GenerativeReward
 
@@ -55,15 +58,18 @@ class TrainedReward:
 
   def load(self, context: Context) -> Verifier:
     """Returns the verifier."""
-    model, params = reward_of(self.workdir, self.which)
-    _check_vocabulary(model, context, self.workdir)
-    words = self.separator
+    found = reward_of(self.workdir, self.which)
+    _check_vocabulary(found.model, context, self.workdir)
+    words, reader = self.separator, None
+    if found.sees is not None:
+      reader = ImageReader.of_prompts(*found.sees, context.prompts)
     return verifier_of(
-      model,
-      params,
+      found.model,
+      found.params if reader is None else reader.text_params,
       tuple(context.tokenizer.encode(words)) if words else (),
       self.readout,
-      context.policy.prompt_room,
+      context.prompt_room,
+      reader,
     )
 
 
@@ -89,8 +95,13 @@ class TrainedProbe:
     Raises:
       UserError: its backbone is not the policy.
     """
-    model, params = reward_of(self.workdir, self.which)
+    model, params, _ = reward_of(self.workdir, self.which)
     _check_vocabulary(model, context, self.workdir)
+    if not isinstance(context.policy, Stepwise):
+      raise UserError(
+        f"{self.workdir}: found a {type(context.policy).__name__}, expected a"
+        " policy that writes token by token: a probe reads its states"
+      )
     if path := _first_difference(params, context.params):
       raise UserError(
         f"{self.workdir}: {path} is not the policy's, expected a head that was"
@@ -125,12 +136,26 @@ class NewReward:
     model = RewardModel(backbone=loaded.model, head=self.head)
     _check_vocabulary(model, context, "NewReward")
     params = model.with_new_head(loaded.params, jax.random.key(self.seed))
-    room = context.policy.prompt_room
+    room = context.prompt_room
     return verifier_of(model, params, prompt_room=room)
 
 
-def reward_of(workdir: str, which: Which = "best") -> tuple[Reward, Params]:
-  """Returns the reward model that a run has trained, and its parameters.
+class TrainedModel(NamedTuple):
+  """A reward model that a run has trained.
+
+  Attributes:
+    model: the reward model.
+    params: its parameters.
+    sees: model and parameters of all towers, if it sees images; else None.
+  """
+
+  model: Reward
+  params: Params
+  sees: tuple[VisionLanguageModel, Params] | None = None
+
+
+def reward_of(workdir: str, which: Which = "best") -> TrainedModel:
+  """Returns the reward model that a run has trained.
 
   Raises:
     UserError: the run trained another model, or what `restore` raises.
@@ -138,7 +163,11 @@ def reward_of(workdir: str, which: Which = "best") -> tuple[Reward, Params]:
   built, params = restore(workdir, which)
   for model in (built.objective.model, built.loaded.model):
     if isinstance(model, Reward):
-      return model, params
+      return TrainedModel(model, params)
+    sees = isinstance(model, VisionLanguageModel)
+    if sees and isinstance(model.language, Reward):
+      own = model.language, params["language"]
+      return TrainedModel(*own, (model, params))
   raise UserError(
     f"{workdir}: found a {type(built.loaded.model).__name__}, expected a run"
     " that trained a reward model: prm.RewardModel or prm.GenerativeReward."
@@ -147,7 +176,7 @@ def reward_of(workdir: str, which: Which = "best") -> tuple[Reward, Params]:
 
 def _check_vocabulary(model: Reward, context: Context, where: str) -> None:
   found = model.backbone.vocab_size
-  own = context.policy.model.vocab_size
+  own = context.vocab_size
   if found != own:
     raise UserError(
       f"{where}: found a verifier with {found} ids, expected {own}, as many as"

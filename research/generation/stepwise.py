@@ -6,7 +6,7 @@ rows continue it, and no row reads its own text again.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,31 @@ from research import weights
 from research.generation import decoding, generate, row_weights
 from research.generation import sampling as samplers
 from research.generation.boundary import Boundary
-from research.generation.decoding import Drawn, Rows, State
+from research.generation.decoding import Drawn, PromptMask, Rows, State
 from research.generation.generated import NO_TOKEN
 from research.generation.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer
 from research.typing import Array, Bool, Params, PRNGKey, UserError
+
+
+@runtime_checkable
+class PromptReader(Protocol):
+  """Reads prompts that are more than tokens, such as those with images.
+
+  Attributes:
+    flops: of what is read beside the tokens of one prompt, for ledgers.
+    mask: what the tokens of a prompt see of each other; None for causal.
+  """
+
+  @property
+  def flops(self) -> float | int: ...
+
+  @property
+  def mask(self) -> PromptMask | None: ...
+
+  def __call__(self, prompts: Sequence[Sequence[int]]) -> Params:
+    """Returns parameters whose row i reads prompt i, and no token after it."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +58,7 @@ class Stepwise:
     size: tokens of a decoding program.
     prompt_room: tokens that prompts are padded for at least, so that batches
       whose longest prompts differ share their programs.
+    reader: gives the parameters that read prompts; None: `params` do.
   """
 
   model: Transformer
@@ -49,6 +70,7 @@ class Stepwise:
   log_probs: bool = False
   size: int = generate.CHUNK
   prompt_room: int = 1
+  reader: PromptReader | None = None
 
   def __post_init__(self):
     samplers.check(self.sampling)
@@ -60,7 +82,8 @@ class Stepwise:
       raise UserError(
         "Stepwise: found weights that depend on the tokens of a row, such as"
         " images or an adapter that certain tokens activate; expected ones that"
-        " do not, since rows are copied and dropped"
+        " do not, since rows are copied and dropped.\nImages of prompts are a"
+        " reader's: vlm.prompts.ImageReader"
       )
 
   def start(
@@ -89,9 +112,10 @@ class Stepwise:
     tokens, given = generate.pad_prompts(prompts, self.prompt_room)
     longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
     longest = max(longest, self.prompt_room + max(limits))
+    reader = self.reader
     state, drawn = decoding.prefill(
       self.model,
-      self.params,
+      self.params if reader is None else reader(prompts),
       tokens,
       given,
       self.sampling,
@@ -101,6 +125,7 @@ class Stepwise:
       self._stop,
       capacity=generate.bucket(longest),
       kv=self.kv,
+      mask=None if reader is None else reader.mask,
       boundary=self.boundary,
       log_probs=self.log_probs,
     )
@@ -181,7 +206,8 @@ class Stepwise:
     """Returns the maximum number of new tokens of each prompt, checked."""
     if copies < 1:
       raise UserError(f"copies: found {copies}, expected at least 1")
-    return generate.token_limits(self.model, prompts, max_new_tokens)
+    extra = weights.extra_ids(self.params["embed"])
+    return generate.token_limits(self.model, prompts, max_new_tokens, extra)
 
   @property
   def _stop(self) -> np.ndarray:

@@ -61,6 +61,11 @@ class PagedStepwise(Stepwise):
         f"PagedStepwise.kv: found {self.kv!r:.60}, expected none: pages have"
         " their own precision.\nSet Paging.dtype, or use Stepwise."
       )
+    if self.reader is not None:
+      raise UserError(
+        "PagedStepwise.reader: found one, expected none: pages read prompts of"
+        " tokens alone.\nUse Stepwise for prompts with images."
+      )
     generate_paged.check_rotations(self.model)
 
   def start(

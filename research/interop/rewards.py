@@ -14,6 +14,7 @@ from research.nn.transformer import Transformer
 from research.prm.heads import Head, LinearHead
 from research.prm.model import Readout, RewardModel, probability
 from research.typing import UserError
+from research.vlm.model import VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class WithHead:
   """A language model with a new scalar head in place of its vocabulary's.
 
   Attributes:
-    backbone: where the language model comes from, such as a trained policy.
+    backbone: where the language model comes from, such as a trained policy; of
+      a vision language model, whose language model gets the head.
     head: of hidden states; its weights are random.
     readout: logits -> score, see `prm.RewardModel`.
     seed: of the head.
@@ -42,6 +44,27 @@ class WithHead:
       UserError: the backbone is no language model.
     """
     loaded = self.backbone.load()
+    if isinstance(loaded.model, VisionLanguageModel):
+      own = self._of(
+        dataclasses.replace(
+          loaded,
+          model=loaded.model.language,
+          params=loaded.params["language"],
+        )
+      )
+      made = dataclasses.replace(
+        loaded,
+        model=dataclasses.replace(loaded.model, language=own.model),
+        params={**loaded.params, "language": own.params},
+      )
+    else:
+      made = self._of(loaded)
+    if shardings is None:
+      return made
+    params = unread.moved(made.params, shardings)
+    return dataclasses.replace(made, params=params)
+
+  def _of(self, loaded: Loaded) -> Loaded:
     if not isinstance(loaded.model, Transformer):
       raise UserError(
         f"WithHead.backbone: found a {type(loaded.model).__name__}, expected a"
@@ -52,8 +75,6 @@ class WithHead:
     model = RewardModel(backbone=backbone, head=self.head, readout=self.readout)
     body = {k: v for k, v in loaded.params.items() if k != "head"}
     params = model.with_new_head(body, jax.random.key(self.seed))
-    if shardings is not None:
-      params = unread.moved(params, shardings)
     return dataclasses.replace(loaded, model=model, params=params)
 
 

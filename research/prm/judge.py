@@ -2,15 +2,31 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research.prm import rows
 from research.prm.labelled import LabelledSolution
 from research.prm.scores.report import StepReport, evaluate_steps
+from research.reasoning.prompting import Prompting, arrays_of, as_text
 from research.typing import Params, UserError
+
+
+@runtime_checkable
+class SeesImages(Protocol):
+  """A reward model behind an encoder, such as a `vlm.VisionLanguageModel`.
+
+  Attributes:
+    language: the reward model.
+  """
+
+  language: Any
+
+  def with_images_compiled(self, params: Params, images: Any) -> Params:
+    """Returns the reward model's parameters, which see each row's images."""
 
 
 def score_solutions(
@@ -20,19 +36,24 @@ def score_solutions(
   solutions: Sequence[LabelledSolution],
   separator: str = "",
   batch_size: int = 256,
+  prompting: Prompting = as_text,
 ) -> list[list[float]]:
   """Returns the score of each step of solutions, read whole.
 
   Args:
-    model: a `RewardModel` or `GenerativeReward`.
+    model: a `RewardModel` or `GenerativeReward`, or one of these that sees
+      images.
     params: its parameters.
     tokenizer: of the model.
     solutions: in steps.
     separator: as for `rows.encode`.
     batch_size: solutions of a program. All batches have one shape, whose
       length and number of steps are powers of two: calls share programs.
+    prompting: what the model reads of a solution's prompt.
   """
-  encoded = [rows.encode(one, tokenizer, separator) for one in solutions]
+  encoded = [
+    rows.encode(one, tokenizer, separator, prompting) for one in solutions
+  ]
   length = _power_of_two(max((len(x.tokens) for x in encoded), default=1))
   most = _power_of_two(max((len(x.ends) for x in encoded), default=1))
   tokens = np.zeros((len(encoded), length), np.int32)
@@ -43,8 +64,16 @@ def score_solutions(
   for start in range(0, len(encoded), batch_size):
     part = slice(start, start + batch_size)
     fill = ((0, max(0, start + batch_size - len(encoded))), (0, 0))
-    scores = model.scores(
-      params,
+    reward, own = model, params
+    if isinstance(model, SeesImages):
+      asked = [x.prompt for x in solutions[part]]
+      asked += asked[-1:] * fill[0][1]
+      prompts = [prompting(tokenizer, x) for x in asked]
+      pixels = arrays_of(prompts)["pixels"]
+      own = model.with_images_compiled(params, jnp.asarray(pixels))
+      reward = model.language
+    scores = reward.scores(
+      own,
       np.pad(tokens[part], fill),
       np.pad(ends[part], fill, constant_values=-1),
     )
@@ -80,9 +109,10 @@ class StepEvaluation:
       UserError: the model gives no scores of steps.
     """
     model = loaded.model
-    if not hasattr(model, "scores"):
+    reward = model.language if isinstance(model, SeesImages) else model
+    if not hasattr(reward, "scores"):
       raise UserError(
-        f"StepEvaluation: found a {type(model).__name__}, expected a reward"
+        f"StepEvaluation: found a {type(reward).__name__}, expected a reward"
         " model: interop.rewards.WithHead makes one of a language model."
       )
     solutions = self.data.solutions()
@@ -93,5 +123,6 @@ class StepEvaluation:
       solutions,
       self.data.separator,
       self.data.batch_size,
+      self.data.prompting,
     )
     return evaluate_steps(solutions, scores, self.threshold)

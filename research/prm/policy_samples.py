@@ -14,11 +14,13 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from research.generation.sampling import Sampling
+from research.generation.stepwise import PromptReader
 from research.nn.transformer import Transformer
 from research.prm.labelled import LabelledSolution
 from research.prm.labels.oracle import label_steps
 from research.prm.labels.rollouts import Rollout, count
 from research.reasoning.problem import Problem, StepVerifier, Verifier
+from research.reasoning.prompting import Prompting, as_text, followed_by
 from research.reasoning.segmentation import Segmenter, steps_of
 from research.reasoning.trace import MonteCarlo
 from research.training.alignment.rewarded_task import sampled
@@ -55,6 +57,8 @@ class PolicySampler:
     sampling: of tokens.
     rows: of a batch; all batches have as many, so that programs compile once
       for each length of prompts.
+    prompting: what the policy reads of a problem.
+    reader: gives the parameters that read prompts; None: `params` do.
   """
 
   model: Transformer
@@ -63,6 +67,8 @@ class PolicySampler:
   new_tokens: int
   sampling: Sampling = Sampling(temperature=1.0)
   rows: int = 1024
+  prompting: Prompting = as_text
+  reader: PromptReader | None = None
 
   def __call__(
     self, prompts: Sequence[Sequence[int]], key: PRNGKey
@@ -79,28 +85,33 @@ class PolicySampler:
     for start in range(0, len(order), self.rows):
       own = order[start : start + self.rows]
       padded = [*own, *[own[-1]] * (self.rows - len(own))]
+      asked = [prompts[i] for i in padded]
+      reader = self.reader
       answers = sampled(
         self.model,
-        self.params,
-        [prompts[i] for i in padded],
+        self.params if reader is None else reader(asked),
+        asked,
         self.new_tokens,
         self.tokenizer.stop,
         self.sampling,
         jax.random.fold_in(key, start),
+        None if reader is None else reader.mask,
       )
       for i, answer in zip(own, answers, strict=False):
         if answer and answer[-1] in self.tokenizer.stop:
           found[i] = self.tokenizer.decode(answer)
     return found
 
-  def prompt(self, problem: Problem, steps: Sequence[str] = ()) -> list[int]:
-    """Returns the tokens of a problem, and of steps of a solution.
+  def prompt(
+    self, problem: Problem, steps: Sequence[str] = ()
+  ) -> Sequence[int]:
+    """Returns the prompt of a problem, and of steps of a solution.
 
     Steps are encoded one by one, so that no token reaches from one to another.
     """
     encode = self.tokenizer.encode
-    begin = self.tokenizer.prompt(problem.prompt)
-    return [*begin, *(token for step in steps for token in encode(step))]
+    begin = self.prompting(self.tokenizer, problem.prompt)
+    return followed_by(begin, [token for x in steps for token in encode(x)])
 
 
 def sample_solutions(

@@ -22,6 +22,7 @@ from research.data.sources import FromFiles, NoExamples, Split, split_of
 from research.prm.formats import Format, Native, read
 from research.prm.labelled import Label, LabelledSolution
 from research.prm.labels import rollouts
+from research.reasoning.prompting import Prompting, arrays_of, as_text
 from research.typing import UserError
 
 StepLabels = Callable[[LabelledSolution], Sequence[Label]]
@@ -110,7 +111,10 @@ class Encoded(NamedTuple):
 
 
 def encode(
-  solution: LabelledSolution, tokenizer: Any, separator: str = ""
+  solution: LabelledSolution,
+  tokenizer: Any,
+  separator: str = "",
+  prompting: Prompting = as_text,
 ) -> Encoded:
   """Returns a solution's tokens, and where its steps end.
 
@@ -118,11 +122,12 @@ def encode(
     solution: in steps.
     tokenizer: has `encode(text)`, and `prompt(text)` for what begins a text.
     separator: text after each step, "" where steps have their own.
+    prompting: what the model reads of the solution's prompt.
 
   Raises:
     UserError: a step has no token.
   """
-  tokens, ends = list(tokenizer.prompt(solution.prompt)), []
+  tokens, ends = list(prompting(tokenizer, solution.prompt)), []
   after = list(tokenizer.encode(separator)) if separator else []
   for i, step in enumerate(solution.steps):
     own = [*tokenizer.encode(step), *after]
@@ -152,6 +157,8 @@ class LabelledRows(FromFiles, ShuffledBatches):
     split: which solutions, by the hash of their prompt; None for all. No
       problem is in two splits.
     length: row length T.
+    prompting: what the model reads of a solution's prompt. Arrays beside the
+      tokens, such as a picture's pixels, are in the batch.
     batch_size: rows in a batch over all processes, B.
     seed: of the shuffle.
   """
@@ -162,6 +169,7 @@ class LabelledRows(FromFiles, ShuffledBatches):
   separator: str = ""
   split: Split | None = None
   length: int = 256
+  prompting: Prompting = as_text
   batch_size: int = 32
   seed: int = 0
 
@@ -207,12 +215,17 @@ class LabelledRows(FromFiles, ShuffledBatches):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _LabelledRows:
-  """Tokens, sizes and labels of all rows; `cut` counts those cut short."""
+  """Tokens, sizes and labels of all rows; `cut` counts those cut short.
+
+  Arrays beside the tokens are those of prompts, which rows share.
+  """
 
   tokens: np.ndarray
   sizes: np.ndarray
   labels: np.ndarray  # NaN where there is none
   cut: int
+  prompts: np.ndarray  # of each row, an index
+  arrays: dict[str, np.ndarray]
 
   @classmethod
   def from_solutions(
@@ -223,13 +236,14 @@ class _LabelledRows:
   ) -> "_LabelledRows":
     """Returns the rows of solutions that keep a label."""
     words = _Cached(tokenizer)
+    prompting = functools.lru_cache(None)(data.prompting)
     shape = len(solutions), data.length
     tokens = np.zeros(shape, np.int32)
     labels = np.full(shape, np.nan, np.float32)
     sizes = np.zeros(len(solutions), np.int32)
     cut = 0
     for i, solution in enumerate(solutions):
-      ids, ends = encode(solution, words, data.separator)
+      ids, ends = encode(solution, words, data.separator, prompting)
       cut += len(ids) > data.length
       ids = ids[: data.length]
       tokens[i, : len(ids)], sizes[i] = ids, len(ids)
@@ -237,7 +251,16 @@ class _LabelledRows:
         if label is not None and end < data.length:
           labels[i, end] = label
     some = ~np.isnan(labels).all(axis=1)
-    return cls(tokens[some], sizes[some], labels[some], cut)
+    asked = [x.prompt for x, own in zip(solutions, some, strict=True) if own]
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(asked))}
+    return cls(
+      tokens[some],
+      sizes[some],
+      labels[some],
+      cut,
+      np.array([places[x] for x in asked], int),
+      arrays_of([prompting(words, x) for x in places]),
+    )
 
   def __len__(self) -> int:
     return len(self.sizes)
@@ -252,7 +275,8 @@ class _LabelledRows:
     real = at < self.sizes[indices, None]
     labels = self.labels[indices]
     known = ~np.isnan(labels)
-    return {
+    of = self.prompts[indices]
+    return {name: x[of] for name, x in self.arrays.items()} | {
       "tokens": self.tokens[indices],
       "positions": np.where(real, at, np.int32(-1)),
       "segments": np.where(real, np.int32(0), np.int32(-1)),

@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "Verifier",
       "first_error",
     ],
+    "prompting": ["Prompting", "PromptWithArrays", "arrays_of", "as_text"],
     "rates": ["Rates", "measure"],
     "sample_logs": ["SampleLog", "read_samples", "write_samples"],
     "segmentation": ["SEGMENTERS", "Segmenter", "steps_of"],

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research import weights
 from research.diffusion import process
 from research.diffusion.sampling import sampler
 from research.generation import decoding
 from research.nn.cache import put_rows, take_rows
-from research.typing import Array, Bool, Float, Int
+from research.typing import Array, Bool, Float, Int, Params
 
 _REDRAWN = 2**30
 """Branches from here on draw blocks again; below are those of searches."""
@@ -28,6 +29,9 @@ class BlockRows:
     at: where each row's next block begins.
     cached: whether the cache has all that stands before that.
     memory: the cache of finished blocks, or None.
+    prompt: which prompt each row continues.
+    sees: parameters whose row i reads prompt i, such as those with its image;
+      None where all rows have the same.
   """
 
   rows: sampler.State
@@ -35,6 +39,14 @@ class BlockRows:
   at: Int[np.ndarray, " R"]
   cached: Bool[np.ndarray, " R"]
   memory: Any
+  prompt: Int[np.ndarray, " R"]
+  sees: Params | None = None
+
+  def params(self, common: Params) -> Params:
+    """Returns the parameters that read these rows, of the common ones."""
+    if self.sees is None:
+      return common
+    return weights.take_rows(self.sees, self.prompt)
 
   def select(
     self, rows: Int[np.ndarray, " N"], branch: Int[np.ndarray, " N"]
@@ -46,6 +58,8 @@ class BlockRows:
       at=self.at[rows],
       cached=self.cached[rows],
       memory=copied(self.memory, rows),
+      prompt=self.prompt[rows],
+      sees=self.sees,
     )
 
   def store(self, new: "BlockRows", rows: Int[np.ndarray, " N"]) -> "BlockRows":
@@ -57,14 +71,18 @@ class BlockRows:
     """
     inside = rows < len(self.at)
     at, cached = self.at.copy(), self.cached.copy()
+    prompt = self.prompt.copy()
     at[rows[inside]] = new.at[inside]
     cached[rows[inside]] = new.cached[inside]
+    prompt[rows[inside]] = new.prompt[inside]
     return BlockRows(
       rows=_put(self.rows, new.rows, rows),
       first=self.first,
       at=at,
       cached=cached,
       memory=merged(self.memory, new.memory, rows),
+      prompt=prompt,
+      sees=self.sees,
     )
 
   def masked_again(

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.generation import generate
+from research.generation.decoding import PromptMask
 from research.generation.generated import NO_TOKEN
+from research.generation.stepwise import PromptReader
 from research.nn.cache import Cache, put_rows, take_rows
 from research.nn.transformer import Transformer, init_cache
 from research.search.cost import Causal, ModelCost, model_cost
@@ -39,6 +41,7 @@ class CachedVerifier:
     separator: tokens that the model reads after a step, before it scores it,
       where the policy does not write them; they are read for the score alone.
     prompt_room: tokens that prompts are padded for at least, as the policy's.
+    reader: gives the parameters that read prompts; None: `params` do.
   """
 
   model: Transformer
@@ -47,6 +50,7 @@ class CachedVerifier:
   outputs: int = 1
   separator: tuple[int, ...] = ()
   prompt_room: int = 1
+  reader: PromptReader | None = None
 
   @functools.cached_property
   def _cost(self) -> ModelCost:
@@ -54,9 +58,10 @@ class CachedVerifier:
 
   def prompt_cost(self, tokens: int) -> Ledger:
     """Returns the cost of a prompt, of which nothing is scored."""
+    flops = self._cost.forward(tokens, Causal(0, tokens), 0)
     return Ledger(
       verifier_prefill_tokens=tokens,
-      flops_verifier=self._cost.forward(tokens, Causal(0, tokens), 0),
+      flops_verifier=flops + (0 if self.reader is None else self.reader.flops),
     )
 
   def step_cost(self, start: int, tokens: int) -> Ledger:
@@ -82,13 +87,15 @@ class CachedVerifier:
       )
     tokens, lengths = generate.pad_prompts(prompts, self.prompt_room)
     room = max(room, self.prompt_room + max_new_tokens + len(self.separator))
+    reader = self.reader
     return _start(
       self.model,
-      self.params,
+      self.params if reader is None else reader(prompts),
       tokens,
       lengths,
       capacity=generate.bucket(room),
       copies=copies,
+      mask=None if reader is None else reader.mask,
     )
 
   def read(
@@ -119,7 +126,9 @@ class CachedVerifier:
     return _store(state, new, np.array(rows, np.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity", "copies"))
+@functools.partial(
+  jax.jit, static_argnames=("model", "capacity", "copies", "mask")
+)
 def _start(
   model: Transformer,
   params: Params,
@@ -127,12 +136,14 @@ def _start(
   lengths: Int[Array, "B"],
   capacity: int,
   copies: int,
+  mask: PromptMask | None = None,
 ) -> Cache:
   count = tokens.shape[0]
   cache = init_cache(model, params, count, capacity)
   _, cache = model.apply(
     {"params": params},
     tokens,
+    mask=None if mask is None else mask(tokens, lengths),
     cache=cache,
     lengths=lengths,
     keep=lengths[:, None] - 1,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research import weights
 from research.diffusion.sampling import layout, sampler
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.denoiser import Denoiser
@@ -25,7 +26,7 @@ from research.generation import sampling as samplers
 from research.generation.decoding import Drawn
 from research.generation.generated import NO_TOKEN
 from research.generation.sampling import GREEDY, Sampling
-from research.generation.stepwise import check_choice
+from research.generation.stepwise import PromptReader, check_choice
 from research.search.block_rows import BlockRows, copied, merged
 from research.search.diffusion_cost import DenoiserCost, Passes
 from research.search.ledger import Ledger
@@ -63,12 +64,15 @@ class DiffusionPolicy:
       is that of `start`, with as many steps a block as `config` has.
     sampling: how candidates are drawn. Greedy ones differ in nothing: copies
       of a prompt need a temperature.
+    reader: gives the parameters that read prompts, and what follows them;
+      None: `params` do. Its mask is not used: the denoiser has its own.
   """
 
   denoiser: Denoiser
   params: Params
   config: SamplerConfig
   sampling: Sampling = GREEDY
+  reader: PromptReader | None = None
 
   def __post_init__(self):
     samplers.check(self.sampling)
@@ -136,10 +140,11 @@ class DiffusionPolicy:
     once = padded.tokens, padded.masked, padded.valid
     key = jax.random.key(0) if key is None else key
     memory, total = None, len(prompts) * copies
+    sees = None if self.reader is None else self.reader(prompts)
     if self.denoiser.caches_finished:
       memory = sampler.cache_finished(
         self.denoiser,
-        self.params,
+        self.params if sees is None else sees,
         sampler.begin(*once, key),
         jnp.int32(width),
         self.config.block,
@@ -153,6 +158,8 @@ class DiffusionPolicy:
       at=np.full(total, width),
       cached=np.ones(total, bool),
       memory=memory,
+      prompt=np.repeat(np.arange(len(prompts)), copies),
+      sees=sees,
     )
 
   def start(
@@ -278,7 +285,8 @@ class DiffusionPolicy:
     """Returns what all paths of a prompt share: a cache's pass over it."""
     return Ledger(
       policy_prefill_tokens=tokens,
-      flops_policy=self._cost.prompt(tokens),
+      flops_policy=self._cost.prompt(tokens)
+      + (0 if self.reader is None else self.reader.flops),
       peak_cache_tokens=self._cost.shared(tokens),
     )
 
@@ -323,15 +331,16 @@ class DiffusionPolicy:
     """
     rows = dataclasses.replace(state.rows, done=jnp.asarray(~which))
     memory, size = state.memory, self.config.block
+    params = state.params(self.params)
     if memory is not None:
       if not alone:
         memory = copied(memory, np.arange(len(which)))
       if not cached:
         memory = sampler.cache_finished(
-          self.denoiser, self.params, rows, jnp.int32(at), size, memory
+          self.denoiser, params, rows, jnp.int32(at), size, memory
         )
     rows, finite, memory = sampler.fill_block(
-      *(self.denoiser, self.params, rows, jnp.int32(at)),
+      *(self.denoiser, params, rows, jnp.int32(at)),
       *(self._block, self.sampling, memory),
     )
     sampler.checked(finite, f"of the block at {at}")
@@ -340,9 +349,9 @@ class DiffusionPolicy:
       memory = merged(state.memory, memory, own)
     last = at + size == rows.tokens.shape[1]
     done = jnp.where(which, rows.done | last, state.rows.done)
-    return BlockRows(
+    return dataclasses.replace(
+      state,
       rows=dataclasses.replace(rows, done=done),
-      first=state.first,
       at=np.where(which, at + size, state.at),
       cached=state.cached & ~which,
       memory=memory,
@@ -411,7 +420,8 @@ class DiffusionPolicy:
         f"max_new_tokens: found {max_new_tokens}, expected a multiple of the"
         f" block of {block} tokens"
       )
-    generate.token_limits(model, prompts, max_new_tokens)
+    extra = weights.extra_ids(self.params["embed"])
+    generate.token_limits(model, prompts, max_new_tokens, extra)
     layout.check_prompts([list(x) for x in prompts], self.config.mask_id)
     longest, most = max(map(len, prompts)), model.max_positions
     if most is not None and longest + max_new_tokens > most:

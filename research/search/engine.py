@@ -155,7 +155,9 @@ class Engine:
   def _cost(self) -> PolicyCost:
     # What stands in `generation` knows no ledger.
     if isinstance(self.policy, Stepwise):
-      return AutoregressiveCost(model_cost(self.policy.model))
+      reader = self.policy.reader
+      beside = 0 if reader is None else reader.flops
+      return AutoregressiveCost(model_cost(self.policy.model), beside)
     return self.policy
 
   def prompt_cost(self, tokens: int) -> Ledger:

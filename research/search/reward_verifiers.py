@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.generation.decoding import State
-from research.generation.stepwise import Stepwise
+from research.generation.stepwise import PromptReader, Stepwise
 from research.nn.transformer import Transformer
 from research.prm.model import (
   GenerativeReward,
@@ -56,6 +56,7 @@ def verifier_of(
   separator: tuple[int, ...] = (),
   readout: Readout = probability,
   prompt_room: int = 1,
+  reader: PromptReader | None = None,
 ) -> CachedVerifier:
   """Returns a reward model as a verifier that reads each new token once.
 
@@ -65,6 +66,7 @@ def verifier_of(
     separator: read after each step, see `CachedVerifier`.
     readout: see `StepScore`.
     prompt_room: as the policy's.
+    reader: of prompts with images, see `CachedVerifier`.
   """
   return CachedVerifier(
     model=model.backbone,
@@ -73,6 +75,7 @@ def verifier_of(
     outputs=model.outputs,
     separator=separator,
     prompt_room=prompt_room,
+    reader=reader,
   )
 
 

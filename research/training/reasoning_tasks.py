@@ -15,8 +15,13 @@ import numpy as np
 from research.data import pipeline
 from research.data.array_batches import ShuffledBatches
 from research.data.packing import Row
-from research.data.sources.records import completion_example
 from research.reasoning.problem import Problem
+from research.reasoning.prompting import (
+  Prompting,
+  PromptWithArrays,
+  arrays_of,
+  as_text,
+)
 from research.reasoning.tasks.task import SolvedProblems, Task
 from research.training.alignment.rewarded_task import Prompt
 from research.typing import UserError
@@ -48,12 +53,15 @@ class Solutions(ShuffledBatches):
   Attributes:
     task: has the problems; its `count` is the number of rows.
     length: row length T.
+    prompting: what the model reads of a problem. Arrays beside the tokens, such
+      as a picture's pixels, are in the batch; they are made anew for each.
     batch_size: rows in a batch over all processes, B.
     seed: of the shuffle.
   """
 
   task: Task
   length: int
+  prompting: Prompting = as_text
   batch_size: int = 256
   seed: int = 0
 
@@ -67,8 +75,9 @@ class Solutions(ShuffledBatches):
         f"{type(self.task).__name__}: is text, and this model has no tokenizer."
         "\nGive it one: FromScratch.tokenizer = @words.WordVocabulary()"
       )
-    rows = _SolutionRows(self.task, tokenizer, self.length)
-    if isinstance(self.task, DrawsAtOnce) and len(self.task):
+    rows = _SolutionRows(self, tokenizer)
+    drawn = isinstance(self.task, DrawsAtOnce) and self.prompting is as_text
+    if drawn and len(self.task):
       rows.fill(self.task.solved())
     return rows
 
@@ -76,8 +85,11 @@ class Solutions(ShuffledBatches):
 class _SolutionRows:
   """Rows that are made when they are read, see `Solutions`."""
 
-  def __init__(self, task: Task, tokenizer: Any, length: int):
-    self._task, self._tokenizer, self._length = task, tokenizer, length
+  def __init__(self, data: Solutions, tokenizer: Any):
+    self._task, self._tokenizer = data.task, tokenizer
+    self._prompting, self._length = data.prompting, data.length
+    task, length = data.task, data.length
+    self._questions: dict[int, str] = {}  # of prompts that have arrays
     self._tokens = np.zeros((len(task), length), np.int32)
     self._prompt = np.zeros(len(task), np.int32)
     self._size = np.zeros(len(task), np.int32)  # 0: not made yet
@@ -98,13 +110,19 @@ class _SolutionRows:
     real, followed = at < size, at < size - 1
     after = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     learned = followed & (at >= self._prompt[indices, None] - 1)
-    return {
+    return self._arrays(indices.tolist()) | {
       "tokens": tokens,
       "targets": np.where(followed, after, np.int32(0)),
       "weights": learned.astype(np.float32),
       "positions": np.where(real, at, np.int32(-1)),
       "segments": np.where(real, np.int32(0), np.int32(-1)),
     }
+
+  def _arrays(self, indices: Sequence[int]) -> Row:
+    if not self._questions:
+      return {}
+    asked = [self._questions[i] for i in indices]
+    return arrays_of([self._prompting(self._tokenizer, x) for x in asked])
 
   def fill(self, found: SolvedProblems) -> None:
     """Makes all rows from what the task has drawn at once.
@@ -127,11 +145,15 @@ class _SolutionRows:
   def _make(self, index: int) -> None:
     problem = self._task[index]
     text = self._task.oracle(problem)
-    found = completion_example(self._tokenizer, problem.prompt, text)
-    size = len(found.tokens)
+    prompt = self._prompting(self._tokenizer, problem.prompt)
+    end = [] if self._tokenizer.eos is None else [self._tokenizer.eos]
+    tokens = [*prompt, *self._tokenizer.encode(text), *end]
+    size = len(tokens)
     self._check(f"problem {problem.id!r}", size)
-    self._tokens[index, :size] = found.tokens
-    self._prompt[index] = size - int(found.loss_mask.sum())
+    self._tokens[index, :size] = tokens
+    self._prompt[index] = len(prompt)
+    if isinstance(prompt, PromptWithArrays):
+      self._questions[index] = problem.prompt
     self._size[index] = size  # last: other threads read
 
   def _check(self, what: str, size: int) -> None:

@@ -21,6 +21,7 @@ from research.vlm.encoders.vit import CHANNELS
 from research.vlm.images.plan import Plan
 from research.vlm.images.preprocessor import describe
 from research.vlm.images.prompts import token_count
+from research.vlm.images.resize import Size
 from research.vlm.masks import BidirectionalPrompt
 from research.vlm.model import VisionLanguageModel
 from research.vlm.presets import Preset
@@ -114,17 +115,20 @@ def encoder_flops(model: VisionLanguageModel, plan: Plan) -> float:
     model: whose encoder it is.
     plan: of the image.
   """
+  return plan.views * _encoder_of_view(model, plan.patches)
+
+
+def _encoder_of_view(model: VisionLanguageModel, grid: Size) -> float:
   vision = model.vision
   depth = max(
     x + vision.stack.depth + 1 if x < 0 else x for x in model.features.layers
   )
-  n = plan.patches[0] * plan.patches[1]
+  n = grid[0] * grid[1]
   flops = 2.0 * n * vision.patch**2 * CHANNELS * vision.width
   n += vision.class_token
   kinds = vision.stack.kinds()[:depth]
   flops += sum(_block(x, vision.width, n) for x in kinds)
-  flops += sum(_scores(x.attention, float(n * n)) for x in kinds)
-  return plan.views * flops
+  return flops + sum(_scores(x.attention, float(n * n)) for x in kinds)
 
 
 def connector_flops(model: VisionLanguageModel, plan: Plan) -> float:
@@ -135,10 +139,29 @@ def connector_flops(model: VisionLanguageModel, plan: Plan) -> float:
       `connectors.projections` do.
     plan: of the image.
   """
+  return plan.views * _connector_of_view(model, plan.patches)
+
+
+def _connector_of_view(model: VisionLanguageModel, grid: Size) -> float:
   shapes = jax.eval_shape(model.new_towers, jax.random.key(0))["connector"]
   matrices = [x for x in jax.tree.leaves(shapes) if x.ndim == 2]
-  each = model.connector.tokens(plan.patches)
-  return 2.0 * plan.views * each * sum(math.prod(x.shape) for x in matrices)
+  each = model.connector.tokens(grid)
+  return 2.0 * each * sum(math.prod(x.shape) for x in matrices)
+
+
+def pixels_flops(
+  model: VisionLanguageModel, shape: tuple[int, int, int, int]
+) -> int:
+  """Returns the FLOPs of making soft tokens of views of one size.
+
+  Args:
+    model: whose encoder and connector these are, as for `connector_flops`.
+    shape: of the pixels, `[V, H, W, 3]`.
+  """
+  views, height, width, _ = shape
+  grid = model.grid(height, width)
+  each = _encoder_of_view(model, grid) + _connector_of_view(model, grid)
+  return int(views * each)
 
 
 def language_flops(

@@ -8,7 +8,7 @@ become soft tokens (`encode`), which stand where the prompt has placeholders
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,23 @@ Connector = (
 TOWERS = ("vision", "connector", "language")
 
 
+@runtime_checkable
+class WithBackbone(Protocol):
+  """A Transformer under another head, such as a `prm.RewardModel`."""
+
+  backbone: Transformer
+
+  def clone(self, *, remat: layers.Remat) -> Any:
+    """Returns the model whose backward passes recompute what `remat` says."""
+
+  def layer_kinds(self) -> tuple[Block, ...]:
+    """Returns each layer's block, first to last."""
+
+  @property
+  def max_positions(self) -> int | None:
+    """The context length."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionLanguageModel:
   """Three modules, and what happens between them.
@@ -71,7 +88,8 @@ class VisionLanguageModel:
   Attributes:
     vision: the encoder.
     connector: makes soft tokens of its features.
-    language: the language model.
+    language: the language model, or what reads its states, such as a reward
+      model.
     features: which activations of the encoder the connector gets.
     image_token: id of the placeholder.
     normalise: of the pixels.
@@ -83,7 +101,7 @@ class VisionLanguageModel:
 
   vision: VisionTransformer
   connector: Connector
-  language: Transformer
+  language: Transformer | WithBackbone
   features: Features = Features()
   image_token: int
   normalise: Normalisation = HALF
@@ -107,6 +125,13 @@ class VisionLanguageModel:
     )
     connector = self.connector.init(own, features, (side, side))["params"]
     return dict(vision=vit.new_params(self.vision, key), connector=connector)
+
+  @property
+  def transformer(self) -> Transformer:
+    """The language model's layers, whatever head is on them."""
+    if isinstance(self.language, Transformer):
+      return self.language
+    return self.language.backbone
 
   def clone(self, *, remat: layers.Remat) -> "VisionLanguageModel":
     """Returns the model whose backward passes recompute what `remat` says."""
@@ -281,7 +306,7 @@ class VisionLanguageModel:
 
   def _placed(self, language, soft, grids, pool=1):
     return self.placement(
-      self.language, language, soft, grids, self.image_token, pool
+      self.transformer, language, soft, grids, self.image_token, pool
     )
 
   def token_source(self) -> generate.TokenSource:

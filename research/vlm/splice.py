@@ -60,6 +60,10 @@ class SplicedEmbedding(weights.WrappedWeight):
     """Returns the table."""
     return weights.dense(self.w)
 
+  def take_rows(self, rows: Int[Array, " N"]) -> "SplicedEmbedding":
+    """Returns the table with the features of chosen rows."""
+    return dataclasses.replace(self, features=self.features[rows])
+
   def axes(self, names: tuple[str | None, ...]) -> "SplicedEmbedding":
     """Returns the logical axis names of the table and of the features."""
     axes = weights.axes(self.w, names)

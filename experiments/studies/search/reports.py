@@ -16,6 +16,7 @@ from experiments.studies.search.systems import System
 from research.search import optimal
 from research.search.estimators import closed_forms, coverage
 from research.search.estimators import pool as estimators
+from research.search.estimators.intervals import paired_difference
 from research.typing import UserError
 
 Found = Callable[[System], list[Row]]
@@ -109,6 +110,79 @@ def _estimate(rows: Sequence[Row], name: str, index: int) -> Mean:
   each = np.array([row["estimates"][name][index] for row in rows], float)
   value, low, high = 100 * each.mean(axis=0)
   return Mean(float(value), float(high - low) / 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Removed:
+  """A system without one of its parts.
+
+  Attributes:
+    part: what is taken out; "" for none.
+    system: what is left.
+    models: steps that trained what it runs: a policy, and a reward model if it
+      has one.
+  """
+
+  part: str
+  system: System
+  models: tuple[System, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ablation(Report):
+  """What each part of a system adds: it, and the same without each part.
+
+  Differences are over problems and seeds, with 95% intervals of a bootstrap.
+
+  Attributes:
+    whole: the system with all of its parts.
+    without: the same without one of them each.
+  """
+
+  whole: Removed
+  without: tuple[Removed, ...]
+
+  @property
+  def systems(self) -> tuple[System, ...]:
+    """Those of all lines, and what trained their models."""
+    every = (self.whole, *self.without)
+    return tuple(x for one in every for x in (one.system, *one.models))
+
+  def lines(self, found: Found) -> Lines:
+    """Returns a line for each part whose rows are there."""
+    whole = found(self.whole.system)
+    if not whole:
+      return []
+    each = systems.each_of(self.whole.system, whole)
+    lines = []
+    for one in (self.whole, *self.without):
+      rows = found(one.system)
+      if not rows:
+        continue
+      own = systems.each_of(one.system, rows)
+      seeds = min(len(own), len(each))
+      apart = paired_difference(own[:seeds], each[:seeds])
+      shown = systems.line(one.system, rows)
+      trained = [found(model) for model in one.models]
+      lines.append(
+        {
+          "without": one.part or "(nothing)",
+          "right, %": shown["right, %"],
+          "points": 100 * apart.value if one.part else "",
+          "from": 100 * apart.low if one.part else "",
+          "to": 100 * apart.high if one.part else "",
+          "MFLOP a problem": shown["MFLOP a problem"],
+          "KB of weights": _kilobytes(trained),
+          "seeds": len(rows),
+        }
+      )
+    return lines
+
+
+def _kilobytes(trained: Sequence[Sequence[Row]]) -> float | str:
+  if not all(trained):
+    return ""
+  return sum(rows[0]["parameter_bytes"] for rows in trained) / 1e3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

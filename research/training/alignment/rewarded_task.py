@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from research.generation import generate
+from research.generation.decoding import PromptMask
 from research.generation.generated import NO_TOKEN
 from research.generation.sampling import GREEDY, Sampling
 from research.training.objectives.preference import Select, all_params
@@ -89,6 +90,7 @@ def sampled(
   stop_tokens: Sequence[int],
   sampling: Sampling,
   key: Array,
+  mask: PromptMask | None = None,
 ) -> list[list[int]]:
   """Returns answers to prompts, each with its stop token if it ended by one.
 
@@ -100,9 +102,10 @@ def sampled(
     stop_tokens: ids that end an answer.
     sampling: of tokens.
     key: of the sampling.
+    mask: what the tokens of a prompt see of each other; None for causal.
   """
   parts = generate.chunks(
-    model, params, prompts, new_tokens, sampling, key, stop_tokens
+    model, params, prompts, new_tokens, sampling, key, stop_tokens, mask=mask
   )
   rows = np.concatenate(list(parts), axis=1)
   return [[t for t in row if t != NO_TOKEN] for row in rows.tolist()]

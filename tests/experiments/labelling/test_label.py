@@ -53,7 +53,9 @@ class Oracle:
 
 
 def test_a_run_labels_what_its_policy_writes(monkeypatch):
-  monkeypatch.setattr(label_run.LabelRun, "_sampler", lambda self: Oracle())
+  monkeypatch.setattr(
+    label_run.LabelRun, "_sampler", lambda self, problems: Oracle()
+  )
   lines = []
   made, cut = labels("ROLLOUTS=4", "SEED=3").run(lines.append)
   assert lines == ["12 solutions of 8 problems"]

@@ -84,11 +84,16 @@ def test_settings_are_those_of_all_that_an_arm_needs():
   assert alone.settings("alone, seed 0") == again.settings("alone, seed 0")
 
 
-def test_countdown_s_experiment_has_what_its_claims_name():
+@pytest.mark.parametrize(
+  "path, arm, setting",
+  [
+    ("runs/search/claims_countdown.gin", "large_pool", "WIDTH = 96"),
+    ("runs/tour/tour.gin", "eyes_frozen", "TRAINABLE = '^(vision|connector)/'"),
+  ],
+)
+def test_an_experiment_has_what_its_claims_name(path, arm, setting):
   """Its arms can be configured, each after those that it needs."""
-  study = config.read(
-    "runs/search/claims_countdown.gin", root=protocol.Run
-  ).experiment.study
+  study = config.read(path, root=protocol.Run).experiment.study
   before = set()
   for step in study.steps:
     used = {x for line in step.set for x in re.findall(r"\{(\w+)\}", line)}
@@ -99,7 +104,7 @@ def test_countdown_s_experiment_has_what_its_claims_name():
     step.name: study.settings(f"{step.name}, seed 0") for step in study.steps
   }
   assert len(set(settings.values())) == len(settings)
-  assert "WIDTH = 96" in settings["large_pool"]
+  assert setting in settings[arm]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,30 @@ def test_budgets_are_a_pool_s_own_estimates():
   assert two["MFLOP a problem"] == 3
 
 
+def test_each_part_s_line_is_what_is_left_without_it():
+  # Seed by seed, the whole is right on what the rest misses.
+  whole = [[1.0] * 8, [1.0] * 8]
+  rest = [[1.0, 0.0] * 4, [0.0, 1.0] * 4]
+  cost = {"flops_policy": 2e6, "flops_verifier": 2e6}
+  rows = {
+    FIRST: [row(each=x, samples=[2], **cost) for x in whole],
+    SECOND: [row(each=x, samples=[2], **cost) for x in rest],
+    POOL: [{"parameter_bytes": 1500}, {"parameter_bytes": 1500}],
+  }
+  none = System(step="none")
+  parts = [
+    reports.Removed(part=part, system=system, models=(POOL, POOL))
+    for part, system in (("", FIRST), ("search", SECOND), ("more", none))
+  ]
+  table = reports.Ablation(whole=parts[0], without=tuple(parts[1:]))
+  every, less = table.lines(lambda x: rows.get(x, []))
+  assert every["without"] == "(nothing)" and every["points"] == ""
+  assert every["right, %"].value == 100 and less["right, %"].value == 50
+  assert less["points"] == -50 and less["from"] <= -50 <= less["to"]
+  assert less["MFLOP a problem"] == 4 and less["KB of weights"] == 3
+  assert not table.lines(lambda x: [])
+
+
 def test_levels_are_those_of_a_pool_that_no_system_shares():
   """One system is good at easy problems only, the other at hard ones only."""
   n = 20

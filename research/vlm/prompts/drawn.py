@@ -1,0 +1,48 @@
+"""Questions that a model reads as a picture: a `reasoning.Prompting`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from research.reasoning.prompting import PromptWithArrays
+from research.typing import UInt8, UserError
+from research.vlm import data
+from research.vlm.images.preprocessor import Preprocessor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawnQuestion:
+  """The picture of a question, then a text that does not depend on it.
+
+  Attributes:
+    draw: the picture of a text, such as a `WordGrid`; it depends on nothing
+      else.
+    preprocessor: the model's, whose views are all of one size.
+    image_token: id of the placeholder.
+    text: after the picture, where the answer begins.
+  """
+
+  draw: Callable[[str], UInt8[np.ndarray, "H W 3"]]
+  preprocessor: Preprocessor
+  image_token: int
+  text: str = ""
+
+  def __post_init__(self):
+    if self.preprocessor.tiling.native_square is not None:
+      raise UserError(
+        "DrawnQuestion.preprocessor: found a tiling that keeps each picture's"
+        " size, expected one whose views are all of one size"
+      )
+
+  def __call__(self, tokenizer: Any, question: str) -> PromptWithArrays:
+    """Returns the placeholders and the text, with `pixels` `[V, H, W, 3]`."""
+    picture = self.draw(question)
+    views = self.preprocessor.plan(*picture.shape[:2]).views
+    made = data.Prompt.from_images([picture], self.preprocessor, views)
+    template = data.Template(question="{question}")
+    ids = data.prompt_ids(
+      self.text, made.pieces, tokenizer, self.image_token, template
+    )
+    return PromptWithArrays(tuple(ids), {"pixels": made.pixels})
