@@ -156,8 +156,8 @@ class Engine:
     # What stands in `generation` knows no ledger.
     if isinstance(self.policy, Stepwise):
       reader = self.policy.reader
-      beside = 0 if reader is None else reader.flops
-      return AutoregressiveCost(model_cost(self.policy.model), beside)
+      more = 0 if reader is None else reader.flops
+      return AutoregressiveCost(model_cost(self.policy.model), more)
     return self.policy
 
   def prompt_cost(self, tokens: int) -> Ledger:

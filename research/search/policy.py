@@ -125,15 +125,15 @@ class AutoregressiveCost:
 
   Attributes:
     model: the policy's.
-    beside: FLOPs of what is read beside a prompt's tokens, such as an image.
+    prompt_flops: of what is read besides a prompt's tokens, such as an image.
   """
 
   model: ModelCost
-  beside: float | int = 0
+  prompt_flops: float | int = 0
 
   def prompt(self, tokens: int) -> Ledger:
     """Returns the cost of a prompt and of its last token's logits."""
-    return prefill(self.model, tokens) + Ledger(flops_policy=self.beside)
+    return prefill(self.model, tokens) + Ledger(flops_policy=self.prompt_flops)
 
   def steps(self, paths: Sequence[Path], drawn: Drawn) -> list[Ledger]:
     """Returns the cost of each path's step; see `PolicyCost`.
