@@ -6,7 +6,6 @@ A launcher for a cluster writes what the cluster's own engine takes (`slurm`,
 
 import collections
 import contextlib
-import dataclasses
 import shutil
 import signal
 import subprocess
@@ -27,7 +26,6 @@ FAILURES = 1
 """How often a failed unit is restarted, after all others."""
 
 
-@dataclasses.dataclass
 class _Try:
   """A unit that waits or runs, and what has happened to it.
 
@@ -38,11 +36,11 @@ class _Try:
     process: that runs it.
   """
 
-  work: Work
-  preempted: int = 0
-  failed: int = 0
-  begin: float = 0.0
-  process: subprocess.Popen | None = None
+  def __init__(self, work: Work):
+    self.work = work
+    self.preempted = self.failed = 0
+    self.begin = 0.0
+    self.process: subprocess.Popen | None = None
 
 
 def local(

@@ -27,12 +27,24 @@ LEARNING_RATE = 1e-3
 PAGE = (
   pathlib.Path(__file__).resolve().parents[3] / "research/data/README.md"
 ).read_text("utf-8")
+ELSEWHERE = {
+  # Batches that the policy samples itself.
+  "additions",
+  "chain_sum_rewards",
+  "countdown_scored",
+  # Problems with a vocabulary of their own, and labels of them.
+  "chain",
+  "countdown",
+  "digit_chain",
+  "labelled_steps",
+  # Pictures, whose run files bind the rest: tests of research/vlm.
+  "captions",
+  "image_jsonl",
+  "mixed_images",
+  "pictures",
+}
 NAMES = sorted(
-  p.stem
-  for p in config.CONFIGS.glob("data/*.gin")
-  # Batches that the policy samples itself; problems with a vocabulary of their
-  # own, and labels of them (experiments/labelling).
-  if p.stem not in ("additions", "chain", "countdown", "labelled_steps")
+  p.stem for p in config.CONFIGS.glob("data/*.gin") if p.stem not in ELSEWHERE
 )
 
 

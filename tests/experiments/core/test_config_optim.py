@@ -24,6 +24,8 @@ WARMUP = 1
 NAMES = sorted(p.stem for p in config.CONFIGS.glob("optim/*.gin"))
 GIVEN = {
   "adamw_stages": ["LATER_RATE=5e-3", "LATER_STEP=3"],
+  "by_tower": ["VISION_RATE=1e-2"],
+  "rsqrt_by_tower": ["VISION_WARMUP=1"],
   "qgalore_cosine": ["GROUP=8"],
   "relora": ["RESTART=2", "REWARM=1"],
 }
@@ -38,11 +40,12 @@ class Product:
     for layer in range(2):
       one = jax.tree.map(lambda leaf, n=layer: leaf[n], w)
       x = jnp.tanh(x @ weights.dense(one))
-    error = ((x @ params["embed"].T - batch["y"]) ** 2).sum()
+    tower = params.get("vision", params)
+    error = ((x @ tower["embed"].T - batch["y"]) ** 2).sum()
     return error, jnp.float32(len(x)), {}
 
 
-def params(adapted):
+def params(adapted, towers=False):
   rng = np.random.default_rng(0)
 
   def draw(*shape):
@@ -51,10 +54,9 @@ def params(adapted):
   q = draw(2, 8, 8)
   if adapted:
     q = lora(q, draw(2, 2, 8) / 3, jnp.zeros((2, 2, 8)), 2.0)
-  return {
-    "embed": draw(5, 8),
-    "run0": {"layer0": {"attention": {"q": q}}},
-  }
+  embed = {"embed": draw(5, 8)}
+  layers = {"run0": {"layer0": {"attention": {"q": q}}}}
+  return layers | ({"vision": embed} if towers else embed)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,7 +68,7 @@ def test_optimizers_lower_a_loss(name):
   alone = ("lora", "riemannian", "relora")
   adapted = name.startswith(alone)
   start = state.create(
-    params(adapted),
+    params(adapted, towers=name.endswith("by_tower")),
     "/trained/" if adapted else ".",
     made.optimizer,
     transformed=made.transformed,
