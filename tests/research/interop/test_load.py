@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
 from research.interop import convert, load, native, sources, vision
 from research.interop.loaded import Loaded, TokenizerOf
@@ -175,7 +176,7 @@ def test_a_tokenizer_comes_without_weights():
       pytest.fail("it reads the weights")
 
     def load_abstract(self):
-      return Loaded(None, {}, self.tokenizer, {})
+      return Loaded(nn.Dense(1), {}, self.tokenizer, {})
 
   words = object()
   assert TokenizerOf(source=Source(words)).load() is words

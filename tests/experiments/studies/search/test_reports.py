@@ -172,7 +172,7 @@ def test_the_experiment_on_labels_can_be_configured():
 def test_the_study_of_sums_can_be_configured():
   """What GRPO teaches is searched, and does not practise what is asked."""
   study = config.read(
-    "runs/search/claims_chain_sum_smollm2.gin", root=protocol.Run
+    "runs/search/claims_grpo_smollm2.gin", ["SEEDS=1"], root=protocol.Run
   ).experiment.study
   before, grpo, after = (study.settings(arm) for arm in study.arms)
   assert "VerifiedTask.excluding = @heldout/gym.Gym()" in grpo
