@@ -10,9 +10,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
 from research.interop import convert, load, native, sources, vision
-from research.interop.loaded import Loaded
+from research.interop.loaded import Loaded, TokenizerOf
 from research.io import safetensors
 from research.quant import qtensor
 from research.quant.formats.affine import Affine
@@ -162,3 +163,22 @@ def test_an_adapter_of_an_adapter(tmp_path, adapter):
 def test_a_run_that_has_not_finished(tmp_path):
   (tmp_path / "config.gin").write_text("")
   assert "has not written" in message(tmp_path)
+
+
+def test_a_tokenizer_comes_without_weights():
+  class Source:
+    """Asked for shapes, it reads nothing."""
+
+    def __init__(self, tokenizer):
+      self.tokenizer = tokenizer
+
+    def load(self, shardings=None):
+      pytest.fail("it reads the weights")
+
+    def load_abstract(self):
+      return Loaded(nn.Dense(1), {}, self.tokenizer, {})
+
+  words = object()
+  assert TokenizerOf(source=Source(words)).load() is words
+  with pytest.raises(UserError, match="a model without a tokenizer"):
+    TokenizerOf(source=Source(None)).load()

@@ -167,3 +167,15 @@ def test_the_experiment_on_labels_can_be_configured():
     assert f"free_verifiers.ExactSteps.right={noisy.right}" in step.set
     assert f"free_verifiers.ExactSteps.wrong={noisy.wrong}" in step.set
   assert [len(x) for x in study.tables({})] == [0] * 7
+
+
+def test_the_study_of_sums_can_be_configured():
+  """What GRPO teaches is searched, and does not practise what is asked."""
+  study = config.read(
+    "runs/search/claims_grpo_smollm2.gin", ["SEEDS=1"], root=protocol.Run
+  ).experiment.study
+  before, grpo, after = (study.settings(arm) for arm in study.arms)
+  assert "VerifiedTask.excluding = @heldout/gym.Gym()" in grpo
+  assert "heldout/gym.Gym.split = 'heldout'" in grpo
+  assert "POLICY = @experiment.Pretrained()" in before
+  assert "Trained.workdir = 'grpo'" in after and grpo in after
