@@ -90,7 +90,8 @@ def test_optimizers_lower_a_loss(name):
     )
     losses.append(float(metrics["loss"]))
   assert losses[-1] < losses[0]
-  assert np.isfinite(losses).all() and "learning_rate" in metrics
+  assert np.isfinite(losses).all()
+  assert any(x.split("/")[0] == "learning_rate" for x in metrics)
 
 
 def without_frozen(at):
