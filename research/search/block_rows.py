@@ -46,7 +46,7 @@ class BlockRows:
     """Returns the parameters that read these rows, of the common ones."""
     if self.sees is None:
       return common
-    return weights.take_rows(self.sees, self.prompt)
+    return weights.take_rows(self.sees, jnp.asarray(self.prompt, jnp.int32))
 
   def select(
     self, rows: Int[np.ndarray, " N"], branch: Int[np.ndarray, " N"]

@@ -161,7 +161,7 @@ def test_labels_and_losses_of_pictures(tmp_path, monkeypatch):
   path = tmp_path / "labels.jsonl"
   formats.write(str(path), made, formats.FORMATS["native"])
   data = LabelledRows(paths=str(path), length=16, prompting=DRAWN)
-  batch = data.rows(WORDS).take(np.arange(3))
+  batch = jax.tree.map(jnp.asarray, data.rows(WORDS).take(np.arange(3)))
   loaded = rewards.WithHead(backbone=Source(), seed=2).load()
   loss = WithImages(model=loaded.model, objective=StepReward())
   total, weight, found = loss(loaded.params, batch, None)
@@ -212,7 +212,7 @@ def test_a_diffusion_policy_fills_blocks_with_its_picture_in_sight():
     see = vlm.with_images(
       support_vlm.params(), jnp.asarray(prompt.arrays["pixels"][None])
     )
-    row = [*prompt, *[mask] * NEW]
+    row, log_prob = [*prompt, *[mask] * NEW], 0.0
     for step in range(NEW):
       # The surest place of the first block that has a mask.
       start = len(prompt) + step // block * block
@@ -221,10 +221,13 @@ def test_a_diffusion_policy_fills_blocks_with_its_picture_in_sight():
       open_ = [i for i in range(start, start + block) if row[i] == mask]
       at = max(open_, key=lambda i: chances[i].max())
       row[at] = int(chances[at].argmax())
+      log_prob += float(np.log(chances[at].max()))
     assert sample.trace.text == WORDS.decode(row[len(prompt) :])
+    assert sample.trace.logprob_sum == pytest.approx(log_prob, abs=1e-4)
     assert one.prompt_ledger.flops_policy > 0
-  texts = {one.samples[0].trace.text for one in found}
-  assert len(texts) > 1
+  # The pictures differ alone, and so do the chances of what is filled in.
+  sums = [one.samples[0].trace.logprob_sum for one in found]
+  assert np.abs(np.diff(sums)).min() > 1e-3
 
 
 def _logits(model, params, row):
