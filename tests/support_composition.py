@@ -270,6 +270,16 @@ class _Teacher:
     return self.params
 
 
+def _judging(network):
+  """Returns the model with two words of its vocabulary for scores."""
+  if isinstance(network, VisionLanguageModel):
+    language = _judging(network.language)
+    return dataclasses.replace(network, language=language)
+  if isinstance(network, Transformer):
+    return GenerativeReward(backbone=network, right=1, wrong=2)
+  return network
+
+
 # Ratios of a policy that has not sampled: no gradient may be clipped.
 _SURROGATE = Surrogate(clip=Clip(lower=0.999, upper=1e6))
 
@@ -287,8 +297,8 @@ def loss(name: str, kind: str, width: int, pairs: bool = False) -> Any:
   network, mask = model(kind, width), -1
   if kind in ("diffusion", "vision"):
     mask = MASK
-  if name == "StepReward" and kind in ("dense", "gemma", "experts"):
-    network = GenerativeReward(backbone=network, right=1, wrong=2)
+  if name == "StepReward":
+    network = _judging(network)
   parts = {"reference": wrap.disable}
   if pairs:
     parts = {"policy": Part("policy"), "reference": Part("reference")}

@@ -79,10 +79,6 @@ REFUSED = {  # two values -> the error
     for objective in matrix.OBJECTIVES
     if objective != "StepReward"
   },
-  ("vision", "StepReward"): Refusal(
-    "StepReward.model: found Transformer",
-    "refused: a reward model reads no images",
-  ),
   **{
     ("vision", objective): Refusal(
       f"WithImages.objective: found {objective}",
