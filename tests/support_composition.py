@@ -151,9 +151,15 @@ def width(case: Case) -> int:
   return 256 if case["quantizer"] == "Q4_K" else 32
 
 
+def network_of(kind: str, objective: str) -> str:
+  """Returns the network's kind: images need a head of their own for scores."""
+  judges = kind == "vision" and objective == "StepReward"
+  return "vision with a head" if judges else kind
+
+
 @functools.cache
 def model(kind: str, width: int) -> Any:
-  """Returns a network of two layers."""
+  """Returns a network of two layers; see `network_of`."""
   sizes = dict(
     vocab=VOCAB,
     width=width,
@@ -177,6 +183,8 @@ def model(kind: str, width: int) -> Any:
   language = support.model("llama", **sizes)
   if kind == "dense":
     return language
+  if kind == "vision with a head":
+    language = RewardModel(backbone=language)
   encoder = EncoderSizes(
     width=width, depth=2, heads=2, hidden=2 * width, patch=4, grid=4
   )
@@ -270,16 +278,6 @@ class _Teacher:
     return self.params
 
 
-def _judging(network):
-  """Returns the model with two words of its vocabulary for scores."""
-  if isinstance(network, VisionLanguageModel):
-    language = _judging(network.language)
-    return dataclasses.replace(network, language=language)
-  if isinstance(network, Transformer):
-    return GenerativeReward(backbone=network, right=1, wrong=2)
-  return network
-
-
 # Ratios of a policy that has not sampled: no gradient may be clipped.
 _SURROGATE = Surrogate(clip=Clip(lower=0.999, upper=1e6))
 
@@ -294,11 +292,11 @@ def loss(name: str, kind: str, width: int, pairs: bool = False) -> Any:
     pairs: whether policy and reference are two parts of one tree; otherwise
       the reference is the policy without its adapters.
   """
-  network, mask = model(kind, width), -1
+  network, mask = model(network_of(kind, name), width), -1
   if kind in ("diffusion", "vision"):
     mask = MASK
-  if name == "StepReward":
-    network = _judging(network)
+  if name == "StepReward" and isinstance(network, Transformer):
+    network = GenerativeReward(backbone=network, right=1, wrong=2)
   parts = {"reference": wrap.disable}
   if pairs:
     parts = {"policy": Part("policy"), "reference": Part("reference")}
@@ -418,7 +416,8 @@ class Cell:
 def cell(case: Case) -> Cell:
   """Builds a case; compiles no step."""
   kind, size = case["kind"], width(case)
-  bare = quantized(case, params(kind, size))
+  network = network_of(kind, case["objective"])
+  bare = quantized(case, params(network, size))
   full, base = adapted(case, bare), None
   pairs = case["objective"] in PAIRS
   alone = case["adapter"] == "none"
