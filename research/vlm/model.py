@@ -70,6 +70,9 @@ class WithBackbone(Protocol):
 
   backbone: Transformer
 
+  def init(self, key: PRNGKey) -> dict[str, Any]:
+    """Returns new parameters."""
+
   def clone(self, *, remat: layers.Remat) -> Any:
     """Returns the model whose backward passes recompute what `remat` says."""
 
@@ -112,8 +115,11 @@ class VisionLanguageModel:
   def init(self, key: PRNGKey) -> dict[str, Any]:
     """Returns new parameters of all three."""
     key, own = jax.random.split(key)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    language = self.language.init(own, tokens)["params"]
+    if isinstance(self.language, Transformer):
+      tokens = jnp.zeros((1, 1), jnp.int32)
+      language = self.language.init(own, tokens)["params"]
+    else:
+      language = self.language.init(own)
     return self.new_towers(key) | {"language": language}
 
   def new_towers(self, key: PRNGKey) -> dict[str, Any]:
