@@ -14,7 +14,7 @@ from research.typing import Int32, UInt8, UserError
 from research.vlm.data import Pixels, Prompt
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.resize import resize
-from research.vlm.scenes.sample import Sample
+from research.vlm.scenes.sample import Samples
 from research.vlm.scenes.task import Task
 
 Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -134,7 +134,7 @@ class Captions(pipeline.ShuffledRows):
     seed: of the shuffle, the templates and the augmentation.
   """
 
-  samples: Sequence[Sample]
+  samples: Samples
   preprocessor: Preprocessor
   length: int
   patches: int | None = None

@@ -6,7 +6,8 @@ check its stratum.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -88,3 +89,11 @@ class Sample:
       x.image == image and colour in ("", x.colour) and name in ("", x.name)
       for x in self.objects
     )
+
+
+if TYPE_CHECKING:
+  Samples = Sequence[Sample]
+else:
+  # A check of types at run time would read one of them: a drawing's time, or a
+  # picture of a package that is not installed.
+  Samples = Sequence

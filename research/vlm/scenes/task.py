@@ -9,7 +9,7 @@ seeds, and questions about one image stay together.
 import abc
 import dataclasses
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, overload
 
 import numpy as np
@@ -18,7 +18,7 @@ from research.data.sources import Split
 from research.typing import UInt8, UserError
 from research.vlm.images.resize import Size
 from research.vlm.scenes.rules import MAJORITY, BestGiven, Rule
-from research.vlm.scenes.sample import Object, Sample
+from research.vlm.scenes.sample import Object, Sample, Samples
 
 _ATTEMPTS = 2000
 _PARTS = 10
@@ -34,7 +34,7 @@ def split_of(objects: Iterable[Object]) -> Split:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task(Sequence[Sample], abc.ABC):
+class Task(Samples, abc.ABC):
   """Samples of a kind of scene; subclasses draw and render them.
 
   Attributes:
