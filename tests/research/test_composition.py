@@ -181,7 +181,8 @@ def _changed(before, after):
     pytest.param(
       case,
       id="-".join(case.values()).replace(" ", "_"),
-      marks=[] if i in FEW else pytest.mark.slow,
+      # A vision language model's program takes as long as all others.
+      marks=[] if i in FEW and case["kind"] != "vision" else pytest.mark.slow,
     )
     for i, case in enumerate(CASES)
   ],
