@@ -181,8 +181,10 @@ def _changed(before, after):
     pytest.param(
       case,
       id="-".join(case.values()).replace(" ", "_"),
-      # A vision language model's program takes as long as all others.
-      marks=[] if i in FEW and case["kind"] != "vision" else pytest.mark.slow,
+      # These programs take as long as all others.
+      marks=[]
+      if i in FEW and case["kind"] not in ("vision", "experts", "gemma")
+      else pytest.mark.slow,
     )
     for i, case in enumerate(CASES)
   ],
