@@ -227,9 +227,10 @@ def take(w: AnyWeight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
   return jnp.take(w, ids, axis=0)
 
 
-def extra_ids(w: AnyWeight) -> tuple[int, ...]:
-  """Returns the ids that `take` accepts besides those of the table's rows."""
-  return w.extra_ids if is_weight(w) else ()
+def extra_ids(params: Params) -> tuple[int, ...]:
+  """Returns a network's ids that are no rows of its embedding, if it has one."""
+  table = params.get("embed")
+  return table.extra_ids if is_weight(table) else ()
 
 
 def ragged_dot(

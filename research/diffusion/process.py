@@ -96,7 +96,7 @@ def without_images(
     tokens: rows.
     maskable: which tokens may be masked.
   """
-  for token in parameters.extra_ids(params["embed"]):
+  for token in parameters.extra_ids(params):
     maskable &= tokens != token
   return maskable
 

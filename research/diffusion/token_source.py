@@ -79,7 +79,7 @@ class DiffusionSource:
       UserError: a prompt is empty, has the mask or ids outside the vocabulary,
         or there is no room for so many tokens.
     """
-    extra = weights.extra_ids(params["embed"])
+    extra = weights.extra_ids(params)
     room = generate.token_limits(model, prompts, max_new_tokens, extra)
     if min(room) < max_new_tokens:
       raise UserError(

@@ -139,7 +139,7 @@ def next_token(
     log p of each under the model, or None.
   """
   logits = model.apply({"params": params}, hidden, method="logits")
-  for extra in weights.extra_ids(params["embed"]):
+  for extra in weights.extra_ids(params):
     if extra < logits.shape[-1]:
       logits = logits.at[..., extra].set(-jnp.inf)
   drawn = samplers.sample(

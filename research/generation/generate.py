@@ -94,7 +94,7 @@ def chunks(
     UserError: a prompt is empty, too long, or has ids outside the vocabulary.
   """
   samplers.check(sampling)
-  extra = weights.extra_ids(params["embed"])
+  extra = weights.extra_ids(params)
   room = token_limits(model, prompts, max_new_tokens, extra)
   tokens, lengths = pad_prompts(prompts)
   inside = np.arange(tokens.shape[1]) < lengths[:, None]

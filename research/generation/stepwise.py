@@ -206,7 +206,7 @@ class Stepwise:
     """Returns the maximum number of new tokens of each prompt, checked."""
     if copies < 1:
       raise UserError(f"copies: found {copies}, expected at least 1")
-    extra = weights.extra_ids(self.params["embed"])
+    extra = weights.extra_ids(self.params)
     return generate.token_limits(self.model, prompts, max_new_tokens, extra)
 
   @property

@@ -420,8 +420,7 @@ class DiffusionPolicy:
         f"max_new_tokens: found {max_new_tokens}, expected a multiple of the"
         f" block of {block} tokens"
       )
-    table = self.params.get("embed")
-    extra = () if table is None else weights.extra_ids(table)
+    extra = weights.extra_ids(self.params)
     generate.token_limits(model, prompts, max_new_tokens, extra)
     layout.check_prompts([list(x) for x in prompts], self.config.mask_id)
     longest, most = max(map(len, prompts)), model.max_positions

@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from tests.crash.kills import ROOT
+from tests.crash import kills
 
 PATIENCE = 300.0
 """Seconds in which each process of a run ends; else that is a failure."""
@@ -84,27 +84,8 @@ def serving(cache: os.PathLike) -> Iterator[Commands]:
     cache: folder of compiled programs. Its own, as JAX does not write them in
       one move: a killed process leaves parts, which no other is to read.
   """
-  environment = os.environ | dict(
-    JAX_PLATFORMS="cpu",
-    JAX_COMPILATION_CACHE_DIR=str(cache),
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-    PYTHONWARNINGS="ignore",
-  )
-  with subprocess.Popen(
-    [sys.executable, "-m", "tests.crash.commands"],
-    cwd=ROOT,
-    env=environment,
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-    start_new_session=True,
-  ) as process:
-    try:
-      yield Commands(process)
-    finally:
-      with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+  with kills.started("tests.crash.commands", cache) as process:
+    yield Commands(process)
 
 
 def _child(argv: Sequence[str], log: str) -> None:

@@ -43,18 +43,24 @@ class Server:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[Server]:
-  """Starts a server; ends it and what it has started."""
-  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache/xla"))
+def started(
+  module: str, cache: str | os.PathLike
+) -> Iterator[subprocess.Popen]:
+  """Starts a module that answers on its pipes; ends it and its children.
+
+  Args:
+    module: run by `python -m`.
+    cache: folder of compiled programs.
+  """
   environment = os.environ | dict(
     JAX_PLATFORMS="cpu",
-    JAX_COMPILATION_CACHE_DIR=cache,
+    JAX_COMPILATION_CACHE_DIR=str(cache),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
     PYTHONWARNINGS="ignore",
   )
   with subprocess.Popen(
-    [sys.executable, "-m", "tests.crash.server"],
+    [sys.executable, "-m", module],
     cwd=ROOT,
     env=environment,
     stdin=subprocess.PIPE,
@@ -63,10 +69,18 @@ def server() -> Iterator[Server]:
     start_new_session=True,
   ) as process:
     try:
-      yield Server(process)
+      yield process
     finally:
       with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def server() -> Iterator[Server]:
+  """Starts a server; ends it and what it has started."""
+  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache/xla"))
+  with started("tests.crash.server", cache) as process:
+    yield Server(process)
 
 
 @dataclasses.dataclass

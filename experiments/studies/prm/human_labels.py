@@ -92,7 +92,7 @@ class HumanLabels(protocol.Study):
         f"HumanLabels.data: found {problems} problems, expected at least"
         f" {self.folds * self.inner}, one for each fold of the folds"
       )
-    return Labelled(found, self.states.of(found, workdir))
+    return Labelled(found, self.states.compute(found, workdir))
 
   def run(self, arm: str, before: Rows, shared: Labelled) -> Row:
     """Returns the scores of all steps, and where first errors are predicted."""

@@ -36,7 +36,7 @@ class FrozenStates:
   between: str = "\n\n"
   tokens: int = 2048
 
-  def of(
+  def compute(
     self, solutions: Sequence[LabelledSolution], folder: pathlib.Path
   ) -> States:
     """Returns the states, from the folder if they are there.

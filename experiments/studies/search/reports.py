@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments.core.stats import Mean, mean
+from experiments.core.stats import Mean
 from experiments.studies.protocol import Lines, Row
 from experiments.studies.search import systems
 from experiments.studies.search.systems import System
 from research.search import optimal
 from research.search.estimators import closed_forms, coverage
-from research.search.estimators import pool as estimators
 from research.search.estimators.intervals import paired_difference
 from research.typing import UserError
 
@@ -56,18 +55,13 @@ class RewardModels(Report):
     return [
       {
         "learned": system.name,
-        "F1 of first errors, %": _over_seeds(rows, "f1"),
-        "AUC, %": _over_seeds(rows, "auc"),
+        "F1 of first errors, %": systems.over_seeds([x["f1"] for x in rows]),
+        "AUC, %": systems.over_seeds([x["auc"] for x in rows]),
         "seeds": len(rows),
       }
       for system in self.systems
       if (rows := found(system))
     ]
-
-
-def _over_seeds(rows: Sequence[Row], name: str) -> Any:
-  values = mean([row[name] for row in rows]).times(100)
-  return values if len(rows) > 1 else values.value  # one seed has no interval
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,9 +310,10 @@ class Extrapolated(Report):
     # What was sampled first is a random subset of all.
     rng = np.random.default_rng(0)
     few = rng.hypergeometric(right[0], samples - right[0], self.fitted)
-    beta = coverage.fit_beta(np.full(len(few), self.fitted), few)
+    sizes = np.full(len(few), self.fitted)
+    beta = coverage.fit_beta(sizes, few)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= self.fitted]
-    law = coverage.fit_power_law(ks, [_cover(self.fitted, few, k) for k in ks])
+    law = coverage.fit_power_law(ks, [_cover(sizes, few, k) for k in ks])
     return [
       {
         "samples": k,
@@ -330,13 +325,9 @@ class Extrapolated(Report):
     ]
 
 
-def _cover(samples: Any, right: np.ndarray, k: int) -> float:
-  n = np.broadcast_to(samples, right.shape)
-  each = [
-    estimators.pass_at_k(int(a), int(c), k)
-    for a, c in zip(n, right, strict=True)
-  ]
-  return float(np.mean(each))
+def _cover(samples: np.ndarray, right: np.ndarray, k: int) -> float:
+  row = {"samples": samples.tolist(), "right": right.tolist()}
+  return float(systems.each_of(System(step="", checked=k), [row]).mean())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.core.stats import mean
+from experiments.core.stats import Mean, mean
 from experiments.studies.protocol import Row, Verdict
 from research.search.estimators import pool as estimators
 from research.search.estimators.intervals import paired_difference
@@ -82,16 +82,20 @@ def flops_of(system: System, rows: Sequence[Row]) -> tuple[float, float]:
   return once + share * (policy - once), 0.0
 
 
+def over_seeds(values: Any) -> Mean | float:
+  """Returns a mean in per cent; one seed has no interval."""
+  found = mean(values).times(100)
+  return found if len(values) > 1 else found.value
+
+
 def line(system: System, rows: Sequence[Row]) -> dict[str, Any]:
   """Returns a system's line of the table."""
   policy, verifier = flops_of(system, rows)
   samples = system.checked or np.mean([row["samples"] for row in rows])
-  accuracy = mean(each_of(system, rows).mean(axis=1)).times(100)
   return {
     "system": system.name,
     "samples": round(float(samples), 1),
-    # One seed has no interval.
-    "right, %": accuracy if len(rows) > 1 else accuracy.value,
+    "right, %": over_seeds(each_of(system, rows).mean(axis=1)),
     "MFLOP a problem": (policy + verifier) / 1e6,
     "of these verifier, %": 100 * verifier / (policy + verifier),
     "seeds": len(rows),

@@ -196,7 +196,7 @@ def test_states_are_those_of_solutions_read_alone(tmp_path, monkeypatch):
     for x in texts
   ]
   reader = states.FrozenStates(model=Tiny(), tokens=128)
-  found = reader.of(given, tmp_path)
+  found = reader.compute(given, tmp_path)
   loaded = Tiny().load()
   read = jax.jit(lambda ids: loaded.model.apply({"params": loaded.params}, ids))
   for one, own in zip(given, found, strict=True):
@@ -206,13 +206,13 @@ def test_states_are_those_of_solutions_read_alone(tmp_path, monkeypatch):
     np.testing.assert_allclose(own, hidden[0, ends], atol=1e-5)
   short = dataclasses.replace(reader, model=Tiny(context=20))
   with pytest.raises(UserError, match="P with 82 tokens, expected at most 20"):
-    short.of(given, tmp_path)
+    short.compute(given, tmp_path)
   # What is stored is not computed again; other texts are.
   monkeypatch.setattr(states, "_hidden", None)
-  again = states.FrozenStates(model=Tiny(), tokens=128).of(given, tmp_path)
+  again = states.FrozenStates(model=Tiny(), tokens=128).compute(given, tmp_path)
   np.testing.assert_array_equal(again[-1], found[-1])
   with pytest.raises(TypeError):
-    reader.of(given[:2], tmp_path)
+    reader.compute(given[:2], tmp_path)
 
 
 # --- the study ---
@@ -232,7 +232,7 @@ class Fake:
 class Planted(states.FrozenStates):
   """Reads no model."""
 
-  def of(self, solutions, folder):
+  def compute(self, solutions, folder):
     return planted(solutions, 0.4).states
 
 
