@@ -228,7 +228,7 @@ def take(w: AnyWeight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
 
 
 def extra_ids(params: Params) -> tuple[int, ...]:
-  """Returns a network's ids that are no rows of its embedding, if it has one."""
+  """Returns a network's ids that are no rows of its embedding, if any."""
   table = params.get("embed")
   return table.extra_ids if is_weight(table) else ()
 
