@@ -101,11 +101,17 @@ class CachedVerifier:
   def read(
     self, state: Cache, paths: Sequence[Path], new: Int[np.ndarray, "R C"]
   ) -> tuple[Cache, Float[np.ndarray, " R"]]:
-    """Returns the state after new tokens, and the scores; see `Verifier`."""
+    """Returns the state after new tokens, and the scores; see `Verifier`.
+
+    Raises:
+      ValueError: for more tokens than `start` made room for, whose keys would
+        overwrite those of the prompt.
+    """
     del paths
     tokens, counts = generate.pad_prompts(
       [row[row != NO_TOKEN].tolist() for row in new]
     )
+    self._check_room(state, counts)
     state, scores = _read(
       self.model,
       self.params,
@@ -117,6 +123,14 @@ class CachedVerifier:
     )
     return state, np.asarray(scores)
 
+  def _check_room(self, state: Cache, counts: Int[np.ndarray, " R"]) -> None:
+    end = int(np.max(np.asarray(state.length) + counts)) + len(self.separator)
+    if end > state.capacity and _has_full_attention(self.model, self.params):
+      raise ValueError(
+        f"verifier: found {end} tokens, expected at most {state.capacity}, for"
+        " which `start` made room; give it a larger max_new_tokens"
+      )
+
   def select(self, state: Cache, rows: Sequence[int]) -> Cache:
     """Returns the state of chosen rows."""
     return _select(state, np.array(rows, np.int32))
@@ -124,6 +138,14 @@ class CachedVerifier:
   def store(self, state: Cache, new: Cache, rows: Sequence[int]) -> Cache:
     """Returns the state with rows of `new` in place of some."""
     return _store(state, new, np.array(rows, np.int32))
+
+
+def _has_full_attention(model: Transformer, params: Params) -> bool:
+  """Whether a layer stores all positions; a ring buffer never overflows."""
+  runs = model.stack.runs(params)
+  return any(
+    block.attention.window is None for *_, blocks in runs for block in blocks
+  )
 
 
 @functools.partial(

@@ -75,3 +75,12 @@ def test_a_context_that_is_too_short_is_refused():
   it = CachedVerifier(model=model, params={}, head=head)
   with pytest.raises(UserError, match="up to 5 tokens and 9 new ones"):
     it.start([[1] * 5], 1, 9)
+
+
+def test_tokens_past_its_room_are_refused():
+  it = verifier()
+  state = it.start([[1] * 5], 1, 3)
+  new = np.full((1, state.capacity - 5), 2, np.int32)
+  state, _ = it.read(state, [], new)
+  with pytest.raises(ValueError, match=r"found 17 tokens, expected at most 16"):
+    it.read(state, [], new[:, :1])
