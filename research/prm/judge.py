@@ -51,8 +51,11 @@ def score_solutions(
       length and number of steps are powers of two: calls share programs.
     prompting: what the model reads of a solution's prompt.
   """
+  # Solutions of one problem share its prompt, and a picture is drawn once.
+  prompts = {x.prompt: prompting(tokenizer, x.prompt) for x in solutions}
   encoded = [
-    rows.encode(one, tokenizer, separator, prompting) for one in solutions
+    rows.encode(x, tokenizer, separator, lambda _, prompt: prompts[prompt])
+    for x in solutions
   ]
   length = _power_of_two(max((len(x.tokens) for x in encoded), default=1))
   most = _power_of_two(max((len(x.ends) for x in encoded), default=1))
@@ -68,8 +71,7 @@ def score_solutions(
     if isinstance(model, SeesImages):
       asked = [x.prompt for x in solutions[part]]
       asked += asked[-1:] * fill[0][1]
-      prompts = [prompting(tokenizer, x) for x in asked]
-      pixels = arrays_of(prompts)["pixels"]
+      pixels = arrays_of([prompts[x] for x in asked])["pixels"]
       own = model.with_images_compiled(params, jnp.asarray(pixels))
       reward = model.language
     scores = reward.scores(
