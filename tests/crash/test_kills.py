@@ -38,7 +38,7 @@ def whole(server, tmp_path_factory):
 
 
 @pytest.mark.parametrize("place", ["disk", "tmpfs"])
-@pytest.mark.sample(2)
+@pytest.mark.slow
 def test_drawn_kills(server, whole, tmp_path, place, capsys):
   if place == "tmpfs" and not TMPFS.is_dir():
     pytest.skip("needs /dev/shm")

@@ -85,6 +85,7 @@ def test_a_prompt_may_end_within_a_block(command):
 PROMPTS = "the dog", "the cat sat on the mat", "a"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "flags"),
   [
@@ -204,6 +205,7 @@ def test_ends_last_are_kept_but_come_last(
   assert found["never"] == (0, 0)
 
 
+@pytest.mark.slow
 def test_edits_change_what_is_filled(command):
   """Where nothing else is likely enough, nothing; else the model's text."""
   flags = "--block=8", "--policy=threshold:0.01"

@@ -65,6 +65,7 @@ def test_workdir_holds_what_the_readme_says(finished):
   assert config.read(str(workdir / "config.gin")).experiment.plan.steps == 4
 
 
+@pytest.mark.slow
 def test_adapter_is_the_trained_one(finished):
   workdir, result = finished
   loaded = load.load_model(workdir)

@@ -117,6 +117,7 @@ def test_two_processes_of_two_devices_are_one_of_four(whole, folder):
   assert "fsdp" in table and "bytes/device" in table
 
 
+@pytest.mark.slow
 def test_evaluation_by_two_processes(whole):
   _, result, found = whole
   # In bits: the same program on the same devices.

@@ -183,7 +183,7 @@ def _changed(before, after):
       id="-".join(case.values()).replace(" ", "_"),
       # These programs take as long as all others.
       marks=[]
-      if i in FEW and case["kind"] not in ("vision", "experts", "gemma")
+      if i in FEW and case["kind"] in ("dense", "reward")
       else pytest.mark.slow,
     )
     for i, case in enumerate(CASES)

@@ -165,6 +165,7 @@ def test_a_ring_passes_keys_and_values_and_gathers_none():
   assert not [s for s in gathered if len(s) == 4]
 
 
+@pytest.mark.slow
 def test_heads_are_exchanged_for_tokens():
   found = collectives("plain", "ulysses")
   moved = [c for c in found if c.kind == "all-to-all"]

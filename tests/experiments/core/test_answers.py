@@ -25,6 +25,7 @@ def evaluated(capsys, *flags):
   return json.loads(said.out.splitlines()[-1]), said.err
 
 
+@pytest.mark.slow
 def test_answers_are_reported_beside_their_baselines(capsys):
   result, said = evaluated(capsys, *FLAGS)
   found = result["answers"]

@@ -27,6 +27,7 @@ def evaluated(capsys, *flags):
   return json.loads(said.out.splitlines()[-1])["answers"], said.err
 
 
+@pytest.mark.slow
 def test_names_of_digits_are_reported_beside_chance(capsys):
   found, said = evaluated(capsys, *FLAGS)
   systems = found["caption"]["systems"]

@@ -96,6 +96,7 @@ def test_settings_are_checked():
     labels("label_run.LabelRun.segmenter=line")
 
 
+@pytest.mark.slow
 def test_a_policy_becomes_a_reward_model(tmp_path):
   policy, prm, file = (tmp_path / x for x in ("policy", "prm", "labels.jsonl"))
   none = [f"experiment.Experiment.{x}=None" for x in ("answers", "validation")]

@@ -100,6 +100,7 @@ def _verifier(whole, sizes):
   )
 
 
+@pytest.mark.slow
 def test_a_search_holds_both_models_and_adds_their_seconds(topology, whole):
   search = plan_search.parse_search("2x2x32+16")
   assert search == plan_search.SearchRows(

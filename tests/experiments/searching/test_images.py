@@ -134,6 +134,7 @@ class Ends:
     return getattr(WORDS, name)
 
 
+@pytest.mark.slow
 def test_labels_and_losses_of_pictures(tmp_path, monkeypatch):
   run = LabelRun(
     task=TASK,
@@ -201,6 +202,7 @@ def test_a_policy_that_reads_pictures_is_asked_with_pictures():
     next(sampling.batches(run))
 
 
+@pytest.mark.slow
 def test_a_diffusion_policy_fills_blocks_with_its_picture_in_sight():
   mask, block = 66, 3
   config = SamplerConfig(mask_id=mask, block=block, length=NEW)

@@ -114,7 +114,7 @@ SEARCHES = {
   "TreeSearch": ("STRATEGY=@tree.TreeSearch()",),
   "Beam, lookahead": ("STRATEGY=@beam.Beam()", "LOOKAHEAD=1"),
 }
-SLOW = "Beam, lookahead", "Rebase"
+SLOW = "Beam, lookahead", "Rebase", "TreeSearch"
 """Those whose programs others compile as well."""
 
 

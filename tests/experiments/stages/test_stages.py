@@ -165,6 +165,7 @@ def test_a_result_is_that_of_a_run():
 # --- a run ---
 
 
+@pytest.mark.slow
 def test_it_is_two_undisturbed_trainings_with_no_file_between(whole, tmp_path):
   """Weights that were never saved, handed over in memory: the same bits."""
   workdir, _ = whole

@@ -68,11 +68,11 @@ def dry_run(tmp_path, platform, only):
   return lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", CHIPS)
 @pytest.mark.parametrize(
   "only", [QUICK, pytest.param("", marks=pytest.mark.slow)], ids=["", "all"]
 )
-@pytest.mark.sample(5)
 def test_dry_run_runs_all_jobs_with_only_jax_installed(
   tmp_path, platform, only
 ):

@@ -75,6 +75,7 @@ def network():
   return model, support.params(model)
 
 
+@pytest.mark.slow
 def test_value_and_gradient_are_those_of_the_bound():
   """Of w too, which decides what is masked."""
   model, params = network()

@@ -110,8 +110,8 @@ CHANGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-@pytest.mark.sample(5, 1)
 def test_in_expectation_it_is_the_bound_of_any_schedule(change):
   """Draws without the network, whose losses of all sets are known.
 

@@ -33,6 +33,7 @@ def decoded(model, params, tokens):
   return run(params, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("family", "layout"),
   [
@@ -42,7 +43,6 @@ def decoded(model, params, tokens):
     ("experts", "expert"),
   ],
 )
-@pytest.mark.sample(4)
 def test_logits_with_a_cache_are_one_devices(family, layout):
   model = (
     support_mesh.model("experts")

@@ -123,6 +123,7 @@ def test_planning_needs_no_data(kind):
   chex.assert_trees_all_equal_shapes_and_dtypes(planned, adapted(kind))
 
 
+@pytest.mark.slow
 def test_gradients_are_of_the_mean_loss():
   addresses = [address for address, _ in rows(params())]
   got = LOOKS[LoRAGA].with_model(LOADED)(params(), addresses, KEY)
@@ -168,8 +169,8 @@ def cosine(a, b):
   return jnp.vdot(a, b) / jnp.linalg.norm(a) / jnp.linalg.norm(b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["instruction", "knowledge"])
-@pytest.mark.sample(2)
 def test_corda_is_the_decomposition_by_its_inputs(keep):
   """In fp64, as PEFT has it, of `W [out, in]` and the covariance."""
   addresses = [address for address, _ in rows(params())]

@@ -58,6 +58,7 @@ def test_errors_fall_as_lora_md_9_2_has_them():
   assert other == pytest.approx(loftq[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_one_step_is_the_best_correction_of_the_plain_codes():
   w = spread()
   q, _, _ = fit(w, RANK, SCALE, 1, "codes")

@@ -123,6 +123,7 @@ def in_one_call():
 
 
 @pytest.mark.parametrize("name", CACHES)
+@pytest.mark.sample(2, 1)
 def test_pieces_then_steps_are_one_forward_pass(name):
   model, params, want = in_one_call()
   cache, got = CACHES[name](model, params), [[] for _ in range(ROWS)]

@@ -32,6 +32,7 @@ def batch(model):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("family", "kind"),
   [
@@ -41,7 +42,6 @@ def batch(model):
     pytest.param("gemma2", BlockDiffusion, marks=pytest.mark.slow),
   ],
 )
-@pytest.mark.sample(2)
 def test_losses_and_gradients_are_the_same(kind, family):
   """For stacked layers, and for a split last layer with a deferred MLP."""
   model = support.model(family, depth=2)

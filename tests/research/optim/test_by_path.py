@@ -110,6 +110,7 @@ def test_what_is_frozen_has_no_state_and_no_share_of_the_norm():
   chex.assert_trees_all_close(got, want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_logs_each_rate_and_resumes_bitwise(line, tmp_path):
   objective, params, numbers = line
   tx = by_path([("w", VISION), ("base", TEXT)])

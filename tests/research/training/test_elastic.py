@@ -84,6 +84,7 @@ def whole(tmp_path_factory):
   return workdir, go_on(workdir, "4", WHOLE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "legs",
   [
@@ -131,7 +132,9 @@ def test_a_state_moves_between_meshes_bitwise(whole, tmp_path):
   assert run.numbers(tmp_path) == run.numbers(folder)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+  "accumulate", [1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_a_mesh_that_does_not_divide_the_batch_is_refused(
   tmp_path, monkeypatch, accumulate
 ):

@@ -115,6 +115,7 @@ def test_as_many_programs_as_buckets(tmp_path, caplog):
     assert "flops" in line
 
 
+@pytest.mark.slow
 def test_tokens_are_those_without_padding(tmp_path):
   out = run(tmp_path, 8)
   batches = bucketing.training(BUCKETS, seed=3)

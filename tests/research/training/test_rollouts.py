@@ -79,6 +79,7 @@ def test_three_steps_and_three_are_six(updates, tmp_path):
   assert (position["round"] is None) == (3 % updates == 0)
 
 
+@pytest.mark.slow
 def test_another_policy_has_other_data(tmp_path):
   """The test above can fail: data of the first parameters end elsewhere."""
   whole, _ = fit(tmp_path / "whole", 1)

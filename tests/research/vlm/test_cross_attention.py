@@ -281,6 +281,7 @@ def test_a_vision_language_model_with_images_beside_its_text():
   assert abs(found - expected) > 1e-4
 
 
+@pytest.mark.slow
 def test_packed_samples_have_the_gradient_of_those_alone():
   """A row of two samples and their two images; rows do not share images."""
   model, given, loss = seeing()

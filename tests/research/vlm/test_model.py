@@ -128,6 +128,7 @@ def test_any_objective_that_takes_a_mask_has_the_models():
   assert same == 1
 
 
+@pytest.mark.slow
 def test_masked_diffusion_sees_images_too():
   """All may be masked but placeholders, which would shift their features."""
   objective = MaskedDiffusion(mask_id=2)
@@ -183,6 +184,7 @@ def test_answers_are_those_of_full_forward_passes():
     assert text.split() == [names.get(i, f"w{i}") for i in new[:end]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "sizes",
   [

@@ -188,6 +188,7 @@ class Tiny:
     return Loaded(model, params, IdWords(), {})
 
 
+@pytest.mark.slow
 def test_states_are_those_of_solutions_read_alone(tmp_path, monkeypatch):
   # Of 82 tokens and of 3 and 4, which are a batch.
   texts = ("1 2 " * 40, "3"), ("4\n\n", "5"), ("4\n\n", "6 7")

@@ -199,6 +199,7 @@ def test_shared_masks_cost_less_noise():
   assert spread(True) < 0.01 * spread(False)
 
 
+@pytest.mark.slow
 def test_objectives_ask_as_they_are_told(monkeypatch):
   """Of the model's blocks, at the schedule's times."""
   model, params = network()

@@ -386,6 +386,7 @@ def test_calls_are_forward_passes(weight, each):
     assert got.filled.max() == 7  # a step is a step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "weight", [pytest.param(0.0, marks=pytest.mark.slow), 1.5]
 )

@@ -61,6 +61,7 @@ def test_logits_are_the_peer_s_and_files_come_back(name, tmp_path):
   assert after == before
 
 
+@pytest.mark.slow
 def test_a_new_model_is_described_by_itself(tmp_path):
   """Without a config.json of its source; adapters of the head are merged."""
   model, params, _ = rewards.load_reward_model(GOLDEN / "tokens")

@@ -73,6 +73,7 @@ def exact(loaded, ids, first, guidance=0.0, prompt=None) -> float:
   return total / length
 
 
+@pytest.mark.slow
 def test_the_estimate_is_of_the_bound(loaded):
   context, continuation = [0, 9, 10, 11], [12, 13, 14]
   want = exact(loaded, [*context, *continuation], 4)
@@ -211,8 +212,8 @@ def test_greedy_is_asked_for(loaded):
   assert [greedy for _, greedy in found] == [False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [None, 4])
-@pytest.mark.sample(2)
 def test_generate_until(loaded, block):
   it = dataclasses.replace(
     loaded, diffusion=dataclasses.replace(loaded.diffusion, block=block)

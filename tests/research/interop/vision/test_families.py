@@ -68,6 +68,7 @@ def test_vectors_and_their_products(name, opened):
   assert_close(scale * images @ texts.T + bias, golden["logits_per_image"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTRASTIVE)
 def test_a_directory_s_encoder_starts_a_new_model(name, tmp_path, opened):
   fields = config(name)["vision_config"]

@@ -228,6 +228,7 @@ def test_a_preprocessor_of_other_squares_is_refused(opened, tmp_path):
     load.load_model(tmp_path, towers="all")
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_of_rows_with_images(opened):
   """The loss is that of transformers' logits; all towers learn."""
   name = "qwen3_vl"

@@ -47,6 +47,7 @@ def two_towers():
   return Source(DualEncoder(image=image, text=text), {"image": params})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vision language", "contrastive"])
 def test_it_starts_with_the_weights_of_a_trained_encoder(kind):
   if kind == "contrastive":

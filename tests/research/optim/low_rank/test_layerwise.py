@@ -49,6 +49,7 @@ def follow(model, tx, parts=1, steps=4, start=None):
   return held, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "family, parts",
   [pytest.param("llama", 1, marks=pytest.mark.slow), ("mixtral", 2)],

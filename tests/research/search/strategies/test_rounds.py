@@ -103,6 +103,7 @@ def test_each_round_shows_earlier_solutions(shown, every):
 # --- budgets -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_early_end_is_replaced_and_a_late_one_forced():
   """Against greedy generation from the texts so far."""
   policy = dataclasses.replace(shared.policy(), sampling=GREEDY)
