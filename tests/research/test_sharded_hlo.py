@@ -33,6 +33,7 @@ def large(found):
   return [c for c in found if c.largest > WIDTH]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 @pytest.mark.sample(13)
 def test_no_stack_of_weights_travels(kind, layout):
@@ -100,6 +101,7 @@ def test_fsdp_gathers_single_layers_in_the_loop_over_layers():
   assert not [c for c in reduced if c.loops > 1]
 
 
+@pytest.mark.slow
 def test_tensor_only_adds_up_activations():
   found = collectives("plain", "tensor")
   assert {c.axes for c in found} == {frozenset({"tensor"})}

@@ -202,7 +202,6 @@ def test_a_policy_that_reads_pictures_is_asked_with_pictures():
     next(sampling.batches(run))
 
 
-@pytest.mark.slow
 def test_a_diffusion_policy_fills_blocks_with_its_picture_in_sight():
   mask, block = 66, 3
   config = SamplerConfig(mask_id=mask, block=block, length=NEW)

@@ -100,7 +100,9 @@ def plain(kind):
   return texts, np.diff(blocks, axis=0, prepend=0).T
 
 
-@pytest.mark.parametrize("kind", ["full", "cached blocks"])
+@pytest.mark.parametrize(
+  "kind", [pytest.param("full", marks=pytest.mark.slow), "cached blocks"]
+)
 def test_independent_paths_are_the_samplers_rows(kind):
   texts, passes = plain(kind)
   samples = found(Independent(copies=COPIES), kind)

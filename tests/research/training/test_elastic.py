@@ -132,9 +132,8 @@ def test_a_state_moves_between_meshes_bitwise(whole, tmp_path):
   assert run.numbers(tmp_path) == run.numbers(folder)
 
 
-@pytest.mark.parametrize(
-  "accumulate", [1, pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_mesh_that_does_not_divide_the_batch_is_refused(
   tmp_path, monkeypatch, accumulate
 ):

@@ -50,6 +50,7 @@ def params_of(model):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "model, loss", [(SIGLIP, sigmoid), (CLIP, softmax)], ids=["siglip", "clip"]
 )

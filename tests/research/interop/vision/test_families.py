@@ -98,6 +98,7 @@ def soft_tokens(model, params, golden):
 
 
 @pytest.mark.parametrize("name", GENERATIVE)
+@pytest.mark.sample(2)
 def test_soft_tokens(name, opened):
   model, params, golden = opened(name)
   found = soft_tokens(model, params, golden) / model.scale

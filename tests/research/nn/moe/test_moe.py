@@ -310,6 +310,7 @@ def test_a_fresh_adapter_on_experts_changes_no_bit():
   )
 
 
+@pytest.mark.slow
 def test_merged_adapters_on_experts_compute_the_same():
   tokens = support.tokens()
   spec = adapt.Adapt(targets=EXPERTS, method=LoRA(rank=3))(

@@ -86,7 +86,7 @@ def _fed(kv, pieces, lengths, slots=48, window=None):
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.sample(3, 2)
+@pytest.mark.sample(3, 2, 1)
 def test_the_contents_of_the_cache(name):
   """Rows of different lengths; new tokens unquantized, older ones rounded."""
   pieces = (7, *[1] * 10, 11, 1, 11, *[1] * 4)
