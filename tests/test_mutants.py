@@ -113,6 +113,21 @@ def tree(tmp_path) -> pathlib.Path:
   return tmp_path / "source"
 
 
+def test_tests_are_named_without_what_they_say():
+  report = """
+FAILED a.py::plain - assert [1] == [2]
+FAILED a.py::case[x - y] - assert [np.int32(0)] == [0, 1]
+ERROR b.py::case[k]
+FAILED b.py::plain
+"""
+  assert run.failed_tests(report) == [
+    "a.py::plain",
+    "a.py::case[x - y]",
+    "b.py::case[k]",
+    "b.py::plain",
+  ]
+
+
 def test_a_defect_is_missed_by_weak_tests_and_found_by_others(tree, tmp_path):
   names = [p.relative_to(tree).as_posix() for p in tree.rglob("*.py")]
   copy, defect = run.Copy(tmp_path / "copy", names, tree), _defect()

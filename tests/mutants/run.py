@@ -35,10 +35,15 @@ REPORT = ROOT / "runs" / "mutants.jsonl"
 SUITES = {"default": (), "slow": ("--slow",)}
 NAMED_SECONDS = 900
 REACH_SECONDS = 5400
-# A parameter in brackets may have " - " in it.
+# A parameter in brackets may have " - " in it, and what follows more brackets.
 _FAILED = re.compile(
-  r"^(?:FAILED|ERROR) ([^\[\n]+?(?:\[.*\])?)(?: - .*)?$", re.MULTILINE
+  r"^(?:FAILED|ERROR) ([^\[\n]+?(?:\[.*?\])?)(?: - .*)?$", re.MULTILINE
 )
+
+
+def failed_tests(report: str) -> list[str]:
+  """Returns the tests that failed, by pytest's short summary."""
+  return _FAILED.findall(report)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +146,7 @@ class Copy:
       finally:
         with contextlib.suppress(ProcessLookupError):
           os.killpg(process.pid, signal.SIGKILL)
-    failed = _FAILED.findall(out)
+    failed = failed_tests(out)
     # 5: nothing was collected, as where all cases are slow.
     if process.returncode not in (0, 5) and not failed:
       # A defect may end the process; that is noticed, by no single test.
