@@ -66,6 +66,11 @@ class BlockDiffusion:
         "0 < low <= high <= 1"
       )
 
+  @property
+  def rearranged(self) -> str:
+    """What the network reads; see `Rearranges`."""
+    return "each row twice"
+
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, of weights, and of masks."""
     params = weights.bind(params, key=key)

@@ -89,6 +89,11 @@ class GenMD4:
         f"GenMD4: first is {self.first}, expected between 0 and 1"
       )
 
+  @property
+  def rearranged(self) -> str:
+    """What the network reads; see `Rearranges`."""
+    return "each row twice"
+
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, of weights, and of masks.
 

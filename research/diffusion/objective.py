@@ -86,6 +86,11 @@ class MaskedDiffusion:
         f"MaskedDiffusion: levels is {self.levels}, expected at least 1"
       )
 
+  @property
+  def rearranged(self) -> str | None:
+    """What the network reads; see `Rearranges`."""
+    return "each row twice" if self.complement else None
+
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, of weights, and of masks."""
     params = weights.bind(params, key=key)

@@ -3,21 +3,16 @@
 import dataclasses
 
 from research import weights
-from research.diffusion.alignment.grpo import GRPO
-from research.diffusion.alignment.preference import VRPO
-from research.diffusion.block import BlockDiffusion
-from research.diffusion.learned import GenMD4
-from research.diffusion.objective import MaskedDiffusion
 from research.training.objectives.objective import (
   PER_ROW,
   Batch,
   NextToken,
   Objective,
+  Rearranges,
   Sums,
   TakesMask,
   with_model,
 )
-from research.training.objectives.preference import DPO
 from research.typing import Params, PRNGKey, UserError
 from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import Images, Patches
@@ -44,11 +39,12 @@ class WithImages:
   objective: Objective = NextToken()
 
   def __post_init__(self):
-    if why := _other_rows(self.objective):
+    own = self.objective
+    if isinstance(own, Rearranges) and own.rearranged:
       raise UserError(
-        f"WithImages.objective: found {type(self.objective).__name__}, which"
-        f" reads {why}, expected an objective of a batch's rows as they are,"
-        " such as NextToken: images are placed row by row"
+        f"WithImages.objective: found {type(own).__name__}, which reads"
+        f" {own.rearranged}, expected an objective of a batch's rows as they"
+        " are, such as NextToken: images are placed row by row"
       )
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
@@ -79,18 +75,6 @@ class WithImages:
         pool = len(batch["tokens"]) // len(batch[name])
         return see(params, images, pool)
     return params["language"]
-
-
-def _other_rows(objective: Objective) -> str | None:
-  """Returns what an objective reads in place of a batch's rows, if it does."""
-  if isinstance(objective, DPO | VRPO):
-    return "pairs of answers"
-  twice = isinstance(objective, BlockDiffusion | GenMD4)
-  if isinstance(objective, MaskedDiffusion):
-    twice = objective.complement
-  if isinstance(objective, GRPO):
-    twice = objective.block is not None
-  return "each row twice" if twice else None
 
 
 def images_of(batch: Batch) -> Images:

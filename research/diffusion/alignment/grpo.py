@@ -62,6 +62,11 @@ class GRPO:
   policy: Select = all_params
   rows: int = 256
 
+  @property
+  def rearranged(self) -> str | None:
+    """What the network reads; see `Rearranges`."""
+    return "each row twice" if self.block is not None else None
+
   def estimate(
     self,
     params: Params,

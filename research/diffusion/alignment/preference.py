@@ -60,6 +60,11 @@ class VRPO:
     if not self.beta > 0:
       raise UserError(f"VRPO: beta is {self.beta}, expected more than 0")
 
+  @property
+  def rearranged(self) -> str:
+    """What the network reads; see `Rearranges`."""
+    return "pairs of answers"
+
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns sums over pairs; metrics as DPO's."""
     drawn = process.drawing(key)

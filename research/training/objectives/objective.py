@@ -51,6 +51,15 @@ class TakesMask(Protocol):
 
 
 @runtime_checkable
+class Rearranges(Protocol):
+  """An objective whose network reads other rows than those of the batch."""
+
+  @property
+  def rearranged(self) -> str | None:
+    """What it reads, such as "each row twice"; None: the batch's rows."""
+
+
+@runtime_checkable
 class Constrained(Protocol):
   """An objective that bounds parameters: each update ends within its bounds."""
 

@@ -115,6 +115,11 @@ class DPO:
         " beta above 0 and smoothing from 0 to below 0.5."
       )
 
+  @property
+  def rearranged(self) -> str:
+    """What the network reads; see `Rearranges`."""
+    return "pairs of answers"
+
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns sums over pairs; a pair without answer tokens is padding.
 

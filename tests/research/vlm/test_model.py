@@ -14,7 +14,9 @@ import pytest
 from research import training, tree
 from research.data import batch_of
 from research.diffusion.alignment.grpo import GRPO
+from research.diffusion.alignment.preference import VRPO
 from research.diffusion.block import BlockDiffusion
+from research.diffusion.learned import GenMD4
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.schedule import Linear
 from research.nn import logits
@@ -147,7 +149,9 @@ def test_masked_diffusion_sees_images_too():
   "objective",
   [
     DPO(),
+    VRPO(mask_id=2),
     BlockDiffusion(mask_id=2),
+    GenMD4(mask_id=2),
     MaskedDiffusion(mask_id=2, schedule=Linear(), complement=True),
     GRPO(mask_id=2, block=4),
   ],
