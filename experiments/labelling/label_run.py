@@ -39,6 +39,8 @@ class LabelRun:
   """Solutions of a task's problems, and labels of their steps.
 
   Tasks with an exact oracle of steps label all of them, until the first error.
+  Others have the outcome's label where a solution is one step, of the segmenter
+  "whole": data of an outcome model.
 
   Attributes:
     task: the problems, and who judges solutions.
@@ -50,6 +52,8 @@ class LabelRun:
     copies: solutions of a problem.
     pool: `pool.jsonl` of `experiments.search`, whose solutions are labelled in
       place of new ones; None for new ones.
+    excluding: problems whose questions are left out, as those that a search is
+      judged by; None for none. Generators may ask the same in two splits.
     rollouts: completions of each step that are counted; 0 for none.
     new_tokens: of a solution, at most.
     sampling: of the policy's tokens.
@@ -65,6 +69,7 @@ class LabelRun:
   problems: tuple[int, int] = (0, 1000)
   copies: int = 4
   pool: str | None = None
+  excluding: Task | None = None
   rollouts: int = 0
   new_tokens: int = 64
   sampling: Sampling = SAMPLED
@@ -93,10 +98,12 @@ class LabelRun:
         f"LabelRun.segmenter: found {self.segmenter!r}, expected one of"
         f" {', '.join(SEGMENTERS)}."
       )
-    if not self.rollouts and not isinstance(self.task, StepVerifier):
+    exact = isinstance(self.task, StepVerifier)
+    if not (exact or self.rollouts or self.segmenter == "whole"):
       raise UserError(
         f"LabelRun.rollouts: found 0, expected at least 1:"
-        f" {type(self.task).__name__} has no oracle of steps."
+        f" {type(self.task).__name__} has no oracle of steps. For labels of"
+        ' outcomes alone, set segmenter to "whole".'
       )
 
   def run(self, say: Callable[[str], Any]) -> Labelled:
@@ -106,8 +113,10 @@ class LabelRun:
       say: is told of progress.
     """
     keys = jax.random.split(jax.random.key(self.seed))
+    unused = {x.prompt for x in self.excluding or ()}
     if self.pool is None:
       problems = self.task[slice(*self.problems)]
+      problems = [x for x in problems if x.prompt not in unused]
       sampler = self._sampler(problems)
       found = policy_samples.sample_solutions(
         sampler,
@@ -119,7 +128,10 @@ class LabelRun:
       )
       asked = len(problems) * self.copies
     else:
-      problems, found, asked = read_pool(self.pool)
+      problems, found, asked = read_pool(self.pool, self.segmenter == "whole")
+      cut = asked - len(found)
+      found = [x for x in found if x.prompt not in unused]
+      asked = len(found) + cut
       sampler = self._sampler(problems) if self.rollouts else None
     say(f"{len(found):,} solutions of {len(problems):,} problems")
     found = [
@@ -134,6 +146,11 @@ class LabelRun:
       )
     if isinstance(self.task, StepVerifier):
       found = policy_samples.with_exact_labels(found, self.task, problems)
+    elif self.segmenter == "whole":
+      found = [
+        one.relabelled((int(bool(one.final_correct)),), "exact_value")
+        for one in found
+      ]
     return Labelled(found, asked - len(found))
 
   def _sampler(
@@ -159,12 +176,15 @@ class LabelRun:
     )
 
 
-def read_pool(path: str) -> tuple[list[Problem], list[LabelledSolution], int]:
+def read_pool(
+  path: str, whole: bool = False
+) -> tuple[list[Problem], list[LabelledSolution], int]:
   """Returns the problems of a pool, their solutions, and the number of samples.
 
   Args:
     path: `pool.jsonl` of `experiments.search`. Samples that were cut, or have
       no step, are no solutions.
+    whole: whether a solution is one step.
 
   Raises:
     UserError: it cannot be read, or a line is not of a pool.
@@ -185,11 +205,13 @@ def read_pool(path: str) -> tuple[list[Problem], list[LabelledSolution], int]:
       trace = Trace.from_json(sample.get("trace"), at)
       verdict = Verdict.from_json(sample.get("verdict") or {}, at)
       if trace.complete and trace.steps:
+        steps = tuple(step.text for step in trace.steps)
+        steps = ("".join(steps),) if whole else steps
         found.append(
           LabelledSolution(
             prompt=problem.prompt,
-            steps=tuple(step.text for step in trace.steps),
-            labels=(None,) * len(trace.steps),
+            steps=steps,
+            labels=(None,) * len(steps),
             final_correct=verdict.correct,
             problem_id=problem.id,
           )

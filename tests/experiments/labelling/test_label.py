@@ -3,6 +3,7 @@
 Tiny: three numbers, one step of training.
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -87,6 +88,48 @@ def test_solutions_come_from_a_pool(tmp_path):
   pool.write_text(json.dumps(line | {"samples": 3}) + "\n")
   with pytest.raises(UserError, match=r"pool.jsonl:1.*samples"):
     taken.run(lambda text: None)
+
+
+def test_a_task_without_an_oracle_has_labels_of_outcomes(tmp_path):
+  """Solutions of a pool become one step; excluded questions are left out."""
+  pytest.importorskip("reasoning_gym")
+  asked = [
+    config.read(
+      "runs/prm/chain_sum_labels_smollm2.gin",
+      [f"POOL={tmp_path}/pool.jsonl", *bindings],
+      root=label_run.LabelRun,
+    ).experiment
+    for bindings in ((), ("label_run.LabelRun.excluding=None",))
+  ]
+  unused = {problem.prompt for problem in asked[0].excluding}
+  allowed = next(x for x in asked[0].task if x.prompt not in unused)
+  problems = [allowed, asked[0].excluding[0]]
+  lines = [
+    {
+      "problem": problem.to_json(),
+      "samples": [
+        {
+          "trace": {
+            "problem_id": problem.id,
+            "steps": [{"text": " 1"}, {"text": "2."}],
+            "finish": "eos",
+          },
+          "verdict": {"correct": correct, "extracted": "12", "canonical": "12"},
+        }
+        for correct in (True, False)
+      ],
+    }
+    for problem in problems
+  ]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (tmp_path / "pool.jsonl").write_text(text)
+  (some, cut), (every, _) = (one.run(lambda text: None) for one in asked)
+  assert cut == 0 and len(every) == 4
+  assert [one.prompt for one in some] == [problems[0].prompt] * 2
+  assert [one.labels for one in some] == [(1,), (0,)]
+  assert {one.steps for one in some} == {(" 12.",)}
+  with pytest.raises(UserError, match="has no oracle of steps"):
+    dataclasses.replace(asked[0], segmenter="newline")
 
 
 def test_settings_are_checked():
