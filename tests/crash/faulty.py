@@ -179,8 +179,8 @@ def soak(
         folder / f"{name}.log",
         expected[count][1] if count in expected else 10.0,
         draw,
-        count,
-        place != folder,
+        processes=count,
+        small=place != folder,
       )
 
     expected: dict[int, tuple[dict[str, Any], float]] = {}
