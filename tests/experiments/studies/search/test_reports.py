@@ -166,7 +166,23 @@ def test_the_experiment_on_labels_can_be_configured():
     (step,) = (x for x in study.steps if x.name == noisy.system.step)
     assert f"free_verifiers.ExactSteps.right={noisy.right}" in step.set
     assert f"free_verifiers.ExactSteps.wrong={noisy.wrong}" in step.set
-  assert [len(x) for x in study.tables({})] == [0] * 7
+  assert [len(x) for x in study.tables({})] == [0] * 6
+
+
+def test_the_experiment_on_rewards_can_be_configured():
+  """Policies are optimized against reward models of the other experiment."""
+  study, labels = (
+    config.read(
+      f"runs/search/claims_countdown_{name}.gin", root=protocol.Run
+    ).experiment.study
+    for name in ("attacks", "labels")
+  )
+  arms = [study.settings(arm) for arm in study.arms]
+  assert len(set(arms)) == len(arms) == 10
+  shared = set(study.arms) & set(labels.arms)
+  assert len(shared) == 5
+  assert all(study.settings(x) == labels.settings(x) for x in shared)
+  assert [len(x) for x in study.tables({})] == [0, 0]
 
 
 def test_the_study_of_sums_can_be_configured():
