@@ -126,12 +126,11 @@ class LabelRun:
         SEGMENTERS[self.segmenter],
         keys[0],
       )
-      asked = len(problems) * self.copies
+      cut = len(problems) * self.copies - len(found)
     else:
       problems, found, asked = read_pool(self.pool, self.segmenter == "whole")
       cut = asked - len(found)
       found = [x for x in found if x.prompt not in unused]
-      asked = len(found) + cut
       sampler = self._sampler(problems) if self.rollouts else None
     say(f"{len(found):,} solutions of {len(problems):,} problems")
     found = [
@@ -151,7 +150,7 @@ class LabelRun:
         one.relabelled((int(bool(one.final_correct)),), "exact_value")
         for one in found
       ]
-    return Labelled(found, asked - len(found))
+    return Labelled(found, cut)
 
   def _sampler(
     self, problems: Sequence[Problem]

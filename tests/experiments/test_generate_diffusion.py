@@ -89,9 +89,7 @@ PROMPTS = "the dog", "the cat sat on the mat", "a"
 @pytest.mark.parametrize(
   ("name", "flags"),
   [
-    pytest.param(
-      "all", ["--block=4", "--temperature=1"], marks=pytest.mark.slow
-    ),
+    ("all", ["--block=4", "--temperature=1"]),
     ("four", ["--cache=prefix", "--temperature=1"]),
   ],
 )

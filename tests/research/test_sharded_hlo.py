@@ -35,7 +35,6 @@ def large(found):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), CASES)
-@pytest.mark.sample(13)
 def test_no_stack_of_weights_travels(kind, layout):
   stacks = {
     x.shape[0]

@@ -70,9 +70,7 @@ def dry_run(tmp_path, platform, only):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", CHIPS)
-@pytest.mark.parametrize(
-  "only", [QUICK, pytest.param("", marks=pytest.mark.slow)], ids=["", "all"]
-)
+@pytest.mark.parametrize("only", [QUICK, ""], ids=["", "all"])
 def test_dry_run_runs_all_jobs_with_only_jax_installed(
   tmp_path, platform, only
 ):

@@ -38,8 +38,8 @@ def batch(model):
   [
     ("llama", BlockDiffusion),
     ("gemma2", MaskedDiffusion),
-    pytest.param("llama", MaskedDiffusion, marks=pytest.mark.slow),
-    pytest.param("gemma2", BlockDiffusion, marks=pytest.mark.slow),
+    ("llama", MaskedDiffusion),
+    ("gemma2", BlockDiffusion),
   ],
 )
 def test_losses_and_gradients_are_the_same(kind, family):

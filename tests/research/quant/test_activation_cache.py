@@ -87,10 +87,7 @@ def close(got, want):
 @pytest.mark.parametrize(
   "family, dtype, stages, kept",
   [
-    pytest.param(
-      *("llama", "float32", STAGES, ["attention/o", "mlp/down"]),
-      marks=pytest.mark.slow,
-    ),
+    ("llama", "float32", STAGES, ["attention/o", "mlp/down"]),
     ("gemma2", "bfloat16", STAGES, ["attention/o", "mlp/down"]),
     ("mixtral", "float32", EXPERTS, ["attention/o"]),
   ],

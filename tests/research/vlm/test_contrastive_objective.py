@@ -54,7 +54,6 @@ def params_of(model):
 @pytest.mark.parametrize(
   "model, loss", [(SIGLIP, sigmoid), (CLIP, softmax)], ids=["siglip", "clip"]
 )
-@pytest.mark.sample(2)
 def test_a_step_learns_the_pairs_and_padding_changes_nothing(model, loss):
   objective = Contrastive(model, loss=loss)
   params, optimizer = params_of(model), optax.adam(1e-2)

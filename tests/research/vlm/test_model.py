@@ -193,8 +193,8 @@ def test_answers_are_those_of_full_forward_passes():
   "sizes",
   [
     dict(data=2, sequence=2),
-    pytest.param(dict(data=1, fsdp=2, tensor=2), marks=pytest.mark.slow),
-    pytest.param(dict(data=2, ring=2), marks=pytest.mark.slow),
+    dict(data=1, fsdp=2, tensor=2),
+    dict(data=2, ring=2),
   ],
   ids=str,
 )

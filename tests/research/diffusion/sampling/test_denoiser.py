@@ -387,9 +387,7 @@ def test_calls_are_forward_passes(weight, each):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "weight", [pytest.param(0.0, marks=pytest.mark.slow), 1.5]
-)
+@pytest.mark.parametrize("weight", [0.0, 1.5])
 def test_guidance_has_a_cache_a_side(weight):
   """With all read again, what it is without a cache."""
   model = network()[0]

@@ -50,10 +50,7 @@ def follow(model, tx, parts=1, steps=4, start=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "family, parts",
-  [pytest.param("llama", 1, marks=pytest.mark.slow), ("mixtral", 2)],
-)
+@pytest.mark.parametrize("family, parts", [("llama", 1), ("mixtral", 2)])
 def test_it_is_galore(family, parts):
   """Two projectors of exact singular vectors, decay, and a bound if cut up."""
   model = support.model(family)
