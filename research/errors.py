@@ -1,4 +1,4 @@
-"""The error that a user can fix; it imports nothing, so that workers may."""
+"""Errors that a user can fix; this imports nothing, so that workers may."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
   The message has one to three lines: where the error is, what was found, what
   was expected, and the fix. The command line prints it without a traceback.
   """
+
+
+class WriteError(UserError):
+  """A path that cannot be written: the disk is full or read-only, say."""

@@ -25,7 +25,7 @@ from jaxtyping import (
   UInt8,
 )
 
-from research.errors import UserError
+from research.errors import UserError, WriteError
 
 PRNGKey = jax.Array
 """A typed key from `jax.random.key`, or an array of such keys."""
@@ -48,4 +48,5 @@ __all__ = [
   "Shaped",
   "UInt8",
   "UserError",
+  "WriteError",
 ]

@@ -25,7 +25,7 @@ from research.lora import wrap
 from research.prm.model import RewardModel
 from research.training import state
 from research.training.reports import plots
-from research.typing import Params, UserError
+from research.typing import Params, UserError, WriteError
 from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.sees_images import SeesImages
 
@@ -148,6 +148,8 @@ def _save_model(folder, experiment, built, params) -> bool:
     own = experiment.after or adapted or timed
     as_files = convert.to_orbax if own else convert.to_hf
     as_files(source, folder)
+  except WriteError:
+    raise
   except UserError as error:
     log(f"{folder}: not written: {error}")
     return False
@@ -162,6 +164,8 @@ def _save_reward_model(folder, loaded, params) -> None:
     config = loaded.source.get("config")
     rewards.write_reward_model(folder, loaded.model, params, config)
     hf_tokenizer.write(folder, None, loaded.tokenizer)
+  except WriteError:
+    raise
   except UserError as error:
     shutil.rmtree(folder, ignore_errors=True)
     log(f"{folder}: not written: {error}")
@@ -172,6 +176,8 @@ def _save_vision_model(folder, loaded, params) -> bool:
   shutil.rmtree(folder, ignore_errors=True)
   try:
     vision.write_model(folder, loaded, params)
+  except WriteError:
+    raise
   except UserError as error:
     log(f"{folder}: not written: {error}")
     return False

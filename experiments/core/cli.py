@@ -183,10 +183,10 @@ def run(main: Main) -> NoReturn:
     # was reported; Python would report it again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = 1
-  if status and "jax" in sys.modules:
+  if status:
     from experiments.core import runtime
 
-    runtime.exit_together(status)
+    runtime.exit_soon(status)
   sys.exit(status)
 
 

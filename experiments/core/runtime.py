@@ -22,7 +22,7 @@ START = time.time()
 """When this process began, to within the interpreter's own start."""
 
 PATIENCE = 10.0
-"""Seconds that a process which failed waits for the others to fail, too."""
+"""Seconds that a process which failed waits for its threads and the others."""
 
 WRITING = 3600
 """Seconds that all others wait at the end for the first one, which writes."""
@@ -206,18 +206,24 @@ def cluster(where: Cluster, preemptible: bool = True) -> Iterator[None]:
     if mine:
       jax.distributed.shutdown()
     raise
-  # After another error, see `exit_together`.
+  # After another error, see `exit_soon`.
   if mine:
     jax.distributed.shutdown()
 
 
-def exit_together(status: int) -> None:
-  """Ends this process after an error, if it is one of several.
+def exit_soon(status: int) -> None:
+  """Ends this process after an error, within `PATIENCE` seconds.
 
-  JAX would wait at exit for the others, and they for this one's part of the
-  computation. If they do not exit soon, this process exits without them, which
-  they notice.
+  Python would wait at exit for all threads, such as those of a checkpoint that
+  could not be written. Of several processes, JAX would wait at exit for the
+  others, and they for this one's part of the computation. If they do not exit
+  soon, this process exits without them, which they notice.
   """
+  forced = threading.Timer(PATIENCE, os._exit, [status])
+  forced.daemon = True
+  forced.start()
+  if "jax" not in sys.modules:
+    return
   import jax
 
   if not jax.distributed.is_initialized() or jax.process_count() == 1:

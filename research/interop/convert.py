@@ -22,7 +22,7 @@ from research.interop.quantized import write as quantized_write
 from research.io import safetensors
 from research.lora.merge import changes
 from research.text import gguf_vocab
-from research.typing import UserError
+from research.typing import UserError, WriteError
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def _whole(to: pathlib.Path) -> Iterator[pathlib.Path]:
     to.parent.mkdir(parents=True, exist_ok=True)
     draft = pathlib.Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}."))
   except OSError as e:
-    raise UserError(f"{to}: cannot be written ({e.strerror})") from e
+    raise WriteError(f"{to}: cannot be written ({e.strerror})") from e
   try:
     yield draft
     draft.chmod(0o755)
@@ -41,7 +41,7 @@ def _whole(to: pathlib.Path) -> Iterator[pathlib.Path]:
       to.rmdir()  # checked to be empty
     draft.rename(to)
   except OSError as e:
-    raise UserError(f"{to}: cannot be written ({e.strerror})") from e
+    raise WriteError(f"{to}: cannot be written ({e.strerror})") from e
   finally:
     shutil.rmtree(draft, ignore_errors=True)
 

@@ -17,7 +17,7 @@ import fsspec
 import jax
 from etils import epath
 
-from research.typing import UserError
+from research.typing import UserError, WriteError
 
 Folder = pathlib.Path | epath.Path
 
@@ -112,7 +112,7 @@ def writing(where: Any):
       raise
     reason = getattr(error, "strerror", None) or _DISK.search(str(error))
     reason = reason if isinstance(reason, str | None) else reason[0]
-    raise UserError(
+    raise WriteError(
       f"{getattr(error, 'filename', None) or where}: cannot be written"
       f" ({reason or error}).\nExpected a writable folder with free space; a"
       " run can resume from its last checkpoint."

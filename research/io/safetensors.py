@@ -27,7 +27,7 @@ import numpy as np
 
 from research import progress
 from research.io import mapped
-from research.typing import UserError
+from research.typing import UserError, WriteError
 
 Path = str | os.PathLike
 
@@ -334,7 +334,7 @@ def write_file(
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
   except OSError as e:
-    raise UserError(f"{path}: cannot be written ({e.strerror})") from e
+    raise WriteError(f"{path}: cannot be written ({e.strerror})") from e
   finally:
     if temporary is not None:
       temporary.unlink(missing_ok=True)
@@ -390,4 +390,4 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
   try:
     pathlib.Path(path).write_text(text, encoding="utf-8")
   except OSError as e:
-    raise UserError(f"{path}: cannot be written ({e.strerror})") from e
+    raise WriteError(f"{path}: cannot be written ({e.strerror})") from e

@@ -23,7 +23,7 @@ def serving(tmp_path_factory):
 def test_every_fault_happens_and_nothing_is_lost(serving, tmp_path, capsys):
   """A minute of what `make soak` does for half an hour, to single processes.
 
-  A process that hangs, of two, takes minutes: see test_watchdog.py.
+  Of two, one hangs in the next test.
   """
   report = faulty.soak(serving, tmp_path, 60, seed=0, processes=(1,))
   missing = {"hung process"} | ({"full disk"} if os.geteuid() else set())
@@ -34,12 +34,25 @@ def test_every_fault_happens_and_nothing_is_lost(serving, tmp_path, capsys):
     print(f"\n{report.describe()}")
 
 
-def injured(serving, folder, seed=0):
+def injured(serving, folder, seed=0, processes=1):
   """A run in a new folder, with its texts."""
   texts = folder / "texts.jsonl"
   faulty.write_texts(texts)
-  draw = random.Random(seed)
-  return faults.Run(serving, folder / "run", texts, folder / "log", 5.0, draw)
+  workdir, log, draw = folder / "run", folder / "log", random.Random(seed)
+  return faults.Run(serving, workdir, texts, log, 5.0, draw, processes)
+
+
+@pytest.mark.slow
+def test_a_hung_process_ends_the_other_and_nothing_is_lost(serving, tmp_path):
+  """Most of its time, the other waits as long as a step may take."""
+  one = injured(serving, tmp_path, processes=2)
+  workdir, one.workdir = one.workdir, tmp_path / "whole"
+  faults.undisturbed(one)
+  expected, one.workdir = faulty.outcome(one.workdir), workdir
+  assert faults.hung_process(one)
+  assert one.steps and not (workdir / "result.json").exists()
+  faults.undisturbed(one)
+  faulty.assert_equal(faulty.outcome(workdir), expected)
 
 
 def stop_at(one, step):

@@ -18,7 +18,7 @@ import numpy as np
 from research import progress
 from research.interop.gguf.tensor_types import BY_ID, TYPES, decode
 from research.io import mapped
-from research.typing import UserError
+from research.typing import UserError, WriteError
 
 MAGIC = b"GGUF"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -383,6 +383,6 @@ def write_gguf(
         file.write(bytes(-data.nbytes % alignment))
     partial.replace(path)
   except OSError as error:
-    raise UserError(f"{path}: cannot write: {error.strerror}") from None
+    raise WriteError(f"{path}: cannot write: {error.strerror}") from None
   finally:
     partial.unlink(missing_ok=True)

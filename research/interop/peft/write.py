@@ -28,7 +28,7 @@ from research.lora.method import Method
 from research.lora.methods.lora import LoRA
 from research.lora.methods.tokens import Tokens
 from research.nn.transformer import Transformer
-from research.typing import Params, UserError
+from research.typing import Params, UserError, WriteError
 
 Adapters = Mapping[str, AdaptedTensor]
 """Adapters without their bases, by address."""
@@ -197,7 +197,7 @@ def _write(directory: pathlib.Path, tensors, notes, config) -> None:
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / peft_config.CONFIG).write_text(text)
   except OSError as e:
-    raise UserError(f"{directory}: cannot be written ({e.strerror})") from e
+    raise WriteError(f"{directory}: cannot be written ({e.strerror})") from e
 
 
 def _whole(params, model, adapted, changed, resized, naming, rows):

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from research.io import folders
-from research.training.checkpoints import checksums
+from research.training.checkpoints import checksums, writers
 from research.training.checkpoints.iterator_state import IteratorState
 from research.training.state import TrainState
 from research.typing import UserError
@@ -154,7 +154,7 @@ class Checkpoints:
       parts["data"] = place = IteratorState(json.dumps(data.get_state()))
       note["place"] = place.digest
     cost = self._sign * (metrics or {}).get(self._best, math.nan)
-    with _quiet(), _as_they_are(), folders.writing(self.folder):
+    with _saving(), folders.writing(self.folder):
       self._steps.save_checkpointables(
         step,
         parts,
@@ -329,6 +329,13 @@ def _as_they_are() -> ocp.Context:
   return context
 
 
+@contextlib.contextmanager
+def _saving():
+  """What holds while something is written."""
+  with _quiet(), writers.awaited(), _as_they_are():
+    yield
+
+
 def _moving(state: TrainState) -> dict[str, Any]:
   moving = {
     "step": state.step,
@@ -383,7 +390,7 @@ def _compare(where: os.PathLike, have: Mapping[str, str], wanted: Any) -> None:
 
 def save_tree(path: os.PathLike, arrays: Any) -> None:
   """Writes a tree of arrays atomically, replacing an existing one."""
-  with _quiet(), _as_they_are():
+  with _saving():
     ocp.save(path, arrays, overwrite=True)
 
 

@@ -1,6 +1,7 @@
 """What is left of a model that fills in masks, trained from nothing."""
 
 import dataclasses
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from research.diffusion.sampling.block_causal import BlockCausal
 from research.interop import load
 from research.interop.diffusion.spec import Spec
 from research.nn.time_embedding import TimeEmbedding
+from research.typing import WriteError
 
 RUN = "runs/llada/genmd4_markov.gin"
 MASK = 10
@@ -64,6 +66,18 @@ def test_it_says_what_its_masks_are(tmp_path, block, clock):
 
   got, want = scores(again.model, again.params), scores(model, params)
   np.testing.assert_array_equal(got, want)
+
+
+def test_a_full_disk_is_an_error_and_no_remark(tmp_path):
+  """A run that could not write its model must not look finished."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+  try:
+    with pytest.raises(WriteError, match="cannot be written .File too large"):
+      left(tmp_path / "model", MaskedDiffusion(mask_id=MASK), None)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert not list(tmp_path.iterdir())
 
 
 def test_what_a_run_says_is_not_its_result(capsys):

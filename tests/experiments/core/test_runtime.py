@@ -79,6 +79,30 @@ def test_a_run_that_imports_ends_as_one_that_is_preempted(tmp_path):
   assert said == b"preempted: asked to stop; nothing had to be saved.\n"
 
 
+FAIL = """
+import threading, time
+from experiments.core import cli, runtime
+from research.typing import UserError
+runtime.PATIENCE = 0.2
+def main(argv):
+  threading.Thread(target=time.sleep, args=(300,)).start()
+  raise UserError("no luck today")
+cli.run(main)
+"""
+
+
+def test_no_thread_delays_the_end_of_a_run_that_failed():
+  """Orbax's wait 300 s for a folder that a full disk has no room for."""
+  done = subprocess.run(
+    [sys.executable, "-c", FAIL],
+    capture_output=True,
+    text=True,
+    timeout=100,
+    cwd=ROOT,
+  )
+  assert (done.returncode, done.stderr) == (1, "error: no luck today\n")
+
+
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_so_does_one_that_waits_for_the_others(tmp_path):
