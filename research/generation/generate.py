@@ -27,6 +27,7 @@ from research.generation.generated import (
 )
 from research.generation.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer
+from research.rounding import next_power_of_two
 from research.typing import Int, Params, PRNGKey, UserError
 
 TokenSource = Callable[..., Iterator[np.ndarray]]
@@ -56,7 +57,7 @@ def prepare(params: Params, model: Transformer) -> Params:
 
 def bucket(n: int) -> int:
   """Returns `n` rounded up by at most an eighth, or to a multiple of 16."""
-  step = max(16, 1 << max((n - 1).bit_length() - 4, 0))
+  step = max(16, next_power_of_two(n) // 16)
   return -(-n // step) * step
 
 

@@ -12,6 +12,7 @@ from research.prm import rows
 from research.prm.labelled import LabelledSolution
 from research.prm.scores.report import StepReport, evaluate_steps
 from research.reasoning.prompting import Prompting, arrays_of, as_text
+from research.rounding import next_power_of_two
 from research.typing import Params, UserError
 
 
@@ -57,8 +58,8 @@ def score_solutions(
     rows.encode(x, tokenizer, separator, lambda _, prompt: prompts[prompt])
     for x in solutions
   ]
-  length = _power_of_two(max((len(x.tokens) for x in encoded), default=1))
-  most = _power_of_two(max((len(x.ends) for x in encoded), default=1))
+  length = next_power_of_two(max((len(x.tokens) for x in encoded), default=1))
+  most = next_power_of_two(max((len(x.ends) for x in encoded), default=1))
   tokens = np.zeros((len(encoded), length), np.int32)
   ends = np.full((len(encoded), most), -1, np.int32)
   for i, (ids, own) in enumerate(encoded):
@@ -82,11 +83,6 @@ def score_solutions(
     for one, row in zip(encoded[part], np.asarray(scores), strict=False):
       found.append(row[: len(one.ends)].tolist())
   return found
-
-
-def _power_of_two(n: int) -> int:
-  """Returns the least power of two that is at least n."""
-  return 1 << (n - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from research.generation.stepwise import Stepwise
 from research.nn.transformer import Transformer
 from research.prm.formats import genprm, thinkprm
 from research.prm.model import GenerativeReward
+from research.rounding import next_power_of_two
 from research.search import ledger as ledgers
 from research.search.cost import Causal, ModelCost, model_cost
 from research.search.ledger import Ledger
@@ -217,7 +218,7 @@ class LanguageModelWriter:
     """Returns critiques; see `Writer`."""
     prompts = [list(self.encode(x)) for x in conversations]
     # Numbers of rows are powers of two, so that few programs are compiled.
-    more = (1 << (len(prompts) - 1).bit_length()) - len(prompts)
+    more = next_power_of_two(len(prompts)) - len(prompts)
     key = jax.random.fold_in(
       jax.random.key(self.seed), sum(map(len, prompts)) % 2**32
     )

@@ -15,6 +15,7 @@ from experiments.core.experiment import Source
 from research.interop.loaded import Loaded
 from research.prm import rows
 from research.prm.labelled import LabelledSolution
+from research.rounding import next_power_of_two
 from research.typing import Array, Float, Int, Params, UserError
 
 States = list[Float[np.ndarray, "_ D"]]
@@ -104,7 +105,7 @@ class FrozenStates:
 
 def _rounded(n: int) -> int:
   """Returns `n` rounded up by at most a half, so that few programs compile."""
-  step = max(64, 1 << max((n - 1).bit_length() - 2, 0))
+  step = max(64, next_power_of_two(n) // 4)
   return -(-n // step) * step
 
 

@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 
+from research.rounding import next_power_of_two
 from research.typing import Bool, Int, UserError
 
 LEAST = 64
@@ -35,7 +36,7 @@ def bucket(n: int, least: int = LEAST) -> int:
     n: places that are needed.
     least: the first of them, a power of two.
   """
-  top = max(least, 1 << max(n - 1, 0).bit_length())
+  top = max(least, next_power_of_two(n))
   middle = top * 3 // 4
   return middle if max(n, least) <= middle else top
 
