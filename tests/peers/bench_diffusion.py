@@ -27,7 +27,6 @@ import json
 import os
 import pathlib
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -92,20 +91,6 @@ def tokens(rows: int, length: int):
   return rng.integers(0, MASK, (rows, length))
 
 
-def timed(work, count: int, runs: int) -> dict:
-  """Returns tokens/s, the median of the runs after one that is not counted."""
-  work()
-  rates = []
-  for _ in range(runs):
-    start = time.perf_counter()
-    work()
-    rates.append(count / (time.perf_counter() - start))
-  return dict(
-    tokens_per_s=round(statistics.median(rates), 2),
-    runs=[round(r, 2) for r in rates],
-  )
-
-
 def loaded():
   """Returns our model of the weights, read from a file under their names."""
   import safetensors.numpy
@@ -122,6 +107,7 @@ def loaded():
 def ours_sample(batch: int, dual: bool, runs: int) -> dict:
   """Times our sampler."""
   import jax
+  import timing
 
   from research.diffusion.sampling import sampler
   from research.diffusion.sampling.config import SamplerConfig
@@ -143,11 +129,9 @@ def ours_sample(batch: int, dual: bool, runs: int) -> dict:
     got = sampler.sample(asked, params, state, options)
     last["tokens"] = got.tokens[:, PROMPT:]
 
-  begin = time.perf_counter()
-  once()
-  compile_s = time.perf_counter() - begin
+  compile_s = timing.seconds(once)
   programs = sampler.fill_block._cache_size()
-  out = timed(once, batch * NEW, runs)
+  out = timing.tokens_per_s(once, batch * NEW, runs)
   if sampler.fill_block._cache_size() != programs:
     raise RuntimeError("the sampler compiled again for rows of the same shape")
   return out | dict(
@@ -161,6 +145,7 @@ def ours_products(batch: int, runs: int) -> dict:
   """Times the products of a call without a cache, one after another."""
   import jax
   import jax.numpy as jnp
+  import timing
 
   from research.generation import generate
 
@@ -195,12 +180,13 @@ def ours_products(batch: int, runs: int) -> dict:
     for _ in range(STEPS):
       jax.block_until_ready(run(params, x))
 
-  return timed(once, batch * NEW, runs)
+  return timing.tokens_per_s(once, batch * NEW, runs)
 
 
 def host_share(once, sampler) -> float:
   """Returns the share of a run that is not spent in the compiled blocks."""
   import jax
+  import timing
 
   compiled, spent = sampler.fill_block, []
 
@@ -211,9 +197,7 @@ def host_share(once, sampler) -> float:
     return out
 
   sampler.fill_block = watched
-  begin = time.perf_counter()
-  once()
-  whole = time.perf_counter() - begin
+  whole = timing.seconds(once)
   sampler.fill_block = compiled
   return 1 - sum(spent) / whole
 
@@ -222,6 +206,7 @@ def ours_train(runs: int) -> dict:
   """Times our optimizer step."""
   import jax
   import numpy as np
+  import timing
 
   from research import tree
   from research.diffusion.objective import MaskedDiffusion
@@ -256,7 +241,7 @@ def ours_train(runs: int) -> dict:
     held[0], metrics = run(held[0], frozen, batch, key)
     losses.append(float(metrics["loss"]))
 
-  out = timed(once, BATCH * LENGTH, runs * 3)
+  out = timing.tokens_per_s(once, BATCH * LENGTH, runs * 3)
   return out | dict(
     loss_first=round(losses[0], 3), compile_s=round(cost["compile/seconds"], 2)
   )
@@ -294,6 +279,7 @@ def theirs(row: str, runs: int) -> dict:
 
 
 def torch_sample(model, batch: int, runs: int) -> dict:
+  import timing
   import torch
   import torch_llada
 
@@ -305,11 +291,12 @@ def torch_sample(model, batch: int, runs: int) -> dict:
     last["tokens"] = found[:, PROMPT:]
 
   with torch.inference_mode():
-    out = timed(once, batch * NEW, runs)
+    out = timing.tokens_per_s(once, batch * NEW, runs)
   return out | dict(tokens=last["tokens"].tolist())
 
 
 def torch_train(model, runs: int) -> dict:
+  import timing
   import torch
   import torch_llada
 
@@ -327,7 +314,7 @@ def torch_train(model, runs: int) -> dict:
     optimizer.step()
     losses.append(float(loss.detach()))
 
-  out = timed(once, BATCH * LENGTH, runs * 3)
+  out = timing.tokens_per_s(once, BATCH * LENGTH, runs * 3)
   return out | dict(loss_first=round(losses[0], 3))
 
 
@@ -341,17 +328,10 @@ def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
   """
   from tests.peers import sides  # the script alone does not see it
 
+  keys = ("tokens_per_s", "peak_rss_bytes")
   found = []
   for row in names:
-    pairs = [
-      [sides.once(__file__, side, row, peers) for side in ("ours", "torch")]
-      for _ in range(repeats)
-    ]
-    ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
-    line = dict(row=row, ratio=statistics.median(ratios), ratios=ratios)
-    for i, side in enumerate(("ours", "torch")):
-      for key in ("tokens_per_s", "peak_rss_bytes"):
-        line[f"{side}_{key}"] = statistics.median(p[i][key] for p in pairs)
+    line, pairs = sides.compare(__file__, row, peers, repeats, keys)
     line |= {k: pairs[0][0].get(k) for k in ("compile_s", "host")}
     line["same"] = same(*pairs[0])
     found.append(line)

@@ -18,7 +18,8 @@ import json
 import statistics
 import subprocess
 import sys
-import time
+
+from tests.peers import timing
 
 KINDS = {
   "clip": ("CLIP", dict(size={"shortest_edge": 336}, crop_size=336)),
@@ -48,12 +49,7 @@ RUNS = 7
 def timed(work) -> float:
   """Returns seconds of a call, the median of some after the first two."""
   work(), work()
-  found = []
-  for _ in range(RUNS):
-    start = time.perf_counter()
-    work()
-    found.append(time.perf_counter() - start)
-  return statistics.median(found)
+  return timing.median_seconds(work, RUNS)
 
 
 def ours(row: str, photo: str) -> float:

@@ -24,16 +24,11 @@ import sys
 import tempfile
 import time
 
+from tests.peers import timing
+
 ROWS = ("checkpoint", "pipeline", "host")
 DEMAND = 700.0
 """Tokens/s: a LoRA step of SmolLM2 in bf16 on two cores (`make bench`)."""
-
-
-def seconds(act) -> float:
-  """Returns how long `act()` takes."""
-  begin = time.perf_counter()
-  act()
-  return time.perf_counter() - begin
 
 
 def synced(folder: pathlib.Path) -> None:
@@ -72,9 +67,9 @@ def checkpoint(folder: pathlib.Path, repeats: int) -> dict:
         kept.save(one)
         synced(folder / "ours")
 
-      times["save"].append(seconds(save))
+      times["save"].append(timing.seconds(save))
       times["restore"].append(
-        seconds(lambda one=one: jax.block_until_ready(kept.restore(one)))
+        timing.seconds(lambda one=one: jax.block_until_ready(kept.restore(one)))
       )
 
       def write():
@@ -84,9 +79,9 @@ def checkpoint(folder: pathlib.Path, repeats: int) -> dict:
           with file.open("rb") as f:
             os.fsync(f.fileno())
 
-      times["numpy_save"].append(seconds(write))
+      times["numpy_save"].append(timing.seconds(write))
       times["numpy_restore"].append(
-        seconds(
+        timing.seconds(
           lambda: [
             jnp.asarray(np.load(folder / f"{k}.npy"))
             for k in range(len(arrays))
@@ -122,7 +117,7 @@ def pipeline(folder: pathlib.Path, demand: float) -> dict:
       for _ in itertools.islice(batches, count):
         pass
 
-    rates[f"{rows}x{length}"] = rows * length * count / seconds(read)
+    rates[f"{rows}x{length}"] = rows * length * count / timing.seconds(read)
   return {
     "tokens_per_s": {k: round(v) for k, v in rates.items()},
     "demand": demand,

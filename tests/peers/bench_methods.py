@@ -130,20 +130,11 @@ def rows(
   """
   from tests.peers import sides  # the script alone does not see it
 
+  keys = ("tokens_per_s", "peak_rss_bytes")
   found = []
   for row in names:
-    pairs = [
-      [
-        sides.once(__file__, side, row, peers, huge_pages)
-        for side in ("ours", "torch")
-      ]
-      for _ in range(repeats)
-    ]
-    ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
-    line = dict(row=row, ratio=statistics.median(ratios), ratios=ratios)
+    line, pairs = sides.compare(__file__, row, peers, repeats, keys, huge_pages)
     for i, side in enumerate(("ours", "torch")):
-      for key in ("tokens_per_s", "peak_rss_bytes"):
-        line[f"{side}_{key}"] = statistics.median(p[i][key] for p in pairs)
       line[f"{side}_trainable"] = pairs[0][i]["trainable"]
     line["compile_s"] = pairs[0][0]["compile_s"]
     found.append(line)

@@ -10,13 +10,13 @@ import dataclasses
 import json
 import pathlib
 import sys
-import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 sys.path.insert(0, str(HERE))
 
 import bench_torch as table  # noqa: E402
+import timing  # noqa: E402
 
 RANK, ALPHA, RATE = 8, 16.0, 2e-4
 
@@ -104,7 +104,7 @@ def train(dtype: str, runs: int, steps: int, method=None) -> dict:
 
   Args:
     dtype: of the base and of activations.
-    runs, steps: see `table.timed`.
+    runs, steps: see `timing.tokens_per_s`.
     method: of adaptation; LoRA if None.
   """
   import jax
@@ -149,7 +149,7 @@ def train(dtype: str, runs: int, steps: int, method=None) -> dict:
     held["state"], metrics = run(held["state"], frozen, batch, key)
     losses.append(float(metrics["loss"]))
 
-  out = table.timed(once, table.BATCH * table.LENGTH, runs, steps)
+  out = timing.tokens_per_s(once, table.BATCH * table.LENGTH, runs, steps)
   return out | dict(
     trainable=tree.count(held["state"].trainable),
     loss_first=round(losses[0], 4),
@@ -175,10 +175,8 @@ def decode(batch: int, dtype: str, runs: int, steps: int) -> dict:
   def once():
     generate.generate(model, params, prompts, table.NEW)
 
-  begin = time.perf_counter()
-  once()
-  first = time.perf_counter() - begin
-  out = table.timed(once, batch * table.NEW, runs, steps)
+  first = timing.seconds(once)
+  out = timing.tokens_per_s(once, batch * table.NEW, runs, steps)
   spent = batch * table.NEW / out["tokens_per_s"]
   return out | dict(compile_s=round(first - spent, 2))
 
@@ -195,7 +193,7 @@ def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
   params = cpu_layout.for_decoding(loaded.params, model.dtype)
   params = generate.prepare(params, model)
   del loaded
-  return table.timed(
+  return timing.tokens_per_s(
     lambda: generate.generate(model, params, prompts, 1),
     batch * size,
     runs,
@@ -216,10 +214,8 @@ def perplexity(dtype: str, runs: int, steps: int) -> dict:
   def once():
     last["nll"] = measure(loaded.model, params, row, table.WINDOW).nll
 
-  begin = time.perf_counter()
-  once()
-  first = time.perf_counter() - begin
-  out = table.timed(once, table.WINDOW, runs, steps)
+  first = timing.seconds(once)
+  out = timing.tokens_per_s(once, table.WINDOW, runs, steps)
   spent = table.WINDOW / out["tokens_per_s"]
   return out | dict(
     nll=round(last["nll"], 4), compile_s=round(first - spent, 2)

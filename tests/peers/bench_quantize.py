@@ -29,6 +29,8 @@ import sys
 import tempfile
 import time
 
+from tests.peers import timing
+
 SIDE, RUNS = 4096, 5
 TYPES = ("Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 AGAINST = ("pack_nf4", "pack_nf4dq")
@@ -49,12 +51,7 @@ def matrix():
 def timed(work) -> float:
   """Returns seconds of a call, the median of some after the first."""
   work()
-  found = []
-  for _ in range(RUNS):
-    start = time.perf_counter()
-    work()
-    found.append(time.perf_counter() - start)
-  return statistics.median(found)
+  return timing.median_seconds(work, RUNS)
 
 
 def ours(row: str) -> float:

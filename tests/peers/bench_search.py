@@ -22,7 +22,6 @@ import json
 import os
 import pathlib
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -109,20 +108,13 @@ def saved(place: str) -> pathlib.Path:
 
 
 def timed(work, problems: int, runs: int) -> dict:
-  """Returns drawn tokens/s, the median of the runs after one that is not."""
-  begin = time.perf_counter()
-  work()
-  first = time.perf_counter() - begin
-  count, rates = problems * N * STEPS * STEP, []
-  for _ in range(runs):
-    begin = time.perf_counter()
-    work()
-    rates.append(count / (time.perf_counter() - begin))
-  return dict(
-    tokens_per_s=round(statistics.median(rates), 2),
-    runs=[round(r, 2) for r in rates],
-    first_s=round(first, 2),
-  )
+  """Returns drawn tokens/s of the runs after the first, and its seconds."""
+  import timing
+
+  first = timing.seconds(work)
+  count = problems * N * STEPS * STEP
+  out = timing.tokens_per_s(work, count, runs, warm_up=False)
+  return out | dict(first_s=round(first, 2))
 
 
 class Timed:
@@ -265,17 +257,10 @@ def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
   """
   from tests.peers import sides  # the script alone does not see it
 
+  keys = ("tokens_per_s", "verifier", "peak_rss_bytes", "first_s")
   found = []
   for row in names:
-    pairs = [
-      [sides.once(__file__, side, row, peers) for side in ("ours", "torch")]
-      for _ in range(repeats)
-    ]
-    ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
-    line = dict(row=row, ratio=statistics.median(ratios), ratios=ratios)
-    for i, side in enumerate(("ours", "torch")):
-      for key in ("tokens_per_s", "verifier", "peak_rss_bytes", "first_s"):
-        line[f"{side}_{key}"] = statistics.median(p[i][key] for p in pairs)
+    line, pairs = sides.compare(__file__, row, peers, repeats, keys)
     one, other = (side["score"] for side in pairs[0])
     line["same"] = abs(one - other) < 1e-4
     found.append(line)

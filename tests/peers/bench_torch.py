@@ -23,10 +23,8 @@ import functools
 import json
 import pathlib
 import resource
-import statistics
 import subprocess
 import sys
-import time
 
 ROWS = (
   "train_fp32",
@@ -48,21 +46,6 @@ PREFILL = 512
 WINDOW = 1024
 
 
-def timed(work, tokens: int, runs: int, repeats: int) -> dict:
-  """Returns tokens/s of `work`, median over runs of `repeats` calls each."""
-  work()  # first touch of memory, oneDNN's own caches
-  rates = []
-  for _ in range(runs):
-    start = time.perf_counter()
-    for _ in range(repeats):
-      work()
-    rates.append(tokens * repeats / (time.perf_counter() - start))
-  return dict(
-    tokens_per_s=round(statistics.median(rates), 2),
-    runs=[round(r, 2) for r in rates],
-  )
-
-
 def load(dtype: str):
   """Returns (the real model in torch's default attention, its token ids)."""
   import smollm2
@@ -78,10 +61,11 @@ def train(dtype: str, runs: int, steps: int, config=None) -> dict:
 
   Args:
     dtype: of the base and of activations.
-    runs, steps: see `timed`.
+    runs, steps: see `timing.tokens_per_s`.
     config: PEFT's, of the adapters; LoRA's if None.
   """
   import peft
+  import timing
   import torch
 
   model, ids = load(dtype)
@@ -104,7 +88,7 @@ def train(dtype: str, runs: int, steps: int, config=None) -> dict:
     optimizer.step()
     losses.append(float(loss.detach()))
 
-  out = timed(step, BATCH * LENGTH, runs, steps)
+  out = timing.tokens_per_s(step, BATCH * LENGTH, runs, steps)
   return out | dict(
     trainable=sum(p.numel() for p in chosen),
     loss_first=round(losses[0], 4),
@@ -114,6 +98,7 @@ def train(dtype: str, runs: int, steps: int, config=None) -> dict:
 
 def decode(batch: int, dtype: str, runs: int, steps: int) -> dict:
   """Times greedy decoding; the faster of two ways, and both."""
+  import timing
   import torch
   import transformers
 
@@ -137,8 +122,8 @@ def decode(batch: int, dtype: str, runs: int, steps: int) -> dict:
 
   with torch.inference_mode():
     ways = {
-      "generate": timed(generate, batch * NEW, runs, steps),
-      "loop": timed(loop, batch * NEW, runs, steps),
+      "generate": timing.tokens_per_s(generate, batch * NEW, runs, steps),
+      "loop": timing.tokens_per_s(loop, batch * NEW, runs, steps),
     }
   best = max(ways, key=lambda k: ways[k]["tokens_per_s"])
   same = float((found["generate"] == found["loop"]).float().mean())
@@ -180,6 +165,7 @@ def static_loop(model, prompt):
 
 def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
   """Times reading prompts and choosing one token."""
+  import timing
   import torch
 
   model, ids = load(dtype)
@@ -189,11 +175,12 @@ def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
     model(input_ids=prompt, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
   with torch.inference_mode():
-    return timed(read, batch * PREFILL, runs, steps)
+    return timing.tokens_per_s(read, batch * PREFILL, runs, steps)
 
 
 def perplexity(dtype: str, runs: int, steps: int) -> dict:
   """Times forward and loss of one window."""
+  import timing
   import torch
 
   model, ids = load(dtype)
@@ -206,7 +193,7 @@ def perplexity(dtype: str, runs: int, steps: int) -> dict:
     last["nll"] = float(loss)
 
   with torch.inference_mode():
-    out = timed(window, WINDOW, runs, steps)
+    out = timing.tokens_per_s(window, WINDOW, runs, steps)
   return out | dict(nll=round(last["nll"], 4))
 
 

@@ -20,7 +20,6 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 
 ROWS = ("vlm_forward", "vlm_train")
 GOAL = 1.5
@@ -47,13 +46,11 @@ def batch() -> dict:
 
 def timed(work) -> dict:
   """Returns seconds of a call, the median of some, and what the first said."""
+  import timing
+
   first = work()
-  found = []
-  for _ in range(RUNS):
-    start = time.perf_counter()
-    work()
-    found.append(time.perf_counter() - start)
-  return dict(seconds=statistics.median(found), loss=float(first))
+  seconds = timing.median_seconds(work, RUNS)
+  return dict(seconds=seconds, loss=float(first))
 
 
 def make(folder: str) -> None:

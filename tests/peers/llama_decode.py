@@ -13,7 +13,8 @@ import json
 import llama_cpp
 import numpy as np
 import smollm2
-from bench_torch import NEW, PROMPT, timed
+import timing
+from bench_torch import NEW, PROMPT
 from llama_cpp import llama_cpp as c
 
 THREADS = 2
@@ -50,7 +51,7 @@ def main() -> None:
   parser.add_argument("--runs", type=int, default=3)
   args = parser.parse_args()
   file = str(smollm2.path()) if args.file == "packed" else args.file
-  found = timed(decoder(file), NEW, args.runs, 1)
+  found = timing.tokens_per_s(decoder(file), NEW, args.runs)
   print(json.dumps(found | dict(llama_cpp=llama_cpp.__version__)))
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 
 HUGE_PAGES = {"none": (), "ours": ("ours",), "both": ("ours", "torch")}
 """Whose processes ask for huge pages, by what `--huge_pages` says."""
@@ -46,3 +48,34 @@ def once(
   if done.returncode:
     raise SystemExit(f"{side} {row}: exit {done.returncode}")
   return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare(
+  script: str,
+  row: str,
+  peers: str,
+  repeats: int,
+  keys: Sequence[str],
+  huge_pages: str = "none",
+) -> tuple[dict, list[tuple[dict, dict]]]:
+  """Returns a row's line, and what (ours, torch) measured in each round.
+
+  The line has the median of the rounds' ratios of tokens/s, ours over torch's,
+  each ratio, and `ours_KEY` and `torch_KEY`, the rounds' medians.
+
+  Args:
+    script, row, peers, huge_pages: see `once`.
+    repeats: rounds; sides alternate, so that a machine which changes speed
+      changes it for both.
+    keys: numbers that both sides measure.
+  """
+  pairs = []
+  for _ in range(repeats):
+    ours = once(script, "ours", row, peers, huge_pages)
+    pairs.append((ours, once(script, "torch", row, peers, huge_pages)))
+  ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
+  line = dict(row=row, ratio=statistics.median(ratios), ratios=ratios)
+  for i, side in enumerate(("ours", "torch")):
+    for key in keys:
+      line[f"{side}_{key}"] = statistics.median(pair[i][key] for pair in pairs)
+  return line, pairs
