@@ -25,6 +25,7 @@ import make_models  # noqa: E402
 import make_qwen_vl  # noqa: E402
 import make_siglip2  # noqa: E402
 import make_vlm  # noqa: E402
+import vlm_inputs  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parent / "vlm"
 CLASS = "Gemma4ForConditionalGeneration"
@@ -115,12 +116,6 @@ def build(name: str, folder: pathlib.Path):
   return make_vlm.build_from(FAMILIES[name], CLASS, folder)
 
 
-def images() -> list[np.ndarray]:
-  """Returns the images, uint8 [H, W, 3]."""
-  rng = np.random.default_rng(3)
-  return [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in SHAPES]
-
-
 def pixel_values(pictures) -> tuple[torch.Tensor, torch.Tensor]:
   """Returns what the published processor makes of images that fit."""
   processor = image_processing_pil_gemma4.Gemma4ImageProcessorPil(
@@ -134,30 +129,14 @@ def pixel_values(pictures) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rows(counts) -> tuple[np.ndarray, np.ndarray]:
-  """Returns tokens and lengths: words before, between and after images."""
-  rng = np.random.default_rng(5)
-
-  def words(n):
-    return rng.integers(3, IMAGE, n).tolist()
-
-  def image(i):
-    return [START, *[IMAGE] * counts[i], END]
-
-  first = [*words(2), *image(0), *words(3), *image(1), *words(2)]
-  second = [*image(2), *words(4)]
-  lengths = np.array([len(first), len(second)])
-  tokens = np.zeros((2, lengths.max()), np.int64)
-  tokens[0, : lengths[0]] = first
-  tokens[1, : lengths[1]] = second
-  return tokens, lengths
-
-
-IMAGES_OF = make_qwen_vl.IMAGES_OF
+  """Returns `vlm_inputs.rows` of images with so many soft tokens."""
+  image_tokens = [[START, *[IMAGE] * count, END] for count in counts]
+  return vlm_inputs.rows(image_tokens, IMAGE)
 
 
 def golden(model) -> dict[str, np.ndarray]:
   """Returns all arrays of a model; see the top of this file."""
-  pictures = images()
+  pictures = vlm_inputs.images(SHAPES)
   values, places = pixel_values(pictures)
   step = PATCH * POOL
   counts = [(h // step) * (w // step) for h, w in SHAPES]
@@ -175,7 +154,7 @@ def golden(model) -> dict[str, np.ndarray]:
     generated=np.zeros((2, NEW)),
     margin=np.zeros((2, NEW)),
   )
-  for i, own in enumerate(IMAGES_OF):
+  for i, own in enumerate(vlm_inputs.IMAGES_OF):
     ids = torch.from_numpy(tokens[i : i + 1, : lengths[i]])
     given = dict(
       input_ids=ids,

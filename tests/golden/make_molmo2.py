@@ -24,6 +24,7 @@ import make_models  # noqa: E402
 import make_qwen_vl  # noqa: E402
 import make_siglip2  # noqa: E402
 import make_vlm  # noqa: E402
+import vlm_inputs  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parent / "vlm"
 NAME, CLASS = "molmo2", "Molmo2ForConditionalGeneration"
@@ -97,10 +98,8 @@ def images() -> list[np.ndarray]:
   Their seeds are such that torch, which sums in another order where an image is
   small, rounds no pixel to another level than it does in large ones.
   """
-  rngs = [np.random.default_rng(9 + i) for i in range(len(SHAPES))]
   return [
-    rng.integers(0, 256, (*shape, 3), np.uint8)
-    for rng, shape in zip(rngs, SHAPES, strict=True)
+    vlm_inputs.images([shape], seed=9 + i)[0] for i, shape in enumerate(SHAPES)
   ]
 
 
@@ -124,33 +123,14 @@ def image_ids(grid) -> list[int]:
   return [*low, START, *([IMAGE] * columns + [COLUMN]) * rows, END]
 
 
-def rows(grids) -> tuple[np.ndarray, np.ndarray]:
-  """Returns tokens and lengths: words before, between and after images."""
-  rng = np.random.default_rng(5)
-
-  def words(n):
-    return rng.integers(3, VOCAB, n).tolist()
-
-  first = [*words(2), *image_ids(grids[0]), *words(3), *image_ids(grids[1])]
-  first += words(2)
-  second = [*image_ids(grids[2]), *words(4)]
-  lengths = np.array([len(first), len(second)])
-  tokens = np.zeros((2, lengths.max()), np.int64)
-  tokens[0, : lengths[0]] = first
-  tokens[1, : lengths[1]] = second
-  return tokens, lengths
-
-
-IMAGES_OF = make_qwen_vl.IMAGES_OF
-
-
 ALL = (0, 1, 2)
 
 
 def golden(model) -> dict[str, np.ndarray]:
   """Returns all arrays of a model; see the top of this file."""
   pictures, every = images(), processed(ALL)
-  tokens, lengths = rows(every["image_grids"])
+  image_tokens = [image_ids(grid) for grid in every["image_grids"]]
+  tokens, lengths = vlm_inputs.rows(image_tokens, VOCAB)
   given = {
     k: every[k] for k in ("pixel_values", "image_token_pooling", "image_grids")
   }
@@ -168,7 +148,7 @@ def golden(model) -> dict[str, np.ndarray]:
     generated=np.zeros((2, NEW)),
     margin=np.zeros((2, NEW)),
   )
-  for i, own in enumerate(IMAGES_OF):
+  for i, own in enumerate(vlm_inputs.IMAGES_OF):
     ids = torch.from_numpy(tokens[i : i + 1, : lengths[i]])
     given = dict(processed(own))
     given.pop("image_num_crops")
@@ -186,7 +166,7 @@ def make(folder: pathlib.Path) -> dict[str, np.ndarray]:
   with tempfile.TemporaryDirectory() as made, torch.no_grad():
     files = pathlib.Path(made)
     model = build(files)
-    for own in (ALL, *IMAGES_OF):
+    for own in (ALL, *vlm_inputs.IMAGES_OF):
       processed(own)
     with make_models.float64():
       arrays = make_siglip2.rounded(golden(model))

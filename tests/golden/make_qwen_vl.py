@@ -31,6 +31,7 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import make_models  # noqa: E402
 import make_vlm  # noqa: E402
+import vlm_inputs  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parent / "vlm"
 VOCAB, IMAGE, START, END = 67, 60, 61, 62
@@ -142,12 +143,6 @@ def build(name: str, folder: pathlib.Path):
   return make_vlm.build_from(FAMILIES[name], CLASSES[name], folder)
 
 
-def images() -> list[np.ndarray]:
-  """Returns the images, uint8 [H, W, 3]."""
-  rng = np.random.default_rng(3)
-  return [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in SHAPES]
-
-
 def pixel_values(name: str, pictures) -> tuple[torch.Tensor, torch.Tensor]:
   """Returns what the published processor makes of images that fit."""
   processor = image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(
@@ -161,32 +156,15 @@ def pixel_values(name: str, pictures) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rows(grids) -> tuple[np.ndarray, np.ndarray]:
-  """Returns tokens and lengths: words before, between and after images."""
-  rng = np.random.default_rng(5)
+  """Returns `vlm_inputs.rows` of images with grids of patches."""
   counts = [int(h * w) // MERGE**2 for _, h, w in grids.tolist()]
-
-  def words(n):
-    return rng.integers(3, IMAGE, n).tolist()
-
-  def image(i):
-    return [START, *[IMAGE] * counts[i], END]
-
-  first = [*words(2), *image(0), *words(3), *image(1), *words(2)]
-  second = [*image(2), *words(4)]
-  lengths = np.array([len(first), len(second)])
-  tokens = np.zeros((2, lengths.max()), np.int64)
-  tokens[0, : lengths[0]] = first
-  tokens[1, : lengths[1]] = second
-  return tokens, lengths
-
-
-IMAGES_OF = ((0, 1), (2,))
-"""Of each row."""
+  image_tokens = [[START, *[IMAGE] * count, END] for count in counts]
+  return vlm_inputs.rows(image_tokens, IMAGE)
 
 
 def golden(model, name: str) -> dict[str, np.ndarray]:
   """Returns all arrays of a model; see the top of this file."""
-  pictures = images()
+  pictures = vlm_inputs.images(SHAPES)
   values, grids = pixel_values(name, pictures)
   tokens, lengths = rows(grids)
   found = model.model.get_image_features(values, grids, return_dict=True)
@@ -210,7 +188,7 @@ def golden(model, name: str) -> dict[str, np.ndarray]:
   )
   ends = np.cumsum(grids.prod(-1).numpy())
   starts = ends - grids.prod(-1).numpy()
-  for i, own in enumerate(IMAGES_OF):
+  for i, own in enumerate(vlm_inputs.IMAGES_OF):
     ids = torch.from_numpy(tokens[i : i + 1, : lengths[i]])
     given = dict(
       input_ids=ids,

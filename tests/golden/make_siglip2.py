@@ -25,6 +25,7 @@ from transformers.models.siglip2 import image_processing_pil_siglip2
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import make_models  # noqa: E402
 import make_vlm  # noqa: E402
+import vlm_inputs  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parent / "vlm"
 NAME, CLASS = "siglip2", "Siglip2Model"
@@ -59,15 +60,9 @@ def build(folder: pathlib.Path):
   return make_vlm.build_from(CONFIG, CLASS, folder)
 
 
-def images() -> list[np.ndarray]:
-  """Returns the images, uint8 [H, W, 3]."""
-  rng = np.random.default_rng(3)
-  return [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in SHAPES]
-
-
 def golden(model) -> dict[str, np.ndarray]:
   """Returns all arrays of a model; see the top of this file."""
-  pictures, rng = images(), np.random.default_rng(5)
+  pictures, rng = vlm_inputs.images(SHAPES), np.random.default_rng(5)
   processor = image_processing_pil_siglip2.Siglip2ImageProcessorPil(
     patch_size=PATCH, max_num_patches=BUDGET
   )

@@ -13,6 +13,7 @@ import pytest
 import support
 import torch
 import transformers
+import vlm_inputs
 
 NAMES = [
   name
@@ -135,7 +136,7 @@ def test_gemma4_read_and_written_back(name, heptad, tmp_path):
 def test_molmo2_read_and_written_back(heptad, tmp_path):
   """Images cut into one to five views, whose patches are pooled together."""
   theirs = make_molmo2.build(tmp_path / "theirs")
-  for own in (make_molmo2.ALL, *make_molmo2.IMAGES_OF):
+  for own in (make_molmo2.ALL, *vlm_inputs.IMAGES_OF):
     make_molmo2.processed(own)
   with torch.no_grad(), make_models.float64():
     want = make_siglip2.rounded(make_molmo2.golden(theirs))
