@@ -17,7 +17,7 @@ from kernels_pallas.masks import Mask
 from research import weights
 from research.diffusion import process
 from research.diffusion.batch_transforms import BatchTransform
-from research.diffusion.objective import Noise, masked_loss
+from research.diffusion.objective import Noise, masked_sums
 from research.generation.sampling import row_keys
 from research.nn import output_head
 from research.nn.transformer import Transformer
@@ -83,17 +83,8 @@ class BlockDiffusion:
     if self.model.time_embedding is not None:
       time = self.times(drawn, batch["positions"])
     hidden, head = self.states(params, batch, masked, time)
-    loss = masked_loss(
-      self.model,
-      head,
-      hidden,
-      tokens,
-      jnp.where(masked, counts, 0.0),
-      self.mask_id if self.never_mask else None,
-      self.rows,
-    )
-    weight = maskable.sum().astype(jnp.float32)
-    return loss, weight, {"masked": masked.sum() * 1.0}
+    weight = maskable.sum()
+    return masked_sums(self, head, hidden, tokens, masked, counts, weight)
 
   def maskable(self, batch: Batch) -> Bool[Array, "B T"]:
     """Returns which tokens may be masked."""

@@ -7,7 +7,7 @@ those of next-token prediction; their tokens are read as they stand.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -196,16 +196,37 @@ class MaskedDiffusion:
     return self.levels * fall / self.schedule.masked(t)
 
   def _sums(self, head, hidden, tokens, masked, counts, weight) -> Sums:
-    loss = masked_loss(
-      self.model,
-      head,
-      hidden,
-      tokens,
-      jnp.where(masked, counts, 0.0),
-      self.mask_id if self.never_mask else None,
-      self.rows,
-    )
-    return loss, weight.astype(jnp.float32), {"masked": masked.sum() * 1.0}
+    return masked_sums(self, head, hidden, tokens, masked, counts, weight)
+
+
+def masked_sums(
+  objective: Any,
+  head: Params,
+  hidden: Float[Array, "B T D"],
+  tokens: Int[Array, "B T"],
+  masked: Bool[Array, "B T"],
+  counts: Float[Array, "B T"],
+  weight: Int[Array, ""],
+) -> Sums:
+  """Returns the sums of the cross-entropy of masked tokens, and of masks.
+
+  Args:
+    objective: `MaskedDiffusion` or `BlockDiffusion`.
+    head, hidden, tokens: see `masked_loss`.
+    masked: which tokens are learned.
+    counts: what each of them is worth.
+    weight: what the loss is divided by.
+  """
+  loss = masked_loss(
+    objective.model,
+    head,
+    hidden,
+    tokens,
+    jnp.where(masked, counts, 0.0),
+    objective.mask_id if objective.never_mask else None,
+    objective.rows,
+  )
+  return loss, weight.astype(jnp.float32), {"masked": masked.sum() * 1.0}
 
 
 def masked_loss(
