@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -142,12 +143,25 @@ def _save_model(folder, experiment, built, params) -> bool:
   )
   source = _with_mask_config(source, experiment.objective)
   shutil.rmtree(folder, ignore_errors=True)
+  adapted = tree.count(tree.partition(params, wrap.TRAINABLE)[0])
+  timed = source.model.time_embedding is not None
+  own = experiment.after or adapted or timed
+  as_files = convert.to_orbax if own else convert.to_hf
+  return _write(folder, lambda: as_files(source, folder))
+
+
+def _write(folder: pathlib.Path, write: Callable[[], Any]) -> bool:
+  """Returns whether a model was written; logs why its format cannot have it.
+
+  Args:
+    folder: where to, for the log.
+    write: writes it.
+
+  Raises:
+    WriteError: there is no room for it, or no permission.
+  """
   try:
-    adapted = tree.count(tree.partition(params, wrap.TRAINABLE)[0])
-    timed = source.model.time_embedding is not None
-    own = experiment.after or adapted or timed
-    as_files = convert.to_orbax if own else convert.to_hf
-    as_files(source, folder)
+    write()
   except WriteError:
     raise
   except UserError as error:
@@ -160,28 +174,20 @@ def _save_reward_model(folder, loaded, params) -> None:
   """Writes a reward model, in Hugging Face's format for token classifiers."""
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir()
-  try:
+
+  def write():
     config = loaded.source.get("config")
     rewards.write_reward_model(folder, loaded.model, params, config)
     hf_tokenizer.write(folder, None, loaded.tokenizer)
-  except WriteError:
-    raise
-  except UserError as error:
-    shutil.rmtree(folder, ignore_errors=True)
-    log(f"{folder}: not written: {error}")
+
+  if not _write(folder, write):
+    shutil.rmtree(folder, ignore_errors=True)  # what it began with
 
 
 def _save_vision_model(folder, loaded, params) -> bool:
   """Writes a model that sees images, in Hugging Face's format."""
   shutil.rmtree(folder, ignore_errors=True)
-  try:
-    vision.write_model(folder, loaded, params)
-  except WriteError:
-    raise
-  except UserError as error:
-    log(f"{folder}: not written: {error}")
-    return False
-  return True
+  return _write(folder, lambda: vision.write_model(folder, loaded, params))
 
 
 def _with_mask_config(source: sources.Source, objective: Any) -> sources.Source:
