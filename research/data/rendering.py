@@ -15,6 +15,7 @@ a turn (SmolLM2's line break) is excluded from the loss, since generation ends
 before it.
 """
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -108,6 +109,23 @@ def example(tokenizer: Tokenizer, conversation: Conversation) -> Example:
 def plain_text(conversation: Conversation) -> str:
   """Returns the contents of all messages, without a template."""
   return "\n".join(m["content"] or "" for m in conversation.messages)
+
+
+class ConversationSource(abc.ABC):
+  """A source of examples whose examples are conversations."""
+
+  @abc.abstractmethod
+  def conversations(self) -> list[Conversation]:
+    """Returns the validated conversations."""
+
+  def examples(self, tokenizer: Any) -> Sequence[Example]:
+    """Returns the rendered conversations; the loss covers the assistant."""
+    return [example(tokenizer, c) for c in self.conversations()]
+
+  @property
+  def texts(self) -> list[str]:
+    """The message contents without the template, for contamination checks."""
+    return [plain_text(c) for c in self.conversations()]
 
 
 def pieces(

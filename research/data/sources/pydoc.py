@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from research.data import rendering
-from research.data.examples import Example
-from research.data.rendering import Conversation
+from research.data.rendering import Conversation, ConversationSource
 from research.data.sources import PydocTopics, Split
 from research.data.sources.records import Pair
 
@@ -37,7 +36,7 @@ def _conversation(name: str, answer: str) -> Conversation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Questions:
+class Questions(ConversationSource):
   """A question about each topic, answered by the beginning of its text.
 
   Attributes:
@@ -55,15 +54,6 @@ class Questions:
       _conversation(name, _answer(topics[i], self.size))
       for i, name in enumerate(topics.names)
     ]
-
-  def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns the rendered conversations; the loss covers the answers."""
-    return [rendering.example(tokenizer, c) for c in self.conversations()]
-
-  @property
-  def texts(self) -> list[str]:
-    """The message contents without the template, for contamination checks."""
-    return [rendering.plain_text(c) for c in self.conversations()]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from research.data import examples, rendering
 from research.data.examples import Example
-from research.data.rendering import Conversation
+from research.data.rendering import Conversation, ConversationSource
 from research.data.sources import FromFiles, Paths, Split, jsonl
 from research.data.sources.jsonl import Record
 from research.typing import UserError
@@ -50,7 +50,7 @@ class Texts(FromFiles):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat(FromFiles):
+class Chat(FromFiles, ConversationSource):
   """Conversations: `{"messages": [{"role": ..., "content": ...}, ...]}`.
 
   Attributes:
@@ -69,15 +69,6 @@ class Chat(FromFiles):
     """Returns the validated conversations."""
     records = jsonl.read(self.paths, self.split, self.key)
     return [Conversation(_messages(r, self.field), r.where) for r in records]
-
-  def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns the rendered conversations; the loss covers the assistant."""
-    return [rendering.example(tokenizer, c) for c in self.conversations()]
-
-  @property
-  def texts(self) -> list[str]:
-    """The message contents without the template, for contamination checks."""
-    return [rendering.plain_text(c) for c in self.conversations()]
 
 
 @dataclasses.dataclass(frozen=True)
