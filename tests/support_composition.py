@@ -117,7 +117,7 @@ QUANTIZERS = {
 KINDS = {
   "dense": "Llama",
   "gemma": "Gemma 2: sliding windows, soft caps, tied embeddings",
-  "experts": "a mixture of experts, whose experts are also quantized and adapted",
+  "experts": "a mixture of experts; experts are also quantized and adapted",
   "vision": "a SigLIP encoder, a connector, a language model",
   "diffusion": "LLaDA, with bidirectional attention",
   "reward": "Qwen2, with biases, and the reward head of Qwen2.5-Math-PRM",
