@@ -154,7 +154,7 @@ def required(**values: Any) -> None:
     if value is None or value == "":
       from research.typing import UserError
 
-      raise UserError(f"--{name}: is missing; --help says what it is")
+      raise UserError(f"--{name}: is missing; see --help")
 
 
 def local(**paths: str | None) -> None:
