@@ -13,8 +13,7 @@ adapters, the first is used for the first prompt and so on; with one prompt,
 each adapter answers it. To use an adapter for another prompt as well, repeat
 its NAME alone; __base__ means no adapter.
 
---chat without a prompt starts a conversation in the terminal, and
---prompt_file=- reads a prompt from standard input:
+--chat without a prompt is a conversation; --prompt_file=- reads from stdin:
 
   python -m experiments.generate --model=smollm2-135m --chat \\
     --system="Answer in one sentence."
@@ -79,8 +78,7 @@ _PROMPT = flags.DEFINE_multi_string(
 _PROMPT_FILE = flags.DEFINE_multi_string(
   "prompt_file",
   [],
-  "A UTF-8 text file with a prompt, or - for standard input; may be given "
-  "several times.",
+  "A UTF-8 file with a prompt, or - for stdin; may be given several times.",
   flag_values=FLAGS,
 )
 _CHAT = flags.DEFINE_bool(
@@ -134,15 +132,13 @@ _TOP_K = flags.DEFINE_integer(
 _TOP_P = flags.DEFINE_float(
   "top_p",
   None,
-  "Nucleus sampling: sample from the most likely tokens that have this total "
-  "probability.",
+  "Sample from the most likely tokens that have this total probability.",
   flag_values=FLAGS,
 )
 _MIN_P = flags.DEFINE_float(
   "min_p",
   None,
-  "Sample from tokens with at least this probability relative to the most "
-  "likely one.",
+  "Sample from tokens at least this likely relative to the likeliest.",
   flag_values=FLAGS,
 )
 _PENALTY = flags.DEFINE_float(
@@ -173,7 +169,6 @@ _KV = flags.DEFINE_string(
   "Quantize the KV cache, e.g. k4v4, k8v4,residual=64 or int8.",
   flag_values=FLAGS,
 )
-
 _PAGES = flags.DEFINE_string(
   "pages",
   "",
@@ -181,7 +176,6 @@ _PAGES = flags.DEFINE_string(
   "16,count=200,rows=4,dtype=int8: 200 pages in all, 4 prompts at a time.",
   flag_values=FLAGS,
 )
-
 _INFILL = flags.DEFINE_multi_string(
   "infill",
   [],
@@ -195,10 +189,7 @@ _GIF = flags.DEFINE_string(
   "gif", None, "For diffusion: an animated GIF to write.", flag_values=FLAGS
 )
 _HTML = flags.DEFINE_string(
-  "html",
-  None,
-  "For diffusion: an HTML page to write, with a slider.",
-  flag_values=FLAGS,
+  "html", None, "For diffusion: an HTML page to write.", flag_values=FLAGS
 )
 
 _SHARED = ("max_new_tokens",)
