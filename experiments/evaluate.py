@@ -4,14 +4,15 @@
   python -m experiments.evaluate --config=runs/quickstart.gin
   python -m experiments.evaluate --model=DIR --base=smollm2-135m
 
-With a working directory, its own configuration and its best checkpoint (or
-that of --step) are used; without, the untrained model of --config. A run that
-asks its model questions (`Experiment.answers`) has the scores of the answers as
-well, beside those of blind models, other images and rules.
+With --workdir, evaluates the best checkpoint of a run (or that of --step) on
+its held-out data. With --config, evaluates the model before training. If the
+run evaluates answers to questions (`Experiment.answers`), the result has their
+accuracy and that of baselines: black images, other images, rules.
 
-A model is compared with its base, such as the one it was quantized from, by the
-perplexity of both, their divergence with its standard error, agreement on the
-most likely token, bits a weight, size, and the errors of each matrix.
+With --model and --base, compares a model with, for example, the one it was
+quantized from: the perplexity of both, their KL divergence with its standard
+error, agreement on the most likely token, bits per weight, size, and the error
+of each matrix.
 """
 
 # ruff: noqa: E402

@@ -6,38 +6,38 @@
   python -m experiments.generate --model=smollm2-135m --adapter=a=runs/a \\
     --adapter=b=runs/b --prompt="The sea is" --prompt="def area(r):"
 
-The text is printed as it comes; the last line on stdout is JSON that repeats
-it: text, tokens, tokens_per_s, finish_reason. Several prompts are one batch,
-printed when it is done, each answer under its prompt, and the JSON has a list
-of rows. Of several adapters the first goes with the first prompt and so on, or
-all with one prompt; a NAME given before, or __base__ for none, may stand again
-without its directory.
+The text is printed as it is generated; the last line on stdout is JSON: text,
+tokens, tokens_per_s, finish_reason. Several prompts form one batch; their
+answers are printed at the end, and the JSON has a list of rows. With several
+adapters, the first is used for the first prompt and so on; with one prompt,
+each adapter answers it. To use an adapter for another prompt as well, repeat
+its NAME alone; __base__ means no adapter.
 
---chat without a prompt is a conversation in the terminal, and --prompt_file=-
-reads a prompt from standard input:
+--chat without a prompt is a conversation; --prompt_file=- reads from stdin:
 
   python -m experiments.generate --model=smollm2-135m --chat \\
     --system="Answer in one sentence."
   git diff | python -m experiments.generate --model=DIR --prompt_file=-
 
---image=FILE shows images to a vision language model, before the prompt or at
-its <image>s; the JSON says image_tokens.
+--image=FILE passes an image to a vision language model, before the prompt or in
+place of <image> in it; the JSON has image_tokens.
 
   python -m experiments.generate --model=DIR --image=photo.jpg \\
     --prompt="How many red circles are there?"
 
---pages=16,rows=2 keeps keys and values in pages of 16 tokens, of two prompts at
-a time: those that wait take the pages of those that end. The JSON says pages.
+--pages=16,rows=2 uses a paged KV cache with pages of 16 tokens and processes
+two prompts at a time; when one ends, a waiting prompt takes its pages
+(continuous batching). The JSON has the number of pages.
 
-Diffusion models fill in masks instead, block after block; a terminal shows it.
+Masked diffusion models fill in masks, block after block; a terminal shows it:
 
   python -m experiments.generate --sampler=diffusion --model=DIR --chat \\
     --prompt="What is gravity?" --block=32 --policy=threshold:0.9 --cache=dual
 
-The JSON then has calls (forward passes of the model: two a step with
---guidance), tokens_per_call, and tokens_per_s of what comes before the first
-end of text. --canvas=auto finds out how long the answer has to be, and tells it
-as canvas. Gaps within a text are filled, too, [[N]] for N tokens; the JSON then
+The JSON then has calls (forward passes; two per step with --guidance), and
+tokens_per_call and tokens_per_s of the tokens before the first end of text.
+With --canvas=auto the model determines the length of the answer; the JSON has
+it as canvas. --infill fills gaps within a text, [[N]] for N tokens; the JSON
 has them as gaps:
 
   python -m experiments.generate --sampler=diffusion --model=DIR \\
@@ -78,29 +78,28 @@ _PROMPT = flags.DEFINE_multi_string(
 _PROMPT_FILE = flags.DEFINE_multi_string(
   "prompt_file",
   [],
-  "A text file in UTF-8 that is a prompt, or - for standard input; may be "
-  "given several times.",
+  "A UTF-8 file with a prompt, or - for stdin; may be given several times.",
   flag_values=FLAGS,
 )
 _CHAT = flags.DEFINE_bool(
   "chat",
   False,
-  "Take the prompt as a user's message to be answered; without a prompt, a "
-  "conversation in the terminal.",
+  "Apply the model's chat template to the prompt, as a user's message; without "
+  "a prompt, start a conversation in the terminal.",
   flag_values=FLAGS,
 )
 _SYSTEM = flags.DEFINE_string(
   "system",
   None,
-  "With --chat: the system message that the conversation begins with.",
+  "With --chat: the system message.",
   flag_values=FLAGS,
 )
 _ADAPTER = flags.DEFINE_multi_string(
   "adapter",
   [],
-  "NAME=DIR of an adapter in PEFT's format or of a run that trained one, or "
-  "NAME=FILE.gguf of llama.cpp's, to be applied; may be given several times, "
-  "one for each prompt.",
+  "An adapter to apply, as NAME=DIR (PEFT's format, or a run that trained one) "
+  "or NAME=FILE.gguf (llama.cpp's); may be given several times, one for each "
+  "prompt.",
   flag_values=FLAGS,
 )
 _IMAGE = flags.DEFINE_multi_string(
@@ -114,45 +113,47 @@ _SAMPLER = flags.DEFINE_enum(
   "sampler",
   "autoregressive",
   ["autoregressive", "diffusion"],
-  "How text is generated: token by token, or (diffusion models) unmasked.",
+  "How to generate: token by token, or by unmasking (diffusion models).",
   flag_values=FLAGS,
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 128, "How many tokens at most.", flag_values=FLAGS
+  "max_new_tokens", 128, "Maximum number of new tokens.", flag_values=FLAGS
 )
 _TEMPERATURE = flags.DEFINE_float(
   "temperature",
   None,
-  "Divides the logits; 0 takes the likeliest token. By default 0, or 1 where "
-  "--top_k, --top_p or --min_p is given.",
+  "Sampling temperature; 0 is greedy decoding. By default 0, or 1 if --top_k, "
+  "--top_p or --min_p is given.",
   flag_values=FLAGS,
 )
 _TOP_K = flags.DEFINE_integer(
-  "top_k", None, "Keep the k likeliest tokens.", flag_values=FLAGS
+  "top_k", None, "Sample from the k most likely tokens.", flag_values=FLAGS
 )
 _TOP_P = flags.DEFINE_float(
   "top_p",
   None,
-  "Keep the likeliest tokens with this much mass together.",
+  "Sample from the most likely tokens that have this total probability.",
   flag_values=FLAGS,
 )
 _MIN_P = flags.DEFINE_float(
   "min_p",
   None,
-  "Keep tokens at least this likely relative to the likeliest.",
+  "Sample from tokens at least this likely relative to the likeliest.",
   flag_values=FLAGS,
 )
 _PENALTY = flags.DEFINE_float(
   "repetition_penalty",
   None,
-  "Above 1 makes tokens already there less likely.",
+  "Above 1 makes tokens that have occurred less likely.",
   flag_values=FLAGS,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", flag_values=FLAGS)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of the sampling.", flag_values=FLAGS
+)
 _STOP = flags.DEFINE_multi_string(
   "stop",
   [],
-  "End before this text; may be given several times.",
+  "Stop before this text; may be given several times.",
   flag_values=FLAGS,
 )
 _DTYPE = flags.DEFINE_string(
@@ -165,32 +166,30 @@ packed_weights.define(FLAGS)
 _KV = flags.DEFINE_string(
   "kv",
   "",
-  "Keys and values in so many bits, e.g. k4v4, k8v4,residual=64 or int8.",
+  "Quantize the KV cache, e.g. k4v4, k8v4,residual=64 or int8.",
   flag_values=FLAGS,
 )
-
 _PAGES = flags.DEFINE_string(
   "pages",
   "",
-  "Keys and values in pages of so many tokens, which rows share, e.g. 16, or "
+  "Paged KV cache, with pages of this many tokens, e.g. 16, or "
   "16,count=200,rows=4,dtype=int8: 200 pages in all, 4 prompts at a time.",
   flag_values=FLAGS,
 )
-
 _INFILL = flags.DEFINE_multi_string(
   "infill",
   [],
-  "For diffusion, instead of an answer: a text with gaps, [[N]] for one of N "
-  'tokens, e.g. --infill="def f(x): [[8]] return y". Behind the --prompt, if '
-  "there is one (with --chat, as the beginning of the answer). Brackets that "
-  "are text: \\[[. May be given several times.",
+  "For diffusion: a text with gaps to fill, [[N]] for a gap of N tokens, e.g. "
+  '--infill="def f(x): [[8]] return y". It follows the --prompt, if there is '
+  "one (with --chat, as the beginning of the answer). Write \\[[ for literal "
+  "brackets. May be given several times.",
   flag_values=FLAGS,
 )
 _GIF = flags.DEFINE_string(
-  "gif", None, "For diffusion: a moving picture to write.", flag_values=FLAGS
+  "gif", None, "For diffusion: an animated GIF to write.", flag_values=FLAGS
 )
 _HTML = flags.DEFINE_string(
-  "html", None, "For diffusion: a page to write.", flag_values=FLAGS
+  "html", None, "For diffusion: an HTML page to write.", flag_values=FLAGS
 )
 
 _SHARED = ("max_new_tokens",)

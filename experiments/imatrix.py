@@ -4,8 +4,9 @@
   python -m experiments.convert --from=smollm2-135m --to=model.gguf \\
     --format=gguf:Q4_K_M --fallback --imatrix=smollm2.imatrix.gguf
 
-It has, for every matrix of the layers, the sum of squares of each input over
-windows of a text. The default text is a part of the Python language reference.
+An importance matrix has, for every matrix of the layers, the sum of squares of
+each input over windows of a text. The default text is a part of the Python
+language reference.
 The file is in llama.cpp's format. The last line on stdout is JSON: matrices,
 tokens, windows.
 """

@@ -2,20 +2,20 @@
 
   python -m experiments.perplexity --model=smollm2-135m --text=README.md
 
-The text is tokenised once, without special tokens, and cut into windows of
---window tokens that do not overlap. Each is read alone; all its tokens but the
-first are predicted, and a last partial window counts from two tokens on. The
-last line on stdout is JSON: perplexity, tokens (predicted), tokens_per_s.
+The text is tokenized once, without special tokens, and split into windows of
+--window tokens that do not overlap. Each window is scored independently, except
+for its first token; a last partial window counts if it has two tokens or more.
+The last line on stdout is JSON: perplexity, tokens (scored), tokens_per_s.
 
-Models that always saw a first token (Gemma's <bos>) predict badly without it:
---bos=auto puts it before each window where the tokenizer says so, and predicts
-the same tokens.
+Models that were always trained with a first token (Gemma's <bos>) predict badly
+without it: --bos=auto puts it before each window if the tokenizer does, and
+scores the same tokens.
 
   python -m experiments.perplexity --model=smollm2-135m --text=README.md \\
     --kv=k4v4 --chunk=1 --batch=4
 
-reads through a cache of keys and values in few bits, --chunk tokens at a time,
-and measures the model without it as well.
+reads through a quantized KV cache, --chunk tokens at a time, and also measures
+the model without it.
 """
 
 # ruff: noqa: E402

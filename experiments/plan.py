@@ -2,23 +2,24 @@
 
   python -m experiments.plan --config=runs/quickstart.gin --topology=v5e:4x4
 
-Compiles the experiment's own training step, sharded over its own mesh, for a
-slice of a TPU pod (needs the package libtpu, no TPU), for hosts of GPUs
+Compiles the experiment's training step, sharded over its mesh, for a slice of a
+TPU pod (needs the package libtpu, no TPU), for hosts of GPUs
 (--topology=h100:8, or h100:4x8 for four hosts; needs the extra cuda-compile, no
-GPU) or for virtual devices of this machine (--topology=cpu:8), from shapes
-alone: no weight is read. Prints the sharding of every parameter, the memory of
-a device, FLOPs, collectives and bounds of a step's time; the last line on
+GPU) or for emulated devices of this machine (--topology=cpu:8). It needs only
+shapes and reads no weights. Prints the sharding of every parameter, memory per
+device, FLOPs, collectives and bounds on the time of a step; the last line on
 stdout is JSON.
 
-Of a run of stages each one's step is planned; --hlo then writes FILE.STAGE.
+For a run of several stages it plans the step of each; --hlo then writes
+FILE.STAGE.
 
---fill plans the calls of a masked diffusion model that samples with a cache:
+--fill plans sampling from a masked diffusion model with a KV cache:
 
   python -m experiments.plan --config=runs/llada/pretrain_8b.gin \\
     --set=FSDP=1 --set=TENSOR=4 --topology=v5p:2x2x1 --fill=16x1024+256
 
---preset says what an image costs a published vision language model, and
-compiles nothing: views, tokens, FLOPs of each tower, bytes of keys and values:
+--preset prints the cost of an image in a published vision language model, and
+compiles nothing: crops, tokens, FLOPs of each module, bytes of the KV cache:
 
   python -m experiments.plan --preset=smolvlm-256m --image_size=480x640
 """

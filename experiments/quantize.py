@@ -3,11 +3,11 @@
   python -m experiments.quantize --config=runs/quant/gptq_smollm2.gin --to=DIR
   python -m experiments.perplexity --model=DIR --text=README.md
 
-DIR is then our checkpoint, which --model= of other commands takes. It also has
-quantize.gin, the configuration, and quantize.json: the calibration's windows by
-index and hash, and the format, bits, errors and damping of each matrix. The
-last line on stdout is JSON: matrices, bits_per_weight, output_error,
-nearest_error, failed, seconds, bytes.
+DIR is then a checkpoint in our format, which --model= of other commands
+accepts. It also has quantize.gin, the configuration, and quantize.json: the
+format, bits, errors and damping of each matrix, and which windows of text
+calibrated it. The last line on stdout is JSON: matrices, bits_per_weight,
+output_error, nearest_error, failed, seconds, bytes.
 """
 
 # ruff: noqa: E402

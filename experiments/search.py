@@ -3,12 +3,13 @@ r"""Searches for solutions of a task's problems, and counts what it costs.
   python -m experiments.search --config=runs/search/chain_sum_smollm2.gin \
       --workdir=DIR
 
-Samples of every problem go to DIR/pool.jsonl, with their steps, scores and
-verdicts, as soon as they are there; the same command again goes on where it was
-stopped, with the same texts. DIR/result.json has estimates for smaller budgets
-besides what the last line on stdout says, and DIR/traces.html shows steps
-coloured by their scores. Other values of choice and n choose again from the
-pool, and sample nothing:
+Writes the samples of each problem, with their steps, scores and verdicts, to
+DIR/pool.jsonl as soon as they are done. The same command resumes a search, and
+generates the same texts as without the interruption. DIR/result.json has the
+result, which is also the last line on stdout, and estimates for smaller
+budgets; DIR/traces.html shows steps coloured by their scores. With other values
+of CHOICE, SELECT and N, the command chooses again from the pool, without
+sampling:
 
   --set=CHOICE=@choose.Majority() --set=N=4
 """
@@ -32,13 +33,16 @@ FLAGS = cli.new_flags()
 
 _CONFIG = cli.define_config(FLAGS, "runs/search/chain_sum_smollm2.gin")
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where everything goes; made if missing.", flag_values=FLAGS
+  "workdir",
+  None,
+  "The search's working directory; created if missing.",
+  flag_values=FLAGS,
 )
 _SET = cli.define_set(FLAGS, "N=4")
 _SHOW = flags.DEFINE_integer(
   "show",
   0,
-  "Print so many problems' samples, their steps coloured by their scores.",
+  "Print the samples of this many problems, with steps coloured by score.",
   flag_values=FLAGS,
   lower_bound=0,
 )

@@ -3,11 +3,12 @@ r"""Runs a study: arms one by one, then a table, verdicts and pictures.
   python -m experiments.study --config=runs/lora/claims_capacity.gin \
       --workdir=DIR
 
-Every arm's row is stored in DIR/arms/, and the same command again runs what is
-missing; --only runs some arms. A row that was made from other settings is
-refused. Once all arms are there, ends with verdicts, pictures and result.json
-in DIR. --render stores that result beside the run file, and rewrites the tables
-of the pages that show it. The last line on stdout is the result.
+An arm is one variant with one seed. Its row is stored in DIR/arms/; the same
+command again runs the arms that are missing, and --only runs some of them. Rows
+from other settings are refused. Once all arms are done, the command writes
+verdicts, plots and result.json to DIR. --render stores that result next to the
+run file and updates the tables in the documentation. The last line on stdout is
+the result.
 """
 
 # ruff: noqa: E402

@@ -3,16 +3,20 @@
   python -m experiments.train --config=runs/quickstart.gin --workdir=DIR
 
 Trains the model of the configuration and writes to the working directory:
-config.gin (rebuilds the run), metrics.jsonl, checkpoints/, loss.png, adapter/
-(in PEFT's format, if the run trained one) and result.json, whose content is
-the last line on stdout. The same command again resumes the run, also after
-SIGTERM or Ctrl-C, upon which it saves and exits with status 42 (a second Ctrl-C
-ends it at once). For a finished run it prints the result, and changes nothing.
-A run that was started needs no --config: its workdir has it.
+config.gin (reproduces the run), metrics.jsonl, checkpoints/, loss.png, adapter/
+(in PEFT's format) or model/, and result.json, whose content is the last line on
+stdout. SIGTERM or Ctrl-C saves a checkpoint and exits with status 42 (a second
+Ctrl-C exits at once); the same command then resumes the run. For a finished run
+the command prints the result and changes nothing. To resume, --config may be
+left out; with more STEPS a finished run is continued:
 
   python -m experiments.train --workdir=DIR [--set=STEPS=200]
 
-Numbers in configs/base.gin set the mesh; on virtual devices:
+Your own data: --config=runs/data/chat.gin --set=FILES=chat.jsonl (also text,
+completions, preferences, images). Another model: --set=MODEL=NAME there, else
+--set=experiment.Pretrained.name=NAME.
+
+Macros of configs/base.gin set the device mesh; to try it on a CPU:
 
   python -m experiments.train --config=... --workdir=D --devices=8 --set=FSDP=8
 """
@@ -36,22 +40,20 @@ _CONFIG = cli.define_config(FLAGS, default="the workdir's own, to resume it")
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "The run's working directory; the run resumes if it exists.",
+  "The run's working directory; created if missing, else the run is resumed.",
   flag_values=FLAGS,
 )
 _SET = cli.define_set(FLAGS)
 _TENSORBOARD = flags.DEFINE_bool(
   "tensorboard",
   False,
-  "Also write TensorBoard events; pip install -e '.[tracking]' brings what it "
-  "takes.",
+  "Also write TensorBoard events; needs pip install -e '.[tracking]'.",
   flag_values=FLAGS,
 )
 _WANDB = flags.DEFINE_bool(
   "wandb",
   False,
-  "Also write to Weights & Biases; pip install -e '.[tracking]' brings what it "
-  "takes.",
+  "Also log to Weights & Biases; needs pip install -e '.[tracking]'.",
   flag_values=FLAGS,
 )
 

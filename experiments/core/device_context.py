@@ -94,7 +94,7 @@ def on_mesh(layout: Layout) -> Iterator[DeviceContext]:
   except UserError as error:
     if jax.default_backend() != "cpu":
       raise
-    hint = "A CPU has as many as --devices=N says."
+    hint = "On a CPU, --devices=N emulates N devices."
     raise UserError(f"{error}\n{hint}") from error
   if mesh.size == 1 and jax.process_count() == 1:
     yield DeviceContext(layout=layout)

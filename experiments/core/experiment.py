@@ -264,7 +264,9 @@ class Experiment:
         found[name] = batches
       except NoExamples as error:
         why = str(error).split("\n")[0]
-        folders.warn(f"goes on without {name} data: {why}")
+        folders.warn(
+          f"there is no {name} data ({why}); the run continues without"
+        )
     return found
 
 

@@ -21,10 +21,10 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_bool(
     "packed",
     None,
-    "Keep quantized weights as they are, or decode them (--nopacked). By "
-    "default they are kept where this machine has a kernel that multiplies "
-    "them, which takes less time and memory for the same text; those of "
-    "Hugging Face directories in any case.",
+    "Keep quantized weights packed in memory, or dequantize them (--nopacked). "
+    "By default they are kept if this machine has a kernel for them, which "
+    "saves time and memory and gives the same text; those of Hugging Face "
+    "directories are always kept.",
     flag_values=values,
   )
 

@@ -29,7 +29,7 @@ class TextPerplexity:
   )
   batch: int = setting(1, "Windows computed at a time.")
   kv: str = setting(
-    "", "Keys and values in so many bits, e.g. k4v4, k8v4,residual=64 or int8."
+    "", "Quantize the KV cache, e.g. k4v4, k8v4,residual=64 or int8."
   )
   chunk: int | None = setting(
     None,

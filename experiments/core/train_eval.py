@@ -58,9 +58,9 @@ def train(
   )
   if old is not None:
     artifacts.log(
-      f"{workdir}: finished, after {old['steps']} steps; this is its result. "
-      "More of them (--set=STEPS=...)\ngo on from there; without result.json, "
-      "what the run leaves behind is written anew."
+      f"{workdir}: this run has finished, after {old['steps']} steps; its"
+      " result follows.\nTo train further, pass more steps (--set=STEPS=...);"
+      " to write its files again, delete result.json."
     )
     return old
   with device_context.on_mesh(experiment.mesh) as context:
@@ -334,7 +334,10 @@ def restore_checkpoint(
   """
   folder = workdir / "checkpoints"
   if not folder.is_dir():
-    raise UserError(f"{workdir}: no checkpoints/ in it; has the run begun?")
+    raise UserError(
+      f"{workdir}: found no checkpoints/; train the run first, with"
+      " experiments.train"
+    )
   with checkpoint.Checkpoints(
     folder, best=experiment.plan.best, better=experiment.plan.better
   ) as kept:

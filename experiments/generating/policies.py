@@ -90,8 +90,8 @@ def diffusion_policy(
     mask = spec.mask_id
   if mask is None:
     raise UserError(
-      "SearchRun.sampler: found no mask_id, and a model that says nothing of"
-      " masks, expected SamplerConfig.mask_id, the id that it was trained with"
+      "SearchRun.sampler: the model's files do not name its mask token; set"
+      " SamplerConfig.mask_id to the id that it was trained with"
     )
   config = config.for_model(mask, stop, length=new_tokens)
   shift, block = (False, None) if spec is None else (spec.shift, spec.block)

@@ -124,8 +124,8 @@ def _block(spec: Spec, config: SamplerConfig, gaps: bool) -> int:
   """Returns a block's tokens."""
   if config.canvas is not None and spec.block is not None:
     raise UserError(
-      f"{config.said('canvas')}: the model's blocks see nothing after them "
-      "and go on one by one until it ends; leave it out"
+      f"{config.said('canvas')}: this model is block-causal, and adds blocks "
+      "until the text ends anyway; leave it out"
     )
   short = BLOCK if gaps else min(BLOCK, config.length)
   block = config.block or spec.block or short

@@ -217,9 +217,9 @@ def _check_pages(pages, layout):
     )
   if pages.used:
     raise UserError(
-      f"pages: found {pages.used} of {pages.count} held, expected all of them "
-      "free: another call that has not ended uses them.\nCreate a new "
-      "allocator for each call (paging.allocator)."
+      f"pages: {pages.used} of {pages.count} are in use by another call that "
+      "has not ended.\nCreate a new allocator for each call "
+      "(paging.allocator)."
     )
 
 

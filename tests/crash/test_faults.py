@@ -72,7 +72,8 @@ def test_texts_that_changed_since_the_first_step_are_named(serving, tmp_path):
   one.texts.write_text(whole.replace("a", "b", 1))
   one.start()
   assert one.wait() and one.statuses() == [1], one.said()
-  assert f"began with other texts of data ({one.texts})" in one.said()
+  changed = f"the texts of data ({one.texts}) have changed since this run began"
+  assert changed in one.said()
   assert "Restore the files" in one.said() and one.steps == before
   one.texts.write_text(whole)
   faults.undisturbed(one)

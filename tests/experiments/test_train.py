@@ -128,7 +128,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(finished, capsys):
     assert status == 0, out.err
     kept = json.loads((workdir / "result.json").read_text())
     assert json.loads(out.out) == cli.plain(kept)  # and no other line
-    assert "finished, after 4 steps" in out.err
+    assert "this run has finished, after 4 steps" in out.err
     assert "loading" not in out.err
   assert _contents(workdir) == before
   assert first["tokens_per_s"] and "validation/loss" in first

@@ -37,8 +37,8 @@ AXES = {
 CAUSAL = "dense", "gemma", "experts"
 
 NO_ORDER = (
-  "computes, but means nothing: states of masked tokens see what follows, and"
-  " say nothing of the next token"
+  "runs, but is meaningless: attention is bidirectional, so each state has"
+  " already seen the next token"
 )
 MEANINGLESS = {  # kind, objective -> why
   ("diffusion", objective): NO_ORDER
@@ -63,18 +63,18 @@ class Refusal:
 NO_MASK = Refusal(
   "mask_id: found -1",
   "refused: there is no mask token; `experiments.convert --mask_token=new`"
-  " makes a model of kind diffusion",
+  " makes a diffusion model",
 )
 NO_TOKENS = Refusal(
   "ALoRA: does not know the batch's tokens",
-  "refused: ALoRA acts after its invocation, and masks may hide it",
+  "refused: ALoRA is active after its invocation tokens, which may be masked",
 )
 REFUSED = {  # two values -> the error
   **{(k, o): NO_MASK for k in CAUSAL for o in matrix.DIFFUSION},
   **{
     ("reward", objective): Refusal(
       rf"{objective}.model: found RewardModel",
-      "refused: the head has no vocabulary",
+      "refused: a reward head has no logits over the vocabulary",
     )
     for objective in matrix.OBJECTIVES
     if objective != "StepReward"
@@ -82,17 +82,17 @@ REFUSED = {  # two values -> the error
   **{
     ("vision", objective): Refusal(
       f"WithImages.objective: found {objective}",
-      "refused: images are placed row by row, and a pair is two rows",
+      "refused: images belong to rows of a batch, and a pair is two rows",
     )
     for objective in matrix.PAIRS
   },
   ("ALoRA", "QAT int4"): Refusal(
     "ALoRA: cannot be merged",
-    "refused: rounding merges the adapter first, and ALoRA's does not merge",
+    "refused: QAT merges the adapter before rounding; ALoRA cannot be merged",
   ),
   ("ALoRA", "experts"): Refusal(
     "ALoRA: found rows .* heads and experts cannot be adapted",
-    "refused: rows of an expert have no places in a text",
+    "refused: tokens routed to an expert have lost their order in the text",
   ),
   **{("ALoRA", x): NO_TOKENS for x in ("diffusion", *matrix.DIFFUSION)},
 }

@@ -149,8 +149,8 @@ def test_a_mesh_axis_twice_is_an_error():
   [
     (dict(data=-1, fsdp=-1), "at most one -1"),
     (dict(data=0), "Layout.data: found 0"),
-    (dict(data=-1, fsdp=3), "is 3 devices; there are 8"),
-    (dict(data=16), "is 16 devices; there are 8"),
+    (dict(data=-1, fsdp=3), "needs 3 devices, found 8"),
+    (dict(data=16), "needs 16 devices, found 8"),
   ],
 )
 def test_impossible_meshes(sizes, match):

@@ -170,98 +170,102 @@ class SamplerConfig:
   """
 
   length: int = setting(
-    128, "How many tokens at most.", flag="max_new_tokens", least=1
+    128, "Maximum number of new tokens.", flag="max_new_tokens", least=1
   )
   canvas: Growth | None = setting(
     None,
-    "places for the answer, fixed (`length`), or auto: 64 at first (auto:N: N),"
-    " and more, up to `length`, while the model does not expect to end there "
-    "(DAEDAL; with policy=threshold:0.9). auto,by=8,window=32,begin=0.5,"
-    "ready=0.9,low=0.1,ends=16, or some of these (the defaults): masks at a "
-    "time, places asked, how sure they have to be.",
+    "length of the answer: fixed (`length`), or auto (DAEDAL): 64 positions at "
+    "first (auto:N for N), extended up to `length` while the model does not "
+    "expect the text to end; use it with policy=threshold:0.9. Options and "
+    "defaults: auto,by=8,window=32,begin=0.5,ready=0.9,low=0.1,ends=16 (masks "
+    "added at a time, positions tested for an end, thresholds).",
     forms=CANVASES,
   )
   block: int | None = setting(
     None,
-    "tokens of a block; blocks are filled from left to right. By default the "
-    "model's, or 32, or all.",
+    "tokens per block; blocks are filled from left to right. By default the "
+    "model's own block size, else 32, or the whole answer if shorter.",
     least=1,
   )
   steps: int | None = setting(
     None,
-    "calls of the model, of all blocks together; by default one a token. For "
+    "forward passes in all, over all blocks; by default one per token. For "
     "policy=quota.",
     least=1,
   )
   policy: Policy = setting(
     Quota(),
-    "what a call fills: quota (as many as the steps ask for), threshold:P (all "
-    "at least so likely), quota+threshold:P (whichever is more, LLaDA 2's), "
-    "factor:F (Fast-dLLM's), credit:P (a threshold, earlier calls counted in; "
-    "credit:P,alpha=0.7,beta=0.8,gamma=0.2 says how) or hierarchy (dInfer's; "
-    "hierarchy:0.92,low=0.62: any place, the surest of a run).",
+    "which positions each call fills: quota (a number set by `steps`), "
+    "threshold:P (all with confidence of at least P), quota+threshold:P "
+    "(whichever fills more; LLaDA 2), factor:F (Fast-dLLM), credit:P (dInfer: "
+    "a threshold on confidence accumulated over calls; options "
+    "credit:P,alpha=0.7,beta=0.8,gamma=0.2) or hierarchy (dInfer; "
+    "hierarchy:0.92,low=0.62: every position above the first threshold, and "
+    "the most confident of each run of masks above the second).",
     forms=POLICIES,
   )
   select: Select = setting(
     "candidate",
-    "what makes a place sure, its candidate's probability (LLaDA's "
-    "low_confidence; biased for temperatures above 0), the largest one, the "
-    "margin between the two largest, or, with policy=quota, a low entropy or "
-    "chance.",
+    "the confidence that ranks positions: the probability of the sampled "
+    "candidate (LLaDA's low_confidence; biased at temperatures above 0), the "
+    "largest probability (max), the margin between the two largest, or, with "
+    "policy=quota, low entropy, or random.",
   )
   plan: Plan = setting(
     "even",
-    "with policy=quota, how many places each call fills; chance draws it (with "
-    "select=random: ancestral sampling).",
+    "with policy=quota, the schedule of how many positions each call fills; "
+    "chance draws the number (with select=random: ancestral sampling).",
   )
   place_temperature: float | None = setting(
     None,
-    "with policy=quota, places are drawn, by how sure they are divided by this "
-    "(Dream's alg_temp); by default the surest are taken.",
+    "with policy=quota, sample the positions to fill, at this temperature of "
+    "their confidence (Dream's alg_temp); by default the most confident are "
+    "filled.",
   )
   tempered: bool = setting(
     False,
-    "places are as sure as what is drawn from, with temperature, top_k and so "
-    "on (LLaDA 2), not as the model is.",
+    "compute confidence after temperature, top_k and so on (LLaDA 2), instead "
+    "of from the model's own probabilities.",
   )
   ends: Ends = setting(
     "any",
-    "when ends of text are filled in: as any token, after all others of a "
-    "block, or never. The cures for answers that end too early.",
+    "when end-of-text tokens may be filled in: like any token, last in each "
+    "block, or never. Use last or never if answers end too early.",
   )
   stop_early: bool = setting(
-    True, "what is behind an end of text is not filled any more."
+    True, "do not fill positions after an end of text."
   )
   remask: Remask | None = setting(
     None,
-    "with plan=chance, filled places are masked again with probability E "
-    "(cap:E), E times the most there can be (rescale:E), or more where the "
-    "model was less sure (confidence:E). ReMDM; give it more `steps` than "
-    "tokens. cap:E,start=0.6,stop=0.1: between these times, from 1 to 0.",
+    "ReMDM, with plan=chance: mask filled positions again, with probability "
+    "at most E (cap:E), E times the maximum (rescale:E), or higher where "
+    "confidence was lower (confidence:E). Set more `steps` than tokens. "
+    "cap:E,start=0.6,stop=0.1 limits it to these times (time falls from 1 to "
+    "0).",
     forms=REMASKS,
   )
   edit: float | None = setting(
     None,
-    "filled places change where another token is more likely than this (LLaDA "
-    "2.1), as long as some do.",
+    "replace a filled token if another token has a probability above this "
+    "(LLaDA 2.1), until none changes.",
     least=0.0,
     most=1.0,
   )
   edit_steps: int = setting(
-    16, "with `edit`, at most so many calls more a block.", least=0
+    16, "with `edit`, maximum number of additional calls per block.", least=0
   )
   cache: Cache | None = setting(
     None,
-    "keys and values kept within a block, none, prefix (of all before it), "
-    "dual (of all around it), vicinity:N (of all but N tokens around it; "
-    "vicinity:N,after=M has M behind it), or delayed (of all but masks and "
-    "what was just filled; delayed:N reads all every N calls; "
-    "delayed,halvings=3 says how often the number of tokens that a call reads "
-    "may halve).",
+    "KV cache while a block is filled: none, prefix (tokens before the "
+    "block), dual (tokens before and after it), vicinity:N (all but N tokens "
+    "around it; vicinity:N,after=M has M after it), or delayed (all but masks "
+    "and tokens just filled; delayed:N recomputes all every N calls; "
+    "delayed,halvings=3 sets how often the number of tokens per call may "
+    "halve).",
     forms=CACHES,
   )
   guidance: float = setting(
-    0.0, "how much more than the model the prompt counts.", least=0.0
+    0.0, "scale of classifier-free guidance by the prompt.", least=0.0
   )
   mask_id: int | None = None
   end: tuple[int, ...] = ()
@@ -303,8 +307,8 @@ class SamplerConfig:
     policy, plan = self.said("policy"), self.said("plan")
     if self.steps is not None and not self.policy.uses_quota:
       raise UserError(
-        f"{self.said('steps')}: {policy} needs as many calls as it takes; "
-        "expected policy=quota, or no `steps`"
+        f"{self.said('steps')}: {policy} decides itself how many calls it "
+        "makes; expected policy=quota, or no `steps`"
       )
     if self.plan != "even" and not self.policy.uses_quota:
       raise UserError(f"{plan}: {policy} has no plan; expected policy=quota")

@@ -121,7 +121,7 @@ class Recipe:
       if not name.startswith("blk."):
         return None
       raise UserError(
-        f"--imatrix: has nothing of {name}; it has "
+        f"--imatrix: has no entry for {name} among its "
         f"{len(self.importances)} tensors. Was it made from this model?"
       )
     if found.shape != (columns,):

@@ -75,8 +75,8 @@ def read(
     raise fields.wrong("model_type", KIND)
   if fields.flag("enable_moe_block"):
     raise UserError(
-      f"{where}: enable_moe_block is true: experts beside a feed-forward"
-      " (Gemma 4 26B-A4B) are not here; expected a dense model"
+      f"{where}: enable_moe_block is true: Gemma 4's mixture of experts"
+      " (26B-A4B) is not supported; expected a dense model"
     )
   fields.neutral(
     {

@@ -405,12 +405,12 @@ def _more_fields(
     )
   if rows:
     raise UserError(
-      f"PEFT has no rows of single tokens beside {kind.PEFT}; save them as an "
-      "adapter of their own, or merge both into the model"
+      f"PEFT cannot combine trained token rows with {kind.PEFT}; save them as "
+      "a separate adapter, or merge both into the model"
     )
   if bias != "none":
     raise UserError(
-      f"biases were trained, which PEFT's {kind.PEFT} has no way to say; "
+      f"biases were trained, which PEFT's {kind.PEFT} cannot store; "
       "merge the adapter into the model instead"
     )
   return out

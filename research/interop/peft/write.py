@@ -112,9 +112,10 @@ def _warn_of_dropout(directory, every: Adapters) -> None:
   if lost:
     path = next(iter(lost))
     warnings.warn(
-      f"{directory}: dropout of {lost[path]} on {path} is written as 0, as of"
-      f" all {len(lost)} adapters that have any: PEFT has none beside adapters"
-      " on stacked experts.\nWhat is computed stays; set it again to train on.",
+      f"{directory}: dropout of {lost[path]} on {path} is written as 0 (in"
+      f" all, of {len(lost)} adapters): PEFT supports no dropout with"
+      " adapters on stacked experts.\nOutputs do not change; set it again to"
+      " train further.",
       RuntimeWarning,
       stacklevel=3,
     )

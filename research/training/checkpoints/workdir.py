@@ -127,8 +127,8 @@ def _same_experiment(mark: Folder, old: str, new: str, may_differ: str) -> None:
   raise UserError(
     f"{mark}: this workdir holds another experiment.\n"
     f"{'  '.join(changes[: checkpoint.MAX_DIFFERENCES])}{rest}\n"
-    "Choose another workdir, or delete this one; train goes on with this one's"
-    " own configuration if --config is left out."
+    "Choose another workdir, or delete this one. To resume the run that is"
+    " there, leave out --config."
   )
 
 

@@ -320,7 +320,7 @@ def test_a_process_of_its_own():
   assert helped.returncode == 0 and "--temperature" in helped.stdout
   wrong = run("--prompt=a")
   assert wrong.returncode == 1 and wrong.stdout == ""
-  assert wrong.stderr == "error: --model: is missing; --help says what it is\n"
+  assert wrong.stderr == "error: --model: is missing; see --help\n"
 
 
 def _counts(argv):

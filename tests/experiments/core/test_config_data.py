@@ -171,7 +171,7 @@ def test_ten_records_are_enough(kind, tokenizer, tmp_path, capsys):
     assert sorted(found) == ["heldout", "validation"] and not warned
   else:
     assert "validation" not in found
-    assert "warning: goes on without validation data: " in warned
+    assert "warning: there is no validation data (" in warned
     assert "none of 10 records is in the split 'validation'" in warned
 
 

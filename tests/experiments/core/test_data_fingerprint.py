@@ -54,7 +54,7 @@ def test_one_letter_of_the_texts_is_another_run(experiment, begun, files):
   change(files[0])
   with pytest.raises(UserError) as error:
     data_fingerprint.claim(experiment, begun)
-  assert f"other texts of data ({files[0]}).\n" in str(error.value)
+  assert f"the texts of data ({files[0]}) have changed" in str(error.value)
   assert "Restore the files, or use another workdir" in str(error.value)
 
 
@@ -78,7 +78,7 @@ def test_before_the_first_step_texts_may_be_mended(
   first = data_fingerprint.claim(experiment, workdir)
   change(files[0])
   monkeypatch.setattr(runtime, "is_first_process", lambda: False)
-  with pytest.raises(UserError, match="began with other texts"):
+  with pytest.raises(UserError, match="have changed since"):
     data_fingerprint.claim(experiment, workdir)
   monkeypatch.undo()
   now = data_fingerprint.claim(experiment, workdir)

@@ -242,7 +242,7 @@ def test_other_texts_are_refused(finished, monkeypatch):
   real = stdlib._corpus()
   changed = {name: text + "\n# changed\n" for name, text in real.items()}
   monkeypatch.setattr(stdlib, "_corpus", lambda: changed)
-  with pytest.raises(UserError, match="began with other texts"):
+  with pytest.raises(UserError, match="have changed since"):
     data_fingerprint.claim(_experiment(workdir), workdir)
 
 

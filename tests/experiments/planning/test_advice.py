@@ -115,7 +115,7 @@ def test_microbatches_have_a_row_for_each_device(planned):
 
 
 def test_an_error_of_the_run_itself_is_raised(planned):
-  with pytest.raises(UserError, match="is 16 devices; there are 2"):
+  with pytest.raises(UserError, match="needs 16 devices, found 2"):
     advice.advise(_run(Layout(data=16)), _topology(1e9, 2))
 
 

@@ -59,7 +59,7 @@ def test_the_stored_table_has_them_all(rows):
 def test_the_readme_says_what_is_not_there():
   """Every type of PEFT's that no class has, and every field that is refused."""
   text = README.read_text("utf-8")
-  text = text.partition("### Not there")[2].partition("\n## ")[0]
+  text = text.partition("### Not supported")[2].partition("\n## ")[0]
   facts = json.loads(
     (ROOT / "tests" / "golden" / "peft_facts.json").read_text()
   )

@@ -135,9 +135,12 @@ def test_places_are_drawn_without_replacement():
     ),
     (
       dict(policy=Hierarchy(), steps=4),
-      "steps=4: policy=hierarchy:0.92 needs as many calls as it takes",
+      "steps=4: policy=hierarchy:0.92 decides itself how many calls",
     ),
-    (dict(policy=Threshold(), steps=4), "steps=4: policy=threshold:0.9 needs"),
+    (
+      dict(policy=Threshold(), steps=4),
+      "steps=4: policy=threshold:0.9 decides",
+    ),
   ],
 )
 def test_mistakes(change, message):

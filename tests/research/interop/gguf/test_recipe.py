@@ -236,7 +236,7 @@ def test_importances_weigh_the_encoding(source, tmp_path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda i: i.pop("blk.1.ffn_up.weight"), "has nothing of blk.1.ffn_up"),
+    (lambda i: i.pop("blk.1.ffn_up.weight"), "has no entry for blk.1.ffn_up"),
     (
       lambda i: i.update({"blk.1.ffn_up.weight": np.ones(5, np.float32)}),
       r"ffn_up.weight has importances of shape \[5\], expected \[256\]",

@@ -29,8 +29,8 @@ def test_lora_has_biases_and_rows_of_tokens_beside_it():
 @pytest.mark.parametrize(
   ("beside", "words"),
   [
-    (dict(rows=ROWS), "no rows of single tokens beside IA3"),
-    (dict(bias="all"), "biases were trained, which PEFT's IA3 has no way"),
+    (dict(rows=ROWS), "cannot combine trained token rows with IA3"),
+    (dict(bias="all"), "biases were trained, which PEFT's IA3 cannot store"),
   ],
 )
 def test_another_method_has_nothing_beside_it(beside, words):
