@@ -91,8 +91,8 @@ def save(
 def _save_adapter(folder, experiment, built, params) -> bool:
   """Writes trained adapters in PEFT's format; returns whether it did.
 
-  They say what was trained only if that is adapters alone, on a base that has a
-  name: not what was made from nothing, or by an earlier stage.
+  Adapters describe the trained model only if nothing else was trained, and if
+  their base has a name: it was not trained from scratch or by an earlier stage.
   """
   adapters, rest = tree.partition(params, wrap.TRAINABLE)
   base = getattr(experiment.model, "name", None)

@@ -101,7 +101,7 @@ def d1():
   text = results("claims_text")["numbers"]
   return [
     f"on a Markov chain {first}% of the entropy behind at equal FLOPs, {last}%"
-    f" after six times the tokens; on real text not: {equal / plain - 1:.0%}"
+    f" after six times the tokens; not on real text: {equal / plain - 1:.0%}"
     " behind",
     f"(entropy {entropy} nats a token)",
     f"At equal FLOPs diffusion is {pair(numbers['behind_at_equal_flops'], 3)}"
@@ -122,8 +122,8 @@ def d2():
   few = results(name)["numbers"]["percent_of_120_longer_facts"]
   gap = at(name, "`? IS fact`", "diffusion")
   return [
-    f"holds: a gap in front is filled, {gap:.0f}% | a new template {share}%; of"
-    f" 120 longer facts {few}% are learned at all",
+    f"holds: names before a fact are filled in correctly, {gap:.0f}% | with a"
+    f" new template {share}%; of 120 longer facts only {few}% are learned",
     f"with 120 pairs of three tokens the same model learned {few}% of them",
   ]
 
@@ -137,7 +137,7 @@ def d3():
     for when in ("before", "after", "without_a_base")
   )
   return [
-    "holds of converted models: right from either side,"
+    "holds for converted models: they use a context on either side, and follow"
     f" {sft['percent_right_after'][0]}% of a toy task's instructions",
     f"is right in {before}% of held-out prompts at {sft['nats_before']:.2f}"
     f" nats a token; fine-tuned in {after}% at {sft['nats_after']}",
@@ -171,7 +171,8 @@ def d4():
   said.insert(0, each["percent_right"])
   first, second = (f"{a:g}, {b:g} and {c:g}%" for a, b, c in said)
   return [
-    f"where answers are certain {least:.1f} to {most} tokens a call, by model",
+    f"where answers are certain, {least:.1f} to {most} tokens per call, by"
+    " model",
     f"(entropy {numbers['entropy']} nats a token), by the chain's own",
     f"{right[low, 14]:.0f} and {right[by_chance, 14]:.0f}% at 14 calls,"
     f" {right[low, 4]:.0f} and {right[by_chance, 4]:.0f}% at 4",
@@ -229,7 +230,7 @@ def test_run_files_expect_the_results():
   ]
   unigrams = at("claims_text", "unigrams, counted", "bits a byte")
   before, after = (
-    at("claims_incontext", "diffusion from nothing", column)[0]
+    at("claims_incontext", "diffusion from scratch", column)[0]
     for column in ("8 before", "8 after")
   )
   expected = {
@@ -243,7 +244,7 @@ def test_run_files_expect_the_results():
     ],
     name: [f"the new template {told}% by diffusion"],
     "claims_incontext": [
-      f"one from nothing in {before:.0f}% (before) and {after:.0f}% (after)"
+      f"one from scratch in {before:.0f}% (before) and {after:.0f}% (after)"
     ],
     "claims_sft": [
       f"{sft['percent_right_before'][0]}% right before,"

@@ -58,7 +58,7 @@ class InContext(DiffusionStudy):
     tiny: the model, whose embeddings begin with variance 1: in the residual
       stream smaller ones drown in what the layers add.
     steps: of next-token prediction, and of what is converted after it.
-    more: times as many are those of diffusion from nothing.
+    more: times as many are those of diffusion from scratch.
     rates: tried by next-token prediction, whose best the converted model
       keeps, and by diffusion; `steps` each.
     shots: pairs before a question, or after it, ascending.
@@ -224,7 +224,7 @@ class InContext(DiffusionStudy):
     strange = [self.accuracy(rows, kind, STRANGE) for kind in KINDS]
     scored = self.accuracy(rows, AR, SCORED)
     found = []
-    for kind, name in ((DIFFUSION, "from nothing"), (CONVERTED, "converted")):
+    for kind, name in ((DIFFUSION, "from scratch"), (CONVERTED, "converted")):
       behind = apart((AR, LAST), (kind, LAST))
       turned = apart((kind, LAST), (kind, MIDDLE))
       found += [

@@ -245,7 +245,7 @@ ADAPTED = r"^(embed|head|final_norm)|norm/|/trained/"
 def pretraining(
   steps: int, every: int = 200, ranks: Sequence[int] = (4, 16)
 ) -> tuple[Arm, ...]:
-  """Returns ways to learn from nothing: full, GaLore, LoRA, ReLoRA.
+  """Returns ways to train from scratch: full, GaLore, LoRA, ReLoRA.
 
   LoRA and ReLoRA stand on random matrices that no gradient changes; all else
   is learned in full (research/lora/MATH.md 9.3).

@@ -276,7 +276,7 @@ def _recovery(rows: Rows, ranks: Sequence[str]) -> Verdict:
 
 
 def pretraining(rows: Rows) -> list[Verdict]:
-  """Returns verdicts on learning from nothing (`lora_arms.pretraining`)."""
+  """Returns verdicts on training from scratch (`lora_arms.pretraining`)."""
   low = next(n for n in rows if n.startswith("ReLoRA")).removeprefix("ReLoRA ")
   re, plain = f"ReLoRA {low}", f"LoRA {low}"
   order = ["full", f"GaLore {low}", re, plain]

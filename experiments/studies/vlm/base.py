@@ -1,6 +1,6 @@
 """What all arms of a seed start from: small towers that know something.
 
-No package brings an image encoder, so one is trained here from nothing: it
+No package brings an image encoder, so one is trained here from scratch: it
 learns to caption scenes (CapPa, arXiv:2306.07915), with a language model that
 is then dropped. The language model that stays has read questions and answers,
 without images. So "frozen" means something in the arms, and what they have to

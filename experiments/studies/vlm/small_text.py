@@ -132,7 +132,7 @@ class Shared:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SmallText(protocol.Study):
-  """Arms that learn, from nothing, to read small text.
+  """Arms that learn, from scratch, to read small text.
 
   Attributes:
     variants: how, an arm each for every seed.

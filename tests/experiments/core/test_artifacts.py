@@ -1,4 +1,4 @@
-"""What is left of a model that fills in masks, trained from nothing."""
+"""What is left of a model that fills in masks, trained from scratch."""
 
 import dataclasses
 import resource

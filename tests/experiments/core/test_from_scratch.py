@@ -1,4 +1,4 @@
-"""Models from nothing: their weights, a whole run, and what it leaves."""
+"""Models from scratch: their weights, a whole run, and what it leaves."""
 
 import dataclasses
 import json

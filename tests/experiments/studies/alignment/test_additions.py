@@ -1,4 +1,4 @@
-"""The run file of GRPO from nothing, stopped and gone on with."""
+"""The run file of GRPO from scratch, stopped and gone on with."""
 
 import chex
 import numpy as np
