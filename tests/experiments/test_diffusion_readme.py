@@ -185,8 +185,8 @@ def d4():
     f" {numbers['entropy']:.2f}",
     f"{min(itself):.3f} to {max(itself):.3f} off, first hitting"
     f" {at(name, 'first hitting', 3)[0]:.3f}",
-    f"models, by chance: {pair(more['random_models'], 3)} more off; the chain's"
-    f" own conditionals: random {more['random_itself']} more, margin"
+    f"models, random order: {pair(more['random_models'], 3)} more off; the"
+    f" chain's own conditionals: random {more['random_itself']} more, margin"
     f" {more['margin_itself']};",
     f"models: {off[0]:.3f}, {off[1]:.3f}, {off[2]:.3f} off at 32, 64, 128"
     f" calls, less by {pair(numbers['remdm_less_off'], 3)};",
