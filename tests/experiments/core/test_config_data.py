@@ -129,6 +129,13 @@ def tokens(tmp_path_factory):
   return str(folder / "a.npy"), str(folder / "b.npz")
 
 
+def test_every_file_binds_the_data_of_a_run():
+  """What does not, such as problems without answers, has no place in data."""
+  text = {p.stem: p.read_text("utf-8") for p in config.CONFIGS.glob("data/*")}
+  bound = {name for name in text if "Experiment.data = " in text[name]}
+  assert set(NAMES) <= bound
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.sample(8)
 def test_data_makes_batches(name, tokenizer, chat, tokens, tmp_path):
