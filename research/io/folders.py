@@ -95,6 +95,11 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def is_disk_error(error: BaseException) -> bool:
+  """Returns whether a disk is full or read-only, by the system's words."""
+  return _DISK.search(str(error)) is not None
+
+
 @contextlib.contextmanager
 def writing(where: Any):
   """Turns what a full or read-only disk raises into a UserError.
@@ -108,7 +113,7 @@ def writing(where: Any):
     raise
   except Exception as error:
     # Tensorstore raises ValueError with the system's words inside.
-    if not isinstance(error, OSError) and not _DISK.search(str(error)):
+    if not isinstance(error, OSError) and not is_disk_error(error):
       raise
     reason = getattr(error, "strerror", None) or _DISK.search(str(error))
     reason = reason if isinstance(reason, str | None) else reason[0]

@@ -319,11 +319,11 @@ def full_disk(run: Run) -> bool:
     assert run.wait(), f"{run.workdir} does not end\n{run.said()[-4000:]}"
   finally:
     filler.unlink()
-  text, status = run.said(), run.statuses()[0]
-  said = "error: " in text and "No space left" in text
-  ok = status == 1 and said and "Traceback" not in text
-  run.check(status == 0 or ok)
-  return status == 1
+  text, found = run.said(), run.statuses()
+  # Of several processes, one may end by JAX, as another has left it.
+  struck = 1 in found and "error: " in text and "No space left" in text
+  run.check(not any(found) or (struck and "Traceback" not in text))
+  return struck
 
 
 def hung_process(run: Run) -> bool:

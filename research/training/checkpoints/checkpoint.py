@@ -76,6 +76,7 @@ class Checkpoints:
     self._sign = 1.0 if better == "lower" else -1.0
     self._best = best
     self._sweep = sweep
+    self._abandoned = False
     kept = [
       _preserve.LatestN(keep),
       _preserve.BestN(
@@ -100,6 +101,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, trace) -> None:
+    if self._abandoned:
+      return  # closing would wait for the other processes
     # A failed save fails again on closing; the first error is more specific.
     again = contextlib.suppress(*([Exception] if error else []))
     with _quiet(), again:
@@ -154,14 +157,17 @@ class Checkpoints:
       parts["data"] = place = IteratorState(json.dumps(data.get_state()))
       note["place"] = place.digest
     cost = self._sign * (metrics or {}).get(self._best, math.nan)
-    with _saving(), folders.writing(self.folder):
-      self._steps.save_checkpointables(
+    with _saving() as failures, folders.writing(self.folder):
+      response = self._steps.save_checkpointables_async(
         step,
         parts,
         # A checkpoint without a finite metric is never the best.
         metrics={"cost": cost} if math.isfinite(cost) else None,
         custom_metadata={"checks": note},
       )
+      if failed := writers.wait(response, failures):
+        self._abandoned = True
+        raise failed
       if jax.process_index() == 0:
         checksums.write_list(self.folder / str(step))
 
@@ -331,9 +337,9 @@ def _as_they_are() -> ocp.Context:
 
 @contextlib.contextmanager
 def _saving():
-  """What holds while something is written."""
-  with _quiet(), writers.awaited(), _as_they_are():
-    yield
+  """What holds while something is written; yields the writers' failures."""
+  with _quiet(), writers.awaited(), writers.heard() as failures, _as_they_are():
+    yield failures
 
 
 def _moving(state: TrainState) -> dict[str, Any]:

@@ -1,8 +1,13 @@
-"""Waits for the writers of a checkpoint that have not ended when one failed."""
+"""Waits for the writers of a checkpoint, and for those left when one failed."""
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+from research.io import folders
 
 PATIENCE = 10.0
 """Seconds in which writers end after one has failed."""
@@ -37,3 +42,66 @@ def awaited() -> Iterator[None]:
     yield
   finally:
     asyncio.new_event_loop = new_event_loop
+
+
+class _Failures(logging.Handler):
+  """Collects the errors that Orbax's threads log before they end."""
+
+  def __init__(self):
+    super().__init__(logging.ERROR)
+    self.errors: list[BaseException] = []
+
+  def emit(self, record: logging.LogRecord) -> None:
+    if record.exc_info and record.exc_info[1] is not None:
+      self.errors.append(record.exc_info[1])
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[Sequence[BaseException]]:
+  """Yields the errors of Orbax's threads, which grow, and prints none of them.
+
+  Inside, the logger named absl, which Orbax uses, has this handler alone.
+  """
+  logger, failures = logging.getLogger("absl"), _Failures()
+  level, handlers, propagates = logger.level, logger.handlers, logger.propagate
+  logger.handlers, logger.propagate = [failures], False
+  logger.setLevel(logging.ERROR)
+  try:
+    yield failures.errors
+  finally:
+    logger.handlers, logger.propagate = handlers, propagates
+    logger.setLevel(level)
+
+
+def wait(
+  response: Any, failures: Sequence[BaseException]
+) -> BaseException | None:
+  """Waits until a checkpoint is written by all processes.
+
+  Orbax's processes meet several times in a save. Where the disk of one process
+  is full, the others wait for it at their next meeting until that times out,
+  and so does this process at another one.
+
+  Args:
+    response: of an asynchronous save; None if there was nothing to save.
+    failures: errors of this process's writers, see `heard`.
+
+  Returns:
+    The error of a disk after which the save did not end in `PATIENCE` seconds;
+    None if the save has ended.
+
+  Raises:
+    Exception: what the save raised.
+  """
+  if response is None:
+    return None
+  pool = futures.ThreadPoolExecutor(1, "checkpoint")
+  saved = pool.submit(response.result)
+  pool.shutdown(wait=False)
+  while True:
+    failed = [error for error in failures if folders.is_disk_error(error)]
+    if futures.wait([saved], PATIENCE).done:
+      saved.result()
+      return None
+    if failed:
+      return failed[0]

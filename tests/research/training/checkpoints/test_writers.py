@@ -1,6 +1,7 @@
 """Writers that have not ended when one failed."""
 
 import asyncio
+import logging
 import threading
 
 import pytest
@@ -64,3 +65,56 @@ def test_a_loop_without_errors_is_closed_at_once():
   loop.close()
   loop.close()
   assert loop.is_closed()
+
+
+FULL = OSError(28, "No space left on device")
+
+
+class _Response:
+  """A save that ends when `ended` is set, with an error or without."""
+
+  def __init__(self, error=None):
+    self.ended, self._error = threading.Event(), error
+
+  def result(self):
+    self.ended.wait(60)
+    if self._error is not None:
+      raise self._error
+
+
+def test_errors_of_other_threads_are_heard_and_not_printed(capfd):
+  def fail():
+    try:
+      raise FULL
+    except OSError:
+      logging.getLogger("absl").exception("a writer failed")
+
+  with writers.heard() as failures:
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+  assert failures == [FULL] and capfd.readouterr() == ("", "")
+  assert logging.getLogger("absl").propagate
+
+
+@pytest.mark.parametrize("failures", [[FULL], [ValueError("odd")], []])
+def test_a_save_that_waits_after_a_full_disk_is_abandoned(
+  monkeypatch, failures
+):
+  """One that is slow without such an error is waited for."""
+  monkeypatch.setattr(writers, "PATIENCE", 0.05)
+  response = _Response()
+  ends = threading.Timer(60 if failures == [FULL] else 0.3, response.ended.set)
+  ends.start()
+  found = writers.wait(response, failures)
+  assert found == (FULL if failures == [FULL] else None)
+  ends.cancel()
+  response.ended.set()
+
+
+def test_what_a_save_raises_is_raised():
+  response = _Response(FULL)
+  response.ended.set()
+  with pytest.raises(OSError, match="No space left"):
+    writers.wait(response, [])
+  assert writers.wait(None, []) is None
