@@ -90,6 +90,7 @@ def _train(
   started_at: float | None,
 ) -> dict[str, Any]:
   begin = time.perf_counter()
+  runtime.first_process_first(lambda: data_fingerprint.check_files(experiment))
 
   # --- model ---
   artifacts.log(f"loading {experiment.model}")
@@ -240,6 +241,7 @@ def evaluate(
 
 
 def _evaluate(experiment, context, workdir, number) -> dict[str, Any]:
+  data_fingerprint.check_files(experiment, data_fingerprint.EVALUATIONS)
   built = experiment.build(context)
   experiment, context = experiment.with_encoder_of(built), built.context
   if workdir is None:

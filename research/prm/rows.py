@@ -176,6 +176,10 @@ class LabelledRows(FromFiles, ShuffledBatches):
   def __post_init__(self):
     pipeline.check_sizes(self, length=2, batch_size=1)
 
+  def check_files(self) -> None:
+    """Raises UserError for the first record that is not of the layout."""
+    read(self.paths, self.format)
+
   def solutions(self) -> list[LabelledSolution]:
     """Returns the solutions of the split."""
     found = read(self.paths, self.format)

@@ -95,6 +95,9 @@ class BucketedQuestions(data.ImageData):
         " expected at least one, and none twice."
       )
 
+  def check_files(self) -> None:
+    """Checks nothing: `training` counts and leaves out what cannot be read."""
+
   @property
   def length(self) -> int:
     """Tokens of the longest rows."""
