@@ -127,6 +127,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   del argv
   cli.required(sweep=_SWEEP.value)
   cli.local(workdir=_WORKDIR.value)
+  cli.directory(workdir=_WORKDIR.value)
   from experiments import sweeps
   from experiments.core import config
   from experiments.sweeps import slurm, sweep_units, work

@@ -22,10 +22,11 @@ from experiments.core import (
 from experiments.core.experiment import Built, Experiment
 from research import progress, sharding, tree, weights
 from research.data.bucketing import BucketedBatches
+from research.data.pipeline import ShuffledRows
 from research.generation import generate
 from research.interop.loaded import Loaded
 from research.io.folders import Folder
-from research.training import evaluating, loop, state
+from research.training import evaluating, global_batch, loop, state
 from research.training.checkpoints import checkpoint
 from research.training.reports import metrics
 from research.typing import UserError
@@ -91,6 +92,8 @@ def _train(
 ) -> dict[str, Any]:
   begin = time.perf_counter()
   runtime.first_process_first(lambda: data_fingerprint.check_files(experiment))
+  if isinstance(experiment.data, ShuffledRows):
+    global_batch.check_rows(context.batch, experiment.data.batch_size)
 
   # --- model ---
   artifacts.log(f"loading {experiment.model}")

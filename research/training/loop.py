@@ -76,7 +76,7 @@ class TrainConfig:
 
   def __post_init__(self):
     every = ("eval_every", "save_every", "keep_every")
-    least = {"steps": 1, "accumulate": 1, "keep": 1}
+    least = {"steps": 1, "accumulate": 1, "keep": 1, "seed": 0}
     for name, low in {**least, **dict.fromkeys(every, 0)}.items():
       if getattr(self, name) < low:
         raise UserError(
