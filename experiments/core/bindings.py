@@ -6,7 +6,9 @@ another binding wins over in places is warned of.
 
 import ast
 import difflib
+import io
 import re
+import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +36,23 @@ def from_flag(line: str) -> str:
       "--set=lora.LoRA.rank=16."
     )
   name, value = found.groups()
+  if _is_unfinished(value):
+    raise UserError(
+      f"--set={line}: found a bracket or quote that does not end, expected a"
+      " whole value."
+    )
   return moved.binding(name + _value(value.strip()))
+
+
+def _is_unfinished(text: str) -> bool:
+  """Whether a value begins with a bracket or quote, and one does not end."""
+  if text[0] not in "([{'\"":
+    return False
+  try:
+    list(tokenize.generate_tokens(io.StringIO(text).readline))
+  except (tokenize.TokenError, SyntaxError):
+    return True
+  return False
 
 
 def _value(text: str) -> str:

@@ -346,7 +346,10 @@ def changed_addresses(mine: part.Parts, base: sources.Source) -> set[str]:
     if address not in base.parts and address.path == "head":
       where = dataclasses.replace(address, path="embed")
     if where not in base.parts:
-      raise UserError(f"{address}: the base model has no such weight")
+      raise UserError(
+        f"{address}: the base model has no such weight.\nExpected the model"
+        " that the adapter was trained on; give another --base."
+      )
     if not _equal(p, base.parts[where], transposed=where != address):
       out.add(str(address))
   return out

@@ -21,6 +21,7 @@ from experiments import (
   imatrix,
   label,
   perplexity,
+  plan,
   quantize,
   search,
   study,
@@ -174,6 +175,51 @@ def test_bad_texts(command, tmp_path, content, words):
   )
   assert (status, lines) == (1, [])
   assert words in errors and len(errors.splitlines()) <= 3
+
+
+VLM = "--preset=smolvlm-256m"
+SIZE = "--image_size=48x64"
+RUN = ["--config=runs/quickstart.gin", "--topology=cpu:2"]
+SWEEP = ["--sweep=sweeps/quickstart_rank.gin"]
+
+
+@pytest.mark.parametrize(
+  "module, arguments, words",
+  [
+    (plan, [VLM, SIZE, RUN[1]], "--topology: has no effect with --preset"),
+    (plan, [*RUN, SIZE], "--image_size: has no effect without --preset"),
+    (plan, [*RUN, "--compiles=2"], "--compiles: has no effect without --adv"),
+    (plan, [*RUN, "--hlo=a", "--advise"], "--hlo: has no effect with --advise"),
+    (sweep, [*SWEEP, "--image=a"], "--image: has no effect with --launcher=lo"),
+    (sweep, [*SWEEP, "--sbatch=a"], "--sbatch: has no effect with --launcher"),
+    (
+      sweep,
+      [*SWEEP, "--launcher=slurm", "--parallel=2"],
+      "--parallel: has no effect with --launcher=slurm",
+    ),
+  ],
+)
+def test_flags_without_effect_are_refused(command, module, arguments, words):
+  status, lines, errors = command(module.main, *arguments)
+  assert (status, lines) == (1, []) and words in errors
+
+
+def test_sampling_is_checked_before_a_model_is_loaded(
+  command, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(load, "load_model", lambda *_: pytest.fail("loaded"))
+  flags = "--config=runs/search/chain_sum_smollm2.gin", "--set=TEMPERATURE=-1"
+  status, _, errors = command(search.main, f"--workdir={tmp_path}", *flags)
+  assert status == 1 and "temperature: found -1, expected" in errors
+
+
+def test_a_report_that_cannot_be_written_is_said_first(command, tmp_path):
+  (tmp_path / "file").write_text("mine")
+  flags = f"--from={TINY}", f"--to={tmp_path / 'new'}", "--format=hf"
+  report = f"--report={tmp_path / 'file' / 'report.json'}"
+  status, lines, errors = command(convert.main, *flags, report)
+  assert (status, lines) == (1, []) and "is a file, expected a dir" in errors
+  assert not (tmp_path / "new").exists()
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

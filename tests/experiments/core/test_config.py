@@ -93,7 +93,8 @@ def test_a_binding_wins_over_the_file():
     ("STEPS='ten'", "steps: found 'ten'"),
     ("STEPS", "expected NAME=VALUE"),
     ("STEPS=", "expected NAME=VALUE"),
-    ("STEPS=[1,", "quickstart"),
+    ("STEPS=[1,", r"--set=STEPS=\[1,: found a bracket or quote that does not"),
+    ("DTYPE='float32", "found a bracket or quote that does not end"),
     ("lora.LoRA.rank=%NOPE", "%NOPE: has no value"),
     ("lora.LoRA.rank=-2", "rank is -2, expected at least 1$"),
     ("DTYPE=32", "dtype: found 32"),
@@ -101,6 +102,7 @@ def test_a_binding_wins_over_the_file():
     # Bindings that another one wins over everywhere, or of no scope.
     ("trian/pipeline.Pipeline.length=64", "mean pipeline.Pipeline.length"),
     ("sources.PydocTopics.split='train'", "mean heldout/sources.PydocTopics."),
+    ("experiment.Experiment.eval_batches=0", "eval_batches: found 0, expected"),
     ("SEED=-1", "TrainConfig.seed: found -1, expected at least 0"),
   ],
 )
