@@ -67,12 +67,15 @@ def _value(text: str) -> str:
   return f"({text})" if bare else text
 
 
-def check_used(lines: Sequence[str], *records: Record) -> None:
+def check_used(
+  lines: Sequence[str], *records: Record, stages: Sequence[str] = ()
+) -> None:
   """Warns of bindings that have no effect in some places of a run.
 
   Args:
     lines: of the command line.
     records: the bindings that a run used, by the scope in which they are bound.
+    stages: names of the run's stages, which are scopes, too.
 
   Raises:
     UserError: a binding has no effect at all.
@@ -103,6 +106,7 @@ def check_used(lines: Sequence[str], *records: Record) -> None:
       raise UserError(
         f"--set={line}: nothing in this run uses it; "
         + _instead(name, sorted(set(places)), macros)
+        + (f"; stages: {', '.join(stages)}" if stages and scope else "")
       )
 
 

@@ -197,7 +197,7 @@ def parse(
   with _readable(name):
     scopes = tuple(f"{stage}/" for stage in names)
     lines = [line for line in lines if not line.startswith(scopes)]
-    check_used(lines, *shared)
+    check_used(lines, *shared, stages=names)
   staged = Staged(
     stages={stage: read.experiment for stage, read in reads.items()},
     texts={stage: read.text for stage, read in reads.items()},

@@ -105,6 +105,7 @@ def test_a_seed_is_a_sample(command):
     (["--model=nowhere", "--prompt=a"], "nowhere"),
     ([f"--model={TINY}"], "--prompt: is missing"),
     (["--temperature=0", "--top_k=3"], "--top_k: has no effect"),
+    (["--seed=3"], "--seed: has no effect at --temperature=0"),
     (["--temperature=-1"], "--temperature=-1: expected a number above 0, or 0"),
     (["--max_new_tokens=-1", "--model=nowhere"], "max_new_tokens: found -1"),
     (["--prompt_file=nowhere.txt"], "--prompt_file=nowhere.txt: No such file"),
