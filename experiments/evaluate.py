@@ -71,13 +71,19 @@ _LAYERS = flags.DEFINE_bool(
   "layers", True, "With --base: measure each matrix.", flag_values=FLAGS
 )
 _SET = cli.define_set(FLAGS, "EVAL_BATCHES=4")
+_OF_COMPARISONS = ("text", "window", "max_windows", "layers")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
   """Evaluates; returns the metrics, which the first process prints as JSON."""
   del argv
+  cli.directory(workdir=_WORKDIR.value)
   if _MODEL.value is not None or _BASE.value is not None:
+    cli.exclusive("with --base", FLAGS, "config", "workdir", "step", "set")
     return _compare_models()
+  cli.exclusive("without --base", FLAGS, *_OF_COMPARISONS)
+  if _WORKDIR.value is None:
+    cli.exclusive("without --workdir", FLAGS, "step")
   if _CONFIG.value is None and _WORKDIR.value is None:
     from research.typing import UserError
 

@@ -417,6 +417,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     top_k=_TOP_K.value,
     top_p=_TOP_P.value,
     min_p=_MIN_P.value,
+    seeded=_SAMPLER.value != "diffusion" and FLAGS["seed"].present > 0,
     repetition_penalty=_PENALTY.value,
   )
   if _SAMPLER.value == "diffusion":

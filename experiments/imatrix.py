@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from research.quant.algorithms.calibrate import Calibration
 
   to, start = pathlib.Path(_TO.value), time.perf_counter()
-  convert.check_free(to)
+  convert.check_free(to, file=True)
   loaded = load_model(_MODEL.value)
   text = Calibration(
     windows=_WINDOWS.value,

@@ -47,15 +47,15 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   runtime.setup()
   from experiments.core import config
   from experiments.labelling.label_run import LabelRun
+  from research.interop import convert
   from research.prm import formats
-  from research.typing import UserError
 
   to = pathlib.Path(_TO.value)
-  if to.exists():
-    raise UserError(f"--to={to}: exists; choose another file, or delete it")
+  convert.check_free(to, file=True)
+  # Now, since labelling may take hours.
+  to.parent.mkdir(parents=True, exist_ok=True)
   run, _ = config.read(_CONFIG.value, _SET.value, root=LabelRun)
   solutions, cut = run.run(cli.say)
-  to.parent.mkdir(parents=True, exist_ok=True)
   formats.write(str(to), solutions, formats.FORMATS["native"])
   labels = [x for one in solutions for x in one.labels if x is not None]
   first = collections.Counter(one.first_error for one in solutions)

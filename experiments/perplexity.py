@@ -30,7 +30,7 @@ from typing import Any
 from absl import flags
 
 from experiments.core import cli, flags_from, packed_weights, runtime
-from experiments.core.text_perplexity import TextPerplexity
+from experiments.generating.text_perplexity import TextPerplexity
 
 FLAGS = cli.new_flags()
 

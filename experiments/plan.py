@@ -150,7 +150,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   """Plans; returns the result, which the command prints as JSON."""
   del argv
   if _PRESET.value is not None:
+    own = {_PRESET.name, _IMAGE_SIZE.name, _TEXT_TOKENS.name}
+    shared = cli.new_flags()
+    others = (x for x in FLAGS if x not in own and x not in shared)
+    cli.exclusive("with --preset", FLAGS, *others)
     return _image()
+  of_images = _IMAGE_SIZE.name, _TEXT_TOKENS.name
+  cli.exclusive("without --preset", FLAGS, *of_images)
   cli.required(config=_CONFIG.value, topology=_TOPOLOGY.value)
   import jax
 
@@ -184,6 +190,10 @@ def _check_flags() -> None:
   plans = [f.name for f in (_FILL, _GENERATE, _SEARCH, _ADVISE) if f.value]
   if len(plans) > 1:
     raise UserError(f"--{plans[0]}, --{plans[1]}: expected one of them")
+  if not _ADVISE.value:
+    cli.exclusive("without --advise", FLAGS, _COMPILES.name)
+  if plans:
+    cli.exclusive(f"with --{plans[0]}", FLAGS, _HLO.name)
   needs = (
     (_CACHE, (_FILL,)),
     (_GUIDANCE, (_FILL,)),

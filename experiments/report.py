@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   cli.required(workdir=",".join(_WORKDIR.value))
   cli.local(workdir=",".join(_WORKDIR.value), out=_OUT.value)
+  cli.directory(out=_OUT.value)
   from experiments.core import tables
   from experiments.sweeps import compare
   from research.training.reports import plot_runs

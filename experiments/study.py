@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
   cli.local(workdir=_WORKDIR.value)
+  cli.directory(workdir=_WORKDIR.value)
   from experiments.core import config, runtime, tables
   from experiments.studies import protocol, results
 

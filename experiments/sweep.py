@@ -122,11 +122,21 @@ _PARALLEL = flags.DEFINE_integer(
 )
 
 
+_OF_LAUNCHERS = {
+  "local": ("parallel",),
+  "slurm": ("sbatch",),
+  "jobset": ("topology", "slices", "image", "volume"),
+}
+
+
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
   """Runs the units; returns the result, which the command prints as JSON."""
   del argv
   cli.required(sweep=_SWEEP.value)
   cli.local(workdir=_WORKDIR.value)
+  cli.directory(workdir=_WORKDIR.value)
+  if not (_STATUS.value or _CANCEL.value):
+    _check_launcher()
   from experiments import sweeps
   from experiments.core import config
   from experiments.sweeps import slurm, sweep_units, work
@@ -158,6 +168,13 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
       " to units/*.log"
     )
     return _run(sweep, units, todo, lock, workdir, name)
+
+
+def _check_launcher() -> None:
+  """Raises UserError for flags of another launcher than the chosen one."""
+  for launcher, names in _OF_LAUNCHERS.items():
+    if launcher != _LAUNCHER.value:
+      cli.exclusive(f"with --launcher={_LAUNCHER.value}", FLAGS, *names)
 
 
 def _run(

@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   """Trains; returns the result, which the first process prints as JSON."""
   del argv
   cli.required(workdir=_WORKDIR.value)
+  cli.directory(workdir=_WORKDIR.value)
   runtime.setup()
   from experiments.core import config
   from experiments.stages import running

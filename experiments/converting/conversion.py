@@ -70,6 +70,8 @@ class Conversion:
     to, start = pathlib.Path(self.to), time.perf_counter()
     write = self.writer()
     convert.check_free(to)
+    if self.report is not None:  # written at the end
+      cli.directory(report=str(pathlib.Path(self.report).parent))
     source = self.open()
     written = write(source, to)
     log = written.log

@@ -169,6 +169,40 @@ def local(**paths: str | None) -> None:
       )
 
 
+def directory(**paths: str | None) -> None:
+  """Raises UserError for the first flag that cannot name a directory.
+
+  It may be missing, and those above it: but none of them may be a file.
+  """
+  for name, path in paths.items():
+    if path is None or "://" in path:
+      continue
+    place = pathlib.Path(path).absolute()
+    found = next((x for x in (place, *place.parents) if x.exists()), None)
+    if found is not None and not found.is_dir():
+      from research.typing import UserError
+
+      raise UserError(
+        f"--{name}={path}: {found} is a file, expected a directory or a new"
+        " name."
+      )
+
+
+def exclusive(flag: str, values: flags.FlagValues, *others: str) -> None:
+  """Raises UserError for the first of `others` that is on the command line.
+
+  Args:
+    flag: what they have no effect beside, as on a command line.
+    values: the command's flags.
+    others: names of flags.
+  """
+  for name in others:
+    if values[name].present:
+      from research.typing import UserError
+
+      raise UserError(f"--{name}: has no effect {flag}; leave it out.")
+
+
 def run(main: Main) -> NoReturn:
   """Runs a command and ends the process with its status."""
   from research import progress
@@ -303,10 +337,24 @@ def explanation(error: BaseException) -> str | None:
 
   if isinstance(error, UserError):
     return str(error)
+  if _is_out_of_memory(error):
+    why = str(error).splitlines()[0][:200] if str(error) else "nothing is left"
+    return (
+      f"out of memory: {why}\nUse smaller batches or shorter rows (BATCH,"
+      " LENGTH), a smaller model, or more devices."
+    )
   if isinstance(error, OSError) and error.strerror:
     where = error.filename if error.filename is not None else "output"
     return f"{where}: {error.strerror}"
   return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+  """Whether NumPy or XLA could not allocate an array."""
+  exhausted = "RESOURCE_EXHAUSTED" in str(error)  # XLA's RuntimeError
+  return isinstance(error, MemoryError) or (
+    isinstance(error, RuntimeError) and exhausted
+  )
 
 
 def plain(x: Any) -> Any:
@@ -393,10 +441,13 @@ def read_text(path: str, flag: str) -> str:
   except OSError as error:
     raise UserError(f"--{flag}={path}: {error.strerror}") from error
   try:
-    text = data.decode("utf-8")
+    text = data.decode("utf-8-sig")  # drops a byte order mark
   except UnicodeDecodeError as error:
+    from research.data.sources import convert_hint
+
     raise UserError(
-      f"--{flag}={path}: is no UTF-8 at byte {error.start}; convert it first"
+      f"--{flag}={path}: is no UTF-8 at byte {error.start}.\n"
+      f"{convert_hint(data)}"
     ) from error
   if not text.strip():
     raise UserError(f"--{flag}={path}: is empty, expected some text")

@@ -7,19 +7,19 @@ by name. Types are checked by the run-time hook, since a gin value is an
 argument like any other.
 """
 
-import ast
 import contextlib
 import difflib
 import io
 import logging
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gin
 from gin import config as gin_config
 
+from experiments.core.bindings import MACRO, Record, check_used, from_flag
 from experiments.core.experiment import Experiment
 from experiments.stages.staged import Staged, Stages, open_results
 from research import moved
@@ -29,7 +29,6 @@ from research.typing import UserError
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 """Beside the package, in a checkout and in an installation alike."""
 
-_MACRO = "gin.macro"
 _FROM_STAGE = """
 from __gin__ import dynamic_registration
 from experiments.core import experiment
@@ -38,10 +37,6 @@ experiment.Experiment.model = @staged.StageResult()
 staged.StageResult.stage = '{before}'
 """
 _FOLDERS = {"config": "runs", "sweep": "sweeps", "verifier": "runs"}
-
-
-Record = Mapping[tuple[str, str], Mapping[str, Any]]
-"""Gin's own: (scope, configurable) -> values by parameter."""
 
 
 class Read(NamedTuple):
@@ -65,6 +60,11 @@ def find(
   for place in (pathlib.Path(), *_places(folder)):
     if (place / path).is_file():
       return (place / path).resolve()
+  if any((place / path).is_dir() for place in (pathlib.Path(), CONFIGS)):
+    raise UserError(
+      f"--{flag}={path}: is a directory, expected a gin file, e.g. one of those"
+      f" in {CONFIGS / _FOLDERS[flag]}."
+    )
   raise UserError(
     f"--{flag}={path}: no such file, neither here nor under configs/.\n"
     f"{_nearest(path, _FOLDERS[flag])}"
@@ -177,27 +177,27 @@ def parse(
     folder: of the file, where those that it includes may be.
   """
   text = moved.current(text)
-  lines = [_binding(line) for line in bindings]
+  lines = [from_flag(line) for line in bindings]
   with _parsed(text, lines, name, folder):
     names = _stage_names() if root is Experiment else ()
     if not names:
       read, used = _built(root)
-      _all_used(lines, used)
+      check_used(lines, used)
       return read
     whole = gin.config_str()
-    reads, shared = {}, [dict(gin_config._OPERATIVE_CONFIG)]
+    reads, shared = {}, [_effective(gin_config._OPERATIVE_CONFIG)]
   for stage, before in zip(names, (None, *names), strict=False):
     with _parsed(text, lines, name, folder), _named(stage):
       own = _enter(stage, names, before)
       reads[stage], used = _built(root)
       prefix = f"{stage}/"
       mine = [x.removeprefix(prefix) for x in lines if x.startswith(prefix)]
-      _all_used(mine, used)
+      check_used(mine, used)
       shared.append(_without(used, own))
   with _readable(name):
     scopes = tuple(f"{stage}/" for stage in names)
     lines = [line for line in lines if not line.startswith(scopes)]
-    _all_used(lines, *shared)
+    check_used(lines, *shared, stages=names)
   staged = Staged(
     stages={stage: read.experiment for stage, read in reads.items()},
     texts={stage: read.text for stage, read in reads.items()},
@@ -219,10 +219,10 @@ def _parsed(
 
 
 def _built(root: type) -> tuple[Read, Record]:
-  """Returns what is bound, built, and gin's record of what that used."""
+  """Returns what is bound, built, and which bindings that used."""
   gin.finalize()
   experiment = gin.get_configurable(root)()
-  used = {key: dict(x) for key, x in gin_config._OPERATIVE_CONFIG.items()}
+  used = _effective(gin_config._OPERATIVE_CONFIG)
   _drop_defaults()
   return Read(experiment, gin.operative_config_str()), used
 
@@ -252,7 +252,7 @@ def _enter(stage: str, names: Sequence[str], before: str | None) -> Record:
     first, _, inner = scope.partition("/")
     if selector.endswith(".staged.Stages"):
       del bound[scope, selector]
-    elif first in names and (inner or selector != _MACRO):
+    elif first in names and (inner or selector != MACRO):
       values = bound.pop((scope, selector))
       if first == stage:
         own[inner, selector] = values
@@ -281,6 +281,32 @@ def _without(used: Record, own: Record) -> Record:
   return {key: values for key, values in left.items() if values}
 
 
+def _effective(used: Record) -> Record:
+  """Returns the bindings that gave the values of a record.
+
+  A value that is used in the scope `a/b` is that of the innermost scope, among
+  `a/b`, `a` and none, which has a binding of it.
+
+  Args:
+    used: gin's record, by the scope in which values were used.
+  """
+  bound = gin_config._CONFIG
+  found: dict[tuple[str, str], dict[str, Any]] = {}
+  for (scope, selector), values in used.items():
+    for name, value in values.items():
+      for place in reversed(_scopes(scope)):
+        if name in bound.get((place, selector), {}):
+          found.setdefault((place, selector), {})[name] = value
+          break
+  return found
+
+
+def _scopes(scope: str) -> list[str]:
+  """Returns the scopes whose bindings hold in a scope, outermost first."""
+  parts = scope.split("/") if scope else []
+  return ["/".join(parts[:i]) for i in range(len(parts) + 1)]
+
+
 def _drop_defaults() -> None:
   """Leaves only what was bound in gin's record of what was used.
 
@@ -290,9 +316,8 @@ def _drop_defaults() -> None:
   """
   bound = gin_config._CONFIG
   for (scope, selector), used in gin_config._OPERATIVE_CONFIG.items():
-    parts = scope.split("/") if scope else []
-    scopes = ["/".join(parts[:i]) for i in range(len(parts) + 1)]
-    kept = set().union(*(bound.get((s, selector), {}) for s in scopes))
+    places = [bound.get((place, selector), {}) for place in _scopes(scope)]
+    kept = set().union(*places)
     for name in used.keys() - kept:
       del used[name]
 
@@ -313,59 +338,6 @@ def _imports(text: str, folder: pathlib.Path | None = None) -> list[str]:
     elif re.match(r"(import|from)\s", line) and line != gin_dynamic:
       found.append(line)
   return list(dict.fromkeys(found))
-
-
-def _binding(line: str) -> str:
-  """Returns a line of the command line as gin reads it.
-
-  A shell takes quotes away, and gin knows no bare words: a value that is
-  neither Python's nor gin's own is a text, so FILES=a.jsonl needs no quotes.
-  """
-  found = re.fullmatch(r"(\s*[\w./]+\s*=\s*)(\S.*)", line, re.DOTALL)
-  if not found:
-    raise UserError(
-      f"--set={line}: expected NAME=VALUE, e.g. --set=STEPS=20 or "
-      "--set=lora.LoRA.rank=16."
-    )
-  name, value = found.groups()
-  return moved.binding(name + _value(value.strip()))
-
-
-def _value(text: str) -> str:
-  """Returns the value that `text` says, with gin's quotes and brackets."""
-  if text[0] in "@%":
-    return text
-  try:
-    found = ast.literal_eval(text)
-  except (ValueError, SyntaxError, MemoryError, RecursionError):
-    return text if text[0] in "([{'\"" else repr(text)
-  bare = isinstance(found, tuple) and text[0] != "("
-  return f"({text})" if bare else text
-
-
-def _all_used(lines: Sequence[str], *records: Record) -> None:
-  """Raises if a binding from the command line reached nothing.
-
-  Args:
-    lines: of the command line.
-    records: gin's, of what was used.
-  """
-  used = [pair for record in records for pair in record.items()]
-  macros = sorted({scope for (scope, name), _ in used if name == _MACRO})
-  for line in lines:
-    name = line.split("=")[0].strip()
-    if "." in name:
-      target, _, parameter = name.rpartition(".")
-      reached = any(
-        selector.endswith(target.split("/")[-1]) and parameter in values
-        for (_, selector), values in used
-      )
-    else:
-      reached = name in macros
-    if not reached:
-      near = difflib.get_close_matches(name, macros, 1)
-      hint = f"did you mean {near[0]}?" if near else f"macros: {macros}"
-      raise UserError(f"--set={line}: nothing in this run uses it; {hint}")
 
 
 @contextlib.contextmanager

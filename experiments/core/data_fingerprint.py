@@ -1,8 +1,9 @@
-"""The texts of a run by their hashes, and the special tokens around them.
+"""The texts of a run: checks, their hashes, the special tokens around them.
 
-Files, or a corpus that belongs to the machine such as the standard library, may
-change before a run is resumed, or differ between two machines: a hash shows
-that. One changed record would move every later batch, unnoticed.
+Files are checked before a model is loaded, which may take minutes. Files, or a
+corpus that belongs to the machine such as the standard library, may change
+before a run is resumed, or differ between two machines: a hash shows that. One
+changed record would move every later batch, unnoticed.
 The tokenizer decides on the special tokens around a document, unless the
 configuration does. The run records them, so that evaluations and resumed runs
 read texts in the same way.
@@ -13,7 +14,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from experiments.core import artifacts, runtime
 from experiments.core.experiment import Experiment
@@ -35,6 +36,16 @@ from research.vlm.model import VisionLanguageModel
 PARTS = ("data", "validation", "heldout")
 """Fields of an experiment that hold data."""
 
+EVALUATIONS = ("validation", "heldout", "answers", "step_report")
+"""Fields of an experiment that hold data of evaluations."""
+
+
+@runtime_checkable
+class ChecksFiles(Protocol):
+  """A source of files, or data that has one, see `sources.FromFiles`."""
+
+  def check_files(self) -> None: ...
+
 
 def sources(data: Any) -> Iterator[tuple[Any, str]]:
   """Yields the sources in a part's data that have a hash, with it."""
@@ -47,6 +58,43 @@ def sources(data: Any) -> Iterator[tuple[Any, str]]:
   elif dataclasses.is_dataclass(data):
     for field in dataclasses.fields(data):
       yield from sources(getattr(data, field.name))
+
+
+def check_files(
+  experiment: Experiment, parts: Sequence[str] = ("data", *EVALUATIONS)
+) -> None:
+  """Checks the files of an experiment's data, before a model is loaded.
+
+  Each file is read once, whatever the number of its splits.
+
+  Args:
+    experiment: any.
+    parts: the fields of it whose data are checked.
+
+  Raises:
+    UserError: a file cannot be read, or a record of it is wrong.
+  """
+  done: list[Any] = []
+  for part in parts:
+    for source in _checkable(getattr(experiment, part)):
+      whole = source
+      if getattr(source, "split", None) is not None:
+        whole = dataclasses.replace(source, split=None)
+      if whole not in done:
+        whole.check_files()
+        done.append(whole)
+
+
+def _checkable(data: Any) -> Iterator[ChecksFiles]:
+  """Yields the outermost objects in a part's data that check their files."""
+  if isinstance(data, ChecksFiles):
+    yield data
+  elif isinstance(data, tuple | list):
+    for each in data:
+      yield from _checkable(each)
+  elif dataclasses.is_dataclass(data):
+    for field in dataclasses.fields(data):
+      yield from _checkable(getattr(data, field.name))
 
 
 def hashes(experiment: Experiment) -> dict[str, str]:

@@ -30,7 +30,7 @@ from research.training.objectives.objective import (
   with_model,
 )
 from research.training.rollouts import Rollouts
-from research.typing import Params, PRNGKey
+from research.typing import Params, PRNGKey, UserError
 
 SINGLE_DEVICE = DeviceContext()
 """One device."""
@@ -174,6 +174,13 @@ class Experiment:
   seed: int = 0
   prompt: str | None = None
   continuation: int = 48
+
+  def __post_init__(self):
+    if self.eval_batches is not None and self.eval_batches < 1:
+      raise UserError(
+        f"Experiment.eval_batches: found {self.eval_batches}, expected at least"
+        " 1, or None for all."
+      )
 
   def build(self, context: DeviceContext = SINGLE_DEVICE) -> "Built":
     """Returns the model with transformed and sharded weights, and its loss.

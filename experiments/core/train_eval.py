@@ -22,10 +22,11 @@ from experiments.core import (
 from experiments.core.experiment import Built, Experiment
 from research import progress, sharding, tree, weights
 from research.data.bucketing import BucketedBatches
+from research.data.pipeline import ShuffledRows
 from research.generation import generate
 from research.interop.loaded import Loaded
 from research.io.folders import Folder
-from research.training import evaluating, loop, state
+from research.training import evaluating, global_batch, loop, state
 from research.training.checkpoints import checkpoint
 from research.training.reports import metrics
 from research.typing import UserError
@@ -90,6 +91,9 @@ def _train(
   started_at: float | None,
 ) -> dict[str, Any]:
   begin = time.perf_counter()
+  runtime.first_process_first(lambda: data_fingerprint.check_files(experiment))
+  if isinstance(experiment.data, ShuffledRows):
+    global_batch.check_rows(context.batch, experiment.data.batch_size)
 
   # --- model ---
   artifacts.log(f"loading {experiment.model}")
@@ -240,6 +244,7 @@ def evaluate(
 
 
 def _evaluate(experiment, context, workdir, number) -> dict[str, Any]:
+  data_fingerprint.check_files(experiment, data_fingerprint.EVALUATIONS)
   built = experiment.build(context)
   experiment, context = experiment.with_encoder_of(built), built.context
   if workdir is None:

@@ -1,1 +1,4 @@
-"""What `generate` is made of: masks that are filled, adapters a row, pages."""
+"""What `generate` is made of, and how `perplexity` reads a text.
+
+Masks that are filled, adapters a row, pages.
+"""

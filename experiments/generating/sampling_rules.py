@@ -11,6 +11,7 @@ def of_flags(
   *,
   temperature: float | None,
   repetition_penalty: float | None,
+  seeded: bool = False,
   **rules: float | int | None,
 ) -> Sampling:
   """Returns what the flags say about choosing tokens.
@@ -18,6 +19,7 @@ def of_flags(
   Args:
     temperature: of --temperature; None for 0, or 1 if a rule is given.
     repetition_penalty: of --repetition_penalty.
+    seeded: whether --seed is given.
     **rules: of --top_k, --top_p and --min_p; None if not given.
 
   Raises:
@@ -31,6 +33,7 @@ def of_flags(
       f"--temperature={temperature:g}: expected a number above 0, or 0, which "
       "takes the likeliest token"
     )
+  given += ["seed"] * seeded
   if temperature == 0 and given:
     raise UserError(
       f"--{given[0]}: has no effect at --temperature=0, which takes the "

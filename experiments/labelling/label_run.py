@@ -10,6 +10,7 @@ from experiments.core.experiment import Source
 from experiments.generating import policies
 from research.data.sources import jsonl
 from research.generation.sampling import Sampling
+from research.generation.sampling import check as check_sampling
 from research.prm import policy_samples
 from research.prm.labelled import LabelledSolution
 from research.reasoning.problem import Problem, StepVerifier, Verdict
@@ -79,6 +80,7 @@ class LabelRun:
   seed: int = 0
 
   def __post_init__(self):
+    check_sampling(self.sampling)
     first, last = self.problems
     if not 0 <= first < last <= len(self.task):
       raise UserError(

@@ -15,6 +15,7 @@ from experiments.searching.strategies import SearchStrategy
 from experiments.searching.verifiers import VerifierSource
 from research.diffusion.sampling.config import SamplerConfig
 from research.generation.sampling import Sampling
+from research.generation.sampling import check as check_sampling
 from research.reasoning import isolation
 from research.reasoning.isolation import Guarded
 from research.reasoning.prompting import Prompting
@@ -74,6 +75,7 @@ class SearchRun:
   n: int | None = None
 
   def __post_init__(self):
+    check_sampling(self.sampling)
     first, last = self.problems
     if not 0 <= first < last <= len(self.task):
       raise UserError(

@@ -6,7 +6,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.core import artifacts, runtime, train_eval
+from experiments.core import (
+  artifacts,
+  data_fingerprint,
+  runtime,
+  train_eval,
+)
 from experiments.core.experiment import Experiment
 from experiments.stages.staged import Staged
 from research.io import folders
@@ -104,6 +109,7 @@ def train(
     return train_eval.train(run, workdir, writers)
   results: dict[str, dict[str, Any]] = {}
   started_at = runtime.START
+  runtime.first_process_first(lambda: _check_later_files(run, workdir))
   for name, experiment in run.in_workdir(workdir).stages.items():
     artifacts.log(f"--- stage {name} ({len(results) + 1} of {len(run.stages)})")
     place = workdir / name
@@ -122,3 +128,10 @@ def train(
   if not path.exists() or path.read_text("utf-8") != text:
     artifacts.write_text(path, text)
   return result
+
+
+def _check_later_files(run: Staged, workdir: Folder) -> None:
+  """Checks the data of later stages before the first one trains for hours."""
+  for name, experiment in list(run.stages.items())[1:]:
+    if train_eval.finished_result(experiment, workdir / name) is None:
+      data_fingerprint.check_files(experiment)

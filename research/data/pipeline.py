@@ -107,7 +107,7 @@ class Pipeline(ShuffledRows):
   transforms: tuple[RowTransform, ...] = ()
 
   def __post_init__(self):
-    check_sizes(self, length=2, batch_size=1)
+    check_sizes(self, length=2, batch_size=1, seed=0)
 
   def special_tokens(self, tokenizer: Any) -> SpecialTokens:
     """Returns the special tokens around documents and rows."""

@@ -46,13 +46,26 @@ def _whole(to: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(draft, ignore_errors=True)
 
 
-def check_free(to: pathlib.Path) -> None:
-  """Raises UserError if writing to `to` would replace something."""
-  if to.is_dir() and not any(to.iterdir()):
+def check_free(to: pathlib.Path, file: bool = False) -> None:
+  """Checks a path that is written to at the end of long work.
+
+  Args:
+    to: of a new file or directory.
+    file: whether it is a file; a directory may exist if it is empty.
+
+  Raises:
+    UserError: something is there, or a file where its folder is to be.
+  """
+  if to.is_dir() and not file and not any(to.iterdir()):
     return
   if to.exists() or to.is_symlink():
     raise UserError(
       f"{to}: is already there; expected a new name. Move or delete it first."
+    )
+  above = next((x for x in to.absolute().parents if x.exists()), None)
+  if above is not None and not above.is_dir():
+    raise UserError(
+      f"{to}: cannot be written, since {above} is a file, expected a folder."
     )
 
 
@@ -126,7 +139,7 @@ def to_gguf(
     What changed, why the tokenizer stayed behind ("" if it did not), and what
     the file takes.
   """
-  check_free(to)
+  check_free(to, file=True)
   log, keys, reason = changes.Log(), {}, ""
   kept = source.metadata
   if kept is not None and not _still(source):
@@ -305,7 +318,7 @@ def to_gguf_adapter(
   from research.interop.gguf import adapter as gguf_adapter
   from research.lora import wrap
 
-  check_free(to)
+  check_free(to, file=True)
   params, base = source.params(), source.base
   if base is not None:
     whole = changed_addresses(part.from_params(wrap.disable(params)), base)
@@ -333,7 +346,10 @@ def changed_addresses(mine: part.Parts, base: sources.Source) -> set[str]:
     if address not in base.parts and address.path == "head":
       where = dataclasses.replace(address, path="embed")
     if where not in base.parts:
-      raise UserError(f"{address}: the base model has no such weight")
+      raise UserError(
+        f"{address}: the base model has no such weight.\nExpected the model"
+        " that the adapter was trained on; give another --base."
+      )
     if not _equal(p, base.parts[where], transposed=where != address):
       out.add(str(address))
   return out

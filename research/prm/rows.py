@@ -174,7 +174,11 @@ class LabelledRows(FromFiles, ShuffledBatches):
   seed: int = 0
 
   def __post_init__(self):
-    pipeline.check_sizes(self, length=2, batch_size=1)
+    pipeline.check_sizes(self, length=2, batch_size=1, seed=0)
+
+  def check_files(self) -> None:
+    """Raises UserError for the first record that is not of the layout."""
+    read(self.paths, self.format)
 
   def solutions(self) -> list[LabelledSolution]:
     """Returns the solutions of the split."""

@@ -68,15 +68,33 @@ def array_sharding(
   ndim = len(shape)
   axes = [cut or None for cut in spec_axes(sharding.spec, ndim)[:ndim]]
   if shape[0] % _pieces(sharding, 0):
-    raise UserError(
-      f"batch_size: found {shape[0]} rows, expected a multiple of"
-      f" {_pieces(sharding, 0)}, the number of shards\non the mesh"
-      f" ({sharding.mesh.shape_tuple}, axes {axes[0]}), for `{name}`."
-    )
+    raise _does_not_divide(sharding, shape[0])
   for i, dim in enumerate(shape):
     if dim % _pieces(sharding, i) or (i and name in PER_ROW):
       axes[i] = None
   return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+def check_rows(sharding: NamedSharding | None, rows: int) -> None:
+  """Raises UserError if the mesh does not divide a batch of so many rows.
+
+  Args:
+    sharding: of `[B, T]`; None on one device.
+    rows: of all processes, B.
+  """
+  if sharding is not None and rows % _pieces(sharding, 0):
+    raise _does_not_divide(sharding, rows)
+
+
+def _does_not_divide(sharding: NamedSharding, rows: int) -> UserError:
+  axes = spec_axes(sharding.spec, 1)[0]
+  sizes = {axis: sharding.mesh.shape[axis] for axis in axes}
+  cut = " and ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
+  return UserError(
+    f"batch_size: found {rows} rows, expected a multiple of"
+    f" {_pieces(sharding, 0)}: the mesh has {cut}.\nSet another BATCH, or"
+    " another mesh."
+  )
 
 
 def _pieces(sharding: NamedSharding, i: int) -> int:

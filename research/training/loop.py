@@ -76,7 +76,7 @@ class TrainConfig:
 
   def __post_init__(self):
     every = ("eval_every", "save_every", "keep_every")
-    least = {"steps": 1, "accumulate": 1, "keep": 1}
+    least = {"steps": 1, "accumulate": 1, "keep": 1, "seed": 0}
     for name, low in {**least, **dict.fromkeys(every, 0)}.items():
       if getattr(self, name) < low:
         raise UserError(
@@ -217,6 +217,7 @@ def fit(
       except evaluating.Stopped:
         return None
       report.write(int(state.step), found)
+      _check_best(config, found)
       return found
 
     @contextlib.contextmanager
@@ -327,6 +328,15 @@ def _looks(
   return bool(evaluations) and _due(
     config.eval_every, number, number == config.steps
   )
+
+
+def _check_best(config: TrainConfig, found: Mapping[str, float]) -> None:
+  """Warns if evaluations do not measure what the best checkpoint is by."""
+  if found and config.best not in found:
+    folders.warn(
+      f"TrainConfig.best: found {config.best!r}, which is not measured, so no"
+      f" checkpoint is the best; expected one of {', '.join(sorted(found))}."
+    )
 
 
 def _key(seed: int, sharding: NamedSharding | None) -> PRNGKey:

@@ -66,7 +66,7 @@ class Solutions(ShuffledBatches):
   seed: int = 0
 
   def __post_init__(self):
-    pipeline.check_sizes(self, length=2, batch_size=1)
+    pipeline.check_sizes(self, length=2, batch_size=1, seed=0)
 
   def rows(self, tokenizer: Any) -> "_SolutionRows":
     """Returns the rows in the task's order."""

@@ -193,7 +193,7 @@ class ImageQuestions(pipeline.ShuffledRows, ImageData):
   inputs: ViewInputs = Pixels()
 
   def __post_init__(self):
-    pipeline.check_sizes(self, length=2, views=1, batch_size=1)
+    pipeline.check_sizes(self, length=2, views=1, batch_size=1, seed=0)
     native = self.preprocessor.tiling.native_square is not None
     if native != (self.patches is not None):
       raise UserError(

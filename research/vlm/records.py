@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import overload
 
+from research import progress
 from research.data.sources import FromFiles, NoExamples, Paths, Split, jsonl
 from research.data.sources.jsonl import Record
 from research.typing import UserError
@@ -50,6 +51,23 @@ class ImageRecords(FromFiles, Sequence[Sample]):
       return jsonl.read(self.paths, self.split, self.key)
     except NoExamples:
       return []
+
+  def check_files(self) -> None:
+    """Checks the fields of all records, and the headers of their images.
+
+    Raises:
+      UserError: a field is wrong, or an image cannot be read.
+    """
+    with progress.phase("checking images"):
+      jsonl.check_files(self.paths, self.key, self._check)
+
+  def _check(self, record: Record) -> None:
+    self._text(record)
+    for path in self._files(record):
+      try:
+        decode.image_size(path, self.max_pixels)
+      except UserError as error:
+        raise UserError(f"{record.where}: {error}") from error
 
   def __len__(self) -> int:
     return len(self.records)

@@ -323,7 +323,7 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
     ("all", ("--canvas=auto", "--edit=0.9"), "--edit=0.9: not with"),
     ("all", ("--canvas=auto", "--plan=dream"), "--plan=dream: not with"),
     ("all", ("--canvas=auto", "--policy=credit:0.9"), "expected threshold:P"),
-    ("four", ("--canvas=auto",), "--canvas=auto: the model's blocks see"),
+    ("four", ("--canvas=auto",), "--canvas=auto: this model is block-causal"),
     ("all", ("--policy=factor:1", "--steps=8"), "expected --policy=quota"),
     ("all", ("--kv=int8",), "--kv: is not for --sampler=diffusion"),
     (TINY, ("--sampler=autoregressive", "--block=4"), "--block: is not for"),

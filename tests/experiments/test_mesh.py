@@ -84,7 +84,7 @@ def test_one_device_is_no_mesh():
 
 @pytest.mark.parametrize("layout", [Layout(fsdp=3), Layout(data=3, fsdp=3)])
 def test_a_mesh_that_does_not_fit_is_said(layout):
-  message = r"there are 8[.]\n.*divides that[.]\n.*--devices=N"
+  message = r"found 8[.]\n.*must divide the number.*\n.*--devices=N"
   with pytest.raises(UserError, match=message), device_context.on_mesh(layout):
     pass
 

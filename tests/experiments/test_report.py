@@ -148,7 +148,10 @@ def test_what_is_no_run_is_refused(command, tmp_path):
     ([f"--workdir={tmp_path}/none"], "no metrics.jsonl"),
     ([f"--workdir={a},{a}"], "is given twice"),
     ([f"--workdir={a},gs://b/c"], "expected a local path"),
-    ([f"--workdir={a}", f"--out={a}/result.json/x"], "Not a directory"),
+    (
+      [f"--workdir={a}", f"--out={a}/result.json/x"],
+      "is a file, expected a directory",
+    ),
   ]:
     status, _, out = command(*arguments)
     assert status == 1 and message in out.err

@@ -63,7 +63,7 @@ def test_what_a_run_began_with_stays(finished, tmp_path, capsys):
   assert found() == BOS  # nothing was trained yet
   (begun / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
   assert found() == NO_SPECIAL_TOKENS
-  assert "began without the tokens" in str(capsys.readouterr())
+  assert "started without the special tokens" in str(capsys.readouterr())
   explicit = read("pipeline.Pipeline.begin=0").experiment
   assert found(explicit) == SpecialTokens((0,), (), False)
   assert found(keep=True) == NO_SPECIAL_TOKENS

@@ -8,8 +8,10 @@ from research.data.sources.sources import (
   PydocTopics,
   Split,
   TextFiles,
+  convert_hint,
   expand,
   files_sha256,
+  is_stream,
   read_text,
   split_of,
 )
@@ -22,8 +24,10 @@ __all__ = [
   "PydocTopics",
   "Split",
   "TextFiles",
+  "convert_hint",
   "expand",
   "files_sha256",
+  "is_stream",
   "read_text",
   "split_of",
 ]

@@ -42,6 +42,15 @@ class Arrays:
     """A hash of the file, to identify it; see `files_sha256`."""
     return files_sha256(self.path)
 
+  def check_files(self) -> None:
+    """Raises UserError if the file is missing, malformed or truncated.
+
+    Its ids are compared with the tokenizer's by `examples`.
+    """
+    found = read(self.path)
+    if "offsets" in found:
+      _check_offsets(self.path, found["offsets"], found["tokens"].size)
+
   def examples(self, tokenizer: Any) -> Sequence[Example]:
     """Returns the documents; their tokens are memory-mapped."""
     found = read(self.path)

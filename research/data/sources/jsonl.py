@@ -7,14 +7,16 @@ file and the line.
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, no_type_check
 
 from research.data.sources import (
   NoExamples,
   Paths,
   Split,
+  convert_hint,
   expand,
+  is_stream,
   split_of,
 )
 from research.errors import UserError
@@ -62,8 +64,15 @@ class Record(NamedTuple):
     )
 
 
+Check = Callable[[Record], object]
+"""Raises UserError if a field of a record is wrong; its value is not used."""
+
+
 def read(
-  paths: Paths, split: Split | None = None, key: str | None = None
+  paths: Paths,
+  split: Split | None = None,
+  key: str | None = None,
+  check: Check | None = None,
 ) -> list[Record]:
   """Reads the records of several files, in order.
 
@@ -72,6 +81,8 @@ def read(
     split: return only the records of this split; None for all.
     key: dotted path of the field whose hash decides the split, so that records
       with the same value are in the same split; None for the whole record.
+    check: is called with every record, also those of other splits, so that a
+      wrong field is reported before an empty split.
 
   Raises:
     NoExamples: no record is in the split.
@@ -79,6 +90,8 @@ def read(
   """
   files = expand(paths)
   found = [record for path in files for record in _lines(path)]
+  for record in found if check else ():
+    check(record)
   if split is None:
     return found
   chosen = [r for r in found if split_of(_name(r, key)) == split]
@@ -89,6 +102,26 @@ def read(
       f" {split!r}.\nGive more records{more} or no split."
     )
   return chosen
+
+
+def check_files(paths: Paths, key: str | None, check: Check) -> None:
+  """Checks every record of several files, and keeps none.
+
+  Pipes and devices are left out, since they can be read only once.
+
+  Args:
+    paths, key, check: as for `read`.
+
+  Raises:
+    UserError: a file cannot be read, or a record is wrong.
+  """
+  for path in expand(paths):
+    if is_stream(path):
+      continue
+    for record in _lines(path):
+      check(record)
+      if key is not None:
+        _name(record, key)
 
 
 def _name(record: Record, key: str | None) -> str:
@@ -131,8 +164,7 @@ def _text(line: bytes, where: str, first: bool) -> str:
   except UnicodeDecodeError as error:
     raise UserError(
       f"{where}: not UTF-8: byte 0x{line[error.start]:02x} at column"
-      f" {error.start + 1}.\n"
-      "Expected UTF-8 text; convert it, e.g. with iconv -t UTF-8."
+      f" {error.start + 1}.\n{convert_hint(line if first else b'')}"
     ) from error
 
 
@@ -151,6 +183,11 @@ def parse(text: str, where: str) -> Record:
       text, object_pairs_hook=_unique, parse_constant=_no_constant
     )
   except json.JSONDecodeError as error:
+    if text.lstrip().startswith("["):
+      raise UserError(
+        f"{where}: found the beginning of a JSON array, expected JSON Lines:"
+        " one object a line.\nConvert it, e.g. with jq -c '.[]'."
+      ) from error
     raise UserError(
       f"{where}: is not JSON: {error.msg} at column {error.colno}.\n"
       "Expected one JSON object a line."

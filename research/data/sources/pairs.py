@@ -65,7 +65,7 @@ class Pairs:
   longer: Literal["error", "drop"] = "error"
 
   def __post_init__(self):
-    pipeline.check_sizes(self, length=2, batch_size=1)
+    pipeline.check_sizes(self, length=2, batch_size=1, seed=0)
 
   def rows(self, tokenizer: Any) -> PairedRows:
     """Returns the pairs in the source's order."""

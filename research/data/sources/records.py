@@ -19,9 +19,31 @@ from research.typing import UserError
 Pair = tuple[Example, Example]
 """The chosen and the rejected answer, each with the same prompt before it."""
 
+Completion = tuple[str, str]
+"""A prompt and the text that follows it."""
+
+
+class FromRecords(FromFiles):
+  """Base of sources that are records of JSON Lines files."""
+
+  split: Split | None
+  key: str | None
+
+  def check_files(self) -> None:
+    """Raises UserError for the first wrong record, whatever its split."""
+    jsonl.check_files(self.paths, self.key, self._parse)
+
+  def _records(self) -> list[Record]:
+    """Returns the records of the split, after checking those of all."""
+    return jsonl.read(self.paths, self.split, self.key, self._parse)
+
+  def _parse(self, record: Record) -> Any:
+    """Returns a record's fields; raises UserError if one is wrong."""
+    raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True)
-class Texts(FromFiles):
+class Texts(FromRecords):
   """Plain text documents: `{"text": ...}`.
 
   Attributes:
@@ -45,12 +67,14 @@ class Texts(FromFiles):
   @functools.cached_property
   def texts(self) -> list[str]:
     """The documents, read from the files once."""
-    records = jsonl.read(self.paths, self.split, self.key)
-    return [record.text(self.field) for record in records]
+    return [self._parse(record) for record in self._records()]
+
+  def _parse(self, record: Record) -> str:
+    return record.text(self.field)
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat(FromFiles, ConversationSource):
+class Chat(FromRecords, ConversationSource):
   """Conversations: `{"messages": [{"role": ..., "content": ...}, ...]}`.
 
   Attributes:
@@ -67,12 +91,14 @@ class Chat(FromFiles, ConversationSource):
 
   def conversations(self) -> list[Conversation]:
     """Returns the validated conversations."""
-    records = jsonl.read(self.paths, self.split, self.key)
-    return [Conversation(_messages(r, self.field), r.where) for r in records]
+    return [self._parse(record) for record in self._records()]
+
+  def _parse(self, record: Record) -> Conversation:
+    return Conversation(_messages(record, self.field), record.where)
 
 
 @dataclasses.dataclass(frozen=True)
-class Completions(FromFiles):
+class Completions(FromRecords):
   """Prompts with completions: `{"prompt": ..., "completion": ...}`.
 
   No template is applied. The tokenizer's initial special tokens precede the
@@ -104,13 +130,15 @@ class Completions(FromFiles):
     """Prompts with completions as text, for contamination checks."""
     return [prompt + answer for prompt, answer in self._read()]
 
-  def _read(self) -> list[tuple[str, str]]:
-    records = jsonl.read(self.paths, self.split, self.key)
-    return [(r.text(self.prompt), _said(r, self.completion)) for r in records]
+  def _read(self) -> list[Completion]:
+    return [self._parse(record) for record in self._records()]
+
+  def _parse(self, record: Record) -> Completion:
+    return record.text(self.prompt), _said(record, self.completion)
 
 
 @dataclasses.dataclass(frozen=True)
-class Preferences(FromFiles):
+class Preferences(FromRecords):
   """Preference pairs: `{"prompt": ..., "chosen": ..., "rejected": ...}`.
 
   Fields are texts or lists of messages. Without a prompt field, the common
@@ -134,14 +162,17 @@ class Preferences(FromFiles):
 
   def pairs(self, tokenizer: Any) -> Sequence[Pair]:
     """Returns (chosen, rejected) pairs; the loss covers only the answers."""
-    records = jsonl.read(self.paths, self.split, self.key)
-    return [self._pair(tokenizer, record) for record in records]
+    return [
+      tuple(_example(tokenizer, said) for said in self._parse(record))
+      for record in self._records()
+    ]
 
-  def _pair(self, tokenizer: Any, record: Record) -> Pair:
+  def _parse(self, record: Record) -> tuple[Completion | Conversation, ...]:
+    """Returns the chosen and the rejected answer, both after the prompt."""
     if isinstance(record.get(self.chosen), str):
       prompt = record.text(self.prompt)
       answers = (_said(record, x) for x in (self.chosen, self.rejected))
-      return tuple(completion_example(tokenizer, prompt, a) for a in answers)
+      return tuple((prompt, answer) for answer in answers)
     answers = [_messages(record, x) for x in (self.chosen, self.rejected)]
     if record.get(self.prompt) is not None:
       prompt = _messages(record, self.prompt)
@@ -154,10 +185,13 @@ class Preferences(FromFiles):
         raise record.wrong(
           self.chosen, answers[0], "another answer than the rejected one"
         )
-    return tuple(
-      rendering.example(tokenizer, Conversation(a, record.where, shared))
-      for a in answers
-    )
+    return tuple(Conversation(a, record.where, shared) for a in answers)
+
+
+def _example(tokenizer: Any, said: Completion | Conversation) -> Example:
+  if isinstance(said, Conversation):
+    return rendering.example(tokenizer, said)
+  return completion_example(tokenizer, *said)
 
 
 def completion_example(tokenizer: Any, prompt: str, answer: str) -> Example:

@@ -94,6 +94,12 @@ def files_sha256(paths: Paths) -> str | None:
   return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
+def is_stream(path: str) -> bool:
+  """Whether a path is a pipe or a device, which can be read only once."""
+  file = pathlib.Path(path)
+  return file.is_fifo() or file.is_char_device()
+
+
 def _identity(path: str) -> tuple[int, ...]:
   found = os.stat(path)
   return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
@@ -111,6 +117,14 @@ class FromFiles:
   """Base of sources that read the files `paths`."""
 
   paths: Paths
+
+  def check_files(self) -> None:
+    """Checks what needs no model, in all splits; here that files can be read.
+
+    Raises:
+      UserError: a file cannot be read, or a record of it is wrong.
+    """
+    files_sha256(self.paths)
 
   @property
   def sha256(self) -> str | None:
@@ -158,6 +172,12 @@ class TextFiles(FromFiles):
 
   def __getitem__(self, index: int) -> str:
     return self.texts[index]
+
+  def check_files(self) -> None:
+    """Raises UserError if a file is missing, empty or not UTF-8."""
+    for path in expand(self.paths):
+      if not is_stream(path):
+        read_text(path)
 
   @functools.cached_property
   def texts(self) -> list[str]:
@@ -210,12 +230,17 @@ def read_text(path: str) -> str:
   except UnicodeDecodeError as error:
     raise UserError(
       f"{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset"
-      f" {error.start}.\n"
-      "Expected UTF-8 text; convert it, e.g. with iconv -t UTF-8."
+      f" {error.start}.\n{convert_hint(data)}"
     ) from error
   if not text.strip():
     raise UserError(f"{path}: holds no text. Expected a non-empty text file.")
   return text
+
+
+def convert_hint(data: bytes) -> str:
+  """Returns how to convert a file to UTF-8, from its first bytes."""
+  found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "ENCODING"
+  return f"Expected UTF-8 text; convert it: iconv -f {found} -t UTF-8."
 
 
 @functools.cache

@@ -57,9 +57,18 @@ def language_model(
 
 
 def mismatch(
-  where: Any, missing: Sequence[str], extra: Sequence[str]
+  where: Any,
+  missing: Sequence[str],
+  extra: Sequence[str],
+  expected: str = "the configuration",
 ) -> UserError:
-  """Returns the error that names what is missing and what is superfluous."""
+  """Returns the error that names what is missing and what is superfluous.
+
+  Args:
+    where: the file.
+    missing, extra: names of tensors.
+    expected: what says which tensors there are.
+  """
 
   def shown(word, items):
     some = ", ".join(sorted(items)[:_SHOWN])
@@ -67,7 +76,7 @@ def mismatch(
     return f"{len(items)} {word}: {some}{more}" if items else ""
 
   lines = [shown("missing", missing), shown("superfluous", extra)]
-  head = f"{where}: the tensors do not match the configuration"
+  head = f"{where}: the tensors do not match {expected}"
   return UserError("\n".join([head, *(line for line in lines if line)]))
 
 

@@ -308,7 +308,8 @@ def _check(path, tensors, methods, modules, params, whole) -> None:
   missing = (set(wanted) | set(whole)) - set(tensors)
   extra = set(tensors) - set(wanted) - set(whole)
   if missing or extra:
-    raise hf.mismatch(path, sorted(missing), sorted(extra))
+    what = f"{peft_config.CONFIG} and the base model; is that the adapter's own"
+    raise hf.mismatch(path, sorted(missing), sorted(extra), f"{what}?")
   for key, shape in wanted.items():
     if tensors[key].shape != shape:
       raise UserError(

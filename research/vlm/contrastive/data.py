@@ -144,7 +144,7 @@ class Captions(pipeline.ShuffledRows):
   seed: int = 0
 
   def __post_init__(self):
-    pipeline.check_sizes(self, length=2, batch_size=2)
+    pipeline.check_sizes(self, length=2, batch_size=2, seed=0)
     check_templates("Captions", self.templates)
 
   def rows(self, tokenizer: Any) -> "CaptionRows":

@@ -14,7 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import evaluate, generate, perplexity, train
+from experiments import (
+  convert,
+  evaluate,
+  generate,
+  imatrix,
+  label,
+  perplexity,
+  plan,
+  quantize,
+  search,
+  study,
+  sweep,
+  train,
+)
 from experiments.core import artifacts, cli, config, runtime, train_eval
 from research import progress, tree
 from research.interop import load, peft
@@ -92,6 +105,7 @@ def test_a_seed_is_a_sample(command):
     (["--model=nowhere", "--prompt=a"], "nowhere"),
     ([f"--model={TINY}"], "--prompt: is missing"),
     (["--temperature=0", "--top_k=3"], "--top_k: has no effect"),
+    (["--seed=3"], "--seed: has no effect at --temperature=0"),
     (["--temperature=-1"], "--temperature=-1: expected a number above 0, or 0"),
     (["--max_new_tokens=-1", "--model=nowhere"], "max_new_tokens: found -1"),
     (["--prompt_file=nowhere.txt"], "--prompt_file=nowhere.txt: No such file"),
@@ -149,6 +163,7 @@ def test_perplexity_is_the_standard(command, tmp_path):
     (b"", "is empty"),
     (b" \n", "is empty"),
     (b"abc\xff", "no UTF-8 at byte 3"),
+    ("abc".encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
     (b"a", "found 1 tokens, expected at least 2"),
   ],
 )
@@ -161,6 +176,57 @@ def test_bad_texts(command, tmp_path, content, words):
   )
   assert (status, lines) == (1, [])
   assert words in errors and len(errors.splitlines()) <= 3
+
+
+VLM = "--preset=smolvlm-256m"
+SIZE = "--image_size=48x64"
+RUN = ["--config=runs/quickstart.gin", "--topology=cpu:2"]
+SWEEP = ["--sweep=sweeps/quickstart_rank.gin"]
+
+
+@pytest.mark.parametrize(
+  "module, arguments, words",
+  [
+    (plan, [VLM, SIZE, RUN[1]], "--topology: has no effect with --preset"),
+    (plan, [*RUN, SIZE], "--image_size: has no effect without --preset"),
+    (plan, [*RUN, "--compiles=2"], "--compiles: has no effect without --adv"),
+    (plan, [*RUN, "--hlo=a", "--advise"], "--hlo: has no effect with --advise"),
+    (sweep, [*SWEEP, "--image=a"], "--image: has no effect with --launcher=lo"),
+    (sweep, [*SWEEP, "--sbatch=a"], "--sbatch: has no effect with --launcher"),
+    (
+      sweep,
+      [*SWEEP, "--launcher=slurm", "--parallel=2"],
+      "--parallel: has no effect with --launcher=slurm",
+    ),
+  ],
+)
+def test_flags_without_effect_are_refused(command, module, arguments, words):
+  status, lines, errors = command(module.main, *arguments)
+  assert (status, lines) == (1, []) and words in errors
+
+
+def test_sampling_is_checked_before_a_model_is_loaded(
+  command, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(load, "load_model", lambda *_: pytest.fail("loaded"))
+  flags = "--config=runs/search/chain_sum_smollm2.gin", "--set=TEMPERATURE=-1"
+  status, _, errors = command(search.main, f"--workdir={tmp_path}", *flags)
+  assert status == 1 and "temperature: found -1, expected" in errors
+
+
+def test_a_report_that_cannot_be_written_is_said_first(command, tmp_path):
+  (tmp_path / "file").write_text("mine")
+  flags = f"--from={TINY}", f"--to={tmp_path / 'new'}", "--format=hf"
+  report = f"--report={tmp_path / 'file' / 'report.json'}"
+  status, lines, errors = command(convert.main, *flags, report)
+  assert (status, lines) == (1, []) and "is a file, expected a dir" in errors
+  assert not (tmp_path / "new").exists()
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  text = tmp_path / "text.txt"
+  text.write_bytes(b"\xef\xbb\xbfabc\r\n")
+  assert cli.read_text(str(text), "text") == "abc\r\n"
 
 
 def test_a_directory_is_no_text(command, tmp_path):
@@ -196,6 +262,14 @@ def test_help_names_every_flag(command, module, own):
     ([], "--workdir=DIR of a run, or --config=FILE"),
     (["--workdir=nowhere"], "--workdir=nowhere: found no config.gin"),
     (["--config=nowhere.gin"], "--config=nowhere.gin: no such file"),
+    (["--config=a.gin", "--step=3"], "--step: has no effect without --workdir"),
+    (["--workdir=a", "--text=b"], "--text: has no effect without --base"),
+    (["--workdir=a", "--nolayers"], "--layers: has no effect without --base"),
+    (["--base=a", "--model=b", "--workdir=c"], "--workdir: has no effect with"),
+    (
+      ["--base=a", "--model=b", "--set=C=3"],
+      "--set: has no effect with --base",
+    ),
   ],
   ids=str,
 )
@@ -203,6 +277,47 @@ def test_evaluate_errors(command, arguments, words):
   status, lines, errors = command(evaluate.main, *arguments)
   assert (status, lines) == (1, [])
   assert words in errors and len(errors.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+  "module, flag, more",
+  [
+    (train, "workdir", ["--config=runs/quickstart.gin"]),
+    (evaluate, "workdir", []),
+    (search, "workdir", ["--config=runs/search/additions_search.gin"]),
+    (study, "workdir", ["--config=runs/lora/claims_width.gin"]),
+    (sweep, "workdir", ["--sweep=sweeps/quickstart_rank.gin"]),
+    (label, "to", ["--config=runs/prm/countdown_labels.gin"]),
+    (quantize, "to", ["--config=runs/quant/nf4_smollm2.gin"]),
+    (convert, "to", [f"--from={TINY}", "--format=hf"]),
+    (imatrix, "to", [f"--model={TINY}"]),
+  ],
+  ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_file_is_no_directory(command, tmp_path, module, flag, more):
+  """It is said before any work, which might be lost at its end."""
+  (tmp_path / "file").write_text("mine")
+  path = tmp_path / "file" / "new.jsonl"
+  status, lines, errors = command(module.main, f"--{flag}={path}", *more)
+  assert (status, lines) == (1, [])
+  assert f"{path}: " in errors and f"{tmp_path / 'file'} is a file" in errors
+  assert len(errors.splitlines()) <= 3
+  assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+  "module, more",
+  [
+    (label, ["--config=runs/prm/countdown_labels.gin"]),
+    (convert, [f"--from={TINY}", "--format=gguf:F32"]),
+    (imatrix, [f"--model={TINY}"]),
+  ],
+  ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_directory_is_no_file(command, tmp_path, module, more):
+  status, lines, errors = command(module.main, f"--to={tmp_path}", *more)
+  assert (status, lines) == (1, [])
+  assert f"{tmp_path}: is already there; expected a new name" in errors
 
 
 def test_evaluate_takes_the_step_that_is_asked_for(command, monkeypatch):
@@ -225,6 +340,9 @@ def test_evaluate_takes_the_step_that_is_asked_for(command, monkeypatch):
     (UserError("a: b"), "error: a: b\n"),
     (OSError(28, "No space left on device", "x"), "error: x: No space"),
     (KeyboardInterrupt(), "error: interrupted"),
+    (MemoryError(), "error: out of memory: nothing is left\nUse smaller"),
+    (RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "error: out of memory: RESOU"),
+    (RuntimeError("ours"), "Traceback"),
     (ZeroDivisionError("ours"), "Traceback"),
   ],
 )

@@ -93,17 +93,39 @@ def test_a_binding_wins_over_the_file():
     ("STEPS='ten'", "steps: found 'ten'"),
     ("STEPS", "expected NAME=VALUE"),
     ("STEPS=", "expected NAME=VALUE"),
-    ("STEPS=[1,", "quickstart"),
+    ("STEPS=[1,", r"--set=STEPS=\[1,: found a bracket or quote that does not"),
+    ("DTYPE='float32", "found a bracket or quote that does not end"),
     ("lora.LoRA.rank=%NOPE", "%NOPE: has no value"),
     ("lora.LoRA.rank=-2", "rank is -2, expected at least 1$"),
     ("DTYPE=32", "dtype: found 32"),
     ("train/sources.PydocTopics.split='test'", "split: found 'test'"),
+    # Bindings that another one wins over everywhere, or of no scope.
+    ("trian/pipeline.Pipeline.length=64", "mean pipeline.Pipeline.length"),
+    ("sources.PydocTopics.split='train'", "mean heldout/sources.PydocTopics."),
+    ("experiment.Experiment.eval_batches=0", "eval_batches: found 0, expected"),
+    ("SEED=-1", "TrainConfig.seed: found -1, expected at least 0"),
   ],
 )
 def test_what_is_wrong_is_said_in_three_lines(binding, message):
   with pytest.raises(UserError, match=message) as error:
     config.read("runs/quickstart.gin", [binding])
   assert len(str(error.value).splitlines()) <= 3
+
+
+def test_what_a_binding_does_not_reach_is_warned_of(capsys):
+  config.read("runs/quickstart.gin", ["pipeline.Pipeline.seed=9"])
+  said = capsys.readouterr().err
+  assert "train/pipeline.Pipeline.seed has a value of its own" in said
+  both = ["pipeline.Pipeline.seed=9", "train/pipeline.Pipeline.seed=9"]
+  config.read("runs/quickstart.gin", both)
+  config.read("runs/quickstart.gin", ["pipeline.Pipeline.length=64"])
+  assert capsys.readouterr().err == ""
+
+
+def test_a_directory_is_no_file():
+  for path in ("configs", "runs/lora"):
+    with pytest.raises(UserError, match=f"{path}: is a directory, expected a"):
+      config.read(path)
 
 
 def test_a_run_of_own_data_says_what_it_needs():

@@ -1,13 +1,20 @@
 """Training an experiment uses all of its fields."""
 
 import dataclasses
+import json
 
 import chex
 import jax.numpy as jnp
+import pytest
 
-from experiments.core import config, train_eval
+from experiments import evaluate, train
+from experiments.core import cli, config, train_eval
+from experiments.core.experiment import Experiment
+from experiments.stages import running, staged
+from research.io.folders import folder
 from research.training.checkpoints.workdir import claim_workdir
 from research.training.reports import metrics
+from research.typing import UserError
 from tests.experiments.core import test_from_scratch
 
 
@@ -52,3 +59,51 @@ def test_state_transforms_run_and_the_trained_model_answers(tmp_path, capsys):
   built = experiment.build()
   _, trained = train_eval.restore_checkpoint(experiment, built, workdir)
   chex.assert_trees_all_equal(*asked, trained.params)
+
+
+CHAT = [{"role": "user"}, {"role": "assistant", "content": "x"}]
+ASKED = {"images": ["a.png"], "question": "q", "answer": "a"}
+BAD_FILES = [
+  ("data/chat", {"messages": CHAT}, ":1: message 0 (user): content: found"),
+  ("data/text", {}, "is absent: cannot be read"),
+  ("data/text_jsonl", {"txt": "a"}, ":1: field 'text': found none among txt"),
+  ("data/completions", {"prompt": "a"}, ":1: field 'completion': found none"),
+  ("data/preferences", {"prompt": "a", "chosen": "b"}, "field 'rejected'"),
+  ("data/images", ASKED, ":1: "),
+  ("data/images", ASKED | {"question": 1}, ":1: field 'question': found int"),
+  ("data/images", ASKED | {"images": "a.png"}, "expected a list of paths"),
+  ("prm/chain_sum_probe_smollm2", {"prompt": "q"}, ":1: field 'step_labels'"),
+]
+
+
+@pytest.mark.parametrize(("run", "record", "words"), BAD_FILES)
+def test_data_are_checked_before_a_model_is_loaded(
+  tmp_path, capsys, monkeypatch, run, record, words
+):
+  """Loading fails here as no error of a user does."""
+  monkeypatch.setattr(Experiment, "build", lambda *_: pytest.fail("loaded"))
+  path, workdir = tmp_path / "data.jsonl", tmp_path / "run"
+  path.write_text(json.dumps(record) + "\n")
+  path = path if record else tmp_path / "is absent"
+  name = "LABELS" if run.startswith("prm") else "FILES"
+  flags = [f"--config=runs/{run}.gin", f"--set={name}={path}"]
+  flags += [f"--set=FOLDER={tmp_path}"] * (run == "data/images")
+  assert cli.call(train.main, ["", f"--workdir={workdir}", *flags]) == 1
+  said = capsys.readouterr().err
+  assert said.startswith(f"error: {path.parent}") and words in said
+  assert "split" not in said and len(said.splitlines()) <= 3
+  assert not (workdir / "parameters.txt").exists()
+  # Of labelled steps it reads TEST, which does not exist.
+  assert cli.call(evaluate.main, ["", *flags]) == 1
+
+
+def test_files_of_later_stages_are_checked_before_the_first(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(train_eval, "train", lambda *_: pytest.fail("trained"))
+  text = config.read("runs/data/text.gin", [f"FILES={tmp_path / 'no.txt'}"])
+  fine = config.read("runs/quickstart.gin", [])
+  stages = {"one": fine.experiment, "two": text.experiment}
+  run = staged.Staged(stages=stages, texts={"one": "", "two": ""})
+  with pytest.raises(UserError, match=r"no.txt: cannot be read"):
+    running.train(run, folder(tmp_path))

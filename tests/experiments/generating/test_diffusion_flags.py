@@ -163,7 +163,9 @@ config.Vicinity.before = 5
 """
   found = gin.parse(text, root=SamplerConfig).experiment
   assert found == wanted("--policy=threshold:0.7", "--cache=vicinity:5")
-  with pytest.raises(UserError, match="steps=2: policy=threshold:0.7 needs"):
+  with pytest.raises(
+    UserError, match="steps=2: policy=threshold:0.7 decides itself"
+  ):
     gin.parse(text, ["config.SamplerConfig.steps = 2"], root=SamplerConfig)
 
 

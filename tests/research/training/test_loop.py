@@ -122,6 +122,18 @@ def test_a_run_learns_and_reports(line, tmp_path):
   assert [r["step"] for r in found if "train/loss" in r] == list(range(1, 41))
 
 
+def test_a_metric_that_is_not_measured_is_warned_of(line, tmp_path, capsys):
+  """No checkpoint would be the best one, without a word."""
+  _, _, numbers = line
+  held = {"validation": [next(iter(numbers()))]}
+  for best, said in (("validation/los", True), ("validation/loss", False)):
+    plan = loop.TrainConfig(steps=2, best=best)
+    out = line_run(line, tmp_path / best, plan, evaluations=held)
+    assert (out.best is None) == said
+    text = "TrainConfig.best: found 'validation/los', which is not measured"
+    assert (text in capsys.readouterr().err) == said
+
+
 def test_best_checkpoint_survives_what_comes_after(line, tmp_path):
   """The evaluation is best at w = 0: the first checkpoint is the best one."""
   _, _, numbers = line

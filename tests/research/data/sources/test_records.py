@@ -1,6 +1,7 @@
 """JSON Lines sources: valid and invalid records, splits by any field."""
 
 import json
+import os
 import warnings
 
 import numpy as np
@@ -276,3 +277,55 @@ def test_nothing_to_predict_is_said(write):
     examples.read(Empty(), None)
   made = examples.join([([1], False), ([2, 3], True)])
   np.testing.assert_array_equal(made.loss_mask, [False, True, True])
+
+
+ASKS = {"role": "user", "content": "q"}
+WRONG = [
+  (records.Texts, {"txt": "a"}, "field 'text': found none among txt"),
+  (records.Chat, {"messages": [{"role": "user"}]}, "content: found NoneType"),
+  (records.Chat, {"messages": [ASKS]}, "none by the assistant"),
+  (records.Completions, {"prompt": "a"}, "field 'completion': found none"),
+  (records.Preferences, {"chosen": "a", "rejected": "b"}, "field 'prompt'"),
+  (records.Preferences, {"prompt": "a", "chosen": "b"}, "field 'rejected'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "words"), WRONG)
+def test_fields_are_checked_before_splits(write, kind, row, words):
+  """A wrong record is reported in every split, before an empty one is."""
+  path = write(row)
+  for split in (None, *sources.Split.__args__):
+    source = kind((path,), split=split)
+    with pytest.raises(UserError, match=words) as error:
+      source.pairs(LETTERS) if kind is records.Preferences else source.texts
+    assert ":1: " in str(error.value)
+    with pytest.raises(UserError, match=words):
+      source.check_files()
+
+
+def test_every_file_is_checked_and_the_key(write):
+  good = write({"text": "a"}, name="good.jsonl")
+  bad = write({"text": "a"}, {"text": 3}, name="bad.jsonl")
+  records.Texts((good,), split="heldout").check_files()
+  with pytest.raises(UserError, match="bad.jsonl:2: field 'text': found int"):
+    records.Texts((good, bad), split="heldout").check_files()
+  with pytest.raises(UserError, match="good.jsonl:1: field 'author'"):
+    records.Texts((good,), key="author").check_files()
+
+
+def test_a_pipe_is_not_read_by_a_check(tmp_path):
+  os.mkfifo(tmp_path / "pipe")
+  records.Texts(str(tmp_path / "pipe")).check_files()
+  sources.TextFiles(str(tmp_path / "pipe")).check_files()
+
+
+def test_other_formats_are_recognized(write):
+  lines = '[\n{"text": "a"}\n]'
+  with pytest.raises(UserError, match="found the beginning of a JSON array"):
+    jsonl.read((write(lines.encode()),))
+  with pytest.raises(UserError, match="iconv -f UTF-16 -t UTF-8"):
+    jsonl.read((write(lines.encode("utf-16")),))
+  with pytest.raises(UserError, match="iconv -f UTF-16 -t UTF-8"):
+    sources.read_text(write(lines.encode("utf-16")))
+  with pytest.raises(UserError, match="iconv -f ENCODING -t UTF-8"):
+    sources.read_text(write(b"\xe4"))

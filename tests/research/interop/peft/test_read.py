@@ -211,6 +211,7 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
 def test_a_file_that_does_not_fit(folder):
   rewrite(folder, lambda t: t.pop(Q))
   assert f"1 missing: {Q}" in message(folder)
+  assert "and the base model; is that the adapter's own?" in message(folder)
   rewrite(folder, lambda t: t.update({Q: np.ones((40, 4), np.int32)}))
   assert "stored as int32" in message(folder)
   # The adapter's name belongs to PEFT's memory, not to the file.
