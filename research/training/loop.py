@@ -9,6 +9,7 @@ state. Samples of the policy itself depend on parameters and step alone
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
@@ -204,6 +205,9 @@ def fit(
     evaluate_step = evaluating.compiled(objective, sharding)
     times = preemption.SaveTimes(_saved_bytes(state))
 
+    # Once for the names of a run's evaluations, not after each of them.
+    check_best = functools.cache(functools.partial(_check_best, config.best))
+
     def evaluated(state: TrainState) -> dict[str, float] | None:
       """Returns the evaluation of a state, or None if it was interrupted."""
       watched.doing(
@@ -217,7 +221,7 @@ def fit(
       except evaluating.Stopped:
         return None
       report.write(int(state.step), found)
-      _check_best(config, found)
+      check_best(tuple(sorted(found)))
       return found
 
     @contextlib.contextmanager
@@ -330,12 +334,12 @@ def _looks(
   )
 
 
-def _check_best(config: TrainConfig, found: Mapping[str, float]) -> None:
+def _check_best(best: str, names: Sequence[str]) -> None:
   """Warns if evaluations do not measure what the best checkpoint is by."""
-  if found and config.best not in found:
+  if names and best not in names:
     folders.warn(
-      f"TrainConfig.best: found {config.best!r}, which is not measured, so no"
-      f" checkpoint is the best; expected one of {', '.join(sorted(found))}."
+      f"TrainConfig.best: found {best!r}, which is not measured, so no"
+      f" checkpoint is the best; expected one of {', '.join(names)}."
     )
 
 
