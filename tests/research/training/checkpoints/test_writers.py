@@ -103,11 +103,14 @@ def test_a_save_that_waits_after_a_full_disk_is_abandoned(
 ):
   """One that is slow without such an error is waited for."""
   monkeypatch.setattr(writers, "PATIENCE", 0.05)
+  logger = logging.getLogger("absl")
+  monkeypatch.setattr(logger, "disabled", False)
   response = _Response()
   ends = threading.Timer(60 if failures == [FULL] else 0.3, response.ended.set)
   ends.start()
   found = writers.wait(response, failures)
   assert found == (FULL if failures == [FULL] else None)
+  assert logger.disabled == (found is FULL)  # of the threads that are left
   ends.cancel()
   response.ended.set()
 
