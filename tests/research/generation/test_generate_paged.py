@@ -303,7 +303,7 @@ def test_pages_that_somebody_holds_are_refused():
   left = call()
   next(left)
   assert pages.used
-  with pytest.raises(UserError, match=f"found {pages.used} of .* held"):
+  with pytest.raises(UserError, match=f"pages: {pages.used} of .* in use"):
     next(call())
 
 
