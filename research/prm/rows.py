@@ -18,7 +18,13 @@ import numpy as np
 from research.data import pipeline
 from research.data.array_batches import ShuffledBatches
 from research.data.packing import Row
-from research.data.sources import FromFiles, NoExamples, Split, split_of
+from research.data.sources import (
+  FromFiles,
+  NoExamples,
+  Split,
+  is_stream,
+  split_of,
+)
 from research.prm.formats import Format, Native, read
 from research.prm.labelled import Label, LabelledSolution
 from research.prm.labels import rollouts
@@ -177,8 +183,12 @@ class LabelledRows(FromFiles, ShuffledBatches):
     pipeline.check_sizes(self, length=2, batch_size=1, seed=0)
 
   def check_files(self) -> None:
-    """Raises UserError for the first record that is not of the layout."""
-    read(self.paths, self.format)
+    """Raises UserError for the first record that is not of the layout.
+
+    Pipes and devices are left out, since they can be read only once.
+    """
+    if not is_stream(self.paths):
+      read(self.paths, self.format)
 
   def solutions(self) -> list[LabelledSolution]:
     """Returns the solutions of the split."""

@@ -1,6 +1,7 @@
 """Labelled steps as rows, against TRL's `tokenize_row` and closed forms."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -117,3 +118,10 @@ def test_counts_become_labels_of_as_many_rollouts_as_wanted():
   assert (first == 0).mean() == pytest.approx(none, abs=0.044)
   assert all(x[1:] == (None, 0, 1) for x in four)
   assert rows.Counted()(solution()) == (None, None)
+
+
+def test_a_pipe_is_left_for_the_run_to_read(tmp_path):
+  """A check before it would take what can be read only once, or wait."""
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
+  rows.LabelledRows(paths=str(pipe), length=8, batch_size=1).check_files()
