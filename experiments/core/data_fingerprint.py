@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from experiments.core import artifacts, runtime
@@ -49,15 +49,27 @@ class ChecksFiles(Protocol):
 
 def sources(data: Any) -> Iterator[tuple[Any, str]]:
   """Yields the sources in a part's data that have a hash, with it."""
-  value = getattr(data, "sha256", None)
+  return _outermost(data, lambda x: getattr(x, "sha256", None))
+
+
+def _outermost(
+  data: Any, value_of: Callable[[Any], Any]
+) -> Iterator[tuple[Any, Any]]:
+  """Yields the outermost objects in a part's data that have a value, with it.
+
+  Args:
+    data: an object, or a tuple or list of such, that others are fields of.
+    value_of: an object's value; None for an object that has none.
+  """
+  value = value_of(data)
   if value is not None:
     yield data, value
   elif isinstance(data, tuple | list):
     for each in data:
-      yield from sources(each)
+      yield from _outermost(each, value_of)
   elif dataclasses.is_dataclass(data):
     for field in dataclasses.fields(data):
-      yield from sources(getattr(data, field.name))
+      yield from _outermost(getattr(data, field.name), value_of)
 
 
 def check_files(
@@ -76,7 +88,7 @@ def check_files(
   """
   done: list[Any] = []
   for part in parts:
-    for source in _checkable(getattr(experiment, part)):
+    for source, _ in _outermost(getattr(experiment, part), _checks_files):
       whole = source
       if getattr(source, "split", None) is not None:
         whole = dataclasses.replace(source, split=None)
@@ -85,16 +97,8 @@ def check_files(
         done.append(whole)
 
 
-def _checkable(data: Any) -> Iterator[ChecksFiles]:
-  """Yields the outermost objects in a part's data that check their files."""
-  if isinstance(data, ChecksFiles):
-    yield data
-  elif isinstance(data, tuple | list):
-    for each in data:
-      yield from _checkable(each)
-  elif dataclasses.is_dataclass(data):
-    for field in dataclasses.fields(data):
-      yield from _checkable(getattr(data, field.name))
+def _checks_files(data: Any) -> bool | None:
+  return isinstance(data, ChecksFiles) or None
 
 
 def hashes(experiment: Experiment) -> dict[str, str]:

@@ -64,16 +64,21 @@ class Record(NamedTuple):
     )
 
 
-Check = Callable[[Record], object]
-"""Raises UserError if a field of a record is wrong; its value is not used."""
+Parse = Callable[[Record], Any]
+"""Returns a record's fields; raises UserError if one is wrong."""
+
+
+def whole(record: Record) -> Record:
+  """Returns the record itself, whatever its fields."""
+  return record
 
 
 def read(
   paths: Paths,
   split: Split | None = None,
   key: str | None = None,
-  check: Check | None = None,
-) -> list[Record]:
+  parse: Parse = whole,
+) -> list[Any]:
   """Reads the records of several files, in order.
 
   Args:
@@ -81,8 +86,11 @@ def read(
     split: return only the records of this split; None for all.
     key: dotted path of the field whose hash decides the split, so that records
       with the same value are in the same split; None for the whole record.
-    check: is called with every record, also those of other splits, so that a
+    parse: is called with every record, also those of other splits, so that a
       wrong field is reported before an empty split.
+
+  Returns:
+    What `parse` returned of the records of the split; by default, these.
 
   Raises:
     NoExamples: no record is in the split.
@@ -90,11 +98,14 @@ def read(
   """
   files = expand(paths)
   found = [record for path in files for record in _lines(path)]
-  for record in found if check else ():
-    check(record)
+  parsed = [parse(record) for record in found]
   if split is None:
-    return found
-  chosen = [r for r in found if split_of(_name(r, key)) == split]
+    return parsed
+  chosen = [
+    value
+    for record, value in zip(found, parsed, strict=True)
+    if split_of(_name(record, key)) == split
+  ]
   if not chosen:
     more = f", a key with more values than {key!r} has," if key else ""
     raise NoExamples(
@@ -104,13 +115,13 @@ def read(
   return chosen
 
 
-def check_files(paths: Paths, key: str | None, check: Check) -> None:
+def check_files(paths: Paths, key: str | None, parse: Parse) -> None:
   """Checks every record of several files, and keeps none.
 
   Pipes and devices are left out, since they can be read only once.
 
   Args:
-    paths, key, check: as for `read`.
+    paths, key, parse: as for `read`.
 
   Raises:
     UserError: a file cannot be read, or a record is wrong.
@@ -119,7 +130,7 @@ def check_files(paths: Paths, key: str | None, check: Check) -> None:
     if is_stream(path):
       continue
     for record in _lines(path):
-      check(record)
+      parse(record)
       if key is not None:
         _name(record, key)
 

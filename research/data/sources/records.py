@@ -33,8 +33,8 @@ class FromRecords(FromFiles):
     """Raises UserError for the first wrong record, whatever its split."""
     jsonl.check_files(self.paths, self.key, self._parse)
 
-  def _records(self) -> list[Record]:
-    """Returns the records of the split, after checking those of all."""
+  def _parsed(self) -> list[Any]:
+    """Returns the fields of the split's records, after checking all records."""
     return jsonl.read(self.paths, self.split, self.key, self._parse)
 
   def _parse(self, record: Record) -> Any:
@@ -67,7 +67,7 @@ class Texts(FromRecords):
   @functools.cached_property
   def texts(self) -> list[str]:
     """The documents, read from the files once."""
-    return [self._parse(record) for record in self._records()]
+    return self._parsed()
 
   def _parse(self, record: Record) -> str:
     return record.text(self.field)
@@ -91,7 +91,7 @@ class Chat(FromRecords, ConversationSource):
 
   def conversations(self) -> list[Conversation]:
     """Returns the validated conversations."""
-    return [self._parse(record) for record in self._records()]
+    return self._parsed()
 
   def _parse(self, record: Record) -> Conversation:
     return Conversation(_messages(record, self.field), record.where)
@@ -122,16 +122,13 @@ class Completions(FromRecords):
     """Returns prompts with completions; the loss covers the completions."""
     return [
       completion_example(tokenizer, prompt, answer)
-      for prompt, answer in self._read()
+      for prompt, answer in self._parsed()
     ]
 
   @property
   def texts(self) -> list[str]:
     """Prompts with completions as text, for contamination checks."""
-    return [prompt + answer for prompt, answer in self._read()]
-
-  def _read(self) -> list[Completion]:
-    return [self._parse(record) for record in self._records()]
+    return [prompt + answer for prompt, answer in self._parsed()]
 
   def _parse(self, record: Record) -> Completion:
     return record.text(self.prompt), _said(record, self.completion)
@@ -163,8 +160,8 @@ class Preferences(FromRecords):
   def pairs(self, tokenizer: Any) -> Sequence[Pair]:
     """Returns (chosen, rejected) pairs; the loss covers only the answers."""
     return [
-      tuple(_example(tokenizer, said) for said in self._parse(record))
-      for record in self._records()
+      tuple(_example(tokenizer, said) for said in answers)
+      for answers in self._parsed()
     ]
 
   def _parse(self, record: Record) -> tuple[Completion | Conversation, ...]:
