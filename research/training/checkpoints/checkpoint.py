@@ -254,7 +254,7 @@ class Checkpoints:
         )
     wanted = _as_saved(_moving(target), found)
     _compare(where, found, wanted)
-    with _quiet(), checksums.raise_together():
+    with _quiet(), writers.awaited(), checksums.raise_together():
       parts = {"state": jax.tree.map(_abstract, wanted)}
       state = self._steps.load_checkpointables(step, parts)["state"]
     if note is None:
@@ -410,7 +410,7 @@ def load_tree(path: os.PathLike, target: Any) -> Any:
   Raises:
     UserError: it does not match `target`, or is damaged.
   """
-  with _quiet():
+  with _quiet(), writers.awaited():
     _compare(path, checksums.array_types(ocp.metadata(path).metadata), target)
     try:
       return ocp.load(path, jax.tree.map(_abstract, target))

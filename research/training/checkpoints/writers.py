@@ -1,7 +1,8 @@
-"""Waits for the writers of a checkpoint, and for those left when one failed."""
+"""Waits for the tasks of a checkpoint, and for those left when one failed."""
 
 import asyncio
 import contextlib
+import importlib
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -10,11 +11,11 @@ from typing import Any
 from research.io import folders
 
 PATIENCE = 10.0
-"""Seconds in which writers end after one has failed."""
+"""Seconds in which tasks end after one has failed."""
 
 
-class _DrainedLoop(asyncio.SelectorEventLoop):
-  """An event loop whose tasks end before it is closed."""
+class _Drained:
+  """Has the tasks of an event loop end before it is closed."""
 
   def close(self) -> None:
     if not self.is_closed() and (left := asyncio.all_tasks(self)):
@@ -30,18 +31,29 @@ async def _within(ended: asyncio.Future, seconds: float) -> None:
 
 @contextlib.contextmanager
 def awaited() -> Iterator[None]:
-  """Lets all writers of Orbax end before it says that one has failed.
+  """Lets all tasks of Orbax end before it says that one has failed.
 
-  Orbax writes arrays as tasks of an event loop, which it closes at the first
-  error. TensorStore's threads then find it closed, and each prints a traceback
-  to stderr, as no one is left to raise to.
+  Orbax reads and writes arrays as tasks of an event loop, which it closes at
+  the first error. TensorStore's threads then find it closed, and each prints a
+  traceback to stderr, as no one is left to raise to. Orbax takes its loops from
+  asyncio, and those inside another from uvloop, where that is installed.
   """
-  new_event_loop = asyncio.new_event_loop
-  asyncio.new_event_loop = _DrainedLoop
+  with contextlib.ExitStack() as stack:
+    for name in ("asyncio", "uvloop"):
+      with contextlib.suppress(ImportError):
+        stack.enter_context(_drained(importlib.import_module(name)))
+    yield
+
+
+@contextlib.contextmanager
+def _drained(module: Any) -> Iterator[None]:
+  new_event_loop = module.new_event_loop
+  loop_class = getattr(module, "Loop", asyncio.SelectorEventLoop)
+  module.new_event_loop = type("DrainedLoop", (_Drained, loop_class), {})
   try:
     yield
   finally:
-    asyncio.new_event_loop = new_event_loop
+    module.new_event_loop = new_event_loop
 
 
 class _Failures(logging.Handler):

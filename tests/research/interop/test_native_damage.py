@@ -11,6 +11,11 @@ from research.typing import UserError
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "quantized" / "ours"
 STATE = "arrays/frozen/state"
 
+# Of threads that find their event loop closed: users would see a traceback.
+pytestmark = pytest.mark.filterwarnings(
+  "error::pytest.PytestUnraisableExceptionWarning"
+)
+
 
 def cut(data):
   return data[: len(data) // 2]

@@ -1,6 +1,7 @@
-"""Writers that have not ended when one failed."""
+"""Tasks of a checkpoint that have not ended when one failed."""
 
 import asyncio
+import importlib
 import logging
 import threading
 
@@ -13,9 +14,8 @@ async def _fails():
   raise OSError("No space left on device")
 
 
-def _write(ended):
+def _write(ended, loop):
   """Writes as Orbax does: in a loop that it closes at the first error."""
-  loop = asyncio.new_event_loop()
   late = loop.create_future()
 
   async def succeeds():
@@ -35,12 +35,16 @@ def _write(ended):
     loop.close()
 
 
-def test_all_end_before_the_first_error_is_raised():
-  before, ended = asyncio.new_event_loop, []
+@pytest.mark.parametrize("name", ["asyncio", "uvloop"])
+def test_all_end_before_the_first_error_is_raised(name):
+  if name == "uvloop":
+    pytest.importorskip(name, reason="Orbax installs it, but on Windows")
+  module = importlib.import_module(name)
+  before, ended = module.new_event_loop, []
   with pytest.raises(OSError, match="No space left"), writers.awaited():
-    _write(ended)
+    _write(ended, module.new_event_loop())
   assert ended == [1]
-  assert asyncio.new_event_loop is before
+  assert module.new_event_loop is before
 
 
 def test_one_that_never_ends_is_left(monkeypatch):
