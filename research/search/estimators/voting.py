@@ -72,59 +72,56 @@ def majority_at_k(answers: Answers, correct: Sequence[bool], k: int) -> float:
 
 
 def _wins(m: int, j: int, others: Sequence[int], silent: int, k: int) -> float:
-  """Returns the chance that an answer wins with exactly j samples."""
+  """Returns the chance that an answer wins with exactly j samples.
+
+  Samples that are drawn independently, each with the chance `k / n`, are every
+  subset of k equally often where k are drawn. So all numbers are chances, which
+  no size of a pool makes too large or too small.
+  """
   rest = k - j
   n = m + sum(others) + silent
+  share = k / n
   poly = np.zeros((1, rest + 1))
   poly[0, 0] = 1.0
-  log_scale = 0.0
   factors = [(silent, None)] + [(count, j) for count in others]
   for count, limit in factors:
-    poly, scale = _times(poly, count, limit)
-    log_scale += scale
-    if not poly.any():
-      return 0.0
+    poly = _times(poly, _chances(count, share), limit)
   ways = poly[:, rest] @ (1 / np.arange(1, len(poly) + 1))
-  if ways == 0:
-    return 0.0
-  logs = _log_binomials(m)[j] - _log_binomials(n)[k]
-  return float(np.exp(np.log(ways) + log_scale + logs))
+  return float(ways * _chances(m, share)[j] / _chances(n, share)[k])
 
 
 def _times(
-  poly: Float[np.ndarray, "Z X"], count: int, limit: int | None
-) -> tuple[Float[np.ndarray, "Y X"], float]:
-  """Returns the product with one answer's samples, scaled, and its log scale.
+  poly: Float[np.ndarray, "Z X"],
+  chances: Float[np.ndarray, "M"],
+  limit: int | None,
+) -> Float[np.ndarray, "Y X"]:
+  """Returns the product with one answer's samples.
 
   Args:
     poly: coefficients of `z^t x^s`.
-    count: the answer's samples.
+    chances: that 0, 1, ... of the answer's samples are drawn.
     limit: most that may be drawn; with as many it ties. None for no limit.
   """
   size = poly.shape[1]
-  most = count if limit is None else min(count, limit - 1)
-  logs = _log_binomials(count)
-  shift = logs.max()
-  below = np.exp(logs[: most + 1] - shift)
+  below = chances if limit is None else chances[:limit]
   out = np.stack([np.convolve(row, below)[:size] for row in poly])
-  if limit is not None and count >= limit:
-    tied = np.zeros((len(poly) + 1, size))
-    tied[:-1] = out
-    if limit < size:
-      ways = np.exp(logs[limit] - shift)
-      tied[1:, limit:] += ways * poly[:, : size - limit]
-    out = tied
-  scale = out.max()
-  if scale == 0:
-    return out, 0.0
-  return out / scale, float(np.log(scale) + shift)
+  if limit is None or limit >= len(chances):
+    return out
+  tied = np.zeros((len(poly) + 1, size))
+  tied[:-1] = out
+  if limit < size:
+    tied[1:, limit:] += chances[limit] * poly[:, : size - limit]
+  return tied
 
 
-def _log_binomials(n: int) -> Float[np.ndarray, "M"]:
-  """Returns `log C(n, i)` for i of 0 to n."""
+def _chances(n: int, share: float) -> Float[np.ndarray, "M"]:
+  """Returns the chance of i of n for i of 0 to n: the binomial distribution."""
   i = np.arange(n + 1)
-  return (
+  ways = (
     special.gammaln(n + 1) - special.gammaln(i + 1) - special.gammaln(n - i + 1)
+  )
+  return np.exp(
+    ways + special.xlogy(i, share) + special.xlogy(n - i, 1 - share)
   )
 
 

@@ -1,5 +1,6 @@
 """Estimates from one pool against the mean over all subsets, and scipy."""
 
+import fractions
 import itertools
 import math
 import statistics
@@ -145,6 +146,31 @@ def test_large_pools_neither_overflow_nor_lose_precision():
     # None has a third of the draws; what is left is symmetric.
     (1 - stats.hypergeom(3000, 2000, 5).pmf(0)) / 2
   )
+
+
+@pytest.mark.parametrize(
+  ("counts", "k"),
+  [
+    ((1100, 1100, 0), 3),
+    ((1500, 2500, 100), 1),
+    ((60, 40, 2000), 5),
+    ((900, 1200, 1300), 16),
+    ((1200, 1000, 0), 1000),
+    ((1300, 1200, 1100), 3600),
+  ],
+)
+def test_votes_of_large_pools_are_counted_exactly(counts, k):
+  """One answer has more ways than a float holds: C(1100, 550) is 10^329."""
+  right, wrong, silent = counts
+  ways = 0  # twice, since a tie is won half of the time
+  for i in range(1, min(right, k) + 1):
+    for j in range(max(0, k - i - silent), min(wrong, k - i, i) + 1):
+      of = math.comb(right, i) * math.comb(wrong, j)
+      ways += (1 + (i > j)) * of * math.comb(silent, k - i - j)
+  expected = fractions.Fraction(ways, 2 * math.comb(sum(counts), k))
+  answers = ["a"] * right + ["b"] * wrong + [None] * silent
+  found = estimators.majority_at_k(answers, [x == "a" for x in answers], k)
+  assert found == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_equal_scores_make_every_selector_pass_at_1():
