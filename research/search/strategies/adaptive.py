@@ -69,16 +69,16 @@ class Adaptive:
       opened = [i for i, one in enumerate(found) if not self._decided(one)]
       if not opened:
         break
-      # As many rows as at first: no round compiles programs of its own.
-      asked = [*opened, *[opened[-1]] * (len(prompts) - len(opened))]
+      # All problems, so that each has its index, and all rounds their programs.
       more = Independent(copies=self.round)(
         engine,
-        [prompts[i] for i in asked],
+        prompts,
         dataclasses.replace(limits, key=jax.random.fold_in(key, k)),
       )
-      for i, one in zip(opened, more, strict=False):
+      for i in opened:
+        one = more[i]
         own = [
-          dataclasses.replace(path, problem=i, root=k * self.round + path.root)
+          dataclasses.replace(path, root=k * self.round + path.root)
           for path in one.paths
         ]
         found[i] = Samples(

@@ -57,6 +57,29 @@ def test_decided_problems_cost_no_more():
     assert len({path.tokens for path in one.paths}) == 8
 
 
+def test_a_verifier_finds_each_problem_at_its_index_in_all_rounds():
+  """Where those before it are decided, too: an oracle looks it up there."""
+
+  @dataclasses.dataclass(frozen=True)
+  class Oracle(shared.Arbitrary):
+    def read(self, state, paths, new):
+      return state, np.array([path.problem / 10 for path in paths])
+
+  engine = Engine(policy=shared.policy(), verifier=Oracle())
+  search = Adaptive(
+    answer=lambda path: 7 if path.problem == 0 else None,
+    round=4,
+    most=8,
+    sure=0.6,
+  )
+  found = search(engine, shared.PROMPTS, limits())
+  assert [len(one.paths) for one in found] == [4, 8, 8]
+  for i, one in enumerate(found):
+    assert {path.prompt for path in one.paths} == {len(shared.PROMPTS[i])}
+    assert {x for path in one.paths for x in path.scores} == {i / 10}
+    assert {path.problem for path in one.paths} == {i}
+
+
 # --- rounds ------------------------------------------------------------------
 
 
