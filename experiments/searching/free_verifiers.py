@@ -142,6 +142,12 @@ class _Oracle(Stateless):
     def score(path: Path) -> float:
       steps = texts.steps_of(path, self.context.tokenizer)[1]
       words = [step.text for step in steps]
+      if path.problem >= len(problems):
+        raise UserError(
+          f"ExactSteps: found the prompt {path.problem} of {len(problems)}"
+          " problems, expected a search that asks each problem once a round;"
+          " RoundsOfText asks `width` times, with earlier solutions."
+        )
       problem = problems[path.problem]
       right = bool(words) and self._accepts(problem, words)
       share = self.settings.right if right else self.settings.wrong

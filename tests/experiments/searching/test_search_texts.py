@@ -114,6 +114,9 @@ def test_exact_steps_are_the_oracles_and_err_as_set():
     paths = [dataclasses.replace(one, root=i) for i in range(1500)]
     found = [noisy.score(one) for one in paths]
     assert abs(np.mean(found) - share) < 5 * np.sqrt(share * (1 - share) / 1500)
+  again = dataclasses.replace(one, problem=1)  # as rounds of `width` prompts
+  with pytest.raises(UserError, match="the prompt 1 of 1 problems"):
+    noisy.read(None, [again], np.zeros((1, 1), int))
   with pytest.raises(UserError, match="Parity has no oracle"):
     free_verifiers.ExactSteps().load(context(parity.Parity()))
 
