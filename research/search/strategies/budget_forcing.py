@@ -25,8 +25,8 @@ class BudgetForcing:
     most: tokens after which the answer is forced.
     wait: tokens in place of an end.
     waits: how often at most.
-    answer: tokens that lead to the answer; they, and the answer, are not part
-      of the budget.
+    answer: tokens that lead to the answer, needed if `most` is set; they, and
+      the answer, are not part of the budget.
   """
 
   copies: int = 1
@@ -42,6 +42,11 @@ class BudgetForcing:
         f"BudgetForcing: found least {self.least}, most {self.most} and"
         f" {len(self.wait)} tokens to wait with, expected least <= most, and"
         " tokens if least is above 0"
+      )
+    if self.most < type(self).most and not self.answer:
+      raise UserError(
+        f"BudgetForcing: found most {self.most} and no answer, expected tokens"
+        " that lead to it: nothing else ends a path's thoughts"
       )
 
   def __call__(

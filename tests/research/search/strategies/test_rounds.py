@@ -172,6 +172,7 @@ def test_an_early_end_is_replaced_and_a_late_one_forced():
     (lambda: Adaptive(answer=id, sure=0.4), "sure is 0.4"),
     (lambda: Rounds(rewrite=shows, width=0), "rounds of 0"),
     (lambda: BudgetForcing(least=3), "found least 3"),
+    (lambda: BudgetForcing(most=3), "found most 3 and no answer"),
     (
       lambda: Engine(
         policy=shared.policy(), verifier=shared.Arbitrary()
