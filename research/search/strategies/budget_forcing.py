@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from research.generation.stepwise import Stepwise
 from research.search.engine import Engine, Frontier
 from research.search.step_search import Limits, Samples
 from research.typing import UserError
@@ -56,7 +57,17 @@ class BudgetForcing:
 
     Each pause of the policy is a chance to cut a path: its steps should not be
     longer than what `most` may be missed by.
+
+    Raises:
+      UserError: `most` is set, and the policy pauses nowhere.
     """
+    policy = engine.policy
+    endless = isinstance(policy, Stepwise) and policy.boundary is None
+    if self.most < type(self).most and endless:
+      raise UserError(
+        f"BudgetForcing: found most {self.most} and a policy that pauses at the"
+        " end of a text alone, expected steps, such as step_ends.EveryTokens"
+      )
     frontier = engine.start(prompts, limits.tokens, self.copies, limits.key)
     waited = np.zeros(len(frontier.paths), int)
     forced = np.zeros(len(frontier.paths), bool)

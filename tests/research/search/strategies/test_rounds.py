@@ -174,6 +174,14 @@ def test_an_early_end_is_replaced_and_a_late_one_forced():
     (lambda: BudgetForcing(least=3), "found least 3"),
     (lambda: BudgetForcing(most=3), "found most 3 and no answer"),
     (
+      lambda: BudgetForcing(most=3, answer=(22,))(
+        Engine(policy=dataclasses.replace(shared.policy(), boundary=None)),
+        shared.PROMPTS,
+        limits(),
+      ),
+      "pauses at the end of a text alone",
+    ),
+    (
       lambda: Engine(
         policy=shared.policy(), verifier=shared.Arbitrary()
       ).append(Frontier(None, None, (), (), (), 0.0), [[1]], [False]),
