@@ -50,6 +50,10 @@ class LastTries:
 
   most: int = 4
 
+  def __post_init__(self):
+    if self.most < 1:  # of a list, the last 0 would be all
+      raise UserError(f"LastTries: most is {self.most}, expected at least 1")
+
   def __call__(
     self, history: Sequence[Sequence[Path]], rng: np.random.Generator
   ) -> list[list[Path]]:
@@ -66,6 +70,10 @@ class Subsets:
   """
 
   size: int = 4
+
+  def __post_init__(self):
+    if self.size < 1:
+      raise UserError(f"Subsets: size is {self.size}, expected at least 1")
 
   def __call__(
     self, history: Sequence[Sequence[Path]], rng: np.random.Generator

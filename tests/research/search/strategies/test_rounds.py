@@ -171,6 +171,8 @@ def test_an_early_end_is_replaced_and_a_late_one_forced():
     (lambda: Adaptive(answer=id, round=3, most=4), "rounds of 3"),
     (lambda: Adaptive(answer=id, sure=0.4), "sure is 0.4"),
     (lambda: Rounds(rewrite=shows, width=0), "rounds of 0"),
+    (lambda: LastTries(0), "most is 0"),
+    (lambda: Subsets(0), "size is 0"),
     (lambda: BudgetForcing(least=3), "found least 3"),
     (lambda: BudgetForcing(most=3), "found most 3 and no answer"),
     (
