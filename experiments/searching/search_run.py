@@ -93,6 +93,12 @@ class SearchRun:
         f"SearchRun.lookahead: found {self.lookahead} and the verifier"
         f" {self.verifier}, expected at least 0, and a verifier if above."
       )
+    if self.sampler is not None and not self.sampler.stop_early:
+      raise UserError(
+        f"SearchRun.sampler: found {self.sampler.said('stop_early')}, expected"
+        " True: a solution that goes on behind its end is cut, and has no"
+        " answer."
+      )
     if self.n is not None and self.n < 1:
       raise UserError(f"SearchRun.n: found {self.n}, expected at least 1.")
 

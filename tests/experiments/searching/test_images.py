@@ -202,6 +202,12 @@ def test_a_policy_that_reads_pictures_is_asked_with_pictures():
     next(sampling.batches(run))
 
 
+def test_a_sampler_that_goes_on_behind_an_end_is_an_error():
+  """Each of its solutions would be cut, and none would have an answer."""
+  with pytest.raises(UserError, match="sampler: found stop_early=False"):
+    search(sampler=SamplerConfig(stop_early=False))
+
+
 def test_a_diffusion_policy_fills_blocks_with_its_picture_in_sight():
   mask, block = 66, 3
   config = SamplerConfig(mask_id=mask, block=block, length=NEW)
