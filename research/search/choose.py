@@ -9,8 +9,6 @@ import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
 from research.prm.scores.aggregate import Aggregate
 from research.search.engine import Path
 from research.search.estimators.voting import vote, weighted_vote
@@ -111,7 +109,8 @@ class Confident:
     if not voters:
       return {}
     mean = {i: paths[i].log_prob / len(paths[i].tokens) for i in voters}
-    count = max(1, int(np.floor(self.keep * len(voters))))
+    # A product may be rounded down: 0.7 of 90 are 62.99999999999999.
+    count = max(1, int(self.keep * len(voters) * (1 + 1e-9)))
     least = sorted(mean.values())[-count]
     kept = [i for i in voters if mean[i] >= least]
     return self.inner([paths[i] for i in kept], [answers[i] for i in kept])

@@ -53,6 +53,15 @@ def test_rules(rule, expected):
   assert rule(PATHS, ANSWERS) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+  ("percent", "count"), [(70, 90), (58, 50), (10, 90), (1, 50), (100, 3)]
+)
+def test_a_share_of_the_votes_is_rounded_down_but_to_one(percent, count):
+  paths = [path(i, 0.5, log_prob=-i) for i in range(1, count + 1)]
+  found = Confident(keep=percent / 100)(paths, range(1, count + 1))
+  assert len(found) == max(1, percent * count // 100)
+
+
 def test_equal_scores_share_their_answers():
   paths = [path(1, 0.5), path(1, 0.5), path(2, 0.5), path(3, 0.1)]
   found = BestOf(Last())(paths, [1, 1, 2, 3])
