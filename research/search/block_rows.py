@@ -187,7 +187,8 @@ def _masked_again(
   ends = block & jnp.isin(state.tokens, stop)
   drawn = block & (jnp.cumsum(ends, axis=1) - ends == 0)
   rank = process.ranks(jnp.where(drawn, state.confidence, jnp.inf))
-  count = jnp.ceil(share * drawn.sum(axis=1, keepdims=True))
+  # A product may be rounded up: 0.6 of 25 are 15.000001 in float32.
+  count = jnp.ceil(share * drawn.sum(axis=1, keepdims=True) * (1 - 1e-6))
   again = own & ~(drawn & (rank >= count))
   return dataclasses.replace(
     state,

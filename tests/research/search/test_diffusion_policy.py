@@ -18,6 +18,7 @@ from research.diffusion.sampling.policies import Threshold
 from research.diffusion.sampling.prefix_cache import PrefixCache
 from research.generation.sampling import Sampling
 from research.planning import flops
+from research.search.block_rows import BlockRows
 from research.search.cost import Dense, model_cost
 from research.search.diffusion_cost import Blockwise, DenoiserCost, Passes
 from research.search.diffusion_policy import DiffusionPolicy, DrawnBlocks
@@ -318,6 +319,21 @@ def test_rejected_blocks_are_drawn_from_the_model_again():
 def drawn(count):
   passes = [Passes(row=5, start=1, block=4, count=count, read=0)]
   return DrawnBlocks(np.zeros((1, 4), np.int32), np.ones(1, bool), None, passes)
+
+
+@pytest.mark.parametrize(
+  ("percent", "size"), [(60, 25), (30, 50), (30, 100), (1, 32), (100, 32)]
+)
+def test_a_share_of_a_block_is_rounded_up(percent, size):
+  ones = np.ones((1, size), bool)
+  rows = sampler.begin(np.zeros((1, size), int), ones, ones, KEY)
+  at, prompt = np.array([size]), np.array([0])
+  blocks = BlockRows(rows, 0, at, ones[0, :1], None, prompt)
+  made = blocks.masked_again(
+    ones[0, :1], percent / 100, MASK, size, np.array([], np.int32), 0
+  )
+  count = int((made.rows.tokens == MASK).sum())
+  assert count == -(-percent * size // 100)
 
 
 def test_what_is_sure_stays_and_the_rest_is_conditioned_on_it():
