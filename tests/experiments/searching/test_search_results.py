@@ -1,5 +1,6 @@
 """What is made of a pool: choices, estimates, costs; and what is refused."""
 
+import dataclasses
 import itertools
 import json
 
@@ -100,6 +101,19 @@ def test_no_answer_and_a_cut_solution_are_no_votes():
     results.estimates_of([none], Independent(copies=2))["pass"]
     == [[0.0] * 3] * 2
   )
+
+
+@pytest.mark.parametrize(
+  "choice", [Majority(), BestOf(Min()), Weighted(Product()), Confident(keep=1)]
+)
+def test_the_order_of_samples_changes_nothing(choice):
+  """Also where a grader rejects one form of an answer that it accepts."""
+  accepted, other = sample("7", (0.5,)), sample("5", (0.4,))
+  rejected = dataclasses.replace(accepted, verdict=Verdict(False, "7.", "7"))
+  samples = [accepted, rejected, rejected, other]
+  for order in itertools.permutations(samples):
+    found = results.accuracy_of(searched(*order), choice)
+    assert found == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
