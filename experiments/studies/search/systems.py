@@ -78,8 +78,13 @@ def flops_of(system: System, rows: Sequence[Row]) -> tuple[float, float]:
   if system.checked is None:
     return policy, float(np.mean([row["flops_verifier"] for row in rows]))
   once = float(np.mean([row["prompt_flops_policy"] for row in rows]))
-  share = system.checked / float(np.mean([row["samples"] for row in rows]))
+  share = system.checked / _chosen_among(rows)
   return once + share * (policy - once), 0.0
+
+
+def _chosen_among(rows: Sequence[Row]) -> float:
+  """Returns the number of samples whose FLOPs rows have, of a pool of more."""
+  return float(np.mean([row["n"] for row in rows]))
 
 
 def over_seeds(values: Any) -> Mean | float:
@@ -91,7 +96,7 @@ def over_seeds(values: Any) -> Mean | float:
 def line(system: System, rows: Sequence[Row]) -> dict[str, Any]:
   """Returns a system's line of the table."""
   policy, verifier = flops_of(system, rows)
-  samples = system.checked or np.mean([row["samples"] for row in rows])
+  samples = system.checked or _chosen_among(rows)
   return {
     "system": system.name,
     "samples": round(float(samples), 1),

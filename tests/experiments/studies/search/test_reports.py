@@ -50,7 +50,7 @@ def test_each_part_s_line_is_what_is_left_without_it():
   # Seed by seed, the whole is right on what the rest misses.
   whole = [[1.0] * 8, [1.0] * 8]
   rest = [[1.0, 0.0] * 4, [0.0, 1.0] * 4]
-  cost = {"flops_policy": 2e6, "flops_verifier": 2e6}
+  cost = {"n": 2, "flops_policy": 2e6, "flops_verifier": 2e6}
   rows = {
     FIRST: [row(each=x, samples=[2], **cost) for x in whole],
     SECOND: [row(each=x, samples=[2], **cost) for x in rest],

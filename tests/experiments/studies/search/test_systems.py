@@ -21,6 +21,7 @@ def row(each, right=(), samples=4, policy=1e6, verifier=0.0, prompt=1e5):
   return {
     "each": list(each),
     "right": list(right),
+    "n": samples,
     "samples": [samples] * len(right),
     "flops_policy": policy,
     "flops_verifier": verifier,
@@ -56,6 +57,14 @@ def test_an_exact_check_costs_its_samples_and_no_verifier():
   assert found["system"] == "A" and found["samples"] == 16
   assert math.isclose(found["MFLOP a problem"], 6.7)
   assert math.isclose(found["of these verifier, %"], 100 * 5 / 6.7)
+
+
+def test_samples_are_those_that_a_search_chooses_among():
+  """A best of 4 from a pool of 16 has the FLOPs of 4."""
+  rows = [row([1], [3], samples=16, policy=5e5, prompt=1e5) | {"n": 4}]
+  assert line(System(step="a"), rows)["samples"] == 4
+  two = flops_of(System(step="a", checked=2), rows)[0]
+  assert math.isclose(two, 1e5 + 2 * 1e5)
 
 
 HIGH = [1.0] * 90 + [0.0] * 10
