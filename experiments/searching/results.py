@@ -8,11 +8,12 @@ import numpy as np
 
 from experiments.searching.pool import Searched
 from research.prm.scores.aggregate import AGGREGATES, Aggregate
+from research.search import choose
 from research.search.choose import BestOf, Choice, Confident, Majority, Weighted
 from research.search.estimators import pool as estimators
 from research.search.estimators.intervals import Estimate, paired_difference
 from research.search.estimators.subsets import mean_over_subsets
-from research.search.estimators.voting import majority_at_k
+from research.search.estimators.voting import majority_at_k, shares_correct
 from research.search.ledger import Ledger
 from research.search.strategies.independent import Independent
 from research.typing import Float, UserError
@@ -37,12 +38,10 @@ def accuracy_of(searched: Searched, choice: Choice) -> float:
 def _chosen(searched: Searched, choice: Choice, which: Sequence[int]) -> float:
   samples = [searched.samples[i] for i in which]
   chances = choice([x.path() for x in samples], [x.answer for x in samples])
-  found = 0.0
-  for answer, chance in chances.items():
-    # A grader may accept one form of an answer and not another: 3, not "3.".
-    verdicts = [x.correct for x in samples if x.answer == answer]
-    found += chance * (sum(verdicts) / len(verdicts))
-  return found
+  right = shares_correct(
+    [x.answer for x in samples], [x.correct for x in samples]
+  )
+  return choose.accuracy(chances, right.__getitem__)
 
 
 def accuracy_at(searched: Searched, choice: Choice, n: int) -> float:

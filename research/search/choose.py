@@ -116,6 +116,11 @@ class Confident:
     return self.inner([paths[i] for i in kept], [answers[i] for i in kept])
 
 
-def accuracy(chances: Chances, correct: Callable[[Hashable], bool]) -> float:
-  """Returns the chance that the chosen answer is correct; 0 without answers."""
-  return float(sum(p for answer, p in chances.items() if correct(answer)))
+def accuracy(chances: Chances, correct: Callable[[Hashable], float]) -> float:
+  """Returns the chance that the chosen answer is correct; 0 without answers.
+
+  Args:
+    chances: of answers to be chosen.
+    correct: whether an answer is, or the share of its samples that are.
+  """
+  return float(sum(p * correct(answer) for answer, p in chances.items()))

@@ -8,14 +8,18 @@ were chosen among each other, and a smaller beam has to be run.
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from research.errors import UserError
 from research.search.estimators.pool import check_subset
-from research.search.estimators.voting import Answers, weighted_vote
+from research.search.estimators.voting import (
+  Answers,
+  shares_correct,
+  weighted_vote,
+)
 
 EXACT = 5_000
 """Most subsets that are all enumerated."""
@@ -81,7 +85,7 @@ def weighted_majority_at_k(
   Args:
     answers: of one problem's samples; None is no vote.
     weights: at least 0.
-    correct: verdicts, one of equal answers.
+    correct: verdicts, see `voting.shares_correct`.
     k: budget.
     draws, seed: as for `mean_over_subsets`.
 
@@ -93,12 +97,11 @@ def weighted_majority_at_k(
       f"weighted_majority_at_k: found {len(answers)} answers,"
       f" {len(weights)} weights and {len(correct)} verdicts, expected as many"
     )
-  verdicts: dict[Hashable, bool] = dict(zip(answers, correct, strict=True))
 
   def chance(subset: tuple[int, ...]) -> float:
-    winners = weighted_vote(
-      [answers[i] for i in subset], [weights[i] for i in subset]
-    )
-    return sum((s for x, s in winners.items() if verdicts[x]), 0.0)
+    found = [answers[i] for i in subset]
+    winners = weighted_vote(found, [weights[i] for i in subset])
+    shares = shares_correct(found, [correct[i] for i in subset])
+    return sum((s * shares[x] for x, s in winners.items()), 0.0)
 
   return mean_over_subsets(chance, len(answers), k, draws, seed)

@@ -19,27 +19,30 @@ Answers = Sequence[Hashable | None]
 """Of the samples, in canonical form; None is no vote."""
 
 
-def _classes(
+def shares_correct(
   answers: Answers, correct: Sequence[bool]
-) -> tuple[list[int], list[bool], int]:
-  """Returns each answer's count and verdict, and the number without a vote."""
+) -> dict[Hashable, float]:
+  """Returns the share of each answer's samples that are correct.
+
+  It is 0 or 1, unless a grader accepts one form of an answer and not another
+  that votes with it: math-verify takes 3 for 3 and "3." for nothing.
+
+  Args:
+    answers: of one problem's samples; None is left out.
+    correct: their verdicts.
+
+  Raises:
+    UserError: not as many verdicts as answers.
+  """
   if len(answers) != len(correct):
     raise UserError(
       f"voting: found {len(correct)} verdicts of {len(answers)} samples"
     )
-  verdicts: dict[Hashable, bool] = {}
+  verdicts: dict[Hashable, list[bool]] = {}
   for answer, verdict in zip(answers, correct, strict=True):
-    if answer is None:
-      continue
-    if verdicts.setdefault(answer, bool(verdict)) != bool(verdict):
-      raise UserError(
-        f"voting: found the answer {answer!r} both correct and wrong, expected"
-        " one verdict of equal answers"
-      )
-  counts = collections.Counter(x for x in answers if x is not None)
-  names = list(verdicts)
-  silent = len(answers) - counts.total()
-  return [counts[x] for x in names], [verdicts[x] for x in names], silent
+    if answer is not None:
+      verdicts.setdefault(answer, []).append(bool(verdict))
+  return {answer: sum(x) / len(x) for answer, x in verdicts.items()}
 
 
 def majority_at_k(answers: Answers, correct: Sequence[bool], k: int) -> float:
@@ -51,19 +54,21 @@ def majority_at_k(answers: Answers, correct: Sequence[bool], k: int) -> float:
 
   Args:
     answers: of one problem's samples.
-    correct: their verdicts, one of equal answers.
+    correct: their verdicts, see `shares_correct`.
     k: budget.
 
   Raises:
-    UserError: k is not 1 to n, or equal answers have different verdicts.
+    UserError: k is not 1 to n, or not as many verdicts as answers.
   """
-  counts, verdicts, silent = _classes(answers, correct)
+  shares = shares_correct(answers, correct)
   check_subset(len(answers), k, "majority_at_k")
+  votes = collections.Counter(x for x in answers if x is not None)
+  counts, silent = [votes[x] for x in shares], len(answers) - votes.total()
   total = 0.0
-  for i, right in enumerate(verdicts):
-    if right:
+  for i, share in enumerate(shares.values()):
+    if share:
       others = counts[:i] + counts[i + 1 :]
-      total += sum(
+      total += share * sum(
         _wins(counts[i], j, others, silent, k)
         for j in range(1, min(counts[i], k) + 1)
       )
