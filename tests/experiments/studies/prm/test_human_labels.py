@@ -13,7 +13,7 @@ from experiments.searching.prompts import IdWords
 from experiments.studies import protocol
 from experiments.studies.prm import human_labels, judging, scorers, states
 from research.interop.loaded import Loaded
-from research.nn import presets
+from research.nn import presets, rope
 from research.prm import rows
 from research.prm.labelled import LabelledSolution, labels_until
 from research.prm.scores import calibration, processbench
@@ -175,6 +175,7 @@ class Tiny:
   """A model of ids, or none the second time."""
 
   context: int | None = None
+  scaling: rope.Scaling | None = None
 
   def load(self, shardings=None):
     sizes = presets.Sizes(
@@ -182,23 +183,32 @@ class Tiny:
       head_dim=4,
     )
     model = presets.transformer(presets.FAMILIES["llama"], sizes)
-    model = model.clone(max_positions=self.context)
+    (block,) = model.stack.blocks
+    turned = dataclasses.replace(block.attention.rope, scaling=self.scaling)
+    block = block.clone(attention=block.attention.clone(rope=turned))
+    stack = dataclasses.replace(model.stack, blocks=(block,))
+    model = model.clone(max_positions=self.context, stack=stack)
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = model.init(jax.random.key(0), tokens)["params"]
     return Loaded(model, params, IdWords(), {})
 
 
 @pytest.mark.slow
-def test_states_are_those_of_solutions_read_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  "scaling", [None, rope.Dynamic(factor=4.0, original=2)]
+)
+def test_states_are_those_of_solutions_read_alone(
+  scaling, tmp_path, monkeypatch
+):
   # Of 82 tokens and of 3 and 4, which are a batch.
   texts = ("1 2 " * 40, "3"), ("4\n\n", "5"), ("4\n\n", "6 7")
   given = [
     LabelledSolution(prompt="5", steps=x, labels=(1, 1), problem_id="P")
     for x in texts
   ]
-  reader = states.FrozenStates(model=Tiny(), tokens=128)
+  reader = states.FrozenStates(model=Tiny(scaling=scaling), tokens=128)
   found = reader.compute(given, tmp_path)
-  loaded = Tiny().load()
+  loaded = reader.model.load()
   read = jax.jit(lambda ids: loaded.model.apply({"params": loaded.params}, ids))
   for one, own in zip(given, found, strict=True):
     ids = IdWords().encode(" ".join((one.prompt, *one.steps)))
@@ -210,7 +220,7 @@ def test_states_are_those_of_solutions_read_alone(tmp_path, monkeypatch):
     short.compute(given, tmp_path)
   # What is stored is not computed again; other texts are.
   monkeypatch.setattr(states, "_hidden", None)
-  again = states.FrozenStates(model=Tiny(), tokens=128).compute(given, tmp_path)
+  again = dataclasses.replace(reader).compute(given, tmp_path)
   np.testing.assert_array_equal(again[-1], found[-1])
   with pytest.raises(TypeError):
     reader.compute(given[:2], tmp_path)
