@@ -209,6 +209,17 @@ def _twice(values):
     values[name] = values[name].replace("Step 1: ", "Step 1: A. Step 1: ")
 
 
+def _without_tag(after):
+  """Returns an edit that takes the tag and the sign after a text away."""
+
+  def edit(values):
+    for name in ("input", "label"):
+      start, stop = values[name].split(after)
+      values[name] = start + after + stop[len(" -") + (name == "input") :]
+
+  return edit
+
+
 BAD = [
   ("trl", _set("labels", value=[True]), "labels: found 1 for 3 steps"),
   ("trl", _set("labels", value=[1, 2, 0]), r"labels\[1\]: found 2"),
@@ -225,6 +236,8 @@ BAD = [
   ("math_shepherd", _replace("label", "+", "?"), "after step 1"),
   ("math_shepherd", _twice, "2 times"),
   ("math_shepherd", _replace("input", "Step 1", "Step"), "0 times"),
+  ("math_shepherd", _without_tag("= 12 figs."), "tag ки before .*Step 2: "),
+  ("math_shepherd", _without_tag("12 - 2 = 9."), "tag ки before .*Step 3: "),
   ("math_shepherd", _set("label", value="Ann"), "after step 1"),
   ("genprm", _set("conversations", 0, "content", value="Hi"), "system"),
   ("genprm", _set("conversations", 2, "content", value="Yes"), "one "),
