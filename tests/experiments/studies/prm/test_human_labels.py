@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from experiments.core import config
 from experiments.searching.prompts import IdWords
@@ -56,20 +58,24 @@ def planted(given, noise, seed=1):
 # --- probes ---
 
 
-def test_a_probe_is_that_of_sklearn():
+@pytest.mark.parametrize("constant", [7.0, 0.1])
+def test_a_probe_is_that_of_sklearn(constant):
   """Its C of a sum of losses is 1 / (N strength) of a mean."""
   rng = np.random.default_rng(0)
   x = rng.standard_normal((60, 4)) * [1, 3, 0.1, 1] + [0, 5, 0, 0]
-  x[:, 3] = 7.0  # which no scale divides
+  x[:, 3] = constant  # which no scale divides
   y = (x[:, 0] + rng.standard_normal(60) > 0.2).astype(float)
   strength = 0.05
-  mean, scale = x.mean(0), np.where(x.std(0) > 0, x.std(0), 1)
-  other = LogisticRegression(C=1 / (60 * strength), tol=1e-10, max_iter=1000)
-  other.fit((x - mean) / scale, y)
-  found = scorers.fit(x, y, strength)(x)
-  expected = other.predict_proba((x - mean) / scale)[:, 1]
-  # Both stop at gradients of about 1e-5 of a loss whose curvature is 0.05.
-  np.testing.assert_allclose(found, expected, atol=1e-3)
+  other = make_pipeline(
+    StandardScaler(),
+    LogisticRegression(C=1 / (60 * strength), tol=1e-10, max_iter=1000),
+  ).fit(x, y)
+  fitted = scorers.fit(x, y, strength)
+  for last in (constant, constant + 1):  # which nothing was learned of
+    x[:, 3] = last
+    expected = other.predict_proba(x)[:, 1]
+    # Both stop at gradients of about 1e-5 of a loss whose curvature is 0.05.
+    np.testing.assert_allclose(fitted(x), expected, atol=1e-3)
 
 
 def test_what_is_learned_of_a_solution():
