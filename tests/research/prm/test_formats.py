@@ -119,6 +119,28 @@ def test_maths_aps_trees_have_values_at_ends_of_nodes_alone():
   assert right.labels == (0.75, None, 1.0)
 
 
+@pytest.mark.parametrize("name", ["math_aps_flat", "math_aps_tree"])
+@pytest.mark.parametrize(
+  ("steps", "fits"),
+  [
+    (("a\nb", "c"), True),
+    (("a\n\n", "b"), False),
+    (("a", "b\n\nc"), False),
+  ],
+)
+def test_maths_aps_gives_back_steps_or_refuses_them(name, steps, fits):
+  """Steps that keep their separator would be read with empty ones between."""
+  solution = LabelledSolution(prompt="q\n\nr", steps=steps, labels=(1, 0))
+  if not fits:
+    with pytest.raises(UserError, match="steps: found an empty line"):
+      FORMATS[name].values(solution)
+    return
+  record = jsonl.Record(FORMATS[name].values(solution), "x:1")
+  (again,) = FORMATS[name].solutions(record)
+  assert (again.prompt, again.steps) == (solution.prompt, steps)
+  assert again.labels == (1, 0)
+
+
 def test_openrs_example_has_another_tag_and_another_field():
   values = {
     "question": "1 + 1?",
