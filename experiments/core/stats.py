@@ -31,7 +31,7 @@ class Mean(NamedTuple):
   half: float
 
   def __str__(self) -> str:
-    if not math.isfinite(self.half):
+    if math.isinf(self.half):
       return f"{self.value:.3f} (one value)"
     return f"{self.value:.3f} ± {self.half:.3f}"
 

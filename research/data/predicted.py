@@ -39,9 +39,11 @@ def count_predicted(data: Any, tokenizer: Any) -> Predicted | None:
     if whole < 2:
       continue  # nothing to predict: packing drops it too
     tokens += whole - 1
-    if not special.begin:
-      text = tokenizer.decode(ids[1:], skip_special=False)
     size += len(text.encode("utf-8"))
+    if not special.begin:
+      # Not the others' text: some decoders drop the blank that begins a text.
+      first = tokenizer.decode(ids[:1], skip_special=False)
+      size -= len(first.encode("utf-8"))
   return Predicted(tokens, size)
 
 

@@ -14,6 +14,7 @@ from research.nn.transformer import Transformer
 from research.prm.heads import Head, LinearHead
 from research.prm.model import Readout, RewardModel, probability
 from research.typing import UserError
+from research.vlm.masks import Causal
 from research.vlm.model import VisionLanguageModel
 
 
@@ -41,10 +42,17 @@ class WithHead:
       shardings: of the weights, see `load.load_model`.
 
     Raises:
-      UserError: the backbone is no language model.
+      UserError: the backbone is no language model, or its prompts are not
+        causal.
     """
     loaded = self.backbone.load()
     if isinstance(loaded.model, VisionLanguageModel):
+      if loaded.model.mask != Causal():
+        raise UserError(
+          "WithHead.backbone: found a model whose prompts have the mask"
+          f" {type(loaded.model.mask).__name__}, expected Causal: reward models"
+          " learn and score causal texts, and a search would read others"
+        )
       own = self._of(
         dataclasses.replace(
           loaded,

@@ -215,11 +215,11 @@ class GenerativeReward:
     return _scores(self, params, jnp.asarray(tokens), jnp.asarray(steps))
 
 
-def _hidden(backbone, params, tokens, positions, segments, keep):
+def _hidden(backbone, params, tokens, positions, segments, keep, lengths=None):
   mask = None if segments is None else Mask.causal(segments=segments)
   params = weights.with_tokens(params, tokens, segments)
   hidden, _ = backbone.apply(
-    {"params": params}, tokens, positions, mask, keep=keep
+    {"params": params}, tokens, positions, mask, lengths=lengths, keep=keep
   )
   return hidden
 
@@ -227,5 +227,8 @@ def _hidden(backbone, params, tokens, positions, segments, keep):
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(model, params, tokens, steps):
   keep = jnp.maximum(steps, 0)
-  found = model.readout(model.logits(params, tokens, keep=keep))
+  # Padding is no part of a text, by whose length `rope.Dynamic` rotates it.
+  lengths = keep.max(1) + 1
+  hidden = _hidden(model.backbone, params, tokens, None, None, keep, lengths)
+  found = model.readout(model.logits_of(params, hidden))
   return jnp.where(steps >= 0, found, jnp.nan)

@@ -169,8 +169,8 @@ def fit(
     y: labels, 0 or 1.
     strength: above 0.
   """
-  mean, scale = x.mean(0), x.std(0)
-  scale = np.where(scale > 0, scale, 1.0)
+  # The deviation of what is constant may round to more than 0.
+  mean, scale = x.mean(0), np.where(np.ptp(x, 0) > 0, x.std(0), 1.0)
   # The bias is the weight of a column of ones, without a penalty.
   z = np.append((x - mean) / scale, np.ones((len(x), 1)), axis=1).astype(float)
   penalty = np.append(np.full(x.shape[1], strength), 0.0)

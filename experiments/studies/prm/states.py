@@ -113,5 +113,8 @@ def _rounded(n: int) -> int:
 def _hidden(
   model, params: Params, tokens: Int[Array, "B T"], ends: Int[Array, "B S"]
 ) -> Float[Array, "B S D"]:
-  hidden, _ = model.apply({"params": params}, tokens, keep=ends)
+  # Padding is no part of a text, by whose length `rope.Dynamic` rotates it.
+  hidden, _ = model.apply(
+    {"params": params}, tokens, lengths=ends.max(1) + 1, keep=ends
+  )
   return hidden.astype(jnp.float32)

@@ -8,7 +8,7 @@ the first two has several solutions.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from research.data.sources.jsonl import Record
@@ -35,6 +35,21 @@ def _solution(question: str, steps: Any, labels: Any) -> LabelledSolution:
     label_source=_SOURCE,
     segmenter_id="blank_line",
   )
+
+
+def _joined(steps: Sequence[str]) -> str:
+  """Returns the text of steps.
+
+  Raises:
+    UserError: they would be read as other ones.
+  """
+  text = SEPARATOR.join(steps)
+  if text.split(SEPARATOR) != list(steps):
+    raise UserError(
+      f"steps: found an empty line in {text!r:.60}, which would end a step"
+      " here; expected steps without their separators"
+    )
+  return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +87,14 @@ class MathAPSFlat:
 
   def values(self, solution: LabelledSolution) -> dict[str, Any]:
     """Returns the record with each labelled prefix of this solution."""
-    texts = [solution.prompt, *solution.steps]
+    prompt, steps = solution.prompt, solution.steps
     return dict(solution.extra) | {
-      "question": solution.prompt,
+      "question": prompt,
       "reasoning_steps": [
-        {"solution_prefix": SEPARATOR.join(texts[: n + 1]), "mc_value": label}
+        {
+          "solution_prefix": prompt + SEPARATOR + _joined(steps[:n]),
+          "mc_value": label,
+        }
         for n, label in enumerate(solution.labels, start=1)
         if label is not None
       ],
@@ -109,7 +127,7 @@ class MathAPSTree:
     for text, label in zip(solution.steps, solution.labels, strict=True):
       pending.append(text)
       if label is not None:
-        labelled.append((SEPARATOR.join(pending), label))
+        labelled.append((_joined(pending), label))
         pending = []
     if pending:
       raise UserError("labels: found none of the last step, expected its value")

@@ -36,6 +36,11 @@ class MathShepherd:
       raise record.wrong("input", found, "it once, between question and steps")
     prompt, first = parts[0].split(start)
     chunks = [start[1:] + first, *parts[1:-1]]
+    for i, chunk in enumerate(chunks, start=1):
+      if (after := f"\nStep {i + 1}: ") in chunk:
+        raise record.wrong(
+          "input", chunk[-40:], f"the tag {TAG} before {after!r}"
+        )
     return [
       LabelledSolution(
         prompt=prompt,

@@ -38,7 +38,9 @@ def relative_progress(
   labels: list[Label] = []
   before = start
   for value in values:
-    labels.append(None if before == 0 else int(value / before >= threshold))
+    # Quotients of shares may round to just below the threshold.
+    least = threshold * before * (1 - 1e-9)
+    labels.append(None if before == 0 else int(value >= least))
     before = value
   return tuple(labels)
 

@@ -136,7 +136,9 @@ def _auc(
     for score, label in zip(row, solution.labels, strict=True)
     if label in (0, 1)
   ]
-  values, truth = np.array(pairs, float).reshape(-1, 2).T
+  if not pairs:
+    return float("nan")
+  values, truth = np.array(pairs, float).T
   return calibration.auc(values, truth)
 
 

@@ -63,6 +63,7 @@ def test_a_mean_in_another_unit():
   assert stats.Mean(0.5, 0.1).times(100) == (50, 10)
   assert str(stats.Mean(0.5, 0.1)) == "0.500 ± 0.100"
   assert str(stats.mean([0.5])) == "0.500 (one value)"
+  assert str(stats.mean([0.5, math.nan])) == "nan ± nan"  # of a run that broke
 
 
 def test_the_bootstrap_is_that_of_all_resamples():

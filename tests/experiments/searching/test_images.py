@@ -31,6 +31,7 @@ from research.reasoning.tasks import Chain
 from research.reasoning.tasks.chain import vocabulary
 from research.search.strategies.independent import Independent
 from research.typing import UserError
+from research.vlm import masks
 from research.vlm.objective import WithImages
 from research.vlm.prompts import DrawnQuestion, WordGrid
 from tests import support_vlm
@@ -53,10 +54,12 @@ NEW = 6
 class Source:
   """The model, which never ends a text by itself."""
 
+  mask: masks.PromptMask = masks.Causal()
+
   def load(self, shardings=None):
     del shardings
     return Loaded(
-      support_vlm.model(),
+      dataclasses.replace(support_vlm.model(), mask=self.mask),
       support_vlm.params(),
       WORDS,
       {},
@@ -181,6 +184,19 @@ def test_labels_and_losses_of_pictures(tmp_path, monkeypatch):
     loaded.model, loaded.params, WORDS, made, prompting=moved, batch_size=2
   )
   assert np.abs(np.array(other)[:, 0] - each).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+  "mask",
+  [
+    masks.BidirectionalPrompt(),
+    masks.BidirectionalImages(image_token=support_vlm.IMAGE),
+  ],
+)
+def test_reward_models_of_prompts_that_are_not_causal_are_refused(mask):
+  """Their objective and `judge` know no mask, and a search reads by it."""
+  with pytest.raises(UserError, match=f"the mask {type(mask).__name__}, exp"):
+    rewards.WithHead(backbone=Source(mask)).load()
 
 
 def _solutions():

@@ -204,6 +204,17 @@ def test_products_pay_for_steps_that_say_nothing():
   assert scores.attack_report(*given, scores.Min()).inflation == 0
 
 
+def test_of_steps_without_labels_there_is_nothing_to_say():
+  solution = pool(1)[0]
+  unknown = solution.relabelled([None] * len(solution.steps), "")
+  changed = attacks.Confident()(unknown)
+  found = scores.attack_report(
+    [unknown], [changed], [[0.25] * 6], [[0.5] * 6], scores.Min()
+  ).to_json()
+  said = {name: x for name, x in found.items() if x is not None}
+  assert said == {"inflation": 0.25, "inflated": 1, "solutions": 1}
+
+
 @pytest.mark.parametrize(
   ("make", "message"),
   [

@@ -119,6 +119,28 @@ def test_maths_aps_trees_have_values_at_ends_of_nodes_alone():
   assert right.labels == (0.75, None, 1.0)
 
 
+@pytest.mark.parametrize("name", ["math_aps_flat", "math_aps_tree"])
+@pytest.mark.parametrize(
+  ("steps", "fits"),
+  [
+    (("a\nb", "c"), True),
+    (("a\n\n", "b"), False),
+    (("a", "b\n\nc"), False),
+  ],
+)
+def test_maths_aps_gives_back_steps_or_refuses_them(name, steps, fits):
+  """Steps that keep their separator would be read with empty ones between."""
+  solution = LabelledSolution(prompt="q\n\nr", steps=steps, labels=(1, 0))
+  if not fits:
+    with pytest.raises(UserError, match="steps: found an empty line"):
+      FORMATS[name].values(solution)
+    return
+  record = jsonl.Record(FORMATS[name].values(solution), "x:1")
+  (again,) = FORMATS[name].solutions(record)
+  assert (again.prompt, again.steps) == (solution.prompt, steps)
+  assert again.labels == (1, 0)
+
+
 def test_openrs_example_has_another_tag_and_another_field():
   values = {
     "question": "1 + 1?",
@@ -209,6 +231,17 @@ def _twice(values):
     values[name] = values[name].replace("Step 1: ", "Step 1: A. Step 1: ")
 
 
+def _without_tag(after):
+  """Returns an edit that takes the tag and the sign after a text away."""
+
+  def edit(values):
+    for name in ("input", "label"):
+      start, stop = values[name].split(after)
+      values[name] = start + after + stop[len(" -") + (name == "input") :]
+
+  return edit
+
+
 BAD = [
   ("trl", _set("labels", value=[True]), "labels: found 1 for 3 steps"),
   ("trl", _set("labels", value=[1, 2, 0]), r"labels\[1\]: found 2"),
@@ -225,6 +258,8 @@ BAD = [
   ("math_shepherd", _replace("label", "+", "?"), "after step 1"),
   ("math_shepherd", _twice, "2 times"),
   ("math_shepherd", _replace("input", "Step 1", "Step"), "0 times"),
+  ("math_shepherd", _without_tag("= 12 figs."), "tag ки before .*Step 2: "),
+  ("math_shepherd", _without_tag("12 - 2 = 9."), "tag ки before .*Step 3: "),
   ("math_shepherd", _set("label", value="Ann"), "after step 1"),
   ("genprm", _set("conversations", 0, "content", value="Hi"), "system"),
   ("genprm", _set("conversations", 2, "content", value="Yes"), "one "),

@@ -5,6 +5,7 @@ A completer that returns every completion equally often has exact values.
 """
 
 import dataclasses
+import fractions
 import itertools
 import math
 
@@ -234,6 +235,15 @@ def test_progress_is_relative_to_the_state_before():
   rewards = labels.effective_reward((0.1,) * 5, values, 0.5, alpha=3)
   assert rewards == pytest.approx([0.1 + 3 * x for x in gained])
   assert labels.best_of_k_value(0.25, 2) == 1 - 0.75**2
+
+
+@pytest.mark.parametrize("k", range(1, 33))
+def test_progress_of_counts_is_that_of_fractions(k):
+  """4 of 6 after 5 of 6 is 0.8, though not in floats."""
+  for before, after in itertools.product(range(1, k + 1), range(k + 1)):
+    exact = fractions.Fraction(after, before) >= fractions.Fraction(4, 5)
+    found = labels.relative_progress((after / k,), before / k)
+    assert found == (int(exact),)
 
 
 def test_preferences_pair_the_best_with_the_worst():

@@ -1,5 +1,7 @@
 """Reward models: which token a score is read at, and what may be adapted."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from research import sharding, tree, weights
 from research.lora.adapt import Adapt
+from research.nn import rope
 from research.prm.heads import LinearHead, MlpHead
 from research.prm.model import (
   GenerativeReward,
@@ -54,6 +57,27 @@ def test_scores_are_those_of_the_steps_last_tokens():
   again = np.asarray(model.scores(params, other, STEPS))
   np.testing.assert_allclose(again[0, :2], found[0, :2], rtol=1e-5)
   assert abs(again[0, 2] - found[0, 2]) > 1e-4
+
+
+@pytest.mark.parametrize("head", [None, LinearHead()])
+def test_padding_does_not_change_how_a_text_is_rotated(head):
+  """`rope.Dynamic` rotates by a text's length, from its fourth token on."""
+  (block,) = BACKBONE.stack.blocks
+  scaled = dataclasses.replace(
+    block.attention.rope, scaling=rope.Dynamic(factor=4.0, original=4)
+  )
+  block = block.clone(attention=block.attention.clone(rope=scaled))
+  stack = dataclasses.replace(BACKBONE.stack, blocks=(block,))
+  backbone, params = BACKBONE.clone(stack=stack), made()[1]
+  model = GenerativeReward(backbone=backbone, right=3, wrong=5)
+  if head is not None:
+    model = RewardModel(backbone=backbone, head=head)
+  tokens = support.tokens(1, 7, 11)
+  want = probability(model.logits(params, tokens))[0, STEPS[0]]
+  for padded in (7, 8, 32):
+    row = jnp.pad(tokens, ((0, 0), (0, padded - 7)))
+    found = model.scores(params, row, STEPS[:1])[0]
+    np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
 def test_two_words_are_compared_and_no_other():

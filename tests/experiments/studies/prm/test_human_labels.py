@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from experiments.core import config
 from experiments.searching.prompts import IdWords
 from experiments.studies import protocol
 from experiments.studies.prm import human_labels, judging, scorers, states
 from research.interop.loaded import Loaded
-from research.nn import presets
+from research.nn import presets, rope
 from research.prm import rows
 from research.prm.labelled import LabelledSolution, labels_until
 from research.prm.scores import calibration, processbench
@@ -56,20 +58,24 @@ def planted(given, noise, seed=1):
 # --- probes ---
 
 
-def test_a_probe_is_that_of_sklearn():
+@pytest.mark.parametrize("constant", [7.0, 0.1])
+def test_a_probe_is_that_of_sklearn(constant):
   """Its C of a sum of losses is 1 / (N strength) of a mean."""
   rng = np.random.default_rng(0)
   x = rng.standard_normal((60, 4)) * [1, 3, 0.1, 1] + [0, 5, 0, 0]
-  x[:, 3] = 7.0  # which no scale divides
+  x[:, 3] = constant  # which no scale divides
   y = (x[:, 0] + rng.standard_normal(60) > 0.2).astype(float)
   strength = 0.05
-  mean, scale = x.mean(0), np.where(x.std(0) > 0, x.std(0), 1)
-  other = LogisticRegression(C=1 / (60 * strength), tol=1e-10, max_iter=1000)
-  other.fit((x - mean) / scale, y)
-  found = scorers.fit(x, y, strength)(x)
-  expected = other.predict_proba((x - mean) / scale)[:, 1]
-  # Both stop at gradients of about 1e-5 of a loss whose curvature is 0.05.
-  np.testing.assert_allclose(found, expected, atol=1e-3)
+  other = make_pipeline(
+    StandardScaler(),
+    LogisticRegression(C=1 / (60 * strength), tol=1e-10, max_iter=1000),
+  ).fit(x, y)
+  fitted = scorers.fit(x, y, strength)
+  for last in (constant, constant + 1):  # which nothing was learned of
+    x[:, 3] = last
+    expected = other.predict_proba(x)[:, 1]
+    # Both stop at gradients of about 1e-5 of a loss whose curvature is 0.05.
+    np.testing.assert_allclose(fitted(x), expected, atol=1e-3)
 
 
 def test_what_is_learned_of_a_solution():
@@ -175,6 +181,7 @@ class Tiny:
   """A model of ids, or none the second time."""
 
   context: int | None = None
+  scaling: rope.Scaling | None = None
 
   def load(self, shardings=None):
     sizes = presets.Sizes(
@@ -182,23 +189,32 @@ class Tiny:
       head_dim=4,
     )
     model = presets.transformer(presets.FAMILIES["llama"], sizes)
-    model = model.clone(max_positions=self.context)
+    (block,) = model.stack.blocks
+    turned = dataclasses.replace(block.attention.rope, scaling=self.scaling)
+    block = block.clone(attention=block.attention.clone(rope=turned))
+    stack = dataclasses.replace(model.stack, blocks=(block,))
+    model = model.clone(max_positions=self.context, stack=stack)
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = model.init(jax.random.key(0), tokens)["params"]
     return Loaded(model, params, IdWords(), {})
 
 
 @pytest.mark.slow
-def test_states_are_those_of_solutions_read_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  "scaling", [None, rope.Dynamic(factor=4.0, original=2)]
+)
+def test_states_are_those_of_solutions_read_alone(
+  scaling, tmp_path, monkeypatch
+):
   # Of 82 tokens and of 3 and 4, which are a batch.
   texts = ("1 2 " * 40, "3"), ("4\n\n", "5"), ("4\n\n", "6 7")
   given = [
     LabelledSolution(prompt="5", steps=x, labels=(1, 1), problem_id="P")
     for x in texts
   ]
-  reader = states.FrozenStates(model=Tiny(), tokens=128)
+  reader = states.FrozenStates(model=Tiny(scaling=scaling), tokens=128)
   found = reader.compute(given, tmp_path)
-  loaded = Tiny().load()
+  loaded = reader.model.load()
   read = jax.jit(lambda ids: loaded.model.apply({"params": loaded.params}, ids))
   for one, own in zip(given, found, strict=True):
     ids = IdWords().encode(" ".join((one.prompt, *one.steps)))
@@ -210,7 +226,7 @@ def test_states_are_those_of_solutions_read_alone(tmp_path, monkeypatch):
     short.compute(given, tmp_path)
   # What is stored is not computed again; other texts are.
   monkeypatch.setattr(states, "_hidden", None)
-  again = states.FrozenStates(model=Tiny(), tokens=128).compute(given, tmp_path)
+  again = dataclasses.replace(reader).compute(given, tmp_path)
   np.testing.assert_array_equal(again[-1], found[-1])
   with pytest.raises(TypeError):
     reader.compute(given[:2], tmp_path)
