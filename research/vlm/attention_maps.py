@@ -6,7 +6,6 @@ of a prompt. That they are the model's is tested: with them, values give what
 the kernels give.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -92,10 +91,8 @@ def _weights(block: Block, params, x, mask, at):
   scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k)
   if a.softcap is not None:
     scores = a.softcap * jnp.tanh(scores / a.softcap)
-  if a.window is not None:
-    mask = dataclasses.replace(mask, window=(a.window - 1, None))
   length = x.shape[1]
-  visible = mask.visible(length, length)[:, None]
+  visible = a.own_mask(mask).visible(length, length)[:, None]
   return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
 
 

@@ -1,5 +1,6 @@
 """Attention weights: values weighted by them are what the kernels return."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from research import tree, weights
 from research.typing import UserError
 from research.vlm import attention_maps, data, splice
 from research.vlm.images.plan import Plan
+from research.vlm.masks import BidirectionalImages
 from tests import support, support_qwen, support_vlm
 
 
@@ -49,6 +51,27 @@ def test_weighted_values_are_the_layers_attention():
   assert a.softcap and a.window < 8
   seen = np.asarray(Mask.causal((a.window - 1, None)).visible(8, 8))
   assert ((np.asarray(found) > 0) == seen[:, None]).all()
+
+
+@pytest.mark.parametrize("images", ["as_masked", "causal"])
+def test_a_layer_s_own_view_of_images(images):
+  """Images are read both ways, in Gemma 4 by its local layers alone."""
+  model = support.model("gemma2")
+  stack = model.stack
+  blocks = [
+    x.clone(attention=x.attention.clone(images=images)) for x in stack.blocks
+  ]
+  model = model.clone(stack=dataclasses.replace(stack, blocks=tuple(blocks)))
+  soft = np.random.default_rng(0).normal(size=(1, 4, 32)).astype(np.float32)
+  params = splice.with_features(support.params(model), jnp.asarray(soft), 60)
+  tokens = jnp.asarray([[5, *[60] * 4, 6, 7, 8]])
+  mask = BidirectionalImages(image_token=60)(tokens, jnp.array([8]))
+  given = model, params, tokens, 1, mask
+  found = attention_maps.attention_weights(*given)
+  want, got = _both(*given, found)
+  np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
+  later = np.triu(np.ones((8, 8), bool), 1)
+  assert (np.asarray(found)[0, :, later] > 0).any() == (images == "as_masked")
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
