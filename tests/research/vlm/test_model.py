@@ -227,3 +227,10 @@ def test_microbatches_are_rows_with_their_images():
     after, metrics = jax.jit(step)(state, whole, jax.random.key(0))
     found.append((after.trainable, metrics["loss"], metrics["grad_norm"]))
   assert_close(*found)
+
+
+@pytest.mark.parametrize("height, width", [(8, 16), (16, 8), (32, 32)])
+def test_views_of_another_grid_than_the_positions_are_refused(height, width):
+  pixels = jnp.zeros((1, 1, height, width, 3), jnp.uint8)
+  with pytest.raises(UserError, match=f"{height // 4} x {width // 4} patches"):
+    MODEL.encode(PARAMS, pixels)
