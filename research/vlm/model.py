@@ -269,7 +269,7 @@ class VisionLanguageModel:
     patches: Float[Array, "B N X"],
     coordinates: Int[Array, "B N 2"],
     valid: Bool[Array, "B N"] | None = None,
-  ) -> Float[Array, "B N C"]:
+  ) -> Float[Array, "B M C"]:
     """Returns the encoder's features; arguments as for the encoder."""
     return self.vision.apply(
       {"params": params["vision"]}, patches, coordinates, valid, self.features
@@ -278,7 +278,20 @@ class VisionLanguageModel:
   def connect(
     self, params: Params, features: Float[Array, "B N C"], grid: Grid
   ) -> Float[Array, "B S D"]:
-    """Returns soft tokens of features on a grid of patches."""
+    """Returns soft tokens of features on a grid of patches.
+
+    Raises:
+      UserError: the connector reads patches one by one, and there are features
+        beside theirs.
+    """
+    of_patches = isinstance(self.connector, (*LOCAL, GroupAttention))
+    if of_patches and features.shape[1] != grid[0] * grid[1]:
+      raise UserError(
+        f"connector: found {features.shape[1]} features of {grid[0]} x"
+        f" {grid[1]} patches, expected one of each, as prompts have"
+        " placeholders; leave the class token out (Features.class_token, in"
+        " LLaVA's config.json vision_feature_select_strategy)"
+      )
     soft = self.connector.apply({"params": params["connector"]}, features, grid)
     return soft if self.scale == 1.0 else soft * self.scale
 
