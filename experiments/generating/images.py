@@ -83,7 +83,7 @@ def prompt_of(
 
   Raises:
     UserError: the prompt has more or fewer marks than there are images, or a
-      file cannot be read.
+      placeholder besides, or a file cannot be read.
   """
   if loaded.preprocessor is None:
     raise UserError(
@@ -118,12 +118,12 @@ def _joined(
 ) -> list[int]:
   """Returns text, image, text, ... as ids."""
   ids: list[int] = []
+  words, token = loaded.tokenizer, loaded.model.image_token
   for part, image in itertools.zip_longest(texts, pieces):
     if part:
-      ids += loaded.tokenizer.encode(part)
+      ids += data.text_ids(part, words, token)
     if image is not None:
-      token = loaded.model.image_token
-      ids += data.image_ids(image, loaded.tokenizer, token)
+      ids += data.image_ids(image, words, token)
   return ids
 
 

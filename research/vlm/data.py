@@ -431,12 +431,36 @@ def prompt_ids(
     tokenizer: has `encode(text)`.
     image_token: id of the placeholder.
     template: around the question.
+
+  Raises:
+    UserError: the tokenizer reads a placeholder in the text.
   """
   ids = [
     i for pieces in images for i in image_ids(pieces, tokenizer, image_token)
   ]
   text = template.question.format(question=question)
-  return ids + list(tokenizer.encode(text))
+  return ids + text_ids(text, tokenizer, image_token)
+
+
+def text_ids(text: str, tokenizer: Any, image_token: int) -> list[int]:
+  """Returns the ids of a text, of which none stands for a feature.
+
+  Args:
+    text: without images.
+    tokenizer: of the language model.
+    image_token: id of the placeholder.
+
+  Raises:
+    UserError: the tokenizer reads a placeholder in it, which would take the
+      feature of another.
+  """
+  ids = list(tokenizer.encode(text))
+  if image_token in ids:
+    raise UserError(
+      f"text: found the placeholder of images in {text[:80]!r}, expected words"
+      " alone: images stand for themselves. Take it out of the text"
+    )
+  return ids
 
 
 def tokens_of(
@@ -454,7 +478,7 @@ def tokens_of(
   """
   before = prompt_ids(sample.question, images, tokenizer, image_token, template)
   text = template.answer.format(answer=sample.answer)
-  answer = list(tokenizer.encode(text))
+  answer = text_ids(text, tokenizer, image_token)
   if template.end:
     answer += list(tokenizer.stop[:1])
   mask = np.repeat([False, True], [len(before), len(answer)])

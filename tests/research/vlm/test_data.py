@@ -1,7 +1,10 @@
 """Rows of questions about images: placeholders, labels, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from research.typing import UserError
 from research.vlm import data
@@ -44,6 +47,21 @@ def test_a_row_has_placeholders_question_answer_and_end():
   np.testing.assert_array_equal(row["positions"][:10], np.arange(10))
   learned = row["targets"][row["weights"] > 0]
   np.testing.assert_array_equal(learned, [7, 8, 65])
+
+
+@pytest.mark.parametrize("text", ["question", "answer"])
+def test_a_placeholder_in_a_text_is_refused(text):
+  """One that the tokenizer knows would take the feature of another."""
+  backend = Backend.from_str(TOKENIZER.backend.to_str())
+  backend.add_special_tokens(["<image>"])
+  assert backend.token_to_id("<image>") == IMAGE
+  knows = dataclasses.replace(TOKENIZER, backend=backend)
+  plain = sample(image(9, 30), question="w5 w6")
+  found = questions(plain).rows(knows)[0]
+  assert (found["tokens"] == IMAGE).sum() == 4
+  wrong = dataclasses.replace(plain, **{text: "w5 <image> w6"})
+  with pytest.raises(UserError, match="placeholder of images in .*w5 <image>"):
+    questions(wrong).rows(knows)[0]
 
 
 def test_views_are_the_preprocessors_and_then_zeros():
