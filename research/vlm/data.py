@@ -27,12 +27,10 @@ from research.vlm.images.plan import Views
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.prompts import Piece, Soft, Text
 from research.vlm.images.resize import Size
+from research.vlm.model import ANY_SIZE, VisionLanguageModel
 from research.vlm.scenes.mixed import Mixed
 from research.vlm.scenes.sample import Sample
 from research.vlm.scenes.task import Task
-
-_ANY: Size = (64, 64)
-"""A size of images, where their views' is asked for and there is no image."""
 
 
 @runtime_checkable
@@ -113,6 +111,7 @@ class ImageData:
   """Base of data whose `inputs` may need the experiment's encoder."""
 
   inputs: ViewInputs
+  preprocessor: Preprocessor
 
   def with_encoder(self, model: Any, params: Params, trainable: str) -> Any:
     """Returns the data of an experiment with this model.
@@ -121,7 +120,12 @@ class ImageData:
       model: the experiment's.
       params: its parameters before the first step.
       trainable: regular expression of the paths that are learned.
+
+    Raises:
+      UserError: the preprocessor is another model's.
     """
+    if isinstance(model, VisionLanguageModel):
+      model.check_placeholders(self.preprocessor)
     inputs = self.inputs.with_encoder(model, params, trainable)
     return dataclasses.replace(self, inputs=inputs)
 
@@ -300,7 +304,7 @@ class Prompt:
         )
       return cls(_patches(made, preprocessor, most, patches), pieces, count)
     # The views of a tiling are of one size, whatever the image.
-    size = made[0].plan.view if made else preprocessor.plan(*_ANY).view
+    size = made[0].plan.view if made else preprocessor.plan(*ANY_SIZE).view
     padding = np.zeros((most - count, *size, 3), np.uint8)
     pixels = np.concatenate([*(views.pixels for views in made), padding])
     groups = _groups(made, preprocessor)
@@ -347,7 +351,7 @@ def _groups(
 ) -> Int32[np.ndarray, "S G"] | None:
   """Returns the patches, of all images' views, that each soft token pools."""
   # An image of any size says whether the tiling groups patches.
-  plans = [views.plan for views in made] or [preprocessor.plan(*_ANY)]
+  plans = [views.plan for views in made] or [preprocessor.plan(*ANY_SIZE)]
   groups, start = [], 0
   for plan in plans:
     own = preprocessor.tiling.groups(plan)
@@ -447,12 +451,10 @@ def text_ids(text: str, tokenizer: Any, image_token: int) -> list[int]:
 
   Args:
     text: without images.
-    tokenizer: of the language model.
-    image_token: id of the placeholder.
+    tokenizer, image_token: as for `prompt_ids`.
 
   Raises:
-    UserError: the tokenizer reads a placeholder in it, which would take the
-      feature of another.
+    UserError: it has a placeholder, which would take another one's feature.
   """
   ids = list(tokenizer.encode(text))
   if image_token in ids:

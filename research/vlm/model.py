@@ -46,6 +46,8 @@ from research.vlm.encoders.native import Images, Patches
 from research.vlm.encoders.positions import PositionTable
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images.normalise import HALF, Normalisation
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.resize import Size
 from research.vlm.masks import Causal, PromptMask
 from research.vlm.splice import Splice
 
@@ -63,6 +65,9 @@ Connector = (
 )
 
 TOWERS = ("vision", "connector", "language")
+
+ANY_SIZE: Size = (64, 64)
+"""Of an image, where what follows is the same for images of any size."""
 
 
 @runtime_checkable
@@ -164,6 +169,35 @@ class VisionLanguageModel:
   def square(self) -> int:
     """The side, in patches, of the squares that the connector merges."""
     return self.connector.side if isinstance(self.connector, SQUARES) else 1
+
+  def check_placeholders(self, preprocessor: Preprocessor) -> None:
+    """Checks that an image has a placeholder for each of its soft tokens.
+
+    With others, features would stand at the placeholders of other features.
+
+    Args:
+      preprocessor: of the images.
+
+    Raises:
+      UserError: an image has more or fewer.
+    """
+    tiling, plan = preprocessor.tiling, preprocessor.plan(*ANY_SIZE)
+    found, what = plan.soft_tokens, f"placeholders of {plan.views} views"
+    if isinstance(self.placement, LatestImage):
+      expected: Any = plan.views
+    elif tiling.native_square is not None:
+      found, what = (tiling.patch, tiling.native_square), "patches and squares"
+      expected = self.vision.patch, self.square
+    elif tiling.groups(plan) is not None:
+      return  # soft tokens are groups, whatever the view
+    else:
+      expected = plan.views * self.tokens_per_view(*plan.view)
+    if found != expected:
+      raise UserError(
+        f"preprocessor: found {found} {what} ({type(tiling).__name__}),"
+        f" expected {expected}, as encoder and connector make soft tokens; set"
+        " the tiling's patch and pool"
+      )
 
   def encode(self, params: Params, images: Images) -> Float[Array, "B P D"]:
     """Returns the soft tokens of each row's images, one after the other.
