@@ -239,7 +239,7 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
   """Returns a prompt's ids, rendered as a conversation if asked to."""
-  from experiments.generating import prompts
+  from experiments.generating import conversation, prompts
 
   try:
     text.encode("utf-8")
@@ -247,7 +247,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
     raise UserError("--prompt: is no UTF-8; convert it first") from error
   if not _CHAT.value:
     return tokenizer.prompt(text)
-  return tokenizer.encode(tokenizer.chat(prompts.messages(text, _SYSTEM.value)))
+  return conversation.ids_of(tokenizer, prompts.messages(text, _SYSTEM.value))
 
 
 def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
@@ -427,14 +427,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def _with_images(loaded: Any, text: str) -> tuple[Any, Any, dict[str, int]]:
   """Returns the language model, the prompt, and what the JSON says of it."""
-  from experiments.generating import images
+  from experiments.generating import conversation, images
   from experiments.generating import prompts as asked
 
   def render(text):
     if not _CHAT.value:
       return loaded.tokenizer.prompt(""), text
     said = asked.messages(text, _SYSTEM.value)
-    return [], loaded.tokenizer.chat(said)
+    return [], conversation.text_of(loaded.tokenizer, said)
 
   made = images.prompt_of(loaded, _IMAGE.value, text, render)
   found = {"image_tokens": made.image_tokens}
@@ -476,7 +476,7 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
   call = loaded, params
 
   def answer(messages, turn):
-    ids = loaded.tokenizer.encode(loaded.tokenizer.chat(messages))
+    ids = conversation.ids_of(loaded.tokenizer, messages)
     results, _ = _streamed(*call, [ids], rules, kv, layout, turn, mask)
     print(flush=True)
     return results[0]

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from experiments.generating.prompts import MARK
 from research.generation import generate
 from research.generation.decoding import PromptMask
 from research.generation.generate import TokenSource
@@ -18,9 +19,6 @@ from research.vlm.images import open_image
 from research.vlm.images.prompts import Piece
 from research.vlm.masks import Causal
 from research.vlm.sees_images import SeesImages
-
-MARK = "<image>"
-"""Where an image stands in a prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +81,7 @@ def prompt_of(
 
   Raises:
     UserError: the prompt has more or fewer marks than there are images, or a
-      file cannot be read.
+      placeholder besides, its rendering has others, or a file cannot be read.
   """
   if loaded.preprocessor is None:
     raise UserError(
@@ -101,6 +99,12 @@ def prompt_of(
   views = sum(plan.views for plan in plans)
   prompt = data.Prompt.from_images(images, loaded.preprocessor, views)
   begin, whole = render(text if marks else MARK * len(files) + text)
+  if whole.count(MARK) != len(files):
+    raise UserError(
+      f"--chat: found {whole.count(MARK)} times {MARK} in the rendered"
+      f" conversation, expected {len(files)}: the model's chat template leaves"
+      " images out, or other messages have them; generate without --chat"
+    )
   params = loaded.model.with_images_compiled(
     loaded.params, data.batch_images([prompt], loaded.model.square)
   )
@@ -118,12 +122,12 @@ def _joined(
 ) -> list[int]:
   """Returns text, image, text, ... as ids."""
   ids: list[int] = []
+  words, token = loaded.tokenizer, loaded.model.image_token
   for part, image in itertools.zip_longest(texts, pieces):
     if part:
-      ids += loaded.tokenizer.encode(part)
+      ids += data.text_ids(part, words, token)
     if image is not None:
-      token = loaded.model.image_token
-      ids += data.image_ids(image, loaded.tokenizer, token)
+      ids += data.image_ids(image, words, token)
   return ids
 
 

@@ -1,11 +1,13 @@
 """A stage whose images are larger than those of the stage before it."""
 
 import dataclasses
+import math
 
 import jax
 
 from experiments.stages.staged import StageResult
 from research.interop.loaded import Loaded
+from research.interop.vision import image_size
 from research.io.unread import Shardings
 from research.typing import UserError
 from research.vlm.model import VisionLanguageModel
@@ -15,6 +17,8 @@ from research.vlm.resolution import at_resolution
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageAtResolution(StageResult):
   """The result of an earlier stage, its positions on a finer grid.
+
+  Its preprocessor makes views of this stage's size as well.
 
   In a run file, where `high` is a stage:
 
@@ -42,7 +46,16 @@ class StageAtResolution(StageResult):
         f"StageAtResolution: stage {self.stage!r} has no vision language model"
       )
     model, params = resize(loaded.model, loaded.params, self.pixels)
-    return dataclasses.replace(loaded, model=model, params=params)
+    side = self.pixels // model.vision.patch
+    tokens = model.tokens_per_view(self.pixels, self.pixels)
+    return dataclasses.replace(
+      loaded,
+      model=model,
+      params=params,
+      preprocessor=image_size.with_views_of(
+        loaded.preprocessor, self.pixels, pool=side // math.isqrt(tokens)
+      ),
+    )
 
 
 def _abstractly(model, params, pixels):

@@ -91,7 +91,7 @@ class Attention(nn.Module):
     q, k, v = (
       None if t is None else checkpoint_name(t, "qkv") for t in (q, k, v)
     )
-    mask = self._own_mask(mask)
+    mask = self.own_mask(mask)
     if keep is not None:
       mask = select_queries(mask, keep, x.shape[1])
     call = AttentionContext(
@@ -115,7 +115,7 @@ class Attention(nn.Module):
     y = weights.project(self, y, "o", x.shape[-1], self.out_bias)
     return y, cache
 
-  def _own_mask(self, mask):
+  def own_mask(self, mask):
     """Returns the mask with this layer's window, for its view of images."""
     if self.images == "causal" and mask.kind == "intervals":
       # Without positions of queries, those of keys are mere coordinates.

@@ -67,7 +67,11 @@ class Answerer:
     Args:
       images: of each question: one, several or none.
       questions: texts; all are one batch.
+
+    Raises:
+      UserError: the preprocessor is another model's, or images have more views.
     """
+    self.model.check_placeholders(self.preprocessor)
     made = [
       data.Prompt.from_images(each, self.preprocessor, self.views)
       for each in images

@@ -18,6 +18,7 @@ from research.nn.moe import Moe
 from research.nn.transformer import Transformer
 from research.typing import UserError
 from research.vlm.encoders.vit import CHANNELS
+from research.vlm.encoders.windows import window_side
 from research.vlm.images.plan import Plan
 from research.vlm.images.preprocessor import describe
 from research.vlm.images.prompts import token_count
@@ -124,11 +125,23 @@ def _encoder_of_view(model: VisionLanguageModel, grid: Size) -> float:
     x + vision.stack.depth + 1 if x < 0 else x for x in model.features.layers
   )
   n = grid[0] * grid[1]
-  flops = 2.0 * n * vision.patch**2 * CHANNELS * vision.width
+  flops = 2.0 * n * vision.frames * vision.patch**2 * CHANNELS * vision.width
   n += vision.class_token
   kinds = vision.stack.kinds()[:depth]
   flops += sum(_block(x, vision.width, n) for x in kinds)
-  return flops + sum(_scores(x.attention, float(n * n)) for x in kinds)
+  return flops + sum(_scores(x.attention, _pairs(x, grid, n)) for x in kinds)
+
+
+def _pairs(block: Block, grid: Size, tokens: int) -> float:
+  """Returns how many pairs of an encoder's tokens see each other in a layer."""
+  side = window_side(block)
+  if not side:
+    return float(tokens) ** 2
+  # Windows at the ends of an image are smaller.
+  rows, columns = (
+    sum(min(side, n - i) ** 2 for i in range(0, n, side)) for n in grid
+  )
+  return float(rows * columns)
 
 
 def connector_flops(model: VisionLanguageModel, plan: Plan) -> float:

@@ -6,7 +6,6 @@ of a prompt. That they are the model's is tested: with them, values give what
 the kernels give.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -54,24 +53,32 @@ def attention_weights(
   x = weights.take(params["embed"], tokens).astype(model.dtype)
   x = x * jnp.asarray(model.embed_scale, x.dtype)
   mask = Mask.causal() if mask is None else mask
+  at = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+  if "rotary" in params:
+    at = params["rotary"].of_row(x.shape[1])
+  deeper = jnp.zeros((*x.shape[:2], 0, x.shape[2]), x.dtype)
+  if "injected" in params:
+    deeper = weights.take(params["injected"], tokens).astype(x.dtype)
   for number, own in enumerate(tree.layers(params)):
     block = kinds[number]
     if number == layer:
-      return _weights(block, own, x, mask)
-    x = _output(block, own, x, mask)
+      return _weights(block, own, x, mask, at)
+    x = _output(block, own, x, mask, at)
+    if number < deeper.shape[2]:
+      x = x + deeper[:, :, number]
   raise AssertionError("the stack has as many layers as its blocks")
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _output(block: Block, params, x, mask):
-  positions, rotation = _places(block, x)
+def _output(block: Block, params, x, mask, at):
+  positions, rotation = _places(block, x, at)
   return block.apply({"params": params}, x, positions, mask, rotation)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _weights(block: Block, params, x, mask):
+def _weights(block: Block, params, x, mask, at):
   a = block.attention
-  _, rotation = _places(block, x)
+  _, rotation = _places(block, x, at)
   if block.cross is not None:
     x = block.cross.apply({"params": params["cross"]}, x)
   if block.norm is not None:
@@ -84,19 +91,18 @@ def _weights(block: Block, params, x, mask):
   scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k)
   if a.softcap is not None:
     scores = a.softcap * jnp.tanh(scores / a.softcap)
-  if a.window is not None:
-    mask = dataclasses.replace(mask, window=(a.window - 1, None))
   length = x.shape[1]
-  visible = mask.visible(length, length)[:, None]
+  visible = a.own_mask(mask).visible(length, length)[:, None]
   return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
 
 
-def _places(block: Block, x):
+def _places(block: Block, x, at):
+  """Returns positions, and the rotation at `at`: of images, coordinates."""
   positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
   a = block.attention
   if a.rope is None:
     return positions, None
-  return positions, a.rope.tables(positions, a.head_dim)
+  return positions, a.rope.tables(at, a.head_dim)
 
 
 def over_images(

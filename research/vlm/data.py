@@ -27,12 +27,10 @@ from research.vlm.images.plan import Views
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.prompts import Piece, Soft, Text
 from research.vlm.images.resize import Size
+from research.vlm.model import ANY_SIZE, VisionLanguageModel
 from research.vlm.scenes.mixed import Mixed
 from research.vlm.scenes.sample import Sample
 from research.vlm.scenes.task import Task
-
-_ANY: Size = (64, 64)
-"""A size of images, where their views' is asked for and there is no image."""
 
 
 @runtime_checkable
@@ -113,6 +111,7 @@ class ImageData:
   """Base of data whose `inputs` may need the experiment's encoder."""
 
   inputs: ViewInputs
+  preprocessor: Preprocessor
 
   def with_encoder(self, model: Any, params: Params, trainable: str) -> Any:
     """Returns the data of an experiment with this model.
@@ -121,7 +120,12 @@ class ImageData:
       model: the experiment's.
       params: its parameters before the first step.
       trainable: regular expression of the paths that are learned.
+
+    Raises:
+      UserError: the preprocessor is another model's.
     """
+    if isinstance(model, VisionLanguageModel):
+      model.check_placeholders(self.preprocessor)
     inputs = self.inputs.with_encoder(model, params, trainable)
     return dataclasses.replace(self, inputs=inputs)
 
@@ -300,7 +304,7 @@ class Prompt:
         )
       return cls(_patches(made, preprocessor, most, patches), pieces, count)
     # The views of a tiling are of one size, whatever the image.
-    size = made[0].plan.view if made else preprocessor.plan(*_ANY).view
+    size = made[0].plan.view if made else preprocessor.plan(*ANY_SIZE).view
     padding = np.zeros((most - count, *size, 3), np.uint8)
     pixels = np.concatenate([*(views.pixels for views in made), padding])
     groups = _groups(made, preprocessor)
@@ -347,7 +351,7 @@ def _groups(
 ) -> Int32[np.ndarray, "S G"] | None:
   """Returns the patches, of all images' views, that each soft token pools."""
   # An image of any size says whether the tiling groups patches.
-  plans = [views.plan for views in made] or [preprocessor.plan(*_ANY)]
+  plans = [views.plan for views in made] or [preprocessor.plan(*ANY_SIZE)]
   groups, start = [], 0
   for plan in plans:
     own = preprocessor.tiling.groups(plan)
@@ -431,12 +435,34 @@ def prompt_ids(
     tokenizer: has `encode(text)`.
     image_token: id of the placeholder.
     template: around the question.
+
+  Raises:
+    UserError: the tokenizer reads a placeholder in the text.
   """
   ids = [
     i for pieces in images for i in image_ids(pieces, tokenizer, image_token)
   ]
   text = template.question.format(question=question)
-  return ids + list(tokenizer.encode(text))
+  return ids + text_ids(text, tokenizer, image_token)
+
+
+def text_ids(text: str, tokenizer: Any, image_token: int) -> list[int]:
+  """Returns the ids of a text, of which none stands for a feature.
+
+  Args:
+    text: without images.
+    tokenizer, image_token: as for `prompt_ids`.
+
+  Raises:
+    UserError: it has a placeholder, which would take another one's feature.
+  """
+  ids = list(tokenizer.encode(text))
+  if image_token in ids:
+    raise UserError(
+      f"text: found the placeholder of images in {text[:80]!r}, expected words"
+      " alone: images stand for themselves. Take it out of the text"
+    )
+  return ids
 
 
 def tokens_of(
@@ -454,7 +480,7 @@ def tokens_of(
   """
   before = prompt_ids(sample.question, images, tokenizer, image_token, template)
   text = template.answer.format(answer=sample.answer)
-  answer = list(tokenizer.encode(text))
+  answer = text_ids(text, tokenizer, image_token)
   if template.end:
     answer += list(tokenizer.stop[:1])
   mask = np.repeat([False, True], [len(before), len(answer)])

@@ -43,8 +43,11 @@ from research.vlm.cross_attention import LatestImage
 from research.vlm.encoders import native, vit
 from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import Images, Patches
+from research.vlm.encoders.positions import PositionTable
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images.normalise import HALF, Normalisation
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.resize import Size
 from research.vlm.masks import Causal, PromptMask
 from research.vlm.splice import Splice
 
@@ -62,6 +65,9 @@ Connector = (
 )
 
 TOWERS = ("vision", "connector", "language")
+
+ANY_SIZE: Size = (64, 64)
+"""Of an image, where what follows is the same for images of any size."""
 
 
 @runtime_checkable
@@ -164,6 +170,35 @@ class VisionLanguageModel:
     """The side, in patches, of the squares that the connector merges."""
     return self.connector.side if isinstance(self.connector, SQUARES) else 1
 
+  def check_placeholders(self, preprocessor: Preprocessor) -> None:
+    """Checks that an image has a placeholder for each of its soft tokens.
+
+    With others, features would stand at the placeholders of other features.
+
+    Args:
+      preprocessor: of the images.
+
+    Raises:
+      UserError: an image has more or fewer.
+    """
+    tiling, plan = preprocessor.tiling, preprocessor.plan(*ANY_SIZE)
+    found, what = plan.soft_tokens, f"placeholders of {plan.views} views"
+    if isinstance(self.placement, LatestImage):
+      expected: Any = plan.views
+    elif tiling.native_square is not None:
+      found, what = (tiling.patch, tiling.native_square), "patches and squares"
+      expected = self.vision.patch, self.square
+    elif tiling.groups(plan) is not None:
+      return  # soft tokens are groups, whatever the view
+    else:
+      expected = plan.views * self.tokens_per_view(*plan.view)
+    if found != expected:
+      raise UserError(
+        f"preprocessor: found {found} {what} ({type(tiling).__name__}),"
+        f" expected {expected}, as encoder and connector make soft tokens; set"
+        " the tiling's patch and pool"
+      )
+
   def encode(self, params: Params, images: Images) -> Float[Array, "B P D"]:
     """Returns the soft tokens of each row's images, one after the other.
 
@@ -245,10 +280,20 @@ class VisionLanguageModel:
     Args:
       params: of all three, or of vision alone.
       pixels: of the views.
+
+    Raises:
+      UserError: the encoder's learned positions are of another grid.
     """
+    grid, table = self.grid(*pixels.shape[1:3]), self.vision.positions
+    if isinstance(table, PositionTable) and grid != (table.rows, table.columns):
+      raise UserError(
+        f"images: found views of {grid[0]} x {grid[1]} patches, expected"
+        f" {table.rows} x {table.columns}, as the encoder has learned positions"
+        " for; make views of that size, or resize the positions"
+        " (research.vlm.resolution)"
+      )
     images = vit.normalised(pixels, self.normalise)
     patches = vit.patchify(images, self.vision.patch)
-    grid = self.grid(*pixels.shape[1:3])
     at = jnp.broadcast_to(vit.grid_coordinates(*grid), (*patches.shape[:2], 2))
     return self.encode_patches(params, patches, at)
 
@@ -258,7 +303,7 @@ class VisionLanguageModel:
     patches: Float[Array, "B N X"],
     coordinates: Int[Array, "B N 2"],
     valid: Bool[Array, "B N"] | None = None,
-  ) -> Float[Array, "B N C"]:
+  ) -> Float[Array, "B M C"]:
     """Returns the encoder's features; arguments as for the encoder."""
     return self.vision.apply(
       {"params": params["vision"]}, patches, coordinates, valid, self.features
@@ -267,7 +312,20 @@ class VisionLanguageModel:
   def connect(
     self, params: Params, features: Float[Array, "B N C"], grid: Grid
   ) -> Float[Array, "B S D"]:
-    """Returns soft tokens of features on a grid of patches."""
+    """Returns soft tokens of features on a grid of patches.
+
+    Raises:
+      UserError: the connector reads patches one by one, and there are features
+        beside theirs.
+    """
+    of_patches = isinstance(self.connector, (*LOCAL, GroupAttention))
+    if of_patches and features.shape[1] != grid[0] * grid[1]:
+      raise UserError(
+        f"connector: found {features.shape[1]} features of {grid[0]} x"
+        f" {grid[1]} patches, expected one of each, as prompts have"
+        " placeholders; leave the class token out (Features.class_token, in"
+        " LLaVA's config.json vision_feature_select_strategy)"
+      )
     soft = self.connector.apply({"params": params["connector"]}, features, grid)
     return soft if self.scale == 1.0 else soft * self.scale
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from research.typing import Params, UserError
+from research.vlm.encoders.positions import PositionTable
 from research.vlm.encoders.resize_positions import (
   Interpolation,
   corner_aligned,
@@ -26,13 +27,13 @@ def at_resolution(
     interpolation: of the table, see `encoders.resize_positions`.
 
   Raises:
-    UserError: the encoder has no table.
+    UserError: the encoder has no table of one grid.
   """
   table = model.vision.positions
-  if table is None:
+  if not isinstance(table, PositionTable):
     raise UserError(
-      "at_resolution: found an encoder without a table of positions; it takes"
-      " images of any size as it is"
+      "at_resolution: found an encoder without a table of positions, or that"
+      " resizes it for each image; it takes images of any size as it is"
     )
   side = pixels // model.vision.patch
   grid = (side, side)

@@ -83,7 +83,11 @@ class ImageSize:
         connector=other.connector,
       ),
       params=tree.map_paths(resize, loaded.params),
-      preprocessor=_preprocessor(loaded.preprocessor, self.pixels, other),
+      preprocessor=with_views_of(
+        loaded.preprocessor,
+        self.pixels,
+        pool=getattr(other.connector, "side", 1),
+      ),
     )
 
 
@@ -117,21 +121,30 @@ def _described(loaded: Loaded, pixels: int) -> VisionLanguageModel:
   )
 
 
-def _preprocessor(
-  found: Preprocessor | None, pixels: int, model: VisionLanguageModel
+def with_views_of(
+  found: Preprocessor | None, pixels: int, pool: int
 ) -> Preprocessor | None:
-  """Returns the preprocessor whose views have so many pixels."""
+  """Returns the preprocessor whose views have so many pixels.
+
+  Args:
+    found: the one of other views, or None.
+    pixels: side of a view.
+    pool: patches, each way, that become one soft token.
+
+  Raises:
+    UserError: images are not made views of one size.
+  """
   if found is None:
     return None
   tiling = found.tiling
-  sizes = dict(tile=pixels, pool=getattr(model.connector, "side", 1))
+  sizes = dict(tile=pixels, pool=pool)
   if isinstance(tiling, CentreCrop):
     sizes["shortest"] = round(tiling.shortest * pixels / tiling.tile)
   elif not isinstance(tiling, TILINGS):
     known = ", ".join(x.__name__ for x in (*TILINGS, CentreCrop))
     raise UserError(
-      f"ImageSize: found images cut by {type(tiling).__name__}, expected one of"
-      f" {known}"
+      f"views of {pixels} pixels: found images cut by {type(tiling).__name__},"
+      f" expected one of {known}"
     )
   tiling = dataclasses.replace(tiling, **sizes)
   return dataclasses.replace(found, tiling=tiling)

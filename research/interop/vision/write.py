@@ -18,6 +18,7 @@ from research.lora.merge import changes
 from research.typing import Params, UserError
 from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.encoders.qwen import FRAMES
+from research.vlm.images.configs import from_preprocessor_config
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.presets import GEMMA4, MOLMO2, QWEN
 from research.vlm.images.prompts import Wrapped
@@ -160,12 +161,12 @@ def preprocessor_config(preprocessor: Preprocessor) -> dict[str, Any]:
 
   Raises:
     UserError: it cuts images otherwise, or puts other tokens around them than
-      a family does.
+      a family does, or reading the file back would not give it.
   """
   tiling, around = preprocessor.tiling, preprocessor.layout
   for kind, layout, own in PREPROCESSORS:
     if isinstance(tiling, kind) and around == layout:
-      return own(tiling) | dict(
+      values = own(tiling) | dict(
         resample=_FILTERS[tiling.resample],
         do_resize=True,
         do_rescale=True,
@@ -174,6 +175,15 @@ def preprocessor_config(preprocessor: Preprocessor) -> dict[str, Any]:
         image_mean=list(preprocessor.normalise.mean),
         image_std=list(preprocessor.normalise.std),
       )
+      # Files do not say patch and pool of a square: config.json does.
+      pool = getattr(tiling, "pool", 1)
+      again = from_preprocessor_config(values, patch=tiling.patch, pool=pool)
+      if again.tiling != tiling:
+        raise UserError(
+          f"{PREPROCESSOR}: found {tiling}, of which the file would make"
+          f" {again.tiling}"
+        )
+      return values
   known = ", ".join(kind.__name__ for kind, _, _ in PREPROCESSORS)
   raise UserError(
     f"{PREPROCESSOR}: found {type(tiling).__name__} and"

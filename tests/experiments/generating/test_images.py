@@ -1,13 +1,14 @@
 """Images in a prompt of the command line."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.generating import images
+from experiments.generating import conversation, images
 from research.interop.loaded import Loaded
 from research.typing import UserError
 from research.vlm import masks
@@ -63,6 +64,56 @@ def test_a_conversation_has_them_in_its_message(files):
 
   made = images.prompt_of(LOADED, files[:1], "w5", chat)
   assert made.ids == [1, *SOFT, 5, 2]
+
+
+SMOLVLM = (
+  "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+  "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}"
+  "{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text'"
+  " %}{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}"
+  "{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+  "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+LLAVA = (
+  "{% for message in messages %}{{ message['role'].upper() + ': '}}"
+  "{% for content in message['content'] | selectattr('type', 'equalto',"
+  " 'image') %}{{ '<image>\n' }}{% endfor %}"
+  "{% for content in message['content'] | selectattr('type', 'equalto',"
+  " 'text') %}{{ content['text'] + ' '}}{% endfor %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+TEXTS = (
+  "{% for message in messages %}[{{ message['content'] | trim | lower }}]"
+  "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+  "template, said, expected",
+  [
+    (SMOLVLM, ["<image>A?"], "User:<image>A?<end_of_utterance>\nAssistant:"),
+    (SMOLVLM, ["A <image>B?"], "User: A <image>B?<end_of_utterance>\nAssi"),
+    (SMOLVLM, ["A?"], "User: A?<end_of_utterance>\nAssistant:"),
+    (LLAVA, ["<image>A?"], "USER: <image>\nA? ASSISTANT:"),
+    (LLAVA, ["A?", "B", "C?"], "USER: A? ASSISTANT: B USER: C? ASSISTANT:"),
+    (TEXTS, ["<image>A? "], "[<image>a?]"),
+  ],
+)
+def test_templates_of_parts_get_what_a_message_says(template, said, expected):
+  """SmolVLM's and llava-hf's, which leave out a message that is a text."""
+  words = dataclasses.replace(support_vlm.tokenizer(), chat_template=template)
+  roles = itertools.cycle(["user", "assistant"])
+  messages = [
+    {"role": role, "content": text}
+    for role, text in zip(roles, said, strict=False)
+  ]
+  found = conversation.text_of(words, messages)
+  assert found.removeprefix("<|im_start|>").startswith(expected)
+
+
+def test_a_template_that_leaves_images_out_is_refused(files):
+  with pytest.raises(UserError, match="found 0 times <image> in the rendered"):
+    images.prompt_of(LOADED, files, "w5", lambda text: ([], "w5"))
 
 
 @pytest.mark.parametrize("text", ["<image> w5", "<image><image><image>"])
@@ -132,3 +183,7 @@ def test_images_of_native_resolution(tmp_path):
   features = made.params["embed"].features[0, : made.image_tokens]
   expected = golden["features"][: made.image_tokens]
   np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
+  with pytest.raises(UserError, match="placeholder of images in '<.image_pad"):
+    images.prompt_of(
+      loaded, paths, "<|image_pad|> " + text, lambda text: ([], text)
+    )

@@ -1,12 +1,19 @@
 """What images cost: the literature's figures, and what traced programs do."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from research.planning import flops
 from research.vlm import arithmetic
+from research.vlm.encoders import EncoderSizes
+from research.vlm.encoders.qwen import qwen2_5_vl
+from research.vlm.encoders.vit import Features
+from research.vlm.images.tiling.native import Native
 from research.vlm.presets import PRESETS
+from tests import support_vlm
 
 
 def test_smolvlm_spends_most_on_its_encoder():
@@ -66,6 +73,25 @@ def test_products_are_those_of_the_traced_program(name):
   want = arithmetic.language_flops(model.language, 64, both_ways=True)
   got = flops.count_flops(hidden, shapes["language"], tokens)
   assert got == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("rows, columns", [(8, 8), (6, 10)])
+def test_patches_of_windows_and_of_two_frames(rows, columns):
+  """Qwen2.5-VL's encoder: two layers of windows and a whole one, counted."""
+  sizes = EncoderSizes(width=32, depth=3, heads=2, hidden=48, patch=4)
+  model = dataclasses.replace(
+    support_vlm.model(),
+    vision=qwen2_5_vl(sizes, window=4, full=(1,)),
+    features=Features(normed=False),
+  )
+  plan = Native(patch=4, merge=2, least=1).plan(4 * rows, 4 * columns)
+  own = [(i // 4, j // 4) for i in range(rows) for j in range(columns)]
+  inside = sum(one == two for one in own for two in own)
+  n = rows * columns
+  scores = 4 * 32 * (2 * inside + n * n)
+  patches, layer = 2 * 4 * 4 * 3 * 32, 4 * 32 * 32 + 3 * 32 * 48
+  want = 2 * n * (patches + 3 * layer) + scores
+  assert arithmetic.encoder_flops(model, plan) == want
 
 
 def test_training_costs_three_passes_where_weights_are_trained():

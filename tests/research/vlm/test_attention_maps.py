@@ -1,5 +1,6 @@
 """Attention weights: values weighted by them are what the kernels return."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,10 @@ import pytest
 from kernels_pallas.masks import Mask
 from research import tree, weights
 from research.typing import UserError
-from research.vlm import attention_maps, splice
+from research.vlm import attention_maps, data, splice
 from research.vlm.images.plan import Plan
-from tests import support, support_vlm
+from research.vlm.masks import BidirectionalImages
+from tests import support, support_qwen, support_vlm
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -49,6 +51,59 @@ def test_weighted_values_are_the_layers_attention():
   assert a.softcap and a.window < 8
   seen = np.asarray(Mask.causal((a.window - 1, None)).visible(8, 8))
   assert ((np.asarray(found) > 0) == seen[:, None]).all()
+
+
+@pytest.mark.parametrize("images", ["as_masked", "causal"])
+def test_a_layer_s_own_view_of_images(images):
+  """Images are read both ways, in Gemma 4 by its local layers alone."""
+  model = support.model("gemma2")
+  stack = model.stack
+  blocks = [
+    x.clone(attention=x.attention.clone(images=images)) for x in stack.blocks
+  ]
+  model = model.clone(stack=dataclasses.replace(stack, blocks=tuple(blocks)))
+  soft = np.random.default_rng(0).normal(size=(1, 4, 32)).astype(np.float32)
+  params = splice.with_features(support.params(model), jnp.asarray(soft), 60)
+  tokens = jnp.asarray([[5, *[60] * 4, 6, 7, 8]])
+  mask = BidirectionalImages(image_token=60)(tokens, jnp.array([8]))
+  given = model, params, tokens, 1, mask
+  found = attention_maps.attention_weights(*given)
+  want, got = _both(*given, found)
+  np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
+  later = np.triu(np.ones((8, 8), bool), 1)
+  assert (np.asarray(found)[0, :, later] > 0).any() == (images == "as_masked")
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_images_that_turn_and_are_added_deeper(name, tmp_path):
+  """The last layer's attention, by the model with and without its output:
+  tokens have rows and columns, and Qwen3-VL's images reach deeper layers."""
+  model, params = support_qwen.opened(name, tmp_path)
+  images = data.batch_images(support_qwen.prompts(model, name)[:1], 2)
+  seeing = model.with_images_compiled(params, images)
+  tokens = jnp.asarray(support_qwen.rows(name)[:1])
+  language, last = model.language, len(model.language.layer_kinds()) - 1
+  found = attention_maps.attention_weights(language, seeing, tokens, last)
+  whole = tree.split_last_layer(weights.with_tokens(seeing, tokens))
+  run = tree.runs(whole)[-1]
+  own = whole[run]["layer0"]
+  attention = {**own["attention"], "o": jnp.zeros_like(own["attention"]["o"])}
+  without = {**whole, run: {"layer0": {**own, "attention": attention}}}
+
+  def before(params):
+    given = {"params": params}, tokens
+    return language.apply(*given, method="before_feed_forward")
+
+  x = before(without)
+  block, own = language.layer_kinds()[last], list(tree.layers(whole))[last]
+  normed = block.norm.apply({"params": own["attention_norm"]}, x)
+  a = block.attention
+  *_, v = a.apply({"params": own["attention"]}, normed, method="heads_of")
+  v = jnp.repeat(v, a.heads // a.kv_heads, axis=2)
+  y = jnp.einsum("bnts,bsnh->btnh", found, v).reshape(*x.shape[:2], -1)
+  np.testing.assert_allclose(
+    y @ own["attention"]["o"], before(whole) - x, rtol=1e-3, atol=1e-4
+  )
 
 
 def test_weights_lie_on_the_images_grids():

@@ -1,13 +1,20 @@
 """Rows of questions about images: placeholders, labels, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from research.typing import UserError
 from research.vlm import data
+from research.vlm.cross_attention import LatestImage
 from research.vlm.images import prompts
 from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.tiling.anyres import AnyRes
 from research.vlm.images.tiling.idefics3 import Idefics3
+from research.vlm.images.tiling.native import Native
+from research.vlm.images.tiling.square import Square
 from research.vlm.scenes.sample import Sample
 from tests import support_vlm
 
@@ -44,6 +51,21 @@ def test_a_row_has_placeholders_question_answer_and_end():
   np.testing.assert_array_equal(row["positions"][:10], np.arange(10))
   learned = row["targets"][row["weights"] > 0]
   np.testing.assert_array_equal(learned, [7, 8, 65])
+
+
+@pytest.mark.parametrize("text", ["question", "answer"])
+def test_a_placeholder_in_a_text_is_refused(text):
+  """One that the tokenizer knows would take the feature of another."""
+  backend = Backend.from_str(TOKENIZER.backend.to_str())
+  backend.add_special_tokens(["<image>"])
+  assert backend.token_to_id("<image>") == IMAGE
+  knows = dataclasses.replace(TOKENIZER, backend=backend)
+  plain = sample(image(9, 30), question="w5 w6")
+  found = questions(plain).rows(knows)[0]
+  assert (found["tokens"] == IMAGE).sum() == 4
+  wrong = dataclasses.replace(plain, **{text: "w5 <image> w6"})
+  with pytest.raises(UserError, match="placeholder of images in .*w5 <image>"):
+    questions(wrong).rows(knows)[0]
 
 
 def test_views_are_the_preprocessors_and_then_zeros():
@@ -118,3 +140,38 @@ def test_batches_resume_where_they_stopped():
   assert expected["pixels"].shape == (2, 2, 16, 16, 3)
   for name, value in expected.items():
     np.testing.assert_array_equal(found[name], value)
+
+
+def with_layers_between():
+  model = support_vlm.model()
+  return dataclasses.replace(model, placement=LatestImage())
+
+
+@pytest.mark.parametrize(
+  "made, tiling, found",
+  [
+    (support_vlm.model, Square(tile=16, patch=4, pool=2), None),
+    (support_vlm.model, Idefics3(32, 16, 4, 2), None),
+    (support_vlm.model, Native(patch=4, merge=2), None),
+    (support_vlm.model, Square(tile=16, patch=4), "16 placeholders of 1 views"),
+    (support_vlm.model, Square(tile=16, patch=2, pool=2), "16 placeholders"),
+    (
+      support_vlm.model,
+      AnyRes(tile=16, canvases=((16, 32),), patch=4, pool=2),
+      "10 placeholders of 3 views .AnyRes., expected 12",
+    ),
+    (support_vlm.model, Native(patch=4, merge=1), r"\(4, 1\) patches"),
+    (with_layers_between, Square(tile=16, patch=4, pool=4), None),
+    (with_layers_between, Square(tile=16, patch=4, pool=2), "expected 1, as"),
+  ],
+)
+def test_images_have_the_placeholders_of_their_model(made, tiling, found):
+  """As many as it makes soft tokens, or one a view for layers between."""
+  patches = None if tiling.native_square is None else 256
+  rows = questions(preprocessor=Preprocessor(tiling), patches=patches)
+  given = made(), support_vlm.params(), "."
+  if found is None:
+    assert rows.with_encoder(*given) == rows
+  else:
+    with pytest.raises(UserError, match=found):
+      rows.with_encoder(*given)

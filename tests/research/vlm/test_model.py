@@ -25,8 +25,10 @@ from research.training import global_batch
 from research.training.objectives.objective import NextToken
 from research.training.objectives.preference import DPO
 from research.typing import UserError
-from research.vlm import WithImages, masks
+from research.vlm import WithImages, connectors, masks
 from research.vlm.answering import Answerer
+from research.vlm.encoders import EncoderSizes, clip
+from research.vlm.encoders.vit import Features
 from tests import support_vlm
 
 MODEL, PARAMS = support_vlm.model(), support_vlm.params()
@@ -227,3 +229,38 @@ def test_microbatches_are_rows_with_their_images():
     after, metrics = jax.jit(step)(state, whole, jax.random.key(0))
     found.append((after.trainable, metrics["loss"], metrics["grad_norm"]))
   assert_close(*found)
+
+
+@pytest.mark.parametrize("height, width", [(8, 16), (16, 8), (32, 32)])
+def test_views_of_another_grid_than_the_positions_are_refused(height, width):
+  pixels = jnp.zeros((1, 1, height, width, 3), jnp.uint8)
+  with pytest.raises(UserError, match=f"{height // 4} x {width // 4} patches"):
+    MODEL.encode(PARAMS, pixels)
+
+
+@pytest.mark.parametrize(
+  "connector, tokens",
+  [
+    (connectors.Linear(size=32), None),
+    (connectors.Mlp(size=32), None),
+    (connectors.AttentionPool(size=32, queries=3), 3),
+  ],
+)
+def test_a_class_token_has_no_placeholder(connector, tokens):
+  """A connector of patches would give it the first one's, and so on."""
+  sizes = EncoderSizes(width=24, depth=1, heads=2, hidden=28, patch=4, grid=4)
+  model = dataclasses.replace(
+    MODEL,
+    vision=clip(sizes),
+    connector=connector,
+    features=Features(normed=False, class_token=True),
+  )
+  pixels = jax.ShapeDtypeStruct((1, 2, 16, 16, 3), jnp.uint8)
+  params = jax.eval_shape(model.new_towers, jax.random.key(0))
+  if tokens is None:
+    with pytest.raises(UserError, match="17 features of 4 x 4 patches"):
+      jax.eval_shape(model.encode, params, pixels)
+  else:
+    soft = jax.eval_shape(model.encode, params, pixels)
+    assert soft.shape == (1, 2 * tokens, 32)
+    assert model.tokens_per_view(16, 16) == tokens

@@ -1,5 +1,7 @@
 """Models for larger images: their positions on another grid."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,11 @@ import pytest
 
 from research.typing import UserError
 from research.vlm import resolution
-from research.vlm.presets import PRESETS
+from research.vlm.encoders.positions import (
+  AntialiasedTable,
+  FactoredTable,
+  InterpolatedTable,
+)
 from tests import support_vlm
 
 
@@ -31,7 +37,18 @@ def test_a_model_reads_larger_images_as_it_reads_its_own():
   assert jax.eval_shape(larger.encode, more, pixels).shape == (1, 16, 32)
 
 
-def test_an_encoder_without_a_table_is_refused():
-  model = PRESETS["llava-onevision-1.5-4b"].model()
+@pytest.mark.parametrize(
+  "positions",
+  [
+    None,
+    InterpolatedTable(4, 4),
+    AntialiasedTable(4, 4),
+    FactoredTable(4),
+  ],
+)
+def test_an_encoder_that_takes_any_size_is_refused(positions):
+  model = support_vlm.model()
+  vision = model.vision.clone(positions=positions)
+  model = dataclasses.replace(model, vision=vision)
   with pytest.raises(UserError, match="without a table of positions"):
-    resolution.at_resolution(model, {}, 28)
+    resolution.at_resolution(model, support_vlm.params(), 32)

@@ -9,10 +9,16 @@ import pytest
 
 from research.interop import load, vision
 from research.interop.loaded import Loaded
-from research.interop.vision import config_write
+from research.interop.vision import config_write, write
 from research.typing import UserError
 from research.vlm import connectors, masks
 from research.vlm.encoders.vit import Features
+from research.vlm.images.configs import from_preprocessor_config
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.presets import MOLMO2
+from research.vlm.images.prompts import Wrapped
+from research.vlm.images.tiling.overlap import Overlap
+from research.vlm.images.tiling.square import Square
 from tests import support_vlm
 
 MODEL, PARAMS = support_vlm.model(), support_vlm.params()
@@ -90,3 +96,26 @@ def test_token_ids_and_files_of_transformers(tmp_path):
   } <= names
   written = json.loads((tmp_path / "model" / "config.json").read_text())
   assert written["image_token_id"] == support_vlm.IMAGE
+
+
+@pytest.mark.parametrize(
+  "tiling, layout, good",
+  [
+    (Square(16, 4, 2), Wrapped(), True),
+    (Square(16, 4, 2, "bilinear_sampled"), Wrapped(), False),
+    (Overlap(resample="bilinear_sampled", fit="stretch"), MOLMO2, True),
+    (Overlap(resample="bilinear", fit="stretch"), MOLMO2, False),
+    (Overlap(resample="bilinear_sampled", fit="pad"), MOLMO2, False),
+  ],
+)
+def test_views_that_a_file_cannot_say_are_not_written(tiling, layout, good):
+  """Read back, it would make other pixels of an image."""
+  how = Preprocessor(tiling, layout=layout)
+  if good:
+    written = write.preprocessor_config(how)
+    sizes = dict(patch=tiling.patch, pool=tiling.pool)
+    again = from_preprocessor_config(written, **sizes)
+    assert (again.tiling, again.normalise) == (tiling, how.normalise)
+  else:
+    with pytest.raises(UserError, match="of which the file would make"):
+      write.preprocessor_config(how)
