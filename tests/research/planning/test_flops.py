@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from research import tree
+from research import tree, weights
 from research.planning import flops
 from research.training.objectives.objective import NextToken
 from tests import support
@@ -38,16 +38,34 @@ def test_a_forward_pass_is_twice_the_matrices_and_attention():
   assert _forward(model) == 2 * B * T * (matrices + head) + attention
 
 
-def test_of_experts_only_those_that_a_token_uses_count():
-  def matmul(x, w, sizes):
-    return jax.lax.ragged_dot(x, w, sizes)
+@pytest.mark.parametrize("matmul", [jax.lax.ragged_dot, weights.ragged_dot])
+@pytest.mark.parametrize(
+  ("wanted", "products"), [((), 1), ((0,), 2), ((1,), 2), ((0, 1), 3)]
+)
+def test_of_experts_only_those_that_a_token_uses_count(
+  matmul, wanted, products
+):
+  def loss(x, w, sizes):
+    return (matmul(x, w, sizes) ** 2).sum()
 
   shapes = [
     jax.ShapeDtypeStruct((24, 16), jnp.float32),
     jax.ShapeDtypeStruct((8, 16, 32), jnp.float32),
     jax.ShapeDtypeStruct((8,), jnp.int32),
   ]
-  assert flops.count_flops(matmul, *shapes) == 2 * 24 * 16 * 32
+  f = jax.grad(loss, wanted) if wanted else loss
+  assert flops.count_flops(f, *shapes) == products * 2 * 24 * 16 * 32
+
+
+def test_of_branches_for_platforms_the_default_counts():
+  def padded(x, w):
+    return (jnp.concatenate([x, x]) @ w)[:4]
+
+  def f(x, w):
+    return jax.lax.platform_dependent(x, w, cpu=padded, default=jnp.matmul)
+
+  x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, 8), (8, 8)))
+  assert flops.count_flops(f, x, w) == 2 * 4 * 8 * 8
 
 
 @pytest.mark.parametrize("branches", [1, 2])
