@@ -205,7 +205,10 @@ class StreamDecoder:
   def _release(self, n: int) -> str:
     text = self._text(self._waiting[:n])
     if n:
-      self._before = self._waiting[:n]
+      # Behind ids without text, such as special ones, a text has not begun
+      # anew: its next id still follows the ids before them.
+      kept = [] if text else self._before
+      self._before = kept + self._waiting[:n]
       self._waiting = self._waiting[n:]
     return text
 
