@@ -454,7 +454,7 @@ def tokens_of(
   """
   before = prompt_ids(sample.question, images, tokenizer, image_token, template)
   text = template.answer.format(answer=sample.answer)
-  answer = list(tokenizer.encode(text))
+  answer = tokenizer.encode_after(before, text)
   if template.end:
     answer += list(tokenizer.stop[:1])
   mask = np.repeat([False, True], [len(before), len(answer)])
