@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from research.sharding import spec_axes
+
 
 def count_flops(f: Any, *args: Any) -> float:
   """Returns the FLOPs of `f(*args)`, summed over all devices.
@@ -48,6 +50,8 @@ def _equation(e: Any) -> float:
       return branches[platforms.index(None)]
     return max(branches)
   inner = float(sum(map(_jaxpr, _inside(e))))
+  if name == "shard_map":
+    return inner * _shards(e)
   return inner * e.params["length"] if name == "scan" else inner
 
 
@@ -56,6 +60,18 @@ def _sums_over_rows(e: Any) -> bool:
   numbers = e.params["ragged_dot_dimension_numbers"]
   (contracted, _), _ = numbers.dot_dimension_numbers
   return set(numbers.lhs_ragged_dimensions) <= set(contracted)
+
+
+def _shards(e: Any) -> int:
+  """Returns how many parts of the work of a `shard_map` differ.
+
+  Along axes that cut none of its operands, devices repeat it.
+  """
+  specs, sizes = e.params["in_specs"], e.params["mesh"].shape
+  cut = {
+    a for spec in specs for axes in spec_axes(spec, len(spec)) for a in axes
+  }
+  return math.prod(sizes[axis] for axis in cut)
 
 
 def _inside(e: Any) -> Iterator[Any]:

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from research import tree, weights
 from research.planning import flops
+from research.sharding import Layout
 from research.training.objectives.objective import NextToken
 from tests import support
 
@@ -76,3 +78,36 @@ def test_of_branches_the_most_expensive_counts(branches):
 
   x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, 8), (8, 8)))
   assert flops.count_flops(f, x, w) == (branches - 1) * 2 * 2 * 4 * 8 * 8
+
+
+@pytest.mark.parametrize(
+  ("left", "right", "out"),
+  [
+    (P("data"), P(), P("data")),
+    (P(), P(None, "tensor"), P(None, "tensor")),
+    (P("data"), P(None, "tensor"), P("data", "tensor")),
+    (P(("data", "tensor")), P(), P(("data", "tensor"))),
+    (P(None, "tensor"), P("tensor"), P()),
+    (P(), P(), P()),
+  ],
+)
+def test_work_that_devices_share_is_that_of_all(left, right, out):
+  """Also where each is given its part by hand, as attention's are."""
+
+  def local(x, w):
+    y = x @ w
+    return jax.lax.psum(y, "tensor") if left == P(None, "tensor") else y
+
+  def f(x, w):
+    return jax.shard_map(local, in_specs=(left, right), out_specs=out)(x, w)
+
+  x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((16, 8), (8, 24)))
+  with jax.set_mesh(Layout(data=4, tensor=2).mesh()):
+    assert flops.count_flops(f, x, w) == 2 * 16 * 8 * 24
+
+
+def test_a_model_on_a_mesh_does_what_it_does_on_one_device():
+  model = support.model("llama")
+  alone = _forward(model)
+  with jax.set_mesh(Layout(data=4, tensor=2).mesh()):
+    assert _forward(model) == alone
