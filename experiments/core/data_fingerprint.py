@@ -266,10 +266,7 @@ def bits_per_byte(
     tokenizer: of its model.
     found: `loss`, a mean, and `weight`, the number of tokens.
   """
-  loss = experiment.objective
-  plain = isinstance(loss, NextToken) and not (
-    loss.z_loss or loss.label_smoothing
-  )
+  plain = isinstance(experiment.objective, NextToken)
   if found is None or tokenizer is None or not plain:
     return None
   of = predicted.count_predicted(experiment.heldout, tokenizer)

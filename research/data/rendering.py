@@ -97,13 +97,11 @@ def example(tokenizer: Tokenizer, conversation: Conversation) -> Example:
     UserError: there is no chat template, it fails, or the assistant's text
       cannot be located in its output.
   """
-  return examples.join(
-    [
-      part
-      for text, learned in pieces(tokenizer, conversation)
-      for part in _tokens(tokenizer, text, learned)
-    ]
-  )
+  parts: list[tuple[list[int], bool]] = []
+  for text, learned in pieces(tokenizer, conversation):
+    before = next((ids for ids, _ in reversed(parts) if ids), [])
+    parts += _tokens(tokenizer, before, text, learned)
+  return examples.join(parts)
 
 
 def plain_text(conversation: Conversation) -> str:
@@ -194,8 +192,8 @@ def _no_prefix(where: str, what: str, i: int) -> UserError:
   )
 
 
-def _tokens(tokenizer, text, learned) -> list[tuple[list[int], bool]]:
-  ids = list(tokenizer.encode(text))
+def _tokens(tokenizer, before, text, learned) -> list[tuple[list[int], bool]]:
+  ids = tokenizer.encode_after(before, text)
   if not learned:
     return [(ids, False)]
   ends = [i + 1 for i, token in enumerate(ids) if token in tokenizer.stop]

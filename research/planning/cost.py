@@ -267,9 +267,13 @@ def _cycles(i: Instruction) -> float:
 def _flops(where: Computation, i: Instruction) -> float:
   if i.opcode in ("dot", "ragged-dot"):
     left = next(where.operands(i)).buffers[0].shape
-    name = "lhs_contracting_dims"
-    contracted = math.prod(left[d] for d in i.numbers(name))
-    return 2.0 * i.buffers[0].size * contracted
+    dims = i.numbers("lhs_contracting_dims")
+    total = 2.0 * i.buffers[0].size * math.prod(left[d] for d in dims)
+    if i.opcode == "ragged-dot" and set(i.numbers("lhs_ragged_dims")) & {*dims}:
+      # A gradient of the groups' matrices: each row is in one of the groups.
+      *_, sizes = where.operands(i)
+      return total / sizes.buffers[0].shape[-1]
+    return total
   if i.opcode == "convolution":
     left, right = (o.buffers[0].shape for o in where.operands(i))
     return _convolution(i, left, right)

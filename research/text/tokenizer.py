@@ -89,6 +89,30 @@ class Tokenizer:
     ids = self.backend.encode(text, add_special_tokens=False).ids
     return self.special.document(ids) if add_special else ids
 
+  def encode_after(self, before: Sequence[int], text: str) -> list[int]:
+    """Returns the ids of a text that others come before, as of both as one.
+
+    Some tokenizers put a blank before a text, as Llama 2's does. Here it is
+    left out, unless they put one behind the last id, a special token.
+
+    Args:
+      before: ids of the text before.
+      text: special tokens in it become their ids.
+    """
+    ids, inner = self.encode(text), self._without_prefix
+    if inner is self.backend or not before:
+      return ids
+    added = inner.get_added_tokens_decoder()
+    if before[-1] in added:
+      return self.encode(added[before[-1]].content + text)[1:]
+    within = inner.encode(text, add_special_tokens=False).ids
+    # Behind a special token of its own, a text is as it is alone.
+    parts = (
+      (i for i, x in enumerate(xs) if x in added) for xs in (within, ids)
+    )
+    first, second = (next(places, None) for places in parts)
+    return within if first is None else within[:first] + ids[second:]
+
   def prompt(self, text: str) -> list[int]:
     """Returns the ids of a text for the model to continue.
 
@@ -130,6 +154,11 @@ class Tokenizer:
     template, names = self._template()
     return chat.render_marked(template, messages, names)
 
+  @functools.cached_property
+  def _without_prefix(self) -> Any:
+    """The backend without a blank before texts; itself if it puts none."""
+    return _without_prefix(self.backend)
+
   def _template(self) -> tuple[str, dict[str, str]]:
     if self.chat_template is None:
       raise UserError(
@@ -155,6 +184,34 @@ def _added(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
       if whole[i : i + len(inside)] == inside:
         return tuple(whole[:i]), tuple(whole[i + len(inside) :])
   return (), ()
+
+
+def _without_prefix(backend: Any) -> Any:
+  """Returns a backend that puts no blank before a text, or `backend` itself."""
+  if not isinstance(backend, tokenizers.Tokenizer):
+    return backend
+  whole = json.loads(backend.to_str())
+  steps = {k: whole[k] for k in ("normalizer", "pre_tokenizer")}
+  without = {k: _step_without_prefix(step) for k, step in steps.items()}
+  if without == steps:
+    return backend
+  return tokenizers.Tokenizer.from_str(json.dumps(whole | without))
+
+
+def _step_without_prefix(step: Any) -> Any:
+  """Returns a step of a tokenizer, as JSON, without a blank before a text."""
+  match step:
+    case {"type": "Prepend"}:
+      return None
+    case {"type": "Metaspace"}:
+      return step | {"prepend_scheme": "never"}
+    case {"type": "ByteLevel"}:
+      return step | {"add_prefix_space": False}
+    case {"type": "Sequence"}:
+      name = "normalizers" if "normalizers" in step else "pretokenizers"
+      steps = map(_step_without_prefix, step[name])
+      return step | {name: [x for x in steps if x is not None]}
+  return step
 
 
 class StreamDecoder:
@@ -205,7 +262,10 @@ class StreamDecoder:
   def _release(self, n: int) -> str:
     text = self._text(self._waiting[:n])
     if n:
-      self._before = self._waiting[:n]
+      # Behind ids without text, such as special ones, a text has not begun
+      # anew: its next id still follows the ids before them.
+      kept = [] if text else self._before
+      self._before = kept + self._waiting[:n]
       self._waiting = self._waiting[n:]
     return text
 

@@ -147,7 +147,7 @@ class _SolutionRows:
     text = self._task.oracle(problem)
     prompt = self._prompting(self._tokenizer, problem.prompt)
     end = [] if self._tokenizer.eos is None else [self._tokenizer.eos]
-    tokens = [*prompt, *self._tokenizer.encode(text), *end]
+    tokens = [*prompt, *self._tokenizer.encode_after(prompt, text), *end]
     size = len(tokens)
     self._check(f"problem {problem.id!r}", size)
     self._tokens[index, :size] = tokens

@@ -446,17 +446,20 @@ def prompt_ids(
   return ids + text_ids(text, tokenizer, image_token)
 
 
-def text_ids(text: str, tokenizer: Any, image_token: int) -> list[int]:
+def text_ids(
+  text: str, tokenizer: Any, image_token: int, before: Sequence[int] = ()
+) -> list[int]:
   """Returns the ids of a text, of which none stands for a feature.
 
   Args:
     text: without images.
     tokenizer, image_token: as for `prompt_ids`.
+    before: ids that the text follows.
 
   Raises:
     UserError: it has a placeholder, which would take another one's feature.
   """
-  ids = list(tokenizer.encode(text))
+  ids = tokenizer.encode_after(before, text)
   if image_token in ids:
     raise UserError(
       f"text: found the placeholder of images in {text[:80]!r}, expected words"
@@ -480,7 +483,7 @@ def tokens_of(
   """
   before = prompt_ids(sample.question, images, tokenizer, image_token, template)
   text = template.answer.format(answer=sample.answer)
-  answer = text_ids(text, tokenizer, image_token)
+  answer = text_ids(text, tokenizer, image_token, before)
   if template.end:
     answer += list(tokenizer.stop[:1])
   mask = np.repeat([False, True], [len(before), len(answer)])

@@ -194,12 +194,9 @@ def _example(tokenizer: Any, said: Completion | Conversation) -> Example:
 def completion_example(tokenizer: Any, prompt: str, answer: str) -> Example:
   """Tokenises `prompt` followed by `answer`; the loss covers the answer."""
   end = [] if tokenizer.eos is None else [tokenizer.eos]
-  return examples.join(
-    [
-      (tokenizer.prompt(prompt), False),
-      ([*tokenizer.encode(answer), *end], True),
-    ]
-  )
+  before = tokenizer.prompt(prompt)
+  after = tokenizer.encode_after(before, answer)
+  return examples.join([(before, False), ([*after, *end], True)])
 
 
 def _messages(record: Record, path: str) -> list[Any]:

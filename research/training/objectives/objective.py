@@ -126,10 +126,13 @@ def prefix_mask(batch: Batch) -> Mask:
 class NextToken:
   """Next-token prediction over packed rows.
 
+  The loss of an evaluation is the cross-entropy alone, of which perplexity and
+  bits per byte are functions.
+
   Attributes:
     model: the network; the experiment sets it after loading.
-    z_loss: see `losses.TokenLoss`.
-    label_smoothing: see `losses.TokenLoss`.
+    z_loss: in training, see `losses.TokenLoss`.
+    label_smoothing: in training, see `losses.TokenLoss`.
     rows: rows of logits materialised at a time.
     experts: auxiliary losses of a model with experts, or None.
     mask: what tokens see, `causal_mask` or `prefix_mask`.
@@ -164,13 +167,16 @@ class NextToken:
       method="with_router_loads",
     )
     head = "embed" if self.model.tied else "head"
+    loss = losses.TokenLoss(rows=self.rows)
+    if key is not None:
+      loss = losses.TokenLoss(self.z_loss, self.label_smoothing, self.rows)
     loss_sum, correct_sum = losses.chunked_cross_entropy(
       self._logits,
       {head: params[head]},
       hidden,
       batch["targets"],
       batch["weights"],
-      losses.TokenLoss(self.z_loss, self.label_smoothing, self.rows),
+      loss,
     )
     weight, sums = batch["weights"].sum(), {"accuracy": correct_sum}
     if self.experts is not None:

@@ -22,13 +22,14 @@ from experiments.core import (
 from experiments.core.from_scratch import FromScratch
 from research import sharding, tree
 from research.data import baselines as lengths
-from research.data import bpe
+from research.data import bpe, predicted
 from research.data.sources import stdlib
 from research.generation import perplexity
 from research.interop import load
 from research.nn import presets
 from research.text.special_tokens import SpecialTokens
 from research.training.checkpoints.workdir import claim_workdir
+from research.training.objectives.preference import DPO
 from research.typing import UserError
 
 SIZES = presets.Sizes(
@@ -146,16 +147,18 @@ def test_bits_per_byte_are_the_heldout_texts(finished):
 
 
 @pytest.mark.slow
-def test_bits_per_byte_need_all_of_the_text_and_the_plain_loss(finished):
+def test_bits_per_byte_need_all_of_the_text_and_a_loss_of_tokens(finished):
   workdir, _ = finished
   experiment = _experiment(workdir)
   tokenizer = load.load_model(workdir).tokenizer
   found = {"loss": 1.0, "weight": 7.0}
   assert data_fingerprint.bits_per_byte(experiment, tokenizer, found) is None
   assert data_fingerprint.bits_per_byte(experiment, tokenizer, None) is None
-  loss = dataclasses.replace(experiment.objective, z_loss=0.1)
-  other = dataclasses.replace(experiment, objective=loss)
-  assert data_fingerprint.bits_per_byte(other, tokenizer, found) is None
+  of = predicted.count_predicted(experiment.heldout, tokenizer)
+  whole = found | {"weight": of.tokens}
+  assert data_fingerprint.bits_per_byte(experiment, tokenizer, whole) > 0
+  other = dataclasses.replace(experiment, objective=DPO())
+  assert data_fingerprint.bits_per_byte(other, tokenizer, whole) is None
 
 
 def test_the_run_is_a_model_with_its_tokenizer(finished):

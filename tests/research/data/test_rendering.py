@@ -7,9 +7,12 @@ import pathlib
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from research.data import rendering
 from research.data.rendering import Conversation
+from research.data.sources import records
 from research.interop import load
 from research.text.tokenizer import Tokenizer
 from research.typing import UserError
@@ -95,6 +98,82 @@ def test_no_token_is_half_prompt_half_answer():
   start = _smollm2().encode(prompt)
   np.testing.assert_array_equal(made.tokens[: len(start)], start)
   assert not made.loss_mask[: len(start)].any() and made.loss_mask[len(start)]
+
+
+def _with_blank(kind):
+  """A backend that puts a blank before a text, in the way of `kind`."""
+  blank, special = "\u2581", ["<s>", "</s>", "<|a|>"]
+  if kind == "byte_level":
+    words, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), []
+  else:
+    words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    words += [blank, *"abc", f"{blank}a"]
+    merges = [(blank, "a")]
+  backend = tokenizers.Tokenizer(
+    models.BPE(
+      vocab={w: i for i, w in enumerate(words)},
+      merges=merges,
+      unk_token=None if kind == "byte_level" else "<unk>",
+      byte_fallback=kind != "byte_level",
+    )
+  )
+  if kind == "byte_level":
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+      [pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    )
+  elif kind == "prepend":
+    backend.normalizer = normalizers.Sequence(
+      [normalizers.Prepend(blank), normalizers.Replace(" ", blank)]
+    )
+  else:
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(
+      replacement=blank, prepend_scheme=kind, split=False
+    )
+  backend.add_special_tokens(special)
+  return backend
+
+
+BLANKS = ("prepend", "first", "always", "byte_level")
+
+
+@pytest.mark.parametrize("kind", BLANKS)
+@pytest.mark.parametrize(
+  "said",
+  [
+    " {{ m.content }} </s>",
+    "{{ m.content }}</s>\n",
+    "<|a|>{{ m.content }}</s>",
+  ],
+)
+def test_parts_have_the_ids_of_the_whole_text(kind, said):
+  """Also where the tokenizer puts a blank before a text, as Llama 2's."""
+  backend = _with_blank(kind)
+  end = backend.token_to_id("</s>")
+  opened = "<|a|>" if "<|a|>" in said else ""
+  template = (
+    "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]\n"
+    f"{{% else %}}{said}{{% endif %}}{{% endfor %}}"
+    f"{{% if add_generation_prompt %}}{opened}{{% endif %}}"
+  )
+  tokenizer = Tokenizer(
+    backend=backend, eos=end, stop=(end,), chat_template=template
+  )
+  messages = turns("a b", "a c", "b", "b a")
+  made = rendering.example(tokenizer, Conversation(messages, "x:1"))
+  whole = tokenizer.chat(messages, add_generation_prompt=False)
+  assert made.tokens.tolist() == backend.encode(whole).ids
+
+
+@pytest.mark.parametrize("kind", BLANKS)
+@pytest.mark.parametrize("prompt", ["", "a:", "b </s>"])
+@pytest.mark.parametrize("answer", ["b", " a", "c</s> a</s>b", "<|a|>b"])
+def test_a_completion_has_the_ids_of_the_whole_text(kind, prompt, answer):
+  backend = _with_blank(kind)
+  tokenizer = Tokenizer(backend=backend, eos=backend.token_to_id("</s>"))
+  made = records.completion_example(tokenizer, prompt, answer)
+  whole = backend.encode(f"{prompt}{answer}</s>").ids
+  assert made.tokens.tolist() == whole
+  assert made.loss_mask.sum() == len(whole) - len(backend.encode(prompt).ids)
 
 
 def test_words_that_look_like_the_template_change_nothing():

@@ -279,6 +279,28 @@ def test_a_kernel_costs_what_it_states(stated):
   assert cost.program_cost(hlo.parse(text), 1).flops == 640
 
 
+@pytest.mark.parametrize(
+  ("out", "left", "right", "dims"),
+  [
+    ("24,32", "24,16", "8,16,32", "{1}, rhs_contracting_dims={1}"),
+    ("24,16", "24,32", "8,16,32", "{1}, rhs_contracting_dims={2}"),
+    ("8,16,32", "24,16", "24,32", "{0}, rhs_contracting_dims={0}"),
+  ],
+  ids=["forward", "of_rows", "of_matrices"],
+)
+def test_a_grouped_product_multiplies_each_row_once(out, left, right, dims):
+  text = (
+    "HloModule m\n\nENTRY %main () -> f32[] {\n"
+    f"  %x = f32[{left}]{{}} parameter(0)\n"
+    f"  %w = f32[{right}]{{}} parameter(1)\n"
+    "  %sizes = s32[8]{0} parameter(2)\n"
+    f"  ROOT %y = f32[{out}]{{}} ragged-dot(%x, %w, %sizes),"
+    f" lhs_contracting_dims={dims}, lhs_ragged_dims={{0}}\n}}\n"
+  )
+  found = cost.program_cost(hlo.parse(text), 1)
+  assert found.flops == 2 * 24 * 16 * 32
+
+
 def test_text_of_something_else_is_refused():
   with pytest.raises(UserError, match="ENTRY"):
     hlo.parse("module @jit_f { }")

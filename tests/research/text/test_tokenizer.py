@@ -134,6 +134,26 @@ def test_stream_keeps_the_spaces_of_sentencepiece():
   assert pieces[1:3] == ["", "\u00e9"]
 
 
+@pytest.mark.parametrize(
+  "names",
+  [
+    ["\u2581a", "<s>", "\u2581caf"],
+    ["\u2581a", "<s>", "</s>", "\u2581", "\u2581a"],
+    ["<s>", "\u2581a", "b", "<s>"],
+    ["\u2581", "<s>", "\u2581a"],
+  ],
+)
+@pytest.mark.parametrize("skip_special", [True, False])
+def test_stream_keeps_the_spaces_behind_special_tokens(names, skip_special):
+  backend = sentencepiece()
+  backend.add_special_tokens(list(SPECIAL))
+  tokenizer = Tokenizer(backend=backend)
+  ids = [backend.token_to_id(name) for name in names]
+  stream = tokenizer.stream_decoder(skip_special)
+  out = "".join(stream.feed([i]) for i in ids) + stream.flush()
+  assert out == backend.decode(ids, skip_special_tokens=skip_special)
+
+
 def test_special_tokens(bytes_):
   ids = bytes_.encode("a</s>")
   assert ids[-1] == bytes_.backend.token_to_id("</s>")

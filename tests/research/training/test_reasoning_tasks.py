@@ -5,6 +5,8 @@ import itertools
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, normalizers
 
 from research.data import packing, sources
 from research.data.sources.records import completion_example
@@ -12,6 +14,7 @@ from research.reasoning.problem import Problem, Verdict
 from research.reasoning.tasks import Chain, Countdown, chain, countdown
 from research.reasoning.tasks.task import Task
 from research.reasoning.words import EOS, WordVocabulary
+from research.text.tokenizer import Tokenizer
 from research.training.alignment import rewarded_task
 from research.training.reasoning_tasks import Solutions, VerifiedTask
 from research.typing import UserError
@@ -55,6 +58,31 @@ def test_batches_are_the_rows_shuffled():
   rows = data.rows(tokenizer)
   every = sorted(rows[i]["tokens"].tolist() for i in range(8))
   assert sorted(seen.tolist()) == every
+
+
+def test_a_row_has_the_ids_of_its_whole_text():
+  """Also where the tokenizer puts a blank before a text, as Llama 2's."""
+  words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "</s>"]
+  backend = tokenizers.Tokenizer(
+    models.BPE(
+      vocab={word: i for i, word in enumerate(words)},
+      merges=[],
+      unk_token="<unk>",
+      byte_fallback=True,
+    )
+  )
+  backend.normalizer = normalizers.Sequence(
+    [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+  )
+  backend.add_special_tokens(["</s>"])
+  tokenizer = Tokenizer(backend=backend, eos=backend.token_to_id("</s>"))
+  task = Chain(count=2, terms=(2, 3))
+  rows = Solutions(task=task, length=200).rows(tokenizer)
+  for i, problem in enumerate(task):
+    whole = f"{problem.prompt}{task.oracle(problem)}</s>"
+    ids = backend.encode(whole).ids
+    assert rows[i]["tokens"][: len(ids)].tolist() == ids
+    assert (rows[i]["positions"] >= 0).sum() == len(ids)
 
 
 def test_rows_are_those_of_the_pipeline():

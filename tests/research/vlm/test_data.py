@@ -4,8 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as Backend
+import tokenizers
+from tokenizers import models, normalizers
 
+from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 from research.vlm import data
 from research.vlm.cross_attention import LatestImage
@@ -56,7 +58,7 @@ def test_a_row_has_placeholders_question_answer_and_end():
 @pytest.mark.parametrize("text", ["question", "answer"])
 def test_a_placeholder_in_a_text_is_refused(text):
   """One that the tokenizer knows would take the feature of another."""
-  backend = Backend.from_str(TOKENIZER.backend.to_str())
+  backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
   backend.add_special_tokens(["<image>"])
   assert backend.token_to_id("<image>") == IMAGE
   knows = dataclasses.replace(TOKENIZER, backend=backend)
@@ -126,6 +128,26 @@ def test_a_sample_without_images_is_a_row_without_placeholders():
   row = questions(sample()).rows(TOKENIZER)[0]
   np.testing.assert_array_equal(row["tokens"][:6], [5, 1, 6, 7, 8, 65])
   assert row["pixels"].shape == (2, 16, 16, 3) and not row["pixels"].any()
+
+
+def test_a_sample_has_the_ids_of_its_whole_text():
+  """Also where the tokenizer puts a blank before a text, as LLaVA-1.5's."""
+  names = ["\u2581", "\u2581a", *"ab:</>s", "</s>"]
+  backend = tokenizers.Tokenizer(
+    models.BPE({name: i for i, name in enumerate(names)}, [("\u2581", "a")])
+  )
+  backend.normalizer = normalizers.Sequence(
+    [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+  )
+  backend.add_special_tokens(["</s>"])
+  tokenizer = Tokenizer(backend=backend, stop=(backend.token_to_id("</s>"),))
+  template = data.Template(question="{question}:", answer=" {answer}")
+  found = data.tokens_of(
+    sample(question="b a", answer="a b"), (), tokenizer, 99, template
+  )
+  whole = backend.encode("b a: a b</s>").ids
+  assert found.tokens.tolist() == whole
+  assert found.loss_mask.sum() == len(backend.encode("a b</s>").ids)
 
 
 def test_batches_resume_where_they_stopped():

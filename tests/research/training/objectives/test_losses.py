@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from research.nn import transformer
 from research.quant.formats.ggml import GGML
 from research.quant.qtensor import QTensor
 from research.training.objectives import losses
+from research.training.objectives.objective import NextToken
+from tests import support
 from tests.support_lora import lora
 
 B, T, D, V = 3, 7, 5, 11
@@ -35,6 +38,34 @@ def case():
     "weight": jax.random.uniform(k[3], (B, T))
     * (jax.random.uniform(k[4], (B, T)) > 0.3),
   }
+
+
+@pytest.mark.parametrize(
+  ("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 0.1), (0.2, 0.3)]
+)
+def test_an_evaluation_has_the_cross_entropy_alone(case, smoothing, z_loss):
+  """What perplexity is of: training adds to it, an evaluation does not."""
+  model = support.model("llama", vocab=V)
+  params = support.params(model)
+  tokens, weight = case["targets"], case["weight"]
+  positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+  segments = jnp.zeros((B, T), jnp.int32)
+  batch = dict(
+    tokens=tokens,
+    targets=case["targets"],
+    weights=weight,
+    positions=positions,
+    segments=segments,
+  )
+  objective = NextToken(model, z_loss=z_loss, label_smoothing=smoothing)
+  logits = transformer.logits(model, params, tokens)
+  for key, terms in (
+    (None, (0.0, 0.0)),
+    (jax.random.key(0), (smoothing, z_loss)),
+  ):
+    found, total, _ = objective(params, batch, key)
+    want, _ = full(logits, case["targets"], weight, *terms)
+    chex.assert_trees_all_close(found / total, want / weight.sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 6, 9, 256])
