@@ -323,7 +323,7 @@ class Engine:
       for path, row, scores, done in zip(
         frontier.paths,
         new,
-        np.zeros(len(new)) if drawn.log_probs is None else drawn.log_probs,
+        [None] * len(new) if drawn.log_probs is None else drawn.log_probs,
         drawn.done,
         strict=True,
       )
@@ -391,10 +391,13 @@ class Engine:
     steps = *path.steps, tokens
     if path.steps and set(tokens) <= set(self.policy.stop_tokens):
       steps = *path.steps[:-1], path.steps[-1] + tokens
+    log_prob = None
+    if path.log_prob is not None and log_probs is not None:
+      log_prob = path.log_prob + float(np.sum(log_probs))
     return dataclasses.replace(
       path,
       steps=steps,
-      log_prob=path.log_prob + float(np.sum(log_probs)),
+      log_prob=log_prob,
       done=done,
       stopped=done and tokens[-1] in self.policy.stop_tokens,
     )

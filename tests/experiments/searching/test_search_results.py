@@ -55,6 +55,13 @@ MIXED = searched(
   sample("7", (0.6, 0.5)),
 )
 
+UNSURE = searched(
+  *(
+    dataclasses.replace(x, trace=dataclasses.replace(x.trace, logprob_sum=None))
+    for x in MIXED.samples
+  )
+)
+
 
 def test_one_sample_is_what_it_is():
   """N = 1: every choice gives its answer."""
@@ -148,6 +155,7 @@ def test_a_pool_says_what_fewer_samples_cost():
     ([MIXED], Beam(copies=4, width=2), Majority(), 2, "depend on each other"),
     ([MIXED], Independent(copies=6), Majority(), 7, "a problem has 6 samples"),
     ([searched(sample("7"))], Independent(), BestOf(Min()), None, "without"),
+    ([UNSURE], Independent(), Confident(), None, "without a log-probability"),
   ],
 )
 def test_what_a_pool_cannot_say_is_an_error(pool, strategy, choice, n, message):

@@ -132,6 +132,7 @@ def test_an_early_end_is_replaced_and_a_late_one_forced():
   policy = dataclasses.replace(shared.policy(), sampling=GREEDY)
   plain = Independent(copies=1)(Engine(policy=policy), [[5, 6]], limits())
   (path,) = plain[0].paths
+  assert path.log_prob is None
   stop = path.tokens[1]
   policy = dataclasses.replace(policy, stop_tokens=(stop,))
   cut = path.tokens[: path.tokens.index(stop)]
