@@ -120,7 +120,8 @@ def _confidence(path: Path) -> float:
   if path.log_prob is None:
     raise UserError(
       "Confident: found a path without a log-probability, expected one of each"
-      " path.\nSample with Stepwise.log_probs."
+      " path.\nSample with Stepwise.log_probs. A path with words that were put"
+      " into it (BudgetForcing) has none: choose by another rule."
     )
   return path.log_prob / len(path.tokens)
 

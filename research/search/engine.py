@@ -241,6 +241,8 @@ class Engine:
   ) -> Frontier:
     """Returns the frontier after tokens that were not drawn, as a step.
 
+    Such a path has no `log_prob`: the new tokens were not drawn.
+
     Args:
       frontier: any; its buffers are used up.
       tokens: of each path, or none.
@@ -272,7 +274,7 @@ class Engine:
       )
       steps = (*steps, kept, tuple(own)) if kept else (*steps, tuple(own))
       paths[row] = dataclasses.replace(
-        path, steps=tuple(steps), done=False, stopped=False
+        path, steps=tuple(steps), log_prob=None, done=False, stopped=False
       )
     done = np.asarray(self.policy.done(state))
     paths = [
