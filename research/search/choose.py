@@ -79,9 +79,13 @@ class Weighted:
   aggregate: Aggregate
 
   def __call__(self, paths: Sequence[Path], answers: Answers) -> Chances:
-    return weighted_vote(
-      answers, [self.aggregate.weight(path.scores) for path in paths]
-    )
+    voters = [
+      (answer, path.scores)
+      for path, answer in zip(paths, answers, strict=True)
+      if answer is not None
+    ]
+    weights = self.aggregate.weights([scores for _, scores in voters])
+    return weighted_vote([answer for answer, _ in voters], weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
