@@ -7,10 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from experiments.core.experiment import Pretrained
 from experiments.searching import pool as pools
-from experiments.searching import results
+from experiments.searching import results, running
 from experiments.searching.pool import Sample, Searched
+from experiments.searching.search_run import SearchRun
 from research.prm.scores.aggregate import Last, Min, Product
+from research.reasoning import sample_logs
 from research.reasoning.problem import Problem, Verdict
 from research.reasoning.trace import Step, Trace
 from research.search.choose import BestOf, Confident, Majority, Weighted
@@ -18,6 +21,7 @@ from research.search.ledger import Ledger
 from research.search.strategies.beam import Beam
 from research.search.strategies.independent import Independent
 from research.typing import UserError
+from tests.experiments.searching.parity import Parity
 
 ONCE = Ledger(policy_prefill_tokens=3, flops_policy=30, flops_verifier=6)
 
@@ -164,6 +168,23 @@ def test_what_a_pool_cannot_say_is_an_error(pool, strategy, choice, n, message):
 
 
 # --- files --------------------------------------------------------------------
+
+
+def test_logs_count_the_answers_that_results_count(tmp_path):
+  """A sample that was cut has none, whatever its text looks like."""
+  run = SearchRun(
+    task=Parity(count=1),
+    policy=Pretrained(name="not loaded"),
+    strategy=Independent(copies=6),
+    problems=(0, 1),
+  )
+  running.report(run, [MIXED], tmp_path)
+  (log,) = sample_logs.read_samples(str(tmp_path / running.LOGS))
+  nothing = sample_logs.INVALID
+  assert log.filtered == ("7", "5", "5", nothing, nothing, "7")
+  found = json.loads((tmp_path / "result.json").read_text())
+  one = found["estimates"]["pass"][0][0]
+  assert log.metrics["mean_correct"] == pytest.approx(one)
 
 
 def test_a_pool_is_read_as_it_was_written(tmp_path):
