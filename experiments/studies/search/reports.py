@@ -68,6 +68,7 @@ class RewardModels(Report):
 class Budgets(Report):
   """What fewer samples of a pool reach: pass@k, and votes of k.
 
+  FLOPs are the policy's: neither asks a verifier, if the pool has one.
   Intervals are over problems, half of the bootstrap's width; of several seeds,
   their mean.
 
@@ -90,9 +91,10 @@ class Budgets(Report):
         "samples": k,
         "any is right (pass@k), %": _estimate(rows, "pass", i),
         "vote (maj@k), %": _estimate(rows, "majority", i),
-        "MFLOP a problem": float(
-          np.mean([row["estimates"]["flops"][i] for row in rows]) / 1e6
-        ),
+        "MFLOP a problem": systems.flops_of(
+          dataclasses.replace(pool, checked=k), rows
+        )[0]
+        / 1e6,
       }
       for pool in self.pools
       if (rows := found(pool))
