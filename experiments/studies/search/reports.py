@@ -187,7 +187,7 @@ class ByDifficulty(Report):
 
   The levels are of Liu et al. 2025 (arXiv:2502.06703). The last lines have what
   choosing a system by the level reaches, cross-validated, beside the best
-  system for all problems.
+  system for all problems; a problem alone in its level counts to the nearest.
 
   Attributes:
     pool: independent samples that no system shares: the levels are theirs. Of
@@ -232,8 +232,18 @@ def _level(name: str, which: np.ndarray, each: dict[str, np.ndarray]):
   return line | {k: 100 * float(x[which].mean()) for k, x in each.items()}
 
 
+def _joined(bins: np.ndarray) -> np.ndarray:
+  """Returns levels of which none has a single problem, if there are two."""
+  found = bins.copy()
+  for level in np.unique(bins):
+    others = np.unique(found[found != level])
+    if (found == level).sum() == 1 and len(others):
+      found[found == level] = others[np.abs(others - level).argmin()]
+  return found
+
+
 def _chosen(accuracy: np.ndarray, bins: np.ndarray, names: list[str]) -> Lines:
-  found = optimal.compute_optimal(accuracy, bins)
+  found = optimal.compute_optimal(accuracy, _joined(bins))
   values = {
     "the best for each level, cross-validated": found.accuracy,
     "the best for all, cross-validated": found.best_single,

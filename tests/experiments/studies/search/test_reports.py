@@ -92,6 +92,12 @@ def test_levels_are_those_of_a_pool_that_no_system_shares():
   assert found["all"]["first"] == found["all"]["second"] == 50
   assert found["the best for each level, cross-validated"]["first"] == 100
   assert found["the best for all, cross-validated"]["first"] == 50
+  # One of medium difficulty cannot choose and be reported: it joins a level.
+  rows[POOL] = [row(samples=[4] * n, right=[3] * (n // 2) + [1] + [0] * 9)]
+  table = reports.ByDifficulty(pool=POOL, compared=(FIRST, SECOND))
+  alone = {line["problems"]: line for line in table.lines(rows.get)}
+  assert alone["medium (from 10%)"]["n"] == 1
+  assert alone["the best for each level, cross-validated"]["first"] == 95
   rows[SECOND] = []
   assert not reports.ByDifficulty(pool=POOL, compared=(SECOND,)).lines(rows.get)
 
