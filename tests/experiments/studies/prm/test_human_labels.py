@@ -32,7 +32,7 @@ def solutions(problems=30, seed=0):
     steps = tuple(str(int(x)) + "\n\n" for x in rng.integers(0, 9, n))
     found.append(
       LabelledSolution(
-        prompt="5",
+        prompt=f"the problem {i // 2}",
         steps=steps,
         labels=labels_until(first, n),
         problem_id=f"P{i // 2}",
@@ -171,6 +171,15 @@ def test_nothing_is_scored_by_what_learned_from_its_problem():
   folds = judging.folds_of(data.solutions, 4, 0)
   assert np.bincount(folds).tolist() == [20, 20, 20, 20]
   assert (folds[::2] == folds[1::2]).all()
+  # ProcessBench names samples; those of one text are of one problem.
+  samples = [
+    dataclasses.replace(x, problem_id=f"S{i}")
+    for i, x in enumerate(data.solutions)
+  ]
+  folds = judging.folds_of(samples, 4, 0)
+  assert np.bincount(folds).tolist() == [20, 20, 20, 20]
+  assert (folds[::2] == folds[1::2]).all()
+  assert len(set(judging.problems_of(samples))) == 40
 
 
 # --- states ---
