@@ -141,6 +141,14 @@ def test_maths_aps_gives_back_steps_or_refuses_them(name, steps, fits):
   assert again.labels == (1, 0)
 
 
+@pytest.mark.parametrize("name", ["genprm", "rlhflow"])
+def test_chats_need_a_step(name):
+  for prompt in ("q", ""):
+    empty = LabelledSolution(prompt=prompt, steps=(), labels=())
+    with pytest.raises(UserError, match="steps: found none, expected one"):
+      FORMATS[name].values(empty)
+
+
 def test_openrs_example_has_another_tag_and_another_field():
   values = {
     "question": "1 + 1?",
