@@ -141,6 +141,20 @@ def test_fewer_samples_are_the_mean_of_all_subsets(choice, n):
   assert found == pytest.approx(np.mean(every))
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_best_sample_has_its_own_verdict(n):
+  """Not that of samples whose equal answers the grader does not accept."""
+  first = sample("7", (0.9,))
+  second = dataclasses.replace(
+    sample("7", (0.8,)), verdict=Verdict(False, "7.", "7")
+  )
+  pool = searched(first, second, sample("5", (0.7,)))
+  for choice in (BestOf(Min()), Confident(keep=1, inner=BestOf(Min()))):
+    # The first one is the best of every subset that has it.
+    assert results.accuracy_at(pool, choice, n) == pytest.approx(n / 3)
+    assert results.accuracy_of(pool, choice) == 1
+
+
 def test_a_pool_says_what_fewer_samples_cost():
   cost = results.cost_at(MIXED, 2)
   assert cost["policy_prefill_tokens"] == 3
