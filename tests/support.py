@@ -38,6 +38,17 @@ def model(family: str = "llama", **changes):
   return presets.transformer(presets.FAMILIES[family], sizes)
 
 
+def with_scaling(model, scaling):
+  """Returns the model with a `rope.Scaling` of the positions of all layers."""
+  blocks = []
+  for block in model.stack.blocks:
+    turned = dataclasses.replace(block.attention.rope, scaling=scaling)
+    blocks.append(block.clone(attention=block.attention.clone(rope=turned)))
+  return model.clone(
+    stack=dataclasses.replace(model.stack, blocks=tuple(blocks))
+  )
+
+
 @functools.cache
 def shapes(model):
   """Returns the shapes of a model's parameters."""

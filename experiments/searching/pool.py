@@ -65,7 +65,7 @@ class Sample:
       prompt=self.trace.n_prompt,
       steps=tuple((0,) * n for n in lengths),
       scores=self.scores,
-      log_prob=self.trace.logprob_sum or 0.0,
+      log_prob=self.trace.logprob_sum,
       done=self.trace.finish in ("eos", "length"),
       stopped=self.trace.complete,
     )

@@ -37,6 +37,11 @@ def accuracy_of(searched: Searched, choice: Choice) -> float:
 
 def _chosen(searched: Searched, choice: Choice, which: Sequence[int]) -> float:
   samples = [searched.samples[i] for i in which]
+  if isinstance(_innermost(choice), BestOf):
+    # One sample is chosen, whose own verdict counts, as in `best_at`.
+    own = [None if x.answer is None else (x.answer, x.correct) for x in samples]
+    chances = choice([x.path() for x in samples], own)
+    return choose.accuracy(chances, lambda key: key[1])
   chances = choice([x.path() for x in samples], [x.answer for x in samples])
   right = shares_correct(
     [x.answer for x in samples], [x.correct for x in samples]
@@ -129,7 +134,7 @@ def check_choice(
   pool: Sequence[Searched], strategy: Any, choice: Choice, n: int | None
 ) -> None:
   """Raises UserError for a choice that a pool does not support."""
-  inner = choice.inner if isinstance(choice, Confident) else choice
+  inner = _innermost(choice)
   some = [x for one in pool for x in one.samples if x.trace.steps]
   if isinstance(inner, BestOf | Weighted) and not all(x.scores for x in some):
     raise UserError(
@@ -149,6 +154,13 @@ def check_choice(
     raise UserError(
       f"SearchRun.n: found {n}, but a problem has {least} samples; sample more."
     )
+
+
+def _innermost(choice: Choice) -> Choice:
+  """Returns what chooses among the paths that are left."""
+  while isinstance(choice, Confident):
+    choice = choice.inner
+  return choice
 
 
 def cost_at(searched: Searched, n: int | None) -> dict[str, float]:

@@ -9,11 +9,12 @@ import tqdm
 from experiments.core import cli
 from experiments.searching import display, results, sampling
 from experiments.searching import pool as pools
-from experiments.searching.pool import Searched
+from experiments.searching.pool import Sample, Searched
 from experiments.searching.search_run import SearchRun
 from research import progress
 from research.io import folders
 from research.reasoning import sample_logs
+from research.reasoning.problem import Verdict
 from research.reasoning.tasks.task import Task
 from research.typing import UserError
 
@@ -135,9 +136,16 @@ def _write_logs(
       i,
       one.problem,
       [x.trace.text for x in one.samples],
-      [x.verdict for x in one.samples],
+      [_counted(x) for x in one.samples],
       {"temperature": run.sampling.temperature or 0.0},
     )
     for i, one in enumerate(pool, run.problems[0])
   ]
   sample_logs.write_samples(str(folder / LOGS), logs)
+
+
+def _counted(sample: Sample) -> Verdict:
+  """Returns a sample's verdict; one that was cut has no answer."""
+  if sample.answer is None:
+    return Verdict(correct=False, reason="no answer")
+  return sample.verdict

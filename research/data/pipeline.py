@@ -198,10 +198,18 @@ class Mixture(ShuffledRows):
       )
 
   def rows(self, tokenizer: Any) -> list[Row]:
-    """Returns the rows of all parts, one part after the other."""
+    """Returns the rows of all parts, each spread evenly over the whole.
+
+    So a limited evaluation has of each part as much as it is of all rows.
+    """
     parts = [part.rows(tokenizer) for part in self.parts]
     _check_equal_shapes(parts)
-    return [rows[i] for rows in parts for i in range(len(rows))]
+    places = [
+      ((i + 0.5) / len(rows), part, i)
+      for part, rows in enumerate(parts)
+      for i in range(len(rows))
+    ]
+    return [parts[part][i] for _, part, i in sorted(places)]
 
   def stream(self, tokenizer: Any) -> grain.MapDataset:
     """Returns the endless shuffled rows of all processes."""

@@ -75,7 +75,8 @@ def log_probs(
     inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
     known = jnp.where(inside, tokens, -1)
   params = weights.with_tokens(params, known)
-  hidden, _ = model.apply({"params": params}, tokens)
+  # Padding is no part of a text, by whose length `rope.Dynamic` rotates it.
+  hidden, _ = model.apply({"params": params}, tokens, lengths=lengths)
   return _log_probs(model, params, hidden[:, :-1], tokens[:, 1:])
 
 

@@ -42,10 +42,16 @@ class WithHead:
       shardings: of the weights, see `load.load_model`.
 
     Raises:
-      UserError: the backbone is no language model, or its prompts are not
-        causal.
+      UserError: the backbone is no language model, or its texts or prompts are
+        not causal.
     """
     loaded = self.backbone.load()
+    if loaded.diffusion is not None:
+      raise UserError(
+        "WithHead.backbone: found a model of masked diffusion, expected one"
+        " that predicts the next token: reward models learn and score causal"
+        " texts"
+      )
     if isinstance(loaded.model, VisionLanguageModel):
       if loaded.model.mask != Causal():
         raise UserError(

@@ -180,7 +180,14 @@ class Reordered:
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-  """Pairs of neighbours become one step: another way to cut the same text."""
+  """Pairs of neighbours become one step: another way to cut the same text.
+
+  Attributes:
+    separator: between two steps that have no white space there, as those of
+      ProcessBench and TRL, which models read with a separator of their own.
+  """
+
+  separator: str = "\n\n"
 
   def __call__(self, solution: LabelledSolution) -> Attacked:
     """Returns the solution in half as many steps; see `Attack`.
@@ -196,7 +203,9 @@ class Merged:
         label = 0
       else:
         label = None if None in own and not values else own[-1]
-      steps.append("".join(solution.steps[i : i + 2]))
+      first, *rest = solution.steps[i : i + 2]
+      apart = not rest or _ending(first) or rest[0][:1].isspace()
+      steps.append(("" if apart else self.separator).join([first, *rest]))
       labels.append(label)
       origin.append(min(i + 1, len(solution.steps) - 1))
     return _changed(solution, steps, labels, origin)

@@ -51,6 +51,9 @@ def score_solutions(
     batch_size: solutions of a program. All batches have one shape, whose
       length and number of steps are powers of two: calls share programs.
     prompting: what the model reads of a solution's prompt.
+
+  Raises:
+    UserError: a solution is longer than the model's context.
   """
   # Solutions of one problem share its prompt, and a picture is drawn once.
   prompts = {x.prompt: prompting(tokenizer, x.prompt) for x in solutions}
@@ -58,7 +61,15 @@ def score_solutions(
     rows.encode(x, tokenizer, separator, lambda _, prompt: prompts[prompt])
     for x in solutions
   ]
-  length = next_power_of_two(max((len(x.tokens) for x in encoded), default=1))
+  reward = model.language if isinstance(model, SeesImages) else model
+  longest = max((len(x.tokens) for x in encoded), default=1)
+  room = reward.max_positions
+  if room is not None and longest > room:
+    raise UserError(
+      f"score_solutions: found a solution of {longest} tokens with its prompt,"
+      f" expected at most {room}, the reward model's context"
+    )
+  length = next_power_of_two(longest)
   most = next_power_of_two(max((len(x.ends) for x in encoded), default=1))
   tokens = np.zeros((len(encoded), length), np.int32)
   ends = np.full((len(encoded), most), -1, np.int32)
@@ -68,13 +79,12 @@ def score_solutions(
   for start in range(0, len(encoded), batch_size):
     part = slice(start, start + batch_size)
     fill = ((0, max(0, start + batch_size - len(encoded))), (0, 0))
-    reward, own = model, params
+    own = params
     if isinstance(model, SeesImages):
       asked = [x.prompt for x in solutions[part]]
       asked += asked[-1:] * fill[0][1]
       pixels = arrays_of([prompts[x] for x in asked])["pixels"]
       own = model.with_images_compiled(params, jnp.asarray(pixels))
-      reward = model.language
     scores = reward.scores(
       own,
       np.pad(tokens[part], fill),

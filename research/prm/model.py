@@ -171,6 +171,11 @@ class GenerativeReward:
         f" expected two ids below {self.backbone.vocab_size}."
       )
 
+  @property
+  def max_positions(self) -> int | None:
+    """The backbone's context."""
+    return self.backbone.max_positions
+
   def init(self, key: PRNGKey) -> dict[str, Any]:
     """Returns new parameters."""
     return self.backbone.init(key, jnp.zeros((1, 1), jnp.int32))["params"]

@@ -97,16 +97,19 @@ BLANK_LINE_FENCED = Separator(r"\n\n+", FENCES)
 NEWLINE = Separator(r"\n+")
 """Skywork, PURE, and TRL's default."""
 
-TAG = Separator(r"ки\n*")
-"""Math-Shepherd and ER-PRM: a Cyrillic tag that is one token of Mistral's."""
+TAG = Separator(r"ки\n*(?:\s*ки\n*)*")
+"""Math-Shepherd and ER-PRM: a Cyrillic tag that is one token of Mistral's.
 
-EXTRA_0 = Separator(r"<extra_0>")
+Here and below, a tag that is doubled ends one step: it is none itself.
+"""
+
+EXTRA_0 = Separator(r"<extra_0>(?:\s*<extra_0>)*")
 """What Qwen2.5-Math-PRM reads."""
 
 OPENR = Separator(r" \n\n\n\n\n")
 """What OpenR's math-psa reads."""
 
-PRM_TAG = Separator(r" \[PRM\]\n*")
+PRM_TAG = Separator(r" \[PRM\]\n*(?:\s*\[PRM\]\n*)*")
 """What PQM reads."""
 
 STEP_HEADER = Header(r"^Step \d+:")

@@ -79,9 +79,13 @@ class Weighted:
   aggregate: Aggregate
 
   def __call__(self, paths: Sequence[Path], answers: Answers) -> Chances:
-    return weighted_vote(
-      answers, [self.aggregate.weight(path.scores) for path in paths]
-    )
+    voters = [
+      (answer, path.scores)
+      for path, answer in zip(paths, answers, strict=True)
+      if answer is not None
+    ]
+    weights = self.aggregate.weights([scores for _, scores in voters])
+    return weighted_vote([answer for answer, _ in voters], weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,12 +112,22 @@ class Confident:
     voters = [i for i, answer in enumerate(answers) if answer is not None]
     if not voters:
       return {}
-    mean = {i: paths[i].log_prob / len(paths[i].tokens) for i in voters}
+    mean = {i: _confidence(paths[i]) for i in voters}
     # A product may be rounded down: 0.7 of 90 are 62.99999999999999.
     count = max(1, int(self.keep * len(voters) * (1 + 1e-9)))
     least = sorted(mean.values())[-count]
     kept = [i for i in voters if mean[i] >= least]
     return self.inner([paths[i] for i in kept], [answers[i] for i in kept])
+
+
+def _confidence(path: Path) -> float:
+  if path.log_prob is None:
+    raise UserError(
+      "Confident: found a path without a log-probability, expected one of each"
+      " path.\nSample with Stepwise.log_probs. A path with words that were put"
+      " into it (BudgetForcing) has none: choose by another rule."
+    )
+  return path.log_prob / len(path.tokens)
 
 
 def accuracy(chances: Chances, correct: Callable[[Hashable], float]) -> float:

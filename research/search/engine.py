@@ -241,6 +241,8 @@ class Engine:
   ) -> Frontier:
     """Returns the frontier after tokens that were not drawn, as a step.
 
+    Such a path has no `log_prob`: the new tokens were not drawn.
+
     Args:
       frontier: any; its buffers are used up.
       tokens: of each path, or none.
@@ -272,7 +274,7 @@ class Engine:
       )
       steps = (*steps, kept, tuple(own)) if kept else (*steps, tuple(own))
       paths[row] = dataclasses.replace(
-        path, steps=tuple(steps), done=False, stopped=False
+        path, steps=tuple(steps), log_prob=None, done=False, stopped=False
       )
     done = np.asarray(self.policy.done(state))
     paths = [
@@ -323,7 +325,7 @@ class Engine:
       for path, row, scores, done in zip(
         frontier.paths,
         new,
-        np.zeros(len(new)) if drawn.log_probs is None else drawn.log_probs,
+        [None] * len(new) if drawn.log_probs is None else drawn.log_probs,
         drawn.done,
         strict=True,
       )
@@ -391,10 +393,13 @@ class Engine:
     steps = *path.steps, tokens
     if path.steps and set(tokens) <= set(self.policy.stop_tokens):
       steps = *path.steps[:-1], path.steps[-1] + tokens
+    log_prob = None
+    if path.log_prob is not None and log_probs is not None:
+      log_prob = path.log_prob + float(np.sum(log_probs))
     return dataclasses.replace(
       path,
       steps=steps,
-      log_prob=path.log_prob + float(np.sum(log_probs)),
+      log_prob=log_prob,
       done=done,
       stopped=done and tokens[-1] in self.policy.stop_tokens,
     )

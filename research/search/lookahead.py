@@ -33,12 +33,12 @@ class Lookahead(Engine):
   def _with_tokens(
     self, frontier: Frontier, state: Any, drawn: Drawn
   ) -> Frontier:
-    now = super()._with_tokens(frontier, state, drawn)
+    now = super()._with_tokens(_without_peaks(frontier), state, drawn)
     greedy = dataclasses.replace(self.policy, sampling=GREEDY)
     engine = Engine(policy=greedy, verifier=self.verifier, timeout=self.timeout)
     rows = range(len(now.paths))
     # A copy: decoding uses up the buffers of what it begins with.
-    ahead = engine.select(now, rows, [0] * len(rows))
+    ahead = engine.select(_without_peaks(now), rows, [0] * len(rows))
     last = {
       row: path.scores[-1] for row, path in enumerate(now.paths) if path.scores
     }
@@ -55,4 +55,29 @@ class Lookahead(Engine):
       else path
       for row, path in enumerate(now.paths)
     )
-    return dataclasses.replace(now, paths=paths, ledgers=ahead.ledgers)
+    peaks = [
+      [x.peak_cache_tokens for x in one.ledgers]
+      for one in (frontier, now, ahead)
+    ]
+    # What is thrown away is in the cache beside the rows; they share prompts.
+    shared = {
+      path.problem: self._cost.prompt(path.prompt).peak_cache_tokens
+      for path in paths
+    }
+    ledgers = tuple(
+      dataclasses.replace(
+        ledger,
+        peak_cache_tokens=max(before, own, own + more - shared.get(i, 0)),
+      )
+      for i, (ledger, before, own, more) in enumerate(
+        zip(ahead.ledgers, *peaks, strict=True)
+      )
+    )
+    return dataclasses.replace(now, paths=paths, ledgers=ledgers)
+
+
+def _without_peaks(frontier: Frontier) -> Frontier:
+  ledgers = tuple(
+    dataclasses.replace(x, peak_cache_tokens=0) for x in frontier.ledgers
+  )
+  return dataclasses.replace(frontier, ledgers=ledgers)

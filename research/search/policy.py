@@ -26,7 +26,8 @@ class Path:
     prompt: number of tokens of the prompt.
     steps: tokens of each step.
     scores: the verifier's, of each step; empty without a verifier.
-    log_prob: of all tokens under the policy, in nats; 0 if not asked for.
+    log_prob: of all tokens under the policy, in nats; None if not asked for,
+      or if some tokens were not drawn.
     done: whether it has ended.
     stopped: whether it ended by a stop token, rather than by its length.
   """
@@ -36,7 +37,7 @@ class Path:
   prompt: int
   steps: tuple[tuple[int, ...], ...] = ()
   scores: tuple[float, ...] = ()
-  log_prob: float | int = 0.0
+  log_prob: float | int | None = 0.0
   done: bool = False
   stopped: bool = False
 

@@ -101,6 +101,8 @@ def crossover(small: Curve, large: Curve) -> float | int | None:
   they have none in common.
   """
   end = min(small.costs[-1], large.costs[-1])
+  if end < max(small.costs[0], large.costs[0]):
+    return None
   costs = sorted({x for x in (*small.costs, *large.costs) if x <= end})
   found = None
   for cost in costs:

@@ -16,6 +16,7 @@ from research.training.objectives.objective import (
 from research.typing import Params, PRNGKey, UserError
 from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import Images, Patches
+from research.vlm.masks import Causal
 from research.vlm.model import VisionLanguageModel
 
 
@@ -28,7 +29,8 @@ class WithImages:
   `features`, which the encoder made of them (`research.vlm.cached`). B rows of
   tokens share G of images, usually one each. A batch without any is text, and
   its loss is the language model's. Where the objective takes a mask it gets the
-  model's, which prompts have when it answers as well.
+  model's, which prompts have when it answers as well. Any other is causal, for
+  models whose prompts are, or of masked diffusion, in which tokens see all.
 
   Attributes:
     model: the experiment sets it after loading.
@@ -45,6 +47,15 @@ class WithImages:
         f"WithImages.objective: found {type(own).__name__}, which reads"
         f" {own.rearranged}, expected an objective of a batch's rows as they"
         " are, such as NextToken: images are placed row by row"
+      )
+    causal = self.model is None or self.model.mask == Causal()
+    diffusion = hasattr(own, "mask_id")
+    if not (causal or diffusion or isinstance(own, TakesMask)):
+      raise UserError(
+        f"WithImages.objective: found {type(own).__name__}, which is causal,"
+        " and a model whose prompts have the mask"
+        f" {type(self.model.mask).__name__}, expected an objective that takes a"
+        " mask, such as NextToken"
       )
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:

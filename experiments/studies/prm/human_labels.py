@@ -86,7 +86,7 @@ class HumanLabels(protocol.Study):
           f"HumanLabels.data: found a solution of {one.problem_id} with an"
           " unknown label before its first 0, expected all of them"
         )
-    problems = len({x.problem_id for x in found})
+    problems = len(set(judging.problems_of(found)))
     if problems < self.folds * self.inner:
       raise UserError(
         f"HumanLabels.data: found {problems} problems, expected at least"
@@ -106,7 +106,7 @@ class HumanLabels(protocol.Study):
       "thresholds": found.thresholds,
       "strengths": found.strengths,
       "first_errors": [x.first_error for x in shared.solutions],
-      "problems": [x.problem_id for x in shared.solutions],
+      "problems": judging.problems_of(shared.solutions),
       "authors": [x.policy_id for x in shared.solutions],
     }
 

@@ -31,14 +31,24 @@ class Judged(NamedTuple):
   strengths: list[float]
 
 
+def problems_of(solutions: Sequence[LabelledSolution]) -> list[str]:
+  """Returns the name of each solution's problem: the first id of its text.
+
+  Some sets name samples, not problems, such as ProcessBench.
+  """
+  names: dict[str, str] = {}
+  return [names.setdefault(x.prompt, x.problem_id) for x in solutions]
+
+
 def folds_of(
   solutions: Sequence[LabelledSolution], count: int, seed: int
 ) -> Int[np.ndarray, " N"]:
   """Returns each solution's fold; those of one problem share theirs."""
-  names = sorted({x.problem_id for x in solutions})
+  problems = problems_of(solutions)
+  names = sorted(set(problems))
   order = np.random.default_rng(seed).permutation(len(names))
   fold = {name: int(at) % count for name, at in zip(names, order, strict=True)}
-  return np.array([fold[x.problem_id] for x in solutions])
+  return np.array([fold[name] for name in problems])
 
 
 def cross_validated(

@@ -16,6 +16,7 @@ from research.interop.loaded import Loaded
 from research.prm import rows
 from research.prm.labelled import LabelledSolution
 from research.rounding import next_power_of_two
+from research.training.checkpoints import frozen_base
 from research.typing import Array, Float, Int, Params, UserError
 
 States = list[Float[np.ndarray, "_ D"]]
@@ -44,17 +45,20 @@ class FrozenStates:
 
     Args:
       solutions: read whole, each after its problem.
-      folder: where they are stored, by what is read.
+      folder: where they are stored, by what is read and the model's weights.
 
     Raises:
       UserError: the model has no tokenizer, or a solution is longer than its
         context.
     """
-    text = repr([self, *((x.prompt, x.steps) for x in solutions)])
+    loaded = self.model.load()
+    # What a path names may have been trained on.
+    weights = frozen_base.fingerprint(loaded.params)
+    text = repr([self, weights, *((x.prompt, x.steps) for x in solutions)])
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = folder / f"states_{digest}.npz"
     if not path.exists():
-      found = self._computed(solutions)
+      found = self._computed(loaded, solutions)
       folder.mkdir(parents=True, exist_ok=True)
       part = path.with_suffix(".part.npz")
       np.savez(part, states=np.concatenate(found))
@@ -63,8 +67,9 @@ class FrozenStates:
       every = stored["states"]
     return np.split(every, np.cumsum([len(x.steps) for x in solutions])[:-1])
 
-  def _computed(self, solutions: Sequence[LabelledSolution]) -> States:
-    loaded = self.model.load()
+  def _computed(
+    self, loaded: Loaded, solutions: Sequence[LabelledSolution]
+  ) -> States:
     encoded = self._encoded(loaded, solutions)
     most = max(len(x.ends) for x in encoded)
     found: list[np.ndarray | None] = [None] * len(encoded)

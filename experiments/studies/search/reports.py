@@ -68,6 +68,7 @@ class RewardModels(Report):
 class Budgets(Report):
   """What fewer samples of a pool reach: pass@k, and votes of k.
 
+  FLOPs are the policy's: neither asks a verifier, if the pool has one.
   Intervals are over problems, half of the bootstrap's width; of several seeds,
   their mean.
 
@@ -90,9 +91,10 @@ class Budgets(Report):
         "samples": k,
         "any is right (pass@k), %": _estimate(rows, "pass", i),
         "vote (maj@k), %": _estimate(rows, "majority", i),
-        "MFLOP a problem": float(
-          np.mean([row["estimates"]["flops"][i] for row in rows]) / 1e6
-        ),
+        "MFLOP a problem": systems.flops_of(
+          dataclasses.replace(pool, checked=k), rows
+        )[0]
+        / 1e6,
       }
       for pool in self.pools
       if (rows := found(pool))
@@ -185,7 +187,7 @@ class ByDifficulty(Report):
 
   The levels are of Liu et al. 2025 (arXiv:2502.06703). The last lines have what
   choosing a system by the level reaches, cross-validated, beside the best
-  system for all problems.
+  system for all problems; a problem alone in its level counts to the nearest.
 
   Attributes:
     pool: independent samples that no system shares: the levels are theirs. Of
@@ -230,8 +232,18 @@ def _level(name: str, which: np.ndarray, each: dict[str, np.ndarray]):
   return line | {k: 100 * float(x[which].mean()) for k, x in each.items()}
 
 
+def _joined(bins: np.ndarray) -> np.ndarray:
+  """Returns levels of which none has a single problem, if there are two."""
+  found = bins.copy()
+  for level in np.unique(bins):
+    others = np.unique(found[found != level])
+    if (found == level).sum() == 1 and len(others):
+      found[found == level] = others[np.abs(others - level).argmin()]
+  return found
+
+
 def _chosen(accuracy: np.ndarray, bins: np.ndarray, names: list[str]) -> Lines:
-  found = optimal.compute_optimal(accuracy, bins)
+  found = optimal.compute_optimal(accuracy, _joined(bins))
   values = {
     "the best for each level, cross-validated": found.accuracy,
     "the best for all, cross-validated": found.best_single,

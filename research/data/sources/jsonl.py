@@ -1,11 +1,13 @@
 """Strict JSON Lines reader for untrusted files: one object per line.
 
-Accepts standard JSON only: no NaN, no duplicate keys, no invalid Unicode.
+Accepts standard JSON only: no NaN, no duplicate keys, no invalid Unicode, and
+no number that floating point has no place for.
 Line length and nesting are bounded. Blank lines are skipped. Errors name the
 file and the line.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, no_type_check
@@ -240,7 +242,7 @@ def _too_deep(where: str) -> UserError:
 
 @no_type_check
 def _check(value: Mapping[str, Any], where: str) -> None:
-  """Raises UserError for too deep nesting and for invalid Unicode."""
+  """Raises UserError for deep nesting, infinities, and invalid Unicode."""
   waiting = [(value, 1)]
   while waiting:
     x, depth = waiting.pop()
@@ -251,6 +253,11 @@ def _check(value: Mapping[str, Any], where: str) -> None:
       waiting += [(y, depth + 1) for y in x.values()]
     elif isinstance(x, list):
       waiting += [(y, depth + 1) for y in x]
+    elif isinstance(x, float) and math.isinf(x):
+      raise UserError(
+        f"{where}: found a number too large for 64 bits, such as 1e999.\n"
+        "Expected one below 1.8e308."
+      )
     elif isinstance(x, str) and not x.isascii():
       try:
         x.encode("utf-8")

@@ -161,8 +161,13 @@ def _scored(
   asked: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
   params = weights.with_tokens(params, tokens, segments)
+  # Padding is no part of a text, by whose length `rope.Dynamic` rotates it.
   hidden, _ = model.apply(
-    {"params": params}, tokens, None, Mask.causal(segments=segments)
+    {"params": params},
+    tokens,
+    None,
+    Mask.causal(segments=segments),
+    lengths=(segments >= 0).sum(-1),
   )
 
   def one(head, hidden, targets):

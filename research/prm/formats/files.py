@@ -250,6 +250,12 @@ def messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
   return [{"role": role, "content": content} for role, content in turns]
 
 
+def check_steps(solution: LabelledSolution) -> None:
+  """Raises UserError for a solution without steps, in a layout of turns."""
+  if not solution.steps:
+    raise UserError("steps: found none, expected one at least: each is a turn")
+
+
 def hard(solution: LabelledSolution, names: Callable[[int], Any]) -> list[Any]:
   """Returns each step's label in a layout that has right and wrong alone.
 

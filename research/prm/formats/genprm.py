@@ -109,6 +109,7 @@ class GenPRM:
 
   def values(self, solution: LabelledSolution) -> dict[str, Any]:
     """Returns the record; a solution needs a critique of every step."""
+    files.check_steps(solution)
     if len(solution.critiques) != len(solution.steps):
       raise UserError(
         f"critiques: found {len(solution.critiques)}, expected"

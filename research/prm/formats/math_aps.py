@@ -73,7 +73,10 @@ class MathAPSFlat:
         expected = "the question, an empty line, and steps"
         raise prefix.wrong("solution_prefix", text, expected)
       steps = tuple(text[len(question) :].split(SEPARATOR)[1:])
-      values[steps] = _value(prefix)
+      value = _value(prefix)
+      if values.setdefault(steps, value) != value:
+        expected = f"{values[steps]}, as an equal prefix before it has"
+        raise prefix.wrong("mc_value", value, expected)
     inner = {steps[:n] for steps in values for n in range(len(steps))}
     return [
       _solution(

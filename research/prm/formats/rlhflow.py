@@ -62,6 +62,7 @@ class RLHFlow:
 
   def values(self, solution: LabelledSolution) -> dict[str, Any]:
     """Returns the record."""
+    files.check_steps(solution)
     signs = files.hard(solution, "-+".__getitem__)
     steps = list(solution.steps)
     if solution.prompt:

@@ -19,7 +19,7 @@ step: never compare them across different ways of cutting steps.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -44,6 +44,10 @@ class Aggregate(Protocol):
     """Returns a vote's weight, 0 to 1; 0 for a trace without steps."""
     ...
 
+  def weights(self, traces: Sequence[Scores]) -> list[float]:
+    """Returns the weights of votes that are compared: to each other only."""
+    ...
+
 
 class _Probability:
   """An aggregate whose score is itself a probability."""
@@ -55,6 +59,10 @@ class _Probability:
   def weight(self, scores: Scores) -> float:
     """Returns the score itself, 0 for a trace without steps."""
     return max(self(scores), 0.0)
+
+  def weights(self, traces: Sequence[Scores]) -> list[float]:
+    """Returns the weight of each trace."""
+    return [self.weight(scores) for scores in traces]
 
   def _of(self, scores: Float[np.ndarray, "T"]) -> float | np.floating:
     raise NotImplementedError
@@ -73,6 +81,12 @@ class _Log:
   def weight(self, scores: Scores) -> float:
     """Returns the exponential of the score."""
     return math.exp(self(scores))
+
+  def weights(self, traces: Sequence[Scores]) -> list[float]:
+    """Returns weights relative to the largest, which cannot underflow."""
+    logs = [self(scores) for scores in traces]
+    most = max(logs, default=WORST)
+    return [0.0 if x == WORST else math.exp(x - most) for x in logs]
 
   def _of(self, logs: Float[np.ndarray, "T"]) -> float | np.floating:
     raise NotImplementedError

@@ -60,9 +60,12 @@ def segmentation_sensitivity(
       f"segmentation_sensitivity: found {len(first)} traces, expected two"
     )
   i, j = np.triu_indices(len(first), 1)
-  signs = [np.sign(x[i] - x[j]) for x in (first, second)]
+  # Not of differences: products of a step of score 0 are all -inf.
+  signs = [1.0 * (x[i] > x[j]) - (x[i] < x[j]) for x in (first, second)]
   flips = np.abs(signs[0] - signs[1]) / 2
-  return Sensitivity(float(np.abs(first - second).mean()), float(flips.mean()))
+  equal = first == second
+  change = np.abs(np.where(equal, 0, first) - np.where(equal, 0, second))
+  return Sensitivity(float(change.mean()), float(flips.mean()))
 
 
 class Diversity(NamedTuple):

@@ -75,6 +75,11 @@ class TreeSearch:
     if engine.verifier is None:
       raise UserError("TreeSearch: found no verifier, expected one for values")
     first = engine.start(prompts, limits.tokens, self.width, limits.key)
+    if any(path.log_prob is None for path in first.paths):
+      raise UserError(
+        "TreeSearch: found paths without log-probabilities, expected some for"
+        " the priors of steps: set Stepwise.log_probs"
+      )
     room = self.width * (1 + self.simulations)
     stored = engine.select(first, *_spread(len(prompts), self.width, room))
     roots = [Node() for _ in prompts]

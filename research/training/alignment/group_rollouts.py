@@ -51,7 +51,8 @@ class GroupRollouts:
     sampling: of answers. The objective's temperature must be the same, and
       top-p and the like would sample from another policy than the one learned.
     advantages: of rewards in a group: `Standardized`, `centered`, ...
-    select: which groups are learned: `every_group`, or `varied` (DAPO).
+    select: which groups are learned, by the task's rewards: `every_group`, or
+      `varied` (DAPO).
     attempts: as many times new prompts are drawn until `prompts` groups are
       selected; groups that are missing then weigh nothing.
     overlong: what becomes of answers without an end.
@@ -178,7 +179,8 @@ class GroupRollouts:
     given = map(jnp.asarray, (rewards, lengths, ended))
     shaped, learned = map(np.asarray, self.overlong(*given))
     advantages = np.asarray(self.advantages(jnp.asarray(shaped)))
-    selected = np.asarray(self.select(jnp.asarray(shaped)))
+    # DAPO selects by accuracy: equally right answers differ in length.
+    selected = np.asarray(self.select(jnp.asarray(rewards)))
     groups = [
       _Group(
         prompt.tokens,

@@ -20,6 +20,7 @@ from research.diffusion.sampling.config import SamplerConfig
 from research.generation import generate
 from research.generation.sampling import GREEDY
 from research.interop import rewards
+from research.interop.diffusion.spec import Spec
 from research.interop.loaded import Loaded
 from research.prm import formats, judge
 from research.prm.labelled import LabelledSolution
@@ -55,6 +56,7 @@ class Source:
   """The model, which never ends a text by itself."""
 
   mask: masks.PromptMask = masks.Causal()
+  diffusion: Spec | None = None
 
   def load(self, shardings=None):
     del shardings
@@ -63,7 +65,8 @@ class Source:
       support_vlm.params(),
       WORDS,
       {},
-      preprocessor=support_vlm.PREPROCESSOR,
+      self.diffusion,
+      support_vlm.PREPROCESSOR,
     )
 
 
@@ -197,6 +200,12 @@ def test_reward_models_of_prompts_that_are_not_causal_are_refused(mask):
   """Their objective and `judge` know no mask, and a search reads by it."""
   with pytest.raises(UserError, match=f"the mask {type(mask).__name__}, exp"):
     rewards.WithHead(backbone=Source(mask)).load()
+
+
+def test_reward_models_of_masked_diffusion_are_refused():
+  source = Source(diffusion=Spec(mask_id=2))
+  with pytest.raises(UserError, match="a model of masked diffusion, expected"):
+    rewards.WithHead(backbone=source).load()
 
 
 def _solutions():

@@ -97,7 +97,7 @@ def test_a_pool_grows_resumes_and_is_chosen_from_again(run, monkeypatch):
   logs = sample_logs.read_samples(str(first.folder / "samples.jsonl"))
   right = [log.metrics["mean_correct"] for log in logs]
   assert right == [
-    np.mean([x.verdict.correct for x in one.samples]) for one in first.pool
+    np.mean([x.correct for x in one.samples]) for one in first.pool
   ]
   part = run("PROBLEMS=(1, 3)")
   assert part.result["problems"] == 2

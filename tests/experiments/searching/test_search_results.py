@@ -7,10 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from experiments.core.experiment import Pretrained
 from experiments.searching import pool as pools
-from experiments.searching import results
+from experiments.searching import results, running
 from experiments.searching.pool import Sample, Searched
+from experiments.searching.search_run import SearchRun
 from research.prm.scores.aggregate import Last, Min, Product
+from research.reasoning import sample_logs
 from research.reasoning.problem import Problem, Verdict
 from research.reasoning.trace import Step, Trace
 from research.search.choose import BestOf, Confident, Majority, Weighted
@@ -18,6 +21,7 @@ from research.search.ledger import Ledger
 from research.search.strategies.beam import Beam
 from research.search.strategies.independent import Independent
 from research.typing import UserError
+from tests.experiments.searching.parity import Parity
 
 ONCE = Ledger(policy_prefill_tokens=3, flops_policy=30, flops_verifier=6)
 
@@ -53,6 +57,13 @@ MIXED = searched(
   sample(None, (0.99, 0.99)),
   sample("7", (0.9, 0.95), finish="length"),
   sample("7", (0.6, 0.5)),
+)
+
+UNSURE = searched(
+  *(
+    dataclasses.replace(x, trace=dataclasses.replace(x.trace, logprob_sum=None))
+    for x in MIXED.samples
+  )
 )
 
 
@@ -130,6 +141,20 @@ def test_fewer_samples_are_the_mean_of_all_subsets(choice, n):
   assert found == pytest.approx(np.mean(every))
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_best_sample_has_its_own_verdict(n):
+  """Not that of samples whose equal answers the grader does not accept."""
+  first = sample("7", (0.9,))
+  second = dataclasses.replace(
+    sample("7", (0.8,)), verdict=Verdict(False, "7.", "7")
+  )
+  pool = searched(first, second, sample("5", (0.7,)))
+  for choice in (BestOf(Min()), Confident(keep=1, inner=BestOf(Min()))):
+    # The first one is the best of every subset that has it.
+    assert results.accuracy_at(pool, choice, n) == pytest.approx(n / 3)
+    assert results.accuracy_of(pool, choice) == 1
+
+
 def test_a_pool_says_what_fewer_samples_cost():
   cost = results.cost_at(MIXED, 2)
   assert cost["policy_prefill_tokens"] == 3
@@ -148,6 +173,7 @@ def test_a_pool_says_what_fewer_samples_cost():
     ([MIXED], Beam(copies=4, width=2), Majority(), 2, "depend on each other"),
     ([MIXED], Independent(copies=6), Majority(), 7, "a problem has 6 samples"),
     ([searched(sample("7"))], Independent(), BestOf(Min()), None, "without"),
+    ([UNSURE], Independent(), Confident(), None, "without a log-probability"),
   ],
 )
 def test_what_a_pool_cannot_say_is_an_error(pool, strategy, choice, n, message):
@@ -156,6 +182,23 @@ def test_what_a_pool_cannot_say_is_an_error(pool, strategy, choice, n, message):
 
 
 # --- files --------------------------------------------------------------------
+
+
+def test_logs_count_the_answers_that_results_count(tmp_path):
+  """A sample that was cut has none, whatever its text looks like."""
+  run = SearchRun(
+    task=Parity(count=1),
+    policy=Pretrained(name="not loaded"),
+    strategy=Independent(copies=6),
+    problems=(0, 1),
+  )
+  running.report(run, [MIXED], tmp_path)
+  (log,) = sample_logs.read_samples(str(tmp_path / running.LOGS))
+  nothing = sample_logs.INVALID
+  assert log.filtered == ("7", "5", "5", nothing, nothing, "7")
+  found = json.loads((tmp_path / "result.json").read_text())
+  one = found["estimates"]["pass"][0][0]
+  assert log.metrics["mean_correct"] == pytest.approx(one)
 
 
 def test_a_pool_is_read_as_it_was_written(tmp_path):

@@ -120,6 +120,12 @@ def test_mixtures_of_mixtures_and_evaluation():
     minlength=8,
   )
   assert counts.tolist() == [10, 7, 0, 0, 0, 0, 0, 10]
+  # Where it is limited, no part is left out, those of inner mixtures included.
+  for limit in range(1, 7):
+    some = order(outer.evaluation(None, limit))
+    for token, count in ((0, 10), (1, 7), (7, 10)):
+      share = count / 27 * len(some)
+      assert abs((some == token).sum() - share) <= 1
 
 
 @pytest.mark.parametrize(

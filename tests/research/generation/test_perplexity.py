@@ -9,9 +9,10 @@ import pytest
 from scipy import special
 
 from research.generation import perplexity as p
-from research.nn import presets
+from research.nn import presets, rope
 from research.quant.kv.kv_quantizer import KVQuantizer
 from research.typing import UserError
+from tests import support
 
 MODEL = presets.transformer(
   presets.FAMILIES["llama"],
@@ -96,6 +97,18 @@ def test_special_tokens_stand_before_each_window(begin, chunk):
     first = len(begin) + 1
     want += [-chances[i - 1, row[i]] for i in range(first, len(row))]
   np.testing.assert_allclose(found.nll, np.mean(want), rtol=1e-5)
+
+
+def test_padding_does_not_change_how_a_text_is_rotated():
+  """`rope.Dynamic` rotates by a text's length, from its fourth token on."""
+  model = support.with_scaling(MODEL, rope.Dynamic(factor=4.0, original=4))
+  tokens = jnp.asarray([IDS[:9]])
+  want = p.log_probs(model, params(), tokens)
+  padded = jnp.pad(tokens, ((0, 0), (0, 23)))
+  found = p.log_probs(model, params(), padded, jnp.array([9]))
+  np.testing.assert_allclose(found[:, :8], want, rtol=1e-5)
+  plain = p.log_probs(MODEL, params(), tokens)
+  assert np.abs(plain - want).max() > 1e-3
 
 
 def test_a_whole_text_of_one_window():

@@ -72,6 +72,19 @@ def test_labels_of_changed_steps_are_those_of_an_oracle(name):
   assert moved > 35
 
 
+@pytest.mark.parametrize(
+  ("steps", "expected"),
+  [
+    (("a.\n", "b.\n", "c."), ("a.\nb.\n", "c.")),
+    (("a.", " b."), ("a. b.",)),
+    (("a.", "b.", "c."), ("a.\n\nb.", "c.")),
+  ],
+)
+def test_merged_steps_do_not_run_into_each_other(steps, expected):
+  solution = LabelledSolution(prompt="q", steps=steps, labels=(1,) * len(steps))
+  assert attacks.Merged()(solution).solution.steps == expected
+
+
 def test_fillers_are_right_until_something_is_wrong():
   solution = dataclasses.replace(pool()[0], labels=(1, 1, 0, None, 1, 1))
   changed, origin = attacks.Inflated(each=2)(solution)

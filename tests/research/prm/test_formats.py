@@ -112,6 +112,19 @@ def test_prm800k_alternatives_follow_the_chosen_prefix_alone():
   assert apart[1].labels == (None,)
 
 
+def test_equal_prefixes_have_one_value():
+  name = "math_aps_flat"
+  (values, *_), format = _raw(name), FORMATS[name]
+  again = values["reasoning_steps"][-1]
+  values["reasoning_steps"].append(dict(again))
+  assert format.solutions(jsonl.Record(values, "x:1")) == format.solutions(
+    jsonl.Record(_raw(name)[0], "x:1")
+  )
+  values["reasoning_steps"][-1]["mc_value"] = again["mc_value"] / 2 + 0.1
+  with pytest.raises(UserError, match="'mc_value': found .* as an equal"):
+    format.solutions(jsonl.Record(values, "x:1"))
+
+
 def test_maths_aps_trees_have_values_at_ends_of_nodes_alone():
   wrong, right = files.read(_path("math_aps_tree"), FORMATS["math_aps_tree"])
   assert wrong.labels == (0.75, None, 0.0)
@@ -139,6 +152,14 @@ def test_maths_aps_gives_back_steps_or_refuses_them(name, steps, fits):
   (again,) = FORMATS[name].solutions(record)
   assert (again.prompt, again.steps) == (solution.prompt, steps)
   assert again.labels == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["genprm", "rlhflow"])
+def test_chats_need_a_step(name):
+  for prompt in ("q", ""):
+    empty = LabelledSolution(prompt=prompt, steps=(), labels=())
+    with pytest.raises(UserError, match="steps: found none, expected one"):
+      FORMATS[name].values(empty)
 
 
 def test_openrs_example_has_another_tag_and_another_field():

@@ -20,8 +20,8 @@ class ByEnd:
 
   shapes: list[tuple[int, ...]]
 
-  def __init__(self):
-    self.shapes = []
+  def __init__(self, max_positions=None):
+    self.shapes, self.max_positions = [], max_positions
 
   def scores(self, params, tokens, ends):
     assert params["scale"] == 1
@@ -98,3 +98,16 @@ def test_what_cannot_score_is_refused():
   (prompt,) = task.sample(np.random.default_rng(0), 1)
   with pytest.raises(UserError, match="found a object, expected a reward"):
     task.reward(prompt, answers_of(task, prompt)[0])
+
+
+@pytest.mark.parametrize(("room", "ok"), [(28, True), (27, False)])
+def test_a_solution_is_not_read_beyond_the_model_s_context(room, ok):
+  task = scored(ByEnd(room))
+  (prompt,) = task.sample(np.random.default_rng(0), 1)
+  # 7 tokens of a prompt, steps of 8, 7 and 6.
+  answer = answers_of(task, prompt)[0]
+  if ok:
+    assert task.reward(prompt, answer) > 0
+    return
+  with pytest.raises(UserError, match="a solution of 28 tokens .* at most 27"):
+    task.reward(prompt, answer)

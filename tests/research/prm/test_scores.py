@@ -312,6 +312,10 @@ def test_cutting_steps_in_two_moves_products():
   assert scores.segmentation_sensitivity(order, order[::-1].copy()).flips == 1
   tied = scores.segmentation_sensitivity(order, np.zeros(3))
   assert tied == (2.0, 0.5)
+  # Products of two traces with a step of score 0, however it is cut.
+  zeros = np.array([-np.inf, -np.inf, -1.0])
+  found = scores.segmentation_sensitivity(zeros, zeros - [0, 0, 3])
+  assert found == (1.0, 0.0)
 
 
 def test_diversity_counts_first_steps_and_answers():

@@ -51,7 +51,8 @@ def again(tokens, separator=()):
   ],
 )
 def test_scores_are_those_of_whole_texts(strategy, separator):
-  engine = Engine(policy=shared.policy(), verifier=verifier(separator))
+  policy = shared.policy(log_probs=isinstance(strategy, TreeSearch))
+  engine = Engine(policy=policy, verifier=verifier(separator))
   limits = Limits(tokens=shared.NEW, key=jax.random.key(2))
   samples = strategy(engine, shared.PROMPTS, limits)
   for prompt, one in zip(shared.PROMPTS, samples, strict=True):

@@ -53,6 +53,15 @@ def test_rules(rule, expected):
   assert rule(PATHS, ANSWERS) == pytest.approx(expected)
 
 
+def test_products_of_many_steps_keep_their_order():
+  """Their products, 1e-500 and the like, are 0 in floating point."""
+  paths = [path(1, *[0.1] * 500), path(1, *[0.1] * 500), path(None, 1.0)]
+  paths.append(path(2, *[0.1] * 499, 0.25))  # 2.5 times as likely
+  answers = [1, 1, None, 2]
+  assert Weighted(Product())(paths, answers) == {2: 1.0}
+  assert Weighted(Product())([*paths, paths[0]], [*answers, 1]) == {1: 1.0}
+
+
 @pytest.mark.parametrize(
   ("percent", "count"), [(70, 90), (58, 50), (10, 90), (1, 50), (100, 3)]
 )
@@ -80,3 +89,10 @@ def test_nothing_is_chosen_where_nothing_was_answered(rule):
 def test_settings_are_checked():
   with pytest.raises(UserError, match="keep is 0"):
     Confident(keep=0)
+
+
+def test_confidence_needs_log_probabilities():
+  paths = [path(1, 0.5), path(2, 0.5, log_prob=None)]
+  with pytest.raises(UserError, match="without a log-probability"):
+    Confident()(paths, [1, 2])
+  assert Confident()(paths, [1, None]) == {1: 1.0}

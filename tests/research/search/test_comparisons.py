@@ -45,6 +45,9 @@ def test_where_the_large_system_overtakes():
   assert protocols.crossover(small, never) is None
   always = Curve("large", (0.5, 80), (0.4, 0.7))
   assert protocols.crossover(small, always) == 0.5
+  cheap = Curve("large", (0.2, 0.5), (0.4, 0.7))  # no cost in common
+  assert protocols.crossover(small, cheap) is None
+  assert protocols.crossover(cheap, small) is None
 
 
 def test_effective_size_is_never_extrapolated():

@@ -258,6 +258,16 @@ def test_a_step_is_worth_what_follows_it():
     assert one.ledger.policy_decode_tokens > other.ledger.policy_decode_tokens
 
 
+def test_steps_ahead_are_in_the_cache_beside_the_paths():
+  it = dataclasses.replace(policy(), stop_tokens=())
+  look = Lookahead(policy=it, verifier=Arbitrary(), steps=1)
+  samples = found(Independent(copies=2), look)
+  ends = [*range(STEP, NEW, STEP), NEW]
+  most = max(x + min(x + STEP, NEW) for x in ends if x < NEW)
+  for prompt, one in zip(PROMPTS, samples, strict=True):
+    assert one.ledger.peak_cache_tokens == len(prompt) + 2 * most
+
+
 def test_steps_are_capped():
   samples = found(Independent(copies=2), steps=2)
   steps = [len(path.steps) for one in samples for path in one.paths]

@@ -20,9 +20,12 @@ from research.diffusion.learned import GenMD4
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.schedule import Linear
 from research.nn import logits
+from research.prm.objective import StepReward
 from research.sharding import Layout
 from research.training import global_batch
-from research.training.objectives.objective import NextToken
+from research.training.alignment.policy_gradient import PolicyGradient
+from research.training.objectives.distill import Distill
+from research.training.objectives.objective import NextToken, with_model
 from research.training.objectives.preference import DPO
 from research.typing import UserError
 from research.vlm import WithImages, connectors, masks
@@ -164,6 +167,22 @@ def test_objectives_of_other_rows_are_refused(objective):
   found = f"WithImages.objective: found {type(objective).__name__}, which reads"
   with pytest.raises(UserError, match=found):
     WithImages(MODEL, objective)
+
+
+@pytest.mark.parametrize(
+  "objective", [Distill(), PolicyGradient(), StepReward()]
+)
+def test_causal_objectives_of_prompts_that_are_not_causal_are_refused(
+  objective,
+):
+  assert WithImages(MODEL, objective).model is MODEL
+  model = dataclasses.replace(MODEL, mask=masks.BidirectionalPrompt())
+  with pytest.raises(UserError, match="which is causal, and a model"):
+    WithImages(model, objective)
+  with pytest.raises(UserError, match="the mask BidirectionalPrompt, expected"):
+    with_model(WithImages(objective=objective), model)
+  diffusion = MaskedDiffusion(mask_id=2)
+  assert WithImages(model, diffusion).objective is diffusion
 
 
 def test_answers_are_those_of_full_forward_passes():

@@ -32,7 +32,7 @@ def solutions(problems=30, seed=0):
     steps = tuple(str(int(x)) + "\n\n" for x in rng.integers(0, 9, n))
     found.append(
       LabelledSolution(
-        prompt="5",
+        prompt=f"the problem {i // 2}",
         steps=steps,
         labels=labels_until(first, n),
         problem_id=f"P{i // 2}",
@@ -171,14 +171,27 @@ def test_nothing_is_scored_by_what_learned_from_its_problem():
   folds = judging.folds_of(data.solutions, 4, 0)
   assert np.bincount(folds).tolist() == [20, 20, 20, 20]
   assert (folds[::2] == folds[1::2]).all()
+  # ProcessBench names samples; those of one text are of one problem.
+  samples = [
+    dataclasses.replace(x, problem_id=f"S{i}")
+    for i, x in enumerate(data.solutions)
+  ]
+  folds = judging.folds_of(samples, 4, 0)
+  assert np.bincount(folds).tolist() == [20, 20, 20, 20]
+  assert (folds[::2] == folds[1::2]).all()
+  assert len(set(judging.problems_of(samples))) == 40
 
 
 # --- states ---
 
 
+SEEDS = {"tiny": 0}
+"""Of the weights that a name stands for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-  """A model of ids, or none the second time."""
+  """A model of ids."""
 
   context: int | None = None
   scaling: rope.Scaling | None = None
@@ -195,7 +208,8 @@ class Tiny:
     stack = dataclasses.replace(model.stack, blocks=(block,))
     model = model.clone(max_positions=self.context, stack=stack)
     tokens = jnp.zeros((1, 1), jnp.int32)
-    params = model.init(jax.random.key(0), tokens)["params"]
+    key = jax.random.key(SEEDS["tiny"])
+    params = model.init(key, tokens)["params"]
     return Loaded(model, params, IdWords(), {})
 
 
@@ -230,6 +244,9 @@ def test_states_are_those_of_solutions_read_alone(
   np.testing.assert_array_equal(again[-1], found[-1])
   with pytest.raises(TypeError):
     reader.compute(given[:2], tmp_path)
+  monkeypatch.setitem(SEEDS, "tiny", 1)  # other weights of the same name
+  with pytest.raises(TypeError):
+    reader.compute(given, tmp_path)
 
 
 # --- the study ---

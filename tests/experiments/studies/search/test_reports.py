@@ -32,18 +32,21 @@ def test_budgets_are_a_pool_s_own_estimates():
       "k": [1, 2],
       "pass": [[0.2 + shift, 0.1, 0.3], [0.4 + shift, 0.3, 0.6]],
       "majority": [[0.2, 0.1, 0.3], [0.3, 0.1, 0.4]],
-      "flops": [1e6, 3e6],
+      "flops": [2e6, 5e6],
     }
 
+  cost = {"n": 2, "prompt_flops_policy": 1e6, "flops_policy": 3e6}
+  cost |= {"flops_verifier": 2e6}
   rows = {
-    POOL: [row(estimates=estimates(0.0)), row(estimates=estimates(0.1))],
+    POOL: [row(estimates=estimates(x), **cost) for x in (0.0, 0.1)],
     FIRST: [],
   }
   one, two = reports.Budgets(pools=(FIRST, POOL)).lines(rows.get)
   assert one["samples"] == 1 and two["samples"] == 2
   assert two["any is right (pass@k), %"] == pytest.approx((45, 15))
   assert two["vote (maj@k), %"] == pytest.approx((30, 15))
-  assert two["MFLOP a problem"] == 3
+  # The verifier's are not among them: neither a vote nor a check asks it.
+  assert one["MFLOP a problem"] == 2 and two["MFLOP a problem"] == 3
 
 
 def test_each_part_s_line_is_what_is_left_without_it():
@@ -89,6 +92,12 @@ def test_levels_are_those_of_a_pool_that_no_system_shares():
   assert found["all"]["first"] == found["all"]["second"] == 50
   assert found["the best for each level, cross-validated"]["first"] == 100
   assert found["the best for all, cross-validated"]["first"] == 50
+  # One of medium difficulty cannot choose and be reported: it joins a level.
+  rows[POOL] = [row(samples=[4] * n, right=[3] * (n // 2) + [1] + [0] * 9)]
+  table = reports.ByDifficulty(pool=POOL, compared=(FIRST, SECOND))
+  alone = {line["problems"]: line for line in table.lines(rows.get)}
+  assert alone["medium (from 10%)"]["n"] == 1
+  assert alone["the best for each level, cross-validated"]["first"] == 95
   rows[SECOND] = []
   assert not reports.ByDifficulty(pool=POOL, compared=(SECOND,)).lines(rows.get)
 

@@ -71,6 +71,8 @@ DEEP = b'{"a":' * 40 + b"1" + b"}" * 40
     (b"null", "found a NoneType"),
     (b'{"a": NaN}', "found NaN, which is not a JSON number"),
     (b'{"a": -Infinity}', "found -Infinity"),
+    (b'{"a": [1e999]}', "found a number too large for 64 bits"),
+    (b'{"a": {"b": -1e999}}', "found a number too large for 64 bits"),
     (b'{"a": 1, "a": 2}', "found the key 'a' twice"),
     (b'{"b": [{"c": 1, "c": 1}]}', "found the key 'c' twice"),
     (b'{"a": ' + b"9" * 5000 + b"}", "expected|Expected standard JSON"),

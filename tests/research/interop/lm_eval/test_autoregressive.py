@@ -18,6 +18,7 @@ from scipy import special
 from research.generation import generate
 from research.interop import lm_eval
 from research.interop.loaded import Loaded
+from research.nn import rope
 from research.text.special_tokens import SpecialTokens
 from research.text.tokenizer import Tokenizer
 from research.typing import UserError
@@ -75,6 +76,22 @@ def test_loglikelihood(loaded, log_p):
   got = lm_eval.loglikelihood(loaded, pairs, batch=3)
   for (value, greedy), (wanted, best) in zip(got, want, strict=True):
     assert value == pytest.approx(wanted, rel=1e-5) and greedy == best
+
+
+def test_padding_does_not_change_how_a_text_is_rotated(loaded):
+  """`rope.Dynamic` rotates by a text's length, from its fourth token on."""
+  scaling = rope.Dynamic(factor=4.0, original=4)
+  model = support.with_scaling(loaded.model, scaling)
+  ids = [0, *range(9, 18)]
+  variables = {"params": loaded.params}
+  hidden, _ = model.apply(variables, jnp.asarray([ids[:-1]]))
+  logits = model.apply(variables, hidden, method="logits")[0, -3:]
+  chances = special.log_softmax(np.asarray(logits, np.float64), -1)
+  want = chances[np.arange(3), ids[-3:]].sum()
+  requests = [(ids[:-3], ids[-3:]), ([0] * 10, [3] * 10)]
+  for asked in (requests[:1], requests):
+    found = lm_eval.score(model, loaded.params, asked)
+    assert found[0][0] == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.slow

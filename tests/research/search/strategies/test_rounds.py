@@ -132,8 +132,9 @@ def test_an_early_end_is_replaced_and_a_late_one_forced():
   policy = dataclasses.replace(shared.policy(), sampling=GREEDY)
   plain = Independent(copies=1)(Engine(policy=policy), [[5, 6]], limits())
   (path,) = plain[0].paths
+  assert path.log_prob is None
   stop = path.tokens[1]
-  policy = dataclasses.replace(policy, stop_tokens=(stop,))
+  policy = dataclasses.replace(policy, stop_tokens=(stop,), log_probs=True)
   cut = path.tokens[: path.tokens.index(stop)]
   strategy = BudgetForcing(
     least=7, most=7, wait=(20, 21), waits=1, answer=(22,)
@@ -160,6 +161,7 @@ def test_an_early_end_is_replaced_and_a_late_one_forced():
   else:
     assert list(tail) == [*more, stop]
   assert one.ledger.policy_decode_tokens >= len(found.tokens)
+  assert found.log_prob is None  # of tokens that were not drawn
 
 
 # --- mistakes ----------------------------------------------------------------

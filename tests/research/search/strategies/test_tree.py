@@ -98,6 +98,13 @@ def test_a_tree_without_an_end_has_its_best_path():
       ),
       "found no verifier",
     ),
+    (
+      lambda: TreeSearch(width=2)(
+        Engine(policy=shared.policy(), verifier=shared.Arbitrary()),
+        *(shared.PROMPTS, Limits(tokens=2)),
+      ),
+      "paths without log-probabilities",
+    ),
   ],
 )
 def test_mistakes(make, message):

@@ -14,7 +14,7 @@ from research.training import loop, state
 from research.training.alignment import surrogate
 from research.training.alignment.advantages import centered, varied
 from research.training.alignment.group_rollouts import GroupRollouts
-from research.training.alignment.overlong import mask_overlong
+from research.training.alignment.overlong import SoftOverlong, mask_overlong
 from research.training.alignment.policy_gradient import PolicyGradient
 from research.training.alignment.rewarded_task import (
   GreedyReward,
@@ -138,6 +138,17 @@ def test_groups_without_a_gradient_are_sampled_anew():
   full = dataclasses.replace(how, attempts=8).sample_round(PARAMS, 0).common
   assert (full["weights"].reshape(4, -1) > 0).any(1).all()
   assert full["tokens"].shape == batch["tokens"].shape
+
+
+def test_a_punishment_of_length_selects_no_group():
+  """DAPO's equation 11 counts right answers, whatever their length."""
+  plain = made(select=varied, attempts=1)
+  how = dataclasses.replace(
+    plain, overlong=SoftOverlong(limit=plain.new_tokens, buffer=2)
+  )
+  found, want = (x.sample_round(PARAMS, 0).common for x in (how, plain))
+  np.testing.assert_array_equal(found["weights"], want["weights"])
+  assert (found["advantage"] != want["advantage"]).any()
 
 
 def test_overlong_answers_do_not_train():
