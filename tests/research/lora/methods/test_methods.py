@@ -316,6 +316,16 @@ def test_embeddings_are_refused(method):
     method.init_arrays(KEY, place, base()[0], stats)
 
 
+@pytest.mark.parametrize(
+  "method", [LoRA(rank=4), DoRA(rank=4), IA3()], ids=label
+)
+def test_experts_outputs_have_the_dtype_of_activations(method):
+  x = jax.ShapeDtypeStruct((5, IN), jnp.bfloat16)
+  sizes = jax.ShapeDtypeStruct((3,), jnp.int32)
+  y = jax.eval_shape(weights.ragged_dot, x, moved(method), sizes)
+  assert y.dtype == jnp.bfloat16
+
+
 @every
 @pytest.mark.sample(3)
 def test_gradients_are_finite_differences(method):
