@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from research import tree, weights
 from research.lora.method import MatrixSpec
-from research.lora.wrap import EMBEDDING, biases, leaves
+from research.lora.wrap import biases, is_embedding, leaves
 from research.optim import optim, ranges
 from research.training.state import TrainState
 from research.typing import Array, Float, PRNGKey, UserError
@@ -300,7 +300,7 @@ def _key(key: PRNGKey, path: str) -> PRNGKey:
 def _new_arrays(path, method, w, key: PRNGKey) -> dict[str, Array]:
   """Returns path -> array of a new adapter, stacked as `w` is."""
   *lead, size_in, size_out = w.shape
-  spec = MatrixSpec(size_in, size_out, embedding=path == EMBEDDING)
+  spec = MatrixSpec(size_in, size_out, embedding=is_embedding(path))
   count = math.prod(lead)
   if not method.starts_as_base:
     raise UserError(
