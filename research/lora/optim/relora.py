@@ -285,6 +285,11 @@ class Restart:
         f"relora: {path} is no moment but schedule-free's iterate, of which an"
         " average goes on.\nExpected another optimizer, such as optim.adamw."
       )
+    if x.dtype == jnp.bool_:
+      raise UserError(
+        f"relora: {path} is no moment but a mask, as AdaLoRA's of its terms,"
+        " all of which it would remove.\nExpected an optimizer without one."
+      )
     prunes = isinstance(self.reset, MagnitudePruning | RandomPruning)
     if prunes and jnp.issubdtype(x.dtype, jnp.integer):
       raise UserError(

@@ -11,8 +11,9 @@ import optax
 import pytest
 
 from research import tree, weights
-from research.lora import wrap
+from research.lora import allocate, wrap
 from research.lora.adapted import AdaptedTensor
+from research.lora.methods.adalora import AdaLoRA
 from research.lora.methods.c3a import C3A
 from research.lora.methods.ia3 import IA3
 from research.lora.methods.kasa import KaSA
@@ -323,6 +324,18 @@ def test_iterates_are_no_moments():
   tx = schedule_free.adamw(0.1)
   at = state.create(params(), "/trained/", tx, transformed="/w$")
   with pytest.raises(UserError, match="z/.*/trained/a is no moment"):
+    relora.Restart(every=4)(at, {})
+
+
+def test_masks_are_no_moments():
+  """A mask of zeros would prune all of AdaLoRA's terms, for good."""
+  tx = allocate.adalora_optimizer(
+    optax.sgd(0.1), allocate.Budget(target=3, steps=10)
+  )
+  t = methods.fresh(AdaLoRA(rank=4), methods.base())
+  start = {"run0": {"layer0": {"q": t}}}
+  at = state.create(start, "/trained/", tx, transformed="/w$")
+  with pytest.raises(UserError, match="kept/.*/trained/e is no moment but a"):
     relora.Restart(every=4)(at, {})
 
 
