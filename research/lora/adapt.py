@@ -14,7 +14,7 @@ import numpy as np
 from research import tree
 from research.lora.method import MatrixSpec, Method
 from research.lora.methods.lora import LoRA
-from research.lora.wrap import EMBEDDING, experts, matrices, wrap
+from research.lora.wrap import experts, is_embedding, matrices, wrap
 from research.typing import Params, PRNGKey, UserError
 
 ALL_LINEAR = "all-linear"
@@ -155,7 +155,7 @@ def init_adapters(
     measured = jax.tree.map(_stacked, *rows)
     if len(lead) > 1:
       measured = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), measured)
-  spec = MatrixSpec(*w.shape[-2:], embedding=paths[0] == EMBEDDING)
+  spec = MatrixSpec(*w.shape[-2:], embedding=is_embedding(paths[0]))
   arrays = _init(key, ids, w, measured, method, spec)
   return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), arrays)
 

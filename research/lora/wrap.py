@@ -23,6 +23,15 @@ TRAINABLE = r"(^|/)trained/"
 
 EMBEDDING = "embed"
 
+
+def is_embedding(address: str) -> bool:
+  """Whether a model looks up rows of this matrix.
+
+  The vocabulary's, and Gemma 4's of its layers' inputs.
+  """
+  return address.rpartition("/")[2] == EMBEDDING
+
+
 MakeArrays = Callable[[Sequence[str], Method, Any], tuple[Arrays, Arrays]]
 """(paths, method, weights) -> (trained, fixed) arrays, stacked.
 

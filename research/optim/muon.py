@@ -25,7 +25,7 @@ import optax
 
 from research import tree
 from research.optim import optim, ranges
-from research.typing import Array, Float
+from research.typing import Array, Float, UserError
 
 MATRICES = r"^run\d+/.*/(q|k|v|o|gate|up|down)$"
 """Paths of what is multiplied with activations inside a layer."""
@@ -106,6 +106,8 @@ def muon(
 ) -> optax.GradientTransformation:
   """Returns Muon for matrices and Adam for all else, at one schedule.
 
+  Its `init` raises UserError if no trainable array is such a matrix.
+
   Args:
     learning_rate: a number, or a schedule of the updates done; 0.02 is usual.
     momentum: decay of the mean gradient of a matrix.
@@ -124,7 +126,15 @@ def muon(
       is_matrix = x.ndim >= 2 and re.search(matrices, path) is not None
       return "matrix" if is_matrix else "other"
 
-    return tree.map_paths(kind, params)
+    found = tree.map_paths(kind, params)
+    if "matrix" not in jax.tree.leaves(found):
+      paths = [path for path, _ in tree.flatten_paths(params)]
+      raise UserError(
+        f"muon.matrices: {matrices!r} matches no matrix among {len(paths)}"
+        " trainable arrays.\nExpected a regular expression for paths such as"
+        f" {paths[-1]!r}."
+      )
+    return found
 
   ranges.non_negative("muon", adam=adam)
   rest = optax.chain(optim.moments(b1, b2, eps), optax.scale(adam))

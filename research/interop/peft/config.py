@@ -364,8 +364,14 @@ def make_config(
   kind = kinds.pop()
   suffixes = sorted({module.rsplit(".", 1)[-1] for module in methods})
   covered = {m for m in modules if m.rsplit(".", 1)[-1] in suffixes}
+  targets = suffixes if covered == set(methods) else sorted(methods)
   own = kind.peft_fields(all_of_them)
   own = {k: _number(x) for k, x in own.items()}
+  if by_input := own.get("feedforward_modules"):
+    # PEFT wants a part of target_modules, whose names may be whole ones.
+    own["feedforward_modules"] = [
+      name for name in targets if name.rsplit(".", 1)[-1] in by_input
+    ]
   differing = dict(
     rank={_exact(m): r for m, r in ranks.items() if r != rank},
     alpha={_exact(m): _number(a) for m, a in alphas.items() if a != alpha},
@@ -384,7 +390,7 @@ def make_config(
       base_model_name_or_path=base_name,
       inference_mode=True,
       modules_to_save=sorted(whole) or None,
-      target_modules=suffixes if covered == set(methods) else sorted(methods),
+      target_modules=targets,
     )
   )
 

@@ -72,7 +72,9 @@ USUAL = Naming()
 LLADA = Naming("model.transformer.wte", "model.transformer.ff_out", _llada)
 LLADA2 = Naming("model.word_embeddings", theirs=_llada2)
 
-EMBEDDINGS = {n.embedding for n in (USUAL, LLADA, LLADA2)}
+EMBEDDINGS = {n.embedding for n in (USUAL, LLADA, LLADA2)} | {
+  "model.embed_tokens_per_layer"  # Gemma 4's, of its layers' inputs
+}
 """Modules whose adapters are those of embeddings."""
 
 

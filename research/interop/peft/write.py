@@ -85,7 +85,7 @@ def save_adapter(
     _warn_of_dropout(directory, every)
     methods = {m: _undropped(method) for m, method in methods.items()}
   if model.tied:
-    tensors |= _head(tensors, found, resized, naming, beside)
+    tensors |= _head(directory, tensors, found, resized, naming, beside)
   sides = {naming.embedding, naming.head} if model.tied and rows else set(rows)
   kept, replaced, saved, bias = _whole(
     params, model, set(methods), set(whole), resized, naming, sides
@@ -177,12 +177,23 @@ def _in_rows(found: Adapters) -> bool:
 
 
 def _head(
-  tensors, found: Adapters, resized, naming, beside
+  directory, tensors, found: Adapters, resized, naming, beside
 ) -> dict[str, np.ndarray]:
-  """Returns a tied head's tensors, the embedding's as PEFT repeats them."""
+  """Returns a tied head's tensors, the embedding's as PEFT repeats them.
+
+  Raises:
+    UserError: the embedding has an adapter that PEFT does not tie.
+  """
   if "embed" not in found:
     return {}
   if not _in_rows(found):
+    method, _ = found["embed"].method.exported(found["embed"].arrays)
+    if type(method) is not LoRA:
+      raise UserError(
+        f"{directory}: embed has an adapter of {type(method).__name__} and is"
+        " the head as well, of which PEFT ties plain LoRA alone: DoRA's head"
+        " has other magnitudes there.\nMerge it into the model instead."
+      )
     turned = peft_names.tied_keys(naming)
     return {copy: tensors[key].T for copy, key in turned}
   if not resized and beside:

@@ -125,7 +125,7 @@ def galore_memory(
 
   Args:
     params: a model's parameters or their shapes.
-    rank: r.
+    rank: r; at most m of each matrix.
     state: bytes per element of a moment.
     layerwise: whether each layer is updated as soon as its gradient exists, so
       that memory holds one matrix's gradient at a time.
@@ -137,8 +137,9 @@ def galore_memory(
       continue
     *lead, inputs, outputs = x.shape
     count, small = int(np.prod(lead)), min(inputs, outputs)
-    projector += count * small * rank
-    moments += 2 * count * rank * max(inputs, outputs)
+    least = min(rank, small)
+    projector += count * small * least
+    moments += 2 * count * least * max(inputs, outputs)
     largest = max(largest, inputs * outputs)
   whole = tree.count(params)
   return Memory(

@@ -102,7 +102,8 @@ class DoRA(LoRA):
     g = self._gain(p, w, jax.vmap)  # [E, out]
     of_row = jnp.repeat(g, sizes, axis=0, total_repeat_length=x.shape[0])
     base = weights.ragged_dot(x, w, sizes)
-    return (of_row - 1) * base + of_row * super().ragged(x, p, w, sizes)
+    y = (of_row - 1) * base + of_row * super().ragged(x, p, w, sizes)
+    return y.astype(x.dtype)
 
   def axes(self, names):
     vector = (names[1],)

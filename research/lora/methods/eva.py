@@ -25,6 +25,8 @@ class EVA(LoRA):
       raise UserError(
         "EVA: needs the inputs' principal directions; give Adapt.init_stats"
       )
+    if spec.embedding:  # whose b is random, so that a has to be 0
+      raise UserError("EVA: found an embedding, expected a linear layer")
     trained, _ = super().init_arrays(key, spec, w)
     return {"a": stats[: self.rank], "b": trained["b"]}, {}
 

@@ -22,6 +22,8 @@ class LoRAFA(LoRA):
   """
 
   def init_arrays(self, key, spec, w, stats=None):
+    if spec.embedding:  # whose a is 0, and would stay 0
+      raise UserError("LoRAFA: found an embedding, expected a linear layer")
     trained, _ = super().init_arrays(key, spec, w)
     return {"b": trained["b"]}, {"a": trained["a"]}
 

@@ -19,7 +19,7 @@ from research.optim import optim, ranges, rates
 from research.typing import Array, UserError
 
 EMBEDDING = r"(^|/)embed/"
-"""Regular expression for paths of the embedding's adapter."""
+"""Regular expression for paths of embeddings' adapters."""
 
 
 def loraplus(
@@ -47,7 +47,7 @@ def loraplus(
     clip: bound of the gradient's global norm, or None.
   """
   ranges.non_negative("loraplus", ratio=ratio)
-  fast = re.compile(rf"{EMBEDDING}(.*/)?{DOWN}$|^(?!embed/)(.*/)?{UP}$")
+  fast = re.compile(rf"{EMBEDDING}(.*/)?{DOWN}$|^(?!(.*/)?embed/)(.*/)?{UP}$")
   rest = rates.adamw(
     learning_rate,
     rates.table([(fast.pattern, ratio)]),

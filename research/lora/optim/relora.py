@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from research import tree, weights
 from research.lora.method import MatrixSpec
-from research.lora.wrap import EMBEDDING, biases, leaves
+from research.lora.wrap import biases, is_embedding, leaves
 from research.optim import optim, ranges
 from research.training.state import TrainState
 from research.typing import Array, Float, PRNGKey, UserError
@@ -239,8 +239,8 @@ class Restart:
       key: key of the initialisation, the resets and the rounding.
 
     Raises:
-      UserError: a base is packed or not transformed, there is no adapter, or a
-        method cannot be reinitialised.
+      UserError: a base is packed or not transformed, there is no adapter, a
+        method cannot be reinitialised, or the optimizer's state reset.
     """
     new, adapted, scaled = {}, _adapted(state), biases(state.params)
     for path, weight in adapted:
@@ -261,6 +261,7 @@ class Restart:
     def forgotten(path, x):
       mine = any(f"/{a}" in f"/{path}" for a in adapters)
       if mine and x.ndim:
+        self._check_moment(path, x)
         return self.reset(x, _key(key, path)).astype(x.dtype)
       if self.counts is not None and re.search(self.counts, path):
         return jnp.zeros_like(x)
@@ -277,6 +278,25 @@ class Restart:
       opt_state=tree.map_paths(forgotten, state.opt_state),
     )
 
+  def _check_moment(self, path: str, x: Array) -> None:
+    """Raises UserError unless `reset` is right for an optimizer's array."""
+    if re.search(r"(^|/)z/", path):
+      raise UserError(
+        f"relora: {path} is no moment but schedule-free's iterate, of which an"
+        " average goes on.\nExpected another optimizer, such as optim.adamw."
+      )
+    if x.dtype == jnp.bool_:
+      raise UserError(
+        f"relora: {path} is no moment but a mask, as AdaLoRA's of its terms,"
+        " all of which it would remove.\nExpected an optimizer without one."
+      )
+    prunes = isinstance(self.reset, MagnitudePruning | RandomPruning)
+    if prunes and jnp.issubdtype(x.dtype, jnp.integer):
+      raise UserError(
+        f"relora: {path} holds codes, of which 0 is not the number 0.\n"
+        "Expected moments in 32 bits, or reset = @relora.zero."
+      )
+
 
 def _key(key: PRNGKey, path: str) -> PRNGKey:
   return jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -285,7 +305,7 @@ def _key(key: PRNGKey, path: str) -> PRNGKey:
 def _new_arrays(path, method, w, key: PRNGKey) -> dict[str, Array]:
   """Returns path -> array of a new adapter, stacked as `w` is."""
   *lead, size_in, size_out = w.shape
-  spec = MatrixSpec(size_in, size_out, embedding=path == EMBEDDING)
+  spec = MatrixSpec(size_in, size_out, embedding=is_embedding(path))
   count = math.prod(lead)
   if not method.starts_as_base:
     raise UserError(

@@ -17,6 +17,7 @@ By hand, since `optax.contrib.scale_by_galore` (0.2.8) refuses stacked layers,
 and projects by SVD alone (`test_galore.py` compares one matrix).
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -74,10 +75,10 @@ def in_subspace(
     small = jax.tree.map(
       jnp.zeros_like, projected.shrunk(projection, params, projectors)
     )
-    _check_means(inner.init(small), mean)
-    return SubspaceState(
-      jnp.zeros((), jnp.int32), projectors, inner.init(small)
-    )
+    moments = inner.init(small)
+    _check_fields(moments, projectors, "mean", mean, MEANS)
+    _check_fields(moments, projectors, "square", square, SQUARES)
+    return SubspaceState(jnp.zeros((), jnp.int32), projectors, moments)
 
   def renew(updates, state):
     fresh = projected.renewed(projection, updates, state.projector, state.count)
@@ -121,14 +122,20 @@ def _field(path: str, projectors: Any) -> tuple[str, str] | None:
   return None
 
 
-def _check_means(inner: Any, mean: Mean) -> None:
-  paths = [path for path, _ in tree.flatten_paths(inner)]
-  if mean != "keep" and not any(
-    name in path.split("/") for path in paths for name in MEANS
-  ):
+def _check_fields(
+  inner: Any, projectors: Any, option: str, value: str, fields: Sequence[str]
+) -> None:
+  """Raises UserError unless each matrix has what a new projector changes.
+
+  Moments in 8 bits, say, are in fields of other names.
+  """
+  matrices = {path for path, _ in tree.flatten_paths(projectors)}
+  found = [_field(path, matrices) for path, _ in tree.flatten_paths(inner)]
+  missing = matrices - {x[1] for x in found if x and x[0] in fields}
+  if value != "keep" and missing:
     raise UserError(
-      f"mean: {mean!r} finds none of {', '.join(MEANS)} in the moments'"
-      ' state.\nExpected "keep" for such moments.'
+      f"{option}: {value!r} finds none of {', '.join(fields)} in the moments'"
+      f' state, for {min(missing)}.\nExpected "keep" for such moments.'
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from research.optim import muon, optim
 from research.training import state
+from research.typing import UserError
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (16, 40), (3, 40, 16)])
@@ -106,6 +107,19 @@ def test_matrices_move_as_the_blog_says_and_all_else_by_adam():
     updates, follow = adam.update({"embed": g["embed"]}, follow)
     other = optax.apply_updates(other, updates)
   np.testing.assert_allclose(moved["embed"], other["embed"], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  "path", ["language/run0/layer0/mlp/up", "run0/layer0/mlp/up/trained/a"]
+)
+def test_a_run_without_matrices_is_refused(path):
+  """Of a tower or of adapters, all of which Adam would move."""
+  params = jnp.ones((2, 4, 8))
+  for name in reversed(path.split("/")):
+    params = {name: params}
+  with pytest.raises(UserError, match=f"paths such as '{path}'"):
+    muon.muon(0.02).init(params)
+  muon.muon(0.02, matrices="(up|a)$").init(params)
 
 
 def test_optax_s_muon_moves_alike_first_and_then_weighs_momentum_less():

@@ -37,3 +37,20 @@ def test_another_method_has_nothing_beside_it(beside, words):
   with pytest.raises(UserError, match=words):
     config(IA3(), **beside)
   assert not {"bias", "trainable_token_indices"} & set(config(IA3()))
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_ia3s_feedforward_modules_are_among_its_targets(every):
+  """PEFT 0.21.2 refuses a configuration where they are not."""
+  layers = [f"model.layers.{i}.mlp" for i in range(2)]
+  modules = [f"{m}.{n}_proj" for m in layers for n in ("up", "down")]
+  adapted = modules if every else modules[:2]
+  methods = {m: IA3().for_matrix(m, {}) for m in adapted}
+  found = peft_config.make_config(methods, modules, "base")
+  targets = found["target_modules"]
+  by_input = {m for m in adapted if methods[m].by_input}
+  assert by_input == {m for m in adapted if m.endswith("down_proj")}
+  assert set(found["feedforward_modules"]) <= set(targets)
+  assert by_input == {
+    m for m in adapted if m.endswith(tuple(found["feedforward_modules"]))
+  }

@@ -17,6 +17,7 @@ from research.interop.peft import config as peft_config
 from research.interop.peft import names as peft_names
 from research.lora import adapt, wrap
 from research.lora.methods.lora import LoRA
+from research.nn.gemma4.sizes import Gemma4Sizes, gemma4
 from research.nn.time_embedding import TimeEmbedding
 from research.typing import UserError
 from tests import support
@@ -147,3 +148,37 @@ def test_what_tells_a_model_the_time_has_no_name(tmp_path):
   assert a.endswith("q_proj.lora_A.weight") and b.endswith("lora_B.weight")
   with pytest.raises(UserError, match="only our files have"):
     save("clock/enter")
+
+
+def test_gemma_4_s_table_of_layers_inputs_is_an_embedding(tmp_path):
+  """In transformers it is one, of which PEFT adapts rows."""
+  model = gemma4(
+    Gemma4Sizes(
+      vocab=24,
+      width=16,
+      hidden=24,
+      heads=2,
+      kinds=("local", "global"),
+      kv_heads=1,
+      head_dim=8,
+      global_kv_heads=1,
+      global_head_dim=8,
+      per_layer=4,
+      per_layer_vocab=24,
+    )
+  )
+  params = support.params(model)
+  method = adapt.Adapt(method=LoRA(rank=2), targets=("per_layer/embed",))
+  new = method(params, jax.random.key(0))
+  trained = new["per_layer"]["embed"].trained
+  assert not trained["a"].any() and trained["b"].all()
+  moved = tree.map_paths(lambda p, x: x + 0.1 if "/trained/" in p else x, new)
+  peft.save_adapter(tmp_path, moved, model, "x")
+  start = "base_model.model.model.embed_tokens_per_layer.lora_embedding_"
+  found = tensors(tmp_path)
+  assert {k: x.shape for k, x in found.items()} == {
+    f"{start}A": (2, 24),
+    f"{start}B": (8, 2),
+  }
+  again = peft.load_adapter(tmp_path, params, model)
+  jax.tree.map(np.testing.assert_array_equal, again, moved)

@@ -15,6 +15,8 @@ from research.interop import load, peft
 from research.interop.peft import config as peft_config
 from research.io import safetensors
 from research.lora import adapt, wrap
+from research.lora.methods.dora import DoRA
+from research.lora.methods.hira import HiRA
 from research.typing import UserError
 from tests.support_lora import adapting
 from tests.support_peft import MODELS, base, golden, loaded, logits, relative
@@ -273,6 +275,21 @@ def test_a_tied_embedding_is_adapted_on_both_sides(tmp_path):
   assert config["ensure_weight_tying"] is True
   again = peft.load_adapter(tmp_path, it.params, it.model)
   chex.assert_trees_all_equal(again, params)
+
+
+@pytest.mark.parametrize("method", [DoRA(rank=2), HiRA(rank=2)])
+def test_a_tied_embedding_takes_plain_lora(method, tmp_path):
+  """PEFT 0.21.2 gives DoRA's head a magnitude for each token, not one of ours.
+
+  The other methods it has of linear layers alone.
+  """
+  it = load.load_model(MODELS / "smollm2")
+  add = adapt.Adapt(method=method, targets=("embed",))
+  params = add(it.params, jax.random.key(0))
+  with pytest.raises(
+    UserError, match=f"adapter of {type(method).__name__} and"
+  ):
+    peft.save_adapter(tmp_path, params, it.model, "x")
 
 
 def test_nothing_to_save(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from experiments.planning import abstract_step, plan_training
@@ -12,6 +13,7 @@ from research.lora import adapt
 from research.lora.diagnosis import memory
 from research.lora.methods.dora import DoRA
 from research.lora.methods.lora import LoRA
+from research.optim.low_rank import galore, subspace
 from research.quant.quantize import Quantize
 from research.sharding import Layout
 from tests import support_plan
@@ -48,6 +50,26 @@ def test_rows_of_the_table():
     assert parts == [round(x, 2) for x in want], name
     assert round(got.total / 1e9, 1) == total, name
     assert f"{total} GB" in str(got)
+
+
+@pytest.mark.parametrize("rank", [8, 100])
+def test_galores_bytes_are_those_of_its_state(rank):
+  """Also where the rank is more than the smaller side of some matrices."""
+  params = {
+    "embed": jax.ShapeDtypeStruct((50, 64), np.float32),
+    "run0": {
+      "layer0": {
+        "attention": {"k": jax.ShapeDtypeStruct((3, 64, 16), np.float32)},
+        "mlp": {"up": jax.ShapeDtypeStruct((3, 64, 256), np.float32)},
+        "norm": jax.ShapeDtypeStruct((3, 64), np.float32),
+      }
+    },
+  }
+  tx = galore.galore(0.1, subspace.Projection(rank=rank))
+  state = jax.tree.leaves(jax.eval_shape(tx.init, params))
+  # Of 16 bits there, of 32 here; counters are not counted.
+  want = sum(2 * x.size for x in state if x.ndim)
+  assert memory.galore_memory(params, rank).optimizer == want
 
 
 def test_the_stored_table_is_that_of_shapes():

@@ -20,6 +20,7 @@ from research.interop import native
 from research.interop.gguf import tensor_types
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
+from research.lora.method import MatrixSpec
 from research.lora.methods import all_methods
 from research.lora.methods.adalora import AdaLoRA
 from research.lora.methods.alora import ALoRA
@@ -283,6 +284,46 @@ def test_experts_have_adapters_of_their_own(method):
   got, merged = jax.device_get(both(t))
   x, merged = np.asarray(x, np.float64), merged.astype(np.float64)
   close(got, np.concatenate([x[:2] @ merged[0], x[2:] @ merged[2]]))
+
+
+@pytest.mark.parametrize("method", ONE_OF_EACH, ids=label)
+@pytest.mark.sample(4)
+def test_a_new_adapter_of_an_embedding_is_refused_or_learns(method):
+  """Its update is 0, and not all of its gradients are."""
+  w, spec = base()[0], MatrixSpec(IN, OUT, embedding=True)
+  stats = look(method, {"embed": (IN, OUT)}).get("embed")
+  try:
+    trained, fixed = method.init_arrays(KEY, spec, w, stats)
+  except UserError as e:
+    assert "found an embedding, expected" in str(e)
+    return
+
+  def loss(trained):
+    t = AdaptedTensor(w, trained, fixed, method=method)
+    return jnp.sum(jnp.sin(t.take(jnp.array([0, 3, 9]))))
+
+  slopes = jax.jit(jax.grad(loss))(trained)
+  assert any(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(slopes))
+  update = AdaptedTensor(w, trained, fixed, method=method).delta()
+  close(w + update, np.asarray(w))
+
+
+@pytest.mark.parametrize("method", [LoRAFA(rank=4), EVA(rank=4)], ids=label)
+def test_embeddings_are_refused(method):
+  """By what fixes, or measures, the factor that is 0 there."""
+  place, stats = MatrixSpec(IN, OUT, embedding=True), jnp.ones((8, IN))
+  with pytest.raises(UserError, match="found an embedding, expected a linear"):
+    method.init_arrays(KEY, place, base()[0], stats)
+
+
+@pytest.mark.parametrize(
+  "method", [LoRA(rank=4), DoRA(rank=4), IA3()], ids=label
+)
+def test_experts_outputs_have_the_dtype_of_activations(method):
+  x = jax.ShapeDtypeStruct((5, IN), jnp.bfloat16)
+  sizes = jax.ShapeDtypeStruct((3,), jnp.int32)
+  y = jax.eval_shape(weights.ragged_dot, x, moved(method), sizes)
+  assert y.dtype == jnp.bfloat16
 
 
 @every

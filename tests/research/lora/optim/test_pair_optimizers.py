@@ -324,12 +324,15 @@ def test_unmatched_pairs_are_ignored():
     make(0.1, matching="^q/").init(params)
 
 
-def test_loraplus_speeds_up_the_zero_initialised_factor():
-  """Of an embedding that is `a`."""
-  params = {"embed": lora(None, jnp.ones((2, 5)), jnp.ones((2, 4)))}
+@pytest.mark.parametrize("part", [None, "per_layer", "language"])
+def test_loraplus_speeds_up_the_zero_initialised_factor(part):
+  """Of an embedding that is `a`: Gemma 4's second one's and a tower's, too."""
+  table = lora(None, jnp.ones((2, 5)), jnp.ones((2, 4)))
+  params = {part: {"embed": table}} if part else {"embed": table}
   tx = loraplus.loraplus(0.01, ratio=16, clip=None)
   updates, _ = tx.update(params, tx.init(params), params)
-  found = {k: float(x[0, 0]) for k, x in updates["embed"].trained.items()}
+  table = (updates[part] if part else updates)["embed"]
+  found = {k: float(x[0, 0]) for k, x in table.trained.items()}
   np.testing.assert_allclose([found["a"], found["b"]], [-0.16, -0.01], 5e-5)
 
 

@@ -11,14 +11,15 @@ import optax
 import pytest
 
 from research import tree, weights
-from research.lora import wrap
+from research.lora import allocate, wrap
 from research.lora.adapted import AdaptedTensor
+from research.lora.methods.adalora import AdaLoRA
 from research.lora.methods.c3a import C3A
 from research.lora.methods.ia3 import IA3
 from research.lora.methods.kasa import KaSA
 from research.lora.methods.lora import LoRA
 from research.lora.optim import relora
-from research.optim import optim
+from research.optim import adam8bit, optim, schedule_free
 from research.training import loop, state
 from research.typing import UserError
 from tests.research.lora.methods import test_methods as methods
@@ -298,6 +299,44 @@ def test_pruned_moments():
   assert abs(float((kept != 0).mean()) - 0.25) < 0.035
   assert ((kept == 0) | (kept == x)).all()
   assert not relora.zero(x, jax.random.key(0)).any()
+
+
+def test_moments_in_eight_bits_are_reset_and_never_pruned():
+  """A pruned code would be that of minus a block's largest number."""
+  tx = adam8bit.scale_by_adam8bit(least=1, whole="^$")
+  at = state.create(params(), "/trained/", tx, transformed="/w$")
+  ones = jax.tree.map(jnp.ones_like, at.trainable)
+  _, held = tx.update(ones, at.opt_state)
+  at = dataclasses.replace(at, opt_state=held, step=jnp.int32(4))
+  after, _ = relora.Restart(every=4)(at, {})
+  found = optax.tree.get(after.opt_state, "mean_top")
+  assert not any(x.any() for x in jax.tree.leaves(found))
+  for reset in (
+    relora.MagnitudePruning(share=0.9),
+    relora.RandomPruning(share=0.9),
+  ):
+    with pytest.raises(UserError, match="mean/.*/trained/a holds codes"):
+      relora.Restart(every=4, reset=reset)(at, {})
+
+
+def test_iterates_are_no_moments():
+  """At z = 0, schedule-free's average would be y / 0.9."""
+  tx = schedule_free.adamw(0.1)
+  at = state.create(params(), "/trained/", tx, transformed="/w$")
+  with pytest.raises(UserError, match="z/.*/trained/a is no moment"):
+    relora.Restart(every=4)(at, {})
+
+
+def test_masks_are_no_moments():
+  """A mask of zeros would prune all of AdaLoRA's terms, for good."""
+  tx = allocate.adalora_optimizer(
+    optax.sgd(0.1), allocate.Budget(target=3, steps=10)
+  )
+  t = methods.fresh(AdaLoRA(rank=4), methods.base())
+  start = {"run0": {"layer0": {"q": t}}}
+  at = state.create(start, "/trained/", tx, transformed="/w$")
+  with pytest.raises(UserError, match="kept/.*/trained/e is no moment but a"):
+    relora.Restart(every=4)(at, {})
 
 
 def test_stochastic_rounding_keeps_the_mean():

@@ -359,3 +359,22 @@ def test_bad_use():
   with pytest.raises(UserError, match="mean: 'rotate' finds none of mu"):
     packed.init({"w": jnp.ones((4, 4))})
   assert isinstance(packed, Compressing)
+
+
+@pytest.mark.parametrize(
+  "options, field",
+  [
+    (dict(mean="rotate"), "mean: 'rotate' finds none of mu"),
+    (dict(mean="reset"), "mean: 'reset' finds none of mu"),
+    (dict(square="reset"), "square: 'reset' finds none of nu"),
+  ],
+)
+def test_moments_that_a_new_projector_would_not_change_are_refused(
+  options, field
+):
+  """Those in 8 bits, beside others in 32."""
+  adam = adam8bit.scale_by_adam8bit(least=16, whole="embed")
+  tx = galore.in_subspace(adam, projection(), matrices="w", **options)
+  params = {"w": jnp.ones((8, 8)), "embed": jnp.ones((8, 8))}
+  with pytest.raises(UserError, match=f"{field}.* for w"):
+    tx.init(params)
