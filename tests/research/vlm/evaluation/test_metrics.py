@@ -117,6 +117,11 @@ def test_parsers():
   assert first("It goes far to the left", ("to the left", "up high")) == (
     "to the left"
   )
+  shapes = ("red circle", "blue square")
+  assert first("A sacred circle; a blue square.", shapes) == "blue square"
+  assert first("Not one: red circles.", shapes) is None
+  assert first("None of them", ("none", "some")) == "none"
+  assert first("None of them", ("0", "1")) == "0"
   # LLaVA: the first sentence's words, and all else is yes.
   llava = evaluation.llava_yes_no
   cases = {
