@@ -35,8 +35,12 @@ def test_vqa_accuracy():
   for agree, expected in [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (9, 1)]:
     answers = ["a cat"] * agree + [f"dog {i}" for i in range(10 - agree)]
     assert evaluation.vqa_accuracy("Cat.", answers) == pytest.approx(expected)
-  with pytest.raises(UserError, match="found no answers"):
-    evaluation.vqa_accuracy("a", [])
+  for count, expected in [(2, 1 / 3), (3, 2 / 3), (4, 1)]:
+    found = evaluation.vqa_accuracy("a cat", ["cat"] * count)
+    assert found == pytest.approx(expected)
+  for count in range(2):
+    with pytest.raises(UserError, match=f"found {count} answers.*exact_match"):
+      evaluation.vqa_accuracy("a", ["a"] * count)
 
 
 def test_anls():
