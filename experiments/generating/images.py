@@ -12,9 +12,9 @@ from research.generation.generate import TokenSource
 from research.interop.loaded import Loaded
 from research.interop.vision import read
 from research.typing import UserError
-from research.vlm import data, prompt_ids
+from research.vlm import data
 from research.vlm.contrastive.dual_encoder import DualEncoder
-from research.vlm.images import open_image
+from research.vlm.images import open_image, prompt_ids
 from research.vlm.masks import Causal
 from research.vlm.sees_images import SeesImages
 

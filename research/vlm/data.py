@@ -25,10 +25,10 @@ from research.vlm.encoders.native import Images, Patches
 from research.vlm.images.patches import patchify
 from research.vlm.images.plan import Views
 from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.prompt_ids import joined_ids, text_ids
 from research.vlm.images.prompts import Piece, PromptFormat, Soft
 from research.vlm.images.resize import Size
 from research.vlm.model import ANY_SIZE, VisionLanguageModel
-from research.vlm.prompt_ids import joined_ids, text_ids
 from research.vlm.scenes.mixed import Mixed
 from research.vlm.scenes.sample import Sample
 from research.vlm.scenes.task import Task

@@ -7,8 +7,8 @@ is asked as it was trained.
 from collections.abc import Sequence
 from typing import Any
 
+from research.errors import UserError
 from research.text import special_tokens
-from research.typing import UserError
 from research.vlm.images.prompts import Piece, PromptFormat, Soft, Text
 
 
