@@ -431,12 +431,11 @@ def _with_images(loaded: Any, text: str) -> tuple[Any, Any, dict[str, int]]:
   from experiments.generating import prompts as asked
 
   def render(text):
-    if not _CHAT.value:
-      return loaded.tokenizer.prompt(""), text
     said = asked.messages(text, _SYSTEM.value)
-    return [], conversation.text_of(loaded.tokenizer, said)
+    return conversation.text_of(loaded.tokenizer, said)
 
-  made = images.prompt_of(loaded, _IMAGE.value, text, render)
+  chat = render if _CHAT.value else None
+  made = images.prompt_of(loaded, _IMAGE.value, text, chat)
   found = {"image_tokens": made.image_tokens}
   return images.language_of(loaded, made.params), [made.ids], found
 

@@ -22,35 +22,16 @@ def in_terminal() -> bool:
 def text_of(tokenizer: Any, messages: Messages) -> str:
   """Returns a conversation as the model's chat template renders it.
 
-  Templates of LLaVA and of SmolVLM take messages in parts, and leave out what a
-  message says that is a text. Such a one gets parts, each `prompts.MARK` an
-  image.
-
   Args:
     tokenizer: has the template.
-    messages: of texts, one at least.
+    messages: of texts, one at least; each `prompts.MARK` is an image.
   """
-  text = tokenizer.chat(messages)
-  *before, last = messages
-  other = {**last, "content": last["content"] + "."}
-  if tokenizer.chat([*before, other]) != text:
-    return text
-  return tokenizer.chat(
-    [{**x, "content": _parts(x["content"])} for x in messages]
-  )
+  return tokenizer.chat(messages, image=prompts.MARK)
 
 
 def ids_of(tokenizer: Any, messages: Messages) -> list[int]:
   """Returns a conversation's ids; arguments as for `text_of`."""
   return tokenizer.encode(text_of(tokenizer, messages))
-
-
-def _parts(content: str) -> list[dict[str, str]]:
-  out: list[dict[str, str]] = []
-  for number, text in enumerate(content.split(prompts.MARK)):
-    out += [{"type": "image"}] if number else []
-    out += [{"type": "text", "text": text}] if text else []
-  return out
 
 
 def converse(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,7 @@ from research.interop.vision import read
 from research.typing import UserError
 from research.vlm import data
 from research.vlm.contrastive.dual_encoder import DualEncoder
-from research.vlm.images import open_image
-from research.vlm.images.prompts import Piece
+from research.vlm.images import open_image, prompt_ids
 from research.vlm.masks import Causal
 from research.vlm.sees_images import SeesImages
 
@@ -67,7 +65,7 @@ def prompt_of(
   loaded: Loaded,
   files: Sequence[str],
   text: str,
-  render: Callable[[str], tuple[list[int], str]],
+  render: Callable[[str], str] | None = None,
 ) -> PromptWithImages:
   """Returns a prompt and parameters that see the images.
 
@@ -76,8 +74,8 @@ def prompt_of(
     files: of images, on this machine.
     text: the prompt; its `MARK`s are images, in order. Without any, the images
       come first.
-    render: the prompt -> ids at its beginning, and all of its text, such as a
-      conversation.
+    render: the prompt -> all of its text, special tokens among it, such as a
+      conversation; None for a prompt in the preprocessor's format.
 
   Raises:
     UserError: the prompt has more or fewer marks than there are images, or a
@@ -98,7 +96,9 @@ def prompt_of(
   plans = [loaded.preprocessor.plan(*image.shape[:2]) for image in images]
   views = sum(plan.views for plan in plans)
   prompt = data.Prompt.from_images(images, loaded.preprocessor, views)
-  begin, whole = render(text if marks else MARK * len(files) + text)
+  whole = text if marks else MARK * len(files) + text
+  if render is not None:
+    whole = render(whole)
   if whole.count(MARK) != len(files):
     raise UserError(
       f"--chat: found {whole.count(MARK)} times {MARK} in the rendered"
@@ -108,27 +108,14 @@ def prompt_of(
   params = loaded.model.with_images_compiled(
     loaded.params, data.batch_images([prompt], loaded.model.square)
   )
-  return PromptWithImages(
-    begin + _joined(loaded, whole.split(MARK), prompt.pieces),
-    params,
-    prompt.soft_tokens,
+  ids = prompt_ids.joined_ids(
+    whole.split(MARK),
+    prompt.pieces,
+    loaded.tokenizer,
+    loaded.model.image_token,
+    loaded.preprocessor.prompt if render is None else None,
   )
-
-
-def _joined(
-  loaded: Loaded,
-  texts: Sequence[str],
-  pieces: Sequence[tuple[Piece, ...]],
-) -> list[int]:
-  """Returns text, image, text, ... as ids."""
-  ids: list[int] = []
-  words, token = loaded.tokenizer, loaded.model.image_token
-  for part, image in itertools.zip_longest(texts, pieces):
-    if part:
-      ids += data.text_ids(part, words, token)
-    if image is not None:
-      ids += data.image_ids(image, words, token)
-  return ids
+  return PromptWithImages(ids, params, prompt.soft_tokens)
 
 
 def language_of(loaded: Loaded, params: Any = None) -> Loaded:

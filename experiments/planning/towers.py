@@ -1,5 +1,6 @@
 """What each tower of a vision language model takes of a training step."""
 
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ from research.vlm.model import TOWERS, VisionLanguageModel
 
 
 def shares(abstract: AbstractStep) -> dict[str, dict[str, Any]]:
-  """Returns each tower's FLOPs, weights and bytes; nothing for other models.
+  """Returns each tower's FLOPs, weights and bytes.
+
+  Nothing for other models, and for batches without images to encode.
 
   FLOPs are the model's own, all devices together, by `training_flops`. Bytes
   are those of a device: weights and the optimizer's state.
@@ -21,19 +24,21 @@ def shares(abstract: AbstractStep) -> dict[str, dict[str, Any]]:
   Args:
     abstract: a training step.
   """
-  model = abstract.loaded.model
+  model, batch = abstract.loaded.model, abstract.batch
   if not isinstance(model, VisionLanguageModel):
     return {}
-  rows, views, height, width, _ = abstract.batch["pixels"].shape
+  if not {"pixels", "patches"} & set(batch):
+    return {}
   trained = [
     name for name in TOWERS if jax.tree.leaves(abstract.state.trainable[name])
   ]
   flops = arithmetic.training_flops(
     model,
-    _plan(model, views, height, width),
-    abstract.batch["tokens"].shape[1],
+    _plan(model, batch),
+    batch["tokens"].shape[1],
     trained,
   )
+  rows = len(batch["patches" if "patches" in batch else "pixels"])
   params = abstract.state.params
   return {
     name: {
@@ -57,10 +62,21 @@ def describe(found: dict[str, dict[str, Any]]) -> str:
   )
 
 
-def _plan(model, views: int, height: int, width: int) -> Plan:
-  """Returns a plan of views of one size, however they were cut."""
-  patches = model.grid(height, width)
-  side = model.tokens_per_view(height, width)
+def _plan(model: VisionLanguageModel, batch: Any) -> Plan:
+  """Returns a plan of a row's views, however they were cut."""
+  if "patches" in batch:
+    # The grid that is nearest to a square, of as many patches.
+    views, count = batch["patches"].shape[1:3]
+    squares = count // model.square**2
+    high = next(n for n in range(math.isqrt(squares), 0, -1) if not squares % n)
+    patches = model.square * high, model.square * (squares // high)
+    height, width = (n * model.vision.patch for n in patches)
+  else:
+    views, height, width, _ = batch["pixels"].shape[1:]
+    patches = model.grid(height, width)
+  grids = ((1, model.tokens_per_view(height, width)),) * views
+  if "groups" in batch:
+    grids = ((1, batch["groups"].shape[-2]),)
   return Plan(
     size=(height, width),
     content=(height, width),
@@ -70,7 +86,7 @@ def _plan(model, views: int, height: int, width: int) -> Plan:
     views=views,
     view=(height, width),
     patches=patches,
-    grids=((1, side),) * views,
+    grids=grids,
   )
 
 

@@ -24,7 +24,7 @@ import jax
 
 from experiments.core import device_context, train_eval
 from experiments.core.experiment import Experiment
-from research.interop.loaded import Loaded
+from research.interop.loaded import Loaded, Source
 from research.io import folders
 from research.io.folders import Folder
 from research.io.unread import Shardings
@@ -179,9 +179,14 @@ class Staged:
 
 def results_in(source: Any) -> list[StageResult]:
   """Returns the stages' results that a source is, or has as its parts."""
-  if isinstance(source, StageResult):
-    return [source]
-  return list(_parts(source).values())
+  found: list[StageResult] = []
+
+  def seen(result):
+    found.append(result)
+    return result
+
+  _with_results(source, seen)
+  return found
 
 
 def open_results(
@@ -198,21 +203,27 @@ def open_results(
     stage, workdir = find(result.stage)
     return dataclasses.replace(result, experiment=stage, workdir=workdir)
 
-  source = experiment.model
-  if isinstance(source, StageResult):
-    return dataclasses.replace(experiment, model=opened(source))
-  parts = {name: opened(part) for name, part in _parts(source).items()}
-  if not parts:
+  source = _with_results(experiment.model, opened)
+  if source is experiment.model:
     return experiment
-  source = dataclasses.replace(source, **parts)
   return dataclasses.replace(experiment, model=source)
 
 
-def _parts(source: Any) -> dict[str, StageResult]:
-  if not dataclasses.is_dataclass(source):
-    return {}
-  fields = {x.name: getattr(source, x.name) for x in dataclasses.fields(source)}
-  return {k: x for k, x in fields.items() if isinstance(x, StageResult)}
+def _with_results(
+  source: Any, change: Callable[[StageResult], StageResult]
+) -> Any:
+  """Returns a source with the results in it, and in its parts, changed."""
+  if isinstance(source, StageResult):
+    return change(source)
+  if not dataclasses.is_dataclass(source) or not isinstance(source, Source):
+    return source
+  parts = {}
+  for field in dataclasses.fields(source):
+    part = getattr(source, field.name)
+    new = _with_results(part, change)
+    if new is not part:
+      parts[field.name] = new
+  return dataclasses.replace(source, **parts) if parts else source
 
 
 def final(experiment: Experiment | Staged) -> Experiment:

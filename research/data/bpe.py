@@ -26,11 +26,13 @@ class Bpe:
     documents: training documents; use the training split only.
     size: vocabulary size, including the 256 bytes and special tokens.
     special: special tokens beside `END`, such as those around images.
+    add_bos: whether documents and prompts begin with `END`.
   """
 
   documents: Documents
   size: int = 4096
   special: tuple[str, ...] = ()
+  add_bos: bool = True
 
   def __post_init__(self):
     least = 257 + len(self.special)
@@ -57,5 +59,5 @@ class Bpe:
       length=len(self.documents),
     )
     return Tokenizer(
-      backend=backend, bos=0, eos=0, pad=0, stop=(0,), add_bos=True
+      backend=backend, bos=0, eos=0, pad=0, stop=(0,), add_bos=self.add_bos
     )

@@ -70,6 +70,53 @@ def render_marked(
   return _rendered(sandbox.render_marked, template, messages, names)
 
 
+def leaves_out_texts(template: str, names: Mapping[str, Any]) -> bool:
+  """Whether a template takes messages in parts, and leaves out those of texts.
+
+  Those of LLaVA and of SmolVLM do.
+
+  Args:
+    template, names: as for `render`.
+  """
+
+  def rendered(content):
+    message = {"role": "user", "content": content}
+    try:
+      return render(template, [message], names=names)
+    except UserError:
+      return None
+
+  one, other = rendered("1"), rendered("2")
+  parts = rendered(_parts("1", None))
+  return one == other and parts is not None and parts != one
+
+
+def in_parts(
+  messages: Sequence[Mapping[str, Any]], image: str | None = None
+) -> list[dict[str, Any]]:
+  """Returns messages of parts for such a template.
+
+  Args:
+    messages: what each says is a text, parts, or nothing.
+    image: where there is an image in a text; None if there is none.
+  """
+  return [
+    {**x, "content": _parts(x["content"], image)}
+    if isinstance(x.get("content"), str)
+    else dict(x)
+    for x in messages
+  ]
+
+
+def _parts(content: str, image: str | None) -> list[dict[str, str]]:
+  out: list[dict[str, str]] = []
+  texts = [content] if image is None else content.split(image)
+  for number, text in enumerate(texts):
+    out += [{"type": "image"}] if number else []
+    out += [{"type": "text", "text": text}] if text else []
+  return out
+
+
 @functools.lru_cache(maxsize=16)
 def _marks(template: str) -> bool:
   with _readable(template):

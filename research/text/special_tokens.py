@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from research.typing import UserError
+from research.errors import UserError
 
 FILE = "special_tokens.json"
 """File in a run's working directory that records its special tokens."""

@@ -132,13 +132,22 @@ class Tokenizer:
     self,
     messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool = True,
+    image: str | None = None,
   ) -> str:
     """Renders a conversation to a prompt; encode it without special tokens.
+
+    Args:
+      messages: `{"role": ..., "content": ...}`, in order. Texts become parts
+        for a template that would leave them out.
+      add_generation_prompt: whether to append the start of an assistant turn.
+      image: what stands for an image in a text; None if nothing does.
 
     Raises:
       UserError: there is no chat template, or it fails.
     """
     template, names = self._template()
+    if self._takes_parts:
+      messages = chat.in_parts(messages, image)
     return chat.render(template, messages, add_generation_prompt, names)
 
   def chat_marked(
@@ -152,12 +161,18 @@ class Tokenizer:
       UserError: there is no chat template, or it fails.
     """
     template, names = self._template()
+    if self._takes_parts:
+      messages = chat.in_parts(messages)
     return chat.render_marked(template, messages, names)
 
   @functools.cached_property
   def _without_prefix(self) -> Any:
     """The backend without a blank before texts; itself if it puts none."""
     return _without_prefix(self.backend)
+
+  @functools.cached_property
+  def _takes_parts(self) -> bool:
+    return chat.leaves_out_texts(*self._template())
 
   def _template(self) -> tuple[str, dict[str, str]]:
     if self.chat_template is None:

@@ -86,6 +86,7 @@ class Answerer:
         self.tokenizer,
         self.model.image_token,
         self.template,
+        self.preprocessor.prompt,
       )
       for question, prompt in zip(questions, made, strict=True)
     ]

@@ -11,12 +11,15 @@ from collections.abc import Collection
 
 import jax
 
+from research import tree
 from research.nn.attention import Attention
 from research.nn.block import Block
 from research.nn.mlp import Mlp
 from research.nn.moe import Moe
 from research.nn.transformer import Transformer
 from research.typing import UserError
+from research.vlm.connectors.group_attention import GroupAttention
+from research.vlm.connectors.square_attention import SquareAttention
 from research.vlm.encoders.vit import CHANNELS
 from research.vlm.encoders.windows import window_side
 from research.vlm.images.plan import Plan
@@ -149,17 +152,29 @@ def connector_flops(model: VisionLanguageModel, plan: Plan) -> float:
 
   Args:
     model: whose connector multiplies each soft token by all of its matrices, as
-      `connectors.projections` do.
+      `connectors.projections` do, or attends within squares or groups of
+      patches, as Molmo's do.
     plan: of the image.
   """
-  return plan.views * _connector_of_view(model, plan.patches)
+  soft = plan.views * model.connector.tokens(plan.patches)
+  if isinstance(model.connector, GroupAttention):
+    soft = plan.soft_tokens  # groups reach over views
+  return soft * _connector_of_token(model)
 
 
-def _connector_of_view(model: VisionLanguageModel, grid: Size) -> float:
+def _connector_of_token(model: VisionLanguageModel) -> float:
+  connector, patches = model.connector, 1
+  flops = 0.0
+  if isinstance(connector, SquareAttention | GroupAttention):
+    patches = connector.side**2  # that one soft token attends to
+    flops += 4.0 * connector.heads * connector.head_dim * patches
   shapes = jax.eval_shape(model.new_towers, jax.random.key(0))["connector"]
-  matrices = [x for x in jax.tree.leaves(shapes) if x.ndim == 2]
-  each = model.connector.tokens(grid)
-  return 2.0 * each * sum(math.prod(x.shape) for x in matrices)
+  for path, x in tree.flatten_paths(shapes):
+    # What stands for absent patches is added.
+    if x.ndim == 2 and path != "padding":
+      times = patches if path in ("attention/k", "attention/v") else 1
+      flops += 2.0 * times * math.prod(x.shape)
+  return flops
 
 
 def pixels_flops(
@@ -173,8 +188,8 @@ def pixels_flops(
   """
   views, height, width, _ = shape
   grid = model.grid(height, width)
-  each = _encoder_of_view(model, grid) + _connector_of_view(model, grid)
-  return int(views * each)
+  soft = model.connector.tokens(grid) * _connector_of_token(model)
+  return int(views * (_encoder_of_view(model, grid) + soft))
 
 
 def language_flops(

@@ -339,7 +339,12 @@ class PooledRows(Sequence[Row]):
     made = [own.preprocessor.views(image) for image in sample.images]
     pieces = [own.preprocessor.pieces(views.plan) for views in made]
     example = data.tokens_of(
-      sample, pieces, self.tokenizer, own.image_token, own.template
+      sample,
+      pieces,
+      self.tokenizer,
+      own.image_token,
+      own.template,
+      own.preprocessor.prompt,
     )
     return example, [view for views in made for view in views.pixels]
 
@@ -363,7 +368,12 @@ def _needs(
       sizes.add(plan.view)
     pieces = [own.preprocessor.pieces(plan) for plan in plans]
     example = data.tokens_of(
-      sample, pieces, tokenizer, own.image_token, own.template
+      sample,
+      pieces,
+      tokenizer,
+      own.image_token,
+      own.template,
+      own.preprocessor.prompt,
     )
     if not example.loss_mask[1:].any():
       left_out["have no answer to learn"].append(i)

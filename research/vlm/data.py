@@ -25,7 +25,8 @@ from research.vlm.encoders.native import Images, Patches
 from research.vlm.images.patches import patchify
 from research.vlm.images.plan import Views
 from research.vlm.images.preprocessor import Preprocessor
-from research.vlm.images.prompts import Piece, Soft, Text
+from research.vlm.images.prompt_ids import joined_ids, text_ids
+from research.vlm.images.prompts import Piece, PromptFormat, Soft
 from research.vlm.images.resize import Size
 from research.vlm.model import ANY_SIZE, VisionLanguageModel
 from research.vlm.scenes.mixed import Mixed
@@ -236,7 +237,12 @@ class ImageRows(Sequence[Row]):
       sample.images, data.preprocessor, data.views, data.patches
     )
     example = tokens_of(
-      sample, prompt.pieces, self.tokenizer, data.image_token, data.template
+      sample,
+      prompt.pieces,
+      self.tokenizer,
+      data.image_token,
+      data.template,
+      data.preprocessor.prompt,
     )
     if len(example.tokens) > data.length:
       raise UserError(
@@ -384,88 +390,29 @@ def batch_images(prompts: Sequence[Prompt], square: int = 1) -> Images:
   return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *pixels)
 
 
-def image_ids(
-  pieces: Sequence[Piece], tokenizer: Any, image_token: int
-) -> list[int]:
-  """Returns the ids of what stands for an image.
-
-  Args:
-    pieces: from a preprocessor.
-    tokenizer: of the language model.
-    image_token: id of the placeholder.
-
-  Raises:
-    UserError: the tokenizer has no such token.
-  """
-  ids: list[int] = []
-  for piece in pieces:
-    if isinstance(piece, Soft):
-      ids += [image_token] * piece.count
-    elif isinstance(piece, Text):
-      ids += tokenizer.encode(piece.text)
-    else:
-      ids.append(_token(piece.text, tokenizer))
-  return ids
-
-
-def _token(text: str, tokenizer: Any) -> int:
-  """Returns the id of a token: a special one, or one of the vocabulary."""
-  special = tokenizer.backend.token_to_id(text)
-  ids = [special] if special is not None else tokenizer.encode(text)
-  if len(ids) != 1:
-    raise UserError(
-      f"tokenizer: found no token {text!r}, which stands around images;"
-      " expected the model's own tokenizer"
-    )
-  return ids[0]
-
-
 def prompt_ids(
   question: str,
   images: Sequence[tuple[Piece, ...]],
   tokenizer: Any,
   image_token: int,
   template: Template,
+  form: PromptFormat,
 ) -> list[int]:
   """Returns the ids that the answer follows: images, then the question.
 
   Args:
     question: text; what it says of images is text as well.
     images: what stands for each.
-    tokenizer: has `encode(text)`.
-    image_token: id of the placeholder.
+    tokenizer, image_token: as for `joined_ids`.
     template: around the question.
+    form: the preprocessor's.
 
   Raises:
     UserError: the tokenizer reads a placeholder in the text.
   """
-  ids = [
-    i for pieces in images for i in image_ids(pieces, tokenizer, image_token)
-  ]
   text = template.question.format(question=question)
-  return ids + text_ids(text, tokenizer, image_token)
-
-
-def text_ids(
-  text: str, tokenizer: Any, image_token: int, before: Sequence[int] = ()
-) -> list[int]:
-  """Returns the ids of a text, of which none stands for a feature.
-
-  Args:
-    text: without images.
-    tokenizer, image_token: as for `prompt_ids`.
-    before: ids that the text follows.
-
-  Raises:
-    UserError: it has a placeholder, which would take another one's feature.
-  """
-  ids = tokenizer.encode_after(before, text)
-  if image_token in ids:
-    raise UserError(
-      f"text: found the placeholder of images in {text[:80]!r}, expected words"
-      " alone: images stand for themselves. Take it out of the text"
-    )
-  return ids
+  texts = [*[""] * len(images), text]
+  return joined_ids(texts, images, tokenizer, image_token, form)
 
 
 def tokens_of(
@@ -474,14 +421,17 @@ def tokens_of(
   tokenizer: Any,
   image_token: int,
   template: Template,
+  form: PromptFormat,
 ) -> Example:
   """Returns a sample's tokens; the loss covers its answer and the end.
 
   Args:
     sample: question and answer.
-    images, tokenizer, image_token, template: as for `prompt_ids`.
+    images, tokenizer, image_token, template, form: as for `prompt_ids`.
   """
-  before = prompt_ids(sample.question, images, tokenizer, image_token, template)
+  before = prompt_ids(
+    sample.question, images, tokenizer, image_token, template, form
+  )
   text = template.answer.format(answer=sample.answer)
   answer = text_ids(text, tokenizer, image_token, before)
   if template.end:

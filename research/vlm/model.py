@@ -43,7 +43,6 @@ from research.vlm.cross_attention import LatestImage
 from research.vlm.encoders import native, vit
 from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import Images, Patches
-from research.vlm.encoders.positions import PositionTable
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images.normalise import HALF, Normalisation
 from research.vlm.images.preprocessor import Preprocessor
@@ -284,17 +283,7 @@ class VisionLanguageModel:
     Raises:
       UserError: the encoder's learned positions are of another grid.
     """
-    grid, table = self.grid(*pixels.shape[1:3]), self.vision.positions
-    if isinstance(table, PositionTable) and grid != (table.rows, table.columns):
-      raise UserError(
-        f"images: found views of {grid[0]} x {grid[1]} patches, expected"
-        f" {table.rows} x {table.columns}, as the encoder has learned positions"
-        " for; make views of that size, or resize the positions"
-        " (research.vlm.resolution)"
-      )
-    images = vit.normalised(pixels, self.normalise)
-    patches = vit.patchify(images, self.vision.patch)
-    at = jnp.broadcast_to(vit.grid_coordinates(*grid), (*patches.shape[:2], 2))
+    patches, at = vit.view_patches(self.vision, pixels, self.normalise)
     return self.encode_patches(params, patches, at)
 
   def encode_patches(

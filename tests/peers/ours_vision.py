@@ -109,7 +109,7 @@ def dual(it, args, rows) -> dict:
   names = sorted(k for k in rows if k.startswith("image_"))
   made = [data.Prompt.from_images([rows[k]], how, 1) for k in names]
   images = native_patches.encoder_inputs(
-    data.batch_images(made), how.normalise, model.image.patch
+    data.batch_images(made), how.normalise, model.image
   )
   tokens = jnp.asarray(rows["tokens"])
   found, texts, scale, bias = model.apply({"params": params}, *images, tokens)

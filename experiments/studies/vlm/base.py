@@ -163,7 +163,8 @@ class Tiny:
   def tokenizer(self, task: Task) -> Any:
     """Returns a tokenizer of the task's texts."""
     texts = data.Texts(samples=dataclasses.replace(task, count=2000))
-    return bpe.Bpe(documents=texts, size=self.vocab).load()
+    words = bpe.Bpe(documents=texts, size=self.vocab, add_bos=False)
+    return words.load()
 
   def trained(
     self,

@@ -118,6 +118,9 @@ def load(
     if not dual:
       _check_squares(preprocessor, model, described)
       model = dataclasses.replace(model, normalise=preprocessor.normalise)
+      # What the file says of prompts, or its class would.
+      family = families.family_of(config["model_type"], str(path))
+      preprocessor = dataclasses.replace(preprocessor, prompt=family.prompt)
   source = dict(
     format="hf",
     path=str(path),

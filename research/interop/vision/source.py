@@ -96,7 +96,8 @@ class Assembled:
       shardings: abstract parameters -> their shardings.
 
     Raises:
-      UserError: the encoder's weights are those of another encoder.
+      UserError: the encoder's weights are those of another encoder, or it was
+        trained on pixels of another normalisation.
     """
     loaded = self.language.load(shardings)
     model = self._model(loaded)
@@ -108,6 +109,7 @@ class Assembled:
     if self.encoder is not None:
       read = self.encoder.load()
       found = encoder_params(self.vision, read.model, read.params)
+      _check_normalisation(read, self.preprocessor)
       new = towers["vision"]
       found = jax.tree.map(lambda x, y: x.astype(y.dtype), found, new)
       towers["vision"] = (
@@ -186,6 +188,21 @@ def encoder_params(
       " those of another encoder"
     )
   return weights
+
+
+def _check_normalisation(encoder: Loaded, preprocessor: Preprocessor) -> None:
+  """Raises UserError if an encoder would get other pixels than its own."""
+  if isinstance(encoder.model, VisionLanguageModel):
+    own = encoder.model.normalise
+  elif encoder.preprocessor is not None:
+    own = encoder.preprocessor.normalise
+  else:
+    return  # nothing says what it was
+  if preprocessor.normalise != own:
+    raise UserError(
+      f"Assembled.preprocessor: found {preprocessor.normalise}, expected {own},"
+      " as the encoder was trained with; set Preprocessor.normalise"
+    )
 
 
 def _differences(found: VisionTransformer, vision: VisionTransformer) -> str:

@@ -84,6 +84,13 @@ def write_model(
   else:
     config = config_write.describe(loaded.model)
     family = families.family_of(config["model_type"])
+    how = loaded.preprocessor
+    if how is not None and how.prompt != family.prompt:
+      raise UserError(
+        f"Preprocessor.prompt: found {how.prompt}, expected {family.prompt}, as"
+        f" who reads a directory of model type {family.model_type} makes"
+        " prompts"
+      )
     tensors = vision_language_tensors(loaded.model, family, params, dtype)
   config["torch_dtype"] = dtype
   directory.mkdir(parents=True, exist_ok=True)

@@ -113,14 +113,13 @@ class FromPixels(WholeBatch):
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of the objective."""
-    pixels = vit.normalised(batch["pixels"][:, 0], self.normalise)
-    patches = vit.patchify(pixels, self.vision.patch)
-    rows, columns = (n // self.vision.patch for n in pixels.shape[1:3])
-    at = vit.grid_coordinates(rows, columns)
+    patches, at = vit.view_patches(
+      self.vision, batch["pixels"][:, 0], self.normalise
+    )
     features = self.vision.apply(
       {"params": params["vision"]},
       patches,
-      jnp.broadcast_to(at, (len(patches), *at.shape[1:])),
+      at,
       None,
       self.features,
     )

@@ -72,7 +72,7 @@ class Contrastive(WholeBatch):
     """
     params = weights.bind(params, key=key)
     patches, at = native.encoder_inputs(
-      images_of(batch), self.normalise, self.model.image.patch
+      images_of(batch), self.normalise, self.model.image
     )
     images, texts, scale, bias = self.model.apply(
       {"params": params}, patches, at, batch["captions"]

@@ -48,7 +48,7 @@ def image_vectors(
   """
   if not isinstance(images, Patches):
     images = images[:, None]
-  given = native.encoder_inputs(images, normalise, model.image.patch)
+  given = native.encoder_inputs(images, normalise, model.image)
   return model.apply({"params": params}, *given, method="embed_images")
 
 

@@ -96,17 +96,20 @@ def normalised(
 
 
 def encoder_inputs(
-  images: Images, normalise: Normalisation, patch: int
+  images: Images, normalise: Normalisation, model: vit.VisionTransformer
 ) -> tuple[Float[Array, "B N X"], Int[Array, "B N 2"]]:
   """Returns the first view of each row, for an encoder that merges no patches.
 
   Args:
     images: views of one size, or images of native resolution.
     normalise: of the pixels.
-    patch: side of a patch, in pixels.
+    model: the encoder.
 
   Returns:
     Patches and their coordinates, as `VisionTransformer` takes them.
+
+  Raises:
+    UserError: views of one size have another grid than its learned positions.
   """
   if isinstance(images, GroupedViews):
     images = images.pixels
@@ -114,9 +117,7 @@ def encoder_inputs(
     first = Patches(images.pixels[:, 0], images.grids[:, 0])
     at = coordinates(first.grids, first.shape[1], side=1)
     return normalised(first, normalise), at
-  patches = vit.patchify(vit.normalised(images[:, 0], normalise), patch)
-  at = vit.grid_coordinates(*(n // patch for n in images.shape[2:4]))
-  return patches, jnp.broadcast_to(at, (len(patches), *at.shape[1:]))
+  return vit.view_patches(model, images[:, 0], normalise)
 
 
 def without_padding(

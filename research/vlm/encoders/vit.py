@@ -31,7 +31,7 @@ from research.typing import (
 )
 from research.vlm.encoders.clipped import Clipping
 from research.vlm.encoders.pooling import Pooling
-from research.vlm.encoders.positions import Positions
+from research.vlm.encoders.positions import Positions, PositionTable
 from research.vlm.encoders.windows import (
   window_order,
   window_side,
@@ -311,6 +311,35 @@ def patchify(
   x = x.reshape(batch, rows, patch, columns, patch, channels)
   x = x.transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(batch, rows * columns, patch * patch * channels)
+
+
+def view_patches(
+  model: VisionTransformer,
+  pixels: UInt8[Array, "B H W 3"],
+  normalise: Normalisation,
+) -> tuple[Float[Array, "B N X"], Int[Array, "B N 2"]]:
+  """Returns the patches of views of one size, and their coordinates.
+
+  Args:
+    model: the encoder that takes them.
+    pixels: of the views.
+    normalise: of the pixels.
+
+  Raises:
+    UserError: the encoder's learned positions are of another grid.
+  """
+  patches = patchify(normalised(pixels, normalise), model.patch)
+  grid = tuple(n // model.patch for n in pixels.shape[1:3])
+  table = model.positions
+  if isinstance(table, PositionTable) and grid != (table.rows, table.columns):
+    raise UserError(
+      f"images: found views of {grid[0]} x {grid[1]} patches, expected"
+      f" {table.rows} x {table.columns}, as the encoder has learned positions"
+      " for; make views of that size, or resize the positions"
+      " (research.vlm.resolution)"
+    )
+  at = grid_coordinates(*grid)
+  return patches, jnp.broadcast_to(at, (len(patches), *at.shape[1:]))
 
 
 def grid_coordinates(rows: int, columns: int) -> Int[Array, "1 N 2"]:

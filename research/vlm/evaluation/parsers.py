@@ -14,6 +14,9 @@ from research.vlm.evaluation.answers import NUMBERS
 Parser = Callable[[str, Sequence[str]], str | None]
 """(text, choices) -> the answer; without choices the text itself."""
 
+_LETTER = r"[\w'-]"
+"""Of a word."""
+
 
 def exact_choice(text: str, choices: Sequence[str]) -> str | None:
   """Returns the choice that the text is, but for case and a full stop.
@@ -27,20 +30,24 @@ def exact_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def first_choice(text: str, choices: Sequence[str]) -> str | None:
-  """Returns the choice that occurs first in the text, as a word of its own.
+  """Returns the choice that occurs first in the text, as words of its own.
 
-  Number words count as figures: "There are two." is "2".
+  Choices of several words count where there is none of one word. Number words
+  that are no choice count as figures: "There are two." is "2".
   """
   if not choices:
     return text.strip()
   known = {x.lower(): x for x in choices}
-  for word in re.findall(r"[\w'-]+", text.lower()):
-    word = NUMBERS.get(word, word)
+  for word in re.findall(rf"{_LETTER}+", text.lower()):
+    if word not in known:
+      word = NUMBERS.get(word, word)
     if word in known:
       return known[word]
-  # Choices of several words.
-  places = [(text.lower().find(x), known[x]) for x in known]
-  found = [(at, x) for at, x in places if at >= 0 and " " in x]
+  found = []
+  for x in known:
+    alone = rf"(?<!{_LETTER}){re.escape(x)}(?!{_LETTER})"
+    if " " in x and (place := re.search(alone, text.lower())):
+      found.append((place.start(), known[x]))
   return min(found)[1] if found else None
 
 

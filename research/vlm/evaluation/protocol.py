@@ -7,7 +7,8 @@ that ignores a part of the question, on the same samples.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -50,8 +51,11 @@ def evaluate(
     UserError: there are fewer than two samples, or a call has not returned a
       text for each question.
   """
-  known = [dataclasses.replace(x, images=()) for x in samples]
-  order = shuffled_images(known, seed)
+  known, pictures = [], []
+  for x in samples:
+    pictures.append(_digest(x.images) if x.images else len(known))
+    known.append(dataclasses.replace(x, images=()))
+  order = shuffled_images(known, seed, pictures)
   texts = collections.defaultdict(list)
   for start in range(0, len(known), batch):
     part = range(start, min(start + batch, len(known)))
@@ -94,16 +98,32 @@ def _scores(score: Score, answers, samples, invalid: float) -> np.ndarray:
   )
 
 
-def shuffled_images(samples: Sequence[Sample], seed: int = 0) -> list[int]:
+def _digest(images: Images) -> bytes:
+  """Returns what is equal for equal images alone."""
+  made = hashlib.blake2b(digest_size=16)
+  for image in images:
+    made.update(repr(image.shape).encode())
+    made.update(np.ascontiguousarray(image))
+  return made.digest()
+
+
+def shuffled_images(
+  samples: Sequence[Sample],
+  seed: int = 0,
+  pictures: Sequence[Hashable] | None = None,
+) -> list[int]:
   """Returns the sample whose images each sample gets; never its own.
 
   They are exchanged among samples with the same question, in one cycle: then
   what the image has in common with others of the question stays. A question
-  that occurs once exchanges with others of its kind.
+  that occurs once exchanges with others of its kind. Who would get an equal
+  picture, of another question about it, swaps with somebody else, of the same
+  question if possible; it always is where at most half of the samples have it.
 
   Args:
     samples: two at least.
     seed: of the exchange.
+    pictures: equal for samples of equal images; None if all differ.
 
   Raises:
     UserError: there are fewer than two samples.
@@ -139,4 +159,24 @@ def shuffled_images(samples: Sequence[Sample], seed: int = 0) -> list[int]:
     cycle = rng.permutation(group).tolist()
     for i, j in zip(cycle, cycle[1:] + cycle[:1], strict=True):
       order[i] = j
+  if pictures is not None:
+    kinds = collections.defaultdict(list)
+    for i, x in enumerate(samples):
+      kinds[x.kind].append(i)
+    for group in (*groups, *kinds.values(), range(len(samples))):
+      _part(order, group, pictures)
   return order
+
+
+def _part(
+  order: list[int], group: Sequence[int], pictures: Sequence[Hashable]
+) -> None:
+  """Swaps what samples of a group get, where it is their own picture."""
+  for i in group:
+    own = pictures[i]
+    if pictures[order[i]] != own:
+      continue
+    for j in group:
+      if own not in (pictures[j], pictures[order[j]]):
+        order[i], order[j] = order[j], order[i]
+        break

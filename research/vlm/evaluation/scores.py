@@ -26,17 +26,22 @@ def vqa_accuracy(
 
   The mean over all sets that leave one person out of min(1, matches / 3)
   (Antol et al. 2015, section 4): three of ten who agree are 0.9, two are 0.6.
+  Of fewer than four people nothing is 1: two who agree are 1/3, three 2/3.
 
   Args:
     prediction: the model's answer.
-    answers: one a person.
+    answers: one a person, of two at least.
     normalize: of both; `vqa_normalize` for VQA v2, `str` for none.
 
   Raises:
-    UserError: there are no answers.
+    UserError: there are fewer than two answers: leaving one out leaves none, so
+      that all predictions are 0.
   """
-  if not answers:
-    raise UserError("vqa_accuracy: found no answers, expected one at least.")
+  if len(answers) < 2:
+    raise UserError(
+      f"vqa_accuracy: found {len(answers)} answers, expected those of several"
+      " people, usually ten; for one right answer use exact_match."
+    )
   prediction = normalize(prediction)
   agrees = [normalize(x) == prediction for x in answers]
   matches = sum(agrees)

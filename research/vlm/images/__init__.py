@@ -2,8 +2,9 @@
 
 `decode` reads files, `tiling/` has a file for each way of making views, `plan`
 counts views and soft tokens from an image's size alone, `prompts` says what
-stands for an image in a text, `presets` has published models' preprocessing,
-and `configs` reads their `preprocessor_config.json`.
+stands for an image in a text, `prompt_ids` makes ids of both, `presets` has
+published models' preprocessing, and `configs` reads their
+`preprocessor_config.json`.
 """
 
 import lazy_loader

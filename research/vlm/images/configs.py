@@ -25,6 +25,7 @@ from research.vlm.images.plan import Tiling
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.prompts import (
   Layout,
+  PromptFormat,
   RowsAndColumns,
   WholeAndCrops,
   Wrapped,
@@ -44,6 +45,9 @@ from research.vlm.images.tiling.square import Square
 
 _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """By Pillow's numbers."""
+
+_PROMPTS = {"PaliGemmaProcessor": presets.PALIGEMMA}
+"""By `processor_class`; other prompts have nothing beside images and text."""
 
 _COMMON = {
   *("image_processor_type", "processor_class", "resample"),
@@ -430,7 +434,10 @@ def from_preprocessor_config(
     raise fields.wrong("rescale_factor", "1/255")
   found = _Source(fields, patch, pool)
   tiling, layout, placeholder = kind.read(found)
-  return Preprocessor(tiling, found.normalisation(), layout, placeholder)
+  prompt = _PROMPTS.get(str(given.get("processor_class")), PromptFormat())
+  return Preprocessor(
+    tiling, found.normalisation(), layout, placeholder, prompt
+  )
 
 
 def _object(source) -> tuple[Mapping[str, Any], str]:

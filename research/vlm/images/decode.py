@@ -6,8 +6,9 @@ One rule for each thing that a file may hold:
 * Transparency (RGBA, LA, a palette's, a transparent colour) is composited on a
   backdrop, white as transformers' `convert_to_rgb` does; Pillow's own
   `convert("RGB")` shows whatever colour is stored below it.
-* Samples of 16 bits keep their high byte, as Pillow reads 16-bit colour. (Its
-  `convert` saturates 16-bit grey: all above 255 is white.)
+* Samples of 16 bits keep their high byte, as Pillow reads 16-bit colour, those
+  of 12 bits their high eight. (Its `convert` saturates 16-bit grey: all above
+  255 is white; and of a TIFF whose zero is white it makes a negative.)
 * CMYK, YCbCr and HSV are converted by Pillow, without colour profiles.
 * An animation is its first frame, or refused: `animation`.
 * Floats, 32-bit integers and Lab have no agreed white, and are refused.
@@ -57,6 +58,9 @@ _TRANSPOSE = {
   8: Image.Transpose.ROTATE_90,
 }
 """What makes an image upright, by its EXIF orientation (1: it is)."""
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 0x0102, 0x0106, 0
+"""Of TIFF."""
 
 _CONVERTED = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 _ALPHA = ("RGBA", "LA", "PA", "RGBa")
@@ -246,9 +250,13 @@ def _to_rgb(
 def _deep_to_rgb(
   image: Image.Image, backdrop: tuple[int, int, int]
 ) -> Image.Image:
-  """Converts 16-bit grey; its transparent value, if any, is `backdrop`."""
+  """Converts deep grey; its transparent value, if any, is `backdrop`."""
   grey = np.asarray(image).astype(np.int64)
-  high = (np.clip(grey, 0, 65535) >> 8).astype(np.uint8)
+  tags = getattr(image, "tag_v2", {})
+  [bits] = tags.get(_BITS_PER_SAMPLE, (16,))
+  high = (np.clip(grey, 0, 65535) >> (bits - 8)).astype(np.uint8)
+  if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+    high = 255 - high
   rgb = np.repeat(high[..., None], 3, axis=-1)
   key = image.info.get("transparency")
   if isinstance(key, int):

@@ -10,6 +10,7 @@ from research.vlm.images.plan import Plan, Tiling, Views
 from research.vlm.images.prompts import (
   Layout,
   Piece,
+  PromptFormat,
   Text,
   Wrapped,
   token_count,
@@ -25,12 +26,14 @@ class Preprocessor:
     normalise: makes floats of them, where the encoder takes floats.
     layout: what stands for the image in a prompt.
     placeholder: the token that stands for one feature.
+    prompt: what a prompt has beside its images and its text.
   """
 
   tiling: Tiling
   normalise: Normalisation = HALF
   layout: Layout = Wrapped()
   placeholder: str = "<image>"
+  prompt: PromptFormat = PromptFormat()
 
   def plan(self, height: int, width: int) -> Plan:
     """Returns what becomes of an image of this size; see `Tiling.plan`."""

@@ -11,6 +11,7 @@ from research.errors import UserError
 from research.vlm.images.normalise import CLIP, HALF, IMAGENET, UNIT
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.prompts import (
+  PromptFormat,
   RowEnds,
   RowsAndColumns,
   WholeAndCrops,
@@ -34,6 +35,8 @@ QWEN = Wrapped(("<|vision_start|>",), ("<|vision_end|>",))
 INTERNVL = Wrapped(("<img>",), ("</img>",))
 GEMMA4 = Wrapped(("<|image>",), ("<image|>",))
 MOLMO2 = RowEnds(whole="<low_res_im_start>")
+PALIGEMMA = PromptFormat(begin="after_images", end="\n")
+"""Beyer et al. 2024 (arXiv:2407.07726), and `PaliGemmaProcessor`."""
 
 _SMOLVLM = Preprocessor(
   Idefics3(longest=2048, tile=512, patch=16, pool=4), HALF, RowsAndColumns()
@@ -44,6 +47,11 @@ _QWEN2 = Preprocessor(
   Native(patch=14, merge=2, least=3136, most=12_845_056), CLIP, QWEN,
   "<|image_pad|>",
 )  # fmt: skip
+
+
+def _paligemma(pixels: int) -> Preprocessor:
+  return Preprocessor(Square(pixels, patch=14), HALF, prompt=PALIGEMMA)
+
 
 PRESETS: Mapping[str, Preprocessor] = {
   "clip-vit-l-336": Preprocessor(CentreCrop(336, 336, patch=14), CLIP),
@@ -69,9 +77,9 @@ PRESETS: Mapping[str, Preprocessor] = {
   ),
   "nanovlm-460m": Preprocessor(NanoVLM(), UNIT, WholeThenTiles(), "<|image|>"),
   # big_vision trained with bilinear; the published file says bicubic.
-  "paligemma-224": Preprocessor(Square(224, patch=14), HALF),
-  "paligemma-448": Preprocessor(Square(448, patch=14), HALF),
-  "paligemma-896": Preprocessor(Square(896, patch=14), HALF),
+  "paligemma-224": _paligemma(224),
+  "paligemma-448": _paligemma(448),
+  "paligemma-896": _paligemma(896),
   "gemma3": Preprocessor(
     Square(896, patch=14, pool=4, resample="bilinear"), HALF, WholeAndCrops(),
     "<image_soft_token>",

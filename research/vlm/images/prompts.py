@@ -7,6 +7,7 @@ disagree.
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 from research.vlm.images.plan import Plan
 
@@ -35,6 +36,20 @@ class Text:
 Piece = Soft | Token | Text
 
 Layout = Callable[[Plan], tuple[Piece, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFormat:
+  """What a prompt has beside its images and its text.
+
+  Attributes:
+    begin: where the tokens stand that begin a document, if the tokenizer has
+      any (often a `bos`): first, or behind the last image.
+    end: text behind the prompt's own, tokenized apart.
+  """
+
+  begin: Literal["first", "after_images"] = "first"
+  end: str = ""
 
 
 def text_of(pieces: Iterable[Piece], placeholder: str) -> str:

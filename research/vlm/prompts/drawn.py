@@ -43,6 +43,11 @@ class DrawnQuestion:
     made = data.Prompt.from_images([picture], self.preprocessor, views)
     template = data.Template(question="{question}")
     ids = data.prompt_ids(
-      self.text, made.pieces, tokenizer, self.image_token, template
+      self.text,
+      made.pieces,
+      tokenizer,
+      self.image_token,
+      template,
+      self.preprocessor.prompt,
     )
     return PromptWithArrays(tuple(ids), {"pixels": made.pixels})

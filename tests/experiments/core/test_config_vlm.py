@@ -11,10 +11,13 @@ from PIL import Image
 from experiments.core import config, train_eval
 from experiments.core.from_scratch import FromScratch
 from experiments.planning import abstract_step, plan_training
+from experiments.studies.vlm import base
 from research import tree
 from research.nn.presets import Sizes
+from research.text.special_tokens import NO_SPECIAL_TOKENS
 from research.training.checkpoints.workdir import claim_workdir
 from research.vlm.model import TOWERS
+from research.vlm.scenes.shapes import Shapes
 from tests import support_vlm
 
 SMOLLM2 = Sizes(
@@ -67,6 +70,19 @@ def test_images_of_smollm2_have_as_many_tokens_as_placeholders():
     assert stage.answers.questions.template == questions.template
   tune = run.stages["tune"].data
   assert tune.image_token == model.image_token == SMOLLM2.vocab
+
+
+def test_rows_of_scenes_begin_with_their_image():
+  """As those of the recorded results did: their tokenizers add no `bos`."""
+  run = config.read("runs/vlm/shapes.gin", ["SAMPLES=4"]).experiment.stages
+  stage, task = run["ask"], Shapes(size=32)
+  for words in (
+    run["see"].model.language.tokenizer.load(),
+    base.Tiny().tokenizer(task),
+  ):
+    assert words.special == NO_SPECIAL_TOKENS
+    row = dataclasses.replace(stage.data, samples=task).rows(words)[0]
+    assert row["tokens"][0] == stage.data.image_token
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +12,17 @@ from PIL import Image
 from experiments.generating import conversation, images
 from research.interop.loaded import Loaded
 from research.typing import UserError
-from research.vlm import masks
+from research.vlm import answering, data, masks
+from research.vlm.images import open_image
+from research.vlm.images.prompts import PromptFormat
+from research.vlm.scenes.sample import Sample
 from tests import support, support_golden, support_qwen, support_vlm
 
 TOKENIZER, IMAGE = support_vlm.tokenizer(), support_vlm.IMAGE
 LOADED = Loaded(
   support_vlm.model(),
   support_vlm.params(),
-  TOKENIZER,
+  dataclasses.replace(TOKENIZER, add_bos=True),
   source={},
   preprocessor=support_vlm.PREPROCESSOR,
 )
@@ -35,20 +39,25 @@ def files(tmp_path_factory):
   return out
 
 
-def render(text):
-  return [66], text
+BEGIN = TOKENIZER.bos
+AFTER = PromptFormat(begin="after_images", end=" w9")
 
 
 @pytest.mark.parametrize(
-  "text, expected",
+  "text, form, expected",
   [
-    ("w5 w6", [66, *SOFT, *SOFT, 5, 6]),
-    ("w5 <image> w6 <image>", [66, 5, *SOFT, 6, *SOFT]),
-    ("<image><image>w7", [66, *SOFT, *SOFT, 7]),
+    ("w5 w6", PromptFormat(), [BEGIN, *SOFT, *SOFT, 5, 6]),
+    ("w5 <image> w6 <image>", PromptFormat(), [BEGIN, 5, *SOFT, 6, *SOFT]),
+    ("<image><image>w7", PromptFormat(), [BEGIN, *SOFT, *SOFT, 7]),
+    ("w5 w6", AFTER, [*SOFT, *SOFT, BEGIN, 5, 6, 9]),
+    ("w5 <image> w6 <image>w7", AFTER, [5, *SOFT, 6, *SOFT, BEGIN, 7, 9]),
   ],
 )
-def test_images_fill_their_places_in_order(text, expected, files):
-  made = images.prompt_of(LOADED, files, text, render)
+def test_images_fill_their_places_in_order(text, form, expected, files):
+  """`AFTER` is what `PaliGemmaProcessor.prepare_inputs_layout` makes."""
+  how = dataclasses.replace(LOADED.preprocessor, prompt=form)
+  loaded = dataclasses.replace(LOADED, preprocessor=how)
+  made = images.prompt_of(loaded, files, text)
   assert made.ids == expected
   assert made.image_tokens == 8
   features = made.params["embed"].features
@@ -60,7 +69,7 @@ def test_images_fill_their_places_in_order(text, expected, files):
 
 def test_a_conversation_has_them_in_its_message(files):
   def chat(text):
-    return [], f"w1 {text} w2"
+    return f"w1 {text} w2"
 
   made = images.prompt_of(LOADED, files[:1], "w5", chat)
   assert made.ids == [1, *SOFT, 5, 2]
@@ -113,13 +122,43 @@ def test_templates_of_parts_get_what_a_message_says(template, said, expected):
 
 def test_a_template_that_leaves_images_out_is_refused(files):
   with pytest.raises(UserError, match="found 0 times <image> in the rendered"):
-    images.prompt_of(LOADED, files, "w5", lambda text: ([], "w5"))
+    images.prompt_of(LOADED, files, "w5", lambda text: "w5")
 
 
 @pytest.mark.parametrize("text", ["<image> w5", "<image><image><image>"])
 def test_as_many_marks_as_images(text, files):
   with pytest.raises(UserError, match="found 2 files and"):
-    images.prompt_of(LOADED, files, text, render)
+    images.prompt_of(LOADED, files, text)
+
+
+@pytest.mark.parametrize("form", [PromptFormat(), AFTER])
+def test_a_prompt_is_what_rows_and_evaluation_have(form, files, monkeypatch):
+  """The same ids in training, in `Answerer` and on the command line."""
+  how = dataclasses.replace(LOADED.preprocessor, prompt=form)
+  loaded = dataclasses.replace(LOADED, preprocessor=how)
+  typed = images.prompt_of(loaded, files[:1], "w5 w6").ids
+  pixels = open_image(files[0])
+  sample = Sample((pixels,), "w5 w6", "w7", "", "", program={}, objects=())
+  questions = data.ImageQuestions(
+    samples=[sample], preprocessor=how, image_token=IMAGE, length=16
+  )
+  row = questions.rows(loaded.tokenizer)[0]
+  before = (row["segments"] == 0).argmin() - 2  # w7, and the end
+  assert row["tokens"][:before].tolist() == typed
+  asked = []
+
+  def generated(model, params, prompts, *args, **kwargs):
+    asked.extend(prompts)
+    return types.SimpleNamespace(tokens=[[7]])
+
+  monkeypatch.setattr(answering.generate, "generate", generated)
+  answering.Answerer(
+    model=loaded.model,
+    params=loaded.params,
+    tokenizer=loaded.tokenizer,
+    preprocessor=how,
+  )([(pixels,)], ["w5 w6"])
+  assert asked == [typed]
 
 
 def test_a_model_without_eyes_says_so(files):
@@ -151,7 +190,7 @@ def test_a_model_of_another_class_sees_images(files):
 def test_a_model_without_a_preprocessor_says_so(files):
   blind = dataclasses.replace(LOADED, preprocessor=None)
   with pytest.raises(UserError, match="no preprocessor_config.json"):
-    images.prompt_of(blind, files, "w5", render)
+    images.prompt_of(blind, files, "w5")
 
 
 def test_images_of_native_resolution(tmp_path):
@@ -175,7 +214,7 @@ def test_images_of_native_resolution(tmp_path):
   for grid in golden["grids"][:2]:
     soft = ["60"] * int(grid.prod() // 4)
     text = text.replace(" ".join(["61", *soft, "62"]), "<image>", 1)
-  made = images.prompt_of(loaded, paths, text, lambda text: ([], text))
+  made = images.prompt_of(loaded, paths, text)
   assert made.ids == ids
   assert made.image_tokens == ids.count(support_qwen.IMAGE)
   grids = made.params["rotary"].grids[0]
@@ -184,6 +223,4 @@ def test_images_of_native_resolution(tmp_path):
   expected = golden["features"][: made.image_tokens]
   np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
   with pytest.raises(UserError, match="placeholder of images in '<.image_pad"):
-    images.prompt_of(
-      loaded, paths, "<|image_pad|> " + text, lambda text: ([], text)
-    )
+    images.prompt_of(loaded, paths, "<|image_pad|> " + text)

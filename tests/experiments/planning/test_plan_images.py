@@ -8,6 +8,7 @@ import pytest
 from experiments import plan
 from experiments.core import cli, config
 from experiments.planning import abstract_step, plan_images, towers
+from research.planning import flops
 from research.typing import UserError
 
 
@@ -29,15 +30,32 @@ def test_sizes_that_are_none(given):
     plan_images.plan("smolvlm-256m", given)
 
 
-def test_towers_share_a_step():
+@pytest.mark.parametrize("name", ["llava15_7b", "llava_onevision15_4b"])
+def test_towers_share_a_step(name):
   """Bytes: 4 of a frozen weight, and 12 of a trained one with its moments."""
   bindings = ["text/shapes.Shapes.count=20", "SHRINK=64", "align/BATCH=2"]
-  run = config.read("runs/vlm/recipe_llava15_7b.gin", bindings).experiment
+  run = config.read(f"runs/vlm/recipe_{name}.gin", bindings).experiment
   abstract = abstract_step.build(run.stages["align"], jax.devices()[:1])
   found = towers.shares(abstract)
   assert sum(x["flops_share"] for x in found.values()) == pytest.approx(1)
   trained = {name: x["trained"] for name, x in found.items()}
   assert trained == dict(vision=False, connector=True, language=False)
+  # Forward, and backward for activations and for weights.
+  model, batch = abstract.loaded.model, abstract.batch
+  if "patches" in batch:
+    rows, views, count, _ = batch["patches"].shape
+    grid = count // model.square, model.square
+  else:
+    rows, views, height, width, _ = batch["pixels"].shape
+    grid = model.grid(height, width)
+  shape = rows * views, grid[0] * grid[1], model.vision.width
+  features = jax.ShapeDtypeStruct(shape, model.vision.dtype)
+  once = flops.count_flops(
+    lambda params, features: model.connect(params, features, grid),
+    abstract.state.params,
+    features,
+  )
+  assert found["connector"]["flops"] == 3 * once
   for x in found.values():
     least = (12 if x["trained"] else 4) * x["parameters"]
     assert least <= x["state_bytes"] <= least + 64

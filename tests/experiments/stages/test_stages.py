@@ -122,6 +122,31 @@ def test_a_model_of_a_stage_s_own_wins():
   assert stages[SECOND].model == stages[FIRST].model
 
 
+@dataclasses.dataclass(frozen=True)
+class Built:
+  """A source of other sources, such as an `Assembled` of an `Interleaved`."""
+
+  language: object
+  encoder: object = None
+
+  def load(self, shardings=None):
+    raise NotImplementedError
+
+
+def test_results_within_parts_of_a_model_know_their_stage(tmp_path):
+  stages = config.read(TINY).experiment.stages
+  result = StageResult(stage=FIRST)
+  model = Built(language=Built(language=result), encoder=result)
+  two = dataclasses.replace(stages[SECOND], model=model)
+  run = Staged(stages={FIRST: stages[FIRST], SECOND: two}).in_workdir(tmp_path)
+  found = run.stages[SECOND].model
+  assert found.encoder == found.language.language
+  assert found.encoder.workdir == tmp_path / FIRST
+  assert found.encoder.experiment == stages[FIRST]
+  with pytest.raises(UserError, match="its model is the result of 'embedding'"):
+    Staged(stages={SECOND: two, FIRST: stages[FIRST]})
+
+
 def test_groups_share_an_optimizer_s_bindings():
   lines = [
     "adapters/by_path.by_path.clip=1.0",

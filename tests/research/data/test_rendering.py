@@ -49,6 +49,19 @@ MARKED = (
   "{{ m.content }}$]{% endif %}{% endfor %}"
 )
 
+PARTS = (
+  "{% for m in messages %}[{{ m.role[0] }}:{% for x in m.content |"
+  " selectattr('type', 'equalto', 'text') %}{{ x.text }}{% endfor %}$]"
+  "{% endfor %}{% if add_generation_prompt %}[a:{% endif %}"
+)
+MARKED_PARTS = (
+  "{% for m in messages %}[{{ m.role[0] }}:{% for x in m.content |"
+  " selectattr('type', 'equalto', 'text') %}{% if m.role == 'assistant' %}"
+  "{% generation %}{{ x.text }}$]{% endgeneration %}{% else %}{{ x.text }}$]"
+  "{% endif %}{% endfor %}{% endfor %}"
+)
+"""As llava-hf's, which leave messages out that are texts."""
+
 
 def turns(*contents, **last):
   roles = ("user", "assistant")
@@ -185,6 +198,14 @@ def test_words_that_look_like_the_template_change_nothing():
   assert learned(MARKED, messages)[0] == text
   # The mark includes the bracket; else the same.
   assert learned(MARKED, messages)[1].replace("]", ".") == mask
+
+
+@pytest.mark.parametrize(
+  ("template", "like"), [(PARTS, PLAIN), (MARKED_PARTS, MARKED)]
+)
+def test_templates_of_parts_get_what_messages_say(template, like):
+  messages = turns("q <image>", "one", "r", "two")
+  assert learned(template, messages) == learned(like, messages)
 
 
 def test_only_what_is_asked_for_is_learned():

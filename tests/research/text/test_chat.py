@@ -33,6 +33,25 @@ def test_smollm2_says_what_its_authors_meant():
 
 
 @pytest.mark.parametrize(
+  "content, expected",
+  [
+    ("m.content", False),
+    ("m.content if m.content is string else m.content[0].text", False),
+    ("m.content | map(attribute='text') | join", True),
+    ("m.content[0]['text'].strip()", True),  # a text has no such part
+    ("'fixed'", False),
+    ("raise_exception('no')", False),
+  ],
+)
+def test_templates_of_parts_are_known(content, expected):
+  template = "{% for m in messages %}[{{ " + content + " }}]{% endfor %}"
+  assert chat.leaves_out_texts(template, {}) == expected
+  turns = chat.in_parts(HELLO) if expected else HELLO
+  text = chat.render(template, turns) if "raise" not in content else ""
+  assert (text == "[Hello]") == (content[0] == "m")
+
+
+@pytest.mark.parametrize(
   "template, text",
   [
     ("{% for m in messages %}\n  {{ m.content }}\n{% endfor %}\n", "  Hello\n"),

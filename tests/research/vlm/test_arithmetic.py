@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from research.planning import flops
-from research.vlm import arithmetic
+from research.vlm import arithmetic, connectors
 from research.vlm.encoders import EncoderSizes
+from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.qwen import qwen2_5_vl
 from research.vlm.encoders.vit import Features
 from research.vlm.images.tiling.native import Native
+from research.vlm.images.tiling.overlap import Overlap
 from research.vlm.presets import PRESETS
 from tests import support_vlm
 
@@ -73,6 +75,33 @@ def test_products_are_those_of_the_traced_program(name):
   want = arithmetic.language_flops(model.language, 64, both_ways=True)
   got = flops.count_flops(hidden, shapes["language"], tokens)
   assert got == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  "connector",
+  [
+    connectors.SquareAttention(size=32, hidden=20, heads=2, head_dim=8),
+    connectors.GroupAttention(
+      size=32, hidden=20, width=16, heads=2, head_dim=8
+    ),
+  ],
+)
+def test_attention_within_groups_reads_each_patch(connector):
+  """Molmo's: as in the traced program; tiles of Molmo 2 overlap."""
+  model = dataclasses.replace(support_vlm.model(), connector=connector)
+  tiling = Overlap(tile=16, most=4, margins=(1, 1), patch=4, pool=2)
+  plan = tiling.plan(40, 24)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  images = jax.ShapeDtypeStruct((1, plan.views, 16, 16, 3), jnp.uint8)
+  if isinstance(connector, connectors.GroupAttention):
+    groups = tiling.groups(plan)
+    assert len(groups) < plan.views * connector.tokens(plan.patches)
+    groups = jax.ShapeDtypeStruct((1, *groups.shape), jnp.int32)
+    images = GroupedViews(images, groups)
+  want = flops.count_flops(model.encode, shapes, images)
+  found = arithmetic.encoder_flops(model, plan)
+  found += arithmetic.connector_flops(model, plan)
+  assert found == want
 
 
 @pytest.mark.parametrize("rows, columns", [(8, 8), (6, 10)])

@@ -177,3 +177,5 @@ def test_features_of_pixels_are_those_of_the_model():
   at = jnp.broadcast_to(vit.grid_coordinates(4, 4), (2, 16, 2))
   expected = model.encode_patches({"vision": tower}, patches, at)
   np.testing.assert_allclose(batch["features"], expected, rtol=1e-4, atol=1e-5)
+  with pytest.raises(UserError, match="found views of 2 x 4 patches"):
+    loss(towers, {"pixels": pixels[:, :, :8]}, None)

@@ -105,6 +105,14 @@ def test_siglips_scale_has_no_limit():
   assert Contrastive(SIGLIP).constrain(params) == params
 
 
+@pytest.mark.parametrize("height, width", [(8, 16), (32, 32)])
+def test_views_of_another_grid_than_the_positions_are_refused(height, width):
+  pixels = jnp.zeros((3, 1, height, width, 3), jnp.uint8)
+  words = f"found views of {height // 4} x {width // 4} patches"
+  with pytest.raises(UserError, match=words):
+    Contrastive(SIGLIP)({}, BATCH | {"pixels": pixels}, None)
+
+
 def test_microbatches_are_refused():
   with pytest.raises(UserError, match="accumulate: found 2 microbatches"):
     training.make_train_step(Contrastive(CLIP), optax.sgd(0.1), accumulate=2)

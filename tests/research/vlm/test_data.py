@@ -143,7 +143,12 @@ def test_a_sample_has_the_ids_of_its_whole_text():
   tokenizer = Tokenizer(backend=backend, stop=(backend.token_to_id("</s>"),))
   template = data.Template(question="{question}:", answer=" {answer}")
   found = data.tokens_of(
-    sample(question="b a", answer="a b"), (), tokenizer, 99, template
+    sample(question="b a", answer="a b"),
+    (),
+    tokenizer,
+    99,
+    template,
+    prompts.PromptFormat(),
   )
   whole = backend.encode("b a: a b</s>").ids
   assert found.tokens.tolist() == whole

@@ -12,6 +12,7 @@ from research.interop.vision.towers import Tower
 from research.io.fields import Fields
 from research.nn import presets
 from research.nn.transformer import Transformer
+from research.vlm.images.prompts import PromptFormat
 from research.vlm.model import VisionLanguageModel
 
 Config = Mapping[str, Any]
@@ -85,6 +86,7 @@ class Family:
     parts: the parts -> the other arguments of `VisionLanguageModel`.
     fields: (the model, config.json without these) -> further fields of
       config.json; with `parts`, both ways.
+    prompt: what its prompts have beside images and text.
     naming: which tensor belongs to which tower.
     vision_rows: what the encoder's tensors are called.
     connector_rows: what the connector's tensors are called.
@@ -103,6 +105,7 @@ class Family:
   fields: Callable[[VisionLanguageModel, Config], dict[str, Any]] = (
     lambda model, config: {}
   )
+  prompt: PromptFormat = PromptFormat()
   naming: Naming = like_llava()
   vision_rows: Sequence[names.Row] = names.VISION
   connector_rows: Sequence[names.Row]

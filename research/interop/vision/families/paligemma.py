@@ -14,6 +14,7 @@ from research.interop.vision.families.family import (
   field_of,
 )
 from research.vlm import connectors
+from research.vlm.images.presets import PALIGEMMA as PROMPT
 from research.vlm.masks import BidirectionalPrompt
 from research.vlm.model import VisionLanguageModel
 
@@ -52,6 +53,7 @@ PALIGEMMA = Family(
   language=Language("gemma", fields=_text),
   parts=_parts,
   fields=_fields,
+  prompt=PROMPT,
   connector_rows=names.linear("project", "linear"),
 )
 

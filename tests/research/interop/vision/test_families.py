@@ -1,5 +1,7 @@
 """Vision models out of Hugging Face's files, as transformers computes them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,16 @@ import pytest
 
 from kernels_pallas.masks import Mask
 from research.interop import load_model, vision
+from research.interop.vision import read
+from research.interop.vision import write as written
+from research.io import safetensors
 from research.typing import UserError
 from research.vlm import encoders, splice
 from research.vlm.encoders import EncoderSizes, vit
 from research.vlm.encoders.vit import Features
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.prompts import PromptFormat
+from research.vlm.images.tiling.square import Square
 from tests.support_golden import assert_close, config, golden, tensors, write
 
 CONTRASTIVE = ("clip", "siglip")
@@ -160,6 +168,24 @@ def test_a_file_of_another_model_is_refused(change, message, tmp_path):
   write(tmp_path, "llava", of_llava)
   with pytest.raises(UserError, match=message):
     vision.model_from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "name, form",
+  [
+    ("llava", PromptFormat()),
+    ("paligemma", PromptFormat(begin="after_images", end="\n")),
+  ],
+)
+def test_prompts_are_those_of_the_family(name, form, tmp_path):
+  """PaliGemmaProcessor: `<image>` for each, `<bos>`, the text, a newline."""
+  write(tmp_path, name, tensors(name))
+  patch = config(name)["vision_config"]["patch_size"]
+  how = Preprocessor(Square(4 * patch, patch=patch))
+  described = written.preprocessor_config(how)
+  safetensors.write_json(tmp_path / read.PREPROCESSOR, described)
+  found = load_model(tmp_path, towers="all").preprocessor
+  assert found == dataclasses.replace(how, prompt=form)
 
 
 def test_an_unknown_family_is_refused_by_name(tmp_path):

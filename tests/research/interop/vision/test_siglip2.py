@@ -36,10 +36,10 @@ def opened(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def inputs():
+def inputs(opened):
   """Returns the patches of all images, in places for 24, and where they are."""
   images = data.batch_images(prompts())
-  return native.encoder_inputs(images, HOW.normalise, 4)
+  return native.encoder_inputs(images, HOW.normalise, opened[0].image)
 
 
 @pytest.mark.slow

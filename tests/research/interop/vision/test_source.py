@@ -11,6 +11,7 @@ from research.interop.vision import Assembled
 from research.typing import UserError
 from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.encoders import EncoderSizes, siglip, siglip_text, vit
+from research.vlm.images.normalise import CLIP
 from tests import support, support_vlm
 
 SIZES = EncoderSizes(width=24, depth=2, heads=2, hidden=28, patch=4, grid=4)
@@ -22,10 +23,13 @@ class Source:
 
   model: object
   params: object
+  preprocessor: object = None
 
   def load(self, shardings=None):
     del shardings
-    return Loaded(self.model, self.params, None, {"format": "test"})
+    source = {"format": "test"}
+    how = self.preprocessor
+    return Loaded(self.model, self.params, None, source, preprocessor=how)
 
 
 def assembled(encoder=None):
@@ -72,6 +76,18 @@ def test_another_encoder_is_refused_by_its_differences():
     {"vision": 0},
   )
   with pytest.raises(UserError, match="found width 32, expected 24"):
+    assembled(source).load()
+
+
+@pytest.mark.parametrize("kind", ["vision language", "contrastive"])
+def test_an_encoder_of_other_pixels_is_refused(kind):
+  if kind == "contrastive":
+    how = dataclasses.replace(support_vlm.PREPROCESSOR, normalise=CLIP)
+    source = dataclasses.replace(two_towers(), preprocessor=how)
+  else:
+    model = dataclasses.replace(support_vlm.model(), normalise=CLIP)
+    source = Source(model, support_vlm.params())
+  with pytest.raises(UserError, match="Assembled.preprocessor: found Normal"):
     assembled(source).load()
 
 

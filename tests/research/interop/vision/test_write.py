@@ -80,6 +80,13 @@ def test_a_model_of_no_family_is_not_written(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_prompt_that_its_family_makes_otherwise_is_not_written(tmp_path):
+  model = dataclasses.replace(MODEL, mask=masks.BidirectionalPrompt())
+  model = dataclasses.replace(model, connector=connectors.Linear(size=32))
+  with pytest.raises(UserError, match="found PromptFormat.begin='first'"):
+    vision.write_model(tmp_path, loaded(model), PARAMS)
+
+
 def test_a_scale_that_the_file_cannot_say_is_not_written(tmp_path):
   model = dataclasses.replace(MODEL, scale=2.0)
   with pytest.raises(UserError, match="no config.json describes"):

@@ -35,8 +35,12 @@ def test_vqa_accuracy():
   for agree, expected in [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (9, 1)]:
     answers = ["a cat"] * agree + [f"dog {i}" for i in range(10 - agree)]
     assert evaluation.vqa_accuracy("Cat.", answers) == pytest.approx(expected)
-  with pytest.raises(UserError, match="found no answers"):
-    evaluation.vqa_accuracy("a", [])
+  for count, expected in [(2, 1 / 3), (3, 2 / 3), (4, 1)]:
+    found = evaluation.vqa_accuracy("a cat", ["cat"] * count)
+    assert found == pytest.approx(expected)
+  for count in range(2):
+    with pytest.raises(UserError, match=f"found {count} answers.*exact_match"):
+      evaluation.vqa_accuracy("a", ["a"] * count)
 
 
 def test_anls():
@@ -117,6 +121,11 @@ def test_parsers():
   assert first("It goes far to the left", ("to the left", "up high")) == (
     "to the left"
   )
+  shapes = ("red circle", "blue square")
+  assert first("A sacred circle; a blue square.", shapes) == "blue square"
+  assert first("Not one: red circles.", shapes) is None
+  assert first("None of them", ("none", "some")) == "none"
+  assert first("None of them", ("0", "1")) == "0"
   # LLaVA: the first sentence's words, and all else is yes.
   llava = evaluation.llava_yes_no
   cases = {

@@ -118,6 +118,43 @@ def test_shuffled_images_are_never_ones_own_and_of_the_same_question():
   assert order != evaluation.shuffled_images(samples, seed=1)
 
 
+@pytest.mark.parametrize("of_each, questions", [(2, 2), (3, 1), (6, 3)])
+def test_shuffled_images_are_other_pictures(of_each, questions):
+  """Of records that ask several questions about a picture."""
+  base, count = TASK.drawn(0), 12
+  samples = [
+    dataclasses.replace(base, question=f"q{i % questions}")
+    for i in range(count)
+  ]
+  pictures = [i // of_each for i in range(count)]
+  for seed in range(20):
+    order = evaluation.shuffled_images(samples, seed, pictures)
+    assert sorted(order) == list(range(count))
+    assert all(pictures[i] != pictures[j] for i, j in enumerate(order))
+    alone = evaluation.shuffled_images(samples, seed)
+    assert evaluation.shuffled_images(samples, seed, range(count)) == alone
+
+
+def test_shuffled_images_of_an_evaluation_are_other_pictures():
+  """Four questions about each of three pictures; shapes count as well."""
+  drawn = [TASK.drawn(i) for i in range(12)]
+  images = [np.full((4, 4, 3), 9, np.uint8), np.full((2, 8, 3), 9, np.uint8)]
+  images.append(np.zeros((4, 4, 3), np.uint8))
+  samples = [
+    dataclasses.replace(x, images=(images[i // 4],), question="q")
+    for i, x in enumerate(drawn)
+  ]
+  seen = []
+
+  def answer(images, questions):
+    seen.append([image for (image,) in images])
+    return ["yes"] * len(questions)
+
+  evaluation.evaluate(samples, answer, {})
+  real, _, shuffled = seen
+  assert not any(map(np.array_equal, real, shuffled))
+
+
 def test_a_question_that_occurs_once_gets_another_image_of_its_kind():
   base = TASK.drawn(0)
 

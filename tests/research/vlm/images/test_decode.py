@@ -183,6 +183,39 @@ def test_sixteen_bits_keep_the_high_byte_in_grey_as_in_colour():
   np.testing.assert_array_equal(open_image(png(256, 256, 16, 2, rows)), want)
 
 
+def tiff(bits: int, photometric: int, samples: bytes) -> bytes:
+  """Returns an uncompressed TIFF of 16 x 16 samples of grey."""
+  tags = {256: 16, 257: 16, 258: bits, 259: 1, 262: photometric, 273: 134}
+  tags |= {277: 1, 278: 16, 279: len(samples)}
+  out = b"II*\0" + struct.pack("<IH", 8, len(tags))
+  for tag, value in tags.items():
+    kind = (4, 1) if tag in (273, 279) else (3, 1)
+    out += struct.pack("<HHII", tag, *kind, value)
+  out = (out + bytes(4)).ljust(134, b"\0")
+  return out + samples
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_deep_tiffs_are_as_bright_as_they_say(bits, white_is_zero):
+  high = np.arange(256, dtype=np.int64)
+  low = RNG.integers(0, 1 << (bits - 8), 256)
+  values = high << (bits - 8) | low
+  if bits == 12:  # two samples in three bytes
+    a, b = values[::2], values[1::2]
+    parts = [a >> 4, (a & 15) << 4 | b >> 8, b & 255]
+    samples = np.stack(parts, axis=-1).astype(np.uint8).tobytes()
+  else:
+    samples = values.astype(f"<u{bits // 8}").tobytes()
+  if white_is_zero and bits == 12:
+    with pytest.raises(UserError, match="expected|no image"):
+      open_image(tiff(bits, 0, samples))
+    return
+  found = open_image(tiff(bits, int(not white_is_zero), samples))
+  want = 255 - high if white_is_zero else high
+  np.testing.assert_array_equal(found[..., 0].reshape(-1), want)
+
+
 def test_sixteen_bits_with_a_transparent_value():
   values = np.array([[300, 65535, 301]], ">u2")
   data = png(3, 1, 16, 0, b"\0" + values.tobytes(), [(b"tRNS", b"\x01\x2c")])
