@@ -99,13 +99,24 @@ def _save_adapter(folder, experiment, built, params) -> bool:
   if base is None or not tree.count(adapters) or _changed(experiment, rest):
     return False
   params = tree.combine(device_context.gather(adapters), rest)
-  if not runtime.is_first_process():
-    return True
+  written = runtime.is_first_process() and _wrote_adapter(
+    folder, base, built.loaded, params
+  )
+  return runtime.said_by_first_process(written)
+
+
+def _wrote_adapter(folder, base, loaded, params) -> bool:
+  """Writes adapters, and says why if PEFT has no form for them."""
   if pathlib.Path(base).exists():
     base = str(load.locate(base).resolve())  # of a run, the model in it
-  loaded = built.loaded
   naming = peft_names.naming_of_source(loaded.source)
-  peft.save_adapter(folder, params, loaded.model, base, naming=naming)
+  try:
+    peft.save_adapter(folder, params, loaded.model, base, naming=naming)
+  except WriteError:
+    raise
+  except UserError as error:
+    log(f"The adapter is written with the whole model, for Heptad: {error}")
+    return False
   return True
 
 

@@ -316,22 +316,28 @@ def first_process_first(act: Callable[[], Any]) -> Any:
 
   if jax.process_count() == 1:
     return act()
-  import numpy as np
-  from jax.experimental import multihost_utils
-
   from research.typing import UserError
 
-  def agree(good: bool) -> bool:
-    return bool(multihost_utils.broadcast_one_to_all(np.array(good)))
-
   if not is_first_process():
-    if not agree(True):
+    if not said_by_first_process(True):
       raise UserError("stopped: the first process failed, and says why")
     return act()
   try:
     result = act()
   except Exception:
-    agree(False)
+    said_by_first_process(False)
     raise
-  agree(True)
+  said_by_first_process(True)
   return result
+
+
+def said_by_first_process(value: bool) -> bool:
+  """Returns the first process's value, in all of them; each has to call it."""
+  import jax
+
+  if jax.process_count() == 1:
+    return value
+  import numpy as np
+  from jax.experimental import multihost_utils
+
+  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
