@@ -157,12 +157,13 @@ def sample(
     look: called after each block, to show it.
 
   Raises:
-    UserError: logits are not finite.
+    UserError: logits are not finite, or candidates cannot be drawn so.
   """
   if checked_config(config).canvas is not None:
     raise UserError(
       "sampler: canvas is one that grows, which variable_length.sample fills"
     )
+  check_sampling(sampling)
   state = tree.device_put_like(state, params)
   total, memory, one = state.tokens.shape[1], None, config.of_block
   ours = np.asarray(~state.fixed).any(0)
@@ -193,6 +194,17 @@ def checked_config(config: SamplerConfig) -> SamplerConfig:
       "SamplerConfig.for_model returns them"
     )
   return config
+
+
+def check_sampling(sampling: Sampling) -> None:
+  """Raises UserError if candidates cannot be drawn so."""
+  samplers.check(sampling)
+  if sampling.repetition_penalty is not None:
+    raise UserError(
+      f"sampler: repetition_penalty is {sampling.repetition_penalty}, expected "
+      "None: masks are filled in any order, and tokens are not penalized for "
+      "those that are there"
+    )
 
 
 def checked(finite: Bool[Array, ""], where: str) -> None:
