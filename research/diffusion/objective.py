@@ -52,7 +52,7 @@ class MaskedDiffusion:
     shift: whether a token is predicted by the state before it, see
       `denoiser.own_rows`.
     complement: each row comes twice, the second time with the other tokens
-      masked, at time 1 - t; linear schedules only.
+      masked, at time 1 - t; linear schedules in continuous time only.
     levels: number of steps of the discrete-time bound (MD4, equation 6), or
       None for continuous time.
     never_mask: whether the mask has no probability (MDLM's zero masking
@@ -80,6 +80,12 @@ class MaskedDiffusion:
       raise UserError(
         "MaskedDiffusion: complement needs a linear schedule, found "
         f"{type(self.schedule).__name__}"
+      )
+    if self.complement and self.levels is not None:
+      raise UserError(
+        f"MaskedDiffusion: complement with levels {self.levels}, expected None:"
+        " nothing is the complement of the last step's masks, which are all, so"
+        " that it would count half"
       )
     if self.levels is not None and self.levels < 1:
       raise UserError(

@@ -260,6 +260,7 @@ def test_evaluation_draws_the_same_masks_every_time():
   ("change", "message"),
   [
     (dict(complement=True, schedule=Cosine()), "needs a linear schedule"),
+    (dict(complement=True, levels=4), "complement with levels 4"),
     (dict(levels=0), "levels is 0"),
   ],
 )
