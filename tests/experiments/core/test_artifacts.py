@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.core import artifacts, config
+from experiments.core import artifacts, config, experiment
 from research.diffusion import mask_ratio_time
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.sampling.block_causal import BlockCausal
 from research.interop import load
 from research.interop.diffusion.spec import Spec
+from research.lora import adapt, wrap
+from research.lora.methods import lora
 from research.nn.time_embedding import TimeEmbedding
+from research.training.objectives.objective import NextToken
 from research.typing import WriteError
 
 RUN = "runs/llada/genmd4_markov.gin"
@@ -66,6 +69,44 @@ def test_it_says_what_its_masks_are(tmp_path, block, clock):
 
   got, want = scores(again.model, again.params), scores(model, params)
   np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+  ("objective", "change"),
+  [
+    (MaskedDiffusion(mask_id=MASK, shift=True), {}),
+    (MaskedDiffusion(mask_id=MASK), dict(shift=False)),
+    (MaskedDiffusion(mask_id=MASK - 1, shift=True), dict(mask_id=MASK - 1)),
+    (BlockDiffusion(mask_id=MASK, shift=True, block=4), dict(block=4)),
+    (NextToken(), {}),
+  ],
+)
+@pytest.mark.parametrize("adapters", [False, True])
+def test_what_it_learned_of_masks_is_what_it_says(
+  tmp_path, objective, change, adapters
+):
+  """Of a model that had masks before; adapters alone say their base's."""
+  first = MaskedDiffusion(mask_id=MASK, shift=True)
+  base = tmp_path / "base"
+  *_, before = left(base, first, None)
+  transforms = ()
+  if adapters:
+    transforms = (adapt.Adapt(method=lora.LoRA(rank=2)),)
+  run = config.read(RUN).experiment
+  run = dataclasses.replace(
+    run,
+    model=experiment.Pretrained(name=str(base)),
+    objective=objective,
+    transforms=transforms,
+    trainable=wrap.TRAINABLE if adapters else ".",
+  )
+  built = run.build()
+  small = artifacts._save_adapter(tmp_path / "a", run, built, built.params)
+  assert small == (adapters and not change)
+  folder = tmp_path / "model"
+  assert artifacts._save_model(folder, run, built, built.params)
+  want = dataclasses.replace(before.diffusion, **change)
+  assert load.load_model(folder).diffusion == want
 
 
 def test_a_full_disk_is_an_error_and_no_remark(tmp_path):
