@@ -231,6 +231,12 @@ def _spec_of(
   )
 
 
+def with_masks(loaded: Loaded, objective: Any) -> Loaded:
+  """Returns a model that says which masks it was trained to fill."""
+  how = _spec_of(objective, loaded.diffusion, loaded.tokenizer)
+  return dataclasses.replace(loaded, diffusion=how)
+
+
 def next_commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
   """Returns commands to try next, with the Python that runs this process."""
   python = os.path.relpath(sys.executable)
@@ -251,6 +257,8 @@ def next_commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
     perplexity = f"{python} -m experiments.perplexity --model={where}"
     if isinstance(usable.model, SeesImages):
       tried = [f'{generate} --image=FILE --prompt="What is there?"']
+    elif usable.diffusion is not None:
+      tried = [f'{generate} --sampler=diffusion --prompt="A decorator is"']
     else:
       tried = [
         f'{generate} --prompt="A Python decorator is"',

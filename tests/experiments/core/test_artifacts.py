@@ -2,6 +2,7 @@
 
 import dataclasses
 import resource
+import types
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,19 @@ def test_what_it_learned_of_masks_is_what_it_says(
   assert artifacts._save_model(folder, run, built, built.params)
   want = dataclasses.replace(before.diffusion, **change)
   assert load.load_model(folder).diffusion == want
+  assert artifacts.with_masks(before, objective).diffusion == want
+
+
+def test_what_to_try_next_fills_in_masks(tmp_path):
+  words = types.SimpleNamespace(stop=(1,))
+  run = config.read(RUN).experiment
+  loaded = dataclasses.replace(run.build().loaded, tokenizer=words)
+  for objective in (NextToken(), MaskedDiffusion(mask_id=MASK)):
+    made = artifacts.with_masks(loaded, objective)
+    said = artifacts.next_commands(tmp_path, made, 1)
+    masks = objective != NextToken()
+    assert ("--sampler=diffusion --prompt=" in said) == masks
+    assert ("experiments.perplexity" in said) != masks
 
 
 def test_a_full_disk_is_an_error_and_no_remark(tmp_path):

@@ -20,6 +20,7 @@ from research.diffusion.sampling.config import SamplerConfig
 from research.generation import generate
 from research.generation.sampling import GREEDY
 from research.interop import rewards
+from research.interop.diffusion.spec import Spec
 from research.interop.loaded import Loaded
 from research.prm import formats, judge
 from research.prm.labelled import LabelledSolution
@@ -55,6 +56,7 @@ class Source:
   """The model, which never ends a text by itself."""
 
   mask: masks.PromptMask = masks.Causal()
+  diffusion: Spec | None = None
 
   def load(self, shardings=None):
     del shardings
@@ -63,6 +65,7 @@ class Source:
       support_vlm.params(),
       WORDS,
       {},
+      diffusion=self.diffusion,
       preprocessor=support_vlm.PREPROCESSOR,
     )
 
@@ -222,6 +225,17 @@ def test_a_sampler_that_goes_on_behind_an_end_is_an_error():
   """Each of its solutions would be cut, and none would have an answer."""
   with pytest.raises(UserError, match="sampler: found stop_early=False"):
     search(sampler=SamplerConfig(stop_early=False))
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_a_model_of_masks_needs_a_sampler(block):
+  source = Source(diffusion=Spec(mask_id=66, shift=True, block=block))
+  run = SearchRun(
+    task=TASK, policy=source, strategy=Independent(), problems=(0, 2),
+    prompting=DRAWN, stop_tokens=(1000,),
+  )  # fmt: skip
+  with pytest.raises(UserError, match="SearchRun.policy, without a sampler"):
+    next(sampling.batches(run))
 
 
 def test_a_diffusion_policy_fills_blocks_with_its_picture_in_sight():
