@@ -205,7 +205,9 @@ def _with_mask_config(source: sources.Source, objective: Any) -> sources.Source:
   how = _spec_of(objective, known, source.tokenizer)
   if how == known:
     return source
-  config = dict(config) | {spec.FIELD: how.to_config()}
+  # Some families name it among the fields of their text model alone.
+  config = {"vocab_size": source.model.vocab_size} | dict(config)
+  config |= {spec.FIELD: how.to_config()}
   return dataclasses.replace(source, config=config)
 
 

@@ -14,8 +14,8 @@ from research.diffusion import mask_ratio_time
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.sampling.block_causal import BlockCausal
-from research.interop import load
-from research.interop.diffusion.spec import Spec
+from research.interop import load, sources
+from research.interop.diffusion.spec import Spec, from_config
 from research.lora import adapt, wrap
 from research.lora.methods import lora
 from research.nn.time_embedding import TimeEmbedding
@@ -109,6 +109,17 @@ def test_what_it_learned_of_masks_is_what_it_says(
   want = dataclasses.replace(before.diffusion, **change)
   assert load.load_model(folder).diffusion == want
   assert artifacts.with_masks(before, objective).diffusion == want
+
+
+def test_a_config_of_a_text_model_within_another_is_read_again():
+  model = config.read(RUN).experiment.build().loaded.model
+  source = sources.Source(
+    model=model, parts={}, params=dict, origin={},
+    config={"model_type": "gemma3", "text_config": {"vocab_size": MASK + 1}},
+  )  # fmt: skip
+  made = artifacts._with_mask_config(source, MaskedDiffusion(mask_id=MASK))
+  assert from_config(made.config) == Spec(mask_id=MASK)
+  assert artifacts._with_mask_config(source, NextToken()) is source
 
 
 def test_what_to_try_next_fills_in_masks(tmp_path):
