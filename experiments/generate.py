@@ -205,12 +205,9 @@ _NOT_OF_DIFFUSION = (
 
 def _load() -> Any:
   """Returns the model."""
-  packed = FLAGS["packed"].value
   towers = "language" if _SAMPLER.value == "diffusion" else "all"
-  loaded = packed_weights.load(_MODEL.value, _DTYPE.value, packed, towers)
-  if loaded.tokenizer is None:
-    raise UserError(f"--model={_MODEL.value}: found no tokenizer in it")
-  return loaded
+  given = _MODEL.value, _DTYPE.value, FLAGS["packed"].value, towers
+  return packed_weights.load_with_tokenizer(*given)
 
 
 def _prepared(loaded: Any, names: Any, places: Any) -> Any:
@@ -444,6 +441,7 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
   """Returns what generating token by token gives; no texts: a conversation."""
   from experiments.generating import (
     conversation,
+    diffusion,
     generate_adapters,
     generate_pages,
     images,
@@ -460,6 +458,7 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
       f"--adapter: found {len(rows)}, expected at most one for a conversation"
     )
   loaded = _load()
+  diffusion.check_next_token(loaded, f"--model={_MODEL.value}")
   images.check(loaded.model, _IMAGE.value, texts)
   mask = images.mask_of(loaded.model)
   if _IMAGE.value:

@@ -91,12 +91,17 @@ def save(
 def _save_adapter(folder, experiment, built, params) -> bool:
   """Writes trained adapters in PEFT's format; returns whether it did.
 
-  Adapters describe the trained model only if nothing else was trained, and if
-  their base has a name: it was not trained from scratch or by an earlier stage.
+  Adapters describe the trained model only if nothing else was trained, if its
+  masks are those of its base, and if their base has a name: it was not trained
+  from scratch or by an earlier stage. Adapters that PEFT has no form for are
+  left to the whole model.
   """
   adapters, rest = tree.partition(params, wrap.TRAINABLE)
   base = getattr(experiment.model, "name", None)
   if base is None or not tree.count(adapters) or _changed(experiment, rest):
+    return False
+  known, tokenizer = built.loaded.diffusion, built.loaded.tokenizer
+  if _spec_of(experiment.objective, known, tokenizer) != known:
     return False
   params = tree.combine(device_context.gather(adapters), rest)
   written = runtime.is_first_process() and _wrote_adapter(
@@ -202,19 +207,48 @@ def _save_vision_model(folder, loaded, params) -> bool:
 
 
 def _with_mask_config(source: sources.Source, objective: Any) -> sources.Source:
-  """Returns the source; a new diffusion model's config gets its mask."""
-  mask = getattr(objective, "mask_id", -1)
-  if source.config is not None or mask < 0:
+  """Returns the source; its config says which masks it was trained to fill."""
+  if getattr(objective, "mask_id", -1) < 0:
     return source
-  how = spec.Spec(
+  config = source.config
+  if config is None:
+    config = hf_write.config_json(source.model, None, None, source.hint)
+  known = spec.from_config(config)
+  how = _spec_of(objective, known, source.tokenizer)
+  if how == known:
+    return source
+  # Some families name it among the fields of their text model alone.
+  config = {"vocab_size": source.model.vocab_size} | dict(config)
+  config |= {spec.FIELD: how.to_config()}
+  return dataclasses.replace(source, config=config)
+
+
+def _spec_of(
+  objective: Any, known: spec.Spec | None, tokenizer: Any
+) -> spec.Spec | None:
+  """Returns what a model's masks are after training by an objective.
+
+  Args:
+    objective: the loss; one without masks changes nothing.
+    known: what they were before, or None.
+    tokenizer: whose stop tokens end texts of a new diffusion model; or None.
+  """
+  mask = getattr(objective, "mask_id", -1)
+  if mask < 0:
+    return known
+  end = (tokenizer.stop if tokenizer else ()) if known is None else known.end
+  return spec.Spec(
     mask_id=mask,
     shift=getattr(objective, "shift", False),
     block=getattr(objective, "block", None),
-    end=source.tokenizer.stop if source.tokenizer else (),
+    end=end,
   )
-  config = hf_write.config_json(source.model, None, None, source.hint)
-  config |= {spec.FIELD: how.to_config()}
-  return dataclasses.replace(source, config=config)
+
+
+def with_masks(loaded: Loaded, objective: Any) -> Loaded:
+  """Returns a model that says which masks it was trained to fill."""
+  how = _spec_of(objective, loaded.diffusion, loaded.tokenizer)
+  return dataclasses.replace(loaded, diffusion=how)
 
 
 def next_commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
@@ -237,6 +271,8 @@ def next_commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
     perplexity = f"{python} -m experiments.perplexity --model={where}"
     if isinstance(usable.model, SeesImages):
       tried = [f'{generate} --image=FILE --prompt="What is there?"']
+    elif usable.diffusion is not None:
+      tried = [f'{generate} --sampler=diffusion --prompt="A decorator is"']
     else:
       tried = [
         f'{generate} --prompt="A Python decorator is"',

@@ -54,7 +54,10 @@ def load(
 
 
 def load_with_tokenizer(
-  name: str, dtype: str = "float32", packed: bool | None = None
+  name: str,
+  dtype: str = "float32",
+  packed: bool | None = None,
+  towers: Any = "language",
 ) -> Any:
   """Returns a model that reads text, see `load`.
 
@@ -63,7 +66,7 @@ def load_with_tokenizer(
   """
   from research.typing import UserError
 
-  loaded = load(name, dtype, packed)
+  loaded = load(name, dtype, packed, towers)
   if loaded.tokenizer is None:
     raise UserError(f"--model={name}: found no tokenizer in it")
   return loaded

@@ -171,7 +171,9 @@ def _train(
   artifacts.write_text(
     workdir / "result.json", json.dumps(result, indent=2) + "\n"
   )
-  loaded = built.loaded if readable else None
+  loaded = None
+  if readable:
+    loaded = artifacts.with_masks(built.loaded, experiment.objective)
   artifacts.log(artifacts.next_commands(workdir, loaded, result["devices"]))
   return result
 

@@ -57,6 +57,9 @@ class TextPerplexity:
     Raises:
       UserError: a setting does not fit the model, or the text has one token.
     """
+    from experiments.generating import diffusion
+
+    diffusion.check_next_token(loaded, f"--model={name}")
     kv, chunk = self._quantizer(), self.chunk
     if kv is not None and chunk is None:
       chunk = 1

@@ -8,6 +8,7 @@ import jax
 
 from experiments.core.experiment import Source
 from experiments.generating import policies
+from experiments.generating.diffusion import check_next_token
 from research.data.sources import jsonl
 from research.generation.sampling import Sampling
 from research.generation.sampling import check as check_sampling
@@ -158,6 +159,7 @@ class LabelRun:
     self, problems: Sequence[Problem]
   ) -> policy_samples.PolicySampler:
     loaded = self.policy.load()
+    check_next_token(loaded, "LabelRun.policy")
     if loaded.tokenizer is None or not loaded.tokenizer.stop:
       raise UserError(
         "LabelRun.policy: found no tokenizer with a token that ends a text,"

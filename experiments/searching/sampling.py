@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 import jax
 
 from experiments.generating import policies
+from experiments.generating.diffusion import check_next_token
 from experiments.searching import texts
 from experiments.searching.context import Context
 from experiments.searching.free_verifiers import ReadsProblems
@@ -111,6 +112,7 @@ class Search:
     found = policies.policy_of(loaded, prompts, "SearchRun.policy")
     room = max(map(len, prompts))
     if run.sampler is None:
+      check_next_token(loaded, "SearchRun.policy, without a sampler")
       policy = Stepwise(
         model=found.model,
         params=found.params,

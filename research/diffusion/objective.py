@@ -52,7 +52,8 @@ class MaskedDiffusion:
     shift: whether a token is predicted by the state before it, see
       `denoiser.own_rows`.
     complement: each row comes twice, the second time with the other tokens
-      masked, at time 1 - t; linear schedules only.
+      masked, at the time that masks so many; linear schedules in continuous
+      time only.
     levels: number of steps of the discrete-time bound (MD4, equation 6), or
       None for continuous time.
     never_mask: whether the mask has no probability (MDLM's zero masking
@@ -81,6 +82,12 @@ class MaskedDiffusion:
         "MaskedDiffusion: complement needs a linear schedule, found "
         f"{type(self.schedule).__name__}"
       )
+    if self.complement and self.levels is not None:
+      raise UserError(
+        f"MaskedDiffusion: complement with levels {self.levels}, expected None:"
+        " nothing is the complement of the last step's masks, which are all, so"
+        " that it would count half"
+      )
     if self.levels is not None and self.levels < 1:
       raise UserError(
         f"MaskedDiffusion: levels is {self.levels}, expected at least 1"
@@ -104,7 +111,7 @@ class MaskedDiffusion:
     if self.model.time_embedding is not None:
       time = self.times(drawn, maskable, batch["segments"])
       if self.complement:
-        time = jnp.concatenate([time, 1 - time])
+        time = jnp.concatenate([time, self._complement(time)])
     if self.complement:
       batch = {k: jnp.concatenate([v, v]) for k, v in batch.items()}
       tokens = batch["tokens"]
@@ -183,8 +190,13 @@ class MaskedDiffusion:
     if self.complement:
       masked = jnp.concatenate([masked, maskable & ~masked])
       # Half of each: together they see every token once.
-      counts = 0.5 * jnp.concatenate([counts, self._counts(1 - t)])
+      others = self._counts(self._complement(t))
+      counts = 0.5 * jnp.concatenate([counts, others])
     return masked, counts
+
+  def _complement(self, t: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """Returns when as many are masked as are clean at time t."""
+    return self.schedule.time(self.schedule.alpha(t))
 
   def _counts(self, t: Float[Array, "B T"]) -> Float[Array, "B T"]:
     if self.count == "uniform":

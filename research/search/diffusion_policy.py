@@ -22,7 +22,6 @@ from research.diffusion.sampling import layout, sampler
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.denoiser import Denoiser
 from research.generation import generate
-from research.generation import sampling as samplers
 from research.generation.decoding import Drawn
 from research.generation.generated import NO_TOKEN
 from research.generation.sampling import GREEDY, Sampling
@@ -75,7 +74,7 @@ class DiffusionPolicy:
   reader: PromptReader | None = None
 
   def __post_init__(self):
-    samplers.check(self.sampling)
+    sampler.check_sampling(self.sampling)
     config = sampler.checked_config(self.config)
     unit = self._cost.unit
     if unit not in (1, config.block):

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import perplexity
+from experiments.core import cli
 from experiments.generating import prepared_rows, unmask_display
 from research.diffusion.sampling import sampler, variable_length, visualize
 from research.diffusion.sampling.config import Growth, SamplerConfig
@@ -337,6 +339,22 @@ def test_errors(command, name, arguments, words):
   status, _, errors = command(name, *arguments)
   assert status == 1 and words in errors
   assert len(errors.splitlines()) <= 3 and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("name", ["all", "four", "one"])
+def test_masks_are_not_read_from_left_to_right(
+  capsys, command, places, tmp_path, name
+):
+  """But for blocks of one token, which are what the model was."""
+  text = tmp_path / "text"
+  text.write_text("the cat sat on the mat")
+  flags = f"--model={places[name]}", f"--text={text}", "--window=4"
+  read = cli.call(perplexity.main, ["command", *flags])
+  said = [(read, capsys.readouterr().err)]
+  said.append(command(name, "--sampler=autoregressive")[::2])
+  for status, errors in said:
+    assert status == (name != "one"), errors
+    assert ("fills in masks; expected a model that" in errors) == bool(status)
 
 
 @pytest.mark.parametrize("block", [None, 4])

@@ -43,7 +43,7 @@ class State:
     done: bool `[B]`, rows that have ended.
     filled: int32 `[B, T]`, the step that filled a place, -1 for none.
     confidence: float32 `[B, T]`, how probable a place's token was when it was
-      filled.
+      filled, or put in place of another one.
     calls: int32, steps of the batch so far, each a call of the denoiser.
   """
 
@@ -157,12 +157,13 @@ def sample(
     look: called after each block, to show it.
 
   Raises:
-    UserError: logits are not finite.
+    UserError: logits are not finite, or candidates cannot be drawn so.
   """
   if checked_config(config).canvas is not None:
     raise UserError(
       "sampler: canvas is one that grows, which variable_length.sample fills"
     )
+  check_sampling(sampling)
   state = tree.device_put_like(state, params)
   total, memory, one = state.tokens.shape[1], None, config.of_block
   ours = np.asarray(~state.fixed).any(0)
@@ -193,6 +194,17 @@ def checked_config(config: SamplerConfig) -> SamplerConfig:
       "SamplerConfig.for_model returns them"
     )
   return config
+
+
+def check_sampling(sampling: Sampling) -> None:
+  """Raises UserError if candidates cannot be drawn so."""
+  samplers.check(sampling)
+  if sampling.repetition_penalty is not None:
+    raise UserError(
+      f"sampler: repetition_penalty is {sampling.repetition_penalty}, expected "
+      "None: masks are filled in any order, and tokens are not penalized for "
+      "those that are there"
+    )
 
 
 def checked(finite: Bool[Array, ""], where: str) -> None:
@@ -384,7 +396,7 @@ def fill(
   eligible = masked & active[:, None]
   count = quota(config, planned, masked.sum(-1), i, _keys(state))
   kept = config.policy.commit(confidence, eligible, count) & eligible
-  new = jnp.where(kept, found, tokens)
+  new, changed = jnp.where(kept, found, tokens), kept
   edited, taking_part = jnp.zeros_like(active), active
   if config.edit is not None:
     taking_part = ~state.done & ours.any(-1)
@@ -393,7 +405,8 @@ def fill(
     other = free & (found != tokens) & (chance > config.edit)
     other &= taking_part[:, None]
     # What was filled now is looked at once more, too.
-    new, edited = jnp.where(other, found, new), (other | kept).any(-1)
+    changed = other | kept
+    new, edited = jnp.where(other, found, new), changed.any(-1)
   calls = state.calls + 1
   filled = jnp.where(kept, state.calls, cut(state.filled, at, size))
   before = cut(state.confidence, at, size)
@@ -408,7 +421,7 @@ def fill(
     tokens=_put(state.tokens, new, at),
     masked=_put(state.masked, (masked & ~kept) | again, at),
     filled=_put(state.filled, filled, at),
-    confidence=_put(state.confidence, jnp.where(kept, chance, before), at),
+    confidence=_put(state.confidence, jnp.where(changed, chance, before), at),
     count=state.count + taking_part,
     calls=calls,
   )

@@ -93,9 +93,11 @@ def sample(
     look: called after each block, to show it.
 
   Raises:
-    UserError: logits are not finite, or no canvas grows.
+    UserError: logits are not finite, no canvas grows, or candidates cannot be
+      drawn so.
   """
   _growth(config)
+  sampler.check_sampling(sampling)
   state = tree.device_put_like(state, params)
   width = state.tokens.shape[1] - config.length
   state, looked, finite = _measured(denoiser, params, state, config)

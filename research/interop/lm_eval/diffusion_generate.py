@@ -50,18 +50,13 @@ def generate_until(
 def _filled(loaded, spec, contexts, options, numbers, how) -> list[str]:
   tokenizer = loaded.tokenizer
   count = how.options.get("length", options.count)
-  if "length" in how.options and count >= texts.context_of(loaded.model):
-    raise UserError(
-      f"Asking.options: length is {count}, expected less than the model's "
-      f"context, {texts.context_of(loaded.model)}"
-    )
-  room = max(1, texts.context_of(loaded.model) - count)
+  block = _block(spec, how, count)
+  room = _room(texts.context_of(loaded.model), count, block, spec)
   prompts = [
     tokenizer.special.truncate(tokenizer.prompt(text), room)
     or [texts.prefix(tokenizer)]
     for text in contexts
   ]
-  block = _block(spec, how, count)
   laid, length = _laid(prompts, count, block, spec)
   config = _config(loaded, spec, how, count, length, block)
   key, examples = jax.random.key(how.seed), jnp.asarray(numbers)
@@ -104,6 +99,21 @@ def _block(spec: Spec, how: Asking, count: int) -> int:
       f"Asking.options: block is {block}, expected the model's, {spec.block}"
     )
   return spec.block
+
+
+def _room(context: int, count: int, block: int, spec: Spec) -> int:
+  """Returns the tokens of a prompt that fit before `count` in whole blocks."""
+  if spec.block is None:
+    room = context - layout.round_up(count, block)
+  else:
+    room = context // block * block - count
+  if room < 1:
+    raise UserError(
+      f"generation: length is {count} in blocks of {block}, expected less, so"
+      f" that blocks and a prompt fit the model's context, {context}; set"
+      " max_gen_toks, or length in Asking.options"
+    )
+  return room
 
 
 def _config(

@@ -1,22 +1,27 @@
-"""What is left of a model that fills in masks, trained from scratch."""
+"""What a run leaves: its model, which says what its masks are, or adapters."""
 
 import dataclasses
 import resource
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.core import artifacts, config
+from experiments.core import artifacts, config, experiment
 from research.diffusion import mask_ratio_time
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.sampling.block_causal import BlockCausal
-from research.interop import load
-from research.interop.diffusion.spec import Spec
+from research.interop import load, loaded, sources
+from research.interop.diffusion.spec import Spec, from_config
+from research.lora import adapt, wrap
+from research.lora.methods import dora, lora
 from research.nn.time_embedding import TimeEmbedding
+from research.training.objectives.objective import NextToken
 from research.typing import WriteError
+from tests import support
 
 RUN = "runs/llada/genmd4_markov.gin"
 MASK = 10
@@ -66,6 +71,90 @@ def test_it_says_what_its_masks_are(tmp_path, block, clock):
 
   got, want = scores(again.model, again.params), scores(model, params)
   np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+  ("objective", "change"),
+  [
+    (MaskedDiffusion(mask_id=MASK, shift=True), {}),
+    (MaskedDiffusion(mask_id=MASK), dict(shift=False)),
+    (MaskedDiffusion(mask_id=MASK - 1, shift=True), dict(mask_id=MASK - 1)),
+    (BlockDiffusion(mask_id=MASK, shift=True, block=4), dict(block=4)),
+    (NextToken(), {}),
+  ],
+)
+@pytest.mark.parametrize("adapters", [False, True])
+def test_what_it_learned_of_masks_is_what_it_says(
+  tmp_path, objective, change, adapters
+):
+  """Of a model that had masks before; adapters alone say their base's."""
+  first = MaskedDiffusion(mask_id=MASK, shift=True)
+  base = tmp_path / "base"
+  *_, before = left(base, first, None)
+  transforms = ()
+  if adapters:
+    transforms = (adapt.Adapt(method=lora.LoRA(rank=2)),)
+  run = config.read(RUN).experiment
+  run = dataclasses.replace(
+    run,
+    model=experiment.Pretrained(name=str(base)),
+    objective=objective,
+    transforms=transforms,
+    trainable=wrap.TRAINABLE if adapters else ".",
+  )
+  built = run.build()
+  small = artifacts._save_adapter(tmp_path / "a", run, built, built.params)
+  assert small == (adapters and not change)
+  folder = tmp_path / "model"
+  assert artifacts._save_model(folder, run, built, built.params)
+  want = dataclasses.replace(before.diffusion, **change)
+  assert load.load_model(folder).diffusion == want
+  assert artifacts.with_masks(before, objective).diffusion == want
+
+
+def test_a_config_of_a_text_model_within_another_is_read_again():
+  model = config.read(RUN).experiment.build().loaded.model
+  source = sources.Source(
+    model=model, parts={}, params=dict, origin={},
+    config={"model_type": "gemma3", "text_config": {"vocab_size": MASK + 1}},
+  )  # fmt: skip
+  made = artifacts._with_mask_config(source, MaskedDiffusion(mask_id=MASK))
+  assert from_config(made.config) == Spec(mask_id=MASK)
+  assert artifacts._with_mask_config(source, NextToken()) is source
+
+
+def test_what_to_try_next_fills_in_masks(tmp_path):
+  words = types.SimpleNamespace(stop=(1,))
+  run = config.read(RUN).experiment
+  loaded = dataclasses.replace(run.build().loaded, tokenizer=words)
+  for objective in (NextToken(), MaskedDiffusion(mask_id=MASK)):
+    made = artifacts.with_masks(loaded, objective)
+    said = artifacts.next_commands(tmp_path, made, 1)
+    masks = objective != NextToken()
+    assert ("--sampler=diffusion --prompt=" in said) == masks
+    assert ("experiments.perplexity" in said) != masks
+
+
+def test_adapters_without_a_form_in_peft_are_left_to_the_model(
+  tmp_path, capsys
+):
+  """PEFT ties an embedding's DoRA to no head, which has other magnitudes."""
+  model = support.model("llama", tied=True)
+  put = adapt.Adapt(method=dora.DoRA(rank=2, alpha=4.0), targets=("embed",))
+  params = put(support.params(model), jax.random.key(0))
+  run = dataclasses.replace(
+    config.read(RUN).experiment,
+    model=experiment.Pretrained(name="a-base"),
+    objective=NextToken(),
+    transforms=(),
+    trainable=wrap.TRAINABLE,
+  )
+  built = experiment.Built(
+    loaded=loaded.Loaded(model, params, None, {}), params=params, objective=None
+  )
+  assert not artifacts._save_adapter(tmp_path / "a", run, built, params)
+  assert "PEFT ties plain LoRA alone" in capsys.readouterr().err
+  assert not (tmp_path / "a").exists()
 
 
 def test_a_full_disk_is_an_error_and_no_remark(tmp_path):

@@ -11,6 +11,8 @@ import pytest
 from experiments.core import config, train_eval
 from experiments.labelling import label_run
 from research.interop import rewards
+from research.interop.diffusion.spec import Spec
+from research.interop.loaded import Loaded
 from research.prm import formats, judge
 from research.prm.labelled import LabelledSolution
 from research.prm.policy_samples import with_exact_labels
@@ -18,6 +20,7 @@ from research.reasoning.segmentation import SEMICOLON, steps_of
 from research.reasoning.tasks import Countdown
 from research.training.checkpoints.workdir import claim_workdir
 from research.typing import UserError
+from tests import support
 
 SMALL = ["NUMBERS=3", "VALUES=(1, 4)"]
 TASK = Countdown(numbers=3, values=(1, 4), count=200000)
@@ -137,6 +140,16 @@ def test_settings_are_checked():
     labels("FIRST=5", "LAST=5")
   with pytest.raises(UserError, match="LabelRun.segmenter: found 'line'"):
     labels("label_run.LabelRun.segmenter=line")
+
+
+def test_a_policy_that_fills_in_masks_is_an_error():
+  class Masked:
+    def load(self):
+      return Loaded(support.model(), {}, None, {}, Spec(mask_id=3))
+
+  run = dataclasses.replace(labels(), policy=Masked())
+  with pytest.raises(UserError, match="LabelRun.policy: fills in masks"):
+    run._sampler(TASK[:1])
 
 
 @pytest.mark.slow

@@ -65,8 +65,8 @@ class Source:
       support_vlm.params(),
       WORDS,
       {},
-      self.diffusion,
-      support_vlm.PREPROCESSOR,
+      diffusion=self.diffusion,
+      preprocessor=support_vlm.PREPROCESSOR,
     )
 
 
@@ -231,6 +231,17 @@ def test_a_sampler_that_goes_on_behind_an_end_is_an_error():
   """Each of its solutions would be cut, and none would have an answer."""
   with pytest.raises(UserError, match="sampler: found stop_early=False"):
     search(sampler=SamplerConfig(stop_early=False))
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_a_model_of_masks_needs_a_sampler(block):
+  source = Source(diffusion=Spec(mask_id=66, shift=True, block=block))
+  run = SearchRun(
+    task=TASK, policy=source, strategy=Independent(), problems=(0, 2),
+    prompting=DRAWN, stop_tokens=(1000,),
+  )  # fmt: skip
+  with pytest.raises(UserError, match="SearchRun.policy, without a sampler"):
+    next(sampling.batches(run))
 
 
 def test_a_diffusion_policy_fills_blocks_with_its_picture_in_sight():

@@ -153,6 +153,25 @@ def test_in_expectation_it_is_the_bound_of_any_schedule(change):
   assert abs(want - bound) < share * bound
 
 
+@pytest.mark.parametrize(
+  "schedule",
+  [Linear(), Linear(high=1e-3), Linear(low=0.1), Linear(low=0.1, high=0.05)],
+)
+def test_a_complement_counts_by_how_many_it_masks(schedule):
+  """Weights are the slope over the share of masks; two shares make 1."""
+  objective = MaskedDiffusion(mask_id=MASK, schedule=schedule, complement=True)
+  segments = jnp.broadcast_to(jnp.arange(64), (64, 64))
+  _, counts = jax.jit(objective.draw)(
+    jax.random.key(0), segments >= 0, segments
+  )
+  slope = 1 - schedule.low - schedule.high
+  first, second = np.split(0.5 * slope / np.asarray(counts, np.float64), 2)
+  assert (first >= schedule.high).all() and (first <= 1 - schedule.low).all()
+  # No time masks fewer than `high`, or more than 1 - `low`.
+  want = np.clip(1 - first, schedule.high, 1 - schedule.low)
+  np.testing.assert_allclose(second, want, atol=1e-6)
+
+
 def test_only_masked_places_count_and_the_gradient_is_the_dense_one():
   model, params = network()
   objective = MaskedDiffusion(model=model, mask_id=MASK, rows=4)
@@ -260,6 +279,7 @@ def test_evaluation_draws_the_same_masks_every_time():
   ("change", "message"),
   [
     (dict(complement=True, schedule=Cosine()), "needs a linear schedule"),
+    (dict(complement=True, levels=4), "complement with levels 4"),
     (dict(levels=0), "levels is 0"),
   ],
 )

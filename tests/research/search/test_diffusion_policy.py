@@ -437,6 +437,10 @@ def blocks_of(size):
       "expected the model's blocks of 4",
     ),
     (lambda: changed(config=SamplerConfig()), "mask_id is None"),
+    (
+      lambda: changed(sampling=Sampling(repetition_penalty=1.2)),
+      "repetition_penalty is 1.2, expected None",
+    ),
     (lambda: policy("full").append(None, [[1]], [False]), "autoregressive one"),
     (
       lambda: exact().remask(exact().begin([[0]], 4), [True]),

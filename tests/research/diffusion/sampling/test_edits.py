@@ -111,3 +111,23 @@ def test_each_block_has_edits_of_its_own():
   ]
   np.testing.assert_array_equal(got.tokens, np.reshape(want, got.tokens.shape))
   assert got.calls == 2 * (1 + 2)
+
+
+def test_an_edited_place_is_as_sure_as_its_new_token():
+  """Half sure at a mask; what a search masks again is what is least sure."""
+
+  @dataclasses.dataclass(frozen=True)
+  class Mended(Restless):
+    def prefill(self, params, tokens, valid, start, size):
+      logits, _ = Restless(calm=True).prefill(params, tokens, valid, 0, SIZE)
+      half = 30.0 * (jnp.arange(MASK + 1) < 2)
+      return jnp.where((tokens == MASK)[..., None], half, logits), ()
+
+  options = SamplerConfig(
+    mask_id=MASK, length=SIZE, block=SIZE, policy=Threshold(), edit=0.5
+  )
+  masked = rows() == MASK
+  state = sampler.begin(rows(), masked, np.ones_like(masked), jax.random.key(0))
+  got, *_ = sampler.fill_block(Mended(), {}, state, jnp.int32(0), options)
+  assert (np.asarray(got.tokens)[masked] == 3).all()
+  np.testing.assert_allclose(got.confidence, 1.0, atol=1e-6)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion.sampling import ancestral, sampler
+from research.diffusion.sampling import ancestral, sampler, variable_length
 from research.diffusion.sampling.candidates import candidates
-from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.config import Growth, SamplerConfig
 from research.diffusion.sampling.denoiser import Denoiser
 from research.diffusion.sampling.policies import (
   Factor,
@@ -434,6 +434,29 @@ def test_mistakes_in_prompts():
     run([(1, 2), (3, MASK)], block=8)
   with pytest.raises(UserError, match="no prompts"):
     run([], block=8)
+
+
+@pytest.mark.parametrize(
+  ("sampling", "message"),
+  [
+    # Logits over 0 are infinite, those over -1 likeliest at the mask.
+    (Sampling(temperature=0.0), "temperature: found 0.0"),
+    (Sampling(temperature=-1.0), "temperature: found -1.0"),
+    (Sampling(temperature=1.0, top_p=0.0), "top_p: found 0.0"),
+    (Sampling(repetition_penalty=1.2), "repetition_penalty is 1.2"),
+  ],
+)
+@pytest.mark.parametrize("canvas", [None, Growth(start=4)])
+def test_mistakes_in_sampling(canvas, sampling, message):
+  options = SamplerConfig(
+    mask_id=MASK, length=8, block=8, canvas=canvas, end=(1,)
+  )
+  start, sample = sampler.start, sampler.sample
+  if canvas is not None:
+    start, sample = variable_length.start, variable_length.sample
+  state = start([[2, 5, 1]], options, jax.random.key(0))
+  with pytest.raises(UserError, match=message):
+    sample(Wave(), {}, state, options, sampling)
 
 
 def test_logits_that_are_no_numbers():

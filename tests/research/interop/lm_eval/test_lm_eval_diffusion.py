@@ -287,6 +287,27 @@ def test_settings_are_the_sampler_s(loaded, monkeypatch, name):
     assert not np.isin(made, 1).any() and rows.calls == 4
 
 
+@pytest.mark.parametrize(
+  ("own", "block", "prompt"), [(None, None, 14), (None, 8, 8), (5, None, 10)]
+)
+def test_rows_of_whole_blocks_fit_the_context(
+  loaded, monkeypatch, own, block, prompt
+):
+  """Of 24 tokens: 10 new ones are 16 in blocks of 8; 20 are 4 blocks of 5."""
+  seen = []
+  monkeypatch.setattr(
+    sampler, "sample", lambda d, p, state, *rest: seen.append(state) or 1
+  )
+  it = dataclasses.replace(loaded, diffusion=Spec(mask_id=MASK, block=own))
+  how = Asking(options={} if block is None else dict(block=block))
+  asked = [("a context of many tokens", {"max_gen_toks": 10})]
+  with pytest.raises(AttributeError):  # nothing is filled
+    lm_eval_diffusion.generate_until(it, asked, how=how)
+  [state] = seen
+  assert state.valid.sum() <= CONTEXT
+  assert (state.valid & ~state.masked).sum() == prompt
+
+
 def test_a_model_of_blocks_has_its_steps_a_block(loaded, monkeypatch):
   """Its prompt ends within one, so that there is a block more; all cached."""
   seen = []
@@ -361,8 +382,11 @@ def test_wrong_settings(loaded):
     ask(blocks, options=dict(cache=Prefix()))
   with pytest.raises(UserError, match="steps is 3, expected a multiple of the"):
     ask(loaded, options=dict(block=4, steps=3))
-  with pytest.raises(UserError, match="length is 24, expected less than the"):
+  with pytest.raises(UserError, match="length is 24 in blocks of 8, expected"):
     ask(loaded, options=dict(length=CONTEXT, block=8))
+  asked = [("a", {"max_gen_toks": CONTEXT})]
+  with pytest.raises(UserError, match="length is 24 in blocks of 4, expected"):
+    ask(blocks)
 
 
 def test_wrong_questions(plain, loaded):
