@@ -161,7 +161,8 @@ def _on_grid(format, w, gain, start):
 def _learned(format, w, gain, start):
   """Returns one matrix on a learned grid; see `_learned_backward`."""
   codes, scale = _on_grid(format, w, gain, start)
-  return format.values(codes, scale, format.middle).reshape(w.shape)
+  values = format.values(codes, scale, format.middle)
+  return values.reshape(w.shape).astype(w.dtype)
 
 
 def _learned_forward(format, w, gain, start):

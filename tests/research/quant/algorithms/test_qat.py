@@ -94,15 +94,21 @@ def test_learned_scales_have_lsq_s_gradient():
   assert not np.any(found.start)
 
 
-def test_learned_scales_are_converted_bit_for_bit():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_learned_scales_are_converted_bit_for_bit(dtype):
   format = Affine(bits=4, block=32, symmetric=True)
-  w = qat.Prepare(format=format, learned=True).prepare(_matrix(2, 64, 24))
+  masters = _matrix(2, 64, 24).astype(dtype)
+  w = qat.Prepare(format=format, learned=True).prepare(masters)
   gain = 1 + _matrix(2, 2, 24, seed=3)
   w = qat.FakeQuantTensor(w.w, gain, w.start, w.format)
   trained = jax.jit(lambda w: w.dense())(w)
   np.testing.assert_array_equal(w.pack().dense(), trained)
+  # Activations may have more bits than the masters.
+  x = _matrix(3, 64, seed=4)
+  y = [v.einsum("...d,ldf->...lf", x) for v in (w.pack(), w)]
+  np.testing.assert_array_equal(*y)
   # They start where LSQ does.
-  size = np.abs(np.asarray(w.w[1, 32:, 5])).mean()
+  size = np.abs(np.asarray(w.w[1, 32:, 5], np.float32)).mean()
   assert w.start[1, 1, 5] == pytest.approx(2 * size / 7**0.5, rel=1e-6)
   with pytest.raises(UserError, match="symmetric Affine"):
     qat.Prepare(format=Affine(block=32), learned=True).prepare(w.w)
