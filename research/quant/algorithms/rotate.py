@@ -201,6 +201,11 @@ class Rotate:
   hidden: bool = True
   model: Any = None
 
+  @property
+  def rotates_residual(self) -> bool:
+    """Whether what enters the residual stream must be rotated, too."""
+    return self.residual
+
   def with_model(self, loaded: Any) -> "Rotate":
     """Returns a copy with `loaded.model`."""
     return dataclasses.replace(self, model=loaded.model)
