@@ -7,7 +7,6 @@ search. This is optimal if the divergences of units add up.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -210,7 +209,7 @@ class Allocation(NeedsModel):
     choices = self.measure(params, units, log)
     every = packable_weights(params)
     count = sum(
-      math.prod(every[path].shape) for paths in units.values() for path in paths
+      weights.count(every[path]) for paths in units.values() for path in paths
     )
     chosen = []
     for unit, k in allocate(choices, self.bits * count).items():

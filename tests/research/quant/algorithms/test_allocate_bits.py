@@ -11,6 +11,7 @@ from research.quant.algorithms import allocate_bits
 from research.quant.algorithms.allocate_bits import Allocation
 from research.quant.algorithms.calibrate import Calibration
 from research.quant.formats.affine import Affine
+from research.quant.untied_embedding import Untied
 from research.typing import UserError
 from tests import support
 from tests.research.quant.test_quantize_by_rules import Bytes, Text
@@ -126,6 +127,18 @@ def test_a_run_keeps_its_budget():
   choices = how.measure(params, how.units(params), said.append)
   for given in choices.values():
     assert [kl for _, kl in given] == sorted([kl for _, kl in given])[::-1]
+
+
+def test_both_matrices_of_an_untied_embedding_count():
+  model = support.model(tied=True)
+  params = support.params(model)
+  table = params["embed"]
+  params = params | {"embed": Untied(table, 2.0 * table)}
+  how = Allocation(formats=FORMATS, bits=7.0, unit="^embed$", probe=PROBE)
+  how = how.with_model(Loaded(model, params, Bytes(), {}))
+  packed, _ = how.run(params)
+  for w in (packed["embed"].table, packed["embed"].head):
+    assert w.format == FORMATS[0] and w.bits_per_weight == 6  # 12 are too many
 
 
 @pytest.mark.parametrize(
