@@ -283,14 +283,20 @@ def with_weights(
 ) -> dict[str, Any]:
   """Returns `params` with replaced matrices, all decoded so that layers stack.
 
+  Operations on their inputs stay.
+
   Args:
     model: the Transformer.
     params: its parameters.
     every: address -> weight that replaces the one of `params`.
   """
+
+  def decoded(w: Any) -> Any:
+    return weights.map_inner(w, weights.dense)
+
   layers = [
     tree.map_paths(
-      lambda path, w, i=i: weights.dense(every.get(f"layers/{i}/{path}", w)),
+      lambda path, w, i=i: decoded(every.get(f"layers/{i}/{path}", w)),
       layer,
       is_leaf=weights.is_weight,
     )

@@ -7,6 +7,7 @@ import pytest
 
 from research import tree, weights
 from research.interop.loaded import Loaded
+from research.quant.activations import Inputs, Round
 from research.quant.algorithms import allocate_bits
 from research.quant.algorithms.allocate_bits import Allocation
 from research.quant.algorithms.calibrate import Calibration
@@ -156,6 +157,17 @@ def test_impossible_settings_raise(options, says):
     how.with_model(Loaded(model, params, Bytes(), {})).run(params)
   with pytest.raises(UserError, match="has no model"):
     how.run(params)
+
+
+def test_what_rounds_activations_stays():
+  """Divergences would else be those of a model that does not round them."""
+  model = support.model()
+  params = Inputs(op=Round(bits=3))(support.params(model))
+  every = allocate_bits.packable_weights(params)
+  found = allocate_bits.with_weights(model, params, every)
+  tokens = support.tokens()
+  want, got = (model.apply({"params": p}, tokens)[0] for p in (params, found))
+  np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_matrices_are_replaced_by_address():
