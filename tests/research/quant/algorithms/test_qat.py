@@ -11,12 +11,14 @@ import pytest
 from research import tree, weights
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
+from research.quant.activations import Inputs, InputTensor, Round
 from research.quant.algorithms import qat
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.formats.ggml import GGML
 from research.quant.formats.microscaling import Microscaling
 from research.quant.formats.nvfp4 import NVFP4
+from research.quant.qtensor import QTensor
 from research.quant.quantize import Quantize
 from research.training import state, step
 from research.training.objectives import distill, preference
@@ -209,6 +211,26 @@ def _weights(params):
     params, is_leaf=weights.is_weight
   )
   return {tree.path_name(path): w for path, w in found}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rounding_of_activations_stays(first):
+  """Before and after: with weights that are trained, converted, and removed."""
+  model, tokens = support.model(depth=1), support.tokens()
+  params, key = support.params(model), jax.random.key(0)
+  transforms = [qat.Prepare(format=SYMMETRIC), Inputs(op=Round(bits=3))]
+  prepared = params
+  for transform in transforms[::-1] if first else transforms:
+    prepared = transform(prepared, key)
+  converted = qat.Convert()(prepared)
+  q = converted["run0"]["layer0"]["attention"]["q"]
+  assert isinstance(q, InputTensor) and isinstance(q.w, QTensor)
+  removed = qat.remove_fake_quant(prepared)
+  alone = Quantize(format=SYMMETRIC)(params)
+  run = jax.jit(lambda p: model.apply({"params": p}, tokens)[0])
+  for found, same in ((prepared, alone), (converted, alone), (removed, params)):
+    want = run(transforms[1](same, key))
+    np.testing.assert_allclose(run(found), want, atol=1e-4)
 
 
 def test_the_teacher_is_the_original_model():
