@@ -21,6 +21,7 @@ from research.interop.quantized import checkpoint_formats
 from research.interop.quantized import write as quantized_write
 from research.io import safetensors
 from research.lora.merge import changes
+from research.quant import untied_embedding
 from research.text import gguf_vocab
 from research.typing import UserError, WriteError
 
@@ -91,7 +92,7 @@ def to_hf(
     UserError: less is left, so nothing is written.
   """
   check_free(to)
-  log = changes.Log()
+  source, log = _untied(source), changes.Log()
   kept = dtype
   if kept is None and all(p.packed for p in _matrices(source)):
     kept = "float32"
@@ -111,6 +112,29 @@ def to_hf(
       changes.check_kept(log.changes, least)
     _write_tokenizer(draft, source)
   return log
+
+
+def _untied(source: sources.Source) -> sources.Source:
+  """Returns a source whose head is a parameter of its own, if it has another.
+
+  Raises:
+    UserError: adapters are on an embedding and its other head.
+  """
+  embed = source.parts.get(part.Address(None, "embed"))
+  if embed is None or embed.kind != part.UNTIED:
+    return source
+  model, params = untied_embedding.untie(source.model, source.params())
+  if model.tied:
+    raise UserError(
+      "embed: found adapters on an embedding whose head is another matrix;"
+      " expected them merged, or on other matrices"
+    )
+  return dataclasses.replace(
+    source,
+    model=model,
+    parts=part.from_params(params),
+    params=lambda: params,
+  )
 
 
 def _matrices(source: sources.Source) -> list[part.Part]:
@@ -140,7 +164,7 @@ def to_gguf(
     the file takes.
   """
   check_free(to, file=True)
-  log, keys, reason = changes.Log(), {}, ""
+  source, log, keys, reason = _untied(source), changes.Log(), {}, ""
   kept = source.metadata
   if kept is not None and not _still(source):
     kept = None
@@ -193,7 +217,7 @@ def to_quantized(
     UserError: something does not fit, or less is left, so nothing is written.
   """
   check_free(to)
-  log = changes.Log()
+  source, log = _untied(source), changes.Log()
   with _whole(to) as draft:
     quantized_write.write_model(
       draft, source, writer, requantize, dtype, shard_size, log

@@ -17,6 +17,7 @@ import numpy as np
 from research import tree, weights
 from research.lora import wrap
 from research.nn.transformer import Transformer
+from research.quant.untied_embedding import Untied
 from research.typing import Params
 
 
@@ -74,8 +75,14 @@ PLAIN = ("float64", *DTYPES)
 """What files may hold as plain numbers."""
 
 
+UNTIED = "untied"
+"""Kind of an embedding that holds another matrix for its tied head."""
+
+
 def kind_of(weight: Any) -> str:
   """Returns how a weight is stored; an adapted one like its base."""
+  if isinstance(weight, Untied):
+    return UNTIED
   if (inner := weights.unwrap(weight)) is not None:
     return kind_of(inner)
   if weights.is_packed(weight):

@@ -34,6 +34,7 @@ from research.quant.format import Format, format_for
 from research.quant.methods import GPTQMethod, Method, RoundToNearest
 from research.quant.numerics import finite
 from research.quant.reports import Report, Row
+from research.quant.untied_embedding import Untied
 from research.taps.statistics import Covariance
 from research.typing import Params, PRNGKey, UserError
 
@@ -289,11 +290,23 @@ class _Work:
     return layer
 
   def outside(self, name: str, w: Any) -> Any:
-    """Returns an embedding or a head, packed if a rule applies."""
+    """Returns an embedding or a head, packed if a rule applies.
+
+    Packs both matrices of an untied embedding; the second one is reported as
+    `head`.
+    """
     rule = self.chosen.get(name)
     if rule is None:
       return w
-    w, axis = _array(name, w), _axis(name)
+    if isinstance(w, Untied):
+      both = {"embed": w.table, "head": w.head}
+      return Untied(
+        *(self._outside(k, x, _axis(name), rule) for k, x in both.items())
+      )
+    return self._outside(name, w, _axis(name), rule)
+
+  def _outside(self, name, w, axis, rule):
+    w = _array(name, w)
     stored = w if axis == -2 else w.T
     packed, _ = self._one([name], [stored], None, rule)
     return dataclasses.replace(packed[0], axis=axis)

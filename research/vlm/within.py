@@ -22,6 +22,14 @@ class _NeedsModel(Protocol):
   def with_model(self, loaded: Any) -> Transform: ...
 
 
+@runtime_checkable
+class _Rotates(Protocol):
+  """A transform that may change the basis of the residual stream."""
+
+  @property
+  def rotates_residual(self) -> bool: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Within:
   """A transform of one tower's parameters; the others stay as they are.
@@ -40,6 +48,13 @@ class Within:
       raise UserError(
         f"Within.tower: found {self.tower!r}, expected one of"
         f" {', '.join(TOWERS)}"
+      )
+    rotates = isinstance(self.transform, _Rotates)
+    if rotates and self.transform.rotates_residual:
+      raise UserError(
+        f"Within.transform: found {type(self.transform).__name__} of a tower's"
+        " residual stream, into which images come unrotated; expected"
+        " Rotate(residual=False)"
       )
 
   def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:

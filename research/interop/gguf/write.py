@@ -134,7 +134,8 @@ def _maker(
 ):
   def make():
     weight = part.read()
-    if part.kind == which and ggml.is_stored(weight, -2 if flip else -1):
+    stored = ggml.is_stored(weight, -2 if flip else -1)
+    if part.kind == which and stored and scale == 1.0:
       raw = ggml.to_ggml(weight)
       log.same(name, part.kind, which)
       return (raw if order is None else raw[order]).reshape(-1)

@@ -73,7 +73,9 @@ def _op(fields: Fields) -> Op:
 
   if fields.get("dynamic") is not True:
     raise refused("dynamic", "true: scales of a calibration are not applied")
-  strategy = fields.get("strategy") or "token"
+  strategy = fields.get("strategy")
+  if strategy is None:  # as for weights, see `compressed_config`
+    strategy = "tensor" if fields.get("group_size") is None else "group"
   if strategy not in ("token", "tensor", "group"):
     raise refused("strategy", "'token', 'tensor' or 'group'")
   per = "tensor" if strategy == "tensor" else "token"

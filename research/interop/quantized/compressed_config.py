@@ -7,6 +7,7 @@ is refused, not skipped: numbers would come out wrong, silently.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -94,8 +95,16 @@ class Config:
   groups: tuple[tuple[tuple[str, ...], Scheme], ...]
   ignore: tuple[str, ...] = ()
 
+  @functools.cached_property
+  def _schemes(self) -> dict[str, Scheme]:
+    """Target -> scheme."""
+    return {name: found for names, found in self.groups for name in names}
+
   def scheme(self, module: str, kind: str = "Linear") -> Scheme | None:
     """Returns a module's scheme, None where it is left alone.
+
+    As in the package (`match_targets`), a name goes before expressions, and
+    those, in alphabetical order, before its class.
 
     Args:
       module: its name, such as `model.layers.0.mlp.up_proj`.
@@ -103,9 +112,11 @@ class Config:
     """
     if any(_matches(module, kind, name) for name in self.ignore):
       return None
-    for targets, scheme in self.groups:
-      if any(_matches(module, kind, name) for name in targets):
-        return scheme
+    if module in self._schemes:
+      return self._schemes[module]
+    for name in sorted(self._schemes, key=lambda x: (x == kind, "re:" in x, x)):
+      if _matches(module, kind, name):
+        return self._schemes[name]
     return None
 
 

@@ -7,7 +7,6 @@ search. This is optimal if the divergences of units add up.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -210,7 +209,7 @@ class Allocation(NeedsModel):
     choices = self.measure(params, units, log)
     every = packable_weights(params)
     count = sum(
-      math.prod(every[path].shape) for paths in units.values() for path in paths
+      weights.count(every[path]) for paths in units.values() for path in paths
     )
     chosen = []
     for unit, k in allocate(choices, self.bits * count).items():
@@ -284,14 +283,20 @@ def with_weights(
 ) -> dict[str, Any]:
   """Returns `params` with replaced matrices, all decoded so that layers stack.
 
+  Operations on their inputs stay.
+
   Args:
     model: the Transformer.
     params: its parameters.
     every: address -> weight that replaces the one of `params`.
   """
+
+  def decoded(w: Any) -> Any:
+    return weights.map_inner(w, weights.dense)
+
   layers = [
     tree.map_paths(
-      lambda path, w, i=i: weights.dense(every.get(f"layers/{i}/{path}", w)),
+      lambda path, w, i=i: decoded(every.get(f"layers/{i}/{path}", w)),
       layer,
       is_leaf=weights.is_weight,
     )

@@ -61,10 +61,18 @@ class AWQ(NeedsModel):
       raise UserError(f"AWQ.steps: found {self.steps}, expected at least 1.")
 
   def check(self, params: Params) -> None:
-    """Raises UserError for a matrix that cannot be quantized or clipped.
+    """Raises UserError for what cannot be scaled, quantized or clipped.
 
     Checks that matrices are finite here, since a compiled encoder cannot raise.
     """
+    for i, block in enumerate(self.model.layer_kinds()):
+      a = block.attention
+      if a.v_norm is not None or a.values == "keys" or a.kv != "own":
+        raise UserError(
+          f"AWQ: layers/{i}: found values that are normalised, are keys, or are"
+          " shared with other layers, as in Gemma 4; their scales cannot be"
+          " moved to o.\nTake another method."
+        )
     for i, layer in enumerate(tree.layers(params)):
       flat = traverse_util.flatten_dict(layer, sep="/")
       for path in awq_search.rounded_paths(flat):

@@ -161,7 +161,8 @@ def _on_grid(format, w, gain, start):
 def _learned(format, w, gain, start):
   """Returns one matrix on a learned grid; see `_learned_backward`."""
   codes, scale = _on_grid(format, w, gain, start)
-  return format.values(codes, scale, format.middle).reshape(w.shape)
+  values = format.values(codes, scale, format.middle)
+  return values.reshape(w.shape).astype(w.dtype)
 
 
 def _learned_forward(format, w, gain, start):
@@ -216,7 +217,8 @@ class Prepare:
     chosen = set(quantize.selected_paths(params))
 
     def one(path: str, w: Any) -> Any:
-      return self.prepare(w) if path in chosen else w
+      # Innermost: operations on the inputs stay, as for `Quantize`.
+      return weights.map_inner(w, self.prepare) if path in chosen else w
 
     return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
@@ -250,12 +252,12 @@ class Convert:
     scaling = {
       weights.bias_path(path): w
       for path, w in weights.named_weights(params)
-      if isinstance(w, FakeQuantTensor)
+      if isinstance(weights.inner(w), FakeQuantTensor)
     }
 
     def one(path: str, w: Any) -> Any:
-      if isinstance(w, FakeQuantTensor):
-        return w.pack(path)
+      if isinstance(weights.inner(w), FakeQuantTensor):
+        return weights.map_inner(w, lambda w: w.pack(path))
       if path not in scaling:
         return w
       return weights.scaled_bias(scaling[path], w).astype(w.dtype)
@@ -273,6 +275,6 @@ def remove_fake_quant(params: Params) -> Any:
   def one(w: Any) -> Any:
     while isinstance(w, FakeQuantTensor) or weights.is_adapter(w):
       w = w.w
-    return w
+    return w if weights.inner(w) is w else weights.map_inner(w, one)
 
   return jax.tree.map(one, params, is_leaf=weights.is_weight)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
+from research.nn.norm import Norm
 from research.nn.transformer import Transformer
 from research.quant.activations import InputTensor, Op
 from research.quant.algorithms import folding
@@ -61,10 +62,18 @@ def fold_norms(model: Transformer, params: Params) -> dict[str, Any]:
   """Folds norms' gains into the following matrices; the model is unchanged.
 
   Raises:
-    UserError: blocks also normalise their outputs (Gemma 2 and 3).
+    UserError: blocks also normalise their outputs (Gemma 2 and 3), add a shift
+      after a norm (AdaLN), or attend to images before a layer.
   """
 
   def layer(flat: Flat, block: Any, where: str) -> Flat:
+    if block.modulation is not None or block.cross is not None:
+      found = "adaptive layer norm" if block.modulation else "cross-attention"
+      raise UserError(
+        f"{where}: found {found}, whose weights also depend on the basis of the"
+        " residual stream and are not rotated.\nExpected layers of attention"
+        " and feed-forward alone, or residual=False."
+      )
     if block.post_norm is not None:
       raise UserError(
         f"{where}: found a norm with a gain on outputs, which does not commute"
@@ -135,10 +144,20 @@ def rotate_residual(
 def rotate_values(
   model: Transformer, params: Params, r: Float[Array, "H H"]
 ) -> dict[str, Any]:
-  """Rotates each value head by `r` and `o` by its inverse."""
+  """Rotates each value head by `r` and `o` by its inverse.
+
+  Raises:
+    UserError: values are keys before their norm, or their norm has a gain.
+  """
 
   def layer(flat: Flat, block: Any, where: str) -> Flat:
-    size = block.attention.head_dim
+    a = block.attention
+    if a.values == "keys" or isinstance(a.v_norm, Norm):
+      raise UserError(
+        f"{where}: found values that are keys, or a norm of values with a gain,"
+        " which does not commute with rotations.\nExpected values=False."
+      )
+    size = a.head_dim
     out = dict(flat)
     for name in ("attention/v", "attention/v_bias"):
       if name in flat:
@@ -181,6 +200,11 @@ class Rotate:
   values: bool = True
   hidden: bool = True
   model: Any = None
+
+  @property
+  def rotates_residual(self) -> bool:
+    """Whether what enters the residual stream must be rotated, too."""
+    return self.residual
 
   def with_model(self, loaded: Any) -> "Rotate":
     """Returns a copy with `loaded.model`."""

@@ -102,6 +102,11 @@ class SpinQuant(NeedsModel):
         " at least 1, and more than 0."
       )
 
+  @property
+  def rotates_residual(self) -> bool:
+    """As `rotate.Rotate`."""
+    return True
+
   def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
     """Returns `params` rotated; norms are folded, the head is untied.
 

@@ -1,6 +1,7 @@
 """Quantization reports: one row per matrix, as text table and as JSON."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ class Row:
     address: address such as `layers/3/attention/q`.
     format, method: names of the format and the rounding method.
     inputs, outputs: sizes of the matrix.
+    matrices: number of matrices, the experts of a stack.
     bits: bits per weight, with scales and everything else.
     weight_error: root mean square error over that of the weights.
     output_error: the same for outputs on the calibration inputs, or None.
@@ -43,6 +45,7 @@ class Row:
   outputs: int
   bits: float
   weight_error: float
+  matrices: int = 1
   output_error: float | None = None
   nearest_error: float | None = None
   tokens: float | None = None
@@ -76,6 +79,7 @@ class Row:
       method=method,
       inputs=q.inputs,
       outputs=q.outputs,
+      matrices=math.prod(q.lead),
       bits=q.bits_per_weight,
       weight_error=value(found.weight_error),
       output_error=value(found.output_error),
@@ -141,11 +145,11 @@ class Report:
 
   def summary(self) -> dict[str, Any]:
     """Returns averages and counts over all matrices, for JSON."""
-    size = sum(r.inputs * r.outputs * r.bits for r in self.rows)
-    count = sum(r.inputs * r.outputs for r in self.rows)
+    counts = [r.matrices * r.inputs * r.outputs for r in self.rows]
+    size = sum(n * r.bits for n, r in zip(counts, self.rows, strict=True))
     return {
       "matrices": len(self.rows),
-      "bits_per_weight": size / max(count, 1),
+      "bits_per_weight": size / max(sum(counts), 1),
       "weight_error": _mean(r.weight_error for r in self.rows),
       "output_error": _mean(r.output_error for r in self.rows),
       "nearest_error": _mean(r.nearest_error for r in self.rows),

@@ -23,7 +23,9 @@ from research.lora import adapt, wrap
 from research.lora.merge import changes
 from research.lora.methods.lora import LoRA
 from research.optim.low_rank import int8_weights
+from research.quant.algorithms import rotate
 from research.typing import UserError
+from tests import support
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 FAMILIES = sorted(
@@ -224,6 +226,31 @@ def test_a_tokenizer_goes_both_ways(tmp_path):
       "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
     )
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf", "orbax, hf"])
+def test_a_rotated_model_keeps_its_head(kind, tmp_path):
+  """Its embedding is tied no more: the last norm's gain is in the head."""
+  model = support.model(depth=1, tied=True)
+  params = support.params(model)
+  scale = params["final_norm"]["scale"]
+  params["final_norm"] = {"scale": scale.at[:8].multiply(3.0)}
+  rotated = rotate.Rotate(model=model)(params, jax.random.key(0))
+  source = sources.Source(
+    model=model,
+    parts=parts.from_params(rotated),
+    params=lambda: rotated,
+    origin={},
+  )
+  to = tmp_path / "model.gguf"
+  if kind.startswith("orbax"):
+    convert.to_orbax(source, tmp_path / "ours")
+    source = sources.open_source(tmp_path / "ours")
+  (convert.to_gguf if kind == "gguf" else convert.to_hf)(source, to)
+  found, tokens = load.load_model(to), support.tokens()
+  got = logits(found.model, found.params, tokens)
+  want = logits(model, params, tokens)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_files_are_cut_and_indexed(tmp_path):

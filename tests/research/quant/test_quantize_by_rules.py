@@ -23,6 +23,7 @@ from research.quant.formats.ggml import GGML
 from research.quant.formats.nvfp4 import NVFP4
 from research.quant.methods import GPTQMethod, RoundToNearest
 from research.quant.quantize_by_rules import Quantization, Rule
+from research.quant.reports import report_errors
 from research.typing import UserError
 from tests import support, support_mesh
 
@@ -228,6 +229,17 @@ def test_experts_are_calibrated_on_their_tokens():
   assert all(r.output_error < r.nearest_error for r in found)
   q = next(tree.layers(packed))["mlp"]["experts"]["down"]
   assert q.shape == next(tree.layers(params))["mlp"]["experts"]["down"].shape
+
+
+def test_all_experts_count_in_average_bits():
+  model = support_mesh.model("experts")
+  rules = (
+    Rule(match="experts/", format=Affine(block=4, bits=2)),
+    Rule(match="^layers/", format=Affine(block=4, bits=8)),
+  )
+  packed, report = run(model, support.params(model), *rules, calibration=None)
+  want = report_errors.sizes(packed).bits_per_weight
+  assert report.summary()["bits_per_weight"] == pytest.approx(want)
 
 
 @pytest.mark.slow

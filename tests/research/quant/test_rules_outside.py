@@ -12,6 +12,7 @@ from research.quant.algorithms.outlier_rows import KeepOutlierRows
 from research.quant.formats.affine import Affine
 from research.quant.methods import GPTQMethod, RoundToNearest
 from research.quant.quantize_by_rules import Rule
+from research.quant.untied_embedding import Untied
 from research.typing import UserError
 from tests.research.quant.test_quantize_by_rules import (
   FORMAT,
@@ -34,6 +35,22 @@ def test_what_is_outside_of_layers_is_checked_before_calibration(monkeypatch):
   seeing = dataclasses.replace(fit, method=KeepOutlierRows(method=GPTQMethod()))
   with pytest.raises(UserError, match="embed is packed without calibration"):
     run(model, params, LAYERS, seeing)
+
+
+def test_an_untied_embedding_keeps_its_head():
+  """A rotated model's; both are packed as their arrays would be alone."""
+  model, params = known()
+  table = params["embed"]
+  untied = params | {"embed": Untied(table, 3.0 * table[::-1])}
+  rule = Rule(match="embed", format=FORMAT)
+  packed, report = run(model, untied, rule, calibration=None)
+  assert [row.address for row in report.rows] == ["embed", "head"]
+  for name in ("table", "head"):
+    alone = params | {"embed": getattr(untied["embed"], name)}
+    want, _ = run(model, alone, rule, calibration=None)
+    got = getattr(packed["embed"], name)
+    np.testing.assert_array_equal(got.dense(), want["embed"].dense())
+    assert got.shape == table.shape
 
 
 @pytest.mark.slow

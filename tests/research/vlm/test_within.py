@@ -14,6 +14,8 @@ from research import tree, weights
 from research.data import batch_of
 from research.lora import Adapt, LoRA
 from research.quant import Quantize
+from research.quant.algorithms.rotate import Rotate
+from research.quant.algorithms.spinquant import SpinQuant
 from research.quant.qtensor import QTensor
 from research.quant.reports import report_errors
 from research.training import state, step
@@ -125,6 +127,28 @@ def test_what_has_no_such_tower_is_refused():
     Within("text", Quantize())
   with pytest.raises(UserError, match="found no tower 'language' in embed"):
     Within("language", Quantize())(PARAMS["language"], KEY)
+
+
+@pytest.mark.parametrize("transform", [Rotate(), SpinQuant()])
+def test_rotations_that_images_do_not_pass_through_are_refused(transform):
+  """What the connector makes would be in the basis before the rotation."""
+  with pytest.raises(UserError, match="into which images come unrotated"):
+    Within("language", transform)
+
+
+def test_rotated_values_change_no_logits_of_images():
+  made = Within("language", Rotate(residual=False, model=MODEL.language))
+  rotated = made(PARAMS, KEY)
+  images = jnp.asarray(support_vlm.pixels(1, 1))
+  soft = MODEL.encode(PARAMS, images).shape[1]
+  tokens = jnp.asarray([[MODEL.image_token] * soft + [1, 2, 3]])
+
+  def logits(params):
+    spliced = {"params": MODEL.with_images(params, images)}
+    hidden, _ = MODEL.language.apply(spliced, tokens)
+    return MODEL.language.apply(spliced, hidden, method="logits")
+
+  chex.assert_trees_all_close(logits(rotated), logits(PARAMS), atol=1e-4)
 
 
 @pytest.mark.parametrize("transform", [Quantize(), Adapt()])

@@ -1,5 +1,6 @@
 """What llama.cpp asks of a file besides its numbers."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -10,6 +11,8 @@ from research.interop import convert, gguf, load, parts, sources
 from research.interop.gguf import config as gguf_config
 from research.io import safetensors
 from research.nn import rope
+from research.quant.formats.ggml import GGML
+from research.quant.quantize import Quantize
 from research.typing import UserError
 from tests import support
 
@@ -90,6 +93,28 @@ def source_of(model):
     params=lambda: params,
     origin={},
   )
+
+
+@pytest.mark.parametrize("format", [None, GGML(kind="Q8_0")])
+def test_queries_take_a_scale_that_no_key_can_hold(format, tmp_path):
+  """Plain ones, and blocks of the type that they are stored in."""
+  model = support.model("gemma2", attention_scale=64**-0.5, local_theta=None)
+  params, tokens = support.params(model), support.tokens()
+  if format is not None:
+    params = Quantize(format=format, targets=["q"])(params)
+  source = dataclasses.replace(
+    source_of(model), parts=parts.from_params(params), params=lambda: params
+  )
+  convert.to_gguf(source, tmp_path / "x.gguf")
+  loaded = load.load_model(tmp_path / "x.gguf")
+
+  def logits(model, params):
+    hidden, _ = model.apply({"params": params}, tokens)
+    return np.asarray(model.apply({"params": params}, hidden, method="logits"))
+
+  want = logits(model, params)
+  error = logits(loaded.model, loaded.params) - want
+  assert np.linalg.norm(error) < 0.01 * np.linalg.norm(want)
 
 
 SCALED = {  # head size, theta, factor, original

@@ -11,7 +11,7 @@ from research.interop import convert, load, quantized
 from research.interop.quantized import compressed_activations
 from research.interop.quantized.checkpoint_formats import Compressed
 from research.io import safetensors
-from research.quant.activations import InputTensor, RoundFloat
+from research.quant.activations import InputTensor, Round, RoundFloat
 from research.typing import UserError
 from tests import support
 from tests.support_hf_quant import plain
@@ -65,6 +65,17 @@ def test_numbers_are_its_own(kind, bits, symmetric, strategy):
   want = theirs(x, bits, kind, symmetric, over)
   got = np.asarray(jax.jit(op)(jnp.asarray(x)))
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("given", "want"),
+  [({}, dict(per="tensor")), ({"group_size": 32}, dict(group=32))],
+)
+def test_a_strategy_that_is_not_given_is_its_own(given, want):
+  """As `validate_model_after` of its `quantization/quant_args.py` infers it."""
+  given |= dict(num_bits=8, type="int", symmetric=True, dynamic=True)
+  op = compressed_activations.op_of(said(given), "x")
+  assert op == Round(bits=8, full=True, **want)
 
 
 def test_gradients_go_straight_through():

@@ -185,6 +185,25 @@ def test_which_module_is_kept_how():
   assert found.scheme("model.embed_tokens", "Embedding") is None
 
 
+def test_the_most_specific_target_wins():
+  """The order of `match_targets` in its `utils/match.py`; groups have none."""
+  targets = ["Linear", "re:.*mlp.*", "re:.*down.*", "layers.1.mlp.down_proj"]
+  names = ["int8", "int4", "nvfp4", "int8"]
+  groups = [
+    group(name) | {"targets": [target]}
+    for name, target in zip(names, targets, strict=True)
+  ]
+  for given in (groups, groups[::-1]):
+    found = config.parse(whole(*given), "c")
+    for module, want in {
+      "layers.0.self_attn.q_proj": "int8",
+      "layers.0.mlp.up_proj": "int4",
+      "layers.0.mlp.down_proj": "nvfp4",
+      "layers.1.mlp.down_proj": "int8",
+    }.items():
+      assert found.scheme(module) == scheme(want), module
+
+
 @cases
 def test_configs_come_back(name):
   one = dataclasses.replace(scheme(name), activations=None)

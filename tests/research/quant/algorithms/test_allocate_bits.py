@@ -7,10 +7,12 @@ import pytest
 
 from research import tree, weights
 from research.interop.loaded import Loaded
+from research.quant.activations import Inputs, Round
 from research.quant.algorithms import allocate_bits
 from research.quant.algorithms.allocate_bits import Allocation
 from research.quant.algorithms.calibrate import Calibration
 from research.quant.formats.affine import Affine
+from research.quant.untied_embedding import Untied
 from research.typing import UserError
 from tests import support
 from tests.research.quant.test_quantize_by_rules import Bytes, Text
@@ -128,6 +130,18 @@ def test_a_run_keeps_its_budget():
     assert [kl for _, kl in given] == sorted([kl for _, kl in given])[::-1]
 
 
+def test_both_matrices_of_an_untied_embedding_count():
+  model = support.model(tied=True)
+  params = support.params(model)
+  table = params["embed"]
+  params = params | {"embed": Untied(table, 2.0 * table)}
+  how = Allocation(formats=FORMATS, bits=7.0, unit="^embed$", probe=PROBE)
+  how = how.with_model(Loaded(model, params, Bytes(), {}))
+  packed, _ = how.run(params)
+  for w in (packed["embed"].table, packed["embed"].head):
+    assert w.format == FORMATS[0] and w.bits_per_weight == 6  # 12 are too many
+
+
 @pytest.mark.parametrize(
   "options, says",
   [
@@ -143,6 +157,17 @@ def test_impossible_settings_raise(options, says):
     how.with_model(Loaded(model, params, Bytes(), {})).run(params)
   with pytest.raises(UserError, match="has no model"):
     how.run(params)
+
+
+def test_what_rounds_activations_stays():
+  """Divergences would else be those of a model that does not round them."""
+  model = support.model()
+  params = Inputs(op=Round(bits=3))(support.params(model))
+  every = allocate_bits.packable_weights(params)
+  found = allocate_bits.with_weights(model, params, every)
+  tokens = support.tokens()
+  want, got = (model.apply({"params": p}, tokens)[0] for p in (params, found))
+  np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_matrices_are_replaced_by_address():

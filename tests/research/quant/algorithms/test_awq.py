@@ -10,6 +10,8 @@ import pytest
 
 import tests.support as support
 from research import tree
+from research.nn.norm import UnitRMS
+from research.nn.stack import Stack
 from research.quant import qtensor
 from research.quant.algorithms import awq, awq_search, folding
 from research.quant.formats.affine import Affine
@@ -259,6 +261,23 @@ def test_unsupported_matrices_raise_before_calibration(options, message):
   model, params, _ = _case("llama")
   with pytest.raises(UserError, match=message):
     awq.AWQ(model=model, tokenizer=None, **options)(params)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(v_norm=UnitRMS()),  # a norm undoes what v is divided by
+    dict(values="keys"),
+    dict(kv="lent"),  # other layers' o would need the scales, too
+  ],
+)
+def test_values_whose_scales_cannot_be_moved_are_refused(changes):
+  model, params, _ = _case("llama")
+  (block,) = model.stack.blocks
+  block = block.clone(attention=block.attention.clone(**changes))
+  model = model.clone(stack=Stack(model.stack.depth, (block,)))
+  with pytest.raises(UserError, match="AWQ: layers/0: found values"):
+    awq.AWQ(format=FORMAT, model=model)(params)
 
 
 def test_weights_that_are_not_finite_are_named():

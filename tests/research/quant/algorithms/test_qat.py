@@ -11,12 +11,14 @@ import pytest
 from research import tree, weights
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
+from research.quant.activations import Inputs, InputTensor, Round
 from research.quant.algorithms import qat
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.formats.ggml import GGML
 from research.quant.formats.microscaling import Microscaling
 from research.quant.formats.nvfp4 import NVFP4
+from research.quant.qtensor import QTensor
 from research.quant.quantize import Quantize
 from research.training import state, step
 from research.training.objectives import distill, preference
@@ -94,15 +96,21 @@ def test_learned_scales_have_lsq_s_gradient():
   assert not np.any(found.start)
 
 
-def test_learned_scales_are_converted_bit_for_bit():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_learned_scales_are_converted_bit_for_bit(dtype):
   format = Affine(bits=4, block=32, symmetric=True)
-  w = qat.Prepare(format=format, learned=True).prepare(_matrix(2, 64, 24))
+  masters = _matrix(2, 64, 24).astype(dtype)
+  w = qat.Prepare(format=format, learned=True).prepare(masters)
   gain = 1 + _matrix(2, 2, 24, seed=3)
   w = qat.FakeQuantTensor(w.w, gain, w.start, w.format)
   trained = jax.jit(lambda w: w.dense())(w)
   np.testing.assert_array_equal(w.pack().dense(), trained)
+  # Activations may have more bits than the masters.
+  x = _matrix(3, 64, seed=4)
+  y = [v.einsum("...d,ldf->...lf", x) for v in (w.pack(), w)]
+  np.testing.assert_array_equal(*y)
   # They start where LSQ does.
-  size = np.abs(np.asarray(w.w[1, 32:, 5])).mean()
+  size = np.abs(np.asarray(w.w[1, 32:, 5], np.float32)).mean()
   assert w.start[1, 1, 5] == pytest.approx(2 * size / 7**0.5, rel=1e-6)
   with pytest.raises(UserError, match="symmetric Affine"):
     qat.Prepare(format=Affine(block=32), learned=True).prepare(w.w)
@@ -203,6 +211,26 @@ def _weights(params):
     params, is_leaf=weights.is_weight
   )
   return {tree.path_name(path): w for path, w in found}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rounding_of_activations_stays(first):
+  """Before and after: with weights that are trained, converted, and removed."""
+  model, tokens = support.model(depth=1), support.tokens()
+  params, key = support.params(model), jax.random.key(0)
+  transforms = [qat.Prepare(format=SYMMETRIC), Inputs(op=Round(bits=3))]
+  prepared = params
+  for transform in transforms[::-1] if first else transforms:
+    prepared = transform(prepared, key)
+  converted = qat.Convert()(prepared)
+  q = converted["run0"]["layer0"]["attention"]["q"]
+  assert isinstance(q, InputTensor) and isinstance(q.w, QTensor)
+  removed = qat.remove_fake_quant(prepared)
+  alone = Quantize(format=SYMMETRIC)(params)
+  run = jax.jit(lambda p: model.apply({"params": p}, tokens)[0])
+  for found, same in ((prepared, alone), (converted, alone), (removed, params)):
+    want = run(transforms[1](same, key))
+    np.testing.assert_allclose(run(found), want, atol=1e-4)
 
 
 def test_the_teacher_is_the_original_model():

@@ -11,8 +11,14 @@ import pytest
 import tests.support as support
 from research import sharding, taps, weights
 from research.interop import native
+from research.nn.attention import CrossAttention
+from research.nn.cross_attention import GatedCrossAttention
+from research.nn.gemma4 import Gemma4Sizes, gemma4
+from research.nn.mlp import Mlp
 from research.nn.moe.routing import Routing
 from research.nn.presets import Sparse
+from research.nn.stack import Stack
+from research.nn.time_embedding import TimeEmbedding
 from research.quant import activations, qtensor, quantize, untied_embedding
 from research.quant.algorithms import rotate
 from research.quant.formats.affine import Affine
@@ -173,3 +179,63 @@ def test_normalised_outputs_are_refused():
     rotate.Rotate(model=model)(params, jax.random.key(0))
   with pytest.raises(UserError, match="no model"):
     rotate.Rotate()(params, jax.random.key(0))
+
+
+def _gemma4(**changes):
+  sizes = dict(
+    vocab=67, width=32, hidden=48, heads=4, kinds=("local", "global"), window=6
+  )
+  for start in ("", "global_"):
+    sizes |= {f"{start}kv_heads": 2, f"{start}head_dim": 8}
+  return gemma4(Gemma4Sizes(borrowing_hidden=48, **sizes | changes))
+
+
+def _with_cross_attention():
+  model = support.model(depth=1)
+  (block,) = model.stack.blocks
+  cross = GatedCrossAttention(
+    attention=CrossAttention(heads=2, head_dim=8),
+    mlp=Mlp(hidden=8),
+    media_width=4,
+  )
+  return model.clone(stack=Stack(1, (block.clone(cross=cross),)))
+
+
+@pytest.mark.parametrize(
+  "make, options, match",
+  [
+    # x (1 + scale) + shift: neither is in the basis of the rotated stream.
+    (
+      lambda: support.model(
+        depth=1, time_embedding=TimeEmbedding(features=8, hidden=8, width=8)
+      ),
+      {},
+      "adaptive layer norm",
+    ),
+    (_with_cross_attention, {}, "cross-attention"),
+    # `o` would be rotated, and the keys that are its values would not.
+    (
+      lambda: _gemma4(global_values="keys"),
+      dict(residual=False),
+      "values that are keys",
+    ),
+  ],
+)
+def test_layers_that_do_not_commute_are_refused(make, options, match):
+  model = make()
+  params = support.params(model)
+  with pytest.raises(UserError, match=match):
+    rotate.Rotate(model=model, **options)(params, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+  "changes", [{}, dict(kinds=("local", "global") * 2, borrowing=2)]
+)
+def test_normalised_and_shared_values_are_rotated(changes):
+  """A norm without a gain commutes with rotations; borrowers share R2."""
+  model = _gemma4(**changes)
+  params, tokens = support.params(model), support.tokens()
+  made = rotate.Rotate(model=model, residual=False)
+  rotated = made(params, jax.random.key(3))
+  run = _logits(model)
+  assert _error(run(rotated, tokens), run(params, tokens)) < 1e-4
