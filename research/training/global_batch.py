@@ -68,7 +68,8 @@ def array_sharding(
   ndim = len(shape)
   axes = [cut or None for cut in spec_axes(sharding.spec, ndim)[:ndim]]
   if shape[0] % _pieces(sharding, 0):
-    raise _does_not_divide(sharding, shape[0])
+    what = "batch_size" if name == "tokens" else f"batch: {name}"
+    raise _does_not_divide(sharding, shape[0], what)
   for i, dim in enumerate(shape):
     if dim % _pieces(sharding, i) or (i and name in PER_ROW):
       axes[i] = None
@@ -83,15 +84,17 @@ def check_rows(sharding: NamedSharding | None, rows: int) -> None:
     rows: of all processes, B.
   """
   if sharding is not None and rows % _pieces(sharding, 0):
-    raise _does_not_divide(sharding, rows)
+    raise _does_not_divide(sharding, rows, "batch_size")
 
 
-def _does_not_divide(sharding: NamedSharding, rows: int) -> UserError:
+def _does_not_divide(
+  sharding: NamedSharding, rows: int, what: str
+) -> UserError:
   axes = spec_axes(sharding.spec, 1)[0]
   sizes = {axis: sharding.mesh.shape[axis] for axis in axes}
   cut = " and ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
   return UserError(
-    f"batch_size: found {rows} rows, expected a multiple of"
+    f"{what}: found {rows} rows, expected a multiple of"
     f" {_pieces(sharding, 0)}: the mesh has {cut}.\nSet another BATCH, or"
     " another mesh."
   )

@@ -338,7 +338,7 @@ def test_a_mesh_cuts_pools_and_never_views():
     assert shapes["tokens"] == (2, 12)
     assert shapes["pixels"] == (1, *packed["pixels"].shape[1:])
     np.testing.assert_allclose(loss(params, placed), expected, rtol=2e-5)
-    with pytest.raises(UserError, match="for `pixels`"):
+    with pytest.raises(UserError, match="batch: pixels: found 1 rows"):
       global_batch.to_global(
         packed | {"pixels": packed["pixels"][:1]}, layout.batch(mesh)
       )
