@@ -303,5 +303,10 @@ class _Cached:
   """A tokenizer that remembers texts: solutions share prompts and steps."""
 
   def __init__(self, tokenizer: Any):
+    self._tokenizer = tokenizer
     self.encode = functools.lru_cache(1 << 16)(tokenizer.encode)
     self.prompt = functools.lru_cache(1 << 16)(tokenizer.prompt)
+
+  def __getattr__(self, name: str) -> Any:
+    # A prompt may ask for more: special tokens, a chat template.
+    return getattr(self._tokenizer, name)

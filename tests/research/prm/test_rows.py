@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 
+from experiments.searching.prompts import Chat
 from research.data.sources import NoExamples, split_of
 from research.prm import formats, rows
 from research.prm.labelled import LabelledSolution
@@ -125,3 +126,15 @@ def test_a_pipe_is_left_for_the_run_to_read(tmp_path):
   pipe = tmp_path / "pipe"
   os.mkfifo(pipe)
   rows.LabelledRows(paths=str(pipe), length=8, batch_size=1).check_files()
+
+
+def test_a_prompt_may_be_a_conversation(tmp_path):
+  """Which asks the tokenizer for more than ids of texts."""
+
+  class Chats(Characters):
+    def chat(self, messages):
+      return "<" + messages[0]["content"] + ">"
+
+  asked = data(tmp_path, [solution()], prompting=Chat())
+  (row,) = asked.rows(Chats())
+  assert "".join(map(chr, row["tokens"][:7])) == "<ab>cde"
