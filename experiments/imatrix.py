@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if _TEXT.value is not None:
     given["source"] = [cli.read_text(_TEXT.value, "text")]
   runtime.setup()
+  from experiments.generating import diffusion
   from research.interop import convert
   from research.interop.gguf import imatrix
   from research.interop.load import load_model
@@ -76,6 +77,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   to, start = pathlib.Path(_TO.value), time.perf_counter()
   convert.check_free(to, file=True)
   loaded = load_model(_MODEL.value)
+  diffusion.check_next_token(loaded, f"--model={_MODEL.value}")
   text = Calibration(
     windows=_WINDOWS.value,
     length=_WINDOW.value,

@@ -55,14 +55,14 @@ def check_next_token(loaded: Loaded, what: str) -> None:
   """Raises UserError if a model does not predict the next token.
 
   One that was trained to fill in masks with both sides in sight gives a next
-  token, too, which says nothing. Blocks of one token see what is before them.
+  token, too, which says nothing.
 
   Args:
     loaded: the model.
     what: names it, for messages.
   """
   spec = loaded.diffusion
-  if spec is not None and not (spec.shift and spec.block == 1):
+  if spec is not None and not spec.predicts_next_token:
     raise UserError(
       f"{what}: fills in masks; expected a model that predicts the next token."
       "\ngenerate --sampler=diffusion asks such models, and `rolling` of"

@@ -93,6 +93,11 @@ class Quantization(NeedsModel):
   model: Any = None
   tokenizer: Any = None
 
+  @property
+  def calibrates(self) -> bool:
+    """Whether there is calibration data to read."""
+    return self.calibration is not None
+
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
     """Returns `params`, packed by the rules; see `run`."""
     del key

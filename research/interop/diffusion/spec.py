@@ -41,6 +41,11 @@ class Spec:
   block: int | None = None
   end: tuple[int, ...] = ()
 
+  @property
+  def predicts_next_token(self) -> bool:
+    """Whether blocks of one token see what is before them, and no more."""
+    return self.shift and self.block == 1
+
   def to_config(self) -> dict[str, Any]:
     """Returns what config.json has under `diffusion`."""
     return {

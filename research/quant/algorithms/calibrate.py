@@ -39,8 +39,25 @@ InputStats = dict[str, dict[str, Array]]
 class NeedsModel:
   """Mixin of transforms with fields `model` and `tokenizer` to be set later."""
 
+  @property
+  def calibrates(self) -> bool:
+    """Whether the model reads text to measure something."""
+    return True
+
   def with_model(self, loaded: Any) -> Any:
-    """Returns a copy with `loaded.model` and `loaded.tokenizer`."""
+    """Returns a copy with `loaded.model` and `loaded.tokenizer`.
+
+    Raises:
+      UserError: a model of masked diffusion would have to read text causally.
+    """
+    masks = loaded.diffusion if self.calibrates else None
+    if masks is not None and not masks.predicts_next_token:
+      raise UserError(
+        f"{type(self).__name__}: found a model of masked diffusion, expected"
+        " one that predicts the next token: calibration reads texts causally"
+        " and without masks, which are other inputs than this model's.\n"
+        "Quantize it without calibration, e.g. to NF4."
+      )
     return dataclasses.replace(
       self, model=loaded.model, tokenizer=loaded.tokenizer
     )

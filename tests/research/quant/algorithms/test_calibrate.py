@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 
 from research import tree, weights
+from research.interop.diffusion.spec import Spec
+from research.interop.loaded import Loaded
 from research.quant.algorithms import calibrate, error_propagation
+from research.quant.algorithms.awq import AWQ
 from research.quant.algorithms.calibrate import Calibration
+from research.quant.algorithms.smoothquant import SmoothQuant
+from research.quant.quantize_by_rules import Quantization
 from research.taps import statistics
 from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
@@ -197,3 +202,26 @@ def test_drift_is_summed_as_defined():
   np.testing.assert_allclose(found["xx"], new.T @ new, atol=atol)
   np.testing.assert_allclose(found["drift"], (old - new).T @ new, atol=atol)
   assert found["n"] == len(new)
+
+
+@pytest.mark.parametrize(
+  ("transform", "masks", "fits"),
+  [
+    (AWQ(), Spec(mask_id=1), False),
+    (SmoothQuant(), Spec(mask_id=1, block=4), False),
+    (Quantization(rules=(), calibration=Calibration()), Spec(mask_id=1), False),
+    (Quantization(rules=()), Spec(mask_id=1), True),
+    (AWQ(), Spec(mask_id=1, shift=True, block=1), True),
+    (AWQ(), None, True),
+  ],
+)
+def test_models_of_masked_diffusion_are_not_calibrated_causally(
+  transform, masks, fits
+):
+  model = support.model()
+  loaded = Loaded(model, support.params(model), Letters(), {}, diffusion=masks)
+  if fits:
+    assert transform.with_model(loaded).model is model
+  else:
+    with pytest.raises(UserError, match="found a model of masked diffusion"):
+      transform.with_model(loaded)
