@@ -149,6 +149,23 @@ def test_equal_votes_have_equal_verdicts():
       assert len({LADDER.equal(truth, x) for x in group}) == 1, (truth, group)
 
 
+def test_equal_votes_have_equal_verdicts_of_math_verify():
+  groups = [
+    *(["10", "10.0", "$10$", "x=10"], ["10%", r"10\%"]),
+    *(["0.1", "1/10", "2/20"], ["3", "3.0", "6/2"], ["3."]),
+    *(["3 million"], ["3000000", "3,000,000"], ["1200"], ["1, 200"]),
+    *(["31/4", "7.75", r"7\frac{3}{4}"], ["7 3/4"]),
+  ]
+  votes = [{MATH_VERIFY.canonical(x) for x in group} for group in groups]
+  assert list(map(len, votes)) == [1] * len(groups)
+  assert len(set.union(*votes)) == len(groups)
+  for truth in ("10", "0.1", "3", "3000000", r"\frac{31}{4}", "1200"):
+    for group in groups:
+      verdicts = {MATH_VERIFY.equal(truth, x) for x in group}
+      assert len(verdicts) == 1, (truth, group)
+  assert MATH_VERIFY.canonical(MATH_VERIFY.canonical("10%")) == "10%"
+
+
 def tree(rng, depth):
   """Returns an expression and its exact value, None for a division by zero."""
   if depth == 0:
