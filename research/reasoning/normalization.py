@@ -3,8 +3,9 @@ r"""The conservative ladder that makes of an answer the form it is compared in.
 It follows the grader of PRM800K (Lightman et al. 2023, arXiv:2305.20050;
 github.com/openai/prm800k): units, currency and LaTeX's ways of writing one
 thing go; what could change the value stays. It differs where that grader errs:
-a comma within brackets separates, `\frac{x+1}{2}` keeps its numerator together,
-7 3/4 is not 73/4, -7 3/4 is below -7, and 3 million is 3000000.
+a comma within brackets separates, `\frac{x+1}{2}` keeps its numerator together
+and `2^{n+1}` its exponent, 7 3/4 is not 73/4, -7 3/4 is below -7, and 3 million
+is 3000000.
 """
 
 import re
@@ -20,6 +21,10 @@ _PASSES = 5
 """What one step of the ladder lays bare another may have to remove."""
 
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*(?=\{)")
+_GROUPED = re.compile(r"(?:\^|\\sqrt *\[[^][]*\]) *(?=\{)")
+_ATOM = re.compile(
+  r"(?:-? *(?:\d+(?:\.\d+)?|[A-Za-z]|\\[A-Za-z]+)|\([^()]*\))?"
+)
 _SPACES = re.compile(r"\\[!,;: ]|\\quad|\\qquad|~")
 _UNITS = (
   "centimeters?|cm|kilometers?|km|meters?|miles?|degrees?|seconds?|minutes?"
@@ -135,6 +140,7 @@ def _plain(text: str) -> str:
   text = text.replace("{,}", ",").replace(",\\!", ",")
   text = _TEXT.sub("", _SPACES.sub(" ", text))
   text = re.sub(r"\^ *\{? *\\circ *\}?|°", "", text)
+  text = _grouped(text)
   text = re.sub(r"\\[dtc]frac", r"\\frac", text)
   text = _macro(text, "frac", 2, _frac)
   text = _macro(text, "sqrt", 1, lambda before, x: f"sqrt({x})")
@@ -144,6 +150,18 @@ def _plain(text: str) -> str:
   text = re.sub(r"\b(?:or|and)\b", ",", text.lower())
   text = re.sub(r"- +", "-", text)
   return re.sub(r"\.$", "", text.strip())
+
+
+def _grouped(text: str) -> str:
+  r"""Brackets an exponent of several parts, and what `\sqrt[n]` is taken of."""
+  at = 0
+  while found := _GROUPED.search(text, at):
+    at = found.end()
+    inner, end = _argument(text, at)
+    if inner is not None:
+      made = inner if _ATOM.fullmatch(inner) else f"({inner})"
+      text = text[:at] + made + text[end:]
+  return text
 
 
 def _macro(text: str, name: str, count: int, build: Callable[..., str]) -> str:

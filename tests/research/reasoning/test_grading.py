@@ -107,6 +107,15 @@ def test_the_ladder_is_prm800ks_but_for_what_is_listed():
     (r"\sqrt{2}", "sqrt(2)"),
     (r"\sqrt2", "sqrt(2)"),
     (r"90^\circ", "90"),
+    (r"90^{\circ}", "90"),
+    (r"x^{10}", "x^10"),
+    (r"x^{-1}y^{ 2 }", "x^-1y^2"),
+    (r"f^{\prime}", r"f^\prime"),
+    (r"x^{n^{2}+1}", "x^(n^2+1)"),
+    (r"x^{(n+1)}", "x^(n+1)"),
+    (r"x^{\frac{1}{2}}", "x^(1/2)"),
+    (r"\sqrt[3]{x}", r"\sqrt[3]x"),
+    (r"\sqrt[3]{x+1}", r"\sqrt[3](x+1)"),
     (r"\left( 1, 2 \right]", "(1,2]"),
     (r"2\cdot\pi", "2*pi"),
     ("", ""),
@@ -116,6 +125,22 @@ def test_the_ladder_is_prm800ks_but_for_what_is_listed():
 )
 def test_normalize(text, expected):
   assert normalize(text) == expected
+
+
+@pytest.mark.parametrize(
+  ("truth", "given", "expected"),
+  [
+    ("2^{n+1}", "2^n+1", False),  # 4 and 3 for n = 1
+    ("2^{n+1}", "2^(n+1)", True),
+    ("x^{2y}", "x^2y", False),
+    ("x^2y", "x^{2}y", True),
+    (r"\frac{3}{4}", "3^{1/2}/2", False),  # the root of the truth
+    (r"\sqrt[3]{x+1}", r"\sqrt[3]{x}+1", False),
+  ],
+)
+def test_what_braces_group_stays_together(truth, given, expected):
+  assert LADDER.equal(truth, given) == expected
+  assert SYMBOLIC.equal(truth, given) == expected
 
 
 PIECES = (
