@@ -32,11 +32,14 @@ _UNITS = (
   "|cents?|units?|points?"
 )
 _UNIT = re.compile(
-  rf"(?<=[\d)}}]) *(?:square +|cubic +)?\b(?:{_UNITS})\b(?: *\^ *\{{?\d\}}?)?"
+  rf"(?<=[\d)}}])[ {{]*(?:square +|cubic +)?\b(?:{_UNITS})\b"
+  rf"(?:[ }}]*\^ *\{{?\d\}}?)?"
   rf"|(?<=\d)(?:cm|km)\b(?: *\^ *\{{?\d\}}?)?"
 )
 _SCALES = {"million": 10**6, "billion": 10**9, "trillion": 10**12}
-_SCALED = re.compile(r"(\d+(?:\.\d+)?) *(million|billion|trillion)\b")
+_SCALED = re.compile(
+  r"(?<![\d./])(\d+(?:\.\d+)?)[ {]*(million|billion|trillion)\b"
+)
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _MIXED = re.compile(r"(?<![\d./])(-?) *(\d+) +(\d+/\d+)(?![\d/])")
 _FLOAT = re.compile(r"(-?\d+)\.0*")
@@ -78,8 +81,8 @@ def normalize(text: str) -> str:
 def _once(text: str) -> str:
   out = _plain(text.strip())
   out = _NAMED.sub("", out, count=1) if _NAMED.match(out) else out
-  out = _SCALED.sub(_scaled, _UNIT.sub("", out))
-  out = _mixed(_thousands(out))
+  out = _SCALED.sub(_scaled, _thousands(out))
+  out = _mixed(_UNIT.sub("", out))
   out = re.sub(r"\s+", "", re.sub(r"[{}]", "", out))
   return ",".join(_number(x) for x in out.split(","))
 
