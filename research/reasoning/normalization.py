@@ -207,9 +207,9 @@ def _frac(before: str, top: str, bottom: str) -> str:
   simple = re.compile(r"-?\d+|[A-Za-z]")
   parts = [x if simple.fullmatch(x) else f"({x})" for x in (top, bottom)]
   made, last = "/".join(parts), before.rstrip()[-1:]
-  if last.isdigit():  # 7\frac{3}{4} is a mixed number
+  if re.search(r"(?<![\d.^/])\d+ *$", before):  # 7\frac{3}{4} is a mixed number
     return f" {made}"
-  product = last and (last.isalpha() or last in ")^/")
+  product = last and (last.isalnum() or last in ")^/")
   return f"({made})" if product else made
 
 
