@@ -239,9 +239,10 @@ def _mixed(text: str) -> str:
 
 
 def _number(text: str) -> str:
-  """Makes integers of floats with integer values, and drops zeros before."""
+  """Makes integers of whole floats, and drops zeros and a plus before."""
   around = re.fullmatch(r"([(\[]?)(.*?)([)\]]?)", text)
   before, inner, after = around.groups()
+  inner = re.sub(r"^\++(?=[^+])", "", inner)
   if _SCIENTIFIC.fullmatch(inner) and Fraction(inner).denominator == 1:
     inner = str(Fraction(inner))
   if found := _FLOAT.fullmatch(inner):

@@ -112,6 +112,9 @@ def test_the_ladder_is_prm800ks_but_for_what_is_listed():
     ("1 trillion", "1000000000000"),
     ("3.0", "3"),
     ("007", "7"),
+    ("+7", "7"),
+    (r"(3,+\infty)", "(3,inf)"),
+    ("+", "+"),
     ("1e3", "1000"),
     ("1.5e2", "150"),
     ("1.55e1", "1.55e1"),
@@ -159,7 +162,7 @@ def test_what_braces_group_stays_together(truth, given, expected):
 PIECES = (
   *("1", "23", "0", ",", ".", " ", "-", "/", "(", ")", "[", "]", "{", "}", "$"),
   *(r"\frac", r"\sqrt", r"\text{", "cm", "x", "=", " or ", "million", "%"),
-  *(r"\left", r"\pi", "^", r"\circ", "days", "\\", r"\!", "3/4", ",234"),
+  *("+", r"\left", r"\pi", "^", r"\circ", "days", "\\", r"\!", "3/4", ",234"),
 )
 
 
