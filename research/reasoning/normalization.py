@@ -41,7 +41,7 @@ _SCALED = re.compile(
   r"(?<![\d./])(\d+(?:\.\d+)?)[ {]*(million|billion|trillion)\b"
 )
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-_MIXED = re.compile(r"(?<![\d./])(-?) *(\d+) +(\d+/\d+)(?![\d/])")
+_MIXED = re.compile(r"(-?) *(?<![\d./])(\d+) +(\d+/\d+)(?![\d/])")
 _FLOAT = re.compile(r"(-?\d+)\.0*")
 _SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?e\+?\d{1,2}")
 _INTEGER = re.compile(r"-?\d+")
