@@ -12,7 +12,7 @@ Extractor = Callable[[str], str | None]
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+_NUMBER = re.compile(r"[-−]?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<![\w.])\.\d+)")
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(r"answer(?: is:?|:)", re.IGNORECASE)
@@ -42,7 +42,7 @@ def gsm8k_flexible(text: str) -> str | None:
 def last_number(text: str) -> str | None:
   """Returns the last number, without commas of thousands or a full stop."""
   found = _NUMBER.findall(text)
-  return found[-1].replace(",", "") if found else None
+  return found[-1].replace(",", "").replace("−", "-") if found else None
 
 
 def answer_tag(text: str) -> str | None:

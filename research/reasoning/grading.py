@@ -135,8 +135,20 @@ class MathVerify:
     return worker.call("math_verify_equal", truth, given)
 
   def canonical(self, given: str) -> str:
-    """Returns the form of `Ladder`, with sympy."""
-    return Ladder(self.seconds).canonical(given)
+    """Returns the form of `Ladder`, with sympy; of a number, its value.
+
+    10% keeps its sign, since it is right for 0.1, for which 10 is wrong. A
+    number that math-verify does not read as the ladder does stays as it is.
+    """
+    found = Ladder(self.seconds).canonical(given)
+    value = expressions.rational(found)
+    if value is None:
+      return found
+    try:
+      worker = shared(_SYMBOLIC, self.seconds)
+      return worker.call("math_verify_number", str(value), given)
+    except (TimedOut, Failed):
+      return found
 
 
 def may_simplify(*parts: str) -> bool:

@@ -3,8 +3,9 @@ r"""The conservative ladder that makes of an answer the form it is compared in.
 It follows the grader of PRM800K (Lightman et al. 2023, arXiv:2305.20050;
 github.com/openai/prm800k): units, currency and LaTeX's ways of writing one
 thing go; what could change the value stays. It differs where that grader errs:
-a comma within brackets separates, `\frac{x+1}{2}` keeps its numerator together,
-7 3/4 is not 73/4, -7 3/4 is below -7, and 3 million is 3000000.
+a comma within brackets separates, `\frac{x+1}{2}` keeps its numerator together
+and `2^{n+1}` its exponent, 7 3/4 is not 73/4, -7 3/4 is below -7, and 3 million
+is 3000000.
 """
 
 import re
@@ -20,6 +21,10 @@ _PASSES = 5
 """What one step of the ladder lays bare another may have to remove."""
 
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*(?=\{)")
+_GROUPED = re.compile(r"(?:\^|\\sqrt *\[[^][]*\]) *(?=\{)")
+_ATOM = re.compile(
+  r"(?:-? *(?:\d+(?:\.\d+)?|[A-Za-z]|\\[A-Za-z]+)|\([^()]*\))?"
+)
 _SPACES = re.compile(r"\\[!,;: ]|\\quad|\\qquad|~")
 _UNITS = (
   "centimeters?|cm|kilometers?|km|meters?|miles?|degrees?|seconds?|minutes?"
@@ -27,13 +32,16 @@ _UNITS = (
   "|cents?|units?|points?"
 )
 _UNIT = re.compile(
-  rf"(?<=[\d)}}]) *(?:square +|cubic +)?\b(?:{_UNITS})\b(?: *\^ *\{{?\d\}}?)?"
+  rf"(?<=[\d)}}])[ {{]*(?:square +|cubic +)?\b(?:{_UNITS})\b"
+  rf"(?:[ }}]*\^ *\{{?\d\}}?)?"
   rf"|(?<=\d)(?:cm|km)\b(?: *\^ *\{{?\d\}}?)?"
 )
 _SCALES = {"million": 10**6, "billion": 10**9, "trillion": 10**12}
-_SCALED = re.compile(r"(\d+(?:\.\d+)?) *(million|billion|trillion)\b")
+_SCALED = re.compile(
+  r"(?<![\d./])(\d+(?:\.\d+)?)[ {]*(million|billion|trillion)\b"
+)
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-_MIXED = re.compile(r"(?<![\d./])(-?) *(\d+) +(\d+/\d+)(?![\d/])")
+_MIXED = re.compile(r"(-?) *(?<![\d./])(\d+) +(\d+/\d+)(?![\d/])")
 _FLOAT = re.compile(r"(-?\d+)\.0*")
 _SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?e\+?\d{1,2}")
 _INTEGER = re.compile(r"-?\d+")
@@ -73,8 +81,8 @@ def normalize(text: str) -> str:
 def _once(text: str) -> str:
   out = _plain(text.strip())
   out = _NAMED.sub("", out, count=1) if _NAMED.match(out) else out
-  out = _SCALED.sub(_scaled, _UNIT.sub("", out))
-  out = _mixed(_thousands(out))
+  out = _SCALED.sub(_scaled, _thousands(out))
+  out = _mixed(_UNIT.sub("", out))
   out = re.sub(r"\s+", "", re.sub(r"[{}]", "", out))
   return ",".join(_number(x) for x in out.split(","))
 
@@ -135,6 +143,7 @@ def _plain(text: str) -> str:
   text = text.replace("{,}", ",").replace(",\\!", ",")
   text = _TEXT.sub("", _SPACES.sub(" ", text))
   text = re.sub(r"\^ *\{? *\\circ *\}?|°", "", text)
+  text = _grouped(text)
   text = re.sub(r"\\[dtc]frac", r"\\frac", text)
   text = _macro(text, "frac", 2, _frac)
   text = _macro(text, "sqrt", 1, lambda before, x: f"sqrt({x})")
@@ -144,6 +153,18 @@ def _plain(text: str) -> str:
   text = re.sub(r"\b(?:or|and)\b", ",", text.lower())
   text = re.sub(r"- +", "-", text)
   return re.sub(r"\.$", "", text.strip())
+
+
+def _grouped(text: str) -> str:
+  r"""Brackets an exponent of several parts, and what `\sqrt[n]` is taken of."""
+  at = 0
+  while found := _GROUPED.search(text, at):
+    at = found.end()
+    inner, end = _argument(text, at)
+    if inner is not None:
+      made = inner if _ATOM.fullmatch(inner) else f"({inner})"
+      text = text[:at] + made + text[end:]
+  return text
 
 
 def _macro(text: str, name: str, count: int, build: Callable[..., str]) -> str:
@@ -186,9 +207,9 @@ def _frac(before: str, top: str, bottom: str) -> str:
   simple = re.compile(r"-?\d+|[A-Za-z]")
   parts = [x if simple.fullmatch(x) else f"({x})" for x in (top, bottom)]
   made, last = "/".join(parts), before.rstrip()[-1:]
-  if last.isdigit():  # 7\frac{3}{4} is a mixed number
+  if re.search(r"(?<![\d.^/])\d+ *$", before):  # 7\frac{3}{4} is a mixed number
     return f" {made}"
-  product = last and (last.isalpha() or last in ")^/")
+  product = last and (last.isalnum() or last in ")^/")
   return f"({made})" if product else made
 
 
@@ -218,9 +239,10 @@ def _mixed(text: str) -> str:
 
 
 def _number(text: str) -> str:
-  """Makes integers of floats with integer values, and drops zeros before."""
+  """Makes integers of whole floats, and drops zeros and a plus before."""
   around = re.fullmatch(r"([(\[]?)(.*?)([)\]]?)", text)
   before, inner, after = around.groups()
+  inner = re.sub(r"^\++(?=[^+])", "", inner)
   if _SCIENTIFIC.fullmatch(inner) and Fraction(inner).denominator == 1:
     inner = str(Fraction(inner))
   if found := _FLOAT.fullmatch(inner):

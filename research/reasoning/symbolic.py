@@ -26,18 +26,48 @@ def sympy_canonical(a: str) -> str:
 
 def math_verify_equal(truth: str, given: str) -> bool:
   """Whether math-verify accepts an answer for another, in this order."""
+  gold, answer = _parsed(truth), _parsed(given)
+  return bool(_math_verify().verify(gold, answer, timeout_seconds=None))
+
+
+def math_verify_number(value: str, given: str) -> str:
+  """Returns a number's value, with % if it is a percentage.
+
+  Args:
+    value: of the number, as the ladder reads it.
+    given: the answer, which is returned if math-verify reads it otherwise.
+  """
+  sympy = _sympy()
+  found = next(iter(_parsed(given)), None)
+  if isinstance(found, sympy.Equality):  # x = 3
+    found = found.rhs
+  hundredth = sympy.UnevaluatedExpr(sympy.Rational(1, 100))
+  percent = isinstance(found, sympy.Mul) and found.args[1:] == (hundredth,)
+  if percent:
+    found = found.args[0]
+  if isinstance(found, sympy.Float):
+    found = sympy.Rational(str(found))
+  alike = isinstance(found, sympy.Rational) and str(found) == value
+  if alike or math_verify_equal(value, given):
+    return value + "%" * percent
+  return given.strip()
+
+
+def _parsed(answer: str) -> list[Any]:
+  """Returns what math-verify reads in an answer."""
+  package = _math_verify()
+  config = [package.LatexExtractionConfig(boxed_match_priority=0)]
+  # The caller's process has the time limit.
+  return package.parse(
+    f"\\boxed{{{answer}}}", config, parsing_timeout=None, raise_on_error=False
+  )
+
+
+@functools.cache
+def _math_verify() -> Any:
   with needs("math-verify"):
     import math_verify
-
-  config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
-  # The caller's process has the time limit.
-  gold, answer = (
-    math_verify.parse(
-      f"\\boxed{{{x}}}", config, parsing_timeout=None, raise_on_error=False
-    )
-    for x in (truth, given)
-  )
-  return bool(math_verify.verify(gold, answer, timeout_seconds=None))
+  return math_verify
 
 
 @functools.cache

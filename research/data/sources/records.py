@@ -195,7 +195,8 @@ def completion_example(tokenizer: Any, prompt: str, answer: str) -> Example:
   """Tokenises `prompt` followed by `answer`; the loss covers the answer."""
   end = [] if tokenizer.eos is None else [tokenizer.eos]
   before = tokenizer.prompt(prompt)
-  after = tokenizer.encode_after(before, answer)
+  # Behind an empty prompt the answer is as it is alone, whatever begins a row.
+  after = tokenizer.encode_after(tokenizer.encode(prompt), answer)
   return examples.join([(before, False), ([*after, *end], True)])
 
 

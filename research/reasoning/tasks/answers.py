@@ -6,9 +6,11 @@ file is an `AnswerFile` that names its fields, an extractor and a grader.
 
 import dataclasses
 import functools
+import os
+import pathlib
 from typing import ClassVar
 
-from research.data.sources import Paths, jsonl
+from research.data.sources import Paths, expand, jsonl
 from research.errors import UserError
 from research.reasoning import extraction
 from research.reasoning.extraction import Extractor
@@ -34,7 +36,7 @@ class AnswerFile(Task):
     answer: of the field with the answer, or with a solution that has it.
     difficulty: of a field with a number, or None.
     identity: of a field with an id that no other line has; None for the line's
-      number.
+      number, behind the file's name, and its folder's where names are equal.
     template: of the prompt, with `{question}` in it.
     reference: finds the answer in the field `answer`.
     extract: finds the answer in a model's text.
@@ -98,12 +100,17 @@ class AnswerFile(Task):
       raise record.wrong(self.answer, solution, "text with an answer in it")
     identity = record.get(self.identity) if self.identity else None
     return Problem(
-      id=str(identity) if identity is not None else _place(record.where),
+      id=str(identity) if identity is not None else self._place(record),
       prompt=self.template.format(question=question),
       answer=answer,
       meta={"solution": solution},
       difficulty=self._difficulty(record),
     )
+
+  def _place(self, record: jsonl.Record) -> str:
+    """Returns `file.jsonl:3` of a line, wherever the file lies."""
+    file, _, line = record.where.rpartition(":")
+    return f"{_names(self.path)[file]}:{line}"
 
   def _difficulty(self, record: jsonl.Record) -> float | int | None:
     if self.difficulty is None:
@@ -164,6 +171,11 @@ def _read(path: Paths, split: str | None, key: str) -> tuple[jsonl.Record, ...]:
   return tuple(jsonl.read(path, split, key))
 
 
-def _place(where: str) -> str:
-  """Returns `file.jsonl:3` of a path, wherever the file lies."""
-  return where.replace("\\", "/").rpartition("/")[2]
+@functools.lru_cache(maxsize=8)
+def _names(path: Paths) -> dict[str, str]:
+  """Returns the name of each file, with folders if two have the same one."""
+  files = {x: pathlib.Path(x).absolute() for x in expand(path)}
+  if len({x.name for x in files.values()}) == len(set(files.values())):
+    return {file: x.name for file, x in files.items()}
+  folder = os.path.commonpath(files.values())
+  return {file: x.relative_to(folder).as_posix() for file, x in files.items()}

@@ -25,7 +25,7 @@ def shares_correct(
   """Returns the share of each answer's samples that are correct.
 
   It is 0 or 1, unless a grader accepts one form of an answer and not another
-  that votes with it: math-verify takes 3 for 3 and "3." for nothing.
+  that votes with it.
 
   Args:
     answers: of one problem's samples; None is left out.

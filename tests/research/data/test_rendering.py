@@ -187,6 +187,10 @@ def test_a_completion_has_the_ids_of_the_whole_text(kind, prompt, answer):
   whole = backend.encode(f"{prompt}{answer}</s>").ids
   assert made.tokens.tolist() == whole
   assert made.loss_mask.sum() == len(whole) - len(backend.encode(prompt).ids)
+  bos = backend.token_to_id("<s>")
+  begun = dataclasses.replace(tokenizer, bos=bos, add_bos=True)
+  made = records.completion_example(begun, prompt, answer)
+  assert made.tokens.tolist() == [bos, *whole]
 
 
 def test_words_that_look_like_the_template_change_nothing():

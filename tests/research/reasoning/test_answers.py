@@ -98,6 +98,26 @@ def test_a_file_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize(
+  ("names", "ids"),
+  [
+    (("a.jsonl", "b.jsonl"), ["a.jsonl:1", "b.jsonl:1"]),
+    (("x/a.jsonl", "y/b.jsonl"), ["a.jsonl:1", "b.jsonl:1"]),
+    (("x/a.jsonl", "y/a.jsonl"), ["x/a.jsonl:1", "y/a.jsonl:1"]),
+    (("x/z/a.jsonl", "x/a.jsonl"), ["z/a.jsonl:1", "a.jsonl:1"]),
+  ],
+)
+def test_no_two_problems_have_one_id(tmp_path, monkeypatch, names, ids):
+  """As MATH's, which has a file of each subject under the same name."""
+  for name in names:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    write(tmp_path / name, {"question": name, "answer": "1"})
+  task = AnswerFile(path=[str(tmp_path / name) for name in names])
+  assert [problem.id for problem in task] == ids
+  monkeypatch.chdir(tmp_path)
+  assert [problem.id for problem in AnswerFile(path=names)] == ids
+
+
+@pytest.mark.parametrize(
   ("row", "fields", "message"),
   [
     ({"question": "?"}, {}, r"bad.jsonl:1: field 'answer': found none among"),

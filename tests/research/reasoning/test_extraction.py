@@ -92,6 +92,10 @@ def test_hostile_lengths_take_linear_time():
     ("so 1,234,567.", "1234567"),
     ("-4, or 3.50", "3.50"),
     ("it is -4.", "-4"),
+    ("it is −4.", "-4"),
+    ("it is .25.", ".25"),
+    ("or -.5", "-.5"),
+    ("section a.5", "5"),
     ("nothing", None),
   ],
 )

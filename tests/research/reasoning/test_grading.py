@@ -80,6 +80,14 @@ def test_the_ladder_is_prm800ks_but_for_what_is_listed():
     (r"\text{Monday}", "monday"),
     ("5 cm", "5"),
     (r"5\text{ cm}^2", "5"),
+    (r"5\text{ meters}", "5"),
+    (r"5 \text{ square feet}", "5"),
+    (r"12\mbox{ inches}^2", "12"),
+    (r"\frac{3}{4}\text{ hours}", "3/4"),
+    (r"3.5\text{ million dollars}", "3500000"),
+    ("1,200 million", "1200000000"),
+    ("3/4 million", "3/4million"),
+    ("3 million,4 million", "3000000,4000000"),
     ("$5$", "5"),
     (r"10\%", "10"),
     ("1,234,567", "1234567"),
@@ -91,14 +99,25 @@ def test_the_ladder_is_prm800ks_but_for_what_is_listed():
     (r"\frac{x+1}{2}", "(x+1)/2"),
     (r"\frac{\frac12}{3}", "(1/2)/3"),
     (r"x\frac{1}{2}", "x(1/2)"),
+    (r"x^2\frac{1}{2}", "x^2(1/2)"),
+    (r"2^{10}\frac{1}{2}", "2^10(1/2)"),
+    (r"1.5\frac{1}{2}", "1.5(1/2)"),
+    (r"\frac{2}{3}\frac{4}{5}", "2/3(4/5)"),
+    (r"12\frac{3}{4}", "12+3/4"),
     ("7 3/4", "7+3/4"),
     (r"7\frac{3}{4}", "7+3/4"),
     ("-7 3/4", "-(7+3/4)"),
+    ("8-7 3/4", "8-(7+3/4)"),
+    ("8 - 7 3/4", "8-(7+3/4)"),
+    ("8+7 3/4", "8+7+3/4"),
     ("3 million", "3000000"),
     ("2.5 billion", "2500000000"),
     ("1 trillion", "1000000000000"),
     ("3.0", "3"),
     ("007", "7"),
+    ("+7", "7"),
+    (r"(3,+\infty)", "(3,inf)"),
+    ("+", "+"),
     ("1e3", "1000"),
     ("1.5e2", "150"),
     ("1.55e1", "1.55e1"),
@@ -107,6 +126,15 @@ def test_the_ladder_is_prm800ks_but_for_what_is_listed():
     (r"\sqrt{2}", "sqrt(2)"),
     (r"\sqrt2", "sqrt(2)"),
     (r"90^\circ", "90"),
+    (r"90^{\circ}", "90"),
+    (r"x^{10}", "x^10"),
+    (r"x^{-1}y^{ 2 }", "x^-1y^2"),
+    (r"f^{\prime}", r"f^\prime"),
+    (r"x^{n^{2}+1}", "x^(n^2+1)"),
+    (r"x^{(n+1)}", "x^(n+1)"),
+    (r"x^{\frac{1}{2}}", "x^(1/2)"),
+    (r"\sqrt[3]{x}", r"\sqrt[3]x"),
+    (r"\sqrt[3]{x+1}", r"\sqrt[3](x+1)"),
     (r"\left( 1, 2 \right]", "(1,2]"),
     (r"2\cdot\pi", "2*pi"),
     ("", ""),
@@ -118,10 +146,26 @@ def test_normalize(text, expected):
   assert normalize(text) == expected
 
 
+@pytest.mark.parametrize(
+  ("truth", "given", "expected"),
+  [
+    ("2^{n+1}", "2^n+1", False),  # 4 and 3 for n = 1
+    ("2^{n+1}", "2^(n+1)", True),
+    ("x^{2y}", "x^2y", False),
+    ("x^2y", "x^{2}y", True),
+    (r"\frac{3}{4}", "3^{1/2}/2", False),  # the root of the truth
+    (r"\sqrt[3]{x+1}", r"\sqrt[3]{x}+1", False),
+  ],
+)
+def test_what_braces_group_stays_together(truth, given, expected):
+  assert LADDER.equal(truth, given) == expected
+  assert SYMBOLIC.equal(truth, given) == expected
+
+
 PIECES = (
   *("1", "23", "0", ",", ".", " ", "-", "/", "(", ")", "[", "]", "{", "}", "$"),
   *(r"\frac", r"\sqrt", r"\text{", "cm", "x", "=", " or ", "million", "%"),
-  *(r"\left", r"\pi", "^", r"\circ", "days", "\\", r"\!", "3/4", ",234"),
+  *("+", r"\left", r"\pi", "^", r"\circ", "days", "\\", r"\!", "3/4", ",234"),
 )
 
 
@@ -147,6 +191,23 @@ def test_equal_votes_have_equal_verdicts():
   for group in groups.values():
     for truth in truths:
       assert len({LADDER.equal(truth, x) for x in group}) == 1, (truth, group)
+
+
+def test_equal_votes_have_equal_verdicts_of_math_verify():
+  groups = [
+    *(["10", "10.0", "$10$", "x=10"], ["10%", r"10\%"]),
+    *(["0.1", "1/10", "2/20"], ["3", "3.0", "6/2"], ["3."]),
+    *(["3 million"], ["3000000", "3,000,000"], ["1200"], ["1, 200"]),
+    *(["31/4", "7.75", r"7\frac{3}{4}"], ["7 3/4"]),
+  ]
+  votes = [{MATH_VERIFY.canonical(x) for x in group} for group in groups]
+  assert list(map(len, votes)) == [1] * len(groups)
+  assert len(set.union(*votes)) == len(groups)
+  for truth in ("10", "0.1", "3", "3000000", r"\frac{31}{4}", "1200"):
+    for group in groups:
+      verdicts = {MATH_VERIFY.equal(truth, x) for x in group}
+      assert len(verdicts) == 1, (truth, group)
+  assert MATH_VERIFY.canonical(MATH_VERIFY.canonical("10%")) == "10%"
 
 
 def tree(rng, depth):
@@ -180,6 +241,7 @@ def test_rational_is_exact():
     ("2(3+1)", 8),
     ("(1+1)(2+2)", 8),
     ("1/2(3)", fractions.Fraction(3, 2)),
+    ("2/3(4/5)", fractions.Fraction(8, 15)),
     ("--3", 3),
     ("2^-1", fractions.Fraction(1, 2)),
     ("sqrt(9/4)", fractions.Fraction(3, 2)),
