@@ -218,7 +218,8 @@ def _pattern(
 
 def _scaling(keys: _Keys, file: GGUF, theta: float, dim: int) -> Scaling | None:
   """Returns the rotation's extension, by keys or by its factors."""
-  kind = keys.text("rope.scaling.type", "none")
+  # A factor without a type is a linear one to llama.cpp.
+  kind = keys.text("rope.scaling.type", "linear")
   factor = keys.real("rope.scaling.factor")
   original = keys.integer("rope.scaling.original_context_length")
   factors = file.tensors.get(ROPE_FACTORS)

@@ -185,6 +185,18 @@ def test_every_family_has_transformers_logits(family, tmp_path):
     assert scaling == rope.Llama3(factor=8.0, low=1.0, high=4.0, original=32)
 
 
+def test_a_factor_without_a_type_scales_linearly(tmp_path):
+  """As llama.cpp reads it: `std::string rope_scaling("linear")`."""
+  metadata, tensors = converted("llama_linear")
+  del metadata["llama.rope.scaling.type"]
+  write_gguf(tmp_path / "x.gguf", metadata, tensors)
+  it = load_gguf(tmp_path / "x.gguf")
+  with np.load(MODELS / "llama_linear" / "golden.npz") as golden:
+    real = golden["attention_mask"].astype(bool)
+    got = logits(it.model, it.params, golden["tokens"], golden["positions"])
+    close(np.asarray(got)[real], golden["logits"][real])
+
+
 def test_a_file_says_which_layers_are_global(tmp_path):
   metadata, tensors = converted("gemma3")
   key = "gemma3.attention.sliding_window_pattern"
