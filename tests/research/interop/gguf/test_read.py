@@ -197,6 +197,22 @@ def test_a_factor_without_a_type_scales_linearly(tmp_path):
     close(np.asarray(got)[real], golden["logits"][real])
 
 
+def test_early_files_of_gemma2_leave_out_window_and_caps(tmp_path):
+  """The defaults are llama.cpp's (`LLM_ARCH_GEMMA2`, `llama_hparams`)."""
+  metadata, tensors = converted("gemma2")
+  left_out = ("sliding_window", "attn_logit_softcapping", "final_logit_softcap")
+  given = {
+    k: v for k, v in metadata.items() if not any(x in k for x in left_out)
+  }
+  assert len(given) == len(metadata) - 3
+  write_gguf(tmp_path / "x.gguf", given, tensors)
+  model = load_gguf(tmp_path / "x.gguf").model
+  attentions = [kind.attention for kind in model.layer_kinds()]
+  assert [a.window for a in attentions] == [4_096, None, 4_096]
+  assert {a.softcap for a in attentions} == {50.0}
+  assert model.softcap == 30.0
+
+
 def test_a_file_says_which_layers_are_global(tmp_path):
   metadata, tensors = converted("gemma3")
   key = "gemma3.attention.sliding_window_pattern"
