@@ -148,6 +148,16 @@ def grouped(
   return groups
 
 
+def stop_tokens(tokenizer: Any, until: Sequence[str]) -> tuple[int, ...]:
+  """Returns the ids that end a text: the tokenizer's, and those in `until`.
+
+  A special token's string is never found in a text, which goes without them.
+  """
+  added = tokenizer.backend.get_added_tokens_decoder()
+  spelled = [i for i, x in added.items() if x.special and x.content in until]
+  return tuple(dict.fromkeys((*tokenizer.stop, *spelled)))
+
+
 def before(text: str, stops: Sequence[str]) -> str:
   """Returns a text up to the first of some strings."""
   found = [i for s in stops if (i := text.find(s)) >= 0]

@@ -222,6 +222,23 @@ def test_generate_until(loaded):
   assert cut == [whole[0][: whole[0].index(stop)]]
 
 
+def test_a_special_token_among_until_ends_a_text(loaded):
+  """As in the harness, which looks for strings in a text with such tokens."""
+  own = tokenizer()
+  own = dataclasses.replace(own, stop=())
+  prompt = own.encode("what", add_special=True)
+  made = generate.generate(loaded.model, loaded.params, [prompt], 12)
+  ids = made.tokens[0]
+  end = next(i for i in ids if i > 1 and i not in ids[:2])
+  own.backend.add_special_tokens([own.backend.id_to_token(end)])
+  options = {"until": [own.backend.id_to_token(end), "@"], "max_gen_toks": 12}
+  [got] = lm_eval.generate_until(
+    dataclasses.replace(loaded, tokenizer=own), [("what", options)]
+  )
+  assert got == own.decode(ids[: ids.index(end)])
+  assert got not in ("", own.decode(ids))
+
+
 @pytest.mark.slow
 def test_samples_belong_to_their_request(loaded):
   options = {"max_gen_toks": 6, "do_sample": True, "temperature": 1.5}
