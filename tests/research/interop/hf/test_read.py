@@ -14,6 +14,7 @@ import pytest
 from research import tree
 from research.interop import hf
 from research.interop.hf import config as hf_config
+from research.interop.hf import write as hf_write
 from research.io import safetensors
 from research.nn import presets, rope, time_embedding
 from research.typing import UserError
@@ -251,6 +252,21 @@ def test_the_text_part_of_a_multimodal_gemma(tmp_path, spelling):
   plain, want, _ = hf.model_from_directory(MODELS / "gemma3")
   assert model == plain
   chex.assert_trees_all_equal(params, want)
+
+
+def test_the_text_part_keeps_what_ends_its_turns():
+  """google/gemma-3-4b-it has `eos_token_id` beside `text_config`."""
+  given = dict(
+    model_type="gemma3",
+    text_config=CONFIGS["gemma3"] | dict(bos_token_id=5),
+    eos_token_id=[1, 106],
+    bos_token_id=6,
+  )
+  del given["text_config"]["eos_token_id"]
+  model = presets.transformer(*hf_config.sizes_from_config(given))
+  got = hf_write.config_json(model, given, None)
+  assert got["model_type"] == "gemma3_text"
+  assert got["eos_token_id"] == [1, 106] and got["bos_token_id"] == 5
 
 
 def test_a_model_that_is_told_the_time_comes_back():
