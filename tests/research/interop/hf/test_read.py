@@ -119,6 +119,21 @@ def test_rotations(fields, want):
   assert model.layer_kinds()[0].attention.rope == want
 
 
+@pytest.mark.parametrize(
+  ("fields", "want"),
+  [
+    (dict(hidden_act="gelu"), "gelu_tanh"),  # google/gemma-2b
+    (dict(hidden_act="silu"), "silu"),
+    (dict(), "gelu_tanh"),
+  ],
+)
+def test_the_activation_of_gemma(fields, want):
+  """As `GemmaConfig` reads what files say of it."""
+  names = ("hidden_act", "hidden_activation")
+  config = {k: v for k, v in CONFIGS["gemma"].items() if k not in names}
+  assert model_of(config | fields).layer_kinds()[0].mlp.activation == want
+
+
 def test_window_only_where_the_file_says():
   def windows(config):
     return [k.attention.window for k in model_of(config).layer_kinds()]
