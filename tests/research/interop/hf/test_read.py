@@ -119,6 +119,22 @@ def test_rotations(fields, want):
   assert model.layer_kinds()[0].attention.rope == want
 
 
+def test_sizes_that_a_llama_leaves_out():
+  """`text_config` of llava-hf/llava-1.5-7b-hf; `LlamaConfig` has the rest."""
+  given = dict(
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    max_position_embeddings=4_096,
+    rms_norm_eps=1e-05,
+    torch_dtype="float16",
+    vocab_size=32_064,
+  )
+  sizes = hf_config.sizes_from_config(given)[1]
+  assert sizes == dataclasses.replace(
+    presets.LLAMA2_7B, vocab=32_064, pattern=("global",)
+  )
+
+
 @pytest.mark.parametrize(
   ("fields", "want"),
   [
