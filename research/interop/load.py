@@ -238,6 +238,23 @@ def tokenizer(path: pathlib.Path) -> Any:
   return Tokenizer.from_directory(path)
 
 
+def adapter_tokenizer(path: pathlib.Path, base: Any) -> Any:
+  """Returns the tokenizer beside an adapter, or else its base's.
+
+  One is there where tokens were added, or the chat template is another. What
+  ends the base's texts, by its own files, ends the adapter's, too.
+
+  Args:
+    path: the adapter's directory.
+    base: the base's tokenizer, or None.
+  """
+  own = tokenizer(path)
+  if own is None or base is None:
+    return own or base
+  stop = tuple(dict.fromkeys((*own.stop, *base.stop)))
+  return dataclasses.replace(own, stop=stop, documents=base.documents)
+
+
 def adapter_base(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
   """Returns what an adapter calls its base, and where that is.
 
@@ -285,7 +302,8 @@ def _adapted(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
     params = unread.moved(params, shardings)
   model = models[-1]
   source = dict(format="peft", path=str(path), base=loaded.source)
-  return Loaded(model, params, loaded.tokenizer, source, loaded.diffusion)
+  words = adapter_tokenizer(path, loaded.tokenizer)
+  return Loaded(model, params, words, source, loaded.diffusion)
 
 
 def _packaged(name: str) -> pathlib.Path:

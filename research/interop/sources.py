@@ -146,13 +146,18 @@ def _adapter(path: pathlib.Path) -> Source:
       "Merge that adapter into its own base first (--format=hf)."
     )
   params, model = peft.open_adapter(path, base.params(), base.model)
-  return with_params(
+  made = with_params(
     base,
     model,
     params,
     origin=dict(format="peft", path=str(path), base=str(target)),
     base_name=name if str(target) == name else str(target.resolve()),
   )
+  words = load.adapter_tokenizer(path, base.tokenizer)
+  if words is base.tokenizer:
+    return made
+  # Neither the base's files nor its metadata have this one.
+  return dataclasses.replace(made, tokenizer=words, files=None, metadata=None)
 
 
 def with_params(

@@ -117,9 +117,12 @@ def tokenizer_from_gguf(
   if kind not in builders:
     fields.fail("model", kind, f"one of {', '.join(builders)}")
   tokens = fields.strings("tokens")
+  types = fields.numbers("token_type", len(tokens), 1)
+  if kind == "llama":
+    fields = _Fields(_default_ids(types) | dict(metadata))
   unknown = fields.token("unknown_token_id", len(tokens))
   out = builders[kind](fields, tokens, unknown)
-  _add_special(out, tokens, fields.numbers("token_type", len(tokens), 1))
+  _add_special(out, tokens, types)
   pre = fields.get("pre", str, "default")
   template = metadata.get("tokenizer.chat_template")
   special = {
@@ -133,6 +136,19 @@ def tokenizer_from_gguf(
   special["add_eos"] = fields.get("add_eos_token", bool, False)
   special["chat_template"] = template if isinstance(template, str) else None
   return out, special
+
+
+def _default_ids(types: Sequence[int]) -> dict[str, int]:
+  """Returns llama.cpp's ids of special tokens that a file does not name.
+
+  Of SentencePiece; none where a token of that id is no special one.
+  """
+  known = {"unknown": (0, _UNKNOWN), "bos": (1, _CONTROL), "eos": (2, _CONTROL)}
+  return {
+    f"tokenizer.ggml.{name}_token_id": i
+    for name, (i, kind) in known.items()
+    if i < len(types) and types[i] == kind
+  }
 
 
 def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:

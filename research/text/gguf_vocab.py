@@ -158,7 +158,8 @@ def _alike(tokenizer: Tokenizer, found: dict[str, Any]) -> bool:
   if backend.model.ignore_merges != mine.model.ignore_merges:
     return False
   marked = [t.content for t in mine.get_added_tokens_decoder().values()]
-  texts = [*PROBE_TEXTS, "".join(f"x{t} y" for t in marked[:64])]
+  # Blanks on either side, which some tokens take in.
+  texts = [*PROBE_TEXTS, "".join(f"x{t} y {t}" for t in marked)]
   return all(
     _words(backend, text) == _words(mine, text)
     and backend.encode(text, add_special_tokens=False).ids

@@ -30,6 +30,8 @@ class Architecture:
       keys say nothing else (`model_type`).
     interleaved: whether the converter reordered query and key rows.
     local_theta: of windowed layers, where llama.cpp hard-codes it.
+    window, attention_softcap, logit_softcap: of a file without these keys, as
+      the first ones of Gemma 2 are.
     scaled_by_width: depths whose logits are scaled by `(D/N)^-0.5` (27B).
     expert_size: whether experts have a size of their own.
     unknown: names of tensors that llama.cpp does not know there.
@@ -38,6 +40,9 @@ class Architecture:
   model_types: tuple[str, ...]
   interleaved: bool = False
   local_theta: float | None = None
+  window: int | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
   scaled_by_width: tuple[int, ...] = ()
   expert_size: bool = False
   unknown: tuple[str, ...] = _LLAMAS
@@ -58,6 +63,9 @@ ARCHITECTURES = {
   "gemma": Architecture(("gemma",), unknown=(*_LLAMAS, "output.weight")),
   "gemma2": Architecture(
     ("gemma2",),
+    window=4_096,
+    attention_softcap=50.0,
+    logit_softcap=30.0,
     scaled_by_width=(46,),
     unknown=(*_LLAMAS, "output.weight"),
   ),

@@ -134,7 +134,7 @@ def sizes_from_metadata(
   heads = keys.needed("attention.head_count")
   head_dim = keys.integer("attention.key_length", max(width // heads, 1))
   theta = keys.real("rope.freq_base", 10_000.0)
-  window = keys.integer("attention.sliding_window")
+  window = keys.integer("attention.sliding_window", kind.window)
   rotated = keys.integer("rope.dimension_count", head_dim)
   if rotated != head_dim:
     keys.fail("rope.dimension_count", rotated, f"the head's {head_dim}")
@@ -161,8 +161,10 @@ def sizes_from_metadata(
     eps=keys.real("attention.layer_norm_rms_epsilon", 1e-5),
     tied="output.weight" not in file.tensors,
     attention_scale=(width / heads) ** -0.5 if scaled else None,
-    attention_softcap=keys.real("attn_logit_softcapping"),
-    logit_softcap=keys.real("final_logit_softcapping"),
+    attention_softcap=keys.real(
+      "attn_logit_softcapping", kind.attention_softcap
+    ),
+    logit_softcap=keys.real("final_logit_softcapping", kind.logit_softcap),
     pattern=_pattern(keys, family, depth),
     max_positions=keys.integer("context_length"),
   )
@@ -218,7 +220,8 @@ def _pattern(
 
 def _scaling(keys: _Keys, file: GGUF, theta: float, dim: int) -> Scaling | None:
   """Returns the rotation's extension, by keys or by its factors."""
-  kind = keys.text("rope.scaling.type", "none")
+  # A factor without a type is a linear one to llama.cpp.
+  kind = keys.text("rope.scaling.type", "linear")
   factor = keys.real("rope.scaling.factor")
   original = keys.integer("rope.scaling.original_context_length")
   factors = file.tensors.get(ROPE_FACTORS)

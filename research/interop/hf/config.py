@@ -106,8 +106,9 @@ def _activation(fields: Fields, kind: str) -> Any:
   # with; `hidden_activation` or the tanh form is what they mean.
   name = "hidden_act"
   if kind.startswith("gemma"):
-    name = "hidden_activation"
-    if fields.get(name) is None:
+    if fields.get("hidden_activation") is not None:
+      name = "hidden_activation"
+    elif fields.get(name) in (None, "gelu"):
       return "gelu_tanh"
   found = fields.get(name)
   if not isinstance(found, str) or found not in ACTIVATIONS:

@@ -58,10 +58,19 @@ COUNTS = ("num_local_experts", "num_experts")
 """Names of the number of experts: transformers 5 renamed it."""
 
 MODEL_TYPES: dict[str, ModelType] = {
+  # LLaVA-1.5's files state only what differs from these.
   "llama": ModelType(
     "llama",
     "LlamaForCausalLM",
-    _SHARED | dict(max_position_embeddings=2_048),
+    _SHARED
+    | dict(
+      max_position_embeddings=2_048,
+      vocab_size=32_000,
+      hidden_size=4_096,
+      intermediate_size=11_008,
+      num_hidden_layers=32,
+      num_attention_heads=32,
+    ),
     window="never",
   ),
   "mistral": ModelType(

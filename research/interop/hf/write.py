@@ -117,10 +117,11 @@ def config_json(
     config = dict(given)
   else:
     config = hf_config.describe(model, hint)
-    text = given.get("text_config", given) if given else {}
+    # Gemma 3's files have the ends of turns outside of `text_config`.
+    ids = {**given, **(given.get("text_config") or {})} if given else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-      if name in text:
-        config[name] = text[name]
+      if name in ids:
+        config[name] = ids[name]
     how = spec.from_config(given) if given else None
     if how is not None:
       config[spec.FIELD] = how.to_config()

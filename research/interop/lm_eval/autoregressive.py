@@ -198,7 +198,7 @@ def _continued(loaded, params, contexts, options, numbers, seed) -> list[str]:
     options.count,
     options.rule,
     jax.random.key(seed),
-    tokenizer.stop,
+    harness_requests.stop_tokens(tokenizer, options.until),
     numbers,
   ):
     for row, new in enumerate(part.tolist()):

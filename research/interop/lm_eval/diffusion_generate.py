@@ -72,7 +72,8 @@ def _filled(loaded, spec, contexts, options, numbers, how) -> list[str]:
     if not config.stop_early:
       out.append(text_of(tokenizer, made.tolist(), options.until))
       continue
-    ends = np.flatnonzero(np.isin(made, config.end))
+    stop = texts.stop_tokens(tokenizer, options.until)
+    ends = np.flatnonzero(np.isin(made, (*config.end, *stop)))
     made = made[: ends[0]] if ends.size else made
     out.append(texts.before(tokenizer.decode(made.tolist()), options.until))
   return out

@@ -11,7 +11,11 @@ that fill in masks.
 
 from typing import Any
 
-from research.interop.lm_eval import autoregressive, lm_eval_diffusion
+from research.interop.lm_eval import (
+  autoregressive,
+  harness_requests,
+  lm_eval_diffusion,
+)
 from research.interop.loaded import Loaded
 from research.typing import UserError
 
@@ -60,6 +64,8 @@ def adapter(
       return asking.generate_until(loaded, [r.args for r in requests], batch)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-      return loaded.tokenizer.chat(chat_history, add_generation_prompt)
+      if add_generation_prompt:
+        return loaded.tokenizer.chat(chat_history)
+      return harness_requests.unfinished(loaded.tokenizer, chat_history)
 
   return Heptad()

@@ -19,6 +19,9 @@ CONTEXT = 2048
 
 NEW_TOKENS = 256
 
+_END = "END_OF_THE_LAST_MESSAGE "
+"""Marks where a message ends in a rendered conversation; with a blank."""
+
 Ids = Sequence[int]
 Request = tuple[Ids, Ids]
 """A context and its continuation, neither empty."""
@@ -38,6 +41,33 @@ def encoded(tokenizer: Any, context: str, continuation: str) -> Request:
   if not before:
     before, whole = [prefix(tokenizer)], [prefix(tokenizer), *whole]
   return before, whole[len(before) :]
+
+
+def unfinished(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+  """Renders a conversation whose last message is to be continued.
+
+  The harness asks for it where a task begins the answer (`gen_prefix`), and has
+  the text of transformers' `continue_final_message`.
+
+  Args:
+    tokenizer: has a chat template.
+    messages: `{"role": ..., "content": ...}`, in order; the last one is a text.
+
+  Raises:
+    UserError: the template fails, or leaves out the end of the last message.
+  """
+  *before, last = messages
+  marked = {**last, "content": last["content"] + _END}
+  text = tokenizer.chat([*before, marked], add_generation_prompt=False)
+  cut = text.rfind(_END.strip())
+  if cut < 0:
+    raise UserError(
+      "chat template: leaves out the end of the last message, expected all of"
+      " it, as the task's answer begins with it"
+    )
+  # What trims the mark's blank would have trimmed the message's.
+  kept = text.startswith(_END, cut)
+  return text[:cut] if kept else text[:cut].rstrip()
 
 
 def prefix(tokenizer: Any) -> int:
@@ -146,6 +176,16 @@ def grouped(
   for members in groups.values():
     members.sort(key=lambda i: len(requests[i][0]))
   return groups
+
+
+def stop_tokens(tokenizer: Any, until: Sequence[str]) -> tuple[int, ...]:
+  """Returns the ids that end a text: the tokenizer's, and those in `until`.
+
+  A special token's string is never found in a text, which goes without them.
+  """
+  added = tokenizer.backend.get_added_tokens_decoder()
+  spelled = [i for i, x in added.items() if x.special and x.content in until]
+  return tuple(dict.fromkeys((*tokenizer.stop, *spelled)))
 
 
 def before(text: str, stops: Sequence[str]) -> str:

@@ -10,13 +10,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+import tokenizers
 from flax import linen as nn
 
 from research.interop import convert, load, native, sources, vision
+from research.interop.hf import tokenizer as hf_tokenizer
 from research.interop.loaded import Loaded, TokenizerOf
 from research.io import safetensors
 from research.quant import qtensor
 from research.quant.formats.affine import Affine
+from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 from tests import support_lora, support_vlm
 
@@ -144,6 +147,39 @@ def test_an_adapter_finds_its_base(tmp_path, adapter, where):
   chex.assert_trees_all_equal(it.params, want.params)
   assert it.source["format"] == "peft"
   assert it.source["base"]["model_type"] == "llama"
+
+
+def words(*added: str, **fields) -> Tokenizer:
+  vocab = {c: i for i, c in enumerate("ab.<>tun")}
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[]))
+  backend.add_special_tokens(list(added))
+  return Tokenizer(backend=backend, **fields)
+
+
+@pytest.mark.parametrize("where", ["base", "adapter", "both"])
+def test_an_adapter_has_the_tokenizer_beside_it(tmp_path, adapter, where):
+  """As PEFT: `AutoPeftModel` asks that one how many embeddings there are."""
+  base = tmp_path / "llama"
+  shutil.copytree(MODELS / "llama", base)
+  old = words("<t>", eos=8, stop=(8, 5), chat_template="old")
+  new = words("<t>", "<turn>", eos=8, stop=(8,), chat_template="new")
+  if where != "adapter":
+    hf_tokenizer.write(base, None, old)
+  if where != "base":
+    hf_tokenizer.write(adapter, None, new)
+    (adapter / "generation_config.json").unlink()
+  source = sources.open_source(adapter)
+  convert.to_hf(source, tmp_path / "merged")
+  for found in (
+    load.load_model(adapter).tokenizer,
+    source.tokenizer,
+    load.load_model(tmp_path / "merged").tokenizer,
+  ):
+    want = old if where == "base" else new
+    assert found.chat_template == want.chat_template
+    assert found.encode("<turn>") == want.encode("<turn>")
+    # What the base's generation_config.json says is of the weights.
+    assert set(found.stop) == ({8} if where == "adapter" else {8, 5})
 
 
 def test_an_adapter_without_a_usable_base(adapter):

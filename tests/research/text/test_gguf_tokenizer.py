@@ -165,6 +165,22 @@ def test_sentencepiece_joins_by_score(prefix, seed):
     assert tokenizer.decode(found.ids) == text
 
 
+def test_sentencepiece_has_llama_cpps_special_tokens():
+  """`llama_vocab`: 0, 1 and 2 where a file has no keys."""
+  metadata = sentencepiece(True, {p: 0.0 for p in PIECES})
+  names = ("unknown", "bos", "eos")
+  keys = [f"tokenizer.ggml.{name}_token_id" for name in names]
+  bare = {k: x for k, x in metadata.items() if k not in keys}
+  tokenizer, special = tokenizer_from_gguf(bare)
+  assert (special["unk"], special["bos"], special["eos"]) == (0, 1, 2)
+  assert tokenizer.model.unk_token == "<unk>"
+  assert Tokenizer.from_gguf(bare).stop == (2,)
+  assert Tokenizer.from_gguf(bare).special.begin == (1,)
+  count = len(bare["tokenizer.ggml.tokens"])
+  plain = bare | {"tokenizer.ggml.token_type": np.ones(count, np.int32)}
+  assert tokenizer_from_gguf(plain)[1]["bos"] is None
+
+
 def test_sentencepiece_finds_user_defined_tokens_whole():
   metadata = sentencepiece(False, {p: 0.0 for p in PIECES})
   tokenizer, _ = tokenizer_from_gguf(metadata)

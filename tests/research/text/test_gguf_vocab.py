@@ -122,6 +122,18 @@ def test_what_no_rule_cuts_alike_stays_behind():
   assert "no pre-tokenizer that" in reason
 
 
+@pytest.mark.parametrize("side", ["lstrip", "rstrip", "single_word"])
+def test_tokens_that_take_in_blanks_stay_behind(side):
+  """GGUF has no key for it; the token is one of many."""
+  tokenizer = Tokenizer.from_gguf(metadata_of_golden())
+  names = [f"<|{i}|>" for i in range(99)]
+  tokenizer.backend.add_special_tokens(names)
+  assert gguf_vocab.from_tokenizer(tokenizer, 400)[1] == ""
+  last = tokenizers.AddedToken("<m>", normalized=False, **{side: True})
+  tokenizer.backend.add_special_tokens([last])
+  assert gguf_vocab.from_tokenizer(tokenizer, 400)[0] == {}
+
+
 def test_other_kinds_of_tokenizer_stay_behind():
   backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
   keys, reason = gguf_vocab.from_tokenizer(Tokenizer(backend=backend), 1)

@@ -185,6 +185,34 @@ def test_every_family_has_transformers_logits(family, tmp_path):
     assert scaling == rope.Llama3(factor=8.0, low=1.0, high=4.0, original=32)
 
 
+def test_a_factor_without_a_type_scales_linearly(tmp_path):
+  """As llama.cpp reads it: `std::string rope_scaling("linear")`."""
+  metadata, tensors = converted("llama_linear")
+  del metadata["llama.rope.scaling.type"]
+  write_gguf(tmp_path / "x.gguf", metadata, tensors)
+  it = load_gguf(tmp_path / "x.gguf")
+  with np.load(MODELS / "llama_linear" / "golden.npz") as golden:
+    real = golden["attention_mask"].astype(bool)
+    got = logits(it.model, it.params, golden["tokens"], golden["positions"])
+    close(np.asarray(got)[real], golden["logits"][real])
+
+
+def test_early_files_of_gemma2_leave_out_window_and_caps(tmp_path):
+  """The defaults are llama.cpp's (`LLM_ARCH_GEMMA2`, `llama_hparams`)."""
+  metadata, tensors = converted("gemma2")
+  left_out = ("sliding_window", "attn_logit_softcapping", "final_logit_softcap")
+  given = {
+    k: v for k, v in metadata.items() if not any(x in k for x in left_out)
+  }
+  assert len(given) == len(metadata) - 3
+  write_gguf(tmp_path / "x.gguf", given, tensors)
+  model = load_gguf(tmp_path / "x.gguf").model
+  attentions = [kind.attention for kind in model.layer_kinds()]
+  assert [a.window for a in attentions] == [4_096, None, 4_096]
+  assert {a.softcap for a in attentions} == {50.0}
+  assert model.softcap == 30.0
+
+
 def test_a_file_says_which_layers_are_global(tmp_path):
   metadata, tensors = converted("gemma3")
   key = "gemma3.attention.sliding_window_pattern"

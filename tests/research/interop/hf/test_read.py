@@ -14,6 +14,7 @@ import pytest
 from research import tree
 from research.interop import hf
 from research.interop.hf import config as hf_config
+from research.interop.hf import write as hf_write
 from research.io import safetensors
 from research.nn import presets, rope, time_embedding
 from research.typing import UserError
@@ -116,6 +117,37 @@ def test_rotations(fields, want):
   config = {k: v for k, v in CONFIGS["llama"].items() if k != "rope_theta"}
   model = model_of(config | fields)
   assert model.layer_kinds()[0].attention.rope == want
+
+
+def test_sizes_that_a_llama_leaves_out():
+  """`text_config` of llava-hf/llava-1.5-7b-hf; `LlamaConfig` has the rest."""
+  given = dict(
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    max_position_embeddings=4_096,
+    rms_norm_eps=1e-05,
+    torch_dtype="float16",
+    vocab_size=32_064,
+  )
+  sizes = hf_config.sizes_from_config(given)[1]
+  assert sizes == dataclasses.replace(
+    presets.LLAMA2_7B, vocab=32_064, pattern=("global",)
+  )
+
+
+@pytest.mark.parametrize(
+  ("fields", "want"),
+  [
+    (dict(hidden_act="gelu"), "gelu_tanh"),  # google/gemma-2b
+    (dict(hidden_act="silu"), "silu"),
+    (dict(), "gelu_tanh"),
+  ],
+)
+def test_the_activation_of_gemma(fields, want):
+  """As `GemmaConfig` reads what files say of it."""
+  names = ("hidden_act", "hidden_activation")
+  config = {k: v for k, v in CONFIGS["gemma"].items() if k not in names}
+  assert model_of(config | fields).layer_kinds()[0].mlp.activation == want
 
 
 def test_window_only_where_the_file_says():
@@ -251,6 +283,21 @@ def test_the_text_part_of_a_multimodal_gemma(tmp_path, spelling):
   plain, want, _ = hf.model_from_directory(MODELS / "gemma3")
   assert model == plain
   chex.assert_trees_all_equal(params, want)
+
+
+def test_the_text_part_keeps_what_ends_its_turns():
+  """google/gemma-3-4b-it has `eos_token_id` beside `text_config`."""
+  given = dict(
+    model_type="gemma3",
+    text_config=CONFIGS["gemma3"] | dict(bos_token_id=5),
+    eos_token_id=[1, 106],
+    bos_token_id=6,
+  )
+  del given["text_config"]["eos_token_id"]
+  model = presets.transformer(*hf_config.sizes_from_config(given))
+  got = hf_write.config_json(model, given, None)
+  assert got["model_type"] == "gemma3_text"
+  assert got["eos_token_id"] == [1, 106] and got["bos_token_id"] == 5
 
 
 def test_a_model_that_is_told_the_time_comes_back():

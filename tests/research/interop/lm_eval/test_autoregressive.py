@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from scipy import special
 
 from research.generation import generate
 from research.interop import lm_eval
+from research.interop.lm_eval import harness_requests
 from research.interop.loaded import Loaded
 from research.nn import rope
 from research.text.special_tokens import SpecialTokens
@@ -222,6 +224,23 @@ def test_generate_until(loaded):
   assert cut == [whole[0][: whole[0].index(stop)]]
 
 
+def test_a_special_token_among_until_ends_a_text(loaded):
+  """As in the harness, which looks for strings in a text with such tokens."""
+  own = tokenizer()
+  own = dataclasses.replace(own, stop=())
+  prompt = own.encode("what", add_special=True)
+  made = generate.generate(loaded.model, loaded.params, [prompt], 12)
+  ids = made.tokens[0]
+  end = next(i for i in ids if i > 1 and i not in ids[:2])
+  own.backend.add_special_tokens([own.backend.id_to_token(end)])
+  options = {"until": [own.backend.id_to_token(end), "@"], "max_gen_toks": 12}
+  [got] = lm_eval.generate_until(
+    dataclasses.replace(loaded, tokenizer=own), [("what", options)]
+  )
+  assert got == own.decode(ids[: ids.index(end)])
+  assert got not in ("", own.decode(ids))
+
+
 @pytest.mark.slow
 def test_samples_belong_to_their_request(loaded):
   options = {"max_gen_toks": 6, "do_sample": True, "temperature": 1.5}
@@ -274,6 +293,44 @@ def test_a_task_of_the_harness(loaded, tmp_path):
   best = [int(np.argmax([value for value, _ in row])) for row in scores]
   want = np.mean([b == r["label"] for b, r in zip(best, rows, strict=True)])
   assert found["results"]["letters"]["acc,none"] == pytest.approx(want)
+
+
+TURNS = "{% for m in messages %}[{{ m.role }}]{{ CONTENT }};{% endfor %}"
+CHAT = [
+  {"role": "user", "content": "what"},
+  {"role": "assistant", "content": "it is "},
+]
+
+
+@pytest.mark.parametrize(
+  ("content", "want"),
+  [
+    ("m.content", "[user]what;[assistant]it is "),
+    ("m.content | trim", "[user]what;[assistant]it is"),
+  ],
+)
+def test_an_answer_that_a_task_begins_is_not_ended(
+  loaded, monkeypatch, content, want
+):
+  """As transformers renders it with `continue_final_message`."""
+  module = types.SimpleNamespace(LM=object)
+  monkeypatch.setitem(sys.modules, "lm_eval.api.model", module)
+  own = dataclasses.replace(
+    loaded.tokenizer,
+    chat_template=TURNS.replace("CONTENT", content)
+    + "{% if add_generation_prompt %}[assistant]{% endif %}",
+  )
+  asked = lm_eval.adapter(dataclasses.replace(loaded, tokenizer=own))
+  assert asked.apply_chat_template(CHAT[:1]) == "[user]what;[assistant]"
+  assert asked.apply_chat_template(CHAT, add_generation_prompt=False) == want
+
+
+def test_a_template_that_leaves_out_the_answer_is_an_error(loaded):
+  own = dataclasses.replace(
+    loaded.tokenizer, chat_template=TURNS.replace("CONTENT", "''")
+  )
+  with pytest.raises(UserError, match="leaves out the end of the last message"):
+    harness_requests.unfinished(own, CHAT)
 
 
 def test_without_the_harness(loaded, monkeypatch):

@@ -340,6 +340,26 @@ def test_stops_are_found_among_special_tokens(loaded):
   assert got == tokenizer.decode([9, 10, 11])
 
 
+def test_a_special_token_among_until_ends_a_text(loaded, monkeypatch):
+  """Where texts are cut at their ends, too."""
+  own = dataclasses.replace(loaded.tokenizer, stop=())
+  it = dataclasses.replace(loaded, tokenizer=own)
+  it = dataclasses.replace(
+    it, diffusion=dataclasses.replace(it.diffusion, end=())
+  )
+
+  def sample(denoiser, params, state, config, rule):
+    tokens = np.array(state.tokens)
+    tokens[:, -4:] = [9, 10, 1, 11]
+    return dataclasses.replace(state, tokens=tokens)
+
+  monkeypatch.setattr(sampler, "sample", sample)
+  for until, ids in (["</s>"], [9, 10]), ([], [9, 10, 11]):
+    asked = [("what", {"until": until, "max_gen_toks": 4})]
+    [got] = lm_eval_diffusion.generate_until(it, asked)
+    assert got == own.decode(ids)
+
+
 @pytest.mark.slow
 def test_guidance_is_also_of_texts(loaded):
   """By hand: the sampler, guided by a prompt of as many tokens."""
