@@ -343,7 +343,7 @@ def _streamed(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
   """Returns each row's result and the totals; prints one row as it comes.
 
-  Tokens a second are those after the first ones. Each turn of a conversation
+  Tokens a second are those after what comes first. Each turn of a conversation
   draws other samples.
   """
   import jax
@@ -381,13 +381,11 @@ def _streamed(
     _row(pieces, prompt)
     for pieces, prompt in zip(zip(*steps, strict=True), prompts, strict=True)
   ]
-  after, more = (
-    end - first,
-    sum(row["tokens"] for row in results) - len(prompts),
-  )
+  # A token of each row comes first; with pages, those of its first chunk, too.
+  after, more = end - first, sum(x.tokens for row in steps[1:] for x in row)
   return results, {
-    "tokens": more + len(prompts),
-    "tokens_per_s": more / after if more > 0 and after else None,
+    "tokens": sum(row["tokens"] for row in results),
+    "tokens_per_s": more / after if more and after else None,
     "seconds": end - start,
     "model": _MODEL.value,
     "kv": _KV.value or None,

@@ -68,14 +68,18 @@ def _value(text: str) -> str:
 
 
 def check_used(
-  lines: Sequence[str], *records: Record, stages: Sequence[str] = ()
+  lines: Sequence[str],
+  *records: Record,
+  stages: Sequence[str] = (),
+  theirs: Record | None = None,
 ) -> None:
   """Warns of bindings that have no effect in some places of a run.
 
   Args:
-    lines: of the command line.
+    lines: of the command line; those of a stage are left to its own check.
     records: the bindings that a run used, by the scope in which they are bound.
     stages: names of the run's stages, which are scopes, too.
+    theirs: the bindings of those scopes.
 
   Raises:
     UserError: a binding has no effect at all.
@@ -83,8 +87,12 @@ def check_used(
   used = [pair for record in records for pair in record.items()]
   macros = sorted({scope for (scope, name), _ in used if name == MACRO})
   names = [line.split("=")[0].strip() for line in lines]
+  of_a_stage = tuple(f"{stage}/" for stage in stages)
   for line, name in zip(lines, names, strict=True):
+    if line.startswith(of_a_stage):
+      continue
     scope, _, target = name.rpartition("/")
+    own = _of_stages(name, stages, theirs or {})
     if "." not in target:
       places, reached = [], name in macros
     else:
@@ -95,19 +103,38 @@ def check_used(
         if selector.endswith(target) and parameter in values
       ]
       reached = scope in places
-      own = [_joined(x, name) for x in set(places) - {scope}]
-      kept = sorted(x for x in own if x not in names)
-      if reached and kept and not scope:
-        folders.warn(
-          f"--set={line}: {', '.join(kept[:3])} has a value of its own, which"
-          " stays; set that, too"
-        )
+      if not scope:
+        own += [_joined(x, name) for x in set(places) - {scope}]
+    kept = sorted(x for x in own if x not in names)
+    if reached and kept:
+      folders.warn(
+        f"--set={line}: {', '.join(kept[:3])} has a value of its own, which"
+        " stays; set that, too"
+      )
     if not reached:
       raise UserError(
         f"--set={line}: nothing in this run uses it; "
         + _instead(name, sorted(set(places)), macros)
         + (f"; stages: {', '.join(stages)}" if stages and scope else "")
       )
+
+
+def _of_stages(name: str, stages: Sequence[str], theirs: Record) -> list[str]:
+  """Returns a binding's name in each stage that has a value of its own."""
+  scope, _, target = name.rpartition("/")
+  target, _, parameter = target.rpartition(".")
+  found = []
+  for stage in stages:
+    place = f"{stage}/{scope if target else name}".rstrip("/")
+    if any(
+      selector.endswith(target) and parameter in values
+      if target
+      else selector == MACRO
+      for (where, selector), values in theirs.items()
+      if where == place
+    ):
+      found.append(f"{stage}/{name}")
+  return found
 
 
 def _joined(scope: str, name: str) -> str:

@@ -186,6 +186,7 @@ def parse(
       return read
     whole = gin.config_str()
     reads, shared = {}, [_effective(gin_config._OPERATIVE_CONFIG)]
+  theirs: dict[tuple[str, str], Any] = {}
   for stage, before in zip(names, (None, *names), strict=False):
     with _parsed(text, lines, name, folder), _named(stage):
       own = _enter(stage, names, before)
@@ -194,10 +195,12 @@ def parse(
       mine = [x.removeprefix(prefix) for x in lines if x.startswith(prefix)]
       check_used(mine, used)
       shared.append(_without(used, own))
+      theirs |= {
+        (f"{stage}/{scope}".rstrip("/"), selector): values
+        for (scope, selector), values in own.items()
+      }
   with _readable(name):
-    scopes = tuple(f"{stage}/" for stage in names)
-    lines = [line for line in lines if not line.startswith(scopes)]
-    check_used(lines, *shared, stages=names)
+    check_used(lines, *shared, stages=names, theirs=theirs)
   staged = Staged(
     stages={stage: read.experiment for stage, read in reads.items()},
     texts={stage: read.text for stage, read in reads.items()},

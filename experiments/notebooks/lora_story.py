@@ -6,12 +6,11 @@ Rows are those of `lr_grid.sweep`, an arm each.
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.studies.protocol import Row
-from research import weights
+from research import tree, weights
 from research.lora import wrap
 from research.typing import Float, Params, UserError
 
@@ -74,14 +73,10 @@ def spectrum(
 
 
 def _matrix(params: Params, address: str) -> Any:
-  _, layer, path = address.split("/", 2)
-  for name, run in ((n, params[n]) for n in params if n.startswith("run")):
-    del name
-    for found, leaf in wrap.leaves(run):
-      part, _, inner = found.partition("/")
-      n = leaf.shape[0]
-      if inner == path and part == "layer0" and int(layer) < n:
-        return jax.tree.map(lambda x: x[int(layer)], leaf)
+  _, number, path = address.split("/", 2)
+  for i, layer in enumerate(tree.layers(params)):
+    if i == int(number) and path in (found := dict(wrap.leaves(layer))):
+      return found[path]
   raise UserError(f"{address}: no such matrix")
 
 

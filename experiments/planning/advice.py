@@ -141,18 +141,19 @@ class _Search:
     """Tries rungs with some changes until the first that fits is known."""
     # From the run's own rung up; where that fits at once, down instead.
     own = next((i for i, x in enumerate(self._rungs) if not x), None)
+    if own is None and not some:  # the run as it is, which is no rung
+      self._fits(())
     start = own if own is not None else 0
-    at, fits = start, self._fits(some, start)
+    at, fits = start, self._fits((*some, *self._rungs[start]))
     step = -1 if fits else 1
     while fits is not None and 0 <= at + step < len(self._rungs):
       if fits == (step > 0):
         return
       at += step
-      fits = self._fits(some, at)
+      fits = self._fits((*some, *self._rungs[at]))
 
-  def _fits(self, some: tuple[Change, ...], rung: int) -> bool | None:
+  def _fits(self, changes: tuple[Change, ...]) -> bool | None:
     """Returns whether a trial fits; None if it is no use to go on."""
-    changes = (*some, *self._rungs[rung])
     first = not self.tried and not self.left_out
     done = sum(trial.found is not None for trial in self.tried)
     if done >= self._compiles:

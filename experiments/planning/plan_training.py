@@ -16,6 +16,7 @@ from experiments.core.experiment import Experiment
 from experiments.planning import abstract_step, calls, towers
 from research import progress, sharding, tree, weights
 from research.lora.diagnosis import memory
+from research.optim.low_rank.compressing import Compressing
 from research.optim.low_rank.layerwise import Layerwise
 from research.planning import flops, forecast, text
 from research.planning.chips import Topology
@@ -113,9 +114,14 @@ def arithmetic(
     ),
     abstract.batch,
   )
-  return memory.step_memory(
+  found = memory.step_memory(
     abstract.objective, abstract.state, batch, abstract.key
   )
+  if experiment.plan.accumulate == 1 or isinstance(tx, Compressing):
+    return found
+  # Beside a microbatch's gradients their sums, in float32.
+  sums = 4 * tree.count(abstract.state.trainable)
+  return dataclasses.replace(found, gradients=found.gradients + sums)
 
 
 def model_flops(

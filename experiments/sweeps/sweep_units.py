@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments import sweeps
 from experiments.core import config
+from experiments.studies import protocol
 from experiments.sweeps.work import Work
 from research.typing import UserError
 
@@ -50,8 +51,9 @@ def _flat(found: dict[str, Any]) -> dict[str, Any]:
   flat = {}
   for name, value in found.items():
     inner = value if isinstance(value, dict) else {"": value}
-    if name == "verdicts":  # a study's; how many of them hold
-      inner = collections.Counter(x["verdict"] for x in value)
+    if name == "verdicts":  # a study's; how many of them hold: maybe none
+      counts = collections.Counter(x["verdict"] for x in value)
+      inner = {state: counts[state] for state in protocol.STATES.values()}
     flat |= {f"{name}/{k}" if k else name: v for k, v in inner.items()}
   return flat
 

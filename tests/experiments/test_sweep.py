@@ -263,6 +263,23 @@ def test_a_result_is_of_its_own_configuration(tmp_path):
   assert longer.result() is None
 
 
+@pytest.mark.parametrize(
+  "verdicts",
+  [["holds", "undecided", "holds"], ["does not hold"], ["undecided"] * 2, []],
+)
+def test_verdicts_are_counted_none_as_zero(verdicts, tmp_path):
+  """A mean over seeds, and the best unit, need those where none holds."""
+  made = sweeps.Sweep(config="runs/quickstart.gin", over={"SEED": [0]})
+  [unit] = sweep_units.plan(made, tmp_path)
+  sweep_units.write([unit])
+  found = {"verdicts": [{"claim": "c", "verdict": x} for x in verdicts]}
+  unit.work.result.write_text(json.dumps(found))
+  for state in ("holds", "does not hold", "undecided"):
+    assert unit.result()[f"verdicts/{state}"] == verdicts.count(state)
+    [(_, values)] = sweep_results.groups([unit], f"verdicts/{state}", made.seed)
+    assert values == [verdicts.count(state)]
+
+
 STUDY = """
 from __gin__ import dynamic_registration
 from experiments import sweeps

@@ -112,7 +112,8 @@ def verdict(
 ) -> Verdict:
   """Returns whether a claim holds, by a bootstrap over problems and seeds.
 
-  A system of one seed is compared with each seed of the other.
+  A system of one seed is compared with each seed of the other. Two of one seed
+  decide nothing, whatever their interval over problems.
   """
   a, b = (
     each_of(system, rows)
@@ -141,7 +142,9 @@ def verdict(
   if comparison.within is not None and ratio > comparison.within:
     return Verdict(comparison.claim, f"{text}: too many", False)
   holds = (
-    True
+    None
+    if seeds == 1
+    else True
     if found.low > comparison.least
     else False
     if found.high < comparison.least

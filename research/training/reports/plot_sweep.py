@@ -1,8 +1,9 @@
 """Plot of a sweep: a metric over one of the swept parameters."""
 
+import collections
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from research.training.reports import plots
@@ -36,9 +37,10 @@ def plot_sweep(
   """
   here = [(unit, values) for unit, values in groups if axis in unit]
   place, scale = _places([unit[axis] for unit, _ in here])
+  names = _names({k for unit, _ in here for k in unit} - {axis})
   lines: dict[str, list[tuple[float, Sequence[float]]]] = {}
   for unit, values in here:
-    label = ", ".join(f"{_last(k)}={v}" for k, v in unit.items() if k != axis)
+    label = ", ".join(f"{names[k]}={v}" for k, v in unit.items() if k != axis)
     lines.setdefault(label, []).append((place[repr(unit[axis])], values))
 
   seeds = any(len(values) > 1 for _, values in here)
@@ -103,5 +105,8 @@ def _ticks(
   axes.minorticks_off()
 
 
-def _last(name: str) -> str:
-  return name.split(".")[-1]
+def _names(bindings: Iterable[str]) -> dict[str, str]:
+  """Returns each binding's last part, or all of it where others share that."""
+  last = {name: name.split(".")[-1] for name in bindings}
+  shared = collections.Counter(last.values())
+  return {k: k if shared[part] > 1 else part for k, part in last.items()}

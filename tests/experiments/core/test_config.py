@@ -1,5 +1,7 @@
 """Configurations: what parses, what it says when it does not, round trips."""
 
+import re
+
 import pytest
 
 from experiments.core import config
@@ -30,8 +32,11 @@ GIVEN = ["FILES=mine.jsonl"]
 
 
 def _read(run):
-  own = run.startswith("runs/data/")
-  return config.read(run, GIVEN if own else (), root=_root(run))
+  return config.read(run, _given(run), root=_root(run))
+
+
+def _given(run):
+  return GIVEN if run.startswith("runs/data/") else []
 
 
 def _root(run):
@@ -55,6 +60,16 @@ def test_every_run_parses_and_its_text_rebuilds_it(run):
   for one, two in zip(stages, theirs, strict=True):
     assert isinstance(one, root)
     assert vars(one) | same == vars(two) | same
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_line_of_a_run_has_an_effect(run):
+  """As on the command line, which knows no names that imports are given."""
+  text = (config.CONFIGS / run).read_text("utf-8")
+  renamed = tuple(f"{x}." for x in re.findall(r" as (\w+)$", text, re.M))
+  lines = re.findall(r"^[\w/.]+ = .*[^(,\s]$", text, re.M)
+  lines = [x for x in lines if not x.split("/")[-1].startswith(renamed)]
+  config.read(run, [*lines, *_given(run)], root=_root(run))
 
 
 def _stages(run):

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments.core import config
 from research import weights
+from research.optim import optim
 from research.training import aot, state, step
 from tests.support_lora import lora
 
@@ -92,6 +94,57 @@ def test_optimizers_lower_a_loss(name):
   assert losses[-1] < losses[0]
   assert np.isfinite(losses).all()
   assert any(x.split("/")[0] == "learning_rate" for x in metrics)
+
+
+PLAIN = [
+  "experiment.Experiment.optimizer=@optim.adamw()",
+  "optim.adamw.learning_rate={schedule}",
+]
+"""Of a stage that trains one tower: an optimizer without groups."""
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(
+  "name, given, schedule, rate, decay",
+  [
+    (
+      "by_tower",
+      "VISION_RATE = 1e-2\nWEIGHT_DECAY = 0.5\n",
+      "@optim.cosine()",
+      optim.cosine(1e-2, 6, warmup=1, final=0.0),
+      0.5,
+    ),
+    (
+      "rsqrt_by_tower",
+      "VISION_WARMUP = 1\n",
+      "@optim.rsqrt()",
+      optim.rsqrt(1e-2, warmup=1),
+      0.0,
+    ),
+  ],
+  ids=["by_tower", "rsqrt_by_tower"],
+)
+def test_towers_decay_and_are_clipped_together(
+  name, given, schedule, rate, decay, plain
+):
+  """As optax' AdamW behind one norm, of towers at the same rate."""
+  lines = [x.format(schedule=schedule) for x in PLAIN] if plain else []
+  made = config.parse(HEAD.format(name=name) + given, lines).experiment
+  want = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=decay)
+  )
+  start = params(False, towers=True)
+  found = []
+  for tx in (made.optimizer, want):
+    now, moments = start, tx.init(start)
+    for size in (1.0, 100.0, 1.0):
+      grads = jax.tree.map(lambda x, n=size: n * jnp.cos(x), start)
+      updates, moments = tx.update(grads, moments, now)
+      now = optax.apply_updates(now, updates)
+    found.append(now)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *found
+  )
 
 
 def without_frozen(at):

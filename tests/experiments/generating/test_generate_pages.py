@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import generate
 from research import tree
 from research.generation import generate_paged
 from research.nn.cache import paged
@@ -68,6 +69,30 @@ def test_layers_are_apart_in_every_type(command, monkeypatch):
   monkeypatch.setattr(cpu_layout, "for_decoding", lambda params, dtype: params)
   told(command(PROMPTS[0], "--pages=8", "--dtype=bfloat16"))
   assert len(found[0]) > 1 and set(found[0]) == {1}
+
+
+@pytest.mark.parametrize(
+  "counts, rate",
+  [((1, 4, 4), 2.0), ((5, 4, 4), 2.0), ((5, 2), 1.0), ((9,), None)],
+)
+def test_speed_is_that_after_the_first_chunk(
+  command, monkeypatch, counts, rate
+):
+  """Tokens of a chunk for two seconds; the first one is the prompt's, too."""
+  clock = [0.0]
+
+  def chunked(*arguments, **options):
+    del arguments, options
+    clock[0] += 100.0
+    for i, count in enumerate(counts):
+      clock[0] += 2.0 * (i > 0)
+      yield np.full((1, count), 5)
+
+  monkeypatch.setattr(generate_paged, "chunks", chunked)
+  monkeypatch.setattr(generate.time, "perf_counter", lambda: clock[0])
+  got = told(command(PROMPTS[0], "--pages=8"))
+  assert got["tokens"] == sum(counts)
+  assert got["tokens_per_s"] == rate
 
 
 @pytest.mark.slow

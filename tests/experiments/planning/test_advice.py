@@ -78,6 +78,20 @@ def test_what_fits_is_tried_with_less_recomputation(planned):
   assert [x["fits"] for x in found["ranked"]] == [True, True, False]
 
 
+@pytest.mark.parametrize("memory, fits", [(300.0, True), (100.0, False)])
+def test_a_run_that_is_no_rung_is_tried_as_it_is(planned, memory, fits):
+  """Microbatches, and nothing recomputed: 200 bytes; the first rung has 800."""
+  run = _run()
+  run = dataclasses.replace(
+    run, plan=dataclasses.replace(run.plan, accumulate=4)
+  )
+  assert all(advice.ladder(run))
+  found = advice.advise(run, _topology(memory))
+  assert found["fits_as_it_is"] == fits
+  assert planned[0] == run
+  assert [x["total_bytes"] for x in found["ranked"] if not x["set"]] == [200]
+
+
 def test_meshes_and_packed_weights_are_tried_too(planned):
   sizes = dataclasses.replace(
     support.SIZES, width=64, head_dim=16, hidden=128

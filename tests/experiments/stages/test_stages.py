@@ -181,6 +181,34 @@ def test_mistakes_are_the_users(binding, error):
     config.read(TINY, [binding])
 
 
+@pytest.mark.parametrize(
+  ("run_file", "binding", "own"),
+  [
+    ("recipe_llada_v_8b", "LENGTH=99", "several/LENGTH"),
+    ("recipe_llada_v_8b", "LEARNING_RATE=3e-5", "align/LEARNING_RATE"),
+    (
+      "recipe_llava_onevision15_4b",
+      "optim.cosine.final=0.1",
+      "align/optim.cosine.final",
+    ),
+    (
+      "shapes",
+      "train/data.ImageQuestions.samples=@heldout/shapes.Shapes()",
+      "see/train/data.ImageQuestions.samples",
+    ),
+  ],
+)
+def test_a_stage_that_keeps_its_own_value_is_warned_of(
+  run_file, binding, own, capsys
+):
+  path = f"runs/vlm/{run_file}.gin"
+  config.read(path, [binding])
+  assert f"{own} has a value of its own" in capsys.readouterr().err
+  config.read(path, [binding, f"{own}={binding.partition('=')[2]}"])
+  config.read(path, ["SEED=3"])
+  assert capsys.readouterr().err == ""
+
+
 def test_a_result_is_that_of_a_run():
   stage = config.read(TINY).experiment.stages[SECOND]
   with pytest.raises(UserError, match="stage 'embedding' is of no run"):

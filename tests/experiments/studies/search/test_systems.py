@@ -88,6 +88,9 @@ def test_a_claim_holds_where_its_whole_interval_does(
   found = pair([row(first)] * 3, [row(second)] * 3, **fields)
   assert found.holds is holds
   assert "at 1.00 times the FLOPs" in found.found
+  if "within" not in fields:  # costs are known, whatever the seed
+    alone = pair([row(first)], [row(second)], **fields)
+    assert alone.holds is None and "1 seeds" in alone.found
 
 
 def test_a_system_of_one_seed_meets_each_of_the_other():
