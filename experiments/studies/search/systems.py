@@ -122,21 +122,23 @@ def verdict(
       (comparison.second, second),
     )
   )
-  seeds = max(len(a), len(b))
-  if {len(a), len(b)} - {1, seeds}:
+  counts = len(a), len(b)
+  seeds = max(counts)
+  if {*counts} - {1, seeds}:
     raise UserError(
-      f"Comparison {comparison.claim!r}: found {len(a)} and {len(b)} seeds,"
-      " expected as many, or one"
+      f"Comparison {comparison.claim!r}: found {counts[0]} and {counts[1]}"
+      " seeds, expected as many, or one"
     )
   a, b = (np.broadcast_to(x, (seeds, x.shape[1])) for x in (a, b))
   found = paired_difference(a, b)
   ratio = sum(flops_of(comparison.first, first)) / sum(
     flops_of(comparison.second, second)
   )
+  count = seeds if len({*counts}) == 1 else f"{counts[0]} and {counts[1]}"
   text = (
     f"{100 * a.mean():.1f}% against {100 * b.mean():.1f}%:"
     f" {100 * found.value:+.1f} points ({100 * found.low:.1f} to"
-    f" {100 * found.high:.1f}), {found.problems} problems, {seeds} seeds, at"
+    f" {100 * found.high:.1f}), {found.problems} problems, {count} seeds, at"
     f" {ratio:.2f} times the FLOPs"
   )
   if comparison.within is not None and ratio > comparison.within:

@@ -96,5 +96,6 @@ def test_a_claim_holds_where_its_whole_interval_does(
 def test_a_system_of_one_seed_meets_each_of_the_other():
   found = pair([row(HIGH), row(LOW)], [row(LOW)])
   assert found.found.startswith("75.0% against 60.0%: +15.0 points")
+  assert "problems, 2 and 1 seeds" in found.found
   with pytest.raises(UserError, match="found 3 and 2 seeds"):
     pair([row(HIGH)] * 3, [row(LOW)] * 2)
