@@ -166,10 +166,11 @@ class Transformer(nn.Module):
     if cache is not None:
       new_length = cache.length + jnp.sum(positions >= 0, axis=-1)
     conditioning = self._conditioning(time, batch)
-    # Neither per-token conditioning is reordered, nor which image a token sees;
-    # so the tokens are not.
+    # Neither per-token conditioning is reordered, nor which image a token sees,
+    # nor where adapters act; so the tokens are not.
     still = (
       cache is not None
+      or zigzag.bound_to_tokens(self.variables.get("params", {}))
       or (conditioning is not None and conditioning.shape[1] > 1)
       or any(block.cross is not None for block in self.stack.blocks)
     )
