@@ -187,7 +187,8 @@ class Attention(nn.Module):
       if self.values == "projected":
         heads["v"] = self.kv_heads
     sizes = {name: n * self.head_dim for name, n in heads.items()}
-    together = self.has_variable("params", weights.fused_name(sizes))
+    fused = self.has_variable("params", weights.fused_name(sizes))
+    together = fused and len(sizes) > 1
     if keep is None or together:
       parts = weights.project_all(self, x, sizes, self.qkv_bias)
       parts[0] = take_tokens(parts[0], keep)
