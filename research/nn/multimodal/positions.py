@@ -123,6 +123,10 @@ class ImagePositions(weights.Weight):
     """Returns 0: these are no parameters."""
     return 0
 
+  def take_rows(self, rows: Int[Array, " N"]) -> "ImagePositions":
+    """Returns the images of chosen rows, and their positions if known."""
+    return jax.tree.map(lambda x: x[rows], self)
+
   def with_tokens(
     self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None
   ) -> "ImagePositions":
