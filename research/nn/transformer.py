@@ -167,12 +167,16 @@ class Transformer(nn.Module):
       new_length = cache.length + jnp.sum(positions >= 0, axis=-1)
     conditioning = self._conditioning(time, batch)
     # Neither per-token conditioning is reordered, nor which image a token sees,
-    # nor where adapters act; so the tokens are not.
+    # nor where adapters act; so the tokens are not. Nor where layers that see
+    # images causally go by indices, since the mask's coordinates say nothing.
+    coordinates = mask.q_positions is None and mask.kv_positions is not None
+    blocks = self.stack.blocks
     still = (
       cache is not None
       or zigzag.bound_to_tokens(self.variables.get("params", {}))
       or (conditioning is not None and conditioning.shape[1] > 1)
-      or any(block.cross is not None for block in self.stack.blocks)
+      or any(block.cross is not None for block in blocks)
+      or (coordinates and any(b.attention.images == "causal" for b in blocks))
     )
     axes = () if still else zigzag.zigzag_axes(mask, (batch, length))
     x, positions, mask, (rotary, injected, vectors) = zigzag.to_zigzag(
