@@ -417,6 +417,7 @@ def init_cache(
   capacity: int,
   dtype: str | None = None,
   kv: Any = None,
+  rings: bool = True,
 ) -> caches.Cache:
   """Returns an empty key/value cache.
 
@@ -429,6 +430,8 @@ def init_cache(
     dtype: of keys and values; by default the model's.
     kv: quantizer of the cache (`research.quant.kv.kv_quantizer.KVQuantizer`),
       or None. Layers that borrow keys and values have none.
+    rings: False: windowed layers store all positions, too, for callers that
+      write positions again.
   """
   dtype = dtype or model.dtype
   made_layers, start = {}, 0
@@ -436,7 +439,8 @@ def init_cache(
     made_layers[name] = {}
     for j, block in enumerate(blocks):
       a = block.attention
-      slots = min(capacity, a.window or capacity)
+      window = a.window if rings else None
+      slots = min(capacity, window or capacity)
       lead = repeats, batch, a.kv_heads
       if a.kv == "borrowed":
         made = None
@@ -446,7 +450,7 @@ def init_cache(
         made = own.empty(lead, slots, a.head_dim, dtype, slots < capacity)
       else:
         zeros = jnp.zeros((*lead, slots, a.head_dim), dtype)
-        made = caches.LayerCache(zeros, zeros)
+        made = caches.LayerCache(zeros, zeros, rings)
       made_layers[name][f"layer{j}"] = made
     start += repeats * len(blocks)
   return caches.Cache(jnp.zeros((batch,), jnp.int32), made_layers)
