@@ -125,6 +125,14 @@ def test_adapters_that_act_behind_a_call_know_where_they_are():
   same(*some_and_all(model, params, tokens=tokens))
 
 
+def test_what_deeper_layers_add_is_that_of_all_tokens():
+  """Nothing is added after the last layer, which has selected ones alone."""
+  model, params = network()
+  injected = 0.5 * jnp.cos(jnp.arange(2.0 * T * model.width))
+  injected = injected.reshape(2, T, 1, model.width)
+  same(*some_and_all(model, params, injected=injected))
+
+
 def test_biases_that_an_adapter_scales_are_those_of_all_tokens():
   """(IA)^3 scales a whole output, so its bias as well."""
   model, base = network("qwen2", depth=1)
