@@ -468,7 +468,8 @@ def project_all(
     bias: whether to add biases, which are stored under each single name.
   """
   name = fused_name(sizes)
-  if not module.has_variable("params", name):
+  # The fused name of a single matrix is its own.
+  if len(sizes) == 1 or not module.has_variable("params", name):
     return [project(module, x, n, size, bias) for n, size in sizes.items()]
   # Only packed weights are fused, and no adapter wraps them.
   y = einsum("...d,df->...f", x, module.get_variable("params", name))

@@ -116,7 +116,7 @@ class Attention(nn.Module):
     return y, cache
 
   def own_mask(self, mask):
-    """Returns the mask with this layer's window, for its view of images."""
+    """Returns the mask within this layer's window, for its view of images."""
     if self.images == "causal" and mask.kind == "intervals":
       # Without positions of queries, those of keys are mere coordinates.
       at = mask.kv_positions if mask.q_positions is not None else None
@@ -124,7 +124,10 @@ class Attention(nn.Module):
         mask, kind="causal", bounds=None, kv_positions=at
       )
     if self.window is not None:
-      mask = dataclasses.replace(mask, window=(self.window - 1, None))
+      left, right = mask.window
+      own = self.window - 1
+      own = own if left is None else min(own, left)
+      mask = dataclasses.replace(mask, window=(own, right))
     return mask
 
   def _share(self, q, k, v, call, cache, borrowed):
@@ -187,7 +190,8 @@ class Attention(nn.Module):
       if self.values == "projected":
         heads["v"] = self.kv_heads
     sizes = {name: n * self.head_dim for name, n in heads.items()}
-    together = self.has_variable("params", weights.fused_name(sizes))
+    fused = self.has_variable("params", weights.fused_name(sizes))
+    together = fused and len(sizes) > 1
     if keep is None or together:
       parts = weights.project_all(self, x, sizes, self.qkv_bias)
       parts[0] = take_tokens(parts[0], keep)

@@ -149,7 +149,8 @@ def run_layers(
         own = None if state is None else state[key]
         x, made[key] = layer(block, params[key], x, own, last)
         if number is not None:
-          x = _inject(x, injected, number + j)
+          # The last layer, which may have selected tokens, gets nothing.
+          x = x if last else _inject(x, injected, number + j)
           watched = _watch(_residual(x), watched, taps, number + j)
       return (x, watched), made
 

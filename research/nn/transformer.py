@@ -166,12 +166,17 @@ class Transformer(nn.Module):
     if cache is not None:
       new_length = cache.length + jnp.sum(positions >= 0, axis=-1)
     conditioning = self._conditioning(time, batch)
-    # Neither per-token conditioning is reordered, nor which image a token sees;
-    # so the tokens are not.
+    # Neither per-token conditioning is reordered, nor which image a token sees,
+    # nor where adapters act; so the tokens are not. Nor where layers that see
+    # images causally go by indices, since the mask's coordinates say nothing.
+    coordinates = mask.q_positions is None and mask.kv_positions is not None
+    blocks = self.stack.blocks
     still = (
       cache is not None
+      or zigzag.bound_to_tokens(self.variables.get("params", {}))
       or (conditioning is not None and conditioning.shape[1] > 1)
-      or any(block.cross is not None for block in self.stack.blocks)
+      or any(block.cross is not None for block in blocks)
+      or (coordinates and any(b.attention.images == "causal" for b in blocks))
     )
     axes = () if still else zigzag.zigzag_axes(mask, (batch, length))
     x, positions, mask, (rotary, injected, vectors) = zigzag.to_zigzag(
@@ -412,6 +417,7 @@ def init_cache(
   capacity: int,
   dtype: str | None = None,
   kv: Any = None,
+  rings: bool = True,
 ) -> caches.Cache:
   """Returns an empty key/value cache.
 
@@ -424,6 +430,8 @@ def init_cache(
     dtype: of keys and values; by default the model's.
     kv: quantizer of the cache (`research.quant.kv.kv_quantizer.KVQuantizer`),
       or None. Layers that borrow keys and values have none.
+    rings: False: windowed layers store all positions, too, for callers that
+      write positions again.
   """
   dtype = dtype or model.dtype
   made_layers, start = {}, 0
@@ -431,7 +439,8 @@ def init_cache(
     made_layers[name] = {}
     for j, block in enumerate(blocks):
       a = block.attention
-      slots = min(capacity, a.window or capacity)
+      window = a.window if rings else None
+      slots = min(capacity, window or capacity)
       lead = repeats, batch, a.kv_heads
       if a.kv == "borrowed":
         made = None
@@ -441,7 +450,7 @@ def init_cache(
         made = own.empty(lead, slots, a.head_dim, dtype, slots < capacity)
       else:
         zeros = jnp.zeros((*lead, slots, a.head_dim), dtype)
-        made = caches.LayerCache(zeros, zeros)
+        made = caches.LayerCache(zeros, zeros, rings)
       made_layers[name][f"layer{j}"] = made
     start += repeats * len(blocks)
   return caches.Cache(jnp.zeros((batch,), jnp.int32), made_layers)

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec
 from kernels_pallas.flash_attention import sharded
 from kernels_pallas.masks import Mask
 from kernels_pallas.sequence_parallel import zigzag
-from research import sharding
-from research.typing import Array, Float, Int
+from research import sharding, weights
+from research.typing import Array, Float, Int, Params
 
 CAUSAL = ("causal", "prefix", "block_causal", "intervals")
 """Kinds of mask under which late tokens attend to more keys than early ones.
@@ -46,6 +46,21 @@ def zigzag_axes(mask: Mask, shape: tuple[int, int]) -> tuple[str, ...]:
   pieces = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
   whole = not axes or "ulysses" in axes or shape[1] % (2 * pieces)
   return () if whole else axes
+
+
+def bound_to_tokens(params: Params) -> bool:
+  """Whether some weights are bound to tokens in text order, under a mesh.
+
+  Args:
+    params: any tree of weights, see `weights.with_tokens`.
+  """
+  if not sharding.is_cut():
+    return False
+  one = jnp.zeros((1, 1), jnp.int32)
+  selected = jax.eval_shape(lambda x: weights.select_tokens(x, one), params)
+  return [x.shape for x in jax.tree.leaves(selected)] != [
+    x.shape for x in jax.tree.leaves(params)
+  ]
 
 
 def to_zigzag(

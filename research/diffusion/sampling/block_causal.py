@@ -65,7 +65,7 @@ class BlockCausal(Denoiser):
       )
       return cache, edge
     known = jnp.where(jnp.arange(length) < start, positions(valid), -1)
-    cache = init_cache(self.model, params, rows, length)
+    cache = init_cache(self.model, params, rows, length, rings=False)
     segments = jnp.where(known >= 0, 0, -1)
     edge, cache = self.model.apply(
       {"params": params},

@@ -69,7 +69,7 @@ class DelayedKVCache(Delayed, Denoiser):
   def prefill(self, params, tokens, valid, start, size):
     rows, length = tokens.shape
     kept = DelayedCarry(
-      cache=init_cache(self.model, params, rows, length),
+      cache=init_cache(self.model, params, rows, length, rings=False),
       read_tokens=jnp.full_like(tokens, -1),
       hidden=jnp.zeros((rows, size, self.model.width), self.model.dtype),
       calls=jnp.int32(0),

@@ -251,7 +251,7 @@ class FirstStepCache(Denoiser):
 
   def prefill(self, params, tokens, valid, start, size):
     rows, length = tokens.shape
-    cache = init_cache(self.model, params, rows, length)
+    cache = init_cache(self.model, params, rows, length, rings=False)
     own, cache = self.model.apply(
       {"params": params},
       tokens,

@@ -85,11 +85,14 @@ class LayerCache(SlotCache):
 
   Attributes:
     k, v: `[..., B, K, S, H]`.
+    ring: whether a windowed layer has slots for its window alone; else there is
+      one for each position, which may be written again.
   """
 
   in_order: ClassVar[bool] = True
   k: Any
   v: Any
+  ring: bool = dataclasses.field(default=True, metadata=dict(static=True))
 
   @property
   def slots(self) -> int:
@@ -130,7 +133,7 @@ class LayerCache(SlotCache):
     written = write(self, k, v, positions, length)
     if fresh:
       return written, k, v, None
-    if k.shape[1] == 1 or window is None:
+    if k.shape[1] == 1 or window is None or not self.ring:
       # This write has overwritten no key that the new queries attend to.
       key_positions = slot_positions(length, self.slots)
       return written, *written.read(k.dtype), key_positions
@@ -237,4 +240,4 @@ def write(
   # Without the barrier, XLA repeats the write for each consumer, each time into
   # a copy of the whole cache.
   written = jax.lax.optimization_barrier((put(cache.k, k), put(cache.v, v)))
-  return LayerCache(*written)
+  return LayerCache(*written, cache.ring)

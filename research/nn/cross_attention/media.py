@@ -72,6 +72,17 @@ class Media(weights.Weight):
     """Returns 0: these are activations."""
     return 0
 
+  def take_rows(self, rows: Int[Array, " N"]) -> "Media":
+    """Returns the media of chosen rows."""
+    bounds = self.bounds
+    return dataclasses.replace(
+      self,
+      keys=jnp.take(self.keys, rows, axis=-4),
+      values=jnp.take(self.values, rows, axis=-4),
+      sizes=jnp.take(self.sizes, rows, axis=-2),
+      bounds=None if bounds is None else jnp.take(bounds, rows, axis=-3),
+    )
+
   def with_tokens(
     self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None
   ) -> "Media":

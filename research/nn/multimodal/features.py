@@ -96,6 +96,10 @@ class InjectedFeatures(weights.Weight):
     """Returns 0: these are activations."""
     return 0
 
+  def take_rows(self, rows: Int[Array, " N"]) -> "InjectedFeatures":
+    """Returns the features of chosen rows."""
+    return dataclasses.replace(self, features=self.features[rows])
+
   def take(self, ids: Int[Array, "B T"]) -> Float[Array, "B T J D"]:
     """Returns features at placeholders, and zeros elsewhere."""
     found, here = at_placeholders(ids, self.features, self.token)

@@ -69,7 +69,7 @@ def rope_index(
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=("grids", "positions", "offset"),
+  data_fields=("grids", "positions", "offset", "padding"),
   meta_fields=("token",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,8 @@ class ImagePositions(weights.Weight):
     token: id of the placeholder.
     positions: `[B, T, 3]`, or None before `with_tokens`.
     offset: `[B]`, of the tokens after these, or None before `with_tokens`.
+    padding: `[B]`, places before a row's first token, or None before
+      `with_tokens`.
   """
 
   per_row = True
@@ -94,6 +96,7 @@ class ImagePositions(weights.Weight):
   token: int
   positions: Any = None
   offset: Any = None
+  padding: Any = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -117,18 +120,26 @@ class ImagePositions(weights.Weight):
       grids=("batch", None, None),
       positions=("batch", None, None),
       offset=("batch",),
+      padding=("batch",),
     )
 
   def count(self) -> int:
     """Returns 0: these are no parameters."""
     return 0
 
+  def take_rows(self, rows: Int[Array, " N"]) -> "ImagePositions":
+    """Returns the images of chosen rows, and their positions if known."""
+    return jax.tree.map(lambda x: x[rows], self)
+
   def with_tokens(
     self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None
   ) -> "ImagePositions":
     """Returns the positions of these tokens, and of those after them."""
     found, offset = rope_index(tokens, self.grids, self.token, segments)
-    return dataclasses.replace(self, positions=found, offset=offset)
+    padding = jnp.argmax(tokens >= 0, axis=1)
+    return dataclasses.replace(
+      self, positions=found, offset=offset, padding=padding
+    )
 
   def of_row(self, length: int) -> Int[Array, "B T 3"]:
     """Returns the coordinates of the `length` tokens of complete rows.
@@ -148,17 +159,19 @@ class ImagePositions(weights.Weight):
     """Returns the coordinates of tokens by their slots in a cache.
 
     Args:
-      slots: places in their row, from 0; negative for padding. Those behind the
-        tokens of `with_tokens` have that row's offset.
+      slots: places in their row, from 0 at its first token; negative for
+        padding. Those behind the tokens of `with_tokens` have that row's
+        offset.
 
     Raises:
       UserError: `with_tokens` has not been called.
     """
     known = self._known()
-    index = jnp.clip(slots, 0, known.shape[1] - 1)
+    place = slots + self.padding[:, None]
+    index = jnp.clip(place, 0, known.shape[1] - 1)
     found = jnp.take_along_axis(known, index[..., None], axis=1)
-    after = (slots + self.offset[:, None])[..., None]
-    return jnp.where((slots < known.shape[1])[..., None], found, after)
+    after = (place + self.offset[:, None])[..., None]
+    return jnp.where((place < known.shape[1])[..., None], found, after)
 
   def _known(self):
     if self.positions is None:

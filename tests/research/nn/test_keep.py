@@ -13,10 +13,12 @@ from kernels_pallas.masks import Mask
 from research import tree, weights
 from research.lora import adapt
 from research.lora.methods.alora import ALoRA
+from research.lora.methods.ia3 import IA3
 from research.nn import presets
 from research.nn import time_embedding as clocks
 from research.nn.attention_context import can_select_tokens
 from research.nn.cache.paged import PagedLayer
+from research.nn.gemma4.sizes import Gemma4Sizes, gemma4
 from research.nn.moe.routing import Routing
 from research.nn.transformer import init_cache
 from tests import support
@@ -119,6 +121,58 @@ def test_adapters_that_act_behind_a_call_know_where_they_are():
     lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params
   )
   tokens = support.tokens(2, T, model.vocab_size).at[:, 3].set(5)
+  params = weights.with_tokens(params, tokens)
+  same(*some_and_all(model, params, tokens=tokens))
+
+
+def test_what_deeper_layers_add_is_that_of_all_tokens():
+  """Nothing is added after the last layer, which has selected ones alone."""
+  model, params = network()
+  injected = 0.5 * jnp.cos(jnp.arange(2.0 * T * model.width))
+  injected = injected.reshape(2, T, 1, model.width)
+  same(*some_and_all(model, params, injected=injected))
+
+
+def test_biases_that_an_adapter_scales_are_those_of_all_tokens():
+  """(IA)^3 scales a whole output, so its bias as well."""
+  model, base = network("qwen2", depth=1)
+  adapted = adapt.Adapt(method=IA3(), targets=("q", "k", "v"))(
+    base, jax.random.key(0)
+  )
+  params = tree.map_paths(
+    lambda path, x: 1.5 * x if "/trained/" in path else x, adapted
+  )
+  got, want = some_and_all(model, params)
+  same(got, want)
+  attention = {
+    k: 1.5 * v if k[0] in "qkv" else v
+    for k, v in base["run0"]["layer0"]["attention"].items()
+  }
+  layer = {**base["run0"]["layer0"], "attention": attention}
+  merged = {**base, "run0": {"layer0": layer}}
+  same(got, some_and_all(model, merged)[0])
+
+
+def test_adapters_on_queries_of_borrowed_keys_know_where_they_are():
+  model = gemma4(
+    Gemma4Sizes(
+      vocab=32,
+      width=16,
+      hidden=16,
+      heads=2,
+      kinds=("global", "global"),
+      kv_heads=1,
+      head_dim=8,
+      global_kv_heads=1,
+      global_head_dim=8,
+      borrowing=1,
+      borrowing_hidden=16,
+    )
+  )
+  params = adapt.Adapt(method=ALoRA(rank=2, invocation=(5,)), targets=("q",))(
+    tree.unroll(support.params(model)), jax.random.key(0)
+  )
+  tokens = support.tokens(2, T, 32).at[:, 3].set(5)
   params = weights.with_tokens(params, tokens)
   same(*some_and_all(model, params, tokens=tokens))
 

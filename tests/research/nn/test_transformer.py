@@ -117,6 +117,31 @@ def test_window_is_shorter_than_the_text():
   chex.assert_trees_all_equal(before[0, reach + 1 :], after[0, reach + 1 :])
 
 
+@pytest.mark.parametrize(
+  ("given", "alone"),
+  [
+    (Mask.full((None, 0)), (5, None)),
+    (Mask.causal((2, None)), (2, None)),
+    (Mask.full((2, 0)), (2, None)),
+    (Mask.full((8, 3)), (5, 3)),
+  ],
+)
+def test_a_layer_sees_what_both_its_window_and_the_mask_let_it(given, alone):
+  model = support.model("gemma2", depth=1)
+  block = model.stack.blocks[0]
+  assert block.attention.window == 6
+  free = block.clone(attention=block.attention.clone(window=None))
+  free = model.clone(stack=dataclasses.replace(model.stack, blocks=(free,)))
+  ahead = alone[1] is not None
+  mask = Mask.full(alone) if ahead else Mask.causal(alone)
+  params, tokens = support.params(model), support.tokens(length=12)
+  got, want = (
+    net.apply({"params": params}, tokens, mask=mask)[0]
+    for net, mask in ((model, given), (free, mask))
+  )
+  chex.assert_trees_all_close(got, want, atol=1e-5)
+
+
 def test_full_mask_sees_both_ways():
   model = support.model("llama")
   params, tokens = support.params(model), support.tokens()

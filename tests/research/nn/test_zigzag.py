@@ -6,14 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.masks import Mask, image_blocks
-from research import sharding
+from kernels_pallas.masks import Mask, bidirectional_tokens, image_blocks
+from research import sharding, tree, weights
+from research.lora import adapt
+from research.lora.methods.alora import ALoRA
 from research.nn import attention_context, zigzag
+from research.nn.gemma4.sizes import Gemma4Sizes, gemma4
 from research.nn.transformer import init_cache
 from research.typing import UserError
 from tests import support, support_mesh
 
 BATCH, TIME = 4, 16
+KEY = jax.random.key(0)
 
 
 def padded():
@@ -68,6 +72,60 @@ def test_hidden_states_are_one_devices(name):
   live = given.get("positions", np.zeros((BATCH, TIME))) >= 0
   # Sums of up to 64 float32 terms through three layers; normed, so near 1.
   chex.assert_trees_all_close(got[live], want[live], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["sequence", "ring"])
+def test_adapters_act_where_tokens_activate_them(layout):
+  """Their gates are in text order, so layers must be as well."""
+  model, at = support.model("llama", vocab=64, depth=1), [3, 9, 15, 6]
+  tokens = support.tokens(BATCH, TIME, 63)
+  tokens = tokens.at[jnp.arange(BATCH), jnp.array(at)].set(63)
+  method = ALoRA(rank=2, invocation=(63,))
+  adapted = adapt.Adapt(method=method)(support.params(model), KEY)
+  params = tree.map_paths(
+    lambda path, x: jnp.full_like(x, 0.3) if path.endswith("/b") else x, adapted
+  )
+
+  @jax.jit
+  def run(params, tokens):
+    params = weights.with_tokens(params, tokens)
+    return model.apply({"params": params}, tokens)[0]
+
+  want = run(params, tokens)
+  changed = jnp.any(jnp.abs(run(adapted, tokens) - want) > 1e-3, axis=-1)
+  np.testing.assert_array_equal(
+    changed, np.arange(TIME) >= np.array(at)[:, None]
+  )
+  layout = support_mesh.LAYOUTS[layout]
+  with jax.set_mesh(layout.mesh()):
+    got = run(params, tokens)
+  chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_see_images_causally_go_by_the_text():
+  """Beside coordinates that are no positions, their order is all there is."""
+  model = gemma4(
+    Gemma4Sizes(
+      vocab=32,
+      width=16,
+      hidden=16,
+      heads=2,
+      kinds=("global",),
+      kv_heads=1,
+      head_dim=8,
+      global_kv_heads=1,
+      global_head_dim=8,
+      global_images="causal",
+    )
+  )
+  params, tokens = support.params(model), support.tokens(BATCH, TIME, 32)
+  run = jax.jit(
+    lambda mask: model.apply({"params": params}, tokens, None, mask)
+  )
+  want = run(Mask.causal())[0]
+  with jax.set_mesh(support_mesh.LAYOUTS["ring"].mesh()):
+    got = run(bidirectional_tokens(tokens < 16))[0]
+  chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_are_reordered_only_where_that_spreads_work():

@@ -19,6 +19,7 @@ from research.diffusion.sampling.classifier_free_guidance import (
 )
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.credit import Credited
+from research.diffusion.sampling.delayed_kv_cache import DelayedKVCache
 from research.diffusion.sampling.denoiser import BlockCache, Denoiser, NoCache
 from research.diffusion.sampling.policies import Threshold
 from research.diffusion.sampling.prefix_cache import PrefixCache
@@ -168,6 +169,36 @@ def test_caches_are_exact_while_nothing_has_changed(before, after, shift):
   for at in (8, 12):
     once, again = twice(d, tokens, tokens, valid, jnp.int32(at))
     close(again, once)
+
+
+@pytest.mark.parametrize(
+  "cached",
+  [
+    lambda model: BlockCache(model=model),
+    lambda model: PrefixCache(model=model),
+    lambda model: DelayedKVCache(model=model, mask_id=MASK),
+    lambda model: BlockCausal(model=model, block=K),
+  ],
+  ids=["block", "prefix", "delayed", "causal"],
+)
+def test_layers_with_a_window_read_what_they_read_without_a_cache(cached):
+  """Half of a ring buffer would be that of a block's earlier step."""
+  model, params = network("mistral")
+  assert model.layer_kinds()[0].attention.window < 8
+  tokens, valid = rows()
+  d, at = cached(model), jnp.int32(8)
+  causal = isinstance(d, BlockCausal)
+  # Where all see all, keys and values are exact until a token changes.
+  before = changed(tokens, {9: 5, 11: 2}) if causal else tokens
+
+  @jax.jit
+  def both():
+    _, carry = d.prefill(params, before, valid, at, K)
+    whole = NoCache(model=model, block=K if causal else None)
+    want, _ = whole.prefill(params, tokens, valid, at, K)
+    return d.step(params, tokens, valid, at, K, carry)[0], want
+
+  close(*both())
 
 
 @pytest.mark.parametrize("shift", [False, True])

@@ -84,6 +84,21 @@ def test_slots_of_a_cache_and_the_tokens_after_them():
   np.testing.assert_array_equal(after[:, 0], [[6] * 3, [3] * 3])
 
 
+def test_slots_of_a_cache_count_from_a_row_s_first_token():
+  """As those of samplers whose prompts have padding on the left."""
+  row = [5, *[IMAGE] * 6, 6, 7]
+  expected, offset = enumerated(row, [(2, 3)])
+  grids = jnp.asarray([[(2, 3)], [(2, 3)]], jnp.int32)
+  tokens = jnp.asarray([[*row, 8, 8, 8, 8], [*[-1] * 4, *row]])
+  images = weights.with_tokens(ImagePositions(grids, IMAGE), tokens)
+  slots = jnp.broadcast_to(jnp.arange(12), (2, 12))
+  found = np.asarray(images.of_slots(slots))
+  after = [[n + offset] * 3 for n in range(9, 12)]
+  expected = np.concatenate([expected, after])
+  np.testing.assert_array_equal(found[0], expected)
+  np.testing.assert_array_equal(found[1] - found[1, :1], expected)
+
+
 def test_positions_of_unknown_tokens_are_refused():
   images = ImagePositions(jnp.zeros((1, 1, 2), jnp.int32), IMAGE)
   with pytest.raises(UserError, match="call weights.with_tokens"):
