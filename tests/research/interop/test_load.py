@@ -79,7 +79,7 @@ def test_no_such_thing(tmp_path):
 
 def test_directories_that_hold_no_model(tmp_path):
   assert "neither config.json" in message(tmp_path)
-  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+  (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
   assert "hidden_size is None" in message(tmp_path)
   (tmp_path / "config.json").write_text("{")
   assert "not valid JSON" in message(tmp_path)
