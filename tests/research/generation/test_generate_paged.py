@@ -53,13 +53,10 @@ def over_pages(*given, layout=Paging()):
   return generate.generate(*given, source=source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "rows",
-  [
-    pytest.param(1, marks=pytest.mark.slow),
-    2,
-    pytest.param(6, marks=pytest.mark.slow),
-  ],
+  [1, 2, 6],
 )
 def test_tokens_are_those_of_a_batch_without_pages(rows):
   """Independent of the batch, of waiting and of reused pages."""

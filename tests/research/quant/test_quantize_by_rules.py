@@ -154,9 +154,8 @@ def test_inputs_come_from_quantized_layers():
       assert got == pytest.approx(error, rel=2e-3), path
 
 
-@pytest.mark.parametrize(
-  "sequential", [pytest.param("layers", marks=pytest.mark.slow), "none"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sequential", ["layers", "none"])
 def test_other_orders_measure_other_inputs(sequential):
   _, report = done(sequential=sequential)
   _, stages = done()

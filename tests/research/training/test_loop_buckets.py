@@ -154,6 +154,7 @@ class Undeclared:
     yield {k: x[:2] for k, x in next(batches).items()}
 
 
+@pytest.mark.slow
 def test_a_shape_of_no_bucket_is_an_error(tmp_path, caplog):
   with jax.log_compiles(), pytest.raises(UserError, match="found .*int32") as e:
     run(tmp_path, 5, training=Undeclared())

@@ -68,8 +68,8 @@ def textbook(model, params, documents):
   return total / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [ADAPTERS, r"^embed$"])
-@pytest.mark.sample(2)
 def test_update_is_the_gradient_of_the_mean(
   model, objective, adapted, documents, sgd, trainable
 ):

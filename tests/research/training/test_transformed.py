@@ -43,6 +43,7 @@ def test_they_have_no_gradient_and_no_optimizer_state(line):
   chex.assert_trees_all_equal((one.params, metrics), (two.params, same))
 
 
+@pytest.mark.slow
 def test_they_resume_bitwise(line, tmp_path):
   objective, params, numbers = line
   tx = optim.adamw(1e-2)

@@ -126,9 +126,10 @@ def filled(image, words, most):
   return ids[count:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("cache", "most"),
-  [(None, 4), pytest.param(Prefix(), 1, marks=pytest.mark.slow)],
+  [(None, 4), (Prefix(), 1)],
 )
 def test_a_diffusion_model_answers_about_images(cache, most):
   """Prompts of other lengths share a batch; nothing of them is masked."""

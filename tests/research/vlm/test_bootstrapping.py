@@ -120,6 +120,7 @@ def test_every_weight_has_a_gradient_and_a_sharding_rule():
     assert np.abs(x).max() > 0, path
 
 
+@pytest.mark.slow
 def test_a_padded_row_counts_nowhere():
   loss = jax.jit(ImageText(MODEL))
   total, count, _ = loss(params(), batch(), None)

@@ -70,6 +70,7 @@ def test_configuration_packs_and_adapts_the_language_model_alone():
   assert sizes.packed_weights == sum(int(np.prod(w.shape)) for w in matrices)
 
 
+@pytest.mark.slow
 def test_a_step_moves_the_towers_adapters_and_nothing_else():
   transform = Adapt(method=LoRA(rank=2))
   adapted = Within("language", transform)(PARAMS, KEY)

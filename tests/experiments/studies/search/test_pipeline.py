@@ -58,7 +58,9 @@ def test_searches_run_and_choose_again_and_are_compared(tmp_path, monkeypatch):
   assert wrong == pytest.approx(1 - right)
   assert [line["samples"] for line in STUDY.table(rows)] == [4, 2, 4]
   (found,) = STUDY.verdicts(rows)
-  assert re.search("5 problems, 2 and 1 seeds, at 2.*times the FLOPs", found.found)
+  assert re.search(
+    "5 problems, 2 and 1 seeds, at 2.*times the FLOPs", found.found
+  )
   STUDY.plot(rows, tmp_path, "title")
   assert (tmp_path / "title.png").stat().st_size > 10_000
 

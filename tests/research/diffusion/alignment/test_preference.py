@@ -222,6 +222,7 @@ def test_objectives_ask_as_they_are_told(monkeypatch):
 # GRPO ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_first_ratio_is_one_and_the_gradient_is_the_policy_s():
   model, params = network()
   tokens, valid, answer = rows()
