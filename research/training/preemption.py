@@ -85,10 +85,19 @@ class StopRequest:
     """Says that JAX has connected this process to all others of its run.
 
     If there are others, JAX's own handler of SIGTERM, which tells them, stays.
+    They may be ahead of this process, which until it knows them must not leave
+    them waiting.
+
+    Raises:
+      Interrupted: there are none, and a signal arrived meanwhile.
     """
+    if jax.distributed.is_initialized():
+      self.alone = False
     self.alone = _is_alone()
     if self.alone:
       signal.signal(signal.SIGTERM, self)  # JAX has put its own there
+      if self.asked:
+        raise Interrupted
 
   def __call__(self, number: int, frame: FrameType | None) -> None:
     """Handles a signal, in the main thread, as soon as it runs Python code."""

@@ -160,7 +160,9 @@ def resumed(whole, preempted, folder):
 
 @pytest.mark.slow
 def test_ctrl_c_in_one_process_ends_both_with_42(preempted, folder):
-  assert [p.status for p in preempted] == [42, 42], preempted
+  assert [p.status for p in preempted] == [42, 42], "".join(
+    p.err for p in preempted
+  )
   # Noticed where both have compiled, or after the same step.
   said = [re.search(r"asked to stop; (.*)\.\n", p.err)[1] for p in preempted]
   steps = [int(p.name) for p in (folder / "asked/checkpoints").glob("[0-9]*")]

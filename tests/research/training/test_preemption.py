@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from research.training import preemption
@@ -61,6 +62,33 @@ def test_nothing_is_left_behind():
     assert signal.getsignal(signal.SIGINT) is inside
   found = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
   assert found == before
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_signal_while_processes_meet_waits_for_how_many_they_are(
+  monkeypatch, alone
+):
+  """Others would wait for one that left: JAX's handler tells them instead."""
+  told = []
+  before = signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+  try:
+    with preemption.handling_signals() as asked:
+      signal.signal(signal.SIGTERM, lambda *_: told.append(1))  # JAX's
+
+      def meet():
+        signal.raise_signal(signal.SIGINT)
+        return alone
+
+      monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+      monkeypatch.setattr(preemption, "_is_alone", meet)
+      if alone:
+        with pytest.raises(preemption.Interrupted):
+          asked.connected()
+      else:
+        asked.connected()
+      assert told == [1] and asked.asked and asked.alone == alone
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_a_save_that_takes_too_long_is_announced(monkeypatch):
