@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree
+from research.nn import gemma4 as gemma4_models
 from research.nn import presets
 
 SIZES = presets.Sizes(
@@ -36,6 +37,17 @@ def model(family: str = "llama", **changes):
   sizes = GEMMA_SIZES if family.startswith("gemma") else SIZES
   sizes = dataclasses.replace(sizes, **changes)
   return presets.transformer(presets.FAMILIES[family], sizes)
+
+
+def gemma4(**changes):
+  """Returns a tiny Gemma 4; `changes` are `Gemma4Sizes` fields."""
+  sizes = dict(
+    vocab=67, width=32, hidden=48, heads=4, kinds=("local", "global"), window=6
+  )
+  for start in ("", "global_"):
+    sizes |= {f"{start}kv_heads": 2, f"{start}head_dim": 8}
+  found = gemma4_models.Gemma4Sizes(borrowing_hidden=48, **sizes | changes)
+  return gemma4_models.gemma4(found)
 
 
 def with_scaling(model, scaling):

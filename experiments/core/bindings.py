@@ -9,7 +9,7 @@ import difflib
 import io
 import re
 import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from research import moved
@@ -21,6 +21,9 @@ MACRO = "gin.macro"
 
 Record = Mapping[tuple[str, str], Mapping[str, Any]]
 """(scope, configurable) -> values by parameter, as gin keeps them."""
+
+Bound = Iterable[tuple[tuple[str, str], Mapping[str, Any]]]
+"""Items of records."""
 
 
 def from_flag(line: str) -> str:
@@ -85,7 +88,7 @@ def check_used(
     UserError: a binding has no effect at all.
   """
   used = [pair for record in records for pair in record.items()]
-  macros = sorted({scope for (scope, name), _ in used if name == MACRO})
+  macros = _macros(used)
   names = [line.split("=")[0].strip() for line in lines]
   of_a_stage = tuple(f"{stage}/" for stage in stages)
   for line, name in zip(lines, names, strict=True):
@@ -96,12 +99,7 @@ def check_used(
     if "." not in target:
       places, reached = [], name in macros
     else:
-      target, _, parameter = target.rpartition(".")
-      places = [
-        place
-        for (place, selector), values in used
-        if selector.endswith(target) and parameter in values
-      ]
+      places = _scopes(target, used)
       reached = scope in places
       if not scope:
         own += [_joined(x, name) for x in set(places) - {scope}]
@@ -122,19 +120,30 @@ def check_used(
 def _of_stages(name: str, stages: Sequence[str], theirs: Record) -> list[str]:
   """Returns a binding's name in each stage that has a value of its own."""
   scope, _, target = name.rpartition("/")
+  if "." in target:
+    places, own = _scopes(target, theirs.items()), scope
+  else:
+    places, own = _macros(theirs.items()), name
+  return [
+    f"{stage}/{name}"
+    for stage in stages
+    if f"{stage}/{own}".rstrip("/") in places
+  ]
+
+
+def _scopes(target: str, used: Bound) -> list[str]:
+  """Returns the scopes in which a parameter is bound."""
   target, _, parameter = target.rpartition(".")
-  found = []
-  for stage in stages:
-    place = f"{stage}/{scope if target else name}".rstrip("/")
-    if any(
-      selector.endswith(target) and parameter in values
-      if target
-      else selector == MACRO
-      for (where, selector), values in theirs.items()
-      if where == place
-    ):
-      found.append(f"{stage}/{name}")
-  return found
+  return [
+    scope
+    for (scope, selector), values in used
+    if selector.endswith(target) and parameter in values
+  ]
+
+
+def _macros(used: Bound) -> list[str]:
+  """Returns the names of macros, which gin has as scopes."""
+  return sorted({scope for (scope, name), _ in used if name == MACRO})
 
 
 def _joined(scope: str, name: str) -> str:

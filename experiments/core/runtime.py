@@ -312,10 +312,6 @@ def first_process_first(act: Callable[[], Any]) -> Any:
   Raises:
     UserError: the first process failed, and has said why.
   """
-  import jax
-
-  if jax.process_count() == 1:
-    return act()
   from research.typing import UserError
 
   if not is_first_process():

@@ -61,8 +61,7 @@ def check_next_token(loaded: Loaded, what: str) -> None:
     loaded: the model.
     what: names it, for messages.
   """
-  spec = loaded.diffusion
-  if spec is not None and not spec.predicts_next_token:
+  if not loaded.predicts_next_token:
     raise UserError(
       f"{what}: fills in masks; expected a model that predicts the next token."
       "\ngenerate --sampler=diffusion asks such models, and `rolling` of"

@@ -37,16 +37,15 @@ def accuracy_of(searched: Searched, choice: Choice) -> float:
 
 def _chosen(searched: Searched, choice: Choice, which: Sequence[int]) -> float:
   samples = [searched.samples[i] for i in which]
+  paths, answers = [x.path() for x in samples], [x.answer for x in samples]
+  correct = [x.correct for x in samples]
   if isinstance(_innermost(choice), BestOf):
     # One sample is chosen, whose own verdict counts, as in `best_at`.
-    own = [None if x.answer is None else (x.answer, x.correct) for x in samples]
-    chances = choice([x.path() for x in samples], own)
-    return choose.accuracy(chances, lambda key: key[1])
-  chances = choice([x.path() for x in samples], [x.answer for x in samples])
-  right = shares_correct(
-    [x.answer for x in samples], [x.correct for x in samples]
-  )
-  return choose.accuracy(chances, right.__getitem__)
+    pairs = zip(answers, correct, strict=True)
+    own = [None if answer is None else (answer, x) for answer, x in pairs]
+    return choose.accuracy(choice(paths, own), lambda key: key[1])
+  right = shares_correct(answers, correct)
+  return choose.accuracy(choice(paths, answers), right.__getitem__)
 
 
 def accuracy_at(searched: Searched, choice: Choice, n: int) -> float:

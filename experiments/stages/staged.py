@@ -181,11 +181,11 @@ def results_in(source: Any) -> list[StageResult]:
   """Returns the stages' results that a source is, or has as its parts."""
   found: list[StageResult] = []
 
-  def seen(result):
+  def collect(result):
     found.append(result)
     return result
 
-  _with_results(source, seen)
+  _with_results(source, collect)
   return found
 
 

@@ -51,6 +51,11 @@ class Loaded:
   diffusion: spec.Spec | None = None
   preprocessor: Preprocessor | None = None
 
+  @property
+  def predicts_next_token(self) -> bool:
+    """Whether what a causal pass says of the next token means something."""
+    return self.diffusion is None or self.diffusion.predicts_next_token
+
 
 @runtime_checkable
 class Source(Protocol):

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import optax
 
 from research import tree
-from research.optim import optim, ranges
-from research.typing import Array, Float, UserError
+from research.optim import matching, optim, ranges
+from research.typing import Array, Float
 
 MATRICES = r"^run\d+/.*/(q|k|v|o|gate|up|down)$"
 """Paths of what is multiplied with activations inside a layer."""
@@ -129,11 +129,7 @@ def muon(
     found = tree.map_paths(kind, params)
     if "matrix" not in jax.tree.leaves(found):
       paths = [path for path, _ in tree.flatten_paths(params)]
-      raise UserError(
-        f"muon.matrices: {matrices!r} matches no matrix among {len(paths)}"
-        " trainable arrays.\nExpected a regular expression for paths such as"
-        f" {paths[-1]!r}."
-      )
+      raise matching.no_matrix("muon.matrices", matrices, paths)
     return found
 
   ranges.non_negative("muon", adam=adam)

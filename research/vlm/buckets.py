@@ -338,14 +338,7 @@ class PooledRows(Sequence[Row]):
     own, sample = self.data, self.data.samples[number]
     made = [own.preprocessor.views(image) for image in sample.images]
     pieces = [own.preprocessor.pieces(views.plan) for views in made]
-    example = data.tokens_of(
-      sample,
-      pieces,
-      self.tokenizer,
-      own.image_token,
-      own.template,
-      own.preprocessor.prompt,
-    )
+    example = own.example(sample, pieces, self.tokenizer)
     return example, [view for views in made for view in views.pixels]
 
 
@@ -367,14 +360,7 @@ def _needs(
       _check_order(plan, own.preprocessor)
       sizes.add(plan.view)
     pieces = [own.preprocessor.pieces(plan) for plan in plans]
-    example = data.tokens_of(
-      sample,
-      pieces,
-      tokenizer,
-      own.image_token,
-      own.template,
-      own.preprocessor.prompt,
-    )
+    example = own.example(sample, pieces, tokenizer)
     if not example.loss_mask[1:].any():
       left_out["have no answer to learn"].append(i)
       continue

@@ -113,6 +113,21 @@ class ImageData:
 
   inputs: ViewInputs
   preprocessor: Preprocessor
+  image_token: int
+  template: "Template"
+
+  def example(
+    self, sample: Sample, images: Sequence[tuple[Piece, ...]], tokenizer: Any
+  ) -> Example:
+    """Returns a sample's tokens, see `tokens_of`."""
+    return tokens_of(
+      sample,
+      images,
+      tokenizer,
+      self.image_token,
+      self.template,
+      self.preprocessor.prompt,
+    )
 
   def with_encoder(self, model: Any, params: Params, trainable: str) -> Any:
     """Returns the data of an experiment with this model.
@@ -236,14 +251,7 @@ class ImageRows(Sequence[Row]):
     prompt = Prompt.from_images(
       sample.images, data.preprocessor, data.views, data.patches
     )
-    example = tokens_of(
-      sample,
-      prompt.pieces,
-      self.tokenizer,
-      data.image_token,
-      data.template,
-      data.preprocessor.prompt,
-    )
+    example = data.example(sample, prompt.pieces, self.tokenizer)
     if len(example.tokens) > data.length:
       raise UserError(
         f"ImageQuestions.length: found {data.length}, expected at least"

@@ -143,13 +143,9 @@ def verdict(
   )
   if comparison.within is not None and ratio > comparison.within:
     return Verdict(comparison.claim, f"{text}: too many", False)
-  holds = (
-    None
-    if seeds == 1
-    else True
-    if found.low > comparison.least
-    else False
-    if found.high < comparison.least
-    else None
-  )
+  holds = None
+  if seeds > 1 and found.low > comparison.least:
+    holds = True
+  elif seeds > 1 and found.high < comparison.least:
+    holds = False
   return Verdict(comparison.claim, text, holds)

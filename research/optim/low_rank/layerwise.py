@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from research import tree, weights
-from research.optim import muon, optim, ranges
+from research.optim import matching, muon, optim, ranges
 from research.optim.low_rank.projected_grad_weight import (
   ProjectedGradWeight,
   Rule,
@@ -77,11 +77,8 @@ class _Parts:
       if w.ndim >= 2 and re.search(self.matrices, path)
     }
     if not out:
-      raise UserError(
-        f"matrices: {self.matrices!r} matches no matrix among {len(found)}"
-        " trainable arrays.\nExpected a regular expression for paths such as"
-        f" {found[-1][0]!r}."
-      )
+      paths = [path for path, _ in found]
+      raise matching.no_matrix("matrices", self.matrices, paths)
     for path, w in found:
       if movable(w) and path not in out:
         raise UserError(

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from research import tree
+from research.optim import matching
 from research.optim.low_rank.subspace import Projection
-from research.typing import Array, UserError
+from research.typing import Array
 
 
 def zeros(projection: Projection, matrices: str, params: Any) -> Any:
@@ -36,11 +37,7 @@ def zeros(projection: Projection, matrices: str, params: Any) -> Any:
   made = tree.map_paths(one, params)
   if not jax.tree.leaves(made):
     paths = [path for path, _ in tree.flatten_paths(params)]
-    raise UserError(
-      f"matrices: {matrices!r} matches no matrix among {len(paths)} trainable"
-      " arrays.\nExpected a regular expression for paths such as"
-      f" {paths[-1]!r}."
-    )
+    raise matching.no_matrix("matrices", matrices, paths)
   return made
 
 

@@ -50,8 +50,7 @@ class NeedsModel:
     Raises:
       UserError: a model of masked diffusion would have to read text causally.
     """
-    masks = loaded.diffusion if self.calibrates else None
-    if masks is not None and not masks.predicts_next_token:
+    if self.calibrates and not loaded.predicts_next_token:
       raise UserError(
         f"{type(self).__name__}: found a model of masked diffusion, expected"
         " one that predicts the next token: calibration reads texts causally"

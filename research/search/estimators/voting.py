@@ -63,36 +63,49 @@ def majority_at_k(answers: Answers, correct: Sequence[bool], k: int) -> float:
   shares = shares_correct(answers, correct)
   check_subset(len(answers), k, "majority_at_k")
   votes = collections.Counter(x for x in answers if x is not None)
-  counts, silent = [votes[x] for x in shares], len(answers) - votes.total()
+  n = len(answers)
+  chances = [_chances(votes[x], k / n) for x in shares]
+  silent = _chances(n - votes.total(), k / n)
   total = 0.0
   for i, share in enumerate(shares.values()):
     if share:
-      others = counts[:i] + counts[i + 1 :]
+      others = chances[:i] + chances[i + 1 :]
       total += share * sum(
-        _wins(counts[i], j, others, silent, k)
-        for j in range(1, min(counts[i], k) + 1)
+        _wins(chances[i], j, others, silent, k)
+        for j in range(1, min(len(chances[i]) - 1, k) + 1)
       )
   # Each term is rounded; a certain win stays one.
-  return min(total, 1.0)
+  return min(total / float(_chances(n, k / n)[k]), 1.0)
 
 
-def _wins(m: int, j: int, others: Sequence[int], silent: int, k: int) -> float:
-  """Returns the chance that an answer wins with exactly j samples.
+def _wins(
+  own: Float[np.ndarray, "M"],
+  j: int,
+  others: Sequence[np.ndarray],
+  silent: np.ndarray,
+  k: int,
+) -> float:
+  """Returns the chance that k are drawn and an answer wins with j of them.
 
   Samples that are drawn independently, each with the chance `k / n`, are every
   subset of k equally often where k are drawn. So all numbers are chances, which
   no size of a pool makes too large or too small.
+
+  Args:
+    own: chances that 0, 1, ... of the answer's samples are drawn.
+    j: number of them.
+    others, silent: as `own`, of other answers and of samples without one;
+      their lengths differ.
+    k: budget.
   """
   rest = k - j
-  n = m + sum(others) + silent
-  share = k / n
   poly = np.zeros((1, rest + 1))
   poly[0, 0] = 1.0
-  factors = [(silent, None)] + [(count, j) for count in others]
-  for count, limit in factors:
-    poly = _times(poly, _chances(count, share), limit)
+  factors = [(silent, None)] + [(chances, j) for chances in others]
+  for chances, limit in factors:
+    poly = _times(poly, chances, limit)
   ways = poly[:, rest] @ (1 / np.arange(1, len(poly) + 1))
-  return float(ways * _chances(m, share)[j] / _chances(n, share)[k])
+  return float(ways * own[j])
 
 
 def _times(

@@ -254,7 +254,7 @@ class Checkpoints:
         )
     wanted = _as_saved(_moving(target), found)
     _compare(where, found, wanted)
-    with _quiet(), writers.awaited(), checksums.raise_together():
+    with _quiet(), checksums.raise_together():
       parts = {"state": jax.tree.map(_abstract, wanted)}
       state = self._steps.load_checkpointables(step, parts)["state"]
     if note is None:
@@ -313,16 +313,17 @@ def _meet() -> None:
 
 @contextlib.contextmanager
 def _quiet():
-  """Silences Orbax's progress logs and repeated error logs.
+  """Silences Orbax: its progress, repeated errors, and its tasks' tracebacks.
 
-  Errors are still raised.
+  Errors are still raised, see `writers.awaited`.
   """
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
   levels = [logger.level for logger in loggers]
   for logger in loggers:
     logger.setLevel(logging.CRITICAL)
   try:
-    yield
+    with writers.awaited():
+      yield
   finally:
     for logger, level in zip(loggers, levels, strict=True):
       logger.setLevel(level)
@@ -338,7 +339,7 @@ def _as_they_are() -> ocp.Context:
 @contextlib.contextmanager
 def _saving():
   """What holds while something is written; yields the writers' failures."""
-  with _quiet(), writers.awaited(), writers.heard() as failures, _as_they_are():
+  with _quiet(), writers.heard() as failures, _as_they_are():
     yield failures
 
 
@@ -410,7 +411,7 @@ def load_tree(path: os.PathLike, target: Any) -> Any:
   Raises:
     UserError: it does not match `target`, or is damaged.
   """
-  with _quiet(), writers.awaited():
+  with _quiet():
     _compare(path, checksums.array_types(ocp.metadata(path).metadata), target)
     try:
       return ocp.load(path, jax.tree.map(_abstract, target))

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import models, pre_tokenizers
 
 from research.data import rendering
 from research.data.rendering import Conversation
@@ -16,6 +16,7 @@ from research.data.sources import records
 from research.interop import load
 from research.text.tokenizer import Tokenizer
 from research.typing import UserError
+from tests import support_text
 
 GOLDEN = json.loads(
   (pathlib.Path(__file__).parents[2] / "golden" / "chat_masks.json").read_text()
@@ -115,34 +116,26 @@ def test_no_token_is_half_prompt_half_answer():
 
 def _with_blank(kind):
   """A backend that puts a blank before a text, in the way of `kind`."""
-  blank, special = "\u2581", ["<s>", "</s>", "<|a|>"]
   if kind == "byte_level":
-    words, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), []
-  else:
-    words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
-    words += [blank, *"abc", f"{blank}a"]
-    merges = [(blank, "a")]
-  backend = tokenizers.Tokenizer(
-    models.BPE(
-      vocab={w: i for i, w in enumerate(words)},
-      merges=merges,
-      unk_token=None if kind == "byte_level" else "<unk>",
-      byte_fallback=kind != "byte_level",
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(
+      models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[])
     )
-  )
-  if kind == "byte_level":
     backend.pre_tokenizer = pre_tokenizers.Sequence(
       [pre_tokenizers.ByteLevel(add_prefix_space=True)]
     )
-  elif kind == "prepend":
-    backend.normalizer = normalizers.Sequence(
-      [normalizers.Prepend(blank), normalizers.Replace(" ", blank)]
-    )
   else:
+    blank = support_text.BLANK
+    backend = support_text.byte_fallback(
+      [blank, *"abc", f"{blank}a"], [(blank, "a")]
+    )
+  if kind == "prepend":
+    support_text.put_blank_before(backend)
+  elif kind != "byte_level":
     backend.pre_tokenizer = pre_tokenizers.Metaspace(
       replacement=blank, prepend_scheme=kind, split=False
     )
-  backend.add_special_tokens(special)
+  backend.add_special_tokens(["<s>", "</s>", "<|a|>"])
   return backend
 
 

@@ -25,7 +25,7 @@ from research.lora.methods.lora import LoRA
 from research.optim.low_rank import int8_weights
 from research.quant.algorithms import rotate
 from research.typing import UserError
-from tests import support
+from tests import support, support_hf_quant
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 FAMILIES = sorted(
@@ -236,12 +236,7 @@ def test_a_rotated_model_keeps_its_head(kind, tmp_path):
   scale = params["final_norm"]["scale"]
   params["final_norm"] = {"scale": scale.at[:8].multiply(3.0)}
   rotated = rotate.Rotate(model=model)(params, jax.random.key(0))
-  source = sources.Source(
-    model=model,
-    parts=parts.from_params(rotated),
-    params=lambda: rotated,
-    origin={},
-  )
+  source = support_hf_quant.source(model, rotated)
   to = tmp_path / "model.gguf"
   if kind.startswith("orbax"):
     convert.to_orbax(source, tmp_path / "ours")

@@ -18,7 +18,6 @@ from research.nn import presets
 from research.nn import time_embedding as clocks
 from research.nn.attention_context import can_select_tokens
 from research.nn.cache.paged import PagedLayer
-from research.nn.gemma4.sizes import Gemma4Sizes, gemma4
 from research.nn.moe.routing import Routing
 from research.nn.transformer import init_cache
 from tests import support
@@ -154,21 +153,7 @@ def test_biases_that_an_adapter_scales_are_those_of_all_tokens():
 
 
 def test_adapters_on_queries_of_borrowed_keys_know_where_they_are():
-  model = gemma4(
-    Gemma4Sizes(
-      vocab=32,
-      width=16,
-      hidden=16,
-      heads=2,
-      kinds=("global", "global"),
-      kv_heads=1,
-      head_dim=8,
-      global_kv_heads=1,
-      global_head_dim=8,
-      borrowing=1,
-      borrowing_hidden=16,
-    )
-  )
+  model = support.gemma4(vocab=32, kinds=("global", "global"), borrowing=1)
   params = adapt.Adapt(method=ALoRA(rank=2, invocation=(5,)), targets=("q",))(
     tree.unroll(support.params(model)), jax.random.key(0)
   )

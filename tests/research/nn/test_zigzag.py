@@ -11,7 +11,6 @@ from research import sharding, tree, weights
 from research.lora import adapt
 from research.lora.methods.alora import ALoRA
 from research.nn import attention_context, zigzag
-from research.nn.gemma4.sizes import Gemma4Sizes, gemma4
 from research.nn.transformer import init_cache
 from research.typing import UserError
 from tests import support, support_mesh
@@ -104,20 +103,7 @@ def test_adapters_act_where_tokens_activate_them(layout):
 
 def test_layers_that_see_images_causally_go_by_the_text():
   """Beside coordinates that are no positions, their order is all there is."""
-  model = gemma4(
-    Gemma4Sizes(
-      vocab=32,
-      width=16,
-      hidden=16,
-      heads=2,
-      kinds=("global",),
-      kv_heads=1,
-      head_dim=8,
-      global_kv_heads=1,
-      global_head_dim=8,
-      global_images="causal",
-    )
-  )
+  model = support.gemma4(vocab=32, kinds=("global",), global_images="causal")
   params, tokens = support.params(model), support.tokens(BATCH, TIME, 32)
   run = jax.jit(
     lambda mask: model.apply({"params": params}, tokens, None, mask)

@@ -9,6 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from research.text.tokenizer import StopStrings, Tokenizer
 from research.typing import UserError
+from tests import support_text
 
 SPECIAL = ("<s>", "</s>", "<pad>")
 
@@ -28,16 +29,8 @@ def byte_level() -> tokenizers.Tokenizer:
 
 def sentencepiece() -> tokenizers.Tokenizer:
   """Words with a leading space, bytes for the rest, as Llama 2 decodes."""
-  words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
-  words += ["\u2581", "\u2581a", "\u2581caf", "b", "a", "c", "f"]
-  backend = tokenizers.Tokenizer(
-    models.BPE(
-      vocab={w: i for i, w in enumerate(words)},
-      merges=[],
-      unk_token="<unk>",
-      byte_fallback=True,
-    )
-  )
+  words = ["\u2581", "\u2581a", "\u2581caf", "b", "a", "c", "f"]
+  backend = support_text.byte_fallback(words)
   backend.decoder = decoders.Sequence(
     [
       decoders.Replace("\u2581", " "),

@@ -5,8 +5,6 @@ import itertools
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import models, normalizers
 
 from research.data import packing, sources
 from research.data.sources.records import completion_example
@@ -18,6 +16,7 @@ from research.text.tokenizer import Tokenizer
 from research.training.alignment import rewarded_task
 from research.training.reasoning_tasks import Solutions, VerifiedTask
 from research.typing import UserError
+from tests import support_text
 
 WORDS = WordVocabulary(words=countdown.vocabulary())
 SUMS = WordVocabulary(words=chain.vocabulary(0, 199))
@@ -62,18 +61,8 @@ def test_batches_are_the_rows_shuffled():
 
 def test_a_row_has_the_ids_of_its_whole_text():
   """Also where the tokenizer puts a blank before a text, as Llama 2's."""
-  words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "</s>"]
-  backend = tokenizers.Tokenizer(
-    models.BPE(
-      vocab={word: i for i, word in enumerate(words)},
-      merges=[],
-      unk_token="<unk>",
-      byte_fallback=True,
-    )
-  )
-  backend.normalizer = normalizers.Sequence(
-    [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-  )
+  backend = support_text.byte_fallback([support_text.BLANK, "</s>"])
+  support_text.put_blank_before(backend)
   backend.add_special_tokens(["</s>"])
   tokenizer = Tokenizer(backend=backend, eos=backend.token_to_id("</s>"))
   task = Chain(count=2, terms=(2, 3))

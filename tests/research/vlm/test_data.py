@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, normalizers
+from tokenizers import models
 
 from research.text.tokenizer import Tokenizer
 from research.typing import UserError
@@ -18,7 +18,7 @@ from research.vlm.images.tiling.idefics3 import Idefics3
 from research.vlm.images.tiling.native import Native
 from research.vlm.images.tiling.square import Square
 from research.vlm.scenes.sample import Sample
-from tests import support_vlm
+from tests import support_text, support_vlm
 
 TOKENIZER, IMAGE = support_vlm.tokenizer(), support_vlm.IMAGE
 RNG = np.random.default_rng(0)
@@ -136,9 +136,7 @@ def test_a_sample_has_the_ids_of_its_whole_text():
   backend = tokenizers.Tokenizer(
     models.BPE({name: i for i, name in enumerate(names)}, [("\u2581", "a")])
   )
-  backend.normalizer = normalizers.Sequence(
-    [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-  )
+  support_text.put_blank_before(backend)
   backend.add_special_tokens(["</s>"])
   tokenizer = Tokenizer(backend=backend, stop=(backend.token_to_id("</s>"),))
   template = data.Template(question="{question}:", answer=" {answer}")

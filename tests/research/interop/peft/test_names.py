@@ -17,7 +17,6 @@ from research.interop.peft import config as peft_config
 from research.interop.peft import names as peft_names
 from research.lora import adapt, wrap
 from research.lora.methods.lora import LoRA
-from research.nn.gemma4.sizes import Gemma4Sizes, gemma4
 from research.nn.time_embedding import TimeEmbedding
 from research.typing import UserError
 from tests import support
@@ -152,21 +151,7 @@ def test_what_tells_a_model_the_time_has_no_name(tmp_path):
 
 def test_gemma_4_s_table_of_layers_inputs_is_an_embedding(tmp_path):
   """In transformers it is one, of which PEFT adapts rows."""
-  model = gemma4(
-    Gemma4Sizes(
-      vocab=24,
-      width=16,
-      hidden=24,
-      heads=2,
-      kinds=("local", "global"),
-      kv_heads=1,
-      head_dim=8,
-      global_kv_heads=1,
-      global_head_dim=8,
-      per_layer=4,
-      per_layer_vocab=24,
-    )
-  )
+  model = support.gemma4(vocab=24, per_layer=4, per_layer_vocab=24)
   params = support.params(model)
   method = adapt.Adapt(method=LoRA(rank=2), targets=("per_layer/embed",))
   new = method(params, jax.random.key(0))

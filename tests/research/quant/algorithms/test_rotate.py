@@ -13,7 +13,6 @@ from research import sharding, taps, weights
 from research.interop import native
 from research.nn.attention import CrossAttention
 from research.nn.cross_attention import GatedCrossAttention
-from research.nn.gemma4 import Gemma4Sizes, gemma4
 from research.nn.mlp import Mlp
 from research.nn.moe.routing import Routing
 from research.nn.presets import Sparse
@@ -181,15 +180,6 @@ def test_normalised_outputs_are_refused():
     rotate.Rotate()(params, jax.random.key(0))
 
 
-def _gemma4(**changes):
-  sizes = dict(
-    vocab=67, width=32, hidden=48, heads=4, kinds=("local", "global"), window=6
-  )
-  for start in ("", "global_"):
-    sizes |= {f"{start}kv_heads": 2, f"{start}head_dim": 8}
-  return gemma4(Gemma4Sizes(borrowing_hidden=48, **sizes | changes))
-
-
 def _with_cross_attention():
   model = support.model(depth=1)
   (block,) = model.stack.blocks
@@ -215,7 +205,7 @@ def _with_cross_attention():
     (_with_cross_attention, {}, "cross-attention"),
     # `o` would be rotated, and the keys that are its values would not.
     (
-      lambda: _gemma4(global_values="keys"),
+      lambda: support.gemma4(global_values="keys"),
       dict(residual=False),
       "values that are keys",
     ),
@@ -233,7 +223,7 @@ def test_layers_that_do_not_commute_are_refused(make, options, match):
 )
 def test_normalised_and_shared_values_are_rotated(changes):
   """A norm without a gain commutes with rotations; borrowers share R2."""
-  model = _gemma4(**changes)
+  model = support.gemma4(**changes)
   params, tokens = support.params(model), support.tokens()
   made = rotate.Rotate(model=model, residual=False)
   rotated = made(params, jax.random.key(3))

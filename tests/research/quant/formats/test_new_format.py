@@ -15,13 +15,13 @@ import pytest
 
 from research import sharding, tree, weights
 from research.generation import generate
-from research.interop import convert, load, parts, sources
+from research.interop import convert, load
 from research.quant import formats, qtensor
 from research.quant.layouts import cpu_layout
 from research.quant.quantize import Quantize
 from research.quant.quantize_by_rules import Quantization, Rule
 from research.typing import UserError
-from tests import support, support_lora
+from tests import support, support_hf_quant, support_lora
 
 FILE = '''
 """A logarithmic grid."""
@@ -154,12 +154,7 @@ def test_rules_accept_it_and_gptq_refuses_it(toy):
 
 def test_a_checkpoint_keeps_it(toy, tmp_path):
   model, packed = model_and_packed(toy)
-  source = sources.Source(
-    model=model,
-    parts=parts.from_params(packed),
-    params=lambda: packed,
-    origin={},
-  )
+  source = support_hf_quant.source(model, packed)
   folder = tmp_path / "saved"
   convert.to_orbax(source, folder)
   again = load.load_model(folder, packed=True)
