@@ -210,24 +210,28 @@ def _packed(*lead):
   return Quantize(format=Codebook()).pack(w)
 
 
-COUNTED = {
-  "array": (jnp.zeros((3, 4)), 12),
-  "packed": (_packed(2), 2 * 64 * 8),
+COUNTED = {  # makes a weight; its parameters
+  "array": (lambda: jnp.zeros((3, 4)), 12),
+  "packed": (lambda: _packed(2), 2 * 64 * 8),
   "packed, adapted": (
-    lora(_packed(), jnp.zeros((2, 64)), jnp.zeros((2, 8))),
+    lambda: lora(_packed(), jnp.zeros((2, 64)), jnp.zeros((2, 8))),
     64 * 8 + 2 * (64 + 8),
   ),
-  "adapted twice": (lora(_lora(), _draw(1, 6), _draw(1, 5)), 30 + 22 + 11),
-  "in codes": (int8_weights.encode(_draw(2, 64, 8)), 2 * 64 * 8),
-  "two in one": (Untied(_draw(7, 4), _draw(7, 4)), 2 * 28),
-  "a kernel": (conv.kernel_to_matrix(_draw(2, 2, 3, 5)), 60),
+  "adapted twice": (
+    lambda: lora(_lora(), _draw(1, 6), _draw(1, 5)),
+    30 + 22 + 11,
+  ),
+  "in codes": (lambda: int8_weights.encode(_draw(2, 64, 8)), 2 * 64 * 8),
+  "two in one": (lambda: Untied(_draw(7, 4), _draw(7, 4)), 2 * 28),
+  "a kernel": (lambda: conv.kernel_to_matrix(_draw(2, 2, 3, 5)), 60),
 }
 
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_parameters_are_those_that_are_meant(name):
   """Logical, not stored, elements; also for shapes and subtrees."""
-  w, want = COUNTED[name]
+  make, want = COUNTED[name]
+  w = make()
   assert weights.count({"x": w, "y": jnp.zeros(2)}) == want + 2
   assert weights.count(jax.eval_shape(lambda: w)) == want
   learned, rest = tree.partition({"x": w}, "/trained/")

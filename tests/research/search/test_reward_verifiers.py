@@ -117,20 +117,19 @@ def test_equal_heads_share_programs():
 
 
 @pytest.mark.parametrize(
-  "model",
+  "made",
   [
-    reward()[0],
-    reward(MlpHead())[0],
-    GenerativeReward(
-      backbone=support.model("llama", tied=False), right=3, wrong=4
-    ),
+    functools.partial(RewardModel, head=LinearHead()),
+    functools.partial(RewardModel, head=MlpHead()),
+    functools.partial(GenerativeReward, right=3, wrong=4),
   ],
   ids=["linear", "mlp", "generative"],
 )
-def test_the_ledger_is_what_the_programs_multiply(model):
+def test_the_ledger_is_what_the_programs_multiply(made):
   """Of a step of several tokens with a cache, and of a probe's one token."""
   rows, prompt, step, capacity = 3, 7, 16, 32
-  backbone = model.backbone
+  backbone = support.model("llama", tied=False)
+  model = made(backbone=backbone)
   params = jax.eval_shape(model.init, jax.random.key(0))
   head = StepScore(model)
   cost = model_cost(backbone, model.outputs)

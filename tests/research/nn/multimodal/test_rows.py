@@ -26,27 +26,27 @@ def media():
   return Media(keys, values, sizes, IMAGE).with_tokens(TOKENS, None)
 
 
-WEIGHTS = {  # weight; what it gives of rows
+WEIGHTS = {  # makes a weight; what it gives of rows
   "embedding": (
-    SplicedEmbedding(array(8, 6), array(3, 2, 6), IMAGE),
+    lambda: SplicedEmbedding(array(8, 6), array(3, 2, 6), IMAGE),
     lambda w, tokens: w.take(tokens),
   ),
   "injected": (
-    InjectedFeatures(array(3, 2, 1, 6), IMAGE),
+    lambda: InjectedFeatures(array(3, 2, 1, 6), IMAGE),
     lambda w, tokens: w.take(tokens),
   ),
   "grids": (
-    ImagePositions(jnp.array([[[1, 2]], [[2, 1]], [[1, 2]]]), IMAGE),
+    lambda: ImagePositions(jnp.array([[[1, 2]], [[2, 1]], [[1, 2]]]), IMAGE),
     lambda w, tokens: w.with_tokens(tokens, None).of_row(4),
   ),
   "positions": (
-    ImagePositions(
+    lambda: ImagePositions(
       jnp.array([[[1, 2]], [[2, 1]], [[1, 2]]]), IMAGE
     ).with_tokens(TOKENS, None),
     lambda w, tokens: w.of_slots(jnp.full(tokens.shape, 5)),
   ),
   "media": (
-    media(),
+    media,
     lambda w, tokens: tuple(
       jnp.moveaxis(x, 1, 0) for x in (w.keys, w.values, w.sizes, w.bounds)
     ),
@@ -56,7 +56,8 @@ WEIGHTS = {  # weight; what it gives of rows
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_chosen_rows_have_what_is_theirs(name):
-  weight, see = WEIGHTS[name]
+  make, see = WEIGHTS[name]
+  weight = make()
   assert weight.per_row
   chosen = weights.take_rows({"x": weight}, ROWS)["x"]
   every = see(weight, TOKENS)
