@@ -152,6 +152,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
       item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session):
+  """Counts the programs that importing the tests compiles."""
+  compiled = []
+
+  def note(event: str, seconds: float, **attributes: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    return (yield)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+    session.config.programs_compiled = len(compiled)
+
+
 def pytest_collection_finish() -> None:
   """Leaves what is imported and collected out of each search for garbage.
 

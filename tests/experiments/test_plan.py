@@ -33,6 +33,7 @@ def planned(request):
   return whole, plan_training.plan(whole, chips.topology("cpu:8"))
 
 
+@pytest.mark.slow
 @pytest.mark.sample(3, 1)
 def test_arguments_are_what_the_table_says(planned):
   whole, found = planned
@@ -68,6 +69,7 @@ def test_work_is_what_the_step_asks_for_and_split_among_devices(planned):
   assert 0.5 < found["useful_flops"] < 1.02
 
 
+@pytest.mark.slow
 @pytest.mark.sample(3)
 def test_collectives_are_those_of_the_mesh(planned):
   whole, found = planned

@@ -43,6 +43,7 @@ def collectives(jaxpr):
   return sum(map(collectives, subjaxprs(jaxpr)), found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.sample(4)
 def test_gradients_have_the_collectives_of_plain_lax(cut):

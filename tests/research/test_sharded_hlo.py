@@ -127,6 +127,7 @@ def test_mora_gathers_what_it_folds_of_its_own_rows_along_tensor_alone():
   assert {s for c in gathers for s in c.shapes if len(s) == 2} == weights
 
 
+@pytest.mark.slow
 def test_packed_weights_are_gathered_packed():
   found = collectives("packed", "mixed")
   gathers = [c for c in found if c.kind == "all-gather" and c.loops]

@@ -35,6 +35,7 @@ def trained(kind, layout, steps):
   return compiled.run(support_mesh.start(kind), batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 @pytest.mark.sample(15)
 def test_loss_and_every_gradient_are_one_devices(kind, layout):

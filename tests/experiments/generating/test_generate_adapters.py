@@ -94,6 +94,7 @@ def test_errors(command, places, flags, words):
   assert len(errors.splitlines()) <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [[], ["a"]], ids=["alone", "in a batch"])
 @pytest.mark.sample(2)
 def test_a_gguf_adapter_does_what_its_directory_does(

@@ -92,6 +92,7 @@ def test_a_run_that_is_no_rung_is_tried_as_it_is(planned, memory, fits):
   assert [x["total_bytes"] for x in found["ranked"] if not x["set"]] == [200]
 
 
+@pytest.mark.slow
 def test_meshes_and_packed_weights_are_tried_too(planned):
   sizes = dataclasses.replace(
     support.SIZES, width=64, head_dim=16, hidden=128
@@ -121,6 +122,7 @@ def test_arguments_that_do_not_fit_are_not_compiled(planned, monkeypatch):
   assert found["tried"] == len(planned) == 1
 
 
+@pytest.mark.slow
 def test_microbatches_have_a_row_for_each_device(planned):
   found = advice.advise(_run(Layout(data=4)), _topology(1.0, 4), compiles=99)
   most = [e.plan.accumulate for e in planned if e.mesh == Layout(data=4)]

@@ -48,6 +48,7 @@ def _flops(call):
   return call["useful_flops"] * call["flops"] * 2
 
 
+@pytest.mark.slow
 def test_a_step_of_decoding_reads_the_cache_once(topology, whole):
   found = plan_decoding.plan(whole, topology, WANTED)
   first, step = found["prefill"], found["decode"]

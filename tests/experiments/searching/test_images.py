@@ -108,6 +108,7 @@ def test_a_search_writes_what_the_model_answers():
     assert one.ledger.flops_policy > one.prompt_ledger.flops_policy > 0
 
 
+@pytest.mark.slow
 def test_a_reward_model_that_sees_judges_a_search(monkeypatch):
   loaded = rewards.WithHead(backbone=Source(), seed=2).load()
   reward = loaded.model.language
@@ -244,6 +245,7 @@ def test_a_model_of_masks_needs_a_sampler(block):
     next(sampling.batches(run))
 
 
+@pytest.mark.slow
 def test_a_diffusion_policy_fills_blocks_with_its_picture_in_sight():
   mask, block = 66, 3
   config = SamplerConfig(mask_id=mask, block=block, length=NEW)

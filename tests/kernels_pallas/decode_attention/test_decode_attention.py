@@ -283,6 +283,7 @@ def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
     assert error <= 2 * np.abs(rough - exact).max() + 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "int8", "cache"])
 @pytest.mark.sample(3)
 def test_kernels_do_not_race_or_read_uninitialized_memory(

@@ -109,6 +109,7 @@ def codes(code, k, v):
   return jnp.concatenate([k[0], v[0]], -1), jnp.stack([k[1], v[1]], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGED)
 @pytest.mark.sample(11)
 def test_rows_that_decode_and_rows_that_read_a_prompt(gpu, name):
@@ -202,6 +203,7 @@ def test_small_values_are_as_exact_as_large_ones(gpu, code, size):
   assert np.abs(exact).max() > 0.2 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", CODES)
 def test_codes_for_float16_are_read_by_plain_lax(code):
   """Which multiplies in float32: the scales of small values are subnormal."""

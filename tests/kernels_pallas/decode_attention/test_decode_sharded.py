@@ -48,6 +48,7 @@ def on(mesh, function, *args):
   return found, support_hlo.collectives(compiled.as_text(), mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [*BACKENDS, "cpu"])
 @pytest.mark.sample(2)
 def test_a_cache_by_rows_and_heads(mesh, backend):

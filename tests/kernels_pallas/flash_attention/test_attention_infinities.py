@@ -186,6 +186,7 @@ def _gpu(request):
   yield from runner(request.param)
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize(
   "config",
@@ -217,6 +218,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.sample(2)
 def test_a_sink_of_minus_infinity_is_no_sink_across_devices(way):

@@ -99,6 +99,7 @@ def _gpu(request):
   yield from runner(request.param)
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_gpu_kernels_agree_with_the_reference(gpu):
   tile = GpuTile(1, 64, (1, 1))

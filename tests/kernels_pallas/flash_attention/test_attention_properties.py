@@ -302,6 +302,7 @@ def test_agrees_with_jax_nn(window):
   chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_agrees_with_splash():
   """Causal, packed documents, grouped heads, soft cap; both interpreted."""
   from jax.experimental.pallas.ops.tpu.splash_attention import (

@@ -154,6 +154,7 @@ def with_a_pair(mask, n):
   return functools.partial(in_tiles, np.asarray(mask.visible(n, n)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("mask", "backward"),
   [

@@ -170,6 +170,7 @@ def test_results_and_dropout_do_not_depend_on_tiles():
     chex.assert_trees_all_close(other, found[0], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_padding_may_contain_nan():
   """NaN in padding reaches neither outputs nor gradients."""
   queries = np.where(np.arange(T) < 9, 0, -1)[None].repeat(B, 0)
@@ -259,6 +260,7 @@ def test_kernels_do_not_race_or_read_uninitialized_memory(
   chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_no_feature_races_or_reads_uninitialized_memory(tpu_interpreter):
   """Segments, sinks, soft cap, dropout, and a bias with its own kernel."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call

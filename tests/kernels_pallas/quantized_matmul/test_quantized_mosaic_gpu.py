@@ -111,6 +111,7 @@ def test_products_are_those_of_the_decoded_matrix(gpu, name, kernel):
   close(found, x, matrix.T if gradient else matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [False, True])
 def test_rows_of_codes_are_summed_as_integers(gpu, offset):
   w, tile = packed(8, 256, offset, "float32"), Tile(32, 2, 2, cores="mma")
@@ -281,6 +282,7 @@ def test_fitted_tiles_fit_shared_memory(rows, pieces, depth, sums):
   assert tiles == -(-rows // 80) and tiles * tile.rows - rows < 16 * tiles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("device", "few", "many"),
   [
@@ -324,6 +326,7 @@ def test_programs_for_gpus_call_the_kernels(device, few, many):
   assert not kernels(packed(8, 64), jnp.bfloat16, codes=jnp.int8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["NVIDIA A100", "NVIDIA H100", "NVIDIA B200"])
 @pytest.mark.parametrize(("bits", "codes"), [(4, None), (8, None), (8, "int8")])
 @pytest.mark.cover(1)

@@ -225,6 +225,7 @@ def test_every_shard_visits_as_many_tiles_and_none_without_a_pair(name):
     assert found == {"zigzag": [34] * 4, "text": [10, 26, 42, 58]}
 
 
+@pytest.mark.slow
 def test_a_step_without_a_visible_pair_does_nothing():
   """The contents of later shards, NaN even, are not read."""
   x = support.operands(dtype=jnp.float32)

@@ -92,6 +92,7 @@ def test_one_block_is_plain_diffusion():
   chex.assert_trees_all_close(plain.schedule.weight(t), counts, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.sample(2)
 def test_one_pass_is_a_pass_a_block_with_its_clean_past(shift):

@@ -74,6 +74,7 @@ def test_a_uniform_model_needs_no_samples():
   assert got.error == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_estimates_are_within_their_errors():
   """Two rows of the joint as one: 255 sets of masks, of which 128 are drawn."""
   scores = joint.scores()

@@ -97,6 +97,7 @@ def cross_entropy(noisy, batch, mask, time):
   return -jnp.take_along_axis(found, tokens[..., None], -1)[..., 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "complement", [pytest.param(False, marks=pytest.mark.slow), True]
 )

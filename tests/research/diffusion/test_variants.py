@@ -83,6 +83,7 @@ def test_prompts_and_padding_are_not_counted():
   assert not none[0].any() and np.isfinite(none[1]).all()
 
 
+@pytest.mark.slow
 def test_score_entropy_is_that_of_the_paper():
   """Value and gradient: SEDD's sum over sigma, for the same masks."""
   model, params = network()

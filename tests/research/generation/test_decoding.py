@@ -92,6 +92,7 @@ def test_rows_that_pause_are_those_that_do_not(fields):
       assert not ends & set(tokens[:-1])
 
 
+@pytest.mark.slow
 def test_a_step_has_a_longest_length():
   parts, _ = run(stepwise(boundary=boundary(most=5)))
   assert [x.tokens.shape[1] for x in parts] == [5, 5, 5, 2]
@@ -110,6 +111,7 @@ def test_log_probs_are_those_of_a_full_forward_pass():
     np.testing.assert_allclose(found, expected[:, 0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_copies_of_a_prompt_are_rows_with_that_prompt():
   """The prompt is processed once; texts are those of the whole batch."""
   parts, _ = run(stepwise(), copies=3)

@@ -53,6 +53,7 @@ def test_perplexity_is_transformers():
   np.testing.assert_allclose(found.nll, golden["nll_1024"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_the_file_chats():
   tokenizer = _loaded().tokenizer
   prompt = tokenizer.chat([{"role": "user", "content": "Hello"}])

@@ -172,6 +172,7 @@ def test_initial_distributions():
   np.testing.assert_allclose(np.std(embed.trained["b"]), 1.0, rtol=0.2)
 
 
+@pytest.mark.slow
 def test_every_weight_has_its_own_key_in_any_runs():
   _, params = gemma()
   scanned = adapters(adapt.Adapt()(params, KEY))

@@ -202,6 +202,7 @@ def base_layers():
   }
 
 
+@pytest.mark.slow
 def test_terms_gather_in_the_layer_whose_target_was_planted():
   """A change of rank 4 in one of four layers, with 8 terms for all of them.
 

@@ -122,6 +122,7 @@ def in_one_call():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CACHES)
 @pytest.mark.sample(2, 1)
 def test_pieces_then_steps_are_one_forward_pass(name):
@@ -164,6 +165,7 @@ PARENTS = jnp.array([[-1, 0, 0, 2, 2]])
 PATHS = (0, 1), (0, 2, 3), (0, 2, 4)  # of 8 tokens each
 
 
+@pytest.mark.slow
 def test_branches_of_a_tree_are_sequences_of_their_own():
   model = support.model(depth=2)
   params, nodes = support.params(model), np.asarray(NODES[0])

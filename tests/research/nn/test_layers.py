@@ -61,6 +61,7 @@ def params():
   return support.params(MODEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "layer"])
 def test_taps_are_the_layers_outputs(params, remat):
   expected = one_by_one(params, X)

@@ -63,6 +63,7 @@ def test_a_layer_is_the_one_of_the_formula():
   np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
 )

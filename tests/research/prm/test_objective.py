@@ -128,6 +128,7 @@ def traces(rows=8, length=8):
   }
 
 
+@pytest.mark.slow
 def test_eight_traces_are_learned_and_read_where_they_were_labelled():
   """Spec 6.2: labels and scores are of one position; an off-by-one fails."""
   batch, params = traces(), MODEL.init(jax.random.key(0))
@@ -153,6 +154,7 @@ def test_eight_traces_are_learned_and_read_where_they_were_labelled():
   assert found[:, :2][right].min() > found[:, :2][~right].max()
 
 
+@pytest.mark.slow
 def test_a_step_weighs_the_same_in_any_microbatch():
   """Normalised by the whole batch: uneven rows add up exactly."""
   batch = traces()

@@ -121,6 +121,7 @@ def test_weights_without_integers_are_multiplied_as_they_are():
   np.testing.assert_allclose(got, op(x) @ _w(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scales_of_a_calibration_are_the_largest_inputs():
   model = support.model("llama", depth=2)
   params, tokens = support.params(model), np.asarray(support.tokens(4, 16))

@@ -97,6 +97,7 @@ def test_compensated_outputs_are_better_than_nearest():
   assert np.mean(better) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibration", [CALIBRATION, None])
 @pytest.mark.sample(3)
 def test_nearest_by_rules_is_the_format_alone(calibration):
@@ -379,6 +380,7 @@ def test_fused_matrices_are_rounded_as_separate_ones():
     np.testing.assert_allclose(q.dense(), alone.dense(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ggml_is_rounded_by_the_c_references_rules():
   _, params = known()
   rule = Rule(match="mlp/up$", format=GGML(kind="Q4_0"))

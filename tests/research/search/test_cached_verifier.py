@@ -40,6 +40,7 @@ def again(tokens, separator=()):
   return float(head(None, hidden[0, -1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("strategy", "separator"),
   [

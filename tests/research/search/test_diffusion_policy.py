@@ -101,6 +101,7 @@ def plain(kind):
   return texts, np.diff(blocks, axis=0, prepend=0).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "kind", [pytest.param("full", marks=pytest.mark.slow), "cached blocks"]
 )
@@ -158,6 +159,7 @@ def test_known_searches_run_over_blocks():
       assert path.stopped or len(path.tokens) == room
 
 
+@pytest.mark.slow
 def test_rows_at_different_blocks_have_their_own_cache():
   """A tree over a cache of blocks is that over whole rows, which have none."""
   tree = TreeSearch(simulations=3, width=COPIES)

@@ -220,6 +220,7 @@ def judgements(words):
   return it(QUESTIONS[:3], [long] * 3, COUNT)
 
 
+@pytest.mark.slow
 def test_critiques_are_generated_texts_and_every_token_is_paid_for():
   it = writer()
   prompts = [it.encode(x) for x in QUESTIONS]

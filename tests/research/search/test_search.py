@@ -139,11 +139,13 @@ def test_one_tree_is_a_beam_of_one():
   assert tokens(trees) == tokens(found(Beam(copies=4, width=4)))
 
 
+@pytest.mark.slow
 def test_a_beam_of_many_problems_is_that_of_each():
   alone = found(Beam(copies=4, width=2), prompts=PROMPTS[:1])
   assert tokens(alone) == tokens(beam())[:1]
 
 
+@pytest.mark.slow
 def test_a_beam_over_pages_is_one_over_rows():
   paged = Engine(policy=policy(PagedStepwise), verifier=Arbitrary())
   found_ = found(Beam(copies=4, width=2), paged)
@@ -234,6 +236,7 @@ def test_dropped_paths_are_paid_for():
     assert one.ledger.policy_decode_tokens > len(tree)
 
 
+@pytest.mark.slow
 def test_a_step_is_worth_what_follows_it():
   """Against a greedy rollout of each path, alone; its cost is on the ledger."""
   it = policy()

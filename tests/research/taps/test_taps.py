@@ -172,6 +172,7 @@ def test_activations_of_every_layer_are_what_it_multiplies(statistic):
       close(found[address][name], want[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "experts"])
 @pytest.mark.sample(2)
 def test_gradients_are_jaxs_own(kind):

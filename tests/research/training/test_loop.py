@@ -170,6 +170,7 @@ def test_a_nan_stops_the_run_before_it_is_saved(line, tmp_path):
   assert [s for s, _ in losses(tmp_path)] == list(range(1, 10))
 
 
+@pytest.mark.slow
 def test_a_run_says_that_its_saves_take_too_long(
   line, tmp_path, monkeypatch, capsys
 ):

@@ -99,6 +99,7 @@ def test_a_mesh_changes_where_not_what(alone, tmp_path):
   assert many.state.step.sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 def test_the_update_keeps_each_array_where_it_was(tmp_path):
   """Two consecutive runs: the checkpoint is restored with its sharding."""
   run(tmp_path, LAYOUT, steps=2)

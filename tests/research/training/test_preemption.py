@@ -24,6 +24,7 @@ def ended():
   return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["term", "int"])
 @pytest.mark.sample(2)
 def test_with_nothing_to_save_it_ends_at_once(ended, name):

@@ -344,6 +344,7 @@ def test_a_mesh_cuts_pools_and_never_views():
       )
 
 
+@pytest.mark.slow
 def test_text_alone_is_the_bare_language_model():
   """In a bucket without views, and in rows next to those with images."""
   text = [x for x in SAMPLES if not x.images]

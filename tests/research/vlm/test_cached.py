@@ -59,6 +59,7 @@ def _encoded(monkeypatch):
   return counted
 
 
+@pytest.mark.slow
 def test_soft_tokens_and_loss_are_those_of_pixels():
   plain, made = batches(questions()), batches(with_features())
   loss = jax.jit(lambda *x: WithImages(MODEL)(*x, None)[0])

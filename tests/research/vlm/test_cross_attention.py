@@ -319,6 +319,7 @@ class Language:
     return Loaded(BARE, support.params(BARE), None, {})
 
 
+@pytest.mark.slow
 def test_a_run_file_assembles_one_from_a_pretrained_language_model():
   base = support_vlm.model()
   loaded = source.Assembled(

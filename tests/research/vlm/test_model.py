@@ -81,6 +81,7 @@ def reference():
   return loss_of(batch())
 
 
+@pytest.mark.slow
 def test_every_weight_of_every_tower_has_a_gradient(reference):
   for path, gradient in tree.flatten_paths(reference[1]):
     assert np.abs(gradient).max() > 0, path

@@ -55,6 +55,7 @@ def test_windows_are_squares_of_patches_in_order():
   assert changes == 6 and (in_order[60:] == -1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_views_of_one_size_are_images_of_that_size(name, tmp_path):
   """Patches go row by row here, and square by square in the goldens."""

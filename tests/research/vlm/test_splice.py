@@ -78,6 +78,7 @@ def test_a_model_reads_them_as_embeddings(packed):
   chex.assert_trees_all_close(hidden, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_has_the_gradient_of_the_features():
   objective = NextToken(MODEL)
   batch = batch_of(TOKENS)

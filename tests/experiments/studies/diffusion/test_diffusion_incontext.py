@@ -89,6 +89,7 @@ def test_who_sees_what_comes_after():
   np.testing.assert_array_equal(hidden, shown)
 
 
+@pytest.mark.slow
 def test_scores_are_sums_of_log_probabilities():
   model, params = SMALL._load(1)
   rows = TASK.rows("train", 3)

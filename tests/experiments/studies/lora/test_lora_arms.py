@@ -87,6 +87,7 @@ def test_lora_fa_moves_b_in_the_measure_of_a(ran):
     assert np.any(after[path].trained["b"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, moved", [("KaSA", "d"), ("AdaLoRA", "a")])
 @pytest.mark.sample(2)
 def test_terms_move_without_a_gradient_of_the_data(arms, name, moved):

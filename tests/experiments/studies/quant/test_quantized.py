@@ -62,6 +62,7 @@ def test_the_command_says_what_was_lost(packed, capsys):
   assert found["worst"] == lines[2].split()[0]
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named(packed, capsys):
   model, text, _, _ = packed
   assert cli.call(evaluate.main, ["evaluate", f"--model={model}"]) == 1

@@ -37,6 +37,7 @@ STUDY = Pipeline(
 )
 
 
+@pytest.mark.slow
 def test_searches_run_and_choose_again_and_are_compared(tmp_path, monkeypatch):
   rows = {"every, seed 0": STUDY.run("every, seed 0", {}, tmp_path)}
   with monkeypatch.context() as patch:

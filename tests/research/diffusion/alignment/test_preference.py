@@ -259,6 +259,7 @@ def test_the_first_ratio_is_one_and_the_gradient_is_the_policy_s():
   chex.assert_trees_all_close(turned[::-1], old, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_far_ratios_have_no_gradient_and_divergence_pulls_back():
   model, params = network()
   tokens, valid, answer = rows()

@@ -201,6 +201,7 @@ def test_layers_with_a_window_read_what_they_read_without_a_cache(cached):
   close(*both())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.sample(3)
 def test_a_prefix_cache_reads_the_block_and_all_behind_it(shift):

@@ -308,6 +308,7 @@ def test_places_by_chance_are_ancestral_steps():
   assert variation(many, joint.table()) < 1.5 * NOISE + 0.1 * 0.39
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cap", "rescale", "confidence"])
 @pytest.mark.sample(3)
 def test_masking_again_is_remdm(kind):

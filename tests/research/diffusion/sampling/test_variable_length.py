@@ -250,6 +250,7 @@ NEVER, ALWAYS = Sharp(middle=1e4), Sharp(middle=-1e4)
 HOT = Sampling(temperature=1.5)
 
 
+@pytest.mark.slow
 def test_grows_while_the_model_does_not_expect_an_end():
   got = run(dataclasses.replace(GROWTH, low=1.0), asked=NEVER)
   np.testing.assert_array_equal(got.canvas, OPTIONS.length)

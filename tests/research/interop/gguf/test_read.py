@@ -365,6 +365,7 @@ def real():
   return load_gguf(load._packaged("smollm2-135m"), packed=True)
 
 
+@pytest.mark.slow
 def test_the_real_model_packed_is_transformers(real):
   with np.load(MODELS / "smollm2-135m.npz") as golden:
     ids, top = golden["ids"][:1, :64], golden["top_ids"][:1, :64]

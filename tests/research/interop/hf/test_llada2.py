@@ -182,6 +182,7 @@ def test_dense_models_are_not_written_as_llada2():
     hf_config.describe(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llada_moe", "llada2"])
 @pytest.mark.sample(2)
 def test_our_checkpoint_is_written_back_as_the_file(name, tmp_path):

@@ -84,6 +84,7 @@ def derived(folder, module, bits, awq=False):
   return spread(t["scales"].astype("f4")) * (codes - spread(zero).astype("f4"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits"), [("gptq", 4), ("awq", 4)])
 @pytest.mark.sample(2)
 def test_numbers_are_those_of_the_words(name, bits, made):

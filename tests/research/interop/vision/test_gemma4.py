@@ -94,6 +94,7 @@ def test_logits_of_two_rows_of_different_images(name, language):
     assert_close(found[i, :n], golden["logits"][i, :n], tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)]
 )

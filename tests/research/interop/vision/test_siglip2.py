@@ -52,6 +52,7 @@ def test_hidden_states_of_images_of_all_shapes(opened, inputs):
   support_golden.assert_close(np.asarray(found)[used], golden["hidden"])
 
 
+@pytest.mark.slow
 def test_vectors_and_their_products(opened, inputs):
   model, params = opened
   golden = support_golden.golden(NAME)

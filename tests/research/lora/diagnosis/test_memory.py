@@ -135,6 +135,7 @@ def test_activations_are_the_named_residuals():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["lora", "qlora", "full"])
 @pytest.mark.sample(4)
 def test_within_ten_percent_of_the_compilers_report(how):

@@ -46,6 +46,7 @@ def adapted(format, size):
   return tree.map_paths(one, made)
 
 
+@pytest.mark.slow
 @every
 def test_each_way_is_its_sum(format):
   params = adapted(format, 0.3)

@@ -106,6 +106,7 @@ def test_positions_before_the_invocation_use_the_base():
   assert jnp.abs(got[0, 6:] - always[0, 6:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_invoked_by_its_first_tokens_it_is_lora():
   tokens = jnp.asarray(support.tokens(2, 8)).at[:, :2].set(jnp.array(CALL))
 
@@ -121,6 +122,7 @@ def test_invoked_by_its_first_tokens_it_is_lora():
 PROMPTS = [[1, 2, *CALL, 3], [1, 2, 7, 8, 3, 9, 4], [*CALL, 4, 4, *CALL]]
 
 
+@pytest.mark.slow
 def test_generates_as_without_a_cache_and_shares_the_bases_cache():
   got = generate.generate(model(), activated(), PROMPTS, 4).tokens
   time = 12

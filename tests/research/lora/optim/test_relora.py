@@ -115,6 +115,7 @@ def run(tmp_path_factory):
   return fit(tmp_path_factory.mktemp("relora") / "whole", 12, restart)
 
 
+@pytest.mark.slow
 def test_rank_grows_with_every_restart(run):
   change = np.asarray(leaf(run).dense(), np.float64) - np.asarray(
     leaf(state_of(params())).w
@@ -178,6 +179,7 @@ RESTARTED = [m for m in methods.METHODS if m not in REFUSED]
 HELD = "/w$|/fixed/"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(3))
 @pytest.mark.sample(3)
 def test_a_restart_is_merged_and_changes_nothing(first):

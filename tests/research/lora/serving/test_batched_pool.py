@@ -134,6 +134,7 @@ def test_the_least_recently_used_adapter_is_replaced(places):
     assert ids.tolist() == [want.index(name) for name in names]
 
 
+@pytest.mark.slow
 def test_host_memory_is_a_least_recently_used_cache(tmp_path, places):
   held = pool.add_tree(empty(slots=1, keep=2), "mine", adapted(7))
   for name in places:

@@ -75,7 +75,7 @@ def _cache(name, rows=2, capacity=TIME + 3):
 # The second piece of the first case fits the window, and overwrites its keys.
 @pytest.mark.parametrize("pieces", [(2, 4, 10, 1), (3,) + (1,) * 14])
 @pytest.mark.cover(1)
-@pytest.mark.sample(8, 4)
+@pytest.mark.sample(8, 3)
 def test_pieces_of_any_size_are_the_whole(name, pieces):
   tokens, expected = full_logits(name)
   cache, out, at = _cache(name), [], 0

@@ -246,6 +246,7 @@ def test_padded_rows_do_not_count():
   chex.assert_trees_all_close(loads, same, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_scanned_equals_unrolled():
   tokens = support.tokens()
   one = outputs(MODEL, base(), tokens)[0]

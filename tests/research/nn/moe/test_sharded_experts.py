@@ -62,6 +62,7 @@ def test_what_an_axis_does_not_divide_is_computed_everywhere(layout):
   assert got[1].tokens == 4
 
 
+@pytest.mark.slow
 def test_devices_drop_different_inputs():
   rng = np.random.default_rng(2)
   row = jnp.asarray(rng.standard_normal((1, T, D)), jnp.float32)

@@ -148,6 +148,7 @@ def begun(w, tx):
   return dataclasses.replace(whole, frozen=empty)
 
 
+@pytest.mark.slow
 def test_a_step_is_numpys():
   rng = np.random.default_rng(1)
   w = np.float32(rng.normal(size=(16, 24)))

@@ -76,6 +76,7 @@ def _error(got, want):
   return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
 
 
+@pytest.mark.slow
 def test_scales_preserve_the_model():
   """Grouped heads; Gemma's norms of 1 + w, and its outer ones; no module."""
   family = "gemma2"

@@ -61,6 +61,7 @@ def _turned(family, changes):
 
 
 # Biases and tied embeddings; Gemma's 1 + w and scaled embeddings; experts.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "family, changes",
   [

@@ -193,6 +193,7 @@ def test_zeros_tiny_and_huge_numbers_stay_finite(name):
   assert np.isnan(broken[7, 5])
 
 
+@pytest.mark.slow
 def test_grids_are_what_encoding_uses():
   """As GPTQ uses them, group by group."""
   w = gaussian(64, 8)

@@ -80,6 +80,7 @@ def test_planes_hold_the_same_numbers(name, gpu):
   assert got.planes.bits == (8 if "8" in name else 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("gpu", [False, True])

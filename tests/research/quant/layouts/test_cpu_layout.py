@@ -119,6 +119,7 @@ def test_act_order_permutes_inputs_once(axis):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_sharded_act_order_is_the_same():
   w = cpu_layout.from_qtensor(ordered())
   named = weights.axes(w, ("width", "heads"))
@@ -213,6 +214,7 @@ def test_a_packed_model_is_the_same_in_panels(kind):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("family", "dtype"),
   [("llama", "bfloat16"), ("qwen2", "bfloat16"), ("qwen2", "float32")],

@@ -79,6 +79,7 @@ EQUATIONS = {  # left and right of `w`, the shape of x, and where outputs are
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("eq", EQUATIONS)
 @pytest.mark.cover(1)

@@ -88,6 +88,7 @@ def shows(prompt, paths):
   return [*prompt, *(token for path in paths for token in path.tokens[:2])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("shown", "every"), [(LastTries(2), True), (Subsets(2), False)]
 )

@@ -32,6 +32,7 @@ class Noted(TreeSearch):
 lines = []
 
 
+@pytest.mark.slow
 def test_simulations_go_where_the_bound_is_highest():
   lines.clear()
   tree = Noted(simulations=5, width=2)
@@ -71,6 +72,7 @@ def test_the_first_simulation_by_hand():
     assert line == [root, first[bounds.index(max(bounds))]]
 
 
+@pytest.mark.slow
 def test_a_tree_of_one_path_is_a_path():
   """Width 1: each simulation adds the next step, or visits the end again."""
   samples = run(TreeSearch(simulations=4, width=1))

@@ -31,6 +31,7 @@ def every_answer():
   return batch, jnp.asarray(ANSWERS.sum(1) % 3, jnp.float32)
 
 
+@pytest.mark.slow
 def test_log_probs_are_the_tempered_policy_s():
   params, (batch, _) = support.params(MODEL), every_answer()
   how = PolicyGradient(model=MODEL, temperature=0.7)

@@ -42,6 +42,7 @@ def test_stopping_after_every_step_changes_nothing(whole, tmp_path):
   assert found.best == expected.best
 
 
+@pytest.mark.slow
 def test_the_order_tells_batches_apart(whole):
   folder, _ = whole
   seen = [x["train/order"] for x in run.numbers(folder) if "train/order" in x]

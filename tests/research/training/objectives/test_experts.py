@@ -59,6 +59,7 @@ def evaluated(objective, params, batch, key=None):
   return objective(params, batch, key)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_sum_of_its_terms():
   key = jax.random.key(0)
   loss, weight, _ = evaluated(PLAIN, params(), batch(), key)

@@ -86,6 +86,7 @@ def test_rows_are_those_of_generation_with_images(mask):
     assert list(tokens) == list(expected[row // 2])
 
 
+@pytest.mark.slow
 def test_copied_rows_need_no_images():
   asked, vocab = prompts(), support_vlm.model().language.vocab_size
   none = np.zeros((1, vocab), bool)
