@@ -161,6 +161,37 @@ def test_results_of_changed_defects_are_forgotten(tmp_path):
   assert "unsound" in run.table([defect], results, {"t"}, False)
 
 
+def test_results_of_tests_that_are_gone_are_forgotten(tree, tmp_path):
+  def found(test, suite="default", outcome="found"):
+    return run.Result(
+      defect=f"{test} {suite}",
+      suite=suite,
+      outcome=outcome,
+      test=test,
+      all_tests=False,
+      seconds=1.0,
+      digest="d",
+    )
+
+  slow = "import pytest\n\n\n@pytest.mark.slow\ndef test_slow():\n  pass\n"
+  (tree / "tests/test_slow.py").write_text(slow)
+  names = [p.relative_to(tree).as_posix() for p in tree.rglob("*.py")]
+  stay = [
+    found("tests/test_value.py::test_value"),
+    found("tests/test_slow.py::test_slow", "slow"),
+    found("tests/test_value.py (the process died)"),
+    found(None, outcome="missed"),
+  ]
+  gone = [
+    found("tests/test_value.py::test_value[1]"),
+    found("tests/test_moved.py::test_value"),
+    found("tests/test_slow.py::test_slow"),
+  ]
+  results = {(r.defect, r.suite): r for r in stay + gone}
+  copy = run.Copy(tmp_path / "copy", names, tree)
+  assert [*run.current(copy, results).values()] == stay
+
+
 def test_files_reach_what_they_import_name_and_configure(tmp_path):
   files = {
     "research/pack/__init__.py": "import lazy_loader\n"
