@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.common import cpu_library, target_platform
 from kernels_pallas.common.cpu_library import Library
+from kernels_pallas.flash_attention import tiles
 from kernels_pallas.flash_attention.cotangents import (
   QueryCotangents,
   cast_gradients,
@@ -166,7 +167,9 @@ def cpu_gradients(spec: Spec, x: Operands, rows: QueryCotangents) -> Operands:
     parts, dk, dv = _call(GRADIENTS, spec, shapes, q, k, v, *more)
     return (parts[0] if chunks == 1 else parts.sum(0)), dk, dv
 
-  given = map(_wide, (x.q, x.k, x.v))
+  # With a sink, padding's log-sum-exp does not say that it sees no key.
+  q = tiles.zero_padding(x.q, x.mask.valid_queries())
+  given = map(_wide, (q, x.k, x.v))
   dq, dk, dv = _over_rows(differentiate)(
     *given, *_seen(x), _wide(rows.do), rows.lse, rows.shift
   )

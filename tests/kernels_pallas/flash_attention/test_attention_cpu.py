@@ -146,10 +146,11 @@ def test_agrees_with_the_reference(case):
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS[1:])
-def test_padding_may_contain_nan(isa):
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_padding_may_contain_nan(isa, sinks):
   supported(isa)
   mask = MASKS["positions"]()
-  x, cotangents = operands(24, 24, 2, 0)
+  x, cotangents = operands(24, 24, 2, sinks)
   config = CpuTiles(chunk=64, isa=isa)
   options = dict(dtype=np.float32, backend="cpu", config=config)
   clean = results(x, cotangents, mask, **options)
