@@ -161,8 +161,8 @@ def message_tree(
   branches, so the mask takes none, nor a cache with tokens in it.
 
   Args:
-    nodes: Message of each token, negative for padding. The tokens of a message
-      are consecutive.
+    nodes: Message of each token, negative for padding, as is a number that
+      `parents` does not have. The tokens of a message are consecutive.
     parents: Message above each one, of a lower number; negative for none.
     depth: Messages on the longest way up, at most `MAX_INTERVALS`.
     mask_ar: As in `autoregressive_blocks`, within each message; by default
@@ -174,6 +174,7 @@ def message_tree(
       before the program runs) a way up is longer or not downward in number.
   """
   _check_tree(parents, depth)
+  nodes = _known(nodes, parents)
   begins = _changes(nodes)
   if mask_ar is not None:
     begins |= mask_ar != 0
@@ -201,6 +202,7 @@ def tree_positions(
     depth: As in `message_tree`.
   """
   _check_tree(parents, depth)
+  nodes = _known(nodes, parents)
   (own, _), *above = _ways_up(nodes, parents, depth)
   place = jnp.arange(nodes.shape[1]) - own + sum(hi - lo for lo, hi in above)
   return jnp.where(nodes >= 0, place, -1)
@@ -219,6 +221,11 @@ def _changes(ids: Int[Array, "b t"]) -> Bool[Array, "b t"]:
   return jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
 
 
+def _known(nodes, parents) -> Int[Array, "b t"]:
+  """Marks tokens of messages that `parents` does not have as padding."""
+  return jnp.where(nodes < parents.shape[1], nodes, -1)
+
+
 def _ways_up(nodes, parents, depth: int) -> list[tuple[Array, Array]]:
   """Returns (first, one past the last) index of messages, own first."""
   B = max(nodes.shape[0], parents.shape[0])
@@ -230,7 +237,6 @@ def _ways_up(nodes, parents, depth: int) -> list[tuple[Array, Array]]:
 def _row_up(nodes, parents, depth: int) -> list[tuple[Array, Array]]:
   """`_ways_up` for one row."""
   T, M = len(nodes), len(parents)
-  nodes = jnp.where(nodes < M, nodes, -1)
   index = jnp.arange(T, dtype=jnp.int32)
   home = jnp.where(nodes >= 0, nodes, M)  # outside: dropped
   first = jnp.full(M, T, jnp.int32).at[home].min(index, mode="drop")

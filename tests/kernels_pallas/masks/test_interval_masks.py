@@ -241,6 +241,20 @@ def test_positions_go_on_from_the_message_above():
   np.testing.assert_array_equal(found[0], [*expected, -1])
 
 
+def test_a_message_without_a_parent_entry_is_padding():
+  """Number 6 is the last that has one."""
+  unknown = np.where(NODES < 0, 7, NODES)
+  for build in (message_tree, tree_positions):
+    expected, found = (
+      build(jnp.asarray(nodes), jnp.asarray(PARENTS), 3)
+      for nodes in (NODES, unknown)
+    )
+    if build is message_tree:
+      expected, found = seen(expected), seen(found)
+      assert not expected[:, -1].any()
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_a_piece_goes_on_where_a_cache_ends():
   """Bounds are positions in the cache: what it has is visible."""
   start = jnp.array([4, 0, 9])
