@@ -42,10 +42,11 @@ def reference_attention(
   bias = 0 if x.bias is None else x.bias.astype(dtype)
   t = jnp.einsum("btnh,bsnh->bnts", q, k, precision=spec.precision) * spec.scale
   t = t + bias if spec.bias_before_softcap else t
+  # The inner wheres keep NaN and inf of masked scores out of gradients.
+  visible = x.mask.visible(T, S)[:, None]
+  t = jnp.where(visible, t, 0)
   u = t if spec.softcap is None else spec.softcap * jnp.tanh(t / spec.softcap)
   u = u if spec.bias_before_softcap else u + bias
-  # The inner where keeps NaN and inf of masked scores out of gradients.
-  visible = x.mask.visible(T, S)[:, None]
   s = jnp.where(visible, jnp.where(visible, u, 0), -jnp.inf)
 
   m = jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)

@@ -119,6 +119,8 @@ def logits(
     bias = arrange(bias).astype(t.dtype)
   if bias is not None and spec.bias_before_softcap:
     t = t + bias
+    if seen is not None:
+      t = jnp.where(arrange(seen), t, 0)  # the slope at NaN is NaN
   slope = None
   if spec.softcap is not None:
     tanh = jnp.tanh(t / spec.softcap)

@@ -112,6 +112,8 @@ def logits(x: View, part: Part, s: jax.Array) -> Logits:
   t = s * (spec.scale * (factor if spec.softcap is None else 1.0))
   if bias is not None and spec.bias_before_softcap:
     t = t + bias
+    if x.masked:
+      t = jnp.where(_visible(x, part), t, 0)  # the slope at NaN is NaN
   if spec.softcap is not None:
     tanh = jnp.tanh(t / spec.softcap)
     t, slope = (spec.softcap * factor) * tanh, 1 - tanh * tanh

@@ -172,6 +172,18 @@ def test_a_bias_of_minus_infinity_inside_the_soft_cap_is_minus_the_cap(name):
   assert_close(found, plain(qkv() | {"bias": bias}, window()))
 
 
+@each(["reference", "unrolled", "mosaic_tpu_split"])
+@pytest.mark.sample(3)
+def test_a_bias_of_nan_inside_the_soft_cap_is_masked(name):
+  """Where nothing is visible, a bias reaches no gradient."""
+  bias, seen = draw(1, 2, T, T, seed=9), window().visible(T, T)[:, None]
+  options = {"softcap": 1.5, "bias_before_softcap": True}
+  run = quick(functools.partial(step, **BACKENDS[name], **options))
+  found = run(sunk(qkv()) | {"bias": jnp.where(seen, bias, jnp.nan)}, window())
+  plain = quick(functools.partial(one_sink, **options))
+  assert_close(found, plain(qkv() | {"bias": bias}, window()))
+
+
 ONE = GpuTile(1, 64, (1, 1))
 TALL = GpuTile(1, 64, height=128)
 GPUS = {
