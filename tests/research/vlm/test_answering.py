@@ -100,6 +100,21 @@ def test_a_task_brings_its_rules_and_a_limit_cuts_it():
   assert shown["real"]["n"] == 3 and "colour only" in shown
 
 
+def test_answers_are_the_tokens_of_the_source():
+  def count(model, params, prompts, most, *rest):
+    yield np.array([[5 + len(prompt)] * most for prompt in prompts])
+
+  ask = Answerer(
+    model=LOADED.model,
+    params=LOADED.params,
+    tokenizer=LOADED.tokenizer,
+    preprocessor=LOADED.preprocessor,
+    most=2,
+    source=count,
+  )
+  assert ask([(), ()], ["w5", "w6 w7 w8"]) == ["w6 w6", "w8 w8"]
+
+
 HIDDEN = 2
 """The id that hides others, in tests of masked diffusion."""
 
