@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common.target_platform import NO_GPU_KERNELS, has_mma
-from kernels_pallas.decode_attention.pages import MAX_CODE, Pages
+from kernels_pallas.decode_attention.pages import Pages
 from kernels_pallas.decode_attention.work import Cache, head_sizes
 from kernels_pallas.flash_attention.gpu.support import DTYPES, no_kernel_reason
 
@@ -51,7 +51,8 @@ def unsupported(
     # float16 is too small for the scales of small values.
     return f"GPU kernels read codes for bfloat16 queries, found {dtype}"
   for found in (x.dtype for x in _arrays(storage)):
-    if found != dtype and found not in MAX_CODE:
+    # Codes have scales, which only pages store: a cache's float8 are numbers.
+    if found != dtype and not is_quantized(storage):
       return f"GPU kernels take keys of the queries' {dtype}, found {found}"
   dims = head_sizes(storage)[1:]
   if not set(dims) <= set(HEAD_DIMS):

@@ -175,6 +175,8 @@ def test_unsupported_calls_raise():
 
   fails("found float32.*backend='xla'", q, k)
   fails("keys of the queries'", q.astype(half), k)
+  # Without scales: two of its bytes would be read as a number of 16 bits.
+  fails("found float8_e4m3fn", q.astype(half), k.astype(jnp.float8_e4m3fn))
   low = q.astype(half), k.astype(half)
   fails("precision", *low, precision=jax.lax.Precision.HIGHEST)
   fails("head dims of .64, 128, 256.", low[0][..., :40], low[1][..., :40])
