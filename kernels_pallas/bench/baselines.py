@@ -156,6 +156,7 @@ def _jax_paged(target: Target, x: Any):
       paged_attention as theirs,
     )
 
+    pages = "page_indices"
     theirs = functools.partial(
       theirs, pages_per_compute_block=max(1, 512 // x.page)
     )
@@ -163,11 +164,14 @@ def _jax_paged(target: Target, x: Any):
     from jax.experimental.pallas.ops.gpu.paged_attention import (
       paged_attention as theirs,
     )
+
+    pages = "block_tables"
   lens = jnp.full(x.rows, x.tokens, jnp.int32)
 
   def attend(q, ours, table, apart):
     del ours
     q = q * jnp.asarray(x.H**-0.5, q.dtype)
-    return theirs(q, *apart, lens, table)
+    # By name: the two kernels take them in different orders.
+    return theirs(q, *apart, lengths=lens, **{pages: table})
 
   return attend

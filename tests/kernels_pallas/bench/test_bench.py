@@ -305,6 +305,19 @@ def test_flash_attention_has_a_column_where_it_is_installed(monkeypatch):
   assert attend(1, 2, 3) == 6
 
 
+@pytest.mark.filterwarnings("ignore:jax.experimental.pallas.ops.gpu")
+@pytest.mark.parametrize("platform", CHIPS)
+def test_the_paged_baseline_accepts_its_arguments(platform):
+  """Whose order differs between JAX's two kernels."""
+  target, x = CHIPS[platform][1], times.DecodeStep(2, 512, 4, 2, 128, page=16)
+  attend = baselines.decoding(target, x)["jax_paged"]()
+  q = jax.ShapeDtypeStruct((x.rows, x.N, x.H), jnp.bfloat16)
+  table = jax.ShapeDtypeStruct((x.rows, x.tokens // x.page), jnp.int32)
+  apart = jax.eval_shape(lambda: baselines.split_pages(x))
+  found = jax.eval_shape(attend, q, None, table, apart)
+  assert (found.shape, found.dtype) == (q.shape, q.dtype)
+
+
 def test_flops_are_those_of_visible_pairs():
   full = times.AttentionCall(4, 1, 2, 8, False, "forward")
   causal = times.AttentionCall(4, 1, 2, 8, True, "backward")
