@@ -1,6 +1,7 @@
 """The benchmarks run every job without a chip and isolate failing jobs."""
 
 import collections
+import dataclasses
 import importlib.machinery
 import json
 import os
@@ -22,6 +23,7 @@ from kernels_pallas.bench import (
   bench_gpu,
   bench_tpu,
   jobs,
+  sequence,
   supervisor,
   times,
   worker,
@@ -323,3 +325,12 @@ def test_flops_are_those_of_visible_pairs():
   causal = times.AttentionCall(4, 1, 2, 8, True, "backward")
   assert full.flops == 4 * 2 * 8 * 16
   assert causal.flops == 3.5 * 4 * 2 * 8 * 10
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_flops_of_parts_are_those_inside_the_window(tiny):
+  target = dataclasses.replace(CHIPS["tpu"][1], tiny=tiny)
+  job = next(x for x in times.times(target) if "sequence/parts" in x.name)
+  B, T, N, H = job.program()[1][0]["q"].shape
+  seen = sequence.causal_by_position(T, T).visible(T, T)
+  assert job.cost == 3.5 * 4 * B * N * H * int(seen.sum())
