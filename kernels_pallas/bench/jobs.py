@@ -226,7 +226,7 @@ def time_all(
   implementations: Mapping[str, Callable[[], Callable[..., Any]]],
   operands: Callable[[], tuple[Any, ...]],
   flops: float = 0.0,
-  size: float = 0.0,
+  size: float | Mapping[str, float] = 0.0,
 ) -> dict[str, Any]:
   """Times several implementations with the same operands.
 
@@ -236,7 +236,7 @@ def time_all(
       raises, its message is reported, and the others continue.
     operands: Makes the operands.
     flops: FLOPs per call.
-    size: Bytes that a call has to move.
+    size: Bytes that a call has to move; by name, if they differ.
   """
   given, line = operands(), {}
   chip = None if target.tiny else chips.find_by_kind(target.kind)
@@ -246,7 +246,8 @@ def time_all(
     except Exception as problem:  # noqa: BLE001
       line[name] = {"reason": reason(problem)}
       continue
-    line[name] = {"ms": round(took * 1e3, 5)} | _rates(took, flops, size, chip)
+    own = size[name] if isinstance(size, Mapping) else size
+    line[name] = {"ms": round(took * 1e3, 5)} | _rates(took, flops, own, chip)
   return {"ok": "ms" in line["ours"], **line}
 
 

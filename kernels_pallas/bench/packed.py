@@ -83,6 +83,12 @@ class Problem:
     weights = self.inputs * self.outputs * (self.bits / 8 + scales)
     return weights + 2.0 * self.rows * (self.inputs + self.outputs)
 
+  @property
+  def dense_size(self) -> float:
+    """Bytes of the matrix in bfloat16 and the rows."""
+    weights = 2.0 * self.inputs * self.outputs
+    return weights + 2.0 * self.rows * (self.inputs + self.outputs)
+
 
 FORWARD, GRADIENT = ("forward", 16), ("gradient", 16)
 MANY = ("forward", 300), ("gradient", 300)
@@ -169,8 +175,9 @@ def _time(target: Target, x: Problem) -> Job:
       "ours": lambda: lambda x, w, _: run(x, w),
       "xla_bfloat16": lambda: lambda x, _, matrix: x @ matrix,
     }
+    sizes = {"ours": x.size, "xla_bfloat16": x.dense_size}
     return jobs.time_all(
-      target, implementations, lambda: (x_rows, w, matrix), x.flops, x.size
+      target, implementations, lambda: (x_rows, w, matrix), x.flops, sizes
     )
 
   return Job(

@@ -23,6 +23,7 @@ from kernels_pallas.bench import (
   bench_gpu,
   bench_tpu,
   jobs,
+  packed,
   sequence,
   supervisor,
   times,
@@ -291,6 +292,26 @@ def test_a_failing_baseline_does_not_affect_the_others():
     8 / took / 3350, rel=0.05
   )
   assert not run({"ours": broken, "theirs": lambda: jnp.sin})["ok"]
+
+
+@pytest.mark.parametrize("platform", CHIPS)
+def test_a_baseline_is_credited_with_the_bytes_that_it_reads(
+  platform, monkeypatch
+):
+  """The matrix in bfloat16, not the packed one."""
+  target, given = Target(platform, "", tiny=True), []
+
+  def seconds(run, *operands, tiny):
+    given.append(operands)
+    return 1e-9  # so that GB/s are bytes
+
+  monkeypatch.setattr(jobs, "seconds", seconds)
+  for job in packed.times(target):
+    line = job.measure()
+    rows, _, matrix = given.pop()
+    assert matrix.dtype == jnp.bfloat16
+    moved = rows.nbytes + matrix.nbytes + (rows @ matrix).nbytes
+    assert line["xla_bfloat16"]["gb_per_s"] == moved > line["ours"]["gb_per_s"]
 
 
 def test_flash_attention_has_a_column_where_it_is_installed(monkeypatch):
