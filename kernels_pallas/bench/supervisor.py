@@ -159,7 +159,8 @@ def _watch(command, to, deadline, patience, planned) -> int:
         return code
       line = _parsed(text)
       planned.extend(n for n in line.get("jobs", ()) if n not in planned)
-      running = line.get("start")
+      # Other output of a job, such as a compiler's, does not end it.
+      running = line.get("start", running if "said" in line else None)
       limit = time.monotonic() + patience
       if "jobs" not in line and "start" not in line:
         _add(to, line)
@@ -170,9 +171,10 @@ def _watch(command, to, deadline, patience, planned) -> int:
 
 def _parsed(text: str) -> dict[str, Any]:
   try:
-    return json.loads(text)
+    line = json.loads(text)
   except json.JSONDecodeError:
-    return {"said": text.rstrip()[:500]}
+    line = None
+  return line if isinstance(line, dict) else {"said": text.rstrip()[:500]}
 
 
 def _failed(name: str, reason: str) -> dict[str, Any]:

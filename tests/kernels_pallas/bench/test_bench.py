@@ -182,6 +182,20 @@ def test_failing_jobs_do_not_affect_the_others(tmp_path, capsys):
   assert "start" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["ptxas info: some", "3"])
+def test_a_job_that_prints_and_dies_has_failed(tmp_path, capsys, text):
+  """What it printed is neither its result nor its end."""
+  script, to = tmp_path / "worker.py", tmp_path / "lines.jsonl"
+  die = "    os.kill(os.getpid(), 11)"
+  said = f'    print("{text}", flush=True)\n'
+  script.write_text(WORKER.replace('"hangs", ', "").replace(die, said + die))
+  command = [sys.executable, str(script), f"--to={to}"]
+  assert supervisor.supervise(command, to) == 1
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert list(lines[-1]["failed"]) == ["dies", "breaks"]
+  assert lines[-1]["left"] == [] and {"said": text} in lines
+
+
 @pytest.mark.slow
 def test_a_run_ends_at_its_budget_and_the_next_continues(tmp_path, capsys):
   script, to = tmp_path / "worker.py", tmp_path / "lines.jsonl"
