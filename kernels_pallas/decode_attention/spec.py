@@ -26,9 +26,8 @@ class Blocks:
   splits: int | None = None
 
   def __post_init__(self):
-    if min(self.queries or 1, self.keys) < 1 or (
-      self.splits is not None and self.splits < 1
-    ):
+    given = (self.queries, self.keys, self.splits)
+    if min(n for n in given if n is not None) < 1:
       raise ValueError(f"blocks: found {self}, expected at least 1 of each")
 
 

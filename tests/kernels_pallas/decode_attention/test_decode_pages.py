@@ -162,8 +162,9 @@ def test_invalid_input_raises():
   fails("float16, expected bfloat16", q=draw(TOKENS, 4, 8).astype(jnp.float16),
         backend="mosaic_tpu")  # fmt: skip
   fails("multiples of 8 in float32", backend="mosaic_tpu")
-  with pytest.raises(ValueError, match="at least 1 of each"):
-    Blocks(keys=0)
+  for name in ("queries", "keys", "splits"):
+    with pytest.raises(ValueError, match="at least 1 of each"):
+      Blocks(**{name: 0})
   with pytest.raises(ValueError, match="token for each of 6 rows"):
     paged_attention(draw(TOKENS, 4, 8), pool(2, 8, 8), *map(
       jnp.asarray, (tables(), LENS)))  # fmt: skip
