@@ -87,6 +87,8 @@ def _visible(p: Problem, key, block):
   # The last block is shifted back, over keys of the previous one.
   first = work.base + block * p.block
   fresh = (key >= first[:, None]) & (block < work.stop)[:, None]
+  # The last page is repeated, whose keys a length beyond the memory would see.
+  fresh &= key < work.high[:, None]
   seen = key[:, None] <= position[..., None]
   if p.spec.window is not None:
     seen &= key[:, None] > position[..., None] - p.spec.window

@@ -20,6 +20,7 @@ from kernels_pallas.decode_attention.pages import (
 from kernels_pallas.decode_attention.spec import Blocks
 from tests.support_decode import (
   BACKENDS,
+  CLOSE,
   COUNT,
   LENS,
   SIZE,
@@ -207,6 +208,10 @@ def test_pages_beyond_the_table_are_not_read_when_traced():
     chex.assert_tree_all_finite(o)
     others = np.r_[1:7, 10:13]
     chex.assert_trees_all_equal(o[others], expected[others])
+  # The row that is too long sees every key that it has, once.
+  long = [jax.tree.map(lambda x: x[7:10], y) for y in found]
+  for y in long[1:]:
+    chex.assert_trees_all_close(y, long[0], **CLOSE)
 
 
 def test_tokens_without_a_page_are_not_written_when_traced():
