@@ -107,9 +107,10 @@ def _items(x: RaggedRows, T, g, size, pages):
   page = jnp.clip(x.table[row, group // each], 0, pages - 1)
   low = jnp.clip(first[row] - group * g, 0, g)
   high = jnp.clip(last[row] - group * g, 0, g)
-  live = (item < ends[-1]) & (x.kv_lens[row] >= new[row])
-  high = jnp.where(live, high, low)
+  high = jnp.where(item < ends[-1], high, low)
   slot = group[:, None] * g + jnp.arange(g)
-  tokens = x.starts[row][:, None] + slot - first[row][:, None]
+  # Of more new tokens than a row has, those of position 0 and later are stored.
+  before = x.kv_lens - new
+  tokens = x.starts[row][:, None] + slot - before[row][:, None]
   fields = jnp.stack([page, group % each, low, high]).astype(jnp.int32)
   return fields.reshape(-1), tokens

@@ -75,7 +75,8 @@ def test_tokens_are_appended_to_the_slots_that_are_read(dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8,
                                    jnp.float8_e4m3fn])  # fmt: skip
 def test_the_append_kernel_equals_a_scatter(dtype):
-  """Rows that begin and end anywhere in a group, stray tokens, empty rows."""
+  """Rows that begin and end anywhere in a group, stray tokens, empty rows, and
+  (invalid, but unknown while traced) more new tokens than the row has."""
   count, size, K, H = 5, 32, 2, 8
   table = jnp.array([[3, 0], [1, -1], [4, -1], [2, -1]], jnp.int32)
   lens = jnp.array([41, 3, 0, 32], jnp.int32)
@@ -92,11 +93,16 @@ def test_the_append_kernel_equals_a_scatter(dtype):
       for options in (BACKENDS["xla"], BACKENDS["mosaic_tpu"])
     ]
 
-  for where in ((lens, starts), (0 * lens, starts), (lens, 0 * starts)):
+  for where, slots in (
+    ((lens, starts), 26),
+    ((lens.at[0].set(9), starts), 13),
+    ((0 * lens, starts), 0),
+    ((lens, 0 * starts), 0),
+  ):
     expected, found = both(held, k, v, table, *where)
     chex.assert_trees_all_equal(found, expected)
     changed = np.asarray(found.kv != held.kv).any((1, 3)).sum()
-    assert changed == (26 if where[0][0] and where[1][-1] else 0)
+    assert changed == slots
 
 
 def test_the_kernel_that_appends_does_not_race(tpu_interpreter):
@@ -117,8 +123,15 @@ def test_the_kernel_that_appends_does_not_race(tpu_interpreter):
   expected = append_to_pages(held, k, v, *where, backend="xla")
   chex.assert_trees_all_equal(found, expected)
   assert np.asarray(found.kv != held.kv).any((1, 3)).sum() == 11
-  # With no token at all, a group is written all the same.
+  # With more new tokens than a row has, no other slot is written.
   table, lens, starts = where
+  short = table, lens.at[2].set(3), starts
+  found = append(*short)
+  chex.assert_trees_all_equal(
+    found,
+    quick(lambda *x: append_to_pages(held, k, v, *x, backend="xla"))(*short),
+  )
+  # With no token at all, a group is written all the same.
   chex.assert_trees_all_equal(append(table, 0 * lens, 0 * starts), held)
   assert not interpret_pallas_call.races.races_found
 
