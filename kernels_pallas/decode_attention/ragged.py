@@ -166,4 +166,7 @@ def _known(x) -> np.ndarray | None:
   """Returns the values, or None if they are traced or on other hosts."""
   if x is None or isinstance(x, jax.core.Tracer):
     return None
-  return np.asarray(x) if getattr(x, "is_fully_addressable", True) else None
+  if not getattr(x, "is_fully_addressable", True):
+    return None
+  # Differences of unsigned integers would never be negative.
+  return np.asarray(x).astype(np.int64)

@@ -82,6 +82,19 @@ def test_invalid_arguments_raise_before_anything_runs(mistake):
     jax.eval_shape(lambda: PAGED(**GOOD | arguments))
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.uint32])
+def test_values_of_any_integers_are_checked(dtype):
+  """Also where differences would wrap around."""
+  starts = np.array([0, 1, 7, 6, 11, 12, 13], dtype)
+  lens = np.array([7, 6, 0, 6, 13, 1], dtype)
+  with pytest.raises(ValueError, match="cu_q_lens: row 2 starts at 7 and"):
+    PAGED(**GOOD | {"kv_lens": lens, "cu_q_lens": starts})
+  table, _ = damaged("table", (0, 1), COUNT)
+  where = {"kv_lens": LENS.astype(dtype), "cu_q_lens": STARTS.astype(dtype)}
+  with pytest.raises(ValueError, match=f"table: row 0 has page {COUNT}"):
+    PAGED(**GOOD | table | where, window=9)
+
+
 @pytest.mark.parametrize(
   ("change", "named"),
   [
