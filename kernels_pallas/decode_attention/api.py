@@ -244,8 +244,10 @@ def _check_floats(**arrays) -> None:
 def _spec(H, scale, softcap, window, precision) -> Spec:
   if window is not None and window < 1:
     raise ValueError(f"window: found {window}, expected at least 1 key")
-  if softcap is not None and not softcap > 0:
-    raise ValueError(f"softcap: found {softcap}, expected a positive number")
+  if softcap is not None and not 0 < softcap < math.inf:
+    raise ValueError(
+      f"softcap: found {softcap}, expected a positive finite number"
+    )
   scale = H**-0.5 if scale is None else float(scale)
   if not math.isfinite(scale):
     raise ValueError(f"scale: found {scale}, expected a finite number")

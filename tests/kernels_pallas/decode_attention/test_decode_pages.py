@@ -166,6 +166,7 @@ def test_invalid_input_raises():
     fails(f"row 2 has page {bad} for its tokens from 12 on", table=table)
   fails("window: found 0", window=0)
   fails("softcap: found -1", softcap=-1.0)
+  fails("softcap: found inf", softcap=float("inf"))
   fails("scale", scale=float("nan"))
   fails("sinks", sinks=draw(3))
   fails("backend: found 'cuda'", backend="cuda")
