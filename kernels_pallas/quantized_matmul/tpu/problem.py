@@ -55,7 +55,8 @@ class Problem:
       place: Maps the ids of a grid step to the tile along inputs and outputs.
     """
     t = self.tile
-    shared = np.int32(max(1, self.group // t.inputs))
+    # Rounded up: the last tile of a group of all inputs may be partial.
+    shared = np.int32(-(-self.group // t.inputs))
 
     def scales(*ids):
       k, o = place(*ids)

@@ -285,6 +285,22 @@ def test_steps_and_groups_divide_each_other(group):
   assert p.tile.inputs * p.steps[0] >= 3840
 
 
+@pytest.mark.parametrize(
+  ("inputs", "group"),
+  [(3840, 128), (3840, 640), (640, 640), (4096, 4096), (11008, 11008)],
+)
+def test_every_step_reads_the_scales_of_its_inputs(inputs, group):
+  codes = np.zeros((inputs, 128), np.int8)
+  w = planar.pack(codes, np.ones((inputs // group, 128), "f4"), group=group)
+  p = prepare(w, Tile(8, 512, 128))
+  place = p.specs(lambda k, o: (k, o))["scale"].index_map
+  blocks, each, _ = p.arrays["scale"].shape
+  found = np.array([int(place(k, 0)[0]) for k in range(p.steps[0])])
+  first = np.arange(p.steps[0]) * p.tile.inputs
+  np.testing.assert_array_equal(found * each, first // group)
+  assert found.max() < blocks
+
+
 def test_calls_unsupported_on_tpus_raise():
   w, _, _ = case("signed")
   with pytest.raises(ValueError, match="expected bfloat16 or float32"):
