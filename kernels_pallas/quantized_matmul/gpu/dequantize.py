@@ -147,7 +147,7 @@ def narrow(bits: int, first: float | None, dtype: Any, scale: Any) -> bool:
     bits: Bits per code.
     first: Value of code 0; None with a codebook.
     dtype: Dtype of the activations.
-    scale: Dtype of the scales.
+    scale: Dtype of the scales, or of the offsets.
   """
   if first is None:
     return scale == dtype

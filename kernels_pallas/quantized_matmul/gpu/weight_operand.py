@@ -132,8 +132,12 @@ def weights(
     place: (stage, group).
     half: Which 64 inputs of a block of words.
   """
-  dtype, of_scales = smem["x"].dtype, smem["scale"].dtype
-  narrow = dequantize.narrow(p.bits, p.first, dtype, of_scales)
+  dtype = smem["x"].dtype
+  narrow = all(
+    dequantize.narrow(p.bits, p.first, dtype, smem[name].dtype)
+    for name in ("scale", "offset")
+    if name in smem
+  )
   levels = None
   if p.first is None:
     levels = codebook_lookup.entries(

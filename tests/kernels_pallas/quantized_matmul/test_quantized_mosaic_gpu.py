@@ -179,6 +179,27 @@ def test_many_rows_are_stored_in_parts_and_matrices_are_padded(gpu, tile):
   close(slope, dy, planar.dense(w).T)
 
 
+@pytest.mark.parametrize("codebook", [SYMMETRIC, LOOKED_UP])
+def test_offsets_in_float32_are_not_rounded_before_they_are_added(
+  gpu, codebook
+):
+  """They nearly cancel the codes, as those of zero points do."""
+  w, tile = packed(4, 64, codebook=codebook), sized(gpu, TILES["mma"])
+  entry = np.float32(np.float16(codebook[13]))
+  offset = -entry * w.scale.astype(jnp.float32)
+  w = dataclasses.replace(w, offset=offset)
+  x = jnp.eye(16, I, dtype=jnp.float16)  # a result is a weight
+  run = lambda x, w: mosaic_gpu.product(x, w, tile, gpu.interpret)  # noqa: E731
+  found = np.asarray(gpu.run(run, x, w), np.float64)
+  codes = np.asarray(planar.unpack(w)[0])[:16]
+  entries = np.asarray(codebook, np.float16).astype(np.float64)[codes]
+  scale = np.asarray(w.scale, np.float64)[0]
+  want = entries * scale + np.asarray(w.offset, np.float64)[0]
+  # A weight is rounded to float16; so are products in float32 before.
+  bound = 2.0**-11 * np.abs(want) + 2.0**-23 * np.abs(entries * scale)
+  assert np.all(np.abs(found - want) <= bound) and np.any(codes == 13)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("offset", [False, True])
 def test_arithmetic_in_16_bits_is_that_in_32_rounded(gpu, offset):
