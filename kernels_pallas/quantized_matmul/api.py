@@ -37,7 +37,8 @@ def quantized_matmul(
       Pallas kernels for `Planar` on TPU and GPU, and XLA otherwise; all other
       names require their kernel.
     activations: None; or int8, to which rows are rounded before a product with
-      8-bit `Planar` weights (`mosaic_tpu.product`).
+      8-bit `Planar` weights (`mosaic_tpu.product`), by any backend but
+      'reference'.
 
   Raises:
     ValueError: Shapes do not match, or the backend is unknown.
@@ -51,7 +52,13 @@ def quantized_matmul(
     raise ValueError(
       f"backend: found {backend!r}, available: {', '.join(BACKENDS)}"
     )
+  if activations is not None and not isinstance(w, Planar):
+    raise ValueError("activations: found some for panels, which round none")
   if backend == "reference":
+    if activations is not None:
+      raise ValueError(
+        "activations: found some for 'reference', which rounds none"
+      )
     return reference_matmul(x, w)
   if backend == "cpu" and not (cpu.supports(x.dtype) and cpu.available()):
     raise ValueError(
@@ -59,8 +66,6 @@ def quantized_matmul(
       f"{x.dtype}"
     )
   kernels = {"cpu": Panels, "mosaic_tpu": Planar, "mosaic_gpu": Planar}
-  if activations is not None and not isinstance(w, Planar):
-    raise ValueError("activations: found some for panels, which round none")
   if not isinstance(w, kernels.get(backend, object)):
     raise ValueError(
       f"backend {backend!r}: found {type(w).__name__}, expected "

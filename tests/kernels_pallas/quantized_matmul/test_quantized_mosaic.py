@@ -231,6 +231,7 @@ def test_every_backend_agrees(kind, backend, activations):
     (dict(backend="cpu"), "found Planar, expected Panels"),
     (dict(backend="triton"), "backend: found 'triton'"),
     (dict(activations=jnp.int8), "int8 with 4-bit codes"),
+    (dict(activations=jnp.int8, backend="reference"), "'reference', which"),
     (dict(x=draw(2, 7)), r"found x \(2, 7\)"),
   ],
 )
