@@ -20,6 +20,9 @@ from kernels_pallas.quantized_matmul.planar import Planar
 FEW = 256
 """Rows up to which Blackwell uses the fused kernel: see README."""
 
+MAX_INPUTS = (2**31 - 1) // (127 * 128)
+"""Inputs of a product of 8-bit codes whose int32 sums cannot overflow."""
+
 
 def unsupported(dtype: Any, w: Planar, activations: Any = None) -> str | None:
   """Returns why the kernels cannot multiply such rows with `w`, or None."""
@@ -27,6 +30,11 @@ def unsupported(dtype: Any, w: Planar, activations: Any = None) -> str | None:
     return (
       f"activations: found groups of {w.group} of {w.inputs} inputs, expected "
       "a scale for each output"
+    )
+  if activations is not None and w.inputs > MAX_INPUTS:
+    return (
+      f"activations: found {w.inputs} inputs, expected at most {MAX_INPUTS}, "
+      "whose int32 sums cannot overflow"
     )
   if NO_GPU_KERNELS is not None:
     return NO_GPU_KERNELS

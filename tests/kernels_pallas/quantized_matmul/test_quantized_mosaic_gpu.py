@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas.flash_attention.gpu.support import cores
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.api import quantized_matmul
-from kernels_pallas.quantized_matmul.gpu import dequantize, mosaic_gpu
+from kernels_pallas.quantized_matmul.gpu import dequantize, mosaic_gpu, support
 from kernels_pallas.quantized_matmul.gpu.tile_sizes import (
   SHARED_BYTES,
   Tile,
@@ -380,6 +380,18 @@ def test_zero_rows_give_zero_rows():
   for codes in (None, jnp.int8):
     assert mosaic_gpu.product(x, w, activations=codes).shape == (0, O)
   assert mosaic_gpu.input_gradient(x[:, :O], w).shape == (0, I)
+
+
+@pytest.mark.parametrize("inputs", [132_104, 132_105])
+def test_sums_of_codes_do_not_overflow(inputs):
+  def pack():
+    codes = jnp.zeros((inputs, O), jnp.int8)
+    return planar.in_words(planar.pack(codes, jnp.ones((1, O), jnp.float32)))
+
+  w = jax.eval_shape(pack)
+  fits = inputs * 127 * 128 <= np.iinfo(np.int32).max
+  assert (support.unsupported(jnp.bfloat16, w, jnp.int8) is None) == fits
+  assert support.unsupported(jnp.bfloat16, w) is None
 
 
 def test_unsupported_calls_raise():
