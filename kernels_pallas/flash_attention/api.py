@@ -1,6 +1,7 @@
 """`flash_attention`: exact attention, the same semantics on every backend."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -172,8 +173,10 @@ def prepare(
     raise ValueError(f"dropout_rate: found {dropout_rate}, expected [0, 1)")
   if dropout_rate and x.seed is None:
     raise ValueError("dropout_seed: missing, needed by dropout_rate > 0")
-  if softcap is not None and not softcap > 0:
-    raise ValueError(f"softcap: found {softcap}, expected a positive number")
+  if softcap is not None and not 0 < softcap < math.inf:
+    raise ValueError(
+      f"softcap: found {softcap}, expected a positive finite number"
+    )
   spec = Spec(
     scale=H**-0.5 if scale is None else float(scale),
     softcap=softcap,
@@ -269,8 +272,11 @@ def _check_dtypes(**arrays) -> None:
 def _check_lengths(kv_lens, B: int, S: int) -> None:
   if kv_lens is None:
     return
-  if not jnp.issubdtype(kv_lens.dtype, jnp.integer):
-    raise ValueError(f"kv_lens: found {kv_lens.dtype}, expected integers")
+  # Differences of unsigned integers would never be negative.
+  if not jnp.issubdtype(kv_lens.dtype, jnp.signedinteger):
+    raise ValueError(
+      f"kv_lens: found {kv_lens.dtype}, expected signed integers"
+    )
   if kv_lens.shape != (B,):
     raise ValueError(f"kv_lens: found shape {kv_lens.shape}, expected {(B,)}")
   # Traced values and values on other hosts cannot be checked.

@@ -262,6 +262,11 @@ class Mask:
         raise ValueError(
           f"mask.{name}: found shape {leaf.shape}, expected {(B, *tail)}"
         )
+      # Differences of unsigned integers would never be negative.
+      if leaf is not None and not jnp.issubdtype(leaf.dtype, jnp.signedinteger):
+        raise ValueError(
+          f"mask.{name}: found {leaf.dtype}, expected signed integers"
+        )
     self._check_intervals(B, T)
     if (self.q_segments is None) != (self.kv_segments is None):
       raise ValueError("mask: segments of queries and keys come together")

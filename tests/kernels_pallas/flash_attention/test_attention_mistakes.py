@@ -21,6 +21,7 @@ GOOD = {
   "k": np.zeros((B, S, 2, H), np.float32),
   "v": np.zeros((B, S, 2, H), np.float32),
 }
+AT = Mask.causal(q_positions=jnp.zeros((B, T), np.int32))
 
 
 def zeros(*shape, dtype=np.float32):
@@ -65,7 +66,8 @@ def mistakes(draw):
       {"causal_alignment": pick(st.text(max_size=9))}, "causal_alignment"),
     "offset": lambda: ({"q_offset": pick(st.integers(-9, -1))}, "q_offset"),
     "softcap": lambda: (
-      {"softcap": pick(st.sampled_from([0.0, -1.0, np.nan]))}, "softcap"),
+      {"softcap": pick(st.sampled_from([0.0, -1.0, np.nan, np.inf]))},
+      "softcap"),
     "rate": lambda: (
       {"dropout_rate": pick(st.sampled_from([-0.1, 1.0, 2.0, np.nan])),
        "dropout_seed": 0}, "dropout_rate"),
@@ -87,6 +89,10 @@ def mistakes(draw):
     "mask as bias": lambda: ({"bias": zeros(T, S, dtype=np.bool_)}, "bias"),
     "whole sinks": lambda: ({"sinks": zeros(4, dtype=np.int32)}, "sinks"),
     "part of a key": lambda: ({"kv_lens": zeros(B)}, "kv_lens"),
+    "unsigned": lambda: (
+      {"kv_lens": zeros(B, dtype=np.uint8)}, "kv_lens"),
+    "unsigned positions": lambda: (
+      {"mask": jax.tree.map(lambda x: x.astype(np.uint32), AT)}, "q_positions"),
     "lengths": lambda: ({"kv_lens": zeros(size(B), dtype=np.int32)}, "kv_lens"),
     "long": lambda: ({"kv_lens": np.array([S, pick(st.sampled_from(
       [-1, S + 1, 2**30]))], np.int32)}, "kv_lens"),
