@@ -47,7 +47,6 @@ def test_a_run_reads_as_its_tokenizer_says_and_says_so(finished):
   )
 
 
-@pytest.mark.slow
 def test_what_a_run_began_with_stays(finished, tmp_path, capsys):
   """Whatever the tokenizer says later, or said before there were records."""
   experiment, workdir, _ = finished

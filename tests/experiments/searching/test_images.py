@@ -245,7 +245,6 @@ def test_a_model_of_masks_needs_a_sampler(block):
     next(sampling.batches(run))
 
 
-@pytest.mark.slow
 def test_a_diffusion_policy_fills_blocks_with_its_picture_in_sight():
   mask, block = 66, 3
   config = SamplerConfig(mask_id=mask, block=block, length=NEW)

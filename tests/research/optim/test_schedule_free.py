@@ -48,7 +48,6 @@ def test_the_average_is_the_papers():
   np.testing.assert_allclose(rate, 0.1)
 
 
-@pytest.mark.slow
 def test_a_run_ends_at_its_average(line, tmp_path):
   objective, params, numbers = line
   tx = schedule_free.adamw(0.1)

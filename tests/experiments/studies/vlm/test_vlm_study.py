@@ -154,7 +154,6 @@ def test_verdicts_of_feature_layers_are_against_the_last_one():
   assert states(verdicts.feature_layers, found) == [None, False, False]
 
 
-@pytest.mark.slow
 def test_the_connector_gets_the_features_of_its_arm():
   task = Shapes(size=32, count=4, kinds=("colour",))
   tokenizer = TINY.tokenizer(task)

@@ -92,7 +92,6 @@ def paged(model, params, seed=0, dtype=None):
   )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   "family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"]
 )
