@@ -20,8 +20,12 @@ def matmul(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
   Args:
     x: `[M, I]`, rows sorted by group.
     w: `[E, I, O]`, in the dtype of `x`.
-    sizes: int `[E]`, rows of each group; rows past their sum give 0.
+    sizes: integers `[E]`, rows of each group; rows past their sum give 0.
   """
+  # Sums of sizes would wrap around in a narrow dtype, also in `ragged_dot`.
+  sizes = sizes.astype(jnp.int32)
+  if not len(x) or not len(w):
+    return jax.lax.ragged_dot(x, w, sizes)
   return jax.lax.platform_dependent(
     x, w, sizes, cpu=blocked, default=jax.lax.ragged_dot
   )

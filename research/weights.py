@@ -244,7 +244,7 @@ def ragged_dot(
     sizes: the number of rows of each expert; their sum is at most `T`.
   """
   if is_weight(w):
-    return w.ragged_dot(x, sizes)
+    return w.ragged_dot(x, sizes.astype(jnp.int32))
   return grouped_matmul.matmul(x, w.astype(x.dtype), sizes)
 
 

@@ -169,11 +169,12 @@ def append_to_pages(
       (which writes only within the pages, whatever the table contains); or
       'auto': the kernel on TPUs if a page is a whole number of registers, else
       'xla'.
-    interpret: For the kernel, as in `pl.pallas_call`; runs it on any platform.
+    interpret: For 'mosaic_tpu' by name, as in `pl.pallas_call`; runs it on any
+      platform.
 
   Raises:
-    ValueError: Shapes do not match, or tokens (if values are known) have no
-    page.
+    ValueError: Shapes do not match, `interpret` is given for another backend,
+      or tokens (if values are known) have no page.
   """
   check_pages(pages)
   _, K, size, width = pages.kv.shape
@@ -182,6 +183,10 @@ def append_to_pages(
     raise ValueError(
       f"append_to_pages: found k {k.shape}, v {v.shape}, expected "
       f"{(T, K, H)} and {(T, K, Hv)}"
+    )
+  if interpret is not None and backend != "mosaic_tpu":
+    raise ValueError(
+      f"interpret: found {interpret!r}, {backend} has no use for it"
     )
   rows = ragged.make_rows(T, table, kv_lens, cu_q_lens, (pages.count, size), 1)
   dtype, scale, scales = pages.kv.dtype, pages.scale, None

@@ -95,7 +95,8 @@ def sharded_attention(
 
   Raises:
     ValueError: As in `flash_attention`; for other options, such as bias and
-      dropout; or if `sharding.ulysses` does not divide the heads.
+      dropout; or if `sharding.ulysses` or `sharding.heads` does not divide the
+      heads.
   """
   if unknown := sorted(set(options) - set(OPTIONS)):
     raise ValueError(
@@ -163,6 +164,9 @@ def supported_sharding(
     queries: Shape of q.
     keys: Shape of k.
     sizes: Sizes of the mesh's axes, by name.
+
+  Raises:
+    ValueError: Devices would have different numbers of query heads.
   """
   (_, T, N, _), (_, S, K, _) = queries, keys
   if T != S:
@@ -171,9 +175,15 @@ def supported_sharding(
     )
   if mask.kind == "block_diffusion" or _resolve_offset(mask, T, S) < 0:
     sharding = dataclasses.replace(sharding, length=(), ring=())
-  own = N // _size(sharding.heads, sizes)
-  if K % _size(sharding.heads, sizes) and N // K % own:
-    sharding = dataclasses.replace(sharding, heads=())
+  devices = _size(sharding.heads, sizes)
+  own = N // devices
+  if own and K % devices and N // K % own:
+    return dataclasses.replace(sharding, heads=())
+  if N % devices:
+    raise ValueError(
+      f"sharding.heads: found {N} query heads over {devices} devices of axes "
+      f"{sharding.heads}, expected as many on each"
+    )
   return sharding
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from kernels_pallas.quantized_matmul.cpu.panels import AFFINE
+from kernels_pallas.quantized_matmul.cpu.panels import AFFINE, check_range
 
 LANES = 128
 """Outputs are padded to whole registers, as a TPU pads its memory anyway."""
@@ -118,8 +118,8 @@ def pack(
       f"codes: found {codes.dtype} {codes.shape}, expected uint8 (4 bits) or "
       "int8 (8 bits), [..., inputs, outputs]"
     )
-  if bits == 4 and isinstance(codes, np.ndarray) and codes.max() > 15:
-    raise ValueError(f"codes: found {codes.max()}, expected 4 bits, 0 to 15")
+  if bits == 4:
+    check_range(codes)
   if bits == 4 and (len(codebook) != 16 or not np.isfinite(codebook).all()):
     raise ValueError(f"codebook: found {codebook}, expected 16 finite numbers")
   inputs, outputs = codes.shape[-2:]

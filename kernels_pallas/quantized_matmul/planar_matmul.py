@@ -48,8 +48,12 @@ def planar_matmul(
     interpret: False to compile the kernels, or as in `pl.pallas_call`.
 
   Raises:
-    ValueError: Types do not match.
+    ValueError: Types do not match, or the backend is unknown.
   """
+  if backend not in BACKENDS:
+    raise ValueError(
+      f"backend: found {backend!r}, available: {', '.join(BACKENDS)}"
+    )
   check_activations(activations, w)
   if jax.sharding.get_abstract_mesh().manual_axes:
     # Each device multiplies the shared rows with its part of W. Marking rows as

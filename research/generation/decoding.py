@@ -42,7 +42,8 @@ class Rows:
     done: `[B]`, whether the row has ended.
     keys: `[B]`, random keys.
     occurred: `[B, V]`, whether each token occurs in the prompt or the generated
-      text; None without a repetition penalty.
+      text, without the last token, which may be replaced; None without a
+      repetition penalty.
     steps: where the row is within a step of its text; None where no row pauses.
   """
 
@@ -138,23 +139,19 @@ def next_token(
     The rows with it; the tokens, `NO_TOKEN` for rows that are not active; and
     log p of each under the model, or None.
   """
+  active, occurred = rows.active, _occurred(rows, rows.active)
   logits = model.apply({"params": params}, hidden, method="logits")
   for extra in weights.extra_ids(params):
     if extra < logits.shape[-1]:
       logits = logits.at[..., extra].set(-jnp.inf)
   drawn = samplers.sample(
-    logits, sampling, rows.keys, rows.step, rows.occurred
+    logits, sampling, rows.keys, rows.step, occurred
   ).astype(jnp.int32)
-  active = rows.active
   scores = None
   if log_probs:
     own = jnp.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0]
     scores = own.astype(jnp.float32) - jax.nn.logsumexp(logits, axis=-1)
     scores = jnp.where(active, scores, 0.0)
-  occurred = rows.occurred
-  if occurred is not None:
-    place = jnp.where(active, drawn, logits.shape[-1])
-    occurred = occurred.at[jnp.arange(len(place)), place].set(True, mode="drop")
   step = rows.step + active
   done = rows.done | (active & has_ended(drawn, step, rows.limit, stop))
   steps = rows.steps
@@ -163,6 +160,16 @@ def next_token(
   token = jnp.where(active, drawn, rows.token)
   rows = Rows(token, step, rows.limit, done, rows.keys, occurred, steps)
   return rows, jnp.where(active, drawn, NO_TOKEN), scores
+
+
+def _occurred(rows: Rows, which: Bool[Array, "B"]) -> Any:
+  """Returns `rows.occurred`, with the last generated token of some rows."""
+  if rows.occurred is None:
+    return None
+  own = which & (rows.step > 0)
+  place = jnp.where(own, rows.token, rows.occurred.shape[1])
+  lines = jnp.arange(len(place))
+  return rows.occurred.at[lines, place].set(True, mode="drop")
 
 
 @functools.partial(
@@ -335,9 +342,10 @@ def append(
   )
   place = jnp.maximum(count - 1, 0)[:, None]
   last = jnp.take_along_axis(tokens, place, axis=1)[:, 0]
-  occurred = rows.occurred
+  occurred = _occurred(rows, some & ~replace)
   if occurred is not None:
-    every = jnp.where(tokens < 0, occurred.shape[1], tokens)
+    before = jnp.arange(tokens.shape[1]) < count[:, None] - 1
+    every = jnp.where(before, tokens, occurred.shape[1])
     lines = jnp.arange(len(count))[:, None]
     occurred = occurred.at[lines, every].set(True, mode="drop")
   step = rows.step + count - replace

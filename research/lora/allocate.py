@@ -4,6 +4,12 @@ Zhang et al. 2023 (arXiv:2303.10512), equations 8 to 13, in PEFT's order of
 operations: the optimizer updates a parameter, its importance is computed from
 the new value and the gradient of that update, then the mask is applied. A term
 masked before the last allocation may return; after it the mask is final.
+
+The gradient is that of the whole batch, microbatches added up, as the wrapper
+gets it: before what the wrapped optimizer does to it. PEFT reads what is left
+after a trainer's clipping. For that, clip outside:
+`optax.chain(optim.clipped(1.0), adalora_optimizer(inner, budget))`, with an
+inner optimizer that does not clip.
 """
 
 import dataclasses
@@ -98,7 +104,8 @@ def adalora_optimizer(
   """Wraps an optimizer so that it prunes AdaLoRA's terms to the budget.
 
   Args:
-    inner: the optimizer that computes updates.
+    inner: the optimizer that computes updates; importance is of the gradient
+      before any clipping in it.
     budget: budget of all AdaLoRA adapters among the parameters.
   """
   inner = optax.with_extra_args_support(inner)

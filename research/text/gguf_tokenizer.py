@@ -49,6 +49,24 @@ _LONGEST = 512
 
 _SPACE = "\u2581"
 
+ENDS = (
+  *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>"),
+  *("<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "</s>"),
+  *("<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"),
+  *("<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>"),
+  *("<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~["),
+)
+"""Tokens at which llama.cpp ends generation, whatever else a file names."""
+
+_NO_ENDS = (
+  ("<|end|>", ("<|return|>", "<|call|>")),
+  ("<|end|>", ("<|return|>", "<|calls|>")),
+  ("<|end|>", ("<|call|>", "<|flush|>")),
+  ("<|end|>", ("<|calls|>", "<|flush|>")),
+  ("</s>", ("<|tool_response>",)),
+)
+"""Tokens of `ENDS` that end nothing in a vocabulary that has all the others."""
+
 
 class _Fields:
   """Validated access to the `tokenizer.ggml.*` keys."""
@@ -105,7 +123,8 @@ def tokenizer_from_gguf(
 
   Returns:
     The tokenizer, which adds no special tokens by itself, and a dict with
-    `bos`, `eos`, `eot`, `unk`, `pad` (ids or None), `add_bos`, `add_eos` (bool)
+    `bos`, `eos`, `eot`, `eom`, `unk`, `pad` (ids or None), `stop` (ids, as
+    llama.cpp has them but for those of infilling), `add_bos`, `add_eos` (bool)
     and `chat_template` (text or None).
 
   Raises:
@@ -128,14 +147,31 @@ def tokenizer_from_gguf(
   special = {
     name: fields.token(f"{key}_token_id", len(tokens))
     for name, key in dict(
-      bos="bos", eos="eos", eot="eot", unk="unknown", pad="padding"
+      bos="bos",
+      eos="eos",
+      eot="eot",
+      eom="eom",
+      unk="unknown",
+      pad="padding",
     ).items()
   }
+  special["stop"] = _stop(tokens, [special[x] for x in ("eos", "eot", "eom")])
   first = kind == "llama" or pre in _WHOLE_WORDS
   special["add_bos"] = fields.get("add_bos_token", bool, first)
   special["add_eos"] = fields.get("add_eos_token", bool, False)
   special["chat_template"] = template if isinstance(template, str) else None
   return out, special
+
+
+def _stop(
+  tokens: Sequence[str], named: Sequence[int | None]
+) -> tuple[int, ...]:
+  """Returns the ids that end generation, those that the file names first."""
+  ids = [i for i in named if i is not None]
+  ids += [i for i, token in enumerate(tokens) if token in ENDS]
+  found = {tokens[i] for i in ids}
+  none = {token for token, others in _NO_ENDS if found.issuperset(others)}
+  return tuple(i for i in dict.fromkeys(ids) if tokens[i] not in none)
 
 
 def _default_ids(types: Sequence[int]) -> dict[str, int]:

@@ -330,14 +330,12 @@ def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
   from research.text import gguf_tokenizer
 
   backend, special = gguf_tokenizer.tokenizer_from_gguf(metadata)
-  eos = special.get("eos")
-  ends = [eos, metadata.get("tokenizer.ggml.eot_token_id")]
   return Tokenizer(
     backend=backend,
     bos=special.get("bos"),
-    eos=eos,
+    eos=special.get("eos"),
     pad=special.get("pad"),
-    stop=tuple(dict.fromkeys(int(i) for i in ends if i is not None)),
+    stop=special["stop"],
     add_bos=bool(special.get("add_bos")),
     add_eos=bool(special.get("add_eos")),
     chat_template=special.get("chat_template"),

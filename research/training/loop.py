@@ -47,7 +47,8 @@ class TrainConfig:
     steps: total number of updates, across all resumptions.
     seed: random seed of the steps.
     accumulate: microbatches per batch (gradient accumulation).
-    average: decay of the moving average of the weights, if the state has one.
+    average: decay of the moving average of the weights, if the state has one;
+      else the default.
     eval_every: steps between evaluations; 0 for one at the end only.
     save_every: steps between checkpoints, in addition to those after each
       evaluation and the last step; 0 for none.
@@ -159,10 +160,17 @@ def fit(
 
   Raises:
     UserError: the loss or gradient is not finite (names step and metric), the
-      base weights or the structure differ from the workdir's, or a batch has
-      a shape that no program was compiled for.
+      base weights or the structure differ from the workdir's, a batch has a
+      shape that no program was compiled for, or `config.average` is given for
+      a state without a moving average.
     Preempted: a stop was requested (`preemption`); the state has been saved.
   """
+  if state.ema is None and config.average != TrainConfig.average:
+    raise UserError(
+      f"TrainConfig.average: found {config.average} for a state without a"
+      f" moving average, expected\nthe default, {TrainConfig.average}; or"
+      " create the state with average=True."
+    )
   workdir = folders.folder(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   clock, evaluation = Goodput(started_at), {}

@@ -138,52 +138,79 @@ def _gradients(objective, state, batch, key, accumulate, tx):
 
   layerwise, small = isinstance(tx, Layerwise), _adds_small(tx, accumulate)
 
-  def one(opt_state, index, batch, key):
-    """Returns the optimizer state, and the sums of a microbatch."""
+  def one(opt_state, first, last, batch, key):
+    """Returns the optimizer state, whether it is settled, and sums.
+
+    Args:
+      opt_state: the optimizer's.
+      first: whether no microbatch before this one had a gradient.
+      last: whether none follows. Others without a gradient, as where all is
+        masked, have no directions to settle projectors with.
+      batch: the microbatch.
+      key: its own.
+    """
     if layerwise:
-      (loss_sum, (weight, sums)), grads, opt_state, misread = tx.gradients(
+      (loss_sum, (weight, sums)), grads, fresh, misread = tx.gradients(
         lambda x, watch: loss(x, batch, key, watch),
         state.trainable,
         opt_state,
-        index == 0,
+        first,
+      )
+      settles = first & (last | _any_nonzero(grads))
+      opt_state = jax.tree.map(
+        lambda new, old: jnp.where(settles, new, old), fresh, opt_state
       )
       # Weighted, because metrics are divided by the weight later.
       sums = {**sums, "misread": misread * weight}
-      return opt_state, (grads, loss_sum, weight, sums)
+      return opt_state, settles, (grads, loss_sum, weight, sums)
     (loss_sum, (weight, sums)), grads = jax.value_and_grad(loss, has_aux=True)(
       state.trainable, batch, key
     )
+    settles = False
     if small:
+      settles = first & (last | _any_nonzero(grads))
       opt_state = jax.lax.cond(
-        index == 0, tx.prepare, lambda _, same: same, grads, opt_state
+        settles, tx.prepare, lambda _, same: same, grads, opt_state
       )
       grads = tx.compress(grads, opt_state)
-    return opt_state, (grads, loss_sum, weight, sums)
+    return opt_state, settles, (grads, loss_sum, weight, sums)
 
   if accumulate == 1:
-    return one(state.opt_state, 0, batch, key)[::-1]
+    opt_state, _, total = one(state.opt_state, True, True, batch, key)
+    return total, opt_state
 
   def add(carry, numbered):
-    (opt_state, total), (index, part) = carry, numbered
-    opt_state, found = one(
-      opt_state, index, part, jax.random.fold_in(key, index)
+    (opt_state, settled, total), (index, part) = carry, numbered
+    last = index == accumulate - 1
+    opt_state, settles, found = one(
+      opt_state, ~settled, last, part, jax.random.fold_in(key, index)
     )
     total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, found)
-    return (opt_state, total), None
+    return (opt_state, settled | settles, total), None
 
   parts = _microbatches(batch, accumulate)
   first = jax.tree.map(lambda x: x[0], parts)
   # Keep an unchanging optimizer state out of the loop's carry.
   changes = small or layerwise
-  settled = state.opt_state if changes else None
-  shapes = jax.eval_shape(lambda *x: one(settled, 0, *x)[1], first, key)
+  opt_state = state.opt_state if changes else None
+  shapes = jax.eval_shape(
+    lambda *x: one(opt_state, True, True, *x)[2], first, key
+  )
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
     shapes,
   )
-  numbers = jnp.arange(accumulate)
-  (settled, total), _ = jax.lax.scan(add, (settled, zeros), (numbers, parts))
-  return total, settled if changes else state.opt_state
+  start = opt_state, jnp.array(False), zeros
+  (opt_state, _, total), _ = jax.lax.scan(
+    add, start, (jnp.arange(accumulate), parts)
+  )
+  return total, opt_state if changes else state.opt_state
+
+
+def _any_nonzero(grads: Any) -> Array:
+  # A mask of `x != 0` would take memory, unlike a maximum.
+  largest = [jnp.abs(x).max(initial=0) for x in jax.tree.leaves(grads)]
+  return (jnp.array(largest) != 0).any()
 
 
 def _microbatches(batch: Batch, count: int) -> Any:

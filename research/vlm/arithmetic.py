@@ -19,6 +19,8 @@ from research.nn.moe import Moe
 from research.nn.transformer import Transformer
 from research.typing import UserError
 from research.vlm.connectors.group_attention import GroupAttention
+from research.vlm.connectors.qformer import QFormer
+from research.vlm.connectors.resamplers import AttentionPool, PerceiverResampler
 from research.vlm.connectors.square_attention import SquareAttention
 from research.vlm.encoders.vit import CHANNELS
 from research.vlm.encoders.windows import window_side
@@ -29,6 +31,9 @@ from research.vlm.images.resize import Size
 from research.vlm.masks import BidirectionalPrompt
 from research.vlm.model import VisionLanguageModel
 from research.vlm.presets import Preset
+
+_MATRICES = ("q", "k", "v", "o", "up", "down", "projection")
+"""Names of the matrices of connectors with queries."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,14 +157,43 @@ def connector_flops(model: VisionLanguageModel, plan: Plan) -> float:
 
   Args:
     model: whose connector multiplies each soft token by all of its matrices, as
-      `connectors.projections` do, or attends within squares or groups of
-      patches, as Molmo's do.
+      `connectors.projections` do; attends within squares or groups of patches,
+      as Molmo's do; or has queries that attend to all patches of a view.
     plan: of the image.
   """
-  soft = plan.views * model.connector.tokens(plan.patches)
-  if isinstance(model.connector, GroupAttention):
-    soft = plan.soft_tokens  # groups reach over views
-  return soft * _connector_of_token(model)
+  if isinstance(model.connector, GroupAttention):  # groups reach over views
+    return plan.soft_tokens * _connector_of_token(model)
+  return plan.views * _connector_of_view(model, plan.patches)
+
+
+def _connector_of_view(model: VisionLanguageModel, grid: Size) -> float:
+  connector = model.connector
+  if isinstance(connector, AttentionPool | PerceiverResampler | QFormer):
+    return _queries_of_view(model, grid)
+  return connector.tokens(grid) * _connector_of_token(model)
+
+
+def _queries_of_view(model: VisionLanguageModel, grid: Size) -> float:
+  """Returns the FLOPs of queries that attend to a view's patches."""
+  connector, flops = model.connector, 0.0
+  queries = connector.queries
+  read = grid[0] * grid[1]
+  read += model.vision.class_token and model.features.class_token
+  if isinstance(connector, PerceiverResampler):
+    read += queries  # keys and values are also made of the queries
+  reads = "cross_attention" if isinstance(connector, QFormer) else "attention"
+  shapes = jax.eval_shape(model.new_towers, jax.random.key(0))["connector"]
+  for path, x in tree.flatten_paths(shapes):
+    *_, layer, name = "", *path.split("/")
+    if name not in _MATRICES or layer == "text_mlp":
+      continue
+    keys = read if layer == reads else queries
+    rows = keys if name in ("k", "v") else queries
+    flops += 2.0 * rows * math.prod(x.shape)
+    if name == "q":
+      *layers, _, size = x.shape
+      flops += 4.0 * queries * keys * math.prod(layers) * size
+  return flops
 
 
 def _connector_of_token(model: VisionLanguageModel) -> float:
@@ -188,7 +222,7 @@ def pixels_flops(
   """
   views, height, width, _ = shape
   grid = model.grid(height, width)
-  soft = model.connector.tokens(grid) * _connector_of_token(model)
+  soft = _connector_of_view(model, grid)
   return int(views * (_encoder_of_view(model, grid) + soft))
 
 

@@ -55,6 +55,27 @@ def test_values_and_gradients(case, f):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
+def test_sizes_of_any_integers(dtype):
+  """Each fits the dtype; their sum of 290 does not fit 8 bits."""
+  x, w, sizes, seen = arrays(300, [100, 90, 100])
+  want = by_hand(x, w, sizes, seen)
+  narrow = sizes.astype(dtype)
+  y, pull = jax.vjp(lambda x, w: grouped_matmul.matmul(x, w, narrow), x, w)
+  for got, expected in zip((y, *pull(seen)), want, strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [(0, [0, 0]), (5, []), (0, [])])
+def test_no_rows_or_no_groups(case):
+  x, w, sizes, seen = arrays(*case)
+  y, pull = jax.vjp(lambda x, w: grouped_matmul.matmul(x, w, sizes), x, w)
+  for got, want in zip(
+    (y, *pull(seen)), by_hand(x, w, sizes, seen), strict=True
+  ):
+    np.testing.assert_array_equal(got, want)
+
+
 def test_the_gradient_of_a_group_of_many_blocks_adds_up_in_fp32():
   rows = 4096
   x = jnp.ones((rows, 1), jnp.bfloat16)

@@ -99,8 +99,8 @@ def pack(
       f"codes: found {codes.dtype} {codes.shape}, expected uint8 (4 bits), "
       "int8 (8 bits), bfloat16 or float32, [..., inputs, outputs]"
     )
-  if bits == 4 and isinstance(codes, np.ndarray) and codes.max() > 15:
-    raise ValueError(f"codes: found {codes.max()}, expected 4 bits, 0 to 15")
+  if bits == 4:
+    check_range(codes)
   *lead, inputs, outputs = codes.shape
   per_word = 32 // bits
   if scale is None:
@@ -125,6 +125,18 @@ def pack(
     group=group,
     codebook=tuple(map(float, codebook)) if bits == 4 else (),
   )
+
+
+def check_range(codes: Num[Array, "... I O"] | np.ndarray) -> None:
+  """Raises ValueError if codes, where known, are not of 4 bits."""
+  if isinstance(codes, jax.core.Tracer):
+    return
+  if isinstance(codes, jax.Array) and not codes.is_fully_addressable:
+    return
+  with jax.ensure_compile_time_eval():
+    most = int(codes.max())
+  if most > 15:
+    raise ValueError(f"codes: found {most}, expected 4 bits, 0 to 15")
 
 
 def _check_scales(codes, scale, offset, group, per_word) -> int:

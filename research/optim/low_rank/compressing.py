@@ -4,7 +4,8 @@ Where a batch is cut into microbatches, their gradients are added up. An
 optimizer that sees a gradient only through a linear map, such as GaLore's
 projection, lets the training step add up what the map gives: the sum never has
 the size of the parameters. The map may change from step to step; it is settled
-by the first microbatch's gradient, before anything is added.
+by the first microbatch's gradient that is not all zeros, before anything is
+added.
 """
 
 from collections.abc import Callable

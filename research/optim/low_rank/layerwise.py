@@ -138,7 +138,8 @@ class Layerwise(optax.GradientTransformation):
       loss: what is differentiated.
       trainable: arrays, or weights that are `movable`.
       state: the optimizer's.
-      first: whether projectors may be made; of microbatches, at the first.
+      first: whether projectors may be made; of microbatches, at the first with
+        a gradient.
     """
     return _gradients(self.parts, loss, trainable, state, first)
 

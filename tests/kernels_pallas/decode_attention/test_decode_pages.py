@@ -192,6 +192,11 @@ def test_invalid_input_raises():
   with pytest.raises(ValueError, match="append_to_pages: found"):
     append_to_pages(pool(2, 8, 8), draw(1, 2, 8), draw(1, 2, 4),
                     jnp.asarray(tables()[:1]), jnp.array([3]))  # fmt: skip
+  for backend in ("auto", "xla"):
+    with pytest.raises(ValueError, match=f"{backend} has no use for it"):
+      append_to_pages(pool(2, 8, 8), draw(1, 2, 8), draw(1, 2, 8),
+                      jnp.asarray(tables()[:1]), jnp.array([3]),
+                      backend=backend, interpret=True)  # fmt: skip
   with pytest.raises(ValueError, match="at least 1"):
     empty_pages(0, 2, 4, 8)
 

@@ -154,6 +154,16 @@ def test_heads_that_the_axis_does_not_divide(heads, size):
   chex.assert_trees_all_close(alone, shared, **CLOSE)
 
 
+@pytest.mark.parametrize(
+  ("heads", "size"), [((2, 2), 4), ((2, 1), 4), ((6, 2), 4), ((6, 6), 4)]
+)
+def test_devices_with_different_numbers_of_heads_raise(heads, size):
+  cut = AttentionSharding(heads=("heads",))
+  message = rf"found {heads[0]} query heads over {size} devices .*'heads'"
+  with pytest.raises(ValueError, match=message):
+    both(Mask.causal(), cut, arrays(heads=heads), {"heads": size})
+
+
 def test_only_keys_and_values_are_communicated():
   """The kernel gathers nothing else; replicated inputs are sliced."""
   *_, found = both(Mask.causal(segments=documents()), ALL, arrays())

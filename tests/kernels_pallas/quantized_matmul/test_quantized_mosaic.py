@@ -242,6 +242,13 @@ def test_mismatched_calls_raise(change, message):
     api.quantized_matmul(**arguments)
 
 
+@pytest.mark.parametrize("backend", ["mosaic", "cpu", "reference"])
+def test_an_unknown_backend_of_planar_matmul_raises(backend):
+  w, _, _ = case("signed")
+  with pytest.raises(ValueError, match=f"found '{backend}', available: auto"):
+    planar_matmul(draw(2, 260), w, backend)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("kind", "most"), [("affine", 999), ("nf4", 0), ("int8, channels", 999)]

@@ -85,6 +85,7 @@ GOOD = np.zeros((64, 8), np.uint8), np.ones((2, 8), np.float32)
     ((GOOD[0][0], GOOD[1]), {}, "codes: found uint8"),
     ((GOOD[0][:0], GOOD[1]), {}, "codes: found uint8"),
     ((GOOD[0] + 16, GOOD[1]), {}, "found 16, expected 4 bits"),
+    ((jnp.asarray(GOOD[0]) + 16, GOOD[1]), {}, "found 16, expected 4 bits"),
     ((GOOD[0],), {}, "scale: missing"),
     ((GOOD[0], None, GOOD[1]), {}, "offset: given without"),
     ((GOOD[0].astype(jnp.bfloat16), GOOD[1]), {}, "bfloat16 weights have none"),
@@ -100,3 +101,14 @@ GOOD = np.zeros((64, 8), np.uint8), np.ones((2, 8), np.float32)
 def test_mismatched_parts_raise(arguments, how, message):
   with pytest.raises(ValueError, match=message):
     panels.pack(*arguments, **how)
+
+
+def test_known_codes_are_checked_while_tracing():
+  """Traced ones have no values, and are packed as they are."""
+  codes, scale = map(jnp.asarray, GOOD)
+  w = jax.jit(lambda x: panels.pack(codes, x))(scale)
+  np.testing.assert_array_equal(panels.unpack(w)[0], codes)
+  wrong = codes + 16
+  with pytest.raises(ValueError, match="found 16, expected 4 bits"):
+    jax.jit(lambda x: panels.pack(wrong, x))(scale)
+  jax.jit(panels.pack)(wrong, scale)

@@ -1,5 +1,7 @@
 """The layout of weights for TPU kernels keeps every bit, as specified."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -69,6 +71,7 @@ GOOD = np.zeros((64, 8), np.uint8), np.ones((2, 8), np.float32)
     ((GOOD[0][0], GOOD[1]), {}, "codes: found uint8"),
     ((GOOD[0][:0], GOOD[1]), {}, "codes: found uint8"),
     ((GOOD[0] + 16, GOOD[1]), {}, "found 16, expected 4 bits"),
+    ((jnp.asarray(GOOD[0]) + 16, GOOD[1]), {}, "found 16, expected 4 bits"),
     ((GOOD[0], GOOD[1], GOOD[1][:1]), {}, r"offset: found float32 \(1, 8\)"),
     ((GOOD[0], GOOD[1][:, :7]), {}, r"found float32 \(2, 7\)"),
     ((GOOD[0], GOOD[1].astype(np.float64)), {}, "found float64"),
@@ -82,3 +85,14 @@ GOOD = np.zeros((64, 8), np.uint8), np.ones((2, 8), np.float32)
 def test_mismatched_parts_raise(arguments, how, message):
   with pytest.raises(ValueError, match=message):
     planar.pack(*arguments, **how)
+
+
+def test_known_codes_are_checked_while_tracing():
+  """Traced ones have no values, and are packed as they are."""
+  codes, scale = map(jnp.asarray, GOOD)
+  w = jax.jit(lambda x: planar.pack(codes, x))(scale)
+  np.testing.assert_array_equal(planar.unpack(w)[0], codes)
+  wrong = codes + 16
+  with pytest.raises(ValueError, match="found 16, expected 4 bits"):
+    jax.jit(lambda x: planar.pack(wrong, x))(scale)
+  jax.jit(planar.pack)(wrong, scale)

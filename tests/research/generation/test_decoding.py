@@ -148,10 +148,12 @@ def test_branches_of_one_row_at_two_times_have_other_keys():
   assert len({tuple(k) for k in keys}) == 3
 
 
-def test_tokens_that_were_not_drawn_count_as_if_they_had_been():
+@pytest.mark.parametrize("penalty", [None, 1.5, 1e9])
+def test_tokens_that_were_not_drawn_count_as_if_they_had_been(penalty):
   """A row that ends too early goes on otherwise; one gets words to read."""
   engine = stepwise(boundary=boundary(most=4))
-  engine = dataclasses.replace(engine, sampling=GREEDY)
+  rules = dataclasses.replace(GREEDY, repetition_penalty=penalty)
+  engine = dataclasses.replace(engine, sampling=rules)
   _, drawn = engine.start(PROMPTS, 12)
   first, second = drawn.tokens.tolist()
   assert first[2] not in second
@@ -160,12 +162,14 @@ def test_tokens_that_were_not_drawn_count_as_if_they_had_been():
   ends = dataclasses.replace(engine, stop_tokens=(first[-1],))
   state, _ = ends.start(PROMPTS, 12)
   assert state.rows.done.tolist() == [True, False]
-  state = engine.append(state, [[17], [3, 4, 5]], [True, False])
+  state = engine.append(state, [[39], [3, 4, 5]], [True, False])
   assert state.rows.step.tolist() == [len(first), 7]
   _, after = engine.advance(state)
   model, params = case()
-  texts = [PROMPTS[0] + first[:-1] + [17], PROMPTS[1] + second + [3, 4, 5]]
-  expected = generate.generate(model, params, texts, 4).tokens
+  texts = [PROMPTS[0] + first[:-1] + [39], PROMPTS[1] + second + [3, 4, 5]]
+  expected = generate.generate(model, params, texts, 4, sampling=rules).tokens
+  # What was replaced is no repetition: it comes next.
+  assert expected[0][0] == first[-1]
   assert [row for row, _ in rows_of([after])] == expected
 
 

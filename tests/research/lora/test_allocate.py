@@ -81,6 +81,26 @@ def test_terms_are_those_that_peft_keeps():
   np.testing.assert_allclose(off, golden["regular"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("outside", [False, True])
+def test_importance_is_of_the_gradient_that_the_wrapper_gets(outside):
+  """PEFT's, of clipped gradients, if it is clipped before the wrapper."""
+  clip, rate, norm = optax.clip_by_global_norm(0.5), optax.sgd(0.1), 0.5
+  if outside:
+    tx = optax.chain(clip, allocate.adalora_optimizer(rate, BUDGET))
+  else:
+    tx = allocate.adalora_optimizer(optax.chain(clip, rate), BUDGET)
+  params, grads = drawn(-1), drawn(0)
+  moves, state = tx.update(grads, tx.init(params), params)
+  state = state[1] if outside else state
+  new = optax.apply_updates(params, moves)
+  share = norm / optax.tree.norm(grads)
+  assert share < 0.5
+  for path, p in tree.flatten_paths(new):
+    g = dict(tree.flatten_paths(grads))[path]
+    want = 0.15 * np.abs(p * g * (share if outside else 1.0))
+    np.testing.assert_allclose(state.importance[path], want, rtol=1e-5)
+
+
 def test_nothing_is_pruned_within_the_budget():
   """PEFT stops at such an allocation (its issue 2337)."""
   budget = allocate.Budget(target=RANK, steps=STEPS)

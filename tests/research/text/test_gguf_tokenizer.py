@@ -52,7 +52,15 @@ def test_smollm2_special_tokens(real):
   tokenizer, special = real
   assert "<|im_start|>" in special.pop("chat_template")
   assert special == dict(
-    bos=1, eos=2, eot=None, unk=0, pad=2, add_bos=False, add_eos=False
+    bos=1,
+    eos=2,
+    eot=None,
+    eom=None,
+    unk=0,
+    pad=2,
+    stop=(2, 0),  # <|im_end|> and <|endoftext|>
+    add_bos=False,
+    add_eos=False,
   )
   ids = tokenizer.encode("<|im_start|>hi<|im_end|>").ids
   assert (ids[0], ids[-1]) == (1, 2)
@@ -77,6 +85,34 @@ def test_the_end_of_a_turn_stops_a_text_like_its_end(tiny):
   turn = {"tokenizer.ggml.eot_token_id": eos + 1}
   assert Tokenizer.from_gguf(tiny).stop == (eos,)
   assert Tokenizer.from_gguf(tiny | turn).stop == (eos, eos + 1)
+  message = {"tokenizer.ggml.eom_token_id": eos + 2}
+  assert Tokenizer.from_gguf(tiny | message).stop == (eos, eos + 2)
+
+
+@pytest.mark.parametrize(
+  ("more", "ends"),
+  [
+    (["<|im_start|>", "<|im_end|>"], ["<|im_end|>"]),
+    (["<|eot_id|>", "<|eom_id|>"], ["<|eot_id|>", "<|eom_id|>"]),
+    (["<start_of_turn>", "<end_of_turn>"], ["<end_of_turn>"]),
+    (["<|end_of_text|>", "<|end|>"], ["<|end_of_text|>", "<|end|>"]),
+    # Of a channel in gpt-oss, and of a page in Gemma 4.
+    (["<|end|>", "<|return|>", "<|call|>"], ["<|return|>", "<|call|>"]),
+    (["<|end|>", "<|calls|>", "<|flush|>"], ["<|calls|>", "<|flush|>"]),
+    (["</s>", "<turn|>", "<|tool_response>"], ["<turn|>", "<|tool_response>"]),
+  ],
+)
+def test_tokens_that_end_a_turn_by_name_stop_a_text(tiny, more, ends):
+  """`llama_vocab::impl::load`, where a file names no other than `eos`."""
+  tokens, types = (
+    tiny[f"tokenizer.ggml.{x}"] for x in ("tokens", "token_type")
+  )
+  metadata = tiny | {
+    "tokenizer.ggml.tokens": [*tokens, *more],
+    "tokenizer.ggml.token_type": np.append(types, [3] * len(more)),
+  }
+  stop = Tokenizer.from_gguf(metadata).stop
+  assert [([*tokens, *more])[i] for i in stop] == ["<|im_end|>", *ends]
 
 
 def test_the_tiny_files_tokenizer_is_the_tokenizers_packages(tiny):

@@ -94,6 +94,22 @@ def line_run(line, workdir, plan, *, bad_from=None, **more):
   )
 
 
+def test_a_decay_without_a_moving_average_raises(line, tmp_path):
+  plan = loop.TrainConfig(steps=1, average=0.9)
+  with pytest.raises(UserError, match=r"TrainConfig.average: found 0.9"):
+    line_run(line, tmp_path / "none", plan)
+  assert not (tmp_path / "none").exists()
+  objective, params, numbers = line
+  tx = optax.sgd(0.05)
+  start = state.create(params, "w", tx, average=True)
+  out = loop.fit(objective, tx, start, numbers(None), plan, workdir=tmp_path)
+  np.testing.assert_allclose(
+    out.state.ema["w"],
+    0.9 * np.asarray(params["w"]) + 0.1 * np.asarray(out.state.params["w"]),
+    rtol=1e-5,
+  )
+
+
 def test_a_run_learns_and_reports(line, tmp_path):
   _, _, numbers = line
   held = [next(iter(numbers()))]

@@ -8,6 +8,7 @@ import pytest
 
 from research.planning import flops
 from research.vlm import arithmetic, connectors
+from research.vlm.connectors import qformer
 from research.vlm.encoders import EncoderSizes
 from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.qwen import qwen2_5_vl
@@ -102,6 +103,36 @@ def test_attention_within_groups_reads_each_patch(connector):
   found = arithmetic.encoder_flops(model, plan)
   found += arithmetic.connector_flops(model, plan)
   assert found == want
+
+
+@pytest.mark.parametrize(
+  "connector",
+  [
+    connectors.AttentionPool(size=32, queries=5, heads=2),
+    connectors.PerceiverResampler(
+      size=32, queries=5, depth=2, heads=2, head_dim=8
+    ),
+    qformer.qformer(32, width=16, depth=3, heads=2, hidden=20, queries=5),
+    qformer.qformer(
+      32, width=16, depth=4, heads=2, hidden=20, queries=5, text=True
+    ),
+  ],
+  ids=["pool", "perceiver", "qformer", "qformer with texts"],
+)
+@pytest.mark.parametrize("class_token", [False, True])
+def test_queries_read_every_patch(connector, class_token):
+  """Keys and values are of patches, all else of queries, as traced."""
+  model = support_vlm.model()
+  model = dataclasses.replace(
+    model,
+    vision=model.vision.clone(class_token=class_token),
+    features=Features(class_token=True),
+    connector=connector,
+  )
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  images = jax.ShapeDtypeStruct((1, 3, 16, 16, 3), jnp.uint8)
+  want = flops.count_flops(model.encode, shapes, images)
+  assert arithmetic.pixels_flops(model, (3, 16, 16, 3)) == want
 
 
 @pytest.mark.parametrize("rows, columns", [(8, 8), (6, 10)])

@@ -328,6 +328,29 @@ def test_an_exact_projector_is_of_the_first_microbatch():
   np.testing.assert_allclose(found @ found.T, u @ u.T, atol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [2, 4, 6])
+def test_masked_microbatches_settle_no_projector(masked):
+  """A gradient of zeros has no directions, unlike the sum over all rows."""
+  where = subspace.Projection(rank=2, side="in")
+  # One direction, so that a projector of any row's gradient has all of it.
+  batch = rows()
+  batch["x"] = batch["x"][:1] * np.arange(1, 9, dtype=np.float32)[:, None]
+  batch["weights"] = np.ones(8, np.float32)
+  batch["weights"][:masked] = 0
+  tx = galore.galore(
+    0.01, where, matrices="w", mean="rotate", moments=optax.trace(0.9)
+  )
+  start = state.create({"w": jnp.ones((64, 64))}, "w", tx)
+  ends = []
+  for optimizer in (tx, plain(tx)):
+    update, at = jax.jit(step.make_train_step(Quadratic(), optimizer, 4)), start
+    for _ in range(2):
+      at, _ = update(at, batch, jax.random.key(0))
+    ends.append(at.trainable["w"])
+  assert np.abs(ends[1] - 1).max() > 0.1
+  np.testing.assert_allclose(*ends, rtol=1e-4)
+
+
 def test_adding_up_projected_takes_less_memory():
   where = subspace.Projection(rank=4, basis=subspace.Gaussian())
   tx = galore.galore(0.01, where, matrices="w", moments=ADAM)

@@ -36,15 +36,16 @@ def batch(rows=4, length=12):
   )
 
 
-def follow(model, tx, parts=1, steps=4, start=None):
+def follow(model, tx, parts=1, steps=4, start=None, rows=None):
   """Returns the last state, and each step's metrics."""
   params = support.params(model) if start is None else start
   held = state.create(params, ".", tx)
   loss = objective.NextToken(model)
   update = jax.jit(step.make_train_step(loss, tx, parts), donate_argnums=0)
   found = []
+  rows = batch() if rows is None else rows
   for _ in range(steps):
-    held, metrics = update(held, batch(), jax.random.key(0))
+    held, metrics = update(held, rows, jax.random.key(0))
     found.append(metrics)
   return held, found
 
@@ -77,6 +78,24 @@ def test_it_is_galore(family, parts):
     np.testing.assert_allclose(
       others["grad_norm"], metrics["grad_norm"], rtol=1e-4
     )
+
+
+@pytest.mark.slow
+def test_a_masked_microbatch_makes_no_projector():
+  """It counts as little as if its rows were not there."""
+  tx = layerwise.galore(
+    0.01, subspace.Projection(rank=4), pace=projectors.Lazy(), clip=1.0
+  )
+  whole = batch()
+  masked = dict(whole, weights=whole["weights"].at[:2].set(0))
+  rest = {name: x[2:] for name, x in whole.items()}
+  model = support.model("llama")
+  found, _ = follow(model, tx, 2, 2, rows=masked)
+  want, _ = follow(model, tx, 1, 2, rows=rest)
+  chex.assert_trees_all_close(found.trainable, want.trainable, atol=2e-5)
+  chex.assert_trees_all_close(
+    found.opt_state.pace, want.opt_state.pace, atol=1e-3
+  )
 
 
 def temporary(tx):

@@ -122,6 +122,18 @@ def test_experts(name, axis):
   compared(product, jnp.asarray(x, jnp.float32), w, w.dense())
 
 
+def test_sizes_of_experts_of_any_integers():
+  """Each fits int8, unlike their sum."""
+  w, sizes = leaf("int4"), np.array([100, 90, 60])
+  x = np.random.default_rng(3).normal(size=(sizes.sum() + 1, w.shape[1]))
+  x, dense = jnp.asarray(x, jnp.float32), w.dense()
+  owner = np.repeat(np.arange(len(sizes)), sizes)
+  want = np.einsum("ti,tio->to", x[:-1], dense[owner])
+  got = weights.ragged_dot(x, w, jnp.asarray(sizes, jnp.int8))
+  chex.assert_trees_all_close(got[:-1], want, atol=1e-4)
+  assert not np.any(got[-1])
+
+
 def test_stacks_of_matrices():
   w = leaf("int4")
   x = np.random.default_rng(3).normal(size=(EXPERTS, 5, INPUTS))
