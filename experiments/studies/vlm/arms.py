@@ -129,10 +129,10 @@ def masks(steps: int = 2000, width: int = 64) -> tuple[Arm, ...]:
   """Returns the same model with a causal and with a prefix mask.
 
   Args:
-    steps: of both, which train everything.
+    steps: of both, in one stage that leaves the encoder as it is.
     width: of the language model.
   """
-  shared = dict(stages=(Stage(EVERYTHING, steps),), connector=linear(1, width))
+  shared = dict(stages=(Stage(LANGUAGE, steps),), connector=linear(1, width))
   return (
     Arm(name=CAUSAL, **shared),
     Arm(name=PREFIX, mask=BidirectionalPrompt(), **shared),

@@ -85,6 +85,19 @@ def test_rows_of_scenes_begin_with_their_image():
     assert row["tokens"][0] == stage.data.image_token
 
 
+@pytest.mark.parametrize("name", ["shapes", "two_stages_smollm2"])
+def test_rows_have_room_for_the_longest_caption(name):
+  """Of most objects, each with the most tokens."""
+  stage = config.read(f"runs/vlm/{name}.gin").experiment.stages["see"]
+  words, task = stage.model.language.tokenizer.load(), stage.data.samples
+  named = [f"{x} {y}" for x in task.colours for y in task.shapes]
+  longest = max(named, key=lambda x: len(words.encode(f", {x}")))
+  caption = ", ".join([longest] * task.most)
+  sample = dataclasses.replace(task[0], answer=caption)
+  rows = dataclasses.replace(stage.data, samples=[sample]).rows(words)
+  assert words.decode(rows[0]["tokens"].tolist()).count(longest) == task.most
+
+
 @pytest.mark.slow
 def test_images_of_any_number_have_buckets():
   """The buckets of the run file have room for all its samples."""
