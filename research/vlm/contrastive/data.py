@@ -23,6 +23,9 @@ Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 PLAIN = ("{}",)
 """Templates of captions that stay as they are."""
 
+_STREAM = zlib.crc32(b"Captions")
+"""Tells the generators of augmentations from those of samples."""
+
 
 def same(
   image: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator
@@ -172,7 +175,9 @@ class CaptionRows(Sequence[Row]):
 
   def __getitem__(self, index: Any) -> Row:
     data, sample = self.data, self.data.samples[index]
-    rng = np.random.default_rng([data.seed, index])
+    # Not [seed, index]: a task draws the sample from [seed, index, 0], which is
+    # the same stream in NumPy, so a shift would name a digit.
+    rng = np.random.default_rng([_STREAM, data.seed, index])
     image = data.augment(sample.image, rng)
     template = data.templates[int(rng.integers(len(data.templates)))]
     text = template.format(sample.answer)

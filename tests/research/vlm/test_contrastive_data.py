@@ -40,6 +40,22 @@ def test_equal_captions_have_equal_ids_whatever_the_template():
   assert len(short) == 3 and short[-1] == 65
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_augmentations_say_nothing_of_the_sample(seed):
+  """The sample and its augmentation have the same seed and index."""
+  task, drawn = scenes.DigitNames(count=40), []
+
+  def first(image, rng):
+    drawn.append(int(rng.integers(10)))
+    return image
+
+  data = captions(samples=task, augment=first, seed=seed, length=9)
+  rows = data.rows(support_vlm.tokenizer())
+  digits = [int(task.drawn(i).stratum) for i in range(len(rows))]
+  assert all(row["captions"].size for row in rows)
+  assert np.mean(np.array(drawn) == digits) < 0.4  # a tenth by chance
+
+
 def test_what_pads_the_last_batch_is_no_negative():
   batches = captions().evaluation(support_vlm.tokenizer())
   ids = np.concatenate([x["ids"] for x in batches])
