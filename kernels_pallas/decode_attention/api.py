@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.common import arguments
 from kernels_pallas.common.target_platform import accumulator, program_device
 from kernels_pallas.decode_attention import gpu, ragged, tpu
 from kernels_pallas.decode_attention import pages as paging
@@ -244,10 +245,7 @@ def _check_floats(**arrays) -> None:
 def _spec(H, scale, softcap, window, precision) -> Spec:
   if window is not None and window < 1:
     raise ValueError(f"window: found {window}, expected at least 1 key")
-  if softcap is not None and not 0 < softcap < math.inf:
-    raise ValueError(
-      f"softcap: found {softcap}, expected a positive finite number"
-    )
+  arguments.check_softcap(softcap)
   scale = H**-0.5 if scale is None else float(scale)
   if not math.isfinite(scale):
     raise ValueError(f"scale: found {scale}, expected a finite number")

@@ -3,10 +3,11 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
+
+from kernels_pallas.common import arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +165,7 @@ def _check(tokens, table, lens, starts, memory, window) -> None:
 
 def _known(x) -> np.ndarray | None:
   """Returns the values, or None if they are traced or on other hosts."""
-  if x is None or isinstance(x, jax.core.Tracer):
-    return None
-  if not getattr(x, "is_fully_addressable", True):
+  if x is None or not arguments.has_values(x):
     return None
   # Differences of unsigned integers would never be negative.
   return np.asarray(x).astype(np.int64)

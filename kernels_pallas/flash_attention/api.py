@@ -1,14 +1,13 @@
 """`flash_attention`: exact attention, the same semantics on every backend."""
 
 import dataclasses
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.common import arguments
 from kernels_pallas.common.target_platform import program_device
 from kernels_pallas.flash_attention import dispatch
 from kernels_pallas.flash_attention.dispatch import BACKENDS, TileSizes, choose
@@ -173,10 +172,7 @@ def prepare(
     raise ValueError(f"dropout_rate: found {dropout_rate}, expected [0, 1)")
   if dropout_rate and x.seed is None:
     raise ValueError("dropout_seed: missing, needed by dropout_rate > 0")
-  if softcap is not None and not 0 < softcap < math.inf:
-    raise ValueError(
-      f"softcap: found {softcap}, expected a positive finite number"
-    )
+  arguments.check_softcap(softcap)
   spec = Spec(
     scale=H**-0.5 if scale is None else float(scale),
     softcap=softcap,
@@ -279,10 +275,7 @@ def _check_lengths(kv_lens, B: int, S: int) -> None:
     )
   if kv_lens.shape != (B,):
     raise ValueError(f"kv_lens: found shape {kv_lens.shape}, expected {(B,)}")
-  # Traced values and values on other hosts cannot be checked.
-  if isinstance(kv_lens, jax.core.Tracer) or not getattr(
-    kv_lens, "is_fully_addressable", True
-  ):
+  if not arguments.has_values(kv_lens):
     return
   values = np.asarray(kv_lens)
   least, most = int(values.min()), int(values.max())

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from kernels_pallas.common import arguments
 from kernels_pallas.masks.function_masks import MAX_INTERVALS, Window
 from kernels_pallas.masks.masks import Mask, Segments
 
@@ -256,8 +257,7 @@ def _check_tree(parents: Array, depth: int) -> None:
       f"tree depth: found {depth}, expected 1 to {MAX_INTERVALS}, as many "
       "intervals as kernels support"
     )
-  # Traced values and values on other hosts cannot be checked.
-  if isinstance(parents, jax.core.Tracer) or not parents.is_fully_addressable:
+  if not arguments.has_values(parents):
     return
   above = np.asarray(parents)
   own = np.arange(above.shape[1])

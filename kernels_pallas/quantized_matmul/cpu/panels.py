@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Num
 
+from kernels_pallas.common import arguments
+
 LANES = 16
 """Outputs per panel."""
 
@@ -129,9 +131,7 @@ def pack(
 
 def check_range(codes: Num[Array, "... I O"] | np.ndarray) -> None:
   """Raises ValueError if codes, where known, are not of 4 bits."""
-  if isinstance(codes, jax.core.Tracer):
-    return
-  if isinstance(codes, jax.Array) and not codes.is_fully_addressable:
+  if not arguments.has_values(codes):
     return
   with jax.ensure_compile_time_eval():
     most = int(codes.max())
