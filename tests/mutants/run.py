@@ -73,6 +73,11 @@ class Result:
     """Whether more tests could not change it."""
     return self.outcome == "found" or self.all_tests
 
+  @property
+  def id(self) -> str | None:
+    """The id of the test that failed; None if none did, or a process died."""
+    return self.test if self.test and " (" not in self.test else None
+
 
 class Copy:
   """A copy of the checkout, with one defect at a time."""
@@ -234,25 +239,13 @@ def current(copy: Copy, results: dict) -> dict:
   They have another name or other cases by now, or are slow.
   """
 
-  def file_of(result: Result) -> str:
-    return (result.test or "").partition("::")[0]
+  def files(suite: str) -> set[str]:
+    some = [r for r in results.values() if r.suite == suite and r.id]
+    return {r.id.partition("::")[0] for r in some}
 
-  def has_test(result: Result) -> bool:
-    return bool(result.test) and " (" not in result.test
-
-  ids = {
-    suite: copy.collected(
-      {
-        file_of(r) for r in results.values() if r.suite == suite and has_test(r)
-      },
-      suite,
-    )
-    for suite in SUITES
-  }
+  ids = {suite: copy.collected(files(suite), suite) for suite in SUITES}
   return {
-    key: r
-    for key, r in results.items()
-    if not has_test(r) or r.test in ids[r.suite]
+    key: r for key, r in results.items() if not r.id or r.id in ids[r.suite]
   }
 
 
@@ -268,7 +261,7 @@ def in_turn(found: Sequence[Defect]) -> list[Defect]:
 
 def unsound(copy: Copy, results: Iterable[Result]) -> set[str]:
   """Returns those tests that fail without a defect, too."""
-  ids = sorted({r.test for r in results if r.test and " (" not in r.test})
+  ids = sorted({r.id for r in results if r.id})
   if not ids:
     return set()
   failed, whole = copy.pytest(ids, "--slow", seconds=REACH_SECONDS)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.cpu import panels
 from tests.kernels_pallas.panel_cases import KINDS, NF4, case, parts
 
@@ -103,12 +104,13 @@ def test_mismatched_parts_raise(arguments, how, message):
     panels.pack(*arguments, **how)
 
 
-def test_known_codes_are_checked_while_tracing():
+@pytest.mark.parametrize("layout", [panels, planar], ids=["panels", "planar"])
+def test_known_codes_are_checked_while_tracing(layout):
   """Traced ones have no values, and are packed as they are."""
   codes, scale = map(jnp.asarray, GOOD)
-  w = jax.jit(lambda x: panels.pack(codes, x))(scale)
-  np.testing.assert_array_equal(panels.unpack(w)[0], codes)
+  w = jax.jit(lambda x: layout.pack(codes, x))(scale)
+  np.testing.assert_array_equal(layout.unpack(w)[0], codes)
   wrong = codes + 16
   with pytest.raises(ValueError, match="found 16, expected 4 bits"):
-    jax.jit(lambda x: panels.pack(wrong, x))(scale)
-  jax.jit(panels.pack)(wrong, scale)
+    jax.jit(lambda x: layout.pack(wrong, x))(scale)
+  jax.jit(layout.pack)(wrong, scale)

@@ -27,6 +27,10 @@ LOADED = types.SimpleNamespace(
 )
 
 
+def answerer(**fields):
+  return Answerer(**vars(LOADED), **fields)
+
+
 def questions(samples):
   return data.ImageQuestions(
     samples=samples,
@@ -56,14 +60,7 @@ def _samples():
 
 def test_answers_are_to_real_blank_and_others_images(samples):
   """In batches of four, the last of which is padded, as one by one."""
-  ask = Answerer(
-    model=LOADED.model,
-    params=LOADED.params,
-    tokenizer=LOADED.tokenizer,
-    preprocessor=LOADED.preprocessor,
-    most=2,
-    rows=4,
-  )
+  ask = answerer(most=2, rows=4)
   ask([samples[0].images], ["w5"])
   before = decoding.prefill._cache_size()
   report = Answers(questions=questions(samples), most=2, batch=4)(LOADED)
@@ -104,14 +101,7 @@ def test_answers_are_the_tokens_of_the_source():
   def count(model, params, prompts, most, *rest):
     yield np.array([[5 + len(prompt)] * most for prompt in prompts])
 
-  ask = Answerer(
-    model=LOADED.model,
-    params=LOADED.params,
-    tokenizer=LOADED.tokenizer,
-    preprocessor=LOADED.preprocessor,
-    most=2,
-    source=count,
-  )
+  ask = answerer(most=2, source=count)
   assert ask([(), ()], ["w5", "w6 w7 w8"]) == ["w6 w6", "w8 w8"]
 
 
@@ -149,14 +139,7 @@ def filled(image, words, most):
 def test_a_diffusion_model_answers_about_images(cache, most):
   """Prompts of other lengths share a batch; nothing of them is masked."""
   source = DiffusionSource(mask_id=HIDDEN, config=SamplerConfig(cache=cache))
-  ask = Answerer(
-    model=LOADED.model,
-    params=LOADED.params,
-    tokenizer=LOADED.tokenizer,
-    preprocessor=LOADED.preprocessor,
-    most=most,
-    source=source,
-  )
+  ask = answerer(most=most, source=source)
   images, texts = support_vlm.pixels(3, 1)[:, 0], ["w5 w6 w9", "w7", "w7"]
   found = ask([(image,) for image in images], texts)
   for image, text, answer in zip(images, texts, found, strict=True):
