@@ -20,6 +20,7 @@ from research.interop.hf import tokenizer as hf_tokenizer
 from research.interop.hf import write as hf_write
 from research.interop.loaded import Loaded
 from research.interop.peft import names as peft_names
+from research.interop.vision import adapters
 from research.io import folders
 from research.io.folders import Folder
 from research.lora import wrap
@@ -93,17 +94,19 @@ def _save_adapter(folder, experiment, built, params) -> bool:
 
   Adapters describe the trained model only if nothing else was trained, if its
   masks are those of its base, and if their base has a name: it was not trained
-  from scratch or by an earlier stage. Adapters that PEFT has no form for are
-  left to the whole model.
+  from scratch or by an earlier stage, and its images have the published size.
+  Adapters that PEFT has no form for are left to the whole model.
   """
-  adapters, rest = tree.partition(params, wrap.TRAINABLE)
+  added, rest = tree.partition(params, wrap.TRAINABLE)
   base = getattr(experiment.model, "name", None)
-  if base is None or not tree.count(adapters) or _changed(experiment, rest):
+  if getattr(experiment.model, "image_size", None) is not None:
+    return False
+  if base is None or not tree.count(added) or _changed(experiment, rest):
     return False
   known, tokenizer = built.loaded.diffusion, built.loaded.tokenizer
   if _spec_of(experiment.objective, known, tokenizer) != known:
     return False
-  params = tree.combine(device_context.gather(adapters), rest)
+  params = tree.combine(device_context.gather(added), rest)
   written = runtime.is_first_process() and _wrote_adapter(
     folder, base, built.loaded, params
   )
@@ -114,9 +117,10 @@ def _wrote_adapter(folder, base, loaded, params) -> bool:
   """Writes adapters, and says why if PEFT has no form for them."""
   if pathlib.Path(base).exists():
     base = str(load.locate(base).resolve())  # of a run, the model in it
-  naming = peft_names.naming_of_source(loaded.source)
   try:
-    peft.save_adapter(folder, params, loaded.model, base, naming=naming)
+    model, params = adapters.language_model(loaded.model, params)
+    naming = peft_names.naming_of_source(loaded.source)
+    peft.save_adapter(folder, params, model, base, naming=naming)
   except WriteError:
     raise
   except UserError as error:

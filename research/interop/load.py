@@ -174,7 +174,7 @@ def _directory(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
     return _ours(path, dtype, bool(packed), shardings)
   adapter = adapter_directory(path)
   if adapter is not None:
-    return _adapted(adapter, dtype, packed, shardings)
+    return _adapted(adapter, dtype, packed, shardings, towers)
   config = safetensors.read_json(path / CONFIG)
   if packed is True and not quantized.is_quantized(config, path):
     raise UserError(
@@ -279,18 +279,18 @@ def adapter_base(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
   return base, target
 
 
-def _adapted(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
-  from research.interop import peft
+def _adapted(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
+  from research.interop.vision import adapters
 
   _, target = adapter_base(path)
   try:
-    loaded = load_model(target, dtype, packed, shardings)
+    loaded = load_model(target, dtype, packed, shardings, towers)
   except UserError as e:
     raise UserError(f"{path / ADAPTER_CONFIG}: its base: {e}") from e
   models = []
 
   def opened(params):
-    params, model = peft.open_adapter(path, params, loaded.model)
+    params, model = adapters.open_adapter(path, params, loaded.model)
     models.append(model)
     return params
 
@@ -300,10 +300,13 @@ def _adapted(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
     params = opened(loaded.params)
   if shardings is not None:
     params = unread.moved(params, shardings)
-  model = models[-1]
-  source = dict(format="peft", path=str(path), base=loaded.source)
-  words = adapter_tokenizer(path, loaded.tokenizer)
-  return Loaded(model, params, words, source, loaded.diffusion)
+  return dataclasses.replace(
+    loaded,
+    model=models[-1],
+    params=params,
+    tokenizer=adapter_tokenizer(path, loaded.tokenizer),
+    source=dict(format="peft", path=str(path), base=loaded.source),
+  )
 
 
 def _packaged(name: str) -> pathlib.Path:

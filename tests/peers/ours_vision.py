@@ -3,6 +3,8 @@
 vision    pixels [V, 3, H, W], tokens [B, T], counts [B] (views of each row),
           answer [B] (first token not in the prefix; -1 if all is prompt)
           -> soft tokens and logits; the model is written to --adapter
+adapted   as vision -> logits under a new adapter of the language model, which
+          is left at --adapter in PEFT's format
 native    image_<i> [H, W, 3], counts [B] (images of each row), tokens [B, T],
           lengths [B], steps (views: most of a row)
           -> soft tokens and logits of images of native resolution, or as the
@@ -14,24 +16,53 @@ dual      image_<i> [H, W, 3], tokens [C, T]
 """
 
 import shutil
+import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.masks import Mask
+from research import tree
 from research.generation import generate
-from research.interop import vision
+from research.interop import peft, vision
+from research.interop.peft import names as peft_names
+from research.interop.vision import adapters
+from research.lora import adapt
+from research.lora.methods.lora import LoRA
 from research.nn import logits
-from research.vlm import data, splice
+from research.vlm import data, splice, within
 from research.vlm.encoders import native as native_patches
 from research.vlm.encoders import vit
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.tiling.native import Native
 
 
+def adapted(it, args, rows) -> dict:
+  """Returns what `vision_language` does, under an adapter, which it writes."""
+  put = within.Within("language", adapt.Adapt(method=LoRA(rank=3, alpha=5.0)))
+
+  def move(path, x):
+    own = path.startswith("language/") and path.endswith("/trained/b")
+    key = jax.random.key(zlib.crc32(path.encode()))
+    return 0.2 * jax.random.normal(key, x.shape) if own else x
+
+  params = tree.map_paths(move, put(it.params, jax.random.key(0)))
+  model, own = adapters.language_model(it.model, params)
+  naming = peft_names.naming_of_source(it.source)
+  peft.save_adapter(args.adapter, own, model, args.model, naming=naming)
+  return _forward(it.model, params, rows)
+
+
 def vision_language(it, args, rows) -> dict:
   """Returns soft tokens of normalised views, and the logits of rows."""
-  model, params = it.model, it.params
+  if args.adapter:
+    shutil.rmtree(args.adapter, ignore_errors=True)
+    vision.write_model(args.adapter, it, it.params)
+  return _forward(it.model, it.params, rows)
+
+
+def _forward(model, params, rows) -> dict:
   patches = vit.patchify(
     jnp.asarray(rows["pixels"]).transpose(0, 2, 3, 1), model.vision.patch
   )
@@ -53,9 +84,6 @@ def vision_language(it, args, rows) -> dict:
   if rows["answer"].min() >= 0:
     mask = Mask.prefix_lm(jnp.asarray(rows["answer"]))
   found = logits(model.language, language, tokens, None, mask)
-  if args.adapter:
-    shutil.rmtree(args.adapter, ignore_errors=True)
-    vision.write_model(args.adapter, it, params)
   # Those of the connector; the model may scale what it splices.
   plain = np.asarray(soft) / model.scale
   return dict(features=plain, logits=np.asarray(found))
@@ -123,4 +151,6 @@ def dual(it, args, rows) -> dict:
   )
 
 
-COMMANDS = dict(vision=vision_language, native=native, dual=dual)
+COMMANDS = dict(
+  vision=vision_language, adapted=adapted, native=native, dual=dual
+)

@@ -1,6 +1,7 @@
 """Vision language models against transformers, live: read, and written back."""
 
 import json
+import warnings
 
 import make_gemma4
 import make_models
@@ -9,7 +10,9 @@ import make_qwen_vl
 import make_siglip2
 import make_vlm
 import numpy as np
+import peft
 import pytest
+import safetensors.numpy
 import support
 import torch
 import transformers
@@ -25,8 +28,44 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_read_and_written_back(name, heptad, tmp_path):
   theirs = make_vlm.build(name, tmp_path / "theirs")
+  want = plain(name, theirs)
+  ours = tmp_path / "ours"
+  rows = inputs_of(want)
+  got = heptad.bridge("vision", tmp_path / "theirs", adapter=ours, **rows)
+  assert support.relative_error(got["features"], want["features"]) < 1e-5
+  assert support.relative_error(got["logits"], want["logits"]) < 1e-5
+
+  assert_opened(make_vlm.CLASSES[name], ours, theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peft_opens_an_adapter_of_the_language_model(name, heptad, tmp_path):
+  """Every tensor has its module, and no module of the encoder an adapter."""
+  theirs = make_vlm.build(name, tmp_path / "theirs")
+  rows = inputs_of(plain(name, theirs))
+  got = heptad.bridge(
+    "adapted", tmp_path / "theirs", adapter=tmp_path / "adapter", **rows
+  )
+  with warnings.catch_warnings():
+    warnings.filterwarnings("error", message=".*missing adapter keys")
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+  held = safetensors.numpy.load_file(
+    tmp_path / "adapter" / "adapter_model.safetensors"
+  )
+  has = {k for k, _ in wrapped.named_parameters() if ".lora_" in k}
+  assert {k.replace(".default", "") for k in has} == set(held)
+  want = plain(name, wrapped.double().eval())
+  assert support.relative_error(got["logits"], want["logits"]) < 1e-5
+
+
+def plain(name, model):
+  """Returns what transformers computes of the family's inputs."""
   with torch.no_grad(), make_models.float64():
-    want = make_vlm.generative(theirs, make_vlm.FAMILIES[name], name)
+    return make_vlm.generative(model, make_vlm.FAMILIES[name], name)
+
+
+def inputs_of(want):
+  """Returns the inputs of a family, for Heptad's side."""
   rows = dict(
     pixels=want["pixels"],
     tokens=want["tokens"].astype(np.int32),
@@ -35,12 +74,7 @@ def test_read_and_written_back(name, heptad, tmp_path):
   )
   if "answer" in want:
     rows["answer"] = want["answer"].argmax(-1).astype(np.int32)
-  ours = tmp_path / "ours"
-  got = heptad.bridge("vision", tmp_path / "theirs", adapter=ours, **rows)
-  assert support.relative_error(got["features"], want["features"]) < 1e-5
-  assert support.relative_error(got["logits"], want["logits"]) < 1e-5
-
-  assert_opened(make_vlm.CLASSES[name], ours, theirs)
+  return rows
 
 
 def assert_opened(kind, folder, theirs):

@@ -333,6 +333,7 @@ def make_config(
   tied: bool = False,
   rows: Mapping[str, Sequence[int]] | None = None,
   experts: tuple[Mapping[str, Method], Sequence[str]] = ({}, ()),
+  full_names: bool = False,
 ) -> dict[str, Any]:
   """Returns adapter_config.json.
 
@@ -346,6 +347,8 @@ def make_config(
     rows: which tokens have rows of their own, by module.
     experts: methods of stacked experts' parameters, by name, and what stands
       for these names in target_parameters.
+    full_names: whether the base has further modules, whose names may end as
+      these do; targets are full names then.
 
   Raises:
     UserError: the methods differ in more than rank and alpha.
@@ -364,7 +367,8 @@ def make_config(
   kind = kinds.pop()
   suffixes = sorted({module.rsplit(".", 1)[-1] for module in methods})
   covered = {m for m in modules if m.rsplit(".", 1)[-1] in suffixes}
-  targets = suffixes if covered == set(methods) else sorted(methods)
+  by_suffix = covered == set(methods) and not full_names
+  targets = suffixes if by_suffix else sorted(methods)
   own = kind.peft_fields(all_of_them)
   own = {k: _number(x) for k, x in own.items()}
   if by_input := own.get("feedforward_modules"):

@@ -6,7 +6,8 @@ code (8B, 1.5) has OLMo's: `model.transformer.blocks.0.q_proj`, `.ff_proj` for
 the gate, `.ff_out`, which is the head's name, too, so that a target `ff_out`
 means both. LLaDA 2's has queries, keys and values as one module, in which ours
 are parts: an adapter on one of them has no name. LLaDA-MoE's and Dream's code
-has the usual names.
+has the usual names. A vision language model's class has its language model
+under a name of its own (`Family.language_module`).
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from research.interop import hf
 from research.interop.hf import llada, llada2
 from research.interop.hf.names import EMBEDDING, HEAD
 from research.interop.parts import Address
+from research.interop.vision import families
 from research.io import safetensors
 from research.lora import wrap
 from research.lora.method import MatrixSpec, Method
@@ -54,6 +56,15 @@ def _llada2(name: str) -> str:
   return name.replace("model.embed_tokens.", "model.word_embeddings.")
 
 
+def _in_module(module: str, name: str) -> str:
+  inner = name.removeprefix("model.")
+  return name if inner == name else f"{module}.{inner}"
+
+
+def _in_causal_model(name: str) -> str:
+  return f"language_model.{name}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Naming:
   """Names of modules.
@@ -61,21 +72,50 @@ class Naming:
   Attributes:
     embedding, head: of those two.
     theirs: the usual name of a tensor -> theirs.
+    language: in a vision language model, what the names of the language
+      model's modules begin with; empty for a language model. Its encoder has
+      modules of the same names, so adapters state theirs in full.
   """
 
   embedding: str = EMBEDDING.removesuffix(".weight")
   head: str = HEAD.removesuffix(".weight")
   theirs: Callable[[str], str] = _same
+  language: str = ""
+
+
+def in_language_module(module: str) -> Naming:
+  """Returns the names in a class that has its language model in `module`."""
+  return Naming(
+    embedding=f"{module}.embed_tokens",
+    theirs=functools.partial(_in_module, module),
+    language=f"{module}.",
+  )
 
 
 USUAL = Naming()
 LLADA = Naming("model.transformer.wte", "model.transformer.ff_out", _llada)
 LLADA2 = Naming("model.word_embeddings", theirs=_llada2)
 
-EMBEDDINGS = {n.embedding for n in (USUAL, LLADA, LLADA2)} | {
-  "model.embed_tokens_per_layer"  # Gemma 4's, of its layers' inputs
+LANGUAGE_MODEL = in_language_module("model.language_model")
+TEXT_MODEL = in_language_module("model.text_model")
+BEFORE_4_52 = Naming(
+  "language_model.model.embed_tokens",
+  "language_model.lm_head",
+  _in_causal_model,
+  "language_model.",
+)
+"""Of LLaVA, PaliGemma, Gemma 3 and InternVL in transformers before 4.52."""
+
+_EMBEDDINGS = {
+  n.embedding.rsplit(".", 1)[-1] for n in (USUAL, LLADA, LLADA2)
+} | {
+  "embed_tokens_per_layer"  # Gemma 4's, of its layers' inputs
 }
-"""Modules whose adapters are those of embeddings."""
+
+
+def is_embedding(module: str) -> bool:
+  """Returns whether adapters of a module are those of embeddings."""
+  return module.rsplit(".", 1)[-1] in _EMBEDDINGS
 
 
 def naming_of_config(config: Mapping[str, Any] | None) -> Naming:
@@ -85,7 +125,18 @@ def naming_of_config(config: Mapping[str, Any] | None) -> Naming:
     return LLADA2
   if kind in llada.KINDS and not llada.is_mixture(config or {}):
     return LLADA
+  if kind in families.MODULES:
+    return _of_family(families.family_of(kind))
   return USUAL
+
+
+def _of_family(family: families.Family) -> Naming:
+  if family.language_module is None:
+    raise UserError(
+      f"{family.architecture}: fuses matrices that are several here, so PEFT"
+      " has no name for adapters on them; merge them into the model instead"
+    )
+  return in_language_module(family.language_module)
 
 
 def naming_of_source(source: Mapping[str, Any]) -> Naming:
@@ -104,7 +155,26 @@ def naming_of_keys(keys: Iterable[str]) -> Naming:
     return LLADA
   if any(".attention.dense." in key or FUSED in key for key in found):
     return LLADA2
+  for naming in (LANGUAGE_MODEL, TEXT_MODEL, BEFORE_4_52):
+    if any(key.startswith(PREFIX + naming.language) for key in found):
+      return naming
   return USUAL
+
+
+def check_language_alone(
+  keys: Iterable[str], naming: Naming, where: Any
+) -> None:
+  """Raises UserError for a tensor of an encoder's or connector's adapter."""
+  if not naming.language:
+    return
+  own = PREFIX + naming.language, f"{PREFIX}{naming.head}."
+  others = sorted(k for k in keys if not k.startswith(own))
+  if others:
+    raise UserError(
+      f"{where}: found {len(others)} tensors of other modules than the language"
+      f" model's ({others[0]}), expected adapters of that alone: train those of"
+      " encoders and connectors here, or merge them into their model with PEFT"
+    )
 
 
 def check_not_fused(modules: Iterable[str], where: Any) -> None:
@@ -122,7 +192,7 @@ def to_tensors(
   module: str, method: Method, arrays: Any, size: tuple[int, int]
 ) -> dict[str, Any]:
   """Returns a module's tensors by their names in the file."""
-  place = MatrixSpec(*size, embedding=module in EMBEDDINGS)
+  place = MatrixSpec(*size, embedding=is_embedding(module))
   return {
     key(module, name, method): x
     for name, x in method.to_peft(arrays, place).items()
@@ -143,7 +213,7 @@ def shapes_of(
 
   Of the types only the kind matters: a float, or a whole number.
   """
-  arrays = _started(method, MatrixSpec(*size, embedding=module in EMBEDDINGS))
+  arrays = _started(method, MatrixSpec(*size, embedding=is_embedding(module)))
   return jax.eval_shape(
     lambda x: to_tensors(module, method, x, size), dict(arrays)
   )

@@ -77,6 +77,7 @@ def open_adapter(
   base_name = fields.get("base_model_name_or_path")
   base_fingerprint.check(file, base_name, notes, params)
   naming = peft_names.naming_of_keys(tensors)
+  peft_names.check_language_alone(tensors, naming, file)
   params, model = _untied(fields, kind, params, model, naming)
   # --- what the configuration says ---
   modules = peft_names.modules(params, model, naming)
@@ -177,7 +178,7 @@ def _one(w, k):
 def _read(file, tensors, module, method, w):
   """Returns (trained, fixed) of one module."""
   size = tuple(w.shape)
-  place = MatrixSpec(*size, embedding=module in peft_names.EMBEDDINGS)
+  place = MatrixSpec(*size, embedding=peft_names.is_embedding(module))
   found = {
     key.removeprefix(f"{PREFIX}{module}.").removeprefix("base_model."): key
     for key in peft_names.shapes_of(module, method, size)

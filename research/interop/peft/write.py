@@ -101,6 +101,7 @@ def save_adapter(
     model.tied and not _in_rows(found) and embedding,
     rows,
     (parameters, names),
+    full_names=bool(naming.language),
   )
   notes = {"format": "pt"} | base_fingerprint.header(params, replaced)
   _write(directory, tensors | kept, notes, config)

@@ -88,6 +88,8 @@ class Family:
       config.json; with `parts`, both ways.
     prompt: what its prompts have beside images and text.
     naming: which tensor belongs to which tower.
+    language_module: the language model in transformers' class, whose modules
+      PEFT adapts by name; None if it fuses matrices that are several here.
     vision_rows: what the encoder's tensors are called.
     connector_rows: what the connector's tensors are called.
   """
@@ -107,5 +109,6 @@ class Family:
   )
   prompt: PromptFormat = PromptFormat()
   naming: Naming = like_llava()
+  language_module: str | None = "model.language_model"
   vision_rows: Sequence[names.Row] = names.VISION
   connector_rows: Sequence[names.Row]

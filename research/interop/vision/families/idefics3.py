@@ -43,6 +43,7 @@ IDEFICS3 = Family(
       Prefix("language", r"lm_head\.", "lm_head.", "lm_head."),
     )
   ),
+  language_module="model.text_model",
   connector_rows=(
     names.Row(
       "inner/project", "modality_projection.proj.weight", names.TRANSPOSED

@@ -299,6 +299,7 @@ MOLMO2 = Family(
   parts=_parts,
   fields=_fields,
   naming=Molmo2Names(),
+  language_module=None,
   vision_rows=VISION_ROWS,
   connector_rows=CONNECTOR_ROWS,
 )

@@ -7,19 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.masks import Mask
 from research.interop import load_model, vision
 from research.interop.vision import read
 from research.interop.vision import write as written
 from research.io import safetensors
 from research.typing import UserError
-from research.vlm import encoders, splice
+from research.vlm import encoders
 from research.vlm.encoders import EncoderSizes, vit
 from research.vlm.encoders.vit import Features
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.prompts import PromptFormat
 from research.vlm.images.tiling.square import Square
-from tests.support_golden import assert_close, config, golden, tensors, write
+from tests.support_golden import (
+  assert_close,
+  config,
+  golden,
+  logits_with_images,
+  patches,
+  soft_tokens,
+  tensors,
+  write,
+)
 
 CONTRASTIVE = ("clip", "siglip")
 GENERATIVE = (
@@ -45,13 +53,6 @@ def opened(tmp_path_factory):
     return made[name]
 
   return one
-
-
-def patches(pixels, side):
-  x = vit.patchify(jnp.asarray(pixels).transpose(0, 2, 3, 1), side)
-  rows = pixels.shape[2] // side
-  at = jnp.broadcast_to(vit.grid_coordinates(rows, rows), (*x.shape[:2], 2))
-  return x, at, (rows, rows)
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)
@@ -100,11 +101,6 @@ def test_a_directory_s_encoder_starts_a_new_model(name, tmp_path, opened):
   assert_close(found, golden["hidden_3"])
 
 
-def soft_tokens(model, params, golden):
-  x, at, grid = patches(golden["pixels"], model.vision.patch)
-  return model.connect(params, model.encode_patches(params, x, at), grid)
-
-
 @pytest.mark.parametrize("name", GENERATIVE)
 @pytest.mark.sample(2)
 def test_soft_tokens(name, opened):
@@ -116,19 +112,7 @@ def test_soft_tokens(name, opened):
 @pytest.mark.parametrize("name", GENERATIVE)
 def test_logits_with_images_in_two_rows(name, opened):
   model, params, golden = opened(name)
-  soft = soft_tokens(model, params, golden)
-  count = soft.shape[1]
-  padding = jnp.zeros((count, soft.shape[2]))
-  rows = jnp.stack(
-    [soft[:2].reshape(2 * count, -1), jnp.concatenate([soft[2], padding])]
-  )
-  language = splice.with_features(params["language"], rows, model.image_token)
-  tokens = jnp.asarray(golden["tokens"])
-  mask = model.mask(tokens, jnp.full(2, tokens.shape[1])) or Mask.causal()
-  if name == "paligemma":  # whose answer was given as well
-    mask = Mask.prefix_lm(jnp.argmax(golden["answer"], axis=-1))
-  hidden, _ = model.language.apply({"params": language}, tokens, None, mask)
-  logits = model.language.apply({"params": language}, hidden, method="logits")
+  logits = logits_with_images(model, params, golden)
   assert_close(logits, golden["logits"])
 
 
