@@ -28,13 +28,15 @@ class RunFile:
 
   Attributes:
     path: below `configs/`.
-    groups: kinds or strata ("exists/both") that the table and the verdict have.
+    groups: kinds or strata ("exists/both") that the verdict is of.
+    strata: further ones that the table shows.
     margin: share of right answers above the best baseline, in the mean over
       groups, that the claim says.
   """
 
   path: str
   groups: tuple[str, ...]
+  strata: tuple[str, ...] = ()
   margin: float | int = 0.25
 
   @property
@@ -117,7 +119,8 @@ class Trained(protocol.Study):
     out = []
     for file in self.files:
       found = self._found(rows, file)
-      out += [_line(file.name, group, found) for group in file.groups if found]
+      shown = (*file.groups, *file.strata) if found else ()
+      out += [_line(file.name, group, found) for group in shown]
     return out
 
   def verdicts(self, rows: Rows) -> list[Verdict]:

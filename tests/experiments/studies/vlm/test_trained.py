@@ -6,18 +6,25 @@ from experiments.studies.vlm import trained
 from experiments.studies.vlm.trained import RunFile, Trained
 from research.typing import UserError
 
-SHAPES = RunFile(path="runs/vlm/shapes.gin", groups=("count", "exists/both"))
+SHAPES = RunFile(
+  path="runs/vlm/shapes.gin",
+  groups=("count", "exists/both"),
+  strata=("count/pair",),
+)
 STUDY = Trained(files=(SHAPES,))
 
 
-def report(real, rule):
+def report(real, rule, pair=0.1):
+  groups = dict.fromkeys(("all", *SHAPES.groups), real) | {"count/pair": pair}
+  return {name: group_of(right, rule) for name, right in groups.items()}
+
+
+def group_of(real, rule):
   systems = {"real": real, "blind": 0.2, "shuffled": 0.3, "majority": rule}
-  best = max(0.3, rule)
-  group = {
+  return {
     "systems": {k: {"score": x, "n": 9} for k, x in systems.items()},
-    "margin": {"difference": real - best},
+    "margin": {"difference": real - max(0.3, rule)},
   }
-  return {name: group for name in ("all", *SHAPES.groups)}
 
 
 def rows_of(*reals, rule=0.25):
@@ -44,8 +51,11 @@ def test_a_run_that_asks_nothing_is_refused():
 
 def test_lines_and_verdicts_are_of_each_group():
   rows = rows_of(0.90, 0.92, 0.94)
-  count, both = STUDY.table(rows)
+  count, both, pair = STUDY.table(rows)
   assert (count["group"], both["group"]) == SHAPES.groups
+  # A stratum is in the table, and not in the verdicts.
+  assert pair["group"] == "count/pair"
+  assert pair["right, %"].value == pytest.approx(10)
   assert count["right, %"].value == pytest.approx(92)
   assert count["best rule"] == "majority: 25.0"
   assert count["above the best of all"].value == pytest.approx(62)
