@@ -6,6 +6,8 @@ It inverts `research.interop.vision.config`.
 import dataclasses
 from typing import Any
 
+from flax import linen as nn
+
 from research.interop.vision import config, families
 from research.interop.vision.families import Family
 from research.typing import UserError
@@ -81,4 +83,17 @@ def _comparable(model: VisionLanguageModel) -> VisionLanguageModel:
       remat="none", dtype="float32", max_positions=None
     ),
     normalise=normalise.HALF,
+    connector=_as_published(model.connector),
   )
+
+
+def _as_published(module: nn.Module) -> nn.Module:
+  """Returns the module with the initializers that it has by default."""
+  own: dict[str, Any] = {}
+  for field in dataclasses.fields(module):
+    value = getattr(module, field.name)
+    if field.name == "kernel_init":
+      own[field.name] = field.default
+    elif isinstance(value, nn.Module) and field.name != "parent":
+      own[field.name] = _as_published(value)
+  return module.clone(**own)

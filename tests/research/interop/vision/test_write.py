@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from research.interop import load, vision
 from research.interop.loaded import Loaded
@@ -70,6 +71,15 @@ def llava():
 )
 def test_the_family_follows_from_the_parts(model, kind):
   assert config_write.describe(model)["model_type"] == kind
+
+
+def test_how_a_connector_began_is_not_what_files_say():
+  zeros = connectors.Linear(
+    size=32, bias=False, kernel_init=nn.initializers.zeros
+  )
+  began = connectors.Squares(side=2, inner=zeros)
+  model = dataclasses.replace(MODEL, connector=began)
+  assert config_write.describe(model) == config_write.describe(MODEL)
 
 
 def test_a_model_of_no_family_is_not_written(tmp_path):
