@@ -17,6 +17,8 @@ from research.nn.presets import Sizes
 from research.text.special_tokens import NO_SPECIAL_TOKENS
 from research.training.checkpoints.workdir import claim_workdir
 from research.vlm.model import TOWERS
+from research.vlm.scenes.captions import ShapeCaptions
+from research.vlm.scenes.mixed import Mixed
 from research.vlm.scenes.shapes import Shapes
 from tests import support_vlm
 
@@ -90,6 +92,8 @@ def test_rows_have_room_for_the_longest_caption(name):
   """Of most objects, each with the most tokens."""
   stage = config.read(f"runs/vlm/{name}.gin").experiment.stages["see"]
   words, task = stage.model.language.tokenizer.load(), stage.data.samples
+  if isinstance(task, Mixed):
+    (task,) = (x for x in task.tasks if isinstance(x, ShapeCaptions))
   named = [f"{x} {y}" for x in task.colours for y in task.shapes]
   longest = max(named, key=lambda x: len(words.encode(f", {x}")))
   caption = ", ".join([longest] * task.most)
