@@ -115,20 +115,32 @@ class SyncManager:
     return number == self.sync_point
 
 
+@pytest.fixture
+def manager(monkeypatch):
+  made, name = SyncManager(), "reached_preemption_sync_point"
+  monkeypatch.setattr(multihost_utils, name, made.reached)
+  return made
+
+
+def test_a_notice_between_the_loops_of_stages_stops_the_next_one(manager):
+  points = preemption.StopPoints()
+  assert not any(points.reached() for _ in range(9))
+  manager.notice()
+  assert preemption.StopPoints().reached()
+
+
 @pytest.mark.parametrize("step", [3, 5000])
 def test_a_notice_within_a_save_stops_the_run_after_it(
-  step, tmp_path, monkeypatch
+  step, manager, tmp_path, monkeypatch
 ):
   """Orbax asks JAX, too, in each save; the steps of a run that resumes are
   larger than the numbers of its stop points."""
-  manager, wait = SyncManager(), writers.wait
+  wait = writers.wait
 
   def notice(*arguments):
     manager.notice()
     return wait(*arguments)
 
-  name = "reached_preemption_sync_point"
-  monkeypatch.setattr(multihost_utils, name, manager.reached)
   monkeypatch.setattr(writers, "wait", notice)
   points = preemption.StopPoints()
   assert not any(points.reached() for _ in range(9))
