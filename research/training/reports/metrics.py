@@ -98,7 +98,7 @@ class JsonlWriter:
 
 def _line(record: Values) -> str:
   def plain(x):
-    if isinstance(x, int | str):
+    if x is None or isinstance(x, int | str):  # None: null, of a kept line
       return x
     return float(x) if math.isfinite(x) else None
 

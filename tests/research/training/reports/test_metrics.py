@@ -47,7 +47,11 @@ def test_lines_are_json_whatever_the_number(tmp_path):
   writer.scalars(
     1, {"a": float("nan"), "b": np.float32(0.5), "c": 7, "d": float("inf")}
   )
-  assert records(path) == [{"step": 1, "a": None, "b": 0.5, "c": 7, "d": None}]
+  writer.close()
+  lines = [{"step": 1, "a": None, "b": 0.5, "c": 7, "d": None}]
+  assert records(path) == lines
+  metrics.JsonlWriter(path, resume_step=1).close()
+  assert records(path) == lines
 
 
 @pytest.mark.parametrize(
