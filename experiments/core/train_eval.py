@@ -147,8 +147,8 @@ def _train(
     experiment, built, outcome.state, workdir, heldout_metrics, title
   )
   result = {
-    "perplexity_before": before and math.exp(before["loss"]),
-    "perplexity_after": after and math.exp(after["loss"]),
+    "perplexity_before": before and perplexity(before["loss"]),
+    "perplexity_after": after and perplexity(after["loss"]),
     "bits_per_byte": data_fingerprint.bits_per_byte(
       experiment, tokenizer, after
     ),
@@ -266,7 +266,7 @@ def _evaluate(experiment, context, workdir, number) -> dict[str, Any]:
   measure = evaluating.compiled(built.objective, context.batch)
   found = evaluating.evaluate_all(measure, trained, evaluations, context.batch)
   for name in evaluations:
-    found[f"{name}/perplexity"] = math.exp(found[f"{name}/loss"])
+    found[f"{name}/perplexity"] = perplexity(found[f"{name}/loss"])
   heldout = {
     name.removeprefix("heldout/"): value
     for name, value in found.items()
@@ -445,5 +445,13 @@ def _sample_and_evaluate(
   if heldout is None:
     return None
   found = evaluating.evaluate(measure, trained, heldout, built.context.batch)
-  artifacts.log(f"{when}: held-out perplexity {math.exp(found['loss']):.3f}")
+  artifacts.log(f"{when}: held-out perplexity {perplexity(found['loss']):.3f}")
   return found
+
+
+def perplexity(loss: float) -> float:
+  """Returns exp of a loss, infinite where that overflows: of a broken model."""
+  try:
+    return math.exp(loss)
+  except OverflowError:
+    return math.inf
