@@ -266,6 +266,14 @@ def _connect(where: Cluster) -> bool:
     with contextlib.suppress(ValueError):  # no cluster that JAX knows
       jax.distributed.initialize(shutdown_timeout_seconds=WRITING)
       return True
+    if (coordinator, processes, process) != (None, None, None):
+      from research.typing import UserError
+
+      raise UserError(
+        f"found JAX_COORDINATOR_ADDRESS={coordinator}"
+        f" JAX_NUM_PROCESSES={processes} JAX_PROCESS_ID={process}, expected all"
+        " three or none."
+      )
     return False
   except (RuntimeError, OSError) as error:
     from research.typing import UserError

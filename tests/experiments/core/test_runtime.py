@@ -12,6 +12,7 @@ import pytest
 
 from experiments.core import runtime
 from research.training.preemption import Preempted
+from research.typing import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -77,6 +78,25 @@ def test_a_run_that_imports_ends_as_one_that_is_preempted(tmp_path):
     _, said = process.communicate(timeout=60)
   assert process.returncode == runtime.PREEMPTED == Preempted.exit_status
   assert said == b"preempted: asked to stop; nothing had to be saved.\n"
+
+
+@pytest.mark.parametrize("left_out", ["COORDINATOR_ADDRESS", "NUM_PROCESSES"])
+def test_an_environment_that_says_half_of_it_is_an_error(monkeypatch, left_out):
+  """Each of the processes would train alone, in the same directory."""
+  says = {"COORDINATOR_ADDRESS": "a:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}
+
+  def initialize(**_):  # as JAX does, where it finds no cluster
+    raise ValueError("Number of processes must be defined.")
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  for name in says:
+    monkeypatch.delenv(f"JAX_{name}", raising=False)
+  assert not runtime._connect(runtime.Cluster())
+  del says[left_out]
+  for name, value in says.items():
+    monkeypatch.setenv(f"JAX_{name}", value)
+  with pytest.raises(UserError, match=f"JAX_{left_out}=None.* all three"):
+    runtime._connect(runtime.Cluster())
 
 
 FAIL = """
