@@ -46,6 +46,13 @@ class Planned:
       return None
     return _flat(found) if text == self.text else None
 
+  def is_written(self) -> bool:
+    """Returns whether this very configuration is on disk."""
+    try:
+      return self.work.config.read_text("utf-8") == self.text
+    except (OSError, ValueError):
+      return False
+
 
 def _flat(found: dict[str, Any]) -> dict[str, Any]:
   flat = {}
