@@ -91,6 +91,11 @@ class TrainConfig:
         f"TrainConfig.stalled_after: found {self.stalled_after}, expected"
         " seconds above 0, or None."
       )
+    if self.profile is not None and min(self.profile) < 1:
+      raise UserError(
+        f"TrainConfig.profile: found {self.profile}, expected a first step and"
+        " a number of steps, both at least 1."
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
