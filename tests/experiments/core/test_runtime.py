@@ -10,7 +10,7 @@ import time
 import jax
 import pytest
 
-from experiments.core import runtime
+from experiments.core import cli, runtime
 from research.training.preemption import Preempted
 from research.typing import UserError
 
@@ -53,6 +53,27 @@ def test_setup_sets_nothing_that_is_not_put_back(monkeypatch, kept):
     monkeypatch.delenv(name.upper(), raising=False)
   runtime.setup()
   assert set(named) == set(kept)
+
+
+@pytest.mark.parametrize(
+  ("words", "off"),
+  [
+    ([], False),
+    (["--typecheck"], False),
+    (["--typecheck=true"], False),
+    (["--notypecheck"], True),
+    (["-notypecheck"], True),
+    (["--typecheck=false"], True),
+    (["--typecheck=False"], True),
+    (["--typecheck=0"], True),
+  ],
+)
+def test_a_flag_is_off_where_absl_reads_so(words, off):
+  assert runtime._is_off("typecheck", ["train", "--workdir=a", *words]) == off
+  values = cli.new_flags()
+  values(["train", *words])
+  assert values["typecheck"].value != off
+  values["typecheck"].unparse()  # commands share it
 
 
 TRAIN = (sys.executable, "-m", "experiments.train", "--nohuge_pages")
