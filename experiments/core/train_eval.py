@@ -26,7 +26,7 @@ from research.data.pipeline import ShuffledRows
 from research.generation import generate
 from research.interop.loaded import Loaded
 from research.io.folders import Folder
-from research.training import evaluating, global_batch, loop, state
+from research.training import evaluating, global_batch, loop, state, watchdog
 from research.training.checkpoints import checkpoint
 from research.training.reports import metrics
 from research.typing import UserError
@@ -94,6 +94,8 @@ def _train(
   runtime.first_process_first(lambda: data_fingerprint.check_files(experiment))
   if isinstance(experiment.data, ShuffledRows):
     global_batch.check_rows(context.batch, experiment.data.batch_size)
+  if runtime.is_first_process():  # for which the others wait below
+    watchdog.clear(workdir)
 
   # --- model ---
   artifacts.log(f"loading {experiment.model}")
