@@ -159,6 +159,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     kept = [unit for unit in left if unit.work.name in queued]
     if other := [unit for unit in kept if not unit.is_written()]:
       raise _other_settings(other)
+    sweep_units.check_steps(todo)
     sweep_units.write(todo)
     if _LAUNCHER.value == "slurm":
       return _submit(units, todo, workdir, name)
