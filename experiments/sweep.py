@@ -156,6 +156,10 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     queued = slurm.queued(workdir)
     left = [unit for unit in units if unit.result() is None]
     todo = [unit for unit in left if unit.work.name not in queued]
+    kept = [unit for unit in left if unit.work.name in queued]
+    if other := [unit for unit in kept if not unit.is_written()]:
+      raise _other_settings(other)
+    sweep_units.check_steps(todo)
     sweep_units.write(todo)
     if _LAUNCHER.value == "slurm":
       return _submit(units, todo, workdir, name)
@@ -278,6 +282,18 @@ def _status(
     cli.say(sweep_results.end_of(unit.work.log))
   states = collections.Counter(job.state.lower() for job in queued.values())
   return {**result, "queued": dict(states)}
+
+
+def _other_settings(units: Sequence[Any]) -> Exception:
+  from research.typing import UserError
+
+  return UserError(
+    f"Slurm has queued or runs {len(units)} units of this sweep with other"
+    f" settings: {', '.join(unit.work.name for unit in units[:3])}"
+    f"{', ...' if len(units) > 3 else ''}.\nExpected the settings that they"
+    " were submitted with; --cancel ends them, the same command then submits"
+    " them anew."
+  )
 
 
 def _busy(queued: Mapping[str, Any]) -> Exception:

@@ -293,10 +293,10 @@ def call(main: Main, argv: Sequence[str]) -> int:
     raise
   except Exception as error:
     text = explanation(error)
+    status = getattr(error, "exit_status", None)  # a `Preempted` has one
     if text is None or values["traceback"].value:
       traceback.print_exc()
-      return 1
-    status = getattr(error, "exit_status", None)  # a `Preempted` has one
+      return 1 if status is None else status
     return (
       _fail(text, 1) if status is None else _fail(text, status, "preempted")
     )

@@ -108,7 +108,7 @@ def read(
   Args:
     path: a gin file, see `find`. It may include files relative to the working
       directory, to itself, or to `configs/`.
-    bindings: further lines, which win: `"STEPS = 20"`, `"LoRA.rank=4"`.
+    bindings: further lines, which win: `"STEPS = 20"`, `"lora.LoRA.rank=4"`.
     root: the class to build, without arguments.
     flag: see `find`.
 

@@ -38,9 +38,15 @@ PACKAGES = ("research", "kernels_pallas", "experiments")
 _HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+def _is_off(flag: str, argv: list[str]) -> bool:
+  """Whether the command line turns a flag off, in one of absl's spellings."""
+  off = rf"--?(no{flag}|{flag}=(?i:false|f|0))"
+  return any(re.fullmatch(off, word) for word in argv)
+
+
 def _wants_huge_pages(argv: list[str], environ: dict[str, str]) -> bool:
   """Whether this process must restart for glibc to request huge pages."""
-  if "--nohuge_pages" in argv or "--huge_pages=false" in argv:
+  if _is_off("huge_pages", argv):
     return False
   if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in environ:
     return False
@@ -93,7 +99,7 @@ def prepare(argv: list[str] | None = None, resumes: bool = False) -> None:
   if _wants_huge_pages(argv, dict(os.environ)):
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, sys.orig_argv)
-  if "--notypecheck" not in argv and "--typecheck=false" not in argv:
+  if not _is_off("typecheck", argv):
     from jaxtyping import install_import_hook
 
     install_import_hook(list(PACKAGES), "beartype.beartype")
@@ -266,6 +272,14 @@ def _connect(where: Cluster) -> bool:
     with contextlib.suppress(ValueError):  # no cluster that JAX knows
       jax.distributed.initialize(shutdown_timeout_seconds=WRITING)
       return True
+    if (coordinator, processes, process) != (None, None, None):
+      from research.typing import UserError
+
+      raise UserError(
+        f"found JAX_COORDINATOR_ADDRESS={coordinator}"
+        f" JAX_NUM_PROCESSES={processes} JAX_PROCESS_ID={process}, expected all"
+        " three or none."
+      )
     return False
   except (RuntimeError, OSError) as error:
     from research.typing import UserError

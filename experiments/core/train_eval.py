@@ -26,7 +26,7 @@ from research.data.pipeline import ShuffledRows
 from research.generation import generate
 from research.interop.loaded import Loaded
 from research.io.folders import Folder
-from research.training import evaluating, global_batch, loop, state
+from research.training import evaluating, global_batch, loop, state, watchdog
 from research.training.checkpoints import checkpoint
 from research.training.reports import metrics
 from research.typing import UserError
@@ -94,6 +94,8 @@ def _train(
   runtime.first_process_first(lambda: data_fingerprint.check_files(experiment))
   if isinstance(experiment.data, ShuffledRows):
     global_batch.check_rows(context.batch, experiment.data.batch_size)
+  if runtime.is_first_process():  # for which the others wait below
+    watchdog.clear(workdir)
 
   # --- model ---
   artifacts.log(f"loading {experiment.model}")
@@ -147,8 +149,8 @@ def _train(
     experiment, built, outcome.state, workdir, heldout_metrics, title
   )
   result = {
-    "perplexity_before": before and math.exp(before["loss"]),
-    "perplexity_after": after and math.exp(after["loss"]),
+    "perplexity_before": before and perplexity(before["loss"]),
+    "perplexity_after": after and perplexity(after["loss"]),
     "bits_per_byte": data_fingerprint.bits_per_byte(
       experiment, tokenizer, after
     ),
@@ -266,7 +268,7 @@ def _evaluate(experiment, context, workdir, number) -> dict[str, Any]:
   measure = evaluating.compiled(built.objective, context.batch)
   found = evaluating.evaluate_all(measure, trained, evaluations, context.batch)
   for name in evaluations:
-    found[f"{name}/perplexity"] = math.exp(found[f"{name}/loss"])
+    found[f"{name}/perplexity"] = perplexity(found[f"{name}/loss"])
   heldout = {
     name.removeprefix("heldout/"): value
     for name, value in found.items()
@@ -445,5 +447,13 @@ def _sample_and_evaluate(
   if heldout is None:
     return None
   found = evaluating.evaluate(measure, trained, heldout, built.context.batch)
-  artifacts.log(f"{when}: held-out perplexity {math.exp(found['loss']):.3f}")
+  artifacts.log(f"{when}: held-out perplexity {perplexity(found['loss']):.3f}")
   return found
+
+
+def perplexity(loss: float) -> float:
+  """Returns exp of a loss, infinite where that overflows: of a broken model."""
+  try:
+    return math.exp(loss)
+  except OverflowError:
+    return math.inf

@@ -94,9 +94,13 @@ def load(workdirs: Sequence[str]) -> list[Run]:
   folders: list[pathlib.Path] = []
   for given in workdirs:
     folder = pathlib.Path(given)
-    units = sorted(p.parent for p in folder.glob("units/*/metrics.jsonl"))
-    stages = [folder / name for name in workdir.stage_names(folder)]
-    folders += units or stages or [folder]
+    units = [
+      place
+      for unit in sorted(folder.glob("units/*"))
+      for place in _runs(unit)
+      if (place / "metrics.jsonl").is_file()
+    ]
+    folders += units or _runs(folder)
   for folder in folders:
     if not (folder / "metrics.jsonl").is_file():
       raise UserError(
@@ -105,6 +109,11 @@ def load(workdirs: Sequence[str]) -> list[Run]:
       )
   names = _names(folders)
   return [_read(f, name) for f, name in zip(folders, names, strict=True)]
+
+
+def _runs(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the folders of a run's stages, or its own if it has none."""
+  return [folder / name for name in workdir.stage_names(folder)] or [folder]
 
 
 def _names(folders: Sequence[pathlib.Path]) -> list[str]:

@@ -203,10 +203,13 @@ def manifest(
 def jobset_name(sweep: str, unit: str) -> str:
   """Returns a name for a unit's JobSet that DNS takes, of 40 characters.
 
-  The names of pods add up to 23, and must have 63 at most.
+  The names of pods add up to 23, and must have 63 at most, the first of them a
+  letter (RFC 1035).
   """
   digest = hashlib.sha256(unit.encode()).hexdigest()[:8]
-  return f"{_label(sweep)[:31].rstrip('-')}-{digest}"
+  name = _label(sweep)
+  name = name if name[0].isalpha() else f"sweep-{name}"
+  return f"{name[:31].rstrip('-')}-{digest}"
 
 
 def _jobset(
@@ -355,7 +358,8 @@ def _volume(text: str) -> tuple[str, str]:
 
 def _label(text: str) -> str:
   """Returns a text as a label of DNS: a-z, 0-9 and dashes in between."""
-  return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63] or "sweep"
+  label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+  return label[:63].rstrip("-") or "sweep"
 
 
 class _Dumper(yaml.SafeDumper):

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments import sweeps
-from experiments.core import config
+from experiments.core import config, train_eval
+from experiments.stages.staged import Staged
 from experiments.studies import protocol
 from experiments.sweeps.work import Work
 from research.typing import UserError
@@ -31,11 +32,13 @@ class Planned:
     unit: its bindings.
     text: its whole configuration, as gin.
     work: for a launcher.
+    run: what the configuration builds.
   """
 
   unit: sweeps.Unit
   text: str
   work: Work
+  run: Any = None
 
   def result(self) -> dict[str, Any] | None:
     """Returns the result of this very configuration, or None."""
@@ -45,6 +48,13 @@ class Planned:
     except (OSError, ValueError):
       return None
     return _flat(found) if text == self.text else None
+
+  def is_written(self) -> bool:
+    """Returns whether this very configuration is on disk."""
+    try:
+      return self.work.config.read_text("utf-8") == self.text
+    except (OSError, ValueError):
+      return False
 
 
 def _flat(found: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +108,9 @@ def plan(
       program=sweep.command,
       options=(*sweep.options, *options),
     )
-    planned.append(Planned(unit=unit, text=read.text, work=work))
+    planned.append(
+      Planned(unit=unit, text=read.text, work=work, run=read.experiment)
+    )
   _all_different(planned)
   return planned
 
@@ -118,6 +130,29 @@ def _all_different(planned: Sequence[Planned]) -> None:
         raise UserError(
           f"sweep: {other.unit} and {unit.unit} are the same run.\n"
           "Expected units that differ, in their names too; leave one out."
+        )
+
+
+def check_steps(planned: Sequence[Planned]) -> None:
+  """Checks that no unit has trained for more steps than it is to.
+
+  A run that has finished is left as it is: its result would be that of more.
+
+  Raises:
+    UserError: one has.
+  """
+  for unit in planned:
+    if unit.work.program != "train":
+      continue
+    stages = unit.run.stages if isinstance(unit.run, Staged) else {"": unit.run}
+    for stage, experiment in stages.items():
+      folder = unit.work.workdir / stage
+      last, steps = train_eval.last_step(folder), experiment.plan.steps
+      if last > steps:
+        raise UserError(
+          f"{folder}: is at step {last}, expected at most {steps}, which the"
+          " sweep sets.\nSet at least as many steps, or choose another"
+          " --workdir."
         )
 
 

@@ -91,6 +91,11 @@ class TrainConfig:
         f"TrainConfig.stalled_after: found {self.stalled_after}, expected"
         " seconds above 0, or None."
       )
+    if self.profile is not None and min(self.profile) < 1:
+      raise UserError(
+        f"TrainConfig.profile: found {self.profile}, expected a first step and"
+        " a number of steps, both at least 1."
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,9 +165,9 @@ def fit(
 
   Raises:
     UserError: the loss or gradient is not finite (names step and metric), the
-      base weights or the structure differ from the workdir's, a batch has a
-      shape that no program was compiled for, or `config.average` is given for
-      a state without a moving average.
+      base weights or the structure differ from the workdir's, it is at a later
+      step than the last, a batch has a shape that no program was compiled for,
+      or `config.average` is given for a state without a moving average.
     Preempted: a stop was requested (`preemption`); the state has been saved.
   """
   if state.ema is None and config.average != TrainConfig.average:
@@ -199,6 +204,12 @@ def fit(
       state, resumed = checkpoints.restore_latest(state, data)
       state, left = unevaluated.restore(workdir, state, data, resumed)
     start = int(state.step)
+    if start > config.steps:
+      raise UserError(
+        f"{workdir}: is at step {start}, expected at most TrainConfig.steps,"
+        f" {config.steps}.\nSet at least {start} steps, or choose another"
+        " workdir."
+      )
     report = stack.enter_context(
       Report(
         workdir,

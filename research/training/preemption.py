@@ -236,11 +236,14 @@ class SaveTimes:
 class StopPoints:
   """The points at which a run may stop, common to all of its processes."""
 
+  _number = 0
+  """Of the last one in this process. Of all its loops: after a notice, JAX
+  waits for the number after the last that it was asked about."""
+
   def __init__(self):
     """Uses the handler that `handling_signals` installed, if any."""
     found = signal.getsignal(signal.SIGINT)
     self._asked = found if isinstance(found, StopRequest) else None
-    self._number = 0
 
   def reached(self) -> bool:
     """Returns whether all processes should save and stop at this point.
@@ -249,11 +252,11 @@ class StopPoints:
     False if signals are not handled and JAX is not distributed, or if its
     preemption service is off.
     """
-    self._number += 1
+    StopPoints._number += 1
     if self._asked is not None and jax.process_count() == 1:
       return self._asked.asked
     try:
-      return multihost_utils.reached_preemption_sync_point(self._number)
+      return multihost_utils.reached_preemption_sync_point(StopPoints._number)
     except RuntimeError:  # the service is off
       return False
 

@@ -34,6 +34,20 @@ INTERVAL = 10.0
 """Seconds between two looks at all files."""
 
 
+def clear(workdir: Folder) -> None:
+  """Removes what processes of an earlier run have left.
+
+  The first process does, before any process trains: another one that hangs
+  until then would count as being as far as it came in that run.
+
+  Args:
+    workdir: of the run.
+  """
+  with folders.writing(workdir / FOLDER):
+    for path in (workdir / FOLDER).glob("*.json"):
+      path.unlink()
+
+
 @dataclasses.dataclass(frozen=True)
 class Activity:
   """What a process does.

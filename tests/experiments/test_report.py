@@ -118,6 +118,17 @@ def test_a_sweep_stands_for_its_units(command, tmp_path):
   assert "R=8  0.009" in out.out
 
 
+def test_so_does_a_sweep_of_runs_of_stages(tmp_path):
+  for unit in ("R=1", "R=8"):
+    folder = tmp_path / "units" / unit
+    write(folder / "tune"), write(folder / "align")
+    (folder / "stages.json").write_text('{"stages": ["tune", "align", "end"]}')
+    (tmp_path / "units" / f"{unit}.gin").write_text("")
+  names = [run.name for run in compare.load([str(tmp_path)])]
+  parts = [name.split("/")[-2:] for name in names]
+  assert parts == [[u, s] for u in ("R=1", "R=8") for s in ("tune", "align")]
+
+
 def test_a_run_without_losses_is_drawn_too(tmp_path):
   curves = plot_runs.Curves(name="x", records=[], seconds={}, fraction=None)
   plot_runs.compare([curves], tmp_path / "x.png")

@@ -179,6 +179,19 @@ def test_what_remains_after_a_preemption_is_said(command, monkeypatch):
   assert "2 of 4 units are not done" in out.err
 
 
+def test_fewer_steps_are_not_the_result_of_more(command):
+  """Which train returns of a run that has finished."""
+  command(steps=8)
+  place = command.out / "units" / "RANK=8_SEED=0"
+  (place / "checkpoints" / "8").mkdir(parents=True)
+  text = (command.out / "units" / "RANK=8_SEED=0.gin").read_text()
+  status, result, out = command(steps=4)
+  assert (status, result) == (1, None)
+  assert f"{place}: is at step 8, expected at most 4" in out.err
+  assert (command.out / "units" / "RANK=8_SEED=0.gin").read_text() == text
+  assert command(steps=9)[0] == 0
+
+
 def test_a_trial_has_bindings_of_its_own(command):
   # The type checks are the units' as well.
   command("--set=STEPS=2", "--parallel=2", "--notypecheck")

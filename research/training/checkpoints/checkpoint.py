@@ -96,6 +96,9 @@ class Checkpoints:
         preservation_policy=_preserve.AnyPreservationPolicy(kept),
         cleanup_tmp_directories=sweep,
       )
+    # Orbax would ask JAX for sync points by the numbers of steps: a run that is
+    # asked to stop in a save would miss its own (`preemption.StopPoints`).
+    self._steps._manager.reached_preemption = lambda step: False
 
   def __enter__(self) -> "Checkpoints":
     return self

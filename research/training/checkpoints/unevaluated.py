@@ -23,6 +23,7 @@ NAME = "unevaluated"
 
 def save(workdir: Folder, state: TrainState, data: Any = None) -> None:
   """Saves the state; arguments as for `Checkpoints.save`."""
+  remove(workdir)  # a damaged one that was not used: Orbax replaces no step
   with Checkpoints(workdir / NAME, keep=1, sweep=True) as one:
     one.save(state, data)
 
@@ -56,9 +57,9 @@ def restore(
 
 
 def remove(workdir: Folder) -> None:
-  """Removes the separate checkpoint after its evaluation."""
+  """Removes the separate checkpoint, if there is one."""
   folder = workdir / NAME
-  if jax.process_index():
+  if jax.process_index() or not folder.is_dir():
     return
   with folders.writing(folder):
     if folders.is_remote(folder):

@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -98,7 +99,7 @@ class JsonlWriter:
 
 def _line(record: Values) -> str:
   def plain(x):
-    if isinstance(x, int | str):
+    if x is None or isinstance(x, int | str):  # None: null, of a kept line
       return x
     return float(x) if math.isfinite(x) else None
 
@@ -165,7 +166,11 @@ class WandbWriter:
     *,
     project: str = "heptad",
   ):
-    """Starts or resumes the run that is named after `folder`."""
+    """Starts or resumes the run of `folder`, which bears its name.
+
+    Names are not its id: stages of other runs have the same. The folder keeps
+    the id, so that a run which has saved nothing yet goes on as well.
+    """
     try:
       import wandb
     except ImportError as error:
@@ -173,12 +178,19 @@ class WandbWriter:
         "WandbWriter: wandb is not installed.\n"
         "In Heptad's folder: pip install -e '.[tracking]'"
       ) from error
-    name = pathlib.Path(folder).resolve().name
+    name, here = pathlib.Path(folder).resolve().name, folders.folder(folder)
+    note = here / "wandb_id.txt"
+    if not note.exists():
+      # Of runs from before there were notes, the name is the id.
+      old = resume_step is not None and (here / "wandb").is_dir()
+      with folders.writing(note):
+        folders.write_text(note, name if old else uuid.uuid4().hex)
     self._run = wandb.init(
       project=project,
-      id=name,
+      id=note.read_text("utf-8"),
+      name=name,
       dir=str(folder),
-      resume="never" if resume_step is None else "must",
+      resume="allow",
     )
 
   def scalars(self, step: int, values: Values) -> None:

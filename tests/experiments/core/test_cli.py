@@ -33,6 +33,7 @@ from research import progress, tree
 from research.interop import load, peft
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
+from research.training.preemption import Preempted
 from research.typing import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -355,12 +356,17 @@ def test_what_is_shown_of_an_error(command, error, text):
   assert errors.startswith(text)
 
 
-def test_traceback_on_demand(command):
+@pytest.mark.parametrize(
+  ("error", "want"), [(UserError("a: b"), 1), (Preempted("a: b"), 42)]
+)
+def test_traceback_on_demand(command, error, want):
+  """A launcher restarts a run that was preempted, with this flag, too."""
+
   def main(argv):
-    raise UserError("a: b")
+    raise error
 
   status, _, errors = command(main, "--traceback")
-  assert status == 1 and "Traceback" in errors and "a: b" in errors
+  assert status == want and "Traceback" in errors and "a: b" in errors
 
 
 def test_long_work_says_so(monkeypatch, capsys):

@@ -10,8 +10,9 @@ import time
 import jax
 import pytest
 
-from experiments.core import runtime
+from experiments.core import cli, runtime
 from research.training.preemption import Preempted
+from research.typing import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -54,6 +55,27 @@ def test_setup_sets_nothing_that_is_not_put_back(monkeypatch, kept):
   assert set(named) == set(kept)
 
 
+@pytest.mark.parametrize(
+  ("words", "off"),
+  [
+    ([], False),
+    (["--typecheck"], False),
+    (["--typecheck=true"], False),
+    (["--notypecheck"], True),
+    (["-notypecheck"], True),
+    (["--typecheck=false"], True),
+    (["--typecheck=False"], True),
+    (["--typecheck=0"], True),
+  ],
+)
+def test_a_flag_is_off_where_absl_reads_so(words, off):
+  assert runtime._is_off("typecheck", ["train", "--workdir=a", *words]) == off
+  values = cli.new_flags()
+  values(["train", *words])
+  assert values["typecheck"].value != off
+  values["typecheck"].unparse()  # commands share it
+
+
 TRAIN = (sys.executable, "-m", "experiments.train", "--nohuge_pages")
 
 
@@ -77,6 +99,25 @@ def test_a_run_that_imports_ends_as_one_that_is_preempted(tmp_path):
     _, said = process.communicate(timeout=60)
   assert process.returncode == runtime.PREEMPTED == Preempted.exit_status
   assert said == b"preempted: asked to stop; nothing had to be saved.\n"
+
+
+@pytest.mark.parametrize("left_out", ["COORDINATOR_ADDRESS", "NUM_PROCESSES"])
+def test_an_environment_that_says_half_of_it_is_an_error(monkeypatch, left_out):
+  """Each of the processes would train alone, in the same directory."""
+  says = {"COORDINATOR_ADDRESS": "a:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}
+
+  def initialize(**_):  # as JAX does, where it finds no cluster
+    raise ValueError("Number of processes must be defined.")
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  for name in says:
+    monkeypatch.delenv(f"JAX_{name}", raising=False)
+  assert not runtime._connect(runtime.Cluster())
+  del says[left_out]
+  for name, value in says.items():
+    monkeypatch.setenv(f"JAX_{name}", value)
+  with pytest.raises(UserError, match=f"JAX_{left_out}=None.* all three"):
+    runtime._connect(runtime.Cluster())
 
 
 FAIL = """

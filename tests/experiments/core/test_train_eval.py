@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import chex
 import jax.numpy as jnp
@@ -107,3 +108,16 @@ def test_files_of_later_stages_are_checked_before_the_first(
   run = staged.Staged(stages=stages, texts={"one": "", "two": ""})
   with pytest.raises(UserError, match=r"no.txt: cannot be read"):
     running.train(run, folder(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("loss", "value"),
+  [(0.0, 1.0), (700.0, math.exp(700)), (710.0, math.inf), (5e4, math.inf)],
+)
+def test_a_run_that_diverged_has_a_perplexity(loss, value):
+  """Python's exp raises OverflowError from 710 nats on."""
+  assert train_eval.perplexity(loss) == value
+
+
+def test_a_loss_that_is_not_a_number_stays_one():
+  assert math.isnan(train_eval.perplexity(math.nan))

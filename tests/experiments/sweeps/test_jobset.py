@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -119,12 +120,27 @@ def test_where_files_are():
     documents(volumes=["runs"])
 
 
-def test_names_are_labels_of_dns():
-  """RFC 1123; those of pods add the group, job, pod and 5 letters."""
-  name = jobset.jobset_name("Ä sweep_of " + 40 * "many ", "RANK=1")
-  assert name.isascii() and name == name.lower() and len(name) <= 40
-  assert all(x.isalnum() or x == "-" for x in name) and name[0].isalnum()
-  assert name != jobset.jobset_name("Ä sweep_of " + 40 * "many ", "RANK=2")
+# JobSet's webhook wants RFC 1035 (`IsDNS1035Label`) of the names that it makes.
+DNS = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
+
+
+@pytest.mark.parametrize(
+  "sweep", ["Ä sweep_of " + 40 * "many ", "2026_ranks", "_", 21 * "ab-" + "c"]
+)
+def test_names_are_labels_of_dns(sweep):
+  """Those of pods add the group, job, pod and 5 letters."""
+  name = jobset.jobset_name(sweep, "RANK=1")
+  assert re.fullmatch(DNS, name) and len(name) <= 40
+  assert name != jobset.jobset_name(sweep, "RANK=2")
+  unit, *_ = make_launchers.planned(pathlib.Path("/runs/a/units"))
+  on = jobset.hardware("v5e:4x4")
+  text = jobset.manifest(
+    [unit], sweep=sweep, image="heptad", on=on, volumes=["runs:/runs"]
+  )
+  for document in yaml.safe_load_all(text):
+    (label,) = document["metadata"]["labels"].values()
+    assert re.fullmatch(LABEL, label) and len(label) <= 63
 
 
 SWEEP = """

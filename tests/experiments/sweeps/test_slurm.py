@@ -225,6 +225,10 @@ def test_the_command(stand_ins, tmp_path, capsys):
   assert (status, result["submitted"], result["array"]) == (0, 2, "12")
   queue.write_text("12|0|RUNNING|n1\n12|1|PENDING|\n")
   assert call("--launcher=slurm")[1]["submitted"] == 0
+  before = (out / "units" / "RANK=8.gin").read_text()
+  status, _, said = call("--launcher=slurm", "--set=STEPS=90")
+  assert status == 1 and "with other settings: RANK=1, RANK=8." in said.err
+  assert (out / "units" / "RANK=8.gin").read_text() == before
   status, _, said = call()
   assert status == 1 and "Slurm has queued or runs 2 units" in said.err
   status, result, said = call("--status")

@@ -186,6 +186,15 @@ def test_a_nan_stops_the_run_before_it_is_saved(line, tmp_path):
   assert [s for s, _ in losses(tmp_path)] == list(range(1, 10))
 
 
+def test_a_run_that_is_past_its_last_step_is_an_error(line, tmp_path):
+  """Its state would be taken for that of the last step."""
+  line_run(line, tmp_path, loop.TrainConfig(steps=3))
+  before = (tmp_path / "metrics.jsonl").read_text()
+  with pytest.raises(UserError, match="is at step 3, expected at most .* 2"):
+    line_run(line, tmp_path, loop.TrainConfig(steps=2))
+  assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
 @pytest.mark.slow
 def test_a_run_says_that_its_saves_take_too_long(
   line, tmp_path, monkeypatch, capsys
@@ -297,3 +306,10 @@ def test_plans_that_do_nothing(field):
     UserError, match=f"TrainConfig.{field}: found 0, expected at"
   ):
     loop.TrainConfig(**{"steps": 1, field: 0})
+
+
+@pytest.mark.parametrize("profile", [(0, 2), (1, 0), (-1, 3)])
+def test_profiles_of_steps_that_are_none(profile):
+  """JAX would stop a trace that was not started, or never stop one."""
+  with pytest.raises(UserError, match="TrainConfig.profile: found"):
+    loop.TrainConfig(steps=3, profile=profile)

@@ -1,14 +1,19 @@
 """Signal handling of processes in different states."""
 
+import dataclasses
 import json
 import signal
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
+from jax.experimental import multihost_utils
 
-from research.training import preemption
+from research.training import preemption, state
+from research.training.checkpoints import checkpoint, writers
 from research.typing import UserError
 
 
@@ -90,6 +95,60 @@ def test_a_signal_while_processes_meet_waits_for_how_many_they_are(
       assert told == [1] and asked.asked and asked.alone == alone
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+class SyncManager:
+  """What JAX's manager of sync points does, in its C++.
+
+  A notice makes a sync point of the number after the last that it was asked
+  about, by any process; it is reached when it is asked about that very number.
+  """
+
+  def __init__(self):
+    self.last, self.sync_point = 0, -1
+
+  def notice(self):
+    self.sync_point = self.last + 1
+
+  def reached(self, number):
+    self.last = number
+    return number == self.sync_point
+
+
+@pytest.fixture
+def manager(monkeypatch):
+  made, name = SyncManager(), "reached_preemption_sync_point"
+  monkeypatch.setattr(multihost_utils, name, made.reached)
+  return made
+
+
+def test_a_notice_between_the_loops_of_stages_stops_the_next_one(manager):
+  points = preemption.StopPoints()
+  assert not any(points.reached() for _ in range(9))
+  manager.notice()
+  assert preemption.StopPoints().reached()
+
+
+@pytest.mark.parametrize("step", [3, 5000])
+def test_a_notice_within_a_save_stops_the_run_after_it(
+  step, manager, tmp_path, monkeypatch
+):
+  """Orbax asks JAX, too, in each save; the steps of a run that resumes are
+  larger than the numbers of its stop points."""
+  wait = writers.wait
+
+  def notice(*arguments):
+    manager.notice()
+    return wait(*arguments)
+
+  monkeypatch.setattr(writers, "wait", notice)
+  points = preemption.StopPoints()
+  assert not any(points.reached() for _ in range(9))
+  made = state.create({"a": jnp.ones(3)}, "a", optax.sgd(1.0))
+  made = dataclasses.replace(made, step=jnp.int32(step))
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(made)
+  assert points.reached()
 
 
 def test_a_save_that_takes_too_long_is_announced(monkeypatch):

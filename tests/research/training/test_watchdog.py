@@ -61,6 +61,20 @@ def test_progress_of_any_process_is_progress(three):
   assert "process 0 of 3: starting; its last collective: none" in ticks(dogs)[2]
 
 
+def test_what_an_earlier_run_has_left_does_not_count(three, tmp_path):
+  """Process 2 hangs before it watches, and came far in the run before."""
+  dogs, now = three
+  left = {"count": 9, "doing": "computing step 9", "collective": "update 9"}
+  (tmp_path / watchdog.FOLDER / "2.json").write_text(json.dumps(left))
+  watchdog.clear(tmp_path)
+  for dog in dogs[:2]:
+    dog.doing("restoring")
+  ticks(dogs[:2])
+  now[0] = 61.0
+  assert "process 2 of 3: starting" in ticks(dogs[:2])[0]
+  watchdog.clear(tmp_path / "new")
+
+
 def test_a_file_that_cannot_be_read_is_no_change(three, tmp_path):
   dogs, now = three
   dogs[1].doing("compiling")

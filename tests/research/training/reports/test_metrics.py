@@ -1,6 +1,7 @@
 """Metric writers: file contents after a crash and a resumption."""
 
 import json
+import pathlib
 import resource
 import subprocess
 import sys
@@ -47,7 +48,11 @@ def test_lines_are_json_whatever_the_number(tmp_path):
   writer.scalars(
     1, {"a": float("nan"), "b": np.float32(0.5), "c": 7, "d": float("inf")}
   )
-  assert records(path) == [{"step": 1, "a": None, "b": 0.5, "c": 7, "d": None}]
+  writer.close()
+  lines = [{"step": 1, "a": None, "b": 0.5, "c": 7, "d": None}]
+  assert records(path) == lines
+  metrics.JsonlWriter(path, resume_step=1).close()
+  assert records(path) == lines
 
 
 @pytest.mark.parametrize(
@@ -99,6 +104,49 @@ def test_missing_packages_are_named(tmp_path, writer, package, monkeypatch):
   monkeypatch.setitem(__import__("sys").modules, package, None)
   with pytest.raises(UserError, match=rf"{package} is not installed"):
     writer(tmp_path, None)
+
+
+class Wandb:
+  """W&B's server, as its documentation has `resume` (guides/runs/resuming)."""
+
+  def __init__(self):
+    self.logged = {}
+
+  def init(self, *, id, dir, resume, **_):
+    if resume == {True: "never", False: "must"}[id in self.logged]:
+      raise ValueError(f"resume={resume}, id={id}")
+    (pathlib.Path(dir) / "wandb").mkdir(exist_ok=True)
+    self._now = self.logged.setdefault(id, [])
+    return self
+
+  def log(self, values, step):
+    self._now.append(step)
+
+  def finish(self):
+    pass
+
+
+def test_a_run_of_wandb_is_that_of_its_folder(tmp_path, monkeypatch):
+  """Of a run that has saved nothing, and of stages of two runs alike."""
+  server = Wandb()
+  monkeypatch.setitem(sys.modules, "wandb", server)
+  for run in ("a", "b"):
+    folder = tmp_path / run / "align"
+    folder.mkdir(parents=True)
+    for resumed, step in ((None, 1), (None, 2), (2, 3)):
+      writer = metrics.WandbWriter(folder, resumed)
+      writer.scalars(step, {"train/loss": 0.5})
+      writer.close()
+  assert list(server.logged.values()) == [[1, 2, 3], [1, 2, 3]]
+  # One whose id was its name; and one that W&B is new to.
+  for name, begun in (("old", True), ("late", False)):
+    folder = tmp_path / name
+    folder.mkdir()
+    if begun:
+      (folder / "wandb").mkdir()
+      server.logged[name] = [1]
+    metrics.WandbWriter(folder, 1).scalars(2, {"train/loss": 0.5})
+  assert server.logged["old"] == [1, 2] and "late" not in server.logged
 
 
 def test_tensorboard_events(tmp_path):
