@@ -18,6 +18,7 @@ from research.interop.peft import names as peft_names
 from research.interop.vision import ImageSize, adapters, families
 from research.lora import wrap
 from research.lora.adapt import Adapt
+from research.lora.methods import vera
 from research.typing import UserError
 from research.vlm.objective import WithImages
 from research.vlm.within import Within
@@ -107,19 +108,19 @@ def test_molmo2_has_no_names_for_adapters():
       assert peft_names.naming_of_config({"model_type": kind}).language
 
 
-def adapted_run(base, tower, **model):
+def adapted_run(base, tower, method=lora.LoRA(rank=2), **model):
   """Returns a run over a published model, and what it has trained."""
   run = dataclasses.replace(
     config.read(RUN).experiment,
     model=experiment.Pretrained(name=str(base), towers="all", **model),
     objective=WithImages(),
-    transforms=(Within(tower, Adapt(method=lora.LoRA(rank=2))),),
+    transforms=(Within(tower, Adapt(method=method)),),
     trainable=wrap.TRAINABLE,
   )
   built = run.build()
 
   def move(path, x):
-    if not path.endswith("/b"):
+    if not path.endswith(("/trained/b", "/trained/l")):
       return x
     return 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape)
 
@@ -141,9 +142,10 @@ def base(tmp_path):
   return tmp_path / "base"
 
 
-def test_a_run_leaves_its_adapter(tmp_path, base):
+@pytest.mark.parametrize("method", [lora.LoRA(rank=2), vera.VeRA(rank=2)])
+def test_a_run_leaves_its_adapter(method, tmp_path, base):
   """Not the whole model; and `--model=` has images again."""
-  run, built = adapted_run(base, "language")
+  run, built = adapted_run(base, "language", method)
   folder = tmp_path / "adapter"
   assert artifacts._save_adapter(folder, run, built, built.params)
   again = load.load_model(folder, towers="all")
