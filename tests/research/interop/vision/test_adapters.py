@@ -171,3 +171,19 @@ def test_images_of_another_size_are_left_to_the_model(tmp_path, base):
   """An adapter's base has the published size."""
   run, built = adapted_run(base, "language", image_size=ImageSize(pixels=32))
   assert not artifacts._save_adapter(tmp_path / "a", run, built, built.params)
+
+
+def test_an_adapted_model_for_images_of_another_size(tmp_path, base):
+  run, built = adapted_run(base, "language")
+  folder = tmp_path / "adapter"
+  assert artifacts._save_adapter(folder, run, built, built.params)
+  found, plain = (
+    load.load_model(x, towers="all", image_size=ImageSize(pixels=24))
+    for x in (folder, base)
+  )
+  assert found.model == plain.model
+  assert found.preprocessor == plain.preprocessor
+  chex.assert_trees_all_equal(found.params["vision"], plain.params["vision"])
+  chex.assert_trees_all_equal(
+    found.params["language"], load.load_model(folder).params
+  )
