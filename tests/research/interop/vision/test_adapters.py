@@ -187,3 +187,20 @@ def test_an_adapted_model_for_images_of_another_size(tmp_path, base):
   chex.assert_trees_all_equal(
     found.params["language"], load.load_model(folder).params
   )
+
+
+def test_the_language_model_alone_is_written_as_one(tmp_path, base):
+  """Whose config.json no directory of a language model has."""
+  run = dataclasses.replace(
+    config.read(RUN).experiment,
+    model=experiment.Pretrained(name=str(base)),
+    transforms=(),
+    trainable=".",
+  )
+  built = run.build()
+  folder = tmp_path / "model"
+  assert artifacts._save_model(folder, run, built, built.params)
+  again = load.load_model(folder)
+  assert again.model == load.load_model(base).model
+  assert again.tokenizer.encode("w5 w6") == [5, 6]
+  chex.assert_trees_all_equal(again.params, built.params)
