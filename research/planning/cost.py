@@ -310,10 +310,10 @@ def _convolution(i: Instruction, left, right) -> float:
       spread=int(of("lhs_dilate", "1")),
       spaced=int(of("rhs_dilate", "1")),
     )
+  # With groups of features or of rows, these are a group's already.
   batch, features = out[c.index("b")], out[c.index("f")]
-  groups = (i.numbers("batch_group_count") or (1,))[0]
   inner = right[b.index("i")]
-  return 2.0 * batch * features * inner * valid / groups
+  return 2.0 * batch * features * inner * valid
 
 
 def _positions(size, out, window, stride, pad, spread, spaced) -> int:

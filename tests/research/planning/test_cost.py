@@ -147,6 +147,23 @@ HEAD = "\nENTRY %main (p: f32[]) -> f32[] {\n"
       "window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf",
       4 * 8 * 16 * 32,
     ),
+    # A filter of three taps for each of 8 channels, two rows of 16, padded on
+    # the left: the first tap misses two positions, the second one.
+    (
+      "f32[2,16,8]",
+      "f32[3,1,8]",
+      "f32[2,16,8]",
+      "window={size=3 pad=2_0}, dim_labels=b0f_0io->b0f, feature_group_count=8",
+      2 * 8 * (14 + 15 + 16),
+    ),
+    # Its gradient: as many products, of rows that JAX groups.
+    (
+      "f32[2,16,8]",
+      "f32[2,16,8]",
+      "f32[3,1,8]",
+      "window={size=16 pad=2_0}, dim_labels=f0b_i0o->0bf, batch_group_count=8",
+      2 * 8 * (14 + 15 + 16),
+    ),
   ],
 )
 def test_matrix_products_that_tpus_call_convolutions(
