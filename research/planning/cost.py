@@ -146,6 +146,8 @@ class _Walk:
       return self.computation(i.calls("to_apply"))
     if i.opcode == "async-start":
       return self.computation(i.calls("calls"))
+    if i.opcode in ("async-update", "async-done"):
+      return Cost()  # what it started has been counted
     here = Cost(
       flops=_flops(where, i),
       bytes=traffic.instruction_bytes(self._program, where, i),

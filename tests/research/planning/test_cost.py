@@ -279,6 +279,25 @@ def test_a_collective_that_several_fusions_share_counts_once():
   assert list(cost.program_cost(hlo.parse(text), 4).collectives.values()) == [1]
 
 
+def test_an_asynchronous_computation_counts_once():
+  """XLA's cost analysis as well gives all of it to the start."""
+  text = f"""HloModule m
+
+%sum (p: f32[64], q: f32[64]) -> f32[64] {{
+  %p = f32[64]{{0}} parameter(0)
+  %q = f32[64]{{0}} parameter(1)
+  ROOT %s = f32[64]{{0}} add(%p, %q)
+}}
+{HEAD}  %a = f32[64]{{0}} parameter(0)
+  %b = f32[64]{{0}} parameter(1)
+  %start = ((f32[64]{{0}}, f32[64]{{0}}), f32[64]{{0}}, u32[]) async-start(%a, %b), calls=%sum
+  %later = ((f32[64]{{0}}, f32[64]{{0}}), f32[64]{{0}}, u32[]) async-update(%start)
+  ROOT %done = f32[64]{{0}} async-done(%later)
+}}
+"""  # noqa: E501
+  assert cost.program_cost(hlo.parse(text), 1).bytes == 3 * 4 * 64
+
+
 @pytest.mark.parametrize(
   "stated",
   [
