@@ -16,7 +16,7 @@ from research.diffusion import mask_ratio_time
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.sampling.block_causal import BlockCausal
-from research.interop import load, loaded, sources
+from research.interop import convert, load, loaded, sources
 from research.interop.diffusion.spec import Spec, from_config
 from research.lora import adapt, wrap
 from research.lora.methods import dora, lora
@@ -182,6 +182,12 @@ def test_adapters_that_are_trained_further_are_left_to_the_model(tmp_path):
   assert not artifacts._save_adapter(tmp_path / "b", run, built, params)
   assert artifacts._save_model(tmp_path / "model", run, built, params)
   again = load.load_model(tmp_path / "model").params
+  chex.assert_trees_all_equal(
+    *(dict(tree.flatten_paths(x)) for x in (again, params))
+  )
+  # As an adapter it is one of the first base.
+  convert.to_peft(sources.open_source(tmp_path / "model"), tmp_path / "c")
+  again = load.load_model(tmp_path / "c").params
   chex.assert_trees_all_equal(
     *(dict(tree.flatten_paths(x)) for x in (again, params))
   )
