@@ -279,6 +279,36 @@ def test_a_collective_that_several_fusions_share_counts_once():
   assert list(cost.program_cost(hlo.parse(text), 4).collectives.values()) == [1]
 
 
+@pytest.mark.parametrize(
+  "branches",
+  [
+    "branch_computations={%multiply, %add}",
+    "true_computation=%add, false_computation=%multiply",
+  ],
+)
+def test_of_branches_the_most_of_each_cost_counts(branches):
+  """One multiplies, the other one reads and writes more."""
+  text = f"""HloModule m
+
+%multiply (p: f32[8,8]) -> f32[8,8] {{
+  %p = f32[8,8]{{1,0}} parameter(0)
+  ROOT %d = f32[8,8]{{1,0}} dot(%p, %p), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
+
+%add (q: f32[8,8]) -> f32[8,8] {{
+  %q = f32[8,8]{{1,0}} parameter(0)
+  %r = f32[8,8]{{1,0}} add(%q, %q)
+  ROOT %s = f32[8,8]{{1,0}} add(%r, %q)
+}}
+{HEAD}  %i = s32[] parameter(0)
+  %x = f32[8,8]{{1,0}} parameter(1)
+  ROOT %c = f32[8,8]{{1,0}} conditional(%i, %x, %x), {branches}
+}}
+"""  # noqa: E501
+  found = cost.program_cost(hlo.parse(text), 1)
+  assert (found.flops, found.bytes) == (2 * 8**3, 2 * 3 * 4 * 8 * 8)
+
+
 def test_an_asynchronous_computation_counts_once():
   """XLA's cost analysis as well gives all of it to the start."""
   text = f"""HloModule m
