@@ -15,7 +15,7 @@ class Validate(Operation):
 
   def run(self) -> dict[str, Any]:
     """Returns the findings: rules can be wrong that no weight shows."""
-    from research.interop import load, sources
+    from research.interop import load, peft, sources
     from research.interop.peft import (
       full_weights,
       validate,
@@ -32,6 +32,10 @@ class Validate(Operation):
     base = sources.open_source(str(load.adapter_base(folder)[1]))
     params = base.params()
     naming = peft_names.naming_of_config(base.config)
+    file = folder / peft.WEIGHTS
+    if naming.language and file.is_file():
+      # Of a model with images, or of its language model's own class.
+      naming = peft_names.naming_of_keys(safetensors.open_file(file))
     everything = full_weights.base_weights(params, base.model, naming)
     found = validate.findings(
       safetensors.read_json(folder / load.ADAPTER_CONFIG),

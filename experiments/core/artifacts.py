@@ -94,12 +94,15 @@ def _save_adapter(folder, experiment, built, params) -> bool:
 
   Adapters describe the trained model only if nothing else was trained, if its
   masks are those of its base, and if their base has a name: it was not trained
-  from scratch or by an earlier stage, and its images have the published size.
-  Adapters that PEFT has no form for are left to the whole model.
+  from scratch or by an earlier stage, it is no adapter itself, which would be
+  added to these, and its images have the published size. Adapters that PEFT has
+  no form for are left to the whole model.
   """
   added, rest = tree.partition(params, wrap.TRAINABLE)
   base = getattr(experiment.model, "name", None)
   if getattr(experiment.model, "image_size", None) is not None:
+    return False
+  if built.loaded.source.get("format") == "peft":
     return False
   if base is None or not tree.count(added) or _changed(experiment, rest):
     return False

@@ -307,6 +307,8 @@ def to_peft(
   under = source.base
   if under is None or base is not None:
     under = sources.open_source(name)
+  if under.base is not None:  # an adapter that was trained further
+    under, name = under.base, under.base_name
   params = source.params()
   different = changed_addresses(part.from_params(wrap.disable(params)), under)
   with _whole(to) as draft:

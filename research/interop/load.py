@@ -169,6 +169,15 @@ def adapter_directory(path: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
+def _is_adapter(path: pathlib.Path) -> bool:
+  """Whether a name stands for an adapter, or for a run that has left one."""
+  if (path / ADAPTER_CONFIG).is_file():
+    return True
+  path = _of_run(last_stage(path)) if path.is_dir() else path
+  run = (path / "config.gin").is_file()
+  return run and (path / "adapter" / ADAPTER_CONFIG).is_file()
+
+
 def _directory(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
   if (path / NOTE).is_file():
     return _ours(path, dtype, bool(packed), shardings)
@@ -271,7 +280,7 @@ def adapter_base(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
   # A known name stays one even where a directory happens to be called so.
   beside = pathlib.Path(os.path.normpath(path / base))
   target = beside if base not in PACKAGES and beside.exists() else base
-  if (pathlib.Path(target) / ADAPTER_CONFIG).is_file():
+  if _is_adapter(pathlib.Path(target)):
     raise UserError(
       f"{path / ADAPTER_CONFIG}: its base {target} is an adapter itself; "
       "expected a model. Merge that adapter into its own base first."

@@ -16,6 +16,7 @@ from research.interop import gguf, hf, load, native
 from research.interop import parts as part
 from research.interop.hf import config as hf_config
 from research.interop.loaded import NOTE, Loaded
+from research.interop.vision import families
 from research.io import safetensors
 from research.nn.transformer import Transformer
 from research.text.tokenizer import Tokenizer
@@ -194,7 +195,7 @@ def from_training(
     name: what the run calls its model, or None.
   """
   path = loaded.source.get("path")
-  if path is None:  # trained from scratch
+  if path is None or _of_images(loaded):  # or trained from scratch
     return Source(
       model=loaded.model,
       parts=part.from_params(params),
@@ -204,3 +205,10 @@ def from_training(
     )
   base = open_source(path)
   return with_params(base, loaded.model, params, origin, name)
+
+
+def _of_images(loaded: Loaded) -> bool:
+  """Whether it is the language model out of a directory of one with images."""
+  source = loaded.source.get("base", loaded.source)
+  kind = source.get("model_type")
+  return kind in families.MODULES and isinstance(loaded.model, Transformer)

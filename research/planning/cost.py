@@ -140,12 +140,13 @@ class _Walk:
         return dataclasses.replace(each, unknown=each.unknown + 1)
       return each.times(n)
     if i.opcode == "conditional":
-      # An upper bound for any branch.
-      return max(map(self.computation, _branches(i)), key=lambda c: c.bytes)
+      return _most([self.computation(name) for name in _branches(i)])
     if i.opcode == "call":
       return self.computation(i.calls("to_apply"))
     if i.opcode == "async-start":
       return self.computation(i.calls("calls"))
+    if i.opcode in ("async-update", "async-done"):
+      return Cost()  # what it started has been counted
     here = Cost(
       flops=_flops(where, i),
       bytes=traffic.instruction_bytes(self._program, where, i),
@@ -196,6 +197,18 @@ def _branches(i: Instruction) -> list[str]:
   if listed is not None:
     return [name.strip(" %") for name in listed.strip("{}").split(",")]
   return [i.calls("true_computation"), i.calls("false_computation")]
+
+
+def _most(costs: list[Cost]) -> Cost:
+  """Returns an upper bound of each cost, whichever branch is taken."""
+  kinds = {kind for c in costs for kind in c.collectives}
+  return Cost(
+    max(c.flops for c in costs),
+    max(c.bytes for c in costs),
+    max(c.cycles for c in costs),
+    {kind: max(c.collectives.get(kind, 0.0) for c in costs) for kind in kinds},
+    max(c.unknown for c in costs),
+  )
 
 
 def _scattered(cost: Cost) -> Cost:
@@ -310,10 +323,10 @@ def _convolution(i: Instruction, left, right) -> float:
       spread=int(of("lhs_dilate", "1")),
       spaced=int(of("rhs_dilate", "1")),
     )
+  # With groups of features or of rows, these are a group's already.
   batch, features = out[c.index("b")], out[c.index("f")]
-  groups = (i.numbers("batch_group_count") or (1,))[0]
   inner = right[b.index("i")]
-  return 2.0 * batch * features * inner * valid / groups
+  return 2.0 * batch * features * inner * valid
 
 
 def _positions(size, out, window, stride, pad, spread, spaced) -> int:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from experiments import adapters, convert
 from experiments.core import cli, config, train_eval
@@ -19,6 +20,7 @@ from research.lora import adapt, lora_factors
 from research.lora.merge import merge
 from research.quant.quantize import Quantize
 from research.training.checkpoints.workdir import claim_workdir
+from tests import support_golden
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODELS = ROOT / "tests" / "golden" / "models"
@@ -246,6 +248,37 @@ def test_rules(command, tmp_path):
   assert status == 0
   kinds = [f["kind"] for f in result["findings"]]
   assert kinds == ["nothing", "order"]
+
+
+@pytest.mark.parametrize(
+  "module", ["model.language_model.", "model.", "language_model.model."]
+)
+def test_rules_have_the_names_that_the_file_has(module, command, tmp_path):
+  """Of Gemma 3: its class with images, that without, and the older one."""
+  folder, base = tmp_path / "a", tmp_path / "base"
+  base.mkdir()
+  support_golden.write(base, "gemma3")
+  shutil.copytree(support_golden.GOLDEN / "vlm_peft" / "gemma3", folder)
+  path, new = folder / "adapter_config.json", "model.language_model."
+  config = json.loads(path.read_text())
+  config["base_model_name_or_path"] = str(base)
+  config["target_modules"] = [
+    name.replace(new, module) for name in config["target_modules"]
+  ]
+  path.write_text(json.dumps(config))
+  file = folder / "adapter_model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  safetensors.numpy.save_file(
+    {
+      k.replace(f"model.{new}", f"model.{module}"): x
+      for k, x in tensors.items()
+    },
+    file,
+  )
+  status, result, errors = command(
+    adapters.main, "--op=validate", f"--from={folder}"
+  )
+  assert (status, result["findings"]) == (0, []), errors
 
 
 def test_a_lossy_merge_is_refused_unless_asked_for(command, tmp_path):

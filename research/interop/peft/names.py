@@ -164,11 +164,16 @@ def naming_of_keys(keys: Iterable[str]) -> Naming:
 def check_language_alone(
   keys: Iterable[str], naming: Naming, where: Any
 ) -> None:
-  """Raises UserError for a tensor of an encoder's or connector's adapter."""
+  """Raises UserError for a tensor of an encoder's or connector's adapter.
+
+  Those that all modules share (`Method.PEFT_SHARED`) are of none.
+  """
   if not naming.language:
     return
   own = PREFIX + naming.language, f"{PREFIX}{naming.head}."
-  others = sorted(k for k in keys if not k.startswith(own))
+  others = sorted(
+    k for k in keys if k.startswith(PREFIX) and not k.startswith(own)
+  )
   if others:
     raise UserError(
       f"{where}: found {len(others)} tensors of other modules than the language"

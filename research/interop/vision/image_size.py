@@ -112,11 +112,12 @@ def _check(model: Any, pixels: int) -> None:
 
 def _described(loaded: Loaded, pixels: int) -> VisionLanguageModel:
   """Returns what the file would describe with views of so many pixels."""
-  config = loaded.source["config"]
+  source = loaded.source.get("base", loaded.source)  # an adapter's base
+  config = source["config"]
   inner = dict(config.get("vision_config") or {}) | {"image_size": pixels}
   return vision_config.vision_language_model(
     dict(config) | {"vision_config": inner},
-    f"{loaded.source['path']}/config.json with image_size {pixels}",
+    f"{source['path']}/config.json with image_size {pixels}",
     loaded.model.language.dtype,
   )
 

@@ -4,17 +4,19 @@ import dataclasses
 import resource
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.core import artifacts, config, experiment
+from research import tree
 from research.diffusion import mask_ratio_time
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.sampling.block_causal import BlockCausal
-from research.interop import load, loaded, sources
+from research.interop import convert, load, loaded, sources
 from research.interop.diffusion.spec import Spec, from_config
 from research.lora import adapt, wrap
 from research.lora.methods import dora, lora
@@ -155,6 +157,47 @@ def test_adapters_without_a_form_in_peft_are_left_to_the_model(
   assert not artifacts._save_adapter(tmp_path / "a", run, built, params)
   assert "PEFT ties plain LoRA alone" in capsys.readouterr().err
   assert not (tmp_path / "a").exists()
+
+
+def test_adapters_that_are_trained_further_are_left_to_the_model(tmp_path):
+  """As adapters they would be added to those that they began as."""
+  left(tmp_path / "base", NextToken(), None)
+  run = dataclasses.replace(
+    config.read(RUN).experiment,
+    model=experiment.Pretrained(name=str(tmp_path / "base")),
+    objective=NextToken(),
+    transforms=(adapt.Adapt(method=lora.LoRA(rank=2)),),
+    trainable=wrap.TRAINABLE,
+  )
+  built = run.build()
+  params = moved(built.params)
+  assert artifacts._save_adapter(tmp_path / "a", run, built, params)
+  run = dataclasses.replace(
+    run,
+    model=experiment.Pretrained(name=str(tmp_path / "a")),
+    transforms=(),
+  )
+  built = run.build()
+  params = moved(built.params)
+  assert not artifacts._save_adapter(tmp_path / "b", run, built, params)
+  assert artifacts._save_model(tmp_path / "model", run, built, params)
+  again = load.load_model(tmp_path / "model").params
+  chex.assert_trees_all_equal(
+    *(dict(tree.flatten_paths(x)) for x in (again, params))
+  )
+  # As an adapter it is one of the first base.
+  convert.to_peft(sources.open_source(tmp_path / "model"), tmp_path / "c")
+  again = load.load_model(tmp_path / "c").params
+  chex.assert_trees_all_equal(
+    *(dict(tree.flatten_paths(x)) for x in (again, params))
+  )
+
+
+def moved(params):
+  """Returns parameters whose adapters change what the model says."""
+  return tree.map_paths(
+    lambda path, x: x + 0.1 if path.endswith("/trained/b") else x, params
+  )
 
 
 def test_a_full_disk_is_an_error_and_no_remark(tmp_path):

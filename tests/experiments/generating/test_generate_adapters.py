@@ -1,18 +1,23 @@
 """Several prompts, each with its adapter, from the command line."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from research import tree
-from research.interop import load, peft
+from research.interop import load, peft, vision
 from research.interop.gguf import adapter as gguf_adapter
+from research.interop.loaded import Loaded
+from research.interop.peft import names as peft_names
 from research.lora import adapt
 from research.lora.methods.dora import DoRA
 from research.lora.methods.lora import LoRA
+from tests import support_vlm
 from tests.experiments import generated
 from tests.experiments.generated import TINY
 
@@ -83,6 +88,7 @@ def test_one_prompt_goes_to_all_and_one_adapter_to_all(command, places):
     (["--adapter=__base__=here"], "__base__ is taken"),
     (["a", "b", "--prompt=b", "--prompt=c"], "found 2 for 3 prompts"),
     (["a", "--adapter=x=nowhere"], "nowhere"),
+    (["a", "b", "--image=x.png"], "found 2, expected at most one with --image"),
   ],
   ids=str,
 )
@@ -111,4 +117,41 @@ def test_a_gguf_adapter_does_what_its_directory_does(
     assert (status, errors) == (0, "")
     texts.append([r["text"] for r in json.loads(lines[-1]).get("rows", [])])
     texts[-1].append(json.loads(lines[-1]).get("text"))
+  assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", [60, support_vlm.IMAGE])
+def test_an_adapter_of_the_embedding_leaves_images_as_they_are(
+  token, tmp_path, capsys
+):
+  """As PEFT does, and `--model=`: they come in the place of embeddings."""
+  base, folder, file = (tmp_path / x for x in ("base", "a", "image.png"))
+  made = Loaded(
+    dataclasses.replace(support_vlm.model(), image_token=token),
+    support_vlm.params(),
+    tokenizer=support_vlm.tokenizer(),
+    source={},
+    preprocessor=support_vlm.PREPROCESSOR,
+  )
+  vision.write_model(base, made, made.params)
+  loaded = load.load_model(base)
+  put = adapt.Adapt(method=LoRA(rank=2), targets=("embed",))
+  params = tree.map_paths(
+    lambda path, x: (
+      jax.random.normal(jax.random.key(1), x.shape)
+      if "/trained/" in path
+      else x
+    ),
+    put(loaded.params, jax.random.key(0)),
+  )
+  naming = peft_names.naming_of_source(loaded.source)
+  peft.save_adapter(folder, params, loaded.model, str(base), naming=naming)
+  Image.fromarray(support_vlm.pixels(1, 1)[0, 0]).save(file)
+  call, texts = generated.command(capsys), []
+  for names in ([folder], [base, f"--adapter=a={folder}"]):
+    flags = f"--image={file}", "--prompt=w5 w6", "--max_new_tokens=8"
+    status, lines, errors = call(f"--model={names[0]}", *names[1:], *flags)
+    assert status == 0, errors
+    texts.append(json.loads(lines[-1])["text"])
   assert texts[0] == texts[1]

@@ -190,8 +190,11 @@ def test_an_adapter_without_a_usable_base(adapter):
   assert "base_model_name_or_path is None" in message(adapter)
 
 
-def test_an_adapter_of_an_adapter(tmp_path, adapter):
-  shutil.copytree(adapter, tmp_path / "other")
+@pytest.mark.parametrize("inner", [".", "adapter"])
+def test_an_adapter_of_an_adapter(inner, tmp_path, adapter):
+  """Or of a run that has left one."""
+  shutil.copytree(adapter, tmp_path / "other" / inner)
+  (tmp_path / "other" / "config.gin").write_text("")
   rename_base(adapter, "../other")
   assert "is an adapter itself" in message(adapter)
 

@@ -147,6 +147,23 @@ HEAD = "\nENTRY %main (p: f32[]) -> f32[] {\n"
       "window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf",
       4 * 8 * 16 * 32,
     ),
+    # A filter of three taps for each of 8 channels, two rows of 16, padded on
+    # the left: the first tap misses two positions, the second one.
+    (
+      "f32[2,16,8]",
+      "f32[3,1,8]",
+      "f32[2,16,8]",
+      "window={size=3 pad=2_0}, dim_labels=b0f_0io->b0f, feature_group_count=8",
+      2 * 8 * (14 + 15 + 16),
+    ),
+    # Its gradient: as many products, of rows that JAX groups.
+    (
+      "f32[2,16,8]",
+      "f32[2,16,8]",
+      "f32[3,1,8]",
+      "window={size=16 pad=2_0}, dim_labels=f0b_i0o->0bf, batch_group_count=8",
+      2 * 8 * (14 + 15 + 16),
+    ),
   ],
 )
 def test_matrix_products_that_tpus_call_convolutions(
@@ -260,6 +277,55 @@ def test_a_collective_that_several_fusions_share_counts_once():
 }}
 """  # noqa: E501
   assert list(cost.program_cost(hlo.parse(text), 4).collectives.values()) == [1]
+
+
+@pytest.mark.parametrize(
+  "branches",
+  [
+    "branch_computations={%multiply, %add}",
+    "true_computation=%add, false_computation=%multiply",
+  ],
+)
+def test_of_branches_the_most_of_each_cost_counts(branches):
+  """One multiplies, the other one reads and writes more."""
+  text = f"""HloModule m
+
+%multiply (p: f32[8,8]) -> f32[8,8] {{
+  %p = f32[8,8]{{1,0}} parameter(0)
+  ROOT %d = f32[8,8]{{1,0}} dot(%p, %p), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
+
+%add (q: f32[8,8]) -> f32[8,8] {{
+  %q = f32[8,8]{{1,0}} parameter(0)
+  %r = f32[8,8]{{1,0}} add(%q, %q)
+  ROOT %s = f32[8,8]{{1,0}} add(%r, %q)
+}}
+{HEAD}  %i = s32[] parameter(0)
+  %x = f32[8,8]{{1,0}} parameter(1)
+  ROOT %c = f32[8,8]{{1,0}} conditional(%i, %x, %x), {branches}
+}}
+"""  # noqa: E501
+  found = cost.program_cost(hlo.parse(text), 1)
+  assert (found.flops, found.bytes) == (2 * 8**3, 2 * 3 * 4 * 8 * 8)
+
+
+def test_an_asynchronous_computation_counts_once():
+  """XLA's cost analysis as well gives all of it to the start."""
+  text = f"""HloModule m
+
+%sum (p: f32[64], q: f32[64]) -> f32[64] {{
+  %p = f32[64]{{0}} parameter(0)
+  %q = f32[64]{{0}} parameter(1)
+  ROOT %s = f32[64]{{0}} add(%p, %q)
+}}
+{HEAD}  %a = f32[64]{{0}} parameter(0)
+  %b = f32[64]{{0}} parameter(1)
+  %start = ((f32[64]{{0}}, f32[64]{{0}}), f32[64]{{0}}, u32[]) async-start(%a, %b), calls=%sum
+  %later = ((f32[64]{{0}}, f32[64]{{0}}), f32[64]{{0}}, u32[]) async-update(%start)
+  ROOT %done = f32[64]{{0}} async-done(%later)
+}}
+"""  # noqa: E501
+  assert cost.program_cost(hlo.parse(text), 1).bytes == 3 * 4 * 64
 
 
 @pytest.mark.parametrize(

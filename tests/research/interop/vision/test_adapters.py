@@ -18,6 +18,7 @@ from research.interop.peft import names as peft_names
 from research.interop.vision import ImageSize, adapters, families
 from research.lora import wrap
 from research.lora.adapt import Adapt
+from research.lora.methods import vera
 from research.typing import UserError
 from research.vlm.objective import WithImages
 from research.vlm.within import Within
@@ -107,19 +108,19 @@ def test_molmo2_has_no_names_for_adapters():
       assert peft_names.naming_of_config({"model_type": kind}).language
 
 
-def adapted_run(base, tower, **model):
+def adapted_run(base, tower, method=lora.LoRA(rank=2), **model):
   """Returns a run over a published model, and what it has trained."""
   run = dataclasses.replace(
     config.read(RUN).experiment,
     model=experiment.Pretrained(name=str(base), towers="all", **model),
     objective=WithImages(),
-    transforms=(Within(tower, Adapt(method=lora.LoRA(rank=2))),),
+    transforms=(Within(tower, Adapt(method=method)),),
     trainable=wrap.TRAINABLE,
   )
   built = run.build()
 
   def move(path, x):
-    if not path.endswith("/b"):
+    if not path.endswith(("/trained/b", "/trained/l")):
       return x
     return 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape)
 
@@ -141,9 +142,10 @@ def base(tmp_path):
   return tmp_path / "base"
 
 
-def test_a_run_leaves_its_adapter(tmp_path, base):
+@pytest.mark.parametrize("method", [lora.LoRA(rank=2), vera.VeRA(rank=2)])
+def test_a_run_leaves_its_adapter(method, tmp_path, base):
   """Not the whole model; and `--model=` has images again."""
-  run, built = adapted_run(base, "language")
+  run, built = adapted_run(base, "language", method)
   folder = tmp_path / "adapter"
   assert artifacts._save_adapter(folder, run, built, built.params)
   again = load.load_model(folder, towers="all")
@@ -169,3 +171,36 @@ def test_images_of_another_size_are_left_to_the_model(tmp_path, base):
   """An adapter's base has the published size."""
   run, built = adapted_run(base, "language", image_size=ImageSize(pixels=32))
   assert not artifacts._save_adapter(tmp_path / "a", run, built, built.params)
+
+
+def test_an_adapted_model_for_images_of_another_size(tmp_path, base):
+  run, built = adapted_run(base, "language")
+  folder = tmp_path / "adapter"
+  assert artifacts._save_adapter(folder, run, built, built.params)
+  found, plain = (
+    load.load_model(x, towers="all", image_size=ImageSize(pixels=24))
+    for x in (folder, base)
+  )
+  assert found.model == plain.model
+  assert found.preprocessor == plain.preprocessor
+  chex.assert_trees_all_equal(found.params["vision"], plain.params["vision"])
+  chex.assert_trees_all_equal(
+    found.params["language"], load.load_model(folder).params
+  )
+
+
+def test_the_language_model_alone_is_written_as_one(tmp_path, base):
+  """Whose config.json no directory of a language model has."""
+  run = dataclasses.replace(
+    config.read(RUN).experiment,
+    model=experiment.Pretrained(name=str(base)),
+    transforms=(),
+    trainable=".",
+  )
+  built = run.build()
+  folder = tmp_path / "model"
+  assert artifacts._save_model(folder, run, built, built.params)
+  again = load.load_model(folder)
+  assert again.model == load.load_model(base).model
+  assert again.tokenizer.encode("w5 w6") == [5, 6]
+  chex.assert_trees_all_equal(again.params, built.params)
