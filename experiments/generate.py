@@ -210,51 +210,6 @@ def _load() -> Any:
   return packed_weights.load_with_tokenizer(*given)
 
 
-def _adapted(loaded: Any, names: Any, places: Any) -> Any:
-  """Returns the model under the adapter of all rows, if they share one.
-
-  Images come after it: an adapter of the embedding leaves them as they are.
-  """
-  from research.interop import adapters
-  from research.vlm.sees_images import SeesImages
-
-  if not places or len(set(names)) > 1:
-    return loaded
-  place, model, params = places[names[0]], loaded.model, loaded.params
-  if isinstance(model, SeesImages):
-    own = adapters.load_adapter(place, params["language"], model.language)
-    params = {**params, "language": own}
-  else:
-    params = adapters.load_adapter(place, params, model)
-  return dataclasses.replace(loaded, params=params)
-
-
-def _prepared(loaded: Any, names: Any, places: Any) -> Any:
-  """Returns parameters for decoding, each row's adapter in them.
-
-  Args:
-    loaded: the model, from `_adapted`.
-    names, places: of the rows' adapters.
-  """
-  from research import weights
-  from research.generation import generate
-  from research.interop import adapters
-  from research.lora.serving import pool
-  from research.quant.layouts import cpu_layout
-
-  def ready(params):
-    fast = cpu_layout.for_decoding(params, loaded.model.dtype)
-    return generate.prepare(fast, loaded.model)
-
-  if not places or len(set(names)) == 1:
-    return ready(loaded.params)
-  held = pool.from_directories(
-    loaded.params, loaded.model, places, adapters.read_factors
-  )
-  held, ids = pool.use(held, names)
-  return weights.bind(ready(held.params), ids=ids)
-
-
 def _tokens(tokenizer: Any, text: str) -> list[int]:
   """Returns a prompt's ids, rendered as a conversation if asked to."""
   from experiments.generating import conversation, prompts
@@ -485,13 +440,13 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
   images.check(loaded.model, _IMAGE.value, texts)
   mask = images.mask_of(loaded.model)
   adapters = [name for _, name in rows]
-  loaded = _adapted(loaded, adapters, places)
+  loaded = generate_adapters.on_all_rows(loaded, adapters, places)
   if _IMAGE.value:
     loaded, prompts, seen = _with_images(loaded, texts[0])
   else:
     loaded, seen = images.language_of(loaded), {}
     prompts = [_tokens(loaded.tokenizer, text) for text, _ in rows if texts]
-  params = _prepared(loaded, adapters, places)
+  params = generate_adapters.prepared(loaded, adapters, places)
   # A step would copy the pages of layers that are stacked.
   if layout is not None or isinstance(kv, kv_quantizer.KVByLayer):
     params = tree.unroll(params)

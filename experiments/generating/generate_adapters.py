@@ -1,9 +1,18 @@
 """Which adapter goes with which prompt of `experiments.generate`."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from research import weights
+from research.generation import generate
+from research.interop import adapters
+from research.interop.loaded import Loaded
+from research.lora.serving import pool
 from research.lora.serving.pool import BASE
+from research.quant.layouts import cpu_layout
 from research.typing import UserError
+from research.vlm.sees_images import SeesImages
 
 
 def named(texts: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -53,3 +62,49 @@ def rows(
       "one for all or one for each; a name may be given again"
     )
   return list(zip(prompts, names, strict=True))
+
+
+def on_all_rows(
+  loaded: Loaded, names: Sequence[str | None], places: Mapping[str, str]
+) -> Loaded:
+  """Returns the model under the adapter of all rows, if they share one.
+
+  Images come after it: an adapter of the embedding leaves them as they are.
+
+  Args:
+    loaded: the model.
+    names: of the rows' adapters.
+    places: name -> an adapter's directory or file; empty for none.
+  """
+  if not places or len(set(names)) > 1:
+    return loaded
+  place, model, params = places[names[0]], loaded.model, loaded.params
+  if isinstance(model, SeesImages):
+    own = adapters.load_adapter(place, params["language"], model.language)
+    params = {**params, "language": own}
+  else:
+    params = adapters.load_adapter(place, params, model)
+  return dataclasses.replace(loaded, params=params)
+
+
+def prepared(
+  loaded: Loaded, names: Sequence[str | None], places: Mapping[str, str]
+) -> Any:
+  """Returns parameters for decoding, each row's adapter in them.
+
+  Args:
+    loaded: the model, from `on_all_rows`.
+    names, places: as for `on_all_rows`.
+  """
+
+  def ready(params):
+    fast = cpu_layout.for_decoding(params, loaded.model.dtype)
+    return generate.prepare(fast, loaded.model)
+
+  if not places or len(set(names)) == 1:
+    return ready(loaded.params)
+  held = pool.from_directories(
+    loaded.params, loaded.model, places, adapters.read_factors
+  )
+  held, ids = pool.use(held, names)
+  return weights.bind(ready(held.params), ids=ids)

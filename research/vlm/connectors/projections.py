@@ -1,16 +1,37 @@
 """Connectors that treat each patch, or each small square of them, alone."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from research import weights
 from research.nn.mlp import ACTIVATIONS, Activation
 from research.nn.norm import Norm, UnitRMS
-from research.typing import Array, Float, UserError
+from research.typing import Array, Float, PRNGKey, UserError
 
 Grid = tuple[int, int]
 """Rows and columns of patches."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledNormal:
+  """Draws a matrix so that soft tokens begin as large as a text's embeddings.
+
+  Attributes:
+    rms: root mean square of its outputs, where that of its inputs is 1.
+  """
+
+  rms: float
+
+  def __call__(
+    self, key: PRNGKey, shape: tuple[int, ...], dtype: Any = jnp.float32
+  ) -> Float[Array, "C D"]:
+    """Returns a matrix [inputs, outputs]."""
+    return self.rms / shape[0] ** 0.5 * jax.random.normal(key, shape, dtype)
 
 
 class Linear(nn.Module):

@@ -6,17 +6,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from research import sharding, tree
 from research.nn.norm import LayerNorm
 from research.vlm.connectors import (
   AttentionPool,
+  Linear,
   PerceiverResampler,
+  ScaledNormal,
   SquareAttention,
 )
 from research.vlm.connectors.presets import CONNECTORS
 from tests import support_connectors
 from tests.support_connectors import assert_close, golden
+
+
+def test_soft_tokens_begin_with_a_given_rms():
+  """Drawn as flax draws from a normal distribution; equal ones are equal."""
+  made = ScaledNormal(rms=0.1356)
+  key, shape = jax.random.key(3), (64, 576)
+  scaling = nn.initializers.variance_scaling(0.1356**2, "fan_in", "normal")
+  found = made(key, shape)
+  np.testing.assert_allclose(found, scaling(key, shape), rtol=1e-6)
+  assert Linear(size=576, kernel_init=made) == Linear(
+    size=576, kernel_init=ScaledNormal(rms=0.1356)
+  )
 
 
 def test_qwens_merger():
