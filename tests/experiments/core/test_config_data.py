@@ -50,7 +50,8 @@ NAMES = sorted(
 
 def _head(name):
   """Returns a configuration around data: of a model that can read it."""
-  model = "vlm_tiny" if name == "shapes" else "smollm2_135m"
+  sees = name in ("shapes", "shapes_digits")
+  model = "vlm_tiny" if sees else "smollm2_135m"
   return HEAD.format(name=name, model=model)
 
 
