@@ -12,7 +12,6 @@ from research.lora.serving import pool
 from research.lora.serving.pool import BASE
 from research.quant.layouts import cpu_layout
 from research.typing import UserError
-from research.vlm.sees_images import SeesImages
 
 
 def named(texts: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -78,12 +77,8 @@ def on_all_rows(
   """
   if not places or len(set(names)) > 1:
     return loaded
-  place, model, params = places[names[0]], loaded.model, loaded.params
-  if isinstance(model, SeesImages):
-    own = adapters.load_adapter(place, params["language"], model.language)
-    params = {**params, "language": own}
-  else:
-    params = adapters.load_adapter(place, params, model)
+  place = places[names[0]]
+  params = adapters.load_adapter(place, loaded.params, loaded.model)
   return dataclasses.replace(loaded, params=params)
 
 

@@ -18,6 +18,7 @@ from research.lora.optim import row_factors
 from research.lora.optim.row_factors import Factors
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
+from research.vlm.sees_images import SeesImages
 
 
 def is_gguf(place: str | os.PathLike) -> bool:
@@ -46,9 +47,15 @@ def locate(place: str | os.PathLike) -> pathlib.Path:
 
 
 def load_adapter(
-  place: str | os.PathLike, params: Params, model: Transformer
+  place: str | os.PathLike, params: Params, model: Transformer | SeesImages
 ) -> dict[str, Any]:
-  """Returns `params` under the adapter that a name stands for, see `locate`."""
+  """Returns `params` under the adapter that a name stands for, see `locate`.
+
+  Of a model that sees images, its language model is adapted.
+  """
+  if isinstance(model, SeesImages):
+    own = load_adapter(place, params["language"], model.language)
+    return {**params, "language": own}
   found = locate(place)
   read = gguf_adapter.load if is_gguf(found) else peft.load_adapter
   return read(found, params, model)
