@@ -88,22 +88,27 @@ class Report:
   answers: Mapping[str, Sequence[str | None]]
   scores: Mapping[str, Float[np.ndarray, "B"]]
 
-  def within(self, kind: str = "", stratum: str = "") -> Bool[np.ndarray, "B"]:
-    """Returns which samples are of a kind and a stratum; "" is all.
+  def within(
+    self, kind: str = "", stratum: str = "", answer: str = ""
+  ) -> Bool[np.ndarray, "B"]:
+    """Returns which samples are of a kind, a stratum and an answer; "" is all.
 
     Raises:
       UserError: none is.
     """
     found = np.array(
       [
-        kind in ("", x.kind) and stratum in ("", x.stratum)
+        kind in ("", x.kind)
+        and stratum in ("", x.stratum)
+        and answer in ("", x.answer)
         for x in self.samples
       ]
     )
     if not found.any():
       raise UserError(
-        f"Report: found no sample of kind {kind!r} and stratum {stratum!r};"
-        f" there are {', '.join(map(repr, self.groups()))}."
+        f"Report: found no sample of kind {kind!r}, stratum {stratum!r} and"
+        f" answer {answer!r}; there are"
+        f" {', '.join(map(repr, self.groups()))}."
       )
     return found
 
@@ -111,40 +116,65 @@ class Report:
     """Returns kinds and their strata, in order of their names."""
     return sorted({(x.kind, x.stratum) for x in self.samples})
 
-  def systems(self, kind: str = "", stratum: str = "") -> list[str]:
-    """Returns the model's and the rules that answer the whole group."""
-    group = self.within(kind, stratum)
+  def systems(
+    self, kind: str = "", stratum: str = "", answer: str = ""
+  ) -> list[str]:
+    """Returns the model's and the rules that answer the whole group.
+
+    Where a group has one answer, rules do not count: one of them always says
+    it, whatever the image is.
+    """
+    group = self.within(kind, stratum, answer)
     return [
       name
       for name, scores in self.scores.items()
       if not np.isnan(scores[group]).any()
+      and (not answer or name in self.texts)
     ]
 
+  def counts(self, kind: str) -> list[str]:
+    """Returns the answers of a kind whose choices are numbers, in order."""
+    some = [x for x in self.samples if x.kind == kind]
+    choices = {choice for x in some for choice in x.choices or ("",)}
+    if not all(x.isdecimal() for x in choices):
+      return []
+    return sorted({x.answer for x in some}, key=int)
+
   def result(
-    self, system: str = REAL, kind: str = "", stratum: str = ""
+    self,
+    system: str = REAL,
+    kind: str = "",
+    stratum: str = "",
+    answer: str = "",
   ) -> Result:
     """Returns the score of the model or of a baseline in a group."""
-    scores = self.scores[system][self.within(kind, stratum)]
+    scores = self.scores[system][self.within(kind, stratum, answer)]
     return Result(float(scores.mean()), *bootstrap(scores), len(scores))
 
-  def margin(self, kind: str = "", stratum: str = "") -> Margin:
+  def margin(
+    self, kind: str = "", stratum: str = "", answer: str = ""
+  ) -> Margin:
     """Returns how far the model is above the best of its baselines.
 
     A rule counts where it answers the whole group. The interval is that of the
     mean difference by sample; that the best was chosen by these samples makes
     it, if anything, too low.
     """
-    group = self.within(kind, stratum)
-    names = [x for x in self.systems(kind, stratum) if x != REAL]
+    group = self.within(kind, stratum, answer)
+    names = [x for x in self.systems(kind, stratum, answer) if x != REAL]
     best = max(names, key=lambda name: self.scores[name][group].mean())
     apart = self.scores[REAL][group] - self.scores[best][group]
     return Margin(best, float(apart.mean()), *bootstrap(apart))
 
   def invalid(
-    self, system: str = REAL, kind: str = "", stratum: str = ""
+    self,
+    system: str = REAL,
+    kind: str = "",
+    stratum: str = "",
+    answer: str = "",
   ) -> float:
     """Returns the share of the model's answers that no parser could read."""
-    group = self.within(kind, stratum)
+    group = self.within(kind, stratum, answer)
     answers = self.answers[system]
     return float(np.mean([answers[i] is None for i in np.flatnonzero(group)]))
 
@@ -217,20 +247,30 @@ class Report:
     return "\n\n".join(tables.markdown(x[0], x[1:]) for x in self._tables())
 
   def to_json(self) -> dict[str, Any]:
-    """Returns scores, intervals and margins by group, of plain values."""
-    groups = [("", ""), *((k, "") for k in dict(self.groups())), *self.groups()]
-    out = {}
-    for kind, stratum in groups:
-      name = "/".join(x for x in (kind, stratum) if x) or "all"
-      out[name] = {
-        "margin": self.margin(kind, stratum)._asdict(),
-        "invalid": self.invalid(REAL, kind, stratum),
+    """Returns scores, intervals and margins by group, of plain values.
+
+    Groups are all samples, each kind, "kind/stratum", and for kinds whose
+    answers are numbers "kind = answer", with the model's own baselines alone.
+    """
+    kinds = list(dict(self.groups()))
+    named = {"all": (), **{kind: (kind,) for kind in kinds}}
+    named |= {"/".join(group): group for group in self.groups()}
+    named |= {
+      f"{kind} = {answer}": (kind, "", answer)
+      for kind in kinds
+      for answer in self.counts(kind)
+    }
+    return {
+      name: {
+        "margin": self.margin(*group)._asdict(),
+        "invalid": self.invalid(REAL, *group),
         "systems": {
-          system: self.result(system, kind, stratum)._asdict()
-          for system in self.systems(kind, stratum)
+          system: self.result(system, *group)._asdict()
+          for system in self.systems(*group)
         },
       }
-    return out
+      for name, group in named.items()
+    }
 
 
 def _percent(share: float) -> str:

@@ -98,6 +98,30 @@ def test_tables_have_every_number(report):
   assert found["exists/random"]["systems"]["blind"]["score"] == 0
 
 
+def test_counts_are_groups_with_the_models_own_baselines():
+  """A rule that always says 3 has all of "count = 3" right: none is there."""
+  task = scenes.Shapes(kinds=("count",), count=60, size=32)
+  oracle = _oracle(task)
+
+  def answer(images, questions):
+    """Says one too few from 3 on, and 0 of images that it does not know."""
+    found = [x.replace("Maybe.", "0") for x in oracle(images, questions)]
+    return [str(int(x) - (int(x) >= 3)) for x in found]
+
+  found = evaluation.evaluate(task, answer, task.rules()).to_json()
+  counts = [str(i) for i in range(task.max_count + 1)]
+  assert [x for x in found if " = " in x] == [f"count = {i}" for i in counts]
+  for i in counts:
+    shown = found[f"count = {i}"]["systems"]
+    assert list(shown) == ["real", "blind", "shuffled"]
+    assert shown["real"]["score"] == (i in "012")
+    assert shown["blind"]["score"] == (i == "0")
+    assert shown["real"]["n"] == sum(x.answer == i for x in task)
+  free = scenes.ShapeCaptions(count=8)
+  report = evaluation.evaluate(free, lambda _, x: [""] * len(x), {})
+  assert not any(" = " in x for x in report.to_json())
+
+
 def test_shuffled_images_are_never_ones_own_and_of_the_same_question():
   samples = [TASK.drawn(i) for i in range(120)]
   order = evaluation.shuffled_images(samples)
