@@ -325,13 +325,15 @@ def _streamed(
   import jax
 
   from experiments.generating import generate_pages, images
-  from research import progress
+  from research import progress, weights
   from research.generation import stream
 
   key = jax.random.key(_SEED.value)
   start, first, steps = time.perf_counter(), None, []
   most = _MAX_NEW_TOKENS.value
-  paged = generate_pages.open_call(layout, loaded.model, prompts, most)
+  paged = generate_pages.open_call(
+    layout, loaded.model, prompts, most, weights.extra_ids(params)
+  )
   with progress.phase("reading prompts") as now:
     for pieces in stream.stream(
       loaded.model,

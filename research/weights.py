@@ -100,6 +100,10 @@ class Weight:
     """Returns the weight of chosen rows of a batch; see `take_rows`."""
     return self
 
+  def row_count(self) -> int | None:
+    """Returns the number of a batch's rows, or None if it is not per row."""
+    return None
+
   def count(self) -> int:
     """Returns the number of parameters it represents; see `count`."""
     # If its arrays live in another tree (they are None here), it has no shape.

@@ -77,6 +77,7 @@ def open_call(
   model: Any,
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
+  extra: Sequence[int] = (),
 ) -> Paged:
   """Returns a call with its pages, all of them free.
 
@@ -84,6 +85,7 @@ def open_call(
     layout: from `parse_flags`.
     model: the Transformer.
     prompts, max_new_tokens: as for `generate.chunks`.
+    extra: as for `generate.token_limits`.
 
   Raises:
     UserError: there are too few pages for a prompt.
@@ -91,4 +93,4 @@ def open_call(
   call = model, prompts, max_new_tokens
   if layout is None:
     return Paged(*call, None)
-  return Paged(*call, layout, paging.allocator(*call, layout))
+  return Paged(*call, layout, paging.allocator(*call, layout, extra))

@@ -15,7 +15,7 @@ from research.typing import UserError
 from research.vlm import data
 from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.images import open_image, prompt_ids
-from research.vlm.masks import Causal
+from research.vlm.masks import Causal, by_index
 from research.vlm.sees_images import SeesImages
 
 
@@ -143,13 +143,10 @@ def source_of(
     pages: of --pages, or None.
 
   Raises:
-    UserError: the prompts have a mask, and pages would not apply it.
+    UserError: the prompts have a mask that pages cannot apply.
   """
   if mask is None:
     return {"kv": kv, "source": pages}
   if pages is not None:
-    raise UserError(
-      f"--pages: prompts of this model have the mask {type(mask).__name__},"
-      " which pages do not apply yet; leave --pages out"
-    )
+    return {"source": functools.partial(pages, mask=by_index(mask))}
   return {"source": functools.partial(generate.chunks, kv=kv, mask=mask)}

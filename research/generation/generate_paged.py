@@ -10,6 +10,10 @@ prefilled again.
 
 On admission, a row gets pages for the maximum number of its tokens, so no row
 is ever preempted. The generated tokens equal those of `generate`.
+
+Prompts with images, whose weights are per row, are prefilled in one piece, so
+that placeholders meet their features and an image's tokens see each other; all
+have one size. They share no prefix: equal placeholders are other images.
 """
 
 import collections
@@ -24,7 +28,7 @@ from research import weights
 from research.generation import generate, paging, row_weights
 from research.generation import generate_paged_rows as programs
 from research.generation import sampling as samplers
-from research.generation.decoding import Rows
+from research.generation.decoding import PromptMask, Rows
 from research.generation.generate import CHUNK
 from research.generation.generated import NO_TOKEN, drop_empty_columns
 from research.generation.page_allocator import PageAllocator
@@ -56,9 +60,19 @@ def pieces(
 class _Batch:
   """Rows and pages on the device, and the prompt assigned to each row."""
 
-  def __init__(self, model, params, prompts, limits, rules, pages, dtype):
-    self.model, self.params, self.pages = model, params, pages
+  def __init__(self, model, params, prompts, limits, rules, pages, dtype, mask):
+    self.model, self.pages, self.mask = model, pages, mask
     self.prompts, self.limits = prompts, limits
+    padded, lengths = generate.pad_prompts(prompts)
+    inside = np.arange(padded.shape[1]) < lengths[:, None]
+    tokens = jnp.where(inside, padded, NO_TOKEN)
+    self.per_row = weights.per_row(params)
+    self.whole = padded if self.per_row or mask is not None else None
+    self.params = (
+      weights.with_tokens(params, tokens) if self.per_row else params
+    )
+    # The prompt of each row, for weights that are per row.
+    self.prompt_of = np.zeros(len(pages.table), np.int32)
     self.tokens = paging.extents(prompts, limits)
     self.sampling, self.stop, self.keys = rules
     self.active: dict[int, int] = {}
@@ -74,18 +88,35 @@ class _Batch:
     row = next(rows, None)
     # If no row is active, waiting would not help: `admit` raises if pages lack.
     room = not self.active or self.pages.has_room(
-      self.prompts[i], self.tokens[i]
+      self._prefix(i), self.tokens[i]
     )
     return row if room else None
+
+  def _prefix(self, i: int) -> Sequence[int]:
+    """Returns what identifies a prompt's pages: more than tokens, of images."""
+    if self.whole is None:
+      return self.prompts[i]
+    # No token is negative; pages are known by those before them.
+    return [-1 - i, *self.prompts[i][1:]]
+
+  def _pieces(
+    self, i: int, start: int
+  ) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Yields the pieces in which a prompt is prefilled; see `pieces`."""
+    prompt = self.prompts[i]
+    if self.whole is None:
+      yield from pieces(prompt, start)
+    else:
+      yield 0, self.whole[[i]], len(prompt)
 
   def admit(self, row: int, i: int) -> Any:
     """Prefills prompt `i` into a row; returns its first generated token."""
     prompt = self.prompts[i]
-    start = self.pages.admit(row, prompt, self.tokens[i])
+    start = self.pages.admit(row, self._prefix(i), self.tokens[i])
     if start.copy is not None:
       self.pool = programs.copy_page(self.pool, *map(np.int32, start.copy))
-    table = self.pages.table[[row]]
-    for at, tokens, length in pieces(prompt, start.read):
+    table, number = self.pages.table[[row]], np.int32([i])
+    for at, tokens, length in self._pieces(i, start.read):
       hidden, self.pool = programs.prefill(
         self.model,
         self.params,
@@ -94,11 +125,13 @@ class _Batch:
         np.int32([at]),
         tokens,
         np.int32([length]),
+        number if self.per_row else None,
+        self.mask,
       )
     occurred = None
     if self.rows.rows.occurred is not None:
-      occurred = np.zeros((1, self.model.vocab_size), bool)
-      occurred[0, list(prompt)] = True
+      # A placeholder may lie outside of the vocabulary.
+      occurred = np.isin(np.arange(self.model.vocab_size), prompt)[None]
     none = np.int32([0])
     rows = Rows(
       token=none,
@@ -109,7 +142,7 @@ class _Batch:
       occurred=occurred,
     )
     new = programs.PagedRows(np.int32([len(prompt)]), rows)
-    self.active[row] = i
+    self.active[row] = self.prompt_of[row] = i
     self.rows, token = programs.insert_row(
       self.model,
       self.params,
@@ -139,6 +172,7 @@ class _Batch:
       self.sampling,
       self.stop,
       size,
+      prompts=self.prompt_of.copy() if self.per_row else None,
     )
     out, done = np.asarray(drawn.tokens), np.asarray(drawn.done)
     lengths, found = np.asarray(self.rows.length), {}
@@ -164,6 +198,7 @@ def chunks(
   size: int = CHUNK,
   layout: Paging = Paging(),
   pages: PageAllocator | None = None,
+  mask: PromptMask | None = None,
 ) -> Iterator[np.ndarray]:
   """Yields chunks of new tokens `[B, n]`, each row padded with `NO_TOKEN`.
 
@@ -174,24 +209,28 @@ def chunks(
       of pages and rows.
     pages: an allocator with all pages free, from `paging.allocator` for this
       layout; pass one to inspect the page usage afterwards.
+    mask: as for `generate.chunks`; by index, such as `vlm.masks.by_index`.
 
   Raises:
     UserError: a prompt is empty, too long, or has ids outside the vocabulary;
       there are too few pages for a prompt, or some are in use; the model has
-      dynamic rotary scaling or adapters that depend on the row or its tokens.
+      dynamic rotary scaling or adapters that depend on the row or its tokens;
+      there are images of another number of prompts.
   """
   samplers.check(sampling)
   check_rotations(model)
-  _check_adapters(params)
-  limits = generate.token_limits(model, prompts, max_new_tokens)
+  _check_rows(params, len(prompts))
+  extra = weights.extra_ids(params)
+  limits = generate.token_limits(model, prompts, max_new_tokens, extra)
   if pages is None:
-    pages = paging.allocator(model, prompts, max_new_tokens, layout)
+    pages = paging.allocator(model, prompts, max_new_tokens, layout, extra)
   _check_pages(pages, layout)
   key = jax.random.key(0) if key is None else key
   rows = range(len(prompts)) if examples is None else examples
   keys = samplers.row_keys(key, jnp.array(rows, jnp.int32))
   rules = sampling, generate.pad_stop_tokens(stop_tokens), keys
-  batch = _Batch(model, params, prompts, limits, rules, pages, layout.dtype)
+  given = model, params, prompts, limits, rules, pages, layout.dtype, mask
+  batch = _Batch(*given)
   windows = [kind.attention.window for kind in model.layer_kinds()]
   reach = None if None in windows else max(windows)
   waiting = collections.deque(range(len(prompts)))
@@ -234,14 +273,18 @@ def check_rotations(model):
     )
 
 
-def _check_adapters(params):
-  """Raises UserError if a weight depends on the row or on its tokens."""
-  if weights.per_row(params):
+def _check_rows(params, count):
+  """Raises UserError if a weight depends on the row or on its tokens.
+
+  Images do; they have to be those of `count` prompts.
+  """
+  found = row_weights.row_counts(params)
+  if found - {count}:
     raise UserError(
-      "pages: found images, expected text alone: prompts are prefilled in "
-      "pieces, which do not know where their images are.\nGenerate without "
-      "pages."
+      f"pages: found images of {max(found - {count})} prompts, expected those "
+      f"of {count}"
     )
+  params = row_weights.without_rows(params)
   if row_weights.bound_to_rows(params):
     raise UserError(
       "pages: found weights that are bound to the rows of a batch "

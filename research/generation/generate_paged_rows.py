@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research import weights
 from research.generation import decoding
 from research.generation.boundary import Boundary
-from research.generation.decoding import Drawn, Rows
+from research.generation.decoding import Drawn, PromptMask, Rows
 from research.generation.sampling import Sampling
 from research.nn.cache import paged
 from research.nn.transformer import Transformer
@@ -56,7 +57,7 @@ def empty_rows(count: int, key: PRNGKey, vocab: int | None = None) -> PagedRows:
 
 
 @functools.partial(
-  jax.jit, static_argnames=("model",), donate_argnames=("pool",)
+  jax.jit, static_argnames=("model", "mask"), donate_argnames=("pool",)
 )
 def prefill(
   model: Transformer,
@@ -66,6 +67,8 @@ def prefill(
   length: Int[Array, "1"],
   tokens: Int[Array, "1 T"],
   count: Int[Array, "1"],
+  prompt: Int[Array, "1"] | None = None,
+  mask: PromptMask | None = None,
 ) -> tuple[Float[Array, "1 D"], paged.Pool]:
   """Prefills a piece of a prompt.
 
@@ -77,15 +80,27 @@ def prefill(
     length: number of tokens of the row before the piece.
     tokens: the piece, right-padded.
     count: number of tokens in the piece.
+    prompt: its index, if weights are per row: a row for each prompt.
+    mask: what tokens of the piece, a whole prompt, see of each other; None for
+      causal.
 
   Returns:
     The hidden state of the piece's last token, and the updated pool.
   """
+  params = _of_prompts(params, prompt)
   cache = paged.paged_cache(pool, table, length)
   hidden, cache = model.apply(
-    {"params": params}, tokens, cache=cache, lengths=count
+    {"params": params},
+    tokens,
+    mask=None if mask is None else mask(tokens, count),
+    cache=cache,
+    lengths=count,
   )
   return hidden[jnp.arange(1), count - 1], paged.pool_from_cache(cache)
+
+
+def _of_prompts(params: Params, prompts: Int[Array, " R"] | None) -> Params:
+  return params if prompts is None else weights.take_rows(params, prompts)
 
 
 @functools.partial(
@@ -140,6 +155,7 @@ def decode(
   size: int,
   boundary: Boundary | None = None,
   log_probs: bool = False,
+  prompts: Int[Array, " R"] | None = None,
 ) -> tuple[paged.Pool, PagedRows, Drawn]:
   """Decodes up to `size` tokens for all rows; stops early if none is active.
 
@@ -154,10 +170,13 @@ def decode(
     stop: tokens that end a row.
     size: C, number of tokens.
     boundary, log_probs: as for `decoding.prefill`.
+    prompts: the prompt of each row, if weights are per row: a row for each
+      prompt. Any for a row that has ended.
 
   Returns:
     The updated pages and rows, and the new tokens `[R, C]`.
   """
+  params = _of_prompts(params, prompts)
 
   def step(carry):
     pool, now = carry

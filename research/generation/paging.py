@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from research import weights
 from research.generation import generate
 from research.generation.page_allocator import PageAllocator
 from research.nn.cache import paged
@@ -78,6 +79,7 @@ def allocator(
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
   paging: Paging,
+  extra: Sequence[int] = (),
 ) -> PageAllocator:
   """Creates the page allocator for a call of `generate_paged.chunks`.
 
@@ -85,13 +87,14 @@ def allocator(
     model: the Transformer.
     prompts, max_new_tokens: as for `chunks`.
     paging: page configuration.
+    extra: as for `generate.token_limits`.
 
   Raises:
     UserError: a prompt is invalid for this model, or needs more pages than
       there are.
   """
   tokens = extents(
-    prompts, generate.token_limits(model, prompts, max_new_tokens)
+    prompts, generate.token_limits(model, prompts, max_new_tokens, extra)
   )
   rows = min(paging.rows or len(prompts), len(prompts))
   needs = sorted(-(-n // paging.size) for n in tokens)
@@ -141,7 +144,8 @@ def memory(
 
   page = nbytes(lambda: paged.empty_pool(model, params, 1, pages.size, dtype))
   longest = max(map(len, prompts))
-  steps = max(generate.token_limits(model, prompts, max_new_tokens))
+  extra = weights.extra_ids(params)
+  steps = max(generate.token_limits(model, prompts, max_new_tokens, extra))
   capacity = generate.bucket(longest + steps)
   slab = nbytes(
     lambda: init_cache(model, params, len(prompts), capacity).layers

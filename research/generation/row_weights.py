@@ -20,6 +20,24 @@ def bound_to_tokens(params: Any) -> bool:
   return _changes(params, lambda x: weights.with_tokens(x, token))
 
 
+def row_counts(params: Any) -> set[int]:
+  """Returns how many rows weights of rows (`per_row`) have; empty if none."""
+  leaves = jax.tree.leaves(params, is_leaf=weights.is_weight)
+  counts = {w.row_count() for w in leaves if weights.is_weight(w)}
+  return counts - {None}
+
+
+def without_rows(params: Any) -> Any:
+  """Returns a tree whose weights of rows are what they wrap, or None."""
+
+  def one(w):
+    if not weights.is_weight(w) or not w.per_row:
+      return w
+    return w.w if isinstance(w, weights.WrappedWeight) else None
+
+  return jax.tree.map(one, params, is_leaf=weights.is_weight)
+
+
 def _changes(params: Any, f: Callable[[Any], Any]) -> bool:
   after = jax.eval_shape(lambda: f(params))
   return jax.tree.structure(after) != jax.tree.structure(params)

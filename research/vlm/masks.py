@@ -6,13 +6,19 @@ learned, for `NextToken.mask`.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from kernels_pallas.masks import Mask, bidirectional_tokens, image_blocks
+from kernels_pallas.masks import (
+  Mask,
+  bidirectional_tokens,
+  image_blocks,
+  prefix_blocks,
+)
 from research.training.objectives import objective
 from research.training.objectives.objective import Batch
-from research.typing import Array, Bool, Int
+from research.typing import Array, Bool, Int, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,12 @@ class BidirectionalPrompt:
       lengths, q_positions=positions, kv_positions=positions
     )
 
+  def by_index(
+    self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+  ) -> Mask:
+    """Returns the same mask for pages; see `by_index`."""
+    return prefix_blocks(lengths, tokens.shape[1])
+
   def of_rows(self, batch: Batch) -> Mask:
     """Returns the mask of packed rows, whose prompts are not learned."""
     return objective.prefix_mask(batch)
@@ -66,6 +78,13 @@ class BidirectionalImages:
     inside = _positions(tokens, lengths) >= 0
     images = _runs(tokens == self.image_token)
     return image_blocks(images, segments=jnp.where(inside, 0, -1))
+
+  def by_index(
+    self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+  ) -> Mask:
+    """Returns the same mask for pages; see `by_index`."""
+    del lengths
+    return image_blocks(_runs(tokens == self.image_token))
 
   def of_rows(self, batch: Batch) -> Mask:
     """Returns the mask of packed rows of prompts and answers."""
@@ -105,6 +124,25 @@ class BidirectionalVision:
 PromptMask = (
   Causal | BidirectionalPrompt | BidirectionalImages | BidirectionalVision
 )
+
+
+def by_index(mask: PromptMask) -> Callable[..., Mask | None] | None:
+  """Returns a policy's masks without segments, as intervals of indices.
+
+  A cache that appends tokens, such as pages, leaves padding out by itself. None
+  for causal.
+
+  Raises:
+    UserError: the mask has more intervals than fit one (Molmo 2's).
+  """
+  if isinstance(mask, Causal):
+    return None
+  if isinstance(mask, BidirectionalVision):
+    raise UserError(
+      "pages: found the mask BidirectionalVision, whose keys are numbered"
+      " anew, expected one by the order of tokens; generate without pages"
+    )
+  return mask.by_index
 
 
 def _runs(here: Bool[Array, "B T"]) -> Int[Array, "B T"]:

@@ -60,6 +60,10 @@ class SplicedEmbedding(weights.WrappedWeight):
     """Returns the table."""
     return weights.dense(self.w)
 
+  def row_count(self) -> int:
+    """Returns the number of rows."""
+    return self.features.shape[0]
+
   def take_rows(self, rows: Int[Array, " N"]) -> "SplicedEmbedding":
     """Returns the table with the features of chosen rows."""
     return dataclasses.replace(self, features=self.features[rows])

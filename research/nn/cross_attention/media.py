@@ -72,6 +72,10 @@ class Media(weights.Weight):
     """Returns 0: these are activations."""
     return 0
 
+  def row_count(self) -> int:
+    """Returns the number of rows."""
+    return self.keys.shape[-4]
+
   def take_rows(self, rows: Int[Array, " N"]) -> "Media":
     """Returns the media of chosen rows."""
     bounds = self.bounds

@@ -96,6 +96,10 @@ class InjectedFeatures(weights.Weight):
     """Returns 0: these are activations."""
     return 0
 
+  def row_count(self) -> int:
+    """Returns the number of rows."""
+    return self.features.shape[0]
+
   def take_rows(self, rows: Int[Array, " N"]) -> "InjectedFeatures":
     """Returns the features of chosen rows."""
     return dataclasses.replace(self, features=self.features[rows])

@@ -127,6 +127,10 @@ class ImagePositions(weights.Weight):
     """Returns 0: these are no parameters."""
     return 0
 
+  def row_count(self) -> int:
+    """Returns the number of rows."""
+    return self.grids.shape[0]
+
   def take_rows(self, rows: Int[Array, " N"]) -> "ImagePositions":
     """Returns the images of chosen rows, and their positions if known."""
     return jax.tree.map(lambda x: x[rows], self)

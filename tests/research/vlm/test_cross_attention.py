@@ -13,7 +13,8 @@ from kernels_pallas.masks import Mask
 from research import sharding, tree, weights
 from research.data import packing
 from research.data.examples import Example
-from research.generation import generate
+from research.generation import generate, generate_paged
+from research.generation.paging import Paging
 from research.interop.loaded import Loaded
 from research.interop.vision import source
 from research.lora import Adapt
@@ -179,6 +180,10 @@ def test_generated_tokens_are_those_of_full_forward_passes():
       scores = logits(MODEL, bound, padded)[row, len(ids) - 1]
       ids.append(int(scores.argmax()))
     assert found[row] == ids[len(prompt) :]
+  # One row at a time, so that the second prompt gets another's place.
+  pages = functools.partial(generate_paged.chunks, layout=Paging(rows=1))
+  paged = generate.generate(MODEL, bound, prompts, 3, source=pages)
+  assert paged.tokens == found
 
 
 def test_documents_packed_in_a_row_are_those_alone():
