@@ -44,6 +44,8 @@ class Weight:
   """Whether the output for a token depends on that token only."""
   per_row = False
   """Whether its arrays have an axis of a batch's rows, such as their images."""
+  row_count: int | None = None
+  """How many rows that axis has."""
   extra_ids: tuple[int, ...] = ()
   """Ids that `take` accepts besides those of the table's rows."""
 
@@ -99,10 +101,6 @@ class Weight:
   def take_rows(self, rows: Int[Array, " N"]) -> Any:
     """Returns the weight of chosen rows of a batch; see `take_rows`."""
     return self
-
-  def row_count(self) -> int | None:
-    """Returns the number of a batch's rows, or None if it is not per row."""
-    return None
 
   def count(self) -> int:
     """Returns the number of parameters it represents; see `count`."""
@@ -396,12 +394,6 @@ def token_wise(params: Any) -> bool:
   """
   leaves = jax.tree.leaves(params, is_leaf=is_weight)
   return all(not is_weight(w) or w.token_wise for w in leaves)
-
-
-def per_row(params: Any) -> bool:
-  """Whether some weights are those of a batch's rows, such as their images."""
-  leaves = jax.tree.leaves(params, is_leaf=is_weight)
-  return any(is_weight(w) and w.per_row for w in leaves)
 
 
 def select_tokens(params: Any, keep: Int[Array, "B N"]) -> Any:

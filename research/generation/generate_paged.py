@@ -66,7 +66,7 @@ class _Batch:
     padded, lengths = generate.pad_prompts(prompts)
     inside = np.arange(padded.shape[1]) < lengths[:, None]
     tokens = jnp.where(inside, padded, NO_TOKEN)
-    self.per_row = weights.per_row(params)
+    self.per_row = row_weights.per_row(params)
     self.whole = padded if self.per_row or mask is not None else None
     self.params = (
       weights.with_tokens(params, tokens) if self.per_row else params

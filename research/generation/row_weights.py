@@ -1,4 +1,4 @@
-"""Whether weights are the same for all rows, as where rows come and go."""
+"""Weights of a batch's rows, where rows come and go."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +20,16 @@ def bound_to_tokens(params: Any) -> bool:
   return _changes(params, lambda x: weights.with_tokens(x, token))
 
 
+def per_row(params: Any) -> bool:
+  """Whether some weights are those of a batch's rows, such as their images."""
+  leaves = jax.tree.leaves(params, is_leaf=weights.is_weight)
+  return any(weights.is_weight(w) and w.per_row for w in leaves)
+
+
 def row_counts(params: Any) -> set[int]:
   """Returns how many rows weights of rows (`per_row`) have; empty if none."""
   leaves = jax.tree.leaves(params, is_leaf=weights.is_weight)
-  counts = {w.row_count() for w in leaves if weights.is_weight(w)}
+  counts = {w.row_count for w in leaves if weights.is_weight(w)}
   return counts - {None}
 
 

@@ -75,7 +75,7 @@ class Stepwise:
   def __post_init__(self):
     samplers.check(self.sampling)
     if (
-      weights.per_row(self.params)
+      row_weights.per_row(self.params)
       or row_weights.bound_to_rows(self.params)
       or row_weights.bound_to_tokens(self.params)
     ):

@@ -60,6 +60,7 @@ class SplicedEmbedding(weights.WrappedWeight):
     """Returns the table."""
     return weights.dense(self.w)
 
+  @property
   def row_count(self) -> int:
     """Returns the number of rows."""
     return self.features.shape[0]

@@ -72,6 +72,7 @@ class Media(weights.Weight):
     """Returns 0: these are activations."""
     return 0
 
+  @property
   def row_count(self) -> int:
     """Returns the number of rows."""
     return self.keys.shape[-4]

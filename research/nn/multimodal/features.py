@@ -96,6 +96,7 @@ class InjectedFeatures(weights.Weight):
     """Returns 0: these are activations."""
     return 0
 
+  @property
   def row_count(self) -> int:
     """Returns the number of rows."""
     return self.features.shape[0]

@@ -127,6 +127,7 @@ class ImagePositions(weights.Weight):
     """Returns 0: these are no parameters."""
     return 0
 
+  @property
   def row_count(self) -> int:
     """Returns the number of rows."""
     return self.grids.shape[0]
