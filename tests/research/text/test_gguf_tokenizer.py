@@ -8,7 +8,7 @@ import pydoc_data.topics
 import numpy as np
 import pytest
 
-from research.interop import load
+from research.interop import packages
 from research.interop.gguf import open_gguf
 from research.text.gguf_tokenizer import tokenizer_from_gguf
 from research.text.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ TINY = GOLDEN / "models" / "gguf_f32" / "model.gguf"
 
 @pytest.fixture(scope="module")
 def real():
-  path = load._packaged("smollm2-135m")
+  path = packages.packaged("smollm2-135m")
   return tokenizer_from_gguf(open_gguf(path).metadata)
 
 

@@ -64,6 +64,19 @@ def test_lines_and_verdicts_are_of_each_group():
   assert [x.holds for x in STUDY.verdicts(rows_of(0.2, 0.9, 0.7))] == [None]
 
 
+def test_counts_have_no_rules_in_their_lines():
+  """A report's "count = 3" has the model's own baselines alone."""
+  file = RunFile(path="a.gin", groups=("count",), strata=("count = 3",))
+  study, rows = Trained(files=(file,), seeds=3), rows_of(0.5, 0.6, 0.7)
+  for row in rows.values():
+    one = {x: {"score": 0.4, "n": 3} for x in ("real", "blind", "shuffled")}
+    margin = {"difference": 0.0}
+    row["answers"]["count = 3"] = {"systems": one, "margin": margin}
+  rows = dict(zip(study.arms, rows.values(), strict=True))
+  _, three = study.table(rows)
+  assert (three["best rule"], three["n"]) == ("", 3)
+
+
 def test_names_are_distinct():
   with pytest.raises(UserError, match=r"Trained\.files"):
     Trained(files=(SHAPES, SHAPES))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.interop import load
+from research.interop import packages
 from research.interop.gguf import Tensor, open_gguf, write_gguf
 from research.interop.gguf.read import (
   half_split,
@@ -362,7 +362,7 @@ def test_a_bad_model_is_one_clear_error(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def real():
-  return load_gguf(load._packaged("smollm2-135m"), packed=True)
+  return load_gguf(packages.packaged("smollm2-135m"), packed=True)
 
 
 @pytest.mark.slow
