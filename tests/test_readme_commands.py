@@ -112,9 +112,7 @@ ENTRIES = {
     ),
   ),
   "train runs/lora/qlora_smollm2.gin": Run(QUICK),
-  "train runs/lora/any_smollm2.gin": Run(
-    (*MINE, "LENGTH=32", "LOOK_BATCHES=1")
-  ),
+  "train runs/lora/any_smollm2.gin": Run((*MINE, "LENGTH=32")),
   "train runs/llada/mdlm_markov.gin": Run(
     ("STEPS=2", "WARMUP=1", "EVAL_BATCHES=1")
   ),
