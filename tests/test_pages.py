@@ -1,7 +1,8 @@
 """The pages of the repository: what they tell people to type works.
 
-Commands are parsed, not run: their module, flags, values, run files and macros
-have to exist. Blocks of Python run, on a tiny model in place of a real one.
+Commands are parsed: their module, flags, values, run files and macros have to
+exist; `test_readme_commands.py` runs those of the root's README. Blocks of
+Python run, on a tiny model in place of a real one.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from experiments import study, sweep, sweeps
+from experiments import sweep, sweeps
 from experiments.core import cli, config
 from experiments.sweeps import (
   launch,
@@ -305,33 +305,93 @@ sweeps.Sweep.axis = 'fake_study.Coins.tosses'
 """
 
 
-def test_a_study_is_swept(tmp_path, monkeypatch, capsys):
-  """Its units run in this process, by the command lines that they have."""
-  (tmp_path / "coins.gin").write_text(test_study.GIN)
-  file = tmp_path / "mine.gin"
-  file.write_text(STUDY.format(config=tmp_path / "coins.gin"))
+@pytest.fixture
+def swept(tmp_path, monkeypatch, capsys):
+  """Returns f(sweep file's text) -> its result; units run in this process.
+
+  By the command lines that they have; each has to succeed.
+  """
 
   def here(units, events, **_):
     statuses = {}
     for unit in units:
       module, *given = unit.arguments[1:]
-      assert module == "experiments.study"
-      statuses[unit.name] = cli.call(study.main, ["study", *given])
+      main = importlib.import_module(module).main
+      statuses[unit.name] = cli.call(main, [module, *given])
       events.ended(unit, statuses[unit.name], 1.0)
     return statuses
 
   monkeypatch.setattr(launch, "local", here)
-  given = [f"--sweep={file}", f"--workdir={tmp_path / 'out'}"]
-  assert cli.call(sweep.main, ["sweep", *given]) == 0
-  result = json.loads(capsys.readouterr().out.splitlines()[-1])
+
+  def call(text):
+    file = tmp_path / "mine.gin"
+    file.write_text(text)
+    given = [f"--sweep={file}", f"--workdir={tmp_path / 'out'}"]
+    status = cli.call(sweep.main, ["sweep", *given])
+    out = capsys.readouterr()
+    assert status == 0, out.err
+    return json.loads(out.out.splitlines()[-1])
+
+  call.units = tmp_path / "out" / "units"
+  return call
+
+
+def test_a_study_is_swept(tmp_path, swept):
+  (tmp_path / "coins.gin").write_text(test_study.GIN)
+  result = swept(STUDY.format(config=tmp_path / "coins.gin"))
   assert result["done"] == 2 and result["metric"] == "verdicts/holds"
   holds = []
   for tosses in (4, 9):
-    one = tmp_path / "out" / "units" / f"fake_study.Coins.tosses={tosses}"
+    one = swept.units / f"fake_study.Coins.tosses={tosses}"
     stored = json.loads(one.with_name(f"{one.name}.json").read_text())
     assert stored == json.loads((one / "result.json").read_text())
     holds.append(sum(v["verdict"] == "holds" for v in stored["verdicts"]))
   assert result["best"]["mean"] == max(holds) > 0
+
+
+SEARCH = f"""
+from __gin__ import dynamic_registration
+from experiments import sweeps
+sweeps.Sweep.command = 'search'
+sweeps.Sweep.config = '{ROOT}/tests/experiments/searching/tiny.gin'
+sweeps.Sweep.over = {{'COPIES': [1, 2]}}
+sweeps.Sweep.fixed = {{'PROBLEMS': (0, 2)}}
+sweeps.Sweep.metric = 'tokens_per_problem'
+"""
+
+
+def test_a_search_is_swept(swept):
+  """Two samples of a problem have more tokens than one."""
+  result = swept(SEARCH)
+  assert result["done"] == 2 and result["best"]["bindings"] == {"COPIES": 1}
+  for copies in (1, 2):
+    one = swept.units / f"COPIES={copies}"
+    found = json.loads(one.with_name(f"{one.name}.json").read_text())
+    assert (found["n"], found["problems"]) == (copies, 2)
+    lines = (one / "pool.jsonl").read_text().splitlines()
+    assert [len(json.loads(x)["samples"]) for x in lines] == [copies] * 2
+
+
+EVALUATE = f"""
+from __gin__ import dynamic_registration
+from experiments import sweeps
+sweeps.Sweep.command = 'evaluate'
+sweeps.Sweep.config = 'runs/quickstart.gin'
+sweeps.Sweep.over = {{'LENGTH': [16]}}
+sweeps.Sweep.fixed = {{
+    'BATCH': 2, 'EVAL_BATCHES': 1, 'experiment.Pretrained.name': '{TINY}',
+}}
+sweeps.Sweep.metric = 'heldout/perplexity'
+"""
+
+
+def test_an_evaluation_is_swept(swept):
+  """Of the model before training: it leaves a result, and no run."""
+  result = swept(EVALUATE)
+  assert result["done"] == 1 and result["best"]["mean"] > 1
+  found = json.loads((swept.units / "LENGTH=16.json").read_text())
+  assert found["heldout/perplexity"] == result["best"]["mean"]
+  assert not (swept.units / "LENGTH=16").exists()
 
 
 @pytest.mark.parametrize("command", sweep_units.ROOTS)

@@ -73,3 +73,10 @@ def launch(
         if p.poll() is None:
           os.killpg(p.pid, signal.SIGKILL)
   return [Done(p.returncode, *e) for p, e in zip(running, ends, strict=True)]
+
+
+def catches_sigterm(pid: int) -> bool:
+  """Whether a process has a handler, by the mask that Linux shows (proc(5))."""
+  text = pathlib.Path(f"/proc/{pid}/status").read_text()
+  mask = int(text.partition("SigCgt:")[2].split()[0], 16)
+  return bool(mask >> (signal.SIGTERM - 1) & 1)

@@ -9,6 +9,8 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
+import sys
 import time
 
 import numpy as np
@@ -21,7 +23,7 @@ from research.training.checkpoints.workdir import (
   claim_workdir,
 )
 from research.training.reports.metrics import read_jsonl
-from tests.multiprocess.launcher import launch
+from tests.multiprocess.launcher import catches_sigterm, launch
 
 pytestmark = pytest.mark.multiprocess
 
@@ -189,3 +191,55 @@ def test_other_devices_and_processes_go_on_with_the_same_data(
   _alone(parts, STOP.format(6))
   _together(_arguments("train", parts, *MESH))
   _assert_close(parts, whole[0])
+
+
+def _listens(process):
+  """Whether a first process waits for the others to connect."""
+  [flag] = [x for x in process.args if x.startswith("--coordinator=")]
+  host, port = flag.partition("=")[2].split(":")
+  with socket.socket() as s:
+    return s.connect_ex((host, int(port))) == 0
+
+
+def _wait(until):
+  end = time.monotonic() + 120
+  while not until():
+    assert time.monotonic() < end
+    time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("where", ["connecting", "computing"])
+def test_sigterm_while_one_process_waits_for_the_other(whole, folder, where):
+  """The other one stands still; both get the signal, as from a scheduler."""
+  workdir = folder / where
+
+  def during(running):
+    first, second = running
+    if where == "connecting":
+      _wait(lambda: catches_sigterm(second.pid))
+      second.send_signal(signal.SIGSTOP)
+      _wait(lambda: _listens(first))
+    else:
+      _wait((workdir / "config.gin").exists)
+      second.send_signal(signal.SIGSTOP)
+    time.sleep(1)  # the first one needs the second now
+    for process in running:
+      process.send_signal(signal.SIGTERM)
+    time.sleep(3)  # longer than an end that waits for nobody takes
+    second.send_signal(signal.SIGCONT)
+
+  arguments = _arguments("train", workdir, *MESH)
+  command = ["-m", "experiments.train", *arguments[1:]]
+  done = launch(command, during=during, compiled_before=False)
+  said = "".join(process.err for process in done)
+  assert [process.status for process in done] == [42, 42], said
+  assert (
+    "asked to stop" in done[0].err and not (workdir / "result.json").exists()
+  )
+  if where == "connecting":
+    assert not workdir.exists()
+
+  _together(arguments)
+  _assert_bitwise(workdir, whole[0])

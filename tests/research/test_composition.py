@@ -228,12 +228,11 @@ def test_a_composition_trains(case, tmp_path):
   # fp32: sums of up to 512 products in another order, through two layers.
   assert after == pytest.approx(float(loss(plain, batch)), rel=2e-4, abs=1e-4)
 
-  if CASES.index(case) in FEW:
-    with Checkpoints(tmp_path) as checkpoints:
-      checkpoints.save(second)
-      found = checkpoints.restore(cell.state)
-    chex.assert_trees_all_equal(found, second)
-    assert again(found)[1] == after
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(second)
+    found = checkpoints.restore(cell.state)
+  chex.assert_trees_all_equal(found, second)
+  assert again(found)[1] == after
 
 
 @pytest.mark.parametrize("pair", REFUSED, ids="-".join)
@@ -306,6 +305,43 @@ def test_the_page_has_the_matrix():
     assert "\n".join(notes) in text
   for kind, what in matrix.KINDS.items():
     assert f"* {kind}: {what}" in text
+  assert f"{len(CASES)} cases" in text
+
+
+IN_SHORT = {
+  "Llama, Gemma 2, mixture of experts": CAUSAL,
+  "images and text (SigLIP, Llama)": ("vision",),
+  "masked diffusion (LLaDA)": ("diffusion",),
+  "reward head (Qwen2.5-Math-PRM)": ("reward",),
+}
+"""What the README calls kinds of models."""
+
+TOGETHER = (
+  ("NextToken", "Distill", "PolicyGradient"),
+  ("DPO",),
+  ("StepReward",),
+  ("MaskedDiffusion", "GRPO"),
+  ("VRPO",),
+)
+"""Objectives that share a column of the README."""
+
+
+def test_the_readme_has_the_matrix_in_short():
+  assert sorted(sum(IN_SHORT.values(), ())) == sorted(AXES["kind"])
+  assert sorted(sum(TOGETHER, ())) == sorted(AXES["objective"])
+  counts = (len(AXES[axis]) - 1 for axis in ("adapter", "quantizer"))
+  packed = " x ".join(map(str, counts))  # "none" is not counted
+  rows = []
+  for label, kinds in IN_SHORT.items():
+    cells = []
+    for objectives in TOGETHER:
+      pairs = itertools.product(kinds, objectives)
+      [composes] = {_says(*pair) is None for pair in pairs}
+      cells.append("yes" if composes else "no")
+    rows.append([label, packed, *cells])
+  head = ["", "adapters x quantizers", *map(", ".join, TOGETHER)]
+  text = (PAGE.parents[1] / "README.md").read_text("utf-8")
+  assert tables.markdown(head, rows) in text
   assert f"{len(CASES)} cases" in text
 
 

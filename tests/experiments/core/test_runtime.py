@@ -1,7 +1,6 @@
 """What a command sets for its process, which tests share."""
 
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 from experiments.core import cli, runtime
 from research.training.preemption import Preempted
 from research.typing import UserError
+from tests.multiprocess.launcher import catches_sigterm
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -77,13 +77,6 @@ def test_a_flag_is_off_where_absl_reads_so(words, off):
 
 
 TRAIN = (sys.executable, "-m", "experiments.train", "--nohuge_pages")
-
-
-def catches_sigterm(pid):
-  """Whether a process has a handler, by the mask that Linux shows (proc(5))."""
-  text = pathlib.Path(f"/proc/{pid}/status").read_text()
-  mask = int(text.partition("SigCgt:")[2].split()[0], 16)
-  return bool(mask >> (signal.SIGTERM - 1) & 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -152,9 +152,13 @@ def test_a_policy_that_fills_in_masks_is_an_error():
     run._sampler(TASK[:1])
 
 
-@pytest.mark.slow
-def test_a_policy_becomes_a_reward_model(tmp_path):
-  policy, prm, file = (tmp_path / x for x in ("policy", "prm", "labels.jsonl"))
+def reward_model(folder):
+  """Trains a policy and its reward model, of one step each.
+
+  In the folders `policy` and `prm`; returns the latter's result, and the
+  labelled solutions.
+  """
+  policy, prm, file = (folder / x for x in ("policy", "prm", "labels.jsonl"))
   none = [f"experiment.Experiment.{x}=None" for x in ("answers", "validation")]
   small = [*SMALL, "WIDTH=16", "PROBLEMS=32", *none]
   run("runs/search/countdown_policy.gin", policy, *small)
@@ -177,6 +181,13 @@ def test_a_policy_becomes_a_reward_model(tmp_path):
   formats.write(str(file), made, formats.FORMATS["native"])
   given = [f"POLICY={policy}", f"LABELS={file}", f"TEST={file}"]
   result = run("runs/prm/countdown_prm.gin", prm, *given)
+  return result, made
+
+
+@pytest.mark.slow
+def test_a_policy_becomes_a_reward_model(tmp_path):
+  result, made = reward_model(tmp_path)
+  prm = tmp_path / "prm"
   names = {"f1", "accuracy_error", "accuracy_correct", "auc", "threshold"}
   assert names <= result.keys()
   assert result["step_report"]["base_rate"] == 0.75
