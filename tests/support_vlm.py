@@ -1,5 +1,6 @@
 """A tiny vision language model with random weights, and its words."""
 
+import dataclasses
 import functools
 
 import jax
@@ -59,6 +60,24 @@ def tokenizer() -> Tokenizer:
   backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   backend.add_special_tokens(["<end>", "<begin>"])
   return Tokenizer(backend=backend, bos=66, eos=65, pad=0, stop=(65,))
+
+
+CHAT = (
+  "{% for m in messages %}"
+  "{% if m.role == 'user' %}w2 {% else %}w3 {% endif %}{{ m.content }} "
+  "{% if m.role == 'assistant' %}<end> {% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}w3 {% endif %}"
+)
+"""A chat template in those words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatWords:
+  """That tokenizer with the chat template, as a run file names it."""
+
+  def load(self) -> Tokenizer:
+    """Returns the tokenizer."""
+    return dataclasses.replace(tokenizer(), chat_template=CHAT)
 
 
 def pixels(rows: int, views: int, seed: int = 0) -> np.ndarray:

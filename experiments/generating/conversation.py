@@ -8,6 +8,7 @@ from experiments.core import cli
 from experiments.generating import prompts
 from research import progress
 from research.typing import UserError
+from research.vlm.images.prompts import MARK
 
 Messages = list[dict[str, str]]
 
@@ -24,9 +25,9 @@ def text_of(tokenizer: Any, messages: Messages) -> str:
 
   Args:
     tokenizer: has the template.
-    messages: of texts, one at least; each `prompts.MARK` is an image.
+    messages: of texts, one at least; each `MARK` is an image.
   """
-  return tokenizer.chat(messages, image=prompts.MARK)
+  return tokenizer.chat(messages, image=MARK)
 
 
 def ids_of(tokenizer: Any, messages: Messages) -> list[int]:

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.generating.prompts import MARK
 from research.generation import generate
 from research.generation.decoding import PromptMask
 from research.generation.generate import TokenSource
@@ -15,6 +14,7 @@ from research.typing import UserError
 from research.vlm import data
 from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.images import open_image, prompt_ids
+from research.vlm.images.prompts import MARK
 from research.vlm.masks import Causal, by_index
 from research.vlm.sees_images import SeesImages
 

@@ -7,9 +7,6 @@ from typing import Any
 from experiments.core import cli
 from research.typing import UserError
 
-MARK = "<image>"
-"""Where an image stands in a prompt."""
-
 _SHOWN = 60
 """Characters of a prompt above its answer."""
 

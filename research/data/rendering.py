@@ -17,7 +17,7 @@ before it.
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from research.data import examples
@@ -27,6 +27,9 @@ from research.typing import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ASSISTANT = "assistant"
+
+Encode = Callable[[Sequence[int], str], list[int]]
+"""Returns the ids of a text that follows other ids."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +100,24 @@ def example(tokenizer: Tokenizer, conversation: Conversation) -> Example:
     UserError: there is no chat template, it fails, or the assistant's text
       cannot be located in its output.
   """
+  parts = pieces(tokenizer, conversation)
+  return encoded(parts, tokenizer.encode_after, tokenizer.stop)
+
+
+def encoded(
+  rendered: Sequence[tuple[str, bool]], encode: Encode, stop: Sequence[int]
+) -> Example:
+  """Tokenises a rendered conversation.
+
+  Args:
+    rendered: its parts, from `pieces`.
+    encode: makes ids of a part.
+    stop: ids that end a turn.
+  """
   parts: list[tuple[list[int], bool]] = []
-  for text, learned in pieces(tokenizer, conversation):
+  for text, learned in rendered:
     before = next((ids for ids, _ in reversed(parts) if ids), [])
-    parts += _tokens(tokenizer, before, text, learned)
+    parts += _tokens(encode(before, text), stop, learned)
   return examples.join(parts)
 
 
@@ -127,18 +144,27 @@ class ConversationSource(abc.ABC):
 
 
 def pieces(
-  tokenizer: Tokenizer, conversation: Conversation
+  tokenizer: Tokenizer, conversation: Conversation, image: str | None = None
 ) -> list[tuple[str, bool]]:
-  """Returns the rendered conversation in parts: (text, in the loss)."""
+  """Returns the rendered conversation in parts: (text, in the loss).
+
+  Args:
+    tokenizer: of the model, with its chat template.
+    conversation: of texts.
+    image: what stands for an image in a text; None if nothing does.
+
+  Raises:
+    UserError: as for `example`.
+  """
   # "weight" is not a field of chat templates.
   messages = [
     {k: v for k, v in m.items() if k != "weight"} for m in conversation.messages
   ]
   try:
-    marked = tokenizer.chat_marked(messages)
+    marked = tokenizer.chat_marked(messages, image)
     if marked is not None:
       return _by_marks(*marked, conversation)
-    return _by_prefixes(tokenizer, messages, conversation)
+    return _by_prefixes(tokenizer, messages, conversation, image)
   except UserError as error:
     if conversation.where in str(error):
       raise
@@ -166,12 +192,14 @@ def _by_marks(text, spans, conversation) -> list[tuple[str, bool]]:
   return [part for part in [*out, (text[place:], False)] if part[0]]
 
 
-def _by_prefixes(tokenizer, messages, conversation) -> list[tuple[str, bool]]:
-  whole = tokenizer.chat(messages, add_generation_prompt=False)
+def _by_prefixes(
+  tokenizer, messages, conversation, image
+) -> list[tuple[str, bool]]:
+  whole = tokenizer.chat(messages, False, image)
   out, place = [], 0
   for i in conversation.trained_messages:
-    opened = tokenizer.chat(messages[:i], add_generation_prompt=True)
-    said = tokenizer.chat(messages[: i + 1], add_generation_prompt=False)
+    opened = tokenizer.chat(messages[:i], True, image)
+    said = tokenizer.chat(messages[: i + 1], False, image)
     where = f"{conversation.where}: message {i} ({ASSISTANT})"
     if not said.startswith(opened):
       raise _no_prefix(
@@ -192,10 +220,9 @@ def _no_prefix(where: str, what: str, i: int) -> UserError:
   )
 
 
-def _tokens(tokenizer, before, text, learned) -> list[tuple[list[int], bool]]:
-  ids = tokenizer.encode_after(before, text)
+def _tokens(ids, stop, learned) -> list[tuple[list[int], bool]]:
   if not learned:
     return [(ids, False)]
-  ends = [i + 1 for i, token in enumerate(ids) if token in tokenizer.stop]
+  ends = [i + 1 for i, token in enumerate(ids) if token in stop]
   end = ends[-1] if ends else len(ids)
   return [(ids[:end], True), (ids[end:], False)]

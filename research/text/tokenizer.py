@@ -151,18 +151,21 @@ class Tokenizer:
     return chat.render(template, messages, add_generation_prompt, names)
 
   def chat_marked(
-    self, messages: Sequence[Mapping[str, Any]]
+    self, messages: Sequence[Mapping[str, Any]], image: str | None = None
   ) -> tuple[str, list[tuple[int, int]]] | None:
     """Renders a conversation; returns the text and the assistant's spans.
 
     Returns None if the chat template does not mark them.
+
+    Args:
+      messages, image: as for `chat`.
 
     Raises:
       UserError: there is no chat template, or it fails.
     """
     template, names = self._template()
     if self._takes_parts:
-      messages = chat.in_parts(messages)
+      messages = chat.in_parts(messages, image)
     return chat.render_marked(template, messages, names)
 
   @functools.cached_property

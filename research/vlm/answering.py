@@ -13,7 +13,7 @@ import numpy as np
 from research.generation import generate
 from research.generation.generate import TokenSource
 from research.generation.sampling import GREEDY, Sampling
-from research.typing import Params, UInt8
+from research.typing import Params, UInt8, UserError
 from research.vlm import data
 from research.vlm.evaluation import protocol
 from research.vlm.evaluation.parsers import Parser, exact_choice
@@ -22,6 +22,7 @@ from research.vlm.evaluation.scores import Score, exact_match
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.model import VisionLanguageModel
 from research.vlm.scenes.mixed import Mixed
+from research.vlm.scenes.sample import Sample
 from research.vlm.scenes.task import Task
 
 
@@ -134,7 +135,17 @@ class Answers:
     Args:
       loaded: the model with the weights to evaluate, its tokenizer and its
         preprocessor: a `research.interop.loaded.Loaded`.
+
+    Raises:
+      UserError: a sample is a conversation, which has several answers.
     """
+    samples = self.questions.samples
+    asked = samples[: self.limit]
+    if not all(isinstance(each, Sample) for each in asked):
+      raise UserError(
+        "Answers.questions: found conversations, expected questions with one"
+        " answer each"
+      )
     answer = Answerer(
       model=loaded.model,
       params=loaded.params,
@@ -146,9 +157,8 @@ class Answers:
       source=self.source,
       rows=self.batch,
     )
-    samples = self.questions.samples
     return protocol.evaluate(
-      samples[: self.limit],
+      asked,
       answer,
       # Only who draws the scenes knows what a part of them says.
       samples.rules() if isinstance(samples, Task | Mixed) else {},

@@ -64,11 +64,11 @@ class BucketedQuestions(data.ImageData):
   """Samples in buckets; a `research.data.pipeline.Data`.
 
   Attributes:
-    samples: questions about images, or about none.
+    samples: questions about images, or about none, and conversations.
     preprocessor: how an image becomes views, and what stands for it.
     image_token: id of the placeholder.
     buckets: the shapes.
-    template: the text around images.
+    template: the text around images; conversations have the tokenizer's.
     packing: how samples share rows: `knapsack.best_fit` or `one_per_row`.
     seed: of the shuffle.
     threads: that read images and cut them into views.

@@ -1,9 +1,10 @@
 """Questions about images as rows that a vision language model learns from.
 
 A row is one sample: the placeholders of its images, the question, and the
-answer, which alone is in the loss. A row's images are drawn or read, and cut
-into views, when the row is. Rows of several shapes, and rows that several
-samples share, are `research.vlm.buckets`.
+answer, which alone is in the loss; or a conversation, whose images are in its
+turns, and of which the assistant's messages are in the loss. A row's images are
+drawn or read, and cut into views, when the row is. Rows of several shapes, and
+rows that several samples share, are `research.vlm.buckets`.
 """
 
 import dataclasses
@@ -29,9 +30,14 @@ from research.vlm.images.prompt_ids import joined_ids, text_ids
 from research.vlm.images.prompts import Piece, PromptFormat, Soft
 from research.vlm.images.resize import Size
 from research.vlm.model import ANY_SIZE, VisionLanguageModel
+from research.vlm.prompts import conversations
+from research.vlm.prompts.conversations import ChatSample
 from research.vlm.scenes.mixed import Mixed
 from research.vlm.scenes.sample import Sample
 from research.vlm.scenes.task import Task
+
+AnySample = Sample | ChatSample
+"""A question with its answer, or a conversation."""
 
 
 @runtime_checkable
@@ -40,18 +46,18 @@ class Samples(Protocol):
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> Sample: ...
+  def __getitem__(self, index: int) -> AnySample: ...
 
 
 @runtime_checkable
 class Outlined(Protocol):
   """Samples whose texts and sizes of images are known without any pixel."""
 
-  def outline(self, index: int) -> tuple[Sample, tuple[Size, ...]]:
+  def outline(self, index: int) -> tuple[AnySample, tuple[Size, ...]]:
     """Returns a sample without its images, and (height, width) of each."""
 
 
-def outline(samples: Samples, index: int) -> tuple[Sample, tuple[Size, ...]]:
+def outline(samples: Samples, index: int) -> tuple[AnySample, tuple[Size, ...]]:
   """Returns a sample for its text, and (height, width) of its images.
 
   Pixels are drawn or read only where the samples cannot do without.
@@ -117,9 +123,13 @@ class ImageData:
   template: "Template"
 
   def example(
-    self, sample: Sample, images: Sequence[tuple[Piece, ...]], tokenizer: Any
+    self, sample: AnySample, images: Sequence[tuple[Piece, ...]], tokenizer: Any
   ) -> Example:
-    """Returns a sample's tokens, see `tokens_of`."""
+    """Returns a sample's tokens, see `tokens_of` and `conversations`."""
+    if isinstance(sample, ChatSample):
+      return conversations.tokens_of(
+        sample, images, tokenizer, self.image_token
+      )
     return tokens_of(
       sample,
       images,
@@ -187,14 +197,14 @@ class ImageQuestions(pipeline.ShuffledRows, ImageData):
   """Samples as rows of tokens and views; a `research.data.pipeline.Data`.
 
   Attributes:
-    samples: questions about images, or about none.
+    samples: questions about images, or about none, and conversations.
     preprocessor: how an image becomes views, and what stands for it.
     image_token: id of the placeholder.
-    length: tokens of a row, T.
+    length: tokens of a row, T; a longer sample is refused.
     views: views of a row, V; a sample with more of them is refused.
     patches: places for patches of a view, N, at native resolution; an image of
       more is refused. None where views are of one size.
-    template: the text around images.
+    template: the text around images; conversations have the tokenizer's.
     batch_size: rows in a batch over all processes.
     seed: of the shuffle.
     inputs: what rows have of views: `Pixels()`, or features of a frozen encoder
@@ -256,14 +266,20 @@ class ImageRows(Sequence[Row]):
       raise UserError(
         f"ImageQuestions.length: found {data.length}, expected at least"
         f" {len(example.tokens)}: {len(sample.images)} images with"
-        f" {prompt.soft_tokens} soft tokens, and the text of"
-        f" {sample.question!r}"
+        f" {prompt.soft_tokens} soft tokens, and the text of {_name(sample)}"
       )
     pixels = prompt.pixels
     if isinstance(pixels, GroupedViews):  # a row has no more soft tokens
       pixels = pixels.padded(data.length)
     views = data.inputs(pixels, prompt.views)
     return row_of([example], data.length) | views
+
+
+def _name(sample: AnySample) -> str:
+  """Returns what a sample is known by, in errors."""
+  if isinstance(sample, ChatSample):
+    return sample.conversation.where
+  return repr(sample.question)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,8 @@ Rows, evaluation and the command line make their prompts here, so that a model
 is asked as it was trained.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from research.errors import UserError
@@ -33,19 +34,43 @@ def joined_ids(
   Raises:
     UserError: the tokenizer reads a placeholder in a text.
   """
-  *before, after = texts
-  ids: list[int] = []
-  for text, pieces in zip(before, images, strict=True):
-    ids += text_ids(text, tokenizer, image_token, ids) if text else []
-    ids += image_ids(pieces, tokenizer, image_token)
-  last = text_ids(after, tokenizer, image_token, ids) if after else []
   if form is None:
-    return ids + last
+    return interleaved_ids(texts, images, tokenizer, image_token)
+  *before, after = texts
+  ids = interleaved_ids([*before, ""], images, tokenizer, image_token)
+  last = text_ids(after, tokenizer, image_token, ids) if after else []
   last += tokenizer.encode(form.end) if form.end else []
   special = special_tokens.from_tokenizer(tokenizer)
   if form.begin == "after_images":
     return ids + special.prompt(last)
   return special.prompt(ids + last)
+
+
+def interleaved_ids(
+  texts: Sequence[str],
+  images: Sequence[tuple[Piece, ...]],
+  tokenizer: Any,
+  image_token: int,
+  before: Sequence[int] = (),
+  read: Callable[[str, Any, int, Sequence[int]], list[int]] | None = None,
+) -> list[int]:
+  """Returns the ids of texts with an image between each two.
+
+  Args:
+    texts, images, tokenizer, image_token: as for `joined_ids`.
+    before: ids that they follow.
+    read: makes ids of a text; None for `text_ids`.
+
+  Raises:
+    UserError: as for `joined_ids`.
+  """
+  read = text_ids if read is None else read
+  ids: list[int] = []
+  for text, pieces in zip(texts, [*images, ()], strict=True):
+    if text:
+      ids += read(text, tokenizer, image_token, ids or before)
+    ids += image_ids(pieces, tokenizer, image_token)
+  return ids
 
 
 def text_ids(
@@ -67,6 +92,31 @@ def text_ids(
       f"text: found the placeholder of images in {text[:80]!r}, expected words"
       " alone: images stand for themselves. Take it out of the text"
     )
+  return ids
+
+
+def typed_ids(
+  text: str, tokenizer: Any, image_token: int, before: Sequence[int]
+) -> list[int]:
+  """Returns the ids of a text, in which a placeholder is text as well.
+
+  The tokenizer gets the placeholder's first character apart from the others.
+
+  Args:
+    text, tokenizer, image_token, before: as for `text_ids`.
+
+  Raises:
+    UserError: the tokenizer reads a placeholder nevertheless.
+  """
+  ids = tokenizer.encode_after(before, text)
+  if image_token not in ids:
+    return ids
+  name = tokenizer.backend.id_to_token(image_token)
+  cuts = [i + 1 for i in range(len(text)) if text.startswith(name, i)]
+  ids = []
+  for start, end in itertools.pairwise([0, *cuts, len(text)]):
+    part = text[start:end]
+    ids += text_ids(part, tokenizer, image_token, ids or before)
   return ids
 
 

@@ -11,6 +11,9 @@ from typing import Literal
 
 from research.vlm.images.plan import Plan
 
+MARK = "<image>"
+"""Where an image stands in a text that somebody writes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Soft:

@@ -1,10 +1,11 @@
-"""Questions drawn as pictures, and models that read them in prompts."""
+"""Prompts with images: conversations, and questions drawn as pictures."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
+    "conversations": ["ChatSample", "join_texts"],
     "drawn": ["DrawnQuestion"],
     "reader": ["ImageReader"],
     "word_grid": ["WordGrid"],

@@ -27,6 +27,32 @@ SMOLLM2 = Sizes(
 )
 """Vocabulary and width are the model's own; the rest is less."""
 
+CONVERSATIONS = """
+from __gin__ import dynamic_registration
+include 'base.gin'
+include 'models/vlm_tiny.gin'
+include 'data/image_jsonl.gin'
+include 'optim/adamw_cosine.gin'
+from experiments.core import from_scratch
+from tests import support_vlm
+from_scratch.FromScratch.tokenizer = @support_vlm.ChatWords()
+VOCAB = 70
+WIDTH = 16
+DEPTH = 1
+HEADS = 2
+HEAD_DIM = 8
+HIDDEN = 16
+GRID = 2
+SIDE = 16
+STEPS = 2
+LEARNING_RATE = 1e-2
+WARMUP = 1
+BATCH = 2
+LENGTH = 32
+VIEWS = 2
+"""
+"""A model of two layers in all, and conversations about images."""
+
 
 def _trained(experiment):
   """Returns tower -> (trained, all) arrays."""
@@ -175,3 +201,40 @@ def test_ten_rows_of_my_pictures_are_enough(tmp_path):
   found = run.evaluations(tokenizer)
   have = {"validation": run.validation, "heldout": run.heldout}
   assert set(found) == {k for k, x in have.items() if len(x.samples)}
+
+
+def test_conversations_about_images_are_trained_on(tmp_path):
+  """Two steps on a file of LLaVA's layout, of a chat's, and of questions."""
+  image, lines = np.zeros((16, 16, 3), np.uint8), []
+  for i in range(12):
+    Image.fromarray(image + 20 * i).save(tmp_path / f"{i}.png")
+    turns = ("human", f"<image>\n w5 w{i}"), ("gpt", f"w{i}")
+    turns += ("human", "w6 <image>"), ("gpt", "w7")
+    llava = [{"from": who, "value": said} for who, said in turns]
+    parts = [{"type": "image"}, {"type": "text", "text": f" w5 w{i}"}]
+    chat = [
+      {"role": "user", "content": parts},
+      {"role": "assistant", "content": f"w{i}"},
+    ]
+    lines += [
+      {"image": [f"{i}.png", "0.png"], "conversations": llava},
+      {"images": [f"{i}.png"], "messages": chat},
+      {"images": [f"{i}.png"], "question": f"w5 w{i}", "answer": f"w{i}"},
+    ]
+  file = tmp_path / "chats.jsonl"
+  file.write_text("".join(json.dumps(x) + "\n" for x in lines))
+  bindings = [f"FILES={file}", f"FOLDER={tmp_path}"]
+  read = config.parse(CONVERSATIONS, bindings)
+  run = read.experiment
+  rows = run.data.rows(run.model.language.tokenizer.load())
+  placeholders = {int((row["tokens"] == 70).sum()) for row in rows}
+  assert placeholders == {4, 8}
+  folder = claim_workdir(tmp_path / "run", read.text)
+  result = train_eval.train(run, folder)
+  assert result["steps"] == 2
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  first, second = [r["train/loss"] for r in records if "train/loss" in r]
+  # At first all of the 70 words are about as likely.
+  assert first == pytest.approx(np.log(70), abs=0.1) and second < first
+  assert second - 0.1 < result["validation/loss"] < np.log(70) + 0.1

@@ -20,14 +20,16 @@ from research.training.checkpoints.workdir import (
   LENGTH_AND_MESH_LINES,
   claim_workdir,
 )
+from research.training.objectives.objective import with_model
 from research.typing import UserError
 
 TINY = str(pathlib.Path(__file__).with_name("tiny.gin"))
+TINY_VISION = str(pathlib.Path(__file__).with_name("tiny_vision.gin"))
 FIRST, SECOND = "embedding", "adapters"
 
 
-def run(workdir, *bindings):
-  read = config.read(TINY, bindings)
+def run(workdir, *bindings, file=TINY):
+  read = config.read(file, bindings)
   folder = running.claim(
     read.experiment, read.text, workdir, LENGTH_AND_MESH_LINES
   )
@@ -218,31 +220,60 @@ def test_a_result_is_that_of_a_run():
 # --- a run ---
 
 
+def fit(experiment, loaded, params, folder):
+  """Returns the state after training from weights in memory."""
+  objective = with_model(experiment.objective, loaded.model)
+  start = state.create(params, experiment.trainable, experiment.optimizer)
+  return loop.fit(
+    objective,
+    experiment.optimizer,
+    start,
+    experiment.data.training(loaded.tokenizer),
+    experiment.plan,
+    workdir=folder,
+  ).state
+
+
 @pytest.mark.slow
 def test_it_is_two_undisturbed_trainings_with_no_file_between(whole, tmp_path):
   """Weights that were never saved, handed over in memory: the same bits."""
   workdir, _ = whole
   one, two = config.read(TINY).experiment.stages.values()
-
-  def fit(experiment, loaded, params, name):
-    objective = dataclasses.replace(experiment.objective, model=loaded.model)
-    start = state.create(params, experiment.trainable, experiment.optimizer)
-    return loop.fit(
-      objective,
-      experiment.optimizer,
-      start,
-      experiment.data.training(None),
-      experiment.plan,
-      workdir=tmp_path / name,
-    ).state
-
   loaded = one.model.load()
-  first = fit(one, loaded, loaded.params, "one")
+  first = fit(one, loaded, loaded.params, tmp_path / "one")
   key = jax.random.fold_in(jax.random.key(two.seed), 0)
-  second = fit(two, loaded, two.transforms[0](first.params, key), "two")
+  params = two.transforms[0](first.params, key)
+  second = fit(two, loaded, params, tmp_path / "two")
   found = saved(workdir / SECOND)
   chex.assert_trees_all_equal(found.params, second.params)
   chex.assert_trees_all_equal(found.opt_state, second.opt_state)
+
+
+@pytest.mark.slow
+def test_a_model_with_images_stopped_within_a_stage_ends_bitwise(tmp_path):
+  """Stopped in the second stage, and reloaded twice; or neither, in memory."""
+  points = iter([99, 3])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(preemption, "StopPoints", lambda: Asking(next(points)))
+    with pytest.raises(preemption.Preempted, match="step 2 is saved"):
+      run(tmp_path / "run", file=TINY_VISION)
+  run(tmp_path / "run", file=TINY_VISION)
+  one, two = config.read(TINY_VISION).experiment.stages.values()
+  loaded = one.model.load()
+  first = fit(one, loaded, loaded.params, tmp_path / "one")
+  chex.assert_trees_all_equal(
+    first.params["language"], loaded.params["language"]
+  )
+  found = saved(tmp_path / "run" / "align", 2)
+  chex.assert_trees_all_equal(found.params, first.params)
+  second = fit(two, loaded, first.params, tmp_path / "two")
+  found = saved(tmp_path / "run" / "tune")
+  chex.assert_trees_all_equal(found.params, second.params)
+  chex.assert_trees_all_equal(found.opt_state, second.opt_state)
+  for tower in ("vision", "connector", "language"):
+    moved = tree.flatten_paths(second.params[tower])
+    before = dict(tree.flatten_paths(first.params[tower]))
+    assert any((x != before[path]).any() for path, x in moved)
 
 
 def test_what_is_frozen_stays_and_has_no_moments(whole):

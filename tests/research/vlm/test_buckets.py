@@ -14,6 +14,7 @@ import pytest
 
 from kernels_pallas.masks import autoregressive_blocks
 from research import tree
+from research.data.rendering import Conversation
 from research.data.sources import NoExamples
 from research.nn import logits
 from research.sharding import Layout
@@ -25,10 +26,11 @@ from research.vlm.buckets import Bucket, BucketedQuestions
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.tiling.anyres import AnyRes
 from research.vlm.images.tiling.native import Native
+from research.vlm.prompts.conversations import ChatSample, join_texts
 from research.vlm.scenes.sample import Sample
 from tests import support_vlm
 
-TOKENIZER, IMAGE = support_vlm.tokenizer(), support_vlm.IMAGE
+TOKENIZER, IMAGE = support_vlm.ChatWords().load(), support_vlm.IMAGE
 MODEL, PARAMS = support_vlm.model(), support_vlm.params()
 SOFT = 4  # tokens of an image
 COUNTS = (1, 0, 2, 1, 0, 3, 1, 2)  # images of each sample
@@ -278,6 +280,46 @@ def test_packed_is_unpacked_in_loss_and_gradient(policy):
   leaking = packed | {"segments": packed["segments"] * 0}
   other = compiled()(PARAMS, packed, mask_of(policy, leaking))
   assert abs(other[0] - found[0]) > 1e-2
+
+
+def chat(number, *turns):
+  """Returns a conversation of texts with images between, and answers."""
+  roles = ("user", "assistant")
+  messages = [
+    {"role": role, "content": join_texts(texts)}
+    for turn in turns
+    for role, texts in zip(roles, turn, strict=True)
+  ]
+  images = sum(len(texts) - 1 for texts, _ in turns)
+  drawn = sample(number, images).images
+  return ChatSample(drawn, Conversation(messages, f"x:{number}"))
+
+
+CHATS = [
+  chat(i, (["", ""], [f"w{i}"]), *[(["w20", ""], [""])] * (i % 2))
+  for i in range(8)
+]
+"""One turn of 8 tokens; or two of 8, the second with an empty answer."""
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda x: type(x).__name__)
+def test_packed_conversations_are_unpacked_ones(policy):
+  packed = batch_of(PACKED, samples=CHATS)
+  whole = one_each(samples=CHATS)
+  assert (packed["segments"] >= 0).all()  # four rows of 16 + 8
+  assert packed["tokens"].shape == (4, 24) and len(packed["pixels"]) == 2
+  learned = whole["targets"][1][whole["weights"][1] > 0]
+  np.testing.assert_array_equal(learned, [1, 65, 65])
+  found = compiled()(PARAMS, packed, mask_of(policy, packed))
+  expected = compiled()(PARAMS, whole, mask_of(policy, whole))
+  assert_close(found[1], expected[1])
+  np.testing.assert_allclose(found[0], expected[0], rtol=2e-5)
+
+
+def test_a_conversation_is_whole_or_left_out():
+  """Its images are not cut where it is longer than a row."""
+  plan = questions(Bucket(length=15, views=6), samples=CHATS).plan(TOKENIZER)
+  assert plan.left_out == {"have more than 15 tokens": [1, 3, 5, 7]}
 
 
 def test_the_objective_has_the_models_mask_in_packed_rows():

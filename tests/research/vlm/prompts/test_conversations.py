@@ -1,0 +1,185 @@
+"""Conversations with images: their ids and labels, by construction."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from research.data.rendering import Conversation
+from research.text.tokenizer import Tokenizer
+from research.typing import UserError
+from research.vlm.images.prompts import Soft, Token
+from research.vlm.prompts import conversations
+from research.vlm.prompts.conversations import ChatSample, join_texts
+
+IMAGE = 7  # no character of the texts
+
+
+class Letters:
+  """A tokenizer backend whose ids are character codes; `$` ends a text."""
+
+  def encode(self, text, add_special_tokens=False):
+    return type("Encoding", (), {"ids": [ord(c) for c in text]})
+
+  def token_to_id(self, text):
+    return None
+
+  def id_to_token(self, i):
+    return chr(i)
+
+
+def letters(template):
+  return Tokenizer(
+    backend=Letters(), eos=ord("$"), stop=(ord("$"),), chat_template=template
+  )
+
+
+EACH = "{% for m in messages %}[{{ m.role[0] }}:"
+END = "{% if add_generation_prompt %}[a:{% endif %}"
+SAID = "{{ m.content }}$]"
+PARTS = (
+  "{% for x in m.content %}{% if x.type == 'image' %}<image>"
+  "{% else %}{{ x.text }}{% endif %}{% endfor %}$]"
+)
+
+
+def marked(said):
+  """Returns a template that marks what the assistant says."""
+  return (
+    f"{EACH}{{% if m.role == 'assistant' %}}{{% generation %}}{said}"
+    f"{{% endgeneration %}}{{% else %}}{said}{{% endif %}}{{% endfor %}}"
+  )
+
+
+TEMPLATES = {
+  "texts": f"{EACH}{SAID}{{% endfor %}}{END}",
+  "texts, marked": marked(SAID),
+  "parts": f"{EACH}{PARTS}{{% endfor %}}{END}",  # as LLaVA's and SmolVLM's
+  "parts, marked": marked(PARTS),
+}
+TURNS = [  # texts with images between each two, and the answer
+  (["", "\nWhat is it?"], "red"),
+  (["[a:I am$][a:", " and <image>?", " [u:"], ""),
+  (["No image: <image> assistant"], "[u:<image>$"),
+  (["x", ""], "$"),
+  (["", "", ""], "a\n b "),
+]
+PIECES = [  # of each image in turn
+  (Soft(2),),
+  (Token("<"), Soft(1), Token(">")),
+  (Soft(3),),
+  (Soft(1), Token("\n"), Soft(1)),
+  (Soft(2),),
+  (Soft(1),),
+]
+
+
+def sample(turns):
+  messages = []
+  for texts, answer in turns:
+    messages += [
+      {"role": "user", "content": join_texts(texts)},
+      {"role": "assistant", "content": join_texts([answer])},
+    ]
+  return ChatSample((), Conversation(messages, "f.jsonl:3"))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("turns", range(1, 6))
+def test_only_answers_and_their_ends_are_learned(template, turns):
+  """Letter by letter; never a header, a placeholder or what surrounds it."""
+  chosen = TURNS[-turns:]
+  count = sum(len(texts) - 1 for texts, _ in chosen)
+  images = PIECES[:count]
+  ids, mask, left = [], [], iter(images)
+
+  def add(text, learned):
+    ids.extend(map(ord, text))
+    mask.extend([learned] * len(text))
+
+  for texts, answer in chosen:
+    add("[u:", False)
+    for number, text in enumerate(texts):
+      for piece in next(left) if number else ():
+        if isinstance(piece, Soft):
+          ids.extend([IMAGE] * piece.count)
+          mask.extend([False] * piece.count)
+        else:
+          add(piece.text, False)
+      add(text, False)
+    add("$][a:", False)
+    add(f"{answer}$", True)
+    add("]", False)
+
+  made = conversations.tokens_of(
+    sample(chosen), images, letters(TEMPLATES[template]), IMAGE
+  )
+  np.testing.assert_array_equal(made.tokens, ids)
+  np.testing.assert_array_equal(made.loss_mask, mask)
+  said = "".join(map(chr, made.tokens[made.loss_mask]))
+  assert said == "".join(f"{answer}$" for _, answer in chosen)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_typed_placeholder_stays_text(special):
+  """Also one that the tokenizer has as a token: no feature takes its place."""
+  words = sorted(pre_tokenizers.ByteLevel.alphabet())
+  backend = tokenizers.Tokenizer(
+    models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[])
+  )
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  names = ["<|pad|>", "$"]
+  (backend.add_special_tokens if special else backend.add_tokens)(names)
+  image, end = map(backend.token_to_id, names)
+  tokenizer = Tokenizer(
+    backend=backend, stop=(end,), chat_template=TEMPLATES["texts"]
+  )
+  turns = [(["<|pad|><image>", "<|pad|>"], "<|pad|> <image>")]
+  made = conversations.tokens_of(sample(turns), [(Soft(3),)], tokenizer, image)
+  here = made.tokens == image
+  np.testing.assert_array_equal(made.tokens[here], [image] * 3)
+  assert (np.diff(np.flatnonzero(here)) == 1).all()
+  text = "[u:<|pad|><image><|pad|>$][a:<|pad|> <image>$]"
+  assert tokenizer.decode(made.tokens[~here].tolist(), False) == text
+
+
+ALL_LEARNED = (
+  "{% for m in messages %}{% generation %}{{ m.content }}$]{% endgeneration %}"
+  "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+  ("template", "found"),
+  [
+    (TEMPLATES["texts"].replace("m.content", "m.content | length"), 0),
+    (f"<image>{TEMPLATES['texts']}", 2),
+    (ALL_LEARNED, 1),
+  ],
+)
+def test_templates_that_lose_add_or_learn_images_are_refused(template, found):
+  with pytest.raises(UserError, match=f"f.jsonl:3: .* found {found} times"):
+    conversations.tokens_of(
+      sample([(["a", "b"], "c")]), PIECES[:1], letters(template), IMAGE
+    )
+
+
+def test_a_reserved_character_is_refused():
+  with pytest.raises(UserError, match=r"found U\+FDD0 in 'a\\ufdd0'"):
+    join_texts(["a\ufdd0"])
+
+
+def test_one_message_may_be_left_out_of_the_loss():
+  given = sample(TURNS[:2])
+  messages = [dict(each) for each in given.conversation.messages]
+  messages[1]["weight"] = 0
+  given = dataclasses.replace(
+    given, conversation=Conversation(messages, "f.jsonl:3")
+  )
+  made = conversations.tokens_of(
+    given, PIECES[:3], letters(TEMPLATES["texts"]), IMAGE
+  )
+  assert "".join(map(chr, made.tokens[made.loss_mask])) == "$"
