@@ -1,14 +1,17 @@
 """Samples with no, one or many images as batches of a few shapes.
 
-A bucket is a shape: tokens of a row, views that its rows have room for, rows of
-a batch. Each sample goes to the smallest bucket with room for it, where it may
-share a row with others; what fits in none is counted, with the reason. Only
-texts and sizes of images are read to decide that (of files, the headers); they
-are cut into views when a batch is made.
+A bucket is a shape: tokens of a row, views that its rows have room for, patches
+of a view at native resolution, rows of a batch. Each sample goes to the
+smallest bucket with room for it, where it may share a row with others; what
+fits in none is counted, with the reason. Only texts and sizes of images are
+read to decide that (of files, the headers); they are cut into views when a
+batch is made.
 
 The pixels of a unit are one array, `[1, V, H, W, 3]`, for `pool` rows. With
 `pool` 1 each row has V views of its own; with more, V is a budget that rows
-with many images and rows with none share, so that few views are padding.
+with many images and rows with none share, so that few views are padding. At
+native resolution the array has patches, `[1, V, N, X]`, N of them for each
+image; those that an image does not use are padding.
 """
 
 import collections
@@ -23,9 +26,9 @@ from research.data.bucketing import BucketedBatches, BucketRows
 from research.data.packing import Row, Rows
 from research.data.sources import NoExamples
 from research.io import folders
-from research.typing import Int, UInt8, UserError
+from research.typing import Int, UserError
 from research.vlm import data
-from research.vlm.images.plan import Plan
+from research.vlm.images.plan import Plan, Views
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.resize import Size
 
@@ -37,17 +40,22 @@ class Bucket:
   Attributes:
     length: tokens of a row, T.
     views: views that the rows of a pool have room for, V; 0 for text alone.
+    patches: places for patches of a view, N, at native resolution; None where
+      views are of one size.
     rows: rows in a batch over all processes, B.
     pool: consecutive rows that share their views; a divisor of `rows`.
   """
 
   length: int
   views: int = 1
+  patches: int | None = None
   rows: int = 8
   pool: int = 1
 
   def __post_init__(self):
     pipeline.check_sizes(self, length=2, views=0, rows=1, pool=1)
+    if self.patches is not None:
+      pipeline.check_sizes(self, patches=1)
     if self.rows % self.pool:
       raise UserError(
         f"Bucket.rows: found {self.rows}, expected a multiple of pool,"
@@ -55,8 +63,14 @@ class Bucket:
       )
 
   def __str__(self) -> str:
+    patches = "" if self.patches is None else f" of {self.patches} patches"
     pool = f" for {self.pool} rows" if self.pool > 1 else ""
-    return f"{self.length} tokens, {self.views} views{pool}"
+    return f"{self.length} tokens, {self.views} views{patches}{pool}"
+
+  @property
+  def encoder_size(self) -> float:
+    """What the encoder reads for a row: patches, or views of one size."""
+    return self.views * (self.patches or 1) / self.pool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,12 +102,14 @@ class BucketedQuestions(data.ImageData):
 
   def __post_init__(self):
     pipeline.check_sizes(self, threads=1, seed=0)
-    shapes = [(x.length, x.views, x.pool) for x in self.buckets]
+    shapes = [(x.length, x.views, x.patches, x.pool) for x in self.buckets]
     if not shapes or len(set(shapes)) < len(shapes):
       raise UserError(
         f"BucketedQuestions.buckets: found {[str(x) for x in self.buckets]},"
         " expected at least one, and none twice."
       )
+    for bucket in self.buckets:
+      _check_patches(bucket, self.preprocessor)
 
   def check_files(self) -> None:
     """Checks nothing: `training` counts and leaves out what cannot be read."""
@@ -119,10 +135,12 @@ class BucketedQuestions(data.ImageData):
       UserError: the model's encoder takes no such views.
     """
     needs, left_out = _needs(self, tokenizer)
-    buckets = sorted(self.buckets, key=lambda x: (x.length, x.views / x.pool))
+    buckets = sorted(self.buckets, key=lambda x: (x.length, x.encoder_size))
     numbers: list[list[int]] = [[] for _ in buckets]
     for i in np.flatnonzero(needs.tokens >= 0).tolist():
-      found = _smallest(buckets, needs.tokens[i], needs.views[i])
+      found = _smallest(
+        buckets, needs.tokens[i], needs.views[i], needs.largest[i]
+      )
       if isinstance(found, str):
         left_out[found].append(i)
       else:
@@ -232,11 +250,16 @@ class Needs:
   Attributes:
     tokens: its positions in a row, -1 where the sample cannot be used.
     views: its views.
-    view: height and width of every view, if there is an image.
+    patches: the encoder's patches of all its views.
+    largest: those of its largest view; 0 where views are of one size.
+    view: height and width of every view, if there is an image and views are of
+      one size.
   """
 
   tokens: Int[np.ndarray, " samples"]
   views: Int[np.ndarray, " samples"]
+  patches: Int[np.ndarray, " samples"]
+  largest: Int[np.ndarray, " samples"]
   view: Size | None
 
 
@@ -277,7 +300,8 @@ class BucketPlan:
   def report(self) -> dict[str, Any]:
     """Returns counts and shares of each bucket, and of reasons, as JSON has it.
 
-    `tokens` and `views` are the shares of a bucket's room that are used.
+    `tokens`, `views` and, at native resolution, `patches` are the shares of a
+    bucket's room that are used.
     """
     buckets = {str(part.bucket): self._filled(part) for part in self.parts}
     left_out = {why: len(found) for why, found in self.left_out.items()}
@@ -289,12 +313,12 @@ class BucketPlan:
     rows = len(pools) * bucket.pool
     tokens = self.needs.tokens[own].sum() / max(rows * bucket.length, 1)
     views = self.needs.views[own].sum() / max(len(pools) * bucket.views, 1)
-    return {
-      "samples": len(own),
-      "rows": rows,
-      "tokens": round(float(tokens), 4),
-      "views": round(float(views), 4),
-    }
+    filled = {"tokens": tokens, "views": views}
+    if bucket.patches is not None:
+      room = len(pools) * bucket.views * bucket.patches
+      filled["patches"] = self.needs.patches[own].sum() / max(room, 1)
+    shares = {k: round(float(x), 4) for k, x in filled.items()}
+    return {"samples": len(own), "rows": rows, **shares}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +327,8 @@ class PooledRows(Sequence[Row]):
 
   Text is `[pool, T]`; `pixels` (or what `inputs` makes of them) are uint8
   `[1, V, H, W, 3]`, the views of all samples in the order of their placeholders
-  and then zeros, and absent where the bucket has no views.
+  and then zeros, and absent where the bucket has no views. At native resolution
+  they are `patches`, uint8 `[1, V, N, X]`, and `grids`, int32 `[1, V, 2]`.
   """
 
   data: BucketedQuestions
@@ -315,31 +340,41 @@ class PooledRows(Sequence[Row]):
     return len(self.part.pools)
 
   def __getitem__(self, index: Any) -> Row:
-    bucket, rows, pixels = self.part.bucket, [], []
+    bucket, rows, made = self.part.bucket, [], []
     for numbers in self.part.pools[index]:
       examples = []
       for number in numbers:
         example, views = self._read(number)
         examples.append(example)
-        pixels += views
+        made += views
       rows.append(data.row_of(examples, bucket.length))
     unit = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-    if not bucket.views or self.view is None:
+    pixels = self._pixels(made)
+    if pixels is None:
       return unit
-    shape = (bucket.views - len(pixels), *self.view, 3)
-    whole = np.stack([*pixels, *np.zeros(shape, np.uint8)])
-    inputs = self.data.inputs(whole, len(pixels))
+    used = sum(len(views.pixels) for views in made)
+    inputs = self.data.inputs(pixels, used)
     return unit | {k: x[None] for k, x in inputs.items()}
 
-  def _read(
-    self, number: int
-  ) -> tuple[data.Example, list[UInt8[np.ndarray, "H W 3"]]]:
-    """Returns a sample's tokens and views."""
+  def _pixels(self, made: Sequence[Views]) -> data.ViewPixels | None:
+    """Returns a pool's views and its padding, or None without room for any."""
+    bucket = self.part.bucket
+    if bucket.views and bucket.patches is not None:
+      how = self.data.preprocessor
+      return data.patches_of(made, how, bucket.views, bucket.patches)
+    if not bucket.views or self.view is None:
+      return None
+    pixels = [view for views in made for view in views.pixels]
+    padding = np.zeros((bucket.views - len(pixels), *self.view, 3), np.uint8)
+    return np.stack([*pixels, *padding])
+
+  def _read(self, number: int) -> tuple[data.Example, list[Views]]:
+    """Returns a sample's tokens, and the views of each image."""
     own, sample = self.data, self.data.samples[number]
     made = [own.preprocessor.views(image) for image in sample.images]
     pieces = [own.preprocessor.pieces(views.plan) for views in made]
     example = own.example(sample, pieces, self.tokenizer)
-    return example, [view for views in made for view in views.pixels]
+    return example, made
 
 
 def _needs(
@@ -347,7 +382,9 @@ def _needs(
 ) -> tuple[Needs, dict[str, list[int]]]:
   """Returns what each sample takes, and those of no use, by reason."""
   count, sizes = len(own.samples), set()
-  tokens, views = np.full(count, -1), np.zeros(count, int)
+  native = own.preprocessor.tiling.native_square is not None
+  tokens = np.full(count, -1)
+  views, patches, largest = np.zeros((3, count), int)
   left_out = collections.defaultdict(list)
   for i in range(count):
     try:
@@ -358,7 +395,8 @@ def _needs(
       continue
     for plan in plans:
       _check_order(plan, own.preprocessor)
-      sizes.add(plan.view)
+      if not native:
+        sizes.add(plan.view)
     pieces = [own.preprocessor.pieces(plan) for plan in plans]
     example = own.example(sample, pieces, tokenizer)
     if not example.loss_mask[1:].any():
@@ -366,12 +404,35 @@ def _needs(
       continue
     tokens[i] = len(example.tokens)
     views[i] = sum(plan.views for plan in plans)
+    patches[i] = sum(plan.encoder_tokens for plan in plans)
+    if native:
+      largest[i] = max((plan.encoder_tokens for plan in plans), default=0)
   if len(sizes) > 1:
     raise UserError(
       f"BucketedQuestions.preprocessor: found views of {sorted(sizes)} pixels,"
       " expected one size, which the encoder takes; use a tiling of squares"
     )
-  return Needs(tokens, views, next(iter(sizes), None)), left_out
+  view = next(iter(sizes), None)
+  return Needs(tokens, views, patches, largest, view), left_out
+
+
+def _check_patches(bucket: Bucket, preprocessor: Preprocessor) -> None:
+  """Raises UserError unless a bucket's patches are those of the tiling."""
+  square, found = preprocessor.tiling.native_square, bucket.patches
+  if not bucket.views:
+    return
+  kind = type(preprocessor.tiling).__name__
+  if square is None and found is not None:
+    raise UserError(
+      f"Bucket.patches: found {found}, expected None, since all views of"
+      f" {kind} are of one size"
+    )
+  if square is not None and (found is None or found % square**2):
+    raise UserError(
+      f"Bucket.patches: found {found}, expected the most patches of an image"
+      f" ({kind} keeps each image's size), a multiple of {square**2}: the"
+      f" connector reads squares of {square} x {square}"
+    )
 
 
 def _check_order(plan: Plan, preprocessor: Preprocessor) -> None:
@@ -385,15 +446,27 @@ def _check_order(plan: Plan, preprocessor: Preprocessor) -> None:
     )
 
 
-def _smallest(buckets: Sequence[Bucket], tokens: Any, views: Any) -> int | str:
-  """Returns the first bucket with room, or the reason why there is none."""
+def _smallest(
+  buckets: Sequence[Bucket], tokens: Any, views: Any, patches: Any
+) -> int | str:
+  """Returns the first bucket with room, or the reason why there is none.
+
+  Args:
+    buckets: from the smallest.
+    tokens, views: of a sample.
+    patches: of its largest view at native resolution, else 0.
+  """
   for i, bucket in enumerate(buckets):
-    if tokens <= bucket.length and views <= bucket.views:
+    room = tokens <= bucket.length and views <= bucket.views
+    if room and patches <= (bucket.patches or 0):
       return i
   longest = max(bucket.length for bucket in buckets)
   most = max(bucket.views for bucket in buckets)
+  finest = max(bucket.patches or 0 for bucket in buckets)
   if tokens > longest:
     return f"have more than {longest} tokens"
   if views > most:
     return f"have more than {most} views"
+  if patches > finest:
+    return f"have an image of more than {finest} patches"
   return "have more views than there are in a bucket of their length"

@@ -22,7 +22,7 @@ from research.data.sources import Documents
 from research.generation import generate
 from research.typing import Int32, Params, UInt8, UserError
 from research.vlm.encoders.grouped import GroupedViews
-from research.vlm.encoders.native import Images, Patches
+from research.vlm.encoders.native import CHANNELS, Images, Patches
 from research.vlm.images.patches import patchify
 from research.vlm.images.plan import Views
 from research.vlm.images.preprocessor import Preprocessor
@@ -327,12 +327,12 @@ class Prompt:
       )
     pieces = [preprocessor.pieces(views.plan) for views in made]
     if preprocessor.tiling.native_square is not None:
-      if not made:
+      if not made and patches is None:
         raise UserError(
           "images: found none, expected at least one at native resolution, from"
           " which the number of patches follows"
         )
-      return cls(_patches(made, preprocessor, most, patches), pieces, count)
+      return cls(patches_of(made, preprocessor, most, patches), pieces, count)
     # The views of a tiling are of one size, whatever the image.
     size = made[0].plan.view if made else preprocessor.plan(*ANY_SIZE).view
     padding = np.zeros((most - count, *size, 3), np.uint8)
@@ -353,22 +353,31 @@ class Prompt:
     )
 
 
-def _patches(
+def patches_of(
   made: Sequence[Views],
   preprocessor: Preprocessor,
   most: int,
-  count: int | None,
+  count: int | None = None,
 ) -> Patches:
-  """Returns the patches of images that have one view each."""
+  """Returns the patches of images of native resolution, and then zeros.
+
+  Args:
+    made: each image's view.
+    preprocessor: that made them.
+    most: V, at least as many as there are images.
+    count: N; None for as many as the largest image has.
+
+  Raises:
+    UserError: an image has more than N patches.
+  """
   tiling = preprocessor.tiling
   found = [
     patchify(views.pixels[0], tiling.patch, tiling.native_square)[0]
     for views in made
   ]
-  longest = max(map(len, found))
+  longest, size = max(map(len, found), default=0), tiling.patch**2 * CHANNELS
   out = Patches(
-    np.zeros((most, longest, found[0][0].size), np.uint8),
-    np.zeros((most, 2), np.int32),
+    np.zeros((most, longest, size), np.uint8), np.zeros((most, 2), np.int32)
   )
   for i, (patches, views) in enumerate(zip(found, made, strict=True)):
     out.pixels[i, : len(patches)] = patches.reshape(len(patches), -1)

@@ -7,7 +7,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   submod_attrs={
     "data": ["CaptionTexts", "Captions", "cropped", "same", "shifted"],
     "dual_encoder": ["DualEncoder"],
-    "losses": ["clip_loss", "siglip_loss", "siglip_ring_loss"],
+    "losses": [
+      "clip_gathered_loss",
+      "clip_loss",
+      "siglip_loss",
+      "siglip_ring_loss",
+    ],
     "objective": ["Contrastive", "sigmoid", "softmax"],
     "zero_shot": ["Classifier", "ZeroShot", "ZeroShotReport"],
   },

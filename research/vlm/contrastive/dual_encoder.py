@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from research import weights
+from research.nn.block import Block
 from research.typing import Array, Float, Int
 from research.vlm.encoders.text import TextEncoder
 from research.vlm.encoders.vit import VisionTransformer
@@ -33,6 +34,10 @@ class DualEncoder(nn.Module):
   def max_positions(self) -> int:
     """Tokens of a text."""
     return self.text.length
+
+  def layer_kinds(self) -> tuple[Block, ...]:
+    """Returns the blocks of the image tower, then those of the text tower."""
+    return (*self.image.layer_kinds(), *self.text.layer_kinds())
 
   @nn.compact
   def __call__(

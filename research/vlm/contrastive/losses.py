@@ -1,10 +1,16 @@
-"""Contrastive losses of image and text vectors, dense or in a ring of devices.
+"""Contrastive losses of image and text vectors, dense or in chunks on devices.
 
 Neither is a sum over rows: each row's loss depends on all other rows. So plain
 gradient accumulation computes another loss; the objective refuses it.
+
+Functions with `axes` are for `jax.shard_map` over a batch of B rows in equal
+parts of b rows. SigLIP's loss passes texts around the devices, so that a device
+has b x b products at a time. CLIP's gathers the vectors, and a device has its
+own rows of both directions' products, b x B.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +21,13 @@ MAX_SCALE = 100.0
 """CLIP clips its scale to this after each update (Radford et al. 2021)."""
 
 
-def same_pairs(ids: Int[Array, "B"]) -> Bool[Array, "B B"]:
+Axes = str | Sequence[str]
+"""The mesh axis or axes that divide the rows of a batch."""
+
+
+def same_pairs(
+  ids: Int[Array, "B"], others: Int[Array, " C"] | None = None
+) -> Bool[Array, "B C"]:
   """Returns which texts describe which images, by the number of the caption.
 
   Several rows of a batch may have one caption; they are no negatives of each
@@ -23,8 +35,10 @@ def same_pairs(ids: Int[Array, "B"]) -> Bool[Array, "B B"]:
 
   Args:
     ids: the same for equal captions, -1 for padded rows.
+    others: of the other rows; None for the same ones.
   """
-  return (ids[:, None] == ids[None]) & (ids[:, None] >= 0)
+  others = ids if others is None else others
+  return (ids[:, None] == others[None]) & (ids[:, None] >= 0)
 
 
 def clip_loss(
@@ -44,16 +58,41 @@ def clip_loss(
     ids: numbers of the captions, -1 for padding; None if all differ.
   """
   ids = jnp.arange(len(images)) if ids is None else ids
-  pairs, real = same_pairs(ids), ids >= 0
-  logits = scale * images @ texts.T
-  logits = jnp.where(real[:, None] & real[None], logits, -1e9)
+  logits, rows = scale * images @ texts.T, jnp.maximum(jnp.sum(ids >= 0), 1)
+  sums = [_cross_entropies(x, ids, ids) for x in (logits, logits.T)]
+  return (sums[0] / rows + sums[1] / rows) / 2
+
+
+def _cross_entropies(logits, ids, others):
+  """Returns the sum over rows of cross-entropies; padding is in none."""
+  pairs, real = same_pairs(ids, others), ids >= 0
+  logits = jnp.where(real[:, None] & (others >= 0)[None], logits, -1e9)
   target = pairs / jnp.maximum(pairs.sum(axis=-1, keepdims=True), 1)
+  return -jnp.sum(jnp.sum(target * jax.nn.log_softmax(logits), -1) * real)
 
-  def cross_entropy(logits):
-    losses = -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
-    return jnp.sum(losses * real) / jnp.maximum(real.sum(), 1)
 
-  return (cross_entropy(logits) + cross_entropy(logits.T)) / 2
+def clip_gathered_loss(
+  images: Float[Array, "B E"],
+  texts: Float[Array, "B E"],
+  scale: Float[Array, ""],
+  ids: Int[Array, "B"],
+  axes: Axes,
+) -> Float[Array, ""]:
+  """Returns `clip_loss` of a batch divided over devices; for `jax.shard_map`.
+
+  Each device compares its images with all texts, and its texts with all images.
+
+  Args:
+    images, texts, ids: this device's rows.
+    scale: as for `clip_loss`; the same on all devices.
+    axes: the mesh axes that divide the batch.
+  """
+  rows = (images, texts, ids)
+  all_images, all_texts, others = jax.lax.all_gather(rows, axes, tiled=True)
+  total = _cross_entropies(scale * images @ all_texts.T, ids, others)
+  total += _cross_entropies(scale * texts @ all_images.T, ids, others)
+  count = jax.lax.psum(jnp.sum(ids >= 0), axes)
+  return jax.lax.psum(total, axes) / (2 * jnp.maximum(count, 1))
 
 
 def siglip_loss(
@@ -91,31 +130,85 @@ def siglip_ring_loss(
   scale: Float[Array, ""],
   bias: Float[Array, ""],
   ids: Int[Array, "B"],
-  axes: str | Sequence[str],
+  axes: Axes,
 ) -> Float[Array, ""]:
-  """Returns `siglip_loss` of a batch cut over devices; for `jax.shard_map`.
+  """Returns `siglip_loss` of a batch divided over devices; for `jax.shard_map`.
 
-  Texts go round the devices, so that a device has `(B / devices)^2` products at
-  a time, not `B^2` (section 3.3 of the paper).
+  Texts go around the devices, so that a device has `(B / devices)^2` products
+  at a time, not `B^2` (section 3.3 of the paper).
 
   Args:
     images, texts, ids: this device's rows.
     scale, bias: as for `siglip_loss`; the same on all devices.
-    axes: the mesh axis or axes that cut the batch.
+    axes: the mesh axes that divide the batch.
   """
-  count = jax.lax.axis_size(axes)
-  ring = [(i, (i + 1) % count) for i in range(count)]
+  # Varying here, so that their gradients are summed over devices once.
+  scale, bias = jax.lax.pcast((scale, bias), axes, to="varying")
 
-  def hop(carry, _):
-    total, texts, of_texts = carry
-    total += _siglip_sum(images, texts, scale, bias, ids, of_texts)
-    passed = jax.lax.ppermute((texts, of_texts), axes, ring)
-    return (total, *passed), None
+  def compare(texts, of_texts):
+    return _siglip_sum(images, texts, scale, bias, ids, of_texts)
 
-  start = jax.lax.pcast(jnp.zeros(()), axes, to="varying")
-  (total, _, _), _ = jax.lax.scan(hop, (start, texts, ids), None, length=count)
+  total = _around(compare, jnp.add, (texts, ids), axes)
   rows = jax.lax.psum(jnp.sum(ids >= 0), axes)
   return jax.lax.psum(total, axes) / jnp.maximum(rows, 1)
+
+
+def _around(
+  compare: Callable[..., Any],
+  combine: Callable[[Any, Any], Any],
+  part: Any,
+  axes: Axes,
+) -> Any:
+  """Combines `compare(*part)` of all devices' parts, which go around."""
+  count = jax.lax.axis_size(axes)
+  ring = [(i, (i + 1) % count) for i in range(count)]
+  # Stored for the gradient, the products of all hops would be b x B.
+  compare = jax.checkpoint(compare, prevent_cse=False)
+
+  def hop(carry, _):
+    total, part = carry
+    part = jax.lax.ppermute(part, axes, ring)
+    return (combine(total, compare(*part)), part), None
+
+  start = compare(*part), part
+  (total, _), _ = jax.lax.scan(hop, start, None, length=count - 1)
+  return total
+
+
+def caption_hits(
+  images: Float[Array, "B E"],
+  texts: Float[Array, "B E"],
+  ids: Int[Array, "B"],
+  axes: Axes = (),
+) -> Float[Array, ""]:
+  """Returns how many images have their caption as the most similar text.
+
+  The first text counts where several are as similar. There is no gradient.
+
+  Args:
+    images, texts, ids: as for `clip_loss`; under `jax.shard_map` this device's
+      rows.
+    axes: the mesh axes that divide the batch; none where all rows are here.
+  """
+  images, texts = jax.lax.stop_gradient((images, texts))
+
+  def compare(texts, ids, rows):
+    similar = jnp.where(ids[None] >= 0, images @ texts.T, -jnp.inf)
+    best = jnp.argmax(similar, axis=-1)
+    return jnp.max(similar, axis=-1), ids[best], rows[best]
+
+  def combine(old, new):
+    better = (new[0] > old[0]) | ((new[0] == old[0]) & (new[2] < old[2]))
+    return tuple(jnp.where(better, y, x) for x, y in zip(old, new, strict=True))
+
+  rows = jnp.arange(len(ids))
+  if axes:
+    rows += jax.lax.axis_index(axes) * len(ids)
+    _, best, _ = _around(compare, combine, (texts, ids, rows), axes)
+  else:
+    _, best, _ = compare(texts, ids, rows)
+  hits = jnp.sum((best == ids) & (ids >= 0)).astype(jnp.float32)
+  return jax.lax.psum(hits, axes) if axes else hits
 
 
 def clipped_scale(log_scale: Float[Array, ""]) -> Float[Array, ""]:

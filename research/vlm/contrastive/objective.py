@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from research import tree, weights
+from research import sharding, tree, weights
 from research.training.objectives.objective import Batch, Sums, WholeBatch
 from research.typing import Array, Params, PRNGKey
 from research.vlm.contrastive import losses
@@ -15,22 +16,37 @@ from research.vlm.encoders import native
 from research.vlm.images.normalise import HALF, Normalisation
 from research.vlm.objective import images_of
 
-Loss = Callable[[Array, Array, Array, Array, Array], Array]
-"""`loss(images, texts, scale, bias, ids)` of unit vectors."""
+Loss = Callable[..., Array]
+"""`loss(images, texts, scale, bias, ids)` of unit vectors. With `axes=...`, the
+rows are one device's of a batch that these mesh axes divide."""
 
 
 def softmax(
-  images: Array, texts: Array, scale: Array, bias: Array, ids: Array
+  images: Array,
+  texts: Array,
+  scale: Array,
+  bias: Array,
+  ids: Array,
+  axes: losses.Axes = (),
 ) -> Array:
   """Returns CLIP's loss, which has no bias; see `losses.clip_loss`."""
   del bias
+  if axes:
+    return losses.clip_gathered_loss(images, texts, scale, ids, axes)
   return losses.clip_loss(images, texts, scale, ids)
 
 
 def sigmoid(
-  images: Array, texts: Array, scale: Array, bias: Array, ids: Array
+  images: Array,
+  texts: Array,
+  scale: Array,
+  bias: Array,
+  ids: Array,
+  axes: losses.Axes = (),
 ) -> Array:
   """Returns SigLIP's loss; see `losses.siglip_loss`."""
+  if axes:
+    return losses.siglip_ring_loss(images, texts, scale, bias, ids, axes)
   return losses.siglip_loss(images, texts, scale, bias, ids)
 
 
@@ -46,11 +62,15 @@ class Contrastive(WholeBatch):
     model: the experiment sets it after loading.
     loss: `softmax` (CLIP) or `sigmoid` (SigLIP).
     normalise: of the pixels.
+    chunked: where a mesh divides the rows of a batch, each device computes its
+      part of the loss, so that none has the B x B products. If false, XLA
+      partitions the loss of all rows; a `loss` without `axes` needs this.
   """
 
   model: DualEncoder | None = None
   loss: Loss = sigmoid
   normalise: Normalisation = HALF
+  chunked: bool = True
 
   def constrain(self, trainable: Params) -> Params:
     """Returns trained parameters, CLIP's scale at most `losses.MAX_SCALE`.
@@ -79,8 +99,29 @@ class Contrastive(WholeBatch):
     )
     ids = batch["ids"]
     real = (ids >= 0).sum().astype(jnp.float32)
-    found = self.loss(images, texts, scale, bias, ids)
-    similar = jnp.where(ids[None] >= 0, images @ texts.T, -jnp.inf)
-    best = ids[jnp.argmax(jax.lax.stop_gradient(similar), axis=-1)]
-    hits = jnp.sum((best == ids) & (ids >= 0)).astype(jnp.float32)
+    found, hits = self.compare(images, texts, scale, bias, ids)
     return found * real, real, {"accuracy": hits}
+
+  def compare(
+    self, images: Array, texts: Array, scale: Array, bias: Array, ids: Array
+  ) -> tuple[Array, Array]:
+    """Returns the loss, and how many images find their caption.
+
+    Args:
+      images, texts: unit vectors, [B, E].
+      scale, bias: of their products.
+      ids: numbers of the captions, [B], -1 for padding.
+    """
+    rows = sharding.activation_axes(ids.shape, "batch")[0]
+    if not rows or not self.chunked:
+      found = self.loss(images, texts, scale, bias, ids)
+      return found, losses.caption_hits(images, texts, ids)
+
+    def local(images, texts, scale, bias, ids):
+      found = self.loss(images, texts, scale, bias, ids, axes=rows)
+      return found, losses.caption_hits(images, texts, ids, rows)
+
+    cut, whole = PartitionSpec(rows), PartitionSpec()
+    return jax.shard_map(
+      local, in_specs=(cut, cut, whole, whole, cut), out_specs=whole
+    )(images, texts, scale, bias, ids)

@@ -155,13 +155,19 @@ def test_a_sample_that_no_bucket_has_both_for_is_said_to_be_so(capsys):
   assert "the first is sample 2" in said
 
 
+class AnySize(Native):
+  """A tiling that says that its views are of one size, and makes others."""
+
+  native_square = None
+
+
 @pytest.mark.parametrize(
   "tiling, message",
   [
     (AnyRes(tile=16, canvases=((16, 32),), patch=4), "ends of rows for 3"),
-    (Native(patch=4, merge=1, least=16, most=4096), "expected one size"),
+    (AnySize(patch=4, merge=1, least=16, most=4096), "expected one size"),
   ],
-  ids=["anyres", "native"],
+  ids=["anyres", "any size"],
 )
 def test_views_that_the_encoder_does_not_take_are_refused(tiling, message):
   samples = [

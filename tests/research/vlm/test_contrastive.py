@@ -1,16 +1,17 @@
-"""Contrastive losses: golden values, equal captions, padding, and the ring."""
+"""Contrastive losses: golden values, equal captions, padding, chunks."""
 
-import functools
 import math
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from research.vlm.contrastive import losses
+from research.sharding import Layout
+from research.vlm.contrastive import Contrastive, losses, sigmoid, softmax
 
 
 def unit(x):
@@ -73,33 +74,60 @@ def test_equal_captions_are_no_negatives():
   )
 
 
-def test_the_ring_is_the_dense_loss():
-  images, texts = vectors(64, 16)
-  ids = jnp.arange(64).at[-3:].set(-1)
-  scale, bias = jnp.float32(math.log(10)), jnp.float32(-10)
-  mesh = Mesh(np.array(jax.devices()), ("data",))
-  cut, whole = PartitionSpec("data"), PartitionSpec()
+ROWS = 88
+LAYOUTS = {
+  "data": (Layout(data=8), 8),
+  "mixed": (Layout(data=2, fsdp=2, tensor=2), 4),
+}
 
-  def dense(images, texts, scale, bias):
-    return losses.siglip_loss(images, texts, jnp.exp(scale), bias, ids)
 
-  def ring(images, texts, scale, bias):
-    loss = functools.partial(losses.siglip_ring_loss, axes="data")
-    return jax.shard_map(
-      loss,
-      mesh=mesh,
-      in_specs=(cut, cut, whole, whole, cut),
-      out_specs=whole,
-    )(images, texts, jnp.exp(scale), bias, ids)
+def shared_captions():
+  """Returns ids with equal captions near and far, and padding.
 
-  found, expected = (
-    jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(
-      images, texts, scale, bias
-    )
-    for f in (ring, dense)
-  )
-  # Sums of 64 x 64 terms in another order.
-  chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+  The last device of eight has only padding.
+  """
+  ids = np.arange(ROWS)
+  ids[[1, 40]], ids[70] = 0, 69
+  ids[-12:] = -1
+  return jnp.asarray(ids)
+
+
+def largest_array(program):
+  """Returns the elements of a compiled program's largest array."""
+  shapes = re.findall(r"\b(?:f32|s32|pred)\[([\d,]+)\]", program.as_text())
+  return max(math.prod(map(int, x.split(","))) for x in shapes)
+
+
+@pytest.mark.parametrize("layout, devices", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("loss", [sigmoid, softmax])
+def test_chunks_on_devices_are_the_dense_loss(loss, layout, devices):
+  """Loss, accuracy and gradients, without all products on any device."""
+  images, texts = vectors(ROWS, 4)
+  # Some images lie near their texts, so that there is something to count.
+  images = images.at[::3].set(texts[::3])
+  args = images, texts, jnp.float32(math.log(10)), jnp.float32(-10)
+  ids = shared_captions()
+
+  def compare(images, texts, scale, bias):
+    chunked = Contrastive(loss=loss)
+    return chunked.compare(images, texts, jnp.exp(scale), bias, ids)
+
+  step = jax.value_and_grad(compare, argnums=(0, 1, 2, 3), has_aux=True)
+  expected = jax.jit(step)(*args)
+  assert 76 / 3 <= expected[0][1] < 76
+  mesh = layout.mesh()
+  with jax.set_mesh(mesh):
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    whole = NamedSharding(mesh, PartitionSpec())
+    placed = jax.device_put(args, (rows, rows, whole, whole))
+    program = jax.jit(step).lower(*placed).compile()
+  # Sums of 88 x 88 terms in another order.
+  chex.assert_trees_all_close(program(*placed), expected, rtol=1e-5, atol=1e-6)
+  own = ROWS // devices
+  if loss is sigmoid:
+    assert own**2 <= largest_array(program) < own * ROWS
+  else:
+    assert own * ROWS <= largest_array(program) < ROWS**2
 
 
 @pytest.mark.parametrize("scale, expected", [(3.0, 3.0), (9.0, math.log(100))])

@@ -1,12 +1,14 @@
 """The contrastive objective: its batch, its gradient, and what it refuses."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from research import training, tree
+from research import sharding, training, tree
+from research.training import global_batch
 from research.typing import UserError
 from research.vlm.contrastive import Contrastive, DualEncoder, sigmoid, softmax
 from research.vlm.encoders import (
@@ -16,7 +18,7 @@ from research.vlm.encoders import (
   siglip,
   siglip_text,
 )
-from tests import support_vlm
+from tests import support_hlo, support_vlm
 
 SIZES = EncoderSizes(width=16, depth=1, heads=2, hidden=20, patch=4, grid=4)
 SIGLIP = DualEncoder(
@@ -76,6 +78,50 @@ def test_a_step_learns_the_pairs_and_padding_changes_nothing(model, loss):
   assert last["loss"] < 0.7 * total / weight
   for path, x in tree.flatten_paths(state.opt_state[0].mu):
     assert np.abs(x).max() > 0 or "bias" in path, path
+
+
+@pytest.mark.parametrize(
+  "model, loss",
+  [
+    (SIGLIP, sigmoid),
+    pytest.param(CLIP, softmax, marks=pytest.mark.slow),
+  ],
+  ids=["siglip", "clip"],
+)
+def test_a_step_on_a_mesh_is_that_of_one_device(model, loss):
+  """In chunks, without any setting; one row is padding, two are equal."""
+  objective, params = Contrastive(model, loss=loss), params_of(model)
+  batch = {k: jnp.concatenate([v, v[:1]]) for k, v in BATCH.items()}
+  batch["ids"] = batch["ids"].at[3].set(-1)
+  # An update without momentum shows the gradients themselves.
+  optimizer = optax.sgd(1.0)
+  state = training.create(params, ".", optimizer)
+  step = training.make_train_step(objective, optimizer)
+  key = jax.random.key(0)
+  expected = jax.jit(step)(state, batch, key)
+  layout = sharding.Layout(data=2, fsdp=2)
+  mesh = layout.mesh()
+  with jax.set_mesh(mesh):
+    counts = sharding.head_counts(model)
+    where = layout.shardings(state, mesh, counts), layout.batch(mesh)
+    placed = (
+      jax.device_put(state, where[0]),
+      global_batch.to_global(batch, where[1]),
+      key,
+    )
+    program = jax.jit(step).lower(*placed).compile()
+    found = program(*placed)
+  # Sums in another order, in gradients of up to about 10.
+  chex.assert_trees_all_close(
+    jax.device_get((found[0].trainable, found[1])),
+    jax.device_get((expected[0].trainable, expected[1])),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+  assert counts == {"heads": 2, "kv_heads": 2}
+  kinds = {x.kind for x in support_hlo.collectives(program.as_text(), mesh)}
+  if loss is sigmoid:
+    assert "collective-permute" in kinds  # the ring
 
 
 class AnyLoss(Contrastive):
