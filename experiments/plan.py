@@ -127,7 +127,7 @@ _COMPILES = flags.DEFINE_integer(
 _PRESET = flags.DEFINE_string(
   "preset",
   None,
-  "A published vision language model (research/vlm/presets.py): say what an "
+  "A published vision language model (research/vlm/presets): say what an "
   "image of --image_size costs it.",
   flag_values=FLAGS,
 )

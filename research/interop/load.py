@@ -184,6 +184,7 @@ def _directory(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
       "that a tool has quantized; these tensors are not, so load them without "
       "packed"
     )
+  families.check_naming(config, path / CONFIG)
   kind = config.get("model_type")
   # Gemma 3's language model is read as other families' are, packed or not.
   if kind in families.MODULES and (towers == "all" or kind != "gemma3"):

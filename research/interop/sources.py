@@ -80,6 +80,13 @@ def open_source(name: str | os.PathLike) -> Source:
 
 
 def _hf(path: pathlib.Path) -> Source:
+  kind = safetensors.read_json(path / "config.json").get("model_type")
+  if kind in families.MODULES and kind != "gemma3":
+    raise UserError(
+      f"{path}: found model_type {kind!r}, a model that sees images, expected a"
+      " language model alone: no format that is written here, GGUF included,"
+      " has its towers"
+    )
   model, tensors, origin = hf.open_model(path)
   return Source(
     model=model,

@@ -14,7 +14,8 @@ import jax
 from research import tree
 from research.nn.attention import Attention
 from research.nn.block import Block
-from research.nn.mlp import Mlp
+from research.nn.cross_attention import GatedCrossAttention
+from research.nn.mlp import Mlp, PlainMlp
 from research.nn.moe import Moe
 from research.nn.transformer import Transformer
 from research.typing import UserError
@@ -22,6 +23,7 @@ from research.vlm.connectors.group_attention import GroupAttention
 from research.vlm.connectors.qformer import QFormer
 from research.vlm.connectors.resamplers import AttentionPool, PerceiverResampler
 from research.vlm.connectors.square_attention import SquareAttention
+from research.vlm.cross_attention import LatestImage
 from research.vlm.encoders.vit import CHANNELS
 from research.vlm.encoders.windows import window_side
 from research.vlm.images.plan import Plan
@@ -53,6 +55,8 @@ class ImageCost:
     language_flops: of the prompt's layers, without the head.
     head_flops: of the logits of one token.
     kv_bytes: keys and values of the prompt.
+    media_tokens: what layers of cross-attention read of the image; 0 where its
+      features stand in the prompt.
   """
 
   height: int
@@ -68,6 +72,7 @@ class ImageCost:
   language_flops: float
   head_flops: float
   kv_bytes: int
+  media_tokens: int = 0
 
   @property
   def encoder_share(self) -> float:
@@ -96,7 +101,7 @@ def image_cost(
   pieces = preset.preprocessor.pieces(plan)
   tokens = token_count(pieces)
   total = tokens + text
-  mask = model.mask
+  mask, media = model.mask, media_tokens(model, plan)
   both_ways = preset.diffusion or isinstance(mask, BidirectionalPrompt)
   return ImageCost(
     height=height,
@@ -109,10 +114,25 @@ def image_cost(
     total_tokens=total,
     encoder_flops=encoder_flops(model, plan),
     connector_flops=connector_flops(model, plan),
-    language_flops=language_flops(model.language, total, both_ways=both_ways),
+    language_flops=language_flops(
+      model.language, total, both_ways=both_ways, media=media
+    ),
     head_flops=2.0 * model.language.width * model.language.vocab_size,
-    kv_bytes=kv_cache_bytes(model.language, total, kv_width),
+    kv_bytes=kv_cache_bytes(model.language, total, kv_width, media),
+    media_tokens=media,
   )
+
+
+def media_tokens(model: VisionLanguageModel, plan: Plan) -> int:
+  """Returns what layers of cross-attention read of an image, 0 without any.
+
+  Args:
+    model: the model.
+    plan: of the image.
+  """
+  if not isinstance(model.placement, LatestImage):
+    return 0
+  return plan.views * model.tokens_per_view(*plan.view)
 
 
 def encoder_flops(model: VisionLanguageModel, plan: Plan) -> float:
@@ -227,7 +247,7 @@ def pixels_flops(
 
 
 def language_flops(
-  model: Transformer, tokens: int, *, both_ways: bool = False
+  model: Transformer, tokens: int, *, both_ways: bool = False, media: int = 0
 ) -> float:
   """Returns the FLOPs of the layers for a prompt, without the head.
 
@@ -235,6 +255,7 @@ def language_flops(
     model: the language model.
     tokens: of the prompt.
     both_ways: whether its tokens see all of it; causal by default.
+    media: what each token sees in layers of cross-attention.
 
   Raises:
     UserError: it has layers of experts.
@@ -253,6 +274,20 @@ def language_flops(
       pairs = seen * (seen + 1) / 2 + (tokens - seen) * seen
     flops += _block(block, model.width, tokens)
     flops += _scores(block.attention, pairs)
+    if block.cross is not None:
+      flops += _cross(block.cross, model.width, tokens, media)
+  return flops
+
+
+def _cross(
+  layer: GatedCrossAttention, width: int, tokens: int, media: int
+) -> float:
+  """Returns the FLOPs of a layer of cross-attention."""
+  attention, matrices = layer.attention, _matrices(layer.mlp)
+  size = attention.heads * attention.head_dim
+  flops = 2.0 * tokens * width * matrices * layer.mlp.hidden
+  if media:  # else its attention adds nothing
+    flops += 4.0 * size * (tokens * (width + media) + media * layer.media_width)
   return flops
 
 
@@ -275,7 +310,9 @@ def training_flops(
     trained: names of towers that have trained weights.
   """
   both_ways = isinstance(model.mask, BidirectionalPrompt)
-  language = language_flops(model.language, tokens, both_ways=both_ways)
+  language = language_flops(
+    model.language, tokens, both_ways=both_ways, media=media_tokens(model, plan)
+  )
   language += 2.0 * tokens * model.language.width * model.language.vocab_size
   once = {
     "vision": encoder_flops(model, plan),
@@ -290,15 +327,23 @@ def training_flops(
   return {name: passes[name] * flops for name, flops in once.items()}
 
 
-def kv_cache_bytes(model: Transformer, tokens: int, width: int = 2) -> int:
+def kv_cache_bytes(
+  model: Transformer, tokens: int, width: int = 2, media: int = 0
+) -> int:
   """Returns the bytes of keys and values of a prompt.
 
   Args:
     model: the language model; layers with a window keep no more than it.
     tokens: of the prompt.
     width: bytes of a number.
+    media: what layers of cross-attention read.
   """
-  return sum(
+  of_images = sum(
+    2 * block.cross.attention.heads * block.cross.attention.head_dim
+    for block in model.layer_kinds()
+    if block.cross is not None
+  )
+  return of_images * media * width + sum(
     2
     * block.attention.kv_heads
     * block.attention.head_dim
@@ -316,9 +361,12 @@ def _block(block: Block, width: int, tokens: int) -> float:
   if attention.kv == "borrowed":
     of_keys = 0
   heads = 2 * attention.heads + of_keys * attention.kv_heads
-  matrices = 3 if isinstance(mlp, Mlp) else 2
-  rows = heads * attention.head_dim + matrices * mlp.hidden
+  rows = heads * attention.head_dim + _matrices(mlp) * mlp.hidden
   return 2.0 * tokens * width * rows
+
+
+def _matrices(mlp: Mlp | PlainMlp) -> int:
+  return 3 if isinstance(mlp, Mlp) else 2
 
 
 def _scores(attention: Attention, pairs: float) -> float:
@@ -338,9 +386,11 @@ def describe_cost(
   """
   of_image = describe(preset.preprocessor, cost.height, cost.width, name)
   encoder, language = cost.encoder_flops / 1e12, cost.language_flops / 1e12
+  read = f", {cost.media_tokens} of the image by cross-attention"
   lines = [
     of_image,
-    f"  with a question of {cost.text_tokens} tokens: {cost.total_tokens}",
+    f"  with a question of {cost.text_tokens} tokens: {cost.total_tokens}"
+    + read * bool(cost.media_tokens),
     f"  encoder         {encoder:.3g} TFLOP, {cost.encoder_share:.0%} of all"
     " before the first token",
     f"  connector       {cost.connector_flops / 1e12:.3g} TFLOP",

@@ -118,6 +118,12 @@ def sizes_from_metadata(
     UserError: unknown architecture, a missing, malformed or unknown key.
   """
   name = file.metadata.get("general.architecture")
+  if name == "clip":
+    raise UserError(
+      f"{path}: general.architecture: found 'clip', an image tower alone"
+      " (llama.cpp's mmproj), expected a language model's file. Load a model"
+      " that sees images from a directory in Hugging Face's format"
+    )
   if name not in ARCHITECTURES:
     raise UserError(
       f"{path}: general.architecture: found {name!r}, "

@@ -18,8 +18,8 @@ from research.interop.vision.families.family import (
   language_model,
 )
 from research.io.fields import Fields
-from research.nn.rope import Axes, InterleavedSections, Sections
-from research.nn.stack import Stack
+from research.nn.multimodal import with_axes
+from research.nn.rope import InterleavedSections, Sections
 from research.nn.transformer import Transformer
 from research.typing import UserError
 
@@ -118,18 +118,6 @@ class TextKind:
     else:
       rotation["type"] = "mrope"
     return values | dict(model_type=self.model_type, rope_scaling=rotation)
-
-
-def with_axes(model: Transformer, axes: Axes | None) -> Transformer:
-  """Returns a language model whose layers rotate by these coordinates."""
-
-  def changed(block):
-    attention = block.attention
-    rope = dataclasses.replace(attention.rope, axes=axes)
-    return block.clone(attention=attention.clone(rope=rope))
-
-  blocks = tuple(map(changed, model.stack.blocks))
-  return model.clone(stack=Stack(model.stack.depth, blocks))
 
 
 def _fields(config: Config) -> dict[str, Any]:

@@ -6,6 +6,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "features": ["InjectedFeatures", "at_placeholders"],
-    "positions": ["ImagePositions", "rope_index"],
+    "positions": ["ImagePositions", "rope_index", "with_axes"],
   },
 )

@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
+from research.nn.rope import Axes
+from research.nn.stack import Stack
+from research.nn.transformer import Transformer
 from research.typing import Array, Int, UserError
 
 
@@ -185,3 +188,15 @@ class ImagePositions(weights.Weight):
         " weights.with_tokens(params, tokens) before the model"
       )
     return self.positions
+
+
+def with_axes(model: Transformer, axes: Axes | None) -> Transformer:
+  """Returns a language model whose layers rotate by these coordinates."""
+
+  def changed(block):
+    attention = block.attention
+    rope = dataclasses.replace(attention.rope, axes=axes)
+    return block.clone(attention=attention.clone(rope=rope))
+
+  blocks = tuple(map(changed, model.stack.blocks))
+  return model.clone(stack=Stack(model.stack.depth, blocks))

@@ -4,18 +4,21 @@ Each row makes the connector for a language model of width `size` and features
 of width `features`. Activations and norms are those of the published weights.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
 
-from research.nn.norm import LayerNorm, RMSNorm
+from research.nn.norm import LayerNorm, RMSNorm, UnitRMS
 from research.vlm.connectors.deep_stack import DeepStack
+from research.vlm.connectors.group_attention import GroupAttention
 from research.vlm.connectors.projections import (
   AveragePool,
   Linear,
   Mlp,
   Squares,
+  Standardise,
 )
 from research.vlm.connectors.qformer import qformer
 from research.vlm.connectors.resamplers import PerceiverResampler
@@ -40,6 +43,18 @@ def _qwen3_vl(size: int, features: int) -> DeepStack:
   return DeepStack(
     first=merger(before=LayerNorm(eps=1e-6)),
     deeper=tuple(merger(after=LayerNorm(eps=1e-6)) for _ in range(3)),
+  )
+
+
+def _gemma4(
+  size: int, features: int, standardise: Standardise | None = None
+) -> AveragePool:
+  return AveragePool(
+    side=3,
+    norm=UnitRMS(eps=1e-6),
+    inner=Linear(size=size, bias=False),
+    factor=math.sqrt(features),
+    standardise=standardise,
   )
 
 
@@ -69,8 +84,16 @@ CONNECTORS: dict[str, Callable[[int, int], Any]] = {
     norm=RMSNorm(eps=1e-6, offset=1.0),
     inner=Linear(size=size, bias=False),
   ),
+  "gemma4": _gemma4,
+  "gemma4-31b": lambda size, features: _gemma4(size, features, Standardise()),
+  "molmo2-4b": lambda size, features: GroupAttention(
+    size=size, hidden=9_728, width=1_152
+  ),
   "molmo": lambda size, features: SquareAttention(size=size, hidden=11_008),
-  "flamingo": lambda size, features: PerceiverResampler(size=size),
+  "flamingo": lambda size, features: PerceiverResampler(size=None),
   "blip-2": lambda size, features: qformer(size),
 }
-"""Model -> its connector. Molmo's `hidden` is that of its 7B models."""
+"""Model -> its connector. Molmo's `hidden` is that of its 7B models.
+
+Flamingo's is for cross-attention: soft tokens as wide as the features.
+"""

@@ -79,7 +79,8 @@ class PerceiverResampler(nn.Module):
   by the latents; neither attention nor feed-forward has biases.
 
   Attributes:
-    size: width of the language model, `D`.
+    size: width of the language model, `D`; None for soft tokens as wide as the
+      patches, without the last matrix, for cross-attention.
     queries: number of latents.
     depth: number of layers.
     heads, head_dim: of the attention.
@@ -87,7 +88,7 @@ class PerceiverResampler(nn.Module):
     eps: of the norms.
   """
 
-  size: int
+  size: int | None
   queries: int = 64
   depth: int = 6
   heads: int = 8
@@ -112,6 +113,8 @@ class PerceiverResampler(nn.Module):
       )
       y = layer(y, x)
     y = LayerNorm(eps=self.eps, name="final_norm")(y)
+    if self.size is None:
+      return y
     return weights.project(self, y, "projection", self.size, True)
 
   def tokens(self, grid: Grid) -> int:

@@ -5,7 +5,7 @@ import dataclasses
 from research.nn.attention import Attention
 from research.nn.block import Block
 from research.nn.mlp import Activation, PlainMlp
-from research.nn.norm import LayerNorm
+from research.nn.norm import LayerNorm, LayerScale
 from research.nn.rope import Rope, Spatial
 from research.nn.stack import Stack
 from research.vlm.encoders.pooling import AttentionPooling, ClassPooling
@@ -156,6 +156,36 @@ def rice(sizes: EncoderSizes) -> VisionTransformer:
   )
 
 
+def eva(sizes: EncoderSizes) -> VisionTransformer:
+  """Returns EVA's image tower (Fang et al. 2022, arXiv:2211.07636): BLIP-2's.
+
+  Args:
+    sizes: of the tower.
+  """
+  return VisionTransformer(
+    width=sizes.width,
+    patch=sizes.patch,
+    stack=encoder_stack(sizes),
+    positions=PositionTable(sizes.grid, sizes.grid),
+    class_token=True,
+    norm=LayerNorm(eps=sizes.eps),
+  )
+
+
+def intern_vit(sizes: EncoderSizes) -> VisionTransformer:
+  """Returns InternViT of 300 million parameters (Chen et al. 2023).
+
+  Learned factors scale its sublayers; patches have no final norm, as language
+  models use it. See `interop.vision.families.internvl` for the others.
+
+  Args:
+    sizes: of the tower.
+  """
+  [block] = encoder_stack(sizes).blocks
+  stack = Stack(sizes.depth, (block.clone(post_norm=LayerScale(start=0.1)),))
+  return eva(sizes).clone(stack=stack, norm=None)
+
+
 def siglip_text(
   sizes: EncoderSizes, *, vocab: int, length: int = 64, size: int | None = None
 ) -> TextEncoder:
@@ -226,3 +256,15 @@ CLIP_L14_336 = EncoderSizes(
   width=1_024, depth=24, heads=16, hidden=4_096, patch=14, grid=24
 )
 """The image tower of LLaVA: CLIP ViT-L/14 at 336 pixels."""
+
+EVA_G14 = EncoderSizes(
+  width=1_408, depth=39, heads=16, hidden=6_144, patch=14, grid=16, eps=1e-6,
+  activation="gelu",
+)  # fmt: skip
+"""The image tower of BLIP-2: ViT-g/14 at 224 pixels, without its last layer."""
+
+INTERN_VIT_300M = EncoderSizes(
+  width=1_024, depth=24, heads=16, hidden=4_096, patch=14, grid=32, eps=1e-6,
+  activation="gelu",
+)  # fmt: skip
+"""The image tower of InternVL 2 to 3.5, at 448 pixels."""

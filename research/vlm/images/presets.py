@@ -55,6 +55,13 @@ def _paligemma(pixels: int) -> Preprocessor:
 
 PRESETS: Mapping[str, Preprocessor] = {
   "clip-vit-l-336": Preprocessor(CentreCrop(336, 336, patch=14), CLIP),
+  # One placeholder for a view, to which text attends in layers of its own.
+  "open-flamingo": Preprocessor(CentreCrop(224, 224, patch=14, pool=16), CLIP),
+  # `BlipImageProcessor`: stretched, 32 queries; the text follows, with </s>.
+  "blip-2": Preprocessor(
+    Square(224, patch=14, queries=32), CLIP,
+    prompt=PromptFormat(begin="after_images"),
+  ),
   "siglip-b-224": Preprocessor(Square(224, patch=16), HALF),
   # LLaVA's class for SigLIP: bicubic, whatever SigLIP 2's file says.
   "siglip2-so400m-384": Preprocessor(Square(384, patch=14), HALF),

@@ -87,6 +87,25 @@ def test_directories_that_hold_no_model(tmp_path):
   assert "no model.safetensors" in message(tmp_path)
 
 
+@pytest.mark.parametrize(
+  "config, found",
+  [
+    (dict(model_type="llava_llama", mm_vision_tower="clip"), "mm_projector"),
+    (dict(model_type="llava", mm_vision_tower="clip"), "llava-hf/llava-1.5"),
+    (dict(mp_pixel_shuffle_factor=2, vit_hidden_dim=768), "nanoVLM's own"),
+  ],
+)
+def test_names_of_first_code_are_refused_by_name(config, found, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  assert found in message(tmp_path, towers="all")
+
+
+def test_what_converts_says_that_towers_are_left_nowhere(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+  with pytest.raises(UserError, match="sees images, .* GGUF included, has its"):
+    sources.open_source(tmp_path)
+
+
 def test_a_truncated_file(tmp_path):
   folder = tmp_path / "llama"
   shutil.copytree(MODELS / "llama", folder)

@@ -88,6 +88,20 @@ def test_answers_are_to_real_blank_and_others_images(samples):
   assert text.split()[0] == LOADED.tokenizer.decode([first]).strip()
 
 
+def test_rows_of_no_one_and_three_images_are_answered_as_alone():
+  """Each by itself has other padding, of tokens and of views."""
+  pool = support_vlm.pixels(4, 1, seed=2)[:, 0]
+  images = [(), (pool[0],), tuple(pool[1:])]
+  texts = ["w5 w6 w9", "w7", "w8 w5"]
+  found = answerer(most=3, views=3)(images, texts)
+  for row, (own, text) in enumerate(zip(images, texts, strict=True)):
+    alone = answerer(most=3, views=max(1, len(own)))
+    assert alone([own], [text]) == found[row : row + 1]
+  # The order of a row's images is the prompt's.
+  turned = answerer(most=3, views=3)([*images[:2], images[2][::-1]], texts)
+  assert turned[:2] == found[:2] and turned[2] != found[2]
+
+
 def test_a_task_brings_its_rules_and_a_limit_cuts_it():
   task = Shapes(kinds=("count", "exists"), size=32, count=20, split="heldout")
   report = Answers(questions=questions(task), most=1, limit=6, batch=6)(LOADED)

@@ -6,9 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from research import weights
+from research.nn.attention import CrossAttention
+from research.nn.cross_attention import GatedCrossAttention
+from research.nn.mlp import PlainMlp
 from research.planning import flops
 from research.vlm import arithmetic, connectors
 from research.vlm.connectors import qformer
+from research.vlm.cross_attention import interleave, with_media
 from research.vlm.encoders import EncoderSizes
 from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.qwen import qwen2_5_vl
@@ -16,7 +21,7 @@ from research.vlm.encoders.vit import Features
 from research.vlm.images.tiling.native import Native
 from research.vlm.images.tiling.overlap import Overlap
 from research.vlm.presets import PRESETS
-from tests import support_vlm
+from tests import support, support_vlm
 
 
 def test_smolvlm_spends_most_on_its_encoder():
@@ -53,6 +58,9 @@ def test_llava_spends_most_on_its_language_model():
     "nanovlm-222m",
     "paligemma-3b-224",
     "llava-onevision-1.5-4b",
+    "blip-2-opt-2.7b",
+    "qwen3-vl-4b",
+    "gemma4-e2b",
   ],
 )
 def test_products_are_those_of_the_traced_program(name):
@@ -133,6 +141,33 @@ def test_queries_read_every_patch(connector, class_token):
   images = jax.ShapeDtypeStruct((1, 3, 16, 16, 3), jnp.uint8)
   want = flops.count_flops(model.encode, shapes, images)
   assert arithmetic.pixels_flops(model, (3, 16, 16, 3)) == want
+
+
+def test_layers_of_cross_attention_read_the_media():
+  """As traced, where a tile holds all of the tokens and of the media."""
+  layer = GatedCrossAttention(
+    attention=CrossAttention(heads=2, head_dim=8),
+    mlp=PlainMlp(hidden=20, bias=False),
+    media_width=24,
+  )
+  model = interleave(support.model("llama", depth=4), layer, every=2, first=1)
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  )["params"]
+  media = jax.ShapeDtypeStruct((1, 6, 24), jnp.float32)
+  tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+
+  def hidden(params, media, tokens):
+    sizes = jnp.full((1, 1), 6, jnp.int32)
+    seen = with_media(model, params, media, sizes, 5)
+    seen = weights.with_tokens(seen, tokens)
+    return model.apply({"params": seen}, tokens)[0]
+
+  found = flops.count_flops(hidden, shapes, media, tokens)
+  want = arithmetic.language_flops(model, 16, both_ways=True, media=6)
+  assert found == pytest.approx(want, rel=1e-6)
+  own = arithmetic.kv_cache_bytes(model, 16)
+  assert arithmetic.kv_cache_bytes(model, 16, media=6) - own == 2 * 4 * 16 * 6
 
 
 @pytest.mark.parametrize("rows, columns", [(8, 8), (6, 10)])

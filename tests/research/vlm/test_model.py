@@ -114,6 +114,34 @@ def test_text_alone_is_the_language_models():
   chex.assert_trees_all_equal(found, expected)
 
 
+def test_a_connector_of_zeros_gives_the_loss_of_zero_embeddings():
+  """PaliGemma's first step, whatever the pixels; and it learns from there."""
+  zeros = jax.tree.map(jnp.zeros_like, PARAMS["connector"])
+  params, given = PARAMS | {"connector": zeros}, batch()
+  total, grads = loss_of(given, params)
+  blind, _ = loss_of(batch(pixels=PIXELS ^ 255), params)
+  assert total == blind
+  own = {"params": PARAMS["language"]}
+  here = (given["tokens"] == IMAGE)[..., None]
+  words = own["params"]["embed"][
+    jnp.where(given["tokens"] == IMAGE, 0, given["tokens"])
+  ]
+  hidden, _ = MODEL.language.apply(own, jnp.where(here, 0, words))
+  scores = MODEL.language.apply(own, hidden, method="logits")
+  targets = jnp.where(given["weights"] > 0, given["targets"], 0)
+  losses = optax.softmax_cross_entropy_with_integer_labels(scores, targets)
+  assert_close(total, np.sum(losses * given["weights"]))
+  assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads["connector"]))
+
+
+def test_a_language_model_alone_is_refused():
+  """Such as that of a GGUF file, whatever `Pretrained.towers` says."""
+  text = MODEL.language
+  for make in (WithImages, functools.partial(with_model, WithImages())):
+    with pytest.raises(UserError, match="found a Transformer, .*Assembled"):
+      make(text)
+
+
 @dataclasses.dataclass(frozen=True)
 class TakesAnyMask:
   """An objective that returns whether it has the expected mask."""

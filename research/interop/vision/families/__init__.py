@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "family": ["Family", "Language", "Parts"],
-    "table": ["CONTRASTIVE", "MODULES", "family_of"],
+    "table": ["CONTRASTIVE", "MODULES", "check_naming", "family_of"],
   },
 )

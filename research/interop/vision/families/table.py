@@ -4,6 +4,7 @@ Importing this file is cheap: the loader asks it of any directory.
 """
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from research.errors import UserError
@@ -27,8 +28,38 @@ A model that several can describe is written as the first of them.
 """
 
 
+ORIGINAL = {
+  "mm_vision_tower": (
+    "LLaVA's own naming (mm_projector, and an encoder elsewhere)",
+    "transformers': load its conversion, such as llava-hf/llava-1.5-7b-hf",
+  ),
+  "mp_pixel_shuffle_factor": (
+    "nanoVLM's own naming",
+    "transformers', which has no nanoVLM; its shapes are a preset for"
+    " experiments.plan",
+  ),
+}
+"""A field of config.json -> whose files have it, and what to load instead."""
+
 CONTRASTIVE = ("clip", "siglip", "siglip2")
 """Model types of two towers without a language model (`contrastive.KINDS`)."""
+
+
+def check_naming(config: Mapping[str, Any], where: Any) -> None:
+  """Checks that a file's tensors can have names that are known here.
+
+  Args:
+    config: a config.json.
+    where: that file, for messages.
+
+  Raises:
+    UserError: they have those of a model's first code.
+  """
+  for field, (found, expected) in ORIGINAL.items():
+    if field in config:
+      raise UserError(
+        f"{where}: found {found}, by its {field}; expected {expected}"
+      )
 
 
 def family_of(kind: Any, where: Any = "config.json") -> Any:

@@ -18,16 +18,21 @@ class Square(Tiling):
     patch: the encoder's patch, in pixels.
     pool: patches, each way, that become one soft token.
     resample: the filter.
+    queries: soft tokens of the view, where they are not made of its patches one
+      by one (a Q-Former's); None for `pool`'s.
   """
 
   tile: int = 224
   patch: int = 14
   pool: int = 1
   resample: Resample = "bicubic"
+  queries: int | None = None
 
   def _plan(self, height, width):
     size = (self.tile, self.tile)
     patches, tokens = square(self.tile, self.patch, self.pool)
+    if self.queries is not None:
+      tokens = (1, self.queries)
     return Plan(
       size=(height, width), content=size, canvas=size, rows=0, columns=0,
       views=1, view=size, patches=patches, grids=(tokens,),

@@ -267,6 +267,10 @@ BAD = {
     put("general.architecture", "mamba"),
     "found 'mamba', supported: llama, qwen2, .*gemma3",
   ),
+  "towers": (
+    put("general.architecture", "clip"),
+    "found 'clip', an image tower alone .*mmproj.*expected a language model",
+  ),
   "no layers": (
     put("llama.block_count", 0),
     "block_count: found 0, expected one positive integer",

@@ -1,14 +1,19 @@
 """Vision language models assembled of parts: whose encoder they start with."""
 
 import dataclasses
+import pathlib
 
 import chex
 import jax
+import jax.numpy as jnp
 import pytest
 
+from research.interop import load
 from research.interop.loaded import Loaded
 from research.interop.vision import Assembled
+from research.nn import logits
 from research.typing import UserError
+from research.vlm import connectors
 from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.encoders import EncoderSizes, siglip, siglip_text, vit
 from research.vlm.images.normalise import CLIP
@@ -89,6 +94,27 @@ def test_an_encoder_of_other_pixels_is_refused(kind):
     source = Source(model, support_vlm.params())
   with pytest.raises(UserError, match="Assembled.preprocessor: found Normal"):
     assembled(source).load()
+
+
+@pytest.mark.slow
+def test_a_language_model_in_gguf_gets_towers():
+  """Packed as its file has it, it reads soft tokens as when decoded."""
+  file = pathlib.Path(__file__).parents[3] / "golden/models/gguf_mixed"
+  tokens, found = [5, 6, 7], []
+  for packed in (True, False):
+    read = load.load_model(file / "model.gguf", packed=packed)
+    inner = connectors.Linear(size=read.model.width)
+    loaded = dataclasses.replace(
+      assembled(),
+      language=Source(read.model, read.params),
+      connector=connectors.Squares(side=2, inner=inner),
+    ).load()
+    model = loaded.model
+    rows = jnp.array([[model.image_token] * 4 + tokens] * 2)
+    seen = model.with_images(loaded.params, support_vlm.pixels(2, 1))
+    found.append(logits(model.language, seen, rows))
+  chex.assert_trees_all_close(*found, rtol=0, atol=1e-4)
+  assert jnp.abs(found[0][0] - found[0][1]).max() > 1e-2
 
 
 def test_a_language_model_has_no_encoder():
