@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "rebase": ["Rebase"],
     "remasking": ["AllButBest", "Below", "Remasking"],
     "rounds": ["LastTries", "Rounds", "Subsets"],
+    "step_revision": ["StepRevision"],
     "tree": ["TreeSearch"],
   },
 )

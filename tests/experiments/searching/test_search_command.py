@@ -111,10 +111,11 @@ SEARCHES = {
   "Beam": ("STRATEGY=@beam.Beam()",),
   "DiverseTrees": ("STRATEGY=@diverse_trees.DiverseTrees()",),
   "Rebase": ("STRATEGY=@rebase.Rebase()",),
+  "StepRevision": ("STRATEGY=@step_revision.StepRevision()",),
   "TreeSearch": ("STRATEGY=@tree.TreeSearch()",),
   "Beam, lookahead": ("STRATEGY=@beam.Beam()", "LOOKAHEAD=1"),
 }
-SLOW = "Beam, lookahead", "Rebase", "TreeSearch"
+SLOW = "Beam, lookahead", "Rebase", "StepRevision", "TreeSearch"
 """Those whose programs others compile as well."""
 
 
