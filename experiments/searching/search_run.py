@@ -11,7 +11,7 @@ from typing import Any
 from experiments.core.experiment import Source
 from experiments.searching.prompts import Plain
 from experiments.searching.step_ends import AtEnd, StepEnds
-from experiments.searching.strategies import SearchStrategy
+from experiments.searching.strategies import AllocatedSamples, SearchStrategy
 from experiments.searching.verifiers import VerifierSource
 from research.diffusion.sampling.config import SamplerConfig
 from research.generation.sampling import Sampling
@@ -82,6 +82,13 @@ class SearchRun:
         f"SearchRun.problems: found {first} to {last}, expected a range within"
         f" the {len(self.task)} problems of {type(self.task).__name__}; raise"
         " its count."
+      )
+    if isinstance(self.strategy, AllocatedSamples) and (
+      (last - first) % self.batch
+    ):
+      raise UserError(
+        f"SearchRun.problems: found {last - first} in batches of {self.batch},"
+        " expected whole batches: a batch shares one budget of samples"
       )
     for name in ("new_tokens", "most_steps", "batch"):
       if getattr(self, name) < 1:

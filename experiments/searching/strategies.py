@@ -10,9 +10,15 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from experiments.searching.context import Context
+from research.prm.scores.aggregate import Aggregate
 from research.search.engine import Path
 from research.search.step_search import Strategy
 from research.search.strategies.adaptive import Adaptive
+from research.search.strategies.allocation import (
+  AdaptiveAllocation,
+  Agreement,
+  MeanScore,
+)
 from research.search.strategies.budget_forcing import BudgetForcing
 from research.search.strategies.rounds import LastTries, Rounds, Shown
 from research.typing import UserError
@@ -49,6 +55,31 @@ class AdaptiveVotes:
     return Adaptive(
       answer=context.answer, round=self.round, most=self.most, sure=self.sure
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllocatedSamples:
+  """`strategies.AdaptiveAllocation` over the problems of a batch.
+
+  Attributes:
+    copies: mean samples of a problem.
+    first: samples of each problem from which its difficulty is predicted.
+    scores: makes one score of the verifier's for a solution, whose mean
+      predicts it; None: the agreement of answers does.
+  """
+
+  copies: int = 16
+  first: int = 4
+  scores: Aggregate | None = None
+
+  def of_tokens(self, context: Context) -> Strategy:
+    """Returns the search of tokens."""
+    ease = (
+      Agreement(context.answer)
+      if self.scores is None
+      else MeanScore(self.scores)
+    )
+    return AdaptiveAllocation(ease=ease, copies=self.copies, first=self.first)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

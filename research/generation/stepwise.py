@@ -108,12 +108,58 @@ class Stepwise:
       UserError: a prompt is empty, too long, or has ids outside the vocabulary;
         or `copies` is below 1.
     """
+    state, drawn = self._prefill(prompts, max_new_tokens, key, copies)
+    return self._until_paused(state, [drawn])
+
+  def begin(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    key: PRNGKey | None = None,
+    copies: int = 1,
+  ) -> State:
+    """Returns the rows of `start` before their first token.
+
+    `advance` draws it, and feeds each row's last token of the prompt again; all
+    others are in the cache. Arguments as for `start`.
+
+    Raises:
+      UserError: as for `start`; or the last token of a prompt cannot be fed
+        again: the cache is quantized, or an image stands there.
+    """
+    extra = weights.extra_ids(self.params)
+    ends = [prompt[-1] for prompt in prompts if len(prompt)]
+    if self.kv is not None or any(end in extra for end in ends):
+      raise UserError(
+        "Stepwise.begin: found a quantized cache, or a prompt that ends in an"
+        " image, expected neither: its last token is fed again"
+      )
+    state, _ = self._prefill(prompts, max_new_tokens, key, copies)
+    rows, bound = state.rows, self.boundary
+    rows = dataclasses.replace(
+      rows,
+      token=jnp.repeat(jnp.array(ends, jnp.int32), copies),
+      step=jnp.zeros_like(rows.step),
+      done=jnp.zeros_like(rows.done),
+      steps=None if bound is None else bound.start(len(rows.step)),
+    )
+    cache = dataclasses.replace(state.cache, length=state.cache.length - 1)
+    return State(cache, rows)
+
+  def _prefill(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    key: PRNGKey | None,
+    copies: int,
+  ) -> tuple[State, Drawn]:
+    """Returns the rows after their first token; arguments as for `start`."""
     limits = self._limits(prompts, max_new_tokens, copies)
     tokens, given = generate.pad_prompts(prompts, self.prompt_room)
     longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
     longest = max(longest, self.prompt_room + max(limits))
     reader = self.reader
-    state, drawn = decoding.prefill(
+    return decoding.prefill(
       self.model,
       self.params if reader is None else reader(prompts),
       tokens,
@@ -129,7 +175,6 @@ class Stepwise:
       boundary=self.boundary,
       log_probs=self.log_probs,
     )
-    return self._until_paused(state, [drawn])
 
   def advance(self, state: State) -> tuple[State, Drawn]:
     """Lets paused rows go on; returns them up to the next pause, or the end.

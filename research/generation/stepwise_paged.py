@@ -126,6 +126,19 @@ class PagedStepwise(Stepwise):
     scores = None if scores is None else scores[:, None]
     return self._until_paused(state, [Drawn(token[:, None], rows.done, scores)])
 
+  def begin(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    key: PRNGKey | None = None,
+    copies: int = 1,
+  ) -> Any:
+    """Raises UserError: a token would be written into a shared page again."""
+    raise UserError(
+      "PagedStepwise: cannot begin rows before their first token, as step"
+      " revision and adaptive allocation do; use Stepwise"
+    )
+
   def advance(self, state: PagedState) -> tuple[PagedState, Drawn]:
     """Lets paused rows go on; see `Stepwise.advance`."""
     if self.boundary is not None:

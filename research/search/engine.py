@@ -22,6 +22,7 @@ from research.search.cost import Causal, model_cost
 from research.search.ledger import Ledger
 from research.search.policy import (
   AutoregressiveCost,
+  Frontier,
   Path,
   Policy,
   PolicyCost,
@@ -110,27 +111,6 @@ class WritingVerifier(Verifier, Protocol):
     ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Frontier:
-  """The rows of all problems between two steps.
-
-  Attributes:
-    state: the policy's.
-    verifier: the verifier's state, or None.
-    paths: one for each row.
-    fresh: whether each row got tokens in the last step; others are idle.
-    ledgers: one for each problem.
-    started: when, in seconds of a clock.
-  """
-
-  state: Any
-  verifier: Any
-  paths: tuple[Path, ...]
-  fresh: tuple[bool, ...]
-  ledgers: tuple[Ledger, ...]
-  started: float
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Engine:
   """A policy, and what judges its steps.
@@ -188,6 +168,24 @@ class Engine:
       state, prompts, max_new_tokens, copies, began
     )
     return self._with_tokens(frontier, state, drawn)
+
+  def begin(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    copies: int,
+    key: PRNGKey | None = None,
+  ) -> Frontier:
+    """Returns paths before their first step, so that it can be drawn again.
+
+    Arguments as for `start`. `advance` draws the first step; it feeds the last
+    token of the prompt, as every step feeds the last token of the step before.
+    """
+    began = time.perf_counter()
+    state = self.policy.begin(prompts, max_new_tokens, key, copies)
+    found = self._without_steps(state, prompts, max_new_tokens, copies, began)
+    paths = tuple(dataclasses.replace(x, rereads=True) for x in found.paths)
+    return dataclasses.replace(found, paths=paths)
 
   def _without_steps(
     self,

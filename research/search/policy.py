@@ -1,5 +1,7 @@
 """What a search asks of a policy: rows that pause, and what they cost.
 
+`Path` and `Frontier` are what a search knows of them between two steps.
+
 `generation.Stepwise` is one, `search.DiffusionPolicy` another.
 """
 
@@ -30,6 +32,8 @@ class Path:
       or if some tokens were not drawn.
     done: whether it has ended.
     stopped: whether it ended by a stop token, rather than by its length.
+    rereads: whether its first step feeds the prompt's last token once more
+      (`Engine.begin`).
   """
 
   problem: int
@@ -40,11 +44,33 @@ class Path:
   log_prob: float | int | None = 0.0
   done: bool = False
   stopped: bool = False
+  rereads: bool = False
 
   @property
   def tokens(self) -> tuple[int, ...]:
     """All new tokens."""
     return tuple(token for step in self.steps for token in step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+  """The rows of all problems between two steps.
+
+  Attributes:
+    state: the policy's.
+    verifier: the verifier's state, or None.
+    paths: one for each row.
+    fresh: whether each row got tokens in the last step; others are idle.
+    ledgers: one for each problem.
+    started: when, in seconds of a clock.
+  """
+
+  state: Any
+  verifier: Any
+  paths: tuple[Path, ...]
+  fresh: tuple[bool, ...]
+  ledgers: tuple[Ledger, ...]
+  started: float
 
 
 @runtime_checkable
@@ -57,6 +83,16 @@ class Policy(Protocol):
   @property
   def stop_tokens(self) -> Sequence[int]:
     """Those that end a row, and are its last token."""
+    ...
+
+  def begin(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    key: PRNGKey | None = None,
+    copies: int = 1,
+  ) -> Any:
+    """Returns `copies` rows for each prompt, before their first step."""
     ...
 
   def start(
@@ -139,16 +175,17 @@ class AutoregressiveCost:
   def steps(self, paths: Sequence[Path], drawn: Drawn) -> list[Ledger]:
     """Returns the cost of each path's step; see `PolicyCost`.
 
-    A path's first token is drawn from its prompt's last state; the last one of
-    each step is fed when the next step begins.
+    A path's first token is drawn from its prompt's last state, unless it
+    `rereads`; the last one of each step is fed when the next step begins.
     """
     found = []
     for path, row in zip(paths, np.asarray(drawn.tokens), strict=True):
       count, before = int((row != NO_TOKEN).sum()), len(path.tokens)
       now = Ledger(peak_cache_tokens=before + count)
       if count:
-        fed = count if path.steps else count - 1
-        start = path.prompt + (before - 1 if path.steps else 0)
+        again = bool(path.steps) or path.rereads
+        fed = count if again else count - 1
+        start = path.prompt + (before - 1 if again else 0)
         flops = self.model.forward(fed, Causal(start, fed), fed)
         now = dataclasses.replace(
           now, policy_decode_tokens=count, flops_policy=flops

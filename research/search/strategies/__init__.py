@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "adaptive": ["Adaptive"],
+    "allocation": ["AdaptiveAllocation", "Agreement", "MeanScore"],
     "beam": ["Beam"],
     "budget_forcing": ["BudgetForcing"],
     "diverse_trees": ["DiverseTrees"],
@@ -13,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "rebase": ["Rebase"],
     "remasking": ["AllButBest", "Below", "Remasking"],
     "rounds": ["LastTries", "Rounds", "Subsets"],
+    "step_revision": ["StepRevision"],
     "tree": ["TreeSearch"],
   },
 )

@@ -8,7 +8,6 @@ best one that was found; any search over steps goes on from there.
 """
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -133,11 +132,7 @@ class _Engine(Engine):
     copies: int,
     key: PRNGKey | None = None,
   ) -> Frontier:
-    began = time.perf_counter()
-    state = self.policy.begin(prompts, max_new_tokens, key, copies)
-    return self.advance(
-      self._without_steps(state, prompts, max_new_tokens, copies, began)
-    )
+    return self.advance(self.begin(prompts, max_new_tokens, copies, key))
 
   def advance(self, frontier: Frontier) -> Frontier:
     rows = range(len(frontier.paths))

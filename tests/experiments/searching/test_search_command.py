@@ -111,10 +111,11 @@ SEARCHES = {
   "Beam": ("STRATEGY=@beam.Beam()",),
   "DiverseTrees": ("STRATEGY=@diverse_trees.DiverseTrees()",),
   "Rebase": ("STRATEGY=@rebase.Rebase()",),
+  "StepRevision": ("STRATEGY=@step_revision.StepRevision()",),
   "TreeSearch": ("STRATEGY=@tree.TreeSearch()",),
   "Beam, lookahead": ("STRATEGY=@beam.Beam()", "LOOKAHEAD=1"),
 }
-SLOW = "Beam, lookahead", "Rebase", "TreeSearch"
+SLOW = "Beam, lookahead", "Rebase", "StepRevision", "TreeSearch"
 """Those whose programs others compile as well."""
 
 
@@ -142,6 +143,7 @@ def test_searches_with_a_verifier(run, name):
 @pytest.mark.parametrize(
   ("name", "bindings"),
   [
+    ("AllocatedSamples", ("STRATEGY=@strategies.AllocatedSamples()",)),
     ("AdaptiveVotes", ("STRATEGY=@strategies.AdaptiveVotes()",)),
     ("BudgetForcedText", ("STRATEGY=@strategies.BudgetForcedText()",)),
     ("RoundsOfText", ("STRATEGY=@strategies.RoundsOfText()",)),
@@ -160,6 +162,10 @@ def test_searches_of_texts(run, name, bindings):
   found = run(*bindings, "PROBLEMS=(0, 2)")
   assert found.code == 0, found.err
   assert found.result["strategy"] == name
+  if name == "AllocatedSamples":
+    counts = [len(one.samples) for one in found.pool]
+    assert sum(counts) == 2 * 4 and min(counts) >= 2
+    return
   for one in found.pool:
     answers = [x.answer for x in one.samples]
     if name == "AdaptiveVotes":
@@ -196,6 +202,10 @@ def test_random_scores_cost_nothing_and_are_shown(run):
     (("CHOICE=@choose.BestOf()",), "samples without scores"),
     (("PROBLEMS=(0, 5000)",), "within the 1000 problems"),
     (("LOOKAHEAD=1",), "and a verifier if above"),
+    (
+      ("STRATEGY=@strategies.AllocatedSamples()", "PROBLEMS=(0, 3)"),
+      "expected whole batches",
+    ),
     (("N=5",), "a problem has 4 samples"),
     (("search_run.SearchRun.stop_tokens=()",), "ids that end a solution"),
     (("VERIFIER=@verifiers.TrainedReward()",), "no config.gin there"),
@@ -203,7 +213,7 @@ def test_random_scores_cost_nothing_and_are_shown(run):
 )
 def test_what_cannot_be_searched_is_an_error(run, bindings, message):
   found = run(
-    *bindings, *("PROBLEMS=(0, 2)",) * ("PROBLEMS" not in bindings[0])
+    *bindings, *("PROBLEMS=(0, 2)",) * ("PROBLEMS" not in bindings[-1])
   )
   assert found.code == 1
   assert message in found.err and found.err.count("\n") <= 5

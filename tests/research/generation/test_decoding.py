@@ -93,6 +93,27 @@ def test_rows_that_pause_are_those_that_do_not(fields):
 
 
 @pytest.mark.slow
+def test_rows_that_begin_without_a_token_draw_those_of_start():
+  """They feed the prompt's last token again, into a ring of the cache, too."""
+  engine = stepwise("gemma2", boundary=boundary(most=5))
+  state = engine.begin(PROMPTS, NEW, KEY, 2)
+  parts = []
+  while not state.rows.done.all():
+    state, drawn = engine.advance(state)
+    parts.append(drawn)
+  expected, _ = run(engine, copies=2)
+  for (tokens, scores), (other, same) in zip(
+    rows_of(parts), rows_of(expected), strict=True
+  ):
+    assert tokens == other
+    np.testing.assert_allclose(scores, same, atol=1e-4)
+
+
+def test_a_token_is_not_fed_again_into_a_quantized_cache():
+  with pytest.raises(UserError, match="a quantized cache"):
+    stepwise(kv=KVQuantizer(group=2, residual=4)).begin(PROMPTS, NEW)
+
+
 def test_a_step_has_a_longest_length():
   parts, _ = run(stepwise(boundary=boundary(most=5)))
   assert [x.tokens.shape[1] for x in parts] == [5, 5, 5, 2]

@@ -8,8 +8,8 @@ is said here.
 3. segmentation: here; `prm/test_scores`
 4. verifier noise: here; `test_estimators`
 5. value or correctness: here; `prm/test_scores`
-6. shift of the policy: here
-7. an outcome model in disguise: `prm/test_scores`
+6. shift of the policy, by selection and by another policy: here
+7. an outcome model in disguise: here; `prm/test_scores`
 8. diversity: here
 9. extraction: `reasoning/test_extraction`, `test_grading`; `test_choose`
 10. contamination: `reasoning/test_gym`, `test_countdown`
@@ -23,6 +23,7 @@ import math
 import numpy as np
 import pytest
 from scipy import optimize
+from sklearn import linear_model
 
 from research.generation.generated import NO_TOKEN
 from research.prm import attacks, labels, scores
@@ -148,16 +149,11 @@ def test_true_and_false_positives_are_read_off_the_curve_of_best_of_n():
   """Decisions flipped with (t, f), samples drawn; the plateau is p t / a."""
   p, t, f, ns = 0.3, 0.9, 0.15, (1, 2, 4, 8, 16)
   rng = np.random.default_rng(0)
-  correct = rng.random((4000, 16)) < p
+  correct = rng.random((800, 16)) < p
   accepted = rng.random(correct.shape) < np.where(correct, t, f)
+  pool = list(zip(accepted.astype(float), correct, strict=True))
   measured = [
-    np.mean(
-      [
-        scores.best_of_n(a[:n].astype(float), c[:n])
-        for a, c in zip(accepted[:800], correct[:800], strict=True)
-      ]
-    )
-    for n in ns
+    np.mean([estimators.best_of_k(a, c, n) for a, c in pool]) for n in ns
   ]
   predicted = [estimators.noisy_best_of_n(p, t, f, n) for n in ns]
   # A standard error is below 0.5 / sqrt(800).
@@ -165,11 +161,13 @@ def test_true_and_false_positives_are_read_off_the_curve_of_best_of_n():
 
   def loss(x):
     curve = [estimators.noisy_best_of_n(p, x[0], x[1], n) for n in ns]
-    return np.square(np.subtract(curve, predicted)).sum()
+    return np.square(np.subtract(curve, measured)).sum()
 
   fit = optimize.minimize(loss, (0.5, 0.5), method="Nelder-Mead").x
-  # A curve knows the ratio t / f, which is its ceiling.
-  assert fit[0] / fit[1] == pytest.approx(t / f, rel=0.05)
+  # What was planted, from the measured curve alone; and the ceiling p t / a.
+  assert fit == pytest.approx([t, f], abs=0.05)
+  ceiling = [p * x / (p * x + (1 - p) * y) for x, y in (fit, (t, f))]
+  assert ceiling[0] == pytest.approx(ceiling[1], abs=0.02)
 
 
 # 5. Value or correctness -----------------------------------------------------
@@ -225,6 +223,75 @@ def test_a_verifier_promises_too_much_where_it_has_chosen():
   score, right, chosen = map(np.array, zip(*rows, strict=True))
   gap = [(score[x] - right[x]).mean() for x in (score > -1, chosen)]
   assert gap[1] > gap[0] + 0.1
+
+
+def steps_of(policy, n, rng):
+  """Returns bags of tokens of a policy's steps, and whether each is right.
+
+  A token of the vocabulary is right or wrong by itself; a step is right if most
+  of its tokens are. Policies differ in the tokens that they use.
+  """
+  weight = np.where(np.arange(40) % 2, 1.0, -1.0)
+  tokens = rng.choice(40, (n, 5), p=policy)
+  bags = (tokens[..., None] == np.arange(40)).sum(axis=1).astype(float)
+  return bags, (bags @ weight > 0).astype(int)
+
+
+def test_a_verifier_of_one_policy_is_worse_on_another_until_it_sees_it():
+  """Trained on A, searched with B; more labels of A are no remedy."""
+  rng = np.random.default_rng(0)
+  tokens = np.arange(40)
+  first, second = (
+    x / x.sum() for x in (np.exp(-tokens / 5), np.exp(-(39 - tokens) / 5))
+  )
+
+  def auc(labelled, policy):
+    bags, right = (np.concatenate(x) for x in zip(*labelled, strict=True))
+    probe = linear_model.LogisticRegression().fit(bags, right)
+    new, truth = steps_of(policy, 2000, np.random.default_rng(1))
+    return scores.auc(probe.predict_proba(new)[:, 1], truth)
+
+  own = [steps_of(first, 300, rng)]
+  at_home, abroad = auc(own, first), auc(own, second)
+  assert at_home > 0.95 and abroad < at_home - 0.1
+  more = auc([*own, steps_of(first, 300, rng)], second)
+  remedy = auc([*own, steps_of(second, 300, rng)], second)
+  assert more < at_home - 0.1 and remedy > 0.95
+
+
+# 7. An outcome model in disguise ---------------------------------------------
+
+
+def test_a_model_that_learned_outcomes_has_its_minimum_at_the_end():
+  """Two fits to the same traces; the labels of their steps differ.
+
+  The error shows in its own step and in the answer, which is all that an
+  outcome model has to look at.
+  """
+  rng = np.random.default_rng(0)
+  traces, steps = 400, 6
+  error = rng.integers(0, 2 * steps, traces)  # from `steps` on, none
+  at = np.arange(steps)
+  wrong_step = (at == error[:, None]).astype(float)
+  wrong_answer = ((at == steps - 1) & (error < steps)[:, None]).astype(float)
+  noise = 0.3 * rng.standard_normal((traces, steps, 2))
+  features = np.stack([wrong_step, wrong_answer], axis=-1) + noise
+
+  def fitted(labels, used):
+    model = linear_model.LogisticRegression().fit(features[used], labels[used])
+    return model.predict_proba(features.reshape(-1, 2))[:, 1].reshape(
+      traces, steps
+    )
+
+  process = fitted(at < error[:, None], at <= error[:, None])
+  whole = np.broadcast_to((error >= steps)[:, None], (traces, steps))
+  outcome = fitted(whole, np.broadcast_to(at == steps - 1, (traces, steps)))
+  inner = error < steps - 1
+  shares = [scores.min_at_last(x[inner].tolist()) for x in (process, outcome)]
+  assert shares[0] < 0.4 < shares[1]
+  # Both find wrong answers: best-of-n alone would not tell them apart.
+  for each in (process, outcome):
+    assert scores.auc(each.min(axis=1), (error >= steps).astype(int)) > 0.85
 
 
 # 8. Diversity ----------------------------------------------------------------

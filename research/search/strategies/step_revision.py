@@ -1,0 +1,130 @@
+"""Solutions that are revised from their first wrong step on.
+
+`Rounds` shows a model its earlier texts, and has it write a whole new one
+(Snell et al. 2024, arXiv:2408.03314, section 6). Here the verifier says where a
+solution went wrong: the steps before stay, with their cache and scores, and
+what follows is drawn again. No step is read twice, and the policy needs no
+training in revision.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from research.search.engine import Engine, Frontier, Path
+from research.search.ledger import Ledger
+from research.search.step_search import Limits, Samples
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepRevision:
+  """Chains of tries, each of which keeps the right steps of the last one.
+
+  Attributes:
+    copies: chains of a problem.
+    rounds: revisions of a chain at most; 0 is `Independent`.
+    threshold: a step that scores less is wrong.
+    every: whether earlier tries are samples as well; else each chain has its
+      last try.
+  """
+
+  copies: int = 4
+  rounds: int = 2
+  threshold: float | int = 0.5
+  every: bool = True
+
+  def __post_init__(self):
+    if self.copies < 1 or self.rounds < 0:
+      raise UserError(
+        f"StepRevision: found {self.copies} chains and {self.rounds} rounds,"
+        " expected at least 1 and at least 0"
+      )
+
+  def __call__(
+    self, engine: Engine, prompts: Sequence[Sequence[int]], limits: Limits
+  ) -> list[Samples]:
+    """Returns each problem's tries, the first ones first; see `Strategy`."""
+    if engine.verifier is None:
+      raise UserError(
+        "StepRevision: found no verifier, expected one that finds wrong steps"
+      )
+    now = engine.begin(prompts, limits.tokens, self.copies, limits.key)
+    rows = range(len(now.paths))
+    # Each chain before the first wrong step of its last try.
+    stored = engine.select(now, rows, [0] * len(rows))
+    revised = [True] * len(rows)
+    found: list[list[Path]] = [[] for _ in prompts]
+    for k in range(1, self.rounds + 2):
+      now, stored, wrong = self._try(engine, now, stored, revised, limits.steps)
+      for path, own in zip(now.paths, revised, strict=True):
+        found[path.problem] += [path] * own
+      revised = wrong
+      if k > self.rounds or not any(wrong):
+        break
+      before = dataclasses.replace(stored, ledgers=now.ledgers)
+      # Other random keys than those of the last try.
+      now = engine.select(before, rows, [k] * len(rows))
+    # What may be gone back to is in the cache beside the chains.
+    beside = [0] * len(prompts)
+    for path in stored.paths:
+      beside[path.problem] += len(path.tokens)
+    return [
+      self._samples(paths, ledger, more)
+      for paths, ledger, more in zip(found, now.ledgers, beside, strict=True)
+    ]
+
+  def _try(
+    self,
+    engine: Engine,
+    now: Frontier,
+    stored: Frontier,
+    revised: Sequence[bool],
+    steps: int,
+  ) -> tuple[Frontier, Frontier, list[bool]]:
+    """Lets chains go on to their ends.
+
+    Args:
+      engine: policy and verifier.
+      now: the chains; its buffers are used up, as those of `stored`.
+      stored: states to go back to.
+      revised: which chains go on; others are idle.
+      steps: of a path, at most.
+
+    Returns:
+      The chains at their ends, states to go back to, and which chains have a
+      wrong step.
+    """
+    rows, wrong = range(len(now.paths)), [False] * len(now.paths)
+    while True:
+      opened = [
+        go and not path.done and len(path.steps) < steps
+        for go, path in zip(revised, now.paths, strict=True)
+      ]
+      if not any(opened):
+        return now, stored, wrong
+      if not all(opened):
+        now = engine.end(now, [not go for go in opened])
+      before = engine.select(now, rows, [0] * len(rows))
+      now = engine.advance(now)
+      new = [
+        opened[row] and not wrong[row] and self._is_wrong(now.paths[row])
+        for row in rows
+      ]
+      if any(new):
+        places = [row if new[row] else len(rows) for row in rows]
+        stored = engine.store(stored, before, places)
+        wrong = [x or y for x, y in zip(wrong, new, strict=True)]
+
+  def _is_wrong(self, path: Path) -> bool:
+    return any(score < self.threshold for score in path.scores)
+
+  def _samples(
+    self, paths: Sequence[Path], ledger: Ledger, beside: int
+  ) -> Samples:
+    """Returns a problem's samples, of all its tries in their order."""
+    last = {path.root: path for path in paths}
+    peak = ledger.peak_cache_tokens + beside
+    return Samples(
+      tuple(paths if self.every else last.values()),
+      dataclasses.replace(ledger, peak_cache_tokens=peak),
+    )
