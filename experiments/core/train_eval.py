@@ -307,7 +307,10 @@ def _judged(
   report = experiment.step_report(_trained(built, trained))
   artifacts.log(f"labelled steps: {report}\n")
   every = report.to_json()
-  main = "f1", "accuracy_error", "accuracy_correct", "auc", "threshold"
+  main = (
+    *("f1", "f1_random", "accuracy_error", "accuracy_correct"),
+    *("auc", "threshold"),
+  )
   return {name: every[name] for name in main} | {"step_report": every}
 
 

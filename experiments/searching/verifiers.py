@@ -1,16 +1,21 @@
 """Where scores of steps come from."""
 
 import dataclasses
-from typing import NamedTuple, Protocol, runtime_checkable
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from experiments.core.experiment import Source
+from experiments.searching import texts
 from experiments.searching.context import Context
 from experiments.searching.trained import Which, restore
 from research import tree
+from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
+from research.prm.conventions import Convention, Encoded
 from research.prm.heads import SCORE, Head, LinearHead
 from research.prm.model import (
   GenerativeReward,
@@ -18,13 +23,17 @@ from research.prm.model import (
   RewardModel,
   probability,
 )
-from research.search.engine import StateVerifier, Verifier
+from research.reasoning.problem import Problem
+from research.rounding import next_power_of_two
+from research.search.cost import Causal, ModelCost, model_cost
+from research.search.engine import Path, StateVerifier, Verifier
+from research.search.ledger import Ledger
 from research.search.reward_verifiers import (
   PolicyProbe,
   StepScore,
   verifier_of,
 )
-from research.typing import Params, UserError
+from research.typing import Float, Int, Params, UserError
 from research.vlm.model import VisionLanguageModel
 from research.vlm.prompts.reader import ImageReader
 
@@ -138,6 +147,166 @@ class NewReward:
     params = model.with_new_head(loaded.params, jax.random.key(self.seed))
     room = context.prompt_room
     return verifier_of(model, params, prompt_room=room)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublicReward:
+  """A reward model with a tokenizer and a convention of its own.
+
+  It reads each solution's text anew at every step, which the ledger counts: of
+  another tokenizer's tokens no cache is worth anything.
+
+  Attributes:
+    model: source of the reward model: `rewards.PretrainedReward`, or
+      `rewards.WithWords` for those that answer with a word.
+    convention: what it reads of a solution, of `prm.conventions`.
+  """
+
+  model: Source
+  convention: Convention
+
+  def load(self, context: Context) -> Verifier:
+    """Returns the verifier.
+
+    Raises:
+      UserError: it is no reward model, or has no tokenizer.
+    """
+    loaded = self.model.load()
+    if not isinstance(loaded.model, Reward) or loaded.tokenizer is None:
+      raise UserError(
+        f"PublicReward.model: found a {type(loaded.model).__name__} with the"
+        f" tokenizer {type(loaded.tokenizer).__name__}, expected a reward model"
+        " and its tokenizer, such as of rewards.PretrainedReward"
+      )
+    return TextVerifier(
+      model=loaded.model,
+      params=jax.device_put(loaded.params),
+      tokenizer=loaded.tokenizer,
+      convention=self.convention,
+      context=context,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TextVerifier:
+  """Scores the newest step of texts; see `search.engine.WritingVerifier`.
+
+  Its state is what the last `read` has cost, of each row.
+
+  Attributes:
+    model: the reward model.
+    params: its parameters.
+    tokenizer: of the reward model.
+    convention: what it reads.
+    context: of the policy, whose tokens become texts.
+    problems: of the batch, by `Path.problem`.
+  """
+
+  model: Reward
+  params: Params
+  tokenizer: Any
+  convention: Convention
+  context: Context
+  problems: tuple[Problem, ...] = ()
+
+  @functools.cached_property
+  def _cost(self) -> ModelCost:
+    return model_cost(self.model.backbone, self.model.outputs)
+
+  def with_problems(self, problems: Sequence[Problem]) -> "TextVerifier":
+    """Returns the verifier of these problems."""
+    return dataclasses.replace(self, problems=tuple(problems))
+
+  def prompt_cost(self, tokens: int) -> Ledger:
+    """Returns nothing: a problem is read with each of its steps."""
+    del tokens
+    return Ledger()
+
+  def step_cost(self, start: int, tokens: int) -> Ledger:
+    """Raises UserError: how many tokens a text has is known once it is read."""
+    raise UserError(
+      f"step_cost: found a verifier of texts, of {tokens} tokens after {start};"
+      " expected to ask it for `spent` once it has read"
+    )
+
+  def spent(self, state: Sequence[Ledger]) -> list[Ledger]:
+    """Returns what the last `read` has cost, of each row."""
+    return list(state)
+
+  def start(
+    self, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int
+  ) -> list[Ledger]:
+    """Returns the state of `copies` rows for each prompt."""
+    del max_new_tokens
+    return [Ledger()] * (len(prompts) * copies)
+
+  def read(
+    self,
+    state: Sequence[Ledger],
+    paths: Sequence[Path],
+    new: Int[np.ndarray, "R C"],
+  ) -> tuple[list[Ledger], Float[np.ndarray, " R"]]:
+    """Returns the state, and the newest steps' scores; 0 without a text.
+
+    Raises:
+      UserError: a text is longer than the reward model's context.
+    """
+    spent, scores = [Ledger()] * len(state), np.zeros(len(state))
+    found = {
+      i: encoded
+      for i, row in enumerate(new)
+      if (row != NO_TOKEN).any() and (encoded := self._encoded(paths[i]))
+    }
+    if not found:
+      return spent, scores
+    longest = max(len(x.tokens) for x in found.values())
+    room = self.model.max_positions
+    if room is not None and longest > room:
+      raise UserError(
+        f"PublicReward: found a solution of {longest} tokens with its question,"
+        f" expected at most {room}, the reward model's context"
+      )
+    tokens = np.zeros((len(paths), next_power_of_two(longest)), np.int32)
+    ends = np.full((len(paths), 1), -1, np.int32)
+    for i, (ids, own) in found.items():
+      tokens[i, : len(ids)], ends[i] = ids, own[-1]
+      spent[i] = Ledger(
+        verifier_new_tokens=len(ids),
+        flops_verifier=self._cost.forward(len(ids), Causal(0, len(ids)), 1),
+      )
+    every = np.asarray(self.model.scores(self.params, tokens, ends))[:, 0]
+    return spent, np.where(ends[:, 0] >= 0, every, 0.0)
+
+  def _encoded(self, path: Path) -> Encoded | None:
+    """Returns what the model reads of a path, or None of one without text."""
+    steps = texts.steps_of(path, self.context.tokenizer)[1]
+    if not steps:
+      return None
+    if path.problem >= len(self.problems):
+      raise UserError(
+        f"PublicReward: found the prompt {path.problem} of"
+        f" {len(self.problems)} problems, expected a search that asks each"
+        " problem once a round; RoundsOfText asks `width` times"
+      )
+    question = self.problems[path.problem].prompt
+    words = [step.text for step in steps]
+    return self.convention.encode(self.tokenizer, question, words)
+
+  def select(
+    self, state: Sequence[Ledger], rows: Sequence[int]
+  ) -> list[Ledger]:
+    """Returns the state of chosen rows."""
+    return [state[row] for row in rows]
+
+  def store(
+    self, state: Sequence[Ledger], new: Sequence[Ledger], rows: Sequence[int]
+  ) -> list[Ledger]:
+    """Returns the state with rows of `new` in place of some."""
+    found = list(state)
+    for row, own in zip(rows, new, strict=True):
+      if row < len(found):
+        found[row] = own
+    return found
 
 
 class TrainedModel(NamedTuple):

@@ -12,7 +12,12 @@ from research.interop.loaded import Loaded, Source
 from research.io import unread
 from research.nn.transformer import Transformer
 from research.prm.heads import Head, LinearHead
-from research.prm.model import Readout, RewardModel, probability
+from research.prm.model import (
+  GenerativeReward,
+  Readout,
+  RewardModel,
+  probability,
+)
 from research.typing import UserError
 from research.vlm.masks import Causal
 from research.vlm.model import VisionLanguageModel
@@ -119,3 +124,56 @@ class PretrainedReward:
     )
     model = dataclasses.replace(model, readout=self.readout)
     return Loaded(model, params, load.tokenizer(path), source)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithWords:
+  """A language model whose logits of two words are the score of a step.
+
+  Math-Shepherd's and RLHFlow's are; `prm.conventions` has what they read.
+
+  Attributes:
+    backbone: where the language model comes from.
+    right, wrong: words that are one token each, as they begin a text: behind a
+      space where the tokenizer puts one before texts, as Mistral's does.
+    readout: logits -> score.
+  """
+
+  backbone: Source
+  right: str = "+"
+  wrong: str = "-"
+  readout: Readout = probability
+
+  def load(self, shardings: unread.Shardings | None = None) -> Loaded:
+    """Returns the reward model, its weights and its tokenizer.
+
+    Args:
+      shardings: of the weights, see `load.load_model`.
+
+    Raises:
+      UserError: the backbone is no language model that predicts next tokens, or
+        a word is not one of its tokens.
+    """
+    loaded = self.backbone.load(shardings)
+    known = isinstance(loaded.model, Transformer) and loaded.tokenizer
+    if not known or loaded.diffusion is not None:
+      raise UserError(
+        f"WithWords.backbone: found a {type(loaded.model).__name__}, expected a"
+        " language model that predicts the next token, and its tokenizer"
+      )
+    model = GenerativeReward(
+      backbone=loaded.model,
+      right=self._id(loaded.tokenizer, "right"),
+      wrong=self._id(loaded.tokenizer, "wrong"),
+      readout=self.readout,
+    )
+    return dataclasses.replace(loaded, model=model)
+
+  def _id(self, tokenizer: Any, field: str) -> int:
+    ids = tokenizer.encode(getattr(self, field))
+    if len(ids) != 1:
+      raise UserError(
+        f"WithWords.{field}: found {getattr(self, field)!r}, which is the"
+        f" tokens {list(ids)}, expected a word that is one token"
+      )
+    return ids[0]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.prm import rows
+from research.prm.conventions import Convention
 from research.prm.labelled import LabelledSolution
 from research.prm.scores.report import StepReport, evaluate_steps
 from research.reasoning.prompting import Prompting, arrays_of, as_text
@@ -38,6 +39,7 @@ def score_solutions(
   separator: str = "",
   batch_size: int = 256,
   prompting: Prompting = as_text,
+  convention: Convention | None = None,
 ) -> list[list[float]]:
   """Returns the score of each step of solutions, read whole.
 
@@ -51,14 +53,23 @@ def score_solutions(
     batch_size: solutions of a program. All batches have one shape, whose
       length and number of steps are powers of two: calls share programs.
     prompting: what the model reads of a solution's prompt.
+    convention: of a public reward model, in place of prompt and separator.
 
   Raises:
-    UserError: a solution is longer than the model's context.
+    UserError: a solution is longer than the model's context, or the model sees
+      images and has a convention.
   """
+  if convention is not None and isinstance(model, SeesImages):
+    raise UserError(
+      f"score_solutions: found {type(convention).__name__} and a model that"
+      " sees images, expected one that reads texts alone"
+    )
   # Solutions of one problem share its prompt, and a picture is drawn once.
   prompts = {x.prompt: prompting(tokenizer, x.prompt) for x in solutions}
   encoded = [
-    rows.encode(x, tokenizer, separator, lambda _, prompt: prompts[prompt])
+    rows.encode(
+      *(x, tokenizer, separator, lambda _, prompt: prompts[prompt]), convention
+    )
     for x in solutions
   ]
   reward = model.language if isinstance(model, SeesImages) else model
@@ -132,5 +143,6 @@ class StepEvaluation:
       self.data.separator,
       self.data.batch_size,
       self.data.prompting,
+      self.data.convention,
     )
     return evaluate_steps(solutions, scores, self.threshold)

@@ -11,7 +11,7 @@ import functools
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from research.data.sources import (
   is_stream,
   split_of,
 )
+from research.prm.conventions import Convention, Encoded
 from research.prm.formats import Format, Native, read
 from research.prm.labelled import Label, LabelledSolution
 from research.prm.labels import rollouts
@@ -104,23 +105,12 @@ class Counted:
     return type(counts)(right, drawn)
 
 
-class Encoded(NamedTuple):
-  """A solution in tokens.
-
-  Attributes:
-    tokens: ids.
-    ends: index of each step's last token.
-  """
-
-  tokens: list[int]
-  ends: list[int]
-
-
 def encode(
   solution: LabelledSolution,
   tokenizer: Any,
   separator: str = "",
   prompting: Prompting = as_text,
+  convention: Convention | None = None,
 ) -> Encoded:
   """Returns a solution's tokens, and where its steps end.
 
@@ -129,10 +119,13 @@ def encode(
     tokenizer: has `encode(text)`, and `prompt(text)` for what begins a text.
     separator: text after each step, "" where steps have their own.
     prompting: what the model reads of the solution's prompt.
+    convention: of a public reward model, in place of prompt and separator.
 
   Raises:
     UserError: a step has no token.
   """
+  if convention is not None:
+    return convention.encode(tokenizer, solution.prompt, solution.steps)
   tokens, ends = list(prompting(tokenizer, solution.prompt)), []
   after = list(tokenizer.encode(separator)) if separator else []
   for i, step in enumerate(solution.steps):
@@ -165,6 +158,8 @@ class LabelledRows(FromFiles, ShuffledBatches):
     length: row length T.
     prompting: what the model reads of a solution's prompt. Arrays beside the
       tokens, such as a picture's pixels, are in the batch.
+    convention: of a public reward model, which says itself what it reads of
+      prompt and steps; None for `prompting` and `separator`.
     batch_size: rows in a batch over all processes, B.
     seed: of the shuffle.
   """
@@ -176,11 +171,19 @@ class LabelledRows(FromFiles, ShuffledBatches):
   split: Split | None = None
   length: int = 256
   prompting: Prompting = as_text
+  convention: Convention | None = None
   batch_size: int = 32
   seed: int = 0
 
   def __post_init__(self):
     pipeline.check_sizes(self, length=2, batch_size=1, seed=0)
+    own = self.separator == "" and self.prompting is as_text
+    if self.convention is not None and not own:
+      raise UserError(
+        f"LabelledRows.convention: found {type(self.convention).__name__} and a"
+        " separator or a prompting, expected one or the other: a convention has"
+        " its own"
+      )
 
   def check_files(self) -> None:
     """Raises UserError for the first record that is not of the layout.
@@ -250,6 +253,8 @@ class _LabelledRows:
   ) -> "_LabelledRows":
     """Returns the rows of solutions that keep a label."""
     words = _Cached(tokenizer)
+    # A convention encodes whole texts, which no two solutions share.
+    own_words = words if data.convention is None else tokenizer
     prompting = functools.lru_cache(None)(data.prompting)
     shape = len(solutions), data.length
     tokens = np.zeros(shape, np.int32)
@@ -257,7 +262,9 @@ class _LabelledRows:
     sizes = np.zeros(len(solutions), np.int32)
     cut = 0
     for i, solution in enumerate(solutions):
-      ids, ends = encode(solution, words, data.separator, prompting)
+      ids, ends = encode(
+        *(solution, own_words, data.separator, prompting, data.convention)
+      )
       cut += len(ids) > data.length
       ids = ids[: data.length]
       tokens[i, : len(ids)], sizes[i] = ids, len(ids)

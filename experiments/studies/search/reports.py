@@ -51,16 +51,22 @@ class RewardModels(Report):
   systems: tuple[System, ...]
 
   def lines(self, found: Found) -> Lines:
-    """Returns a line for each model that is there."""
+    """Returns a line for each model that is there, and one of chance."""
+    every = [(x.name, rows) for x in self.systems if (rows := found(x))]
+    # All models of a seed are tested on the same solutions; rows of older
+    # evaluations do not say what chance reaches there.
+    most = max((rows for _, rows in every), key=len, default=[])
+    if chance := [x["f1_random"] for x in most if "f1_random" in x]:
+      rows = [{"f1": f1, "auc": 0.5} for f1 in chance]
+      every.append(("nothing: random scores", rows))
     return [
       {
-        "learned": system.name,
+        "learned": name,
         "F1 of first errors, %": systems.over_seeds([x["f1"] for x in rows]),
         "AUC, %": systems.over_seeds([x["auc"] for x in rows]),
         "seeds": len(rows),
       }
-      for system in self.systems
-      if (rows := found(system))
+      for name, rows in every
     ]
 
 

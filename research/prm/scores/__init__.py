@@ -38,6 +38,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "majority_index",
       "mean_f1",
       "processbench",
+      "processbench_of_chance",
     ],
     "ranking": [
       "best_of_n",

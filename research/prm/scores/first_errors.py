@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from research.errors import UserError
+from research.prm.labelled import LabelledSolution
 from research.prm.scores.checks import Scores, finite
 
 NO_ERROR = -1
@@ -75,6 +76,43 @@ def processbench(
   shares = {k: sum(x) / len(x) if x else 0.0 for k, x in hits.items()}
   return FirstErrorScores(
     shares[False], shares[True], len(hits[False]), len(hits[True])
+  )
+
+
+def processbench_of_chance(
+  solutions: Sequence[LabelledSolution], threshold: float | int = 0.5
+) -> FirstErrorScores:
+  """Returns what uniform random scores reach on average, in closed form.
+
+  Such a score is below the threshold t with chance t: an error at index e is
+  found with t (1 - t)^e, a solution of T right steps passes with (1 - t)^T. It
+  may be more than a model reaches whose scores are far from the threshold.
+
+  Args:
+    solutions: those whose first error is unknown are left out.
+    threshold: from 0 to 1.
+
+  Raises:
+    UserError: the threshold is no chance.
+  """
+  if not 0 <= threshold <= 1:
+    raise UserError(
+      f"processbench_of_chance: found the threshold {threshold}, expected 0 to"
+      " 1"
+    )
+  known = [x for x in solutions if x.first_error is not None]
+  passes = 1 - threshold
+  error = [
+    threshold * passes**x.first_error
+    for x in known
+    if x.first_error != NO_ERROR
+  ]
+  correct = [passes ** len(x.steps) for x in known if x.first_error == NO_ERROR]
+  return FirstErrorScores(
+    sum(error) / len(error) if error else 0.0,
+    sum(correct) / len(correct) if correct else 0.0,
+    len(error),
+    len(correct),
   )
 
 

@@ -14,6 +14,7 @@ from research.prm.scores.first_errors import (
   FirstErrorScores,
   first_error,
   processbench,
+  processbench_of_chance,
 )
 from research.prm.scores.ranking import min_at_last
 
@@ -24,6 +25,7 @@ class StepReport:
 
   Attributes:
     first: ProcessBench's accuracies, of solutions whose first error is known.
+    chance: the same of uniform random scores, on average.
     threshold: below it a step is called wrong.
     auc, brier, ece: of all labelled steps.
     base_rate: share of these that are right: what a constant could know.
@@ -33,6 +35,7 @@ class StepReport:
   """
 
   first: FirstErrorScores
+  chance: FirstErrorScores
   threshold: float | int
   auc: float
   brier: float
@@ -55,6 +58,7 @@ class StepReport:
     """Returns the metrics; NaN, where there is nothing to say, is None."""
     found = {
       "f1": self.first.f1,
+      "f1_random": self.chance.f1,
       "accuracy_error": self.first.error,
       "accuracy_correct": self.first.correct,
       "threshold": self.threshold,
@@ -116,6 +120,7 @@ def evaluate_steps(
   ]
   return StepReport(
     first=processbench([x for x, _ in located], [x for _, x in located]),
+    chance=processbench_of_chance(solutions, threshold),
     threshold=threshold,
     auc=calibration.auc(values, truth),
     brier=calibration.brier(values, truth),

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from experiments import search
-from experiments.core import cli
+from experiments.core import cli, config
 from experiments.searching import pool as pools
-from experiments.searching import running
+from experiments.searching import running, search_run
+from research.prm import judge
+from research.prm.labelled import LabelledSolution
 from research.reasoning import sample_logs
 from research.reasoning.trace import Trace
 from research.search.strategies.adaptive import lead
@@ -138,6 +140,39 @@ def test_searches_with_a_verifier(run, name):
     for sample in one.samples:
       assert len(sample.scores) == len(sample.trace.steps)
       assert "".join(x.text for x in sample.trace.steps) == sample.trace.text
+
+
+def test_a_public_reward_model_reads_texts_by_its_convention(run):
+  """Scores are those of whole solutions, and each step reads all before it."""
+  given = "VERIFIER=@verifiers.PublicReward()", "PROBLEMS=(0, 2)"
+  found = run(*given, "CHOICE=@choose.BestOf()")
+  assert found.code == 0, found.err
+  verifier = config.read(
+    TINY, given, root=search_run.SearchRun
+  ).experiment.verifier
+  loaded = verifier.model.load()
+  for one in found.pool:
+    solutions = [
+      LabelledSolution(
+        prompt=one.problem.prompt,
+        steps=tuple(x.text for x in sample.trace.steps),
+        labels=(None,) * len(sample.trace.steps),
+      )
+      for sample in one.samples
+    ]
+    want = judge.score_solutions(
+      *(loaded.model, loaded.params, loaded.tokenizer, solutions),
+      convention=verifier.convention,
+    )
+    read = 0
+    for sample, own, solution in zip(one.samples, want, solutions, strict=True):
+      np.testing.assert_allclose(sample.scores, own, rtol=1e-4)
+      ends = verifier.convention.encode(
+        loaded.tokenizer, solution.prompt, solution.steps
+      ).ends
+      read += sum(end + 1 for end in ends)
+    assert one.ledger.verifier_new_tokens == read
+    assert one.ledger.flops_verifier > 0
 
 
 @pytest.mark.parametrize(

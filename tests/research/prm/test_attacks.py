@@ -200,6 +200,54 @@ def test_a_model_of_fluency_is_inflated_and_does_not_notice_errors():
   assert abs(control.new_errors) < 0.01
 
 
+def ordered(solution):
+  """A model that expects each step's first number to be the largest so far."""
+  found, most = [], 0
+  for step in solution.steps:
+    now = int(re.search(r"\d+", step)[0])
+    found.append(0.9 if now > most else 0.2)
+    most = max(most, now)
+  return found
+
+
+def padded(solution):
+  """A model that likes steps without a number, and is half sure of others."""
+  return [0.5 if SUM.search(step) else 0.95 for step in solution.steps]
+
+
+@pytest.mark.parametrize(
+  ("model", "name", "aggregate", "inflation", "steps"),
+  [
+    (fluent, "confident", scores.Min(), 0.325, 0.325),
+    (ordered, "reordered", scores.Min(), -0.7, -0.35),
+    (padded, "inflated", scores.Mean(), 0.225, 0.0),
+  ],
+)
+def test_each_attack_of_style_shows_in_the_report(
+  model, name, aggregate, inflation, steps
+):
+  """EST-PRM's three, each against a model that listens to what it changes.
+
+  Half of the reordered steps come behind a larger number; half of the padded
+  ones are fillers.
+  """
+  solutions = pool()
+  changed = [attacks.ATTACKS[name](solution) for solution in solutions]
+  found = scores.attack_report(
+    solutions,
+    changed,
+    [model(x) for x in solutions],
+    [model(x.solution) for x in changed],
+    aggregate,
+  )
+  assert found.inflation == pytest.approx(inflation, abs=0.01)
+  assert found.inflated == found.inflated_wrong == (inflation > 0)
+  for change in (found.right, found.wrong):
+    # Which of two neighbours is wrong is chance.
+    assert change == pytest.approx(steps, abs=0.1)
+  assert found.solutions == len(solutions)
+
+
 def test_products_pay_for_steps_that_say_nothing():
   """Section 12.2: a trace that is padded, but says the same."""
   solutions = pool()

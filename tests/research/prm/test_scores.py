@@ -255,6 +255,29 @@ def test_a_report_has_what_its_parts_have():
   assert written["auc_0_to_go"] == 1
 
 
+def test_random_scores_reach_on_average_what_their_closed_form_says():
+  solutions = _solutions()
+  found = scores.evaluate_steps(solutions, [[0.9] * 3] * 3, 0.3)
+  rng = np.random.default_rng(0)
+  draws = [
+    scores.processbench(
+      [scores.first_error(x, 0.3) for x in rng.random((2, 3))], [1, -1]
+    )
+    for _ in range(4000)
+  ]
+  chance = found.chance
+  assert chance == scores.processbench_of_chance(solutions, 0.3)
+  assert chance[:2] == pytest.approx((0.3 * 0.7, 0.7**3))
+  for i in (0, 1):
+    error = np.std([x[i] for x in draws]) / np.sqrt(len(draws))
+    mean = np.mean([x[i] for x in draws])
+    assert mean == pytest.approx(chance[i], abs=4 * error)
+  assert (chance.errors, chance.corrects) == (1, 1)
+  assert found.to_json()["f1_random"] == chance.f1
+  with pytest.raises(UserError, match="found the threshold 2"):
+    scores.processbench_of_chance(solutions, 2)
+
+
 @pytest.mark.parametrize(
   ("rows", "message"),
   [

@@ -24,6 +24,12 @@ def test_reward_models_have_an_interval_where_there_are_seeds():
   assert first["F1 of first errors, %"].value == pytest.approx(60)
   assert first["AUC, %"].half == pytest.approx(0, abs=1e-6)
   assert second["F1 of first errors, %"] == 25 and second["seeds"] == 1
+  # Newer rows say what random scores reach on the same solutions.
+  rows[FIRST] = [x | {"f1_random": 0.2} for x in rows[FIRST]]
+  chance = table.lines(rows.get)[-1]
+  assert chance["learned"] == "nothing: random scores"
+  assert chance["F1 of first errors, %"].value == pytest.approx(20)
+  assert chance["AUC, %"].value == 50 and chance["seeds"] == 2
 
 
 def test_budgets_are_a_pool_s_own_estimates():
