@@ -74,8 +74,8 @@ def prompt_of(
     files: of images, on this machine.
     text: the prompt; its `MARK`s are images, in order. Without any, the images
       come first.
-    render: the prompt -> all of its text, special tokens among it, such as a
-      conversation; None for a prompt in the preprocessor's format.
+    render: the prompt -> a conversation as the model's chat template renders
+      it; None for a prompt in the preprocessor's format.
 
   Raises:
     UserError: the prompt has more or fewer marks than there are images, or a
@@ -108,12 +108,13 @@ def prompt_of(
   params = loaded.model.with_images_compiled(
     loaded.params, data.batch_images([prompt], loaded.model.square)
   )
+  form = loaded.preprocessor.prompt
   ids = prompt_ids.joined_ids(
     whole.split(MARK),
     prompt.pieces,
     loaded.tokenizer,
     loaded.model.image_token,
-    loaded.preprocessor.prompt if render is None else None,
+    form if render is None else form.rendered(),
   )
   return PromptWithImages(ids, params, prompt.soft_tokens)
 

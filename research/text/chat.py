@@ -78,17 +78,45 @@ def leaves_out_texts(template: str, names: Mapping[str, Any]) -> bool:
   Args:
     template, names: as for `render`.
   """
-
-  def rendered(content):
-    message = {"role": "user", "content": content}
-    try:
-      return render(template, [message], names=names)
-    except UserError:
-      return None
-
-  one, other = rendered("1"), rendered("2")
-  parts = rendered(_parts("1", None))
+  one, other, parts = (
+    _of_user(template, names, content)
+    for content in ("1", "2", _parts("1", None))
+  )
   return one == other and parts is not None and parts != one
+
+
+def image_mark(template: str, names: Mapping[str, Any]) -> str | None:
+  """Returns what a template writes for an image in a message of parts.
+
+  White space around it is not part of it: InternVL's has a newline behind each
+  image, which belongs to the text. None if it takes no parts, or images change
+  more than their own place.
+
+  Args:
+    template, names: as for `render`.
+  """
+  word = "\ue000"  # of no template, and no letter
+  text, image = (
+    _of_user(template, names, [part])
+    for part in ({"type": "text", "text": word}, {"type": "image"})
+  )
+  if text is None or image is None or word not in text:
+    return None
+  before, _, after = text.partition(word)
+  around = image.startswith(before) and image.endswith(after)
+  mark = image[len(before) : len(image) - len(after)].strip()
+  return mark if around and mark else None
+
+
+def _of_user(
+  template: str, names: Mapping[str, Any], content: Any
+) -> str | None:
+  """Returns a user's message as it is rendered; None if that fails."""
+  try:
+    message = {"role": "user", "content": content}
+    return render(template, [message], names=names)
+  except UserError:
+    return None
 
 
 def in_parts(

@@ -138,17 +138,23 @@ class Tokenizer:
 
     Args:
       messages: `{"role": ..., "content": ...}`, in order. Texts become parts
-        for a template that would leave them out.
+        for a template that would leave them out, or that writes more of an
+        image in a part than of one in a text.
       add_generation_prompt: whether to append the start of an assistant turn.
-      image: what stands for an image in a text; None if nothing does.
+      image: what stands for an image in a text, and in the result; None if
+        nothing does.
 
     Raises:
       UserError: there is no chat template, or it fails.
     """
     template, names = self._template()
-    if self._takes_parts:
+    said = (str(message.get("content")) for message in messages)
+    images = image is not None and any(image in text for text in said)
+    mark = self._image_mark if images else None
+    if self._takes_parts or mark:
       messages = chat.in_parts(messages, image)
-    return chat.render(template, messages, add_generation_prompt, names)
+    text = chat.render(template, messages, add_generation_prompt, names)
+    return text.replace(mark, image) if mark else text
 
   def chat_marked(
     self, messages: Sequence[Mapping[str, Any]], image: str | None = None
@@ -176,6 +182,10 @@ class Tokenizer:
   @functools.cached_property
   def _takes_parts(self) -> bool:
     return chat.leaves_out_texts(*self._template())
+
+  @functools.cached_property
+  def _image_mark(self) -> str | None:
+    return chat.image_mark(*self._template())
 
   def _template(self) -> tuple[str, dict[str, str]]:
     if self.chat_template is None:

@@ -128,7 +128,11 @@ class ImageData:
     """Returns a sample's tokens, see `tokens_of` and `conversations`."""
     if isinstance(sample, ChatSample):
       return conversations.tokens_of(
-        sample, images, tokenizer, self.image_token
+        sample,
+        images,
+        tokenizer,
+        self.image_token,
+        self.preprocessor.prompt,
       )
     return tokens_of(
       sample,

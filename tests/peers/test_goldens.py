@@ -15,6 +15,7 @@ import make_models
 import make_molmo2
 import make_peft
 import make_peft_full
+import make_prompts
 import make_qwen_vl
 import make_siglip2
 import make_vision_masks
@@ -203,3 +204,10 @@ def test_images():
   assert make_images.hashes() == json.loads(make_images.HASHES.read_text())
   with np.load(make_images.COUNTS) as file:
     support.assert_same_arrays(make_images.counts(), dict(file), 0)
+
+
+@pytest.mark.parametrize("name", make_prompts.FAMILIES)
+def test_prompts(name):
+  with np.load(make_prompts.FILE) as file:
+    want = {k: x for k, x in file.items() if k.split()[0] in (name, "size")}
+  support.assert_same_arrays(make_prompts.make([name]), want, 0)

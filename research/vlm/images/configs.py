@@ -46,7 +46,10 @@ from research.vlm.images.tiling.square import Square
 _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """By Pillow's numbers."""
 
-_PROMPTS = {"PaliGemmaProcessor": presets.PALIGEMMA}
+_PROMPTS = {
+  "PaliGemmaProcessor": presets.PALIGEMMA,
+  "Molmo2Processor": presets.MOLMO2_PROMPT,
+}
 """By `processor_class`; other prompts have nothing beside images and text."""
 
 _COMMON = {

@@ -37,6 +37,8 @@ GEMMA4 = Wrapped(("<|image>",), ("<image|>",))
 MOLMO2 = RowEnds(whole="<low_res_im_start>")
 PALIGEMMA = PromptFormat(begin="after_images", end="\n")
 """Beyer et al. 2024 (arXiv:2407.07726), and `PaliGemmaProcessor`."""
+MOLMO2_PROMPT = PromptFormat(begin="always")
+"""`Molmo2Processor`; the tokenizer is Qwen's, which has no `bos`."""
 
 _SMOLVLM = Preprocessor(
   Idefics3(longest=2048, tile=512, patch=16, pool=4), HALF, RowsAndColumns()
@@ -106,7 +108,7 @@ PRESETS: Mapping[str, Preprocessor] = {
   "molmo": Preprocessor(Overlap(), CLIP, RowEnds(), "<im_patch>"),
   "molmo2": Preprocessor(
     Overlap(tile=378, most=8, resample="bilinear_sampled", fit="stretch"),
-    HALF, MOLMO2, "<im_patch>",
+    HALF, MOLMO2, "<im_patch>", MOLMO2_PROMPT,
   ),
 }  # fmt: skip
 

@@ -4,12 +4,14 @@ Rows, evaluation and the command line make their prompts here, so that a model
 is asked as it was trained.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from research.errors import UserError
 from research.text import special_tokens
+from research.text.special_tokens import SpecialTokens
 from research.vlm.images.prompts import Piece, PromptFormat, Soft, Text
 
 
@@ -18,7 +20,7 @@ def joined_ids(
   images: Sequence[tuple[Piece, ...]],
   tokenizer: Any,
   image_token: int,
-  form: PromptFormat | None,
+  form: PromptFormat,
 ) -> list[int]:
   """Returns the ids of a prompt: text, image, text, ..., text.
 
@@ -26,24 +28,31 @@ def joined_ids(
     texts: before each image, and after the last one.
     images: what stands for each.
     tokenizer: has `encode(text)`; the tokens that begin its documents are
-      added.
+      added, unless the text has them.
     image_token: id of the placeholder.
-    form: where those stand, and what ends the prompt; None for texts that have
-      all special tokens, as a rendered conversation does.
+    form: where those stand, and what ends the prompt.
 
   Raises:
     UserError: the tokenizer reads a placeholder in a text.
   """
-  if form is None:
-    return interleaved_ids(texts, images, tokenizer, image_token)
   *before, after = texts
-  ids = interleaved_ids([*before, ""], images, tokenizer, image_token)
-  last = text_ids(after, tokenizer, image_token, ids) if after else []
-  last += tokenizer.encode(form.end) if form.end else []
-  special = special_tokens.from_tokenizer(tokenizer)
+  parts = _interleaved(before, images, tokenizer, image_token)
+  ids: list[int] = []
   if form.begin == "after_images":
-    return ids + special.prompt(last)
-  return special.prompt(ids + last)
+    ids, parts = _joined(parts, tokenizer, image_token), []
+  last = _joined([*parts, after], tokenizer, image_token, ids)
+  last += tokenizer.encode(form.end) if form.end else []
+  return ids + special_of(tokenizer, form).prompt(last)
+
+
+def special_of(tokenizer: Any, form: PromptFormat) -> SpecialTokens:
+  """Returns the special tokens around a prompt of a format."""
+  found = special_tokens.from_tokenizer(tokenizer)
+  if form.begin != "always" or found.begin:
+    return found
+  ids = (getattr(tokenizer, name, None) for name in ("bos", "eos"))
+  begin = next((i for i in ids if i is not None), None)
+  return found if begin is None else dataclasses.replace(found, begin=(begin,))
 
 
 def interleaved_ids(
@@ -52,7 +61,7 @@ def interleaved_ids(
   tokenizer: Any,
   image_token: int,
   before: Sequence[int] = (),
-  read: Callable[[str, Any, int, Sequence[int]], list[int]] | None = None,
+  read: "ReadText | None" = None,
 ) -> list[int]:
   """Returns the ids of texts with an image between each two.
 
@@ -64,13 +73,17 @@ def interleaved_ids(
   Raises:
     UserError: as for `joined_ids`.
   """
-  read = text_ids if read is None else read
-  ids: list[int] = []
-  for text, pieces in zip(texts, [*images, ()], strict=True):
-    if text:
-      ids += read(text, tokenizer, image_token, ids or before)
-    ids += image_ids(pieces, tokenizer, image_token)
-  return ids
+  *first, last = texts
+  parts = [*_interleaved(first, images, tokenizer, image_token), last]
+  return _joined(parts, tokenizer, image_token, before, read or text_ids)
+
+
+def _interleaved(texts, images, tokenizer, image_token) -> list[str | int]:
+  """Returns texts, each followed by what stands for an image."""
+  parts: list[str | int] = []
+  for text, pieces in zip(texts, images, strict=True):
+    parts += [text, *_parts(pieces, tokenizer, image_token)]
+  return parts
 
 
 def text_ids(
@@ -120,10 +133,41 @@ def typed_ids(
   return ids
 
 
-def image_ids(
-  pieces: Sequence[Piece], tokenizer: Any, image_token: int
+ReadText = Callable[[str, Any, int, Sequence[int]], list[int]]
+"""`text_ids`, `typed_ids`."""
+
+
+def _joined(
+  parts: Sequence[str | int],
+  tokenizer: Any,
+  image_token: int,
+  before: Sequence[int] = (),
+  read: ReadText = text_ids,
 ) -> list[int]:
-  """Returns the ids of what stands for an image.
+  """Returns the ids of texts and tokens; texts next to each other are one.
+
+  Newlines around an image may be a token with those of the text next to it, and
+  are in Gemma's vocabulary.
+
+  Args:
+    parts: texts and ids.
+    tokenizer, image_token: as for `joined_ids`.
+    before: ids that they follow.
+    read: makes ids of a text.
+  """
+  ids = list(before)
+  for kind, run in itertools.groupby(parts, type):
+    if kind is int:
+      ids += run
+    elif text := "".join(run):
+      ids += read(text, tokenizer, image_token, ids)
+  return ids[len(before) :]
+
+
+def _parts(
+  pieces: Sequence[Piece], tokenizer: Any, image_token: int
+) -> list[str | int]:
+  """Returns what stands for an image: texts, and ids of other pieces.
 
   Args:
     pieces: from a preprocessor.
@@ -133,15 +177,16 @@ def image_ids(
   Raises:
     UserError: the tokenizer has no such token.
   """
-  ids: list[int] = []
+  parts: list[str | int] = []
   for piece in pieces:
     if isinstance(piece, Soft):
-      ids += [image_token] * piece.count
+      parts += [image_token] * piece.count
     elif isinstance(piece, Text):
-      ids += tokenizer.encode(piece.text)
+      parts.append(piece.text)
     else:
-      ids.append(_token(piece.text, tokenizer))
-  return ids
+      token = _token(piece.text, tokenizer)
+      parts.append(piece.text if piece.text.isspace() else token)
+  return parts
 
 
 def _token(text: str, tokenizer: Any) -> int:

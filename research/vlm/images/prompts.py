@@ -47,12 +47,21 @@ class PromptFormat:
 
   Attributes:
     begin: where the tokens stand that begin a document, if the tokenizer has
-      any (often a `bos`): first, or behind the last image.
+      any (often a `bos`): first, or behind the last image. "always" is first,
+      and the tokenizer's `bos`, or its `eos`, if it begins documents with none.
     end: text behind the prompt's own, tokenized apart.
   """
 
-  begin: Literal["first", "after_images"] = "first"
+  begin: Literal["first", "after_images", "always"] = "first"
   end: str = ""
+
+  def rendered(self) -> "PromptFormat":
+    """Returns the format of a conversation that a chat template rendered.
+
+    As the published processors read it: what begins documents is added, unless
+    the template wrote it.
+    """
+    return PromptFormat("always" if self.begin == "always" else "first")
 
 
 def text_of(pieces: Iterable[Piece], placeholder: str) -> str:

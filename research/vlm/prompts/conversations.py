@@ -17,7 +17,7 @@ from research.data.examples import Example
 from research.data.rendering import Conversation
 from research.typing import UInt8, UserError
 from research.vlm.images import prompt_ids
-from research.vlm.images.prompts import MARK, Piece
+from research.vlm.images.prompts import MARK, Piece, PromptFormat
 
 _TYPED = "\ufdd0"
 """A typed `MARK`, while a template renders it: a noncharacter of Unicode."""
@@ -58,6 +58,7 @@ def tokens_of(
   images: Sequence[tuple[Piece, ...]],
   tokenizer: Any,
   image_token: int,
+  form: PromptFormat = PromptFormat(),
 ) -> Example:
   """Returns a conversation's tokens; the loss covers the assistant's.
 
@@ -66,6 +67,8 @@ def tokens_of(
     images: what stands for each image.
     tokenizer: of the language model, with a chat template.
     image_token: id of the placeholder.
+    form: of the model's prompts: the tokens that begin documents come first,
+      unless the template wrote them, as where the model is asked.
 
   Raises:
     UserError: the template fails, leaves images out, or has the model generate
@@ -92,4 +95,9 @@ def tokens_of(
       prompt_ids.typed_ids,
     )
 
-  return rendering.encoded(parts, encode, tokenizer.stop)
+  example = rendering.encoded(parts, encode, tokenizer.stop)
+  special = prompt_ids.special_of(tokenizer, form.rendered())
+  ids = special.prompt(example.tokens.tolist())
+  added = len(ids) - len(example.tokens)
+  mask = np.pad(example.loss_mask, (added, 0))
+  return Example(np.asarray(ids, np.int32), mask)

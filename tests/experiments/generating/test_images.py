@@ -68,11 +68,13 @@ def test_images_fill_their_places_in_order(text, form, expected, files):
 
 
 def test_a_conversation_has_them_in_its_message(files):
+  """Its template wrote no bos, which the published processors then add."""
+
   def chat(text):
     return f"w1 {text} w2"
 
   made = images.prompt_of(LOADED, files[:1], "w5", chat)
-  assert made.ids == [1, *SOFT, 5, 2]
+  assert made.ids == [BEGIN, 1, *SOFT, 5, 2]
 
 
 SMOLVLM = (

@@ -52,6 +52,22 @@ def test_templates_of_parts_are_known(content, expected):
 
 
 @pytest.mark.parametrize(
+  "part, expected",
+  [
+    ("'<pad>\n' if p.type == 'image' else p.text", "<pad>"),
+    ("(loop.index ~ '<pad>') if p.type == 'image' else p.text", "1<pad>"),
+    ("'' if p.type == 'image' else p.text", None),
+    ("p.text", None),
+    ("raise_exception('no')", None),
+  ],
+)
+def test_marks_of_images_are_known(part, expected):
+  parts = "{% for p in m.content %}{{ " + part + " }}{% endfor %}"
+  template = "{% for m in messages %}[" + parts + "]{% endfor %}"
+  assert chat.image_mark(template, {}) == expected
+
+
+@pytest.mark.parametrize(
   "template, text",
   [
     ("{% for m in messages %}\n  {{ m.content }}\n{% endfor %}\n", "  Hello\n"),

@@ -23,6 +23,7 @@ from research.vlm import connectors
 from research.vlm.encoders import presets
 from research.vlm.encoders.presets import EncoderSizes
 from research.vlm.encoders.vit import Features, VisionTransformer
+from research.vlm.images.presets import MOLMO2_PROMPT
 from research.vlm.masks import BidirectionalVision
 from research.vlm.model import VisionLanguageModel
 from research.vlm.splice import Splice
@@ -297,6 +298,7 @@ MOLMO2 = Family(
   ),
   language=Language(KIND, read=_read_text, write=_write_text),
   parts=_parts,
+  prompt=MOLMO2_PROMPT,
   fields=_fields,
   naming=Molmo2Names(),
   language_module=None,

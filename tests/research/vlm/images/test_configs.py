@@ -138,7 +138,10 @@ FILES = {  # preset -> (file, patch, pool)
     {"processor_class": "Gemma4Processor", "image_processor": GEMMA4,
      "image_seq_length": 280}, None, None,
   ),
-  "molmo2": ({"image_processor_type": "Molmo2ImageProcessor"}, None, None),
+  "molmo2": (
+    {"image_processor_type": "Molmo2ImageProcessor",
+     "processor_class": "Molmo2Processor"}, None, None,
+  ),
 }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from research.data.rendering import Conversation
 from research.text.tokenizer import Tokenizer
 from research.typing import UserError
-from research.vlm.images.prompts import Soft, Token
+from research.vlm.images import prompt_ids
+from research.vlm.images.prompts import PromptFormat, Soft, Token
 from research.vlm.prompts import conversations
 from research.vlm.prompts.conversations import ChatSample, join_texts
 
@@ -120,6 +121,31 @@ def test_only_answers_and_their_ends_are_learned(template, turns):
   np.testing.assert_array_equal(made.loss_mask, mask)
   said = "".join(map(chr, made.tokens[made.loss_mask]))
   assert said == "".join(f"{answer}$" for _, answer in chosen)
+
+
+@pytest.mark.parametrize("begin", ["first", "always"])
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_document_begins_once(begin, written, adds):
+  """As where the model is asked: the template's own, or the tokenizer's."""
+  template = ("^" if written else "") + TEMPLATES["texts"]
+  tokenizer = dataclasses.replace(letters(template), bos=ord("^"), add_bos=adds)
+  form = PromptFormat(begin=begin)
+  chat, images = sample([(["a", "b"], "c")]), [(Soft(1),)]
+  made = conversations.tokens_of(chat, images, tokenizer, IMAGE, form)
+  text = f"[u:a{chr(IMAGE)}b$][a:"
+  if written or adds or begin == "always":
+    text = f"^{text}"
+  assert "".join(map(chr, made.tokens)) == f"{text}c$]"
+  assert "".join(map(chr, made.tokens[made.loss_mask])) == "c$"
+  asked = prompt_ids.joined_ids(
+    [f"{'^' if written else ''}[u:a", "b$][a:"],
+    images,
+    tokenizer,
+    IMAGE,
+    form.rendered(),
+  )
+  assert made.tokens[: len(text)].tolist() == asked
 
 
 @pytest.mark.parametrize("special", [True, False])
