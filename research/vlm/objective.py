@@ -1,6 +1,7 @@
 """Losses of a language model that sees images."""
 
 import dataclasses
+from typing import Any
 
 from research import weights
 from research.training.objectives.objective import (
@@ -17,7 +18,6 @@ from research.typing import Params, PRNGKey, UserError
 from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import Images, Patches
 from research.vlm.masks import Causal
-from research.vlm.model import VisionLanguageModel
 from research.vlm.sees_images import SeesImages
 
 
@@ -34,11 +34,11 @@ class WithImages:
   models whose prompts are, or of masked diffusion, in which tokens see all.
 
   Attributes:
-    model: the experiment sets it after loading.
+    model: sees images (`SeesImages`); the experiment sets it after loading.
     objective: of the language model: next token, masked diffusion, ...
   """
 
-  model: VisionLanguageModel | None = None
+  model: Any = None
   objective: Objective = NextToken()
 
   def __post_init__(self):

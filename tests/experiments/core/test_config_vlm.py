@@ -237,4 +237,5 @@ def test_conversations_about_images_are_trained_on(tmp_path):
   first, second = [r["train/loss"] for r in records if "train/loss" in r]
   # At first all of the 70 words are about as likely.
   assert first == pytest.approx(np.log(70), abs=0.1) and second < first
-  assert second - 0.1 < result["validation/loss"] < np.log(70) + 0.1
+  # Of a few rows with other words, after one more step: no bound from below.
+  assert 0 < result["validation/loss"] < np.log(70) + 0.1
