@@ -92,7 +92,7 @@ def test_words_of_judges_are_the_published_ids(tokenizer, right, wrong):
   @dataclasses.dataclass(frozen=True)
   class Given:
     def load(self, shardings=None):
-      return Loaded(backbone, {}, TOKENIZERS[tokenizer])
+      return Loaded(backbone, {}, TOKENIZERS[tokenizer], {})
 
   model = rewards.WithWords(backbone=Given()).load().model
   assert (model.right, model.wrong) == (right, wrong)
