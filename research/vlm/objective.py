@@ -1,7 +1,6 @@
 """Losses of a language model that sees images."""
 
 import dataclasses
-from typing import Any
 
 from research import weights
 from research.training.objectives.objective import (
@@ -18,7 +17,7 @@ from research.typing import Params, PRNGKey, UserError
 from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import Images, Patches
 from research.vlm.masks import Causal
-from research.vlm.sees_images import SeesImages
+from research.vlm.model import VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,35 +33,28 @@ class WithImages:
   models whose prompts are, or of masked diffusion, in which tokens see all.
 
   Attributes:
-    model: sees images (`SeesImages`); the experiment sets it after loading.
+    model: the experiment sets it after loading.
     objective: of the language model: next token, masked diffusion, ...
   """
 
-  model: Any = None
+  model: VisionLanguageModel | None = None
   objective: Objective = NextToken()
 
   def __post_init__(self):
-    own, model = self.objective, self.model
-    if model is not None and not isinstance(model, SeesImages):
-      raise UserError(
-        f"WithImages.model: found a {type(model).__name__}, which reads text"
-        " alone (as any .gguf file does), expected a model that sees images:"
-        " Pretrained.towers = 'all' of a directory with towers, or Assembled,"
-        " which adds them"
-      )
+    own = self.objective
     if isinstance(own, Rearranges) and own.rearranged:
       raise UserError(
         f"WithImages.objective: found {type(own).__name__}, which reads"
         f" {own.rearranged}, expected an objective of a batch's rows as they"
         " are, such as NextToken: images are placed row by row"
       )
-    causal = model is None or model.mask == Causal()
+    causal = self.model is None or self.model.mask == Causal()
     diffusion = hasattr(own, "mask_id")
     if not (causal or diffusion or isinstance(own, TakesMask)):
       raise UserError(
         f"WithImages.objective: found {type(own).__name__}, which is causal,"
         " and a model whose prompts have the mask"
-        f" {type(model.mask).__name__}, expected an objective that takes a"
+        f" {type(self.model.mask).__name__}, expected an objective that takes a"
         " mask, such as NextToken"
       )
 

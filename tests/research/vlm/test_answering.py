@@ -89,16 +89,16 @@ def test_answers_are_to_real_blank_and_others_images(samples):
 
 
 def test_rows_of_no_one_and_three_images_are_answered_as_alone():
-  """Each by itself has other padding, of tokens and of views."""
+  """Alone, a row is repeated, so that nothing else is compiled."""
   pool = support_vlm.pixels(4, 1, seed=2)[:, 0]
   images = [(), (pool[0],), tuple(pool[1:])]
   texts = ["w5 w6 w9", "w7", "w8 w5"]
-  found = answerer(most=3, views=3)(images, texts)
+  ask = answerer(most=2, views=3, rows=3)
+  found = ask(images, texts)
   for row, (own, text) in enumerate(zip(images, texts, strict=True)):
-    alone = answerer(most=3, views=max(1, len(own)))
-    assert alone([own], [text]) == found[row : row + 1]
+    assert ask([own], [text]) == found[row : row + 1]
   # The order of a row's images is the prompt's.
-  turned = answerer(most=3, views=3)([*images[:2], images[2][::-1]], texts)
+  turned = ask([*images[:2], images[2][::-1]], texts)
   assert turned[:2] == found[:2] and turned[2] != found[2]
 
 

@@ -121,13 +121,16 @@ def test_a_connector_of_zeros_gives_the_loss_of_zero_embeddings():
   total, grads = loss_of(given, params)
   blind, _ = loss_of(batch(pixels=PIXELS ^ 255), params)
   assert total == blind
-  own = {"params": PARAMS["language"]}
-  here = (given["tokens"] == IMAGE)[..., None]
-  words = own["params"]["embed"][
-    jnp.where(given["tokens"] == IMAGE, 0, given["tokens"])
-  ]
-  hidden, _ = MODEL.language.apply(own, jnp.where(here, 0, words))
-  scores = MODEL.language.apply(own, hidden, method="logits")
+  own, here = {"params": PARAMS["language"]}, given["tokens"] == IMAGE
+  rows = jnp.where(here, 0, given["tokens"])
+  words = jnp.where(here[..., None], 0, own["params"]["embed"][rows])
+
+  @jax.jit
+  def scores_of(own, words):
+    hidden, _ = MODEL.language.apply(own, words)
+    return MODEL.language.apply(own, hidden, method="logits")
+
+  scores = scores_of(own, words)
   targets = jnp.where(given["weights"] > 0, given["targets"], 0)
   losses = optax.softmax_cross_entropy_with_integer_labels(scores, targets)
   assert_close(total, np.sum(losses * given["weights"]))
@@ -136,10 +139,9 @@ def test_a_connector_of_zeros_gives_the_loss_of_zero_embeddings():
 
 def test_a_language_model_alone_is_refused():
   """Such as that of a GGUF file, whatever `Pretrained.towers` says."""
-  text = MODEL.language
-  for make in (WithImages, functools.partial(with_model, WithImages())):
-    with pytest.raises(UserError, match="found a Transformer, .*Assembled"):
-      make(text)
+  found = "found Transformer, expected VisionLanguageModel"
+  with pytest.raises(UserError, match=f"WithImages.model: {found}"):
+    with_model(WithImages(), MODEL.language)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,7 +111,8 @@ def test_a_language_model_in_gguf_gets_towers():
     ).load()
     model = loaded.model
     rows = jnp.array([[model.image_token] * 4 + tokens] * 2)
-    seen = model.with_images(loaded.params, support_vlm.pixels(2, 1))
+    pixels = jnp.asarray(support_vlm.pixels(2, 1))
+    seen = model.with_images(loaded.params, pixels)
     found.append(logits(model.language, seen, rows))
   chex.assert_trees_all_close(*found, rtol=0, atol=1e-4)
   assert jnp.abs(found[0][0] - found[0][1]).max() > 1e-2
