@@ -45,6 +45,13 @@ def golden(name):
     return dict(file)
 
 
+@functools.cache
+def generated(name):
+  """Returns the arrays of make_vlm_generated.py."""
+  with np.load(GOLDEN / "vlm" / name / "generated.npz") as file:
+    return dict(file)
+
+
 def assert_close(found, expected, tolerance=1e-5):
   """Products of fp32, a few layers of them: 1e-5 of the largest value."""
   scale = np.abs(expected).max()

@@ -250,14 +250,20 @@ def pixels(config: dict, views: int) -> np.ndarray:
   return np.random.default_rng(3).normal(size=shape).astype(np.float32)
 
 
-def contrastive(model, config) -> dict[str, np.ndarray]:
-  """Returns the goldens of a model with two towers."""
+def contrastive(model, config, views=None) -> dict[str, np.ndarray]:
+  """Returns the goldens of a model with two towers.
+
+  Args:
+    model: of transformers.
+    config: its row of `FAMILIES`.
+    views: normalised ones, [V, 3, side, side]; None for those of `pixels`.
+  """
   rng = np.random.default_rng(5)
   length = config["text_config"]["max_position_embeddings"]
   tokens = rng.integers(3, VOCAB, (3, length))
   for i, end in enumerate((length - 1, 4, 6)):
     tokens[i, end:] = 2
-  views = pixels(config, 2)
+  views = pixels(config, 2) if views is None else views
   out = model(
     input_ids=torch.from_numpy(tokens),
     pixel_values=torch.from_numpy(views).double(),
@@ -287,7 +293,7 @@ def generative(model, config, name) -> dict[str, np.ndarray]:
   """
   views, rng = pixels(config, 3), np.random.default_rng(5)
   inputs = torch.from_numpy(views).double()
-  count = _soft_tokens(config)
+  count = soft_tokens(config)
   length = 2 * count + 9
   tokens = rng.integers(3, IMAGE, (2, length))
   if name == "paligemma":
@@ -326,7 +332,8 @@ def generative(model, config, name) -> dict[str, np.ndarray]:
   return out
 
 
-def _soft_tokens(config) -> int:
+def soft_tokens(config) -> int:
+  """Returns how many tokens stand for a view."""
   vision = config["vision_config"]
   side = vision["image_size"] // vision["patch_size"]
   if "mm_tokens_per_image" in config:

@@ -11,8 +11,8 @@ native    image_<i> [H, W, 3], counts [B] (images of each row), tokens [B, T],
           directory's preprocessor has them, and steps tokens generated through
           the cache; the model is written to --adapter
 dual      image_<i> [H, W, 3], tokens [C, T]
-          -> vectors of images and texts, and their products; the model is
-          written to --adapter
+          -> vectors of images, as the directory's preprocessor has them, and of
+          texts, and their products; the model is written to --adapter
 """
 
 import shutil
@@ -132,7 +132,7 @@ def native(it, args, rows) -> dict:
 
 
 def dual(it, args, rows) -> dict:
-  """Returns the vectors of images of native resolution, and of texts."""
+  """Returns the vectors of images and of texts."""
   model, params, how = it.model, it.params, it.preprocessor
   names = sorted(k for k in rows if k.startswith("image_"))
   made = [data.Prompt.from_images([rows[k]], how, 1) for k in names]

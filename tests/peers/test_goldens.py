@@ -19,6 +19,7 @@ import make_prompts
 import make_qwen_vl
 import make_siglip2
 import make_vision_masks
+import make_vlm_generated
 import numpy as np
 import peft
 import pytest
@@ -81,6 +82,13 @@ def test_qwen_vl(name, tmp_path):
 def test_gemma4(name, tmp_path):
   made = make_gemma4.make(name, tmp_path)
   with np.load(make_gemma4.FOLDER / name / "golden.npz") as file:
+    support.assert_same_arrays(made, dict(file), EXACT)
+
+
+@pytest.mark.parametrize("name", make_vlm_generated.PROCESSORS)
+def test_vlm_generated(name, tmp_path):
+  made = make_vlm_generated.make(name, tmp_path)
+  with np.load(make_vlm_generated.FOLDER / name / "generated.npz") as file:
     support.assert_same_arrays(made, dict(file), EXACT)
 
 

@@ -9,6 +9,7 @@ import make_molmo2
 import make_qwen_vl
 import make_siglip2
 import make_vlm
+import make_vlm_generated
 import numpy as np
 import peft
 import pytest
@@ -146,6 +147,70 @@ def rows_of(want, **more):
     steps=np.array(want["generated"].shape[1]),
     **more,
   )
+
+
+def write_processor(folder, config):
+  """Writes a preprocessor_config.json."""
+  (folder / "preprocessor_config.json").write_text(json.dumps(config))
+
+
+def assert_same_views(folder, config):
+  """What we wrote makes transformers' views of before, bit for bit."""
+  written = json.loads((folder / "preprocessor_config.json").read_text())
+  pictures = vlm_inputs.images(make_vlm_generated.SHAPES)
+  before, after = (
+    make_vlm_generated.views_of(x, pictures) for x in (config, written)
+  )
+  for want, got in zip(before, after, strict=True):
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", make_vlm_generated.PROCESSORS)
+def test_images_of_no_square_through_a_cache(name, heptad, tmp_path):
+  """Two in a row; tiles, crops or one view by each family's processor."""
+  theirs = make_vlm.build(name, tmp_path / "theirs")
+  with torch.no_grad(), make_models.float64():
+    want = make_siglip2.rounded(make_vlm_generated.golden(theirs, name))
+  config = make_vlm_generated.PROCESSORS[name]
+  write_processor(tmp_path / "theirs", config)
+  ours = tmp_path / "ours"
+  got = heptad.bridge("native", tmp_path / "theirs", adapter=ours,
+                      **rows_of(want, views=np.array(12)))  # fmt: skip
+  assert_as_generated(got, want)
+  assert_opened(make_vlm.CLASSES[name], ours, theirs)
+  assert_same_views(ours, config)
+
+
+@pytest.mark.parametrize("name", make_vlm_generated.DUAL)
+def test_two_towers_read_and_written_back(name, heptad, tmp_path):
+  """CLIP and SigLIP: images of no square, by each one's processor."""
+  theirs = make_vlm.build(name, tmp_path / "theirs")
+  config = make_vlm_generated.DUAL[name]
+  pictures = vlm_inputs.images(make_vlm_generated.SHAPES)
+  views = np.concatenate(make_vlm_generated.views_of(config, pictures))
+
+  def products(model):
+    with torch.no_grad(), make_models.float64():
+      made = make_vlm.contrastive(model, make_vlm.FAMILIES[name], views)
+    return make_siglip2.rounded(made)
+
+  want = products(theirs)
+  write_processor(tmp_path / "theirs", config)
+  ours = tmp_path / "ours"
+  got = heptad.bridge(
+    "dual",
+    tmp_path / "theirs",
+    adapter=ours,
+    tokens=want["tokens"],
+    **{f"image_{i}": picture for i, picture in enumerate(pictures)},
+  )
+  for key, value in got.items():
+    assert support.relative_error(value, want[key]) < 1e-5, key
+  again = assert_opened(make_vlm.CLASSES[name], ours, theirs)
+  assert_same_views(ours, config)
+  # The weights are not all: what config.json says is theirs, too.
+  made = products(again.double().eval())["logits_per_image"]
+  assert support.relative_error(made, want["logits_per_image"]) < 1e-6
 
 
 @pytest.mark.parametrize("name", make_gemma4.FAMILIES)

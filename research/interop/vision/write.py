@@ -20,12 +20,21 @@ from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.encoders.qwen import FRAMES
 from research.vlm.images.configs import from_preprocessor_config
 from research.vlm.images.preprocessor import Preprocessor
-from research.vlm.images.presets import GEMMA4, MOLMO2, QWEN
-from research.vlm.images.prompts import Wrapped
+from research.vlm.images.presets import GEMMA4, INTERNVL, MOLMO2, QWEN
+from research.vlm.images.prompts import (
+  RowsAndColumns,
+  WholeAndCrops,
+  Wrapped,
+)
 from research.vlm.images.tiling.budget import Budget
+from research.vlm.images.tiling.centre_crop import CentreCrop
+from research.vlm.images.tiling.idefics3 import Idefics3
+from research.vlm.images.tiling.internvl import InternVL
 from research.vlm.images.tiling.naflex import NaFlex
 from research.vlm.images.tiling.native import Native
 from research.vlm.images.tiling.overlap import Overlap
+from research.vlm.images.tiling.pad_to_square import PadToSquare
+from research.vlm.images.tiling.pan_and_scan import PanAndScan
 from research.vlm.images.tiling.square import Square
 from research.vlm.model import VisionLanguageModel
 
@@ -103,13 +112,79 @@ def write_model(
   hf_tokenizer.write(directory, None, loaded.tokenizer)
 
 
+def _square(tiling: Any) -> dict[str, int]:
+  return dict(height=tiling.tile, width=tiling.tile)
+
+
 PREPROCESSORS = (
   (
     Square,
     Wrapped(),
     lambda tiling: dict(
-      image_processor_type="SiglipImageProcessor",
-      size=dict(height=tiling.tile, width=tiling.tile),
+      image_processor_type="SiglipImageProcessor", size=_square(tiling)
+    ),
+  ),
+  (
+    Square,
+    WholeAndCrops(),
+    lambda tiling: dict(
+      image_processor_type="Gemma3ImageProcessor",
+      size=_square(tiling),
+      do_pan_and_scan=False,
+    ),
+  ),
+  (
+    PanAndScan,
+    WholeAndCrops(),
+    lambda tiling: dict(
+      image_processor_type="Gemma3ImageProcessor",
+      size=_square(tiling),
+      do_pan_and_scan=True,
+      pan_and_scan_min_ratio_to_activate=tiling.ratio,
+      pan_and_scan_min_crop_size=tiling.least_crop,
+      pan_and_scan_max_num_crops=tiling.most_crops,
+    ),
+  ),
+  (
+    CentreCrop,
+    Wrapped(),
+    lambda tiling: dict(
+      image_processor_type="CLIPImageProcessor",
+      size=dict(shortest_edge=tiling.shortest),
+      do_center_crop=True,
+      crop_size=_square(tiling),
+    ),
+  ),
+  (
+    PadToSquare,
+    Wrapped(),
+    lambda tiling: dict(
+      image_processor_type="LlavaImageProcessor",
+      size=dict(shortest_edge=tiling.tile),
+      do_center_crop=True,
+      crop_size=_square(tiling),
+      do_pad=True,
+    ),
+  ),
+  (
+    Idefics3,
+    RowsAndColumns(),
+    lambda tiling: dict(
+      image_processor_type="Idefics3ImageProcessor",
+      size=dict(longest_edge=tiling.longest),
+      max_image_size=dict(longest_edge=tiling.tile),
+      do_image_splitting=tiling.splitting == "tiles",
+    ),
+  ),
+  (
+    InternVL,
+    INTERNVL,
+    lambda tiling: dict(
+      image_processor_type="GotOcr2ImageProcessor",
+      size=_square(tiling),
+      crop_to_patches=True,
+      min_patches=tiling.least,
+      max_patches=tiling.most,
     ),
   ),
   (
@@ -156,8 +231,8 @@ PREPROCESSORS = (
     ),
   ),
 )
-"""A tiling, what stands around its images, and its fields; others are read from
-published files, and not written yet."""
+"""A tiling, what stands around its images, and its fields. Others have no class
+of transformers, or no family here."""
 
 # `bilinear_sampled` is what Molmo 2's processor means by bilinear.
 _FILTERS = dict(lanczos=1, bilinear=2, bilinear_sampled=2, bicubic=3)

@@ -16,7 +16,7 @@ from research.vlm import connectors, masks
 from research.vlm.encoders.vit import Features
 from research.vlm.images.configs import from_preprocessor_config
 from research.vlm.images.preprocessor import Preprocessor
-from research.vlm.images.presets import MOLMO2
+from research.vlm.images.presets import MOLMO2, preset
 from research.vlm.images.prompts import Wrapped
 from research.vlm.images.tiling.overlap import Overlap
 from research.vlm.images.tiling.square import Square
@@ -136,3 +136,20 @@ def test_views_that_a_file_cannot_say_are_not_written(tiling, layout, good):
   else:
     with pytest.raises(UserError, match="of which the file would make"):
       write.preprocessor_config(how)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("llava-1.5-stage1", "llava-1.5", "idefics3", "smolvlm-256m"),
+    *("smolvlm-2.2b", "gemma3", "gemma3-pan-and-scan", "internvl"),
+    *("paligemma-448", "qwen2-vl", "qwen3-vl", "gemma4", "molmo2"),
+    *("siglip2-naflex", "clip-vit-l-336", "siglip-b-224"),
+  ],
+)
+def test_published_preprocessing_is_read_back(name):
+  how = preset(name)
+  sizes = dict(patch=how.tiling.patch, pool=getattr(how.tiling, "pool", 1))
+  again = from_preprocessor_config(write.preprocessor_config(how), **sizes)
+  # What prompts have besides is the family's.
+  assert dataclasses.replace(again, prompt=how.prompt) == how
