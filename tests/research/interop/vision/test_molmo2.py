@@ -1,5 +1,6 @@
 """Molmo 2, as transformers computes it: tiles, groups of patches, two rows."""
 
+import dataclasses
 import functools
 
 import jax
@@ -17,19 +18,23 @@ from research.typing import UserError
 from research.vlm import WithImages, connectors, data
 from research.vlm.encoders import GroupedViews
 from research.vlm.images.configs import from_preprocessor_config
+from research.vlm.images.presets import MOLMO2_PROMPT
 from tests import support_golden, support_qwen, support_vlm
 from tests.support_golden import assert_close
 
 NAME = "molmo2"
-HOW = from_preprocessor_config(
-  dict(
-    image_processor_type="Molmo2ImageProcessor",
-    size={"height": 20, "width": 20},
-    max_crops=4,
-    overlap_margins=[1, 1],
-    patch_size=4,
-    pooling_size=[2, 2],
-  )
+HOW = dataclasses.replace(
+  from_preprocessor_config(
+    dict(
+      image_processor_type="Molmo2ImageProcessor",
+      size={"height": 20, "width": 20},
+      max_crops=4,
+      overlap_margins=[1, 1],
+      patch_size=4,
+      pooling_size=[2, 2],
+    )
+  ),
+  prompt=MOLMO2_PROMPT,
 )
 
 
