@@ -98,8 +98,7 @@ def chunks(
   extra = weights.extra_ids(params)
   room = token_limits(model, prompts, max_new_tokens, extra)
   tokens, lengths = pad_prompts(prompts)
-  inside = np.arange(tokens.shape[1]) < lengths[:, None]
-  params = weights.with_tokens(params, jnp.where(inside, tokens, NO_TOKEN))
+  params = bind_prompts(params, tokens, lengths)
   limit, stop = np.array(room, np.int32), pad_stop_tokens(stop_tokens)
   rows = range(len(prompts)) if examples is None else examples
   steps = max(room)
@@ -167,6 +166,21 @@ def pad_prompts(
   for row, prompt in zip(tokens, prompts, strict=True):
     row[: len(prompt)] = prompt
   return tokens, lengths
+
+
+def bind_prompts(
+  params: Params,
+  tokens: Int[np.ndarray, "B T"],
+  lengths: Int[np.ndarray, " B"],
+) -> Params:
+  """Returns weights that know the tokens of their rows (`weights.with_tokens`).
+
+  Args:
+    params: of the model.
+    tokens, lengths: from `pad_prompts`.
+  """
+  inside = np.arange(tokens.shape[1]) < lengths[:, None]
+  return weights.with_tokens(params, jnp.where(inside, tokens, NO_TOKEN))
 
 
 def pad_stop_tokens(tokens: Sequence[int]) -> np.ndarray:

@@ -63,14 +63,11 @@ class _Batch:
   def __init__(self, model, params, prompts, limits, rules, pages, dtype, mask):
     self.model, self.pages, self.mask = model, pages, mask
     self.prompts, self.limits = prompts, limits
-    padded, lengths = generate.pad_prompts(prompts)
-    inside = np.arange(padded.shape[1]) < lengths[:, None]
-    tokens = jnp.where(inside, padded, NO_TOKEN)
     self.per_row = row_weights.per_row(params)
-    self.whole = padded if self.per_row or mask is not None else None
-    self.params = (
-      weights.with_tokens(params, tokens) if self.per_row else params
-    )
+    self.params, self.whole = params, None
+    if self.per_row or mask is not None:
+      self.whole, lengths = generate.pad_prompts(prompts)
+      self.params = generate.bind_prompts(params, self.whole, lengths)
     # The prompt of each row, for weights that are per row.
     self.prompt_of = np.zeros(len(pages.table), np.int32)
     self.tokens = paging.extents(prompts, limits)

@@ -223,7 +223,7 @@ PREPROCESSORS = (
     MOLMO2,
     lambda tiling: dict(
       image_processor_type="Molmo2ImageProcessor",
-      size=dict(height=tiling.tile, width=tiling.tile),
+      size=_square(tiling),
       max_crops=tiling.most,
       overlap_margins=list(tiling.margins),
       patch_size=tiling.patch,
