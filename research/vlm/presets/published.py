@@ -40,7 +40,7 @@ class CrossLayers:
   head_dim: int = 64
   hidden: int
 
-  def among(self, model: Transformer, media_width: int) -> Transformer:
+  def add_to(self, model: Transformer, media_width: int) -> Transformer:
     """Returns `model` with these layers among its own.
 
     Args:
@@ -114,7 +114,7 @@ class Preset:
     features = len(self.features.layers) * self.vision.width
     if isinstance(placement, CrossLayers):
       # Resamplers leave what layers attend to as wide as the features.
-      language = placement.among(language, features)
+      language = placement.add_to(language, features)
       placement = LatestImage()
     return VisionLanguageModel(
       vision=self.vision.clone(dtype=dtype),
