@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.core import config
-from experiments.core.stats import above, mean
+from experiments.core.stats import Mean, above, mean, paired
 from experiments.stages import running, staged
 from experiments.studies import protocol
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
@@ -66,10 +66,13 @@ class Trained(protocol.Study):
   Attributes:
     files: the run files.
     seeds: of weights and order; the questions are the same for all.
+    first_is_best: whether the first file is said to be right more often than
+      each of the others, in the mean over its groups, paired by seeds.
   """
 
   files: tuple[RunFile, ...]
   seeds: int = 3
+  first_is_best: bool = False
 
   def __post_init__(self):
     protocol.distinct([x.name for x in self.files], "Trained.files")
@@ -124,8 +127,16 @@ class Trained(protocol.Study):
     return out
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
-    """Returns whether each file's model is above the best of its baselines."""
-    return [_verdict(x, self._found(rows, x)) for x in self.files]
+    """Returns whether files' models are above baselines, and each other."""
+    out = [_verdict(x, self._found(rows, x)) for x in self.files]
+    if self.first_is_best:
+      first = self.files[0]
+      scores = [_scores(self._found(rows, x), first.groups) for x in self.files]
+      out += [
+        _better(first, other, paired(scores[0], found))
+        for other, found in zip(self.files[1:], scores[1:], strict=True)
+      ]
+    return out
 
 
 def _line(name: str, group: str, reports: list[Row]) -> dict[str, Any]:
@@ -160,4 +171,21 @@ def _verdict(file: RunFile, reports: list[Row]) -> Verdict:
     f" {', '.join(file.groups)}",
     f"{overall.times(100)} points ({each})",
     above(overall, file.margin),
+  )
+
+
+def _scores(reports: list[Row], groups: tuple[str, ...]) -> list[float]:
+  """Returns the mean share of right answers over groups, by seed."""
+  return [
+    float(np.mean([x[group]["systems"][REAL]["score"] for group in groups]))
+    for x in reports
+  ]
+
+
+def _better(first: RunFile, other: RunFile, apart: Mean) -> Verdict:
+  return Verdict(
+    f"{first.name} is right more often than {other.name}, in the mean over"
+    f" {', '.join(first.groups)}",
+    f"{apart.times(100)} points",
+    above(apart),
   )

@@ -64,6 +64,29 @@ def test_lines_and_verdicts_are_of_each_group():
   assert [x.holds for x in STUDY.verdicts(rows_of(0.2, 0.9, 0.7))] == [None]
 
 
+def test_the_first_file_is_compared_with_each_other_one():
+  """Paired by seed: a tenth better in all of them, however these differ."""
+  other = RunFile(path="runs/vlm/other.gin", groups=SHAPES.groups)
+  study = Trained(files=(SHAPES, other), first_is_best=True)
+  reals = (0.5, 0.7, 0.9, 0.41, 0.59, 0.8)
+  rows = {
+    arm: {"answers": report(real, 0.25)}
+    for arm, real in zip(study.arms, reals, strict=True)
+  }
+  *_, better = study.verdicts(rows)
+  assert better.claim.startswith("shapes is right more often than other")
+  assert better.found.startswith("10.000 ± ")
+  assert better.holds
+  worse = dict(
+    zip(
+      study.arms,
+      [*list(rows.values())[3:], *list(rows.values())[:3]],
+      strict=True,
+    )
+  )
+  assert study.verdicts(worse)[-1].holds is False
+
+
 def test_counts_have_no_rules_in_their_lines():
   """A report's "count = 3" has the model's own baselines alone."""
   file = RunFile(path="a.gin", groups=("count",), strata=("count = 3",))
