@@ -172,6 +172,25 @@ def test_prompts_are_those_of_the_family(name, form, tmp_path):
   assert found == dataclasses.replace(how, prompt=form)
 
 
+@pytest.mark.parametrize(
+  "name, tensor",
+  [
+    ("siglip", "vision_model.head.attention.in_proj_bias"),  # three in one
+    ("siglip", "vision_model.head.probe"),
+    ("siglip", "logit_scale"),
+    ("internvl", "vision_tower.embeddings.position_embeddings"),
+  ],
+)
+def test_more_values_than_a_layout_reads_are_refused(name, tensor, tmp_path):
+  """They would be left out without a word."""
+  found = tensors(name)
+  found[tensor] = np.concatenate([found[tensor], found[tensor][:1]])
+  write(tmp_path, name, found)
+  short = ".".join(tensor.split(".")[-2:])
+  with pytest.raises(UserError, match=f"{short}: found shape"):
+    vision.model_from_directory(tmp_path)
+
+
 def test_a_preprocessor_of_other_soft_tokens_is_refused(tmp_path):
   """LLaVA-NeXT's views of one image are no LLaVA's: 30 soft tokens are 27."""
   write(tmp_path, "llava", tensors("llava"))
