@@ -23,7 +23,10 @@ from research.search.cost import Dense, model_cost
 from research.search.diffusion_cost import Blockwise, DenoiserCost, Passes
 from research.search.diffusion_policy import DiffusionPolicy, DrawnBlocks
 from research.search.engine import Engine
+from research.search.ledger import Ledger
+from research.search.policy import Frontier, Path
 from research.search.step_search import Limits
+from research.search.strategies import remasking
 from research.search.strategies.beam import Beam
 from research.search.strategies.diverse_trees import DiverseTrees
 from research.search.strategies.independent import Independent
@@ -406,6 +409,54 @@ def test_blocks_are_never_worse_and_the_best_stay():
     assert len({path.tokens for path in one.paths}) == len(one.paths)
   none = Remasking(inner=Independent(copies=COPIES), rounds=0)
   assert tokens(found(none, kind)) == tokens(before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scripted:
+  """A policy, an engine of it, and what it draws: one row, block by block."""
+
+  blocks: list
+
+  def advance(self, frontier):
+    (path,) = frontier.paths
+    tokens, score = self.blocks.pop(0)
+    steps = path.steps + (tokens,)
+    if score is None:  # an end alone joins the step before it
+      steps = (*path.steps[:-1], path.steps[-1] + tokens)
+      scores = path.scores
+    else:
+      scores = (*path.scores, score)
+    path = dataclasses.replace(path, steps=steps, scores=scores)
+    return dataclasses.replace(frontier, paths=(path,), fresh=(True,))
+
+  def end(self, frontier, idle):
+    return frontier
+
+  def remask(self, state, rows, share, draw):
+    return state
+
+  def store(self, state, new, rows):
+    return state
+
+
+@pytest.mark.parametrize(
+  ("blocks", "kept"),
+  [
+    ([((1,), 0.3), ((2,), 0.4)], (2,)),
+    # An end is no better block for the score of the step before it.
+    ([((1,), 0.3), ((9,), None)], (1,)),
+    ([((9,), None), ((1,), 0.75)], (9,)),
+  ],
+)
+def test_an_end_alone_has_no_score_to_be_kept_or_rejected_by(blocks, kept):
+  it, search = Scripted(list(blocks)), Remasking(rejects=Below(0.8), rounds=1)
+  engine = remasking._Engine(
+    policy=it, verifier=Arbitrary(), inner=it, search=search
+  )
+  good = 0.7
+  path = Path(problem=0, root=0, prompt=1, steps=((5,),), scores=(good,))
+  found = engine.advance(Frontier(None, [0], (path,), (True,), (Ledger(),), 0))
+  assert found.paths[0].tokens == (5, *kept)
 
 
 # Mistakes --------------------------------------------------------------------
