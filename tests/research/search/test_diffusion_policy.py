@@ -411,52 +411,56 @@ def test_blocks_are_never_worse_and_the_best_stay():
   assert tokens(found(none, kind)) == tokens(before)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scripted:
-  """A policy, an engine of it, and what it draws: one row, block by block."""
+class Rows:
+  """A policy whose rows have no state."""
+
+  stop_tokens = ()
+  begin = start = advance = select = append = done = end = lambda *_: None
+  remask = store = lambda self, state, *_: state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scripted(Engine):
+  """One row whose blocks, and their scores, are known.
+
+  Attributes:
+    blocks: in their order; the score of an end alone is None.
+  """
 
   blocks: list
 
   def advance(self, frontier):
     (path,) = frontier.paths
-    tokens, score = self.blocks.pop(0)
-    steps = path.steps + (tokens,)
-    if score is None:  # an end alone joins the step before it
-      steps = (*path.steps[:-1], path.steps[-1] + tokens)
+    block, score = self.blocks.pop(0)
+    steps, scores = (*path.steps, block), (*path.scores, score)
+    if score is None:
+      steps = (*path.steps[:-1], path.steps[-1] + block)
       scores = path.scores
-    else:
-      scores = (*path.scores, score)
     path = dataclasses.replace(path, steps=steps, scores=scores)
     return dataclasses.replace(frontier, paths=(path,), fresh=(True,))
 
   def end(self, frontier, idle):
     return frontier
 
-  def remask(self, state, rows, share, draw):
-    return state
-
-  def store(self, state, new, rows):
-    return state
-
 
 @pytest.mark.parametrize(
   ("blocks", "kept"),
   [
-    ([((1,), 0.3), ((2,), 0.4)], (2,)),
+    ([((1,), 0.3), ((2,), 0.4)], 2),
     # An end is no better block for the score of the step before it.
-    ([((1,), 0.3), ((9,), None)], (1,)),
-    ([((9,), None), ((1,), 0.75)], (9,)),
+    ([((1,), 0.3), ((9,), None)], 1),
+    ([((9,), None), ((1,), 0.75)], 9),
   ],
 )
 def test_an_end_alone_has_no_score_to_be_kept_or_rejected_by(blocks, kept):
-  it, search = Scripted(list(blocks)), Remasking(rejects=Below(0.8), rounds=1)
+  search = Remasking(rejects=Below(0.8), rounds=1)
+  inner = Scripted(policy=Rows(), blocks=list(blocks))
   engine = remasking._Engine(
-    policy=it, verifier=Arbitrary(), inner=it, search=search
+    policy=Rows(), verifier=Arbitrary(), inner=inner, search=search
   )
-  good = 0.7
-  path = Path(problem=0, root=0, prompt=1, steps=((5,),), scores=(good,))
-  found = engine.advance(Frontier(None, [0], (path,), (True,), (Ledger(),), 0))
-  assert found.paths[0].tokens == (5, *kept)
+  path = Path(problem=0, root=0, prompt=1, steps=((5,),), scores=(0.7,))
+  begin = Frontier(None, [0], (path,), (True,), (Ledger(),), 0.0)
+  assert engine.advance(begin).paths[0].tokens == (5, kept)
 
 
 # Mistakes --------------------------------------------------------------------
