@@ -440,7 +440,7 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
   loaded = _load()
   diffusion.check_next_token(loaded, f"--model={_MODEL.value}")
   images.check(loaded.model, _IMAGE.value, texts)
-  mask = images.mask_of(loaded.model)
+  whole, mask = loaded.model, images.mask_of(loaded.model)
   adapters = [name for _, name in rows]
   loaded = generate_adapters.on_all_rows(loaded, adapters, places)
   if _IMAGE.value:
@@ -448,6 +448,8 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
   else:
     loaded, seen = images.language_of(loaded), {}
     prompts = [_tokens(loaded.tokenizer, text) for text, _ in rows if texts]
+    for (text, _), ids in zip(rows, prompts, strict=False):
+      images.check_text(whole, text, ids)
   params = generate_adapters.prepared(loaded, adapters, places)
   # A step would copy the pages of layers that are stacked.
   if layout is not None or isinstance(kv, kv_quantizer.KVByLayer):
@@ -457,6 +459,7 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
 
   def answer(messages, turn):
     ids = conversation.ids_of(loaded.tokenizer, messages)
+    images.check_text(whole, messages[-1]["content"], ids)
     results, _ = _streamed(*call, [ids], rules, kv, layout, turn, mask)
     print(flush=True)
     return results[0]

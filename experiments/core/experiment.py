@@ -80,6 +80,13 @@ class NeedsEncoder(Protocol):
   ) -> Data: ...
 
 
+@runtime_checkable
+class NormalisesPixels(Protocol):
+  """An objective that normalises pixels itself."""
+
+  def check_preprocessor(self, preprocessor: Any) -> None: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
   """A model that exists.
@@ -197,6 +204,9 @@ class Experiment:
       context = context.for_model(loaded.model)
       params = state.shard_params(params, context.shardings)
     objective = with_model(self.objective, loaded.model)
+    pixels = isinstance(objective, NormalisesPixels)
+    if pixels and loaded.preprocessor is not None:
+      objective.check_preprocessor(loaded.preprocessor)
     return Built(
       loaded=loaded, params=params, objective=objective, context=context
     )

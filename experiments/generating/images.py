@@ -61,6 +61,25 @@ def check(model: Any, files: Sequence[str], prompts: Sequence[str]) -> None:
     )
 
 
+def check_text(model: Any, text: str, ids: Sequence[int]) -> None:
+  """Raises UserError if a prompt without images has a place for one.
+
+  The model would read a vector there that nobody trained.
+
+  Args:
+    model: the loaded one.
+    text: what somebody typed.
+    ids: of the whole prompt.
+  """
+  if isinstance(model, SeesImages) and (
+    MARK in text or model.image_token in ids
+  ):
+    raise UserError(
+      f"--prompt: found a place for an image in {text[:80]!r} and no image,"
+      f" expected --image=FILE for it, or text alone: take {MARK} out"
+    )
+
+
 def prompt_of(
   loaded: Loaded,
   files: Sequence[str],

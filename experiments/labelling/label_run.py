@@ -16,7 +16,7 @@ from research.prm import policy_samples
 from research.prm.labelled import LabelledSolution
 from research.reasoning.problem import Problem, StepVerifier, Verdict
 from research.reasoning.prompting import Prompting, as_text
-from research.reasoning.segmentation import SEGMENTERS
+from research.reasoning.segmentation import SEGMENTERS, Segmenter, steps_of
 from research.reasoning.tasks.task import Task
 from research.reasoning.trace import Trace
 from research.typing import UserError
@@ -48,7 +48,8 @@ class LabelRun:
     task: the problems, and who judges solutions.
     policy: where the model that writes solutions comes from, and that which
       completes their beginnings.
-    segmenter: splits a solution into steps, a key of `SEGMENTERS`.
+    segmenter: splits a solution into steps, a key of `SEGMENTERS`; those of a
+      pool as well, whose search may have had other steps.
     problems: first and last index of the task's problems, the last one not
       included.
     copies: solutions of a problem.
@@ -131,7 +132,7 @@ class LabelRun:
       )
       cut = len(problems) * self.copies - len(found)
     else:
-      problems, found, asked = read_pool(self.pool, self.segmenter == "whole")
+      problems, found, asked = read_pool(self.pool, SEGMENTERS[self.segmenter])
       cut = asked - len(found)
       found = [x for x in found if x.prompt not in unused]
       sampler = self._sampler(problems) if self.rollouts else None
@@ -180,14 +181,16 @@ class LabelRun:
 
 
 def read_pool(
-  path: str, whole: bool = False
+  path: str, segmenter: Segmenter
 ) -> tuple[list[Problem], list[LabelledSolution], int]:
   """Returns the problems of a pool, their solutions, and the number of samples.
 
   Args:
     path: `pool.jsonl` of `experiments.search`. Samples that were cut, or have
       no step, are no solutions.
-    whole: whether a solution is one step.
+    segmenter: splits a solution, whatever steps the search had: what labels
+      steps may not know these, as the oracle of countdown does not know a
+      solution that is one step.
 
   Raises:
     UserError: it cannot be read, or a line is not of a pool.
@@ -207,9 +210,8 @@ def read_pool(
       count += 1
       trace = Trace.from_json(sample.get("trace"), at)
       verdict = Verdict.from_json(sample.get("verdict") or {}, at)
-      if trace.complete and trace.steps:
-        steps = tuple(step.text for step in trace.steps)
-        steps = ("".join(steps),) if whole else steps
+      steps = tuple(steps_of(segmenter, trace.text))
+      if trace.complete and steps:
         found.append(
           LabelledSolution(
             prompt=problem.prompt,

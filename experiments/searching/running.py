@@ -73,13 +73,14 @@ def _claim(run: SearchRun, folder: pathlib.Path, text: str) -> None:
   sampled = pool.exists() and pool.stat().st_size > 0
   if note.exists() and sampled:
     before = _settings(note)
-    differing = [k for k in now if before.get(k) != now[k]]
+    # A field may be left out, such as the sampler of those that have none.
+    differing = [k for k in {**now, **before} if before.get(k) != now.get(k)]
     if differing:
       name = differing[0]
       raise UserError(
         f"{folder}: has samples of another search: {name} was"
         f" {json.dumps(before.get(name))[:160]},\nfound"
-        f" {json.dumps(now[name])[:160]}. Use another --workdir."
+        f" {json.dumps(now.get(name))[:160]}. Use another --workdir."
       )
   elif not note.exists() and (sampled or (folder / "config.gin").exists()):
     raise UserError(

@@ -7,8 +7,9 @@ two lines,
   <!-- results: runs/lora/NAME.json TABLE -->
   <!-- end -->
 
-with TABLE its number, from 0. `render_pages` writes what stands between them:
-the table, and a line that says where it comes from.
+with TABLE its number, from 0, or `verdicts` for what became of its claims.
+`render_pages` writes what stands between them: the table, and a line that says
+where it comes from.
 """
 
 import json
@@ -32,7 +33,7 @@ ROOMS = "colab", "configs", "experiments", "kernels_pallas", "research"
 LIBRARIES = "python", "jax", "jaxlib", "flax", "optax", "numpy"
 
 _BLOCK = re.compile(
-  r"^(<!-- results: (?P<path>\S+\.json) (?P<table>\d+) -->)$.*?"
+  r"^(<!-- results: (?P<path>\S+\.json) (?P<table>\d+|verdicts) -->)$.*?"
   r"^(?P<end><!-- end -->)$",
   re.M | re.S,
 )
@@ -224,15 +225,29 @@ def rewrite(text: str) -> str:
 
   def block(found: re.Match[str]) -> str:
     result = load(found["path"])
-    made, number = result["tables"], int(found["table"])
-    if number >= len(made):
-      raise UserError(
-        f"{found['path']}: found {len(made)} tables, expected number {number}"
-      )
-    parts = found[1], markdown(made[number]), "", origin(result), found["end"]
+    table = _table(result, found["table"], found["path"])
+    parts = found[1], markdown(table), "", origin(result), found["end"]
     return "\n".join(parts)
 
   return _BLOCK.sub(block, text)
+
+
+def _table(
+  result: Mapping[str, Any], name: str, path: str
+) -> Mapping[str, Any]:
+  """Returns a table of a result by its number, or that of its verdicts.
+
+  Raises:
+    UserError: the result has no such table.
+  """
+  if name == "verdicts":
+    if not (found := result.get("verdicts")):
+      raise UserError(f"{path}: found no verdicts, expected some")
+    return as_table(found)
+  made = result["tables"]
+  if int(name) >= len(made):
+    raise UserError(f"{path}: found {len(made)} tables, expected number {name}")
+  return made[int(name)]
 
 
 def render_pages(write: bool = True) -> list[pathlib.Path]:

@@ -12,7 +12,10 @@ Extractor = Callable[[str], str | None]
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-_NUMBER = re.compile(r"[-−]?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<![\w.])\.\d+)")
+# Behind a number, a letter or a bracket, a sign is an operator, or a dash.
+_NUMBER = re.compile(
+  r"(?:(?<![\w.)\]])[-−])?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<![\w.])\.\d+)"
+)
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(r"answer(?: is:?|:)", re.IGNORECASE)
@@ -84,7 +87,10 @@ def boxed(text: str) -> str | None:
 
 
 def answer_phrase(text: str) -> str | None:
-  """Returns what follows the last "answer is" or "answer:" on its line."""
+  """Returns what follows the last "answer is" or "answer:" on its line.
+
+  Without what sets it off: dollars of a formula, and asterisks of bold type.
+  """
   last = None
   for last in _PHRASE.finditer(text):  # noqa: B007
     pass
@@ -92,7 +98,8 @@ def answer_phrase(text: str) -> str | None:
     return None
   line = text[last.end() :].partition("\n")[0]
   sentence = line.partition(". ")[0]
-  return sentence.strip().removesuffix(".").strip("$ \t") or None
+  sentence = sentence.strip().strip("*").removesuffix(".")
+  return sentence.strip("$* \t") or None
 
 
 def boxed_or_phrase(text: str) -> str | None:

@@ -3,9 +3,9 @@ r"""The conservative ladder that makes of an answer the form it is compared in.
 It follows the grader of PRM800K (Lightman et al. 2023, arXiv:2305.20050;
 github.com/openai/prm800k): units, currency and LaTeX's ways of writing one
 thing go; what could change the value stays. It differs where that grader errs:
-a comma within brackets separates, `\frac{x+1}{2}` keeps its numerator together
-and `2^{n+1}` its exponent, 7 3/4 is not 73/4, -7 3/4 is below -7, and 3 million
-is 3000000.
+a comma within brackets separates, as does a space between two numbers;
+`\frac{x+1}{2}` keeps its numerator together and `2^{n+1}` its exponent; 7 3/4
+is not 73/4, -7 3/4 is below -7, and 3 million is 3000000.
 """
 
 import re
@@ -41,6 +41,10 @@ _SCALED = re.compile(
   r"(?<![\d./])(\d+(?:\.\d+)?)[ {]*(million|billion|trillion)\b"
 )
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_SPACED = re.compile(
+  r"(?<![\d.,/] )(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d.,/]| \d)"
+)
+_NEIGHBOURS = re.compile(r"(?<=\d) +(?=\d)")
 _MIXED = re.compile(r"(-?) *(?<![\d./])(\d+) +(\d+/\d+)(?![\d/])")
 _FLOAT = re.compile(r"(-?\d+)\.0*")
 _SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?e\+?\d{1,2}")
@@ -83,7 +87,10 @@ def _once(text: str) -> str:
   out = _NAMED.sub("", out, count=1) if _NAMED.match(out) else out
   out = _SCALED.sub(_scaled, _thousands(out))
   out = _mixed(_UNIT.sub("", out))
-  out = re.sub(r"\s+", "", re.sub(r"[{}]", "", out))
+  out = re.sub(r"\s+", " ", re.sub(r"[{}]", "", out))
+  out = _SPACED.sub(lambda x: x[0].replace(" ", ""), out)
+  # 3 4 is two answers, not 34.
+  out = _NEIGHBOURS.sub(",", out).replace(" ", "")
   return ",".join(_number(x) for x in out.split(","))
 
 

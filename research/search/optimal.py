@@ -60,6 +60,7 @@ class Choice:
     same_problems: of choices on the problems that are reported: inflated.
     chosen: of each fold that chose, each bin's strategy; -1 for an empty one.
     per_problem: accuracy of each problem, from the other fold's choice.
+    single_per_problem: the same of `best_single`.
   """
 
   accuracy: float
@@ -69,6 +70,7 @@ class Choice:
   same_problems: float
   chosen: tuple[tuple[int, ...], ...]
   per_problem: Float[np.ndarray, "B"]
+  single_per_problem: Float[np.ndarray, "B"]
 
 
 def compute_optimal(
@@ -112,6 +114,7 @@ def compute_optimal(
     same_problems=float(accuracy[inside[bins], each].mean()),
     chosen=tuple(tuple(x.tolist()) for x in chosen),
     per_problem=per_problem,
+    single_per_problem=alone,
   )
 
 

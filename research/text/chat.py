@@ -8,7 +8,7 @@ import contextlib
 import functools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -119,6 +119,18 @@ def _of_user(
     return None
 
 
+def with_texts(
+  messages: Sequence[Mapping[str, Any]], change: Callable[[str], Any]
+) -> list[dict[str, Any]]:
+  """Returns messages with each content that is a text changed."""
+  return [
+    {**x, "content": change(x["content"])}
+    if isinstance(x.get("content"), str)
+    else dict(x)
+    for x in messages
+  ]
+
+
 def in_parts(
   messages: Sequence[Mapping[str, Any]], image: str | None = None
 ) -> list[dict[str, Any]]:
@@ -128,12 +140,7 @@ def in_parts(
     messages: what each says is a text, parts, or nothing.
     image: where there is an image in a text; None if there is none.
   """
-  return [
-    {**x, "content": _parts(x["content"], image)}
-    if isinstance(x.get("content"), str)
-    else dict(x)
-    for x in messages
-  ]
+  return with_texts(messages, lambda text: _parts(text, image))
 
 
 def _parts(content: str, image: str | None) -> list[dict[str, str]]:

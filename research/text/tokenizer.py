@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -16,6 +16,10 @@ from research.typing import UserError
 
 MAX_JSON = 1 << 28
 """Maximum size of a tokenizer file in bytes; large ones have about 35 MB."""
+
+_TYPED = "\ufdd1"
+"""The first character of a typed mark, while a template renders it: a
+noncharacter of Unicode."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,13 +152,10 @@ class Tokenizer:
       UserError: there is no chat template, or it fails.
     """
     template, names = self._template()
-    said = (str(message.get("content")) for message in messages)
-    images = image is not None and any(image in text for text in said)
-    mark = self._image_mark if images else None
-    if self._takes_parts or mark:
-      messages = chat.in_parts(messages, image)
-    text = chat.render(template, messages, add_generation_prompt, names)
-    return text.replace(mark, image) if mark else text
+    messages, restored = self._in_its_form(messages, image)
+    return restored(
+      chat.render(template, messages, add_generation_prompt, names)
+    )
 
   def chat_marked(
     self, messages: Sequence[Mapping[str, Any]], image: str | None = None
@@ -170,9 +171,42 @@ class Tokenizer:
       UserError: there is no chat template, or it fails.
     """
     template, names = self._template()
-    if self._takes_parts:
-      messages = chat.in_parts(messages, image)
-    return chat.render_marked(template, messages, names)
+    messages, restored = self._in_its_form(messages, image)
+    found = chat.render_marked(template, messages, names)
+    if found is None:
+      return None
+    text, spans = found
+    # The template's mark of an image may be of another length than ours.
+    places = [tuple(len(restored(text[:i])) for i in span) for span in spans]
+    return restored(text), places
+
+  def _in_its_form(
+    self, messages: Sequence[Mapping[str, Any]], image: str | None
+  ) -> tuple[Sequence[Mapping[str, Any]], Callable[[str], str]]:
+    """Returns messages as the template takes them, and what reads its images.
+
+    That puts `image` in the place of the template's mark of one, which stays
+    text where somebody typed it.
+
+    Args:
+      messages, image: as for `chat`.
+    """
+    said = (str(message.get("content")) for message in messages)
+    images = image is not None and any(image in text for text in said)
+    mark = self._image_mark if images else None
+    if mark is None or mark == image:
+      parts = mark or self._takes_parts
+      return chat.in_parts(messages, image) if parts else messages, str
+    typed = _TYPED + mark[1:]
+
+    def escaped(text: str) -> str:
+      return image.join(x.replace(mark, typed) for x in text.split(image))
+
+    def restored(text: str) -> str:
+      return text.replace(mark, image).replace(typed, mark)
+
+    messages = chat.with_texts(messages, escaped)
+    return chat.in_parts(messages, image), restored
 
   @functools.cached_property
   def _without_prefix(self) -> Any:

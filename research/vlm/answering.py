@@ -111,7 +111,8 @@ class Answers:
   """An evaluation: a model's answers to a data set, and its baselines'.
 
   Attributes:
-    questions: what is asked, and the text around it.
+    questions: what is asked, the text around it, and how its images become
+      views.
     most: tokens of an answer.
     limit: samples at most, the first ones; None for all.
     batch: samples in a call.
@@ -133,8 +134,8 @@ class Answers:
     """Returns the scores with real, blind and shuffled images, and of rules.
 
     Args:
-      loaded: the model with the weights to evaluate, its tokenizer and its
-        preprocessor: a `research.interop.loaded.Loaded`.
+      loaded: the model with the weights to evaluate, and its tokenizer: a
+        `research.interop.loaded.Loaded`.
 
     Raises:
       UserError: a sample is a conversation, which has several answers.
@@ -150,7 +151,7 @@ class Answers:
       model=loaded.model,
       params=loaded.params,
       tokenizer=loaded.tokenizer,
-      preprocessor=loaded.preprocessor,
+      preprocessor=self.questions.preprocessor,
       views=self.questions.views,
       template=self.questions.template,
       most=self.most,

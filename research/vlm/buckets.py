@@ -109,7 +109,8 @@ class BucketedQuestions(data.ImageData):
         " expected at least one, and none twice."
       )
     for bucket in self.buckets:
-      _check_patches(bucket, self.preprocessor)
+      if bucket.views:
+        self.preprocessor.check_patches("Bucket", bucket.patches)
 
   def check_files(self) -> None:
     """Checks nothing: `training` counts and leaves out what cannot be read."""
@@ -414,25 +415,6 @@ def _needs(
     )
   view = next(iter(sizes), None)
   return Needs(tokens, views, patches, largest, view), left_out
-
-
-def _check_patches(bucket: Bucket, preprocessor: Preprocessor) -> None:
-  """Raises UserError unless a bucket's patches are those of the tiling."""
-  square, found = preprocessor.tiling.native_square, bucket.patches
-  if not bucket.views:
-    return
-  kind = type(preprocessor.tiling).__name__
-  if square is None and found is not None:
-    raise UserError(
-      f"Bucket.patches: found {found}, expected None, since all views of"
-      f" {kind} are of one size"
-    )
-  if square is not None and (found is None or found % square**2):
-    raise UserError(
-      f"Bucket.patches: found {found}, expected the most patches of an image"
-      f" ({kind} keeps each image's size), a multiple of {square**2}: the"
-      f" connector reads squares of {square} x {square}"
-    )
 
 
 def _check_order(plan: Plan, preprocessor: Preprocessor) -> None:

@@ -228,17 +228,7 @@ class ImageQuestions(pipeline.ShuffledRows, ImageData):
 
   def __post_init__(self):
     pipeline.check_sizes(self, length=2, views=1, batch_size=1, seed=0)
-    native = self.preprocessor.tiling.native_square is not None
-    if native != (self.patches is not None):
-      raise UserError(
-        f"ImageQuestions.patches: found {self.patches}, expected "
-        + (
-          "the most patches of an image, since its tiling keeps each image's"
-          " size"
-          if native
-          else "None, since all views are of one size"
-        )
-      )
+    self.preprocessor.check_patches("ImageQuestions", self.patches)
 
   def rows(self, tokenizer: Any) -> "ImageRows":
     """Returns the rows in the samples' order."""
@@ -320,7 +310,7 @@ class Prompt:
 
     Raises:
       UserError: there are more than V views, or an image of more than N
-        patches, or none of native resolution.
+        patches.
     """
     made = [preprocessor.views(image) for image in images]
     count = sum(len(views.pixels) for views in made)
@@ -331,11 +321,6 @@ class Prompt:
       )
     pieces = [preprocessor.pieces(views.plan) for views in made]
     if preprocessor.tiling.native_square is not None:
-      if not made and patches is None:
-        raise UserError(
-          "images: found none, expected at least one at native resolution, from"
-          " which the number of patches follows"
-        )
       return cls(patches_of(made, preprocessor, most, patches), pieces, count)
     # The views of a tiling are of one size, whatever the image.
     size = made[0].plan.view if made else preprocessor.plan(*ANY_SIZE).view
@@ -421,7 +406,8 @@ def batch_images(prompts: Sequence[Prompt], square: int = 1) -> Images:
     count = generate.bucket(max(x.groups.shape[0] for x in pixels))
     pixels = [x.padded(count) for x in pixels]
   if isinstance(pixels[0], Patches):
-    longest = max(x.shape[-2] for x in pixels)
+    # One at least, also where no prompt has an image.
+    longest = max([1, *(x.shape[-2] for x in pixels)])
     count = generate.bucket(-(-longest // square**2)) * square**2
     pixels = [x.padded(count) for x in pixels]
   return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *pixels)

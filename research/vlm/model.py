@@ -181,14 +181,16 @@ class VisionLanguageModel:
       UserError: an image has more or fewer.
     """
     tiling, plan = preprocessor.tiling, preprocessor.plan(*ANY_SIZE)
-    found, what = plan.soft_tokens, f"placeholders of {plan.views} views"
+    found: Any = plan.soft_tokens
+    what = f"placeholders of {plan.views} views"
     if isinstance(self.placement, LatestImage):
       expected: Any = plan.views
     elif tiling.native_square is not None:
       found, what = (tiling.patch, tiling.native_square), "patches and squares"
       expected = self.vision.patch, self.square
-    elif tiling.groups(plan) is not None:
-      return  # soft tokens are groups, whatever the view
+    elif tiling.groups(plan) is not None:  # of any views' patches
+      found, what = (tiling.patch, tiling.pool), "patches and squares"
+      expected = self.vision.patch, getattr(self.connector, "side", 1)
     else:
       expected = plan.views * self.tokens_per_view(*plan.view)
     if found != expected:

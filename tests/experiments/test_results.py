@@ -76,7 +76,9 @@ PAGES = {
 }
 TABLE = r"^(.*)\n\|.*\n\|[ :|-]+\n(?:\|.*\n)+"
 """A table of a page, and the line above it."""
-MARKED = re.compile(r"^<!-- results: runs/(\S+)/(\S+)\.json (\d+) -->$", re.M)
+MARKED = re.compile(
+  r"^<!-- results: runs/(\S+)/(\S+)\.json (\d+|verdicts) -->$", re.M
+)
 
 
 def test_pages_have_the_numbers_of_results():
@@ -85,6 +87,7 @@ def test_pages_have_the_numbers_of_results():
 
 def test_every_table_of_a_result_is_in_a_page():
   shown = {x for text in PAGES.values() for x in MARKED.findall(text)}
+  shown = {x for x in shown if x[2] != "verdicts"}
   stored = {
     (path.parents[1].name, path.stem, str(number))
     for path in STORED

@@ -283,6 +283,10 @@ def test_a_result_is_rendered_into_pages(checkout, capsys):
     results.rewrite(PAGE.replace("json 0", "json 1"))
   with pytest.raises(UserError, match="no such result"):
     results.rewrite(PAGE.replace("coins.json", "dice.json"))
+  claims = results.rewrite(PAGE.replace("json 0", "json verdicts"))
+  assert "| claim | found | verdict |" in claims
+  for one in result["verdicts"]:
+    assert f"| {one['claim']} | {one['found']} | {one['verdict']} |" in claims
 
 
 def test_a_page_with_another_number_is_found(checkout):
@@ -300,6 +304,8 @@ def test_a_page_with_another_number_is_found(checkout):
       }
     )
   )
+  with pytest.raises(UserError, match="found no verdicts"):
+    results.rewrite(PAGE.replace("json 0", "json verdicts"))
   assert results.render_pages() == [page]
   text = page.read_text()
   assert "| fair | 0.5 |\n\n`make coins`; recorded by `0123456+`" in text

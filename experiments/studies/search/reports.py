@@ -191,9 +191,11 @@ def _kilobytes(trained: Sequence[Sequence[Row]]) -> float | str:
 class ByDifficulty(Report):
   """Systems of equal cost, apart by how often the policy is right.
 
-  The levels are of Liu et al. 2025 (arXiv:2502.06703). The last lines have what
-  choosing a system by the level reaches, cross-validated, beside the best
-  system for all problems; a problem alone in its level counts to the nearest.
+  The levels are of Liu et al. 2025 (arXiv:2502.06703). All but the first system
+  have their distance from it, with the interval of a paired bootstrap over
+  problems and seeds. The last lines have what choosing a system by the level
+  reaches, cross-validated, beside the best system for all problems, and their
+  distance; a problem alone in its level counts to the nearest.
 
   Attributes:
     pool: independent samples that no system shares: the levels are theirs. Of
@@ -216,16 +218,15 @@ class ByDifficulty(Report):
       return []
     ease = _pass_at_1(rows[self.pool])
     bins = optimal.absolute_bins(ease)
-    each = {
-      x.name: systems.each_of(x, rows[x]).mean(axis=0) for x in self.compared
-    }
+    each = {x.name: systems.each_of(x, rows[x]) for x in self.compared}
     out = []
     for level, name in enumerate(LEVELS):
       which = bins == level
       if which.any():
         out.append(_level(name, which, each))
     out.append(_level("all", np.ones(len(bins), bool), each))
-    return [*out, *_chosen(np.array([*each.values()]), bins, list(each))]
+    means = np.array([x.mean(axis=0) for x in each.values()])
+    return [*out, *_chosen(means, bins, list(each))]
 
 
 def _pass_at_1(rows: Sequence[Row]) -> np.ndarray:
@@ -234,8 +235,20 @@ def _pass_at_1(rows: Sequence[Row]) -> np.ndarray:
 
 
 def _level(name: str, which: np.ndarray, each: dict[str, np.ndarray]):
-  line = {"problems": name, "n": int(which.sum())}
-  return line | {k: 100 * float(x[which].mean()) for k, x in each.items()}
+  line: dict[str, Any] = {"problems": name, "n": int(which.sum())}
+  line |= {k: 100 * float(x[:, which].mean()) for k, x in each.items()}
+  first, *others = each
+  for other in others:
+    seeds = min(len(each[first]), len(each[other]))
+    a, b = (each[k][:seeds, which] for k in (other, first))
+    line[f"{other}: points ahead of the first"] = _apart(a, b)
+  return line
+
+
+def _apart(first: np.ndarray, second: np.ndarray) -> Mean:
+  """Returns a paired difference in points, and half of its interval."""
+  found = paired_difference(first, second)
+  return Mean(found.value, (found.high - found.low) / 2).times(100)
 
 
 def _joined(bins: np.ndarray) -> np.ndarray:
@@ -251,12 +264,15 @@ def _joined(bins: np.ndarray) -> np.ndarray:
 def _chosen(accuracy: np.ndarray, bins: np.ndarray, names: list[str]) -> Lines:
   found = optimal.compute_optimal(accuracy, _joined(bins))
   values = {
-    "the best for each level, cross-validated": found.accuracy,
-    "the best for all, cross-validated": found.best_single,
+    "the best for each level, cross-validated": 100 * found.accuracy,
+    "the best for all, cross-validated": 100 * found.best_single,
+    "points between these two": _apart(
+      found.per_problem, found.single_per_problem
+    ),
   }
   n = int(accuracy.shape[1])
   return [
-    {"problems": title, "n": n, names[0]: 100 * value}
+    {"problems": title, "n": n, names[0]: value}
     for title, value in values.items()
   ]
 

@@ -33,11 +33,12 @@ def vision_language_model(
   vision = _vision(family, config, where, dtype)
   new_name = "image_token_id"
   named = new_name if new_name in config else family.image_token
+  token = fields.integer(named, least=0)
   return VisionLanguageModel(
     vision=vision,
     language=language,
-    image_token=fields.integer(named, least=0),
-    **family.parts(Parts(fields, vision, language)),
+    image_token=token,
+    **family.parts(Parts(fields, vision, language, token)),
   )
 
 

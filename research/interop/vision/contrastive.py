@@ -240,7 +240,12 @@ def contrastive_params(
     ),
   }
   for name, tensor in scalars.items():
-    out[name] = jnp.asarray(tensor.read(), dtype).reshape(())
+    x = np.asarray(tensor.read())
+    if x.size != 1:
+      raise UserError(
+        f"{where}: {name}: found shape {list(x.shape)}, expected one number"
+      )
+    out[name] = jnp.asarray(x, dtype).reshape(())
   return out
 
 

@@ -6,6 +6,7 @@ exporter. Which rows a tower has follows from its own parameters.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -209,6 +210,13 @@ def _read(row: Row, name: str, tensors, shape) -> np.ndarray:
   if name not in tensors:
     raise UserError(f"missing: {name}, a tensor of shape {list(shape)}")
   x = np.asarray(tensors[name].read())
+  parts = 1 if row.part is None else 3
+  # A layout would leave out what is more, or fail without a name.
+  if x.size != parts * math.prod(shape):
+    raise UserError(
+      f"{name}: found shape {list(x.shape)}, {x.size:,} values, expected"
+      f" {list(shape)} by config.json{', three times' if parts > 1 else ''}"
+    )
   if row.part is not None:
     third = x.shape[0] // 3
     x = x[row.part * third : (row.part + 1) * third]

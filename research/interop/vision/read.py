@@ -116,7 +116,7 @@ def load(
       described, patch=encoder.patch, pool=side
     )
     if not dual:
-      _check_squares(preprocessor, model, described)
+      _check_placeholders(preprocessor, model, described)
       model = dataclasses.replace(model, normalise=preprocessor.normalise)
       # What the file says of prompts, or its class would.
       family = families.family_of(config["model_type"], str(path))
@@ -141,20 +141,14 @@ def _preprocessor_file(path: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
-def _check_squares(
+def _check_placeholders(
   preprocessor: Preprocessor, model: VisionLanguageModel, where: pathlib.Path
 ) -> None:
-  """Raises UserError if native resolution is cut otherwise than the model's."""
-  tiling = preprocessor.tiling
-  if tiling.native_square is None:
-    return
-  found = tiling.patch, tiling.native_square
-  expected = model.vision.patch, model.square
-  if found != expected:
-    raise UserError(
-      f"{where}: patches of {found[0]} pixels, {found[1]} each way in a soft"
-      f" token, expected {expected[0]} and {expected[1]} by config.json"
-    )
+  """Raises UserError if images have other placeholders than soft tokens."""
+  try:
+    model.check_placeholders(preprocessor)
+  except UserError as e:
+    raise UserError(f"{where}: {e}") from e
 
 
 def language_of(loaded: Loaded, params: Params | None = None) -> Loaded:

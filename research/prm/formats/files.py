@@ -131,7 +131,7 @@ def solutions_of(record: Record, format: Format) -> list[LabelledSolution]:
 
 def _check_lossless(record: Record, written: Mapping[str, Any]) -> None:
   for name, value in record.values.items():
-    if name not in written or value != written[name]:
+    if name not in written or not _same(value, written[name]):
       was, would = str(value), str(written.get(name))
       at = next(
         (i for i, (x, y) in enumerate(zip(was, would, strict=False)) if x != y),
@@ -142,6 +142,17 @@ def _check_lossless(record: Record, written: Mapping[str, Any]) -> None:
         f" character {at}, where the layout has {would[at : at + 40]!r}.\n"
         "Correct the record, or leave it out (read_valid does)."
       )
+
+
+def _same(a: Any, b: Any) -> bool:
+  """Whether two values are the same JSON: true is not 1, nor is 1.0."""
+  if type(a) is not type(b):
+    return False
+  if isinstance(a, dict):
+    return a.keys() == b.keys() and all(_same(x, b[k]) for k, x in a.items())
+  if isinstance(a, list):
+    return len(a) == len(b) and all(map(_same, a, b))
+  return a == b
 
 
 def write(
@@ -184,6 +195,9 @@ def _lines(
 
 
 # --- what formats share ---
+
+NUMBERS = "labels are numbers"
+"""Extra field that keeps how a record writes labels of 0 and 1."""
 
 
 def extra(record: Record, known: Iterable[str]) -> dict[str, Any]:

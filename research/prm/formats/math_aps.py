@@ -200,7 +200,7 @@ class MathAPSProcess:
       raise record.wrong(self.name, signs, "signs or numbers, not both")
     more = files.extra(record, ("question", "process", self.name))
     if any(numbers):
-      more[_NUMBERS] = True
+      more[files.NUMBERS] = True
     found = _solution(
       record.text("question"),
       [step.removeprefix(self.joiner) for step in steps],
@@ -213,14 +213,10 @@ class MathAPSProcess:
   def values(self, solution: LabelledSolution) -> dict[str, Any]:
     """Returns the record."""
     more = dict(solution.extra)
-    signs = (0, 1) if more.pop(_NUMBERS, False) else "-+"
+    signs = (0, 1) if more.pop(files.NUMBERS, False) else "-+"
     tagged = [f"{step} {self.tag}" for step in solution.steps]
     return more | {
       "question": solution.prompt,
       "process": self.joiner.join(tagged),
       self.name: files.hard(solution, signs.__getitem__),
     }
-
-
-_NUMBERS = "labels are numbers"
-"""Extra field that keeps how a record writes its labels."""

@@ -2,7 +2,8 @@
 
 Layout: TRL's documentation, "Dataset formats and types", stepwise supervision;
 trl-lib/math_shepherd and trl-lib/prm800k are such sets. Labels are booleans, or
-numbers from 0 to 1.
+numbers from 0 to 1. Those of a file are all of one type: a loader of columns
+refuses others.
 """
 
 import dataclasses
@@ -26,24 +27,30 @@ class TRL:
     steps = files.texts(record, "completions")
     kinds = bool, int, float
     labels = files.items(record, "labels", kinds, "a list of true and false")
+    more = files.extra(record, _KNOWN)
+    if any(type(x) is int for x in labels):
+      more[files.NUMBERS] = True
     return [
       LabelledSolution(
         prompt=record.text("prompt"),
         steps=steps,
         labels=tuple(x if type(x) is float else int(x) for x in labels),
         segmenter_id="trl",
-        extra=files.extra(record, _KNOWN),
+        extra=more,
       )
     ]
 
   def values(self, solution: LabelledSolution) -> dict[str, Any]:
-    """Returns the record; labels are booleans unless one of them is soft."""
+    """Returns the record; labels are booleans unless they are numbers.
+
+    A share of rollouts is a float, and stays one where all of them succeed.
+    """
+    more = dict(solution.extra)
+    numbers = more.pop(files.NUMBERS, False)
     labels: list[Any] = list(solution.labels)
-    if all(x in (0, 1) for x in labels):
-      labels = [x == 1 for x in labels]
-    elif None in labels:
+    if None in labels or not (numbers or float in map(type, labels)):
       labels = files.hard(solution, bool)
-    return dict(solution.extra) | {
+    return more | {
       "prompt": solution.prompt,
       "completions": list(solution.steps),
       "labels": labels,

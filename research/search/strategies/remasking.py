@@ -4,7 +4,9 @@ An autoregressive path can only drop a bad step and draw another one. A masked
 diffusion model can also mask part of a finished block, where it was least sure,
 and fill it in again with the rest of the block in sight. Each path has its
 blocks drawn again until the verifier is content or rounds are over, and has the
-best one that was found; any search over steps goes on from there.
+best one that was found; any search over steps goes on from there. A block that
+is an end alone has no score of its own: it is neither masked again nor better
+than another one.
 """
 
 import dataclasses
@@ -140,7 +142,7 @@ class _Engine(Engine):
     before = self.verifier.select(frontier.verifier, rows)
     now = self.inner.advance(frontier)
     for draw in range(self.search.rounds):
-      rejected = self._rejected(now)
+      rejected = self._rejected(now, frontier.paths)
       if not any(rejected):
         break
       new = self._again(now, rejected, frontier.paths, before, draw)
@@ -148,20 +150,31 @@ class _Engine(Engine):
         now,
         new,
         [
-          row if again and _last(new, row) > _last(now, row) else len(rows)
+          row
+          if again
+          and _has_score(new.paths[row], frontier.paths[row])
+          and _last(new, row) > _last(now, row)
+          else len(rows)
           for row, again in enumerate(rejected)
         ],
       )
     return now
 
-  def _rejected(self, now: Frontier) -> list[bool]:
-    """Returns which rows have a new block that is masked again."""
+  def _rejected(self, now: Frontier, before: Sequence[Path]) -> list[bool]:
+    """Returns which rows have a new block that is masked again.
+
+    Args:
+      now: after the blocks.
+      before: the paths before them.
+    """
     found = [False] * len(now.paths)
     for problem in {path.problem for path in now.paths}:
       own = [
         row
         for row, path in enumerate(now.paths)
-        if path.problem == problem and now.fresh[row]
+        if path.problem == problem
+        and now.fresh[row]
+        and _has_score(path, before[row])
       ]
       if own:
         verdicts = self.search.rejects([_last(now, row) for row in own])
@@ -195,6 +208,11 @@ class _Engine(Engine):
     )
     idle = [not again for again in rejected]
     return self.inner.advance(self.inner.end(before, idle))
+
+
+def _has_score(path: Path, before: Path) -> bool:
+  """Whether a path's newest block has a score of its own."""
+  return len(path.scores) > len(before.scores)
 
 
 def _last(frontier: Frontier, row: int) -> float:

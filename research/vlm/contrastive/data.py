@@ -148,6 +148,7 @@ class Captions(pipeline.ShuffledRows):
 
   def __post_init__(self):
     pipeline.check_sizes(self, length=2, batch_size=2, seed=0)
+    self.preprocessor.check_patches("Captions", self.patches)
     check_templates("Captions", self.templates)
 
   def rows(self, tokenizer: Any) -> "CaptionRows":
@@ -181,31 +182,12 @@ class CaptionRows(Sequence[Row]):
     image = data.augment(sample.image, rng)
     template = data.templates[int(rng.integers(len(data.templates)))]
     text = template.format(sample.answer)
-    prompt = first_view(image, data.preprocessor, data.patches)
+    prompt = Prompt.from_images([image], data.preprocessor, 1, data.patches)
     return {
       **Pixels()(prompt.pixels, used=1),
       "captions": caption_tokens(text, self.tokenizer, data.length),
       "ids": np.int32(zlib.crc32(sample.answer.encode()) >> 1),
     }
-
-
-def first_view(
-  image: UInt8[np.ndarray, "H W 3"],
-  preprocessor: Preprocessor,
-  patches: int | None = None,
-) -> Prompt:
-  """Returns the first view of an image, for an encoder.
-
-  Args:
-    image: pixels.
-    preprocessor: makes views of it.
-    patches: places for patches, at native resolution; None for as many as the
-      image has.
-  """
-  if preprocessor.tiling.native_square is not None:
-    return Prompt.from_images([image], preprocessor, 1, patches)
-  views = preprocessor.views(image)
-  return Prompt(views.pixels[:1], [preprocessor.pieces(views.plan)], 1)
 
 
 def check_templates(where: str, templates: Sequence[str]) -> None:

@@ -9,11 +9,12 @@ from jax.sharding import PartitionSpec
 
 from research import sharding, tree, weights
 from research.training.objectives.objective import Batch, Sums, WholeBatch
-from research.typing import Array, Params, PRNGKey
+from research.typing import Array, Params, PRNGKey, UserError
 from research.vlm.contrastive import losses
 from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.encoders import native
 from research.vlm.images.normalise import HALF, Normalisation
+from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.objective import images_of
 
 Loss = Callable[..., Array]
@@ -71,6 +72,21 @@ class Contrastive(WholeBatch):
   loss: Loss = sigmoid
   normalise: Normalisation = HALF
   chunked: bool = True
+
+  def check_preprocessor(self, preprocessor: Preprocessor) -> None:
+    """Checks that training sees the pixels that evaluations see.
+
+    Args:
+      preprocessor: of the model, whose normalisation those use.
+
+    Raises:
+      UserError: it normalises otherwise.
+    """
+    if preprocessor.normalise != self.normalise:
+      raise UserError(
+        f"Contrastive.normalise: found {self.normalise}, expected"
+        f" {preprocessor.normalise}, as the model's preprocessor has"
+      )
 
   def constrain(self, trainable: Params) -> Params:
     """Returns trained parameters, CLIP's scale at most `losses.MAX_SCALE`.

@@ -17,7 +17,7 @@ from research import tables
 from research.typing import Array, Float, Int, Params, UInt8
 from research.vlm.contrastive import data
 from research.vlm.contrastive.dual_encoder import DualEncoder
-from research.vlm.data import batch_images
+from research.vlm.data import Prompt, batch_images
 from research.vlm.encoders import native
 from research.vlm.encoders.native import Patches
 from research.vlm.evaluation import protocol, retrieval
@@ -106,8 +106,12 @@ class Classifier:
   def vectors(
     self, images: Sequence[Sequence[UInt8[np.ndarray, "..."]]]
   ) -> Float[np.ndarray, "B E"]:
-    """Returns the images' unit vectors."""
-    rows = [data.first_view(x, self.preprocessor) for (x,) in images]
+    """Returns the images' unit vectors.
+
+    Raises:
+      UserError: an image has several views, or there are several.
+    """
+    rows = [Prompt.from_images(x, self.preprocessor, 1) for x in images]
     rows += rows[-1:] * (-len(rows) % self.rows)
     views = batch_images(rows)
     if not isinstance(views, Patches):

@@ -122,12 +122,17 @@ class _Source:
   def normalisation(self) -> Normalisation:
     if not self.fields.flag("do_normalize"):
       return UNIT
-    return Normalisation(self._triple("image_mean"), self._triple("image_std"))
+    mean, std = (self._triple(name) for name in ("image_mean", "image_std"))
+    if min(std) <= 0:
+      raise self.fields.wrong("image_std", "three numbers above 0")
+    return Normalisation(mean, std)
 
   def _triple(self, name: str) -> tuple[float, float, float]:
     x = self.fields.get(name)
     numbers = isinstance(x, list | tuple) and len(x) == 3
-    if not numbers or any(type(v) not in (int, float) for v in x):
+    if not numbers or any(
+      type(v) not in (int, float) or not abs(v) < 1e30 for v in x
+    ):
       raise self.fields.wrong(name, "three numbers")
     return tuple(map(float, x))
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float32
 
+from research.errors import UserError
 from research.vlm.images.normalise import HALF, Normalisation
 from research.vlm.images.plan import Plan, Tiling, Views
 from research.vlm.images.prompts import (
@@ -46,6 +47,29 @@ class Preprocessor:
   def pieces(self, plan: Plan) -> tuple[Piece, ...]:
     """Returns what stands for the image in a prompt."""
     return self.layout(plan)
+
+  def check_patches(self, where: str, patches: int | None) -> None:
+    """Raises UserError unless rows have places for the patches of images.
+
+    Args:
+      where: the class that says how many.
+      patches: the most of an image, at native resolution; None where all views
+        are of one size.
+    """
+    square, kind = self.tiling.native_square, type(self.tiling).__name__
+    if square is None and patches is not None:
+      raise UserError(
+        f"{where}.patches: found {patches}, expected None, since all views of"
+        f" {kind} are of one size"
+      )
+    if square is not None and (
+      patches is None or patches < 1 or patches % square**2
+    ):
+      raise UserError(
+        f"{where}.patches: found {patches}, expected the most patches of an"
+        f" image ({kind} keeps each image's size), a multiple of {square**2}:"
+        f" the connector reads squares of {square} x {square}"
+      )
 
   def floats(self, views: Views) -> Float32[np.ndarray, "N H W 3"]:
     """Returns the views as the encoder takes them."""

@@ -1,11 +1,21 @@
 """Contrastive runs: zero-shot answers, reported by the commands."""
 
+import dataclasses
 import json
 
 import pytest
 
 from experiments import evaluate, train
 from experiments.core import cli
+from research.interop.loaded import Loaded
+from research.sharding import Layout
+from research.typing import UserError
+from research.vlm import contrastive
+from research.vlm.encoders import EncoderSizes, siglip, siglip_text
+from research.vlm.images.normalise import CLIP
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.tiling.square import Square
+from tests import support_plan
 
 SMALL = (
   *("WIDTH=16", "DEPTH=1", "HEADS=2", "HIDDEN=16", "VOCAB=350"),
@@ -25,6 +35,31 @@ def evaluated(capsys, *flags):
   assert cli.call(evaluate.main, ["evaluate", *flags]) == 0
   said = capsys.readouterr()
   return json.loads(said.out.splitlines()[-1])["answers"], said.err
+
+
+@dataclasses.dataclass(frozen=True)
+class Towers:
+  """A source of two towers whose images CLIP's preprocessor makes."""
+
+  def load(self, shardings=None):
+    sizes = EncoderSizes(width=8, depth=1, heads=1, hidden=8, patch=4, grid=4)
+    model = contrastive.DualEncoder(
+      image=siglip(sizes, head=True), text=siglip_text(sizes, vocab=9, length=5)
+    )
+    images = Preprocessor(Square(16, patch=4), CLIP)
+    return Loaded(model, {}, None, {}, preprocessor=images)
+
+
+def test_training_sees_the_pixels_that_evaluations_see():
+  made = dataclasses.replace(
+    support_plan.experiment(Layout(data=1)),
+    model=Towers(),
+    objective=contrastive.Contrastive(),
+  )
+  with pytest.raises(UserError, match=r"Contrastive\.normalise: found"):
+    made.build()
+  same = contrastive.Contrastive(normalise=CLIP)
+  assert dataclasses.replace(made, objective=same).build().objective.model
 
 
 @pytest.mark.slow

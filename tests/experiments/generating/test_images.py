@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from experiments.generating import conversation, images
+from research.interop import vision
 from research.interop.loaded import Loaded
 from research.typing import UserError
 from research.vlm import answering, data, masks
@@ -17,6 +18,7 @@ from research.vlm.images import open_image
 from research.vlm.images.prompts import PromptFormat
 from research.vlm.scenes.sample import Sample
 from tests import support, support_golden, support_qwen, support_vlm
+from tests.experiments import generated
 
 TOKENIZER, IMAGE = support_vlm.tokenizer(), support_vlm.IMAGE
 LOADED = Loaded(
@@ -161,6 +163,23 @@ def test_a_prompt_is_what_rows_and_evaluation_have(form, files, monkeypatch):
     preprocessor=how,
   )([(pixels,)], ["w5 w6"])
   assert asked == [typed]
+
+
+def test_a_place_for_an_image_without_one_is_refused(tmp_path, capsys):
+  """By its mark, or by the model's own placeholder; also in a conversation."""
+  model = dataclasses.replace(LOADED.model, image_token=60)
+  vision.write_model(
+    tmp_path / "m", dataclasses.replace(LOADED, model=model), LOADED.params
+  )
+  call = generated.command(capsys)
+  for text in ("w5 <image>", "w5 w60"):
+    status, _, errors = call(f"--model={tmp_path / 'm'}", f"--prompt={text}")
+    assert status and f"found a place for an image in '{text}'" in errors
+  images.check_text(model, "w5", [5])
+  images.check_text(support.model("llama"), "w5 <image>", [5, 60])
+  # Earlier messages have been checked, but answers are in the ids as well.
+  with pytest.raises(UserError, match="--image=FILE for it"):
+    images.check_text(model, "w5", [60, 5])
 
 
 def test_a_model_without_eyes_says_so(files):

@@ -87,7 +87,9 @@ def test_solutions_come_from_a_pool(tmp_path):
   taken = labels(f"label_run.LabelRun.pool={pool}")
   made, cut = taken.run(lambda text: None)
   assert (len(made), cut) == (1, 1)
-  assert made[0].steps == (step["text"],)
+  # The search had one step; the oracle of steps knows those of the task.
+  assert made[0].steps == tuple(steps_of(SEMICOLON, step["text"]))
+  assert made[0].labels == (1,) * (TASK.numbers - 1)
   pool.write_text(json.dumps(line | {"samples": 3}) + "\n")
   with pytest.raises(UserError, match=r"pool.jsonl:1.*samples"):
     taken.run(lambda text: None)

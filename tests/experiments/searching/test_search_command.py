@@ -16,6 +16,7 @@ from research.prm.labelled import LabelledSolution
 from research.reasoning import sample_logs
 from research.reasoning.trace import Trace
 from research.search.strategies.adaptive import lead
+from research.typing import UserError
 
 TINY = str(pathlib.Path(__file__).with_name("tiny.gin"))
 FIELDS = (
@@ -106,6 +107,22 @@ def test_a_pool_grows_resumes_and_is_chosen_from_again(run, monkeypatch):
   other = run("COPIES=2")
   assert other.code == 1
   assert "strategy was" in other.err and "--workdir" in other.err
+
+
+def test_a_setting_that_is_left_out_is_another_one(tmp_path):
+  """Blocks of a masked diffusion model are not gone on with by tokens."""
+  read = config.read(TINY, root=search_run.SearchRun)
+  settings = read.experiment.settings()
+  assert "sampler" not in settings
+  note = tmp_path / running.SETTINGS
+  (tmp_path / pools.FILE).write_text("{}\n")
+  for before, fits in ((None, True), ({"type": "SamplerConfig"}, False)):
+    note.write_text(json.dumps(settings | {"sampler": before}))
+    if fits:
+      running._claim(read.experiment, tmp_path, read.text)
+    else:
+      with pytest.raises(UserError, match="sampler was .*\n.*found null"):
+        running._claim(read.experiment, tmp_path, read.text)
 
 
 SEARCHES = {

@@ -10,6 +10,7 @@ import pytest
 
 from research.data.sources import jsonl
 from research.errors import UserError
+from research.prm import labels as makers
 from research.prm.formats import (
   FORMATS,
   files,
@@ -21,6 +22,7 @@ from research.prm.formats import (
 from research.prm.formats.rlhflow import RLHFlow
 from research.prm.formats.trl import tokenize
 from research.prm.labelled import LabelledSolution
+from research.reasoning.trace import MonteCarlo
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "step_labels"
 STEPS = ("There are 3 x 4 = 12 figs.", "12 - 2 = 9.", "The answer is 9.")
@@ -183,6 +185,31 @@ def test_rlhflow_parts_the_first_turn_where_problems_are_known():
   parted = files.read(_path("rlhflow"), format)[0]
   assert (parted.prompt, parted.steps) == (problem, STEPS)
   assert undivided.steps[0] == f"{problem} {STEPS[0]}"
+
+
+@pytest.mark.parametrize(
+  "labels",
+  [[True, False], [1, 0], [1.0, 0.0], [0.5, 1.0], [0.5, 1], [0, 0]],
+  ids=str,
+)
+def test_trls_labels_keep_their_type(labels):
+  """A column of JSON that is true here and 0.5 there cannot be loaded."""
+  values = {"prompt": "q", "completions": ["a", "b"], "labels": labels}
+  (found,) = files.solutions_of(jsonl.Record(values, "x:1"), FORMATS["trl"])
+  again = FORMATS["trl"].values(found)
+  assert json.dumps(again["labels"]) == json.dumps(labels)
+  with pytest.raises(UserError, match="'labels': found"):
+    mixed = jsonl.Record(values | {"labels": [True, 1]}, "x:1")
+    files.solutions_of(mixed, FORMATS["trl"])
+
+
+def test_shares_of_rollouts_stay_numbers():
+  """Of a file of soft labels, records in which all succeed as well."""
+  solution = LabelledSolution(prompt="q", steps=("a", "b"), labels=(1, 0))
+  counts = [MonteCarlo(4, 4), MonteCarlo(0, 4)]
+  shares = solution.relabelled(makers.soft(counts), "monte_carlo_soft")
+  assert FORMATS["trl"].values(solution)["labels"] == [True, False]
+  assert json.dumps(FORMATS["trl"].values(shares)["labels"]) == "[1.0, 0.0]"
 
 
 def test_labels_convert_between_layouts():

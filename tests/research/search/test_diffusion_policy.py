@@ -23,7 +23,10 @@ from research.search.cost import Dense, model_cost
 from research.search.diffusion_cost import Blockwise, DenoiserCost, Passes
 from research.search.diffusion_policy import DiffusionPolicy, DrawnBlocks
 from research.search.engine import Engine
+from research.search.ledger import Ledger
+from research.search.policy import Frontier, Path
 from research.search.step_search import Limits
+from research.search.strategies import remasking
 from research.search.strategies.beam import Beam
 from research.search.strategies.diverse_trees import DiverseTrees
 from research.search.strategies.independent import Independent
@@ -406,6 +409,58 @@ def test_blocks_are_never_worse_and_the_best_stay():
     assert len({path.tokens for path in one.paths}) == len(one.paths)
   none = Remasking(inner=Independent(copies=COPIES), rounds=0)
   assert tokens(found(none, kind)) == tokens(before)
+
+
+class Rows:
+  """A policy whose rows have no state."""
+
+  stop_tokens = ()
+  begin = start = advance = select = append = done = end = lambda *_: None
+  remask = store = lambda self, state, *_: state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scripted(Engine):
+  """One row whose blocks, and their scores, are known.
+
+  Attributes:
+    blocks: in their order; the score of an end alone is None.
+  """
+
+  blocks: list
+
+  def advance(self, frontier):
+    (path,) = frontier.paths
+    block, score = self.blocks.pop(0)
+    steps, scores = (*path.steps, block), (*path.scores, score)
+    if score is None:
+      steps = (*path.steps[:-1], path.steps[-1] + block)
+      scores = path.scores
+    path = dataclasses.replace(path, steps=steps, scores=scores)
+    return dataclasses.replace(frontier, paths=(path,), fresh=(True,))
+
+  def end(self, frontier, idle):
+    return frontier
+
+
+@pytest.mark.parametrize(
+  ("blocks", "kept"),
+  [
+    ([((1,), 0.3), ((2,), 0.4)], 2),
+    # An end is no better block for the score of the step before it.
+    ([((1,), 0.3), ((9,), None)], 1),
+    ([((9,), None), ((1,), 0.75)], 9),
+  ],
+)
+def test_an_end_alone_has_no_score_to_be_kept_or_rejected_by(blocks, kept):
+  search = Remasking(rejects=Below(0.8), rounds=1)
+  inner = Scripted(policy=Rows(), blocks=list(blocks))
+  engine = remasking._Engine(
+    policy=Rows(), verifier=Arbitrary(), inner=inner, search=search
+  )
+  path = Path(problem=0, root=0, prompt=1, steps=((5,),), scores=(0.7,))
+  begin = Frontier(None, [0], (path,), (True,), (Ledger(),), 0.0)
+  assert engine.advance(begin).paths[0].tokens == (5, kept)
 
 
 # Mistakes --------------------------------------------------------------------

@@ -261,6 +261,11 @@ def test_a_step_is_worth_what_follows_it():
     assert one.ledger.policy_decode_tokens > other.ledger.policy_decode_tokens
 
 
+def test_rows_in_pages_cannot_look_ahead():
+  with pytest.raises(UserError, match="found a PagedStepwise"):
+    Lookahead(policy=policy(PagedStepwise), verifier=Arbitrary())
+
+
 def test_steps_ahead_are_in_the_cache_beside_the_paths():
   it = dataclasses.replace(policy(), stop_tokens=())
   look = Lookahead(policy=it, verifier=Arbitrary(), steps=1)

@@ -13,8 +13,9 @@ from research.diffusion.token_source import DiffusionSource
 from research.generation import decoding
 from research.nn import logits
 from research.typing import UserError
-from research.vlm import data
+from research.vlm import answering, data
 from research.vlm.answering import Answerer, Answers
+from research.vlm.evaluation.report import Report
 from research.vlm.scenes.sample import Sample
 from research.vlm.scenes.shapes import Shapes
 from tests import support_vlm
@@ -56,6 +57,20 @@ def _samples():
     )
     for i in range(7)
   ]
+
+
+def test_images_are_made_as_the_questions_say(samples, monkeypatch):
+  """As those of its rows are; a model may come without a preprocessor."""
+  asked = []
+
+  def evaluate(samples, answer, *args, **kwargs):
+    asked.append(answer)
+    return Report([], {}, {}, {})
+
+  monkeypatch.setattr(answering.protocol, "evaluate", evaluate)
+  blind = types.SimpleNamespace(**(vars(LOADED) | {"preprocessor": None}))
+  Answers(questions=questions(samples))(blind)
+  assert asked[0].preprocessor == support_vlm.PREPROCESSOR
 
 
 def test_answers_are_to_real_blank_and_others_images(samples):

@@ -7,6 +7,10 @@ from research.typing import UserError
 from research.vlm import contrastive, scenes
 from research.vlm.contrastive.zero_shot import Classes
 from research.vlm.encoders import EncoderSizes, siglip, siglip_text
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.tiling.idefics3 import Idefics3
+from research.vlm.images.tiling.naflex import NaFlex
+from research.vlm.images.tiling.square import Square
 from tests import support_vlm
 
 TASK = scenes.ShapeCaptions(size=32, cells=2, most=1, count=21)
@@ -118,3 +122,23 @@ def test_templates_are_averaged_after_each_is_normalised():
 def test_templates_have_one_place(wrong):
   with pytest.raises(UserError, match=r"Captions\.templates: found"):
     captions(templates=wrong)
+
+
+@pytest.mark.parametrize(
+  "tiling, patches, words",
+  [
+    (Square(16, patch=4), 16, "found 16, expected None"),
+    (NaFlex(16, patch=4), None, "found None, expected the most patches"),
+    (NaFlex(16, patch=4), 0, "found 0, expected the most patches"),
+  ],
+)
+def test_places_for_patches_are_those_of_the_tiling(tiling, patches, words):
+  with pytest.raises(UserError, match=rf"Captions\.patches: {words}"):
+    captions(preprocessor=Preprocessor(tiling), patches=patches)
+
+
+def test_a_corner_is_not_taken_for_the_image():
+  """Of Idefics3's views the first one is a tile."""
+  tiled = captions(preprocessor=Preprocessor(Idefics3(32, 16, 4, 1)))
+  with pytest.raises(UserError, match="found 5 of 1 images"):
+    tiled.rows(support_vlm.tokenizer())[0]

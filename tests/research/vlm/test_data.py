@@ -10,12 +10,14 @@ from tokenizers import models
 from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 from research.vlm import data
+from research.vlm.connectors import GroupAttention
 from research.vlm.cross_attention import LatestImage
 from research.vlm.images import prompts
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.tiling.anyres import AnyRes
 from research.vlm.images.tiling.idefics3 import Idefics3
 from research.vlm.images.tiling.native import Native
+from research.vlm.images.tiling.overlap import Overlap
 from research.vlm.images.tiling.square import Square
 from research.vlm.scenes.sample import Sample
 from tests import support_text, support_vlm
@@ -172,6 +174,11 @@ def with_layers_between():
   return dataclasses.replace(model, placement=LatestImage())
 
 
+def pooled_in_groups():
+  connector = GroupAttention(size=32, hidden=8, width=24)
+  return dataclasses.replace(support_vlm.model(), connector=connector)
+
+
 @pytest.mark.parametrize(
   "made, tiling, found",
   [
@@ -186,6 +193,9 @@ def with_layers_between():
       "10 placeholders of 3 views .AnyRes., expected 12",
     ),
     (support_vlm.model, Native(patch=4, merge=1), r"\(4, 1\) patches"),
+    (pooled_in_groups, Overlap(16, 2, (1, 1), patch=4, pool=2), None),
+    (pooled_in_groups, Overlap(16, 2, (1, 1), patch=2, pool=2), r"\(2, 2\)"),
+    (pooled_in_groups, Overlap(16, 2, (1, 1), patch=4, pool=1), r"\(4, 1\)"),
     (with_layers_between, Square(tile=16, patch=4, pool=4), None),
     (with_layers_between, Square(tile=16, patch=4, pool=2), "expected 1, as"),
   ],

@@ -90,6 +90,17 @@ def test_an_image_of_too_many_patches_is_refused():
     data.Prompt.from_images([image], how, 1, patches=16)
 
 
+def test_a_prompt_without_images_stands_beside_one_with_an_image():
+  how = Preprocessor(Native(patch=4, merge=2, least=1))
+  image = np.zeros((16, 24, 3), np.uint8)
+  prompts = [data.Prompt.from_images(x, how, 2) for x in ((), (image,))]
+  found = data.batch_images(prompts, square=2)
+  assert found.shape == (2, 2, 64, 48)
+  np.testing.assert_array_equal(found.grids[:, 0], [(0, 0), (4, 6)])
+  assert not found.grids[:, 1].any()
+  assert data.batch_images(prompts[:1], square=2).shape == (1, 2, 64, 48)
+
+
 def test_rows_of_questions_have_patches_and_grids():
   how = Preprocessor(Native(patch=4, merge=2, least=1))
   images = tuple(np.full((h, w, 3), h, np.uint8) for h, w in ((16, 24), (8, 8)))

@@ -63,11 +63,13 @@ class Parts:
     fields: all of it.
     vision: the encoder it describes.
     language: the language model it describes.
+    image_token: id of the placeholder, by whichever name the file has it.
   """
 
   fields: Fields
   vision: Any
   language: Any
+  image_token: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ def _parts(parts: Parts) -> dict[str, Any]:
       norm=RMSNorm(eps=eps, offset=1.0),
       inner=connectors.Linear(size=width, bias=False),
     ),
-    mask=BidirectionalImages(image_token=fields.integer("image_token_index")),
+    mask=BidirectionalImages(image_token=parts.image_token),
     scale=1 / parts.language.embed_scale,
   )
 

@@ -155,7 +155,7 @@ def _parts(parts: Parts) -> dict[str, Any]:
     )
   where = f"{fields.where}: vision_config"
   own = Fields(fields.get("vision_config") or {}, where, VISION_DEFAULTS)
-  token, width = fields.integer("image_token_id"), parts.language.width
+  width = parts.language.width
   images = parts.language.layer_kinds()[-1].attention.images
   return dict(
     connector=connectors.AveragePool(
@@ -167,7 +167,7 @@ def _parts(parts: Parts) -> dict[str, Any]:
     ),
     features=Features(normed=False),
     normalise=normalise.UNIT,
-    mask=BidirectionalImages(image_token=token)
+    mask=BidirectionalImages(image_token=parts.image_token)
     if images == "causal"
     else Causal(),
     scale=1 / parts.language.embed_scale,

@@ -40,7 +40,7 @@ DEFAULTS = dict(
   frame_end_token_id=151_944,
 )
 _AROUND = tuple(DEFAULTS)
-"""The fields with ids of tokens that stand for an image, or around it."""
+"""The fields with ids of the placeholder, and of tokens around an image."""
 
 _TEXT = dict(
   hidden_size=4_096, num_attention_heads=32, num_key_value_heads=8,
@@ -231,7 +231,10 @@ def _parts(parts: Parts) -> dict[str, Any]:
       layers=tuple(i + 1 if i >= 0 else i for i in layers), normed=False
     ),
     mask=BidirectionalVision(
-      tokens=tuple(fields.integer(name, least=0) for name in _AROUND)
+      tokens=(
+        parts.image_token,
+        *(fields.integer(name, least=0) for name in _AROUND[1:]),
+      )
     ),
     placement=Splice(onto="embedding"),
   )

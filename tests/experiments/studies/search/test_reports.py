@@ -98,6 +98,14 @@ def test_levels_are_those_of_a_pool_that_no_system_shares():
   assert found["all"]["first"] == found["all"]["second"] == 50
   assert found["the best for each level, cross-validated"]["first"] == 100
   assert found["the best for all, cross-validated"]["first"] == 50
+  # The second one is paired with the first, problem by problem.
+  ahead = "second: points ahead of the first"
+  assert found["easy (from 50%)"][ahead] == pytest.approx((-100, 0), abs=1e-9)
+  assert found["hard"][ahead] == pytest.approx((100, 0), abs=1e-9)
+  assert found["all"][ahead].value == pytest.approx(0, abs=1e-9)
+  assert found["all"][ahead].half > 20
+  gained = found["points between these two"]["first"]
+  assert gained.value == 50 and 0 < gained.half < 50
   # One of medium difficulty cannot choose and be reported: it joins a level.
   rows[POOL] = [row(samples=[4] * n, right=[3] * (n // 2) + [1] + [0] * 9)]
   table = reports.ByDifficulty(pool=POOL, compared=(FIRST, SECOND))

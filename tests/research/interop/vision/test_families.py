@@ -172,6 +172,53 @@ def test_prompts_are_those_of_the_family(name, form, tmp_path):
   assert found == dataclasses.replace(how, prompt=form)
 
 
+@pytest.mark.parametrize(
+  "name, tensor",
+  [
+    ("siglip", "vision_model.head.attention.in_proj_bias"),  # three in one
+    ("siglip", "vision_model.head.probe"),
+    ("siglip", "logit_scale"),
+    ("internvl", "vision_tower.embeddings.position_embeddings"),
+  ],
+)
+def test_more_values_than_a_layout_reads_are_refused(name, tensor, tmp_path):
+  """They would be left out without a word."""
+  found = tensors(name)
+  found[tensor] = np.concatenate([found[tensor], found[tensor][:1]])
+  write(tmp_path, name, found)
+  short = ".".join(tensor.split(".")[-2:])
+  with pytest.raises(UserError, match=f"{short}: found shape"):
+    vision.model_from_directory(tmp_path)
+
+
+def test_a_preprocessor_of_other_soft_tokens_is_refused(tmp_path):
+  """LLaVA-NeXT's views of one image are no LLaVA's: 30 soft tokens are 27."""
+  write(tmp_path, "llava", tensors("llava"))
+  size = config("llava")["vision_config"]["image_size"]
+  described = dict(
+    image_processor_type="LlavaNextImageProcessor",
+    size={"shortest_edge": size},
+    crop_size=size,
+    image_grid_pinpoints=[[size, 2 * size]],
+  )
+  safetensors.write_json(tmp_path / read.PREPROCESSOR, described)
+  with pytest.raises(UserError, match=r"r_config\.json: .* of 3 views .AnyRes"):
+    load_model(tmp_path, towers="all")
+
+
+@pytest.mark.parametrize(
+  "name, field", [("gemma3", "image_token"), ("molmo2", "tokens")]
+)
+def test_masks_know_the_placeholder_by_either_of_its_names(name, field):
+  values = config(name)
+  values.pop(vision.family_of(name).image_token)
+  found = vision.vision_language_model(
+    values | {"image_token_id": 7}, "config.json"
+  )
+  assert found.image_token == 7
+  assert np.atleast_1d(getattr(found.mask, field))[0] == 7
+
+
 def test_an_unknown_family_is_refused_by_name(tmp_path):
   write(tmp_path, "llava", {}, {"model_type": "blip"})
   with pytest.raises(UserError, match="model_type is 'blip', expected one of"):

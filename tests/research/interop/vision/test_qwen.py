@@ -225,7 +225,7 @@ def test_a_preprocessor_of_other_squares_is_refused(opened, tmp_path):
   path = tmp_path / "preprocessor_config.json"
   path.write_text(json.dumps(published))
   assert configs.from_preprocessor_config(path).tiling.patch == 14
-  with pytest.raises(UserError, match="patches of 14 pixels, 2 each way"):
+  with pytest.raises(UserError, match=r"r_config.json: .*\(14, 2\) patches"):
     load.load_model(tmp_path, towers="all")
 
 

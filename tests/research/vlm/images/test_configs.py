@@ -196,6 +196,8 @@ def test_settings_that_change_pixels_are_read():
     ({"rescale_factor": 1.0}, "rescale_factor is 1.0, expected 1/255"),
     ({"image_mean": [0.5, 0.5]}, "image_mean is .*three numbers"),
     ({"image_std": [0.5, 0.5, "a"]}, "image_std is .*three numbers"),
+    ({"image_std": [0.5, 0.5, 0]}, "image_std is .*above 0"),
+    ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean is .*three numbers"),
     ({"size": {"longest_edge": 0}}, "size is .*longest_edge"),
     ({"max_image_size": 10**9}, "max_image_size is 1000000000"),
     ({"do_image_splitting": "yes"}, "do_image_splitting is 'yes'"),

@@ -54,17 +54,26 @@ def marked(said):
   )
 
 
+OWN_MARK = (  # InternVL's, which writes more of an image than its mark
+  "{% if m.content is string %}{{ m.content }}{% else %}"
+  + PARTS.replace("<image>", "<pad>").removesuffix("$]")
+  + "{% endif %}$]"
+)
+
+
 TEMPLATES = {
   "texts": f"{EACH}{SAID}{{% endfor %}}{END}",
   "texts, marked": marked(SAID),
   "parts": f"{EACH}{PARTS}{{% endfor %}}{END}",  # as LLaVA's and SmolVLM's
   "parts, marked": marked(PARTS),
+  "its own mark": f"{EACH}{OWN_MARK}{{% endfor %}}{END}",
+  "its own mark, marked": marked(OWN_MARK),
 }
 TURNS = [  # texts with images between each two, and the answer
   (["", "\nWhat is it?"], "red"),
   (["[a:I am$][a:", " and <image>?", " [u:"], ""),
   (["No image: <image> assistant"], "[u:<image>$"),
-  (["x", ""], "$"),
+  (["x<pad>", ""], "$ <pad>"),
   (["", "", ""], "a\n b "),
 ]
 PIECES = [  # of each image in turn
