@@ -217,7 +217,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
   try:
     text.encode("utf-8")
   except UnicodeEncodeError as error:
-    raise UserError("--prompt: is no UTF-8; convert it first") from error
+    raise UserError("--prompt: is not UTF-8; convert it first") from error
   if not _CHAT.value:
     return tokenizer.prompt(text)
   return conversation.ids_of(tokenizer, prompts.messages(text, _SYSTEM.value))

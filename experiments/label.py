@@ -4,7 +4,7 @@
 
 Samples solutions of a task's problems from a trained policy, or reads the pool
 of a search (LabelRun.pool), and writes FILE as JSON Lines in our native layout
-(research/prm/formats/native.py): steps, labels of the task's exact oracle until
+(research/prm/formats/native.py): steps, labels of the task's exact oracle up to
 the first error, and how many rollouts from the end of each step succeed. The
 last line on stdout is JSON: solutions, steps, labelled, correct, base_rate,
 first_errors, cut, seconds, to.

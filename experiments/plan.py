@@ -58,21 +58,22 @@ _HLO = flags.DEFINE_string(
 _FILL = flags.DEFINE_string(
   "fill",
   None,
-  "ROWSxPROMPT+LENGTH: plan sampling instead of training: a batch of rows, "
-  "tokens of a prompt, and tokens to generate.",
+  "ROWSxPROMPT+LENGTH: plan sampling from a masked diffusion model instead of "
+  "training: rows of a batch, tokens of a prompt, tokens to generate.",
   flag_values=FLAGS,
 )
 _CACHE = flags.DEFINE_string(
   "cache",
   None,
-  "With --fill: keys and values that are kept, none, prefix, dual, vicinity:N "
-  "or delayed; by default dual, or prefix for a model of blocks.",
+  "With --fill: the KV cache: none, prefix, dual, vicinity:N or delayed; by "
+  "default dual, or prefix for a block-causal model.",
   flag_values=FLAGS,
 )
 _GUIDANCE = flags.DEFINE_float(
   "guidance",
   0.0,
-  "With --fill: by the prompt; above 0 each call reads rows twice.",
+  "With --fill: the scale of classifier-free guidance; above 0 each step takes "
+  "two forward passes.",
   lower_bound=0.0,
   flag_values=FLAGS,
 )
@@ -85,28 +86,28 @@ _GENERATE = flags.DEFINE_string(
 _PAGES = flags.DEFINE_string(
   "pages",
   None,
-  "With --generate or --search: keys and values in pages, as `generate "
-  "--pages` has them, e.g. 16 or 128,dtype=int8.",
+  "With --generate or --search: a paged KV cache, in the notation of `generate "
+  "--pages`, e.g. 16 or 128,dtype=int8.",
   flag_values=FLAGS,
 )
 _SEARCH = flags.DEFINE_string(
   "search",
   None,
   "PROBLEMSxCOPIESxPROMPT+LENGTH: plan a search instead of training: problems "
-  "at once, solutions of each, tokens of a problem and of a solution.",
+  "in a batch, solutions per problem, tokens of a problem and of a solution.",
   flag_values=FLAGS,
 )
 _VERIFIER = flags.DEFINE_string(
   "verifier",
   None,
-  "With --search: a run file of the reward model that scores solutions; --set "
-  "is for both run files.",
+  "With --search: the run file of the reward model that scores solutions; "
+  "--set applies to both run files.",
   flag_values=FLAGS,
 )
 _SCORED = flags.DEFINE_integer(
   "scored",
   None,
-  "With --verifier: solutions that it reads at once; all by default.",
+  "With --verifier: how many solutions it scores in one batch; by default all.",
   lower_bound=1,
   flag_values=FLAGS,
 )
@@ -120,15 +121,15 @@ _ADVISE = flags.DEFINE_bool(
 _COMPILES = flags.DEFINE_integer(
   "compiles",
   8,
-  "With --advise: programs to compile at most.",
+  "With --advise: the maximum number of programs to compile.",
   lower_bound=1,
   flag_values=FLAGS,
 )
 _PRESET = flags.DEFINE_string(
   "preset",
   None,
-  "A published vision language model (research/vlm/presets): say what an "
-  "image of --image_size costs it.",
+  "A published vision language model (research/vlm/presets): print the cost of "
+  "an image of --image_size.",
   flag_values=FLAGS,
 )
 _IMAGE_SIZE = flags.DEFINE_string(

@@ -30,7 +30,7 @@ FLAGS = cli.new_flags()
 _CONFIG = flags.DEFINE_string(
   "config",
   None,
-  "Gin file of a studies.quant.quantizing.Job; also looked for in configs/.",
+  "Gin file: a path, or one under configs/, e.g. runs/quant/gptq_smollm2.gin.",
   flag_values=FLAGS,
 )
 _TO = flags.DEFINE_string(

@@ -31,13 +31,16 @@ FLAGS = cli.new_flags()
 
 _CONFIG = cli.define_config(FLAGS, "runs/lora/claims_capacity.gin")
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where everything goes; made if missing.", flag_values=FLAGS
+  "workdir",
+  None,
+  "The study's working directory; created if missing.",
+  flag_values=FLAGS,
 )
 _SET = cli.define_set(FLAGS)
 _ONLY = flags.DEFINE_string(
   "only",
   "",
-  "Regular expression: arms that it does not find are not run now, e.g."
+  "Regular expression: run only arms whose names contain a match, e.g."
   " --only='seed 0'.",
   flag_values=FLAGS,
 )
@@ -112,8 +115,8 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(text)
   except re.error as error:
     raise UserError(
-      f"--only={text}: no regular expression ({error}); expected e.g. an arm's"
-      " name"
+      f"--only={text}: is no regular expression ({error}); expected e.g. an"
+      " arm's name"
     ) from error
 
 
@@ -146,7 +149,7 @@ def _run(
   arms = list(study.arms)
   if not any(map(only.search, arms)):
     raise UserError(
-      f"--only={only.pattern}: finds no arm; there are {', '.join(arms)}"
+      f"--only={only.pattern}: matches no arm; arms: {', '.join(arms)}"
     )
   store = protocol.Store(folder / "arms")
   stored: dict[str, dict[str, Any]] = {}

@@ -44,14 +44,14 @@ FLAGS = cli.new_flags()
 _SWEEP = flags.DEFINE_string(
   "sweep",
   None,
-  "Gin file, as it stands or under configs/, e.g. sweeps/quickstart_rank.gin.",
+  "Gin file: a path, or one under configs/, e.g. sweeps/quickstart_rank.gin.",
   flag_values=FLAGS,
 )
 _LAUNCHER = flags.DEFINE_enum(
   "launcher",
   "local",
   ["local", "slurm", "jobset"],
-  "Who runs the units: this machine, Slurm as an array of jobs, or Kubernetes "
+  "Where units run: on this machine, on Slurm as a job array, or on Kubernetes "
   "as JobSets.",
   flag_values=FLAGS,
 )

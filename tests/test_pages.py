@@ -54,6 +54,22 @@ def test_a_readme_is_short(page):
   assert _text(page).count("\n") <= LENGTHS.get(page, 200)
 
 
+SYSTEMS = (
+  *(f"research/{x}" for x in ("lora", "quant", "diffusion", "vlm", "prm")),
+  *(f"research/{x}" for x in ("search", "training", "data")),
+  "kernels_pallas",
+)
+
+
+@pytest.mark.parametrize("folder", SYSTEMS)
+def test_the_first_screen_of_a_system_has_what_a_newcomer_asks(folder):
+  """A command to try, what it costs, what to expect, where the code is."""
+  lines = _text(f"{folder}/README.md").splitlines()[:32]
+  assert any(x.startswith("    python -m experiments.") for x in lines)
+  for name in ("Cost", "Expect", "Code"):
+    assert any(x.startswith(f"* **{name}:** ") for x in lines), name
+
+
 def _anchors(path: pathlib.Path) -> set[str]:
   """Returns GitHub's anchors of a page's headings."""
   heads = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.M)

@@ -47,9 +47,11 @@ class Diagnose(FindsIntruders, ReadsAdapters):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeakenIntruders(FindsIntruders, WritesAdapter):
-  """The adapter with weaker leading singular vectors that its base has not."""
+  """The adapter with its intruder dimensions (see diagnose) scaled down."""
 
-  strength: float = option(0.75, "What is left of an intruder, from 0 to 1.")
+  strength: float = option(
+    0.75, "The factor of an intruder dimension, from 0 to 1."
+  )
 
   def make(self) -> tuple[Any, Any, dict[str, Any]]:
     """Returns the source, parameters without intruders, and the result."""

@@ -12,7 +12,7 @@ from experiments.core.choices import option
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fidelity(ComparesLogits, ReadsAdapters):
-  """What merging into --dtype would lose, of weights and of logits."""
+  """How much of weights and logits merging into --dtype would lose."""
 
   dtype: str | None = option(
     None, "Type of merged weights; by default the base's own."

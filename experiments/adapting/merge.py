@@ -12,19 +12,19 @@ from research.typing import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Merge(ComparesLogits, Reports):
-  """What merging over a packed base does to logits on --text, by mode: into
-  the base decoded, requantized in the base's format, or into --original, the
-  model that it was rounded from. --mode and --to write one, as our checkpoint.
-  --from is a run, whose config.gin packs the base again, or our checkpoint: an
+  """How merging over a packed base changes logits on --text, by mode: into the
+  dequantized base, requantized in the base's format, or into --original, the
+  model that was quantized. --mode and --to write one, as our checkpoint. --from
+  is a run, whose config.gin packs the base again, or our checkpoint: an
   adapter's directory does not say how its base was packed.
   """
 
   to: str | None = option(None, "The directory to write; it must not exist.")
   mode: Literal["decoded", "requantized", "original"] = option(
-    "decoded", "Which mode --to is written in.", needs="to"
+    "decoded", "The mode that is written to --to.", needs="to"
   )
   original: str | None = option(
-    None, "The model that the base was rounded from."
+    None, "The model that was quantized to the base."
   )
 
   def _check(self) -> None:

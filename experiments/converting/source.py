@@ -58,7 +58,7 @@ def as_diffusion(source: Any, mask_token: str, block: int | None) -> Any:
       index = int(mask_token)
     if index is None:
       raise UserError(
-        f"--mask_token={mask_token}: no token of the model's, expected its "
-        "text, an id, or new"
+        f"--mask_token={mask_token}: is not a token of the model, expected a "
+        "token's text, its id, or new"
       )
   return from_autoregressive.source_to_diffusion(source, index, block)

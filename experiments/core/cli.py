@@ -107,7 +107,7 @@ def define_set(
   return flags.DEFINE_multi_string(
     "set",
     [],
-    f"Gin binding that wins over the file's, e.g. --set={example}.",
+    f"Gin binding that overrides the file's, e.g. --set={example}.",
     flag_values=values,
   )
 
@@ -447,7 +447,7 @@ def read_text(path: str, flag: str) -> str:
     from research.data.sources import convert_hint
 
     raise UserError(
-      f"--{flag}={path}: is no UTF-8 at byte {error.start}.\n"
+      f"--{flag}={path}: is not UTF-8 at byte {error.start}.\n"
       f"{convert_hint(data)}"
     ) from error
   if not text.strip():

@@ -250,9 +250,9 @@ def check_context(
   if found:
     names = " and ".join(found)
     folders.warn(
-      f"the rows of {names} hold texts of up to {max(found.values()):,} tokens,"
+      f"the rows of {names} have texts of up to {max(found.values()):,} tokens,"
       f" and the model's context is {context:,}: generate and perplexity refuse"
-      f" what lies beyond.\nSet LENGTH={context}, or less."
+      f" longer texts.\nSet LENGTH={context}, or less."
     )
 
 

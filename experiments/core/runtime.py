@@ -330,7 +330,7 @@ def first_process_first(act: Callable[[], Any]) -> Any:
 
   if not is_first_process():
     if not said_by_first_process(True):
-      raise UserError("stopped: the first process failed, and says why")
+      raise UserError("stopped: the first process failed; see its error")
     return act()
   try:
     result = act()

@@ -102,8 +102,8 @@ def prompt_of(
   """
   if loaded.preprocessor is None:
     raise UserError(
-      "--image: found no preprocessor_config.json with the model, which says"
-      " how its images are made; add the published one"
+      "--image: found no preprocessor_config.json with the model, which defines"
+      " how images are preprocessed; add the published one"
     )
   marks = text.count(MARK)
   if marks not in (0, len(files)):

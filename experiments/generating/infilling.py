@@ -145,7 +145,7 @@ def tokens(
   try:
     text.encode("utf-8")
   except UnicodeEncodeError as error:
-    raise UserError("--infill: is no UTF-8; convert it first") from error
+    raise UserError("--infill: is not UTF-8; convert it first") from error
   if prompt is not None:
     layout.check_prompts([list(prompt)], mask_id)
   around = NO_SPECIAL_TOKENS

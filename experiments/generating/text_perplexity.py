@@ -90,15 +90,15 @@ class TextPerplexity:
     if self.bos == "always":
       if not expected and tokenizer.bos is None:
         raise UserError(
-          f"--bos=always: the tokenizer of {name} names no bos; expected "
+          f"--bos=always: the tokenizer of {name} has no bos token; expected "
           "--bos=auto or never"
         )
       return expected or (tokenizer.bos,)
     if expected and self.hint_at_bos:
       names = "".join(map(tokenizer.backend.id_to_token, expected))
       cli.warn(
-        f"this model expects {names} first and reads without it; --bos=auto "
-        "puts it before each window, --bos=never says that none is meant"
+        f"this model expects {names} first, and windows do not have it; "
+        "--bos=auto adds it to each window, --bos=never hides this warning"
       )
     return ()
 

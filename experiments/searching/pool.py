@@ -137,7 +137,7 @@ def read(path: pathlib.Path) -> list[Searched]:
     try:
       record = jsonl.parse(line.decode("utf-8"), where)
     except UnicodeDecodeError as error:
-      raise UserError(f"{where}: is no UTF-8 at byte {error.start}") from error
+      raise UserError(f"{where}: is not UTF-8 at byte {error.start}") from error
     found.append(Searched.from_json(record.values, where))
   return found
 

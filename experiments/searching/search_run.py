@@ -103,8 +103,8 @@ class SearchRun:
     if self.sampler is not None and not self.sampler.stop_early:
       raise UserError(
         f"SearchRun.sampler: found {self.sampler.said('stop_early')}, expected"
-        " True: a solution that goes on behind its end is cut, and has no"
-        " answer."
+        " True: a solution that does not stop at its end is truncated, and"
+        " has no answer."
       )
     if self.n is not None and self.n < 1:
       raise UserError(f"SearchRun.n: found {self.n}, expected at least 1.")

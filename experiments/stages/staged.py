@@ -131,7 +131,7 @@ class StageResult:
   def _opened(self) -> tuple[Experiment, Any]:
     if self.experiment is None or self.workdir is None:
       raise UserError(
-        f"StageResult: stage {self.stage!r} is of no run; expected it in a"
+        f"StageResult: stage {self.stage!r} belongs to no run; expected it in a"
         " staged.Staged, or in a stage's working directory"
       )
     return self.experiment, self.workdir

@@ -40,7 +40,8 @@ PACKAGES = {
 
 That of smollm2-135m has Q4_1 blocks and Q8_0 embeddings: what it decodes to is
 near the official weights of SmolLM2-135M-Instruct, and not the same. That of
-gemma3-270m is Gemma 3 270M (not instructed) in Q4_K_M, under Gemma's terms.
+gemma3-270m is Gemma 3 270M in Q4_K_M, not instruction-tuned, under Gemma's
+terms.
 """
 
 

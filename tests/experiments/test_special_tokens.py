@@ -88,7 +88,7 @@ def test_texts_beyond_the_context_are_warned_of(finished, capsys):
 
   assert warned(loaded.model) == ""
   said = warned(short)
-  assert "of data and validation hold texts of up to 64 tokens" in said
+  assert "of data and validation have texts of up to 64 tokens" in said
   assert "context is 60" in said and "Set LENGTH=60, or less." in said
   experiment = dataclasses.replace(experiment, validation=None)
   assert warned(short, source=Short()) == ""
@@ -96,7 +96,7 @@ def test_texts_beyond_the_context_are_warned_of(finished, capsys):
   mixed = Mixture(parts=(experiment.data,), weights=(1,))
   changed = dataclasses.replace(experiment, data=mixed, heldout=None)
   data_fingerprint.check_context(changed, short, loaded.tokenizer)
-  assert "rows of data hold texts of up to 64" in capsys.readouterr().err
+  assert "rows of data have texts of up to 64" in capsys.readouterr().err
 
 
 @dataclasses.dataclass(frozen=True)

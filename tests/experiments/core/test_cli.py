@@ -163,7 +163,7 @@ def test_perplexity_is_the_standard(command, tmp_path):
     (None, "No such file"),
     (b"", "is empty"),
     (b" \n", "is empty"),
-    (b"abc\xff", "no UTF-8 at byte 3"),
+    (b"abc\xff", "not UTF-8 at byte 3"),
     ("abc".encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
     (b"a", "found 1 tokens, expected at least 2"),
   ],

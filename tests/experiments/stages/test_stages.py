@@ -213,7 +213,7 @@ def test_a_stage_that_keeps_its_own_value_is_warned_of(
 
 def test_a_result_is_that_of_a_run():
   stage = config.read(TINY).experiment.stages[SECOND]
-  with pytest.raises(UserError, match="stage 'embedding' is of no run"):
+  with pytest.raises(UserError, match="stage 'embedding' belongs to no run"):
     stage.build()
 
 
