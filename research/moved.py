@@ -65,6 +65,20 @@ def current(text: str) -> str:
   return text
 
 
+def without_unused_imports(text: str) -> str:
+  """Returns a configuration without imports that no binding refers to.
+
+  These have no effect: a file may import what only a command line binds, so
+  that two equal configurations differ once such an import is added.
+  """
+  kept, rest = [], re.sub(r"^(from|import)\s.*$", "", text, flags=re.M)
+  for line in text.splitlines(keepends=True):
+    called = [name for name in _called(line) if name != "dynamic_registration"]
+    if all(re.search(rf"(?<![\w.]){re.escape(x)}\.", rest) for x in called):
+      kept.append(line)
+  return "".join(kept)
+
+
 def binding(text: str) -> str:
   """Returns one binding of a command line (`loop.Plan.steps=5`) as of today.
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from experiments.core import cli
 from experiments.core.stats import Decision
+from research import moved
 from research.io import folders
 from research.typing import UserError
 
@@ -201,8 +202,10 @@ def check_settings(path: pathlib.Path, found: str | None, now: str) -> None:
     now: the study's, see `Study.settings`.
 
   Raises:
-    UserError: they differ.
+    UserError: they differ, by more than imports that nothing uses.
   """
+  if found is not None:
+    found, now = map(moved.without_unused_imports, (found, now))
   if found == now:
     return
   mend = "Use another --workdir, or remove that file."

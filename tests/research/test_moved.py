@@ -148,3 +148,24 @@ def test_an_error_says_where_a_module_is():
   text = "No module named 'research.lora.relora'"
   assert "is now research.lora.optim.relora" in moved.hint(text)
   assert moved.hint("No module named 'nothing'") == ""
+
+
+USED = """\
+from __gin__ import dynamic_registration
+import research.nn.presets
+from research.optim import optim
+from research.training import loop as training
+
+optim.adamw.b2 = 0.98
+test/training.Plan.steps = @research.nn.presets.tiny()
+"""
+
+
+@pytest.mark.parametrize(
+  "unused", ["import c", "from a import adamw", "from optim import b as plan"]
+)
+def test_imports_that_nothing_uses_are_no_difference(unused):
+  more = USED.replace("import research", f"{unused}\nimport research")
+  assert more != USED
+  assert moved.without_unused_imports(more) == USED
+  assert moved.without_unused_imports(USED) == USED
