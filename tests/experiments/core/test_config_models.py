@@ -60,7 +60,7 @@ def test_research_models_have_a_row_for_the_mask(name):
 def test_research_models_can_be_told_the_time(name, told, width):
   text = TEXT.format(name=name)
   sizes = config.parse(
-    text, ["CLOCK=@time_embedding.TimeEmbedding()"]
+    text, ["TIME_EMBEDDING=@time_embedding.TimeEmbedding()"]
   ).experiment.model.sizes
   assert (sizes.time_embedding.told, sizes.time_embedding.width) == (
     told,
