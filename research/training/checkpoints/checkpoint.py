@@ -250,6 +250,11 @@ class Checkpoints:
         raise checksums.Damaged(
           "state: its list of arrays is not what was saved"
         )
+      if data is not None and note and note["place"] is None:
+        raise UserError(
+          f"{where}: was saved without a position of the data, expected one.\n"
+          "Use data without one, as this run did, or another workdir."
+        )
       place = None if data is None else IteratorState.read(where / "data")
       if place and note and place.digest != note["place"]:
         raise checksums.Damaged(

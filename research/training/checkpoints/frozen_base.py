@@ -80,6 +80,32 @@ def record_base(
       folders.write_text(note, json.dumps(record, indent=2) + "\n")
 
 
+def warn_of_other_base(
+  folder: str | os.PathLike, frozen: Any, source: Mapping[str, Any] | None
+) -> None:
+  """Warns if a run's checkpoint is read on top of other frozen weights.
+
+  No error: other hardware may round weights that a transform has computed, such
+  as quantized ones, in another way.
+
+  Args:
+    folder: folder of the run's checkpoints.
+    frozen: the frozen parameters of now.
+    source: where they come from.
+  """
+  note = folders.folder(folder) / "base.json"
+  if not note.exists():  # of a run from before there were notes
+    return
+  known = _read_note(note)
+  if known["fingerprint"] != fingerprint(frozen):
+    folders.warn(
+      f"{note}: this run's frozen weights came from {known['source']} and are"
+      f" not the same as now, from {None if source is None else dict(source)}."
+      "\nUnless other hardware has rounded them, results are those of another"
+      " model; use the same base weights."
+    )
+
+
 def _read_note(note: Folder) -> dict[str, Any]:
   try:
     known = json.loads(note.read_bytes())

@@ -17,6 +17,7 @@ from research.training.checkpoints.checkpoint import Checkpoints
 from research.training.objectives.objective import NextToken
 from research.training.step import make_eval_step
 from research.typing import UserError
+from tests.research.training.conftest import Positioned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +248,26 @@ def test_one_trace_a_run(line, tmp_path):
     evaluations={"validation": [next(iter(numbers()))] * 3},
   )
   assert int(out.state.step) == 8
+
+
+def test_data_that_start_over_are_said_to(line, tmp_path, capsys):
+  """They have no position; nor has their checkpoint, for data that have one."""
+  objective, params, numbers = line
+  tx = optax.sgd(0.1)
+
+  def run(data, steps):
+    start = state.create(params, "w", tx)
+    plan = loop.TrainConfig(steps=steps)
+    return loop.fit(objective, tx, start, data, plan, workdir=tmp_path)
+
+  run(numbers(), 1)
+  words = "resumes at step 1, but its data has no position"
+  assert words not in capsys.readouterr().err
+  run(numbers(), 2)
+  assert words in capsys.readouterr().err
+  with pytest.raises(UserError, match="without a position of the data"):
+    run(Positioned(), 3)
+  assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
 def test_frozen_is_never_donated(line, tmp_path):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from research import tree
 from research.optim import optim
@@ -50,6 +51,31 @@ def test_round_trip(start, tmp_path):
   )
   chex.assert_trees_all_equal(found, want)
   assert jax.tree.structure(found) == jax.tree.structure(start)
+
+
+def test_orbax_does_not_ask_jax_for_sync_points(monkeypatch, tmp_path):
+  """By numbers of steps: the loop's own would be missed."""
+  asked = []
+  monkeypatch.setattr(
+    multihost_utils, "reached_preemption_sync_point", asked.append
+  )
+  made = state.create({"a": jnp.ones(3)}, "a", optim.adamw(1e-3))
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(made)
+  assert not asked
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+  """Of characters that a shell, a URL or a pattern reads in another way."""
+  folder = tmp_path / "a [1] b%20c {x} $HOME #?*é"
+  made = state.create({"a": jnp.ones(3)}, "a", optim.adamw(1e-3))
+  with Checkpoints(folder) as checkpoints:
+    checkpoints.save(made, metrics={"validation/loss": 1.0})
+  with Checkpoints(folder, sweep=True) as checkpoints:
+    assert checkpoints.best == (0, 1.0)
+    found, step = checkpoints.restore_latest(made)
+  chex.assert_trees_all_equal(found.trainable, made.trainable)
+  assert step == 0
 
 
 class Data:
