@@ -68,6 +68,9 @@ flags.DEFINE_integer(
   "process", None, "The index of this process, from 0.", flag_values=_CLUSTER
 )
 
+CLUSTER = tuple(_CLUSTER)
+"""The flags of commands that may be one process of several."""
+
 MODEL = (
   "A Hugging Face directory, a PEFT adapter's directory, a run's working "
   "directory, a checkpoint that convert or quantize wrote, a .gguf file, "

@@ -200,7 +200,9 @@ def fit(
     )
     watched.doing("restoring")
     with clock.doing("restore"):
-      record_base(folder, state.frozen, source)
+      saved = any(p.name[0].isdigit() for p in folder.glob("*"))
+      saved = saved or (workdir / unevaluated.NAME).is_dir()
+      record_base(folder, state.frozen, source, saved)
       data = batches.resumable
       state, resumed = checkpoints.restore_latest(state, data)
       state, left = unevaluated.restore(workdir, state, data, resumed)

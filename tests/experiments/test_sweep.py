@@ -245,6 +245,8 @@ def test_a_trial_has_bindings_of_its_own(command):
     ([], {"more": "sweeps.Sweep.better = 'more'"}, "better: found 'more'"),
     (["--sweep=nowhere.gin"], {}, "--sweep=nowhere.gin: no such file"),
     (["--status"], {}, "found no sweep there"),
+    (["--status", "--cancel"], {}, "--status: has no effect with --cancel"),
+    (["--cancel", "--launcher=jobset"], {}, "'kubectl delete -f'"),
     (["--workdir=gs://a/b"], {}, "--workdir=gs://a/b: .* a local path"),
   ],
 )

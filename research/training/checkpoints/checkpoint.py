@@ -97,7 +97,8 @@ class Checkpoints:
         cleanup_tmp_directories=sweep,
       )
     # Orbax would ask JAX for sync points by the numbers of steps: a run that is
-    # asked to stop in a save would miss its own (`preemption.StopPoints`).
+    # asked to stop in a save would miss its own (`preemption.StopPoints`). No
+    # option of Orbax 0.12 turns that off; a test says if it has come back.
     self._steps._manager.reached_preemption = lambda step: False
 
   def __enter__(self) -> "Checkpoints":

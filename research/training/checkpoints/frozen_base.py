@@ -43,7 +43,10 @@ def _sample(x, sharding):
 
 
 def record_base(
-  folder: str | os.PathLike, frozen: Any, source: Mapping[str, Any] | None
+  folder: str | os.PathLike,
+  frozen: Any,
+  source: Mapping[str, Any] | None,
+  saved: bool = True,
 ) -> None:
   """Records the frozen weights of a run, or checks them against the record.
 
@@ -52,6 +55,8 @@ def record_base(
     frozen: the frozen parameters.
     source: a JSON object that says where the weights can be loaded from. If
       None, they are copied into `folder/frozen`.
+    saved: whether the run has saved anything; until then, what it recorded is
+      replaced.
 
   Raises:
     UserError: the run was started with other weights.
@@ -60,7 +65,7 @@ def record_base(
   note = folder / "base.json"
   found = fingerprint(frozen)
   here = None if source is None else dict(source)
-  if note.exists():
+  if saved and note.exists():
     known = _read_note(note)
     if known["fingerprint"] != found:
       raise UserError(
