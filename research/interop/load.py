@@ -199,8 +199,8 @@ def _directory(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
   if kind in families.MODULES and (towers == "all" or kind != "gemma3"):
     from research.interop.vision import read
 
-    found = read.load(path, dtype, config, shardings)
-    return found if towers == "all" else read.language_of(found)
+    one = read.load if towers == "all" else read.load_language
+    return one(path, dtype, config, shardings)
   if kind in families.CONTRASTIVE and towers == "all":
     from research.interop.vision import read
 

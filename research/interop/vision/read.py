@@ -169,6 +169,27 @@ def load(
   return Loaded(model, params, words, source, preprocessor=preprocessor)
 
 
+def load_language(
+  path: pathlib.Path,
+  dtype: str = "float32",
+  config: Mapping[str, Any] | None = None,
+  shardings: unread.Shardings | None = None,
+) -> Loaded:
+  """Returns the language model of a vision language model alone.
+
+  Args:
+    path, dtype, config: as for `load`.
+    shardings: of the language model's parameters.
+  """
+  of_all = shardings
+  if shardings is not None and shardings is not unread.left:
+
+    def of_all(tree):
+      return tree | {"language": shardings(tree["language"])}
+
+  return language_of(load(path, dtype, config, of_all))
+
+
 def _check_plain(config: Mapping[str, Any], path: pathlib.Path) -> None:
   """Raises UserError for a quantized model, whose tensors none of ours are."""
   quantization = quantized.split_config(config, path)[1]

@@ -29,7 +29,7 @@ keeps the locks of a machine that has crashed for a lease, 90 s by default."""
 
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 
-_held: set[Folder] = set()
+_locked: set[Folder] = set()
 """Directories that this process has locked: POSIX would lock them again, and
 unlock them at the end of the inner lock."""
 
@@ -51,7 +51,7 @@ def locked(workdir: Folder) -> Iterator[None]:
     yield
     return
   key = workdir.resolve()
-  if key in _held:
+  if key in _locked:
     yield
     return
   path = workdir / FILE
@@ -60,11 +60,11 @@ def locked(workdir: Folder) -> Iterator[None]:
     file = path.open("a+")  # opening must not erase another one's name
   with file:
     _lock(file, path)
-    _held.add(key)
+    _locked.add(key)
     try:
       yield
     finally:
-      _held.remove(key)
+      _locked.remove(key)
 
 
 def _lock(file, path: Folder) -> None:

@@ -1,7 +1,6 @@
 """A vision language model as a directory: written, and read back the same."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -52,12 +51,19 @@ def test_a_model_with_images_goes_where_the_mesh_has_it(tmp_path):
   vision.write_model(tmp_path / "model", loaded(), PARAMS)
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
   here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  everywhere = functools.partial(jax.tree.map, lambda _: here)
+  asked = []
+
+  def everywhere(tree):
+    asked.append(set(tree))
+    return jax.tree.map(lambda _: here, tree)
+
   for towers in ("all", "language"):
     folder = tmp_path / "model"
     whole = load.load_model(folder, towers=towers)
     found = load.load_model(folder, towers=towers, shardings=everywhere)
     assert {x.sharding for x in jax.tree.leaves(found.params)} == {here}
+    assert all(names == set(whole.params) for names in asked)
+    asked.clear()
     jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
     # A plan reads nothing, and finds the same shapes.
     left = load.load_model(folder, towers=towers, shardings=unread.left)
