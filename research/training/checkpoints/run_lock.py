@@ -1,4 +1,4 @@
-"""The lock of a working directory: one run at a time trains in it.
+"""The lock of a working directory: one command at a time writes to it.
 
 Two commands in one directory, such as a run that a launcher has started again
 while the first one still runs, would remove each other's checkpoints and write
@@ -36,7 +36,7 @@ unlock them at the end of the inner lock."""
 
 @contextlib.contextmanager
 def locked(workdir: Folder) -> Iterator[None]:
-  """Context in which no other process trains in a working directory.
+  """Context in which no other process works in a directory.
 
   It does nothing inside of another one for the same directory, in processes
   that do not write, and for object stores and file systems without locks.
@@ -45,7 +45,7 @@ def locked(workdir: Folder) -> Iterator[None]:
     workdir: created if it is missing.
 
   Raises:
-    UserError: another process trains there, or it cannot be written.
+    UserError: another process works there, or it cannot be written.
   """
   if folders.is_remote(workdir) or jax.process_index():
     yield
@@ -74,15 +74,15 @@ def _lock(file, path: Folder) -> None:
   while owner := _owner(file):
     if owner.endswith(f" on {here}") or time.monotonic() > deadline:
       raise UserError(
-        f"{path.parent}: {owner} trains there, expected no other run.\nWait for"
-        " it, or end it: it saves first. If it is gone, and its file system has"
-        f" kept the lock, delete {path}."
+        f"{path.parent}: {owner} works there, expected no other one.\nWait for"
+        " it, or end it: a run saves first. If it is gone, and its file system"
+        f" has kept the lock, delete {path}."
       )
     if not waits:
       folders.warn(f"{path}: waits up to {PATIENCE:.0f} s for {owner}")
       waits = True
     time.sleep(INTERVAL)
-  # A full disk is no reason to train without a lock.
+  # A full disk is no reason to work without a lock.
   with contextlib.suppress(OSError):
     file.truncate(0)
     os.pwrite(file.fileno(), f"process {os.getpid()} on {here}\n".encode(), 0)

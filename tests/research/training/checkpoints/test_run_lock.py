@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import pathlib
 import socket
 import subprocess
 import sys
@@ -12,12 +13,18 @@ import optax
 import pytest
 
 from experiments.core import config
+from experiments.searching import running as searches
+from experiments.searching.search_run import SearchRun
 from experiments.stages import running
 from research.training.checkpoints import run_lock
 from research.training.loop import TrainConfig, fit
 from research.training.state import create
 from research.typing import UserError
 from tests.experiments.stages import test_stages
+
+SEARCH = str(
+  pathlib.Path(__file__).parents[3] / "experiments" / "searching" / "tiny.gin"
+)
 
 OTHER = """
 import fcntl, sys
@@ -48,7 +55,7 @@ def locked_by_another(workdir, host=socket.gethostname()):
 def test_two_processes_do_not_train_in_one_directory(tmp_path):
   """Nor does the second one change a file; after a SIGKILL it may."""
   workdir = tmp_path / "run"
-  words = f"process 7 on {socket.gethostname()} trains there"
+  words = f"process 7 on {socket.gethostname()} works there"
   read = config.read(test_stages.TINY)
   with locked_by_another(workdir):
     with pytest.raises(UserError, match=words):
@@ -60,6 +67,13 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path):
     pass
   running.claim(read.experiment, read.text, workdir)
   assert (workdir / "config.gin").is_file()
+
+
+def test_two_searches_do_not_add_to_one_pool(tmp_path):
+  read = config.read(SEARCH, root=SearchRun)
+  with locked_by_another(tmp_path), pytest.raises(UserError, match="works"):
+    searches.complete(read.experiment, tmp_path, read.text)
+  assert [x.name for x in tmp_path.iterdir()] == [run_lock.FILE]
 
 
 def test_a_machine_that_crashed_keeps_its_lock_for_a_while(
@@ -76,7 +90,7 @@ def test_a_machine_that_crashed_keeps_its_lock_for_a_while(
   monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
   with (
     locked_by_another(tmp_path, "elsewhere"),
-    pytest.raises(UserError, match="process 7 on elsewhere trains there"),
+    pytest.raises(UserError, match="process 7 on elsewhere works there"),
     run_lock.locked(tmp_path),
   ):
     pass
@@ -96,7 +110,7 @@ def test_an_inner_lock_does_not_unlock_the_outer_one(tmp_path):
 def test_the_loop_locks_its_directory(tmp_path, line):
   (objective, params, numbers), tx = line, optax.sgd(0.1)
   given = objective, tx, create(params, "w", tx), numbers()
-  with locked_by_another(tmp_path), pytest.raises(UserError, match="trains"):
+  with locked_by_another(tmp_path), pytest.raises(UserError, match="works"):
     fit(*given, TrainConfig(steps=1), workdir=tmp_path)
 
 
