@@ -15,7 +15,7 @@ from research import tree
 from research.optim import optim
 from research.training import state
 from research.training.checkpoints import checksums, frozen_base
-from research.training.checkpoints.checkpoint import Checkpoints
+from research.training.checkpoints.checkpoint import Checkpoints, save_tree
 from research.typing import UserError
 
 ADAPTERS = r"/trained/"
@@ -65,9 +65,9 @@ def test_orbax_does_not_ask_jax_for_sync_points(monkeypatch, tmp_path):
   assert not asked
 
 
-def test_a_folder_may_have_any_name(tmp_path):
-  """Of characters that a shell, a URL or a pattern reads in another way."""
-  folder = tmp_path / "a [1] b%20c {x} $HOME #?*é"
+def test_a_folder_may_have_a_strange_name(tmp_path):
+  """Of characters that a shell or a URL reads in another way."""
+  folder = tmp_path / "a b%20c {x} $HOME #é"
   made = state.create({"a": jnp.ones(3)}, "a", optim.adamw(1e-3))
   with Checkpoints(folder) as checkpoints:
     checkpoints.save(made, metrics={"validation/loss": 1.0})
@@ -76,6 +76,15 @@ def test_a_folder_may_have_any_name(tmp_path):
     found, step = checkpoints.restore_latest(made)
   chex.assert_trees_all_equal(found.trainable, made.trainable)
   assert step == 0
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?"])
+def test_a_name_that_is_a_pattern_is_refused(tmp_path, name):
+  """Orbax would not find what it has saved, after hours of training."""
+  for use in (Checkpoints, lambda path: save_tree(path, {"a": jnp.ones(3)})):
+    with pytest.raises(UserError, match="rename the folder"):
+      use(tmp_path / name)
+  assert not list(tmp_path.iterdir())
 
 
 class Data:
