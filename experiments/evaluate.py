@@ -79,7 +79,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   del argv
   cli.directory(workdir=_WORKDIR.value)
   if _MODEL.value is not None or _BASE.value is not None:
-    cli.exclusive("with --base", FLAGS, "config", "workdir", "step", "set")
+    own = ("config", "workdir", "step", "set", *cli.CLUSTER)
+    cli.exclusive("with --base", FLAGS, *own)
     return _compare_models()
   cli.exclusive("without --base", FLAGS, *_OF_COMPARISONS)
   if _WORKDIR.value is None:

@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.directory(workdir=_WORKDIR.value)
   from experiments.core import config, runtime, tables
   from experiments.studies import protocol, results
+  from research.io import folders
 
   only = _pattern(_ONLY.value)
   runtime.setup()
@@ -101,7 +102,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   result |= {"row_commits": commits} if commits != [result["commit"]] else {}
   failed = {n: row["failed"] for n, row in rows.items() if "failed" in row}
   result |= {"failed": failed} if failed else {}
-  (folder / "result.json").write_text(results.json_text(result), "utf-8")
+  file = folder / "result.json"
+  with folders.writing(file):
+    folders.write_text(file, results.json_text(result))
   if _RENDER.value:
     for path in results.render(_CONFIG.value, result):
       cli.say(f"wrote {path}")
@@ -126,6 +129,7 @@ def _claim(folder: pathlib.Path, text: str) -> None:
   Raises:
     UserError: it is another command's.
   """
+  from research.io import folders
   from research.typing import UserError
 
   folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +140,7 @@ def _claim(folder: pathlib.Path, text: str) -> None:
       " command, or an older version of this one, wrote this folder.\n"
       "Use another --workdir."
     )
-  note.write_text(text, "utf-8")
+  folders.write_text(note, text)
 
 
 def _run(

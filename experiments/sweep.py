@@ -135,7 +135,9 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   cli.required(sweep=_SWEEP.value)
   cli.local(workdir=_WORKDIR.value)
   cli.directory(workdir=_WORKDIR.value)
-  if not (_STATUS.value or _CANCEL.value):
+  if _CANCEL.value:
+    _check_cancel()
+  elif not _STATUS.value:
     _check_launcher()
   from experiments import sweeps
   from experiments.core import config
@@ -179,6 +181,18 @@ def _check_launcher() -> None:
   for launcher, names in _OF_LAUNCHERS.items():
     if launcher != _LAUNCHER.value:
       cli.exclusive(f"with --launcher={_LAUNCHER.value}", FLAGS, *names)
+
+
+def _check_cancel() -> None:
+  """Raises UserError for what --cancel cannot do."""
+  from research.typing import UserError
+
+  cli.exclusive("with --cancel", FLAGS, "status")
+  if _LAUNCHER.value == "jobset":
+    raise UserError(
+      "--cancel: ends what Slurm has queued or runs, and knows no JobSet.\nEnd"
+      " those with 'kubectl delete -f' of the sweep's jobset.yaml."
+    )
 
 
 def _run(

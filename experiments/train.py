@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
   runtime.prepare(resumes=True)
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,10 +78,17 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     read = config.read_workdir(
       _WORKDIR.value, _SET.value, "; --config=FILE starts one there"
     )
-  with runtime.cluster(cli.cluster(FLAGS)):
+  with (
+    runtime.cluster(cli.cluster(FLAGS)),
+    contextlib.ExitStack() as stack,
+  ):
     workdir = runtime.first_process_first(
       lambda: running.claim(
-        read.experiment, read.text, _WORKDIR.value, LENGTH_AND_MESH_LINES
+        read.experiment,
+        read.text,
+        _WORKDIR.value,
+        LENGTH_AND_MESH_LINES,
+        stack,
       )
     )
     result = running.train(read.experiment, workdir, writers)

@@ -68,6 +68,9 @@ flags.DEFINE_integer(
   "process", None, "The index of this process, from 0.", flag_values=_CLUSTER
 )
 
+CLUSTER = tuple(_CLUSTER)
+"""The flags of commands that may be one process of several."""
+
 MODEL = (
   "A Hugging Face directory, a PEFT adapter's directory, a run's working "
   "directory, a checkpoint that convert or quantize wrote, a .gguf file, "
@@ -374,9 +377,12 @@ def plain(x: Any) -> Any:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes a value as a JSON file, see `plain`."""
-  text = json.dumps(plain(value), indent=1) + "\n"
-  pathlib.Path(path).write_text(text, encoding="utf-8")
+  """Writes a value as a JSON file in one move, see `plain`."""
+  from research.io import folders
+
+  file = folders.folder(path)
+  with folders.writing(file):
+    folders.write_text(file, json.dumps(plain(value), indent=1) + "\n")
 
 
 def describe(main: Main) -> str:

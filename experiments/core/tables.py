@@ -1,13 +1,14 @@
 """Tables of runs: on the screen, and as CSV."""
 
 import csv
+import io
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from research.io import folders
 from research.tables import aligned
-from research.typing import UserError
 
 Rows = Sequence[Mapping[str, Any]]
 """Column -> value; a row need not have every column."""
@@ -55,13 +56,10 @@ def _number(value: Any) -> bool:
 
 def write_csv(path: str | os.PathLike, rows: Rows) -> None:
   """Writes rows under their columns' names, numbers in full."""
+  text = io.StringIO(newline="")
+  writer = csv.DictWriter(text, columns(rows))
+  writer.writeheader()
+  writer.writerows(rows)
   path = pathlib.Path(path)
-  draft = path.with_suffix(".tmp")
-  try:
-    with draft.open("w", encoding="utf-8", newline="") as file:
-      writer = csv.DictWriter(file, columns(rows))
-      writer.writeheader()
-      writer.writerows(rows)
-    draft.replace(path)
-  except OSError as error:
-    raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+  with folders.writing(path):
+    folders.write_text(path, text.getvalue())

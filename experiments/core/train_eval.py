@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from experiments.core import (
   artifacts,
+  cli,
   data_fingerprint,
   device_context,
   runtime,
@@ -27,7 +28,7 @@ from research.generation import generate
 from research.interop.loaded import Loaded
 from research.io.folders import Folder
 from research.training import evaluating, global_batch, loop, state, watchdog
-from research.training.checkpoints import checkpoint
+from research.training.checkpoints import checkpoint, frozen_base
 from research.training.reports import metrics
 from research.typing import UserError
 
@@ -171,7 +172,7 @@ def _train(
     "workdir": str(workdir),
   }
   artifacts.write_text(
-    workdir / "result.json", json.dumps(result, indent=2) + "\n"
+    workdir / "result.json", json.dumps(cli.plain(result), indent=2) + "\n"
   )
   loaded = None
   if readable:
@@ -355,7 +356,9 @@ def restore_checkpoint(
   ) as kept:
     best = kept.best[0] if kept.best else kept.latest
     at = best if number is None else number
-    return at, kept.restore(_start(experiment, built), step=at)
+    start = _start(experiment, built)
+    frozen_base.warn_of_other_base(folder, start.frozen, built.loaded.source)
+    return at, kept.restore(start, step=at)
 
 
 def last_step(workdir: Folder) -> int:

@@ -16,6 +16,7 @@ from research.io import folders
 from research.reasoning import sample_logs
 from research.reasoning.problem import Verdict
 from research.reasoning.tasks.task import Task
+from research.training.checkpoints import run_lock
 from research.typing import UserError
 
 SETTINGS = "settings.json"
@@ -37,8 +38,16 @@ def complete(run: SearchRun, folder: pathlib.Path, text: str) -> list[Searched]:
     text: the configuration, which is written there.
 
   Raises:
-    UserError: the pool is of other settings, or what searches raise.
+    UserError: the pool is of other settings, another process adds to it, or
+      what searches raise.
   """
+  with run_lock.locked(folder):
+    return _complete(run, folder, text)
+
+
+def _complete(
+  run: SearchRun, folder: pathlib.Path, text: str
+) -> list[Searched]:
   _claim(run, folder, text)
   path = folder / pools.FILE
   pools.repair(path)

@@ -1,5 +1,6 @@
 """Runs an experiment, or the stages of a run one after the other."""
 
+import contextlib
 import json
 import os
 import time
@@ -8,6 +9,7 @@ from typing import Any
 
 from experiments.core import (
   artifacts,
+  cli,
   data_fingerprint,
   runtime,
   train_eval,
@@ -16,6 +18,7 @@ from experiments.core.experiment import Experiment
 from experiments.stages.staged import Staged
 from research.io import folders
 from research.io.folders import Folder
+from research.training.checkpoints import run_lock
 from research.training.checkpoints import workdir as workdirs
 from research.typing import UserError
 
@@ -25,6 +28,7 @@ def claim(
   text: str,
   workdir: str | os.PathLike,
   may_differ: str = workdirs.LENGTH_LINES,
+  stack: contextlib.ExitStack | None = None,
 ) -> Folder:
   """Creates the working directory and assigns it to a run.
 
@@ -37,14 +41,21 @@ def claim(
     text: the operative configuration; of all stages, if there are any.
     workdir: local, or an object store's.
     may_differ: regular expression of lines that may differ.
+    stack: keeps the directory locked (`run_lock`) from before anything is
+      written; None unlocks it at the end.
 
   Raises:
     UserError: it holds a run without stages, a stage that has begun has other
-      settings now, or one would go on from whose result another has begun.
+      settings now, or one would go on from whose result another has begun; or
+      another process trains there.
   """
+  if stack is None:
+    with contextlib.ExitStack() as own:
+      return claim(run, text, workdir, may_differ, own)
   if isinstance(run, Experiment):
     folder = workdirs.check_workdir(workdir, text, may_differ)
     if train_eval.finished_result(run, folder) is None:
+      stack.enter_context(run_lock.locked(folder))
       workdirs.claim_workdir(workdir, text, may_differ)
     return folder
   folder = folders.folder(workdir)
@@ -63,8 +74,8 @@ def claim(
   _check_order(run, folder)
   if not left:
     return folder
-  with folders.writing(folder):
-    folder.mkdir(parents=True, exist_ok=True)
+  _check_finished(run, folder, left)
+  stack.enter_context(run_lock.locked(folder))
   for name in left:
     workdirs.claim_workdir(folder / name, run.texts[name], may_differ)
   note = json.dumps({"stages": list(run.stages)}) + "\n"
@@ -86,6 +97,23 @@ def _check_order(run: Staged, folder: Folder) -> None:
         f" stage {later[0]!r} has started from its result.\nExpected as many"
         " steps as it had; choose another workdir, or delete"
         f" {' and '.join(str(folder / x) for x in later)}."
+      )
+
+
+def _check_finished(run: Staged, folder: Folder, left: list[str]) -> None:
+  """Raises UserError if a stage would start from one that trained for longer.
+
+  A stage that has finished is left as it is: its result is that of more steps.
+  """
+  names = list(run.stages)
+  for i, name in enumerate(names):
+    last, steps = train_eval.last_step(folder / name), run.stages[name].plan
+    later = [x for x in names[i + 1 :] if x in left]
+    if name not in left and later and last > steps.steps:
+      raise UserError(
+        f"{folder / name}: stage {name!r} has finished at step {last}, expected"
+        f" {steps.steps}:\nstage {later[0]!r} would start from its result. Set"
+        " as many steps as it has, or choose another workdir."
       )
 
 
@@ -123,7 +151,7 @@ def train(
     "workdir": str(workdir),
     "stages": results,
   }
-  text = json.dumps(result, indent=2) + "\n"
+  text = json.dumps(cli.plain(result), indent=2) + "\n"
   path = workdir / "result.json"
   if not path.exists() or path.read_text("utf-8") != text:
     artifacts.write_text(path, text)

@@ -15,6 +15,7 @@ try before are gone when new ones start (`BlockingRecreate`).
 import dataclasses
 import hashlib
 import math
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -181,7 +182,7 @@ def manifest(
       )
   documents = []
   for unit in units:
-    name = jobset_name(sweep, unit.work.name)
+    name = jobset_name(sweep, unit.work.workdir)
     labels = {"heptad/sweep": _label(sweep)}
     metadata = {
       "name": name,
@@ -200,13 +201,18 @@ def manifest(
   return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1000)
 
 
-def jobset_name(sweep: str, unit: str) -> str:
+def jobset_name(sweep: str, workdir: pathlib.Path) -> str:
   """Returns a name for a unit's JobSet that DNS takes, of 40 characters.
 
   The names of pods add up to 23, and must have 63 at most, the first of them a
-  letter (RFC 1035).
+  letter (RFC 1035). Units of another sweep, or of the same one in another
+  directory, have other names: they would replace this unit's configuration.
+
+  Args:
+    sweep: its name, of which the beginning is kept.
+    workdir: of the unit, which no other unit has.
   """
-  digest = hashlib.sha256(unit.encode()).hexdigest()[:8]
+  digest = hashlib.sha256(str(workdir).encode()).hexdigest()[:8]
   name = _label(sweep)
   name = name if name[0].isalpha() else f"sweep-{name}"
   return f"{name[:31].rstrip('-')}-{digest}"

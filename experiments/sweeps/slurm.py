@@ -156,7 +156,14 @@ def submit(
   path.write_text(text, encoding="utf-8")
   # --parsable prints "number" or "number;cluster".
   array = _slurm("sbatch", "--parsable", str(path)).strip().split(";")[0]
-  _record(workdir, {"array": array, "units": [unit.name for unit in units]})
+  try:
+    _record(workdir, {"array": array, "units": [unit.name for unit in units]})
+  except OSError as error:
+    raise UserError(
+      f"{folder / JOBS}: cannot be written ({error.strerror}), but Slurm has"
+      f" queued array {array}, which the next command would not know.\nRun"
+      f" 'scancel {array}', and mend that first."
+    ) from error
   return array
 
 

@@ -1,11 +1,12 @@
 """Results of a sweep: progress, tables, a plot."""
 
 import json
+import math
 import pathlib
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from experiments import sweeps
 from experiments.core import cli, tables
@@ -13,6 +14,7 @@ from experiments.sweeps import live_table
 from experiments.sweeps.sweep_units import Planned
 from experiments.sweeps.work import PREEMPTED, Events, Work
 from research import progress
+from research.io import folders
 from research.training.preemption import Preempted
 from research.training.reports import plot_sweep
 from research.typing import UserError
@@ -167,17 +169,45 @@ def rows(
   return table
 
 
+class Group(NamedTuple):
+  """Units that differ in their seeds alone.
+
+  Attributes:
+    unit: their bindings, without the seed.
+    values: the metric of those that have it, in order.
+    lost: names of those that have run, and have no finite metric: they failed
+      or diverged. A mean over the others would be that of the lucky seeds.
+  """
+
+  unit: sweeps.Unit
+  values: list[float]
+  lost: list[str]
+
+
 def groups(
-  units: Sequence[Planned], metric: str, seed: str
-) -> list[tuple[sweeps.Unit, list[float]]]:
-  """Returns units without their seeds, and the metric of each seed."""
-  found: dict[str, tuple[sweeps.Unit, list[float]]] = {}
+  units: Sequence[Planned],
+  metric: str,
+  seed: str,
+  failed: Collection[str] = (),
+) -> list[Group]:
+  """Returns units by their bindings without the seed.
+
+  Args:
+    units: of the sweep.
+    metric: the entry of a result that is compared.
+    seed: the binding that seeds have.
+    failed: names of units that ran and have no result.
+  """
+  found: dict[str, Group] = {}
   for unit in units:
     rest = {k: v for k, v in unit.unit.items() if k != seed}
-    _, values = found.setdefault(sweeps.name(rest), (rest, []))
-    value = (unit.result() or {}).get(metric)
-    if isinstance(value, int | float):
-      values.append(float(value))
+    group = found.setdefault(sweeps.name(rest), Group(rest, [], []))
+    result, name = unit.result(), unit.work.name
+    value = (result or {}).get(metric)
+    if isinstance(value, int | float) and math.isfinite(value):
+      group.values.append(float(value))
+    elif result is not None or name in failed:
+      group.lost.append(name)
   return list(found.values())
 
 
@@ -196,30 +226,35 @@ def report(
   varied = list(dict.fromkeys(k for unit in units for k in unit.unit))
   shown = [*varied, "status", metric, *SHOWN]
   cli.say("\n" + tables.text([{k: row.get(k) for k in shown} for row in table]))
-  grouped = groups(units, metric, sweep.seed)
+  failed = [row["unit"] for row in table if row["status"] == "failed"]
+  grouped = groups(units, metric, sweep.seed, failed)
   if len(grouped) < len(units):
-    summary = [{**u, **_spread(v, f"{metric}, mean")} for u, v in grouped]
-    cli.say("\n" + tables.text(summary))
-  measured = [(unit, values) for unit, values in grouped if values]
+    cli.say("\n" + tables.text(_means(grouped, metric)))
+  if lost := [name for group in grouped for name in group.lost]:
+    cli.say(
+      f"{len(lost)} of {len(units)} units ran and have no finite {metric}:"
+      f" {', '.join(lost[:3])}{', ...' if lost[3:] else ''}.\nTheir settings"
+      " have no mean, are not drawn, and are not the best."
+    )
+  measured = [(g.unit, g.values) for g in grouped if g.values and not g.lost]
   picture = workdir / "results.png"
-  axis = sweep.axis or sweeps.axis([unit for unit, _ in grouped], sweep.seed)
+  axis = sweep.axis or sweeps.axis([g.unit for g in grouped], sweep.seed)
   drawn = [(unit, values) for unit, values in measured if axis in unit]
   if drawn and axis is not None:
     plot_sweep.plot_sweep(drawn, picture, axis=axis, metric=metric, title=title)
   result = {
     "units": len(units),
     "done": sum(row["status"] == "done" for row in table),
-    "failed": [r["unit"] for r in table if r["status"] == "failed"],
+    "failed": failed,
     "missing": [r["unit"] for r in table if r["status"] == "missing"],
+    "diverged": [name for name in lost if name not in failed],
     "metric": metric,
     "best": _best(measured, sweep),
     "workdir": str(workdir),
   }
   path = workdir / "result.json"
-  try:
-    path.write_text(json.dumps(cli.plain(result), indent=2) + "\n", "utf-8")
-  except OSError as error:
-    raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+  with folders.writing(path):
+    folders.write_text(path, json.dumps(cli.plain(result), indent=2) + "\n")
   return result
 
 
@@ -258,10 +293,26 @@ def _has(metric: str, table: Sequence[Mapping[str, Any]]) -> None:
   done = [row for row in table if row["status"] == "done"]
   if done and all(row.get(metric) is None for row in done):
     numbers = [k for k, v in done[0].items() if isinstance(v, int | float)]
+    if any(metric in row for row in done):
+      raise UserError(
+        f"Sweep.metric: {metric!r} is null in all of {len(done)} results.\n"
+        "Expected a finite number: every unit has diverged, or measures it on"
+        f" nothing. Others are {', '.join(numbers)}."
+      )
     raise UserError(
       f"Sweep.metric: no result has {metric!r}.\nExpected one of"
       f" {', '.join(numbers)}."
     )
+
+
+def _means(grouped: Sequence[Group], metric: str) -> list[dict[str, Any]]:
+  """Returns a line for each group: its mean, or how many runs are lost."""
+  mean, lines = f"{metric}, mean", []
+  for unit, values, lost in grouped:
+    lines.append({**unit, **_spread(values, mean)})
+    if lost:
+      lines[-1] |= {mean: None, "deviation": None, "lost": len(lost)}
+  return lines
 
 
 def _spread(values: Sequence[float], mean: str = "mean") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from experiments.core import config, train_eval
 from experiments.stages.staged import Staged
 from experiments.studies import protocol
 from experiments.sweeps.work import Work
+from research.io import folders
 from research.typing import UserError
 
 ROOTS = {
@@ -164,7 +165,7 @@ def write(planned: Sequence[Planned]) -> None:
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
       unit.work.result.unlink(missing_ok=True)
-      path.write_text(unit.text, encoding="utf-8")
+      folders.write_text(path, unit.text)
     except OSError as error:
       raise UserError(
         f"{path}: cannot be written ({error.strerror}).\nExpected a writable"

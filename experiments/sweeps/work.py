@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import pathlib
@@ -102,6 +103,12 @@ def lock(workdir: pathlib.Path) -> Iterator[int]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+      if error.errno not in (errno.EAGAIN, errno.EACCES):
+        raise UserError(
+          f"{path}: cannot be locked ({error.strerror}).\nExpected a file"
+          " system with locks, which keep two sweeps apart; use another"
+          " --workdir."
+        ) from error
       file.seek(0)
       owner = file.read().strip() or "unknown"
       raise UserError(

@@ -25,6 +25,8 @@ from research.text import special_tokens
 from research.training import memory
 from research.training.checkpoints import workdir
 from research.typing import UserError
+from research.vlm.contrastive.dual_encoder import DualEncoder
+from research.vlm.model import VisionLanguageModel
 
 CONFIG = "config.json"
 
@@ -57,10 +59,11 @@ def load_model(
     dtype: of parameters and computation.
     packed: keep quantized weights as they are in the file; "any": if there are
       any. None: those of Hugging Face directories; weights of .gguf files and
-      of our checkpoints are decoded.
+      of our checkpoints are decoded. Quantized models with images are an error.
     shardings: from the tree of the parameters' shapes to one of
       `jax.sharding.Sharding`s: each device's part, and no more, is read for
-      it. None puts whole arrays on the default device.
+      it; but for towers of images, which each process reads whole. None puts
+      whole arrays on the default device.
     towers: of a vision language model: its language model alone, or all of it,
       which then is a `research.vlm.VisionLanguageModel`. CLIP, SigLIP and
       SigLIP 2 are loaded with "all" alone, as a `DualEncoder`.
@@ -83,7 +86,13 @@ def load_model(
       from research.interop.gguf.read import load_gguf
 
       found = load_gguf(path, dtype, bool(packed), shardings)
-    return found if image_size is None else image_size(found)
+    if image_size is not None:
+      found = image_size(found)
+    if isinstance(found.model, VisionLanguageModel | DualEncoder):
+      from research.interop.vision import read
+
+      found = read.placed(found, shardings)
+    return found
 
 
 def locate(name: str | os.PathLike) -> pathlib.Path:
@@ -190,8 +199,8 @@ def _directory(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
   if kind in families.MODULES and (towers == "all" or kind != "gemma3"):
     from research.interop.vision import read
 
-    found = read.load(path, dtype, config)
-    return found if towers == "all" else read.language_of(found)
+    one = read.load if towers == "all" else read.load_language
+    return one(path, dtype, config, shardings)
   if kind in families.CONTRASTIVE and towers == "all":
     from research.interop.vision import read
 

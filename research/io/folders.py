@@ -57,15 +57,35 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def write_text(path: Folder, text: str) -> None:
-  """Writes a file in one move: a crash leaves the old one or the new one."""
+  """Writes a file in one move: a crash leaves the old one or the new one.
+
+  Of several processes that write it at once, one does. A link stays, and what
+  it leads to is written.
+  """
   # An object appears when all of it has arrived; a device such as /dev/full is
   # written to, never replaced by a file.
-  if is_remote(path) or (path.exists() and not path.is_file()):
+  if (
+    is_remote(path)
+    or (path.exists() and not path.is_file())
+    or (path.is_symlink() and _leads_to_stream(path))
+  ):
     path.write_text(text, encoding="utf-8")
     return
-  draft = path.with_name(path.name + ".tmp")
-  draft.write_text(text, encoding="utf-8")
-  draft.replace(path)
+  path = path.resolve() if path.is_symlink() else path
+  draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  try:
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      draft.unlink(missing_ok=True)  # a full disk needs the room
+    raise
+
+
+def _leads_to_stream(link: pathlib.Path) -> bool:
+  """Whether a link is one such as /dev/stdout, which may be a file."""
+  places = link.parent.resolve(), link.readlink()
+  return any(place.parts[1:2] == ("proc",) for place in places)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from research.io import folders
 from research.optim import ranges
 from research.training import evaluating, memory, preemption
 from research.training.aot import StateTransform, compile_steps
-from research.training.checkpoints import unevaluated
+from research.training.checkpoints import run_lock, unevaluated
 from research.training.checkpoints.checkpoint import Checkpoints
 from research.training.checkpoints.frozen_base import record_base
 from research.training.evaluating import Evaluations
@@ -164,10 +164,11 @@ def fit(
     started_at: start time of this process (`time.time()`), for `Goodput`.
 
   Raises:
-    UserError: the loss or gradient is not finite (names step and metric), the
-      base weights or the structure differ from the workdir's, it is at a later
-      step than the last, a batch has a shape that no program was compiled for,
-      or `config.average` is given for a state without a moving average.
+    UserError: another process trains in the workdir, the loss or gradient is
+      not finite (names step and metric), the base weights or the structure
+      differ from the workdir's, it is at a later step than the last, a batch
+      has a shape that no program was compiled for, or `config.average` is
+      given for a state without a moving average.
     Preempted: a stop was requested (`preemption`); the state has been saved.
   """
   if state.ema is None and config.average != TrainConfig.average:
@@ -177,11 +178,11 @@ def fit(
       " create the state with average=True."
     )
   workdir = folders.folder(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
   clock, evaluation = Goodput(started_at), {}
   points, batches = preemption.StopPoints(), batch_source(training, sharding)
   processes = jax.process_index(), jax.process_count()
   with contextlib.ExitStack() as stack:
+    stack.enter_context(run_lock.locked(workdir))
     watched = stack.enter_context(
       Watchdog(workdir, *processes, patience=config.stalled_after)
     )
@@ -199,7 +200,9 @@ def fit(
     )
     watched.doing("restoring")
     with clock.doing("restore"):
-      record_base(folder, state.frozen, source)
+      saved = any(p.name[0].isdigit() for p in folder.glob("*"))
+      saved = saved or (workdir / unevaluated.NAME).is_dir()
+      record_base(folder, state.frozen, source, saved)
       data = batches.resumable
       state, resumed = checkpoints.restore_latest(state, data)
       state, left = unevaluated.restore(workdir, state, data, resumed)
@@ -209,6 +212,11 @@ def fit(
         f"{workdir}: is at step {start}, expected at most TrainConfig.steps,"
         f" {config.steps}.\nSet at least {start} steps, or choose another"
         " workdir."
+      )
+    if start and data is None:
+      folders.warn(
+        f"{workdir}: resumes at step {start}, but its data has no position:"
+        " they start over"
       )
     report = stack.enter_context(
       Report(

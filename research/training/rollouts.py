@@ -9,6 +9,7 @@ well, since the parameters that sampled it are gone.
 
 import base64
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -105,9 +106,20 @@ class Stream:
       return [
         global_batch.abstract(x, sharding, parts) for x in self._data.shapes
       ]
-    # From another iterator: `batches` must not advance.
-    first = next(iter(self._data))
-    return [global_batch.to_global(first, sharding, parts)]
+    return [global_batch.to_global(self._first(), sharding, parts)]
+
+  def _first(self) -> Batch:
+    """Returns a batch, and leaves all of them to come."""
+    if self._batches is not self._data:
+      return next(iter(self._data))  # of another iterator
+    if self.resumable is not None:
+      position = self._batches.get_state()
+      first = next(self._batches)
+      self._batches.set_state(position)
+      return first
+    first = next(self._batches)
+    self._batches = itertools.chain([first], self._batches)
+    return first
 
   def next(self, state: TrainState, step: int) -> Batch:
     """Returns the next batch."""

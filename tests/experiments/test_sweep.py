@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "golden" / "models" / "gguf_f32" / "model.gguf"
 
 # What a run leaves, in no time. Rank 4 fails until a file `mended` is there;
-# rank 2 is preempted once.
+# rank 2 is preempted once; rank 1 with seed 1 diverges if `diverges` is there.
 RUN = r"""
 import json, pathlib, re, sys
 given = dict(x[2:].split("=", 1) for x in sys.argv[1:4])
@@ -50,6 +50,8 @@ if rank == 4 and not (workdir.parents[2] / "mended").exists():
   print("lots of talk\nerror: no luck today")
   sys.exit(1)
 result = {"steps": steps, "perplexity_after": 10 + rank + seed / 10}
+if rank == 1 and seed == 1 and (workdir.parents[2] / "diverges").exists():
+  result["perplexity_after"] = None
 result |= {"seconds": 1.5, "seconds_by_part": {"step": 1.0}, "best": None}
 out.write_text(json.dumps(result))
 """
@@ -153,6 +155,35 @@ def test_a_failure_is_told_at_the_end_and_can_be_mended(command):
   assert lives(command, "RANK=1_SEED=0") == 1
 
 
+def test_a_mean_is_not_that_of_the_seeds_that_did_not_diverge(command):
+  """Rank 1 would be the best by its other seed."""
+  (command.out.parent / "diverges").touch()
+  status, result, out = command()
+  assert (status, result["done"]) == (0, 4)
+  assert result["diverged"] == ["RANK=1_SEED=1"] and result["failed"] == []
+  assert result["best"]["bindings"] == {"RANK": 8}
+  assert "1 of 4 units ran and have no finite perplexity_after" in out.out
+  lines = [line.split() for line in out.out.splitlines()]
+  assert ["1", "1", "-", "-", "1"] in lines
+
+
+def test_a_mean_is_not_that_of_the_seeds_that_did_not_fail(command, tmp_path):
+  script = tmp_path / "run.py"
+  script.write_text(RUN.replace("if rank == 4", "if rank == 1 and seed == 1"))
+  status, result, _ = command()
+  assert (status, result["failed"]) == (1, ["RANK=1_SEED=1"])
+  assert result["best"]["bindings"] == {"RANK": 8}
+
+
+def test_a_sweep_that_diverged_as_a_whole_says_so(command):
+  (command.out.parent / "diverges").touch()
+  status, _, out = command(
+    more="sweeps.Sweep.over = {'RANK': [1]}\nsweeps.Sweep.seeds = [1]"
+  )
+  assert status == 1
+  assert "'perplexity_after' is null in all of 1 results" in out.err
+
+
 def test_a_picture_of_nothing_is_not_drawn(command):
   """All units on the axis failed, others are done."""
   more = """
@@ -214,6 +245,8 @@ def test_a_trial_has_bindings_of_its_own(command):
     ([], {"more": "sweeps.Sweep.better = 'more'"}, "better: found 'more'"),
     (["--sweep=nowhere.gin"], {}, "--sweep=nowhere.gin: no such file"),
     (["--status"], {}, "found no sweep there"),
+    (["--status", "--cancel"], {}, "--status: has no effect with --cancel"),
+    (["--cancel", "--launcher=jobset"], {}, "'kubectl delete -f'"),
     (["--workdir=gs://a/b"], {}, "--workdir=gs://a/b: .* a local path"),
   ],
 )
@@ -289,8 +322,8 @@ def test_verdicts_are_counted_none_as_zero(verdicts, tmp_path):
   unit.work.result.write_text(json.dumps(found))
   for state in ("holds", "does not hold", "undecided"):
     assert unit.result()[f"verdicts/{state}"] == verdicts.count(state)
-    [(_, values)] = sweep_results.groups([unit], f"verdicts/{state}", made.seed)
-    assert values == [verdicts.count(state)]
+    [group] = sweep_results.groups([unit], f"verdicts/{state}", made.seed)
+    assert group.values == [verdicts.count(state)]
 
 
 STUDY = """

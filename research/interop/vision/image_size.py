@@ -1,7 +1,10 @@
 """A vision language model for images of another size than it was trained on."""
 
 import dataclasses
+import functools
 from typing import Any
+
+import jax
 
 from research import tree
 from research.interop.loaded import Loaded
@@ -67,13 +70,15 @@ class ImageSize:
     def resize(path: str, x: Any) -> Any:
       if path != "vision/positions/table":
         return x
-      return resized_positions(
-        x,
-        old,
-        new,
+      one = functools.partial(
+        resized_positions,
+        old=old,
+        new=new,
         interpolation=self.interpolation,
         class_token=model.vision.class_token,
       )
+      unread = isinstance(x, jax.ShapeDtypeStruct)
+      return jax.eval_shape(one, x) if unread else one(x)
 
     return dataclasses.replace(
       loaded,

@@ -13,7 +13,7 @@ from research.interop.vision import config as vision_config
 from research.interop.vision import contrastive, families
 from research.interop.vision.families import Family
 from research.interop.vision.tower_params import read_tower
-from research.io import safetensors
+from research.io import safetensors, unread
 from research.text.tokenizer import Tokenizer
 from research.typing import Params, UserError
 from research.vlm.contrastive.dual_encoder import DualEncoder
@@ -31,8 +31,12 @@ def vision_language_params(
   tensors: Mapping[str, quantized.Tensor],
   dtype: str = "float32",
   where: Any = "model",
+  shardings: unread.Shardings | None = None,
 ) -> dict[str, Any]:
   """Returns the parameters of a vision language model out of a file's tensors.
+
+  The language model's are placed as they are read; towers are whole arrays in
+  each process, which `placed` moves.
 
   Args:
     model: what to fill.
@@ -40,12 +44,29 @@ def vision_language_params(
     tensors: by their names; exactly the model's.
     dtype: of the result.
     where: the file or directory, for messages.
+    shardings: of the whole tree, see `unread.place`; with `unread.left` towers
+      are not read either.
 
   Raises:
     UserError: the tensors are not exactly the model's.
   """
   found = family.naming.split(tensors, where)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+  towers = {name: shapes[name] for name in ("vision", "connector")}
+
+  def of_language(language):
+    return shardings(towers | dict(language=language))["language"]
+
+  language = hf.read_params(
+    model.language,
+    found["language"],
+    dtype,
+    where,
+    None if shardings is None else of_language,
+  )
+  if shardings is unread.left:
+    return towers | dict(language=language)
   out = {
     tower: read_tower(
       shapes[tower], rows, found[tower], getattr(model, tower), dtype, where
@@ -55,14 +76,23 @@ def vision_language_params(
       ("connector", family.connector_rows),
     )
   }
-  language = hf.read_params(model.language, found["language"], dtype, where)
   return out | dict(language=language)
+
+
+def placed(loaded: Loaded, shardings: unread.Shardings | None) -> Loaded:
+  """Returns a model with images whose towers, too, are where they go."""
+  if shardings is None:
+    return loaded
+  return dataclasses.replace(
+    loaded, params=unread.moved(loaded.params, shardings)
+  )
 
 
 def model_from_directory(
   path: pathlib.Path,
   dtype: str = "float32",
   config: Mapping[str, Any] | None = None,
+  shardings: unread.Shardings | None = None,
 ) -> tuple[Any, dict[str, Any], Mapping[str, Any]]:
   """Returns the model in a directory, its parameters, and its config.json.
 
@@ -71,10 +101,15 @@ def model_from_directory(
       `contrastive.KINDS` or of `families.MODULES`.
     dtype: of parameters and computation.
     config: what config.json says, if it has been read.
+    shardings: see `vision_language_params`.
+
+  Raises:
+    UserError: it is quantized, or its tensors are not exactly the model's.
   """
   where = str(path / "config.json")
   if config is None:
     config = safetensors.read_json(path / "config.json")
+  _check_plain(config, path)
   tensors = safetensors.open_directory(path)
   kind = config.get("model_type")
   if kind in contrastive.KINDS:
@@ -83,7 +118,9 @@ def model_from_directory(
     return dual, params, config
   model = vision_config.vision_language_model(config, where, dtype)
   family = families.family_of(kind, where)
-  params = vision_language_params(model, family, tensors, dtype, path)
+  params = vision_language_params(
+    model, family, tensors, dtype, path, shardings
+  )
   return model, params, config
 
 
@@ -91,6 +128,7 @@ def load(
   path: pathlib.Path,
   dtype: str = "float32",
   config: Mapping[str, Any] | None = None,
+  shardings: unread.Shardings | None = None,
 ) -> Loaded:
   """Returns a model with images, with its tokenizer and preprocessor.
 
@@ -99,8 +137,9 @@ def load(
       `contrastive.KINDS`.
     dtype: of parameters and computation.
     config: what config.json says, if it has been read.
+    shardings: see `vision_language_params`; `placed` does the rest.
   """
-  model, params, config = model_from_directory(path, dtype, config)
+  model, params, config = model_from_directory(path, dtype, config, shardings)
   words, preprocessor = None, None
   if (path / "tokenizer.json").is_file():
     words = Tokenizer.from_directory(path)
@@ -128,6 +167,38 @@ def load(
     config=config,
   )
   return Loaded(model, params, words, source, preprocessor=preprocessor)
+
+
+def load_language(
+  path: pathlib.Path,
+  dtype: str = "float32",
+  config: Mapping[str, Any] | None = None,
+  shardings: unread.Shardings | None = None,
+) -> Loaded:
+  """Returns the language model of a vision language model alone.
+
+  Args:
+    path, dtype, config: as for `load`.
+    shardings: of the language model's parameters.
+  """
+  of_all = shardings
+  if shardings is not None and shardings is not unread.left:
+
+    def of_all(tree):
+      return tree | {"language": shardings(tree["language"])}
+
+  return language_of(load(path, dtype, config, of_all))
+
+
+def _check_plain(config: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Raises UserError for a quantized model, whose tensors none of ours are."""
+  quantization = quantized.split_config(config, path)[1]
+  if quantization is not None:
+    method = quantization.get("quant_method", "of no method")
+    raise UserError(
+      f"{path}: found a quantized model with images ({method}), expected one"
+      " that is not.\nRead the original; only language models are read packed."
+    )
 
 
 def _preprocessor_file(path: pathlib.Path) -> pathlib.Path | None:

@@ -10,6 +10,7 @@ This is the only module that imports orbax.
 """
 
 import contextlib
+import glob
 import json
 import logging
 import math
@@ -70,9 +71,10 @@ class Checkpoints:
         that another process is writing.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: the folder cannot be written, or has a name of a pattern.
     """
     self.folder = folders.folder(folder)
+    _check_name(self.folder)
     self._sign = 1.0 if better == "lower" else -1.0
     self._best = best
     self._sweep = sweep
@@ -97,7 +99,8 @@ class Checkpoints:
         cleanup_tmp_directories=sweep,
       )
     # Orbax would ask JAX for sync points by the numbers of steps: a run that is
-    # asked to stop in a save would miss its own (`preemption.StopPoints`).
+    # asked to stop in a save would miss its own (`preemption.StopPoints`). No
+    # option of Orbax 0.12 turns that off; a test says if it has come back.
     self._steps._manager.reached_preemption = lambda step: False
 
   def __enter__(self) -> "Checkpoints":
@@ -250,6 +253,11 @@ class Checkpoints:
         raise checksums.Damaged(
           "state: its list of arrays is not what was saved"
         )
+      if data is not None and note and note["place"] is None:
+        raise UserError(
+          f"{where}: was saved without a position of the data, expected one.\n"
+          "Use data without one, as this run did, or another workdir."
+        )
       place = None if data is None else IteratorState.read(where / "data")
       if place and note and place.digest != note["place"]:
         raise checksums.Damaged(
@@ -306,6 +314,20 @@ class Checkpoints:
       suffix = f"{DAMAGED_SUFFIX}.{taken}" if taken else DAMAGED_SUFFIX
       with folders.writing(where):
         where.rename(self.folder / f"{step}{suffix}")
+
+
+def _check_name(path: os.PathLike) -> None:
+  """Raises UserError for a path that Orbax takes for a pattern of paths.
+
+  It looks for files below a path by a pattern that begins with it: of what it
+  has saved it finds nothing, so that all checkpoints seem to be damaged.
+  """
+  if glob.has_magic(os.fspath(path)):
+    raise UserError(
+      f"{path}: found one of the characters * ? [ in this path, below which"
+      " checkpoints would not be found again.\nExpected a path without them;"
+      " rename the folder."
+    )
 
 
 def _meet() -> None:
@@ -399,7 +421,12 @@ def _compare(where: os.PathLike, have: Mapping[str, str], wanted: Any) -> None:
 
 
 def save_tree(path: os.PathLike, arrays: Any) -> None:
-  """Writes a tree of arrays atomically, replacing an existing one."""
+  """Writes a tree of arrays atomically, replacing an existing one.
+
+  Raises:
+    UserError: the path has a name of a pattern.
+  """
+  _check_name(path)
   with _saving():
     ocp.save(path, arrays, overwrite=True)
 
@@ -412,8 +439,10 @@ def load_tree(path: os.PathLike, target: Any) -> Any:
     target: a tree with its structure, shapes, dtypes and shardings.
 
   Raises:
-    UserError: it does not match `target`, or is damaged.
+    UserError: it does not match `target`, is damaged, or its path has a name of
+      a pattern.
   """
+  _check_name(path)
   with _quiet():
     _compare(path, checksums.array_types(ocp.metadata(path).metadata), target)
     try:

@@ -43,7 +43,10 @@ def _sample(x, sharding):
 
 
 def record_base(
-  folder: str | os.PathLike, frozen: Any, source: Mapping[str, Any] | None
+  folder: str | os.PathLike,
+  frozen: Any,
+  source: Mapping[str, Any] | None,
+  saved: bool = True,
 ) -> None:
   """Records the frozen weights of a run, or checks them against the record.
 
@@ -52,6 +55,8 @@ def record_base(
     frozen: the frozen parameters.
     source: a JSON object that says where the weights can be loaded from. If
       None, they are copied into `folder/frozen`.
+    saved: whether the run has saved anything; until then, what it recorded is
+      replaced.
 
   Raises:
     UserError: the run was started with other weights.
@@ -60,7 +65,7 @@ def record_base(
   note = folder / "base.json"
   found = fingerprint(frozen)
   here = None if source is None else dict(source)
-  if note.exists():
+  if saved and note.exists():
     known = _read_note(note)
     if known["fingerprint"] != found:
       raise UserError(
@@ -78,6 +83,32 @@ def record_base(
     # Written last: if the note exists, the copy is complete.
     if jax.process_index() == 0:
       folders.write_text(note, json.dumps(record, indent=2) + "\n")
+
+
+def warn_of_other_base(
+  folder: str | os.PathLike, frozen: Any, source: Mapping[str, Any] | None
+) -> None:
+  """Warns if a run's checkpoint is read on top of other frozen weights.
+
+  No error: other hardware may round weights that a transform has computed, such
+  as quantized ones, in another way.
+
+  Args:
+    folder: folder of the run's checkpoints.
+    frozen: the frozen parameters of now.
+    source: where they come from.
+  """
+  note = folders.folder(folder) / "base.json"
+  if not note.exists():  # of a run from before there were notes
+    return
+  known = _read_note(note)
+  if known["fingerprint"] != fingerprint(frozen):
+    folders.warn(
+      f"{note}: this run's frozen weights came from {known['source']} and are"
+      f" not the same as now, from {None if source is None else dict(source)}."
+      "\nUnless other hardware has rounded them, results are those of another"
+      " model; use the same base weights."
+    )
 
 
 def _read_note(note: Folder) -> dict[str, Any]:

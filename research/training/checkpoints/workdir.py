@@ -17,7 +17,7 @@ LENGTH_LINES = r"(?i)^steps =|\b(TrainConfig|plan|optim\.\w+)\.steps ="
 Other `steps`, such as Muon's, are part of the experiment."""
 
 LENGTH_AND_MESH_LINES = LENGTH_LINES + (
-  r"|\bmesh = @|\bsharding\b"
+  r"|^[\w./]+\bmesh = @|^(from|import) .*\bsharding\b|^[\w./]*\bsharding\."
   r"|^(data|fsdp|sequence|ring|ulysses|tensor|expert) ="
 )
 """Those, and lines that set a run's mesh of devices: what a run may change when
@@ -109,8 +109,7 @@ def has_progress(workdir: Folder) -> bool:
 
 def _same_experiment(mark: Folder, old: str, new: str, may_differ: str) -> None:
   def lines(text):
-    stripped = (line.strip() for line in text.splitlines())
-    return [x for x in stripped if x and not re.search(may_differ, x)]
+    return [x for x in _statements(text) if not re.search(may_differ, x)]
 
   current = moved.current(old)
   # Renamed modules change the order of imports.
@@ -132,19 +131,30 @@ def _same_experiment(mark: Folder, old: str, new: str, may_differ: str) -> None:
   )
 
 
+def _statements(text: str) -> list[str]:
+  """Returns a configuration's imports and bindings, a line each.
+
+  Values of several lines are joined: as lines of their own they could change
+  places, or binding, unnoticed.
+  """
+  found: list[str] = []
+  inside = False
+  for line in text.splitlines():
+    bound = re.match(r"[\w./]+ = ", line)
+    if line[:1] in ("#", ""):
+      inside = False
+    elif inside and not bound and not re.match(r"(from|import)\s", line):
+      found[-1] = f"{found[-1].removesuffix('\\').strip()} {line.strip()}"
+    else:
+      found.append(line.strip())
+      inside = bound is not None
+  return found
+
+
 def _bindings(text: str) -> dict[str, str]:
   """Returns the bindings of an operative configuration, by name."""
-  found: dict[str, str] = {}
-  name = None
-  for line in text.splitlines():
-    bound = re.match(r"([\w./]+) = (.*)", line)
-    if bound:
-      name, found[bound.group(1)] = bound.groups()
-    elif line[:1] in ("#", "") or re.match(r"(from|import)\s", line):
-      name = None
-    elif name is not None:  # a value of several lines
-      found[name] = f"{found[name].removesuffix('\\')} {line.strip()}".strip()
-  return found
+  pairs = (re.match(r"([\w./]+) = (.*)", x) for x in _statements(text))
+  return {found[1]: found[2] for found in pairs if found}
 
 
 def _changes(

@@ -267,6 +267,7 @@ def test_help_names_every_flag(command, module, own):
     (["--workdir=a", "--text=b"], "--text: has no effect without --base"),
     (["--workdir=a", "--nolayers"], "--layers: has no effect without --base"),
     (["--base=a", "--model=b", "--workdir=c"], "--workdir: has no effect with"),
+    (["--base=a", "--model=b", "--devices=2"], "--devices: has no effect with"),
     (
       ["--base=a", "--model=b", "--set=C=3"],
       "--set: has no effect with --base",

@@ -30,7 +30,7 @@ class _Report:
     return "a table"
 
   def to_json(self):
-    return {"right": 0.5}
+    return {"right": 0.5, "worst": math.inf}
 
 
 def test_state_transforms_run_and_the_trained_model_answers(tmp_path, capsys):
@@ -55,11 +55,23 @@ def test_state_transforms_run_and_the_trained_model_answers(tmp_path, capsys):
   records = metrics.read_jsonl(workdir / "metrics.jsonl")
   marked = [r["train/marked"] for r in records if "train/loss" in r]
   assert marked == [7.0, 7.0, 7.0]
-  assert result["answers"] == {"right": 0.5}
+  assert result["answers"] == {"right": 0.5, "worst": math.inf}
+  # JSON has no infinity.
+  text = (workdir / "result.json").read_text()
+  written = json.loads(text, parse_constant=pytest.fail)
+  assert written["answers"] == {"right": 0.5, "worst": None}
   assert "a table" in capsys.readouterr().err
   built = experiment.build()
   _, trained = train_eval.restore_checkpoint(experiment, built, workdir)
   chex.assert_trees_all_equal(*asked, trained.params)
+  # Trained weights on top of others than they were trained with are said so.
+  words = "frozen weights came from"
+  assert words not in capsys.readouterr().err
+  note = workdir / "checkpoints" / "base.json"
+  other = json.loads(note.read_text()) | {"fingerprint": "of others"}
+  note.write_text(json.dumps(other))
+  train_eval.restore_checkpoint(experiment, built, workdir)
+  assert words in capsys.readouterr().err
 
 
 CHAT = [{"role": "user"}, {"role": "assistant", "content": "x"}]

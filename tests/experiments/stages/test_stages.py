@@ -385,6 +385,20 @@ def test_a_stage_waits_for_the_one_before_it(whole, tmp_path):
     stage.build()
 
 
+def test_a_stage_does_not_start_from_one_that_trained_for_longer(tmp_path):
+  """A finished one is left alone: its result is not that of fewer steps."""
+  place = tmp_path / FIRST
+  (place / "checkpoints" / "6").mkdir(parents=True)
+  (place / "result.json").write_text('{"steps": 6, "seconds": 1.0}')
+  read = config.read(TINY)
+  with pytest.raises(UserError, match="has finished at step 6, expected 4"):
+    running.claim(read.experiment, read.text, tmp_path)
+  assert not (tmp_path / "config.gin").exists()
+  longer = config.read(TINY, ["embedding/STEPS=6"])
+  running.claim(longer.experiment, longer.text, tmp_path)
+  assert (tmp_path / "config.gin").exists()
+
+
 def test_python_names_stages_in_order():
   one, two = config.read(TINY).experiment.stages.values()
   with pytest.raises(UserError, match="expected a stage before it, of \\[\\]"):

@@ -130,9 +130,13 @@ LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
 )
 def test_names_are_labels_of_dns(sweep):
   """Those of pods add the group, job, pod and 5 letters."""
-  name = jobset.jobset_name(sweep, "RANK=1")
+  folder = pathlib.Path("/runs/a/units")
+  name = jobset.jobset_name(sweep, folder / "RANK=1")
   assert re.fullmatch(DNS, name) and len(name) <= 40
-  assert name != jobset.jobset_name(sweep, "RANK=2")
+  assert name != jobset.jobset_name(sweep, folder / "RANK=2")
+  # Nor has the same unit of a sweep in another directory this one's name.
+  other = pathlib.Path("/runs/b/units") / "RANK=1"
+  assert name != jobset.jobset_name(sweep, other)
   unit, *_ = make_launchers.planned(pathlib.Path("/runs/a/units"))
   on = jobset.hardware("v5e:4x4")
   text = jobset.manifest(

@@ -1,5 +1,7 @@
 """The local launcher: order, retries, failures, being asked to stop."""
 
+import errno
+import fcntl
 import os
 import pathlib
 import shutil
@@ -255,3 +257,17 @@ def test_a_killed_sweep_leaves_no_orphan(tmp_path):
 
   wait_for(free)
   assert (tmp_path / "a.log").read_text() == "saved\n"
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+  """Nobody else runs the sweep: the error must not say so."""
+
+  def unsupported(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(fcntl, "flock", unsupported)
+  with (
+    pytest.raises(UserError, match="cannot be locked .No locks"),
+    work.lock(tmp_path),
+  ):
+    pass

@@ -93,7 +93,7 @@ class Line:
 
 
 class Numbers:
-  """Endless batches for `Line`, with a position that can be saved."""
+  """Endless batches for `Line`, without a position that can be saved."""
 
   def __init__(self, bad_from: int | None = None, size: int = 8):
     self.bad_from, self.size = bad_from, size
@@ -115,6 +115,21 @@ class _Iterator:
     if self.data.bad_from and self.next_index >= self.data.bad_from:
       batch["y"][0] = np.nan
     return batch
+
+
+class Positioned(Numbers):
+  """The same with a position."""
+
+  def __iter__(self) -> Any:
+    return _Positioned(self)
+
+
+class _Positioned(_Iterator):
+  def get_state(self):
+    return {"next_index": self.next_index}
+
+  def set_state(self, found):
+    self.next_index = found["next_index"]
 
 
 def line_batch(seed, size=8):

@@ -6,17 +6,19 @@ import shutil
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from research.data import pipeline
 from research.optim import optim
-from research.training import evaluating, loop, state
+from research.training import evaluating, loop, preemption, state
 from research.training.checkpoints.checkpoint import Checkpoints
 from research.training.objectives.objective import NextToken
 from research.training.step import make_eval_step
 from research.typing import UserError
+from tests.research.training.conftest import Positioned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +249,57 @@ def test_one_trace_a_run(line, tmp_path):
     evaluations={"validation": [next(iter(numbers()))] * 3},
   )
   assert int(out.state.step) == 8
+
+
+def test_data_that_start_over_are_said_to(line, tmp_path, capsys):
+  """They have no position; nor has their checkpoint, for data that have one."""
+  objective, params, numbers = line
+  tx = optax.sgd(0.1)
+
+  def run(data, steps):
+    start = state.create(params, "w", tx)
+    plan = loop.TrainConfig(steps=steps)
+    return loop.fit(objective, tx, start, data, plan, workdir=tmp_path)
+
+  run(numbers(), 1)
+  words = "resumes at step 1, but its data has no position"
+  assert words not in capsys.readouterr().err
+  run(numbers(), 2)
+  assert words in capsys.readouterr().err
+  with pytest.raises(UserError, match="without a position of the data"):
+    run(Positioned(), 3)
+  assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+class Stops:
+  """Asks a run to stop at its first stop point."""
+
+  def reached(self):
+    return True
+
+  def unsaved(self, whether):
+    pass
+
+
+def test_a_run_that_saved_nothing_may_have_another_base(
+  line, tmp_path, monkeypatch
+):
+  """One that has, may not."""
+  objective, params, numbers = line
+  tx = optax.sgd(0.1)
+
+  def run(base, steps):
+    start = state.create(params | {"base": jnp.float32(base)}, "w", tx)
+    plan = loop.TrainConfig(steps=steps)
+    return loop.fit(objective, tx, start, numbers(), plan, workdir=tmp_path)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(preemption, "StopPoints", Stops)
+    with pytest.raises(preemption.Preempted, match="no step was taken"):
+      run(0.5, 1)
+  assert run(0.7, 1).state.frozen["base"] == np.float32(0.7)
+  with pytest.raises(UserError, match="not the same as now"):
+    run(0.5, 2)
 
 
 def test_frozen_is_never_donated(line, tmp_path):

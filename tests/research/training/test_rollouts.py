@@ -13,7 +13,12 @@ from research.training import loop, rollouts, state
 from research.training.reports import metrics
 from research.training.rollouts import OnPolicy, Round
 from research.typing import UserError
-from tests.research.training.conftest import Line, line_batch
+from tests.research.training.conftest import (
+  Line,
+  Numbers,
+  Positioned,
+  line_batch,
+)
 
 STEPS = 6
 
@@ -125,3 +130,18 @@ def test_mistakes():
     OnPolicy(Guesses(0), None)
   with pytest.raises(UserError, match="x is float64, expected one of bool"):
     rollouts._encode("x", np.zeros(2))
+
+
+@pytest.mark.parametrize(
+  "made",
+  [Numbers, lambda: iter(Numbers()), lambda: iter(Positioned())],
+  ids=["iterable", "iterator", "iterator with a position"],
+)
+def test_no_batch_of_data_is_lost_to_find_its_shape(made):
+  stream = rollouts.batch_source(made(), None)
+  start = state.TrainState(0, None, None, None)
+  [shape] = stream.shapes(start)
+  for number in (1, 2):
+    batch = stream.next(start, number)
+    chex.assert_trees_all_equal(batch, line_batch(number))
+    chex.assert_trees_all_equal_shapes(batch, shape)

@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from research.interop import load, vision
 from research.interop.loaded import Loaded
-from research.interop.vision import config_write, write
+from research.interop.vision import ImageSize, config_write, write
+from research.io import unread
 from research.typing import UserError
 from research.vlm import connectors, masks
 from research.vlm.encoders.vit import Features
@@ -43,6 +44,55 @@ def test_what_is_written_is_read_back(tmp_path):
   alone = load.load_model(tmp_path / "model")
   assert alone.model == MODEL.language
   jax.tree.map(np.testing.assert_array_equal, alone.params, PARAMS["language"])
+
+
+def test_a_model_with_images_goes_where_the_mesh_has_it(tmp_path):
+  """All of it, or its language model alone."""
+  vision.write_model(tmp_path / "model", loaded(), PARAMS)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+  here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  asked = []
+
+  def everywhere(tree):
+    asked.append(set(tree))
+    return jax.tree.map(lambda _: here, tree)
+
+  for towers in ("all", "language"):
+    folder = tmp_path / "model"
+    whole = load.load_model(folder, towers=towers)
+    found = load.load_model(folder, towers=towers, shardings=everywhere)
+    assert {x.sharding for x in jax.tree.leaves(found.params)} == {here}
+    assert all(names == set(whole.params) for names in asked)
+    asked.clear()
+    jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
+    # A plan reads nothing, and finds the same shapes.
+    left = load.load_model(folder, towers=towers, shardings=unread.left)
+    assert left.params == unread.abstract(whole.params)
+
+
+def test_a_plan_for_larger_images_reads_nothing(tmp_path):
+  vision.write_model(tmp_path / "model", loaded(), PARAMS)
+  both = [
+    load.load_model(
+      tmp_path / "model",
+      towers="all",
+      image_size=ImageSize(pixels=24),
+      shardings=shardings,
+    )
+    for shardings in (None, unread.left)
+  ]
+  assert both[1].params == unread.abstract(both[0].params)
+
+
+def test_a_quantized_model_with_images_is_refused(tmp_path):
+  folder = tmp_path / "model"
+  vision.write_model(folder, loaded(), PARAMS)
+  config = json.loads((folder / "config.json").read_text())
+  config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+  (folder / "config.json").write_text(json.dumps(config))
+  for packed in (None, True, False):
+    with pytest.raises(UserError, match="quantized model with images .gptq"):
+      load.load_model(folder, towers="all", packed=packed)
 
 
 def llava():

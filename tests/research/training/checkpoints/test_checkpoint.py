@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from research import tree
 from research.optim import optim
 from research.training import state
 from research.training.checkpoints import checksums, frozen_base
-from research.training.checkpoints.checkpoint import Checkpoints
+from research.training.checkpoints.checkpoint import Checkpoints, save_tree
 from research.typing import UserError
 
 ADAPTERS = r"/trained/"
@@ -50,6 +51,40 @@ def test_round_trip(start, tmp_path):
   )
   chex.assert_trees_all_equal(found, want)
   assert jax.tree.structure(found) == jax.tree.structure(start)
+
+
+def test_orbax_does_not_ask_jax_for_sync_points(monkeypatch, tmp_path):
+  """By numbers of steps: the loop's own would be missed."""
+  asked = []
+  monkeypatch.setattr(
+    multihost_utils, "reached_preemption_sync_point", asked.append
+  )
+  made = state.create({"a": jnp.ones(3)}, "a", optim.adamw(1e-3))
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(made)
+  assert not asked
+
+
+def test_a_folder_may_have_a_strange_name(tmp_path):
+  """Of characters that a shell or a URL reads in another way."""
+  folder = tmp_path / "a b%20c {x} $HOME #é"
+  made = state.create({"a": jnp.ones(3)}, "a", optim.adamw(1e-3))
+  with Checkpoints(folder) as checkpoints:
+    checkpoints.save(made, metrics={"validation/loss": 1.0})
+  with Checkpoints(folder, sweep=True) as checkpoints:
+    assert checkpoints.best == (0, 1.0)
+    found, step = checkpoints.restore_latest(made)
+  chex.assert_trees_all_equal(found.trainable, made.trainable)
+  assert step == 0
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?"])
+def test_a_name_that_is_a_pattern_is_refused(tmp_path, name):
+  """Orbax would not find what it has saved, after hours of training."""
+  for use in (Checkpoints, lambda path: save_tree(path, {"a": jnp.ones(3)})):
+    with pytest.raises(UserError, match="rename the folder"):
+      use(tmp_path / name)
+  assert not list(tmp_path.iterdir())
 
 
 class Data:

@@ -7,7 +7,10 @@ import pytest
 
 from research.io import folders
 from research.training.checkpoints import versions
-from research.training.checkpoints.workdir import claim_workdir
+from research.training.checkpoints.workdir import (
+  LENGTH_AND_MESH_LINES,
+  claim_workdir,
+)
 from research.typing import UserError
 
 CONFIG = "adamw.learning_rate = 0.1\nSTEPS = 5\n"
@@ -161,6 +164,33 @@ def test_the_same_bindings_of_another_module_are_another_run(tmp_path):
   other = _operative(8).replace("research.lora.methods", "mine")
   with pytest.raises(UserError, match="\\+from mine import lora"):
     claim_workdir(tmp_path, other)
+
+
+LONG = """a.first = \\
+    'x'
+a.second = \\
+    'y'
+a.parts = \\
+    (@one/a.part(),
+     @two/a.part(),
+     @three/a.part(),
+     @four/a.part())
+files = 'sharding/1'
+"""
+
+
+@pytest.mark.parametrize(
+  "one, other",
+  [("'x'", "'y'"), ("@two", "@three"), ("sharding/1", "sharding/2")],
+)
+def test_values_that_change_places_are_another_run(tmp_path, one, other):
+  """Of two bindings, or in a list; a file is no mesh, whatever its name."""
+  changed = LONG.replace(one, "?").replace(other, one).replace("?", other)
+  claim_workdir(tmp_path, LONG, LENGTH_AND_MESH_LINES)
+  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+  claim_workdir(tmp_path, LONG, LENGTH_AND_MESH_LINES)
+  with pytest.raises(UserError, match="another experiment"):
+    claim_workdir(tmp_path, changed, LENGTH_AND_MESH_LINES)
 
 
 def test_a_full_disk_leaves_the_mark(tmp_path):
