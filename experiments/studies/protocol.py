@@ -205,7 +205,8 @@ def check_settings(path: pathlib.Path, found: str | None, now: str) -> None:
     UserError: they differ, by more than imports that nothing uses.
   """
   if found is not None:
-    found, now = map(moved.without_unused_imports, (found, now))
+    found = moved.without_unused_imports(moved.current(found))
+    now = moved.without_unused_imports(now)
   if found == now:
     return
   mend = "Use another --workdir, or remove that file."

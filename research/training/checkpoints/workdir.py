@@ -111,6 +111,7 @@ def _same_experiment(mark: Folder, old: str, new: str, may_differ: str) -> None:
   def lines(text):
     return [x for x in _statements(text) if not re.search(may_differ, x)]
 
+  old, new = map(moved.without_unused_imports, (old, new))
   current = moved.current(old)
   # Renamed modules change the order of imports.
   if sorted(lines(current)) == sorted(lines(new)) or lines(old) == lines(new):

@@ -166,6 +166,13 @@ def test_the_same_bindings_of_another_module_are_another_run(tmp_path):
     claim_workdir(tmp_path, other)
 
 
+def test_an_import_that_nothing_uses_is_no_difference(tmp_path):
+  workdir = claim_workdir(tmp_path, _operative(8))
+  (workdir / "checkpoints" / "3").mkdir(parents=True)
+  more = _operative(8).replace("from ", "from mine import unused\nfrom ", 1)
+  assert claim_workdir(tmp_path, more) == workdir
+
+
 LONG = """a.first = \\
     'x'
 a.second = \\
