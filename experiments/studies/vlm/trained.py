@@ -31,7 +31,7 @@ class RunFile:
     groups: kinds or strata ("exists/both") that the verdict is of.
     strata: further ones that the table shows.
     margin: share of right answers above the best baseline, in the mean over
-      groups, that the claim says.
+      groups, that the claim says; 0 for any.
   """
 
   path: str
@@ -165,10 +165,10 @@ def _verdict(file: RunFile, reports: list[Row]) -> Verdict:
   }
   overall = mean(np.mean(list(margins.values()), axis=0))
   each = ", ".join(f"{g}: {mean(x).times(100)}" for g, x in margins.items())
+  points = f" {100 * file.margin:g} points" if file.margin else ""
   return Verdict(
-    f"{file.name}: right answers are {100 * file.margin:g} points above the"
-    " best of blind, shuffled and rules, in the mean over"
-    f" {', '.join(file.groups)}",
+    f"{file.name}: right answers are{points} above the best of blind, shuffled"
+    f" and rules, in the mean over {', '.join(file.groups)}",
     f"{overall.times(100)} points ({each})",
     above(overall, file.margin),
   )
