@@ -34,8 +34,9 @@ class BlockDiffusion:
     mask_id: the token that hides others.
     block: tokens of a block; blocks start where documents do.
     low, high: a block's time, which is the share of masks, lies between;
-      a narrower range has less variance, and is no bound. Blocks of one token
-      are always masked.
+      a narrower range has less variance, and is no bound. A masked token counts
+      one over its block's time, or 1 if `low` is above a half, as in the
+      authors' code. Blocks of one token are always masked.
     noise: which tokens may be masked, see `MaskedDiffusion`.
     shift: whether a token is predicted by the state before it, as in models
       that began autoregressive. A block's first token is predicted by the last

@@ -93,11 +93,17 @@ def sample(
     look: called after each block, to show it.
 
   Raises:
-    UserError: logits are not finite, no canvas grows, or candidates cannot be
-      drawn so.
+    UserError: logits are not finite, no canvas grows, candidates cannot be
+      drawn so, or the model has blocks.
   """
   _growth(config)
   sampler.check_sampling(sampling)
+  if denoiser.unit > 1:
+    raise UserError(
+      f"variable_length: found a model with blocks of {denoiser.unit} tokens, "
+      "expected one whose tokens see all: what stands behind a block says "
+      "nothing of it"
+    )
   state = tree.device_put_like(state, params)
   width = state.tokens.shape[1] - config.length
   state, looked, finite = _measured(denoiser, params, state, config)
