@@ -77,7 +77,7 @@ class BlockDiffusion:
     params = weights.bind(params, key=key)
     for transform in self.batch_transforms:
       batch = transform(batch, key)
-    drawn = process.drawing(key)
+    drawn = process.drawing(key, batch["tokens"])
     tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["positions"])
     time = None

@@ -16,12 +16,29 @@ Spread = Literal["independent", "even"]
 
 
 FIXED = 17
-"""Seed of the masks in evaluation, the same ones every time."""
+"""Seed of the masks in evaluation."""
 
 
-def drawing(key: PRNGKey | None) -> PRNGKey:
-  """Returns what masks are drawn from: `key`, or a fixed one for None."""
-  return jax.random.key(FIXED) if key is None else key
+def drawing(key: PRNGKey | None, tokens: Int[Array, "*B T"]) -> PRNGKey:
+  """Returns what a batch's masks are drawn from: `key`, or its own for None.
+
+  In evaluation, where there is none, it follows from the batch's tokens: a
+  batch has the same masks every time, and two batches have others. With the
+  same for all, an evaluation would be one of the few times that a batch's rows
+  have, and no number of batches would bring it nearer to the bound.
+
+  Args:
+    key: of the batch, or None.
+    tokens: of the batch.
+  """
+  if key is not None:
+    return key
+  # Odd factors: a batch with one other token has another sum. Whole numbers,
+  # so that a mesh changes nothing.
+  place = jnp.arange(tokens.size, dtype=jnp.uint32).reshape(tokens.shape)
+  factors = (2 * place + 1) * jnp.uint32(0x9E3779B1)
+  number = (factors * tokens.astype(jnp.uint32)).sum(dtype=jnp.uint32)
+  return jax.random.fold_in(jax.random.key(FIXED), number)
 
 
 def learned(weights: Float[Array, "B T"]) -> Bool[Array, "B T"]:
