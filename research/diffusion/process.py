@@ -33,12 +33,12 @@ def drawing(key: PRNGKey | None, tokens: Int[Array, "*B T"]) -> PRNGKey:
   """
   if key is not None:
     return key
-  # Odd factors: a batch with one other token has another sum. Whole numbers,
-  # so that a mesh changes nothing.
-  place = jnp.arange(tokens.size, dtype=jnp.uint32).reshape(tokens.shape)
-  factors = (2 * place + 1) * jnp.uint32(0x9E3779B1)
+  # Random factors, so that hardly two batches have one sum; odd ones, so that
+  # one other token gives another. Whole numbers: a mesh changes nothing.
+  key = jax.random.key(FIXED)
+  factors = jax.random.bits(key, tokens.shape, jnp.uint32) | 1
   number = (factors * tokens.astype(jnp.uint32)).sum(dtype=jnp.uint32)
-  return jax.random.fold_in(jax.random.key(FIXED), number)
+  return jax.random.fold_in(key, number)
 
 
 def learned(weights: Float[Array, "B T"]) -> Bool[Array, "B T"]:

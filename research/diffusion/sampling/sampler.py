@@ -20,7 +20,12 @@ import numpy as np
 
 from research import tree
 from research.diffusion.sampling import layout
-from research.diffusion.sampling.candidates import candidates, quota, remasked
+from research.diffusion.sampling.candidates import (
+  candidates,
+  quota,
+  remasked,
+  without_placeholders,
+)
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.denoiser import Denoiser
 from research.generation import sampling as samplers
@@ -346,6 +351,7 @@ def fill_block(
     state, i, edits, spare, carry, finite = loop
     given = params, state.tokens, state.valid, at, size
     logits, carry = denoiser.step(*given, carry)
+    logits = without_placeholders(logits, params)
     spare -= ~unfinished(state, i)
     state, edits = fill(state, logits, at, config, sampling, planned, i, edits)
     edits &= unfinished(state, i + 1) | (spare > 0)
@@ -354,6 +360,7 @@ def fill_block(
   ask = denoiser.prefill if memory is None else denoiser.step
   left = () if memory is None else (memory,)
   logits, carry = ask(params, state.tokens, state.valid, at, size, *left)
+  logits = without_placeholders(logits, params)
   state, edits = fill(state, logits, at, config, sampling, planned, 0)
   carry = jax.tree.map(jnp.asarray, carry)
   # Edits of a full row are limited, however early it was full.

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from research.diffusion.sampling import sampler
+from research import weights
+from research.diffusion.sampling import sampler, variable_length
 from research.diffusion.sampling.classifier_free_guidance import (
   ClassifierFreeGuidance,
 )
-from research.diffusion.sampling.config import SamplerConfig
+from research.diffusion.sampling.config import Growth, SamplerConfig
 from research.diffusion.sampling.credit import Credited
 from research.diffusion.sampling.policies import Quota, Threshold
 from research.generation.sampling import GREEDY, Sampling
@@ -73,6 +74,29 @@ def test_nothing_masked_is_nothing_to_do():
   got = sampler.sample(Wave(), {}, state, options)
   np.testing.assert_array_equal(got.tokens, tokens)
   assert got.counts[0] == 0 and (got.filled == -1).all()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Spliced(weights.Weight):
+  """An embedding in which token 3 stands for an image's feature."""
+
+  extra_ids = (3, MASK + 9)
+
+
+def test_a_placeholder_of_images_is_never_filled_in():
+  options = SamplerConfig(mask_id=MASK, length=8, block=8, steps=4)
+  state, found = sampler.start([[2, 5, 1]], options, jax.random.key(0)), []
+  for params in ({}, {"embed": Spliced()}, {"params": {"embed": Spliced()}}):
+    found.append(sampler.sample(Wave(), params, state, options).tokens[0, 3:])
+  assert 3 in found[0] and 3 not in found[1]
+  np.testing.assert_array_equal(found[1], found[2])
+  canvas = dataclasses.replace(
+    options, steps=None, policy=Threshold(), canvas=Growth(), end=(0,)
+  )
+  state = variable_length.start([[2, 5, 1]], canvas, jax.random.key(0))
+  got = variable_length.sample(Wave(), {"embed": Spliced()}, state, canvas)
+  assert 3 not in got.tokens[0, 3:]
 
 
 @dataclasses.dataclass(frozen=True)
