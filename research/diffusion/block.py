@@ -128,12 +128,14 @@ class BlockDiffusion:
   def _times(self, first, third, positions):
     rows, length = positions.shape
     place = jnp.arange(length)
-    # Padding, at position -1, is in no block of what is before it.
-    start = place - jnp.where(positions < 0, 0, positions % self.block)
-    start = jnp.maximum(start, 0)
+    start = jnp.maximum(place - positions % self.block, 0)
+    # Padding begins none, or it would take most of the times of a short row.
+    start = jnp.where(positions < 0, length, start)
     # The n-th block of a row, of documents too that begin within it.
-    fresh = jax.vmap(lambda s: jnp.zeros(length).at[s].set(1.0))(start)
-    number = jnp.cumsum(fresh, axis=-1) - 1
+    fresh = jax.vmap(lambda s: jnp.zeros(length).at[s].set(1.0, mode="drop"))(
+      start
+    )
+    number = jnp.maximum(jnp.cumsum(fresh, axis=-1) - 1, 0)
     keys = row_keys(first, jnp.arange(rows))
     u = jax.vmap(lambda k: jax.random.uniform(k, ()))(keys)
     blocks = jnp.maximum(number.max(-1, keepdims=True) + 1, 1)
