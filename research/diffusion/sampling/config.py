@@ -411,6 +411,11 @@ class SamplerConfig:
       )
 
   @property
+  def draws_places(self) -> bool:
+    """Whether places to fill are drawn, however candidates are."""
+    return self.select == "random" or self.place_temperature is not None
+
+  @property
   def block_steps(self) -> int:
     """Returns the steps planned for a block, of what `for_model` returned."""
     if self.steps is None:
