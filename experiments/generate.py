@@ -240,6 +240,12 @@ def _fill(prompts: list[str], rules: Any) -> dict[str, Any]:
 
   config = flags_from.build(SamplerConfig, FLAGS)
   infills = _INFILL.value
+  drawn = rules.temperature is not None or config.draws_places
+  if FLAGS["seed"].present and not drawn:
+    raise UserError(
+      "--seed: has no effect at --temperature=0, unless --select=random or"
+      " --place_temperature draws positions; leave it out"
+    )
   pictures = diffusion.Pictures(html=_HTML.value, gif=_GIF.value)
   diffusion.check(config, infills, len(infills or prompts), pictures)
   loaded = _load()

@@ -104,7 +104,7 @@ def quantize(
 
   Args:
     x: Keys or values.
-    dtype: A key of `LARGEST`.
+    dtype: A key of `MAX_CODE`.
 
   Returns:
     The rounded numbers and a float32 scale per vector; their product is `x`,

@@ -35,7 +35,7 @@ def make_rows(
   memory: tuple[int, int],
   window: int | None = None,
 ) -> RaggedRows:
-  """Builds `Rows`, checking values that are known before the program runs.
+  """Builds rows, checking values that are known before the program runs.
 
   Only table entries that are read need to be valid pages.
 

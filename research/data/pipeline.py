@@ -125,7 +125,13 @@ class Pipeline(ShuffledRows):
     Warns if examples with a partial loss mask, such as conversations, are
     split: an answer then loses its question, while plain text may be read from
     anywhere.
+
+    Raises:
+      UserError: the source is of tokens, and `begin` or `end` names one, which
+        only texts get; or a row is too short.
     """
+    if isinstance(self.source, examples.Tokens):
+      self._check_special_tokens()
     special = self.special_tokens(tokenizer)
     found = examples.read(self.source, tokenizer, special)
     packed = packing.pack(
@@ -138,6 +144,19 @@ class Pipeline(ShuffledRows):
     rows = packed.with_targets()
     self._warn(found, len(packed), len(rows))
     return rows
+
+  def _check_special_tokens(self) -> None:
+    """Raises UserError for special tokens that examples do not get."""
+    given = {"end": self.end}
+    if self.every_row is not True:
+      given["begin"] = self.begin
+    for name, token in given.items():
+      if isinstance(token, int):
+        raise UserError(
+          f"Pipeline.{name}: found {token} for {type(self.source).__name__},"
+          " whose examples are tokens already and get no other.\nExpected"
+          ' "auto" or None; put it into the examples, or give texts.'
+        )
 
   def _warn(
     self, found: Sequence[examples.Example], packed: int, kept: int

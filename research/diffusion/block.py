@@ -34,8 +34,9 @@ class BlockDiffusion:
     mask_id: the token that hides others.
     block: tokens of a block; blocks start where documents do.
     low, high: a block's time, which is the share of masks, lies between;
-      a narrower range has less variance, and is no bound. Blocks of one token
-      are always masked.
+      a narrower range has less variance, and is no bound. A masked token counts
+      one over its block's time, or 1 if `low` is above a half, as in the
+      authors' code. Blocks of one token are always masked.
     noise: which tokens may be masked, see `MaskedDiffusion`.
     shift: whether a token is predicted by the state before it, as in models
       that began autoregressive. A block's first token is predicted by the last
@@ -76,7 +77,7 @@ class BlockDiffusion:
     params = weights.bind(params, key=key)
     for transform in self.batch_transforms:
       batch = transform(batch, key)
-    drawn = process.drawing(key)
+    drawn = process.drawing(key, batch["tokens"])
     tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["positions"])
     time = None
@@ -127,12 +128,14 @@ class BlockDiffusion:
   def _times(self, first, third, positions):
     rows, length = positions.shape
     place = jnp.arange(length)
-    # Padding, at position -1, is in no block of what is before it.
-    start = place - jnp.where(positions < 0, 0, positions % self.block)
-    start = jnp.maximum(start, 0)
+    start = jnp.maximum(place - positions % self.block, 0)
+    # Padding begins none, or it would take most of the times of a short row.
+    start = jnp.where(positions < 0, length, start)
     # The n-th block of a row, of documents too that begin within it.
-    fresh = jax.vmap(lambda s: jnp.zeros(length).at[s].set(1.0))(start)
-    number = jnp.cumsum(fresh, axis=-1) - 1
+    fresh = jax.vmap(lambda s: jnp.zeros(length).at[s].set(1.0, mode="drop"))(
+      start
+    )
+    number = jnp.maximum(jnp.cumsum(fresh, axis=-1) - 1, 0)
     keys = row_keys(first, jnp.arange(rows))
     u = jax.vmap(lambda k: jax.random.uniform(k, ()))(keys)
     blocks = jnp.maximum(number.max(-1, keepdims=True) + 1, 1)

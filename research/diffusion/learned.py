@@ -109,7 +109,8 @@ class GenMD4:
     maskable = self._maskable(batch)
     w = jax.nn.softplus(params[NAME].astype(jnp.float32))
     own = jnp.take(w, batch["tokens"])
-    t, masks = self.draw(process.drawing(key), maskable, own)
+    drawn = process.drawing(key, batch["tokens"])
+    t, masks = self.draw(drawn, maskable, own)
     pair = self._integrands(params, w, batch, masks, t)
     chances = [_log_chance(m, maskable, own, t) for m in masks]
     # In value nothing, in gradient that of which tokens are masked.

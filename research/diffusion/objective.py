@@ -103,7 +103,7 @@ class MaskedDiffusion:
     params = weights.bind(params, key=key)
     for transform in self.batch_transforms:
       batch = transform(batch, key)
-    drawn = process.drawing(key)
+    drawn = process.drawing(key, batch["tokens"])
     tokens = batch["tokens"]
     maskable = process.without_images(params, tokens, self.maskable(batch))
     masked, counts = self.draw(drawn, maskable, batch["segments"])

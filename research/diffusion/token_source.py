@@ -67,13 +67,16 @@ class DiffusionSource:
     key: PRNGKey | None = None,
     stop_tokens: Sequence[int] = (),
     examples: Sequence[int] | None = None,
+    size: int | None = None,
   ) -> Iterator[np.ndarray]:
-    """Yields new tokens `[B, max_new_tokens]`, `NO_TOKEN` after a row's end.
+    """Yields new tokens `[B, n]`, `NO_TOKEN` after a row's end.
 
     Args:
       model, params, prompts, sampling, key, stop_tokens, examples: as for
         `generation.generate.chunks`.
       max_new_tokens: masks after each prompt.
+      size: tokens per chunk; by default all at once. No chunk is there before
+        all masks are filled, in whatever order.
 
     Raises:
       UserError: a prompt is empty, has the mask or ids outside the vocabulary,
@@ -107,4 +110,6 @@ class DiffusionSource:
     new = found.tokens[:, -config.length :]
     ended = np.isin(new, config.end)
     behind = np.cumsum(ended, axis=-1) - ended > 0
-    yield np.where(behind, NO_TOKEN, new)
+    new = np.where(behind, NO_TOKEN, new)
+    for at in range(0, config.length, size or config.length):
+      yield new[:, at : at + (size or config.length)]

@@ -141,9 +141,7 @@ def next_token(
   """
   active, occurred = rows.active, _occurred(rows, rows.active)
   logits = model.apply({"params": params}, hidden, method="logits")
-  for extra in weights.extra_ids(params):
-    if extra < logits.shape[-1]:
-      logits = logits.at[..., extra].set(-jnp.inf)
+  logits = samplers.exclude(logits, weights.extra_ids(params))
   drawn = samplers.sample(
     logits, sampling, rows.keys, rows.step, occurred
   ).astype(jnp.int32)

@@ -7,6 +7,7 @@ batch.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -70,6 +71,16 @@ def check(sampling: Sampling) -> None:
 def row_keys(key: PRNGKey, examples: Int[Array, "B"]) -> PRNGKey:
   """Returns a random key for each example, `[B]`, derived from its index."""
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(examples)
+
+
+def exclude(
+  logits: Float[Array, "*B V"], ids: Sequence[int]
+) -> Float[Array, "*B V"]:
+  """Returns logits that give `ids` no probability; those past V have none."""
+  for token in ids:
+    if token < logits.shape[-1]:
+      logits = logits.at[..., token].set(-jnp.inf)
+  return logits
 
 
 def penalize(

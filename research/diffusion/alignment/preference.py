@@ -67,7 +67,7 @@ class VRPO:
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns sums over pairs; metrics as DPO's."""
-    drawn = process.drawing(key)
+    drawn = process.drawing(key, batch["tokens"])
     policy = weights.bind(self.policy(params), key=key)
     reference = jax.lax.stop_gradient(self.reference(params))
     flat = {

@@ -8,7 +8,8 @@ first-hitting sampler (Zheng et al. 2024, arXiv:2409.02908) draws when the next
 place is filled instead, one place a call, which is exact for models that do not
 look at the time.
 
-The block loop takes the same steps on its own grid (`Options.plan="chance"`).
+The block loop takes the same steps on its own grid
+(`config.SamplerConfig.plan="chance"`).
 """
 
 import dataclasses

@@ -43,6 +43,10 @@ class BlockCausal(Denoiser):
   time: MaskRatioTime | None = None
 
   @property
+  def unit(self) -> int:
+    return self.block
+
+  @property
   def caches_finished(self) -> bool:
     return True
 

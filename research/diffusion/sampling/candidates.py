@@ -2,9 +2,13 @@
 many places the plan of steps fills.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from research import weights
 from research.diffusion.sampling.config import SamplerConfig, Select
 from research.diffusion.sampling.policies import shares_of
 from research.diffusion.schedule import Linear
@@ -90,6 +94,24 @@ def _times(
   """Returns the process's times before and after step `i` of a block."""
   t = 1 - jnp.float32(i) / config.block_steps
   return t, jnp.maximum(t - 1 / config.block_steps, 0.0)
+
+
+def without_placeholders(
+  logits: Float[Array, "B K V"], params: Any
+) -> Float[Array, "B K V"]:
+  """Returns logits that give placeholders of images no probability.
+
+  One that is filled in would stand for a feature, not for a word, and the next
+  call would read it.
+
+  Args:
+    logits: of a denoiser.
+    params: that it was asked with.
+  """
+  if not isinstance(params, Mapping):
+    return logits
+  own = params.get("params", params)  # of `with_prompt`
+  return samplers.exclude(logits, weights.extra_ids(own))
 
 
 def candidates(

@@ -45,6 +45,10 @@ class ClassifierFreeGuidance(Denoiser):
     """Returns the forward passes of a call."""
     return (1 if self.weight == 0 else 2) * self.inner.passes
 
+  @property
+  def unit(self) -> int:
+    return self.inner.unit
+
   def prefill(self, params, tokens, valid, start, size):
     return self._both(self.inner.prefill, params, tokens, valid, start, size)
 

@@ -53,6 +53,12 @@ class Vicinity:
   before: int
   after: int | None = None
 
+  def __post_init__(self):
+    for name in ("before", "after"):
+      value = getattr(self, name)
+      if value is not None and value < 0:
+        raise UserError(f"Vicinity: {name} is {value}, expected at least 0")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Delayed:
@@ -384,6 +390,11 @@ class SamplerConfig:
 
   def _check_program(self) -> None:
     """Raises UserError for what a model's rows cannot be filled by."""
+    if self.ends != "any" and not self.end:
+      raise UserError(
+        f"{self.said('ends')}: has no effect, as no token is named that ends a "
+        "text; leave it out"
+      )
     if self.length % self.block:
       raise UserError(
         f"{self.said('block')}: does not divide {self.said('length')}"
@@ -398,6 +409,11 @@ class SamplerConfig:
       raise UserError(
         f"end={self.end}: holds the mask's id, {self.mask_id}; leave it out"
       )
+
+  @property
+  def draws_places(self) -> bool:
+    """Whether places to fill are drawn, however candidates are."""
+    return self.select == "random" or self.place_temperature is not None
 
   @property
   def block_steps(self) -> int:

@@ -39,6 +39,10 @@ class Credited(Denoiser):
     return self.inner.passes
 
   @property
+  def unit(self) -> int:
+    return self.inner.unit
+
+  @property
   def caches_finished(self) -> bool:
     """Whether `inner` does."""
     return self.inner.caches_finished

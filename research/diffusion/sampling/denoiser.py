@@ -54,6 +54,14 @@ class Denoiser(abc.ABC):
     return 1
 
   @property
+  def unit(self) -> int:
+    """Returns the tokens of a block of the model, which begin where rows do.
+
+    1 where all tokens see all.
+    """
+    return 1
+
+  @property
   def caches_finished(self) -> bool:
     """Whether `cache_finished` takes the place of `prefill`."""
     return False
@@ -178,6 +186,10 @@ class NoCache(Denoiser):
   shift: bool = False
   block: int | None = None
   time: MaskRatioTime | None = None
+
+  @property
+  def unit(self) -> int:
+    return self.block or 1
 
   def scores(self, params, tokens, valid) -> Float[Array, "B T V"]:
     """Returns logits of every token: what likelihoods need."""

@@ -20,7 +20,12 @@ import numpy as np
 
 from research import tree
 from research.diffusion.sampling import layout
-from research.diffusion.sampling.candidates import candidates, quota, remasked
+from research.diffusion.sampling.candidates import (
+  candidates,
+  quota,
+  remasked,
+  without_placeholders,
+)
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.denoiser import Denoiser
 from research.generation import sampling as samplers
@@ -157,13 +162,15 @@ def sample(
     look: called after each block, to show it.
 
   Raises:
-    UserError: logits are not finite, or candidates cannot be drawn so.
+    UserError: logits are not finite, candidates cannot be drawn so, or rows do
+      not lie where the settings and the model have their blocks.
   """
   if checked_config(config).canvas is not None:
     raise UserError(
       "sampler: canvas is one that grows, which variable_length.sample fills"
     )
   check_sampling(sampling)
+  check_rows(denoiser, state, config)
   state = tree.device_put_like(state, params)
   total, memory, one = state.tokens.shape[1], None, config.of_block
   ours = np.asarray(~state.fixed).any(0)
@@ -204,6 +211,41 @@ def check_sampling(sampling: Sampling) -> None:
       f"sampler: repetition_penalty is {sampling.repetition_penalty}, expected "
       "None: masks are filled in any order, and tokens are not penalized for "
       "those that are there"
+    )
+
+
+def check_rows(denoiser: Denoiser, state: State, config: SamplerConfig) -> None:
+  """Raises UserError for rows that would be filled elsewhere than they lie.
+
+  Args:
+    denoiser, state, config: as for `sample`.
+  """
+  places = state.tokens.shape[1]
+  first, unit = places - config.length, denoiser.unit
+  if first < 0:
+    raise UserError(
+      f"sampler: found rows of {places} places, expected no fewer than "
+      f"{config.said('length')}"
+    )
+  if np.asarray(state.masked)[:, :first].any():
+    raise UserError(
+      f"sampler: found masks before the last {config.length} places of a row, "
+      "which are all that is filled; expected none, or a larger length"
+    )
+  if unit == 1:
+    return
+  begins = np.argmax(np.asarray(state.valid), axis=-1)
+  if (begins % unit).any() or first % unit:
+    begin = begins[np.argmax(begins % unit)]
+    raise UserError(
+      f"sampler: found a row that begins at {begin} and places to fill from "
+      f"{first} on, expected multiples of {unit}, the model's block, which "
+      "begin where rows do; lay them by layout.pad_rows, for sampler.begin"
+    )
+  if unit % config.block:
+    raise UserError(
+      f"sampler: found {config.said('block')}, expected a divisor of {unit}, "
+      "the model's block"
     )
 
 
@@ -309,6 +351,7 @@ def fill_block(
     state, i, edits, spare, carry, finite = loop
     given = params, state.tokens, state.valid, at, size
     logits, carry = denoiser.step(*given, carry)
+    logits = without_placeholders(logits, params)
     spare -= ~unfinished(state, i)
     state, edits = fill(state, logits, at, config, sampling, planned, i, edits)
     edits &= unfinished(state, i + 1) | (spare > 0)
@@ -317,6 +360,7 @@ def fill_block(
   ask = denoiser.prefill if memory is None else denoiser.step
   left = () if memory is None else (memory,)
   logits, carry = ask(params, state.tokens, state.valid, at, size, *left)
+  logits = without_placeholders(logits, params)
   state, edits = fill(state, logits, at, config, sampling, planned, 0)
   carry = jax.tree.map(jnp.asarray, carry)
   # Edits of a full row are limited, however early it was full.

@@ -25,6 +25,7 @@ import numpy as np
 
 from research import tree
 from research.diffusion.sampling import sampler
+from research.diffusion.sampling.candidates import without_placeholders
 from research.diffusion.sampling.config import Growth, SamplerConfig
 from research.diffusion.sampling.denoiser import Denoiser
 from research.diffusion.sampling.sampler import Sampled, State
@@ -93,11 +94,17 @@ def sample(
     look: called after each block, to show it.
 
   Raises:
-    UserError: logits are not finite, no canvas grows, or candidates cannot be
-      drawn so.
+    UserError: logits are not finite, no canvas grows, candidates cannot be
+      drawn so, or the model has blocks.
   """
   _growth(config)
   sampler.check_sampling(sampling)
+  if denoiser.unit > 1:
+    raise UserError(
+      f"variable_length: found a model with blocks of {denoiser.unit} tokens, "
+      "expected one whose tokens see all: what stands behind a block says "
+      "nothing of it"
+    )
   state = tree.device_put_like(state, params)
   width = state.tokens.shape[1] - config.length
   state, looked, finite = _measured(denoiser, params, state, config)
@@ -160,12 +167,14 @@ def _asked(denoiser, params, state, config, i=0, carry=()):
   width = jnp.int32(state.tokens.shape[1] - most)
   given = params, state.tokens, state.valid, width, most
   if not jax.tree.leaves(carry):
-    return denoiser.prefill(*given)
-  return jax.lax.cond(
-    i == 0,
-    lambda: denoiser.prefill(*given),
-    lambda: denoiser.step(*given, carry),
-  )
+    logits, carry = denoiser.prefill(*given)
+  else:
+    logits, carry = jax.lax.cond(
+      i == 0,
+      lambda: denoiser.prefill(*given),
+      lambda: denoiser.step(*given, carry),
+    )
+  return without_placeholders(logits, params), carry
 
 
 def _nothing(denoiser, params, state, config):

@@ -115,6 +115,7 @@ def test_a_seed_is_a_sample(command):
     (["--max_new_tokens=0"], "max_new_tokens: found 0"),
     (["--stop="], "--stop: found an empty string"),
     (["--sampler=diffusion"], "--sampler=diffusion"),
+    (["--sampler=diffusion", "--seed=3"], "--seed: has no effect at"),
     (["--adapter=somewhere"], "expected NAME=DIR"),
     (["--adapter=mine=nowhere"], "nowhere"),
     (["--dtype=float12"], "float12"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from research.data import packing, pipeline
+from research.data.sources.synthetic import Copy
 from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
 
@@ -197,3 +198,13 @@ def test_plan_is_a_value():
 def test_sizes_that_hold_nothing(field, value):
   with pytest.raises(UserError, match=f"Pipeline.{field}: found {value}"):
     dataclasses.replace(DATA, **{field: value})
+
+
+@pytest.mark.parametrize("change", [dict(begin=7), dict(end=7)])
+def test_a_source_of_tokens_gets_no_others(change):
+  """They were left out in silence; rows may repeat what examples begin with."""
+  data = pipeline.Pipeline(source=Copy(vocab=4, length=2, count=1), length=6)
+  assert dataclasses.replace(data, begin=None, end=None).rows(None)
+  assert dataclasses.replace(data, begin=0, every_row=True).rows(None)
+  with pytest.raises(UserError, match="found 7 for Copy, whose examples are"):
+    dataclasses.replace(data, **change).rows(None)

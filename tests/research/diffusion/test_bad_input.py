@@ -6,8 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from research.diffusion.sampling import sampler
-from research.diffusion.sampling.config import SamplerConfig
+from research import weights
+from research.diffusion.sampling import sampler, variable_length
+from research.diffusion.sampling.classifier_free_guidance import (
+  ClassifierFreeGuidance,
+)
+from research.diffusion.sampling.config import Growth, SamplerConfig
+from research.diffusion.sampling.credit import Credited
 from research.diffusion.sampling.policies import Quota, Threshold
 from research.generation.sampling import GREEDY, Sampling
 from research.interop.diffusion.spec import from_config
@@ -69,6 +74,71 @@ def test_nothing_masked_is_nothing_to_do():
   got = sampler.sample(Wave(), {}, state, options)
   np.testing.assert_array_equal(got.tokens, tokens)
   assert got.counts[0] == 0 and (got.filled == -1).all()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Spliced(weights.Weight):
+  """An embedding in which token 3 stands for an image's feature."""
+
+  extra_ids = (3, MASK + 9)
+
+
+def test_a_placeholder_of_images_is_never_filled_in():
+  options = SamplerConfig(mask_id=MASK, length=8, block=8, steps=4)
+  state, found = sampler.start([[2, 5, 1]], options, jax.random.key(0)), []
+  for params in ({}, {"embed": Spliced()}, {"params": {"embed": Spliced()}}):
+    found.append(sampler.sample(Wave(), params, state, options).tokens[0, 3:])
+  assert 3 in found[0] and 3 not in found[1]
+  np.testing.assert_array_equal(found[1], found[2])
+  canvas = dataclasses.replace(
+    options, steps=None, policy=Threshold(), canvas=Growth(), end=(0,)
+  )
+  state = variable_length.start([[2, 5, 1]], canvas, jax.random.key(0))
+  got = variable_length.sample(Wave(), {"embed": Spliced()}, state, canvas)
+  assert 3 not in got.tokens[0, 3:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Wave):
+  """Of a model with blocks of four tokens."""
+
+  @property
+  def unit(self) -> int:
+    return 4
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_blocks_of_a_model_begin_where_its_rows_do(around):
+  """Else a block of the sampler lies in two of the model's, in silence."""
+  d = Blocks()
+  if around:
+    d = ClassifierFreeGuidance(inner=d, mask_id=MASK)
+    d = Credited(inner=d, mask_id=MASK)
+  options = SamplerConfig(mask_id=MASK, length=8, block=4)
+  key = jax.random.key(0)
+  for prompts, words in (
+    ([[2, 5, 1]], "begins at 0 and places to fill from 3 on"),
+    ([[2, 5, 1, 3], [1, 2, 3]], "begins at 1 and places to fill from 4 on"),
+  ):
+    with pytest.raises(UserError, match=f"{words}, expected multiples of 4"):
+      sampler.sample(d, {}, sampler.start(prompts, options, key), options)
+  long = dataclasses.replace(options, block=8)
+  state = sampler.start([[2, 5, 1, 3]], long, key)
+  with pytest.raises(UserError, match="block=8, expected a divisor of 4"):
+    sampler.sample(d, {}, state, long)
+  sampler.check_rows(d, state, options)
+
+
+def test_all_masks_of_a_row_are_filled_or_it_is_refused():
+  options = SamplerConfig(mask_id=MASK, length=4, block=4)
+  tokens = np.array([[1, MASK, 3, 4, MASK, 6]])
+  state = sampler.begin(tokens, tokens == MASK, tokens > 0, jax.random.key(0))
+  with pytest.raises(UserError, match="masks before the last 4 places"):
+    sampler.sample(Wave(), {}, state, options)
+  long = SamplerConfig(mask_id=MASK, length=8, block=4)
+  with pytest.raises(UserError, match="rows of 6 places, .* than length=8"):
+    sampler.sample(Wave(), {}, state, long)
 
 
 @pytest.mark.parametrize("policy", [Quota(), Threshold(threshold=0.5)])

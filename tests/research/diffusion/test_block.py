@@ -145,6 +145,21 @@ def test_times_of_blocks():
   assert abs(share - t.mean()) < 4 * 0.5 / (n * T) ** 0.5
 
 
+@pytest.mark.parametrize("head", [0, 3])
+def test_padding_takes_no_times_of_blocks(head):
+  """Two blocks are half of the range apart, however long the row."""
+  k, place = 3, jnp.arange(T)
+  own = (place >= head) & (place < head + 2 * k)
+  positions = jnp.broadcast_to(jnp.where(own, place - head, -1), (5, T))
+  ours = BlockDiffusion(mask_id=MASK, block=k, low=0.25, high=0.75)
+  t = np.asarray(ours.times(jax.random.key(0), positions))
+  blocks = t[:, head : head + 2 * k].reshape(-1, 2, k)
+  assert (blocks == blocks[..., :1]).all()
+  np.testing.assert_allclose(
+    np.abs(np.diff(blocks[..., 0])), 0.5 / 2, atol=1e-6
+  )
+
+
 def test_documents_do_not_leak():
   model, params = network()
   batch = packed()

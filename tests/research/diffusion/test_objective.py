@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.masks import Mask
+from research.diffusion import process
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.schedule import Cosine, Linear, Power
 from research.training.objectives import losses
@@ -273,6 +274,23 @@ def test_evaluation_draws_the_same_masks_every_time():
   chex.assert_trees_all_equal(
     f(params, rows(4), None), f(params, rows(4), None)
   )
+
+
+def test_evaluation_draws_other_times_for_other_batches():
+  """With the same for all, it would be a bound at a batch's few times."""
+  tokens = np.random.default_rng(0).integers(0, MASK, (64, 2, T))
+  tokens = jnp.asarray(tokens, jnp.int32)
+
+  def times(tokens):
+    key, free = process.drawing(None, tokens), jnp.ones(tokens.shape, bool)
+    return MaskedDiffusion().times(key, free, jnp.zeros_like(tokens))[:, 0]
+
+  found = np.asarray(jax.jit(jax.vmap(times))(tokens))
+  assert len(np.unique(found)) == found.size
+  # Four standard errors of the mean of uniform numbers.
+  assert abs(found.mean() - 0.5) < 4 / np.sqrt(12 * found.size)
+  chex.assert_trees_all_equal(found[0], times(tokens[0]))
+  assert (times(tokens[0].at[1, 2].add(1)) != found[0]).all()
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,9 @@ def test_a_diffusion_model_stops_at_its_first_end():
   assert (whole >= 0).all()
   end = int(whole[0, 2])
   [cut] = source(model, params, prompts, 6, stop_tokens=(end,))
+  parts = [*source(model, params, prompts, 6, stop_tokens=(end,), size=4)]
+  assert [part.shape[1] for part in parts] == [4, 2]
+  np.testing.assert_array_equal(np.concatenate(parts, axis=1), cut)
   row = cut[0][cut[0] >= 0].tolist()
   assert row.count(end) == 1 and row[-1] == end
   assert (cut[0, len(row) :] == -1).all()

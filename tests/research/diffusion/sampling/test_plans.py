@@ -10,7 +10,11 @@ import pytest
 
 from research.diffusion.sampling import policies
 from research.diffusion.sampling.candidates import candidates, quota
-from research.diffusion.sampling.config import POLICIES, SamplerConfig
+from research.diffusion.sampling.config import (
+  POLICIES,
+  SamplerConfig,
+  Vicinity,
+)
 from research.diffusion.sampling.policies import (
   Factor,
   Hierarchy,
@@ -141,12 +145,16 @@ def test_places_are_drawn_without_replacement():
       dict(policy=Threshold(), steps=4),
       "steps=4: policy=threshold:0.9 decides",
     ),
+    (dict(ends="last"), "ends=last: has no effect, as no token is named"),
   ],
 )
 def test_mistakes(change, message):
   with pytest.raises(UserError, match=message):
     SamplerConfig(mask_id=9, length=8, block=8, **change)
   assert SamplerConfig(mask_id=9, length=8, block=8, policy=Quota())
+  for value in (dict(before=-4), dict(before=0, after=-1)):
+    with pytest.raises(UserError, match="Vicinity: .* expected at least 0"):
+      Vicinity(**value)
   with pytest.raises(UserError, match="shape is 'square'"):
     policies.shares_of("square", 3)
 

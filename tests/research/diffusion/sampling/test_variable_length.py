@@ -419,6 +419,10 @@ def test_a_fixed_canvas_and_one_that_grows_have_samplers_of_their_own():
     variable_length.start(PROMPTS, OPTIONS, key)
   with pytest.raises(UserError, match="which variable_length.sample fills"):
     sampler.sample(*asked, sampler.start(PROMPTS, OPTIONS, key), growing)
+  blocks = NoCache(model=network()[0], block=4), {}
+  state = variable_length.start(PROMPTS, growing, key)
+  with pytest.raises(UserError, match="found a model with blocks of 4 tokens"):
+    variable_length.sample(*blocks, state, growing)
 
 
 def test_a_mask_in_the_prompt():
