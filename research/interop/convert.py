@@ -95,10 +95,11 @@ def to_hf(
   check_free(to)
   _warn_of_activations(source, None)
   source, log = _untied(source), changes.Log()
-  kept = dtype
-  if kept is None and all(p.packed for p in _matrices(source)):
-    kept = "float32"
-  config = hf_write.config_json(source.model, source.config, kept, source.hint)
+  describe = hf_write.config_json
+  config = describe(source.model, source.config, dtype, source.hint)
+  said, kept = config.get("torch_dtype", config.get("dtype")), _widest(source)
+  if dtype is None and said not in (None, kept):
+    config = describe(source.model, source.config, kept, source.hint)
   with _whole(to) as draft:
     hf_write.write_model(
       draft,
@@ -156,8 +157,14 @@ def _untied(source: sources.Source) -> sources.Source:
   )
 
 
-def _matrices(source: sources.Source) -> list[part.Part]:
-  return [p for p in source.parts.values() if len(p.shape) > 1]
+def _widest(source: sources.Source) -> str:
+  """Returns the type that holds all of a source's matrices, decoded.
+
+  transformers 5 rounds what it loads to the type that config.json says.
+  """
+  parts = [p for p in source.parts.values() if len(p.shape) > 1]
+  kinds = {"float32" if p.packed else p.kind for p in parts}
+  return kinds.pop() if len(kinds) == 1 else "float32"
 
 
 def _write_tokenizer(draft: pathlib.Path, source: sources.Source) -> None:
