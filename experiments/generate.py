@@ -457,6 +457,8 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
     for (text, _), ids in zip(rows, prompts, strict=False):
       images.check_text(whole, text, ids)
   params = generate_adapters.prepared(loaded, adapters, places)
+  if isinstance(kv, kv_quantizer.KVByLayer):
+    kv.check_depth(len(loaded.model.layer_kinds()))
   # A step would copy the pages of layers that are stacked.
   if layout is not None or isinstance(kv, kv_quantizer.KVByLayer):
     params = tree.unroll(params)

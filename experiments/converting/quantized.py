@@ -107,8 +107,17 @@ class CompressedTensors(_Grouped):
   type: str | None = argument("TYPE", "int4", "int8", "fp8", "nvfp4", "mxfp4")
 
   def tool(self, source: Any) -> Any:
-    """Returns compressed-tensors' writer."""
+    """Returns compressed-tensors' writer, with the source's activations."""
     from research.interop.quantized import checkpoint_formats
 
-    del source
-    return checkpoint_formats.Compressed(self.type or "int4", self.group_size)
+    given, *more = source.activations or [None]
+    alike = given if all(x == given for x in more) else None
+    return checkpoint_formats.Compressed(
+      self.type or "int4", self.group_size, activations=_measured(alike)
+    )
+
+
+def _measured(activations: Any) -> Any:
+  """Returns what rounds inputs if it needs no tensors of a calibration."""
+  given = activations if isinstance(activations, dict) else {}
+  return activations if given.get("dynamic") is True else None

@@ -116,6 +116,8 @@ class TextPerplexity:
     from research.quant.kv import kv_quantizer
     from research.quant.layouts import cpu_layout
 
+    if isinstance(kv, kv_quantizer.KVByLayer):
+      kv.check_depth(len(loaded.model.layer_kinds()))
     rows = (chunk or self.window) * self.batch
     params = cpu_layout.for_reading(loaded.params, loaded.model, rows)
     if params is loaded.params and isinstance(kv, kv_quantizer.KVByLayer):

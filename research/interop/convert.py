@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,11 +93,13 @@ def to_hf(
     UserError: less is left, so nothing is written.
   """
   check_free(to)
+  _warn_of_activations(source, None)
   source, log = _untied(source), changes.Log()
-  kept = dtype
-  if kept is None and all(p.packed for p in _matrices(source)):
-    kept = "float32"
-  config = hf_write.config_json(source.model, source.config, kept, source.hint)
+  describe = hf_write.config_json
+  config = describe(source.model, source.config, dtype, source.hint)
+  said, kept = config.get("torch_dtype", config.get("dtype")), _widest(source)
+  if dtype is None and said not in (None, kept):
+    config = describe(source.model, source.config, kept, source.hint)
   with _whole(to) as draft:
     hf_write.write_model(
       draft,
@@ -112,6 +115,23 @@ def to_hf(
       changes.check_kept(log.changes, least)
     _write_tokenizer(draft, source)
   return log
+
+
+def _warn_of_activations(source: sources.Source, kept: Any) -> None:
+  """Warns if the source rounds its activations, and the result does not.
+
+  Args:
+    source: any.
+    kept: `input_activations` that the result has.
+  """
+  if any(x is not None and x != kept for x in source.activations):
+    warnings.warn(
+      f"{source.origin.get('path')}: rounds activations, which the result does"
+      " not: it has the weights alone.\nTo keep the rounding, convert to"
+      " --format=orbax, or to compressed-tensors if scales are dynamic.",
+      RuntimeWarning,
+      stacklevel=3,
+    )
 
 
 def _untied(source: sources.Source) -> sources.Source:
@@ -137,8 +157,14 @@ def _untied(source: sources.Source) -> sources.Source:
   )
 
 
-def _matrices(source: sources.Source) -> list[part.Part]:
-  return [p for p in source.parts.values() if len(p.shape) > 1]
+def _widest(source: sources.Source) -> str:
+  """Returns the type that holds all of a source's matrices, decoded.
+
+  transformers 5 rounds what it loads to the type that config.json says.
+  """
+  parts = [p for p in source.parts.values() if len(p.shape) > 1]
+  kinds = {"float32" if p.packed else p.kind for p in parts}
+  return kinds.pop() if len(kinds) == 1 else "float32"
 
 
 def _write_tokenizer(draft: pathlib.Path, source: sources.Source) -> None:
@@ -164,6 +190,7 @@ def to_gguf(
     the file takes.
   """
   check_free(to, file=True)
+  _warn_of_activations(source, None)
   source, log, keys, reason = _untied(source), changes.Log(), {}, ""
   kept = source.metadata
   if kept is not None and not _still(source):
@@ -217,6 +244,8 @@ def to_quantized(
     UserError: something does not fit, or less is left, so nothing is written.
   """
   check_free(to)
+  same = isinstance(writer, checkpoint_formats.Compressed)
+  _warn_of_activations(source, writer.activations if same else None)
   source, log = _untied(source), changes.Log()
   with _whole(to) as draft:
     quantized_write.write_model(

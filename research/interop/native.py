@@ -200,6 +200,8 @@ def _from_json(value: Any, field: Any, where: str) -> Any:
   for name, x in given.items():
     if known.get(name) is tuple and isinstance(x, list):
       given[name] = x = _tupled(x)  # JSON has no tuples
+    if known.get(name) is float and type(x) is int:
+      given[name] = x = float(x)  # as `LoRA(alpha=16)` had it
     if name not in known or type(x) is not known[name]:
       raise UserError(f"{where}: {name} is {str(x)[:60]}")
   return kind(**given)

@@ -16,6 +16,7 @@ from research.interop import gguf, hf, load, native
 from research.interop import parts as part
 from research.interop.hf import config as hf_config
 from research.interop.loaded import NOTE, Loaded
+from research.interop.quantized import compressed_activations
 from research.interop.vision import families
 from research.io import safetensors
 from research.nn.transformer import Transformer
@@ -50,6 +51,15 @@ class Source:
   metadata: Mapping[str, Any] | None = None
   base: "Source | None" = None
   base_name: str | None = None
+
+  @property
+  def activations(self) -> list[Any]:
+    """How a quantized directory's config rounds inputs, where it does.
+
+    A value for each group of its modules, see `compressed_activations.stated`.
+    """
+    before = self.origin.get("came_from", self.origin)
+    return compressed_activations.stated(before.get("quantization"))
 
   @property
   def hint(self) -> str | None:
@@ -88,10 +98,17 @@ def _hf(path: pathlib.Path) -> Source:
       " has its towers"
     )
   model, tensors, origin = hf.open_model(path)
+
+  def params():
+    found = hf.read_params(model, tensors, None, path, packed=True)
+    return compressed_activations.round_inputs(
+      found, origin.get("quantization"), str(path / "config.json")
+    )
+
   return Source(
     model=model,
     parts=hf.read_parts(model, tensors, path),
-    params=lambda: hf.read_params(model, tensors, None, path, packed=True),
+    params=params,
     origin={k: v for k, v in origin.items() if k != "config"},
     tokenizer=load.tokenizer(path),
     files=path,

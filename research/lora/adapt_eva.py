@@ -59,7 +59,8 @@ class AdaptEVA:
       UserError: the targets include stacked experts; or `form` is 'split'
         under `eval_shape`, where no data determine ranks.
     """
-    addresses = list(self.adapt.methods(params))
+    methods = self.adapt.methods(params)
+    addresses = list(methods)
     most = round(self.adapt.method.rank * self.rho)
     looked = InputPCA(calibration=self.calibration, count=most)
     found = looked.explained(params, addresses)
@@ -78,33 +79,44 @@ class AdaptEVA:
         "AdaptEVA.form: ranks depend on data, which planning does not read.\n"
         "Plan with form = 'padded'."
       )
-    make = {"padded": self._padded, "split": self._split}[self.form]
-    return make(ranks, directions, most)(params, key)
+    if self.form == "padded":
+      return self._padded(ranks, directions, most)(params, key)
+    alphas = {address: method.alpha for address, method in methods.items()}
+    return self._split(ranks, directions, alphas)(params, key)
 
   def _padded(self, ranks, directions, most) -> Adapt:
     used = {
       address: x * (np.arange(most) < ranks[address])[:, None]
       for address, x in directions.items()
     }
-    method = dataclasses.replace(
-      self.adapt.method, rank=most, alpha=self._alpha(most)
-    )
+    adapt, usual = self.adapt, self.adapt.method
     return dataclasses.replace(
-      self.adapt, method=method, init_stats=lambda *_: used
+      adapt,
+      method=dataclasses.replace(
+        usual, rank=most, alpha=self._alpha(usual.alpha, most)
+      ),
+      alpha_pattern={
+        k: self._alpha(alpha, most) for k, alpha in adapt.alpha_pattern.items()
+      },
+      init_stats=lambda *_: used,
     )
 
-  def _split(self, ranks, directions, most) -> Adapt:
+  def _split(self, ranks, directions, alphas) -> Adapt:
     names = {re.escape(address): r for address, r in ranks.items()}
     return dataclasses.replace(
       self.adapt,
       exclude=(*self.adapt.exclude, *(k for k, r in names.items() if not r)),
       rank_pattern={k: r for k, r in names.items() if r},
-      alpha_pattern={k: self._alpha(r) for k, r in names.items() if r},
+      alpha_pattern={
+        re.escape(address): self._alpha(alphas[address], r)
+        for address, r in ranks.items()
+        if r
+      },
       init_stats=lambda *_: directions,
     )
 
-  def _alpha(self, rank: int) -> float:
-    """Returns the alpha with which `rank` has the method's scale."""
+  def _alpha(self, alpha: float, rank: int) -> float:
+    """Returns the alpha with which `rank` has the scale of the usual rank."""
     method = self.adapt.method
     share = rank / method.rank
-    return method.alpha * (share**0.5 if method.rslora else share)
+    return alpha * (share**0.5 if method.rslora else share)

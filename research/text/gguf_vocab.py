@@ -83,8 +83,10 @@ def _special(tokenizer: Tokenizer, model, fields) -> dict[str, Any]:
   if unknown is not None:
     names["unknown"] = tokenizer.backend.token_to_id(unknown)
   others = [i for i in tokenizer.stop if i != tokenizer.eos]
-  if others:
-    names["eot"] = others[0]
+  # llama.cpp ends texts at those in `ENDS` where no key names them.
+  ends = gguf_tokenizer.ENDS
+  others.sort(key=lambda i: tokenizer.backend.id_to_token(i) in ends)
+  names |= zip(("eot", "eom"), others, strict=False)
   out: dict[str, Any] = {
     f"tokenizer.ggml.{name}_token_id": i
     for name, i in names.items()

@@ -95,14 +95,24 @@ MODEL_TYPES: dict[str, ModelType] = {
   "qwen2": ModelType(
     "qwen2",
     "Qwen2ForCausalLM",
-    _SHARED | dict(max_position_embeddings=32_768, max_window_layers=28),
+    _SHARED
+    | dict(
+      max_position_embeddings=32_768,
+      sliding_window=4_096,
+      max_window_layers=28,
+    ),
     window="flag",
   ),
   "qwen3": ModelType(
     "qwen3",
     "Qwen3ForCausalLM",
     _SHARED
-    | dict(max_position_embeddings=32_768, max_window_layers=28, head_dim=128),
+    | dict(
+      max_position_embeddings=32_768,
+      sliding_window=4_096,
+      max_window_layers=28,
+      head_dim=128,
+    ),
     window="flag",
   ),
   "qwen3_moe": ModelType(

@@ -68,7 +68,8 @@ def files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
   generation: dict[str, Any] = {
     f"{name}_token_id": i for name, i in ids.items() if i is not None
   }
-  if len(tokenizer.stop) > 1:
+  # A GGUF file may end texts without naming a token that ends them.
+  if tokenizer.stop not in ((), (tokenizer.eos,)):
     generation["eos_token_id"] = list(tokenizer.stop)
   return {
     "tokenizer.json": whole,

@@ -329,6 +329,7 @@ class Compressed:
   Attributes:
     kind: of what is quantized again, a key of `COMPRESSED`.
     group: of its integers; 0 for all inputs.
+    activations: how inputs are rounded, `input_activations` of its config.
   """
 
   kind: str = "int4"
@@ -336,6 +337,7 @@ class Compressed:
   files: tuple[str, ...] = ()
   shapes_vary: bool = False
   head: bool = True
+  activations: Mapping[str, Any] | None = None
 
   def describe(self, w: QTensor, where: str) -> compressed_config.Scheme:
     try:
@@ -361,4 +363,4 @@ class Compressed:
   def config(
     self, scheme: Any, found: Mapping[str, Any], plain: Sequence[str]
   ) -> dict[str, Any]:
-    return compressed_config.write(found, plain)
+    return compressed_config.write(found, plain, self.activations)

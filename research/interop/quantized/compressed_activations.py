@@ -17,6 +17,8 @@ from research.quant.activations import InputTensor, Op, Round, RoundFloat
 from research.quant.qtensor import QTensor
 from research.typing import Params, UserError
 
+CONFIG = "quantization_config"
+
 _ALONE = "load the weights alone, with packed=False (--nopacked)"
 
 
@@ -43,6 +45,26 @@ def round_inputs(params: Params, quantization: Any, where: str) -> Any:
   return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
 
+def stated(quantization: Any) -> list[Any]:
+  """Returns each group's `input_activations`, None where nothing is rounded.
+
+  Args:
+    quantization: a `quantization_config`, of any method, or None.
+  """
+  if not isinstance(quantization, dict):
+    return []
+  if quantization.get("quant_method") != METHOD:
+    return []
+  groups = Fields(quantization, CONFIG).object("config_groups")
+  if groups is None:
+    return []
+  return [
+    found.get("input_activations")
+    for found in map(groups.object, groups.values)
+    if found is not None
+  ]
+
+
 def op_of(quantization: Mapping[str, Any], where: str) -> Op | None:
   """Returns what rounds the inputs of packed matrices; None for nothing.
 
@@ -51,9 +73,7 @@ def op_of(quantization: Mapping[str, Any], where: str) -> Op | None:
   """
   if quantization.get("quant_method") != METHOD:
     return None
-  groups = Fields(quantization, f"{where}: quantization_config").object(
-    "config_groups"
-  )
+  groups = Fields(quantization, f"{where}: {CONFIG}").object("config_groups")
   ops = []
   for name in groups.values:
     found = groups.object(name).object("input_activations")

@@ -298,13 +298,16 @@ def _known(fields: Fields, names: set[str]) -> None:
 
 
 def write(
-  schemes: Mapping[str, Scheme], ignore: Sequence[str] = ()
+  schemes: Mapping[str, Scheme],
+  ignore: Sequence[str] = (),
+  activations: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Returns the `quantization_config` of modules; `parse` inverts it.
 
   Args:
     schemes: by the module's name.
     ignore: linear modules that are not quantized.
+    activations: `input_activations` of all modules, or None.
 
   Raises:
     UserError: there is none.
@@ -319,7 +322,7 @@ def write(
     groups[f"group_{i}"] = {
       "targets": targets if len(distinct) > 1 else ["Linear"],
       "weights": _weights(scheme),
-      "input_activations": None,
+      "input_activations": activations,
       "output_activations": None,
       "format": scheme.format,
     }

@@ -145,6 +145,14 @@ class KVByLayer:
   default: KVQuantizer
   others: tuple[tuple[int, KVQuantizer], ...] = ()
 
+  def check_depth(self, depth: int) -> None:
+    """Raises UserError for settings of a layer that a model has not."""
+    beyond = [i for i, _ in self.others if i >= depth]
+    if beyond:
+      raise UserError(
+        f"kv: found layer {beyond[0]}, expected 0 to {depth - 1}, the model's"
+      )
+
   def for_layers(self, layers: Sequence[int]) -> KVQuantizer:
     """Returns the settings of layers that are scanned together.
 

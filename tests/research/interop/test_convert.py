@@ -262,6 +262,16 @@ def test_files_are_cut_and_indexed(tmp_path):
   assert raw(tmp_path / "hf") == raw(MODELS / "llama")
 
 
+def test_the_config_says_the_type_that_tensors_have(tmp_path):
+  """transformers rounds to it: a run in float32 of a model in bfloat16."""
+  source = opened("llama")
+  rounded = dict(source.config) | {"torch_dtype": "bfloat16"}
+  convert.to_hf(dataclasses.replace(source, config=rounded), tmp_path / "hf")
+  config = safetensors.read_json(tmp_path / "hf" / "config.json")
+  assert config == dict(source.config)
+  assert raw(tmp_path / "hf") == raw(MODELS / "llama")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounding_is_reported(dtype, tmp_path):
   log = convert.to_hf(opened("llama"), tmp_path / "hf", dtype)

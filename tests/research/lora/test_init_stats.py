@@ -241,6 +241,29 @@ def test_ranks_go_where_they_explain_more():
   assert max(scales) - min(scales) < 1e-12
 
 
+@pytest.mark.parametrize("form", ["padded", "split"])
+def test_alphas_of_a_pattern_keep_their_scale(form, monkeypatch):
+  """Whatever the rank: one form had ignored them, one had divided them."""
+  monkeypatch.setattr(init_stats.InputPCA, "explained", spread_evenly)
+  change = AdaptEVA(
+    adapt=adapt.Adapt(method=EVA(rank=4), alpha_pattern={"v": 2.0}),
+    calibration=READING,
+    form=form,
+  )
+  got = dict(rows_of_adapters(change.with_model(LOADED)(params(), KEY)))
+  for address, w in got.items():
+    want = (2.0 if address.endswith("/v") else EVA.alpha) / 4
+    assert w.method.scale == pytest.approx(want), address
+
+
+def spread_evenly(self, params, addresses):
+  sizes = wrap.matrices(params)
+  return {
+    a: (np.eye(self.count, sizes[a][0], dtype="f4"), np.ones(self.count, "f4"))
+    for a in addresses
+  }
+
+
 @pytest.mark.slow
 def test_padded_ranks_train_as_split_ones():
   """Zero rows have no gradient, so Adam does not change them."""

@@ -1,5 +1,6 @@
 """Exporting tokenizers to GGUF: the same ids, or a reason."""
 
+import dataclasses
 import pathlib
 
 import hypothesis
@@ -10,6 +11,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from research.interop import load
+from research.interop.hf import tokenizer as hf_tokenizer
 from research.text import gguf_tokenizer, gguf_vocab
 from research.text.special_tokens import SpecialTokens
 from research.text.tokenizer import Tokenizer
@@ -63,6 +65,17 @@ def test_what_stands_around_a_text_is_kept(bos, eos):
     ids = one.encode("ab")
     assert one.encode("ab", add_special=True) == [*begin, *ids, *end]
     assert one.prompt("ab") == [*begin, *ids]
+
+
+def test_every_token_that_ends_a_text_still_does(tmp_path):
+  """Two more than `eos`, or one where there is no `eos`."""
+  whole = Tokenizer.from_gguf(metadata_of_golden())
+  for eos, stop in ((2, (2, 7, 8)), (None, (7,))):
+    tokenizer = dataclasses.replace(whole, eos=eos, stop=stop)
+    keys, _ = gguf_vocab.from_tokenizer(tokenizer, 280)
+    assert set(stop) <= set(Tokenizer.from_gguf(keys).stop)
+    hf_tokenizer.write(tmp_path, None, tokenizer)
+    assert Tokenizer.from_directory(tmp_path).stop == stop
 
 
 def sentencepiece(prefix: bool):

@@ -159,6 +159,11 @@ def test_window_only_where_the_file_says():
   assert windows(CONFIGS["qwen2"]) == [None] * 3
   assert windows(CONFIGS["qwen2_window"]) == [None, 7, 7]
   assert windows(CONFIGS["gemma2"]) == [7, None, 7]
+  # A size that is used and not given is that of transformers' class.
+  for name in ("qwen2_window", "qwen3"):
+    config = CONFIGS[name] | dict(use_sliding_window=True, max_window_layers=1)
+    del config["sliding_window"]
+    assert windows(config) == [None, 4_096, 4_096]
   types = ["full_attention", "sliding_attention", "full_attention"]
   explicit = CONFIGS["gemma2"] | dict(layer_types=types)
   assert windows(explicit) == [None, 7, None]

@@ -1,16 +1,23 @@
 """compressed-tensors' rounding of activations: by its rules, or refused."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from research import weights
-from research.interop import convert, load, quantized
+from experiments.converting.quantized import CompressedTensors
+from research import tree, weights
+from research.interop import convert, load, native, quantized, sources
+from research.interop.hf import write as hf_write
+from research.interop.loaded import NOTE
 from research.interop.quantized import compressed_activations
 from research.interop.quantized.checkpoint_formats import Compressed
 from research.io import safetensors
+from research.lora.adapted import AdaptedTensor
+from research.lora.methods.lora import LoRA
 from research.quant.activations import InputTensor, Round, RoundFloat
 from research.typing import UserError
 from tests import support
@@ -131,3 +138,68 @@ def test_a_checkpoint_rounds_what_its_config_says(tmp_path):
   safetensors.write_json(folder / "config.json", config)
   with pytest.raises(UserError, match="calibration are not applied"):
     load.load_model(folder)
+
+
+def rounding(folder, given):
+  """Makes a checkpoint round its inputs, as every group of its config says."""
+  config = safetensors.read_json(folder / "config.json")
+  for group in config[quantized.CONFIG]["config_groups"].values():
+    group["input_activations"] = given
+  safetensors.write_json(folder / "config.json", config)
+
+
+def test_conversions_keep_the_rounding_or_warn(tmp_path):
+  """They had written weights alone, and said nothing."""
+  folder = tmp_path / "model"
+  convert.to_quantized(plain(True), folder, Compressed(), True)
+  rounding(folder, FP8)
+  source = sources.open_source(folder)
+  convert.to_orbax(source, tmp_path / "ours")
+  ours = load.load_model(tmp_path / "ours", packed="any").params
+  found = jax.tree.leaves(ours, is_leaf=weights.is_weight)
+  ops = [w.op for w in found if isinstance(w, InputTensor)]
+  assert ops == [RoundFloat()] * 7
+
+  again = CompressedTensors(from_="", to="")
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    convert.to_quantized(source, tmp_path / "again", again.tool(source))
+  config = safetensors.read_json(tmp_path / "again" / "config.json")
+  for group in config[quantized.CONFIG]["config_groups"].values():
+    assert group["input_activations"] == FP8
+  with pytest.warns(RuntimeWarning, match="rounds activations, which the"):
+    convert.to_hf(source, tmp_path / "hf")
+
+  # Scales of a calibration are tensors, which are not read.
+  rounding(folder, FP8 | {"dynamic": False})
+  source = sources.open_source(folder)
+  with pytest.warns(RuntimeWarning, match="rounds activations, which the"):
+    convert.to_quantized(source, tmp_path / "last", again.tool(source))
+  with pytest.raises(UserError, match="calibration are not applied"):
+    convert.to_orbax(source, tmp_path / "none")
+
+
+def test_whole_numbers_in_a_note_are_read_as_such(tmp_path):
+  """`LoRA(alpha=8)` was written, and what was written could not be read."""
+  model, params = plain(True).model, plain(True).params()
+
+  def adapted(path, w):
+    if path != "run0/layer0/attention/q":
+      return w
+    layers, size_in, size_out = w.shape
+    factors = {
+      "a": jnp.ones((layers, 2, size_in)),
+      "b": jnp.ones((layers, 2, size_out)),
+    }
+    method = LoRA(rank=2, alpha=8.0)
+    return AdaptedTensor(InputTensor(w, op=Round()), factors, method=method)
+
+  changed = tree.map_paths(adapted, params, is_leaf=weights.is_weight)
+  config = hf_write.config_json(model, None, None)
+  native.save(tmp_path, model, changed, config, {})
+  note = tmp_path / NOTE
+  text = note.read_text().replace("8.0", "8").replace("1.0", "1")
+  note.write_text(text)
+  assert '"alpha": 8,' in text and '"clip": 1,' in text
+  found = native.load(tmp_path)[1]["run0"]["layer0"]["attention"]["q"]
+  assert (found.method, found.w.op) == (LoRA(rank=2, alpha=8.0), Round())

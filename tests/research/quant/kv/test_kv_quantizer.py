@@ -69,6 +69,13 @@ def test_bad_texts_are_refused(text, words):
     parse(text)
 
 
+def test_layers_that_a_model_has_not_are_refused():
+  kv = parse("k4v4;0,29=k8v8")
+  kv.check_depth(30)
+  with pytest.raises(UserError, match="found layer 29, expected 0 to 28"):
+    kv.check_depth(29)
+
+
 def test_single_tokens_need_no_whole_groups_of_recent_ones():
   kv = parse("k4v4,key=per_token,residual=5")
   assert not any(grid.per_channel for grid in kv.grids)
