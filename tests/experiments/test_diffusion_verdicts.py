@@ -113,7 +113,7 @@ RIGHT = {
   },
 }
 REVERSED = {
-  f"{kind}, seed {s}": {"right": right}
+  f"{kind}, seed {s}": {"right": dict(right)}
   for kind, right in RIGHT.items()
   for s in range(3)
 }
