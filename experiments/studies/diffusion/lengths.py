@@ -320,7 +320,7 @@ class Lengths(OfSeeds):
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of a canvas that grows."""
-    alike = self.mean_of(rows, "alike")
+    correlation = self.mean_of(rows, "alike")
     count = len(np.unique(self.distances))
     canvas_, want = (
       [self.mean_of(rows, name, i) for i in range(count)]
@@ -332,8 +332,8 @@ class Lengths(OfSeeds):
       Verdict(
         f"canvases are longer where answers are (correlation surely over"
         f" {LIKE})",
-        f"{alike}",
-        above(alike, LIKE),
+        f"{correlation}",
+        above(correlation, LIKE),
       ),
       Verdict(
         f"and as long as answers are on average ({NEAR:.0%}, at each distance)",
