@@ -152,6 +152,14 @@ def below(found: Mean, most: float | int = 0.0) -> Decision:
   return above(Mean(-found.value, found.half), -most)
 
 
+def alike(difference: Mean, most: float | int) -> Decision:
+  """Whether a difference surely lies within `most` of 0, or surely does not."""
+  low, high = above(difference, -most), below(difference, most)
+  if low and high:
+    return True
+  return False if low is False or high is False else None
+
+
 def opposite(decision: Decision) -> Decision:
   """Returns the decision on the opposite claim."""
   return None if decision is None else not decision

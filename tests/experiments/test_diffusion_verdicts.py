@@ -113,7 +113,7 @@ RIGHT = {
   },
 }
 REVERSED = {
-  f"{kind}, seed {s}": {"right": right}
+  f"{kind}, seed {s}": {"right": dict(right)}
   for kind, right in RIGHT.items()
   for s in range(3)
 }
@@ -388,6 +388,68 @@ def following_rows(before=(2.0, 0.1), after=(0.1, 0.95), alone=(1.0, 0.5)):
 )
 def test_following(more, wanted):
   assert holds(FOLLOWING, following_rows(**more)) == wanted
+
+
+def _seeds_of(kind, separator=", "):
+  return [f"{kind}{separator}seed {s}" for s in range(3)]
+
+
+@pytest.mark.parametrize(
+  ("study", "rows", "arms", "path", "values", "number"),
+  [
+    (
+      *(LADDER, ladder_rows(), _seeds_of("whole rows"), ("gap", 1)),
+      *((0.0, 0.01, 0.05), 1),
+    ),
+    (
+      *(REVERSAL, REVERSED, _seeds_of("diffusion")),
+      *(("right", "template, told once"), (0.9, 0.7, 0.3), 3),
+    ),
+    (
+      *(ENDS, end_rows(), ENDS.arms, ("random places", "length")),
+      *((8.0, 10.2, 12.4), 1),
+    ),
+    (
+      *(ENDS, end_rows(), ENDS.arms, ("blocks of 4", "length")),
+      *((3.0, 7.0, 11.0), 3),  # wrong in the mean, and not surely
+    ),
+    (
+      *(REWARDS, reward_rows(), _seeds_of("coupled-GRPO", ": ")),
+      *(("reward", 1), (0.95, 0.99, 0.8), 3),
+    ),
+    (
+      *(REWARDS, reward_rows(), _seeds_of("diffu-GRPO", ": ")),
+      *(("alike", 1), (1.0, 1.5, 3.0), 4),
+    ),
+    (
+      *(FOLLOWING, following_rows(), FOLLOWING.arms),
+      *(("converted, tuned", "right"), (0.99, 0.99, 0.8), 2),
+    ),
+    (
+      *(POLICIES, policy_rows(), _seeds_of("sums")),
+      *(("points", 16, "row"), (1.0, 0.3, 0.3), 0),
+    ),
+    (
+      *(CACHES, cache_rows(), _seeds_of("chain")),
+      *(("points", 7, "same"), (0.9975, 0.995, 0.99), 3),
+    ),
+  ],
+)
+def test_means_on_which_seeds_disagree_decide_nothing(
+  study, rows, arms, path, values, number
+):
+  assert holds(study, changed(rows, arms, path, values))[number] is None
+
+
+def test_gains_from_one_base_are_paired():
+  """Seeds differ more than kinds, each of them by about as much."""
+  rows, path = reward_rows(), ("reward", 1)
+  for kind, ends in (
+    ("diffu-GRPO", (0.5, 0.7, 0.9)),
+    ("coupled-GRPO", (0.56, 0.75, 0.95)),
+  ):
+    rows = changed(rows, _seeds_of(kind, ": "), path, ends)
+  assert holds(REWARDS, rows)[3] is True
 
 
 def test_one_seed_is_no_interval():

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.core.stats import Mean, above, mean, paired
+from experiments.core.stats import Mean, above, below, mean, paired
 from experiments.studies import pictures
 from experiments.studies.alignment import target_rollouts
 from experiments.studies.alignment.target_rollouts import (
@@ -155,9 +155,12 @@ class Rewards(DiffusionStudy):
 
   def gained(self, rows: Rows, kind: str) -> Mean:
     """Returns how much reward grew."""
+    before = self._ends(rows, kind, 0)
+    return paired(self._ends(rows, kind), before)
+
+  def _ends(self, rows: Rows, kind: str, at: int = -1) -> list[float]:
     arms = [f"{kind}: seed {s}" for s in range(self.seeds)]
-    ends = over_seeds(rows, arms, "reward", -1)
-    return paired(ends, over_seeds(rows, arms, "reward", 0))
+    return over_seeds(rows, arms, "reward", at)
 
   def table(self, rows: Rows) -> Lines:
     """Returns a line for each kind."""
@@ -177,6 +180,8 @@ class Rewards(DiffusionStudy):
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of rewards."""
     one, coupled, lot = (self.gained(rows, kind) for kind in KINDS)
+    # Both start from the same base of each seed.
+    apart = paired(*(self._ends(rows, kind) for kind in (COUPLED, ONE)))
     best = self.mean_of_kind(rows, ONE, "reward")
     alike = [self.mean_of_kind(rows, ONE, "alike", at) for at in (0, -1)]
     return [
@@ -189,20 +194,20 @@ class Rewards(DiffusionStudy):
         "it is the reward that does it: drawn by lot, it improves nothing"
         " (0.05)",
         f"by {lot}",
-        lot.value < 0.05,
+        below(lot, 0.05),
       ),
       Verdict("coupled-GRPO does, too", f"by {coupled}", above(coupled)),
       Verdict(
         "seeing each token once in context is worth it: coupled-GRPO gains"
         " more",
-        f"by {coupled} and {one}",
-        coupled.value - coupled.half > one.value + one.half,
+        f"by {coupled} and {one}: {apart} more",
+        above(apart),
       ),
       Verdict(
         "right answers stay varied: two to one prompt are the same at most"
         " twice as often as if all were as likely",
         f"{alike[0]} times as often, then {alike[1]}",
-        alike[1].value < 2,
+        below(alike[1], 2),
       ),
     ]
 

@@ -189,7 +189,7 @@ class Following(OfSeeds):
       Verdict(
         "it follows them (90% of answers are right)",
         f"{self.mean_of(rows, AFTER, 'right')}",
-        self.mean_of(rows, AFTER, "right").value > 0.9,
+        above(self.mean_of(rows, AFTER, "right"), 0.9),
       ),
       Verdict(
         "what the base knew from left to right is of use: without it less is"

@@ -18,7 +18,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.core.stats import Mean, above, below, every, mean, paired
+from experiments.core.stats import (
+  Mean,
+  above,
+  alike,
+  below,
+  every,
+  mean,
+  paired,
+)
 from experiments.studies import pictures
 from experiments.studies.diffusion import kinds
 from experiments.studies.diffusion.kinds import (
@@ -252,18 +260,18 @@ class InContext(DiffusionStudy):
       Verdict(
         "next-token prediction guesses there (within 0.05 of chance)",
         f"{middle[AR]}",
-        abs(middle[AR].value - chance) < CLOSE,
+        alike(_over(middle[AR], chance), CLOSE),
       ),
       Verdict(
         "and cannot find the value at all",
         f"{scored}, when it scores the row with each of"
         f" {self.source.values} values",
-        abs(scored.value - chance) < CLOSE,
+        alike(_over(scored, chance), CLOSE),
       ),
       Verdict(
         "it is the row that says it: of a key that is not in it, all guess",
         ", ".join(str(x) for x in strange),
-        max(abs(x.value - chance) for x in strange) < CLOSE,
+        every(alike(_over(x, chance), CLOSE) for x in strange),
       ),
     ]
 
@@ -295,6 +303,11 @@ class InContext(DiffusionStudy):
     right.set(xlabel=f"million tokens read; {self.shots[-1]} shots")
     drawn.suptitle(title)
     plots.save(drawn, folder / "incontext.png")
+
+
+def _over(found: Mean, chance: float) -> Mean:
+  """Returns how far a mean is above a number that is known."""
+  return Mean(found.value - chance, found.half)
 
 
 def _thousands(counts: Sequence[int | None]) -> str:

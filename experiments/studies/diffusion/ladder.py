@@ -17,7 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.core.stats import Mean, above, every, mean, paired
+from experiments.core.stats import (
+  Mean,
+  above,
+  alike,
+  below,
+  every,
+  mean,
+  paired,
+)
 from experiments.studies import pictures
 from experiments.studies.diffusion import bounds
 from experiments.studies.diffusion import truth as diffusion_truth
@@ -219,24 +227,24 @@ class Ladder(DiffusionStudy):
       self.apart(rows, WHOLE, AR),
     )
     nothing = math.log(self.source.vocab) - entropy
-    left = self.gaps(rows, WHOLE).value / nothing
+    left = self.gaps(rows, WHOLE).times(1 / nothing)
     ladder = [kind for kind in self.kinds if kind != AR]
     said = ", ".join(f"{kind}: {self.gaps(rows, kind)}" for kind in self.kinds)
     found = [
       Verdict(
         "at equal FLOPs diffusion is within 2% of next-token prediction",
         f"behind by {short} of {entropy:.3f} nats a token",
-        short.value < CLOSE * entropy,
+        below(short, CLOSE * entropy),
       ),
       Verdict(
         f"with {self.more} times the tokens read it is",
         f"behind by {last}",
-        last.value < CLOSE * entropy,
+        below(last, CLOSE * entropy),
       ),
       Verdict(
         "it has learned the source: under 10% of a uniform guess's gap is left",
-        f"{left:.1%} of {nothing:.3f} nats",
-        left < 0.1,
+        f"{left.times(100)}% of {nothing:.3f} nats",
+        below(left, 0.1),
       ),
       Verdict(
         "larger blocks are further from the source",
@@ -253,7 +261,7 @@ class Ladder(DiffusionStudy):
         Verdict(
           "blocks of one token learn what next-token prediction does (0.01)",
           f"behind by {one}",
-          abs(one.value) < 0.01,
+          alike(one, 0.01),
         )
       )
     return found

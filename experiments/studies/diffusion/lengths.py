@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.core.stats import above, below, either, every
+from experiments.core.stats import Mean, above, alike, below, either, every
 from experiments.studies import pictures
 from experiments.studies.diffusion.policies import ANY, fill
 from experiments.studies.diffusion.study import OfSeeds, Tiny
@@ -125,10 +125,11 @@ class Ends(OfSeeds):
       self.mean_of(rows, way, "length")
       for way in ("low confidence", "ends last", "blocks of 4", "random places")
     )
-    valid = {
-      way: self.mean_of(rows, way, "valid").value
-      for way in ("low confidence", "ends last", "blocks of 4")
-    }
+    valid = {way: self.mean_of(rows, way, "valid") for way in GREEDILY}
+    lost = [
+      self.less(rows, (way, "valid"), (GREEDILY[0], "valid"))
+      for way in GREEDILY[1:]
+    ]
     return [
       Verdict(
         "low confidence ends too early (mean length under 80% of what it is)",
@@ -139,22 +140,27 @@ class Ends(OfSeeds):
         "the model is not to blame: places by chance, and lengths are right"
         " (10%)",
         f"{chance} of {want:.2f}",
-        abs(chance.value - want) < 0.1 * want,
+        alike(_off(chance, want), 0.1 * want),
       ),
       Verdict(
         "ends last cures it (mean length within 20%)",
         f"{last} of {want:.2f}",
-        abs(last.value - want) < 0.2 * want,
+        alike(_off(last, want), 0.2 * want),
       ),
       Verdict(
         "so do blocks from left to right",
         f"{blocks} of {want:.2f}",
-        abs(blocks.value - want) < 0.2 * want,
+        alike(_off(blocks, want), 0.2 * want),
       ),
       Verdict(
         "neither costs valid answers (2%, and most are valid)",
-        ", ".join(f"{way}: {x:.1%}" for way, x in valid.items()),
-        min(valid.values()) > max(0.5, valid["low confidence"] - 0.02),
+        ", ".join(f"{way}: {x.times(100)}%" for way, x in valid.items()),
+        every(
+          (
+            *(above(x, 0.5) for x in valid.values()),
+            *(below(x, 0.02) for x in lost),
+          )
+        ),
       ),
       self._greedily(rows, want),
     ]
@@ -197,6 +203,11 @@ class Ends(OfSeeds):
     axes.set(xlabel="tokens before the first end, mean", title=title)
     axes.legend(frameon=False)
     plots.save(drawn, folder / "ends.png")
+
+
+def _off(found: Mean, exact: float) -> Mean:
+  """Returns how far a mean is above a number that is known."""
+  return Mean(found.value - exact, found.half)
 
 
 LIKE, NEAR, CLOSE = 0.7, 0.3, 0.05
@@ -309,7 +320,7 @@ class Lengths(OfSeeds):
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of a canvas that grows."""
-    alike = self.mean_of(rows, "alike")
+    correlation = self.mean_of(rows, "alike")
     count = len(np.unique(self.distances))
     canvas_, want = (
       [self.mean_of(rows, name, i) for i in range(count)]
@@ -321,16 +332,16 @@ class Lengths(OfSeeds):
       Verdict(
         f"canvases are longer where answers are (correlation surely over"
         f" {LIKE})",
-        f"{alike}",
-        above(alike, LIKE),
+        f"{correlation}",
+        above(correlation, LIKE),
       ),
       Verdict(
         f"and as long as answers are on average ({NEAR:.0%}, at each distance)",
         ", ".join(
           f"{a} of {b.value:.2f}" for a, b in zip(canvas_, want, strict=True)
         ),
-        all(
-          abs(a.value / b.value - 1) < NEAR
+        every(
+          alike(_off(a, b.value), NEAR * b.value)
           for a, b in zip(canvas_, want, strict=True)
         ),
       ),

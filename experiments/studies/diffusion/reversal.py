@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.core.stats import Mean, mean
+from experiments.core.stats import Mean, above, below, every, mean
 from experiments.studies.diffusion import kinds
 from experiments.studies.diffusion.kinds import AR, DIFFUSION
 from experiments.studies.diffusion.study import (
@@ -173,28 +173,28 @@ class Reversal(DiffusionStudy):
       Verdict(
         "both kinds know the facts, in the order of training (95%)",
         f"{known[0]} and {known[1]}",
-        min(x.value for x in known) > 0.95,
+        every(above(x, 0.95) for x in known),
       ),
       Verdict(
         "next-token prediction has the curse: trained one way, it does not know"
         " the other",
         f"{once[0]}; trained both ways {both[0]}",
-        once[0].value < 0.05 and both[0].value > 0.95,
+        every((below(once[0], 0.05), above(both[0], 0.95))),
       ),
       Verdict(
         "a gap in front breaks it: diffusion knows the name (95%)",
         f"{gap}",
-        gap.value > 0.95,
+        above(gap, 0.95),
       ),
       Verdict(
         "a new template does, too (50%)",
         f"{once[1]}; trained both ways {both[1]}",
-        once[1].value > 0.5,
+        above(once[1], 0.5),
       ),
       Verdict(
         "next-token prediction cannot find the name at all",
         f"{scored}, when it scores all {self.pairs.count} names",
-        scored.value < 0.05,
+        below(scored, 0.05),
       ),
     ]
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.core.stats import above, mean, paired
+from experiments.core.stats import above, below, mean, paired
 from experiments.studies import pictures
 from experiments.studies.diffusion import bounds
 from experiments.studies.diffusion.policies import fill
@@ -303,11 +303,10 @@ class Instructed(OfSeeds):
     first, last = (
       over_seeds(rows, self.arms, s, "right") for s in (ADAPTED, TUNED)
     )
-    gain, share = paired(last, first), mean(last).value
+    gain = paired(last, first)
     ar, bound = (
       over_seeds(rows, self.arms, "text", kind, 1) for kind in (AR, DIFFUSION)
     )
-    behind, base = paired(bound, ar), mean(ar).value
     return [
       Verdict(
         "some plain text teaches a converted model to fill in masks: the loss"
@@ -320,12 +319,16 @@ class Instructed(OfSeeds):
         f"{mean(first)}, then {mean(last)} of {self.graded}",
         above(gain),
       ),
-      Verdict("half of the lists are right", f"{share:.0%}", share >= 0.5),
+      Verdict(
+        "half of the lists are right",
+        f"{mean(last).times(100)}%",
+        above(mean(last), 0.5),
+      ),
       Verdict(
         "on plain text, after as many steps, it is within 2% of the next-token"
         " model that it was",
         f"{mean(bound)} against {mean(ar)} nats a token",
-        behind.value < CLOSE * base,
+        below(paired(bound, [(1 + CLOSE) * x for x in ar])),
       ),
     ]
 

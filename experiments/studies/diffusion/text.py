@@ -275,7 +275,7 @@ class Text(DiffusionStudy):
     return Verdict(
       claim,
       f"{said}: {behind.value / base:+.1%}",
-      behind.value < CLOSE * base,
+      below(paired(bound, [(1 + CLOSE) * x for x in ar])),
     )
 
   def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:

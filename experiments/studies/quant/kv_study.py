@@ -2,7 +2,8 @@
 
 A `Table` is a model, a text, and ways to pack, as `--kv` has them. Perplexity
 is that of decoding: a window is read through the cache, a few tokens at a time,
-so that what was packed is what later tokens read.
+so that what was packed is what later tokens read. Ways are compared by layers,
+or by windows, of one text: intervals are Student's over these.
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.core.experiment import Source
+from experiments.core.stats import above, paired
 from experiments.studies import protocol
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.data.sources import Documents
-from research.generation.perplexity import perplexity
+from research.generation import perplexity as of_text
 from research.quant.kv import kv_error, kv_memory
 from research.quant.kv.kv_quantizer import parse
 from research.text import special_tokens
@@ -32,29 +34,29 @@ ATTENTION = "attention"
 CLAIMS = (
   (
     "Keys go per channel (KIVI)",
-    "error",
+    "layers",
     ("k4v16", "k4v16,key=per_token"),
   ),
   (
     "Values go per token (KIVI)",
-    "error",
+    "layers",
     ("k16v4", "k16v4,value=per_channel"),
   ),
   (
     "A rotation helps keys per token",
-    "error",
+    "layers",
     ("k4v16,key=hadamard+per_token", "k4v16,key=per_token"),
   ),
-  ("Keys need more bits than values", "more", ("k8v4", "k4v8")),
-  ("Recent tokens should be whole", "more", ("k2v2", "k2v2,residual=0")),
+  ("Keys need more bits than values", "windows", ("k8v4", "k4v8")),
+  ("Recent tokens should be whole", "windows", ("k2v2", "k2v2,residual=0")),
   (
     "The first tokens should be whole",
-    "more",
+    "windows",
     ("k2v2,residual=0,sink_tokens=32", "k2v2,residual=0"),
   ),
 )
 """Claim, what is compared, and the way that has less of it, before the other:
-attention's mean error, or nats a token more than with nothing packed."""
+attention's error in each layer, or nats a token in each window."""
 
 
 class Shared(NamedTuple):
@@ -74,8 +76,7 @@ class Table(protocol.Study):
     caches: arms of perplexity.
     attention: ways whose attention errors are measured, all tokens packed.
     window: tokens of a window.
-    windows: how many are read.
-    batch: windows that are read at a time.
+    windows: how many are read, one after the other.
     chunk: tokens that are read at a time, whole among themselves; 1 is what
       decoding does.
     tokens: what attention's errors are measured on.
@@ -87,7 +88,6 @@ class Table(protocol.Study):
   attention: Sequence[str]
   window: int = 1024
   windows: int = 4
-  batch: int = 4
   chunk: int = 32
   tokens: int = 256
 
@@ -129,8 +129,8 @@ class Table(protocol.Study):
 
   def table(self, rows: Rows) -> Lines:
     """Returns a line a cache, then one for each other way of attention's."""
-    error = rows.get(ATTENTION, {"errors": {}})["errors"]
-    caches = {n: r for n, r in rows.items() if n != ATTENTION}
+    error = {n: _shown(x) for n, x in _errors(rows).items()}
+    caches = {n: _shown(r) for n, r in rows.items() if n != ATTENTION}
     out = []
     for name, row in caches.items():
       line = {"kv": name, **row}
@@ -142,17 +142,28 @@ class Table(protocol.Study):
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what is said of the claims known of caches."""
-    lines = {line["kv"]: line for line in self.table(rows)}
-    out = []
+    measured, out = {"layers": _errors(rows), "windows": rows}, []
     for claim, what, names in CLAIMS:
-      found = [lines.get(name, {}).get(what) for name in names]
+      found = [measured[what].get(name, {}).get(what) for name in names]
       if None not in found:
         less, more = found
         said = ", ".join(
-          f"{n} {x:.4f}" for n, x in zip(names, found, strict=True)
+          f"{n} {np.mean(x):.4f}" for n, x in zip(names, found, strict=True)
         )
-        out.append(Verdict(claim, said, less < more))
+        apart = paired(more, less)
+        said = f"{said}: {apart} less, over {len(less)} {what}"
+        out.append(Verdict(claim, said, above(apart)))
     return out
+
+
+def _errors(rows: Rows) -> Rows:
+  """Returns each way's errors of attention, if they are there."""
+  return rows.get(ATTENTION, {"errors": {}})["errors"]
+
+
+def _shown(row: Row) -> Row:
+  """Returns what a line has of a row: no values of layers or windows."""
+  return {n: x for n, x in row.items() if n not in ("layers", "windows")}
 
 
 def read(table: Table, tokenizer: Any) -> list[int]:
@@ -186,31 +197,33 @@ def perplexity_of(
     ids: tokens of the text.
   """
   kv = None if name == WHOLE else parse(name)
-  found = perplexity(
-    loaded.model,
-    loaded.params,
-    ids,
-    table.window,
-    table.windows,
-    table.batch,
-    table.chunk,
-    kv,
-    special_tokens.from_tokenizer(loaded.tokenizer).row_begin,
-  )
+  begin = special_tokens.from_tokenizer(loaded.tokenizer).row_begin
+  each = [
+    of_text.perplexity(
+      loaded.model,
+      loaded.params,
+      one,
+      table.window,
+      chunk=table.chunk,
+      kv=kv,
+      begin=begin,
+    ).nll
+    for one in of_text.windows(ids, table.window, table.windows)
+  ]
+  nll = float(np.mean(each))  # all windows have as many tokens
   took = kv_memory.memory(loaded.model, loaded.params, 1, table.window, kv)
   return {
     "bits": took.bits_per_number,
     "bytes_per_token": took.bytes_per_token,
     "cache_bytes": took.cache_bytes,
-    "perplexity": found.perplexity,
-    "nll": found.nll,
+    "perplexity": float(np.exp(nll)),
+    "nll": nll,
+    "windows": each,
   }
 
 
-def errors(
-  table: Table, loaded: Any, ids: Sequence[int]
-) -> dict[str, dict[str, float]]:
-  """Returns each way's error of attention: its layers' mean, and the worst.
+def errors(table: Table, loaded: Any, ids: Sequence[int]) -> dict[str, Row]:
+  """Returns each way's error of attention: by layer, their mean, the worst.
 
   Args:
     table: what to measure.
@@ -222,6 +235,10 @@ def errors(
   kvs = [parse(name) for name in table.attention]
   found = kv_error.attention_errors(loaded.model, loaded.params, tokens, kvs)
   return {
-    name: {"error": float(x.mean()), "worst": float(x.max())}
+    name: {
+      "error": float(x.mean()),
+      "worst": float(x.max()),
+      "layers": x.tolist(),
+    }
     for name, x in zip(table.attention, found.T, strict=True)
   }

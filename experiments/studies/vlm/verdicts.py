@@ -7,9 +7,9 @@ verdict compares scores by seed.
 import numpy as np
 
 from experiments.core.stats import (
-  Decision,
   Mean,
   above,
+  alike,
   below,
   every,
   mean,
@@ -33,14 +33,6 @@ def _apart(rows: Rows, one: str, other: str, seeds: int) -> Mean:
   return paired(*(_over_seeds(rows, x, "score", seeds) for x in (one, other)))
 
 
-def alike(found: Mean, most: float = EQUAL) -> Decision:
-  """Whether a difference lies within `most` of 0, or surely does not."""
-  low, high = above(found, -most), below(found, most)
-  if low and high:
-    return True
-  return False if low is False or high is False else None
-
-
 def _points(found: Mean) -> str:
   return f"{found.times(100)} points"
 
@@ -49,6 +41,7 @@ def stages(rows: Rows, seeds: int) -> list[Verdict]:
   """Returns what one stage, two and none for alignment say."""
   margin = mean(_over_seeds(rows, arms.TWO, "margin", seeds))
   first = _apart(rows, arms.TWO, arms.FIRST, seeds)
+  both = _apart(rows, arms.TWO, arms.SECOND, seeds)
   second = _apart(rows, arms.SECOND, arms.TWO, seeds)
   whole = _apart(rows, arms.ALL, arms.TWO, seeds)
   control = mean(_over_seeds(rows, arms.BLIND, "margin", seeds))
@@ -66,10 +59,16 @@ def stages(rows: Rows, seeds: int) -> list[Verdict]:
       above(first),
     ),
     Verdict(
+      "two stages are better than as many steps of the second one alone"
+      " (LLaVA, arXiv:2304.08485)",
+      _points(both),
+      above(both),
+    ),
+    Verdict(
       "a stage of alignment is optional: as many steps of the second one alone"
       " are within 2 points (Prismatic, arXiv:2402.07865)",
       _points(second),
-      alike(second),
+      alike(second, EQUAL),
     ),
     Verdict(
       "training the encoder as well adds (PaliGemma, arXiv:2407.07726)",
@@ -102,7 +101,7 @@ def connectors(rows: Rows, seeds: int) -> list[Verdict]:
       Verdict(
         f"at equal tokens {kind} is within 2 points of linear ({paper})",
         ", ".join(f"{n} tokens: {_points(x)}" for n, x in found.items()),
-        every(map(alike, found.values())),
+        every(alike(x, EQUAL) for x in found.values()),
       )
     )
   for kind in (arms.LINEAR, arms.MLP, arms.POOL):
@@ -138,7 +137,7 @@ def feature_layers(rows: Rows, seeds: int) -> list[Verdict]:
     Verdict(
       "the encoder's final norm does not matter: within 2 points without it",
       _points(norm),
-      alike(norm),
+      alike(norm, EQUAL),
     ),
   ]
 
@@ -204,7 +203,7 @@ def small_text(rows: Rows, seeds: int) -> list[Verdict]:
       "it is not soft tokens: four times as many of the same pixels are within"
       " 2 points",
       _points(tokens),
-      alike(tokens),
+      alike(tokens, EQUAL),
     ),
     Verdict(
       "tesseract is a ceiling: with tiles, no more small text is right than it"

@@ -113,6 +113,11 @@ def test_an_interval_decides():
     assert stats.below(found.times(-1), -1.5) is want
   assert stats.above(stats.Mean(9, math.inf)) is None
   assert stats.above(stats.Mean(0.0, 0.0)) is False
+  for value, want in ((0.5, True), (1.5, None), (3.5, False), (9, False)):
+    for sign in (1, -1):
+      assert stats.alike(stats.Mean(sign * value, 1.0), 2) is want
+  assert stats.alike(stats.Mean(0.0, math.inf), 2) is None
+  assert stats.alike(stats.Mean(0.0, 3.0), 2) is None
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,68 @@ def _row(loss, group="LoRA", k=-6, **more):
   }
 
 
+def _of_seeds(row, name, values):
+  """A row whose seeds have other values at the best rate."""
+  table = [list(x) for x in row[name]]
+  table[row["best"]] = list(values)
+  return row | {name: table}
+
+
+@pytest.mark.parametrize(
+  ("losses", "holds"),
+  [
+    ((2.05, 2.05, 2.05), True),
+    ((2.30, 2.30, 2.30), False),
+    ((2.00, 2.10, 2.15), None),  # 91% in the mean, and not surely 90%
+  ],
+)
+def test_a_share_of_the_gain_is_recovered_over_seeds(losses, holds):
+  rows = {
+    "full": _row(1.90, "full"),
+    "LoRA r=2": _of_seeds(_row(2.05, "rank", k=-4), "heldout", losses),
+  }
+  rate, gain = verdicts.width(rows)
+  assert (rate.holds, gain.holds) == (True, holds)
+  rewards = verdicts.policy(
+    {
+      "full": _row(0.1, "full"),
+      "LoRA r=1": _of_seeds(_row(0.1, "rank", k=-4), "heldout", losses),
+    }
+  )
+  assert rewards[0].holds is (False if holds is False else rewards[0].holds)
+
+
+def _capacity(**changes):
+  """Rows of which all is so that is claimed, but for some."""
+  curve = np.ones((3, 3, 20)).tolist()
+
+  def row(loss, group, known, k=-5):
+    return _row(loss, group, k=k, known=known, rank90=20.0) | {"curve": curve}
+
+  rows = {
+    "full": row(1.90, "full", 3.2, k=-7),
+    "LoRA r=1": row(1.96, "rank", 2.6),
+    "LoRA r=16": row(1.94, "rank", 2.8),
+    "LoRA r=64": row(1.91, "rank", 3.0),
+    "attention": row(1.96, "place", 2.7) | {"trained": 20},
+    "mlp": row(1.93, "place", 2.7),
+    "rsLoRA": row(1.91, "scale", 3.0, k=-6),
+  }
+  return rows | changes
+
+
+def test_verdicts_on_capacity_are_over_seeds():
+  rows = _capacity()
+  assert [v.holds for v in verdicts.capacity(rows)] == [True] * 10
+  for name, values, number in (
+    ("known", (2.7, 2.9, 3.4), 7),  # of rank 64: as much as 16 for one seed
+    ("rank90", (10.0, 20.0, 60.0), 9),
+  ):
+    arm = "LoRA r=64" if name == "known" else "full"
+    other = _capacity(**{arm: _of_seeds(rows[arm], name, values)})
+    assert verdicts.capacity(other)[number].holds is None
+
+
 def test_verdicts_on_pretraining_can_be_false():
   rows = {
     "full": _row(1.5, rank=1.0),

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from experiments import generate, perplexity
@@ -23,7 +24,6 @@ TABLE = kv_study.Table(
   attention=("k8v16,group=8", "k2v16,group=8", "k16v16"),
   window=32,
   windows=2,
-  batch=2,
   chunk=8,
   tokens=48,
 )
@@ -46,16 +46,25 @@ def test_arms_of_a_tiny_model(tmp_path):
   assert packed["bits"] == 6
   assert packed["bytes_per_token"] == whole["bytes_per_token"] * 6 / 32
   assert packed["more"] == packed["nll"] - whole["nll"] != 0
+  assert "windows" not in packed and "layers" not in others[0]
+  for row in (rows["whole"], rows["k2v2,group=8,residual=0"]):
+    assert len(row["windows"]) == 2 and len({*row["windows"]}) == 2
+    assert np.exp(np.mean(row["windows"])) == pytest.approx(row["perplexity"])
   assert [line["kv"] for line in others] == list(TABLE.attention)
 
 
 def test_verdicts_follow_rows():
-  caches = {"whole": {"nll": 2.0}, "k8v4": {"nll": 2.1}, "k4v8": {"nll": 2.2}}
-  errors = {"k16v4": {"error": 0.3}, "k16v4,value=per_channel": {"error": 0.2}}
-  rows = caches | {"attention": {"errors": errors}}
+  rows = {"k8v4": {"windows": [2.0, 2.2]}, "k4v8": {"windows": [2.1, 2.3]}}
+  channel = {"layers": [0.2, 0.3]}
+  errors = {"k16v4": {"layers": [0.3, 0.4]}, "k16v4,value=per_channel": channel}
+  rows["attention"] = {"errors": errors}
   values, bits = TABLE.verdicts(rows)
-  assert bits.holds and "0.1000" in bits.found
-  assert not values.holds
+  assert bits.holds and "k8v4 2.1000, k4v8 2.2000: 0.100" in bits.found
+  assert bits.found.endswith("less, over 2 windows")
+  assert values.holds is False
+  # One window is ahead by more than the other one is behind.
+  rows["k4v8"] = {"windows": [2.3, 2.1]}
+  assert TABLE.verdicts(rows)[1].holds is None
   assert TABLE.verdicts({}) == []
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -99,3 +100,19 @@ def test_a_system_of_one_seed_meets_each_of_the_other():
   assert "problems, 2 and 1 seeds" in found.found
   with pytest.raises(UserError, match="found 3 and 2 seeds"):
     pair([row(HIGH)] * 3, [row(LOW)] * 2)
+
+
+def _first(count):
+  return row([1.0] * count + [0.0] * (200 - count))
+
+
+def test_seeds_that_disagree_decide_nothing():
+  """A bootstrap of three has the least of them as its end: all above 0."""
+  others = [_first(120)] * 3
+  found = pair([_first(n) for n in (122, 140, 150)], others)
+  assert found.holds is None
+  assert float(re.search(r"\((\S+) to", found.found)[1]) > 0
+  assert "3 seeds (± 17.6 over seeds alone)" in found.found
+  assert pair([_first(n) for n in (138, 140, 142)], others).holds is True
+  fewer = pair(others, [_first(n) for n in (122, 140, 150)])
+  assert fewer.holds is None

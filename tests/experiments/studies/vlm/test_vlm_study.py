@@ -121,11 +121,25 @@ def states(rule, scores, **more):
 def test_verdicts_of_stages_have_three_states():
   same = dict.fromkeys((arms.TWO, arms.SECOND, arms.ALL), HIGH)
   found = {**same, arms.FIRST: LOW, arms.BLIND: LOW}
-  assert states(verdicts.stages, found) == [True, True, True, False, True]
+  assert states(verdicts.stages, found) == [
+    True,
+    True,
+    False,
+    True,
+    False,
+    True,
+  ]
   found = {**same, arms.SECOND: LOW, arms.FIRST: HIGH, arms.BLIND: HIGH}
-  assert states(verdicts.stages, found) == [True, False, False, False, False]
+  assert states(verdicts.stages, found) == [
+    True,
+    False,
+    True,
+    False,
+    False,
+    False,
+  ]
   found = dict.fromkeys(found, WIDE) | {arms.TWO: (0.7, 0.7, 0.7)}
-  assert states(verdicts.stages, found) == [False, *[None] * 4]
+  assert states(verdicts.stages, found) == [False, *[None] * 5]
 
 
 def test_verdicts_of_connectors_compare_at_equal_tokens():
