@@ -24,7 +24,7 @@ class Merge(ComparesLogits, Reports):
     "decoded", "The mode that is written to --to.", needs="to"
   )
   original: str | None = option(
-    None, "The model that was quantized to the base."
+    None, "The model that the base was quantized from."
   )
 
   def _check(self) -> None:

@@ -415,4 +415,4 @@ def test_help_names_operations_and_their_options(capsys):
   for op in TAKES:
     assert op in text
   assert "By default 0.9." in text
-  assert "The model that the base was rounded from. For merge." in text
+  assert "The model that the base was quantized from. For merge." in text

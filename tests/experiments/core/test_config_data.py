@@ -37,11 +37,11 @@ ELSEWHERE = {
   "countdown",
   "digit_chain",
   "labelled_steps",
-  # Pictures, whose run files bind the rest: tests of research/vlm.
+  # Images, whose run files bind the rest: tests of research/vlm.
   "captions",
   "image_jsonl",
   "mixed_images",
-  "pictures",
+  "drawn_questions",
 }
 NAMES = sorted(
   p.stem for p in config.CONFIGS.glob("data/*.gin") if p.stem not in ELSEWHERE
