@@ -39,6 +39,10 @@ class Mean(NamedTuple):
     """Returns the mean in another unit, such as per cent."""
     return Mean(factor * self.value, abs(factor) * self.half)
 
+  def over(self, exact: float) -> "Mean":
+    """Returns how far the mean is above a number that is known."""
+    return Mean(self.value - exact, self.half)
+
 
 class Interval(NamedTuple):
   """Both ends of an interval."""

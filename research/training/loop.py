@@ -25,7 +25,7 @@ from research.optim import ranges
 from research.training import evaluating, memory, preemption
 from research.training.aot import StateTransform, compile_steps
 from research.training.checkpoints import run_lock, unevaluated
-from research.training.checkpoints.checkpoint import Checkpoints
+from research.training.checkpoints.checkpoint import Checkpoints, has_saved
 from research.training.checkpoints.frozen_base import record_base
 from research.training.evaluating import Evaluations
 from research.training.objectives.objective import Batch, Objective
@@ -200,8 +200,7 @@ def fit(
     )
     watched.doing("restoring")
     with clock.doing("restore"):
-      saved = any(p.name[0].isdigit() for p in folder.glob("*"))
-      saved = saved or (workdir / unevaluated.NAME).is_dir()
+      saved = has_saved(folder) or (workdir / unevaluated.NAME).is_dir()
       record_base(folder, state.frozen, source, saved)
       data = batches.resumable
       state, resumed = checkpoints.restore_latest(state, data)

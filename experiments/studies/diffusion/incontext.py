@@ -260,18 +260,18 @@ class InContext(DiffusionStudy):
       Verdict(
         "next-token prediction guesses there (within 0.05 of chance)",
         f"{middle[AR]}",
-        alike(_over(middle[AR], chance), CLOSE),
+        alike(middle[AR].over(chance), CLOSE),
       ),
       Verdict(
         "and cannot find the value at all",
         f"{scored}, when it scores the row with each of"
         f" {self.source.values} values",
-        alike(_over(scored, chance), CLOSE),
+        alike(scored.over(chance), CLOSE),
       ),
       Verdict(
         "it is the row that says it: of a key that is not in it, all guess",
         ", ".join(str(x) for x in strange),
-        every(alike(_over(x, chance), CLOSE) for x in strange),
+        every(alike(x.over(chance), CLOSE) for x in strange),
       ),
     ]
 
@@ -303,11 +303,6 @@ class InContext(DiffusionStudy):
     right.set(xlabel=f"million tokens read; {self.shots[-1]} shots")
     drawn.suptitle(title)
     plots.save(drawn, folder / "incontext.png")
-
-
-def _over(found: Mean, chance: float) -> Mean:
-  """Returns how far a mean is above a number that is known."""
-  return Mean(found.value - chance, found.half)
 
 
 def _thousands(counts: Sequence[int | None]) -> str:

@@ -316,6 +316,11 @@ class Checkpoints:
         where.rename(self.folder / f"{step}{suffix}")
 
 
+def has_saved(folder: folders.Folder) -> bool:
+  """Whether checkpoints have been saved in a folder, damaged ones included."""
+  return any(p.name[0].isdigit() for p in folder.glob("*"))
+
+
 def _check_name(path: os.PathLike) -> None:
   """Raises UserError for a path that Orbax takes for a pattern of paths.
 

@@ -101,7 +101,7 @@ def check_workdir(
 
 def has_progress(workdir: Folder) -> bool:
   """Whether a run has taken a step or saved a checkpoint here."""
-  if any(p.name[0].isdigit() for p in (workdir / "checkpoints").glob("*")):
+  if checkpoint.has_saved(workdir / "checkpoints"):
     return True
   metrics = workdir / "metrics.jsonl"
   return metrics.exists() and b'"train/' in metrics.read_bytes()
