@@ -89,6 +89,7 @@ class Inflated:
   def __call__(self, solution: LabelledSolution) -> Attacked:
     """Returns the solution with fillers; see `Attack`."""
     values = solution.label_source in VALUE_SOURCES
+    usual = next(filter(None, map(_ending, solution.steps)), "")
     steps: list[str] = []
     labels: list[Label] = []
     origin: list[int | None] = []
@@ -96,16 +97,20 @@ class Inflated:
     for i, (step, label) in enumerate(
       zip(solution.steps, solution.labels, strict=True)
     ):
-      steps.append(step)
+      # A text's last step has no separator, and needs one before a filler.
+      ending = _ending(step) or usual
+      steps.append(step.rstrip() + ending)
       labels.append(label)
       origin.append(i)
       right = all(x == 1 for x in solution.labels[: i + 1])
       for _ in range(self.each):
         filler = self.fillers[put_in % len(self.fillers)]
-        steps.append(filler + _ending(step))
+        steps.append(filler + ending)
         labels.append(label if values else 1 if right else None)
         origin.append(None)
         put_in += 1
+    if steps:
+      steps[-1] = steps[-1].rstrip() + _ending(solution.steps[-1])
     return _changed(solution, steps, labels, origin)
 
 
@@ -174,7 +179,11 @@ class Reordered:
       second = labels[i + 1]
       labels[i : i + 2] = (None, second) if values else (second, labels[i])
       i += 2
-    steps = [solution.steps[k] for k in order]
+    # Separators stay where they are: that of the last step is often empty.
+    steps = [
+      solution.steps[k].rstrip() + _ending(solution.steps[at])
+      for at, k in enumerate(order)
+    ]
     return _changed(solution, steps, labels, list(order))
 
 

@@ -1,7 +1,9 @@
 """Scorers of steps, judged by the first wrong steps that people marked.
 
 Each scorer is an arm. It is cross-validated by problem: what it learns, its
-penalty and its threshold come from problems that it is not judged on.
+penalty and its threshold come from problems that it is not judged on. A scorer
+and an attack are an arm as well: what the scorer, which learned from unchanged
+solutions, says of attacked ones.
 """
 
 import collections
@@ -14,10 +16,11 @@ import numpy as np
 
 from experiments.core import stats
 from experiments.studies import protocol
-from experiments.studies.prm import judging
+from experiments.studies.prm import attacking, judging
 from experiments.studies.prm.scorers import Labelled, Scorer
 from experiments.studies.prm.states import FrozenStates
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
+from research.prm.attacks import ATTACKS
 from research.prm.labelled import LabelledSolution
 from research.prm.scores import processbench
 from research.typing import UserError
@@ -41,7 +44,10 @@ class HumanLabels(protocol.Study):
     states: the model whose states probes read.
     scorers: an arm each; verdicts compare the first one with each other.
     folds, inner: of the outer and the inner cross-validation.
-    seed: of the partitions.
+    seed: of the partitions, and of the problems that are attacked.
+    attacks: names of `prm.attacks.ATTACKS`; with each scorer another arm.
+    attacked_problems: most problems whose solutions an attack changes, drawn
+      from those with a solution that it can change; None for all.
   """
 
   data: Solutions
@@ -50,8 +56,12 @@ class HumanLabels(protocol.Study):
   folds: int = 5
   inner: int = 3
   seed: int = 0
+  attacks: tuple[str, ...] = ()
+  attacked_problems: int | None = None
 
   def __post_init__(self):
+    attacking.check(self.attacks, self.attacked_problems)
+    protocol.distinct(self.attacks, "HumanLabels.attacks")
     protocol.distinct(self.arms, "HumanLabels.scorers")
     for name in ("folds", "inner"):
       if getattr(self, name) < 2:
@@ -61,23 +71,43 @@ class HumanLabels(protocol.Study):
 
   @property
   def arms(self) -> list[str]:
-    """The scorers' names."""
+    """The scorers' names, then those of each attack and scorer."""
+    return [*self._names, *self._attacked]
+
+  @property
+  def _names(self) -> list[str]:
     return [x.name for x in self.scorers]
 
-  def _scorer(self, arm: str) -> Scorer:
-    return next(x for x in self.scorers if x.name == arm)
+  @property
+  def _attacked(self) -> dict[str, tuple[str, str]]:
+    """Attack and scorer, by their arm's name."""
+    return {
+      f"{attack}: {name}": (attack, name)
+      for attack in self.attacks
+      for name in self._names
+    }
+
+  def _scorer(self, name: str) -> Scorer:
+    return next(x for x in self.scorers if x.name == name)
 
   def settings(self, arm: str) -> str:
-    """Returns the setup and one scorer."""
-    setup = protocol.describe(self, "scorers")
-    return f"{setup}, {protocol.describe(self._scorer(arm))}"
+    """Returns the setup and one scorer, and an attack where there is one."""
+    # Rows of unchanged solutions do not depend on attacks.
+    without = "scorers", "attacks", "attacked_problems"
+    attack, name = self._attacked.get(arm, (None, arm))
+    setup = protocol.describe(self, *without)
+    setup = f"{setup}, {protocol.describe(self._scorer(name))}"
+    if attack is None:
+      return setup
+    change = protocol.describe(ATTACKS[attack])
+    return f"{setup}, {change} of {self.attacked_problems} problems"
 
-  def prepare(self, workdir: pathlib.Path) -> Labelled:
+  def prepare(self, workdir: pathlib.Path) -> attacking.Prepared:
     """Returns the solutions with the model's states, which are stored.
 
     Raises:
-      UserError: a solution's first wrong step is not known, or there are fewer
-        problems than folds.
+      UserError: a solution's first wrong step is not known, there are fewer
+        problems than folds, or an attack changes nothing.
     """
     found = self.data.solutions()
     for one in found:
@@ -92,45 +122,96 @@ class HumanLabels(protocol.Study):
         f"HumanLabels.data: found {problems} problems, expected at least"
         f" {self.folds * self.inner}, one for each fold of the folds"
       )
-    return Labelled(found, self.states.compute(found, workdir))
+    data = Labelled(found, self.states.compute(found, workdir))
+    return attacking.prepare(
+      self.attacks,
+      data,
+      self.attacked_problems,
+      self.seed,
+      self.states,
+      workdir,
+    )
 
-  def run(self, arm: str, before: Rows, shared: Labelled) -> Row:
-    """Returns the scores of all steps, and where first errors are predicted."""
-    del before
+  def run(self, arm: str, before: Rows, shared: attacking.Prepared) -> Row:
+    """Returns the scores of all steps, and where first errors are predicted.
+
+    Of an attack, the scores before and after it.
+
+    Raises:
+      UserError: the row of an attack's scorer is not there yet.
+    """
+    if arm in self._attacked:
+      return self._attack(arm, before, shared)
+    data = shared.data
     found = judging.cross_validated(
-      self._scorer(arm), shared, self.folds, self.inner, self.seed
+      self._scorer(arm), data, self.folds, self.inner, self.seed
     )
     return {
       "scores": [np.round(x, 6).tolist() for x in found.scores],
       "predicted": found.predicted,
       "thresholds": found.thresholds,
       "strengths": found.strengths,
-      "first_errors": [x.first_error for x in shared.solutions],
-      "problems": judging.problems_of(shared.solutions),
-      "authors": [x.policy_id for x in shared.solutions],
+      "first_errors": [x.first_error for x in data.solutions],
+      "problems": judging.problems_of(data.solutions),
+      "authors": [x.policy_id for x in data.solutions],
     }
 
+  def _attack(self, arm: str, before: Rows, shared: attacking.Prepared) -> Row:
+    attack, name = self._attacked[arm]
+    if name not in before:
+      raise UserError(
+        f"--only: found no row of {name!r}, expected it before {arm!r}: run"
+        " that arm first, or both"
+      )
+    return attacking.row(
+      self._scorer(name),
+      shared.data,
+      shared.changed[attack],
+      before[name],
+      self.folds,
+      self.seed,
+    )
+
   def summary(self, row: Row) -> str:
-    """Returns F1 and AUC."""
+    """Returns F1 and AUC, or the AUCs of an attack."""
+    if "reports" in row:
+      return attacking.summary(row)
     ones = np.ones(len(row["problems"]))
     return f"F1 {_f1(row)(ones):.3f}, AUC {_auc(row)(ones):.3f}"
 
   def table(self, rows: Rows) -> Lines:
     """Returns a line for each scorer."""
-    return [_line(arm, rows[arm]) for arm in self.arms if arm in rows]
+    return [_line(name, rows[name]) for name in self._names if name in rows]
 
   def tables(self, rows: Rows) -> list[Lines]:
-    """Returns the table, and one of the solutions' authors."""
-    return [self.table(rows), _by_author(rows)]
+    """Returns the table, one of the solutions' authors, and two of attacks."""
+    own = {name: rows[name] for name in self._names if name in rows}
+    found = [self.table(rows), _by_author(own)]
+    attacked = [
+      (*pair, rows[arm]) for arm, pair in self._attacked.items() if arm in rows
+    ]
+    if attacked:
+      found.append([attacking.sensitivity(*x) for x in attacked])
+      found.append([attacking.inflation(*x) for x in attacked])
+    return found
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
-    """Returns whether the first scorer is better than each other one."""
-    first, *others = self.arms
-    return [
+    """Returns whether the first scorer is better than each other one.
+
+    And what each attack does to the first scorer.
+    """
+    first, *others = self._names
+    compared = [
       _verdict(title, statistic, first, other, rows)
       for title, statistic in (("F1", _f1), ("AUC", _auc))
       for other in others
     ]
+    attacked = [
+      attacking.verdict(attack, name, rows[arm])
+      for arm, (attack, name) in self._attacked.items()
+      if name == first
+    ]
+    return [*compared, *attacked]
 
 
 def _f1(row: Row) -> judging.Statistic:

@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.core.stats import UPPER
 from experiments.studies.prm.scorers import Labelled, Scorer, Scores
-from research.prm.labelled import LabelledSolution
+from research.prm.labelled import Label, LabelledSolution, labels_until
 from research.prm.scores import first_error, processbench
 from research.typing import Float, Int
 
@@ -81,6 +81,40 @@ def cross_validated(
   return Judged(scores, predicted, thresholds, strengths)
 
 
+def scored_by_folds(
+  scorer: Scorer,
+  data: Labelled,
+  indices: Sequence[int],
+  changed: Labelled,
+  strengths: Sequence[float],
+  folds: int,
+  seed: int,
+) -> Scores:
+  """Returns scores of changed solutions by the models of their folds.
+
+  The models of `cross_validated`: none learned from a changed solution, or from
+  one of a problem that it scores.
+
+  Args:
+    scorer: learns anew for each fold.
+    data: unchanged solutions.
+    indices: of the solutions in `data` that were changed.
+    changed: what they became.
+    strengths: of each fold, see `Judged`.
+    folds, seed: of the partition.
+  """
+  fold = folds_of(data.solutions, folds, seed)
+  own = fold[np.array(indices, int)]
+  scores: list[Any] = [None] * len(indices)
+  for k in np.unique(own):
+    train = data.take(np.flatnonzero(fold != k))
+    test = np.flatnonzero(own == k)
+    found = scorer.scores(train, changed.take(test), strengths[k])
+    for i, one in zip(test, found, strict=True):
+      scores[i] = one
+  return scores
+
+
 def _choose(
   scorer: Scorer, data: Labelled, folds: int, seed: int
 ) -> tuple[float, float]:
@@ -145,17 +179,25 @@ def f1_of(predicted: Sequence[int], truth: Sequence[int]) -> Statistic:
 def auc_of(scores: Scores, truth: Sequence[int]) -> Statistic:
   """Returns the area under the ROC curve of steps until the first wrong one.
 
+  See `auc_of_labels`.
+  """
+  pairs = zip(scores, truth, strict=True)
+  return auc_of_labels(scores, [labels_until(t, len(x)) for x, t in pairs])
+
+
+def auc_of_labels(
+  scores: Scores, labels: Sequence[Sequence[Label]]
+) -> Statistic:
+  """Returns the area under the ROC curve of steps labelled 0 or 1.
+
   The chance that a right step's score is above a wrong one's; ties count half.
   A step has its solution's weight.
   """
-  counts = [
-    len(x) if t < 0 else t + 1 for x, t in zip(scores, truth, strict=True)
-  ]
-  every = np.concatenate([x[:n] for x, n in zip(scores, counts, strict=True)])
-  owner = np.repeat(np.arange(len(counts)), counts)
-  right = np.ones(len(every), bool)
-  ends = np.cumsum(counts) - 1
-  right[ends[np.array(truth) >= 0]] = False
+  truth = [np.array([np.nan if x is None else x for x in y]) for y in labels]
+  known = [~np.isnan(x) for x in truth]
+  every = np.concatenate([x[k] for x, k in zip(scores, known, strict=True)])
+  owner = np.repeat(np.arange(len(known)), [k.sum() for k in known])
+  right = np.concatenate(truth)[np.concatenate(known)] == 1
   _, rank = np.unique(every, return_inverse=True)
 
   def auc(weights):

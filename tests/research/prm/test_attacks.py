@@ -85,6 +85,23 @@ def test_merged_steps_do_not_run_into_each_other(steps, expected):
   assert attacks.Merged()(solution).solution.steps == expected
 
 
+def test_steps_that_are_put_in_or_move_keep_apart():
+  """A text's last step ends without a separator."""
+  steps = "1 + 1 = 2\n\n", "30 + 4 = 34"
+  solution = LabelledSolution(prompt="q", steps=steps, labels=(1, 1))
+  assert attacks.Reordered()(solution)[0].steps == (
+    "30 + 4 = 34\n\n",
+    "1 + 1 = 2",
+  )
+  padded = attacks.Inflated(("So far.",), each=2)(solution)[0].steps
+  assert "".join(padded) == "\n\n".join(
+    (steps[0].strip(), "So far.", "So far.", steps[1], "So far.", "So far.")
+  )
+  # Formats whose steps have no separators have none behind them either.
+  bare = dataclasses.replace(solution, steps=tuple(map(str.strip, steps)))
+  assert attacks.Inflated(("So far.",))(bare)[0].steps[1::2] == ("So far.",) * 2
+
+
 def test_fillers_are_right_until_something_is_wrong():
   solution = dataclasses.replace(pool()[0], labels=(1, 1, 0, None, 1, 1))
   changed, origin = attacks.Inflated(each=2)(solution)
