@@ -36,10 +36,10 @@ SEARCH = (
 )
 SMALL = {
   "policy": (*POLICY, "WIDTH=24"),
-  "large": (*POLICY, "WIDTH=64"),
+  "large": (*POLICY, "WIDTH=64", "STEPS=150"),
   "labels": (*LABELS, "LAST=500", "COPIES=4"),
   "test": (*LABELS, "LAST=100", "COPIES=2"),
-  "reward": (*TRAINING, "STEPS=200"),
+  "reward": (*TRAINING, "STEPS=150"),
 }
 """Bindings after those of the experiment; of searches, `SEARCH`."""
 
@@ -131,7 +131,8 @@ def check_labels(path: pathlib.Path, row: dict) -> None:
   outcomes = [solves(x["prompt"], "".join(x["steps"])) for x in found]
   assert outcomes == [x["final_correct"] for x in found]
   assert row["correct"] == pytest.approx(np.mean(outcomes))
-  assert 0 < row["correct"] < 1
+  # The small policy is right once in a hundred times.
+  assert row["correct"] < 1 and (row["correct"] > 0 or len(found) < 1000)
   for right, one in zip(outcomes, found, strict=True):
     # Two right steps are a right solution; one alone may be a beginning.
     if right or len(one["steps"]) > 1:
@@ -159,7 +160,8 @@ def check_pool(path: pathlib.Path, row: dict, scored: bool) -> None:
     )
     for one in pool
   ]
-  assert right == row["right"] and 0 < sum(right) < sum(row["samples"])
+  assert right == row["right"] and sum(right) < sum(row["samples"])
+  assert sum(right) > 0 or not scored
   for name in ("flops_policy", "flops_verifier"):
     mean = np.mean([one["ledger"][name] for one in pool])
     assert row[name] == pytest.approx(mean)
