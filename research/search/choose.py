@@ -41,6 +41,11 @@ class Choice(Protocol):
 class BestOf:
   """The answer of the path with the best score (best-of-N).
 
+  How often an answer was sampled does not count: equal solutions have equal
+  scores. Where one right solution is sampled often and wrong ones differ, a
+  scorer that knows little chooses worse than a random sample does; `Weighted`
+  sums scores.
+
   Attributes:
     aggregate: makes one score of a path's steps.
   """
