@@ -24,7 +24,6 @@ BANNED = {
 }
 
 KEPT = {
-  "research/nn/time_embedding.py": {"told"},  # in config.json
   "research/lora/methods/tokens.py": {"beside"},  # in checkpoints
   "kernels_pallas/inspect/chips.py": {"clock"},  # of a chip, in hertz
 }

@@ -27,7 +27,7 @@ from research.nn.time_embedding import TimeEmbedding
 from research.nn.transformer import Transformer
 from research.typing import UserError
 
-CLOCK = "time_conditioning"
+TIME_CONDITIONING = "time_conditioning"
 """Our own field of models that take the time (`nn.time_embedding`)."""
 
 MAX_DEPTH = 4_096
@@ -161,11 +161,11 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
     logit_softcap=fields.maybe_number("final_logit_softcapping"),
     pattern=_pattern(fields, kind, window),
     max_positions=fields.integer("max_position_embeddings"),
-    time_embedding=_clock(fields.object(CLOCK)),
+    time_embedding=_time_embedding(fields.object(TIME_CONDITIONING)),
   )
 
 
-def _clock(fields: Fields | None) -> TimeEmbedding | None:
+def _time_embedding(fields: Fields | None) -> TimeEmbedding | None:
   """Returns how a model of ours is conditioned on time, or None."""
   if fields is None:
     return None
@@ -174,9 +174,9 @@ def _clock(fields: Fields | None) -> TimeEmbedding | None:
   }
   try:
     return TimeEmbedding(
-      told=str(fields.get("told")),
+      input=str(fields.get("input")),
       scale=fields.number("scale"),
-      closed=fields.flag("closed"),
+      zero_gate=fields.flag("zero_gate"),
       **sizes,
     )
   except UserError as e:
@@ -299,7 +299,7 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
       use_bias=a.out_bias,
     )
   if model.time_embedding is not None:
-    config[CLOCK] = dataclasses.asdict(model.time_embedding)
+    config[TIME_CONDITIONING] = dataclasses.asdict(model.time_embedding)
   _check_described(model, config)
   return config
 
