@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from experiments.converting import rounding
 from experiments.converting.conversion import (
-  BecomesDiffusion,
   Conversion,
   MergesAdapters,
+  SupportsDiffusion,
   Writer,
   WritesShards,
   Written,
@@ -21,7 +21,7 @@ from experiments.core.choices import argument, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFace(BecomesDiffusion, WritesShards, MergesAdapters):
+class HuggingFace(SupportsDiffusion, WritesShards, MergesAdapters):
   """A Hugging Face directory of safetensors."""
 
   rounding: Rounding = option(
@@ -132,7 +132,7 @@ class GgufAdapter(Conversion):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Orbax(BecomesDiffusion):
+class Orbax(SupportsDiffusion):
   """Our checkpoint: every bit, adapters and packed weights included."""
 
   def writer(self) -> Writer:

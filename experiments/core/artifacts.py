@@ -29,7 +29,7 @@ from research.training import state
 from research.training.reports import plots
 from research.typing import Params, UserError, WriteError
 from research.vlm.contrastive.dual_encoder import DualEncoder
-from research.vlm.sees_images import SeesImages
+from research.vlm.image_conditioned import ImageConditioned
 
 DEFAULT_WINDOW = 1024
 """Tokens that `experiments.perplexity` reads together."""
@@ -146,7 +146,7 @@ def _save_model(folder, experiment, built, params) -> bool:
   written as our checkpoint, which has every leaf as it is.
   """
   model = built.loaded.model
-  sees = isinstance(model, SeesImages)
+  sees = isinstance(model, ImageConditioned)
   judges = sees and isinstance(model.language, RewardModel)
   if isinstance(model, DualEncoder) or judges:
     return False  # its checkpoint is all that commands read
@@ -276,7 +276,7 @@ def next_commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
     window = f" --window={context}" if context < DEFAULT_WINDOW else ""
     generate = f"{python} -m experiments.generate --model={where}"
     perplexity = f"{python} -m experiments.perplexity --model={where}"
-    if isinstance(usable.model, SeesImages):
+    if isinstance(usable.model, ImageConditioned):
       tried = [f'{generate} --image=FILE --prompt="What is there?"']
     elif usable.diffusion is not None:
       tried = [f'{generate} --sampler=diffusion --prompt="A decorator is"']

@@ -213,7 +213,7 @@ def run(main: Main) -> NoReturn:
 
   warnings.showwarning = _show_warning
   try:
-    with progress.listening(_show_progress, "working"):
+    with progress.report_to(_show_progress, "working"):
       status = call(main, sys.argv)
     sys.stdout.flush()
   except OSError:

@@ -200,13 +200,13 @@ def cluster(where: Cluster, preemptible: bool = True) -> Iterator[None]:
   if preemptible:
     handling = preemption.handling_signals()
   try:
-    with handling as asked:
+    with handling as request:
       try:
         mine = _connect(where)
       except preemption.Interrupted:
         _leave()  # JAX is half connected, and would wait for the others
-      if asked is not None:
-        asked.connected()
+      if request is not None:
+        request.connected()
       yield
   except preemption.Preempted:
     if mine:

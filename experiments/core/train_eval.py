@@ -381,7 +381,7 @@ def _log_parameters(
     shardings = context.shardings(built.params)
     each = sharding.bytes_per_device(built.params, shardings)
     note = f"; {context.describe()}, {each:,} bytes of them on each"
-    for what in context.uncut(built.params):
+    for what in context.undivided(built.params):
       artifacts.log(f"not cut, since the mesh does not divide it: {what}")
   used = 1 if context.mesh is None else context.mesh.size
   if (spare := jax.device_count() - used) > 0:

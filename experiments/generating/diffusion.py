@@ -178,7 +178,7 @@ def _fill(loaded, spec, prompts, prepared, texts, rules, length, pictures):
   if len(prompts) == 1:
     print(flush=True)
     head, stop = prepared.heads[0], prepared.stops[0]
-    span = prepared.begins[0], head + lengths[0] if growing else stop
+    span = prepared.starts[0], head + lengths[0] if growing else stop
     _draw(got, loaded, spec, pictures, *span)
   (first, ready), (last, _) = display.blocks[0], display.blocks[-1]
   if texts is not None:
@@ -201,12 +201,12 @@ def _display(loaded, spec, prepared, texts) -> UnmaskDisplay:
   if texts is None:
     return UnmaskDisplay(loaded.tokenizer, prepared.heads, spec.mask_id)
   first = [
-    b + text.prompt for b, text in zip(prepared.begins, texts, strict=True)
+    b + text.prompt for b, text in zip(prepared.starts, texts, strict=True)
   ]
 
   def kept(tokens):
     out = np.ones(len(tokens), bool)
-    own = slice(prepared.begins[0], prepared.stops[0])
+    own = slice(prepared.starts[0], prepared.stops[0])
     out[own] = texts[0].kept(tokens[own], prepared.config.end)
     return out
 
@@ -219,7 +219,7 @@ def _check_context(
   """Raises UserError if a row has more tokens than the model's context."""
   sizes = [
     stop - begin
-    for begin, stop in zip(prepared.begins, prepared.stops, strict=True)
+    for begin, stop in zip(prepared.starts, prepared.stops, strict=True)
   ]
   total, most = max(sizes), loaded.model.max_positions
   if most is None or total <= most:
@@ -260,7 +260,7 @@ def _texts(loaded, prepared, got, texts, ready):
   """
   rows, early = [], []
   for i, text in enumerate(texts):
-    tokens = got.tokens[i, prepared.begins[i] : prepared.stops[i]]
+    tokens = got.tokens[i, prepared.starts[i] : prepared.stops[i]]
     kept = text.kept(tokens, prepared.config.end)
     places = np.concatenate([np.arange(*gap) for gap in text.gaps])
     early.append(int(kept[places[: ready[i]]].sum()))

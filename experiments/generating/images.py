@@ -13,10 +13,10 @@ from research.interop.vision import read
 from research.typing import UserError
 from research.vlm import data
 from research.vlm.contrastive.dual_encoder import DualEncoder
+from research.vlm.image_conditioned import ImageConditioned
 from research.vlm.images import open_image, prompt_ids
 from research.vlm.images.prompts import MARK
 from research.vlm.masks import Causal, by_index
-from research.vlm.sees_images import SeesImages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def check(model: Any, files: Sequence[str], prompts: Sequence[str]) -> None:
       "--model: found towers of images and texts (CLIP, SigLIP), which generate"
       " nothing; expected a language model"
     )
-  if files and not isinstance(model, SeesImages):
+  if files and not isinstance(model, ImageConditioned):
     raise UserError(
       f"--image={files[0]}: this model reads text alone; expected a vision"
       f" language model, or leave --image out"
@@ -71,7 +71,7 @@ def check_text(model: Any, text: str, ids: Sequence[int]) -> None:
     text: what somebody typed.
     ids: of the whole prompt.
   """
-  if isinstance(model, SeesImages) and (
+  if isinstance(model, ImageConditioned) and (
     MARK in text or model.image_token in ids
   ):
     raise UserError(
@@ -140,14 +140,14 @@ def prompt_of(
 
 def language_of(loaded: Loaded, params: Any = None) -> Loaded:
   """Returns the language model alone, with `params` if given."""
-  if not isinstance(loaded.model, SeesImages):
+  if not isinstance(loaded.model, ImageConditioned):
     return loaded
   return read.language_of(loaded, params)
 
 
 def mask_of(model: Any) -> PromptMask | None:
   """Returns what a prompt's tokens see of each other; None for causal."""
-  if not isinstance(model, SeesImages) or model.mask == Causal():
+  if not isinstance(model, ImageConditioned) or model.mask == Causal():
     return None
   return model.mask
 

@@ -17,7 +17,7 @@ class PreparedRows:
 
   Attributes:
     state, config: for the sampler.
-    begins: the index of each row's first token.
+    starts: the index of each row's first token.
     heads: that of the first place to be filled.
     stops: where each row's text ends; one that grows has its longest here.
     prompt: `[B, T]`, what guidance masks.
@@ -25,7 +25,7 @@ class PreparedRows:
 
   state: sampler.State
   config: SamplerConfig
-  begins: list[int]
+  starts: list[int]
   heads: list[int]
   stops: list[int]
   prompt: Bool[np.ndarray, "B T"]
@@ -114,9 +114,9 @@ def prepare(
     state = variable_length.start(prompts, config, key, numbers, width)
   else:
     state = sampler.begin(laid.tokens, laid.masked, laid.valid, key, numbers)
-  stops = [begin + len(it) for begin, it in zip(laid.begins, ids, strict=True)]
+  stops = [begin + len(it) for begin, it in zip(laid.starts, ids, strict=True)]
   return PreparedRows(
-    state, config, laid.begins, laid.heads, stops, laid.prompt
+    state, config, laid.starts, laid.heads, stops, laid.prompt
   )
 
 

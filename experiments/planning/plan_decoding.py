@@ -40,14 +40,14 @@ class Policy:
   Attributes:
     model: the Transformer.
     params: its weights as they are served, sharded.
-    whole: the sharding of a batch.
+    batch_sharding: the sharding of a batch.
     planner: compiles calls.
     sampling: of tokens.
   """
 
   model: Transformer
   params: Any
-  whole: Any
+  batch_sharding: Any
   planner: Planner
   sampling: Sampling = Sampling(temperature=1.0)
 
@@ -166,8 +166,8 @@ def dense(
     f"prefill of {wanted.count} prompts, {total} rows",
     prefill,
     model.params,
-    batch_shape((wanted.count, wanted.prompt), model.whole),
-    batch_shape((wanted.count,), model.whole),
+    batch_shape((wanted.count, wanted.prompt), model.batch_sharding),
+    batch_shape((wanted.count,), model.batch_sharding),
     jax.eval_shape(jax.random.key, 0),
     *(jax.ShapeDtypeStruct((total,), jnp.int32),) * 2,
     model.stop,

@@ -48,11 +48,11 @@ class PagedStepwise(Stepwise):
 
   Attributes:
     layout: page configuration; its `rows` are those of `start`.
-    most: maximum number of rows at a time.
+    max_rows: maximum number of rows at a time.
   """
 
   layout: Paging = Paging()
-  most: int = 64
+  max_rows: int = 64
 
   def __post_init__(self):
     super().__post_init__()
@@ -81,8 +81,8 @@ class PagedStepwise(Stepwise):
     total, size = len(prompts) * copies, self.layout.size
     width = -(-max(extents) // size)
     # One page more for each row: while rows are chosen, both have their last.
-    count = self.layout.count or (width + 1) * max(total, self.most)
-    pages = PageAllocator(count, size, max(total, self.most), width)
+    count = self.layout.count or (width + 1) * max(total, self.max_rows)
+    pages = PageAllocator(count, size, max(total, self.max_rows), width)
     dtype = self.layout.dtype
     pool = paged.empty_pool(self.model, self.params, count, size, dtype)
     hidden, copied = [], []
@@ -223,7 +223,7 @@ class PagedStepwise(Stepwise):
     if not pairs:
       return pool
     nowhere = np.iinfo(np.int32).max
-    pairs += [(0, nowhere)] * (self.most - len(pairs))
+    pairs += [(0, nowhere)] * (self.max_rows - len(pairs))
     sources, targets = np.array(pairs, np.int32).T
     return programs.copy_pages(pool, sources, targets)
 

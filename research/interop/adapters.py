@@ -18,7 +18,7 @@ from research.lora.optim import row_factors
 from research.lora.optim.row_factors import Factors
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
-from research.vlm.sees_images import SeesImages
+from research.vlm.image_conditioned import ImageConditioned
 
 
 def is_gguf(place: str | os.PathLike) -> bool:
@@ -47,13 +47,15 @@ def locate(place: str | os.PathLike) -> pathlib.Path:
 
 
 def load_adapter(
-  place: str | os.PathLike, params: Params, model: Transformer | SeesImages
+  place: str | os.PathLike,
+  params: Params,
+  model: Transformer | ImageConditioned,
 ) -> dict[str, Any]:
   """Returns `params` under the adapter that a name stands for, see `locate`.
 
   Of a model that sees images, its language model is adapted.
   """
-  if isinstance(model, SeesImages):
+  if isinstance(model, ImageConditioned):
     own = load_adapter(place, params["language"], model.language)
     return {**params, "language": own}
   found = locate(place)

@@ -139,11 +139,11 @@ class DiffusionPolicy:
     once = padded.tokens, padded.masked, padded.valid
     key = jax.random.key(0) if key is None else key
     memory, total = None, len(prompts) * copies
-    sees = None if self.reader is None else self.reader(prompts)
+    row_params = None if self.reader is None else self.reader(prompts)
     if self.denoiser.caches_finished:
       memory = sampler.cache_finished(
         self.denoiser,
-        self.params if sees is None else sees,
+        self.params if row_params is None else row_params,
         sampler.begin(*once, key),
         jnp.int32(width),
         self.config.block,
@@ -158,7 +158,7 @@ class DiffusionPolicy:
       cached=np.ones(total, bool),
       memory=memory,
       prompt=np.repeat(np.arange(len(prompts)), copies),
-      sees=sees,
+      row_params=row_params,
     )
 
   def start(

@@ -91,13 +91,13 @@ class StateVerifier(Protocol):
     ...
 
   def score(
-    self, state: Any, fresh: Bool[np.ndarray, " R"]
+    self, state: Any, advanced: Bool[np.ndarray, " R"]
   ) -> Float[np.ndarray, " R"]:
     """Returns each row's score at its last token.
 
     Args:
       state: the policy's, after the tokens that are scored.
-      fresh: rows whose score is asked for; others' mean nothing.
+      advanced: rows whose score is asked for; others' mean nothing.
     """
     ...
 
@@ -205,8 +205,8 @@ class Engine:
     judged = None
     if self._reader is not None:
       judged = self._reader.start(prompts, copies, max_new_tokens)
-    fresh = (True,) * len(paths)
-    return Frontier(state, judged, paths, fresh, ledgers, began)
+    advanced = (True,) * len(paths)
+    return Frontier(state, judged, paths, advanced, ledgers, began)
 
   def advance(self, frontier: Frontier) -> Frontier:
     """Returns the frontier after one more step of all paths that go on.
@@ -228,7 +228,7 @@ class Engine:
       state=self.policy.select(frontier.state, rows, branch),
       verifier=judged,
       paths=tuple(frontier.paths[row] for row in rows),
-      fresh=tuple(frontier.fresh[row] for row in rows),
+      advanced=tuple(frontier.advanced[row] for row in rows),
     )
 
   def append(
@@ -296,16 +296,16 @@ class Engine:
     judged = frontier.verifier
     if self._reader is not None:
       judged = self._reader.store(judged, new.verifier, rows)
-    paths, fresh = list(frontier.paths), list(frontier.fresh)
-    for row, path, own in zip(rows, new.paths, new.fresh, strict=True):
+    paths, advanced = list(frontier.paths), list(frontier.advanced)
+    for row, path, own in zip(rows, new.paths, new.advanced, strict=True):
       if row < len(paths):
-        paths[row], fresh[row] = path, own
+        paths[row], advanced[row] = path, own
     return dataclasses.replace(
       frontier,
       state=self.policy.store(frontier.state, new.state, rows),
       verifier=judged,
       paths=tuple(paths),
-      fresh=tuple(fresh),
+      advanced=tuple(advanced),
       ledgers=new.ledgers,
     )
 
@@ -331,19 +331,19 @@ class Engine:
     judged = frontier.verifier
     asked = self._asked(frontier.paths, new)
     if self.verifier is not None:
-      fresh = (asked != NO_TOKEN).any(axis=1)
+      advanced = (asked != NO_TOKEN).any(axis=1)
       judged, found = self._judged(judged, state, paths, asked)
       paths = [
         _scored(path, score) if own else path
-        for path, score, own in zip(paths, found, fresh, strict=True)
+        for path, score, own in zip(paths, found, advanced, strict=True)
       ]
-    fresh = tuple(bool(x) for x in (new != NO_TOKEN).any(axis=1))
+    advanced = tuple(bool(x) for x in (new != NO_TOKEN).any(axis=1))
     return dataclasses.replace(
       frontier,
       state=state,
       verifier=judged,
       paths=tuple(paths),
-      fresh=fresh,
+      advanced=advanced,
       ledgers=self._costs(frontier, drawn, judged, asked),
     )
 

@@ -53,11 +53,11 @@ class Lookahead(Engine):
         break
       ahead = engine.advance(ahead)
       last |= {
-        row: ahead.paths[row].scores[-1] for row in rows if ahead.fresh[row]
+        row: ahead.paths[row].scores[-1] for row in rows if ahead.advanced[row]
       }
     paths = tuple(
       dataclasses.replace(path, scores=(*path.scores[:-1], last[row]))
-      if now.fresh[row]
+      if now.advanced[row]
       else path
       for row, path in enumerate(now.paths)
     )

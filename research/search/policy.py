@@ -60,7 +60,7 @@ class Frontier:
     state: the policy's.
     verifier: the verifier's state, or None.
     paths: one for each row.
-    fresh: whether each row got tokens in the last step; others are idle.
+    advanced: whether each row got tokens in the last step; others are idle.
     ledgers: one for each problem.
     started: when, in seconds of a clock.
   """
@@ -68,7 +68,7 @@ class Frontier:
   state: Any
   verifier: Any
   paths: tuple[Path, ...]
-  fresh: tuple[bool, ...]
+  advanced: tuple[bool, ...]
   ledgers: tuple[Ledger, ...]
   started: float
 

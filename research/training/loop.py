@@ -251,10 +251,10 @@ def fit(
       return found
 
     @contextlib.contextmanager
-    def saving_in_time(asked: bool) -> Iterator[None]:
+    def saving_in_time(requested: bool) -> Iterator[None]:
       """Says it before a save that takes longer than a launcher waits."""
       watched.doing("saving", "a checkpoint")
-      if text := times.too_long(asked):
+      if text := times.too_long(requested):
         folders.warn(f"{workdir}: {text}")
       begin = clock.seconds["save"]
       with clock.doing("save"):
@@ -263,9 +263,9 @@ def fit(
       times.measured(clock.seconds["save"] - begin)
 
     def save(
-      state: TrainState, found: dict[str, float] | None, asked: bool = False
+      state: TrainState, found: dict[str, float] | None, requested: bool = False
     ) -> None:
-      with saving_in_time(asked):
+      with saving_in_time(requested):
         checkpoints.save(state, batches.resumable, found)
       report.write(int(state.step), clock.summary())
       points.unsaved(False)

@@ -224,7 +224,7 @@ class Lengths(OfSeeds):
   walks: Walks = Walks()
   tiny: Tiny = Tiny()
   steps: int = 3000
-  growth: Growth = Growth(start=4, by=2, window=2, ends=0, low=0.0)
+  growth: Growth = Growth(start=4, by=2, window=2, ends=0, low_threshold=0.0)
 
   def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns canvases by distance, and what answers are on them."""

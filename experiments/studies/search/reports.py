@@ -216,8 +216,8 @@ class ByDifficulty(Report):
     rows = {x: found(x) for x in self.systems}
     if not all(rows.values()):
       return []
-    ease = _pass_at_1(rows[self.pool])
-    bins = optimal.absolute_bins(ease)
+    pass_rates = _pass_at_1(rows[self.pool])
+    bins = optimal.absolute_bins(pass_rates)
     each = {x.name: systems.each_of(x, rows[x]) for x in self.compared}
     out = []
     for level, name in enumerate(LEVELS):

@@ -98,9 +98,10 @@ class Growth:
       canvas where that is shorter.
     by: masks that are added at the end, or that a place becomes (E_factor).
     window: places that are asked whether they are an end (W_eos).
-    begin: readiness from which the canvas is long enough to begin (tau_eos).
-    ready: readiness from which nothing is inserted (tau_expand).
-    low: candidates less likely than this are in doubt (tau_low).
+    eos_threshold: readiness from which the canvas is long enough to begin
+      (tau_eos).
+    expand_threshold: readiness from which nothing is inserted (tau_expand).
+    low_threshold: candidates less likely than this are in doubt (tau_low).
     ends: ends put behind the canvas where it is long enough to begin: not in
       the paper, but in its code, half a window.
   """
@@ -108,9 +109,9 @@ class Growth:
   start: int | None = None
   by: int = 8
   window: int = 32
-  begin: float = 0.5
-  ready: float = 0.9
-  low: float = 0.1
+  eos_threshold: float = 0.5
+  expand_threshold: float = 0.9
+  low_threshold: float = 0.1
   ends: int = 16
 
   def __post_init__(self):
@@ -119,7 +120,7 @@ class Growth:
       value = getattr(self, name)
       if value is not None and value < low:
         raise UserError(f"Growth: {name} is {value}, expected at least {low}")
-    for name in ("begin", "ready", "low"):
+    for name in ("eos_threshold", "expand_threshold", "low_threshold"):
       if not 0 <= getattr(self, name) <= 1:
         raise UserError(
           f"Growth: {name} is {getattr(self, name)}, expected 0 to 1"

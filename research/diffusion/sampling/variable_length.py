@@ -222,7 +222,7 @@ def _measured(
     now = _blank(state, size, config)
     logits, _ = _asked(denoiser, params, now, config)
     ready, fine = _judged(logits, now, config)
-    short = open_ & (ready < config.canvas.begin)
+    short = open_ & (ready < config.canvas.eos_threshold)
     size = jnp.where(short, jnp.minimum(size + config.canvas.by, most), size)
     looked = looked + open_
     return size, short & (size < most), looked, calls + 1, finite & fine
@@ -286,7 +286,9 @@ def grow_block(
       state, own, at, config, sampling, planned, 0, proposed=proposed
     )
     doubt = sampler.cut(filled.masked, at, size)
-    doubt &= (proposed[-1] < growth.low) & (ready < growth.ready)[:, None]
+    doubt &= (proposed[-1] < growth.low_threshold) & (
+      ready < growth.expand_threshold
+    )[:, None]
     room = config.length - _size(filled, config)
     extra = jnp.where(doubt.any(-1), jnp.minimum(growth.by - 1, room), 0)
     least = jnp.argmin(jnp.where(doubt, proposed[-1], jnp.inf), axis=-1)

@@ -369,7 +369,7 @@ def _as_they_are() -> ocp.Context:
 @contextlib.contextmanager
 def _saving():
   """What holds while something is written; yields the writers' failures."""
-  with _quiet(), writers.heard() as failures, _as_they_are():
+  with _quiet(), writers.collect_errors() as failures, _as_they_are():
     yield failures
 
 

@@ -80,9 +80,9 @@ FLAGS = [
   (Growth, "start", "--canvas=auto:6", 6),
   (Growth, "by", "--canvas=auto,by=3", 3),
   (Growth, "window", "--canvas=auto,window=4", 4),
-  (Growth, "begin", "--canvas=auto:2,begin=0.25", 0.25),
-  (Growth, "ready", "--canvas=auto,ready=0.25", 0.25),
-  (Growth, "low", "--canvas=auto,low=0.25", 0.25),
+  (Growth, "eos_threshold", "--canvas=auto:2,eos_threshold=0.25", 0.25),
+  (Growth, "expand_threshold", "--canvas=auto,expand_threshold=0.25", 0.25),
+  (Growth, "low_threshold", "--canvas=auto,low_threshold=0.25", 0.25),
   (Growth, "ends", "--canvas=auto,ends=2", 2),
 ]
 

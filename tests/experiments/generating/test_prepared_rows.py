@@ -61,7 +61,7 @@ def test_blocks_begin_with_the_row():
   prompts = [[1] * 4, [2] * 7]
   it = prepare(prompts, [2, 3], Spec(mask_id=9, block=4), config)
   assert it.state.tokens.shape == (2, 64) and it.config.length == 8
-  assert it.heads == [56, 59] and it.begins == [52, 52]
+  assert it.heads == [56, 59] and it.starts == [52, 52]
   assert it.stops == [60, 64]
   np.testing.assert_array_equal(it.state.masked.sum(-1), [4, 5])
   np.testing.assert_array_equal(it.state.valid.sum(-1), [8, 12])

@@ -34,7 +34,7 @@ class Overlap(Tiling):
 
   Attributes:
     tile: the side of a view, in pixels.
-    most: tiles, at most, besides the whole view.
+    max_tiles: tiles, at most, besides the whole view.
     margins: patches of a tile, left or above and right or below, that others
       have as well.
     patch: the encoder's patch, in pixels.
@@ -44,7 +44,7 @@ class Overlap(Tiling):
   """
 
   tile: int = 336
-  most: int = 12
+  max_tiles: int = 12
   margins: tuple[int, int] = (4, 4)
   patch: int = 14
   pool: int = 2
@@ -67,7 +67,9 @@ class Overlap(Tiling):
   def _plan(self, height, width):
     margin = sum(self.margins) * self.patch
     step = self._window * self.patch
-    rows, columns = best_grid(height - margin, width - margin, step, self.most)
+    rows, columns = best_grid(
+      height - margin, width - margin, step, self.max_tiles
+    )
     canvas = (rows * step + margin, columns * step + margin)
     side = self.tile // self.patch
     return Plan(

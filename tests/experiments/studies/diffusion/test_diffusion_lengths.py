@@ -36,7 +36,7 @@ def test_an_arm(tmp_path):
   small = Lengths(
     walks=Walks(nodes=4, length=8), steps=2, seeds=1,
     tiny=Tiny(width=16, depth=1, heads=2, batch=2, every=2, warmup=1),
-    growth=Growth(start=2, by=2, window=2, ends=0, low=0.0),
+    growth=Growth(start=2, by=2, window=2, ends=0, low_threshold=0.0),
   )  # fmt: skip
   rows = {"seed 0": small.run("seed 0", {}, None)}
   row = rows["seed 0"]

@@ -157,7 +157,7 @@ def test_the_command_reads_by_height(tmp_path):
   small = (
     *("base.Tiny.width=16", "base.Tiny.depth=1", "base.Tiny.heads=2"),
     *("base.Tiny.batch=4", "small_text.SmallText.rows=12"),
-    *("small_text.SmallText.asked=40", "STEPS=2"),
+    *("small_text.SmallText.heldout=40", "STEPS=2"),
   )
   flags = [f"--config={RUN}", f"--workdir={tmp_path}", "--only=tiles.*seed 0"]
   flags += [f"--set={x}" for x in small]

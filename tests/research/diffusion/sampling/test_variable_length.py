@@ -282,7 +282,7 @@ def test_thresholds_that_forbid_growth_are_the_fixed_canvas(longest, policy):
   state = sampler.start(PROMPTS, fixed, jax.random.key(5))
   want = sampler.sample(Sharp(), given(Sharp()), state, fixed, HOT)
   options = dataclasses.replace(fixed, length=longest)
-  never = Growth(start=8, begin=0.0, ready=0.0, ends=0)
+  never = Growth(start=8, eos_threshold=0.0, expand_threshold=0.0, ends=0)
   got = run(never, options, sampling=HOT, key=5)
   np.testing.assert_array_equal(got.tokens[:, :11], want.tokens)
   np.testing.assert_array_equal(got.lengths, want.lengths)
@@ -350,7 +350,7 @@ def test_the_prompt_s_cache_is_that_of_a_fixed_canvas(longest, shift):
   asked = BlockCache(model=model, shift=shift, after=4)
   want = sampler.sample(asked, params, state, fixed, HOT)
   options = dataclasses.replace(fixed, length=longest)
-  never = Growth(start=8, begin=0.0, ready=0.0, ends=0)
+  never = Growth(start=8, eos_threshold=0.0, expand_threshold=0.0, ends=0)
   got = run(
     never, options, prompts, BlockCache(model=model, shift=shift), HOT, key=5
   )
