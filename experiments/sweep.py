@@ -190,8 +190,8 @@ def _check_cancel() -> None:
   cli.exclusive("with --cancel", FLAGS, "status")
   if _LAUNCHER.value == "jobset":
     raise UserError(
-      "--cancel: ends what Slurm has queued or runs, and knows no JobSet.\nEnd"
-      " those with 'kubectl delete -f' of the sweep's jobset.yaml."
+      "--cancel: cancels jobs of Slurm, not JobSets.\nDelete those with"
+      " 'kubectl delete -f' of the sweep's jobset.yaml."
     )
 
 

@@ -134,7 +134,8 @@ def claim(experiment: Experiment, workdir: Folder) -> dict[str, str]:
       python = before["python"]
     except (ValueError, TypeError, KeyError) as error:
       raise UserError(
-        f"{note}: is no record of a run's texts ({error}); use another workdir."
+        f"{note}: cannot be read as a run's data fingerprint ({error}); use"
+        " another workdir."
       ) from error
     if known != now:
       changed = [part for part in now if known[part] != now[part]]

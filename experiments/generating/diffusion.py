@@ -63,9 +63,9 @@ def check_next_token(loaded: Loaded, what: str) -> None:
   """
   if not loaded.predicts_next_token:
     raise UserError(
-      f"{what}: fills in masks; expected a model that predicts the next token."
-      "\ngenerate --sampler=diffusion asks such models, and `rolling` of"
-      " research.interop.lm_eval.lm_eval_diffusion bounds a text's likelihood"
+      f"{what}: a masked diffusion model; expected one that predicts the next"
+      " token.\nGenerate with --sampler=diffusion; for a bound on a text's"
+      " likelihood, use research.interop.lm_eval.lm_eval_diffusion.rolling"
     )
 
 
@@ -84,17 +84,17 @@ def check(
     infilling.parsed(text)
   if infills and not config.stop_early:
     raise UserError(
-      "--nostop_early: --infill fills all gaps, whatever ends in them; leave "
-      "it out"
+      "--nostop_early: has no effect with --infill, which always fills all "
+      "gaps; leave it out"
     )
   if infills and config.canvas is not None:
     raise UserError(
-      f"--infill: says how long gaps are, and --{config.said('canvas')} finds "
-      "out; leave one of them out"
+      f"--infill: fixes the length of each gap, and"
+      f" --{config.said('canvas')} lets the model choose it; leave one out"
     )
   for name, file in dataclasses.asdict(pictures).items():
     if file is not None and count > 1:
-      raise UserError(f"--{name}: shows one prompt, found {count}")
+      raise UserError(f"--{name}: found {count} prompts, expected one")
 
 
 def fill(

@@ -46,8 +46,8 @@ def check(model: Any, files: Sequence[str], prompts: Sequence[str]) -> None:
   """
   if isinstance(model, DualEncoder):
     raise UserError(
-      "--model: found towers of images and texts (CLIP, SigLIP), which generate"
-      " nothing; expected a language model"
+      "--model: found a contrastive model (CLIP, SigLIP), which generates no"
+      " text; expected a language model"
     )
   if files and not isinstance(model, ImageConditioned):
     raise UserError(
@@ -75,8 +75,8 @@ def check_text(model: Any, text: str, ids: Sequence[int]) -> None:
     MARK in text or model.image_token in ids
   ):
     raise UserError(
-      f"--prompt: found a place for an image in {text[:80]!r} and no image,"
-      f" expected --image=FILE for it, or text alone: take {MARK} out"
+      f"--prompt: found the image placeholder {MARK} in {text[:80]!r} and no"
+      " --image, expected --image=FILE, or a prompt without placeholders"
     )
 
 
@@ -108,8 +108,8 @@ def prompt_of(
   marks = text.count(MARK)
   if marks not in (0, len(files)):
     raise UserError(
-      f"--image: found {len(files)} files and {marks} times {MARK} in the"
-      " prompt, expected as many of both, or none in the prompt"
+      f"--image: found {len(files)} files and {marks} placeholders {MARK} in"
+      " the prompt, expected one for each file, or none"
     )
   images = [open_image(file) for file in files]
   plans = [loaded.preprocessor.plan(*image.shape[:2]) for image in images]
@@ -120,9 +120,9 @@ def prompt_of(
     whole = render(whole)
   if whole.count(MARK) != len(files):
     raise UserError(
-      f"--chat: found {whole.count(MARK)} times {MARK} in the rendered"
-      f" conversation, expected {len(files)}: the model's chat template leaves"
-      " images out, or other messages have them; generate without --chat"
+      f"--chat: found {whole.count(MARK)} placeholders {MARK} in the rendered"
+      f" conversation, expected {len(files)}: the model's chat template drops"
+      " images, or adds some; generate without --chat"
     )
   params = loaded.model.with_images_compiled(
     loaded.params, data.batch_images([prompt], loaded.model.square)

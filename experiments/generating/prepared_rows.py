@@ -107,8 +107,8 @@ def prepare(
   key, numbers = jax.random.key(seed), jax.numpy.array(examples)
   if config.guidance and not laid.prompt.any(-1).all():
     raise UserError(
-      f"{config.said('guidance')}: a text has nothing before its first gap, by "
-      "which it would be guided; leave it out"
+      f"{config.said('guidance')}: classifier-free guidance needs a prompt, "
+      "found a text that begins with its first gap; leave it out"
     )
   if config.canvas is not None:
     state = variable_length.start(prompts, config, key, numbers, width)

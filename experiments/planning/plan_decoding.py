@@ -72,7 +72,7 @@ def policy(experiment: Experiment, topology: Topology) -> Policy:
     )
   if getattr(experiment.objective, "mask_id", -1) >= 0:
     raise UserError(
-      "--generate: the objective fills in masks, expected next-token"
+      "--generate: the objective is masked diffusion, expected next-token"
       " prediction; plan its sampler with --fill"
     )
   return Policy(

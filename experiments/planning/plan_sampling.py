@@ -62,7 +62,7 @@ def plan(
   if mask_id < 0:
     raise UserError(
       f"--fill: the objective is {type(experiment.objective).__name__}, which "
-      "has no mask_id; expected one that fills in masks"
+      "has no mask_id; expected one of masked diffusion"
     )
   taken = abstract_step.build(experiment, topology.devices)
   planner = Planner(mesh=taken.mesh, topology=topology)

@@ -225,8 +225,8 @@ class TextVerifier:
   def step_cost(self, start: int, tokens: int) -> Ledger:
     """Raises UserError: how many tokens a text has is known once it is read."""
     raise UserError(
-      f"step_cost: found a verifier of texts, of {tokens} tokens after {start};"
-      " expected to ask it for `spent` once it has read"
+      f"step_cost: found a verifier of texts, of {tokens} tokens after {start},"
+      " whose cost is known only afterwards; expected a call of `spent`"
     )
 
   def spent(self, state: Sequence[Ledger]) -> list[Ledger]:
@@ -350,8 +350,8 @@ def _check_vocabulary(model: Reward, context: Context, where: str) -> None:
   own = context.vocab_size
   if found != own:
     raise UserError(
-      f"{where}: found a verifier with {found} ids, expected {own}, as many as"
-      " the policy, whose tokens it reads."
+      f"{where}: found a verifier with a vocabulary of {found}, expected {own},"
+      " the policy's, whose tokens it reads."
     )
 
 

@@ -45,8 +45,8 @@ class DiffusionSource:
     # would count its placeholders from the wrong one on.
     if self.config.guidance:
       raise UserError(
-        f"DiffusionSource: {self.config.said('guidance')}, expected 0: it hides"
-        " prompts, and images are no tokens to hide"
+        f"DiffusionSource: {self.config.said('guidance')}, expected 0: guidance"
+        " masks the prompt, and images cannot be masked"
       )
     if not isinstance(self.config.cache, Prefix | None):
       raise UserError(

@@ -40,8 +40,8 @@ def locate(place: str | os.PathLike) -> pathlib.Path:
     return path
   if (path / load.MODEL).is_dir():
     raise UserError(
-      f"{path}: this run trained a whole model, expected an adapter; give it "
-      "as the model itself"
+      f"{path}: this run trained a full model, expected an adapter; pass it "
+      "as the model"
     )
   return load.adapter_directory(path) or path
 
@@ -89,8 +89,8 @@ def read_factors(
     saved = saved if same else (*saved, path)
   if saved:
     raise UserError(
-      f"{place}: brings {', '.join(saved)} whole, which all rows of a batch "
-      "share; use it alone"
+      f"{place}: contains full weights of {', '.join(saved)} "
+      "(modules_to_save), which all rows of a batch share; use it alone"
     )
   try:
     return row_factors.extract(adapted, rank)

@@ -379,8 +379,9 @@ def to_gguf_adapter(
     whole = changed_addresses(part.from_params(wrap.disable(params)), base)
     if whole or source.model.vocab_size != base.model.vocab_size:
       raise UserError(
-        f"{source.origin.get('path')}: brings {sorted(whole)[0]} whole, which "
-        "llama.cpp's adapters cannot; merge it instead: --format=gguf"
+        f"{source.origin.get('path')}: contains full weights of "
+        f"{sorted(whole)[0]}, which adapters of llama.cpp cannot have; merge "
+        "it instead: --format=gguf"
       )
   return gguf_adapter.save(
     to,

@@ -61,8 +61,8 @@ def score_solutions(
   """
   if convention is not None and isinstance(model, ImageConditioned):
     raise UserError(
-      f"score_solutions: found {type(convention).__name__} and a model that"
-      " sees images, expected one that reads texts alone"
+      f"score_solutions: found {type(convention).__name__} and a vision"
+      " language model, expected a model of text alone"
     )
   # Solutions of one problem share its prompt, and a picture is drawn once.
   prompts = {x.prompt: prompting(tokenizer, x.prompt) for x in solutions}

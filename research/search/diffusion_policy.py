@@ -85,7 +85,7 @@ class DiffusionPolicy:
     if config.canvas is not None:
       raise UserError(
         f"DiffusionPolicy: found {config.said('canvas')}, expected a fixed one:"
-        " places of blocks that are judged do not move"
+        " blocks that are scored must not move"
       )
 
   @functools.cached_property

@@ -340,8 +340,8 @@ class GenerativeJudge:
   def step_cost(self, start: int, tokens: int) -> Ledger:
     """Raises UserError: what a critique costs is known once it is written."""
     raise UserError(
-      f"step_cost: found a judge that writes, of {tokens} tokens after {start};"
-      " expected to ask it for `spent` once it has judged"
+      f"step_cost: found a generative judge, of {tokens} tokens after {start},"
+      " whose cost is known only afterwards; expected a call of `spent`"
     )
 
   def spent(self, state: Sequence[JudgedRow]) -> list[Ledger]:

@@ -32,8 +32,8 @@ class Lookahead(Engine):
       )
     if isinstance(self.policy, PagedStepwise):
       raise UserError(
-        "Lookahead: found a PagedStepwise, expected a policy whose rows can go"
-        " on twice, such as Stepwise: choosing rows moves their pages"
+        "Lookahead: found a PagedStepwise, expected a policy that can continue"
+        " a row twice, such as Stepwise: selecting rows moves their pages"
       )
 
   def _with_tokens(

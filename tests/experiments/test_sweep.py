@@ -247,7 +247,7 @@ def test_a_trial_has_bindings_of_its_own(command):
     (["--status"], {}, "found no sweep there"),
     (["--status", "--cancel"], {}, "--status: has no effect with --cancel"),
     (["--cancel", "--launcher=jobset"], {}, "'kubectl delete -f'"),
-    (["--workdir=gs://a/b"], {}, "--workdir=gs://a/b: .* a local path"),
+    (["--workdir=gs://a/b"], {}, "--workdir=gs://a/b: .* a local one"),
   ],
 )
 def test_mistakes_are_found_before_anything_runs(

@@ -314,8 +314,8 @@ class SamplerConfig:
     policy, plan = self.said("policy"), self.said("plan")
     if self.steps is not None and not self.policy.uses_quota:
       raise UserError(
-        f"{self.said('steps')}: {policy} decides itself how many calls it "
-        "makes; expected policy=quota, or no `steps`"
+        f"{self.said('steps')}: {policy} chooses the number of steps itself; "
+        "expected policy=quota, or no `steps`"
       )
     if self.plan != "even" and not self.policy.uses_quota:
       raise UserError(f"{plan}: {policy} has no plan; expected policy=quota")
@@ -326,12 +326,12 @@ class SamplerConfig:
       )
     if self.plan == "chance" and self.select != "random":
       raise UserError(
-        f"{self.said('select')}: plan=chance fills any place as likely as "
-        "another; expected select=random"
+        f"{self.said('select')}: plan=chance fills positions at random; "
+        "expected select=random"
       )
     if self.remask is not None and self.plan != "chance":
       raise UserError(
-        f"{self.said('remask')}: {plan} says how many places are filled; "
+        f"{self.said('remask')}: {plan} fixes how many positions are filled; "
         "expected plan=chance"
       )
 
@@ -340,7 +340,7 @@ class SamplerConfig:
     policy, draw = self.said("policy"), self.said("place_temperature")
     if self.policy.needs_probabilities and self.select in ("entropy", "random"):
       raise UserError(
-        f"{self.said('select')}: {policy} compares how sure places are with a "
+        f"{self.said('select')}: {policy} compares confidences with a "
         "probability; expected select=candidate, max or margin, or "
         "policy=quota"
       )
@@ -369,19 +369,19 @@ class SamplerConfig:
       )
     if not isinstance(self.cache, Prefix | None):
       raise UserError(
-        f"{self.said('cache')}: not with {canvas}, whose places move; "
+        f"{self.said('cache')}: not with {canvas}, whose tokens move; "
         "expected prefix, which keeps the prompt, or none"
       )
     for name, value in dict(steps=None, plan="even", edit=None).items():
       if getattr(self, name) != value:
         raise UserError(
-          f"{self.said(name)}: not with {canvas}, whose places are not known "
-          "before and move; leave one of them out"
+          f"{self.said(name)}: not with {canvas}, whose length is not known "
+          "in advance and whose tokens move; leave one of them out"
         )
     if isinstance(self.policy, Credit):
       raise UserError(
-        f"{self.said('policy')}: counts earlier calls place by place, and "
-        f"with {canvas} places move; expected threshold:P, say"
+        f"{self.said('policy')}: keeps statistics of each position, and with "
+        f"{canvas} tokens move; expected e.g. threshold:P"
       )
     if self.mask_id is not None and not self.end:
       raise UserError(

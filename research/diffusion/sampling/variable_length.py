@@ -102,8 +102,8 @@ def sample(
   if denoiser.unit > 1:
     raise UserError(
       f"variable_length: found a model with blocks of {denoiser.unit} tokens, "
-      "expected one whose tokens see all: what stands behind a block says "
-      "nothing of it"
+      "expected one with bidirectional attention: the tokens after a canvas "
+      "decide whether it grows"
     )
   state = tree.device_put_like(state, params)
   width = state.tokens.shape[1] - config.length

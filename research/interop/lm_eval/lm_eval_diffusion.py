@@ -119,7 +119,9 @@ def score(
   for i, (context, continuation) in enumerate(requests):
     ids = [*context, *continuation]
     if spec.mask_id in ids:
-      raise UserError(f"request {i}: holds the mask, id {spec.mask_id}")
+      raise UserError(
+        f"request {i}: contains the mask token, id {spec.mask_id}"
+      )
     if len(continuation) > size - least:
       raise UserError(
         f"request {i}: a continuation of {len(continuation)} tokens, expected "

@@ -79,6 +79,7 @@ def spec_of(loaded: Loaded) -> Spec:
   if loaded.diffusion is None:
     raise UserError(
       f"{loaded.source.get('path', 'the model')}: predicts the next token and "
-      "has no mask; research.interop.lm_eval asks such models"
+      "has no mask; expected a masked diffusion model. Use "
+      "research.interop.lm_eval.autoregressive"
     )
   return loaded.diffusion

@@ -56,8 +56,8 @@ def load_adapter(
   adapted, again = open_adapter(directory, params, model)
   if again != model:
     raise UserError(
-      f"{directory}: this adapter brings embeddings that make another model "
-      "of its base; load it as the model itself: --model=" + str(directory)
+      f"{directory}: this adapter contains embeddings that change the model's "
+      "configuration; load it as the model: --model=" + str(directory)
     )
   return adapted
 

@@ -251,8 +251,8 @@ def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
   for x in (one, other):
     if not np.array_equal(out[tuple(slice(n) for n in x.shape)], x):
       raise UserError(
-        "modules of this adapter should share an array and do not; adapters "
-        "that were made apart cannot be saved as one"
+        "modules of this adapter should share an array and have different "
+        "ones; adapters that were initialised separately cannot be saved as one"
       )
   return out
 

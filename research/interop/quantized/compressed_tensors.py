@@ -476,7 +476,7 @@ def _same(x: np.ndarray, w: QTensor, name: str) -> np.ndarray:
   """Returns the one value of an array, `[1]`."""
   if (x != x.flat[0]).any():
     raise UserError(
-      f"compressed-tensors: {name} of {w.format.name} is not one of the whole "
-      "matrix, as the strategy 'tensor' says; expected 'channel' or 'group'"
+      f"compressed-tensors: {name} of {w.format.name} differs within the "
+      "matrix, and the strategy is 'tensor'; expected 'channel' or 'group'"
     )
   return x.reshape(-1)[:1]

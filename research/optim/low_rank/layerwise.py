@@ -118,7 +118,8 @@ class Layerwise(optax.GradientTransformation):
   def __new__(cls, parts: _Parts) -> "Layerwise":
     def update(updates, state, params=None):
       raise UserError(
-        "layerwise: found gradients of whole stacks, expected none.\nUse"
+        "layerwise: found gradients of all layers at once, expected updates"
+        " during the backward pass.\nUse"
         " research.training.step.make_train_step, or galore.galore."
       )
 

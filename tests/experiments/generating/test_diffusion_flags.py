@@ -284,9 +284,9 @@ def test_mistakes(given, words):
   ("config", "infills", "count", "words"),
   [
     (SamplerConfig(canvas=Growth()), ["[[2]]"], 1, "--canvas=auto finds out"),
-    (SamplerConfig(stop_early=False), ["[[2]]"], 1, "--nostop_early: --infill"),
+    (SamplerConfig(stop_early=False), ["[[2]]"], 1, "--nostop_early: has no"),
     (SamplerConfig(), ["none"], 1, "found no gap"),
-    (SamplerConfig(), [], 2, "--gif: shows one prompt, found 2"),
+    (SamplerConfig(), [], 2, "--gif: found 2 prompts, expected one"),
   ],
 )
 def test_what_the_command_cannot_do(config, infills, count, words):

@@ -94,7 +94,7 @@ def test_steps_are_those_of_the_blocks_that_a_row_has():
 
 def test_guidance_is_by_something():
   config = SamplerConfig(guidance=1.0)
-  with pytest.raises(UserError, match="nothing before its first gap"):
+  with pytest.raises(UserError, match="begins with its first gap"):
     prepare([[9, 1], [1, 9]], [0, 1], Spec(mask_id=9), config, gaps=True)
 
 

@@ -55,8 +55,8 @@ class Overlap(Tiling):
     if self.tile % self.patch or min(self.margins) < 0 or self._window < 1:
       raise UserError(
         f"Overlap: tile {self.tile}, patch {self.patch}, margins "
-        f"{self.margins}: expected a tile of whole patches, more of them than "
-        "both margins"
+        f"{self.margins}: expected a multiple of patch that is larger than "
+        "both margins, which count patches"
       )
 
   @property

@@ -170,7 +170,7 @@ def test_policies_that_need_probabilities(policy):
   for select in ("random", "entropy"):
     with pytest.raises(
       UserError,
-      match=f"select={select}: policy={name} compares how sure places are",
+      match=f"select={select}: policy={name} compares confidences",
     ):
       SamplerConfig(mask_id=9, length=8, block=8, policy=policy, select=select)
     assert SamplerConfig(mask_id=9, length=8, block=8, select=select)

@@ -428,13 +428,13 @@ def test_wrong_settings(loaded):
 def test_wrong_questions(plain, loaded):
   with pytest.raises(UserError, match="has no mask"):
     lm_eval_diffusion.loglikelihood(plain, [("a", "b")])
-  with pytest.raises(UserError, match="fills in masks"):
+  with pytest.raises(UserError, match="masked diffusion"):
     lm_eval.loglikelihood(loaded, [("a", "b")])
-  with pytest.raises(UserError, match="fills in masks"):
+  with pytest.raises(UserError, match="masked diffusion"):
     lm_eval.rolling(loaded, ["a"])
-  with pytest.raises(UserError, match="fills in masks"):
+  with pytest.raises(UserError, match="masked diffusion"):
     lm_eval.generate_until(loaded, [("a", {})])
-  with pytest.raises(UserError, match="request 0: holds the mask"):
+  with pytest.raises(UserError, match="request 0: contains the mask"):
     lm_eval_diffusion.score(loaded, [([0], [MASK])])
   with pytest.raises(UserError, match="a continuation of 24 tokens"):
     lm_eval_diffusion.score(loaded, [([0], [5] * CONTEXT)])

@@ -297,7 +297,7 @@ def test_a_crop_that_would_be_empty_is_refused():
       lambda: Native(min_pixels=5000, max_pixels=100),
       "from 5000 to 100 pixels",
     ),
-    (lambda: Overlap(margins=(12, 12)), "more of them than"),
+    (lambda: Overlap(margins=(12, 12)), "larger than both margins"),
     (lambda: preset("llava"), "expected one of.*llava-1.5"),
   ],
 )
