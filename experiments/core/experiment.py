@@ -148,8 +148,8 @@ class Experiment:
     validation: what the best checkpoint is chosen by, or None.
     heldout: what the result is measured on, before and after, or None.
     eval_batches: at most so many batches of each of those two; None for all.
-    answers: what the trained model is asked, whose report is in the result
-      beside the loss; None for nothing.
+    answers: evaluation questions for the trained model, whose report is in the
+      result beside the loss; None for nothing.
     step_report: judges labelled steps by the trained reward model; its main
       numbers are the result's own. None for nothing.
     state_transforms: of the training state, after each step, in order.

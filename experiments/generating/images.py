@@ -64,7 +64,7 @@ def check(model: Any, files: Sequence[str], prompts: Sequence[str]) -> None:
 def check_text(model: Any, text: str, ids: Sequence[int]) -> None:
   """Raises UserError if a prompt without images has a place for one.
 
-  The model would read a vector there that nobody trained.
+  The model would read an untrained vector there.
 
   Args:
     model: the loaded one.

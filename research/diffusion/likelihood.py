@@ -120,7 +120,7 @@ def bound(
   Args:
     scores: the model. It should give the mask itself no probability.
     tokens: the whole row.
-    target: which of them are asked for.
+    target: which of them are to be scored.
     mask_id: of the mask.
     key: of this row.
     samples: a multiple of `batch`.

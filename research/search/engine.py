@@ -329,10 +329,10 @@ class Engine:
       )
     ]
     judged = frontier.verifier
-    asked = self._asked(frontier.paths, new)
+    to_score = self._to_score(frontier.paths, new)
     if self.verifier is not None:
-      advanced = (asked != NO_TOKEN).any(axis=1)
-      judged, found = self._judged(judged, state, paths, asked)
+      advanced = (to_score != NO_TOKEN).any(axis=1)
+      judged, found = self._judged(judged, state, paths, to_score)
       paths = [
         _scored(path, score) if own else path
         for path, score, own in zip(paths, found, advanced, strict=True)
@@ -344,10 +344,10 @@ class Engine:
       verifier=judged,
       paths=tuple(paths),
       advanced=advanced,
-      ledgers=self._costs(frontier, drawn, judged, asked),
+      ledgers=self._costs(frontier, drawn, judged, to_score),
     )
 
-  def _asked(
+  def _to_score(
     self, paths: Sequence[Path], new: Int[np.ndarray, "R C"]
   ) -> Int[np.ndarray, "R C"]:
     """Returns the new tokens of steps, `NO_TOKEN` in other places.
@@ -363,14 +363,14 @@ class Engine:
     judged: Any,
     state: Any,
     paths: Sequence[Path],
-    asked: Int[np.ndarray, "R C"],
+    to_score: Int[np.ndarray, "R C"],
   ) -> tuple[Any, Float[np.ndarray, " R"]]:
     """Returns the verifier's state and scores, if they come in time."""
 
     def read():
       if self._reader is None:
-        return judged, self.verifier.score(state, (asked != NO_TOKEN).any(1))
-      return self._reader.read(judged, paths, asked)
+        return judged, self.verifier.score(state, (to_score != NO_TOKEN).any(1))
+      return self._reader.read(judged, paths, to_score)
 
     judged, found = (
       read() if self.timeout is None else _within(self.timeout, read)
@@ -407,7 +407,7 @@ class Engine:
     frontier: Frontier,
     drawn: Drawn,
     judged: Any,
-    asked: Int[np.ndarray, "R C"],
+    to_score: Int[np.ndarray, "R C"],
   ) -> tuple[Ledger, ...]:
     """Returns the ledgers with the passes that drew and judged new tokens."""
     ledgers, paths = list(frontier.ledgers), frontier.paths
@@ -418,7 +418,7 @@ class Engine:
     cached = [shared.get(i, 0) for i in range(len(ledgers))]
     counts = (np.asarray(drawn.tokens) != NO_TOKEN).sum(axis=1).tolist()
     steps = self._cost.steps(paths, drawn)
-    judges = np.where((asked != NO_TOKEN).any(axis=1), counts, 0).tolist()
+    judges = np.where((to_score != NO_TOKEN).any(axis=1), counts, 0).tolist()
     reads = self._reads(paths, judges, judged)
     for path, count, now, read in zip(paths, counts, steps, reads, strict=True):
       cached[path.problem] += now.peak_cache_tokens

@@ -58,7 +58,7 @@ class Choice:
     accuracy: of the chosen strategies, on problems that did not choose.
     best_single: of one strategy for all problems, chosen the same way.
     random: of a random strategy: the mean.
-    oracle: of the best strategy of each problem, which nobody can know.
+    oracle: of the best strategy of each problem, unknown in practice.
     same_problems: of choices on the problems that are reported: inflated.
     chosen: of each fold that chose, each bin's strategy; -1 for an empty one.
     per_problem: accuracy of each problem, from the other fold's choice.

@@ -176,7 +176,7 @@ class EncodedViews:
   def _encoded(
     self, views: dict[str, np.ndarray], shape: tuple[int, ...]
   ) -> dict[str, np.ndarray]:
-    """Returns and writes the features of views that nobody has."""
+    """Returns and writes the features of views that are not cached."""
     made, names = {}, list(views)
     for start in range(0, len(names), _CHUNK):
       part = names[start : start + _CHUNK]

@@ -1,8 +1,8 @@
-"""How good text is against how often the model is asked, for every policy.
+"""Quality of text against the number of model calls, for every policy.
 
 On a Markov chain, sampled at temperature 1, a row's likelihood is known, and so
 are the pairs it should be made of: policies that only write what is likely are
-told apart from those that sample. They are asked of the chain's own
+distinguished from those that sample. They are asked of the chain's own
 conditionals (`truth.Chain`), where all errors are the sampler's, and
 of trained models. On `Sums`, decoded greedily, answers are right or wrong; what
 they cost is counted and measured there, too: FLOPs and seconds of a batch,

@@ -5,7 +5,7 @@
 DIR is the folder of a sweep, such as sweeps/lora_seeds_smollm2.gin, in which
 one unit trains everything. Each arm (the bindings, less seed and rate) stands
 at the rate with the least mean loss on the validation documents, which are not
-those whose perplexity is told; a * marks a rate at the edge of a grid of
+those whose perplexity is given; a * marks a rate at the edge of a grid of
 several, beyond which a better one may lie. Prints a table: parameters as a
 share of the base's, perplexity, how far above full training in nats a token,
 paired by seed, and the share of full training's gain; then how far arms

@@ -24,7 +24,7 @@ COLUMNS = {REAL: "right, %", BLIND: "blind", SHUFFLED: "shuffled"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFile:
-  """A run file, and what is asked of its answers.
+  """A run file, and what its answers must reach.
 
   Attributes:
     path: below `configs/`.

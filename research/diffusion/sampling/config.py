@@ -97,7 +97,7 @@ class Growth:
     start: places at first (the paper's L_init); None for 64, or the longest
       canvas where that is shorter.
     by: masks that are added at the end, or that a place becomes (E_factor).
-    window: places that are asked whether they are an end (W_eos).
+    window: positions whose probability of an end is averaged (W_eos).
     eos_threshold: readiness from which the canvas is long enough to begin
       (tau_eos).
     expand_threshold: readiness from which nothing is inserted (tau_expand).

@@ -448,7 +448,7 @@ def fill(
       taking_part &= active | edits
     other = free & (found != tokens) & (chance > config.edit)
     other &= taking_part[:, None]
-    # What was filled now is looked at once more, too.
+    # What was filled now is predicted once more, too.
     changed = other | kept
     new, edited = jnp.where(other, found, new), changed.any(-1)
   calls = state.calls + 1

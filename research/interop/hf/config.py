@@ -88,7 +88,7 @@ def text_fields(config: Mapping[str, Any], where: str) -> Fields:
     config = llada.to_known_config(config, where)
     kind = config["model_type"]
   if kind == "Dream":
-    # Qwen2, but for what it is asked: its mask.
+    # Qwen2, except for its mask.
     config, kind = dict(config) | {"model_type": "qwen2"}, "qwen2"
   if isinstance(kind, str) and kind in REFUSED:
     raise UserError(f"{where}: model_type {kind!r} has {REFUSED[kind]}")

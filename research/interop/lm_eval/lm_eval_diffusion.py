@@ -41,7 +41,7 @@ from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 Pair = tuple[str, str]
 Part = tuple[Int[Array, "T"], Bool[Array, "T"], likelihood.Scores]
-"""Tokens, which of them are asked for, and the model of such rows."""
+"""Tokens, which of them are scored, and the model of such rows."""
 
 
 def loglikelihood(
@@ -164,7 +164,7 @@ class _Row:
     return total, greedy
 
   def parts(self) -> Iterator[Part]:
-    """Yields the parts of the continuation that are asked for at once."""
+    """Yields the parts of the continuation that are scored at once."""
     if self.first == len(self.ids):
       return
     if self.spec.block is None:

@@ -23,8 +23,8 @@ from research.interop.peft.targets import (
   Names,
   Targets,
   by_pattern,
+  is_saved,
   not_adapted,
-  saved_whole,
 )
 from research.io import safetensors
 from research.io.fields import Fields
@@ -292,7 +292,7 @@ def read_token_rows(
   whole = modules_to_save(fields)
   for address in out:
     module = sides[address]
-    if address in taken or saved_whole(module, whole):
+    if address in taken or is_saved(module, whole):
       raise fields.wrong(
         name, f"none of {module}, which target_modules or modules_to_save name"
       )

@@ -149,7 +149,7 @@ class _Tensors:
     return (outputs, inputs // scheme.group)
 
   def check_names(self) -> None:
-    """Refuses tensors that nobody asked for."""
+    """Refuses tensors that nothing has read."""
     unknown = sorted(set(self.tensors) - self.used - {*_UNUSED})
     zero = np.asarray(self.tensors.get("weight_zero_point", 1))
     if unknown == ["weight_zero_point"] and not zero.astype(bool).any():

@@ -28,9 +28,9 @@ class Whole:
     """Returns what is kept."""
     return found
 
-  def unpack(self, held: Any) -> Any:
+  def unpack(self, stored: Any) -> Any:
     """Returns the floats of what is kept; inverts `pack`."""
-    return held
+    return stored
 
   def decode(self, found: Any, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Returns the projector of such a shape."""
@@ -83,12 +83,12 @@ class Int4:
     packed = pairs[..., 0] | (pairs[..., 1] << 4)
     return dict(found, codes=packed, zero=found["zero"].astype(jnp.uint8))
 
-  def unpack(self, held: Mapping[str, Any]) -> Mapping[str, Any]:
+  def unpack(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns what `encode` did."""
-    codes, step = held["codes"], held["step"]
+    codes, step = stored["codes"], stored["step"]
     pairs = jnp.stack([codes & 15, codes >> 4], -1)
     codes = pairs.reshape(*codes.shape[:-1], -1).astype(jnp.bfloat16)
-    return dict(held, codes=codes, zero=held["zero"].astype(step.dtype))
+    return dict(stored, codes=codes, zero=stored["zero"].astype(step.dtype))
 
   def decode(
     self, found: Mapping[str, Any], shape: tuple[int, ...]

@@ -17,7 +17,7 @@ from research.typing import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """What the policy is asked.
+  """A prompt of the policy.
 
   Attributes:
     tokens: ids, at least one.

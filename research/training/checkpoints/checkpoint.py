@@ -263,10 +263,10 @@ class Checkpoints:
         raise checksums.Damaged(
           "data: the iterator's position is not what was saved"
         )
-    wanted = _as_saved(_moving(target), found)
-    _compare(where, found, wanted)
+    expected = _as_saved(_moving(target), found)
+    _compare(where, found, expected)
     with _quiet(), checksums.raise_together():
-      parts = {"state": jax.tree.map(_abstract, wanted)}
+      parts = {"state": jax.tree.map(_abstract, expected)}
       state = self._steps.load_checkpointables(step, parts)["state"]
     if note is None:
       folders.warn(f"{where}: has no checksums, so it was not verified")
@@ -406,9 +406,11 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
   )
 
 
-def _compare(where: os.PathLike, have: Mapping[str, str], wanted: Any) -> None:
+def _compare(
+  where: os.PathLike, have: Mapping[str, str], expected: Any
+) -> None:
   """Raises a UserError that lists the paths at which two trees differ."""
-  want = checksums.array_types(wanted)
+  want = checksums.array_types(expected)
   differences = [
     f"{path}: found {have.get(path, 'nothing')},"
     f" expected {want.get(path, 'nothing')}"
