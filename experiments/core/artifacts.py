@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from experiments.core import device_context, runtime
-from experiments.core.experiment import Built, Experiment
+from experiments.core.experiment import BuiltExperiment, Experiment
 from research import tree
 from research.interop import convert, load, peft, sources, vision
 from research.interop.diffusion import spec
@@ -53,7 +53,7 @@ def write_text(path: Folder, text: str) -> None:
 
 def save(
   experiment: Experiment,
-  built: Built,
+  built: BuiltExperiment,
   trained: state.TrainState,
   workdir: Folder,
   heldout: dict[str, tuple[int, dict[str, float] | None]],

@@ -21,7 +21,7 @@ CheckpointChoice = Literal["best", "last"]
 def restore(
   workdir: str, checkpoint: CheckpointChoice = "best"
 ) -> tuple[Any, Params]:
-  """Returns a run's `experiment.Built`, and the weights that it has trained.
+  """Returns a run's `BuiltExperiment`, and the weights that it has trained.
 
   The run's own configuration builds the model; transforms of `after` are
   applied to its weights.

@@ -16,7 +16,7 @@ import numpy as np
 from research.generation import decoding, generate_paged
 from research.generation import generate_paged_rows as programs
 from research.generation import sampling as samplers
-from research.generation.decoding import Drawn, Rows
+from research.generation.decoding import GeneratedTokens, Rows
 from research.generation.generate_paged_rows import PagedRows
 from research.generation.page_allocator import PageAllocator
 from research.generation.paging import Paging
@@ -74,7 +74,7 @@ class PagedStepwise(Stepwise):
     max_new_tokens: int,
     key: PRNGKey | None = None,
     copies: int = 1,
-  ) -> tuple[PagedState, Drawn]:
+  ) -> tuple[PagedState, GeneratedTokens]:
     """Returns rows up to their first pause; see `Stepwise.start`."""
     limits = self._limits(prompts, max_new_tokens, copies)
     extents = [len(p) + n for p, n in zip(prompts, limits, strict=True)]
@@ -124,7 +124,9 @@ class PagedStepwise(Stepwise):
       tuple(np.repeat(extents, copies).tolist()),
     )
     scores = None if scores is None else scores[:, None]
-    return self._until_paused(state, [Drawn(token[:, None], rows.done, scores)])
+    return self._until_paused(
+      state, [GeneratedTokens(token[:, None], rows.done, scores)]
+    )
 
   def begin(
     self,
@@ -139,7 +141,7 @@ class PagedStepwise(Stepwise):
       " revision and adaptive allocation do; use Stepwise"
     )
 
-  def advance(self, state: PagedState) -> tuple[PagedState, Drawn]:
+  def advance(self, state: PagedState) -> tuple[PagedState, GeneratedTokens]:
     """Lets paused rows go on; see `Stepwise.advance`."""
     if self.boundary is not None:
       rows = decoding.resume(state.rows.rows)

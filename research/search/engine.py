@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from research.generation.decoding import Drawn
+from research.generation.decoding import GeneratedTokens
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
 from research.search.cost import Causal, model_cost
@@ -315,7 +315,7 @@ class Engine:
     return dataclasses.replace(frontier, state=state)
 
   def _with_tokens(
-    self, frontier: Frontier, state: Any, drawn: Drawn
+    self, frontier: Frontier, state: Any, drawn: GeneratedTokens
   ) -> Frontier:
     new = np.asarray(drawn.tokens)
     paths = [
@@ -405,7 +405,7 @@ class Engine:
   def _costs(
     self,
     frontier: Frontier,
-    drawn: Drawn,
+    drawn: GeneratedTokens,
     judged: Any,
     to_score: Int[np.ndarray, "R C"],
   ) -> tuple[Ledger, ...]:

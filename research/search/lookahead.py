@@ -7,7 +7,7 @@ of the step itself. The steps ahead are thrown away, but not their cost.
 import dataclasses
 from typing import Any
 
-from research.generation.decoding import Drawn
+from research.generation.decoding import GeneratedTokens
 from research.generation.sampling import GREEDY
 from research.generation.stepwise_paged import PagedStepwise
 from research.search.engine import Engine, Frontier
@@ -37,7 +37,7 @@ class Lookahead(Engine):
       )
 
   def _with_tokens(
-    self, frontier: Frontier, state: Any, drawn: Drawn
+    self, frontier: Frontier, state: Any, drawn: GeneratedTokens
   ) -> Frontier:
     now = super()._with_tokens(_without_peaks(frontier), state, drawn)
     greedy = dataclasses.replace(self.policy, sampling=GREEDY)

@@ -116,7 +116,7 @@ def test_no_weight_is_read(monkeypatch, name, packed):
   def read(*_):
     raise AssertionError("a weight was read")
 
-  monkeypatch.setattr(unread.Unread, "__getattribute__", _without(read))
+  monkeypatch.setattr(unread.LazyArray, "__getattribute__", _without(read))
   whole = support_plan.adapted(
     dataclasses.replace(
       support_plan.experiment(Layout(fsdp=2)),

@@ -42,7 +42,7 @@ from research.typing import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Grown(Sampled):
+class VariableLengthResult(Sampled):
   """What `sample` returns; behind a row's canvas its tokens are ends.
 
   Calls and counts include those that only looked how long a canvas has to be.
@@ -79,7 +79,7 @@ def sample(
   config: SamplerConfig,
   sampling: Sampling = GREEDY,
   look: Callable[[State], None] | None = None,
-) -> Grown:
+) -> VariableLengthResult:
   """Returns filled rows, each as long as it had to be.
 
   Args:
@@ -120,7 +120,7 @@ def sample(
       look(state)
   each = denoiser.passes
   got = sampler.result(state, config, each)
-  return Grown(
+  return VariableLengthResult(
     got.tokens,
     got.filled,
     got.calls,

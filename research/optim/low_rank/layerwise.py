@@ -35,7 +35,7 @@ from research.optim.low_rank.projected_grad_weight import (
   ProjectedGradWeight,
   Rule,
 )
-from research.optim.low_rank.projectors import Every, Storage, Whole
+from research.optim.low_rank.projectors import FixedInterval, Float32, Storage
 from research.optim.low_rank.subspace import Projection
 from research.typing import Array, UserError
 
@@ -61,7 +61,7 @@ def movable(w: Any) -> bool:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Parts:
   rule: Rule
-  pace: Every
+  pace: FixedInterval
   inner: optax.GradientTransformation
   rest: optax.GradientTransformation
   scale: float
@@ -328,8 +328,8 @@ def galore(
   weight_decay: optim.Number = 0.0,
   decayed: str = ".*",
   clip: optim.Number | None = None,
-  storage: Storage = Whole(),
-  pace: Every = Every(),
+  storage: Storage = Float32(),
+  pace: FixedInterval = FixedInterval(),
 ) -> Layerwise:
   """Returns `research.optim.low_rank.galore.galore`, layer by layer.
 

@@ -279,7 +279,7 @@ def test_the_largest_array_is_read_first():
       order.append(n)
       return np.zeros(n, np.float32)
 
-    return unread.Unread((n,), np.dtype(np.float32), read)
+    return unread.LazyArray((n,), np.dtype(np.float32), read)
 
   got = unread.place({"a": array(3), "b": array(9), "c": array(5)})
   assert order == [9, 5, 3]

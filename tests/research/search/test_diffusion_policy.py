@@ -21,7 +21,7 @@ from research.planning import flops
 from research.search.block_rows import BlockRows
 from research.search.cost import Dense, model_cost
 from research.search.diffusion_cost import Blockwise, DenoiserCost, Passes
-from research.search.diffusion_policy import DiffusionPolicy, DrawnBlocks
+from research.search.diffusion_policy import DiffusionPolicy, GeneratedBlocks
 from research.search.engine import Engine
 from research.search.ledger import Ledger
 from research.search.policy import Frontier, Path
@@ -327,7 +327,9 @@ def test_rejected_blocks_are_drawn_from_the_model_again():
 
 def drawn(count):
   passes = [Passes(row=5, start=1, block=4, count=count, read=0)]
-  return DrawnBlocks(np.zeros((1, 4), np.int32), np.ones(1, bool), None, passes)
+  return GeneratedBlocks(
+    np.zeros((1, 4), np.int32), np.ones(1, bool), None, passes
+  )
 
 
 @pytest.mark.parametrize(
