@@ -286,7 +286,7 @@ def _status(
     )
   queued = slurm.queued(workdir)
   rows = slurm.table(
-    queued, {u.work.name: sweep_results.how_far(u.work) for u in units}
+    queued, {u.work.name: sweep_results.progress_of(u.work) for u in units}
   )
   if rows:
     cli.say(tables.text(rows))

@@ -113,7 +113,7 @@ def _save_adapter(folder, experiment, built, params) -> bool:
   written = runtime.is_first_process() and _wrote_adapter(
     folder, base, built.loaded, params
   )
-  return runtime.said_by_first_process(written)
+  return runtime.from_first_process(written)
 
 
 def _wrote_adapter(folder, base, loaded, params) -> bool:

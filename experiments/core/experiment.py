@@ -128,7 +128,7 @@ class Pretrained:
 
   def load_abstract(self) -> Loaded:
     """Returns the same with shapes in place of weights, which are not read."""
-    return self.load(unread.left)
+    return self.load(unread.unplaced)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ def check(
   if infills and config.canvas is not None:
     raise UserError(
       f"--infill: fixes the length of each gap, and"
-      f" --{config.said('canvas')} lets the model choose it; leave one out"
+      f" --{config.show('canvas')} lets the model choose it; leave one out"
     )
   for name, file in dataclasses.asdict(pictures).items():
     if file is not None and count > 1:

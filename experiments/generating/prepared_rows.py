@@ -107,7 +107,7 @@ def prepare(
   key, numbers = jax.random.key(seed), jax.numpy.array(examples)
   if config.guidance and not laid.prompt.any(-1).all():
     raise UserError(
-      f"{config.said('guidance')}: classifier-free guidance needs a prompt, "
+      f"{config.show('guidance')}: classifier-free guidance needs a prompt, "
       "found a text that begins with its first gap; leave it out"
     )
   if config.canvas is not None:
@@ -124,7 +124,7 @@ def _block(spec: Spec, config: SamplerConfig, gaps: bool) -> int:
   """Returns a block's tokens."""
   if config.canvas is not None and spec.block is not None:
     raise UserError(
-      f"{config.said('canvas')}: this model is block-causal, and adds blocks "
+      f"{config.show('canvas')}: this model is block-causal, and adds blocks "
       "until the text ends anyway; leave it out"
     )
   short = BLOCK if gaps else min(BLOCK, config.length)
@@ -135,7 +135,7 @@ def _block(spec: Spec, config: SamplerConfig, gaps: bool) -> int:
       "out"
     )
   if spec.block is None and not gaps and config.length % block:
-    raise UserError(f"block={block}: does not divide {config.said('length')}")
+    raise UserError(f"block={block}: does not divide {config.show('length')}")
   return block
 
 

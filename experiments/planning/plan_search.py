@@ -120,7 +120,7 @@ def plan(
     seconds.append(None if one is None else one * (solutions // batch))
     resident.append(kept)
     needs.append(found)
-  out |= together(resident, needs, topology)
+  out |= all_resident(resident, needs, topology)
   if None not in seconds:
     out["seconds"] = sum(seconds)
     out["solutions_per_s"] = solutions / out["seconds"]
@@ -164,7 +164,7 @@ def score(
   return found, _resident(params)
 
 
-def together(
+def all_resident(
   resident: list[int], needs: list[dict[str, Any]], topology: Topology
 ) -> dict[str, Any]:
   """Returns the bytes of a device that holds all models during each call.

@@ -140,7 +140,7 @@ def abstract(params: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
 
-def left(shapes: Any) -> Any:
+def unplaced(shapes: Any) -> Any:
   """Returns the shapes: as `Shardings`, it leaves arrays where they are.
 
   What would have been placed by it are then `jax.ShapeDtypeStruct`s.

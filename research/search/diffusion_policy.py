@@ -79,12 +79,12 @@ class DiffusionPolicy:
     unit = self._cost.unit
     if unit not in (1, config.block):
       raise UserError(
-        f"DiffusionPolicy: found {config.said('block')}, expected the model's"
+        f"DiffusionPolicy: found {config.show('block')}, expected the model's"
         f" blocks of {unit} tokens"
       )
     if config.canvas is not None:
       raise UserError(
-        f"DiffusionPolicy: found {config.said('canvas')}, expected a fixed one:"
+        f"DiffusionPolicy: found {config.show('canvas')}, expected a fixed one:"
         " blocks that are scored must not move"
       )
 

@@ -66,7 +66,7 @@ class InContext(DiffusionStudy):
     tiny: the model, whose embeddings begin with variance 1: in the residual
       stream smaller ones drown in what the layers add.
     steps: of next-token prediction, and of what is converted after it.
-    more: times as many are those of diffusion from scratch.
+    steps_factor: times as many are those of diffusion from scratch.
     rates: tried by next-token prediction, whose best the converted model
       keeps, and by diffusion; `steps` each.
     shots: pairs before a question, or after it, ascending.
@@ -78,7 +78,7 @@ class InContext(DiffusionStudy):
   source: Shots = Shots()
   tiny: Tiny = Tiny(batch=64, every=125)
   steps: int = 500
-  more: int = 3
+  steps_factor: int = 3
   rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
   shots: Sequence[int] = (1, 2, 4, 8)
   pool: int = 65_536
@@ -97,7 +97,7 @@ class InContext(DiffusionStudy):
       return self._swept(arm.removeprefix("rates of "))
     kind, seed, rate = swept_before(arm, before, {CONVERTED: AR})
     model, params = self._load(seed)
-    steps = self.steps * (self.more if kind == DIFFUSION else 1)
+    steps = self.steps * (self.steps_factor if kind == DIFFUSION else 1)
     if kind == CONVERTED:
       *_, (_, params) = self._train(AR, model, params, steps, seed, rate)
     tried = self._train(kind, model, params, steps, seed, rate)

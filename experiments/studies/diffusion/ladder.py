@@ -65,7 +65,7 @@ class Ladder(DiffusionStudy):
     blocks: of block diffusion, ascending; the row's length is diffusion of
       whole rows, which needs no clean copy.
     steps: of next-token prediction.
-    more: how many times as many tokens diffusion of any kind reads.
+    steps_factor: how many times as many tokens diffusion of any kind reads.
     rates: tried, for `trial` steps.
     trial: see `rates`.
     seeds: of weights, order and masks.
@@ -77,7 +77,7 @@ class Ladder(DiffusionStudy):
   tiny: Tiny = Tiny()
   blocks: Sequence[int] = (1, 4)
   steps: int = 1000
-  more: int = 6
+  steps_factor: int = 6
   rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
   trial: int = 500
   seeds: int = 3
@@ -114,7 +114,7 @@ class Ladder(DiffusionStudy):
     block = self.kinds[kind]
     if block is None:
       return self.steps
-    return self.steps * self.more // (1 if kind == WHOLE else 2)
+    return self.steps * self.steps_factor // (1 if kind == WHOLE else 2)
 
   def _swept(self, kind: str) -> Row:
     seed = self.seeds  # a seed that is not reported
@@ -237,7 +237,7 @@ class Ladder(DiffusionStudy):
         below(short, CLOSE * entropy),
       ),
       Verdict(
-        f"with {self.more} times the tokens read it is",
+        f"with {self.steps_factor} times the tokens read it is",
         f"behind by {last}",
         below(last, CLOSE * entropy),
       ),

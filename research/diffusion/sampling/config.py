@@ -283,7 +283,7 @@ class SamplerConfig:
     self._check_confidence()
     if self.edit is None and self.edit_steps != type(self).edit_steps:
       raise UserError(
-        f"{self.said('edit_steps')}: has no effect without `edit`"
+        f"{self.show('edit_steps')}: has no effect without `edit`"
       )
     if self.canvas is not None:
       self._check_canvas()
@@ -305,16 +305,16 @@ class SamplerConfig:
     """
     return dataclasses.replace(self, mask_id=mask_id, end=tuple(end), **changes)
 
-  def said(self, name: str) -> str:
+  def show(self, name: str) -> str:
     """Returns `name=value` of a setting, for messages."""
-    return settings.said(self, name)
+    return settings.show(self, name)
 
   def _check_quota(self) -> None:
     """Raises UserError for a policy, a plan and steps that do not agree."""
-    policy, plan = self.said("policy"), self.said("plan")
+    policy, plan = self.show("policy"), self.show("plan")
     if self.steps is not None and not self.policy.uses_quota:
       raise UserError(
-        f"{self.said('steps')}: {policy} chooses the number of steps itself; "
+        f"{self.show('steps')}: {policy} chooses the number of steps itself; "
         "expected policy=quota, or no `steps`"
       )
     if self.plan != "even" and not self.policy.uses_quota:
@@ -326,21 +326,21 @@ class SamplerConfig:
       )
     if self.plan == "chance" and self.select != "random":
       raise UserError(
-        f"{self.said('select')}: plan=chance fills positions at random; "
+        f"{self.show('select')}: plan=chance fills positions at random; "
         "expected select=random"
       )
     if self.remask is not None and self.plan != "chance":
       raise UserError(
-        f"{self.said('remask')}: {plan} fixes how many positions are filled; "
+        f"{self.show('remask')}: {plan} fixes how many positions are filled; "
         "expected plan=chance"
       )
 
   def _check_confidence(self) -> None:
     """Raises UserError for confidences that the policy would misread."""
-    policy, draw = self.said("policy"), self.said("place_temperature")
+    policy, draw = self.show("policy"), self.show("place_temperature")
     if self.policy.needs_probabilities and self.select in ("entropy", "random"):
       raise UserError(
-        f"{self.said('select')}: {policy} compares confidences with a "
+        f"{self.show('select')}: {policy} compares confidences with a "
         "probability; expected select=candidate, max or margin, or "
         "policy=quota"
       )
@@ -362,25 +362,25 @@ class SamplerConfig:
 
   def _check_canvas(self) -> None:
     """Raises UserError for what a canvas that grows cannot have."""
-    canvas = self.said("canvas")
+    canvas = self.show("canvas")
     if self.canvas.first_length(self.length) > self.length:
       raise UserError(
-        f"{canvas}: expected auto:N with N from 1 to {self.said('length')}"
+        f"{canvas}: expected auto:N with N from 1 to {self.show('length')}"
       )
     if not isinstance(self.cache, Prefix | None):
       raise UserError(
-        f"{self.said('cache')}: not with {canvas}, whose tokens move; "
+        f"{self.show('cache')}: not with {canvas}, whose tokens move; "
         "expected prefix, which keeps the prompt, or none"
       )
     for name, value in dict(steps=None, plan="even", edit=None).items():
       if getattr(self, name) != value:
         raise UserError(
-          f"{self.said(name)}: not with {canvas}, whose length is not known "
+          f"{self.show(name)}: not with {canvas}, whose length is not known "
           "in advance and whose tokens move; leave one of them out"
         )
     if isinstance(self.policy, Credit):
       raise UserError(
-        f"{self.said('policy')}: keeps statistics of each position, and with "
+        f"{self.show('policy')}: keeps statistics of each position, and with "
         f"{canvas} tokens move; expected e.g. threshold:P"
       )
     if self.mask_id is not None and not self.end:
@@ -393,17 +393,17 @@ class SamplerConfig:
     """Raises UserError for what a model's rows cannot be filled by."""
     if self.ends != "any" and not self.end:
       raise UserError(
-        f"{self.said('ends')}: has no effect, as no token is named that ends a "
+        f"{self.show('ends')}: has no effect, as no token is named that ends a "
         "text; leave it out"
       )
     if self.length % self.block:
       raise UserError(
-        f"{self.said('block')}: does not divide {self.said('length')}"
+        f"{self.show('block')}: does not divide {self.show('length')}"
       )
     blocks = self.length // self.block
     if self.steps is not None and self.steps % blocks:
       raise UserError(
-        f"{self.said('steps')}: expected a multiple of the {blocks} blocks of "
+        f"{self.show('steps')}: expected a multiple of the {blocks} blocks of "
         f"{self.block} tokens"
       )
     if self.mask_id in self.end:

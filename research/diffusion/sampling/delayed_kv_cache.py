@@ -17,7 +17,7 @@ from research.diffusion.sampling.config import Delayed
 from research.diffusion.sampling.denoiser import (
   Denoiser,
   positions,
-  reread,
+  recompute,
   state_index,
 )
 from research.nn.transformer import Transformer, init_cache
@@ -151,7 +151,7 @@ class DelayedKVCache(Delayed, Denoiser):
     at = order[:, :n]
     place = jnp.where(some(need, at), some(positions(valid), at), -1)
     keep = jnp.minimum(some(rank, required), n - 1)
-    hidden, cache = reread(
+    hidden, cache = recompute(
       self, params, tokens, valid, some(tokens, at), place, kept.cache, keep
     )
     new = some(need, required)[..., None]

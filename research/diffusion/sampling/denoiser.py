@@ -218,7 +218,7 @@ class NoCache(Denoiser):
     return self.prefill(params, tokens, valid, start, size)
 
 
-def reread(
+def recompute(
   how: Any,
   params: Params,
   tokens: Int[Array, "B T"],
@@ -288,7 +288,9 @@ class FirstStepCache(Denoiser):
     cache, edge = carry
     some, place = (cut(x, low, span) for x in (tokens, positions(valid)))
     keep = state_index(start - low, size, self.shift, place)
-    own, cache = reread(self, params, tokens, valid, some, place, cache, keep)
+    own, cache = recompute(
+      self, params, tokens, valid, some, place, cache, keep
+    )
     if not self.shift:
       return own, (cache, edge)
     unread = jnp.reshape(start == low, (-1, 1, 1)) & (place[:, :1, None] != 0)

@@ -67,7 +67,7 @@ def _cached(
     if isinstance(cache, Prefix):
       return BlockCausal(**common, block=block)
     raise UserError(
-      f"{config.said('cache')}: the model is block-causal; expected prefix, "
+      f"{config.show('cache')}: the model is block-causal; expected prefix, "
       "which is exact, or none"
     )
   if isinstance(cache, Delayed):

@@ -161,7 +161,7 @@ def _blank(state: State, size: Int[Array, "B"], config: SamplerConfig) -> State:
   )
 
 
-def _asked(denoiser, params, state, config, i=0, carry=()):
+def _call(denoiser, params, state, config, i=0, carry=()):
   """Returns canvases' logits and a carry: a block's first call, or a later."""
   most = config.length
   width = jnp.int32(state.tokens.shape[1] - most)
@@ -179,7 +179,7 @@ def _asked(denoiser, params, state, config, i=0, carry=()):
 
 def _nothing(denoiser, params, state, config):
   """Returns a carry in which nothing is kept yet."""
-  _, carry = jax.eval_shape(lambda: _asked(denoiser, params, state, config))
+  _, carry = jax.eval_shape(lambda: _call(denoiser, params, state, config))
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)
 
 
@@ -187,7 +187,7 @@ def _judged(logits, state, config):
   """Returns canvases' readiness, and whether their logits are finite."""
   most = config.length
   own = state.valid[:, -most:]
-  ready = readiness(
+  ready = end_confidence(
     logits,
     state.tokens[:, -most:],
     state.masked[:, -most:],
@@ -220,7 +220,7 @@ def _measured(
   def step(loop):
     size, open_, looked, calls, finite = loop
     now = _blank(state, size, config)
-    logits, _ = _asked(denoiser, params, now, config)
+    logits, _ = _call(denoiser, params, now, config)
     ready, fine = _judged(logits, now, config)
     short = open_ & (ready < config.canvas.eos_threshold)
     size = jnp.where(short, jnp.minimum(size + config.canvas.by, most), size)
@@ -278,7 +278,7 @@ def grow_block(
 
   def step(loop):
     state, i, finite, carry = loop
-    logits, carry = _asked(denoiser, params, state, config, i, carry)
+    logits, carry = _call(denoiser, params, state, config, i, carry)
     ready, fine = _judged(logits, state, config)
     own = sampler.cut(logits, at - width, size)
     proposed = sampler.proposals(state, own, config, sampling)
@@ -330,7 +330,7 @@ def _inserted(
   )
 
 
-def readiness(
+def end_confidence(
   logits: Float[Array, "B M V"],
   tokens: Int[Array, "B M"],
   masked: Bool[Array, "B M"],
