@@ -78,7 +78,7 @@ def policy(experiment: Experiment, topology: Topology) -> Policy:
   return Policy(
     model=model.clone(remat="none"),
     params=served(taken.state.params),
-    whole=experiment.mesh.batch(taken.mesh),
+    batch_sharding=experiment.mesh.batch(taken.mesh),
     planner=Planner(mesh=taken.mesh, topology=topology),
   )
 

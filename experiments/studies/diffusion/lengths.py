@@ -249,9 +249,9 @@ class Lengths(OfSeeds):
     )
     key, given = jax.random.key(0), (NoCache(model=model), params)
     growing = dataclasses.replace(options, canvas=self.growth)
-    state = variable_length.start(self.asked.tolist(), growing, key)
+    state = variable_length.start(self.endpoints.tolist(), growing, key)
     grown = variable_length.sample(*given, state, growing, GREEDY)
-    state = sampler.start(self.asked.tolist(), options, key)
+    state = sampler.start(self.endpoints.tolist(), options, key)
     fixed = sampler.sample(*given, state, options, GREEDY)
     want, alike = self.mean_lengths, 0.0
     if grown.canvas.std() > 0:
@@ -265,7 +265,7 @@ class Lengths(OfSeeds):
     }
 
   @property
-  def asked(self) -> np.ndarray:
+  def endpoints(self) -> np.ndarray:
     """Every start and goal, `[N, 2]`."""
     nodes = range(self.walks.nodes)
     return np.array([(s, g) for s in nodes for g in nodes if s != g])
@@ -274,13 +274,13 @@ class Lengths(OfSeeds):
   def mean_lengths(self) -> np.ndarray:
     """The mean length of answers to each, exactly."""
     return np.array(
-      [self.walks.mean_length(int(s), int(g)) for s, g in self.asked]
+      [self.walks.mean_length(int(s), int(g)) for s, g in self.endpoints]
     )
 
   @property
   def distances(self) -> np.ndarray:
     """How far each goal is."""
-    right = (self.asked[:, 1] - self.asked[:, 0]) % self.walks.nodes
+    right = (self.endpoints[:, 1] - self.endpoints[:, 0]) % self.walks.nodes
     return np.minimum(right, self.walks.nodes - right)
 
   def _by_distance(self, values: np.ndarray) -> list[float]:

@@ -140,7 +140,7 @@ class Policies(DiffusionStudy):
     return out
 
   def _sums(self, model: Any, params: Params) -> list[Row]:
-    rows, asked = self.sums.rows("heldout", self.rows), self.sums.asked()
+    rows, asked = self.sums.rows("heldout", self.rows), self.sums.answer_mask()
     mask, length = self.sums.mask_id, rows.shape[1]
     noisy = np.where(asked, mask, rows)
     places, out, denoiser = int(asked.sum()), [], NoCache(model=model)

@@ -65,7 +65,7 @@ class Sums:
     """Returns where the sums are."""
     return np.arange(2 * self.length) % 2 == 1
 
-  def asked(self) -> Bool[np.ndarray, " T"]:
+  def answer_mask(self) -> Bool[np.ndarray, " T"]:
     """Returns where the sums are that are not given."""
     number = np.arange(2 * self.length) // 2
     return self.learned() & (number % self.given != self.given - 1)

@@ -23,7 +23,7 @@ def test_sums_are_sums_and_some_are_told():
     total = total + d
     np.testing.assert_array_equal(a, total % 3)
   assert np.flatnonzero(task.learned()).tolist() == [1, 3, 5, 7, 9, 11]
-  assert np.flatnonzero(task.asked()).tolist() == [1, 3, 7, 9]
+  assert np.flatnonzero(task.answer_mask()).tolist() == [1, 3, 7, 9]
   assert task.mask_id > rows.max()
   assert (task.rows("heldout", 50) != rows).any()
 

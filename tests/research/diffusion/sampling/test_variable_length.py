@@ -150,7 +150,7 @@ def by_hand(asked, prompt, growth, options):
   row, looks, inserted = list(prompt) + [MASK] * growth.start, 0, 0
   while len(row) - begin < most:
     p, looks = probabilities(asked, row), looks + 1
-    if end_confidence(p, row, begin, growth.window) >= growth.begin:
+    if end_confidence(p, row, begin, growth.window) >= growth.eos_threshold:
       break
     row += [MASK] * min(growth.by, most - (len(row) - begin))
   row += [END] * min(growth.ends, most - (len(row) - begin))
@@ -164,9 +164,11 @@ def by_hand(asked, prompt, growth, options):
       ready = end_confidence(p, row, begin, growth.window)
       for i in filled_now(p, row, block, options):
         row[i] = int(p[i].argmax())
-      doubt = [i for i in block if row[i] == MASK and p[i].max() < growth.low]
+      doubt = [
+        i for i in block if row[i] == MASK and p[i].max() < growth.low_threshold
+      ]
       more = min(growth.by - 1, most - (len(row) - begin))
-      if doubt and ready < growth.ready and more:
+      if doubt and ready < growth.expand_threshold and more:
         spot = min(doubt, key=lambda i: p[i].max())
         row[spot : spot + 1] = [MASK] * (1 + more)
         inserted += more

@@ -305,7 +305,7 @@ def test_pruned_moments():
 
 def test_moments_in_eight_bits_are_reset_and_never_pruned():
   """A pruned code would be that of minus a block's largest number."""
-  tx = adam8bit.scale_by_adam8bit(least=1, whole="^$")
+  tx = adam8bit.scale_by_adam8bit(least=1, full_precision="^$")
   at = state.create(params(), "/trained/", tx, transformed="/w$")
   ones = jax.tree.map(jnp.ones_like, at.trainable)
   _, held = tx.update(ones, at.opt_state)
