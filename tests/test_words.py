@@ -21,6 +21,11 @@ BANNED = {
   "turned": "transposed",
   "halves": "what the two are",
   "apart": "separate, split",
+  "asked": "requested, questions, scored",
+  "sees": "vision, visible",
+  "heard": "collected",
+  "said": "shown, text",
+  "eyes": "encoder",
 }
 
 KEPT = {

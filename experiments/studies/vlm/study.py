@@ -165,7 +165,7 @@ class Study(protocol.Study):
 
   def _stored_towers(self, seed: int, shared: Shared) -> Params:
     path = shared.folder / f"base_{seed}.npz"
-    without = ("variants", "rule", "seeds", "groups", "asked")
+    without = ("variants", "rule", "seeds", "groups", "heldout")
     settings = protocol.describe(self, *without)
     connector = linear(1, self.tiny.width)
     if not path.exists():

@@ -130,7 +130,7 @@ def score(
       )
     ids = special.truncate(ids, size)
     row = _Row(loaded, spec, settings, ids, len(ids) - len(continuation))
-    out.append(row.asked(jax.random.fold_in(key, i)))
+    out.append(row.score(jax.random.fold_in(key, i)))
   return out
 
 
@@ -144,7 +144,7 @@ class _Row:
   ids: list[int]
   first: int
 
-  def asked(self, key: PRNGKey) -> tuple[float, bool]:
+  def score(self, key: PRNGKey) -> tuple[float, bool]:
     total, greedy = 0.0, self.settings.greedy
     for n, (tokens, target, scores) in enumerate(self.parts()):
       found = likelihood.bound(

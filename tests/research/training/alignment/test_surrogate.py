@@ -26,7 +26,7 @@ CASES = {
   "dr_grpo": surrogate.dr_grpo(length=T),
   "dapo": surrogate.dapo(),
   "gspo": surrogate.gspo(lower=0.05, upper=0.1),
-  "dual_clip": Surrogate(
+  "most": Surrogate(
     clip=Clip(dual_clip=1.5), normalization=per_token, divergence=KL(beta=0.1)
   ),
   "tokens": Surrogate(),
