@@ -79,7 +79,7 @@ def _report_fallbacks(written: Any) -> dict[str, Any]:
   if written.window is not None:
     cli.say(
       f"a window of {written.window} tokens is in the file, but llama.cpp has "
-      "none in architecture 'llama': there each token sees all before it"
+      "none in architecture 'llama', whose attention is causal throughout"
     )
   kinds: dict[str, list[str]] = {}
   for name, (want, have) in written.otherwise.items():

@@ -382,7 +382,7 @@ def _log_parameters(
     each = sharding.bytes_per_device(built.params, shardings)
     note = f"; {context.describe()}, {each:,} bytes of them on each"
     for what in context.undivided(built.params):
-      artifacts.log(f"not cut, since the mesh does not divide it: {what}")
+      artifacts.log(f"not sharded: the mesh does not divide {what}")
   used = 1 if context.mesh is None else context.mesh.size
   if (spare := jax.device_count() - used) > 0:
     artifacts.log(f"{spare} more devices are not used; --set=DATA=-1 takes all")

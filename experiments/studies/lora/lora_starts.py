@@ -61,8 +61,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   params, found = drawn(sizes), {}
   for name in _METHOD.value:
     found[name] = timed(name, params)
-    told = ", ".join(f"{k} {v:.1f} s" for k, v in found[name].items())
-    cli.say(f"{name}: {told}")
+    times = ", ".join(f"{k} {v:.1f} s" for k, v in found[name].items())
+    cli.say(f"{name}: {times}")
   return {"layers": _LAYERS.value, "methods": found}
 
 
