@@ -278,7 +278,7 @@ def fit(
 
     # --- evaluate a step that was interrupted before its evaluation ---
     if left is not None:
-      if _looks(config, start, evaluations):
+      if _is_evaluated(config, start, evaluations):
         evaluation = evaluated(state)
         if evaluation is None:
           leave(f"step {start} is saved, but for its evaluation")
@@ -302,7 +302,7 @@ def fit(
     report.restart()
     for number in range(start + 1, config.steps + 1):
       last = number == config.steps
-      looking = _looks(config, number, evaluations)
+      looking = _is_evaluated(config, number, evaluations)
       watched.doing(f"reading the batch of step {number}")
       with clock.doing("data"):
         batch = batches.next(
@@ -351,7 +351,7 @@ def fit(
     )
 
 
-def _looks(
+def _is_evaluated(
   config: TrainConfig, number: int, evaluations: Evaluations | None
 ) -> bool:
   """Whether step `number` is evaluated."""

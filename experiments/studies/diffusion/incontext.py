@@ -21,8 +21,8 @@ import numpy as np
 from experiments.core.stats import (
   Mean,
   above,
-  alike,
   below,
+  equivalent,
   every,
   mean,
   paired,
@@ -223,7 +223,7 @@ class InContext(DiffusionStudy):
     """Returns what holds of D3, after the most shots."""
     chance = 1 / self.source.values
 
-    def apart(first, second):
+    def difference(first, second):
       a, b = (self._seeds(rows, k, "right", w, -1) for k, w in (first, second))
       return paired(a, b)
 
@@ -233,8 +233,8 @@ class InContext(DiffusionStudy):
     scored = self.accuracy(rows, AR, SCORED)
     found = []
     for kind, name in ((DIFFUSION, "from scratch"), (CONVERTED, "converted")):
-      behind = apart((AR, LAST), (kind, LAST))
-      turned = apart((kind, LAST), (kind, MIDDLE))
+      behind = difference((AR, LAST), (kind, LAST))
+      turned = difference((kind, LAST), (kind, MIDDLE))
       found += [
         Verdict(
           f"{name}, diffusion learns in context: far over chance (surely over"
@@ -260,18 +260,18 @@ class InContext(DiffusionStudy):
       Verdict(
         "next-token prediction guesses there (within 0.05 of chance)",
         f"{middle[AR]}",
-        alike(middle[AR].over(chance), CLOSE),
+        equivalent(middle[AR].over(chance), CLOSE),
       ),
       Verdict(
         "and cannot find the value at all",
         f"{scored}, when it scores the row with each of"
         f" {self.source.values} values",
-        alike(scored.over(chance), CLOSE),
+        equivalent(scored.over(chance), CLOSE),
       ),
       Verdict(
         "it is the row that says it: of a key that is not in it, all guess",
         ", ".join(str(x) for x in strange),
-        every(alike(x.over(chance), CLOSE) for x in strange),
+        every(equivalent(x.over(chance), CLOSE) for x in strange),
       ),
     ]
 

@@ -20,8 +20,8 @@ import numpy as np
 from experiments.core.stats import (
   Mean,
   above,
-  alike,
   below,
+  equivalent,
   every,
   mean,
   paired,
@@ -185,7 +185,7 @@ class Ladder(DiffusionStudy):
     mine = [rows[f"{kind}, seed {s}"] for s in range(self.seeds)]
     return mean([at(row, "gap", read) for row in mine])
 
-  def apart(
+  def difference(
     self, rows: Rows, first: str, second: str, read: int | None = None
   ) -> Mean:
     """Returns by how much `first` is further away, after `read` tokens."""
@@ -223,8 +223,8 @@ class Ladder(DiffusionStudy):
     equal = self.steps * self.tiny.batch * self.source.length
     entropy = diffusion_truth.entropy(self.source, self.source.length)
     short, last = (
-      self.apart(rows, WHOLE, AR, equal),
-      self.apart(rows, WHOLE, AR),
+      self.difference(rows, WHOLE, AR, equal),
+      self.difference(rows, WHOLE, AR),
     )
     nothing = math.log(self.source.vocab) - entropy
     left = self.gaps(rows, WHOLE).times(1 / nothing)
@@ -250,18 +250,18 @@ class Ladder(DiffusionStudy):
         "larger blocks are further from the source",
         said,
         every(
-          above(self.apart(rows, b, a))
+          above(self.difference(rows, b, a))
           for a, b in zip(ladder, ladder[1:], strict=False)
         ),
       ),
     ]
     if 1 in self.blocks:
-      one = self.apart(rows, "blocks of 1", AR)
+      one = self.difference(rows, "blocks of 1", AR)
       found.append(
         Verdict(
           "blocks of one token learn what next-token prediction does (0.01)",
           f"behind by {one}",
-          alike(one, 0.01),
+          equivalent(one, 0.01),
         )
       )
     return found

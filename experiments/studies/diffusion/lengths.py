@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.core.stats import above, alike, below, either, every
+from experiments.core.stats import above, below, either, equivalent, every
 from experiments.studies import pictures
 from experiments.studies.diffusion.policies import ANY, fill
 from experiments.studies.diffusion.study import OfSeeds, Tiny
@@ -140,17 +140,17 @@ class Ends(OfSeeds):
         "the model is not to blame: places by chance, and lengths are right"
         " (10%)",
         f"{chance} of {want:.2f}",
-        alike(chance.over(want), 0.1 * want),
+        equivalent(chance.over(want), 0.1 * want),
       ),
       Verdict(
         "ends last cures it (mean length within 20%)",
         f"{last} of {want:.2f}",
-        alike(last.over(want), 0.2 * want),
+        equivalent(last.over(want), 0.2 * want),
       ),
       Verdict(
         "so do blocks from left to right",
         f"{blocks} of {want:.2f}",
-        alike(blocks.over(want), 0.2 * want),
+        equivalent(blocks.over(want), 0.2 * want),
       ),
       Verdict(
         "neither costs valid answers (2%, and most are valid)",
@@ -336,7 +336,7 @@ class Lengths(OfSeeds):
           f"{a} of {b.value:.2f}" for a, b in zip(canvas_, want, strict=True)
         ),
         every(
-          alike(a.over(b.value), NEAR * b.value)
+          equivalent(a.over(b.value), NEAR * b.value)
           for a, b in zip(canvas_, want, strict=True)
         ),
       ),

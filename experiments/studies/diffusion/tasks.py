@@ -120,7 +120,7 @@ class Targets:
     """Returns which answers are right, of NumPy's or JAX's arrays."""
     return rows[:, 1:].sum(1) == rows[:, 0] - self.digits
 
-  def alike(self, rows: Int[np.ndarray, "N T"]) -> float:
+  def agreement(self, rows: Int[np.ndarray, "N T"]) -> float:
     """Returns how often two right answers to one target are the same.
 
     In multiples of what it were if all right answers were as likely; 1 where

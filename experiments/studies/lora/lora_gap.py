@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(sweep=_SWEEP.value)
   folder = pathlib.Path(_SWEEP.value)
   rows = read(folder / "results.csv")
-  lines, pairs = table(rows), apart(rows)
+  lines, pairs = table(rows), differences(rows)
   cli.say(f"{tables.text(lines)}\n\n{tables.text(pairs)}")
   draw(lines, folder / "gap.png")
   picture = str(folder / "gap.png")
@@ -96,7 +96,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
   return sorted(lines, key=lambda x: (x["arm"] != WHOLE, x["trained %"]))
 
 
-def apart(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+def differences(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
   """Returns how far ranks of LoRA are apart, and methods from LoRA's.
 
   Args:

@@ -99,12 +99,14 @@ def drawn(sizes: presets.Sizes) -> Any:
 def _statistics(what, params, paths, key) -> Mapping[str, np.ndarray]:
   del key
   sizes = wrap.matrices(params)
-  each = {size: _seen(what, size) for size in {sizes[p] for p in paths}}
+  each = {
+    size: _random_statistic(what, size) for size in {sizes[p] for p in paths}
+  }
   return {path: each[sizes[path]] for path in paths}
 
 
 @functools.cache
-def _seen(what: str, size: tuple[int, int]) -> np.ndarray:
+def _random_statistic(what: str, size: tuple[int, int]) -> np.ndarray:
   """Returns a random gradient, or a covariance that decays as inputs' do."""
   (n, m), rng = size, np.random.default_rng(0)
   if what == "gradient":

@@ -284,7 +284,7 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
     config["use_sliding_window"] = window is not None
   if model_type in ("gemma2", "gemma3_text"):
     scale = a.scale if a.scale is not None else a.head_dim**-0.5
-    config["query_pre_attn_scalar"] = _whole(scale**-2)
+    config["query_pre_attn_scalar"] = _integral(scale**-2)
     config["attn_logit_softcapping"] = a.softcap
     config["final_logit_softcapping"] = model.softcap
   if model_type == "gemma3_text":
@@ -327,7 +327,7 @@ def describe(model: Transformer, hint: str | None = None) -> dict[str, Any]:
   )
 
 
-def _whole(x: float) -> float | int:
+def _integral(x: float) -> float | int:
   """Returns `x`, or the whole number that rounding moved it from."""
   return round(x) if abs(x - round(x)) < 1e-9 * x else x
 

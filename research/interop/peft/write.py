@@ -87,7 +87,7 @@ def save_adapter(
   if model.tied:
     tensors |= _head(directory, tensors, found, resized, naming, beside)
   sides = {naming.embedding, naming.head} if model.tied and rows else set(rows)
-  kept, replaced, saved, bias = _whole(
+  kept, replaced, saved, bias = _full_weights(
     params, model, set(methods), set(whole), resized, naming, sides
   )
   embedding = "embed" in found or ("embed" in whole and not resized)
@@ -213,7 +213,7 @@ def _write(directory: pathlib.Path, tensors, notes, config) -> None:
     raise WriteError(f"{directory}: cannot be written ({e.strerror})") from e
 
 
-def _whole(params, model, adapted, changed, resized, naming, rows):
+def _full_weights(params, model, adapted, changed, resized, naming, rows):
   """Returns what is no adapter.
 
   Tensors, the addresses that they are of, modules_to_save, and the bias mode.

@@ -58,7 +58,7 @@ class PackedTensor:
 
   def weight(self) -> Any:
     """Returns the packed weight."""
-    return jax.tree.map(_whole, self.leaf)
+    return jax.tree.map(_read_all, self.leaf)
 
   def read(self, index: Any = ...) -> np.ndarray:
     """Returns `tensor[index]`, decoded."""
@@ -69,7 +69,7 @@ Tensor = safetensors.Lazy | PackedTensor
 """A tensor of a file, or what stands in for some."""
 
 
-def _whole(x: unread.LazyArray) -> np.ndarray:
+def _read_all(x: unread.LazyArray) -> np.ndarray:
   return np.asarray(x.read(tuple(slice(0, n) for n in x.shape)))
 
 

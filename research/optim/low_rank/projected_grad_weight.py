@@ -91,19 +91,19 @@ class ProjectedGradWeight(weights.WrappedWeight):
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, x, w)`."""
-    return self._again(lambda w: weights.einsum(eq, x, w))
+    return self._recomputed(lambda w: weights.einsum(eq, x, w))
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns rows of `w`."""
-    return self._again(lambda w: weights.take(w, ids))
+    return self._recomputed(lambda w: weights.take(w, ids))
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
     """Returns the experts' matmul."""
-    return self._again(lambda w: weights.ragged_dot(x, w, sizes))
+    return self._recomputed(lambda w: weights.ragged_dot(x, w, sizes))
 
-  def _again(self, use: Callable[[Array], Array]) -> Array:
+  def _recomputed(self, use: Callable[[Array], Array]) -> Array:
     """Returns `use(dense)`; what is kept of it is the weight itself.
 
     A scan would keep the output of `_project_gradient`, a copy of each layer's

@@ -145,7 +145,7 @@ class _Engine(Engine):
       rejected = self._rejected(now, frontier.paths)
       if not any(rejected):
         break
-      new = self._again(now, rejected, frontier.paths, before, draw)
+      new = self._redrawn(now, rejected, frontier.paths, before, draw)
       now = self.store(
         now,
         new,
@@ -182,7 +182,7 @@ class _Engine(Engine):
           found[row] = bool(rejected)
     return found
 
-  def _again(
+  def _redrawn(
     self,
     now: Frontier,
     rejected: Sequence[bool],

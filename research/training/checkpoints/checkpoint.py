@@ -91,7 +91,7 @@ class Checkpoints:
     with _quiet(), folders.writing(self.folder):
       if jax.process_index() == 0 or not sweep:
         self._check_metrics()
-      _meet()
+      _barrier()
       self._steps = ocp.training.Checkpointer(
         self.folder,
         save_decision_policy=_decide.FixedIntervalPolicy(1),
@@ -228,7 +228,7 @@ class Checkpoints:
         return self._load(step, target, data), step
       except checksums.Damaged as error:
         self._set_aside(step, str(error))
-        _meet()
+        _barrier()
         self._steps.reload()
     aside = len(list(self.folder.glob(f"*{DAMAGED_SUFFIX}*")))
     if steps or aside:
@@ -335,7 +335,7 @@ def _check_name(path: os.PathLike) -> None:
     )
 
 
-def _meet() -> None:
+def _barrier() -> None:
   """Waits for all processes, so that all see the renamed folders."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("checkpoints")

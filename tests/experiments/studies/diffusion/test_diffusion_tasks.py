@@ -44,9 +44,9 @@ def test_answers_are_as_alike_as_they_are_likely():
   # Sum 1 in two ways, sum 0 in one; a wrong answer does not count.
   one = [[3, 0, 1]] * 3 + [[3, 1, 0]] * 3 + [[2, 0, 0]] * 2 + [[3, 1, 1]]
   # Pairs that are the same: 6 + 6 + 2; evenly: 6 * 5 / 2 + 2 * 1 / 1.
-  assert task.alike(np.array(one)) == pytest.approx(14 / 17)
-  assert task.alike(np.array([[3, 0, 1]] * 4)) == pytest.approx(2)
-  assert task.alike(np.array([[3, 1, 1]])) == 1
+  assert task.agreement(np.array(one)) == pytest.approx(14 / 17)
+  assert task.agreement(np.array([[3, 0, 1]] * 4)) == pytest.approx(2)
+  assert task.agreement(np.array([[3, 1, 1]])) == 1
 
 
 def test_walks_are_valid_and_as_long_as_counted():
