@@ -219,7 +219,7 @@ class NoCache(Denoiser):
 
 
 def recompute(
-  how: Any,
+  denoiser: Any,
   params: Params,
   tokens: Int[Array, "B T"],
   valid: Bool[Array, "B T"],
@@ -231,7 +231,7 @@ def recompute(
   """Returns states of places that are read again, and the cache with them.
 
   Args:
-    how: a denoiser whose cache holds all tokens of its rows: before the call,
+    denoiser: one whose cache holds all tokens of its rows: before the call,
       what it read of these places included, and after it.
     params: of its model.
     tokens: of whole rows; with `valid`, what a model's time comes from.
@@ -241,10 +241,12 @@ def recompute(
     cache: keys and values of all places.
     keep: which of the N places have states; None for all.
   """
-  held = valid.sum(-1) - jnp.sum(place >= 0, axis=-1)
-  cache = dataclasses.replace(cache, length=held.astype(jnp.int32), fresh=False)
-  time = how.time and how.time.rows(tokens, valid)
-  return how.model.apply(
+  length = valid.sum(-1) - jnp.sum(place >= 0, axis=-1)
+  cache = dataclasses.replace(
+    cache, length=length.astype(jnp.int32), fresh=False
+  )
+  time = denoiser.time and denoiser.time.rows(tokens, valid)
+  return denoiser.model.apply(
     {"params": params}, some, place, Mask.full(), cache, time=time, keep=keep
   )
 
