@@ -188,4 +188,4 @@ def test_what_the_mesh_does_not_divide_is_said():
   experiment = config.parse(RUN, bindings).experiment
   taken = abstract_step.build(experiment, jax.devices())
   said = plan_training._table(experiment, taken).splitlines()[-1]
-  assert "does not divide it: kv_heads of 1 (run0/layer0/attention/" in said
+  assert "does not divide kv_heads of 1 (run0/layer0/attention/" in said

@@ -139,7 +139,7 @@ def test_places_are_drawn_without_replacement():
     ),
     (
       dict(policy=Hierarchy(), steps=4),
-      "steps=4: policy=hierarchy:0.92 decides itself how many calls",
+      "steps=4: policy=hierarchy:0.92 chooses the number of steps",
     ),
     (
       dict(policy=Threshold(), steps=4),
