@@ -89,7 +89,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     from research.typing import UserError
 
     raise UserError(
-      "give --workdir=DIR of a run, or --config=FILE; or --model= and --base="
+      "found none of --workdir, --config and --model; expected --workdir=DIR of"
+      " a run, --config=FILE, or --model=DIR and --base=DIR to compare models"
     )
   return _evaluate_run()
 

@@ -295,8 +295,8 @@ def _check_flags(prompts: Sequence[str]) -> None:
       )
   if _INFILL.value and FLAGS["max_new_tokens"].present:
     raise UserError(
-      "--max_new_tokens: with --infill gaps say how many tokens they have; "
-      "leave it out"
+      "--max_new_tokens: has no effect with --infill, whose gaps [[N]] have N "
+      "tokens; leave it out"
     )
   if _SYSTEM.value is not None and not _CHAT.value:
     raise UserError("--system: is for --chat, which is missing")

@@ -218,7 +218,7 @@ def _training(run: Any, topology: Any, hlo: str | None) -> dict[str, Any]:
 
 
 def _sampling(run: Any, topology: Any) -> dict[str, Any]:
-  """Returns the plan of what is asked for instead of training."""
+  """Returns the plan of what the flags ask for instead of training."""
   from experiments.core import config
   from experiments.planning import (
     calls,

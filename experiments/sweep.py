@@ -190,8 +190,8 @@ def _check_cancel() -> None:
   cli.exclusive("with --cancel", FLAGS, "status")
   if _LAUNCHER.value == "jobset":
     raise UserError(
-      "--cancel: ends what Slurm has queued or runs, and knows no JobSet.\nEnd"
-      " those with 'kubectl delete -f' of the sweep's jobset.yaml."
+      "--cancel: cancels jobs of Slurm, not JobSets.\nDelete those with"
+      " 'kubectl delete -f' of the sweep's jobset.yaml."
     )
 
 
@@ -286,7 +286,7 @@ def _status(
     )
   queued = slurm.queued(workdir)
   rows = slurm.table(
-    queued, {u.work.name: sweep_results.how_far(u.work) for u in units}
+    queued, {u.work.name: sweep_results.progress_of(u.work) for u in units}
   )
   if rows:
     cli.say(tables.text(rows))

@@ -8,7 +8,7 @@
 The library says so wherever work may take long. Nothing is printed unless the
 caller listens, as every command does:
 
-  with progress.listening(print):
+  with progress.report_to(print):
     ...
 
 Work that ends soon prints nothing, then come lines further and further apart,
@@ -111,7 +111,7 @@ class Listener:
 
 
 @contextlib.contextmanager
-def listening(
+def report_to(
   write: Callable[[str], Any], what: str | None = None
 ) -> Iterator[None]:
   """Prints what goes on inside, from a thread.

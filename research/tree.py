@@ -78,17 +78,17 @@ def runs(params: Params) -> list[str]:
   return sorted(found, key=lambda k: int(k[3:]))
 
 
-def no_layers(who: str, params: Params) -> str:
+def no_layers(transform: str, params: Params) -> str:
   """Returns the message of a transform that finds no layers.
 
   Args:
-    who: the transform.
+    transform: the transform's name.
     params: a tree without runs, such as one of towers.
   """
   return (
-    f"{who}: found no layers in a tree of {', '.join(params)}, expected the"
-    " parameters of one model.\nOf a model of towers name the tower:"
-    f" Within('language', {who}(...))"
+    f"{transform}: found no layers in a tree of {', '.join(params)}, expected"
+    " the parameters of one model.\nOf a model of towers name the tower:"
+    f" Within('language', {transform}(...))"
   )
 
 

@@ -46,7 +46,7 @@ def gemma4(**changes):
   )
   for start in ("", "global_"):
     sizes |= {f"{start}kv_heads": 2, f"{start}head_dim": 8}
-  found = gemma4_models.Gemma4Sizes(borrowing_hidden=48, **sizes | changes)
+  found = gemma4_models.Gemma4Sizes(kv_shared_hidden=48, **sizes | changes)
   return gemma4_models.gemma4(found)
 
 

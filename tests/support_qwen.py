@@ -26,7 +26,7 @@ def opened(name, folder):
 
 def preprocessor(model) -> Preprocessor:
   """Returns what makes patches of images, with no bounds on their number."""
-  tiling = Native(patch=model.vision.patch, merge=model.square, least=1)
+  tiling = Native(patch=model.vision.patch, merge=model.square, min_pixels=1)
   return Preprocessor(tiling, model.normalise, QWEN, "<|image_pad|>")
 
 

@@ -119,13 +119,13 @@ ENTRIES = {
   "train runs/vlm/shapes.gin": Run(
     (
       *(*SMALL_VISION, "HEAD_DIM=8", "BATCH=4"),
-      *("see/STEPS=2", "ask/STEPS=2"),
+      *("pretrain/STEPS=2", "finetune/STEPS=2"),
     )
   ),
   "train runs/vlm/two_stages_smollm2.gin": Run(
     (
-      *(*SMALL_VISION, "BATCH=2", "see/BATCH=2"),
-      *("see/STEPS=2", "align/STEPS=2", "tune/STEPS=2"),
+      *(*SMALL_VISION, "BATCH=2", "pretrain/BATCH=2"),
+      *("pretrain/STEPS=2", "align/STEPS=2", "tune/STEPS=2"),
     ),
     needs="sklearn",
   ),

@@ -21,10 +21,14 @@ BANNED = {
   "turned": "transposed",
   "halves": "what the two are",
   "apart": "separate, split",
+  "asked": "requested, questions, scored",
+  "sees": "vision, visible",
+  "heard": "collected",
+  "said": "shown, text",
+  "eyes": "encoder",
 }
 
 KEPT = {
-  "research/nn/time_embedding.py": {"told"},  # in config.json
   "research/lora/methods/tokens.py": {"beside"},  # in checkpoints
   "kernels_pallas/inspect/chips.py": {"clock"},  # of a chip, in hertz
 }

@@ -69,8 +69,9 @@ class Combine(WritesAdapter):
       under = parts.from_params(wrap.disable(source.params()))
       if len(found) > 1 and convert.changed_addresses(under, source.base):
         raise UserError(
-          f"--from={name}: brings weights of the base whole, which cannot be "
-          "summed; expected adapters alone"
+          f"--from={name}: contains full weights of the base"
+          " (modules_to_save), which cannot be summed; expected low-rank"
+          " adapters alone"
         )
 
 

@@ -95,8 +95,8 @@ def open_as_trained(name: str) -> Any:
   source = sources.open_source(name)
   if source.base is not None:
     raise UserError(
-      f"--from={name}: an adapter's directory names its base, not how that"
-      " was packed when it was trained.\nExpected the run's working directory,"
-      " whose config.gin says it, or our checkpoint of both."
+      f"--from={name}: an adapter's directory names its base, but not how the"
+      " base was quantized for training.\nExpected the run's working directory,"
+      " whose config.gin has it, or our checkpoint of model and adapter."
     )
   return source

@@ -19,12 +19,12 @@ class Written:
   Attributes:
     log: a `changes.Log` of what changed, tensor by tensor.
     no_tokenizer: why the tokenizer was left out; "" if it was not.
-    more: entries of the result besides those of every format.
+    extra: entries of the result besides those of every format.
   """
 
   log: Any
   no_tokenizer: str = ""
-  more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 Writer = Callable[[Any, pathlib.Path], Written]
@@ -84,7 +84,7 @@ class Conversion:
     has_tokenizer = self.has_tokenizer and source.tokenizer is not None
     return {
       **log.summary(),
-      **written.more,
+      **written.extra,
       "bytes": bytes_on_disk(to),
       "tokenizer": has_tokenizer and not written.no_tokenizer,
       "from": self.from_,
@@ -159,7 +159,7 @@ def parse_bytes(text: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BecomesDiffusion(Conversion):
+class SupportsDiffusion(Conversion):
   """A conversion whose format can say that the model fills in masks."""
 
   mask_token: str | None = option(

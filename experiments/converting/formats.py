@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from experiments.converting import rounding
 from experiments.converting.conversion import (
-  BecomesDiffusion,
   Conversion,
   MergesAdapters,
+  SupportsDiffusion,
   Writer,
   WritesShards,
   Written,
@@ -21,7 +21,7 @@ from experiments.core.choices import argument, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFace(BecomesDiffusion, WritesShards, MergesAdapters):
+class HuggingFace(SupportsDiffusion, WritesShards, MergesAdapters):
   """A Hugging Face directory of safetensors."""
 
   rounding: Rounding = option(
@@ -79,7 +79,7 @@ def _report_fallbacks(written: Any) -> dict[str, Any]:
   if written.window is not None:
     cli.say(
       f"a window of {written.window} tokens is in the file, but llama.cpp has "
-      "none in architecture 'llama': there each token sees all before it"
+      "none in architecture 'llama', whose attention is causal throughout"
     )
   kinds: dict[str, list[str]] = {}
   for name, (want, have) in written.otherwise.items():
@@ -132,7 +132,7 @@ class GgufAdapter(Conversion):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Orbax(BecomesDiffusion):
+class Orbax(SupportsDiffusion):
   """Our checkpoint: every bit, adapters and packed weights included."""
 
   def writer(self) -> Writer:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from experiments.core import device_context, runtime
-from experiments.core.experiment import Built, Experiment
+from experiments.core.experiment import BuiltExperiment, Experiment
 from research import tree
 from research.interop import convert, load, peft, sources, vision
 from research.interop.diffusion import spec
@@ -29,7 +29,7 @@ from research.training import state
 from research.training.reports import plots
 from research.typing import Params, UserError, WriteError
 from research.vlm.contrastive.dual_encoder import DualEncoder
-from research.vlm.sees_images import SeesImages
+from research.vlm.image_conditioned import ImageConditioned
 
 DEFAULT_WINDOW = 1024
 """Tokens that `experiments.perplexity` reads together."""
@@ -53,7 +53,7 @@ def write_text(path: Folder, text: str) -> None:
 
 def save(
   experiment: Experiment,
-  built: Built,
+  built: BuiltExperiment,
   trained: state.TrainState,
   workdir: Folder,
   heldout: dict[str, tuple[int, dict[str, float] | None]],
@@ -113,7 +113,7 @@ def _save_adapter(folder, experiment, built, params) -> bool:
   written = runtime.is_first_process() and _wrote_adapter(
     folder, base, built.loaded, params
   )
-  return runtime.said_by_first_process(written)
+  return runtime.from_first_process(written)
 
 
 def _wrote_adapter(folder, base, loaded, params) -> bool:
@@ -146,7 +146,7 @@ def _save_model(folder, experiment, built, params) -> bool:
   written as our checkpoint, which has every leaf as it is.
   """
   model = built.loaded.model
-  sees = isinstance(model, SeesImages)
+  sees = isinstance(model, ImageConditioned)
   judges = sees and isinstance(model.language, RewardModel)
   if isinstance(model, DualEncoder) or judges:
     return False  # its checkpoint is all that commands read
@@ -276,7 +276,7 @@ def next_commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
     window = f" --window={context}" if context < DEFAULT_WINDOW else ""
     generate = f"{python} -m experiments.generate --model={where}"
     perplexity = f"{python} -m experiments.perplexity --model={where}"
-    if isinstance(usable.model, SeesImages):
+    if isinstance(usable.model, ImageConditioned):
       tried = [f'{generate} --image=FILE --prompt="What is there?"']
     elif usable.diffusion is not None:
       tried = [f'{generate} --sampler=diffusion --prompt="A decorator is"']

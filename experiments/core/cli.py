@@ -168,8 +168,8 @@ def local(**paths: str | None) -> None:
       from research.typing import UserError
 
       raise UserError(
-        f"--{name}={path}: found an object store's, expected a local path;"
-        " copy or mount it first"
+        f"--{name}={path}: found a path in an object store, expected a local"
+        " one; copy or mount it first"
       )
 
 
@@ -213,7 +213,7 @@ def run(main: Main) -> NoReturn:
 
   warnings.showwarning = _show_warning
   try:
-    with progress.listening(_show_progress, "working"):
+    with progress.report_to(_show_progress, "working"):
       status = call(main, sys.argv)
     sys.stdout.flush()
   except OSError:

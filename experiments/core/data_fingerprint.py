@@ -125,8 +125,8 @@ def claim(experiment: Experiment, workdir: Folder) -> dict[str, str]:
   note, now = workdir / "corpus.json", hashes(experiment)
   if not now:
     return {}
-  begun = workdirs.has_progress(workdir) or not runtime.is_first_process()
-  if begun and note.exists():
+  started = workdirs.has_progress(workdir) or not runtime.is_first_process()
+  if started and note.exists():
     try:
       before = json.loads(note.read_text("utf-8"))
       # A part without a hash is of a run from before files had one.
@@ -134,7 +134,8 @@ def claim(experiment: Experiment, workdir: Folder) -> dict[str, str]:
       python = before["python"]
     except (ValueError, TypeError, KeyError) as error:
       raise UserError(
-        f"{note}: is no record of a run's texts ({error}); use another workdir."
+        f"{note}: cannot be read as a run's data fingerprint ({error}); use"
+        " another workdir."
       ) from error
     if known != now:
       changed = [part for part in now if known[part] != now[part]]

@@ -45,7 +45,7 @@ class DeviceContext:
     """Returns a sharding for each array of `tree`, or of its shapes."""
     return self.layout.shardings(tree, self.mesh, self.counts)
 
-  def uncut(self, tree: Any) -> list[str]:
+  def undivided(self, tree: Any) -> list[str]:
     """Returns paths of arrays that the mesh does not divide."""
     return self.layout.undivided(tree, self.mesh, self.counts)
 

@@ -128,7 +128,7 @@ class Pretrained:
 
   def load_abstract(self) -> Loaded:
     """Returns the same with shapes in place of weights, which are not read."""
-    return self.load(unread.left)
+    return self.load(unread.unplaced)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,8 +148,8 @@ class Experiment:
     validation: what the best checkpoint is chosen by, or None.
     heldout: what the result is measured on, before and after, or None.
     eval_batches: at most so many batches of each of those two; None for all.
-    answers: what the trained model is asked, whose report is in the result
-      beside the loss; None for nothing.
+    answers: evaluation questions for the trained model, whose report is in the
+      result beside the loss; None for nothing.
     step_report: judges labelled steps by the trained reward model; its main
       numbers are the result's own. None for nothing.
     state_transforms: of the training state, after each step, in order.
@@ -189,7 +189,7 @@ class Experiment:
         " 1, or None for all."
       )
 
-  def build(self, context: DeviceContext = SINGLE_DEVICE) -> "Built":
+  def build(self, context: DeviceContext = SINGLE_DEVICE) -> "BuiltExperiment":
     """Returns the model with transformed and sharded weights, and its loss.
 
     Args:
@@ -207,7 +207,7 @@ class Experiment:
     pixels = isinstance(objective, NormalisesPixels)
     if pixels and loaded.preprocessor is not None:
       objective.check_preprocessor(loaded.preprocessor)
-    return Built(
+    return BuiltExperiment(
       loaded=loaded, params=params, objective=objective, context=context
     )
 
@@ -229,7 +229,7 @@ class Experiment:
       for t in self.transforms
     ]
 
-  def with_encoder_of(self, built: "Built") -> "Experiment":
+  def with_encoder_of(self, built: "BuiltExperiment") -> "Experiment":
     """Returns the experiment whose data have the built model's encoder."""
 
     def one(data: Any) -> Any:
@@ -245,7 +245,7 @@ class Experiment:
     )
 
   def training(
-    self, built: "Built", tokenizer: Any
+    self, built: "BuiltExperiment", tokenizer: Any
   ) -> Iterable[Batch] | Rollouts:
     """Returns what the loop trains on.
 
@@ -288,7 +288,7 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Built:
+class BuiltExperiment:
   """An experiment's model and loss, ready to be trained or evaluated.
 
   Attributes:
@@ -303,7 +303,7 @@ class Built:
   objective: Any
   context: DeviceContext = SINGLE_DEVICE
 
-  def with_tokenizer(self, tokenizer: Any) -> "Built":
+  def with_tokenizer(self, tokenizer: Any) -> "BuiltExperiment":
     """Returns the same with another tokenizer."""
     loaded = dataclasses.replace(self.loaded, tokenizer=tokenizer)
     return dataclasses.replace(self, loaded=loaded)

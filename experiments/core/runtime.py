@@ -200,13 +200,13 @@ def cluster(where: Cluster, preemptible: bool = True) -> Iterator[None]:
   if preemptible:
     handling = preemption.handling_signals()
   try:
-    with handling as asked:
+    with handling as request:
       try:
         mine = _connect(where)
       except preemption.Interrupted:
         _leave()  # JAX is half connected, and would wait for the others
-      if asked is not None:
-        asked.connected()
+      if request is not None:
+        request.connected()
       yield
   except preemption.Preempted:
     if mine:
@@ -329,19 +329,19 @@ def first_process_first(act: Callable[[], Any]) -> Any:
   from research.typing import UserError
 
   if not is_first_process():
-    if not said_by_first_process(True):
+    if not from_first_process(True):
       raise UserError("stopped: the first process failed; see its error")
     return act()
   try:
     result = act()
   except Exception:
-    said_by_first_process(False)
+    from_first_process(False)
     raise
-  said_by_first_process(True)
+  from_first_process(True)
   return result
 
 
-def said_by_first_process(value: bool) -> bool:
+def from_first_process(value: bool) -> bool:
   """Returns the first process's value, in all of them; each has to call it."""
   import jax
 

@@ -156,7 +156,7 @@ def below(found: Mean, most: float | int = 0.0) -> Decision:
   return above(Mean(-found.value, found.half), -most)
 
 
-def alike(difference: Mean, most: float | int) -> Decision:
+def equivalent(difference: Mean, most: float | int) -> Decision:
   """Whether a difference surely lies within `most` of 0, or surely does not."""
   low, high = above(difference, -most), below(difference, most)
   if low and high:

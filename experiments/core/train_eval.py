@@ -20,7 +20,7 @@ from experiments.core import (
   device_context,
   runtime,
 )
-from experiments.core.experiment import Built, Experiment
+from experiments.core.experiment import BuiltExperiment, Experiment
 from research import progress, sharding, tree, weights
 from research.data.bucketing import BucketedBatches
 from research.data.pipeline import ShuffledRows
@@ -183,7 +183,7 @@ def _train(
 
 def _heldout_metrics(
   experiment: Experiment,
-  built: Built,
+  built: BuiltExperiment,
   trained: state.TrainState,
   heldout: Any,
 ) -> dict[str, tuple[int, Any]]:
@@ -288,7 +288,7 @@ def _evaluate(experiment, context, workdir, number) -> dict[str, Any]:
 
 
 def _answers(
-  experiment: Experiment, built: Built, trained: state.TrainState
+  experiment: Experiment, built: BuiltExperiment, trained: state.TrainState
 ) -> dict[str, Any]:
   """Logs what the model's answers are worth; returns a result's entry of it."""
   # Token by token, as a continuation is: see `_sample_and_evaluate`.
@@ -300,7 +300,7 @@ def _answers(
 
 
 def _judged(
-  experiment: Experiment, built: Built, trained: state.TrainState
+  experiment: Experiment, built: BuiltExperiment, trained: state.TrainState
 ) -> dict[str, Any]:
   """Logs how well steps are judged; returns a result's entries of it."""
   if experiment.step_report is None or jax.process_count() > 1:
@@ -315,12 +315,12 @@ def _judged(
   return {name: every[name] for name in main} | {"step_report": every}
 
 
-def _trained(built: Built, trained: state.TrainState) -> Loaded:
+def _trained(built: BuiltExperiment, trained: state.TrainState) -> Loaded:
   """Returns the model with trained weights."""
   return dataclasses.replace(built.loaded, params=trained.params)
 
 
-def _start(experiment: Experiment, built: Built) -> state.TrainState:
+def _start(experiment: Experiment, built: BuiltExperiment) -> state.TrainState:
   """Returns the state before the first step."""
   return state.create(
     built.params,
@@ -333,7 +333,7 @@ def _start(experiment: Experiment, built: Built) -> state.TrainState:
 
 def restore_checkpoint(
   experiment: Experiment,
-  built: Built,
+  built: BuiltExperiment,
   workdir: Folder,
   number: int | None = None,
 ) -> tuple[int, state.TrainState]:
@@ -369,7 +369,7 @@ def last_step(workdir: Folder) -> int:
 
 def _log_parameters(
   experiment: Experiment,
-  built: Built,
+  built: BuiltExperiment,
   trainable: int,
   total: int,
   workdir: Folder,
@@ -381,8 +381,8 @@ def _log_parameters(
     shardings = context.shardings(built.params)
     each = sharding.bytes_per_device(built.params, shardings)
     note = f"; {context.describe()}, {each:,} bytes of them on each"
-    for what in context.uncut(built.params):
-      artifacts.log(f"not cut, since the mesh does not divide it: {what}")
+    for what in context.undivided(built.params):
+      artifacts.log(f"not sharded: the mesh does not divide {what}")
   used = 1 if context.mesh is None else context.mesh.size
   if (spare := jax.device_count() - used) > 0:
     artifacts.log(f"{spare} more devices are not used; --set=DATA=-1 takes all")
@@ -397,7 +397,7 @@ def _log_parameters(
 
 
 def _untrained(
-  experiment: Experiment, built: Built, trained: state.TrainState
+  experiment: Experiment, built: BuiltExperiment, trained: state.TrainState
 ) -> state.TrainState:
   """Returns the state before the first step, from the weights it began with."""
   first, rest = tree.partition(built.params, experiment.trainable)
@@ -428,7 +428,7 @@ def _seconds_to_first_step(
 
 def _sample_and_evaluate(
   experiment: Experiment,
-  built: Built,
+  built: BuiltExperiment,
   measure: Any,
   trained: state.TrainState,
   heldout: Any,

@@ -63,9 +63,9 @@ def check_next_token(loaded: Loaded, what: str) -> None:
   """
   if not loaded.predicts_next_token:
     raise UserError(
-      f"{what}: fills in masks; expected a model that predicts the next token."
-      "\ngenerate --sampler=diffusion asks such models, and `rolling` of"
-      " research.interop.lm_eval.lm_eval_diffusion bounds a text's likelihood"
+      f"{what}: a masked diffusion model; expected one that predicts the next"
+      " token.\nGenerate with --sampler=diffusion; for a bound on a text's"
+      " likelihood, use research.interop.lm_eval.lm_eval_diffusion.rolling"
     )
 
 
@@ -84,17 +84,17 @@ def check(
     infilling.parsed(text)
   if infills and not config.stop_early:
     raise UserError(
-      "--nostop_early: --infill fills all gaps, whatever ends in them; leave "
-      "it out"
+      "--nostop_early: has no effect with --infill, which always fills all "
+      "gaps; leave it out"
     )
   if infills and config.canvas is not None:
     raise UserError(
-      f"--infill: says how long gaps are, and --{config.said('canvas')} finds "
-      "out; leave one of them out"
+      f"--infill: fixes the length of each gap, and"
+      f" --{config.show('canvas')} lets the model choose it; leave one out"
     )
   for name, file in dataclasses.asdict(pictures).items():
     if file is not None and count > 1:
-      raise UserError(f"--{name}: shows one prompt, found {count}")
+      raise UserError(f"--{name}: found {count} prompts, expected one")
 
 
 def fill(
@@ -178,7 +178,7 @@ def _fill(loaded, spec, prompts, prepared, texts, rules, length, pictures):
   if len(prompts) == 1:
     print(flush=True)
     head, stop = prepared.heads[0], prepared.stops[0]
-    span = prepared.begins[0], head + lengths[0] if growing else stop
+    span = prepared.starts[0], head + lengths[0] if growing else stop
     _draw(got, loaded, spec, pictures, *span)
   (first, ready), (last, _) = display.blocks[0], display.blocks[-1]
   if texts is not None:
@@ -201,12 +201,12 @@ def _display(loaded, spec, prepared, texts) -> UnmaskDisplay:
   if texts is None:
     return UnmaskDisplay(loaded.tokenizer, prepared.heads, spec.mask_id)
   first = [
-    b + text.prompt for b, text in zip(prepared.begins, texts, strict=True)
+    b + text.prompt for b, text in zip(prepared.starts, texts, strict=True)
   ]
 
   def kept(tokens):
     out = np.ones(len(tokens), bool)
-    own = slice(prepared.begins[0], prepared.stops[0])
+    own = slice(prepared.starts[0], prepared.stops[0])
     out[own] = texts[0].kept(tokens[own], prepared.config.end)
     return out
 
@@ -219,7 +219,7 @@ def _check_context(
   """Raises UserError if a row has more tokens than the model's context."""
   sizes = [
     stop - begin
-    for begin, stop in zip(prepared.begins, prepared.stops, strict=True)
+    for begin, stop in zip(prepared.starts, prepared.stops, strict=True)
   ]
   total, most = max(sizes), loaded.model.max_positions
   if most is None or total <= most:
@@ -260,7 +260,7 @@ def _texts(loaded, prepared, got, texts, ready):
   """
   rows, early = [], []
   for i, text in enumerate(texts):
-    tokens = got.tokens[i, prepared.begins[i] : prepared.stops[i]]
+    tokens = got.tokens[i, prepared.starts[i] : prepared.stops[i]]
     kept = text.kept(tokens, prepared.config.end)
     places = np.concatenate([np.arange(*gap) for gap in text.gaps])
     early.append(int(kept[places[: ready[i]]].sum()))

@@ -98,8 +98,8 @@ def prepared(
 
   if not places or len(set(names)) == 1:
     return ready(loaded.params)
-  held = pool.from_directories(
+  adapter_pool = pool.from_directories(
     loaded.params, loaded.model, places, adapters.read_factors
   )
-  held, ids = pool.use(held, names)
-  return weights.bind(ready(held.params), ids=ids)
+  adapter_pool, ids = pool.use(adapter_pool, names)
+  return weights.bind(ready(adapter_pool.params), ids=ids)

@@ -28,13 +28,13 @@ def parse_flags(text: str, kv: str, adapters: Sequence[str]) -> Paging | None:
     return None
   if kv:
     raise UserError(
-      f"--kv={kv}: is not for --pages, which hold the model's dtype, or int8 "
-      "or fp8 of each token: --pages=16,dtype=int8"
+      f"--kv={kv}: is not for --pages, whose dtype is the model's, or int8 or "
+      "fp8 with a scale per token: --pages=16,dtype=int8"
     )
   if len(set(adapters)) > 1:
     raise UserError(
       f"--pages={text}: found {len(set(adapters))} adapters, expected one for "
-      "all rows: which row is whose changes as they end"
+      "all prompts: rows are reused by other prompts as texts end"
     )
   return paging.parse(text)
 

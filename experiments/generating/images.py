@@ -13,10 +13,10 @@ from research.interop.vision import read
 from research.typing import UserError
 from research.vlm import data
 from research.vlm.contrastive.dual_encoder import DualEncoder
+from research.vlm.image_conditioned import ImageConditioned
 from research.vlm.images import open_image, prompt_ids
 from research.vlm.images.prompts import MARK
 from research.vlm.masks import Causal, by_index
-from research.vlm.sees_images import SeesImages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,10 @@ def check(model: Any, files: Sequence[str], prompts: Sequence[str]) -> None:
   """
   if isinstance(model, DualEncoder):
     raise UserError(
-      "--model: found towers of images and texts (CLIP, SigLIP), which generate"
-      " nothing; expected a language model"
+      "--model: found a contrastive model (CLIP, SigLIP), which generates no"
+      " text; expected a language model"
     )
-  if files and not isinstance(model, SeesImages):
+  if files and not isinstance(model, ImageConditioned):
     raise UserError(
       f"--image={files[0]}: this model reads text alone; expected a vision"
       f" language model, or leave --image out"
@@ -64,19 +64,19 @@ def check(model: Any, files: Sequence[str], prompts: Sequence[str]) -> None:
 def check_text(model: Any, text: str, ids: Sequence[int]) -> None:
   """Raises UserError if a prompt without images has a place for one.
 
-  The model would read a vector there that nobody trained.
+  The model would read an untrained vector there.
 
   Args:
     model: the loaded one.
     text: what somebody typed.
     ids: of the whole prompt.
   """
-  if isinstance(model, SeesImages) and (
+  if isinstance(model, ImageConditioned) and (
     MARK in text or model.image_token in ids
   ):
     raise UserError(
-      f"--prompt: found a place for an image in {text[:80]!r} and no image,"
-      f" expected --image=FILE for it, or text alone: take {MARK} out"
+      f"--prompt: found the image placeholder {MARK} in {text[:80]!r} and no"
+      " --image, expected --image=FILE, or a prompt without placeholders"
     )
 
 
@@ -108,8 +108,8 @@ def prompt_of(
   marks = text.count(MARK)
   if marks not in (0, len(files)):
     raise UserError(
-      f"--image: found {len(files)} files and {marks} times {MARK} in the"
-      " prompt, expected as many of both, or none in the prompt"
+      f"--image: found {len(files)} files and {marks} placeholders {MARK} in"
+      " the prompt, expected one for each file, or none"
     )
   images = [open_image(file) for file in files]
   plans = [loaded.preprocessor.plan(*image.shape[:2]) for image in images]
@@ -120,9 +120,9 @@ def prompt_of(
     whole = render(whole)
   if whole.count(MARK) != len(files):
     raise UserError(
-      f"--chat: found {whole.count(MARK)} times {MARK} in the rendered"
-      f" conversation, expected {len(files)}: the model's chat template leaves"
-      " images out, or other messages have them; generate without --chat"
+      f"--chat: found {whole.count(MARK)} placeholders {MARK} in the rendered"
+      f" conversation, expected {len(files)}: the model's chat template drops"
+      " images, or adds some; generate without --chat"
     )
   params = loaded.model.with_images_compiled(
     loaded.params, data.batch_images([prompt], loaded.model.square)
@@ -140,14 +140,14 @@ def prompt_of(
 
 def language_of(loaded: Loaded, params: Any = None) -> Loaded:
   """Returns the language model alone, with `params` if given."""
-  if not isinstance(loaded.model, SeesImages):
+  if not isinstance(loaded.model, ImageConditioned):
     return loaded
   return read.language_of(loaded, params)
 
 
 def mask_of(model: Any) -> PromptMask | None:
   """Returns what a prompt's tokens see of each other; None for causal."""
-  if not isinstance(model, SeesImages) or model.mask == Causal():
+  if not isinstance(model, ImageConditioned) or model.mask == Causal():
     return None
   return model.mask
 

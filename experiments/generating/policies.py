@@ -53,8 +53,8 @@ def policy_of(
     model, params = loaded.model, loaded.params
   if not isinstance(model, Transformer):
     raise UserError(
-      f"{where}: found a {type(model).__name__}, expected a language model that"
-      " writes token by token."
+      f"{where}: found a {type(model).__name__}, expected an autoregressive"
+      " language model."
     )
   prepared = generate.prepare(params, model)
   if not isinstance(loaded.model, VisionLanguageModel):

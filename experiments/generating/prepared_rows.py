@@ -17,7 +17,7 @@ class PreparedRows:
 
   Attributes:
     state, config: for the sampler.
-    begins: the index of each row's first token.
+    starts: the index of each row's first token.
     heads: that of the first place to be filled.
     stops: where each row's text ends; one that grows has its longest here.
     prompt: `[B, T]`, what guidance masks.
@@ -25,7 +25,7 @@ class PreparedRows:
 
   state: sampler.State
   config: SamplerConfig
-  begins: list[int]
+  starts: list[int]
   heads: list[int]
   stops: list[int]
   prompt: Bool[np.ndarray, "B T"]
@@ -107,16 +107,16 @@ def prepare(
   key, numbers = jax.random.key(seed), jax.numpy.array(examples)
   if config.guidance and not laid.prompt.any(-1).all():
     raise UserError(
-      f"{config.said('guidance')}: a text has nothing before its first gap, by "
-      "which it would be guided; leave it out"
+      f"{config.show('guidance')}: classifier-free guidance needs a prompt, "
+      "found a text that begins with its first gap; leave it out"
     )
   if config.canvas is not None:
     state = variable_length.start(prompts, config, key, numbers, width)
   else:
     state = sampler.begin(laid.tokens, laid.masked, laid.valid, key, numbers)
-  stops = [begin + len(it) for begin, it in zip(laid.begins, ids, strict=True)]
+  stops = [begin + len(it) for begin, it in zip(laid.starts, ids, strict=True)]
   return PreparedRows(
-    state, config, laid.begins, laid.heads, stops, laid.prompt
+    state, config, laid.starts, laid.heads, stops, laid.prompt
   )
 
 
@@ -124,7 +124,7 @@ def _block(spec: Spec, config: SamplerConfig, gaps: bool) -> int:
   """Returns a block's tokens."""
   if config.canvas is not None and spec.block is not None:
     raise UserError(
-      f"{config.said('canvas')}: this model is block-causal, and adds blocks "
+      f"{config.show('canvas')}: this model is block-causal, and adds blocks "
       "until the text ends anyway; leave it out"
     )
   short = BLOCK if gaps else min(BLOCK, config.length)
@@ -135,7 +135,7 @@ def _block(spec: Spec, config: SamplerConfig, gaps: bool) -> int:
       "out"
     )
   if spec.block is None and not gaps and config.length % block:
-    raise UserError(f"block={block}: does not divide {config.said('length')}")
+    raise UserError(f"block={block}: does not divide {config.show('length')}")
   return block
 
 

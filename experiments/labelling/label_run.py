@@ -114,7 +114,7 @@ class LabelRun:
     """Returns the labelled solutions.
 
     Args:
-      say: is told of progress.
+      say: called with lines of progress.
     """
     keys = jax.random.split(jax.random.key(self.seed))
     unused = {x.prompt for x in self.excluding or ()}

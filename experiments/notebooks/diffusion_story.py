@@ -139,10 +139,10 @@ def filled(
 ) -> sampler.Sampled:
   """Returns rows whose masks are filled; the last `options.length` places."""
   masked = np.asarray(noisy) == options.mask_id
-  begun = sampler.begin(
+  state = sampler.begin(
     noisy, masked, np.ones_like(masked), jax.random.key(seed)
   )
-  return sampler.sample(denoiser, params, begun, options, sampling)
+  return sampler.sample(denoiser, params, state, options, sampling)
 
 
 def by_steps(

@@ -40,14 +40,14 @@ class Policy:
   Attributes:
     model: the Transformer.
     params: its weights as they are served, sharded.
-    whole: the sharding of a batch.
+    batch_sharding: the sharding of a batch.
     planner: compiles calls.
     sampling: of tokens.
   """
 
   model: Transformer
   params: Any
-  whole: Any
+  batch_sharding: Any
   planner: Planner
   sampling: Sampling = Sampling(temperature=1.0)
 
@@ -72,13 +72,13 @@ def policy(experiment: Experiment, topology: Topology) -> Policy:
     )
   if getattr(experiment.objective, "mask_id", -1) >= 0:
     raise UserError(
-      "--generate: the objective fills in masks, expected next-token"
+      "--generate: the objective is masked diffusion, expected next-token"
       " prediction; plan its sampler with --fill"
     )
   return Policy(
     model=model.clone(remat="none"),
     params=served(taken.state.params),
-    whole=experiment.mesh.batch(taken.mesh),
+    batch_sharding=experiment.mesh.batch(taken.mesh),
     planner=Planner(mesh=taken.mesh, topology=topology),
   )
 
@@ -86,7 +86,7 @@ def policy(experiment: Experiment, topology: Topology) -> Policy:
 def plan(
   experiment: Experiment,
   topology: Topology,
-  wanted: Rows,
+  request: Rows,
   paging: Paging | None = None,
 ) -> dict[str, Any]:
   """Returns what generation costs on `topology`, and prints it.
@@ -97,7 +97,7 @@ def plan(
   Args:
     experiment: whose model generates.
     topology: what on.
-    wanted: rows.
+    request: rows.
     paging: pages of the cache; None for one array a row.
 
   Raises:
@@ -108,46 +108,46 @@ def plan(
     "topology": topology.name,
     "chip": topology.chip.name,
     "devices": model.planner.mesh.size,
-    "rows": dataclasses.asdict(wanted),
-    **calls(model, wanted, 1, paging),
+    "rows": dataclasses.asdict(request),
+    **calls(model, request, 1, paging),
   }
 
 
 def calls(
-  model: Policy, wanted: Rows, copies: int = 1, paging: Paging | None = None
+  model: Policy, request: Rows, copies: int = 1, paging: Paging | None = None
 ) -> dict[str, Any]:
   """Returns the costs of `prefill` and of `decode`, a step, and both together.
 
   Args:
     model: that generates.
-    wanted: rows; `count` is that of prompts.
+    request: rows; `count` is that of prompts.
     copies: answers to each prompt, which is read once.
     paging: see `plan`.
   """
   each = dense if paging is None else in_pages
-  out = each(model, wanted, copies, paging)
+  out = each(model, request, copies, paging)
   parts = [out.get(name, {}).get("seconds") for name in ("prefill", "decode")]
   if None not in parts:
     first, step = parts
-    rows = wanted.count * copies
-    first *= 1 if paging is None else wanted.count
-    seconds = first + (wanted.length - 1) * step
+    rows = request.count * copies
+    first *= 1 if paging is None else request.count
+    seconds = first + (request.length - 1) * step
     out["seconds"] = seconds
-    out["tokens_per_s"] = rows * wanted.length / seconds
+    out["tokens_per_s"] = rows * request.length / seconds
     cli.say(
-      f"{wanted.length} tokens of each of {rows} rows take {seconds:.3g} s at"
+      f"{request.length} tokens of each of {rows} rows take {seconds:.3g} s at"
       f" least, {out['tokens_per_s']:,.0f} tokens a second at most"
     )
   return out
 
 
 def dense(
-  model: Policy, wanted: Rows, copies: int, paging: None = None
+  model: Policy, request: Rows, copies: int, paging: None = None
 ) -> dict[str, Any]:
   """Returns the costs with a cache that has room for all tokens of each row."""
   del paging
-  total = wanted.count * copies
-  capacity = bucket(wanted.prompt + wanted.length)
+  total = request.count * copies
+  capacity = bucket(request.prompt + request.length)
 
   def prefill(params, tokens, lengths, key, examples, limit, stop):
     return decoding.prefill(
@@ -163,15 +163,15 @@ def dense(
     )
 
   found, made = model.planner.plan(
-    f"prefill of {wanted.count} prompts, {total} rows",
+    f"prefill of {request.count} prompts, {total} rows",
     prefill,
     model.params,
-    batch_shape((wanted.count, wanted.prompt), model.whole),
-    batch_shape((wanted.count,), model.whole),
+    batch_shape((request.count, request.prompt), model.batch_sharding),
+    batch_shape((request.count,), model.batch_sharding),
     jax.eval_shape(jax.random.key, 0),
     *(jax.ShapeDtypeStruct((total,), jnp.int32),) * 2,
     model.stop,
-    tokens=wanted.count * wanted.prompt,
+    tokens=request.count * request.prompt,
   )
   out = {"prefill": found}
   if made is not None:
@@ -186,16 +186,16 @@ def dense(
 
 
 def in_pages(
-  model: Policy, wanted: Rows, copies: int, paging: Paging
+  model: Policy, request: Rows, copies: int, paging: Paging
 ) -> dict[str, Any]:
   """Returns the costs with pages, which copies of a prompt share.
 
   Prompts are read one by one; `prefill` is that of one.
   """
-  total, size = wanted.count * copies, paging.size
-  shared = wanted.prompt // size
-  width = -(-(wanted.prompt + wanted.length) // size)
-  count = paging.count or wanted.count * shared + total * (width - shared)
+  total, size = request.count * copies, paging.size
+  shared = request.prompt // size
+  width = -(-(request.prompt + request.length) // size)
+  count = paging.count or request.count * shared + total * (width - shared)
   mesh = model.planner.mesh
 
   def empty(params):
@@ -224,8 +224,8 @@ def in_pages(
     model.params,
     pool,
     *(jax.ShapeDtypeStruct((1, width), jnp.int32), one),
-    *(jax.ShapeDtypeStruct((1, bucket(wanted.prompt)), jnp.int32), one),
-    tokens=wanted.prompt,
+    *(jax.ShapeDtypeStruct((1, bucket(request.prompt)), jnp.int32), one),
+    tokens=request.prompt,
     donate=(1,),
   )
   out = {"prefill": found}

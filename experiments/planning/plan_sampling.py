@@ -35,7 +35,7 @@ BLOCK = 32
 def plan(
   experiment: Experiment,
   topology: Topology,
-  wanted: Rows,
+  request: Rows,
   cache: str | None = None,
   guidance: float = 0.0,
   block: int | None = None,
@@ -48,7 +48,7 @@ def plan(
   Args:
     experiment: whose objective has a mask.
     topology: what on.
-    wanted: rows.
+    request: rows.
     cache: what is kept from call to call, as `generate --cache=` has it; by
       default dual, or prefix for a model of blocks.
     guidance: by the prompt; above 0 each call reads rows twice.
@@ -62,7 +62,7 @@ def plan(
   if mask_id < 0:
     raise UserError(
       f"--fill: the objective is {type(experiment.objective).__name__}, which "
-      "has no mask_id; expected one that fills in masks"
+      "has no mask_id; expected one of masked diffusion"
     )
   taken = abstract_step.build(experiment, topology.devices)
   planner = Planner(mesh=taken.mesh, topology=topology)
@@ -70,15 +70,15 @@ def plan(
   asked = cache or ("dual" if own is None else "prefix")
   options = SamplerConfig(
     mask_id=mask_id,
-    length=wanted.length,
-    block=block or own or min(BLOCK, wanted.length),
+    length=request.length,
+    block=block or own or min(BLOCK, request.length),
     policy=Threshold(threshold=0.9),
     cache=_cache(asked),
     guidance=guidance,
   )
   model = taken.loaded.model.clone(remat="none")
   denoiser = make_denoiser(options, model, block=own)
-  state = _state(experiment, wanted, mask_id, planner.mesh)
+  state = _state(experiment, request, mask_id, planner.mesh)
   params = served(taken.state.params)
   if guidance:
     params = with_prompt(params, state.masked)
@@ -91,7 +91,7 @@ def plan(
     return _call(denoiser.step, params, state, at, options, carry)
 
   # At least a token of each row.
-  out, tokens = {}, wanted.count
+  out, tokens = {}, request.count
   out["first"], made = planner.plan(
     "a call for whole rows", first, params, state, at, tokens=tokens
   )
@@ -106,7 +106,7 @@ def plan(
     "topology": topology.name,
     "chip": topology.chip.name,
     "devices": planner.mesh.size,
-    "rows": dataclasses.asdict(wanted),
+    "rows": dataclasses.asdict(request),
     "cache": asked,
     "guidance": guidance,
     "block": options.block,
@@ -130,11 +130,11 @@ def _call(ask, params, state, at, options, *carry):
   return state, carry
 
 
-def _state(experiment, wanted, mask_id, mesh):
+def _state(experiment, request, mask_id, mesh):
   """Returns the shapes of rows before their first call."""
-  total = wanted.prompt + wanted.length
-  tokens = np.full((wanted.count, total), mask_id)
-  masked = np.broadcast_to(np.arange(total) >= wanted.prompt, tokens.shape)
+  total = request.prompt + request.length
+  tokens = np.full((request.count, total), mask_id)
+  masked = np.broadcast_to(np.arange(total) >= request.prompt, tokens.shape)
   valid = np.ones_like(masked)
   made = jax.eval_shape(
     lambda key: sampler.begin(tokens, masked, valid, key), jax.random.key(0)

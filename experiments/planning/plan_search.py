@@ -105,7 +105,7 @@ def plan(
   }
   solutions = search.rows.count * search.copies
   seconds = [out["policy"].get("seconds")]
-  held = [_resident(model.params)]
+  resident = [_resident(model.params)]
   needs = [out["policy"].get(n, {}) for n in ("prefill", "decode")]
   if verifier is not None:
     length = search.rows.prompt + search.rows.length
@@ -118,9 +118,9 @@ def plan(
     out["verifier"] = found | {"passes": solutions // batch}
     one = found.get("seconds")
     seconds.append(None if one is None else one * (solutions // batch))
-    held.append(kept)
+    resident.append(kept)
     needs.append(found)
-  out |= together(held, needs, topology)
+  out |= all_resident(resident, needs, topology)
   if None not in seconds:
     out["seconds"] = sum(seconds)
     out["solutions_per_s"] = solutions / out["seconds"]
@@ -164,13 +164,13 @@ def score(
   return found, _resident(params)
 
 
-def together(
-  held: list[int], needs: list[dict[str, Any]], topology: Topology
+def all_resident(
+  resident: list[int], needs: list[dict[str, Any]], topology: Topology
 ) -> dict[str, Any]:
   """Returns the bytes of a device that holds all models during each call.
 
   Args:
-    held: bytes of each model's weights: the policy's, and the verifier's.
+    resident: bytes of each model's weights: the policy's, and the verifier's.
     needs: costs of the policy's calls, then of the verifier's.
     topology: the devices.
   """
@@ -180,7 +180,7 @@ def together(
       return {"fits": False}
     # Each call counts its own weights; the other model's are there, too.
     own = 0 if i < 2 else 1
-    others = sum(x for j, x in enumerate(held) if j != own)
+    others = sum(x for j, x in enumerate(resident) if j != own)
     totals.append(need["total_bytes"] + others)
   limit = int(topology.chip.memory)
   most = max(totals)

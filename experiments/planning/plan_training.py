@@ -166,11 +166,11 @@ def _table(experiment: Experiment, abstract: abstract_step.AbstractStep) -> str:
   params = abstract.state.params
   where = jax.tree.map(lambda x: x.sharding, params)
   counts = sharding.head_counts(abstract.loaded.model)
-  uncut = experiment.mesh.undivided(params, abstract.mesh, counts)
+  whole = experiment.mesh.undivided(params, abstract.mesh, counts)
   return "\n".join(
     [
       tree.describe(params, experiment.trainable, where),
-      *(f"not cut, since the mesh does not divide it: {x}" for x in uncut),
+      *(f"not sharded: the mesh does not divide {x}" for x in whole),
     ]
   )
 

@@ -106,7 +106,7 @@ def _settings(note: pathlib.Path) -> dict[str, Any]:
   except (ValueError, RecursionError) as error:
     raise UserError(f"{note}: is not JSON: {error}") from error
   if not isinstance(found, dict):
-    raise UserError(f"{note}: found no object, expected a search's settings")
+    raise UserError(f"{note}: expected a JSON object with a search's settings")
   return found
 
 

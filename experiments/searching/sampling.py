@@ -105,8 +105,9 @@ class Search:
     stop = self._words.stop if run.stop_tokens is None else run.stop_tokens
     if not stop:
       raise UserError(
-        "SearchRun.stop_tokens: found none, and none of the model's tokenizer,"
-        " expected ids that end a solution: one that is cut has no answer."
+        "SearchRun.stop_tokens: found none, nor an EOS token in the model's"
+        " tokenizer, expected ids that end a solution: a truncated one has no"
+        " answer."
       )
     prompts = list(self._prompts.values())
     found = policies.policy_of(loaded, prompts, "SearchRun.policy")

@@ -102,7 +102,7 @@ class SearchRun:
       )
     if self.sampler is not None and not self.sampler.stop_early:
       raise UserError(
-        f"SearchRun.sampler: found {self.sampler.said('stop_early')}, expected"
+        f"SearchRun.sampler: found {self.sampler.show('stop_early')}, expected"
         " True: a solution that does not stop at its end is truncated, and"
         " has no answer."
       )

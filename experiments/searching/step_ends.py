@@ -35,17 +35,17 @@ class AtText:
 
   Attributes:
     text: wherever the tokenizer cuts it.
-    most: tokens of a step at most.
+    max_tokens: tokens of a step at most.
   """
 
   text: str = "\n\n"
-  most: int = 256
+  max_tokens: int = 256
 
   def __call__(self, tokenizer: Any, vocab_size: int) -> Boundary | None:
     """Returns the boundary."""
     texts = separators.token_texts(tokenizer, vocab_size)
     found = separators.separator_automaton(texts, self.text.encode())
-    return Boundary(*found, np.int32(self.most))
+    return Boundary(*found, np.int32(self.max_tokens))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,11 @@ class AtWord:
   Attributes:
     word: such as the semicolon of countdown, or an id of a model that has no
       tokenizer.
-    most: tokens of a step at most.
+    max_tokens: tokens of a step at most.
   """
 
   word: str = ";"
-  most: int = 256
+  max_tokens: int = 256
 
   def __call__(self, tokenizer: Any, vocab_size: int) -> Boundary | None:
     """Returns the boundary.
@@ -75,7 +75,9 @@ class AtWord:
       )
     ends = np.zeros((1, vocab_size), bool)
     ends[0, ids[0]] = True
-    return Boundary(np.zeros_like(ends, np.int32), ends, np.int32(self.most))
+    return Boundary(
+      np.zeros_like(ends, np.int32), ends, np.int32(self.max_tokens)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

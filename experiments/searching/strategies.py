@@ -20,7 +20,7 @@ from research.search.strategies.allocation import (
   MeanScore,
 )
 from research.search.strategies.budget_forcing import BudgetForcing
-from research.search.strategies.rounds import LastTries, Rounds, Shown
+from research.search.strategies.rounds import HistorySelector, LastTries, Rounds
 from research.typing import UserError
 
 
@@ -42,18 +42,21 @@ class AdaptiveVotes:
 
   Attributes:
     round: samples of a round.
-    most: samples of a problem, a multiple of `round`.
-    sure: probability at which a vote is decided.
+    max_samples: samples of a problem, a multiple of `round`.
+    confidence: probability at which a vote is decided.
   """
 
   round: int = 4
-  most: int = 32
-  sure: float | int = 0.95
+  max_samples: int = 32
+  confidence: float | int = 0.95
 
   def of_tokens(self, context: Context) -> Strategy:
     """Returns the search of tokens."""
     return Adaptive(
-      answer=context.answer, round=self.round, most=self.most, sure=self.sure
+      answer=context.answer,
+      round=self.round,
+      max_samples=self.max_samples,
+      confidence=self.confidence,
     )
 
 
@@ -74,12 +77,14 @@ class AllocatedSamples:
 
   def of_tokens(self, context: Context) -> Strategy:
     """Returns the search of tokens."""
-    ease = (
+    predictor = (
       Agreement(context.answer)
       if self.scores is None
       else MeanScore(self.scores)
     )
-    return AdaptiveAllocation(ease=ease, copies=self.copies, first=self.first)
+    return AdaptiveAllocation(
+      predictor=predictor, copies=self.copies, first=self.first
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,17 +93,17 @@ class BudgetForcedText:
 
   Attributes:
     copies: paths of a problem.
-    least, most: tokens that a path thinks at least and at most.
+    min_tokens, max_tokens: tokens that a path thinks at least and at most.
     wait: in place of an end that comes too early.
-    waits: how often at most.
-    answer: leads to the answer after `most` tokens.
+    max_waits: how often an end is replaced, at most.
+    answer: leads to the answer after `max_tokens` tokens.
   """
 
   copies: int = 1
-  least: int = 0
-  most: int = 2**30
+  min_tokens: int = 0
+  max_tokens: int = 2**30
   wait: str = ""
-  waits: int = 2
+  max_waits: int = 2
   answer: str = ""
 
   def of_tokens(self, context: Context) -> Strategy:
@@ -106,10 +111,10 @@ class BudgetForcedText:
     encode = context.tokenizer.encode
     return BudgetForcing(
       copies=self.copies,
-      least=self.least,
-      most=self.most,
+      min_tokens=self.min_tokens,
+      max_tokens=self.max_tokens,
       wait=encode(self.wait) if self.wait else (),
-      waits=self.waits,
+      max_waits=self.max_waits,
       answer=encode(self.answer) if self.answer else (),
     )
 
@@ -131,7 +136,7 @@ class RoundsOfText:
     " it again."
   )
   solution: str = "{solution}\n"
-  shown: Shown = LastTries()
+  shown: HistorySelector = LastTries()
   width: int = 4
   rounds: int = 4
   every: bool = True

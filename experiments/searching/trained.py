@@ -14,19 +14,21 @@ from research.interop.loaded import Loaded
 from research.io.unread import Shardings
 from research.typing import Params, UserError
 
-Which = Literal["best", "last"]
+CheckpointChoice = Literal["best", "last"]
 """Of a run's checkpoints."""
 
 
-def restore(workdir: str, which: Which = "best") -> tuple[Any, Params]:
-  """Returns a run's `experiment.Built`, and the weights that it has trained.
+def restore(
+  workdir: str, checkpoint: CheckpointChoice = "best"
+) -> tuple[Any, Params]:
+  """Returns a run's `BuiltExperiment`, and the weights that it has trained.
 
   The run's own configuration builds the model; transforms of `after` are
   applied to its weights.
 
   Args:
     workdir: of the run; of several stages the last one is meant.
-    which: checkpoint.
+    checkpoint: which one.
 
   Raises:
     UserError: there is no run, or it has saved nothing.
@@ -44,7 +46,7 @@ def restore(workdir: str, which: Which = "best") -> tuple[Any, Params]:
     experiment, built.loaded.tokenizer, folder
   )
   _, state = train_eval.restore_checkpoint(
-    experiment, built, folder, None if which == "best" else last
+    experiment, built, folder, None if checkpoint == "best" else last
   )
   params = experiment.finished(state.params)
   return built.with_tokenizer(tokenizer), params
@@ -56,14 +58,14 @@ class Trained:
 
   Attributes:
     workdir: of the run.
-    which: of its checkpoints.
+    checkpoint: which of its checkpoints.
   """
 
   workdir: str
-  which: Which = "best"
+  checkpoint: CheckpointChoice = "best"
 
   def load(self, shardings: Shardings | None = None) -> Loaded:
     """Returns the model, its weights and its tokenizer."""
     del shardings
-    built, params = restore(self.workdir, self.which)
+    built, params = restore(self.workdir, self.checkpoint)
     return dataclasses.replace(built.loaded, params=params)

@@ -11,7 +11,7 @@ import numpy as np
 from experiments.core.experiment import Source
 from experiments.searching import texts
 from experiments.searching.context import Context
-from experiments.searching.trained import Which, restore
+from experiments.searching.trained import CheckpointChoice, restore
 from research import tree
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
@@ -55,23 +55,23 @@ class TrainedReward:
 
   Attributes:
     workdir: of the run.
-    which: of its checkpoints.
+    checkpoint: which of its checkpoints.
     separator: text that it reads after a step, where the policy writes none.
     readout: logits -> score, from 0 to 1.
   """
 
   workdir: str
-  which: Which = "best"
+  checkpoint: CheckpointChoice = "best"
   separator: str = ""
   readout: Readout = probability
 
   def load(self, context: Context) -> Verifier:
     """Returns the verifier."""
-    found = reward_of(self.workdir, self.which)
+    found = reward_of(self.workdir, self.checkpoint)
     _check_vocabulary(found.model, context, self.workdir)
     words, reader = self.separator, None
-    if found.sees is not None:
-      reader = ImageReader.of_prompts(*found.sees, context.prompts)
+    if found.vision is not None:
+      reader = ImageReader.of_prompts(*found.vision, context.prompts)
     return verifier_of(
       found.model,
       found.params if reader is None else reader.text_params,
@@ -90,12 +90,12 @@ class TrainedProbe:
 
   Attributes:
     workdir: of the run.
-    which: of its checkpoints.
+    checkpoint: which of its checkpoints.
     readout: logits -> score, from 0 to 1.
   """
 
   workdir: str
-  which: Which = "best"
+  checkpoint: CheckpointChoice = "best"
   readout: Readout = probability
 
   def load(self, context: Context) -> StateVerifier:
@@ -104,7 +104,7 @@ class TrainedProbe:
     Raises:
       UserError: its backbone is not the policy.
     """
-    model, params, _ = reward_of(self.workdir, self.which)
+    model, params, _ = reward_of(self.workdir, self.checkpoint)
     _check_vocabulary(model, context, self.workdir)
     if not isinstance(context.policy, Stepwise):
       raise UserError(
@@ -225,8 +225,8 @@ class TextVerifier:
   def step_cost(self, start: int, tokens: int) -> Ledger:
     """Raises UserError: how many tokens a text has is known once it is read."""
     raise UserError(
-      f"step_cost: found a verifier of texts, of {tokens} tokens after {start};"
-      " expected to ask it for `spent` once it has read"
+      f"step_cost: found a verifier of texts, of {tokens} tokens after {start},"
+      " whose cost is known only afterwards; expected a call of `spent`"
     )
 
   def spent(self, state: Sequence[Ledger]) -> list[Ledger]:
@@ -315,26 +315,28 @@ class TrainedModel(NamedTuple):
   Attributes:
     model: the reward model.
     params: its parameters.
-    sees: model and parameters of all towers, if it sees images; else None.
+    vision: model and parameters of all towers, if it takes images; else None.
   """
 
   model: Reward
   params: Params
-  sees: tuple[VisionLanguageModel, Params] | None = None
+  vision: tuple[VisionLanguageModel, Params] | None = None
 
 
-def reward_of(workdir: str, which: Which = "best") -> TrainedModel:
+def reward_of(
+  workdir: str, checkpoint: CheckpointChoice = "best"
+) -> TrainedModel:
   """Returns the reward model that a run has trained.
 
   Raises:
     UserError: the run trained another model, or what `restore` raises.
   """
-  built, params = restore(workdir, which)
+  built, params = restore(workdir, checkpoint)
   for model in (built.objective.model, built.loaded.model):
     if isinstance(model, Reward):
       return TrainedModel(model, params)
-    sees = isinstance(model, VisionLanguageModel)
-    if sees and isinstance(model.language, Reward):
+    with_images = isinstance(model, VisionLanguageModel)
+    if with_images and isinstance(model.language, Reward):
       own = model.language, params["language"]
       return TrainedModel(*own, (model, params))
   raise UserError(
@@ -348,8 +350,8 @@ def _check_vocabulary(model: Reward, context: Context, where: str) -> None:
   own = context.vocab_size
   if found != own:
     raise UserError(
-      f"{where}: found a verifier with {found} ids, expected {own}, as many as"
-      " the policy, whose tokens it reads."
+      f"{where}: found a verifier with a vocabulary of {found}, expected {own},"
+      " the policy's, whose tokens it reads."
     )
 
 

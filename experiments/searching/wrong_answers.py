@@ -1,7 +1,7 @@
 """Which wrong solutions a pool has, and which of them its scores see.
 
 An outcome that only looks at the end rewards a right answer that wrong steps
-have reached. So solutions are told apart by what the task's verifier says is
+have reached. So solutions are distinguished by what the task's verifier says is
 wrong with them, and each kind is compared with the right solutions of the same
 problem: that is what choosing among samples needs.
 """

@@ -45,8 +45,8 @@ def claim(
       written; None unlocks it at the end.
 
   Raises:
-    UserError: it holds a run without stages, a stage that has begun has other
-      settings now, or one would go on from whose result another has begun; or
+    UserError: it holds a run without stages, a stage that has started has other
+      settings now, or one would go on from whose result another has started; or
       another process trains there.
   """
   if stack is None:
@@ -85,7 +85,7 @@ def claim(
 
 
 def _check_order(run: Staged, folder: Folder) -> None:
-  """Raises UserError if a stage would go on though a later one has begun."""
+  """Raises UserError if a stage would go on though a later one has started."""
   names = list(run.stages)
   for i, name in enumerate(names):
     steps = run.stages[name].plan.steps

@@ -92,7 +92,7 @@ def local(
           status = one.process.returncode
           if status == -signal.SIGTERM or (stopped() and status in CUT):
             status = PREEMPTED  # before it had anything to save
-          if _again(one, status, stopped()):
+          if _should_restart(one, status, stopped()):
             if status == PREEMPTED:
               waiting.appendleft(one)
             else:
@@ -106,7 +106,7 @@ def local(
   return statuses
 
 
-def _again(one: _Try, status: int, stopped: bool) -> bool:
+def _should_restart(one: _Try, status: int, stopped: bool) -> bool:
   """Counts how a unit ended; returns whether it runs again."""
   if status == PREEMPTED:
     one.preempted += 1

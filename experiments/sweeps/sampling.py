@@ -36,8 +36,8 @@ def sample(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
   axes, count, seed = tree["sample"], tree.get("count"), tree.get("seed", 0)
   if unknown:
     raise UserError(
-      f"sweep: found {unknown} beside 'sample', expected 'count' and 'seed';"
-      " put others and this into a 'product'."
+      f"sweep: found {unknown} next to 'sample', expected 'count' and 'seed';"
+      " combine others with it in a 'product'."
     )
   if not isinstance(axes, Mapping) or not axes:
     raise UserError(

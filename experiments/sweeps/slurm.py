@@ -228,7 +228,7 @@ def _records(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def table(
-  jobs: Mapping[str, Job], how_far: Mapping[str, str]
+  jobs: Mapping[str, Job], progress: Mapping[str, str]
 ) -> list[dict[str, Any]]:
   """Returns a row for each unit that is queued or runs."""
   return [
@@ -236,7 +236,7 @@ def table(
       "unit": name,
       "state": job.state,
       "on": job.nodes,
-      "at": how_far.get(name),
+      "at": progress.get(name),
     }
     for name, job in jobs.items()
   ]

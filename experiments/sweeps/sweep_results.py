@@ -97,13 +97,13 @@ class Progress(Events):
       {
         "running": f"{name} (again)" if name in self._failed else name,
         "for": progress.duration(now - begin),
-        "at": how_far(work),
+        "at": progress_of(work),
       }
       for name, (work, begin) in self._running.items()
     ] + ([{"running": f"{waiting} more units wait"}] if waiting else [])
 
 
-def how_far(work: Work) -> str:
+def progress_of(work: Work) -> str:
   """Returns how far a unit is: its step and loss, or what its log ends with."""
   line = _last_line(work.workdir / "metrics.jsonl")
   try:

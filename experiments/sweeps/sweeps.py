@@ -78,7 +78,7 @@ def expand(tree: Mapping[str, Any]) -> Units:
       if len(tree) > 1:
         beside = sorted(set(tree) - {name})
         raise UserError(
-          f"sweep: found {beside} beside {name!r}, expected it alone in its"
+          f"sweep: found {beside} next to {name!r}, expected it alone in its"
           " braces; put both into a 'product'."
         )
       return combine(*map(expand, _parts(name, tree[name])))

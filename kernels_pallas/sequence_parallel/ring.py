@@ -107,21 +107,21 @@ def _ring(ring: _Ring, spec: Spec, x: Operands):
   dtype = accumulator(x.q.dtype)
   partial = dataclasses.replace(spec, output=dtype)
 
-  def see(state, held):
+  def accumulate(state, keys):
     def attend(step):
       new = ring.backend.attend(partial, step)
       return combine(*zip(state, new, strict=True))
 
-    return _if_visible(x, held, attend, state)
+    return _if_visible(x, keys, attend, state)
 
   def turn(carry, _):
-    state, held = carry
-    following = ring.pass_on(held)
-    return (see(state, held), following), None
+    state, keys = carry
+    following = ring.pass_on(keys)
+    return (accumulate(state, keys), following), None
 
   carry = (_nothing(x, dtype), _keys(x))
-  (state, held), _ = jax.lax.scan(turn, carry, None, ring.size - 1)
-  o, lse = see(state, held)
+  (state, keys), _ = jax.lax.scan(turn, carry, None, ring.size - 1)
+  o, lse = accumulate(state, keys)
   if x.sinks is not None:
     # A sink acts as a key whose value is 0; it is added once, not per shard.
     sinks = jnp.broadcast_to(x.sinks.astype(dtype)[None, :, None], lse.shape)
@@ -140,24 +140,24 @@ def _backward(ring, spec, saved, arrived):
   x, o, lse = saved
   rows = cotangents.query_cotangents(x, o, lse, *arrived)
 
-  def see(sums, held):
+  def accumulate(sums, keys):
     def attend(step):
       found = ring.backend.gradients(spec, step, rows)
       new = (found.q, found.k, found.v)
       return tuple(a + b for a, b in zip(sums, new, strict=True))
 
-    return _if_visible(x, held, attend, sums)
+    return _if_visible(x, keys, attend, sums)
 
   def turn(carry, _):
-    (dq, dk, dv), held = carry
-    following = ring.pass_on(held)
-    dq, *theirs = see((dq, dk, dv), held)
+    (dq, dk, dv), keys = carry
+    following = ring.pass_on(keys)
+    dq, *theirs = accumulate((dq, dk, dv), keys)
     return ((dq, *ring.pass_on(theirs)), following), None
 
   dtype = accumulator(x.q.dtype)
   sums = tuple(jnp.full_like(y, 0, dtype) for y in (x.q, x.k, x.v))
-  (sums, held), _ = jax.lax.scan(turn, (sums, _keys(x)), None, ring.size - 1)
-  dq, *theirs = see(sums, held)
+  (sums, keys), _ = jax.lax.scan(turn, (sums, _keys(x)), None, ring.size - 1)
+  dq, *theirs = accumulate(sums, keys)
   dk, dv = ring.pass_on(theirs)
   found = Operands(dq, dk, dv, None)
   return (cotangents.cast_gradients(x, found, rows),)
@@ -179,13 +179,13 @@ def _nothing(x: Operands, dtype: Any) -> tuple[Array, Array]:
   )
 
 
-def _if_visible(x: Operands, held: _Keys, attend, otherwise):
+def _if_visible(x: Operands, keys: _Keys, attend, otherwise):
   """Attends to the current keys, or returns `otherwise` if none is visible."""
   mask = dataclasses.replace(
-    x.mask, kv_positions=held.positions, kv_segments=held.segments
+    x.mask, kv_positions=keys.positions, kv_segments=keys.segments
   )
-  step = x._replace(k=held.k, v=held.v, mask=mask, sinks=None)
-  T, S = x.q.shape[1], held.k.shape[1]
+  step = x._replace(k=keys.k, v=keys.v, mask=mask, sinks=None)
+  T, S = x.q.shape[1], keys.k.shape[1]
   # In halves, since a shard in zig-zag order has early and late tokens.
   tiles = intervals.tile_classes(
     intervals.mask_intervals(mask, T, S), T, S, -(-T // 2), -(-S // 2)

@@ -76,12 +76,12 @@ class PadWithEOS:
     multiple: rows become as long as the longest of the batch (LLaDA), rounded
       up to this; T for rows all of which are full, a block's tokens for block
       diffusion.
-    each: each row is rounded up by itself, whatever the others are.
+    per_row: each row is rounded up by itself, whatever the others are.
   """
 
   end: int
   multiple: int = 1
-  each: bool = False
+  per_row: bool = False
 
   def __post_init__(self):
     if self.end < 0 or self.multiple < 1:
@@ -97,7 +97,7 @@ class PadWithEOS:
     length = segments.shape[-1]
     place = jnp.arange(length)
     size = (segments >= 0).sum(-1, keepdims=True)
-    wanted = size if self.each else size.max()
+    wanted = size if self.per_row else size.max()
     wanted = -(-wanted // self.multiple) * self.multiple
     # Rows without any document, which fill up a batch, stay empty.
     new = (place >= size) & (place < wanted) & (size > 0)

@@ -120,7 +120,7 @@ def bound(
   Args:
     scores: the model. It should give the mask itself no probability.
     tokens: the whole row.
-    target: which of them are asked for.
+    target: which of them are to be scored.
     mask_id: of the mask.
     key: of this row.
     samples: a multiple of `batch`.
@@ -301,7 +301,7 @@ def _checked(found: Bound) -> Bound:
   return found
 
 
-def toward(
+def guided_logits(
   conditional: Float[Array, "*B V"], free: Float[Array, "*B V"], w: float
 ) -> Float[Array, "*B V"]:
   """Returns logits `free + (w + 1) (conditional - free)`, see `guided`."""
@@ -334,10 +334,10 @@ def guided(
   def both(tokens: Int[Array, "B T"], *time: Any) -> Float[Array, "B T V"]:
     blind = process.noisy(tokens, prompt, mask_id)
     if free is not None:
-      return toward(scores(tokens, *time), free(blind, *time), w)
+      return guided_logits(scores(tokens, *time), free(blind, *time), w)
     time = (jnp.concatenate([t, t]) for t in time)
     c, u = jnp.split(scores(jnp.concatenate([tokens, blind]), *time), 2)
-    return toward(c, u, w)
+    return guided_logits(c, u, w)
 
   return both
 

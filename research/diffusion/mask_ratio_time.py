@@ -1,4 +1,4 @@
-"""The time that a model is conditioned on, where nobody drew one.
+"""The time that a model is conditioned on, where none was drawn.
 
 Samplers that choose places by what the model says have no time. What rows look
 like has: at time t a share `1 - alpha(t)` of them is masked. The time of that

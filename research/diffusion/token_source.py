@@ -45,16 +45,16 @@ class DiffusionSource:
     # would count its placeholders from the wrong one on.
     if self.config.guidance:
       raise UserError(
-        f"DiffusionSource: {self.config.said('guidance')}, expected 0: it hides"
-        " prompts, and images are no tokens to hide"
+        f"DiffusionSource: {self.config.show('guidance')}, expected 0: guidance"
+        " masks the prompt, and images cannot be masked"
       )
     if not isinstance(self.config.cache, Prefix | None):
       raise UserError(
-        f"DiffusionSource: {self.config.said('cache')}, expected none or prefix"
+        f"DiffusionSource: {self.config.show('cache')}, expected none or prefix"
       )
     if self.config.canvas is not None:
       raise UserError(
-        f"DiffusionSource: {self.config.said('canvas')}, expected fixed"
+        f"DiffusionSource: {self.config.show('canvas')}, expected fixed"
       )
 
   def __call__(

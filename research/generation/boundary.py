@@ -52,12 +52,12 @@ class Boundary:
     following: int32 `[S, V]`, state after each token, for each of S states;
       the first one is that of a new text.
     ends: bool `[S, V]`, whether that token completes a separator.
-    most: maximum number of tokens of a step, which then pauses, too.
+    max_tokens: maximum number of tokens of a step, which then pauses, too.
   """
 
   following: Any
   ends: Any
-  most: Any = 2**30
+  max_tokens: Any = 2**30
 
   def start(self, rows: int) -> StepState:
     """Returns the state of rows without a new token."""
@@ -72,7 +72,7 @@ class Boundary:
   ) -> StepState:
     """Returns the state after one more token of the active rows."""
     length = state.length + active
-    ends = self.ends[state.matched, token] | (length >= self.most)
+    ends = self.ends[state.matched, token] | (length >= self.max_tokens)
     matched = self.following[state.matched, token]
     return StepState(
       state.paused | (active & ends),

@@ -77,7 +77,7 @@ class State:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class GeneratedTokens:
   """New tokens of all rows.
 
   Attributes:
@@ -188,7 +188,7 @@ def prefill(
   mask: PromptMask | None = None,
   boundary: Boundary | None = None,
   log_probs: bool = False,
-) -> tuple[State, Drawn]:
+) -> tuple[State, GeneratedTokens]:
   """Processes the prompts and samples the first token of each row.
 
   With more rows than prompts, each prompt is processed once and then copied:
@@ -252,7 +252,7 @@ def prefill(
     model, params, rows, last, sampling, stop, boundary, log_probs
   )
   scores = None if scores is None else scores[:, None]
-  return State(cache, rows), Drawn(token[:, None], rows.done, scores)
+  return State(cache, rows), GeneratedTokens(token[:, None], rows.done, scores)
 
 
 @functools.partial(
@@ -269,7 +269,7 @@ def decode(
   size: int,
   boundary: Boundary | None = None,
   log_probs: bool = False,
-) -> tuple[State, Drawn]:
+) -> tuple[State, GeneratedTokens]:
   """Decodes up to `size` tokens; stops early when no row is active.
 
   Args:
@@ -365,7 +365,7 @@ def repeat(
   rows_of: Callable[[Any], Rows],
   size: int,
   log_probs: bool,
-) -> tuple[Any, Drawn]:
+) -> tuple[Any, GeneratedTokens]:
   """Runs up to `size` steps on the device, while any row is active.
 
   Args:
@@ -397,7 +397,7 @@ def repeat(
 
   out = (tokens, scores) if log_probs else (tokens,)
   _, state, out = jax.lax.while_loop(unfinished, one, (0, state, out))
-  return state, Drawn(out[0], rows_of(state).done, *out[1:])
+  return state, GeneratedTokens(out[0], rows_of(state).done, *out[1:])
 
 
 def resume(rows: Rows) -> Rows:

@@ -290,6 +290,6 @@ def _check_rows(params, count):
     )
   if row_weights.bound_to_tokens(params):
     raise UserError(
-      "pages: found an adapter that is activated by certain tokens, expected "
-      "one that does not depend on whole rows.\nGenerate without pages."
+      "pages: found an adapter that certain tokens activate (aLoRA), which "
+      "paged generation does not support.\nGenerate without pages."
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from research import weights
 from research.generation import decoding
 from research.generation.boundary import Boundary
-from research.generation.decoding import Drawn, PromptMask, Rows
+from research.generation.decoding import GeneratedTokens, PromptMask, Rows
 from research.generation.sampling import Sampling
 from research.nn.cache import paged
 from research.nn.transformer import Transformer
@@ -156,7 +156,7 @@ def decode(
   boundary: Boundary | None = None,
   log_probs: bool = False,
   prompts: Int[Array, " R"] | None = None,
-) -> tuple[paged.Pool, PagedRows, Drawn]:
+) -> tuple[paged.Pool, PagedRows, GeneratedTokens]:
   """Decodes up to `size` tokens for all rows; stops early if none is active.
 
   Rows that have ended or pause write nothing.

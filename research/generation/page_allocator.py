@@ -242,7 +242,7 @@ class PageAllocator:
       rest = tuple(prompt[len(pages) * self.size : end][: self.size])
       found, length = None, 0
       for page in self._behind.get(before, ()):
-        alike = _alike(self._held[page][1], rest)
+        alike = _common_prefix(self._held[page][1], rest)
         if alike > length:
           found, length = page, alike
       if length < self.size:
@@ -268,7 +268,7 @@ class PageAllocator:
     self._behind.pop(page, None)
 
 
-def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
   """Returns the length of the common prefix."""
   pairs = enumerate(zip(a, b, strict=False))
   most = min(len(a), len(b))

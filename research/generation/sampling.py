@@ -84,11 +84,11 @@ def exclude(
 
 
 def penalize(
-  logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Any
+  logits: Float[Array, "B V"], occurred: Bool[Array, "B V"], penalty: Any
 ) -> Float[Array, "B V"]:
-  """Returns logits with the repetition penalty applied to `seen` tokens."""
+  """Returns logits with the repetition penalty applied to `occurred` tokens."""
   less = jnp.where(logits > 0, logits / penalty, logits * penalty)
-  return jnp.where(seen, less, logits)
+  return jnp.where(occurred, less, logits)
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
@@ -134,12 +134,12 @@ def keep_min_p(logits: Float[Array, "B V"], ratio: Any) -> Float[Array, "B V"]:
 def process_logits(
   logits: Float[Array, "B V"],
   sampling: Sampling,
-  seen: Bool[Array, "B V"] | None = None,
+  occurred: Bool[Array, "B V"] | None = None,
 ) -> Float[Array, "B V"]:
   """Applies all rules of `sampling`; returns fp32 logits to sample from."""
   logits = logits.astype(jnp.float32)
-  if sampling.repetition_penalty is not None and seen is not None:
-    logits = penalize(logits, seen, sampling.repetition_penalty)
+  if sampling.repetition_penalty is not None and occurred is not None:
+    logits = penalize(logits, occurred, sampling.repetition_penalty)
   if sampling.temperature is None:
     return logits
   logits = logits / sampling.temperature
@@ -157,7 +157,7 @@ def sample(
   sampling: Sampling,
   keys: PRNGKey,
   step: Int[Array, ""] | Int[Array, "B"] | int,
-  seen: Bool[Array, "B V"] | None = None,
+  occurred: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, "B"]:
   """Samples the next token of each row.
 
@@ -166,10 +166,10 @@ def sample(
     sampling: sampling parameters.
     keys: one random key per row, from `row_keys`.
     step: number of tokens generated so far, shared or per row.
-    seen: whether each token occurs in the row already, for the repetition
+    occurred: whether each token occurs in the row already, for the repetition
       penalty.
   """
-  logits = process_logits(logits, sampling, seen)
+  logits = process_logits(logits, sampling, occurred)
   if sampling.temperature is None:
     return _largest(logits)
   own = 0 if jnp.ndim(step) else None

@@ -16,7 +16,12 @@ from research import weights
 from research.generation import decoding, generate, row_weights
 from research.generation import sampling as samplers
 from research.generation.boundary import Boundary
-from research.generation.decoding import Drawn, PromptMask, Rows, State
+from research.generation.decoding import (
+  GeneratedTokens,
+  PromptMask,
+  Rows,
+  State,
+)
 from research.generation.generated import NO_TOKEN
 from research.generation.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer
@@ -92,7 +97,7 @@ class Stepwise:
     max_new_tokens: int,
     key: PRNGKey | None = None,
     copies: int = 1,
-  ) -> tuple[State, Drawn]:
+  ) -> tuple[State, GeneratedTokens]:
     """Returns `copies` rows for each prompt, up to their first pause.
 
     Args:
@@ -152,7 +157,7 @@ class Stepwise:
     max_new_tokens: int,
     key: PRNGKey | None,
     copies: int,
-  ) -> tuple[State, Drawn]:
+  ) -> tuple[State, GeneratedTokens]:
     """Returns the rows after their first token; arguments as for `start`."""
     limits = self._limits(prompts, max_new_tokens, copies)
     tokens, given = generate.pad_prompts(prompts, self.prompt_room)
@@ -176,7 +181,7 @@ class Stepwise:
       log_probs=self.log_probs,
     )
 
-  def advance(self, state: State) -> tuple[State, Drawn]:
+  def advance(self, state: State) -> tuple[State, GeneratedTokens]:
     """Lets paused rows go on; returns them up to the next pause, or the end.
 
     Args:
@@ -258,7 +263,7 @@ class Stepwise:
   def _stop(self) -> np.ndarray:
     return generate.pad_stop_tokens(self.stop_tokens)
 
-  def _until_paused(self, state, parts) -> tuple[State, Drawn]:
+  def _until_paused(self, state, parts) -> tuple[State, GeneratedTokens]:
     while bool(jnp.any(state.rows.active)):
       state, drawn = decoding.decode(
         self.model,
@@ -296,15 +301,15 @@ def check_choice(
     )
 
 
-def joined(parts: Sequence[Drawn], done: Any) -> Drawn:
+def joined(parts: Sequence[GeneratedTokens], done: Any) -> GeneratedTokens:
   """Returns the tokens of several programs as those of one, on the host."""
   if not parts:
     none = np.zeros((len(done), 0), np.int32)
-    return Drawn(none, np.asarray(done), none.astype(np.float32))
+    return GeneratedTokens(none, np.asarray(done), none.astype(np.float32))
   tokens = np.concatenate([np.asarray(x.tokens) for x in parts], axis=1)
   used = np.any(tokens != NO_TOKEN, axis=0)
   scores = None
   if parts[0].log_probs is not None:
     found = [np.asarray(x.log_probs) for x in parts]
     scores = np.concatenate(found, axis=1)[:, used]
-  return Drawn(tokens[:, used], np.asarray(done), scores)
+  return GeneratedTokens(tokens[:, used], np.asarray(done), scores)

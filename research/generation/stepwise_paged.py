@@ -16,7 +16,7 @@ import numpy as np
 from research.generation import decoding, generate_paged
 from research.generation import generate_paged_rows as programs
 from research.generation import sampling as samplers
-from research.generation.decoding import Drawn, Rows
+from research.generation.decoding import GeneratedTokens, Rows
 from research.generation.generate_paged_rows import PagedRows
 from research.generation.page_allocator import PageAllocator
 from research.generation.paging import Paging
@@ -48,11 +48,11 @@ class PagedStepwise(Stepwise):
 
   Attributes:
     layout: page configuration; its `rows` are those of `start`.
-    most: maximum number of rows at a time.
+    max_rows: maximum number of rows at a time.
   """
 
   layout: Paging = Paging()
-  most: int = 64
+  max_rows: int = 64
 
   def __post_init__(self):
     super().__post_init__()
@@ -74,15 +74,15 @@ class PagedStepwise(Stepwise):
     max_new_tokens: int,
     key: PRNGKey | None = None,
     copies: int = 1,
-  ) -> tuple[PagedState, Drawn]:
+  ) -> tuple[PagedState, GeneratedTokens]:
     """Returns rows up to their first pause; see `Stepwise.start`."""
     limits = self._limits(prompts, max_new_tokens, copies)
     extents = [len(p) + n for p, n in zip(prompts, limits, strict=True)]
     total, size = len(prompts) * copies, self.layout.size
     width = -(-max(extents) // size)
     # One page more for each row: while rows are chosen, both have their last.
-    count = self.layout.count or (width + 1) * max(total, self.most)
-    pages = PageAllocator(count, size, max(total, self.most), width)
+    count = self.layout.count or (width + 1) * max(total, self.max_rows)
+    pages = PageAllocator(count, size, max(total, self.max_rows), width)
     dtype = self.layout.dtype
     pool = paged.empty_pool(self.model, self.params, count, size, dtype)
     hidden, copied = [], []
@@ -124,7 +124,9 @@ class PagedStepwise(Stepwise):
       tuple(np.repeat(extents, copies).tolist()),
     )
     scores = None if scores is None else scores[:, None]
-    return self._until_paused(state, [Drawn(token[:, None], rows.done, scores)])
+    return self._until_paused(
+      state, [GeneratedTokens(token[:, None], rows.done, scores)]
+    )
 
   def begin(
     self,
@@ -139,7 +141,7 @@ class PagedStepwise(Stepwise):
       " revision and adaptive allocation do; use Stepwise"
     )
 
-  def advance(self, state: PagedState) -> tuple[PagedState, Drawn]:
+  def advance(self, state: PagedState) -> tuple[PagedState, GeneratedTokens]:
     """Lets paused rows go on; see `Stepwise.advance`."""
     if self.boundary is not None:
       rows = decoding.resume(state.rows.rows)
@@ -223,7 +225,7 @@ class PagedStepwise(Stepwise):
     if not pairs:
       return pool
     nowhere = np.iinfo(np.int32).max
-    pairs += [(0, nowhere)] * (self.most - len(pairs))
+    pairs += [(0, nowhere)] * (self.max_rows - len(pairs))
     sources, targets = np.array(pairs, np.int32).T
     return programs.copy_pages(pool, sources, targets)
 

@@ -18,7 +18,7 @@ from research.lora.optim import row_factors
 from research.lora.optim.row_factors import Factors
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
-from research.vlm.sees_images import SeesImages
+from research.vlm.image_conditioned import ImageConditioned
 
 
 def is_gguf(place: str | os.PathLike) -> bool:
@@ -40,20 +40,22 @@ def locate(place: str | os.PathLike) -> pathlib.Path:
     return path
   if (path / load.MODEL).is_dir():
     raise UserError(
-      f"{path}: this run trained a whole model, expected an adapter; give it "
-      "as the model itself"
+      f"{path}: this run trained a full model, expected an adapter; pass it "
+      "as the model"
     )
   return load.adapter_directory(path) or path
 
 
 def load_adapter(
-  place: str | os.PathLike, params: Params, model: Transformer | SeesImages
+  place: str | os.PathLike,
+  params: Params,
+  model: Transformer | ImageConditioned,
 ) -> dict[str, Any]:
   """Returns `params` under the adapter that a name stands for, see `locate`.
 
   Of a model that sees images, its language model is adapted.
   """
-  if isinstance(model, SeesImages):
+  if isinstance(model, ImageConditioned):
     own = load_adapter(place, params["language"], model.language)
     return {**params, "language": own}
   found = locate(place)
@@ -87,8 +89,8 @@ def read_factors(
     saved = saved if same else (*saved, path)
   if saved:
     raise UserError(
-      f"{place}: brings {', '.join(saved)} whole, which all rows of a batch "
-      "share; use it alone"
+      f"{place}: contains full weights of {', '.join(saved)} "
+      "(modules_to_save), which all rows of a batch share; use it alone"
     )
   try:
     return row_factors.extract(adapted, rank)

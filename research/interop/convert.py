@@ -28,7 +28,7 @@ from research.typing import UserError, WriteError
 
 
 @contextlib.contextmanager
-def _whole(to: pathlib.Path) -> Iterator[pathlib.Path]:
+def _atomic_directory(to: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a directory that becomes `to` if nothing goes wrong."""
   to = to.absolute()
   try:
@@ -100,7 +100,7 @@ def to_hf(
   said, kept = config.get("torch_dtype", config.get("dtype")), _widest(source)
   if dtype is None and said not in (None, kept):
     config = describe(source.model, source.config, kept, source.hint)
-  with _whole(to) as draft:
+  with _atomic_directory(to) as draft:
     hf_write.write_model(
       draft,
       source.model,
@@ -193,7 +193,7 @@ def to_gguf(
   _warn_of_activations(source, None)
   source, log, keys, reason = _untied(source), changes.Log(), {}, ""
   kept = source.metadata
-  if kept is not None and not _still(source):
+  if kept is not None and not _is_unchanged(source):
     kept = None
   if kept is None and source.tokenizer is not None:
     keys, reason = gguf_vocab.from_tokenizer(
@@ -247,7 +247,7 @@ def to_quantized(
   same = isinstance(writer, checkpoint_formats.Compressed)
   _warn_of_activations(source, writer.activations if same else None)
   source, log = _untied(source), changes.Log()
-  with _whole(to) as draft:
+  with _atomic_directory(to) as draft:
     quantized_write.write_model(
       draft, source, writer, requantize, dtype, shard_size, log
     )
@@ -257,7 +257,7 @@ def to_quantized(
   return log
 
 
-def _still(source: sources.Source) -> bool:
+def _is_unchanged(source: sources.Source) -> bool:
   """Whether the source's model is the one its GGUF metadata is of."""
   if source.base is None:
     return True
@@ -292,9 +292,9 @@ def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
   if source.base_name is not None:
     origin["base"] = source.base_name
   config = hf_write.config_json(source.model, source.config, None, source.hint)
-  with _whole(to) as draft:
+  with _atomic_directory(to) as draft:
     native.save(draft, source.model, params, config, origin)
-    if source.metadata is not None and _still(source):
+    if source.metadata is not None and _is_unchanged(source):
       gguf.write_gguf(draft / native.METADATA, source.metadata, {})
     else:
       _write_tokenizer(draft, source)
@@ -340,7 +340,7 @@ def to_peft(
     under, name = under.base, under.base_name
   params = source.params()
   different = changed_addresses(part.from_params(wrap.disable(params)), under)
-  with _whole(to) as draft:
+  with _atomic_directory(to) as draft:
     peft.save_adapter(
       draft,
       params,
@@ -379,8 +379,9 @@ def to_gguf_adapter(
     whole = changed_addresses(part.from_params(wrap.disable(params)), base)
     if whole or source.model.vocab_size != base.model.vocab_size:
       raise UserError(
-        f"{source.origin.get('path')}: brings {sorted(whole)[0]} whole, which "
-        "llama.cpp's adapters cannot; merge it instead: --format=gguf"
+        f"{source.origin.get('path')}: contains full weights of "
+        f"{sorted(whole)[0]}, which adapters of llama.cpp cannot have; merge "
+        "it instead: --format=gguf"
       )
   return gguf_adapter.save(
     to,

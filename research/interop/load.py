@@ -231,7 +231,7 @@ def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
     params = untied_embedding.untie(tied, params)[1]
     return native.cast(params, dtype=dtype, packed=packed)
 
-  left = shardings is unread.left
+  left = shardings is unread.unplaced
   params = jax.eval_shape(cast, params) if left else cast(params)
   if shardings is not None:
     # Decoded weights are cut as arrays are, no longer as blocks.
@@ -306,7 +306,7 @@ def _adapted(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
     models.append(model)
     return params
 
-  if shardings is unread.left:
+  if shardings is unread.unplaced:
     params = jax.eval_shape(opened, loaded.params)
   else:
     params = opened(loaded.params)

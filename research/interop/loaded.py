@@ -35,7 +35,7 @@ class Loaded:
     source: where it came from: `format`, `path`, and whatever else is known.
     diffusion: how its masks are to be filled; None for models that predict the
       next token.
-    preprocessor: what becomes of images; None for models without eyes.
+    preprocessor: what becomes of images; None for models without an encoder.
   """
 
   model: (

@@ -236,7 +236,7 @@ def load(
   model = presets.transformer(family, sizes, dtype)
   target = _abstract(note.get("weights"), f"{file}: weights")
   _fits(file, model, target)
-  if shardings is unread.left:
+  if shardings is unread.unplaced:
     params = target
   else:
     params = frozen_base.load_frozen(directory / ARRAYS, _on(target, shardings))

@@ -93,9 +93,9 @@ def _hf(path: pathlib.Path) -> Source:
   kind = safetensors.read_json(path / "config.json").get("model_type")
   if kind in families.MODULES and kind != "gemma3":
     raise UserError(
-      f"{path}: found model_type {kind!r}, a model that sees images, expected a"
-      " language model alone: no format that is written here, GGUF included,"
-      " has its towers"
+      f"{path}: found model_type {kind!r}, a vision language model, expected a"
+      " language model: the formats that are written here, GGUF included, have"
+      " no image encoder"
     )
   model, tensors, origin = hf.open_model(path)
 

@@ -1,4 +1,4 @@
-"""Bytes of a file that are mapped when they are looked at, and no longer.
+"""Bytes of a file that are mapped when they are read, and no longer.
 
 Pages of a mapping stay in the process's memory for as long as it exists. So
 each look makes a mapping of its own, which ends with the last array that

@@ -3,7 +3,7 @@
 An 8-byte little-endian length, that many bytes of JSON, then the tensors
 without holes or overlap. Files may come from strangers: nothing here
 allocates what a header merely claims, and every extent is checked against the
-file before any tensor is looked at. A tensor is mapped when it is read, so
+file before any tensor is read. A tensor is mapped when it is read, so
 opening costs no memory and reading a slice touches only its pages.
 
 Read by hand, since the package `safetensors` (0.8) reads no float8 as NumPy,

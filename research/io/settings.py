@@ -165,7 +165,7 @@ class Forms:
     return repr(value)
 
 
-def said(config: Any, name: str) -> str:
+def show(config: Any, name: str) -> str:
   """Returns `name=value` of a setting, for messages."""
   [field] = [f for f in dataclasses.fields(config) if f.name == name]
   value, forms = getattr(config, name), field.metadata["forms"]
@@ -186,7 +186,7 @@ def check(config: Any) -> None:
     elif not _within(field, value):
       expected = _bounds(field)
     if expected is not None:
-      raise UserError(f"{said(config, field.name)}: expected {expected}")
+      raise UserError(f"{show(config, field.name)}: expected {expected}")
 
 
 def _within(field: dataclasses.Field, value: Any) -> bool:

@@ -1,6 +1,6 @@
 """Arrays that are not read yet: each device will read its own part.
 
-An importer describes a tree of `Unread` arrays. `place` makes arrays of it,
+An importer describes a tree of `LazyArray` arrays. `place` makes arrays of it,
 on one device or, with shardings, on all those of a mesh; then the file is read
 through the index of each device's shard, and nobody holds a whole array.
 """
@@ -29,8 +29,8 @@ _PIECE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Unread:
-  """An array, or what will be one.
+class LazyArray:
+  """An array whose parts are read on demand.
 
   Attributes:
     shape, dtype: of all of it.
@@ -41,9 +41,9 @@ class Unread:
   dtype: np.dtype
   read: Callable[[Index], np.ndarray] = dataclasses.field(repr=False)
 
-  def first(self) -> "Unread":
+  def first(self) -> "LazyArray":
     """Returns what stands behind a leading axis of one."""
-    return Unread(
+    return LazyArray(
       self.shape[1:],
       self.dtype,
       lambda index: self.read((slice(0, 1), *index))[0],
@@ -88,7 +88,7 @@ def stacked(
   lead: tuple[int, ...],
   one: tuple[int, ...],
   dtype: np.dtype,
-) -> Unread:
+) -> LazyArray:
   """Returns arrays of shape `one`, read one by one, behind the axes `lead`."""
   order = np.arange(len(fills)).reshape(lead)
 
@@ -99,7 +99,7 @@ def stacked(
       fills[chosen[at]](inner, out[*at, ...])
     return out
 
-  return Unread((*lead, *one), dtype, read)
+  return LazyArray((*lead, *one), dtype, read)
 
 
 def _scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -140,7 +140,7 @@ def abstract(params: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
 
-def left(shapes: Any) -> Any:
+def unplaced(shapes: Any) -> Any:
   """Returns the shapes: as `Shardings`, it leaves arrays where they are.
 
   What would have been placed by it are then `jax.ShapeDtypeStruct`s.
@@ -149,7 +149,7 @@ def left(shapes: Any) -> Any:
 
 
 def place(unread: Any, shardings: Shardings | None = None) -> Any:
-  """Returns the arrays that a tree of `Unread`s describes.
+  """Returns the arrays that a tree of `LazyArray`s describes.
 
   The largest are read first: while an array is made it is held twice, and at
   the end, when memory is fullest, that is a small one.
@@ -184,11 +184,11 @@ def place(unread: Any, shardings: Shardings | None = None) -> Any:
   return jax.tree.unflatten(treedef, out)
 
 
-def _nbytes(x: Unread) -> int:
+def _nbytes(x: LazyArray) -> int:
   return math.prod(x.shape) * np.dtype(x.dtype).itemsize
 
 
-def _placed(path: str, x: Unread, sharding: jax.sharding.Sharding | None):
+def _placed(path: str, x: LazyArray, sharding: jax.sharding.Sharding | None):
   if sharding is None:
     return jax.device_put(x.read(tuple(slice(0, n) for n in x.shape)))
   _divisible(path, x.shape, sharding)

@@ -133,8 +133,8 @@ def _cut(
   if exchanged and queries[2] // apart % sizes["ulysses"]:
     raise UserError(
       f"Layout.ulysses: found {sizes['ulysses']} for {queries[2]} heads over"
-      f" {apart} devices, expected to divide them.\nLayout.ring and"
-      " Layout.sequence ask nothing of heads."
+      f" {apart} devices, expected a divisor of the heads of each.\nLayout.ring"
+      " and Layout.sequence need none."
     )
   ways = {"length": "sequence", "ring": "ring", "ulysses": "ulysses"}
   return sharded.AttentionSharding(

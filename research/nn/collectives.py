@@ -25,7 +25,7 @@ def gather(w: Any, *names: str | None) -> Any:
   """
   if not sharding.is_cut():
     return w
-  return jax.tree.map(_whole, w, sharding.part_names(w, names))
+  return jax.tree.map(_unsharded, w, sharding.part_names(w, names))
 
 
 def gather_parts(layer: Any) -> Any:
@@ -48,14 +48,14 @@ def gather_parts(layer: Any) -> Any:
 
     def part(x, names):
       logical = x.shape == leaf.shape and jnp.issubdtype(x.dtype, jnp.floating)
-      return x if logical else _whole(x, names)
+      return x if logical else _unsharded(x, names)
 
     return jax.tree.map(part, leaf, sharding.part_names(leaf, names))
 
   return tree.map_paths(one, layer, is_leaf=weights.is_weight)
 
 
-def _whole(x, names):
+def _unsharded(x, names):
   """Constrains `x` to be unsharded along `width`; XLA decides other axes."""
   if names.names is None or "width" not in names.names:
     return x

@@ -145,7 +145,7 @@ def transformer(
   own = shared
   change = None
   if sizes.time_embedding is not None:
-    change = AdaLN(zero_gate=sizes.time_embedding.closed)
+    change = AdaLN(zero_gate=sizes.time_embedding.zero_gate)
   if sizes.local_theta is not None:
     own = Rope(theta=sizes.local_theta, fraction=sizes.rotated)
 

@@ -9,7 +9,7 @@ three linear maps of c per sublayer,
 The final norm has shift and scale only. Here the gate is `1 + g`, and all three
 maps are initialised to zero, so the model starts out equal to one without time
 conditioning. DiT's adaLN-Zero, `gate = g`, in which every layer starts as the
-identity, is obtained by initialising the bias of g to -1 (`closed`).
+identity, is obtained by initialising the bias of g to -1 (`zero_gate`).
 """
 
 import dataclasses
@@ -33,22 +33,22 @@ class TimeEmbedding:
   """Configuration of the timestep conditioning; defaults are MDLM's sizes.
 
   Attributes:
-    told: what the sinusoids encode: 'time', the timestep t itself, or 'sigma',
+    input: what the sinusoids encode: 'time', the timestep t itself, or 'sigma',
       MDLM's noise level `-log(1 - (1 - 1e-3) t)`.
     scale: multiplies that input; MD4 uses 1,000 with 'time'.
     features: number of sinusoids, half of them cosines, with frequencies from 1
       down to nearly 1e-4.
     hidden: width of the MLP.
     width: C, the width of the conditioning vector.
-    closed: whether every layer starts as the identity (DiT's adaLN-Zero).
+    zero_gate: whether every layer starts as the identity (DiT's adaLN-Zero).
   """
 
-  told: str = "sigma"
+  input: str = "sigma"
   scale: float = 1.0
   features: int = 256
   hidden: int = 128
   width: int = 128
-  closed: bool = False
+  zero_gate: bool = False
 
   def __post_init__(self):
     if self.features < 2 or self.features % 2:
@@ -61,15 +61,15 @@ class TimeEmbedding:
         f"TimeEmbedding: hidden is {self.hidden}, width {self.width} and scale"
         f" {self.scale}, expected more than 0"
       )
-    if self.told not in ("time", "sigma"):
+    if self.input not in ("time", "sigma"):
       raise UserError(
-        f"TimeEmbedding.told: found {self.told!r}, expected 'time' or 'sigma'"
+        f"TimeEmbedding.input: found {self.input!r}, expected 'time' or 'sigma'"
       )
 
   def sinusoids(self, time: Float[Array, "*B"]) -> Float[Array, "*B F"]:
     """Returns cosines, then sines, of timesteps in [0, 1]; fp32."""
     x = time.astype(jnp.float32)
-    if self.told == "sigma":
+    if self.input == "sigma":
       x = -jnp.log1p(-(1 - SIGMA_EPS) * x)
     half = self.features // 2
     rate = jnp.exp(-jnp.log(MAX_PERIOD) * jnp.arange(half) / half)

@@ -29,7 +29,7 @@ from research.typing import Array, Float, UInt8
 
 BLOCK = 256
 
-WHOLE = r"(^|/)(embed|head)$"
+FULL_PRECISION = r"(^|/)(embed|head)$"
 """What stays in 32 bits besides small arrays, as bitsandbytes advises."""
 
 
@@ -119,7 +119,7 @@ def scale_by_adam8bit(
   b1: optim.Number = 0.9,
   b2: optim.Number = 0.999,
   eps: optim.Number = 1e-8,
-  whole: str = WHOLE,
+  full_precision: str = FULL_PRECISION,
   least: int = 4096,
 ) -> optax.GradientTransformation:
   """Returns Adam with moments in 8 bits, but for small and chosen arrays.
@@ -128,13 +128,14 @@ def scale_by_adam8bit(
     b1: decay of the mean.
     b2: decay of the mean square.
     eps: added to the root of the mean square.
-    whole: regular expression of the paths whose moments stay in 32 bits.
+    full_precision: regular expression of the paths whose moments stay in 32
+      bits.
     least: elements of an array from which on its moments are packed.
   """
 
   def kinds(params):
     def kind(path, x):
-      small = x.size < least or re.search(whole, path)
+      small = x.size < least or re.search(full_precision, path)
       return "whole" if small else "packed"
 
     return tree.map_paths(kind, params)
@@ -196,7 +197,7 @@ def adamw8bit(
   weight_decay: optim.Number = 0.0,
   decayed: str = ".*",
   clip: optim.Number | None = 1.0,
-  whole: str = WHOLE,
+  full_precision: str = FULL_PRECISION,
   least: int = 4096,
 ) -> optax.GradientTransformation:
   """Returns AdamW with moments in 8 bits.
@@ -209,12 +210,13 @@ def adamw8bit(
     weight_decay: share of a parameter taken off at rate 1.
     decayed: regular expression of the paths that decay.
     clip: bound of the gradient's global norm, or None.
-    whole: regular expression of the paths whose moments stay in 32 bits.
+    full_precision: regular expression of the paths whose moments stay in 32
+      bits.
     least: elements of an array from which on its moments are packed.
   """
   return optax.chain(
     optim.clipped(clip),
-    scale_by_adam8bit(b1, b2, eps, whole, least),
+    scale_by_adam8bit(b1, b2, eps, full_precision, least),
     optim.decaying(weight_decay, optim.decay_mask(decayed)),
     optim.scale_by_rate(learning_rate),
   )

@@ -18,7 +18,7 @@ from research.typing import Params, UserError
 
 
 @runtime_checkable
-class SeesImages(Protocol):
+class ImageConditioned(Protocol):
   """A reward model behind an encoder, such as a `vlm.VisionLanguageModel`.
 
   Attributes:
@@ -59,10 +59,10 @@ def score_solutions(
     UserError: a solution is longer than the model's context, or the model sees
       images and has a convention.
   """
-  if convention is not None and isinstance(model, SeesImages):
+  if convention is not None and isinstance(model, ImageConditioned):
     raise UserError(
-      f"score_solutions: found {type(convention).__name__} and a model that"
-      " sees images, expected one that reads texts alone"
+      f"score_solutions: found {type(convention).__name__} and a vision"
+      " language model, expected a model of text alone"
     )
   # Solutions of one problem share its prompt, and a picture is drawn once.
   prompts = {x.prompt: prompting(tokenizer, x.prompt) for x in solutions}
@@ -72,7 +72,7 @@ def score_solutions(
     )
     for x in solutions
   ]
-  reward = model.language if isinstance(model, SeesImages) else model
+  reward = model.language if isinstance(model, ImageConditioned) else model
   longest = max((len(x.tokens) for x in encoded), default=1)
   room = reward.max_positions
   if room is not None and longest > room:
@@ -91,7 +91,7 @@ def score_solutions(
     part = slice(start, start + batch_size)
     fill = ((0, max(0, start + batch_size - len(encoded))), (0, 0))
     own = params
-    if isinstance(model, SeesImages):
+    if isinstance(model, ImageConditioned):
       asked = [x.prompt for x in solutions[part]]
       asked += asked[-1:] * fill[0][1]
       pixels = arrays_of([prompts[x] for x in asked])["pixels"]
@@ -128,7 +128,7 @@ class StepEvaluation:
       UserError: the model gives no scores of steps.
     """
     model = loaded.model
-    reward = model.language if isinstance(model, SeesImages) else model
+    reward = model.language if isinstance(model, ImageConditioned) else model
     if not hasattr(reward, "scores"):
       raise UserError(
         f"StepEvaluation: found a {type(reward).__name__}, expected a reward"

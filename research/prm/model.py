@@ -110,7 +110,7 @@ class RewardModel:
       positions, segments: as in a batch of text; None for one text a row, from
         its first token on.
       key: of dropout; None for none.
-      keep: indices of the tokens that are asked for; None for all.
+      keep: indices of the tokens whose outputs are computed; None for all.
     """
     hidden = _hidden(self.backbone, params, tokens, positions, segments, keep)
     return self.logits_of(params, hidden, key)

@@ -52,12 +52,12 @@ class Hard:
   """Binary cross-entropy with labels cut to 0 or 1.
 
   Attributes:
-    above: a label above it is 1. Of shares of successful rollouts, 0 calls a
-      step right that any rollout could finish (Math-Shepherd, arXiv:2312.08935,
-      equation 3), the choice that worked best.
+    threshold: a label above it is 1. Of shares of successful rollouts, 0 calls
+      a step right that any rollout could finish (Math-Shepherd,
+      arXiv:2312.08935, equation 3), the choice that worked best.
   """
 
-  above: float = 0.0
+  threshold: float = 0.0
 
   def __call__(
     self,
@@ -66,7 +66,7 @@ class Hard:
     w: Float[Array, "B T"],
   ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Returns each row's loss and weight."""
-    return soft(z, (labels > self.above).astype(jnp.float32), w)
+    return soft(z, (labels > self.threshold).astype(jnp.float32), w)
 
 
 def squared_probability(

@@ -17,7 +17,7 @@ from research.prm import judge
 from research.prm.labelled import LabelledSolution
 from research.prm.scores.aggregate import Aggregate, Product
 from research.reasoning.segmentation import SEGMENTERS, steps_of
-from research.training.alignment.rewarded_task import Judged, Prompt
+from research.training.alignment.rewarded_task import AnswerRewards, Prompt
 from research.training.reasoning_tasks import VerifiedTask
 from research.typing import UserError
 
@@ -82,7 +82,7 @@ class ScoredTask:
 
   def judge(
     self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
-  ) -> Judged:
+  ) -> AnswerRewards:
     """Returns rewards, and the share of answers that the task accepts.
 
     Args:
@@ -104,7 +104,7 @@ class ScoredTask:
       for own in steps
     ]
     right = [self.task.reward(prompt, answer) for prompt, answer in pairs]
-    return Judged(rewards, {VERIFIED: float(np.mean(right))})
+    return AnswerRewards(rewards, {VERIFIED: float(np.mean(right))})
 
   def _steps(self, answer: Sequence[int]) -> tuple[str, ...]:
     """Returns the steps of an answer; none of one that was cut."""

@@ -223,11 +223,11 @@ class Round(Op):
     scale: Any = None,
   ) -> Float[Array, "..."]:
     """Returns `einsum(eq, self(x), w)`; integer sums are exact."""
-    held = integer_codes(w) if self.integer else None
-    if held is None:
+    w_codes = integer_codes(w) if self.integer else None
+    if w_codes is None:
       return weights.einsum(eq, self(x, scale), w)
     codes, scale, _ = self.codes(x, scale)
-    y = integer_product(codes[..., 0, :].astype(jnp.int8), held)
+    y = integer_product(codes[..., 0, :].astype(jnp.int8), w_codes)
     y = y * (scale if scale.ndim == 0 else scale[..., 0])
     return y.astype(x.dtype)
 

@@ -243,8 +243,8 @@ class Format:
       UserError: the format cannot replace codes.
     """
     raise UserError(
-      f"{self.name}: its codes cannot be chosen apart from its grids, as GPTQ "
-      "does; expected another format, or rounding to nearest"
+      f"{self.name}: GPTQ needs fixed scales, and this format chooses scales "
+      "and codes together; expected another format, or rounding to nearest"
     )
 
   def decode(self, parts: Parts) -> Float[Array, "... I O"]:

@@ -327,11 +327,13 @@ class _Work:
       known, used = None, self._used(i, layer)
       if used and self.how.sequential != "stages":
         firsts = [group[0] for stage in used for group in stage]
-        known = self._seen(layer, layer, inputs, firsts)
+        known = self._input_stats(layer, layer, inputs, firsts)
       for stage in used:
-        seen = known or self._seen(layer, dense, inputs, [g[0] for g in stage])
+        stats = known or self._input_stats(
+          layer, dense, inputs, [g[0] for g in stage]
+        )
         for group in stage:
-          found, plain = self._pack(i, layer, group, seen[group[0]])
+          found, plain = self._pack(i, layer, group, stats[group[0]])
           packed = self._replaced(packed, found)
           dense = self._replaced(dense, plain)
       out.append(packed)
@@ -348,7 +350,7 @@ class _Work:
     paths = [p for p in matrices(layer) if f"layers/{i}/{p}" in self.chosen]
     return stages(paths)
 
-  def _seen(self, old, new, inputs, paths):
+  def _input_stats(self, old, new, inputs, paths):
     if self.pairs:
       return inputs.measure(
         error_propagation.pair_weights(old, new),
@@ -357,7 +359,7 @@ class _Work:
       )
     return inputs.measure(new, paths, Covariance())
 
-  def _pack(self, i, layer, group, seen):
+  def _pack(self, i, layer, group, stats):
     """Returns ({path: packed}, {path: decoded}) of a group's matrices."""
     found, plain = {}, {}
     ws = matrices(layer)
@@ -369,12 +371,12 @@ class _Work:
     for rule, paths in byrule.items():
       names = [f"layers/{i}/{path}" for path in paths]
       some = [_array(n, ws[p]) for n, p in zip(names, paths, strict=True)]
-      packed, dense = self._one(names, some, seen, rule)
+      packed, dense = self._one(names, some, stats, rule)
       found |= dict(zip(paths, packed, strict=True))
       plain |= dict(zip(paths, dense, strict=True))
     return found, plain
 
-  def _one(self, names, ws, seen, rule):
+  def _one(self, names, ws, stats, rule):
     """Returns (packed, decoded) of matrices with one rule and one input."""
     fitted = [
       format_for(n, rule.format, w.shape)
@@ -386,7 +388,7 @@ class _Work:
       at = [k for k, f in enumerate(fitted) if f == format]
       found = methods.round_matrices(
         tuple(ws[k] for k in at),
-        seen,
+        stats,
         format,
         rule.method,
         self.how.compare,

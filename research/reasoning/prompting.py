@@ -71,9 +71,9 @@ def arrays_of(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
   for i, shape in enumerate(shapes):
     if shape != shapes[0]:
       raise UserError(
-        f"prompts: found arrays {shapes[0]} beside the first one and {shape}"
-        f" beside number {i + 1}, expected the same of all; draw all questions"
-        " of one size"
+        f"prompts: found arrays of shapes {shapes[0]} with the first and"
+        f" {shape} with number {i + 1}, expected the same with all; draw all"
+        " images at one size"
       )
   first = each[0] if each else {}
   return {name: np.stack([one[name] for one in each]) for name in first}

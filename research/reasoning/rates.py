@@ -8,7 +8,7 @@ from research.reasoning.problem import Problem, Verdict
 
 
 @runtime_checkable
-class Provoking(Protocol):
+class GraderTestTask(Protocol):
   """A task that can say right, wrong and undecided texts itself."""
 
   def verify(self, problem: Problem, text: str | None) -> Verdict: ...
@@ -45,7 +45,7 @@ class Rates:
 
 
 def measure(
-  task: Provoking, problems: Sequence[Problem], verifier=None
+  task: GraderTestTask, problems: Sequence[Problem], verifier=None
 ) -> Rates:
   """Returns how often a verifier errs on a task's problems.
 

@@ -30,8 +30,8 @@ class BlockRows:
     cached: whether the cache has all that stands before that.
     memory: the cache of finished blocks, or None.
     prompt: which prompt each row continues.
-    sees: parameters whose row i reads prompt i, such as those with its image;
-      None where all rows have the same.
+    row_params: parameters whose row i reads prompt i, such as those with its
+      image; None where all rows have the same.
   """
 
   rows: sampler.State
@@ -40,13 +40,15 @@ class BlockRows:
   cached: Bool[np.ndarray, " R"]
   memory: Any
   prompt: Int[np.ndarray, " R"]
-  sees: Params | None = None
+  row_params: Params | None = None
 
   def params(self, common: Params) -> Params:
     """Returns the parameters that read these rows, of the common ones."""
-    if self.sees is None:
+    if self.row_params is None:
       return common
-    return weights.take_rows(self.sees, jnp.asarray(self.prompt, jnp.int32))
+    return weights.take_rows(
+      self.row_params, jnp.asarray(self.prompt, jnp.int32)
+    )
 
   def select(
     self, rows: Int[np.ndarray, " N"], branch: Int[np.ndarray, " N"]
@@ -59,7 +61,7 @@ class BlockRows:
       cached=self.cached[rows],
       memory=copied(self.memory, rows),
       prompt=self.prompt[rows],
-      sees=self.sees,
+      row_params=self.row_params,
     )
 
   def store(self, new: "BlockRows", rows: Int[np.ndarray, " N"]) -> "BlockRows":
@@ -82,7 +84,7 @@ class BlockRows:
       cached=cached,
       memory=merged(self.memory, new.memory, rows),
       prompt=prompt,
-      sees=self.sees,
+      row_params=self.row_params,
     )
 
   def masked_again(

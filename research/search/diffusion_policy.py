@@ -22,7 +22,7 @@ from research.diffusion.sampling import layout, sampler
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.denoiser import Denoiser
 from research.generation import generate
-from research.generation.decoding import Drawn
+from research.generation.decoding import GeneratedTokens
 from research.generation.generated import NO_TOKEN
 from research.generation.sampling import GREEDY, Sampling
 from research.generation.stepwise import PromptReader, check_choice
@@ -39,7 +39,7 @@ from research.typing import (
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawnBlocks(Drawn):
+class GeneratedBlocks(GeneratedTokens):
   """New tokens, and the passes that drew them.
 
   `log_probs` are those that tokens had when they were filled in: of the order
@@ -79,13 +79,13 @@ class DiffusionPolicy:
     unit = self._cost.unit
     if unit not in (1, config.block):
       raise UserError(
-        f"DiffusionPolicy: found {config.said('block')}, expected the model's"
+        f"DiffusionPolicy: found {config.show('block')}, expected the model's"
         f" blocks of {unit} tokens"
       )
     if config.canvas is not None:
       raise UserError(
-        f"DiffusionPolicy: found {config.said('canvas')}, expected a fixed one:"
-        " places of blocks that are judged do not move"
+        f"DiffusionPolicy: found {config.show('canvas')}, expected a fixed one:"
+        " blocks that are scored must not move"
       )
 
   @functools.cached_property
@@ -139,11 +139,11 @@ class DiffusionPolicy:
     once = padded.tokens, padded.masked, padded.valid
     key = jax.random.key(0) if key is None else key
     memory, total = None, len(prompts) * copies
-    sees = None if self.reader is None else self.reader(prompts)
+    row_params = None if self.reader is None else self.reader(prompts)
     if self.denoiser.caches_finished:
       memory = sampler.cache_finished(
         self.denoiser,
-        self.params if sees is None else sees,
+        self.params if row_params is None else row_params,
         sampler.begin(*once, key),
         jnp.int32(width),
         self.config.block,
@@ -158,7 +158,7 @@ class DiffusionPolicy:
       cached=np.ones(total, bool),
       memory=memory,
       prompt=np.repeat(np.arange(len(prompts)), copies),
-      sees=sees,
+      row_params=row_params,
     )
 
   def start(
@@ -167,11 +167,11 @@ class DiffusionPolicy:
     max_new_tokens: int,
     key: PRNGKey | None = None,
     copies: int = 1,
-  ) -> tuple[BlockRows, DrawnBlocks]:
+  ) -> tuple[BlockRows, GeneratedBlocks]:
     """Returns rows after their first block; arguments as for `begin`."""
     return self.advance(self.begin(prompts, max_new_tokens, key, copies))
 
-  def advance(self, state: BlockRows) -> tuple[BlockRows, DrawnBlocks]:
+  def advance(self, state: BlockRows) -> tuple[BlockRows, GeneratedBlocks]:
     """Fills the next block of all rows that have not ended.
 
     Args:
@@ -289,7 +289,9 @@ class DiffusionPolicy:
       peak_cache_tokens=self._cost.shared(tokens),
     )
 
-  def steps(self, paths: Sequence[Path], drawn: DrawnBlocks) -> list[Ledger]:
+  def steps(
+    self, paths: Sequence[Path], drawn: GeneratedBlocks
+  ) -> list[Ledger]:
     """Returns what each path's block costs, every pass of it.
 
     Tokens are counted once, as they are written, however many passes read them.
@@ -356,11 +358,11 @@ class DiffusionPolicy:
       memory=memory,
     )
 
-  def _nothing(self, state: BlockRows) -> DrawnBlocks:
+  def _nothing(self, state: BlockRows) -> GeneratedBlocks:
     """Returns no token of any row."""
     places = np.asarray(state.rows.valid).sum(axis=1).tolist()
     tokens = np.full((len(places), self.config.block), NO_TOKEN, np.int32)
-    return DrawnBlocks(
+    return GeneratedBlocks(
       tokens=tokens,
       done=np.asarray(state.rows.done),
       log_probs=np.zeros(tokens.shape, np.float32),
@@ -369,12 +371,12 @@ class DiffusionPolicy:
 
   def _drawn(
     self,
-    drawn: DrawnBlocks,
+    drawn: GeneratedBlocks,
     before: BlockRows,
     after: BlockRows,
     which: Bool[np.ndarray, " R"],
     at: int,
-  ) -> DrawnBlocks:
+  ) -> GeneratedBlocks:
     """Returns `drawn` with the block that some rows got."""
     size, rows = self.config.block, after.rows
     tokens, fixed, valid, confidence = (
@@ -400,7 +402,7 @@ class DiffusionPolicy:
       else one
       for i, one in enumerate(drawn.passes)
     ]
-    return DrawnBlocks(
+    return GeneratedBlocks(
       tokens=np.where(own, tokens, drawn.tokens),
       done=np.asarray(rows.done),
       log_probs=np.where(own, scores, drawn.log_probs),

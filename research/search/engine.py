@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from research.generation.decoding import Drawn
+from research.generation.decoding import GeneratedTokens
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
 from research.search.cost import Causal, model_cost
@@ -91,13 +91,13 @@ class StateVerifier(Protocol):
     ...
 
   def score(
-    self, state: Any, fresh: Bool[np.ndarray, " R"]
+    self, state: Any, advanced: Bool[np.ndarray, " R"]
   ) -> Float[np.ndarray, " R"]:
     """Returns each row's score at its last token.
 
     Args:
       state: the policy's, after the tokens that are scored.
-      fresh: rows whose score is asked for; others' mean nothing.
+      advanced: rows whose score is asked for; others' mean nothing.
     """
     ...
 
@@ -205,8 +205,8 @@ class Engine:
     judged = None
     if self._reader is not None:
       judged = self._reader.start(prompts, copies, max_new_tokens)
-    fresh = (True,) * len(paths)
-    return Frontier(state, judged, paths, fresh, ledgers, began)
+    advanced = (True,) * len(paths)
+    return Frontier(state, judged, paths, advanced, ledgers, began)
 
   def advance(self, frontier: Frontier) -> Frontier:
     """Returns the frontier after one more step of all paths that go on.
@@ -228,7 +228,7 @@ class Engine:
       state=self.policy.select(frontier.state, rows, branch),
       verifier=judged,
       paths=tuple(frontier.paths[row] for row in rows),
-      fresh=tuple(frontier.fresh[row] for row in rows),
+      advanced=tuple(frontier.advanced[row] for row in rows),
     )
 
   def append(
@@ -296,16 +296,16 @@ class Engine:
     judged = frontier.verifier
     if self._reader is not None:
       judged = self._reader.store(judged, new.verifier, rows)
-    paths, fresh = list(frontier.paths), list(frontier.fresh)
-    for row, path, own in zip(rows, new.paths, new.fresh, strict=True):
+    paths, advanced = list(frontier.paths), list(frontier.advanced)
+    for row, path, own in zip(rows, new.paths, new.advanced, strict=True):
       if row < len(paths):
-        paths[row], fresh[row] = path, own
+        paths[row], advanced[row] = path, own
     return dataclasses.replace(
       frontier,
       state=self.policy.store(frontier.state, new.state, rows),
       verifier=judged,
       paths=tuple(paths),
-      fresh=tuple(fresh),
+      advanced=tuple(advanced),
       ledgers=new.ledgers,
     )
 
@@ -315,7 +315,7 @@ class Engine:
     return dataclasses.replace(frontier, state=state)
 
   def _with_tokens(
-    self, frontier: Frontier, state: Any, drawn: Drawn
+    self, frontier: Frontier, state: Any, drawn: GeneratedTokens
   ) -> Frontier:
     new = np.asarray(drawn.tokens)
     paths = [
@@ -329,25 +329,25 @@ class Engine:
       )
     ]
     judged = frontier.verifier
-    asked = self._asked(frontier.paths, new)
+    to_score = self._to_score(frontier.paths, new)
     if self.verifier is not None:
-      fresh = (asked != NO_TOKEN).any(axis=1)
-      judged, found = self._judged(judged, state, paths, asked)
+      advanced = (to_score != NO_TOKEN).any(axis=1)
+      judged, found = self._judged(judged, state, paths, to_score)
       paths = [
         _scored(path, score) if own else path
-        for path, score, own in zip(paths, found, fresh, strict=True)
+        for path, score, own in zip(paths, found, advanced, strict=True)
       ]
-    fresh = tuple(bool(x) for x in (new != NO_TOKEN).any(axis=1))
+    advanced = tuple(bool(x) for x in (new != NO_TOKEN).any(axis=1))
     return dataclasses.replace(
       frontier,
       state=state,
       verifier=judged,
       paths=tuple(paths),
-      fresh=fresh,
-      ledgers=self._costs(frontier, drawn, judged, asked),
+      advanced=advanced,
+      ledgers=self._costs(frontier, drawn, judged, to_score),
     )
 
-  def _asked(
+  def _to_score(
     self, paths: Sequence[Path], new: Int[np.ndarray, "R C"]
   ) -> Int[np.ndarray, "R C"]:
     """Returns the new tokens of steps, `NO_TOKEN` in other places.
@@ -363,14 +363,14 @@ class Engine:
     judged: Any,
     state: Any,
     paths: Sequence[Path],
-    asked: Int[np.ndarray, "R C"],
+    to_score: Int[np.ndarray, "R C"],
   ) -> tuple[Any, Float[np.ndarray, " R"]]:
     """Returns the verifier's state and scores, if they come in time."""
 
     def read():
       if self._reader is None:
-        return judged, self.verifier.score(state, (asked != NO_TOKEN).any(1))
-      return self._reader.read(judged, paths, asked)
+        return judged, self.verifier.score(state, (to_score != NO_TOKEN).any(1))
+      return self._reader.read(judged, paths, to_score)
 
     judged, found = (
       read() if self.timeout is None else _within(self.timeout, read)
@@ -405,9 +405,9 @@ class Engine:
   def _costs(
     self,
     frontier: Frontier,
-    drawn: Drawn,
+    drawn: GeneratedTokens,
     judged: Any,
-    asked: Int[np.ndarray, "R C"],
+    to_score: Int[np.ndarray, "R C"],
   ) -> tuple[Ledger, ...]:
     """Returns the ledgers with the passes that drew and judged new tokens."""
     ledgers, paths = list(frontier.ledgers), frontier.paths
@@ -418,7 +418,7 @@ class Engine:
     cached = [shared.get(i, 0) for i in range(len(ledgers))]
     counts = (np.asarray(drawn.tokens) != NO_TOKEN).sum(axis=1).tolist()
     steps = self._cost.steps(paths, drawn)
-    judges = np.where((asked != NO_TOKEN).any(axis=1), counts, 0).tolist()
+    judges = np.where((to_score != NO_TOKEN).any(axis=1), counts, 0).tolist()
     reads = self._reads(paths, judges, judged)
     for path, count, now, read in zip(paths, counts, steps, reads, strict=True):
       cached[path.problem] += now.peak_cache_tokens

@@ -340,8 +340,8 @@ class GenerativeJudge:
   def step_cost(self, start: int, tokens: int) -> Ledger:
     """Raises UserError: what a critique costs is known once it is written."""
     raise UserError(
-      f"step_cost: found a judge that writes, of {tokens} tokens after {start};"
-      " expected to ask it for `spent` once it has judged"
+      f"step_cost: found a generative judge, of {tokens} tokens after {start},"
+      " whose cost is known only afterwards; expected a call of `spent`"
     )
 
   def spent(self, state: Sequence[JudgedRow]) -> list[Ledger]:
@@ -362,13 +362,13 @@ class GenerativeJudge:
     new: Int[np.ndarray, "R C"],
   ) -> tuple[list[JudgedRow], Float[np.ndarray, " R"]]:
     """Returns the state after the newest steps, and their scores."""
-    fresh = [i for i, row in enumerate(new) if (row != NO_TOKEN).any()]
+    advanced = [i for i, row in enumerate(new) if (row != NO_TOKEN).any()]
     rows = [dataclasses.replace(row, spent=Ledger()) for row in state]
     scores = np.zeros(len(rows))
-    if not fresh:
+    if not advanced:
       return rows, scores
     conversations, decide = [], []
-    for i in fresh:
+    for i in advanced:
       steps = [self.text(step) for step in paths[i].steps]
       problem = self.text(rows[i].problem)
       conversations.append(
@@ -376,7 +376,7 @@ class GenerativeJudge:
       )
       decide.append(functools.partial(self.format.decision, steps=len(steps)))
     found = self.writer(conversations, decide, self.count)
-    for i, one in zip(fresh, found, strict=True):
+    for i, one in zip(advanced, found, strict=True):
       chances = [self.unparsed if x is None else x for x in one.chances]
       scores[i] = float(np.mean(chances))
       rows[i] = JudgedRow(

@@ -7,7 +7,7 @@ of the step itself. The steps ahead are thrown away, but not their cost.
 import dataclasses
 from typing import Any
 
-from research.generation.decoding import Drawn
+from research.generation.decoding import GeneratedTokens
 from research.generation.sampling import GREEDY
 from research.generation.stepwise_paged import PagedStepwise
 from research.search.engine import Engine, Frontier
@@ -32,12 +32,12 @@ class Lookahead(Engine):
       )
     if isinstance(self.policy, PagedStepwise):
       raise UserError(
-        "Lookahead: found a PagedStepwise, expected a policy whose rows can go"
-        " on twice, such as Stepwise: choosing rows moves their pages"
+        "Lookahead: found a PagedStepwise, expected a policy that can continue"
+        " a row twice, such as Stepwise: selecting rows moves their pages"
       )
 
   def _with_tokens(
-    self, frontier: Frontier, state: Any, drawn: Drawn
+    self, frontier: Frontier, state: Any, drawn: GeneratedTokens
   ) -> Frontier:
     now = super()._with_tokens(_without_peaks(frontier), state, drawn)
     greedy = dataclasses.replace(self.policy, sampling=GREEDY)
@@ -53,11 +53,11 @@ class Lookahead(Engine):
         break
       ahead = engine.advance(ahead)
       last |= {
-        row: ahead.paths[row].scores[-1] for row in rows if ahead.fresh[row]
+        row: ahead.paths[row].scores[-1] for row in rows if ahead.advanced[row]
       }
     paths = tuple(
       dataclasses.replace(path, scores=(*path.scores[:-1], last[row]))
-      if now.fresh[row]
+      if now.advanced[row]
       else path
       for row, path in enumerate(now.paths)
     )

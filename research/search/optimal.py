@@ -17,26 +17,28 @@ from research.errors import UserError
 
 
 def quantile_bins(
-  ease: Float[np.ndarray, "B"], bins: int = 5
+  pass_rates: Float[np.ndarray, "B"], bins: int = 5
 ) -> Int[np.ndarray, "B"]:
   """Returns each problem's level: 0 is the easiest, `bins - 1` the hardest.
 
   Equally easy problems share a level, so that their order decides nothing.
 
   Args:
-    ease: pass@1 of many samples, or a predicted one, such as the mean score of
-      a few samples (whose cost belongs to the ledger).
+    pass_rates: pass@1 of many samples, or a predicted one, such as the mean
+      score of a few samples (whose cost belongs to the ledger).
     bins: number of levels.
   """
-  if not len(ease) or bins < 1 or np.isnan(ease).any():
+  if not len(pass_rates) or bins < 1 or np.isnan(pass_rates).any():
     raise UserError(
-      f"quantile_bins: found {len(ease)} problems and {bins} bins, expected one"
-      " of each at least, and no NaN"
+      f"quantile_bins: found {len(pass_rates)} problems and {bins} bins,"
+      " expected one of each at least, and no NaN"
     )
   # Middle ranks, of the hardest first.
-  _, where, counts = np.unique(-ease, return_inverse=True, return_counts=True)
+  _, where, counts = np.unique(
+    -pass_rates, return_inverse=True, return_counts=True
+  )
   middle = np.cumsum(counts) - counts / 2
-  return (middle[where] * bins / len(ease)).astype(int)
+  return (middle[where] * bins / len(pass_rates)).astype(int)
 
 
 def absolute_bins(pass_at_1: Float[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
@@ -56,7 +58,7 @@ class Choice:
     accuracy: of the chosen strategies, on problems that did not choose.
     best_single: of one strategy for all problems, chosen the same way.
     random: of a random strategy: the mean.
-    oracle: of the best strategy of each problem, which nobody can know.
+    oracle: of the best strategy of each problem, unknown in practice.
     same_problems: of choices on the problems that are reported: inflated.
     chosen: of each fold that chose, each bin's strategy; -1 for an empty one.
     per_problem: accuracy of each problem, from the other fold's choice.

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from research.generation.decoding import Drawn
+from research.generation.decoding import GeneratedTokens
 from research.generation.generated import NO_TOKEN
 from research.search.cost import Causal, ModelCost
 from research.search.ledger import Ledger, prefill
@@ -60,7 +60,7 @@ class Frontier:
     state: the policy's.
     verifier: the verifier's state, or None.
     paths: one for each row.
-    fresh: whether each row got tokens in the last step; others are idle.
+    advanced: whether each row got tokens in the last step; others are idle.
     ledgers: one for each problem.
     started: when, in seconds of a clock.
   """
@@ -68,7 +68,7 @@ class Frontier:
   state: Any
   verifier: Any
   paths: tuple[Path, ...]
-  fresh: tuple[bool, ...]
+  advanced: tuple[bool, ...]
   ledgers: tuple[Ledger, ...]
   started: float
 
@@ -101,11 +101,11 @@ class Policy(Protocol):
     max_new_tokens: int,
     key: PRNGKey | None = None,
     copies: int = 1,
-  ) -> tuple[Any, Drawn]:
+  ) -> tuple[Any, GeneratedTokens]:
     """Returns `copies` rows for each prompt, after their first step."""
     ...
 
-  def advance(self, state: Any) -> tuple[Any, Drawn]:
+  def advance(self, state: Any) -> tuple[Any, GeneratedTokens]:
     """Returns the rows after one more step; buffers of `state` are used up."""
     ...
 
@@ -145,7 +145,9 @@ class PolicyCost(Protocol):
     """
     ...
 
-  def steps(self, paths: Sequence[Path], drawn: Drawn) -> list[Ledger]:
+  def steps(
+    self, paths: Sequence[Path], drawn: GeneratedTokens
+  ) -> list[Ledger]:
     """Returns the cost of one step of each path.
 
     Args:
@@ -172,7 +174,9 @@ class AutoregressiveCost:
     """Returns the cost of a prompt and of its last token's logits."""
     return prefill(self.model, tokens) + Ledger(flops_policy=self.prompt_flops)
 
-  def steps(self, paths: Sequence[Path], drawn: Drawn) -> list[Ledger]:
+  def steps(
+    self, paths: Sequence[Path], drawn: GeneratedTokens
+  ) -> list[Ledger]:
     """Returns the cost of each path's step; see `PolicyCost`.
 
     A path's first token is drawn from its prompt's last state, unless it

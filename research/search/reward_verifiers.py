@@ -113,7 +113,7 @@ class PolicyProbe:
     )
 
   def score(
-    self, state: Any, fresh: Bool[np.ndarray, " R"]
+    self, state: Any, advanced: Bool[np.ndarray, " R"]
   ) -> Float[np.ndarray, " R"]:
     """Returns each row's score at its last token; see `StateVerifier`.
 
@@ -130,7 +130,7 @@ class PolicyProbe:
       self.policy.params,
       self.params,
       state,
-      fresh,
+      advanced,
       self.head,
     )
     return np.asarray(found)
@@ -142,7 +142,7 @@ def _probe(
   params: Params,
   own: Params,
   state: State,
-  fresh: Bool[Array, " R"],
+  advanced: Bool[Array, " R"],
   head: Head,
 ) -> Float[Array, " R"]:
   # The cache with these tokens is dropped: the policy feeds them itself.
@@ -150,6 +150,6 @@ def _probe(
     {"params": params},
     state.rows.token[:, None],
     cache=state.cache,
-    lengths=fresh.astype(jnp.int32),
+    lengths=advanced.astype(jnp.int32),
   )
   return head(own, hidden[:, 0])

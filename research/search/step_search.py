@@ -101,9 +101,9 @@ class StepSearch:
       rows, branch = [], []
       for i, paths in enumerate(found):
         slots = range(i * self.copies, (i + 1) * self.copies)
-        fresh = [row for row in slots if frontier.fresh[row]]
-        opened = [row for row in fresh if not frontier.paths[row].done]
-        paths += [x for row in fresh if (x := frontier.paths[row]).done]
+        advanced = [row for row in slots if frontier.advanced[row]]
+        opened = [row for row in advanced if not frontier.paths[row].done]
+        paths += [x for row in advanced if (x := frontier.paths[row]).done]
         if step == limits.steps:
           paths += [frontier.paths[row] for row in opened]
           continue

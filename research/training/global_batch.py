@@ -30,21 +30,21 @@ def share(sharding: NamedSharding | None) -> tuple[int, int]:
     return 0, 1
   pieces = _pieces(sharding, 0)
   rows = array_sharding(sharding, (pieces,))
-  held = {
+  local = {
     piece
     for (index,) in rows.addressable_devices_indices_map((pieces,)).values()
     for piece in range(*index.indices(pieces))
   }
-  return equal_part(held, pieces)
+  return equal_part(local, pieces)
 
 
-def equal_part(held: Set[int], pieces: int) -> tuple[int, int]:
-  """Returns `(i, n)`: `held` is the i-th of n equal parts of `range(pieces)`.
+def equal_part(local: Set[int], pieces: int) -> tuple[int, int]:
+  """Returns `(i, n)`: `local` is the i-th of n equal parts of `range(pieces)`.
 
   Returns `(0, 1)` if it is no such part.
   """
-  first, count = min(held), len(held)
-  if max(held) - first + 1 != count or first % count or pieces % count:
+  first, count = min(local), len(local)
+  if max(local) - first + 1 != count or first % count or pieces % count:
     return 0, 1
   return first // count, pieces // count
 

@@ -251,10 +251,10 @@ def fit(
       return found
 
     @contextlib.contextmanager
-    def saving_in_time(asked: bool) -> Iterator[None]:
+    def saving_in_time(requested: bool) -> Iterator[None]:
       """Says it before a save that takes longer than a launcher waits."""
       watched.doing("saving", "a checkpoint")
-      if text := times.too_long(asked):
+      if text := times.too_long(requested):
         folders.warn(f"{workdir}: {text}")
       begin = clock.seconds["save"]
       with clock.doing("save"):
@@ -263,9 +263,9 @@ def fit(
       times.measured(clock.seconds["save"] - begin)
 
     def save(
-      state: TrainState, found: dict[str, float] | None, asked: bool = False
+      state: TrainState, found: dict[str, float] | None, requested: bool = False
     ) -> None:
-      with saving_in_time(asked):
+      with saving_in_time(requested):
         checkpoints.save(state, batches.resumable, found)
       report.write(int(state.step), clock.summary())
       points.unsaved(False)
@@ -278,7 +278,7 @@ def fit(
 
     # --- evaluate a step that was interrupted before its evaluation ---
     if left is not None:
-      if _looks(config, start, evaluations):
+      if _is_evaluated(config, start, evaluations):
         evaluation = evaluated(state)
         if evaluation is None:
           leave(f"step {start} is saved, but for its evaluation")
@@ -302,7 +302,7 @@ def fit(
     report.restart()
     for number in range(start + 1, config.steps + 1):
       last = number == config.steps
-      looking = _looks(config, number, evaluations)
+      looking = _is_evaluated(config, number, evaluations)
       watched.doing(f"reading the batch of step {number}")
       with clock.doing("data"):
         batch = batches.next(
@@ -351,7 +351,7 @@ def fit(
     )
 
 
-def _looks(
+def _is_evaluated(
   config: TrainConfig, number: int, evaluations: Evaluations | None
 ) -> bool:
   """Whether step `number` is evaluated."""

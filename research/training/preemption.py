@@ -69,14 +69,14 @@ class StopRequest:
   """A signal handler that records stop requests.
 
   Attributes:
-    asked: whether a signal was received.
+    requested: whether a signal was received.
     unsaved: whether exiting now would lose a step.
     alone: whether this is the only process, as far as is known.
   """
 
   def __init__(self):
     """Creates a handler; JAX may be connected to other processes already."""
-    self.asked = False
+    self.requested = False
     self.unsaved = False
     self.alone = not jax.distributed.is_initialized() or _is_alone()
     self._raised = False
@@ -96,12 +96,12 @@ class StopRequest:
     self.alone = _is_alone()
     if self.alone:
       signal.signal(signal.SIGTERM, self)  # JAX has put its own there
-      if self.asked:
+      if self.requested:
         raise Interrupted
 
   def __call__(self, number: int, frame: FrameType | None) -> None:
     """Handles a signal, in the main thread, as soon as it runs Python code."""
-    first, self.asked = not self.asked, True
+    first, self.requested = not self.requested, True
     if not self.alone:
       if number == signal.SIGINT and first:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -132,7 +132,7 @@ class StopRequest:
   def _end_if_stuck(self) -> None:
     """Ends a process with nothing to save whose main thread runs no Python."""
     time.sleep(GRACE_SECONDS)
-    if self.alone and not (self.unsaved or self._raised or self.asked):
+    if self.alone and not (self.unsaved or self._raised or self.requested):
       _say(f"preempted: {_NOTHING}")
       os._exit(Preempted.exit_status)
 
@@ -162,22 +162,22 @@ def handling_signals() -> Iterator[StopRequest | None]:
   if threading.current_thread() is not threading.main_thread():
     yield None
     return
-  asked = StopRequest()
+  request = StopRequest()
   out, into = os.pipe()
   os.set_blocking(into, False)
-  watching = threading.Thread(target=asked.watch, args=(out,), daemon=True)
+  watching = threading.Thread(target=request.watch, args=(out,), daemon=True)
   watching.start()
   woken = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
   # With several processes, JAX's own SIGTERM handler stays installed.
-  numbers = [signal.SIGINT, *([signal.SIGTERM] if asked.alone else [])]
-  before = {n: signal.signal(n, asked) for n in numbers}
+  numbers = [signal.SIGINT, *([signal.SIGTERM] if request.alone else [])]
+  before = {n: signal.signal(n, request) for n in numbers}
   try:
-    yield asked
+    yield request
   except Interrupted:
     raise Preempted(_NOTHING) from None
   finally:
     for n, handler in before.items():
-      if asked.alone or n == signal.SIGINT:
+      if request.alone or n == signal.SIGINT:
         signal.signal(n, handler or signal.SIG_DFL)
     signal.set_wakeup_fd(woken)
     os.write(into, b"\0")
@@ -211,14 +211,13 @@ class SaveTimes:
     self._expected = nbytes / ASSUMED_RATE
     self._measured = self._announced = False
 
-  def too_long(self, asked: bool) -> str | None:
+  def too_long(self, requested: bool) -> str | None:
     """Returns what to say before a save; None if it will be in time.
 
     Args:
-      asked: whether the run was asked to stop: then it is always said, else
-        once.
+      requested: whether a stop was requested: always said then, else once.
     """
-    if self._expected <= self._grace or (self._announced and not asked):
+    if self._expected <= self._grace or (self._announced and not requested):
       return None
     self._announced = True
     known = "as long as the last one" if self._measured else "by its size"
@@ -243,7 +242,7 @@ class StopPoints:
   def __init__(self):
     """Uses the handler that `handling_signals` installed, if any."""
     found = signal.getsignal(signal.SIGINT)
-    self._asked = found if isinstance(found, StopRequest) else None
+    self._request = found if isinstance(found, StopRequest) else None
 
   def reached(self) -> bool:
     """Returns whether all processes should save and stop at this point.
@@ -253,8 +252,8 @@ class StopPoints:
     preemption service is off.
     """
     StopPoints._number += 1
-    if self._asked is not None and jax.process_count() == 1:
-      return self._asked.asked
+    if self._request is not None and jax.process_count() == 1:
+      return self._request.requested
     try:
       return multihost_utils.reached_preemption_sync_point(StopPoints._number)
     except RuntimeError:  # the service is off
@@ -262,5 +261,5 @@ class StopPoints:
 
   def unsaved(self, whether: bool) -> None:
     """Sets whether exiting immediately would lose a step."""
-    if self._asked is not None:
-      self._asked.unsaved = whether
+    if self._request is not None:
+      self._request.unsaved = whether

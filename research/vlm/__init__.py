@@ -24,7 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "objective": ["WithImages"],
     "presets": ["PRESETS", "Preset", "preset"],
     "records": ["ImageRecords"],
-    "sees_images": ["SeesImages"],
+    "image_conditioned": ["ImageConditioned"],
     "splice": ["Splice", "SplicedEmbedding", "with_features"],
     "within": ["Within"],
   },

@@ -39,7 +39,7 @@ class Answerer:
     preprocessor: how an image becomes views, and what stands for it.
     views: views of a row; prompts may have fewer, or none.
     template: the text around images.
-    most: tokens of an answer.
+    max_new_tokens: tokens of an answer.
     sampling: how tokens are chosen.
     source: what generates tokens; None for one after the other, with the
       model's mask.
@@ -53,7 +53,7 @@ class Answerer:
   preprocessor: Preprocessor
   views: int = 1
   template: data.Template = data.Template()
-  most: int = 8
+  max_new_tokens: int = 8
   sampling: Sampling = GREEDY
   source: TokenSource | None = None
   rows: int = 1
@@ -97,7 +97,7 @@ class Answerer:
         self.params, data.batch_images(made, self.model.square)
       ),
       prompts,
-      self.most,
+      self.max_new_tokens,
       self.sampling,
       stop_tokens=self.tokenizer.stop,
       source=self.source or self.model.token_source(),
@@ -113,7 +113,7 @@ class Answers:
   Attributes:
     questions: what is asked, the text around it, and how its images become
       views.
-    most: tokens of an answer.
+    max_new_tokens: tokens of an answer.
     limit: samples at most, the first ones; None for all.
     batch: samples in a call.
     source: what generates tokens, see `Answerer`: for a masked diffusion model
@@ -122,7 +122,7 @@ class Answers:
   """
 
   questions: data.ImageQuestions
-  most: int = 8
+  max_new_tokens: int = 8
   limit: int | None = None
   batch: int = 64
   source: TokenSource | None = None
@@ -154,7 +154,7 @@ class Answers:
       preprocessor=self.questions.preprocessor,
       views=self.questions.views,
       template=self.questions.template,
-      most=self.most,
+      max_new_tokens=self.max_new_tokens,
       source=self.source,
       rows=self.batch,
     )

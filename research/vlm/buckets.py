@@ -209,7 +209,7 @@ class BucketedQuestions(data.ImageData):
     )
 
   def _packed(
-    self, bucket: Bucket, own: Int[np.ndarray, " samples"], needs: "Needs"
+    self, bucket: Bucket, own: Int[np.ndarray, " samples"], needs: "SampleSizes"
   ) -> "Part":
     """Returns the samples of a bucket in rows."""
     pools = self.packing(
@@ -245,7 +245,7 @@ class BucketedQuestions(data.ImageData):
 
 
 @dataclasses.dataclass(frozen=True)
-class Needs:
+class SampleSizes:
   """What each sample takes.
 
   Attributes:
@@ -283,7 +283,7 @@ class BucketPlan:
   """
 
   parts: tuple[Part, ...]
-  needs: Needs
+  needs: SampleSizes
   left_out: Mapping[str, Sequence[int]]
 
   @property
@@ -380,7 +380,7 @@ class PooledRows(Sequence[Row]):
 
 def _needs(
   own: BucketedQuestions, tokenizer: Any
-) -> tuple[Needs, dict[str, list[int]]]:
+) -> tuple[SampleSizes, dict[str, list[int]]]:
   """Returns what each sample takes, and those of no use, by reason."""
   count, sizes = len(own.samples), set()
   native = own.preprocessor.tiling.native_square is not None
@@ -414,7 +414,7 @@ def _needs(
       " expected one size, which the encoder takes; use a tiling of squares"
     )
   view = next(iter(sizes), None)
-  return Needs(tokens, views, patches, largest, view), left_out
+  return SampleSizes(tokens, views, patches, largest, view), left_out
 
 
 def _check_order(plan: Plan, preprocessor: Preprocessor) -> None:

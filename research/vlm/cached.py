@@ -117,13 +117,13 @@ class EncodedViews:
     model: of the encoder.
     params: `vision` alone.
     folder: of features by this encoder, or None.
-    most: bytes of features in memory.
+    max_bytes: bytes of features in memory.
   """
 
   model: VisionLanguageModel
   params: Any
   folder: pathlib.Path | None
-  most: int
+  max_bytes: int
   memory: collections.OrderedDict[str, np.ndarray] = dataclasses.field(
     default_factory=collections.OrderedDict, repr=False
   )
@@ -176,7 +176,7 @@ class EncodedViews:
   def _encoded(
     self, views: dict[str, np.ndarray], shape: tuple[int, ...]
   ) -> dict[str, np.ndarray]:
-    """Returns and writes the features of views that nobody has."""
+    """Returns and writes the features of views that are not cached."""
     made, names = {}, list(views)
     for start in range(0, len(names), _CHUNK):
       part = names[start : start + _CHUNK]
@@ -208,7 +208,9 @@ class EncodedViews:
   def _remember(self, name: str, features: np.ndarray) -> None:
     self.memory[name] = features
     self.memory.move_to_end(name)
-    while len(self.memory) * features.nbytes > max(self.most, features.nbytes):
+    while len(self.memory) * features.nbytes > max(
+      self.max_bytes, features.nbytes
+    ):
       self.memory.popitem(last=False)
 
   def _write(self, name: str, features: np.ndarray) -> None:

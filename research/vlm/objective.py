@@ -76,7 +76,7 @@ class WithImages:
 
   def _language(self, params: Params, batch: Batch) -> Params:
     """Returns the language model's parameters, which see a batch's images."""
-    for name, see in (
+    for name, bind_images in (
       ("pixels", self.model.with_images),
       ("patches", self.model.with_images),
       ("features", self.model.with_features),
@@ -84,7 +84,7 @@ class WithImages:
       if name in batch:
         images = batch[name] if name == "features" else images_of(batch)
         pool = len(batch["tokens"]) // len(batch[name])
-        return see(params, images, pool)
+        return bind_images(params, images, pool)
     return params["language"]
 
 

@@ -41,7 +41,7 @@ def changed(rows, arms, path, values):
 
 # --- the ladder ---
 
-LADDER = ladder.Ladder(source=SOURCE, steps=100, more=4)
+LADDER = ladder.Ladder(source=SOURCE, steps=100, steps_factor=4)
 ENTROPY = truth.entropy(SOURCE, 16)
 
 

@@ -116,7 +116,7 @@ def test_no_weight_is_read(monkeypatch, name, packed):
   def read(*_):
     raise AssertionError("a weight was read")
 
-  monkeypatch.setattr(unread.Unread, "__getattribute__", _without(read))
+  monkeypatch.setattr(unread.LazyArray, "__getattribute__", _without(read))
   whole = support_plan.adapted(
     dataclasses.replace(
       support_plan.experiment(Layout(fsdp=2)),
@@ -188,4 +188,4 @@ def test_what_the_mesh_does_not_divide_is_said():
   experiment = config.parse(RUN, bindings).experiment
   taken = abstract_step.build(experiment, jax.devices())
   said = plan_training._table(experiment, taken).splitlines()[-1]
-  assert "does not divide it: kv_heads of 1 (run0/layer0/attention/" in said
+  assert "does not divide kv_heads of 1 (run0/layer0/attention/" in said

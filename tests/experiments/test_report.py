@@ -158,7 +158,7 @@ def test_what_is_no_run_is_refused(command, tmp_path):
     ([], "--workdir: is missing"),
     ([f"--workdir={tmp_path}/none"], "no metrics.jsonl"),
     ([f"--workdir={a},{a}"], "is given twice"),
-    ([f"--workdir={a},gs://b/c"], "expected a local path"),
+    ([f"--workdir={a},gs://b/c"], "expected a local one"),
     (
       [f"--workdir={a}", f"--out={a}/result.json/x"],
       "is a file, expected a directory",

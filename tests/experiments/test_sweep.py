@@ -247,7 +247,7 @@ def test_a_trial_has_bindings_of_its_own(command):
     (["--status"], {}, "found no sweep there"),
     (["--status", "--cancel"], {}, "--status: has no effect with --cancel"),
     (["--cancel", "--launcher=jobset"], {}, "'kubectl delete -f'"),
-    (["--workdir=gs://a/b"], {}, "--workdir=gs://a/b: .* a local path"),
+    (["--workdir=gs://a/b"], {}, "--workdir=gs://a/b: .* a local one"),
   ],
 )
 def test_mistakes_are_found_before_anything_runs(
@@ -479,12 +479,12 @@ def test_how_far_a_unit_is(tmp_path):
     workdir=tmp_path,
     log=tmp_path / "a.log",
   )
-  assert sweep_results.how_far(unit) == ""
+  assert sweep_results.progress_of(unit) == ""
   unit.log.write_text("loading\n 1%|\r 2%|\n")
-  assert sweep_results.how_far(unit) == " 2%|"
+  assert sweep_results.progress_of(unit) == " 2%|"
   metrics = tmp_path / "metrics.jsonl"
   metrics.write_text('{"step": 3, "train/loss": 2.5}\n{"step": 4, "tr')
-  assert sweep_results.how_far(unit) == "step 3, loss 2.5"
+  assert sweep_results.progress_of(unit) == "step 3, loss 2.5"
 
 
 EARNEST = f"""

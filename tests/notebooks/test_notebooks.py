@@ -398,7 +398,7 @@ def test_quantization_shows_what_it_says(tmp_path, monkeypatch):
 def test_vlm_counts_trains_and_asks(tmp_path, monkeypatch):
   monkeypatch.setenv("TMPDIR", str(tmp_path))
   notebook = ROOT / "colab" / "vlm.ipynb"
-  values, printed = _execute(notebook, ("table", "stages", "told"))
+  values, printed = _execute(notebook, ("table", "stages", "answers"))
   models = {row["model"]: row for row in values["table"]}
   assert models["smolvlm-256m"]["views"] == 13
   assert models["llava-1.5-7b"]["soft tokens"] == 576
@@ -406,7 +406,7 @@ def test_vlm_counts_trains_and_asks(tmp_path, monkeypatch):
   assert align["trainable_parameters"] < tune["trainable_parameters"]
   assert tune["perplexity_after"] < align["perplexity_after"]
   assert align["perplexity_after"] < align["perplexity_before"]
-  assert len(values["told"]) == 6
+  assert len(values["answers"]) == 6
   assert "SplicedEmbedding" in printed and "shuffled" in printed
 
 

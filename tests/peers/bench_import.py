@@ -74,7 +74,7 @@ def _own(x):
   if axis >= 0 and x.shape[axis] > 64:  # not the vectors of layers
     index[axis] = slice(0, x.shape[axis] // DEVICES)
   shape = unread.sizes(tuple(index))
-  return unread.Unread(shape, x.dtype, lambda _: x.read(tuple(index)))
+  return unread.LazyArray(shape, x.dtype, lambda _: x.read(tuple(index)))
 
 
 def measure(row: str, source: str, target: str) -> dict:

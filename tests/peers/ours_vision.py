@@ -92,7 +92,7 @@ def _forward(model, params, rows) -> dict:
 def native(it, args, rows) -> dict:
   """Returns soft tokens, logits and greedy tokens of rows with images."""
   model, params = it.model, it.params
-  tiling = Native(patch=model.vision.patch, merge=model.square, least=1)
+  tiling = Native(patch=model.vision.patch, merge=model.square, min_pixels=1)
   how = it.preprocessor or Preprocessor(tiling, model.normalise)
   most = int(rows.get("views", rows["counts"].max()))
   ends = np.cumsum(rows["counts"])

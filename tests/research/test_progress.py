@@ -85,7 +85,7 @@ def test_a_thread_listens(monkeypatch):
   monkeypatch.setattr(progress, "FIRST", 0.01)
   monkeypatch.setattr(progress, "_POLL", 0.005)
   lines = []
-  with progress.listening(lines.append, "working"):
+  with progress.report_to(lines.append, "working"):
     deadline = time.monotonic() + 30
     while not lines and time.monotonic() < deadline:
       time.sleep(0.01)

@@ -127,7 +127,7 @@ class Rewards(DiffusionStudy):
     return {
       "reward": float(right.mean()),
       "greedy": float(self.targets.right(np.asarray(best)).mean()),
-      "alike": self.targets.alike(found),
+      "alike": self.targets.agreement(found),
     }
 
   def answers(

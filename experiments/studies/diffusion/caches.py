@@ -93,7 +93,7 @@ class Caches(DiffusionStudy):
     if task == SUMS:
       learned = tasks.learn_sums(self.sums, self.tiny, self.steps, int(seed))
       truth = self.sums.rows("heldout", self.rows)
-      asked, mask = self.sums.asked(), self.sums.mask_id
+      asked, mask = self.sums.answer_mask(), self.sums.mask_id
     else:
       learned = tasks.learn_chain(self.chain, self.tiny, self.steps, int(seed))
       truth = np.zeros((self.rows, self.chain.length), np.int32)

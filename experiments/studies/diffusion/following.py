@@ -171,20 +171,20 @@ class Following(OfSeeds):
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of D3."""
 
-    def apart(a, b, name):
+    def difference(a, b, name):
       return self.less(rows, (b, name), (a, name))
 
     return [
       Verdict(
         "fine-tuned, a converted model follows instructions better: loss",
-        f"lower by {apart(BEFORE, AFTER, 'loss')} nats a token",
-        above(apart(BEFORE, AFTER, "loss")),
+        f"lower by {difference(BEFORE, AFTER, 'loss')} nats a token",
+        above(difference(BEFORE, AFTER, "loss")),
       ),
       Verdict(
         "and graded answers",
         f"{self.mean_of(rows, BEFORE, 'right')} before,"
         f" {self.mean_of(rows, AFTER, 'right')} after",
-        above(apart(AFTER, BEFORE, "right")),
+        above(difference(AFTER, BEFORE, "right")),
       ),
       Verdict(
         "it follows them (90% of answers are right)",
@@ -195,8 +195,8 @@ class Following(OfSeeds):
         "what the base knew from left to right is of use: without it less is"
         " right",
         f"{self.mean_of(rows, ALONE, 'right')}, so"
-        f" {apart(AFTER, ALONE, 'right')} less",
-        above(apart(AFTER, ALONE, "right")),
+        f" {difference(AFTER, ALONE, 'right')} less",
+        above(difference(AFTER, ALONE, "right")),
       ),
     ]
 

@@ -21,8 +21,8 @@ import numpy as np
 from experiments.core.stats import (
   Mean,
   above,
-  alike,
   below,
+  equivalent,
   every,
   mean,
   paired,
@@ -66,7 +66,7 @@ class InContext(DiffusionStudy):
     tiny: the model, whose embeddings begin with variance 1: in the residual
       stream smaller ones drown in what the layers add.
     steps: of next-token prediction, and of what is converted after it.
-    more: times as many are those of diffusion from scratch.
+    steps_factor: times as many are those of diffusion from scratch.
     rates: tried by next-token prediction, whose best the converted model
       keeps, and by diffusion; `steps` each.
     shots: pairs before a question, or after it, ascending.
@@ -78,7 +78,7 @@ class InContext(DiffusionStudy):
   source: Shots = Shots()
   tiny: Tiny = Tiny(batch=64, every=125)
   steps: int = 500
-  more: int = 3
+  steps_factor: int = 3
   rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
   shots: Sequence[int] = (1, 2, 4, 8)
   pool: int = 65_536
@@ -97,7 +97,7 @@ class InContext(DiffusionStudy):
       return self._swept(arm.removeprefix("rates of "))
     kind, seed, rate = swept_before(arm, before, {CONVERTED: AR})
     model, params = self._load(seed)
-    steps = self.steps * (self.more if kind == DIFFUSION else 1)
+    steps = self.steps * (self.steps_factor if kind == DIFFUSION else 1)
     if kind == CONVERTED:
       *_, (_, params) = self._train(AR, model, params, steps, seed, rate)
     tried = self._train(kind, model, params, steps, seed, rate)
@@ -223,7 +223,7 @@ class InContext(DiffusionStudy):
     """Returns what holds of D3, after the most shots."""
     chance = 1 / self.source.values
 
-    def apart(first, second):
+    def difference(first, second):
       a, b = (self._seeds(rows, k, "right", w, -1) for k, w in (first, second))
       return paired(a, b)
 
@@ -233,8 +233,8 @@ class InContext(DiffusionStudy):
     scored = self.accuracy(rows, AR, SCORED)
     found = []
     for kind, name in ((DIFFUSION, "from scratch"), (CONVERTED, "converted")):
-      behind = apart((AR, LAST), (kind, LAST))
-      turned = apart((kind, LAST), (kind, MIDDLE))
+      behind = difference((AR, LAST), (kind, LAST))
+      turned = difference((kind, LAST), (kind, MIDDLE))
       found += [
         Verdict(
           f"{name}, diffusion learns in context: far over chance (surely over"
@@ -260,18 +260,18 @@ class InContext(DiffusionStudy):
       Verdict(
         "next-token prediction guesses there (within 0.05 of chance)",
         f"{middle[AR]}",
-        alike(middle[AR].over(chance), CLOSE),
+        equivalent(middle[AR].over(chance), CLOSE),
       ),
       Verdict(
         "and cannot find the value at all",
         f"{scored}, when it scores the row with each of"
         f" {self.source.values} values",
-        alike(scored.over(chance), CLOSE),
+        equivalent(scored.over(chance), CLOSE),
       ),
       Verdict(
         "it is the row that says it: of a key that is not in it, all guess",
         ", ".join(str(x) for x in strange),
-        every(alike(x.over(chance), CLOSE) for x in strange),
+        every(equivalent(x.over(chance), CLOSE) for x in strange),
       ),
     ]
 

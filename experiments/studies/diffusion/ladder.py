@@ -20,8 +20,8 @@ import numpy as np
 from experiments.core.stats import (
   Mean,
   above,
-  alike,
   below,
+  equivalent,
   every,
   mean,
   paired,
@@ -65,7 +65,7 @@ class Ladder(DiffusionStudy):
     blocks: of block diffusion, ascending; the row's length is diffusion of
       whole rows, which needs no clean copy.
     steps: of next-token prediction.
-    more: how many times as many tokens diffusion of any kind reads.
+    steps_factor: how many times as many tokens diffusion of any kind reads.
     rates: tried, for `trial` steps.
     trial: see `rates`.
     seeds: of weights, order and masks.
@@ -77,7 +77,7 @@ class Ladder(DiffusionStudy):
   tiny: Tiny = Tiny()
   blocks: Sequence[int] = (1, 4)
   steps: int = 1000
-  more: int = 6
+  steps_factor: int = 6
   rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
   trial: int = 500
   seeds: int = 3
@@ -114,7 +114,7 @@ class Ladder(DiffusionStudy):
     block = self.kinds[kind]
     if block is None:
       return self.steps
-    return self.steps * self.more // (1 if kind == WHOLE else 2)
+    return self.steps * self.steps_factor // (1 if kind == WHOLE else 2)
 
   def _swept(self, kind: str) -> Row:
     seed = self.seeds  # a seed that is not reported
@@ -185,7 +185,7 @@ class Ladder(DiffusionStudy):
     mine = [rows[f"{kind}, seed {s}"] for s in range(self.seeds)]
     return mean([at(row, "gap", read) for row in mine])
 
-  def apart(
+  def difference(
     self, rows: Rows, first: str, second: str, read: int | None = None
   ) -> Mean:
     """Returns by how much `first` is further away, after `read` tokens."""
@@ -223,8 +223,8 @@ class Ladder(DiffusionStudy):
     equal = self.steps * self.tiny.batch * self.source.length
     entropy = diffusion_truth.entropy(self.source, self.source.length)
     short, last = (
-      self.apart(rows, WHOLE, AR, equal),
-      self.apart(rows, WHOLE, AR),
+      self.difference(rows, WHOLE, AR, equal),
+      self.difference(rows, WHOLE, AR),
     )
     nothing = math.log(self.source.vocab) - entropy
     left = self.gaps(rows, WHOLE).times(1 / nothing)
@@ -237,7 +237,7 @@ class Ladder(DiffusionStudy):
         below(short, CLOSE * entropy),
       ),
       Verdict(
-        f"with {self.more} times the tokens read it is",
+        f"with {self.steps_factor} times the tokens read it is",
         f"behind by {last}",
         below(last, CLOSE * entropy),
       ),
@@ -250,18 +250,18 @@ class Ladder(DiffusionStudy):
         "larger blocks are further from the source",
         said,
         every(
-          above(self.apart(rows, b, a))
+          above(self.difference(rows, b, a))
           for a, b in zip(ladder, ladder[1:], strict=False)
         ),
       ),
     ]
     if 1 in self.blocks:
-      one = self.apart(rows, "blocks of 1", AR)
+      one = self.difference(rows, "blocks of 1", AR)
       found.append(
         Verdict(
           "blocks of one token learn what next-token prediction does (0.01)",
           f"behind by {one}",
-          alike(one, 0.01),
+          equivalent(one, 0.01),
         )
       )
     return found

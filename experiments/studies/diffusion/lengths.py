@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.core.stats import above, alike, below, either, every
+from experiments.core.stats import above, below, either, equivalent, every
 from experiments.studies import pictures
 from experiments.studies.diffusion.policies import ANY, fill
 from experiments.studies.diffusion.study import OfSeeds, Tiny
@@ -140,17 +140,17 @@ class Ends(OfSeeds):
         "the model is not to blame: places by chance, and lengths are right"
         " (10%)",
         f"{chance} of {want:.2f}",
-        alike(chance.over(want), 0.1 * want),
+        equivalent(chance.over(want), 0.1 * want),
       ),
       Verdict(
         "ends last cures it (mean length within 20%)",
         f"{last} of {want:.2f}",
-        alike(last.over(want), 0.2 * want),
+        equivalent(last.over(want), 0.2 * want),
       ),
       Verdict(
         "so do blocks from left to right",
         f"{blocks} of {want:.2f}",
-        alike(blocks.over(want), 0.2 * want),
+        equivalent(blocks.over(want), 0.2 * want),
       ),
       Verdict(
         "neither costs valid answers (2%, and most are valid)",
@@ -224,7 +224,7 @@ class Lengths(OfSeeds):
   walks: Walks = Walks()
   tiny: Tiny = Tiny()
   steps: int = 3000
-  growth: Growth = Growth(start=4, by=2, window=2, ends=0, low=0.0)
+  growth: Growth = Growth(start=4, by=2, window=2, ends=0, low_threshold=0.0)
 
   def run(self, arm: str, before: Rows, shared: Any) -> Row:
     """Returns canvases by distance, and what answers are on them."""
@@ -249,9 +249,9 @@ class Lengths(OfSeeds):
     )
     key, given = jax.random.key(0), (NoCache(model=model), params)
     growing = dataclasses.replace(options, canvas=self.growth)
-    state = variable_length.start(self.asked.tolist(), growing, key)
+    state = variable_length.start(self.endpoints.tolist(), growing, key)
     grown = variable_length.sample(*given, state, growing, GREEDY)
-    state = sampler.start(self.asked.tolist(), options, key)
+    state = sampler.start(self.endpoints.tolist(), options, key)
     fixed = sampler.sample(*given, state, options, GREEDY)
     want, alike = self.mean_lengths, 0.0
     if grown.canvas.std() > 0:
@@ -265,7 +265,7 @@ class Lengths(OfSeeds):
     }
 
   @property
-  def asked(self) -> np.ndarray:
+  def endpoints(self) -> np.ndarray:
     """Every start and goal, `[N, 2]`."""
     nodes = range(self.walks.nodes)
     return np.array([(s, g) for s in nodes for g in nodes if s != g])
@@ -274,13 +274,13 @@ class Lengths(OfSeeds):
   def mean_lengths(self) -> np.ndarray:
     """The mean length of answers to each, exactly."""
     return np.array(
-      [self.walks.mean_length(int(s), int(g)) for s, g in self.asked]
+      [self.walks.mean_length(int(s), int(g)) for s, g in self.endpoints]
     )
 
   @property
   def distances(self) -> np.ndarray:
     """How far each goal is."""
-    right = (self.asked[:, 1] - self.asked[:, 0]) % self.walks.nodes
+    right = (self.endpoints[:, 1] - self.endpoints[:, 0]) % self.walks.nodes
     return np.minimum(right, self.walks.nodes - right)
 
   def _by_distance(self, values: np.ndarray) -> list[float]:
@@ -336,7 +336,7 @@ class Lengths(OfSeeds):
           f"{a} of {b.value:.2f}" for a, b in zip(canvas_, want, strict=True)
         ),
         every(
-          alike(a.over(b.value), NEAR * b.value)
+          equivalent(a.over(b.value), NEAR * b.value)
           for a, b in zip(canvas_, want, strict=True)
         ),
       ),

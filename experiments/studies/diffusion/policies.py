@@ -1,8 +1,8 @@
-"""How good text is against how often the model is asked, for every policy.
+"""Quality of text against the number of model calls, for every policy.
 
 On a Markov chain, sampled at temperature 1, a row's likelihood is known, and so
 are the pairs it should be made of: policies that only write what is likely are
-told apart from those that sample. They are asked of the chain's own
+distinguished from those that sample. They are asked of the chain's own
 conditionals (`truth.Chain`), where all errors are the sampler's, and
 of trained models. On `Sums`, decoded greedily, answers are right or wrong; what
 they cost is counted and measured there, too: FLOPs and seconds of a batch,
@@ -60,7 +60,7 @@ SELECTS = {
 ANY = Sampling(temperature=1.0)
 
 
-class Way(NamedTuple):
+class PolicySetting(NamedTuple):
   """One policy at one speed.
 
   Fields: name and knob, of the table; how, of `filled`; around, which makes
@@ -140,7 +140,7 @@ class Policies(DiffusionStudy):
     return out
 
   def _sums(self, model: Any, params: Params) -> list[Row]:
-    rows, asked = self.sums.rows("heldout", self.rows), self.sums.asked()
+    rows, asked = self.sums.rows("heldout", self.rows), self.sums.answer_mask()
     mask, length = self.sums.mask_id, rows.shape[1]
     noisy = np.where(asked, mask, rows)
     places, out, denoiser = int(asked.sum()), [], NoCache(model=model)
@@ -167,7 +167,9 @@ class Policies(DiffusionStudy):
       out.append(_point(way, calls, places) | found)
     return out
 
-  def _ways(self, mask: int, length: int, places: int) -> Iterator[Way]:
+  def _ways(
+    self, mask: int, length: int, places: int
+  ) -> Iterator[PolicySetting]:
     """Yields each policy at each speed."""
     whole = functools.partial(
       SamplerConfig, mask_id=mask, length=length, block=length
@@ -176,7 +178,9 @@ class Policies(DiffusionStudy):
     def planned(name, **options):
       for speed in self.speeds:
         steps = -(-places // speed)
-        yield Way(name, speed, whole(policy=Quota(), steps=steps, **options))
+        yield PolicySetting(
+          name, speed, whole(policy=Quota(), steps=steps, **options)
+        )
 
     for name, select in SELECTS.items():
       yield from planned(name, select=select)
@@ -186,26 +190,28 @@ class Policies(DiffusionStudy):
     credited = functools.partial(Credited, mask_id=mask)
     for tau in self.thresholds:
       over = Threshold(threshold=tau)
-      yield Way("threshold", tau, whole(policy=over))
-      yield Way("editing", tau, whole(policy=over, edit=self.edit))
-      yield Way(
+      yield PolicySetting("threshold", tau, whole(policy=over))
+      yield PolicySetting("editing", tau, whole(policy=over, edit=self.edit))
+      yield PolicySetting(
         "credit", tau, whole(policy=over), lambda inner: credited(inner=inner)
       )
     for factor in self.factors:
-      yield Way("factor", factor, whole(policy=Factor(factor=factor)))
+      yield PolicySetting("factor", factor, whole(policy=Factor(factor=factor)))
     for low in self.lows:
-      yield Way("hierarchy", low, whole(policy=Hierarchy(low=low)))
+      yield PolicySetting("hierarchy", low, whole(policy=Hierarchy(low=low)))
     for speed in self.speeds:
-      yield Way("ancestral", speed, Ancestral(steps=-(-length // speed)))
-    yield Way("first hitting", 1, None)
+      yield PolicySetting(
+        "ancestral", speed, Ancestral(steps=-(-length // speed))
+      )
+    yield PolicySetting("first hitting", 1, None)
     again = Remask(eta=1 / length, start=0.9)
     for times in self.longer:
       how = Ancestral(steps=times * length, remask=again)
-      yield Way("ReMDM", times, how)
+      yield PolicySetting("ReMDM", times, how)
 
   def _guided(
     self, mask: int, asked: Bool[np.ndarray, "T"], length: int
-  ) -> Iterator[Way]:
+  ) -> Iterator[PolicySetting]:
     """Yields guidance by what stands before the first place asked for."""
     guided = functools.partial(
       ClassifierFreeGuidance, mask_id=mask, weight=self.guidance
@@ -217,7 +223,9 @@ class Policies(DiffusionStudy):
         block=length,
         steps=-(-int(asked.sum()) // speed),
       )
-      yield Way("guidance", speed, how, lambda inner: guided(inner=inner))
+      yield PolicySetting(
+        "guidance", speed, how, lambda inner: guided(inner=inner)
+      )
 
   def table(self, rows: Rows) -> Lines:
     """Returns a line for each policy and speed, of all arms."""
@@ -234,7 +242,7 @@ class Policies(DiffusionStudy):
     judged.draw(rows, self.seeds, entropy, folder / "policies.png", title)
 
 
-def _point(way: Way, calls: float, places: int) -> Row:
+def _point(way: PolicySetting, calls: float, places: int) -> Row:
   return {
     "policy": way.name,
     "knob": way.knob,

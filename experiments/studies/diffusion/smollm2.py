@@ -164,7 +164,7 @@ class Instructed(OfSeeds):
     # Without prompts all of a text is learned; so all pools are of one kind.
     out = {CONVERTED: judged(params)}
     text[DIFFUSION] = [self._loss(exact, params, unseen)[0]]
-    pairs = ((plain, self.adapt), (self._told(words), self.tune))
+    pairs = ((plain, self.adapt), (self._instruction_batch(words), self.tune))
     for i, (stage, (pool, steps)) in enumerate(
       zip((ADAPTED, TUNED), pairs, strict=True)
     ):
@@ -195,7 +195,7 @@ class Instructed(OfSeeds):
     found = examples.read(PydocTopics("heldout"), tokenizer)
     return self._batches(self._packed(found))
 
-  def _told(self, tokenizer: Any) -> Batch:
+  def _instruction_batch(self, tokenizer: Any) -> Batch:
     questions = self._questions("train").examples(tokenizer)
     lists = self.task.examples(tokenizer, "train", 8 * self.pool)
     return self._pool([(questions, self.pool), (lists, self.pool)])

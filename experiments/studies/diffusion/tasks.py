@@ -65,7 +65,7 @@ class Sums:
     """Returns where the sums are."""
     return np.arange(2 * self.length) % 2 == 1
 
-  def asked(self) -> Bool[np.ndarray, " T"]:
+  def answer_mask(self) -> Bool[np.ndarray, " T"]:
     """Returns where the sums are that are not given."""
     number = np.arange(2 * self.length) // 2
     return self.learned() & (number % self.given != self.given - 1)
@@ -120,7 +120,7 @@ class Targets:
     """Returns which answers are right, of NumPy's or JAX's arrays."""
     return rows[:, 1:].sum(1) == rows[:, 0] - self.digits
 
-  def alike(self, rows: Int[np.ndarray, "N T"]) -> float:
+  def agreement(self, rows: Int[np.ndarray, "N T"]) -> float:
     """Returns how often two right answers to one target are the same.
 
     In multiples of what it were if all right answers were as likely; 1 where

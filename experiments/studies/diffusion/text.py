@@ -63,7 +63,7 @@ class Text(DiffusionStudy):
     length: tokens of a row.
     documents: of the training text, at most; None for all.
     steps: of next-token prediction.
-    more: how many times as many steps diffusion takes.
+    steps_factor: how many times as many steps diffusion takes.
     rates: tried, for `trial` steps, on half as many validation rows as there
       are held-out ones.
     trial: see `rates`.
@@ -79,7 +79,7 @@ class Text(DiffusionStudy):
   length: int = 128
   documents: int | None = None
   steps: int = 600
-  more: int = 8
+  steps_factor: int = 8
   rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
   trial: int = 200
   seeds: int = 3
@@ -104,7 +104,7 @@ class Text(DiffusionStudy):
     if arm.startswith("rates of "):
       return self._swept(arm.removeprefix("rates of "))
     kind, seed, rate = swept_before(arm, before)
-    steps = self.steps * (1 if kind == AR else self.more)
+    steps = self.steps * (1 if kind == AR else self.steps_factor)
     curve = self.curve(kind, seed, steps, rate, "heldout", self.points)
     return {"kind": kind, "seed": seed, "rate": rate, **curve}
 
@@ -264,7 +264,9 @@ class Text(DiffusionStudy):
         " prediction",
         equal,
       ),
-      self._close(rows, f"with {self.more} times the tokens it is", None),
+      self._close(
+        rows, f"with {self.steps_factor} times the tokens it is", None
+      ),
     ]
 
   def _close(self, rows: Rows, claim: str, read: int | None) -> Verdict:

@@ -192,7 +192,9 @@ def started(name: str, w: qtensor.QTensor) -> AdaptedTensor:
   """Returns a fresh adapter of a method around a packed matrix."""
   method = kinds()[name].for_matrix(ADDRESS, {ADDRESS: (SIZE_IN, SIZE_OUT)})
   place = MatrixSpec(SIZE_IN, SIZE_OUT)
-  arrays = _start(method, place, jax.random.key(0), w, _seen(name, w))
+  arrays = _start(
+    method, place, jax.random.key(0), w, _calibration_inputs(name, w)
+  )
   t = AdaptedTensor(w, *arrays, method=method)
   return t.with_tokens(jnp.asarray(problem().tokens), None)
 
@@ -207,7 +209,7 @@ def _start(
 _dense = jax.jit(weights.dense)
 
 
-def _seen(name: str, w: qtensor.QTensor) -> np.ndarray | None:
+def _calibration_inputs(name: str, w: qtensor.QTensor) -> np.ndarray | None:
   """Returns what a method's start has to know of the inputs, or None."""
   x = problem().x.reshape(-1, SIZE_IN)
   if name == "CorDA":
@@ -285,8 +287,8 @@ def cell(name: str, packing: str) -> Cell:
   cut = 0.0
   for at, found in ((t.trained, first), (trained, run(trained))):
     want = _alone(at, whole, p.x, p.y)
-    cut = max(cut, *map(_apart, found, want))
-  start, left = _apart(first[1], base), value / float(first[0])
+    cut = max(cut, *map(_relative_error, found, want))
+  start, left = _relative_error(first[1], base), value / float(first[0])
   return Cell(start, left, cut, name not in NOT_THE_BASE)
 
 
@@ -358,7 +360,7 @@ def descended(
   return best, value
 
 
-def _apart(a: Any, b: Any) -> float:
+def _relative_error(a: Any, b: Any) -> float:
   """Returns the largest difference of arrays, over the largest of `b`."""
   a, b = (jax.tree.map(np.asarray, x) for x in (a, b))
   top = max(float(np.abs(x).max()) for x in jax.tree.leaves(b))

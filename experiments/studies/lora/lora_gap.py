@@ -5,7 +5,7 @@
 DIR is the folder of a sweep, such as sweeps/lora_seeds_smollm2.gin, in which
 one unit trains everything. Each arm (the bindings, less seed and rate) stands
 at the rate with the least mean loss on the validation documents, which are not
-those whose perplexity is told; a * marks a rate at the edge of a grid of
+those whose perplexity is given; a * marks a rate at the edge of a grid of
 several, beyond which a better one may lie. Prints a table: parameters as a
 share of the base's, perplexity, how far above full training in nats a token,
 paired by seed, and the share of full training's gain; then how far arms
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(sweep=_SWEEP.value)
   folder = pathlib.Path(_SWEEP.value)
   rows = read(folder / "results.csv")
-  lines, pairs = table(rows), apart(rows)
+  lines, pairs = table(rows), differences(rows)
   cli.say(f"{tables.text(lines)}\n\n{tables.text(pairs)}")
   draw(lines, folder / "gap.png")
   picture = str(folder / "gap.png")
@@ -96,7 +96,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
   return sorted(lines, key=lambda x: (x["arm"] != WHOLE, x["trained %"]))
 
 
-def apart(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+def differences(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
   """Returns how far ranks of LoRA are apart, and methods from LoRA's.
 
   Args:

@@ -61,8 +61,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   params, found = drawn(sizes), {}
   for name in _METHOD.value:
     found[name] = timed(name, params)
-    told = ", ".join(f"{k} {v:.1f} s" for k, v in found[name].items())
-    cli.say(f"{name}: {told}")
+    times = ", ".join(f"{k} {v:.1f} s" for k, v in found[name].items())
+    cli.say(f"{name}: {times}")
   return {"layers": _LAYERS.value, "methods": found}
 
 
@@ -99,12 +99,14 @@ def drawn(sizes: presets.Sizes) -> Any:
 def _statistics(what, params, paths, key) -> Mapping[str, np.ndarray]:
   del key
   sizes = wrap.matrices(params)
-  each = {size: _seen(what, size) for size in {sizes[p] for p in paths}}
+  each = {
+    size: _random_statistic(what, size) for size in {sizes[p] for p in paths}
+  }
   return {path: each[sizes[path]] for path in paths}
 
 
 @functools.cache
-def _seen(what: str, size: tuple[int, int]) -> np.ndarray:
+def _random_statistic(what: str, size: tuple[int, int]) -> np.ndarray:
   """Returns a random gradient, or a covariance that decays as inputs' do."""
   (n, m), rng = size, np.random.default_rng(0)
   if what == "gradient":

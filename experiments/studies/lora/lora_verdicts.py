@@ -14,8 +14,8 @@ from experiments.core.stats import (
   Decision,
   Mean,
   above,
-  alike,
   below,
+  equivalent,
   every,
   holm,
   mean,
@@ -146,7 +146,7 @@ def capacity(rows: Rows) -> list[Verdict]:
       f"{scaled} below {top} by {tie}; rates {_rates(rows, (scaled, top))}",
       every(
         (
-          alike(tie, 0.5 * CLOSE * size),
+          equivalent(tie, 0.5 * CLOSE * size),
           2 * optimum(rows[scaled]) <= optimum(rows[top]),
         )
       ),

@@ -78,7 +78,7 @@ class Table(protocol.Study):
     text: windows that are read; the model and its calibration have not.
     rules: rows by name -> verdicts.
     probed: windows that errors by matrix are measured on.
-    tasks: with answers, that rows are asked, by name.
+    tasks: with answers, that rows are evaluated on, by name.
   """
 
   model: Source

@@ -39,7 +39,7 @@ class Job:
     """Returns the model as it was, its new weights, and what was reported.
 
     Args:
-      say: is told of progress.
+      say: called with lines of progress.
     """
     loaded = self.model.load()
     params, reports = loaded.params, []

@@ -216,8 +216,8 @@ class ByDifficulty(Report):
     rows = {x: found(x) for x in self.systems}
     if not all(rows.values()):
       return []
-    ease = _pass_at_1(rows[self.pool])
-    bins = optimal.absolute_bins(ease)
+    pass_rates = _pass_at_1(rows[self.pool])
+    bins = optimal.absolute_bins(pass_rates)
     each = {x.name: systems.each_of(x, rows[x]) for x in self.compared}
     out = []
     for level, name in enumerate(LEVELS):
@@ -241,11 +241,11 @@ def _level(name: str, which: np.ndarray, each: dict[str, np.ndarray]):
   for other in others:
     seeds = min(len(each[first]), len(each[other]))
     a, b = (each[k][:seeds, which] for k in (other, first))
-    line[f"{other}: points ahead of the first"] = _apart(a, b)
+    line[f"{other}: points ahead of the first"] = _paired_points(a, b)
   return line
 
 
-def _apart(first: np.ndarray, second: np.ndarray) -> Mean:
+def _paired_points(first: np.ndarray, second: np.ndarray) -> Mean:
   """Returns a paired difference in points, and half of its interval."""
   found = paired_difference(first, second)
   return Mean(found.value, (found.high - found.low) / 2).times(100)
@@ -266,7 +266,7 @@ def _chosen(accuracy: np.ndarray, bins: np.ndarray, names: list[str]) -> Lines:
   values = {
     "the best for each level, cross-validated": 100 * found.accuracy,
     "the best for all, cross-validated": 100 * found.best_single,
-    "points between these two": _apart(
+    "points between these two": _paired_points(
       found.per_problem, found.single_per_problem
     ),
   }

@@ -22,7 +22,7 @@ class System:
     title: of its line; "" for the name.
     checked: None, and the search's own choice decides; or a number of its
       independent samples, the first of which that an exact check of the final
-      answer accepts is given. The check is free, and no verifier is asked.
+      answer accepts is given. The check is free, and no verifier is called.
   """
 
   step: str

@@ -146,7 +146,7 @@ class SmallText(protocol.Study):
     step: a text begins at multiples of so many pixels: of all places, more
       would have to be learned.
     rows: pages that are learned.
-    asked: pages that nobody has seen.
+    heldout: number of held-out pages.
     reader: reads them without having learned: (images, alphabet) -> texts.
     seeds: of weights and order.
   """
@@ -161,7 +161,7 @@ class SmallText(protocol.Study):
   alphabet: str = "0123456789"
   step: int = 4
   rows: int = 16_384
-  asked: int = 512
+  heldout: int = 512
   reader: Reader = Tesseract()
   seeds: int = 3
 
@@ -233,9 +233,9 @@ class SmallText(protocol.Study):
       Stage(EVERYTHING, self.steps),
       seed,
     )
-    asked = self.task(split="heldout", count=self.asked)
+    asked = self.task(split="heldout", count=self.heldout)
     answers = Answers(
-      questions=tiny.questions(connector, asked), most=self.length + 2
+      questions=tiny.questions(connector, asked), max_new_tokens=self.length + 2
     )
     report = answers(dataclasses.replace(loaded, params=params)).to_json()
     systems = report["line"]["systems"]
@@ -256,7 +256,7 @@ class SmallText(protocol.Study):
 
   def _read(self, reduced: bool) -> Row:
     """Returns what the reader has right."""
-    asked = self.task(split="heldout", count=self.asked)[:]
+    asked = self.task(split="heldout", count=self.heldout)[:]
     pages = [sample.image for sample in asked]
     if reduced:
       view = Square(self.size // 2, 1)

@@ -71,7 +71,7 @@ class Study(protocol.Study):
     kinds: of questions.
     groups: kinds or strata ("exists/both") whose mean is an arm's score.
     rows: training samples, of questions and of captions.
-    asked: samples that nobody has seen.
+    heldout: number of held-out samples.
     base_steps: that encoder (on captions) and language model (on texts) are
       trained before.
     seeds: of weights, order and towers.
@@ -83,7 +83,7 @@ class Study(protocol.Study):
   kinds: tuple[str, ...] = ("count", "exists", "colour")
   groups: tuple[str, ...] = ("count", "exists/both", "colour")
   rows: int = 16_384
-  asked: int = 384
+  heldout: int = 384
   base_steps: int = 2000
   seeds: int = 3
 
@@ -130,7 +130,7 @@ class Study(protocol.Study):
     for stage in variant.stages:
       params, loss = tiny.trained(objective, params, pool, stage, seed)
       losses.append(loss)
-    asked = self.task(split="heldout", count=self.asked)
+    asked = self.task(split="heldout", count=self.heldout)
     answers = Answers(questions=tiny.questions(connector, asked))
     report = answers(dataclasses.replace(loaded, params=params)).to_json()
     patterns = [stage.trainable for stage in variant.stages]
@@ -165,7 +165,7 @@ class Study(protocol.Study):
 
   def _stored_towers(self, seed: int, shared: Shared) -> Params:
     path = shared.folder / f"base_{seed}.npz"
-    without = ("variants", "rule", "seeds", "groups", "asked")
+    without = ("variants", "rule", "seeds", "groups", "heldout")
     settings = protocol.describe(self, *without)
     connector = linear(1, self.tiny.width)
     if not path.exists():

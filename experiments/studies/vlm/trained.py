@@ -24,7 +24,7 @@ COLUMNS = {REAL: "right, %", BLIND: "blind", SHUFFLED: "shuffled"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFile:
-  """A run file, and what is asked of its answers.
+  """A run file, and what its answers must reach.
 
   Attributes:
     path: below `configs/`.
@@ -53,8 +53,8 @@ class RunFile:
     found = config.read(self.path, [f"SEED={seed}"])
     if staged.final(found.experiment).answers is None:
       raise UserError(
-        f"{self.path}: found no Experiment.answers, expected what the trained"
-        " model is asked"
+        f"{self.path}: found no Experiment.answers, expected the questions for"
+        " the trained model"
       )
     return found
 

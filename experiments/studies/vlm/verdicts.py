@@ -9,8 +9,8 @@ import numpy as np
 from experiments.core.stats import (
   Mean,
   above,
-  alike,
   below,
+  equivalent,
   every,
   mean,
   paired,
@@ -22,14 +22,14 @@ from experiments.studies.vlm import small_text as text
 MARGIN = 0.25
 """Points above the best baseline that count as using the image."""
 EQUAL = 0.02
-"""Points within which two arms are alike."""
+"""Points within which two arms are equivalent."""
 
 
 def _over_seeds(rows: Rows, arm: str, field: str, seeds: int) -> list[float]:
   return [rows[f"{arm}, seed {s}"][field] for s in range(seeds)]
 
 
-def _apart(rows: Rows, one: str, other: str, seeds: int) -> Mean:
+def _paired_difference(rows: Rows, one: str, other: str, seeds: int) -> Mean:
   return paired(*(_over_seeds(rows, x, "score", seeds) for x in (one, other)))
 
 
@@ -40,10 +40,10 @@ def _points(found: Mean) -> str:
 def stages(rows: Rows, seeds: int) -> list[Verdict]:
   """Returns what one stage, two and none for alignment say."""
   margin = mean(_over_seeds(rows, arms.TWO, "margin", seeds))
-  first = _apart(rows, arms.TWO, arms.FIRST, seeds)
-  both = _apart(rows, arms.TWO, arms.SECOND, seeds)
-  second = _apart(rows, arms.SECOND, arms.TWO, seeds)
-  whole = _apart(rows, arms.ALL, arms.TWO, seeds)
+  first = _paired_difference(rows, arms.TWO, arms.FIRST, seeds)
+  both = _paired_difference(rows, arms.TWO, arms.SECOND, seeds)
+  second = _paired_difference(rows, arms.SECOND, arms.TWO, seeds)
+  whole = _paired_difference(rows, arms.ALL, arms.TWO, seeds)
   control = mean(_over_seeds(rows, arms.BLIND, "margin", seeds))
   return [
     Verdict(
@@ -68,7 +68,7 @@ def stages(rows: Rows, seeds: int) -> list[Verdict]:
       "a stage of alignment is optional: as many steps of the second one alone"
       " are within 2 points (Prismatic, arXiv:2402.07865)",
       _points(second),
-      alike(second, EQUAL),
+      equivalent(second, EQUAL),
     ),
     Verdict(
       "training the encoder as well adds (PaliGemma, arXiv:2407.07726)",
@@ -88,24 +88,24 @@ def connectors(rows: Rows, seeds: int) -> list[Verdict]:
   """Returns what kinds of connectors and numbers of tokens say."""
   counts = sorted({rows[arm]["tokens"] for arm in rows}, reverse=True)
 
-  def apart(one, other):
-    return _apart(rows, arms.named(*one), arms.named(*other), seeds)
+  def difference(one, other):
+    return _paired_difference(rows, arms.named(*one), arms.named(*other), seeds)
 
   out = []
   for kind, paper in (
     (arms.MLP, "PaliGemma, arXiv:2407.07726"),
     (arms.POOL, "MM1, arXiv:2403.09611"),
   ):
-    found = {n: apart((kind, n), (arms.LINEAR, n)) for n in counts}
+    found = {n: difference((kind, n), (arms.LINEAR, n)) for n in counts}
     out.append(
       Verdict(
         f"at equal tokens {kind} is within 2 points of linear ({paper})",
         ", ".join(f"{n} tokens: {_points(x)}" for n, x in found.items()),
-        every(alike(x, EQUAL) for x in found.values()),
+        every(equivalent(x, EQUAL) for x in found.values()),
       )
     )
   for kind in (arms.LINEAR, arms.MLP, arms.POOL):
-    found = apart((kind, counts[0]), (kind, counts[-1]))
+    found = difference((kind, counts[0]), (kind, counts[-1]))
     out.append(
       Verdict(
         f"{kind}: {counts[0]} tokens are better than {counts[-1]} (MM1)",
@@ -118,9 +118,9 @@ def connectors(rows: Rows, seeds: int) -> list[Verdict]:
 
 def feature_layers(rows: Rows, seeds: int) -> list[Verdict]:
   """Returns what the layer before the last one is worth, and both together."""
-  before = _apart(rows, arms.BEFORE, arms.LAST, seeds)
-  both = _apart(rows, arms.CONCATENATED, arms.LAST, seeds)
-  norm = _apart(rows, arms.UNNORMED, arms.LAST, seeds)
+  before = _paired_difference(rows, arms.BEFORE, arms.LAST, seeds)
+  both = _paired_difference(rows, arms.CONCATENATED, arms.LAST, seeds)
+  norm = _paired_difference(rows, arms.UNNORMED, arms.LAST, seeds)
   return [
     Verdict(
       "features of the layer before the last one are better than the last"
@@ -137,14 +137,14 @@ def feature_layers(rows: Rows, seeds: int) -> list[Verdict]:
     Verdict(
       "the encoder's final norm does not matter: within 2 points without it",
       _points(norm),
-      alike(norm, EQUAL),
+      equivalent(norm, EQUAL),
     ),
   ]
 
 
 def masks(rows: Rows, seeds: int) -> list[Verdict]:
   """Returns what a prefix mask is worth."""
-  found = _apart(rows, arms.PREFIX, arms.CAUSAL, seeds)
+  found = _paired_difference(rows, arms.PREFIX, arms.CAUSAL, seeds)
   margin = mean(_over_seeds(rows, arms.CAUSAL, "margin", seeds))
   return [
     Verdict(
@@ -203,7 +203,7 @@ def small_text(rows: Rows, seeds: int) -> list[Verdict]:
       "it is not soft tokens: four times as many of the same pixels are within"
       " 2 points",
       _points(tokens),
-      alike(tokens, EQUAL),
+      equivalent(tokens, EQUAL),
     ),
     Verdict(
       "tesseract is a ceiling: with tiles, no more small text is right than it"

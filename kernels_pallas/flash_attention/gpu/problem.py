@@ -19,11 +19,8 @@ from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTile,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.flash_attention.tpu.problem import (
-  alive,
-  pad,
-  varying,
-)
+from kernels_pallas.flash_attention.tiles import zero_padding
+from kernels_pallas.flash_attention.tpu.problem import pad, varying
 from kernels_pallas.masks import intervals
 
 QUERIES, KEYS = 1, 2
@@ -112,9 +109,9 @@ def prepare(spec: Spec, x: Operands, tile: GpuTile, streamed: int) -> Problem:
   keys, queries = x.mask.valid_keys(), x.mask.valid_queries()
   # Padding may contain anything, even NaN, and 0 * NaN would reach the output.
   arrays = {
-    "q": padded(alive(x.q, queries), bq),
-    "k": padded(alive(x.k, keys), bk),
-    "v": padded(alive(x.v, keys), bk),
+    "q": padded(zero_padding(x.q, queries), bq),
+    "k": padded(zero_padding(x.k, keys), bk),
+    "v": padded(zero_padding(x.v, keys), bk),
     "sinks": None if x.sinks is None else x.sinks.astype(jnp.float32),
     "seed": None if x.seed is None else _seed(x.seed),
   }

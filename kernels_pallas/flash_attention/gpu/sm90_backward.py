@@ -111,7 +111,7 @@ def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
     stream.produce(line, *pipe, stream.key_copies(p, refs, smem, b, h))
 
   def compute(line, at):
-    mine = _held(smem, ("q", "do"), at.group)
+    mine = _own_buffers(smem, ("q", "do"), at.group)
     x = tile.TileContext(p, refs, mine.get("p"), at.b, at.h)
     rows = [
       plgpu.load(
@@ -145,7 +145,7 @@ def _dq_step(x, group, smem, pipe, stats, bounds, start, _, where, slots, acc,
              masked):  # fmt: skip
   """Computes dq += dS K of one tile."""
   p, ((k_full, v_full), (k_free, v_free)) = x.p, pipe
-  mine, (k_slot, v_slot) = _again(smem, ("q", "do"), group), slots
+  mine, (k_slot, v_slot) = _unhoisted_buffers(smem, ("q", "do"), group), slots
   k, v = smem["k"].at[k_slot], smem["v"].at[v_slot]
   first, seen = 0, None
   if masked or p.spec.dropout_rate:
@@ -176,7 +176,7 @@ def _dkv_kernel(p, names, refs, *rest):
     stream.produce(line, *pipe, stream.query_copies(p, refs, smem, b, h))
 
   def compute(line, at):
-    mine = _held(smem, ("k", "v"), at.group)
+    mine = _own_buffers(smem, ("k", "v"), at.group)
     x = tile.TileContext(p, refs, mine.get("p"), at.b, at.h)
     columns = tile.load_key_mask(x, at.start, ROWS)
     plgpu.barrier_wait(ready.at[at.group])
@@ -204,7 +204,7 @@ def _dkv_step(x, group, smem, pipe, columns, start, _, where, slots, acc,
               masked):  # fmt: skip
   """Computes dk += dS^T Q and dv += P^T dO of one tile, those in `acc`."""
   (q_full, do_full), (q_free, do_free) = pipe
-  mine, (q_slot, do_slot) = _again(smem, ("k", "v"), group), slots
+  mine, (q_slot, do_slot) = _unhoisted_buffers(smem, ("k", "v"), group), slots
   q, do = smem["q"].at[q_slot], smem["do"].at[do_slot]
   x, seen, kept = tile.streamed_query_masks(x, where, masked, columns, start)
 
@@ -265,15 +265,15 @@ def _scores(x, left, right, stats, seen, kept, values=lambda e: None):
   return ds
 
 
-def _held(smem, names, group) -> dict[str, Any]:
+def _own_buffers(smem, names, group) -> dict[str, Any]:
   """Returns a warpgroup's own buffers in shared memory."""
   return {name: smem[name].at[group] for name in (*names, "p") if name in smem}
 
 
-def _again(smem, names, group) -> dict[str, Any]:
-  """As `_held`, with addresses hidden from loop-invariant code motion.
+def _unhoisted_buffers(smem, names, group) -> dict[str, Any]:
+  """As `_own_buffers`, with addresses hidden from loop-invariant code motion.
 
   The compiler would keep all 16 addresses of a wide head and spill
   accumulators.
   """
-  return _held(smem, names, lax.optimization_barrier(group))
+  return _own_buffers(smem, names, lax.optimization_barrier(group))

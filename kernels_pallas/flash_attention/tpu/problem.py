@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.flash_attention.spec import Operands, Spec
+from kernels_pallas.flash_attention.tiles import zero_padding
 from kernels_pallas.flash_attention.tpu.tile_sizes import LANES, Tile, fit
 from kernels_pallas.masks import intervals
 
@@ -126,9 +127,9 @@ def prepare(spec: Spec, x: Operands, tile: Tile) -> Problem:
   keys, queries = x.mask.valid_keys(), x.mask.valid_queries()
   # Padding may contain anything, even NaN, and 0 * NaN would reach the output.
   arrays = {
-    "q": heads_first(alive(x.q, queries), tile.q),
-    "k": heads_first(alive(x.k, keys), tile.kv),
-    "v": heads_first(alive(x.v, keys), tile.kv),
+    "q": heads_first(zero_padding(x.q, queries), tile.q),
+    "k": heads_first(zero_padding(x.k, keys), tile.kv),
+    "v": heads_first(zero_padding(x.v, keys), tile.kv),
     "sinks": x.sinks,
     "seed": x.seed,
   }
@@ -153,11 +154,6 @@ def prepare(spec: Spec, x: Operands, tile: Tile) -> Problem:
     bias=varies,
     arrays={k: v for k, v in arrays.items() if v is not None},
   )
-
-
-def alive(x: jax.Array, live: jax.Array | None) -> jax.Array:
-  """Sets `x` [B, T, N, H] to 0 where `live` [B or 1, T] is false."""
-  return x if live is None else jnp.where(live[:, :, None, None], x, 0)
 
 
 def heads_first(x: jax.Array, multiple: int) -> jax.Array:

@@ -106,8 +106,8 @@ def _codes_back(x, half, shape):
 
 def _tables(codebook, dtype):
   """Returns low and high bytes of the entries, four registers each."""
-  held = np.asarray(codebook, dtype).view(np.uint8).reshape(4, 4, 2)
-  words = np.ascontiguousarray(held.transpose(2, 0, 1)).view(np.int32)
+  entry_bytes = np.asarray(codebook, dtype).view(np.uint8).reshape(4, 4, 2)
+  words = np.ascontiguousarray(entry_bytes.transpose(2, 0, 1)).view(np.int32)
   return [[i32(int(word)) for word in table[:, 0]] for table in words]
 
 

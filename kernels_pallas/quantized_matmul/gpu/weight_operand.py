@@ -89,11 +89,11 @@ class Problem:
 
 def buffers(p: Problem, t: Tile, arrays: dict[str, Any]) -> dict[str, Any]:
   """Shared memory `[stages, groups, ...]` for words, scales and offsets."""
-  held = t.stages, t.groups
-  found = {"codes": plgpu.SMEM((*held, WORDS, TILE), jnp.uint32)}
+  lead = t.stages, t.groups
+  found = {"codes": plgpu.SMEM((*lead, WORDS, TILE), jnp.uint32)}
   for name in ("scale", "offset"):
     if name in arrays:
-      found[name] = plgpu.SMEM((*held, p.scales, TILE), arrays[name].dtype)
+      found[name] = plgpu.SMEM((*lead, p.scales, TILE), arrays[name].dtype)
   return found
 
 

@@ -51,7 +51,7 @@ class Views:
 
   Attributes:
     masked: bool `[N, B, T]`, for each of N views.
-    counts: float32 `[N, B, T]`, zero where nothing is asked.
+    counts: float32 `[N, B, T]`, zero where nothing is estimated.
     share: float32 `[N, B]`, how likely the process masks a token at each
       view's time, for models that are conditioned on it.
   """
@@ -82,7 +82,7 @@ class FullMask:
 
     Args:
       keys: of the rows.
-      answer: which tokens are asked for.
+      answer: which tokens are to be scored.
       real: which are no padding.
     """
     rows = answer.shape[0]

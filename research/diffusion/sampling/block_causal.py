@@ -100,8 +100,8 @@ class BlockCausal(Denoiser):
     """Returns a block's states, and the cache with its keys and values."""
     some, place = (cut(x, start, size) for x in (tokens, positions(valid)))
     before = valid & (jnp.arange(valid.shape[1]) < start)
-    held = before.sum(-1, dtype=jnp.int32)
-    cache = caches.Cache(held, cache.layers, fresh=False)
+    lengths = before.sum(-1, dtype=jnp.int32)
+    cache = caches.Cache(lengths, cache.layers, fresh=False)
     time = self.time and self.time.rows(some, place >= 0)
     return self.model.apply(
       {"params": params}, some, place, Mask.full(), cache, time=time, keep=keep

@@ -78,7 +78,10 @@ class ClassifierFreeGuidance(Denoiser):
     if self.weight == 0:
       return conditional, (left, ())  # nothing to read twice for, or to round
     free, right = ask(params, blind, valid, start, size, *other)
-    return likelihood.toward(conditional, free, self.weight), (left, right)
+    return likelihood.guided_logits(conditional, free, self.weight), (
+      left,
+      right,
+    )
 
   def _blind(self, params, tokens, valid):
     """Returns the model's own parameters, and rows whose prompt is masked."""

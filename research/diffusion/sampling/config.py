@@ -97,10 +97,11 @@ class Growth:
     start: places at first (the paper's L_init); None for 64, or the longest
       canvas where that is shorter.
     by: masks that are added at the end, or that a place becomes (E_factor).
-    window: places that are asked whether they are an end (W_eos).
-    begin: readiness from which the canvas is long enough to begin (tau_eos).
-    ready: readiness from which nothing is inserted (tau_expand).
-    low: candidates less likely than this are in doubt (tau_low).
+    window: positions whose probability of an end is averaged (W_eos).
+    eos_threshold: readiness from which the canvas is long enough to begin
+      (tau_eos).
+    expand_threshold: readiness from which nothing is inserted (tau_expand).
+    low_threshold: candidates less likely than this are in doubt (tau_low).
     ends: ends put behind the canvas where it is long enough to begin: not in
       the paper, but in its code, half a window.
   """
@@ -108,9 +109,9 @@ class Growth:
   start: int | None = None
   by: int = 8
   window: int = 32
-  begin: float = 0.5
-  ready: float = 0.9
-  low: float = 0.1
+  eos_threshold: float = 0.5
+  expand_threshold: float = 0.9
+  low_threshold: float = 0.1
   ends: int = 16
 
   def __post_init__(self):
@@ -119,7 +120,7 @@ class Growth:
       value = getattr(self, name)
       if value is not None and value < low:
         raise UserError(f"Growth: {name} is {value}, expected at least {low}")
-    for name in ("begin", "ready", "low"):
+    for name in ("eos_threshold", "expand_threshold", "low_threshold"):
       if not 0 <= getattr(self, name) <= 1:
         raise UserError(
           f"Growth: {name} is {getattr(self, name)}, expected 0 to 1"
@@ -282,7 +283,7 @@ class SamplerConfig:
     self._check_confidence()
     if self.edit is None and self.edit_steps != type(self).edit_steps:
       raise UserError(
-        f"{self.said('edit_steps')}: has no effect without `edit`"
+        f"{self.show('edit_steps')}: has no effect without `edit`"
       )
     if self.canvas is not None:
       self._check_canvas()
@@ -304,17 +305,17 @@ class SamplerConfig:
     """
     return dataclasses.replace(self, mask_id=mask_id, end=tuple(end), **changes)
 
-  def said(self, name: str) -> str:
+  def show(self, name: str) -> str:
     """Returns `name=value` of a setting, for messages."""
-    return settings.said(self, name)
+    return settings.show(self, name)
 
   def _check_quota(self) -> None:
     """Raises UserError for a policy, a plan and steps that do not agree."""
-    policy, plan = self.said("policy"), self.said("plan")
+    policy, plan = self.show("policy"), self.show("plan")
     if self.steps is not None and not self.policy.uses_quota:
       raise UserError(
-        f"{self.said('steps')}: {policy} decides itself how many calls it "
-        "makes; expected policy=quota, or no `steps`"
+        f"{self.show('steps')}: {policy} chooses the number of steps itself; "
+        "expected policy=quota, or no `steps`"
       )
     if self.plan != "even" and not self.policy.uses_quota:
       raise UserError(f"{plan}: {policy} has no plan; expected policy=quota")
@@ -325,21 +326,21 @@ class SamplerConfig:
       )
     if self.plan == "chance" and self.select != "random":
       raise UserError(
-        f"{self.said('select')}: plan=chance fills any place as likely as "
-        "another; expected select=random"
+        f"{self.show('select')}: plan=chance fills positions at random; "
+        "expected select=random"
       )
     if self.remask is not None and self.plan != "chance":
       raise UserError(
-        f"{self.said('remask')}: {plan} says how many places are filled; "
+        f"{self.show('remask')}: {plan} fixes how many positions are filled; "
         "expected plan=chance"
       )
 
   def _check_confidence(self) -> None:
     """Raises UserError for confidences that the policy would misread."""
-    policy, draw = self.said("policy"), self.said("place_temperature")
+    policy, draw = self.show("policy"), self.show("place_temperature")
     if self.policy.needs_probabilities and self.select in ("entropy", "random"):
       raise UserError(
-        f"{self.said('select')}: {policy} compares how sure places are with a "
+        f"{self.show('select')}: {policy} compares confidences with a "
         "probability; expected select=candidate, max or margin, or "
         "policy=quota"
       )
@@ -361,26 +362,26 @@ class SamplerConfig:
 
   def _check_canvas(self) -> None:
     """Raises UserError for what a canvas that grows cannot have."""
-    canvas = self.said("canvas")
+    canvas = self.show("canvas")
     if self.canvas.first_length(self.length) > self.length:
       raise UserError(
-        f"{canvas}: expected auto:N with N from 1 to {self.said('length')}"
+        f"{canvas}: expected auto:N with N from 1 to {self.show('length')}"
       )
     if not isinstance(self.cache, Prefix | None):
       raise UserError(
-        f"{self.said('cache')}: not with {canvas}, whose places move; "
+        f"{self.show('cache')}: not with {canvas}, whose tokens move; "
         "expected prefix, which keeps the prompt, or none"
       )
     for name, value in dict(steps=None, plan="even", edit=None).items():
       if getattr(self, name) != value:
         raise UserError(
-          f"{self.said(name)}: not with {canvas}, whose places are not known "
-          "before and move; leave one of them out"
+          f"{self.show(name)}: not with {canvas}, whose length is not known "
+          "in advance and whose tokens move; leave one of them out"
         )
     if isinstance(self.policy, Credit):
       raise UserError(
-        f"{self.said('policy')}: counts earlier calls place by place, and "
-        f"with {canvas} places move; expected threshold:P, say"
+        f"{self.show('policy')}: keeps statistics of each position, and with "
+        f"{canvas} tokens move; expected e.g. threshold:P"
       )
     if self.mask_id is not None and not self.end:
       raise UserError(
@@ -392,17 +393,17 @@ class SamplerConfig:
     """Raises UserError for what a model's rows cannot be filled by."""
     if self.ends != "any" and not self.end:
       raise UserError(
-        f"{self.said('ends')}: has no effect, as no token is named that ends a "
+        f"{self.show('ends')}: has no effect, as no token is named that ends a "
         "text; leave it out"
       )
     if self.length % self.block:
       raise UserError(
-        f"{self.said('block')}: does not divide {self.said('length')}"
+        f"{self.show('block')}: does not divide {self.show('length')}"
       )
     blocks = self.length // self.block
     if self.steps is not None and self.steps % blocks:
       raise UserError(
-        f"{self.said('steps')}: expected a multiple of the {blocks} blocks of "
+        f"{self.show('steps')}: expected a multiple of the {blocks} blocks of "
         f"{self.block} tokens"
       )
     if self.mask_id in self.end:

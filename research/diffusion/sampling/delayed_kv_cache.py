@@ -17,7 +17,7 @@ from research.diffusion.sampling.config import Delayed
 from research.diffusion.sampling.denoiser import (
   Denoiser,
   positions,
-  reread,
+  recompute,
   state_index,
 )
 from research.nn.transformer import Transformer, init_cache
@@ -74,8 +74,8 @@ class DelayedKVCache(Delayed, Denoiser):
       hidden=jnp.zeros((rows, size, self.model.width), self.model.dtype),
       calls=jnp.int32(0),
     )
-    wanted = self._wanted(valid, start, size)
-    kept = self._read(length, params, tokens, valid, valid, wanted, kept)
+    required = self._required(valid, start, size)
+    kept = self._read(length, params, tokens, valid, valid, required, kept)
     return self._logits(params, kept), kept
 
   def step(self, params, tokens, valid, start, size, carry):
@@ -100,7 +100,7 @@ class DelayedKVCache(Delayed, Denoiser):
       tokens,
       valid,
       need,
-      self._wanted(valid, start, size),
+      self._required(valid, start, size),
       kept,
     )
     return self._logits(params, kept), kept
@@ -138,7 +138,7 @@ class DelayedKVCache(Delayed, Denoiser):
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     need: Bool[Array, "B T"],
-    wanted: Int[Array, "B K"],
+    required: Int[Array, "B K"],
     kept: DelayedCarry,
   ) -> DelayedCarry:
     """Returns what is known once the places in need, at most `n`, are read."""
@@ -150,11 +150,11 @@ class DelayedKVCache(Delayed, Denoiser):
 
     at = order[:, :n]
     place = jnp.where(some(need, at), some(positions(valid), at), -1)
-    keep = jnp.minimum(some(rank, wanted), n - 1)
-    hidden, cache = reread(
+    keep = jnp.minimum(some(rank, required), n - 1)
+    hidden, cache = recompute(
       self, params, tokens, valid, some(tokens, at), place, kept.cache, keep
     )
-    new = some(need, wanted)[..., None]
+    new = some(need, required)[..., None]
     return DelayedCarry(
       cache=cache,
       read_tokens=jnp.where(need, tokens, kept.read_tokens),
@@ -162,7 +162,7 @@ class DelayedKVCache(Delayed, Denoiser):
       calls=kept.calls,
     )
 
-  def _wanted(self, valid, start, size) -> Int[Array, "B K"]:
+  def _required(self, valid, start, size) -> Int[Array, "B K"]:
     return state_index(start, size, self.shift, positions(valid))
 
   def _logits(self, params, kept) -> Float[Array, "B K V"]:

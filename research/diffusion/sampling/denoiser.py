@@ -218,8 +218,8 @@ class NoCache(Denoiser):
     return self.prefill(params, tokens, valid, start, size)
 
 
-def reread(
-  how: Any,
+def recompute(
+  denoiser: Any,
   params: Params,
   tokens: Int[Array, "B T"],
   valid: Bool[Array, "B T"],
@@ -231,7 +231,7 @@ def reread(
   """Returns states of places that are read again, and the cache with them.
 
   Args:
-    how: a denoiser whose cache holds all tokens of its rows: before the call,
+    denoiser: one whose cache holds all tokens of its rows: before the call,
       what it read of these places included, and after it.
     params: of its model.
     tokens: of whole rows; with `valid`, what a model's time comes from.
@@ -241,10 +241,12 @@ def reread(
     cache: keys and values of all places.
     keep: which of the N places have states; None for all.
   """
-  held = valid.sum(-1) - jnp.sum(place >= 0, axis=-1)
-  cache = dataclasses.replace(cache, length=held.astype(jnp.int32), fresh=False)
-  time = how.time and how.time.rows(tokens, valid)
-  return how.model.apply(
+  length = valid.sum(-1) - jnp.sum(place >= 0, axis=-1)
+  cache = dataclasses.replace(
+    cache, length=length.astype(jnp.int32), fresh=False
+  )
+  time = denoiser.time and denoiser.time.rows(tokens, valid)
+  return denoiser.model.apply(
     {"params": params}, some, place, Mask.full(), cache, time=time, keep=keep
   )
 
@@ -288,7 +290,9 @@ class FirstStepCache(Denoiser):
     cache, edge = carry
     some, place = (cut(x, low, span) for x in (tokens, positions(valid)))
     keep = state_index(start - low, size, self.shift, place)
-    own, cache = reread(self, params, tokens, valid, some, place, cache, keep)
+    own, cache = recompute(
+      self, params, tokens, valid, some, place, cache, keep
+    )
     if not self.shift:
       return own, (cache, edge)
     unread = jnp.reshape(start == low, (-1, 1, 1)) & (place[:, :1, None] != 0)

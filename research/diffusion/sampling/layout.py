@@ -63,14 +63,14 @@ class PaddedRows:
 
   Attributes:
     tokens, masked, valid: `[B, T]`.
-    begins: the index of each row's first token.
+    starts: the index of each row's first token.
     heads: that of its first mask.
   """
 
   tokens: Int[np.ndarray, "B T"]
   masked: Bool[np.ndarray, "B T"]
   valid: Bool[np.ndarray, "B T"]
-  begins: list[int]
+  starts: list[int]
   heads: list[int]
 
   @property
@@ -104,7 +104,7 @@ def pad_rows(
   """
   tokens = np.zeros((len(rows), width + length), np.int32)
   valid = np.zeros(tokens.shape, bool)
-  begins, heads = [], []
+  starts, heads = [], []
   for out, ok, row in zip(tokens, valid, rows, strict=True):
     known = first_mask(row, mask_id)
     begin = width - known // block * block
@@ -112,6 +112,6 @@ def pad_rows(
       raise ValueError(f"a row of {len(row)}, {known} known: no room")
     out[begin : begin + len(row)] = row
     ok[begin : begin + len(row)] = True
-    begins.append(begin)
+    starts.append(begin)
     heads.append(begin + known)
-  return PaddedRows(tokens, valid & (tokens == mask_id), valid, begins, heads)
+  return PaddedRows(tokens, valid & (tokens == mask_id), valid, starts, heads)

@@ -67,8 +67,8 @@ def _cached(
     if isinstance(cache, Prefix):
       return BlockCausal(**common, block=block)
     raise UserError(
-      f"{config.said('cache')}: the model's blocks see nothing after them; "
-      "expected prefix, which is exact, or none"
+      f"{config.show('cache')}: the model is block-causal; expected prefix, "
+      "which is exact, or none"
     )
   if isinstance(cache, Delayed):
     numbers = dataclasses.asdict(cache)

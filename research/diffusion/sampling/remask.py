@@ -89,7 +89,7 @@ class Remask:
     """
     size = self.size(schedule, t, s)
     size = jnp.zeros_like(size) if self.kind == "confidence" else size
-    return chances(schedule, t, s, size)[0]
+    return transition_probabilities(schedule, t, s, size)[0]
 
 
 def largest_sigma(
@@ -101,7 +101,7 @@ def largest_sigma(
   return jnp.where(alpha > 0, jnp.minimum(1.0, most), 1.0)
 
 
-def chances(
+def transition_probabilities(
   schedule: Schedule,
   t: Float[Array, ""],
   s: Float[Array, ""],

@@ -225,7 +225,7 @@ def check_rows(denoiser: Denoiser, state: State, config: SamplerConfig) -> None:
   if first < 0:
     raise UserError(
       f"sampler: found rows of {places} places, expected no fewer than "
-      f"{config.said('length')}"
+      f"{config.show('length')}"
     )
   if np.asarray(state.masked)[:, :first].any():
     raise UserError(
@@ -244,7 +244,7 @@ def check_rows(denoiser: Denoiser, state: State, config: SamplerConfig) -> None:
     )
   if unit % config.block:
     raise UserError(
-      f"sampler: found {config.said('block')}, expected a divisor of {unit}, "
+      f"sampler: found {config.show('block')}, expected a divisor of {unit}, "
       "the model's block"
     )
 
@@ -448,7 +448,7 @@ def fill(
       taking_part &= active | edits
     other = free & (found != tokens) & (chance > config.edit)
     other &= taking_part[:, None]
-    # What was filled now is looked at once more, too.
+    # What was filled now is predicted once more, too.
     changed = other | kept
     new, edited = jnp.where(other, found, new), changed.any(-1)
   calls = state.calls + 1

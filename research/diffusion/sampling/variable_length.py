@@ -42,7 +42,7 @@ from research.typing import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Grown(Sampled):
+class VariableLengthResult(Sampled):
   """What `sample` returns; behind a row's canvas its tokens are ends.
 
   Calls and counts include those that only looked how long a canvas has to be.
@@ -79,7 +79,7 @@ def sample(
   config: SamplerConfig,
   sampling: Sampling = GREEDY,
   look: Callable[[State], None] | None = None,
-) -> Grown:
+) -> VariableLengthResult:
   """Returns filled rows, each as long as it had to be.
 
   Args:
@@ -102,8 +102,8 @@ def sample(
   if denoiser.unit > 1:
     raise UserError(
       f"variable_length: found a model with blocks of {denoiser.unit} tokens, "
-      "expected one whose tokens see all: what stands behind a block says "
-      "nothing of it"
+      "expected one with bidirectional attention: the tokens after a canvas "
+      "decide whether it grows"
     )
   state = tree.device_put_like(state, params)
   width = state.tokens.shape[1] - config.length
@@ -120,7 +120,7 @@ def sample(
       look(state)
   each = denoiser.passes
   got = sampler.result(state, config, each)
-  return Grown(
+  return VariableLengthResult(
     got.tokens,
     got.filled,
     got.calls,
@@ -161,7 +161,7 @@ def _blank(state: State, size: Int[Array, "B"], config: SamplerConfig) -> State:
   )
 
 
-def _asked(denoiser, params, state, config, i=0, carry=()):
+def _call(denoiser, params, state, config, i=0, carry=()):
   """Returns canvases' logits and a carry: a block's first call, or a later."""
   most = config.length
   width = jnp.int32(state.tokens.shape[1] - most)
@@ -179,7 +179,7 @@ def _asked(denoiser, params, state, config, i=0, carry=()):
 
 def _nothing(denoiser, params, state, config):
   """Returns a carry in which nothing is kept yet."""
-  _, carry = jax.eval_shape(lambda: _asked(denoiser, params, state, config))
+  _, carry = jax.eval_shape(lambda: _call(denoiser, params, state, config))
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)
 
 
@@ -187,7 +187,7 @@ def _judged(logits, state, config):
   """Returns canvases' readiness, and whether their logits are finite."""
   most = config.length
   own = state.valid[:, -most:]
-  ready = readiness(
+  ready = end_confidence(
     logits,
     state.tokens[:, -most:],
     state.masked[:, -most:],
@@ -220,9 +220,9 @@ def _measured(
   def step(loop):
     size, open_, looked, calls, finite = loop
     now = _blank(state, size, config)
-    logits, _ = _asked(denoiser, params, now, config)
+    logits, _ = _call(denoiser, params, now, config)
     ready, fine = _judged(logits, now, config)
-    short = open_ & (ready < config.canvas.begin)
+    short = open_ & (ready < config.canvas.eos_threshold)
     size = jnp.where(short, jnp.minimum(size + config.canvas.by, most), size)
     looked = looked + open_
     return size, short & (size < most), looked, calls + 1, finite & fine
@@ -278,7 +278,7 @@ def grow_block(
 
   def step(loop):
     state, i, finite, carry = loop
-    logits, carry = _asked(denoiser, params, state, config, i, carry)
+    logits, carry = _call(denoiser, params, state, config, i, carry)
     ready, fine = _judged(logits, state, config)
     own = sampler.cut(logits, at - width, size)
     proposed = sampler.proposals(state, own, config, sampling)
@@ -286,7 +286,9 @@ def grow_block(
       state, own, at, config, sampling, planned, 0, proposed=proposed
     )
     doubt = sampler.cut(filled.masked, at, size)
-    doubt &= (proposed[-1] < growth.low) & (ready < growth.ready)[:, None]
+    doubt &= (proposed[-1] < growth.low_threshold) & (
+      ready < growth.expand_threshold
+    )[:, None]
     room = config.length - _size(filled, config)
     extra = jnp.where(doubt.any(-1), jnp.minimum(growth.by - 1, room), 0)
     least = jnp.argmin(jnp.where(doubt, proposed[-1], jnp.inf), axis=-1)
@@ -328,7 +330,7 @@ def _inserted(
   )
 
 
-def readiness(
+def end_confidence(
   logits: Float[Array, "B M V"],
   tokens: Int[Array, "B M"],
   masked: Bool[Array, "B M"],

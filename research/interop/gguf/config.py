@@ -120,9 +120,9 @@ def sizes_from_metadata(
   name = file.metadata.get("general.architecture")
   if name == "clip":
     raise UserError(
-      f"{path}: general.architecture: found 'clip', an image tower alone"
-      " (llama.cpp's mmproj), expected a language model's file. Load a model"
-      " that sees images from a directory in Hugging Face's format"
+      f"{path}: general.architecture: found 'clip', an image encoder alone"
+      " (llama.cpp's mmproj), expected a language model's file. Load a vision"
+      " language model from a directory in Hugging Face's format"
     )
   if name not in ARCHITECTURES:
     raise UserError(

@@ -191,7 +191,7 @@ def _matrix(
 def _unread(
   file: GGUF, family, sizes, model: Transformer, interleave: bool, dtype, packed
 ) -> dict[str, Any]:
-  """Returns the parameter tree, of `unread.Unread` arrays."""
+  """Returns the parameter tree, of `unread.LazyArray` arrays."""
   rows = gguf_names.rows_of(family, sizes)
 
   def matrix(row: Row, layer: int) -> _Matrix:

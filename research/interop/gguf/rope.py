@@ -134,7 +134,7 @@ def _share(plain: np.ndarray, length: int) -> np.ndarray:
 
 
 def _factor(factors: np.ndarray, plain: np.ndarray, length: int) -> float:
-  """Returns the factor, as the lowest frequency tells it: 1 if none does."""
+  """Returns the factor, as the lowest frequency implies it: 1 if none does."""
   left = float(_share(plain, length)[-1])
   rest = 1 / float(factors[-1]) - left
   if left == 1 or rest <= 0:

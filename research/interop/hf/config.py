@@ -27,7 +27,7 @@ from research.nn.time_embedding import TimeEmbedding
 from research.nn.transformer import Transformer
 from research.typing import UserError
 
-CLOCK = "time_conditioning"
+TIME_CONDITIONING = "time_conditioning"
 """Our own field of models that take the time (`nn.time_embedding`)."""
 
 MAX_DEPTH = 4_096
@@ -88,7 +88,7 @@ def text_fields(config: Mapping[str, Any], where: str) -> Fields:
     config = llada.to_known_config(config, where)
     kind = config["model_type"]
   if kind == "Dream":
-    # Qwen2, but for what it is asked: its mask.
+    # Qwen2, except for its mask.
     config, kind = dict(config) | {"model_type": "qwen2"}, "qwen2"
   if isinstance(kind, str) and kind in REFUSED:
     raise UserError(f"{where}: model_type {kind!r} has {REFUSED[kind]}")
@@ -161,11 +161,11 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
     logit_softcap=fields.maybe_number("final_logit_softcapping"),
     pattern=_pattern(fields, kind, window),
     max_positions=fields.integer("max_position_embeddings"),
-    time_embedding=_clock(fields.object(CLOCK)),
+    time_embedding=_time_embedding(fields.object(TIME_CONDITIONING)),
   )
 
 
-def _clock(fields: Fields | None) -> TimeEmbedding | None:
+def _time_embedding(fields: Fields | None) -> TimeEmbedding | None:
   """Returns how a model of ours is conditioned on time, or None."""
   if fields is None:
     return None
@@ -174,9 +174,9 @@ def _clock(fields: Fields | None) -> TimeEmbedding | None:
   }
   try:
     return TimeEmbedding(
-      told=str(fields.get("told")),
+      input=str(fields.get("input")),
       scale=fields.number("scale"),
-      closed=fields.flag("closed"),
+      zero_gate=fields.flag("zero_gate"),
       **sizes,
     )
   except UserError as e:
@@ -284,7 +284,7 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
     config["use_sliding_window"] = window is not None
   if model_type in ("gemma2", "gemma3_text"):
     scale = a.scale if a.scale is not None else a.head_dim**-0.5
-    config["query_pre_attn_scalar"] = _whole(scale**-2)
+    config["query_pre_attn_scalar"] = _integral(scale**-2)
     config["attn_logit_softcapping"] = a.softcap
     config["final_logit_softcapping"] = model.softcap
   if model_type == "gemma3_text":
@@ -299,7 +299,7 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
       use_bias=a.out_bias,
     )
   if model.time_embedding is not None:
-    config[CLOCK] = dataclasses.asdict(model.time_embedding)
+    config[TIME_CONDITIONING] = dataclasses.asdict(model.time_embedding)
   _check_described(model, config)
   return config
 
@@ -327,7 +327,7 @@ def describe(model: Transformer, hint: str | None = None) -> dict[str, Any]:
   )
 
 
-def _whole(x: float) -> float | int:
+def _integral(x: float) -> float | int:
   """Returns `x`, or the whole number that rounding moved it from."""
   return round(x) if abs(x - round(x)) < 1e-9 * x else x
 

@@ -103,8 +103,8 @@ def read(
     kv_heads=fields.integer("num_key_value_heads"),
     head_dim=fields.integer("head_dim"),
     window=fields.integer("sliding_window"),
-    borrowing=fields.integer("num_kv_shared_layers", least=0),
-    borrowing_hidden=hidden * (2 if wide else 1),
+    kv_shared_layers=fields.integer("num_kv_shared_layers", least=0),
+    kv_shared_hidden=hidden * (2 if wide else 1),
     per_layer=per_layer,
     per_layer_vocab=fields.integer("vocab_size_per_layer_input")
     if per_layer
@@ -211,7 +211,7 @@ def write(model: Transformer) -> dict[str, Any]:
   full = kinds[-1]
   local = next((k for k in kinds if k.attention.window is not None), full)
   a, g = local.attention, full.attention
-  borrowing = sum(k.attention.kv == "borrowed" for k in kinds)
+  kv_shared_layers = sum(k.attention.kv == "borrowed" for k in kinds)
   activations = {v: k for k, v in reversed(ACTIVATIONS.items())}
   keys, inputs = g.values == "keys", model.per_layer
   config: dict[str, Any] = dict(
@@ -239,7 +239,7 @@ def write(model: Transformer) -> dict[str, Any]:
       model.vocab_size if inputs is None else inputs.vocab
     ),
     attention_k_eq_v=keys,
-    num_kv_shared_layers=borrowing,
+    num_kv_shared_layers=kv_shared_layers,
     use_double_wide_mlp=full.mlp.hidden > kinds[0].mlp.hidden,
     rope_parameters={
       "sliding_attention": _ROTATIONS["sliding_attention"]

@@ -8,7 +8,7 @@ A body under the usual names, and a head under those of its layout:
   value           TRL's value head, Skywork's: `v_head.summary`
 
 The tensors decide which it is. `lm_head` is kept where a file has it, since it
-is then part of the file, and read by nobody.
+is then part of the file, and never read.
 """
 
 import dataclasses

@@ -147,8 +147,8 @@ def plain_config(given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
   kind = given.get("model_type") if given is not None else None
   if kind == llada2.KIND:
     raise UserError(
-      f"model_type is {kind!r}: no reader of quantized files knows this family "
-      "by tensors of its own; expected --format=hf or orbax"
+      f"model_type is {kind!r}: quantized files of this family have no "
+      "standard names of tensors; expected --format=hf or orbax"
     )
   if kind not in llada.KINDS:
     return given

@@ -99,10 +99,10 @@ def generate_until(
 def _check(loaded: Loaded) -> None:
   if loaded.diffusion is not None:
     raise UserError(
-      f"{loaded.source.get('path', 'the model')}: fills in masks; expected one "
-      "that predicts the next token.\n"
-      "research.interop.lm_eval.lm_eval_diffusion asks such models, and "
-      "`adapter` either kind."
+      f"{loaded.source.get('path', 'the model')}: a masked diffusion model; "
+      "expected one that predicts the next token.\n"
+      "Use research.interop.lm_eval.lm_eval_diffusion, or `adapter`, which "
+      "takes either kind."
     )
 
 

@@ -15,7 +15,7 @@ from research.interop.diffusion.spec import Spec
 from research.interop.lm_eval import harness_requests as texts
 from research.interop.lm_eval.lm_eval_settings import (
   DEFAULT,
-  Asking,
+  DiffusionEvalSettings,
   spec_of,
 )
 from research.interop.loaded import Loaded
@@ -26,7 +26,7 @@ def generate_until(
   loaded: Loaded,
   requests: Sequence[tuple[str, Mapping[str, Any]]],
   batch: int = 8,
-  how: Asking = DEFAULT,
+  settings: DiffusionEvalSettings = DEFAULT,
 ) -> list[str]:
   """Returns continuations, cut before the first of some strings.
 
@@ -34,23 +34,23 @@ def generate_until(
     loaded: the model.
     requests: (context, options), see `harness_requests.options_of`.
     batch: contexts continued at a time.
-    how: see `Asking`.
+    settings: see `DiffusionEvalSettings`.
   """
   spec, out = spec_of(loaded), [""] * len(requests)
   for options, members in texts.grouped(requests).items():
     for start in range(0, len(members), batch):
       part = members[start : start + batch]
       contexts = [requests[i][0] for i in part]
-      made = _filled(loaded, spec, contexts, options, part, how)
+      made = _filled(loaded, spec, contexts, options, part, settings)
       for i, text in zip(part, made, strict=True):
         out[i] = text
   return out
 
 
-def _filled(loaded, spec, contexts, options, numbers, how) -> list[str]:
+def _filled(loaded, spec, contexts, options, numbers, settings) -> list[str]:
   tokenizer = loaded.tokenizer
-  count = how.options.get("length", options.count)
-  block = _block(spec, how, count)
+  count = settings.options.get("length", options.count)
+  block = _block(spec, settings, count)
   room = _room(texts.context_of(loaded.model), count, block, spec)
   prompts = [
     tokenizer.special.truncate(tokenizer.prompt(text), room)
@@ -58,12 +58,12 @@ def _filled(loaded, spec, contexts, options, numbers, how) -> list[str]:
     for text in contexts
   ]
   laid, length = _laid(prompts, count, block, spec)
-  config = _config(loaded, spec, how, count, length, block)
-  key, examples = jax.random.key(how.seed), jnp.asarray(numbers)
+  config = _config(loaded, spec, settings, count, length, block)
+  key, examples = jax.random.key(settings.seed), jnp.asarray(numbers)
   state = sampler.begin(laid.tokens, laid.masked, laid.valid, key, examples)
   denoiser = make_denoiser(config, loaded.model, spec.shift, spec.block)
   params = loaded.params
-  if how.guidance:
+  if settings.guidance:
     params = with_prompt(params, jnp.asarray(laid.prompt))
   rows = sampler.sample(denoiser, params, state, config, options.rule)
   out = []
@@ -90,14 +90,15 @@ def text_of(tokenizer: Any, ids: list[int], until: Sequence[str]) -> str:
   return tokenizer.decode(ids if cut == whole else tokenizer.encode(cut))
 
 
-def _block(spec: Spec, how: Asking, count: int) -> int:
+def _block(spec: Spec, settings: DiffusionEvalSettings, count: int) -> int:
   """Returns the tokens of a block that is filled."""
-  block = how.options.get("block")
+  block = settings.options.get("block")
   if spec.block is None:
     return block or min(32, count)
   if block not in (None, spec.block):
     raise UserError(
-      f"Asking.options: block is {block}, expected the model's, {spec.block}"
+      f"DiffusionEvalSettings.options: block is {block}, expected the model's,"
+      f" {spec.block}"
     )
   return spec.block
 
@@ -112,32 +113,37 @@ def _room(context: int, count: int, block: int, spec: Spec) -> int:
     raise UserError(
       f"generation: length is {count} in blocks of {block}, expected less, so"
       f" that blocks and a prompt fit the model's context, {context}; set"
-      " max_gen_toks, or length in Asking.options"
+      " max_gen_toks, or length in DiffusionEvalSettings.options"
     )
   return room
 
 
 def _config(
-  loaded: Loaded, spec: Spec, how: Asking, count: int, length: int, block: int
+  loaded: Loaded,
+  spec: Spec,
+  settings: DiffusionEvalSettings,
+  count: int,
+  length: int,
+  block: int,
 ) -> SamplerConfig:
   """Returns the sampler's settings for `length` places, `count` asked for."""
   ends = {*spec.end, *(loaded.tokenizer.stop or ())} - {spec.mask_id}
-  given = {"end": tuple(sorted(ends)), **how.options}
+  given = {"end": tuple(sorted(ends)), **settings.options}
   steps, blocks = given.get("steps"), -(-count // block)
   if steps is not None:
     if steps % blocks:
       raise UserError(
-        f"Asking.options: steps is {steps}, expected a multiple of the "
-        f"{blocks} blocks of {block} tokens"
+        f"DiffusionEvalSettings.options: steps is {steps}, expected a multiple"
+        f" of the {blocks} blocks of {block} tokens"
       )
     # A prompt that ends within a model's block may bring a block more.
     given["steps"] = steps // blocks * (length // block)
-  given |= dict(length=length, block=block, guidance=how.guidance)
+  given |= dict(length=length, block=block, guidance=settings.guidance)
   if spec.block is not None:
     if given.get("cache") is not None:
       raise UserError(
-        "Asking.options: found a cache for a model with blocks, expected none: "
-        "it has its own cache, which is exact"
+        "DiffusionEvalSettings.options: found a cache for a model with blocks,"
+        " expected none: it has its own cache, which is exact"
       )
     given["cache"] = Prefix()
   return SamplerConfig(mask_id=spec.mask_id, **given)

@@ -23,14 +23,14 @@ from research.typing import UserError
 def adapter(
   loaded: Loaded,
   batch: int = 8,
-  masked: lm_eval_diffusion.Asking | None = None,
+  diffusion: lm_eval_diffusion.DiffusionEvalSettings | None = None,
 ) -> Any:
   """Returns the model as an `lm_eval.api.model.LM`.
 
   Args:
-    loaded: of either kind: one that fills in masks is asked as such.
+    loaded: of either kind: a masked diffusion model is scored by estimates.
     batch: requests at a time.
-    masked: how a model that fills in masks is asked.
+    diffusion: how a masked diffusion model is evaluated.
 
   Raises:
     UserError: the harness is not installed, or there is no tokenizer.
@@ -45,9 +45,11 @@ def adapter(
       "In Heptad's folder: pip install -e '.[evaluation]'"
     ) from error
 
-  asking: Any = autoregressive
+  backend: Any = autoregressive
   if loaded.diffusion is not None:
-    asking = lm_eval_diffusion.bound(masked or lm_eval_diffusion.Asking())
+    backend = lm_eval_diffusion.bound(
+      diffusion or lm_eval_diffusion.DiffusionEvalSettings()
+    )
 
   class Heptad(LM):
     """The harness's interface; a method asks a function of its name."""
@@ -55,13 +57,13 @@ def adapter(
     tokenizer_name = "heptad"
 
     def loglikelihood(self, requests, disable_tqdm=False):
-      return asking.loglikelihood(loaded, [r.args for r in requests], batch)
+      return backend.loglikelihood(loaded, [r.args for r in requests], batch)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-      return asking.rolling(loaded, [r.args[0] for r in requests], batch)
+      return backend.rolling(loaded, [r.args[0] for r in requests], batch)
 
     def generate_until(self, requests, disable_tqdm=False):
-      return asking.generate_until(loaded, [r.args for r in requests], batch)
+      return backend.generate_until(loaded, [r.args for r in requests], batch)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
       if add_generation_prompt:

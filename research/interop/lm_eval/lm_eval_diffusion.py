@@ -31,7 +31,7 @@ from research.interop.lm_eval import harness_requests as texts
 from research.interop.lm_eval.diffusion_generate import generate_until
 from research.interop.lm_eval.lm_eval_settings import (
   DEFAULT,
-  Asking,
+  DiffusionEvalSettings,
   reading,
   spec_of,
 )
@@ -41,14 +41,14 @@ from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 Pair = tuple[str, str]
 Part = tuple[Int[Array, "T"], Bool[Array, "T"], likelihood.Scores]
-"""Tokens, which of them are asked for, and the model of such rows."""
+"""Tokens, which of them are scored, and the model of such rows."""
 
 
 def loglikelihood(
   loaded: Loaded,
   pairs: Sequence[Pair],
   batch: int = 8,
-  how: Asking = DEFAULT,
+  settings: DiffusionEvalSettings = DEFAULT,
 ) -> list[tuple[float, bool]]:
   """Returns (estimate of log p(continuation | context), greedy?) of each.
 
@@ -56,18 +56,18 @@ def loglikelihood(
     loaded: the model.
     pairs: contexts and continuations.
     batch: not used: the rows of a step are samples of one request.
-    how: see `Asking`.
+    settings: see `DiffusionEvalSettings`.
   """
   del batch
   requests = [texts.encoded(loaded.tokenizer, *pair) for pair in pairs]
-  return score(loaded, requests, how)
+  return score(loaded, requests, settings)
 
 
 def rolling(
   loaded: Loaded,
   whole: Sequence[str],
   batch: int = 8,
-  how: Asking = DEFAULT,
+  settings: DiffusionEvalSettings = DEFAULT,
 ) -> list[float]:
   """Returns estimates of log p of whole texts, in windows.
 
@@ -75,7 +75,7 @@ def rolling(
     loaded: the model.
     whole: the texts.
     batch: not used, see `loglikelihood`.
-    how: see `Asking`.
+    settings: see `DiffusionEvalSettings`.
   """
   del batch
   requests, owners = [], []
@@ -87,14 +87,16 @@ def rolling(
     owners += [i] * len(parts)
   out = [0.0] * len(whole)
   for owner, (value, _) in zip(
-    owners, score(loaded, requests, how), strict=True
+    owners, score(loaded, requests, settings), strict=True
   ):
     out[owner] += value
   return out
 
 
 def score(
-  loaded: Loaded, requests: Sequence[texts.Request], how: Asking = DEFAULT
+  loaded: Loaded,
+  requests: Sequence[texts.Request],
+  settings: DiffusionEvalSettings = DEFAULT,
 ) -> list[tuple[float, bool]]:
   """Returns (estimate of the log-likelihood, greedy?) of token continuations.
 
@@ -103,13 +105,13 @@ def score(
     requests: (context, continuation), the first not empty; where they are
       longer than the model's context, the first one's beginning is left out.
       An empty continuation has 0.
-    how: see `Asking`.
+    settings: see `DiffusionEvalSettings`.
 
   Raises:
     UserError: the model has no mask, or a request holds it, or a continuation
       leaves no place for what it follows.
   """
-  spec, key = spec_of(loaded), jax.random.key(how.seed)
+  spec, key = spec_of(loaded), jax.random.key(settings.seed)
   special = special_tokens.from_tokenizer(loaded.tokenizer)
   least = max(1, len(special.row_begin))
   size = texts.context_of(loaded.model)
@@ -117,7 +119,9 @@ def score(
   for i, (context, continuation) in enumerate(requests):
     ids = [*context, *continuation]
     if spec.mask_id in ids:
-      raise UserError(f"request {i}: holds the mask, id {spec.mask_id}")
+      raise UserError(
+        f"request {i}: contains the mask token, id {spec.mask_id}"
+      )
     if len(continuation) > size - least:
       raise UserError(
         f"request {i}: a continuation of {len(continuation)} tokens, expected "
@@ -125,8 +129,8 @@ def score(
         "follows"
       )
     ids = special.truncate(ids, size)
-    row = _Row(loaded, spec, how, ids, len(ids) - len(continuation))
-    out.append(row.asked(jax.random.fold_in(key, i)))
+    row = _Row(loaded, spec, settings, ids, len(ids) - len(continuation))
+    out.append(row.score(jax.random.fold_in(key, i)))
   return out
 
 
@@ -136,12 +140,12 @@ class _Row:
 
   loaded: Loaded
   spec: Spec
-  how: Asking
+  settings: DiffusionEvalSettings
   ids: list[int]
   first: int
 
-  def asked(self, key: PRNGKey) -> tuple[float, bool]:
-    total, greedy = 0.0, self.how.greedy
+  def score(self, key: PRNGKey) -> tuple[float, bool]:
+    total, greedy = 0.0, self.settings.greedy
     for n, (tokens, target, scores) in enumerate(self.parts()):
       found = likelihood.bound(
         scores,
@@ -149,9 +153,9 @@ class _Row:
         target,
         self.spec.mask_id,
         jax.random.fold_in(key, n),
-        self.how.samples,
-        self.how.spread,
-        self.how.rounding,
+        self.settings.samples,
+        self.settings.batch_size,
+        self.settings.rounding,
       )
       total -= found.mean
       if greedy:
@@ -160,7 +164,7 @@ class _Row:
     return total, greedy
 
   def parts(self) -> Iterator[Part]:
-    """Yields the parts of the continuation that are asked for at once."""
+    """Yields the parts of the continuation that are scored at once."""
     if self.first == len(self.ids):
       return
     if self.spec.block is None:
@@ -179,12 +183,12 @@ class _Row:
     denoiser = reading(NoCache, self.loaded, self.spec)
     scores = scores_of(denoiser, self.loaded.params, place < stop, mask_id)
     prompt = place < self.first
-    scores = likelihood.guided(scores, prompt, mask_id, self.how.guidance)
+    scores = likelihood.guided(scores, prompt, mask_id, self.settings.guidance)
     return tokens, (place >= self.first) & (place < stop), scores
 
   def blocks(self) -> Iterator[Part]:
     """Yields each block of a model that has some, given those before it."""
-    size, stop, w = self.spec.block, len(self.ids), self.how.guidance
+    size, stop, w = self.spec.block, len(self.ids), self.settings.guidance
     denoiser = reading(BlockCausal, self.loaded, self.spec, block=size)
     tokens = self._padded(layout.round_up(generate.bucket(stop), size))
     place = jnp.arange(tokens.shape[0])
@@ -197,7 +201,7 @@ class _Row:
       inside = slice(start, start + size)
       own = (place >= max(start, self.first)) & (place < stop)
       # The only target of a block takes one row.
-      rows = self.how.spread if own[inside].sum() > 1 else 1
+      rows = self.settings.batch_size if own[inside].sum() > 1 else 1
       scores = []
       for i, side in enumerate(sides):
         given = denoiser, self.loaded.params, side
@@ -244,10 +248,10 @@ def _scores(
   return logits.at[..., mask_id].set(-1e30)
 
 
-def bound(how: Asking) -> Any:
-  """Returns the three questions, asked as `how` says."""
+def bound(settings: DiffusionEvalSettings) -> Any:
+  """Returns the three questions, asked as `settings` say."""
   return types.SimpleNamespace(
-    loglikelihood=functools.partial(loglikelihood, how=how),
-    rolling=functools.partial(rolling, how=how),
-    generate_until=functools.partial(generate_until, how=how),
+    loglikelihood=functools.partial(loglikelihood, settings=settings),
+    rolling=functools.partial(rolling, settings=settings),
+    generate_until=functools.partial(generate_until, settings=settings),
   )

@@ -16,13 +16,13 @@ _ELSEWHERE = {"mask_id", "canvas", "guidance"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asking:
-  """How a model that fills in masks is asked.
+class DiffusionEvalSettings:
+  """How a masked diffusion model is evaluated.
 
   Attributes:
     samples: of an estimate (LLaDA's `mc_num`); one for targets of a single
       token.
-    spread: rows at once, whose numbers of masks are spread evenly.
+    batch_size: rows at once, whose numbers of masks are spread evenly.
     rounding: of these numbers, see `likelihood.counts`.
     guidance: by the context, w; 0 for none.
     greedy: whether to find out if a continuation is the one that reveals its
@@ -40,7 +40,7 @@ class Asking:
   """
 
   samples: int = 128
-  spread: int = 16
+  batch_size: int = 16
   rounding: likelihood.Rounding = "floor"
   guidance: float = 0.0
   greedy: bool = False
@@ -53,13 +53,13 @@ class Asking:
     if unknown:
       *most, last = sorted(known)
       raise UserError(
-        f"Asking.options: found {unknown[0]!r}, expected {', '.join(most)} or "
-        f"{last}"
+        f"DiffusionEvalSettings.options: found {unknown[0]!r}, expected"
+        f" {', '.join(most)} or {last}"
       )
     SamplerConfig(**self.options)  # which checks itself
 
 
-DEFAULT = Asking()
+DEFAULT = DiffusionEvalSettings()
 
 
 def reading(
@@ -79,6 +79,7 @@ def spec_of(loaded: Loaded) -> Spec:
   if loaded.diffusion is None:
     raise UserError(
       f"{loaded.source.get('path', 'the model')}: predicts the next token and "
-      "has no mask; research.interop.lm_eval asks such models"
+      "has no mask; expected a masked diffusion model. Use "
+      "research.interop.lm_eval.autoregressive"
     )
   return loaded.diffusion

@@ -194,7 +194,7 @@ def _read(file: Any, text: str) -> dict[str, str]:
     pass
   raise UserError(
     f"{file}: its note {SAMPLE} is damaged, expected {COUNT} numbers of each "
-    "matrix.\nLoad a copy that is whole."
+    "matrix.\nLoad an undamaged copy."
   )
 
 

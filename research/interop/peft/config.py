@@ -23,8 +23,8 @@ from research.interop.peft.targets import (
   Names,
   Targets,
   by_pattern,
+  is_saved,
   not_adapted,
-  saved_whole,
 )
 from research.io import safetensors
 from research.io.fields import Fields
@@ -292,7 +292,7 @@ def read_token_rows(
   whole = modules_to_save(fields)
   for address in out:
     module = sides[address]
-    if address in taken or saved_whole(module, whole):
+    if address in taken or is_saved(module, whole):
       raise fields.wrong(
         name, f"none of {module}, which target_modules or modules_to_save name"
       )
@@ -358,7 +358,7 @@ def make_config(
   ranks = {m: method.rank for m, method in all_of_them.items()}
   alphas = {m: float(f"{x.alpha:.12g}") for m, x in all_of_them.items()}
   rank, alpha = _usual(ranks.values()), _usual(alphas.values())
-  kinds = {_alike(x, rank, alpha) for x in all_of_them.values()}
+  kinds = {_common_method(x, rank, alpha) for x in all_of_them.values()}
   if len(kinds) > 1:
     first, second, *_ = sorted(map(str, kinds))
     raise UserError(
@@ -426,7 +426,7 @@ def _more_fields(
   return out
 
 
-def _alike(method: Method, rank: int, alpha: float) -> Method:
+def _common_method(method: Method, rank: int, alpha: float) -> Method:
   """Returns the method without what differs from module to module."""
   usual = dict(rank=rank, alpha=alpha)
   varies = {

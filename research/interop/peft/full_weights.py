@@ -16,7 +16,7 @@ from research import tree, weights
 from research.interop import hf
 from research.interop.parts import Address
 from research.interop.peft.names import PREFIX, USUAL, Naming
-from research.interop.peft.targets import saved_whole
+from research.interop.peft.targets import is_saved
 from research.lora import wrap
 from research.lora.methods.tokens import NESTED_PREFIX
 from research.nn.transformer import Transformer
@@ -83,7 +83,7 @@ def required(
   """
   out = {}
   for w in found.values():
-    if saved_whole(w.module, saved):
+    if is_saved(w.module, saved):
       out[f"{PREFIX}{w.module}.{w.name}"] = w
     elif w.name == "bias" and bias != "none":
       if w.module in adapted:

@@ -247,7 +247,7 @@ def modules(
     try:
       name, _ = rows.theirs(Address.parse(path))
     except KeyError:
-      continue  # only ours has it: what tells a model the time
+      continue  # only ours has it: the time embedding
     out[path] = naming.theirs(name).removesuffix(".weight")
   return out
 

@@ -25,7 +25,7 @@ from research.interop.peft import config as peft_config
 from research.interop.peft import experts as peft_experts
 from research.interop.peft import names as peft_names
 from research.interop.peft.names import PREFIX
-from research.interop.peft.targets import saved_whole
+from research.interop.peft.targets import is_saved
 from research.io import safetensors
 from research.lora import wrap
 from research.lora.method import MatrixSpec
@@ -56,8 +56,8 @@ def load_adapter(
   adapted, again = open_adapter(directory, params, model)
   if again != model:
     raise UserError(
-      f"{directory}: this adapter brings embeddings that make another model "
-      "of its base; load it as the model itself: --model=" + str(directory)
+      f"{directory}: this adapter contains embeddings that change the model's "
+      "configuration; load it as the model: --model=" + str(directory)
     )
   return adapted
 
@@ -234,7 +234,7 @@ def _untied(fields, kind, params, model, naming):
   touched = peft_config.read_methods(fields, kind, modules)
   saved = peft_config.modules_to_save(fields)
   for address, module in sides.items():
-    if address in touched or saved_whole(module, saved):
+    if address in touched or is_saved(module, saved):
       return full_weights.untie(params, model)
   return params, model
 

@@ -30,12 +30,12 @@ def search(pattern: str, flags_match: Any, text: str, field: str) -> Any:
     ) from e
 
 
-def _named(name: str, wanted: Names, field: str) -> bool:
-  if wanted is None:
+def _named(name: str, names: Names, field: str) -> bool:
+  if names is None:
     return False
-  if isinstance(wanted, str):
-    return bool(search(wanted, re.fullmatch, name, field))
-  return any(name == w or name.endswith(f".{w}") for w in wanted)
+  if isinstance(names, str):
+    return bool(search(names, re.fullmatch, name, field))
+  return any(name == w or name.endswith(f".{w}") for w in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +89,16 @@ def by_pattern(
   return default
 
 
-def saved_whole(module: str, wanted: Sequence[str]) -> bool:
+def is_saved(module: str, saved: Sequence[str]) -> bool:
   """Whether modules_to_save covers a module: by the end of a name above it."""
   parts = module.split(".")
   above = [".".join(parts[: i + 1]) for i in range(len(parts))]
-  return any(name.endswith(w) for name in above for w in wanted)
+  return any(name.endswith(w) for name in above for w in saved)
 
 
-def not_adapted(module: str, wanted: Sequence[str]) -> bool:
+def not_adapted(module: str, saved: Sequence[str]) -> bool:
   """Whether modules_to_save keeps adapters off a module."""
   return any(
     search(rf"(^|.*\.){w}($|\..*)", re.match, module, "modules_to_save")
-    for w in wanted
+    for w in saved
   )

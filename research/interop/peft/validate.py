@@ -19,8 +19,8 @@ from research.interop.peft.targets import (
   Names,
   Targets,
   by_pattern,
+  is_saved,
   not_adapted,
-  saved_whole,
 )
 from research.io.fields import Fields
 from research.lora import methods
@@ -49,7 +49,7 @@ class Finding:
 def findings(
   config: Mapping[str, Any],
   modules: Sequence[str],
-  everything: Sequence[str] = (),
+  all_modules: Sequence[str] = (),
   parameters: Sequence[str] = (),
 ) -> list[Finding]:
   """Returns what is wrong with the rules of a configuration.
@@ -57,7 +57,7 @@ def findings(
   Args:
     config: adapter_config.json, of any method.
     modules: names of the base's modules that can be adapted.
-    everything: names of all of its modules, norms included.
+    all_modules: names of all of its modules, norms included.
     parameters: names of those that target_parameters adapts.
   """
   # As in a file, where there are no tuples.
@@ -66,15 +66,15 @@ def findings(
   }
   fields = Fields(values, peft_config.CONFIG)
   targets = peft_config.read_targets(fields)
-  whole = tuple(peft_config.read_names(fields, "modules_to_save") or ())
+  to_save = tuple(peft_config.read_names(fields, "modules_to_save") or ())
   out = [*_invalid(fields)]
   if out:
     return out
   chosen = [m for m in modules if targets.match(m)]
-  adapted = [m for m in chosen if not not_adapted(m, whole)]
+  adapted = [m for m in chosen if not not_adapted(m, to_save)]
   adapted += parameters
-  out += _unused(targets, whole, modules, [*modules, *everything])
-  for name in whole:
+  out += _unused(targets, to_save, modules, [*modules, *all_modules])
+  for name in to_save:
     hidden = [m for m in chosen if not_adapted(m, (name,))]
     if hidden:
       text = f"keeps adapters off {_few(hidden)}, which targets match"
@@ -88,16 +88,16 @@ def warn(
   config: Mapping[str, Any],
   where: Any,
   modules: Sequence[str],
-  everything: Sequence[str] = (),
+  all_modules: Sequence[str] = (),
   parameters: Sequence[str] = (),
 ) -> None:
   """Warns of each rule that matches nothing, as PEFT does on loading.
 
   Args:
-    config, modules, everything, parameters: as for `findings`.
+    config, modules, all_modules, parameters: as for `findings`.
     where: the file, for the text.
   """
-  for found in findings(config, modules, everything, parameters):
+  for found in findings(config, modules, all_modules, parameters):
     if found.kind == "nothing":
       text = f"{where}: {found.field}: {found.rule!r} {found.text}"
       warnings.warn(text, RuntimeWarning, stacklevel=3)
@@ -130,9 +130,9 @@ def _invalid(fields: Fields) -> Iterator[Finding]:
 
 def _unused(
   targets: Targets,
-  whole: Sequence[str],
+  to_save: Sequence[str],
   modules: Sequence[str],
-  everything: Sequence[str],
+  all_modules: Sequence[str],
 ) -> Iterator[Finding]:
   def rules(names: Names) -> Sequence[str]:
     return (
@@ -154,8 +154,8 @@ def _unused(
     if not any(there.match(m) for m in modules):
       text = "no module that targets match is in such a layer"
       yield Finding("nothing", "layers_to_transform", str(i), text)
-  for name in whole:
-    if not any(saved_whole(m, (name,)) for m in everything):
+  for name in to_save:
+    if not any(is_saved(m, (name,)) for m in all_modules):
       yield Finding(
         "nothing", "modules_to_save", name, "matches no module of the base"
       )

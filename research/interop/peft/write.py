@@ -87,7 +87,7 @@ def save_adapter(
   if model.tied:
     tensors |= _head(directory, tensors, found, resized, naming, beside)
   sides = {naming.embedding, naming.head} if model.tied and rows else set(rows)
-  kept, replaced, saved, bias = _whole(
+  kept, replaced, saved, bias = _full_weights(
     params, model, set(methods), set(whole), resized, naming, sides
   )
   embedding = "embed" in found or ("embed" in whole and not resized)
@@ -213,7 +213,7 @@ def _write(directory: pathlib.Path, tensors, notes, config) -> None:
     raise WriteError(f"{directory}: cannot be written ({e.strerror})") from e
 
 
-def _whole(params, model, adapted, changed, resized, naming, rows):
+def _full_weights(params, model, adapted, changed, resized, naming, rows):
   """Returns what is no adapter.
 
   Tensors, the addresses that they are of, modules_to_save, and the bias mode.
@@ -251,8 +251,8 @@ def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
   for x in (one, other):
     if not np.array_equal(out[tuple(slice(n) for n in x.shape)], x):
       raise UserError(
-        "modules of this adapter should share an array and do not; adapters "
-        "that were made apart cannot be saved as one"
+        "modules of this adapter should share an array and have different "
+        "ones; adapters that were initialised separately cannot be saved as one"
       )
   return out
 

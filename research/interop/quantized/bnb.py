@@ -30,7 +30,7 @@ from research.typing import UserError
 METHOD = "bitsandbytes"
 MAGNITUDES = "SCB"
 STATE = ".weight.quant_state.bitsandbytes__"
-"""What tells a module of 8 bits, and one of 4."""
+"""Keys by which a module of 8 bits, or of 4, is recognised."""
 
 _STATE = STATE.removeprefix(".weight.")
 _DTYPES = ("float32", "bfloat16", "float16")

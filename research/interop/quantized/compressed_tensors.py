@@ -149,7 +149,7 @@ class _Tensors:
     return (outputs, inputs // scheme.group)
 
   def check_names(self) -> None:
-    """Refuses tensors that nobody asked for."""
+    """Refuses tensors that nothing has read."""
     unknown = sorted(set(self.tensors) - self.used - {*_UNUSED})
     zero = np.asarray(self.tensors.get("weight_zero_point", 1))
     if unknown == ["weight_zero_point"] and not zero.astype(bool).any():
@@ -476,7 +476,7 @@ def _same(x: np.ndarray, w: QTensor, name: str) -> np.ndarray:
   """Returns the one value of an array, `[1]`."""
   if (x != x.flat[0]).any():
     raise UserError(
-      f"compressed-tensors: {name} of {w.format.name} is not one of the whole "
-      "matrix, as the strategy 'tensor' says; expected 'channel' or 'group'"
+      f"compressed-tensors: {name} of {w.format.name} differs within the "
+      "matrix, and the strategy is 'tensor'; expected 'channel' or 'group'"
     )
   return x.reshape(-1)[:1]

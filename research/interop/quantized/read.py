@@ -41,7 +41,7 @@ class PackedTensor:
   """A packed matrix in place of a tensor `[out, in]`.
 
   Attributes:
-    leaf: a packed weight `[in, out]` of `unread.Unread` arrays.
+    leaf: a packed weight `[in, out]` of `unread.LazyArray` arrays.
     file: for messages.
   """
 
@@ -58,7 +58,7 @@ class PackedTensor:
 
   def weight(self) -> Any:
     """Returns the packed weight."""
-    return jax.tree.map(_whole, self.leaf)
+    return jax.tree.map(_read_all, self.leaf)
 
   def read(self, index: Any = ...) -> np.ndarray:
     """Returns `tensor[index]`, decoded."""
@@ -69,7 +69,7 @@ Tensor = safetensors.Lazy | PackedTensor
 """A tensor of a file, or what stands in for some."""
 
 
-def _whole(x: unread.Unread) -> np.ndarray:
+def _read_all(x: unread.LazyArray) -> np.ndarray:
   return np.asarray(x.read(tuple(slice(0, n) for n in x.shape)))
 
 
@@ -147,10 +147,10 @@ def _described(make: Callable[[], Any]) -> Any:
   def one(i):
     # Copied: a view would keep the file's pages in memory.
     x = np.array(leaves[i])
-    return unread.Unread(x.shape, x.dtype, lambda index: x[index])
+    return unread.LazyArray(x.shape, x.dtype, lambda index: x[index])
 
   x = leaves[largest]
-  again = unread.Unread(
+  again = unread.LazyArray(
     x.shape, x.dtype, lambda index: jax.tree.leaves(make())[largest][index]
   )
   found = [again if i == largest else one(i) for i in range(len(leaves))]
@@ -194,7 +194,7 @@ def stack_weights(leaves: Sequence[Any], where: str) -> Any:
   return jax.tree.map(stack, *leaves)
 
 
-def stack(*arrays: unread.Unread) -> unread.Unread:
+def stack(*arrays: unread.LazyArray) -> unread.LazyArray:
   """Returns unread arrays behind a leading axis."""
 
   def filler(x):

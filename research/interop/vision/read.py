@@ -44,8 +44,8 @@ def vision_language_params(
     tensors: by their names; exactly the model's.
     dtype: of the result.
     where: the file or directory, for messages.
-    shardings: of the whole tree, see `unread.place`; with `unread.left` towers
-      are not read either.
+    shardings: of the whole tree, see `unread.place`; with `unread.unplaced`
+      towers are not read either.
 
   Raises:
     UserError: the tensors are not exactly the model's.
@@ -65,7 +65,7 @@ def vision_language_params(
     where,
     None if shardings is None else of_language,
   )
-  if shardings is unread.left:
+  if shardings is unread.unplaced:
     return towers | dict(language=language)
   out = {
     tower: read_tower(
@@ -182,7 +182,7 @@ def load_language(
     shardings: of the language model's parameters.
   """
   of_all = shardings
-  if shardings is not None and shardings is not unread.left:
+  if shardings is not None and shardings is not unread.unplaced:
 
     def of_all(tree):
       return tree | {"language": shardings(tree["language"])}

@@ -141,7 +141,7 @@ PREPROCESSORS = (
       size=_square(tiling),
       do_pan_and_scan=True,
       pan_and_scan_min_ratio_to_activate=tiling.ratio,
-      pan_and_scan_min_crop_size=tiling.least_crop,
+      pan_and_scan_min_crop_size=tiling.min_crop,
       pan_and_scan_max_num_crops=tiling.most_crops,
     ),
   ),
@@ -183,8 +183,8 @@ PREPROCESSORS = (
       image_processor_type="GotOcr2ImageProcessor",
       size=_square(tiling),
       crop_to_patches=True,
-      min_patches=tiling.least,
-      max_patches=tiling.most,
+      min_patches=tiling.min_tiles,
+      max_patches=tiling.max_tiles,
     ),
   ),
   (
@@ -202,7 +202,9 @@ PREPROCESSORS = (
     lambda tiling: dict(
       image_processor_type="Qwen2VLImageProcessor",
       # Numbers of pixels, whatever they are called.
-      size=dict(shortest_edge=tiling.least, longest_edge=tiling.most),
+      size=dict(
+        shortest_edge=tiling.min_pixels, longest_edge=tiling.max_pixels
+      ),
       patch_size=tiling.patch,
       merge_size=tiling.merge,
       temporal_patch_size=FRAMES,
@@ -224,7 +226,7 @@ PREPROCESSORS = (
     lambda tiling: dict(
       image_processor_type="Molmo2ImageProcessor",
       size=_square(tiling),
-      max_crops=tiling.most,
+      max_crops=tiling.max_tiles,
       overlap_margins=list(tiling.margins),
       patch_size=tiling.patch,
       pooling_size=[tiling.pool, tiling.pool],

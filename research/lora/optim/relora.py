@@ -282,18 +282,18 @@ class Restart:
     """Raises UserError unless `reset` is right for an optimizer's array."""
     if re.search(r"(^|/)z/", path):
       raise UserError(
-        f"relora: {path} is no moment but schedule-free's iterate, of which an"
-        " average goes on.\nExpected another optimizer, such as optim.adamw."
+        f"relora: {path} is an iterate of schedule-free, not a moment, and must"
+        " not be reset.\nExpected another optimizer, such as optim.adamw."
       )
     if x.dtype == jnp.bool_:
       raise UserError(
-        f"relora: {path} is no moment but a mask, as AdaLoRA's of its terms,"
-        " all of which it would remove.\nExpected an optimizer without one."
+        f"relora: {path} is a mask, such as AdaLoRA's, not a moment; a reset"
+        " would remove all terms.\nExpected an optimizer without one."
       )
     prunes = isinstance(self.reset, MagnitudePruning | RandomPruning)
     if prunes and jnp.issubdtype(x.dtype, jnp.integer):
       raise UserError(
-        f"relora: {path} holds codes, of which 0 is not the number 0.\n"
+        f"relora: {path} has quantized moments, whose code 0 is not 0.0.\n"
         "Expected moments in 32 bits, or reset = @relora.zero."
       )
 
@@ -338,9 +338,9 @@ def _adapted(state: TrainState) -> list[tuple[str, Any]]:
       continue
     if not isinstance(leaf.w, jax.Array):
       raise UserError(
-        f"relora: the base of {path} is no array but a "
-        f"{type(leaf.w).__name__}, into which nothing can be merged.\n"
-        "Expected a base that is neither packed nor adapted."
+        f"relora: the base of {path} is a {type(leaf.w).__name__}, into which "
+        "nothing can be merged.\n"
+        "Expected an array: a base that is neither quantized nor adapted."
       )
     found.append((path, leaf))
   if not found:

@@ -86,19 +86,19 @@ def write(params: Params, found: Factors, slot: int) -> Any:
     found: address -> factors; other matrices get zeros in this slot.
     slot: index of the slot; all indices share one compiled program.
   """
-  held, new = {}, {}
+  factors, new = {}, {}
   for name, leaf in wrap.leaves(params):
     if isinstance(leaf, BatchedTensor):
       pairs = [_padded(found.get(p), leaf) for p in _addresses(params, name)]
-      held[name] = leaf.a, leaf.b
+      factors[name] = leaf.a, leaf.b
       new[name] = tuple(
         np.stack(x).reshape(*leaf.shape[:-2], *x[0].shape)
         for x in zip(*pairs, strict=True)
       )
-  held = _set(held, new, np.int32(slot))
+  factors = _set(factors, new, np.int32(slot))
 
   def filled(name, leaf):
-    return leaf.with_factors(*held[name]) if name in held else leaf
+    return leaf.with_factors(*factors[name]) if name in factors else leaf
 
   return tree.map_paths(filled, params, is_leaf=weights.is_weight)
 
@@ -120,6 +120,6 @@ def _padded(pair, leaf):
   return sides
 
 
-@functools.partial(jax.jit, donate_argnames="held")
-def _set(held, new, slot):
-  return jax.tree.map(lambda x, y: x.at[..., slot, :, :].set(y), held, new)
+@functools.partial(jax.jit, donate_argnames="factors")
+def _set(factors, new, slot):
+  return jax.tree.map(lambda x, y: x.at[..., slot, :, :].set(y), factors, new)

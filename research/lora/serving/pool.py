@@ -128,20 +128,20 @@ def from_directories(
     directories: adapter name -> path, see `add`.
     read: reads adapters' directories, see `Reader`.
   """
-  held = {
+  factors = {
     name: read(pathlib.Path(place), params, model, MAX_RANK)
     for name, place in directories.items()
   }
-  matrices = sorted({path for found in held.values() for path in found})
+  matrices = sorted({path for found in factors.values() for path in found})
   pool = create(
     params,
     model,
-    slots=len(held),
-    rank=max(len(a) for found in held.values() for a, _ in found.values()),
+    slots=len(factors),
+    rank=max(len(a) for found in factors.values() for a, _ in found.values()),
     targets="|".join(map(re.escape, matrices)),
     read=read,
   )
-  for name, found in held.items():
+  for name, found in factors.items():
     _check_name(name)
     pool = _put(pool, name, found)
   return pool

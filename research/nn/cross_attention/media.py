@@ -113,7 +113,7 @@ class Media(weights.Weight):
     """
     if self.bounds is None:
       raise UserError(
-        "cross-attention: does not know which image each token sees; call"
+        "cross-attention: which image each token attends to is not set; call"
         " weights.with_tokens(params, tokens) before the model"
       )
     bounds = self.bounds

@@ -35,9 +35,9 @@ class Gemma4Sizes:
     theta, rotated, factor: of the rotation of global layers: base, share of the
       frequencies that turn, and their divisor.
     local_theta: base of the rotation of local layers.
-    borrowing: number of layers, the last ones, that borrow keys and values of
-      the last layer of their kind before them.
-    borrowing_hidden: inner width of those layers' feed-forwards.
+    kv_shared_layers: number of layers, the last ones, that use the keys and
+      values of the last layer of their kind before them.
+    kv_shared_hidden: inner width of those layers' feed-forwards.
     per_layer: width of the vectors that each layer gets of each token; 0 for
       none.
     per_layer_vocab: rows of their table.
@@ -65,8 +65,8 @@ class Gemma4Sizes:
   rotated: float = 0.25
   factor: float = 1.0
   local_theta: float = 1e4
-  borrowing: int = 0
-  borrowing_hidden: int = 0
+  kv_shared_layers: int = 0
+  kv_shared_hidden: int = 0
   per_layer: int = 0
   per_layer_vocab: int = 0
   padding: int = 0
@@ -77,10 +77,10 @@ class Gemma4Sizes:
   max_positions: int | None = 131_072
 
   def __post_init__(self):
-    own = self.kinds[: len(self.kinds) - self.borrowing]
+    own = self.kinds[: len(self.kinds) - self.kv_shared_layers]
     if not own or set(own) != set(self.kinds):
       raise UserError(
-        f"Gemma4Sizes.borrowing: found {self.borrowing} of"
+        f"Gemma4Sizes.kv_shared_layers: found {self.kv_shared_layers} of"
         f" {len(self.kinds)} layers, expected a layer of each kind before them"
       )
 
@@ -119,7 +119,7 @@ def gemma4(sizes: Gemma4Sizes, dtype: str = "float32") -> Transformer:
 
 def _block(sizes: Gemma4Sizes, i: int, norm: RMSNorm) -> Block:
   kinds, kind = sizes.kinds, sizes.kinds[i]
-  first = len(kinds) - sizes.borrowing
+  first = len(kinds) - sizes.kv_shared_layers
   update = None
   if sizes.per_layer:
     # A norm of its own: Linen shares the parameters of one object.
@@ -135,7 +135,7 @@ def _block(sizes: Gemma4Sizes, i: int, norm: RMSNorm) -> Block:
       **(_local(sizes) if kind == "local" else _global(sizes)),
     ),
     mlp=Mlp(
-      hidden=sizes.hidden if i < first else sizes.borrowing_hidden,
+      hidden=sizes.hidden if i < first else sizes.kv_shared_hidden,
       activation=sizes.activation,
     ),
     norm=norm,

@@ -184,7 +184,7 @@ class ImagePositions(weights.Weight):
   def _known(self):
     if self.positions is None:
       raise UserError(
-        "rotary positions: does not know where images stand; call"
+        "rotary positions: the positions of images are not set; call"
         " weights.with_tokens(params, tokens) before the model"
       )
     return self.positions

@@ -35,7 +35,7 @@ from research.optim.low_rank.projected_grad_weight import (
   ProjectedGradWeight,
   Rule,
 )
-from research.optim.low_rank.projectors import Every, Storage, Whole
+from research.optim.low_rank.projectors import FixedInterval, Float32, Storage
 from research.optim.low_rank.subspace import Projection
 from research.typing import Array, UserError
 
@@ -61,7 +61,7 @@ def movable(w: Any) -> bool:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Parts:
   rule: Rule
-  pace: Every
+  pace: FixedInterval
   inner: optax.GradientTransformation
   rest: optax.GradientTransformation
   scale: float
@@ -118,7 +118,8 @@ class Layerwise(optax.GradientTransformation):
   def __new__(cls, parts: _Parts) -> "Layerwise":
     def update(updates, state, params=None):
       raise UserError(
-        "layerwise: found gradients of whole stacks, expected none.\nUse"
+        "layerwise: found gradients of all layers at once, expected updates"
+        " during the backward pass.\nUse"
         " research.training.step.make_train_step, or galore.galore."
       )
 
@@ -161,10 +162,10 @@ def _lead(path: str, w: Any) -> tuple[int, ...]:
   return w.shape[:1] if re.match(r"run\d+/", path) else ()
 
 
-def _at(held: Any, path: str) -> Any:
+def _at(node: Any, path: str) -> Any:
   for name in path.split("/"):
-    held = held[name] if isinstance(held, Mapping) else getattr(held, name)
-  return held
+    node = node[name] if isinstance(node, Mapping) else getattr(node, name)
+  return node
 
 
 def _placed(params: Any, found: Mapping[str, Any]) -> Any:
@@ -174,7 +175,7 @@ def _placed(params: Any, found: Mapping[str, Any]) -> Any:
 
 def _init(parts: _Parts, params: Any) -> LayerwiseState:
   found, rule = parts.projected(params), parts.rule
-  held = {p: rule.storage.pack(parts.stub(w)) for p, w in found.items()}
+  projectors = {p: rule.storage.pack(parts.stub(w)) for p, w in found.items()}
   paces = {}
   for path, w in found.items():
     lead, every = _lead(path, w), rule.projection.every
@@ -186,7 +187,7 @@ def _init(parts: _Parts, params: Any) -> LayerwiseState:
   )
   return LayerwiseState(
     jnp.zeros((), jnp.int32),
-    _placed(params, held),
+    _placed(params, projectors),
     _placed(params, paces),
     parts.inner.init(small),
     parts.rest.init(small),
@@ -208,8 +209,10 @@ def _gradients(parts, loss, trainable, state, first):
       own = jax.random.fold_in(key, zlib.crc32(path.encode()))
       lead = _lead(path, w)
       keys = jax.random.split(own, lead) if lead else own
-      held = _at(state.projector, path)
-      return ProjectedGradWeight(w, *slots[path], held, due[path], keys, rule)
+      projectors = _at(state.projector, path)
+      return ProjectedGradWeight(
+        w, *slots[path], projectors, due[path], keys, rule
+      )
 
     return tree.map_paths(one, params, movable)
 
@@ -252,9 +255,9 @@ def _renewed(parts, state, found, fresh, due, like):
     vectors = vectors.reshape(*lead, -1)
     pace = _at(state.pace, path)
     paces[path] = parts.pace.after(pace, due[path], vectors)
-  held = {path: storage.pack(made) for path, made in fresh.items()}
+  projectors = {path: storage.pack(made) for path, made in fresh.items()}
   return state._replace(
-    projector=_placed(like, held), pace=_placed(like, paces)
+    projector=_placed(like, projectors), pace=_placed(like, paces)
   )
 
 
@@ -264,14 +267,14 @@ def _move(parts, small, state, params):
   key = jax.random.key(parts.rule.projection.seed + 1)
   key = jax.random.fold_in(key, state.count)
 
-  def moved(params, moves, held, key):
+  def moved(params, moves, projectors, key):
     """Returns some parameters after their update, and `rest`'s state."""
 
     def wide(path, n):
       w = _at(params, path)
       if path not in found:
         return n.astype(w.dtype)
-      up = parts.rule.up(n, _at(held, path), w.shape)
+      up = parts.rule.up(n, _at(projectors, path), w.shape)
       return (parts.scale * up).astype(w.dtype)
 
     dense = jax.tree.map(
@@ -327,8 +330,8 @@ def galore(
   weight_decay: optim.Number = 0.0,
   decayed: str = ".*",
   clip: optim.Number | None = None,
-  storage: Storage = Whole(),
-  pace: Every = Every(),
+  storage: Storage = Float32(),
+  pace: FixedInterval = FixedInterval(),
 ) -> Layerwise:
   """Returns `research.optim.low_rank.galore.galore`, layer by layer.
 

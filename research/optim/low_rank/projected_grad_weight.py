@@ -85,26 +85,29 @@ class ProjectedGradWeight(weights.WrappedWeight):
     """Returns the array, whose cotangent becomes R."""
     w = jax.lax.stop_gradient(weights.dense(self.w))
     more = (self.stored, self.due, self.key)
-    return _seen(self.rule, w, self.small, self.stub, self.reads, more)
+    return _project_gradient(
+      self.rule, w, self.small, self.stub, self.reads, more
+    )
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, x, w)`."""
-    return self._again(lambda w: weights.einsum(eq, x, w))
+    return self._recomputed(lambda w: weights.einsum(eq, x, w))
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns rows of `w`."""
-    return self._again(lambda w: weights.take(w, ids))
+    return self._recomputed(lambda w: weights.take(w, ids))
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
     """Returns the experts' matmul."""
-    return self._again(lambda w: weights.ragged_dot(x, w, sizes))
+    return self._recomputed(lambda w: weights.ragged_dot(x, w, sizes))
 
-  def _again(self, use: Callable[[Array], Array]) -> Array:
+  def _recomputed(self, use: Callable[[Array], Array]) -> Array:
     """Returns `use(dense)`; what is kept of it is the weight itself.
 
-    A scan would keep the output of `_seen`, a copy of each layer's weight.
+    A scan would keep the output of `_project_gradient`, a copy of each layer's
+    weight.
     """
     return jax.checkpoint(lambda w: use(w.dense()))(self)
 
@@ -121,16 +124,16 @@ class ProjectedGradWeight(weights.WrappedWeight):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _seen(rule, w, small, stub, reads, more):
+def _project_gradient(rule, w, small, stub, reads, more):
   """Returns `w`; its cotangent goes to `small` and `stub`, projected."""
   return w
 
 
-def _seen_fwd(rule, w, small, stub, reads, more):
+def _project_gradient_fwd(rule, w, small, stub, reads, more):
   return w, more
 
 
-def _seen_bwd(rule, more, g):
+def _project_gradient_bwd(rule, more, g):
   stored, due, key = more
   g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
   found = jax.lax.cond(
@@ -140,4 +143,4 @@ def _seen_bwd(rule, more, g):
   return None, rule.down(g, found), found, once, None
 
 
-_seen.defvjp(_seen_fwd, _seen_bwd)
+_project_gradient.defvjp(_project_gradient_fwd, _project_gradient_bwd)

@@ -1,6 +1,6 @@
-"""How projectors are kept, and when they are made anew.
+"""How projectors are stored, and when they are recomputed.
 
-As they are (`Whole`), every so many updates (`Every`): GaLore. In four bits
+In `Float32`, every so many updates (`FixedInterval`): GaLore. In four bits
 (`Int4`), less and less often where the strongest direction of a gradient stays
 what it was (`Lazy`): Q-GaLore (Zhang et al. 2024, arXiv:2407.08296, sections
 3.2 and 3.3), as its authors' code has it (q-galore-torch 1.0).
@@ -17,7 +17,7 @@ from research.typing import Array, Bool, Float, Int, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Whole:
+class Float32:
   """In float32."""
 
   def encode(self, p: Float[Array, "..."]) -> Any:
@@ -28,9 +28,9 @@ class Whole:
     """Returns what is kept."""
     return found
 
-  def unpack(self, held: Any) -> Any:
+  def unpack(self, stored: Any) -> Any:
     """Returns the floats of what is kept; inverts `pack`."""
-    return held
+    return stored
 
   def decode(self, found: Any, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Returns the projector of such a shape."""
@@ -83,12 +83,12 @@ class Int4:
     packed = pairs[..., 0] | (pairs[..., 1] << 4)
     return dict(found, codes=packed, zero=found["zero"].astype(jnp.uint8))
 
-  def unpack(self, held: Mapping[str, Any]) -> Mapping[str, Any]:
+  def unpack(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns what `encode` did."""
-    codes, step = held["codes"], held["step"]
+    codes, step = stored["codes"], stored["step"]
     pairs = jnp.stack([codes & 15, codes >> 4], -1)
     codes = pairs.reshape(*codes.shape[:-1], -1).astype(jnp.bfloat16)
-    return dict(held, codes=codes, zero=held["zero"].astype(step.dtype))
+    return dict(stored, codes=codes, zero=stored["zero"].astype(step.dtype))
 
   def decode(
     self, found: Mapping[str, Any], shape: tuple[int, ...]
@@ -100,7 +100,7 @@ class Int4:
     return jnp.swapaxes(x.reshape(*lead, columns, rows), -1, -2)
 
 
-Storage = Whole | Int4
+Storage = Float32 | Int4
 
 
 def steps(
@@ -118,7 +118,7 @@ def steps(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Every:
+class FixedInterval:
   """Each matrix every so many updates, as `Projection.every` says."""
 
   def init(self, lead: tuple[int, ...], every: int, size: int) -> Any:
@@ -151,7 +151,7 @@ class Every:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lazy(Every):
+class Lazy(FixedInterval):
   """Rarely where the strongest direction of the gradient stays.
 
   Once the mean of the last `last` cosines between a matrix's first vector and

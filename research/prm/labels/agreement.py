@@ -37,7 +37,7 @@ def consensus(
   """Returns the solutions whose first error both place at the same step.
 
   Both may also agree that there is none. A labeller that does not know a step
-  before its first error agrees with nobody.
+  before its first error agrees with no label.
 
   Args:
     first, second: the same solutions, labelled twice; labels are hard.

@@ -54,8 +54,8 @@ def bisect(n: int) -> Generator[int, bool, int]:
   low, high = 0, n - 1
   while low < high:
     middle = (low + high) // 2
-    hopeful = yield middle
-    low, high = (middle + 1, high) if hopeful else (low, middle)
+    solvable = yield middle
+    low, high = (middle + 1, high) if solvable else (low, middle)
   return low
 
 
@@ -86,12 +86,12 @@ def locate_with_rollouts(
   errors: dict[int, int] = {}
   probes: dict[int, int] = {}
 
-  def advance(i: int, hopeful: bool | None) -> None:
+  def advance(i: int, solvable: bool | None) -> None:
     try:
-      if hopeful is None:
+      if solvable is None:
         probes[i] = next(searches[i])
       else:
-        probes[i] = searches[i].send(hopeful)
+        probes[i] = searches[i].send(solvable)
     except StopIteration as end:
       probes.pop(i, None)
       errors[i] = end.value

@@ -29,18 +29,19 @@ class Clip:
 
   Attributes:
     steps: number of steps that divide the range.
-    tried: number of candidates, from the full range down.
+    candidates: number of candidates, from the full range down.
     norm: exponent of the absolute errors; GPTQ uses 2.4.
   """
 
   steps: int = 100
-  tried: int = 80
+  candidates: int = 80
   norm: float = 2.4
 
   def __post_init__(self):
-    if not 1 <= self.tried <= self.steps:
+    if not 1 <= self.candidates <= self.steps:
       raise UserError(
-        f"Clip: tried is {self.tried}, expected 1 to steps, {self.steps}"
+        f"Clip: candidates is {self.candidates}, expected 1 to steps,"
+        f" {self.steps}"
       )
     if not self.norm > 0:
       raise UserError(f"Clip: norm is {self.norm}, expected more than 0")
@@ -75,4 +76,6 @@ class Clip:
         lambda a, b: jnp.where(take, a, b), (grid, error), best
       )
 
-    return jax.lax.fori_loop(1, self.tried, better, tried(jnp.float32(1)))[0]
+    return jax.lax.fori_loop(1, self.candidates, better, tried(jnp.float32(1)))[
+      0
+    ]

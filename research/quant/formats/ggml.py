@@ -190,7 +190,7 @@ def from_ggml_unread(
   axis: int,
   lead: tuple[int, ...] | None = None,
 ) -> QTensor:
-  """Returns matrices like `from_ggml`, as lazily read `unread.Unread` arrays.
+  """Returns matrices like `from_ggml`, as `unread.LazyArray`s.
 
   Reading a slice reads only the rows and blocks that it needs.
 
@@ -205,7 +205,7 @@ def from_ggml_unread(
   rows, columns = shape
   empty = format.split(np.zeros((1, format.nbytes), np.uint8))
 
-  def leaf(name: str) -> unread.Unread:
+  def leaf(name: str) -> unread.LazyArray:
     found = empty[name]
 
     def filler(matrix) -> unread.Fill:

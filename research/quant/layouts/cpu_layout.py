@@ -187,7 +187,7 @@ def _fuse(part: Any) -> Any:
     leaves = [found.get(name) for name in names]
     if not all(isinstance(x, PanelTensor) and x.axis == -2 for x in leaves):
       continue
-    if not _alike([leaf.source for leaf in leaves]):
+    if not _same_row_order([leaf.source for leaf in leaves]):
       continue
     joined = layout.concatenate([leaf.panels for leaf in leaves])
     if joined is not None:
@@ -197,7 +197,7 @@ def _fuse(part: Any) -> Any:
   return out
 
 
-def _alike(sources: Sequence[Any]) -> bool:
+def _same_row_order(sources: Sequence[Any]) -> bool:
   """Whether matrices have the same order of rows."""
   if any(x is None for x in sources):
     return all(x is None for x in sources)

@@ -161,7 +161,7 @@ def errors(
   Raises:
     UserError: the trees do not fit one model, or do not differ.
   """
-  if not _alike(params, other):
+  if not _same_runs(params, other):
     params, other = tree.unroll(params), tree.unroll(other)
   others = dict(_matrices(other))
   shape = np.shape(tokens)
@@ -246,7 +246,7 @@ def _same(a: Any, b: Any) -> bool:
   return arrays and a.shape == b.shape and bool(jnp.array_equal(a, b))
 
 
-def _alike(a: Params, b: Params) -> bool:
+def _same_runs(a: Params, b: Params) -> bool:
   """Whether two trees have the same runs."""
 
   def runs(params):

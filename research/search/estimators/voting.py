@@ -65,13 +65,13 @@ def majority_at_k(answers: Answers, correct: Sequence[bool], k: int) -> float:
   votes = collections.Counter(x for x in answers if x is not None)
   n = len(answers)
   chances = [_chances(votes[x], k / n) for x in shares]
-  silent = _chances(n - votes.total(), k / n)
+  unanswered = _chances(n - votes.total(), k / n)
   total = 0.0
   for i, share in enumerate(shares.values()):
     if share:
       others = chances[:i] + chances[i + 1 :]
       total += share * sum(
-        _wins(chances[i], j, others, silent, k)
+        _wins(chances[i], j, others, unanswered, k)
         for j in range(1, min(len(chances[i]) - 1, k) + 1)
       )
   # Each term is rounded; a certain win stays one.
@@ -82,7 +82,7 @@ def _wins(
   own: Float[np.ndarray, "M"],
   j: int,
   others: Sequence[np.ndarray],
-  silent: np.ndarray,
+  unanswered: np.ndarray,
   k: int,
 ) -> float:
   """Returns the chance that k are drawn and an answer wins with j of them.
@@ -94,14 +94,14 @@ def _wins(
   Args:
     own: chances that 0, 1, ... of the answer's samples are drawn.
     j: number of them.
-    others, silent: as `own`, of other answers and of samples without one;
+    others, unanswered: as `own`, of other answers and of samples without one;
       their lengths differ.
     k: budget.
   """
   rest = k - j
   poly = np.zeros((1, rest + 1))
   poly[0, 0] = 1.0
-  factors = [(silent, None)] + [(chances, j) for chances in others]
+  factors = [(unanswered, None)] + [(chances, j) for chances in others]
   for chances, limit in factors:
     poly = _times(poly, chances, limit)
   ways = poly[:, rest] @ (1 / np.arange(1, len(poly) + 1))

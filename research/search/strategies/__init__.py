@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "diverse_trees": ["DiverseTrees"],
     "independent": ["Independent"],
     "rebase": ["Rebase"],
-    "remasking": ["AllButBest", "Below", "Remasking"],
+    "remasking": ["AllButBest", "BelowThreshold", "Remasking"],
     "rounds": ["LastTries", "Rounds", "Subsets"],
     "step_revision": ["StepRevision"],
     "tree": ["TreeSearch"],

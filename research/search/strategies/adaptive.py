@@ -41,23 +41,25 @@ class Adaptive:
   Attributes:
     answer: extracts a path's answer, in canonical form, or None.
     round: samples of a round.
-    most: samples of a problem, a multiple of `round`.
-    sure: probability at which a vote is decided.
+    max_samples: samples of a problem, a multiple of `round`.
+    confidence: probability at which a vote is decided.
   """
 
   answer: Callable[[Path], Hashable | None]
   round: int = 4
-  most: int = 32
-  sure: float | int = 0.95
+  max_samples: int = 32
+  confidence: float | int = 0.95
 
   def __post_init__(self):
-    if self.round < 1 or self.most < 1 or self.most % self.round:
+    if self.round < 1 or self.max_samples < 1 or self.max_samples % self.round:
       raise UserError(
-        f"Adaptive: found rounds of {self.round} and at most {self.most}"
+        f"Adaptive: found rounds of {self.round} and at most {self.max_samples}"
         " samples, expected a multiple"
       )
-    if not 0.5 < self.sure < 1:
-      raise UserError(f"Adaptive: sure is {self.sure}, expected 0.5 to 1")
+    if not 0.5 < self.confidence < 1:
+      raise UserError(
+        f"Adaptive: confidence is {self.confidence}, expected 0.5 to 1"
+      )
 
   def __call__(
     self, engine: Engine, prompts: Sequence[Sequence[int]], limits: Limits
@@ -65,7 +67,7 @@ class Adaptive:
     """Returns each problem's samples; see `Strategy`."""
     key = jax.random.key(0) if limits.key is None else limits.key
     found = [Samples((), Ledger()) for _ in prompts]
-    for k in range(self.most // self.round):
+    for k in range(self.max_samples // self.round):
       opened = [i for i, one in enumerate(found) if not self._decided(one)]
       if not opened:
         break
@@ -87,4 +89,4 @@ class Adaptive:
     return found
 
   def _decided(self, samples: Samples) -> bool:
-    return lead(answers_of(samples.paths, self.answer)) >= self.sure
+    return lead(answers_of(samples.paths, self.answer)) >= self.confidence

@@ -22,7 +22,7 @@ from research.typing import UserError
 
 
 @runtime_checkable
-class Ease(Protocol):
+class PassRatePredictor(Protocol):
   """Predicts from a problem's first samples how often samples are right."""
 
   def __call__(self, paths: Sequence[Path]) -> float:
@@ -66,7 +66,7 @@ class MeanScore:
 
 
 def allocate(
-  ease: Sequence[float | int], total: int, first: int = 0
+  pass_rates: Sequence[float | int], total: int, first: int = 0
 ) -> list[int]:
   """Returns each problem's samples, the `first` ones of each included.
 
@@ -74,17 +74,17 @@ def allocate(
   the problem with the fewest of equal ones: no other division is worth more.
 
   Args:
-    ease: each problem's chance of a right sample.
+    pass_rates: each problem's chance of a right sample.
     total: samples of all problems, at least `first` of each.
     first: samples that each problem has.
   """
-  counts = [first] * len(ease)
+  counts = [first] * len(pass_rates)
 
   def worth(i):
-    return ease[i] * (1 - ease[i]) ** counts[i], -counts[i]
+    return pass_rates[i] * (1 - pass_rates[i]) ** counts[i], -counts[i]
 
   for _ in range(total - sum(counts)):
-    counts[max(range(len(ease)), key=worth)] += 1
+    counts[max(range(len(pass_rates)), key=worth)] += 1
   return counts
 
 
@@ -93,13 +93,13 @@ class AdaptiveAllocation:
   """Independent samples; a problem's number depends on its difficulty.
 
   Attributes:
-    ease: predicts it from the first samples, which are on the ledger and are
-      samples as all others.
+    predictor: predicts pass rates from the first samples, which are on the
+      ledger and are samples as all others.
     copies: mean samples of a problem; a batch of B has `B * copies` exactly.
     first: samples of each problem from which its difficulty is predicted.
   """
 
-  ease: Ease
+  predictor: PassRatePredictor
   copies: int = 16
   first: int = 4
 
@@ -117,8 +117,8 @@ class AdaptiveAllocation:
     start = engine.begin(prompts, limits.tokens, 1, limits.key)
     first = [range(self.first)] * len(prompts)
     found, ledgers = _sampled(engine, start, first, limits.steps)
-    ease = [self.ease(paths) for paths in found]
-    counts = allocate(ease, self.copies * len(prompts), self.first)
+    pass_rates = [self.predictor(paths) for paths in found]
+    counts = allocate(pass_rates, self.copies * len(prompts), self.first)
     if self.copies > self.first:
       start = dataclasses.replace(start, ledgers=ledgers)
       rest = [range(self.first, count) for count in counts]

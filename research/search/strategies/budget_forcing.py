@@ -22,32 +22,32 @@ class BudgetForcing:
 
   Attributes:
     copies: paths of a problem.
-    least: tokens below which an end is replaced.
-    most: tokens after which the answer is forced.
+    min_tokens: tokens below which an end is replaced.
+    max_tokens: tokens after which the answer is forced.
     wait: tokens in place of an end.
-    waits: how often at most.
-    answer: tokens that lead to the answer, needed if `most` is set; they, and
-      the answer, are not part of the budget.
+    max_waits: how often an end is replaced, at most.
+    answer: tokens that lead to the answer, needed if `max_tokens` is set; they,
+      and the answer, are not part of the budget.
   """
 
   copies: int = 1
-  least: int = 0
-  most: int = 2**30
+  min_tokens: int = 0
+  max_tokens: int = 2**30
   wait: Sequence[int] = ()
-  waits: int = 2
+  max_waits: int = 2
   answer: Sequence[int] = ()
 
   def __post_init__(self):
-    if self.least > self.most or (self.least and not self.wait):
+    if self.min_tokens > self.max_tokens or (self.min_tokens and not self.wait):
       raise UserError(
-        f"BudgetForcing: found least {self.least}, most {self.most} and"
-        f" {len(self.wait)} tokens to wait with, expected least <= most, and"
-        " tokens if least is above 0"
+        f"BudgetForcing: found min_tokens {self.min_tokens}, max_tokens"
+        f" {self.max_tokens} and {len(self.wait)} tokens to wait with, expected"
+        " min_tokens <= max_tokens, and tokens if min_tokens is above 0"
       )
-    if self.most < type(self).most and not self.answer:
+    if self.max_tokens < type(self).max_tokens and not self.answer:
       raise UserError(
-        f"BudgetForcing: found most {self.most} and no answer, expected tokens"
-        " that lead to it: nothing else ends a path's thoughts"
+        f"BudgetForcing: found max_tokens {self.max_tokens} and no answer,"
+        " expected tokens that lead to it: nothing else ends a path's thoughts"
       )
 
   def __call__(
@@ -56,17 +56,18 @@ class BudgetForcing:
     """Returns each problem's paths; see `Strategy`.
 
     Each pause of the policy is a chance to cut a path: its steps should not be
-    longer than what `most` may be missed by.
+    longer than what `max_tokens` may be missed by.
 
     Raises:
-      UserError: `most` is set, and the policy pauses nowhere.
+      UserError: `max_tokens` is set, and the policy pauses nowhere.
     """
     policy = engine.policy
     endless = isinstance(policy, Stepwise) and policy.boundary is None
-    if self.most < type(self).most and endless:
+    if self.max_tokens < type(self).max_tokens and endless:
       raise UserError(
-        f"BudgetForcing: found most {self.most} and a policy that pauses at the"
-        " end of a text alone, expected steps, such as step_ends.EveryTokens"
+        f"BudgetForcing: found max_tokens {self.max_tokens} and a policy that"
+        " pauses at the end of a text alone, expected steps, such as"
+        " step_ends.EveryTokens"
       )
     frontier = engine.start(prompts, limits.tokens, self.copies, limits.key)
     waited = np.zeros(len(frontier.paths), int)
@@ -75,10 +76,10 @@ class BudgetForcing:
       words, replace = [], []
       for row, path in enumerate(frontier.paths):
         count = len(path.tokens)
-        early = path.stopped and count < self.least and not forced[row]
-        late = not path.done and count >= self.most and not forced[row]
+        early = path.stopped and count < self.min_tokens and not forced[row]
+        late = not path.done and count >= self.max_tokens and not forced[row]
         own: Sequence[int] = ()
-        if early and waited[row] < self.waits:
+        if early and waited[row] < self.max_waits:
           own, waited[row] = self.wait, waited[row] + 1
         elif late:
           own, forced[row] = self.answer, True

@@ -34,7 +34,7 @@ class Rejection(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Below:
+class BelowThreshold:
   """Those that score less than a threshold.
 
   Attributes:
@@ -80,7 +80,7 @@ class Remasking:
   """
 
   inner: Strategy = Independent()
-  rejects: Rejection = Below()
+  rejects: Rejection = BelowThreshold()
   rounds: int = 1
   share: float | int = 1.0
 
@@ -145,7 +145,7 @@ class _Engine(Engine):
       rejected = self._rejected(now, frontier.paths)
       if not any(rejected):
         break
-      new = self._again(now, rejected, frontier.paths, before, draw)
+      new = self._redrawn(now, rejected, frontier.paths, before, draw)
       now = self.store(
         now,
         new,
@@ -173,7 +173,7 @@ class _Engine(Engine):
         row
         for row, path in enumerate(now.paths)
         if path.problem == problem
-        and now.fresh[row]
+        and now.advanced[row]
         and _has_score(path, before[row])
       ]
       if own:
@@ -182,7 +182,7 @@ class _Engine(Engine):
           found[row] = bool(rejected)
     return found
 
-  def _again(
+  def _redrawn(
     self,
     now: Frontier,
     rejected: Sequence[bool],

@@ -25,7 +25,7 @@ Rewrite = Callable[[Sequence[int], Sequence[Path]], Sequence[int]]
 
 
 @runtime_checkable
-class Shown(Protocol):
+class HistorySelector(Protocol):
   """Which earlier solutions the prompts of a round show."""
 
   def __call__(
@@ -45,20 +45,24 @@ class LastTries:
   """Each chain its own last tries, the oldest first.
 
   Attributes:
-    most: tries that are shown; 4 in Snell et al.
+    max_tries: tries that are shown; 4 in Snell et al.
   """
 
-  most: int = 4
+  max_tries: int = 4
 
   def __post_init__(self):
-    if self.most < 1:  # of a list, the last 0 would be all
-      raise UserError(f"LastTries: most is {self.most}, expected at least 1")
+    if self.max_tries < 1:  # of a list, the last 0 would be all
+      raise UserError(
+        f"LastTries: max_tries is {self.max_tries}, expected at least 1"
+      )
 
   def __call__(
     self, history: Sequence[Sequence[Path]], rng: np.random.Generator
   ) -> list[list[Path]]:
     del rng
-    return [list(chain)[-self.most :] for chain in zip(*history, strict=True)]
+    return [
+      list(chain)[-self.max_tries :] for chain in zip(*history, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Rounds:
   """
 
   rewrite: Rewrite
-  shown: Shown = LastTries()
+  shown: HistorySelector = LastTries()
   width: int = 4
   rounds: int = 4
   every: bool = True

@@ -65,12 +65,14 @@ class StepRevision:
       # Other random keys than those of the last try.
       now = engine.select(before, rows, [k] * len(rows))
     # What may be gone back to is in the cache beside the chains.
-    beside = [0] * len(prompts)
+    other_tokens = [0] * len(prompts)
     for path in stored.paths:
-      beside[path.problem] += len(path.tokens)
+      other_tokens[path.problem] += len(path.tokens)
     return [
       self._samples(paths, ledger, more)
-      for paths, ledger, more in zip(found, now.ledgers, beside, strict=True)
+      for paths, ledger, more in zip(
+        found, now.ledgers, other_tokens, strict=True
+      )
     ]
 
   def _try(
@@ -119,11 +121,11 @@ class StepRevision:
     return any(score < self.threshold for score in path.scores)
 
   def _samples(
-    self, paths: Sequence[Path], ledger: Ledger, beside: int
+    self, paths: Sequence[Path], ledger: Ledger, other_tokens: int
   ) -> Samples:
     """Returns a problem's samples, of all its tries in their order."""
     last = {path.root: path for path in paths}
-    peak = ledger.peak_cache_tokens + beside
+    peak = ledger.peak_cache_tokens + other_tokens
     return Samples(
       tuple(paths if self.every else last.values()),
       dataclasses.replace(ledger, peak_cache_tokens=peak),

@@ -31,7 +31,7 @@ class Node:
   def __init__(
     self, path: Path | None = None, slot: int = -1, prior: float = 1.0
   ):
-    """Creates a step that nobody has visited."""
+    """Creates a step without visits."""
     self.path, self.slot, self.prior = path, slot, prior
     self.visits, self.total = 0, 0.0
     self.children: list[Node] = []

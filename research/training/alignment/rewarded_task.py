@@ -17,7 +17,7 @@ from research.typing import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """What the policy is asked.
+  """A prompt of the policy.
 
   Attributes:
     tokens: ids, at least one.
@@ -41,7 +41,7 @@ class RewardedTask(Protocol):
     ...
 
 
-class Judged(NamedTuple):
+class AnswerRewards(NamedTuple):
   """What is made of answers.
 
   Attributes:
@@ -59,7 +59,7 @@ class JudgesTogether(Protocol):
 
   def judge(
     self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
-  ) -> Judged:
+  ) -> AnswerRewards:
     """Returns rewards; each answer has its own prompt."""
     ...
 
@@ -68,7 +68,7 @@ def judged(
   task: RewardedTask,
   prompts: Sequence[Prompt],
   answers: Sequence[Sequence[int]],
-) -> Judged:
+) -> AnswerRewards:
   """Returns the rewards of answers, one by one or all at once.
 
   Args:
@@ -79,7 +79,9 @@ def judged(
   if isinstance(task, JudgesTogether):
     return task.judge(prompts, answers)
   pairs = zip(prompts, answers, strict=True)
-  return Judged([task.reward(prompt, answer) for prompt, answer in pairs], {})
+  return AnswerRewards(
+    [task.reward(prompt, answer) for prompt, answer in pairs], {}
+  )
 
 
 def sampled(

@@ -77,20 +77,20 @@ class Clip:
   Attributes:
     lower, upper: how far below and above 1 a ratio still has a gradient where
       it improves the gain.
-    most: ratios are cut here whatever the advantage, which bounds the loss of a
-      bad answer that became likely; None for no bound (TRL's `delta`).
+    dual_clip: ratios are cut here whatever the advantage, which bounds the loss
+      of a bad answer that became likely; None for no bound (TRL's `delta`).
   """
 
   lower: float = 0.2
   upper: float = 0.2
-  most: float | None = None
+  dual_clip: float | None = None
 
   def __post_init__(self):
     ranges.positive("Clip", lower=self.lower, upper=self.upper)
-    if self.most is not None and not self.most > 1 + self.upper:
+    if self.dual_clip is not None and not self.dual_clip > 1 + self.upper:
       raise UserError(
-        f"Clip.most: found {self.most}, expected more than 1 + upper ="
-        f" {1 + self.upper}, or None."
+        f"Clip.dual_clip: found {self.dual_clip}, expected more than 1 + upper"
+        f" = {1 + self.upper}, or None."
       )
 
   def __call__(
@@ -98,8 +98,8 @@ class Clip:
   ) -> Float[Array, "B T"]:
     """Returns the gain of each token."""
     near = jnp.clip(ratio, 1 - self.lower, 1 + self.upper)
-    if self.most is not None:
-      ratio = jnp.minimum(ratio, self.most)
+    if self.dual_clip is not None:
+      ratio = jnp.minimum(ratio, self.dual_clip)
     return jnp.minimum(ratio * advantage, near * advantage)
 
   def acts(

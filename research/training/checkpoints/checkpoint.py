@@ -91,7 +91,7 @@ class Checkpoints:
     with _quiet(), folders.writing(self.folder):
       if jax.process_index() == 0 or not sweep:
         self._check_metrics()
-      _meet()
+      _barrier()
       self._steps = ocp.training.Checkpointer(
         self.folder,
         save_decision_policy=_decide.FixedIntervalPolicy(1),
@@ -228,7 +228,7 @@ class Checkpoints:
         return self._load(step, target, data), step
       except checksums.Damaged as error:
         self._set_aside(step, str(error))
-        _meet()
+        _barrier()
         self._steps.reload()
     aside = len(list(self.folder.glob(f"*{DAMAGED_SUFFIX}*")))
     if steps or aside:
@@ -263,10 +263,10 @@ class Checkpoints:
         raise checksums.Damaged(
           "data: the iterator's position is not what was saved"
         )
-    wanted = _as_saved(_moving(target), found)
-    _compare(where, found, wanted)
+    expected = _as_saved(_moving(target), found)
+    _compare(where, found, expected)
     with _quiet(), checksums.raise_together():
-      parts = {"state": jax.tree.map(_abstract, wanted)}
+      parts = {"state": jax.tree.map(_abstract, expected)}
       state = self._steps.load_checkpointables(step, parts)["state"]
     if note is None:
       folders.warn(f"{where}: has no checksums, so it was not verified")
@@ -335,7 +335,7 @@ def _check_name(path: os.PathLike) -> None:
     )
 
 
-def _meet() -> None:
+def _barrier() -> None:
   """Waits for all processes, so that all see the renamed folders."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("checkpoints")
@@ -369,7 +369,7 @@ def _as_they_are() -> ocp.Context:
 @contextlib.contextmanager
 def _saving():
   """What holds while something is written; yields the writers' failures."""
-  with _quiet(), writers.heard() as failures, _as_they_are():
+  with _quiet(), writers.collect_errors() as failures, _as_they_are():
     yield failures
 
 
@@ -406,9 +406,11 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
   )
 
 
-def _compare(where: os.PathLike, have: Mapping[str, str], wanted: Any) -> None:
+def _compare(
+  where: os.PathLike, have: Mapping[str, str], expected: Any
+) -> None:
   """Raises a UserError that lists the paths at which two trees differ."""
-  want = checksums.array_types(wanted)
+  want = checksums.array_types(expected)
   differences = [
     f"{path}: found {have.get(path, 'nothing')},"
     f" expected {want.get(path, 'nothing')}"

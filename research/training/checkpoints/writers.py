@@ -69,7 +69,7 @@ class _Failures(logging.Handler):
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[Sequence[BaseException]]:
+def collect_errors() -> Iterator[Sequence[BaseException]]:
   """Yields the errors of Orbax's threads, which grow, and prints none of them.
 
   Inside, the logger named absl, which Orbax uses, has this handler alone.
@@ -96,7 +96,7 @@ def wait(
 
   Args:
     response: of an asynchronous save; None if there was nothing to save.
-    failures: errors of this process's writers, see `heard`.
+    failures: errors of this process's writers, see `collect_errors`.
 
   Returns:
     The error of a disk after which the save did not end in `PATIENCE` seconds;

@@ -30,7 +30,7 @@ class Distill:
     teacher: the teacher's network; None if it is the same (a model before
       quantization, or with its adapters).
     temperature: t.
-    hard: h, the weight of the cross-entropy on the targets.
+    hard_weight: h, the weight of the cross-entropy on the targets.
     student: selects the parameters of the student.
     source: selects the parameters of the teacher, which get no gradient.
     rows: rows of logits of each model materialised at a time.
@@ -39,16 +39,17 @@ class Distill:
   model: Transformer | None = None
   teacher: Transformer | None = None
   temperature: float | int = 1.0
-  hard: float | int = 0.0
+  hard_weight: float | int = 0.0
   student: Select = Part("student")
   source: Select = Part("teacher")
   rows: int = 256
 
   def __post_init__(self):
-    if not self.temperature > 0 or not 0 <= self.hard <= 1:
+    if not self.temperature > 0 or not 0 <= self.hard_weight <= 1:
       raise UserError(
-        f"Distill: found temperature {self.temperature} and hard {self.hard},"
-        " expected a temperature above 0 and a share from 0 to 1."
+        f"Distill: found temperature {self.temperature} and hard_weight"
+        f" {self.hard_weight}, expected a temperature above 0 and a share from"
+        " 0 to 1."
       )
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
@@ -84,7 +85,9 @@ class Distill:
     )
     sums = {k: (v * batch["weights"]).sum() for k, v in found.items()}
     soft = self.temperature**2 * sums["divergence"]
-    loss_sum = (1 - self.hard) * soft + self.hard * sums["cross_entropy"]
+    loss_sum = (1 - self.hard_weight) * soft + self.hard_weight * sums[
+      "cross_entropy"
+    ]
     return loss_sum, batch["weights"].sum(), sums
 
   def _of_chunk(

@@ -229,8 +229,8 @@ def _internvl(source: _Source):
     return _square(source), Wrapped(), "<image>"
   kind = InternVL(
     source.side(),
-    least=fields.integer("min_patches"),
-    most=fields.integer("max_patches", most=400),
+    min_tiles=fields.integer("min_patches"),
+    max_tiles=fields.integer("max_patches", most=400),
     resample=source.resample(),
     **source.encoder(),
   )
@@ -244,8 +244,8 @@ def _qwen(source: _Source):
     raise fields.wrong("size", "an object")
   # The names are of edges, the numbers of pixels.
   bounds = {
-    "least": fields.get("min_pixels") or size.get("shortest_edge"),
-    "most": fields.get("max_pixels") or size.get("longest_edge"),
+    "min_pixels": fields.get("min_pixels") or size.get("shortest_edge"),
+    "max_pixels": fields.get("max_pixels") or size.get("longest_edge"),
   }
   if any(type(x) is not int or x < 1 for x in bounds.values()):
     raise fields.wrong(
@@ -268,7 +268,7 @@ def _gemma3(source: _Source):
     kind = PanAndScan(
       source.side(),
       ratio=source.fields.number("pan_and_scan_min_ratio_to_activate"),
-      least_crop=source.fields.integer("pan_and_scan_min_crop_size"),
+      min_crop=source.fields.integer("pan_and_scan_min_crop_size"),
       most_crops=source.fields.integer("pan_and_scan_max_num_crops"),
       resample=source.resample(),
       **source.encoder(),
@@ -299,7 +299,7 @@ def _molmo2(source: _Source):
     raise fields.wrong("resample", "2 (bilinear)")
   kind = Overlap(
     source.side(),
-    most=fields.integer("max_crops", most=400),
+    max_tiles=fields.integer("max_crops", most=400),
     margins=margins,
     patch=fields.integer("patch_size"),
     pool=pool[0],

@@ -46,7 +46,7 @@ _SMOLVLM = Preprocessor(
 # Qwen2-VL's and 2.5-VL's files allow 16,384 tokens; the class's default is
 # 1,280, `Native()`.
 _QWEN2 = Preprocessor(
-  Native(patch=14, merge=2, least=3136, most=12_845_056), CLIP, QWEN,
+  Native(patch=14, merge=2, min_pixels=3136, max_pixels=12_845_056), CLIP, QWEN,
   "<|image_pad|>",
 )  # fmt: skip
 
@@ -102,12 +102,13 @@ PRESETS: Mapping[str, Preprocessor] = {
   "qwen2.5-vl": _QWEN2,
   "llava-onevision-1.5": _QWEN2,  # Qwen2.5-VL's processor
   "qwen3-vl": Preprocessor(
-    Native(patch=16, merge=2, least=65_536, most=16_777_216), HALF, QWEN,
+    Native(patch=16, merge=2, min_pixels=65_536, max_pixels=16_777_216), HALF,
+    QWEN,
     "<|image_pad|>",
   ),
   "molmo": Preprocessor(Overlap(), CLIP, RowEnds(), "<im_patch>"),
   "molmo2": Preprocessor(
-    Overlap(tile=378, most=8, resample="bilinear_sampled", fit="stretch"),
+    Overlap(tile=378, max_tiles=8, resample="bilinear_sampled", fit="stretch"),
     HALF, MOLMO2, "<im_patch>", MOLMO2_PROMPT,
   ),
 }  # fmt: skip

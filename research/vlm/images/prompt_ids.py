@@ -102,8 +102,8 @@ def text_ids(
   ids = tokenizer.encode_after(before, text)
   if image_token in ids:
     raise UserError(
-      f"text: found the placeholder of images in {text[:80]!r}, expected words"
-      " alone: images stand for themselves. Take it out of the text"
+      f"text: found the image placeholder in {text[:80]!r}, expected text"
+      " without it: placeholders are inserted for each image. Remove it"
     )
   return ids
 
@@ -195,7 +195,7 @@ def _token(text: str, tokenizer: Any) -> int:
   ids = [special] if special is not None else tokenizer.encode(text)
   if len(ids) != 1:
     raise UserError(
-      f"tokenizer: found no token {text!r}, which stands around images;"
+      f"tokenizer: found no token {text!r}, which encloses images;"
       " expected the model's own tokenizer"
     )
   return ids[0]

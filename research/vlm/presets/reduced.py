@@ -89,12 +89,12 @@ def language(
 
 def _gemma4(sizes: Gemma4Sizes, shrink: int) -> dict[str, Any]:
   """Returns a layer of each kind, and of each kind that borrows."""
-  borrows = sizes.borrowing > 0
+  borrows = sizes.kv_shared_layers > 0
   return dict(
     kinds=("local", "global") * (1 + borrows),
-    borrowing=2 * borrows,
+    kv_shared_layers=2 * borrows,
     global_head_dim=less(sizes.global_head_dim, shrink),
-    borrowing_hidden=less(sizes.borrowing_hidden, shrink),
+    kv_shared_hidden=less(sizes.kv_shared_hidden, shrink),
     per_layer=less(sizes.per_layer, shrink, 4) if sizes.per_layer else 0,
   )
 

@@ -205,13 +205,13 @@ _GEMMA4_LARGE_VISION = gemma4_vision(
 _GEMMA4_E2B = Gemma4Sizes(
   vocab=262_144, width=1_536, hidden=6_144, heads=8,
   kinds=(*("local",) * 4, "global") * 7, kv_heads=1, global_kv_heads=1,
-  borrowing=20, borrowing_hidden=12_288, per_layer=256,
+  kv_shared_layers=20, kv_shared_hidden=12_288, per_layer=256,
   per_layer_vocab=262_144, softcap=30.0,
 )  # fmt: skip
 _GEMMA4_E4B = dataclasses.replace(
   _GEMMA4_E2B, width=2_560, hidden=10_240,
   kinds=(*("local",) * 5, "global") * 7, kv_heads=2, global_kv_heads=2,
-  borrowing=18, borrowing_hidden=10_240,
+  kv_shared_layers=18, kv_shared_hidden=10_240,
 )  # fmt: skip
 _GEMMA4_31B = Gemma4Sizes(
   vocab=262_144, width=5_376, hidden=21_504, heads=32,

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "mixed": ["Mixed"],
     "multi_image": ["MultiImage"],
     "pope": ["PopeShapes"],
-    "rules": ["BestGiven", "Each", "MAJORITY", "Rule"],
+    "rules": ["BestGiven", "PerSample", "MAJORITY", "Rule"],
     "sample": ["Object", "Sample"],
     "shapes": ["Shapes"],
     "sheet": ["contact_sheet"],

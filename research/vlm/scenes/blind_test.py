@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from research.typing import UInt8
 from research.vlm.scenes import drawing
-from research.vlm.scenes.rules import MAJORITY, BestGiven, Each, yes_no
+from research.vlm.scenes.rules import MAJORITY, BestGiven, PerSample, yes_no
 from research.vlm.scenes.sample import YES_NO, Object, Sample
 from research.vlm.scenes.task import Task
 
@@ -77,10 +77,10 @@ class BlindTest(Task):
   RULES: ClassVar = {
     "majority": MAJORITY,
     "ends only": BestGiven(_ends, ("lines",)),
-    "boxes overlap": Each(_boxes_overlap, ("circles",)),
+    "boxes overlap": PerSample(_boxes_overlap, ("circles",)),
     "distance only": BestGiven(_distance, ("circles",)),
     "innermost only": BestGiven(_innermost, ("squares",)),
-    "other axis": Each(_other_axis, ("grid",)),
+    "other axis": PerSample(_other_axis, ("grid",)),
   }
 
   size: int = 64

@@ -36,7 +36,7 @@ class ShapeCaptions(Task):
   Attributes:
     colours: names of colours.
     shapes: names of shapes.
-    least, most: objects in a scene; their number is uniform.
+    min_objects, max_objects: objects in a scene; their number is uniform.
     size: width and height of the image, in pixels.
     cells: along each side of the grid; an object takes one.
   """
@@ -49,8 +49,8 @@ class ShapeCaptions(Task):
 
   colours: tuple[str, ...] = ("red", "green", "blue")
   shapes: tuple[str, ...] = ("circle", "square", "triangle")
-  least: int = 1
-  most: int = 8
+  min_objects: int = 1
+  max_objects: int = 8
   size: int = 64
   cells: int = 4
 
@@ -65,8 +65,8 @@ class ShapeCaptions(Task):
         f" {', '.join(drawing.SHAPES)}, and of colours."
       )
     self.expect("cells", 1)
-    self.expect("least", 1, self.most)
-    self.expect("most", 1, self.cells**2)
+    self.expect("min_objects", 1, self.max_objects)
+    self.expect("max_objects", 1, self.cells**2)
     self.expect("size", 8 * self.cells)
 
   @functools.cached_property
@@ -77,14 +77,14 @@ class ShapeCaptions(Task):
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
     """Returns a sample without images."""
-    total = int(rng.integers(self.least, self.most + 1))
+    total = int(rng.integers(self.min_objects, self.max_objects + 1))
     drawn = rng.integers(len(self.classes), size=total)
     pairs = [tuple(self.classes[i].split(" ")) for i in drawn]
     objects = place(rng, pairs, self.size, self.cells)
     cell = self.size // self.cells
     in_order = sorted(objects, key=lambda x: (x.box[1] // cell, x.box[0]))
     text = ", ".join(f"{x.colour} {x.name}" for x in in_order)
-    choices = self.classes if self.most == 1 else ()
+    choices = self.classes if self.max_objects == 1 else ()
     stratum = "1 object" if total == 1 else f"{total} objects"
     return Sample((), QUESTION, text, kind, stratum, {}, objects, choices)
 

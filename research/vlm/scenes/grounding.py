@@ -13,7 +13,7 @@ import numpy as np
 
 from research.typing import UInt8, UserError
 from research.vlm.scenes import drawing
-from research.vlm.scenes.rules import Each, Rule, asked
+from research.vlm.scenes.rules import PerSample, Rule, question_part
 from research.vlm.scenes.sample import Box, Sample
 from research.vlm.scenes.shapes import place
 from research.vlm.scenes.task import Task
@@ -33,12 +33,12 @@ def _first(part: str) -> Rule:
     alike = [
       o.box
       for o in x.objects
-      if asked(x, part) == (o.colour if part == "colour" else o.name)
+      if question_part(x, part) == (o.colour if part == "colour" else o.name)
     ]
     box = min(alike, key=lambda box: (box[1], box[0]))
     return box_text(box, int(x.program["size"]))
 
-  return Each(answer)
+  return PerSample(answer)
 
 
 def _centre(x: Sample) -> str:
@@ -65,7 +65,7 @@ class Grounding(Task):
 
   KINDS: ClassVar = ("locate",)
   RULES: ClassVar = {
-    "centre": Each(_centre),
+    "centre": PerSample(_centre),
     "colour only": _first("colour"),
     "shape only": _first("shape"),
   }

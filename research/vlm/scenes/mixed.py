@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from research.typing import UserError
 from research.vlm.images.resize import Size
-from research.vlm.scenes.rules import BestGiven, Each, Rule
+from research.vlm.scenes.rules import BestGiven, PerSample, Rule
 from research.vlm.scenes.sample import Sample
 from research.vlm.scenes.task import Task
 
@@ -83,7 +83,7 @@ class Mixed(Sequence[Sample]):
 
 
 def _name(
-  found: dict[str, Any], name: str, rule: Each | BestGiven, task: Task
+  found: dict[str, Any], name: str, rule: PerSample | BestGiven, task: Task
 ) -> str:
   """Returns the rule's name, with its task's where another rule has it."""
   if name not in found or _function(found[name]) is _function(rule):
@@ -91,5 +91,5 @@ def _name(
   return f"{name} ({type(task).__name__})"
 
 
-def _function(rule: Each | BestGiven) -> Any:
-  return rule.answer if isinstance(rule, Each) else rule.information
+def _function(rule: PerSample | BestGiven) -> Any:
+  return rule.answer if isinstance(rule, PerSample) else rule.information

@@ -13,7 +13,12 @@ import numpy as np
 from research.typing import UInt8, UserError
 from research.vlm.images.resize import Size
 from research.vlm.scenes import drawing
-from research.vlm.scenes.rules import MAJORITY, BestGiven, Each, asked
+from research.vlm.scenes.rules import (
+  MAJORITY,
+  BestGiven,
+  PerSample,
+  question_part,
+)
 from research.vlm.scenes.sample import Object, Sample
 from research.vlm.scenes.shapes import place
 from research.vlm.scenes.task import Task
@@ -64,12 +69,14 @@ class MultiImage(Task):
     "majority": MAJORITY,
     # Where one image has the object, either image alone says which.
     "first image only": BestGiven(
-      lambda x: x.count(asked(x, "colour")), ("more",)
+      lambda x: x.count(question_part(x, "colour")), ("more",)
     ),
-    "most objects": Each(lambda x: _most(x, "", ""), ("more",)),
-    "most of the colour": Each(lambda x: _most(x, asked(x, "colour"), "")),
-    "most of the shape": Each(
-      lambda x: _most(x, "", asked(x, "shape")), ("which",)
+    "most objects": PerSample(lambda x: _most(x, "", ""), ("more",)),
+    "most of the colour": PerSample(
+      lambda x: _most(x, question_part(x, "colour"), "")
+    ),
+    "most of the shape": PerSample(
+      lambda x: _most(x, "", question_part(x, "shape")), ("which",)
     ),
   }
 

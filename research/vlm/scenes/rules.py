@@ -17,7 +17,7 @@ Rule = Callable[[Sequence[Sample]], list[str | None]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Each:
+class PerSample:
   """Answers one sample at a time.
 
   Attributes:
@@ -89,7 +89,7 @@ def yes_no(holds: object) -> str:
 # Of questions about a colour and a shape -----------------------------------
 
 
-def asked(sample: Sample, part: str) -> str:
+def question_part(sample: Sample, part: str) -> str:
   """Returns what the question names, "" where it names no such part."""
   return str(sample.program.get(part, ""))
 
@@ -99,20 +99,23 @@ def _counts(sample: Sample) -> tuple[int, int] | None:
 
   None where only one of them is asked about: then it is all that counts.
   """
-  colour, shape = asked(sample, "colour"), asked(sample, "shape")
+  colour, shape = (
+    question_part(sample, "colour"),
+    question_part(sample, "shape"),
+  )
   if not colour or not shape:
     return None
   return sample.count(colour=colour), sample.count(name=shape)
 
 
-def _from_counts(choose: Callable[[int, int], int]) -> Each:
+def _from_counts(choose: Callable[[int, int], int]) -> PerSample:
   def answer(sample: Sample) -> str | None:
     if (counts := _counts(sample)) is None:
       return None
     found = choose(*counts)
     return str(found) if sample.kind == "count" else yes_no(found)
 
-  return Each(answer, ("count", "exists"))
+  return PerSample(answer, ("count", "exists"))
 
 
 ATTRIBUTES: Mapping[str, Rule] = {

@@ -21,8 +21,8 @@ from research.vlm.scenes.rules import (
   ATTRIBUTES,
   MAJORITY,
   BestGiven,
-  Each,
-  asked,
+  PerSample,
+  question_part,
   yes_no,
 )
 from research.vlm.scenes.sample import YES_NO, Object, Sample
@@ -63,7 +63,7 @@ class Draft(NamedTuple):
 
 def _first_only(x: Sample) -> str:
   """Says where the first-named object is, whatever the second one does."""
-  axis, sign = RELATIONS[asked(x, "relation")]
+  axis, sign = RELATIONS[question_part(x, "relation")]
   (first,) = _named(x, "first")
   low = first.centre[axis] < int(x.program["size"]) / 2
   return yes_no(low == (sign < 0))
@@ -75,7 +75,7 @@ def _commonest(x: Sample) -> str:
 
 
 def _named(x: Sample, which: str) -> list[Object]:
-  colour, shape = asked(x, which).split(" ")
+  colour, shape = question_part(x, which).split(" ")
   return [o for o in x.objects if (o.colour, o.name) == (colour, shape)]
 
 
@@ -111,10 +111,10 @@ class Shapes(Task):
     "majority": MAJORITY,
     **ATTRIBUTES,
     "number of objects": BestGiven(lambda x: len(x.objects)),
-    "first object only": Each(_first_only, ("relation",)),
-    "commonest colour": Each(_commonest, ("colour",)),
+    "first object only": PerSample(_first_only, ("relation",)),
+    "commonest colour": PerSample(_commonest, ("colour",)),
     "first count only": BestGiven(
-      lambda x: x.count(asked(x, "first")), ("compare",)
+      lambda x: x.count(question_part(x, "first")), ("compare",)
     ),
   }
 

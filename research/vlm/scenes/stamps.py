@@ -18,7 +18,7 @@ from PIL import Image
 
 from research.data.sources import Split
 from research.typing import UInt8, UserError
-from research.vlm.scenes.rules import MAJORITY, Each, yes_no
+from research.vlm.scenes.rules import MAJORITY, PerSample, yes_no
 from research.vlm.scenes.sample import YES_NO, Object, Sample
 from research.vlm.scenes.task import Task
 
@@ -175,8 +175,8 @@ class Stamps(Task):
   KINDS: ClassVar = ("caption", "category", "exists")
   RULES: ClassVar = {
     "majority": MAJORITY,
-    "category only": Each(_same_category, ("exists",)),
-    "folder only": Each(_same_folder, ("exists",)),
+    "category only": PerSample(_same_category, ("exists",)),
+    "folder only": PerSample(_same_folder, ("exists",)),
   }
 
   folder: str = FOLDER

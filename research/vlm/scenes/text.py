@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from research.typing import UInt8, UserError
 from research.vlm.scenes import drawing
-from research.vlm.scenes.rules import MAJORITY, Each
+from research.vlm.scenes.rules import MAJORITY, PerSample
 from research.vlm.scenes.sample import Object, Sample
 from research.vlm.scenes.task import Task
 
@@ -53,9 +53,9 @@ class Text(Task):
   KINDS: ClassVar = ("line", "field", "bar")
   RULES: ClassVar = {
     "majority": MAJORITY,
-    "first field": Each(lambda x: _value(x.objects[0]), ("field",)),
-    "tallest bar": Each(_tallest, ("bar",)),
-    "first bar": Each(lambda x: _value(x.objects[0]), ("bar",)),
+    "first field": PerSample(lambda x: _value(x.objects[0]), ("field",)),
+    "tallest bar": PerSample(_tallest, ("bar",)),
+    "first bar": PerSample(lambda x: _value(x.objects[0]), ("bar",)),
   }
 
   heights: tuple[int, ...] = (4, 6, 8, 10, 12, 16, 20, 24)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from research.typing import UInt8
 from research.vlm.scenes import drawing
-from research.vlm.scenes.rules import MAJORITY, Each
+from research.vlm.scenes.rules import MAJORITY, PerSample
 from research.vlm.scenes.sample import Box, Object, Sample
 from research.vlm.scenes.task import Task
 
@@ -47,7 +47,7 @@ class SpotTiles(Task):
   KINDS: ClassVar = ("read", "count")
   RULES: ClassVar = {
     "majority": MAJORITY,
-    "tiles alone": Each(_tiles_alone, ("count",)),
+    "tiles alone": PerSample(_tiles_alone, ("count",)),
   }
 
   size: int = 1024

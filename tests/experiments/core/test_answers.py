@@ -10,7 +10,7 @@ from experiments.core import cli
 SMALL = (
   *("WIDTH=16", "DEPTH=1", "HEADS=2", "HEAD_DIM=8", "HIDDEN=16"),
   *("PATCH=16", "GRID=2", "BATCH=4", "HELDOUT_SAMPLES=9"),
-  *("see/STEPS=2", "ask/STEPS=2", "WARMUP=1"),
+  *("pretrain/STEPS=2", "finetune/STEPS=2", "WARMUP=1"),
 )
 
 

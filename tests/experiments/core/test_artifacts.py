@@ -151,7 +151,7 @@ def test_adapters_without_a_form_in_peft_are_left_to_the_model(
     transforms=(),
     trainable=wrap.TRAINABLE,
   )
-  built = experiment.Built(
+  built = experiment.BuiltExperiment(
     loaded=loaded.Loaded(model, params, None, {}), params=params, objective=None
   )
   assert not artifacts._save_adapter(tmp_path / "a", run, built, params)

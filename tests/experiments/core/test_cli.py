@@ -261,7 +261,7 @@ def test_help_names_every_flag(command, module, own):
 @pytest.mark.parametrize(
   "arguments, words",
   [
-    ([], "--workdir=DIR of a run, or --config=FILE"),
+    ([], "expected --workdir=DIR of a run, --config=FILE"),
     (["--workdir=nowhere"], "--workdir=nowhere: found no config.gin"),
     (["--config=nowhere.gin"], "--config=nowhere.gin: no such file"),
     (["--config=a.gin", "--step=3"], "--step: has no effect without --workdir"),

@@ -54,16 +54,16 @@ def test_research_models_have_a_row_for_the_mask(name):
 
 
 @pytest.mark.parametrize(
-  ("name", "told", "width"),
+  ("name", "quantity", "width"),
   [("md4_text8", "time", 768), ("mdlm_owt", "sigma", 128)],
 )
-def test_research_models_can_be_told_the_time(name, told, width):
+def test_research_models_are_conditioned_on_time(name, quantity, width):
   text = TEXT.format(name=name)
   sizes = config.parse(
     text, ["TIME_EMBEDDING=@time_embedding.TimeEmbedding()"]
   ).experiment.model.sizes
-  assert (sizes.time_embedding.told, sizes.time_embedding.width) == (
-    told,
+  assert (sizes.time_embedding.input, sizes.time_embedding.width) == (
+    quantity,
     width,
   )
-  assert sizes.time_embedding.closed
+  assert sizes.time_embedding.zero_gate

@@ -71,8 +71,8 @@ def test_the_stages_of_smollm2_train_what_they_say(tmp_path):
   model = dataclasses.replace(align.model, language=language)
   stages = dict(run.stages, align=dataclasses.replace(align, model=model))
   run = dataclasses.replace(run, stages=stages).in_workdir(tmp_path)
-  assert run.stages["align"].model.encoder.workdir == tmp_path / "see"
-  assert run.stages["align"].model.vision == run.stages["see"].model.vision
+  assert run.stages["align"].model.encoder.workdir == tmp_path / "pretrain"
+  assert run.stages["align"].model.vision == run.stages["pretrain"].model.vision
   found = {name: _trained(stage) for name, stage in run.stages.items()}
   for towers in found.values():
     assert towers["connector"][0] == towers["connector"][1] > 0
@@ -86,7 +86,7 @@ def test_the_stages_of_smollm2_train_what_they_say(tmp_path):
 
 def test_images_of_smollm2_have_as_many_tokens_as_placeholders():
   run = config.read("runs/vlm/two_stages_smollm2.gin").experiment
-  for name in ("see", "align"):
+  for name in ("pretrain", "align"):
     stage = run.stages[name]
     model, questions = stage.model, stage.data
     views = questions.preprocessor.views(questions.samples[0].image)
@@ -103,9 +103,9 @@ def test_images_of_smollm2_have_as_many_tokens_as_placeholders():
 def test_rows_of_scenes_begin_with_their_image():
   """As those of the recorded results did: their tokenizers add no `bos`."""
   run = config.read("runs/vlm/shapes.gin", ["SAMPLES=4"]).experiment.stages
-  stage, task = run["ask"], Shapes(size=32)
+  stage, task = run["finetune"], Shapes(size=32)
   for words in (
-    run["see"].model.language.tokenizer.load(),
+    run["pretrain"].model.language.tokenizer.load(),
     base.Tiny().tokenizer(task),
   ):
     assert words.special == NO_SPECIAL_TOKENS
@@ -116,16 +116,18 @@ def test_rows_of_scenes_begin_with_their_image():
 @pytest.mark.parametrize("name", ["shapes", "two_stages_smollm2"])
 def test_rows_have_room_for_the_longest_caption(name):
   """Of most objects, each with the most tokens."""
-  stage = config.read(f"runs/vlm/{name}.gin").experiment.stages["see"]
+  stage = config.read(f"runs/vlm/{name}.gin").experiment.stages["pretrain"]
   words, task = stage.model.language.tokenizer.load(), stage.data.samples
   if isinstance(task, Mixed):
     (task,) = (x for x in task.tasks if isinstance(x, ShapeCaptions))
   named = [f"{x} {y}" for x in task.colours for y in task.shapes]
   longest = max(named, key=lambda x: len(words.encode(f", {x}")))
-  caption = ", ".join([longest] * task.most)
+  caption = ", ".join([longest] * task.max_objects)
   sample = dataclasses.replace(task[0], answer=caption)
   rows = dataclasses.replace(stage.data, samples=[sample]).rows(words)
-  assert words.decode(rows[0]["tokens"].tolist()).count(longest) == task.most
+  assert (
+    words.decode(rows[0]["tokens"].tolist()).count(longest) == task.max_objects
+  )
 
 
 @pytest.mark.slow

@@ -253,7 +253,7 @@ def test_a_damaged_note_is_said(finished, tmp_path):
   experiment = _experiment(finished[0])
   (tmp_path / "corpus.json").write_text('{"data": 1}')
   (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-  with pytest.raises(UserError, match="is no record of a run's texts"):
+  with pytest.raises(UserError, match="cannot be read as a run's data"):
     data_fingerprint.claim(experiment, tmp_path)
 
 

@@ -115,9 +115,9 @@ def test_an_interval_decides():
   assert stats.above(stats.Mean(0.0, 0.0)) is False
   for value, want in ((0.5, True), (1.5, None), (3.5, False), (9, False)):
     for sign in (1, -1):
-      assert stats.alike(stats.Mean(sign * value, 1.0), 2) is want
-  assert stats.alike(stats.Mean(0.0, math.inf), 2) is None
-  assert stats.alike(stats.Mean(0.0, 3.0), 2) is None
+      assert stats.equivalent(stats.Mean(sign * value, 1.0), 2) is want
+  assert stats.equivalent(stats.Mean(0.0, math.inf), 2) is None
+  assert stats.equivalent(stats.Mean(0.0, 3.0), 2) is None
 
 
 @pytest.mark.parametrize(

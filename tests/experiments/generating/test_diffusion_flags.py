@@ -80,9 +80,9 @@ FLAGS = [
   (Growth, "start", "--canvas=auto:6", 6),
   (Growth, "by", "--canvas=auto,by=3", 3),
   (Growth, "window", "--canvas=auto,window=4", 4),
-  (Growth, "begin", "--canvas=auto:2,begin=0.25", 0.25),
-  (Growth, "ready", "--canvas=auto,ready=0.25", 0.25),
-  (Growth, "low", "--canvas=auto,low=0.25", 0.25),
+  (Growth, "eos_threshold", "--canvas=auto:2,eos_threshold=0.25", 0.25),
+  (Growth, "expand_threshold", "--canvas=auto,expand_threshold=0.25", 0.25),
+  (Growth, "low_threshold", "--canvas=auto,low_threshold=0.25", 0.25),
   (Growth, "ends", "--canvas=auto,ends=2", 2),
 ]
 
@@ -164,7 +164,7 @@ config.Vicinity.before = 5
   found = gin.parse(text, root=SamplerConfig).experiment
   assert found == wanted("--policy=threshold:0.7", "--cache=vicinity:5")
   with pytest.raises(
-    UserError, match="steps=2: policy=threshold:0.7 decides itself"
+    UserError, match="steps=2: policy=threshold:0.7 chooses the number"
   ):
     gin.parse(text, ["config.SamplerConfig.steps = 2"], root=SamplerConfig)
 
@@ -215,9 +215,9 @@ VALUES = [
       start=st.none() | COUNT,
       by=st.integers(2, 999),
       window=COUNT,
-      begin=SHARE,
-      ready=SHARE,
-      low=SHARE,
+      eos_threshold=SHARE,
+      expand_threshold=SHARE,
+      low_threshold=SHARE,
       ends=COUNT,
     ),
   ),
@@ -255,11 +255,11 @@ def test_a_value_with_structure_is_what_its_text_says(forms, values):
     ("--place_temperature=1 --policy=factor:1", "expected --policy=quota"),
     (
       "--policy=threshold:0.9 --select=random",
-      "--select=random: --policy=threshold:0.9 compares how sure",
+      "--select=random: --policy=threshold:0.9 compares conf",
     ),
     (
       "--policy=quota+threshold:0.9 --select=entropy --steps=4",
-      "--select=entropy: --policy=quota+threshold:0.9 compares how sure",
+      "--select=entropy: --policy=quota+threshold:0.9 compares conf",
     ),
     (
       "--policy=factor:1 --select=entropy",
@@ -283,10 +283,15 @@ def test_mistakes(given, words):
 @pytest.mark.parametrize(
   ("config", "infills", "count", "words"),
   [
-    (SamplerConfig(canvas=Growth()), ["[[2]]"], 1, "--canvas=auto finds out"),
-    (SamplerConfig(stop_early=False), ["[[2]]"], 1, "--nostop_early: --infill"),
+    (
+      SamplerConfig(canvas=Growth()),
+      ["[[2]]"],
+      1,
+      "=auto lets the model",
+    ),
+    (SamplerConfig(stop_early=False), ["[[2]]"], 1, "--nostop_early: has no"),
     (SamplerConfig(), ["none"], 1, "found no gap"),
-    (SamplerConfig(), [], 2, "--gif: shows one prompt, found 2"),
+    (SamplerConfig(), [], 2, "--gif: found 2 prompts, expected one"),
   ],
 )
 def test_what_the_command_cannot_do(config, infills, count, words):

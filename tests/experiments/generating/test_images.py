@@ -165,7 +165,7 @@ def test_a_prompt_is_what_rows_and_evaluation_have(form, files, monkeypatch):
   assert asked == [typed]
 
 
-def test_a_place_for_an_image_without_one_is_refused(tmp_path, capsys):
+def test_a_placeholder_without_an_image_is_refused(tmp_path, capsys):
   """By its mark, or by the model's own placeholder; also in a conversation."""
   model = dataclasses.replace(LOADED.model, image_token=60)
   vision.write_model(
@@ -174,22 +174,22 @@ def test_a_place_for_an_image_without_one_is_refused(tmp_path, capsys):
   call = generated.command(capsys)
   for text in ("w5 <image>", "w5 w60"):
     status, _, errors = call(f"--model={tmp_path / 'm'}", f"--prompt={text}")
-    assert status and f"found a place for an image in '{text}'" in errors
+    assert status and f"placeholder <image> in '{text}'" in errors
   images.check_text(model, "w5", [5])
   images.check_text(support.model("llama"), "w5 <image>", [5, 60])
   # Earlier messages have been checked, but answers are in the ids as well.
-  with pytest.raises(UserError, match="--image=FILE for it"):
+  with pytest.raises(UserError, match="expected --image=FILE"):
     images.check_text(model, "w5", [60, 5])
 
 
-def test_a_model_without_eyes_says_so(files):
+def test_a_language_model_takes_no_images(files):
   with pytest.raises(UserError, match="reads text alone"):
     images.check(support.model("llama"), files, ["w5"])
   with pytest.raises(UserError, match="found 2 prompts, expected one"):
     images.check(LOADED.model, files, ["w5", "w6"])
 
 
-class OtherEyes:
+class OtherTowers:
   """A model of other towers: not a `VisionLanguageModel`."""
 
   def __init__(self):
@@ -203,8 +203,8 @@ class OtherEyes:
 
 
 def test_a_model_of_another_class_sees_images(files):
-  images.check(OtherEyes(), files, ["w5"])
-  assert images.mask_of(OtherEyes()) == masks.BidirectionalPrompt()
+  images.check(OtherTowers(), files, ["w5"])
+  assert images.mask_of(OtherTowers()) == masks.BidirectionalPrompt()
   assert images.mask_of(support.model("llama")) is None
 
 

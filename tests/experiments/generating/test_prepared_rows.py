@@ -61,7 +61,7 @@ def test_blocks_begin_with_the_row():
   prompts = [[1] * 4, [2] * 7]
   it = prepare(prompts, [2, 3], Spec(mask_id=9, block=4), config)
   assert it.state.tokens.shape == (2, 64) and it.config.length == 8
-  assert it.heads == [56, 59] and it.begins == [52, 52]
+  assert it.heads == [56, 59] and it.starts == [52, 52]
   assert it.stops == [60, 64]
   np.testing.assert_array_equal(it.state.masked.sum(-1), [4, 5])
   np.testing.assert_array_equal(it.state.valid.sum(-1), [8, 12])
@@ -94,7 +94,7 @@ def test_steps_are_those_of_the_blocks_that_a_row_has():
 
 def test_guidance_is_by_something():
   config = SamplerConfig(guidance=1.0)
-  with pytest.raises(UserError, match="nothing before its first gap"):
+  with pytest.raises(UserError, match="begins with its first gap"):
     prepare([[9, 1], [1, 9]], [0, 1], Spec(mask_id=9), config, gaps=True)
 
 

@@ -125,9 +125,11 @@ def test_memory_is_that_of_the_largest_call_beside_the_other_model(topology):
   # The policy's calls take 50 and 60, of them 40 of weights; the verifier 90,
   # of them 70.
   needs = [{"total_bytes": n} for n in (50, 60, 90)]
-  found = plan_search.together([40, 70], needs, small)
+  found = plan_search.all_resident([40, 70], needs, small)
   assert found == {"total_bytes": 130, "limit_bytes": 120, "fits": False}
-  assert plan_search.together([40], [{"fits": False}], small) == {"fits": False}
+  assert plan_search.all_resident([40], [{"fits": False}], small) == {
+    "fits": False
+  }
 
 
 @pytest.mark.parametrize("given", ["", "2x2", "2x0x8+8", "ax2x8+8", "2x2x8"])

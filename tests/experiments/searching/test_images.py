@@ -75,8 +75,8 @@ def greedy(problems):
   asked = [DRAWN(WORDS, x.prompt) for x in problems]
   pixels = jnp.asarray(arrays_of(asked)["pixels"])
   vlm = support_vlm.model()
-  see = vlm.with_images(support_vlm.params(), pixels)
-  found = generate.generate(vlm.language, see, asked, NEW).tokens
+  with_pixels = vlm.with_images(support_vlm.params(), pixels)
+  found = generate.generate(vlm.language, with_pixels, asked, NEW).tokens
   return [[int(token) for token in row] for row in found]
 
 
@@ -125,9 +125,9 @@ def test_a_reward_model_that_sees_judges_a_search(monkeypatch):
     answer = greedy([problem])[0]
     tokens = jnp.asarray([[*prompt, *answer]])
     pixels = jnp.asarray(prompt.arrays["pixels"][None])
-    see = loaded.model.with_images(loaded.params, pixels)
+    with_pixels = loaded.model.with_images(loaded.params, pixels)
     last = jnp.asarray([[tokens.shape[1] - 1]])
-    expected = reward.scores(see, tokens, last)[0]
+    expected = reward.scores(with_pixels, tokens, last)[0]
     np.testing.assert_allclose(sample.scores, expected, rtol=1e-4)
     assert one.ledger.flops_verifier > 0
 
@@ -253,14 +253,14 @@ def test_a_diffusion_policy_fills_blocks_with_its_picture_in_sight():
   for problem, one in zip(problems, found, strict=True):
     (sample,) = one.samples
     prompt = DRAWN(WORDS, problem.prompt)
-    see = vlm.with_images(
+    with_pixels = vlm.with_images(
       support_vlm.params(), jnp.asarray(prompt.arrays["pixels"][None])
     )
     row, log_prob = [*prompt, *[mask] * NEW], 0.0
     for step in range(NEW):
       # The surest place of the first block that has a mask.
       start = len(prompt) + step // block * block
-      logits = _logits(vlm.language, see, row).at[:, mask].set(-np.inf)
+      logits = _logits(vlm.language, with_pixels, row).at[:, mask].set(-np.inf)
       chances = np.asarray(jax.nn.softmax(logits, -1))
       open_ = [i for i in range(start, start + block) if row[i] == mask]
       at = max(open_, key=lambda i: chances[i].max())

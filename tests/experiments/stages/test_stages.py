@@ -196,7 +196,7 @@ def test_mistakes_are_the_users(binding, error):
     (
       "shapes",
       "train/data.ImageQuestions.samples=@heldout/shapes.Shapes()",
-      "see/train/data.ImageQuestions.samples",
+      "pretrain/train/data.ImageQuestions.samples",
     ),
   ],
 )

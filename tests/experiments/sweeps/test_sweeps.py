@@ -122,7 +122,7 @@ def test_counts(sizes):
     ({"sample": A}, "'count': None, expected an integer from 1"),
     ({"sample": A, "count": True}, "'count': True"),
     ({"sample": A, "count": 1, "seed": -1}, "'seed': -1, expected"),
-    ({"sample": A, "count": 1, "B": [1]}, r"found \['B'\] beside 'sample'"),
+    ({"sample": A, "count": 1, "B": [1]}, r"found \['B'\] next to 'sample'"),
     ({"sample": [A], "count": 1}, "'sample' holds"),
     ({"sample": {"A": []}, "count": 1}, r"A: \[\], expected a list"),
     ({"sample": {"A": {"uniform": (1, 2)}}, "count": 1}, "expected a list of"),

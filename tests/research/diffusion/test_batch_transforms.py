@@ -86,7 +86,7 @@ def test_a_short_batch_is_one_of_short_rows():
   [
     (dict(), [6, 6, 6]),  # LLaDA: the longest of the batch
     (dict(multiple=4), [8, 8, 8]),
-    (dict(multiple=4, each=True), [4, 8, 8]),
+    (dict(multiple=4, per_row=True), [4, 8, 8]),
     (dict(multiple=T), [8, 8, 8]),
   ],
   ids=str,

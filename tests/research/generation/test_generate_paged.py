@@ -258,7 +258,7 @@ def test_adapters_go_along_unless_they_ask_for_whole_rows():
   gated = adapt.Adapt(method=ALoRA(rank=2, invocation=(5, 6)))(
     params, jax.random.key(0)
   )
-  with pytest.raises(UserError, match="activated by certain tokens"):
+  with pytest.raises(UserError, match="certain tokens activate"):
     over_pages(model, gated, PROMPTS[:2], 5)
 
 

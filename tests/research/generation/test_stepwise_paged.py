@@ -55,7 +55,7 @@ def search(engine):
 @pytest.mark.slow
 def test_a_search_over_pages_is_that_over_rows():
   layout = Paging(size=4)
-  state, found = search(engine(PagedStepwise, layout=layout, most=4))
+  state, found = search(engine(PagedStepwise, layout=layout, max_rows=4))
   _, expected = search(engine(Stepwise))
   for got, want in zip(found, expected, strict=True):
     np.testing.assert_array_equal(got.tokens, want.tokens)

@@ -44,6 +44,6 @@ def test_a_run_without_an_adapter(run):
   with pytest.raises(UserError, match="has not written adapter/"):
     adapters.locate(run)
   (run / "model").mkdir()
-  with pytest.raises(UserError, match="trained a whole model"):
+  with pytest.raises(UserError, match="trained a full model"):
     adapters.locate(run)
   assert adapters.locate(ADAPTER) == ADAPTER

@@ -102,7 +102,7 @@ def test_names_of_first_code_are_refused_by_name(config, found, tmp_path):
 
 def test_what_converts_says_that_towers_are_left_nowhere(tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-  with pytest.raises(UserError, match="sees images, .* GGUF included, has its"):
+  with pytest.raises(UserError, match="vision language .* GGUF included, have"):
     sources.open_source(tmp_path)
 
 

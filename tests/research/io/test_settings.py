@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research.io.settings import Form, Forms, check, said, setting
+from research.io.settings import Form, Forms, check, setting, show
 from research.typing import UserError
 
 
@@ -97,8 +97,8 @@ class Checked:
 
 
 def test_settings_say_what_they_are():
-  assert said(Checked(shape=Circle(radius=2.0)), "shape") == "shape=circle:2"
-  assert said(Checked(), "share") == "share=0.5"
+  assert show(Checked(shape=Circle(radius=2.0)), "shape") == "shape=circle:2"
+  assert show(Checked(), "share") == "share=0.5"
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,9 @@ def test_our_own_checkpoints(tmp_path, name, packed):
   check(tmp_path / "ours", packed, everywhere)
   whole_one = whole(tmp_path / "ours", packed)
   (tmp_path / "ours" / "arrays").rename(tmp_path / "away")
-  got = load.load_model(tmp_path / "ours", packed=packed, shardings=unread.left)
+  got = load.load_model(
+    tmp_path / "ours", packed=packed, shardings=unread.unplaced
+  )
   # Shapes alone, of what is not even there.
   chex.assert_trees_all_equal(got.params, unread.abstract(whole_one))
 
@@ -279,7 +281,7 @@ def test_the_largest_array_is_read_first():
       order.append(n)
       return np.zeros(n, np.float32)
 
-    return unread.Unread((n,), np.dtype(np.float32), read)
+    return unread.LazyArray((n,), np.dtype(np.float32), read)
 
   got = unread.place({"a": array(3), "b": array(9), "c": array(5)})
   assert order == [9, 5, 3]

@@ -153,7 +153,9 @@ def test_biases_that_an_adapter_scales_are_those_of_all_tokens():
 
 
 def test_adapters_on_queries_of_borrowed_keys_know_where_they_are():
-  model = support.gemma4(vocab=32, kinds=("global", "global"), borrowing=1)
+  model = support.gemma4(
+    vocab=32, kinds=("global", "global"), kv_shared_layers=1
+  )
   params = adapt.Adapt(method=ALoRA(rank=2, invocation=(5,)), targets=("q",))(
     tree.unroll(support.params(model)), jax.random.key(0)
   )

@@ -39,11 +39,11 @@ def ask(model, params, tokens, **kwargs):
   return model.apply({"params": params}, tokens, mask=Mask.full(), **kwargs)[0]
 
 
-@pytest.mark.parametrize("told", ["time", "sigma"])
-def test_sinusoids_are_those_of_the_formula(told):
-  clock = TimeEmbedding(told=told, scale=3.0, features=6)
+@pytest.mark.parametrize("source", ["time", "sigma"])
+def test_sinusoids_are_those_of_the_formula(source):
+  clock = TimeEmbedding(input=source, scale=3.0, features=6)
   t = np.array([0.0, 0.25, 1.0])
-  x = 3 * (t if told == "time" else -np.log(1 - (1 - 1e-3) * t))
+  x = 3 * (t if source == "time" else -np.log(1 - (1 - 1e-3) * t))
   angle = x[:, None] * 10_000 ** (-np.arange(3) / 3)
   want = np.concatenate([np.cos(angle), np.sin(angle)], -1)
   got = clock.sinusoids(jnp.asarray(t, jnp.float32))
@@ -67,21 +67,21 @@ def test_a_layer_is_the_one_of_the_formula():
 @pytest.mark.parametrize(
   "dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
 )
-def test_it_starts_as_the_model_that_is_not_told(dtype):
-  told = network()[0].clone(dtype=dtype)
+def test_it_starts_as_the_model_without_conditioning(dtype):
+  conditioned = network()[0].clone(dtype=dtype)
   plain = network(None)[0].clone(dtype=dtype)
   tokens = support.tokens(B, T, V)
   init = functools.partial(jax.jit, static_argnums=0)(
     lambda m, key: m.init(key, tokens)["params"]
   )
-  params = init(told, jax.random.key(3))
+  params = init(conditioned, jax.random.key(3))
   # The weights that both have are the same, too.
   shared = init(plain, jax.random.key(3))
   pairs = dict(tree.flatten_paths(params))
   for path, x in tree.flatten_paths(shared):
     np.testing.assert_array_equal(x, pairs[path])
   time = jnp.array([0.0, 0.3, 1.0])
-  got = jax.jit(lambda p: ask(told, p, tokens, time=time))(params)
+  got = jax.jit(lambda p: ask(conditioned, p, tokens, time=time))(params)
   want = jax.jit(lambda p: ask(plain, p, tokens))(shared)
   np.testing.assert_array_equal(
     np.asarray(got, np.float32), np.asarray(want, np.float32)
@@ -90,7 +90,7 @@ def test_it_starts_as_the_model_that_is_not_told(dtype):
 
 @pytest.mark.slow
 def test_closed_layers_start_as_nothing():
-  model, _ = network(dataclasses.replace(SMALL, closed=True))
+  model, _ = network(dataclasses.replace(SMALL, zero_gate=True))
   tokens = support.tokens(B, T, V)
   params = model.init(jax.random.key(0), tokens)["params"]
   got = ask(model, params, tokens, time=jnp.ones(B))
@@ -164,7 +164,7 @@ def test_nothing_else_is_a_model_s_time():
   with pytest.raises(UserError, match="no time_embedding"):
     ask(plain, weights, tokens, time=jnp.ones(B))
   sizes = dict(features=3), dict(hidden=0), dict(scale=0.0)
-  for wrong in (*sizes, dict(told="noise")):
+  for wrong in (*sizes, dict(input="noise")):
     with pytest.raises(UserError, match="TimeEmbedding"):
       TimeEmbedding(**wrong)
 

@@ -47,7 +47,7 @@ def bce(z, y):
   [
     (soft, bce),
     (Hard(), lambda z, y: bce(z, y > 0)),
-    (Hard(above=0.5), lambda z, y: bce(z, y > 0.5)),
+    (Hard(threshold=0.5), lambda z, y: bce(z, y > 0.5)),
     (squared_probability, lambda z, y: (special.expit(z) - y) ** 2),
     (squared_value, lambda z, y: (z - y) ** 2),
   ],

@@ -190,7 +190,7 @@ def test_drift_is_corrected():
   [
     (Codebook(block=32, nested=0), GPTQ()),
     (Codebook(block=32), GPTQ()),
-    (Affine(block=0, bits=3), GPTQ(clip=Clip(tried=20))),
+    (Affine(block=0, bits=3), GPTQ(clip=Clip(candidates=20))),
     (Affine(block=8, symmetric=True), GPTQ(order="activations")),
     (GGML(kind="Q4_1"), GPTQ(order="activations")),
     (NVFP4(), GPTQ()),

@@ -41,7 +41,7 @@ SEARCHES = {
     DiverseTrees(copies=1, width=1),
     Rebase(copies=1),
     TreeSearch(simulations=9, width=1),
-    Adaptive(answer=lambda path: 1, round=1, most=1),
+    Adaptive(answer=lambda path: 1, round=1, max_samples=1),
   ],
   ids=lambda x: type(x).__name__,
 )

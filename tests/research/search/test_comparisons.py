@@ -67,13 +67,13 @@ def test_effective_size_is_never_extrapolated():
 
 
 def test_bins_have_equal_mass_and_equal_problems_share_one():
-  ease = np.linspace(0, 1, 100)
-  bins = optimal.quantile_bins(ease)
+  pass_rates = np.linspace(0, 1, 100)
+  bins = optimal.quantile_bins(pass_rates)
   assert np.bincount(bins).tolist() == [20] * 5
   assert (bins[-1], bins[0]) == (0, 4)  # level 0 is the easiest
   mixed = np.random.default_rng(0).permutation(100)
-  assert (optimal.quantile_bins(ease[mixed]) == bins[mixed]).all()
-  rounded = np.round(ease, 1)
+  assert (optimal.quantile_bins(pass_rates[mixed]) == bins[mixed]).all()
+  rounded = np.round(pass_rates, 1)
   for x in np.unique(rounded):
     assert len(set(optimal.quantile_bins(rounded)[rounded == x])) == 1
   assert set(optimal.quantile_bins(np.ones(7))) == {2}

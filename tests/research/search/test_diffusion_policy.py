@@ -21,7 +21,7 @@ from research.planning import flops
 from research.search.block_rows import BlockRows
 from research.search.cost import Dense, model_cost
 from research.search.diffusion_cost import Blockwise, DenoiserCost, Passes
-from research.search.diffusion_policy import DiffusionPolicy, DrawnBlocks
+from research.search.diffusion_policy import DiffusionPolicy, GeneratedBlocks
 from research.search.engine import Engine
 from research.search.ledger import Ledger
 from research.search.policy import Frontier, Path
@@ -30,7 +30,11 @@ from research.search.strategies import remasking
 from research.search.strategies.beam import Beam
 from research.search.strategies.diverse_trees import DiverseTrees
 from research.search.strategies.independent import Independent
-from research.search.strategies.remasking import AllButBest, Below, Remasking
+from research.search.strategies.remasking import (
+  AllButBest,
+  BelowThreshold,
+  Remasking,
+)
 from research.search.strategies.tree import TreeSearch
 from research.typing import UserError
 from tests import support
@@ -302,7 +306,7 @@ def test_rejected_blocks_are_drawn_from_the_model_again():
   expected = first @ np.linalg.matrix_power(move, 2)
   assert distance(first, expected) > 0.25
   strategy = Remasking(
-    inner=Independent(copies=1200), rejects=Below(0.7), rounds=2
+    inner=Independent(copies=1200), rejects=BelowThreshold(0.7), rounds=2
   )
   engine = Engine(policy=exact(), verifier=Arbitrary())
   (one,) = strategy(engine, [[0]], Limits(tokens=4, key=KEY))
@@ -323,7 +327,9 @@ def test_rejected_blocks_are_drawn_from_the_model_again():
 
 def drawn(count):
   passes = [Passes(row=5, start=1, block=4, count=count, read=0)]
-  return DrawnBlocks(np.zeros((1, 4), np.int32), np.ones(1, bool), None, passes)
+  return GeneratedBlocks(
+    np.zeros((1, 4), np.int32), np.ones(1, bool), None, passes
+  )
 
 
 @pytest.mark.parametrize(
@@ -403,7 +409,9 @@ def test_blocks_are_never_worse_and_the_best_stay():
     assert new.ledger.policy_decode_tokens > written
   assert changed
   # A search goes on from what was masked again.
-  beam = Remasking(inner=Beam(copies=COPIES, width=2), rejects=Below(0.6))
+  beam = Remasking(
+    inner=Beam(copies=COPIES, width=2), rejects=BelowThreshold(0.6)
+  )
   for one in found(beam, kind):
     assert all(path.done for path in one.paths)
     assert len({path.tokens for path in one.paths}) == len(one.paths)
@@ -453,7 +461,7 @@ class Scripted(Engine):
   ],
 )
 def test_an_end_alone_has_no_score_to_be_kept_or_rejected_by(blocks, kept):
-  search = Remasking(rejects=Below(0.8), rounds=1)
+  search = Remasking(rejects=BelowThreshold(0.8), rounds=1)
   inner = Scripted(policy=Rows(), blocks=list(blocks))
   engine = remasking._Engine(
     policy=Rows(), verifier=Arbitrary(), inner=inner, search=search

@@ -280,5 +280,5 @@ def test_mistakes():
   with pytest.raises(UserError, match="found 0 critiques"):
     GenerativeJudge(writer=Scripted(says), text=text, count=0)
   judge = GenerativeJudge(writer=Scripted(says), text=text)
-  with pytest.raises(UserError, match="once it has judged"):
+  with pytest.raises(UserError, match="known only afterwards"):
     judge.step_cost(3, 4)

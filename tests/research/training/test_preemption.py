@@ -78,7 +78,7 @@ def test_a_signal_while_processes_meet_waits_for_how_many_they_are(
   told = []
   before = signal.signal(signal.SIGTERM, lambda *_: told.append(1))
   try:
-    with preemption.handling_signals() as asked:
+    with preemption.handling_signals() as request:
       signal.signal(signal.SIGTERM, lambda *_: told.append(1))  # JAX's
 
       def meet():
@@ -89,10 +89,10 @@ def test_a_signal_while_processes_meet_waits_for_how_many_they_are(
       monkeypatch.setattr(preemption, "_is_alone", meet)
       if alone:
         with pytest.raises(preemption.Interrupted):
-          asked.connected()
+          request.connected()
       else:
-        asked.connected()
-      assert told == [1] and asked.asked and asked.alone == alone
+        request.connected()
+      assert told == [1] and request.requested and request.alone == alone
   finally:
     signal.signal(signal.SIGTERM, before)
 

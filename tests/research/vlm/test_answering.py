@@ -75,10 +75,12 @@ def test_images_are_made_as_the_questions_say(samples, monkeypatch):
 
 def test_answers_are_to_real_blank_and_others_images(samples):
   """In batches of four, the last of which is padded, as one by one."""
-  ask = answerer(most=2, rows=4)
+  ask = answerer(max_new_tokens=2, rows=4)
   ask([samples[0].images], ["w5"])
   before = decoding.prefill._cache_size()
-  report = Answers(questions=questions(samples), most=2, batch=4)(LOADED)
+  report = Answers(questions=questions(samples), max_new_tokens=2, batch=4)(
+    LOADED
+  )
   # A question without images, next to one that has one.
   text, shown = ask([(), samples[1].images], ["w5", "w6"])
   assert decoding.prefill._cache_size() == before
@@ -108,7 +110,7 @@ def test_rows_of_no_one_and_three_images_are_answered_as_alone():
   pool = support_vlm.pixels(4, 1, seed=2)[:, 0]
   images = [(), (pool[0],), tuple(pool[1:])]
   texts = ["w5 w6 w9", "w7", "w8 w5"]
-  ask = answerer(most=2, views=3, rows=3)
+  ask = answerer(max_new_tokens=2, views=3, rows=3)
   found = ask(images, texts)
   for row, (own, text) in enumerate(zip(images, texts, strict=True)):
     assert ask([own], [text]) == found[row : row + 1]
@@ -119,7 +121,9 @@ def test_rows_of_no_one_and_three_images_are_answered_as_alone():
 
 def test_a_task_brings_its_rules_and_a_limit_cuts_it():
   task = Shapes(kinds=("count", "exists"), size=32, count=20, split="heldout")
-  report = Answers(questions=questions(task), most=1, limit=6, batch=6)(LOADED)
+  report = Answers(
+    questions=questions(task), max_new_tokens=1, limit=6, batch=6
+  )(LOADED)
   assert len(report.samples) == 6
   assert {*Shapes.RULES} < set(report.scores)
   shown = report.to_json()["exists"]["systems"]
@@ -130,7 +134,7 @@ def test_answers_are_the_tokens_of_the_source():
   def count(model, params, prompts, most, *rest):
     yield np.array([[5 + len(prompt)] * most for prompt in prompts])
 
-  ask = answerer(most=2, source=count)
+  ask = answerer(max_new_tokens=2, source=count)
   assert ask([(), ()], ["w5", "w6 w7 w8"]) == ["w6 w6", "w8 w8"]
 
 
@@ -168,7 +172,7 @@ def filled(image, words, most):
 def test_a_diffusion_model_answers_about_images(cache, most):
   """Prompts of other lengths share a batch; nothing of them is masked."""
   source = DiffusionSource(mask_id=HIDDEN, config=SamplerConfig(cache=cache))
-  ask = answerer(most=most, source=source)
+  ask = answerer(max_new_tokens=most, source=source)
   images, texts = support_vlm.pixels(3, 1)[:, 0], ["w5 w6 w9", "w7", "w7"]
   found = ask([(image,) for image in images], texts)
   for image, text, answer in zip(images, texts, found, strict=True):

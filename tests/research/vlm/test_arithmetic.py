@@ -103,7 +103,7 @@ def test_a_language_models_products_are_those_of_the_traced_program(name):
 def test_attention_within_groups_reads_each_patch(connector):
   """Molmo's: as in the traced program; tiles of Molmo 2 overlap."""
   model = dataclasses.replace(support_vlm.model(), connector=connector)
-  tiling = Overlap(tile=16, most=4, margins=(1, 1), patch=4, pool=2)
+  tiling = Overlap(tile=16, max_tiles=4, margins=(1, 1), patch=4, pool=2)
   plan = tiling.plan(40, 24)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   images = jax.ShapeDtypeStruct((1, plan.views, 16, 16, 3), jnp.uint8)
@@ -184,7 +184,7 @@ def test_patches_of_windows_and_of_two_frames(rows, columns):
     vision=qwen2_5_vl(sizes, window=4, full=(1,)),
     features=Features(normed=False),
   )
-  plan = Native(patch=4, merge=2, least=1).plan(4 * rows, 4 * columns)
+  plan = Native(patch=4, merge=2, min_pixels=1).plan(4 * rows, 4 * columns)
   own = [(i // 4, j // 4) for i in range(rows) for j in range(columns)]
   inside = sum(one == two for one in own for two in own)
   n = rows * columns

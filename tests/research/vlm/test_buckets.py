@@ -165,7 +165,10 @@ class AnySize(Native):
   "tiling, message",
   [
     (AnyRes(tile=16, canvases=((16, 32),), patch=4), "ends of rows for 3"),
-    (AnySize(patch=4, merge=1, least=16, most=4096), "expected one size"),
+    (
+      AnySize(patch=4, merge=1, min_pixels=16, max_pixels=4096),
+      "expected one size",
+    ),
   ],
   ids=["anyres", "any size"],
 )

@@ -13,7 +13,7 @@ from research.vlm.images.tiling.naflex import NaFlex
 from research.vlm.images.tiling.square import Square
 from tests import support_vlm
 
-TASK = scenes.ShapeCaptions(size=32, cells=2, most=1, count=21)
+TASK = scenes.ShapeCaptions(size=32, cells=2, max_objects=1, count=21)
 TEMPLATES = ("w2 {}", "{} w3 w4")
 
 

@@ -68,7 +68,7 @@ def test_a_placeholder_in_a_text_is_refused(text):
   found = questions(plain).rows(knows)[0]
   assert (found["tokens"] == IMAGE).sum() == 4
   wrong = dataclasses.replace(plain, **{text: "w5 <image> w6"})
-  with pytest.raises(UserError, match="placeholder of images in .*w5 <image>"):
+  with pytest.raises(UserError, match="image placeholder in .*w5 <image>"):
     questions(wrong).rows(knows)[0]
 
 

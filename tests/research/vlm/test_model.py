@@ -222,7 +222,7 @@ def test_answers_are_those_of_full_forward_passes():
     params=PARAMS,
     tokenizer=support_vlm.tokenizer(),
     preprocessor=support_vlm.PREPROCESSOR,
-    most=3,
+    max_new_tokens=3,
   )
   images = [(PIXELS[0, 0],), (PIXELS[1, 0],)]
   questions = ["w5 w6", "w7"]

@@ -84,14 +84,14 @@ def test_connectors_that_read_whole_views_are_refused():
 
 
 def test_an_image_of_too_many_patches_is_refused():
-  how = Preprocessor(Native(patch=4, merge=2, least=1))
+  how = Preprocessor(Native(patch=4, merge=2, min_pixels=1))
   image = np.zeros((16, 24, 3), np.uint8)
   with pytest.raises(UserError, match="found 24 of an image, expected at most"):
     data.Prompt.from_images([image], how, 1, patches=16)
 
 
 def test_a_prompt_without_images_stands_beside_one_with_an_image():
-  how = Preprocessor(Native(patch=4, merge=2, least=1))
+  how = Preprocessor(Native(patch=4, merge=2, min_pixels=1))
   image = np.zeros((16, 24, 3), np.uint8)
   prompts = [data.Prompt.from_images(x, how, 2) for x in ((), (image,))]
   found = data.batch_images(prompts, square=2)
@@ -102,7 +102,7 @@ def test_a_prompt_without_images_stands_beside_one_with_an_image():
 
 
 def test_rows_of_questions_have_patches_and_grids():
-  how = Preprocessor(Native(patch=4, merge=2, least=1))
+  how = Preprocessor(Native(patch=4, merge=2, min_pixels=1))
   images = tuple(np.full((h, w, 3), h, np.uint8) for h, w in ((16, 24), (8, 8)))
   fields = dict(
     samples=[Sample(images, "w5", "w6", "", "", program={}, objects=())],

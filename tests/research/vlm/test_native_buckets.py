@@ -19,7 +19,7 @@ from research.vlm.scenes.sample import Sample
 from tests import support_vlm
 
 TOKENIZER, MODEL = support_vlm.tokenizer(), support_vlm.model()
-NATIVE = Preprocessor(Native(patch=4, merge=2, least=1, most=256))
+NATIVE = Preprocessor(Native(patch=4, merge=2, min_pixels=1, max_pixels=256))
 SMALL = Bucket(length=12, views=2, patches=8, rows=2)
 LARGE = Bucket(length=12, views=2, patches=16, rows=2)
 # Height and width of each sample's images, and whether SMALL has room for them.

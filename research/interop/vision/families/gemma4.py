@@ -2,7 +2,7 @@
 
 As transformers computes its dense models: E2B and E4B, whose encoders' products
 are clipped, and 31B, whose local layers read images both ways. A file's audio
-tower is left out: no model here hears; nor does any see videos.
+tower is left out: audio and video are not supported.
 """
 
 import math
@@ -151,7 +151,7 @@ def _parts(parts: Parts) -> dict[str, Any]:
   fields = parts.fields
   if fields.get("audio_config"):
     folders.warn(
-      f"{fields.where}: the audio tower is left out: no model here hears"
+      f"{fields.where}: the audio tower is left out: audio is not supported"
     )
   where = f"{fields.where}: vision_config"
   own = Fields(fields.get("vision_config") or {}, where, VISION_DEFAULTS)

@@ -19,26 +19,26 @@ class InternVL(Tiling):
 
   Attributes:
     tile: the side of a view, in pixels.
-    least: tiles, at least.
-    most: tiles, at most; 12 in training, up to 40 in use. A whole view comes on
-      top where there are several.
+    min_tiles: tiles, at least.
+    max_tiles: tiles, at most; 12 in training, up to 40 in use. A whole view
+      comes on top where there are several.
     patch: the encoder's patch, in pixels.
     pool: patches, each way, that become one soft token.
     resample: the filter.
   """
 
   tile: int = 448
-  least: int = 1
-  most: int = 12
+  min_tiles: int = 1
+  max_tiles: int = 12
   patch: int = 14
   pool: int = 2
   resample: Resample = "bicubic"
 
   def __post_init__(self):
-    if not 1 <= self.least <= self.most:
+    if not 1 <= self.min_tiles <= self.max_tiles:
       raise UserError(
-        f"InternVL: from {self.least} to {self.most} tiles, expected at least "
-        "1, and most of at least least"
+        f"InternVL: from {self.min_tiles} to {self.max_tiles} tiles, expected"
+        " 1 <= min_tiles <= max_tiles"
       )
 
   def _plan(self, height, width):
@@ -65,12 +65,12 @@ class InternVL(Tiling):
     Of equal ones, a larger grid is taken while it has less than twice the
     image's pixels.
     """
-    sides = range(1, self.most + 1)
+    sides = range(1, self.max_tiles + 1)
     grids = [
       (rows, columns)
       for columns in sides
       for rows in sides
-      if self.least <= rows * columns <= self.most
+      if self.min_tiles <= rows * columns <= self.max_tiles
     ]
     best, nearest = (1, 1), float("inf")
     for rows, columns in sorted(grids, key=lambda grid: grid[0] * grid[1]):

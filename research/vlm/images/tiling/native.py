@@ -22,23 +22,23 @@ class Native(Tiling):
     patch: the encoder's patch, in pixels.
     merge: patches, each way, that become one soft token. Their order is that
       of `patchify(view, patch, merge)`: groups follow each other.
-    least: pixels, at least. Published files call it `min_pixels`, or
+    min_pixels: pixels, at least. Published files call it `min_pixels`, or
       `size.shortest_edge`, which is no edge.
-    most: pixels, at most.
+    max_pixels: pixels, at most.
     resample: the filter.
   """
 
   patch: int = 14
   merge: int = 2
-  least: int = 56 * 56
-  most: int = 28 * 28 * 1280
+  min_pixels: int = 56 * 56
+  max_pixels: int = 28 * 28 * 1280
   resample: Resample = "bicubic"
 
   def __post_init__(self):
-    if not 0 < self.least <= self.most:
+    if not 0 < self.min_pixels <= self.max_pixels:
       raise UserError(
-        f"Native: from {self.least} to {self.most} pixels, expected at least "
-        "1, and most of at least least"
+        f"Native: from {self.min_pixels} to {self.max_pixels} pixels, expected"
+        " 1 <= min_pixels <= max_pixels"
       )
 
   @property
@@ -67,12 +67,12 @@ class Native(Tiling):
     """Returns whole groups each way, rounded as Python does: half to even."""
     step = self.patch * self.merge
     rows, columns = round(height / step), round(width / step)
-    if rows * columns * step**2 > self.most:
-      beta = math.sqrt(height * width / self.most)
+    if rows * columns * step**2 > self.max_pixels:
+      beta = math.sqrt(height * width / self.max_pixels)
       rows = max(1, math.floor(height / beta / step))
       columns = max(1, math.floor(width / beta / step))
-    elif rows * columns * step**2 < self.least:
-      beta = math.sqrt(self.least / (height * width))
+    elif rows * columns * step**2 < self.min_pixels:
+      beta = math.sqrt(self.min_pixels / (height * width))
       rows = math.ceil(height * beta / step)
       columns = math.ceil(width * beta / step)
     return rows * step, columns * step

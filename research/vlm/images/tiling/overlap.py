@@ -34,7 +34,7 @@ class Overlap(Tiling):
 
   Attributes:
     tile: the side of a view, in pixels.
-    most: tiles, at most, besides the whole view.
+    max_tiles: tiles, at most, besides the whole view.
     margins: patches of a tile, left or above and right or below, that others
       have as well.
     patch: the encoder's patch, in pixels.
@@ -44,7 +44,7 @@ class Overlap(Tiling):
   """
 
   tile: int = 336
-  most: int = 12
+  max_tiles: int = 12
   margins: tuple[int, int] = (4, 4)
   patch: int = 14
   pool: int = 2
@@ -55,8 +55,8 @@ class Overlap(Tiling):
     if self.tile % self.patch or min(self.margins) < 0 or self._window < 1:
       raise UserError(
         f"Overlap: tile {self.tile}, patch {self.patch}, margins "
-        f"{self.margins}: expected a tile of whole patches, more of them than "
-        "both margins"
+        f"{self.margins}: expected a multiple of patch that is larger than "
+        "both margins, which count patches"
       )
 
   @property
@@ -67,7 +67,9 @@ class Overlap(Tiling):
   def _plan(self, height, width):
     margin = sum(self.margins) * self.patch
     step = self._window * self.patch
-    rows, columns = best_grid(height - margin, width - margin, step, self.most)
+    rows, columns = best_grid(
+      height - margin, width - margin, step, self.max_tiles
+    )
     canvas = (rows * step + margin, columns * step + margin)
     side = self.tile // self.patch
     return Plan(

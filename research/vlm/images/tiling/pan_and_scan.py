@@ -20,7 +20,7 @@ class PanAndScan(Tiling):
   Attributes:
     tile: the side of a view, in pixels.
     ratio: of the sides, from which on there are crops.
-    least_crop: a crop's sides, in the image's pixels, at least.
+    min_crop: a crop's sides, in the image's pixels, at least.
     most_crops: crops, at most.
     patch: the encoder's patch, in pixels.
     pool: patches, each way, that become one soft token.
@@ -29,7 +29,7 @@ class PanAndScan(Tiling):
 
   tile: int = 896
   ratio: float = 1.2
-  least_crop: int = 256
+  min_crop: int = 256
   most_crops: int = 4
   patch: int = 14
   pool: int = 4
@@ -64,16 +64,16 @@ class PanAndScan(Tiling):
     if longer / shorter < self.ratio:
       return 0, 0
     # Half rounds up here, as it does in the published code.
-    count = min(longer // self.least_crop, math.floor(longer / shorter + 0.5))
+    count = min(longer // self.min_crop, math.floor(longer / shorter + 0.5))
     count = min(self.most_crops, max(2, count))
     grid = (1, count) if width >= height else (count, 1)
     crop = self._crop((height, width), grid)
-    if min(crop) < self.least_crop:
+    if min(crop) < self.min_crop:
       return 0, 0
     if max(crop) * (count - 1) >= longer:
       raise UserError(
         f"an image of {height} x {width} pixels (height x width): the last of "
-        f"{count} crops is empty; raise least_crop, {self.least_crop}"
+        f"{count} crops is empty; raise min_crop, {self.min_crop}"
       )
     return grid
 

@@ -27,7 +27,7 @@ from research.typing import UserError
 TASK = Shots(keys=5, values=4, used=3, pairs=6)
 TINY = Tiny(width=16, depth=1, heads=2, batch=2, every=2, warmup=1)
 SMALL = incontext.InContext(
-  source=TASK, tiny=TINY, steps=4, more=2, rates=(0.01,), shots=(1, 3),
+  source=TASK, tiny=TINY, steps=4, steps_factor=2, rates=(0.01,), shots=(1, 3),
   pool=16, heldout=64, seeds=1,
 )  # fmt: skip
 

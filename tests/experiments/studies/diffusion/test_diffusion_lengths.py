@@ -16,12 +16,14 @@ STUDY = Lengths()
 def test_answers_to_a_question_are_as_long_as_told():
   rows = STUDY.walks.rows("train", 20_000)
   found = STUDY.walks.lengths(rows)
-  for (start, goal), want in zip(STUDY.asked, STUDY.mean_lengths, strict=True):
+  for (start, goal), want in zip(
+    STUDY.endpoints, STUDY.mean_lengths, strict=True
+  ):
     mine = found[(rows[:, 0] == start) & (rows[:, 1] == goal)]
     error = mine.std() / np.sqrt(len(mine))
     assert abs(mine.mean() - want) < 4 * error
   # Around a ring of eight the other way is as far from four on.
-  assert STUDY.asked[:3].tolist() == [[0, 1], [0, 2], [0, 3]]
+  assert STUDY.endpoints[:3].tolist() == [[0, 1], [0, 2], [0, 3]]
   assert STUDY.distances[:7].tolist() == [1, 2, 3, 4, 3, 2, 1]
   # With both ways to a goal at distance d of n: d (n - d) steps, if none of
   # them were left out for its length.
@@ -36,7 +38,7 @@ def test_an_arm(tmp_path):
   small = Lengths(
     walks=Walks(nodes=4, length=8), steps=2, seeds=1,
     tiny=Tiny(width=16, depth=1, heads=2, batch=2, every=2, warmup=1),
-    growth=Growth(start=2, by=2, window=2, ends=0, low=0.0),
+    growth=Growth(start=2, by=2, window=2, ends=0, low_threshold=0.0),
   )  # fmt: skip
   rows = {"seed 0": small.run("seed 0", {}, None)}
   row = rows["seed 0"]

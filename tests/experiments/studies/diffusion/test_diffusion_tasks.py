@@ -23,7 +23,7 @@ def test_sums_are_sums_and_some_are_told():
     total = total + d
     np.testing.assert_array_equal(a, total % 3)
   assert np.flatnonzero(task.learned()).tolist() == [1, 3, 5, 7, 9, 11]
-  assert np.flatnonzero(task.asked()).tolist() == [1, 3, 7, 9]
+  assert np.flatnonzero(task.answer_mask()).tolist() == [1, 3, 7, 9]
   assert task.mask_id > rows.max()
   assert (task.rows("heldout", 50) != rows).any()
 
@@ -44,9 +44,9 @@ def test_answers_are_as_alike_as_they_are_likely():
   # Sum 1 in two ways, sum 0 in one; a wrong answer does not count.
   one = [[3, 0, 1]] * 3 + [[3, 1, 0]] * 3 + [[2, 0, 0]] * 2 + [[3, 1, 1]]
   # Pairs that are the same: 6 + 6 + 2; evenly: 6 * 5 / 2 + 2 * 1 / 1.
-  assert task.alike(np.array(one)) == pytest.approx(14 / 17)
-  assert task.alike(np.array([[3, 0, 1]] * 4)) == pytest.approx(2)
-  assert task.alike(np.array([[3, 1, 1]])) == 1
+  assert task.agreement(np.array(one)) == pytest.approx(14 / 17)
+  assert task.agreement(np.array([[3, 0, 1]] * 4)) == pytest.approx(2)
+  assert task.agreement(np.array([[3, 1, 1]])) == 1
 
 
 def test_walks_are_valid_and_as_long_as_counted():

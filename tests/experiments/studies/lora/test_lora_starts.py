@@ -29,6 +29,6 @@ def test_times_both_calls(name):
 
 
 def test_covariances_are_some():
-  c = lora_starts._seen("covariance", (32, 16))
+  c = lora_starts._random_statistic("covariance", (32, 16))
   assert c.shape == (32, 32)
   assert np.linalg.eigvalsh(c.astype(np.float64)).min() > 0

@@ -99,7 +99,7 @@ def test_a_reader_is_scored_by_height_on_both_pages():
     found = [asked.get(x.tobytes()) for x in pages]
     return [x.answer if x and "12" in x.stratum else "no" for x in found]
 
-  study = dataclasses.replace(STUDY, reader=reader, asked=30)
+  study = dataclasses.replace(STUDY, reader=reader, heldout=30)
   whole, reduced = (study.run(x, {}, SHARED) for x in small_text.READERS)
   assert whole["heights"] == [0, 0, 0, 1] and whole["score"] > 0
   assert reduced["score"] == 0
@@ -108,7 +108,7 @@ def test_a_reader_is_scored_by_height_on_both_pages():
 
 def test_without_the_reader_its_arms_say_what_to_install(monkeypatch):
   monkeypatch.setenv("PATH", "")
-  study = dataclasses.replace(STUDY, asked=5)
+  study = dataclasses.replace(STUDY, heldout=5)
   with pytest.raises(UserError, match="apt-get install tesseract-ocr"):
     study.run(small_text.PAGE_READER, {}, SHARED)
   only = [x for x in STUDY.arms if "seed" in x]  # as the message advises
@@ -157,7 +157,7 @@ def test_the_command_reads_by_height(tmp_path):
   small = (
     *("base.Tiny.width=16", "base.Tiny.depth=1", "base.Tiny.heads=2"),
     *("base.Tiny.batch=4", "small_text.SmallText.rows=12"),
-    *("small_text.SmallText.asked=40", "STEPS=2"),
+    *("small_text.SmallText.heldout=40", "STEPS=2"),
   )
   flags = [f"--config={RUN}", f"--workdir={tmp_path}", "--only=tiles.*seed 0"]
   flags += [f"--set={x}" for x in small]

@@ -23,7 +23,7 @@ RUNS = "stages", "connectors", "features", "masks"
 SMALL = (
   *("base.Tiny.width=16", "base.Tiny.depth=1", "base.Tiny.heads=2"),
   *("base.Tiny.batch=4", "base.Tiny.every=2"),
-  *("study.Study.rows=12", "study.Study.asked=32", "study.Study.seeds=1"),
+  *("study.Study.rows=12", "study.Study.heldout=32", "study.Study.seeds=1"),
   *("STEPS=2", "BASE_STEPS=2", "arms.masks.width=16"),
 )
 

@@ -88,7 +88,7 @@ def test_many_steps_approach_the_joint(how):
   ],
 )
 def test_chances_of_the_paper(t, s, sigma, fill, masked):
-  got = remask.chances(
+  got = remask.transition_probabilities(
     Linear(), jnp.float32(t), jnp.float32(s), jnp.float32(sigma)
   )
   np.testing.assert_allclose(got, (fill, masked), atol=1e-4)
@@ -102,7 +102,7 @@ def test_marginals_are_the_process_s(sigma):
   t, s = jnp.float32(0.7), jnp.float32(0.55)
   most = remask.largest_sigma(Linear(), t, s)
   sigma = sigma * most
-  _, masked = remask.chances(Linear(), t, s, sigma)
+  _, masked = remask.transition_probabilities(Linear(), t, s, sigma)
   got = 0.7 * masked + 0.3 * sigma
   assert float(got) == pytest.approx(0.55, rel=1e-5)
 

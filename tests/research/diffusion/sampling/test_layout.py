@@ -63,7 +63,7 @@ def test_where_tokens_lie():
   ]
   np.testing.assert_array_equal(laid.tokens, want)
   np.testing.assert_array_equal(laid.masked, np.array(want) == m)
-  assert laid.heads == [5, 5, 5] and laid.begins == [2, 5, 0]
+  assert laid.heads == [5, 5, 5] and laid.starts == [2, 5, 0]
   np.testing.assert_array_equal(laid.valid.sum(-1), list(map(len, rows)))
   np.testing.assert_array_equal(laid.prompt.sum(-1), [3, 0, 5])
   # Where blocks of 2 start with the row, rows are moved by whole ones.
@@ -74,7 +74,7 @@ def test_where_tokens_lie():
     [1, 2, 3, 4, 5, m, m, m, 0, 0],
   ]
   np.testing.assert_array_equal(laid.tokens, want)
-  assert laid.heads == [5, 4, 5] and laid.begins == [2, 4, 0]
+  assert laid.heads == [5, 4, 5] and laid.starts == [2, 4, 0]
 
 
 # Results ---------------------------------------------------------------------
@@ -109,7 +109,7 @@ def together(d, rows, options, sampling, block=1):
     params = with_prompt(params, jnp.asarray(laid.prompt))
   arrays = laid.tokens, laid.masked, laid.valid
   got = run(d, arrays, options, sampling, range(len(rows)), params)
-  return got, laid.begins
+  return got, laid.starts
 
 
 def same(got, begin, i, want, size):

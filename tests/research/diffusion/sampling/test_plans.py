@@ -139,7 +139,7 @@ def test_places_are_drawn_without_replacement():
     ),
     (
       dict(policy=Hierarchy(), steps=4),
-      "steps=4: policy=hierarchy:0.92 decides itself how many calls",
+      "steps=4: policy=hierarchy:0.92 chooses the number of steps",
     ),
     (
       dict(policy=Threshold(), steps=4),
@@ -170,7 +170,7 @@ def test_policies_that_need_probabilities(policy):
   for select in ("random", "entropy"):
     with pytest.raises(
       UserError,
-      match=f"select={select}: policy={name} compares how sure places are",
+      match=f"select={select}: policy={name} compares confidences",
     ):
       SamplerConfig(mask_id=9, length=8, block=8, policy=policy, select=select)
     assert SamplerConfig(mask_id=9, length=8, block=8, select=select)

@@ -364,7 +364,7 @@ def test_chance_needs_a_quota():
 
 def test_chance_needs_places_at_random():
   with pytest.raises(
-    UserError, match="select=candidate: plan=chance fills any"
+    UserError, match="select=candidate: plan=chance fills pos"
   ):
     SamplerConfig(mask_id=8, length=6, block=6, plan="chance")
 

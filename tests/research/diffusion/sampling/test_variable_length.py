@@ -150,7 +150,7 @@ def by_hand(asked, prompt, growth, options):
   row, looks, inserted = list(prompt) + [MASK] * growth.start, 0, 0
   while len(row) - begin < most:
     p, looks = probabilities(asked, row), looks + 1
-    if end_confidence(p, row, begin, growth.window) >= growth.begin:
+    if end_confidence(p, row, begin, growth.window) >= growth.eos_threshold:
       break
     row += [MASK] * min(growth.by, most - (len(row) - begin))
   row += [END] * min(growth.ends, most - (len(row) - begin))
@@ -164,9 +164,11 @@ def by_hand(asked, prompt, growth, options):
       ready = end_confidence(p, row, begin, growth.window)
       for i in filled_now(p, row, block, options):
         row[i] = int(p[i].argmax())
-      doubt = [i for i in block if row[i] == MASK and p[i].max() < growth.low]
+      doubt = [
+        i for i in block if row[i] == MASK and p[i].max() < growth.low_threshold
+      ]
       more = min(growth.by - 1, most - (len(row) - begin))
-      if doubt and ready < growth.ready and more:
+      if doubt and ready < growth.expand_threshold and more:
         spot = min(doubt, key=lambda i: p[i].max())
         row[spot : spot + 1] = [MASK] * (1 + more)
         inserted += more
@@ -178,11 +180,19 @@ def by_hand(asked, prompt, growth, options):
 
 
 CASES = [
-  (dict(low=0.3), {}, Sharp()),
-  (dict(low=0.4), dict(policy=Quota()), Sharp(middle=8.0)),
-  (dict(low=0.4, by=4), dict(stop_early=False), Sharp(scale=2.0)),
-  (dict(low=0.4, begin=0.3), dict(select="margin"), Sharp(middle=11.0)),
-  (dict(low=0.9, begin=0.0, ready=1.0), {}, Sharp(scale=2.0)),
+  (dict(low_threshold=0.3), {}, Sharp()),
+  (dict(low_threshold=0.4), dict(policy=Quota()), Sharp(middle=8.0)),
+  (dict(low_threshold=0.4, by=4), dict(stop_early=False), Sharp(scale=2.0)),
+  (
+    dict(low_threshold=0.4, eos_threshold=0.3),
+    dict(select="margin"),
+    Sharp(middle=11.0),
+  ),
+  (
+    dict(low_threshold=0.9, eos_threshold=0.0, expand_threshold=1.0),
+    {},
+    Sharp(scale=2.0),
+  ),
   (
     dict(ends=0),
     {},
@@ -252,14 +262,14 @@ HOT = Sampling(temperature=1.5)
 
 @pytest.mark.slow
 def test_grows_while_the_model_does_not_expect_an_end():
-  got = run(dataclasses.replace(GROWTH, low=1.0), asked=NEVER)
+  got = run(dataclasses.replace(GROWTH, low_threshold=1.0), asked=NEVER)
   np.testing.assert_array_equal(got.canvas, OPTIONS.length)
   np.testing.assert_array_equal(got.lengths, OPTIONS.length)
   assert not np.isin(got.tokens, OPTIONS.end)[:, 3:].any()
 
 
 def test_does_not_grow_where_it_does():
-  growth = dataclasses.replace(GROWTH, low=1.0)
+  growth = dataclasses.replace(GROWTH, low_threshold=1.0)
   got = run(growth, asked=ALWAYS)
   # One look, one call for a block of ends; and the ends behind the canvas.
   np.testing.assert_array_equal(got.counts, 2)
@@ -282,7 +292,7 @@ def test_thresholds_that_forbid_growth_are_the_fixed_canvas(longest, policy):
   state = sampler.start(PROMPTS, fixed, jax.random.key(5))
   want = sampler.sample(Sharp(), given(Sharp()), state, fixed, HOT)
   options = dataclasses.replace(fixed, length=longest)
-  never = Growth(start=8, begin=0.0, ready=0.0, ends=0)
+  never = Growth(start=8, eos_threshold=0.0, expand_threshold=0.0, ends=0)
   got = run(never, options, sampling=HOT, key=5)
   np.testing.assert_array_equal(got.tokens[:, :11], want.tokens)
   np.testing.assert_array_equal(got.lengths, want.lengths)
@@ -319,7 +329,7 @@ class Tilted(Denoiser):
 def test_a_cache_that_reads_all_again_is_none(shift):
   """Where canvases do grow, before and within blocks."""
   model = network()[0]
-  growth = dataclasses.replace(GROWTH, low=0.4)
+  growth = dataclasses.replace(GROWTH, low_threshold=0.4)
   prompts = [[7, 1, 9], [2], [2, 11, 4, 5, 6]]
   cached = BlockCache(model=model, shift=shift, before=9)
   want = run(
@@ -350,7 +360,7 @@ def test_the_prompt_s_cache_is_that_of_a_fixed_canvas(longest, shift):
   asked = BlockCache(model=model, shift=shift, after=4)
   want = sampler.sample(asked, params, state, fixed, HOT)
   options = dataclasses.replace(fixed, length=longest)
-  never = Growth(start=8, begin=0.0, ready=0.0, ends=0)
+  never = Growth(start=8, eos_threshold=0.0, expand_threshold=0.0, ends=0)
   got = run(
     never, options, prompts, BlockCache(model=model, shift=shift), HOT, key=5
   )
@@ -361,7 +371,7 @@ def test_the_prompt_s_cache_is_that_of_a_fixed_canvas(longest, shift):
 @pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch():
   prompts = [[7, 1, 9], [2], [2, 11, 4], [8, 8]]
-  growth = dataclasses.replace(GROWTH, low=0.4)
+  growth = dataclasses.replace(GROWTH, low_threshold=0.4)
   whole = run(growth, prompts=prompts, sampling=HOT)
   # As many of them, by the same program.
   some = run(
@@ -396,8 +406,12 @@ def test_no_length_compiles_again():
     (dict(by=1), {}, "by is 1, expected at least 2"),
     (dict(window=0), {}, "window is 0, expected at least 1"),
     (dict(ends=-1), {}, "ends is -1, expected at least 0"),
-    (dict(low=1.5), {}, "low is 1.5, expected 0 to 1"),
-    (dict(ready=float("nan")), {}, "ready is nan, expected 0 to 1"),
+    (dict(low_threshold=1.5), {}, "low_threshold is 1.5, expected 0 to 1"),
+    (
+      dict(expand_threshold=float("nan")),
+      {},
+      "expand_threshold is nan, expected 0 to 1",
+    ),
     (dict(start=21), {}, "expected auto:N with N from 1 to length=20"),
     ({}, dict(end=()), "end is empty"),
     ({}, dict(policy=Quota(), steps=5), "steps=5: not with canvas=auto:4"),
@@ -446,6 +460,6 @@ def test_logits_that_are_no_numbers_end_and_are_told(masks, words):
     def step(self, params, tokens, valid, start, size, carry):
       return self.prefill(params, tokens, valid, start, size)
 
-  growth = dataclasses.replace(GROWTH, begin=0.0, low=0.0)
+  growth = dataclasses.replace(GROWTH, eos_threshold=0.0, low_threshold=0.0)
   with pytest.raises(UserError, match=words):
     run(growth, asked=Broken())

@@ -269,7 +269,7 @@ BAD = {
   ),
   "towers": (
     put("general.architecture", "clip"),
-    "found 'clip', an image tower alone .*mmproj.*expected a language model",
+    "found 'clip', an image encoder alone .*mmproj.*expected a language model",
   ),
   "no layers": (
     put("llama.block_count", 0),

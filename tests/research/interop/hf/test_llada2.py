@@ -201,7 +201,7 @@ def test_our_checkpoint_is_written_back_as_the_file(name, tmp_path):
 def test_no_quantized_file_of_llada2(tmp_path):
   from research.interop.quantized import checkpoint_formats
 
-  with pytest.raises(UserError, match="no reader of quantized files"):
+  with pytest.raises(UserError, match="quantized files of this family"):
     convert.to_quantized(
       sources.open_source(GOLDEN / "llada2"),
       tmp_path / "a",

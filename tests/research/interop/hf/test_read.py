@@ -305,18 +305,17 @@ def test_the_text_part_keeps_what_ends_its_turns():
   assert got["eos_token_id"] == [1, 106] and got["bos_token_id"] == 5
 
 
-def test_a_model_that_is_told_the_time_comes_back():
-  told = time_embedding.TimeEmbedding(
-    told="time", scale=1000.0, features=8, closed=True
+def test_a_time_conditioned_model_round_trips():
+  embedding = time_embedding.TimeEmbedding(
+    input="time", scale=1000.0, features=8, zero_gate=True
   )
   family, sizes = hf_config.sizes_from_config(CONFIGS["llama"])
   model = presets.transformer(
-    family, dataclasses.replace(sizes, time_embedding=told)
+    family, dataclasses.replace(sizes, time_embedding=embedding)
   )
   config = hf_config.config_from_model(model, "llama")
   assert model_of(json.loads(json.dumps(config))) == model
-  wrong = config | {hf_config.CLOCK: config[hf_config.CLOCK] | {"told": "t"}}
-  with pytest.raises(
-    UserError, match=f"{hf_config.CLOCK}: TimeEmbedding.told: found"
-  ):
+  name = hf_config.TIME_CONDITIONING
+  wrong = config | {name: config[name] | {"input": "t"}}
+  with pytest.raises(UserError, match=f"{name}: TimeEmbedding.input: found"):
     model_of(wrong)

@@ -27,7 +27,7 @@ from research.diffusion.sampling.policies import Threshold
 from research.interop import lm_eval
 from research.interop.diffusion.spec import Spec
 from research.interop.lm_eval import diffusion_generate, lm_eval_diffusion
-from research.interop.lm_eval.lm_eval_diffusion import Asking
+from research.interop.lm_eval.lm_eval_diffusion import DiffusionEvalSettings
 from research.interop.loaded import Loaded
 from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
@@ -79,12 +79,16 @@ def test_the_estimate_is_of_the_bound(loaded):
   want = exact(loaded, [*context, *continuation], 4)
   # Seven sets of masks: no more than samples, they are all tried.
   [(value, greedy)] = lm_eval_diffusion.score(
-    loaded, [(context, continuation)], Asking(samples=8, spread=8)
+    loaded,
+    [(context, continuation)],
+    DiffusionEvalSettings(samples=8, batch_size=8),
   )
   assert -value == pytest.approx(want, rel=1e-5) and not greedy
   drawn = [
     lm_eval_diffusion.score(
-      loaded, [(context, continuation)], Asking(samples=6, spread=3, seed=s)
+      loaded,
+      [(context, continuation)],
+      DiffusionEvalSettings(samples=6, batch_size=3, seed=s),
     )[0][0]
     for s in range(32)
   ]
@@ -98,7 +102,7 @@ def test_a_single_token_takes_one_exact_sample(loaded):
   [(value, _)] = lm_eval_diffusion.score(loaded, [(ids[:3], ids[3:])])
   assert -value == pytest.approx(exact(loaded, ids, 3), rel=1e-5)
   [(guided, _)] = lm_eval_diffusion.score(
-    loaded, [(ids[:3], ids[3:])], Asking(guidance=1.5)
+    loaded, [(ids[:3], ids[3:])], DiffusionEvalSettings(guidance=1.5)
   )
   want = exact(loaded, ids, 3, guidance=1.5)
   assert -guided == pytest.approx(want, rel=1e-5)
@@ -141,7 +145,7 @@ def test_blocks_follow_clean_ones(loaded, monkeypatch, guidance):
     loaded, diffusion=Spec(mask_id=MASK, end=(1,), block=2)
   )
   ids = [0, 9, 10, 11, 12, 13]
-  how = Asking(samples=256, guidance=guidance)
+  how = DiffusionEvalSettings(samples=256, guidance=guidance)
 
   def bound(size, first, prompt):
     return exact(blocks, ids[:size], first, guidance, prompt)
@@ -171,12 +175,14 @@ def test_blocks_follow_clean_ones(loaded, monkeypatch, guidance):
 
 def test_values_do_not_depend_on_their_company(loaded):
   pairs = [("hello", " you"), ("a", "b then"), ("", "abc")]
-  few = Asking(samples=2, spread=2)  # fewer than there are sets of masks
+  few = DiffusionEvalSettings(
+    samples=2, batch_size=2
+  )  # fewer than there are sets of masks
   ask = lm_eval_diffusion.loglikelihood
-  all_of_them = ask(loaded, pairs, how=few)
-  assert ask(loaded, pairs[:1], how=few) == all_of_them[:1]
+  all_of_them = ask(loaded, pairs, settings=few)
+  assert ask(loaded, pairs[:1], settings=few) == all_of_them[:1]
   other = dataclasses.replace(few, seed=1)
-  assert ask(loaded, pairs, how=other) != all_of_them
+  assert ask(loaded, pairs, settings=other) != all_of_them
 
 
 @pytest.mark.slow
@@ -205,7 +211,9 @@ def test_greedy_is_asked_for(loaded):
   row = jnp.asarray([[*ids, MASK, *[0] * 12]])
   best = int(scores(row)[0, 3].argmax())
   asked = [(ids, [best]), (ids, [5 if best != 5 else 6])]
-  found = lm_eval_diffusion.score(loaded, asked, Asking(greedy=True))
+  found = lm_eval_diffusion.score(
+    loaded, asked, DiffusionEvalSettings(greedy=True)
+  )
   assert [greedy for _, greedy in found] == [True, False]
   assert found[0][0] > found[1][0]
   found = lm_eval_diffusion.score(loaded, asked)
@@ -220,17 +228,17 @@ def test_generate_until(loaded, block):
   )
   options = {"until": [], "max_gen_toks": 8, "do_sample": False}
   requests = [(text, options) for text in ("what", "is th", "a")]
-  how = Asking(options=dict(block=4))
-  whole = lm_eval_diffusion.generate_until(it, requests, batch=2, how=how)
+  how = DiffusionEvalSettings(options=dict(block=4))
+  whole = lm_eval_diffusion.generate_until(it, requests, batch=2, settings=how)
   programs = sampler.fill_block._cache_size()
-  alone = lm_eval_diffusion.generate_until(it, requests, batch=1, how=how)
+  alone = lm_eval_diffusion.generate_until(it, requests, batch=1, settings=how)
   # Contexts of all lengths of a bucket share one.
   assert sampler.fill_block._cache_size() - programs <= 1
   assert whole == alone and all(len(text) <= 16 for text in whole)
   longest = max(whole, key=len)
   i, stop = whole.index(longest), longest[2:4]
   [cut] = lm_eval_diffusion.generate_until(
-    it, [(requests[i][0], options | {"until": [stop]})], how=how
+    it, [(requests[i][0], options | {"until": [stop]})], settings=how
   )
   assert cut == longest[: longest.index(stop)]
 
@@ -266,9 +274,9 @@ def test_settings_are_the_sampler_s(loaded, monkeypatch, name):
     return seen[-1]
 
   monkeypatch.setattr(sampler, "sample", watched)
-  how = Asking(options=given)
+  how = DiffusionEvalSettings(options=given)
   asked = [("what", {"until": [], "max_gen_toks": 16})]
-  [text] = lm_eval_diffusion.generate_until(loaded, asked, how=how)
+  [text] = lm_eval_diffusion.generate_until(loaded, asked, settings=how)
   (denoiser, options), rows = seen
   defaults = SamplerConfig(mask_id=MASK)
   for field in dataclasses.fields(SamplerConfig):
@@ -299,10 +307,12 @@ def test_rows_of_whole_blocks_fit_the_context(
     sampler, "sample", lambda d, p, state, *rest: seen.append(state) or 1
   )
   it = dataclasses.replace(loaded, diffusion=Spec(mask_id=MASK, block=own))
-  how = Asking(options={} if block is None else dict(block=block))
+  how = DiffusionEvalSettings(
+    options={} if block is None else dict(block=block)
+  )
   asked = [("a context of many tokens", {"max_gen_toks": 10})]
   with pytest.raises(AttributeError):  # nothing is filled
-    lm_eval_diffusion.generate_until(it, asked, how=how)
+    lm_eval_diffusion.generate_until(it, asked, settings=how)
   [state] = seen
   assert state.valid.sum() <= CONTEXT
   assert (state.valid & ~state.masked).sum() == prompt
@@ -321,8 +331,8 @@ def test_a_model_of_blocks_has_its_steps_a_block(loaded, monkeypatch):
   assert len(prompt) % 4
   asked = [("what", {"until": [], "max_gen_toks": 8})]
   with pytest.raises(AttributeError):  # nothing was sampled
-    how = Asking(options=dict(steps=4))
-    lm_eval_diffusion.generate_until(it, asked, how=how)
+    how = DiffusionEvalSettings(options=dict(steps=4))
+    lm_eval_diffusion.generate_until(it, asked, settings=how)
   [(denoiser, options)] = seen
   assert (options.length, options.block_steps) == (12, 2)
   assert denoiser == BlockCausal(model=it.model, block=4)
@@ -364,8 +374,10 @@ def test_a_special_token_among_until_ends_a_text(loaded, monkeypatch):
 def test_guidance_is_also_of_texts(loaded):
   """By hand: the sampler, guided by a prompt of as many tokens."""
   options = {"until": [], "max_gen_toks": 4}
-  how = Asking(options=dict(block=4), guidance=3.0)
-  [got] = lm_eval_diffusion.generate_until(loaded, [("what", options)], how=how)
+  how = DiffusionEvalSettings(options=dict(block=4), guidance=3.0)
+  [got] = lm_eval_diffusion.generate_until(
+    loaded, [("what", options)], settings=how
+  )
   prompt = loaded.tokenizer.encode("what", add_special=True)
   filling = SamplerConfig(mask_id=MASK, length=4, block=4, end=(1,))
   asked = ClassifierFreeGuidance(
@@ -378,7 +390,9 @@ def test_guidance_is_also_of_texts(loaded):
     rows.tokens[0, -4:][: rows.lengths[0]].tolist()
   )
   [plain] = lm_eval_diffusion.generate_until(
-    loaded, [("what", options)], how=Asking(options=dict(block=4))
+    loaded,
+    [("what", options)],
+    settings=DiffusionEvalSettings(options=dict(block=4)),
   )
   assert plain != got
 
@@ -387,14 +401,16 @@ def test_wrong_settings(loaded):
   with pytest.raises(
     UserError, match="'step', expected .*steps, stop_early or"
   ):
-    Asking(options=dict(step=4))
+    DiffusionEvalSettings(options=dict(step=4))
   with pytest.raises(UserError, match="mask_id"):
-    Asking(options=dict(mask_id=4))
+    DiffusionEvalSettings(options=dict(mask_id=4))
   blocks = dataclasses.replace(loaded, diffusion=Spec(mask_id=MASK, block=4))
   asked = [("a", {"max_gen_toks": 8})]
 
   def ask(it, **how):
-    lm_eval_diffusion.generate_until(it, asked, how=Asking(**how))
+    lm_eval_diffusion.generate_until(
+      it, asked, settings=DiffusionEvalSettings(**how)
+    )
 
   with pytest.raises(UserError, match="block is 8, expected the model's, 4"):
     ask(blocks, options=dict(block=8))
@@ -412,13 +428,13 @@ def test_wrong_settings(loaded):
 def test_wrong_questions(plain, loaded):
   with pytest.raises(UserError, match="has no mask"):
     lm_eval_diffusion.loglikelihood(plain, [("a", "b")])
-  with pytest.raises(UserError, match="fills in masks"):
+  with pytest.raises(UserError, match="masked diffusion"):
     lm_eval.loglikelihood(loaded, [("a", "b")])
-  with pytest.raises(UserError, match="fills in masks"):
+  with pytest.raises(UserError, match="masked diffusion"):
     lm_eval.rolling(loaded, ["a"])
-  with pytest.raises(UserError, match="fills in masks"):
+  with pytest.raises(UserError, match="masked diffusion"):
     lm_eval.generate_until(loaded, [("a", {})])
-  with pytest.raises(UserError, match="request 0: holds the mask"):
+  with pytest.raises(UserError, match="request 0: contains the mask"):
     lm_eval_diffusion.score(loaded, [([0], [MASK])])
   with pytest.raises(UserError, match="a continuation of 24 tokens"):
     lm_eval_diffusion.score(loaded, [([0], [5] * CONTEXT)])
@@ -428,10 +444,10 @@ def test_wrong_questions(plain, loaded):
 def test_the_adapter_asks_either_kind(plain, loaded):
   pytest.importorskip("lm_eval")
   request = type("Request", (), {"args": ("hello", " you")})
-  how = Asking(samples=16)
-  asked = lm_eval.adapter(loaded, masked=how).loglikelihood([request])
+  how = DiffusionEvalSettings(samples=16)
+  asked = lm_eval.adapter(loaded, diffusion=how).loglikelihood([request])
   assert asked == lm_eval_diffusion.loglikelihood(
-    loaded, [request.args], how=how
+    loaded, [request.args], settings=how
   )
   asked = lm_eval.adapter(plain).loglikelihood([request])
   assert asked == lm_eval.loglikelihood(plain, [request.args])

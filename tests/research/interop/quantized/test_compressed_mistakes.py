@@ -285,5 +285,5 @@ def test_outliers_and_stacks_are_not_written():
   mixed = qtensor.pack(
     jnp.ones((64, 8)).at[0, 0].set(3), Affine(symmetric=True)
   )
-  with pytest.raises(UserError, match="not one of the whole matrix"):
+  with pytest.raises(UserError, match="differs within the matrix"):
     compressed_tensors.to_tensors(mixed, told)

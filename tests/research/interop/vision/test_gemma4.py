@@ -41,7 +41,7 @@ def opened(tmp_path_factory):
 
 def images(model, name):
   """Returns the images of both rows, in their own sizes."""
-  how = Preprocessor(Native(patch=4, merge=3, least=1), model.normalise)
+  how = Preprocessor(Native(patch=4, merge=3, min_pixels=1), model.normalise)
   golden = support_golden.golden(name)
   prompts = [
     data.Prompt.from_images([golden[f"image_{i}"] for i in own], how, 2)

@@ -66,7 +66,7 @@ def test_a_model_with_images_goes_where_the_mesh_has_it(tmp_path):
     asked.clear()
     jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
     # A plan reads nothing, and finds the same shapes.
-    left = load.load_model(folder, towers=towers, shardings=unread.left)
+    left = load.load_model(folder, towers=towers, shardings=unread.unplaced)
     assert left.params == unread.abstract(whole.params)
 
 
@@ -79,7 +79,7 @@ def test_a_plan_for_larger_images_reads_nothing(tmp_path):
       image_size=ImageSize(pixels=24),
       shardings=shardings,
     )
-    for shardings in (None, unread.left)
+    for shardings in (None, unread.unplaced)
   ]
   assert both[1].params == unread.abstract(both[0].params)
 

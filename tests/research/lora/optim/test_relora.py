@@ -305,7 +305,7 @@ def test_pruned_moments():
 
 def test_moments_in_eight_bits_are_reset_and_never_pruned():
   """A pruned code would be that of minus a block's largest number."""
-  tx = adam8bit.scale_by_adam8bit(least=1, whole="^$")
+  tx = adam8bit.scale_by_adam8bit(least=1, full_precision="^$")
   at = state.create(params(), "/trained/", tx, transformed="/w$")
   ones = jax.tree.map(jnp.ones_like, at.trainable)
   _, held = tx.update(ones, at.opt_state)
@@ -317,7 +317,7 @@ def test_moments_in_eight_bits_are_reset_and_never_pruned():
     relora.MagnitudePruning(share=0.9),
     relora.RandomPruning(share=0.9),
   ):
-    with pytest.raises(UserError, match="mean/.*/trained/a holds codes"):
+    with pytest.raises(UserError, match="mean/.*/trained/a has quantized"):
       relora.Restart(every=4, reset=reset)(at, {})
 
 
@@ -337,7 +337,7 @@ def test_masks_are_no_moments():
   t = methods.fresh(AdaLoRA(rank=4), methods.base())
   start = {"run0": {"layer0": {"q": t}}}
   at = state.create(start, "/trained/", tx, transformed="/w$")
-  with pytest.raises(UserError, match="kept/.*/trained/e is no moment but a"):
+  with pytest.raises(UserError, match="kept/.*/trained/e is a mask"):
     relora.Restart(every=4)(at, {})
 
 

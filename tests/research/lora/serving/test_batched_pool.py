@@ -305,7 +305,8 @@ def test_adapters_with_whole_weights_are_refused(name, base):
   )
   with pytest.raises(UserError) as error:
     pool.add(held, "x", TINY.parent / f"peftfull_{name}")
-  assert "whole" in str(error.value) or "another model" in str(error.value)
+  text = str(error.value)
+  assert "full weights" in text or "change the model's configuration" in text
 
 
 def test_twice_adapted_is_an_error():

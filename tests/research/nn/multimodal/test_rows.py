@@ -56,10 +56,10 @@ WEIGHTS = {  # makes a weight; what it gives of rows
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_chosen_rows_have_what_is_theirs(name):
-  make, see = WEIGHTS[name]
+  make, values_of = WEIGHTS[name]
   weight = make()
   assert weight.per_row
   chosen = weights.take_rows({"x": weight}, ROWS)["x"]
-  every = see(weight, TOKENS)
+  every = values_of(weight, TOKENS)
   want = tuple(x[ROWS] for x in every) if name == "media" else every[ROWS]
-  chex.assert_trees_all_equal(see(chosen, TOKENS[ROWS]), want)
+  chex.assert_trees_all_equal(values_of(chosen, TOKENS[ROWS]), want)

@@ -396,7 +396,7 @@ def test_moments_that_a_new_projector_would_not_change_are_refused(
   options, field
 ):
   """Those in 8 bits, beside others in 32."""
-  adam = adam8bit.scale_by_adam8bit(least=16, whole="embed")
+  adam = adam8bit.scale_by_adam8bit(least=16, full_precision="embed")
   tx = galore.in_subspace(adam, projection(), matrices="w", **options)
   params = {"w": jnp.ones((8, 8)), "embed": jnp.ones((8, 8))}
   with pytest.raises(UserError, match=f"{field}.* for w"):

@@ -255,7 +255,7 @@ def test_bad_use():
   params = {"run0": {"layer0": {"up": jnp.ones((1, 2, 2))}}}
   tx = layerwise.galore(0.1, projection, matrices="up")
   held = tx.init(params)
-  with pytest.raises(UserError, match="found gradients of whole stacks"):
+  with pytest.raises(UserError, match="found gradients of all layers"):
     tx.update(params, held, params)
   packed = int8_weights.Pack(matrices="up", group=4)(params)
   with pytest.raises(UserError, match="average: weights in codes have no"):

@@ -220,7 +220,7 @@ def test_layers_that_do_not_commute_are_refused(make, options, match):
 
 
 @pytest.mark.parametrize(
-  "changes", [{}, dict(kinds=("local", "global") * 2, borrowing=2)]
+  "changes", [{}, dict(kinds=("local", "global") * 2, kv_shared_layers=2)]
 )
 def test_normalised_and_shared_values_are_rotated(changes):
   """A norm without a gain commutes with rotations; borrowers share R2."""

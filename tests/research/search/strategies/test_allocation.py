@@ -22,18 +22,21 @@ from tests.research.search import test_search as shared
 
 
 @pytest.mark.parametrize(
-  "ease", [(0.5, 0.1, 0.9), (0.3, 0.3, 0.02), (0, 0.2, 1), (0.05, 0.6, 0.6)]
+  "pass_rates",
+  [(0.5, 0.1, 0.9), (0.3, 0.3, 0.02), (0, 0.2, 1), (0.05, 0.6, 0.6)],
 )
 @pytest.mark.parametrize("first", [0, 1, 2])
-def test_no_division_of_the_budget_is_worth_more(ease, first):
+def test_no_division_of_the_budget_is_worth_more(pass_rates, first):
   total = 9
 
   def worth(counts):
-    return sum(1 - (1 - p) ** k for p, k in zip(ease, counts, strict=True))
+    return sum(
+      1 - (1 - p) ** k for p, k in zip(pass_rates, counts, strict=True)
+    )
 
-  found = allocate(ease, total, first)
+  found = allocate(pass_rates, total, first)
   assert sum(found) == total and min(found) >= first
-  every = itertools.product(range(first, total + 1), repeat=len(ease))
+  every = itertools.product(range(first, total + 1), repeat=len(pass_rates))
   best = max(worth(x) for x in every if sum(x) == total)
   assert worth(found) == pytest.approx(best)
 
@@ -62,12 +65,12 @@ def test_the_budget_is_spent_where_it_pays_and_is_on_the_ledger():
   engine = Engine(policy=shared.policy(), verifier=shared.Arbitrary(cost=cost))
   seen = []
 
-  def ease(paths):
+  def predict(paths):
     seen.append(list(paths))
     return (0.0, 0.1, 0.99)[paths[0].problem]
 
   limits = Limits(tokens=shared.NEW, key=jax.random.key(2))
-  search = AdaptiveAllocation(ease=ease, copies=4, first=2)
+  search = AdaptiveAllocation(predictor=predict, copies=4, first=2)
   samples = search(engine, shared.PROMPTS, limits)
   assert [len(one.paths) for one in samples] == [2, 8, 2]
   for i, (one, prompt) in enumerate(zip(samples, shared.PROMPTS, strict=True)):
@@ -86,7 +89,7 @@ def test_the_budget_is_spent_where_it_pays_and_is_on_the_ledger():
 
 
 def test_a_budget_of_first_samples_is_as_many_of_each():
-  search = AdaptiveAllocation(ease=lambda paths: 0.5, copies=2, first=2)
+  search = AdaptiveAllocation(predictor=lambda paths: 0.5, copies=2, first=2)
   limits = Limits(tokens=shared.NEW, key=jax.random.key(2), steps=1)
   samples = search(Engine(policy=shared.policy()), shared.PROMPTS, limits)
   assert [len(one.paths) for one in samples] == [2, 2, 2]
@@ -96,6 +99,6 @@ def test_a_budget_of_first_samples_is_as_many_of_each():
 def test_mistakes():
   for first in (0, 5):
     with pytest.raises(UserError, match=f"found {first} first samples of 4"):
-      AdaptiveAllocation(ease=np.mean, copies=4, first=first)
+      AdaptiveAllocation(predictor=np.mean, copies=4, first=first)
   with pytest.raises(UserError, match="MeanScore: found paths without scores"):
     MeanScore()([Path(0, 0, 1, steps=((1,),))])

@@ -45,13 +45,13 @@ def test_without_answers_nothing_leads():
 
 def test_decided_problems_cost_no_more():
   engine = Engine(policy=shared.policy())
-  sure = Adaptive(answer=lambda path: 7, round=4, most=12)
+  sure = Adaptive(answer=lambda path: 7, round=4, max_samples=12)
   for one in sure(engine, shared.PROMPTS, limits()):
     ended = [path for path in one.paths if path.stopped]
     # 4 of 4 votes are sure, P(Beta(5, 1) > 1/2) = 0.97; three are not.
     assert len(one.paths) == 12 or len(ended) >= 4
     assert len(one.paths) % 4 == 0
-  never = Adaptive(answer=lambda path: None, round=4, most=8)
+  never = Adaptive(answer=lambda path: None, round=4, max_samples=8)
   for one in never(engine, shared.PROMPTS, limits()):
     assert len(one.paths) == 8
     assert len({path.tokens for path in one.paths}) == 8
@@ -69,8 +69,8 @@ def test_a_verifier_finds_each_problem_at_its_index_in_all_rounds():
   search = Adaptive(
     answer=lambda path: 7 if path.problem == 0 else None,
     round=4,
-    most=8,
-    sure=0.6,
+    max_samples=8,
+    confidence=0.6,
   )
   found = search(engine, shared.PROMPTS, limits())
   assert [len(one.paths) for one in found] == [4, 8, 8]
@@ -138,7 +138,7 @@ def test_an_early_end_is_replaced_and_a_late_one_forced():
   policy = dataclasses.replace(policy, stop_tokens=(stop,), log_probs=True)
   cut = path.tokens[: path.tokens.index(stop)]
   strategy = BudgetForcing(
-    least=7, most=7, wait=(20, 21), waits=1, answer=(22,)
+    min_tokens=7, max_tokens=7, wait=(20, 21), max_waits=1, answer=(22,)
   )
   (one,) = strategy(Engine(policy=policy), [[5, 6]], limits(tokens=16))
   (found,) = one.paths
@@ -171,15 +171,15 @@ def test_an_early_end_is_replaced_and_a_late_one_forced():
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: Adaptive(answer=id, round=3, most=4), "rounds of 3"),
-    (lambda: Adaptive(answer=id, sure=0.4), "sure is 0.4"),
+    (lambda: Adaptive(answer=id, round=3, max_samples=4), "rounds of 3"),
+    (lambda: Adaptive(answer=id, confidence=0.4), "confidence is 0.4"),
     (lambda: Rounds(rewrite=shows, width=0), "rounds of 0"),
-    (lambda: LastTries(0), "most is 0"),
+    (lambda: LastTries(0), "max_tries is 0"),
     (lambda: Subsets(0), "size is 0"),
-    (lambda: BudgetForcing(least=3), "found least 3"),
-    (lambda: BudgetForcing(most=3), "found most 3 and no answer"),
+    (lambda: BudgetForcing(min_tokens=3), "found min_tokens 3"),
+    (lambda: BudgetForcing(max_tokens=3), "found max_tokens 3 and no answer"),
     (
-      lambda: BudgetForcing(most=3, answer=(22,))(
+      lambda: BudgetForcing(max_tokens=3, answer=(22,))(
         Engine(policy=dataclasses.replace(shared.policy(), boundary=None)),
         shared.PROMPTS,
         limits(),

@@ -17,8 +17,8 @@ from research.training.alignment.group_rollouts import GroupRollouts
 from research.training.alignment.overlong import SoftOverlong, mask_overlong
 from research.training.alignment.policy_gradient import PolicyGradient
 from research.training.alignment.rewarded_task import (
+  AnswerRewards,
   GreedyReward,
-  Judged,
   Prompt,
 )
 from research.training.objectives.objective import NextToken
@@ -57,7 +57,7 @@ class Together(Echo):
       self.reward(*pair) for pair in zip(prompts, answers, strict=True)
     ]
     long = float(np.mean([len(answer) > 1 for answer in answers]))
-    return Judged(rewards, {"long": long})
+    return AnswerRewards(rewards, {"long": long})
 
 
 def made(**more):

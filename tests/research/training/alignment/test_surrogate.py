@@ -27,7 +27,7 @@ CASES = {
   "dapo": surrogate.dapo(),
   "gspo": surrogate.gspo(lower=0.05, upper=0.1),
   "most": Surrogate(
-    clip=Clip(most=1.5), normalization=per_token, divergence=KL(beta=0.1)
+    clip=Clip(dual_clip=1.5), normalization=per_token, divergence=KL(beta=0.1)
   ),
   "tokens": Surrogate(),
 }
@@ -135,7 +135,10 @@ def test_estimates_of_the_divergence_are_unbiased_by_enumeration():
   ("make", "message"),
   [
     (lambda: Clip(lower=0.0), "Clip.lower: found 0.0"),
-    (lambda: Clip(most=1.1), "Clip.most: found 1.1, expected more than"),
+    (
+      lambda: Clip(dual_clip=1.1),
+      "Clip.dual_clip: found 1.1, expected more than",
+    ),
     (lambda: PerLength(0), "PerLength.length: found 0"),
     (lambda: KL(beta=-1.0), "KL.beta: found -1.0"),
     (

@@ -93,7 +93,7 @@ def test_errors_of_other_threads_are_heard_and_not_printed(capfd):
     except OSError:
       logging.getLogger("absl").exception("a writer failed")
 
-  with writers.heard() as failures:
+  with writers.collect_errors() as failures:
     thread = threading.Thread(target=fail)
     thread.start()
     thread.join()

@@ -220,7 +220,7 @@ def test_chat_sft_is_next_token_over_masked_rows(model, params, forward, rows):
 def test_distillation_equals_full_logits(
   model, params, other, rows, rows_held, t, hard
 ):
-  goal = distill.Distill(model, temperature=t, hard=hard, rows=rows_held)
+  goal = distill.Distill(model, temperature=t, hard_weight=hard, rows=rows_held)
 
   def full(both):
     def logits(p):
@@ -330,7 +330,7 @@ def test_no_full_logits_exist(model, params, rows):
     (lambda: preference.DPO(beta=0), "found beta 0"),
     (lambda: preference.DPO(smoothing=0.5), "smoothing 0.5"),
     (lambda: distill.Distill(temperature=0), "found temperature 0"),
-    (lambda: distill.Distill(hard=1.5), "hard 1.5"),
+    (lambda: distill.Distill(hard_weight=1.5), "hard_weight 1.5"),
     (lambda: preference.Part("policy")({"x": 1}), "found x, expected 'policy'"),
   ],
 )

@@ -39,7 +39,7 @@ def test_nanovlm_has_no_wrappers_and_the_whole_view_first():
 
 
 def test_gemma3_introduces_its_crops():
-  tiling = PanAndScan(16, least_crop=8, patch=4, pool=4)
+  tiling = PanAndScan(16, min_crop=8, patch=4, pool=4)
   text, pieces = tiny("gemma3-pan-and-scan", tiling, 16, 32)
   view = "\n\n<start_of_image>*<end_of_image>\n\n"
   assert text == (
@@ -53,7 +53,7 @@ def test_gemma3_introduces_its_crops():
 
 
 def test_molmo_ends_its_rows():
-  tiling = Overlap(16, most=2, margins=(1, 1), patch=4, pool=2)
+  tiling = Overlap(16, max_tiles=2, margins=(1, 1), patch=4, pool=2)
   text, _ = tiny("molmo", tiling, 16, 24)
   row, wide = "**<im_col>", "***<im_col>"
   assert text == (f"<im_start>{row}{row}<im_end><im_start>{wide}{wide}<im_end>")

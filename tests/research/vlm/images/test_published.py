@@ -136,7 +136,7 @@ def test_nanovlm_s_views_within_a_level():
 
 
 def test_molmo_s_views_within_a_level_its_tokens_and_places():
-  tiling = Overlap(32, most=6, margins=(4, 4), patch=2, pool=2)
+  tiling = Overlap(32, max_tiles=6, margins=(4, 4), patch=2, pool=2)
   ids = {"<im_start>": 0, "<im_col>": 2, "<im_end>": 3}
   tokens, places = floats("molmo_tokens"), floats("molmo_places")
   for size, want in floats("molmo").items():

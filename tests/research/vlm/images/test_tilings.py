@@ -198,15 +198,15 @@ TINY = {
   ),
   "idefics3": Idefics3(longest=48, tile=16, patch=4, pool=2),
   "idefics3_shrink": Idefics3(48, 16, patch=4, pool=2, scale="shrink"),
-  "internvl": InternVL(16, most=6, patch=4, pool=2),
+  "internvl": InternVL(16, max_tiles=6, patch=4, pool=2),
   "nanovlm": NanoVLM(48, 16, patch=4, pool=2),
-  "native": Native(patch=4, merge=2, least=64, most=1600),
+  "native": Native(patch=4, merge=2, min_pixels=64, max_pixels=1600),
   "naflex": NaFlex(budget=64, patch=4),
   "budget": Budget(budget=20, patch=2, pool=3),
-  "pan_and_scan": PanAndScan(16, least_crop=8, patch=4, pool=2),
-  "molmo": Overlap(16, most=6, margins=(1, 1), patch=2, pool=2),
+  "pan_and_scan": PanAndScan(16, min_crop=8, patch=4, pool=2),
+  "molmo": Overlap(16, max_tiles=6, margins=(1, 1), patch=2, pool=2),
   "molmo2": Overlap(
-    14, most=6, margins=(1, 1), patch=2, pool=2, fit="stretch",
+    14, max_tiles=6, margins=(1, 1), patch=2, pool=2, fit="stretch",
     resample="bilinear_sampled",
   ),
 }  # fmt: skip
@@ -284,7 +284,7 @@ def test_qwen_refuses_a_line():
 def test_a_crop_that_would_be_empty_is_refused():
   """9 in 4 crops of 3: the last one starts where the image ends."""
   with pytest.raises(UserError, match="last of 4 crops is empty"):
-    PanAndScan(16, least_crop=1).plan(2, 9)
+    PanAndScan(16, min_crop=1).plan(2, 9)
 
 
 @pytest.mark.parametrize(
@@ -292,9 +292,12 @@ def test_a_crop_that_would_be_empty_is_refused():
   [
     (lambda: CentreCrop(224, 336), "tile is 336.*at most shortest"),
     (lambda: AnyRes(canvases=((336, 500),)), "multiples of tile, 336"),
-    (lambda: InternVL(least=3, most=2), "from 3 to 2 tiles"),
-    (lambda: Native(least=5000, most=100), "from 5000 to 100 pixels"),
-    (lambda: Overlap(margins=(12, 12)), "more of them than"),
+    (lambda: InternVL(min_tiles=3, max_tiles=2), "from 3 to 2 tiles"),
+    (
+      lambda: Native(min_pixels=5000, max_pixels=100),
+      "from 5000 to 100 pixels",
+    ),
+    (lambda: Overlap(margins=(12, 12)), "larger than both margins"),
     (lambda: preset("llava"), "expected one of.*llava-1.5"),
   ],
 )

@@ -94,7 +94,7 @@ def test_labelled_steps_share_their_problem_s_picture(tmp_path):
 
 def test_pictures_of_several_sizes_are_an_error():
   one = DRAWN(WORDS, TASK[0].prompt)
-  with pytest.raises(UserError, match="beside number 2"):
+  with pytest.raises(UserError, match="with number 2"):
     prompting.arrays_of([one, [1, 2]])
   with pytest.raises(UserError, match="keeps each picture's size"):
     DrawnQuestion(

@@ -18,7 +18,7 @@ def colour_of(part):
 
 
 def test_captions_name_what_the_cells_show_row_by_row():
-  task = scenes.ShapeCaptions(size=64, cells=4, most=6, count=40)
+  task = scenes.ShapeCaptions(size=64, cells=4, max_objects=6, count=40)
   for sample in task:
     parts = [
       sample.image[top : top + 16, left : left + 16]
@@ -35,14 +35,14 @@ def test_captions_name_what_the_cells_show_row_by_row():
 
 
 def test_one_object_is_any_class_alike():
-  task = scenes.ShapeCaptions(size=32, cells=2, most=1, count=900)
+  task = scenes.ShapeCaptions(size=32, cells=2, max_objects=1, count=900)
   samples = support_scenes.drawn(task)
   assert len(task.classes) == 9
   assert support_scenes.conditional_p(samples) > 1e-3
 
 
 def test_no_objects_are_refused():
-  with pytest.raises(UserError, match=r"ShapeCaptions\.least: found 3"):
-    scenes.ShapeCaptions(least=3, most=2)
+  with pytest.raises(UserError, match=r"ShapeCaptions\.min_objects: found 3"):
+    scenes.ShapeCaptions(min_objects=3, max_objects=2)
   with pytest.raises(UserError, match=r"ShapeCaptions\.shapes: found \('cube'"):
     scenes.ShapeCaptions(shapes=("cube",))

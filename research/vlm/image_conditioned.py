@@ -8,7 +8,7 @@ from research.vlm.masks import PromptMask
 
 
 @runtime_checkable
-class SeesImages(Protocol):
+class ImageConditioned(Protocol):
   """A language model that sees images: `VisionLanguageModel` is one.
 
   Commands ask for this rather than for a class, so that a model of other
