@@ -91,7 +91,11 @@ def test_settings_are_those_of_all_that_an_arm_needs():
   "path, arm, setting",
   [
     ("runs/search/claims_countdown.gin", "large_pool", "WIDTH = 96"),
-    ("runs/tour/tour.gin", "vision_frozen", "TRAINABLE = '^(vision|connector)/'"),
+    (
+      "runs/tour/tour.gin",
+      "vision_frozen",
+      "TRAINABLE = '^(vision|connector)/'",
+    ),
   ],
 )
 def test_an_experiment_has_what_its_claims_name(path, arm, setting):
