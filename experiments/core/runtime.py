@@ -8,6 +8,7 @@ of several do their work inside `cluster(...)`.
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -25,7 +26,10 @@ PATIENCE = 10.0
 """Seconds that a process which failed waits for its threads and the others."""
 
 WRITING = 3600
-"""Seconds that all others wait at the end for the first one, which writes."""
+"""Seconds that all others wait for the first one, which writes."""
+
+_MEETINGS = itertools.count()
+"""Numbers of the calls of `first_process_first`, the same in all processes."""
 
 PREEMPTED = 42
 """`preemption.Preempted.exit_status`, which is known before JAX is imported."""
@@ -321,22 +325,31 @@ def is_first_process() -> bool:
 def first_process_first(act: Callable[[], Any]) -> Any:
   """Returns `act()`, called in the first process, then in all others.
 
-  So they find a file that the first one writes.
+  So they find a file that the first one writes. It may take long, to read all
+  data or to wait for a lock (`run_lock`), and the others wait for it.
 
   Raises:
     UserError: the first process failed, and has said why.
   """
+  from research.training.checkpoints import checkpoint
   from research.typing import UserError
 
+  def meet():
+    key = f"first process first {next(_MEETINGS)}"
+    checkpoint.wait_for_all(key, WRITING)
+
   if not is_first_process():
+    meet()
     if not said_by_first_process(True):
       raise UserError("stopped: the first process failed; see its error")
     return act()
   try:
     result = act()
   except Exception:
+    meet()
     said_by_first_process(False)
     raise
+  meet()
   said_by_first_process(True)
   return result
 
