@@ -288,9 +288,9 @@ def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
   rounds = any(x is not None for x in source.activations)
   if rounds and not compressed_activations.rounding(params, ()):
     raise UserError(
-      f"{source.origin.get('path')}: its base rounds activations by scales of a"
-      " calibration, which are not applied.\nConvert to --format=hf for the"
-      " weights alone."
+      f"{source.origin.get('path')}: its base rounds activations in a way that"
+      " is not applied here, such as by scales of a calibration.\nConvert to"
+      " --format=hf for the weights alone."
     )
   have = part.from_params(params)
   for address, p in have.items():

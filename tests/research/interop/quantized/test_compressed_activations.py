@@ -246,7 +246,7 @@ def test_adapters_over_a_rounding_base_are_converted_as_it_is(tmp_path):
     for key, x in want.items():
       np.testing.assert_array_equal(got[key].read(), x.read())
     convert.to_peft(source, tmp_path / f"{name}-peft")
-  with pytest.raises(UserError, match="by scales of a calibration"):
+  with pytest.raises(UserError, match="in a way that is not applied"):
     convert.to_orbax(source, tmp_path / "none")
 
 
