@@ -29,7 +29,7 @@ WRITING = 3600
 """Seconds that all others wait for the first one, which writes."""
 
 _MEETINGS = itertools.count()
-"""Numbers of the calls of `first_process_first`, the same in all processes."""
+"""Numbers of calls of `said_by_first_process`, the same in all processes."""
 
 PREEMPTED = 42
 """`preemption.Preempted.exit_status`, which is known before JAX is imported."""
@@ -331,25 +331,17 @@ def first_process_first(act: Callable[[], Any]) -> Any:
   Raises:
     UserError: the first process failed, and has said why.
   """
-  from research.training.checkpoints import checkpoint
   from research.typing import UserError
 
-  def meet():
-    key = f"first process first {next(_MEETINGS)}"
-    checkpoint.wait_for_all(key, WRITING)
-
   if not is_first_process():
-    meet()
     if not said_by_first_process(True):
       raise UserError("stopped: the first process failed; see its error")
     return act()
   try:
     result = act()
   except Exception:
-    meet()
     said_by_first_process(False)
     raise
-  meet()
   said_by_first_process(True)
   return result
 
@@ -363,4 +355,8 @@ def said_by_first_process(value: bool) -> bool:
   import numpy as np
   from jax.experimental import multihost_utils
 
+  from research.training.checkpoints import checkpoint
+
+  # The first one may write, or wait, for longer than a collective does.
+  checkpoint.wait_for_all(f"the first says {next(_MEETINGS)}", WRITING)
   return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
