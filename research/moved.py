@@ -13,7 +13,7 @@ import re
 
 _TABLE = pathlib.Path(__file__).with_name("moved.txt")
 _FROM = re.compile(r"^from ([\w.]+) import (\w+)(?: as (\w+))?", re.M)
-_IMPORT = re.compile(r"^import ([\w.]+)", re.M)
+_IMPORT = re.compile(r"^import ([\w.]+)(?: as (\w+))?", re.M)
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def current(text: str) -> str:
     said += "" if called == last else f" as {called}"
     before = f"from {package} import {name}" + (f" as {alias}" if alias else "")
     text = re.sub(rf"^{re.escape(before)}\b(?! as )", said, text, flags=re.M)
-  for old in _IMPORT.findall(text):
+  for old, _ in _IMPORT.findall(text):
     if old in table():
       text = re.sub(rf"(?<![\w.]){re.escape(old)}\b", table()[old], text)
   for called, module in _called(text).items():
@@ -93,7 +93,7 @@ def binding(text: str) -> str:
 
 def _called(text: str) -> dict[str, str]:
   """Returns the modules that a gin file imports, by what it calls them."""
-  found = {name: name for name in _IMPORT.findall(text)}
+  found = {alias or name: name for name, alias in _IMPORT.findall(text)}
   for package, name, alias in _FROM.findall(text):
     found[alias or name] = f"{package}.{name}"
   return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import warnings
 from typing import Any, Literal
 
 from experiments.adapting.operation import ComparesLogits, Reports
@@ -48,6 +49,7 @@ class Merge(ComparesLogits, Reports):
   def run(self) -> dict[str, Any]:
     """Returns what each mode does to logits, and which one was written."""
     from research.interop import convert, sources
+    from research.interop.quantized import compressed_activations
     from research.lora import wrap
     from research.lora.merge.merge import merge_as, report_modes
 
@@ -70,7 +72,19 @@ class Merge(ComparesLogits, Reports):
     if self.to is not None:
       made = merge_as(params, self.mode, original)
       # No adapter any more, which would have a base.
-      whole = dataclasses.replace(source, params=lambda: made, base_name=None)
+      whole = dataclasses.replace(
+        source,
+        params=lambda: made,
+        base_name=None,
+        activations=compressed_activations.rounding(made, source.activations),
+      )
+      if source.activations and self.mode != "requantized":
+        warnings.warn(
+          f"{self.only}: its base rounds activations, which merged matrices"
+          " do not.",
+          RuntimeWarning,
+          stacklevel=2,
+        )
       convert.to_orbax(whole, pathlib.Path(self.to))
       result |= dict(mode=self.mode, to=self.to)
     self.summary(rows)

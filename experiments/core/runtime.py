@@ -8,6 +8,7 @@ of several do their work inside `cluster(...)`.
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -25,7 +26,10 @@ PATIENCE = 10.0
 """Seconds that a process which failed waits for its threads and the others."""
 
 WRITING = 3600
-"""Seconds that all others wait at the end for the first one, which writes."""
+"""Seconds that all others wait for the first one, which writes."""
+
+_MEETINGS = itertools.count()
+"""Numbers of calls of `said_by_first_process`, the same in all processes."""
 
 PREEMPTED = 42
 """`preemption.Preempted.exit_status`, which is known before JAX is imported."""
@@ -321,7 +325,8 @@ def is_first_process() -> bool:
 def first_process_first(act: Callable[[], Any]) -> Any:
   """Returns `act()`, called in the first process, then in all others.
 
-  So they find a file that the first one writes.
+  So they find a file that the first one writes. It may take long, to read all
+  data or to wait for a lock (`run_lock`), and the others wait for it.
 
   Raises:
     UserError: the first process failed, and has said why.
@@ -350,4 +355,8 @@ def from_first_process(value: bool) -> bool:
   import numpy as np
   from jax.experimental import multihost_utils
 
+  from research.training.checkpoints import checkpoint
+
+  # The first one may write, or wait, for longer than a collective does.
+  checkpoint.wait_for_all(f"the first says {next(_MEETINGS)}", WRITING)
   return bool(multihost_utils.broadcast_one_to_all(np.array(value)))

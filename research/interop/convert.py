@@ -18,7 +18,10 @@ from research.interop.gguf import recipe as gguf_recipe
 from research.interop.gguf import write as gguf_write
 from research.interop.hf import tokenizer as hf_tokenizer
 from research.interop.hf import write as hf_write
-from research.interop.quantized import checkpoint_formats
+from research.interop.quantized import (
+  checkpoint_formats,
+  compressed_activations,
+)
 from research.interop.quantized import write as quantized_write
 from research.io import safetensors
 from research.lora.merge import changes
@@ -276,9 +279,19 @@ def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
   Args:
     source: any.
     to: a new directory.
+
+  Raises:
+    UserError: the source rounds activations in a way that is not known here.
   """
   check_free(to)
   params, log = source.params(), changes.Log()
+  rounds = any(x is not None for x in source.activations)
+  if rounds and not compressed_activations.rounding(params, ()):
+    raise UserError(
+      f"{source.origin.get('path')}: its base rounds activations in a way that"
+      " is not applied here, such as by scales of a calibration.\nConvert to"
+      " --format=hf for the weights alone."
+    )
   have = part.from_params(params)
   for address, p in have.items():
     before = source.parts[address].kind

@@ -39,6 +39,10 @@ class Source:
     metadata: of the GGUF file it was, or None.
     base: what an adapter stands on, or None.
     base_name: what the adapter calls that.
+    activations: how inputs of matrices are rounded, for each group of modules,
+      see `compressed_activations`; None for a group's that are not.
+    unrounded: returns `params` of a directory without what rounds inputs, which
+      `params` refuses where it is not known here.
   """
 
   model: Transformer
@@ -51,15 +55,10 @@ class Source:
   metadata: Mapping[str, Any] | None = None
   base: "Source | None" = None
   base_name: str | None = None
-
-  @property
-  def activations(self) -> list[Any]:
-    """How a quantized directory's config rounds inputs, where it does.
-
-    A value for each group of its modules, see `compressed_activations.stated`.
-    """
-    before = self.origin.get("came_from", self.origin)
-    return compressed_activations.stated(before.get("quantization"))
+  activations: tuple[Any, ...] = ()
+  unrounded: Callable[[], Params] | None = dataclasses.field(
+    default=None, repr=False
+  )
 
   @property
   def hint(self) -> str | None:
@@ -99,10 +98,14 @@ def _hf(path: pathlib.Path) -> Source:
     )
   model, tensors, origin = hf.open_model(path)
 
+  quantization = origin.get("quantization")
+
+  def unrounded():
+    return hf.read_params(model, tensors, None, path, packed=True)
+
   def params():
-    found = hf.read_params(model, tensors, None, path, packed=True)
     return compressed_activations.round_inputs(
-      found, origin.get("quantization"), str(path / "config.json")
+      unrounded(), quantization, str(path / "config.json")
     )
 
   return Source(
@@ -111,6 +114,8 @@ def _hf(path: pathlib.Path) -> Source:
     params=params,
     origin={k: v for k, v in origin.items() if k != "config"},
     tokenizer=load.tokenizer(path),
+    activations=compressed_activations.stated(quantization),
+    unrounded=unrounded,
     files=path,
     config=origin["config"],
   )
@@ -152,6 +157,9 @@ def _ours(path: pathlib.Path) -> Source:
     parts=part.from_params(params),
     params=lambda: params,
     origin=dict(format="orbax", path=str(path), came_from=dict(origin)),
+    activations=compressed_activations.rounding(
+      params, compressed_activations.stated(origin.get("quantization"))
+    ),
     tokenizer=native.tokenizer(path),
     files=path if metadata is None else None,
     config=safetensors.read_json(path / "config.json"),
@@ -170,7 +178,7 @@ def _adapter(path: pathlib.Path) -> Source:
       f"{path}: its base {target} is an adapter itself; expected a model. "
       "Merge that adapter into its own base first (--format=hf)."
     )
-  params, model = peft.open_adapter(path, base.params(), base.model)
+  params, model = peft.open_adapter(path, _weights(base), base.model)
   made = with_params(
     base,
     model,
@@ -178,11 +186,26 @@ def _adapter(path: pathlib.Path) -> Source:
     origin=dict(format="peft", path=str(path), base=str(target)),
     base_name=name if str(target) == name else str(target.resolve()),
   )
+  made = dataclasses.replace(made, activations=base.activations)
   words = load.adapter_tokenizer(path, base.tokenizer)
   if words is base.tokenizer:
     return made
   # Neither the base's files nor its metadata have this one.
   return dataclasses.replace(made, tokenizer=words, files=None, metadata=None)
+
+
+def _weights(base: Source) -> Params:
+  """Returns what an adapter stands on: weights alone, if rounding is refused.
+
+  Merged weights and the adapter itself do not depend on it; `convert.to_orbax`
+  refuses it.
+  """
+  try:
+    return base.params()
+  except UserError:
+    if base.unrounded is None:
+      raise
+    return base.unrounded()
 
 
 def with_params(
@@ -201,6 +224,8 @@ def with_params(
     origin=origin,
     base=base,
     base_name=base_name,
+    activations=compressed_activations.rounding(params, base.activations),
+    unrounded=None,
   )
 
 
@@ -226,6 +251,7 @@ def from_training(
       params=lambda: params,
       origin=origin,
       tokenizer=loaded.tokenizer,
+      activations=compressed_activations.rounding(params, ()),
     )
   base = open_source(path)
   return with_params(base, loaded.model, params, origin, name)

@@ -12,9 +12,10 @@ Extractor = Callable[[str], str | None]
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-# Behind a number, a letter or a bracket, a sign is an operator, or a dash.
+# Behind a number, its unit, a letter or a bracket, a sign is an operator, or a
+# dash.
 _NUMBER = re.compile(
-  r"(?:(?<![\w.)\]])[-−])?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<![\w.])\.\d+)"
+  r"(?:(?<![\w.)\]}%°])[-−])?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<![\w.])\.\d+)"
 )
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
@@ -99,7 +100,8 @@ def answer_phrase(text: str) -> str | None:
   line = text[last.end() :].partition("\n")[0]
   sentence = line.partition(". ")[0]
   sentence = sentence.strip().strip("*").removesuffix(".")
-  return sentence.strip("$* \t") or None
+  # An asterisk within dollars is of the formula: $x^*$.
+  return sentence.strip("* \t").strip("$ \t") or None
 
 
 def boxed_or_phrase(text: str) -> str | None:

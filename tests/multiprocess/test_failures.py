@@ -37,3 +37,25 @@ def test_an_error_in_one_process_ends_all(failing):
     if i in failing:
       assert (process.status, process.out) == (1, ""), process.err
       assert "error: no luck today\n" in process.err
+
+
+FIRST = """
+import sys, time
+from experiments.core import cli, runtime
+flags = cli.new_flags(cluster=True)
+flags(sys.argv)
+with runtime.cluster(cli.cluster(flags)):
+  def act():
+    time.sleep({seconds} if runtime.is_first_process() else 0)
+    print("acted", time.time(), flush=True)
+  runtime.first_process_first(act)
+"""
+
+
+@pytest.mark.slow
+def test_others_wait_for_the_first_process_as_long_as_it_takes():
+  """Longer than collectives on CPUs do, such as for a lock on NFS."""
+  done = launch(["-c", FIRST.format(seconds=45)])
+  assert [x.status for x in done] == [0, 0], done[0].err + done[1].err
+  first, second = (float(x.out.split()[-1]) for x in done)
+  assert first < second

@@ -169,3 +169,15 @@ def test_imports_that_nothing_uses_are_no_difference(unused):
   assert more != USED
   assert moved.without_unused_imports(more) == USED
   assert moved.without_unused_imports(USED) == USED
+
+
+def test_an_import_is_used_by_the_name_that_it_gives():
+  """Or two runs of other modules would be taken for one."""
+  one, other = (
+    f"import research.{module} as m\n\nm.Config.steps = 2\n"
+    for module in ("training.loop", "lora.adapt")
+  )
+  assert moved.without_unused_imports(one) == one
+  assert moved.without_unused_imports(other) == other
+  more = f"import research.nn as n\n{one}"
+  assert moved.without_unused_imports(more) == one

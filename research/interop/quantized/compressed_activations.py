@@ -7,17 +7,22 @@ Schemes that measure each token, or each call, become the op of a matrix' inputs
 weights alone, as for every tool's checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jax
 
 from research import tree, weights
 from research.interop.quantized.compressed_config import METHOD
 from research.io.fields import Fields
 from research.quant.activations import InputTensor, Op, Round, RoundFloat
+from research.quant.llm_int8 import Outliers
 from research.quant.qtensor import QTensor
 from research.typing import Params, UserError
 
 CONFIG = "quantization_config"
+
+_ROUNDING = Round, RoundFloat, Outliers
 
 _ALONE = "load the weights alone, with packed=False (--nopacked)"
 
@@ -45,24 +50,41 @@ def round_inputs(params: Params, quantization: Any, where: str) -> Any:
   return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
 
-def stated(quantization: Any) -> list[Any]:
+def stated(quantization: Any) -> tuple[Any, ...]:
   """Returns each group's `input_activations`, None where nothing is rounded.
 
   Args:
     quantization: a `quantization_config`, of any method, or None.
   """
   if not isinstance(quantization, dict):
-    return []
+    return ()
   if quantization.get("quant_method") != METHOD:
-    return []
+    return ()
   groups = Fields(quantization, CONFIG).object("config_groups")
   if groups is None:
-    return []
-  return [
+    return ()
+  return tuple(
     found.get("input_activations")
     for found in map(groups.object, groups.values)
     if found is not None
-  ]
+  )
+
+
+def rounding(params: Params, said: Sequence[Any]) -> tuple[Any, ...]:
+  """Returns how weights round their inputs; nothing if they do not.
+
+  Args:
+    params: of a model; adapters may be on them.
+    said: what a config says of them, from `stated`; without it, operations
+      stand for themselves.
+  """
+  found: dict[Op, None] = {}
+  for w in jax.tree.leaves(params, is_leaf=weights.is_weight):
+    while isinstance(w, weights.WrappedWeight):
+      if isinstance(w, InputTensor) and isinstance(w.op, _ROUNDING):
+        found[w.op] = None
+      w = w.w
+  return tuple(said or found) if found else ()
 
 
 def op_of(quantization: Mapping[str, Any], where: str) -> Op | None:

@@ -30,6 +30,7 @@ from research.lora import wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.merge import changes
 from research.nn.transformer import Transformer
+from research.quant.activations import InputTensor, Op
 from research.quant.qtensor import QTensor
 from research.quant.quantize import Quantize
 from research.typing import Array, Float, Int, Params, UserError
@@ -198,9 +199,11 @@ def merge_as(
 
   def again(path: str, w: Any) -> Any:
     base = _base(w)
-    if base is w or not weights.is_packed(base):
+    inside = weights.inner(base) if _rounds(base) else base
+    if base is w or not weights.is_packed(inside):
       return wrap.merge({path: w})[path]
-    return _packed_as(base, wrap.merge({path: w})[path], path)
+    packed = _packed_as(inside, wrap.merge({path: w})[path], path)
+    return weights.map_inner(base, lambda _: packed)
 
   scaled = wrap.merge_biases(params)
   return tree.map_paths(again, scaled, is_leaf=weights.is_weight)
@@ -231,6 +234,15 @@ def _base(w: Any) -> Any:
   while isinstance(w, AdaptedTensor):
     w = w.w
   return w
+
+
+def _rounds(base: Any) -> bool:
+  """Whether a weight rounds its inputs, and changes nothing else of them."""
+  while isinstance(base, InputTensor):
+    if type(base.op).effective_weight is not Op.effective_weight:
+      return False
+    base = base.w
+  return True
 
 
 def _packed_as(base: QTensor, dense: Array, where: str) -> QTensor:

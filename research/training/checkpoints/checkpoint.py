@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import jax
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
 from research.io import folders
@@ -339,6 +340,19 @@ def _barrier() -> None:
   """Waits for all processes, so that all see the renamed folders."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("checkpoints")
+
+
+def wait_for_all(key: str, seconds: int) -> None:
+  """Waits until all processes have called this, however long one of them takes.
+
+  JAX's coordination service does, from which they also hear of one that has
+  ended. A collective is not for that: on CPUs it gives up after 30 s.
+
+  Args:
+    key: of this call; no other one has it.
+    seconds: that they wait at most.
+  """
+  multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * seconds)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ import errno
 import fcntl
 import os
 import socket
+import struct
+import sys
 import time
 from collections.abc import Iterator
 
@@ -24,10 +26,16 @@ from research.typing import UserError
 FILE = "run.lock"
 
 PATIENCE, INTERVAL = 120.0, 1.0
-"""Seconds to wait for a process of another machine, and between two tries: NFS
-keeps the locks of a machine that has crashed for a lease, 90 s by default."""
+"""Seconds to wait for a process that is not on this machine, and between two
+tries: NFS keeps the locks of a machine that has crashed for a lease, 90 s by
+default."""
 
 _TAKEN = (errno.EACCES, errno.EAGAIN)
+
+_UNKNOWN = "another process"
+
+_FLOCK = "hhqqi"
+"""Linux' `struct flock`: type, whence, start, length, process."""
 
 _locked: set[Folder] = set()
 """Directories that this process has locked: POSIX would lock them again, and
@@ -72,7 +80,8 @@ def _lock(file, path: Folder) -> None:
   here, deadline = socket.gethostname(), time.monotonic() + PATIENCE
   waits = False
   while owner := _owner(file):
-    if owner.endswith(f" on {here}") or time.monotonic() > deadline:
+    ours = owner.endswith(f" on {here}") and _is_alive_here(file)
+    if ours or time.monotonic() > deadline:
       raise UserError(
         f"{path.parent}: {owner} works there, expected no other one.\nWait for"
         " it, or end it: a run saves first. If it is gone, and its file system"
@@ -94,6 +103,25 @@ def _owner(file) -> str | None:
     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
     if error.errno in _TAKEN:
-      file.seek(0)
-      return file.read().strip() or "another process"
+      # Windows' shares (CIFS) do not let others read a locked file, either.
+      with contextlib.suppress(OSError):
+        file.seek(0)
+        return file.read().strip() or _UNKNOWN
+      return _UNKNOWN
   return None  # on a file system without locks as well
+
+
+def _is_alive_here(file) -> bool:
+  """Whether a process of this machine has the lock of an open file.
+
+  The name in the file does not say: a pod that starts again has the name of the
+  one whose machine crashed, and a machine that booted again has its own.
+  """
+  if sys.platform != "linux":
+    return False
+  asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+  try:
+    found = fcntl.fcntl(file, fcntl.F_GETLK, asked)
+  except OSError:
+    return False
+  return struct.unpack(_FLOCK, found)[-1] > 0  # of NFS, 0 or negative

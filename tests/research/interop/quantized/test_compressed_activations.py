@@ -1,5 +1,6 @@
 """compressed-tensors' rounding of activations: by its rules, or refused."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -16,7 +17,9 @@ from research.interop.loaded import NOTE
 from research.interop.quantized import compressed_activations
 from research.interop.quantized.checkpoint_formats import Compressed
 from research.io import safetensors
+from research.lora.adapt import Adapt
 from research.lora.adapted import AdaptedTensor
+from research.lora.merge.merge import merge_as
 from research.lora.methods.lora import LoRA
 from research.quant.activations import InputTensor, Round, RoundFloat
 from research.typing import UserError
@@ -203,3 +206,64 @@ def test_whole_numbers_in_a_note_are_read_as_such(tmp_path):
   assert '"alpha": 8,' in text and '"clip": 1,' in text
   found = native.load(tmp_path)[1]["run0"]["layer0"]["attention"]["q"]
   assert (found.method, found.w.op) == (LoRA(rank=2, alpha=8.0), Round())
+
+
+def adapter_over(folder, to):
+  """Writes an adapter over a quantized directory, in PEFT's format."""
+  base = sources.open_source(folder)
+  adapted = Adapt(method=LoRA(rank=2, alpha=4.0))(
+    base.params(), jax.random.key(0)
+  )
+
+  def moved(path, w):
+    if not isinstance(w, AdaptedTensor):
+      return w
+    trained = {k: x + 0.01 for k, x in w.trained.items()}
+    return dataclasses.replace(w, trained=trained)
+
+  adapted = tree.map_paths(moved, adapted, is_leaf=weights.is_weight)
+  origin = dict(format="train", path=str(to))
+  source = sources.with_params(base, base.model, adapted, origin, str(folder))
+  convert.to_peft(source, to)
+
+
+def test_adapters_over_a_rounding_base_are_converted_as_it_is(tmp_path):
+  """Merged they had no warning; over scales of a calibration, none opened."""
+  folder, adapter = tmp_path / "model", tmp_path / "peft"
+  convert.to_quantized(plain(True), folder, Compressed(), True)
+  adapter_over(folder, adapter)
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    convert.to_hf(sources.open_source(adapter), tmp_path / "want")
+  want = safetensors.open_file(tmp_path / "want" / "model.safetensors")
+
+  for name, given in (("token", FP8), ("static", FP8 | {"dynamic": False})):
+    rounding(folder, given)
+    source = sources.open_source(adapter)
+    with pytest.warns(RuntimeWarning, match="rounds activations, which the"):
+      convert.to_hf(source, tmp_path / name)
+    got = safetensors.open_file(tmp_path / name / "model.safetensors")
+    for key, x in want.items():
+      np.testing.assert_array_equal(got[key].read(), x.read())
+    convert.to_peft(source, tmp_path / f"{name}-peft")
+  with pytest.raises(UserError, match="in a way that is not applied"):
+    convert.to_orbax(source, tmp_path / "none")
+
+
+def test_a_merged_base_is_requantized_under_its_rounding(tmp_path):
+  """What rounds inputs hid that it is packed, and dense weights came of it."""
+  folder, adapter = tmp_path / "model", tmp_path / "peft"
+  convert.to_quantized(plain(True), folder, Compressed(), True)
+  adapter_over(folder, adapter)
+  want = merge_as(sources.open_source(adapter).params(), "requantized")
+  rounding(folder, FP8)
+  got = merge_as(sources.open_source(adapter).params(), "requantized")
+  leaves = [jax.tree.leaves(x, is_leaf=weights.is_weight) for x in (got, want)]
+  assert sum(map(weights.is_packed, leaves[1])) == 7
+  for now, w in zip(*leaves, strict=True):
+    if weights.is_packed(w):
+      assert isinstance(now, InputTensor) and now.op == RoundFloat()
+      now = now.w
+      assert now.format == w.format
+    for a, b in zip(*map(jax.tree.leaves, (now, w)), strict=True):
+      np.testing.assert_array_equal(a, b)

@@ -96,6 +96,55 @@ def test_a_machine_that_crashed_keeps_its_lock_for_a_while(
     pass
 
 
+REMOTE = """
+import fcntl, struct, sys
+file = open(sys.argv[1], "a+")
+lock = struct.pack("hhqqi", fcntl.F_WRLCK, 0, 0, 0, 0)
+fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+file.write(f"process 7 on {sys.argv[2]}\\n")
+file.flush()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+"""Like NFS for a machine that is gone, Linux names no process here that has
+this lock, which is an open file's."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="locks of Linux")
+def test_a_crashed_machine_may_have_had_our_name(tmp_path, monkeypatch, capsys):
+  """As pods of a JobSet do that start again, and a node that has rebooted."""
+  monkeypatch.setattr(run_lock, "INTERVAL", 0.05)
+  monkeypatch.setattr(sys.modules[__name__], "OTHER", REMOTE)
+  with locked_by_another(tmp_path) as other:
+    ends = threading.Timer(0.5, other.kill)
+    ends.start()
+    with run_lock.locked(tmp_path):
+      pass
+  name = f"process 7 on {socket.gethostname()}"
+  assert f"waits up to 120 s for {name}" in capsys.readouterr().err
+
+
+def test_a_locked_file_that_cannot_be_read_is_another_process(
+  tmp_path, monkeypatch
+):
+  """Locks of Windows' shares are mandatory: reading fails, too."""
+
+  class Unreadable:
+    def __getattr__(self, name):
+      return getattr(file, name)
+
+    def read(self):
+      raise PermissionError(errno.EACCES, "Permission denied")
+
+  monkeypatch.setattr(run_lock, "PATIENCE", 0.0)
+  with (
+    locked_by_another(tmp_path),
+    (tmp_path / run_lock.FILE).open("a+") as file,
+    pytest.raises(UserError, match="another process works there"),
+  ):
+    run_lock._lock(Unreadable(), tmp_path / run_lock.FILE)
+
+
 def test_an_inner_lock_does_not_unlock_the_outer_one(tmp_path):
   script = "import fcntl, sys\nfile = open(sys.argv[1], 'a+')\n"
   script += "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
