@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
         stack,
       )
     )
-    result = running.train(read.experiment, workdir, writers)
+    result = running.train(read.experiment, workdir, writers, runtime.START)
     return result if runtime.is_first_process() else None
 
 

@@ -48,13 +48,15 @@ def train(
     experiment: to be trained.
     workdir: of the run.
     writers: of metrics, see `loop.fit`.
-    started_at: when the work on it began (`time.time()`); None for the start
-      of this process.
+    started_at: when the work on it began (`time.time()`), as a command's, which
+      began with its process; None for now.
 
   Raises:
     Preempted: the run was asked to end (`training.preemption`), and is saved.
     UserError: an error that the user can mend.
   """
+  if started_at is None:
+    started_at = time.time()
   old = runtime.first_process_first(
     lambda: finished_result(experiment, workdir)
   )
@@ -89,7 +91,7 @@ def _train(
   context: device_context.DeviceContext,
   workdir: Folder,
   writers: Sequence[Any],
-  started_at: float | None,
+  started_at: float,
 ) -> dict[str, Any]:
   begin = time.perf_counter()
   runtime.first_process_first(lambda: data_fingerprint.check_files(experiment))
@@ -137,7 +139,7 @@ def _train(
       writers=writers,
       state_transforms=experiment.state_transforms,
       sharding=context.batch,
-      started_at=runtime.START if started_at is None else started_at,
+      started_at=started_at,
     )
 
   # --- results ---
@@ -413,7 +415,7 @@ def _untrained(
 def _seconds_to_first_step(
   workdir: Folder, outcome: loop.Outcome
 ) -> float | None:
-  """Returns seconds from the command to the end of the first step.
+  """Returns seconds from `train`'s `started_at` to the end of the first step.
 
   None where this process resumed a run and so did not take it.
   """

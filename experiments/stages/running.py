@@ -118,7 +118,10 @@ def _check_finished(run: Staged, folder: Folder, left: list[str]) -> None:
 
 
 def train(
-  run: Experiment | Staged, workdir: Folder, writers: Sequence[Any] = ()
+  run: Experiment | Staged,
+  workdir: Folder,
+  writers: Sequence[Any] = (),
+  started_at: float | None = None,
 ) -> dict[str, Any]:
   """Trains a run, or goes on with it; returns its result.
 
@@ -129,14 +132,14 @@ def train(
     run: an experiment, or stages.
     workdir: of the run; each stage has the folder of its name in it.
     writers: of metrics, see `loop.fit`.
+    started_at: when the work on it began, see `train_eval.train`.
 
   Raises:
     Preempted: the run was asked to end, and is saved; see `train_eval.train`.
   """
   if isinstance(run, Experiment):
-    return train_eval.train(run, workdir, writers)
+    return train_eval.train(run, workdir, writers, started_at)
   results: dict[str, dict[str, Any]] = {}
-  started_at = runtime.START
   runtime.first_process_first(lambda: _check_later_files(run, workdir))
   for name, experiment in run.in_workdir(workdir).stages.items():
     artifacts.log(f"--- stage {name} ({len(results) + 1} of {len(run.stages)})")

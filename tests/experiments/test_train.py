@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import chex
 import numpy as np
@@ -40,7 +41,11 @@ def _run(workdir, *bindings):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run") / "quick"
-  return workdir, _run(workdir, "STEPS=4")
+  begin = time.monotonic()
+  result = _run(workdir, "STEPS=4")
+  # Of this run: its process, which also ran other tests, is older.
+  assert result["seconds_to_first_step"] < time.monotonic() - begin
+  return workdir, result
 
 
 def test_result_has_what_the_command_line_promises(finished):
