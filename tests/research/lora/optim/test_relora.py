@@ -325,7 +325,7 @@ def test_iterates_are_no_moments():
   """At z = 0, schedule-free's average would be y / 0.9."""
   tx = schedule_free.adamw(0.1)
   at = state.create(params(), "/trained/", tx, transformed="/w$")
-  with pytest.raises(UserError, match="z/.*/trained/a is no moment"):
+  with pytest.raises(UserError, match="z/.*/trained/a is an iterate of sch"):
     relora.Restart(every=4)(at, {})
 
 
