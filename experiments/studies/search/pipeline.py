@@ -166,9 +166,10 @@ class Pipeline(protocol.Study):
     ]
 
   def tables(self, rows: Rows) -> list[Lines]:
-    """Returns the table, and those of the reports."""
+    """Returns the table, if systems are shown, and those of the reports."""
+    own = [self.table(rows)] if self.shown else []
     more = [x.lines(lambda s: self.rows_of(s, rows)) for x in self.reports]
-    return [self.table(rows), *more]
+    return [*own, *more]
 
   def rows_of(self, system: System, rows: Rows) -> list[Row]:
     """Returns a system's rows, a seed after the other."""
@@ -187,9 +188,10 @@ class Pipeline(protocol.Study):
 
   def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves a picture of accuracies against FLOPs."""
-    points = {x: self.rows_of(x, rows) for x in self.shown}
-    curves = {x: self.rows_of(x, rows) for x in self.curves}
-    pictures.against_flops(points, curves, folder / f"{title}.png", title)
+    if self.shown or self.curves:
+      points = {x: self.rows_of(x, rows) for x in self.shown}
+      curves = {x: self.rows_of(x, rows) for x in self.curves}
+      pictures.against_flops(points, curves, folder / f"{title}.png", title)
     for i, report in enumerate(self.reports):
       path = folder / f"{title}_{i + 1}.png"
       report.plot(lambda system: self.rows_of(system, rows), path)
