@@ -39,7 +39,9 @@ class ScoredTask:
   """Prompts of a task, and a reward model that judges answers to them.
 
   A `RewardedTask`. The reward of an answer is from 0 to 1: the aggregate of its
-  steps' scores, and 0 for one that was cut or has no step.
+  steps' scores, and 0 for one that was cut or has no step. Steps are scored
+  whether or not they are complete, so a policy may learn to stop in the middle
+  of its first one; `answer_required` gives that nothing.
 
   Attributes:
     task: has the prompts; its verdicts are measured, not rewarded.
@@ -47,6 +49,8 @@ class ScoredTask:
     segmenter: splits an answer into steps, a key of `SEGMENTERS`.
     aggregate: makes a reward of the scores of steps.
     separator: text after each step, as for `rows.encode`.
+    answer_required: whether a text from which the task extracts no final
+      answer, right or wrong, earns 0: a reward of format.
   """
 
   task: VerifiedTask
@@ -54,6 +58,7 @@ class ScoredTask:
   segmenter: str
   aggregate: Aggregate = Product()
   separator: str = ""
+  answer_required: bool = False
 
   def __post_init__(self):
     if self.segmenter not in SEGMENTERS:
@@ -90,7 +95,10 @@ class ScoredTask:
       answers: token ids, the end's included.
     """
     pairs = list(zip(prompts, answers, strict=True))
-    steps = [self._steps(answer) for answer in answers]
+    steps = [
+      self._steps(prompt, answer)
+      for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     solutions = [
       LabelledSolution(
         prompt=prompt.problem.prompt, steps=own, labels=(None,) * len(own)
@@ -106,13 +114,17 @@ class ScoredTask:
     right = [self.task.reward(prompt, answer) for prompt, answer in pairs]
     return AnswerRewards(rewards, {VERIFIED: float(np.mean(right))})
 
-  def _steps(self, answer: Sequence[int]) -> tuple[str, ...]:
-    """Returns the steps of an answer; none of one that was cut."""
+  def _steps(self, prompt: Prompt, answer: Sequence[int]) -> tuple[str, ...]:
+    """Returns the steps of an answer; none of one that earns nothing."""
     tokenizer = self.task.tokenizer
     if not answer or answer[-1] not in tokenizer.stop:
       return ()
-    found = steps_of(SEGMENTERS[self.segmenter], tokenizer.decode(answer))
-    return tuple(found)
+    text = tokenizer.decode(answer)
+    if self.answer_required:
+      verdict = self.task.task.verify(prompt.problem, text)
+      if verdict.extracted is None:
+        return ()
+    return tuple(steps_of(SEGMENTERS[self.segmenter], text))
 
   def _scores(self, solutions):
     loaded = self._loaded

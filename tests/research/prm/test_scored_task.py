@@ -33,6 +33,13 @@ class ByEnd:
     return np.where(ends < 0, 0.0, 1.0 / (1.0 + np.maximum(ends, 0)))
 
 
+class AnyEnd(ByEnd):
+  """Scores steps that have no semicolon as well."""
+
+  def scores(self, params, tokens, ends):
+    return np.where(ends < 0, 0.0, 1.0 / (1.0 + np.maximum(ends, 0)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Loaded:
   model: Any
@@ -79,6 +86,20 @@ def test_rewards_are_aggregated_scores_and_verdicts_stand_beside(aggregate, of):
   np.testing.assert_allclose(found.rewards, [whole, whole, 0, 0], rtol=1e-6)
   assert found.metrics == {"verified": 0.25}
   assert task.reward(prompt, answers[0]) == pytest.approx(whole)
+
+
+def test_a_text_without_an_answer_earns_nothing_where_one_is_required():
+  """Half of a first step had all of the reward: nothing else was scored."""
+  task, strict = scored(AnyEnd()), scored(AnyEnd(), answer_required=True)
+  (prompt,) = task.sample(np.random.default_rng(0), 1)
+  right, wrong, *_ = answers_of(task, prompt)
+  answers = [right, wrong, [*right[:4], right[-1]], [*right[:8], right[-1]]]
+  paid = task.judge([prompt] * 4, answers).rewards
+  assert min(paid) > 0 and paid[2] > paid[3] > paid[0]
+  found = strict.judge([prompt] * 4, answers)
+  # A whole step is an answer of countdown's, a wrong one.
+  assert found.rewards == [*paid[:2], 0, paid[3]]
+  assert found.metrics == {"verified": 0.25}
 
 
 def test_rounds_of_other_lengths_share_a_program():

@@ -201,7 +201,7 @@ def test_the_experiment_on_rewards_can_be_configured():
     for name in ("attacks", "labels")
   )
   arms = [study.settings(arm) for arm in study.arms]
-  assert len(set(arms)) == len(arms) == 10
+  assert len(set(arms)) == len(arms) == 11
   shared = set(study.arms) & set(labels.arms)
   assert len(shared) == 5
   assert all(study.settings(x) == labels.settings(x) for x in shared)
