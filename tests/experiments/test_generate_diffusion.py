@@ -295,7 +295,7 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
     ("all", ("--prompt=",), "--prompt"),
     ("all", ("--block=4", "--steps=3"), "a multiple of the 2 blocks"),
     ("four", ("--block=8",), "the model's blocks have 4"),
-    ("four", ("--cache=dual",), "--cache=dual: the model's blocks see"),
+    ("four", ("--cache=dual",), "--cache=dual: the model is block-causal"),
     ("all", ("--policy=most",), "--policy=most: expected quota"),
     ("all", ("--policy=threshold:2",), "threshold is 2.0, expected above 0"),
     ("all", ("--policy=factor:nan",), "factor is 'nan', expected a number"),
