@@ -347,7 +347,7 @@ def test_what_is_given_is_not_masked_again():
 
 def test_masking_again_needs_places_by_chance():
   with pytest.raises(
-    UserError, match="remask=cap:0.1: plan=even says how many"
+    UserError, match="remask=cap:0.1: plan=even fixes how many"
   ):
     SamplerConfig(mask_id=MASK, length=6, block=6, remask=Remask(eta=0.1))
 
