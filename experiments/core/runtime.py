@@ -29,7 +29,7 @@ WRITING = 3600
 """Seconds that all others wait for the first one, which writes."""
 
 _MEETINGS = itertools.count()
-"""Numbers of calls of `said_by_first_process`, the same in all processes."""
+"""Numbers of calls of `from_first_process`, the same in all processes."""
 
 PREEMPTED = 42
 """`preemption.Preempted.exit_status`, which is known before JAX is imported."""

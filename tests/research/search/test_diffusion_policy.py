@@ -445,7 +445,7 @@ class Scripted(Engine):
       steps = (*path.steps[:-1], path.steps[-1] + block)
       scores = path.scores
     path = dataclasses.replace(path, steps=steps, scores=scores)
-    return dataclasses.replace(frontier, paths=(path,), fresh=(True,))
+    return dataclasses.replace(frontier, paths=(path,), advanced=(True,))
 
   def end(self, frontier, idle):
     return frontier

@@ -143,7 +143,7 @@ def test_places_are_drawn_without_replacement():
     ),
     (
       dict(policy=Threshold(), steps=4),
-      "steps=4: policy=threshold:0.9 decides",
+      "steps=4: policy=threshold:0.9 chooses",
     ),
     (dict(ends="last"), "ends=last: has no effect, as no token is named"),
   ],
