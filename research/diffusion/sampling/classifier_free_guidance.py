@@ -17,7 +17,7 @@ def with_prompt(params: Params, prompt: Bool[Array, "B T"]) -> Params:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierFreeGuidance(Denoiser):
-  """Logits of `likelihood.guided_logits`, free of the prompt and conditioned on it.
+  """`likelihood.guided_logits` of a free and a conditioned call.
 
   Each step reads rows twice, and each of the two has a cache of its own if
   `inner` has one. Parameters are those of `with_prompt`, which say what is

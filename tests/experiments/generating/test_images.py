@@ -243,5 +243,5 @@ def test_images_of_native_resolution(tmp_path):
   features = made.params["embed"].features[0, : made.image_tokens]
   expected = golden["features"][: made.image_tokens]
   np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
-  with pytest.raises(UserError, match="placeholder of images in '<.image_pad"):
+  with pytest.raises(UserError, match="image placeholder in '<.image_pad"):
     images.prompt_of(loaded, paths, "<|image_pad|> " + text)
