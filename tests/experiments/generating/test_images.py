@@ -125,7 +125,9 @@ def test_templates_of_parts_get_what_a_message_says(template, said, expected):
 
 
 def test_a_template_that_leaves_images_out_is_refused(files):
-  with pytest.raises(UserError, match="found 0 times <image> in the rendered"):
+  with pytest.raises(
+    UserError, match="found 0 placeholders <image> in the rendered"
+  ):
     images.prompt_of(LOADED, files, "w5", lambda text: "w5")
 
 

@@ -116,7 +116,7 @@ def test_counts(sizes):
     ({"A": "xyz"}, "expected a list of values"),
     ({"zip": 3}, "'zip' holds 3"),
     ({"chain": []}, "'chain' holds"),
-    ({"chain": [A], "B": [1]}, r"found \['B'\] beside 'chain'"),
+    ({"chain": [A], "B": [1]}, r"found \['B'\] next to 'chain'"),
     ({"product": [3]}, "found 3 in 'product'"),
     ({"sample": A | B, "count": 7}, "'count': 7, but its axes have 6"),
     ({"sample": A}, "'count': None, expected an integer from 1"),
