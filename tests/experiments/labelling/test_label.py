@@ -150,7 +150,9 @@ def test_a_policy_that_fills_in_masks_is_an_error():
       return Loaded(support.model(), {}, None, {}, Spec(mask_id=3))
 
   run = dataclasses.replace(labels(), policy=Masked())
-  with pytest.raises(UserError, match="LabelRun.policy: fills in masks"):
+  with pytest.raises(
+    UserError, match="LabelRun.policy: a masked diffusion model"
+  ):
     run._sampler(TASK[:1])
 
 
