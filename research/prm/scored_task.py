@@ -95,10 +95,7 @@ class ScoredTask:
       answers: token ids, the end's included.
     """
     pairs = list(zip(prompts, answers, strict=True))
-    steps = [
-      self._steps(prompt, answer)
-      for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    steps = [self._steps(prompt, answer) for prompt, answer in pairs]
     solutions = [
       LabelledSolution(
         prompt=prompt.problem.prompt, steps=own, labels=(None,) * len(own)

@@ -81,9 +81,9 @@ class EffectiveSizes(Report):
       rows = found(system)
       return systems.line(system, rows) if rows else None
 
-    return self.of(line)
+    return self.from_table(line)
 
-  def of(self, line: Line) -> Lines:
+  def from_table(self, line: Line) -> Lines:
     """Returns the lines, given those of the study's table.
 
     These are all that it needs, so that it can be made of a stored table, too.

@@ -34,7 +34,7 @@ def lines(**right):
     own = {"system": system.name, RIGHT: right[system.name]}
     return own | {"MFLOP a problem": 1.0, "seeds": 1}
 
-  return {x["system"]: x for x in TABLE.of(line)}
+  return {x["system"]: x for x in TABLE.from_table(line)}
 
 
 def test_a_size_is_interpolated_in_its_logarithm():
