@@ -7,7 +7,7 @@ splits share no problem.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -103,14 +103,14 @@ class _SolutionRows:
 
   def take(self, indices: np.ndarray) -> Row:
     """Returns a batch of rows, as `packing.one_per_row` makes them."""
-    for index in indices[self._size[indices] == 0].tolist():
-      self._make(index)
+    new = indices[self._size[indices] == 0].tolist()
+    prompts = {index: self._make(index) for index in new}
     tokens, size = self._tokens[indices], self._size[indices, None]
     at = np.arange(self._length, dtype=np.int32)[None]
     real, followed = at < size, at < size - 1
     after = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     learned = followed & (at >= self._prompt[indices, None] - 1)
-    return self._arrays(indices.tolist()) | {
+    return self._arrays(indices.tolist(), prompts) | {
       "tokens": tokens,
       "targets": np.where(followed, after, np.int32(0)),
       "weights": learned.astype(np.float32),
@@ -118,11 +118,16 @@ class _SolutionRows:
       "segments": np.where(real, np.int32(0), np.int32(-1)),
     }
 
-  def _arrays(self, indices: Sequence[int]) -> Row:
+  def _arrays(
+    self, indices: Sequence[int], prompts: Mapping[int, Sequence[int]]
+  ) -> Row:
+    """Returns the arrays of rows; of `prompts` they are there already."""
     if not self._questions:
       return {}
-    asked = [self._questions[i] for i in indices]
-    return arrays_of([self._prompting(self._tokenizer, x) for x in asked])
+    return arrays_of([prompts.get(i) or self._prompt_of(i) for i in indices])
+
+  def _prompt_of(self, index: int) -> Sequence[int]:
+    return self._prompting(self._tokenizer, self._questions[index])
 
   def fill(self, found: SolvedProblems) -> None:
     """Makes all rows from what the task has drawn at once.
@@ -142,7 +147,8 @@ class _SolutionRows:
     self._tokens[:, :size] = np.array(ids, np.int32)[found.rows, 0]
     self._prompt[:], self._size[:] = found.prompt, size
 
-  def _make(self, index: int) -> None:
+  def _make(self, index: int) -> Sequence[int]:
+    """Makes a row, and returns its prompt."""
     problem = self._task[index]
     text = self._task.oracle(problem)
     prompt = self._prompting(self._tokenizer, problem.prompt)
@@ -155,6 +161,7 @@ class _SolutionRows:
     if isinstance(prompt, PromptWithArrays):
       self._questions[index] = problem.prompt
     self._size[index] = size  # last: other threads read
+    return prompt
 
   def _check(self, what: str, size: int) -> None:
     if size > self._length:

@@ -1,6 +1,7 @@
 """Questions that a model reads as a picture: a `reasoning.Prompting`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from research.reasoning.prompting import PromptWithArrays
 from research.typing import UInt8, UserError
 from research.vlm import data
+from research.vlm.images.plan import Plan
 from research.vlm.images.preprocessor import Preprocessor
 
 
@@ -39,15 +41,30 @@ class DrawnQuestion:
   def __call__(self, tokenizer: Any, question: str) -> PromptWithArrays:
     """Returns the placeholders and the text, with `pixels` `[V, H, W, 3]`."""
     picture = self.draw(question)
-    views = self.preprocessor.plan(*picture.shape[:2]).views
-    made = data.Prompt.from_images([picture], self.preprocessor, views)
+    size = picture.shape[:2]
+    known, plan, ids = self._read.get(size, (None, None, ()))
+    if known is not tokenizer:
+      plan = self.preprocessor.plan(*size)
+      ids = self._ids(tokenizer, plan)
+      self._read[size] = tokenizer, plan, ids
+    views = self.preprocessor.views(picture, plan)
+    return PromptWithArrays(ids, {"pixels": views.pixels})
+
+  @functools.cached_property
+  def _read(self) -> dict[tuple[int, int], tuple[Any, Any, tuple[int, ...]]]:
+    """Tokenizer, plan and ids by a picture's size: all that ids depend on."""
+    return {}
+
+  def _ids(self, tokenizer: Any, plan: Plan) -> tuple[int, ...]:
+    """Returns the tokens of the prompt of a picture."""
     template = data.Template(question="{question}")
+    pieces = [self.preprocessor.pieces(plan)]
     ids = data.prompt_ids(
       self.text,
-      made.pieces,
+      pieces,
       tokenizer,
       self.image_token,
       template,
       self.preprocessor.prompt,
     )
-    return PromptWithArrays(tuple(ids), {"pixels": made.pixels})
+    return tuple(ids)

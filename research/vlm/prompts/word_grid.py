@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from research.typing import UInt8, UserError
+from research.typing import Int, UInt8, UserError
 from research.vlm.scenes import drawing
 
 _WHITE = 255
@@ -61,30 +62,29 @@ class WordGrid:
         f"WordGrid: found the {len(words)} words of {text!r:.60}, expected at"
         f" most {self.columns * self.rows}, one a cell; raise rows or columns"
       )
-    rng = np.random.default_rng([self.seed, zlib.crc32(text.encode())])
     picture = np.full((self.rows * cell, self.columns * cell), _WHITE, np.uint8)
-    for i, word in enumerate(words):
-      ink = _ink(word, self.capital)
-      top, left = (
-        self._place(word, side, float(x))
-        for side, x in zip(ink.shape, rng.uniform(-1, 1, 2), strict=True)
-      )
-      top, left = (
-        top + i // self.columns * cell,
-        left + i % self.columns * cell,
-      )
+    inks = [_ink(word, self.capital) for word in words]
+    corners = self._corners(text, inks)
+    for ink, (top, left) in zip(inks, corners.tolist(), strict=True):
       picture[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
     return np.repeat(picture[..., None], 3, axis=2)
 
-  def _place(self, word: str, side: int, x: float) -> int:
-    """Returns where in a cell a word of so many pixels begins."""
-    room = self.cell - side
-    if room < 0:
+  def _corners(
+    self, text: str, inks: Sequence[UInt8[np.ndarray, "_ _"]]
+  ) -> Int[np.ndarray, "words 2"]:
+    """Returns where each word's picture begins: row and column."""
+    sides = np.array([ink.shape for ink in inks]).reshape(-1, 2)
+    room = self.cell - sides
+    if (room < 0).any():
+      at = int((room < 0).any(axis=1).argmax())
       raise UserError(
-        f"WordGrid.cell: found {self.cell} pixels, and {word!r} takes {side};"
-        " raise cell, or lower capital"
+        f"WordGrid.cell: found {self.cell} pixels, and {text.split()[at]!r}"
+        f" takes {sides[at].max()}; raise cell, or lower capital"
       )
-    return round(room / 2 + x * min(self.scatter, room / 2))
+    rng = np.random.default_rng([self.seed, zlib.crc32(text.encode())])
+    shift = rng.uniform(-1, 1, sides.shape) * np.minimum(self.scatter, room / 2)
+    cells = np.stack(np.divmod(np.arange(len(inks)), self.columns), axis=1)
+    return cells * self.cell + np.round(room / 2 + shift).astype(int)
 
 
 @functools.lru_cache(maxsize=4096)
