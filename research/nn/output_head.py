@@ -14,17 +14,19 @@ from research.nn.mlp import Mlp
 from research.nn.transformer import Transformer
 from research.typing import Array, Float, Params
 
-HEAD = ("embed", "head")
-"""Top-level parameters that map hidden states to logits."""
-
 NORM = "final_norm"
 
 _FEED = ("mlp", "mlp_norm", "post_mlp_norm")
 
 
 def head_of(params: Params) -> Params:
-  """Returns the parameters that `Transformer.logits` needs."""
-  return {k: params[k] for k in HEAD if k in params}
+  """Returns the parameters that `Transformer.logits` needs.
+
+  The head, or the embedding where that is the head (`tied`). Not both: a loss
+  accumulates a gradient of each parameter that it gets.
+  """
+  name = "head" if "head" in params else "embed"
+  return {name: params[name]}
 
 
 def head_inputs(

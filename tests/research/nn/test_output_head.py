@@ -32,6 +32,18 @@ def batch(model):
   )
 
 
+@pytest.mark.parametrize("name", ["head", "embed"])
+def test_a_loss_gets_the_head_alone(name):
+  """It accumulates a gradient of all that it gets, `V D` floats each."""
+  model = support.model("llama" if name == "head" else "gemma2", depth=1)
+  params = support.params(model)
+  hidden = jax.random.normal(jax.random.key(0), (2, T, model.width))
+  got = output_head.logits(model, output_head.head_of(params), hidden)
+  want = model.apply({"params": params}, hidden, method="logits")
+  assert list(output_head.head_of(params)) == [name]
+  chex.assert_trees_all_equal(got, want)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("family", "kind"),
