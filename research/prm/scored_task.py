@@ -16,6 +16,7 @@ import numpy as np
 from research.prm import judge
 from research.prm.labelled import LabelledSolution
 from research.prm.scores.aggregate import Aggregate, Product
+from research.reasoning.problem import Verdict
 from research.reasoning.segmentation import SEGMENTERS, steps_of
 from research.training.alignment.rewarded_task import AnswerRewards, Prompt
 from research.training.reasoning_tasks import VerifiedTask
@@ -95,7 +96,11 @@ class ScoredTask:
       answers: token ids, the end's included.
     """
     pairs = list(zip(prompts, answers, strict=True))
-    steps = [self._steps(prompt, answer) for prompt, answer in pairs]
+    verdicts = [self.task.verdict(prompt, answer) for prompt, answer in pairs]
+    steps = [
+      self._steps(verdict, answer)
+      for verdict, answer in zip(verdicts, answers, strict=True)
+    ]
     solutions = [
       LabelledSolution(
         prompt=prompt.problem.prompt, steps=own, labels=(None,) * len(own)
@@ -108,19 +113,16 @@ class ScoredTask:
       float(self.aggregate.weight(next(scores))) if own else 0.0
       for own in steps
     ]
-    right = [self.task.reward(prompt, answer) for prompt, answer in pairs]
+    right = [verdict is not None and verdict.correct for verdict in verdicts]
     return AnswerRewards(rewards, {VERIFIED: float(np.mean(right))})
 
-  def _steps(self, prompt: Prompt, answer: Sequence[int]) -> tuple[str, ...]:
+  def _steps(
+    self, verdict: Verdict | None, answer: Sequence[int]
+  ) -> tuple[str, ...]:
     """Returns the steps of an answer; none of one that earns nothing."""
-    tokenizer = self.task.tokenizer
-    if not answer or answer[-1] not in tokenizer.stop:
+    if verdict is None or (self.answer_required and verdict.extracted is None):
       return ()
-    text = tokenizer.decode(answer)
-    if self.answer_required:
-      verdict = self.task.task.verify(prompt.problem, text)
-      if verdict.extracted is None:
-        return ()
+    text = self.task.tokenizer.decode(answer)
     return tuple(steps_of(SEGMENTERS[self.segmenter], text))
 
   def _scores(self, solutions):

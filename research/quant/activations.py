@@ -64,6 +64,10 @@ class Op:
     """Returns the matrix that op and `w` apply to `x` together, unrounded."""
     return w
 
+  def stored_weight(self, w: Float[Array, "*L I O"]) -> Float[Array, "*L I O"]:
+    """Returns the matrix of which `effective_weight` is `w`."""
+    return w
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

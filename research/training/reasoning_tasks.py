@@ -15,7 +15,7 @@ import numpy as np
 from research.data import pipeline
 from research.data.array_batches import ShuffledBatches
 from research.data.packing import Row
-from research.reasoning.problem import Problem
+from research.reasoning.problem import Problem, Verdict
 from research.reasoning.prompting import (
   Prompting,
   PromptWithArrays,
@@ -226,10 +226,19 @@ class VerifiedTask:
 
   def reward(self, prompt: Prompt, answer: Sequence[int]) -> float:
     """Returns 1 for an answer that has ended and is right, else 0."""
+    verdict = self.verdict(prompt, answer)
+    return float(verdict is not None and verdict.correct)
+
+  def verdict(self, prompt: Prompt, answer: Sequence[int]) -> Verdict | None:
+    """Returns the task's verdict on an answer; None for one that was cut.
+
+    Args:
+      prompt: has the problem.
+      answer: token ids, the end's included.
+    """
     stop = self.stop_tokens
     stop = self.tokenizer.stop if stop is None else stop
     # What was cut may look right, and go on wrongly.
     if not answer or answer[-1] not in stop:
-      return 0.0
-    text = self.tokenizer.decode(answer)
-    return float(self.task.verify(prompt.problem, text).correct)
+      return None
+    return self.task.verify(prompt.problem, self.tokenizer.decode(answer))

@@ -30,7 +30,7 @@ from research.lora import wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.merge import changes
 from research.nn.transformer import Transformer
-from research.quant.activations import InputTensor, Op
+from research.quant.activations import InputTensor
 from research.quant.qtensor import QTensor
 from research.quant.quantize import Quantize
 from research.typing import Array, Float, Int, Params, UserError
@@ -186,7 +186,8 @@ def merge_as(
     original: for that mode, the tree before it was packed.
 
   Raises:
-    UserError: there is no such mode, or the original is of another model.
+    UserError: there is no such mode, or the original is of another model, or
+      what was packed is that model rotated or scaled.
   """
   if mode not in MODES:
     raise UserError(
@@ -199,11 +200,10 @@ def merge_as(
 
   def again(path: str, w: Any) -> Any:
     base = _base(w)
-    inside = weights.inner(base) if _rounds(base) else base
-    if base is w or not weights.is_packed(inside):
-      return wrap.merge({path: w})[path]
-    packed = _packed_as(inside, wrap.merge({path: w})[path], path)
-    return weights.map_inner(base, lambda _: packed)
+    merged = wrap.merge({path: w})[path]
+    if base is w or not weights.is_packed(weights.inner(base)):
+      return merged
+    return _packed_like(base, merged, path)
 
   scaled = wrap.merge_biases(params)
   return tree.map_paths(again, scaled, is_leaf=weights.is_weight)
@@ -236,13 +236,15 @@ def _base(w: Any) -> Any:
   return w
 
 
-def _rounds(base: Any) -> bool:
-  """Whether a weight rounds its inputs, and changes nothing else of them."""
-  while isinstance(base, InputTensor):
-    if type(base.op).effective_weight is not Op.effective_weight:
-      return False
-    base = base.w
-  return True
+def _packed_like(base: Any, dense: Array, where: str) -> Any:
+  """Returns a matrix with the base's operations on inputs, in its format."""
+  inside = jnp.asarray(dense, jnp.promote_types(dense.dtype, jnp.float32))
+  below = base
+  while isinstance(below, InputTensor):
+    inside, below = below.op.stored_weight(inside), below.w
+  inside = inside.astype(dense.dtype)
+  packed = _packed_as(weights.inner(below), inside, where)
+  return weights.map_inner(base, lambda _: packed)
 
 
 def _packed_as(base: QTensor, dense: Array, where: str) -> QTensor:
@@ -284,9 +286,46 @@ def _rebased(params: Params, original: Params | None) -> dict[str, Any]:
         f"merging: {path} is {list(w.shape)}; the original has {has} there, "
         "expected the tree that was packed"
       )
+    _check_rounded(path, _base(w), like)
     return _over(w, like)
 
   return tree.map_paths(one, params, is_leaf=weights.is_weight)
+
+
+def _check_rounded(path: str, base: Any, original: Any) -> None:
+  """Raises UserError unless the base may be the original's weight, rounded.
+
+  Errors of rounding are hardly correlated with the weights, so a regression of
+  each input's row of the base on the original's has about the same coefficient
+  for all inputs. Rotated rows have 0, and scaled ones their scales.
+  """
+  inside = weights.inner(base)
+  axis = -2 if weights.is_packed(inside) and inside.axis == -1 else -1
+  mean, spread = (np.asarray(x) for x in _gains(base, original, axis))
+  # Rows that are all 0 have no coefficient: NaN, which is no error.
+  if (far := mean[(mean < 0.5) | (mean > 2)]).size:
+    found = f"a regression on it has the coefficient {far[0]:.2f}"
+  elif (spread > 0.1).any():
+    found = f"half of its inputs have another scale, by over {spread.max():.0%}"
+  else:
+    return
+  raise UserError(
+    f"merging: {path} was not rounded from the original's weight: {found}; "
+    "expected the tree that was packed.\nRotations (Rotate, SpinQuant) and "
+    "scales (AWQ, SmoothQuant) change the base before it is packed, and the "
+    "original has to be changed alike. Take mode 'decoded' or 'requantized', "
+    "without an original."
+  )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _gains(base, original, axis):
+  """Returns (coefficient, median deviation of the inputs') of each matrix."""
+  x, y = (weights.dense(w).astype(jnp.float32) for w in (base, original))
+  along, own = (x * y).sum(axis), (y * y).sum(axis)
+  mean = along.sum(-1) / own.sum(-1)
+  each = jnp.where(own > 0, along / own, jnp.nan) / mean[..., None]
+  return mean, jnp.nanmedian(jnp.abs(each - 1), axis=-1)
 
 
 def _over(w: Any, base: Any) -> Any:

@@ -51,11 +51,16 @@ class Hadamard(Op):
     turned = hadamard.rotate(jnp.swapaxes(w, -1, -2), inverse=True)
     return jnp.swapaxes(turned, -1, -2)
 
+  def stored_weight(self, w: Float[Array, "*L I O"]) -> Float[Array, "*L I O"]:
+    """Returns the matrix with its inputs rotated."""
+    turned = hadamard.rotate(jnp.swapaxes(w, -1, -2))
+    return jnp.swapaxes(turned, -1, -2)
+
 
 def rotate_inputs(w: Float[Array, "*L I O"]) -> InputTensor:
   """Returns an equivalent weight that rotates its inputs."""
-  turned = hadamard.rotate(jnp.swapaxes(w, -1, -2))
-  return InputTensor(jnp.swapaxes(turned, -1, -2), op=Hadamard())
+  op = Hadamard()
+  return InputTensor(op.stored_weight(w), op=op)
 
 
 def fold_norms(model: Transformer, params: Params) -> dict[str, Any]:

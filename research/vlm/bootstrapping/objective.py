@@ -17,12 +17,22 @@ from research.training.objectives.objective import (
   Sums,
   WholeBatch,
 )
-from research.typing import Array, Bool, Float, Int, Params, PRNGKey
+from research.typing import (
+  Array,
+  Bool,
+  Float,
+  Int,
+  Params,
+  PRNGKey,
+  UserError,
+)
 from research.vlm.bootstrapping.model import ImageTextModel
 from research.vlm.contrastive.losses import same_pairs
 from research.vlm.encoders import vit
 from research.vlm.encoders.vit import Features, VisionTransformer
 from research.vlm.images.normalise import CLIP, Normalisation
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.model import ANY_SIZE
 
 FLOOR = 1e-4
 """Added to every negative's probability, as in LAVIS."""
@@ -110,6 +120,25 @@ class FromPixels(WholeBatch):
   objective: Objective
   features: Features = Features(class_token=True)
   normalise: Normalisation = CLIP
+
+  def check_preprocessor(self, preprocessor: Preprocessor) -> None:
+    """Checks that training sees the pixels that evaluations see.
+
+    Args:
+      preprocessor: of the model.
+
+    Raises:
+      UserError: it normalises otherwise, or its views are not of the encoder.
+    """
+    preprocessor.check_normalise("FromPixels", self.normalise)
+    preprocessor.check_one_view("FromPixels: preprocessor")
+    if preprocessor.tiling.native_square is not None:
+      raise UserError(
+        "FromPixels: preprocessor: found the tiling"
+        f" {type(preprocessor.tiling).__name__}, which keeps each image's size,"
+        " expected views of one size, such as of tilings.Square"
+      )
+    vit.check_grid(self.vision, *preprocessor.plan(*ANY_SIZE).view)
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of the objective."""

@@ -149,6 +149,7 @@ class Captions(pipeline.ShuffledRows):
   def __post_init__(self):
     pipeline.check_sizes(self, length=2, batch_size=2, seed=0)
     self.preprocessor.check_patches("Captions", self.patches)
+    self.preprocessor.check_one_view("Captions.preprocessor")
     check_templates("Captions", self.templates)
 
   def rows(self, tokenizer: Any) -> "CaptionRows":

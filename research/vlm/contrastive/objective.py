@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from research import sharding, tree, weights
 from research.training.objectives.objective import Batch, Sums, WholeBatch
-from research.typing import Array, Params, PRNGKey, UserError
+from research.typing import Array, Params, PRNGKey
 from research.vlm.contrastive import losses
 from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.encoders import native
@@ -82,11 +82,7 @@ class Contrastive(WholeBatch):
     Raises:
       UserError: it normalises otherwise.
     """
-    if preprocessor.normalise != self.normalise:
-      raise UserError(
-        f"Contrastive.normalise: found {self.normalise}, expected"
-        f" {preprocessor.normalise}, as the model's preprocessor has"
-      )
+    preprocessor.check_normalise("Contrastive", self.normalise)
 
   def constrain(self, trainable: Params) -> Params:
     """Returns trained parameters, CLIP's scale at most `losses.MAX_SCALE`.

@@ -329,7 +329,20 @@ def view_patches(
     UserError: the encoder's learned positions are of another grid.
   """
   patches = patchify(normalised(pixels, normalise), model.patch)
-  grid = tuple(n // model.patch for n in pixels.shape[1:3])
+  grid = check_grid(model, *pixels.shape[1:3])
+  at = grid_coordinates(*grid)
+  return patches, jnp.broadcast_to(at, (len(patches), *at.shape[1:]))
+
+
+def check_grid(
+  model: VisionTransformer, height: int, width: int
+) -> tuple[int, int]:
+  """Returns the rows and columns of patches of views of this size.
+
+  Raises:
+    UserError: the encoder's learned positions are of another grid.
+  """
+  grid = height // model.patch, width // model.patch
   table = model.positions
   if isinstance(table, PositionTable) and grid != (table.rows, table.columns):
     raise UserError(
@@ -338,8 +351,7 @@ def view_patches(
       " for; make views of that size, or resize the positions"
       " (research.vlm.resolution)"
     )
-  at = grid_coordinates(*grid)
-  return patches, jnp.broadcast_to(at, (len(patches), *at.shape[1:]))
+  return grid
 
 
 def grid_coordinates(rows: int, columns: int) -> Int[Array, "1 N 2"]:

@@ -17,6 +17,9 @@ from research.vlm.images.prompts import (
   token_count,
 )
 
+_SIZES = (64, 64), (512, 2048), (2048, 2048)
+"""Of a small, a long and a large image: some tilings cut only some of them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessor:
@@ -69,6 +72,37 @@ class Preprocessor:
         f"{where}.patches: found {patches}, expected the most patches of an"
         f" image ({kind} keeps each image's size), a multiple of {square**2}:"
         f" the connector reads squares of {square} x {square}"
+      )
+
+  def check_one_view(self, where: str) -> None:
+    """Raises UserError if the tiling cuts images into several views.
+
+    Args:
+      where: the field that has the preprocessor.
+    """
+    for height, width in _SIZES:
+      views, kind = self.plan(height, width).views, type(self.tiling).__name__
+      if views > 1:
+        raise UserError(
+          f"{where}: found the tiling {kind}, which makes {views} views of"
+          f" {height} x {width} pixels, expected one view of each image, such"
+          " as of tilings.Square"
+        )
+
+  def check_normalise(self, where: str, normalise: Normalisation) -> None:
+    """Checks that training sees the pixels that evaluations see.
+
+    Args:
+      where: the class that normalises pixels itself.
+      normalise: its constants.
+
+    Raises:
+      UserError: they are not the preprocessor's.
+    """
+    if self.normalise != normalise:
+      raise UserError(
+        f"{where}.normalise: found {normalise}, expected {self.normalise}, as"
+        " the model's preprocessor has"
       )
 
   def floats(self, views: Views) -> Float32[np.ndarray, "N H W 3"]:

@@ -102,6 +102,30 @@ def test_a_text_without_an_answer_earns_nothing_where_one_is_required():
   assert found.metrics == {"verified": 0.25}
 
 
+def test_answers_end_where_the_task_says(monkeypatch):
+  """Of an answer that another token ended, the reward was 0."""
+  words = WordVocabulary(words=vocabulary())
+  (end,) = words.load().encode(";")
+  verified = VerifiedTask(
+    task=Countdown(count=8), vocabulary=words, stop_tokens=(end,)
+  )
+  task = scored(task=verified, answer_required=True)
+  (prompt,) = task.sample(np.random.default_rng(0), 1)
+  ended, _, right, _ = answers_of(task, prompt)
+  texts, verify = [], Countdown.verify
+
+  def counted(self, problem, text):
+    texts.append(text)
+    return verify(self, problem, text)
+
+  monkeypatch.setattr(Countdown, "verify", counted)
+  found = task.judge([prompt] * 2, [right, ended])
+  assert right[-1] == end and found.rewards[0] > 0 == found.rewards[1]
+  assert found.metrics == {"verified": 0.5}
+  # A verdict may take a process and seconds: one for each answer.
+  assert texts == [words.load().decode(right)]
+
+
 def test_rounds_of_other_lengths_share_a_program():
   model = ByEnd()
   task = scored(model)

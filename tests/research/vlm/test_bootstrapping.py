@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.core import experiment
 from research import sharding, tree
 from research.typing import UserError
 from research.vlm.bootstrapping import (
@@ -19,6 +20,9 @@ from research.vlm.bootstrapping import (
 )
 from research.vlm.connectors.qformer import qformer
 from research.vlm.encoders import vit
+from research.vlm.images.normalise import CLIP, HALF
+from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.images.tiling import InternVL, NaFlex, Square
 from tests import support_vlm
 
 QUERIES, LENGTH = 3, 4
@@ -180,3 +184,29 @@ def test_features_of_pixels_are_those_of_the_model():
   np.testing.assert_allclose(batch["features"], expected, rtol=1e-4, atol=1e-5)
   with pytest.raises(UserError, match="found views of 2 x 4 patches"):
     loss(towers, {"pixels": pixels[:, :, :8]}, None)
+
+
+@pytest.mark.parametrize(
+  ("preprocessor", "words"),
+  [
+    (Preprocessor(Square(16, 4), CLIP), r"FromPixels\.normalise: found"),
+    (Preprocessor(InternVL(16, patch=4)), "makes 10 views of 64 x 64"),
+    (
+      Preprocessor(NaFlex(16, patch=4)),
+      "NaFlex, which keeps each image's size",
+    ),
+    (Preprocessor(Square(32, 4)), "found views of 8 x 8 patches"),
+  ],
+  ids=["normalise", "views", "native", "size"],
+)
+def test_a_preprocessor_that_does_not_fit_the_encoder_is_refused(
+  preprocessor, words
+):
+  """A run asks before its first step; the encoder sees 4 x 4 patches."""
+  loss = FromPixels(
+    vision=support_vlm.model().vision, objective=ImageText(), normalise=HALF
+  )
+  assert isinstance(loss, experiment.NormalisesPixels)
+  loss.check_preprocessor(support_vlm.PREPROCESSOR)
+  with pytest.raises(UserError, match=words):
+    loss.check_preprocessor(preprocessor)

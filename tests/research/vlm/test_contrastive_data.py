@@ -8,9 +8,13 @@ from research.vlm import contrastive, scenes
 from research.vlm.contrastive.zero_shot import Classes
 from research.vlm.encoders import EncoderSizes, siglip, siglip_text
 from research.vlm.images.preprocessor import Preprocessor
-from research.vlm.images.tiling.idefics3 import Idefics3
-from research.vlm.images.tiling.naflex import NaFlex
-from research.vlm.images.tiling.square import Square
+from research.vlm.images.tiling import (
+  AnyRes,
+  Idefics3,
+  InternVL,
+  NaFlex,
+  Square,
+)
 from tests import support_vlm
 
 TASK = scenes.ShapeCaptions(size=32, cells=2, max_objects=1, count=21)
@@ -137,8 +141,13 @@ def test_places_for_patches_are_those_of_the_tiling(tiling, patches, words):
     captions(preprocessor=Preprocessor(tiling), patches=patches)
 
 
-def test_a_corner_is_not_taken_for_the_image():
-  """Of Idefics3's views the first one is a tile."""
-  tiled = captions(preprocessor=Preprocessor(Idefics3(32, 16, 4, 1)))
-  with pytest.raises(UserError, match="found 5 of 1 images"):
-    tiled.rows(support_vlm.tokenizer())[0]
+@pytest.mark.parametrize(
+  ("tiling", "views"),
+  [(Idefics3(32, 16, 4, 1), 5), (InternVL(), 5), (AnyRes(), 3)],
+  ids=lambda x: type(x).__name__,
+)
+def test_a_corner_is_not_taken_for_the_image(tiling, views):
+  """Of Idefics3's views the first one is a tile; InternVL cuts long images."""
+  words = rf"Captions\.preprocessor: found .* makes {views} views"
+  with pytest.raises(UserError, match=words):
+    captions(preprocessor=Preprocessor(tiling))

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 
-from research import tree
+from research import tree, weights
 from research.lora import adapt
 from research.lora.merge import merge
 from research.lora.methods.dora import DoRA
+from research.quant import activations
+from research.quant.algorithms import folding, rotate
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.formats.ggml import GGML
@@ -29,9 +32,9 @@ def original():
   return support.params(MODEL)
 
 
-def adapted(format, size):
+def adapted(format, size, start=None):
   """Returns adapters, updates of a relative size, over a packed base."""
-  packed = Quantize(format=format)(original())
+  packed = Quantize(format=format)(original() if start is None else start)
   made = support_lora.adapting(rank=2, targets=("q", "up", "down"))(
     packed, jax.random.key(0)
   )
@@ -177,6 +180,61 @@ def test_order_and_outliers_are_the_bases(axis):
   assert got.nbytes == base.nbytes
   np.testing.assert_array_equal(got.order, order)
   np.testing.assert_array_equal(got.outliers["values"], values)
+
+
+def test_rotated_inputs_stay_rotated():
+  """The sum is packed as its base is: rotated, and its inputs rounded.
+
+  SciPy's Hadamard matrix gives what is packed, of the base and update decoded.
+  """
+  rotated = rotate.Rotate(residual=False, values=False, model=MODEL)
+  op, format = activations.Round(bits=8), Affine(block=32)
+  start = activations.Inputs(op=op)(rotated(original(), jax.random.key(3)))
+  params = adapted(format, 0.3, start)
+  got = merge.merge_as(params, "requantized")["run0"]["layer0"]["mlp"]["down"]
+  assert (got.op, got.w.op) == (rotate.Hadamard(), op)
+  down = params["run0"]["layer0"]["mlp"]["down"]
+  a, b = (np.float64(down.trained[name]) for name in "ab")
+  update = down.method.scale * np.einsum("lri,lro->lio", a, b)
+  packed = np.float64(weights.inner(down.w).dense())
+  h = scipy.linalg.hadamard(64) / 8
+  want = packed + np.einsum("ij,lio->ljo", h, update)
+  step = np.asarray(weights.inner(got).parts["scale"], np.float64)
+  assert np.abs(update).max() > 2 * step.max()
+  error = np.abs(weights.inner(got).dense() - want).reshape(2, 2, 32, 64)
+  assert (error <= 0.51 * step[..., None, :]).all()
+
+
+def scaled(params):
+  """Returns the model with half of `up`'s outputs 2, and `down` with 1 / 2."""
+
+  def layer(flat, block, where):
+    s = jnp.where(jnp.arange(64) % 2, 1.0, 2.0)
+    up, down = flat["mlp/up"] * s, flat["mlp/down"] / s[:, None]
+    return flat | {"mlp/up": up, "mlp/down": down}
+
+  return folding.map_layers(layer, MODEL, params)
+
+
+@pytest.mark.parametrize(
+  ("start", "words"),
+  [
+    (rotate.Rotate(values=False, hidden=False, model=MODEL), "0.0"),
+    (lambda params, key: scaled(params), "half of its inputs"),
+  ],
+  ids=["rotated", "scaled"],
+)
+def test_an_original_of_another_basis_is_refused(start, words):
+  """Updates are of the weights that were packed, rotated or scaled."""
+  changed = start(original(), jax.random.key(3))
+  params = adapted(Affine(block=32), 0.3, changed)
+  with pytest.raises(UserError, match=f"not rounded from.*{words}"):
+    merge.merge_as(params, "original", original())
+  # The one that was packed is taken, also if its inputs rotate.
+  merge.merge_as(params, "original", changed)
+  hidden = rotate.Rotate(residual=False, values=False, model=MODEL)
+  params = adapted(Affine(block=32), 0.3, hidden(original(), jax.random.key(3)))
+  merge.merge_as(params, "original", original())
 
 
 def test_mistakes():
