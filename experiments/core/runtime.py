@@ -29,7 +29,10 @@ WRITING = 3600
 """Seconds that all others wait for the first one, which writes."""
 
 _MEETINGS = itertools.count()
-"""Numbers of calls of `from_first_process`, the same in all processes."""
+"""Numbers of calls of `_from_first`, the same in all processes."""
+
+_DONE, _FAILED, _STOPPED = range(3)
+"""How the first process has ended what the others wait for."""
 
 PREEMPTED = 42
 """`preemption.Preempted.exit_status`, which is known before JAX is imported."""
@@ -330,28 +333,42 @@ def first_process_first(act: Callable[[], Any]) -> Any:
 
   Raises:
     UserError: the first process failed, and has said why.
+    Preempted: the run was asked to stop while the first process waited.
   """
+  from research.training import preemption
   from research.typing import UserError
 
+  points = preemption.StopPoints
   if not is_first_process():
-    if not from_first_process(True):
+    end, number = _from_first(_DONE, 0)
+    points.skip_to(number)
+    if end == _STOPPED:
+      raise preemption.Preempted(preemption.NOTHING_SAVED)
+    if end == _FAILED:
       raise UserError("stopped: the first process failed; see its error")
     return act()
   try:
-    result = act()
-  except Exception:
-    from_first_process(False)
+    with preemption.others_waiting():
+      result = act()
+  except Exception as error:
+    stopped = isinstance(error, preemption.Preempted)
+    _from_first(_STOPPED if stopped else _FAILED, points.last())
     raise
-  from_first_process(True)
+  _from_first(_DONE, points.last())
   return result
 
 
 def from_first_process(value: bool) -> bool:
   """Returns the first process's value, in all of them; each has to call it."""
+  return bool(_from_first(int(value))[0])
+
+
+def _from_first(*values: int) -> tuple[int, ...]:
+  """Returns the first process's values, in all of them."""
   import jax
 
   if jax.process_count() == 1:
-    return value
+    return values
   import numpy as np
   from jax.experimental import multihost_utils
 
@@ -359,4 +376,5 @@ def from_first_process(value: bool) -> bool:
 
   # The first one may write, or wait, for longer than a collective does.
   checkpoint.wait_for_all(f"the first says {next(_MEETINGS)}", WRITING)
-  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+  found = multihost_utils.broadcast_one_to_all(np.array(values, np.int32))
+  return tuple(int(x) for x in found)

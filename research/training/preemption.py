@@ -47,7 +47,10 @@ SIGTERM and SIGKILL: Slurm's KillWait, Kubernetes' termination grace period."""
 ASSUMED_RATE = 100e6
 """Bytes a second of a save that was not measured yet: a gigabit network's."""
 
-_NOTHING = "asked to stop; nothing had to be saved.\nThe same command resumes."
+NOTHING_SAVED = (
+  "asked to stop; nothing had to be saved.\nThe same command resumes."
+)
+"""Message of a `Preempted` run that had no step to save."""
 
 
 class Preempted(UserError):
@@ -133,7 +136,7 @@ class StopRequest:
     """Ends a process with nothing to save whose main thread runs no Python."""
     time.sleep(GRACE_SECONDS)
     if self.alone and not (self.unsaved or self._raised or self.requested):
-      _say(f"preempted: {_NOTHING}")
+      _say(f"preempted: {NOTHING_SAVED}")
       os._exit(Preempted.exit_status)
 
 
@@ -174,7 +177,7 @@ def handling_signals() -> Iterator[StopRequest | None]:
   try:
     yield request
   except Interrupted:
-    raise Preempted(_NOTHING) from None
+    raise Preempted(NOTHING_SAVED) from None
   finally:
     for n, handler in before.items():
       if request.alone or n == signal.SIGINT:
@@ -238,6 +241,7 @@ class StopPoints:
   _number = 0
   """Of the last one in this process. Of all its loops: after a notice, JAX
   waits for the number after the last that it was asked about."""
+  _others_wait = False
 
   def __init__(self):
     """Uses the handler that `handling_signals` installed, if any."""
@@ -259,7 +263,43 @@ class StopPoints:
     except RuntimeError:  # the service is off
       return False
 
+  @classmethod
+  def last(cls) -> int:
+    """Returns the number of the last stop point in this process."""
+    return cls._number
+
+  @classmethod
+  def skip_to(cls, number: int) -> None:
+    """Sets that number to the first process's, which `leave_if_asked` moves."""
+    cls._number = number
+
   def unsaved(self, whether: bool) -> None:
     """Sets whether exiting immediately would lose a step."""
     if self._request is not None:
       self._request.unsaved = whether
+
+
+@contextlib.contextmanager
+def others_waiting() -> Iterator[None]:
+  """Context of the first process in which all others wait for it.
+
+  They then hear from it whether the run stops, and `StopPoints.last()`.
+  """
+  before, StopPoints._others_wait = StopPoints._others_wait, True
+  try:
+    yield
+  finally:
+    StopPoints._others_wait = before
+
+
+def leave_if_asked() -> None:
+  """Ends a wait in `others_waiting`, which has nothing to save, on a notice.
+
+  Of several processes, signals do not interrupt any: call this once a second.
+  Elsewhere it does nothing, since others might be at other stop points.
+
+  Raises:
+    Preempted: any process was asked to stop.
+  """
+  if StopPoints._others_wait and StopPoints().reached():
+    raise Preempted(NOTHING_SAVED)

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from tests.multiprocess.launcher import launch
+from tests.research.training.checkpoints.test_run_lock import locked_by_another
 
 pytestmark = pytest.mark.multiprocess
 
@@ -63,3 +64,42 @@ def test_others_wait_for_the_first_process_as_long_as_it_takes():
     float(re.search(r"^acted (\S+)$", x.out, re.M)[1]) for x in done
   )
   assert first < second
+
+
+LOCK = """
+import contextlib, sys
+from experiments.core import cli, runtime
+from research.io import folders
+from research.training.checkpoints import run_lock
+FLAGS = cli.new_flags(cluster=True)
+def main(argv):
+  def act():
+    with run_lock.locked(folders.folder({folder!r})):
+      return 1
+  with runtime.cluster(cli.cluster(FLAGS)):
+    runtime.first_process_first(act)
+cli.run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_run_that_waits_for_a_lock_is_preempted_at_once(tmp_path, number):
+  """The first process waits for another machine, the second one for it."""
+  ended = []
+
+  def during(running):
+    # Its warning comes once JAX has connected the processes.
+    assert "waits up to" in running[0].stderr.readline()
+    begin = time.monotonic()
+    running[number].terminate()
+    for process in running:
+      process.wait(60)
+    ended.append(time.monotonic() - begin)
+
+  with locked_by_another(tmp_path, "elsewhere"):
+    done = launch(["-c", LOCK.format(folder=str(tmp_path))], during=during)
+  assert [x.status for x in done] == [42, 42], done[0].err + done[1].err
+  assert all("nothing had to be saved" in x.err for x in done)
+  # JAX tells processes of a signal within a second; two cores are busy.
+  assert ended[0] < 20

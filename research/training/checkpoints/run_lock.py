@@ -21,6 +21,7 @@ import jax
 
 from research.io import folders
 from research.io.folders import Folder
+from research.training import preemption
 from research.typing import UserError
 
 FILE = "run.lock"
@@ -54,6 +55,7 @@ def locked(workdir: Folder) -> Iterator[None]:
 
   Raises:
     UserError: another process works there, or it cannot be written.
+    Preempted: the run was asked to stop while it waited.
   """
   if folders.is_remote(workdir) or jax.process_index():
     yield
@@ -90,6 +92,7 @@ def _lock(file, path: Folder) -> None:
     if not waits:
       folders.warn(f"{path}: waits up to {PATIENCE:.0f} s for {owner}")
       waits = True
+    preemption.leave_if_asked()
     time.sleep(INTERVAL)
   # A full disk is no reason to work without a lock.
   with contextlib.suppress(OSError):

@@ -129,6 +129,23 @@ def test_a_notice_between_the_loops_of_stages_stops_the_next_one(manager):
   assert preemption.StopPoints().reached()
 
 
+def test_a_wait_with_nothing_to_save_ends_on_a_notice(manager):
+  """Only while the others wait as well: else they are at other stop points."""
+  last = preemption.StopPoints.last()
+  preemption.leave_if_asked()
+  assert preemption.StopPoints.last() == last
+  with preemption.others_waiting():
+    preemption.leave_if_asked()
+    manager.notice()
+    with pytest.raises(preemption.Preempted, match="nothing had to be saved"):
+      preemption.leave_if_asked()
+  # What comes within the wait and is not seen there stops the loops of all.
+  with preemption.others_waiting():
+    preemption.leave_if_asked()
+  manager.notice()
+  assert preemption.StopPoints().reached()
+
+
 @pytest.mark.parametrize("step", [3, 5000])
 def test_a_notice_within_a_save_stops_the_run_after_it(
   step, manager, tmp_path, monkeypatch
