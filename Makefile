@@ -35,8 +35,8 @@ quickstart: venv  ## Installs, then fine-tunes a real language model (minutes)
 	@$(PY) -m experiments.train --config=runs/quickstart.gin \
 	  --workdir=runs/quickstart
 
-# Goes on where it stopped. The first of three seeds; all: make tour ARGS=
-tour: ARGS = --only='seed 0'
+# Goes on where it stopped. One seed; all three: make tour ARGS=
+tour: ARGS = --set=pipeline.Pipeline.seeds=1
 tour: venv  ## All systems in one: pictures, NF4, LoRA, diffusion, reward, search
 	@$(PY) -m experiments.study --config=runs/tour/tour.gin \
 	  --workdir=runs/tour $(ARGS)
