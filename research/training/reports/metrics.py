@@ -98,12 +98,13 @@ class JsonlWriter:
 
 
 def _line(record: Values) -> str:
-  def plain(x):
-    if x is None or isinstance(x, int | str):  # None: null, of a kept line
-      return x
-    return float(x) if math.isfinite(x) else None
+  return json.dumps({k: _plain(v) for k, v in record.items()}) + "\n"
 
-  return json.dumps({k: plain(v) for k, v in record.items()}) + "\n"
+
+def _plain(x: Any) -> int | str | float | None:
+  if x is None or isinstance(x, int | str):  # None: null, of a kept line
+    return x
+  return float(x) if math.isfinite(x) else None
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
