@@ -84,10 +84,15 @@ class Bound:
   most: float | None = None
 
   def verdict(self, rows: Rows) -> Verdict:
-    """Returns whether it holds; undecided where the cell was not compiled."""
-    value = rows.get(self.cell, {}).get(self.field)
+    """Returns whether it holds; undecided where the cell has no such number.
+
+    It was not compiled, or its program does not fit, which has no times.
+    """
+    row = rows.get(self.cell)
+    value = row and row.get(self.field)
     if value is None:
-      return Verdict(self.claim, f"{self.cell}: not compiled", None)
+      why = "does not fit" if row else "not compiled"
+      return Verdict(self.claim, f"{self.cell}: {why}", None)
     low = self.least is None or value >= self.least
     high = self.most is None or value <= self.most
     shown = f"{value / 1e9:.1f}e9" if self.field == "bytes" else f"{value:.3g}"

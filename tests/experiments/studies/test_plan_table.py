@@ -64,6 +64,17 @@ def test_a_claim_is_decided_by_the_cell(least, most, holds):
   assert bound.verdict({CELL.name: {}}).holds is None
 
 
+@pytest.mark.parametrize(
+  ("row", "why"), [({}, "not compiled"), ({"fits": False}, "does not fit")]
+)
+def test_a_claim_says_why_its_cell_decides_nothing(row, why):
+  """A program that does not fit has no times."""
+  found = Bound(claim="c", cell=CELL.name, field="mfu_bound").verdict(
+    {CELL.name: row}
+  )
+  assert found.holds is None and found.found == f"{CELL.name}: {why}"
+
+
 def test_cells_that_are_skipped_are_not_compiled(monkeypatch):
   monkeypatch.setattr(plan_table, "compiled", lambda cell: ROW)
   study = PlanTable(cells=(CELL,), skipped="small, full")
