@@ -88,8 +88,8 @@ class Bound:
 
     It was not compiled, or its program does not fit, which has no times.
     """
-    row = rows.get(self.cell)
-    value = row and row.get(self.field)
+    row = rows.get(self.cell, {})
+    value = row.get(self.field)
     if value is None:
       why = "does not fit" if row else "not compiled"
       return Verdict(self.claim, f"{self.cell}: {why}", None)
