@@ -338,10 +338,10 @@ def first_process_first(act: Callable[[], Any]) -> Any:
   from research.training import preemption
   from research.typing import UserError
 
-  points = preemption.StopPoints
+  last = preemption.last_stop_point
   if not is_first_process():
     end, number = _from_first(_DONE, 0)
-    points.skip_to(number)
+    preemption.skip_to_stop_point(number)
     if end == _STOPPED:
       raise preemption.Preempted(preemption.NOTHING_SAVED)
     if end == _FAILED:
@@ -352,9 +352,9 @@ def first_process_first(act: Callable[[], Any]) -> Any:
       result = act()
   except Exception as error:
     stopped = isinstance(error, preemption.Preempted)
-    _from_first(_STOPPED if stopped else _FAILED, points.last())
+    _from_first(_STOPPED if stopped else _FAILED, last())
     raise
-  _from_first(_DONE, points.last())
+  _from_first(_DONE, last())
   return result
 
 

@@ -235,13 +235,31 @@ class SaveTimes:
     self._expected, self._measured = seconds, True
 
 
+class _Process:
+  """What stop points of one process share, of all its loops.
+
+  Attributes:
+    number: of the last one. After a notice, JAX waits for the number after the
+      last that it was asked about.
+    others_wait: whether all other processes wait for this one.
+  """
+
+  number = 0
+  others_wait = False
+
+
+def last_stop_point() -> int:
+  """Returns the number of the last stop point in this process."""
+  return _Process.number
+
+
+def skip_to_stop_point(number: int) -> None:
+  """Sets that number to the first process's, which `leave_if_asked` moves."""
+  _Process.number = number
+
+
 class StopPoints:
   """The points at which a run may stop, common to all of its processes."""
-
-  _number = 0
-  """Of the last one in this process. Of all its loops: after a notice, JAX
-  waits for the number after the last that it was asked about."""
-  _others_wait = False
 
   def __init__(self):
     """Uses the handler that `handling_signals` installed, if any."""
@@ -255,23 +273,13 @@ class StopPoints:
     False if signals are not handled and JAX is not distributed, or if its
     preemption service is off.
     """
-    StopPoints._number += 1
+    _Process.number += 1
     if self._request is not None and jax.process_count() == 1:
       return self._request.requested
     try:
-      return multihost_utils.reached_preemption_sync_point(StopPoints._number)
+      return multihost_utils.reached_preemption_sync_point(_Process.number)
     except RuntimeError:  # the service is off
       return False
-
-  @classmethod
-  def last(cls) -> int:
-    """Returns the number of the last stop point in this process."""
-    return cls._number
-
-  @classmethod
-  def skip_to(cls, number: int) -> None:
-    """Sets that number to the first process's, which `leave_if_asked` moves."""
-    cls._number = number
 
   def unsaved(self, whether: bool) -> None:
     """Sets whether exiting immediately would lose a step."""
@@ -283,13 +291,13 @@ class StopPoints:
 def others_waiting() -> Iterator[None]:
   """Context of the first process in which all others wait for it.
 
-  They then hear from it whether the run stops, and `StopPoints.last()`.
+  They then hear from it whether the run stops, and `last_stop_point()`.
   """
-  before, StopPoints._others_wait = StopPoints._others_wait, True
+  before, _Process.others_wait = _Process.others_wait, True
   try:
     yield
   finally:
-    StopPoints._others_wait = before
+    _Process.others_wait = before
 
 
 def leave_if_asked() -> None:
@@ -301,5 +309,5 @@ def leave_if_asked() -> None:
   Raises:
     Preempted: any process was asked to stop.
   """
-  if StopPoints._others_wait and StopPoints().reached():
+  if _Process.others_wait and StopPoints().reached():
     raise Preempted(NOTHING_SAVED)

@@ -131,9 +131,9 @@ def test_a_notice_between_the_loops_of_stages_stops_the_next_one(manager):
 
 def test_a_wait_with_nothing_to_save_ends_on_a_notice(manager):
   """Only while the others wait as well: else they are at other stop points."""
-  last = preemption.StopPoints.last()
+  last = preemption.last_stop_point()
   preemption.leave_if_asked()
-  assert preemption.StopPoints.last() == last
+  assert preemption.last_stop_point() == last
   with preemption.others_waiting():
     preemption.leave_if_asked()
     manager.notice()
