@@ -84,6 +84,10 @@ ENTRIES = {
       *("DOCUMENTS=3", "WIDTH=64", "DEPTH=1", "HEADS=1", "HIDDEN=64"),
     )
   ),
+  "make tour": Run(
+    ("text/pipeline.Step.set=('SEED={{seed}}', 'STEPS=2', 'WARMUP=1')",),
+    flags=("--only=^text",),
+  ),
   "make test": NotRun("is this suite"),
   "make test-slurm": NotRun(
     "needs root and half an hour; experiments/sweeps/README.md says when"
@@ -103,7 +107,6 @@ ENTRIES = {
     "names a command, without flags",
     ("tests/experiments/test_commands.py::test_setup_installs_the_script",),
   ),
-  "train runs/quickstart.gin": Run(QUICK),
   "train runs/lora/dora_smollm2.gin": Elsewhere(
     "the whole run, whose perplexities are those of its header",
     (
@@ -114,6 +117,9 @@ ENTRIES = {
   "train runs/lora/qlora_smollm2.gin": Run(QUICK),
   "train runs/lora/any_smollm2.gin": Run((*MINE, "LENGTH=32")),
   "train runs/llada/mdlm_markov.gin": Run(
+    ("STEPS=2", "WARMUP=1", "EVAL_BATCHES=1")
+  ),
+  "train runs/llada/mdlm_markov.gin --devices=8": Run(
     ("STEPS=2", "WARMUP=1", "EVAL_BATCHES=1")
   ),
   "train runs/vlm/shapes.gin": Run(
@@ -179,7 +185,8 @@ def key(line: str) -> str:
   name = words[2].removeprefix("experiments.")
   of = ("--config=", "--sweep=", "--model=", "--from=")
   files = [x.partition("=")[2] for x in words if x.startswith(of)]
-  return " ".join([name, *files])
+  devices = [x for x in words if x.startswith("--devices=")]
+  return " ".join([name, *files, *devices])
 
 
 FOUND = [*commands(README), *re.findall(r"^ {4}(pip .+)$", README, re.M)]
