@@ -10,7 +10,6 @@ import numpy as np
 from research.reasoning.prompting import PromptWithArrays
 from research.typing import UInt8, UserError
 from research.vlm import data
-from research.vlm.images.plan import Plan
 from research.vlm.images.preprocessor import Preprocessor
 
 
@@ -42,29 +41,25 @@ class DrawnQuestion:
     """Returns the placeholders and the text, with `pixels` `[V, H, W, 3]`."""
     picture = self.draw(question)
     size = picture.shape[:2]
-    known, plan, ids = self._read.get(size, (None, None, ()))
+    views = self.preprocessor.plan(*size).views
+    made = data.Prompt.from_images([picture], self.preprocessor, views)
+    known, ids = self._ids.get(size, (None, ()))
     if known is not tokenizer:
-      plan = self.preprocessor.plan(*size)
-      ids = self._ids(tokenizer, plan)
-      self._read[size] = tokenizer, plan, ids
-    views = self.preprocessor.views(picture, plan)
-    return PromptWithArrays(ids, {"pixels": views.pixels})
+      template = data.Template(question="{question}")
+      ids = tuple(
+        data.prompt_ids(
+          self.text,
+          made.pieces,
+          tokenizer,
+          self.image_token,
+          template,
+          self.preprocessor.prompt,
+        )
+      )
+      self._ids[size] = tokenizer, ids
+    return PromptWithArrays(ids, {"pixels": made.pixels})
 
   @functools.cached_property
-  def _read(self) -> dict[tuple[int, int], tuple[Any, Any, tuple[int, ...]]]:
-    """Tokenizer, plan and ids by a picture's size: all that ids depend on."""
+  def _ids(self) -> dict[tuple[int, int], tuple[Any, tuple[int, ...]]]:
+    """Tokenizer and ids by a picture's size: all that ids depend on."""
     return {}
-
-  def _ids(self, tokenizer: Any, plan: Plan) -> tuple[int, ...]:
-    """Returns the tokens of the prompt of a picture."""
-    template = data.Template(question="{question}")
-    pieces = [self.preprocessor.pieces(plan)]
-    ids = data.prompt_ids(
-      self.text,
-      pieces,
-      tokenizer,
-      self.image_token,
-      template,
-      self.preprocessor.prompt,
-    )
-    return tuple(ids)
