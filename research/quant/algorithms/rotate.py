@@ -48,13 +48,19 @@ class Hadamard(Op):
     self, w: Float[Array, "*L I O"]
   ) -> Float[Array, "*L I O"]:
     """Returns the matrix without the rotation."""
-    turned = hadamard.rotate(jnp.swapaxes(w, -1, -2), inverse=True)
-    return jnp.swapaxes(turned, -1, -2)
+    return _rotated_rows(w, inverse=True)
 
   def stored_weight(self, w: Float[Array, "*L I O"]) -> Float[Array, "*L I O"]:
     """Returns the matrix with its inputs rotated."""
-    turned = hadamard.rotate(jnp.swapaxes(w, -1, -2))
-    return jnp.swapaxes(turned, -1, -2)
+    return _rotated_rows(w)
+
+
+def _rotated_rows(
+  w: Float[Array, "*L I O"], inverse: bool = False
+) -> Float[Array, "*L I O"]:
+  """Returns `hadamard.rotate` of a matrix along its inputs."""
+  turned = hadamard.rotate(jnp.swapaxes(w, -1, -2), inverse=inverse)
+  return jnp.swapaxes(turned, -1, -2)
 
 
 def rotate_inputs(w: Float[Array, "*L I O"]) -> InputTensor:
