@@ -11,6 +11,7 @@ from research.reasoning.prompting import PromptWithArrays
 from research.typing import UInt8, UserError
 from research.vlm import data
 from research.vlm.images.preprocessor import Preprocessor
+from research.vlm.model import ANY_SIZE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,13 @@ class DrawnQuestion:
       raise UserError(
         "DrawnQuestion.preprocessor: found a tiling that keeps each picture's"
         " size, expected one whose views are all of one size"
+      )
+    tiling = self.preprocessor.tiling
+    if tiling.groups(tiling.plan(*ANY_SIZE)) is not None:
+      raise UserError(
+        f"DrawnQuestion.preprocessor: found the tiling {type(tiling).__name__},"
+        " which pools groups of patches over its views, expected one that pools"
+        " squares of each view, such as tilings.Square"
       )
 
   def __call__(self, tokenizer: Any, question: str) -> PromptWithArrays:

@@ -1,5 +1,7 @@
 """Rows of drawn questions: the same text as without, and the right picture."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from research.training.reasoning_tasks import Solutions
 from research.typing import UserError
 from research.vlm.images.preprocessor import Preprocessor
 from research.vlm.images.tiling.native import Native
+from research.vlm.images.tiling.overlap import Overlap
 from research.vlm.images.tiling.square import Square
 from research.vlm.prompts import DrawnQuestion, WordGrid
 
@@ -38,6 +41,12 @@ def test_a_prompt_is_its_picture_and_the_text_behind_it():
   longer = prompting.followed_by(found, [1, 2])
   assert list(longer) == [*found, 1, 2] and longer.arrays is found.arrays
   assert prompting.followed_by([5], [1]) == [5, 1]
+
+
+def test_a_tiling_that_pools_groups_of_patches_is_refused():
+  """Its views without the groups would be another image to the model."""
+  with pytest.raises(UserError, match="tiling Overlap, which pools groups"):
+    dataclasses.replace(DRAWN, preprocessor=Preprocessor(Overlap()))
 
 
 def test_solutions_have_their_own_pictures():
