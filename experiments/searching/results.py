@@ -1,6 +1,7 @@
 """What a pool of samples says: accuracy, cost, what other budgets reach."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,20 +68,30 @@ def accuracy_at(searched: Searched, choice: Choice, n: int) -> float:
   if isinstance(choice, Majority):
     return majority_at_k(answers, correct, n)
   if isinstance(choice, BestOf):
-    return best_at(searched, choice.aggregate, n)
+    return best_at(searched, choice.aggregate, [n])[0]
   return mean_over_subsets(
     lambda which: _chosen(searched, choice, which), len(samples), n
   ).value
 
 
-def best_at(searched: Searched, aggregate: Aggregate, n: int) -> float:
-  """Returns best-of-n of independent samples; no answer is never the best."""
-  scores = [
-    -np.inf if x.answer is None else max(aggregate(x.scores), LOWEST)
-    for x in searched.samples
-  ]
-  correct = [x.correct for x in searched.samples]
-  return estimators.best_of_k(np.array(scores), np.array(correct), n)
+def best_at(
+  searched: Searched, aggregate: Aggregate, budgets: Sequence[int]
+) -> list[float]:
+  """Returns best-of-n of independent samples for each budget n.
+
+  Args:
+    searched: a problem; a sample without an answer is never the best.
+    aggregate: of the scores of a sample's steps.
+    budgets: numbers of samples to choose among.
+  """
+  scores = np.array(
+    [
+      -np.inf if x.answer is None else max(aggregate(x.scores), LOWEST)
+      for x in searched.samples
+    ]
+  )
+  correct = np.array([x.correct for x in searched.samples])
+  return [estimators.best_of_k(scores, correct, n) for n in budgets]
 
 
 def result_of(
@@ -198,35 +209,36 @@ def estimates_of(
     return None
   most = min(len(one.samples) for one in pool)
   scored = all(x.scores for o in pool for x in o.samples if x.trace.steps)
+  found: dict[str, Any] = {"k": (budgets := _budgets(most))}
   rules: dict[str, Any] = {"pass": _pass_at, "majority": _majority_at}
   if scored:
     rules |= {
-      f"best_of/{name}": _best_rule(aggregate)
+      f"best_of/{name}": functools.partial(_best_at, aggregate)
       for name, aggregate in AGGREGATES.items()
     }
-  found: dict[str, Any] = {"k": _budgets(most)}
   for name, rule in rules.items():
-    rows = [
-      _estimate([rule(one, k) for one in pool], RESAMPLES) for k in found["k"]
-    ]
+    each = np.array([rule(one, budgets) for one in pool])
+    rows = [_estimate(column, RESAMPLES) for column in each.T]
     found[name] = [[x.value, x.low, x.high] for x in rows]
   found["flops"] = [
-    _mean([cost_at(one, k) for one in pool], "flops") for k in found["k"]
+    _mean([cost_at(one, k) for one in pool], "flops") for k in budgets
   ]
   return found
 
 
-def _pass_at(one: Searched, k: int) -> float:
+def _pass_at(one: Searched, budgets: Sequence[int]) -> list[float]:
   right = sum(x.correct for x in one.samples)
-  return estimators.pass_at_k(len(one.samples), right, k)
+  return [estimators.pass_at_k(len(one.samples), right, k) for k in budgets]
 
 
-def _majority_at(one: Searched, k: int) -> float:
-  return accuracy_at(one, Majority(), k)
+def _majority_at(one: Searched, budgets: Sequence[int]) -> list[float]:
+  return [accuracy_at(one, Majority(), k) for k in budgets]
 
 
-def _best_rule(aggregate: Aggregate) -> Any:
-  return lambda one, k: best_at(one, aggregate, k)
+def _best_at(
+  aggregate: Aggregate, one: Searched, budgets: Sequence[int]
+) -> list[float]:
+  return best_at(one, aggregate, budgets)
 
 
 def _budgets(most: int) -> list[int]:
@@ -235,7 +247,7 @@ def _budgets(most: int) -> list[int]:
   return found if found[-1] == most else [*found, most]
 
 
-def _estimate(each: Sequence[float], resamples: int = 10_000) -> Estimate:
+def _estimate(each: Any, resamples: int = 10_000) -> Estimate:
   values: Float[np.ndarray, " B"] = np.array(each, float)
   return paired_difference(values, np.zeros(len(values)), resamples)
 

@@ -7,7 +7,10 @@ shrink keys and values, and of a mixture's experts only the active ones count.
 Norms, rotations and softmax are left out, as everywhere.
 """
 
+import collections
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from research.errors import UserError
@@ -112,15 +115,24 @@ class ModelCost:
   layers: tuple[LayerCost, ...]
   head: int
 
-  @property
+  # The sums over layers are taken once: a search asks for each path and step.
+  @functools.cached_property
   def matrices(self) -> int:
     """N: active parameters of all layers' products, without the head."""
     return sum(layer.matrices for layer in self.layers)
 
-  @property
+  @functools.cached_property
   def cache_per_token(self) -> int:
     """Numbers that a token leaves in all layers' caches."""
     return sum(layer.cache for layer in self.layers)
+
+  @functools.cached_property
+  def heads_widths(self) -> Mapping[int | None, int]:
+    """The sum of `N H` over all layers with the same window."""
+    found = collections.Counter()
+    for layer in self.layers:
+      found[layer.window] += layer.heads_width
+    return dict(found)
 
   def forward(self, tokens: int, context: Context, outputs: int) -> int:
     """Returns the FLOPs of a pass.
@@ -131,8 +143,8 @@ class ModelCost:
       outputs: tokens whose logits or scores are computed.
     """
     attention = sum(
-      4 * layer.heads_width * context.pairs(layer.window)
-      for layer in self.layers
+      4 * width * context.pairs(window)
+      for window, width in self.heads_widths.items()
     )
     products = 2 * tokens * self.matrices
     return products + attention + 2 * outputs * self.head

@@ -411,9 +411,10 @@ class Engine:
   ) -> tuple[Ledger, ...]:
     """Returns the ledgers with the passes that drew and judged new tokens."""
     ledgers, paths = list(frontier.ledgers), frontier.paths
+    prompts = {path.problem: path.prompt for path in paths}
     shared = {
-      path.problem: self._cost.prompt(path.prompt).peak_cache_tokens
-      for path in paths
+      problem: self._cost.prompt(tokens).peak_cache_tokens
+      for problem, tokens in prompts.items()
     }
     cached = [shared.get(i, 0) for i in range(len(ledgers))]
     counts = (np.asarray(drawn.tokens) != NO_TOKEN).sum(axis=1).tolist()

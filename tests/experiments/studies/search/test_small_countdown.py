@@ -1,7 +1,7 @@
 """The countdown study from training to verdicts, at small size.
 
 Its own commands, run by `experiments.study`: three numbers, widths of 24 and
-64, 200 problems. What it leaves is counted again here, from the texts alone.
+64, 100 problems. What it leaves is counted again here, from the texts alone.
 """
 
 import collections
@@ -10,6 +10,7 @@ import math
 import pathlib
 import re
 
+import jaxtyping
 import numpy as np
 import pytest
 from scipy import stats
@@ -27,16 +28,16 @@ SEARCHES = "greedy", "large_greedy", "pool", "beam_4"
 TRAINING = "WARMUP=20", "BATCH=64", "LENGTH=21"
 POLICY = (
   *(*TRAINING, "STEPS=400", "NUMBERS=3", "NEW_TOKENS=15"),
-  *("PROBLEMS=20000", "HELDOUT=100", "SAMPLES=1"),
+  *("PROBLEMS=5000", "HELDOUT=100", "SAMPLES=1"),
 )
 LABELS = "NUMBERS=3", "label_run.LabelRun.new_tokens=15"
 SEARCH = (
-  *("NUMBERS=3", "PROBLEMS=(0, 200)"),
+  *("NUMBERS=3", "PROBLEMS=(0, 100)"),
   "search_run.SearchRun.new_tokens=15",
 )
 SMALL = {
   "policy": (*POLICY, "WIDTH=24"),
-  "large": (*POLICY, "WIDTH=64", "STEPS=150"),
+  "large": (*POLICY, "WIDTH=64", "STEPS=60"),
   "labels": (*LABELS, "LAST=500", "COPIES=4"),
   "test": (*LABELS, "LAST=100", "COPIES=2"),
   "reward": (*TRAINING, "STEPS=150"),
@@ -148,7 +149,7 @@ def check_pool(path: pathlib.Path, row: dict, scored: bool) -> None:
     scored: whether a reward model has read them.
   """
   pool = read_lines(path)
-  assert len(pool) == row["problems"] == 200
+  assert len(pool) == row["problems"] == 100
   right = [
     sum(
       x["trace"]["finish"] == "eos"
@@ -161,7 +162,7 @@ def check_pool(path: pathlib.Path, row: dict, scored: bool) -> None:
     for one in pool
   ]
   assert right == row["right"] and sum(right) < sum(row["samples"])
-  assert sum(right) > 0 or not scored
+  assert sum(right) > 0 or len(pool[0]["samples"]) < 16
   for name in ("flops_policy", "flops_verifier"):
     mean = np.mean([one["ledger"][name] for one in pool])
     assert row[name] == pytest.approx(mean)
@@ -236,7 +237,7 @@ def check_verdict(claim, said: dict, first: list, second: list) -> None:
     float,
     re.match(
       rf"{number}% against {number}%: \+?{number} points \({number} to"
-      rf" {number}\), 200 problems, 2.* seeds.* at {number} times the FLOPs",
+      rf" {number}\), 100 problems, 2.* seeds.* at {number} times the FLOPs",
       said["found"],
     ).groups(),
   )
@@ -248,7 +249,7 @@ def check_verdict(claim, said: dict, first: list, second: list) -> None:
   assert ratio == pytest.approx(costs, abs=0.0051)
   rng = np.random.default_rng(7)
   drawn = [
-    apart[rng.integers(2, size=2)][:, rng.integers(200, size=200)].mean()
+    apart[rng.integers(2, size=2)][:, rng.integers(100, size=100)].mean()
     for _ in range(4000)
   ]
   assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=1)
@@ -272,6 +273,9 @@ def check_verdict(claim, said: dict, first: list, second: list) -> None:
 def test_the_study_runs_from_training_to_verdicts(
   tmp_path, capsys, monkeypatch
 ):
+  # Other tests check types. Here, where every FLOP of every path is counted in
+  # Python, they take as long as the study itself.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   file, work = study_file(tmp_path), tmp_path / "work"
   given = ["study", f"--config={file}", f"--workdir={work}"]
 
