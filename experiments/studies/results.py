@@ -9,7 +9,10 @@ two lines,
 
 with TABLE its number, from 0, or `verdicts` for what became of its claims.
 `render_pages` writes what stands between them: the table, and a line that says
-where it comes from.
+where it comes from. It draws a table as bars into FILE, beside the page, where
+a line says so:
+
+  <!-- bars: runs/lora/NAME.json TABLE FILE.svg -->
 """
 
 import json
@@ -24,6 +27,7 @@ from typing import Any
 
 from experiments.core import cli, stats
 from experiments.core.config import CONFIGS
+from experiments.studies import page_bars
 from experiments.studies.protocol import Lines
 from research import tables
 from research.typing import UserError
@@ -36,6 +40,10 @@ _BLOCK = re.compile(
   r"^(<!-- results: (?P<path>\S+\.json) (?P<table>\d+|verdicts) -->)$.*?"
   r"^(?P<end><!-- end -->)$",
   re.M | re.S,
+)
+_BARS = re.compile(
+  r"^<!-- bars: (?P<path>\S+\.json) (?P<table>\d+) (?P<file>[\w-]+\.svg) -->$",
+  re.M,
 )
 
 
@@ -250,22 +258,38 @@ def _table(
   return made[int(name)]
 
 
+def bars(page: pathlib.Path, text: str) -> dict[pathlib.Path, str]:
+  """Returns the pictures that a page asks for, as SVG by their files.
+
+  Raises:
+    UserError: a result, or a table in it, is not there.
+  """
+  return {
+    page.parent / found["file"]: page_bars.svg(
+      _table(load(found["path"]), found["table"], found["path"])
+    )
+    for found in _BARS.finditer(text)
+  }
+
+
 def render_pages(write: bool = True) -> list[pathlib.Path]:
-  """Writes the marked tables of all pages; `make pages` calls it.
+  """Writes the marked tables and bars of all pages; `make pages` calls it.
 
   Args:
-    write: whether to; else pages stay as they are.
+    write: whether to; else files stay as they are.
 
   Returns:
-    The pages whose tables were not those of their results.
+    The files that were not as their results are.
   """
   changed = []
   for page in pages():
-    before = page.read_text("utf-8")
-    if (after := rewrite(before)) != before:
-      changed.append(page)
-      if write:
-        page.write_text(after, "utf-8")
+    text = page.read_text("utf-8")
+    for path, after in {page: rewrite(text), **bars(page, text)}.items():
+      before = path.read_text("utf-8") if path.exists() else None
+      if after != before:
+        changed.append(path)
+        if write:
+          path.write_text(after, "utf-8")
   return changed
 
 

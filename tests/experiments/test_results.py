@@ -2,11 +2,13 @@
 
 import json
 import re
+from xml.etree import ElementTree
 
 import pytest
 
 from experiments.core.config import CONFIGS
-from experiments.studies import results
+from experiments.studies import page_bars, results
+from research.typing import UserError
 
 STORED = sorted(CONFIGS.glob("runs/*/results/*.json"))
 KEYS = {
@@ -83,6 +85,33 @@ MARKED = re.compile(
 
 def test_pages_have_the_numbers_of_results():
   assert not results.render_pages(write=False), "make pages"
+
+
+def test_bars_are_as_long_as_their_numbers():
+  table = {
+    "header": ["without", "right, %", "points", "from", "to"],
+    "rows": [
+      ["<nothing>", [80.0, 3.0], "", "", ""],
+      ["a part", 20, -60.04, -70.0, -50],
+    ],
+  }
+  root = ElementTree.fromstring(page_bars.svg(table))
+  space = "{http://www.w3.org/2000/svg}"
+  _, *drawn = root.iter(f"{space}rect")  # the first is the background
+  lengths = [float(x.get("width")) for x in drawn]
+  assert lengths[0] == 4 * lengths[1] > 0
+  texts = [x.text for x in root.iter(f"{space}text")]
+  assert texts[2:] == [
+    *("<nothing>", "80.0"),
+    *("a part", "20.0  (-60.0: -70.0 to -50.0)"),
+  ]
+
+
+@pytest.mark.parametrize("cell", [None, "1", [-1.0, 0.0], float("nan")])
+def test_bars_need_numbers(cell):
+  table = {"header": ["a", "b"], "rows": [["x", cell]]}
+  with pytest.raises(UserError, match="expected a number of 0 or more"):
+    page_bars.svg(table)
 
 
 def test_every_table_of_a_result_is_in_a_page():
