@@ -11,7 +11,7 @@ from typing import Any
 from research.typing import UserError
 
 ROW, TOP = 26, 30
-LEFT, BARS, NOTES = 250, 300, 200
+LEFT, BARS, NOTES = 250, 300, 260
 """Widths in pixels: of names, of the longest bar, of what stands behind it."""
 
 COLOR, TEXT = "#0072b2", "#222"
@@ -24,7 +24,7 @@ def svg(table: Mapping[str, Any]) -> str:
   Columns `points`, `from` and `to`, where there are, are written behind bars.
 
   Args:
-    table: of a result, `results.as_table`; a mean's ± is not drawn.
+    table: of a result, `results.as_table`; a mean's ± is written beside it.
 
   Raises:
     UserError: a cell of the second column is not a number of 0 or more.
@@ -51,7 +51,8 @@ def svg(table: Mapping[str, Any]) -> str:
       _text(
         LEFT + length + 6,
         y + 14,
-        f"{value:.1f}{_interval([table['rows'][i][j] for j in at])}",
+        _spread(table["rows"][i][1])
+        + _interval([table["rows"][i][j] for j in at]),
       ),
     ]
   return "\n".join([*parts, "</svg>"]) + "\n"
@@ -62,6 +63,11 @@ def _value(cell: Any) -> float:
   if isinstance(value, bool | str) or value is None or not value >= 0:
     raise UserError(f"bars: found {cell!r}, expected a number of 0 or more")
   return float(value)
+
+
+def _spread(cell: Any) -> str:
+  both = cell if isinstance(cell, list) else [cell]
+  return " ± ".join(f"{x:.1f}" for x in both if x is not None)
 
 
 def _interval(cells: Sequence[Any]) -> str:

@@ -102,7 +102,7 @@ def test_bars_are_as_long_as_their_numbers():
   assert lengths[0] == 4 * lengths[1] > 0
   texts = [x.text for x in root.iter(f"{space}text")]
   assert texts[2:] == [
-    *("<nothing>", "80.0"),
+    *("<nothing>", "80.0 ± 3.0"),
     *("a part", "20.0  (-60.0: -70.0 to -50.0)"),
   ]
 
