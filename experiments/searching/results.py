@@ -213,11 +213,11 @@ def estimates_of(
   rules: dict[str, Any] = {"pass": _pass_at, "majority": _majority_at}
   if scored:
     rules |= {
-      f"best_of/{name}": functools.partial(_best_at, aggregate)
+      f"best_of/{name}": functools.partial(best_at, aggregate=aggregate)
       for name, aggregate in AGGREGATES.items()
     }
   for name, rule in rules.items():
-    each = np.array([rule(one, budgets) for one in pool])
+    each = np.array([rule(one, budgets=budgets) for one in pool])
     rows = [_estimate(column, RESAMPLES) for column in each.T]
     found[name] = [[x.value, x.low, x.high] for x in rows]
   found["flops"] = [
@@ -235,19 +235,15 @@ def _majority_at(one: Searched, budgets: Sequence[int]) -> list[float]:
   return [accuracy_at(one, Majority(), k) for k in budgets]
 
 
-def _best_at(
-  aggregate: Aggregate, one: Searched, budgets: Sequence[int]
-) -> list[float]:
-  return best_at(one, aggregate, budgets)
-
-
 def _budgets(most: int) -> list[int]:
   """Returns powers of two, and the most there is."""
   found = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
   return found if found[-1] == most else [*found, most]
 
 
-def _estimate(each: Any, resamples: int = 10_000) -> Estimate:
+def _estimate(
+  each: Sequence[float] | Float[np.ndarray, " B"], resamples: int = 10_000
+) -> Estimate:
   values: Float[np.ndarray, " B"] = np.array(each, float)
   return paired_difference(values, np.zeros(len(values)), resamples)
 

@@ -8,13 +8,14 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from research.training.reports import plots
 from research.typing import UserError
 
 ROW, TOP = 26, 30
 LEFT, BARS, NOTES = 250, 300, 260
 """Widths in pixels: of names, of the longest bar, of what stands behind it."""
 
-COLOR, TEXT = "#0072b2", "#222"
+TEXT = "#222"
 INTERVAL = ["points", "from", "to"]
 
 
@@ -47,7 +48,7 @@ def svg(table: Mapping[str, Any]) -> str:
     parts += [
       _text(LEFT - 8, y + 14, name, "end"),
       f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{ROW - 8}"'
-      f' fill="{COLOR}"/>',
+      f' fill="{plots.COLORS[0]}"/>',
       _text(
         LEFT + length + 6,
         y + 14,

@@ -121,7 +121,7 @@ class ModelCost:
     """N: active parameters of all layers' products, without the head."""
     return sum(layer.matrices for layer in self.layers)
 
-  @functools.cached_property
+  @property
   def cache_per_token(self) -> int:
     """Numbers that a token leaves in all layers' caches."""
     return sum(layer.cache for layer in self.layers)
