@@ -187,7 +187,7 @@ def merge_as(
 
   Raises:
     UserError: there is no such mode, or the original is of another model, or
-      what was packed is that model rotated or scaled.
+      what was packed is that model rotated or scaled, or without the update.
   """
   if mode not in MODES:
     raise UserError(
@@ -286,6 +286,7 @@ def _rebased(params: Params, original: Params | None) -> dict[str, Any]:
         f"merging: {path} is {list(w.shape)}; the original has {has} there, "
         "expected the tree that was packed"
       )
+    _check_counted_once(path, w, like)
     _check_rounded(path, _base(w), like)
     return _over(w, like)
 
@@ -316,6 +317,41 @@ def _check_rounded(path: str, base: Any, original: Any) -> None:
     "original has to be changed alike. Take mode 'decoded' or 'requantized', "
     "without an original."
   )
+
+
+def _check_counted_once(path: str, adapted: Any, original: Any) -> None:
+  """Raises UserError if the update has what was taken out of the base.
+
+  QPiSSA packs a base without the product of its first factors, and LoftQ fits
+  factors to the rounding errors: in both the base's distance from the original
+  has the update in it, with a coefficient of 1 before training. Rounding errors
+  alone have 0, up to their root mean square over the update's norm.
+  """
+  gain, noise = map(np.asarray, _in_distance(adapted, original))
+  if not (found := gain[(gain > 0.3) & (noise < 0.05)]).size:
+    return
+  raise UserError(
+    f"merging: {path} would have its update twice: the original has "
+    f"{found.max():.0%} of it already, since the base was packed without it, "
+    "or it was fitted to the base's rounding errors (QPiSSA, LoftQ).\nTake "
+    "mode 'decoded' or 'requantized', without an original."
+  )
+
+
+@jax.jit
+def _in_distance(adapted, original):
+  """Returns each matrix's (coefficient of the update, its standard error)."""
+  start, end, y = (
+    weights.dense(w).astype(jnp.float32)
+    for w in (_base(adapted), adapted, original)
+  )
+  sums = functools.partial(jnp.sum, axis=(-2, -1))
+  # Without what a coarse base has too little of the original itself.
+  along = sums((y - start) * y) / sums(y * y)
+  rest, update = y - start - along[..., None, None] * y, end - start
+  size = sums(update * update)
+  mean_square = jnp.mean(rest * rest, axis=(-2, -1))
+  return sums(rest * update) / size, jnp.sqrt(mean_square / size)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 
 from research import tree, weights
-from research.lora import adapt
+from research.lora import adapt, loftq
 from research.lora.merge import merge
 from research.lora.methods.dora import DoRA
 from research.quant import activations
@@ -235,6 +235,28 @@ def test_an_original_of_another_basis_is_refused(start, words):
   hidden = rotate.Rotate(residual=False, values=False, model=MODEL)
   params = adapted(Affine(block=32), 0.3, hidden(original(), jax.random.key(3)))
   merge.merge_as(params, "original", original())
+
+
+@pytest.mark.parametrize("first", ["factors", "codes"])
+def test_an_update_that_the_original_has_is_refused(first):
+  """QPiSSA's base and its update are the original: their sum has it twice."""
+  fitted = loftq.LoftQ(
+    quantize=Quantize(format=Affine(block=32)),
+    adapt=support_lora.adapting(rank=8, targets=("q", "up", "down")),
+    first=first,
+  )(original())
+  rng = np.random.default_rng(0)
+
+  def trained(path, x):
+    if "/trained/" not in path:
+      return x
+    noise = rng.standard_normal(x.shape) * jnp.std(x)
+    return x + jnp.asarray(0.3 * noise, x.dtype)
+
+  for params in (fitted, tree.map_paths(trained, fitted)):
+    with pytest.raises(UserError, match="would have its update twice"):
+      merge.merge_as(params, "original", original())
+    merge.merge_as(params, "decoded")
 
 
 def test_mistakes():
