@@ -2,25 +2,29 @@
 
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tqdm
 
 from experiments.core import cli
-from experiments.searching import display, results, sampling
+from experiments.searching import display, results, sampling, trained
 from experiments.searching import pool as pools
 from experiments.searching.pool import Sample, Searched
 from experiments.searching.search_run import SearchRun
 from research import progress
 from research.io import folders
 from research.reasoning import sample_logs
-from research.reasoning.problem import Verdict
+from research.reasoning.problem import Problem, Verdict
 from research.reasoning.tasks.task import Task
 from research.training.checkpoints import run_lock
 from research.typing import UserError
 
 SETTINGS = "settings.json"
 """In a working directory: what decided on the samples of its pool."""
+
+STEPS = "trained_steps"
+"""In `SETTINGS`: how far each run was trained whose model samples or judges."""
 
 LOGS = "samples.jsonl"
 """In a working directory: the samples in lm-evaluation-harness' layout."""
@@ -52,7 +56,10 @@ def _complete(
   path = folder / pools.FILE
   pools.repair(path)
   found = {one.problem.id: one for one in pools.read(path)}
-  ids = [problem.id for problem in sampling.problems_of(run)]
+  problems = sampling.problems_of(run)
+  sampled = {name: one.problem for name, one in found.items()}
+  _check_problems(folder, problems, sampled)
+  ids = [problem.id for problem in problems]
   done = sum(x in found for x in ids)
   if done < len(ids):
     with progress.phase(None), _bar(len(ids), done) as bar:
@@ -61,6 +68,26 @@ def _complete(
         found |= {one.problem.id: one for one in searched}
         bar.update(len(searched))
   return [found[x] for x in ids]
+
+
+def _check_problems(
+  folder: pathlib.Path,
+  problems: Sequence[Problem],
+  sampled: Mapping[str, Problem],
+) -> None:
+  """Raises UserError if a problem in the pool is no longer the task's."""
+  for problem in problems:
+    if problem.id not in sampled:
+      continue
+    now = json.loads(json.dumps(problem.to_json()))
+    before = json.loads(json.dumps(sampled[problem.id].to_json()))
+    for field in now:
+      if now[field] != before[field]:
+        raise UserError(
+          f"{folder}: has samples of another problem {problem.id}: {field} was"
+          f" {before[field]!r:.160},\nfound {now[field]!r:.160}. The task's"
+          " data has changed: use another --workdir."
+        )
 
 
 def _bar(total: int, done: int) -> tqdm.tqdm:
@@ -78,10 +105,12 @@ def _claim(run: SearchRun, folder: pathlib.Path, text: str) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   # As it is read back: tuples are lists there.
   now = json.loads(json.dumps(run.settings()))
+  steps = trained.saved_steps(run)
   note, pool = folder / SETTINGS, folder / pools.FILE
   sampled = pool.exists() and pool.stat().st_size > 0
   if note.exists() and sampled:
     before = _settings(note)
+    _check_trained(folder, before.pop(STEPS, {}), steps)
     # A field may be left out, such as the sampler of those that have none.
     differing = [k for k in {**now, **before} if before.get(k) != now.get(k)]
     if differing:
@@ -96,8 +125,26 @@ def _claim(run: SearchRun, folder: pathlib.Path, text: str) -> None:
       f"{folder}: found files of another command, and no {SETTINGS}, expected a"
       " new folder or one of a search.\nUse another --workdir."
     )
-  folders.write_text(note, json.dumps(now, indent=1) + "\n")
+  note_now = json.dumps(now | {STEPS: steps}, indent=1)
+  folders.write_text(note, note_now + "\n")
   folders.write_text(folder / "config.gin", text)
+
+
+def _check_trained(
+  folder: pathlib.Path, before: Any, now: Mapping[str, int]
+) -> None:
+  """Raises UserError if a model has been trained since the pool was started.
+
+  A pool does not need its models' runs once it is complete: one that is no
+  longer there is not missed.
+  """
+  for workdir, step in now.items():
+    was = before.get(workdir, step) if isinstance(before, dict) else step
+    if was != step:
+      raise UserError(
+        f"{folder}: has samples of {workdir} at step {was}, found step {step}."
+        " Use another --workdir."
+      )
 
 
 def _settings(note: pathlib.Path) -> dict[str, Any]:

@@ -84,11 +84,12 @@ class SearchRun:
         " its count."
       )
     if isinstance(self.strategy, AllocatedSamples) and (
-      (last - first) % self.batch
+      first % self.batch or last % self.batch
     ):
       raise UserError(
-        f"SearchRun.problems: found {last - first} in batches of {self.batch},"
-        " expected whole batches: a batch shares one budget of samples"
+        f"SearchRun.problems: found {first} to {last} in batches of"
+        f" {self.batch}, expected multiples of it: a batch shares one budget of"
+        " samples, the same in every range of problems."
       )
     for name in ("new_tokens", "most_steps", "batch"):
       if getattr(self, name) < 1:

@@ -1,6 +1,8 @@
 """Models that runs of `experiments.train` have left."""
 
 import dataclasses
+import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from experiments.core import (
@@ -50,6 +52,30 @@ def restore(
   )
   params = experiment.finished(state.params)
   return built.with_tokenizer(tokenizer), params
+
+
+def saved_steps(value: Any) -> dict[str, int]:
+  """Returns the last saved step of each run whose model is part of a value.
+
+  Args:
+    value: of dataclasses, lists, tuples and mappings, such as a `SearchRun`;
+      one with a field `workdir` loads a run's model.
+  """
+  if isinstance(value, type):  # which makes judges, say
+    parts = ()
+  elif dataclasses.is_dataclass(value):
+    fields = {x.name: getattr(value, x.name) for x in dataclasses.fields(value)}
+    if isinstance(workdir := fields.get("workdir"), str):
+      folder = pathlib.Path(workdir)  # of one stage, or of several
+      saved = (*folder.glob("checkpoints"), *folder.glob("*/checkpoints"))
+      steps = [train_eval.last_step(x.parent) for x in saved]
+      return {workdir: max(steps)} if steps else {}
+    parts = list(fields.values())
+  elif isinstance(value, Mapping):
+    parts = list(value.values())
+  else:
+    parts = value if isinstance(value, (list, tuple)) else ()
+  return {k: n for part in parts for k, n in saved_steps(part).items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

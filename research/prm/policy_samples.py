@@ -234,7 +234,10 @@ def with_rollouts(
     inner = (
       counts[one.prompt, one.steps[:n]] for n in range(1, len(one.steps))
     )
-    last = MonteCarlo(int(bool(one.final_correct)), 1)
+    correct = one.final_correct
+    if correct is None:
+      correct = right(one.prompt, "".join(one.steps))
+    last = MonteCarlo(int(correct), 1)
     return dataclasses.replace(one, mc=(*inner, last))
 
   return [counted(one) for one in solutions]

@@ -19,7 +19,8 @@ _NUMBER = re.compile(
 )
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-_PHRASE = re.compile(r"answer(?: is:?|:)", re.IGNORECASE)
+# "answer isn't" and "answer issues" have none.
+_PHRASE = re.compile(r"answer(?: is(?![\w'’]):?|:)", re.IGNORECASE)
 
 
 def gsm8k_strict(text: str) -> str | None:

@@ -98,17 +98,17 @@ def elements(normalized: str) -> tuple[str, list[str]]:
   """Returns the brackets around an answer and the elements between them.
 
   `"(1,2]"` gives `("(]", ["1", "2"])`; an answer without brackets around all of
-  it is one element.
+  it is one element, and brackets around a single one do not count: `(B)` is B.
   """
   inner = normalized[1:-1]
   if (
     len(normalized) > 2
     and normalized[0] in _OPEN
     and normalized[-1] in _CLOSE
-    and "," in inner
     and not any(x in inner for x in _OPEN + _CLOSE)
   ):
-    return normalized[0] + normalized[-1], inner.split(",")
+    around = normalized[0] + normalized[-1] if "," in inner else ""
+    return around, inner.split(",")
   return "", [normalized]
 
 

@@ -155,13 +155,23 @@ def _fenced(text: str, fences: Sequence[tuple[str, str]]) -> list[Span]:
   """Returns from where to where fences reach; one that never closes, on."""
   found, at = [], 0
   while True:
-    places = [(text.find(x, at), x, y) for x, y in fences]
+    places = [(_place(text, x, at), x, y) for x, y in fences]
     places = [x for x in places if x[0] >= 0]
     if not places:
       return found
     start, opening, closing = min(places)
-    stop = text.find(closing, start + len(opening))
+    stop = _place(text, closing, start + len(opening))
     if stop < 0:
       return [*found, (start, len(text) + 1)]
     at = stop + len(closing)
     found.append((start, at))
+
+
+def _place(text: str, mark: str, at: int) -> int:
+  r"""Returns where a mark is next, or -1; the line break `\\[4pt]` has none."""
+  while (at := text.find(mark, at)) >= 0:
+    escapes = at - len(text[:at].rstrip("\\"))
+    if not mark.startswith("\\") or escapes % 2 == 0:
+      return at
+    at += 1
+  return -1

@@ -12,6 +12,7 @@ is what it says that the code printed: nothing runs it.
 import bisect
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -219,8 +220,9 @@ class LanguageModelWriter:
     prompts = [list(self.encode(x)) for x in conversations]
     # Numbers of rows are powers of two, so that few programs are compiled.
     more = next_power_of_two(len(prompts)) - len(prompts)
+    # By content: prompts of equal lengths would else share their noise.
     key = jax.random.fold_in(
-      jax.random.key(self.seed), sum(map(len, prompts)) % 2**32
+      jax.random.key(self.seed), zlib.crc32(repr(prompts).encode())
     )
     _, drawn = self._policy.start(
       [*prompts, *prompts[:1] * more], self.max_new_tokens, key, count

@@ -4,6 +4,7 @@ arXiv:2501.03124, section 3.3: F1 of right steps and F1 of wrong steps, over all
 steps of a class of errors, and their mean, the PRMScore.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ def _scores(counts: StepCounts, first: Sequence[bool]) -> StepScores:
     f1=_f1(counts.tp, counts.fp, counts.fn),
     negative_f1=_f1(counts.tn, counts.fn, counts.fp),
     accuracy=(counts.tp + counts.tn) / total if total else 0.0,
-    first_error=sum(first) / len(first) if first else 0.0,
+    first_error=sum(first) / len(first) if first else math.nan,
   )
 
 

@@ -5,6 +5,7 @@ with an error (the index has to be exact) and on those without.
 """
 
 import collections
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,8 +21,9 @@ class FirstErrorScores(NamedTuple):
   """Accuracies on solutions with and without an error.
 
   Attributes:
-    error: share of those with an error whose step was found.
-    correct: share of those without where none was found.
+    error: share of those with an error whose step was found; NaN if none has
+      an error.
+    correct: share of those without where none was found; NaN if all have one.
     errors, corrects: number of each.
   """
 
@@ -32,7 +34,7 @@ class FirstErrorScores(NamedTuple):
 
   @property
   def f1(self) -> float:
-    """Their harmonic mean; 0 where both are 0."""
+    """Their harmonic mean; 0 where both are 0, NaN where one is NaN."""
     total = self.error + self.correct
     return 2 * self.error * self.correct / total if total else 0.0
 
@@ -73,7 +75,7 @@ def processbench(
   hits: dict[bool, list[bool]] = {True: [], False: []}
   for mine, label in zip(predicted, labels, strict=True):
     hits[label == NO_ERROR].append(mine == label)
-  shares = {k: sum(x) / len(x) if x else 0.0 for k, x in hits.items()}
+  shares = {k: sum(x) / len(x) if x else math.nan for k, x in hits.items()}
   return FirstErrorScores(
     shares[False], shares[True], len(hits[False]), len(hits[True])
   )
@@ -109,8 +111,8 @@ def processbench_of_chance(
   ]
   correct = [passes ** len(x.steps) for x in known if x.first_error == NO_ERROR]
   return FirstErrorScores(
-    sum(error) / len(error) if error else 0.0,
-    sum(correct) / len(correct) if correct else 0.0,
+    sum(error) / len(error) if error else math.nan,
+    sum(correct) / len(correct) if correct else math.nan,
     len(error),
     len(correct),
   )

@@ -1,5 +1,6 @@
 """The command of searches: what it stores, resumes, refuses and says."""
 
+import dataclasses
 import json
 import pathlib
 import types
@@ -10,7 +11,7 @@ import pytest
 from experiments import search
 from experiments.core import cli, config
 from experiments.searching import pool as pools
-from experiments.searching import running, search_run
+from experiments.searching import running, search_run, trained
 from research.prm import judge
 from research.prm.labelled import LabelledSolution
 from research.reasoning import sample_logs
@@ -123,6 +124,31 @@ def test_a_setting_that_is_left_out_is_another_one(tmp_path):
     else:
       with pytest.raises(UserError, match="sampler was .*\n.*found null"):
         running._claim(read.experiment, tmp_path, read.text)
+
+
+def test_samples_of_a_changed_problem_or_model_are_not_mixed(
+  tmp_path, monkeypatch
+):
+  """A pool's lines have a problem's id; the data behind it may change."""
+  read = config.read(TINY, ["PROBLEMS=(0, 2)"], root=search_run.SearchRun)
+  search, [problem, other] = read.experiment, list(read.experiment.task)[:2]
+  saved = tmp_path / "run/checkpoints"
+  (saved / "400").mkdir(parents=True)
+  policy = trained.Trained(workdir=str(saved.parent))
+  search = dataclasses.replace(search, policy=policy)
+  running._claim(search, tmp_path, read.text)
+  (tmp_path / pools.FILE).write_text("{}\n")
+  running._claim(search, tmp_path, read.text)
+  changed = dataclasses.replace(problem, prompt="2 + 2 =")
+  pool = {problem.id: changed, other.id: other}
+  running._check_problems(tmp_path, [other], pool)
+  with pytest.raises(UserError, match=f"{problem.id}: prompt was"):
+    running._check_problems(tmp_path, [problem, other], pool)
+  (saved / "800").mkdir()
+  with pytest.raises(UserError, match="at step 400, found step 800"):
+    running._claim(search, tmp_path, read.text)
+  saved.rename(tmp_path / "gone")  # a complete pool does not need the run
+  running._claim(search, tmp_path, read.text)
 
 
 SEARCHES = {
@@ -256,7 +282,11 @@ def test_random_scores_cost_nothing_and_are_shown(run):
     (("LOOKAHEAD=1",), "and a verifier if above"),
     (
       ("STRATEGY=@strategies.AllocatedSamples()", "PROBLEMS=(0, 3)"),
-      "expected whole batches",
+      "expected multiples of it",
+    ),
+    (
+      ("STRATEGY=@strategies.AllocatedSamples()", "PROBLEMS=(1, 5)"),
+      "expected multiples of it",
     ),
     (("N=5",), "a problem has 4 samples"),
     (("search_run.SearchRun.stop_tokens=()",), "ids that end a solution"),

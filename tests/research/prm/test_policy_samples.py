@@ -4,6 +4,8 @@ From a perfect completer every rollout succeeds where a solution exists, so
 that counts and the oracle's labels must agree.
 """
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -121,6 +123,11 @@ def test_errors_of_chains_are_never_made_good():
   for one in found:
     assert one.final_correct == (one.first_error == -1)
     assert one.labels == truncate(hard(one.mc))
+  unknown = [dataclasses.replace(one, final_correct=None) for one in found]
+  again = policy_samples.with_rollouts(
+    unknown, Texts(sums), task, problems, 2, KEY
+  )
+  assert [one.mc for one in again] == [one.mc for one in found]
   with pytest.raises(UserError, match="k = 0"):
     policy_samples.with_rollouts(found, Texts(sums), task, problems, 0, KEY)
 

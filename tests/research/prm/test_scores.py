@@ -171,6 +171,18 @@ def test_processbench_is_the_example_of_the_specification():
     scores.processbench([1, 1], labels)
 
 
+def test_where_no_solution_has_an_error_no_share_of_them_is_found():
+  """A perfect model has no F1 of 0 there, which would be the worst."""
+  perfect = [LabelledSolution(prompt="p", steps=("a", "b"), labels=(1, 1))]
+  report = scores.evaluate_steps(perfect, [[0.9, 0.9]])
+  assert (report.first.correct, report.first.errors) == (1, 0)
+  found = report.to_json()
+  for name in ("f1", "f1_random", "accuracy_error"):
+    assert found[name] is None
+  right = scores.prmbench([[0.9, 0.9]], [[1, 1]], ["correct"])["correct"]
+  assert math.isnan(right.first_error) and right.accuracy == 1
+
+
 def test_published_f1_are_harmonic_means():
   """Qwen2.5-Math-PRM-7B's average over ProcessBench's subsets."""
   assert scores.mean_f1([82.4, 77.6, 67.5, 66.3]) == pytest.approx(73.45)

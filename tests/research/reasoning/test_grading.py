@@ -167,6 +167,26 @@ def test_what_braces_group_stays_together(truth, given, expected):
   assert SYMBOLIC.equal(truth, given) == expected
 
 
+@pytest.mark.parametrize(
+  ("truth", "given", "expected"),
+  [
+    ("5", "(5)", True),
+    ("5", "[5]", True),
+    (r"\text{(A)}", "A", True),
+    ("B", r"\textbf{(B)}", True),
+    ("3/2", "(3/2)", True),
+    ("1,2", "(1,2)", False),
+    ("(1,2)", "[1,2]", False),
+    ("5", "(6)", False),
+  ],
+)
+def test_brackets_around_a_single_answer_do_not_count(truth, given, expected):
+  """PRM800K's grader compares brackets of several elements alone."""
+  assert LADDER.equal(truth, given) == LADDER.equal(given, truth) == expected
+  same = LADDER.canonical(truth) == LADDER.canonical(given)
+  assert same == expected
+
+
 PIECES = (
   *("1", "23", "0", ",", ".", " ", "-", "/", "(", ")", "[", "]", "{", "}", "$"),
   *(r"\frac", r"\sqrt", r"\text{", "cm", "x", "=", " or ", "million", "%"),

@@ -75,6 +75,13 @@ def test_a_separator_at_the_end_makes_no_empty_step():
     assert len(steps_of(SEGMENTERS["blank_line"], "a\n\nb" + "\n" * n)) == 2
 
 
+def test_a_line_break_in_a_formula_opens_no_fence():
+  text = r"\begin{align*} x&=1\\[4pt] y&=2 \end{align*}" + "\n\nb\n\nc"
+  assert len(steps_of(SEGMENTERS["blank_line_fenced"], text)) == 3
+  inside = "a\n\n\\[x\\\\]\n\ny\\]\n\nb"  # ends with \], not with \\]
+  assert len(steps_of(SEGMENTERS["blank_line_fenced"], inside)) == 3
+
+
 @pytest.mark.parametrize(("opening", "closing"), FENCES)
 def test_a_fence_keeps_its_blank_lines(opening, closing):
   text = f"a\n\n{opening}x\n\ny{closing}\n\nb"

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import time
+import types
+import zlib
 
 import jax
 import numpy as np
@@ -226,7 +228,8 @@ def test_critiques_are_generated_texts_and_every_token_is_paid_for():
   prompts = [it.encode(x) for x in QUESTIONS]
   # Of three conversations, four rows: the first one fills up a power of two.
   rows = [x for x in [*prompts[:3], prompts[0]] for _ in range(COUNT)]
-  key = jax.random.fold_in(jax.random.key(0), sum(map(len, prompts[:3])))
+  seed = zlib.crc32(repr(prompts[:3]).encode())
+  key = jax.random.fold_in(jax.random.key(0), seed)
   made = generate.generate(
     *(it.model, it.params, rows, 6, it.sampling, key, it.stop_tokens)
   )
@@ -247,6 +250,22 @@ def test_critiques_are_generated_texts_and_every_token_is_paid_for():
   used = judgements(None)[0].ledger
   tokens = used.verifier_prefill_tokens + used.verifier_decode_tokens
   assert used.two_n(cost, cost) == cost.two_n(tokens)
+
+
+def test_conversations_of_equal_lengths_do_not_share_their_noise():
+  keys = []
+
+  class Policy:
+    def start(self, prompts, tokens, key, count):
+      keys.append(jax.random.key_data(key).tolist())
+      drawn = np.zeros((len(prompts) * count, 1), np.int32)
+      return None, types.SimpleNamespace(tokens=drawn)
+
+  it = dataclasses.replace(writer())
+  it.__dict__["_policy"] = Policy()
+  for words in ("abc", "abd", "abc"):
+    it([[("user", words)]], [long], COUNT)
+  assert keys[0] == keys[2] != keys[1]
 
 
 def test_chances_are_the_two_words_softmax_where_the_verdict_stands():
