@@ -20,6 +20,9 @@ from research.typing import UserError
 WORDS = 13
 """Words in an n-gram."""
 
+_LEAST = 8
+"""Words of the shortest n-gram that says anything."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Match:
@@ -105,10 +108,14 @@ def compare(
   Args:
     train: training documents.
     evaluation: evaluation documents.
-    words: words in an n-gram; a shorter document is one n-gram.
+    words: words in an n-gram; a shorter document is one n-gram, which is
+      searched for within training documents if it has 8 words at least (Brown
+      et al. 2020, arXiv:2005.14165, appendix C), and else only as a whole one.
   """
   if words < 1:
     raise UserError(f"words: found {words}, expected at least 1.")
+  short = {len(normalised(text)) for text in evaluation}
+  sizes = {words} | {n for n in short if _LEAST <= n < words}
   wanted = [set(_grams(normalised(text), words)) for text in evaluation]
   holders: dict[int, list[int]] = collections.defaultdict(list)
   wholes: dict[int, list[int]] = collections.defaultdict(list)
@@ -124,7 +131,8 @@ def compare(
     for i in wholes.get(_hash(tokens), ()):
       same.setdefault(i, number)
     shared = collections.Counter()
-    for gram in set(_grams(tokens, words)):
+    within = (set(_grams(tokens, n)) for n in sizes if n <= len(tokens))
+    for gram in set(_grams(tokens, words)).union(*within):
       for i in holders.get(gram, ()):
         shared[i] += 1
         seen[i].add(gram)

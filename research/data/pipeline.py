@@ -7,6 +7,7 @@ single number. A mixture selects its parts by index arithmetic, so the same
 holds for it.
 """
 
+import collections
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
@@ -142,7 +143,7 @@ class Pipeline(ShuffledRows):
       special.row_begin,
     )
     rows = packed.with_targets()
-    self._warn(found, len(packed), len(rows))
+    self._warn(found, packed, len(rows))
     return rows
 
   def _check_special_tokens(self) -> None:
@@ -159,22 +160,40 @@ class Pipeline(ShuffledRows):
         )
 
   def _warn(
-    self, found: Sequence[examples.Example], packed: int, kept: int
+    self,
+    found: Sequence[examples.Example],
+    packed: packing.PackedRows,
+    kept: int,
   ) -> None:
-    sizes = [len(e.tokens) for e in found if not e.loss_mask.all()]
-    longer = sum(size > self.length for size in sizes)
-    if not longer:
+    masked = [i for i, e in enumerate(found) if not e.loss_mask.all()]
+    if not masked:
       return
+    pieces = collections.Counter(
+      piece.document for row in packed.plan for piece in row
+    )
+    split = [i for i in masked if pieces[i] > 1]
+    if not split:
+      return
+    sizes = [len(found[i].tokens) for i in split]
+    longer = sum(size > self.length for size in sizes)
     without = ""
-    if kept < packed:
+    if kept < len(packed):
       without = (
-        f"; {packed - kept:,} of {packed:,} rows have no targets and are "
-        "dropped"
+        f"; {len(packed) - kept:,} of {len(packed):,} rows have no targets and "
+        "are dropped"
       )
+    what, hint = [], ""
+    if longer:
+      what.append(
+        f"{longer:,} of {len(found):,} examples are longer than {self.length}"
+        f" positions, the longest has {max(sizes)}"
+      )
+    if others := len(split) - longer:
+      what.append(f"{others:,} of {len(found):,} reach over a row's end")
+      hint = " plan=packing.best_fit splits none that fits into a row."
     warnings.warn(
-      f"Pipeline.length: {longer:,} of {len(found):,} examples are longer than "
-      f"{self.length} positions, the longest has {max(sizes)}. They are split, "
-      f"and each part is trained on without the preceding ones{without}.",
+      f"Pipeline.length: {'; '.join(what)}. They are split, and each part is "
+      f"trained on without the preceding ones{without}.{hint}",
       RuntimeWarning,
       stacklevel=3,
     )

@@ -112,6 +112,8 @@ class AdaptedTensor(weights.WrappedWeight):
     if key is not None and self.method.dropout:
       lead = self.shape[:-2]
       keys = jax.random.split(key, lead) if lead else key
+    if key is not None and weights.is_adapter(self.w):
+      key = jax.random.fold_in(key, 1)  # or both would drop the same inputs
     return dataclasses.replace(super().bind(key=key, ids=ids), key=keys)
 
   def with_tokens(
@@ -187,11 +189,11 @@ class AdaptedBias(weights.WrappedWeight):
 
   Attributes:
     w: the bias of the base, `[..., out]`.
-    matrix: the adapted weight, `[..., in, out]`.
+    matrix: the adapted weight, or one around it, `[..., in, out]`.
   """
 
   w: Any
-  matrix: AdaptedTensor
+  matrix: weights.WrappedWeight
 
   def dense(self) -> Shaped[Array, "..."]:
     """Returns the merged bias, in the dtype of `w`."""

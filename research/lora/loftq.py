@@ -71,6 +71,11 @@ class LoftQ:
           f"LoftQ: rank is {rank}, expected at most {size}, a side of "
           f"{paths[0]}"
         )
+      if weights.unwrap(w) is not None:
+        raise UserError(
+          f"LoftQ: {paths[0]}: found a {type(w).__name__}, whose operation it"
+          " would drop, expected a plain matrix; take Quantize, then Adapt"
+        )
       if not weights.is_weight(w):
         finite.check(w, paths[0])
       q, a, b = _fitted(

@@ -307,9 +307,11 @@ class DenseDelta(Method):
   """
 
   def einsum(self, eq, x, dropped, p, w):
-    # A sum in 16 bits would lose most of a small update, and dropout acts on
-    # the update's input alone: these cases take two products.
-    if dropped is not x or jnp.finfo(x.dtype).bits < 32:
+    # A sum in 16 bits would lose most of a small update; dropout acts on the
+    # update's input alone, and operations of the base (rounding, dropout of an
+    # adapter there) on its own: these cases take two products.
+    plain = weights.unwrap(w) is None
+    if not plain or dropped is not x or jnp.finfo(x.dtype).bits < 32:
       return super().einsum(eq, x, dropped, p, w)
 
     def product(x, p, w):

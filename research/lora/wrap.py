@@ -16,6 +16,7 @@ import jax
 from research import tree, weights
 from research.lora.adapted import AdaptedBias, AdaptedTensor
 from research.lora.method import Arrays, Method
+from research.quant.untied_embedding import Untied
 from research.typing import Params, PRNGKey, UserError
 
 TRAINABLE = r"(^|/)trained/"
@@ -42,6 +43,32 @@ experts); every returned array has the same leading axes."""
 def leaves(part: Any) -> Iterator[tuple[str, Any]]:
   """Yields (path, weight) of every weight in a subtree."""
   yield from weights.named_weights(part)
+
+
+def adapted(part: Any) -> Iterator[tuple[str, AdaptedTensor]]:
+  """Yields (path, adapter) of every adapted weight in a subtree.
+
+  Raises:
+    UserError: an adapter is inside another weight, which rounds, say: alone it
+      is not what was trained.
+  """
+  for path, leaf in leaves(part):
+    if isinstance(leaf, AdaptedTensor):
+      yield path, leaf
+    elif has_adapter(leaf):
+      raise UserError(
+        f"{path}: its adapter is inside a {type(leaf).__name__}, expected"
+        " nothing around it.\nMerge it (wrap.merge), pack it (qat.Convert), or"
+        " apply Adapt last."
+      )
+
+
+def has_adapter(w: Any) -> bool:
+  """Whether a weight is an adapter, or wraps one at any depth."""
+  inner = weights.unwrap(w)
+  return isinstance(w, AdaptedTensor) or (
+    inner is not None and has_adapter(inner)
+  )
 
 
 def matrices(params: Params) -> dict[str, tuple[int, int]]:
@@ -92,22 +119,28 @@ def wrap(
     make: makes the arrays; called once per weight of the tree.
 
   Raises:
-    UserError: the model has no matrix at an address.
+    UserError: the model has no matrix at an address, or two, as the embedding
+      of a rotated tied model, whose head is another matrix.
   """
   unknown = sorted(set(methods) - set(matrices(params)) - set(experts(params)))
   if unknown:
     raise UserError(f"no matrix of the model is called {unknown[0]}")
 
-  def adapted(path, leaf):
+  def adapted_alone(path, leaf):
     if path not in methods:
       return leaf
+    if isinstance(leaf, Untied):
+      raise UserError(
+        f"{path}: found a table and a head that differ, as after rotating a"
+        f" tied model, expected one matrix; leave {path} out of the targets"
+      )
     alone = jax.tree.map(lambda x: x[None], leaf)
     arrays = make([path], methods[path], alone)
     trained, fixed = jax.tree.map(lambda x: x[0], arrays)
     return AdaptedTensor(leaf, trained, fixed, method=methods[path])
 
   out = tree.map_paths(
-    adapted, tree.outer_params(params), is_leaf=weights.is_weight
+    adapted_alone, tree.outer_params(params), is_leaf=weights.is_weight
   )
   indices, count = tree.layer_indices(params), itertools.count()
   for name in tree.runs(params):
@@ -133,17 +166,18 @@ def adapters(
     params: parameters with adapters of any method.
     prepare: applied to each adapted leaf, layers stacked, before it is split
       into layers.
+
+  Raises:
+    UserError: see `adapted`.
   """
   out = {}
-  for path, leaf in leaves(tree.outer_params(params)):
-    if isinstance(leaf, AdaptedTensor):
-      out[path] = prepare(leaf)
+  for path, leaf in adapted(tree.outer_params(params)):
+    out[path] = prepare(leaf)
   for prefix, layers in tree.layer_indices(params).items():
-    for path, leaf in leaves(_layer(params, prefix)):
-      if isinstance(leaf, AdaptedTensor):
-        rows = prepare(leaf)
-        for k, i in enumerate(layers):
-          out[f"layers/{i}/{path}"] = jax.tree.map(lambda x, k=k: x[k], rows)
+    for path, leaf in adapted(_layer(params, prefix)):
+      rows = prepare(leaf)
+      for k, i in enumerate(layers):
+        out[f"layers/{i}/{path}"] = jax.tree.map(lambda x, k=k: x[k], rows)
   return out
 
 
@@ -186,14 +220,16 @@ def biases(params: Params) -> dict[str, AdaptedBias]:
 
 
 def _scales(w: Any) -> bool:
-  return isinstance(w, AdaptedTensor) and (
-    w.method.output_gain is not None or _scales(w.w)
-  )
+  if isinstance(w, AdaptedTensor) and w.method.output_gain is not None:
+    return True
+  inner = weights.unwrap(w)
+  return inner is not None and _scales(inner)
 
 
 def merge(params: Params) -> Any:
   """Returns the tree with every adapter merged into its base.
 
+  Weights around an adapter, which round it in training, say, stay.
   The sum is computed in fp32 and rounded to the base's dtype. bf16 loses most
   of a small update (research/lora/MATH.md 2.4), which fp32 weights keep.
   """
@@ -219,8 +255,15 @@ def _replaced(params: Params, kind: Any) -> Any:
   scaled = biases(params)
 
   def one(path, leaf):
-    leaf = scaled.get(path, leaf)
-    return _merged(leaf) if isinstance(leaf, kind) else leaf
+    return inside(scaled.get(path, leaf))
+
+  def inside(w):
+    if isinstance(w, kind):
+      return _merged(w)
+    inner = weights.unwrap(w)
+    if inner is None or not has_adapter(inner):
+      return w
+    return dataclasses.replace(w, w=inside(inner))
 
   return tree.map_paths(one, params, is_leaf=weights.is_weight)
 

@@ -90,12 +90,11 @@ class CachedFeatures:
         f"CachedFeatures: found {jax.process_count()} processes, expected one,"
         " which has all of the encoder; use pixels"
       )
-    where = None
-    if self.folder is not None:
-      where = pathlib.Path(self.folder) / encoder_hash(model, params)
+    encoder = encoder_hash(model, params)
+    where = None if self.folder is None else pathlib.Path(self.folder) / encoder
     # The weights are copied: those of the run may be cut over many devices.
     own = jax.device_put(jax.device_get(vision), jax.local_devices()[0])
-    return EncodedViews(model, own, where, self.megabytes << 20)
+    return EncodedViews(self, encoder, model, own, where)
 
 
 def encoder_hash(model: VisionLanguageModel, params: Params) -> str:
@@ -114,16 +113,18 @@ class EncodedViews:
   """Features of views by one encoder, from memory, a folder, or the encoder.
 
   Attributes:
+    settings: it was made of.
+    encoder: hash of the encoder.
     model: of the encoder.
     params: `vision` alone.
     folder: of features by this encoder, or None.
-    max_bytes: bytes of features in memory.
   """
 
+  settings: CachedFeatures
+  encoder: str
   model: VisionLanguageModel
   params: Any
   folder: pathlib.Path | None
-  max_bytes: int
   memory: collections.OrderedDict[str, np.ndarray] = dataclasses.field(
     default_factory=collections.OrderedDict, repr=False
   )
@@ -169,9 +170,13 @@ class EncodedViews:
   def with_encoder(
     self, model: VisionLanguageModel, params: Params, trainable: str
   ) -> "EncodedViews":
-    """Returns the same, which has an encoder."""
-    del model, params, trainable
-    return self
+    """Returns what makes features by another encoder; itself for its own.
+
+    Raises:
+      UserError: see `CachedFeatures.with_encoder`.
+    """
+    made = self.settings.with_encoder(model, params, trainable)
+    return self if made.encoder == self.encoder else made
 
   def _encoded(
     self, views: dict[str, np.ndarray], shape: tuple[int, ...]
@@ -209,7 +214,7 @@ class EncodedViews:
     self.memory[name] = features
     self.memory.move_to_end(name)
     while len(self.memory) * features.nbytes > max(
-      self.max_bytes, features.nbytes
+      self.settings.megabytes << 20, features.nbytes
     ):
       self.memory.popitem(last=False)
 

@@ -20,6 +20,7 @@ from research.interop.peft.targets import is_saved
 from research.lora import wrap
 from research.lora.methods.tokens import NESTED_PREFIX
 from research.nn.transformer import Transformer
+from research.quant import untied_embedding
 from research.typing import Params
 
 
@@ -171,5 +172,8 @@ def untie(
   params: Params, model: Transformer
 ) -> tuple[dict[str, Any], Transformer]:
   """Returns the same function with a head of its own."""
+  if isinstance(params["embed"], untied_embedding.Untied):
+    model, params = untied_embedding.untie(model, params)
+    return dict(params), model
   head = jnp.asarray(weights.dense(params["embed"])).T
   return dict(params) | {"head": head}, model.clone(tied=False)

@@ -84,8 +84,9 @@ def merge(
     least: share of all updates that has to be kept; None for whatever it is.
 
   Raises:
-    UserError: less is kept.
+    UserError: less is kept, or an adapter is inside another weight.
   """
+  _check_outermost(params)
   losses: dict[str, changes.Change] = {}
   indices, scaled = tree.layer_indices(params), wrap.biases(params)
 
@@ -187,7 +188,8 @@ def merge_as(
 
   Raises:
     UserError: there is no such mode, or the original is of another model, or
-      what was packed is that model rotated or scaled, or without the update.
+      what was packed is that model rotated or scaled, or without the update, or
+      an adapter is inside another weight.
   """
   if mode not in MODES:
     raise UserError(
@@ -195,6 +197,7 @@ def merge_as(
     )
   if mode == "decoded":
     return wrap.merge(params)
+  _check_outermost(params)
   if mode == "original":
     return wrap.merge(_rebased(params, original))
 
@@ -227,6 +230,12 @@ def report_modes(
     for mode in MODES
     if mode != "original" or original is not None
   }
+
+
+def _check_outermost(params: Params) -> None:
+  """Raises UserError if an adapter is inside another weight."""
+  for _ in wrap.adapted(params):
+    pass
 
 
 def _base(w: Any) -> Any:

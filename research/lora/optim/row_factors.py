@@ -15,7 +15,7 @@ import numpy as np
 from research import tree
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.lora import LoRA
-from research.lora.wrap import biases, leaves
+from research.lora.wrap import adapted, biases
 from research.typing import Array, Float, Int, Params, UserError
 
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -46,11 +46,11 @@ def extract(params: Params, rank: int) -> dict[str, Any]:
       "rows of a batch share.\nUse the adapter alone, or merge it."
     )
   found = {}
-  for path, leaf in _adapted(tree.outer_params(params)):
+  for path, leaf in adapted(tree.outer_params(params)):
     found[path] = _factored(path, leaf, rank)
   for prefix, layers in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
-    for path, leaf in _adapted(params[run][layer]):
+    for path, leaf in adapted(params[run][layer]):
       first = f"layers/{layers[0]}/{path}"
       if leaf.ndim > 3:
         raise UserError(f"{first}: adapters of experts cannot share a batch")
@@ -61,10 +61,6 @@ def extract(params: Params, rank: int) -> dict[str, Any]:
     if not all(np.isfinite(x).all() for x in pair):
       raise UserError(f"{path}: its adapter holds NaN or infinity")
   return found
-
-
-def _adapted(part):
-  return [(p, w) for p, w in leaves(part) if isinstance(w, AdaptedTensor)]
 
 
 def _factored(path, leaf, rank):

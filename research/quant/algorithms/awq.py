@@ -114,7 +114,8 @@ class AWQ(NeedsModel):
 
     Returns:
       reports contain, for qkv, o, mlp and down, the losses (without scales,
-      then of each alpha) and the chosen alpha (-1 for no scales).
+      then of each alpha) and the chosen alpha (-1 for no scales). Without a
+      gate, down is not scaled: its inputs come from the activation.
     """
     self.check(params)
     reports = []

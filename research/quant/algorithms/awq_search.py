@@ -156,7 +156,9 @@ def search_layer(
   scaled = folding.scale_norm(scaled, "mlp_norm", s, offset)
 
   path = "mlp/down"
-  if path in flat:
+  if path in flat and "mlp/gate" not in flat:
+    inputs[path] = moments[path]  # scales do not pass the activation
+  elif path in flat:
     loss = functools.partial(_output_loss, flat, moments[path][1])
     s, report["down"] = _search(search, flat, [path], moments[path], loss)
     inputs[path] = _divide_moments(moments[path], s)

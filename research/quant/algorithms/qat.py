@@ -24,6 +24,7 @@ import numpy as np
 
 from research import tree, weights
 from research.quant import qtensor
+from research.quant.activations import InputTensor
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.numerics import finite
@@ -224,6 +225,13 @@ class Prepare:
 
   def prepare(self, w: Any) -> FakeQuantTensor:
     """Returns one weight, or a stack, with fake quantization."""
+    below = w
+    while (below := weights.unwrap(below)) is not None:
+      if isinstance(below, InputTensor):
+        raise UserError(
+          f"Prepare: found a {type(w).__name__} over operations on inputs"
+          f" ({below.op!r}), which would be lost; apply Prepare before Adapt"
+        )
     format = self.format.for_shape(*w.shape[-2:])
     if not self.learned:
       return FakeQuantTensor(w, format=format)

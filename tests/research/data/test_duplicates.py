@@ -73,6 +73,14 @@ def test_empty_and_short_texts():
   report = duplicates.compare(["", "yes"], ["", "yes", "no"])
   assert [(m.evaluation, m.train) for m in report.matches] == [(1, 1)]
   assert not duplicates.compare([], ["a"]).matches
+  # A short question within a longer text; less than 8 words say nothing.
+  eight = "What is the capital city of the country"
+  train = [f"Some words. {eight} France? More words follow, as in any text."]
+  questions = [eight, f"{eight} France", "What is the capital city of"]
+  found = duplicates.compare(train, questions)
+  assert [(m.evaluation, m.train, m.share) for m in found.matches] == [
+    *((0, 0, 1.0), (1, 0, 1.0))
+  ]
   with pytest.raises(UserError, match="words: found 0"):
     duplicates.compare([], [], 0)
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from research.data import packing, pipeline
+from research.data import examples, packing, pipeline
 from research.data.sources.synthetic import Copy
 from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
@@ -187,6 +187,25 @@ def test_documents_may_begin_and_end_with_a_token():
 def test_batch_must_divide_among_processes():
   with pytest.raises(UserError, match="multiple of the 3 processes"):
     DATA.training(LETTERS, 0, 3)
+
+
+class Conversations:
+  """Three, whose answers are the last two tokens of six."""
+
+  def examples(self, tokenizer):
+    del tokenizer
+    mask = np.array([0, 0, 0, 0, 1, 1], bool)
+    return [examples.Example(np.arange(6, dtype=np.int32), mask)] * 3
+
+
+def test_answers_apart_from_their_questions_are_warned_of(recwarn):
+  """Rows of 10 end within the second conversation of 6 tokens."""
+  data = pipeline.Pipeline(source=Conversations(), length=10)
+  with pytest.warns(RuntimeWarning, match="1 of 3 reach over a row's"):
+    data.rows(LETTERS)
+  recwarn.clear()
+  dataclasses.replace(data, plan=packing.best_fit).rows(LETTERS)
+  assert not recwarn.list
 
 
 def test_plan_is_a_value():

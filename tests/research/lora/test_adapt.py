@@ -1,5 +1,6 @@
 """Tests `Adapt`: targets, initialisation and outputs."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,13 +11,18 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.lora import adapt, wrap
+from research.interop.peft import full_weights
+from research.lora import adapt, to_lora, wrap
 from research.lora.adapted import AdaptedTensor
+from research.lora.merge import merge
 from research.lora.methods.lora import LoRA
+from research.lora.optim import row_factors
 from research.nn import presets
-from research.quant.algorithms import qat
+from research.quant.activations import Inputs, Round
+from research.quant.algorithms import qat, rotate
 from research.quant.formats.affine import Affine
 from research.typing import UserError
+from tests import support
 from tests.support_lora import adapting
 
 LINEARS = {
@@ -241,6 +247,61 @@ def test_adapters_that_train_with_rounding_are_disabled():
   rounded = qat.Prepare(format=Affine(block=2, symmetric=True))
   got = wrap.disable(rounded(adapt.Adapt()(params, KEY)))
   chex.assert_trees_all_equal(got, rounded(params))
+
+
+@pytest.mark.parametrize(
+  "around",
+  [
+    qat.Prepare(
+      format=Affine(block=2, symmetric=True), targets=("gate", "up", "down")
+    ),
+    Inputs(op=Round(bits=8), targets="mlp/"),
+  ],
+  ids=["rounded", "rounds_inputs"],
+)
+def test_adapters_inside_other_weights_are_not_left_out(around):
+  """The ones outside are not what was trained."""
+  model, params = llama()
+  inside = around(randomised(adapt.Adapt()(params, KEY)), KEY)
+  refused = pytest.raises(UserError, match="mlp/.*: its adapter is inside a")
+  for f in (
+    lambda x: wrap.adapters(x, lambda adapter: adapter),
+    lambda x: row_factors.extract(x, 8),
+    lambda x: to_lora.to_lora(x, to_lora.Rank(2)),
+    lambda x: merge.merge(x),
+    lambda x: merge.merge_as(x, "requantized"),
+  ):
+    with refused:
+      f(inside)
+  merged = wrap.merge(inside)
+  assert not any(map(wrap.has_adapter, dict(wrap.leaves(merged)).values()))
+  chex.assert_trees_all_close(
+    logits(model, merged), logits(model, inside), atol=1e-4
+  )
+
+
+def test_an_embedding_of_two_matrices_has_no_adapter():
+  """Of a rotated tied model; merging would make the head the table."""
+  model = support.model("llama", depth=1, tied=True)
+  params = support.params(model)
+  turned = rotate.Rotate(model=model, values=False, hidden=False)(params, KEY)
+  with pytest.raises(UserError, match="embed: found a table and a head"):
+    adapt.Adapt(targets=("embed",))(turned, KEY)
+  untied, own = full_weights.untie(turned, model)
+  chex.assert_trees_all_close(
+    logits(own, untied), logits(model, turned), atol=1e-5
+  )
+
+
+def test_two_adapters_do_not_drop_the_same_inputs():
+  x = jnp.ones((64, 32))
+  inner = LoRA(rank=2, dropout=0.5)
+  arrays = [{"a": jnp.ones((2, 32)), "b": jnp.ones((2, 32))}] * 2
+  one = AdaptedTensor(jnp.zeros((32, 32)), arrays[0], method=inner)
+  both = AdaptedTensor(one, arrays[1], method=inner).bind(key=KEY, ids=None)
+  outer = dataclasses.replace(both, w=jnp.zeros((32, 32)))
+  rows = [weights.einsum("td,df->tf", x, w)[:, 0] for w in (outer, both.w)]
+  assert abs(np.corrcoef(rows)[0, 1]) < 0.6  # five standard errors of 64 rows
 
 
 def test_two_adapters_on_one_weight_add_up():

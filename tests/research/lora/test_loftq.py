@@ -18,6 +18,7 @@ from research.lora.methods.dora import DoRA
 from research.lora.methods.lora import LoRA
 from research.lora.methods.qalora import QALoRA, merged_offsets
 from research.quant import qtensor
+from research.quant.activations import Inputs, Round
 from research.quant.formats import ggml
 from research.quant.formats.codebook import Codebook
 from research.quant.quantize import Quantize
@@ -124,6 +125,12 @@ def test_a_base_in_blocks_of_ggml():
 def test_mistakes(change, message):
   with pytest.raises(UserError, match=message):
     LoftQ(**change)
+
+
+def test_operations_on_inputs_are_not_dropped():
+  params = Inputs(op=Round(bits=3))(support.params(model()))
+  with pytest.raises(UserError, match="attention/.*: found a InputTensor"):
+    LoftQ()(params)
 
 
 def test_a_rank_beyond_the_matrix():

@@ -1,5 +1,6 @@
 """Features that are computed once: what they equal, and when they are not."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +111,21 @@ def test_another_encoder_has_other_features(tmp_path, encoded):
   assert cached.encoder_hash(MODEL, connector) == cached.encoder_hash(
     MODEL, PARAMS
   )
+
+
+def test_data_of_one_experiment_takes_the_encoder_of_the_next(encoded):
+  """The features of the first encoder are not those of the second."""
+  other = PARAMS | {
+    "vision": jax.tree.map(lambda x: x * 1.01, PARAMS["vision"])
+  }
+  first = with_features()
+  again = first.with_encoder(MODEL, PARAMS, TRAINABLE)
+  assert again.inputs is first.inputs
+  second = first.with_encoder(MODEL, other, TRAINABLE)
+  expected = with_features(params=other)
+  chex.assert_trees_all_equal(batches(second), batches(expected))
+  with pytest.raises(UserError, match="vision/.* is trained"):
+    first.with_encoder(MODEL, PARAMS, ".")
 
 
 def test_memory_is_bounded(encoded):

@@ -55,6 +55,7 @@ from research.lora.methods.tinylora import TinyLoRA
 from research.lora.methods.tokens import Tokens
 from research.lora.methods.vera import VeRA
 from research.nn import presets
+from research.quant.activations import InputTensor, Round
 from research.quant.formats import ggml
 from research.typing import UserError
 from tests import support
@@ -382,6 +383,18 @@ def test_dropout_falls_on_the_adapter_alone(method):
   assert np.abs(dropped - quiet).max() > 1e-3
   start = weights.bind({"w": one(fresh(method, base()))}, key=KEY)["w"]
   close(times(x, start), np.asarray(x) @ np.asarray(began(method, start.w)))
+
+
+@every
+@pytest.mark.sample(3, 1)
+def test_a_fresh_adapter_leaves_the_base_s_rounding_of_inputs(method):
+  op, x = Round(bits=4), draw(5, IN)
+  got = np.asarray(times(x, one(fresh(method, InputTensor(base(), op=op)))))
+  want = times(x, one(InputTensor(base(), op=op)))
+  # KaSA takes a part out of the base, of inputs that are not rounded.
+  taken = began(method, base()[0]) - base()[0]
+  close(got, np.asarray(want + x @ taken))
+  assert np.abs(got - np.asarray(times(x, base()[0]))).max() > 0.01
 
 
 @jax.jit

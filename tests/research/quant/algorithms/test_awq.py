@@ -10,6 +10,7 @@ import pytest
 
 import tests.support as support
 from research import tree
+from research.nn.mlp import PlainMlp
 from research.nn.norm import UnitRMS
 from research.nn.stack import Stack
 from research.quant import qtensor
@@ -87,6 +88,22 @@ def test_scales_preserve_the_model():
   q = [next(tree.layers(p))["attention"]["q"] for p in (params, scaled)]
   assert _error(*q) > 0.1
   assert all(report["qkv"]["alpha"] > 0 for report in reports)
+
+
+def test_units_without_a_gate_are_not_scaled():
+  """GELU stands between `up` and `down`, and no scale passes it."""
+  model = support.model("llama", width=32, hidden=48, depth=1)
+  mlp = PlainMlp(hidden=48, bias=False)
+  blocks = tuple(b.clone(mlp=mlp) for b in model.stack.blocks)
+  model = model.clone(stack=dataclasses.replace(model.stack, blocks=blocks))
+  params, tokens = support.params(model), support.tokens(2, 24)
+  made = awq.AWQ(
+    format=FORMAT, steps=4, model=model, clip=False, loss="diag", duo=False
+  )
+  scaled, [report] = made.scale_and_clip(params, tokens)
+  run = _runner(model)
+  assert _error(run(scaled, tokens), run(params, tokens)) < 1e-4
+  assert "down" not in report
 
 
 @pytest.mark.slow

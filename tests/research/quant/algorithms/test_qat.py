@@ -233,6 +233,13 @@ def test_rounding_of_activations_stays(first):
     np.testing.assert_allclose(run(found), want, atol=1e-4)
 
 
+def test_rounding_of_activations_below_an_adapter_is_not_lost():
+  params, key = support.params(support.model(depth=1)), jax.random.key(0)
+  adapted = adapt.Adapt()(Inputs(op=Round(bits=3))(params), key)
+  with pytest.raises(UserError, match="over operations on inputs.*Round"):
+    qat.Prepare(format=SYMMETRIC)(adapted)
+
+
 def test_the_teacher_is_the_original_model():
   params = support.params(support.model())
   adapted = adapt.Adapt(method=LoRA(rank=2))(params, jax.random.key(0))
