@@ -6,7 +6,9 @@ r"""Runs a study: arms one by one, then a table, verdicts and pictures.
 An arm is one variant with one seed. Its row is stored in DIR/arms/; the same
 command again runs the arms that are missing, and --only runs some of them. Rows
 from other settings are refused. Once all arms are done, the command writes
-verdicts, plots and result.json to DIR. --render stores that result next to the
+verdicts, plots and result.json to DIR. The same command in several processes at
+once, of one machine or of several that share DIR, divides the arms among them
+where these do not need each other. --render stores that result next to the
 run file and updates the tables in the documentation. The last line on stdout is
 the result.
 """
@@ -17,10 +19,11 @@ if __name__ == "__main__":
 
   runtime.prepare()
 
+import contextlib
 import pathlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -164,19 +167,48 @@ def _run(
       stored[arm] = found
   todo = [arm for arm in arms if arm not in stored and only.search(arm)]
   shared = study.prepare(folder) if todo else None
-  commit = results.commit()
-  for i, arm in enumerate(todo, 1):
-    cli.say(f"{arm} ({i} of {len(todo)}) ...")
-    begin = time.perf_counter()
-    before = {a: stored[a]["row"] for a in arms if a in stored}
-    row = study.run(arm, before, shared)
-    seconds = time.perf_counter() - begin
-    store.write(arm, settings[arm], row, seconds=seconds, commit=commit)
-    found = store.read(arm, settings[arm])
-    assert found is not None
+  commit, count = results.commit(), len(todo)
+  while todo:
+    with _next(study, store, todo) as arm:
+      # Another process may have stored it since.
+      found = store.read(arm, settings[arm])
+      if found is None:
+        cli.say(f"{arm} ({count - len(todo) + 1} of {count}) ...")
+        begin = time.perf_counter()
+        before = {a: stored[a]["row"] for a in arms if a in stored}
+        row = study.run(arm, before, shared)
+        seconds = time.perf_counter() - begin
+        store.write(arm, settings[arm], row, seconds=seconds, commit=commit)
+        found = store.read(arm, settings[arm])
+        assert found is not None
+        cli.say(f"{arm}: {_summary(study, found['row'])} ({seconds:.0f} s)")
     stored[arm] = found
-    cli.say(f"{arm}: {_summary(study, found['row'])} ({seconds:.0f} s)")
+    todo.remove(arm)
   return {arm: stored[arm] for arm in arms if arm in stored}
+
+
+@contextlib.contextmanager
+def _next(study: Any, store: Any, todo: Sequence[str]) -> Iterator[str]:
+  """Context of the next arm, which no other process runs meanwhile.
+
+  Waits where each arm is run by another process, or needs one that is.
+  """
+  from research.training import preemption
+
+  waits = False
+  while True:
+    for arm in todo:
+      if not set(todo).isdisjoint(study.needs(arm)):
+        continue
+      with store.claimed(arm) as ours:
+        if ours:
+          yield arm
+          return
+    if not waits:
+      cli.say("Waits for arms that another process runs.")
+      waits = True
+    preemption.leave_if_asked()
+    time.sleep(1.0)
 
 
 def _summary(study: Any, row: dict[str, Any]) -> str:

@@ -4,14 +4,17 @@ A run file binds a study to `protocol.Run.study`; `experiments.study` runs it.
 """
 
 import abc
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import functools
 import hashlib
 import inspect
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.core import cli
@@ -80,6 +83,10 @@ class Study(abc.ABC):
       before: rows of the arms before it that are there.
       shared: of `prepare`.
     """
+
+  def needs(self, arm: str) -> Sequence[str]:
+    """Returns the arms whose rows or files an arm needs: all before it."""
+    return self.arms[: list(self.arms).index(arm)]
 
   @abc.abstractmethod
   def table(self, rows: Rows) -> Lines:
@@ -253,6 +260,22 @@ class Store(NamedTuple):
         f"{path}: found the arm {found['arm']!r}, expected {arm!r}: rename one"
       )
     return found
+
+  @contextlib.contextmanager
+  def claimed(self, arm: str) -> Iterator[bool]:
+    """Context in which no other process runs an arm; False if one does now."""
+    path = self.path(arm).with_suffix(".lock")
+    self.folder.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+      try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+          yield False
+          return
+        # A file system without locks: one process at a time, as before.
+      yield True
+      path.unlink(missing_ok=True)
 
   def write(self, arm: str, settings: str, row: Row, **origin: Any) -> None:
     """Writes an arm's file.

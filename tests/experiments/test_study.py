@@ -6,6 +6,8 @@ On a study without a model; those of each system have tests of their own.
 import functools
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -101,6 +103,46 @@ def test_what_is_there_is_not_run_again(run):
   assert code == 0 and fake_study.RAN == ["prepared", "seed 1", "seed 2"]
   fake_study.RAN.clear()
   assert run()[1] == result and not fake_study.RAN
+
+
+LOCKS = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("serial", [False, True])
+def test_processes_share_the_arms(run, monkeypatch, serial):
+  """What another process runs is left to it, and what needs it waits."""
+  run("--only=seed 1")
+  row = run.folder / "arms" / "seed_1.json"
+  text = row.read_text()
+  row.unlink()
+  fake_study.RAN.clear()
+  if not serial:
+    monkeypatch.setattr(fake_study.Coins, "needs", lambda self, arm: ())
+  command = [sys.executable, "-c", LOCKS, str(row.with_suffix(".lock"))]
+  with subprocess.Popen(
+    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+  ) as other:
+    assert other.stdout.readline() == b"locked\n"
+    ran = []
+
+    def sleep(seconds):
+      ran.extend(fake_study.RAN)
+      row.write_text(text)
+      other.stdin.close()
+      other.wait()
+
+    monkeypatch.setattr(study.time, "sleep", sleep)
+    code, result, out, _ = run()
+  assert code == 0 and list(result["arms"]) == ["seed 0", "seed 1", "seed 2"]
+  assert "Waits for arms that another process runs." in out
+  own = ["prepared", "seed 0", "seed 2"]
+  assert ran == (own[:2] if serial else own) and fake_study.RAN[2:] == own[2:]
 
 
 def test_without_all_arms_there_are_no_verdicts(run):

@@ -118,12 +118,22 @@ class Pipeline(protocol.Study):
     """Returns the arm's configuration, and those of the arms that it needs."""
     step, seed = self._step(arm)
     text = _text(step, tuple(x.name for x in self.steps), seed)
-    needed = [
-      self.settings(_arm(x, min(seed, self._seeds_of(x) - 1)))
+    given = [self.settings(x) for x in self._given(step, seed)]
+    return "\n".join([*given, text])
+
+  def needs(self, arm: str) -> list[str]:
+    """Returns the arms of the commands whose directories an arm reads."""
+    step, seed = self._step(arm)
+    pool = [x for x in self.steps if x.name == step.pool]
+    return [*self._given(step, seed), *(_arm(x, seed) for x in pool)]
+
+  def _given(self, step: Step, seed: int) -> list[str]:
+    """Returns the arms whose directories a step's bindings name."""
+    return [
+      _arm(x, min(seed, self._seeds_of(x) - 1))
       for x in self.steps
       if any(f"{{{x.name}}}" in line for line in step.set)
     ]
-    return "\n".join([*needed, text])
 
   def run(self, arm: str, before: Rows, shared: pathlib.Path) -> Row:
     """Returns what the command's result says."""

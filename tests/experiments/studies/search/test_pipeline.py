@@ -82,6 +82,10 @@ def test_settings_are_those_of_all_that_an_arm_needs():
     steps=(Step(name="policy", command="search", path=TINY), user), seeds=1
   )
   assert one.settings("user, seed 0") != other.settings("user, seed 0")
+  again = Step(name="again", command="search", path=TINY, pool="user")
+  three = Pipeline(steps=(longer, user, again), seeds=1)
+  needed = [list(three.needs(arm)) for arm in three.arms]
+  assert needed == [[], ["policy, seed 0"], ["user, seed 0"]]
   alone = Pipeline(steps=(longer, ALONE), seeds=1)
   again = Pipeline(steps=(Step(name="x", command="search", path=TINY), ALONE))
   assert alone.settings("alone, seed 0") == again.settings("alone, seed 0")
