@@ -45,8 +45,8 @@ tour: ARGS = --set=pipeline.Pipeline.seeds=1
 tour: venv  ## All systems in one: pictures, NF4, LoRA, diffusion, reward, search
 	@mkdir -p runs/tour
 	@$(TOUR) > runs/tour/second.log 2>&1 & second=$$!; \
-	  $(TOUR) || { kill $$second 2> /dev/null; wait $$second; exit 1; }; \
-	  wait $$second || { tail runs/tour/second.log; exit 1; }
+	  trap "kill $$second 2> /dev/null || true" EXIT; trap "exit 130" INT TERM; \
+	  $(TOUR) && { wait $$second || { tail runs/tour/second.log; exit 1; }; }
 
 tiny-lm: venv  ## Trains a small language model of our own (20 minutes)
 	@$(PY) -m experiments.train --config=runs/pretrain_tiny.gin \
