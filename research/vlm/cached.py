@@ -94,7 +94,8 @@ class CachedFeatures:
     where = None if self.folder is None else pathlib.Path(self.folder) / encoder
     # The weights are copied: those of the run may be cut over many devices.
     own = jax.device_put(jax.device_get(vision), jax.local_devices()[0])
-    return EncodedViews(self, encoder, model, own, where)
+    room = self.megabytes << 20
+    return EncodedViews(self, encoder, model, own, where, room)
 
 
 def encoder_hash(model: VisionLanguageModel, params: Params) -> str:
@@ -118,6 +119,7 @@ class EncodedViews:
     model: of the encoder.
     params: `vision` alone.
     folder: of features by this encoder, or None.
+    max_bytes: bytes of features in memory.
   """
 
   settings: CachedFeatures
@@ -125,6 +127,7 @@ class EncodedViews:
   model: VisionLanguageModel
   params: Any
   folder: pathlib.Path | None
+  max_bytes: int
   memory: collections.OrderedDict[str, np.ndarray] = dataclasses.field(
     default_factory=collections.OrderedDict, repr=False
   )
@@ -214,7 +217,7 @@ class EncodedViews:
     self.memory[name] = features
     self.memory.move_to_end(name)
     while len(self.memory) * features.nbytes > max(
-      self.settings.megabytes << 20, features.nbytes
+      self.max_bytes, features.nbytes
     ):
       self.memory.popitem(last=False)
 
