@@ -20,7 +20,7 @@ _NUMBER = re.compile(
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 # "answer isn't" and "answer issues" have none.
-_PHRASE = re.compile(r"answer(?: is(?![\w'’]):?|:)", re.IGNORECASE)
+_PHRASE = re.compile(r"answer(?: is(?![a-z'’]):?|:)", re.IGNORECASE)
 
 
 def gsm8k_strict(text: str) -> str | None:

@@ -67,6 +67,7 @@ def test_boxed(text, expected):
     ("answer_phrase", "The answer is **$x^*$**.", "x^*"),
     ("answer_phrase", "The answer is 42. The answer isn't 41.", "42"),
     ("answer_phrase", "The answer is 42.\nThis answer issues from it.", "42"),
+    ("answer_phrase", "The answer is42", "42"),
     ("answer_phrase", "my answer", None),
     ("answer_phrase", "the answer is ", None),
     ("boxed_or_phrase", r"The answer is 3, \boxed{4}", "4"),
