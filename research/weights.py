@@ -8,7 +8,7 @@ modules, trainers, samplers and checkpoints call the functions below instead.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -144,6 +144,14 @@ def is_weight(x: Any) -> bool:
 def unwrap(w: AnyWeight) -> AnyWeight | None:
   """Returns the weight that `w` wraps, or None if it wraps none."""
   return w.w if isinstance(w, WrappedWeight) else None
+
+
+def nested(w: AnyWeight) -> Iterator[AnyWeight]:
+  """Yields `w`, the weight that it wraps, and so on down to the innermost."""
+  below = w
+  while below is not None:
+    yield below
+    below = unwrap(below)
 
 
 def is_packed(w: AnyWeight) -> bool:

@@ -83,8 +83,7 @@ def read_factors(
   saved = () if is_gguf(place) else _saved(place)
   before = tree.outer_params(params)
   for path, w in tree.outer_params(adapted).items():
-    while (inner := weights.unwrap(w)) is not None:
-      w = inner
+    *_, w = weights.nested(w)
     same = w is before[path] or _equal(w, before[path])
     saved = saved if same else (*saved, path)
   if saved:

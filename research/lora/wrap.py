@@ -65,10 +65,7 @@ def adapted(part: Any) -> Iterator[tuple[str, AdaptedTensor]]:
 
 def has_adapter(w: Any) -> bool:
   """Whether a weight is an adapter, or wraps one at any depth."""
-  inner = weights.unwrap(w)
-  return isinstance(w, AdaptedTensor) or (
-    inner is not None and has_adapter(inner)
-  )
+  return any(isinstance(x, AdaptedTensor) for x in weights.nested(w))
 
 
 def matrices(params: Params) -> dict[str, tuple[int, int]]:
@@ -220,10 +217,10 @@ def biases(params: Params) -> dict[str, AdaptedBias]:
 
 
 def _scales(w: Any) -> bool:
-  if isinstance(w, AdaptedTensor) and w.method.output_gain is not None:
-    return True
-  inner = weights.unwrap(w)
-  return inner is not None and _scales(inner)
+  return any(
+    isinstance(x, AdaptedTensor) and x.method.output_gain is not None
+    for x in weights.nested(w)
+  )
 
 
 def merge(params: Params) -> Any:

@@ -90,12 +90,12 @@ class CachedFeatures:
         f"CachedFeatures: found {jax.process_count()} processes, expected one,"
         " which has all of the encoder; use pixels"
       )
-    encoder = encoder_hash(model, params)
-    where = None if self.folder is None else pathlib.Path(self.folder) / encoder
+    where = None
+    if self.folder is not None:
+      where = pathlib.Path(self.folder) / encoder_hash(model, params)
     # The weights are copied: those of the run may be cut over many devices.
     own = jax.device_put(jax.device_get(vision), jax.local_devices()[0])
-    room = self.megabytes << 20
-    return EncodedViews(self, encoder, model, own, where, room)
+    return EncodedViews(self, model, own, where, self.megabytes << 20)
 
 
 def encoder_hash(model: VisionLanguageModel, params: Params) -> str:
@@ -115,7 +115,6 @@ class EncodedViews:
 
   Attributes:
     settings: it was made of.
-    encoder: hash of the encoder.
     model: of the encoder.
     params: `vision` alone.
     folder: of features by this encoder, or None.
@@ -123,7 +122,6 @@ class EncodedViews:
   """
 
   settings: CachedFeatures
-  encoder: str
   model: VisionLanguageModel
   params: Any
   folder: pathlib.Path | None
@@ -179,7 +177,8 @@ class EncodedViews:
       UserError: see `CachedFeatures.with_encoder`.
     """
     made = self.settings.with_encoder(model, params, trainable)
-    return self if made.encoder == self.encoder else made
+    own = encoder_hash(self.model, self.params)
+    return self if encoder_hash(model, params) == own else made
 
   def _encoded(
     self, views: dict[str, np.ndarray], shape: tuple[int, ...]

@@ -225,8 +225,7 @@ class Prepare:
 
   def prepare(self, w: Any) -> FakeQuantTensor:
     """Returns one weight, or a stack, with fake quantization."""
-    below = w
-    while (below := weights.unwrap(below)) is not None:
+    for below in weights.nested(w):
       if isinstance(below, InputTensor):
         raise UserError(
           f"Prepare: found a {type(w).__name__} over operations on inputs"

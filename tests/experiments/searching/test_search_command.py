@@ -126,9 +126,7 @@ def test_a_setting_that_is_left_out_is_another_one(tmp_path):
         running._claim(read.experiment, tmp_path, read.text)
 
 
-def test_samples_of_a_changed_problem_or_model_are_not_mixed(
-  tmp_path, monkeypatch
-):
+def test_samples_of_a_changed_problem_or_model_are_not_mixed(tmp_path):
   """A pool's lines have a problem's id; the data behind it may change."""
   read = config.read(TINY, ["PROBLEMS=(0, 2)"], root=search_run.SearchRun)
   search, [problem, other] = read.experiment, list(read.experiment.task)[:2]
