@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from kernels_pallas import grouped_matmul
-from kernels_pallas.common import target_platform
+from kernels_pallas import dense_matmul, grouped_matmul
 from research import tree
 from research.typing import Array, Float, Int, Params, PRNGKey, Shaped
 
@@ -42,6 +41,8 @@ class Weight:
   """Whether training updates the stored codes directly; see `Int8Tensor`."""
   token_wise = False
   """Whether the output for a token depends on that token only."""
+  row_wise = True
+  """Whether the product for a row of `x` depends on that row only."""
   per_row = False
   """Whether its arrays have an axis of a batch's rows, such as their images."""
   row_count: int | None = None
@@ -188,46 +189,7 @@ def einsum(
   """
   if is_weight(w):
     return w.einsum(eq, x)
-  w = jnp.asarray(w).astype(x.dtype)
-  if eq.startswith("...") and _is_row(x):
-    # Decided when the program is lowered: it may be compiled for another
-    # platform than the one this process runs on.
-    return jax.lax.platform_dependent(
-      x, w, cpu=partial(_doubled, eq), default=partial(jnp.einsum, eq)
-    )
-  return _flatly(eq, x, w)
-
-
-def _flatly(eq: str, x: Float[Array, "..."], w: Float[Array, "..."]):
-  """Returns `einsum(eq, x, w)` with the leading axes of `x` flattened to one.
-
-  The gradient of `w` then sums over a single axis. For a sum over two axes,
-  XLA's CPU backend transposes the inputs, which took longer than the product
-  itself and twice as long as the whole backward pass of a layer.
-  """
-  rows = x.ndim + len("...") - eq.index(",")
-  # A mesh may shard both batch and sequence; a flattened axis cannot express
-  # that.
-  if not eq.startswith("...") or rows < 2 or target_platform.may_be_sharded():
-    return jnp.einsum(eq, x, w)
-  y = jnp.einsum(eq, x.reshape(-1, *x.shape[rows:]), w)
-  return y.reshape(*x.shape[:rows], *y.shape[1:])
-
-
-def _is_row(x: Float[Array, "..."]) -> bool:
-  """Whether `x` is a single bf16 row, as in decoding with batch size 1."""
-  return x.dtype == jnp.bfloat16 and x.ndim > 1 and x.size == x.shape[-1]
-
-
-def _doubled(eq: str, x: Float[Array, "..."], w: Float[Array, "..."]):
-  """Returns `einsum(eq, x, w)`, computed for two copies of the row `x`.
-
-  XLA's CPU backend has bf16 kernels for matrix-matrix products only and would
-  convert the whole weight for a single row. Two rows are 16 times faster
-  (SmolLM2's head: 2 instead of 32 ms).
-  """
-  # The leading axis belongs to the ellipsis, so it leads the output too.
-  return jnp.einsum(eq, jnp.concatenate([x, x]), w)[:1]
+  return dense_matmul.einsum(eq, x, jnp.asarray(w).astype(x.dtype))
 
 
 def take(w: AnyWeight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
@@ -402,6 +364,20 @@ def token_wise(params: Any) -> bool:
   """
   leaves = jax.tree.leaves(params, is_leaf=is_weight)
   return all(not is_weight(w) or w.token_wise for w in leaves)
+
+
+def row_wise(params: Any) -> bool:
+  """Whether products for some rows of `x` are the same without the others.
+
+  True, unless a weight says otherwise (`Weight.row_wise`), as one that rounds
+  with a scale that all rows share. Weights that are bound to tokens need
+  `select_tokens` besides.
+
+  Args:
+    params: any tree of weights.
+  """
+  leaves = filter(is_weight, jax.tree.leaves(params, is_leaf=is_weight))
+  return all(x.row_wise for w in leaves for x in nested(w) if is_weight(x))
 
 
 def select_tokens(params: Any, keep: Int[Array, "B N"]) -> Any:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from kernels_pallas.flash_attention import api, sharded
 from kernels_pallas.masks import Mask
-from research import sharding
+from research import sharding, weights
 from research.nn import decode_attention
-from research.typing import Array, Float, Int, Shaped, UserError
+from research.typing import Array, Float, Int, Params, Shaped, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,22 +184,28 @@ def select_queries(mask: Mask, keep: Int[Array, "B N"], length: int) -> Mask:
 
 
 def can_select_tokens(
-  keep: Int[Array, "B N"] | None, mask: Mask, layers: Any, shape: Sequence[int]
+  keep: Int[Array, "B N"] | None,
+  mask: Mask,
+  layers: Any,
+  shape: Sequence[int],
+  params: Params,
 ) -> bool:
   """Whether the last layer can compute selected tokens only.
 
   Not if all tokens are selected, the mesh shards the tokens of a row, the mask
-  is a block diffusion mask, or a cache requires a query for every new key.
+  is a block diffusion mask, a cache requires a query for every new key, or a
+  weight rounds with a scale that all tokens share (`weights.row_wise`).
 
   Args:
     keep: indices of the selected tokens; None for all.
     mask: the attention mask.
     layers: the layers' caches, or None.
     shape: of the layer's input, `[B, T, D]`.
+    params: the layer's parameters.
   """
   if keep is None or keep.shape[1] >= shape[1]:
     return False
-  if mask.kind == "block_diffusion":
+  if mask.kind == "block_diffusion" or not weights.row_wise(params):
     return False
   if (
     sharding.is_cut()

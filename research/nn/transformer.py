@@ -365,7 +365,7 @@ class Transformer(nn.Module):
         )
         return (x, lent), (new, None)
       few = last and attention_context.can_select_tokens(
-        keep, mask, old, x.shape
+        keep, mask, old, x.shape, own
       )
       if few:
         own, given = block.select_tokens(own, keep), (*given, keep)

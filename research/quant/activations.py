@@ -58,6 +58,15 @@ class Op:
     """Returns `einsum(eq, self(x), w)`, in the dtype of `x`."""
     return weights.einsum(eq, self(x, scale), w)
 
+  def is_row_wise(self, scale: Any = None) -> bool:
+    """Whether the result for a row of `x` depends on that row only.
+
+    Elsewhere the rows of a call share something, so padding, other rows of a
+    batch and chunks change results.
+    """
+    del scale
+    return True
+
   def effective_weight(
     self, w: Float[Array, "*L I O"]
   ) -> Float[Array, "*L I O"]:
@@ -83,6 +92,11 @@ class InputTensor(weights.WrappedWeight):
   w: Any
   scale: Any = None
   op: Op = dataclasses.field(default=Op(), metadata=dict(static=True))
+
+  @property
+  def row_wise(self) -> bool:
+    """Whether a row's product depends on that row only; see `Op`."""
+    return self.op.is_row_wise(self.scale)
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, op(x), w)`; `eq` contracts the inputs of `w`.
@@ -130,6 +144,9 @@ class Round(Op):
   static scale. Gradients pass straight through rounding, and through scales, so
   the largest value receives a gradient from all values that share its scale.
 
+  A tensor is all rows of one call, so unless the scale is static, its results
+  change with padding, other rows of the batch and chunks.
+
   Attributes:
     bits: 2 to 8.
     per: what shares a scale, 'token' or 'tensor'.
@@ -168,6 +185,10 @@ class Round(Op):
       )
     if self.integer and (self.group or not self.symmetric):
       raise UserError("Round.integer: expected symmetric=True and group=0.")
+
+  def is_row_wise(self, scale: Any = None) -> bool:
+    """Whether no rows share a scale of their values."""
+    return self.per == "token" or scale is not None
 
   @property
   def top(self) -> int:
@@ -244,7 +265,7 @@ class RoundFloat(Op):
   straight through rounding.
 
   Attributes:
-    per: what shares a scale, 'token' or 'tensor'.
+    per: what shares a scale, 'token' or 'tensor', as in `Round`.
   """
 
   per: str = "token"
@@ -254,6 +275,10 @@ class RoundFloat(Op):
       raise UserError(
         f"RoundFloat.per: found {self.per!r}, expected 'token' or 'tensor'."
       )
+
+  def is_row_wise(self, scale: Any = None) -> bool:
+    """Whether no rows share a scale of their values."""
+    return self.per == "token" or scale is not None
 
   def __call__(
     self, x: Float[Array, "*B I"], scale: Any = None

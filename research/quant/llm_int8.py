@@ -28,7 +28,8 @@ class Outliers(Op):
   """Rounds activations to 8 bits, except inputs with outliers.
 
   Both products have full size, since the outlier inputs are not known at
-  compile time.
+  compile time. As in bitsandbytes, they are those of all rows of a call, so
+  padding, other rows of the batch and chunks may change results.
 
   Attributes:
     threshold: magnitude of an outlier; 0 rounds all inputs to 8 bits.
@@ -41,6 +42,11 @@ class Outliers(Op):
       raise UserError(
         f"Outliers.threshold: found {self.threshold}, expected 0 or more."
       )
+
+  def is_row_wise(self, scale: Any = None) -> bool:
+    """Whether no row makes an input of other rows an outlier."""
+    del scale
+    return not self.threshold
 
   def __call__(self, x: Float[Array, "*B I"], scale: Any = None) -> Any:
     """Returns `x`, rounded except for inputs with outliers."""

@@ -207,13 +207,15 @@ def test_a_cache_has_the_keys_of_all(family):
 def test_where_some_tokens_cannot_be_computed_alone():
   shape = 2, T, 8
   pages = PagedLayer(empty_pages(1, 2, 4, 8, "float32"), jnp.zeros((2, 1)))
-  assert can_select_tokens(KEEP, Mask.causal(), None, shape)
-  assert not can_select_tokens(None, Mask.causal(), None, shape)
-  assert not can_select_tokens(KEEP, Mask.causal(), None, (2, N, 8))
+  assert can_select_tokens(KEEP, Mask.causal(), None, shape, {})
+  assert not can_select_tokens(None, Mask.causal(), None, shape, {})
+  assert not can_select_tokens(KEEP, Mask.causal(), None, (2, N, 8), {})
   assert not can_select_tokens(
-    KEEP, Mask.block_diffusion(T // 2, 3), None, shape
+    KEEP, Mask.block_diffusion(T // 2, 3), None, shape, {}
   )
-  assert not can_select_tokens(KEEP, Mask.causal(), {"layer0": pages}, shape)
+  assert not can_select_tokens(
+    KEEP, Mask.causal(), {"layer0": pages}, shape, {}
+  )
 
 
 def test_the_last_layer_costs_less():
