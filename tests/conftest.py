@@ -35,17 +35,16 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
-import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+from research import typechecks  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 _TYPED = importlib.util.find_spec("beartype") is not None
 if _TYPED:
   # Every annotated function and dataclass of ours checks shapes and types.
-  jaxtyping.install_import_hook(
-    ["research", "kernels_pallas", "experiments"], "beartype.beartype"
-  )
+  typechecks.install(["research", "kernels_pallas", "experiments"])
 # Examples depend on the test alone, and a first call may compile for seconds.
 hypothesis.settings.register_profile(
   "heptad", derandomize=True, deadline=None, database=None

@@ -16,7 +16,7 @@ ORDER = (  # what stands on a line may import what stands above it, and itself
     *("research.typing", "research.tree", "research.weights"),
     *("research.sharding", "research.io", "research.text", "research.taps"),
     *("research.moved", "research.tables", "research.progress"),
-    *("research.errors", "research.rounding"),
+    *("research.errors", "research.rounding", "research.typechecks"),
   },
   {"research.nn"},
   {"research.generation", "research.data", "research.optim"},

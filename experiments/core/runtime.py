@@ -107,9 +107,9 @@ def prepare(argv: list[str] | None = None, resumes: bool = False) -> None:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, sys.orig_argv)
   if not _is_off("typecheck", argv):
-    from jaxtyping import install_import_hook
+    from research import typechecks
 
-    install_import_hook(list(PACKAGES), "beartype.beartype")
+    typechecks.install(PACKAGES)
 
 
 def _leave(*_: Any) -> NoReturn:
