@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.searching import texts
 from research.generation.stepwise import Stepwise
 from research.reasoning.problem import Problem
 from research.reasoning.problem import Verifier as Judge
@@ -29,6 +28,7 @@ class Context:
     judge: of texts.
     problems: of the batch, by `Path.problem`.
     prompts: some of the run's, which show what stands beside their tokens.
+    questions: texts of these prompts' problems.
   """
 
   policy: Stepwise | DiffusionPolicy
@@ -40,6 +40,7 @@ class Context:
   judge: Judge
   problems: tuple[Problem, ...] = ()
   prompts: tuple[Sequence[int], ...] = ()
+  questions: tuple[str, ...] = ()
 
   @property
   def vocab_size(self) -> int:
@@ -50,7 +51,7 @@ class Context:
 
   def text(self, path: Path) -> str:
     """Returns a path's text."""
-    return texts.steps_of(path, self.tokenizer)[0]
+    return path.text(self.tokenizer.decode)
 
   def answer(self, path: Path) -> str | None:
     """Returns a path's answer in canonical form, or None."""

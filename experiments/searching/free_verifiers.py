@@ -7,12 +7,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from experiments.searching import texts
 from experiments.searching.context import Context
 from research.generation.generated import NO_TOKEN
 from research.reasoning.problem import Problem, StepVerifier
 from research.search.engine import Path, Verifier
 from research.search.ledger import Ledger
+from research.search.policy import steps_of
 from research.typing import Float, Int, UserError
 
 
@@ -140,7 +140,7 @@ class _Oracle(Stateless):
     """Returns the verifier of these problems."""
 
     def score(path: Path) -> float:
-      steps = texts.steps_of(path, self.context.tokenizer)[1]
+      steps = steps_of(path, self.context.tokenizer.decode)[1]
       words = [step.text for step in steps]
       if path.problem >= len(problems):
         raise UserError(

@@ -28,6 +28,7 @@ from research.reasoning.problem import Problem
 from research.reasoning.trace import Sampler
 from research.search.engine import Engine
 from research.search.lookahead import Lookahead
+from research.search.policy import steps_of
 from research.search.step_search import Limits, Samples, Strategy
 from research.typing import UserError
 
@@ -92,6 +93,7 @@ class Search:
     self._run = run
     self._words = IdWords() if loaded.tokenizer is None else loaded.tokenizer
     self._prompts = {x.id: self._prompt(x) for x in problems}
+    self._question = problems[0].prompt
     context = self._context_of(loaded)
     self._engine = self._engine_of(context)
     # The weights as they were loaded are not needed again.
@@ -140,6 +142,7 @@ class Search:
       prompt_room=room,
       params=found.loaded,
       prompts=tuple(prompts[:1]),
+      questions=(self._question,),
       tokenizer=self._words,
       prompting=run.prompting,
       task=run.task,
@@ -151,10 +154,16 @@ class Search:
     if run.verifier is None:
       return Engine(policy=context.policy)
     verifier = run.verifier.load(context)
+    silent = tuple(
+      x for x in context.policy.stop_tokens if not self._words.decode([x])
+    )
     if not run.lookahead:
-      return Engine(policy=context.policy, verifier=verifier)
+      return Engine(policy=context.policy, verifier=verifier, silent=silent)
     return Lookahead(
-      policy=context.policy, verifier=verifier, steps=run.lookahead
+      policy=context.policy,
+      verifier=verifier,
+      silent=silent,
+      steps=run.lookahead,
     )
 
   def __call__(self, problems: Sequence[Problem], first: int) -> list[Searched]:
@@ -203,7 +212,7 @@ class Search:
     )
     made = []
     for path in samples.paths:
-      text, steps = texts.steps_of(path, self._words)
+      text, steps = steps_of(path, self._words.decode)
       verdict = verdict_of(text)
       trace = texts.trace_of(path, steps, problem.id, verdict, self._sampler)
       made.append(Sample(trace, verdict, path.root))

@@ -21,6 +21,7 @@ from research.reasoning.isolation import Guarded
 from research.reasoning.prompting import Prompting
 from research.reasoning.tasks.task import Task
 from research.search.choose import Choice, Majority
+from research.search.step_search import needs_scores
 from research.typing import UserError
 
 SAMPLED = Sampling(temperature=1.0)
@@ -101,6 +102,15 @@ class SearchRun:
         f"SearchRun.lookahead: found {self.lookahead} and the verifier"
         f" {self.verifier}, expected at least 0, and a verifier if above."
       )
+    for name in ("strategy", "choice"):
+      part = getattr(self, name)
+      if self.verifier is None and needs_scores(part):
+        raise UserError(
+          f"SearchRun.verifier: found None and the {name}"
+          f" {type(part).__name__}, which goes by scores of steps, expected a"
+          " verifier, such as --set=VERIFIER=@verifiers.TrainedReward(), or"
+          f" another {name.upper()}."
+        )
     if self.sampler is not None and not self.sampler.stop_early:
       raise UserError(
         f"SearchRun.sampler: found {self.sampler.show('stop_early')}, expected"

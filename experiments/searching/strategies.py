@@ -75,6 +75,11 @@ class AllocatedSamples:
   first: int = 4
   scores: Aggregate | None = None
 
+  @property
+  def needs_scores(self) -> bool:
+    """Whether the verifier's scores predict difficulty."""
+    return self.scores is not None
+
   def of_tokens(self, context: Context) -> Strategy:
     """Returns the search of tokens."""
     predictor = (

@@ -11,6 +11,7 @@ from experiments.core import (
   device_context,
   train_eval,
 )
+from experiments.core.experiment import Experiment
 from experiments.stages import staged
 from research.interop.loaded import Loaded
 from research.io.unread import Shardings
@@ -22,8 +23,8 @@ CheckpointChoice = Literal["best", "last"]
 
 def restore(
   workdir: str, checkpoint: CheckpointChoice = "best"
-) -> tuple[Any, Params]:
-  """Returns a run's `BuiltExperiment`, and the weights that it has trained.
+) -> tuple[Any, Params, Experiment]:
+  """Returns a run's `BuiltExperiment`, its trained weights, and its settings.
 
   The run's own configuration builds the model; transforms of `after` are
   applied to its weights.
@@ -51,7 +52,7 @@ def restore(
     experiment, built, folder, None if checkpoint == "best" else last
   )
   params = experiment.finished(state.params)
-  return built.with_tokenizer(tokenizer), params
+  return built.with_tokenizer(tokenizer), params, experiment
 
 
 def saved_steps(value: Any) -> dict[str, int]:
@@ -93,5 +94,5 @@ class Trained:
   def load(self, shardings: Shardings | None = None) -> Loaded:
     """Returns the model, its weights and its tokenizer."""
     del shardings
-    built, params = restore(self.workdir, self.checkpoint)
+    built, params, _ = restore(self.workdir, self.checkpoint)
     return dataclasses.replace(built.loaded, params=params)

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from experiments.core.experiment import Source
-from experiments.searching import texts
 from experiments.searching.context import Context
 from experiments.searching.trained import CheckpointChoice, restore
 from research import tree
@@ -23,16 +22,19 @@ from research.prm.model import (
   RewardModel,
   probability,
 )
+from research.prm.rows import LabelledRows
 from research.reasoning.problem import Problem
 from research.rounding import next_power_of_two
 from research.search.cost import Causal, ModelCost, model_cost
 from research.search.engine import Path, StateVerifier, Verifier
 from research.search.ledger import Ledger
+from research.search.policy import steps_of
 from research.search.reward_verifiers import (
   PolicyProbe,
   StepScore,
   verifier_of,
 )
+from research.text.tokenizer import Tokenizer
 from research.typing import Float, Int, Params, UserError
 from research.vlm.model import VisionLanguageModel
 from research.vlm.prompts.reader import ImageReader
@@ -54,31 +56,43 @@ class TrainedReward:
   """A reward model that a run has trained, which reads all that is written.
 
   Attributes:
-    workdir: of the run.
+    workdir: of the run, whose data say what it reads of a solution.
     checkpoint: which of its checkpoints.
-    separator: text that it reads after a step, where the policy writes none.
     readout: logits -> score, from 0 to 1.
   """
 
   workdir: str
   checkpoint: CheckpointChoice = "best"
-  separator: str = ""
   readout: Readout = probability
 
   def load(self, context: Context) -> Verifier:
-    """Returns the verifier."""
-    found = reward_of(self.workdir, self.checkpoint)
-    _check_vocabulary(found.model, context, self.workdir)
-    words, reader = self.separator, None
-    if found.vision is not None:
-      reader = ImageReader.of_prompts(*found.vision, context.prompts)
+    """Returns the verifier.
+
+    Raises:
+      UserError: it has another vocabulary or prompt than the policy.
+    """
+    trained = reward_of(self.workdir, self.checkpoint)
+    data = trained.data
+    if data is not None and data.convention is not None:
+      return TextVerifier(
+        model=trained.model,
+        params=jax.device_put(trained.params),
+        tokenizer=trained.tokenizer,
+        convention=data.convention,
+        context=context,
+      )
+    trained.check_reads(context, self.workdir)
+    reader = None
+    if trained.vision is not None:
+      reader = ImageReader.of_prompts(*trained.vision, context.prompts)
     return verifier_of(
-      found.model,
-      found.params if reader is None else reader.text_params,
-      tuple(context.tokenizer.encode(words)) if words else (),
-      self.readout,
-      context.prompt_room,
-      reader,
+      trained.model,
+      trained.params if reader is None else reader.text_params,
+      tokenizer=context.tokenizer,
+      separator="" if data is None else data.separator,
+      readout=self.readout,
+      prompt_room=context.prompt_room,
+      reader=reader,
     )
 
 
@@ -102,10 +116,18 @@ class TrainedProbe:
     """Returns the verifier.
 
     Raises:
-      UserError: its backbone is not the policy.
+      UserError: its backbone is not the policy, or it reads what the policy
+        does not write.
     """
-    model, params, _ = reward_of(self.workdir, self.checkpoint)
-    _check_vocabulary(model, context, self.workdir)
+    trained = reward_of(self.workdir, self.checkpoint)
+    trained.check_reads(context, self.workdir)
+    model, params, data = trained.model, trained.params, trained.data
+    if data is not None and (data.separator or data.convention is not None):
+      raise UserError(
+        f"{self.workdir}: was trained with LabelledRows.separator ="
+        f" {data.separator!r} and convention = {data.convention}, expected"
+        " neither: a probe reads the policy's own tokens, which have none"
+      )
     if not isinstance(context.policy, Stepwise):
       raise UserError(
         f"{self.workdir}: found a {type(context.policy).__name__}, expected a"
@@ -143,10 +165,15 @@ class NewReward:
     """Returns the verifier."""
     loaded = self.model.load()
     model = RewardModel(backbone=loaded.model, head=self.head)
-    _check_vocabulary(model, context, "NewReward")
     params = model.with_new_head(loaded.params, jax.random.key(self.seed))
-    room = context.prompt_room
-    return verifier_of(model, params, prompt_room=room)
+    untrained = TrainedModel(model, params, loaded.tokenizer)
+    untrained.check_reads(context, "NewReward")
+    return verifier_of(
+      model,
+      params,
+      tokenizer=context.tokenizer,
+      prompt_room=context.prompt_room,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,7 +306,7 @@ class TextVerifier:
 
   def _encoded(self, path: Path) -> Encoded | None:
     """Returns what the model reads of a path, or None of one without text."""
-    steps = texts.steps_of(path, self.context.tokenizer)[1]
+    steps = steps_of(path, self.context.tokenizer.decode)[1]
     if not steps:
       return None
     if path.problem >= len(self.problems):
@@ -315,12 +342,55 @@ class TrainedModel(NamedTuple):
   Attributes:
     model: the reward model.
     params: its parameters.
+    tokenizer: of the run; None for a model of ids.
+    data: labelled solutions that it was trained on; None for other data.
     vision: model and parameters of all towers, if it takes images; else None.
   """
 
   model: Reward
   params: Params
+  tokenizer: Any = None
+  data: LabelledRows | None = None
   vision: tuple[VisionLanguageModel, Params] | None = None
+
+  def check_reads(self, context: Context, where: str) -> None:
+    """Checks that it can read the policy's prompts and steps.
+
+    Args:
+      context: of the search.
+      where: name of the model, for errors.
+
+    Raises:
+      UserError: its tokens or its prompts are others than the policy's.
+    """
+    size, policy_size = self.model.backbone.vocab_size, context.vocab_size
+    if size != policy_size:
+      raise UserError(
+        f"{where}: found a verifier with a vocabulary of {size}, expected"
+        f" {policy_size}, the policy's, whose tokens it reads."
+      )
+    differing = _first_other_token(self.tokenizer, context.tokenizer)
+    if differing is not None:
+      raise UserError(
+        f"{where}: found a verifier whose token {differing[0]} is"
+        f" {differing[1]!r}, expected {differing[2]!r}, the policy's: it has"
+        " another tokenizer.\nA verifiers.PublicReward reads texts instead."
+      )
+    if self.data is None or not context.questions:
+      return
+    question = context.questions[0]
+    trained = list(self.data.prompting(self.tokenizer, question))
+    searched = list(context.prompting(context.tokenizer, question))
+    if trained != searched:
+      trained, searched = (
+        context.tokenizer.decode(x, False) for x in (trained, searched)
+      )
+      raise UserError(
+        f"{where}: was trained on prompts such as {trained[:200]!r}, found"
+        f" {searched[:200]!r} in this search, expected the same.\nSet"
+        f" SearchRun.prompting to its LabelledRows.prompting,"
+        f" {self.data.prompting}, or train it with the search's."
+      )
 
 
 def reward_of(
@@ -331,28 +401,38 @@ def reward_of(
   Raises:
     UserError: the run trained another model, or what `restore` raises.
   """
-  built, params = restore(workdir, checkpoint)
+  built, params, experiment = restore(workdir, checkpoint)
+  tokenizer = built.loaded.tokenizer
+  data = experiment.data if isinstance(experiment.data, LabelledRows) else None
   for model in (built.objective.model, built.loaded.model):
     if isinstance(model, Reward):
-      return TrainedModel(model, params)
+      return TrainedModel(model, params, tokenizer, data)
     with_images = isinstance(model, VisionLanguageModel)
     if with_images and isinstance(model.language, Reward):
-      own = model.language, params["language"]
-      return TrainedModel(*own, (model, params))
+      return TrainedModel(
+        model.language, params["language"], tokenizer, data, (model, params)
+      )
   raise UserError(
     f"{workdir}: found a {type(built.loaded.model).__name__}, expected a run"
     " that trained a reward model: prm.RewardModel or prm.GenerativeReward."
   )
 
 
-def _check_vocabulary(model: Reward, context: Context, where: str) -> None:
-  found = model.backbone.vocab_size
-  own = context.vocab_size
-  if found != own:
-    raise UserError(
-      f"{where}: found a verifier with a vocabulary of {found}, expected {own},"
-      " the policy's, whose tokens it reads."
-    )
+def _first_other_token(
+  tokenizer: Any, policy: Any
+) -> tuple[int, str | None, str | None] | None:
+  """Returns the first id whose token is another one, and both tokens.
+
+  None where all are equal, or where a model without a tokenizer has only ids.
+  """
+  if not (isinstance(tokenizer, Tokenizer) and isinstance(policy, Tokenizer)):
+    return None
+  size = max(tokenizer.vocab_size, policy.vocab_size)
+  for i in range(size):
+    pair = [x.backend.id_to_token(i) for x in (tokenizer, policy)]
+    if pair[0] != pair[1]:
+      return i, *pair
+  return None
 
 
 def _first_difference(params: Params, policy: Params) -> str | None:

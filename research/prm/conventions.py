@@ -33,6 +33,32 @@ class Encoded(NamedTuple):
   ends: list[int]
 
 
+def step_tokens(tokenizer: Any, step: str, separator: str = "") -> list[int]:
+  """Returns what a reward model of ours reads of a step, scored at the last.
+
+  Rows of training, `judge` and every verifier of a search call it, so that a
+  search scores a step where training labelled it. A step and the separator are
+  encoded on their own, so that no token reaches over the seam.
+
+  Args:
+    tokenizer: of the reward model; has `encode(text)`.
+    step: text, with whatever separates it from the next one in its solution,
+      but without the token that ends a text.
+    separator: text that the model reads after each step, in place of the
+      separator or white space in which the step ends; "": the step as it is.
+
+  Returns:
+    Token ids; none of a step without text.
+  """
+  if not separator:
+    return list(tokenizer.encode(step)) if step else []
+  if not step.strip():
+    return []
+  words = step.rstrip().removesuffix(separator.rstrip()).rstrip()
+  before = tokenizer.encode(words) if words else []
+  return [*before, *tokenizer.encode(separator)]
+
+
 @runtime_checkable
 class Convention(Protocol):
   """What a reward model reads."""

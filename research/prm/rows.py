@@ -1,9 +1,9 @@
 """Labelled steps as training data: files of any format, a solution a row.
 
-A step and the separator after it are encoded on their own and joined, as TRL's
-`tokenize_row` does, so that no token reaches over the seam and a step's last
-token is where its score is read. Rows have what `StepReward` takes: `tokens`,
-`positions`, `segments`, `labels` and `weights`.
+What the model reads of a step is `conventions.step_tokens`, as TRL's
+`tokenize_row` has it; a step's last token is where its score is read. Rows have
+what `StepReward` takes: `tokens`, `positions`, `segments`, `labels` and
+`weights`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from research.data.sources import (
   is_stream,
   split_of,
 )
-from research.prm.conventions import Convention, Encoded
+from research.prm.conventions import Convention, Encoded, step_tokens
 from research.prm.formats import Format, Native, read
 from research.prm.labelled import Label, LabelledSolution
 from research.prm.labels import rollouts
@@ -117,7 +117,7 @@ def encode(
   Args:
     solution: in steps.
     tokenizer: has `encode(text)`, and `prompt(text)` for what begins a text.
-    separator: text after each step, "" where steps have their own.
+    separator: text after each step, as for `step_tokens`.
     prompting: what the model reads of the solution's prompt.
     convention: of a public reward model, in place of prompt and separator.
 
@@ -127,15 +127,14 @@ def encode(
   if convention is not None:
     return convention.encode(tokenizer, solution.prompt, solution.steps)
   tokens, ends = list(prompting(tokenizer, solution.prompt)), []
-  after = list(tokenizer.encode(separator)) if separator else []
   for i, step in enumerate(solution.steps):
-    own = [*tokenizer.encode(step), *after]
-    if not own:
+    step_ids = step_tokens(tokenizer, step, separator)
+    if not step_ids:
       raise UserError(
         f"{solution.problem_id}: steps[{i}]: found {step!r:.60}, which has no"
         " tokens, expected a text"
       )
-    tokens += own
+    tokens += step_ids
     ends.append(len(tokens) - 1)
   return Encoded(tokens, ends)
 

@@ -7,11 +7,12 @@ nothing. A path that was cut, or has no answer, is no vote.
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from research.prm.scores.aggregate import Aggregate
 from research.search.engine import Path
 from research.search.estimators.voting import vote, weighted_vote
+from research.search.step_search import needs_scores
 from research.typing import UserError
 
 Answers = Sequence[Hashable | None]
@@ -50,6 +51,7 @@ class BestOf:
     aggregate: makes one score of a path's steps.
   """
 
+  needs_scores: ClassVar[bool] = True
   aggregate: Aggregate
 
   def __call__(self, paths: Sequence[Path], answers: Answers) -> Chances:
@@ -81,6 +83,7 @@ class Weighted:
     aggregate: makes one weight of a path's steps.
   """
 
+  needs_scores: ClassVar[bool] = True
   aggregate: Aggregate
 
   def __call__(self, paths: Sequence[Path], answers: Answers) -> Chances:
@@ -112,6 +115,11 @@ class Confident:
   def __post_init__(self):
     if not 0 < self.keep <= 1:
       raise UserError(f"Confident: keep is {self.keep}, expected 0 to 1")
+
+  @property
+  def needs_scores(self) -> bool:
+    """Whether `inner` does."""
+    return needs_scores(self.inner)
 
   def __call__(self, paths: Sequence[Path], answers: Answers) -> Chances:
     voters = [i for i, answer in enumerate(answers) if answer is not None]

@@ -27,7 +27,7 @@ from research.search.policy import (
   Policy,
   PolicyCost,
 )
-from research.typing import Bool, Float, Int, PRNGKey, UserError
+from research.typing import Float, Int, PRNGKey, UserError
 
 
 @runtime_checkable
@@ -91,13 +91,14 @@ class StateVerifier(Protocol):
     ...
 
   def score(
-    self, state: Any, advanced: Bool[np.ndarray, " R"]
+    self, state: Any, last: Int[np.ndarray, " R"]
   ) -> Float[np.ndarray, " R"]:
-    """Returns each row's score at its last token.
+    """Returns each row's score.
 
     Args:
       state: the policy's, after the tokens that are scored.
-      advanced: rows whose score is asked for; others' mean nothing.
+      last: token at which a row is scored, the newest one or that before a
+        stop token; `NO_TOKEN` of rows whose score means nothing.
     """
     ...
 
@@ -120,11 +121,14 @@ class Engine:
     verifier: scores steps; None: paths have no scores.
     timeout: seconds that the verifier has for the steps of all paths; None for
       any number. One that asks elsewhere may never answer.
+    silent: stop tokens without a text, which no verifier reads: rows of
+      training have texts alone. None for all of the policy's.
   """
 
   policy: Policy
   verifier: Verifier | StateVerifier | None = None
   timeout: float | int | None = None
+  silent: tuple[int, ...] | None = None
 
   @property
   def _reader(self) -> Verifier | None:
@@ -350,13 +354,18 @@ class Engine:
   def _to_score(
     self, paths: Sequence[Path], new: Int[np.ndarray, "R C"]
   ) -> Int[np.ndarray, "R C"]:
-    """Returns the new tokens of steps, `NO_TOKEN` in other places.
+    """Returns the new tokens that are read, `NO_TOKEN` in other places.
 
-    A stop token alone is no step, and has no score: it joins the step before.
+    Of a solution that is a stop token alone there is nothing else to read.
     """
-    ends = np.isin(new, [*self.policy.stop_tokens, NO_TOKEN]).all(axis=1)
-    ends &= np.array([bool(path.steps) for path in paths])
-    return np.where(ends[:, None], NO_TOKEN, new)
+    silent = np.isin(new, [*self._silent, NO_TOKEN])
+    first = np.array([not path.steps for path in paths])
+    return np.where(silent & ~(first & silent.all(1))[:, None], NO_TOKEN, new)
+
+  @property
+  def _silent(self) -> list[int]:
+    """Tokens that end a text and are no part of it."""
+    return list(self.policy.stop_tokens if self.silent is None else self.silent)
 
   def _judged(
     self,
@@ -369,7 +378,8 @@ class Engine:
 
     def read():
       if self._reader is None:
-        return judged, self.verifier.score(state, (to_score != NO_TOKEN).any(1))
+        last = [([NO_TOKEN, *row[row != NO_TOKEN]])[-1] for row in to_score]
+        return judged, self.verifier.score(state, np.array(last, np.int32))
       return self._reader.read(judged, paths, to_score)
 
     judged, found = (
@@ -389,7 +399,8 @@ class Engine:
     if not tokens:
       return path
     steps = *path.steps, tokens
-    if path.steps and set(tokens) <= set(self.policy.stop_tokens):
+    # It is no step, and has no score.
+    if path.steps and set(tokens) <= set(self._silent):
       steps = *path.steps[:-1], path.steps[-1] + tokens
     log_prob = None
     if path.log_prob is not None and log_probs is not None:
@@ -419,7 +430,7 @@ class Engine:
     cached = [shared.get(i, 0) for i in range(len(ledgers))]
     counts = (np.asarray(drawn.tokens) != NO_TOKEN).sum(axis=1).tolist()
     steps = self._cost.steps(paths, drawn)
-    judges = np.where((to_score != NO_TOKEN).any(axis=1), counts, 0).tolist()
+    judges = (to_score != NO_TOKEN).sum(axis=1).tolist()
     reads = self._reads(paths, judges, judged)
     for path, count, now, read in zip(paths, counts, steps, reads, strict=True):
       cached[path.problem] += now.peak_cache_tokens

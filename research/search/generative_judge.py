@@ -30,7 +30,7 @@ from research.rounding import next_power_of_two
 from research.search import ledger as ledgers
 from research.search.cost import Causal, ModelCost, model_cost
 from research.search.ledger import Ledger
-from research.search.policy import Path
+from research.search.policy import Path, steps_of
 from research.typing import Float, Int, Params, UserError
 
 Conversation = Sequence[tuple[str, str]]
@@ -363,22 +363,32 @@ class GenerativeJudge:
     paths: Sequence[Path],
     new: Int[np.ndarray, "R C"],
   ) -> tuple[list[JudgedRow], Float[np.ndarray, " R"]]:
-    """Returns the state after the newest steps, and their scores."""
+    """Returns the state after the newest steps, and their scores.
+
+    A path without text scores 0.
+    """
     advanced = [i for i, row in enumerate(new) if (row != NO_TOKEN).any()]
     rows = [dataclasses.replace(row, spent=Ledger()) for row in state]
     scores = np.zeros(len(rows))
-    if not advanced:
-      return rows, scores
-    conversations, decide = [], []
+    conversations, decide, judged = [], [], []
     for i in advanced:
-      steps = [self.text(step) for step in paths[i].steps]
+      steps = [step.text for step in steps_of(paths[i], self.text)[1]]
+      if not steps:
+        continue
+      # A step without text has joined the one before, which is judged again.
+      rows[i] = dataclasses.replace(
+        rows[i], critiques=rows[i].critiques[: len(steps) - 1]
+      )
       problem = self.text(rows[i].problem)
       conversations.append(
         self.format.conversation(problem, steps, rows[i].critiques)
       )
+      judged.append(i)
       decide.append(functools.partial(self.format.decision, steps=len(steps)))
+    if not judged:
+      return rows, scores
     found = self.writer(conversations, decide, self.count)
-    for i, one in zip(advanced, found, strict=True):
+    for i, one in zip(judged, found, strict=True):
       chances = [self.unparsed if x is None else x for x in one.chances]
       scores[i] = float(np.mean(chances))
       rows[i] = JudgedRow(

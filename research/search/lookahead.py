@@ -41,7 +41,12 @@ class Lookahead(Engine):
   ) -> Frontier:
     now = super()._with_tokens(_without_peaks(frontier), state, drawn)
     greedy = dataclasses.replace(self.policy, sampling=GREEDY)
-    engine = Engine(policy=greedy, verifier=self.verifier, timeout=self.timeout)
+    engine = Engine(
+      policy=greedy,
+      verifier=self.verifier,
+      timeout=self.timeout,
+      silent=self.silent,
+    )
     rows = range(len(now.paths))
     # A copy: decoding uses up the buffers of what it begins with.
     ahead = engine.select(_without_peaks(now), rows, [0] * len(rows))

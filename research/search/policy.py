@@ -6,8 +6,9 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +17,12 @@ from research.generation.generated import NO_TOKEN
 from research.search.cost import Causal, ModelCost
 from research.search.ledger import Ledger, prefill
 from research.typing import PRNGKey
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids -> text, without special tokens."""
+
+_INCOMPLETE = "\ufffd"
+"""What decoders write for the first bytes of a character."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,62 @@ class Path:
   def tokens(self) -> tuple[int, ...]:
     """All new tokens."""
     return tuple(token for step in self.steps for token in step)
+
+  def text(self, decode: Decode) -> str:
+    """Returns the text so far, without a last character that is incomplete."""
+    return decode(self.tokens).rstrip(_INCOMPLETE)
+
+
+class StepText(NamedTuple):
+  """A step that has a text.
+
+  Attributes:
+    text: joined with the others, that of the path.
+    start, end: its tokens.
+    score: the verifier's, or None.
+  """
+
+  text: str
+  start: int
+  end: int
+  score: float | None
+
+
+def steps_of(path: Path, decode: Decode) -> tuple[str, list[StepText]]:
+  """Returns a path's text, and its steps.
+
+  A step without text, such as a blank line, joins the one before it, whose
+  score is then that of both; before the first one it joins the next.
+  Characters whose bytes two steps share are the later one's.
+
+  Args:
+    path: with a score for each step, or for the first ones alone.
+    decode: token ids -> text.
+  """
+  text = path.text(decode)
+  # A verifier that is asked for the last step's score has those before it.
+  scores = [*path.scores, *[None] * (len(path.steps) - len(path.scores))]
+  steps: list[StepText] = []
+  start = end = at = 0
+  for tokens, score in zip(path.steps, scores, strict=True):
+    end += len(tokens)
+    if end < len(path.tokens):
+      before = decode(path.tokens[:end]).rstrip(_INCOMPLETE)
+      now = max(at, len(os.path.commonprefix([before, text])))
+    else:
+      now = len(text)
+    step = text[at:now]
+    if step.strip():
+      steps.append(StepText(step, start, end, score))
+    elif steps:
+      last = steps[-1]
+      if score is None:
+        score = last.score
+      steps[-1] = StepText(last.text + step, last.start, end, score)
+    else:
+      continue
+    start, at = end, now
+  return text, steps
 
 
 @dataclasses.dataclass(frozen=True)

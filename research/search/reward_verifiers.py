@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.generation.decoding import State
+from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import PromptReader, Stepwise
 from research.nn.transformer import Transformer
 from research.prm.model import (
@@ -26,7 +27,7 @@ from research.prm.model import (
 from research.search.cached_verifier import CachedVerifier, Head
 from research.search.cost import Causal, ModelCost, model_cost
 from research.search.ledger import Ledger
-from research.typing import Array, Bool, Float, Params, UserError
+from research.typing import Array, Float, Int, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,8 @@ class StepScore:
 def verifier_of(
   model: RewardModel | GenerativeReward,
   params: Params,
-  separator: tuple[int, ...] = (),
+  tokenizer: Any = None,
+  separator: str = "",
   readout: Readout = probability,
   prompt_room: int = 1,
   reader: PromptReader | None = None,
@@ -63,7 +65,8 @@ def verifier_of(
   Args:
     model: the reward model, which shares the policy's vocabulary.
     params: its parameters.
-    separator: read after each step, see `CachedVerifier`.
+    tokenizer: encodes the texts of steps, see `CachedVerifier`.
+    separator: text that it reads after each step, see `CachedVerifier`.
     readout: see `StepScore`.
     prompt_room: as the policy's.
     reader: of prompts with images, see `CachedVerifier`.
@@ -73,6 +76,7 @@ def verifier_of(
     params=params,
     head=StepScore(model, readout),
     outputs=model.outputs,
+    tokenizer=tokenizer,
     separator=separator,
     prompt_room=prompt_room,
     reader=reader,
@@ -84,7 +88,8 @@ class PolicyProbe:
   """A head on the policy's own hidden states, a `StateVerifier`.
 
   Attributes:
-    policy: whose states are scored; without pages.
+    policy: whose states are scored; without pages or a quantized cache, into
+      which no token can be written again.
     head: makes scores of hidden states.
     params: of the head.
     outputs: numbers that the head computes for a token; for the ledger.
@@ -94,6 +99,13 @@ class PolicyProbe:
   head: Head
   params: Params
   outputs: int = 1
+
+  def __post_init__(self):
+    if self.policy.kv is not None:
+      raise UserError(
+        f"PolicyProbe.policy: found the quantized cache {self.policy.kv!r:.60},"
+        " expected a policy with kv=None: a token is written again to be scored"
+      )
 
   @functools.cached_property
   def _cost(self) -> ModelCost:
@@ -113,9 +125,9 @@ class PolicyProbe:
     )
 
   def score(
-    self, state: Any, advanced: Bool[np.ndarray, " R"]
+    self, state: Any, last: Int[np.ndarray, " R"]
   ) -> Float[np.ndarray, " R"]:
-    """Returns each row's score at its last token; see `StateVerifier`.
+    """Returns each row's score at a token; see `StateVerifier`.
 
     Raises:
       UserError: the policy has pages.
@@ -130,7 +142,7 @@ class PolicyProbe:
       self.policy.params,
       self.params,
       state,
-      advanced,
+      last,
       self.head,
     )
     return np.asarray(found)
@@ -140,16 +152,18 @@ class PolicyProbe:
 def _probe(
   model: Transformer,
   params: Params,
-  own: Params,
+  probe_params: Params,
   state: State,
-  advanced: Bool[Array, " R"],
+  last: Int[Array, " R"],
   head: Head,
 ) -> Float[Array, " R"]:
-  # The cache with these tokens is dropped: the policy feeds them itself.
+  # The cache with these tokens is dropped: the policy feeds them itself. What
+  # stands before a stop token has been fed, and is written in its place again.
+  again = (last != state.rows.token) & (last != NO_TOKEN)
   hidden, _ = model.apply(
     {"params": params},
-    state.rows.token[:, None],
-    cache=state.cache,
-    lengths=advanced.astype(jnp.int32),
+    jnp.where(last == NO_TOKEN, 0, last)[:, None],
+    cache=dataclasses.replace(state.cache, length=state.cache.length - again),
+    lengths=(last != NO_TOKEN).astype(jnp.int32),
   )
-  return head(own, hidden[:, 0])
+  return head(probe_params, hidden[:, 0])

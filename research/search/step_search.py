@@ -8,7 +8,7 @@ another setting (`research.search.choose`).
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from research.search.engine import Engine, Frontier, Path
 from research.search.ledger import Ledger
@@ -60,6 +60,30 @@ class Strategy(Protocol):
     ...
 
 
+@runtime_checkable
+class UsesScores(Protocol):
+  """A strategy or a choice that may need a verifier's scores of steps."""
+
+  @property
+  def needs_scores(self) -> bool:
+    """Whether it has no meaning without them."""
+    ...
+
+
+def check_scores(part: Any, engine: Engine) -> None:
+  """Raises UserError if a strategy needs scores and there is no verifier."""
+  if engine.verifier is None and needs_scores(part):
+    raise UserError(
+      f"{type(part).__name__}: found no verifier, expected one: it goes by the"
+      " scores of steps.\nGive the engine a verifier, or sample independently"
+    )
+
+
+def needs_scores(part: Any) -> bool:
+  """Whether a strategy or a choice has no meaning without a verifier."""
+  return isinstance(part, UsesScores) and part.needs_scores
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepSearch:
   """A search that says after each step how many children each path has.
@@ -93,8 +117,10 @@ class StepSearch:
     """Returns each problem's samples; see `Strategy`.
 
     Raises:
-      UserError: more children than `copies`.
+      UserError: more children than `copies`, or no verifier for a search that
+        goes by scores.
     """
+    check_scores(self, engine)
     frontier = engine.start(prompts, limits.tokens, self.copies, limits.key)
     found: list[list[Path]] = [[] for _ in prompts]
     for step in range(1, limits.steps + 1):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 from research.prm.scores.aggregate import Aggregate, Last
 from research.search.engine import Path
@@ -38,6 +39,7 @@ class OfWidth(StepSearch):
     prune: makes one score of a path's steps so far.
   """
 
+  needs_scores: ClassVar[bool] = True
   width: int = 4
   prune: Aggregate = Last()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class Rebase(StepSearch):
     prune: makes one score, 0 to 1, of a path's steps so far.
   """
 
+  needs_scores: ClassVar[bool] = True
   temperature: float | int = 0.2
   prune: Aggregate = Last()
 

@@ -11,7 +11,7 @@ than another one.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from research.search.diffusion_policy import DiffusionPolicy
 from research.search.engine import Engine, Frontier, Path, Verifier
@@ -79,6 +79,7 @@ class Remasking:
       draws the block anew.
   """
 
+  needs_scores: ClassVar[bool] = True
   inner: Strategy = Independent()
   rejects: Rejection = BelowThreshold()
   rounds: int = 1
@@ -110,7 +111,11 @@ class Remasking:
         " probe), expected one that reads blocks and rejects some"
       )
     again = _Engine(
-      policy=engine.policy, verifier=engine.verifier, inner=engine, search=self
+      policy=engine.policy,
+      verifier=engine.verifier,
+      silent=engine.silent,
+      inner=engine,
+      search=self,
     )
     return self.inner(again, prompts, limits)
 

@@ -9,10 +9,11 @@ training in revision.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 from research.search.engine import Engine, Frontier, Path
 from research.search.ledger import Ledger
-from research.search.step_search import Limits, Samples
+from research.search.step_search import Limits, Samples, check_scores
 from research.typing import UserError
 
 
@@ -28,6 +29,7 @@ class StepRevision:
       last try.
   """
 
+  needs_scores: ClassVar[bool] = True
   copies: int = 4
   rounds: int = 2
   threshold: float | int = 0.5
@@ -44,10 +46,7 @@ class StepRevision:
     self, engine: Engine, prompts: Sequence[Sequence[int]], limits: Limits
   ) -> list[Samples]:
     """Returns each problem's tries, the first ones first; see `Strategy`."""
-    if engine.verifier is None:
-      raise UserError(
-        "StepRevision: found no verifier, expected one that finds wrong steps"
-      )
+    check_scores(self, engine)
     now = engine.begin(prompts, limits.tokens, self.copies, limits.key)
     rows = range(len(now.paths))
     # Each chain before the first wrong step of its last try.

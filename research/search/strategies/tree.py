@@ -9,10 +9,11 @@ together. Every step's cache is stored, so no text is read twice.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from research.prm.scores.aggregate import Aggregate, Last
 from research.search.engine import Engine, Frontier, Path
-from research.search.step_search import Limits, Samples
+from research.search.step_search import Limits, Samples, check_scores
 from research.typing import UserError
 
 
@@ -55,6 +56,7 @@ class TreeSearch:
     prune: makes one score, 0 to 1, of a path's steps.
   """
 
+  needs_scores: ClassVar[bool] = True
   simulations: int = 16
   width: int = 4
   base: float | int = 19_652
@@ -72,8 +74,7 @@ class TreeSearch:
     self, engine: Engine, prompts: Sequence[Sequence[int]], limits: Limits
   ) -> list[Samples]:
     """Returns the paths that ended, or else the best one; see `Strategy`."""
-    if engine.verifier is None:
-      raise UserError("TreeSearch: found no verifier, expected one for values")
+    check_scores(self, engine)
     first = engine.start(prompts, limits.tokens, self.width, limits.key)
     if any(path.log_prob is None for path in first.paths):
       raise UserError(

@@ -113,7 +113,8 @@ def test_a_reward_model_that_sees_judges_a_search(monkeypatch):
   loaded = rewards.WithHead(backbone=Source(), seed=2).load()
   reward = loaded.model.language
   made = TrainedModel(
-    reward, loaded.params["language"], (loaded.model, loaded.params)
+    *(reward, loaded.params["language"], loaded.tokenizer, None),
+    (loaded.model, loaded.params),
   )
   monkeypatch.setattr(
     "experiments.searching.verifiers.reward_of", lambda *_: made

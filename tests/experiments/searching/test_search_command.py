@@ -274,8 +274,6 @@ def test_random_scores_cost_nothing_and_are_shown(run):
   ("bindings", "message"),
   [
     (("VERIFIER=@parity.Diverged()",), "the score nan for problem 0 after 1"),
-    (("STRATEGY=@beam.Beam()",), "found paths without scores"),
-    (("CHOICE=@choose.BestOf()",), "samples without scores"),
     (("PROBLEMS=(0, 5000)",), "within the 1000 problems"),
     (("LOOKAHEAD=1",), "and a verifier if above"),
     (
@@ -297,6 +295,22 @@ def test_what_cannot_be_searched_is_an_error(run, bindings, message):
   )
   assert found.code == 1
   assert message in found.err and found.err.count("\n") <= 5
+
+
+SCORED = (
+  *("STRATEGY=@beam.Beam()", "STRATEGY=@diverse_trees.DiverseTrees()"),
+  *("STRATEGY=@rebase.Rebase()", "STRATEGY=@tree.TreeSearch()"),
+  *("STRATEGY=@step_revision.StepRevision()", "CHOICE=@choose.BestOf()"),
+  "CHOICE=@choose.Weighted()",
+)
+
+
+@pytest.mark.parametrize("binding", SCORED)
+def test_what_goes_by_scores_is_refused_without_a_verifier(binding):
+  """Also where a solution is one step, and nothing is ever pruned."""
+  one_step = "search_run.SearchRun.steps=@step_ends.AtEnd()"
+  with pytest.raises(UserError, match="--set=VERIFIER=@verifiers.TrainedRew"):
+    config.read(TINY, [binding, one_step], root=search_run.SearchRun)
 
 
 def test_a_judge_that_raises_or_hangs_gives_no_vote(run):

@@ -16,7 +16,7 @@ from research.reasoning import words
 from research.reasoning.problem import Verdict
 from research.reasoning.tasks import chain
 from research.reasoning.trace import Sampler
-from research.search.engine import Path
+from research.search.policy import Path, steps_of
 from research.typing import UserError
 from tests.experiments.searching import parity
 from tests.research.search import test_search as shared
@@ -41,7 +41,7 @@ def test_steps_are_the_text_however_tokens_are_cut():
   assert len(tokens) > 20
   for cuts in itertools.combinations(range(1, len(tokens)), 2):
     one = path(tokens, cuts, (0.1, 0.2, 0.3))
-    whole, steps = texts.steps_of(one, tokenizer)
+    whole, steps = steps_of(one, tokenizer.decode)
     assert whole == text
     assert "".join(step.text for step in steps) == text
     assert all(step.text.strip() for step in steps)
@@ -55,9 +55,9 @@ def test_an_end_token_is_no_step():
   tokens = WORDS.encode("1 + 2 = 3 ;")
   end = WORDS.eos
   one = path([*tokens, end], (len(tokens),), (0.7, 0.1))
-  whole, [step] = texts.steps_of(one, WORDS)
-  assert (step.text, step.score, step.end) == (whole, 0.7, len(tokens) + 1)
-  assert texts.steps_of(path([end], (), (0.4,)), WORDS) == ("", [])
+  whole, [step] = steps_of(one, WORDS.decode)
+  assert (step.text, step.score, step.end) == (whole, 0.1, len(tokens) + 1)
+  assert steps_of(path([end], (), (0.4,)), WORDS.decode) == ("", [])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_an_end_token_is_no_step():
 )
 def test_a_trace_says_why_it_ended(fields, finish, vote):
   one = path(WORDS.encode("1 + 2 = 3 ;"), **fields)
-  _, steps = texts.steps_of(one, WORDS)
+  _, steps = steps_of(one, WORDS.decode)
   verdict = Verdict(True, "3", "3")
   trace = texts.trace_of(one, steps, "p", verdict, Sampler())
   assert (trace.finish, trace.vote) == (finish, vote)

@@ -346,8 +346,7 @@ class Transcript(Arbitrary):
       for old, row in zip(state, new, strict=True)
     ]
     for tokens, path in zip(state, paths, strict=True):
-      # A stop token alone is no step.
-      assert tokens == path.tokens[: len(path.tokens) - shared.joined(path)]
+      assert tokens == path.tokens[: len(path.tokens) - shared.unread(path)]
     return state, np.array([self.value(tokens) for tokens in state])
 
 

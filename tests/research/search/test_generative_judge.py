@@ -154,13 +154,13 @@ def says(conversation, i):
 def test_scores_are_shares_of_votes_and_what_says_nothing_counts_as_wrong():
   writer = Scripted(says)
   judge = GenerativeJudge(writer=writer, text=text, count=3)
-  engine = Engine(policy=shared.policy(), verifier=judge)
+  # Here stop tokens have a text as well.
+  engine = Engine(policy=shared.policy(), verifier=judge, silent=())
   samples = shared.found(Beam(copies=4, width=2), engine)
   for one in samples:
     steps = 0
     for path in one.paths:
-      judged = [step[: shared.STEP] for step in path.steps]
-      for step, score in zip(judged, path.scores, strict=True):
+      for step, score in zip(path.steps, path.scores, strict=True):
         votes = [says([("user", text(step))], i) for i in range(3)]
         assert score == pytest.approx(votes.count(YES) / 3)
       steps += len(path.steps)

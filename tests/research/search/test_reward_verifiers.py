@@ -57,8 +57,8 @@ def whole(model, params, paths):
     text = [*prompt, *path.tokens]
     row[: len(text)] = text
     own = len(prompt) + np.cumsum([len(step) for step in path.steps])
-    # A stop token alone has joined a step that had ended before it.
-    own[-1] -= shared.joined(path)
+    # Training has texts, of which a stop token is no part.
+    own[-1] -= shared.unread(path)
     ends[: len(own)] = own - 1
   found = np.asarray(model.scores(params, tokens, steps))
   return [
@@ -103,7 +103,7 @@ def test_a_probe_has_no_pages():
     policy=shared.policy(), head=StepScore(model), params=params
   )
   with pytest.raises(UserError, match="pages cannot be read"):
-    probe.score({"pages": 3}, np.ones(2, bool))
+    probe.score({"pages": 3}, np.ones(2, np.int32))
 
 
 def test_equal_heads_share_programs():
@@ -144,7 +144,7 @@ def test_the_ledger_is_what_the_programs_multiply(made):
 
   def read(params, state, tokens, counts):
     return cached_verifier._read(
-      backbone, params, state, tokens, counts, head, ()
+      backbone, params, state, counts, tokens, counts, head
     )
 
   found = flops.count_flops(read, params, state, tokens, counts)
@@ -184,7 +184,7 @@ def test_the_ledger_is_what_the_programs_multiply(made):
   def probe(params, state, fresh):
     return reward_verifiers._probe(backbone, params, params, state, fresh, head)
 
-  fresh = jax.ShapeDtypeStruct((rows,), bool)
+  fresh = jax.ShapeDtypeStruct((rows,), jnp.int32)
   found = flops.count_flops(probe, params, policy, fresh)
   assert found == rows * cost.forward(1, Cached(1, capacity), 1)
   it = PolicyProbe(

@@ -52,6 +52,11 @@ def joined(path):
   return path.stopped and len(path.steps[-1]) > STEP
 
 
+def unread(path):
+  """Whether its last token ends a text, of which it is no part."""
+  return path.stopped and len(path.tokens) > 1
+
+
 def score(tokens):
   """Returns an arbitrary score, 0 to 1, of a path's tokens."""
   return (hash(tuple(tokens)) % 1009) / 1009
@@ -82,7 +87,7 @@ class Arbitrary:
     counts = (new != NO_TOKEN).sum(axis=1).tolist()
     state = [n + k for n, k in zip(state, counts, strict=True)]
     for path, count in zip(paths, state, strict=True):
-      # A stop token alone is no step, and is not read.
+      # A stop token behind a text is not read.
       unread = len(path.tokens) - count
       assert unread == 0 or (unread == 1 and path.stopped)
     return state, np.array([self.value(path.tokens) for path in paths])
@@ -216,7 +221,7 @@ def test_the_ledger_is_that_of_the_closed_forms():
     lengths = [len(path.tokens) for path in one.paths]
     ends = [np.cumsum([len(x) for x in path.steps]) for path in one.paths]
     for path, steps in zip(one.paths, ends, strict=True):
-      steps[-1] -= joined(path)
+      steps[-1] -= unread(path)
     expected = ledgers.generation(cost, len(prompt), lengths).alongside(
       ledgers.verification(judge, len(prompt), [x.tolist() for x in ends])
     )
@@ -293,7 +298,11 @@ class Greedy(StepSearch):
 @pytest.mark.parametrize(
   ("engine", "strategy", "message"),
   [
-    (Engine(policy=policy()), Beam(copies=2, width=2), "without scores"),
+    (
+      Engine(policy=policy()),
+      Beam(copies=2, width=2),
+      "found no verifier",
+    ),
     (
       Engine(policy=policy(), verifier=Arbitrary(value=lambda _: np.nan)),
       Independent(copies=2),

@@ -98,7 +98,7 @@ def test_each_try_costs_what_it_draws(samples):
         new = sum(map(len, path.steps[n:]))
         # The last token of what is there is fed, the last new one never is.
         flops += cost.forward(new, Causal(before - 1, new), new)
-        drawn, read = drawn + new, read + new - shared.joined(path)
+        drawn, read = drawn + new, read + new - shared.unread(path)
     assert one.ledger.flops_policy == flops
     assert one.ledger.policy_decode_tokens == drawn
     assert one.ledger.verifier_new_tokens == read

@@ -51,7 +51,7 @@ def test_simulations_go_where_the_bound_is_highest():
       for child in node.children:
         before = node.path.tokens if node.path else ()
         assert child.path.tokens[: len(before)] == before
-        read = len(child.path.tokens) - shared.joined(child.path)
+        read = len(child.path.tokens) - shared.unread(child.path)
         text = child.path.tokens[:read]
         assert child.path.scores[-1] == shared.score(text)
   for one in samples:
