@@ -268,7 +268,6 @@ RULES = {  # rule -> a (path, text) that breaks it
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-@pytest.mark.sample(4)
 def test_our_code_keeps(rule):
   broken = {
     path: found for path, text in _sources() if (found := rule(path, text))
@@ -281,6 +280,43 @@ def test_the_rules_can_fail(rule):
   """Each example breaks its own rule and none of the others."""
   path, text = RULES[rule]
   assert [other for other in RULES if other(path, text)] == [rule]
+
+
+def _left_out(path: str, text: str) -> list[str]:
+  """Returns what leaves out tests of a file that only reads our sources.
+
+  Such a file imports nothing that computes or starts a process, so that all of
+  its tests are cheap.
+  """
+  names = {
+    name.split(".")[0]
+    for name in _imports(path, text)
+    if name != "tests" and not name.startswith("tests.mutants")
+  }
+  names -= {*sys.stdlib_module_names, "pytest"} - {"subprocess"}
+  if names:
+    return []
+  return [
+    f"line {node.lineno}: {ast.unparse(node)}"
+    for node in ast.walk(_tree(text))
+    if isinstance(node, ast.Attribute)
+    and node.attr in ("slow", "sample", "cover")
+    and ast.unparse(node.value).endswith("mark")
+  ]
+
+
+def test_tests_of_sources_always_run():
+  """`make test` leaves out no rule: one that is not run is not kept."""
+  tests = sorted((ROOT / "tests").rglob("test_*.py"))
+  broken = {
+    str(path.relative_to(ROOT)): left_out
+    for path in tests
+    if (left_out := _left_out(str(path), path.read_text("utf-8")))
+  }
+  assert not broken, broken
+  marked = "import pytest\n@pytest.mark.sample(4)\ndef test_a(): pass\n"
+  assert _left_out("tests/test_a.py", marked)
+  assert not _left_out("tests/test_a.py", "import jax\n" + marked)
 
 
 def test_relative_imports_are_resolved():
