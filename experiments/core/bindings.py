@@ -1,4 +1,4 @@
-"""Bindings of the command line: `--set=NAME=VALUE`, as gin reads them.
+"""Bindings of the command line and of run files, as gin reads them.
 
 Each must change something: one that nothing uses is an error, and one that
 another binding wins over in places is warned of.
@@ -70,6 +70,33 @@ def _value(text: str) -> str:
   return f"({text})" if bare else text
 
 
+def from_flags(lines: Sequence[str]) -> list[str]:
+  """Returns lines of the command line as gin reads them, see `from_flag`.
+
+  Raises:
+    UserError: a line is none, or two of them bind one name.
+  """
+  bound: dict[str, str] = {}
+  for line in map(from_flag, lines):
+    if (name := name_of(line)) in bound:
+      raise UserError(
+        f"--set={line}: is there twice, also as --set={bound[name]}; leave one"
+        " of them out."
+      )
+    bound[name] = line
+  return list(bound.values())
+
+
+def name_of(line: str) -> str:
+  """Returns what a line binds: a macro, or `scope/module.Class.parameter`."""
+  return line.split("=")[0].strip()
+
+
+def names_in(text: str) -> list[str]:
+  """Returns what a gin file binds, without the files that it includes."""
+  return re.findall(r"^([\w./]+)[ \t]*=", text, re.MULTILINE)
+
+
 def check_used(
   lines: Sequence[str],
   *records: Record,
@@ -87,34 +114,51 @@ def check_used(
   Raises:
     UserError: a binding has no effect at all.
   """
+  for line, instead in unused(lines, *records, stages=stages):
+    raise UserError(f"--set={line}: nothing in this run uses it; {instead}")
   used = [pair for record in records for pair in record.items()]
-  macros = _macros(used)
-  names = [line.split("=")[0].strip() for line in lines]
-  of_a_stage = tuple(f"{stage}/" for stage in stages)
+  names = [name_of(line) for line in lines]
   for line, name in zip(lines, names, strict=True):
-    if line.startswith(of_a_stage):
+    if line.startswith(_prefixes(stages)):
       continue
     scope, _, target = name.rpartition("/")
     own = _of_stages(name, stages, theirs or {})
-    if "." not in target:
-      places, reached = [], name in macros
-    else:
-      places = _scopes(target, used)
-      reached = scope in places
-      if not scope:
-        own += [_joined(x, name) for x in set(places) - {scope}]
-    kept = sorted(x for x in own if x not in names)
-    if reached and kept:
+    if "." in target and not scope:
+      own += [_joined(x, name) for x in set(_scopes(target, used)) - {scope}]
+    if kept := sorted(x for x in own if x not in names):
       folders.warn(
         f"--set={line}: {', '.join(kept[:3])} has a value of its own, which"
         " stays; set that, too"
       )
-    if not reached:
-      raise UserError(
-        f"--set={line}: nothing in this run uses it; "
-        + _instead(name, sorted(set(places)), macros)
-        + (f"; stages: {', '.join(stages)}" if stages and scope else "")
-      )
+
+
+def unused(
+  lines: Sequence[str], *records: Record, stages: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+  """Returns lines that have no effect, each with what to bind instead.
+
+  Args:
+    lines: bindings, or names alone.
+    records, stages: see `check_used`.
+  """
+  used = [pair for record in records for pair in record.items()]
+  macros, without_effect = _macros(used), []
+  for line in lines:
+    name = name_of(line)
+    scope, _, target = name.rpartition("/")
+    places = _scopes(target, used) if "." in target else []
+    reached = scope in places if "." in target else name in macros
+    if not reached and not line.startswith(_prefixes(stages)):
+      instead = _instead(name, sorted(set(places)), used)
+      if stages and scope:
+        instead += f"; stages: {', '.join(stages)}"
+      without_effect.append((line, instead))
+  return without_effect
+
+
+def _prefixes(stages: Sequence[str]) -> tuple[str, ...]:
+  """Returns what the bindings of stages begin with."""
+  return tuple(f"{stage}/" for stage in stages)
 
 
 def _of_stages(name: str, stages: Sequence[str], theirs: Record) -> list[str]:
@@ -151,16 +195,108 @@ def _joined(scope: str, name: str) -> str:
   return f"{scope}/{name.rpartition('/')[2]}".lstrip("/")
 
 
-def _instead(name: str, places: Sequence[str], macros: Sequence[str]) -> str:
+def _instead(name: str, places: Sequence[str], used: Bound) -> str:
   """Returns what to bind instead of `name`.
 
   Args:
     name: of a macro, or `scope/module.Class.parameter`.
     places: scopes in which the parameter is bound.
-    macros: that are used.
+    used: all that is.
   """
   if places:
     own = [_joined(place, name) for place in places]
     return f"did you mean {' or '.join(own[:3])}?"
-  near = difflib.get_close_matches(name, macros, 1)
-  return f"did you mean {near[0]}?" if near else f"macros: {macros}"
+  paths = {
+    _joined(scope, ".".join([*selector.split(".")[-2:], parameter]))
+    for (scope, selector), values in used
+    if selector != MACRO
+    for parameter in values
+  }
+  macros = _macros(used)
+  likeness = {x: _likeness(name.rpartition(".")[2], x) for x in macros}
+  likeness |= {x: _likeness(name.rpartition(".")[2], x) for x in sorted(paths)}
+  nearest = max(likeness, key=likeness.__getitem__, default="")
+  near = likeness and likeness[nearest] > (0.75 if "." in nearest else 0.6)
+  hint = f"did you mean {nearest}? Macros" if near else "macros"
+  return (
+    f"{hint}: {', '.join(macros) or 'none'}.\n"
+    "What has no macro has a path: --set=module.Class.field=..., e.g."
+    " --set=adapt.Adapt.targets=...\n"
+    '("Settings without a macro" in experiments/README.md lists them)'
+  )
+
+
+def _likeness(asked: str, name: str) -> float:
+  """Returns how like a name is to what was asked for, from 0 to 1.
+
+  Of a path the last part counts, LR is short for LEARNING_RATE, and a macro
+  goes before the field that it sets.
+  """
+  field = "." in name
+  asked, name = asked.upper(), name.rpartition(".")[2].upper()
+  words = name.split("_")
+  initials = len(words) > 1 and asked == "".join(word[:1] for word in words)
+  contained = len(asked) > 2 and asked in words
+  ratio = difflib.SequenceMatcher(None, asked, name).ratio()
+  return max(ratio, 0.9 * initials, 0.8 * contained) - 0.01 * field
+
+
+SCHEDULE_PARTS = "warmup", "decay", "rewarm"
+"""Parameters in steps, which a schedule has beside `steps`."""
+
+
+def shorten_schedules(bound: Any, explicit: Iterable[str]) -> None:
+  """Lets defaults of warm-up and decay fit into a short run, and says so.
+
+  Where they fill the run they are lowered to half of it together. What the user
+  has bound stays, and is refused by the schedule if it does not fit.
+
+  Args:
+    bound: gin's bindings, which change.
+    explicit: names that the user has bound.
+  """
+  explicit = set(explicit)
+  for (scope, selector), values in list(bound.items()):
+    if "warmup" not in values or "steps" not in values:
+      continue
+    place = _joined(scope, ".".join(selector.split(".")[-2:]))
+    steps, _, _ = _resolved(bound, values, "steps", place)
+    parts = {
+      part: _resolved(bound, values, part, place)
+      for part in SCHEDULE_PARTS
+      if part in values
+    }
+    numbers = [steps, *(number for number, _, _ in parts.values())]
+    if not all(type(x) is int and x >= 0 for x in numbers):
+      continue  # the schedule says what is wrong
+    total = sum(numbers[1:])
+    if total < steps or any(explicit & names for _, names, _ in parts.values()):
+      continue
+    for number, names, write in parts.values():
+      if (shorter := number * (steps // 2) // max(total, 1)) != number:
+        write(shorter)
+        name = max(names, key=lambda x: "." not in x)
+        folders.warn(
+          f"{name}: {shorter} steps instead of {number}, as the run has"
+          f" {steps}; --set={name}=... says how many"
+        )
+
+
+def _resolved(
+  bound: Any, values: Any, parameter: str, place: str
+) -> tuple[Any, set[str], Any]:
+  """Returns a parameter's value, its names, and what writes another value.
+
+  Args:
+    bound: gin's bindings.
+    values: those of the configurable.
+    parameter: its name.
+    place: `scope/module.Class`.
+  """
+  names, key = {f"{place}.{parameter}"}, parameter
+  while (macro := getattr(values[key], "config_key", ("", "")))[1] == MACRO:
+    if macro not in bound or macro[0] in names:
+      break  # gin says that it has no value
+    names.add(macro[0])
+    values, key = bound[macro], "value"
+  return values[key], names, lambda new: values.update({key: new})

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import gin
 from gin import config as gin_config
 
-from experiments.core.bindings import MACRO, Record, check_used, from_flag
+from experiments.core import bindings as binding_lines
+from experiments.core.bindings import MACRO, Record, check_used
 from experiments.core.experiment import Experiment
 from experiments.stages.staged import Staged, Stages, open_results
 from research import moved
@@ -177,30 +178,35 @@ def parse(
     folder: of the file, where those that it includes may be.
   """
   text = moved.current(text)
-  lines = [from_flag(line) for line in bindings]
+  lines = binding_lines.from_flags(bindings)
+  explicit = _own_names(text, folder)
+  own = [x for x in binding_lines.names_in(text) if x in explicit]
+  explicit += map(binding_lines.name_of, lines)
   with _parsed(text, lines, name, folder):
     names = _stage_names() if root is Experiment else ()
     if not names:
-      read, used = _built(root)
+      read, used = _built(root, explicit)
       check_used(lines, used)
+      _check_file(own, lines, used)
       return read
     whole = gin.config_str()
     reads, shared = {}, [_effective(gin_config._OPERATIVE_CONFIG)]
   theirs: dict[tuple[str, str], Any] = {}
   for stage, before in zip(names, (None, *names), strict=False):
     with _parsed(text, lines, name, folder), _named(stage):
-      own = _enter(stage, names, before)
-      reads[stage], used = _built(root)
-      prefix = f"{stage}/"
-      mine = [x.removeprefix(prefix) for x in lines if x.startswith(prefix)]
-      check_used(mine, used)
-      shared.append(_without(used, own))
+      bound = _enter(stage, names, before)
+      scoped = [*explicit, *_within(stage, explicit)]
+      reads[stage], used = _built(root, scoped)
+      check_used(_within(stage, lines), used)
+      _check_file(_within(stage, own), lines, used)
+      shared.append(_without(used, bound))
       theirs |= {
         (f"{stage}/{scope}".rstrip("/"), selector): values
-        for (scope, selector), values in own.items()
+        for (scope, selector), values in bound.items()
       }
   with _readable(name):
     check_used(lines, *shared, stages=names, theirs=theirs)
+    _check_file(own, lines, *shared, stages=names)
   staged = Staged(
     stages={stage: read.experiment for stage, read in reads.items()},
     texts={stage: read.text for stage, read in reads.items()},
@@ -221,8 +227,14 @@ def _parsed(
     yield
 
 
-def _built(root: type) -> tuple[Read, Record]:
-  """Returns what is bound, built, and which bindings that used."""
+def _built(root: type, explicit: Sequence[str]) -> tuple[Read, Record]:
+  """Returns what is bound, built, and which bindings that used.
+
+  Args:
+    root: see `read`.
+    explicit: names that the user has bound.
+  """
+  binding_lines.shorten_schedules(gin_config._CONFIG, explicit)
   gin.finalize()
   experiment = gin.get_configurable(root)()
   used = _effective(gin_config._OPERATIVE_CONFIG)
@@ -323,6 +335,47 @@ def _drop_defaults() -> None:
     kept = set().union(*places)
     for name in used.keys() - kept:
       del used[name]
+
+
+def _own_names(text: str, folder: pathlib.Path | None) -> list[str]:
+  """Returns what a user's own file binds, and those of theirs in it."""
+  if folder is None or folder.is_relative_to(CONFIGS):
+    return []
+  names = binding_lines.names_in(text)
+  for path in re.findall(r"^include\s+['\"](.+)['\"]", text, re.MULTILINE):
+    file = find(path, folder=folder)
+    if not file.is_relative_to(CONFIGS):
+      names += _own_names(file.read_text("utf-8"), folder)
+  return names
+
+
+def _within(stage: str, lines: Sequence[str]) -> list[str]:
+  """Returns the bindings of a stage's scope, as they are in it."""
+  prefix = f"{stage}/"
+  return [x.removeprefix(prefix) for x in lines if x.startswith(prefix)]
+
+
+def _check_file(
+  own: Sequence[str],
+  lines: Sequence[str],
+  *used: Record,
+  stages: Sequence[str] = (),
+) -> None:
+  """Refuses what a user's own file binds and nothing uses.
+
+  Beside bindings of the command line, which may have taken the place of what
+  used it, it is warned of.
+
+  Args:
+    own: names that the file binds.
+    lines: of the command line.
+    used, stages: see `check_used`.
+  """
+  for name, instead in binding_lines.unused(own, *used, stages=stages):
+    text = f"{name}: nothing in this run uses it; {instead}"
+    if not lines:
+      raise UserError(text)
+    folders.warn(text.splitlines()[0])
 
 
 def _imports(text: str, folder: pathlib.Path | None = None) -> list[str]:

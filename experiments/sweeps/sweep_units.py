@@ -88,9 +88,10 @@ def plan(
     UserError: a unit's binding is unknown, or of the wrong type, or changes
       nothing; or two units are the same run.
   """
-  shared = [*sweeps.bindings(sweep.fixed), *more]
   units = sweep.units()
   given = {line.split("=")[0].strip() for line in more}
+  fixed = {name: x for name, x in sweep.fixed.items() if name not in given}
+  shared = [*sweeps.bindings(fixed), *more]
   if both := given & {binding for unit in units for binding in unit}:
     raise UserError(f"--set={min(both)}=...: the sweep varies it already.")
   planned: list[Planned] = []

@@ -99,6 +99,12 @@ def test_a_binding_wins_over_the_file():
   ("binding", "message"),
   [
     ("STEPZ=3", "did you mean STEPS"),
+    ("LR=3", r"did you mean LEARNING_RATE\?"),
+    ("EVAL=3", r"did you mean EVAL_(BATCHES|EVERY)\?"),
+    ("TARGETS=q", r"did you mean adapt\.Adapt\.targets\?"),
+    ("OPTIMIZER=q", r"did you mean experiment\.Experiment\.optimizer\?"),
+    ("adapt.Adapt.target=q", "doesn't have a parameter named 'target'"),
+    ("DROPOUT=0.1", "nothing in this run uses it; macros: .*STEPS.*\n.*a path"),
     ("adapt.Adapt.rang=3", "doesn't have a parameter named 'rang'"),
     ("nowhere.Nothing.x=1", "'nowhere' was not provided by an import"),
     ("STEPS=2.5", r"steps: found 2\.5, expected int$"),
@@ -135,6 +141,72 @@ def test_what_a_binding_does_not_reach_is_warned_of(capsys):
   config.read("runs/quickstart.gin", both)
   config.read("runs/quickstart.gin", ["pipeline.Pipeline.length=64"])
   assert capsys.readouterr().err == ""
+
+
+PAGE = (config.CONFIGS.parent / "experiments" / "README.md").read_text()
+TABLE = re.search(r"## Settings without a macro\n(.*?)\n##", PAGE, re.DOTALL)
+PATHS = re.findall(r"`([\w./]+=[^`]+)`", TABLE.group(1))
+
+
+@pytest.mark.parametrize("line", [x for x in PATHS if x[0].islower()])
+def test_paths_of_the_page_reach_what_they_name(line, tmp_path):
+  """Quotes are a shell's, as on the page."""
+  name, value = line.split("=", 1)
+  file = tmp_path / "mine.gin"
+  file.write_text(
+    "from __gin__ import dynamic_registration\n"
+    "include 'runs/quickstart.gin'\n"
+    "from research.optim import muon\n"
+    "muon.muon.learning_rate = 1e-3\n"
+  )
+  bound = f"{name}={value.strip(chr(34))}"
+  assert name in config.read(str(file), [bound]).text
+
+
+OWN_RUNS = {
+  "a macro": ("COPIES = 4", "COPIES: nothing in this run uses it"),
+  "a near miss": ("RANC = 4", r"RANC: .* did you mean RANK\?"),
+  "a field": ("dora.DoRA.rank = 4", "dora.DoRA.rank: nothing in this run uses"),
+  "a scope": (
+    "trian/pipeline.Pipeline.length = 64",
+    "trian/pipeline.Pipeline.length: nothing in this run uses it",
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_RUNS)
+def test_what_nothing_uses_in_a_file_of_one_s_own_is_refused(
+  kind, tmp_path, capsys
+):
+  line, message = OWN_RUNS[kind]
+  head = (
+    "from __gin__ import dynamic_registration\n"
+    "include 'runs/quickstart.gin'\n"
+    "from research.data import pipeline\n"
+    "from research.lora.methods import dora\n"
+  )
+  file = tmp_path / "mine.gin"
+  file.write_text(f"{head}RANK = 4\n")
+  assert config.read(str(file)).experiment.transforms[0].method.rank == 4
+  file.write_text(f"{head}{line}\n")
+  with pytest.raises(UserError, match=message):
+    config.read(str(file))
+  # The command line may have taken the place of what used it.
+  config.read(str(file), ["STEPS=10"])
+  assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+  "twice",
+  [
+    ["STEPS=3", "STEPS=4"],
+    ["STEPS=3", "RANK=2", " STEPS = 3"],
+    ["lora.LoRA.rank=3", "lora.LoRA.rank=4"],
+  ],
+)
+def test_one_name_is_set_once(twice):
+  with pytest.raises(UserError, match="is there twice"):
+    config.read("runs/quickstart.gin", twice)
 
 
 def test_a_directory_is_no_file():

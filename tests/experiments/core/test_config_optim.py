@@ -1,5 +1,7 @@
 """Optimizers' configurations: every one builds and moves weights."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from experiments.core import config
 from research import weights
 from research.optim import optim
 from research.training import aot, state, step
+from research.typing import UserError
 from tests.support_lora import lora
 
 HEAD = """
@@ -31,6 +34,56 @@ GIVEN = {
   "qgalore_cosine": ["GROUP=8"],
   "relora": ["RESTART=2", "REWARM=1"],
 }
+
+
+FINITE = [
+  name
+  for name in NAMES
+  if "WARMUP = " in (text := (config.CONFIGS / f"optim/{name}.gin").read_text())
+  and "STEPS" in text
+  # A rate without an end, and those whose parts are required.
+  and name not in ("schedule_free", "adamw_stages", "relora")
+]
+
+
+def _short(name, steps, extra=(), own=""):
+  text = HEAD.format(name=name).replace("STEPS = 6", f"STEPS = {steps}")
+  text = text.replace("WARMUP = 1\n", own)
+  rank = ["RANK=2"] if "RANK" in text_of(name) else []
+  return text, [*GIVEN.get(name, []), *rank, *extra]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 7])
+@pytest.mark.parametrize("name", FINITE)
+@pytest.mark.cover(1)
+def test_a_default_warm_up_fits_into_a_short_run(name, steps, tmp_path, capsys):
+  text, bindings = _short(name, steps)
+  default = int(re.search(r"WARMUP = (\d+)", text_of(name)).group(1))
+  read = config.parse(text, bindings)
+  warned = f"WARMUP: {steps // 2} steps instead of {default}"
+  assert (warned in capsys.readouterr().err) == (steps <= default)
+  # The run's own text is that of the shorter one.
+  kept = steps // 2 if steps <= default else default
+  assert re.search(rf"^WARMUP = {kept}$", read.text, re.MULTILINE)
+  assert config.parse(read.text).text == read.text
+  if steps > default:
+    return
+  # What the user has set stays, on the command line and in a file.
+  with pytest.raises(UserError, match="steps of warm-up"):
+    config.parse(text, [*bindings, f"WARMUP={default}"])
+  file = tmp_path / "mine.gin"
+  file.write_text(_short(name, steps, own=f"WARMUP = {default}\n")[0])
+  with pytest.raises(UserError, match="steps of warm-up"):
+    config.read(str(file), bindings)
+
+
+def test_decay_and_warm_up_share_a_short_run(capsys):
+  text, bindings = _short("adamw_wsd", 40)
+  text = text.replace("STEPS = 40", "STEPS = 40\nDECAY_STEPS = 30")
+  read = config.parse(text, bindings)
+  assert "WARMUP = 12\n" in read.text  # 50 * 20 / 80
+  assert "DECAY_STEPS = 7\n" in read.text  # 30 * 20 / 80
+  assert capsys.readouterr().err.count("instead of") == 2
 
 
 class Product:
