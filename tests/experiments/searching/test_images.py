@@ -111,10 +111,9 @@ def test_a_search_writes_what_the_model_answers():
 @pytest.mark.slow
 def test_a_reward_model_that_sees_judges_a_search(monkeypatch):
   loaded = rewards.WithHead(backbone=Source(), seed=2).load()
-  reward = loaded.model.language
   made = TrainedModel(
-    *(reward, loaded.params["language"], loaded.tokenizer, None),
-    (loaded.model, loaded.params),
+    *(loaded.model.language, loaded.params["language"]),
+    *(loaded.tokenizer, None, (loaded.model, loaded.params)),
   )
   monkeypatch.setattr(
     "experiments.searching.verifiers.reward_of", lambda *_: made
@@ -122,14 +121,13 @@ def test_a_reward_model_that_sees_judges_a_search(monkeypatch):
   problems, found = search(verifier=TrainedReward(workdir="unused"))
   for problem, one in zip(problems, found, strict=True):
     (sample,) = one.samples
-    prompt = DRAWN(WORDS, problem.prompt)
-    answer = greedy([problem])[0]
-    tokens = jnp.asarray([[*prompt, *answer]])
-    pixels = jnp.asarray(prompt.arrays["pixels"][None])
-    with_pixels = loaded.model.with_images(loaded.params, pixels)
-    last = jnp.asarray([[tokens.shape[1] - 1]])
-    expected = reward.scores(with_pixels, tokens, last)[0]
-    np.testing.assert_allclose(sample.scores, expected, rtol=1e-4)
+    solution = LabelledSolution(
+      prompt=problem.prompt, steps=(sample.trace.text,), labels=(None,)
+    )
+    [expected] = judge.score_solutions(
+      *(loaded.model, loaded.params, WORDS, [solution]), prompting=DRAWN
+    )
+    np.testing.assert_allclose(sample.scores, expected, atol=1e-5)
     assert one.ledger.flops_verifier > 0
 
 

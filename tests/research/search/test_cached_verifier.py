@@ -155,7 +155,7 @@ def check_law(samples, tokenizer, separator):
     np.testing.assert_allclose(
       [x.score for x in steps], scores, atol=1e-5, err_msg=repr(steps)
     )
-  assert np.std(np.concatenate(expected)) > 0.05
+  assert np.std(np.concatenate(expected)) > 1e-3
   return texts
 
 
@@ -248,6 +248,23 @@ def test_a_context_that_is_too_short_is_refused():
 
 def path_of(text):
   return Path(problem=0, root=0, prompt=5, steps=(tuple(PLAIN.encode(text)),))
+
+
+def test_a_blank_step_is_read_with_the_one_that_it_joins():
+  """Here both have a token in common, and the next one follows it."""
+  it = verifier_of(*reward(), tokenizer=MERGED)
+  question, steps = "ab.", ("a.", "\n", "b")
+  state, path = it.start([MERGED.prompt(question)], 1, 9), path_of("")
+  path = dataclasses.replace(path, steps=())
+  scores = []
+  for step in steps:
+    tokens = PLAIN.encode(step)
+    path = dataclasses.replace(path, steps=(*path.steps, tuple(tokens)))
+    state, score = it.read(state, [path], np.array([tokens]))
+    scores.append(score[0])
+  [expected] = judged([(question, ("a.\n", "b"))], MERGED, "")
+  np.testing.assert_allclose(scores[1:], expected, atol=1e-5)
+  assert abs(scores[0] - scores[1]) > 1e-3
 
 
 def test_separators_take_room_until_the_context_ends():

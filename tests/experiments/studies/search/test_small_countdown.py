@@ -186,20 +186,23 @@ def check_verifier(path: pathlib.Path, dropped: bool) -> None:
       ledger["verifier_new_tokens"],
     )
     assert ledger["verifier_prefill_tokens"] == PROMPT
-    # An end alone is no step: at most one token a path is not read.
-    assert written - 16 <= read <= written
+    # Texts are read: an end is none, nor is padding that a policy writes.
+    assert read <= written
     kept = [(x["n_new"], len(x["steps"])) for x in traces]
     if dropped:
       assert written >= max(n for n, _ in kept)
       assert ledger["flops_verifier"] > 2 * read * MATRICES[24]
       continue
     assert written == sum(n for n, _ in kept)
+    texts = ["".join(step["text"] for step in x["steps"]) for x in traces]
+    words = [len(text.split()) for text in texts]
+    assert read == sum(words)
     prompt = flops(PROMPT, 0, 0, 24)
-    least, most = (
-      prompt
-      + sum(flops(n - cut, PROMPT, steps + 1 - cut, 24) for n, steps in kept)
-      for cut in (1, 0)
+    least = prompt + sum(
+      flops(n, PROMPT, steps, 24)
+      for n, (_, steps) in zip(words, kept, strict=True)
     )
+    most = prompt + sum(flops(n, PROMPT, n, 24) for n, _ in kept)
     assert least <= ledger["flops_verifier"] <= most
 
 
