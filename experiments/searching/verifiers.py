@@ -75,7 +75,7 @@ class TrainedReward:
     data = trained.data
     if data is not None and data.convention is not None:
       return TextVerifier(
-        model=trained.model,
+        model=dataclasses.replace(trained.model, readout=self.readout),
         params=jax.device_put(trained.params),
         tokenizer=trained.tokenizer,
         convention=data.convention,
