@@ -6,19 +6,14 @@ says the opposite, and None (undecided) in between and with one seed.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from research.intervals import UPPER
 from research.typing import UserError
-
-CONFIDENCE = 0.95
-"""Of every interval, two-sided."""
-
-UPPER = (1 + CONFIDENCE) / 2
-"""Of a quantile: half of what is outside of an interval lies above."""
 
 Decision = bool | None
 """Whether a claim holds; None is undecided."""
@@ -42,13 +37,6 @@ class Mean(NamedTuple):
   def over(self, exact: float) -> "Mean":
     """Returns how far the mean is above a number that is known."""
     return Mean(self.value - exact, self.half)
-
-
-class Interval(NamedTuple):
-  """Both ends of an interval."""
-
-  low: float
-  high: float
 
 
 def mean(values: Any) -> Mean:
@@ -75,41 +63,6 @@ def paired(a: Any, b: Any) -> Mean:
   if len(a) != len(b):
     raise UserError(f"stats.paired: found {len(a)} and {len(b)} values")
   return mean(np.asarray(a, float) - np.asarray(b, float))
-
-
-def bootstrap(
-  values: Any,
-  statistic: Callable[..., Any] = np.mean,
-  resamples: int = 2000,
-  seed: int = 0,
-) -> Interval:
-  """Returns the percentile bootstrap's interval of a statistic (Efron 1979).
-
-  For what has no t interval, such as a median over many matrices; of a few
-  seeds it is too narrow.
-
-  Args:
-    values: at least two.
-    statistic: of values along an `axis`.
-    resamples: drawn with replacement.
-    seed: of the draws.
-
-  Raises:
-    UserError: there are fewer than two values.
-  """
-  if len(values) < 2:
-    raise UserError(
-      f"stats.bootstrap: found {len(values)} values, expected at least two"
-    )
-  found = stats.bootstrap(
-    (np.asarray(values, float),),
-    statistic,
-    n_resamples=resamples,
-    confidence_level=CONFIDENCE,
-    method="percentile",
-    random_state=np.random.default_rng(seed),
-  ).confidence_interval
-  return Interval(float(found.low), float(found.high))
 
 
 def p_value(differences: Any) -> float:

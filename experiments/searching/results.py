@@ -12,12 +12,12 @@ from research.prm.scores.aggregate import AGGREGATES, Aggregate
 from research.search import choose
 from research.search.choose import BestOf, Choice, Confident, Majority, Weighted
 from research.search.estimators import pool as estimators
-from research.search.estimators.intervals import Estimate, paired_difference
+from research.search.estimators.intervals import mean_accuracy
 from research.search.estimators.subsets import mean_over_subsets
 from research.search.estimators.voting import majority_at_k, shares_correct
 from research.search.ledger import Ledger
 from research.search.strategies.independent import Independent
-from research.typing import Float, UserError
+from research.typing import UserError
 
 LOWEST = float(np.finfo(float).min)
 """Above the score of no answer."""
@@ -111,7 +111,7 @@ def result_of(
   check_choice(pool, strategy, choice, n)
   each = accuracies(pool, choice, n)
   costs = [cost_at(one, n) for one in pool]
-  found = _estimate(each)
+  found = mean_accuracy(each)
   return {
     "n": _number(n or _budget(pool, strategy)),
     "problems": len(pool),
@@ -218,7 +218,7 @@ def estimates_of(
     }
   for name, rule in rules.items():
     each = np.array([rule(one, budgets=budgets) for one in pool])
-    rows = [_estimate(column, RESAMPLES) for column in each.T]
+    rows = [mean_accuracy(column, RESAMPLES) for column in each.T]
     found[name] = [[x.value, x.low, x.high] for x in rows]
   found["flops"] = [
     _mean([cost_at(one, k) for one in pool], "flops") for k in budgets
@@ -239,13 +239,6 @@ def _budgets(most: int) -> list[int]:
   """Returns powers of two, and the most there is."""
   found = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
   return found if found[-1] == most else [*found, most]
-
-
-def _estimate(
-  each: Sequence[float] | Float[np.ndarray, " B"], resamples: int = 10_000
-) -> Estimate:
-  values: Float[np.ndarray, " B"] = np.array(each, float)
-  return paired_difference(values, np.zeros(len(values)), resamples)
 
 
 def _mean(costs: Sequence[dict[str, float]], name: str) -> float:

@@ -19,6 +19,7 @@ from research.prm.attacks import ATTACKS, Attacked
 from research.prm.labelled import LabelledSolution
 from research.prm.scores import attack_report
 from research.prm.scores.aggregate import AGGREGATES
+from research.search.estimators import Estimate
 from research.typing import UserError
 
 CONTROL = "corrupted"
@@ -280,12 +281,13 @@ def _percent(value: float | None) -> float | None:
 
 def _interval(
   row: Row, statistic: Callable[[Row], judging.Statistic]
-) -> judging.Interval:
+) -> Estimate:
   found = statistic(row)
   value = found(np.ones(len(row["after"])))
   if value != value:  # there is nothing to resample
-    return judging.Interval(value, value, value)
-  return judging.bootstrap(found, row["problems"])
+    problems = len(set(row["problems"]))
+    return Estimate(value, value, value, problems, 1)
+  return judging.estimate(found, row["problems"])
 
 
 def _mean(

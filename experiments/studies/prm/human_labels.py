@@ -226,7 +226,7 @@ def _auc(row: Row) -> judging.Statistic:
 def _line(arm: str, row: Row) -> dict[str, Any]:
   parts = processbench(row["predicted"], row["first_errors"])
   found = {
-    title: judging.bootstrap(statistic(row), row["problems"])
+    title: judging.estimate(statistic(row), row["problems"])
     for title, statistic in (("F1, %", _f1), ("AUC, %", _auc))
   }
   return {
@@ -272,7 +272,7 @@ def _verdict(
 ) -> Verdict:
   a, b = statistic(rows[first]), statistic(rows[second])
   problems: Sequence[str] = rows[first]["problems"]
-  found = judging.bootstrap(lambda w: a(w) - b(w), problems)
+  found = judging.estimate(lambda w: a(w) - b(w), problems)
   ones = np.ones(len(problems))
   text = (
     f"{100 * a(ones):.1f}% against {100 * b(ones):.1f}%:"

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.core.stats import UPPER
 from experiments.studies.prm.scorers import Labelled, Scorer, Scores
+from research import intervals
 from research.prm.labelled import Label, LabelledSolution, labels_until
 from research.prm.scores import first_error, processbench
+from research.search.estimators import Estimate
 from research.typing import Float, Int
 
 THRESHOLDS = 100
@@ -153,14 +154,6 @@ Statistic = Callable[[Float[np.ndarray, " N"]], float]
 """Of weights of solutions."""
 
 
-class Interval(NamedTuple):
-  """A statistic, and the percentile bootstrap's interval of 95%."""
-
-  value: float
-  low: float
-  high: float
-
-
 def f1_of(predicted: Sequence[int], truth: Sequence[int]) -> Statistic:
   """Returns ProcessBench's F1 of weighted solutions."""
   mine, label = np.array(predicted), np.array(truth)
@@ -210,21 +203,22 @@ def auc_of_labels(
   return auc
 
 
-def bootstrap(
+def estimate(
   statistic: Statistic, problems: Sequence[str], resamples: int = 2000
-) -> Interval:
-  """Returns a statistic's interval over problems, drawn with replacement.
+) -> Estimate:
+  """Returns a statistic and its interval over problems, by a bootstrap.
 
   Args:
-    statistic: of weights of solutions; a difference of two is paired.
+    statistic: function of weights of solutions; a difference of two is paired.
     problems: name of each solution's.
     resamples: number of draws, always the same ones.
   """
   names, owner = np.unique(problems, return_inverse=True)
-  rng, n = np.random.default_rng(0), len(names)
-  found = [
-    statistic(rng.multinomial(n, np.full(n, 1 / n))[owner].astype(float))
-    for _ in range(resamples)
-  ]
-  low, high = np.nanquantile(found, (1 - UPPER, UPPER))
-  return Interval(statistic(np.ones(len(owner))), float(low), float(high))
+  n = len(names)
+
+  def drawn(rows):
+    return statistic(np.bincount(rows, minlength=n)[owner].astype(float))
+
+  found = intervals.bootstrap(drawn, n, resamples=resamples, vectorized=False)
+  value = statistic(np.ones(len(owner)))
+  return Estimate(value, found.low, found.high, n, 1)

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats as scipy_stats
 
-from experiments.core import stats
+from experiments.core.stats import Mean, above
 from experiments.studies.protocol import Rows, Verdict
 from experiments.studies.quant.quant_rows import by_method, row
 from experiments.studies.quant.quant_study import Row
+from research import intervals
 from research.data.sources.last_words import LastWords
 from research.interop import lm_eval
 from research.quant.algorithms.calibrate import Calibration
@@ -99,12 +100,11 @@ def relative_accuracy(
     base: the same of the base, which answered at least one.
   """
   a, b = np.asarray(right, float), np.asarray(base, float)
-  n, p = len(a), float(a.mean())
-  trials = scipy_stats.binomtest(int(a.sum()), n)
-  low, high = trials.proportion_ci(stats.CONFIDENCE, "wilson")
+  p = float(a.mean())
+  low, high, _ = intervals.of_share(a)
   share = p / float(b.mean())
   apart = (a - share * b) / b.mean()
-  half = scipy_stats.norm.ppf(stats.UPPER) * scipy_stats.sem(apart)
+  half = scipy_stats.norm.ppf(intervals.UPPER) * scipy_stats.sem(apart)
   return RelativeAccuracy(p, float(max(p - low, high - p)), share, float(half))
 
 
@@ -131,7 +131,7 @@ def answers(found: Rows, task: str = "last word") -> list[Verdict]:
         Verdict(
           f"{name}, {bits:.2f} bits, keeps {least:.0%} of the accuracy: {task}",
           f"{said}; {len(base['right'][task])} questions",
-          stats.above(stats.Mean(said.share, said.share_half), least),
+          above(Mean(said.share, said.share_half), least),
         )
       )
   return out

@@ -20,12 +20,12 @@ from experiments.core.stats import (
   Mean,
   above,
   below,
-  bootstrap,
   every,
   mean,
 )
 from experiments.studies.protocol import Rows, Verdict
 from experiments.studies.quant import bands
+from research import intervals
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
@@ -315,8 +315,11 @@ def _median(errors: Float[np.ndarray, " M"]) -> str:
   """Returns a median over matrices, and its bootstrapped interval."""
   if len(errors) < 2:
     return f"{errors[0]:.3f}"
-  low, high = bootstrap(errors, np.median)
-  return f"{np.median(errors):.3f} ({low:.3f} to {high:.3f})"
+  found = intervals.bootstrap(
+    lambda rows: np.median(errors[rows], axis=-1), len(errors)
+  )
+  middle = np.median(errors)
+  return f"{middle:.3f} ({found.low:.3f} to {found.high:.3f}){found.note}"
 
 
 def recovery(rows: Rows) -> list[Verdict]:

@@ -134,7 +134,8 @@ class Removed:
 class Ablation(Report):
   """What each part of a system adds: it, and the same without each part.
 
-  Differences are over problems and seeds, with 95% intervals of a bootstrap.
+  Differences are over problems and seeds, with 95% intervals of a bootstrap;
+  the column of seeds says where these are too few for one.
 
   Attributes:
     whole: the system with all of its parts.
@@ -175,7 +176,7 @@ class Ablation(Report):
           "to": 100 * apart.high if one.part else "",
           "MFLOP a problem": shown["MFLOP a problem"],
           "KB of weights": _kilobytes(trained),
-          "seeds": len(rows),
+          "seeds": f"{len(rows)}{apart.note}" if apart.note else len(rows),
         }
       )
     return lines

@@ -145,8 +145,8 @@ def verdict(
   text = (
     f"{100 * a.mean():.1f}% against {100 * b.mean():.1f}%:"
     f" {100 * found.value:+.1f} points ({100 * found.low:.1f} to"
-    f" {100 * found.high:.1f}), {found.problems} problems, {count}, at"
-    f" {ratio:.2f} times the FLOPs"
+    f" {100 * found.high:.1f}){found.note}, {found.problems} problems,"
+    f" {count}, at {ratio:.2f} times the FLOPs"
   )
   if comparison.within is not None and ratio > comparison.within:
     return Verdict(comparison.claim, f"{text}: too many", False)

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "tries_until_success",
     ],
     "coverage": ["BetaBinomial", "PowerLaw", "fit_beta", "fit_power_law"],
-    "intervals": ["Estimate", "paired_difference"],
+    "intervals": ["Estimate", "mean_accuracy", "paired_difference"],
     "pool": ["best_of_k", "pass_at_k"],
     "subsets": ["mean_over_subsets", "weighted_majority_at_k"],
     "voting": ["majority_at_k", "vote", "weighted_vote"],

@@ -5,16 +5,16 @@ to both cancels out. With several training seeds, seeds are drawn as well as
 problems, since a claim is about the method and not about three checkpoints.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from research import intervals
 from research.errors import UserError
 
 RESAMPLES = 10_000
-CONFIDENCE = 0.95
-"""Of every interval, two-sided."""
 
 
 class Estimate(NamedTuple):
@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
 
   Attributes:
     value: the mean over seeds and problems.
-    low, high: of the percentile bootstrap.
+    low, high: of the interval.
     problems, seeds: how many of each.
   """
 
@@ -37,6 +37,42 @@ class Estimate(NamedTuple):
     """Whether the whole interval is."""
     return self.low > 0
 
+  @property
+  def note(self) -> str:
+    """Says that the interval is too narrow, if it is over few seeds."""
+    few = self.seeds if 1 < self.seeds < intervals.FEW else 0
+    return intervals.Interval(self.low, self.high, few).note
+
+
+def mean_accuracy(
+  outcomes: Sequence[float] | Float[np.ndarray, " P"],
+  resamples: int = RESAMPLES,
+  seed: int = 0,
+) -> Estimate:
+  """Returns the mean of one system's outcomes, and its interval over problems.
+
+  Args:
+    outcomes: correctness of each problem, 0 to 1.
+    resamples: drawn with replacement, where some are neither 0 nor 1.
+    seed: of the draws.
+
+  Raises:
+    UserError: there are no problems, or a value is not from 0 to 1.
+  """
+  outcomes = np.asarray(outcomes, float)
+  if outcomes.ndim != 1 or not outcomes.size:
+    raise UserError(
+      f"mean_accuracy: found shape {outcomes.shape}, expected one outcome"
+      " a problem"
+    )
+  # Also of NaN. A mean over subsets may be above 1 by rounding.
+  if not (np.abs(outcomes - 0.5) <= 0.5 + 1e-9).all():
+    raise UserError("mean_accuracy: found an outcome that is not from 0 to 1")
+  found = intervals.of_share(outcomes, resamples, seed)
+  return Estimate(
+    float(outcomes.mean()), found.low, found.high, len(outcomes), 1
+  )
+
 
 def paired_difference(
   first: Float[np.ndarray, "..."],
@@ -44,10 +80,10 @@ def paired_difference(
   resamples: int = RESAMPLES,
   seed: int = 0,
 ) -> Estimate:
-  """Returns the mean of `first - second`, bootstrapped over problems and seeds.
+  """Returns the mean of `first - second`, and its interval.
 
-  Efron 1979, percentiles of 95%. For one system's accuracy let the second be
-  zeros.
+  Of one seed as `research.intervals.of_difference` has it, and so where the
+  systems never differ; else a bootstrap over problems and seeds.
 
   Args:
     first, second: correctness of each problem, 0 to 1, at equal cost: `[P]`, or
@@ -68,21 +104,16 @@ def paired_difference(
   if not np.isfinite(difference).all():
     raise UserError("paired_difference: found a value that is not finite")
   seeds, problems = difference.shape
-  rng = np.random.default_rng(seed)
-  means = np.empty(resamples)
-  for start in range(0, resamples, 500):  # bounds the memory
-    n = min(500, resamples - start)
-    rows = _weights(rng, n, seeds) @ difference
-    means[start : start + n] = np.sum(rows * _weights(rng, n, problems), axis=1)
-  tail = (1 - CONFIDENCE) / 2
-  low, high = np.quantile(means, (tail, 1 - tail))
+  if seeds == 1 or problems == 1 or not difference.any():
+    found = intervals.of_difference(difference.mean(axis=0), resamples, seed)
+  else:
+    found = intervals.bootstrap(
+      lambda s, p: difference[s[..., None], p[..., None, :]].mean((-2, -1)),
+      seeds,
+      problems,
+      resamples=resamples,
+      seed=seed,
+    )
   return Estimate(
-    float(difference.mean()), float(low), float(high), problems, seeds
+    float(difference.mean()), found.low, found.high, problems, seeds
   )
-
-
-def _weights(
-  rng: np.random.Generator, n: int, size: int
-) -> Float[np.ndarray, "N B"]:
-  """Returns how often each of `size` items is in n resamples, as shares."""
-  return rng.multinomial(size, np.full(size, 1 / size), size=n) / size

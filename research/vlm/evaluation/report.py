@@ -6,17 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from research import tables
+from research import intervals, tables
 from research.typing import Bool, Float, UserError
 from research.vlm.evaluation.yes_no import YesNoScores, yes_no_scores
 from research.vlm.scenes.sample import YES_NO, Sample
 
 REAL, BLIND, SHUFFLED = "real", "blind", "shuffled"
 """The model with its images, with zeros, and with other samples' images."""
-
-CONFIDENCE = 0.95
-"""Of every interval, two-sided."""
-_RESAMPLES = 4000
 
 
 class Result(NamedTuple):
@@ -49,27 +45,6 @@ class Margin(NamedTuple):
   difference: float
   low: float
   high: float
-
-
-def bootstrap(
-  values: Float[np.ndarray, "B"], seed: int = 0
-) -> tuple[float, float]:
-  """Returns the percentile bootstrap's interval of a mean (Efron 1979).
-
-  Values are few, such as 0 and 1, so a resample is drawn as how often each
-  occurs: the same distribution, without a draw for each sample.
-
-  Args:
-    values: one at least.
-    seed: of the resamples.
-  """
-  different, counts = np.unique(values, return_counts=True)
-  rng = np.random.default_rng(seed)
-  drawn = rng.multinomial(len(values), counts / len(values), size=_RESAMPLES)
-  tail = (1 - CONFIDENCE) / 2
-  means = drawn @ different / len(values)
-  low, high = np.quantile(means, (tail, 1 - tail))
-  return float(low), float(high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +124,8 @@ class Report:
   ) -> Result:
     """Returns the score of the model or of a baseline in a group."""
     scores = self.scores[system][self.within(kind, stratum, answer)]
-    return Result(float(scores.mean()), *bootstrap(scores), len(scores))
+    low, high, _ = intervals.of_share(scores)
+    return Result(float(scores.mean()), low, high, len(scores))
 
   def margin(
     self, kind: str = "", stratum: str = "", answer: str = ""
@@ -164,7 +140,8 @@ class Report:
     names = [x for x in self.systems(kind, stratum, answer) if x != REAL]
     best = max(names, key=lambda name: self.scores[name][group].mean())
     apart = self.scores[REAL][group] - self.scores[best][group]
-    return Margin(best, float(apart.mean()), *bootstrap(apart))
+    low, high, _ = intervals.of_difference(apart)
+    return Margin(best, float(apart.mean()), low, high)
 
   def invalid(
     self,

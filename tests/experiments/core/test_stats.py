@@ -66,19 +66,6 @@ def test_a_mean_in_another_unit():
   assert str(stats.mean([0.5, math.nan])) == "nan ± nan"  # of a run that broke
 
 
-def test_the_bootstrap_is_that_of_all_resamples():
-  """All 4^4 samples with replacement, each as likely."""
-  x = [1.0, 2.0, 4.0, 8.0]
-  each = [np.mean(s) for s in itertools.product(x, repeat=4)]
-  low, high = np.quantile(each, [0.025, 0.975])
-  found = stats.bootstrap(x, resamples=20_000)
-  assert found.low == pytest.approx(low, abs=0.26)  # a step of the means
-  assert found.high == pytest.approx(high, abs=0.26)
-  assert stats.bootstrap(x, np.median) == stats.bootstrap(x, np.median)
-  with pytest.raises(UserError, match="found 1 values, expected at least two"):
-    stats.bootstrap([1.0])
-
-
 def test_p_is_the_density_s_integral():
   x = np.array([0.3, 0.5, 0.1, 0.4])
   t = x.mean() / (x.std(ddof=1) / 2)

@@ -236,6 +236,14 @@ def test_intervals_are_those_of_scipy():
   assert found.high == pytest.approx(theirs.high, abs=0.006)
   assert (found.problems, found.seeds) == (300, 1)
   assert not estimators.paired_difference(first, first).above_zero
+  tied = estimators.paired_difference(first, first)
+  assert tied.low < 0 < tied.high  # 300 ties do not show that there are no wins
+  three = np.stack([first] * 3)
+  tied = estimators.paired_difference(three, three)
+  assert tied.low < 0 < tied.high
+  wilson = stats.binomtest(0, 300).proportion_ci(method="wilson")
+  none = estimators.mean_accuracy(np.zeros(300))
+  assert (none.low, none.high) == pytest.approx((0, wilson.high))
   assert estimators.paired_difference(first + 1, first).above_zero
 
 
@@ -254,6 +262,7 @@ def test_seeds_that_disagree_widen_the_interval():
     np.stack([noise[0]] * 3), none, 2000, seed=1
   )
   assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.1)
+  assert "a bootstrap of 3" in three.note and not one.note
 
 
 def test_closed_forms_are_those_of_the_specification():

@@ -125,7 +125,7 @@ def test_intervals_are_over_problems():
   """One number a problem: its mean's standard error is known."""
   n = 50
   values = np.repeat(np.random.default_rng(0).standard_normal(n), 2)
-  found = judging.bootstrap(
+  found = judging.estimate(
     lambda w: float(np.average(values, weights=w)),
     [f"P{i // 2}" for i in range(2 * n)],
   )
