@@ -296,4 +296,4 @@ def _mean(
   found = _interval(row, statistic)
   if found.value != found.value:
     return None
-  return stats.Mean(found.value, (found.high - found.low) / 2).times(100)
+  return stats.Mean(found.value, found.half).times(100)

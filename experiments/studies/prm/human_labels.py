@@ -234,8 +234,7 @@ def _line(arm: str, row: Row) -> dict[str, Any]:
     f"found of {parts.errors} wrong ones, %": 100 * parts.error,
     f"none in {parts.corrects} right ones, %": 100 * parts.correct,
   } | {
-    title: stats.Mean(x.value, (x.high - x.low) / 2).times(100)
-    for title, x in found.items()
+    title: stats.Mean(x.value, x.half).times(100) for title, x in found.items()
   }
 
 

@@ -75,7 +75,7 @@ class Budgets(Report):
   """What fewer samples of a pool reach: pass@k, and votes of k.
 
   FLOPs are the policy's: neither asks a verifier, if the pool has one.
-  Intervals are over problems, half of the bootstrap's width; of several seeds,
+  Intervals are over problems, the larger half of each; of several seeds,
   their mean.
 
   Attributes:
@@ -111,7 +111,7 @@ class Budgets(Report):
 def _estimate(rows: Sequence[Row], name: str, index: int) -> Mean:
   each = np.array([row["estimates"][name][index] for row in rows], float)
   value, low, high = 100 * each.mean(axis=0)
-  return Mean(float(value), float(high - low) / 2)
+  return Mean(float(value), float(max(value - low, high - value)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,7 +249,7 @@ def _level(name: str, which: np.ndarray, each: dict[str, np.ndarray]):
 def _paired_points(first: np.ndarray, second: np.ndarray) -> Mean:
   """Returns a paired difference in points, and half of its interval."""
   found = paired_difference(first, second)
-  return Mean(found.value, (found.high - found.low) / 2).times(100)
+  return Mean(found.value, found.half).times(100)
 
 
 def _joined(bins: np.ndarray) -> np.ndarray:

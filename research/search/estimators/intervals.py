@@ -38,6 +38,11 @@ class Estimate(NamedTuple):
     return self.low > 0
 
   @property
+  def half(self) -> float:
+    """The larger distance of an end from the value, as after a ±."""
+    return max(self.value - self.low, self.high - self.value)
+
+  @property
   def note(self) -> str:
     """Says that the interval is too narrow, if it is over few seeds."""
     few = self.seeds if 1 < self.seeds < intervals.FEW else 0
