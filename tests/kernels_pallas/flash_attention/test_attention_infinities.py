@@ -117,8 +117,8 @@ def finite():
   return found
 
 
-@each([n for n in BACKENDS if n != "mosaic_tpu_fused"])
-@pytest.mark.sample(4)
+@each(["mosaic_tpu_split", "reference", "looped", "unrolled"])
+@pytest.mark.sample(2)
 def test_a_sink_of_minus_infinity_is_no_sink(name):
   run = quick(functools.partial(step, **BACKENDS[name]))
   assert_close(run(sunk(qkv()), window()), finite())
@@ -142,7 +142,7 @@ def test_the_lowest_finite_sink_has_no_effect_on_visible_keys(name):
   assert_close(found, quick(plain)(qkv()))
 
 
-@each(["reference", "looped", "mosaic_tpu_split"])
+@each(["looped", "reference", "mosaic_tpu_split"])
 @pytest.mark.sample(3)
 def test_a_bias_of_minus_infinity_is_a_mask(name):
   """Of keys, of all keys of a query, and where nothing is visible anyway."""
@@ -158,7 +158,7 @@ def test_a_bias_of_minus_infinity_is_a_mask(name):
   assert_close(found, expected)
 
 
-@each(["reference", "unrolled", "mosaic_tpu_split"])
+@each(["mosaic_tpu_split", "reference", "unrolled"])
 @pytest.mark.sample(3)
 def test_a_bias_of_minus_infinity_inside_the_soft_cap_is_minus_the_cap(name):
   bias = draw(1, 2, T, T, seed=9)
@@ -172,7 +172,7 @@ def test_a_bias_of_minus_infinity_inside_the_soft_cap_is_minus_the_cap(name):
   assert_close(found, plain(qkv() | {"bias": bias}, window()))
 
 
-@each(["reference", "unrolled", "mosaic_tpu_split"])
+@each(["unrolled", "reference", "mosaic_tpu_split"])
 @pytest.mark.sample(3)
 def test_a_bias_of_nan_inside_the_soft_cap_is_masked(name):
   """Where nothing is visible, a bias reaches no gradient."""

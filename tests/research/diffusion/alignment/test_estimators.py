@@ -115,8 +115,8 @@ def test_estimates_are_log_probabilities_of_the_views():
   chex.assert_trees_all_close(got, summed(views, each), atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.sample(2)
 def test_blocks_see_clean_blocks_before_them(shift):
   """Of each block in turn, noisy after clean ones: what its bound is made of.
 
@@ -157,8 +157,8 @@ def test_blocks_see_clean_blocks_before_them(shift):
 CLOCK = TimeEmbedding(features=8, hidden=8, width=8)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("block", [None, 4])
+@pytest.mark.parametrize("block", [4, None])
+@pytest.mark.sample(2)
 def test_a_model_with_a_time_gets_the_process_s(block):
   """That of each view; 0 for clean blocks."""
   model = support.model(

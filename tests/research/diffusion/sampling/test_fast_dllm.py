@@ -52,8 +52,8 @@ def test_tokens_are_those_of_the_authors_loops(kind):
     assert got.counts[i] == len(want[f"{i}/{kind}/rows"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.sample(2)
 def test_logits_of_every_call_are_the_authors(kind):
   it, want = loaded(), golden()
   rows, starts, logits = (

@@ -80,13 +80,14 @@ def permutations():
 
 
 def test_torchs_algorithm_for_long_permutations(monkeypatch):
-  """For long permutations only; in chunks, and truncated."""
+  """From that length on; in chunks, and truncated."""
   golden = permutations()
   assert golden["bound"] == torch_rng._LONG
   monkeypatch.setattr(torch_rng, "_PIECE", 300)
   for seed, want in golden["inside_out"].items():
+    monkeypatch.setattr(torch_rng, "_LONG", len(want))
     for count in (len(want), 40, 1):
-      got = torch_rng._inside_out(int(seed), len(want), count)
+      got = torch_rng.randperm_prefix.__wrapped__(int(seed), len(want), count)
       assert got.tolist() == want[:count]
 
 
