@@ -98,24 +98,33 @@ def test_the_class_is_named(command, tmp_path, flags):
   assert config["architectures"] == ["LlamaForCausalLM"]
 
 
-@pytest.mark.slow
-def test_an_adapters_tokenizer_is_its_bases(command, tmp_path):
-  file, made = MODELS / "gguf_mixed" / "model.gguf", tmp_path / "adapter"
-  base = load.load_model(file)
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+  """Returns an adapter's directory, whose base has a tokenizer."""
+  file = MODELS / "gguf_mixed" / "model.gguf"
+  made, base = tmp_path_factory.mktemp("adapter"), load.load_model(file)
   adapted = adapt.Adapt(method=LoRA(rank=2))(base.params, jax.random.key(0))
   adapted = tree.map_paths(
     lambda path, x: jnp.ones_like(x) if path.endswith("/b") else x, adapted
   )
   peft.save_adapter(made, adapted, base.model, str(file))
-  merged = command(f"--from={made}", f"--to={tmp_path / 'm'}", "--format=hf")
+  return made
+
+
+@pytest.mark.slow
+def test_a_merged_adapter_has_its_bases_tokenizer(command, adapter, tmp_path):
+  merged = command(f"--from={adapter}", f"--to={tmp_path}", "--format=hf")
   assert merged[0] == 0 and merged[1]["tokenizer"], merged
-  assert (tmp_path / "m" / "tokenizer.json").is_file()
-  config = safetensors.read_json(tmp_path / "m" / "config.json")
+  assert (tmp_path / "tokenizer.json").is_file()
+  config = safetensors.read_json(tmp_path / "config.json")
   assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_an_adapters_tokenizer_is_its_bases(command, adapter, tmp_path):
   for form in ("peft", "gguf-adapter"):
     to = tmp_path / form
     status, result, errors = command(
-      f"--from={made}", f"--to={to}", f"--format={form}"
+      f"--from={adapter}", f"--to={to}", f"--format={form}"
     )
     assert (status, errors) == (0, "")
     found = (

@@ -208,6 +208,38 @@ def test_answers_apart_from_their_questions_are_warned_of(recwarn):
   assert not recwarn.list
 
 
+class Answers:
+  """Conversations of many lengths, of which the last two tokens are learned."""
+
+  def examples(self, tokenizer):
+    del tokenizer
+    return [
+      examples.Example(np.arange(n, dtype=np.int32), np.arange(n) >= n - 2)
+      for n in (23, 6, 3, 31)
+    ]
+
+
+@pytest.mark.parametrize(
+  "plan", [packing.concatenate, packing.best_fit, packing.one_per_row]
+)
+def test_rows_without_targets_are_left_out(plan):
+  """Each would be a step of loss 0; all others stay, in their order."""
+  found = Answers().examples(None)
+  packed = packing.pack(
+    [e.tokens for e in found], 5, plan, [e.loss_mask for e in found]
+  )
+  want = [packed[i] for i in range(len(packed))]
+  some = [row for row in want if row["weights"].any()]
+  assert 0 < len(some) < len(want)
+  assert sum(row["weights"].sum() for row in some) == 2 * len(found)
+  dropped = f"{len(want) - len(some)} of {len(want)} rows have no targets"
+  with pytest.warns(RuntimeWarning, match=dropped):
+    rows = pipeline.Pipeline(source=Answers(), length=5, plan=plan).rows(None)
+  assert len(rows) == len(some)
+  for i, row in enumerate(some):
+    chex.assert_trees_all_equal(rows[i], row)
+
+
 def test_plan_is_a_value():
   data = dataclasses.replace(DATA, plan=packing.best_fit, length=13)
   assert len(data.rows(LETTERS)) == 12

@@ -162,7 +162,7 @@ def test_padding_on_the_right_changes_nothing(shift):
     ],
   ],
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(4, 1)
 def test_caches_are_exact_while_nothing_has_changed(before, after, shift):
   tokens, valid = rows((3, 0))
   d = BlockCache(model=network()[0], shift=shift, before=before, after=after)

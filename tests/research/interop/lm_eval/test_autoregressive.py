@@ -176,7 +176,6 @@ def test_rolling_where_every_row_begins_with_bos(loaded, log_p, length):
   assert got == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_long_contexts_keep_bos(loaded, log_p):
   """Of a continuation longer than the context, too, bos is not asked for."""
   around = loaded.tokenizer.special

@@ -100,7 +100,7 @@ def answers_log_probs(full, params):
   return np.array(out).reshape(B, 2)
 
 
-@pytest.mark.parametrize(("beta", "smoothing"), [(0.1, 0.0), (0.7, 0.2)])
+@pytest.mark.parametrize(("beta", "smoothing"), [(0.7, 0.2), (0.1, 0.0)])
 @pytest.mark.sample(3)
 def test_dpo_is_equation_7(
   model, params, other, forward, batch, beta, smoothing
