@@ -93,11 +93,13 @@ class BitsAndBytes(_Quantized):
   type: str | None = argument("TYPE", "nf4", "fp4", "int8")
 
   def tool(self, source: Any) -> Any:
-    """Returns bitsandbytes' writer."""
+    """Returns bitsandbytes' writer, with the source's threshold."""
     from research.interop.quantized import checkpoint_formats
+    from research.quant.llm_int8 import Outliers
 
-    del source
-    return checkpoint_formats.Bnb(self.type)
+    ops = [op for op in source.activations if isinstance(op, Outliers)]
+    kept = ops[0] if len(ops) == 1 and self.type in (None, "int8") else None
+    return checkpoint_formats.Bnb(self.type, activations=kept)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -125,13 +125,13 @@ def _warn_of_activations(source: sources.Source, kept: Any) -> None:
 
   Args:
     source: any.
-    kept: `input_activations` that the result has.
+    kept: those that the result has, as `Source.activations`.
   """
   if any(x is not None and x != kept for x in source.activations):
     warnings.warn(
       f"{source.origin.get('path')}: rounds activations, which the result does"
       " not: it has the weights alone.\nTo keep the rounding, convert to"
-      " --format=orbax, or to compressed-tensors if scales are dynamic.",
+      " --format=orbax, or to the format it came in if scales are dynamic.",
       RuntimeWarning,
       stacklevel=3,
     )
@@ -247,8 +247,7 @@ def to_quantized(
     UserError: something does not fit, or less is left, so nothing is written.
   """
   check_free(to)
-  same = isinstance(writer, checkpoint_formats.Compressed)
-  _warn_of_activations(source, writer.activations if same else None)
+  _warn_of_activations(source, writer.activations)
   source, log = _untied(source), changes.Log()
   with _atomic_directory(to) as draft:
     quantized_write.write_model(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from research import tree, weights
 from research.quant.numerics import exact_division
 from research.quant.numerics.integers import integer_codes, integer_product
+from research.quant.qtensor import QTensor
 from research.typing import (
   Array,
   Float,
@@ -230,15 +231,15 @@ class Round(Op):
           scale = exact_division.divide(self.clip * most, self.top + 0.5)
         scale = _positive(scale)
       unit = exact_division.divide(x, scale) if self.full else x / scale
-      codes = _nearest(unit, -self.top - 1, self.top)
+      codes = nearest_code(unit, -self.top - 1, self.top)
       return codes, jnp.asarray(scale), 0.0
     most = jnp.maximum(jnp.max(x, axis=over, keepdims=True), 0)
     least = jnp.minimum(jnp.min(x, axis=over, keepdims=True), 0)
     last = 2**self.bits - 1
     scale = _positive(self.clip * (most - least) / last)
-    zero = _nearest(-self.clip * least / scale, 0, last)
-    codes = _nearest(x / scale, -last, last) + zero
-    return _nearest(codes, 0, last), scale, zero
+    zero = nearest_code(-self.clip * least / scale, 0, last)
+    codes = nearest_code(x / scale, -last, last) + zero
+    return nearest_code(codes, 0, last), scale, zero
 
   def einsum(
     self,
@@ -248,13 +249,44 @@ class Round(Op):
     scale: Any = None,
   ) -> Float[Array, "..."]:
     """Returns `einsum(eq, self(x), w)`; integer sums are exact."""
-    w_codes = integer_codes(w) if self.integer else None
-    if w_codes is None:
+    if not self.integer or integer_codes(w) is None:
       return weights.einsum(eq, self(x, scale), w)
+    return integer_einsum(self, eq, x, w, scale)
+
+  def integer_einsum(
+    self, eq: str, x: Float[Array, "..."], w: QTensor, scale: Any
+  ) -> Float[Array, "..."]:
+    """Returns the product of integers; see `integer_einsum` below."""
+    del eq
     codes, scale, _ = self.codes(x, scale)
-    y = integer_product(codes[..., 0, :].astype(jnp.int8), w_codes)
+    y = integer_product(codes[..., 0, :].astype(jnp.int8), integer_codes(w))
     y = y * (scale if scale.ndim == 0 else scale[..., 0])
     return y.astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def integer_einsum(
+  op: Any, eq: str, x: Float[Array, "..."], w: QTensor, scale: Any
+) -> Float[Array, "..."]:
+  """Returns `op.integer_einsum`, with the gradients of the product of floats.
+
+  Integers have no derivatives: without this, gradients would end here.
+  """
+  return op.integer_einsum(eq, x, w, scale)
+
+
+def _integer_forward(op, eq, x, w, scale):
+  return op.integer_einsum(eq, x, w, scale), (x, w, scale)
+
+
+def _integer_backward(op, eq, saved, dy):
+  def product(x, w, scale):
+    return weights.einsum(eq, op(x, scale), w)
+
+  return jax.vjp(product, *saved)[1](dy)
+
+
+integer_einsum.defvjp(_integer_forward, _integer_backward)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,14 +333,14 @@ def _positive(scale):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _nearest(x, low, high):
+def nearest_code(x, low, high):
   """Returns the nearest code, with a straight-through derivative."""
   return jnp.clip(jnp.round(x), low, high)
 
 
-@_nearest.defjvp
-def _nearest_jvp(low, high, primals, tangents):
-  return _nearest(*primals, low, high), tangents[0]
+@nearest_code.defjvp
+def _nearest_code_jvp(low, high, primals, tangents):
+  return nearest_code(*primals, low, high), tangents[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,18 +9,25 @@ inputs are found at run time.
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from research import weights
-from research.quant.activations import Op, Round
+from research.quant.activations import Op, integer_einsum, nearest_code
 from research.quant.formats.affine import Affine
+from research.quant.numerics import exact_division
 from research.quant.numerics.integers import integer_codes, integer_product
+from research.quant.qtensor import QTensor
 from research.typing import Array, Float, UserError
 
 INT8 = Affine(
   block=0, bits=8, symmetric=True, rule="amax/qmax", scale_dtype="float32"
 )
 """The weights' format: codes -127..127, one scale per output."""
+
+
+_LARGEST = 65504.0
+"""The largest number of float16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,12 +68,16 @@ class Outliers(Op):
     scale: Any = None,
   ) -> Float[Array, "..."]:
     """Returns `einsum(eq, self(x), w)`; multiplies the rounded part as int8."""
+    if integer_codes(w) is None:
+      return weights.einsum(eq, self(x, scale), w)
+    return integer_einsum(self, eq, x, w, scale)
+
+  def integer_einsum(
+    self, eq: str, x: Float[Array, "..."], w: QTensor, scale: Any
+  ) -> Float[Array, "..."]:
+    """Returns the sum of both products; see `activations.integer_einsum`."""
     codes, scale, exact = self.parts(x, scale)
-    held = integer_codes(w)
-    if held is None:
-      rounded = (codes * scale).astype(x.dtype)
-      return weights.einsum(eq, rounded + exact, w)
-    y = integer_product(codes.astype(jnp.int8), held) * scale
+    y = integer_product(codes.astype(jnp.int8), integer_codes(w)) * scale
     return y.astype(x.dtype) + weights.einsum(eq, exact, w)
 
   def parts(
@@ -75,10 +86,18 @@ class Outliers(Op):
     """Returns (codes, their scale, the unrounded outlier inputs).
 
     A token's scale covers all its values below the threshold, also those of
-    outlier inputs, as in bitsandbytes.
+    outlier inputs. As in bitsandbytes, what is rounded is float16 first.
     """
-    large = jnp.abs(x) >= (self.threshold or jnp.inf)
+    del scale
+    wide = x.astype(jnp.float32)
+    half = jnp.clip(wide, -_LARGEST, _LARGEST).astype(jnp.float16)
+    half = wide + jax.lax.stop_gradient(half.astype(jnp.float32) - wide)
+    large = jnp.abs(half) >= (self.threshold or jnp.inf)
     apart = jnp.any(large, axis=tuple(range(x.ndim - 1)))
-    codes, scale, _ = Round().codes(jnp.where(large, 0, x), scale)
-    codes, scale = codes[..., 0, :], scale[..., 0]
-    return jnp.where(apart, 0, codes), scale, jnp.where(apart, x, 0)
+    small = jnp.where(large, 0, half)
+    most = jnp.max(jnp.abs(small), axis=-1, keepdims=True)
+    most = jnp.where(most > 0, most, 1.0)
+    # Its order of products: of float16's numbers, many are half way.
+    unit = small * (127 * exact_division.divide(jnp.ones_like(most), most))
+    codes = nearest_code(unit, -127, 127)
+    return jnp.where(apart, 0, codes), most / 127, jnp.where(apart, x, 0)

@@ -70,7 +70,8 @@ def test_transformers_opens_ours(kind, plain, heptad, tmp_path):
   )
   model = opened(to)
   assert model.is_loaded_in_8bit if kind == "int8" else model.is_loaded_in_4bit
-  ours = heptad.bridge("logits", to, packed=True, tokens=TOKENS)
+  # Decoded, as its products round inputs in 8 bits.
+  ours = heptad.bridge("logits", to, packed=kind != "int8", tokens=TOKENS)
   is_close(kind, logits(model.dequantize()), ours)
   # It is quantized, and not much further off than its bits are.
   off = support.relative_error(ours, logits(opened(plain)))
@@ -82,7 +83,7 @@ def test_we_open_what_it_writes(kind, plain, heptad, tmp_path):
   model = opened(plain, quantization_config=quantized(kind))
   model.save_pretrained(tmp_path / "theirs")
   ours = heptad.bridge(
-    "logits", tmp_path / "theirs", packed=True, tokens=TOKENS
+    "logits", tmp_path / "theirs", packed=kind != "int8", tokens=TOKENS
   )
   is_close(kind, ours, logits(opened(tmp_path / "theirs").dequantize()))
   # Written back, every tensor is what it was.
@@ -101,6 +102,69 @@ def test_we_open_what_it_writes(kind, plain, heptad, tmp_path):
   for name, x in want.items():
     if "quant_state" not in name:
       np.testing.assert_array_equal(got[name], x, name)
+
+
+PRODUCTS = """
+import sys
+import jax
+import numpy as np
+from research import weights
+from research.interop import load
+
+folder, given, out = sys.argv[1:]
+params = load.load_model(folder).params
+inputs, products = np.load(given), {}
+for path, w in weights.named_weights(params):
+  run, _, part, name = (path.split("/") + 3 * [""])[:4]
+  if part not in ("attention", "mlp") or not weights.is_weight(w):
+    continue
+  part = "self_attn" if part == "attention" else part
+  for i in range(w.shape[0]):
+    module = f"model.layers.{i}.{part}.{name}_proj"
+    layer = jax.tree.map(lambda x: x[i], w)
+    products[module] = weights.einsum("...d,df->...f", inputs[module], layer)
+np.savez(out, **products)
+"""
+
+
+@pytest.mark.parametrize("threshold", [6.0, 1.0, 0.0])
+def test_eight_bits_round_inputs_as_it_does(threshold, plain, heptad, tmp_path):
+  """LLM.int8: inputs in 8 bits, apart from those with outliers."""
+  config = transformers.BitsAndBytesConfig(
+    load_in_8bit=True, llm_int8_threshold=threshold
+  )
+  folder = tmp_path / "theirs"
+  opened(plain, quantization_config=config).save_pretrained(folder)
+  model, inputs, want = opened(folder), {}, {}
+
+  def watch(name):
+    def hook(module, given, out):
+      inputs[name] = given[0].numpy()
+      want[name] = out.reshape(*given[0].shape[:-1], -1).numpy()
+
+    return hook
+
+  for name, module in model.named_modules():
+    if type(module).__name__ == "Linear8bitLt":
+      module.register_forward_hook(watch(name))
+  whole = logits(model)
+  np.savez(tmp_path / "inputs.npz", **inputs)
+  heptad.script(
+    PRODUCTS, folder, tmp_path / "inputs.npz", tmp_path / "products.npz"
+  )
+  products = np.load(tmp_path / "products.npz")
+  assert set(products) == set(want) and len(want) == 14
+  for name, y in want.items():
+    # Its constant on CPUs, 6.200124e-05, is 1.8e-5 off 1 / 127^2.
+    assert np.abs(products[name] - y).max() < 3e-5 * np.abs(y).max(), name
+  # Of the whole model that moves numbers half way to their other neighbour, a
+  # 127th of a token's largest; weights alone are off for every number.
+  ours, alone = (
+    heptad.bridge("logits", folder, packed=packed, tokens=TOKENS)
+    for packed in (True, False)
+  )
+  errors = [np.square(x - whole).mean() ** 0.5 for x in (ours, alone)]
+  assert errors[0] < 0.5 * errors[1]
 
 
 def test_int8_codes_and_numbers_are_its():

@@ -7,6 +7,7 @@ bits it has `P.weight`, int8 `[out, in]`, `P.SCB`, the magnitude of each output,
 and `P.weight_format`, which is 0.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -32,13 +33,33 @@ MAGNITUDES = "SCB"
 STATE = ".weight.quant_state.bitsandbytes__"
 """Keys by which a module of 8 bits, or of 4, is recognised."""
 
+FLAGS = ("load_in_4bit", "load_in_8bit")
+"""Fields by which a config without `quant_method` is recognised."""
+
+THRESHOLD = 6.0
+"""`llm_int8_threshold` where a config leaves it out."""
+
 _STATE = STATE.removeprefix(".weight.")
 _DTYPES = ("float32", "bfloat16", "float16")
 _MOST_JSON = 4096
 
 
-def parse(values: Mapping[str, Any], where: str) -> int:
-  """Returns the bits that a `quantization_config` says.
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+  """What a `quantization_config` says.
+
+  Attributes:
+    bits: of a code, 4 or 8.
+    threshold: magnitude of an input that is not rounded, where codes have 8
+      bits; 0 for none.
+  """
+
+  bits: int
+  threshold: float = THRESHOLD
+
+
+def parse(values: Mapping[str, Any], where: str) -> Scheme:
+  """Returns what a `quantization_config` says.
 
   Args:
     values: the JSON object.
@@ -47,19 +68,26 @@ def parse(values: Mapping[str, Any], where: str) -> int:
   Raises:
     UserError: a field is wrong, or means what is not supported.
   """
-  fields = Fields(values, where)
-  four, eight = fields.flag("load_in_4bit"), fields.flag("load_in_8bit")
+  fields = Fields(values, where, dict(llm_int8_threshold=THRESHOLD))
+  four, eight = map(fields.flag, FLAGS)
   if four == eight:
     raise fields.wrong("load_in_4bit", "it or load_in_8bit to be true")
   if four and fields.get("bnb_4bit_quant_type") not in ("nf4", "fp4", None):
     raise fields.wrong("bnb_4bit_quant_type", "'nf4' or 'fp4'")
   if fields.flag("llm_int8_has_fp16_weight"):
     raise fields.wrong("llm_int8_has_fp16_weight", "false")
-  return 4 if four else 8
+  threshold = fields.get("llm_int8_threshold")
+  if type(threshold) not in (int, float) or not 0 <= threshold < math.inf:
+    raise fields.wrong("llm_int8_threshold", "a number of at least 0")
+  return Scheme(4 if four else 8, float(threshold))
 
 
 def config(
-  kind: str, nested: bool, of: str, skipped: Sequence[str] = ()
+  kind: str,
+  nested: bool,
+  of: str,
+  skipped: Sequence[str] = (),
+  threshold: float = THRESHOLD,
 ) -> dict[str, Any]:
   """Returns the `quantization_config`; `parse` reads it.
 
@@ -68,11 +96,12 @@ def config(
     nested: whether magnitudes of 4 bits are coded themselves.
     of: dtype of the computation.
     skipped: linear modules that are not quantized.
+    threshold: as in `Scheme`.
   """
   common = dict(quant_method=METHOD, llm_int8_skip_modules=[*skipped] or None)
   if kind == "int8":
-    eight = dict(load_in_8bit=True, load_in_4bit=False, llm_int8_threshold=6.0)
-    return common | eight
+    eight = dict(load_in_8bit=True, load_in_4bit=False)
+    return common | eight | dict(llm_int8_threshold=threshold)
   return common | dict(
     load_in_8bit=False,
     load_in_4bit=True,

@@ -27,6 +27,7 @@ from research.quant.formats.fp8 import FP8
 from research.quant.formats.int8 import Int8
 from research.quant.formats.microscaling import Microscaling
 from research.quant.formats.nvfp4 import NVFP4
+from research.quant.llm_int8 import Outliers
 from research.quant.qtensor import QTensor
 from research.typing import UserError
 
@@ -44,11 +45,14 @@ class CheckpointFormat(Protocol):
     files: names of files, beside config.json, that have its config, too.
     shapes_vary: whether sizes of a matrix's tensors follow from its numbers.
     head: whether a packed head stays packed.
+    activations: how inputs of matrices are rounded, as a source's are; None if
+      they are not.
   """
 
   files: tuple[str, ...]
   shapes_vary: bool
   head: bool
+  activations: Any
 
   def describe(self, w: QTensor, where: str) -> Hashable:
     """Returns what a config would say of a matrix, if it fits one."""
@@ -164,6 +168,7 @@ class Gptq:
   files: tuple[str, ...] = ("quantize_config.json",)
   shapes_vary: bool = False
   head: bool = False
+  activations: None = None
 
   def describe(self, w: QTensor, where: str) -> _Grid:
     x = to_integers(w, where)
@@ -239,6 +244,7 @@ class Awq:
   files: tuple[str, ...] = ()
   shapes_vary: bool = False
   head: bool = False
+  activations: None = None
 
   def describe(self, w: QTensor, where: str) -> _Grid:
     x = to_integers(w, where)
@@ -272,12 +278,15 @@ class Bnb:
 
   Attributes:
     kind: `"nf4"`, `"fp4"` or `"int8"`; None for that of most matrices.
+    activations: how inputs are rounded where codes have 8 bits; None for its
+      default.
   """
 
   kind: str | None = None
   files: tuple[str, ...] = ()
   shapes_vary: bool = True
   head: bool = False
+  activations: Outliers | None = None
 
   def describe(self, w: QTensor, where: str) -> tuple[str, bool, str]:
     bnb.to_tensors(w, where)
@@ -309,7 +318,8 @@ class Bnb:
   def config(
     self, scheme: Any, found: Mapping[str, Any], plain: Sequence[str]
   ) -> dict[str, Any]:
-    return bnb.config(*scheme, skipped=plain)
+    op = self.activations or Outliers(threshold=bnb.THRESHOLD)
+    return bnb.config(*scheme, skipped=plain, threshold=op.threshold)
 
 
 COMPRESSED = {

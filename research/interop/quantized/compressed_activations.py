@@ -1,10 +1,11 @@
-"""How compressed-tensors' checkpoints round activations: applied, or refused.
+"""How quantized checkpoints round activations: applied, or refused.
 
-Schemes that measure each token, or each call, become the op of a matrix' inputs
-(`research.quant.activations`), by the package's own rules: integers' scale is
-`2 max|x| / (2^bits - 1)`, E4M3's `max|x| / 448`. Scales of a calibration and
-4-bit floats are refused by name. Weights decoded at once (`packed=False`) are
-weights alone, as for every tool's checkpoint.
+compressed-tensors' schemes that measure each token, or each call, become the op
+of a matrix' inputs (`research.quant.activations`), by the package's own rules:
+integers' scale is `2 max|x| / (2^bits - 1)`, E4M3's `max|x| / 448`. Scales of a
+calibration and 4-bit floats are refused by name. In 8 bits, bitsandbytes
+multiplies integers, outliers apart (`research.quant.llm_int8`). Weights decoded
+at once (`packed=False`) are weights alone, as for every tool's checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 
 from research import tree, weights
+from research.interop.quantized import bnb
 from research.interop.quantized.compressed_config import METHOD
 from research.io.fields import Fields
 from research.quant.activations import InputTensor, Op, Round, RoundFloat
@@ -54,10 +56,14 @@ def stated(quantization: Any) -> tuple[Any, ...]:
   """Returns each group's `input_activations`, None where nothing is rounded.
 
   Args:
-    quantization: a `quantization_config`, of any method, or None.
+    quantization: a `quantization_config`, of any method, or None; the op itself
+      of bitsandbytes.
   """
   if not isinstance(quantization, dict):
     return ()
+  if quantization.get("quant_method") == bnb.METHOD:
+    op = op_of(quantization, CONFIG)
+    return () if op is None else (op,)
   if quantization.get("quant_method") != METHOD:
     return ()
   groups = Fields(quantization, CONFIG).object("config_groups")
@@ -87,12 +93,21 @@ def rounding(params: Params, said: Sequence[Any]) -> tuple[Any, ...]:
   return tuple(said or found) if found else ()
 
 
+def unrounded(w: weights.AnyWeight) -> weights.AnyWeight:
+  """Returns the weight alone, without the rounding of its inputs."""
+  rounds = isinstance(w, InputTensor) and isinstance(w.op, _ROUNDING)
+  return w.w if rounds else w
+
+
 def op_of(quantization: Mapping[str, Any], where: str) -> Op | None:
   """Returns what rounds the inputs of packed matrices; None for nothing.
 
   Raises:
     UserError: see `round_inputs`.
   """
+  if quantization.get("quant_method") == bnb.METHOD:
+    scheme = bnb.parse(quantization, f"{where}: {CONFIG}")
+    return None if scheme.bits == 4 else Outliers(threshold=scheme.threshold)
   if quantization.get("quant_method") != METHOD:
     return None
   groups = Fields(quantization, f"{where}: {CONFIG}").object("config_groups")

@@ -98,6 +98,8 @@ def split_config(
       f"{directory / 'config.json'}: {CONFIG} is {str(found)[:60]!r}, expected "
       "an object"
     )
+  if any(found.get(name) is True for name in bnb.FLAGS):
+    found = {"quant_method": bnb.METHOD} | found  # older files leave it out
   return plain, found
 
 

@@ -18,6 +18,7 @@ from research import progress, weights
 from research.interop import hf, parts, quantized
 from research.interop.hf import write as hf_write
 from research.interop.parts import Address
+from research.interop.quantized import compressed_activations
 from research.interop.quantized.checkpoint_formats import CheckpointFormat
 from research.interop.sources import Source
 from research.io import safetensors
@@ -110,7 +111,7 @@ def _modules(
     found, reason = None, f"plain numbers ({part.kind})"
     if part.packed:
       reason = f"{part.kind} under something else, such as an adapter"
-    w = part.read() if part.packed else None
+    w = compressed_activations.unrounded(part.read()) if part.packed else None
     if weights.is_packed(w):
       try:
         found = writer.describe(w, name)
@@ -179,7 +180,7 @@ class _Maker:
     }
 
   def _made(self, module: _Module) -> tuple[Any, Mapping[str, np.ndarray]]:
-    w = module.part.read()
+    w = compressed_activations.unrounded(module.part.read())
     if module.found is None:
       w = self._packed(module, changes.dense_weight(w).array)
     return w, self.writer.tensors(w, self.scheme, module.name)

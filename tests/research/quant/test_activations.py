@@ -14,6 +14,7 @@ from research.quant.activations import InputTensor, Round
 from research.quant.algorithms.calibrate import Calibration
 from research.quant.formats.affine import Affine
 from research.quant.formats.int8 import Int8
+from research.quant.llm_int8 import Outliers
 from research.quant.reports import input_errors
 from research.typing import UserError
 from tests.support_lora import lora
@@ -113,6 +114,28 @@ def test_integer_products_equal_float_products(format, per):
   want = np.asarray(op(x), np.float64) @ np.asarray(w.dense(), np.float64)
   # fp32's rounding of sums of 32 terms of about 1.
   np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+  "op",
+  [
+    Round(integer=True),
+    Round(integer=True, per="tensor", full=True),
+    Outliers(),
+    Outliers(threshold=2.0),
+  ],
+)
+def test_gradients_of_integer_products_are_those_of_floats(op):
+  """Integers have no derivatives: all but the scales' gradient was lost."""
+  x, w = _x(), qtensor.pack(_w(), Int8())
+  dy = _x((3, 5, 12), 7)
+
+  def gradient(product):
+    return jax.grad(lambda x: (product(x) * dy).sum())(x)
+
+  got = gradient(lambda x: weights.einsum(EQ, x, InputTensor(w, op=op)))
+  want = gradient(lambda x: op(x) @ w.dense())
+  np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_weights_without_integers_are_multiplied_as_they_are():

@@ -224,13 +224,19 @@ def test_damaged_tensors_of_int8(changes, message):
     (dict(), "load_in_4bit is None, expected it or load_in_8bit"),
     (dict(load_in_4bit=True, load_in_8bit=True), "load_in_4bit is True"),
     (dict(load_in_4bit=True, bnb_4bit_quant_type="nf3"), "quant_type is 'nf3'"),
+    (dict(load_in_8bit=True, llm_int8_threshold=-1), "threshold is -1"),
+    (dict(load_in_8bit=True, llm_int8_threshold="6"), "threshold is '6'"),
   ],
 )
 def test_mistakes_in_the_config_of_bitsandbytes(said, message):
   with pytest.raises(UserError, match=message):
     bnb.parse(said, "c")
-  assert bnb.parse(bnb.config("int8", False, "float32"), "c") == 8
-  assert bnb.parse(bnb.config("fp4", True, "float32"), "c") == 4
+  for config, scheme in (
+    (bnb.config("int8", False, "float32"), bnb.Scheme(8, 6.0)),
+    (bnb.config("int8", False, "float32", threshold=2.0), bnb.Scheme(8, 2.0)),
+    (bnb.config("fp4", True, "float32"), bnb.Scheme(4)),
+  ):
+    assert bnb.parse(config, "c") == scheme
 
 
 def test_codes_too_wide_are_not_packed():

@@ -9,19 +9,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from experiments.converting.quantized import CompressedTensors
+from experiments.converting.quantized import BitsAndBytes, CompressedTensors
 from research import tree, weights
 from research.interop import convert, load, native, quantized, sources
 from research.interop.hf import write as hf_write
 from research.interop.loaded import NOTE
 from research.interop.quantized import compressed_activations
-from research.interop.quantized.checkpoint_formats import Compressed
+from research.interop.quantized.checkpoint_formats import Bnb, Compressed
 from research.io import safetensors
 from research.lora.adapt import Adapt
 from research.lora.adapted import AdaptedTensor
 from research.lora.merge.merge import merge_as
 from research.lora.methods.lora import LoRA
 from research.quant.activations import InputTensor, Round, RoundFloat
+from research.quant.llm_int8 import Outliers
 from research.typing import UserError
 from tests import support
 from tests.support_hf_quant import plain
@@ -180,6 +181,37 @@ def test_conversions_keep_the_rounding_or_warn(tmp_path):
     convert.to_quantized(source, tmp_path / "last", again.tool(source))
   with pytest.raises(UserError, match="calibration are not applied"):
     convert.to_orbax(source, tmp_path / "none")
+
+
+def test_eight_bits_of_bitsandbytes_round_inputs(tmp_path):
+  """LLM.int8; tests/peers compares the numbers."""
+  folder = tmp_path / "model"
+  convert.to_quantized(plain(True), folder, Bnb("int8"), True)
+  config = safetensors.read_json(folder / "config.json")
+  # Older files do not say whose it is.
+  del config[quantized.CONFIG]["quant_method"]
+  config[quantized.CONFIG]["llm_int8_threshold"] = 2.5
+  safetensors.write_json(folder / "config.json", config)
+
+  def ops(params):
+    found = jax.tree.leaves(params, is_leaf=weights.is_weight)
+    return [w.op for w in found if isinstance(w, InputTensor)]
+
+  assert ops(load.load_model(folder).params) == [Outliers(threshold=2.5)] * 7
+  assert not ops(load.load_model(folder, packed=False).params)
+  source, to = sources.open_source(folder), tmp_path / "ours"
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    convert.to_orbax(source, to)
+    for i, x in enumerate((source, sources.open_source(to))):
+      writer = BitsAndBytes(from_="", to="").tool(x)
+      convert.to_quantized(x, tmp_path / f"again{i}", writer)
+  assert ops(load.load_model(to, packed="any").params) == ops(source.params())
+  for i in (0, 1):
+    config = safetensors.read_json(tmp_path / f"again{i}" / "config.json")
+    assert config[quantized.CONFIG]["llm_int8_threshold"] == 2.5
+  with pytest.warns(RuntimeWarning, match="rounds activations, which the"):
+    convert.to_hf(source, tmp_path / "hf")
 
 
 def test_whole_numbers_in_a_note_are_read_as_such(tmp_path):
