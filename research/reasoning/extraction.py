@@ -19,8 +19,38 @@ _NUMBER = re.compile(
 )
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-# "answer isn't" and "answer issues" have none.
-_PHRASE = re.compile(r"answer(?: is(?![a-z'’]):?|:)", re.IGNORECASE)
+_PHRASE = re.compile(
+  r"\banswers?\b[*_]*\s*(?:(?:(?:to|for|of) [^\n.:=?]{1,80}? )?"
+  # "answer isn't", "answer is not" and "answer issues" name none; "would be"
+  # is of another case.
+  r"(?:(?:is|are)(?![a-z'’])|(?:equals|(?:should|must|will) be)\b)"
+  r"(?!\s+(?:not|never|neither)\b)[*_]*[:=]?|[:=])"
+  r"|(?:(?<=# )|(?<=\*\*))(?:final +)?answer[*_]*[ \t]*(?=\n)",
+  re.IGNORECASE,
+)
+_ADVERB = re.compile(
+  r"(?:(?:therefore|thus|then|hence|simply|just|indeed|clearly|actually),?\s+"
+  r")+(?=\S)"
+)
+# Reasons name no other answer, whatever is in them; asides name none if they
+# have neither a number nor a choice.
+_REASON = re.compile(
+  r"(?:[,;]|\s[-–—])?\s(?:because|since)\s.*"
+  r"|(?:[,;]|\s[-–—])\s(?:which|where|as(?! well)|not)\s.*"
+)
+_ASIDE = re.compile(
+  r"(?:[,;]|\s[-–—])\s(?:I|we|you|right|of course|I['’]m)\b"
+  r"(?:(?!\b(?:or|and|but)\b)[^\d$\\])*$"
+)
+_PAST_SPACES = re.compile(r"\s*")
+_END = re.compile(r"(\?(?=[*\s]|$)|\. )")
+_LONGEST = 2_000  # characters; so the time is linear in a text's
+_FORMULAS = ("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)")
+_OF_ITSELF = (
+  *("clear", "obvious", "simple", "easy", "correct", "right", "wrong"),
+  *("incorrect", "below", "above"),
+)
+"""What is said of an answer that stands elsewhere."""
 
 
 def gsm8k_strict(text: str) -> str | None:
@@ -89,20 +119,44 @@ def boxed(text: str) -> str | None:
 
 
 def answer_phrase(text: str) -> str | None:
-  """Returns what follows the last "answer is" or "answer:" on its line.
+  """Returns what the last phrase such as "answer is" or "answer:" names.
 
-  Without what sets it off: dollars of a formula, and asterisks of bold type.
+  It is on the phrase's line, or on the next that is not blank, without what
+  sets it off (dollars of a formula, asterisks of bold type) and without a
+  reason or an aside behind it. A question names none, and "the answer is
+  correct" does only if no other phrase does.
   """
   last = None
-  for last in _PHRASE.finditer(text):  # noqa: B007
-    pass
-  if last is None:
+  for phrase in reversed(list(_PHRASE.finditer(text))):
+    answer = _named(text, phrase.end())
+    if answer and answer.lower() not in _OF_ITSELF:
+      return answer
+    last = last or answer
+  return last
+
+
+def _named(text: str, at: int) -> str | None:
+  """Returns the answer that begins at a position; None for a question."""
+  start = _PAST_SPACES.match(text, at).end()
+  below = "\n" in text[at:start]
+  for opening, closing in _FORMULAS:
+    if text.startswith(opening, start):
+      stop = text.find(closing, start + 2, start + _LONGEST)
+      behind = text[stop + 2 : stop + 20].partition("\n")[0]
+      if stop > 0 and not behind.strip(".* "):
+        return text[start + 2 : stop].strip().rstrip(".,") or None
+  line = text[start : start + _LONGEST].partition("\n")[0]
+  sentence, end, _ = (*_END.split(line, maxsplit=1), "", "")[:3]
+  if end.startswith("?"):
     return None
-  line = text[last.end() :].partition("\n")[0]
-  sentence = line.partition(". ")[0]
+  if below:
+    sentence = re.sub(r"^[-*•] +", "", sentence)
   sentence = sentence.strip().strip("*").removesuffix(".")
   # An asterisk within dollars is of the formula: $x^*$.
-  return sentence.strip("* \t").strip("$ \t") or None
+  sentence = _ADVERB.sub("", sentence.strip("* \t"), count=1)
+  sentence = _ASIDE.sub("", _REASON.sub("", sentence)).rstrip(",;* \t")
+  sentence = re.sub(r"(?<!\\)\$|\\[()\[\]]", "", sentence)
+  return sentence.strip() or None
 
 
 def boxed_or_phrase(text: str) -> str | None:

@@ -83,12 +83,79 @@ def test_other_extractors(extract, text, expected):
   assert getattr(extraction, extract)(text) == expected
 
 
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    # Ways to say it.
+    ("The answer is\n5", "5"),
+    ("So the answer is:\n\n5\n\nDone.", "5"),
+    ("Answer = 5", "5"),
+    ("answer: 5", "5"),
+    ("Answer:\n5", "5"),
+    ("The answer equals 5.", "5"),
+    ("The answer should be 5.", "5"),
+    ("The answers are 3 and 4.", "3 and 4"),
+    ("The answer to the question is 5.", "5"),
+    ("The answer is therefore 5.", "5"),
+    ("**Answer**: 5", "5"),
+    ("**Answer:** 5", "5"),
+    ("### Final answer\n\n5", "5"),
+    ("The answer is:\n- 5", "5"),
+    ("The answer is -5", "-5"),
+    ("The answer is\n-5", "-5"),
+    # Formulas.
+    ("The answer is\n$$5$$", "5"),
+    ("The answer is\n\\[\n\\frac{1}{2}.\n\\]\nDone.", r"\frac{1}{2}"),
+    (r"The answer is \(5\).", "5"),
+    ("The answer is $5$ dollars.", "5 dollars"),
+    (r"The answer is $(-\infty, 3)$, I think.", r"(-\infty, 3)"),
+    # What follows it.
+    ("The answer is 5, I think.", "5"),
+    ("The answer is 5, right?", None),
+    ("The answer is 5 because 2+3=5.", "5"),
+    ("The answer is 5, since 2+3 is.", "5"),
+    ("The answer is 5, not 6.", "5"),
+    ("The answer is $x+1$, where $x$ is real.", "x+1"),
+    ("The answer is 5.\nLet me check: 7.", "5"),
+    # What belongs to it.
+    ("The answer is 1,234.", "1,234"),
+    ("The answer is 5.5.", "5.5"),
+    ("The answer is (1, 2).", "(1, 2)"),
+    ("The answer is 3, 4.", "3, 4"),
+    ("The answer is Tuesday, March 5.", "Tuesday, March 5"),
+    ("The answer is I, II and IV.", "I, II and IV"),
+    ("The answer is 5!", "5!"),
+    ("The answer is right.", "right"),
+    # A hedge stays one, and so no grader accepts it.
+    ("The answer is $3$ or $4$.", "3 or 4"),
+    ("The answer is 5, I think, or 6.", "5, I think, or 6"),
+    ("The answer is A, I think, or B.", "A, I think, or B"),
+    ("The answer is 5, but it may be 6.", "5, but it may be 6"),
+    # Phrases that name none.
+    ("The answer is not 5.", None),
+    ("If x were 1, the answer would be 5.", None),
+    ("Could it be that the answer is 5? No.", None),
+    ("The answer is 3. Is the answer to this is 4? No.", "3"),
+    ("The answer is 3. The answer is not 4.", "3"),
+    ("The answer is 3. If it were odd, the answer would be 4.", "3"),
+    ("The answer is 5. The answer is correct.", "5"),
+    ("Answer this: no", None),
+  ],
+)
+def test_natural_phrases(text, expected):
+  assert extraction.answer_phrase(text) == expected
+
+
 def test_hostile_lengths_take_linear_time():
   """A million characters a pattern; quadratic time would be hours."""
   n = 1_000_000
   assert extraction.answer_tag("<answer>" * (n // 8)) is None
   assert extraction.boxed(r"\boxed{" * (n // 7)) is None
   assert extraction.answer_phrase("answer is" + " " * n + "x") == "x"
+  assert extraction.answer_phrase("answer is? " * (n // 11)) is None
+  assert extraction.answer_phrase(r"answer is \[? " * (n // 14)) is None
+  assert extraction.answer_phrase("answer to a " * (n // 12)) is None
+  assert extraction.answer_phrase("answer is 5" + ", because x" * n) == "5"
   assert extraction.gsm8k_flexible("-" * n) is None
 
 
