@@ -72,6 +72,11 @@ def formats(loaded):
   return packed_weights.report(loaded.params)["packed"]
 
 
+def test_by_default_they_are_kept_where_there_is_a_kernel(monkeypatch):
+  monkeypatch.setattr(cpu_layout.cpu, "available", lambda: True)
+  assert formats(packed_weights.load(str(FILE))) == ["Q4_1", "Q8_0"]
+
+
 @pytest.mark.slow
 def test_without_a_kernel_they_are_decoded(ours, monkeypatch):
   kept = formats(packed_weights.load(str(ours / "int4")))

@@ -313,6 +313,13 @@ WRAPPERS = {
 RARE = "not guided", "both"
 
 
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_what_is_around_a_model_caches_what_it_does(name):
+  model, wrapped = network()[0], WRAPPERS[name]
+  assert wrapped(BlockCausal(model=model, block=K)).caches_finished
+  assert not wrapped(NoCache(model=model, block=K)).caches_finished
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "name",
@@ -341,7 +348,6 @@ def test_a_block_causal_model_reads_the_start_of_rows_once(name):
   assert sampler.cache_finished._cache_size() - programs == 2
 
 
-@pytest.mark.slow
 def test_a_cache_of_finished_blocks_is_there_once():
   """What goes into a block's program is what comes out of it."""
   model, params = network()

@@ -185,8 +185,25 @@ def test_values_do_not_depend_on_their_company(loaded):
   assert ask(loaded, pairs, settings=other) != all_of_them
 
 
-@pytest.mark.parametrize("every_row", [True, False])
-@pytest.mark.sample(2)
+def test_long_contexts_keep_bos(loaded):
+  """Their beginning is left out behind it."""
+  around = SpecialTokens(begin=(0,), every_row=True)
+  words = dataclasses.replace(loaded.tokenizer, documents=around)
+  loaded = dataclasses.replace(loaded, tokenizer=words)
+  ids, asked = [0, *words.encode("abc xyz" * 6)], words.encode("xy")
+  kept = [0, *ids[len(ids) - (CONTEXT - 1 - len(asked)) :]]
+  assert len(kept) + len(asked) == CONTEXT < len(ids)
+  long, short = (
+    lm_eval_diffusion.score(loaded, [(context, asked)])
+    for context in (ids, kept)
+  )
+  assert long == short
+  [(value, _)] = lm_eval_diffusion.score(loaded, [([1, *kept[1:]], asked)])
+  assert value != short[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every_row", [False, True])
 def test_rolling_windows_are_read_with_what_they_follow(loaded, every_row):
   around = SpecialTokens(begin=(0,), every_row=every_row)
   words = dataclasses.replace(loaded.tokenizer, documents=around)

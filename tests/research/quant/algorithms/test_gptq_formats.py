@@ -49,6 +49,17 @@ def problem():
   return jnp.asarray(w), {"xx": xx, "n": jnp.full((1,), 2.0 * INPUTS)}
 
 
+def test_every_encoder_runs_inside_of_programs():
+  """As AWQ and LoftQ call them; most of ggml's are NumPy's."""
+  w = problem()[0]
+  grids = [format.for_shape(INPUTS, OUTPUTS) for format in GRIDS]
+  grids = [format for format in grids if not format.traceable]
+  assert len(grids) > 10
+  found = jax.jit(lambda w: [dict(f.encode_traced(w)) for f in grids])(w)
+  for format, parts in zip(grids, found, strict=True):
+    chex.assert_trees_all_equal(parts, dict(format.encode(np.asarray(w))))
+
+
 @pytest.mark.parametrize("format", GRIDS, ids=lambda format: format.name)
 @pytest.mark.sample(12)
 def test_codes_can_be_replaced_by_themselves(format):
