@@ -325,6 +325,36 @@ def test_relative_imports_are_resolved():
   assert dependency_direction("kernels_pallas/a.py", "from research import x")
 
 
+def _unreached(sources: list[Source], words: set[str]) -> list[str]:
+  """Returns the modules that no other one imports and no word names."""
+  imported = {name for source in sources for name in _imports(*source)}
+  # Tables name modules in strings, a package's contents without the package.
+  for path, text in sources:
+    imported |= {*re.findall(r'"(\w+(?:\.\w+)+)"', text)}
+    if path.endswith("__init__.py"):
+      words = words | {*re.findall(r"\w+", text)}
+  modules = [pathlib.PurePath(path).with_suffix("") for path, _ in sources]
+  return [
+    str(module)
+    for module in modules
+    if ".".join(module.parts) not in imported
+    and module.name not in words | {"__init__", "__main__"}
+  ]
+
+
+def test_every_module_is_reached():
+  """By another one, its package's contents, a run file, notebook or page."""
+  words = set(re.findall(r"\w+", (ROOT / "Makefile").read_text("utf-8")))
+  for folder in (*PACKAGES, "configs", "colab"):
+    for pattern in ("*.gin", "*.ipynb", "*.md"):
+      for path in (ROOT / folder).rglob(pattern):
+        words |= {*re.findall(r"\w+", path.read_text("utf-8"))}
+  assert not _unreached(_sources(), words)
+  example = [("research/a.py", ""), ("research/b.py", "import research.a\n")]
+  assert _unreached(example, set()) == ["research/b"]
+  assert not _unreached(example, {"b"})
+
+
 def test_top_level_holds_only_what_the_design_names():
   allowed = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"}
   allowed |= {"Makefile", "setup.cfg", "pyproject.toml", ".git", ".gitignore"}
