@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   """Does it; returns the result, which the command prints as JSON."""
   del argv
   operation = OPERATIONS.chosen(FLAGS)
+  cli.existing("from", operation.from_)
   runtime.setup()
   common = {"op": FLAGS["op"].value, "from": FLAGS["from"].value}
   return common | operation.run()

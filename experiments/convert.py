@@ -76,6 +76,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   flags = ("from", "to", "format")
   cli.required(**{name: FLAGS[name].value for name in flags})
+  cli.model(FLAGS["from"].value)
   conversion = FORMATS.chosen(FLAGS)
   runtime.setup()
   return conversion.run() | {"format": FLAGS["format"].value}

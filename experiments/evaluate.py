@@ -97,6 +97,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
 def _evaluate_run() -> dict[str, Any] | None:
   """Returns the metrics of a run, or of a configuration's untrained model."""
+  if _CONFIG.value is not None:
+    cli.run_file(_CONFIG.value, _SET.value)
   runtime.setup()
   from experiments.core import config, train_eval
   from experiments.stages import staged

@@ -381,7 +381,7 @@ def _streamed(
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Generates; returns the result, which the command prints as JSON."""
   del argv
-  from experiments.generating import conversation, sampling_rules
+  from experiments.generating import conversation
   from experiments.generating import prompts as asked
 
   cli.required(model=_MODEL.value)
@@ -390,7 +390,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if not talks or texts or _INFILL.value:
     cli.required(prompt="".join([*texts, *_INFILL.value]))
   _check_flags(texts)
+  cli.model(_MODEL.value)
   runtime.setup()
+  from experiments.generating import sampling_rules
+
   rules = sampling_rules.of_flags(
     temperature=_TEMPERATURE.value,
     top_k=_TOP_K.value,

@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   """Collects; returns the result, which the command prints as JSON."""
   del argv
   cli.required(model=_MODEL.value, to=_TO.value)
+  cli.model(_MODEL.value)
   given = {}
   if _TEXT.value is not None:
     given["source"] = [cli.read_text(_TEXT.value, "text")]

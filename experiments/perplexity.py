@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   """Measures; returns the result, which the command prints as JSON."""
   del argv
   cli.required(model=_MODEL.value, text=_TEXT.value)
+  cli.model(_MODEL.value)
   text = cli.read_text(_TEXT.value, "text")
   settings = flags_from.build(
     TextPerplexity, FLAGS, hint_at_bos=not FLAGS["bos"].present

@@ -159,6 +159,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   of_images = _IMAGE_SIZE.name, _TEXT_TOKENS.name
   cli.exclusive("without --preset", FLAGS, *of_images)
   cli.required(config=_CONFIG.value, topology=_TOPOLOGY.value)
+  cli.run_file(_CONFIG.value, _SET.value)
   import jax
 
   # This machine's accelerators are not used, and stay free for others.

@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   cli.required(config=_CONFIG.value, to=_TO.value)
   cli.local(to=_TO.value)
+  cli.run_file(_CONFIG.value, _SET.value)
   start = time.perf_counter()
   runtime.setup()
   from experiments.converting.conversion import bytes_on_disk

@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
   cli.local(workdir=_WORKDIR.value)
   cli.directory(workdir=_WORKDIR.value)
+  cli.run_file(_CONFIG.value, _SET.value)
   from experiments.core import config, runtime
   from experiments.searching import display, running, search_run
   from research.training import preemption

@@ -139,6 +139,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     _check_cancel()
   elif not _STATUS.value:
     _check_launcher()
+  cli.run_file(_SWEEP.value, flag="sweep")
   from experiments import sweeps
   from experiments.core import config
   from experiments.sweeps import slurm, sweep_units, work

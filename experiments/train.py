@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   del argv
   cli.required(workdir=_WORKDIR.value)
   cli.directory(workdir=_WORKDIR.value)
+  if _CONFIG.value:
+    cli.run_file(_CONFIG.value, _SET.value)
   runtime.setup()
   from experiments.core import config
   from experiments.stages import running

@@ -18,9 +18,14 @@ _DECORATOR = "__checked__"
 """What a module calls `checked`; no name of its own is like that."""
 
 
-def install(packages: Sequence[str]) -> None:
-  """Checks modules of these packages that are imported from now on."""
-  sys.meta_path.insert(0, _Finder(packages))
+def install(packages: Sequence[str], but: Sequence[str] = ()) -> None:
+  """Checks modules of these packages that are imported from now on.
+
+  Args:
+    packages: names of packages.
+    but: names of modules in them that are not checked.
+  """
+  sys.meta_path.insert(0, _Finder(packages, but))
 
 
 def checked(target: Any) -> Any:
@@ -110,11 +115,13 @@ def _renamed(path: str) -> str:
 class _Finder(importlib.abc.MetaPathFinder):
   """Finds modules of packages as Python does; `_Loader` loads them."""
 
-  def __init__(self, packages: Sequence[str]):
+  def __init__(self, packages: Sequence[str], but: Sequence[str]):
     self._packages = tuple(f"{package}." for package in packages)
+    self._but = frozenset(but)
 
   def find_spec(self, fullname, path=None, target=None):
-    if not f"{fullname}.".startswith(self._packages):
+    inside = f"{fullname}.".startswith(self._packages)
+    if not inside or fullname in self._but:
       return None
     spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
     if spec and isinstance(spec.loader, importlib.machinery.SourceFileLoader):

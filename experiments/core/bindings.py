@@ -6,15 +6,24 @@ another binding wins over in places is warned of.
 
 import ast
 import difflib
+import glob
 import io
+import os
+import pathlib
 import re
 import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from research import moved
+from research.errors import UserError
+from research.interop import packages
 from research.io import folders
-from research.typing import UserError
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+"""Beside the package, in a checkout and in an installation alike."""
+
+_FOLDERS = {"config": "runs", "sweep": "sweeps", "verifier": "runs"}
 
 MACRO = "gin.macro"
 """Gin's name of what holds the value of a macro; its scope is the name."""
@@ -24,6 +33,139 @@ Record = Mapping[tuple[str, str], Mapping[str, Any]]
 
 Bound = Iterable[tuple[tuple[str, str], Mapping[str, Any]]]
 """Items of records."""
+
+
+def find(
+  path: str, flag: str = "config", folder: pathlib.Path | None = None
+) -> pathlib.Path:
+  """Returns the gin file named `path`.
+
+  Args:
+    path: absolute, or relative to the working directory, to `folder`, or to
+      `configs/`.
+    flag: the flag that named it, for the error: `config` or `sweep`.
+    folder: of the file that includes it, if that is not one of ours.
+  """
+  for place in (pathlib.Path(), *places(folder)):
+    if (place / path).is_file():
+      return (place / path).resolve()
+  if any((place / path).is_dir() for place in (pathlib.Path(), CONFIGS)):
+    raise UserError(
+      f"--{flag}={path}: is a directory, expected a gin file, e.g. one of those"
+      f" in {CONFIGS / _FOLDERS[flag]}."
+    )
+  raise UserError(
+    f"--{flag}={path}: no such file, neither here nor under configs/.\n"
+    f"{_nearest(path, _FOLDERS[flag])}"
+  )
+
+
+def places(folder: pathlib.Path | None) -> tuple[pathlib.Path, ...]:
+  """Returns where included files are, besides the working directory."""
+  ours = folder is None or folder.is_relative_to(CONFIGS)
+  return (CONFIGS,) if ours else (folder, CONFIGS)
+
+
+def _nearest(path: str, folder: str) -> str:
+  """Returns a sentence that names the files of `folder` most like `path`."""
+  asked = re.sub(rf"^(configs/)?({folder}/)?|\.gin$", "", path)
+
+  def likeness(name: str) -> float:
+    own = name.removeprefix(f"{folder}/").removesuffix(".gin")
+    last, stem = own.split("/")[-1], asked.split("/")[-1]
+    if stem and stem in last:
+      return 1 + len(stem) / len(last)
+    pairs = (asked, own), (stem, last)
+    return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+  files = CONFIGS.glob(f"{folder}/**/*.gin")
+  names = sorted(file.relative_to(CONFIGS).as_posix() for file in files)
+  near = [name for name in names if likeness(name) > 0.6]
+  near = sorted(near, key=likeness, reverse=True)[:3]
+  hint = f"Did you mean {' or '.join(near)}? " if near else ""
+  return f"{hint}All of them are in {CONFIGS / folder}."
+
+
+def check_text(
+  path: str, lines: Sequence[str] = (), flag: str = "config"
+) -> None:
+  """Refuses what a run file's text shows to be wrong, before it is built.
+
+  Building it imports all that it configures. What is refused here would be
+  refused then, in the same words: a file that is missing, a macro that no file
+  has, a model, a file of data or a run that is set and is not there.
+
+  Args:
+    path, flag: see `find`.
+    lines: bindings of the command line.
+  """
+  text = moved.current(whole_text(find(path, flag)))
+  bound = re.findall(r"^([\w./]+)[ \t]*=[ \t]*([^\n#]*)", text, re.MULTILINE)
+  names = {name for name, _ in bound}
+  macros = {x.rpartition("/")[2] for x in names if "." not in x}
+  macros |= set(re.findall(r"%(?!gin\b)(\w+)", text))
+  for line in from_flags(lines):
+    name, _, value = line.partition("=")
+    target = name.strip().rpartition("/")[2]
+    if "." not in target and target not in macros:
+      paths = [x for x in names if "." in x]
+      raise UserError(
+        f"{path}: --set={line}: nothing in this run uses it; "
+        + _nearest_name(target, sorted(macros), paths)
+      )
+    uses = [x for x, y in bound if y.strip() == f"%{target}"]
+    for field in (target, *uses):
+      _check_value(field.rpartition("/")[2], line, value.strip())
+
+
+def whole_text(file: pathlib.Path) -> str:
+  """Returns a gin file's text behind those of the files that it includes."""
+  try:
+    text = file.read_text("utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{file}: not a readable UTF-8 file: {error}") from error
+  files = [find(x, folder=file.parent) for x in included(text)]
+  return "\n".join([*(whole_text(x) for x in files if x != file), text])
+
+
+def included(text: str) -> list[str]:
+  """Returns the paths of the files that a gin file includes."""
+  return re.findall(r"^include\s+['\"](.+)['\"]", text, re.MULTILINE)
+
+
+def _check_value(field: str, line: str, value: str) -> None:
+  """Refuses a path or a model's name that stands for nothing.
+
+  Args:
+    field: `module.Class.field`, which has the value.
+    line: of the command line, for the error.
+    value: as gin reads it; what is no text stays for gin.
+  """
+  try:
+    literal = ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return
+  texts = literal if isinstance(literal, (list, tuple)) else (literal,)
+  if not all(isinstance(x, str) for x in texts):
+    return
+  if field == "experiment.Pretrained.name":
+    packages.check_name(*texts)
+  elif field.startswith(("trained.", "verifiers.")) and field.endswith(
+    ".workdir"
+  ):
+    for text in texts:
+      if "://" not in text and not os.path.isdir(text):
+        raise UserError(
+          f"--set={line}: no such directory, expected that of a run of"
+          " experiments.train"
+        )
+  elif field.startswith(("records.", "sources.TextFiles.", "text_records.")):
+    for text in texts if field.endswith(".paths") else ():
+      if not os.path.exists(text) and glob.escape(text) == text:
+        raise UserError(
+          f"{text}: cannot be read (No such file or directory).\n"
+          f"Expected a file, from --set={line}; check the path."
+        )
 
 
 def from_flag(line: str) -> str:
@@ -95,6 +237,22 @@ def name_of(line: str) -> str:
 def names_in(text: str) -> list[str]:
   """Returns what a gin file binds, without the files that it includes."""
   return re.findall(r"^([\w./]+)[ \t]*=", text, re.MULTILINE)
+
+
+def unreferenced(text: str) -> list[str]:
+  """Returns macros and scoped fields of a gin file that it refers to nowhere.
+
+  They are meant for what it includes. One that it refers to, and fields without
+  a scope, may wait there for a value of the command line.
+  """
+
+  def waits(name: str) -> bool:
+    scope, _, target = name.rpartition("/")
+    if "." in target:
+      return not scope or f"@{scope}/" in text
+    return re.search(rf"%{re.escape(name)}\b", text) is not None
+
+  return [name for name in names_in(text) if not waits(name)]
 
 
 def check_used(
@@ -212,9 +370,14 @@ def _instead(name: str, places: Sequence[str], used: Bound) -> str:
     if selector != MACRO
     for parameter in values
   }
-  macros = _macros(used)
-  likeness = {x: _likeness(name.rpartition(".")[2], x) for x in macros}
-  likeness |= {x: _likeness(name.rpartition(".")[2], x) for x in sorted(paths)}
+  return _nearest_name(name.rpartition(".")[2], _macros(used), sorted(paths))
+
+
+def _nearest_name(
+  asked: str, macros: Sequence[str], paths: Sequence[str]
+) -> str:
+  """Returns the name most like `asked`, all macros, and how to do without."""
+  likeness = {x: _likeness(asked, x) for x in (*macros, *paths)}
   nearest = max(likeness, key=likeness.__getitem__, default="")
   near = likeness and likeness[nearest] > (0.75 if "." in nearest else 0.6)
   hint = f"did you mean {nearest}? Macros" if near else "macros"

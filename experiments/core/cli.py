@@ -156,7 +156,7 @@ def required(**values: Any) -> None:
   """Raises UserError for the first flag without a value."""
   for name, value in values.items():
     if value is None or value == "":
-      from research.typing import UserError
+      from research.errors import UserError
 
       raise UserError(f"--{name}: is missing; see --help")
 
@@ -165,7 +165,7 @@ def local(**paths: str | None) -> None:
   """Raises UserError for the first flag that names no local path."""
   for name, path in paths.items():
     if path is not None and "://" in path:
-      from research.typing import UserError
+      from research.errors import UserError
 
       raise UserError(
         f"--{name}={path}: found a path in an object store, expected a local"
@@ -184,12 +184,48 @@ def directory(**paths: str | None) -> None:
     place = pathlib.Path(path).absolute()
     found = next((x for x in (place, *place.parents) if x.exists()), None)
     if found is not None and not found.is_dir():
-      from research.typing import UserError
+      from research.errors import UserError
 
       raise UserError(
         f"--{name}={path}: {found} is a file, expected a directory or a new"
         " name."
       )
+
+
+def existing(flag: str, paths: Sequence[str]) -> None:
+  """Raises UserError for the first path of a flag that is not there."""
+  for path in paths:
+    if "://" not in path and not os.path.exists(path):
+      from research.errors import UserError
+
+      raise UserError(
+        f"--{flag}={path}: no such file or directory; check the path."
+      )
+
+
+def model(name: str) -> None:
+  """Raises UserError where no model can have this name.
+
+  Commands ask before they import what reads models, which takes seconds.
+  """
+  from research.interop import packages
+
+  packages.check_name(name)
+
+
+def run_file(
+  path: str, bindings: Sequence[str] = (), flag: str = "config"
+) -> None:
+  """Raises UserError for what a run file's text shows to be wrong.
+
+  Commands ask before they import what the file configures, which takes seconds.
+
+  Args:
+    path, bindings, flag: see `config.read`.
+  """
+  from experiments.core import bindings as binding_lines
+
+  binding_lines.check_text(path, bindings, flag)
 
 
 def exclusive(flag: str, values: flags.FlagValues, *others: str) -> None:
@@ -202,7 +238,7 @@ def exclusive(flag: str, values: flags.FlagValues, *others: str) -> None:
   """
   for name in others:
     if values[name].present:
-      from research.typing import UserError
+      from research.errors import UserError
 
       raise UserError(f"--{name}: has no effect {flag}; leave it out.")
 
@@ -337,7 +373,7 @@ def _fail(text: str, status: int, kind: str = "error") -> int:
 
 def explanation(error: BaseException) -> str | None:
   """Returns the message of an error that the user can mend, else None."""
-  from research.typing import UserError
+  from research.errors import UserError
 
   if isinstance(error, UserError):
     return str(error)
@@ -437,7 +473,7 @@ def read_text(path: str, flag: str) -> str:
   Raises:
     UserError: the file is missing, a directory, empty, or not UTF-8.
   """
-  from research.typing import UserError
+  from research.errors import UserError
 
   try:
     data = (

@@ -8,7 +8,6 @@ argument like any other.
 """
 
 import contextlib
-import difflib
 import io
 import logging
 import pathlib
@@ -20,15 +19,19 @@ import gin
 from gin import config as gin_config
 
 from experiments.core import bindings as binding_lines
-from experiments.core.bindings import MACRO, Record, check_used
+from experiments.core.bindings import (
+  CONFIGS,
+  MACRO,
+  Record,
+  check_used,
+  find,
+  places,
+)
 from experiments.core.experiment import Experiment
 from experiments.stages.staged import Staged, Stages, open_results
 from research import moved
 from research.io import folders
 from research.typing import UserError
-
-CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
-"""Beside the package, in a checkout and in an installation alike."""
 
 _FROM_STAGE = """
 from __gin__ import dynamic_registration
@@ -37,7 +40,6 @@ from experiments.stages import staged
 experiment.Experiment.model = @staged.StageResult()
 staged.StageResult.stage = '{before}'
 """
-_FOLDERS = {"config": "runs", "sweep": "sweeps", "verifier": "runs"}
 
 
 class Read(NamedTuple):
@@ -45,57 +47,6 @@ class Read(NamedTuple):
 
   experiment: Any
   text: str
-
-
-def find(
-  path: str, flag: str = "config", folder: pathlib.Path | None = None
-) -> pathlib.Path:
-  """Returns the gin file named `path`.
-
-  Args:
-    path: absolute, or relative to the working directory, to `folder`, or to
-      `configs/`.
-    flag: the flag that named it, for the error: `config` or `sweep`.
-    folder: of the file that includes it, if that is not one of ours.
-  """
-  for place in (pathlib.Path(), *_places(folder)):
-    if (place / path).is_file():
-      return (place / path).resolve()
-  if any((place / path).is_dir() for place in (pathlib.Path(), CONFIGS)):
-    raise UserError(
-      f"--{flag}={path}: is a directory, expected a gin file, e.g. one of those"
-      f" in {CONFIGS / _FOLDERS[flag]}."
-    )
-  raise UserError(
-    f"--{flag}={path}: no such file, neither here nor under configs/.\n"
-    f"{_nearest(path, _FOLDERS[flag])}"
-  )
-
-
-def _places(folder: pathlib.Path | None) -> tuple[pathlib.Path, ...]:
-  """Returns where included files are, besides the working directory."""
-  ours = folder is None or folder.is_relative_to(CONFIGS)
-  return (CONFIGS,) if ours else (folder, CONFIGS)
-
-
-def _nearest(path: str, folder: str) -> str:
-  """Returns a sentence that names the files of `folder` most like `path`."""
-  asked = re.sub(rf"^(configs/)?({folder}/)?|\.gin$", "", path)
-
-  def likeness(name: str) -> float:
-    own = name.removeprefix(f"{folder}/").removesuffix(".gin")
-    last, stem = own.split("/")[-1], asked.split("/")[-1]
-    if stem and stem in last:
-      return 1 + len(stem) / len(last)
-    pairs = (asked, own), (stem, last)
-    return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-
-  files = CONFIGS.glob(f"{folder}/**/*.gin")
-  names = sorted(file.relative_to(CONFIGS).as_posix() for file in files)
-  near = [name for name in names if likeness(name) > 0.6]
-  near = sorted(near, key=likeness, reverse=True)[:3]
-  hint = f"Did you mean {' or '.join(near)}? " if near else ""
-  return f"{hint}All of them are in {CONFIGS / folder}."
 
 
 def read(
@@ -180,7 +131,7 @@ def parse(
   text = moved.current(text)
   lines = binding_lines.from_flags(bindings)
   explicit = _own_names(text, folder)
-  own = [x for x in binding_lines.names_in(text) if x in explicit]
+  own = [x for x in binding_lines.unreferenced(text) if x in explicit]
   explicit += map(binding_lines.name_of, lines)
   with _parsed(text, lines, name, folder):
     names = _stage_names() if root is Experiment else ()
@@ -342,7 +293,7 @@ def _own_names(text: str, folder: pathlib.Path | None) -> list[str]:
   if folder is None or folder.is_relative_to(CONFIGS):
     return []
   names = binding_lines.names_in(text)
-  for path in re.findall(r"^include\s+['\"](.+)['\"]", text, re.MULTILINE):
+  for path in binding_lines.included(text):
     file = find(path, folder=folder)
     if not file.is_relative_to(CONFIGS):
       names += _own_names(file.read_text("utf-8"), folder)
@@ -402,7 +353,7 @@ def _empty(folder: pathlib.Path | None = None) -> Iterator[None]:
   gin.clear_config()
   prefixes = list(gin_config._LOCATION_PREFIXES)
   readers = list(gin_config._FILE_READERS)
-  for place in _places(folder):
+  for place in places(folder):
     gin.add_config_file_search_path(str(place))
   # Gin also looks into Python packages, and takes any folder (`runs/`,
   # `models/`) for one: it fails there instead of looking under configs/.

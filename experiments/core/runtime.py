@@ -42,6 +42,14 @@ CONNECTING = threading.Event()
 then, but who asks for its index would start a backend that fails."""
 
 PACKAGES = ("research", "kernels_pallas", "experiments")
+UNCHECKED = (
+  *(f"experiments.core.{name}" for name in ("bindings", "cli", "runtime")),
+  *("research.errors", "research.moved", "research.progress"),
+  *("research.interop.packages", "research.io.folders"),
+)
+"""Modules that work before JAX is imported, which a check of calls would do:
+they have no arrays and are given no values of gin's."""
+
 _HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -109,7 +117,7 @@ def prepare(argv: list[str] | None = None, resumes: bool = False) -> None:
   if not _is_off("typecheck", argv):
     from research import typechecks
 
-    typechecks.install(PACKAGES)
+    typechecks.install(PACKAGES, UNCHECKED)
 
 
 def _leave(*_: Any) -> NoReturn:
@@ -162,7 +170,7 @@ class Cluster:
   devices: int | None = None
 
   def __post_init__(self):
-    from research.typing import UserError
+    from research.errors import UserError
 
     given = (self.coordinator, self.processes, self.process)
     if any(x is not None for x in given) and None in given:
@@ -280,7 +288,7 @@ def _connect(where: Cluster) -> bool:
       jax.distributed.initialize(shutdown_timeout_seconds=WRITING)
       return True
     if (coordinator, processes, process) != (None, None, None):
-      from research.typing import UserError
+      from research.errors import UserError
 
       raise UserError(
         f"found JAX_COORDINATOR_ADDRESS={coordinator}"
@@ -289,7 +297,7 @@ def _connect(where: Cluster) -> bool:
       )
     return False
   except (RuntimeError, OSError) as error:
-    from research.typing import UserError
+    from research.errors import UserError
 
     why = (str(error).strip().splitlines() or [repr(error)])[0]
     if "before any JAX" in why:  # a notebook: computing already, alone
@@ -312,7 +320,7 @@ def _number(name: str) -> int | None:
   """Returns an environment variable's number; None where it is not set."""
   text = os.environ.get(name)
   if text is not None and not text.isdigit():
-    from research.typing import UserError
+    from research.errors import UserError
 
     raise UserError(f"{name}={text}: expected a number")
   return None if text is None else int(text)
@@ -335,8 +343,8 @@ def first_process_first(act: Callable[[], Any]) -> Any:
     UserError: the first process failed, and has said why.
     Preempted: the run was asked to stop while the first process waited.
   """
+  from research.errors import UserError
   from research.training import preemption
-  from research.typing import UserError
 
   last = preemption.last_stop_point
   if not is_first_process():

@@ -8,7 +8,6 @@ from experiments.core import cli
 from experiments.generating import prompts
 from research import progress
 from research.typing import UserError
-from research.vlm.images.prompts import MARK
 
 Messages = list[dict[str, str]]
 
@@ -27,6 +26,8 @@ def text_of(tokenizer: Any, messages: Messages) -> str:
     tokenizer: has the template.
     messages: of texts, one at least; each `MARK` is an image.
   """
+  from research.vlm.images.prompts import MARK
+
   return tokenizer.chat(messages, image=MARK)
 
 

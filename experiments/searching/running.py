@@ -56,14 +56,17 @@ def _complete(
   path = folder / pools.FILE
   pools.repair(path)
   found = {one.problem.id: one for one in pools.read(path)}
+  if not found:  # a pool that is complete does not need the models' runs
+    trained.check_workdirs(run)
   problems = sampling.problems_of(run)
   sampled = {name: one.problem for name, one in found.items()}
   _check_problems(folder, problems, sampled)
   ids = [problem.id for problem in problems]
   done = sum(x in found for x in ids)
   if done < len(ids):
+    batches = sampling.batches(run, found)  # opens the models
     with progress.phase(None), _bar(len(ids), done) as bar:
-      for searched in sampling.batches(run, found):
+      for searched in batches:
         pools.append(path, searched)
         found |= {one.problem.id: one for one in searched}
         bar.update(len(searched))

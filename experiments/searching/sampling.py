@@ -36,7 +36,7 @@ from research.typing import UserError
 def batches(
   run: SearchRun, done: Collection[str] = ()
 ) -> Iterator[list[Searched]]:
-  """Yields each batch's problems that are not done yet, searched.
+  """Opens the models; yields each batch's problems that are not done yet.
 
   Args:
     run: what is searched, and how.
@@ -52,12 +52,15 @@ def batches(
     if any(x.id not in done for x in problems[start : start + run.batch])
   ]
   if not todo:
-    return
+    return iter(())
   search = Search(run, problems)
-  for start in todo:
+
+  def searched(start: int) -> list[Searched]:
     own = problems[start : start + run.batch]
     found = search(own, run.problems[0] + start)
-    yield [one for one in found if one.problem.id not in done]
+    return [one for one in found if one.problem.id not in done]
+
+  return map(searched, todo)
 
 
 def problems_of(run: SearchRun) -> list[Problem]:

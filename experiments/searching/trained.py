@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from experiments.core import (
@@ -55,28 +55,51 @@ def restore(
   return built.with_tokenizer(tokenizer), params, experiment
 
 
-def saved_steps(value: Any) -> dict[str, int]:
-  """Returns the last saved step of each run whose model is part of a value.
+def workdirs(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+  """Yields (field, working directory) of each run whose model is in a value.
 
   Args:
     value: of dataclasses, lists, tuples and mappings, such as a `SearchRun`;
       one with a field `workdir` loads a run's model.
+    name: of the value, which those of its fields begin with.
   """
   if isinstance(value, type):  # which makes judges, say
-    parts = ()
+    parts: dict[Any, Any] = {}
   elif dataclasses.is_dataclass(value):
-    fields = {x.name: getattr(value, x.name) for x in dataclasses.fields(value)}
-    if isinstance(workdir := fields.get("workdir"), str):
-      folder = pathlib.Path(workdir)  # of one stage, or of several
-      saved = (*folder.glob("checkpoints"), *folder.glob("*/checkpoints"))
-      steps = [train_eval.last_step(x.parent) for x in saved]
-      return {workdir: max(steps)} if steps else {}
-    parts = list(fields.values())
+    parts = {x.name: getattr(value, x.name) for x in dataclasses.fields(value)}
+    if isinstance(workdir := parts.get("workdir"), str):
+      yield name, workdir
+      return
+    name = name or type(value).__name__
   elif isinstance(value, Mapping):
-    parts = list(value.values())
+    parts = dict(value)
   else:
-    parts = value if isinstance(value, (list, tuple)) else ()
-  return {k: n for part in parts for k, n in saved_steps(part).items()}
+    parts = dict(enumerate(value if isinstance(value, (list, tuple)) else ()))
+  for key, part in parts.items():
+    yield from workdirs(part, f"{name}.{key}")
+
+
+def saved_steps(value: Any) -> dict[str, int]:
+  """Returns the last saved step of each run whose model is part of a value."""
+  saved_at = {}
+  for _, workdir in workdirs(value):
+    folder = pathlib.Path(workdir)  # of one stage, or of several
+    saved = (*folder.glob("checkpoints"), *folder.glob("*/checkpoints"))
+    if steps := [train_eval.last_step(x.parent) for x in saved]:
+      saved_at[workdir] = max(steps)
+  return saved_at
+
+
+def check_workdirs(value: Any) -> None:
+  """Raises UserError for the first model in a value without its run."""
+  for field, workdir in workdirs(value):
+    if not (pathlib.Path(workdir) / "config.gin").is_file():
+      macro = {"policy": "POLICY", "verifier": "PRM"}.get(field.split(".")[1])
+      raise UserError(
+        f"{field}: {workdir}: found no config.gin there, expected the working"
+        " directory of a run of experiments.train"
+        + (f"; --set={macro}=DIR names it" if macro else "")
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

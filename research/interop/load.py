@@ -7,7 +7,6 @@ file, the name of a model in the package index, or `org/name` on the Hub.
 import dataclasses
 import os
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from research import progress
 from research.interop import hf, quantized
 from research.interop.diffusion import spec
 from research.interop.loaded import ADAPTER_CONFIG, NOTE, Loaded
-from research.interop.packages import PACKAGES, packaged
+from research.interop.packages import PACKAGES, check_name, packaged
 from research.interop.quantized import compressed_activations
 from research.interop.vision import families
 from research.io import safetensors, unread
@@ -39,7 +38,6 @@ Towers = Literal["language", "all"]
 Packed = bool | Literal["any"] | None
 """What becomes of quantized weights, see `load_model`."""
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
@@ -101,25 +99,13 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
   Raises:
     UserError: there is none.
   """
+  check_name(name)
   path = pathlib.Path(name)
   if path.is_dir():
     return _of_run(last_stage(path))
   if str(name) in PACKAGES:
     return packaged(str(name))
-  if path.is_file():
-    if path.suffix != ".gguf":
-      raise UserError(
-        f"{path}: a file of this kind is not a model; expected a .gguf file "
-        "or a directory"
-      )
-    return path
-  if _HUB_NAME.fullmatch(str(name)):
-    return _downloaded(str(name))
-  known = ", ".join(PACKAGES)
-  raise UserError(
-    f"{name}: no such file or directory.\nExpected a directory, a .gguf file, "
-    f"org/name on the Hugging Face Hub, or one of: {known}."
-  )
+  return path if path.is_file() else _downloaded(str(name))
 
 
 def last_stage(path: pathlib.Path) -> pathlib.Path:

@@ -9,11 +9,12 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 
 from research import progress
-from research.typing import UserError
+from research.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,28 @@ near the official weights of SmolLM2-135M-Instruct, and not the same. That of
 gemma3-270m is Gemma 3 270M in Q4_K_M, not instruction-tuned, under Gemma's
 terms.
 """
+
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""`org/name`, on the Hugging Face Hub."""
+
+
+def check_name(name: str | os.PathLike) -> None:
+  """Raises UserError where no model can have this name; reads none."""
+  path = pathlib.Path(name)
+  if path.is_dir() or str(name) in PACKAGES:
+    return
+  if path.is_file():
+    if path.suffix != ".gguf":
+      raise UserError(
+        f"{path}: a file of this kind is not a model; expected a .gguf file "
+        "or a directory"
+      )
+  elif not HUB_NAME.fullmatch(str(name)):
+    raise UserError(
+      f"{name}: no such file or directory.\nExpected a directory, a .gguf file,"
+      f" org/name on the Hugging Face Hub, or one of: {', '.join(PACKAGES)}."
+    )
 
 
 def packaged(name: str) -> pathlib.Path:

@@ -13,11 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
-import jax
 from etils import epath
 
-from research.typing import UserError, WriteError
+from research.errors import UserError, WriteError
 
 Folder = pathlib.Path | epath.Path
 
@@ -43,6 +41,8 @@ def folder(path: str | os.PathLike) -> Folder:
       "Mount other stores as a folder, e.g. with mountpoint-s3 or rclone."
     )
   try:
+    import fsspec
+
     fsspec.get_filesystem_class("gcs")
   except ImportError as error:
     raise UserError(
@@ -110,8 +110,14 @@ def locally(path: Folder) -> Iterator[pathlib.Path]:
 
 
 def warn(text: str) -> None:
-  """Says on stderr, once for all processes, what does not stop a run."""
-  if jax.process_index() == 0:
+  """Says on stderr, once for all processes, what does not stop a run.
+
+  Each process says it that has not yet found the others: asking for its index
+  would start a backend, with which they cannot be found any more.
+  """
+  jax = sys.modules.get("jax")
+  connected = jax is not None and jax.distributed.is_initialized()
+  if not (connected and jax.process_index()):
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
