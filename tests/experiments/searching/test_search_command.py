@@ -108,6 +108,12 @@ def test_a_pool_grows_resumes_and_is_chosen_from_again(run, monkeypatch):
   other = run("COPIES=2")
   assert other.code == 1
   assert "strategy was" in other.err and "--workdir" in other.err
+  pool = [json.loads(line) for line in file.read_text().splitlines()]
+  pool[1]["problem"]["prompt"] += "?"
+  file.write_text("".join(json.dumps(line) + "\n" for line in pool))
+  changed = run("PROBLEMS=(0, 5)")
+  assert changed.code == 1
+  assert "prompt was" in changed.err and "--workdir" in changed.err
 
 
 def test_a_setting_that_is_left_out_is_another_one(tmp_path):
