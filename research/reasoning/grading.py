@@ -15,9 +15,7 @@ from research.reasoning.isolation import Failed, TimedOut, shared
 from research.reasoning.problem import Verdict
 
 _SYMBOLIC = "research.reasoning.symbolic"
-_WORDS = re.compile(r"sqrt|log|ln|sin|cos|tan|pi|inf")
-_LARGE = re.compile(r"\^\(|\^\d+\^|\^-?\d\d+")
-_NAMED = re.compile(r"\s*\\?[A-Za-z]\w*(?:\([a-z]\))?\s*=[^=]*")
+_APPROXIMATE = re.compile(r"\\approx|\\sim(?:eq)?(?![a-z])|≈")
 
 
 @runtime_checkable
@@ -60,110 +58,66 @@ class ExactMatch:
 
 @dataclasses.dataclass(frozen=True)
 class Ladder:
-  """The conservative grader of PRM800K, without evaluating anything.
+  """The conservative grader of PRM800K, as an equivalence.
 
-  Both answers are normalised (`normalization.normalize`). Equal ones are right;
-  so are tuples whose brackets and elements are. An integer must be given as
-  one, a fraction as the same fraction; other constants are compared exactly.
-
-  Attributes:
-    symbolic_seconds: for sympy to simplify the difference of what remains; 0
-      for none, and then what remains is wrong.
+  Answers are normalised (`normalization.normalize`), and equal if they have one
+  form (`normalization.canonical`), which is also what votes are counted by.
   """
 
-  symbolic_seconds: float | int = 0.0
-
   def equal(self, truth: str, given: str) -> bool:
-    """Whether the given answer is the truth, element by element."""
-    a, b = (normalization.normalize(x) for x in (truth, given))
-    if a == b or not b:
-      return bool(b)
-    (around, expected), (found, elements) = map(normalization.elements, (a, b))
-    return (
-      around == found
-      and len(expected) == len(elements)
-      and all(map(self._same, expected, elements))
-    )
-
-  def _same(self, truth: str, given: str) -> bool:
-    if truth == given:
-      return True
-    if normalization.is_fraction(truth) and normalization.is_fraction(given):
-      return False
-    if normalization.is_integer(truth) or normalization.is_integer(given):
-      return False
-    exact = [expressions.rational(x) for x in (truth, given)]
-    if None not in exact:
-      return exact[0] == exact[1]
-    if not self.symbolic_seconds or not may_simplify(truth, given):
-      return False
-    worker = shared(_SYMBOLIC, self.symbolic_seconds)
-    return worker.call("sympy_equal", truth, given)
+    """Whether the given answer is the truth."""
+    found = self.canonical(given)
+    return bool(found) and found == self.canonical(truth)
 
   def canonical(self, given: str) -> str:
-    """Returns the normalised answer; sympy's form where it may simplify."""
-    found = normalization.canonical(normalization.normalize(given))
-    plain = expressions.rational(found) is not None
-    if plain or not self.symbolic_seconds or not may_simplify(found):
-      return found
-    try:
-      worker = shared(_SYMBOLIC, self.symbolic_seconds)
-      return worker.call("sympy_canonical", found)
-    except (TimedOut, Failed):
-      return found
+    """Returns the form that equal answers share."""
+    return normalization.canonical(normalization.normalize(given))
 
 
 @dataclasses.dataclass(frozen=True)
 class MathVerify:
-  """Hugging Face's math-verify, given one answer and a time limit.
+  """What Hugging Face's math-verify reads in one answer, compared by value.
 
-  It is more lenient than `Ladder`: 10% is 0.1, 2/4 is 1/2. Of an equation it
-  takes the right side, which is an answer only if the left one is a name.
+  More lenient than `Ladder`: 10% is 0.1, 2/4 is 1/2 and 3+4=7 is 7. An equation
+  whose sides differ is no answer, nor is an approximation. `verify` itself is
+  no equivalence, so votes could not be counted by it.
 
   Attributes:
-    seconds: for a pair, after the process has started.
+    seconds: for an answer that is no number, after the process has started.
   """
 
   seconds: float | int = 5.0
 
   def equal(self, truth: str, given: str) -> bool:
-    """Whether math-verify accepts `given` for `truth`."""
-    # It takes what is right of the sign: 4 = 3 would be a 3.
-    if "=" in given and "=" not in truth and not _NAMED.fullmatch(given):
-      return False
-    worker = shared(_SYMBOLIC, self.seconds)
-    return worker.call("math_verify_equal", truth, given)
+    """Whether both have one form.
+
+    Raises:
+      TimedOut, Failed: math-verify does not say what one of them is.
+    """
+    return self._form(given) == self._form(truth)
 
   def canonical(self, given: str) -> str:
-    """Returns the form of `Ladder`, with sympy; of a number, its value.
-
-    10% keeps its sign, since it is right for 0.1, for which 10 is wrong. A
-    number that math-verify does not read as the ladder does stays as it is.
-    """
-    found = Ladder(self.seconds).canonical(given)
-    value = expressions.rational(found)
-    if value is None:
-      return found
+    """Returns the form that equal answers share; of a timeout, `Ladder`'s."""
     try:
-      worker = shared(_SYMBOLIC, self.seconds)
-      return worker.call("math_verify_number", str(value), given)
+      return self._form(given)
     except (TimedOut, Failed):
+      return Ladder().canonical(given)
+
+  def _form(self, given: str) -> str:
+    if _APPROXIMATE.search(given):
+      return given.strip()
+    found = Ladder().canonical(given)
+    if normalization.has_word(found):
       return found
-
-
-def may_simplify(*parts: str) -> bool:
-  """Whether sympy may be asked to simplify normalised expressions together.
-
-  Not with more than two unknown letters, and not with powers on which it is
-  known to hang: PRM800K's rules.
-  """
-  text = " ".join(parts)
-  letters = {x for x in _WORDS.sub("", text) if x.isalpha()}
-  return (
-    len(letters) <= 2
-    and not _LARGE.search(text)
-    and all(map(expressions.is_expression, parts))
-  )
+    sides = [Ladder().canonical(x) for x in given.split("=")]
+    numbers = list(map(expressions.rational, sides))
+    number = expressions.rational(found)
+    if number is None and len(set(numbers)) == 1:
+      number = numbers[0]  # 3+4=7
+    if number is not None:
+      return str(number / 100 if "%" in given else number)
+    worker = shared(_SYMBOLIC, self.seconds)
+    return worker.call("math_verify_form", given) or found
 
 
 def judge(

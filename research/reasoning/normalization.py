@@ -8,11 +8,12 @@ a comma within brackets separates, as does a space between two numbers;
 is not 73/4, -7 3/4 is below -7, and 3 million is 3000000.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from research.reasoning import expressions
+from research.reasoning import expressions, values
 
 MAX_LENGTH = 2000
 """Characters of an answer at most; a longer one is compared as it is."""
@@ -59,12 +60,14 @@ _SYMBOLS = {
   r"\infty": "inf",
   r"\cup": "∪",
   r"\pm": "±",
+  **{rf"\{x}": x for x in ("sin", "cos", "tan", "log", "ln")},
   "×": "*",
   "·": "*",
   "−": "-",
   "π": "pi",
   "∞": "inf",
 }
+_WORD = re.compile(r"(?!sqrt|log|sin|cos|tan|inf)(?<![a-z])[a-z]{3,}")
 _OPEN, _CLOSE = "([", ")]"
 
 
@@ -97,19 +100,42 @@ def _once(text: str) -> str:
 def elements(normalized: str) -> tuple[str, list[str]]:
   """Returns the brackets around an answer and the elements between them.
 
-  `"(1,2]"` gives `("(]", ["1", "2"])`; an answer without brackets around all of
-  it is one element, and brackets around a single one do not count: `(B)` is B.
+  `"(1,2]"` gives `("(]", ["1", "2"])`; a list without brackets gives none, and
+  brackets around a single element do not count: `(B)` is B.
   """
   inner = normalized[1:-1]
   if (
     len(normalized) > 2
     and normalized[0] in _OPEN
     and normalized[-1] in _CLOSE
-    and not any(x in inner for x in _OPEN + _CLOSE)
+    and _balanced(inner)
   ):
-    around = normalized[0] + normalized[-1] if "," in inner else ""
-    return around, inner.split(",")
-  return "", [normalized]
+    parts = _outside(inner, ",")
+    around = normalized[0] + normalized[-1] if len(parts) > 1 else ""
+    return around, parts
+  return "", _outside(normalized, ",")
+
+
+def _outside(text: str, separator: str) -> list[str]:
+  """Returns the parts between separators that are outside of brackets."""
+  if not _balanced(text):
+    return [text]
+  parts, depth = [""], 0
+  for character in text:
+    depth += (character in _OPEN) - (character in _CLOSE)
+    if character == separator and not depth:
+      parts.append("")
+    else:
+      parts[-1] += character
+  return parts
+
+
+def _balanced(text: str) -> bool:
+  """Whether each bracket has its other half, of whichever shape."""
+  depths = list(
+    itertools.accumulate((x in _OPEN) - (x in _CLOSE) for x in text)
+  )
+  return not depths or (min(depths) >= 0 and depths[-1] == 0)
 
 
 def is_integer(normalized: str) -> bool:
@@ -122,24 +148,48 @@ def is_fraction(normalized: str) -> bool:
   return _FRACTION.fullmatch(normalized) is not None
 
 
-def canonical(normalized: str) -> str:
-  """Returns the form in which votes for an answer are counted together.
+def has_word(normalized: str) -> bool:
+  """Whether three letters or more stand together: no product, as in Monday."""
+  return _WORD.search(normalized) is not None
 
-  0.5, 1/2 and .50 have one; 2/4 and 6/2 have their own, since the ladder does
-  not accept them in the place of 1/2 and 3.
+
+def canonical(normalized: str) -> str:
+  """Returns the form that equal answers share, and no others.
+
+  An integer must be given as one and a fraction as the same fraction: 2+1 and
+  6/2 are not 3, and 2/4 is not 1/2, as PRM800K's grader has it. What is equal
+  for other reasons is one: 0.5 and 1/2, x+1 and 1+x. Lists without brackets and
+  unions of intervals have no order.
   """
+  intervals = _outside(normalized, "∪")
+  if len(intervals) > 1:
+    return "∪".join(sorted(map(canonical, intervals)))
   around, inner = elements(normalized)
-  joined = ",".join(_canonical(x) for x in inner)
-  return around[:1] + joined + around[1:]
+  forms = [
+    canonical(x) if "," in x and x != normalized else _canonical(x)
+    for x in inner
+  ]
+  if not around:
+    forms.sort()
+  return around[:1] + ",".join(forms) + around[1:]
 
 
 def _canonical(element: str) -> str:
-  found = expressions.rational(element)
-  if found is None or is_integer(element) or found.denominator == 1:
+  if is_integer(element) or is_fraction(element) or has_word(element):
     return element
-  if is_fraction(element) and str(found) != element:
+  try:
+    tree = expressions.parse(element)
+    value = expressions.value_of(tree)
+  except (expressions.NotAnExpression, ZeroDivisionError):
     return element
-  return str(found)
+  if value is not None:  # 3/1 is no integer as it is written
+    return f"{value.numerator}/{value.denominator}"
+  found = values.at_points(tree)
+  letters = "".join(values.names(tree))
+  if len(letters) == 1:
+    alone = values.at_points(expressions.parse(letters))
+    return letters if found == alone else found or element
+  return found or element
 
 
 def _plain(text: str) -> str:

@@ -1,56 +1,65 @@
-"""What sympy and math-verify say of two answers, in a process of their own.
+"""What math-verify reads in an answer, in a process of its own.
 
-They hang on some inputs, and math-verify's own time limit needs the main thread
-(its issue 42). The functions here are the ones that `isolation.Worker` calls;
-trees are built node by node, since `sympy.parse_expr` evaluates text as code.
+It hangs on some inputs, and its own time limit needs the main thread (its issue
+42). The public function here is what `isolation.Worker` calls.
 """
 
 import functools
 from typing import Any
 
-from research.reasoning import expressions
 from research.reasoning.extras import needs
 
-
-def sympy_equal(a: str, b: str) -> bool:
-  """Whether sympy simplifies the difference of two expressions to zero."""
-  sympy, x, y = _sympy(), _tree(a), _tree(b)
-  return bool(sympy.simplify(x - y) == 0)
-
-
-def sympy_canonical(a: str) -> str:
-  """Returns how sympy prints an expression, simplified and multiplied out."""
-  sympy = _sympy()
-  return str(sympy.expand(sympy.simplify(_tree(a))))
+_DIGITS = 20
+# Where expressions with letters are compared: equal ones agree there.
+_POINTS = tuple(
+  tuple(f"{sign * (k + 3) * 7919 % 1009 / 500:.3f}" for k in range(8))
+  for sign in (1, -1)
+)
 
 
-def math_verify_equal(truth: str, given: str) -> bool:
-  """Whether math-verify accepts an answer for another, in this order."""
-  gold, answer = _parsed(truth), _parsed(given)
-  return bool(_math_verify().verify(gold, answer, timeout_seconds=None))
+def math_verify_form(given: str) -> str | None:
+  """Returns what math-verify reads in an answer, in a form by value.
 
-
-def math_verify_number(value: str, given: str) -> str:
-  """Returns a number's value, with % if it is a percentage.
-
-  Args:
-    value: of the number, as the ladder reads it.
-    given: the answer, which is returned if math-verify reads it otherwise.
+  None where it reads nothing, or an equation that says nothing.
   """
+  parsed = _parsed(given)
+  return _form(parsed[0]) if parsed else None
+
+
+def _form(x: Any) -> str | None:
   sympy = _sympy()
-  found = next(iter(_parsed(given)), None)
-  if isinstance(found, sympy.Equality):  # x = 3
-    found = found.rhs
-  hundredth = sympy.UnevaluatedExpr(sympy.Rational(1, 100))
-  percent = isinstance(found, sympy.Mul) and found.args[1:] == (hundredth,)
-  if percent:
-    found = found.args[0]
-  if isinstance(found, sympy.Float):
-    found = sympy.Rational(str(found))
-  alike = isinstance(found, sympy.Rational) and str(found) == value
-  if alike or math_verify_equal(value, given):
-    return value + "%" * percent
-  return given.strip()
+  if isinstance(x, sympy.Equality):
+    left, right = (_form(side) for side in x.args)
+    if left == right or _is_name(x.lhs):
+      return right
+    return left if _is_name(x.rhs) else None
+  if isinstance(x, sympy.Interval):
+    ends = f"{_form(x.start)},{_form(x.end)}"
+    return f"{'[('[bool(x.left_open)]}{ends}{'])'[bool(x.right_open)]}"
+  if isinstance(x, sympy.FiniteSet | sympy.Union):
+    parts = sorted(str(_form(part)) for part in x.args)
+    return ("∪" if isinstance(x, sympy.Union) else ",").join(parts)
+  if isinstance(x, sympy.Tuple | tuple | list):
+    return f"({','.join(str(_form(part)) for part in x)})"
+  if isinstance(x, sympy.core.relational.Relational):
+    return str(x.canonical)  # 2 < x is x > 2
+  if not isinstance(x, sympy.Expr):
+    return str(x)
+  x = x.doit()  # percentages are unevaluated products
+  x = x.xreplace({f: sympy.Rational(str(f)) for f in x.atoms(sympy.Float)})
+  if x.is_Rational or x.is_Symbol:
+    return str(x)
+  letters = sorted(x.free_symbols, key=str)
+  values = []
+  for point in _POINTS if letters else ((),):
+    at = {x: sympy.Rational(y) for x, y in zip(letters, point, strict=False)}
+    values.append(str(x.subs(at).evalf(_DIGITS)))
+  return f"≈{','.join(map(str, letters))}:{';'.join(values)}"
+
+
+def _is_name(x: Any) -> bool:
+  sympy = _sympy()
+  return isinstance(x, sympy.Symbol | sympy.core.function.AppliedUndef)
 
 
 def _parsed(answer: str) -> list[Any]:
@@ -75,28 +84,3 @@ def _sympy() -> Any:
   with needs("sympy"):
     import sympy
   return sympy
-
-
-def _tree(text: str) -> Any:
-  return _build(expressions.parse(text))
-
-
-def _build(node: expressions.Node) -> Any:
-  sympy = _sympy()
-  if node.kind == "number":
-    return sympy.Rational(node.value.numerator, node.value.denominator)
-  if node.kind == "name":
-    constants = {"pi": sympy.pi, "inf": sympy.oo}
-    return constants.get(node.name) or sympy.Symbol(node.name)
-  inner = [_build(x) for x in node.inner]
-  if node.kind == "+":
-    return inner[0] + inner[1]
-  if node.kind == "-":
-    return inner[0] - inner[1]
-  if node.kind == "*":
-    return inner[0] * inner[1]
-  if node.kind == "/":
-    return inner[0] / inner[1]
-  if node.kind == "^":
-    return inner[0] ** inner[1]
-  return getattr(sympy, node.kind)(*inner)

@@ -5,20 +5,27 @@ differs from PRM800K's grader it is on purpose, and `DIFFERENT` lists all pairs.
 """
 
 import fractions
+import functools
 import random
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from research.reasoning import ExactMatch, Ladder, MathVerify, extraction, judge
+from research.reasoning import (
+  ExactMatch,
+  Ladder,
+  MathVerify,
+  extraction,
+  judge,
+  rates,
+)
 from research.reasoning import expressions as ex
 from research.reasoning.normalization import canonical, normalize
 from research.reasoning.worker import _answer
 from tests.research.reasoning.test_extraction import golden
 
 LADDER = Ladder()
-SYMBOLIC = Ladder(symbolic_seconds=20)
 MATH_VERIFY = MathVerify(seconds=20)
 
 
@@ -53,6 +60,17 @@ DIFFERENT = {
   **both("\\frac{1+x}{2}", "(x+1)/2", True),
   **both("\\frac{1+x}{2}", "x/2+1/2", True),
   **both(HALF, "x+1/2", False),
+  # Of three answers two would be equal to the third, and not to each other.
+  **both("6/2", "2+1", False),
+  **both("0.5", "2/4", False),
+  **both(".5", "2/4", False),
+  # Theirs asks sympy for no power in brackets.
+  **both("\\sqrt{2}", "2^{1/2}", True),
+  **both("\\sqrt2", "2^{1/2}", True),
+  **both("sqrt(2)", "2^{1/2}", True),
+  # A list without brackets has no order.
+  **both("3 or 4", "4 or 3", True),
+  **both("3,4", "4 or 3", True),
   # Nothing is no answer.
   ("", ""): False,
 }
@@ -63,13 +81,10 @@ def test_the_ladder_is_prm800ks_but_for_what_is_listed():
   assert len(pairs) > 500
   assert 0.2 < sum(x for *_, x in pairs) / len(pairs) < 0.6
 
-  def equal(truth, given):
-    return LADDER.equal(truth, given) or SYMBOLIC.equal(truth, given)
-
   found = {
     (truth, given): ours
     for truth, given, theirs in pairs
-    if (ours := equal(truth, given)) != theirs
+    if (ours := LADDER.equal(truth, given)) != theirs
   }
   assert found == DIFFERENT
 
@@ -164,7 +179,6 @@ def test_normalize(text, expected):
 )
 def test_what_braces_group_stays_together(truth, given, expected):
   assert LADDER.equal(truth, given) == expected
-  assert SYMBOLIC.equal(truth, given) == expected
 
 
 @pytest.mark.parametrize(
@@ -220,10 +234,10 @@ def test_equal_votes_have_equal_verdicts():
 
 def test_equal_votes_have_equal_verdicts_of_math_verify():
   groups = [
-    *(["10", "10.0", "$10$", "x=10"], ["10%", r"10\%"]),
-    *(["0.1", "1/10", "2/20"], ["3", "3.0", "6/2"], ["3."]),
-    *(["3 million"], ["3000000", "3,000,000"], ["1200"], ["1, 200"]),
-    *(["31/4", "7.75", r"7\frac{3}{4}"], ["7 3/4"]),
+    *(["10", "10.0", "$10$", "x=10"], ["3", "3.0", "6/2", "3.", "1+2=3"]),
+    *(["0.1", "1/10", "2/20", "10%", r"10\%"], [r"3\approx 4"], ["4=3"]),
+    *(["3 million", "3000000", "3,000,000"], ["1200", "1,200"]),
+    *(["31/4", "7.75", r"7\frac{3}{4}", "7 3/4"], ["2<x", "x>2"]),
   ]
   votes = [{MATH_VERIFY.canonical(x) for x in group} for group in groups]
   assert list(map(len, votes)) == [1] * len(groups)
@@ -232,7 +246,6 @@ def test_equal_votes_have_equal_verdicts_of_math_verify():
     for group in groups:
       verdicts = {MATH_VERIFY.equal(truth, x) for x in group}
       assert len(verdicts) == 1, (truth, group)
-  assert MATH_VERIFY.canonical(MATH_VERIFY.canonical("10%")) == "10%"
 
 
 def tree(rng, depth):
@@ -300,16 +313,80 @@ def test_rational_of_written_expressions(text, value):
     (r"\sqrt{8}", r"2\sqrt{2}", True),
     (r"\frac{\pi}{2}", r"0.5\pi", True),
     ("x+1", "x+2", False),
-    ("xyz", "zyx", False),  # three letters: not simplified
-    (r"2^{100}x", r"x\cdot 2^{100}", False),  # large powers neither
+    ("xyz", "zyx", False),  # three letters may be a word
+    (r"2^{100}x", r"x\cdot 2^{100}", True),
+    (r"\sqrt{x^2}", "x", False),  # not where x is negative
+    (r"\frac{x}{\sqrt{x}}", r"\sqrt{x}", True),
+    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", True),
+    (r"\sin(x)^2+\cos(x)^2+x", "x+1", True),
+    (r"\tan(\frac{\pi}{3})", r"\sqrt3", True),
+    ("1", "1+10^{-20}", False),
+    (r"\sqrt2", "1.41421356237309504880", False),
+    ("monday", "dynamo", False),
+    (r"(\sqrt2,\frac{\pi}{2})", r"(2^{1/2},0.5\pi)", True),
+    ("(0,1)∪(2,3)", "(2,3)∪(0,1)", True),
+    ("9^{9^{9^9}}x", "x", False),  # at once
     ("3", "2+1", False),  # an integer must be given as one
   ],
 )
-def test_sympy_decides_what_remains(truth, given, expected):
-  assert SYMBOLIC.equal(truth, given) == expected
-  if expected:
-    assert not LADDER.equal(truth, given)
-    assert SYMBOLIC.canonical(truth) == SYMBOLIC.canonical(given)
+def test_values_decide_what_remains(truth, given, expected):
+  assert LADDER.equal(truth, given) == expected
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_expressions_are_equal_where_sympy_says_so(seed):
+  """Random ones, expanded, factored and perturbed by sympy."""
+  sympy = pytest.importorskip("sympy")
+  rng = random.Random(seed)
+  x, y = sympy.symbols("x y")
+
+  def build(depth):
+    if depth == 0:
+      return rng.choice([x, y, sympy.Integer(rng.randint(1, 9)), sympy.pi])
+    a, b = build(depth - 1), build(rng.randrange(depth))
+    return rng.choice([a + b, a - b, a * b, a / (b**2 + 1), a**2])
+
+  for _ in range(5):
+    a = build(3) + x
+    for b in (sympy.expand(a), sympy.factor(a), a + 1, -a):
+      same = sympy.simplify(a - b) == 0
+      texts = [str(e).replace("**", "^") for e in (a, b)]
+      assert LADDER.equal(*texts) == same, texts
+
+
+MATH_VERIFY_DIFFERS = {
+  # It reads no number with a full stop, or as a text, within a box.
+  *("3.", "18.", r"\text{3}"),
+  # It searches for the truth in an equation or an approximation, drops a
+  # percent sign, and takes a pair for a set.
+  *("3+4=8", r"3\approx 4", "4=3", "10", "(1,2)"),
+}
+
+
+def test_the_table_of_pairs_is_math_verifys():
+  package = pytest.importorskip("math_verify")
+  config = [package.LatexExtractionConfig(boxed_match_priority=0)]
+
+  @functools.cache
+  def parsed(text):
+    return package.parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
+
+  def accepts(*pair):
+    return package.verify(*map(parsed, pair), timeout_seconds=None)
+
+  equal, different = rates.pairs()
+  wrong = [x for x in equal if not (accepts(*x) or accepts(*x[::-1]))]
+  wrong += [x for x in different if accepts(*x)]
+  assert {x for x in wrong if not MATH_VERIFY_DIFFERS & set(x)} == set()
+
+
+@pytest.mark.parametrize("grader", [LADDER, MATH_VERIFY])
+def test_grading_and_votes_are_one_equivalence(grader):
+  equal, different = rates.pairs()
+  for truth, given in (equal + different)[::7]:
+    same = grader.canonical(truth) == grader.canonical(given)
+    assert grader.equal(truth, given) == same, (truth, given)
+    assert grader.equal(given, truth) == same, (truth, given)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +423,7 @@ def test_math_verify_alone_accepts_a_hedge():
   assert (found.correct, found.extracted) == (False, "3 or 4")
 
 
-@pytest.mark.parametrize("grader", [ExactMatch(), SYMBOLIC, MATH_VERIFY])
+@pytest.mark.parametrize("grader", [ExactMatch(), LADDER, MATH_VERIFY])
 def test_model_text_is_never_run(grader, tmp_path):
   file = tmp_path / "ran"
   code = f"__import__('pathlib').Path({str(file)!r}).touch()"
@@ -377,12 +454,11 @@ def test_judge():
   assert (found.correct, found.extracted, found.canonical) == (True, "3.0", "3")
   assert verdict(r"\boxed{4}").reason == "wrong"
   assert not verdict(r"\boxed{3}", truth=None).correct
-  hang = Ladder(symbolic_seconds=1e-6)
+  hang = MathVerify(seconds=1e-6)
   found = verdict(r"\boxed{x+2}", "x+1", hang)
   assert found.reason.startswith("timeout: more than 1e-06 s")
-  assert (found.correct, found.canonical) == (False, "x+2")
-  failing = verdict(r"\boxed{log(0)/log(0)x}", "x", SYMBOLIC)
-  assert not failing.correct
+  assert (found.correct, found.canonical) == (False, LADDER.canonical("x+2"))
+  assert not verdict(r"\boxed{log(0)/log(0)x}", "x").correct
 
 
 def test_the_worker_answers_in_json():
