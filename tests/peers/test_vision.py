@@ -59,6 +59,40 @@ def test_peft_opens_an_adapter_of_the_language_model(name, heptad, tmp_path):
   assert support.relative_error(got["logits"], want["logits"]) < 1e-5
 
 
+def test_paligemma_2_answers_see_all_of_a_prompt(heptad, tmp_path):
+  """As in big_vision, whose gemma.py has no windows and trained the weights.
+
+  transformers 5.24 lets a prompt see all of itself in spite of
+  `sliding_window`, but cuts what an answer sees in local layers: that is no
+  rule of a model that was trained. It opens what we write without windows.
+  """
+  name = "paligemma2"
+  theirs = make_vlm.build(name, tmp_path / "theirs")
+  rows = inputs_of(plain(name, theirs))
+  rows["answer"] = np.array([35, 22], np.int32)
+  ours = tmp_path / "ours"
+  got = heptad.bridge("vision", tmp_path / "theirs", adapter=ours, **rows)
+  after = np.arange(rows["tokens"].shape[1]) >= rows["answer"][:, None]
+
+  def logits_of(model):
+    given = dict(
+      input_ids=torch.from_numpy(rows["tokens"]).long(),
+      pixel_values=torch.from_numpy(rows["pixels"]).double(),
+      token_type_ids=torch.from_numpy(after).long(),
+    )
+    with torch.no_grad(), make_models.float64():
+      return model(
+        **given, labels=given["input_ids"],
+        attention_mask=torch.ones_like(given["input_ids"]),
+      ).logits.numpy()  # fmt: skip
+
+  cut = logits_of(theirs)
+  assert support.relative_error(got["logits"][~after], cut[~after]) < 1e-5
+  assert support.relative_error(got["logits"][after], cut[after]) > 0.1
+  again = assert_opened(make_vlm.CLASSES[name], ours, theirs).double().eval()
+  assert support.relative_error(got["logits"], logits_of(again)) < 1e-5
+
+
 def plain(name, model):
   """Returns what transformers computes of the family's inputs."""
   with torch.no_grad(), make_models.float64():
