@@ -210,17 +210,18 @@ def _load() -> Any:
   return packed_weights.load_with_tokenizer(*given)
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
+def _tokens(loaded: Any, text: str) -> list[int]:
   """Returns a prompt's ids, rendered as a conversation if asked to."""
-  from experiments.generating import conversation, prompts
+  from experiments.generating import conversation, images, prompts
 
   try:
     text.encode("utf-8")
   except UnicodeEncodeError as error:
     raise UserError("--prompt: is not UTF-8; convert it first") from error
-  if not _CHAT.value:
-    return tokenizer.prompt(text)
-  return conversation.ids_of(tokenizer, prompts.messages(text, _SYSTEM.value))
+  if _CHAT.value:
+    messages = prompts.messages(text, _SYSTEM.value)
+    text = conversation.text_of(loaded.tokenizer, messages)
+  return images.text_ids(loaded, text, rendered=_CHAT.value)
 
 
 def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
@@ -254,7 +255,7 @@ def _fill(prompts: list[str], rules: Any) -> dict[str, Any]:
   loaded = dataclasses.replace(loaded, params=params)
 
   def spelled(text):
-    return _tokens(loaded.tokenizer, text)
+    return _tokens(loaded, text)
 
   if infills:
     prompts, texts = infilling.rows(
@@ -449,16 +450,18 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
   loaded = _load()
   diffusion.check_next_token(loaded, f"--model={_MODEL.value}")
   images.check(loaded.model, _IMAGE.value, texts)
-  whole, mask = loaded.model, images.mask_of(loaded.model)
+  # Without parameters: those that are used are others.
+  whole = dataclasses.replace(loaded, params={})
+  mask = images.mask_of(loaded.model)
   adapters = [name for _, name in rows]
   loaded = generate_adapters.on_all_rows(loaded, adapters, places)
   if _IMAGE.value:
     loaded, prompts, seen = _with_images(loaded, texts[0])
   else:
     loaded, seen = images.language_of(loaded), {}
-    prompts = [_tokens(loaded.tokenizer, text) for text, _ in rows if texts]
+    prompts = [_tokens(whole, text) for text, _ in rows if texts]
     for (text, _), ids in zip(rows, prompts, strict=False):
-      images.check_text(whole, text, ids)
+      images.check_text(whole.model, text, ids)
   params = generate_adapters.prepared(loaded, adapters, places)
   if isinstance(kv, kv_quantizer.KVByLayer):
     kv.check_depth(len(loaded.model.layer_kinds()))
@@ -469,8 +472,9 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
   call = loaded, params
 
   def answer(messages, turn):
-    ids = conversation.ids_of(loaded.tokenizer, messages)
-    images.check_text(whole, messages[-1]["content"], ids)
+    text = conversation.text_of(loaded.tokenizer, messages)
+    ids = images.text_ids(whole, text, rendered=True)
+    images.check_text(whole.model, messages[-1]["content"], ids)
     results, _ = _streamed(*call, [ids], rules, kv, layout, turn, mask)
     print(flush=True)
     return results[0]

@@ -31,11 +31,6 @@ def text_of(tokenizer: Any, messages: Messages) -> str:
   return tokenizer.chat(messages, image=MARK)
 
 
-def ids_of(tokenizer: Any, messages: Messages) -> list[int]:
-  """Returns a conversation's ids; arguments as for `text_of`."""
-  return tokenizer.encode(text_of(tokenizer, messages))
-
-
 def converse(
   answer: Callable[[Messages, int], dict[str, Any]], system: str | None = None
 ) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from research.vlm import data
 from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.image_conditioned import ImageConditioned
 from research.vlm.images import open_image, prompt_ids
-from research.vlm.images.prompts import MARK
+from research.vlm.images.prompts import MARK, PromptFormat
 from research.vlm.masks import Causal, by_index
 
 
@@ -78,6 +78,26 @@ def check_text(model: Any, text: str, ids: Sequence[int]) -> None:
       f"--prompt: found the image placeholder {MARK} in {text[:80]!r} and no"
       " --image, expected --image=FILE, or a prompt without placeholders"
     )
+
+
+def text_ids(loaded: Loaded, text: str, *, rendered: bool) -> list[int]:
+  """Returns the ids of a prompt without images.
+
+  Those of a vision language model begin as its prompts with images do, also
+  where a chat template leaves that to the processor (LLaVA's).
+
+  Args:
+    loaded: any model that has a tokenizer; without its parameters, too.
+    text: the prompt.
+    rendered: whether a chat template has rendered it.
+  """
+  tokenizer, how = loaded.tokenizer, loaded.preprocessor
+  if not isinstance(loaded.model, ImageConditioned):
+    return tokenizer.encode(text) if rendered else tokenizer.prompt(text)
+  form = PromptFormat() if how is None else how.prompt
+  form = form.rendered() if rendered else form
+  special = prompt_ids.special_of(tokenizer, form)
+  return special.prompt(tokenizer.encode(text + form.end))
 
 
 def prompt_of(

@@ -157,17 +157,20 @@ def _two_threads():
 
 
 def pixels_of(config, image, made=None):
-  """Returns a processor's pixels: floats, or uint8 of Molmo 2.
+  """Returns a processor's pixels of an array or a picture of Pillow's.
 
+  They are floats, or uint8 of Molmo 2.
   Views are `[N, H, W, 3]`; of kinds that make patches, `[P, y, x, 3]`.
   """
   import PIL.Image
 
   name = config["image_processor_type"].removesuffix("ImageProcessor")
   made = made or processor(config)
+  drawn = isinstance(image, np.ndarray)
+  picture = PIL.Image.fromarray(image) if drawn else image
   tensors = "pt" if made.backend == "torchvision" else "np"
   with _two_threads():
-    out = made(PIL.Image.fromarray(image), return_tensors=tensors)
+    out = made(picture, return_tensors=tensors)
   values = np.asarray(out["pixel_values"])
   side = getattr(made, "patch_size", None)
   if name == "Qwen2VL":

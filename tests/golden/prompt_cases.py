@@ -29,11 +29,14 @@ CASES = {  # name -> (text, photographs)
           ["astronaut", "wide", "coffee"]),
   "between": (f"The first:\n{MARK}\n\nthen {MARK}, and last {MARK} Why?",
               ["tall", "china", "tiny"]),
+  "none": ("What is here?", []),
+  "newline": (f"{MARK}Say:\n", ["tiny"]),
 }  # fmt: skip
 CONVERSATIONS = {  # name -> (the user's and the assistant's texts, photographs)
   "asked": ([f"{MARK}{MARK}Is it the same?"], ["coffee", "tall"]),
   "asked_again": ([f"{MARK}What is here?", "A temple.", f"{MARK}And here?"],
                   ["china", "astronaut"]),
+  "asked_without": (["What is here?"], []),
 }  # fmt: skip
 
 
@@ -46,9 +49,11 @@ class Family:
     encoder: patch, and patches each way in a soft token, where config.json
       says them.
     mark: what the processor's text has for an image.
-    words: kind of the tokenizer: "bytes" (GPT-2's), "llama" or "gemma".
+    words: kind of the tokenizer: "bytes" (GPT-2's), "letters" (the same without
+      words), "llama" or "gemma".
     special: its special tokens.
-    bos: that its post-processor puts before a text.
+    bos: the beginning of a text.
+    begins: whether its post-processor puts `bos` before a text.
     eos: the end of a text.
     template: of conversations; None if the family has none.
   """
@@ -59,6 +64,7 @@ class Family:
   words: str
   special: tuple[str, ...]
   bos: str | None = None
+  begins: bool = True
   eos: str
   template: str | None = None
 
@@ -222,9 +228,18 @@ FAMILIES = {
     template=_TURNS.format(image="<|image|>"),
   ),
 }  # fmt: skip
-"""Of each processor, under the name of the model type."""
+FAMILIES["paligemma_saved"] = dataclasses.replace(
+  FAMILIES["paligemma"], begins=False
+)
+"""As `PaliGemmaProcessor.save_pretrained` leaves its tokenizer."""
+FAMILIES |= {
+  f"{name}_letters": dataclasses.replace(FAMILIES[name], words="letters")
+  for name in ("smolvlm", "idefics3")
+}
+"""Of each processor, under the name of the model type and a variant's."""
 
 _JOINED = {
+  "letters": [],
   "bytes": ["ĊĊ", ":Ċ", ".Ċ", "Ġthe", "Ġis", "What", "Ġhere", "Ġlast"],
   "llama": ["▁▁", "▁What", "▁is", "▁the", "▁here", "SER", "▁Why"],
   "gemma": ["\n\n", ":\n", "▁the", "▁is", "▁here", "user", "▁crops"],
@@ -239,7 +254,7 @@ _LETTERS = "".join(map(chr, range(33, 127)))
 
 def backend(family: Family) -> Tokenizer:
   """Returns the family's tokenizer: letters, some words, special tokens."""
-  byte_level = family.words == "bytes"
+  byte_level = family.words in ("bytes", "letters")
   letters = sorted(pre_tokenizers.ByteLevel.alphabet()) if byte_level else [
     *("<unk>", *(f"<0x{i:02X}>" for i in range(256))), *_LETTERS, "▁", "\n"
   ]  # fmt: skip
@@ -254,8 +269,8 @@ def backend(family: Family) -> Tokenizer:
   for word in _JOINED[family.words]:
     for i in range(1, len(word)):
       join(word[:i], word[i])
-  twice = _JOINED[family.words][0]
   if not byte_level:
+    twice = _JOINED[family.words][0]
     join(twice, twice)
     join(twice, twice[0])
   model = models.BPE(
@@ -273,7 +288,7 @@ def backend(family: Family) -> Tokenizer:
   made.add_special_tokens(
     [AddedToken(x, normalized=False, special=True) for x in family.special]
   )
-  if family.bos is not None:
+  if family.bos is not None and family.begins:
     made.post_processor = processors.TemplateProcessing(
       single=f"{family.bos} $A",
       pair=f"{family.bos} $A $B",

@@ -40,17 +40,17 @@ def joined_ids(
   ids: list[int] = []
   if form.begin == "after_images":
     ids, parts = _joined(parts, tokenizer, image_token), []
-  last = _joined([*parts, after], tokenizer, image_token, ids)
-  last += tokenizer.encode(form.end) if form.end else []
+  last = _joined([*parts, after + form.end], tokenizer, image_token, ids)
   return ids + special_of(tokenizer, form).prompt(last)
 
 
 def special_of(tokenizer: Any, form: PromptFormat) -> SpecialTokens:
   """Returns the special tokens around a prompt of a format."""
   found = special_tokens.from_tokenizer(tokenizer)
-  if form.begin != "always" or found.begin:
+  if form.begin == "first" or found.begin:
     return found
-  ids = (getattr(tokenizer, name, None) for name in ("bos", "eos"))
+  names = ("bos", "eos") if form.begin == "always" else ("bos",)
+  ids = (getattr(tokenizer, name, None) for name in names)
   begin = next((i for i in ids if i is not None), None)
   return found if begin is None else dataclasses.replace(found, begin=(begin,))
 
@@ -183,9 +183,11 @@ def _parts(
       parts += [image_token] * piece.count
     elif isinstance(piece, Text):
       parts.append(piece.text)
+    elif piece.text.isspace():
+      # As many tokens as the tokenizer makes of it and the text around it.
+      parts.append(piece.text)
     else:
-      token = _token(piece.text, tokenizer)
-      parts.append(piece.text if piece.text.isspace() else token)
+      parts.append(_token(piece.text, tokenizer))
   return parts
 
 

@@ -47,9 +47,10 @@ class PromptFormat:
 
   Attributes:
     begin: where the tokens stand that begin a document, if the tokenizer has
-      any (often a `bos`): first, or behind the last image. "always" is first,
-      and the tokenizer's `bos`, or its `eos`, if it begins documents with none.
-    end: text behind the prompt's own, tokenized apart.
+      any (often a `bos`): first, or behind the last image, where a `bos` stands
+      in any case. "always" is first, and the tokenizer's `bos`, or its `eos`,
+      if it begins documents with none.
+    end: text behind the prompt's own, of which it is a part to the tokenizer.
   """
 
   begin: Literal["first", "after_images", "always"] = "first"
@@ -139,7 +140,7 @@ class RowsAndColumns:
       for column in range(1, plan.columns + 1):
         tag = Token(self.tile.format(row=row, column=column))
         pieces += [fence, tag, Soft(next(counts))]
-      # Two newlines behind the last row are one token.
+      # Two newlines behind the last row are one token of published models.
       pieces.append(Token("\n" if row < plan.rows else "\n\n"))
     return (*pieces, fence, Token(self.whole), Soft(next(counts)), fence)
 

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from experiments.generating import conversation
+from experiments.generating import images as asked
+from research.interop.loaded import Loaded
 from research.text.tokenizer import Tokenizer
 from research.vlm.images import prompt_ids
 from research.vlm.images.configs import from_preprocessor_config
+from tests import support_vlm
 
 GOLDEN = pathlib.Path(__file__).parents[3] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -39,10 +42,14 @@ def tokenizer(name):
 
 
 def ids_of(name, texts, keys, rendered=False):
-  """Returns the ids of a prompt with some of the photographs."""
+  """Returns the ids of a prompt with some of the photographs, or with none."""
   family, words = FAMILIES[name], tokenizer(name)
   patch, pool = family.encoder
   how = from_preprocessor_config(family.config, patch=patch, pool=pool)
+  if not keys:
+    model = support_vlm.model()
+    loaded = Loaded(model, {}, words, source={}, preprocessor=how)
+    return asked.text_ids(loaded, *texts, rendered=rendered)
   images = [how.pieces(how.plan(*IDS[f"size {k}"].tolist())) for k in keys]
   token = words.backend.token_to_id(how.placeholder)
   form = how.prompt.rendered() if rendered else how.prompt
@@ -51,7 +58,10 @@ def ids_of(name, texts, keys, rendered=False):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_texts_with_one_image_several_in_a_row_and_between_words(name):
+  """PaliGemma's processor refuses a text alone."""
   for case, (text, keys) in CASES.items():
+    if not keys and name.startswith("paligemma"):
+      continue
     found = ids_of(name, text.split(MARK), keys)
     assert found == IDS[f"{name} {case}"].tolist(), case
 
