@@ -190,7 +190,7 @@ def _connector_of_view(model: VisionLanguageModel, grid: Size) -> float:
   connector = model.connector
   if isinstance(connector, AttentionPool | PerceiverResampler | QFormer):
     return _queries_of_view(model, grid)
-  return connector.tokens(grid) * _connector_of_token(model)
+  return model.tokens_of(grid) * _connector_of_token(model)
 
 
 def _queries_of_view(model: VisionLanguageModel, grid: Size) -> float:

@@ -162,7 +162,17 @@ class VisionLanguageModel:
 
   def tokens_per_view(self, height: int, width: int) -> int:
     """Returns the number of soft tokens of an image of so many pixels."""
-    return self.connector.tokens(self.grid(height, width))
+    return self.tokens_of(self.grid(height, width))
+
+  def tokens_of(self, grid: Grid) -> int:
+    """Returns the number of soft tokens of a view of so many patches."""
+    return self.connector.tokens(grid) + self.keeps_class_token
+
+  @property
+  def keeps_class_token(self) -> bool:
+    """Whether the class token's feature becomes a soft token of its own."""
+    read = self.vision.class_token and self.features.class_token
+    return read and isinstance(self.connector, Linear | Mlp)
 
   @property
   def square(self) -> int:
@@ -197,7 +207,7 @@ class VisionLanguageModel:
       raise UserError(
         f"preprocessor: found {found} {what} ({type(tiling).__name__}),"
         f" expected {expected}, as encoder and connector make soft tokens; set"
-        " the tiling's patch and pool"
+        " the tiling's patch and pool, or class_token"
       )
 
   def encode(self, params: Params, images: Images) -> Float[Array, "B P D"]:
@@ -268,8 +278,8 @@ class VisionLanguageModel:
     return self._soft_grids(rows, views, self.grid(height, width))
 
   def _soft_grids(self, rows, views, grid):
-    soft = 1, self.connector.tokens(grid)
-    if isinstance(self.connector, LOCAL):
+    soft = 1, self.tokens_of(grid)
+    if isinstance(self.connector, LOCAL) and not self.keeps_class_token:
       soft = tuple(n // self.square for n in grid)
     return jnp.broadcast_to(jnp.array(soft, jnp.int32), (rows, views, 2))
 
@@ -310,12 +320,12 @@ class VisionLanguageModel:
         beside theirs.
     """
     of_patches = isinstance(self.connector, (*LOCAL, GroupAttention))
-    if of_patches and features.shape[1] != grid[0] * grid[1]:
+    expected = grid[0] * grid[1] + self.keeps_class_token
+    if of_patches and features.shape[1] != expected:
       raise UserError(
         f"connector: found {features.shape[1]} features of {grid[0]} x"
-        f" {grid[1]} patches, expected one of each, as prompts have"
-        " placeholders; leave the class token out (Features.class_token, in"
-        " LLaVA's config.json vision_feature_select_strategy)"
+        f" {grid[1]} patches, expected one of each: this connector reads"
+        " squares of patches; leave the class token out (Features.class_token)"
       )
     soft = self.connector.apply({"params": params["connector"]}, features, grid)
     return soft if self.scale == 1.0 else soft * self.scale

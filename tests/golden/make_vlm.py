@@ -175,6 +175,10 @@ FAMILIES = {
   ),
 }
 
+FAMILIES["llava_full"] = FAMILIES["llava"] | dict(
+  vision_feature_select_strategy="full", image_seq_length=17
+)
+
 # Its window is shorter than an image: no prompt is cut by it.
 FAMILIES["paligemma2"] = FAMILIES["paligemma"] | dict(
   text_config=_text(
@@ -211,6 +215,7 @@ CLASSES = {
   "clip": "CLIPModel",
   "siglip": "SiglipModel",
   "llava": "LlavaForConditionalGeneration",
+  "llava_full": "LlavaForConditionalGeneration",
   "smolvlm": "SmolVLMForConditionalGeneration",
   "idefics3": "Idefics3ForConditionalGeneration",
   "paligemma": "PaliGemmaForConditionalGeneration",
@@ -358,7 +363,8 @@ def soft_tokens(config) -> int:
   if "mm_tokens_per_image" in config:
     return config["mm_tokens_per_image"]
   shorter = round(1 / config.get("downsample_ratio", 1))
-  return (side // config.get("scale_factor", shorter)) ** 2
+  extra = config.get("vision_feature_select_strategy") == "full"
+  return (side // config.get("scale_factor", shorter)) ** 2 + extra
 
 
 def main() -> None:

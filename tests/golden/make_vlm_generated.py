@@ -41,8 +41,9 @@ DUAL = {
 }
 """Of models with two towers, which generate nothing."""
 PROCESSORS = {
-  "llava": make_images._config(
-    "CLIP", size={"shortest_edge": 28}, crop_size=28
+  **dict.fromkeys(
+    ("llava", "llava_full"),
+    make_images._config("CLIP", size={"shortest_edge": 28}, crop_size=28),
   ),
   "smolvlm": make_images._config("SmolVLM", **_SPLIT),
   "idefics3": make_images._config("Idefics3", **_SPLIT),

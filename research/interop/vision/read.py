@@ -155,6 +155,9 @@ def load(
       described, patch=encoder.patch, pool=side
     )
     if not dual:
+      preprocessor = dataclasses.replace(
+        preprocessor, class_token=model.keeps_class_token
+      )
       _check_placeholders(preprocessor, model, described)
       model = dataclasses.replace(model, normalise=preprocessor.normalise)
       # What the file says of prompts, or its class would.

@@ -31,6 +31,8 @@ class Preprocessor:
     layout: what stands for the image in a prompt.
     placeholder: the token that stands for one feature.
     prompt: what a prompt has beside its images and its text.
+    class_token: whether the class token's feature, too, is a soft token of each
+      view, the first (LLaVA's `vision_feature_select_strategy: full`).
   """
 
   tiling: Tiling
@@ -38,14 +40,19 @@ class Preprocessor:
   layout: Layout = Wrapped()
   placeholder: str = "<image>"
   prompt: PromptFormat = PromptFormat()
+  class_token: bool = False
 
   def plan(self, height: int, width: int) -> Plan:
     """Returns what becomes of an image of this size; see `Tiling.plan`."""
-    return self.tiling.plan(height, width)
+    plan = self.tiling.plan(height, width)
+    if not self.class_token:
+      return plan
+    grids = tuple((1, 1 + rows * columns) for rows, columns in plan.grids)
+    return dataclasses.replace(plan, grids=grids)
 
   def views(self, image: np.ndarray, plan: Plan | None = None) -> Views:
     """Returns the image's views in uint8; see `Tiling.views`."""
-    return self.tiling.views(image, plan)
+    return self.tiling.views(image, plan or self.plan(*image.shape[:2]))
 
   def pieces(self, plan: Plan) -> tuple[Piece, ...]:
     """Returns what stands for the image in a prompt."""

@@ -291,13 +291,14 @@ def test_views_of_another_grid_than_the_positions_are_refused(height, width):
 @pytest.mark.parametrize(
   "connector, tokens",
   [
-    (connectors.Linear(size=32), None),
-    (connectors.Mlp(size=32), None),
+    (connectors.Linear(size=32), 17),
+    (connectors.Mlp(size=32), 17),
+    (connectors.Squares(side=2, inner=connectors.Linear(size=32)), None),
     (connectors.AttentionPool(size=32, queries=3), 3),
   ],
 )
-def test_a_class_token_has_no_placeholder(connector, tokens):
-  """A connector of patches would give it the first one's, and so on."""
+def test_a_class_token_has_a_placeholder_or_is_refused(connector, tokens):
+  """A connector of squares would give it the first one's, and so on."""
   sizes = EncoderSizes(width=24, depth=1, heads=2, hidden=28, patch=4, grid=4)
   model = dataclasses.replace(
     MODEL,

@@ -24,6 +24,12 @@ def _parts(parts: Parts) -> dict[str, Any]:
   strategy = fields.get("vision_feature_select_strategy")
   if strategy not in ("default", "full"):
     raise fields.wrong("vision_feature_select_strategy", "default or full")
+  if strategy == "default" and not parts.vision.class_token:
+    raise fields.wrong(
+      "vision_feature_select_strategy",
+      "full, where the encoder has no class token: transformers' default would"
+      " leave the first patch out",
+    )
   if not fields.flag("multimodal_projector_bias"):
     raise fields.wrong("multimodal_projector_bias", "true")
   return dict(

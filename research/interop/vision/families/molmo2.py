@@ -211,6 +211,8 @@ def _parts(parts: Parts) -> dict[str, Any]:
   width = parts.language.width
   if own.integer("text_hidden_size") != width:
     raise own.wrong("text_hidden_size", f"{width}, the language model's width")
+  if own.integer("hidden_size") != parts.vision.width:
+    raise own.wrong("hidden_size", f"{parts.vision.width}, the encoder's width")
   if own.get("hidden_act") != "silu":
     raise own.wrong("hidden_act", "silu")
   heads, head_dim = _heads(own)

@@ -32,6 +32,7 @@ from tests.support_golden import (
 CONTRASTIVE = ("clip", "siglip")
 GENERATIVE = (
   "llava",
+  "llava_full",
   "smolvlm",
   "idefics3",
   "paligemma",
@@ -222,6 +223,19 @@ def test_a_preprocessor_of_other_soft_tokens_is_refused(tmp_path):
   safetensors.write_json(tmp_path / read.PREPROCESSOR, described)
   with pytest.raises(UserError, match=r"r_config\.json: .* of 3 views .AnyRes"):
     load_model(tmp_path, towers="all")
+
+
+def test_llava_of_an_encoder_without_class_token_keeps_every_patch():
+  """transformers' "default" leaves the first patch of SigLIP out."""
+  values = config("llava") | dict(
+    vision_config=config("smolvlm")["vision_config"]
+  )
+  values["vision_config"] |= dict(model_type="siglip_vision_model")
+  with pytest.raises(UserError, match="strategy is 'default', expected full"):
+    vision.vision_language_model(values, "config.json")
+  values["vision_feature_select_strategy"] = "full"
+  model = vision.vision_language_model(values, "config.json")
+  assert model.tokens_per_view(32, 32) == 16
 
 
 @pytest.mark.parametrize(

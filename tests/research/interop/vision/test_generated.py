@@ -16,7 +16,16 @@ from tests import support_golden
 IMAGES_OF = ((0, 1), (2,))
 """Of each row of the goldens."""
 
-NAMES = ("smolvlm", "gemma3", "internvl", "paligemma", "llava", "idefics3")
+NAMES = (
+  "smolvlm",
+  "gemma3",
+  "internvl",
+  "paligemma",
+  "llava",
+  "llava_full",
+  "idefics3",
+)
+ONE_VIEW = ("paligemma", "llava", "llava_full")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,7 +41,7 @@ def test_tokens_after_images_of_no_square(name, tmp_path):
     sum(it.preprocessor.plan(*image.shape[:2]).views for image in own)
     for own in images
   )
-  assert (most > 2) == (name not in ("paligemma", "llava"))
+  assert (most > 2) == (name not in ONE_VIEW)
   prompts = [data.Prompt.from_images(x, it.preprocessor, most) for x in images]
   params = it.model.with_images_compiled(
     it.params, data.batch_images(prompts, it.model.square)

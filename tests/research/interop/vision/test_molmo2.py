@@ -213,6 +213,8 @@ def test_a_view_alone_is_pooled_at_its_odd_edges(opened):
     ("text_config.norm_after", True, "norm_after is True"),
     ("text_config.rope_scaling_layers", [0], "rope_scaling_layers is"),
     ("adapter_config.mlp_bias", True, "mlp_bias is True"),
+    # transformers makes such a model, and cannot multiply its features.
+    ("adapter_config.hidden_size", 48, "hidden_size is 48, expected 24"),
     ("adapter_config.text_hidden_size", 40, "expected 32, the language"),
     ("adapter_config.vision_feature_layer", [3], "layers of 3"),
     ("adapter_config.num_key_value_heads", 1, "expected 3, as of queries"),
