@@ -24,7 +24,8 @@ def _parts(parts: Parts) -> dict[str, Any]:
   strategy = fields.get("vision_feature_select_strategy")
   if strategy not in ("default", "full"):
     raise fields.wrong("vision_feature_select_strategy", "default or full")
-  if strategy == "default" and not parts.vision.class_token:
+  has_class_token = parts.vision.class_token
+  if strategy == "default" and not has_class_token:
     raise fields.wrong(
       "vision_feature_select_strategy",
       "full, where the encoder has no class token: transformers' default would"
@@ -38,7 +39,9 @@ def _parts(parts: Parts) -> dict[str, Any]:
       activation=towers.activation(fields, "projector_hidden_act"),
     ),
     features=Features(
-      layers=tuple(layers), normed=False, class_token=strategy == "full"
+      layers=tuple(layers),
+      normed=False,
+      class_token=has_class_token and strategy == "full",
     ),
     normalise=normalise.CLIP,
   )
@@ -47,7 +50,8 @@ def _parts(parts: Parts) -> dict[str, Any]:
 def _fields(model: VisionLanguageModel, config: Config) -> dict[str, Any]:
   del config
   layers = model.features.layers
-  strategy = "full" if model.features.class_token else "default"
+  left_out = model.vision.class_token and not model.features.class_token
+  strategy = "default" if left_out else "full"
   return dict(
     vision_feature_layer=layers[0] if len(layers) == 1 else list(layers),
     vision_feature_select_strategy=strategy,
