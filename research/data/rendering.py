@@ -17,7 +17,8 @@ before it.
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from research.data import examples
@@ -68,12 +69,36 @@ class Conversation:
     ]
 
 
+FIELDS = (
+  *("role", "content", "weight", "name", "tool_calls", "tool_call_id"),
+  *("reasoning_content", "thinking", "images"),
+)
+"""Fields of messages: what a misspelt one would have said is not left out."""
+
+
+def check_near_misses(
+  names: Iterable[str], known: Sequence[str], where: str
+) -> None:
+  """Refuses names that are none of the known fields, and nearly one.
+
+  Others are the user's own, and ignored.
+  """
+  for name in names:
+    near = difflib.get_close_matches(name.lower(), known, 1, 0.8)
+    if near and name not in known:
+      raise UserError(
+        f"{where}: field {name!r}: did you mean {near[0]!r}? It would be"
+        " ignored: correct it, or give it another name."
+      )
+
+
 def _check_message(message: Any, where: str) -> None:
   if not isinstance(message, dict):
     raise UserError(
       f"{where}: found {type(message).__name__}, expected an object:"
       ' {"role": ..., "content": ...}.'
     )
+  check_near_misses(message, FIELDS, where)
   role, content = message.get("role"), message.get("content")
   if not isinstance(role, str) or role not in ROLES:
     raise UserError(

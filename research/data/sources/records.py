@@ -11,7 +11,11 @@ from typing import Any
 
 from research.data import examples, rendering
 from research.data.examples import Example
-from research.data.rendering import Conversation, ConversationSource
+from research.data.rendering import (
+  Conversation,
+  ConversationSource,
+  check_near_misses,
+)
 from research.data.sources import FromFiles, Paths, Split, jsonl
 from research.data.sources.jsonl import Record
 from research.typing import UserError
@@ -171,6 +175,8 @@ class Preferences(FromRecords):
       answers = (_said(record, x) for x in (self.chosen, self.rejected))
       return tuple((prompt, answer) for answer in answers)
     answers = [_messages(record, x) for x in (self.chosen, self.rejected)]
+    fields = self.prompt, self.chosen, self.rejected
+    check_near_misses(record.values, fields, record.where)
     if record.get(self.prompt) is not None:
       prompt = _messages(record, self.prompt)
       answers = [[*prompt, *answer] for answer in answers]

@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -174,10 +176,10 @@ class TextFiles(FromFiles):
     return self.texts[index]
 
   def check_files(self) -> None:
-    """Raises UserError if a file is missing, empty or not UTF-8."""
+    """Raises UserError if a file is missing, empty, not UTF-8 or JSON Lines."""
     for path in expand(self.paths):
       if not is_stream(path):
-        read_text(path)
+        _check_prose(read_text(path), path)
 
   @functools.cached_property
   def texts(self) -> list[str]:
@@ -189,6 +191,8 @@ class TextFiles(FromFiles):
     """
     files = expand(self.paths)
     whole = [read_text(path) for path in files]
+    for text, path in zip(whole, files, strict=True):
+      _check_prose(text, path)
     if self.split is None:
       return whole
     parts = [text_part(text, self.split) for text in whole]
@@ -199,6 +203,22 @@ class TextFiles(FromFiles):
         "Give more text, of several lines."
       )
     return found
+
+
+def _check_prose(text: str, path: str) -> None:
+  """Raises UserError where each of a text's first lines is a JSON object."""
+  lines = list(itertools.islice(filter(str.strip, text.splitlines()), 3))
+  try:
+    records = [json.loads(line) for line in lines]
+  except (ValueError, RecursionError):
+    return
+  if all(isinstance(record, dict) for record in records):
+    fields = ", ".join(list(records[0])[:4])
+    raise UserError(
+      f"{path}: found JSON Lines of {fields}, expected text: braces"
+      " and field names would be learned.\nUse --config=runs/data/"
+      "text_jsonl.gin, or chat.gin, completions.gin or preferences.gin there."
+    )
 
 
 def text_part(text: str, split: Split) -> str:

@@ -289,6 +289,27 @@ WRONG = [
   (records.Completions, {"prompt": "a"}, "field 'completion': found none"),
   (records.Preferences, {"chosen": "a", "rejected": "b"}, "field 'prompt'"),
   (records.Preferences, {"prompt": "a", "chosen": "b"}, "field 'rejected'"),
+  # Near misses of a field that may be left out: it would be, in silence.
+  *[
+    (
+      records.Chat,
+      {"messages": [ASKS, {"role": "assistant", "content": "a", name: 0}]},
+      f"'{name}': did you mean 'weight'",
+    )
+    for name in ("weigth", "Weight", "weights", "wieght", "weigh")
+  ],
+  *[
+    (
+      records.Preferences,
+      {name: [ASKS]}
+      | {
+        x: [ASKS, {"role": "assistant", "content": x}]
+        for x in ("chosen", "rejected")
+      },
+      f"'{name}': did you mean 'prompt'",
+    )
+    for name in ("promt", "Prompt", "prompts")
+  ],
 ]
 
 

@@ -59,6 +59,32 @@ def test_bad_files(tmp_path, content, message):
   assert str(caught.value).count("\n") < 3
 
 
+@pytest.mark.parametrize(
+  ("lines", "refused"),
+  [
+    (['{"text": "a"}'], True),
+    (['{"text": "a"}', "", '{"text": "b"}'], True),
+    (['{"messages": []}'] * 9, True),
+    (["{", '  "text": "a"', "}"], False),  # one JSON document
+    (["[1, 2]", "[3, 4]"], False),
+    (['{"text": "a"}', "is how a record looks"], False),
+  ],
+)
+@pytest.mark.parametrize("split", [None, "train"])
+def test_json_lines_are_no_text(tmp_path, lines, refused, split):
+  path = tmp_path / "a.txt"
+  path.write_text("\n".join(lines) + "\n")
+  files = sources.TextFiles((str(path),), split=split)
+  if not refused:
+    files.check_files()
+    assert files.texts
+    return
+  with pytest.raises(UserError, match=r"found JSON Lines .*\n.*text_jsonl"):
+    files.check_files()
+  with pytest.raises(UserError, match="found JSON Lines"):
+    files.texts  # noqa: B018
+
+
 def test_directory_is_no_text_file(tmp_path):
   with pytest.raises(UserError, match="cannot be read"):
     sources.read_text(str(tmp_path))
