@@ -15,6 +15,7 @@ import jax
 from research import progress
 from research.interop import hf, quantized
 from research.interop.diffusion import spec
+from research.interop.hf import config as hf_config
 from research.interop.loaded import ADAPTER_CONFIG, NOTE, Loaded
 from research.interop.packages import PACKAGES, check_name, packaged
 from research.interop.quantized import compressed_activations
@@ -180,7 +181,7 @@ def _directory(path: pathlib.Path, dtype, packed, shardings, towers) -> Loaded:
       "packed"
     )
   families.check_naming(config, path / CONFIG)
-  kind = config.get("model_type")
+  kind = hf_config.kind_of(config, str(path / CONFIG))
   # Gemma 3's language model is read as other families' are, packed or not.
   if kind in families.MODULES and (towers == "all" or kind != "gemma3"):
     from research.interop.vision import read

@@ -89,7 +89,8 @@ def open_source(name: str | os.PathLike) -> Source:
 
 
 def _hf(path: pathlib.Path) -> Source:
-  kind = safetensors.read_json(path / "config.json").get("model_type")
+  file = path / "config.json"
+  kind = hf_config.kind_of(safetensors.read_json(file), str(file))
   if kind in families.MODULES and kind != "gemma3":
     raise UserError(
       f"{path}: found model_type {kind!r}, a vision language model, expected a"
@@ -105,7 +106,7 @@ def _hf(path: pathlib.Path) -> Source:
 
   def params():
     return compressed_activations.round_inputs(
-      unrounded(), quantization, str(path / "config.json")
+      unrounded(), quantization, str(file)
     )
 
   return Source(

@@ -50,9 +50,8 @@ def sizes_from_config(
   fields = text_fields(config, where)
   kind = fields.values["model_type"]
   known = MODEL_TYPES[kind]
-  fields.neutral(
-    {k: v for k, v in NEUTRAL.items() if k not in known.expert_fields}
-  )
+  meant = {*known.expert_fields, *known.softcaps}
+  fields.neutral({k: v for k, v in NEUTRAL.items() if k not in meant})
   family = presets.FAMILIES[known.preset]
   biased = fields.flag("attention_bias")
   if biased and kind in ("mistral", "mixtral", "qwen2"):
@@ -73,9 +72,21 @@ def sizes_from_config(
   return family, _sizes(fields, kind)
 
 
+def kind_of(config: Mapping[str, Any], where: str) -> str | None:
+  """Returns the `model_type` of a config.json, None where it has none.
+
+  Raises:
+    UserError: it is no name.
+  """
+  kind = config.get("model_type")
+  if kind is not None and not isinstance(kind, str):
+    raise Fields(config, where).wrong("model_type", "a name")
+  return kind
+
+
 def text_fields(config: Mapping[str, Any], where: str) -> Fields:
   """Returns the fields of the language model in a config.json."""
-  kind = config.get("model_type")
+  kind = kind_of(config, where)
   if kind == "gemma3":
     inner = Fields(config, where).object("text_config")
     if inner is None:
@@ -83,16 +94,17 @@ def text_fields(config: Mapping[str, Any], where: str) -> Fields:
     values = {"model_type": "gemma3_text"} | dict(inner.values)
     if "tie_word_embeddings" in config:
       values.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
-    config, where, kind = values, inner.where, values["model_type"]
+    config, where = values, inner.where
+    kind = kind_of(values, where)
   if kind in llada.KINDS:
     config = llada.to_known_config(config, where)
     kind = config["model_type"]
   if kind == "Dream":
     # Qwen2, except for its mask.
     config, kind = dict(config) | {"model_type": "qwen2"}, "qwen2"
-  if isinstance(kind, str) and kind in REFUSED:
+  if kind in REFUSED:
     raise UserError(f"{where}: model_type {kind!r} has {REFUSED[kind]}")
-  if not isinstance(kind, str) or kind not in MODEL_TYPES:
+  if kind not in MODEL_TYPES:
     raise UserError(
       f"{where}: model_type is {repr(kind)[:80]}, which is not supported.\n"
       f"Supported: {', '.join(MODEL_TYPES)}, gemma3 (its text part), llada, "
@@ -102,17 +114,19 @@ def text_fields(config: Mapping[str, Any], where: str) -> Fields:
 
 
 def _activation(fields: Fields, kind: str) -> Any:
-  # Gemma files name an exact GELU in `hidden_act` that no Gemma was trained
-  # with; `hidden_activation` or the tanh form is what they mean.
-  name = "hidden_act"
-  if kind.startswith("gemma"):
-    if fields.get("hidden_activation") is not None:
-      name = "hidden_activation"
-    elif fields.get(name) in (None, "gelu"):
-      return "gelu_tanh"
+  gemma, name = kind.startswith("gemma"), "hidden_act"
+  newer = fields.get("hidden_activation") if gemma else None
+  if newer is not None and kind != "gemma":
+    name = "hidden_activation"
   found = fields.get(name)
+  # Gemma files name an exact GELU in `hidden_act` that no Gemma was trained
+  # with; the tanh form is what they mean.
+  if gemma and name == "hidden_act" and found in (None, "gelu"):
+    found = "gelu_pytorch_tanh"
   if not isinstance(found, str) or found not in ACTIVATIONS:
     raise fields.wrong(name, f"one of {', '.join(ACTIVATIONS)}")
+  if kind == "gemma" and newer not in (None, found):
+    raise fields.wrong("hidden_activation", f"{found!r}, what its code reads")
   return ACTIVATIONS[found]
 
 
@@ -200,7 +214,7 @@ def _pattern(fields: Fields, kind: str, window: int | None) -> tuple[str, ...]:
   """Returns the shortest pattern of layer kinds that repeats to the depth."""
   depth = fields.integer("num_hidden_layers", most=MAX_DEPTH)
   types = fields.get("layer_types")
-  if types is None or MODEL_TYPES[kind].expert_fields:
+  if types is None:
     kinds = _kinds(fields, kind, depth)
   else:
     ok = isinstance(types, list) and len(types) == depth
@@ -209,6 +223,9 @@ def _pattern(fields: Fields, kind: str, window: int | None) -> tuple[str, ...]:
         "layer_types", f"{depth} times one of {', '.join(KINDS)}"
       )
     kinds = [KINDS[t] for t in types]
+    counts = MODEL_TYPES[kind].layer_types or window is None
+    if not counts and kinds != _kinds(fields, kind, depth):
+      raise fields.wrong("layer_types", f"none: {kind} ignores it")
   if window is None and kind != "gemma3_text":
     kinds = ["global"] * depth
   for p in range(1, depth + 1):

@@ -24,6 +24,9 @@ class ModelType:
       `use_sliding_window` says so.
     expert_fields: those that mean something here and are refused in families
       without experts; empty in such a family.
+    softcaps: those of soft caps, refused in families without them.
+    layer_types: whether that field counts; elsewhere it is refused unless it
+      says what the family has.
   """
 
   preset: str
@@ -31,8 +34,11 @@ class ModelType:
   defaults: Mapping[str, Any]
   window: Literal["always", "never", "flag"] = "always"
   expert_fields: tuple[str, ...] = ()
+  softcaps: tuple[str, ...] = ()
+  layer_types: bool = False
 
 
+_CAPS = "attn_logit_softcapping", "final_logit_softcapping"
 _SHARED = dict(
   hidden_act="silu",
   rms_norm_eps=1e-6,
@@ -102,6 +108,7 @@ MODEL_TYPES: dict[str, ModelType] = {
       max_window_layers=28,
     ),
     window="flag",
+    layer_types=True,
   ),
   "qwen3": ModelType(
     "qwen3",
@@ -114,6 +121,7 @@ MODEL_TYPES: dict[str, ModelType] = {
       head_dim=128,
     ),
     window="flag",
+    layer_types=True,
   ),
   "qwen3_moe": ModelType(
     "qwen3_moe",
@@ -132,7 +140,9 @@ MODEL_TYPES: dict[str, ModelType] = {
     expert_fields=(*COUNTS, "moe_intermediate_size"),
   ),
   "gemma": ModelType("gemma", "GemmaForCausalLM", _GEMMA, window="never"),
-  "gemma2": ModelType("gemma2", "Gemma2ForCausalLM", _GEMMA2),
+  "gemma2": ModelType(
+    "gemma2", "Gemma2ForCausalLM", _GEMMA2, softcaps=_CAPS, layer_types=True
+  ),
   # Multimodal files state only what differs from these.
   "gemma3_text": ModelType(
     "gemma3",
@@ -152,6 +162,9 @@ MODEL_TYPES: dict[str, ModelType] = {
       num_attention_heads=8,
       num_key_value_heads=4,
     ),
+    # transformers computes its attention without the cap that it may say.
+    softcaps=_CAPS[1:],
+    layer_types=True,
   ),
   llada2.KIND: ModelType(
     "qwen3",
@@ -185,6 +198,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
   "add_cross_attention": (None, False),
   "use_qk_norm": (None, False),
   "clip_qkv": (None,),
+  **dict.fromkeys(_CAPS, (None,)),
   "embedding_multiplier": (None, 1.0),
   "residual_multiplier": (None, 1.0),
   "logits_scaling": (None, 1.0),

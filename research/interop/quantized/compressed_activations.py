@@ -3,9 +3,10 @@
 compressed-tensors' schemes that measure each token, or each call, become the op
 of a matrix' inputs (`research.quant.activations`), by the package's own rules:
 integers' scale is `2 max|x| / (2^bits - 1)`, E4M3's `max|x| / 448`. Scales of a
-calibration and 4-bit floats are refused by name. In 8 bits, bitsandbytes
-multiplies integers, outliers apart (`research.quant.llm_int8`). Weights decoded
-at once (`packed=False`) are weights alone, as for every tool's checkpoint.
+calibration, a quantized KV cache and 4-bit floats are refused by name. In 8
+bits, bitsandbytes multiplies integers, outliers apart
+(`research.quant.llm_int8`). Weights decoded at once (`packed=False`) are
+weights alone, as for every tool's checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import jax
 
 from research import tree, weights
 from research.interop.quantized import bnb
-from research.interop.quantized.compressed_config import METHOD
+from research.interop.quantized.compressed_config import KV_CACHE, METHOD
 from research.io.fields import Fields
 from research.quant.activations import InputTensor, Op, Round, RoundFloat
 from research.quant.llm_int8 import Outliers
@@ -69,11 +70,11 @@ def stated(quantization: Any) -> tuple[Any, ...]:
   groups = Fields(quantization, CONFIG).object("config_groups")
   if groups is None:
     return ()
-  return tuple(
-    found.get("input_activations")
-    for found in map(groups.object, groups.values)
-    if found is not None
-  )
+  found = [x for x in map(groups.object, groups.values) if x is not None]
+  said = [x.get("input_activations") for x in found]
+  if quantization.get(KV_CACHE) is not None:
+    said.append({KV_CACHE: quantization[KV_CACHE]})
+  return tuple(said)
 
 
 def rounding(params: Params, said: Sequence[Any]) -> tuple[Any, ...]:
@@ -110,7 +111,13 @@ def op_of(quantization: Mapping[str, Any], where: str) -> Op | None:
     return None if scheme.bits == 4 else Outliers(threshold=scheme.threshold)
   if quantization.get("quant_method") != METHOD:
     return None
-  groups = Fields(quantization, f"{where}: {CONFIG}").object("config_groups")
+  fields = Fields(quantization, f"{where}: {CONFIG}")
+  if fields.get(KV_CACHE) is not None:
+    raise fields.wrong(
+      KV_CACHE,
+      f"null: a cache is quantized by --kv, not by a checkpoint; or {_ALONE}",
+    )
+  groups = fields.object("config_groups")
   ops = []
   for name in groups.values:
     found = groups.object(name).object("input_activations")

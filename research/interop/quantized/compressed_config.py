@@ -16,6 +16,7 @@ from research.io.fields import Fields
 from research.typing import UserError
 
 METHOD = "compressed-tensors"
+KV_CACHE = "kv_cache_scheme"
 
 FORMATS = {  # format -> what its weights are: (type, bits, strategies)
   "pack-quantized": ("int", range(2, 9), ("tensor", "channel", "group")),
@@ -40,7 +41,7 @@ _WEIGHTS = {  # fields that a scheme's weights may have
   *("observer", "observer_kwargs"),
 }
 _TOP = {
-  *("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme"),
+  *("quant_method", "format", "config_groups", "ignore", KV_CACHE),
   *("quantization_status", "global_compression_ratio", "version"),
   *("sparsity_config", "transform_config", "moe_sparsity_config"),
 }
@@ -333,7 +334,7 @@ def write(
     "format": forms.pop() if len(forms) == 1 else "mixed-precision",
     "config_groups": groups,
     "ignore": list(ignore),
-    "kv_cache_scheme": None,
+    KV_CACHE: None,
   }
 
 

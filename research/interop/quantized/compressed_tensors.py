@@ -7,6 +7,7 @@ off codes. NVFP4's scale of a matrix divides: `code * scale / global`.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,16 +27,18 @@ from research.typing import UserError
 
 _MOST = 2**31
 _FLOATS = ("float32", "bfloat16", "float16")
-_UNUSED = (
-  *("input_scale", "input_zero_point", "input_global_scale"),
-  *("output_scale", "output_zero_point"),
-)
+_UNUSED = ("input_scale", "input_zero_point", "input_global_scale")
 """What rounds activations by calibration, which is not done here."""
+
+KV_SCALES = re.compile(
+  r".*\.self_attn\.([kv]_proj\.output|[qkv])_(scale|zero_point)"
+)
+"""Tensors of a quantized KV cache, old spelling and new."""
 
 NAMES = (
   *("weight", "weight_packed", "weight_scale", "weight_shape"),
   *("weight_zero_point", "weight_g_idx", "weight_global_scale"),
-  *("weight_scale_2", *_UNUSED),
+  *("weight_scale_2", "output_scale", "output_zero_point", *_UNUSED),
 )
 
 ELEMENTS = {

@@ -312,6 +312,11 @@ def _gptq(values, tensors: Tensors, where: str) -> Opened:
 
 def _compressed(values, tensors: Tensors, where: str) -> Opened:
   config = compressed_config.parse(values, where)
+  # Of a cache that the config says, which no weight depends on.
+  cache = values.get(compressed_config.KV_CACHE) is not None
+  unused = filter(compressed_tensors.KV_SCALES.fullmatch, tensors)
+  unused = frozenset(unused) if cache else frozenset()
+  tensors = {k: t for k, t in tensors.items() if k not in unused}
   found = _ending(tensors, "weight_scale", compressed_tensors.NAMES)
   modules = {}
   for module, names in found.items():
@@ -323,7 +328,7 @@ def _compressed(values, tensors: Tensors, where: str) -> Opened:
     read = functools.partial(compressed_tensors.from_tensors, scheme=scheme)
     modules |= _opened({module: names}, tensors, read, values).modules
   used = frozenset(n for names in found.values() for n in names.values())
-  return Opened(modules, used, values)
+  return Opened(modules, used | unused, values)
 
 
 def _opened(

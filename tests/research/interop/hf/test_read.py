@@ -305,6 +305,26 @@ def test_the_text_part_keeps_what_ends_its_turns():
   assert got["eos_token_id"] == [1, 106] and got["bos_token_id"] == 5
 
 
+@pytest.mark.parametrize(
+  ("name", "changes"),
+  [
+    ("gemma3", dict(attn_logit_softcapping=50.0)),
+    ("llama", dict(final_logit_softcapping=30.0)),
+    ("mistral", dict(layer_types=["full_attention", "sliding_attention"])),
+    ("gemma", dict(hidden_activation="relu")),
+    ("llama", dict(model_type=[1, 2])),
+  ],
+)
+def test_what_transformers_ignores_is_not_applied(name, changes):
+  """It was, without a word; tests/peers goes through every field."""
+  config = CONFIGS[name]
+  if "layer_types" in changes:
+    config = config | dict(num_hidden_layers=2, sliding_window=4)
+  model_of(config)
+  with pytest.raises(UserError, match=f"{[*changes][0]} is "):
+    model_of(config | changes)
+
+
 def test_a_time_conditioned_model_round_trips():
   embedding = time_embedding.TimeEmbedding(
     input="time", scale=1000.0, features=8, zero_gate=True

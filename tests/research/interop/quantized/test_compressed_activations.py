@@ -214,6 +214,35 @@ def test_eight_bits_of_bitsandbytes_round_inputs(tmp_path):
     convert.to_hf(source, tmp_path / "hf")
 
 
+def test_a_quantized_cache_is_refused_by_name(tmp_path):
+  """Its scheme was dropped without a word, and so were its scales."""
+  folder = tmp_path / "model"
+  convert.to_quantized(plain(True), folder, Compressed(), True)
+  tensors = {
+    k: np.asarray(t.read())
+    for k, t in safetensors.open_directory(folder).items()
+  }
+  want = load.load_model(folder, packed=False).params
+  layer = "model.layers.0.self_attn"
+  names = (f"{layer}.k_proj.output_scale", f"{layer}.v_scale")
+  for name in names:
+    safetensors.write_file(
+      folder / "model.safetensors",
+      tensors | {name: np.ones(1, np.float32)},
+    )
+    with pytest.raises(UserError, match=name.rpartition(".")[2]):
+      load.load_model(folder, packed=False)
+  config = safetensors.read_json(folder / "config.json")
+  config[quantized.CONFIG]["kv_cache_scheme"] = FP8 | {"dynamic": False}
+  safetensors.write_json(folder / "config.json", config)
+  with pytest.raises(UserError, match="kv_cache_scheme is .*nopacked"):
+    load.load_model(folder)
+  got = load.load_model(folder, packed=False).params
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  with pytest.warns(RuntimeWarning, match="rounds activations, which the"):
+    convert.to_hf(sources.open_source(folder), tmp_path / "hf")
+
+
 def test_whole_numbers_in_a_note_are_read_as_such(tmp_path):
   """`LoRA(alpha=8)` was written, and what was written could not be read."""
   model, params = plain(True).model, plain(True).params()
