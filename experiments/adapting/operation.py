@@ -73,7 +73,7 @@ class ReadsAdapters(Reports):
     Raises:
       UserError: it is a model, or a .gguf file without --base.
     """
-    from research.interop import sources
+    from research.interop import adapters, sources
     from research.interop.gguf import adapter as gguf_adapter
 
     path = pathlib.Path(name)
@@ -83,7 +83,7 @@ class ReadsAdapters(Reports):
       params = gguf_adapter.load(path, base.params(), base.model)
       origin = dict(format="gguf-adapter", path=name)
       return sources.with_params(base, base.model, params, origin, self.base)
-    source = sources.open_source(name)
+    source = sources.open_source(adapters.locate(name))
     if source.base is None:
       raise UserError(f"--from={name}: found a model, expected an adapter")
     return source

@@ -36,7 +36,9 @@ def open_checkpoint(workdir: pathlib.Path) -> Any:
   step, trained = train_eval.restore_checkpoint(experiment, built, workdir)
   origin = dict(format="run", path=str(workdir), step=step)
   name = str(getattr(experiment.model, "name", "")) or None
-  return sources.from_training(built.loaded, trained.params, origin, name)
+  return sources.from_training(
+    built.loaded, trained.params, origin, name, built.params
+  )
 
 
 def as_diffusion(source: Any, mask_token: str, block: int | None) -> Any:

@@ -12,13 +12,14 @@ import jax
 
 from experiments.core import device_context, runtime
 from experiments.core.experiment import BuiltExperiment, Experiment
-from research import tree
+from research import tree, weights
 from research.interop import convert, load, peft, sources, vision
 from research.interop.diffusion import spec
 from research.interop.hf import rewards
 from research.interop.hf import tokenizer as hf_tokenizer
 from research.interop.hf import write as hf_write
 from research.interop.loaded import Loaded
+from research.interop.peft import base_fingerprint
 from research.interop.peft import names as peft_names
 from research.interop.vision import adapters
 from research.io import folders
@@ -84,9 +85,45 @@ def save(
         points=points,
       )
     params = experiment.finished(trained.params)
-    return _save_adapter(
-      place / "adapter", experiment, built, params
-    ) or _save_model(place / "model", experiment, built, params)
+    return _save_weights(place, experiment, built, params)
+
+
+def _save_weights(place, experiment, built, params) -> bool:
+  """Writes trained weights; returns whether other commands can read them.
+
+  An adapter over a base that transforms have changed, such as packed, is
+  written twice: alone, and over that base, as which the run is opened.
+  """
+  if not _save_adapter(place / "adapter", experiment, built, params):
+    return _save_model(place / "model", experiment, built, params)
+  if _has_other_base(built):
+    log(
+      f"{place / load.MODEL} has the adapter over the base that it was trained"
+      " over, as transforms have made that; other bases give other outputs."
+    )
+    _save_model(place / load.MODEL, experiment, built, params)
+  return True
+
+
+def _has_other_base(built: BuiltExperiment) -> bool:
+  """Whether transforms have changed the base that adapters were added to.
+
+  Not of models with images, whose checkpoints have no packed weights.
+  """
+  if isinstance(built.loaded.model, ImageConditioned):
+    return False
+  trees = (wrap.disable(built.params), built.loaded.params)
+  before, after = (
+    (
+      base_fingerprint.sample(params),
+      {
+        tuple(type(x) for x in weights.nested(w) if weights.is_weight(x))
+        for _, w in weights.named_weights(params)
+      },
+    )
+    for params in trees
+  )
+  return before != after
 
 
 def _save_adapter(folder, experiment, built, params) -> bool:
@@ -102,7 +139,7 @@ def _save_adapter(folder, experiment, built, params) -> bool:
   base = getattr(experiment.model, "name", None)
   if getattr(experiment.model, "image_size", None) is not None:
     return False
-  if built.loaded.source.get("format") == "peft":
+  if tree.count(tree.partition(built.loaded.params, wrap.TRAINABLE)[0]):
     return False
   if base is None or not tree.count(added) or _changed(experiment, rest):
     return False
@@ -123,7 +160,8 @@ def _wrote_adapter(folder, base, loaded, params) -> bool:
   try:
     model, params = adapters.language_model(loaded.model, params)
     naming = peft_names.naming_of_source(loaded.source)
-    peft.save_adapter(folder, params, model, base, naming=naming)
+    _, start = adapters.language_model(loaded.model, loaded.params)
+    peft.save_adapter(folder, params, model, base, naming=naming, base=start)
   except WriteError:
     raise
   except UserError as error:
@@ -163,6 +201,7 @@ def _save_model(folder, experiment, built, params) -> bool:
     params,
     {"format": "run", "path": str(folder.parent)},
     getattr(experiment.model, "name", None),
+    built.params if jax.process_count() == 1 else None,
   )
   source = _with_mask_config(source, experiment.objective)
   shutil.rmtree(folder, ignore_errors=True)

@@ -38,7 +38,7 @@ def locate(place: str | os.PathLike) -> pathlib.Path:
   path = pathlib.Path(place)
   if not (path / "config.gin").is_file():
     return path
-  if (path / load.MODEL).is_dir():
+  if (path / load.MODEL).is_dir() and not (path / "adapter").is_dir():
     raise UserError(
       f"{path}: this run trained a full model, expected an adapter; pass it "
       "as the model"

@@ -24,10 +24,11 @@ from research.interop.quantized import (
 )
 from research.interop.quantized import write as quantized_write
 from research.io import safetensors
+from research.lora import wrap
 from research.lora.merge import changes
 from research.quant import untied_embedding
 from research.text import gguf_vocab
-from research.typing import UserError, WriteError
+from research.typing import Params, UserError, WriteError
 
 
 @contextlib.contextmanager
@@ -303,6 +304,8 @@ def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
   origin = {k: v for k, v in source.origin.items() if _plain(v)}
   if source.base_name is not None:
     origin["base"] = source.base_name
+  if source.whole is not None:
+    origin["whole"] = sorted(source.whole)
   config = hf_write.config_json(source.model, source.config, None, source.hint)
   with _atomic_directory(to) as draft:
     native.save(draft, source.model, params, config, origin)
@@ -336,7 +339,6 @@ def to_peft(
   """
   from research.interop import peft
   from research.interop.peft import names as peft_names
-  from research.lora import wrap
 
   check_free(to)
   name = base or source.base_name
@@ -351,7 +353,7 @@ def to_peft(
   if under.base is not None:  # an adapter that was trained further
     under, name = under.base, under.base_name
   params = source.params()
-  different = changed_addresses(part.from_params(wrap.disable(params)), under)
+  different = brought_addresses(source, params, under)
   with _atomic_directory(to) as draft:
     peft.save_adapter(
       draft,
@@ -362,6 +364,7 @@ def to_peft(
       different,
       source.model.vocab_size != under.model.vocab_size,
       peft_names.naming_of_config(under.config),
+      sources.weights_of(under),
     )
   log = changes.Log()
   for tensor, x in safetensors.open_file(to / peft.WEIGHTS).items():
@@ -383,12 +386,16 @@ def to_gguf_adapter(
     UserError: there are none, or they bring weights besides.
   """
   from research.interop.gguf import adapter as gguf_adapter
-  from research.lora import wrap
+  from research.interop.peft import write as peft_write
 
   check_free(to, file=True)
   params, base = source.params(), source.base
+  if base is None and source.base_name is not None:
+    base = sources.open_source(source.base_name)
   if base is not None:
-    whole = changed_addresses(part.from_params(wrap.disable(params)), base)
+    whole = brought_addresses(source, params, base)
+    name, under = source.base_name or str(base.origin["path"]), base
+    peft_write.check_base(to, params, name, sources.weights_of(under), whole)
     if whole or source.model.vocab_size != base.model.vocab_size:
       raise UserError(
         f"{source.origin.get('path')}: contains full weights of "
@@ -404,6 +411,31 @@ def to_gguf_adapter(
     name=_name(source),
     kind=kind,
   )
+
+
+def brought_addresses(
+  source: sources.Source, params: Params, base: sources.Source
+) -> set[str]:
+  """Returns the addresses of weights that an adapter has to bring whole.
+
+  Packed matrices are none: no training changes codes, so they are the base's,
+  rounded by a run's transform. Beside these, and without a note of what was
+  trained, norms that differ may have been scaled by a transform; they are left
+  for `check_base` to refuse.
+
+  Args:
+    source: with adapters.
+    params: its parameters.
+    base: what the adapters are for.
+  """
+  if source.whole is not None:
+    return set(source.whole)
+  mine = part.from_params(wrap.disable(params))
+  changed = changed_addresses(mine, base)
+  packed = {str(a) for a, p in mine.items() if p.packed}
+  if not changed & packed:
+    return changed
+  return {a for a in changed - packed if not a.endswith("norm/scale")}
 
 
 def changed_addresses(mine: part.Parts, base: sources.Source) -> set[str]:

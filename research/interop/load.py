@@ -116,7 +116,10 @@ def last_stage(path: pathlib.Path) -> pathlib.Path:
 
 
 def _of_run(path: pathlib.Path) -> pathlib.Path:
-  """Returns the model that a run wrote whole, or else `path` itself."""
+  """Returns the model that a run wrote whole, or else `path` itself.
+
+  Beside an adapter that is the base that it was trained over, under it.
+  """
   whole = path / MODEL
   if (path / "config.gin").is_file() and (whole / CONFIG).is_file():
     return whole
@@ -162,7 +165,7 @@ def _is_adapter(path: pathlib.Path) -> bool:
   """Whether a name stands for an adapter, or for a run that has left one."""
   if (path / ADAPTER_CONFIG).is_file():
     return True
-  path = _of_run(last_stage(path)) if path.is_dir() else path
+  path = last_stage(path) if path.is_dir() else path
   run = (path / "config.gin").is_file()
   return run and (path / "adapter" / ADAPTER_CONFIG).is_file()
 

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from research import progress
+from research import progress, tree
 from research.interop import gguf, hf, load, native
 from research.interop import parts as part
 from research.interop.hf import config as hf_config
@@ -19,6 +19,7 @@ from research.interop.loaded import NOTE, Loaded
 from research.interop.quantized import compressed_activations
 from research.interop.vision import families
 from research.io import safetensors
+from research.lora import wrap
 from research.nn.transformer import Transformer
 from research.text.tokenizer import Tokenizer
 from research.typing import Params, UserError
@@ -43,6 +44,8 @@ class Source:
       see `compressed_activations`; None for a group's that are not.
     unrounded: returns `params` of a directory without what rounds inputs, which
       `params` refuses where it is not known here.
+    whole: addresses of what a run with adapters trained besides them; None
+      where only a comparison with the base can tell.
   """
 
   model: Transformer
@@ -59,6 +62,7 @@ class Source:
   unrounded: Callable[[], Params] | None = dataclasses.field(
     default=None, repr=False
   )
+  whole: frozenset[str] | None = None
 
   @property
   def hint(self) -> str | None:
@@ -166,7 +170,14 @@ def _ours(path: pathlib.Path) -> Source:
     config=safetensors.read_json(path / "config.json"),
     metadata=metadata,
     base_name=base_name if isinstance(base_name, str) else None,
+    whole=_noted(origin),
   )
+
+
+def _noted(origin: Mapping[str, Any]) -> frozenset[str] | None:
+  """Returns `Source.whole` as a checkpoint of ours notes it."""
+  whole = origin.get("whole")
+  return None if not isinstance(whole, list) else frozenset(map(str, whole))
 
 
 def _adapter(path: pathlib.Path) -> Source:
@@ -179,7 +190,7 @@ def _adapter(path: pathlib.Path) -> Source:
       f"{path}: its base {target} is an adapter itself; expected a model. "
       "Merge that adapter into its own base first (--format=hf)."
     )
-  params, model = peft.open_adapter(path, _weights(base), base.model)
+  params, model = peft.open_adapter(path, weights_of(base), base.model)
   made = with_params(
     base,
     model,
@@ -195,7 +206,7 @@ def _adapter(path: pathlib.Path) -> Source:
   return dataclasses.replace(made, tokenizer=words, files=None, metadata=None)
 
 
-def _weights(base: Source) -> Params:
+def weights_of(base: Source) -> Params:
   """Returns what an adapter stands on: weights alone, if rounding is refused.
 
   Merged weights and the adapter itself do not depend on it; `convert.to_orbax`
@@ -227,6 +238,7 @@ def with_params(
     base_name=base_name,
     activations=compressed_activations.rounding(params, base.activations),
     unrounded=None,
+    whole=None,
   )
 
 
@@ -235,6 +247,7 @@ def from_training(
   params: Params,
   origin: Mapping[str, Any],
   name: str | None = None,
+  start: Params | None = None,
 ) -> Source:
   """Returns what a run made of the model that it loaded.
 
@@ -243,6 +256,8 @@ def from_training(
     params: what came of it.
     origin: a JSON object: format, path, and so on.
     name: what the run calls its model, or None.
+    start: weights before the first step, after the run's transforms; None
+      where they are not known.
   """
   path = loaded.source.get("path")
   if path is None or _of_images(loaded):  # or trained from scratch
@@ -254,8 +269,12 @@ def from_training(
       tokenizer=loaded.tokenizer,
       activations=compressed_activations.rounding(params, ()),
     )
-  base = open_source(path)
-  return with_params(base, loaded.model, params, origin, name)
+  made = with_params(open_source(path), loaded.model, params, origin, name)
+  if start is None or not tree.count(tree.partition(params, wrap.TRAINABLE)[0]):
+    return made
+  before, after = (part.from_params(wrap.disable(x)) for x in (start, params))
+  whole = {str(a) for a, p in after.items() if not p.equals(before[a])}
+  return dataclasses.replace(made, whole=frozenset(whole))
 
 
 def _of_images(loaded: Loaded) -> bool:

@@ -301,6 +301,42 @@ def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_interrupted_run_exports_what_a_finished_one_leaves(
+  command, tmp_path, capsys
+):
+  """Over a base that it packed: no matrix of that is the adapter's."""
+  from experiments.core import config, train_eval
+  from research.training.checkpoints.workdir import claim_workdir
+
+  name = MODELS / "gguf_q4_1" / "model.gguf"
+  read = config.read(
+    "runs/lora/qlora_smollm2.gin",
+    [
+      *("BATCH=2", "LENGTH=64", "EVAL_BATCHES=1", "EVAL_EVERY=2"),
+      *("WARMUP=1", "STEPS=2", "experiment.Experiment.prompt=None"),
+      f"experiment.Pretrained.name='{name}'",
+    ],
+  )
+  workdir = claim_workdir(tmp_path / "run", read.text)
+  result = train_eval.train(read.experiment, workdir)
+  again = load.load_model(workdir, packed="any")
+  assert (
+    sum(x.nbytes for x in jax.tree.leaves(again.params))
+    == (result["parameter_bytes"])
+  )
+  finished = tmp_path / "finished"
+  (workdir / "adapter").rename(finished)
+  shutil.rmtree(workdir / "model")
+  capsys.readouterr()
+  status, _, errors = command(
+    f"--from={workdir}", f"--to={tmp_path / 'a'}", "--format=peft"
+  )
+  assert (status, errors) == (0, "")
+  for file in finished.iterdir():
+    assert (tmp_path / "a" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.slow
 def test_a_run_that_trained_the_whole_model(command, tmp_path, capsys):
   """Its best checkpoint is rebuilt from config.gin and written."""
   from experiments.core import config, train_eval

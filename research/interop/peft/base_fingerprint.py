@@ -9,6 +9,7 @@ again, but for an ulp where it was in float16, and roughly where it is packed.
 import functools
 import hashlib
 import json
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,9 @@ def header(params: Params, without: Collection[str] = ()) -> dict[str, str]:
 def check(file: Any, name: Any, notes: Mapping[str, str], params: Params):
   """Raises UserError unless `params` can be the base that a file speaks of.
 
+  Warns if matrices are those of the base rounded in another way, as the same
+  adapter then makes another model.
+
   Args:
     file: the adapter's, for messages.
     name: what the adapter calls its base.
@@ -62,22 +66,62 @@ def check(file: Any, name: Any, notes: Mapping[str, str], params: Params):
       as they go.
     params: any tree of weights.
   """
-  where, wanted = None, notes.get(FINGERPRINT)
+  where = other_numbers(file, notes, params)
+  if where is None:
+    _warn_of_rounding(file, name, notes, params)
+    return
+  wanted = notes.get(FINGERPRINT)
+  found = fingerprint(params) if wanted else None
+  own = f", fingerprint {wanted[:12]}" if wanted else ""
+  has = f"{found[:12]}: other numbers" if found else "other numbers"
+  raise UserError(
+    f"{file}: this adapter is for another base: {str(name)[:80]!r}{own}.\n"
+    f"The model it is put on has {has} in {where}. Load it over its own base."
+  )
+
+
+def other_numbers(
+  file: Any, notes: Mapping[str, str], params: Params
+) -> str | None:
+  """Returns where `params` cannot be the base that notes speak of, or None.
+
+  Args:
+    file: the adapter's, for messages.
+    notes: from `header`.
+    params: any tree of weights.
+  """
+  wanted = notes.get(FINGERPRINT)
   if SAMPLE in notes:
     theirs, ours = _read(file, notes[SAMPLE]), sample(wrap.disable(params))
     where = _other(theirs, ours)
     if where is None and wanted:
       where = _more(theirs, ours)
-    if where is None:
-      return  # rounded to float16 in between, its hash is another
+    # Rounded to float16 in between, its hash is another.
+    return where
   found = fingerprint(params) if wanted else None
-  if where or (wanted and found and wanted != found):
-    own = f", fingerprint {wanted[:12]}" if wanted else ""
-    has = f"{found[:12]}: other numbers" if found else "other numbers"
-    raise UserError(
-      f"{file}: this adapter is for another base: {str(name)[:80]!r}{own}.\n"
-      f"The model it is put on has {has} in "
-      f"{where or 'its norms, or other sizes'}. Load it over its own base."
+  return "its norms, or other sizes" if found and wanted != found else None
+
+
+def _warn_of_rounding(file, name, notes, params: Params) -> None:
+  """Warns of matrices that are the base's, but rounded in another way."""
+  if SAMPLE not in notes:
+    return
+  theirs, ours = _read(file, notes[SAMPLE]), sample(wrap.disable(params))
+  pairs = [
+    (_numbers(x), _numbers(ours[a]))
+    for a, x in theirs.items()
+    if a in ours and "~" in x + ours[a]
+  ]
+  size = sum(np.sum(x**2) for x, _ in pairs)
+  error = np.sqrt(sum(np.sum((y - x) ** 2) for x, y in pairs) / (size or 1))
+  if error > 2**-7:  # an ulp of bfloat16, which the numbers are noted in
+    warnings.warn(
+      f"{file}: this adapter was trained over {str(name)[:80]!r} rounded in"
+      f" another way than the base it is put on: their matrices differ by"
+      f" {error:.1%} of their size, so its outputs are not those that its"
+      " training measured.\nFor these, open the run that trained it.",
+      RuntimeWarning,
+      stacklevel=4,
     )
 
 

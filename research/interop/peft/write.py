@@ -43,6 +43,7 @@ def save_adapter(
   whole: Collection[str] = (),
   resized: bool = False,
   naming: Naming = USUAL,
+  base: Params | None = None,
 ) -> None:
   """Writes the adapters in `params` as PEFT would have.
 
@@ -61,9 +62,12 @@ def save_adapter(
     resized: whether the base has another number of tokens; both embeddings
       are written then, and whoever loads the adapter resizes the base first.
     naming: what the base calls its modules.
+    base: the weights that `base_name` stands for, to check that the adapters
+      were trained over these, packed or not; None for no check.
 
   Raises:
-    UserError: there are no adapters, or PEFT has no way to say what they do.
+    UserError: there are no adapters, PEFT has no way to say what they do, or
+      they were trained over other weights than `base`.
   """
   directory = pathlib.Path(directory)
   modules = peft_names.modules(params, model, naming)
@@ -72,6 +76,8 @@ def save_adapter(
   stacked = {path: found.pop(path) for path in stacked if path in found}
   every = found | stacked
   _check(every, {*modules, *stacked}, directory)
+  if base is not None:
+    check_base(directory, params, base_name, base, whole)
   peft_names.check_not_fused([modules[path] for path in found], directory)
   sizes = wrap.matrices(params)
   beside = not all(isinstance(w.method, Tokens) for w in every.values())
@@ -136,6 +142,37 @@ def _check(found: Adapters, named: Collection[str], directory) -> None:
       f"{directory}: PEFT's files have no name for an adapter on what only "
       f"our files have, or on such experts ({nameless[0]}).\n"
       "Merge it into the model instead."
+    )
+
+
+def check_base(
+  where: pathlib.Path,
+  params: Params,
+  base_name: str,
+  base: Params,
+  whole: Collection[str],
+) -> None:
+  """Raises UserError if adapters were trained over other weights than a base.
+
+  Args:
+    where: path to write, for the message.
+    params: with AdaptedTensor leaves.
+    base_name: name of the base.
+    base: its weights.
+    whole: addresses of weights that the adapter brings.
+  """
+  both = sorted(set(wrap.adapters(params, _thin)) & set(whole))
+  notes = base_fingerprint.header(params, whole)
+  other = (
+    both[0] if both else base_fingerprint.other_numbers(where, notes, base)
+  )
+  if other is not None:
+    raise UserError(
+      f"{where}: the adapter was trained over weights that are not those of"
+      f" {base_name}: {other} differs, as after Rotate, SpinQuant, SmoothQuant"
+      " or AWQ, and other programs would add it to the weights of"
+      f" {base_name}.\nMerge it instead (--format=hf), or keep it over its own"
+      " base (--format=orbax)."
     )
 
 
