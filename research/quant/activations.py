@@ -68,6 +68,12 @@ class Op:
     del scale
     return True
 
+  def take(
+    self, w: weights.AnyWeight, ids: Int[Array, "..."]
+  ) -> Float[Array, "... O"]:
+    """Returns rows of the effective matrix; a look-up rounds no inputs."""
+    return weights.take(w, ids)
+
   def effective_weight(
     self, w: Float[Array, "*L I O"]
   ) -> Float[Array, "*L I O"]:
@@ -113,8 +119,8 @@ class InputTensor(weights.WrappedWeight):
     return self.op.einsum(eq, x, self.w, self.scale)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows of `w`; a look-up has no inputs to transform."""
-    return weights.take(self.w, ids)
+    """Returns rows of the effective matrix, as `dense` has them."""
+    return self.op.take(self.w, ids)
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]

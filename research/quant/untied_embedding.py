@@ -6,6 +6,7 @@ multiplies by the other, so the model's code does not change.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,6 +74,11 @@ class Untied(weights.Weight):
     """Returns a copy with both weights bound to the batch."""
     both = {"table": self.table, "head": self.head}
     return Untied(**weights.bind(both, key=key, ids=ids))
+
+
+def map_matrices(f: Callable[[Any], Any], w: Any) -> Any:
+  """Returns an embedding after `f`, which also gets an untied one's head."""
+  return Untied(f(w.table), f(w.head)) if isinstance(w, Untied) else f(w)
 
 
 def untie(

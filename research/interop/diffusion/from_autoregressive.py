@@ -19,6 +19,7 @@ from research.interop.diffusion.spec import FIELD, Spec, from_config
 from research.interop.hf import write as hf_write
 from research.lora.merge import changes
 from research.nn.transformer import Transformer
+from research.quant import untied_embedding
 from research.typing import Params, UserError
 
 _OF_TOKENS = {"embed": 0, "head": 1}
@@ -47,7 +48,9 @@ def to_diffusion(
   grown, spec = _planned(model, mask, block, end)
   if mask is None:
     params = dict(params) | {
-      name: _longer(weights.dense(params[name]), axis)
+      name: untied_embedding.map_matrices(
+        lambda w, axis=axis: _longer(weights.dense(w), axis), params[name]
+      )
       for name, axis in _OF_TOKENS.items()
       if name in params
     }
@@ -121,7 +124,12 @@ def _grown(path: str, part: parts.Part) -> parts.Part:
   axis = _OF_TOKENS[path]
   shape = tuple(n + (i == axis) for i, n in enumerate(part.shape))
 
-  def read():
-    return _longer(changes.dense_weight(part.read()).array, axis)
+  def longer(w):
+    return _longer(changes.dense_weight(w).array, axis)
 
-  return parts.Part(shape, "float32" if part.packed else part.kind, read)
+  kept = part.kind == parts.UNTIED or not part.packed
+  return parts.Part(
+    shape,
+    part.kind if kept else "float32",
+    lambda: untied_embedding.map_matrices(longer, part.read()),
+  )

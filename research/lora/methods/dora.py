@@ -57,7 +57,9 @@ class DoRA(LoRA):
     """
     a, b = dense_fp32(p["a"]), dense_fp32(p["b"])
     base = jnp.sum(jnp.square(dense_fp32(w)), 0)
-    mixed = jnp.sum(weights.einsum("...i,io->...o", a, w) * b, 0)
+    # An op on inputs, such as rounding, is no part of the weight's norm.
+    alone = w if weights.unwrap(w) is None else dense_fp32(w)
+    mixed = jnp.sum(weights.einsum("...i,io->...o", a, alone) * b, 0)
     own = jnp.einsum("ro,rq,qo->o", b, a @ a.T, b)
     terms = base + self.scale**2 * own
     square = terms + 2 * self.scale * mixed

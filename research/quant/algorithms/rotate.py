@@ -22,6 +22,7 @@ from research import weights
 from research.nn.norm import Norm
 from research.nn.transformer import Transformer
 from research.quant.activations import InputTensor, Op
+from research.quant import untied_embedding
 from research.quant.algorithms import folding
 from research.quant.algorithms.folding import Flat
 from research.quant.numerics import hadamard
@@ -29,6 +30,7 @@ from research.quant.untied_embedding import Untied
 from research.typing import (
   Array,
   Float,
+  Int,
   Params,
   PRNGKey,
   UserError,
@@ -43,6 +45,10 @@ class Hadamard(Op):
     """Returns `x` rotated along its last axis."""
     del scale
     return hadamard.rotate(x)
+
+  def take(self, w: Any, ids: Int[Array, "..."]) -> Float[Array, "... O"]:
+    """Returns rows of the effective matrix, each a sum of many stored ones."""
+    return jnp.take(self.effective_weight(weights.dense(w)), ids, axis=0)
 
   def effective_weight(
     self, w: Float[Array, "*L I O"]
@@ -142,11 +148,7 @@ def rotate_residual(
     return out
 
   out = folding.map_layers(layer, model, params)
-  embed = params["embed"]
-  if isinstance(embed, Untied):
-    out["embed"] = Untied(columns(embed.table), columns(embed.head))
-  else:
-    out["embed"] = columns(embed)
+  out["embed"] = untied_embedding.map_matrices(columns, params["embed"])
   if "head" in params:
     out["head"] = rows(params["head"])
   return out

@@ -13,12 +13,13 @@ from research.diffusion.sampling import sampler
 from research.diffusion.sampling.block_causal import BlockCausal
 from research.diffusion.sampling.config import SamplerConfig
 from research.generation import generate
-from research.interop import load
+from research.interop import convert, load
 from research.interop.diffusion import from_autoregressive
 from research.interop.diffusion.spec import Spec, from_config
+from research.quant.algorithms import rotate
 from research.training.objectives.objective import NextToken
 from research.typing import UserError
-from tests import support
+from tests import support, support_hf_quant
 
 TEXT = (
   "A lighthouse keeper counts the ships that pass in the night, and writes "
@@ -115,6 +116,28 @@ def test_a_new_mask_leaves_the_other_logits_alone(tied):
     hidden, _ = m.apply({"params": p}, tokens)
     logits.append(m.apply({"params": p}, hidden, method="logits"))
   np.testing.assert_allclose(logits[1][..., :40], logits[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("write", [convert.to_hf, convert.to_orbax])
+def test_a_new_mask_leaves_the_head_of_a_rotated_model(write, tmp_path):
+  """Its embedding is tied no more: the last norm's gain is in the head."""
+  model, params = tiny(tied=True)
+  scale = params["final_norm"]["scale"]
+  params = params | {"final_norm": {"scale": scale.at[:8].multiply(3.0)}}
+  rotated = rotate.Rotate(model=model)(params, jax.random.key(0))
+  source = support_hf_quant.source(model, rotated)
+  write(from_autoregressive.source_to_diffusion(source), tmp_path / "x")
+  again = load.load_model(tmp_path / "x")
+  grown, longer, _ = from_autoregressive.to_diffusion(model, rotated)
+  for pair in ((again.model, again.params), (grown, longer)):
+    got = scores(*pair)[..., : model.vocab_size]
+    np.testing.assert_allclose(got, scores(model, params), rtol=1e-4, atol=1e-4)
+
+
+def scores(model, params):
+  tokens = jnp.arange(12).reshape(2, 6)
+  hidden, _ = model.apply({"params": params}, tokens)
+  return model.apply({"params": params}, hidden, method="logits")
 
 
 @pytest.mark.slow

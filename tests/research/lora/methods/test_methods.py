@@ -55,8 +55,12 @@ from research.lora.methods.tinylora import TinyLoRA
 from research.lora.methods.tokens import Tokens
 from research.lora.methods.vera import VeRA
 from research.nn import presets
-from research.quant.activations import InputTensor, Round
+from research.quant import qtensor
+from research.quant.activations import InputTensor, Round, RoundFloat
+from research.quant.algorithms.rotate import Hadamard
 from research.quant.formats import ggml
+from research.quant.formats.affine import Affine
+from research.quant.llm_int8 import Outliers
 from research.typing import UserError
 from tests import support
 
@@ -274,6 +278,39 @@ def test_forward_is_multiplication_with_the_merged_matrix(method, packed):
   close(there, np.asarray(x, np.float64) @ merged)
   close(back, np.asarray(y, np.float64) @ merged.T)
   close(rows, merged[ids])
+
+
+OPS = {
+  "rotated": (Hadamard(), None),
+  "8 bits": (Round(), None),
+  "4 bits": (Round(bits=4), None),
+  "fp8": (RoundFloat(), None),
+  "static": (Round(per="tensor"), jnp.float32(3.0)),
+  "outliers": (Outliers(threshold=0.0), None),
+}
+
+
+@pytest.mark.parametrize("method", ONE_OF_EACH, ids=label)
+@pytest.mark.sample(7, 1)  # DoRA is one of them, the only one with norms
+def test_over_transformed_inputs_it_adapts_the_weight_alone(method):
+  """Norms, rows and merged matrices are of no input that is rounded."""
+  t, ids = one(moved(method)), jnp.array([3, 0, 3, 63])
+  blocks = qtensor.pack(OPS["rotated"][0].stored_weight(t.w), Affine(block=32))
+  stored = {
+    name: InputTensor(op.stored_weight(t.w), scale, op)
+    for name, (op, scale) in OPS.items()
+  } | {"blocks": InputTensor(blocks, op=OPS["rotated"][0])}
+
+  @jax.jit
+  def asked(t, stored):
+    over = dataclasses.replace(t, w=stored)
+    alone = dataclasses.replace(t, w=weights.dense(stored))
+    return weights.dense(over), over.take(ids), weights.dense(alone)
+
+  for w in stored.values():
+    merged, rows, want = jax.device_get(asked(t, w))
+    close(merged, want)
+    close(rows, want[ids])
 
 
 @every
