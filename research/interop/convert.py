@@ -304,8 +304,8 @@ def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
   origin = {k: v for k, v in source.origin.items() if _plain(v)}
   if source.base_name is not None:
     origin["base"] = source.base_name
-  if source.whole is not None:
-    origin["whole"] = sorted(source.whole)
+    if source.whole is not None:
+      origin["whole"] = sorted(source.whole)
   config = hf_write.config_json(source.model, source.config, None, source.hint)
   with _atomic_directory(to) as draft:
     native.save(draft, source.model, params, config, origin)

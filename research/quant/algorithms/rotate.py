@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from research import weights
 from research.nn.norm import Norm
 from research.nn.transformer import Transformer
-from research.quant.activations import InputTensor, Op
 from research.quant import untied_embedding
+from research.quant.activations import InputTensor, Op
 from research.quant.algorithms import folding
 from research.quant.algorithms.folding import Flat
 from research.quant.numerics import hadamard
