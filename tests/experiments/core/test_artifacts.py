@@ -143,7 +143,8 @@ def test_adapters_without_a_form_in_peft_are_left_to_the_model(
   """PEFT ties an embedding's DoRA to no head, which has other magnitudes."""
   model = support.model("llama", tied=True)
   put = adapt.Adapt(method=dora.DoRA(rank=2, alpha=4.0), targets=("embed",))
-  params = put(support.params(model), jax.random.key(0))
+  base = support.params(model)
+  params = put(base, jax.random.key(0))
   run = dataclasses.replace(
     config.read(RUN).experiment,
     model=experiment.Pretrained(name="a-base"),
@@ -152,7 +153,7 @@ def test_adapters_without_a_form_in_peft_are_left_to_the_model(
     trainable=wrap.TRAINABLE,
   )
   built = experiment.BuiltExperiment(
-    loaded=loaded.Loaded(model, params, None, {}), params=params, objective=None
+    loaded=loaded.Loaded(model, base, None, {}), params=params, objective=None
   )
   assert not artifacts._save_adapter(tmp_path / "a", run, built, params)
   assert "PEFT ties plain LoRA alone" in capsys.readouterr().err
