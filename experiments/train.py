@@ -5,10 +5,11 @@
 Trains the model of the configuration and writes to the working directory:
 config.gin (reproduces the run), metrics.jsonl, checkpoints/, loss.png, adapter/
 (in PEFT's format) or model/ (both where transforms changed the adapters' base),
-and result.json, whose content is the last line on stdout. SIGTERM or Ctrl-C saves a checkpoint and exits with status 42 (a second
-Ctrl-C exits at once); the same command then resumes the run. For a finished run
-the command prints the result and changes nothing. To resume, --config may be
-left out; with more STEPS a finished run is continued:
+and result.json, whose content is the last line on stdout. SIGTERM or Ctrl-C
+saves a checkpoint and exits with status 42 (a second Ctrl-C exits at once); the
+same command then resumes the run. For a finished run the command prints the
+result and changes nothing. To resume, --config may be left out; with more STEPS
+a finished run is continued:
 
   python -m experiments.train --workdir=DIR [--set=STEPS=200]
 
