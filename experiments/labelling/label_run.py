@@ -14,6 +14,7 @@ from research.generation.sampling import Sampling
 from research.generation.sampling import check as check_sampling
 from research.prm import policy_samples
 from research.prm.labelled import LabelledSolution
+from research.reasoning.isolation import Guarded
 from research.reasoning.problem import Problem, StepVerifier, Verdict
 from research.reasoning.prompting import Prompting, as_text
 from research.reasoning.segmentation import SEGMENTERS, Segmenter, steps_of
@@ -64,6 +65,9 @@ class LabelRun:
     rows: of a batch that is sampled.
     policy_id: name of the policy in the file.
     seed: of the sampling.
+    judge: makes what judges texts and steps of the task: `isolation.Guarded`,
+      or `isolation.Isolated` for verifiers that may hang.
+    timeout: seconds that a verdict may take; None for the judge's default.
   """
 
   task: Task
@@ -80,6 +84,8 @@ class LabelRun:
   rows: int = 1024
   policy_id: str = ""
   seed: int = 0
+  judge: Callable[..., Any] = Guarded
+  timeout: float | int | None = None
 
   def __post_init__(self):
     check_sampling(self.sampling)
@@ -118,13 +124,15 @@ class LabelRun:
     """
     keys = jax.random.split(jax.random.key(self.seed))
     unused = {x.prompt for x in self.excluding or ()}
+    limit = {} if self.timeout is None else {"seconds": self.timeout}
+    verifier = self.judge(self.task, **limit)
     if self.pool is None:
       problems = self.task[slice(*self.problems)]
       problems = [x for x in problems if x.prompt not in unused]
       sampler = self._sampler(problems)
       found = policy_samples.sample_solutions(
         sampler,
-        self.task,
+        verifier,
         problems,
         self.copies,
         SEGMENTERS[self.segmenter],
@@ -145,15 +153,17 @@ class LabelRun:
     ]
     if sampler is not None and self.rollouts:
       found = policy_samples.with_rollouts(
-        *(found, sampler, self.task, problems, self.rollouts, keys[1])
+        *(found, sampler, verifier, problems, self.rollouts, keys[1])
       )
     if isinstance(self.task, StepVerifier):
-      found = policy_samples.with_exact_labels(found, self.task, problems)
+      found = policy_samples.with_exact_labels(found, verifier, problems)
     elif self.segmenter == "whole":
       found = [
         one.relabelled((int(bool(one.final_correct)),), "exact_value")
         for one in found
       ]
+    for kind, times in getattr(verifier, "failures", {}).items():
+      say(f"{times:,} texts or steps not judged: {kind}")
     return Labelled(found, cut)
 
   def _sampler(

@@ -161,11 +161,17 @@ class Search:
       x for x in context.policy.stop_tokens if not self._words.decode([x])
     )
     if not run.lookahead:
-      return Engine(policy=context.policy, verifier=verifier, silent=silent)
+      return Engine(
+        policy=context.policy,
+        verifier=verifier,
+        silent=silent,
+        timeout=run.timeout,
+      )
     return Lookahead(
       policy=context.policy,
       verifier=verifier,
       silent=silent,
+      timeout=run.timeout,
       steps=run.lookahead,
     )
 

@@ -52,6 +52,8 @@ class SearchRun:
     seed: of the sampling.
     judge: makes what judges texts of the task: `isolation.Guarded`, or
       `isolation.Isolated` for verifiers that may hang.
+    timeout: seconds that the verifier has for the steps of a batch; None for
+      any number.
     choice: which of a problem's answers is given.
     n: samples to choose among, every subset of so many; None for all.
   """
@@ -72,6 +74,7 @@ class SearchRun:
   batch: int = 8
   seed: int = 0
   judge: Callable[[Any], Any] = Guarded
+  timeout: float | int | None = None
   choice: Choice = Majority()
   n: int | None = None
 

@@ -6,17 +6,20 @@ process. `Guarded(verifier)` only catches what raises, and costs nothing.
 Requests and answers are JSON; nothing is pickled.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import importlib
 import json
 import os
+import queue
 import select
 import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -173,35 +176,58 @@ def shared(module: str, seconds: float | int) -> Worker:
 
 @dataclasses.dataclass(frozen=True)
 class Guarded:
-  """A verifier whose exceptions are verdicts.
+  """A verifier whose exceptions and delays are verdicts, with a warning.
 
   Attributes:
     verifier: whatever has `verify`, and `verify_step` or not.
+    seconds: of wall time for a text or a step; None for any number. What takes
+      longer runs on beside: `Isolated` ends it.
+    failures: how many verdicts there were in place of the verifier's, by kind.
   """
 
   verifier: Verifier
+  seconds: float | int | None = None
+  failures: collections.Counter = dataclasses.field(
+    default_factory=collections.Counter, init=False, repr=False, compare=False
+  )
 
   def verify(self, problem: Problem, text: str | None) -> Verdict:
     """Returns its verdict, or a wrong one with the reason "error: ..."."""
-    try:
-      found = self.verifier.verify(problem, text)
-    except Exception as error:
-      return _failed(f"error: {type(error).__name__}: {error}")
-    if not isinstance(found, Verdict):
-      return _failed(f"error: found {found!r:.60} instead of a Verdict")
-    return found
+    found = self._call(lambda: self.verifier.verify(problem, text), Verdict)
+    return _failed(found) if isinstance(found, str) else found
 
   def verify_step(
     self, problem: Problem, steps: Sequence[str], step: str
   ) -> StepVerdict:
     """Returns its verdict; "unknown" if it raises or judges no steps."""
+    found = self._call(
+      lambda: self.verifier.verify_step(problem, steps, step), StepVerdict
+    )
+    return StepVerdict("unknown", found) if isinstance(found, str) else found
+
+  def _call(self, call: Callable[[], Any], kind: type) -> Any:
+    """Returns what a call returns, or why it returns nothing of its kind."""
     try:
-      found = self.verifier.verify_step(problem, steps, step)
+      found = within(self.seconds, call)
+    except TimedOut as error:
+      return self._counted("timeout", f"timeout: {error}")
     except Exception as error:
-      return StepVerdict("unknown", f"error: {type(error).__name__}: {error}")
-    if not isinstance(found, StepVerdict):
-      return StepVerdict("unknown", f"error: found {found!r:.60}")
+      name = type(error).__name__
+      return self._counted(name, f"error: {name}: {error}")
+    if not isinstance(found, kind):
+      text = f"error: found {found!r:.60} instead of a {kind.__name__}"
+      return self._counted(type(found).__name__, text)
     return found
+
+  def _counted(self, kind: str, reason: str) -> str:
+    self.failures[kind] += 1
+    if self.failures[kind] == 1:
+      warnings.warn(
+        f"{type(self.verifier).__name__}: not judged, and so not correct:"
+        f" {reason}",
+        stacklevel=2,
+      )
+    return reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +266,36 @@ class Isolated:
   def _call(self, name: str, problem: Problem, *args: Any) -> Any:
     worker = shared(__name__, self.seconds)
     return worker.call(name, describe(self.verifier), problem.to_json(), *args)
+
+
+def within(seconds: float | int | None, call: Callable[[], Any]) -> Any:
+  """Returns what a call returns, or raises what it raises, within some time.
+
+  Args:
+    seconds: of wall time; None for any number.
+    call: in this process; what takes longer runs on in its thread.
+
+  Raises:
+    TimedOut: it does neither in time.
+  """
+  if seconds is None:
+    return call()
+  found: queue.Queue = queue.Queue()
+
+  def run():
+    try:
+      found.put((call(), None))
+    except BaseException as error:
+      found.put((None, error))
+
+  threading.Thread(target=run, daemon=True).start()
+  try:
+    value, error = found.get(timeout=seconds)
+  except queue.Empty:
+    raise TimedOut(f"more than {seconds} s") from None
+  if error is not None:
+    raise error
+  return value
 
 
 def _failed(reason: str) -> Verdict:

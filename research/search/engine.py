@@ -7,10 +7,8 @@ how often. Every token of policy and verifier is on the problem's ledger.
 
 import dataclasses
 import functools
-import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +16,8 @@ import numpy as np
 from research.generation.decoding import GeneratedTokens
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
+from research.generation.stepwise_paged import PagedStepwise
+from research.reasoning.isolation import TimedOut, within
 from research.search.cost import Causal, model_cost
 from research.search.ledger import Ledger
 from research.search.policy import (
@@ -141,7 +141,8 @@ class Engine:
     if isinstance(self.policy, Stepwise):
       reader = self.policy.reader
       more = 0 if reader is None else reader.flops
-      return AutoregressiveCost(model_cost(self.policy.model), more)
+      paged = isinstance(self.policy, PagedStepwise)
+      return AutoregressiveCost(model_cost(self.policy.model), more, paged)
     return self.policy
 
   def prompt_cost(self, tokens: int) -> Ledger:
@@ -382,9 +383,14 @@ class Engine:
         return judged, self.verifier.score(state, np.array(last, np.int32))
       return self._reader.read(judged, paths, to_score)
 
-    judged, found = (
-      read() if self.timeout is None else _within(self.timeout, read)
-    )
+    try:
+      judged, found = within(self.timeout, read)
+    except TimedOut:
+      raise UserError(
+        f"verifier: found no scores after {self.timeout} s, expected them by"
+        " then.\nGive Engine.timeout more (SearchRun.timeout in a run file), or"
+        " judge fewer paths at a time."
+      ) from None
     if np.shape(found) != (len(paths),):
       raise UserError(
         f"verifier: found scores of shape {np.shape(found)}, expected one for"
@@ -461,33 +467,6 @@ class Engine:
       else Ledger()
       for path, count in zip(paths, counts, strict=True)
     ]
-
-
-def _within(seconds: float | int, read: Callable[[], Any]) -> Any:
-  """Returns what a call returns, or raises what it raises, within some time.
-
-  Raises:
-    UserError: it does neither; its thread is left to itself.
-  """
-  found: queue.Queue = queue.Queue()
-
-  def run():
-    try:
-      found.put((read(), None))
-    except BaseException as error:
-      found.put((None, error))
-
-  threading.Thread(target=run, daemon=True).start()
-  try:
-    value, error = found.get(timeout=seconds)
-  except queue.Empty:
-    raise UserError(
-      f"verifier: found no scores after {seconds} s, expected them by then.\n"
-      "Give Engine.timeout more, or judge fewer paths at a time."
-    ) from None
-  if error is not None:
-    raise error
-  return value
 
 
 def _scored(path: Path, score: Any) -> Path:

@@ -7,7 +7,7 @@ splits share no problem.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from research.data import pipeline
 from research.data.array_batches import ShuffledBatches
 from research.data.packing import Row
+from research.reasoning.isolation import Guarded
 from research.reasoning.problem import Problem, Verdict
 from research.reasoning.prompting import (
   Prompting,
@@ -184,12 +185,22 @@ class VerifiedTask:
     excluding: problems whose questions are never sampled. Generators may ask
       the same in two splits, as reasoning-gym's do where there is little to
       ask; None for a task that does not.
+    judge: makes what judges answers of the task: `isolation.Guarded`, or
+      `isolation.Isolated` for verifiers that may hang.
+    timeout: seconds that a verdict may take; None for the judge's default.
   """
 
   task: Task
   vocabulary: Vocabulary
   stop_tokens: tuple[int, ...] | None = None
   excluding: Task | None = None
+  judge: Callable[..., Any] = Guarded
+  timeout: float | int | None = None
+
+  @functools.cached_property
+  def _judge(self) -> Any:
+    limit = {} if self.timeout is None else {"seconds": self.timeout}
+    return self.judge(self.task, **limit)
 
   @functools.cached_property
   def tokenizer(self) -> Any:
@@ -241,4 +252,4 @@ class VerifiedTask:
     # What was cut may look right, and go on wrongly.
     if not answer or answer[-1] not in stop:
       return None
-    return self.task.verify(prompt.problem, self.tokenizer.decode(answer))
+    return self._judge.verify(prompt.problem, self.tokenizer.decode(answer))

@@ -3,7 +3,8 @@
 Samples come in rounds, until the answer in front would stay there with a given
 probability (Aggarwal et al. 2023, "Let's sample step by step",
 arXiv:2305.11860: the posterior of a Beta distribution over the two most
-frequent answers). Easy problems cost few samples.
+frequent answers). A batch runs until its last problem is decided, and costs
+what it ran: easy problems are cheap among themselves, or in batches of one.
 """
 
 import dataclasses
@@ -77,15 +78,17 @@ class Adaptive:
         prompts,
         dataclasses.replace(limits, key=jax.random.fold_in(key, k)),
       )
-      for i in opened:
-        one = more[i]
+      for i, one in enumerate(more):
+        # What is decided has been decoded with the others: it ran.
+        ledger = found[i].ledger + one.ledger
+        if i not in opened:
+          found[i] = dataclasses.replace(found[i], ledger=ledger)
+          continue
         own = [
           dataclasses.replace(path, root=k * self.round + path.root)
           for path in one.paths
         ]
-        found[i] = Samples(
-          (*found[i].paths, *own), found[i].ledger + one.ledger
-        )
+        found[i] = Samples((*found[i].paths, *own), ledger)
     return found
 
   def _decided(self, samples: Samples) -> bool:

@@ -5,6 +5,7 @@ Tiny: three numbers, one step of training.
 
 import dataclasses
 import json
+import time
 
 import pytest
 
@@ -54,6 +55,32 @@ class Oracle:
 
   def _text(self, problem, steps):
     return "".join(steps_of(SEMICOLON, TASK.oracle(problem))[len(steps) :])
+
+
+def test_a_verifier_that_raises_or_hangs_does_not_end_a_run(monkeypatch):
+  monkeypatch.setattr(
+    label_run.LabelRun, "_sampler", lambda self, problems: Oracle()
+  )
+  calls = []
+
+  def verify(self, problem, text):
+    calls.append(text)
+    if len(calls) == 2:
+      raise ZeroDivisionError("of no number")
+    if len(calls) == 3:
+      time.sleep(20)
+    return verdict(self, problem, text)
+
+  verdict = Countdown.verify
+  monkeypatch.setattr(Countdown, "verify", verify)
+  lines = []
+  with pytest.warns(UserWarning, match="Countdown: not judged"):
+    made, _ = labels("label_run.LabelRun.timeout=0.5").run(lines.append)
+  assert [one.final_correct for one in made].count(False) == 2
+  assert len(made) == 12 and lines[1:] == [
+    "1 texts or steps not judged: ZeroDivisionError",
+    "1 texts or steps not judged: timeout",
+  ]
 
 
 def test_a_run_labels_what_its_policy_writes(monkeypatch):

@@ -121,6 +121,19 @@ def test_guarded_turns_exceptions_and_nonsense_into_verdicts(text, reason):
   assert found.reason == (reason or "correct")
 
 
+def test_guarded_has_a_limit_warns_and_counts():
+  guarded = Guarded(Misbehaving(), seconds=0.2)
+  with pytest.warns(UserWarning, match="Misbehaving: not judged.* timeout"):
+    found = guarded.verify(PROBLEM, "hang")
+  assert (found.correct, found.reason) == (False, "timeout: more than 0.2 s")
+  assert guarded.verify_step(PROBLEM, [], "hang").label == "unknown"
+  with pytest.warns(UserWarning, match="ZeroDivisionError: of no number"):
+    guarded.verify(PROBLEM, "raise")
+  assert guarded.verify(PROBLEM, "7").correct
+  assert guarded.failures == {"timeout": 2, "ZeroDivisionError": 1}
+  assert guarded == Guarded(Misbehaving(), seconds=0.2)
+
+
 def test_guarded_does_not_know_what_is_no_step():
   class Outcome:
     """Judges no steps."""

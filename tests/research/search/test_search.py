@@ -278,7 +278,20 @@ def test_steps_ahead_are_in_the_cache_beside_the_paths():
   ends = [*range(STEP, NEW, STEP), NEW]
   most = max(x + min(x + STEP, NEW) for x in ends if x < NEW)
   for prompt, one in zip(PROMPTS, samples, strict=True):
-    assert one.ledger.peak_cache_tokens == len(prompt) + 2 * most
+    # Two paths and the two of the rollouts; each row has the prompt.
+    assert one.ledger.peak_cache_tokens == 2 * (2 * len(prompt) + most)
+
+
+@pytest.mark.parametrize(
+  ("kind", "copies"), [(Stepwise, 3), (PagedStepwise, 1)]
+)
+def test_the_peak_is_what_is_in_the_cache(kind, copies):
+  """Each row has its prompt, which pages have once."""
+  it = dataclasses.replace(policy(kind), stop_tokens=())
+  samples = found(Independent(copies=3), Engine(policy=it))
+  for prompt, one in zip(PROMPTS, samples, strict=True):
+    new = 3 * NEW
+    assert one.ledger.peak_cache_tokens == copies * len(prompt) + new
 
 
 def test_steps_are_capped():

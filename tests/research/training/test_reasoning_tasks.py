@@ -193,6 +193,17 @@ def test_an_answer_may_end_with_other_tokens():
   assert verified.reward(prompt, ended) == 0
 
 
+def test_a_verifier_that_raises_gives_no_reward():
+  class Raises(Countdown):
+    def verify(self, problem, text):
+      raise ZeroDivisionError("of no number")
+
+  verified = VerifiedTask(task=Raises(count=1), vocabulary=WORDS)
+  prompt = verified.prompt(verified.task[0])
+  with pytest.warns(UserWarning, match="Raises: not judged"):
+    assert verified.reward(prompt, verified.tokenizer.stop) == 0
+
+
 def test_rates_count_greedy_and_sampled_answers(monkeypatch):
   """Of a policy that is right greedily, and sampled to half of the prompts."""
   verified = VerifiedTask(

@@ -43,7 +43,32 @@ def test_without_answers_nothing_leads():
   assert lead([None, None]) == 0
 
 
-def test_decided_problems_cost_no_more():
+def test_what_ran_is_charged():
+  """A batch decodes all of its problems until the last one is decided."""
+  engine, limit = Engine(policy=shared.policy()), limits()
+  search = Adaptive(
+    answer=lambda path: 7 if path.problem == 0 else None,
+    round=4,
+    max_samples=8,
+    confidence=0.6,
+  )
+  found = search(engine, shared.PROMPTS, limit)
+  ran = [
+    Independent(copies=4)(
+      engine,
+      shared.PROMPTS,
+      limits(key=jax.random.fold_in(limit.key, k)),
+    )
+    for k in range(2)
+  ]
+  assert len(found[0].paths) < 8
+  for i, one in enumerate(found):
+    for name in ("policy_decode_tokens", "flops_policy"):
+      each = [getattr(x[i].ledger, name) for x in ran]
+      assert getattr(one.ledger, name) == sum(each)
+
+
+def test_decided_problems_have_no_more_samples():
   engine = Engine(policy=shared.policy())
   sure = Adaptive(answer=lambda path: 7, round=4, max_samples=12)
   for one in sure(engine, shared.PROMPTS, limits()):
