@@ -297,8 +297,17 @@ def with_masks(loaded: Loaded, objective: Any) -> Loaded:
   return dataclasses.replace(loaded, diffusion=how)
 
 
-def next_commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
-  """Returns commands to try next, with the Python that runs this process."""
+def next_commands(
+  workdir: Folder, usable: Loaded | None, devices: int, chats: bool = False
+) -> str:
+  """Returns commands to try next, with the Python that runs this process.
+
+  Args:
+    workdir: of the run.
+    usable: the trained model; None if nothing can be done with it alone.
+    devices: number of devices of the run.
+    chats: whether it was trained on conversations.
+  """
   python = os.path.relpath(sys.executable)
   if python.startswith(".."):
     python = sys.executable
@@ -319,6 +328,8 @@ def next_commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
       tried = [f'{generate} --image=FILE --prompt="What is there?"']
     elif usable.diffusion is not None:
       tried = [f'{generate} --sampler=diffusion --prompt="A decorator is"']
+    elif chats:
+      tried = [f'{generate} --chat --prompt="What is a decorator?"']
     else:
       tried = [
         f'{generate} --prompt="A Python decorator is"',

@@ -6,6 +6,7 @@ Commands and notebooks call these functions with an `Experiment`.
 import dataclasses
 import json
 import math
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,8 @@ from experiments.core import (
 from experiments.core.experiment import BuiltExperiment, Experiment
 from research import progress, sharding, tree, weights
 from research.data.bucketing import BucketedBatches
-from research.data.pipeline import ShuffledRows
+from research.data.pipeline import Pipeline, ShuffledRows
+from research.data.rendering import ConversationSource
 from research.generation import generate
 from research.interop.loaded import Loaded
 from research.io.folders import Folder
@@ -101,7 +103,7 @@ def _train(
     watchdog.clear(workdir)
 
   # --- model ---
-  artifacts.log(f"loading {experiment.model}")
+  artifacts.log(textwrap.shorten(f"loading {experiment.model}", 80))
   built = experiment.build(context)
   experiment, context = experiment.with_encoder_of(built), built.context
   start = _start(experiment, built)
@@ -179,7 +181,13 @@ def _train(
   loaded = None
   if readable:
     loaded = artifacts.with_masks(built.loaded, experiment.objective)
-  artifacts.log(artifacts.next_commands(workdir, loaded, result["devices"]))
+  data = experiment.data
+  chats = isinstance(data, Pipeline) and isinstance(
+    data.source, ConversationSource
+  )
+  artifacts.log(
+    artifacts.next_commands(workdir, loaded, result["devices"], chats)
+  )
   return result
 
 

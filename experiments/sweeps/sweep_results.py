@@ -326,8 +326,18 @@ def _spread(values: Sequence[float], mean: str = "mean") -> dict[str, Any]:
 def _best(
   measured: Sequence[tuple[sweeps.Unit, Sequence[float]]], sweep: sweeps.Sweep
 ) -> dict[str, Any] | None:
-  """Returns the bindings with the best mean, and its spread over seeds."""
+  """Returns the bindings with the best mean, and its spread over seeds.
+
+  None where nothing is measured, or all settings have the same mean.
+  """
   if not measured:
+    return None
+  means = {statistics.fmean(values) for _, values in measured}
+  if len(measured) > len(means) == 1:
+    cli.say(
+      f"All {len(measured)} settings have the same {sweep.metric},"
+      f" {means.pop():.6g}: none is the best."
+    )
     return None
   choose = min if sweep.better == "lower" else max
   unit, values = choose(measured, key=lambda x: statistics.fmean(x[1]))

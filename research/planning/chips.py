@@ -67,6 +67,10 @@ class Topology:
     return jax.default_device(first)
 
 
+TPU_SLICES = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+"""Kinds of TPUs, as names of topologies begin."""
+
+
 def topology(name: str) -> Topology:
   """Returns the topology with this name.
 
@@ -88,11 +92,11 @@ def topology(name: str) -> Topology:
     )
   if kind == "cpu" and re.fullmatch(r"[1-9]\d*", size):
     return _cpu(name, int(size))
-  if not re.fullmatch(r"(tpu)?v?\d+\w*:\d+(x\d+)*", name):
+  if kind not in TPU_SLICES or not re.fullmatch(r"\d+(x\d+)*", size):
     raise UserError(
-      f"topology {name!r}: expected a slice of a TPU pod such as v5e:4x4,"
-      " v5p:2x2x4\nor v6e:16x16, GPUs such as h100:8 or h100:4x8, or virtual"
-      " devices of this machine, cpu:8."
+      f"topology {name!r}: expected a slice of a TPU pod such as v5e:4x4"
+      f" ({', '.join(TPU_SLICES)}),\nGPUs such as h100:8 or h100:4x8, or"
+      " virtual devices of this machine, cpu:8."
     )
   return _tpu(name)
 

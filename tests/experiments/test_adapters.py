@@ -24,6 +24,7 @@ from tests import support_golden
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODELS = ROOT / "tests" / "golden" / "models"
+GGUF = MODELS / "gguf_q4_0" / "model.gguf"
 A, B = MODELS / "peft_lora", MODELS / "peft_rslora"
 
 
@@ -322,7 +323,7 @@ def test_a_lossy_merge_is_refused_unless_asked_for(command, tmp_path):
     (["--op=mean", f"--from={A}"], "expected one of cat, svd"),
     (["--op=cat", f"--from={A}"], "--to: is missing"),
     (["--op=cat", f"--from={MODELS / 'llama'}", "--to=x"], "found a model"),
-    (["--op=cat", "--from=x.gguf", "--to=x"], "--base: is missing"),
+    (["--op=cat", f"--from={GGUF}", "--to=x"], "--base: is missing"),
     (
       ["--op=merge", f"--from={MODELS / 'llama'}", "--to=x"],
       "one model with adapters",
@@ -330,9 +331,12 @@ def test_a_lossy_merge_is_refused_unless_asked_for(command, tmp_path):
     (["--op=merge", f"--from={A}"], "--text"),
     (["--op=merge", f"--from={A}", f"--from={B}"], "one model with adapters"),
     (["--op=merge", f"--from={A}", "--to=x"], "not how the"),
-    (["--op=merge", "--from=x", f"--to={A}"], "is already there"),
-    (["--op=merge", "--from=x", "--to=y", "--mode=original"], "--original"),
-    (["--op=merge", "--from=x", "--text=none.txt"], "none.txt"),
+    (["--op=merge", f"--from={GGUF}", f"--to={A}"], "is already there"),
+    (
+      ["--op=merge", f"--from={GGUF}", "--to=y", "--mode=original"],
+      "--original",
+    ),
+    (["--op=merge", f"--from={GGUF}", "--text=none.txt"], "none.txt"),
     (["--op=lora", f"--from={A}", "--to=x"], "either --rank or --energy"),
     (["--op=lora", f"--from={A}", f"--from={B}", "--rank=2", "--to=x"], "one"),
     (
@@ -386,7 +390,7 @@ def test_options_that_an_operation_ignores_are_refused(command):
     for name in set(OPTIONS) - takes:
       status, _, errors = command(
         adapters.main,
-        *(f"--op={op}", "--from=x", f"--{name}={OPTIONS[name]}"),
+        *(f"--op={op}", f"--from={GGUF}", f"--{name}={OPTIONS[name]}"),
       )
       assert status == 1
       assert f"--{name}: is for --op=" in errors
@@ -404,7 +408,7 @@ def test_options_that_an_operation_ignores_are_refused(command):
   ],
 )
 def test_options_without_effect_are_refused(command, arguments, words):
-  status, _, errors = command(adapters.main, "--from=x", *arguments)
+  status, _, errors = command(adapters.main, f"--from={GGUF}", *arguments)
   assert status == 1
   assert words in errors
 

@@ -138,6 +138,12 @@ def test_what_is_done_is_not_done_again(command):
   assert lives(command, "RANK=1_SEED=0") == 2
 
 
+def test_equal_settings_have_no_best(command):
+  status, result, out = command(more="sweeps.Sweep.metric = 'steps'")
+  assert (status, result["best"]) == (0, None)
+  assert "All 2 settings have the same steps, " in out.out
+
+
 def test_a_failure_is_told_at_the_end_and_can_be_mended(command):
   status, result, out = command(ranks=(4, 1))
   assert status == 1

@@ -135,6 +135,8 @@ def test_what_to_try_next_fills_in_masks(tmp_path):
     masks = objective != NextToken()
     assert ("--sampler=diffusion --prompt=" in said) == masks
     assert ("experiments.perplexity" in said) != masks
+    chats = artifacts.next_commands(tmp_path, made, 1, chats=True)
+    assert ("--chat --prompt=" in chats) != masks
 
 
 def test_adapters_without_a_form_in_peft_are_left_to_the_model(

@@ -39,10 +39,13 @@ def test_this_machine_in_parts():
 
 
 @pytest.mark.parametrize(
-  "name", ["cpu", "cpu:0", "cpu:x", "gpu:8", "v5e", "v5e:4x", "", "v5e:4x4 "]
+  "name",
+  ["cpu", "cpu:0", "gpu:8", "v5e", "v5e:4x", "", "v5e:4x4 ", "v9x:4x4", "v5:8"],
 )
-def test_what_is_no_topology(name):
-  with pytest.raises(UserError, match="expected a slice of a TPU pod"):
+def test_what_is_no_topology(name, monkeypatch):
+  """Also where libtpu, which no name would need, is not installed."""
+  monkeypatch.setattr(chips, "has_tpu_compiler", lambda: False)
+  with pytest.raises(UserError, match=r"a TPU pod .*v4, v5e, v5p, v6e, tpu7x"):
     chips.topology(name)
 
 
