@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from experiments.core import config, runtime, tables
   from experiments.studies import protocol, results
   from research.io import folders
+  from research.training import preemption
 
   only = _pattern(_ONLY.value)
   runtime.setup()
@@ -75,7 +76,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   _claim(folder, read.text)
 
   # --- arms ---
-  stored = _run(study, folder, only)
+  with preemption.handling_signals():  # an arm that trains saves its step
+    stored = _run(study, folder, only)
   rows = {arm: found["row"] for arm, found in stored.items()}
   missing = [arm for arm in study.arms if arm not in rows]
 

@@ -5,7 +5,9 @@ On a study without a model; those of each system have tests of their own.
 
 import functools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ import pytest
 from experiments import study
 from experiments.core import cli, config
 from experiments.studies import protocol, results
+from research.training import preemption
 from research.typing import UserError
 from tests.experiments import fake_study
 
@@ -51,6 +54,26 @@ def _run(tmp_path, capsys):
 
   run.folder = tmp_path / "work"
   return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_arm_is_asked_to_stop_as_a_training_is(run, number, monkeypatch):
+  """Ctrl-C during a training of a study lost what `train` saves."""
+  toss, asked = fake_study.Coins.run, []
+
+  def interrupted(self, arm, *rest):
+    if arm == "seed 1" and not asked:
+      asked.append(signal.getsignal(number))
+      os.kill(os.getpid(), number)
+    return toss(self, arm, *rest)
+
+  monkeypatch.setattr(fake_study.Coins, "run", interrupted)
+  code, _, _, errors = run()
+  assert code == preemption.Preempted.exit_status
+  assert isinstance(asked[0], preemption.StopRequest)
+  assert errors.startswith("preempted:")
+  assert run()[0] == 0
+  assert fake_study.RAN.count("seed 0") == 1
 
 
 def test_arms_run_in_order_and_the_result_is_stored(run):
