@@ -129,7 +129,8 @@ def parse(
     folder: of the file, where those that it includes may be.
   """
   text = moved.current(text)
-  lines = binding_lines.from_flags(bindings)
+  # Of a name that is bound twice the last value counts; flags must not be.
+  lines = [binding_lines.from_flag(line) for line in bindings]
   explicit = _own_names(text, folder)
   own = [x for x in binding_lines.unreferenced(text) if x in explicit]
   explicit += map(binding_lines.name_of, lines)

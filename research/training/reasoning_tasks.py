@@ -185,22 +185,22 @@ class VerifiedTask:
     excluding: problems whose questions are never sampled. Generators may ask
       the same in two splits, as reasoning-gym's do where there is little to
       ask; None for a task that does not.
-    judge: makes what judges answers of the task: `isolation.Guarded`, or
+    guard: makes what judges answers of the task: `isolation.Guarded`, or
       `isolation.Isolated` for verifiers that may hang.
-    timeout: seconds that a verdict may take; None for the judge's default.
+    timeout: seconds that a verdict may take; None for the guard's default.
   """
 
   task: Task
   vocabulary: Vocabulary
   stop_tokens: tuple[int, ...] | None = None
   excluding: Task | None = None
-  judge: Callable[..., Any] = Guarded
+  guard: Callable[..., Any] = Guarded
   timeout: float | int | None = None
 
   @functools.cached_property
   def _judge(self) -> Any:
     limit = {} if self.timeout is None else {"seconds": self.timeout}
-    return self.judge(self.task, **limit)
+    return self.guard(self.task, **limit)
 
   @functools.cached_property
   def tokenizer(self) -> Any:

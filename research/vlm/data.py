@@ -236,7 +236,7 @@ class ImageQuestions(pipeline.ShuffledRows, ImageData):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageRows(Sequence[Row]):
+class ImageRows(Sequence):  # of `Row`: a check of types would make one
   """Rows of an `ImageQuestions`, made when they are read.
 
   Beside the keys of text, a row has `pixels`, uint8 [V, H, W, 3]; at native

@@ -26,6 +26,7 @@ from research.typing import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODELS = ROOT / "tests" / "golden" / "models"
+GGUF = MODELS / "gguf_f32" / "model.gguf"
 
 
 @pytest.fixture
@@ -159,21 +160,30 @@ def test_the_report(command, tmp_path):
   "arguments, words",
   [
     (["--format=hf"], "--from: is missing"),
-    (["--from=x", "--to=y", "--format=gptq:5"], "expected one of hf, gguf,"),
-    (["--from=x", "--to=y", "--format=awq:4"], "expected one of hf, gguf,"),
-    (["--from=x", "--to=y", "--format=pt"], "expected one of hf, gguf,"),
-    (["--from=x", "--to=y", "--format=hf:F16"], "expected one of hf, gguf,"),
+    (
+      [f"--from={GGUF}", "--to=y", "--format=gptq:5"],
+      "expected one of hf, gguf,",
+    ),
+    (
+      [f"--from={GGUF}", "--to=y", "--format=awq:4"],
+      "expected one of hf, gguf,",
+    ),
+    ([f"--from={GGUF}", "--to=y", "--format=pt"], "expected one of hf, gguf,"),
+    (
+      [f"--from={GGUF}", "--to=y", "--format=hf:F16"],
+      "expected one of hf, gguf,",
+    ),
     (["--from=x", "--to=y", "--format=hf"], "x: no such file or directory"),
     (
-      ["--from=x", "--to=y", "--format=hf", "--dtype=int8"],
+      [f"--from={GGUF}", "--to=y", "--format=hf", "--dtype=int8"],
       "--dtype=int8: expected one of float32",
     ),
     (
-      ["--from=x", "--to=y", "--format=hf", "--shard_size=0"],
+      [f"--from={GGUF}", "--to=y", "--format=hf", "--shard_size=0"],
       "--shard_size=0: expected a number of bytes",
     ),
     (
-      ["--from=x", "--to=y", "--format=gguf", "--dtype=float32"],
+      [f"--from={GGUF}", "--to=y", "--format=gguf", "--dtype=float32"],
       "--dtype: is for --format=hf",
     ),
   ],
@@ -194,7 +204,9 @@ def test_wrong_flags(command, arguments, words):
   ],
 )
 def test_options_that_a_format_ignores_are_refused(command, form, flag):
-  status, _, errors = command("--from=x", "--to=y", f"--format={form}", flag)
+  status, _, errors = command(
+    f"--from={GGUF}", "--to=y", f"--format={form}", flag
+  )
   assert status == 1
   assert f"{flag.partition('=')[0]}: is for --format=" in errors
   assert f"found --format={form}; leave it out" in errors

@@ -129,7 +129,7 @@ def test_the_same_command_makes_the_same_model(written, command, tmp_path):
       [
         "--config=runs/quant/gptq_smollm2.gin",
         "--to=x",
-        *SMALL,
+        *(x for x in SMALL if "BLOCK" not in x),
         "--set=BLOCK=48",
       ],
       "no multiple of its block of 48",
@@ -138,7 +138,7 @@ def test_the_same_command_makes_the_same_model(written, command, tmp_path):
       [
         "--config=runs/quant/gptq_smollm2.gin",
         "--to=x",
-        *SMALL,
+        *(x for x in SMALL if "WINDOWS" not in x),
         "--set=WINDOWS=1000000",
       ],
       "Give more text, or ask for fewer or shorter windows",

@@ -166,7 +166,7 @@ class Captions(pipeline.ShuffledRows):
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionRows(Sequence[Row]):
+class CaptionRows(Sequence):  # of `Row`: a check of types would make one
   """Rows of `Captions`, made when they are read."""
 
   data: Captions

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from experiments.core import config
+from experiments.core import cli, config
 from experiments.core.experiment import Experiment, Pretrained
 from experiments.labelling import label_run
 from experiments.searching import search_run
@@ -207,7 +207,7 @@ def test_what_nothing_uses_in_a_file_of_one_s_own_is_refused(
 )
 def test_one_name_is_set_once(twice):
   with pytest.raises(UserError, match="is there twice"):
-    config.read("runs/quickstart.gin", twice)
+    cli.run_file("runs/quickstart.gin", twice)
 
 
 def test_a_directory_is_no_file():

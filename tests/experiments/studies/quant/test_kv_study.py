@@ -12,6 +12,8 @@ from research.nn import presets
 from research.typing import UserError
 from tests.support_letters import Letters, Text
 
+GGUF = "tests/golden/models/gguf_f32/model.gguf"
+
 TABLE = kv_study.Table(
   model=from_scratch.FromScratch(
     sizes=presets.Sizes(
@@ -84,7 +86,7 @@ def test_what_cannot_be_measured():
   [(generate.main, "--prompt=x"), (perplexity.main, f"--text={__file__}")],
 )
 def test_a_command_says_what_bits_are(capsys, main, more):
-  """Before any model is looked for."""
-  found = cli.call(main, ["x", "--model=nowhere", more, "--kv=k3v4"])
+  """Before any model is read."""
+  found = cli.call(main, ["x", f"--model={GGUF}", more, "--kv=k3v4"])
   assert found == 1
   assert "found 'k3v4', expected bits of keys" in capsys.readouterr().err
