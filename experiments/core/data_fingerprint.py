@@ -61,6 +61,8 @@ def _outermost(
     data: an object, or a tuple or list of such, that others are fields of.
     value_of: an object's value; None for an object that has none.
   """
+  if isinstance(data, type):  # which makes a part, such as a guard
+    return
   value = value_of(data)
   if value is not None:
     yield data, value

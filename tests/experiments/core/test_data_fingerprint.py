@@ -118,3 +118,13 @@ def test_files_are_told_apart_from_their_parts(files):
 def test_a_pipe_is_not_read_for_its_hash(tmp_path):
   os.mkfifo(tmp_path / "pipe")
   assert files_sha256(str(tmp_path / "pipe")) is None
+
+
+@pytest.mark.parametrize(
+  "name", ["search/countdown_policy", "search/grpo_additions"]
+)
+def test_a_class_among_the_settings_of_a_task_is_no_part(name):
+  """A task names the class that guards its verifier; it has no files."""
+  experiment = config.read(f"runs/{name}.gin").experiment
+  data_fingerprint.check_files(experiment)
+  assert list(data_fingerprint.sources(experiment.data)) == []
