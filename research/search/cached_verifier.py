@@ -205,9 +205,10 @@ class CachedVerifier:
       new: tokens since it was read.
       before: how far it was read.
     """
-    if not new or self.tokenizer is None:
-      start, begin, end = before.tokens, 0, 0
-      return new, Reading(start + len(new), end, start, begin)
+    if not new:
+      return [], before
+    if self.tokenizer is None:
+      return new, Reading(before.tokens + len(new), 0, before.tokens, 0)
     text = path.text(self.tokenizer.decode)
     start, begin = before.tokens, before.characters
     if not text.strip():

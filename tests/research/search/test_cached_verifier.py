@@ -250,6 +250,20 @@ def path_of(text):
   return Path(problem=0, root=0, prompt=5, steps=(tuple(PLAIN.encode(text)),))
 
 
+def test_a_row_that_waits_is_read_on_from_where_it_was():
+  it = verifier_of(*reward(), tokenizer=MERGED)
+  state = it.start([MERGED.prompt("ab.")], 1, 9)
+  first, idle = path_of("a;"), np.array([[-1]])
+  state, one = it.read(state, [first], np.array([first.tokens]))
+  state, same = it.read(state, [first], idle)
+  tokens = tuple(PLAIN.encode("b"))
+  both = dataclasses.replace(first, steps=(*first.steps, tokens))
+  _, two = it.read(state, [both], np.array([tokens]))
+  [expected] = judged([("ab.", ("a;", "b"))], MERGED, "")
+  np.testing.assert_allclose([one[0], two[0]], expected, atol=1e-5)
+  assert same[0] == one[0]
+
+
 def test_a_blank_step_is_read_with_the_one_that_it_joins():
   """Here both have a token in common, and the next one follows it."""
   it = verifier_of(*reward(), tokenizer=MERGED)
