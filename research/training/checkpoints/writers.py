@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -24,6 +24,17 @@ class _Drained:
         self.run_until_complete(_within(ended, PATIENCE))
     super().close()
 
+  def call_soon_threadsafe(
+    self, callback: Callable[..., Any], *args: Any, context: Any = None
+  ) -> asyncio.Handle | None:
+    """Drops what a thread reports after the close: nothing waits for it."""
+    try:
+      return super().call_soon_threadsafe(callback, *args, context=context)
+    except RuntimeError:
+      if not self.is_closed():
+        raise
+      return None
+
 
 async def _within(ended: asyncio.Future, seconds: float) -> None:
   await asyncio.wait_for(ended, seconds)
@@ -34,8 +45,9 @@ def awaited() -> Iterator[None]:
   """Lets all tasks of Orbax end before it says that one has failed.
 
   Orbax reads and writes arrays as tasks of an event loop, which it closes at
-  the first error. TensorStore's threads then find it closed, and each prints a
-  traceback to stderr, as no one is left to raise to. Orbax takes its loops from
+  the first error. TensorStore's threads would then find it closed and print a
+  traceback to stderr, as no one is left to raise to. Some report outside any
+  task; what they report to a closed loop is dropped. Orbax takes its loops from
   asyncio, and those inside another from uvloop, where that is installed.
   """
   with contextlib.ExitStack() as stack:

@@ -62,6 +62,15 @@ def test_one_that_never_ends_is_left(monkeypatch):
   assert loop.is_closed()
 
 
+@pytest.mark.parametrize("name", ["asyncio", "uvloop"])
+def test_a_report_to_a_closed_loop_is_dropped(name):
+  module = pytest.importorskip(name, reason="Orbax installs it, but on Windows")
+  with writers.awaited():
+    loop = module.new_event_loop()
+  loop.close()
+  assert loop.call_soon_threadsafe(print, "late") is None
+
+
 def test_a_loop_without_errors_is_closed_at_once():
   with writers.awaited():
     loop = asyncio.new_event_loop()
