@@ -87,7 +87,7 @@ def bar_panels(
     size: width and height, inches.
   """
   drawn = plots.figure(*size)
-  places = drawn.subplots(1, len(panels))
+  (places,) = drawn.subplots(1, len(panels), squeeze=False)
   for axes, (label, found) in zip(places, panels.items(), strict=True):
     bars(axes, found, label)
   drawn.suptitle(title)

@@ -18,8 +18,7 @@ from scipy import stats
 from experiments import study as command
 from experiments.core import cli, config, train_eval
 from experiments.searching import running
-from experiments.studies import protocol
-from experiments.studies.search import pipeline
+from experiments.studies import pipeline, protocol
 
 RUN = "runs/search/claims_countdown.gin"
 ONCE = "policy", "large", "labels", "test", "reward", "greedy", "large_greedy"

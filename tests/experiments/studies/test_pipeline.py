@@ -1,14 +1,16 @@
 """A study whose arms are commands."""
 
+import json
 import pathlib
 import re
 
 import pytest
 
-from experiments.core import config
+from experiments import study
+from experiments.core import cli, config
 from experiments.searching import running
 from experiments.studies import protocol
-from experiments.studies.search.pipeline import Pipeline, Step
+from experiments.studies.pipeline import Pipeline, Step
 from experiments.studies.search.systems import Comparison, System
 from research.typing import UserError
 from tests.experiments.searching import parity
@@ -104,15 +106,15 @@ def test_settings_are_those_of_all_that_an_arm_needs():
 )
 def test_an_experiment_has_what_its_claims_name(path, arm, setting):
   """Its arms can be configured, each after those that it needs."""
-  study = config.read(path, root=protocol.Run).experiment.study
+  found = config.read(path, root=protocol.Run).experiment.study
   before = set()
-  for step in study.steps:
+  for step in found.steps:
     used = {x for line in step.set for x in re.findall(r"\{(\w+)\}", line)}
     assert used <= before | {"seed"}, step.name
     assert step.pool is None or step.pool in before
     before.add(step.name)
   settings = {
-    step.name: study.settings(f"{step.name}, seed 0") for step in study.steps
+    step.name: found.settings(f"{step.name}, seed 0") for step in found.steps
   }
   assert len(set(settings.values())) == len(settings)
   assert setting in settings[arm]
@@ -125,10 +127,70 @@ def test_an_experiment_has_what_its_claims_name(path, arm, setting):
     (lambda: Pipeline(steps=(EVERY, EVERY)), "two are called 'every'"),
     (
       lambda: Pipeline(steps=(EVERY,), shown=(System(step="none"),)),
-      "found a system of the step 'none'",
+      "found a claim or a system of the step 'none'",
     ),
   ],
 )
 def test_what_does_not_fit_is_refused(make, message):
   with pytest.raises(UserError, match=message):
     make()
+
+
+MARKOV = str(pathlib.Path(__file__).parents[2] / "multiprocess" / "tiny.gin")
+ARMS = f"""
+from __gin__ import dynamic_registration
+from experiments.studies import pipeline
+from experiments.studies import protocol
+protocol.Run.study = @pipeline.Pipeline()
+pipeline.Pipeline.seeds = 2
+pipeline.Pipeline.steps = [
+  {{'name': 'short', 'command': 'train', 'path': '{MARKOV}', 'seeds': 1,
+   'set': ['SEED={{seed}}', 'STEPS=2'], 'title': '2 steps'}},
+  {{'name': 'long', 'command': 'train', 'path': '{MARKOV}',
+   'set': ['SEED={{seed}}'], 'tries': ('LEARNING_RATE', (1e-5, 1e-2)),
+   'least': 'validation/loss'}},
+  {{'name': 'packed', 'command': 'convert', 'seeds': 1,
+   'set': ['--from={{long}}', '--to={{packed}}', '--format=orbax']}},
+]
+pipeline.Pipeline.columns = {{'loss': 'validation/loss'}}
+pipeline.Pipeline.claims = [
+  {{'claim': 'more steps help', 'metric': 'validation/loss', 'first': 'long',
+   'second': 'short', 'holds': 'below'}},
+]
+"""
+
+
+def test_a_run_file_lists_commands_and_claims(tmp_path):
+  file = tmp_path / "arms.gin"
+  file.write_text(ARMS)
+  arguments = [f"--config={file}", f"--workdir={tmp_path / 'study'}"]
+  assert cli.call(study.main, ["study", *arguments]) == 0
+  result = json.loads((tmp_path / "study" / "result.json").read_text())
+  (table,) = result["tables"]
+  assert [row[0] for row in table["rows"]] == ["2 steps", "long"]
+  stored = tmp_path / "study" / "arms" / "long_seed_1.json"
+  row = json.loads(stored.read_text())["row"]
+  assert row["at"] == 1e-2 and set(row["tried"]) == {"1e-05", "0.01"}
+  assert not row["inside"]
+  assert row["validation/loss"] == row["tried"]["0.01"] < row["tried"]["1e-05"]
+  assert (tmp_path / "study" / "runs" / "packed_0").is_dir()
+  (verdict,) = result["verdicts"]
+  assert verdict["claim"] == "more steps help"
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("'title': '2 steps'", "found the field 'tilte'.*did you mean 'title'"),
+    ("'first': 'long'", "step 'lang'"),
+    ("'command': 'convert'", "found 'covert', expected one of train"),
+  ],
+)
+def test_a_field_that_is_misspelt_is_named(text, message, tmp_path, capsys):
+  wrong = {"title": "tilte", "long'": "lang'", "convert": "covert"}
+  (right,) = (x for x in wrong if x in text)
+  file = tmp_path / "arms.gin"
+  file.write_text(ARMS.replace(text, text.replace(right, wrong[right])))
+  arguments = [f"--config={file}", f"--workdir={tmp_path / 'study'}"]
+  assert cli.call(study.main, ["study", *arguments]) == 1
+  assert re.search(message, capsys.readouterr().err)
