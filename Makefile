@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tour tiny-lm test test-all soak mutants pages lint \
+.PHONY: help quickstart tour tiny-lm size test test-all soak mutants pages lint \
   test-peers test-oldest test-chips test-slurm bench bench-chips bench-gpu bench-tpu venv venv-peers \
   llama-cpp gptqmodel clean
 
@@ -52,6 +52,9 @@ tiny-lm: venv  ## Trains a small language model of our own (20 minutes)
 	@$(PY) -m experiments.train --config=runs/pretrain_tiny.gin \
 	  --workdir=runs/tiny-lm
 	@$(PY) -m experiments.core.baselines --config=runs/pretrain_tiny.gin
+
+size:  ## Counts lines outside tests, by folder
+	@$(PY) -m tests.size
 
 test: venv  ## Checks style, then runs the test suite; ARGS= goes to pytest
 	@$(MAKE) --no-print-directory lint
