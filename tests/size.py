@@ -21,9 +21,9 @@ def spans(tree, kinds):
 def docstrings(tree):
   """Yields the numbers of lines of docstrings, attributes' ones as well."""
   for node in ast.walk(tree):
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-      if isinstance(node.value.value, str):
-        yield from range(node.lineno, node.end_lineno + 1)
+    constant = isinstance(node, ast.Expr) and getattr(node.value, "value", None)
+    if isinstance(constant, str):
+      yield from range(node.lineno, node.end_lineno + 1)
 
 
 def count(text):
