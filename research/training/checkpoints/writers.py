@@ -26,8 +26,11 @@ class _Drained:
 
   def call_soon_threadsafe(
     self, callback: Callable[..., Any], *args: Any, context: Any = None
-  ) -> asyncio.Handle | None:
-    """Drops what a thread reports after the close: nothing waits for it."""
+  ) -> Any:
+    """Drops what a thread reports after the close: nothing waits for it.
+
+    Returns a loop's handle, of which uvloop has a class of its own.
+    """
     try:
       return super().call_soon_threadsafe(callback, *args, context=context)
     except RuntimeError:

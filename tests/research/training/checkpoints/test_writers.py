@@ -67,6 +67,7 @@ def test_a_report_to_a_closed_loop_is_dropped(name):
   module = pytest.importorskip(name, reason="Orbax installs it, but on Windows")
   with writers.awaited():
     loop = module.new_event_loop()
+  assert not loop.call_soon_threadsafe(print, "early").cancelled()
   loop.close()
   assert loop.call_soon_threadsafe(print, "late") is None
 
