@@ -210,12 +210,20 @@ def pages() -> Iterator[pathlib.Path]:
 
 
 def origin(result: Mapping[str, Any]) -> str:
-  """Returns the line below a result's tables: command, commits, machine."""
+  """Returns the line below a result's tables: command, commits, machine.
+
+  It says so where this tree has the command or its run file no more.
+  """
   commits = result.get("row_commits", [result["commit"]])
   short = ", ".join(f"`{x[:7]}{'+' * x.endswith('+')}`" for x in commits)
-  command = (
-    f"`{result['command']}`" if result["command"] else "No command prints it"
-  )
+  text = result["command"]
+  command = f"`{text}`" if text else "No command prints it"
+  modules = re.findall(r"-m (experiments[\w.]+)", text)
+  files = [ROOT / f"{x.replace('.', '/')}.py" for x in modules]
+  runs = re.findall(r"--(?:config|sweep)=([\w/]+\.gin)", text)
+  files += [CONFIGS / run for run in runs]
+  if not all(file.exists() for file in files):
+    command = f"Today's tree does not rerun it. {command}"
   return textwrap.fill(
     f"{command}; recorded by {short}; {result['machine']}.",
     80,
