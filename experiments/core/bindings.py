@@ -15,7 +15,6 @@ import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from research import moved
 from research.errors import UserError
 from research.interop import packages
 from research.io import folders
@@ -99,7 +98,7 @@ def check_text(
     path, flag: see `find`.
     lines: bindings of the command line.
   """
-  text = moved.current(whole_text(find(path, flag)))
+  text = whole_text(find(path, flag))
   bound = re.findall(r"^([\w./]+)[ \t]*=[ \t]*([^\n#]*)", text, re.MULTILINE)
   names = {name for name, _ in bound}
   macros = {x.rpartition("/")[2] for x in names if "." not in x}
@@ -186,7 +185,7 @@ def from_flag(line: str) -> str:
       f"--set={line}: found a bracket or quote that does not end, expected a"
       " whole value."
     )
-  return moved.binding(name + _value(value.strip()))
+  return name + _value(value.strip())
 
 
 def _is_unfinished(text: str) -> bool:

@@ -29,7 +29,6 @@ from experiments.core.bindings import (
 )
 from experiments.core.experiment import Experiment
 from experiments.stages.staged import Staged, Stages, open_results
-from research import moved
 from research.io import folders
 from research.typing import UserError
 
@@ -128,7 +127,6 @@ def parse(
     name: of the file, for errors.
     folder: of the file, where those that it includes may be.
   """
-  text = moved.current(text)
   # Of a name that is bound twice the last value counts; flags must not be.
   lines = [binding_lines.from_flag(line) for line in bindings]
   explicit = _own_names(text, folder)
@@ -415,8 +413,6 @@ def _shorten(error: Exception) -> str:
   if missing:
     name = missing.group(1)
     return f"{name}: is required: --set={name}=..., or a line {name} = ..."
-  if now := moved.hint(text):
-    return f"imports a module that has moved: {now}"
   kept = [line.strip() for line in _without_gin(text).splitlines()]
   return "\n".join(kept[:3]) or type(error).__name__
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from experiments.core import cli
 from experiments.core.stats import Decision
-from research import moved
 from research.io import folders
+from research.training.checkpoints import workdir
 from research.typing import UserError
 
 Row = dict[str, Any]
@@ -212,8 +212,7 @@ def check_settings(path: pathlib.Path, found: str | None, now: str) -> None:
     UserError: they differ, by more than imports that nothing uses.
   """
   if found is not None:
-    found = moved.without_unused_imports(moved.current(found))
-    now = moved.without_unused_imports(now)
+    found, now = map(workdir.without_unused_imports, (found, now))
   if found == now:
     return
   mend = "Use another --workdir, or remove that file."

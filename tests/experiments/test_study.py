@@ -279,21 +279,7 @@ def test_every_study_parses_and_its_text_rebuilds_it(file):
     assert settings == other.settings(arm) and " at 0x" not in settings
 
 
-OLD = """
-from __gin__ import dynamic_registration
-include 'runs/lora/claims_capacity.gin'
-from experiments.studies import study
-from experiments.studies.lora import lora_arms
-from experiments.studies.lora import lora_verdicts
-
-study.Study.arms = @lora_arms.width()
-study.Study.verdicts = @lora_verdicts.width
-"""
-
-
-def test_a_run_file_of_before_is_read_as_it_was_meant():
-  made = config.parse(OLD, root=protocol.Run).experiment.study
-  assert made.arms == ["full", "LoRA r=2", "LoRA r=16"]
+def test_a_run_file_without_a_study_is_refused():
   alone = GIN.replace("protocol.Run.study = @fake_study.Coins()", "")
   with pytest.raises(UserError, match="protocol.Run.study: is not bound, exp"):
     config.parse(alone, root=protocol.Run)

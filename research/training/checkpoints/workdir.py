@@ -6,7 +6,6 @@ import re
 
 import jax
 
-from research import moved
 from research.io import folders
 from research.io.folders import Folder
 from research.training.checkpoints import checkpoint, versions
@@ -111,16 +110,14 @@ def _same_experiment(mark: Folder, old: str, new: str, may_differ: str) -> None:
   def lines(text):
     return [x for x in _statements(text) if not re.search(may_differ, x)]
 
-  old, new = map(moved.without_unused_imports, (old, new))
-  current = moved.current(old)
-  # Renamed modules change the order of imports.
-  if sorted(lines(current)) == sorted(lines(new)) or lines(old) == lines(new):
+  old, new = map(without_unused_imports, (old, new))
+  if lines(old) == lines(new):
     return
-  changes = _changes(_bindings(current), _bindings(new), may_differ)
+  changes = _changes(_bindings(old), _bindings(new), may_differ)
   # The same bindings, of other modules.
   changes = changes or [
-    *(f"-{x}" for x in lines(current) if x not in lines(new)),
-    *(f"+{x}" for x in lines(new) if x not in lines(current)),
+    *(f"-{x}" for x in lines(old) if x not in lines(new)),
+    *(f"+{x}" for x in lines(new) if x not in lines(old)),
   ]
   more = len(changes) - checkpoint.MAX_DIFFERENCES
   rest = f"  (and {more} more)" if more > 0 else ""
@@ -130,6 +127,22 @@ def _same_experiment(mark: Folder, old: str, new: str, may_differ: str) -> None:
     "Choose another workdir, or delete this one. To resume the run that is"
     " there, leave out --config."
   )
+
+
+def without_unused_imports(text: str) -> str:
+  """Returns a configuration without imports that no binding refers to.
+
+  These have no effect: a file may import what only a command line binds, so
+  that two equal configurations differ once such an import is added.
+  """
+  kept, rest = [], re.sub(r"^(from|import)\s.*$", "", text, flags=re.M)
+  for line in text.splitlines(keepends=True):
+    module = re.match(r"(?:from [\w.]+ )?import ([\w.]+)(?: as (\w+))?", line)
+    name = module and (module[2] or module[1])
+    bound = re.search(rf"(?<![\w.]){re.escape(name or '')}\.", rest)
+    if name in (None, "dynamic_registration") or bound:
+      kept.append(line)
+  return "".join(kept)
 
 
 def _statements(text: str) -> list[str]:
