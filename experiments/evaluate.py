@@ -118,9 +118,9 @@ def _compare_models() -> dict[str, Any]:
   cli.required(model=_MODEL.value, base=_BASE.value)
   text = None if _TEXT.value is None else cli.read_text(_TEXT.value, "text")
   runtime.setup()
-  from experiments.studies.quant import quantized
+  from experiments.quantizing import base_comparison
 
-  return quantized.compare_with_base(
+  return base_comparison.compare_with_base(
     _MODEL.value,
     _BASE.value,
     text,

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   runtime.setup()
   from experiments.converting.conversion import bytes_on_disk
   from experiments.core import config
-  from experiments.studies.quant import quantizing
+  from experiments.quantizing import quantizing
   from research.interop import convert, sources
   from research.training import memory
 

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import generate, perplexity, quantize
 from experiments.core import cli, config
-from experiments.studies.quant import quantizing
+from experiments.quantizing import quantizing
 from research import weights
 from research.interop import load
 from research.quant.algorithms.calibrate import Calibration

@@ -9,13 +9,13 @@ compete. Errors are over texts.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 
 from experiments.core.experiment import NeedsModel, Source
+from experiments.quantizing import base_comparison
 from experiments.studies import protocol
 from experiments.studies.protocol import Lines, Rows, Verdict
 from experiments.studies.quant import bands, pictures
@@ -171,7 +171,7 @@ def measure(
   if row.errors and out["packed_weights"]:
     tokens = base.tokens[: table.probed]
     found = report_errors.errors(loaded.model, before, params, tokens)
-    out |= {"matrices": found, **overall(found)}
+    out |= {"matrices": found, **base_comparison.overall(found)}
   return out
 
 
@@ -184,18 +184,6 @@ def _transformed(row: Row, loaded: Any) -> tuple[Any, Any]:
       transform = transform.with_model(loaded)
     before, params = params, transform(params, jax.random.fold_in(key, i))
   return before, params
-
-
-def overall(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-  """Returns the median and the worst of what `report_errors` found."""
-  output = {address: row["output"] for address, row in found.items()}
-  worst = max(output, key=output.get)
-  return {
-    "output_error": float(np.median(list(output.values()))),
-    "weight_error": float(np.median([r["weight"] for r in found.values()])),
-    "worst_error": output[worst],
-    "worst": worst,
-  }
 
 
 def table(rows: Rows) -> Lines:

@@ -7,9 +7,9 @@ import pytest
 from experiments.core import cli, config
 from experiments.core.experiment import Experiment, Pretrained
 from experiments.labelling import label_run
+from experiments.quantizing import quantizing
 from experiments.searching import search_run
 from experiments.stages.staged import Staged
-from experiments.studies.quant import quantizing
 from research.training.objectives.objective import NextToken
 from research.typing import UserError
 
@@ -21,7 +21,7 @@ RUNS = sorted(
 
 
 ROOTS = {
-  "from experiments.studies.quant import quantizing": quantizing.Job,
+  "from experiments.quantizing import quantizing": quantizing.Job,
   "from experiments.labelling import label_run": label_run.LabelRun,
   "from experiments.searching import search_run": search_run.SearchRun,
 }

@@ -8,14 +8,14 @@ import pytest
 
 from experiments import evaluate
 from experiments.core import cli
-from experiments.studies.quant import quantized
+from experiments.quantizing import base_comparison
 from research.generation import perplexity
 from research.interop import convert, load, sources
 from research.quant.formats.affine import Affine
 from research.quant.quantize import Quantize
 
 TINY = (
-  pathlib.Path(__file__).parents[3]
+  pathlib.Path(__file__).parents[2]
   / "golden"
   / "models"
   / "gguf_f32"
@@ -75,4 +75,4 @@ def test_what_is_missing_is_named(packed, capsys):
 def test_sizes_on_disk_are_those_of_files(packed):
   model = packed[0]
   want = sum(f.stat().st_size for f in model.rglob("*") if f.is_file())
-  assert quantized.on_disk(str(model)) == want
+  assert base_comparison.on_disk(str(model)) == want

@@ -9,7 +9,6 @@ import numpy as np
 
 from experiments.converting.conversion import bytes_on_disk
 from experiments.core import cli, tables
-from experiments.studies.quant import quant_study
 from research.data.sources import PydocTopics
 from research.generation import perplexity
 from research.interop import load
@@ -66,10 +65,39 @@ def compare_with_base(
       ours.model, theirs.params, ours.params, tokens[:1]
     )
     cli.say(worst(matrices))
-    out |= quant_study.overall(matrices)
-    peak = max(matrices, key=lambda a: matrices[a]["inputs"])
-    out |= {"largest_inputs": matrices[peak]["inputs"], "largest_at": peak}
+    out |= overall(matrices)
   return out | {"model": model, "base": base}
+
+
+def overall(matrices: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+  """Returns medians over matrices, and the worst one.
+
+  `outliers` has the median over matrices of the largest over the mean
+  magnitude, of inputs and of weights, and of the inputs of each kind of matrix.
+
+  Args:
+    matrices: of `report_errors.errors`.
+  """
+  worst = max(matrices, key=lambda a: matrices[a]["output"])
+  peak = max(matrices, key=lambda a: matrices[a]["inputs"])
+  inputs: dict[str, list[float]] = {}
+  for address, row in matrices.items():
+    for kind in "inputs", address.rpartition("/")[2]:
+      inputs.setdefault(kind, []).append(row["inputs"])
+
+  def median(name: str) -> float:
+    return float(np.median([row[name] for row in matrices.values()]))
+
+  return {
+    "output_error": median("output"),
+    "weight_error": median("weight"),
+    "worst_error": matrices[worst]["output"],
+    "worst": worst,
+    "largest_inputs": matrices[peak]["inputs"],
+    "largest_at": peak,
+    "outliers": {"weights": median("weights")}
+    | {kind: float(np.median(x)) for kind, x in inputs.items()},
+  }
 
 
 def on_disk(name: str) -> int:

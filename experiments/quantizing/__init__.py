@@ -1,0 +1,1 @@
+"""What `quantize` is configured by, and what `evaluate --base=` reports."""
