@@ -1,6 +1,10 @@
-"""Claims about a number that two steps of a pipeline report, seed by seed."""
+"""Claims about a number that two steps of a pipeline report, seed by seed.
+
+Or of one seed each, where the command reports the number's standard error.
+"""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -71,6 +75,9 @@ class Claim:
       the second.
     margin: in units of the metric; of `recovers` a share.
     start: the metric of the first step's row where it began; for `recovers`.
+    error: the metric of the number's standard error over texts, which decides
+      in place of seeds: two of both rows', as if these were independent. 0.0
+      for a number that is exact.
   """
 
   claim: str
@@ -80,6 +87,7 @@ class Claim:
   holds: Literal["above", "below", "within", "recovers"] = "above"
   margin: float | int = 0.0
   start: Metric | None = None
+  error: Metric | float | None = None
 
   def __post_init__(self):
     if (self.holds == "recovers") != (self.start is not None):
@@ -114,8 +122,18 @@ class Claim:
       share = stats.mean((start - first) / (start - second))
       text = f"{shown} from {start.mean():.4g}: {share.times(100)}%"
       return Verdict(self.claim, text, stats.above(share, self.margin))
-    apart = stats.mean(np.broadcast_to(first - second, (seeds,)))
-    return Verdict(self.claim, f"{shown}: {apart}", self._decide(apart))
+    if self.error is None:
+      apart = stats.mean(np.broadcast_to(first - second, (seeds,)))
+      return Verdict(self.claim, f"{shown}: {apart}", self._decide(apart))
+    two = 2 * math.hypot(*(self._error(x, rows) for x in self.steps))
+    shown += f", two standard errors {two:.2g}" if two else ""
+    apart = Mean(float(np.mean(first - second)), two)
+    return Verdict(self.claim, shown, self._decide(apart))
+
+  def _error(self, step: str, rows: Mapping[str, Sequence[Row]]) -> float:
+    if not isinstance(self.error, str | tuple):
+      return float(self.error or 0.0)
+    return float(np.mean([value(row, self.error) for row in rows[step]]))
 
   def _values(
     self, step: str | float, metric: Any, rows: Mapping[str, Sequence[Row]]

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from experiments.core import cli, config, stats
+from experiments.core.experiment import Experiment
 from experiments.labelling import label_run
+from experiments.quantizing import quantizing
 from experiments.searching import (
   results,
   running,
@@ -44,6 +46,9 @@ CONFIGURED = "train", "label", "search"
 
 FLAGGED = "convert", "evaluate", "generate", "perplexity", "plan", "quantize"
 """Commands whose arms are flags."""
+
+UNITS = {"%": 100, " GB": 1e-9, " MB": 1e-6}
+"""What numbers are multiplied by where a column's title ends so."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,13 +136,14 @@ class Pipeline(protocol.Study):
     steps: the commands, each a `Step` or its fields by name; what one needs
       stands before it.
     columns: titles of the table of steps, with the metric of each (`claims`);
-      a title that ends in `%` shows a share.
+      steps without the first are left out; a title ends in a unit of `UNITS`.
     claims: about these metrics, each a `Claim` or its fields by name.
     shown: the systems of the table of searches.
     comparisons: claims, each of two systems.
     curves: systems of the picture by samples, one curve a budget.
     reports: more tables.
-    seeds: of training and sampling; the problems are the same for all.
+    seeds: of training and sampling; the problems are the same for all. None
+      for one, where claims have errors over texts or are exact.
   """
 
   steps: Sequence[Step | Mapping[str, Any]]
@@ -147,7 +153,7 @@ class Pipeline(protocol.Study):
   comparisons: tuple[Comparison, ...] = ()
   curves: tuple[System, ...] = ()
   reports: tuple[Report, ...] = ()
-  seeds: int = 3
+  seeds: int | None = 3
 
   def __post_init__(self):
     for field, of in ("steps", Step), ("claims", Claim):
@@ -171,13 +177,14 @@ class Pipeline(protocol.Study):
     """One for each seed and step, a seed after the other."""
     return [
       _arm(step, seed)
-      for seed in range(self.seeds)
+      for seed in range(self.seeds or 1)
       for step in self.steps
       if seed < self._seeds_of(step)
     ]
 
   def _seeds_of(self, step: Step) -> int:
-    return self.seeds if step.seeds is None else min(step.seeds, self.seeds)
+    seeds = self.seeds or 1
+    return seeds if step.seeds is None else min(step.seeds, seeds)
 
   def _step(self, arm: str) -> tuple[Step, int]:
     name, seed = arm.rsplit(", seed ", 1)
@@ -242,18 +249,22 @@ class Pipeline(protocol.Study):
     return [*lines, *reports]
 
   def _metrics(self, rows: Rows) -> Lines:
-    """Returns a line for each step whose rows have a metric of the columns."""
+    """Returns a line for each step that has the first column's metric."""
     lines = []
+    first = next(iter(self.columns.values()))
     for step in self.steps:
       seeds = self._rows_of(step.name, rows)
       line: dict[str, Any] = {}
+      if not seeds or not claims.has(seeds[0], first):
+        continue
       for title, metric in self.columns.items():
-        if seeds and claims.has(seeds[0], metric):
+        if claims.has(seeds[0], metric):
           mean = stats.mean([claims.value(row, metric) for row in seeds])
-          mean = mean.times(100 if title.endswith("%") else 1)
+          mean = mean.times(
+            next((x for u, x in UNITS.items() if title.endswith(u)), 1)
+          )
           line[title] = mean if len(seeds) > 1 else mean.value
-      if line:
-        lines.append({"step": step.title or step.name, **line})
+      lines.append({"step": step.title or step.name, **line})
     return lines
 
   def rows_of(self, system: System, rows: Rows) -> list[Row]:
@@ -311,7 +322,13 @@ def _text(step: Step, names: tuple[str, ...], seed: int) -> str:
   """Returns a step's configuration, with names in place of paths."""
   places = {name: name for name in names}
   if step.command in FLAGGED:
-    return "\n".join([step.command, step.path, *_filled(step, places, seed)])
+    flags = _filled(step, places, seed)
+    text = "\n".join([step.command, step.path, *flags])
+    if not step.path:
+      return text
+    bindings = [x.partition("=")[2] for x in flags if x.startswith("--set=")]
+    root = quantizing.Job if step.command == "quantize" else Experiment
+    return f"{text}\n{config.read(step.path, bindings, root).text}"
   if step.tries:
     every = [candidate for _, candidate in step.candidates()]
     return "\n".join([_read(x, places, seed).text for x in every])

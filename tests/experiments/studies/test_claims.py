@@ -45,6 +45,30 @@ def test_the_interval_decides(fields, state):
   assert " against " in found.found
 
 
+KL = {
+  "nearest": [{"kl": 0.30, "se": 0.03, "top": 0.6}],
+  "gptq": [{"kl": 0.20, "se": 0.04, "top": 0.9}],
+}
+
+
+@pytest.mark.parametrize(
+  "fields, state",
+  [
+    # Two errors of both are 0.1: as much as they are apart.
+    (dict(second="nearest", holds="below", error="se"), "undecided"),
+    (dict(second="nearest", holds="below"), "undecided"),  # one seed
+    (dict(second="nearest", holds="below", error=0.0), "holds"),
+    (dict(second="nearest", holds="within", margin=0.25, error="se"), "holds"),
+    (dict(second=0.10, holds="below", error="se"), "does not hold"),
+    (dict(second=0.125, holds="below", error="se"), "undecided"),
+    (dict(second=0.6, metric="top", error=0.0), "holds"),
+  ],
+)
+def test_an_error_over_texts_decides_in_place_of_seeds(fields, state):
+  fields = dict(metric="kl", first="gptq") | fields
+  assert Claim(claim="c", **fields).verdict(KL).state == state
+
+
 def test_a_metric_is_found_where_names_have_dots_and_slashes():
   row = {"a/b": 1, "c": {"d.e": {"f": 2}}, "g": {"h": True}}
   assert claims.value(row, "a/b") == 1
