@@ -28,8 +28,9 @@ def curves_of(workdir: pathlib.Path) -> dict[str, Any]:
     `curves`: `step`, `reward` and `verified`, the share of right answers, at
     most `POINTS` each. Where the reward is the verdict, both are the same.
   """
-  lines = (workdir / "metrics.jsonl").read_text("utf-8").splitlines()
-  found = [json.loads(line) for line in lines]
+  path = workdir / "metrics.jsonl"  # stages have theirs
+  text = path.read_text("utf-8") if path.exists() else ""
+  found = [json.loads(line) for line in text.splitlines()]
   found = [x for x in found if "train/reward" in x]
   if not found:
     return {}

@@ -96,17 +96,23 @@ def test_settings_are_those_of_all_that_an_arm_needs():
 @pytest.mark.parametrize(
   "path, arm, setting",
   [
-    ("runs/search/claims_countdown.gin", "large_pool", "WIDTH = 96"),
-    (
-      "runs/tour/tour.gin",
-      "vision_frozen",
-      "TRAINABLE = '^(vision|connector)/'",
-    ),
+    ("search/claims_countdown", "large_pool", "WIDTH = 96"),
+    ("tour/tour", "vision_frozen", "TRAINABLE = '^(vision|connector)/'"),
+    ("vlm/claims_connectors", "pool_4", "QUERIES = 4"),
+    ("vlm/claims_contrastive", "contrastive_digits", "SEED = 0"),
+    ("vlm/claims_features", "before", "vit.Features.layers = (-2,)"),
+    ("vlm/claims_hard", "shapes_hard", "KINDS = ('count', 'relation')"),
+    ("vlm/claims_masks", "prefix", "MASK = @masks.BidirectionalPrompt()"),
+    ("vlm/claims_shapes", "shapes", "SEED = 0"),
+    ("vlm/claims_stages", "stage1", "staged.Stages.names = ('align',)"),
+    ("vlm/claims_stages_smollm2", "stage2_smollm2", "SEED = 0"),
+    ("vlm/claims_tiling", "tiles", "TILING = @nanovlm.NanoVLM()"),
   ],
 )
 def test_an_experiment_has_what_its_claims_name(path, arm, setting):
   """Its arms can be configured, each after those that it needs."""
-  found = config.read(path, root=protocol.Run).experiment.study
+  run = f"runs/{path}.gin"
+  found = config.read(run, root=protocol.Run).experiment.study
   before = set()
   for step in found.steps:
     used = {x for line in step.set for x in re.findall(r"\{(\w+)\}", line)}

@@ -1,1 +1,0 @@
-"""Studies of vision language models: arms, tasks and verdicts."""
