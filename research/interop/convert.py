@@ -395,7 +395,9 @@ def to_gguf_adapter(
   if base is not None:
     whole = brought_addresses(source, params, base)
     name, under = source.base_name or str(base.origin["path"]), base
-    peft_write.check_base(to, params, name, sources.weights_of(under), whole)
+    params, whole = peft_write.over_base(
+      to, params, base.model, name, sources.weights_of(under), whole
+    )
     if whole or source.model.vocab_size != base.model.vocab_size:
       raise UserError(
         f"{source.origin.get('path')}: contains full weights of "
@@ -421,7 +423,7 @@ def brought_addresses(
   Packed matrices are none: no training changes codes, so they are the base's,
   rounded by a run's transform. Beside these, and without a note of what was
   trained, norms that differ may have been scaled by a transform; they are left
-  for `check_base` to refuse.
+  for `over_base` to undo or refuse.
 
   Args:
     source: with adapters.

@@ -6,6 +6,7 @@ of one matrix each, independent of the scanned runs that hold the layers.
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from research.lora import wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.merge import changes
 from research.lora.methods.lora import LoRA
+from research.nn.transformer import Transformer
+from research.quant.algorithms import coordinates
 from research.typing import Params, UserError
 
 
@@ -138,17 +141,59 @@ def factors(params: Params) -> dict[str, Factors]:
   return out
 
 
+def over_original(
+  model: Transformer, params: Params, base: Params
+) -> dict[str, Any]:
+  """Returns `base` with adapters that were trained over it rotated or scaled.
+
+  Merged, both are the same model: with the base W as `L W R`, the update of W
+  is `L⁻¹ aᵀ b R⁻¹`.
+
+  Args:
+    model: the Transformer.
+    params: parameters with adapters.
+    base: without, in its own coordinates.
+
+  Raises:
+    UserError: the update is no product of two factors, or `params` are not
+      this base, see `coordinates.changes`.
+  """
+  found = factors(params)
+  changed = coordinates.changes(model, base, wrap.disable(params))
+  unchanged = coordinates.Change()
+
+  def restored(address, f):
+    change = changed.get(address, unchanged)
+    a, b = (np.swapaxes(x, -1, -2).astype(np.float64) for x in (f.a, f.b))
+    a, b = change.rows(a) / change.gain, change.columns(b)
+    a, b = (np.swapaxes(x, -1, -2).astype(np.float32) for x in (a, b))
+    return Factors(a, b, f.scale)
+
+  thin = wrap.adapters(params, lambda t: dataclasses.replace(t, w=None))
+  return wrap_factors(
+    base,
+    {address: restored(address, f) for address, f in found.items()},
+    {address: t.method.dropout for address, t in thin.items()},
+  )
+
+
 def wrap_factors(
-  params: Params, found: Mapping[str, Factors]
+  params: Params,
+  found: Mapping[str, Factors],
+  dropout: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, Any]:
   """Returns `params` with plain LoRA adapters of the given factors.
 
   Args:
     params: parameters without adapters.
     found: address -> factors.
+    dropout: address -> rate, where not 0.
   """
   methods = {
-    path: LoRA(rank=f.rank, alpha=f.scale * f.rank) for path, f in found.items()
+    path: LoRA(
+      rank=f.rank, alpha=f.scale * f.rank, dropout=dropout.get(path, 0.0)
+    )
+    for path, f in found.items()
   }
 
   def make(paths, method, w):

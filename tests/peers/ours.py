@@ -9,8 +9,8 @@ whose output is a plain .npy, so that the reader can map it.
   logits    tokens [B, T] (positions)   -> [B, T, V]
   greedy    prompt [P], steps           -> tokens [steps], through the cache
   encode    text                        -> ids
-  adapt     tokens, rank, std (targets) -> logits of a new adapter, which is
-                                           left at --adapter in PEFT's format
+  adapt     tokens, rank, std (targets, -> logits of a new adapter, which is
+            rotated)                       left at --adapter in PEFT's format
   start     tokens, method              -> logits of a moved adapter of that
                                            method, left at --adapter
   rewrite   names, folder               -> nothing; each adapter of the folder
@@ -38,6 +38,7 @@ from research.interop import load  # noqa: E402
 from research.lora import adapt, wrap  # noqa: E402
 from research.lora.methods.lora import LoRA  # noqa: E402
 from research.nn import transformer  # noqa: E402
+from research.quant.algorithms import rotate  # noqa: E402
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -93,7 +94,10 @@ def adapt_and_save(it, args, rows) -> dict:
   if "targets" in rows:
     targets = tuple(rows["targets"].tolist())
   method = LoRA(rank=rank, alpha=2.0 * rank)
-  params = adapt.Adapt(method=method, targets=targets)(it.params, key)
+  base = it.params
+  if rows.get("rotated", False):
+    base = rotate.Rotate(model=it.model)(base, key)
+  params = adapt.Adapt(method=method, targets=targets)(base, key)
   std = float(rows["std"])
 
   def drawn(path, leaf):
@@ -103,7 +107,9 @@ def adapt_and_save(it, args, rows) -> dict:
     return std * jax.random.normal(name, leaf.shape, leaf.dtype)
 
   params = tree.map_paths(drawn, params)
-  peft.save_adapter(args.adapter, params, it.model, base_name=args.model)
+  peft.save_adapter(
+    args.adapter, params, it.model, base_name=args.model, base=it.params
+  )
   merged = forward(it.model, wrap.merge(params), rows["tokens"])
   whole = forward(it.model, params, rows["tokens"])
   return dict(logits=np.asarray(whole), merged_logits=np.asarray(merged))

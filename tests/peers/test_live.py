@@ -59,7 +59,9 @@ def test_ours_loads_pefts_adapter(name, heptad):
   assert support.relative_error(got, want) < 1e-5
 
 
-def test_peft_loads_our_adapter(heptad, tmp_path):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_peft_loads_our_adapter(rotated, heptad, tmp_path):
+  """Over a rotated base, too, whose adapter is one of the base itself."""
   tokens = make_peft.tokens()
   ours = heptad.bridge(
     "adapt",
@@ -68,6 +70,7 @@ def test_peft_loads_our_adapter(heptad, tmp_path):
     tokens=tokens,
     rank=3,
     std=0.02,
+    rotated=rotated,
   )
   base = peer(make_peft.BASE)
   with torch.no_grad():

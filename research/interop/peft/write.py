@@ -22,7 +22,7 @@ from research.interop.peft import names as peft_names
 from research.interop.peft.names import PREFIX, USUAL, Naming
 from research.interop.peft.read import WEIGHTS
 from research.io import safetensors
-from research.lora import wrap
+from research.lora import lora_factors, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import Method
 from research.lora.methods.lora import LoRA
@@ -47,6 +47,9 @@ def save_adapter(
 ) -> None:
   """Writes the adapters in `params` as PEFT would have.
 
+  Of adapters over a rotated or scaled base those are written that make the same
+  of `base`, see `over_base`.
+
   Dropout of all adapters is written as 0 where some are on stacked experts,
   and warned of: PEFT has none there.
 
@@ -70,14 +73,14 @@ def save_adapter(
       they were trained over other weights than `base`.
   """
   directory = pathlib.Path(directory)
+  if base is not None:
+    params, whole = over_base(directory, params, model, base_name, base, whole)
   modules = peft_names.modules(params, model, naming)
   found = wrap.adapters(params, _thin)
   stacked = {} if naming != USUAL else wrap.experts(params)
   stacked = {path: found.pop(path) for path in stacked if path in found}
   every = found | stacked
   _check(every, {*modules, *stacked}, directory)
-  if base is not None:
-    check_base(directory, params, base_name, base, whole)
   peft_names.check_not_fused([modules[path] for path in found], directory)
   sizes = wrap.matrices(params)
   beside = not all(isinstance(w.method, Tokens) for w in every.values())
@@ -145,35 +148,48 @@ def _check(found: Adapters, named: Collection[str], directory) -> None:
     )
 
 
-def check_base(
+def over_base(
   where: pathlib.Path,
   params: Params,
+  model: Transformer,
   base_name: str,
   base: Params,
   whole: Collection[str],
-) -> None:
-  """Raises UserError if adapters were trained over other weights than a base.
+) -> tuple[Params, Collection[str]]:
+  """Returns `params` and `whole` in the coordinates of a base.
+
+  They are unchanged if the adapters were trained over `base` as it is, packed
+  or not.
 
   Args:
     where: path to write, for the message.
     params: with AdaptedTensor leaves.
+    model: the base.
     base_name: name of the base.
     base: its weights.
     whole: addresses of weights that the adapter brings.
+
+  Raises:
+    UserError: they were trained over other weights, or over `base` rotated or
+      scaled in a way that cannot be undone.
   """
   both = sorted(set(wrap.adapters(params, _thin)) & set(whole))
   notes = base_fingerprint.header(params, whole)
   other = (
     both[0] if both else base_fingerprint.other_numbers(where, notes, base)
   )
-  if other is not None:
+  if other is None:
+    return params, whole
+  try:
+    return lora_factors.over_original(model, params, base), ()
+  except UserError as error:
     raise UserError(
       f"{where}: the adapter was trained over weights that are not those of"
       f" {base_name}: {other} differs, as after Rotate, SpinQuant, SmoothQuant"
       " or AWQ, and other programs would add it to the weights of"
-      f" {base_name}.\nMerge it instead (--format=hf), or keep it over its own"
-      " base (--format=orbax)."
-    )
+      f" {base_name}.\nIt cannot be written for these: {error}.\nMerge it"
+      " instead (--format=hf), or keep it over its own base (--format=orbax)."
+    ) from error
 
 
 def _exported(directory, found: Adapters, modules, sizes, use_rslora, beside):

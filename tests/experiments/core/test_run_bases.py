@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 import warnings
 
 import chex
@@ -171,36 +172,69 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize("how", CHANGED)
-@pytest.mark.sample(5)
-def test_a_base_in_other_coordinates_is_refused(how, pack, tmp_path, capsys):
-  """PEFT would add these factors to weights that they do not fit."""
-  packing = (Quantize(format=Affine(block=32)),) if pack else ()
-  run, built, params = trained(CHANGED[how], *packing)
-  assert not artifacts._save_adapter(tmp_path / "a", run, built, params)
-  said = "trained over weights that are not those of"
-  assert said in capsys.readouterr().err
+EXPORTS = (convert.to_peft, convert.to_gguf_adapter)
+
+
+def sources_of(tmp_path, run, built, params):
+  """Returns what an interrupted run is, and its copies in our format."""
   stopped = checkpointed(run, built, params)
   convert.to_orbax(stopped, tmp_path / "ours")
   ours = sources.open_source(tmp_path / "ours")
-  for source in (stopped, ours, dataclasses.replace(ours, whole=None)):
-    for write in (convert.to_peft, convert.to_gguf_adapter):
+  # The last is of before a checkpoint noted what was trained whole.
+  return stopped, ours, dataclasses.replace(ours, whole=None)
+
+
+@pytest.mark.parametrize(
+  "how, pack",
+  [
+    ("residual", True),
+    ("residual", False),
+    ("values", True),
+    ("values", False),
+    ("smooth", False),
+  ],
+)
+@pytest.mark.sample(3)
+def test_a_base_in_other_coordinates_is_exported_in_its_own(
+  how, pack, tmp_path
+):
+  """PEFT would add the factors as they are to weights that they do not fit."""
+  packing = (Quantize(format=Affine(block=32)),) if pack else ()
+  run, built, params = trained(CHANGED[how], *packing)
+  assert artifacts._save_adapter(tmp_path / "a", run, built, params)
+  wanted = file_of(tmp_path / "a")
+  for i, source in enumerate(sources_of(tmp_path, run, built, params)):
+    convert.to_peft(source, tmp_path / str(i))
+    assert file_of(tmp_path / str(i))[2] == wanted[2]
+    found, want = file_of(tmp_path / str(i))[0], wanted[0]
+    chex.assert_trees_all_close(found, want, rtol=0, atol=1e-6)
+    convert.to_gguf_adapter(source, tmp_path / f"{i}.gguf")
+  again = load.load_model(tmp_path / "a")
+  if not pack:
+    got, want = (
+      logits(x.model, p)
+      for x, p in ((again, again.params), (built.loaded, params))
+    )
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_a_base_that_is_scaled_and_packed_is_refused(tmp_path, capsys):
+  packing = Quantize(format=Affine(block=32))
+  run, built, params = trained(CHANGED["smooth"], packing)
+  assert not artifacts._save_adapter(tmp_path / "a", run, built, params)
+  said = r"trained over weights that are not those of(.|\n)*scaled and packed"
+  assert re.search(said, capsys.readouterr().err)
+  for source in sources_of(tmp_path, run, built, params):
+    for write in EXPORTS:
       with pytest.raises(UserError, match=said):
         write(source, tmp_path / "x")
       assert not (tmp_path / "x").exists()
-  # It is opened as it was trained.
-  leave(tmp_path / "run", run, built, params)
-  again = load.load_model(tmp_path / "run", packed="any")
-  chex.assert_trees_all_equal(
-    logits(again.model, again.params), logits(built.loaded.model, params)
-  )
 
 
 OPENED = {
   "nf4": Quantize(format=Codebook(block=32)),
   "rounded inputs": Inputs(),
-  "hidden": Rotate(residual=False, values=False),
+  "rotated": Rotate(),
 }
 
 
