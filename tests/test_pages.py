@@ -160,7 +160,8 @@ def commands(text: str) -> list[str]:
   blocks = [x.strip() for x in re.findall(r"^(?: {4}|\t)(.*)$", text, re.M)]
   for fenced in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S):
     blocks += [x.strip() for x in fenced.splitlines()]
-  inline = re.findall(r"`((?:python|make)\s[^`]*)`", text)
+  # A table of an earlier tree has the command that made it, see `results`.
+  inline = re.findall(r"(?<!rerun it\.\s)`((?:python|make)\s[^`]*)`", text)
   out = _unrolled(blocks) + [
     x if "[[" in x else re.sub(r"[\[\]]", "", x.replace("[--", " [--"))
     for x in inline

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.studies.quant import quant_study
-from experiments.studies.quant.quant_study import Row
 from research import tree, weights
 from research.interop.loaded import Loaded
 from research.quant.algorithms import calibrate, gptq
@@ -21,7 +19,7 @@ from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.numerics import codebooks, hadamard
 from research.quant.quantize import Quantize
-from research.quant.reports import compare, input_errors
+from research.quant.reports import compare, input_errors, report_errors
 from research.training.reports import plots
 from research.typing import Array, Float, Int, Params
 
@@ -241,32 +239,27 @@ def heads(found: Mapping[str, np.ndarray]) -> Any:
 
 
 def measured(
-  loaded: Loaded, tokens: Int[Array, "N T"], rows: Sequence[Row]
-) -> dict[str, dict[str, Any]]:
-  """Returns rows as `quant_study` measures them, but by matrix.
+  loaded: Loaded,
+  tokens: Int[Array, "N T"],
+  formats: Mapping[str, Sequence[Format]],
+) -> Rows:
+  """Returns sizes of a model's layers in formats, and how much they diverge.
 
   Args:
     loaded: the model before.
     tokens: windows that it reads.
-    rows: ways to keep it.
+    formats: by group, for pictures.
   """
   base = compare.base_outputs(loaded.model, loaded.params, tokens, batch=1)
-  table = quant_study.Table(
-    model=_Given(loaded), rows=(rows,), text=calibrate.Calibration()
-  )
-  rows = [dataclasses.replace(r, errors=False) for r in rows]
-  return {r.name: quant_study.measure(table, r, loaded, base) for r in rows}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Given:
-  """A source of what is there."""
-
-  loaded: Loaded
-
-  def load(self, shardings: Any = None) -> Loaded:
-    """Returns it."""
-    return self.loaded
+  rows = []
+  for group, some in formats.items():
+    for format in some:
+      params = Quantize(format=format)(loaded.params)
+      row = {"row": format.name, "group": group}
+      row |= dataclasses.asdict(report_errors.sizes(params))
+      row |= dataclasses.asdict(compare.compare(base, loaded.model, params))
+      rows.append(row)
+  return rows
 
 
 def differing(one: Params, other: Params) -> int:

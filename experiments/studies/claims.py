@@ -136,7 +136,10 @@ class Claim:
     return float(np.mean([value(row, self.error) for row in rows[step]]))
 
   def _values(
-    self, step: str | float, metric: Any, rows: Mapping[str, Sequence[Row]]
+    self,
+    step: str | float | int,
+    metric: Any,
+    rows: Mapping[str, Sequence[Row]],
   ) -> np.ndarray:
     if not isinstance(step, str):
       return np.array([step], float)

@@ -9,9 +9,9 @@ per block of rows.
 A group's grid is fitted at its first row, to the updated weights (`fresh`).
 Other implementations fit it before the updates of the current block (`stale`):
 a tenth more error on the specification's small problem (groups of 16), none on
-real layers (0.999 ± 0.005 of fresh grids' error in SmolLM2,
-`claims_grids_smollm2.gin`). `static` grids are fitted to the original weights
-and allow any order of rows without permuting groups.
+real layers (0.999 ± 0.005 of fresh grids' error in SmolLM2). `static` grids are
+fitted to the original weights and allow any order of rows without permuting
+groups.
 """
 
 import dataclasses

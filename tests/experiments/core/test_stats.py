@@ -8,7 +8,6 @@ import pytest
 from scipy import stats as scipy_stats
 
 from experiments.core import stats
-from experiments.studies.quant import quant_task
 from research.typing import UserError
 
 
@@ -38,16 +37,6 @@ def test_one_value_says_nothing_of_its_spread():
   assert stats.mean([2.0]) == (2.0, math.inf)
   with pytest.raises(UserError, match="no values"):
     stats.mean([])
-
-
-@pytest.mark.parametrize(("hits", "count"), [(0, 10), (3, 20), (37, 40)])
-def test_an_accuracy_s_half_is_the_larger_one_of_wilson_s(hits, count):
-  """Wilson 1927: the shares whose own error reaches the share that is found."""
-  right = [True] * hits + [False] * (count - hits)
-  found = quant_task.relative_accuracy(right, [True] * count)
-  away = hits / count + found.half * (1 if hits < count / 2 else -1)
-  reach = 1.959964 * math.sqrt(away * (1 - away) / count)
-  assert found.half == pytest.approx(reach, rel=1e-5)
 
 
 def test_pairs_are_by_seed():

@@ -5,8 +5,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments.notebooks import quant_story
+from experiments.core import from_scratch
+from experiments.notebooks import quant_pictures, quant_story
 from research import tree
+from research.nn import presets
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.quantize import Quantize
@@ -75,3 +77,34 @@ def test_a_matrix_that_differs_is_found():
   )
   assert quant_story.differing(params, other) == 1
   assert quant_story.differing(params, packed) == 2
+
+
+def test_the_front_is_what_nothing_beats():
+  rows = [
+    {"bits_per_weight": b, "kl": k, "kl_se": 0.1 * k, "row": f"{b}, {k}"}
+    for b, k in ((4.25, 1.0), (4.25, 0.5), (5.0, 0.6), (6.0, 0.1), (3.0, 2.0))
+  ]
+  front = quant_pictures.front(rows)
+  assert [(r["bits_per_weight"], r["kl"]) for r in front] == [
+    (3, 2.0),
+    (4.25, 0.5),
+    (6, 0.1),
+  ]
+  rows = [row | {"group": "integers"} for row in rows]
+  figure = quant_pictures.front_and_ranking(rows, "tiny")
+  # Of the band of 4.25 to 4.5 bits, the best one is on top.
+  names = [x.get_text() for x in figure.axes[1].get_yticklabels()]
+  assert [x for x in names if x] == ["4.25, 1.0  (4.25)", "4.25, 0.5  (4.25)"]
+
+
+@pytest.mark.slow
+def test_formats_of_a_model_diverge_the_less_the_more_bits_they_have():
+  sizes = presets.Sizes(
+    vocab=64, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, hidden=32
+  )
+  loaded = from_scratch.FromScratch(sizes=sizes).load()
+  tokens = jnp.arange(96).reshape(2, 48) % 64
+  some = {"integers": [Affine(bits=b, block=16) for b in (3, 4, 8)]}
+  three, four, eight = quant_story.measured(loaded, tokens, some)
+  assert three["kl"] > 2 * four["kl"] > 4 * eight["kl"] > 0
+  assert eight["bits_per_weight"] == 8 + 1 + 0.5

@@ -10,12 +10,15 @@ from experiments import study
 from experiments.core import cli, config
 from experiments.searching import running
 from experiments.studies import protocol
+from experiments.studies.claims import Claim
 from experiments.studies.pipeline import Pipeline, Step
 from experiments.studies.search.systems import Comparison, System
 from research.typing import UserError
 from tests.experiments.searching import parity
 
 TINY = str(pathlib.Path(parity.__file__).with_name("tiny.gin"))
+GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "models"
+MODEL = GOLDEN / "gguf_f32" / "model.gguf"
 SCORED = (
   "VERIFIER=@verifiers.NewReward()",
   "CHOICE=@choose.BestOf()",
@@ -107,6 +110,10 @@ def test_settings_are_those_of_all_that_an_arm_needs():
     ("vlm/claims_stages", "stage1", "staged.Stages.names = ('align',)"),
     ("vlm/claims_stages_smollm2", "stage2_smollm2", "SEED = 0"),
     ("vlm/claims_tiling", "tiles", "TILING = @nanovlm.NanoVLM()"),
+    ("quant/claims_equal_bits", "gptq3", "BITS = 3"),
+    ("quant/claims_equal_bits_smollm2", "free4", "iq4.IQ4NL()"),
+    ("quant/claims_activations_smollm2", "w8a4", "bits = 4"),
+    ("quant/claims_rotations", "learned", "spinquant.SpinQuant()"),
   ],
 )
 def test_an_experiment_has_what_its_claims_name(path, arm, setting):
@@ -116,7 +123,7 @@ def test_an_experiment_has_what_its_claims_name(path, arm, setting):
   before = set()
   for step in found.steps:
     used = {x for line in step.set for x in re.findall(r"\{(\w+)\}", line)}
-    assert used <= before | {"seed"}, step.name
+    assert used <= before | {"seed", step.name}, step.name
     assert step.pool is None or step.pool in before
     before.add(step.name)
   settings = {
@@ -200,3 +207,51 @@ def test_a_field_that_is_misspelt_is_named(text, message, tmp_path, capsys):
   arguments = [f"--config={file}", f"--workdir={tmp_path / 'study'}"]
   assert cli.call(study.main, ["study", *arguments]) == 1
   assert re.search(message, capsys.readouterr().err)
+
+
+SMALL = Pipeline(
+  steps=(
+    Step(
+      name="int4",
+      command="quantize",
+      path="runs/quant/rtn_smollm2.gin",
+      set=("--to={int4}", f"--set=MODEL='{MODEL}'", "--set=BLOCK=8"),
+    ),
+    Step(
+      name="read",
+      command="evaluate",
+      set=("--model={int4}", f"--base={MODEL}", "--window=32", "--nolayers"),
+    ),
+  ),
+  columns={"kl": "kl", "packed MB": "packed_bytes"},
+  claims=(
+    Claim(
+      claim="c",
+      metric="kl",
+      first="read",
+      second=9,
+      holds="below",
+      error="kl_se",
+    ),
+  ),
+  seeds=None,
+)
+
+
+def test_a_model_is_quantized_and_compared_with_its_base(tmp_path):
+  rows = {arm: SMALL.run(arm, {}, tmp_path) for arm in SMALL.arms}
+  assert list(rows) == ["int4, seed 0", "read, seed 0"]
+  row = rows["read, seed 0"]
+  assert row["kl"] > 0 < row["kl_se"]
+  # What was packed has no divergence, so the table has a line of the other.
+  (line,) = SMALL.tables(rows)[0]
+  mega = row["packed_bytes"] / 1e6
+  assert line == {"step": "read", "kl": row["kl"], "packed MB": mega}
+  (verdict,) = SMALL.verdicts(rows)
+  assert verdict.state == "holds"
+
+
+def test_settings_have_what_a_run_file_of_flags_says():
+  """A row is of another run file, or of other bindings, where these are."""
+  text = SMALL.settings("int4, seed 0")
+  assert "affine.Affine.bits = %BITS" in text and "BLOCK = 8" in text
