@@ -5,7 +5,7 @@ state of rows) are the arguments of the next, cut as XLA has left them.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -109,6 +109,21 @@ class Planner:
     cli.say(text.describe(cost, found, self.topology.notes))
     out = jax.tree.map(placed, made, compiled.output_shardings)
     return found, out
+
+
+def largest(made: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns whether all calls fit, and the bytes of the largest.
+
+  Args:
+    made: calls by name, among other things, as `Planner.plan` returns them.
+  """
+  each = [x for x in made.values() if isinstance(x, Mapping) and "fits" in x]
+  sizes = [x for x in each if "total_bytes" in x]
+  top = max(sizes, key=lambda x: x["total_bytes"], default={})
+  return {
+    "fits": all(x["fits"] for x in each),
+    **{name: top.get(name) for name in ("total_bytes", "limit_bytes")},
+  }
 
 
 def placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -19,6 +19,7 @@ from experiments.planning.calls import (
   Planner,
   Rows,
   batch_shape,
+  largest,
   placed,
   served,
 )
@@ -104,12 +105,14 @@ def plan(
     UserError: it is no language model, or it fills in masks.
   """
   model = policy(experiment, topology)
+  made = calls(model, request, 1, paging)
   return {
     "topology": topology.name,
     "chip": topology.chip.name,
     "devices": model.planner.mesh.size,
     "rows": dataclasses.asdict(request),
-    **calls(model, request, 1, paging),
+    **made,
+    **largest(made),
   }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.core.experiment import Experiment
 from experiments.planning import abstract_step
-from experiments.planning.calls import Planner, Rows, placed, served
+from experiments.planning.calls import Planner, Rows, largest, placed, served
 from research.diffusion.sampling import sampler
 from research.diffusion.sampling.classifier_free_guidance import with_prompt
 from research.diffusion.sampling.config import CACHES, SamplerConfig
@@ -111,6 +111,7 @@ def plan(
     "guidance": guidance,
     "block": options.block,
     **out,
+    **largest(out),
   }
 
 

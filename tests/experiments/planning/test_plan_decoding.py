@@ -92,6 +92,16 @@ def test_packed_weights_are_served_as_they_are():
   assert found["w"].dtype == "bfloat16" and found["n"] is ids
 
 
+def test_calls_have_the_bytes_of_the_largest():
+  first = {"fits": True, "total_bytes": 9, "limit_bytes": 10}
+  made = {"devices": 8, "prefill": first, "decode": first | {"total_bytes": 7}}
+  want = {"fits": True, "total_bytes": 9, "limit_bytes": 10}
+  assert calls.largest(made) == want
+  # A step is not planned where the first call does not fit.
+  nothing = {"fits": False, "total_bytes": None, "limit_bytes": None}
+  assert calls.largest({"prefill": {"fits": False}}) == nothing
+
+
 def _verifier(whole, sizes):
   backbone = FromScratch(sizes=sizes)
   return dataclasses.replace(

@@ -110,6 +110,7 @@ def test_settings_are_those_of_all_that_an_arm_needs():
     ("vlm/claims_stages", "stage1", "staged.Stages.names = ('align',)"),
     ("vlm/claims_stages_smollm2", "stage2_smollm2", "SEED = 0"),
     ("vlm/claims_tiling", "tiles", "TILING = @nanovlm.NanoVLM()"),
+    ("plan/table", "llada_8b_sample_v5e_2x4", "--fill=16x1024+256"),
     ("quant/claims_equal_bits", "gptq3", "BITS = 3"),
     ("quant/claims_equal_bits_smollm2", "free4", "iq4.IQ4NL()"),
     ("quant/claims_activations_smollm2", "w8a4", "bits = 4"),

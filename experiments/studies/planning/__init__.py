@@ -1,1 +1,0 @@
-"""Tables of plans, and the articles' claims on memory by the compiler."""
