@@ -1,4 +1,4 @@
-"""Pictures of what attention costs; rows are those of `attention_costs`."""
+"""Pictures of what attention costs; rows are those of `attention_claims`."""
 
 import pathlib
 import tempfile

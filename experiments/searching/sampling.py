@@ -14,7 +14,6 @@ import jax
 
 from experiments.generating import policies
 from experiments.generating.diffusion import check_next_token
-from experiments.searching import texts
 from experiments.searching.context import Context
 from experiments.searching.free_verifiers import ReadsProblems
 from experiments.searching.pool import Sample, Searched
@@ -24,11 +23,11 @@ from experiments.searching.step_ends import AtEnd
 from experiments.searching.strategies import TextStrategy
 from research.generation.stepwise import Stepwise
 from research.interop.loaded import Loaded
-from research.reasoning.problem import Problem
-from research.reasoning.trace import Sampler
+from research.reasoning.problem import Problem, Verdict
+from research.reasoning.trace import Finish, Sampler, Step, Trace
 from research.search.engine import Engine
 from research.search.lookahead import Lookahead
-from research.search.policy import steps_of
+from research.search.policy import Path, StepText, steps_of
 from research.search.step_search import Limits, Samples, Strategy
 from research.typing import UserError
 
@@ -223,7 +222,7 @@ class Search:
     for path in samples.paths:
       text, steps = steps_of(path, self._words.decode)
       verdict = verdict_of(text)
-      trace = texts.trace_of(path, steps, problem.id, verdict, self._sampler)
+      trace = trace_of(path, steps, problem.id, verdict, self._sampler)
       made.append(Sample(trace, verdict, path.root))
     once = self._engine.prompt_cost(len(self._prompts[problem.id]))
     return Searched(problem, tuple(made), samples.ledger, once)
@@ -245,3 +244,39 @@ def _policy_id(run: SearchRun) -> str:
     if found := getattr(run.policy, field, None):
       return str(found)
   return type(run.policy).__name__
+
+
+def trace_of(
+  path: Path,
+  steps: Sequence[StepText],
+  problem_id: str,
+  verdict: Verdict,
+  sampler: Sampler,
+) -> Trace:
+  """Returns a path as a trace.
+
+  Args:
+    path: that was found.
+    steps: those of `policy.steps_of`.
+    problem_id: of its problem.
+    verdict: on its text.
+    sampler: how it was sampled.
+  """
+  answer = verdict.canonical
+  return Trace(
+    problem_id=problem_id,
+    steps=tuple(Step(*x) for x in steps),
+    finish=finish_of(path),
+    final_answer=answer if answer and answer.strip() else None,
+    n_prompt=path.prompt,
+    n_new=len(path.tokens),
+    logprob_sum=path.log_prob,
+    sampler=sampler,
+  )
+
+
+def finish_of(path: Path) -> Finish:
+  """Returns why a path ended: by itself, or out of tokens, or out of steps."""
+  if path.stopped:
+    return "eos"
+  return "length" if path.done else "cap"

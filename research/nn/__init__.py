@@ -7,7 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   submod_attrs={
     "attention": ["Attention", "CrossAttention"],
     "block": ["Block"],
-    "conv": ["Conv"],
     "mlp": ["Mlp", "PlainMlp"],
     "norm": ["LayerNorm", "RMSNorm"],
     "presets": ["FAMILIES", "Sizes"],

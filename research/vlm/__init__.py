@@ -3,9 +3,8 @@
 `images/` makes of an image file what an encoder takes, without JAX; `encoders/`
 and `connectors/` make soft tokens of that, which `splice` puts in the place of
 a prompt's placeholders, or to which layers of the language model attend
-(`cross_attention`). `contrastive/` trains encoders and `bootstrapping/`
-Q-Formers, `scenes/` draws questions with known answers, `evaluation/` scores
-answers.
+(`cross_attention`). `contrastive/` trains encoders, `scenes/` draws questions
+with known answers, `evaluation/` scores answers.
 """
 
 import lazy_loader
@@ -15,7 +14,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   submod_attrs={
     "answering": ["Answerer", "Answers"],
     "arithmetic": ["describe_cost", "image_cost"],
-    "attention_maps": ["attention_weights", "over_images"],
     "buckets": ["Bucket", "BucketedQuestions"],
     "cached": ["CachedFeatures"],
     "cross_attention": ["LatestImage", "interleave"],

@@ -15,7 +15,6 @@ import sys
 import numpy as np
 import torch
 import transformers
-from torch.nn import functional
 from transformers.models.bert import modeling_bert
 from transformers.models.idefics import modeling_idefics, perceiver
 from transformers.models.molmo2 import modeling_molmo2
@@ -97,64 +96,6 @@ def qformer():
   ours = ("query_tokens", "qformer.", "language_projection.")
   shapes = {k: v for k, v in shapes.items() if k.startswith(ours)}
   return shapes, dict(features=features, soft=soft)
-
-
-def bootstrapping():
-  """BLIP-2's first stage: three losses, and what they are made of.
-
-  features [3, N, C], tokens and mask [3, T]; similarity [3, 3] of images and
-  texts, match [3, 2] of each pair, and match_negative [6, 2] with the hardest
-  negatives: (image of another, text) three times, then (image, text of
-  another); captions [3, T, V]. LAVIS divides similarities by 0.07 and smooths
-  contrastive and captioning labels by 0.1.
-  """
-  kind = transformers.Blip2ForImageTextRetrieval
-  model, shapes, config = _blip2(kind, True)
-  pixels = values(3, 3, 16, 16)
-  features = model.vision_model(pixels).last_hidden_state
-  tokens = torch.from_numpy(np.random.default_rng(5).integers(3, VOCAB, (3, 7)))
-  tokens[:, 0] = 1
-  mask = (torch.arange(7) < torch.tensor([[7], [4], [5]])).long()
-  given = dict(pixel_values=pixels, input_ids=tokens, attention_mask=mask)
-  contrast = model(**given)
-  match = model(**given, use_image_text_matching_head=True).logits_per_image
-  similarity = contrast.logits_per_image
-  labels = torch.arange(3)
-  loss = [
-    functional.cross_entropy(x / 0.07, labels, label_smoothing=0.1)
-    for x in (similarity, similarity.T)
-  ]
-  apart = similarity - 10 * torch.eye(3)
-  images, texts = apart.argmax(0), apart.argmax(1)
-  wrong = [
-    model(
-      pixel_values=pixels[i],
-      input_ids=tokens[t],
-      attention_mask=mask[t],
-      use_image_text_matching_head=True,
-    ).logits_per_image
-    for i, t in ((images, labels), (labels, texts))
-  ]
-  pairs = torch.cat([match, *wrong])
-  truth = torch.tensor([1] * 3 + [0] * 6)
-  captions, more = _captions(model, features, tokens, mask)
-  targets = torch.where(mask[:, 1:] > 0, tokens[:, 1:], -100)
-  return shapes | more, dict(
-    features=features,
-    tokens=tokens,
-    mask=mask,
-    similarity=similarity,
-    image_embeds=contrast.image_embeds,
-    text_embeds=contrast.text_embeds,
-    match=match,
-    match_negative=torch.cat(wrong),
-    captions=captions,
-    contrastive_loss=sum(loss) / 2,
-    matching_loss=functional.cross_entropy(pairs, truth),
-    caption_loss=functional.cross_entropy(
-      captions[:, :-1].transpose(1, 2), targets, label_smoothing=0.1
-    ),
-  )
 
 
 def _captions(model, features, tokens, mask):
@@ -269,8 +210,7 @@ def gated():
 
 
 MAKERS = {
-  f.__name__: f
-  for f in (qformer, bootstrapping, qwen_merger, molmo, resampler, gated)
+  f.__name__: f for f in (qformer, qwen_merger, molmo, resampler, gated)
 }
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.nn import conv
 from research.optim.low_rank import int8_weights
 from research.quant.formats.codebook import Codebook
 from research.quant.quantize import Quantize
@@ -223,7 +222,6 @@ COUNTED = {  # makes a weight; its parameters
   ),
   "in codes": (lambda: int8_weights.encode(_draw(2, 64, 8)), 2 * 64 * 8),
   "two in one": (lambda: Untied(_draw(7, 4), _draw(7, 4)), 2 * 28),
-  "a kernel": (lambda: conv.kernel_to_matrix(_draw(2, 2, 3, 5)), 60),
 }
 
 

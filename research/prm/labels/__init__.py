@@ -9,13 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "binary_search": ["Located", "locate_errors"],
     "omegaprm": ["OmegaPRM", "State", "Tree"],
     "oracle": ["Transition", "is_solvable", "label_steps", "state_value"],
-    "progress": [
-      "advantages",
-      "best_of_k_value",
-      "effective_reward",
-      "preference_pairs",
-      "relative_progress",
-    ],
     "rollouts": [
       "Complete",
       "Rollout",

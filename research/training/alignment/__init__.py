@@ -8,7 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "advantages": ["Standardized", "centered", "leave_one_out"],
     "divergence": ["KL"],
     "policy_gradient": ["PolicyGradient"],
-    "process_rewards": ["ProcessAdvantages", "SoftMin"],
     "surrogate": ["Clip", "Surrogate"],
   },
 )

@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "Squares",
       "Standardise",
     ],
-    "qformer": ["QFormer", "without_text"],
+    "qformer": ["QFormer"],
     "resamplers": ["AttentionPool", "PerceiverResampler"],
     "square_attention": ["SquareAttention"],
   },

@@ -6,8 +6,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   __name__,
   submod_attrs={
     "answers": ["evalai_normalize", "vqa_normalize"],
-    "captions": ["Chair", "chair", "cider_d"],
-    "counting": ["CountScores", "count_scores", "parse_count"],
     "grounding": [
       "box_iou",
       "box_score",

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments.searching import free_verifiers, strategies, texts
+from experiments.searching import free_verifiers, sampling, strategies
 from experiments.searching.context import Context
 from experiments.searching.prompts import Chat, IdWords, Plain
 from experiments.searching.rewarded_problems import RewardedProblems
@@ -47,7 +47,7 @@ def test_steps_are_the_text_however_tokens_are_cut():
     assert all(step.text.strip() for step in steps)
     assert [step.start for step in steps[1:]] == [x.end for x in steps[:-1]]
     assert steps[0].start == 0 and steps[-1].end == len(tokens)
-    trace = texts.trace_of(one, steps, "p", Verdict(False), Sampler())
+    trace = sampling.trace_of(one, steps, "p", Verdict(False), Sampler())
     assert trace.text == text and trace.n_new == len(tokens)
 
 
@@ -72,7 +72,7 @@ def test_a_trace_says_why_it_ended(fields, finish, vote):
   one = path(WORDS.encode("1 + 2 = 3 ;"), **fields)
   _, steps = steps_of(one, WORDS.decode)
   verdict = Verdict(True, "3", "3")
-  trace = texts.trace_of(one, steps, "p", verdict, Sampler())
+  trace = sampling.trace_of(one, steps, "p", verdict, Sampler())
   assert (trace.finish, trace.vote) == (finish, vote)
 
 

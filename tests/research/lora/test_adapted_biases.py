@@ -21,7 +21,7 @@ from research.lora.adapted import AdaptedTensor
 from research.lora.merge import changes, merge
 from research.lora.methods.ia3 import IA3
 from research.lora.optim import row_factors
-from research.nn import conv, time_embedding
+from research.nn import time_embedding
 from research.quant.algorithms import qat
 from research.quant.formats.affine import Affine
 from research.quant.quantize import Quantize
@@ -178,18 +178,3 @@ def test_biases_of_modulations():
     for p in (params, wrap.merge(params))
   )
   chex.assert_trees_all_close(got, want, atol=1e-5)
-
-
-def test_biases_of_a_convolution():
-  module = conv.Conv(features=6, window=(2, 2))
-  x = methods.draw(1, 4, 4, 3)
-  params = dict(kernel=methods.draw(2, 2, 3, 6), bias=methods.draw(6, seed=4))
-  how = adapt.Adapt(method=IA3(), targets=("kernel/matrix",))
-  params = how(conv.AsMatrices()(params), jax.random.key(0))
-  gain = np.linspace(0.5, 2, 6, dtype=np.float32)
-  params["kernel"].matrix.trained["l"] = gain
-  bare = wrap.disable(params)
-  outputs = jax.jit(lambda p: module.apply({"params": p}, x))
-  want = np.asarray(outputs(bare)) * gain
-  chex.assert_trees_all_close(outputs(params), want, atol=1e-5)
-  chex.assert_trees_all_close(outputs(wrap.merge(params)), want, atol=1e-5)

@@ -5,7 +5,6 @@ A completer that returns every completion equally often has exact values.
 """
 
 import dataclasses
-import fractions
 import itertools
 import math
 
@@ -224,35 +223,6 @@ def test_consensus_keeps_equal_first_errors():
   assert found.rate == 2 / 5
   with pytest.raises(UserError, match="different texts in solution 0"):
     labels.consensus(first[:2], second[1::-1])
-
-
-def test_progress_is_relative_to_the_state_before():
-  values = (0.5, 0.42, 0.2, 0.0, 0.0)
-  assert labels.relative_progress(values, 0.5) == (1, 1, 0, 0, None)
-  gained = labels.advantages(values, 0.5)
-  assert gained == pytest.approx((0, -0.08, -0.22, -0.2, 0))
-  assert sum(gained) == pytest.approx(values[-1] - 0.5)
-  rewards = labels.effective_reward((0.1,) * 5, values, 0.5, alpha=3)
-  assert rewards == pytest.approx([0.1 + 3 * x for x in gained])
-  assert labels.best_of_k_value(0.25, 2) == 1 - 0.75**2
-
-
-@pytest.mark.parametrize("k", range(1, 33))
-def test_progress_of_counts_is_that_of_fractions(k):
-  """4 of 6 after 5 of 6 is 0.8, though not in floats."""
-  for before, after in itertools.product(range(1, k + 1), range(k + 1)):
-    exact = fractions.Fraction(after, before) >= fractions.Fraction(4, 5)
-    found = labels.relative_progress((after / k,), before / k)
-    assert found == (int(exact),)
-
-
-def test_preferences_pair_the_best_with_the_worst():
-  values = [0.5, 0.9, 0.1, 0.9, 0.5, 0.2]
-  pairs = labels.preference_pairs(values)
-  assert sorted(pairs) == [(1, 2), (1, 5), (3, 2), (3, 5)]
-  assert labels.preference_pairs([0.5, 0.5]) == []
-  assert labels.preference_pairs([0.5]) == []
-  assert labels.preference_pairs([0.1, 0.2, 0.3]) == [(2, 0)]
 
 
 def test_a_completer_that_lies_about_its_number_is_refused():

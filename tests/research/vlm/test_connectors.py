@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import linen as nn
 
 from research import sharding, tree
+from research.interop.vision import names
+from research.interop.vision.tower_params import read_tower
+from research.io import safetensors as files
 from research.nn.norm import LayerNorm
 from research.vlm.connectors import (
   AttentionPool,
@@ -18,6 +22,7 @@ from research.vlm.connectors import (
   SquareAttention,
 )
 from research.vlm.connectors.presets import CONNECTORS
+from research.vlm.connectors.qformer import qformer
 from tests import support_connectors
 from tests.support_connectors import assert_close, golden
 
@@ -32,6 +37,48 @@ def test_soft_tokens_begin_with_a_given_rms():
   assert Linear(size=576, kernel_init=made) == Linear(
     size=576, kernel_init=ScaledNormal(rms=0.1356)
   )
+
+
+def _qformer_rows():
+  """Rows of names of transformers' Blip2ForConditionalGeneration."""
+  layer, theirs = names.LAYER, "qformer.encoder.layer.<i>."
+  rows = [names.Row("latents", "query_tokens", names.FIRST_OF_ONE)]
+  rows += names.norm("input_norm", "qformer.layernorm")
+  rows += names.linear("projection", "language_projection")
+  blocks = ("attention", "attention"), ("cross_attention", "crossattention")
+  for ours, block in blocks:
+    parts = zip("qkv", ("query", "key", "value"), strict=True)
+    for x, part in parts:
+      place = f"{theirs}{block}.attention.{part}"
+      rows += names.linear(f"{layer}{ours}/{x}", place)
+    output = f"{theirs}{block}.output"
+    rows += names.linear(f"{layer}{ours}/o", f"{output}.dense")
+    rows += names.norm(f"{layer}{ours}_norm", f"{output}.LayerNorm")
+  enter, leave = f"{theirs}intermediate_query", f"{theirs}output_query"
+  rows += names.linear(f"{layer}mlp/up", f"{enter}.dense")
+  rows += names.linear(f"{layer}mlp/down", f"{leave}.dense")
+  return rows + [*names.norm(f"{layer}mlp_norm", f"{leave}.LayerNorm")]
+
+
+def test_blip2s_qformer(tmp_path):
+  tensors, arrays = golden("qformer")
+  safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+  shape = dict(width=24, depth=4, heads=3, hidden=28, queries=5)
+  model = qformer(40, **shape)
+  shapes = jax.eval_shape(
+    lambda x: model.init(jax.random.key(0), x, (1, 5))["params"],
+    arrays["features"],
+  )
+  params = read_tower(
+    shapes,
+    _qformer_rows(),
+    files.open_directory(tmp_path),
+    model,
+    "float32",
+    tmp_path,
+  )
+  found = model.apply({"params": params}, arrays["features"], (1, 5))
+  assert_close(found, arrays["soft"])
 
 
 def test_qwens_merger():
