@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import tree
+from research import tree, weights
 from research.nn import gemma4 as gemma4_models
 from research.nn import presets
 
@@ -59,6 +59,22 @@ def with_scaling(model, scaling):
   return model.clone(
     stack=dataclasses.replace(model.stack, blocks=tuple(blocks))
   )
+
+
+def linear_head(eq: str, softcap: float | None = None):
+  """Returns `logits(head, hidden)` for a head that is a single Weight.
+
+  Args:
+    eq: `"btd,dv->btv"` for a head [D, V], `"btd,vd->btv"` for a tied
+      embedding [V, D].
+    softcap: bound c of c * tanh(logits / c), or None.
+  """
+
+  def logits(head, hidden):
+    out = weights.einsum(eq, hidden, head)
+    return out if softcap is None else softcap * jnp.tanh(out / softcap)
+
+  return logits
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """A tiny llama as a GGUF file with a different type for each matrix."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -50,3 +51,9 @@ def write(path: pathlib.Path) -> None:
     for name, (shape, *kinds) in MATRICES.items():
       out[f"blk.{layer}.{name}.weight"] = tensor(kinds[layer], *shape)
   gguf.write_gguf(path, metadata, out)
+
+
+def permute_rows(tensor: gguf.Tensor, order: np.ndarray) -> gguf.Tensor:
+  """Returns `tensor` with its rows, whatever their type, in `order`."""
+  data = tensor.data.reshape(tensor.shape[0], -1)[order]
+  return dataclasses.replace(tensor, stored=data.reshape(-1))

@@ -5,11 +5,13 @@ Each rule returns its violations as text, so that a failure names every place;
 """
 
 import ast
+import collections
 import configparser
 import functools
 import pathlib
 import re
 import sys
+from collections.abc import Iterator, Set
 
 import pytest
 
@@ -326,33 +328,80 @@ def test_relative_imports_are_resolved():
 
 
 def _unreached(sources: list[Source], words: set[str]) -> list[str]:
-  """Returns the modules that no other one imports and no word names."""
+  """Returns the modules that no other one imports and no word names.
+
+  Of modules of one name the words say which, with its folder.
+  """
   imported = {name for source in sources for name in _imports(*source)}
   # Tables name modules in strings, a package's contents without the package.
   for path, text in sources:
     imported |= {*re.findall(r'"(\w+(?:\.\w+)+)"', text)}
     if path.endswith("__init__.py"):
-      words = words | {*re.findall(r"\w+", text)}
+      inside, folder = {*re.findall(r"\w+", text)}, path.split("/")[-2]
+      words = words | inside | {f"{folder}.{word}" for word in inside}
   modules = [pathlib.PurePath(path).with_suffix("") for path, _ in sources]
+  count = collections.Counter(module.name for module in modules)
   return [
     str(module)
     for module in modules
     if ".".join(module.parts) not in imported
-    and module.name not in words | {"__init__", "__main__"}
+    and module.name not in ("__init__", "__main__")
+    and ".".join(module.parts[-1 if count[module.name] == 1 else -2 :])
+    not in words
   ]
+
+
+def _words(text: str) -> set[str]:
+  """Returns the words of a text, and pairs that a dot or a slash joins."""
+  text = re.sub(r"from ([\w.]+) import (\w+)", r"\1.\2", text)
+  pairs = re.findall(r"(?=\b(\w+)[./](\w+))", text)
+  return {*re.findall(r"\w+", text), *map(".".join, pairs)}
+
+
+def _texts(*patterns: str) -> Iterator[pathlib.Path]:
+  """Yields files that say what is used: run files, notebooks and pages."""
+  for folder in (*PACKAGES, "configs", "colab"):
+    for pattern in patterns:
+      yield from (ROOT / folder).rglob(pattern)
 
 
 def test_every_module_is_reached():
   """By another one, its package's contents, a run file, notebook or page."""
-  words = set(re.findall(r"\w+", (ROOT / "Makefile").read_text("utf-8")))
-  for folder in (*PACKAGES, "configs", "colab"):
-    for pattern in ("*.gin", "*.ipynb", "*.md"):
-      for path in (ROOT / folder).rglob(pattern):
-        words |= {*re.findall(r"\w+", path.read_text("utf-8"))}
+  words = _words((ROOT / "Makefile").read_text("utf-8"))
+  for path in _texts("*.gin", "*.ipynb", "*.md"):
+    words |= _words(path.read_text("utf-8"))
   assert not _unreached(_sources(), words)
   example = [("research/a.py", ""), ("research/b.py", "import research.a\n")]
   assert _unreached(example, set()) == ["research/b"]
   assert not _unreached(example, {"b"})
+  example.append(("research/c/b.py", ""))
+  assert _unreached(example, _words("import c.b")) == ["research/b"]
+
+
+_USED_ELSEWHERE = {
+  # Values that a user's run file or program may name, as others of their kind.
+  *("Recall", "mask_overlong", "min_to_go", "over_tokens"),
+  # Called by libraries: ast.NodeVisitor, yaml, lm_eval.
+  *("visit_ClassDef", "visit_Concat", "visit_FunctionDef"),
+  *("ignore_aliases", "loglikelihood_rolling"),
+}
+
+
+def _unused(texts: list[str], others: Set[str]) -> set[str]:
+  """Returns public functions and classes that nothing but a test names."""
+  words = collections.Counter(w for x in texts for w in re.findall(r"\w+", x))
+  definition = re.compile(r"^ *(?:def|class) ([A-Za-z]\w*)", re.MULTILINE)
+  names = {name for text in texts for name in definition.findall(text)}
+  return {name for name in names if words[name] == 1} - others
+
+
+def test_no_function_is_there_for_its_test_alone():
+  others = set(_USED_ELSEWHERE)
+  for path in (ROOT / "README.md", *_texts("*.gin", "*.ipynb", "*.md")):
+    others |= {*re.findall(r"\w+", path.read_text("utf-8"))}
+  assert not _unused([text for _, text in _sources()], others)
+  example = ["def a(): b()\nclass C:\n  def d(self): pass\n", "def b(): C"]
+  assert _unused(example, {"a"}) == {"d"}
 
 
 def test_top_level_holds_only_what_the_design_names():

@@ -68,15 +68,6 @@ def parse(text: str) -> Node:
   return tree
 
 
-def is_expression(text: str) -> bool:
-  """Whether `parse` takes a text."""
-  try:
-    parse(text)
-  except NotAnExpression:
-    return False
-  return True
-
-
 def rational(text: str) -> Fraction | None:
   """Returns the exact value of a constant expression.
 

@@ -8,7 +8,7 @@ text, and as many scores as steps exist.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from research.errors import UserError
@@ -174,23 +174,6 @@ class Trace:
   def text(self) -> str:
     """The steps' texts, joined."""
     return "".join(step.text for step in self.steps)
-
-  def with_scores(self, scores: Sequence[float | int]) -> "Trace":
-    """Returns the trace with a score for each step.
-
-    Raises:
-      UserError: there are not as many scores as steps.
-    """
-    if len(scores) != len(self.steps):
-      raise UserError(
-        f"Trace of {self.problem_id!r}: found {len(scores)} scores, expected"
-        f" {len(self.steps)}, one a step; does the scorer split it otherwise?"
-      )
-    scored = [
-      dataclasses.replace(step, score=float(score))
-      for step, score in zip(self.steps, scores, strict=True)
-    ]
-    return dataclasses.replace(self, steps=tuple(scored))
 
   def to_json(self) -> dict[str, Any]:
     """Returns the trace as a JSON object, without its empty fields."""

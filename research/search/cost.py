@@ -121,11 +121,6 @@ class ModelCost:
     """N: active parameters of all layers' products, without the head."""
     return sum(layer.matrices for layer in self.layers)
 
-  @property
-  def cache_per_token(self) -> int:
-    """Numbers that a token leaves in all layers' caches."""
-    return sum(layer.cache for layer in self.layers)
-
   @functools.cached_property
   def heads_widths(self) -> Mapping[int | None, int]:
     """The sum of `N H` over all layers with the same window."""

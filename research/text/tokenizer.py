@@ -128,10 +128,6 @@ class Tokenizer:
     """Returns the text of `ids`; invalid UTF-8 becomes U+FFFD."""
     return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
-  def stream_decoder(self, skip_special: bool = True) -> "StreamDecoder":
-    """Returns a decoder for a stream of ids."""
-    return StreamDecoder(self, skip_special)
-
   def chat(
     self,
     messages: Sequence[Mapping[str, Any]],

@@ -71,17 +71,6 @@ def lower_step(
   return program.lower(moving, state.frozen, batch, key)
 
 
-def compile_step(
-  step: Callable,
-  state: TrainState,
-  batch: Batch,
-  key: PRNGKey | jax.ShapeDtypeStruct,
-  state_transforms: Sequence[StateTransform] = (),
-) -> tuple[Callable, dict[str, float]]:
-  """Returns `compile_steps` of one shape of batches."""
-  return compile_steps(step, state, [batch], key, state_transforms)
-
-
 def compile_steps(
   step: Callable,
   state: TrainState,

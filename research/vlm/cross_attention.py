@@ -66,20 +66,6 @@ def add_layers(
   return tree.stack(tree.outer_params(params), layers, kinds)
 
 
-def remove_layers(model: Transformer, params: Params) -> dict[str, Any]:
-  """Returns the language model's own parameters; inverts `add_layers`.
-
-  Args:
-    model: the one without new layers.
-    params: of the model with them.
-  """
-  layers = [
-    {k: v for k, v in layer.items() if k != "cross"}
-    for layer in tree.layers(params)
-  ]
-  return tree.stack(tree.outer_params(params), layers, model.layer_kinds())
-
-
 def with_media(
   model: Transformer,
   params: Params,

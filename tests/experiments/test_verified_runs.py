@@ -74,6 +74,8 @@ def test_all_are_found():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_a_verified_task_starts(name, tmp_path, monkeypatch):
+  if "gym" in text_of_run(name):
+    pytest.importorskip("reasoning_gym")
   settings = CHANGED.get(name, {})
   settings |= {k: x for k, x in SMALL.items() if f"%{k}" in text_of_run(name)}
   lines = [f"{key}={value}" for key, value in settings.items()]

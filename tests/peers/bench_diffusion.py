@@ -230,8 +230,8 @@ def ours_train(runs: int) -> dict:
   model = it.model.clone(remat="names")
   loss = MaskedDiffusion(model=model, mask_id=MASK)
   key = jax.random.key(0)
-  run, cost = aot.compile_step(
-    step.make_train_step(loss, tx), begun, batch, key
+  run, cost = aot.compile_steps(
+    step.make_train_step(loss, tx), begun, [batch], key
   )
   frozen = begun.frozen
   held = [state.dataclasses.replace(begun, frozen=None)]

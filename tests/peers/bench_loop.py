@@ -159,7 +159,7 @@ def host(folder: pathlib.Path, steps: int = 400) -> dict:
   records = metrics.read_jsonl(folder / "run" / "metrics.jsonl")
   whole = [r["train/seconds"] for r in records if "train/seconds" in r][50:]
   begun = state.create(params, ".", tx)
-  update, _ = aot.compile_step(make_train_step(loss, tx), begun, first, key)
+  update, _ = aot.compile_steps(make_train_step(loss, tx), begun, [first], key)
   moving = state.dataclasses.replace(begun, frozen=None)
   bare = []
   for _ in range(steps):

@@ -137,7 +137,7 @@ def train(dtype: str, runs: int, steps: int, method=None) -> dict:
   )
   key = jax.random.key(0)
   update = step.make_train_step(objective.NextToken(model), tx)
-  run, cost = aot.compile_step(update, start, batch, key)
+  run, cost = aot.compile_steps(update, start, [batch], key)
   frozen = start.frozen
   held = {"state": start.__class__(
     start.step, start.trainable, None, start.opt_state

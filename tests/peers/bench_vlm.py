@@ -254,7 +254,7 @@ def ours(row: str, folder: str) -> dict:
     return timed(work, RUNS[size_of(row)]) | {"limit": limit}
   tx = optim.adamw(RATE, weight_decay=0.01, clip=None)
   start = state.create(loaded.params, ".", tx)
-  run, _ = aot.compile_step(step.make_train_step(loss, tx), start, rows, key)
+  run, _ = aot.compile_steps(step.make_train_step(loss, tx), start, [rows], key)
   frozen, now = start.frozen, dataclasses.replace(start, frozen=None)
 
   def one():

@@ -86,12 +86,6 @@ def interleaved(rows: int, heads: int) -> np.ndarray:
   return np.argsort(half_split(rows, heads))
 
 
-def permute_rows(tensor: Tensor, order: np.ndarray) -> Tensor:
-  """Returns `tensor` with its rows, whatever their type, in `order`."""
-  data = tensor.data.reshape(tensor.shape[0], -1)[order]
-  return dataclasses.replace(tensor, stored=data.reshape(-1))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Matrix:
   """A stored tensor in our order, to be read in parts; a vector is one row.

@@ -45,11 +45,6 @@ class StepScores(NamedTuple):
   accuracy: float
   first_error: float
 
-  @property
-  def prm_score(self) -> float:
-    """The mean of both F1."""
-    return (self.f1 + self.negative_f1) / 2
-
 
 def _f1(hit: int, false: int, missed: int) -> float:
   """Returns the F1, 0 where the class is neither there nor predicted."""

@@ -33,11 +33,6 @@ class Estimate(NamedTuple):
   seeds: int
 
   @property
-  def above_zero(self) -> bool:
-    """Whether the whole interval is."""
-    return self.low > 0
-
-  @property
   def half(self) -> float:
     """The larger distance of an end from the value, as after a ±."""
     return max(self.value - self.low, self.high - self.value)

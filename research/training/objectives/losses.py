@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research import weights
 from research.nn import collectives
 from research.optim import ranges
 from research.typing import Array, Float, Int, Shaped
@@ -54,22 +53,6 @@ class TokenLoss:
     ranges.non_negative("TokenLoss", z_loss=self.z_loss)
     ranges.share("TokenLoss", smoothing=self.smoothing)
     ranges.positive("TokenLoss", rows=self.rows)
-
-
-def linear_head(eq: str, softcap: float | None = None) -> Logits:
-  """Returns `logits(head, hidden)` for a head that is a single Weight.
-
-  Args:
-    eq: `"btd,dv->btv"` for a head [D, V], `"btd,vd->btv"` for a tied
-      embedding [V, D].
-    softcap: bound c of c * tanh(logits / c), or None.
-  """
-
-  def logits(head, hidden):
-    out = weights.einsum(eq, hidden, head)
-    return out if softcap is None else softcap * jnp.tanh(out / softcap)
-
-  return logits
 
 
 def token_losses(

@@ -131,10 +131,10 @@ def test_optimizers_lower_a_loss(name):
   rng = np.random.default_rng(1)
   batch = {"x": np.float32(rng.normal(size=(4, 8)))}
   batch["y"] = np.float32(rng.normal(size=(4, 5)))
-  update, _ = aot.compile_step(
+  update, _ = aot.compile_steps(
     step.make_train_step(Product(), made.optimizer),
     start,
-    batch,
+    [batch],
     jax.random.key(0),
     made.state_transforms,
   )

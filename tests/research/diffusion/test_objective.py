@@ -203,7 +203,7 @@ def test_a_sparse_loss_is_the_plain_one():
   head = jax.random.normal(k[1], (8, V))
   targets = jnp.arange(21).reshape(3, 7) % V
   weight = jnp.where(jax.random.uniform(k[2], (3, 7)) < 0.3, 2.0, 0.0)
-  logits = losses.linear_head("btd,dv->btv")
+  logits = support.linear_head("btd,dv->btv")
 
   def loss(head, hidden, sparse):
     how = losses.TokenLoss(rows=4, sparse=sparse)

@@ -107,7 +107,7 @@ def test_a_models_matrices_are_its_parameters():
   cost = costs.model_cost(model, outputs=1)
   assert cost.matrices == count(model, ("scale", "embed", "head")) - idle
   assert cost.head == 32  # a scalar's head
-  assert cost.cache_per_token == 3 * 2 * 2 * 8
+  assert sum(layer.cache for layer in cost.layers) == 3 * 2 * 2 * 8
   assert cost.two_n(10) == 20 * (cost.matrices + 32)
 
 

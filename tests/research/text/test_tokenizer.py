@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from research.text.tokenizer import StopStrings, Tokenizer
+from research.text.tokenizer import StopStrings, StreamDecoder, Tokenizer
 from research.typing import UserError
 from tests import support_text
 
@@ -73,7 +73,7 @@ TEXTS = [
 def test_round_trip_and_stream(bytes_, text):
   ids = bytes_.encode(text)
   assert bytes_.decode(ids) == text
-  stream = bytes_.stream_decoder()
+  stream = StreamDecoder(bytes_)
   pieces = [stream.feed([i]) for i in ids]
   assert not any("\ufffd" in piece for piece in pieces)
   assert "".join(pieces) + stream.flush() == text
@@ -88,7 +88,7 @@ def test_stream_of_any_bytes_is_their_lossy_text(bytes_):
   for trial in range(60):
     data = bytes(rng.choice(starts, size=int(rng.integers(1, 60))).tolist())
     ids = _ids(bytes_, data)
-    stream, out, at = bytes_.stream_decoder(), "", 0
+    stream, out, at = StreamDecoder(bytes_), "", 0
     while at < len(ids):
       n = int(rng.integers(1, 7))
       out += stream.feed(ids[at : at + n])
@@ -98,7 +98,7 @@ def test_stream_of_any_bytes_is_their_lossy_text(bytes_):
 
 
 def test_stream_does_not_hold_back_for_ever(bytes_):
-  stream = bytes_.stream_decoder()
+  stream = StreamDecoder(bytes_)
   ids = _ids(bytes_, b"\x80" * 64)
   assert len("".join(stream.feed([i]) for i in ids)) > 48
 
@@ -121,7 +121,7 @@ def test_stream_keeps_the_spaces_of_sentencepiece():
   to = tokenizer.backend.token_to_id
   names = ["\u2581caf", "<0xC3>", "<0xA9>", "\u2581a", "b", "\u2581", "\u2581a"]
   ids = [to(name) for name in names]
-  stream = tokenizer.stream_decoder()
+  stream = StreamDecoder(tokenizer)
   pieces = [stream.feed([i]) for i in ids]
   assert "".join(pieces) + stream.flush() == "caf\u00e9 ab  a"
   assert pieces[1:3] == ["", "\u00e9"]
@@ -142,7 +142,7 @@ def test_stream_keeps_the_spaces_behind_special_tokens(names, skip_special):
   backend.add_special_tokens(list(SPECIAL))
   tokenizer = Tokenizer(backend=backend)
   ids = [backend.token_to_id(name) for name in names]
-  stream = tokenizer.stream_decoder(skip_special)
+  stream = StreamDecoder(tokenizer, skip_special)
   out = "".join(stream.feed([i]) for i in ids) + stream.flush()
   assert out == backend.decode(ids, skip_special_tokens=skip_special)
 

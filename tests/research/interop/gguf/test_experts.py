@@ -13,7 +13,7 @@ from research.interop import convert, load, parts, sources
 from research.interop.gguf import Tensor, open_gguf, write_gguf
 from research.interop.gguf import recipe as gguf_recipe
 from research.interop.gguf import write as gguf_write
-from research.interop.gguf.read import interleaved, load_gguf, permute_rows
+from research.interop.gguf.read import interleaved, load_gguf
 from research.io import safetensors
 from research.lora.merge import changes
 from research.nn.moe.routing import Routing
@@ -28,6 +28,7 @@ from tests.research.interop.gguf.test_read import (
   logits,
   plain,
 )
+from tests.support_gguf import permute_rows
 
 EXPERTS = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 

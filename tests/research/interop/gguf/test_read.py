@@ -17,13 +17,13 @@ from research.interop.gguf.read import (
   half_split,
   interleaved,
   load_gguf,
-  permute_rows,
 )
 from research.interop.gguf.tensor_types import TYPES
 from research.io import safetensors
 from research.nn import rope
 from research.quant.formats import ggml
 from research.typing import UserError
+from tests.support_gguf import permute_rows
 
 GOLDEN = pathlib.Path(__file__).parents[3] / "golden"
 MODELS = GOLDEN / "models"

@@ -77,7 +77,7 @@ def test_an_evaluation_has_the_cross_entropy_alone(case, smoothing, z_loss):
 def test_equals_full_logits(case, rows, tied, softcap, smoothing, z_loss):
   eq = "btd,vd->btv" if tied else "btd,dv->btv"
   head = case["head"].T if tied else case["head"]
-  logits = losses.linear_head(eq, softcap)
+  logits = support.linear_head(eq, softcap)
   kind = losses.TokenLoss(z_loss, smoothing, rows)
 
   def ours(head, hidden, weight):
@@ -109,7 +109,7 @@ def test_gradient_of_an_adapter_on_the_head(case):
   k = jax.random.split(jax.random.key(1), 2)
   a = jax.random.normal(k[0], (2, D))
   b = jax.random.normal(k[1], (2, V))
-  logits = losses.linear_head("btd,dv->btv")
+  logits = support.linear_head("btd,dv->btv")
 
   def ours(a, b, hidden):
     head = lora(case["head"], a, b)
@@ -148,7 +148,7 @@ def test_a_packed_head_stays_packed():
   hidden = jax.random.normal(k[2], (B, T, 32))
   targets = jnp.arange(B * T).reshape(B, T) % V
   weight = jnp.ones((B, T))
-  logits = losses.linear_head("btd,vd->btv")
+  logits = support.linear_head("btd,vd->btv")
 
   def ours(hidden):
     return losses.chunked_cross_entropy(
@@ -180,7 +180,7 @@ def test_a_frozen_head_pays_for_no_gradient(case, trained, dots):
   def loss(some):
     x = {**case, **some}
     return losses.chunked_cross_entropy(
-      losses.linear_head("btd,dv->btv"),
+      support.linear_head("btd,dv->btv"),
       x["head"],
       x["hidden"],
       x["targets"],
@@ -200,7 +200,7 @@ def test_memory_does_not_hold_the_logits():
     jax.ShapeDtypeStruct((1, rows), jnp.float32),
   )
   loss = functools.partial(
-    losses.chunked_cross_entropy, losses.linear_head("btd,dv->btv")
+    losses.chunked_cross_entropy, support.linear_head("btd,dv->btv")
   )
   grad = jax.jit(jax.grad(lambda *x: loss(*x)[0], argnums=(0, 1)))
   stats = grad.lower(*shapes).compile().memory_analysis()
@@ -209,7 +209,7 @@ def test_memory_does_not_hold_the_logits():
 
 
 def test_large_logits_stay_finite(case):
-  logits = losses.linear_head("btd,dv->btv")
+  logits = support.linear_head("btd,dv->btv")
   value, grad = jax.jit(
     jax.value_and_grad(
       lambda h: losses.chunked_cross_entropy(
