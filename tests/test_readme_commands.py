@@ -85,7 +85,7 @@ ENTRIES = {
     )
   ),
   "make tour": Run(
-    ("text/pipeline.Step.set=('SEED={{seed}}', 'STEPS=2', 'WARMUP=1')",),
+    ("pipeline.Pipeline.overrides={{'text': ['STEPS=2', 'WARMUP=1']}}",),
     flags=("--only=^text",),
   ),
   "make test": NotRun("is this suite"),

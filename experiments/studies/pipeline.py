@@ -7,7 +7,6 @@ result says; a claim compares a number of two rows.
 """
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import json
@@ -32,6 +31,7 @@ from experiments.searching.pool import Searched
 from experiments.stages import running as training
 from experiments.studies import claims, pictures, protocol
 from experiments.studies.claims import Claim
+from experiments.studies.listed import from_mapping, with_systems
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from experiments.studies.search import pictures as search_pictures
 from experiments.studies.search import rounds, systems
@@ -105,29 +105,6 @@ class Step:
       yield value, dataclasses.replace(self, set=bindings, tries=())
 
 
-def from_mapping(of: type, fields: Any) -> Any:
-  """Returns a dataclass from its fields by name, as run files list them.
-
-  Raises:
-    UserError: it has no such field, or one is missing.
-  """
-  if isinstance(fields, of):
-    return fields
-  names = [f.name for f in dataclasses.fields(of)]
-  for name in fields:
-    if name not in names:
-      near = difflib.get_close_matches(name, names, 1)
-      hint = f"; did you mean {near[0]!r}?" if near else ""
-      raise UserError(
-        f"{of.__name__}: found the field {name!r}, expected some of"
-        f" {', '.join(names)}{hint}"
-      )
-  try:
-    return of(**fields)
-  except TypeError as error:
-    raise UserError(f"{of.__name__} {dict(fields)}: {error}") from error
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline(protocol.Study):
   """Commands, what they cost, and comparisons of what they reach.
@@ -138,29 +115,45 @@ class Pipeline(protocol.Study):
     columns: titles of the table of steps, with the metric of each (`claims`);
       steps without the first are left out; a title ends in a unit of `UNITS`.
     claims: about these metrics, each a `Claim` or its fields by name.
+    systems: searches, and what decides in each, by fields; all else names them
+      by their titles, or by a step's name if its own choice decides.
     shown: the systems of the table of searches.
-    comparisons: claims, each of two systems.
+    comparisons: claims, each of two systems, by fields.
     curves: systems of the picture by samples, one curve a budget.
     reports: more tables.
     seeds: of training and sampling; the problems are the same for all. None
       for one, where claims have errors over texts or are exact.
+    overrides: bindings behind those of a step, by its name.
   """
 
   steps: Sequence[Step | Mapping[str, Any]]
   columns: Mapping[str, claims.Metric] = dataclasses.field(default_factory=dict)
   claims: Sequence[Claim | Mapping[str, Any]] = ()
-  shown: tuple[System, ...] = ()
-  comparisons: tuple[Comparison, ...] = ()
-  curves: tuple[System, ...] = ()
-  reports: tuple[Report, ...] = ()
+  systems: Sequence[System | Mapping[str, Any]] = ()
+  shown: Sequence[System | str] = ()
+  comparisons: Sequence[Comparison | Mapping[str, Any]] = ()
+  curves: Sequence[System | str] = ()
+  reports: Sequence[Report] = ()
   seeds: int | None = 3
+  overrides: Mapping[str, Sequence[str]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def __post_init__(self):
-    for field, of in ("steps", Step), ("claims", Claim):
+    kinds = dict(
+      steps=Step, claims=Claim, systems=System, comparisons=Comparison
+    )
+    for field, of in kinds.items():
       made = tuple(from_mapping(of, x) for x in getattr(self, field))
       object.__setattr__(self, field, made)
     names = [step.name for step in self.steps]
     protocol.distinct(names, "Pipeline.steps")
+    self._override(names)
+    known = {name: System(step=name) for name in names}
+    known |= {system.name: system for system in self.systems}
+    for field in ("shown", "comparisons", "curves", "reports"):
+      made = with_systems(tuple(getattr(self, field)), known, named=True)
+      object.__setattr__(self, field, made)
     every = [*self.shown, *self.curves]
     every += [x for c in self.comparisons for x in (c.first, c.second)]
     every += [x for report in self.reports for x in report.systems]
@@ -171,6 +164,20 @@ class Pipeline(protocol.Study):
         f"Pipeline: found a claim or a system of the step {name!r}, expected"
         f" one of {', '.join(names)}"
       )
+
+  def _override(self, names: Sequence[str]) -> None:
+    """Puts the overrides behind the bindings of their steps."""
+    for name in self.overrides:
+      if name not in names:
+        raise UserError(
+          f"Pipeline.overrides: found the step {name!r}, expected one of"
+          f" {', '.join(names)}"
+        )
+    steps = [
+      dataclasses.replace(x, set=(*x.set, *self.overrides.get(x.name, ())))
+      for x in self.steps
+    ]
+    object.__setattr__(self, "steps", tuple(steps))
 
   @property
   def arms(self) -> list[str]:
@@ -250,12 +257,12 @@ class Pipeline(protocol.Study):
 
   def _metrics(self, rows: Rows) -> Lines:
     """Returns a line for each step that has the first column's metric."""
-    lines = []
-    first = next(iter(self.columns.values()))
-    for step in self.steps:
+    lines: Lines = []
+    first = [*self.columns.values()][:1]
+    for step in self.steps if first else ():
       seeds = self._rows_of(step.name, rows)
       line: dict[str, Any] = {}
-      if not seeds or not claims.has(seeds[0], first):
+      if not seeds or not claims.has(seeds[0], first[0]):
         continue
       for title, metric in self.columns.items():
         if claims.has(seeds[0], metric):

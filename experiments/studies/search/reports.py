@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.core.stats import Mean
+from experiments.studies.listed import NAMED, from_mapping
 from experiments.studies.protocol import Lines, Row
 from experiments.studies.search import systems
 from experiments.studies.search.systems import System
@@ -21,6 +22,9 @@ from research.typing import UserError
 Found = Callable[[System], list[Row]]
 """A system's rows that are there, a seed after the other."""
 
+Named = Sequence[System | str]
+"""Systems, or their names in a study."""
+
 LEVELS = "easy (from 50%)", "medium (from 10%)", "hard"
 """Names of the levels of `optimal.absolute_bins`."""
 
@@ -28,7 +32,7 @@ LEVELS = "easy (from 50%)", "medium (from 10%)", "hard"
 class Report(abc.ABC):
   """A table of a study of commands. Reports are frozen dataclasses."""
 
-  systems: tuple[System, ...]
+  systems: Named
   """Those whose rows it needs."""
 
   @abc.abstractmethod
@@ -48,7 +52,7 @@ class RewardModels(Report):
     systems: steps that trained one.
   """
 
-  systems: tuple[System, ...]
+  systems: Named = dataclasses.field(metadata=NAMED)
 
   def lines(self, found: Found) -> Lines:
     """Returns a line for each model that is there, and one of chance."""
@@ -82,10 +86,10 @@ class Budgets(Report):
     pools: of independent samples.
   """
 
-  pools: tuple[System, ...]
+  pools: Named = dataclasses.field(metadata=NAMED)
 
   @property
-  def systems(self) -> tuple[System, ...]:
+  def systems(self) -> Named:
     """The pools."""
     return self.pools
 
@@ -126,8 +130,8 @@ class Removed:
   """
 
   part: str
-  system: System
-  models: tuple[System, ...]
+  system: System | str = dataclasses.field(metadata=NAMED)
+  models: Named = dataclasses.field(metadata=NAMED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,11 +146,17 @@ class Ablation(Report):
     without: the same without one of them each.
   """
 
-  whole: Removed
-  without: tuple[Removed, ...]
+  whole: Removed | Mapping[str, Any]
+  without: Sequence[Removed | Mapping[str, Any]]
+
+  def __post_init__(self):
+    whole = from_mapping(Removed, self.whole)
+    without = tuple(from_mapping(Removed, x) for x in self.without)
+    object.__setattr__(self, "whole", whole)
+    object.__setattr__(self, "without", without)
 
   @property
-  def systems(self) -> tuple[System, ...]:
+  def systems(self) -> Named:
     """Those of all lines, and what trained their models."""
     every = (self.whole, *self.without)
     return tuple(x for one in every for x in (one.system, *one.models))
@@ -204,11 +214,11 @@ class ByDifficulty(Report):
     compared: the systems.
   """
 
-  pool: System
-  compared: tuple[System, ...]
+  pool: System | str = dataclasses.field(metadata=NAMED)
+  compared: Named = dataclasses.field(metadata=NAMED)
 
   @property
-  def systems(self) -> tuple[System, ...]:
+  def systems(self) -> Named:
     """All of them."""
     return (self.pool, *self.compared)
 
@@ -287,7 +297,7 @@ class WrongSolutions(Report):
     least: share of all samples that a kind needs for a line of its own.
   """
 
-  systems: tuple[System, ...]
+  systems: Named = dataclasses.field(metadata=NAMED)
   least: float | int = 0.02
 
   def lines(self, found: Found) -> Lines:
@@ -320,12 +330,12 @@ class Extrapolated(Report):
     budgets: numbers of samples of the table, at most the pool's.
   """
 
-  pool: System
+  pool: System | str = dataclasses.field(metadata=NAMED)
   fitted: int = 16
   budgets: tuple[int, ...] = (1, 4, 16, 40, 80, 160)
 
   @property
-  def systems(self) -> tuple[System, ...]:
+  def systems(self) -> Named:
     """The pool."""
     return (self.pool,)
 
@@ -376,7 +386,7 @@ class Noisy:
     wrong: chance that a wrong one is.
   """
 
-  system: System
+  system: System | str = dataclasses.field(metadata=NAMED)
   right: float | int
   wrong: float | int
 
@@ -420,10 +430,14 @@ class NoisePlateau(Report):
     verifiers: each with its rates.
   """
 
-  verifiers: tuple[Noisy, ...]
+  verifiers: Sequence[Noisy | Mapping[str, Any]]
+
+  def __post_init__(self):
+    verifiers = tuple(from_mapping(Noisy, x) for x in self.verifiers)
+    object.__setattr__(self, "verifiers", verifiers)
 
   @property
-  def systems(self) -> tuple[System, ...]:
+  def systems(self) -> Named:
     """Those of all verifiers."""
     return tuple(x.system for x in self.verifiers)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.studies.listed import NAMED
 from experiments.studies.protocol import Lines, Row
-from experiments.studies.search.reports import Found, Report
-from experiments.studies.search.systems import System
+from experiments.studies.search.reports import Found, Named, Report
 from research.prm.scored_task import VERIFIED
 from research.training.reports import plots
 
@@ -60,7 +60,7 @@ class Optimized(Report):
     systems: steps that trained a policy by rewards.
   """
 
-  systems: tuple[System, ...]
+  systems: Named = dataclasses.field(metadata=NAMED)
 
   def lines(self, found: Found) -> Lines:
     """Returns a line for each policy that is there."""

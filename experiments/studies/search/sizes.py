@@ -7,12 +7,13 @@ beyond the ladder's ends only a bound is known, and is shown as one.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from experiments.studies.listed import NAMED, from_mapping
 from experiments.studies.protocol import Lines
 from experiments.studies.search import systems
-from experiments.studies.search.reports import Found, Report
+from experiments.studies.search.reports import Found, Named, Report
 from experiments.studies.search.systems import System
 from research.search.protocols import EffectiveSize, effective_size
 from research.typing import UserError
@@ -36,7 +37,7 @@ class Rung:
     parameters: number, counted alike for all of the ladder.
   """
 
-  system: System
+  system: System | str = dataclasses.field(metadata=NAMED)
   parameters: int
 
 
@@ -57,10 +58,12 @@ class EffectiveSizes(Report):
     compared: systems to measure.
   """
 
-  ladder: tuple[Rung, ...]
-  compared: tuple[System, ...]
+  ladder: Sequence[Rung | Mapping[str, Any]]
+  compared: Named = dataclasses.field(metadata=NAMED)
 
   def __post_init__(self):
+    ladder = tuple(from_mapping(Rung, x) for x in self.ladder)
+    object.__setattr__(self, "ladder", ladder)
     sizes = [x.parameters for x in self.ladder]
     rising = all(a < b for a, b in itertools.pairwise(sizes))
     if len(sizes) < 2 or sizes[0] < 1 or not rising:
@@ -70,7 +73,7 @@ class EffectiveSizes(Report):
       )
 
   @property
-  def systems(self) -> tuple[System, ...]:
+  def systems(self) -> Named:
     """The ladder's, then those that are compared."""
     return (*(x.system for x in self.ladder), *self.compared)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.core.stats import Mean, above, mean
+from experiments.studies.listed import NAMED
 from experiments.studies.protocol import Row, Verdict
 from research.search.estimators import pool as estimators
 from research.search.estimators.intervals import paired_difference
@@ -49,8 +50,8 @@ class Comparison:
   """
 
   claim: str
-  first: System
-  second: System
+  first: System | str = dataclasses.field(metadata=NAMED)
+  second: System | str = dataclasses.field(metadata=NAMED)
   within: float | int | None = None
   least: float | int = 0.0
 

@@ -12,6 +12,7 @@ from experiments.searching import running
 from experiments.studies import protocol
 from experiments.studies.claims import Claim
 from experiments.studies.pipeline import Pipeline, Step
+from experiments.studies.search import reports
 from experiments.studies.search.systems import Comparison, System
 from research.typing import UserError
 from tests.experiments.searching import parity
@@ -132,6 +133,13 @@ def test_an_experiment_has_what_its_claims_name(path, arm, setting):
   }
   assert len(set(settings.values())) == len(settings)
   assert setting in settings[arm]
+
+
+def test_without_columns_and_systems_there_is_no_picture(tmp_path):
+  """Searches and trainings without a table of their own are studies, too."""
+  rows = {"every, seed 0": {"accuracy": 0.5}}
+  Pipeline(steps=(EVERY,), seeds=1).plot(rows, tmp_path, "title")
+  assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
@@ -256,3 +264,31 @@ def test_settings_have_what_a_run_file_of_flags_says():
   """A row is of another run file, or of other bindings, where these are."""
   text = SMALL.settings("int4, seed 0")
   assert "affine.Affine.bits = %BITS" in text and "BLOCK = 8" in text
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    (dict(shown=["ever"]), "system of the step 'ever'.*did you mean 'every'"),
+    (dict(overrides={"evry": []}), "overrides: found the step 'evry'"),
+  ],
+)
+def test_a_name_that_no_step_or_system_has_is_refused(fields, message):
+  with pytest.raises(UserError, match=message):
+    Pipeline(steps=(EVERY,), **fields)
+
+
+def test_systems_are_named_and_steps_overridden():
+  listed = Pipeline(
+    steps=[EVERY],
+    systems=[{"title": "two", "step": "every", "checked": 2}],
+    shown=["two", "every"],
+    comparisons=[{"claim": "c", "first": "two", "second": "every"}],
+    reports=[reports.Budgets(pools=["every"])],
+    overrides={"every": ["N=2"]},
+  )
+  two = System(step="every", title="two", checked=2)
+  assert listed.shown == (two, System(step="every"))
+  assert listed.comparisons[0].first == two
+  assert listed.reports[0].systems == (System(step="every"),)
+  assert listed.steps[0].set == (*EVERY.set, "N=2")

@@ -5,6 +5,7 @@ Its own commands, run by `experiments.study`: three numbers, widths of 24 and
 """
 
 import collections
+import dataclasses
 import json
 import math
 import pathlib
@@ -45,18 +46,17 @@ SMALL = {
 
 SYSTEMS = """
 pipeline.Pipeline.seeds = 2
-pipeline.Pipeline.shown = (
-    @s_greedy/systems.System(), @s_beam4/systems.System(),
-    @s_pool/systems.System(), @s_check4/systems.System(),
-    @l_greedy/systems.System())
-pipeline.Pipeline.curves = (@pools/systems.System(),)
-pipeline.Pipeline.comparisons = (
-    @c1/systems.Comparison(), @c3/systems.Comparison(),
-    @c8/systems.Comparison(), @c12/systems.Comparison())
-sizes.EffectiveSizes.compared = (@s_beam4/systems.System(),)
-small/sizes.Rung.parameters = 13944
-large/sizes.Rung.parameters = 98368
+pipeline.Pipeline.shown = [
+  'small, greedy', 'small, beam of 4 (2 x 2)', 'small, best of 16, product',
+  'small, exact check of 4', 'large, greedy']
+pipeline.Pipeline.curves = ['small']
+sizes.EffectiveSizes.compared = ['small, beam of 4 (2 x 2)']
+sizes.EffectiveSizes.ladder = [
+  {'system': 'small, greedy', 'parameters': 13944},
+  {'system': 'large, greedy', 'parameters': 98368}]
 """
+COMPARED = 0, 2, 7, 11
+"""Of the experiment's comparisons."""
 
 # Of a model of two layers: parameters of its products, without the head.
 MATRICES = {24: 2 * (4 * 24**2 + 3 * 24 * 64)}
@@ -65,20 +65,29 @@ PROMPT = 6
 
 def study_file(folder: pathlib.Path) -> pathlib.Path:
   """Writes a run file of the experiment with small settings of its steps."""
-  steps = config.read(RUN, root=protocol.Run).experiment.study.steps
-  lines = ["from __gin__ import dynamic_registration", f"include '{RUN}'"]
-  lines += [
-    f"from experiments.studies.search import {x}"
-    for x in ("pipeline", "sizes", "systems")
+  study = config.read(RUN, root=protocol.Run).experiment.study
+  names = {*ONCE, *TWICE}
+  steps = [
+    dataclasses.asdict(x) | ({"seeds": 1} if x.name in ONCE else {})
+    for x in study.steps
+    if x.name in names
   ]
-  names = [x.name for x in steps if x.name in (*ONCE, *TWICE)]
-  every = ", ".join(f"@{name}/pipeline.Step()" for name in names)
-  lines.append(f"pipeline.Pipeline.steps = ({every})")
-  for step in steps:
-    if step.name in names:
-      given = (*step.set, *SMALL.get(step.name, SEARCH))
-      lines.append(f"{step.name}/pipeline.Step.set = {given!r}")
-  lines += [f"{name}/pipeline.Step.seeds = 1" for name in ONCE]
+  compared = [
+    dataclasses.asdict(x) | {"first": x.first.name, "second": x.second.name}
+    for x in (study.comparisons[i] for i in COMPARED)
+  ]
+  systems = [dataclasses.asdict(x) for x in study.systems if x.step in names]
+  overrides = {x["name"]: SMALL.get(x["name"], SEARCH) for x in steps}
+  lines = [
+    "from __gin__ import dynamic_registration",
+    f"include '{RUN}'",
+    "from experiments.studies import pipeline",
+    "from experiments.studies.search import sizes",
+    f"pipeline.Pipeline.steps = {steps!r}",
+    f"pipeline.Pipeline.systems = {systems!r}",
+    f"pipeline.Pipeline.comparisons = {compared!r}",
+    f"pipeline.Pipeline.overrides = {overrides!r}",
+  ]
   file = folder / "small.gin"
   file.write_text("\n".join(lines) + SYSTEMS)
   return file
