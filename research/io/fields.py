@@ -1,7 +1,7 @@
 """Typed access to a JSON object from a stranger's file."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from research.errors import UserError
@@ -77,6 +77,17 @@ class Fields:
     if x is not None and not isinstance(x, dict):
       raise self.wrong(name, "an object or null")
     return Fields(x, f"{self.where}: {name}") if x else None
+
+  def known(self, names: Collection[str]) -> None:
+    """Raises UserError for a field with another name.
+
+    What a file says is applied, or refused by name.
+    """
+    if unknown := sorted(set(self.values) - set(names)):
+      raise UserError(
+        f"{self.where}: {unknown[0]!r} is not understood, expected one of"
+        f" {', '.join(sorted(names))}"
+      )
 
   def neutral(self, allowed: Mapping[str, Sequence[Any]]) -> None:
     """Raises UserError unless each field has a value that means "off"."""

@@ -7,6 +7,7 @@ products without a sign; anything else is refused.
 
 import dataclasses
 import math
+import operator
 import re
 from fractions import Fraction
 
@@ -19,6 +20,14 @@ MAX_BITS = 1 << 12
 
 FUNCTIONS = "sqrt", "log", "ln", "sin", "cos", "tan"
 CONSTANTS = "pi", "inf"
+ARITHMETIC = {
+  "+": operator.add,
+  "-": operator.sub,
+  "*": operator.mul,
+  "/": operator.truediv,
+}
+"""Kind of a node -> its value by those of its operands, of any type."""
+
 _TOKEN = re.compile(
   r"\s*(?:(\d+\.?\d*|\.\d+)|(sqrt|log|ln|sin|cos|tan|pi|inf|[a-z])"
   r"|([-+*/^()]))"
@@ -91,20 +100,16 @@ def value_of(node: Node) -> Fraction | None:
   inner = [value_of(x) for x in node.inner]
   if node.kind == "name" or None in inner:
     return None
-  a, b = (*inner, None)[:2]
+  if node.kind in ARITHMETIC:
+    return ARITHMETIC[node.kind](*inner)
   if node.kind == "^":
-    return _power(a, b)
+    return _power(*inner)
   if node.kind == "sqrt":
+    [a] = inner
     roots = [math.isqrt(max(x, 0)) for x in (a.numerator, a.denominator)]
     exact = Fraction(*roots) ** 2 == a
     return Fraction(*roots) if exact else None
-  if node.kind == "+":
-    return a + b
-  if node.kind == "-":
-    return a - b
-  if node.kind == "*":
-    return a * b
-  return a / b if node.kind == "/" else None
+  return None
 
 
 def _power(a: Fraction, b: Fraction) -> Fraction | None:

@@ -9,6 +9,7 @@ Every operation is on 60 digits: it takes microseconds, also where sympy hangs.
 import decimal
 import functools
 import hashlib
+import operator
 import random
 from decimal import Decimal
 
@@ -23,6 +24,12 @@ _CONTEXT = decimal.Context(
 )
 _PI = Decimal("3.141592653589793238462643383279502884197169399375105820974944")
 _SIGNS = (1, 1), (-1, 1), (1, -1), (-1, -1)  # of letters in a-m, and in n-z
+_OPERATIONS = expressions.ARITHMETIC | {
+  "^": operator.pow,
+  "sqrt": Decimal.sqrt,
+  "log": Decimal.ln,
+  "ln": Decimal.ln,
+}
 
 
 class _NoValue(Exception):
@@ -77,22 +84,10 @@ def _value(node: expressions.Node, point: int) -> Decimal:
     if node.name == "inf":
       raise _NoValue
     return _PI if node.name == "pi" else _letter(node.name, point)
-  a, b = (*(_value(x, point) for x in node.inner), None)[:2]
-  if node.kind == "+":
-    return a + b
-  if node.kind == "-":
-    return a - b
-  if node.kind == "*":
-    return a * b
-  if node.kind == "/":
-    return a / b
-  if node.kind == "^":
-    return a**b
-  if node.kind == "sqrt":
-    return a.sqrt()
-  if node.kind in ("log", "ln"):
-    return a.ln()
-  return _trigonometric(node.kind, a)
+  inner = [_value(x, point) for x in node.inner]
+  if node.kind in _OPERATIONS:
+    return _OPERATIONS[node.kind](*inner)
+  return _trigonometric(node.kind, *inner)
 
 
 def _trigonometric(kind: str, angle: Decimal) -> Decimal:

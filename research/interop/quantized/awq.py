@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from research.interop.quantized import gptq
 from research.interop.quantized.integers import Integers
 from research.io.fields import Fields
 from research.quant.formats.affine import Affine
@@ -23,6 +24,15 @@ from research.typing import UserError
 METHOD = "awq"
 MARK = "qweight"
 NAMES = ("qweight", "qzeros", "scales")
+
+_VERSION = ("version", "format", "checkpoint_format")
+"""Fields that name the layout: of AutoAWQ, of transformers, of gptqmodel."""
+
+_FIELDS = {
+  *gptq.FIELDS,
+  *("zero_point", "version"),
+  *("do_fuse", "fuse_max_seq_len", "modules_to_fuse"),
+}
 
 _SCALES = ("float16", "bfloat16", "float32")
 
@@ -52,20 +62,26 @@ def parse(values: Mapping[str, Any], where: str) -> Scheme:
   """
   old = {"w_bit": "bits", "q_group_size": "group_size"}
   given = {old.get(name, name): x for name, x in values.items()}
-  fields = Fields(
-    given, where, dict(group_size=128, version="gemm", zero_point=True)
-  )
+  fields = Fields(given, where, dict(group_size=128, zero_point=True))
+  fields.known(_FIELDS)
+  fields.neutral(gptq.NEUTRAL | {"desc_act": (None, False)})
   if fields.integer("bits") != 4:
     raise fields.wrong("bits", "4")
-  version = fields.get("version")
-  if not isinstance(version, str) or version.lower() not in ("gemm", "gemv"):
-    raise fields.wrong("version", "'gemm' or 'gemv'")
+  names = [x for x in _VERSION if fields.get(x) is not None]
+  versions = [str(fields.get(name)).lower() for name in names] or ["gemm"]
+  for name, version in zip(names, versions, strict=False):
+    if version not in ("gemm", "gemv"):
+      raise fields.wrong(name, "'gemm' or 'gemv'")
+    if version != versions[0]:
+      raise fields.wrong(name, f"{versions[0]!r} as {names[0]}")
+  if fields.get("backend") == "llm-awq":
+    raise fields.wrong("backend", "any other: its layout is not supported")
   # Of symmetric grids gptqmodel says false, and stores their zeros even so.
   fields.flag("zero_point")
   group = fields.get("group_size")
   if group != -1:
     group = fields.integer("group_size")
-  return Scheme(group=max(group, 0), version=version.lower())
+  return Scheme(group=max(group, 0), version=versions[0])
 
 
 def config(scheme: Scheme) -> dict[str, Any]:

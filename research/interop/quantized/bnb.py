@@ -39,6 +39,15 @@ FLAGS = ("load_in_4bit", "load_in_8bit")
 THRESHOLD = 6.0
 """`llm_int8_threshold` where a config leaves it out."""
 
+_FIELDS = {
+  *("quant_method", *FLAGS, *(f"_{name}" for name in FLAGS)),
+  *("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+  *("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"),
+  *("llm_int8_threshold", "llm_int8_has_fp16_weight"),
+  *("llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload"),
+}
+"""Of a config; types, nesting and skipped modules are asked of the tensors."""
+
 _STATE = STATE.removeprefix(".weight.")
 _DTYPES = ("float32", "bfloat16", "float16")
 _MOST_JSON = 4096
@@ -69,6 +78,7 @@ def parse(values: Mapping[str, Any], where: str) -> Scheme:
     UserError: a field is wrong, or means what is not supported.
   """
   fields = Fields(values, where, dict(llm_int8_threshold=THRESHOLD))
+  fields.known(_FIELDS)
   four, eight = map(fields.flag, FLAGS)
   if four == eight:
     raise fields.wrong("load_in_4bit", "it or load_in_8bit to be true")

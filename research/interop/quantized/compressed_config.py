@@ -143,7 +143,7 @@ def parse(values: Mapping[str, Any], where: str) -> Config:
     if str(top.get("quant_method")).startswith("modelopt"):
       hint = "; ModelOpt's scale of a matrix is the reciprocal: convert first"
     raise top.wrong("quant_method", repr(METHOD) + hint)
-  _known(top, _TOP)
+  top.known(_TOP)
   for name in ("sparsity_config", "transform_config", "moe_sparsity_config"):
     found = top.object(name)
     if found is not None and set(found.values) != {"format"}:
@@ -166,7 +166,7 @@ def _group(groups: Fields, name: str, default: Any):
   group = groups.object(name)
   if group is None:
     raise groups.wrong(name, "an object with targets and weights")
-  _known(group, _GROUP)
+  group.known(_GROUP)
   targets = _names(group, "targets")
   weights = group.object("weights")
   if weights is None:
@@ -184,7 +184,7 @@ def _group(groups: Fields, name: str, default: Any):
 
 
 def _scheme(weights: Fields, form: Any, activations: str | None) -> Scheme:
-  _known(weights, _WEIGHTS)
+  weights.known(_WEIGHTS)
   kind = str(weights.get("type") or "int").lower()
   bits = weights.integer("num_bits", 1, 8) if weights.get("num_bits") else 8
   if kind not in ("int", "float"):
@@ -287,15 +287,6 @@ def _names(fields: Fields, name: str) -> tuple[str, ...]:
           f"{error}"
         ) from error
   return tuple(found)
-
-
-def _known(fields: Fields, names: set[str]) -> None:
-  unknown = sorted(set(fields.values) - names)
-  if unknown:
-    raise UserError(
-      f"{fields.where}: {unknown[0]!r} is not understood, expected "
-      f"{', '.join(sorted(names))}"
-    )
 
 
 def write(

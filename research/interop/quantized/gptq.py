@@ -26,6 +26,32 @@ NAMES = ("qweight", "qzeros", "scales", "g_idx")
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 BITS = (2, 3, 4, 8)
 
+FIELDS = {
+  *("quant_method", "bits", "group_size", "sym", "desc_act", "lm_head"),
+  *("format", "checkpoint_format", "dynamic", "is_marlin_format"),
+  *("pack_dtype", "adapter", "rotation"),
+  # How codes were found.
+  *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups"),
+  *("act_group_aware", "mse", "dataset", "tokenizer", "batch_size"),
+  *("pad_token_id", "model_seqlen", "max_input_length", "cache_block_outputs"),
+  *("cache_examples_on_gpu", "block_name_to_quantize", "meta", "quantizer"),
+  *("module_name_preceding_first_block", "modules_in_block_to_quantize"),
+  *("model_name_or_path", "model_file_base_name"),
+  # How programs run them.
+  *("backend", "use_cuda_fp16", "use_exllama", "disable_exllama"),
+  *("exllama_config", "modules_to_not_convert"),
+}
+"""Of a config; which modules are packed is asked of the tensors."""
+
+NEUTRAL = {
+  "dynamic": (None, {}),
+  "is_marlin_format": (None, False),
+  "pack_dtype": (None, "int32"),
+  "adapter": (None,),
+  "rotation": (None,),
+}
+"""Fields that must not change anything."""
+
 _SCALES = ("float16", "bfloat16", "float32")
 
 
@@ -66,6 +92,7 @@ def parse(values: Mapping[str, Any], where: str) -> Scheme:
     UserError: a field is wrong, or means what is not supported.
   """
   fields = Fields(values, where, dict(group_size=128, sym=True))
+  fields.known(FIELDS)
   bits = fields.integer("bits")
   if bits not in BITS:
     raise fields.wrong("bits", f"one of {', '.join(map(str, BITS))}")
@@ -76,14 +103,7 @@ def parse(values: Mapping[str, Any], where: str) -> Scheme:
   version = fields.get(name)
   if version is not None and version not in [*VERSIONS]:
     raise fields.wrong(name, f"one of {', '.join(VERSIONS)}")
-  fields.neutral(
-    {
-      "dynamic": (None, {}),
-      "is_marlin_format": (None, False),
-      "pack_dtype": (None, "int32"),
-      "adapter": (None,),
-    }
-  )
+  fields.neutral(NEUTRAL)
   return Scheme(
     bits=bits,
     group=max(group, 0),

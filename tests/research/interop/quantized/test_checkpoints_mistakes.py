@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from research.interop.quantized import awq, bnb, checkpoint_formats, gptq
+from research.interop.quantized import (
+  awq,
+  bnb,
+  checkpoint_formats,
+  compressed_config,
+  gptq,
+)
 from research.quant import qtensor
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
@@ -237,6 +243,57 @@ def test_mistakes_in_the_config_of_bitsandbytes(said, message):
     (bnb.config("fp4", True, "float32"), bnb.Scheme(4)),
   ):
     assert bnb.parse(config, "c") == scheme
+
+
+@pytest.mark.parametrize(
+  ("parse", "said"),
+  [
+    (gptq.parse, gptq.config(gptq.Scheme(group=32))),
+    (awq.parse, awq.config(awq.Scheme())),
+    (bnb.parse, bnb.config("nf4", False, "float32")),
+    (
+      compressed_config.parse,
+      compressed_config.write(
+        {"w": compressed_config.Scheme("pack-quantized", 4, group=32)}
+      ),
+    ),
+  ],
+)
+def test_what_a_config_says_is_applied_or_refused_by_name(parse, said):
+  parse(said, "c")
+  with pytest.raises(UserError, match="c: 'turned' is not understood"):
+    parse(said | {"turned": True}, "c")
+
+
+def test_what_only_made_the_codes_or_places_them_changes_nothing():
+  made = dict(damp_percent=0.1, true_sequential=True, meta={"a": 1})
+  run = dict(use_exllama=False, backend="auto", modules_to_not_convert=["x"])
+  for it in (gptq, awq):
+    said = it.config(it.Scheme(group=32))
+    assert it.parse(said | made | run, "c") == it.Scheme(group=32)
+  said = bnb.config("nf4", False, "float32")
+  said |= {f"_{x}": said[x] for x in ("load_in_4bit", "load_in_8bit")}
+  said |= {"llm_int8_enable_fp32_cpu_offload": True}
+  assert bnb.parse(said, "c") == bnb.Scheme(4)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(format="llm-awq", version=None), "format is 'llm-awq', expected"),
+    (dict(format="gemm", version="gemv"), "format is 'gemm', expected 'gemv'"),
+    (dict(backend="llm-awq"), "backend is 'llm-awq', expected any other"),
+    (dict(desc_act=True), "desc_act is True, expected None or False"),
+    (dict(dynamic={"-:x": {}}), "dynamic is .*not supported"),
+  ],
+)
+def test_layouts_of_awq_by_other_fields_are_refused(changes, message):
+  """A file without `version` has `format`, as transformers reads it."""
+  said = awq.config(awq.Scheme())
+  with pytest.raises(UserError, match=message):
+    awq.parse(said | changes, "c")
+  said.pop("version")
+  assert awq.parse(said | dict(format="gemv"), "c").version == "gemv"
 
 
 def test_codes_too_wide_are_not_packed():

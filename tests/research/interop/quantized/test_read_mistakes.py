@@ -100,7 +100,7 @@ def transposed(tensors):
     (None, dict(quant_method=None), "quant_method is None"),
     (
       None,
-      dict(quant_method="awq"),
+      dict(quant_method="awq", checkpoint_format="gemm", desc_act=False),
       "layers.0.mlp.down_proj: 12 inputs are no",
     ),
     (None, dict(bits=8), "down_proj: 64 outputs of 48 inputs"),
