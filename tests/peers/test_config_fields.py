@@ -7,23 +7,13 @@ changes, so must our model, and only then; or the field is refused by name.
 
 import json
 
+import families
 import numpy as np
 import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-SIZES = dict(
-  vocab_size=32,
-  hidden_size=16,
-  intermediate_size=24,
-  num_hidden_layers=2,
-  num_attention_heads=2,
-  num_key_value_heads=1,
-  head_dim=8,
-  max_position_embeddings=64,
-  tie_word_embeddings=True,
-)
 CHANGES = dict(
   attention_bias=True,
   mlp_bias=True,
@@ -53,22 +43,10 @@ CHANGES = dict(
   logits_scaling=2.0,
   embedding_multiplier=2.0,
 )
-KINDS = {
-  "llama": {},
-  "mistral": dict(sliding_window=6),
-  "mixtral": dict(num_local_experts=4, sliding_window=6),
-  "qwen2": {},
-  "qwen3": {},
-  "qwen3_moe": dict(
-    sliding_window=6,
-    num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=8,
-  ),
-  "gemma": {},
-  "gemma2": dict(sliding_window=6),
-  "gemma3_text": dict(sliding_window=6),
-}
+KINDS = (
+  *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
+  *("gemma", "gemma2", "gemma3"),
+)
 READ = """
 import json, sys
 from research.errors import UserError
@@ -88,14 +66,14 @@ print(json.dumps([x if isinstance(x, str) else x != plain for x in changed]))
 
 
 def config_of(kind, **changes):
-  return dict(model_type=kind, **SIZES | KINDS[kind] | changes)
+  return families.FAMILIES[kind].config | {"num_hidden_layers": 2} | changes
 
 
 def logits(values, weights=None):
   """Returns (logits, weights) of a config.json; those given if they fit."""
   kind = CONFIG_MAPPING[values["model_type"]]
   config = kind(**{k: v for k, v in values.items() if k != "model_type"})
-  config._attn_implementation = "eager"
+  config._attn_implementation = config._experts_implementation = "eager"
   torch.manual_seed(0)
   model = AutoModelForCausalLM.from_config(config).eval()
   if weights is None:
