@@ -232,7 +232,8 @@ class CrossAttention(nn.Module):
   Parameters are those of `Attention`: `q`, `k`, `v`, `o` and their biases.
 
   Attributes:
-    heads, head_dim: `N`, `H`; keys and values have as many heads.
+    heads, head_dim: `N`, `H`.
+    kv_heads: of keys and values, `K` (divides `N`); None for N.
     size: width of the output; None for that of the tokens.
     scale: of the attention logits; None for `H**-0.5`.
     qk_norm: normalises the queries and keys of each head, or None.
@@ -246,6 +247,7 @@ class CrossAttention(nn.Module):
   qk_norm: Norm | None = None
   qkv_bias: bool = False
   out_bias: bool = False
+  kv_heads: int | None = None
 
   @nn.compact
   def __call__(
@@ -266,9 +268,10 @@ class CrossAttention(nn.Module):
   @nn.compact
   def keys_and_values(
     self, memory: Float[Array, "B S C"]
-  ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
+  ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Returns the keys and values of `memory`, whoever asks."""
-    names = {"k": self.heads * self.head_dim, "v": self.heads * self.head_dim}
+    size = (self.kv_heads or self.heads) * self.head_dim
+    names = {"k": size, "v": size}
     k, v = map(
       self._by_head, weights.project_all(self, memory, names, self.qkv_bias)
     )
@@ -278,8 +281,8 @@ class CrossAttention(nn.Module):
   def attend_to(
     self,
     x: Float[Array, "B T D"],
-    keys: Float[Array, "B S N H"],
-    values: Float[Array, "B S N H"],
+    keys: Float[Array, "B S K H"],
+    values: Float[Array, "B S K H"],
     mask: Mask | None = None,
   ) -> Float[Array, "B T E"]:
     """Returns the attention output.
@@ -300,7 +303,7 @@ class CrossAttention(nn.Module):
     )
 
   def _by_head(self, x):
-    return x.reshape(*x.shape[:2], self.heads, self.head_dim)
+    return x.reshape(*x.shape[:2], -1, self.head_dim)
 
   def _norm(self, name, x):
     if self.qk_norm is None:

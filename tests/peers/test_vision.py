@@ -266,8 +266,14 @@ def test_gemma4_read_and_written_back(name, heptad, tmp_path):
   assert error < 1e-6
 
 
-def test_molmo2_read_and_written_back(heptad, tmp_path):
+@pytest.mark.parametrize("heads, kv_heads", [(3, 3), (4, 2)])
+def test_molmo2_read_and_written_back(
+  heads, kv_heads, heptad, tmp_path, monkeypatch
+):
   """Images cut into one to five views, whose patches are pooled together."""
+  pooling = make_molmo2.CONFIG["adapter_config"]
+  monkeypatch.setitem(pooling, "num_attention_heads", heads)
+  monkeypatch.setitem(pooling, "num_key_value_heads", kv_heads)
   theirs = make_molmo2.build(tmp_path / "theirs")
   for own in (make_molmo2.ALL, *vlm_inputs.IMAGES_OF):
     make_molmo2.processed(own)

@@ -25,6 +25,7 @@ class GroupAttention(nn.Module):
     hidden: inner width of the feed-forward.
     width: of the attention's output.
     heads, head_dim: of the attention.
+    kv_heads: of its keys and values; None for as many.
     side: patches of a group, each way, where whole views are read.
     activation: of the gate.
   """
@@ -36,6 +37,7 @@ class GroupAttention(nn.Module):
   head_dim: int = 72
   side: int = 2
   activation: Activation = "silu"
+  kv_heads: int | None = None
 
   @nn.compact
   def __call__(
@@ -73,6 +75,7 @@ class GroupAttention(nn.Module):
     attention = CrossAttention(
       heads=self.heads,
       head_dim=self.head_dim,
+      kv_heads=self.kv_heads,
       size=self.width,
       qkv_bias=True,
       out_bias=True,

@@ -140,3 +140,20 @@ def test_cross_attention_is_flax_s():
   chex.assert_trees_all_close(
     module.apply({"params": own}, X, memory), expected, rtol=1e-5, atol=1e-5
   )
+
+
+def test_queries_share_keys_of_another_sequence_in_groups():
+  memory = X[:, :3, :24]
+  full = CrossAttention(heads=4, head_dim=8, qkv_bias=True)
+  own = full.clone(kv_heads=2).init(jax.random.key(0), X, memory)["params"]
+
+  def repeated(name):
+    w = own[name].reshape(*own[name].shape[:-1], 2, 8)
+    return jnp.repeat(w, 2, axis=-2).reshape(*w.shape[:-2], 32)
+
+  names = ("k", "v", "k_bias", "v_bias")
+  want = full.apply(
+    {"params": own | {x: repeated(x) for x in names}}, X, memory
+  )
+  got = full.clone(kv_heads=2).apply({"params": own}, X, memory)
+  chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)

@@ -215,7 +215,8 @@ def _parts(parts: Parts) -> dict[str, Any]:
     raise own.wrong("hidden_size", f"{parts.vision.width}, the encoder's width")
   if own.get("hidden_act") != "silu":
     raise own.wrong("hidden_act", "silu")
-  heads, head_dim = _heads(own)
+  heads = own.integer("num_attention_heads")
+  kv_heads = own.divisor("num_key_value_heads", heads)
   depth = parts.vision.stack.depth
   layers = _layers(fields.values, fields.where)
   if any(not -depth <= i < depth for i in layers):
@@ -226,7 +227,8 @@ def _parts(parts: Parts) -> dict[str, Any]:
       hidden=own.integer("intermediate_size"),
       width=own.integer("hidden_size"),
       heads=heads,
-      head_dim=head_dim,
+      head_dim=own.integer("head_dim"),
+      kv_heads=None if kv_heads == heads else kv_heads,
     ),
     # Theirs count blocks from 0; the input of the first is our layer 0.
     features=Features(
@@ -249,7 +251,7 @@ def _fields(model: VisionLanguageModel, config: Config) -> dict[str, Any]:
     vision_feature_layer=[i - 1 if i > 0 else i for i in model.features.layers],
     hidden_size=connector.width,
     num_attention_heads=connector.heads,
-    num_key_value_heads=connector.heads,
+    num_key_value_heads=connector.kv_heads or connector.heads,
     head_dim=connector.head_dim,
     intermediate_size=connector.hidden,
     text_hidden_size=connector.size,

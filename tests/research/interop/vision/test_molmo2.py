@@ -217,7 +217,7 @@ def test_a_view_alone_is_pooled_at_its_odd_edges(opened):
     ("adapter_config.hidden_size", 48, "hidden_size is 48, expected 24"),
     ("adapter_config.text_hidden_size", 40, "expected 32, the language"),
     ("adapter_config.vision_feature_layer", [3], "layers of 3"),
-    ("adapter_config.num_key_value_heads", 1, "expected 3, as of queries"),
+    ("adapter_config.num_key_value_heads", 2, "expected a divisor of 3"),
     ("vision_config.image_size", [20, 24], "a square, as two numbers"),
   ],
 )
