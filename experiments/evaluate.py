@@ -59,7 +59,10 @@ _TEXT = flags.DEFINE_string(
   flag_values=FLAGS,
 )
 _WINDOW = flags.DEFINE_integer(
-  "window", 512, "With --base: tokens read together.", flag_values=FLAGS
+  "window",
+  512,
+  "With --base: tokens read together, at most the model's context.",
+  flag_values=FLAGS,
 )
 _MAX_WINDOWS = flags.DEFINE_integer(
   "max_windows",

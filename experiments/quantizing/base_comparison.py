@@ -36,7 +36,7 @@ def compare_with_base(
     text: that both read, in windows from its start on; None for the topics of
       the Python reference that this project holds out.
     window: tokens read together, besides those that every row of the model
-      begins with.
+      begins with; fewer where its context has no room for both.
     max_windows: how many windows at most; None for all.
     batch: windows computed at a time.
     layers: whether errors are measured matrix by matrix, which is shown.
@@ -50,8 +50,10 @@ def compare_with_base(
     raise UserError(f"{model}: found no tokenizer in it, nor in {base}")
   if text is None:
     text = "\n\n".join(PydocTopics("heldout"))
-  cut = perplexity.windows(tokenizer.encode(text), window, max_windows)
   first = special_tokens.from_tokenizer(tokenizer).row_begin
+  for context in (x.model.max_positions for x in (ours, theirs)):
+    window = min(window, (context or window + len(first)) - len(first))
+  cut = perplexity.windows(tokenizer.encode(text), window, max_windows)
   whole = [[*first, *w] for w in cut if len(w) == window]
   tokens = np.asarray(whole, np.int32)
   reference = compare.base_outputs(theirs.model, theirs.params, tokens, batch)

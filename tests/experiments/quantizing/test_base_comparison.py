@@ -13,6 +13,7 @@ from research.generation import perplexity
 from research.interop import convert, load, sources
 from research.quant.formats.affine import Affine
 from research.quant.quantize import Quantize
+from research.text import special_tokens
 
 TINY = (
   pathlib.Path(__file__).parents[2]
@@ -70,6 +71,16 @@ def test_what_is_missing_is_named(packed, capsys):
   argv = [f"--model={model}", "--base=nowhere", f"--text={text}"]
   assert cli.call(evaluate.main, ["evaluate", *argv]) == 1
   assert "nowhere: no such file" in capsys.readouterr().err
+
+
+def test_a_window_is_at_most_the_context(packed):
+  model, _, loaded, _ = packed
+  text = "a" * 4 * loaded.model.max_positions
+  found = base_comparison.compare_with_base(
+    str(model), str(TINY), text, window=10**6, max_windows=1, layers=False
+  )
+  begin = special_tokens.from_tokenizer(loaded.tokenizer).row_begin
+  assert found["window"] + len(begin) == loaded.model.max_positions
 
 
 def test_sizes_on_disk_are_those_of_files(packed):
