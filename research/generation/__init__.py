@@ -12,7 +12,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     "perplexity": ["Perplexity"],
     "sampling": ["Sampling"],
     "stepwise": ["Stepwise"],
-    "stepwise_paged": ["PagedStepwise"],
     "stream": ["complete"],
   },
 )

@@ -33,19 +33,6 @@ class Admission:
   copy: tuple[int, int] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-  """The first tokens of a row, in pages that stay in use.
-
-  Attributes:
-    pages: in order.
-    length: number of tokens.
-  """
-
-  pages: tuple[int, ...]
-  length: int
-
-
 class PageAllocator:
   """Assigns the pages of a pool to rows.
 
@@ -158,54 +145,6 @@ class PageAllocator:
     self.table[row, : len(pages)] = pages
     self.most_used = max(self.most_used, self.used)
     return own
-
-  def hold(self, row: int, length: int) -> "Prefix":
-    """Returns a row's first tokens, whose pages stay in use until `drop`.
-
-    Args:
-      row: index in the table.
-      length: number of tokens, generated ones included.
-
-    Raises:
-      UserError: the row has no pages for so many tokens.
-    """
-    pages = self.table[row, : self.pages(length)].tolist()
-    if self.pages(length) > self.table.shape[1] or NO_PAGE in pages:
-      raise UserError(
-        f"pages: row {row} has none for {length} tokens, expected fewer tokens:"
-        " it was released, or its pages behind a window were"
-      )
-    for page in pages:
-      self._holders[page] += 1
-    return Prefix(tuple(pages), length)
-
-  def drop(self, prefix: "Prefix") -> None:
-    """Releases the pages of a prefix; call it once."""
-    for page in prefix.pages:
-      self._leave(page)
-
-  def attach(
-    self, row: int, prefix: "Prefix", tokens: int
-  ) -> tuple[int, int] | None:
-    """Assigns pages to a row that goes on from a prefix.
-
-    Full pages are shared. The last one, if it is not full, has to be copied,
-    because the row is about to write behind the prefix.
-
-    Args:
-      row: index in the table, without pages.
-      prefix: from `hold`, not dropped.
-      tokens: maximum number of the row's tokens, including the prefix.
-
-    Returns:
-      (source, target) pages to copy before anything is written, or None.
-
-    Raises:
-      UserError: there are too few free pages, or the row has pages already.
-    """
-    full, part = divmod(prefix.length, self.size)
-    own = self._assign(row, list(prefix.pages[:full]), tokens)
-    return (prefix.pages[full], own[0]) if part else None
 
   def release(self, row: int) -> None:
     """Releases the pages of a row; pages shared with others stay in use."""

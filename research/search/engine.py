@@ -16,7 +16,6 @@ import numpy as np
 from research.generation.decoding import GeneratedTokens
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
-from research.generation.stepwise_paged import PagedStepwise
 from research.reasoning.isolation import TimedOut, within
 from research.search.cost import Causal, model_cost
 from research.search.ledger import Ledger
@@ -141,8 +140,7 @@ class Engine:
     if isinstance(self.policy, Stepwise):
       reader = self.policy.reader
       more = 0 if reader is None else reader.flops
-      paged = isinstance(self.policy, PagedStepwise)
-      return AutoregressiveCost(model_cost(self.policy.model), more, paged)
+      return AutoregressiveCost(model_cost(self.policy.model), more)
     return self.policy
 
   def prompt_cost(self, tokens: int) -> Ledger:

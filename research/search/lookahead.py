@@ -9,7 +9,6 @@ from typing import Any
 
 from research.generation.decoding import GeneratedTokens
 from research.generation.sampling import GREEDY
-from research.generation.stepwise_paged import PagedStepwise
 from research.search.engine import Engine, Frontier
 from research.typing import UserError
 
@@ -29,11 +28,6 @@ class Lookahead(Engine):
       raise UserError(
         f"Lookahead: found {self.steps} steps and the verifier"
         f" {self.verifier!r:.40}, expected at least 0 and one"
-      )
-    if isinstance(self.policy, PagedStepwise):
-      raise UserError(
-        "Lookahead: found a PagedStepwise, expected a policy that can continue"
-        " a row twice, such as Stepwise: selecting rows moves their pages"
       )
 
   def _with_tokens(

@@ -228,19 +228,16 @@ class AutoregressiveCost:
   Attributes:
     model: the policy's.
     prompt_flops: of what is read besides a prompt's tokens, such as an image.
-    shares_prompts: whether the cache has a prompt once for all of its paths, as
-      pages do; else each path has its own.
   """
 
   model: ModelCost
   prompt_flops: float | int = 0
-  shares_prompts: bool = False
 
   def prompt(self, tokens: int) -> Ledger:
     """Returns the cost of a prompt and of its last token's logits."""
     cost = prefill(self.model, tokens) + Ledger(flops_policy=self.prompt_flops)
-    shared = cost.peak_cache_tokens if self.shares_prompts else 0
-    return dataclasses.replace(cost, peak_cache_tokens=shared)
+    # Each path has its own, which its steps count.
+    return dataclasses.replace(cost, peak_cache_tokens=0)
 
   def steps(
     self, paths: Sequence[Path], drawn: GeneratedTokens
@@ -253,8 +250,7 @@ class AutoregressiveCost:
     found = []
     for path, row in zip(paths, np.asarray(drawn.tokens), strict=True):
       count, before = int((row != NO_TOKEN).sum()), len(path.tokens)
-      prompt = 0 if self.shares_prompts else path.prompt
-      now = Ledger(peak_cache_tokens=prompt + before + count)
+      now = Ledger(peak_cache_tokens=path.prompt + before + count)
       if count:
         again = bool(path.steps) or path.rereads
         fed = count if again else count - 1

@@ -12,7 +12,6 @@ from research.generation.boundary import Boundary
 from research.generation.generated import NO_TOKEN
 from research.generation.sampling import Sampling
 from research.generation.stepwise import Stepwise
-from research.generation.stepwise_paged import PagedStepwise
 from research.prm.scores.aggregate import Product
 from research.search import ledger as ledgers
 from research.search.cost import Causal, model_cost
@@ -150,18 +149,6 @@ def test_a_beam_of_many_problems_is_that_of_each():
   assert tokens(alone) == tokens(beam())[:1]
 
 
-@pytest.mark.slow
-def test_a_beam_over_pages_is_one_over_rows():
-  paged = Engine(policy=policy(PagedStepwise), verifier=Arbitrary())
-  found_ = found(Beam(copies=4, width=2), paged)
-  assert tokens(found_) == tokens(beam())
-  for one, other in zip(found_, beam(), strict=True):
-    clock = dict(seconds=0.0)
-    assert dataclasses.replace(one.ledger, **clock) == dataclasses.replace(
-      other.ledger, **clock
-    )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watched(StepSearch):
   """A strategy, and all that it was asked and said."""
@@ -266,11 +253,6 @@ def test_a_step_is_worth_what_follows_it():
     assert one.ledger.policy_decode_tokens > other.ledger.policy_decode_tokens
 
 
-def test_rows_in_pages_cannot_look_ahead():
-  with pytest.raises(UserError, match="found a PagedStepwise"):
-    Lookahead(policy=policy(PagedStepwise), verifier=Arbitrary())
-
-
 def test_steps_ahead_are_in_the_cache_beside_the_paths():
   it = dataclasses.replace(policy(), stop_tokens=())
   look = Lookahead(policy=it, verifier=Arbitrary(), steps=1)
@@ -282,16 +264,13 @@ def test_steps_ahead_are_in_the_cache_beside_the_paths():
     assert one.ledger.peak_cache_tokens == 2 * (2 * len(prompt) + most)
 
 
-@pytest.mark.parametrize(
-  ("kind", "copies"), [(Stepwise, 3), (PagedStepwise, 1)]
-)
-def test_the_peak_is_what_is_in_the_cache(kind, copies):
-  """Each row has its prompt, which pages have once."""
-  it = dataclasses.replace(policy(kind), stop_tokens=())
+def test_the_peak_is_what_is_in_the_cache():
+  """Each row has its prompt."""
+  it = dataclasses.replace(policy(), stop_tokens=())
   samples = found(Independent(copies=3), Engine(policy=it))
   for prompt, one in zip(PROMPTS, samples, strict=True):
     new = 3 * NEW
-    assert one.ledger.peak_cache_tokens == copies * len(prompt) + new
+    assert one.ledger.peak_cache_tokens == 3 * len(prompt) + new
 
 
 def test_steps_are_capped():

@@ -16,7 +16,6 @@ from research.generation import generate
 from research.generation.boundary import Boundary
 from research.generation.sampling import Sampling
 from research.generation.stepwise import Stepwise
-from research.generation.stepwise_paged import PagedStepwise
 from research.prm.heads import LinearHead
 from research.prm.model import RewardModel
 from research.reasoning.prompting import PromptWithArrays
@@ -167,6 +166,3 @@ def test_what_cannot_be_followed_is_an_error():
     reader(latest)
   with pytest.raises(UserError, match="tokens alone"):
     reader()([[1, 2], [3]])
-  with pytest.raises(UserError, match=r"PagedStepwise\.reader"):
-    found = reader()
-    PagedStepwise(model=vlm.language, params=found.text_params, reader=found)
