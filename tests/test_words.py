@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -63,3 +64,30 @@ def test_no_public_name_is_of_the_dialect():
         for word in banned - KEPT.get(name, set())
       ]
   assert not found, "\n".join(found)
+
+
+VAGUE = {"found", "own", "given", "one"}
+"""Names that say nothing of what they hold."""
+
+MOST = {"bindings": 1656, "entries": 1012}
+"""Vague names that are bound, and entries that begin with "of": ever fewer."""
+
+
+def _bound(tree):
+  """Yields the names that a module's functions bind."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+      yield node.id
+    elif isinstance(node, ast.arg):
+      yield node.arg
+
+
+def test_names_inside_functions_say_what_they_hold():
+  found = {"bindings": 0, "entries": 0}
+  for room in ("research", "kernels_pallas", "experiments"):
+    for path in (ROOT / room).rglob("*.py"):
+      text = path.read_text("utf-8")
+      names = _bound(ast.parse(text))
+      found["bindings"] += sum(name in VAGUE for name in names)
+      found["entries"] += len(re.findall(r"^ {4,}[\w, ]+: of ", text, re.M))
+  assert all(found[kind] <= most for kind, most in MOST.items()), found
