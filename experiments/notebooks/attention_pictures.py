@@ -1,4 +1,4 @@
-"""Pictures of what attention costs; rows are those of `attention_claims`."""
+"""Pictures of what attention costs; rows are those of `attention_costs`."""
 
 import pathlib
 import tempfile

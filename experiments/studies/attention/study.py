@@ -7,17 +7,16 @@ maps, against the formula, and FLOPs a byte against what each chip needs.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.notebooks import attention_costs as costs
 from experiments.studies import protocol
-from experiments.studies.attention import attention_claims as claims
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from research.planning import chips
 from research.typing import UserError
 
-CPU, EXACTNESS, TRAFFIC = "memory cpu", "exactness", "traffic"
+EXACTNESS, TRAFFIC = "exactness", "traffic"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,44 +49,38 @@ class Study(protocol.Study):
   @property
   def arms(self) -> list[str]:
     """Memory by each compiler, then errors, then bytes."""
-    return [CPU, *(f"memory {x}" for x in self.topologies), EXACTNESS, TRAFFIC]
-
-  def settings(self, arm: str) -> str:
-    """Returns the arm and its own lengths: others' may change."""
-    of = {EXACTNESS: self.exact_length}
-    of[TRAFFIC] = (self.traffic_length, self.blocks)
-    return protocol.describe((arm, of.get(arm, self.lengths)))
+    memory = [f"memory {x}" for x in ("cpu", *self.topologies)]
+    return [*memory, EXACTNESS, TRAFFIC]
 
   def run(self, arm: str, before: Rows, shared: Any) -> Row:
-    """Returns an arm's rows, those of `attention_claims`."""
+    """Returns an arm's rows, those of `attention_costs`."""
     del before, shared
     if arm == EXACTNESS:
-      return {"rows": claims.exactness(self.exact_length)}
+      return {"rows": costs.exactness(self.exact_length)}
     if arm == TRAFFIC:
-      rows = claims.moved(self.traffic_length, self.blocks)
-      return {"rows": rows, "ridges": claims.ridges()}
-    topology = None if arm == CPU else arm.removeprefix("memory ")
-    if topology and not chips.has_tpu_compiler():
+      rows = costs.moved(self.traffic_length, self.blocks)
+      return {"rows": rows, "ridges": costs.ridges()}
+    topology = arm.removeprefix("memory ")
+    if topology == "cpu":
+      return {"rows": costs.memory(self.lengths)}
+    if not chips.has_tpu_compiler():
       return {"failed": "the package libtpu is not installed"}
-    return {"rows": claims.memory(self.lengths, topology)}
+    return {"rows": costs.memory(self.lengths, topology)}
 
   def table(self, rows: Rows) -> Lines:
-    """Returns a line for each thing measured, naive attention beside tiles."""
-    lines = []
-    for arm, row in rows.items():
-      if "rows" not in row:
-        lines.append({"measured": arm, "unit": row["failed"]})
-      elif arm == EXACTNESS:
-        lines += [_exact(x) for x in row["rows"]]
-      elif arm == TRAFFIC:
-        lines += _traffic(row["rows"], row["ridges"])
-      else:
-        lines += [_memory(arm, x) for x in row["rows"]]
-    return lines
+    """Returns a line for each thing measured: bytes, errors, FLOPs a byte."""
+    return [
+      {"measured": arm, **line}
+      for arm, row in rows.items()
+      for line in (*row.get("rows", [row]), *row.get("ridges", ()))
+    ]
+
+  def tables(self, rows: Rows) -> list[Lines]:
+    """Returns a table for each arm."""
+    return [self.table({arm: row}) for arm, row in rows.items()]
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns F1 of each compiler, F2 and F3."""
-    memory = [(n, x["rows"]) for n, x in _measured(rows).items()]
     exact, moved = rows[EXACTNESS]["rows"], rows[TRAFFIC]
     worst = max(exact, key=lambda x: x["error"] / x["naive"])
     plain, *tiled = moved["rows"]
@@ -96,10 +89,11 @@ class Study(protocol.Study):
         Verdict(
           f"F1: {arm.removeprefix('memory ')} needs memory for tiles that is"
           " linear in the length, for scores quadratic",
-          ", then ".join(map(_growth, found[-2:])),
-          linear(found),
+          ", then ".join(map(_growth, row["rows"][-2:])),
+          linear(row["rows"]),
         )
-        for arm, found in memory
+        for arm, row in rows.items()
+        if arm.startswith("memory ") and "rows" in row
       ),
       Verdict(
         "F2: tiles are exact: at most twice the error of the definition",
@@ -115,62 +109,6 @@ class Study(protocol.Study):
       ),
     ]
 
-  def plot(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
-    """Draws memory.png of this CPU, and traffic.png."""
-    del title
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from experiments.notebooks import attention_pictures as pictures
-
-    traffic = rows[TRAFFIC]
-    memory = pictures.memory(rows[CPU]["rows"])
-    memory.savefig(folder / "memory.png")
-    drawn = pictures.traffic(traffic["rows"], traffic["ridges"])
-    drawn.savefig(folder / "traffic.png")
-
-
-def _measured(rows: Rows) -> dict[str, Row]:
-  """Returns the rows of memory, of compilers that are here."""
-  return {
-    arm: row
-    for arm, row in rows.items()
-    if arm.startswith("memory ") and "rows" in row
-  }
-
-
-def _memory(arm: str, x: Mapping[str, Any]) -> dict[str, Any]:
-  naive, tiles = (x[n] and x[n] / 1e9 for n in ("naive", "flash"))
-  return _line(f"{arm}, {x['length']:,} tokens", naive, tiles, "GB")
-
-
-def _exact(x: Mapping[str, Any]) -> dict[str, Any]:
-  what = f"error, {x['backend']}, {x['dtype']}"
-  return _line(what, x["naive"], x["error"], "of the largest value")
-
-
-def _traffic(
-  rows: Sequence[Mapping[str, Any]], ridges: Sequence[Mapping[str, Any]]
-) -> Lines:
-  plain, *tiled = rows
-  lines = []
-  for x in tiled:
-    of = f"tiles of {x['block']}"
-    naive, tiles = plain["bytes"] / 1e9, x["bytes"] / 1e9
-    lines.append(_line(f"bytes, {of}", naive, tiles, "GB"))
-    naive, tiles = plain["intensity"], x["intensity"]
-    lines.append(_line(f"intensity, {of}", naive, tiles, "FLOPs a byte"))
-  for x in ridges:
-    what = f"intensity that {x['chip']} needs"
-    lines.append(_line(what, x["ridge"], x["ridge"], "FLOPs a byte"))
-  return lines
-
-
-def _line(
-  what: str, naive: float | None, tiles: float | None, unit: str
-) -> dict[str, Any]:
-  return {"measured": what, "naive": naive, "tiles": tiles, "unit": unit}
-
 
 def _growth(row: Mapping[str, Any]) -> str:
   naive = row["naive"] and f"{row['naive'] / 1e9:.3g}"
@@ -184,7 +122,7 @@ def linear(rows: Sequence[Mapping[str, Any]]) -> bool:
   """Returns whether the last doubling is one of tiles' memory, not of scores'.
 
   Args:
-    rows: of `attention_claims.memory`.
+    rows: of `attention_costs.memory`.
   """
   before, row = rows[-2:]
   growth = row["flash"] / before["flash"]
@@ -202,8 +140,8 @@ def bandwidth_bound(
   paper says.
 
   Args:
-    moved: of `attention_claims.moved`.
-    ridges: of `attention_claims.ridges`.
+    moved: of `attention_costs.moved`.
+    ridges: of `attention_costs.ridges`.
   """
   plain, *tiled = moved
   constants = [row["constant"] for row in tiled]
