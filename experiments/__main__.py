@@ -19,7 +19,11 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from experiments.core import cli, runtime
+from experiments.core import runtime
+
+if __name__ == "__main__":
+  runtime.check_packages()
+from experiments.core import cli  # noqa: E402
 
 _HERE = pathlib.Path(__file__).resolve().parent
 _HELP = ("--help", "-h", "-help", "help")

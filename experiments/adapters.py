@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
   runtime.prepare()
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from experiments.adapting.merge import Merge
 from experiments.adapting.validate import Validate
 from experiments.core import cli, runtime
 from experiments.core.choices import Choice, Choices
+from research.io import folders
 
 OPERATIONS = Choices(
   "op",
@@ -53,6 +55,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   operation = OPERATIONS.chosen(FLAGS)
   cli.existing("from", operation.from_)
+  for name in ("base", "original"):
+    if FLAGS[name].value is not None:
+      cli.model(FLAGS[name].value)
+  cli.existing("text", filter(None, [FLAGS["text"].value]))
+  if FLAGS["to"].value is not None:
+    folders.check_free(pathlib.Path(FLAGS["to"].value))
   runtime.setup()
   common = {"op": FLAGS["op"].value, "from": FLAGS["from"].value}
   return common | operation.run()

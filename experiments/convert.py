@@ -44,12 +44,14 @@ if __name__ == "__main__":
 
   runtime.prepare()
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from experiments.converting import formats, quantized
 from experiments.core import cli, runtime
 from experiments.core.choices import Choice, Choices
+from research.io import folders
 
 FORMATS = Choices(
   "format",
@@ -78,6 +80,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(**{name: FLAGS[name].value for name in flags})
   cli.model(FLAGS["from"].value)
   conversion = FORMATS.chosen(FLAGS)
+  folders.check_free(pathlib.Path(conversion.to))
+  cli.existing("imatrix", filter(None, [FLAGS["imatrix"].value]))
   runtime.setup()
   return conversion.run() | {"format": FLAGS["format"].value}
 

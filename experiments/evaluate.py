@@ -27,6 +27,7 @@ from typing import Any
 from absl import flags
 
 from experiments.core import cli, runtime
+from research.errors import UserError
 
 FLAGS = cli.new_flags(cluster=True)
 
@@ -89,8 +90,6 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   if _WORKDIR.value is None:
     cli.exclusive("without --workdir", FLAGS, "step")
   if _CONFIG.value is None and _WORKDIR.value is None:
-    from research.typing import UserError
-
     raise UserError(
       "found none of --workdir, --config and --model; expected --workdir=DIR of"
       " a run, --config=FILE, or --model=DIR and --base=DIR to compare models"
@@ -100,8 +99,12 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
 def _evaluate_run() -> dict[str, Any] | None:
   """Returns the metrics of a run, or of a configuration's untrained model."""
-  if _CONFIG.value is not None:
-    cli.run_file(_CONFIG.value, _SET.value)
+  cli.run_file(
+    _CONFIG.value,
+    _SET.value,
+    unneeded=r"experiment\.Experiment\.data",
+    workdir=_WORKDIR.value,
+  )
   runtime.setup()
   from experiments.core import config, train_eval
   from experiments.stages import staged
@@ -119,6 +122,8 @@ def _evaluate_run() -> dict[str, Any] | None:
 def _compare_models() -> dict[str, Any]:
   """Returns how --model differs from --base."""
   cli.required(model=_MODEL.value, base=_BASE.value)
+  cli.model(_MODEL.value)
+  cli.model(_BASE.value)
   text = None if _TEXT.value is None else cli.read_text(_TEXT.value, "text")
   runtime.setup()
   from experiments.quantizing import base_comparison

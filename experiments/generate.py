@@ -59,16 +59,11 @@ from absl import flags
 
 from experiments.core import cli, flags_from, packed_weights, runtime
 from research.diffusion.sampling.config import SamplerConfig
-from research.typing import UserError
+from research.errors import UserError
 
 FLAGS = cli.new_flags()
 
-_MODEL = flags.DEFINE_string(
-  "model",
-  None,
-  cli.MODEL,
-  flag_values=FLAGS,
-)
+_MODEL = flags.DEFINE_string("model", None, cli.MODEL, flag_values=FLAGS)
 _PROMPT = flags.DEFINE_multi_string(
   "prompt",
   [],
@@ -156,12 +151,7 @@ _STOP = flags.DEFINE_multi_string(
   "Stop before this text; may be given several times.",
   flag_values=FLAGS,
 )
-_DTYPE = flags.DEFINE_string(
-  "dtype",
-  "float32",
-  "float32 or bfloat16, of weights and computation.",
-  flag_values=FLAGS,
-)
+_DTYPE = packed_weights.define_dtype(FLAGS)
 packed_weights.define(FLAGS)
 _KV = flags.DEFINE_string(
   "kv",
@@ -234,12 +224,13 @@ def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
   }
 
 
-def _fill(prompts: list[str], rules: Any) -> dict[str, Any]:
+def _fill(
+  prompts: list[str], rules: Any, config: SamplerConfig
+) -> dict[str, Any]:
   """Returns what filling in masks gives."""
   from experiments.generating import diffusion, infilling
   from research.generation import generate
 
-  config = flags_from.build(SamplerConfig, FLAGS)
   infills = _INFILL.value
   drawn = rules.temperature is not None or config.draws_places
   if FLAGS["seed"].present and not drawn:
@@ -392,6 +383,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     cli.required(prompt="".join([*texts, *_INFILL.value]))
   _check_flags(texts)
   cli.model(_MODEL.value)
+  cli.existing("image", _IMAGE.value)
+  places = (text.partition("=")[2] for text in _ADAPTER.value)
+  cli.existing("adapter", filter(None, places))
+  fills = _SAMPLER.value == "diffusion"
+  config = flags_from.build(SamplerConfig, FLAGS) if fills else None
   runtime.setup()
   from experiments.generating import sampling_rules
 
@@ -400,11 +396,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     top_k=_TOP_K.value,
     top_p=_TOP_P.value,
     min_p=_MIN_P.value,
-    seeded=_SAMPLER.value != "diffusion" and FLAGS["seed"].present > 0,
+    seeded=not fills and FLAGS["seed"].present > 0,
     repetition_penalty=_PENALTY.value,
   )
-  if _SAMPLER.value == "diffusion":
-    return _fill(texts, rules)
+  if config is not None:
+    return _fill(texts, rules, config)
   return _continue(texts, rules)
 
 
@@ -425,6 +421,13 @@ def _with_images(loaded: Any, text: str) -> tuple[Any, Any, dict[str, int]]:
 
 def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
   """Returns what generating token by token gives; no texts: a conversation."""
+  from research import tree
+  from research.generation import paging
+  from research.quant.kv import kv_quantizer
+
+  kv = kv_quantizer.parse(_KV.value)
+  if _PAGES.value:
+    paging.parse(_PAGES.value)
   from experiments.generating import (
     conversation,
     diffusion,
@@ -432,10 +435,7 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
     generate_pages,
     images,
   )
-  from research import tree
-  from research.quant.kv import kv_quantizer
 
-  kv = kv_quantizer.parse(_KV.value)
   names, places = generate_adapters.named(_ADAPTER.value)
   layout = generate_pages.parse_flags(_PAGES.value, _KV.value, names)
   rows = generate_adapters.rows(texts or [""], names)

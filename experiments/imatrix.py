@@ -25,6 +25,7 @@ from typing import Any
 from absl import flags
 
 from experiments.core import cli, runtime
+from research.io import folders
 
 FLAGS = cli.new_flags()
 
@@ -65,18 +66,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   cli.required(model=_MODEL.value, to=_TO.value)
   cli.model(_MODEL.value)
+  to, start = pathlib.Path(_TO.value), time.perf_counter()
+  folders.check_free(to, file=True)
   given = {}
   if _TEXT.value is not None:
     given["source"] = [cli.read_text(_TEXT.value, "text")]
   runtime.setup()
   from experiments.generating import diffusion
-  from research.interop import convert
   from research.interop.gguf import imatrix
   from research.interop.load import load_model
   from research.quant.algorithms.calibrate import Calibration
 
-  to, start = pathlib.Path(_TO.value), time.perf_counter()
-  convert.check_free(to, file=True)
   loaded = load_model(_MODEL.value)
   diffusion.check_next_token(loaded, f"--model={_MODEL.value}")
   text = Calibration(

@@ -25,6 +25,7 @@ from typing import Any
 from absl import flags
 
 from experiments.core import cli, runtime
+from research.io import folders
 
 FLAGS = cli.new_flags()
 
@@ -43,16 +44,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   cli.required(config=_CONFIG.value, to=_TO.value)
   cli.local(to=_TO.value)
-  cli.run_file(_CONFIG.value, _SET.value)
-  start = time.perf_counter()
+  to, start = pathlib.Path(_TO.value), time.perf_counter()
+  folders.check_free(to, file=True)
+  cli.run_file(_CONFIG.value, _SET.value, root="label_run.LabelRun")
   runtime.setup()
   from experiments.core import config
   from experiments.labelling.label_run import LabelRun
-  from research.interop import convert
   from research.prm import formats
 
-  to = pathlib.Path(_TO.value)
-  convert.check_free(to, file=True)
   # Now, since labelling may take hours.
   to.parent.mkdir(parents=True, exist_ok=True)
   run, _ = config.read(_CONFIG.value, _SET.value, root=LabelRun)

@@ -35,7 +35,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments.core import cli
+from experiments.core import bindings, cli
+from research.errors import UserError
 
 FLAGS = cli.new_flags()
 
@@ -160,17 +161,18 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.exclusive("without --preset", FLAGS, *of_images)
   cli.required(config=_CONFIG.value, topology=_TOPOLOGY.value)
   cli.run_file(_CONFIG.value, _SET.value)
+  _check_flags()
   import jax
 
   # This machine's accelerators are not used, and stay free for others.
   jax.config.update("jax_platforms", "cpu")
-  from experiments.core import config
-  from experiments.stages import staged
   from research.planning import chips
 
-  _check_flags()
-  run = config.read(_CONFIG.value, _SET.value).experiment
   topology = chips.topology(_TOPOLOGY.value)
+  from experiments.core import config
+  from experiments.stages import staged
+
+  run = config.read(_CONFIG.value, _SET.value).experiment
   if any(flag.value for flag in (_FILL, _GENERATE, _SEARCH)):
     return _sampling(staged.final(run), topology)
   if not isinstance(run, staged.Staged):
@@ -187,8 +189,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def _check_flags() -> None:
   """Raises UserError for flags that contradict each other, or do nothing."""
-  from research.typing import UserError
-
   plans = [f.name for f in (_FILL, _GENERATE, _SEARCH, _ADVISE) if f.value]
   if len(plans) > 1:
     raise UserError(f"--{plans[0]}, --{plans[1]}: expected one of them")
@@ -207,6 +207,8 @@ def _check_flags() -> None:
     if flag.value and not any(other.value for other in of):
       names = " or ".join(f"--{other.name}" for other in of)
       raise UserError(f"--{flag.name}: has no effect without {names}")
+  if _VERIFIER.value:
+    bindings.find(_VERIFIER.value, "verifier")
 
 
 def _training(run: Any, topology: Any, hlo: str | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any
 from absl import flags
 
 from experiments.core import cli, runtime
+from research.io import folders
 
 FLAGS = cli.new_flags()
 
@@ -50,8 +51,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   cli.required(config=_CONFIG.value, to=_TO.value)
   cli.local(to=_TO.value)
-  cli.run_file(_CONFIG.value, _SET.value)
-  start = time.perf_counter()
+  to, start = pathlib.Path(_TO.value), time.perf_counter()
+  folders.check_free(to)
+  cli.run_file(_CONFIG.value, _SET.value, root="quantizing.Job")
   runtime.setup()
   from experiments.converting.conversion import bytes_on_disk
   from experiments.core import config
@@ -59,8 +61,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from research.interop import convert, sources
   from research.training import memory
 
-  to = pathlib.Path(_TO.value)
-  convert.check_free(to)
   job, text = config.read(_CONFIG.value, _SET.value, root=quantizing.Job)
   loaded, params, reports = job.run(cli.say)
   seconds = time.perf_counter() - start

@@ -54,14 +54,19 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
   cli.local(workdir=_WORKDIR.value)
   cli.directory(workdir=_WORKDIR.value)
-  cli.run_file(_CONFIG.value, _SET.value)
+  folder = pathlib.Path(_WORKDIR.value)
+  # A pool that is complete does not need the runs of its models.
+  has_pool = (folder / "pool.jsonl").exists()
+  unneeded = r".*\.workdir" if has_pool else ""
+  cli.run_file(
+    _CONFIG.value, _SET.value, unneeded=unneeded, root="search_run.SearchRun"
+  )
   from experiments.core import config, runtime
   from experiments.searching import display, running, search_run
   from research.training import preemption
 
   runtime.setup()
   read = config.read(_CONFIG.value, _SET.value, root=search_run.SearchRun)
-  folder = pathlib.Path(_WORKDIR.value)
   with preemption.handling_signals():
     pool = running.complete(read.experiment, folder, read.text)
     for searched in pool[: _SHOW.value]:

@@ -29,6 +29,7 @@ from typing import Any
 from absl import flags
 
 from experiments.core import cli
+from research.errors import UserError
 
 FLAGS = cli.new_flags()
 
@@ -61,13 +62,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
   cli.local(workdir=_WORKDIR.value)
   cli.directory(workdir=_WORKDIR.value)
-  cli.run_file(_CONFIG.value, _SET.value)
+  cli.run_file(_CONFIG.value, _SET.value, root="protocol.Run")
+  only = _pattern(_ONLY.value)
   from experiments.core import config, runtime, tables
   from experiments.studies import protocol, results
   from research.io import folders
   from research.training import preemption
 
-  only = _pattern(_ONLY.value)
   runtime.setup()
   read = config.read(_CONFIG.value, _SET.value, root=protocol.Run)
   study, folder = read.experiment.study, pathlib.Path(_WORKDIR.value)
@@ -118,8 +119,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-  from research.typing import UserError
-
   try:
     return re.compile(text)
   except re.error as error:
@@ -136,7 +135,6 @@ def _claim(folder: pathlib.Path, text: str) -> None:
     UserError: it is another command's.
   """
   from research.io import folders
-  from research.typing import UserError
 
   folder.mkdir(parents=True, exist_ok=True)
   note = folder / "config.gin"
@@ -154,7 +152,6 @@ def _run(
 ) -> dict[str, dict[str, Any]]:
   """Returns what is stored of each arm, after running what is missing."""
   from experiments.studies import protocol, results
-  from research.typing import UserError
 
   arms = list(study.arms)
   if not any(map(only.search, arms)):

@@ -38,6 +38,7 @@ from typing import Any
 from absl import flags
 
 from experiments.core import cli
+from research.errors import UserError
 
 FLAGS = cli.new_flags()
 
@@ -139,14 +140,19 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     _check_cancel()
   elif not _STATUS.value:
     _check_launcher()
-  cli.run_file(_SWEEP.value, flag="sweep")
+  name = pathlib.Path(_SWEEP.value).stem
+  workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}").absolute()
+  cli.run_file(_SWEEP.value, flag="sweep", root="sweeps.Sweep")
+  if _STATUS.value and not (workdir / "units").is_dir():
+    raise UserError(
+      f"--workdir={workdir}: found no sweep there, expected the directory of"
+      " one that was started"
+    )
   from experiments import sweeps
   from experiments.core import config
   from experiments.sweeps import slurm, sweep_units, work
 
   sweep = config.read(_SWEEP.value, root=sweeps.Sweep, flag="sweep").experiment
-  name = pathlib.Path(_SWEEP.value).stem
-  workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}").absolute()
   # What this command does not check, its units do not check either.
   checks = [] if FLAGS["typecheck"].value else ["--notypecheck"]
   units = sweep_units.plan(sweep, workdir, _SET.value, checks)
@@ -186,8 +192,6 @@ def _check_launcher() -> None:
 
 def _check_cancel() -> None:
   """Raises UserError for what --cancel cannot do."""
-  from research.typing import UserError
-
   cli.exclusive("with --cancel", FLAGS, "status")
   if _LAUNCHER.value == "jobset":
     raise UserError(
@@ -278,13 +282,7 @@ def _status(
   """Prints how far the units are; returns the result of those that ended."""
   from experiments.core import tables
   from experiments.sweeps import slurm, sweep_results
-  from research.typing import UserError
 
-  if not (workdir / "units").is_dir():
-    raise UserError(
-      f"--workdir={workdir}: found no sweep there, expected the directory of"
-      " one that was started"
-    )
   queued = slurm.queued(workdir)
   rows = slurm.table(
     queued, {u.work.name: sweep_results.progress_of(u.work) for u in units}
@@ -300,8 +298,6 @@ def _status(
 
 
 def _other_settings(units: Sequence[Any]) -> Exception:
-  from research.typing import UserError
-
   return UserError(
     f"Slurm has queued or runs {len(units)} units of this sweep with other"
     f" settings: {', '.join(unit.work.name for unit in units[:3])}"
@@ -312,8 +308,6 @@ def _other_settings(units: Sequence[Any]) -> Exception:
 
 
 def _busy(queued: Mapping[str, Any]) -> Exception:
-  from research.typing import UserError
-
   return UserError(
     f"Slurm has queued or runs {len(queued)} units of this sweep.\nExpected"
     " none, to run units here; --status shows them, --cancel ends them."

@@ -65,8 +65,10 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   del argv
   cli.required(workdir=_WORKDIR.value)
   cli.directory(workdir=_WORKDIR.value)
-  if _CONFIG.value:
-    cli.run_file(_CONFIG.value, _SET.value)
+  fix = "; --config=FILE starts one there"
+  cli.run_file(
+    _CONFIG.value or None, _SET.value, workdir=_WORKDIR.value, fix=fix
+  )
   runtime.setup()
   from experiments.core import config
   from experiments.stages import running
@@ -78,9 +80,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   if _CONFIG.value:
     read = config.read(_CONFIG.value, _SET.value)
   else:
-    read = config.read_workdir(
-      _WORKDIR.value, _SET.value, "; --config=FILE starts one there"
-    )
+    read = config.read_workdir(_WORKDIR.value, _SET.value)
   with (
     runtime.cluster(cli.cluster(FLAGS)),
     contextlib.ExitStack() as stack,

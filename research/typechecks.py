@@ -1,8 +1,10 @@
-"""Checks shapes and types of calls, from the first call of a function on.
+"""Checks shapes and types of calls, once JAX is imported.
 
 jaxtyping's own hook builds two checkers for each function while its module is
 imported: two thirds of a command's start, most of it for functions that the
-command never calls. Here importing a module costs what it does without checks.
+command never calls. Here importing a module costs what it does without checks,
+and a checker is built when its function is first called. Before JAX is imported
+there are no arrays, and help and most errors do not wait for it.
 """
 
 import ast
@@ -18,14 +20,9 @@ _DECORATOR = "__checked__"
 """What a module calls `checked`; no name of its own is like that."""
 
 
-def install(packages: Sequence[str], but: Sequence[str] = ()) -> None:
-  """Checks modules of these packages that are imported from now on.
-
-  Args:
-    packages: names of packages.
-    but: names of modules in them that are not checked.
-  """
-  sys.meta_path.insert(0, _Finder(packages, but))
+def install(packages: Sequence[str]) -> None:
+  """Checks modules of these packages that are imported from now on."""
+  sys.meta_path.insert(0, _Finder(packages))
 
 
 def checked(target: Any) -> Any:
@@ -44,7 +41,7 @@ def checked(target: Any) -> Any:
 
 
 def _on_first_call(function: Callable) -> Callable:
-  """Returns a function that builds its checker when it is first called."""
+  """Returns a function that builds its checker when that is first used."""
   checker = None
 
   @functools.wraps(function)
@@ -52,6 +49,8 @@ def _on_first_call(function: Callable) -> Callable:
     nonlocal checker
     __tracebackhide__ = True
     if checker is None:
+      if "jax" not in sys.modules:
+        return function(*args, **kwargs)
       checker = _checker(function)
     return checker(*args, **kwargs)
 
@@ -115,13 +114,11 @@ def _renamed(path: str) -> str:
 class _Finder(importlib.abc.MetaPathFinder):
   """Finds modules of packages as Python does; `_Loader` loads them."""
 
-  def __init__(self, packages: Sequence[str], but: Sequence[str]):
+  def __init__(self, packages: Sequence[str]):
     self._packages = tuple(f"{package}." for package in packages)
-    self._but = frozenset(but)
 
   def find_spec(self, fullname, path=None, target=None):
-    inside = f"{fullname}.".startswith(self._packages)
-    if not inside or fullname in self._but:
+    if not f"{fullname}.".startswith(self._packages):
       return None
     spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
     if spec and isinstance(spec.loader, importlib.machinery.SourceFileLoader):

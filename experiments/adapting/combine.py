@@ -5,8 +5,8 @@ from typing import Any
 
 from experiments.adapting.operation import WritesAdapter
 from experiments.core.choices import Choice, option
+from research.errors import UserError
 from research.lora.merge.combinations import COMBINATIONS, Elect
-from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from experiments.adapting.operation import ComparesLogits, Reports
 from experiments.core import cli
 from experiments.core.choices import option
-from research.typing import UserError
+from research.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,18 +28,13 @@ class Merge(ComparesLogits, Reports):
     None, "The model that the base was quantized from."
   )
 
-  def _check(self) -> None:
-    """Raises UserError for what would fail only once models are read."""
-    from research.interop import convert
-
+  def __post_init__(self) -> None:
     if len(self.from_) != 1:
       raise UserError("--op=merge: expected one model with adapters in --from")
     if self.to is None:
       cli.required(text=self.text)
-    else:
-      convert.check_free(pathlib.Path(self.to))
-      if self.mode == "original":
-        cli.required(original=self.original)
+    elif self.mode == "original":
+      cli.required(original=self.original)
     if self.original and self.text is None and self.mode != "original":
       raise UserError(
         "--original: is for --mode=original, or to compare on --text; found "
@@ -53,7 +48,6 @@ class Merge(ComparesLogits, Reports):
     from research.lora import wrap
     from research.lora.merge.merge import merge_as, report_modes
 
-    self._check()
     text = None if self.text is None else cli.read_text(self.text, "text")
     unpacked = None
     if self.original is not None:

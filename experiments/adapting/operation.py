@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.core import cli
 from experiments.core.choices import option
-from research.typing import UserError
+from research.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,6 @@ class WritesAdapter(ReadsAdapters):
     from research.interop import convert
 
     to = pathlib.Path(self.to)
-    convert.check_free(to)
     source, params, result = self.make()
     convert.to_peft(dataclasses.replace(source, params=lambda: params), to)
     return result | dict(to=self.to)

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.adapting.operation import Operation
 from experiments.core import cli
-from research.typing import UserError
+from research.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from experiments.core import cli
 from experiments.core.choices import option
-from research.typing import UserError
+from research.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +64,8 @@ class Conversion:
 
   def run(self) -> dict[str, Any]:
     """Converts; returns the result, which the command prints as JSON."""
-    from research.interop import convert
-    from research.training import memory
-
     to, start = pathlib.Path(self.to), time.perf_counter()
     write = self.writer()
-    convert.check_free(to)
     if self.report is not None:  # written at the end
       cli.directory(report=str(pathlib.Path(self.report).parent))
     source = self.open()
@@ -81,6 +77,8 @@ class Conversion:
     if self.report is not None:
       rows = [dataclasses.asdict(c) for c in log.changes]
       cli.write_json(self.report, rows)
+    from research.training import memory
+
     has_tokenizer = self.has_tokenizer and source.tokenizer is not None
     return {
       **log.summary(),
@@ -120,30 +118,19 @@ class MergesAdapters(Conversion):
 class WritesShards(Conversion):
   """A conversion to a directory of safetensors."""
 
-  dtype: str | None = option(
+  dtype: Literal["float32", "bfloat16", "float16"] | None = option(
     None,
-    "Type of what is not packed: float32, bfloat16 or float16; by default each "
-    "tensor keeps its own.",
+    "Type of what is not packed; by default each tensor keeps its own.",
   )
   shard_size: str = option("5GB", "Bytes a file, e.g. 500MB.")
 
+  def __post_init__(self) -> None:
+    parse_bytes(self.shard_size)
+
   @property
   def shard_bytes(self) -> int:
-    """Bytes a file at most.
-
-    Raises:
-      UserError: --shard_size is no size.
-    """
+    """Bytes a file at most."""
     return parse_bytes(self.shard_size)
-
-  def check_dtype(self) -> None:
-    """Raises UserError for a --dtype that such directories do not have."""
-    from research.interop import hf
-
-    if self.dtype is not None and self.dtype not in hf.DTYPES:
-      raise UserError(
-        f"--dtype={self.dtype}: expected one of {', '.join(hf.DTYPES)}"
-      )
 
 
 def parse_bytes(text: str) -> int:

@@ -34,7 +34,6 @@ class HuggingFace(SupportsDiffusion, WritesShards, MergesAdapters):
     from research.interop import convert
 
     size, how = self.shard_bytes, rounding.make(self.rounding)
-    self.check_dtype()
     return lambda source, to: Written(
       convert.to_hf(source, to, self.dtype, size, how, self.least_kept)
     )
@@ -54,7 +53,6 @@ class Gguf(MergesAdapters):
 
   def writer(self) -> Writer:
     """Returns what writes the file."""
-    from research.interop import convert
     from research.interop.gguf import imatrix
     from research.interop.gguf import recipe as gguf_recipe
 
@@ -64,6 +62,7 @@ class Gguf(MergesAdapters):
     recipe = gguf_recipe.Recipe(
       self.type and self.type.upper(), self.fallback, importances
     )
+    from research.interop import convert
 
     def write(source, to):
       log, reason, written = convert.to_gguf(

@@ -29,7 +29,6 @@ class _Quantized(WritesShards, MergesAdapters):
     from research.interop import convert
 
     size = self.shard_bytes
-    self.check_dtype()
     return lambda source, to: Written(
       convert.to_quantized(
         source,

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import tokenize
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from research.errors import UserError
@@ -21,6 +21,9 @@ from research.io import folders
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 """Beside the package, in a checkout and in an installation alike."""
+
+_DATA = "records|text_records|sources|rows|arrays|answers"
+"""Modules of what reads data from paths."""
 
 _FOLDERS = {"config": "runs", "sweep": "sweeps", "verifier": "runs"}
 
@@ -59,6 +62,15 @@ def find(
   )
 
 
+def check_workdir(workdir: str, fix: str = "") -> None:
+  """Raises UserError, which ends with a fix, unless a directory has a run."""
+  if not (folders.folder(workdir) / "config.gin").exists():
+    raise UserError(
+      f"--workdir={workdir}: found no config.gin there, expected the directory "
+      f"of a run of experiments.train{fix}"
+    )
+
+
 def places(folder: pathlib.Path | None) -> tuple[pathlib.Path, ...]:
   """Returns where included files are, besides the working directory."""
   ours = folder is None or folder.is_relative_to(CONFIGS)
@@ -86,35 +98,165 @@ def _nearest(path: str, folder: str) -> str:
 
 
 def check_text(
-  path: str, lines: Sequence[str] = (), flag: str = "config"
+  path: str,
+  lines: Sequence[str] = (),
+  flag: str = "config",
+  unneeded: str = "",
+  root: str = "experiment.Experiment",
 ) -> None:
   """Refuses what a run file's text shows to be wrong, before it is built.
 
   Building it imports all that it configures. What is refused here would be
-  refused then, in the same words: a file that is missing, a macro that no file
-  has, a model, a file of data or a run that is set and is not there.
+  refused then: a file that is missing, a macro that no file has or that has no
+  value, a text in place of `@...`, and a model, a file of data or a run that is
+  not there.
 
   Args:
     path, flag: see `find`.
     lines: bindings of the command line.
+    unneeded: regular expression of fields whose values need not be there.
+    root: the class that is built, `module.Class`.
   """
   text = whole_text(find(path, flag))
-  bound = re.findall(r"^([\w./]+)[ \t]*=[ \t]*([^\n#]*)", text, re.MULTILINE)
-  names = {name for name, _ in bound}
-  macros = {x.rpartition("/")[2] for x in names if "." not in x}
+  lined = re.findall(r"^([\w./]+)[ \t]*=[ \t]*([^\n#]*)", text, re.MULTILINE)
+  bound = {_short(name): value.strip() for name, value in lined}
+  macros = {x.rpartition("/")[2] for x in bound if "." not in x}
   macros |= set(re.findall(r"%(?!gin\b)(\w+)", text))
-  for line in from_flags(lines):
-    name, _, value = line.partition("=")
-    target = name.strip().rpartition("/")[2]
+  given = {_short(name_of(line)): line for line in from_flags(lines)}
+  for name, line in given.items():
+    target = name.rpartition("/")[2]
     if "." not in target and target not in macros:
-      paths = [x for x in names if "." in x]
+      paths = [x for x in bound if "." in x]
       raise UserError(
         f"{path}: --set={line}: nothing in this run uses it; "
         + _nearest_name(target, sorted(macros), paths)
       )
-    uses = [x for x, y in bound if y.strip() == f"%{target}"]
-    for field in (target, *uses):
-      _check_value(field.rpartition("/")[2], line, value.strip())
+    _, before = _value_of(bound, name)
+    bound[name] = line.partition("=")[2].strip()
+    if before.startswith("@") and bound[name][0] in "'\"":
+      kind = re.findall(r"[\w.]+", before)[-1]
+      fields = [x for x in bound if x.startswith(f"{kind}.")]
+      hint = f"; did you mean {fields[0]}?" if fields else ""
+      raise UserError(
+        f"{path}: --set={line}: found a text, expected a value such as"
+        f" {before}{hint}"
+      )
+  aliased = re.search(r"^(?:from|import)\b.* as ", text, re.MULTILINE)
+  if not aliased and not any(f"{root}." in name for name in bound):
+    raise UserError(f"{path}: {NOT_BOUND.format(root)}")
+  for field, name, value in _values_in_use(bound, unneeded, root):
+    place = f"--set={given[name]}" if name in given else f"{name} = {value}"
+    if re.fullmatch(r"%\w+", value):
+      raise UserError(
+        f"{path}: {value}: has no value; add a line {value[1:]} = ..."
+      )
+    if value == "%gin.REQUIRED" and "." not in name:
+      last = name.rpartition("/")[2]
+      raise UserError(
+        f"{path}: {last}: is required: --set={last}=..., or a line {last} = ..."
+      )
+    _check_value(field, name, value, place)
+
+
+NOT_BOUND = (
+  "binds nothing of {}, which this command builds; is it of another command, or"
+  " of an older version (CHANGELOG.md)?"
+)
+
+
+def _short(name: str) -> str:
+  """Returns a binding's name without the packages of its module."""
+  scope, slash, target = name.rpartition("/")
+  return scope + slash + ".".join(target.split(".")[-3:])
+
+
+def _value_of(
+  bound: Mapping[str, str], name: str, scope: str = ""
+) -> tuple[str, str]:
+  """Returns (binding, value) of a name, or those of the macro that it names.
+
+  Args:
+    bound: gin's text of values, by name.
+    name: without a scope.
+    scope: whose bindings win, the inner ones first.
+  """
+  parts, last = [x for x in scope.split("/") if x], (name, "")
+  for _ in bound:  # there may be a circle
+    places = ["/".join([*parts[:n], name]) for n in range(len(parts), -1, -1)]
+    place = next((x for x in places if x in bound), None)
+    if place is None:
+      break
+    last = place, bound[place]
+    if not re.fullmatch(r"%\w+", last[1]):
+      break
+    name = last[1][1:]
+  return last
+
+
+def _values_in_use(
+  bound: Mapping[str, str], unneeded: str, root: str
+) -> Iterator[tuple[str, str, str]]:
+  """Yields (`module.Class.field`, binding, value) of what a command builds.
+
+  Args:
+    bound: see `_value_of`.
+    unneeded, root: see `check_text`.
+  """
+  fields: dict[str, list[str]] = {}
+  for target in (name.rpartition("/")[2] for name in bound):
+    if not re.fullmatch(unneeded, target):
+      kind, _, field = target.rpartition(".")
+      fields.setdefault(kind, []).append(field)
+  stages = re.findall(r"\w+", bound.get("staged.Stages.names", "")) or [""]
+  # The model of a later stage is the result of the one before by default.
+  models = {f"{x}/experiment.Experiment.model": "" for x in stages[1:]}
+  bound = models | dict(bound)
+  todo = [(root, stage) for stage in stages]
+  for kind, scope in todo:  # which grows
+    for field in dict.fromkeys(fields.get(kind, ())):
+      name, value = _value_of(bound, f"{kind}.{field}", scope)
+      yield f"{kind}.{field}", name, value
+      values = [value]
+      for x in values:  # which grows
+        macros = re.findall(r"%(\w+)", x)
+        parts = (_value_of(bound, macro, scope)[1] for macro in macros)
+        values += [part for part in parts if part not in values]
+        for inner, target in re.findall(r"@([\w/]*/)?([\w.]+)", x):
+          part = _short(f"_.{target}")[2:], f"{scope}/{inner}".strip("/")
+          todo += [part] * (part not in todo)
+
+
+def _check_value(field: str, name: str, value: str, place: str) -> None:
+  """Refuses a path or a model's name that stands for nothing.
+
+  Args:
+    field, name, value: see `_values_in_use`; what is no text stays for gin.
+    place: where it is bound, for the error.
+  """
+  try:
+    literal = ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return
+  texts = literal if isinstance(literal, (list, tuple)) else (literal,)
+  if not all(isinstance(x, str) for x in texts):
+    return
+  if field in ("experiment.Pretrained.name", "rewards.PretrainedReward.name"):
+    packages.check_name(*texts)
+  is_run = re.fullmatch(r"(trained|verifiers)\.\w+\.workdir", field)
+  is_data = re.fullmatch(rf"({_DATA})\.\w+\.(paths?|folder)", field)
+  for text in texts:
+    if (
+      is_run and "://" not in text and not os.path.isfile(f"{text}/config.gin")
+    ):
+      raise UserError(
+        f"{place}: found no config.gin there, expected the working directory"
+        f" of a run of experiments.train; --set={name}=DIR names it"
+      )
+    if is_data and not os.path.exists(text) and glob.escape(text) == text:
+      raise UserError(
+        f"{text}: cannot be read (No such file or directory).\n"
+        f"Expected a file, from {place}; check the path."
+      )
 
 
 def whole_text(file: pathlib.Path) -> str:
@@ -132,41 +274,6 @@ def included(text: str) -> list[str]:
   return re.findall(r"^include\s+['\"](.+)['\"]", text, re.MULTILINE)
 
 
-def _check_value(field: str, line: str, value: str) -> None:
-  """Refuses a path or a model's name that stands for nothing.
-
-  Args:
-    field: `module.Class.field`, which has the value.
-    line: of the command line, for the error.
-    value: as gin reads it; what is no text stays for gin.
-  """
-  try:
-    literal = ast.literal_eval(value)
-  except (ValueError, SyntaxError):
-    return
-  texts = literal if isinstance(literal, (list, tuple)) else (literal,)
-  if not all(isinstance(x, str) for x in texts):
-    return
-  if field == "experiment.Pretrained.name":
-    packages.check_name(*texts)
-  elif field.startswith(("trained.", "verifiers.")) and field.endswith(
-    ".workdir"
-  ):
-    for text in texts:
-      if "://" not in text and not os.path.isdir(text):
-        raise UserError(
-          f"--set={line}: no such directory, expected that of a run of"
-          " experiments.train"
-        )
-  elif field.startswith(("records.", "sources.TextFiles.", "text_records.")):
-    for text in texts if field.endswith(".paths") else ():
-      if not os.path.exists(text) and glob.escape(text) == text:
-        raise UserError(
-          f"{text}: cannot be read (No such file or directory).\n"
-          f"Expected a file, from --set={line}; check the path."
-        )
-
-
 def from_flag(line: str) -> str:
   """Returns a line of the command line as gin reads it.
 
@@ -180,23 +287,15 @@ def from_flag(line: str) -> str:
       "--set=lora.LoRA.rank=16."
     )
   name, value = found.groups()
-  if _is_unfinished(value):
+  try:
+    if value[0] in "([{'\"":
+      list(tokenize.generate_tokens(io.StringIO(value).readline))
+  except (tokenize.TokenError, SyntaxError) as error:
     raise UserError(
       f"--set={line}: found a bracket or quote that does not end, expected a"
       " whole value."
-    )
+    ) from error
   return name + _value(value.strip())
-
-
-def _is_unfinished(text: str) -> bool:
-  """Whether a value begins with a bracket or quote, and one does not end."""
-  if text[0] not in "([{'\"":
-    return False
-  try:
-    list(tokenize.generate_tokens(io.StringIO(text).readline))
-  except (tokenize.TokenError, SyntaxError):
-    return True
-  return False
 
 
 def _value(text: str) -> str:
@@ -249,7 +348,7 @@ def unreferenced(text: str) -> list[str]:
     scope, _, target = name.rpartition("/")
     if "." in target:
       return not scope or f"@{scope}/" in text
-    return re.search(rf"%{re.escape(name)}\b", text) is not None
+    return bool(re.search(rf"%{re.escape(name)}\b", text))
 
   return [name for name in names_in(text) if not waits(name)]
 
@@ -276,12 +375,12 @@ def check_used(
   used = [pair for record in records for pair in record.items()]
   names = [name_of(line) for line in lines]
   for line, name in zip(lines, names, strict=True):
-    if line.startswith(_prefixes(stages)):
-      continue
     scope, _, target = name.rpartition("/")
+    if scope.partition("/")[0] in stages:
+      continue
     own = _of_stages(name, stages, theirs or {})
     if "." in target and not scope:
-      own += [_joined(x, name) for x in set(_scopes(target, used)) - {scope}]
+      own += [joined(x, name) for x in set(_scopes(target, used)) - {scope}]
     if kept := sorted(x for x in own if x not in names):
       folders.warn(
         f"--set={line}: {', '.join(kept[:3])} has a value of its own, which"
@@ -305,17 +404,12 @@ def unused(
     scope, _, target = name.rpartition("/")
     places = _scopes(target, used) if "." in target else []
     reached = scope in places if "." in target else name in macros
-    if not reached and not line.startswith(_prefixes(stages)):
+    if not reached and scope.partition("/")[0] not in stages:
       instead = _instead(name, sorted(set(places)), used)
       if stages and scope:
         instead += f"; stages: {', '.join(stages)}"
       without_effect.append((line, instead))
   return without_effect
-
-
-def _prefixes(stages: Sequence[str]) -> tuple[str, ...]:
-  """Returns what the bindings of stages begin with."""
-  return tuple(f"{stage}/" for stage in stages)
 
 
 def _of_stages(name: str, stages: Sequence[str], theirs: Record) -> list[str]:
@@ -347,7 +441,7 @@ def _macros(used: Bound) -> list[str]:
   return sorted({scope for (scope, name), _ in used if name == MACRO})
 
 
-def _joined(scope: str, name: str) -> str:
+def joined(scope: str, name: str) -> str:
   """Returns the name of a parameter in another scope."""
   return f"{scope}/{name.rpartition('/')[2]}".lstrip("/")
 
@@ -361,10 +455,10 @@ def _instead(name: str, places: Sequence[str], used: Bound) -> str:
     used: all that is.
   """
   if places:
-    own = [_joined(place, name) for place in places]
+    own = [joined(place, name) for place in places]
     return f"did you mean {' or '.join(own[:3])}?"
   paths = {
-    _joined(scope, ".".join([*selector.split(".")[-2:], parameter]))
+    joined(scope, ".".join([*selector.split(".")[-2:], parameter]))
     for (scope, selector), values in used
     if selector != MACRO
     for parameter in values
@@ -401,64 +495,3 @@ def _likeness(asked: str, name: str) -> float:
   contained = len(asked) > 2 and asked in words
   ratio = difflib.SequenceMatcher(None, asked, name).ratio()
   return max(ratio, 0.9 * initials, 0.8 * contained) - 0.01 * field
-
-
-SCHEDULE_PARTS = "warmup", "decay", "rewarm"
-"""Parameters in steps, which a schedule has beside `steps`."""
-
-
-def shorten_schedules(bound: Any, explicit: Iterable[str]) -> None:
-  """Lets defaults of warm-up and decay fit into a short run, and says so.
-
-  Where they fill the run they are lowered to half of it together. What the user
-  has bound stays, and is refused by the schedule if it does not fit.
-
-  Args:
-    bound: gin's bindings, which change.
-    explicit: names that the user has bound.
-  """
-  explicit = set(explicit)
-  for (scope, selector), values in list(bound.items()):
-    if "warmup" not in values or "steps" not in values:
-      continue
-    place = _joined(scope, ".".join(selector.split(".")[-2:]))
-    steps, _, _ = _resolved(bound, values, "steps", place)
-    parts = {
-      part: _resolved(bound, values, part, place)
-      for part in SCHEDULE_PARTS
-      if part in values
-    }
-    numbers = [steps, *(number for number, _, _ in parts.values())]
-    if not all(type(x) is int and x >= 0 for x in numbers):
-      continue  # the schedule says what is wrong
-    total = sum(numbers[1:])
-    if total < steps or any(explicit & names for _, names, _ in parts.values()):
-      continue
-    for number, names, write in parts.values():
-      if (shorter := number * (steps // 2) // max(total, 1)) != number:
-        write(shorter)
-        name = max(names, key=lambda x: "." not in x)
-        folders.warn(
-          f"{name}: {shorter} steps instead of {number}, as the run has"
-          f" {steps}; --set={name}=... says how many"
-        )
-
-
-def _resolved(
-  bound: Any, values: Any, parameter: str, place: str
-) -> tuple[Any, set[str], Any]:
-  """Returns a parameter's value, its names, and what writes another value.
-
-  Args:
-    bound: gin's bindings.
-    values: those of the configurable.
-    parameter: its name.
-    place: `scope/module.Class`.
-  """
-  names, key = {f"{place}.{parameter}"}, parameter
-  while (macro := getattr(values[key], "config_key", ("", "")))[1] == MACRO:
-    if macro not in bound or macro[0] in names:
-      break  # gin says that it has no value
-    names.add(macro[0])
-    values, key = bound[macro], "value"
-  return values[key], names, lambda new: values.update({key: new})

@@ -21,8 +21,8 @@ from typing import Any
 from absl import flags
 
 from experiments.core import cli, flags_from
+from research.errors import UserError
 from research.io import settings
-from research.typing import UserError
 
 
 def option(

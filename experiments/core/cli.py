@@ -14,10 +14,12 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
+
+from research.errors import UserError
 
 _SHARED = flags.FlagValues()
 flags.DEFINE_bool(
@@ -156,8 +158,6 @@ def required(**values: Any) -> None:
   """Raises UserError for the first flag without a value."""
   for name, value in values.items():
     if value is None or value == "":
-      from research.errors import UserError
-
       raise UserError(f"--{name}: is missing; see --help")
 
 
@@ -165,8 +165,6 @@ def local(**paths: str | None) -> None:
   """Raises UserError for the first flag that names no local path."""
   for name, path in paths.items():
     if path is not None and "://" in path:
-      from research.errors import UserError
-
       raise UserError(
         f"--{name}={path}: found a path in an object store, expected a local"
         " one; copy or mount it first"
@@ -184,20 +182,16 @@ def directory(**paths: str | None) -> None:
     place = pathlib.Path(path).absolute()
     found = next((x for x in (place, *place.parents) if x.exists()), None)
     if found is not None and not found.is_dir():
-      from research.errors import UserError
-
       raise UserError(
         f"--{name}={path}: {found} is a file, expected a directory or a new"
         " name."
       )
 
 
-def existing(flag: str, paths: Sequence[str]) -> None:
+def existing(flag: str, paths: Iterable[str]) -> None:
   """Raises UserError for the first path of a flag that is not there."""
   for path in paths:
     if "://" not in path and not os.path.exists(path):
-      from research.errors import UserError
-
       raise UserError(
         f"--{flag}={path}: no such file or directory; check the path."
       )
@@ -214,18 +208,28 @@ def model(name: str) -> None:
 
 
 def run_file(
-  path: str, bindings: Sequence[str] = (), flag: str = "config"
+  path: str | None,
+  bindings: Sequence[str] = (),
+  workdir: str | None = None,
+  fix: str = "",
+  **more: str,
 ) -> None:
   """Raises UserError for what a run file's text shows to be wrong.
 
   Commands ask before they import what the file configures, which takes seconds.
 
   Args:
-    path, bindings, flag: see `config.read`.
+    path: of the file; None for that of a run.
+    bindings, **more: see `bindings.check_text`.
+    workdir, fix: of that run, see `bindings.check_workdir`.
   """
   from experiments.core import bindings as binding_lines
 
-  binding_lines.check_text(path, bindings, flag)
+  if path is None and workdir is not None:
+    binding_lines.check_workdir(workdir, fix)
+    path = f"{workdir}/config.gin"
+  if path is not None and "://" not in path:
+    binding_lines.check_text(path, bindings, **more)
 
 
 def exclusive(flag: str, values: flags.FlagValues, *others: str) -> None:
@@ -238,8 +242,6 @@ def exclusive(flag: str, values: flags.FlagValues, *others: str) -> None:
   """
   for name in others:
     if values[name].present:
-      from research.errors import UserError
-
       raise UserError(f"--{name}: has no effect {flag}; leave it out.")
 
 
@@ -373,8 +375,6 @@ def _fail(text: str, status: int, kind: str = "error") -> int:
 
 def explanation(error: BaseException) -> str | None:
   """Returns the message of an error that the user can mend, else None."""
-  from research.errors import UserError
-
   if isinstance(error, UserError):
     return str(error)
   if _is_out_of_memory(error):
@@ -473,8 +473,6 @@ def read_text(path: str, flag: str) -> str:
   Raises:
     UserError: the file is missing, a directory, empty, or not UTF-8.
   """
-  from research.errors import UserError
-
   try:
     data = (
       sys.stdin.buffer.read()

@@ -12,7 +12,7 @@ import io
 import logging
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gin
@@ -88,12 +88,8 @@ def read_workdir(
   Raises:
     UserError: there is no run, or what `read` raises.
   """
+  binding_lines.check_workdir(workdir, fix)
   file = folders.folder(workdir) / "config.gin"
-  if not file.exists():
-    raise UserError(
-      f"--workdir={workdir}: found no config.gin there, expected the directory "
-      f"of a run of experiments.train{fix}"
-    )
   read = parse(file.read_text("utf-8"), bindings, str(file))
   return read._replace(experiment=_opened(read.experiment, file.parent))
 
@@ -184,12 +180,73 @@ def _built(root: type, explicit: Sequence[str]) -> tuple[Read, Record]:
     root: see `read`.
     explicit: names that the user has bound.
   """
-  binding_lines.shorten_schedules(gin_config._CONFIG, explicit)
+  shorten_schedules(gin_config._CONFIG, explicit)
   gin.finalize()
   experiment = gin.get_configurable(root)()
   used = _effective(gin_config._OPERATIVE_CONFIG)
   _drop_defaults()
   return Read(experiment, gin.operative_config_str()), used
+
+
+SCHEDULE_PARTS = "warmup", "decay", "rewarm"
+"""Parameters in steps, which a schedule has beside `steps`."""
+
+
+def shorten_schedules(bound: Any, explicit: Iterable[str]) -> None:
+  """Lets defaults of warm-up and decay fit into a short run, and says so.
+
+  Where they fill the run they are lowered to half of it together. What the user
+  has bound stays, and is refused by the schedule if it does not fit.
+
+  Args:
+    bound: gin's bindings, which change.
+    explicit: names that the user has bound.
+  """
+  explicit = set(explicit)
+  for (scope, selector), values in list(bound.items()):
+    if "warmup" not in values or "steps" not in values:
+      continue
+    place = binding_lines.joined(scope, ".".join(selector.split(".")[-2:]))
+    steps, _, _ = _resolved(bound, values, "steps", place)
+    parts = {
+      part: _resolved(bound, values, part, place)
+      for part in SCHEDULE_PARTS
+      if part in values
+    }
+    numbers = [steps, *(number for number, _, _ in parts.values())]
+    if not all(type(x) is int and x >= 0 for x in numbers):
+      continue  # the schedule says what is wrong
+    total = sum(numbers[1:])
+    if total < steps or any(explicit & names for _, names, _ in parts.values()):
+      continue
+    for number, names, write in parts.values():
+      if (shorter := number * (steps // 2) // max(total, 1)) != number:
+        write(shorter)
+        name = max(names, key=lambda x: "." not in x)
+        folders.warn(
+          f"{name}: {shorter} steps instead of {number}, as the run has"
+          f" {steps}; --set={name}=... says how many"
+        )
+
+
+def _resolved(
+  bound: Any, values: Any, parameter: str, place: str
+) -> tuple[Any, set[str], Any]:
+  """Returns a parameter's value, its names, and what writes another value.
+
+  Args:
+    bound: gin's bindings.
+    values: those of the configurable.
+    parameter: its name.
+    place: `scope/module.Class`.
+  """
+  names, key = {f"{place}.{parameter}"}, parameter
+  while (macro := getattr(values[key], "config_key", ("", "")))[1] == MACRO:
+    if macro not in bound or macro[0] in names:
+      break  # gin says that it has no value
+    names.add(macro[0])
+    values, key = bound[macro], "value"
+  return values[key], names, lambda new: values.update({key: new})
 
 
 def _stage_names() -> tuple[str, ...]:
@@ -396,10 +453,7 @@ def _shorten(error: Exception) -> str:
     return f"{parts[0]}.{field.group(1)}: found {parts[1]}, expected {parts[2]}"
   absent = re.match(r"Could not find <class '[\w.]*?(\w+\.\w+)'> in the", text)
   if absent:
-    return (
-      f"binds nothing of {absent.group(1)}, which this command builds; is it of"
-      " another command, or of an older version (CHANGELOG.md)?"
-    )
+    return binding_lines.NOT_BOUND.format(absent.group(1))
   word = re.search(r"Failed to parse token '(.*)' \((.*)\)", text)
   if word and "malformed node" in text:
     return (

@@ -16,6 +16,8 @@ from typing import Any
 
 from absl import flags
 
+from research.errors import UserError
+
 _DEFINE = {
   bool: flags.DEFINE_bool,
   int: flags.DEFINE_integer,
@@ -75,8 +77,6 @@ def build(config: type, values: flags.FlagValues, **more: Any) -> Any:
 @contextlib.contextmanager
 def errors_name_flags(config: type) -> Iterator[None]:
   """Raises a UserError about settings of `config` as one about their flags."""
-  from research.typing import UserError
-
   try:
     yield
   except UserError as error:
@@ -132,8 +132,6 @@ def define_flag(
 
 def flag_value(field: dataclasses.Field, values: flags.FlagValues) -> Any:
   """Returns what a field's flag says, a text with structure as its value."""
-  from research.typing import UserError
-
   name, forms = field.metadata["flag"] or field.name, field.metadata["forms"]
   value = values[name].value
   if isinstance(value, list):

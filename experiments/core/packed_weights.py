@@ -5,13 +5,16 @@ from typing import Any
 
 from absl import flags
 
+from research.errors import UserError
+
 
 def define_dtype(values: flags.FlagValues) -> flags.FlagHolder:
   """Defines `--dtype` of a command that reads or generates text."""
-  return flags.DEFINE_string(
+  return flags.DEFINE_enum(
     "dtype",
     "float32",
-    "float32 or bfloat16, of weights and computation.",
+    ["float32", "bfloat16", "float16"],
+    "Of weights and computation.",
     flag_values=values,
   )
 
@@ -64,8 +67,6 @@ def load_with_tokenizer(
   Raises:
     UserError: it has no tokenizer.
   """
-  from research.typing import UserError
-
   loaded = load(name, dtype, packed, towers)
   if loaded.tokenizer is None:
     raise UserError(f"--model={name}: found no tokenizer in it")

@@ -42,13 +42,6 @@ CONNECTING = threading.Event()
 then, but who asks for its index would start a backend that fails."""
 
 PACKAGES = ("research", "kernels_pallas", "experiments")
-UNCHECKED = (
-  *(f"experiments.core.{name}" for name in ("bindings", "cli", "runtime")),
-  *("research.errors", "research.moved", "research.progress"),
-  *("research.interop.packages", "research.io.folders"),
-)
-"""Modules that work before JAX is imported, which a check of calls would do:
-they have no arrays and are given no values of gin's."""
 
 _HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -117,7 +110,7 @@ def prepare(argv: list[str] | None = None, resumes: bool = False) -> None:
   if not _is_off("typecheck", argv):
     from research import typechecks
 
-    typechecks.install(PACKAGES, UNCHECKED)
+    typechecks.install(PACKAGES)
 
 
 def _leave(*_: Any) -> NoReturn:

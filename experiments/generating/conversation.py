@@ -7,7 +7,7 @@ from typing import Any
 from experiments.core import cli
 from experiments.generating import prompts
 from research import progress
-from research.typing import UserError
+from research.errors import UserError
 
 Messages = list[dict[str, str]]
 

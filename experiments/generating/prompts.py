@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.core import cli
-from research.typing import UserError
+from research.errors import UserError
 
 _SHOWN = 60
 """Characters of a prompt above its answer."""

@@ -2,9 +2,9 @@
 
 import math
 
+from research.errors import UserError
 from research.generation import sampling
 from research.generation.sampling import Sampling
-from research.typing import UserError
 
 
 def of_flags(

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from experiments.core import cli
+from research.errors import UserError
 from research.io.settings import setting
-from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

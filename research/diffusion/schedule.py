@@ -70,6 +70,22 @@ class Schedule:
     """Returns `-alpha'(t) / (1 - alpha(t))`, what a masked token counts."""
     return -self.slope(t) / self.masked(t)
 
+  def largest_sigma(
+    self, t: Float[Array, ""], s: Float[Array, ""]
+  ) -> Float[Array, ""]:
+    """Returns the most that may be masked again, `(1 - alpha_s) / alpha_t`."""
+    alpha = self.alpha(t)
+    most = self.masked(s) / jnp.maximum(alpha, 1e-12)
+    return jnp.where(alpha > 0, jnp.minimum(1.0, most), 1.0)
+
+  def transition_probabilities(
+    self, t: Float[Array, ""], s: Float[Array, ""], sigma: Float[Array, "*B"]
+  ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """Returns (filled, masked): what becomes of a masked place from t to s."""
+    fill = self.alpha(s) - (1 - sigma) * self.alpha(t)
+    fill = jnp.clip(fill / self.masked(t), 0, 1)
+    return fill, 1 - fill
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear(Schedule):

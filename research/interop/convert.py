@@ -23,7 +23,7 @@ from research.interop.quantized import (
   compressed_activations,
 )
 from research.interop.quantized import write as quantized_write
-from research.io import safetensors
+from research.io import folders, safetensors
 from research.lora import wrap
 from research.lora.merge import changes
 from research.quant import untied_embedding
@@ -52,29 +52,6 @@ def _atomic_directory(to: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(draft, ignore_errors=True)
 
 
-def check_free(to: pathlib.Path, file: bool = False) -> None:
-  """Checks a path that is written to at the end of long work.
-
-  Args:
-    to: of a new file or directory.
-    file: whether it is a file; a directory may exist if it is empty.
-
-  Raises:
-    UserError: something is there, or a file where its folder is to be.
-  """
-  if to.is_dir() and not file and not any(to.iterdir()):
-    return
-  if to.exists() or to.is_symlink():
-    raise UserError(
-      f"{to}: is already there; expected a new name. Move or delete it first."
-    )
-  above = next((x for x in to.absolute().parents if x.exists()), None)
-  if above is not None and not above.is_dir():
-    raise UserError(
-      f"{to}: cannot be written, since {above} is a file, expected a folder."
-    )
-
-
 def to_hf(
   source: sources.Source,
   to: pathlib.Path,
@@ -96,7 +73,7 @@ def to_hf(
   Raises:
     UserError: less is left, so nothing is written.
   """
-  check_free(to)
+  folders.check_free(to)
   _warn_of_activations(source, None)
   source, log = _untied(source), changes.Log()
   describe = hf_write.config_json
@@ -193,7 +170,7 @@ def to_gguf(
     What changed, why the tokenizer stayed behind ("" if it did not), and what
     the file takes.
   """
-  check_free(to, file=True)
+  folders.check_free(to, file=True)
   _warn_of_activations(source, None)
   source, log, keys, reason = _untied(source), changes.Log(), {}, ""
   kept = source.metadata
@@ -247,7 +224,7 @@ def to_quantized(
   Raises:
     UserError: something does not fit, or less is left, so nothing is written.
   """
-  check_free(to)
+  folders.check_free(to)
   _warn_of_activations(source, writer.activations)
   source, log = _untied(source), changes.Log()
   with _atomic_directory(to) as draft:
@@ -283,7 +260,7 @@ def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
   Raises:
     UserError: the source rounds activations in a way that is not known here.
   """
-  check_free(to)
+  folders.check_free(to)
   params, log = source.params(), changes.Log()
   rounds = any(x is not None for x in source.activations)
   if rounds and not compressed_activations.rounding(params, ()):
@@ -340,7 +317,7 @@ def to_peft(
   from research.interop import peft
   from research.interop.peft import names as peft_names
 
-  check_free(to)
+  folders.check_free(to)
   name = base or source.base_name
   if name is None:
     raise UserError(
@@ -388,7 +365,7 @@ def to_gguf_adapter(
   from research.interop.gguf import adapter as gguf_adapter
   from research.interop.peft import write as peft_write
 
-  check_free(to, file=True)
+  folders.check_free(to, file=True)
   params, base = source.params(), source.base
   if base is None and source.base_name is not None:
     base = sources.open_source(source.base_name)

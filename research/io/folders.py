@@ -88,6 +88,29 @@ def _leads_to_stream(link: pathlib.Path) -> bool:
   return any(place.parts[1:2] == ("proc",) for place in places)
 
 
+def check_free(to: pathlib.Path, file: bool = False) -> None:
+  """Checks a path that is written to at the end of long work.
+
+  Args:
+    to: of a new file or directory.
+    file: whether it is a file; a directory may exist if it is empty.
+
+  Raises:
+    UserError: something is there, or a file where its folder is to be.
+  """
+  if to.is_dir() and not file and not any(to.iterdir()):
+    return
+  if to.exists() or to.is_symlink():
+    raise UserError(
+      f"{to}: is already there; expected a new name. Move or delete it first."
+    )
+  above = next((x for x in to.absolute().parents if x.exists()), None)
+  if above is not None and not above.is_dir():
+    raise UserError(
+      f"{to}: cannot be written, since {above} is a file, expected a folder."
+    )
+
+
 @contextlib.contextmanager
 def locally(path: Folder) -> Iterator[pathlib.Path]:
   """Gives a local folder for what can only write to such.

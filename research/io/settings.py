@@ -21,7 +21,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from research.typing import UserError
+from research.errors import UserError
 
 
 def setting(

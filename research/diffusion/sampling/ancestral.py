@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from research.diffusion import process
 from research.diffusion.likelihood import Scores
-from research.diffusion.sampling.remask import Remask, transition_probabilities
+from research.diffusion.sampling.remask import Remask
 from research.diffusion.schedule import Linear, Schedule
 from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 
@@ -101,7 +101,7 @@ def sample(
     again = jnp.zeros_like(masked)
     uniform = jax.vmap(lambda k: jax.random.uniform(k, masked.shape[1:]))
     if how.remask is None:
-      fill, _ = transition_probabilities(how.schedule, t, s, jnp.float32(0))
+      fill, _ = how.schedule.transition_probabilities(t, s, jnp.float32(0))
     else:
       fill = how.remask.fills(how.schedule, t, s)
       sigma = how.remask.sigma(how.schedule, t, s, confidence, free & ~masked)

@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research import weights
 from research.diffusion.sampling.config import SamplerConfig, Select
-from research.diffusion.sampling.policies import shares_of
 from research.diffusion.schedule import Linear
 from research.generation import sampling as samplers
 from research.generation.sampling import Sampling
-from research.typing import Array, Bool, Float, Int, PRNGKey
+from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 
 
 def quota(
@@ -50,6 +50,24 @@ def quota(
   some = left * share
   some = jnp.floor(some) if config.plan == "dream" else jnp.round(some)
   return jnp.where(i < steps - 1, some.astype(jnp.int32), left)
+
+
+def shares_of(plan: str, steps: int) -> np.ndarray:
+  """Returns which share of what is left each step of a plan fills.
+
+  `"linear"` and `"cosine"` are those of noise schedules, to be rounded half to
+  even; `"chance"` the linear one, of each place by itself; `"dream"` the linear
+  one on Dream's times, from 1 to 0.001, to be rounded down (arXiv:2508.15487).
+  What is left at the last step is filled.
+  """
+  t = 1 - np.arange(steps + 1) / steps
+  if plan == "dream":
+    t = np.linspace(1, 1e-3, steps + 1)
+  elif plan == "cosine":
+    t = np.cos(np.pi / 2 * (1 - t))
+  elif plan not in ("linear", "chance"):
+    raise UserError(f"quotas: shape is {plan!r}, expected linear or cosine")
+  return np.append(1 - t[1:-1] / t[:-2], 1.0)
 
 
 def remasked(

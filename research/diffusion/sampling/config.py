@@ -19,9 +19,9 @@ from research.diffusion.sampling.policies import (
   Threshold,
 )
 from research.diffusion.sampling.remask import Remask
+from research.errors import UserError
 from research.io import settings
 from research.io.settings import Form, Forms, setting
-from research.typing import UserError
 
 BLOCK = 32
 """Tokens of a block where neither the model nor a setting says how many."""

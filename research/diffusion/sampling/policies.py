@@ -7,35 +7,27 @@ or tokens; a new one is one function.
   commit(confidence [B, K], eligible [B, K], quota [B]) -> places [B, K]
 
 At least one eligible place a row is kept, so that every loop ends. Ties go to
-the lower place.
+the lower place. Commands define flags from the fields of policies: JAX is
+imported when they are used.
 """
 
 import dataclasses
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import jax.numpy as jnp
-import numpy as np
-
-from research.diffusion import process
-from research.typing import Array, Bool, Float, Int, UserError
+from research.errors import UserError
 
 
 @runtime_checkable
 class Policy(Protocol):
   """How many, and which."""
 
-  def commit(
-    self,
-    confidence: Float[Array, "B K"],
-    eligible: Bool[Array, "B K"],
-    quota: Int[Array, "B"],
-  ) -> Bool[Array, "B K"]:
-    """Returns which eligible places are filled now.
+  def commit(self, confidence: Any, eligible: Any, quota: Any) -> Any:
+    """Returns which eligible places are filled now, `[B, K]`.
 
     Args:
-      confidence: of each place's candidate.
-      eligible: places that are masked, and in the block.
-      quota: how many the schedule of steps would fill, of each row.
+      confidence: of each place's candidate, `[B, K]`.
+      eligible: places that are masked, and in the block, `[B, K]`.
+      quota: how many the schedule of steps would fill, of each row, `[B]`.
     """
 
   @property
@@ -47,10 +39,16 @@ class Policy(Protocol):
     """Whether the plan of steps has a say; else steps are as many as needed."""
 
 
-def ranks(
-  confidence: Float[Array, "B K"], eligible: Bool[Array, "B K"]
-) -> Int[Array, "B K"]:
-  """Returns each place's rank by confidence, eligible ones first, from 0."""
+def ranks(confidence: Any, eligible: Any) -> Any:
+  """Returns each place's rank by confidence, eligible ones first, from 0.
+
+  Args:
+    confidence, eligible: see `Policy.commit`.
+  """
+  import jax.numpy as jnp
+
+  from research.diffusion import process
+
   return process.ranks(jnp.where(eligible, -confidence, jnp.inf))
 
 
@@ -89,8 +87,9 @@ class Threshold:
 
   def commit(self, confidence, eligible, quota):
     rank = ranks(confidence, eligible)
-    least = jnp.maximum(quota, 1) if self.quota_first else jnp.ones_like(quota)
-    kept = (confidence >= self.threshold) | (rank < least[:, None])
+    kept = (confidence >= self.threshold) | (rank == 0)
+    if self.quota_first:
+      kept |= rank < quota[:, None]
     return eligible & kept
 
 
@@ -147,8 +146,9 @@ class Factor:
     enough = confidence >= 1 - self.factor / (rank + 2)
     enough |= rank == 0
     # The longest run of ranks that all are sure enough.
-    failed = jnp.where(eligible & ~enough, rank, confidence.shape[-1])
-    return eligible & (rank < failed.min(-1, keepdims=True))
+    fails = eligible & ~enough
+    first = rank.min(-1, keepdims=True, where=fails, initial=rank.shape[-1])
+    return eligible & (rank < first)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +169,8 @@ class Hierarchy:
     _check_shares(self, "threshold", "low")
 
   def commit(self, confidence, eligible, quota):
+    import jax.numpy as jnp
+
     known = jnp.where(eligible, confidence, -jnp.inf)
     start = eligible & ~jnp.pad(eligible, ((0, 0), (1, 0)))[:, :-1]
     run = jnp.where(eligible, jnp.cumsum(start, axis=-1), 0)
@@ -194,21 +196,3 @@ def _check_shares(policy: Policy, *names: str) -> None:
         f"{type(policy).__name__}: {name} is {value}, expected above 0 and at "
         "most 1"
       )
-
-
-def shares_of(plan: str, steps: int) -> np.ndarray:
-  """Returns which share of what is left each step of a plan fills.
-
-  `"linear"` and `"cosine"` are those of noise schedules, to be rounded half to
-  even; `"chance"` the linear one, of each place by itself; `"dream"` the linear
-  one on Dream's times, from 1 to 0.001, to be rounded down (arXiv:2508.15487).
-  What is left at the last step is filled.
-  """
-  t = 1 - np.arange(steps + 1) / steps
-  if plan == "dream":
-    t = np.linspace(1, 1e-3, steps + 1)
-  elif plan == "cosine":
-    t = np.cos(np.pi / 2 * (1 - t))
-  elif plan not in ("linear", "chance"):
-    raise UserError(f"quotas: shape is {plan!r}, expected linear or cosine")
-  return np.append(1 - t[1:-1] / t[:-2], 1.0)

@@ -3,17 +3,14 @@
 Wang et al. 2025 (arXiv:2503.00307): from time t to s < t a filled place is
 masked again with probability `sigma`, and a masked one is filled more often in
 turn, so that the marginals stay those of the process. Any `sigma` up to
-`largest_sigma` will do; what it is, is said by a `Remask`.
+`Schedule.largest_sigma` will do; what it is, is said by a `Remask`. Commands
+define flags from its fields: JAX is imported when they are used.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-
-from research.diffusion.schedule import Schedule
-from research.typing import Array, Bool, Float, UserError
+from research.errors import UserError
 
 Kind = Literal["cap", "rescale", "confidence"]
 
@@ -44,70 +41,46 @@ class Remask:
         " 0 <= stop <= start <= 1: time runs from 1, all masked, to 0"
       )
 
-  def size(
-    self, schedule: Schedule, t: Float[Array, ""], s: Float[Array, ""]
-  ) -> Float[Array, ""]:
-    """Returns sigma from t to s, of a place on average."""
-    most = largest_sigma(schedule, t, s)
+  def size(self, schedule: Any, t: Any, s: Any) -> Any:
+    """Returns sigma from t to s, of a place on average; scalars."""
+    import jax.numpy as jnp
+
+    most = schedule.largest_sigma(t, s)
     size = (
       jnp.minimum(self.eta, most) if self.kind == "cap" else self.eta * most
     )
     return jnp.where((t <= self.start) & (t > self.stop), size, 0.0)
 
   def sigma(
-    self,
-    schedule: Schedule,
-    t: Float[Array, ""],
-    s: Float[Array, ""],
-    confidence: Float[Array, "B K"],
-    filled: Bool[Array, "B K"],
-  ) -> Float[Array, "B K"]:
-    """Returns how likely each place is masked again.
+    self, schedule: Any, t: Any, s: Any, confidence: Any, filled: Any
+  ) -> Any:
+    """Returns how likely each place is masked again, `[B, K]`.
 
     Args:
-      schedule: of the process.
-      t, s: times before and after the step.
-      confidence: how probable a place's token was when it was filled in.
-      filled: which places may be masked again.
+      schedule: of the process, a `Schedule`.
+      t, s: times before and after the step, scalars.
+      confidence: how probable a place's token was when it was filled in,
+        `[B, K]`.
+      filled: which places may be masked again, `[B, K]`.
     """
+    import jax
+    import jax.numpy as jnp
+
     size = jnp.broadcast_to(self.size(schedule, t, s), confidence.shape)
     if self.kind == "confidence":
       share = jax.nn.softmax(jnp.where(filled, -confidence, -jnp.inf), axis=-1)
       share = jnp.where(filled.any(-1, keepdims=True), share, 0.0)
       count = filled.sum(-1, keepdims=True)
-      most = largest_sigma(schedule, t, s)
+      most = schedule.largest_sigma(t, s)
       size = jnp.minimum(size * share * count, most)
     return jnp.where(filled, size, 0.0)
 
-  def fills(
-    self, schedule: Schedule, t: Float[Array, ""], s: Float[Array, ""]
-  ) -> Float[Array, ""]:
-    """Returns how likely a masked place is filled in turn.
+  def fills(self, schedule: Any, t: Any, s: Any) -> Any:
+    """Returns how likely a masked place is filled in turn; scalars.
 
     By confidence masked places have no sigma, as in the authors' code: more
     are then masked than the process has it.
     """
     size = self.size(schedule, t, s)
-    size = jnp.zeros_like(size) if self.kind == "confidence" else size
-    return transition_probabilities(schedule, t, s, size)[0]
-
-
-def largest_sigma(
-  schedule: Schedule, t: Float[Array, ""], s: Float[Array, ""]
-) -> Float[Array, ""]:
-  """Returns the most that may be masked again, `(1 - alpha_s) / alpha_t`."""
-  alpha = schedule.alpha(t)
-  most = schedule.masked(s) / jnp.maximum(alpha, 1e-12)
-  return jnp.where(alpha > 0, jnp.minimum(1.0, most), 1.0)
-
-
-def transition_probabilities(
-  schedule: Schedule,
-  t: Float[Array, ""],
-  s: Float[Array, ""],
-  sigma: Float[Array, "*B"],
-) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-  """Returns (filled, masked): what becomes of a masked place from t to s."""
-  fill = schedule.alpha(s) - (1 - sigma) * schedule.alpha(t)
-  fill = jnp.clip(fill / schedule.masked(t), 0, 1)
-  return fill, 1 - fill
+    size = 0 * size if self.kind == "confidence" else size
+    return schedule.transition_probabilities(t, s, size)[0]

@@ -101,6 +101,7 @@ def test_data_are_checked_before_a_model_is_loaded(
   name = "LABELS" if run.startswith("prm") else "FILES"
   flags = [f"--config=runs/{run}.gin", f"--set={name}={path}"]
   flags += [f"--set=FOLDER={tmp_path}"] * (run == "data/images")
+  flags += [f"--set=TEST={path}"] * (name == "LABELS")
   assert cli.call(train.main, ["", f"--workdir={workdir}", *flags]) == 1
   said = capsys.readouterr().err
   assert said.startswith(f"error: {path.parent}") and words in said

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion.sampling import ancestral, remask
+from research.diffusion.sampling import ancestral
 from research.diffusion.sampling.ancestral import Ancestral
 from research.diffusion.sampling.remask import Remask
 from research.diffusion.schedule import Cosine, Linear
@@ -88,11 +88,11 @@ def test_many_steps_approach_the_joint(how):
   ],
 )
 def test_chances_of_the_paper(t, s, sigma, fill, masked):
-  got = remask.transition_probabilities(
-    Linear(), jnp.float32(t), jnp.float32(s), jnp.float32(sigma)
+  got = Linear().transition_probabilities(
+    jnp.float32(t), jnp.float32(s), jnp.float32(sigma)
   )
   np.testing.assert_allclose(got, (fill, masked), atol=1e-4)
-  most = remask.largest_sigma(Linear(), jnp.float32(t), jnp.float32(s))
+  most = Linear().largest_sigma(jnp.float32(t), jnp.float32(s))
   assert float(most) == pytest.approx(min(1, s / (1 - t)), rel=1e-5)
 
 
@@ -100,9 +100,9 @@ def test_chances_of_the_paper(t, s, sigma, fill, masked):
 def test_marginals_are_the_process_s(sigma):
   """A place is masked at s with probability 1 - alpha(s), whatever it was."""
   t, s = jnp.float32(0.7), jnp.float32(0.55)
-  most = remask.largest_sigma(Linear(), t, s)
+  most = Linear().largest_sigma(t, s)
   sigma = sigma * most
-  _, masked = remask.transition_probabilities(Linear(), t, s, sigma)
+  _, masked = Linear().transition_probabilities(t, s, sigma)
   got = 0.7 * masked + 0.3 * sigma
   assert float(got) == pytest.approx(0.55, rel=1e-5)
 

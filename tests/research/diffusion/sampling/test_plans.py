@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from research.diffusion.sampling import policies
-from research.diffusion.sampling.candidates import candidates, quota
+from research.diffusion.sampling.candidates import candidates, quota, shares_of
 from research.diffusion.sampling.config import (
   POLICIES,
   SamplerConfig,
@@ -156,7 +156,7 @@ def test_mistakes(change, message):
     with pytest.raises(UserError, match="Vicinity: .* expected at least 0"):
       Vicinity(**value)
   with pytest.raises(UserError, match="shape is 'square'"):
-    policies.shares_of("square", 3)
+    shares_of("square", 3)
 
 
 @pytest.mark.parametrize(
