@@ -219,9 +219,9 @@ def run_file(
   Commands ask before they import what the file configures, which takes seconds.
 
   Args:
-    path: of the file; None for that of a run.
+    path: the file; None for that of a run.
     bindings, **more: see `bindings.check_text`.
-    workdir, fix: of that run, see `bindings.check_workdir`.
+    workdir, fix: that run, see `bindings.check_workdir`.
   """
   from experiments.core import bindings as binding_lines
 

@@ -25,7 +25,7 @@ class Policy(Protocol):
     """Returns which eligible places are filled now, `[B, K]`.
 
     Args:
-      confidence: of each place's candidate, `[B, K]`.
+      confidence: that of each candidate, `[B, K]`.
       eligible: places that are masked, and in the block, `[B, K]`.
       quota: how many the schedule of steps would fill, of each row, `[B]`.
     """
