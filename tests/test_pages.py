@@ -156,6 +156,9 @@ def commands(text: str) -> list[str]:
   brackets.
   """
   text = re.sub(r"^```python\n.*?^```", "", text, flags=re.M | re.S)
+  text = re.sub(
+    r"^Today's tree does not rerun it\. `[^`]*`", "", text, flags=re.M
+  )
   text = re.sub(r"\\\n\s*", " ", text)
   blocks = [x.strip() for x in re.findall(r"^(?: {4}|\t)(.*)$", text, re.M)]
   for fenced in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S):

@@ -152,16 +152,6 @@ ENTRIES = {
   "study runs/flash_attention/claims_cost.gin": Run(
     ("study.Study.lengths=(2048, 4096)", "study.Study.topologies=()")
   ),
-  "study runs/llada/sft_smollm2.gin": Run(
-    tuple(
-      f"smollm2.Instructed.{x}"
-      for x in (
-        *("adapt=1", "tune=1", "pool=8", "length=64", "graded=2"),
-        *("heldout=2", "passes=2"),
-      )
-    ),
-    flags=("--only=seed 0",),
-  ),
   "quantize runs/quant/gptq_smollm2.gin": Run(("WINDOWS=1", "LENGTH=64")),
   "sweep sweeps/quickstart_rank.gin": Run(
     (

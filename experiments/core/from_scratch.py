@@ -35,6 +35,7 @@ class FromScratch:
     family: a key of `presets.FAMILIES`.
     tokenizer: its source, e.g. `research.data.bpe.Bpe`; None where the data
       are ids.
+    embed_std: standard deviation of the embeddings; None for the family's.
     seed: of the weights.
     dtype: of computation; the weights are float32.
     remat: what the backward pass recomputes.
@@ -43,6 +44,7 @@ class FromScratch:
   sizes: presets.Sizes
   family: str = "llama"
   tokenizer: Vocabulary | None = None
+  embed_std: float | int | None = None
   seed: int = 0
   dtype: str = "float32"
   remat: Remat = "none"
@@ -74,7 +76,11 @@ class FromScratch:
     model = presets.transformer(family, self.sizes, self.dtype)
 
     def init(key):
-      return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+      params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+      if self.embed_std is None:
+        return params
+      embed = params["embed"]
+      return params | {"embed": embed * (self.embed_std / embed.std())}
 
     key, places = jax.random.key(self.seed), None
     if shardings is not None:

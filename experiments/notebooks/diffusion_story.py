@@ -1,7 +1,7 @@
 """The toys of `colab/llada.ipynb`: a chain that is masked, learned, filled in.
 
 The chain is a `synthetic.Markov`, so its entropy is known, and so is what a
-perfect model would say (`truth`); states are shown as letters.
+perfect model would say (`diffusion_truth`); states are shown as letters.
 """
 
 import dataclasses
@@ -13,19 +13,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.studies.diffusion import truth as diffusion_truth
-from experiments.studies.diffusion.study import Tiny
-from experiments.studies.documents import documents
+from experiments.core.from_scratch import FromScratch
+from experiments.notebooks import diffusion_truth
 from research.data.batches import batch_of
+from research.data.sources.infilling import Pairs
 from research.data.sources.synthetic import Markov
 from research.diffusion import process
 from research.diffusion.block import BlockDiffusion
+from research.diffusion.objective import MaskedDiffusion
+from research.diffusion.recall import Recall
 from research.diffusion.sampling import sampler
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.denoiser import BlockCache, Denoiser, NoCache
 from research.diffusion.sampling.policies import Policy, Threshold
 from research.generation.sampling import Sampling
+from research.interop.loaded import Loaded
+from research.nn import presets
 from research.nn.transformer import Transformer
+from research.optim import optim
+from research.training import state, step
+from research.training.objectives.objective import Batch, NextToken, Objective
 from research.typing import Float, Int, Params
 
 ANY = Sampling(temperature=1.0)
@@ -37,12 +44,10 @@ class Toy:
 
   Attributes:
     source: the chain; the mask is one more id.
-    tiny: the model.
     steps: of training.
   """
 
   source: Markov = Markov(vocab=10, length=32, concentration=0.15, count=4096)
-  tiny: Tiny = Tiny(batch=32)
   steps: int = 2000
 
   @property
@@ -53,13 +58,13 @@ class Toy:
   @functools.cached_property
   def network(self) -> tuple[Transformer, Params]:
     """The model and its random weights."""
-    return self.tiny.load(self.source.vocab + 1, 0)
+    loaded = network(self.source.vocab + 1)
+    return loaded.model, loaded.params
 
   @functools.cached_property
   def pool(self) -> dict[str, Any]:
     """All rows to learn from, as a batch."""
-    source = self.source
-    return batch_of(documents(source, "train", source.count))
+    return batch_of(_rows_of(self.source))
 
   @functools.cached_property
   def truth(self) -> tuple[diffusion_truth.Chain, Params]:
@@ -69,11 +74,78 @@ class Toy:
 
   def rows(self, count: int) -> Int[np.ndarray, "N T"]:
     """Returns held-out rows of the chain."""
-    return np.asarray(documents(self.source, "heldout", count))
+    source = dataclasses.replace(self.source, split="heldout", count=count)
+    return _rows_of(source)
 
   def spelled(self, row: Sequence[int] | np.ndarray) -> list[str]:
     """Returns a letter a token, and a block for the mask."""
     return ["░" if i == self.mask_id else chr(97 + int(i)) for i in row]
+
+
+def _rows_of(source: Any) -> Int[np.ndarray, "N T"]:
+  return np.stack([e.tokens for e in source.examples(None)])
+
+
+def network(vocab: int) -> Loaded:
+  """Returns a small Transformer with random weights, for `vocab` ids in all."""
+  sizes = presets.Sizes(
+    vocab=vocab,
+    width=64,
+    depth=2,
+    heads=4,
+    kv_heads=4,
+    head_dim=16,
+    hidden=128,
+    tied=False,
+  )
+  return FromScratch(sizes=sizes).load()
+
+
+def trained(
+  objective: Objective, params: Params, pool: Batch, steps: int, rows: int = 32
+) -> Params:
+  """Returns the moving average of weights after training, as one program.
+
+  Args:
+    objective: with its model.
+    params: at the start.
+    pool: batch of all rows, from which batches are drawn.
+    steps: of Adam.
+    rows: of a batch.
+  """
+  tx = optim.adamw(optim.constant(3e-3, 50))
+  update = step.make_train_step(objective, tx, average=0.99)
+  key, total = jax.random.key(0), pool["tokens"].shape[0]
+
+  def one(now, _):
+    at = jax.random.fold_in(jax.random.fold_in(key, 1), now.step)
+    chosen = jax.random.randint(at, (rows,), 0, total)
+    batch = {name: x[chosen] for name, x in pool.items()}
+    return update(now, batch, key)[0], None
+
+  start = state.create(params, ".", tx, average=True)
+  run = jax.jit(lambda now: jax.lax.scan(one, now, length=steps)[0])
+  return run(start).ema
+
+
+def reversal(pairs: Pairs, steps: int) -> list[dict[str, Any]]:
+  """Returns shares of right answers about pairs, a row for each objective."""
+  loaded, mask = network(pairs.words + 3), pairs.words + 2
+  pool = batch_of(_rows_of(pairs))
+  common = dict(model=loaded.model, rows=2048)
+  ways = {
+    "next token": (NextToken(**common), Recall(source=pairs)),
+    "diffusion": (
+      MaskedDiffusion(mask_id=mask, spread="even", **common),
+      Recall(source=pairs, mask_id=mask),
+    ),
+  }
+  out = []
+  for name, (objective, ask) in ways.items():
+    params = trained(objective, loaded.params, pool, steps)
+    right = ask(dataclasses.replace(loaded, params=params)).right
+    out.append({"model": name} | dict(right))
+  return out
 
 
 def by_count(
@@ -192,7 +264,7 @@ def ladder(toy: Toy, blocks: Sequence[int]) -> list[dict[str, Any]]:
     objective = BlockDiffusion(
       model=model, mask_id=toy.mask_id, block=block, rows=2048
     )
-    after = toy.tiny.trained(objective, params, toy.pool, toy.steps, seed=0)
+    after = trained(objective, params, toy.pool, toy.steps)
     f = jax.jit(objective)
     found = [
       float(f(after, heldout, jax.random.key(i))[0]) / heldout["tokens"].size

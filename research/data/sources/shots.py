@@ -6,39 +6,20 @@ Associative recall as in Fu et al. 2022 (arXiv:2212.14052), section 3.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
+from research.data.examples import Example
 from research.data.sources import Split
+from research.data.sources.infilling import Question
 from research.data.sources.synthetic import rng_of
-from research.typing import Bool, Int, UserError
+from research.typing import Int, UserError
 
 Evidence = Literal["before", "after", "none"]
 """Where pairs with the queried key occur, relative to the query."""
 
 _EVIDENCE = ("before", "after", "none")
-
-
-class Question(NamedTuple):
-  """Rows that each query one value, all at the same position.
-
-  Attributes:
-    rows: the complete rows.
-    visible: which positions the model sees; neither the queried value nor the
-      pairs after the last shot.
-    position: position of the queried value.
-  """
-
-  rows: Int[np.ndarray, "N T"]
-  visible: Bool[np.ndarray, " T"]
-  position: int
-
-  def most_common(self) -> Int[np.ndarray, " N"]:
-    """Returns each row's most common visible value: a key-blind baseline."""
-    values = self.rows[:, 1::2][:, self.visible[1::2]]
-    ids = np.unique(values)
-    return ids[(values[:, :, None] == ids).sum(1).argmax(1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +34,10 @@ class Shots:
     values: number of values, the ids that follow; then the mask token.
     used: number of keys in a row.
     pairs: number of pairs in a row.
+    count: number of rows of `examples`.
+    split: which rows those are.
+    shots: pairs before or after the value that `questions` ask for.
+    heldout: number of rows of each question.
     seed: of the rows.
   """
 
@@ -60,6 +45,10 @@ class Shots:
   values: int = 16
   used: int = 8
   pairs: int = 16
+  count: int = 65_536
+  split: Split = "train"
+  shots: int = 8
+  heldout: int = 512
   seed: int = 0
 
   def __post_init__(self):
@@ -90,7 +79,18 @@ class Shots:
     order = rng.integers(0, self.used, (count, self.pairs))
     return self._rows(rng, order)
 
-  def questions(
+  def examples(self, tokenizer=None) -> list[Example]:
+    """Returns the rows; the loss covers all tokens."""
+    del tokenizer
+    mask = np.ones(2 * self.pairs, bool)
+    return [Example(x, mask) for x in self.rows(self.split, self.count)]
+
+  def questions(self) -> dict[str, Question]:
+    """Returns held-out questions by where their evidence stands."""
+    given = self.shots, "heldout", self.heldout
+    return {name: self.question(name, *given) for name in _EVIDENCE}
+
+  def question(
     self, evidence: Evidence, shots: int, split: Split, count: int
   ) -> Question:
     """Returns queries of a pair's value, with `shots` pairs on one side of it.
@@ -113,7 +113,7 @@ class Shots:
     room = self.pairs - 1 - (pair if evidence == "after" else 0)
     if not 1 <= shots <= room:
       raise UserError(
-        f"Shots.questions: found {shots} shots {evidence}, expected 1 to {room}"
+        f"Shots.question: found {shots} shots {evidence}, expected 1 to {room}"
         f" of {self.pairs} pairs"
       )
     place = 2 * pair + 1
@@ -133,7 +133,7 @@ class Shots:
       end = place + 1 + 2 * shots
     at = np.arange(2 * self.pairs)
     known = (at < end) & (at != place)
-    return Question(self._rows(rng, order), known, place)
+    return Question(self._rows(rng, order), known, at == place)
 
   def _rows(self, rng, order) -> Int[np.ndarray, "N T"]:
     """Returns rows with these key indices and a random mapping per row."""

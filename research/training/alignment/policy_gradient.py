@@ -13,7 +13,7 @@ from research.training import positions
 from research.training.alignment.surrogate import Surrogate
 from research.training.objectives.objective import Batch, Sums
 from research.training.objectives.preference import Select, all_params
-from research.typing import Array, Bool, Float, Int, Params, PRNGKey
+from research.typing import Array, Float, Params, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,19 +88,3 @@ class PolicyGradient:
     length = jnp.maximum(answer.sum(-1), 1)
     surprisal = jax.lax.stop_gradient(-new.sum(-1) / length)
     return loss_sum, weight, sums | {"surprisal": (surprisal * count).sum()}
-
-
-def answer_mask(
-  tokens: Int[Array, "B T"], prompt: int, stop_tokens: tuple[int, ...]
-) -> Bool[Array, "B T"]:
-  """Returns which tokens are an answer's: up to its first stop token, included.
-
-  Args:
-    tokens: rows.
-    prompt: tokens of the prompt, padding included.
-    stop_tokens: token ids that end a text.
-  """
-  place = jnp.arange(tokens.shape[1])
-  ends = jnp.isin(tokens, jnp.array(stop_tokens or (-1,))) & (place >= prompt)
-  before = jnp.cumsum(ends, axis=-1) - ends
-  return (place >= prompt) & (before == 0)

@@ -10,13 +10,13 @@ from experiments.searching import free_verifiers, sampling, strategies
 from experiments.searching.context import Context
 from experiments.searching.prompts import Chat, IdWords, Plain
 from experiments.searching.rewarded_problems import RewardedProblems
-from experiments.studies.alignment.additions import Additions
 from research.data import bpe
 from research.reasoning import words
 from research.reasoning.problem import Verdict
 from research.reasoning.tasks import chain
 from research.reasoning.trace import Sampler
 from research.search.policy import Path, steps_of
+from research.training.alignment.additions import Additions
 from research.typing import UserError
 from tests.experiments.searching import parity
 from tests.research.search import test_search as shared

@@ -100,6 +100,12 @@ def test_settings_are_those_of_all_that_an_arm_needs():
 @pytest.mark.parametrize(
   "path, arm, setting",
   [
+    ("llada/claims_ar", "blocks_4", "@block.BlockDiffusion()"),
+    ("llada/claims_text", "next_token", "@objective.NextToken()"),
+    ("llada/claims_reversal", "diffusion", "@infilling.Pairs()"),
+    ("llada/claims_incontext", "converted", "trained.Trained"),
+    ("llada/claims_policies", "factor", "policies.Factor.factor=0.5"),
+    ("llada/claims_sft", "tuned", "@infilling.Orders()"),
     ("search/claims_countdown", "large_pool", "WIDTH = 96"),
     ("tour/tour", "vision_frozen", "TRAINABLE = '^(vision|connector)/'"),
     ("vlm/claims_connectors", "pool_4", "QUERIES = 4"),

@@ -12,7 +12,6 @@ from scipy import special
 from research.data.batches import batch_of
 from research.training.alignment.policy_gradient import (
   PolicyGradient,
-  answer_mask,
 )
 from research.training.alignment.surrogate import PerLength, Surrogate
 from research.typing import UserError
@@ -76,12 +75,6 @@ def test_the_gradient_is_that_of_the_expected_reward():
   surprisal = -(np.asarray(old).sum(-1) / LENGTH).mean()
   assert float(sums["surprisal"] / weight) == pytest.approx(surprisal, rel=1e-5)
   np.testing.assert_allclose(sums["ratio"] / weight, 1, rtol=1e-6)
-
-
-def test_answers_end_with_their_first_stop_token():
-  tokens = jnp.array([[9, 9, 1, 9, 2, 3], [9, 1, 1, 1, 1, 1]])
-  found = answer_mask(tokens, 2, (9,))
-  np.testing.assert_array_equal(found, [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
 
 
 def test_mistakes():

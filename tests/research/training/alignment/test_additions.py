@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from experiments.core import config, train_eval
-from experiments.studies.alignment.additions import Additions
 from research.interop import load
+from research.training.alignment.additions import Additions
 from research.training.checkpoints.workdir import claim_workdir
 from research.training.reports import metrics
 from research.typing import UserError

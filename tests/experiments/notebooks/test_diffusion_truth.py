@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.studies.diffusion import truth
+from experiments.notebooks import diffusion_truth as truth
 from research.data.sources.synthetic import Markov
 from research.diffusion import likelihood
 

@@ -1,1 +1,0 @@
-"""Tasks with exact judges, and rollouts of policies that learn them."""
