@@ -538,7 +538,7 @@ def _faults_of_run_file(text: str) -> list[str]:
     ]
   )
   faults = [f"no '{field}'" for field in RUN_HEADER if field not in header]
-  most = MAX_STUDY_LINES if "Pipeline.steps" in text else MAX_RUN_LINES
+  most = MAX_STUDY_LINES if "pipeline.Pipeline" in text else MAX_RUN_LINES
   if len(lines) > most:
     faults.append(f"{len(lines)} lines, more than {most}")
   return faults

@@ -19,7 +19,9 @@ class FindsIntruders:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Diagnose(FindsIntruders, ReadsAdapters):
-  """Size, ranks, angles and intruders of each update."""
+  """Size, ranks, angles and intruders of each update: of an adapter, or of full
+  training from --base.
+  """
 
   energy: float = option(
     0.9, "Share of an update's squared norm that its energy rank keeps."
@@ -30,10 +32,15 @@ class Diagnose(FindsIntruders, ReadsAdapters):
     """Returns means over all matrices."""
     import numpy as np
 
+    from research.interop import sources
     from research.lora.diagnosis import diagnose, plot_diagnosis
 
-    params = self.open(self.only).params()
-    found = diagnose.diagnose(params, self.top, self.energy)
+    if self.base is None or self.only.endswith(".gguf"):
+      params = self.open(self.only).params()
+      found = diagnose.diagnose(params, self.top, self.energy)
+    else:
+      models = (sources.open_source(x).params() for x in (self.base, self.only))
+      found = diagnose.diagnose_change(*models, self.top, self.energy)
     if self.picture is not None:
       plot_diagnosis.draw(found, self.picture, self.only)
     rows = {

@@ -62,7 +62,10 @@ class Reports(Operation):
 class ReadsAdapters(Reports):
   """An operation on adapters that are opened over the base that they name."""
 
-  base: str | None = option(None, "The model that a .gguf adapter is for.")
+  base: str | None = option(
+    None,
+    "The model that a .gguf adapter is for, or that full training began with.",
+  )
 
   def open(self, name: str) -> Any:
     """Returns an adapter as a source that knows its base.

@@ -65,33 +65,6 @@ def paired(a: Any, b: Any) -> Mean:
   return mean(np.asarray(a, float) - np.asarray(b, float))
 
 
-def p_value(differences: Any) -> float:
-  """Returns the two-sided p of Student's test that the mean is zero.
-
-  One value is no evidence: 1.
-  """
-  x = np.asarray(differences, float)
-  if len(x) < 2 or not x.any():
-    return 1.0
-  if np.ptp(x) == 0:
-    return 0.0
-  return float(stats.ttest_1samp(x, 0.0).pvalue)
-
-
-def holm(p_values: Any) -> list[float]:
-  """Returns p values corrected for their number (Holm 1979), in order.
-
-  Rejecting those below 5% makes a false rejection among all of them at most
-  5% likely.
-  """
-  p = np.asarray(p_values, float)
-  order = np.argsort(p)
-  scaled = p[order] * np.arange(len(p), 0, -1)
-  out = np.empty(len(p))
-  out[order] = np.minimum(1, np.maximum.accumulate(scaled))
-  return out.tolist()
-
-
 # --- decisions ---
 
 

@@ -156,6 +156,8 @@ def _train(
   result = {
     "perplexity_before": before and perplexity(before["loss"]),
     "perplexity_after": after and perplexity(after["loss"]),
+    "loss_before": before and before["loss"],
+    "loss_after": after and after["loss"],
     "bits_per_byte": data_fingerprint.bits_per_byte(
       experiment, tokenizer, after
     ),

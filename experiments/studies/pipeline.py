@@ -44,7 +44,10 @@ from research.typing import UserError
 CONFIGURED = "train", "label", "search"
 """Commands whose arms are a run file and bindings."""
 
-FLAGGED = "convert", "evaluate", "generate", "perplexity", "plan", "quantize"
+FLAGGED = (
+  *("adapters", "convert", "evaluate", "generate", "perplexity", "plan"),
+  "quantize",
+)
 """Commands whose arms are flags."""
 
 UNITS = {"%": 100, " GB": 1e-9, " MB": 1e-6}

@@ -13,6 +13,7 @@ inner optimizer that does not clip.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ import optax
 
 from research import tree, weights
 from research.lora.adapted import AdaptedTensor
+from research.lora.low_rank import orthonormal_distance
 from research.lora.methods.adalora import AdaLoRA
 from research.nn.transformer import Transformer
 from research.training.objectives.objective import Batch, Objective, Sums
@@ -112,16 +114,17 @@ def adalora_optimizer(
 
   def init(params):
     values = _triples(params)
-    zeros = {
-      path: jnp.zeros(x.shape, jnp.float32) for path, x in values.items()
-    }
+    importance, uncertainty = (
+      {path: jnp.zeros(x.shape, jnp.float32) for path, x in values.items()}
+      for _ in range(2)
+    )  # a step donates each
     kept = {
       p: jnp.ones(x.shape, bool)
       for p, x in values.items()
       if _is_singular_values(p)
     }
     count = jnp.zeros((), jnp.int32)
-    return State(count, zeros, dict(zeros), kept, inner.init(params))
+    return State(count, importance, uncertainty, kept, inner.init(params))
 
   def update(updates, state, params=None, **extra):
     if params is None:
@@ -202,32 +205,6 @@ def _masks(budget, step, importance, uncertainty):
   return {path: x > bound for path, x in terms.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Orthogonal:
-  """An objective plus AdaLoRA's orthogonality regulariser.
-
-  The regulariser is the mean of `|a aᵀ - 1|` and `|b bᵀ - 1|` (Frobenius
-  norms) over all matrices, not squared (PEFT's form; the paper squares).
-
-  Attributes:
-    objective: the objective to regularise.
-    weight: weight of the regulariser.
-    model: the network of the objective; an experiment sets it.
-  """
-
-  objective: Objective
-  weight: float | int = 0.5
-  model: Transformer | None = None
-
-  def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
-    """Returns the objective's sums, the loss with the regulariser added."""
-    objective = self.objective
-    if self.model is not None:
-      objective = dataclasses.replace(objective, model=self.model)
-    loss, weight, sums = objective(params, batch, key)
-    return loss + self.weight * weight * orthogonality(params), weight, sums
-
-
 def orthogonality(params: Params) -> Array:
   """Returns the mean Frobenius distance of the factors' Gram matrices from I.
 
@@ -238,14 +215,41 @@ def orthogonality(params: Params) -> Array:
   leaves = jax.tree.leaves(params, is_leaf=weights.is_weight)
   for leaf in leaves:
     if isinstance(leaf, AdaptedTensor) and isinstance(leaf.method, AdaLoRA):
-      norms += [_off(leaf.arrays[name]).ravel() for name in "ab"]
+      norms += [
+        orthonormal_distance(leaf.arrays[name]).ravel() for name in "ab"
+      ]
   if not norms:
     raise UserError("Orthogonal: no AdaLoRA adapter among the parameters")
   return jnp.concatenate(norms).mean()
 
 
-def _off(x: Array) -> Array:
-  gram = jnp.einsum("...rn,...sn->...rs", x, x) - jnp.eye(x.shape[-2])
-  square = jnp.sum(jnp.square(gram), (-2, -1))
-  # The gradient of a square root at 0 is NaN.
-  return jnp.sqrt(jnp.maximum(square, jnp.finfo(x.dtype).tiny))
+@dataclasses.dataclass(frozen=True)
+class Orthogonal:
+  """An objective plus AdaLoRA's orthogonality regulariser, or another term.
+
+  The regulariser is the mean of `|a aᵀ - 1|` and `|b bᵀ - 1|` (Frobenius
+  norms) over all matrices, not squared (PEFT's form; the paper squares).
+  Evaluation, which has no key, reports the objective alone.
+
+  Attributes:
+    objective: the objective to regularise.
+    weight: weight of the regulariser.
+    model: the network of the objective; an experiment sets it.
+    term: parameters -> what is added; KaSA's is `methods.kasa.penalty`, whose
+      weight is 1.
+  """
+
+  objective: Objective
+  weight: float | int = 0.5
+  model: Transformer | None = None
+  term: Callable[[Params], Array] = orthogonality
+
+  def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
+    """Returns the objective's sums, the loss with the regulariser added."""
+    objective = self.objective
+    if self.model is not None:
+      objective = dataclasses.replace(objective, model=self.model)
+    loss, weight, sums = objective(params, batch, key)
+    if key is None:
+      return loss, weight, sums
+    return loss + self.weight * weight * self.term(params), weight, sums

@@ -91,3 +91,11 @@ def _low_rank_after_bwd(saved, dy):
 
 
 low_rank_after.defvjp(_low_rank_after_fwd, _low_rank_after_bwd)
+
+
+def orthonormal_distance(x: Float[Array, "*E R N"]) -> Float[Array, "*E"]:
+  """Returns the Frobenius norm of `x xᵀ - 1`."""
+  gram = jnp.einsum("...rn,...sn->...rs", x, x) - jnp.eye(x.shape[-2])
+  square = jnp.sum(jnp.square(gram), (-2, -1))
+  # The gradient of a square root at 0 is NaN.
+  return jnp.sqrt(jnp.maximum(square, jnp.finfo(x.dtype).tiny))

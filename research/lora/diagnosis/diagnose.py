@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float
 
-from research import progress
-from research.lora import lora_factors, to_lora
+from research import progress, tree, weights
+from research.lora import lora_factors, to_lora, wrap
 from research.lora.diagnosis import spectrum
 from research.lora.to_lora import Energy
 from research.typing import Params, UserError
@@ -66,15 +66,54 @@ def diagnose(
   Raises:
     UserError: there is no adapter, or an argument is out of range.
   """
-  if top < 1:
-    raise UserError(f"top is {top}, expected at least 1")
-  size = Energy(energy)
-  out = {}
+  size, out = Energy(_checked(top, energy)), {}
   for path, w, update in _updates(params):
     out[path] = _diagnosis(w, update, top, size)
   if not out:
     raise UserError("these parameters hold no adapter")
   return out
+
+
+def diagnose_change(
+  before: Params, after: Params, top: int = 10, energy: float = 0.9
+) -> dict[str, Diagnosis]:
+  """Returns the diagnosis of what full training did to the layers' matrices.
+
+  Args:
+    before, after: parameters of the same model, without adapters.
+    top, energy: as for `diagnose`.
+
+  Returns:
+    address -> diagnosis; experts are `address[k]`.
+
+  Raises:
+    UserError: the models differ, or an argument is out of range.
+  """
+  size, out = Energy(_checked(top, energy)), {}
+  pairs = zip(tree.layers(before), tree.layers(after), strict=False)
+  for i, (first, last) in enumerate(pairs):
+    trained = dict(wrap.leaves(last))
+    for path, leaf in wrap.leaves(first):
+      found = trained.get(path)
+      if found is None or found.shape != leaf.shape:
+        raise UserError(
+          f"layers/{i}/{path}: found {found if found is None else found.shape}"
+          f" after training, expected {leaf.shape} as in --base"
+        )
+      w, now = (
+        np.asarray(weights.dense(x)).astype(np.float32) for x in (leaf, found)
+      )
+      for k in np.ndindex(*w.shape[:-2]) if w.ndim > 1 else ():
+        update = spectrum.decompose(now[k] - w[k])
+        name = f"layers/{i}/{path}" + "".join(f"[{j}]" for j in k)
+        out[name] = _diagnosis(w[k], update, top, size)
+  return out
+
+
+def _checked(top: int, energy: float) -> float:
+  if top < 1:
+    raise UserError(f"top is {top}, expected at least 1")
+  return energy
 
 
 def _updates(

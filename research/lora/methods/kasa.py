@@ -7,13 +7,14 @@ import dataclasses
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from research import weights
 from research.lora.diagnosis import spectrum
-from research.lora.low_rank import low_rank
+from research.lora.low_rank import low_rank, orthonormal_distance
 from research.lora.method import Method, contracts_output, dense_fp32, normal
 from research.lora.methods.lora import LoRA
-from research.typing import UserError
+from research.typing import Array, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,3 +103,25 @@ class KaSA(LoRA):
     return cls(
       **vars(plain), beta=own.number("beta"), gamma=own.number("gamma")
     )
+
+
+def penalty(params: Params) -> Array:
+  """Returns `Σ β ‖d‖² + γ (‖a aᵀ - 1‖ + ‖b bᵀ - 1‖)` over matrices.
+
+  arXiv:2412.06071, equations 9 to 12, as PEFT sums them; a term for
+  `allocate.Orthogonal`.
+
+  Raises:
+    UserError: no KaSA adapter among the parameters.
+  """
+  leaves = jax.tree.leaves(params, is_leaf=weights.is_weight)
+  adapters = [x for x in leaves if isinstance(getattr(x, "method", None), KaSA)]
+  if not adapters:
+    raise UserError("kasa.penalty: no KaSA adapter among the parameters")
+  total = jnp.zeros((), jnp.float32)
+  for leaf in adapters:
+    a, b, d = (leaf.trained[name] for name in "abd")
+    total += leaf.method.beta * jnp.sum(jnp.square(d))
+    for x in (a, b):
+      total += leaf.method.gamma * jnp.sum(orthonormal_distance(x))
+  return total

@@ -55,33 +55,6 @@ def test_a_mean_in_another_unit():
   assert str(stats.mean([0.5, math.nan])) == "nan ± nan"  # of a run that broke
 
 
-def test_p_is_the_density_s_integral():
-  x = np.array([0.3, 0.5, 0.1, 0.4])
-  t = x.mean() / (x.std(ddof=1) / 2)
-  at = np.linspace(t, 400, 2_000_001)
-  # Student's density of three degrees of freedom.
-  tail = np.trapezoid(2 / (math.pi * math.sqrt(3) * (1 + at**2 / 3) ** 2), at)
-  assert stats.p_value(x) == pytest.approx(2 * tail, rel=1e-4)
-  assert stats.p_value([0.3]) == stats.p_value([0.0, 0.0]) == 1
-  assert stats.p_value([0.25, 0.25]) == 0
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_holm_is_the_closed_test_of_bonferroni(seed):
-  """A p is the largest of Bonferroni's over all sets that it belongs to."""
-  p = np.random.default_rng(seed).random(5) ** 3
-  want = []
-  for i in range(5):
-    sets = (
-      s
-      for size in range(1, 6)
-      for s in itertools.combinations(range(5), size)
-      if i in s
-    )
-    want.append(max(min(1, len(s) * p[list(s)].min()) for s in sets))
-  assert stats.holm(p) == pytest.approx(want)
-
-
 def test_an_interval_decides():
   for value, want in ((3, True), (1.5, None), (0, False), (1, None)):
     found = stats.Mean(value, 1.0)

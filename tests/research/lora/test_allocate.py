@@ -132,6 +132,13 @@ def test_impossible_budgets_are_refused(change, said):
     allocate.Budget(**fields)
 
 
+def test_a_training_step_can_donate_the_first_state():
+  """Training does: no buffer may be there twice."""
+  state = allocate.adalora_optimizer(optax.sgd(0.1), BUDGET).init(drawn(-1))
+  buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+  assert len({*buffers}) == len(buffers)
+
+
 def test_other_adapters_are_refused():
   with pytest.raises(UserError, match="no AdaLoRA adapter"):
     allocate.adalora_optimizer(optax.sgd(0.1), BUDGET).init(
@@ -154,7 +161,8 @@ def test_the_regulariser_has_the_batchs_weight():
     return jnp.float32(3.0), jnp.float32(7.0), {}
 
   goal = allocate.Orthogonal(inner, weight=0.25)
-  loss, weight, _ = goal(params, {}, None)
+  assert goal(params, {}, None)[0] == 3.0  # what is reported
+  loss, weight, _ = goal(params, {}, jax.random.key(0))
   want = 3.0 + 0.25 * 7.0 * float(allocate.orthogonality(params))
   np.testing.assert_allclose(loss, want, rtol=1e-6)
   assert weight == 7.0

@@ -10,7 +10,7 @@ import pytest
 from scipy import linalg
 
 from research.interop import load
-from research.lora import lora_factors, to_lora
+from research.lora import lora_factors, to_lora, wrap
 from research.lora.diagnosis import diagnose, plot_diagnosis, spectrum
 from research.typing import UserError
 from tests.support_lora import lora
@@ -52,6 +52,19 @@ def test_sizes_and_ranks():
   np.testing.assert_allclose(d.stable_rank, 21 / 16, rtol=1e-5)
   assert d.energy_rank == 2  # 16 and 20 of 21
   assert one(model([(4.0, 0, 0), (2.0, 1, 1)]), energy=0.75).energy_rank == 1
+
+
+def test_a_change_is_diagnosed_as_the_adapter_that_makes_it():
+  params = model([(4.0, 0, 0), (3.0, 1, 13)])
+  before, after = wrap.disable(params), wrap.merge(params)
+  (found,) = diagnose.diagnose_change(before, after).values()
+  want = one(params)
+  assert (found.energy_rank, found.intruders()) == (2, want.intruders())
+  np.testing.assert_allclose(found.relative, want.relative, rtol=1e-4)
+  np.testing.assert_allclose(found.stable_rank, want.stable_rank, rtol=1e-4)
+  with pytest.raises(UserError, match="layers/0/x: found None"):
+    other = {"run0": {"layer0": {"y": after["run0"]["layer0"]["x"]}}}
+    diagnose.diagnose_change(before, other)
 
 
 def test_angles_to_the_leading_subspace():

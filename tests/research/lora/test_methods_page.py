@@ -1,26 +1,127 @@
 """The list of methods, and that a new one is a file, a config and a row."""
 
 import dataclasses
+import functools
+import inspect
 import json
 import pathlib
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.core import config
+from experiments.notebooks import lora_story
 from experiments.studies import results
-from experiments.studies.lora import lora_abilities, lora_methods
-from research import tree
+from research import tree, weights
 from research.interop.peft import config as peft_config
-from research.lora.methods import all_methods
+from research.lora.adapt import init_adapters
+from research.lora.adapted import AdaptedTensor
+from research.lora.method import Method
+from research.lora.methods import all_methods, qalora
 from research.lora.methods.lora import LoRA
+from research.quant import quantize
+from research.quant.formats import ggml
 from research.typing import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[4]
+SIDE = 128
+"""Of the matrix; methods' default blocks and groups divide it."""
+
+PATH = "layers/0/x"
+
+NAMES = ("PEFT's files", "packed base", "merges")
+"""Columns."""
+
+
+@functools.cache
+def columns(method: Method) -> dict[str, str]:
+  """Returns whose files it reads and writes, and what it stands on.
+
+  PEFT's files are both read and written; written, as plain LoRA, which is what
+  comes back; or neither. A method merges into an array, or also into a base
+  that stays packed as it is, by its offsets; or not at all.
+
+  Args:
+    method: with all that it needs.
+  """
+  whole = np.random.default_rng(0).standard_normal((SIDE, SIDE))
+  base = jnp.asarray(whole, jnp.float32)
+  merges = "yes" if _works(_dense, method, base) else "no"
+  if isinstance(method, qalora.QALoRA):
+    four = quantize.Quantize(format=ggml.GGML(kind="Q4_1")).pack(base)
+    whole_blocks = dataclasses.replace(method, group=four.format.block)
+    if _works(_offsets, whole_blocks, four):
+      merges = "yes, packed too"
+  packed = quantize.Quantize().pack(base)  # NF4
+  return dict(
+    zip(
+      NAMES,
+      (
+        _files(method),
+        "yes" if _works(_product, method, packed) else "no",
+        merges,
+      ),
+      strict=True,
+    )
+  )
+
+
+def _files(method: Method) -> str:
+  if method.PEFT is not None:
+    return "both"
+  plain = type(method).exported is not Method.exported
+  return "written" if plain else "-"
+
+
+def _works(use: Callable[[Any], Any], method: Method, base: Any) -> bool:
+  """Returns whether `use` of a fresh adapter on `base` is no error."""
+
+  def tried(w):
+    lifted = jax.tree.map(lambda x: x[None], w)
+    # As many numbers as a look measures; they need not mean anything.
+    seen = {PATH: jnp.eye(SIDE)}
+    trained, fixed = init_adapters(
+      jax.random.key(0), [PATH], method, lifted, seen
+    )
+    arrays = jax.tree.map(lambda x: x[0], (trained, fixed))
+    return use(AdaptedTensor(w, *arrays, method=method))
+
+  try:
+    jax.eval_shape(tried, base)
+  except UserError:
+    return False
+  return True
+
+
+def _dense(leaf: AdaptedTensor) -> Any:
+  return leaf.dense()
+
+
+def _offsets(leaf: AdaptedTensor) -> Any:
+  return qalora.merged_offsets(leaf)
+
+
+def _product(leaf: AdaptedTensor) -> Any:
+  """Returns the gradient by what is trained of a sum of products."""
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  x = jnp.ones((1, 2, SIDE))
+
+  def total(trained):
+    moved = AdaptedTensor(leaf.w, trained, leaf.fixed, method=leaf.method)
+    bound = weights.with_tokens(moved, tokens)
+    return weights.einsum("btd,df->btf", x, bound).sum()
+
+  return jax.grad(total)(leaf.trained)
+
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 README = ROOT / "research" / "lora" / "README.md"
 
-STATIC = ("method", "file", "trained", "share %", "PEFT", *lora_abilities.NAMES)
+STATIC = ("method", "file", "trained", "share %", "PEFT", *NAMES)
 """Columns that the code says alone."""
 
 # (in, out, matrices of that size in a layer) of SmolLM2-135M.
@@ -29,7 +130,15 @@ SIZES = ((576, 576, 2), (576, 192, 2), (576, 1536, 2), (1536, 576, 1))
 
 @pytest.fixture(scope="module", name="rows")
 def _rows():
-  return {row["method"]: row for row in lora_methods.rows()}
+  found = {}
+  for row in lora_story.methods():
+    kind = all_methods()[row["method"]]
+    method = kind(**lora_story.OPTIONS.get(row["method"], {}))
+    file = pathlib.Path(inspect.getfile(kind))
+    lines = len(file.read_text("utf-8").splitlines())
+    own = dict(row, file=file.name, lines=lines)
+    found[row["method"]] = own | columns(method)
+  return found
 
 
 @pytest.mark.slow
@@ -96,9 +205,9 @@ class Picky(LoRA):
 
 
 def test_a_method_that_refuses_is_said_to():
-  found = lora_abilities.columns(Picky())
+  found = columns(Picky())
   assert (found["packed base"], found["merges"]) == ("no", "no")
-  found = lora_abilities.columns(LoRA())
+  found = columns(LoRA())
   assert (found["packed base"], found["merges"]) == ("yes", "yes")
 
 
@@ -117,7 +226,7 @@ NEEDED = {
 
 
 @pytest.mark.parametrize(
-  "name", sorted(set(all_methods()) - set(lora_methods.ABSTRACT))
+  "name", sorted(set(all_methods()) - set(lora_story.ABSTRACT))
 )
 def test_one_run_file_takes_any_method(name):
   kind = all_methods()[name]
@@ -126,72 +235,21 @@ def test_one_run_file_takes_any_method(name):
   run = config.read("runs/lora/any_smollm2.gin", lines)
   (transform,) = run.experiment.transforms
   assert type(transform.method) is kind
-  looks = name in lora_methods.MEASURED
+  looks = name in lora_story.MEASURED
   assert (transform.init_stats is not None) == looks
   if not looks:  # data would have to be read
-    made = jax.eval_shape(transform, lora_methods._shapes(), jax.random.key(0))
+    made = jax.eval_shape(
+      transform, lora_story.smollm2_shapes(), jax.random.key(0)
+    )
     counted = tree.count(tree.partition(made, run.experiment.trainable)[0])
-    options = lora_methods.OPTIONS.get(name, {})
-    assert counted == lora_methods.trained(
-      name, kind(**options), lora_methods._shapes()
+    options = lora_story.OPTIONS.get(name, {})
+    assert counted == lora_story.trained(
+      name, kind(**options), lora_story.smollm2_shapes()
     )
   again = config.parse(run.text).experiment
   assert again.transforms[0].method == transform.method
   readme = README.read_text("utf-8")
   assert all(line in readme for line in NEEDED.get(name, ()))
-
-
-def test_speeds_come_from_the_bench(tmp_path):
-  def row(name, rate):
-    return {
-      "row": f"method_{name}",
-      "ratio": rate / 50,
-      "ours_tokens_per_s": rate,
-      "ours_peak_rss_bytes": 1,
-      "torch_peak_rss_bytes": 2,
-    }
-
-  file = tmp_path / "bench.log"
-  found = {"rows": [], "methods": [row("lora", 100), row("hira", 80)]}
-  file.write_text("a line\n" + json.dumps(found) + "\n")
-  speeds = lora_methods._speeds(str(file))
-  assert speeds["hira"] == {
-    "times PEFT": 1.6,
-    "step / LoRA's": 1.25,
-    "memory / PEFT's": 0.5,
-  }
-  made = {row["method"]: row for row in lora_methods.rows(speeds)}
-  assert made["HiRA"]["times PEFT"] == 1.6
-  assert made["LoHa"]["times PEFT"] is None
-  assert made["HiRA"]["swept score"] is None
-  file.write_text(json.dumps(found | {"methods": [row("hira", 80)]}))
-  with pytest.raises(UserError, match="no row method_lora"):
-    lora_methods._speeds(str(file))
-
-
-def test_scores_come_from_the_result_of_claims(tmp_path):
-  found = lora_methods._scores(results.path_of(lora_methods.CLAIMS))
-  made = {row["method"]: row for row in lora_methods.rows({}, found)}
-  for name in ("LoRA", "HiRA", "LoRAFA", "LoRAGA", "OFT"):
-    assert re.fullmatch(r"\d\.\d+ ± \d\.\d+", made[name]["swept score"]), name
-  # Each is a method, a form of one or an optimizer, or full training.
-  others = {"full", "riemannian", "rslora", "milora", "lorapro", "lora+"}
-  assert set(found) - {name.lower() for name in made} == others
-  file = tmp_path / "result.json"
-  table = {"header": ["method", "held out", "against LoRA"]}
-  table["rows"] = [["LoRA-FA", [2.0, 0.015], "+0.1"], ["LoRA", 2.5, None]]
-  file.write_text(json.dumps({"tables": [table]}))
-  assert lora_methods._scores(file) == {
-    "lorafa": {"swept score": "2.000 ± 0.015", "against LoRA": "+0.1"},
-    "lora": {"swept score": "2.5", "against LoRA": ""},
-  }
-  table["header"][1] = "trained"
-  file.write_text(json.dumps({"tables": [table]}))
-  with pytest.raises(UserError, match="no table with columns"):
-    lora_methods._scores(file)
-  file.write_text("| method | trained |\n")
-  with pytest.raises(UserError, match="cannot be read as a result"):
-    lora_methods._scores(file)
 
 
 def test_a_method_is_one_file(rows):

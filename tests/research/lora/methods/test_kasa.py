@@ -1,21 +1,14 @@
-"""What methods add to a loss, against PEFT and against a loss that has it."""
+"""KaSA's terms of the loss, against PEFT."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from experiments.studies.lora import lora_terms
-from research.data import batch_of
-from research.lora import adapt, allocate, wrap
 from research.lora.adapted import AdaptedTensor
-from research.lora.methods.adalora import AdaLoRA
+from research.lora.methods import kasa
 from research.lora.methods.kasa import KaSA
-from research.training import state, step
-from research.training.objectives import objective
 from research.typing import UserError
-from tests import support
 
 # peft 0.21.2, lora.variants._kasa_layer_regularization_loss with beta 0.2 and
 # gamma 0.3, of a [3, 5], b [3, 4], d [3] by default_rng(seed).
@@ -38,7 +31,7 @@ def leaf(arrays):
 
 
 def test_kasas_terms_are_pefts():
-  f = jax.jit(jax.value_and_grad(lora_terms.kasa))
+  f = jax.jit(jax.value_and_grad(kasa.penalty))
   for seed, (value, d, a0) in PEFT.items():
     found, slope = f({"q": leaf(drawn(seed))})
     assert float(found) == pytest.approx(value, rel=1e-6)
@@ -53,37 +46,10 @@ def test_kasas_terms_are_pefts():
 def test_orthonormal_factors_have_a_slope():
   """There the root's argument is 0."""
   arrays = drawn(0) | {"b": jnp.eye(3, 4)}
-  slope = jax.grad(lora_terms.kasa)({"q": leaf(arrays)})
+  slope = jax.grad(kasa.penalty)({"q": leaf(arrays)})
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
-
-
-@pytest.mark.slow
-def test_beside_the_data_is_inside_the_loss():
-  """AdaLoRA's step: the term in the optimizer, or in the objective."""
-  model = support.model(width=32, depth=1, head_dim=8)
-  made = adapt.Adapt(method=AdaLoRA(rank=4))
-  params = made(support.params(model), jax.random.key(0))
-  plain = objective.NextToken(model=model)
-  batch, key = batch_of(support.tokens()), jax.random.key(1)
-  inside = allocate.Orthogonal(plain)
-  outside = lora_terms.add_gradient(lora_terms.orthogonal, optax.sgd(10.0))
-
-  def after(goal, tx):
-    begun = state.create(params, wrap.TRAINABLE, tx)
-    moved, _ = jax.jit(step.make_train_step(goal, tx))(begun, batch, key)
-    return jax.tree.leaves(moved.trainable)
-
-  want, got = after(inside, optax.sgd(10.0)), after(plain, outside)
-  without = after(plain, optax.sgd(10.0))
-  for x, y in zip(want, got, strict=True):
-    np.testing.assert_allclose(x, y, atol=1e-5)
-  moved = [np.abs(x - y).max() for x, y in zip(want, without, strict=True)]
-  assert max(moved) > 1e-2
 
 
 def test_other_adapters_are_refused():
   with pytest.raises(UserError, match="no KaSA adapter"):
-    lora_terms.kasa({"q": jnp.ones(3)})
-  tx = lora_terms.add_gradient(lora_terms.kasa, optax.sgd(0.1))
-  with pytest.raises(ValueError, match="needs the parameters"):
-    tx.update({}, tx.init({}))
+    kasa.penalty({"q": jnp.ones(3)})

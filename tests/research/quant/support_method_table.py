@@ -1,7 +1,5 @@
 """Every method of adaptation on every kind of packed matrix, and what holds.
 
-  python -m experiments.studies.lora.composition [--only=REGEX]
-
 A matrix [512, 64] is packed, adapted by each method at its defaults, and
 multiplied, cut over a mesh of eight devices: rows of the batch, inputs and
 outputs by two each. A cell of the table says how much of a regression's loss is
@@ -13,30 +11,20 @@ left after some steps of gradient descent, if
   outputs and gradients, those of inputs too, are before and after what the
     decoded matrix gives on one device;
 
-else what does not hold. Nothing is read or kept. Prints the table of
-`research/quant/RESULTS.md` and ends with a JSON line.
+else what does not hold. `research/quant/RESULTS.md` has the table.
 """
-
-# ruff: noqa: E402
-if __name__ == "__main__":
-  from experiments.core import runtime
-
-  runtime.prepare()
 
 import dataclasses
 import functools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from experiments.core import cli
-from experiments.studies.lora.lora_methods import ABSTRACT, OPTIONS
-from research import sharding, tables, weights
+from experiments.notebooks.lora_story import ABSTRACT, OPTIONS
+from research import sharding, weights
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import MatrixSpec, Method
 from research.lora.methods import all_methods
@@ -47,12 +35,6 @@ from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.formats.nvfp4 import NVFP4
 from research.typing import Array, Float
-
-FLAGS = cli.new_flags()
-
-_ONLY = flags.DEFINE_string(
-  "only", "", "Methods whose name matches.", flag_values=FLAGS
-)
 
 SIZE_IN, SIZE_OUT = 512, 64
 BATCH, LENGTH, CALL = 4, 8, 0
@@ -69,40 +51,6 @@ ROUNDED = 64 * float(jnp.finfo(jnp.float32).eps)
 
 CUT = 1e-3
 """The same of gradients that are sums over a whole matrix, which cancel."""
-
-
-def main(argv: Sequence[str]) -> dict[str, Any]:
-  """Computes and prints the table."""
-  del argv
-  jax.config.update("jax_platforms", "cpu")
-  jax.config.update("jax_num_cpu_devices", DEVICES)
-  names = [n for n in kinds() if re.search(_ONLY.value, n)]
-  found = {}
-  for name in names:
-    found[name] = {f: cell(name, f).text for f in packings()}
-    cli.say(row(name, found[name]))
-  cli.say("\n" + table(found))
-  good = [
-    re.fullmatch(r"[~*]?0\.\d{3}", c)
-    for r in found.values()
-    for c in r.values()
-  ]
-  return {
-    "methods": len(found),
-    "cells": len(good),
-    "hold": sum(map(bool, good)),
-  }
-
-
-def table(found: Mapping[str, Mapping[str, str]]) -> str:
-  """Returns Markdown of texts by method and format."""
-  rows = ([name, *cells.values()] for name, cells in found.items())
-  return tables.markdown(["method", *packings()], rows)
-
-
-def row(name: str, cells: Mapping[str, str]) -> str:
-  """Returns a line of the table."""
-  return tables.markdown_row([name, *cells.values()])
 
 
 def kinds() -> dict[str, Method]:
@@ -366,7 +314,3 @@ def _relative_error(a: Any, b: Any) -> float:
   top = max(float(np.abs(x).max()) for x in jax.tree.leaves(b))
   gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), a, b)
   return max(jax.tree.leaves(gaps)) / top
-
-
-if __name__ == "__main__":
-  cli.run(main)

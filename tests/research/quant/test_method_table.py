@@ -10,8 +10,8 @@ import re
 import pytest
 
 from experiments.studies import results
-from experiments.studies.lora import composition
-from experiments.studies.lora.composition import Cell
+from tests.research.quant import support_method_table as composition
+from tests.research.quant.support_method_table import Cell
 
 CELLS = [
   (name, packing, (j - i) % 6 == 0)
