@@ -124,7 +124,7 @@ bench-tpu:  ## Checks and times the kernels on the TPU at hand
 	@$${PYTHON:-python3} -m kernels_pallas.bench.bench_tpu $(ARGS)
 
 bench: venv venv-peers  ## Measures speed and memory against torch
-	@$(PY) -m tests.peers.bench --peers=.venv-peers/bin/python $(ARGS)
+	@$(PY) -m tests.bench.bench --peers=.venv-peers/bin/python $(ARGS)
 
 venv:
 	@sh .ci/make_venv.sh .venv "$(PYTHONS)" -e '.[dev]' -- '$(MODEL)'

@@ -1,6 +1,6 @@
 """Decoding from panels against our own fp32 and against transformers in bf16.
 
-  .venv/bin/python -m tests.peers.bench_decode4bit \\
+  .venv/bin/python -m tests.bench.bench_decode4bit \\
     --peers=.venv-peers/bin/python [--repeats=3] [--batches=1,8]
     [--sides=packed,int4,nvfp4,bf16] [--prefill]
 
@@ -39,9 +39,9 @@ def rounds(
   what: str, batch: int, peers: str, repeats: int, chosen: list[str]
 ) -> dict[str, list[float]]:
   """Returns tokens/s of every side, and its other one, in each round."""
-  from tests.peers import bench  # which imports this module
+  from tests.bench import bench  # which imports this module
 
-  theirs = [peers, "-W", "ignore", "tests/peers/bench_torch.py", "--here"]
+  theirs = [peers, "-W", "ignore", "tests/bench/bench_torch.py", "--here"]
   sides = {name: (bench.OURS, name) for name in ("fp32", *AGAINST)}
   sides["bf16 of transformers"] = theirs, "bf16"
   used = {*chosen, *(AGAINST[name][0] for name in chosen)}

@@ -1,8 +1,8 @@
 """Masked diffusion: sampling and training, ours against torch, side by side.
 
   make bench ARGS='diffusion_sample_b1 diffusion_dual_b1 --repeats=3'
-  .venv/bin/python tests/peers/bench_diffusion.py ours ROW [RUNS]
-  .venv-peers/bin/python tests/peers/bench_diffusion.py torch ROW [RUNS]
+  .venv/bin/python tests/bench/bench_diffusion.py ours ROW [RUNS]
+  .venv-peers/bin/python tests/bench/bench_diffusion.py torch ROW [RUNS]
 
 A LLaDA of 12M parameters, whose head has the share of the 8B's; fp32.
 
@@ -12,7 +12,7 @@ A LLaDA of 12M parameters, whose head has the share of the 8B's; fp32.
                            none
   diffusion_train          whole steps of LLaDA's pre-training, AdamW, 8 x 256
 
-  .venv/bin/python tests/peers/bench_diffusion.py ours diffusion_products_b1
+  .venv/bin/python tests/bench/bench_diffusion.py ours diffusion_products_b1
 
 is tokens a second if a call without a cache were its matrix products and
 nothing else, each as XLA computes it: what they allow. The last layer's are of
@@ -326,7 +326,7 @@ def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
     peers: their Python.
     repeats: rounds.
   """
-  from tests.peers import sides  # the script alone does not see it
+  from tests.bench import sides  # the script alone does not see it
 
   keys = ("tokens_per_s", "peak_rss_bytes")
   found = []

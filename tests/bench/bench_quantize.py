@@ -1,6 +1,6 @@
 """How long packing takes: NF4 beside bitsandbytes, ggml's types and GPTQ alone.
 
-  .venv/bin/python -m tests.peers.bench_quantize \\
+  .venv/bin/python -m tests.bench.bench_quantize \\
     --peers=.venv-peers/bin/python [--repeats=3] [ROW ...]
 
   pack_nf4, pack_nf4dq  4096 x 4096 in float32, blocks of 64, without and with
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 
-from tests.peers import timing
+from tests.bench import timing
 
 SIDE, RUNS = 4096, 5
 TYPES = ("Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")

@@ -1,6 +1,6 @@
 """What the loop costs around its steps: checkpoints, input, the host.
 
-  python -m tests.peers.bench_loop [ROW ...]
+  python -m tests.bench.bench_loop [ROW ...]
 
 Rows, each a process of its own that prints a JSON line:
 
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 
-from tests.peers import timing
+from tests.bench import timing
 
 ROWS = ("checkpoint", "pipeline", "host")
 DEMAND = 700.0
@@ -177,7 +177,7 @@ def host(folder: pathlib.Path, steps: int = 400) -> dict:
 
 def once(row: str, *options: str) -> dict:
   """Returns what a row measures, in a process of its own."""
-  command = [sys.executable, "-m", "tests.peers.bench_loop", row, "--here"]
+  command = [sys.executable, "-m", "tests.bench.bench_loop", row, "--here"]
   done = subprocess.run([*command, *options], stdout=subprocess.PIPE, text=True)
   if done.returncode:
     raise SystemExit(f"{row}: exit {done.returncode}")

@@ -1,8 +1,8 @@
 """A training step of each method, ours against PEFT's, on SmolLM2-135M.
 
   make bench ARGS='method_lora method_hira --repeats=3'
-  .venv/bin/python tests/peers/bench_methods.py ours ROW [RUNS [STEPS]]
-  .venv-peers/bin/python tests/peers/bench_methods.py torch ROW [RUNS [STEPS]]
+  .venv/bin/python tests/bench/bench_methods.py ours ROW [RUNS [STEPS]]
+  .venv-peers/bin/python tests/bench/bench_methods.py torch ROW [RUNS [STEPS]]
 
 Whole optimizer steps in fp32 on every linear layer, 4 x 256 tokens, AdamW, as
 in the row `train_fp32`; sizes of a method are the same on both sides, PEFT's
@@ -128,7 +128,7 @@ def rows(
     repeats: rounds; sides alternate.
     huge_pages: see `sides.environment`.
   """
-  from tests.peers import sides  # the script alone does not see it
+  from tests.bench import sides  # the script alone does not see it
 
   keys = ("tokens_per_s", "peak_rss_bytes")
   found = []

@@ -1,6 +1,6 @@
 """What importing a model costs: seconds, and memory over its weights.
 
-  python -m tests.peers.bench_import [ROW ...] [--layers=32]
+  python -m tests.bench.bench_import [ROW ...] [--layers=32]
 
 Each row is a process of its own, which states the highest memory (VmHWM) less
 what it held once everything was imported and JAX had started. The rows of
@@ -149,7 +149,7 @@ def rows(names=ROWS, layers: int = 32) -> list[dict]:
     folder = pathlib.Path(name)
     for row in names:
       source, target = prepare(row, folder, layers), folder / "out"
-      module = [sys.executable, "-m", "tests.peers.bench_import", "--here"]
+      module = [sys.executable, "-m", "tests.bench.bench_import", "--here"]
       done = subprocess.run(
         [*module, row, source, str(target)], stdout=subprocess.PIPE, text=True
       )

@@ -27,8 +27,8 @@ import subprocess
 import sys
 import time
 
-import tests.peers.bench_torch as table
-from tests.peers import (
+import tests.bench.bench_torch as table
+from tests.bench import (
   bench_attention,
   bench_decode4bit,
   bench_diffusion,
@@ -43,7 +43,7 @@ from tests.peers import (
   sides,
 )
 
-OURS = [sys.executable, "tests/peers/bench_ours.py"]
+OURS = [sys.executable, "tests/bench/bench_ours.py"]
 LIMITS = {
   "train": "FLOPs of the matmuls",
   "decode": "bytes of the weights",
@@ -75,7 +75,7 @@ def once(command: list[str], row: str, environment: dict) -> dict:
 
 def compare(row: str, peers: str, repeats: int, huge_pages: str) -> dict:
   """Returns the medians and ratios of one row."""
-  theirs = [peers, "-W", "ignore", "tests/peers/bench_torch.py", "--here"]
+  theirs = [peers, "-W", "ignore", "tests/bench/bench_torch.py", "--here"]
   pairs = []
   for i in range(repeats):
     pair = [

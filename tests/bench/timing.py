@@ -1,7 +1,7 @@
 """How long calls take: what the benches' scripts share.
 
 Scripts run in our Python and in torch's, so this takes the standard library
-alone. A script sees it as `timing`, a module run with `-m` in `tests.peers`.
+alone. A script sees it as `timing`, a module run with `-m` in `tests.bench`.
 """
 
 import statistics

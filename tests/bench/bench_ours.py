@@ -1,6 +1,6 @@
 """Our side of the speed table; rows and measure as in `bench_torch`.
 
-  .venv/bin/python tests/peers/bench_ours.py [ROW ...] [--runs 3] [--steps 3]
+  .venv/bin/python tests/bench/bench_ours.py [ROW ...] [--runs 3] [--steps 3]
 
 Each row runs in its own process and prints one JSON line. `compile_s` is what
 a cold start would spend on compilation; it is not in tokens/s.

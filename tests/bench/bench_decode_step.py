@@ -1,6 +1,6 @@
 """Times the attention of one token a row on this machine's CPU.
 
-  .venv/bin/python -m tests.peers.bench_decode_step [--repeats=5]
+  .venv/bin/python -m tests.bench.bench_decode_step [--repeats=5]
 
 By the C++ kernel that generation takes (`decode_attention`, backend cpu), by
 `flash_attention` with one query, which it took before and takes where there is

@@ -1,6 +1,6 @@
 """How long an image takes to become what an encoder reads; transformers, too.
 
-  .venv/bin/python -m tests.peers.bench_images \\
+  .venv/bin/python -m tests.bench.bench_images \\
     --peers=.venv-peers/bin/python [--repeats=3] [ROW ...]
 
 A photograph of 427 x 640 pixels, decoded, becomes normalised float32: views
@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 
-from tests.peers import timing
+from tests.bench import timing
 
 KINDS = {
   "clip": ("CLIP", dict(size={"shortest_edge": 336}, crop_size=336)),

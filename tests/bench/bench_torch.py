@@ -1,6 +1,6 @@
 """The torch side of the speed table: transformers and PEFT on this CPU.
 
-  .venv-peers/bin/python tests/peers/bench_torch.py [ROW ...] [--runs 3]
+  .venv-peers/bin/python tests/bench/bench_torch.py [ROW ...] [--runs 3]
       [--steps 3] [--threads 2] [--list]
 
 Each row runs in its own process and prints one JSON line: tokens/s (median of
@@ -46,11 +46,19 @@ PREFILL = 512
 WINDOW = 1024
 
 
+def peer():
+  """Returns the module `smollm2` of `tests/peers`."""
+  sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "peers"))
+  import smollm2
+
+  return smollm2
+
+
 def load(dtype: str):
   """Returns (the real model in torch's default attention, its token ids)."""
-  import smollm2
   import torch
 
+  smollm2 = peer()
   model = smollm2.reference(getattr(torch, DTYPES[dtype]), attention="sdpa")
   ids = smollm2.encode(smollm2.text()[:60000])
   return model, torch.from_numpy(ids).long()

@@ -1,6 +1,6 @@
 """Times decoding from weights where XLA put them, and from huge pages.
 
-  .venv/bin/python -m tests.peers.bench_huge_pages [--repeats=5]
+  .venv/bin/python -m tests.bench.bench_huge_pages [--repeats=5]
     [--sides=packed,bf16,fp32] [--batches=1,8]
 
 First how fast one core reads memory, by NumPy, 160 MB at a time. Then prompt 32
@@ -39,7 +39,7 @@ def reading(repeats: int) -> dict:
 
 def load(side: str):
   """Returns (model, prompts' ids, weights as they were, in huge pages)."""
-  sys.path.insert(0, "tests/peers")
+  sys.path.insert(0, "tests/bench")
   import bench_ours
 
   from research.generation import generate

@@ -1,6 +1,6 @@
 """What a batch of 32 adapters costs over one adapter for all of its rows.
 
-  python -m tests.peers.bench_adapters [ROW ...] [--rounds 3]
+  python -m tests.bench.bench_adapters [ROW ...] [--rounds 3]
 
 Rows, each a process of its own that prints a JSON line: float32, bfloat16, and
 packed (the file's 4-bit blocks, decoded from panels). SmolLM2, rank 8 on every
@@ -113,7 +113,7 @@ def here(row: str, rounds: int) -> dict:
 
 def once(row: str, *options: str) -> dict:
   """Returns what a row measures, in a process of its own."""
-  command = [sys.executable, "-m", "tests.peers.bench_adapters", row, "--here"]
+  command = [sys.executable, "-m", "tests.bench.bench_adapters", row, "--here"]
   done = subprocess.run([*command, *options], stdout=subprocess.PIPE, text=True)
   if done.returncode:
     raise SystemExit(f"{row}: exit {done.returncode}")
