@@ -14,7 +14,7 @@ from research.generation.sampling import Sampling
 from research.generation.sampling import check as check_sampling
 from research.prm import policy_samples
 from research.prm.labelled import LabelledSolution
-from research.reasoning.isolation import Guarded
+from research.reasoning.isolation import Guarded, guard
 from research.reasoning.problem import Problem, StepVerifier, Verdict
 from research.reasoning.prompting import Prompting, as_text
 from research.reasoning.segmentation import SEGMENTERS, Segmenter, steps_of
@@ -124,8 +124,7 @@ class LabelRun:
     """
     keys = jax.random.split(jax.random.key(self.seed))
     unused = {x.prompt for x in self.excluding or ()}
-    limit = {} if self.timeout is None else {"seconds": self.timeout}
-    verifier = self.judge(self.task, **limit)
+    verifier = guard(self.judge, self.task, self.timeout)
     if self.pool is None:
       problems = self.task[slice(*self.problems)]
       problems = [x for x in problems if x.prompt not in unused]

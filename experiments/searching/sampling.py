@@ -23,6 +23,7 @@ from experiments.searching.step_ends import AtEnd
 from experiments.searching.strategies import TextStrategy
 from research.generation.stepwise import Stepwise
 from research.interop.loaded import Loaded
+from research.reasoning.isolation import guard
 from research.reasoning.problem import Problem, Verdict
 from research.reasoning.trace import Finish, Sampler, Step, Trace
 from research.search.engine import Engine
@@ -148,7 +149,7 @@ class Search:
       tokenizer=self._words,
       prompting=run.prompting,
       task=run.task,
-      judge=run.judge(run.task),
+      judge=guard(run.judge, run.task, run.judge_timeout),
     )
 
   def _engine_of(self, context: Context) -> Engine:

@@ -52,8 +52,11 @@ class SearchRun:
     seed: of the sampling.
     judge: makes what judges texts of the task: `isolation.Guarded`, or
       `isolation.Isolated` for verifiers that may hang.
+    judge_timeout: seconds that a verdict on a text may take; None for the
+      judge's default. What takes longer is wrong.
     timeout: seconds that the verifier has for the steps of a batch; None for
-      any number.
+      any number. One that takes longer ends the search, which goes on later
+      behind the batches that are done: without scores there is no choice.
     choice: which of a problem's answers is given.
     n: samples to choose among, every subset of so many; None for all.
   """
@@ -74,6 +77,7 @@ class SearchRun:
   batch: int = 8
   seed: int = 0
   judge: Callable[[Any], Any] = Guarded
+  judge_timeout: float | int | None = None
   timeout: float | int | None = None
   choice: Choice = Majority()
   n: int | None = None

@@ -230,6 +230,19 @@ class Guarded:
     return reason
 
 
+def guard(
+  judge: Callable[..., Any], verifier: Any, seconds: float | int | None
+) -> Any:
+  """Returns a verifier behind `judge`, such as `Guarded` or `Isolated`.
+
+  Args:
+    judge: class of the guard.
+    verifier: what is guarded.
+    seconds: wall time for a verdict; None for the guard's default.
+  """
+  return judge(verifier, **({} if seconds is None else {"seconds": seconds}))
+
+
 @dataclasses.dataclass(frozen=True)
 class Isolated:
   """A verifier in a process of its own, with a time limit.

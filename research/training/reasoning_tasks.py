@@ -15,6 +15,7 @@ import numpy as np
 from research.data import pipeline
 from research.data.array_batches import ShuffledBatches
 from research.data.packing import Row
+from research.reasoning import isolation
 from research.reasoning.isolation import Guarded
 from research.reasoning.problem import Problem, Verdict
 from research.reasoning.prompting import (
@@ -199,8 +200,7 @@ class VerifiedTask:
 
   @functools.cached_property
   def _judge(self) -> Any:
-    limit = {} if self.timeout is None else {"seconds": self.timeout}
-    return self.guard(self.task, **limit)
+    return isolation.guard(self.guard, self.task, self.timeout)
 
   @functools.cached_property
   def tokenizer(self) -> Any:

@@ -11,10 +11,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+import numpy as np
+
 from research.prm.scores.aggregate import Aggregate, Last
 from research.search.engine import Engine, Frontier, Path
 from research.search.step_search import Limits, Samples, check_scores
-from research.typing import UserError
+from research.typing import Int, UserError
 
 
 class Node:
@@ -87,13 +89,19 @@ class TreeSearch:
     for i, root in enumerate(roots):
       slots = range(i * room, i * room + self.width)
       self._expand([root], [(s, stored.paths[s]) for s in slots])
+    peaks = _cached(stored)
     for k in range(1, 1 + self.simulations):
       lines = [self._descend(root) for root in roots]
       at = [i * room + k * self.width for i in range(len(roots))]
-      stored = self._simulate(engine, stored, lines, at, limits)
+      stored, more = self._simulate(engine, stored, lines, at, limits)
+      peaks = np.maximum(peaks, more)
     return [
-      _samples(root, self.prune, ledger)
-      for root, ledger in zip(roots, stored.ledgers, strict=True)
+      _samples(
+        root,
+        self.prune,
+        dataclasses.replace(ledger, peak_cache_tokens=int(peak)),
+      )
+      for root, ledger, peak in zip(roots, stored.ledgers, peaks, strict=True)
     ]
 
   def _descend(self, root: Node) -> list[Node]:
@@ -119,8 +127,12 @@ class TreeSearch:
     lines: Sequence[list[Node]],
     at: Sequence[int],
     limits: Limits,
-  ) -> Frontier:
-    """Expands the last node of each line, or visits it again if it ended."""
+  ) -> tuple[Frontier, Int[np.ndarray, " P"]]:
+    """Expands the last node of each line, or visits it again if it ended.
+
+    Returns:
+      All nodes, and each problem's tokens in the cache while they grew.
+    """
     opened = [
       not line[-1].path.done and len(line[-1].path.steps) < limits.steps
       for line in lines
@@ -130,6 +142,7 @@ class TreeSearch:
     now = engine.select(stored, rows, branch)
     idle = [not x for x in opened for _ in range(self.width)]
     now = engine.advance(engine.end(now, idle))
+    cached = _cached(stored) + _cached(now)
     nowhere, slots = len(stored.paths), []
     for i, (line, begin) in enumerate(zip(lines, at, strict=True)):
       if not opened[i]:
@@ -140,7 +153,7 @@ class TreeSearch:
       slots += own
       paths = now.paths[i * self.width : (i + 1) * self.width]
       self._expand(line, list(zip(own, paths, strict=True)))
-    return engine.store(stored, now, slots)
+    return engine.store(stored, now, slots), cached
 
   def _visit(self, line: Sequence[Node]) -> None:
     value = self.prune.weight(line[-1].path.scores)
@@ -180,14 +193,16 @@ def _likelihood(parent: Path | None, path: Path) -> float:
   return math.exp((path.log_prob - before) / _new_tokens(parent, path))
 
 
+def _cached(frontier: Frontier) -> Int[np.ndarray, " P"]:
+  """Returns each problem's tokens in the cache, where a row has its prompt."""
+  tokens = np.zeros(len(frontier.ledgers), int)
+  for path in frontier.paths:
+    tokens[path.problem] += path.prompt + len(path.tokens)
+  return tokens
+
+
 def _samples(root: Node, prune: Aggregate, ledger) -> Samples:
   paths = [node.path for node in root.walk() if node.path is not None]
   ended = [path for path in paths if path.done]
   best = max(paths, key=lambda path: prune(path.scores))
-  tokens = paths[0].prompt + sum(
-    _new_tokens(node.path, child.path)
-    for node in root.walk()
-    for child in node.children
-  )
-  ledger = dataclasses.replace(ledger, peak_cache_tokens=tokens)
   return Samples(tuple(ended) or (best,), ledger)

@@ -18,6 +18,7 @@ from research.reasoning import sample_logs
 from research.reasoning.trace import Trace
 from research.search.strategies.adaptive import lead
 from research.typing import UserError
+from tests.experiments.searching import parity
 
 TINY = str(pathlib.Path(__file__).with_name("tiny.gin"))
 FIELDS = (
@@ -328,6 +329,38 @@ def test_a_judge_that_raises_or_hangs_gives_no_vote(run):
   verdicts = {x.verdict.reason for one in found.pool for x in one.samples}
   assert verdicts == {"error: RuntimeError: broken"}
   assert all(x.answer is None for one in found.pool for x in one.samples)
+
+
+def test_a_judge_has_seconds_that_a_run_file_sets(run):
+  slow = "PROBLEMS=(0, 2)", "parity.Parity.slow=0.3", "COPIES=1"
+  found = run(*slow, "search_run.SearchRun.judge_timeout=0.01")
+  assert found.code == 0, found.err
+  reasons = {x.verdict.reason for one in found.pool for x in one.samples}
+  assert len(reasons) == 1 and reasons.pop().startswith("timeout")
+  patient = run(*slow, folder="patient")
+  for one in patient.pool:
+    assert all(x.verdict.reason != "timeout" for x in one.samples)
+
+
+def test_a_search_goes_on_behind_the_batches_that_a_verifier_answered(
+  run, monkeypatch
+):
+  scored = (
+    "VERIFIER=@parity.Hangs()",
+    "CHOICE=@choose.BestOf()",
+    "search_run.SearchRun.timeout=0.5",
+  )
+  monkeypatch.setattr(parity, "HANGS_AFTER", [24])  # a batch: 8 paths, 3 steps
+  first = run(*scored)
+  assert first.code == 1
+  assert "found no scores after 0.5 s" in first.err
+  kept = (first.folder / pools.FILE).read_text()
+  assert kept.count("\n") == 2
+  monkeypatch.setattr(parity, "HANGS_AFTER", [None])
+  again = run(*scored)
+  assert again.code == 0, again.err
+  assert (again.folder / pools.FILE).read_text().startswith(kept)
+  assert again.result["problems"] == 5
 
 
 def test_a_command_of_another_kind_keeps_its_folder(run, tmp_path):

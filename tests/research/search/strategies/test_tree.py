@@ -1,5 +1,6 @@
 """Tree search: what it visits, against a tree that is walked by hand."""
 
+import dataclasses
 import math
 
 import jax
@@ -88,6 +89,20 @@ def test_a_tree_without_an_end_has_its_best_path():
     assert one.paths
     if not one.paths[0].done:
       assert len(one.paths) == 1
+
+
+def test_the_peak_is_what_is_in_the_cache():
+  """Rows for all nodes from the first on, and those that grow; each whole."""
+  engine = Engine(
+    policy=dataclasses.replace(shared.policy(log_probs=True), stop_tokens=()),
+    verifier=shared.Arbitrary(),
+  )
+  limits = Limits(tokens=shared.NEW, key=jax.random.key(2))
+  tree = TreeSearch(simulations=1, width=2)
+  samples = tree(engine, shared.PROMPTS, limits)
+  for prompt, one in zip(shared.PROMPTS, samples, strict=True):
+    step = len(prompt) + shared.STEP
+    assert one.ledger.peak_cache_tokens == 4 * step + 2 * (step + shared.STEP)
 
 
 @pytest.mark.parametrize(
