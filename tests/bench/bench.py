@@ -4,15 +4,17 @@
   make bench ARGS='train_fp32 decode_b1_fp32 --repeats=3'
   make bench ARGS='checkpoint pipeline host import_gguf_fp32'
   make bench ARGS='decode4bit_b1 pack_nf4 gptq'
+  make bench ARGS=start          # rows that begin with start_
 
 Rows against torch come first; those of `bench_methods` (PEFT's methods),
 `bench_attention` (attention alone), `bench_diffusion` (masked diffusion),
 `bench_decode4bit` (few bits' panels), `bench_llama_cpp` (GGUF files),
 `bench_quantize` (packing, GPTQ), `bench_images` (preprocessing of images),
 `bench_vlm` (a vision language model), `bench_search` (a search by a reward
-model), `bench_loop` (checkpoints, input, the host) and `bench_import` (loading
-models, memory) follow. Each measurement is a process of its own; ours and
-torch's alternate, so that a machine which changes speed changes it for both.
+model), `bench_start` (how soon commands answer), `bench_loop` (checkpoints,
+input, the host) and `bench_import` (loading models, memory) follow. Each
+measurement is a process of its own; ours and torch's alternate, so that a
+machine which changes speed changes it for both.
 The ratio is the median of the pairs' ratios.
 `--huge_pages=ours` starts training steps as each side does by itself: ours ask
 glibc for huge pages; `both` gives them to torch, too.
@@ -39,6 +41,7 @@ from tests.bench import (
   bench_methods,
   bench_quantize,
   bench_search,
+  bench_start,
   bench_vlm,
   sides,
 )
@@ -59,8 +62,9 @@ SECTIONS = {
   "images": bench_images,
   "vlm": bench_vlm,
   "search": bench_search,
+  "start": bench_start,
 }
-"""Tables of their own, each against others' code, by name in the JSON line."""
+"""Tables of their own, by name in the JSON line."""
 
 
 def once(command: list[str], row: str, environment: dict) -> dict:
@@ -133,6 +137,26 @@ def section(name: str, names: list[str], args: argparse.Namespace) -> list:
   return found
 
 
+def matching(wanted: list[str], known: list[str]) -> list[str]:
+  """Returns the rows of these names, or that begin with them and `_`.
+
+  Args:
+    wanted: names and beginnings; none for all rows.
+    known: all rows.
+
+  Raises:
+    ValueError: no row matches one of them.
+  """
+  names = []
+  for name in wanted:
+    begin = [row for row in known if row.startswith(f"{name}_")]
+    matches = [name] if name in known else begin
+    if not matches:
+      raise ValueError(f"no such row: {name}; there are {', '.join(known)}")
+    names += matches
+  return list(dict.fromkeys(names)) or known
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all")
@@ -142,9 +166,10 @@ def main() -> None:
   args = parser.parse_args()
   modules = (table, *SECTIONS.values(), bench_loop, bench_import)
   known = [row for module in modules for row in module.ROWS]
-  if unknown := set(args.rows) - set(known):
-    parser.error(f"no such rows: {unknown}; there are {', '.join(known)}")
-  names = args.rows or known
+  try:
+    names = matching(args.rows, known)
+  except ValueError as error:
+    parser.error(str(error))
   rows = [
     compare(row, args.peers, args.repeats, args.huge_pages)
     for row in names
