@@ -132,20 +132,23 @@ def parse(
     names = _stage_names() if root is Experiment else ()
     if not names:
       read, used = _built(root, explicit)
+      used = _with_aliases(used)
       check_used(lines, used)
       _check_file(own, lines, used)
       return read
     whole = gin.config_str()
-    reads, shared = {}, [_effective(gin_config._OPERATIVE_CONFIG)]
+    first = _effective(gin_config._OPERATIVE_CONFIG)
+    reads, shared = {}, [_with_aliases(first)]
   theirs: dict[tuple[str, str], Any] = {}
   for stage, before in zip(names, (None, *names), strict=False):
     with _parsed(text, lines, name, folder), _named(stage):
       bound = _enter(stage, names, before)
       scoped = [*explicit, *_within(stage, explicit)]
       reads[stage], used = _built(root, scoped)
+      shared.append(_with_aliases(_without(used, bound)))
+      used, bound = _with_aliases(used), _with_aliases(bound)
       check_used(_within(stage, lines), used)
       _check_file(_within(stage, own), lines, used)
-      shared.append(_without(used, bound))
       theirs |= {
         (f"{stage}/{scope}".rstrip("/"), selector): values
         for (scope, selector), values in bound.items()
@@ -321,6 +324,22 @@ def _effective(used: Record) -> Record:
           found.setdefault((place, selector), {})[name] = value
           break
   return found
+
+
+def _with_aliases(used: Record) -> Record:
+  """Returns a record that also has the names of the imports of this file.
+
+  Gin knows a class by the import of the first file of the process that has one,
+  and another file may call its module something else.
+  """
+  named = dict(used)
+  for (scope, selector), values in used.items():
+    made = gin_config._REGISTRY[selector].wrapped
+    for line in gin_config._IMPORTS:
+      if line.module == made.__module__:
+        alias = f"{line.partial_path()}.{made.__qualname__}"
+        named.setdefault((scope, alias), values)
+  return named
 
 
 def _scopes(scope: str) -> list[str]:

@@ -17,6 +17,11 @@ from research.interop.loaded import Loaded
 from research.quant.algorithms import calibrate, gptq
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
+from research.quant.formats.codebook import Codebook
+from research.quant.formats.ggml import GGML
+from research.quant.formats.iq4 import IQ4NL
+from research.quant.formats.microscaling import Microscaling
+from research.quant.formats.nvfp4 import NVFP4
 from research.quant.numerics import codebooks, hadamard
 from research.quant.quantize import Quantize
 from research.quant.reports import compare, input_errors, report_errors
@@ -236,6 +241,28 @@ def heads(found: Mapping[str, np.ndarray]) -> Any:
     figure.colorbar(drawn, ax=axis)
     axis.set(title=f"|{name}|", xlabel="channel", ylabel="token")
   return figure
+
+
+def compared(quick: bool) -> dict[str, Sequence[Format]]:
+  """Returns the formats of the comparison at equal bits, by group.
+
+  Args:
+    quick: whether two are enough.
+  """
+  if quick:
+    return {"integers": (Affine(bits=4), Affine(bits=3))}
+  return {
+    "integers": (
+      *(Affine(bits=bits) for bits in (4, 3)),
+      Affine(bits=4, symmetric=True),
+    ),
+    "floats": (Microscaling(), NVFP4(), NVFP4(search=6)),
+    "codebooks": (Codebook(nested=0), Codebook(), Codebook(kind="fp4")),
+    "GGUF": (
+      *(GGML(kind=kind) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q8_0")),
+      IQ4NL(),
+    ),
+  }
 
 
 def measured(

@@ -1,5 +1,6 @@
 """Configurations: what parses, what it says when it does not, round trips."""
 
+import importlib
 import re
 
 import pytest
@@ -313,3 +314,28 @@ def test_the_text_is_what_was_bound_without_defaults():
   assert "NextToken." not in bound
   more = config.read("runs/quickstart.gin", ["lora.LoRA.dropout=0.0"]).text
   assert "LoRA.dropout = 0.0" in more
+
+
+CLASS = """
+import dataclasses
+
+@dataclasses.dataclass(frozen=True)
+class Root:
+  size: int = 1
+"""
+
+
+def test_what_another_file_calls_a_module_changes_nothing(
+  tmp_path, monkeypatch
+):
+  """In one process, as a study reads its steps."""
+  (tmp_path / "named_twice.py").write_text(CLASS)
+  monkeypatch.syspath_prepend(tmp_path)
+  root = importlib.import_module("named_twice").Root
+  head = "from __gin__ import dynamic_registration\nimport named_twice"
+  for name, line in ("other", f"{head} as other"), ("named_twice", head):
+    text = f"{line}\n{name}.Root.size = 2\n"
+    binding = f"{name}.Root.size=3"
+    assert config.parse(text, [binding], root=root).experiment.size == 3
+    with pytest.raises(UserError, match="nothing in this run uses it"):
+      config.parse(text, [f"nowhere/{binding}"], root=root)
