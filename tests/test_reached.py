@@ -1,6 +1,7 @@
 """Every module is reached from what users run, configure or read about."""
 
 import ast
+import functools
 import re
 
 from tests.test_contents import ROOT
@@ -43,19 +44,26 @@ def roots():
 
 
 def documented():
-  """Yields public names that pages have as code: functions, on pages near."""
+  """Yields what pages have as code: names of packages, `module.function`.
+
+  Functions count on pages of their system alone.
+  """
   pages = {page: _code(page) for page in [*PAGES, *ROOT.glob("*.md")]}
   for package, path in PACKAGES.items():
-    near = path.parent.parent
+    near, stems = path.parent.parent, {x.stem for x in path.parent.glob("*.py")}
     for page, words in pages.items():
-      for name in words & {*lazy(package)}:
-        if name[0].isupper() or page.is_relative_to(near):
-          yield f"{package}.{name}"
+      for word in words:
+        module, _, _ = word.partition(".")
+        close = page.is_relative_to(near)
+        if word in lazy(package) and (word[0].isupper() or close):
+          yield f"{package}.{word}"
+        elif module != word and module in stems and close:
+          yield f"{package}.{module}"
 
 
 def _code(page):
   spans = re.findall(r"`([^`\n]+)`", page.read_text("utf-8"))
-  return {*re.findall(r"\w+", " ".join(spans))}
+  return {*re.findall(r"\w+(?:\.\w+)?", " ".join(spans))}
 
 
 def imports(path):
@@ -73,6 +81,7 @@ def imports(path):
   yield from NAME.findall(text)
 
 
+@functools.cache
 def lazy(package):
   """Returns the modules of a package's names that are imported late."""
   text = MODULES[package].read_text("utf-8")
