@@ -63,7 +63,8 @@ def documented():
 
 def _code(page):
   spans = re.findall(r"`([^`\n]+)`", page.read_text("utf-8"))
-  return {*re.findall(r"\w+(?:\.\w+)?", " ".join(spans))}
+  text = " ".join(spans)
+  return {*re.findall(r"\w+", text), *re.findall(r"\w+\.\w+", text)}
 
 
 def imports(path):
