@@ -42,6 +42,7 @@ ELSEWHERE = {
   "image_jsonl",
   "mixed_images",
   "drawn_questions",
+  "small_text",
 }
 NAMES = sorted(
   p.stem for p in config.CONFIGS.glob("data/*.gin") if p.stem not in ELSEWHERE

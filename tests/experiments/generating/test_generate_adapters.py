@@ -84,11 +84,11 @@ def test_one_prompt_goes_to_all_and_one_adapter_to_all(command, places):
   "flags, words",
   [
     (["--adapter=a"], "expected NAME=DIR"),
-    (["a", "--adapter=a=elsewhere"], "a is taken"),
-    (["--adapter=__base__=here"], "__base__ is taken"),
+    (["a", "--adapter=a=."], "a is taken"),
+    (["--adapter=__base__=."], "__base__ is taken"),
     (["a", "b", "--prompt=b", "--prompt=c"], "found 2 for 3 prompts"),
     (["a", "--adapter=x=nowhere"], "nowhere"),
-    (["a", "b", "--image=x.png"], "found 2, expected at most one with --image"),
+    (["a", "b", "--image=."], "found 2, expected at most one with --image"),
   ],
   ids=str,
 )
