@@ -109,8 +109,8 @@ class Adapt:
         raise UserError(tree.no_layers("Adapt", params))
       return layers
     if isinstance(self.targets, str):
-      found = _compiled(self.targets, "targets")
-      chosen = [p for p in paths if found.fullmatch(p)]
+      regex = _compiled(self.targets, "targets")
+      chosen = [p for p in paths if regex.fullmatch(p)]
       if not chosen:
         raise _no_match("targets", self.targets, paths)
       return chosen
@@ -201,8 +201,8 @@ def _patterned(
 ) -> dict[str, Any]:
   out: dict[str, Any] = {}
   for pattern, value in patterns.items():
-    found = _compiled(rf"(.*/)?({pattern})", field)
-    matched = [p for p in paths if found.fullmatch(p)]
+    regex = _compiled(rf"(.*/)?({pattern})", field)
+    matched = [p for p in paths if regex.fullmatch(p)]
     if not matched:
       raise _no_match(field, pattern, paths)
     twice = [p for p in matched if p in out]

@@ -63,14 +63,14 @@ class AdaptEVA:
     addresses = list(methods)
     most = round(self.adapt.method.rank * self.rho)
     looked = InputPCA(calibration=self.calibration, count=most)
-    found = looked.explained(params, addresses)
-    shares = {address: share for address, (_, share) in found.items()}
+    components = looked.explained(params, addresses)
+    shares = {address: share for address, (_, share) in components.items()}
     if any(share.ndim > 1 for share in shares.values()):
       raise UserError(
         "AdaptEVA: experts of a stack share one rank.\nUse Adapt with"
         " init_stats.InputPCA, or leave experts out of the targets."
       )
-    directions = {address: x for address, (x, _) in found.items()}
+    directions = {address: x for address, (x, _) in components.items()}
     ranks = dict.fromkeys(addresses, most)
     if not any(isinstance(x, jax.core.Tracer) for x in shares.values()):
       ranks = eva.ranks(shares, self.adapt.method.rank)

@@ -55,17 +55,17 @@ class AdaptedTensor(weights.WrappedWeight):
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns adapted embedding rows."""
     rows = weights.take(self.w, ids)
-    more = self.method.rows(ids, self.arrays, self.w).astype(rows.dtype)
-    return rows + self._gated(more)
+    update = self.method.rows(ids, self.arrays, self.w).astype(rows.dtype)
+    return rows + self._gated(update)
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
     """Returns the experts' matmul; every array has a leading expert axis."""
     # `bind` gave each expert a key, but one mask covers all experts' rows.
-    one = self if self.key is None else self._with_key(self.key[0])
+    keyed = self if self.key is None else self._with_key(self.key[0])
     y = weights.ragged_dot(x, self.w, sizes)
-    return y + self.method.ragged(one._dropped(x), self.arrays, self.w, sizes)
+    return y + self.method.ragged(keyed._dropped(x), self.arrays, self.w, sizes)
 
   def scaled_bias(self, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
     """Returns the bias `b` after the adapter; fp32 if the adapter scales it."""

@@ -131,8 +131,8 @@ def adalora_optimizer(
       raise ValueError("allocate: the update needs the parameters")
     slopes, old = _triples(updates), _triples(params)
     moves, rest = inner.update(updates, state.inner, params, **extra)
-    found = _triples(moves)
-    new = {path: old[path] + found[path] for path in old}
+    changes = _triples(moves)
+    new = {path: old[path] + changes[path] for path in old}
     importance, uncertainty = _update_averages(budget, state, new, slopes)
     step, last = state.count, budget.last_allocation
     kept = _masks(budget, step, importance, uncertainty)
@@ -175,9 +175,9 @@ def _update_averages(budget, state, new, slopes):
   importance, uncertainty = {}, {}
   learns = state.count < budget.last_allocation
   for path, x in new.items():
-    found = jnp.abs(x * slopes[path]).astype(jnp.float32)
-    mean = budget.b1 * state.importance[path] + (1 - budget.b1) * found
-    off = jnp.abs(found - mean)
+    sensitivity = jnp.abs(x * slopes[path]).astype(jnp.float32)
+    mean = budget.b1 * state.importance[path] + (1 - budget.b1) * sensitivity
+    off = jnp.abs(sensitivity - mean)
     spread = budget.b2 * state.uncertainty[path] + (1 - budget.b2) * off
     importance[path] = jnp.where(learns, mean, state.importance[path])
     uncertainty[path] = jnp.where(learns, spread, state.uncertainty[path])

@@ -96,16 +96,16 @@ class CalibrationData:
     total = None
     stream = iter(self.data.training(self.tokenizer))
     for batch in itertools.islice(stream, self.batches):
-      found = step(params, batch)
-      total = found if total is None else join(total, found)
-    found = taps.by_address(params, jax.tree.map(np.asarray, total))
-    found = {address: found[address] for address in addresses}
-    for address, arrays in found.items():
+      stats = step(params, batch)
+      total = stats if total is None else join(total, stats)
+    stats = taps.by_address(params, jax.tree.map(np.asarray, total))
+    stats = {address: stats[address] for address in addresses}
+    for address, arrays in stats.items():
       if not all(np.isfinite(x).all() for x in arrays.values()):
         raise UserError(
           f"Adapt.init_stats: the statistics of {address} are not finite."
         )
-    return found
+    return stats
 
   def _step(self, addresses, statistic, params, batch):
     def loss(params):
@@ -113,13 +113,13 @@ class CalibrationData:
       return total / jnp.maximum(weight, 1)
 
     counts = None if self.counts is None else batch[self.counts]
-    found = taps.collect(loss, params, statistic, counts, addresses)
+    stats = taps.collect(loss, params, statistic, counts, addresses)
     if not sharding.is_cut():
-      return found
-    whole = functools.partial(
+      return stats
+    replicate = functools.partial(
       jax.lax.with_sharding_constraint, shardings=PartitionSpec()
     )
-    return jax.tree.map(whole, found)
+    return jax.tree.map(replicate, stats)
 
 
 def _zeros(params, addresses, statistic) -> InputStats:
@@ -171,7 +171,9 @@ class Covariances:
   ) -> dict[str, Any]:
     """Returns covariances `[in, in]` by address; does not use `key`."""
     stats = self.calibration.sums(params, addresses, SampleCovariance())
-    return _per_matrix(lambda one: one["xx"] / jnp.maximum(one["n"], 1), stats)
+    return _per_matrix(
+      lambda sums: sums["xx"] / jnp.maximum(sums["n"], 1), stats
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,7 +194,7 @@ class Gradients:
     """Returns gradients `[in, out]` by address; does not use `key`."""
     stats = self.calibration.sums(params, addresses, Gradient())
     n = self.calibration.batches
-    return _per_matrix(lambda one: one["g"] / n, stats)
+    return _per_matrix(lambda sums: sums["g"] / n, stats)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,8 +222,10 @@ class InputPCA:
     self, params: Params, addresses: Sequence[str], key: PRNGKey
   ) -> dict[str, Any]:
     """Returns components `[count, in]` by address; does not use `key`."""
-    found = self.explained(params, addresses)
-    return {address: directions for address, (directions, _) in found.items()}
+    components = self.explained(params, addresses)
+    return {
+      address: directions for address, (directions, _) in components.items()
+    }
 
   def explained(
     self, params: Params, addresses: Sequence[str]
@@ -244,10 +248,10 @@ class InputPCA:
     return _per_matrix(functools.partial(_principal, self.count), stats)
 
 
-def _principal(count: int, one: Mapping[str, Any]) -> tuple[Any, Any]:
-  n = jnp.maximum(one["n"], 1)
-  mean = one["x"] / n
-  covariance = one["xx"] / n - jnp.outer(mean, mean)
+def _principal(count: int, sums: Mapping[str, Any]) -> tuple[Any, Any]:
+  n = jnp.maximum(sums["n"], 1)
+  mean = sums["x"] / n
+  covariance = sums["xx"] / n - jnp.outer(mean, mean)
   values, vectors = jnp.linalg.eigh(covariance)
   shares = jnp.maximum(values, 0) / jnp.maximum(jnp.trace(covariance), 1e-30)
   return vectors.T[::-1][:count], shares[::-1][:count]

@@ -110,8 +110,8 @@ def _fitted(w, *, rank, scale, steps, first, format):
   def one(w):
     return fit(weights.dense(w), rank, scale, steps, first, format)
 
-  found = jax.lax.map(one, flat)
-  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
+  fitted = jax.lax.map(one, flat)
+  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), fitted)
 
 
 def fit(

@@ -129,13 +129,13 @@ def factors(params: Params) -> dict[str, Factors]:
   """
   out = {}
   for address, t in adapters(params).items():
-    found = lora_factors_of(address, t)
-    if found is None:
+    lora = lora_factors_of(address, t)
+    if lora is None:
       raise UserError(
         f"{address}: has an adapter of {type(t.method).__name__}, expected "
         "plain LoRA.\nConvert it first: experiments.adapters --op=lora"
       )
-    out[address] = found
+    out[address] = lora
   if not out:
     raise UserError("these parameters hold no adapter")
   return out
@@ -158,7 +158,7 @@ def over_original(
     UserError: the update is no product of two factors, or `params` are not
       this base, see `coordinates.changes`.
   """
-  found = factors(params)
+  trained_factors = factors(params)
   changed = coordinates.changes(model, base, wrap.disable(params))
   unchanged = coordinates.Change()
 
@@ -172,14 +172,14 @@ def over_original(
   thin = wrap.adapters(params, lambda t: dataclasses.replace(t, w=None))
   return wrap_factors(
     base,
-    {address: restored(address, f) for address, f in found.items()},
+    {address: restored(address, f) for address, f in trained_factors.items()},
     {address: t.method.dropout for address, t in thin.items()},
   )
 
 
 def wrap_factors(
   params: Params,
-  found: Mapping[str, Factors],
+  adapter_factors: Mapping[str, Factors],
   dropout: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, Any]:
   """Returns `params` with plain LoRA adapters of the given factors.
@@ -193,12 +193,14 @@ def wrap_factors(
     path: LoRA(
       rank=f.rank, alpha=f.scale * f.rank, dropout=dropout.get(path, 0.0)
     )
-    for path, f in found.items()
+    for path, f in adapter_factors.items()
   }
 
   def make(paths, method, w):
     rows = {
-      name: jnp.asarray(np.stack([getattr(found[p], name) for p in paths]))
+      name: jnp.asarray(
+        np.stack([getattr(adapter_factors[p], name) for p in paths])
+      )
       for name in "ab"
     }
     return rows, {}

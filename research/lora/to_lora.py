@@ -80,7 +80,7 @@ def to_lora(
   Raises:
     UserError: there is no adapter.
   """
-  found: dict[str, Factors] = {}
+  factors: dict[str, Factors] = {}
   fits = {}
   adapters = lora_factors.adapters(params)
   for address, t in progress.track(adapters.items(), "factoring updates"):
@@ -90,12 +90,12 @@ def to_lora(
     s = triple[1].astype(np.float64)
     rank, total = size.rank_of(s), float((s**2).sum())
     rest = float((s[..., rank:] ** 2).sum())
-    found[address] = lora_factors.truncate(triple, rank)
+    factors[address] = lora_factors.truncate(triple, rank)
     fits[address] = Fit(rank, (rest / total) ** 0.5 if total else 0.0)
-  if not found:
+  if not factors:
     raise UserError("these parameters hold no adapter")
   base = wrap.disable(wrap.merge_biases(params))
-  return lora_factors.wrap_factors(base, found), fits
+  return lora_factors.wrap_factors(base, factors), fits
 
 
 def thin_svd_of(address: str, t: AdaptedTensor) -> lora_factors.Triple | None:

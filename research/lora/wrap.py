@@ -208,11 +208,11 @@ def _wrap_run(run, rows, ks, methods, make):
 
 def biases(params: Params) -> dict[str, AdaptedBias]:
   """Returns the biases that adapters scale, by path."""
-  found, out = dict(leaves(params)), {}
-  for path, w in found.items():
+  by_path, out = dict(leaves(params)), {}
+  for path, w in by_path.items():
     bias = weights.bias_path(path)
-    if bias in found and _scales(w):
-      out[bias] = AdaptedBias(found[bias], w)
+    if bias in by_path and _scales(w):
+      out[bias] = AdaptedBias(by_path[bias], w)
   return out
 
 

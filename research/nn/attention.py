@@ -125,9 +125,9 @@ class Attention(nn.Module):
       )
     if self.window is not None:
       left, right = mask.window
-      own = self.window - 1
-      own = own if left is None else min(own, left)
-      mask = dataclasses.replace(mask, window=(own, right))
+      left_window = self.window - 1
+      left_window = left_window if left is None else min(left_window, left)
+      mask = dataclasses.replace(mask, window=(left_window, right))
     return mask
 
   def _share(self, q, k, v, call, cache, borrowed):
@@ -293,8 +293,8 @@ class CrossAttention(nn.Module):
     """
     size = self.heads * self.head_dim
     q = self._by_head(weights.project(self, x, "q", size, self.qkv_bias))
-    given = self._norm("q_norm", q), keys, values
-    q, k, v = (checkpoint_name(y.astype(x.dtype), "qkv") for y in given)
+    heads = self._norm("q_norm", q), keys, values
+    q, k, v = (checkpoint_name(y.astype(x.dtype), "qkv") for y in heads)
     mask = Mask.full() if mask is None else mask
     y = attend(q, k, v, mask=mask, scale=self.scale)
     y = y.reshape(*y.shape[:2], size)

@@ -83,9 +83,9 @@ def attend_to(
   mask = context.mask
   if found.positions is not None:
     mask = with_positions(mask, context.queries, found.positions)
-  one = found.in_order and not context.fresh and q.shape[1] == 1
-  one = one and context.positions.shape[1] == 1
-  if one and decode_attention.has_kernel(q, found.k, mask):
+  single_token = found.in_order and not context.fresh and q.shape[1] == 1
+  single_token = single_token and context.positions.shape[1] == 1
+  if single_token and decode_attention.has_kernel(q, found.k, mask):
     return decode_attention.attend_one(
       q, found.k, found.v, context.positions, **context.options
     )

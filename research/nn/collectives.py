@@ -100,8 +100,8 @@ def _over_tokens(f, parts, arrays, add):
   def local(parts, *arrays):
     # Varying from here on, so that the sum over devices is the last operation
     # on a gradient.
-    found = f(jax.lax.pcast(parts, axes, to="varying"), *arrays)
-    return jax.lax.psum(found, axes) if add else found
+    result = f(jax.lax.pcast(parts, axes, to="varying"), *arrays)
+    return jax.lax.psum(result, axes) if add else result
 
   cut = PartitionSpec(batch, length)
   return jax.shard_map(

@@ -140,14 +140,14 @@ def run_layers(
     name, repeats = f"run{i}", tree.run_length(params)
     alone = i == len(runs) - 1 and repeats == 1
 
-    def period(carry, given, blocks=blocks, alone=alone):
-      (x, watched), (params, state, number) = carry, given
+    def period(carry, scanned, blocks=blocks, alone=alone):
+      (x, watched), (params, state, number) = carry, scanned
       params, made = collectives.gather_parts(params), {}
       for j, block in enumerate(blocks):
         key = f"layer{j}"
         last = alone and j == len(blocks) - 1
-        own = None if state is None else state[key]
-        x, made[key] = layer(block, params[key], x, own, last)
+        layer_state = None if state is None else state[key]
+        x, made[key] = layer(block, params[key], x, layer_state, last)
         if number is not None:
           # The last layer, which may have selected tokens, gets nothing.
           x = x if last else _inject(x, injected, number + j)
@@ -158,13 +158,13 @@ def run_layers(
     number = None
     if taps or injected is not None:
       number = start + len(blocks) * jnp.arange(repeats)
-    body, given = rematerialised(period, remat), (params, state, number)
+    body, scanned = rematerialised(period, remat), (params, state, number)
     if repeats == 1:
-      one = jax.tree.map(lambda a: a[0], given)
-      (x, watched), made = body((x, watched), one)
+      layer_slice = jax.tree.map(lambda a: a[0], scanned)
+      (x, watched), made = body((x, watched), layer_slice)
       made = jax.tree.map(lambda a: a[None], made)
     else:
-      (x, watched), made = jax.lax.scan(body, (x, watched), given)
+      (x, watched), made = jax.lax.scan(body, (x, watched), scanned)
     outputs[name], start = made, start + repeats * len(blocks)
   return x, outputs, watched
 
@@ -195,8 +195,8 @@ def _until(stop: int, runs: Runs) -> Runs:
       out.append((jax.tree.map(lambda a, n=repeats: a[:n], params), blocks))
     if stop:
       rest = {f"layer{j}": params[f"layer{j}"] for j in range(stop)}
-      one = jax.tree.map(lambda a, n=repeats: a[n : n + 1], rest)
-      out.append((one, blocks[:stop]))
+      first_layers = jax.tree.map(lambda a, n=repeats: a[n : n + 1], rest)
+      out.append((first_layers, blocks[:stop]))
     break
   return out
 

@@ -68,9 +68,11 @@ def logits(
   """
   for name in tree.runs(params):
     [layer] = params[name].values()
-    one = jax.tree.map(lambda x: x[0], layer)
+    layer_params = jax.tree.map(lambda x: x[0], layer)
     block = model.layer_kinds()[-1]
-    hidden, _ = block.apply({"params": one}, hidden, method="feed_forward")
+    hidden, _ = block.apply(
+      {"params": layer_params}, hidden, method="feed_forward"
+    )
     hidden = model.norm.apply({"params": params[NORM]}, hidden)
   return model.apply({"params": head_of(params)}, hidden, method="logits")
 
@@ -83,9 +85,9 @@ def _feed(model: Transformer, params: Params) -> Params:
   if not alone or not isinstance(block.mlp, Mlp) or sharding.is_cut():
     return {}
   key = f"layer{len(run) - 1}"
-  found = {k: run[key][k] for k in _FEED if k in run[key]}
+  feed_params = {k: run[key][k] for k in _FEED if k in run[key]}
   after = block.per_layer is not None or block.output_scale is not None
   timed = model.time_embedding is not None
-  if after or timed or not weights.token_wise(found):
+  if after or timed or not weights.token_wise(feed_params):
     return {}
-  return {name: {key: found}}
+  return {name: {key: feed_params}}

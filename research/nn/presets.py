@@ -139,15 +139,15 @@ def transformer(
 ) -> Transformer:
   """Returns the model of `sizes` in `family`, computing in `dtype`."""
   norm = RMSNorm(eps=sizes.eps, offset=family.norm_offset)
-  shared = Rope(
+  global_rope = Rope(
     theta=sizes.theta, scaling=sizes.scaling, fraction=sizes.rotated
   )
-  own = shared
+  local_rope = global_rope
   change = None
   if sizes.time_embedding is not None:
     change = AdaLN(zero_gate=sizes.time_embedding.zero_gate)
   if sizes.local_theta is not None:
-    own = Rope(theta=sizes.local_theta, fraction=sizes.rotated)
+    local_rope = Rope(theta=sizes.local_theta, fraction=sizes.rotated)
 
   def block(kind: str, sparse: Sparse | None) -> Block:
     local = kind == "local" and sizes.window is not None
@@ -156,7 +156,7 @@ def transformer(
         heads=sizes.heads,
         kv_heads=sizes.kv_heads,
         head_dim=sizes.head_dim,
-        rope=own if kind == "local" else shared,
+        rope=local_rope if kind == "local" else global_rope,
         window=sizes.window if local else None,
         scale=sizes.attention_scale,
         softcap=sizes.attention_softcap,

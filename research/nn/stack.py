@@ -42,10 +42,10 @@ class Stack:
     shapes = tree.plan(kinds)
     if names:
       shapes = [(tree.run_length(params[k]), len(params[k])) for k in names]
-    found = sum(n * p for n, p in shapes)
-    if found != self.depth:
+    depth = sum(n * p for n, p in shapes)
+    if depth != self.depth:
       raise UserError(
-        f"the parameters hold {found} layers, the model has {self.depth}"
+        f"the parameters hold {depth} layers, the model has {self.depth}"
       )
     for i, (n, p) in enumerate(shapes):
       blocks = kinds[start : start + p]

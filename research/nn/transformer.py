@@ -102,8 +102,9 @@ class Transformer(nn.Module):
       UserError: `time` is missing in a model with `time_embedding`, or given to
         one without; or `rotary` is given to a model without rotary axes.
     """
-    given = inputs, positions, mask, cache, lengths, time, keep
-    hidden, cache, _ = self._forward(*given, rotary=rotary, injected=injected)
+    hidden, cache, _ = self._forward(
+      inputs, positions, mask, cache, lengths, time, keep, rotary, injected
+    )
     return hidden, cache
 
   @nn.compact
@@ -134,9 +135,9 @@ class Transformer(nn.Module):
     lengths,
     time,
     keep=None,
-    whole=True,
     rotary=None,
     injected=None,
+    last_feed_forward=True,
   ):
     x = sharding.constrain(self._embed(inputs), "batch", "length", None)
     vectors = self._vectors(inputs, x)
@@ -166,32 +167,23 @@ class Transformer(nn.Module):
     if cache is not None:
       new_length = cache.length + jnp.sum(positions >= 0, axis=-1)
     conditioning = self._conditioning(time, batch)
-    # Neither per-token conditioning is reordered, nor which image a token sees,
-    # nor where adapters act; so the tokens are not. Nor where layers that see
-    # images causally go by indices, since the mask's coordinates say nothing.
-    coordinates = mask.q_positions is None and mask.kv_positions is not None
-    blocks = self.stack.blocks
-    still = (
-      cache is not None
-      or zigzag.bound_to_tokens(self.variables.get("params", {}))
-      or (conditioning is not None and conditioning.shape[1] > 1)
-      or any(block.cross is not None for block in blocks)
-      or (coordinates and any(b.attention.images == "causal" for b in blocks))
-    )
-    axes = () if still else zigzag.zigzag_axes(mask, (batch, length))
+    per_token = conditioning is not None and conditioning.shape[1] > 1
+    axes = ()
+    if cache is None and not per_token and not self._needs_text_order(mask):
+      axes = zigzag.zigzag_axes(mask, (batch, length))
     x, positions, mask, (rotary, injected, vectors) = zigzag.to_zigzag(
       axes, x, positions, mask, (rotary, injected, vectors)
     )
-    given = positions, mask, cache, new_length, fresh, conditioning
+    context = positions, mask, cache, new_length, fresh, conditioning
     x, caches_out, loads = self._layers(
-      x, given, keep, whole, rotary, injected, vectors
+      x, context, keep, last_feed_forward, rotary, injected, vectors
     )
-    if not whole:
+    if not last_feed_forward:
       return x, None, loads
     x = zigzag.from_zigzag(axes, x)
     if keep is not None and not x.shape[1] == keep.shape[1] < length:
       x = attention_context.take_tokens(x, keep)
-    if conditioning is not None and conditioning.shape[1] > 1:
+    if per_token:
       conditioning = attention_context.take_tokens(conditioning, keep)
     x = self.norm.clone(name="final_norm", parent=self)(x)
     if conditioning is not None:
@@ -219,8 +211,9 @@ class Transformer(nn.Module):
     Raises:
       UserError: the last layer is scanned together with others.
     """
+    cache = lengths = time = None
     return self._forward(
-      inputs, positions, mask, None, None, None, whole=False
+      inputs, positions, mask, cache, lengths, time, last_feed_forward=False
     )[0]
 
   @nn.compact
@@ -291,15 +284,22 @@ class Transformer(nn.Module):
     conditioning = self.time_embedding and jnp.zeros(
       (1, 1, self.time_embedding.width), self.dtype
     )
-    given = {}
+    layer_inputs = {}
     if self.per_layer is not None:
-      given["vector"] = jnp.zeros((1, 1, self.per_layer.size), self.dtype)
+      layer_inputs["vector"] = jnp.zeros(
+        (1, 1, self.per_layer.size), self.dtype
+      )
     if block.attention.kv == "borrowed":
       a = block.attention
-      one = jnp.zeros((1, 1, a.kv_heads, a.head_dim), self.dtype)
-      given["borrowed"] = attention_context.KeysValues(one, one)
+      empty = jnp.zeros((1, 1, a.kv_heads, a.head_dim), self.dtype)
+      layer_inputs["borrowed"] = attention_context.KeysValues(empty, empty)
     return layers.new_layer(
-      block, key, self.width, self.dtype, conditioning=conditioning, **given
+      block,
+      key,
+      self.width,
+      self.dtype,
+      conditioning=conditioning,
+      **layer_inputs,
     )
 
   def _rotations(self, positions: Array) -> dict[Any, tuple[Array, Array]]:
@@ -331,8 +331,22 @@ class Transformer(nn.Module):
     ids = inputs.ndim == 2 and inputs.shape[1] > 1
     if not ids or not self.has_variable("params", "injected"):
       return None
-    found = weights.take(self.get_variable("params", "injected"), inputs)
-    return found.astype(self.dtype)
+    features = weights.take(self.get_variable("params", "injected"), inputs)
+    return features.astype(self.dtype)
+
+  def _needs_text_order(self, mask):
+    """Whether adapters or layers refer to tokens by their place in the text.
+
+    Layers that see images causally do so if only keys have coordinates.
+    """
+    if zigzag.bound_to_tokens(self.variables.get("params", {})):
+      return True
+    if any(block.cross is not None for block in self.stack.blocks):
+      return True
+    by_index = mask.q_positions is None and mask.kv_positions is not None
+    return by_index and any(
+      block.attention.images == "causal" for block in self.stack.blocks
+    )
 
   def _check_rotary(self, rotary):
     ropes = [block.attention.rope for block in self.stack.blocks]
@@ -342,35 +356,39 @@ class Transformer(nn.Module):
         " rotary embedding has one; expected positions alone"
       )
 
-  def _layers(self, x, given, keep, whole, rotary, injected, vectors):
+  def _layers(
+    self, x, context, keep, last_feed_forward, rotary, injected, vectors
+  ):
     """Returns the output, each run's caches, and each run's router loads."""
-    positions, mask, cache, length, fresh, conditioning = given
+    positions, mask, cache, length, fresh, conditioning = context
     runs = layers.stacked_runs(self, self.stack, self._init_layer)
-    if not whole and tree.run_length(runs[-1][0]) > 1:
+    if not last_feed_forward and tree.run_length(runs[-1][0]) > 1:
       raise UserError(
         "the last layer is scanned with others, expected one that is a run"
         " of its own: tree.split_last_layer"
       )
     rotations = self._rotations(positions if rotary is None else rotary)
 
-    def layer(block, own, stream, state, last):
+    def layer(block, layer_params, stream, state, last):
       (x, lent), (old, vector) = stream, state or (None, None)
       rotation = rotations.get((block.attention.rope, block.attention.head_dim))
-      given = positions, mask, rotation, old, length, fresh, conditioning
+      args = x, positions, mask, rotation, old, length, fresh, conditioning
       kind = str(block.attention.window)
-      more = dict(borrowed=lent.get(kind))
-      if last and not whole:
+      borrowed = lent.get(kind)
+      if last and not last_feed_forward:
+        variables = {"params": layer_params}
         x, new = block.apply(
-          {"params": own}, x, *given, **more, method="attend"
+          variables, *args, borrowed=borrowed, method="attend"
         )
         return (x, lent), (new, None)
-      few = last and attention_context.can_select_tokens(
-        keep, mask, old, x.shape, own
-      )
-      if few:
-        own, given = block.select_tokens(own, keep), (*given, keep)
+      if last and attention_context.can_select_tokens(
+        keep, mask, old, x.shape, layer_params
+      ):
+        layer_params = block.select_tokens(layer_params, keep)
+        args = *args, keep
+      variables = {"params": layer_params}
       x, new, load = block.apply(
-        {"params": own}, x, *given, **more, vector=vector
+        variables, *args, borrowed=borrowed, vector=vector
       )
       if block.attention.kv == "lent":
         new, own_kv = new
@@ -399,12 +417,12 @@ def _states(runs, old, vectors):
   states, start = {}, 0
   for i, (params, blocks) in enumerate(runs):
     name, repeats = f"run{i}", tree.run_length(params)
-    own = [None] * len(blocks)
+    layer_vectors = [None] * len(blocks)
     if vectors is not None:
-      own = of_run(vectors, start, repeats, len(blocks))
+      layer_vectors = of_run(vectors, start, repeats, len(blocks))
     states[name] = {
       f"layer{j}": (None if old is None else old[name][f"layer{j}"], vector)
-      for j, vector in enumerate(own)
+      for j, vector in enumerate(layer_vectors)
     }
     start += repeats * len(blocks)
   return states
@@ -446,8 +464,10 @@ def init_cache(
         made = None
       elif kv is not None:
         first, period = start + j, len(blocks)
-        own = kv.for_layers(range(first, first + repeats * period, period))
-        made = own.empty(lead, slots, a.head_dim, dtype, slots < capacity)
+        quantizer = kv.for_layers(
+          range(first, first + repeats * period, period)
+        )
+        made = quantizer.empty(lead, slots, a.head_dim, dtype, slots < capacity)
       else:
         zeros = jnp.zeros((*lead, slots, a.head_dim), dtype)
         made = caches.LayerCache(zeros, zeros, rings)

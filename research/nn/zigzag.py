@@ -56,8 +56,10 @@ def bound_to_tokens(params: Params) -> bool:
   """
   if not sharding.is_cut():
     return False
-  one = jnp.zeros((1, 1), jnp.int32)
-  selected = jax.eval_shape(lambda x: weights.select_tokens(x, one), params)
+  first_index = jnp.zeros((1, 1), jnp.int32)
+  selected = jax.eval_shape(
+    lambda x: weights.select_tokens(x, first_index), params
+  )
   return [x.shape for x in jax.tree.leaves(selected)] != [
     x.shape for x in jax.tree.leaves(params)
   ]

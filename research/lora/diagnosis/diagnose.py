@@ -94,14 +94,16 @@ def diagnose_change(
   for i, (first, last) in enumerate(pairs):
     trained = dict(wrap.leaves(last))
     for path, leaf in wrap.leaves(first):
-      found = trained.get(path)
-      if found is None or found.shape != leaf.shape:
+      trained_leaf = trained.get(path)
+      shape = getattr(trained_leaf, "shape", None)
+      if shape != leaf.shape:
         raise UserError(
-          f"layers/{i}/{path}: found {found if found is None else found.shape}"
+          f"layers/{i}/{path}: found {shape}"
           f" after training, expected {leaf.shape} as in --base"
         )
       w, now = (
-        np.asarray(weights.dense(x)).astype(np.float32) for x in (leaf, found)
+        np.asarray(weights.dense(x)).astype(np.float32)
+        for x in (leaf, trained_leaf)
       )
       for k in np.ndindex(*w.shape[:-2]) if w.ndim > 1 else ():
         update = spectrum.decompose(now[k] - w[k])
@@ -120,8 +122,8 @@ def _updates(
   params: Params,
 ) -> Iterator[tuple[str, Matrix, lora_factors.Triple]]:
   """Yields the address, base and decomposed update of each matrix."""
-  found = lora_factors.adapters(params)
-  for path, t in progress.track(found.items(), "diagnosing matrices"):
+  adapters = lora_factors.adapters(params)
+  for path, t in progress.track(adapters.items(), "diagnosing matrices"):
     w, thin = lora_factors.base(t), to_lora.thin_svd_of(path, t)
     dense = None if thin is not None else lora_factors.update(t)
     for k in np.ndindex(*w.shape[:-2]):  # once, or for each expert
@@ -188,9 +190,9 @@ def mitigate(
   """
   if not 0 <= strength <= 1:
     raise UserError(f"strength is {strength}, expected from 0 to 1")
-  found, tensors = lora_factors.factors(params), lora_factors.adapters(params)
+  factors, tensors = lora_factors.factors(params), lora_factors.adapters(params)
   out, counts = {}, {}
-  for path, f in progress.track(found.items(), "reducing intruders"):
+  for path, f in progress.track(factors.items(), "reducing intruders"):
     w = lora_factors.base(tensors[path])
     if w.ndim > 2:
       raise UserError(

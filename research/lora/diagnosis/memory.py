@@ -166,13 +166,13 @@ def residual_bytes(loss: Callable[..., Any], learned: Any, *rest: Any) -> int:
     return jax.tree.leaves(jax.vjp(lambda t: loss(t, *rest), learned)[1])
 
   jaxpr = jax.make_jaxpr(backward)(learned, *rest).jaxpr
-  given = set(map(id, jaxpr.invars)) | set(map(id, jaxpr.constvars))
-  found = {
+  inputs = set(map(id, jaxpr.invars)) | set(map(id, jaxpr.constvars))
+  residuals = {
     id(v): v.aval
     for v in jaxpr.outvars
-    if isinstance(v, core.Var) and id(v) not in given
+    if isinstance(v, core.Var) and id(v) not in inputs
   }
-  return sum(_bytes(aval) for aval in found.values())
+  return sum(_bytes(aval) for aval in residuals.values())
 
 
 def _bytes(aval: Any) -> int:
@@ -223,8 +223,8 @@ def _layer(objective, learned, frozen, batch, key) -> int:
   run = tree.runs(tree.combine(learned, frozen))[0]
 
   def first(part):
-    one = jax.tree.map(lambda x: x[:1], part[run])
-    return tree.outer_params(part) | {run: one}
+    layer_params = jax.tree.map(lambda x: x[:1], part[run])
+    return tree.outer_params(part) | {run: layer_params}
 
   learned, frozen = jax.eval_shape(lambda *x: [*map(first, x)], learned, frozen)
   model = objective.model

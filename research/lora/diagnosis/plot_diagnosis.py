@@ -11,7 +11,7 @@ from research.training.reports import plots
 
 
 def draw(
-  found: Mapping[str, Diagnosis], picture: str | os.PathLike, title: str
+  diagnoses: Mapping[str, Diagnosis], picture: str | os.PathLike, title: str
 ) -> None:
   """Plots intruders by threshold, and norms and ranks by layer, into a PNG.
 
@@ -23,11 +23,13 @@ def draw(
   drawn = plots.figure(11, 7)
   drawn.suptitle(title)
   axes = drawn.subplots(2, 2)
-  _intruders(axes[0, 0], found)
-  _by_layer(axes[0, 1], {p: d.relative for p, d in found.items()}, "|dW| / |W|")
-  ranks = {p: d.energy_rank for p, d in found.items()}
+  _intruders(axes[0, 0], diagnoses)
+  _by_layer(
+    axes[0, 1], {p: d.relative for p, d in diagnoses.items()}, "|dW| / |W|"
+  )
+  ranks = {p: d.energy_rank for p, d in diagnoses.items()}
   _by_layer(axes[1, 0], ranks, "energy rank of dW")
-  stable = {p: d.stable_rank for p, d in found.items()}
+  stable = {p: d.stable_rank for p, d in diagnoses.items()}
   _by_layer(axes[1, 1], stable, "stable rank of dW")
   axes[0, 1].legend(frameon=False, fontsize=7)
   plots.save(drawn, picture)

@@ -107,11 +107,11 @@ LEAST_KEPT = 0.9
 
 def kept_share(changes: Iterable[Change]) -> float | None:
   """Returns the share of all merged updates that is left along them."""
-  found = [c for c in changes if c.update is not None]
-  total = sum(c.update**2 for c in found)
-  if not found:
+  merged = [c for c in changes if c.update is not None]
+  total = sum(c.update**2 for c in merged)
+  if not merged:
     return None
-  return sum(c.kept * c.update**2 for c in found) / total if total else 1.0
+  return sum(c.kept * c.update**2 for c in merged) / total if total else 1.0
 
 
 def merge_summary(changes: Iterable[Change]) -> dict[str, Any]:
@@ -124,13 +124,13 @@ def merge_summary(changes: Iterable[Change]) -> dict[str, Any]:
          the update
   worst  the tensor whose change is furthest from its update
   """
-  found = [c for c in changes if c.update is not None]
-  share = kept_share(found)
+  merged = [c for c in changes if c.update is not None]
+  share = kept_share(merged)
   if share is None:
     return dict.fromkeys(("kept", "lost", "noise", "worst"))
-  total = sum(c.update**2 for c in found) or 1.0
-  missed = {c.name: (c.fidelity * c.update) ** 2 for c in found}
-  along = sum(((1 - c.kept) * c.update) ** 2 for c in found)
+  total = sum(c.update**2 for c in merged) or 1.0
+  missed = {c.name: (c.fidelity * c.update) ** 2 for c in merged}
+  along = sum(((1 - c.kept) * c.update) ** 2 for c in merged)
   noise = max(0.0, sum(missed.values()) - along)
   return dict(
     kept=share,
@@ -143,12 +143,12 @@ def merge_summary(changes: Iterable[Change]) -> dict[str, Any]:
 def check_kept(changes: Iterable[Change], least: float) -> None:
   """Raises UserError if less than that share of all updates is left."""
   changes = list(changes)
-  found = kept_share(changes)
-  if found is None or found >= least:
+  share = kept_share(changes)
+  if share is None or share >= least:
     return
   worst = min((c for c in changes if c.kept is not None), key=lambda c: c.kept)
   raise UserError(
-    f"merging: {found:.0%} of the adapter's update would be left after "
+    f"merging: {share:.0%} of the adapter's update would be left after "
     f"rounding to {worst.after}, expected at least {least:.0%} (least: "
     f"{worst.kept:.0%} of {worst.name}).\n"
     "Merge into float32 (--dtype=float32, gguf:F32), with "
@@ -183,11 +183,13 @@ class Log:
       got: as it is.
       alone: what its base is without an adapter; None for the same as before.
     """
-    found = Comparison()
+    comparison = Comparison()
     for rows in pieces(got):
-      base, own = (None if x is None else x[rows] for x in (was.base, alone))
-      found.add(was.array[rows], got[rows], base, own)
-    self.changes.append(found.change(name, before, after))
+      base, alone_rows = (
+        None if x is None else x[rows] for x in (was.base, alone)
+      )
+      comparison.add(was.array[rows], got[rows], base, alone_rows)
+    self.changes.append(comparison.change(name, before, after))
 
   def summary(self) -> dict[str, Any]:
     """Returns what a JSON line can hold."""
@@ -197,7 +199,7 @@ class Log:
       kinds[key] = kinds.get(key, 0) + 1
     moved = [c for c in self.changes if c.max_abs_error]
     merged = [c for c in self.changes if c.fidelity is not None]
-    found = merge_summary(self.changes)
+    merge = merge_summary(self.changes)
     worst = max(moved, key=lambda c: c.relative_error, default=None)
     return {
       "tensors": len(self.changes),
@@ -207,10 +209,10 @@ class Log:
       "max_relative_error": worst.relative_error if worst else 0.0,
       "worst": worst.name if worst else None,
       "merged": len(merged),
-      "merge_kept": found["kept"],
-      "merge_loss": found["lost"],
-      "merge_noise": found["noise"],
-      "merge_worst": found["worst"],
+      "merge_kept": merge["kept"],
+      "merge_loss": merge["lost"],
+      "merge_noise": merge["noise"],
+      "merge_worst": merge["worst"],
     }
 
   def table(self, shown: int = 12) -> str:
@@ -254,9 +256,9 @@ def dense_weight(weight: Any) -> DenseWeight:
   if isinstance(weight, np.ndarray):
     return DenseWeight(weight)  # a view of a file: JAX would copy it, twice
   weight = jax.tree.map(jnp.asarray, weight)
-  found = in_float32(weight)
-  if found is not None:
-    return DenseWeight(*found)
+  merged_and_base = in_float32(weight)
+  if merged_and_base is not None:
+    return DenseWeight(*merged_and_base)
   return DenseWeight(np.asarray(weights.dense(weight)))
 
 

@@ -91,10 +91,10 @@ def merge(
   indices, scaled = tree.layer_indices(params), wrap.biases(params)
 
   def leaf(path, weight):
-    found = changes.in_float32(scaled.get(path, weight))
-    if found is None:
+    total_and_base = changes.in_float32(scaled.get(path, weight))
+    if total_and_base is None:
       return weight
-    total, base = found
+    total, base = total_and_base
     kind = np.dtype(jnp.dtype(dtype or weight.dtype))
     prefix, _, inner = path.partition("/layer")
     if prefix == path:  # outside of the layers
@@ -116,9 +116,9 @@ def merge(
 
 def _rounded(name, total, base, dtype, rounding):
   got, alone = (rounding(name, x, dtype) for x in (total, base))
-  found = changes.Comparison()
-  found.add(total, *(x.astype(np.float32) for x in (got, base, alone)))
-  return got, found.change(name, "float32", str(dtype))
+  comparison = changes.Comparison()
+  comparison.add(total, *(x.astype(np.float32) for x in (got, base, alone)))
+  return got, comparison.change(name, "float32", str(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,12 +283,12 @@ def _rebased(params: Params, original: Params | None) -> dict[str, Any]:
   """Returns adapters over the original's weights."""
   if original is None:
     raise UserError("merging: mode 'original' needs the unpacked tree too")
-  found = _leaves(original)
+  originals = _leaves(original)
 
   def one(path: str, w: Any) -> Any:
     if not isinstance(w, AdaptedTensor):
       return w
-    like = found.get(path)
+    like = originals.get(path)
     if like is None or like.shape != w.shape:
       has = "nothing" if like is None else f"a weight {list(like.shape)}"
       raise UserError(
@@ -314,13 +314,15 @@ def _check_rounded(path: str, base: Any, original: Any) -> None:
   mean, spread = (np.asarray(x) for x in _gains(base, original, axis))
   # Rows that are all 0 have no coefficient: NaN, which is no error.
   if (far := mean[(mean < 0.5) | (mean > 2)]).size:
-    found = f"a regression on it has the coefficient {far[0]:.2f}"
+    reason = f"a regression on it has the coefficient {far[0]:.2f}"
   elif (spread > 0.1).any():
-    found = f"half of its inputs have another scale, by over {spread.max():.0%}"
+    reason = (
+      f"half of its inputs have another scale, by over {spread.max():.0%}"
+    )
   else:
     return
   raise UserError(
-    f"merging: {path} was not rounded from the original's weight: {found}; "
+    f"merging: {path} was not rounded from the original's weight: {reason}; "
     "expected the tree that was packed.\nRotations (Rotate, SpinQuant) and "
     "scales (AWQ, SmoothQuant) change the base before it is packed, and the "
     "original has to be changed alike. Take mode 'decoded' or 'requantized', "
@@ -337,11 +339,11 @@ def _check_counted_once(path: str, adapted: Any, original: Any) -> None:
   alone have 0, up to their root mean square over the update's norm.
   """
   gain, noise = map(np.asarray, _in_distance(adapted, original))
-  if not (found := gain[(gain > 0.3) & (noise < 0.05)]).size:
+  if not (counted := gain[(gain > 0.3) & (noise < 0.05)]).size:
     return
   raise UserError(
     f"merging: {path} would have its update twice: the original has "
-    f"{found.max():.0%} of it already, since the base was packed without it, "
+    f"{counted.max():.0%} of it already, since the base was packed without it, "
     "or it was fitted to the base's rounding errors (QPiSSA, LoftQ).\nTake "
     "mode 'decoded' or 'requantized', without an original."
   )
@@ -367,9 +369,9 @@ def _in_distance(adapted, original):
 def _gains(base, original, axis):
   """Returns (coefficient, median deviation of the inputs') of each matrix."""
   x, y = (weights.dense(w).astype(jnp.float32) for w in (base, original))
-  along, own = (x * y).sum(axis), (y * y).sum(axis)
-  mean = along.sum(-1) / own.sum(-1)
-  each = jnp.where(own > 0, along / own, jnp.nan) / mean[..., None]
+  along, squares = (x * y).sum(axis), (y * y).sum(axis)
+  mean = along.sum(-1) / squares.sum(-1)
+  each = jnp.where(squares > 0, along / squares, jnp.nan) / mean[..., None]
   return mean, jnp.nanmedian(jnp.abs(each - 1), axis=-1)
 
 

@@ -17,8 +17,8 @@ from research.lora.method import Method
 def all_methods() -> Mapping[str, type[Method]]:
   """Returns name -> class of every method."""
   out = {}
-  for found in pkgutil.iter_modules(__path__):
-    module = importlib.import_module(f"{__name__}.{found.name}")
+  for entry in pkgutil.iter_modules(__path__):
+    module = importlib.import_module(f"{__name__}.{entry.name}")
     for name, kind in inspect.getmembers(module, inspect.isclass):
       if issubclass(kind, Method) and kind.__module__ == module.__name__:
         out[name] = kind

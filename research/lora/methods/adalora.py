@@ -140,11 +140,13 @@ class AdaLoRA(Method):
 
   @classmethod
   def from_fields(cls, fields):
-    found, pattern = fields.object("rank_pattern"), []
-    for key, rows in (found.values if found else {}).items():
+    rank_pattern, pattern = fields.object("rank_pattern"), []
+    for key, rows in (rank_pattern.values if rank_pattern else {}).items():
       ok = isinstance(rows, list) and all(type(x) is bool for x in rows)
       if not ok or not any(rows):
-        raise found.wrong(key, "true or false for every term, one of them true")
+        raise rank_pattern.wrong(
+          key, "true or false for every term, one of them true"
+        )
       pattern.append((key.removesuffix(".lora_E"), tuple(rows)))
     return cls(
       rank=fields.integer("init_r"),

@@ -59,17 +59,19 @@ class ALoRA(LoRA):
     )
 
   def peft_fields(self, methods):
-    own = dict(alora_invocation_tokens=list(self.invocation))
-    return super().peft_fields(methods) | own
+    alora_fields = dict(alora_invocation_tokens=list(self.invocation))
+    return super().peft_fields(methods) | alora_fields
 
   @classmethod
   def from_fields(cls, fields):
-    found = fields.get("alora_invocation_tokens")
-    ok = isinstance(found, list) and 0 < len(found) <= 256
-    if not ok or any(type(t) is not int or not 0 <= t < 2**31 for t in found):
+    token_ids = fields.get("alora_invocation_tokens")
+    ok = isinstance(token_ids, list) and 0 < len(token_ids) <= 256
+    if not ok or any(
+      type(t) is not int or not 0 <= t < 2**31 for t in token_ids
+    ):
       raise fields.wrong("alora_invocation_tokens", "token ids, at most 256")
     plain = super().from_fields(fields)
-    return dataclasses.replace(plain, invocation=tuple(found))
+    return dataclasses.replace(plain, invocation=tuple(token_ids))
 
 
 def from_last_match(
@@ -88,11 +90,11 @@ def from_last_match(
   rows, time = tokens.shape
   if segments is None:
     segments = jnp.zeros_like(tokens)
-  found = jnp.ones((rows, time), bool)
+  matches = jnp.ones((rows, time), bool)
   for k, token in enumerate(pattern):
-    found &= _shift_left(tokens, k, -1) == token
-    found &= _shift_left(segments, k, -1) == segments
-  place = jnp.where(found & (segments >= 0), jnp.arange(time), -1)
+    matches &= _shift_left(tokens, k, -1) == token
+    matches &= _shift_left(segments, k, -1) == segments
+  place = jnp.where(matches & (segments >= 0), jnp.arange(time), -1)
 
   def row(place: Any, segments: Any) -> Any:
     # A row has at most as many documents as tokens.

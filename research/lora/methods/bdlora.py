@@ -36,23 +36,25 @@ class BDLoRA(LoRA):
   PEFT_FLAG: ClassVar = "use_bdlora"
 
   def for_matrix(self, name, sizes):
-    own = name.replace("/", ".").rsplit(".", 1)[-1]
+    module_name = name.replace("/", ".").rsplit(".", 1)[-1]
     # PEFT matches substrings of module names, our addresses match whole names.
-    found = {
-      side: any(n == own if "/" in name else n in own for n in names)
+    matched = {
+      side: any(
+        n == module_name if "/" in name else n in module_name for n in names
+      )
       for side, names in (("a", self.by_input), ("b", self.by_output))
     }
-    if all(found.values()):
+    if all(matched.values()):
       raise UserError(
         f"BDLoRA: {name} is among both inputs' and outputs' names"
       )
-    if self.strict and not any(found.values()):
+    if self.strict and not any(matched.values()):
       raise UserError(
         f"BDLoRA: names neither by input, {self.by_input}, nor by output, "
         f"{self.by_output}, have {name}; or set strict, PEFT's match_strict, "
         "to false"
       )
-    side = next((side for side, there in found.items() if there), "")
+    side = next((side for side, there in matched.items() if there), "")
     return dataclasses.replace(self, side=side)
 
   def canonical(self):
@@ -106,26 +108,28 @@ class BDLoRA(LoRA):
       )
       for side in ("a", "b", "")
     }
-    own = dict(
+    bdlora_fields = dict(
       target_modules_bd_a=ends["a"] or None,
       target_modules_bd_b=ends["b"] or None,
       nblocks=self.blocks,
       match_strict=not ends[""],
     )
-    return super().peft_fields(methods) | dict(use_bdlora=own)
+    return super().peft_fields(methods) | dict(use_bdlora=bdlora_fields)
 
   @classmethod
   def from_fields(cls, fields):
-    found = fields.object("use_bdlora")
+    config = fields.object("use_bdlora")
     names = {}
     for ours, theirs in (("by_input", "bd_a"), ("by_output", "bd_b")):
-      x = found.get(f"target_modules_{theirs}") or []
+      x = config.get(f"target_modules_{theirs}") or []
       if not isinstance(x, list) or not all(type(t) is str for t in x):
-        raise found.wrong(f"target_modules_{theirs}", "a list of names or null")
+        raise config.wrong(
+          f"target_modules_{theirs}", "a list of names or null"
+        )
       names[ours] = tuple(x)
     plain = super().from_fields(fields)
-    names["strict"] = found.get("match_strict") is not False
-    return dataclasses.replace(plain, blocks=found.integer("nblocks"), **names)
+    names["strict"] = config.get("match_strict") is not False
+    return dataclasses.replace(plain, blocks=config.integer("nblocks"), **names)
 
 
 def _block_diagonal(parts):

@@ -60,8 +60,8 @@ class DoRA(LoRA):
     # An op on inputs, such as rounding, is no part of the weight's norm.
     alone = w if weights.unwrap(w) is None else dense_fp32(w)
     mixed = jnp.sum(weights.einsum("...i,io->...o", a, alone) * b, 0)
-    own = jnp.einsum("ro,rq,qo->o", b, a @ a.T, b)
-    terms = base + self.scale**2 * own
+    squared_update = jnp.einsum("ro,rq,qo->o", b, a @ a.T, b)
+    terms = base + self.scale**2 * squared_update
     square = terms + 2 * self.scale * mixed
     return square, square >= 0.25 * terms
 

@@ -80,9 +80,9 @@ class IA3(Method):
 
   @classmethod
   def from_fields(cls, fields):
-    found = fields.get("feedforward_modules") or []
-    if not isinstance(found, list) or not all(
-      isinstance(name, str) for name in found
+    names = fields.get("feedforward_modules") or []
+    if not isinstance(names, list) or not all(
+      isinstance(name, str) for name in names
     ):
       raise fields.wrong("feedforward_modules", "a list of names")
-    return cls(feedforward=tuple(name.replace(".", "/") for name in found))
+    return cls(feedforward=tuple(name.replace(".", "/") for name in names))

@@ -91,17 +91,17 @@ class KaSA(LoRA):
     return False
 
   def peft_fields(self, methods):
-    own = dict(beta=self.beta, gamma=self.gamma)
-    return super().peft_fields(methods) | dict(kasa_config=own)
+    kasa_fields = dict(beta=self.beta, gamma=self.gamma)
+    return super().peft_fields(methods) | dict(kasa_config=kasa_fields)
 
   @classmethod
   def from_fields(cls, fields):
-    own = dataclasses.replace(
+    config = dataclasses.replace(
       fields.object("kasa_config"), defaults=dict(beta=1e-4, gamma=1e-3)
     )
     plain = LoRA.from_fields(fields)
     return cls(
-      **vars(plain), beta=own.number("beta"), gamma=own.number("gamma")
+      **vars(plain), beta=config.number("beta"), gamma=config.number("gamma")
     )
 
 

@@ -36,9 +36,9 @@ class LoHa(DenseDelta):
     ), {}
 
   def delta(self, p, w):
-    one = dense_fp32(p["a1"]).T @ dense_fp32(p["b1"])
-    other = dense_fp32(p["a2"]).T @ dense_fp32(p["b2"])
-    return self.alpha / self.rank * one * other
+    first = dense_fp32(p["a1"]).T @ dense_fp32(p["b1"])
+    second = dense_fp32(p["a2"]).T @ dense_fp32(p["b2"])
+    return self.alpha / self.rank * first * second
 
   def axes(self, names):
     a, b = (None, names[0]), (None, names[1])

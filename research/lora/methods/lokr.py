@@ -79,19 +79,19 @@ class LoKr(DenseDelta):
   def init_arrays(self, key, spec, w, stats=None):
     first, second = self._sizes(spec.size_in, spec.size_out)
     r, out = self.rank, {}
-    whole = dict(
+    undecomposed = dict(
       w1=not (self.both and r < max(first) / 2), w2=not r < max(second) / 2
     )
     # w1 (or w1_b) is zero, the others are Kaiming uniform.
     n, k = second
     second = n * self.window, k
     for i, (name, (n, k)) in enumerate((("w1", first), ("w2", second))):
-      one, two = jax.random.split(jax.random.fold_in(key, i))
-      if whole[name]:
-        out[name] = zeros(n, k) if i == 0 else uniform(one, (n, k), n**-0.5)
+      key_a, key_b = jax.random.split(jax.random.fold_in(key, i))
+      if undecomposed[name]:
+        out[name] = zeros(n, k) if i == 0 else uniform(key_a, (n, k), n**-0.5)
       else:
-        out[f"{name}_a"] = uniform(one, (r, n), n**-0.5)
-        b = zeros(r, k) if i == 0 else uniform(two, (r, k), r**-0.5)
+        out[f"{name}_a"] = uniform(key_a, (r, n), n**-0.5)
+        b = zeros(r, k) if i == 0 else uniform(key_b, (r, k), r**-0.5)
         out[f"{name}_b"] = b
     return out, {}
 
@@ -101,8 +101,8 @@ class LoKr(DenseDelta):
     return dense_fp32(p[f"{name}_a"]).T @ dense_fp32(p[f"{name}_b"])
 
   def delta(self, p, w):
-    one, two = self._factor(p, "w1"), self._factor(p, "w2")
-    return self.alpha / self.rank * jnp.kron(one, two)
+    w1, w2 = self._factor(p, "w1"), self._factor(p, "w2")
+    return self.alpha / self.rank * jnp.kron(w1, w2)
 
   def einsum(self, eq, x, dropped, p, w):
     if _is_small(x):
@@ -112,11 +112,11 @@ class LoKr(DenseDelta):
   def branch(self, eq, x, p, w):
     if not _is_small(x):
       return super().branch(eq, x, p, w)
-    one, two = (self._factor(p, n).astype(x.dtype) for n in ("w1", "w2"))
+    w1, w2 = (self._factor(p, n).astype(x.dtype) for n in ("w1", "w2"))
     if contracts_output(eq):
-      one, two = one.T, two.T
-    x = x.reshape(*x.shape[:-1], one.shape[0], two.shape[0])
-    y = jnp.einsum("...mn,nk,ml->...lk", x, two, one)
+      w1, w2 = w1.T, w2.T
+    x = x.reshape(*x.shape[:-1], w1.shape[0], w2.shape[0])
+    y = jnp.einsum("...mn,nk,ml->...lk", x, w2, w1)
     return (self.alpha / self.rank * y).reshape(*y.shape[:-2], -1)
 
   def axes(self, names):

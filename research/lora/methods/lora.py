@@ -67,8 +67,10 @@ class LoRA(Method):
 
   def as_lora(self) -> "LoRA":
     """Returns the plain LoRA that computes the same from given arrays."""
-    own = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoRA)}
-    return LoRA(**own)
+    lora_fields = {
+      f.name: getattr(self, f.name) for f in dataclasses.fields(LoRA)
+    }
+    return LoRA(**lora_fields)
 
   def init_arrays(self, key, spec, w, stats=None):
     r = self.rank
@@ -153,8 +155,8 @@ def _orthogonal(key, rank, size_in, size_out):
     raise UserError(
       f"LoRA: rank is {rank}, expected an even one for init 'orthogonal'"
     )
-  turn, one, two = jax.random.split(key, 3)
-  q, _ = jnp.linalg.qr(normal(turn, (rank, rank)))
-  a = q[0::2].T @ normal(one, (rank // 2, size_in), 0.1)
-  b = q[1::2].T @ normal(two, (rank // 2, size_out), 0.1)
+  key_q, key_a, key_b = jax.random.split(key, 3)
+  q, _ = jnp.linalg.qr(normal(key_q, (rank, rank)))
+  a = q[0::2].T @ normal(key_a, (rank // 2, size_in), 0.1)
+  b = q[1::2].T @ normal(key_b, (rank // 2, size_out), 0.1)
   return a, b

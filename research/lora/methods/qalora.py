@@ -68,8 +68,8 @@ class QALoRA(LoRA):
     return super().ragged(self._pooled(x, p), p, w, sizes)
 
   def peft_fields(self, methods):
-    own = dict(use_qalora=True, qalora_group_size=self.group)
-    return super().peft_fields(methods) | own
+    qalora_fields = dict(use_qalora=True, qalora_group_size=self.group)
+    return super().peft_fields(methods) | qalora_fields
 
   @classmethod
   def from_fields(cls, fields):

@@ -54,13 +54,13 @@ class RandLoRA(Method):
     return -(-least // self.rank)
 
   def init_arrays(self, key, spec, w, stats=None):
-    one, two = jax.random.split(jax.random.key(self.seed))
+    key_a, key_b = jax.random.split(jax.random.key(self.seed))
     least, most = sorted((spec.size_in, spec.size_out))
     r, n = self.rank, self._bases(least)
     # PEFT divides by the standard deviation, which `_rows` makes 1.
-    a = _rows(one, least, (r,))
+    a = _rows(key_a, least, (r,))
     b = jax.vmap(
-      lambda j: _rows(jax.random.fold_in(two, j), most, (r,)), out_axes=1
+      lambda j: _rows(jax.random.fold_in(key_b, j), most, (r,)), out_axes=1
     )(jnp.arange(n))
     g = jnp.full((n, least), 1 / max(n, least), jnp.float32)
     return {"l": zeros(r, n), "g": g}, {"a": a.T, "b": b}

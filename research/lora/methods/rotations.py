@@ -98,11 +98,11 @@ class OFT(Rotation):
     q = jnp.zeros((len(v), self.block, self.block), v.dtype)
     q = q.at[:, rows, columns].set(v)
     q = q - q.swapaxes(1, 2)
-    one = jnp.broadcast_to(jnp.eye(self.block, dtype=v.dtype), q.shape)
+    identity = jnp.broadcast_to(jnp.eye(self.block, dtype=v.dtype), q.shape)
     if self.form == "exact":
       return _cayley(q)
     # Powers 1 to terms - 1 of q, with coefficient 2 except for the last.
-    total, power = one, one
+    total, power = identity, identity
     terms = 4 if self.terms == 3 else self.terms  # as PEFT counts
     for i in range(1, terms):
       power = power @ q
@@ -158,9 +158,9 @@ _OFT_OFF = dict(
 
 def _cayley(q):
   """Returns `(1 - q) (1 + q)^-1` of skew matrices; the two commute."""
-  one = jnp.eye(q.shape[-1], dtype=q.dtype)
+  identity = jnp.eye(q.shape[-1], dtype=q.dtype)
   wide_q = q.astype(jnp.promote_types(q.dtype, jnp.float32))
-  return jnp.linalg.solve(one + wide_q, one - wide_q).astype(q.dtype)
+  return jnp.linalg.solve(identity + wide_q, identity - wide_q).astype(q.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -95,10 +95,10 @@ class Tokens(Method):
   def rows(self, ids, p, w):
     if self.side == "out":
       return super().rows(ids, p, w)
-    own = jnp.full(w.shape[-2], -1).at[jnp.asarray(self.ids)]
-    place = own.set(jnp.arange(len(self.ids)))[ids]
-    found = jnp.take(self._row_updates(p, w), jnp.maximum(place, 0), axis=0)
-    return jnp.where((place >= 0)[..., None], found, 0)
+    places = jnp.full(w.shape[-2], -1).at[jnp.asarray(self.ids)]
+    place = places.set(jnp.arange(len(self.ids)))[ids]
+    updates = jnp.take(self._row_updates(p, w), jnp.maximum(place, 0), axis=0)
+    return jnp.where((place >= 0)[..., None], updates, 0)
 
   def axes(self, names):
     return {"rows": (None, names[1 if self.side == "in" else 0])}
@@ -124,12 +124,12 @@ def read_ids(fields, name):
   Raises:
     UserError: it is no list of distinct token ids.
   """
-  found = fields.get(name)
+  ids = fields.get(name)
   if (
-    not isinstance(found, list)
-    or not found
-    or any(type(i) is not int or not 0 <= i < 2**31 for i in found)
-    or len(set(found)) < len(found)
+    not isinstance(ids, list)
+    or not ids
+    or any(type(i) is not int or not 0 <= i < 2**31 for i in ids)
+    or len(set(ids)) < len(ids)
   ):
     raise fields.wrong(name, "token ids, none of them twice")
-  return tuple(found)
+  return tuple(ids)

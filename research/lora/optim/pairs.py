@@ -48,7 +48,7 @@ def pairs(params: Any, matching: str = ".") -> list[Pair]:
   Raises:
     UserError: there is no pair, or one whose update is not `s aᵀ b`.
   """
-  owners, found = _owners(params), []
+  owners, matches = _owners(params), []
   for path, owner in owners.items():
     up = re.sub(rf"((^|/)fixed/|(?<![^/])){DOWN}$", _up_path, path)
     if up == path or up not in owners or not re.search(matching, path):
@@ -60,14 +60,14 @@ def pairs(params: Any, matching: str = ".") -> list[Pair]:
         "product of a and b, which this optimizer needs.\nExpected plain LoRA "
         "or a method with its update; leave others out with `matching`."
       )
-    found.append(Pair(path, up, float(scale)))
-  if not found:
+    matches.append(Pair(path, up, float(scale)))
+  if not matches:
     raise UserError(
       f"pairs: {matching!r} matches none of {len(owners)} trainable arrays that"
       f" end in /{DOWN} and have a partner in /{UP}.\n"
       "Expected both factors of an adapter to be trainable: '/trained/'."
     )
-  return found
+  return matches
 
 
 def _up_path(a: re.Match[str]) -> str:
@@ -77,10 +77,10 @@ def _up_path(a: re.Match[str]) -> str:
 def _owners(part: Any, prefix: str = "", owner: Any = None) -> dict[str, Any]:
   """Returns path -> method of the adapter that owns each array, or None."""
   out = {}
-  found, _ = jax.tree_util.tree_flatten_with_path(
+  path_leaves, _ = jax.tree_util.tree_flatten_with_path(
     part, is_leaf=lambda x: x is not part and weights.is_weight(x)
   )
-  for keys, leaf in found:
+  for keys, leaf in path_leaves:
     path = prefix + tree.path_name(keys)
     if weights.is_weight(leaf):
       out |= _owners(leaf, f"{path}/", getattr(leaf, "method", owner))
@@ -91,8 +91,8 @@ def _owners(part: Any, prefix: str = "", owner: Any = None) -> dict[str, Any]:
 
 def methods(params: Any) -> dict[str, Any]:
   """Returns path -> method of each adapter with trained arrays."""
-  found = _owners(params).items()
-  parts = ((re.fullmatch(r"(.+)/trained/[^/]+", p), m) for p, m in found)
+  owners = _owners(params).items()
+  parts = ((re.fullmatch(r"(.+)/trained/[^/]+", p), m) for p, m in owners)
   return {path[1]: method for path, method in parts if path and method}
 
 
@@ -120,8 +120,10 @@ def map_pairs(
   moves = dict(tree.flatten_paths(updates))
   for pair in pairs(params, matching):
     places = pair.down, pair.up
-    given = [_as_float32(of[path]) for of in (values, moves) for path in places]
-    changed = change(*given, pair.scale)
+    arrays = [
+      _as_float32(of[path]) for of in (values, moves) for path in places
+    ]
+    changed = change(*arrays, pair.scale)
     for path, new in zip(places, changed, strict=True):
       moves[path] = new.astype(moves[path].dtype)
   return tree.map_paths(lambda path, _: moves[path], updates)

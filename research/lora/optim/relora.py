@@ -320,19 +320,19 @@ def _new_arrays(path, method, w, key: PRNGKey) -> dict[str, Array]:
 
   each = jax.random.split(key, count), w.reshape(count, size_in, size_out)
   try:
-    found = jax.lax.map(one, each)
+    arrays = jax.lax.map(one, each)
   except UserError as e:
     raise UserError(f"relora: {path}: cannot be reinitialised.\n{e}") from e
   return {
     f"{path}/{name}": x.reshape(*lead, *x.shape[1:])
-    for name, x in tree.flatten_paths(found)
+    for name, x in tree.flatten_paths(arrays)
   }
 
 
 def _adapted(state: TrainState) -> list[tuple[str, Any]]:
   """Returns (path, weight) of each weight with trainable adapters."""
   trainable = [path for path, _ in tree.flatten_paths(state.trainable)]
-  found = []
+  adapted = []
   for path, leaf in leaves(state.params):
     if not any(p.startswith(f"{path}/trained/") for p in trainable):
       continue
@@ -342,13 +342,13 @@ def _adapted(state: TrainState) -> list[tuple[str, Any]]:
         "nothing can be merged.\n"
         "Expected an array: a base that is neither quantized nor adapted."
       )
-    found.append((path, leaf))
-  if not found:
+    adapted.append((path, leaf))
+  if not adapted:
     raise UserError(
       "relora: no weight has trainable adapters.\n"
       "Expected `trainable` to match them: '/trained/'."
     )
-  return found
+  return adapted
 
 
 def _check(new: Mapping[str, Array], state: TrainState) -> None:

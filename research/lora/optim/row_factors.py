@@ -45,9 +45,9 @@ def extract(params: Params, rank: int) -> dict[str, Any]:
       f"{path}: {type(bias.matrix.method).__name__} scales this bias, which "
       "rows of a batch share.\nUse the adapter alone, or merge it."
     )
-  found = {}
+  factors = {}
   for path, leaf in adapted(tree.outer_params(params)):
-    found[path] = _factored(path, leaf, rank)
+    factors[path] = _factored(path, leaf, rank)
   for prefix, layers in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
     for path, leaf in adapted(params[run][layer]):
@@ -56,11 +56,11 @@ def extract(params: Params, rank: int) -> dict[str, Any]:
         raise UserError(f"{first}: adapters of experts cannot share a batch")
       a, b = _factored(first, leaf, rank)
       for k, i in enumerate(layers):
-        found[f"layers/{i}/{path}"] = a[k], b[k]
-  for path, pair in found.items():
+        factors[f"layers/{i}/{path}"] = a[k], b[k]
+  for path, pair in factors.items():
     if not all(np.isfinite(x).all() for x in pair):
       raise UserError(f"{path}: its adapter holds NaN or infinity")
-  return found
+  return factors
 
 
 def _factored(path, leaf, rank):

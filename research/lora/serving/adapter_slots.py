@@ -78,7 +78,7 @@ def sizes(params: Params) -> dict[str, tuple[int, int]]:
   return out
 
 
-def write(params: Params, found: Factors, slot: int) -> Any:
+def write(params: Params, adapter: Factors, slot: int) -> Any:
   """Returns the tree with an adapter written into a slot.
 
   Args:
@@ -89,7 +89,7 @@ def write(params: Params, found: Factors, slot: int) -> Any:
   factors, new = {}, {}
   for name, leaf in wrap.leaves(params):
     if isinstance(leaf, BatchedTensor):
-      pairs = [_padded(found.get(p), leaf) for p in _addresses(params, name)]
+      pairs = [_padded(adapter.get(p), leaf) for p in _addresses(params, name)]
       factors[name] = leaf.a, leaf.b
       new[name] = tuple(
         np.stack(x).reshape(*leaf.shape[:-2], *x[0].shape)

@@ -66,11 +66,11 @@ class BatchedTensor(weights.WrappedWeight):
     if self.ids is None:
       return y
     tokens = ids.reshape(self._rows(ids), -1)
-    own = jnp.maximum(self.ids, 0)
-    z = self.a[own[:, None], :, tokens]
+    slots = jnp.maximum(self.ids, 0)
+    z = self.a[slots[:, None], :, tokens]
     z = jnp.where(self.ids[:, None, None] == NONE, 0, z)
-    more = jnp.einsum("btr,bro->bto", z, self.b[own])
-    return y + more.reshape(y.shape).astype(y.dtype)
+    update = jnp.einsum("btr,bro->bto", z, self.b[slots])
+    return y + update.reshape(y.shape).astype(y.dtype)
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
@@ -166,15 +166,15 @@ def by_gather(
   ids: Int[Array, "B"],
 ) -> Float[Array, "B T O"]:
   """`rowwise_lora` by gathering each row's factors."""
-  own = jnp.maximum(ids, 0)
+  slots = jnp.maximum(ids, 0)
   if x.shape[1] == 1 and first.shape[1] <= MAX_UNROLLED_RANK:
-    return _one_token(x, first, second, ids, own)
-  z = jnp.einsum("bti,bri->btr", x, first[own])
+    return _one_token(x, first, second, ids, slots)
+  z = jnp.einsum("bti,bri->btr", x, first[slots])
   z = jnp.where(ids[:, None, None] == NONE, 0, z)
-  return jnp.einsum("btr,bro->bto", z, second[own])
+  return jnp.einsum("btr,bro->bto", z, second[slots])
 
 
-def _one_token(x, first, second, ids, own):
+def _one_token(x, first, second, ids, slots):
   """`by_gather` for one token per row, without copying the second factors.
 
   A sum of `R` scaled rows is one loop that reads the factors in place, while a
@@ -183,10 +183,10 @@ def _one_token(x, first, second, ids, own):
   169 in bfloat16.
   """
   wide = jnp.promote_types(x.dtype, jnp.float32)
-  z = jnp.einsum("bti,bri->br", x, first[own], preferred_element_type=wide)
+  z = jnp.einsum("bti,bri->br", x, first[slots], preferred_element_type=wide)
   z = jnp.where(ids[:, None] == NONE, 0, z)
   terms = [
-    second[own, r].astype(wide) * z[:, r, None] for r in range(z.shape[1])
+    second[slots, r].astype(wide) * z[:, r, None] for r in range(z.shape[1])
   ]
   zero = jnp.zeros((len(x), second.shape[-1]), wide)
   return sum(terms, start=zero)[:, None].astype(x.dtype)

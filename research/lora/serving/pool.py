@@ -132,18 +132,20 @@ def from_directories(
     name: read(pathlib.Path(place), params, model, MAX_RANK)
     for name, place in directories.items()
   }
-  matrices = sorted({path for found in factors.values() for path in found})
+  matrices = sorted({path for adapter in factors.values() for path in adapter})
   pool = create(
     params,
     model,
     slots=len(factors),
-    rank=max(len(a) for found in factors.values() for a, _ in found.values()),
+    rank=max(
+      len(a) for adapter in factors.values() for a, _ in adapter.values()
+    ),
     targets="|".join(map(re.escape, matrices)),
     read=read,
   )
-  for name, found in factors.items():
+  for name, adapter in factors.items():
     _check_name(name)
-    pool = _put(pool, name, found)
+    pool = _put(pool, name, adapter)
   return pool
 
 
@@ -243,10 +245,10 @@ def _without_slot(pool, name):
   )
 
 
-def _put(pool, name, found):
+def _put(pool, name, adapter):
   """Returns the pool with factors in host memory; checks that they fit."""
   sizes = slots_of.sizes(pool.params)
-  for path, (a, b) in found.items():
+  for path, (a, b) in adapter.items():
     if path not in sizes:
       raise UserError(
         f"adapter {name!r}: changes {path}, expected only matrices that the "
@@ -259,7 +261,7 @@ def _put(pool, name, found):
       )
   host = {k: v for k, v in pool.host.items() if k != name}
   return dataclasses.replace(
-    _without_slot(pool, name), host={**host, name: found}
+    _without_slot(pool, name), host={**host, name: adapter}
   )
 
 

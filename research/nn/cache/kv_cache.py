@@ -49,8 +49,8 @@ class SlotCache:
       k, v: keys and values of the new tokens.
       context: positions, mask and options of the call.
     """
-    cache, found = self.store(k, v, context)
-    return cache, attend_to(q, found, context)
+    cache, keys_values = self.store(k, v, context)
+    return cache, attend_to(q, keys_values, context)
 
   def store(
     self,

@@ -206,15 +206,15 @@ def empty_pool(
   runs = model.stack.runs(params)
 
   def made(a, repeats):
-    one = kernel_pages.empty_pages(count, a.kv_heads, size, a.head_dim, kept)
+    pages = kernel_pages.empty_pages(count, a.kv_heads, size, a.head_dim, kept)
     kv, scale = (
       None if x is None else jnp.broadcast_to(x, (repeats, *x.shape))
-      for x in (one.kv, one.scale)
+      for x in (pages.kv, pages.scale)
     )
     kv = sharding.constrain(kv, None, None, "kv_heads", None, None)
     if scale is not None:
       scale = sharding.constrain(scale, None, None, None, "kv_heads", None)
-    return dataclasses.replace(one, kv=kv, scale=scale)
+    return dataclasses.replace(pages, kv=kv, scale=scale)
 
   def pool():
     return {

@@ -99,8 +99,8 @@ class Media(weights.Weight):
       count = jnp.cumsum(marks, axis=1)
       begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
       before = jnp.where(begins, count - marks, 0)
-      own = count > jax.lax.cummax(before, axis=1)
-      bounds = jnp.where((own & (segments >= 0))[:, None], bounds, 0)
+      in_document = count > jax.lax.cummax(before, axis=1)
+      bounds = jnp.where((in_document & (segments >= 0))[:, None], bounds, 0)
     lead = self.sizes.shape[:-2]
     bounds = jnp.broadcast_to(bounds, (*lead, *bounds.shape))
     return dataclasses.replace(self, bounds=bounds)

@@ -77,8 +77,8 @@ class Gemma4Sizes:
   max_positions: int | None = 131_072
 
   def __post_init__(self):
-    own = self.kinds[: len(self.kinds) - self.kv_shared_layers]
-    if not own or set(own) != set(self.kinds):
+    unshared_kinds = self.kinds[: len(self.kinds) - self.kv_shared_layers]
+    if not unshared_kinds or set(unshared_kinds) != set(self.kinds):
       raise UserError(
         f"Gemma4Sizes.kv_shared_layers: found {self.kv_shared_layers} of"
         f" {len(self.kinds)} layers, expected a layer of each kind before them"
