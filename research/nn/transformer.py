@@ -131,9 +131,9 @@ class Transformer(nn.Module):
     inputs,
     positions,
     mask,
-    cache,
-    lengths,
-    time,
+    cache=None,
+    lengths=None,
+    time=None,
     keep=None,
     rotary=None,
     injected=None,
@@ -211,10 +211,7 @@ class Transformer(nn.Module):
     Raises:
       UserError: the last layer is scanned together with others.
     """
-    cache = lengths = time = None
-    return self._forward(
-      inputs, positions, mask, cache, lengths, time, last_feed_forward=False
-    )[0]
+    return self._forward(inputs, positions, mask, last_feed_forward=False)[0]
 
   @nn.compact
   def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -286,21 +283,14 @@ class Transformer(nn.Module):
     )
     layer_inputs = {}
     if self.per_layer is not None:
-      layer_inputs["vector"] = jnp.zeros(
-        (1, 1, self.per_layer.size), self.dtype
-      )
+      size = self.per_layer.size
+      layer_inputs["vector"] = jnp.zeros((1, 1, size), self.dtype)
     if block.attention.kv == "borrowed":
       a = block.attention
       empty = jnp.zeros((1, 1, a.kv_heads, a.head_dim), self.dtype)
       layer_inputs["borrowed"] = attention_context.KeysValues(empty, empty)
-    return layers.new_layer(
-      block,
-      key,
-      self.width,
-      self.dtype,
-      conditioning=conditioning,
-      **layer_inputs,
-    )
+    layer_inputs["conditioning"] = conditioning
+    return layers.new_layer(block, key, self.width, self.dtype, **layer_inputs)
 
   def _rotations(self, positions: Array) -> dict[Any, tuple[Array, Array]]:
     """Returns cos and sin for each kind of rotary embedding in the stack."""
@@ -376,10 +366,8 @@ class Transformer(nn.Module):
       kind = str(block.attention.window)
       borrowed = lent.get(kind)
       if last and not last_feed_forward:
-        variables = {"params": layer_params}
-        x, new = block.apply(
-          variables, *args, borrowed=borrowed, method="attend"
-        )
+        variables, options = {"params": layer_params}, {"borrowed": borrowed}
+        x, new = block.apply(variables, *args, **options, method="attend")
         return (x, lent), (new, None)
       if last and attention_context.can_select_tokens(
         keep, mask, old, x.shape, layer_params
@@ -464,9 +452,8 @@ def init_cache(
         made = None
       elif kv is not None:
         first, period = start + j, len(blocks)
-        quantizer = kv.for_layers(
-          range(first, first + repeats * period, period)
-        )
+        numbers = range(first, first + repeats * period, period)
+        quantizer = kv.for_layers(numbers)
         made = quantizer.empty(lead, slots, a.head_dim, dtype, slots < capacity)
       else:
         zeros = jnp.zeros((*lead, slots, a.head_dim), dtype)
