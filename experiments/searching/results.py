@@ -43,8 +43,8 @@ def _chosen(searched: Searched, choice: Choice, which: Sequence[int]) -> float:
   if isinstance(_innermost(choice), BestOf):
     # One sample is chosen, whose own verdict counts, as in `best_at`.
     pairs = zip(answers, correct, strict=True)
-    own = [None if answer is None else (answer, x) for answer, x in pairs]
-    return choose.accuracy(choice(paths, own), lambda key: key[1])
+    keys = [None if answer is None else (answer, x) for answer, x in pairs]
+    return choose.accuracy(choice(paths, keys), lambda key: key[1])
   right = shares_correct(answers, correct)
   return choose.accuracy(choice(paths, answers), right.__getitem__)
 
@@ -81,7 +81,7 @@ def best_at(
 
   Args:
     searched: a problem; a sample without an answer is never the best.
-    aggregate: of the scores of a sample's steps.
+    aggregate: combines the scores of a sample's steps.
     budgets: numbers of samples to choose among.
   """
   scores = np.array(
@@ -110,13 +110,13 @@ def result_of(
   """
   check_choice(pool, strategy, choice, n)
   each = accuracies(pool, choice, n)
-  costs = [cost_at(one, n) for one in pool]
-  found = mean_accuracy(each)
+  costs = [cost_at(searched, n) for searched in pool]
+  accuracy = mean_accuracy(each)
   return {
     "n": _number(n or _budget(pool, strategy)),
     "problems": len(pool),
-    "accuracy": found.value,
-    "interval": [found.low, found.high],
+    "accuracy": accuracy.value,
+    "interval": [accuracy.low, accuracy.high],
     "flops_per_problem": _mean(costs, "flops"),
     "flops_policy": _mean(costs, "flops_policy"),
     "flops_verifier": _mean(costs, "flops_verifier"),
@@ -136,8 +136,8 @@ def accuracies(
     n: samples to choose among, or None for all.
   """
   if n is None:
-    return [accuracy_of(one, choice) for one in pool]
-  return [accuracy_at(one, choice, n) for one in pool]
+    return [accuracy_of(searched, choice) for searched in pool]
+  return [accuracy_at(searched, choice, n) for searched in pool]
 
 
 def check_choice(
@@ -145,8 +145,8 @@ def check_choice(
 ) -> None:
   """Raises UserError for a choice that a pool does not support."""
   inner = _innermost(choice)
-  some = [x for one in pool for x in one.samples if x.trace.steps]
-  if isinstance(inner, BestOf | Weighted) and not all(x.scores for x in some):
+  paths = [x for searched in pool for x in searched.samples if x.trace.steps]
+  if isinstance(inner, BestOf | Weighted) and not all(x.scores for x in paths):
     raise UserError(
       f"SearchRun.choice: found {type(inner).__name__}, and samples without"
       " scores; choose by choose.Majority, or sample with a verifier."
@@ -159,7 +159,7 @@ def check_choice(
       " whose samples depend on each other, expected None: search again with a"
       " smaller budget.\nSubsets are as good as fewer samples for Independent."
     )
-  least = min(len(one.samples) for one in pool)
+  least = min(len(searched.samples) for searched in pool)
   if n > least:
     raise UserError(
       f"SearchRun.n: found {n}, but a problem has {least} samples; sample more."
@@ -184,12 +184,12 @@ def cost_at(searched: Searched, n: int | None) -> dict[str, float]:
     Its ledger's fields, of means, and `flops` of policy and verifier.
   """
   share = 1.0 if n is None else n / len(searched.samples)
-  found = {}
+  costs = {}
   for field in dataclasses.fields(Ledger):
-    whole = getattr(searched.ledger, field.name)
-    once = getattr(searched.prompt_ledger, field.name)
-    found[field.name] = once + share * (whole - once)
-  return found | {"flops": found["flops_policy"] + found["flops_verifier"]}
+    total = getattr(searched.ledger, field.name)
+    prompt = getattr(searched.prompt_ledger, field.name)
+    costs[field.name] = prompt + share * (total - prompt)
+  return costs | {"flops": costs["flops_policy"] + costs["flops_verifier"]}
 
 
 def estimates_of(
@@ -207,9 +207,9 @@ def estimates_of(
   """
   if not isinstance(strategy, Independent):
     return None
-  most = min(len(one.samples) for one in pool)
+  most = min(len(searched.samples) for searched in pool)
   scored = all(x.scores for o in pool for x in o.samples if x.trace.steps)
-  found: dict[str, Any] = {"k": (budgets := _budgets(most))}
+  estimates: dict[str, Any] = {"k": (budgets := _budgets(most))}
   rules: dict[str, Any] = {"pass": _pass_at, "majority": _majority_at}
   if scored:
     rules |= {
@@ -217,28 +217,28 @@ def estimates_of(
       for name, aggregate in AGGREGATES.items()
     }
   for name, rule in rules.items():
-    each = np.array([rule(one, budgets=budgets) for one in pool])
+    each = np.array([rule(searched, budgets=budgets) for searched in pool])
     rows = [mean_accuracy(column, RESAMPLES) for column in each.T]
-    found[name] = [[x.value, x.low, x.high] for x in rows]
-  found["flops"] = [
-    _mean([cost_at(one, k) for one in pool], "flops") for k in budgets
+    estimates[name] = [[x.value, x.low, x.high] for x in rows]
+  estimates["flops"] = [
+    _mean([cost_at(searched, k) for searched in pool], "flops") for k in budgets
   ]
-  return found
+  return estimates
 
 
-def _pass_at(one: Searched, budgets: Sequence[int]) -> list[float]:
-  right = sum(x.correct for x in one.samples)
-  return [estimators.pass_at_k(len(one.samples), right, k) for k in budgets]
+def _pass_at(searched: Searched, budgets: Sequence[int]) -> list[float]:
+  correct = [x.correct for x in searched.samples]
+  return [estimators.pass_at_k(len(correct), sum(correct), k) for k in budgets]
 
 
-def _majority_at(one: Searched, budgets: Sequence[int]) -> list[float]:
-  return [accuracy_at(one, Majority(), k) for k in budgets]
+def _majority_at(searched: Searched, budgets: Sequence[int]) -> list[float]:
+  return [accuracy_at(searched, Majority(), k) for k in budgets]
 
 
 def _budgets(most: int) -> list[int]:
   """Returns powers of two, and the most there is."""
-  found = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
-  return found if found[-1] == most else [*found, most]
+  powers = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
+  return powers if powers[-1] == most else [*powers, most]
 
 
 def _mean(costs: Sequence[dict[str, float]], name: str) -> float:
@@ -248,7 +248,7 @@ def _mean(costs: Sequence[dict[str, float]], name: str) -> float:
 def _budget(pool: Sequence[Searched], strategy: Any) -> float | int:
   """Returns a strategy's paths of a problem, or the mean number of samples."""
   copies = getattr(strategy, "copies", None)
-  return copies or float(np.mean([len(one.samples) for one in pool]))
+  return copies or float(np.mean([len(searched.samples) for searched in pool]))
 
 
 def _number(x: Any) -> int | float:

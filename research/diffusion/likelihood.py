@@ -142,7 +142,7 @@ def bound(
       f"likelihood: samples is {samples}, expected a multiple of {batch}, the "
       "batch"
     )
-  found = []
+  losses = []
   for i in range(samples // batch):
     start, each = jax.random.split(jax.random.fold_in(key, i))
     ns = counts(start, length, batch, rounding)
@@ -153,8 +153,8 @@ def bound(
     if schedule is not None:
       later = row_keys(jax.random.fold_in(each, 1), jnp.arange(batch))
       time = (times(later, ns, length, schedule),)
-    found.append(values(scores, tokens, target, masks, mask_id, *time))
-  return _summary(jnp.stack(found))
+    losses.append(values(scores, tokens, target, masks, mask_id, *time))
+  return _summary(jnp.stack(losses))
 
 
 def exact(
@@ -183,11 +183,11 @@ def exact(
   chosen = np.pad(chosen, ((0, -len(chosen) % rows), (0, 0)), mode="edge")
   masks = np.zeros((len(chosen), target.shape[0]), bool)
   masks[:, place] = chosen
-  found = [
+  losses = [
     values(scores, tokens, target, jnp.asarray(masks[i : i + rows]), mask_id)
     for i in range(0, len(masks), rows)
   ]
-  each = np.concatenate([np.asarray(x, np.float64) for x in found])
+  each = np.concatenate([np.asarray(x, np.float64) for x in losses])
   return _checked(Bound(float(each[: len(share)] @ share), 0.0, len(share)))
 
 
@@ -209,8 +209,9 @@ def cache_finished(
     memory: what was returned for the block before; None to read everything.
   """
   valid = jnp.ones((1, tokens.shape[0]), bool)
-  given = params, tokens[None], valid, start, denoiser.block
-  return denoiser.cache_finished(*given, memory)
+  return denoiser.cache_finished(
+    params, tokens[None], valid, start, denoiser.block, memory
+  )
 
 
 def block_scores(
@@ -281,24 +282,24 @@ def times(
   return schedule.time(jax.vmap(jax.random.beta)(keys, a, length - a + 1))
 
 
-def _summary(found: Float[Array, "N B"]) -> Bound:
+def _summary(nats: Float[Array, "N B"]) -> Bound:
   """Returns the mean; its error from batches, which are spread within."""
-  mean, n = float(found.mean()), found.shape[0]
+  mean, n = float(nats.mean()), nats.shape[0]
   if n > 1:
-    error = float(found.mean(-1).std(ddof=1)) / math.sqrt(n)
+    error = float(nats.mean(-1).std(ddof=1)) / math.sqrt(n)
   else:
-    size = found.shape[1]
-    error = float(found.std(ddof=1)) / math.sqrt(size) if size > 1 else math.inf
-  return _checked(Bound(mean, error, found.size))
+    size = nats.shape[1]
+    error = float(nats.std(ddof=1)) / math.sqrt(size) if size > 1 else math.inf
+  return _checked(Bound(mean, error, nats.size))
 
 
-def _checked(found: Bound) -> Bound:
-  if math.isnan(found.mean):
+def _checked(estimate: Bound) -> Bound:
+  if math.isnan(estimate.mean):
     raise UserError(
       "likelihood: logits are not finite numbers; are these the model's"
       " weights?"
     )
-  return found
+  return estimate
 
 
 def guided_logits(

@@ -116,12 +116,12 @@ def chunks(
     kv=kv,
     mask=mask,
   )
-  made = 1
+  dispatched = 1
   while True:
     ahead = None
-    if made < steps:
+    if dispatched < steps:
       ahead = decoding.decode(model, params, state, sampling, stop, size)
-      made += size
+      dispatched += size
     ended = np.all(np.asarray(drawn.done))
     yield drop_empty_columns(np.asarray(drawn.tokens))
     if ended or ahead is None:
@@ -176,7 +176,7 @@ def bind_prompts(
   """Returns weights that know the tokens of their rows (`weights.with_tokens`).
 
   Args:
-    params: of the model.
+    params: parameters of the model.
     tokens, lengths: from `pad_prompts`.
   """
   inside = np.arange(tokens.shape[1]) < lengths[:, None]
@@ -185,9 +185,9 @@ def bind_prompts(
 
 def pad_stop_tokens(tokens: Sequence[int]) -> np.ndarray:
   """Returns the stop tokens, padded with `NO_TOKEN` to a common length."""
-  found = sorted(set(tokens))
-  found += [NO_TOKEN] * (-len(found) % _STOPS or (0 if found else _STOPS))
-  return np.array(found, np.int32)
+  padded = sorted(set(tokens))
+  padded += [NO_TOKEN] * (-len(padded) % _STOPS or (0 if padded else _STOPS))
+  return np.array(padded, np.int32)
 
 
 def token_limits(
@@ -212,19 +212,19 @@ def token_limits(
     )
   if not prompts:
     raise UserError("prompts: found none, expected at least one")
-  found, rows = [], model.input_vocab or model.vocab_size
+  limits, vocab = [], model.input_vocab or model.vocab_size
   for i, prompt in enumerate(prompts, 1):
     if not len(prompt):
       raise UserError(
         f"prompt {i}: found no tokens, expected at least one to continue"
       )
     unknown = [
-      token for token in prompt if not 0 <= token < rows and token not in extra
+      token for token in prompt if not 0 <= token < vocab and token not in extra
     ]
     if unknown:
       raise UserError(
         f"prompt {i}: found token {max(unknown)}, expected ids below "
-        f"{rows}: is this the model's own tokenizer?"
+        f"{vocab}: is this the model's own tokenizer?"
       )
     room = max_new_tokens
     if model.max_positions is not None:
@@ -234,8 +234,8 @@ def token_limits(
         f"prompt {i}: found {len(prompt)} tokens, expected fewer than the "
         f"model's context of {model.max_positions}: shorten it"
       )
-    found.append(min(max_new_tokens, room))
-  return found
+    limits.append(min(max_new_tokens, room))
+  return limits
 
 
 def generate(

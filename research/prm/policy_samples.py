@@ -53,9 +53,9 @@ class PolicySampler:
     model: the Transformer.
     params: its parameters, preferably from `generate.prepare`.
     tokenizer: encodes and decodes; its `stop` ids end a text.
-    new_tokens: of a text, at most.
-    sampling: of tokens.
-    rows: of a batch; all batches have as many, so that programs compile once
+    new_tokens: maximum number of tokens of a text.
+    sampling: how tokens are drawn.
+    rows: batch size; all batches have as many, so that programs compile once
       for each length of prompts.
     prompting: what the policy reads of a problem.
     reader: gives the parameters that read prompts; None: `params` do.
@@ -77,30 +77,30 @@ class PolicySampler:
 
     Args:
       prompts: token ids; equal ones get different texts.
-      key: of the sampling.
+      key: random key of the sampling.
     """
     # Those of one length together, which is padded alike.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found: list[str | None] = [None] * len(prompts)
+    texts: list[str | None] = [None] * len(prompts)
     for start in range(0, len(order), self.rows):
-      own = order[start : start + self.rows]
-      padded = [*own, *[own[-1]] * (self.rows - len(own))]
-      asked = [prompts[i] for i in padded]
+      batch = order[start : start + self.rows]
+      padded = [*batch, *[batch[-1]] * (self.rows - len(batch))]
+      batch_prompts = [prompts[i] for i in padded]
       reader = self.reader
       answers = sampled(
         self.model,
-        self.params if reader is None else reader(asked),
-        asked,
+        self.params if reader is None else reader(batch_prompts),
+        batch_prompts,
         self.new_tokens,
         self.tokenizer.stop,
         self.sampling,
         jax.random.fold_in(key, start),
         None if reader is None else reader.mask,
       )
-      for i, answer in zip(own, answers, strict=False):
+      for i, answer in zip(batch, answers, strict=False):
         if answer and answer[-1] in self.tokenizer.stop:
-          found[i] = self.tokenizer.decode(answer)
-    return found
+          texts[i] = self.tokenizer.decode(answer)
+    return texts
 
   def prompt(
     self, problem: Problem, steps: Sequence[str] = ()
@@ -128,20 +128,20 @@ def sample_solutions(
   `copies` for each problem then.
 
   Args:
-    sampler: of the policy.
-    verifier: of whole solutions.
-    problems: that are solved.
-    copies: solutions of each.
+    sampler: the policy.
+    verifier: judges whole solutions.
+    problems: problems to solve.
+    copies: number of solutions of each problem.
     segmenter: splits a solution.
-    key: of the sampling.
+    key: random key of the sampling.
   """
-  asked = [problem for problem in problems for _ in range(copies)]
-  texts = sampler([sampler.prompt(problem) for problem in asked], key)
-  found = []
-  for problem, text in zip(asked, texts, strict=True):
+  repeated = [problem for problem in problems for _ in range(copies)]
+  texts = sampler([sampler.prompt(problem) for problem in repeated], key)
+  solutions = []
+  for problem, text in zip(repeated, texts, strict=True):
     steps = tuple(steps_of(segmenter, text or ""))
     if steps:
-      found.append(
+      solutions.append(
         LabelledSolution(
           prompt=problem.prompt,
           steps=steps,
@@ -150,7 +150,7 @@ def sample_solutions(
           problem_id=problem.id,
         )
       )
-  return found
+  return solutions
 
 
 def with_exact_labels(
@@ -161,20 +161,20 @@ def with_exact_labels(
   """Returns solutions with an oracle's labels, unknown after the first error.
 
   Args:
-    solutions: in steps.
+    solutions: solutions split into steps.
     verifier: judges steps exactly.
-    problems: among which are those of the solutions.
+    problems: at least those of the solutions.
   """
-  asked = _by_prompt(problems)
+  problem_of = _by_prompt(problems)
 
-  def labels(one):
-    problem = asked[one.prompt]
+  def labels(solution):
+    problem = problem_of[solution.prompt]
     return label_steps(
-      one.steps,
+      solution.steps,
       lambda before, step: verifier.verify_step(problem, before, step).label,
     )
 
-  return [one.relabelled(labels(one), EXACT) for one in solutions]
+  return [x.relabelled(labels(x), EXACT) for x in solutions]
 
 
 def with_rollouts(
@@ -192,26 +192,26 @@ def with_rollouts(
   rollout: its count is the verdict.
 
   Args:
-    solutions: in steps.
-    sampler: of the policy that completes them.
-    verifier: of whole solutions.
-    problems: among which are those of the solutions.
-    k: rollouts of a prefix.
-    key: of the sampling.
+    solutions: solutions split into steps.
+    sampler: the policy that completes them.
+    verifier: judges whole solutions.
+    problems: at least those of the solutions.
+    k: number of rollouts of each prefix.
+    key: random key of the sampling.
 
   Raises:
     UserError: k is below 1.
   """
   if k < 1:
     raise UserError(f"rollouts: found k = {k}, expected one at least")
-  asked = _by_prompt(problems)
+  problem_of = _by_prompt(problems)
   prefixes = dict.fromkeys(
-    (one.prompt, one.steps[:n])
-    for one in solutions
-    for n in range(1, len(one.steps))
+    (solution.prompt, solution.steps[:n])
+    for solution in solutions
+    for n in range(1, len(solution.steps))
   )
   prompts = [
-    sampler.prompt(asked[prompt], steps)
+    sampler.prompt(problem_of[prompt], steps)
     for prompt, steps in prefixes
     for _ in range(k)
   ]
@@ -219,7 +219,7 @@ def with_rollouts(
 
   @functools.cache
   def right(prompt: str, text: str) -> bool:
-    return verifier.verify(asked[prompt], text).correct
+    return verifier.verify(problem_of[prompt], text).correct
 
   counts: dict[Any, MonteCarlo] = {}
   for i, (prompt, steps) in enumerate(prefixes):
@@ -230,17 +230,18 @@ def with_rollouts(
     ]
     counts[prompt, steps] = count(rollouts)
 
-  def counted(one: LabelledSolution) -> LabelledSolution:
+  def counted(solution: LabelledSolution) -> LabelledSolution:
     inner = (
-      counts[one.prompt, one.steps[:n]] for n in range(1, len(one.steps))
+      counts[solution.prompt, solution.steps[:n]]
+      for n in range(1, len(solution.steps))
     )
-    correct = one.final_correct
+    correct = solution.final_correct
     if correct is None:
-      correct = right(one.prompt, "".join(one.steps))
+      correct = right(solution.prompt, "".join(solution.steps))
     last = MonteCarlo(int(correct), 1)
-    return dataclasses.replace(one, mc=(*inner, last))
+    return dataclasses.replace(solution, mc=(*inner, last))
 
-  return [counted(one) for one in solutions]
+  return [counted(solution) for solution in solutions]
 
 
 def _by_prompt(problems: Sequence[Problem]) -> dict[str, Problem]:

@@ -1,6 +1,6 @@
 r"""Whether an answer is the right one, and under which form it votes.
 
-A grader has `equal(truth, given)` and `canonical(given)`. `judge` puts an
+A grader has `equal(truth, answer)` and `canonical(answer)`. `judge` puts an
 extractor before a grader, so that a grader only ever sees one answer: graders
 that search a text themselves accept "3 or 4" for 3.
 """
@@ -22,7 +22,7 @@ _APPROXIMATE = re.compile(r"\\approx|\\sim(?:eq)?(?![a-z])|≈")
 class Grader(Protocol):
   """Compares one answer with the truth."""
 
-  def equal(self, truth: str, given: str) -> bool:
+  def equal(self, truth: str, answer: str) -> bool:
     """Whether a given answer is right; the order of the two matters.
 
     Raises:
@@ -30,7 +30,7 @@ class Grader(Protocol):
     """
     ...
 
-  def canonical(self, given: str) -> str:
+  def canonical(self, answer: str) -> str:
     """Returns the form under which equal answers are counted together."""
     ...
 
@@ -45,15 +45,15 @@ class ExactMatch:
 
   ignore: tuple[str, ...] = (",", r"\$", r"(?s).*#### ", r"\.$")
 
-  def equal(self, truth: str, given: str) -> bool:
+  def equal(self, truth: str, answer: str) -> bool:
     """Whether the texts are equal but for what is ignored, and for case."""
-    return self.canonical(truth) == self.canonical(given)
+    return self.canonical(truth) == self.canonical(answer)
 
-  def canonical(self, given: str) -> str:
+  def canonical(self, answer: str) -> str:
     """Returns the text without what is ignored, in lower case."""
     for pattern in self.ignore:
-      given = re.sub(pattern, "", given)
-    return given.lower()
+      answer = re.sub(pattern, "", answer)
+    return answer.lower()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Ladder:
   form (`normalization.canonical`), which is also what votes are counted by.
   """
 
-  def equal(self, truth: str, given: str) -> bool:
+  def equal(self, truth: str, answer: str) -> bool:
     """Whether the given answer is the truth."""
-    found = self.canonical(given)
-    return bool(found) and found == self.canonical(truth)
+    form = self.canonical(answer)
+    return bool(form) and form == self.canonical(truth)
 
-  def canonical(self, given: str) -> str:
+  def canonical(self, answer: str) -> str:
     """Returns the form that equal answers share."""
-    return normalization.canonical(normalization.normalize(given))
+    return normalization.canonical(normalization.normalize(answer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,36 +88,36 @@ class MathVerify:
 
   seconds: float | int = 5.0
 
-  def equal(self, truth: str, given: str) -> bool:
+  def equal(self, truth: str, answer: str) -> bool:
     """Whether both have one form.
 
     Raises:
       TimedOut, Failed: math-verify does not say what one of them is.
     """
-    return self._form(given) == self._form(truth)
+    return self._form(answer) == self._form(truth)
 
-  def canonical(self, given: str) -> str:
+  def canonical(self, answer: str) -> str:
     """Returns the form that equal answers share; of a timeout, `Ladder`'s."""
     try:
-      return self._form(given)
+      return self._form(answer)
     except (TimedOut, Failed):
-      return Ladder().canonical(given)
+      return Ladder().canonical(answer)
 
-  def _form(self, given: str) -> str:
-    if _APPROXIMATE.search(given):
-      return given.strip()
-    found = Ladder().canonical(given)
-    if normalization.has_word(found):
-      return found
-    sides = [Ladder().canonical(x) for x in given.split("=")]
+  def _form(self, answer: str) -> str:
+    if _APPROXIMATE.search(answer):
+      return answer.strip()
+    form = Ladder().canonical(answer)
+    if normalization.has_word(form):
+      return form
+    sides = [Ladder().canonical(x) for x in answer.split("=")]
     numbers = list(map(expressions.rational, sides))
-    number = expressions.rational(found)
+    number = expressions.rational(form)
     if number is None and len(set(numbers)) == 1:
       number = numbers[0]  # 3+4=7
     if number is not None:
-      return str(number / 100 if "%" in given else number)
+      return str(number / 100 if "%" in answer else number)
     worker = shared(_SYMBOLIC, self.seconds)
-    return worker.call("math_verify_form", given) or found
+    return worker.call("math_verify_form", answer) or form
 
 
 def judge(
@@ -132,15 +132,15 @@ def judge(
     extract: finds the one answer in the text.
     grader: compares it with the truth.
   """
-  found = None if text is None else extract(text)
-  if found is None:
+  answer = None if text is None else extract(text)
+  if answer is None:
     return Verdict(False, reason="no answer")
-  canonical = grader.canonical(found)
+  canonical = grader.canonical(answer)
   try:
-    correct = truth is not None and grader.equal(truth, found)
+    correct = truth is not None and grader.equal(truth, answer)
   except TimedOut as error:
-    return Verdict(False, found, canonical, f"timeout: {error}")
+    return Verdict(False, answer, canonical, f"timeout: {error}")
   except Failed as error:
-    return Verdict(False, found, canonical, f"error: {error}")
+    return Verdict(False, answer, canonical, f"error: {error}")
   reason = "correct" if correct else "wrong"
-  return Verdict(correct, found, canonical, reason)
+  return Verdict(correct, answer, canonical, reason)

@@ -36,8 +36,8 @@ class Ancestral:
   """A grid of times, and what is masked again on it.
 
   Attributes:
-    steps: of the grid.
-    schedule: of the process.
+    steps: number of steps of the grid.
+    schedule: noise schedule of the process.
     grid: even in t, or `cos(pi/2 (1 - t))`, whose steps are small near t = 0,
       or even from 1 to 0.001 (Dream's `origin`, arXiv:2508.15487).
     remask: how likely filled places are masked again, or None.
@@ -77,8 +77,8 @@ def sample(
     scores: the model; the mask has no probability whatever it says.
     tokens: rows.
     masked: which places are to be filled.
-    mask_id: of the mask.
-    keys: of the rows.
+    mask_id: id of the mask.
+    keys: random keys of the rows.
     how: the grid.
     timed: whether `scores` takes times `[B]`, those before each step.
 
@@ -96,8 +96,8 @@ def sample(
     time = (jnp.full(tokens.shape[0], t),) if timed else ()
     logits = scores(process.noisy(tokens, masked, mask_id), *time)
     logp = _logp(logits, mask_id)
-    found = _draw(now[:, 0], logp)
-    chance = jnp.take_along_axis(logp, found[..., None], -1)[..., 0]
+    candidate = _draw(now[:, 0], logp)
+    chance = jnp.take_along_axis(logp, candidate[..., None], -1)[..., 0]
     again = jnp.zeros_like(masked)
     uniform = jax.vmap(lambda k: jax.random.uniform(k, masked.shape[1:]))
     if how.remask is None:
@@ -109,7 +109,7 @@ def sample(
     # At the end all that is left is filled.
     fill = jnp.where(i == how.steps - 1, 1.0, fill)
     filled = masked & (uniform(now[:, 1]) < fill)
-    tokens = jnp.where(filled, found, tokens)
+    tokens = jnp.where(filled, candidate, tokens)
     confidence = jnp.where(filled, jnp.exp(chance), confidence)
     return tokens, (masked & ~filled) | again, confidence
 
@@ -137,7 +137,7 @@ def first_hitting(
   Args:
     scores, tokens, masked, mask_id, keys: as for `sample`.
     order: ranks of the places, lowest first; by default random.
-    schedule: of the process, if `scores` takes times `[B]`.
+    schedule: noise schedule, if `scores` takes times `[B]`.
 
   Raises:
     UserError: as for `sample`.
@@ -161,17 +161,17 @@ def first_hitting(
       time = (schedule.time(share),)
     logits = scores(process.noisy(tokens, masked, mask_id), *time)
     logp = _logp(logits, mask_id)
-    found = _draw(now, logp)
-    next_one = jnp.where(masked, order, jnp.inf)
-    here = jnp.argmin(next_one, axis=-1)[:, None] == jnp.arange(tokens.shape[1])
+    candidate = _draw(now, logp)
+    ranks = jnp.where(masked, order, jnp.inf)
+    here = jnp.argmin(ranks, axis=-1)[:, None] == jnp.arange(tokens.shape[1])
     here &= masked
-    return jnp.where(here, found, tokens), masked & ~here, i + 1, share
+    return jnp.where(here, candidate, tokens), masked & ~here, i + 1, share
 
-  def more(state):
+  def any_masked(state):
     return state[1].any()
 
   state = tokens, masked, jnp.int32(0), jnp.ones(tokens.shape[0])
-  tokens, _, calls, _ = jax.lax.while_loop(more, body, state)
+  tokens, _, calls, _ = jax.lax.while_loop(any_masked, body, state)
   return _checked(tokens), calls
 
 
@@ -182,8 +182,8 @@ def _logp(logits, mask_id):
 
 def _draw(keys, logp):
   gumbel = jax.vmap(lambda k: jax.random.gumbel(k, logp.shape[1:], mode="high"))
-  found = jnp.argmax(logp + gumbel(keys), axis=-1).astype(jnp.int32)
-  return jnp.where(jnp.isnan(logp).any(-1), NOTHING, found)
+  drawn = jnp.argmax(logp + gumbel(keys), axis=-1).astype(jnp.int32)
+  return jnp.where(jnp.isnan(logp).any(-1), NOTHING, drawn)
 
 
 def _checked(tokens):

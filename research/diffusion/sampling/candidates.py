@@ -31,7 +31,7 @@ def quota(
     planned: masks that a block had at first.
     left: those that it has.
     i: steps of this block so far.
-    keys: of the rows, for this step; for `"chance"`.
+    keys: the rows' random keys for this step; for `"chance"`.
   """
   steps = config.block_steps
   if config.plan == "even":
@@ -47,9 +47,9 @@ def quota(
       jnp.arange(config.block) < left[:, None]
     )
     return hit.sum(-1, dtype=jnp.int32)
-  some = left * share
-  some = jnp.floor(some) if config.plan == "dream" else jnp.round(some)
-  return jnp.where(i < steps - 1, some.astype(jnp.int32), left)
+  fills = left * share
+  fills = jnp.floor(fills) if config.plan == "dream" else jnp.round(fills)
+  return jnp.where(i < steps - 1, fills.astype(jnp.int32), left)
 
 
 def shares_of(plan: str, steps: int) -> np.ndarray:
@@ -81,10 +81,10 @@ def remasked(
 
   Args:
     config: with `remask`.
-    probability: of each place's token when it was filled in.
+    probability: the model's for each place's token when it was filled in.
     filled: which places of the block may be masked again.
     i: steps of this block so far.
-    keys: of the rows, for this step.
+    keys: the rows' random keys for this step.
   """
   if config.remask is None:
     return jnp.zeros_like(filled)
@@ -123,13 +123,13 @@ def without_placeholders(
   call would read it.
 
   Args:
-    logits: of a denoiser.
-    params: that it was asked with.
+    logits: a denoiser's output.
+    params: parameters that the denoiser was called with.
   """
   if not isinstance(params, Mapping):
     return logits
-  own = params.get("params", params)  # of `with_prompt`
-  return samplers.exclude(logits, weights.extra_ids(own))
+  model_params = params.get("params", params)  # of `with_prompt`
+  return samplers.exclude(logits, weights.extra_ids(model_params))
 
 
 def candidates(
@@ -141,8 +141,8 @@ def candidates(
   """Returns each place's candidate, its confidence, and its probability.
 
   Args:
-    logits: of the places.
-    keys: of the rows, for this step.
+    logits: the denoiser's for the places.
+    keys: the rows' random keys for this step.
     config, sampling: as for `sample`.
   """
   logits = logits.astype(jnp.float32)
@@ -153,17 +153,17 @@ def candidates(
   drawn = flat.reshape(logits.shape)
   noise, chance = jax.vmap(jax.random.split, out_axes=1)(keys)
   if sampling.temperature is None:
-    found = jnp.argmax(drawn, axis=-1)
+    tokens = jnp.argmax(drawn, axis=-1)
   else:
     # Of full 32 bits Gumbel noise has no tail beyond 16, as if the temperature
     # were lower (Zheng et al. 2024, arXiv:2409.02908).
     gumbel = jax.vmap(
       lambda k: jax.random.gumbel(k, (size, vocabulary), mode="high")
     )(noise)
-    found = jnp.argmax(drawn + gumbel, axis=-1)
+    tokens = jnp.argmax(drawn + gumbel, axis=-1)
   logp = jax.nn.log_softmax(drawn if config.tempered else logits, axis=-1)
-  own = jnp.take_along_axis(logp, found[..., None], axis=-1)[..., 0]
-  probability = jnp.exp(own)
+  token_logp = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+  probability = jnp.exp(token_logp)
   confidence = _confidence(logp, probability, chance, config.select)
   if config.place_temperature is not None:
     places = jax.vmap(lambda k: jax.random.fold_in(k, 1))(chance)
@@ -172,12 +172,12 @@ def candidates(
   # A model that is broken is said to be so after the block.
   confidence = jnp.where(jnp.isnan(confidence), -1.0, confidence)
   if config.ends == "last" and config.end:
-    ends = jnp.isin(found, jnp.array(config.end))
+    ends = jnp.isin(tokens, jnp.array(config.end))
     # Lower than any confidence, but finite: last, not never.
     confidence = jnp.where(
       ends, jnp.minimum(confidence.min() - 1, -1.0), confidence
     )
-  return found.astype(jnp.int32), confidence, probability
+  return tokens.astype(jnp.int32), confidence, probability
 
 
 def _confidence(logp, probability, keys, select: Select):

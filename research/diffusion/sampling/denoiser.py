@@ -101,20 +101,20 @@ def own_rows(
   """Returns the hidden states that predict a block's own tokens.
 
   Args:
-    hidden: of whole rows.
-    start: of the block.
-    size: of the block, K.
+    hidden: hidden states of whole rows.
+    start: index of the block's first token.
+    size: tokens in the block, K.
     shift: whether a token is predicted by the state before it, as in models
       that began autoregressive (Dream, arXiv:2508.15487); the first token of
       a document has its own state alone, since what lies before it in the row
       is padding or another document.
     place: positions, from 0 in each document.
   """
-  own = cut(hidden, start, size)
+  states = cut(hidden, start, size)
   if not shift:
-    return own
+    return states
   edge = cut(hidden, jnp.maximum(start - 1, 0), 1)
-  return shifted(own, edge, cut(place, start, size))
+  return shifted(states, edge, cut(place, start, size))
 
 
 def state_index(
@@ -128,8 +128,8 @@ def state_index(
   index = jnp.broadcast_to(index, (place.shape[0], size))
   if not shift:
     return index
-  own = jnp.take_along_axis(place, index, axis=1)
-  return jnp.where(own == 0, index, jnp.maximum(index - 1, 0))
+  block_place = jnp.take_along_axis(place, index, axis=1)
+  return jnp.where(block_place == 0, index, jnp.maximum(index - 1, 0))
 
 
 def cut(x: Array, start: Array, size: int) -> Array:
@@ -140,16 +140,16 @@ def cut(x: Array, start: Array, size: int) -> Array:
   return jax.vmap(of_row)(x, start)
 
 
-def shifted(own: Array, edge: Array, place: Array) -> Array:
+def shifted(states: Array, edge: Array, place: Array) -> Array:
   """Returns a block's states, each from the place before it.
 
   Args:
-    own: of the block.
-    edge: of the place before the block.
+    states: the block's hidden states.
+    edge: state of the place before the block.
     place: the block's positions; a document's first token has its own state.
   """
-  before = jnp.concatenate([edge, own[:, :-1]], axis=1)
-  return jnp.where((place == 0)[..., None], own, before)
+  before = jnp.concatenate([edge, states[:, :-1]], axis=1)
+  return jnp.where((place == 0)[..., None], states, before)
 
 
 def ends(valid: Bool[Array, "B T"]) -> Int[Array, "B"]:
@@ -161,8 +161,7 @@ def visible(block: int | None, valid: Bool[Array, "B T"]) -> Mask:
   """Returns who sees whom in whole rows: all, or blocks before and its own.
 
   Args:
-    block: of block-causal models; their blocks start at index 0. None for
-      all tokens.
+    block: block size of a block-causal model, from index 0; None: all tokens.
     valid: False for padding.
   """
   segments = jnp.where(valid, 0, -1)
@@ -211,8 +210,8 @@ class NoCache(Denoiser):
 
   def prefill(self, params, tokens, valid, start, size):
     keep = state_index(start, size, self.shift, positions(valid))
-    own = self._hidden(params, tokens, valid, keep)
-    return self.model.apply({"params": params}, own, method="logits"), ()
+    hidden = self._hidden(params, tokens, valid, keep)
+    return self.model.apply({"params": params}, hidden, method="logits"), ()
 
   def step(self, params, tokens, valid, start, size, carry):
     return self.prefill(params, tokens, valid, start, size)
@@ -223,7 +222,7 @@ def recompute(
   params: Params,
   tokens: Int[Array, "B T"],
   valid: Bool[Array, "B T"],
-  some: Int[Array, "B N"],
+  reread: Int[Array, "B N"],
   place: Int[Array, "B N"],
   cache: caches.Cache,
   keep: Int[Array, "B K"] | None = None,
@@ -233,10 +232,10 @@ def recompute(
   Args:
     denoiser: one whose cache holds all tokens of its rows: before the call,
       what it read of these places included, and after it.
-    params: of its model.
-    tokens: of whole rows; with `valid`, what a model's time comes from.
+    params: parameters of its model.
+    tokens: whole rows; with `valid`, what a model's time comes from.
     valid: False for padding.
-    some: the tokens that are read.
+    reread: the tokens that are read.
     place: their positions; -1 for padding.
     cache: keys and values of all places.
     keep: which of the N places have states; None for all.
@@ -247,7 +246,7 @@ def recompute(
   )
   time = denoiser.time and denoiser.time.rows(tokens, valid)
   return denoiser.model.apply(
-    {"params": params}, some, place, Mask.full(), cache, time=time, keep=keep
+    {"params": params}, reread, place, Mask.full(), cache, time=time, keep=keep
   )
 
 
@@ -266,7 +265,7 @@ class FirstStepCache(Denoiser):
   def prefill(self, params, tokens, valid, start, size):
     rows, length = tokens.shape
     cache = init_cache(self.model, params, rows, length, rings=False)
-    own, cache = self.model.apply(
+    hidden, cache = self.model.apply(
       {"params": params},
       tokens,
       positions(valid),
@@ -275,9 +274,9 @@ class FirstStepCache(Denoiser):
       time=self.time and self.time.rows(tokens, valid),
       keep=state_index(start, size, self.shift, positions(valid)),
     )
-    logits = self.model.apply({"params": params}, own, method="logits")
+    logits = self.model.apply({"params": params}, hidden, method="logits")
     # The state before the block predicts its first token later, too.
-    return logits, (cache, own[:, :1])
+    return logits, (cache, hidden[:, :1])
 
   def states(self, params, tokens, valid, start, size, carry, low, span):
     """Returns a block's states and the carry, once some places are read.
@@ -288,16 +287,16 @@ class FirstStepCache(Denoiser):
       span: how many they are.
     """
     cache, edge = carry
-    some, place = (cut(x, low, span) for x in (tokens, positions(valid)))
+    reread, place = (cut(x, low, span) for x in (tokens, positions(valid)))
     keep = state_index(start - low, size, self.shift, place)
-    own, cache = recompute(
-      self, params, tokens, valid, some, place, cache, keep
+    hidden, cache = recompute(
+      self, params, tokens, valid, reread, place, cache, keep
     )
     if not self.shift:
-      return own, (cache, edge)
+      return hidden, (cache, edge)
     unread = jnp.reshape(start == low, (-1, 1, 1)) & (place[:, :1, None] != 0)
-    own = own.at[:, :1].set(jnp.where(unread, edge, own[:, :1]))
-    return own, (cache, edge)
+    hidden = hidden.at[:, :1].set(jnp.where(unread, edge, hidden[:, :1]))
+    return hidden, (cache, edge)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -324,10 +323,10 @@ class BlockCache(FirstStepCache):
   def step(self, params, tokens, valid, start, size, carry):
     span = min(self.before + size + self.after, tokens.shape[1])
     low = self._low(valid, start, size, span)
-    own, carry = self.states(
+    hidden, carry = self.states(
       params, tokens, valid, start, size, carry, low, span
     )
-    logits = self.model.apply({"params": params}, own, method="logits")
+    logits = self.model.apply({"params": params}, hidden, method="logits")
     return logits, carry
 
   def _low(self, valid, start, size, span):

@@ -112,8 +112,8 @@ def start(
   width = max([width or 0, *map(len, prompts)])
   masks = [config.mask_id] * config.length
   rows = [[*prompt, *masks] for prompt in prompts]
-  laid = layout.pad_rows(rows, config.mask_id, config.length, width)
-  return begin(laid.tokens, laid.masked, laid.valid, key, examples)
+  padded = layout.pad_rows(rows, config.mask_id, config.length, width)
+  return begin(padded.tokens, padded.masked, padded.valid, key, examples)
 
 
 def begin(
@@ -172,10 +172,10 @@ def sample(
   check_sampling(sampling)
   check_rows(denoiser, state, config)
   state = tree.device_put_like(state, params)
-  total, memory, one = state.tokens.shape[1], None, config.of_block
-  ours = np.asarray(~state.fixed).any(0)
+  total, memory, block_config = state.tokens.shape[1], None, config.of_block
+  fillable = np.asarray(~state.fixed).any(0)
   for at in range(total - config.length, total, config.block):
-    if not ours[at : at + config.block].any():
+    if not fillable[at : at + config.block].any():
       memory = None  # who goes on behind it reads all of it
       continue
     if bool(state.done.all()):
@@ -185,7 +185,7 @@ def sample(
         denoiser, params, state, jnp.int32(at), config.block, memory
       )
     state, finite, memory = fill_block(
-      denoiser, params, state, jnp.int32(at), one, sampling, memory
+      denoiser, params, state, jnp.int32(at), block_config, sampling, memory
     )
     checked(finite, f"of the block at {at}")
     if look is not None:
@@ -259,14 +259,11 @@ def checked(finite: Bool[Array, ""], where: str) -> None:
 
 
 def result(state: State, config: SamplerConfig, each: int = 1) -> Sampled:
-  """Returns what is reported of rows whose last `config.length` are filled.
-
-  `each` is how many forward passes a step took.
-  """
+  """Returns what is reported of filled rows; a step took `each` passes."""
   tokens = np.asarray(state.tokens)
-  ours = ~np.asarray(state.fixed)[:, -config.length :]
-  ended = ours & np.isin(tokens[:, -config.length :], config.end)
-  before = ours & ~np.logical_or.accumulate(ended, axis=-1)
+  fillable = ~np.asarray(state.fixed)[:, -config.length :]
+  ended = fillable & np.isin(tokens[:, -config.length :], config.end)
+  before = fillable & ~np.logical_or.accumulate(ended, axis=-1)
   return Sampled(
     tokens,
     np.asarray(state.filled),
@@ -291,10 +288,10 @@ def cache_finished(
 
   Args:
     denoiser: one that `caches_finished`.
-    params: of its model.
+    params: parameters of its model.
     state: rows.
     at: where the block starts.
-    size: of a block.
+    size: tokens in a block.
     memory: what the block before has left, which is donated, or None; see
       `Denoiser.cache_finished`.
   """
@@ -342,24 +339,25 @@ def fill_block(
       open_ |= ~cut(state.fixed, at, size)  # masked again, perhaps
     return open_.any(-1) & ~state.done & (i < most)
 
-  def more(loop):
+  def has_work(loop):
     state, i, edits, *_ = loop
     go = unfinished(state, i)
     return (go if config.edit is None else go | edits).any()
 
   def step(loop):
     state, i, edits, spare, carry, finite = loop
-    given = params, state.tokens, state.valid, at, size
-    logits, carry = denoiser.step(*given, carry)
+    logits, carry = denoiser.step(
+      params, state.tokens, state.valid, at, size, carry
+    )
     logits = without_placeholders(logits, params)
     spare -= ~unfinished(state, i)
     state, edits = fill(state, logits, at, config, sampling, planned, i, edits)
     edits &= unfinished(state, i + 1) | (spare > 0)
     return state, i + 1, edits, spare, carry, finite & _finite(logits)
 
-  ask = denoiser.prefill if memory is None else denoiser.step
-  left = () if memory is None else (memory,)
-  logits, carry = ask(params, state.tokens, state.valid, at, size, *left)
+  predict = denoiser.prefill if memory is None else denoiser.step
+  carried = () if memory is None else (memory,)
+  logits, carry = predict(params, state.tokens, state.valid, at, size, *carried)
   logits = without_placeholders(logits, params)
   state, edits = fill(state, logits, at, config, sampling, planned, 0)
   carry = jax.tree.map(jnp.asarray, carry)
@@ -367,7 +365,7 @@ def fill_block(
   spare = jnp.full_like(planned, config.edit_steps)
   edits &= unfinished(state, 1) | (spare > 0)
   loop = state, jnp.int32(1), edits, spare, carry, _finite(logits)
-  state, *_, carry, finite = jax.lax.while_loop(more, step, loop)
+  state, *_, carry, finite = jax.lax.while_loop(has_work, step, loop)
   if config.stop_early and config.end:
     state = ended(state, at, config)
   return state, finite, None if memory is None else carry
@@ -420,8 +418,8 @@ def fill(
 
   Args:
     state: rows.
-    logits: of the block.
-    at: where it starts.
+    logits: the denoiser's for the block.
+    at: where the block starts.
     config, sampling: as for `sample`.
     planned: how many masks the block had at first.
     i: steps of this block so far.
@@ -431,26 +429,26 @@ def fill(
   """
   size = config.block
   tokens, masked = (cut(x, at, size) for x in (state.tokens, state.masked))
-  ours = ~cut(state.fixed, at, size)
-  free = ours & ~masked & ~state.done[:, None]
+  fillable = ~cut(state.fixed, at, size)
+  free = fillable & ~masked & ~state.done[:, None]
   active = masked.any(-1) & ~state.done
   if proposed is None:
     proposed = proposals(state, logits, config, sampling)
-  found, confidence, chance = proposed
+  candidate, confidence, chance = proposed
   eligible = masked & active[:, None]
   count = quota(config, planned, masked.sum(-1), i, _keys(state))
   kept = config.policy.commit(confidence, eligible, count) & eligible
-  new, changed = jnp.where(kept, found, tokens), kept
+  new, changed = jnp.where(kept, candidate, tokens), kept
   edited, taking_part = jnp.zeros_like(active), active
   if config.edit is not None:
-    taking_part = ~state.done & ours.any(-1)
+    taking_part = ~state.done & fillable.any(-1)
     if edits is not None:
       taking_part &= active | edits
-    other = free & (found != tokens) & (chance > config.edit)
+    other = free & (candidate != tokens) & (chance > config.edit)
     other &= taking_part[:, None]
     # What was filled now is predicted once more, too.
     changed = other | kept
-    new, edited = jnp.where(other, found, new), changed.any(-1)
+    new, edited = jnp.where(other, candidate, new), changed.any(-1)
   calls = state.calls + 1
   filled = jnp.where(kept, state.calls, cut(state.filled, at, size))
   before = cut(state.confidence, at, size)
@@ -459,7 +457,7 @@ def fill(
     new = jnp.where(again, config.mask_id, new)
     filled = jnp.where(again, -1, filled)
     # All planned steps; longer, who is still edited.
-    taking_part |= ~state.done & ours.any(-1) & (i < config.block_steps)
+    taking_part |= ~state.done & fillable.any(-1) & (i < config.block_steps)
   state = dataclasses.replace(
     state,
     tokens=_put(state.tokens, new, at),
@@ -480,14 +478,14 @@ def ended(state: State, at: Array, config: SamplerConfig) -> State:
   # Only an end with nothing open before it.
   first = jnp.where(ends.any(-1), jnp.argmax(ends, axis=-1), place.size)
   open_before = (state.masked & (place < first[:, None])).any(-1)
-  now = ends.any(-1) & ~open_before & ~state.done
+  ending = ends.any(-1) & ~open_before & ~state.done
   last = jnp.take_along_axis(
     state.tokens, jnp.minimum(first, place.size - 1)[:, None], axis=1
   )
-  rest = now[:, None] & (place > first[:, None]) & ~state.fixed
+  after_end = ending[:, None] & (place > first[:, None]) & ~state.fixed
   return dataclasses.replace(
     state,
-    tokens=jnp.where(rest, last, state.tokens),
-    masked=state.masked & ~rest,
-    done=state.done | now,
+    tokens=jnp.where(after_end, last, state.tokens),
+    masked=state.masked & ~after_end,
+    done=state.done | ending,
   )

@@ -83,14 +83,14 @@ def read_valid(
   Args:
     path, format: as for `read`.
   """
-  found: list[LabelledSolution] = []
+  solutions: list[LabelledSolution] = []
   skipped: list[Skipped] = []
   for record in records(path):
     try:
-      found += solutions_of(record, format)
+      solutions += solutions_of(record, format)
     except UserError as error:
       skipped.append(Skipped(record.where, str(error)))
-  return found, skipped
+  return solutions, skipped
 
 
 def records(path: str) -> list[Record]:
@@ -119,14 +119,14 @@ def solutions_of(record: Record, format: Format) -> list[LabelledSolution]:
     UserError: it is not of the layout, or would not be written as it is.
   """
   try:
-    found = format.solutions(record)
+    solutions = format.solutions(record)
   except UserError as error:
     if str(error).startswith(record.where):
       raise
     raise UserError(f"{record.where}: {error}") from error
   if format.single:
-    _check_lossless(record, format.values(found[0]))
-  return found
+    _check_lossless(record, format.values(solutions[0]))
+  return solutions
 
 
 def _check_lossless(record: Record, written: Mapping[str, Any]) -> None:
@@ -161,8 +161,8 @@ def write(
   """Writes solutions as JSON Lines, a record each.
 
   Args:
-    path: of the file, which is replaced.
-    solutions: of any origin.
+    path: the file, which is replaced.
+    solutions: solutions of any origin.
     format: the layout.
 
   Raises:
@@ -172,14 +172,14 @@ def write(
   pathlib.Path(path).write_text("".join(lines), "utf-8")
 
 
-def write_records(path: str, found: Iterable[Record]) -> None:
+def write_records(path: str, kept: Iterable[Record]) -> None:
   """Writes records as they were read, every field of theirs.
 
   Args:
-    path: of the file, which is replaced.
-    found: such as those of `records` that a filter left.
+    path: the file, which is replaced.
+    kept: records, such as those of `records` that a filter left.
   """
-  lines = [json.dumps(x.values, ensure_ascii=False) + "\n" for x in found]
+  lines = [json.dumps(x.values, ensure_ascii=False) + "\n" for x in kept]
   pathlib.Path(path).write_text("".join(lines), "utf-8")
 
 
@@ -215,48 +215,48 @@ def items(
   record: Record, name: str, kind: type | tuple[type, ...], expected: str
 ) -> Sequence[Any]:
   """Returns a list field whose items are of a type; `bool` is no `int`."""
-  found = record.get(name)
-  if not isinstance(found, list):
-    raise record.wrong(name, found, expected)
+  values = record.get(name)
+  if not isinstance(values, list):
+    raise record.wrong(name, values, expected)
   kinds = kind if isinstance(kind, tuple) else (kind,)
-  for i, x in enumerate(found):
+  for i, x in enumerate(values):
     if type(x) not in kinds:
       raise record.wrong(f"{name}[{i}]", x, expected)
-  return found
+  return values
 
 
 def boolean(record: Record, name: str) -> bool:
   """Returns a field that is true or false."""
-  found = record.get(name)
-  if not isinstance(found, bool):
-    raise record.wrong(name, found, "true or false")
-  return found
+  value = record.get(name)
+  if not isinstance(value, bool):
+    raise record.wrong(name, value, "true or false")
+  return value
 
 
 def choice(
-  record: Record, name: str, found: Any, allowed: Mapping[Any, Any]
+  record: Record, name: str, value: Any, allowed: Mapping[Any, Any]
 ) -> Any:
   """Returns what a value stands for.
 
   Raises:
     UserError: it stands for nothing.
   """
-  if type(found) in (str, int, type(None)) and found in allowed:
-    return allowed[found]
+  if type(value) in (str, int, type(None)) and value in allowed:
+    return allowed[value]
   shown = ", ".join(map(repr, allowed))
-  raise record.wrong(name, found, f"one of {shown}")
+  raise record.wrong(name, value, f"one of {shown}")
 
 
 def chat(record: Record, name: str) -> list[tuple[str, str]]:
   """Returns the (role, content) of each message of a conversation."""
   messages = items(record, name, dict, "a list of messages")
-  found = []
+  turns = []
   for i, message in enumerate(messages):
     where = Record(message, f"{record.where}: {name}[{i}]")
     if message.keys() != {"role", "content"}:
       raise where.wrong("role", None, "role and content, and nothing else")
-    found.append((where.text("role"), where.text("content")))
-  return found
+    turns.append((where.text("role"), where.text("content")))
+  return turns
 
 
 def messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
