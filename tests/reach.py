@@ -8,19 +8,15 @@ rewrites the list that `test_reach` compares: what goes from it is a decision.
 import importlib
 import re
 
+from experiments.__main__ import commands
 from tests.test_contents import PACKAGES, ROOT
 
-COMMANDS = sorted(
-  path.stem
-  for path in (ROOT / "experiments").glob("*.py")
-  if not path.stem.startswith("_")
-)
 CONFIGS = ROOT / "configs"
 
 
 def reached():
   """Yields a line for each thing, by kind."""
-  for name in COMMANDS:
+  for name in commands():
     module = importlib.import_module(f"experiments.{name}")
     for flag in sorted(module.FLAGS):
       yield f"flag {name} --{flag}"

@@ -10,12 +10,11 @@ ROOMS = "research", "experiments", "kernels_pallas"
 NAME = re.compile(r"\b(?:research|experiments|kernels_pallas)(?:\.\w+)+")
 FROM = re.compile(r"from ([\w.]+) import ([\w, ]+)")
 MODULES = {
-  ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+  ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(
+    ".__init__"
+  ): path
   for room in ROOMS
   for path in (ROOT / room).rglob("*.py")
-}
-MODULES |= {
-  name.removesuffix(".__init__"): path for name, path in MODULES.items()
 }
 PACKAGES = {
   name: path for name, path in MODULES.items() if path.name == "__init__.py"

@@ -37,15 +37,15 @@ class Diagnose(FindsIntruders, ReadsAdapters):
 
     if self.base is None or self.only.endswith(".gguf"):
       params = self.open(self.only).params()
-      found = diagnose.diagnose(params, self.top, self.energy)
+      diagnoses = diagnose.diagnose(params, self.top, self.energy)
     else:
       models = (sources.open_source(x).params() for x in (self.base, self.only))
-      found = diagnose.diagnose_change(*models, self.top, self.energy)
+      diagnoses = diagnose.diagnose_change(*models, self.top, self.energy)
     if self.picture is not None:
-      plot_diagnosis.draw(found, self.picture, self.only)
+      plot_diagnosis.draw(diagnoses, self.picture, self.only)
     rows = {
       path: dataclasses.asdict(d) | dict(intruders=d.intruders(self.threshold))
-      for path, d in found.items()
+      for path, d in diagnoses.items()
     }
     names = ("relative", "stable_rank", "energy_rank", "intruders")
     means = {k: float(np.mean([r[k] for r in rows.values()])) for k in names}

@@ -122,8 +122,8 @@ def check_text(
   bound = {_short(name): value.strip() for name, value in lined}
   macros = {x.rpartition("/")[2] for x in bound if "." not in x}
   macros |= set(re.findall(r"%(?!gin\b)(\w+)", text))
-  given = {_short(name_of(line)): line for line in from_flags(lines)}
-  for name, line in given.items():
+  flags = {_short(name_of(line)): line for line in from_flags(lines)}
+  for name, line in flags.items():
     target = name.rpartition("/")[2]
     if "." not in target and target not in macros:
       paths = [x for x in bound if "." in x]
@@ -145,7 +145,7 @@ def check_text(
   if not aliased and not any(f"{root}." in name for name in bound):
     raise UserError(f"{path}: {NOT_BOUND.format(root)}")
   for field, name, value in _values_in_use(bound, unneeded, root):
-    place = f"--set={given[name]}" if name in given else f"{name} = {value}"
+    place = f"--set={flags[name]}" if name in flags else f"{name} = {value}"
     if re.fullmatch(r"%\w+", value):
       raise UserError(
         f"{path}: {value}: has no value; add a line {value[1:]} = ..."
@@ -261,10 +261,7 @@ def _check_value(field: str, name: str, value: str, place: str) -> None:
 
 def whole_text(file: pathlib.Path) -> str:
   """Returns a gin file's text behind those of the files that it includes."""
-  try:
-    text = file.read_text("utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"{file}: not a readable UTF-8 file: {error}") from error
+  text = folders.read_text(file)
   files = [find(x, folder=file.parent) for x in included(text)]
   return "\n".join([*(whole_text(x) for x in files if x != file), text])
 

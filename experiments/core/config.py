@@ -68,10 +68,7 @@ def read(
       exist, gives a value of the wrong type, or a binding changes nothing.
   """
   file = find(path, flag)
-  try:
-    text = file.read_text("utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"{file}: not a readable UTF-8 file: {error}") from error
+  text = folders.read_text(file)
   return parse(text, bindings, path, root, file.parent)
 
 

@@ -54,6 +54,26 @@ def mean(values: Any) -> Mean:
   return Mean(float(x.mean()), float(half))
 
 
+def over_seeds(values: Any, factor: float | int = 1) -> Mean | float:
+  """Returns a mean in another unit; one seed has no interval."""
+  average = mean(values).times(factor)
+  return average if len(values) > 1 else average.value
+
+
+def common_seeds(what: str, first: int, second: int) -> int:
+  """Returns the number of seeds of two steps, of which one may have one.
+
+  Raises:
+    UserError: they have different numbers, more than one each.
+  """
+  seeds = max(first, second)
+  if {first, second} - {1, seeds}:
+    raise UserError(
+      f"{what}: found {first} and {second} seeds, expected as many, or one"
+    )
+  return seeds
+
+
 def paired(a: Any, b: Any) -> Mean:
   """Returns the mean of `a - b`, paired by seed; each a list or an array.
 

@@ -110,8 +110,8 @@ def trained(
     objective: with its model.
     params: at the start.
     pool: batch of all rows, from which batches are drawn.
-    steps: of Adam.
-    rows: of a batch.
+    steps: number of updates by Adam.
+    rows: number of rows of a batch.
   """
   tx = optim.adamw(optim.constant(3e-3, 50))
   update = step.make_train_step(objective, tx, average=0.99)

@@ -96,13 +96,9 @@ def peft_name(kind: type[Method]) -> str:
 
 def shorter(study: Pipeline, steps: int) -> Pipeline:
   """Returns a pipeline whose trainings have so many steps."""
-  made = [
-    dataclasses.replace(x, set=(*x.set, f"STEPS={steps}"))
-    if x.command == "train"
-    else x
-    for x in study.steps
-  ]
-  return dataclasses.replace(study, steps=made)
+  names = [x.name for x in study.steps if x.command == "train"]
+  fewer = dict.fromkeys(names, (f"STEPS={steps}",))
+  return dataclasses.replace(study, overrides=fewer)
 
 
 def run(
@@ -164,11 +160,11 @@ def loss(model: Any, params: Params, batches: Sequence[Any]) -> float:
 
 def ranks(runs: Mapping[str, tuple[Params, Params]]) -> dict[str, float]:
   """Returns how many singular values of updates have 90% of their energy."""
-  found = {n: diagnose.diagnose_change(*pair) for n, pair in runs.items()}
-  return {
-    name: float(np.mean([x.energy_rank for x in each.values()]))
-    for name, each in found.items()
-  }
+  means = {}
+  for name, (before, after) in runs.items():
+    changes = diagnose.diagnose_change(before, after).values()
+    means[name] = float(np.mean([x.energy_rank for x in changes]))
+  return means
 
 
 def spectrum(

@@ -13,8 +13,7 @@ BANDS = ((4.25, 4.5), (3.25, 3.5))
 
 def band(bits: float) -> tuple[float, float] | None:
   """Returns the band that a number of bits, to a hundredth, lies in."""
-  found = [b for b in BANDS if b[0] <= round(bits, 2) <= b[1]]
-  return found[0] if found else None
+  return next((x for x in BANDS if x[0] <= round(bits, 2) <= x[1]), None)
 
 
 def front_and_ranking(rows: Sequence[Mapping[str, Any]], title: str) -> Any:

@@ -253,7 +253,8 @@ def compared(quick: bool) -> dict[str, Sequence[Format]]:
     return {"integers": (Affine(bits=4), Affine(bits=3))}
   return {
     "integers": (
-      *(Affine(bits=bits) for bits in (4, 3)),
+      Affine(bits=4),
+      Affine(bits=3),
       Affine(bits=4, symmetric=True),
     ),
     "floats": (Microscaling(), NVFP4(), NVFP4(search=6)),

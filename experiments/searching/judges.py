@@ -25,7 +25,7 @@ class ChatJudge:
       policy, which then judges itself.
     format: what it is shown, and where it decides.
     count: critiques of each step.
-    sampling: of a critique's tokens; several differ only with a temperature.
+    sampling: how critiques are drawn; several differ only with a temperature.
     max_new_tokens: length limit of a critique.
   """
 

@@ -257,10 +257,10 @@ def trace_of(
   """Returns a path as a trace.
 
   Args:
-    path: that was found.
-    steps: those of `policy.steps_of`.
-    problem_id: of its problem.
-    verdict: on its text.
+    path: path of a search.
+    steps: its steps, from `policy.steps_of`.
+    problem_id: id of its problem.
+    verdict: verdict on its text.
     sampler: how it was sampled.
   """
   answer = verdict.canonical

@@ -110,12 +110,7 @@ class Claim:
     """
     first = self._values(self.first, self.metric, rows)
     second = self._values(self.second, self.metric, rows)
-    seeds = max(len(first), len(second))
-    if {len(first), len(second)} - {1, seeds}:
-      raise UserError(
-        f"Claim {self.claim!r}: found {len(first)} and {len(second)} seeds,"
-        " expected as many, or one"
-      )
+    seeds = stats.common_seeds(f"Claim {self.claim!r}", len(first), len(second))
     shown = f"{first.mean():.4g} against {second.mean():.4g}"
     if self.holds == "recovers":
       start = self._values(self.first, self.start, rows)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from research.typing import UserError
@@ -22,16 +22,35 @@ def from_mapping(of: type, fields: Any) -> Any:
   names = [f.name for f in dataclasses.fields(of)]
   for name in fields:
     if name not in names:
-      near = difflib.get_close_matches(name, names, 1)
-      hint = f"; did you mean {near[0]!r}?" if near else ""
       raise UserError(
         f"{of.__name__}: found the field {name!r}, expected some of"
-        f" {', '.join(names)}{hint}"
+        f" {_listed(names, name)}"
       )
   try:
     return of(**fields)
   except TypeError as error:
     raise UserError(f"{of.__name__} {dict(fields)}: {error}") from error
+
+
+def set_parts(study: Any, **kinds: type) -> None:
+  """Sets fields of a frozen dataclass to what `from_mapping` makes of them.
+
+  Args:
+    study: the dataclass, in its `__post_init__`.
+    **kinds: dataclass of each field, which lists one or several.
+  """
+  for field, of in kinds.items():
+    part = getattr(study, field)
+    several = isinstance(part, tuple | list)
+    made = [from_mapping(of, x) for x in (part if several else [part])]
+    object.__setattr__(study, field, tuple(made) if several else made[0])
+
+
+def _listed(names: Collection[str], wrong: str) -> str:
+  """Returns names as text, and which one may have been meant."""
+  near = difflib.get_close_matches(wrong, names, 1)
+  hint = f"; did you mean {near[0]!r}?" if near else ""
+  return ", ".join(names) + hint
 
 
 def with_systems(
@@ -50,11 +69,9 @@ def with_systems(
   if isinstance(part, str) and named:
     if part in systems:
       return systems[part]
-    near = difflib.get_close_matches(part, systems, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(
       f"Pipeline: found a system of the step {part!r}, expected one of"
-      f" {', '.join(systems)}{hint}"
+      f" {_listed(systems, part)}"
     )
   if isinstance(part, tuple | list):
     return tuple(with_systems(x, systems, named) for x in part)

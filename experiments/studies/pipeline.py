@@ -31,7 +31,7 @@ from experiments.searching.pool import Searched
 from experiments.stages import running as training
 from experiments.studies import claims, pictures, protocol
 from experiments.studies.claims import Claim
-from experiments.studies.listed import from_mapping, with_systems
+from experiments.studies.listed import set_parts, with_systems
 from experiments.studies.protocol import Lines, Row, Rows, Verdict
 from experiments.studies.search import pictures as search_pictures
 from experiments.studies.search import rounds, systems
@@ -43,6 +43,14 @@ from research.typing import UserError
 
 CONFIGURED = "train", "label", "search"
 """Commands whose arms are a run file and bindings."""
+
+ROOTS = {
+  "train": Experiment,
+  "label": label_run.LabelRun,
+  "search": search_run.SearchRun,
+  "quantize": quantizing.Job,
+}
+"""What the run file of a command builds; an experiment where none is named."""
 
 FLAGGED = (
   *("adapters", "convert", "evaluate", "generate", "perplexity", "plan"),
@@ -143,12 +151,9 @@ class Pipeline(protocol.Study):
   )
 
   def __post_init__(self):
-    kinds = dict(
-      steps=Step, claims=Claim, systems=System, comparisons=Comparison
+    set_parts(
+      self, steps=Step, claims=Claim, systems=System, comparisons=Comparison
     )
-    for field, of in kinds.items():
-      made = tuple(from_mapping(of, x) for x in getattr(self, field))
-      object.__setattr__(self, field, made)
     names = [step.name for step in self.steps]
     protocol.distinct(names, "Pipeline.steps")
     self._override(names)
@@ -181,6 +186,7 @@ class Pipeline(protocol.Study):
       for x in self.steps
     ]
     object.__setattr__(self, "steps", tuple(steps))
+    object.__setattr__(self, "overrides", {})  # so that a copy has them once
 
   @property
   def arms(self) -> list[str]:
@@ -260,21 +266,19 @@ class Pipeline(protocol.Study):
 
   def _metrics(self, rows: Rows) -> Lines:
     """Returns a line for each step that has the first column's metric."""
-    lines: Lines = []
-    first = [*self.columns.values()][:1]
-    for step in self.steps if first else ():
+    if not self.columns:
+      return []
+    first, lines = next(iter(self.columns)), []
+    for step in self.steps:
       seeds = self._rows_of(step.name, rows)
-      line: dict[str, Any] = {}
-      if not seeds or not claims.has(seeds[0], first[0]):
-        continue
-      for title, metric in self.columns.items():
-        if claims.has(seeds[0], metric):
-          mean = stats.mean([claims.value(row, metric) for row in seeds])
-          mean = mean.times(
-            next((x for u, x in UNITS.items() if title.endswith(u)), 1)
-          )
-          line[title] = mean if len(seeds) > 1 else mean.value
-      lines.append({"step": step.title or step.name, **line})
+      values = {
+        title: [claims.value(row, metric) for row in seeds]
+        for title, metric in self.columns.items()
+        if seeds and claims.has(seeds[0], metric)
+      }
+      if first in values:
+        line = {t: stats.over_seeds(x, _unit(t)) for t, x in values.items()}
+        lines.append({"step": step.title or step.name, **line})
     return lines
 
   def rows_of(self, system: System, rows: Rows) -> list[Row]:
@@ -298,11 +302,11 @@ class Pipeline(protocol.Study):
     """Leaves pictures of the first column, and of accuracies against FLOPs."""
     if lines := self._metrics(rows):
       title_of = next(iter(self.columns))
-      bars = {x["step"]: x[title_of] for x in lines if title_of in x}
-      bars = {
-        name: x if isinstance(x, stats.Mean) else stats.Mean(x, 0.0)
-        for name, x in bars.items()
-      }
+      bars = {}
+      for line in lines:
+        x = line[title_of]
+        x = x if isinstance(x, stats.Mean) else stats.Mean(x, 0.0)
+        bars[line["step"]] = x
       size = (8.0, 0.3 * len(bars) + 1.5)
       path = folder / f"{title}_steps.png"
       pictures.bar_panels(path, title, {title_of: bars}, size)
@@ -315,6 +319,10 @@ class Pipeline(protocol.Study):
     for i, report in enumerate(self.reports):
       path = folder / f"{title}_{i + 1}.png"
       report.plot(lambda system: self.rows_of(system, rows), path)
+
+
+def _unit(title: str) -> float | int:
+  return next((x for unit, x in UNITS.items() if title.endswith(unit)), 1)
 
 
 def _arm(step: Step, seed: int) -> str:
@@ -337,8 +345,7 @@ def _text(step: Step, names: tuple[str, ...], seed: int) -> str:
     if not step.path:
       return text
     bindings = [x.partition("=")[2] for x in flags if x.startswith("--set=")]
-    root = quantizing.Job if step.command == "quantize" else Experiment
-    return f"{text}\n{config.read(step.path, bindings, root).text}"
+    return f"{text}\n{_configured(step, bindings).text}"
   if step.tries:
     every = [candidate for _, candidate in step.candidates()]
     return "\n".join([_read(x, places, seed).text for x in every])
@@ -357,11 +364,12 @@ def _filled(step: Step, places: Mapping[str, str], seed: int) -> list[str]:
 
 
 def _read(step: Step, places: Mapping[str, str], seed: int) -> config.Read:
-  roots = {"label": label_run.LabelRun, "search": search_run.SearchRun}
-  bindings = _filled(step, places, seed)
-  if step.command == "train":
-    return config.read(step.path, bindings)
-  return config.read(step.path, bindings, root=roots[step.command])
+  return _configured(step, _filled(step, places, seed))
+
+
+def _configured(step: Step, bindings: Sequence[str]) -> config.Read:
+  root = ROOTS.get(step.command, Experiment)
+  return config.read(step.path, bindings, root)
 
 
 def _run(step: Step, places: Mapping[str, str], seed: int) -> Row:
@@ -412,21 +420,23 @@ def _best(step: Step, places: Mapping[str, str], seed: int) -> Row:
   on both sides of it were worse, and `tried` what each one reached.
   """
   place, rows = pathlib.Path(places[step.name]), []
-  folders = [f"{place}_try_{i}" for i, _ in enumerate(step.candidates())]
-  for folder, (value, candidate) in zip(
-    folders, step.candidates(), strict=True
-  ):
-    row = _run(candidate, {**places, step.name: folder}, seed)
+  for i, (value, candidate) in enumerate(step.candidates()):
+    row = _run(candidate, {**places, step.name: _try(place, i)}, seed)
     cli.say(f"{step.name} at {value}: {row.get(step.least)}")
     rows.append(row | {"at": value})
   losses = [claims.value(row, step.least) for row in rows]
   best = int(np.nanargmin(losses))
   place.unlink(missing_ok=True)
-  place.symlink_to(pathlib.Path(folders[best]).name)
+  place.symlink_to(pathlib.Path(_try(place, best)).name)
   return rows[best] | {
     "inside": 0 < best < len(rows) - 1,
     "tried": {str(row["at"]): x for row, x in zip(rows, losses, strict=True)},
   }
+
+
+def _try(place: pathlib.Path, index: int) -> str:
+  """Returns the working directory of a training with a value that is tried."""
+  return f"{place}_try_{index}"
 
 
 def _trained(result: Mapping[str, Any]) -> Row:

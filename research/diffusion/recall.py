@@ -83,8 +83,8 @@ class Recall:
     first, count = int(question.scored.argmax()), int(question.scored.sum())
     prompts, key = question.rows[:, :first].tolist(), jax.random.key(0)
     model, params = loaded.model, loaded.params
-    found = sampled(model, params, prompts, count, (), GREEDY, key)
-    return np.asarray(found), float(count)
+    answers = sampled(model, params, prompts, count, (), GREEDY, key)
+    return np.asarray(answers), float(count)
 
   def _filled(
     self, loaded: Any, question: Question

@@ -56,6 +56,14 @@ def is_remote(path: str | os.PathLike) -> bool:
   return "://" in os.fspath(path)
 
 
+def read_text(file: pathlib.Path) -> str:
+  """Returns a file's text; UserError if it cannot be read."""
+  try:
+    return file.read_text("utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{file}: not a readable UTF-8 file: {error}") from error
+
+
 def write_text(path: Folder, text: str) -> None:
   """Writes a file in one move: a crash leaves the old one or the new one.
 

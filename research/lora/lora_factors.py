@@ -186,7 +186,7 @@ def wrap_factors(
 
   Args:
     params: parameters without adapters.
-    found: address -> factors.
+    adapter_factors: address -> factors.
     dropout: address -> rate, where not 0.
   """
   methods = {

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from experiments.__main__ import commands
 from experiments.core import bindings
 
 EXPERIMENTS = bindings.CONFIGS.parent / "experiments"
@@ -138,7 +139,7 @@ LATER = {
 }
 """Errors of values that are understood by what computes with them."""
 
-COMMANDS = sorted(x.stem for x in EXPERIMENTS.glob("[a-z]*.py"))
+COMMANDS = list(commands())
 
 
 def _is_package(name):

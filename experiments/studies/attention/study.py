@@ -122,7 +122,7 @@ def linear(rows: Sequence[Mapping[str, Any]]) -> bool:
   """Returns whether the last doubling is one of tiles' memory, not of scores'.
 
   Args:
-    rows: of `attention_costs.memory`.
+    rows: rows of `attention_costs.memory`.
   """
   before, row = rows[-2:]
   growth = row["flash"] / before["flash"]
@@ -140,8 +140,8 @@ def bandwidth_bound(
   paper says.
 
   Args:
-    moved: of `attention_costs.moved`.
-    ridges: of `attention_costs.ridges`.
+    moved: rows of `attention_costs.moved`.
+    ridges: values of `attention_costs.ridges`.
   """
   plain, *tiled = moved
   constants = [row["constant"] for row in tiled]

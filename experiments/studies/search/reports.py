@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments.core.stats import Mean
-from experiments.studies.listed import NAMED, from_mapping
+from experiments.core.stats import Mean, over_seeds
+from experiments.studies.listed import NAMED, set_parts
 from experiments.studies.protocol import Lines, Row
 from experiments.studies.search import systems
 from experiments.studies.search.systems import System
@@ -66,8 +66,8 @@ class RewardModels(Report):
     return [
       {
         "learned": name,
-        "F1 of first errors, %": systems.over_seeds([x["f1"] for x in rows]),
-        "AUC, %": systems.over_seeds([x["auc"] for x in rows]),
+        "F1 of first errors, %": over_seeds([x["f1"] for x in rows], 100),
+        "AUC, %": over_seeds([x["auc"] for x in rows], 100),
         "seeds": len(rows),
       }
       for name, rows in every
@@ -150,10 +150,7 @@ class Ablation(Report):
   without: Sequence[Removed | Mapping[str, Any]]
 
   def __post_init__(self):
-    whole = from_mapping(Removed, self.whole)
-    without = tuple(from_mapping(Removed, x) for x in self.without)
-    object.__setattr__(self, "whole", whole)
-    object.__setattr__(self, "without", without)
+    set_parts(self, whole=Removed, without=Removed)
 
   @property
   def systems(self) -> Named:
@@ -433,8 +430,7 @@ class NoisePlateau(Report):
   verifiers: Sequence[Noisy | Mapping[str, Any]]
 
   def __post_init__(self):
-    verifiers = tuple(from_mapping(Noisy, x) for x in self.verifiers)
-    object.__setattr__(self, "verifiers", verifiers)
+    set_parts(self, verifiers=Noisy)
 
   @property
   def systems(self) -> Named:

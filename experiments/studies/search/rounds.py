@@ -30,20 +30,20 @@ def curves_of(workdir: pathlib.Path) -> dict[str, Any]:
   """
   path = workdir / "metrics.jsonl"  # stages have theirs
   text = path.read_text("utf-8") if path.exists() else ""
-  found = [json.loads(line) for line in text.splitlines()]
-  found = [x for x in found if "train/reward" in x]
-  if not found:
+  lines = [json.loads(line) for line in text.splitlines()]
+  rounds = [x for x in lines if "train/reward" in x]
+  if not rounds:
     return {}
-  reward = [x["train/reward"] for x in found]
+  reward = [x["train/reward"] for x in rounds]
   named = {
-    "step": [x["step"] for x in found],
+    "step": [x["step"] for x in rounds],
     "reward": reward,
     "verified": [
-      x.get(f"train/{VERIFIED}", own)
-      for x, own in zip(found, reward, strict=True)
+      x.get(f"train/{VERIFIED}", earned)
+      for x, earned in zip(rounds, reward, strict=True)
     ],
   }
-  parts = min(POINTS, len(found))
+  parts = min(POINTS, len(rounds))
   return {
     "curves": {
       name: [float(np.mean(x)) for x in np.array_split(values, parts)]

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.studies.listed import NAMED, from_mapping
+from experiments.studies.listed import NAMED, set_parts
 from experiments.studies.protocol import Lines
 from experiments.studies.search import systems
 from experiments.studies.search.reports import Found, Named, Report
@@ -62,8 +62,7 @@ class EffectiveSizes(Report):
   compared: Named = dataclasses.field(metadata=NAMED)
 
   def __post_init__(self):
-    ladder = tuple(from_mapping(Rung, x) for x in self.ladder)
-    object.__setattr__(self, "ladder", ladder)
+    set_parts(self, ladder=Rung)
     sizes = [x.parameters for x in self.ladder]
     rising = all(a < b for a, b in itertools.pairwise(sizes))
     if len(sizes) < 2 or sizes[0] < 1 or not rising:

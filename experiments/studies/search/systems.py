@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.core.stats import Mean, above, mean
+from experiments.core.stats import above, common_seeds, mean, over_seeds
 from experiments.studies.listed import NAMED
 from experiments.studies.protocol import Row, Verdict
 from research.search.estimators import pool as estimators
 from research.search.estimators.intervals import paired_difference
-from research.typing import Float, UserError
+from research.typing import Float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,12 +88,6 @@ def _chosen_among(rows: Sequence[Row]) -> float:
   return float(np.mean([row["n"] for row in rows]))
 
 
-def over_seeds(values: Any) -> Mean | float:
-  """Returns a mean in per cent; one seed has no interval."""
-  found = mean(values).times(100)
-  return found if len(values) > 1 else found.value
-
-
 def line(system: System, rows: Sequence[Row]) -> dict[str, Any]:
   """Returns a system's line of the table."""
   policy, verifier = flops_of(system, rows)
@@ -101,7 +95,7 @@ def line(system: System, rows: Sequence[Row]) -> dict[str, Any]:
   return {
     "system": system.name,
     "samples": round(float(samples), 1),
-    "right, %": over_seeds(each_of(system, rows).mean(axis=1)),
+    "right, %": over_seeds(each_of(system, rows).mean(axis=1), 100),
     "MFLOP a problem": (policy + verifier) / 1e6,
     "of these verifier, %": 100 * verifier / (policy + verifier),
     "seeds": len(rows),
@@ -127,12 +121,7 @@ def verdict(
     )
   )
   counts = len(a), len(b)
-  seeds = max(counts)
-  if {*counts} - {1, seeds}:
-    raise UserError(
-      f"Comparison {comparison.claim!r}: found {counts[0]} and {counts[1]}"
-      " seeds, expected as many, or one"
-    )
+  seeds = common_seeds(f"Comparison {comparison.claim!r}", *counts)
   a, b = (np.broadcast_to(x, (seeds, x.shape[1])) for x in (a, b))
   found = paired_difference(a, b)
   over = mean((a - b).mean(axis=1))

@@ -60,7 +60,7 @@ class Pairs:
     count: pairs; the first half is trained in both orders.
     size: tokens of a name, and of a fact.
     words: different tokens, names and facts alike; then IS, WAS, the mask.
-    seed: of the pairs.
+    seed: seed that the pairs are drawn with.
   """
 
   count: int = 40
@@ -121,7 +121,7 @@ class Orders:
     count: number of rows.
     split: which rows.
     heldout: number of held-out questions.
-    seed: of the rows.
+    seed: seed that the rows are drawn with.
   """
 
   symbols: int = 12
@@ -144,10 +144,10 @@ class Orders:
   ) -> Int[np.ndarray, "N T"]:
     rng = rng_of(self.seed, split)
     x = rng.integers(0, self.symbols, (count, self.length))
-    how = rng.integers(0, 3, (count, 1))
-    y = np.choose(how, [x, x[:, ::-1], np.roll(x, 1, axis=1)])
-    word = self.symbols + (how if instructed else np.full_like(how, 3))
-    between = np.full_like(how, self.symbols + 4)
+    orders = rng.integers(0, 3, (count, 1))
+    y = np.choose(orders, [x, x[:, ::-1], np.roll(x, 1, axis=1)])
+    word = self.symbols + (orders if instructed else np.full_like(orders, 3))
+    between = np.full_like(orders, self.symbols + 4)
     return np.concatenate([word, x, between, y], axis=1).astype(np.int32)
 
   def _answer(self) -> Bool[np.ndarray, " T"]:
@@ -181,7 +181,7 @@ class Sums:
     count: number of rows.
     split: which rows.
     heldout: number of held-out questions.
-    seed: of the rows.
+    seed: seed that the rows are drawn with.
   """
 
   modulus: int = 3

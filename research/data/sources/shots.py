@@ -87,8 +87,10 @@ class Shots:
 
   def questions(self) -> dict[str, Question]:
     """Returns held-out questions by where their evidence stands."""
-    given = self.shots, "heldout", self.heldout
-    return {name: self.question(name, *given) for name in _EVIDENCE}
+    return {
+      name: self.question(name, self.shots, "heldout", self.heldout)
+      for name in _EVIDENCE
+    }
 
   def question(
     self, evidence: Evidence, shots: int, split: Split, count: int

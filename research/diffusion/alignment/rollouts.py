@@ -28,10 +28,10 @@ class DiffusionRollouts:
     task: prompts and rewards.
     prompts: number of prompts in a round.
     group: number of answers to a prompt.
-    updates: of the parameters by one round, each with masks of its own.
+    updates: number of updates by one round, each with masks of its own.
     new_tokens: tokens of every answer.
     select: order in which places are filled, see `SamplerConfig`.
-    sampling: of tokens.
+    sampling: how tokens are drawn.
     advantages: of rewards in a group.
     reference: selects the reference's parameters.
     seed: of prompts, answers and masks.
@@ -92,13 +92,13 @@ class DiffusionRollouts:
     seeds = jnp.asarray(seeds, jnp.int32)
     both = policy, self.reference(params)
     old, reference = (_estimates(goal, x, common, seeds) for x in both)
-    own = {"seed": seeds, "old": old, "reference": reference}
+    per_update = {"seed": seeds, "old": old, "reference": reference}
     measured = {"reward": float(groups.mean()), **metrics}
-    return Round(common, own, measured)
+    return Round(common, per_update, measured)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _estimates(goal, params, rows, seeds):
   """Returns log p of each token, `[U, B, T]`, by the masks of each seed."""
-  given = rows["tokens"], rows["valid"], rows["answer"]
-  return jax.lax.map(lambda seed: goal.estimate(params, *given, seed), seeds)
+  texts = rows["tokens"], rows["valid"], rows["answer"]
+  return jax.lax.map(lambda seed: goal.estimate(params, *texts, seed), seeds)

@@ -1,5 +1,6 @@
 """A study whose arms are commands."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -303,3 +304,5 @@ def test_systems_are_named_and_steps_overridden():
   assert listed.comparisons[0].first == two
   assert listed.reports[0].systems == (System(step="every"),)
   assert listed.steps[0].set == (*EVERY.set, "N=2")
+  copy = dataclasses.replace(listed, seeds=1)
+  assert copy.steps == listed.steps  # once
