@@ -95,8 +95,7 @@ def text_ids(loaded: Loaded, text: str, *, rendered: bool) -> list[int]:
   if not isinstance(loaded.model, ImageConditioned):
     return tokenizer.encode(text) if rendered else tokenizer.prompt(text)
   form = PromptFormat() if how is None else how.prompt
-  form = form.rendered() if rendered else form
-  special = prompt_ids.special_of(tokenizer, form)
+  _, special = prompt_ids.place_begin([], tokenizer, form)
   return special.prompt(tokenizer.encode(text + form.end))
 
 
@@ -114,7 +113,7 @@ def prompt_of(
     text: the prompt; its `MARK`s are images, in order. Without any, the images
       come first.
     render: the prompt -> a conversation as the model's chat template renders
-      it; None for a prompt in the preprocessor's format.
+      it; None for the prompt itself.
 
   Raises:
     UserError: the prompt has more or fewer marks than there are images, or a
@@ -147,13 +146,12 @@ def prompt_of(
   params = loaded.model.with_images_compiled(
     loaded.params, data.batch_images([prompt], loaded.model.square)
   )
-  form = loaded.preprocessor.prompt
   ids = prompt_ids.joined_ids(
     whole.split(MARK),
     prompt.pieces,
     loaded.tokenizer,
     loaded.model.image_token,
-    form if render is None else form.rendered(),
+    loaded.preprocessor.prompt,
   )
   return PromptWithImages(ids, params, prompt.soft_tokens)
 

@@ -8,6 +8,7 @@ prompt_cases.py, its image processor has the published sizes. Of each family and
 case:
 
   <family> <case>  int32 [T]     `input_ids`
+  <family> labels <case>  int32 [T]  of a training row; -100 is not learned
   size <name>      int32 [2]     height and width of each photograph
 """
 
@@ -25,7 +26,13 @@ import transformers
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import make_images  # noqa: E402
 import prompt_cases  # noqa: E402
-from prompt_cases import CASES, CONVERSATIONS, FAMILIES, MARK  # noqa: E402
+from prompt_cases import (  # noqa: E402
+  CASES,
+  CONVERSATIONS,
+  FAMILIES,
+  LEARNED,
+  MARK,
+)
 
 FILE = pathlib.Path(__file__).parent / "prompts.npz"
 
@@ -41,6 +48,7 @@ def photographs() -> dict[str, np.ndarray]:
     "wide": china[200:272],
     "tall": china[:, 300:352],
     "tiny": skimage.data.chelsea()[100:137, 100:123],
+    "grey": skimage.data.camera()[:200, :300],
   }
 
 
@@ -156,8 +164,8 @@ def make(names=FAMILIES) -> dict[str, np.ndarray]:
       )
       out[f"{name} {case}"] = given["input_ids"][0].numpy()
     for case, (said, keys) in CONVERSATIONS.items():
-      if family.template is None:
-        continue
+      if not keys and name.startswith("paligemma"):
+        continue  # refused
       images = iter([pictures[k] for k in keys])
       given = made.apply_chat_template(
         [_parts(x, images) for x in prompt_cases.messages(said)],
@@ -168,6 +176,19 @@ def make(names=FAMILIES) -> dict[str, np.ndarray]:
         processor_kwargs=call if keys else {},
       )
       out[f"{name} {case}"] = given["input_ids"][0].numpy()
+    for case, (asked, answer) in LEARNED.items():
+      if not name.startswith("paligemma"):
+        continue  # its processor alone makes labels
+      said, keys = CONVERSATIONS[asked]
+      images = [pictures[k] for k in keys]
+      left = iter(images)
+      text = made.apply_chat_template(
+        [_parts(x, left) for x in prompt_cases.messages(said)],
+        add_generation_prompt=True,
+      )
+      given = made(text=text, images=images, suffix=answer, return_tensors="pt")
+      out[f"{name} {case}"] = given["input_ids"][0].numpy()
+      out[f"{name} labels {case}"] = given["labels"][0].numpy()
   return {k: v.astype(np.int32) for k, v in out.items()}
 
 

@@ -31,13 +31,24 @@ CASES = {  # name -> (text, photographs)
               ["tall", "china", "tiny"]),
   "none": ("What is here?", []),
   "newline": (f"{MARK}Say:\n", ["tiny"]),
+  "grey": (f"{MARK}What is here?", ["grey"]),
+  "begun": (f"{MARK}<bos>What is here?", ["tiny"]),
 }  # fmt: skip
 CONVERSATIONS = {  # name -> (the user's and the assistant's texts, photographs)
   "asked": ([f"{MARK}{MARK}Is it the same?"], ["coffee", "tall"]),
   "asked_again": ([f"{MARK}What is here?", "A temple.", f"{MARK}And here?"],
                   ["china", "astronaut"]),
+  "asked_on": ([f"{MARK}What is here?", "A cat.", "And where?"], ["tiny"]),
+  "asked_inside": ([f"First {MARK} then?"], ["tiny"]),
   "asked_without": (["What is here?"], []),
 }  # fmt: skip
+LEARNED = {  # name -> a conversation of `CONVERSATIONS`, and the answer
+  "answered": ("asked", "It is."),
+  "answered_again": ("asked_again", "A rocket."),
+  "answered_on": ("asked_on", "Here."),
+  "answered_inside": ("asked_inside", ""),
+}
+"""Training rows of the processors that make them (PaliGemma's `suffix`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +123,8 @@ _SMOLVLM = (
   "<end_of_utterance>\n{{% endfor %}}"
   "{{% if add_generation_prompt %}}Assistant:{{% endif %}}"
 )
+
+_PALIGEMMA = _GEMMA.format(start="", end="<eos>", image=MARK)
 
 _TILES = tuple(f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6))
 _SPLIT = (
@@ -197,6 +210,7 @@ FAMILIES = {
     ),
     encoder=(14, 1), mark=MARK, words="gemma",
     special=("<pad>", "<eos>", "<bos>", MARK), bos="<bos>", eos="<eos>",
+    template=_PALIGEMMA,
   ),
   "gemma3": _of_gemma3(),
   "gemma3_pan_and_scan": _of_gemma3(
@@ -229,7 +243,9 @@ FAMILIES = {
   ),
 }  # fmt: skip
 FAMILIES["paligemma_saved"] = dataclasses.replace(
-  FAMILIES["paligemma"], begins=False
+  FAMILIES["paligemma"],
+  begins=False,
+  template=_PALIGEMMA.removeprefix("{{ bos_token }}"),
 )
 """As `PaliGemmaProcessor.save_pretrained` leaves its tokenizer."""
 FAMILIES |= {

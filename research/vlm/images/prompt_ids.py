@@ -11,8 +11,14 @@ from typing import Any
 
 from research.errors import UserError
 from research.text import special_tokens
-from research.text.special_tokens import SpecialTokens
-from research.vlm.images.prompts import Piece, PromptFormat, Soft, Text
+from research.text.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
+from research.vlm.images.prompts import (
+  Piece,
+  PromptFormat,
+  Soft,
+  Text,
+  Token,
+)
 
 
 def joined_ids(
@@ -27,24 +33,38 @@ def joined_ids(
   Args:
     texts: before each image, and after the last one.
     images: what stands for each.
-    tokenizer: has `encode(text)`; the tokens that begin its documents are
-      added, unless the text has them.
+    tokenizer: of the language model.
     image_token: id of the placeholder.
-    form: where those stand, and what ends the prompt.
+    form: where the tokens stand that begin documents (`place_begin`), and what
+      ends the prompt.
 
   Raises:
     UserError: the tokenizer reads a placeholder in a text.
   """
-  *before, after = texts
-  parts = _interleaved(before, images, tokenizer, image_token)
-  ids: list[int] = []
-  if form.begin == "after_images":
-    ids, parts = _joined(parts, tokenizer, image_token), []
-  last = _joined([*parts, after + form.end], tokenizer, image_token, ids)
-  return ids + special_of(tokenizer, form).prompt(last)
+  *before, last = texts
+  images, special = place_begin(images, tokenizer, form)
+  texts = [*before, last + form.end]
+  return special.prompt(interleaved_ids(texts, images, tokenizer, image_token))
 
 
-def special_of(tokenizer: Any, form: PromptFormat) -> SpecialTokens:
+def place_begin(
+  images: Sequence[tuple[Piece, ...]], tokenizer: Any, form: PromptFormat
+) -> tuple[list[tuple[Piece, ...]], SpecialTokens]:
+  """Decides where the tokens stand that begin a prompt's document.
+
+  Returns:
+    What stands for each image, those tokens behind the last one if the format
+    has them there, also where the text has some (as `PaliGemmaProcessor` does);
+    and the special tokens around the prompt, which are none then.
+  """
+  special = _special_of(tokenizer, form)
+  if form.begin != "after_images" or not images:
+    return list(images), special
+  begin = (Token(tokenizer.backend.id_to_token(i)) for i in special.begin)
+  return [*images[:-1], (*images[-1], *begin)], NO_SPECIAL_TOKENS
+
+
+def _special_of(tokenizer: Any, form: PromptFormat) -> SpecialTokens:
   """Returns the special tokens around a prompt of a format."""
   found = special_tokens.from_tokenizer(tokenizer)
   if form.begin == "first" or found.begin:
@@ -53,37 +73,6 @@ def special_of(tokenizer: Any, form: PromptFormat) -> SpecialTokens:
   ids = (getattr(tokenizer, name, None) for name in names)
   begin = next((i for i in ids if i is not None), None)
   return found if begin is None else dataclasses.replace(found, begin=(begin,))
-
-
-def interleaved_ids(
-  texts: Sequence[str],
-  images: Sequence[tuple[Piece, ...]],
-  tokenizer: Any,
-  image_token: int,
-  before: Sequence[int] = (),
-  read: "ReadText | None" = None,
-) -> list[int]:
-  """Returns the ids of texts with an image between each two.
-
-  Args:
-    texts, images, tokenizer, image_token: as for `joined_ids`.
-    before: ids that they follow.
-    read: makes ids of a text; None for `text_ids`.
-
-  Raises:
-    UserError: as for `joined_ids`.
-  """
-  *first, last = texts
-  parts = [*_interleaved(first, images, tokenizer, image_token), last]
-  return _joined(parts, tokenizer, image_token, before, read or text_ids)
-
-
-def _interleaved(texts, images, tokenizer, image_token) -> list[str | int]:
-  """Returns texts, each followed by what stands for an image."""
-  parts: list[str | int] = []
-  for text, pieces in zip(texts, images, strict=True):
-    parts += [text, *_parts(pieces, tokenizer, image_token)]
-  return parts
 
 
 def text_ids(
@@ -137,26 +126,33 @@ ReadText = Callable[[str, Any, int, Sequence[int]], list[int]]
 """`text_ids`, `typed_ids`."""
 
 
-def _joined(
-  parts: Sequence[str | int],
+def interleaved_ids(
+  texts: Sequence[str],
+  images: Sequence[tuple[Piece, ...]],
   tokenizer: Any,
   image_token: int,
   before: Sequence[int] = (),
   read: ReadText = text_ids,
 ) -> list[int]:
-  """Returns the ids of texts and tokens; texts next to each other are one.
+  """Returns the ids of texts with an image between each two.
 
   Newlines around an image may be a token with those of the text next to it, and
   are in Gemma's vocabulary.
 
   Args:
-    parts: texts and ids.
-    tokenizer, image_token: as for `joined_ids`.
+    texts, images, tokenizer, image_token: as for `joined_ids`.
     before: ids that they follow.
     read: makes ids of a text.
+
+  Raises:
+    UserError: as for `joined_ids`.
   """
+  *first, last = texts
+  parts: list[str | int] = []
+  for text, pieces in zip(first, images, strict=True):
+    parts += [text, *_parts(pieces, tokenizer, image_token)]
   ids = list(before)
-  for kind, run in itertools.groupby(parts, type):
+  for kind, run in itertools.groupby([*parts, last], type):
     if kind is int:
       ids += run
     elif text := "".join(run):

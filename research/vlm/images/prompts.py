@@ -45,24 +45,19 @@ Layout = Callable[[Plan], tuple[Piece, ...]]
 class PromptFormat:
   """What a prompt has beside its images and its text.
 
+  A conversation that a chat template rendered is such a text.
+
   Attributes:
     begin: where the tokens stand that begin a document, if the tokenizer has
-      any (often a `bos`): first, or behind the last image, where a `bos` stands
-      in any case. "always" is first, and the tokenizer's `bos`, or its `eos`,
-      if it begins documents with none.
+      any (often a `bos`): first, unless the text begins with them, or behind
+      the last image, where a `bos` stands in any case; a prompt without images
+      begins with them. "always" is first, and the tokenizer's `bos`, or its
+      `eos`, if it begins documents with none.
     end: text behind the prompt's own, of which it is a part to the tokenizer.
   """
 
   begin: Literal["first", "after_images", "always"] = "first"
   end: str = ""
-
-  def rendered(self) -> "PromptFormat":
-    """Returns the format of a conversation that a chat template rendered.
-
-    As the published processors read it: what begins documents is added, unless
-    the template wrote it.
-    """
-    return PromptFormat("always" if self.begin == "always" else "first")
 
 
 def text_of(pieces: Iterable[Piece], placeholder: str) -> str:

@@ -62,13 +62,15 @@ def tokens_of(
 ) -> Example:
   """Returns a conversation's tokens; the loss covers the assistant's.
 
+  Up to the last message in the loss they are the prompt that the model answers
+  where it is asked. Earlier answers are learned as they stand in it.
+
   Args:
     sample: the conversation.
     images: what stands for each image.
     tokenizer: of the language model, with a chat template.
     image_token: id of the placeholder.
-    form: of the model's prompts: the tokens that begin documents come first,
-      unless the template wrote them, as where the model is asked.
+    form: the format of prompts that the model was trained with.
 
   Raises:
     UserError: the template fails, leaves images out, or has the model generate
@@ -82,7 +84,10 @@ def tokens_of(
       f" in the rendered conversation, expected {len(images)}, all of them in"
       " the user's messages.\nUse the template of a model that reads images."
     )
-  left = iter(images)
+  prompt, answer = _as_asked(parts, form.end)
+  count = sum(text.count(MARK) for text, _ in prompt)
+  placed, special = prompt_ids.place_begin(images[:count], tokenizer, form)
+  left = iter([*placed, *images[count:]])
 
   def encode(before: Sequence[int], text: str) -> list[int]:
     texts = text.split(MARK)
@@ -95,9 +100,25 @@ def tokens_of(
       prompt_ids.typed_ids,
     )
 
-  example = rendering.encoded(parts, encode, tokenizer.stop)
-  special = prompt_ids.special_of(tokenizer, form.rendered())
+  example = rendering.encoded([*prompt, *answer], encode, tokenizer.stop)
   ids = special.prompt(example.tokens.tolist())
   added = len(ids) - len(example.tokens)
   mask = np.pad(example.loss_mask, (added, 0))
   return Example(np.asarray(ids, np.int32), mask)
+
+
+def _as_asked(
+  parts: list[tuple[str, bool]], end: str
+) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+  """Returns the parts before the last one in the loss, ended, and the others.
+
+  Args:
+    parts: a rendered conversation: (text, whether it is in the loss).
+    end: text behind a prompt.
+  """
+  last = max((i for i, (_, on) in enumerate(parts) if on), default=len(parts))
+  prompt = parts[:last]
+  if end:
+    text = prompt.pop()[0] if prompt and not prompt[-1][1] else ""
+    prompt.append((text + end, False))
+  return prompt, parts[last:]

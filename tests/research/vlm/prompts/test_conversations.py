@@ -11,7 +11,7 @@ from research.data.rendering import Conversation
 from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 from research.vlm.images import prompt_ids
-from research.vlm.images.prompts import PromptFormat, Soft, Token
+from research.vlm.images.prompts import MARK, PromptFormat, Soft, Token
 from research.vlm.prompts import conversations
 from research.vlm.prompts.conversations import ChatSample, join_texts
 
@@ -132,29 +132,55 @@ def test_only_answers_and_their_ends_are_learned(template, turns):
   assert said == "".join(f"{answer}$" for _, answer in chosen)
 
 
-@pytest.mark.parametrize("begin", ["first", "always"])
+FORMS = [
+  PromptFormat(),
+  PromptFormat(begin="always"),
+  PromptFormat(begin="after_images"),
+  PromptFormat(begin="after_images", end="!?"),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("written", [True, False])
 @pytest.mark.parametrize("adds", [True, False])
-def test_a_document_begins_once(begin, written, adds):
-  """As where the model is asked: the template's own, or the tokenizer's."""
+@pytest.mark.parametrize("learned", range(3))
+def test_rows_hold_the_prompt_that_the_last_answer_is_asked_by(
+  learned, form, written, adds
+):
+  """Letter by letter: `^` begins it once, or follows its last image."""
+  turns = [(["a"], "b"), (["", "c", "d"], "e"), (["f", "", "g"], "h")]
+  chat = sample(turns)
+  messages = [dict(x) for x in chat.conversation.messages]
+  for message in messages[2 * learned + 2 :]:
+    message["weight"] = 0
+  chat = dataclasses.replace(chat, conversation=Conversation(messages, "f:3"))
   template = ("^" if written else "") + TEMPLATES["texts"]
-  tokenizer = dataclasses.replace(letters(template), bos=ord("^"), add_bos=adds)
-  form = PromptFormat(begin=begin)
-  chat, images = sample([(["a", "b"], "c")]), [(Soft(1),)]
-  made = conversations.tokens_of(chat, images, tokenizer, IMAGE, form)
-  text = f"[u:a{chr(IMAGE)}b$][a:"
-  if written or adds or begin == "always":
-    text = f"^{text}"
-  assert "".join(map(chr, made.tokens)) == f"{text}c$]"
-  assert "".join(map(chr, made.tokens[made.loss_mask])) == "c$"
-  asked = prompt_ids.joined_ids(
-    [f"{'^' if written else ''}[u:a", "b$][a:"],
-    images,
-    tokenizer,
-    IMAGE,
-    form.rendered(),
-  )
-  assert made.tokens[: len(text)].tolist() == asked
+  words = dataclasses.replace(letters(template), bos=ord("^"), add_bos=adds)
+  made = conversations.tokens_of(chat, [(Soft(1),)] * 4, words, IMAGE, form)
+
+  soft = chr(IMAGE)
+  asked = [f"[u:{soft.join(texts)}$][a:" for texts, _ in turns]
+  said = [f"{answer}$" for _, answer in turns]
+  pairs = zip(asked, said, strict=True)
+  before = [text for pair in pairs for text in (*pair, "]")][: 3 * learned]
+  prompt = "".join(["^" if written else "", *before, asked[learned], form.end])
+  last = prompt.rfind(soft) + 1
+  if form.begin == "after_images" and last:
+    prompt = f"{prompt[:last]}^{prompt[last:]}"
+  elif not written and (adds or form.begin != "first"):
+    prompt = f"^{prompt}"
+  text = "".join(map(chr, made.tokens))
+  assert text.startswith(prompt + said[learned])
+  assert text.endswith("$]")
+  answers = "".join(map(chr, made.tokens[made.loss_mask]))
+  assert answers == "".join(said[: learned + 1])
+  assert made.loss_mask[len(prompt) :][: len(said[learned])].all()
+  assert not made.loss_mask[len(prompt + said[learned]) :].any()
+  rendered = words.chat(messages[: 2 * learned + 1], image=MARK)
+  texts = rendered.split(MARK)
+  images = [(Soft(1),)] * (len(texts) - 1)
+  ids = prompt_ids.joined_ids(texts, images, words, IMAGE, form)
+  assert made.tokens[: len(prompt)].tolist() == ids
 
 
 @pytest.mark.parametrize("special", [True, False])
