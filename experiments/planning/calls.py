@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from experiments.core import cli
 from research import progress, weights
-from research.planning import flops, forecast, text
+from research.nn import flops
+from research.planning import forecast, text
 from research.planning.chips import Topology
 from research.training import global_batch
 from research.typing import UserError

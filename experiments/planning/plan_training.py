@@ -16,9 +16,10 @@ from experiments.core.experiment import Experiment
 from experiments.planning import abstract_step, calls, towers
 from research import progress, sharding, tree, weights
 from research.lora.diagnosis import memory
+from research.nn import flops
 from research.optim.low_rank.compressing import Compressing
 from research.optim.low_rank.layerwise import Layerwise
-from research.planning import flops, forecast, text
+from research.planning import forecast, text
 from research.planning.chips import Topology
 from research.training import step
 from research.training.objectives.objective import PER_ROW, NextToken

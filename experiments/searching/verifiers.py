@@ -14,6 +14,7 @@ from experiments.searching.trained import CheckpointChoice, restore
 from research import tree
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
+from research.nn.flops import Causal, ModelCost, model_cost
 from research.prm.conventions import Convention, Encoded
 from research.prm.heads import SCORE, Head, LinearHead
 from research.prm.model import (
@@ -25,7 +26,6 @@ from research.prm.model import (
 from research.prm.rows import LabelledRows
 from research.reasoning.problem import Problem
 from research.rounding import next_power_of_two
-from research.search.cost import Causal, ModelCost, model_cost
 from research.search.engine import Path, StateVerifier, Verifier
 from research.search.ledger import Ledger
 from research.search.policy import steps_of
@@ -238,7 +238,7 @@ class TextVerifier:
 
   @functools.cached_property
   def _cost(self) -> ModelCost:
-    return model_cost(self.model.backbone, self.model.outputs)
+    return model_cost(self.model.backbone, self.model.outputs, self.params)
 
   def with_problems(self, problems: Sequence[Problem]) -> "TextVerifier":
     """Returns the verifier of these problems."""

@@ -13,7 +13,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
   submod_attrs={
     "cached_verifier": ["CachedVerifier"],
     "choose": ["BestOf", "Confident", "Majority", "Weighted", "answers_of"],
-    "cost": ["Cached", "Causal", "Dense", "ModelCost", "model_cost"],
     "diffusion_policy": ["DiffusionPolicy"],
     "engine": ["Engine", "StateVerifier", "Verifier"],
     "generative_judge": [

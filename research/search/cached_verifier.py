@@ -19,12 +19,13 @@ from research.generation.decoding import PromptMask
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import PromptReader
 from research.nn.cache import Cache, put_rows, take_rows
+from research.nn.flops import Causal, ModelCost, model_cost
 from research.nn.transformer import Transformer, init_cache
 from research.prm.conventions import step_tokens
-from research.search.cost import Causal, ModelCost, model_cost
 from research.search.engine import Path
 from research.search.ledger import Ledger
 from research.typing import Array, Float, Int, Params, UserError
+from research.vlm.masks import prompt_context
 
 Head = Callable[[Params, Float[Array, "B D"]], Float[Array, "B"]]
 """(parameters, hidden states of steps' last tokens) -> scores, 0 to 1. Each
@@ -98,14 +99,16 @@ class CachedVerifier:
 
   @functools.cached_property
   def _cost(self) -> ModelCost:
-    return model_cost(self.model, self.outputs)
+    return model_cost(self.model, self.outputs, self.params)
 
   def prompt_cost(self, tokens: int) -> Ledger:
     """Returns the cost of a prompt, of which nothing is scored."""
-    flops = self._cost.forward(tokens, Causal(0, tokens), 0)
+    reader = self.reader
+    context = prompt_context(None if reader is None else reader.mask, tokens)
+    flops = self._cost.forward(tokens, context, 0)
     return Ledger(
       verifier_prefill_tokens=tokens,
-      flops_verifier=flops + (0 if self.reader is None else self.reader.flops),
+      flops_verifier=flops + (0 if reader is None else reader.flops),
     )
 
   def step_cost(self, start: int, tokens: int) -> Ledger:

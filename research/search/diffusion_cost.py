@@ -2,41 +2,21 @@
 
 Places that a pass reads run through the layers, and logits are formed of the
 block alone. Padding is left out, and so are keys that a mask hides, as in
-`research.search.cost`; what a cache makes a program read again is counted.
+`research.nn.flops`; what a cache makes a program read again is counted.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from research.diffusion.sampling.block_causal import BlockCausal
 from research.diffusion.sampling.denoiser import BlockCache, Denoiser, NoCache
 from research.diffusion.sampling.prefix_cache import PrefixCache
-from research.search.cost import Dense, ModelCost, model_cost
+from research.nn.flops import Blockwise, Dense, ModelCost, model_cost
 from research.typing import UserError
 
 Counted = NoCache | BlockCache | PrefixCache | BlockCausal
 """Denoisers whose passes have a closed form."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Blockwise:
-  """Each token attends to its block and all before it; a `cost.Context`.
-
-  Attributes:
-    tokens: of a row, from its beginning.
-    block: tokens of a block.
-  """
-
-  tokens: int
-  block: int
-
-  def pairs(self, window: int | None) -> int:
-    """Returns the sum over tokens of where their blocks end."""
-    del window
-    whole, rest = divmod(self.tokens, self.block)
-    blocks = self.block**2 * whole * (whole + 1) // 2
-    return blocks + rest * self.tokens
 
 
 class Passes(NamedTuple):
@@ -63,9 +43,11 @@ class DenoiserCost:
 
   Attributes:
     denoiser: how rows are read.
+    params: its model's parameters, whose adapters count, or None.
   """
 
   denoiser: Denoiser
+  params: Any = None
 
   def __post_init__(self):
     if not isinstance(self.denoiser, Counted):
@@ -78,7 +60,7 @@ class DenoiserCost:
   @functools.cached_property
   def model(self) -> ModelCost:
     """The model's."""
-    return model_cost(self.denoiser.model)
+    return model_cost(self.denoiser.model, params=self.params)
 
   @property
   def unit(self) -> int:

@@ -90,7 +90,7 @@ class DiffusionPolicy:
 
   @functools.cached_property
   def _cost(self) -> DenoiserCost:
-    return DenoiserCost(self.denoiser)
+    return DenoiserCost(self.denoiser, self.params)
 
   @functools.cached_property
   def _block(self) -> SamplerConfig:

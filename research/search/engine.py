@@ -16,8 +16,8 @@ import numpy as np
 from research.generation.decoding import GeneratedTokens
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import Stepwise
+from research.nn.flops import Causal, ModelCost, model_cost
 from research.reasoning.isolation import TimedOut, within
-from research.search.cost import Causal, model_cost
 from research.search.ledger import Ledger
 from research.search.policy import (
   AutoregressiveCost,
@@ -138,10 +138,12 @@ class Engine:
   def _cost(self) -> PolicyCost:
     # What stands in `generation` knows no ledger.
     if isinstance(self.policy, Stepwise):
-      reader = self.policy.reader
-      more = 0 if reader is None else reader.flops
-      return AutoregressiveCost(model_cost(self.policy.model), more)
+      return AutoregressiveCost(self._model_cost, self.policy.reader)
     return self.policy
+
+  @functools.cached_property
+  def _model_cost(self) -> ModelCost:
+    return model_cost(self.policy.model, params=self.policy.params)
 
   def prompt_cost(self, tokens: int) -> Ledger:
     """Returns what reading a prompt of so many tokens costs, once."""
@@ -259,7 +261,7 @@ class Engine:
         " are replaced.\nScore the finished paths instead"
       )
     state = self.policy.append(frontier.state, tokens, replace)
-    cost, ledgers = model_cost(self.policy.model), list(frontier.ledgers)
+    cost, ledgers = self._model_cost, list(frontier.ledgers)
     paths = list(frontier.paths)
     for row, (own, lost) in enumerate(zip(tokens, replace, strict=True)):
       if not own:

@@ -23,12 +23,12 @@ from research.generation import generate
 from research.generation.generated import NO_TOKEN
 from research.generation.sampling import GREEDY, Sampling
 from research.generation.stepwise import Stepwise
+from research.nn.flops import Causal, ModelCost, model_cost
 from research.nn.transformer import Transformer
 from research.prm.formats import genprm, thinkprm
 from research.prm.model import GenerativeReward
 from research.rounding import next_power_of_two
 from research.search import ledger as ledgers
-from research.search.cost import Causal, ModelCost, model_cost
 from research.search.ledger import Ledger
 from research.search.policy import Path, steps_of
 from research.typing import Float, Int, Params, UserError
@@ -208,7 +208,7 @@ class LanguageModelWriter:
 
   @functools.cached_property
   def _cost(self) -> ModelCost:
-    return model_cost(self.model)
+    return model_cost(self.model, params=self.params)
 
   def __call__(
     self,

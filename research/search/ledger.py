@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from research.errors import UserError
-from research.search.cost import Causal, ModelCost
+from research.nn.flops import Causal, ModelCost
 
 
 @dataclasses.dataclass(frozen=True)

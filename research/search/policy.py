@@ -14,9 +14,11 @@ import numpy as np
 
 from research.generation.decoding import GeneratedTokens
 from research.generation.generated import NO_TOKEN
-from research.search.cost import Causal, ModelCost
-from research.search.ledger import Ledger, prefill
+from research.generation.stepwise import PromptReader
+from research.nn.flops import Causal, ModelCost
+from research.search.ledger import Ledger
 from research.typing import PRNGKey
+from research.vlm.masks import prompt_context
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids -> text, without special tokens."""
@@ -227,17 +229,22 @@ class AutoregressiveCost:
 
   Attributes:
     model: the policy's.
-    prompt_flops: of what is read besides a prompt's tokens, such as an image.
+    reader: what reads prompts that are more than tokens, or None.
   """
 
   model: ModelCost
-  prompt_flops: float | int = 0
+  reader: PromptReader | None = None
 
   def prompt(self, tokens: int) -> Ledger:
     """Returns the cost of a prompt and of its last token's logits."""
-    cost = prefill(self.model, tokens) + Ledger(flops_policy=self.prompt_flops)
-    # Each path has its own, which its steps count.
-    return dataclasses.replace(cost, peak_cache_tokens=0)
+    reader = self.reader
+    context = prompt_context(None if reader is None else reader.mask, tokens)
+    flops = self.model.forward(tokens, context, 1)
+    # Each path has its own cache, which its steps count.
+    return Ledger(
+      policy_prefill_tokens=tokens,
+      flops_policy=flops + (0 if reader is None else reader.flops),
+    )
 
   def steps(
     self, paths: Sequence[Path], drawn: GeneratedTokens

@@ -17,6 +17,7 @@ import numpy as np
 from research.generation.decoding import State
 from research.generation.generated import NO_TOKEN
 from research.generation.stepwise import PromptReader, Stepwise
+from research.nn.flops import Causal, ModelCost, model_cost
 from research.nn.transformer import Transformer
 from research.prm.model import (
   GenerativeReward,
@@ -25,7 +26,6 @@ from research.prm.model import (
   probability,
 )
 from research.search.cached_verifier import CachedVerifier, Head
-from research.search.cost import Causal, ModelCost, model_cost
 from research.search.ledger import Ledger
 from research.typing import Array, Float, Int, Params, UserError
 
@@ -109,7 +109,7 @@ class PolicyProbe:
 
   @functools.cached_property
   def _cost(self) -> ModelCost:
-    return model_cost(self.policy.model, self.outputs)
+    return model_cost(self.policy.model, self.outputs, self.policy.params)
 
   def prompt_cost(self, tokens: int) -> Ledger:
     """Returns no cost: the policy reads the prompt."""

@@ -1,28 +1,18 @@
 """What an image costs a model: views, tokens, FLOPs, bytes; before any compile.
 
-A product of [n, a] and [a, b] is 2 n a b FLOPs. A layer's scores and their
-product with values are 4 N H for each pair of a query and a key it sees. Norms,
-activations and softmax are not counted.
+FLOPs are those of `research.nn.flops`. Image tokens that see each other beside
+a causal prompt (Gemma 3, Molmo 2) count as causal.
 """
 
 import dataclasses
-import math
 from collections.abc import Collection
 
 import jax
+import jax.numpy as jnp
 
-from research import tree
-from research.nn.attention import Attention
 from research.nn.block import Block
-from research.nn.cross_attention import GatedCrossAttention
-from research.nn.mlp import Mlp, PlainMlp
-from research.nn.moe import Moe
-from research.nn.transformer import Transformer
-from research.typing import UserError
+from research.nn.flops import Dense, count_flops, layer_cost, model_cost
 from research.vlm.connectors.group_attention import GroupAttention
-from research.vlm.connectors.qformer import QFormer
-from research.vlm.connectors.resamplers import AttentionPool, PerceiverResampler
-from research.vlm.connectors.square_attention import SquareAttention
 from research.vlm.cross_attention import LatestImage
 from research.vlm.encoders.vit import CHANNELS
 from research.vlm.encoders.windows import window_side
@@ -30,12 +20,9 @@ from research.vlm.images.plan import Plan
 from research.vlm.images.preprocessor import describe
 from research.vlm.images.prompts import token_count
 from research.vlm.images.resize import Size
-from research.vlm.masks import BidirectionalPrompt
+from research.vlm.masks import prompt_context
 from research.vlm.model import VisionLanguageModel
 from research.vlm.presets import Preset
-
-_MATRICES = ("q", "k", "v", "o", "up", "down", "projection")
-"""Names of the matrices of connectors with queries."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +54,10 @@ class ImageCost:
   wrapper_tokens: int
   text_tokens: int
   total_tokens: int
-  encoder_flops: float
-  connector_flops: float
-  language_flops: float
-  head_flops: float
+  encoder_flops: int
+  connector_flops: int
+  language_flops: int
+  head_flops: int
   kv_bytes: int
   media_tokens: int = 0
 
@@ -101,8 +88,10 @@ def image_cost(
   pieces = preset.preprocessor.pieces(plan)
   tokens = token_count(pieces)
   total = tokens + text
-  mask, media = model.mask, media_tokens(model, plan)
-  both_ways = preset.diffusion or isinstance(mask, BidirectionalPrompt)
+  media, cost = media_tokens(model, plan), model_cost(model.language)
+  context = prompt_context(model.mask, total)
+  if preset.diffusion:
+    context = Dense(total, total)
   return ImageCost(
     height=height,
     width=width,
@@ -114,11 +103,9 @@ def image_cost(
     total_tokens=total,
     encoder_flops=encoder_flops(model, plan),
     connector_flops=connector_flops(model, plan),
-    language_flops=language_flops(
-      model.language, total, both_ways=both_ways, media=media
-    ),
-    head_flops=2.0 * model.language.width * model.language.vocab_size,
-    kv_bytes=kv_cache_bytes(model.language, total, kv_width, media),
+    language_flops=cost.forward(total, context, 0, media),
+    head_flops=2 * cost.head,
+    kv_bytes=kv_width * cost.cache(total, media),
     media_tokens=media,
   )
 
@@ -135,7 +122,7 @@ def media_tokens(model: VisionLanguageModel, plan: Plan) -> int:
   return plan.views * model.tokens_per_view(*plan.view)
 
 
-def encoder_flops(model: VisionLanguageModel, plan: Plan) -> float:
+def encoder_flops(model: VisionLanguageModel, plan: Plan) -> int:
   """Returns the FLOPs of encoding an image.
 
   Layers behind the last one that is a feature do not run.
@@ -147,88 +134,65 @@ def encoder_flops(model: VisionLanguageModel, plan: Plan) -> float:
   return plan.views * _encoder_of_view(model, plan.patches)
 
 
-def _encoder_of_view(model: VisionLanguageModel, grid: Size) -> float:
+def _encoder_of_view(model: VisionLanguageModel, grid: Size) -> int:
   vision = model.vision
   depth = max(
     x + vision.stack.depth + 1 if x < 0 else x for x in model.features.layers
   )
   n = grid[0] * grid[1]
-  flops = 2.0 * n * vision.frames * vision.patch**2 * CHANNELS * vision.width
+  flops = 2 * n * vision.frames * vision.patch**2 * CHANNELS * vision.width
   n += vision.class_token
-  kinds = vision.stack.kinds()[:depth]
-  flops += sum(_block(x, vision.width, n) for x in kinds)
-  return flops + sum(_scores(x.attention, _pairs(x, grid, n)) for x in kinds)
+  for block in vision.stack.kinds()[:depth]:
+    cost = layer_cost(block, vision.width)
+    flops += 2 * n * cost.matrices
+    flops += 4 * cost.heads_width * _pairs(block, grid, n)
+  return flops
 
 
-def _pairs(block: Block, grid: Size, tokens: int) -> float:
+def _pairs(block: Block, grid: Size, tokens: int) -> int:
   """Returns how many pairs of an encoder's tokens see each other in a layer."""
   side = window_side(block)
   if not side:
-    return float(tokens) ** 2
+    return tokens**2
   # Windows at the ends of an image are smaller.
   rows, columns = (
     sum(min(side, n - i) ** 2 for i in range(0, n, side)) for n in grid
   )
-  return float(rows * columns)
+  return rows * columns
 
 
-def connector_flops(model: VisionLanguageModel, plan: Plan) -> float:
-  """Returns the FLOPs of a connector of matrices, for an image.
+def connector_flops(model: VisionLanguageModel, plan: Plan) -> int:
+  """Returns the FLOPs of the connector for an image, as traced.
 
   Args:
-    model: whose connector multiplies each soft token by all of its matrices, as
-      `connectors.projections` do; attends within squares or groups of patches,
-      as Molmo's do; or has queries that attend to all patches of a view.
+    model: whose connector it is.
     plan: of the image.
   """
-  if isinstance(model.connector, GroupAttention):  # groups reach over views
-    return plan.soft_tokens * _connector_of_token(model)
-  return plan.views * _connector_of_view(model, plan.patches)
+  if not isinstance(model.connector, GroupAttention):
+    return plan.views * _connector(model, plan.patches)
+  # Groups reach over views.
+  groups = (1, plan.soft_tokens, model.connector.side**2)
+  return _connector(
+    model, plan.patches, plan.views, jax.ShapeDtypeStruct(groups, jnp.int32)
+  )
 
 
-def _connector_of_view(model: VisionLanguageModel, grid: Size) -> float:
-  connector = model.connector
-  if isinstance(connector, AttentionPool | PerceiverResampler | QFormer):
-    return _queries_of_view(model, grid)
-  return model.tokens_of(grid) * _connector_of_token(model)
-
-
-def _queries_of_view(model: VisionLanguageModel, grid: Size) -> float:
-  """Returns the FLOPs of queries that attend to a view's patches."""
-  connector, flops = model.connector, 0.0
-  queries = connector.queries
+def _connector(model, grid, views=1, groups=None) -> int:
+  """Returns the FLOPs for one view of a grid, or for groups of several."""
   read = grid[0] * grid[1]
   read += model.vision.class_token and model.features.class_token
-  if isinstance(connector, PerceiverResampler):
-    read += queries  # keys and values are also made of the queries
-  reads = "cross_attention" if isinstance(connector, QFormer) else "attention"
-  shapes = jax.eval_shape(model.new_towers, jax.random.key(0))["connector"]
-  for path, x in tree.flatten_paths(shapes):
-    *_, layer, name = "", *path.split("/")
-    if name not in _MATRICES or layer == "text_mlp":
-      continue
-    keys = read if layer == reads else queries
-    rows = keys if name in ("k", "v") else queries
-    flops += 2.0 * rows * math.prod(x.shape)
-    if name == "q":
-      *layers, _, size = x.shape
-      flops += 4.0 * queries * keys * math.prod(layers) * size
-  return flops
+  size = len(model.features.layers) * model.vision.width
+  features = jax.ShapeDtypeStruct((1, views * read, size), jnp.float32)
+  params = jax.eval_shape(model.new_towers, jax.random.key(0))
 
+  def connect(params, features, groups):
+    if groups is None:
+      return model.connect(params, features, grid)
+    return model.connector.apply(
+      {"params": params["connector"]}, features, groups, method="pool"
+    )
 
-def _connector_of_token(model: VisionLanguageModel) -> float:
-  connector, patches = model.connector, 1
-  flops = 0.0
-  if isinstance(connector, SquareAttention | GroupAttention):
-    patches = connector.side**2  # that one soft token attends to
-    flops += 4.0 * connector.heads * connector.head_dim * patches
-  shapes = jax.eval_shape(model.new_towers, jax.random.key(0))["connector"]
-  for path, x in tree.flatten_paths(shapes):
-    # What stands for absent patches is added.
-    if x.ndim == 2 and path != "padding":
-      times = patches if path in ("attention/k", "attention/v") else 1
-      flops += 2.0 * times * math.prod(x.shape)
-  return flops
+  return int(count_flops(connect, params, features, groups))
 
 
 def pixels_flops(
@@ -237,58 +201,12 @@ def pixels_flops(
   """Returns the FLOPs of making soft tokens of views of one size.
 
   Args:
-    model: whose encoder and connector these are, as for `connector_flops`.
+    model: whose encoder and connector these are.
     shape: of the pixels, `[V, H, W, 3]`.
   """
   views, height, width, _ = shape
   grid = model.grid(height, width)
-  soft = _connector_of_view(model, grid)
-  return int(views * (_encoder_of_view(model, grid) + soft))
-
-
-def language_flops(
-  model: Transformer, tokens: int, *, both_ways: bool = False, media: int = 0
-) -> float:
-  """Returns the FLOPs of the layers for a prompt, without the head.
-
-  Args:
-    model: the language model.
-    tokens: of the prompt.
-    both_ways: whether its tokens see all of it; causal by default.
-    media: what each token sees in layers of cross-attention.
-
-  Raises:
-    UserError: it has layers of experts.
-  """
-  flops = 0.0
-  if model.per_layer is not None:
-    # A projection for each layer of the input, and two matrices within it.
-    each = model.width * model.per_layer.size
-    flops += 2.0 * tokens * 3 * model.per_layer.depth * each
-  for block in model.layer_kinds():
-    if isinstance(block.mlp, Moe):
-      raise UserError("language_flops: found layers of experts, expected none")
-    pairs = float(tokens) ** 2
-    if not both_ways:
-      seen = min(block.attention.window or tokens, tokens)
-      pairs = seen * (seen + 1) / 2 + (tokens - seen) * seen
-    flops += _block(block, model.width, tokens)
-    flops += _scores(block.attention, pairs)
-    if block.cross is not None:
-      flops += _cross(block.cross, model.width, tokens, media)
-  return flops
-
-
-def _cross(
-  layer: GatedCrossAttention, width: int, tokens: int, media: int
-) -> float:
-  """Returns the FLOPs of a layer of cross-attention."""
-  attention, matrices = layer.attention, _matrices(layer.mlp)
-  size = attention.heads * attention.head_dim
-  flops = 2.0 * tokens * width * matrices * layer.mlp.hidden
-  if media:  # else its attention adds nothing
-    flops += 4.0 * size * (tokens * (width + media) + media * layer.media_width)
-  return flops
+  return views * (_encoder_of_view(model, grid) + _connector(model, grid))
 
 
 def training_flops(
@@ -296,7 +214,7 @@ def training_flops(
   plan: Plan,
   tokens: int,
   trained: Collection[str],
-) -> dict[str, float]:
+) -> dict[str, int]:
   """Returns the FLOPs of a training step for one row, by tower.
 
   A pass backward costs as much as one forward for gradients of activations, and
@@ -309,15 +227,15 @@ def training_flops(
     tokens: of the row, images included.
     trained: names of towers that have trained weights.
   """
-  both_ways = isinstance(model.mask, BidirectionalPrompt)
-  language = language_flops(
-    model.language, tokens, both_ways=both_ways, media=media_tokens(model, plan)
-  )
-  language += 2.0 * tokens * model.language.width * model.language.vocab_size
   once = {
     "vision": encoder_flops(model, plan),
     "connector": connector_flops(model, plan),
-    "language": language,
+    "language": model_cost(model.language).forward(
+      tokens,
+      prompt_context(model.mask, tokens),
+      outputs=tokens,
+      media=media_tokens(model, plan),
+    ),
   }
   passes, through = {}, False
   for name in once:
@@ -325,52 +243,6 @@ def training_flops(
     passes[name] = 3 if name in trained else 1 + through
     through = through or name in trained
   return {name: passes[name] * flops for name, flops in once.items()}
-
-
-def kv_cache_bytes(
-  model: Transformer, tokens: int, width: int = 2, media: int = 0
-) -> int:
-  """Returns the bytes of keys and values of a prompt.
-
-  Args:
-    model: the language model; layers with a window keep no more than it.
-    tokens: of the prompt.
-    width: bytes of a number.
-    media: what layers of cross-attention read.
-  """
-  of_images = sum(
-    2 * block.cross.attention.heads * block.cross.attention.head_dim
-    for block in model.layer_kinds()
-    if block.cross is not None
-  )
-  return of_images * media * width + sum(
-    2
-    * block.attention.kv_heads
-    * block.attention.head_dim
-    * min(block.attention.window or tokens, tokens)
-    * width
-    for block in model.layer_kinds()
-    if block.attention.kv != "borrowed"
-  )
-
-
-def _block(block: Block, width: int, tokens: int) -> float:
-  """Returns the FLOPs of a layer's matrices."""
-  attention, mlp = block.attention, block.mlp
-  of_keys = 2 if attention.values == "projected" else 1
-  if attention.kv == "borrowed":
-    of_keys = 0
-  heads = 2 * attention.heads + of_keys * attention.kv_heads
-  rows = heads * attention.head_dim + _matrices(mlp) * mlp.hidden
-  return 2.0 * tokens * width * rows
-
-
-def _matrices(mlp: Mlp | PlainMlp) -> int:
-  return 3 if isinstance(mlp, Mlp) else 2
-
-
-def _scores(attention: Attention, pairs: float) -> float:
-  return 4.0 * attention.heads * attention.head_dim * pairs
 
 
 def describe_cost(

@@ -16,6 +16,7 @@ from kernels_pallas.masks import (
   image_blocks,
   prefix_blocks,
 )
+from research.nn import flops
 from research.training.objectives import objective
 from research.training.objectives.objective import Batch
 from research.typing import Array, Bool, Int, UserError
@@ -124,6 +125,20 @@ class BidirectionalVision:
 PromptMask = (
   Causal | BidirectionalPrompt | BidirectionalImages | BidirectionalVision
 )
+
+
+def prompt_context(mask: PromptMask | None, tokens: int) -> flops.Context:
+  """Returns the pairs of a prompt's tokens that see each other, for costs.
+
+  Tokens of images that see each other beside a causal prompt count as causal.
+
+  Args:
+    mask: what they see of each other; None for causal.
+    tokens: number of tokens of the prompt.
+  """
+  if isinstance(mask, BidirectionalPrompt):
+    return flops.Dense(tokens, tokens)
+  return flops.Causal(0, tokens)
 
 
 def by_index(mask: PromptMask) -> Callable[..., Mask | None] | None:

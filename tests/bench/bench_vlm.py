@@ -207,8 +207,8 @@ def ours(row: str, folder: str) -> dict:
   import numpy as np
 
   from research.interop.load import load_model
+  from research.nn.flops import count_flops
   from research.optim import optim
-  from research.planning.flops import count_flops
   from research.training import aot, state, step
   from research.vlm import objective
 

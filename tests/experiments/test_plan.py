@@ -11,7 +11,8 @@ from experiments import plan
 from experiments.core import cli, config, experiment
 from experiments.planning import abstract_step, plan_training
 from research.io import unread
-from research.planning import chips, flops
+from research.nn import flops
+from research.planning import chips
 from research.sharding import Layout
 from research.training import step
 from tests import support_plan

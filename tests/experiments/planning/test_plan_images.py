@@ -8,7 +8,7 @@ import pytest
 from experiments import plan
 from experiments.core import cli, config
 from experiments.planning import abstract_step, plan_images, towers
-from research.planning import flops
+from research.nn import flops
 from research.typing import UserError
 
 

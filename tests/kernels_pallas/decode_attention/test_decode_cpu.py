@@ -19,7 +19,7 @@ from kernels_pallas.decode_attention.api import (
 from kernels_pallas.decode_attention.spec import Blocks, Spec
 from kernels_pallas.decode_attention.work import Cache
 from kernels_pallas.flash_attention.api import flash_attention
-from research.planning import flops
+from research.nn import flops
 from tests.support_cpu import supported
 from tests.support_decode import CLOSE, LENS, draw, pool, tables, truth
 from tests.support_pairwise import pairwise

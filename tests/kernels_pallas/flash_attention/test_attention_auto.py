@@ -25,7 +25,7 @@ from kernels_pallas.flash_attention.gpu.tile_sizes import GpuTiles
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
-from research.planning import flops
+from research.nn import flops
 from tests.support_gpu import needs_kernels
 
 T, H = 128, 8

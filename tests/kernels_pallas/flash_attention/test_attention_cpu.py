@@ -18,7 +18,7 @@ from kernels_pallas.flash_attention import cpu, dispatch
 from kernels_pallas.flash_attention.api import choose, flash_attention
 from kernels_pallas.flash_attention.cpu import CpuTiles
 from kernels_pallas.masks import Mask
-from research.planning import flops
+from research.nn import flops
 from tests.support_cpu import supported
 from tests.support_pairwise import pairwise
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from research.planning import chips, cost, flops, hlo
+from research.nn import flops
+from research.planning import chips, cost, hlo
 from research.planning.forecast import forecast
 from research.sharding import Layout
 from research.typing import UserError

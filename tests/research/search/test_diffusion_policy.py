@@ -17,9 +17,9 @@ from research.diffusion.sampling.denoiser import BlockCache, NoCache
 from research.diffusion.sampling.policies import Threshold
 from research.diffusion.sampling.prefix_cache import PrefixCache
 from research.generation.sampling import Sampling
-from research.planning import flops
+from research.nn import flops
+from research.nn.flops import Dense, model_cost
 from research.search.block_rows import BlockRows
-from research.search.cost import Dense, model_cost
 from research.search.diffusion_cost import Blockwise, DenoiserCost, Passes
 from research.search.diffusion_policy import DiffusionPolicy, GeneratedBlocks
 from research.search.engine import Engine

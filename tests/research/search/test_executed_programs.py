@@ -1,6 +1,6 @@
 """Ledgers of whole searches against the programs that ran, one by one.
 
-Every program of a search is counted by `planning.flops` each time that it runs:
+Every program of a search is counted by `nn.flops` each time that it runs:
 one token a program, so that no loop is multiplied. Prompts and steps fill their
 buckets and no row ends early, so nothing is padded but masked pairs.
 """
@@ -16,11 +16,11 @@ from research.generation import decoding
 from research.generation.boundary import Boundary
 from research.generation.sampling import Sampling
 from research.generation.stepwise import Stepwise
-from research.planning import flops
+from research.nn import flops
+from research.nn.flops import Cached, Causal, Dense, model_cost
 from research.prm.heads import LinearHead
 from research.prm.model import RewardModel
 from research.search import cached_verifier
-from research.search.cost import Cached, Causal, Dense, model_cost
 from research.search.engine import Engine
 from research.search.generative_judge import (
   GenerativeJudge,

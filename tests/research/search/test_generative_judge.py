@@ -12,9 +12,9 @@ import pytest
 
 from research.generation import generate
 from research.generation.sampling import Sampling
+from research.nn.flops import Causal, model_cost
 from research.prm.formats import genprm
 from research.search import ledger as ledgers
-from research.search.cost import Causal, model_cost
 from research.search.engine import Engine, Path
 from research.search.generative_judge import (
   Decision,

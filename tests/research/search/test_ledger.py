@@ -11,12 +11,11 @@ from research import tree
 from research.errors import UserError
 from research.generation import decoding, generate
 from research.generation.sampling import GREEDY
-from research.nn import presets
+from research.nn import flops, presets
+from research.nn import flops as costs
+from research.nn.flops import Cached, Causal, Dense
 from research.nn.moe.routing import Routing
-from research.planning import flops
-from research.search import cost as costs
 from research.search import ledger as ledgers
-from research.search.cost import Cached, Causal, Dense
 from research.search.ledger import Incremental, Ledger, Rescoring
 from tests import support
 
@@ -210,6 +209,6 @@ def test_what_has_no_formula_or_no_tokens_is_refused(cost):
     ledgers.generation(cost, 3, [0])
   with pytest.raises(UserError, match="steps are not empty"):
     ledgers.verification(cost, 3, [[2, 2]])
-  with pytest.raises(UserError, match="planning.flops"):
+  with pytest.raises(UserError, match="nn.flops"):
     time = presets.TimeEmbedding(features=8, hidden=8, width=8)
     costs.model_cost(support.model("llama", time_embedding=time))

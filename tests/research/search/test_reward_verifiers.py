@@ -10,11 +10,11 @@ import pytest
 
 from research.generation import decoding
 from research.generation.sampling import GREEDY
-from research.planning import flops
+from research.nn import flops
+from research.nn.flops import Cached, Causal, Dense, model_cost
 from research.prm.heads import LinearHead, MlpHead
 from research.prm.model import GenerativeReward, RewardModel, log_odds
 from research.search import cached_verifier, reward_verifiers
-from research.search.cost import Cached, Causal, Dense, model_cost
 from research.search.engine import Engine
 from research.search.reward_verifiers import (
   PolicyProbe,

@@ -12,9 +12,9 @@ from research.generation.boundary import Boundary
 from research.generation.generated import NO_TOKEN
 from research.generation.sampling import Sampling
 from research.generation.stepwise import Stepwise
+from research.nn.flops import Causal, model_cost
 from research.prm.scores.aggregate import Product
 from research.search import ledger as ledgers
-from research.search.cost import Causal, model_cost
 from research.search.engine import Engine
 from research.search.lookahead import Lookahead
 from research.search.step_search import Limits, StepSearch

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from research import weights
+from research.nn import flops
 from research.nn.attention import CrossAttention
 from research.nn.cross_attention import GatedCrossAttention
 from research.nn.mlp import PlainMlp
-from research.planning import flops
 from research.vlm import arithmetic, connectors
 from research.vlm.connectors import qformer
 from research.vlm.cross_attention import interleave, with_media
@@ -86,7 +86,8 @@ def test_a_language_models_products_are_those_of_the_traced_program(name):
     return model.language.apply({"params": params}, tokens)[0]
 
   # A tile is computed whole, whatever of it a causal mask hides.
-  want = arithmetic.language_flops(model.language, 64, both_ways=True)
+  cost = flops.model_cost(model.language)
+  want = cost.forward(64, flops.Dense(64, 64), 0)
   got = flops.count_flops(hidden, shapes["language"], tokens)
   assert got == pytest.approx(want, rel=1e-6)
 
@@ -166,10 +167,10 @@ def test_layers_of_cross_attention_read_the_media():
     return model.apply({"params": seen}, tokens)[0]
 
   found = flops.count_flops(hidden, shapes, media, tokens)
-  want = arithmetic.language_flops(model, 16, both_ways=True, media=6)
+  cost = flops.model_cost(model)
+  want = cost.forward(16, flops.Dense(16, 16), 0, media=6)
   assert found == pytest.approx(want, rel=1e-6)
-  own = arithmetic.kv_cache_bytes(model, 16)
-  assert arithmetic.kv_cache_bytes(model, 16, media=6) - own == 2 * 4 * 16 * 6
+  assert cost.cache(16, media=6) - cost.cache(16) == 2 * 2 * 16 * 6
 
 
 @pytest.mark.parametrize("rows, columns", [(8, 8), (6, 10)])

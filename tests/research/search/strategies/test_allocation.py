@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from research.nn.flops import Causal, model_cost
 from research.prm.scores.aggregate import Min
 from research.search import ledger as ledgers
-from research.search.cost import Causal, model_cost
 from research.search.engine import Engine, Path
 from research.search.step_search import Limits
 from research.search.strategies.allocation import (

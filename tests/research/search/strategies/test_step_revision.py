@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.nn.flops import Causal, model_cost
 from research.search import ledger as ledgers
-from research.search.cost import Causal, model_cost
 from research.search.engine import Engine
 from research.search.step_search import Limits
 from research.search.strategies.independent import Independent
