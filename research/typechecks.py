@@ -49,7 +49,9 @@ def _on_first_call(function: Callable) -> Callable:
     nonlocal checker
     __tracebackhide__ = True
     if checker is None:
-      if "jax" not in sys.modules:
+      # Another thread may be importing JAX, parts of which a checker imports.
+      spec = getattr(sys.modules.get("jax"), "__spec__", None)
+      if spec is None or getattr(spec, "_initializing", False):
         return function(*args, **kwargs)
       checker = _checker(function)
     return checker(*args, **kwargs)

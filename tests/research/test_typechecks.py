@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import pytest
@@ -190,3 +191,17 @@ def test_an_import_builds_no_checker():
     "  raise AssertionError('not checked')\n"
   )
   subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_checks_wait_until_jax_is_imported_whole(monkeypatch):
+  """Another thread is at it, and this one would import parts of it as well."""
+
+  def double(x: int) -> int:
+    return 2 * x
+
+  checked = typechecks.checked(double)
+  monkeypatch.setattr(jax.__spec__, "_initializing", True, raising=False)
+  assert checked("a") == "aa"
+  monkeypatch.setattr(jax.__spec__, "_initializing", False, raising=False)
+  with pytest.raises(jaxtyping.TypeCheckError):
+    checked("a")
