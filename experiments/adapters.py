@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if FLAGS["to"].value is not None:
     folders.check_free(pathlib.Path(FLAGS["to"].value))
   runtime.setup()
+  cli.loading(*operation.from_)
   common = {"op": FLAGS["op"].value, "from": FLAGS["from"].value}
   return common | operation.run()
 

@@ -428,13 +428,7 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
   kv = kv_quantizer.parse(_KV.value)
   if _PAGES.value:
     paging.parse(_PAGES.value)
-  from experiments.generating import (
-    conversation,
-    diffusion,
-    generate_adapters,
-    generate_pages,
-    images,
-  )
+  from experiments.generating import generate_adapters, generate_pages
 
   names, places = generate_adapters.named(_ADAPTER.value)
   layout = generate_pages.parse_flags(_PAGES.value, _KV.value, names)
@@ -448,6 +442,8 @@ def _continue(texts: list[str], rules: Any) -> dict[str, Any]:
       f"--adapter: found {len(rows)}, expected at most one with --image"
     )
   loaded = _load()
+  from experiments.generating import conversation, diffusion, images
+
   diffusion.check_next_token(loaded, f"--model={_MODEL.value}")
   images.check(loaded.model, _IMAGE.value, texts)
   # Without parameters: those that are used are others.

@@ -77,6 +77,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from research.interop.load import load_model
   from research.quant.algorithms.calibrate import Calibration
 
+  cli.loading(_MODEL.value)
   loaded = load_model(_MODEL.value)
   diffusion.check_next_token(loaded, f"--model={_MODEL.value}")
   text = Calibration(

@@ -160,6 +160,7 @@ def _run(
     )
   store = protocol.Store(folder / "arms")
   stored: dict[str, dict[str, Any]] = {}
+  cli.say(f"checking the settings of {len(arms)} arms")
   settings = {arm: study.settings(arm) for arm in arms}
   # Rows of other settings are refused before anything runs.
   for arm in arms:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 
 from research.errors import UserError
 
@@ -59,9 +60,7 @@ def of_share(
   """
   outcomes = np.asarray(outcomes, float)
   if np.isin(outcomes, (0, 1)).all():
-    from scipy import stats
-
-    right = stats.binomtest(int(outcomes.sum()), len(outcomes))
+    right = scipy.stats.binomtest(int(outcomes.sum()), len(outcomes))
     found = right.proportion_ci(CONFIDENCE, "wilson")
     return Interval(float(found.low), float(found.high))
   if len(outcomes) == 1:
@@ -83,11 +82,9 @@ def of_difference(
   differences = np.asarray(differences, float)
   n = len(differences)
   if np.isin(differences, (-1, 0, 1)).all():
-    from scipy import stats
-
     ahead, behind = (((differences == x).sum() + 1) / (n + 2) for x in (1, -1))
     middle = ahead - behind
-    half = stats.norm.ppf(UPPER) * np.sqrt(
+    half = scipy.stats.norm.ppf(UPPER) * np.sqrt(
       (ahead + behind - middle**2) / (n + 2)
     )
     low, high = np.clip((middle - half, middle + half), -1, 1)
@@ -132,8 +129,6 @@ def bootstrap(
   Raises:
     UserError: there are fewer than two values to draw from.
   """
-  from scipy import stats
-
   if min(sizes) < 2:
     raise UserError(
       f"bootstrap: found {min(sizes)} values, expected at least two"
@@ -145,8 +140,8 @@ def bootstrap(
 
   with warnings.catch_warnings():
     # It warns where all resamples are alike.
-    warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-    drawn = stats.bootstrap(
+    warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+    drawn = scipy.stats.bootstrap(
       tuple(np.arange(n) for n in sizes),
       along if vectorized else statistic,
       n_resamples=resamples,

@@ -68,6 +68,7 @@ class Conversion:
     write = self.writer()
     if self.report is not None:  # written at the end
       cli.directory(report=str(pathlib.Path(self.report).parent))
+    cli.loading(self.from_)
     source = self.open()
     written = write(source, to)
     log = written.log

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from experiments.core import device_context, runtime
+from experiments.core import cli, device_context, runtime
 from experiments.core.experiment import BuiltExperiment, Experiment
 from research import tree, weights
 from research.interop import convert, load, peft, sources, vision
@@ -34,15 +34,6 @@ from research.vlm.image_conditioned import ImageConditioned
 
 DEFAULT_WINDOW = 1024
 """Tokens that `experiments.perplexity` reads together."""
-
-
-def log(text: str) -> None:
-  """Prints a line to stderr, from the first process alone.
-
-  stdout has the run's result, and nothing else.
-  """
-  if runtime.is_first_process():
-    print(text, file=sys.stderr, flush=True)
 
 
 def write_text(path: Folder, text: str) -> None:
@@ -97,7 +88,7 @@ def _save_weights(place, experiment, built, params) -> bool:
   if not _save_adapter(place / "adapter", experiment, built, params):
     return _save_model(place / "model", experiment, built, params)
   if _has_other_base(built):
-    log(
+    cli.log(
       f"{place / load.MODEL} has the adapter over the base that it was trained"
       " over, as transforms have made that; other bases give other outputs."
     )
@@ -165,7 +156,7 @@ def _wrote_adapter(folder, base, loaded, params) -> bool:
   except WriteError:
     raise
   except UserError as error:
-    log(f"The adapter is written with the whole model, for Heptad: {error}")
+    cli.log(f"The adapter is written with the whole model, for Heptad: {error}")
     return False
   return True
 
@@ -227,7 +218,7 @@ def _write(folder: pathlib.Path, write: Callable[[], Any]) -> bool:
   except WriteError:
     raise
   except UserError as error:
-    log(f"{folder}: not written: {error}")
+    cli.log(f"{folder}: not written: {error}")
     return False
   return True
 

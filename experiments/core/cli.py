@@ -154,6 +154,23 @@ def warn(text: str) -> None:
   print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def log(text: str) -> None:
+  """Prints a line to stderr, from one process alone; stdout is the result's."""
+  if _is_first_process():
+    print(text, file=sys.stderr, flush=True)
+
+
+def loading(*models: Any) -> None:
+  """Says which models are loaded next, a line each.
+
+  Args:
+    *models: names, or what loads them.
+  """
+  for text in map(str, models):
+    start = text[:60] + text[60:].partition(" ")[0]  # cuts no path
+    log(f"loading {start}" + " [...]" * (start != text))
+
+
 def required(**values: Any) -> None:
   """Raises UserError for the first flag without a value."""
   for name, value in values.items():

@@ -16,7 +16,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from experiments.core import artifacts, runtime
+from experiments.core import artifacts, cli, runtime
 from experiments.core.experiment import Experiment
 from research.data import predicted
 from research.data.pipeline import Mixture, Pipeline
@@ -206,7 +206,7 @@ def restore_tokenizer(
     without = dataclasses.replace(tokenizer, documents=NO_SPECIAL_TOKENS)
     found = special_tokens_of(experiment, without)
     if found == NO_SPECIAL_TOKENS:
-      artifacts.log(
+      cli.log(
         f"{workdir}: this run started without the special tokens that its "
         "tokenizer puts around documents, and continues without them"
       )

@@ -5,6 +5,7 @@ from typing import Any
 
 from absl import flags
 
+from experiments.core import cli
 from research.errors import UserError
 
 
@@ -44,6 +45,7 @@ def load(
     name, dtype, towers: see `research.interop.load.load_model`.
     packed: the flag's value.
   """
+  cli.loading(name)
   from research.interop.load import load_model
   from research.quant.layouts import cpu_layout
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from research.intervals import UPPER
 from research.typing import UserError
@@ -50,7 +50,7 @@ def mean(values: Any) -> Mean:
     raise UserError("stats.mean: found no values, expected at least one")
   if len(x) == 1:
     return Mean(float(x[0]), math.inf)
-  half = stats.t.ppf(UPPER, len(x) - 1) * stats.sem(x)
+  half = scipy.stats.t.ppf(UPPER, len(x) - 1) * scipy.stats.sem(x)
   return Mean(float(x.mean()), float(half))
 
 

@@ -6,7 +6,6 @@ Commands and notebooks call these functions with an `Experiment`.
 import dataclasses
 import json
 import math
-import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -63,7 +62,7 @@ def train(
     lambda: finished_result(experiment, workdir)
   )
   if old is not None:
-    artifacts.log(
+    cli.log(
       f"{workdir}: this run has finished, after {old['steps']} steps; its"
       " result follows.\nTo train further, pass more steps (--set=STEPS=...);"
       " to write its files again, delete result.json."
@@ -103,7 +102,7 @@ def _train(
     watchdog.clear(workdir)
 
   # --- model ---
-  artifacts.log(textwrap.shorten(f"loading {experiment.model}", 80))
+  cli.loading(experiment.model)
   built = experiment.build(context)
   experiment, context = experiment.with_encoder_of(built), built.context
   start = _start(experiment, built)
@@ -123,7 +122,7 @@ def _train(
   data_fingerprint.check_context(experiment, built.loaded.model, tokenizer)
   training = experiment.training(built, tokenizer)
   for name, bucket in _data_report(training).get("buckets", {}).items():
-    artifacts.log(f"batches of {name}: {bucket}")
+    cli.log(f"batches of {name}: {bucket}")
   evaluations = experiment.evaluations(tokenizer)
   heldout = evaluations.pop("heldout", None)
 
@@ -187,9 +186,7 @@ def _train(
   chats = isinstance(data, Pipeline) and isinstance(
     data.source, ConversationSource
   )
-  artifacts.log(
-    artifacts.next_commands(workdir, loaded, result["devices"], chats)
-  )
+  cli.log(artifacts.next_commands(workdir, loaded, result["devices"], chats))
   return result
 
 
@@ -307,7 +304,7 @@ def _answers(
   if experiment.answers is None or jax.process_count() > 1:
     return {}
   report = experiment.answers(_trained(built, trained))
-  artifacts.log(f"answers, % right:\n{report}\n")
+  cli.log(f"answers, % right:\n{report}\n")
   return {"answers": report.to_json()}
 
 
@@ -318,7 +315,7 @@ def _judged(
   if experiment.step_report is None or jax.process_count() > 1:
     return {}
   report = experiment.step_report(_trained(built, trained))
-  artifacts.log(f"labelled steps: {report}\n")
+  cli.log(f"labelled steps: {report}\n")
   every = report.to_json()
   main = (
     *("f1", "f1_random", "accuracy_error", "accuracy_correct"),
@@ -394,15 +391,15 @@ def _log_parameters(
     each = sharding.bytes_per_device(built.params, shardings)
     note = f"; {context.describe()}, {each:,} bytes of them on each"
     for what in context.undivided(built.params):
-      artifacts.log(f"not sharded: the mesh does not divide {what}")
+      cli.log(f"not sharded: the mesh does not divide {what}")
   used = 1 if context.mesh is None else context.mesh.size
   if (spare := jax.device_count() - used) > 0:
-    artifacts.log(f"{spare} more devices are not used; --set=DATA=-1 takes all")
+    cli.log(f"{spare} more devices are not used; --set=DATA=-1 takes all")
   artifacts.write_text(
     workdir / "parameters.txt",
     tree.describe(built.params, experiment.trainable, shardings) + "\n",
   )
-  artifacts.log(
+  cli.log(
     f"{trainable:,} of {total:,} parameters are trained "
     f"({trainable / total:.2%}){note}; {workdir}/parameters.txt lists them"
   )
@@ -461,11 +458,11 @@ def _sample_and_evaluate(
       max_new_tokens=experiment.continuation,
     )
     text = tokenizer.decode(made.tokens[0])
-    artifacts.log(f"{when}: {experiment.prompt}{text}\n")
+    cli.log(f"{when}: {experiment.prompt}{text}\n")
   if heldout is None:
     return None
   found = evaluating.evaluate(measure, trained, heldout, built.context.batch)
-  artifacts.log(f"{when}: held-out perplexity {perplexity(found['loss']):.3f}")
+  cli.log(f"{when}: held-out perplexity {perplexity(found['loss']):.3f}")
   return found
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from experiments.core import cli
 from experiments.core.experiment import Source
 from experiments.generating import policies
 from experiments.generating.diffusion import check_next_token
@@ -168,6 +169,7 @@ class LabelRun:
   def _sampler(
     self, problems: Sequence[Problem]
   ) -> policy_samples.PolicySampler:
+    cli.loading(self.policy)
     loaded = self.policy.load()
     check_next_token(loaded, "LabelRun.policy")
     if loaded.tokenizer is None or not loaded.tokenizer.stop:

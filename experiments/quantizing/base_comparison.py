@@ -44,6 +44,7 @@ def compare_with_base(
   Raises:
     UserError: there is no such model, no tokenizer, or too little text.
   """
+  cli.loading(model, base)
   ours, theirs = (load.load_model(x, packed="any") for x in (model, base))
   tokenizer = ours.tokenizer or theirs.tokenizer
   if tokenizer is None:

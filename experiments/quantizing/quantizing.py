@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from experiments.core import cli
 from experiments.core.experiment import NeedsModel, Source, Transform
 from research.interop.loaded import Loaded
 from research.quant.reports import Report
@@ -41,6 +42,7 @@ class Job:
     Args:
       say: called with lines of progress.
     """
+    cli.loading(self.model)
     loaded = self.model.load()
     params, reports = loaded.params, []
     key = jax.random.key(self.seed)

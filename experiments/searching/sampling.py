@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import jax
 
+from experiments.core import cli
 from experiments.generating import policies
 from experiments.generating.diffusion import check_next_token
 from experiments.searching.context import Context
@@ -92,6 +93,7 @@ class Search:
       run: what is searched, and how.
       problems: all of them, for the longest prompt.
     """
+    cli.loading(run.policy)
     loaded = run.policy.load()
     self._run = run
     self._words = IdWords() if loaded.tokenizer is None else loaded.tokenizer
@@ -156,6 +158,7 @@ class Search:
     run = self._run
     if run.verifier is None:
       return Engine(policy=context.policy)
+    cli.loading(run.verifier)
     verifier = run.verifier.load(context)
     silent = tuple(
       x for x in context.policy.stop_tokens if not self._words.decode([x])

@@ -142,7 +142,7 @@ def train(
   results: dict[str, dict[str, Any]] = {}
   runtime.first_process_first(lambda: _check_later_files(run, workdir))
   for name, experiment in run.in_workdir(workdir).stages.items():
-    artifacts.log(f"--- stage {name} ({len(results) + 1} of {len(run.stages)})")
+    cli.log(f"--- stage {name} ({len(results) + 1} of {len(run.stages)})")
     place = workdir / name
     with folders.writing(place):
       place.mkdir(parents=True, exist_ok=True)

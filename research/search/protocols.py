@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import optimize
+import scipy
 
 from research.errors import UserError
 
@@ -178,7 +178,7 @@ def effective_size(
       f"effective_size: found sizes {list(parameters)} and {len(accuracies)}"
       " accuracies, expected two models at least, from small to large"
     )
-  curve = optimize.isotonic_regression(np.asarray(accuracies, float)).x
+  curve = scipy.optimize.isotonic_regression(np.asarray(accuracies, float)).x
   if accuracy <= curve[0]:
     return EffectiveSize(float(sizes[0]), "at most")
   if accuracy > curve[-1]:

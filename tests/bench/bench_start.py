@@ -24,26 +24,7 @@ from tests.experiments import test_start
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 AIMS = {"help": 1, "error": 2, "work": 3}  # seconds
-MODELS = "tests/golden/models"
-MODEL = f"{MODELS}/gguf_f32/model.gguf"
-TEXT = "tests/multiprocess/tiny.gin"
-WORK = {
-  x.split()[0]: x
-  for x in (
-    f"adapters --op=diagnose --from={MODELS}/peft_lora",
-    f"convert --from={MODEL} --to={{new}} --format=hf",
-    f"evaluate --model={MODEL} --base={MODEL} --text={TEXT} --window=64",
-    f"generate --model={MODEL} --prompt=a --max_new_tokens=4",
-    f"perplexity --model={MODEL} --text={TEXT} --window=64",
-    "plan --topology=cpu:1 --config=runs/quickstart.gin",
-    "quantize --to={new} --config=runs/quant/gptq_smollm2.gin --set=BLOCK=32"
-    f" --set=experiment.Pretrained.name='{MODEL}'",
-    "search --workdir={new} --config=tests/experiments/searching/tiny.gin",
-    "study --workdir={new} --config=runs/lora/claims_capacity.gin",
-    "sweep --workdir={new} --sweep=sweeps/quickstart_rank.gin",
-    f"train --workdir={{new}} --config={TEXT}",
-  )
-}
+WORK = {x.split()[0]: x for x in test_start.WORK}
 """Cheap examples, by command."""
 
 ROWS = (

@@ -5,6 +5,7 @@ import pathlib
 
 from experiments import generate
 from experiments.core import cli
+from tests import support_output
 
 MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
 TINY = MODELS / "gguf_f32" / "model.gguf"
@@ -16,7 +17,7 @@ def command(capsys):
   def call(*arguments):
     status = cli.call(generate.main, ["command", *map(str, arguments)])
     out = capsys.readouterr()
-    return status, out.out.splitlines(), out.err
+    return status, out.out.splitlines(), support_output.errors(out.err)
 
   return call
 

@@ -20,7 +20,7 @@ from research.lora import adapt, lora_factors
 from research.lora.merge import merge
 from research.quant.quantize import Quantize
 from research.training.checkpoints.workdir import claim_workdir
-from tests import support_golden
+from tests import support_golden, support_output
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODELS = ROOT / "tests" / "golden" / "models"
@@ -36,7 +36,8 @@ def command(capsys):
     status = cli.call(main, ["x", *map(str, arguments)])
     out = capsys.readouterr()
     lines = out.out.splitlines()
-    return status, json.loads(lines[-1]) if lines else None, out.err
+    result = json.loads(lines[-1]) if lines else None
+    return status, result, support_output.errors(out.err)
 
   return call
 

@@ -23,6 +23,7 @@ from research.io import safetensors
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
 from research.typing import UserError
+from tests import support_output
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODELS = ROOT / "tests" / "golden" / "models"
@@ -37,7 +38,8 @@ def command(capsys):
     status = cli.call(convert.main, ["convert", *map(str, arguments)])
     out = capsys.readouterr()
     lines = out.out.splitlines()
-    return status, json.loads(lines[-1]) if lines else None, out.err
+    result = json.loads(lines[-1]) if lines else None
+    return status, result, support_output.errors(out.err)
 
   return call
 

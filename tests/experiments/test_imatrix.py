@@ -10,7 +10,7 @@ from experiments.core import cli
 from research.interop import gguf
 from research.interop.gguf import imatrix as gguf_imatrix
 from research.interop.gguf import tensor_types
-from tests import support_gguf
+from tests import support_gguf, support_output
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def command(capsys):
     out = capsys.readouterr()
     lines = out.out.splitlines()
     result = json.loads(lines[-1]) if lines and not status else None
-    return status, result, out.out, out.err
+    return status, result, out.out, support_output.errors(out.err)
 
   return call
 

@@ -14,6 +14,7 @@ from experiments.quantizing import quantizing
 from research import weights
 from research.interop import load
 from research.quant.algorithms.calibrate import Calibration
+from tests import support_output
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "golden" / "models" / "gguf_mixed" / "model.gguf"
@@ -39,7 +40,7 @@ def command(capsys):
     out = capsys.readouterr()
     lines = out.out.splitlines()
     result = json.loads(lines[-1]) if status == 0 else None
-    return status, result, out.err, lines
+    return status, result, support_output.errors(out.err), lines
 
   return call
 

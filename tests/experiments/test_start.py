@@ -13,19 +13,26 @@ import pytest
 
 from experiments.__main__ import commands
 from experiments.core import bindings
+from experiments.core.runtime import PACKAGES
 
 EXPERIMENTS = bindings.CONFIGS.parent / "experiments"
 PROGRAM = """
-import atexit, json, runpy, sys
+import atexit, builtins, json, os, runpy, sys
+say = print
 def show():
-  ours = ("research", "kernels_pallas", "experiments")
-  tops = {x.partition(".")[0] for x in sys.modules} - set(before)
-  mine = sorted(x for x in sys.modules if x.partition(".")[0] in ours)
-  print("MODULES", json.dumps([sorted(tops), mine]))
+  added = [x for x in sys.modules if x.partition(".")[0] not in before]
+  say("MODULES", json.dumps(added), flush=True)
+def end(*line, **options):
+  say(*line, **options)
+  show()
+  os._exit(0)
 before = {x.partition(".")[0] for x in sys.modules}
-atexit.register(show)
-name, *sys.argv = sys.argv[1:]
+first, name, *sys.argv = sys.argv[1:]
 sys.argv = [name, "--nohuge_pages", *sys.argv]
+if first:
+  builtins.print = end
+else:
+  atexit.register(show)
 runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
 """
 LIGHT = {"absl", "etils", "lazy_loader", "typing_extensions"}
@@ -139,6 +146,43 @@ LATER = {
 }
 """Errors of values that are understood by what computes with them."""
 
+MODELS = "tests/golden/models"
+MODEL = f"{MODELS}/gguf_f32/model.gguf"
+TEXT = "tests/multiprocess/tiny.gin"
+SAMPLE = "search --workdir={new} --config=tests/experiments/searching/tiny.gin"
+LOADS = "loading FromScratch("
+WORK = {
+  f"adapters --op=diagnose --from={MODELS}/peft_lora": "loading tests/",
+  f"convert --from={MODEL} --to={{new}} --format=hf": "loading tests/",
+  f"evaluate --model={MODEL} --base={MODEL} --text={TEXT} --window=64": (
+    "loading tests/"
+  ),
+  f"generate --model={MODEL} --prompt=a --max_new_tokens=4": "loading tests/",
+  f"perplexity --model={MODEL} --text={TEXT} --window=64": "loading tests/",
+  PLAN: "path",
+  f"{QUANTIZE} --set=BLOCK=32 --set=experiment.Pretrained.name='{MODEL}'": (
+    "loading Pretrained(name='tests/"
+  ),
+  SAMPLE: LOADS,
+  STUDY: "checking the settings of 28 arms",
+  "sweep --workdir={new} --sweep=sweeps/quickstart_rank.gin": "8 units, 8 of",
+  f"train --workdir={{new}} --config={TEXT}": LOADS,
+}
+"""Cheap examples, and how their first line begins."""
+
+LATE = {
+  *("matplotlib", "sympy", "scipy.linalg", "scipy.optimize", "scipy.special"),
+  *("scipy.stats", "experiments.notebooks"),
+}
+"""Modules that no first line of work has imported."""
+
+SYSTEMS = {
+  *("experiments.labelling", "experiments.searching", "research.reasoning"),
+  *("research.search", "research.diffusion.sampling.sampler"),
+  "experiments.studies.claims",
+}
+"""Packages that only a search and a study have imported by then."""
+
 COMMANDS = list(commands())
 
 
@@ -146,37 +190,40 @@ def _is_package(name):
   return (EXPERIMENTS.parent / name.replace(".", "/") / "__init__.py").is_file()
 
 
-def _run(command, tmp_path):
-  """Returns (output, packages of others, modules of ours) of a command."""
+def _run(command, tmp_path, first=""):
+  """Returns (output, packages of others, all modules) of a command.
+
+  As they are at its end, or with `first` at its first line.
+  """
   words = command.replace("{new}", str(tmp_path / "new")).split()
   done = subprocess.run(
-    [sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True
+    [sys.executable, "-c", PROGRAM, first, *words],
+    capture_output=True,
+    text=True,
   )
   text, _, modules = done.stdout.rpartition("MODULES ")
-  tops, ours = json.loads(modules)
-  standard = sys.stdlib_module_names
-  others = {x for x in tops if x not in standard and not x.startswith("_")}
-  mine = ("research", "kernels_pallas", "experiments", "sitecustomize")
-  return text + done.stderr, others - set(mine), ours
+  modules = set(json.loads(modules))
+  others = {x.partition(".")[0] for x in modules} - sys.stdlib_module_names
+  others -= {*PACKAGES, "sitecustomize"}
+  others = {x for x in others if not x.startswith("_")}
+  return text + done.stderr, others, modules
 
 
 @pytest.mark.parametrize("command", ERRORS)
 def test_errors_come_before_heavy_imports(command, tmp_path):
-  output, others, ours = _run(command, tmp_path)
+  output, others, modules = _run(command, tmp_path)
   assert "error: " in output and ERRORS[command] in output
   assert others <= LIGHT
-  modules = {x for x in ours if not _is_package(x)}
-  assert {x.rpartition(".")[2] for x in modules} <= OURS
+  ours = {x for x in modules if x.startswith(PACKAGES) and not _is_package(x)}
+  assert {x.rpartition(".")[2] for x in ours} <= OURS
 
 
 @pytest.mark.parametrize("command", LATER)
 def test_errors_come_before_models_are_read(command, tmp_path):
-  output, others, ours = _run(command, tmp_path)
+  output, others, modules = _run(command, tmp_path)
   assert LATER[command] in output
   assert not others & HEAVY
-  rooms = {".".join(x.split(".")[:2]) for x in ours}
-  assert not rooms & {"research.vlm", "research.training", "research.search"}
-  assert not any(".studies." in x for x in ours)
+  assert not modules & {"research.vlm", "research.training", *SYSTEMS}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -188,3 +235,13 @@ def test_help_imports_what_flags_need(command, tmp_path):
 
 def test_every_command_has_errors_here():
   assert {x.split()[0] for x in ERRORS} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", WORK)
+def test_work_begins_before_what_it_does_not_need_yet(command, tmp_path):
+  output, _, modules = _run(command, tmp_path, "first")
+  lines = [x for x in output.splitlines() if not x.startswith("working: ")]
+  assert lines[0].startswith(WORK[command])
+  assert not modules & LATE
+  if command not in (SAMPLE, STUDY):
+    assert not modules & SYSTEMS

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from scipy import optimize, special
+import scipy
 
 from experiments.studies.prm.states import States
 from research.prm.labelled import Label, LabelledSolution
@@ -153,7 +153,7 @@ class Logistic(NamedTuple):
   def __call__(self, x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " N"]:
     """Returns the chance of each row."""
     z = (x - self.mean) / self.scale @ self.weights + self.bias
-    return special.expit(z)
+    return scipy.special.expit(z)
 
 
 def fit(
@@ -178,11 +178,11 @@ def fit(
   def loss(weights):
     logits = z @ weights
     value = np.mean(np.logaddexp(0.0, logits) - y * logits)
-    slope = z.T @ (special.expit(logits) - y) / len(y)
+    slope = z.T @ (scipy.special.expit(logits) - y) / len(y)
     value += penalty @ weights**2 / 2
     return value, slope + penalty * weights
 
-  found = optimize.minimize(
+  found = scipy.optimize.minimize(
     loss,
     np.zeros(z.shape[1]),
     jac=True,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from experiments.core.stats import Mean, over_seeds
 from experiments.studies.listed import NAMED, set_parts
@@ -394,7 +394,7 @@ class Noisy:
       np.concatenate([row["samples"] for row in rows]),
       np.concatenate([row["right"] for row in rows]),
     )
-    chances = stats.beta(beta.alpha, beta.beta).ppf(_MIDDLES)
+    chances = scipy.stats.beta(beta.alpha, beta.beta).ppf(_MIDDLES)
 
     def predicted(k):
       rates = float(self.right), float(self.wrong)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special
+import scipy
 
 from research.data.examples import Example
 from research.data.sources import Split
@@ -105,4 +105,4 @@ def _transitions(vocab, mix, sharpness):
       (2, vocab, vocab)
     )
     scores += weight * sharpness * (last[None, :, :] + before[:, None, :])
-  return special.softmax(scores, -1)
+  return scipy.special.softmax(scores, -1)

@@ -6,7 +6,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import linalg
+import scipy
 
 from research.typing import Array, Float
 
@@ -41,7 +41,7 @@ def decompose(
     return u.T, s, v.T
   size = len(w)
   some = None if rank is None else (max(size - rank, 0), size - 1)
-  squares, vectors = linalg.eigh(
+  squares, vectors = scipy.linalg.eigh(
     w @ w.T, subset_by_index=some, driver="evd" if some is None else "evr"
   )
   s, u = np.sqrt(np.maximum(squares[::-1], 0)), vectors[:, ::-1]

@@ -4,8 +4,8 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 
 from research.errors import UserError
 
@@ -25,7 +25,7 @@ def length_bias(
   for group in (correct, ~correct):
     if len(set(steps[group].tolist())) > 1 and np.ptp(scores[group]) > 0:
       n = int(group.sum())
-      found = stats.spearmanr(scores[group], steps[group]).statistic
+      found = scipy.stats.spearmanr(scores[group], steps[group]).statistic
       total, weight = total + n * float(found), weight + n
   return total / weight if weight else float("nan")
 

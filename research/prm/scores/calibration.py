@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int
-from scipy import optimize, special, stats
 
 from research.errors import UserError
 
@@ -52,7 +52,7 @@ def expected_calibration_error(
   """
   scores, labels = _pair(scores, labels)
   n = len(scores)
-  ranks = stats.rankdata(scores, "average") - 0.5
+  ranks = scipy.stats.rankdata(scores, "average") - 0.5
   which = np.minimum((ranks * bins / n).astype(int), bins - 1)
   counts = np.bincount(which, minlength=bins)
   gaps = np.bincount(which, scores - labels, minlength=bins)
@@ -70,7 +70,7 @@ def auc(scores: Scores, labels: Labels) -> float:
   n, m = int(positive.sum()), int((~positive).sum())
   if not n or not m:
     return float("nan")
-  ranks = stats.rankdata(scores)
+  ranks = scipy.stats.rankdata(scores)
   return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
 
 
@@ -118,7 +118,7 @@ class Temperature:
 
   def __call__(self, logits: Scores) -> Scores:
     """Returns calibrated probabilities."""
-    return special.expit(logits / self.value)
+    return scipy.special.expit(logits / self.value)
 
 
 def fit_temperature(logits: Scores, labels: Labels) -> Temperature:
@@ -136,7 +136,7 @@ def fit_temperature(logits: Scores, labels: Labels) -> Temperature:
     z = logits * np.exp(log_scale)
     return float(np.mean(np.logaddexp(0.0, z) - labels * z))
 
-  found = optimize.minimize_scalar(
+  found = scipy.optimize.minimize_scalar(
     loss, bounds=(-6.0, 6.0), method="bounded", options={"xatol": 1e-9}
   )
   return Temperature(float(np.exp(-found.x)))
@@ -168,5 +168,7 @@ def fit_isotonic(scores: Scores, labels: Labels) -> Isotonic:
     scores, return_inverse=True, return_counts=True
   )
   means = np.bincount(where, labels) / counts
-  fitted = optimize.isotonic_regression(means, weights=counts.astype(float))
+  fitted = scipy.optimize.isotonic_regression(
+    means, weights=counts.astype(float)
+  )
   return Isotonic(points, fitted.x)

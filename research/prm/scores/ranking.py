@@ -8,8 +8,8 @@ others beside it.
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float
-from scipy import stats
 
 from research.errors import UserError
 from research.prm.scores.checks import Scores, finite
@@ -79,4 +79,4 @@ def rank_correlation(
   scores: Float[np.ndarray, "B"], values: Float[np.ndarray, "B"]
 ) -> float:
   """Returns Spearman's correlation of scores with exact values."""
-  return float(stats.spearmanr(scores, values).statistic)
+  return float(scipy.stats.spearmanr(scores, values).statistic)

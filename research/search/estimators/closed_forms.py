@@ -2,7 +2,7 @@
 
 import math
 
-from scipy import special
+import scipy
 
 from research.errors import UserError
 
@@ -25,7 +25,8 @@ def beta_pass_at_k(
 
   `1 - B(alpha, beta + k) / B(alpha, beta)`.
   """
-  ratio = special.betaln(alpha, beta + k) - special.betaln(alpha, beta)
+  betaln = scipy.special.betaln
+  ratio = betaln(alpha, beta + k) - betaln(alpha, beta)
   return float(-math.expm1(ratio))
 
 

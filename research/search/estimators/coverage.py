@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 from jaxtyping import Int
-from scipy import optimize, stats
 
 from research.errors import UserError
 from research.search.estimators.closed_forms import beta_pass_at_k
@@ -115,11 +115,11 @@ def fit_beta(
     )
 
   def loss(logs):
-    return -stats.betabinom.logpmf(correct, samples, *np.exp(logs)).mean()
+    return -scipy.stats.betabinom.logpmf(correct, samples, *np.exp(logs)).mean()
 
   share = np.clip(correct.sum() / samples.sum(), 1e-3, 1 - 1e-3)
   start = np.log([share, 1 - share])
-  found = optimize.minimize(
+  found = scipy.optimize.minimize(
     loss, start, method="L-BFGS-B", bounds=[(-9, 9), (-9, 9)]
   )
   alpha, beta = np.exp(found.x)

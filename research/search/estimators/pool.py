@@ -7,8 +7,8 @@ all of them is unbiased, and has the least variance of what the pool can give.
 import math
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float
-from scipy import special
 
 from research.errors import UserError
 
@@ -77,6 +77,5 @@ def best_of_k(
 
 
 def _log_choose(n: np.ndarray, k: int) -> Float[np.ndarray, "B"]:
-  return (
-    special.gammaln(n + 1) - math.lgamma(k + 1) - special.gammaln(n - k + 1)
-  )
+  gammaln = scipy.special.gammaln
+  return gammaln(n + 1) - math.lgamma(k + 1) - gammaln(n - k + 1)

@@ -9,8 +9,8 @@ import collections
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy import special
 
 from research.errors import UserError
 from research.search.estimators.pool import check_subset
@@ -134,7 +134,7 @@ def _times(
 
 def _chances(n: int, share: float) -> Float[np.ndarray, "M"]:
   """Returns the chance of i of n for i of 0 to n: the binomial distribution."""
-  i = np.arange(n + 1)
+  i, special = np.arange(n + 1), scipy.special
   ways = (
     special.gammaln(n + 1) - special.gammaln(i + 1) - special.gammaln(n - i + 1)
   )

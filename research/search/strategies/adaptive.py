@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 
 import jax
-from scipy import stats
+import scipy
 
 from research.search.choose import answers_of
 from research.search.engine import Engine, Path
@@ -32,7 +32,7 @@ def lead(answers: Sequence[Hashable | None]) -> float:
   if not counts:
     return 0.0
   second = counts[1] if len(counts) > 1 else 0
-  return float(stats.beta.sf(0.5, counts[0] + 1, second + 1))
+  return float(scipy.stats.beta.sf(0.5, counts[0] + 1, second + 1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

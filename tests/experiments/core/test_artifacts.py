@@ -213,8 +213,3 @@ def test_a_full_disk_is_an_error_and_no_remark(tmp_path):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert not list(tmp_path.iterdir())
-
-
-def test_what_a_run_says_is_not_its_result(capsys):
-  artifacts.log("loading a model")
-  assert capsys.readouterr() == ("", "loading a model\n")

@@ -35,6 +35,7 @@ from research.lora import adapt
 from research.lora.methods.lora import LoRA
 from research.training.preemption import Preempted
 from research.typing import UserError
+from tests import support_output
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 MODELS = ROOT / "tests" / "golden" / "models"
@@ -49,7 +50,7 @@ def command(capsys):
   def call(main, *arguments):
     status = cli.call(main, ["command", *map(str, arguments)])
     out = capsys.readouterr()
-    return status, out.out.splitlines(), out.err
+    return status, out.out.splitlines(), support_output.errors(out.err)
 
   return call
 
@@ -484,3 +485,14 @@ def test_who_waits_for_other_processes_may_speak(monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   runtime.CONNECTING.clear()
   assert not cli._is_first_process()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_what_is_loaded_is_named_beside_the_result(index, monkeypatch, capsys):
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(jax, "process_index", lambda: index)
+  path = "a/" * 50
+  cli.loading("m", path, f"Pretrained(name={path!r}, dtype='float32')")
+  lines = ["m", path, f"Pretrained(name={path!r}, [...]"]
+  said = "".join(f"loading {line}\n" for line in lines) if index == 0 else ""
+  assert capsys.readouterr() == ("", said)

@@ -19,7 +19,7 @@ from research.io import safetensors, unread
 from research.quant import qtensor
 from research.quant.formats.affine import Affine
 from research.typing import UserError
-from tests import support
+from tests import support, support_output
 from tests.research.interop.test_convert import MODELS, logits
 from tests.research.io import test_unread
 from tests.support_hf_quant import (
@@ -302,7 +302,8 @@ def test_the_command(made, tmp_path, capsys):
     status = cli.call(command.main, ["convert", *map(str, arguments)])
     out = capsys.readouterr()
     lines = out.out.splitlines()
-    return status, json.loads(lines[-1]) if lines else None, out.err
+    result = json.loads(lines[-1]) if lines else None
+    return status, result, support_output.errors(out.err)
 
   status, result, errors = call(
     f"--from={made('gptq', True)}", f"--to={tmp_path / 'a'}", "--format=awq"
