@@ -200,8 +200,7 @@ def directory(**paths: str | None) -> None:
     found = next((x for x in (place, *place.parents) if x.exists()), None)
     if found is not None and not found.is_dir():
       raise UserError(
-        f"--{name}={path}: {found} is a file, expected a directory or a new"
-        " name."
+        f"--{name}={path}: {found} is a file, expected a folder or a new name."
       )
 
 
@@ -215,10 +214,7 @@ def existing(flag: str, paths: Iterable[str]) -> None:
 
 
 def model(name: str) -> None:
-  """Raises UserError where no model can have this name.
-
-  Commands ask before they import what reads models, which takes seconds.
-  """
+  """Raises UserError where no model can have this name."""
   from research.interop import packages
 
   packages.check_name(name)
@@ -232,8 +228,6 @@ def run_file(
   **more: str,
 ) -> None:
   """Raises UserError for what a run file's text shows to be wrong.
-
-  Commands ask before they import what the file configures, which takes seconds.
 
   Args:
     path: the file; None for that of a run.
@@ -285,12 +279,12 @@ def run(main: Main) -> NoReturn:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):
   """Prints the library's own warnings as a line, from one process alone."""
-  if category is not RuntimeWarning:
+  ours = category is RuntimeWarning
+  text = f"warning: {message}\n"
+  if not ours:
     text = warnings.formatwarning(message, category, filename, lineno, line)
+  if not ours or _is_first_process():
     print(text, end="", file=file or sys.stderr, flush=True)
-    return
-  if _is_first_process():
-    print(f"warning: {message}", file=file or sys.stderr, flush=True)
 
 
 def _show_progress(text: str) -> None:
@@ -304,10 +298,7 @@ def _show_progress(text: str) -> None:
 
 
 def _is_first_process() -> bool:
-  """Whether no other process of the run has a smaller index.
-
-  Each is, until it has found the others.
-  """
+  """Whether it has the smallest index; each has until it finds the others."""
   if "jax" not in sys.modules:
     return True
   import jax
@@ -366,18 +357,12 @@ def _write_result(result: dict[str, Any], path: str | None) -> None:
   """Prints a command's result; writes it in one move where --result says."""
   text = json.dumps(plain(result))
   if path is not None:
-    from research.io import folders
-
-    file = folders.folder(path)
-    with folders.writing(file):
-      file.parent.mkdir(parents=True, exist_ok=True)
-      folders.write_text(file, text + "\n")
+    _write_text(path, text)
   print(text, flush=True)
 
 
 def _helps(main: Main) -> Main:
-  text = describe(main)
-  return lambda argv: say(text)
+  return lambda argv: say(describe(main))
 
 
 def _flags(main: Main) -> flags.FlagValues:
@@ -408,10 +393,8 @@ def explanation(error: BaseException) -> str | None:
 
 def _is_out_of_memory(error: BaseException) -> bool:
   """Whether NumPy or XLA could not allocate an array."""
-  exhausted = "RESOURCE_EXHAUSTED" in str(error)  # XLA's RuntimeError
-  return isinstance(error, MemoryError) or (
-    isinstance(error, RuntimeError) and exhausted
-  )
+  xla = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+  return xla or isinstance(error, MemoryError)
 
 
 def plain(x: Any) -> Any:
@@ -431,11 +414,16 @@ def plain(x: Any) -> Any:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
   """Writes a value as a JSON file in one move, see `plain`."""
+  _write_text(path, json.dumps(plain(value), indent=1))
+
+
+def _write_text(path: str | os.PathLike, text: str) -> None:
   from research.io import folders
 
   file = folders.folder(path)
   with folders.writing(file):
-    folders.write_text(file, json.dumps(plain(value), indent=1) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    folders.write_text(file, text + "\n")
 
 
 def describe(main: Main) -> str:

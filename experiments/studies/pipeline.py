@@ -465,6 +465,7 @@ def _searched(run: search_run.SearchRun, pool: Sequence[Searched]) -> Row:
   each = results.accuracies(pool, run.choice, run.n)
   if isinstance(run.choice, BestOf):
     whole["wrong"] = wrong_answers.kinds_of(pool, run.choice.aggregate)
+    whole["errors"] = wrong_answers.errors_of(pool, run.choice.aggregate)
   return whole | {
     "each": [round(x, 6) for x in each],
     "right": [sum(x.correct for x in one.samples) for one in pool],

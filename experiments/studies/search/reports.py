@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import scipy
 
-from experiments.core.stats import Mean, over_seeds
+from experiments.core.stats import Mean
 from experiments.studies.listed import NAMED, set_parts
 from experiments.studies.protocol import Lines, Row
 from experiments.studies.search import systems
@@ -42,36 +42,6 @@ class Report(abc.ABC):
   def plot(self, found: Found, path: pathlib.Path) -> None:
     """Leaves a picture, if there is one to draw."""
     del found, path
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardModels(Report):
-  """How well reward models find first errors, on the test solutions.
-
-  Attributes:
-    systems: steps that trained one.
-  """
-
-  systems: Named = dataclasses.field(metadata=NAMED)
-
-  def lines(self, found: Found) -> Lines:
-    """Returns a line for each model that is there, and one of chance."""
-    every = [(x.name, rows) for x in self.systems if (rows := found(x))]
-    # All models of a seed are tested on the same solutions; rows of older
-    # evaluations do not say what chance reaches there.
-    most = max((rows for _, rows in every), key=len, default=[])
-    if chance := [x["f1_random"] for x in most if "f1_random" in x]:
-      rows = [{"f1": f1, "auc": 0.5} for f1 in chance]
-      every.append(("nothing: random scores", rows))
-    return [
-      {
-        "learned": name,
-        "F1 of first errors, %": over_seeds([x["f1"] for x in rows], 100),
-        "AUC, %": over_seeds([x["auc"] for x in rows], 100),
-        "seeds": len(rows),
-      }
-      for name, rows in every
-    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,38 +253,6 @@ def _chosen(accuracy: np.ndarray, bins: np.ndarray, names: list[str]) -> Lines:
     {"problems": title, "n": n, names[0]: value}
     for title, value in values.items()
   ]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WrongSolutions(Report):
-  """What is wrong with solutions, and how often scores see it.
-
-  Attributes:
-    systems: choices by scores among samples of one policy.
-    least: share of all samples that a kind needs for a line of its own.
-  """
-
-  systems: Named = dataclasses.field(metadata=NAMED)
-  least: float | int = 0.02
-
-  def lines(self, found: Found) -> Lines:
-    """Returns a line for each kind, with a column for each system."""
-    rows = {x: found(x) for x in self.systems}
-    if not all(rows.values()):
-      return []
-    first = rows[self.systems[0]][0]["wrong"]
-    kinds = [k for k, x in first.items() if x["share"] >= self.least]
-    return [
-      {"what is wrong": kind, "of all samples, %": 100 * first[kind]["share"]}
-      | {x.name: _seen(rows[x][0]["wrong"].get(kind)) for x in self.systems}
-      for kind in kinds
-    ]
-
-
-def _seen(kind: Mapping[str, Any] | None) -> float | None:
-  if kind is None or kind["below"] is None:
-    return None
-  return 100 * kind["below"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

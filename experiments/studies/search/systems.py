@@ -2,11 +2,20 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from experiments.core.stats import above, common_seeds, mean, over_seeds
+from experiments.core.stats import (
+  MOST_SEEDS,
+  Mean,
+  above,
+  common_seeds,
+  equivalent,
+  mean,
+  over_seeds,
+  seeds_to_decide,
+)
 from experiments.studies.listed import NAMED
 from experiments.studies.protocol import Row, Verdict
 from research.search.estimators import pool as estimators
@@ -38,7 +47,7 @@ class System:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-  """A claim: a system is better than another.
+  """A claim: a system is better than another, or as good.
 
   Attributes:
     claim: a sentence.
@@ -47,6 +56,8 @@ class Comparison:
     within: the first one costs at most so many times the second one's FLOPs,
       verifier included; None where cost is not compared.
     least: difference of the shares of right answers.
+    holds: `above`, the first is better by more than `least`; `within`, they
+      are apart by less than it.
   """
 
   claim: str
@@ -54,6 +65,7 @@ class Comparison:
   second: System | str = dataclasses.field(metadata=NAMED)
   within: float | int | None = None
   least: float | int = 0.0
+  holds: Literal["above", "within"] = "above"
 
 
 def each_of(system: System, rows: Sequence[Row]) -> Float[np.ndarray, "S P"]:
@@ -140,9 +152,12 @@ def verdict(
   )
   if comparison.within is not None and ratio > comparison.within:
     return Verdict(comparison.claim, f"{text}: too many", False)
-  holds, sure = None, above(over, comparison.least)
-  if sure and found.low > comparison.least:
-    holds = True
-  elif sure is False and found.high < comparison.least:
-    holds = False
+  decide = equivalent if comparison.holds == "within" else above
+  by_seeds = decide(over, comparison.least)
+  # The larger half: a bootstrap's interval need not be symmetric.
+  by_problems = decide(Mean(found.value, found.half), comparison.least)
+  holds = by_seeds if by_seeds == by_problems else None
+  if holds is None and seeds > 1 and comparison.holds == "above":
+    n = seeds_to_decide(over, seeds, comparison.least)
+    text += f"; {n} seeds would decide" if n < MOST_SEEDS else ""
   return Verdict(comparison.claim, text, holds)

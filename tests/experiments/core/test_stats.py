@@ -79,3 +79,12 @@ def test_decisions_combine_as_kleene_has_them(pair):
   assert stats.every(pair) is of[min(values)]
   assert stats.either(pair) is of[max(values)]
   assert stats.opposite(pair[0]) is of[1 - values[0]]
+
+
+@pytest.mark.parametrize("effect, seeds", [(1.0, 10), (0.5, 34), (0.01, 100)])
+def test_seeds_that_would_decide_are_those_of_tables_of_power(effect, seeds):
+  """One-sample t-tests, two-sided 5%, power 0.8 (Cohen 1988)."""
+  values = np.array([-1.0, 0.0, 1.0]) + effect  # a standard deviation of 1
+  found = stats.mean(values)
+  assert stats.seeds_to_decide(found, 3) == seeds
+  assert stats.seeds_to_decide(found.over(-2.0), 3, 2) == seeds

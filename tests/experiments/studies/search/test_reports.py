@@ -5,7 +5,7 @@ import pytest
 
 from experiments.core import config
 from experiments.studies import protocol
-from experiments.studies.search import reports
+from experiments.studies.search import reports, scores
 from experiments.studies.search.systems import System
 from research.typing import UserError
 
@@ -19,7 +19,7 @@ def row(**fields):
 def test_reward_models_have_an_interval_where_there_are_seeds():
   rows = {FIRST: [{"f1": 0.5, "auc": 0.8}, {"f1": 0.7, "auc": 0.8}]}
   rows |= {SECOND: [{"f1": 0.25, "auc": 0.5}], POOL: []}
-  table = reports.RewardModels(systems=(FIRST, SECOND, POOL))
+  table = scores.RewardModels(systems=(FIRST, SECOND, POOL))
   first, second = table.lines(rows.get)
   assert first["F1 of first errors, %"].value == pytest.approx(60)
   assert first["AUC, %"].half == pytest.approx(0, abs=1e-6)
@@ -125,7 +125,7 @@ def test_each_kind_of_wrong_solution_has_its_line():
   first = {"cut": few, "false": {"share": 0.6, "below": 0.75}}
   other = {"false": {"share": 0.6, "below": None}}
   rows = {FIRST: [row(wrong=first)], SECOND: [row(wrong=other)], POOL: [row()]}
-  report = reports.WrongSolutions(systems=(FIRST, SECOND))
+  report = scores.WrongSolutions(systems=(FIRST, SECOND))
   assert report.lines(rows.get) == [
     {
       "what is wrong": "false",
@@ -193,7 +193,7 @@ def test_the_experiment_on_labels_can_be_configured():
     (step,) = (x for x in study.steps if x.name == noisy.system.step)
     assert f"free_verifiers.ExactSteps.right={noisy.right}" in step.set
     assert f"free_verifiers.ExactSteps.wrong={noisy.wrong}" in step.set
-  assert [len(x) for x in study.tables({})] == [0] * 6
+  assert [len(x) for x in study.tables({})] == [0] * 8
 
 
 def test_the_experiment_on_rewards_can_be_configured():
