@@ -319,7 +319,7 @@ def _judged(
   every = report.to_json()
   main = (
     *("f1", "f1_random", "accuracy_error", "accuracy_correct"),
-    *("auc", "threshold"),
+    *("auc", "auc_error", "threshold"),
   )
   return {name: every[name] for name in main} | {"step_report": every}
 

@@ -58,6 +58,10 @@ class Skipped(NamedTuple):
   reason: str
 
 
+MAX_BYTES = 1 << 28
+"""Maximum size of a file that is one JSON object; CHAMP's has 72 MB."""
+
+
 def read(path: str, format: Format) -> list[LabelledSolution]:
   """Reads JSON Lines of one format; `.json` is one record.
 
@@ -99,15 +103,13 @@ def records(path: str) -> list[Record]:
     return jsonl.read(path)
   try:
     size = os.path.getsize(path)
-    text = (
-      "" if size > jsonl.MAX_LINE else pathlib.Path(path).read_text("utf-8")
-    )
+    text = "" if size > MAX_BYTES else pathlib.Path(path).read_text("utf-8")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{path}: cannot be read as UTF-8 ({error})") from error
-  if size > jsonl.MAX_LINE:
+  if size > MAX_BYTES:
     raise UserError(
-      f"{path}: found {size:,} bytes, expected at most {jsonl.MAX_LINE:,} in"
-      " one JSON object.\nWrite it as JSON Lines, one record a line."
+      f"{path}: found {size:,} bytes, expected at most {MAX_BYTES:,} in one"
+      " JSON object.\nWrite it as JSON Lines, one record a line."
     )
   return [jsonl.parse(text, path)]
 

@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
       "Temperature",
       "auc",
       "auc_by",
+      "auc_error",
       "brier",
       "by_index",
       "by_steps_to_go",

@@ -5,7 +5,7 @@ are not independent.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +72,37 @@ def auc(scores: Scores, labels: Labels) -> float:
     return float("nan")
   ranks = scipy.stats.rankdata(scores)
   return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def auc_error(
+  scores: Scores, labels: Labels, groups: Sequence[Hashable]
+) -> float:
+  """Returns the standard error of `auc` over groups, such as problems.
+
+  Steps of one problem are not independent, groups are: the deviation of the
+  sum of each group's influence on the AUC (Obuchowski 1997, Biometrics 53:567).
+  NaN of fewer than two groups, or where one of the classes is missing.
+
+  Args:
+    scores: scores of steps.
+    labels: 0 to 1.
+    groups: name of each step's group.
+  """
+  scores, labels = _pair(scores, labels)
+  positive = labels > 0.5
+  places = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+  if len(places) < 2 or positive.all() or not positive.any():
+    return float("nan")
+  ranks, influence = stats.rankdata(scores), np.zeros(len(scores))
+  area = auc(scores, labels)
+  for sign, members in ((1, positive), (-1, ~positive)):
+    # Of each member, how many of the other class lie below it.
+    below = ranks[members] - stats.rankdata(scores[members])
+    share = below / (~members).sum()
+    share = share if sign > 0 else 1 - share
+    influence[members] = (share - area) / members.sum()
+  total = np.bincount([places[name] for name in groups], influence)
+  return float(np.sqrt(np.sum(total**2) * len(total) / (len(total) - 1)))
 
 
 def by_index(index: int, steps: int) -> int:

@@ -28,6 +28,7 @@ class StepReport:
     chance: the same of uniform random scores, on average.
     threshold: below it a step is called wrong.
     auc, brier, ece: of all labelled steps.
+    auc_error: standard error of the AUC, over problems; NaN of one problem.
     base_rate: share of these that are right: what a constant could know.
     auc_by_index, auc_by_steps_to_go: of steps with one index, or one depth.
     min_at_last: share of traces whose lowest score is the last step's.
@@ -38,6 +39,7 @@ class StepReport:
   chance: FirstErrorScores
   threshold: float | int
   auc: float
+  auc_error: float
   brier: float
   ece: float
   base_rate: float
@@ -63,6 +65,7 @@ class StepReport:
       "accuracy_correct": self.first.correct,
       "threshold": self.threshold,
       "auc": self.auc,
+      "auc_error": self.auc_error,
       "brier": self.brier,
       "ece": self.ece,
       "base_rate": self.base_rate,
@@ -104,15 +107,16 @@ def evaluate_steps(
         f" {len(solution.steps)}, one a step"
       )
   labels = [solution.labels for solution in solutions]
-  pairs = [
-    (score, label)
-    for row, known in zip(rows, labels, strict=True)
-    for score, label in zip(row, known, strict=True)
+  triples = [
+    (score, label, solution.prompt)
+    for row, solution in zip(rows, solutions, strict=True)
+    for score, label in zip(row, solution.labels, strict=True)
     if label is not None
   ]
-  if not pairs:
+  if not triples:
     raise UserError("evaluate_steps: found no step with a label")
-  values, truth = np.array(pairs, float).T
+  *pair, prompts = zip(*triples, strict=True)
+  values, truth = np.array(pair, float)
   located = [
     (first_error(row, threshold), solution.first_error)
     for row, solution in zip(rows, solutions, strict=True)
@@ -123,6 +127,7 @@ def evaluate_steps(
     chance=processbench_of_chance(solutions, threshold),
     threshold=threshold,
     auc=calibration.auc(values, truth),
+    auc_error=calibration.auc_error(values, truth, prompts),
     brier=calibration.brier(values, truth),
     ece=calibration.expected_calibration_error(values, truth),
     base_rate=float(truth.mean()),
@@ -132,5 +137,5 @@ def evaluate_steps(
     ),
     min_at_last=min_at_last(rows),
     solutions=len(solutions),
-    steps=len(pairs),
+    steps=len(triples),
   )

@@ -28,8 +28,11 @@ ROOTS = {
 }
 """What run files build that import these."""
 
-GIVEN = ["FILES=mine.jsonl"]
-"""What runs of a user's own data need."""
+GIVEN = {
+  "runs/data/": ["FILES=mine.jsonl"],
+  "runs/prm/champ": ["CHAMP=v0.json"],
+}
+"""What runs of a user's own data, or of a package's, need."""
 
 
 def _read(run):
@@ -37,7 +40,7 @@ def _read(run):
 
 
 def _given(run):
-  return GIVEN if run.startswith("runs/data/") else []
+  return next((x for name, x in GIVEN.items() if run.startswith(name)), [])
 
 
 def _root(run):

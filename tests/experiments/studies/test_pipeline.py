@@ -17,6 +17,7 @@ from experiments.studies.search import reports
 from experiments.studies.search.systems import Comparison, System
 from research.typing import UserError
 from tests.experiments.searching import parity
+from tests.research.prm import test_champ
 
 TINY = str(pathlib.Path(parity.__file__).with_name("tiny.gin"))
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "models"
@@ -107,6 +108,7 @@ def test_settings_are_those_of_all_that_an_arm_needs():
     ("llada/claims_incontext", "converted", "trained.Trained"),
     ("llada/claims_policies", "factor", "policies.Factor.factor=0.5"),
     ("llada/claims_sft", "tuned", "@infilling.Orders()"),
+    ("prm/claims_champ", "last", "SUPERVISION = @objective.last_step"),
     ("search/claims_countdown", "large_pool", "WIDTH = 96"),
     ("lora/claims_capacity", "update", "--op=diagnose"),
     ("lora/claims_methods", "HiRA", "METHOD = @hira.HiRA()"),
@@ -130,8 +132,11 @@ def test_settings_are_those_of_all_that_an_arm_needs():
     ("quant/claims_rotations", "learned", "spinquant.SpinQuant()"),
   ],
 )
-def test_an_experiment_has_what_its_claims_name(path, arm, setting):
+def test_an_experiment_has_what_its_claims_name(
+  path, arm, setting, tmp_path, monkeypatch
+):
   """Its arms can be configured, each after those that it needs."""
+  test_champ.installed_as(tmp_path, monkeypatch)
   run = f"runs/{path}.gin"
   found = config.read(run, root=protocol.Run).experiment.study
   before = set()
@@ -270,6 +275,27 @@ def test_a_model_is_quantized_and_compared_with_its_base(tmp_path):
   assert line == {"step": "read", "kl": row["kl"], "packed MB": mega}
   (verdict,) = SMALL.verdicts(rows)
   assert verdict.state == "holds"
+
+
+def test_a_probe_learns_what_people_marked(tmp_path, monkeypatch):
+  """The smallest variant of a study: a tiny model, two steps, one arm."""
+  prompts = [f"What is {i}n?" for i in range(40)]
+  test_champ.installed_as(tmp_path, monkeypatch, prompts)
+  tiny = (
+    *(f"experiment.Pretrained.name='{MODEL}'", "STEPS=2", "WARMUP=1"),
+    *("LENGTH=128", "BATCH=4"),
+  )
+  path = "runs/prm/claims_champ.gin"
+  study = config.read(path, root=protocol.Run).experiment.study
+  study = dataclasses.replace(study, overrides={"step_labels": tiny})
+  row = study.run("step_labels, seed 0", {}, tmp_path)
+  assert 0 <= row["auc"] <= 1 and row["auc_error"] >= 0
+  rows = {arm: row for arm in study.arms}
+  assert [x["step"] for x in study.tables(rows)[0]] == [
+    *("step labels", "outcomes, every step", "outcomes, last step")
+  ]
+  like_outcomes, *_ = study.verdicts(rows)
+  assert like_outcomes.state != "holds"
 
 
 def test_settings_have_what_a_run_file_of_flags_says():

@@ -247,6 +247,27 @@ def _solutions():
   ]
 
 
+def test_the_error_of_an_auc_is_that_of_resampled_problems():
+  n, rng = 60, np.random.default_rng(0)
+  owner = np.repeat(np.arange(n), rng.integers(2, 9, n))
+  # A model likes right problems as a whole: their steps are alike.
+  right, level = rng.choice([0.1, 0.9], n), rng.random(n)
+  labels = (rng.random(len(owner)) < right[owner]).astype(int)
+  values = labels + 4 * level[owner] + rng.standard_normal(len(owner))
+  values = np.round(values, 1)  # with ties
+  steps = [np.flatnonzero(owner == i) for i in range(n)]
+  draws = [
+    np.concatenate([steps[i] for i in x])
+    for x in rng.integers(n, size=(1000, n))
+  ]
+  resampled = [scores.auc(values[x], labels[x]) for x in draws]
+  error = scores.auc_error(values, labels, owner.tolist())
+  # A bootstrap of 1,000 knows a deviation to 2%, and both differ by 1 / 60.
+  assert error == pytest.approx(np.std(resampled), rel=0.08)
+  # Steps on their own would say too little.
+  assert scores.auc_error(values, labels, range(len(values))) < 0.8 * error
+
+
 def test_a_report_has_what_its_parts_have():
   rows = [[0.9, 0.4, 0.8], [0.9, 0.3, 0.7], [0.6, 0.1, 0.65]]
   found = scores.evaluate_steps(_solutions(), rows)
@@ -259,6 +280,7 @@ def test_a_report_has_what_its_parts_have():
   assert found.base_rate == pytest.approx(5 / 7)
   assert (found.solutions, found.steps) == (3, 7)
   written = json.loads(json.dumps(found.to_json(), allow_nan=False))
+  assert written["auc_error"] is None  # of one problem
   assert written["accuracy_error"] == 1
   assert written["f1"] == 0
   assert written["auc_step_1"] == 0  # .4 wrong, .3 right

@@ -1,1 +1,0 @@
-"""Studies of process reward models, judged against people's labels."""
