@@ -93,11 +93,11 @@ def auc_error(
   places = {name: i for i, name in enumerate(dict.fromkeys(groups))}
   if len(places) < 2 or positive.all() or not positive.any():
     return float("nan")
-  ranks, influence = stats.rankdata(scores), np.zeros(len(scores))
+  ranks, influence = scipy.stats.rankdata(scores), np.zeros(len(scores))
   area = auc(scores, labels)
   for sign, members in ((1, positive), (-1, ~positive)):
     # Of each member, how many of the other class lie below it.
-    below = ranks[members] - stats.rankdata(scores[members])
+    below = ranks[members] - scipy.stats.rankdata(scores[members])
     share = below / (~members).sum()
     share = share if sign > 0 else 1 - share
     influence[members] = (share - area) / members.sum()
