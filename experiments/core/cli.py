@@ -200,7 +200,7 @@ def directory(**paths: str | None) -> None:
     found = next((x for x in (place, *place.parents) if x.exists()), None)
     if found is not None and not found.is_dir():
       raise UserError(
-        f"--{name}={path}: {found} is a file, expected a folder or a new name."
+        f"--{name}={path}: {found} is a file, expected a directory."
       )
 
 

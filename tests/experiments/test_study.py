@@ -268,6 +268,8 @@ def test_settings_are_those_that_count():
 
 @pytest.mark.parametrize("file", STUDIES)
 def test_every_study_parses_and_its_text_rebuilds_it(file):
+  if "champ" in file:  # its macro finds the package's file
+    pytest.importorskip("champ_dataset", reason="the extra `reasoning`")
   first = config.read(file, root=protocol.Run)
   again = config.parse(first.text, root=protocol.Run)
   assert again.text == first.text
