@@ -17,7 +17,7 @@ ORDER = (  # what stands on a line may import what stands above it, and itself
     *("research.sharding", "research.io", "research.text", "research.taps"),
     *("research.moved", "research.tables", "research.progress"),
     *("research.errors", "research.rounding", "research.typechecks"),
-    "research.intervals",
+    *("research.intervals", "research.ranges"),
   },
   {"research.nn"},
   {"research.generation", "research.data", "research.optim"},

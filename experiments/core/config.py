@@ -466,6 +466,8 @@ def _shorten(error: Exception) -> str:
       m.group(1) if m else "?" for m in (owner, value, expected)
     ]
     parts[2] = re.sub(r"<class '([\w.]+)'>", r"\1", parts[2])
+    parts[2] = re.sub(r"[\w.]*Annotated\[([^,]+), [^]]+\]", r"\1", parts[2])
+    parts[2] = re.sub(r"[\w.]*Optional\[([^]]+)\]", r"\1 | None", parts[2])
     return f"{parts[0]}.{field.group(1)}: found {parts[1]}, expected {parts[2]}"
   absent = re.match(r"Could not find <class '[\w.]*?(\w+\.\w+)'> in the", text)
   if absent:

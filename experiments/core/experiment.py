@@ -20,6 +20,7 @@ from research.interop.loaded import Loaded, Source, load_abstract
 from research.io import folders, unread
 from research.io.unread import Shardings
 from research.nn.layers import Remat
+from research.ranges import PositiveInt, Ranged
 from research.sharding import Layout
 from research.training import state
 from research.training.aot import StateTransform
@@ -30,7 +31,7 @@ from research.training.objectives.objective import (
   with_model,
 )
 from research.training.rollouts import Rollouts
-from research.typing import Params, PRNGKey, UserError
+from research.typing import Params, PRNGKey
 
 SINGLE_DEVICE = DeviceContext()
 """One device."""
@@ -132,7 +133,7 @@ class Pretrained:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(Ranged):
   """A training run.
 
   Attributes:
@@ -172,7 +173,7 @@ class Experiment:
   transformed: str | None = None
   validation: Data | None = None
   heldout: Data | None = None
-  eval_batches: int | None = None
+  eval_batches: PositiveInt | None = None
   answers: Answers | None = None
   step_report: Answers | None = None
   state_transforms: tuple[StateTransform, ...] = ()
@@ -181,13 +182,6 @@ class Experiment:
   seed: int = 0
   prompt: str | None = None
   continuation: int = 48
-
-  def __post_init__(self):
-    if self.eval_batches is not None and self.eval_batches < 1:
-      raise UserError(
-        f"Experiment.eval_batches: found {self.eval_batches}, expected at least"
-        " 1, or None for all."
-      )
 
   def build(self, context: DeviceContext = SINGLE_DEVICE) -> "BuiltExperiment":
     """Returns the model with transformed and sharded weights, and its loss.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from research.interop.loaded import Loaded
 from research.nn import presets
 from research.nn.layers import Remat
+from research.ranges import OneOf, Ranged
 from research.typing import UserError
 from research.vlm import presets as vision_presets
 from research.vlm.contrastive.dual_encoder import DualEncoder
@@ -27,7 +28,7 @@ class Vocabulary(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FromScratch:
+class FromScratch(Ranged):
   """A model of a known family, of any size, with random weights.
 
   Attributes:
@@ -42,19 +43,12 @@ class FromScratch:
   """
 
   sizes: presets.Sizes
-  family: str = "llama"
+  family: OneOf(*presets.FAMILIES) = "llama"
   tokenizer: Vocabulary | None = None
   embed_std: float | int | None = None
   seed: int = 0
   dtype: str = "float32"
   remat: Remat = "none"
-
-  def __post_init__(self):
-    if self.family not in presets.FAMILIES:
-      raise UserError(
-        f"FromScratch.family: found {self.family!r}, expected one of "
-        f"{', '.join(presets.FAMILIES)}."
-      )
 
   def load(self, shardings: Callable[[Any], Any] | None = None) -> Loaded:
     """Returns the model, random weights, and its tokenizer.

@@ -15,6 +15,7 @@ from research.generation.sampling import Sampling
 from research.generation.sampling import check as check_sampling
 from research.prm import policy_samples
 from research.prm.labelled import LabelledSolution
+from research.ranges import NonNegativeInt, OneOf, PositiveInt, Ranged
 from research.reasoning.isolation import Guarded, guard
 from research.reasoning.problem import Problem, StepVerifier, Verdict
 from research.reasoning.prompting import Prompting, as_text
@@ -39,7 +40,7 @@ class Labelled(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelRun:
+class LabelRun(Ranged):
   """Solutions of a task's problems, and labels of their steps.
 
   Tasks with an exact oracle of steps label all of them, until the first error.
@@ -73,22 +74,23 @@ class LabelRun:
 
   task: Task
   policy: Source
-  segmenter: str
+  segmenter: OneOf(*SEGMENTERS)
   problems: tuple[int, int] = (0, 1000)
-  copies: int = 4
+  copies: PositiveInt = 4
   pool: str | None = None
   excluding: Task | None = None
-  rollouts: int = 0
-  new_tokens: int = 64
+  rollouts: NonNegativeInt = 0
+  new_tokens: PositiveInt = 64
   sampling: Sampling = SAMPLED
   prompting: Prompting = as_text
-  rows: int = 1024
+  rows: PositiveInt = 1024
   policy_id: str = ""
   seed: int = 0
   judge: Callable[..., Any] = Guarded
   timeout: float | int | None = None
 
   def __post_init__(self):
+    super().__post_init__()
     check_sampling(self.sampling)
     first, last = self.problems
     if not 0 <= first < last <= len(self.task):
@@ -96,18 +98,6 @@ class LabelRun:
         f"LabelRun.problems: found {first} to {last}, expected a range within"
         f" the {len(self.task)} problems of {type(self.task).__name__}; raise"
         " its count."
-      )
-    least = dict(copies=1, rollouts=0, new_tokens=1, rows=1)
-    for name, low in least.items():
-      if getattr(self, name) < low:
-        raise UserError(
-          f"LabelRun.{name}: found {getattr(self, name)}, expected at least"
-          f" {low}."
-        )
-    if self.segmenter not in SEGMENTERS:
-      raise UserError(
-        f"LabelRun.segmenter: found {self.segmenter!r}, expected one of"
-        f" {', '.join(SEGMENTERS)}."
       )
     exact = isinstance(self.task, StepVerifier)
     if not (exact or self.rollouts or self.segmenter == "whole"):

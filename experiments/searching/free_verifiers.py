@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.searching.context import Context
 from research.generation.generated import NO_TOKEN
+from research.ranges import Ranged, Share
 from research.reasoning.problem import Problem, StepVerifier
 from research.search.engine import Path, Verifier
 from research.search.ledger import Ledger
@@ -42,7 +43,7 @@ class RandomScores:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExactSteps:
+class ExactSteps(Ranged):
   """The task's own oracle of steps, which errs as often as it is set to.
 
   Its score is 1 for a step that it accepts, else 0. Searches with it show what
@@ -55,17 +56,9 @@ class ExactSteps:
     seed: of its errors; a path has one score.
   """
 
-  right: float | int = 1.0
-  wrong: float | int = 0.0
+  right: Share = 1.0
+  wrong: Share = 0.0
   seed: int = 0
-
-  def __post_init__(self):
-    for name in ("right", "wrong"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise UserError(
-          f"ExactSteps.{name}: found {getattr(self, name)}, expected a chance"
-          " from 0 to 1."
-        )
 
   def load(self, context: Context) -> Verifier:
     """Returns the verifier.

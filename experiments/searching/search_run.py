@@ -16,6 +16,7 @@ from experiments.searching.verifiers import VerifierSource
 from research.diffusion.sampling.config import SamplerConfig
 from research.generation.sampling import Sampling
 from research.generation.sampling import check as check_sampling
+from research.ranges import NonNegativeInt, PositiveInt, Ranged
 from research.reasoning import isolation
 from research.reasoning.isolation import Guarded
 from research.reasoning.prompting import Prompting
@@ -28,7 +29,7 @@ SAMPLED = Sampling(temperature=1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchRun:
+class SearchRun(Ranged):
   """A search over problems of a task.
 
   Attributes:
@@ -66,23 +67,24 @@ class SearchRun:
   strategy: SearchStrategy
   problems: tuple[int, int] = (0, 100)
   verifier: VerifierSource | None = None
-  lookahead: int = 0
+  lookahead: NonNegativeInt = 0
   steps: StepEnds = AtEnd()
   prompting: Prompting = Plain()
   sampling: Sampling = SAMPLED
   sampler: SamplerConfig | None = None
-  new_tokens: int = 64
-  most_steps: int = 64
+  new_tokens: PositiveInt = 64
+  most_steps: PositiveInt = 64
   stop_tokens: tuple[int, ...] | None = None
-  batch: int = 8
+  batch: PositiveInt = 8
   seed: int = 0
   judge: Callable[[Any], Any] = Guarded
   judge_timeout: float | int | None = None
   timeout: float | int | None = None
   choice: Choice = Majority()
-  n: int | None = None
+  n: PositiveInt | None = None
 
   def __post_init__(self):
+    super().__post_init__()
     check_sampling(self.sampling)
     first, last = self.problems
     if not 0 <= first < last <= len(self.task):
@@ -99,15 +101,10 @@ class SearchRun:
         f" {self.batch}, expected multiples of it: a batch shares one budget of"
         " samples, the same in every range of problems."
       )
-    for name in ("new_tokens", "most_steps", "batch"):
-      if getattr(self, name) < 1:
-        raise UserError(
-          f"SearchRun.{name}: found {getattr(self, name)}, expected at least 1."
-        )
-    if self.lookahead < 0 or (self.lookahead and self.verifier is None):
+    if self.lookahead and self.verifier is None:
       raise UserError(
-        f"SearchRun.lookahead: found {self.lookahead} and the verifier"
-        f" {self.verifier}, expected at least 0, and a verifier if above."
+        f"SearchRun.lookahead: found {self.lookahead} and no verifier, expected"
+        " 0 or a verifier."
       )
     for name in ("strategy", "choice"):
       part = getattr(self, name)
@@ -124,8 +121,6 @@ class SearchRun:
         " True: a solution that does not stop at its end is truncated, and"
         " has no answer."
       )
-    if self.n is not None and self.n < 1:
-      raise UserError(f"SearchRun.n: found {self.n}, expected at least 1.")
 
   def settings(self) -> dict[str, Any]:
     """Returns what decides on the samples of a problem, as plain values."""

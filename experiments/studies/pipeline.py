@@ -38,6 +38,7 @@ from experiments.studies.search import rounds, systems
 from experiments.studies.search.reports import Report
 from experiments.studies.search.systems import Comparison, System
 from research.prm import formats
+from research.ranges import OneOf, Ranged
 from research.search.choose import BestOf
 from research.typing import UserError
 
@@ -63,7 +64,7 @@ UNITS = {"%": 100, " GB": 1e-9, " MB": 1e-6}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
+class Step(Ranged):
   """A command with a run file, or with flags.
 
   Attributes:
@@ -84,7 +85,7 @@ class Step:
   """
 
   name: str
-  command: str
+  command: OneOf(*CONFIGURED, *FLAGGED)
   path: str = ""
   set: Sequence[str] = ()
   seeds: int | None = None
@@ -94,13 +95,9 @@ class Step:
   least: str = "validation/loss"
 
   def __post_init__(self):
+    super().__post_init__()
     if not self.name.isidentifier():
       raise UserError(f"Step.name: found {self.name!r}, expected one word")
-    if self.command not in CONFIGURED + FLAGGED:
-      raise UserError(
-        f"Step.command: found {self.command!r}, expected one of"
-        f" {', '.join(CONFIGURED + FLAGGED)}"
-      )
     if self.tries and (self.command != "train" or len(self.tries) != 2):
       raise UserError(
         f"Step.tries: found {self.tries} of {self.command!r}, expected a macro"

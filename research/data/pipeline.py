@@ -18,6 +18,7 @@ import numpy as np
 
 from research.data import examples, packing
 from research.data.packing import PackedRows, Row, Rows
+from research.ranges import AtLeast, NonNegativeInt, PositiveInt, Ranged, Real
 from research.text import special_tokens
 from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
@@ -79,7 +80,7 @@ class ShuffledRows:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pipeline(ShuffledRows):
+class Pipeline(Ranged, ShuffledRows):
   """A data source, packed into rows and shuffled.
 
   Attributes:
@@ -98,17 +99,14 @@ class Pipeline(ShuffledRows):
   """
 
   source: examples.Source
-  length: int = 256
-  batch_size: int = 4
-  seed: int = 0
+  length: AtLeast(2) = 256
+  batch_size: PositiveInt = 4
+  seed: NonNegativeInt = 0
   plan: packing.Plan = packing.concatenate
   begin: int | Literal["auto"] | None = "auto"
   end: int | Literal["auto"] | None = "auto"
   every_row: bool | Literal["auto"] = "auto"
   transforms: tuple[RowTransform, ...] = ()
-
-  def __post_init__(self):
-    check_sizes(self, length=2, batch_size=1, seed=0)
 
   def special_tokens(self, tokenizer: Any) -> SpecialTokens:
     """Returns the special tokens around documents and rows."""
@@ -200,7 +198,7 @@ class Pipeline(ShuffledRows):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mixture(ShuffledRows):
+class Mixture(Ranged, ShuffledRows):
   """A mixture of several data sets in fixed proportions.
 
   Any prefix of the stream has the right proportions, to within a few rows. Each
@@ -214,20 +212,15 @@ class Mixture(ShuffledRows):
   """
 
   parts: tuple[Data, ...]
-  weights: tuple[float | int, ...]
-  batch_size: int = 4
+  weights: tuple[Real(above=0, why="remove a part that is not used"), ...]
+  batch_size: PositiveInt = 4
 
   def __post_init__(self):
-    check_sizes(self, batch_size=1)
+    super().__post_init__()
     if not self.parts or len(self.parts) != len(self.weights):
       raise UserError(
         f"Mixture: found {len(self.parts)} parts and {len(self.weights)}"
         " weights, expected as many of both, at least one."
-      )
-    if not all(0 < w < float("inf") for w in self.weights):
-      raise UserError(
-        f"Mixture.weights: found {self.weights}, expected numbers above 0;"
-        " remove a part that is not to be used."
       )
     if max(self.weights) > 10_000 * min(self.weights):
       raise UserError(
@@ -258,16 +251,6 @@ class Mixture(ShuffledRows):
 
 def _ids(token: int | None) -> tuple[int, ...]:
   return () if token is None else (token,)
-
-
-def check_sizes(data: Any, **least: int) -> None:
-  """Raises UserError if a field of `data` is below its minimum."""
-  for name, low in least.items():
-    if getattr(data, name) < low:
-      raise UserError(
-        f"{type(data).__name__}.{name}: found {getattr(data, name)}, expected"
-        f" at least {low}."
-      )
 
 
 def shuffled(

@@ -10,8 +10,9 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from research.ranges import NonNegativeInt, PositiveInt, Ranged, Share
 from research.training.objectives.objective import Batch
-from research.typing import PRNGKey, UserError
+from research.typing import PRNGKey
 
 _PURPOSE = 1009
 """Folded into a batch's key, beyond what the objectives split it into."""
@@ -25,7 +26,7 @@ class BatchTransform(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandomTruncation:
+class RandomTruncation(Ranged):
   """Now and then a whole batch is cut to one random length.
 
   LLaDA (arXiv:2502.09992, section 2.2): 1% of batches, 1 to T tokens, so that
@@ -35,13 +36,7 @@ class RandomTruncation:
     chance: of a batch.
   """
 
-  chance: float = 0.01
-
-  def __post_init__(self):
-    if not 0 <= self.chance <= 1:
-      raise UserError(
-        f"RandomTruncation: chance is {self.chance}, expected 0 to 1"
-      )
+  chance: Share = 0.01
 
   def __call__(self, batch: Batch, key: PRNGKey | None) -> Batch:
     """Returns the batch, what is cut off as padding."""
@@ -60,7 +55,7 @@ class RandomTruncation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PadWithEOS:
+class PadWithEOS(Ranged):
   """Rows are filled up with their end, which is learned as an answer is.
 
   LLaDA's fine-tuning (arXiv:2502.09992, appendix B.1): this is how a model of
@@ -79,16 +74,9 @@ class PadWithEOS:
     per_row: each row is rounded up by itself, whatever the others are.
   """
 
-  end: int
-  multiple: int = 1
+  end: NonNegativeInt
+  multiple: PositiveInt = 1
   per_row: bool = False
-
-  def __post_init__(self):
-    if self.end < 0 or self.multiple < 1:
-      raise UserError(
-        f"PadWithEOS: end is {self.end} and multiple {self.multiple}, expected "
-        "a token's id and at least 1"
-      )
 
   def __call__(self, batch: Batch, key: PRNGKey | None) -> Batch:
     """Returns the batch with ends where padding was."""

@@ -21,12 +21,13 @@ from research.diffusion.objective import Noise, masked_sums
 from research.generation.sampling import row_keys
 from research.nn import output_head
 from research.nn.transformer import Transformer
+from research.ranges import PositiveInt, Ranged
 from research.training.objectives.objective import Batch, Sums
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockDiffusion:
+class BlockDiffusion(Ranged):
   """The bound of block diffusion, each block at a time of its own.
 
   Attributes:
@@ -49,7 +50,7 @@ class BlockDiffusion:
 
   model: Transformer | None = None
   mask_id: int = -1
-  block: int = 32
+  block: PositiveInt = 32
   low: float = 1e-3
   high: float = 1.0
   noise: Noise = "all"
@@ -59,8 +60,7 @@ class BlockDiffusion:
   batch_transforms: tuple[BatchTransform, ...] = ()
 
   def __post_init__(self):
-    if self.block < 1:
-      raise UserError(f"BlockDiffusion: block is {self.block}, expected >= 1")
+    super().__post_init__()
     if not 0 < self.low <= self.high <= 1:
       raise UserError(
         f"BlockDiffusion: low is {self.low} and high {self.high}, expected "

@@ -27,6 +27,7 @@ from research.diffusion.variants import chunked_sum
 from research.generation.sampling import row_keys
 from research.nn import output_head
 from research.nn.transformer import Transformer
+from research.ranges import PositiveFloat, PositiveInt, Ranged, Real
 from research.training.objectives.objective import Batch, Sums
 from research.typing import Array, Bool, Float, Params, PRNGKey, UserError
 
@@ -35,7 +36,7 @@ NAME = "mask_rates"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rates:
+class Rates(Ranged):
   """A transform that puts w into a model's tree, to be trained with it.
 
   Attributes:
@@ -43,15 +44,8 @@ class Rates:
     start: w of all of them; 1 is the linear schedule.
   """
 
-  vocab: int
-  start: float = 1.0
-
-  def __post_init__(self):
-    if self.vocab < 1 or not self.start > 0:
-      raise UserError(
-        f"Rates: vocab is {self.vocab} and start {self.start}, expected at "
-        "least 1 and more than 0"
-      )
+  vocab: PositiveInt
+  start: PositiveFloat = 1.0
 
   def __call__(self, params: Params, key: PRNGKey) -> Params:
     del key
@@ -60,7 +54,7 @@ class Rates:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenMD4:
+class GenMD4(Ranged):
   """The bound with learned schedules, two samples of masks a row.
 
   A row has one time. Its documents do not see each other.
@@ -77,17 +71,11 @@ class GenMD4:
 
   model: Transformer | None = None
   mask_id: int = -1
-  first: float = 1e-3
+  first: Real(above=0, below=1) = 1e-3
   noise: Noise = "all"
   spread: Spread = "even"
   shift: bool = False
   rows: int = 256
-
-  def __post_init__(self):
-    if not 0 < self.first < 1:
-      raise UserError(
-        f"GenMD4: first is {self.first}, expected between 0 and 1"
-      )
 
   @property
   def rearranged(self) -> str:

@@ -22,6 +22,7 @@ from research.diffusion.schedule import Linear, Schedule
 from research.generation.sampling import row_keys
 from research.nn import output_head
 from research.nn.transformer import Transformer
+from research.ranges import PositiveInt, Ranged
 from research.training.objectives import losses
 from research.training.objectives.objective import Batch, Sums
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
@@ -32,7 +33,7 @@ Norm = Literal["token", "sequence"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskedDiffusion:
+class MaskedDiffusion(Ranged):
   """The bound of masked diffusion, estimated at one time a document.
 
   LLaDA's pre-training is `schedule=Linear(high=1e-3)`, `noise="all"`,
@@ -71,12 +72,13 @@ class MaskedDiffusion:
   norm: Norm = "token"
   shift: bool = False
   complement: bool = False
-  levels: int | None = None
+  levels: PositiveInt | None = None
   never_mask: bool = True
   rows: int = 256
   batch_transforms: tuple[BatchTransform, ...] = ()
 
   def __post_init__(self):
+    super().__post_init__()
     if self.complement and not isinstance(self.schedule, Linear):
       raise UserError(
         "MaskedDiffusion: complement needs a linear schedule, found "
@@ -87,10 +89,6 @@ class MaskedDiffusion:
         f"MaskedDiffusion: complement with levels {self.levels}, expected None:"
         " nothing is the complement of the last step's masks, which are all, so"
         " that it would count half"
-      )
-    if self.levels is not None and self.levels < 1:
-      raise UserError(
-        f"MaskedDiffusion: levels is {self.levels}, expected at least 1"
       )
 
   @property

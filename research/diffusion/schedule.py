@@ -12,11 +12,12 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from research.ranges import NonNegativeFloat, PositiveFloat, Ranged
 from research.typing import Array, Float, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
+class Schedule(Ranged):
   """A schedule; subclasses say `noise`, its slope and its inverse.
 
     1 - alpha(t) = (1 - low - high) noise(t) + high
@@ -26,15 +27,15 @@ class Schedule:
     high: 1 - alpha at t = 0; keeps the weight finite.
   """
 
-  low: float = 0.0
-  high: float = 0.0
+  low: NonNegativeFloat = 0.0
+  high: NonNegativeFloat = 0.0
 
   def __post_init__(self):
-    if not (self.low >= 0 and self.high >= 0 and self.low + self.high < 1):
-      name = type(self).__name__
+    super().__post_init__()
+    if self.low + self.high >= 1:
       raise UserError(
-        f"{name}: low is {self.low} and high {self.high}, expected at least 0 "
-        "and a sum below 1"
+        f"{type(self).__name__}: low is {self.low} and high {self.high},"
+        " expected a sum below 1"
       )
 
   def noise(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -127,12 +128,7 @@ class Power(Schedule):
     power: more than 0.
   """
 
-  power: float = 2.0
-
-  def __post_init__(self):
-    super().__post_init__()
-    if not self.power > 0:
-      raise UserError(f"Power: power is {self.power}, expected more than 0")
+  power: PositiveFloat = 2.0
 
   def noise(self, t):
     return t**self.power

@@ -34,6 +34,7 @@ class AnyOrder(MaskedDiffusion):
   """
 
   def __post_init__(self):
+    super().__post_init__()
     for name, no in (
       ("complement", False),
       ("levels", None),

@@ -11,11 +11,12 @@ from research.generation import generate
 from research.generation.page_allocator import PageAllocator
 from research.nn.cache import paged
 from research.nn.transformer import Transformer, init_cache
+from research.ranges import OneOf, PositiveInt, Ranged
 from research.typing import Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Paging:
+class Paging(Ranged):
   """Page configuration.
 
   Attributes:
@@ -27,22 +28,10 @@ class Paging:
     dtype: `"int8"`, `"fp8"` or, by default, the model's.
   """
 
-  size: int = 16
-  count: int | None = None
-  rows: int | None = None
-  dtype: str | None = None
-
-  def __post_init__(self):
-    for name in ("size", "count", "rows"):
-      found = getattr(self, name)
-      if found is not None and found < 1:
-        raise UserError(f"pages {name}: found {found}, expected at least 1")
-    known = (None, *paged.CODE_DTYPES)
-    if self.dtype not in known:
-      raise UserError(
-        f"pages dtype: found {self.dtype!r}, expected one of "
-        f"{', '.join(known[1:])}, or none for the model's"
-      )
+  size: PositiveInt = 16
+  count: PositiveInt | None = None
+  rows: PositiveInt | None = None
+  dtype: OneOf(*paged.CODE_DTYPES) | None = None
 
 
 def parse(text: str) -> Paging:

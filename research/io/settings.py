@@ -209,14 +209,14 @@ def _bounds(field: dataclasses.Field) -> str:
 
 
 def base_type(field: dataclasses.Field) -> Any:
-  """Returns a field's type, without the None that it may also be."""
+  """Returns a field's type, without its range and the None it may also be."""
   kind = field.type
-  if (
-    isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-  ):
+  if typing.get_origin(kind) in (types.UnionType, typing.Union):
     kinds = [x for x in typing.get_args(kind) if x is not type(None)]
-    return kinds[0] if len(kinds) == 1 else kind
-  return kind
+    kind = kinds[0] if len(kinds) == 1 else kind
+  if typing.get_origin(kind) is typing.Annotated:
+    kind = kind.__origin__
+  return float if kind == float | int else kind
 
 
 def _required(field: dataclasses.Field) -> bool:

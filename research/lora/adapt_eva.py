@@ -15,11 +15,12 @@ from research.lora.adapt import Adapt
 from research.lora.init_stats import CalibrationData, InputPCA
 from research.lora.methods import eva
 from research.lora.methods.eva import EVA
+from research.ranges import Ranged, Real
 from research.typing import Params, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaptEVA:
+class AdaptEVA(Ranged):
   """Transform that adds EVA adapters of average rank `adapt.method.rank`.
 
   Attributes:
@@ -35,16 +36,15 @@ class AdaptEVA:
 
   adapt: Adapt
   calibration: CalibrationData
-  rho: float = 2.0
+  rho: Real(at_least=1) = 2.0
   form: Literal["padded", "split"] = "padded"
 
   def __post_init__(self):
+    super().__post_init__()
     if not isinstance(self.adapt.method, EVA) or self.adapt.rank_pattern:
       raise UserError(
         "AdaptEVA.adapt: expected the method EVA and no rank_pattern."
       )
-    if not self.rho >= 1:
-      raise UserError(f"AdaptEVA.rho: found {self.rho}, expected at least 1.")
 
   def with_model(self, loaded: Any) -> "AdaptEVA":
     """Returns a copy that measures the inputs of `loaded.model`."""

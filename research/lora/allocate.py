@@ -26,12 +26,13 @@ from research.lora.adapted import AdaptedTensor
 from research.lora.low_rank import orthonormal_distance
 from research.lora.methods.adalora import AdaLoRA
 from research.nn.transformer import Transformer
+from research.ranges import NonNegativeInt, PositiveInt, Ranged
 from research.training.objectives.objective import Batch, Objective, Sums
 from research.typing import Array, Params, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Budget:
+class Budget(Ranged):
   """Schedule of the number of rank-one terms.
 
   Attributes:
@@ -43,24 +44,20 @@ class Budget:
     b1, b2: decay rates of the averages of importance and of its uncertainty.
   """
 
-  target: int
+  target: PositiveInt
   steps: int
-  warmup: int = 0
-  final: int = 0
-  every: int = 1
+  warmup: NonNegativeInt = 0
+  final: NonNegativeInt = 0
+  every: PositiveInt = 1
   b1: float = 0.85
   b2: float = 0.85
 
   def __post_init__(self) -> None:
-    if not 0 <= self.warmup < self.steps - self.final or self.final < 0:
+    super().__post_init__()
+    if self.warmup >= self.steps - self.final:
       raise UserError(
         f"Budget: warmup {self.warmup} and final {self.final} of {self.steps} "
         "steps, expected some steps between them"
-      )
-    if self.target < 1 or self.every < 1:
-      raise UserError(
-        f"Budget: target is {self.target} and every {self.every}, expected at "
-        "least 1"
       )
 
   @property

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from research import sharding, taps
 from research.data.pipeline import Data
 from research.lora import wrap
+from research.ranges import PositiveInt, Ranged
 from research.taps.statistics import (
   Covariance,
   Gradient,
@@ -34,7 +35,7 @@ InputStats = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CalibrationData:
+class CalibrationData(Ranged):
   """Calibration batches and the objective that runs the model on them.
 
   Attributes:
@@ -48,16 +49,10 @@ class CalibrationData:
   """
 
   data: Data
-  batches: int = 8
+  batches: PositiveInt = 8
   objective: Objective = NextToken()
   counts: str | None = "weights"
   tokenizer: Any = None
-
-  def __post_init__(self):
-    if self.batches < 1:
-      raise UserError(
-        f"CalibrationData.batches: found {self.batches}, expected at least 1."
-      )
 
   def with_model(self, loaded: Any) -> "CalibrationData":
     """Returns a copy that runs `loaded.model`."""

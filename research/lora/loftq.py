@@ -30,13 +30,14 @@ from research.quant.formats.codebook import Codebook
 from research.quant.numerics import finite
 from research.quant.qtensor import QTensor, pack
 from research.quant.quantize import Quantize
+from research.ranges import PositiveInt, Ranged
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError
 
 First = Literal["codes", "factors"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoftQ:
+class LoftQ(Ranged):
   """Transform that packs weights and adds LoRA fitted to the rounding error.
 
   Attributes:
@@ -49,12 +50,11 @@ class LoftQ:
 
   quantize: Quantize = Quantize()
   adapt: Adapt = Adapt()
-  steps: int = 1
+  steps: PositiveInt = 1
   first: First = "codes"
 
   def __post_init__(self):
-    if self.steps < 1:
-      raise UserError(f"LoftQ: steps is {self.steps}, expected at least 1")
+    super().__post_init__()
     if type(self.adapt.method) is not LoRA:
       name = type(self.adapt.method).__name__
       raise UserError(f"LoftQ: adapt.method is {name}, expected LoRA")

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
+from research.ranges import Decay, PositiveFloat, PositiveInt, Ranged
 from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 
 Arrays = Any
@@ -43,7 +44,7 @@ class MatrixSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Ranged):
   """A parameter-efficient update of a matrix `w [in, out]`.
 
   Attributes:
@@ -52,9 +53,9 @@ class Method:
     dropout: rate on the adapter's input during training.
   """
 
-  rank: int = 8
-  alpha: float = 16.0
-  dropout: float = 0.0
+  rank: PositiveInt = 8
+  alpha: PositiveFloat = 16.0
+  dropout: Decay = 0.0
 
   PEFT: ClassVar[str | None] = None
   """The `peft_type` of PEFT's adapter_config.json; None if PEFT lacks it."""
@@ -107,17 +108,10 @@ class Method:
     return None
 
   def __post_init__(self) -> None:
-    name = type(self).__name__
-    if self.rank < 1:
-      raise UserError(f"{name}: rank is {self.rank}, expected at least 1")
-    if not self.alpha > 0:
-      raise UserError(f"{name}: alpha is {self.alpha}, expected more than 0")
-    if not 0 <= self.dropout < 1:
-      raise UserError(
-        f"{name}: dropout is {self.dropout}, expected at least 0 and below 1"
-      )
+    super().__post_init__()
     if self.dropout and not self.SUPPORTS_DROPOUT:
-      raise UserError(f"{name}: dropout is {self.dropout}, expected 0")
+      name = type(self).__name__
+      raise UserError(f"{name}.dropout: found {self.dropout}, expected 0")
 
   def for_matrix(
     self, name: str, sizes: Mapping[str, tuple[int, int]]

@@ -14,18 +14,15 @@ from research import progress, weights
 from research.lora import lora_factors, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.lora_factors import Factors
+from research.ranges import PositiveInt, PositiveShare, Ranged
 from research.typing import Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Rank:
+class Rank(Ranged):
   """Truncation to a fixed rank, or to the full rank of smaller matrices."""
 
-  rank: int
-
-  def __post_init__(self) -> None:
-    if self.rank < 1:
-      raise UserError(f"rank is {self.rank}, expected at least 1")
+  rank: PositiveInt
 
   def rank_of(self, s: np.ndarray) -> int:
     """Returns how many of the singular values `[..., k]` to keep."""
@@ -33,14 +30,10 @@ class Rank:
 
 
 @dataclasses.dataclass(frozen=True)
-class Energy:
+class Energy(Ranged):
   """Truncation to the smallest rank with `share` of the squared norm."""
 
-  share: float
-
-  def __post_init__(self) -> None:
-    if not 0 < self.share <= 1:
-      raise UserError(f"energy is {self.share}, expected above 0, at most 1")
+  share: PositiveShare
 
   def rank_of(self, s: np.ndarray) -> int:
     """Returns how many of the singular values `[..., k]` to keep."""

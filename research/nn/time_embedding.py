@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from research import weights
+from research.ranges import OneOf, PositiveFloat, PositiveInt, Ranged, Whole
 from research.typing import Array, Float, UserError
 
 MAX_PERIOD = 10_000.0
@@ -29,7 +30,7 @@ SIGMA_EPS = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TimeEmbedding:
+class TimeEmbedding(Ranged):
   """Configuration of the timestep conditioning; defaults are MDLM's sizes.
 
   Attributes:
@@ -43,28 +44,12 @@ class TimeEmbedding:
     zero_gate: whether every layer starts as the identity (DiT's adaLN-Zero).
   """
 
-  input: str = "sigma"
-  scale: float = 1.0
-  features: int = 256
-  hidden: int = 128
-  width: int = 128
+  input: OneOf("time", "sigma") = "sigma"
+  scale: PositiveFloat = 1.0
+  features: Whole(at_least=2, multiple=2) = 256
+  hidden: PositiveInt = 128
+  width: PositiveInt = 128
   zero_gate: bool = False
-
-  def __post_init__(self):
-    if self.features < 2 or self.features % 2:
-      raise UserError(
-        f"TimeEmbedding.features: found {self.features}, expected an even "
-        "number"
-      )
-    if self.hidden < 1 or self.width < 1 or not self.scale > 0:
-      raise UserError(
-        f"TimeEmbedding: hidden is {self.hidden}, width {self.width} and scale"
-        f" {self.scale}, expected more than 0"
-      )
-    if self.input not in ("time", "sigma"):
-      raise UserError(
-        f"TimeEmbedding.input: found {self.input!r}, expected 'time' or 'sigma'"
-      )
 
   def sinusoids(self, time: Float[Array, "*B"]) -> Float[Array, "*B F"]:
     """Returns cosines, then sines, of timesteps in [0, 1]; fp32."""

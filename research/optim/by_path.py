@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from research import tree
-from research.optim import optim, ranges
+from research import ranges, tree
+from research.optim import optim
 from research.optim.low_rank.layerwise import Layerwise
 from research.typing import Params, UserError
 
@@ -143,7 +143,7 @@ def _made(
       "What is not trained has no optimizer: leave it out of"
       " Experiment.trainable."
     )
-  ranges.positive("by_path", **{pattern: group})
+  ranges.check("by_path", ranges.PositiveFloat, **{pattern: group})
   # By its name, which wins over what gin has bound.
   return optimizer(learning_rate=group)
 

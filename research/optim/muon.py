@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from research import tree
-from research.optim import matching, optim, ranges
+from research import ranges, tree
+from research.optim import matching, optim
 from research.typing import Array, Float
 
 MATRICES = r"^run\d+/.*/(q|k|v|o|gate|up|down)$"
@@ -70,8 +70,8 @@ def scale_by_muon(
   momentum: optim.Number = 0.95, steps: int = 5
 ) -> optax.GradientTransformation:
   """Returns the transformation `g -> u` of the module's docstring."""
-  ranges.decay("muon", momentum=momentum)
-  ranges.positive("muon", steps=steps)
+  ranges.check("muon", ranges.Decay, momentum=momentum)
+  ranges.check("muon", ranges.PositiveFloat, steps=steps)
 
   def mix(old, new):
     return momentum * old + (1 - momentum) * new
@@ -132,7 +132,7 @@ def muon(
       raise matching.no_matrix("muon.matrices", matrices, paths)
     return found
 
-  ranges.non_negative("muon", adam=adam)
+  ranges.check("muon", ranges.NonNegativeFloat, adam=adam)
   rest = optax.chain(optim.moments(b1, b2, eps), optax.scale(adam))
   parts = [] if clip is None else [optim.clipped(clip)]
   ways = {"matrix": scale_by_muon(momentum, steps), "other": rest}

@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from research import tree
-from research.optim import ranges
+from research import ranges, tree
 from research.typing import Array, UserError
 
 Number = float | int
@@ -36,7 +35,7 @@ def cosine(
   peak: Number, steps: int, warmup: int = 0, final: Number = 0.1
 ) -> Schedule:
   """Returns a schedule: warm-up, then half a cosine to `final * peak`."""
-  ranges.non_negative("schedule", final=final)
+  ranges.check("schedule", ranges.NonNegativeFloat, final=final)
   decay = optax.cosine_decay_schedule(peak, _rest(steps, warmup), final)
   return _warmed(peak, warmup, decay)
 
@@ -45,7 +44,7 @@ def linear(
   peak: Number, steps: int, warmup: int = 0, final: Number = 0.0
 ) -> Schedule:
   """Returns a schedule: warm-up, then a line to `final * peak`."""
-  ranges.non_negative("schedule", final=final)
+  ranges.check("schedule", ranges.NonNegativeFloat, final=final)
   decay = optax.linear_schedule(peak, final * peak, _rest(steps, warmup))
   return _warmed(peak, warmup, decay)
 
@@ -61,7 +60,7 @@ def rsqrt(peak: Number, warmup: int = 0, timescale: int = 10_000) -> Schedule:
     warmup: steps of linear warm-up.
     timescale: steps after which the rate is `peak / sqrt(2)`.
   """
-  ranges.positive("schedule", timescale=timescale)
+  ranges.check("schedule", ranges.PositiveFloat, timescale=timescale)
 
   def decay(count):
     return peak / jnp.sqrt(1 + jnp.maximum(count, 0) / timescale)
@@ -83,7 +82,9 @@ def wsd(
     decay: steps of the line down, at the end.
     final: the last rate, as a share of `peak`.
   """
-  ranges.non_negative("schedule", warmup=warmup, decay=decay, final=final)
+  ranges.check(
+    "schedule", ranges.NonNegativeFloat, warmup=warmup, decay=decay, final=final
+  )
   _rest(steps, warmup + decay)
   down = optax.linear_schedule(peak, final * peak, max(decay, 1))
   flat = optax.constant_schedule(peak)
@@ -92,7 +93,7 @@ def wsd(
 
 
 def _warmed(peak: Number, warmup: int, then: Schedule) -> Schedule:
-  ranges.non_negative("schedule", peak=peak, warmup=warmup)
+  ranges.check("schedule", ranges.NonNegativeFloat, peak=peak, warmup=warmup)
   if not warmup:
     return then
 
@@ -122,7 +123,7 @@ class RateState(NamedTuple):
 
 def scale_by_rate(rate: Number | Schedule) -> optax.GradientTransformation:
   """Returns a transformation by `-rate(count)` that remembers the rate."""
-  ranges.non_negative("optimizer", learning_rate=rate)
+  ranges.check("optimizer", ranges.NonNegativeFloat, learning_rate=rate)
 
   def at(count):
     value = rate(count) if callable(rate) else rate
@@ -195,20 +196,20 @@ def adamw(
 
 def moments(b1: Number, b2: Number, eps: Number) -> Any:
   """Returns `optax.scale_by_adam`, its numbers checked."""
-  ranges.decay("optimizer", b1=b1, b2=b2)
-  ranges.non_negative("optimizer", eps=eps)
+  ranges.check("optimizer", ranges.Decay, b1=b1, b2=b2)
+  ranges.check("optimizer", ranges.NonNegativeFloat, eps=eps)
   return optax.scale_by_adam(b1, b2, eps)
 
 
 def clipped(norm: Number | None) -> optax.GradientTransformation:
   """Returns `optax.clip_by_global_norm`, or nothing's identity."""
-  ranges.positive("optimizer", clip=norm)
+  ranges.check("optimizer", ranges.PositiveFloat, clip=norm)
   return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
 
 
 def decaying(weight_decay: Number, mask: Any = None) -> Any:
   """Returns `optax.add_decayed_weights`, its number checked."""
-  ranges.non_negative("optimizer", weight_decay=weight_decay)
+  ranges.check("optimizer", ranges.NonNegativeFloat, weight_decay=weight_decay)
   return optax.add_decayed_weights(weight_decay, mask)
 
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from research.optim import optim, ranges
+from research import ranges
+from research.optim import optim
 from research.typing import Array, UserError
 
 Metrics = dict[str, Array]
@@ -42,7 +43,7 @@ def adamw(
     decayed: regular expression of the paths that decay.
     clip: bound of the gradient's global norm, or None.
   """
-  ranges.decay("optimizer", b1=b1)
+  ranges.check("optimizer", ranges.Decay, b1=b1)
   inner = optim.adamw(
     learning_rate,
     b1=0.0,

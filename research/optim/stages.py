@@ -2,7 +2,8 @@
 
 import optax
 
-from research.optim import optim, ranges
+from research import ranges
+from research.optim import optim
 from research.optim.optim import Number, Schedule
 from research.typing import UserError
 
@@ -33,8 +34,14 @@ def stages(
   Raises:
     UserError: a stage has no room.
   """
-  ranges.non_negative(
-    "stages", peak=peak, later=later, warmup=warmup, decay=decay, final=final
+  ranges.check(
+    "stages",
+    ranges.NonNegativeFloat,
+    peak=peak,
+    later=later,
+    warmup=warmup,
+    decay=decay,
+    final=final,
   )
   if not warmup <= at < steps - decay:
     raise UserError(

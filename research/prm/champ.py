@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from research.data.sources.jsonl import Record
 from research.errors import UserError
 from research.prm.labelled import LabelledSolution, labels_until
+from research.ranges import OneOf, Ranged
 from research.reasoning.segmentation import SEGMENTERS, Span
 
 PACKAGE = "champ_dataset"
@@ -23,7 +24,7 @@ FILE = "dataset_files/v0.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Champ:
+class Champ(Ranged):
   """The layout of CHAMP's `v0.json`, which `installed` finds; read only.
 
   Attributes:
@@ -31,15 +32,8 @@ class Champ:
       paragraphs as well.
   """
 
-  segmenter: str = "blank_line"
+  segmenter: OneOf(*SEGMENTERS) = "blank_line"
   single: ClassVar[bool] = False
-
-  def __post_init__(self):
-    if self.segmenter not in SEGMENTERS:
-      raise UserError(
-        f"Champ.segmenter: found {self.segmenter!r}, expected one of"
-        f" {', '.join(SEGMENTERS)}"
-      )
 
   def solutions(self, record: Record) -> list[LabelledSolution]:
     """Returns the solutions, in the file's order.

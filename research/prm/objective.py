@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
-from research.optim import ranges
 from research.prm.model import GenerativeReward, RewardModel, log_odds
+from research.ranges import NonNegativeFloat, Ranged
 from research.training.objectives.objective import Batch, Sums
 from research.typing import Array, Float, Int, Params, PRNGKey
 
@@ -84,7 +84,7 @@ def squared_value(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PQM:
+class PQM(Ranged):
   """Ranks a trace's steps: right ones rise, wrong ones lie a margin below.
 
     -mean over right steps t, and the start where a step is wrong, of
@@ -98,10 +98,7 @@ class PQM:
     margin: the paper's zeta; its runs have 4.
   """
 
-  margin: float | int = 4.0
-
-  def __post_init__(self):
-    ranges.non_negative("PQM", margin=self.margin)
+  margin: NonNegativeFloat = 4.0
 
   def __call__(
     self,

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from research.data import pipeline
 from research.data.array_batches import ShuffledBatches
 from research.data.packing import Row
 from research.data.sources import (
@@ -29,6 +28,7 @@ from research.prm.conventions import Convention, Encoded, step_tokens
 from research.prm.formats import Format, Native, read
 from research.prm.labelled import Label, LabelledSolution
 from research.prm.labels import rollouts
+from research.ranges import AtLeast, NonNegativeInt, PositiveInt, Ranged
 from research.reasoning.prompting import Prompting, arrays_of, as_text
 from research.typing import UserError
 
@@ -140,7 +140,7 @@ def encode(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledRows(FromFiles, ShuffledBatches):
+class LabelledRows(Ranged, FromFiles, ShuffledBatches):
   """Solutions of files with labelled steps, one a row.
 
   Solutions longer than a row lose what is beyond it; those that are left
@@ -168,16 +168,16 @@ class LabelledRows(FromFiles, ShuffledBatches):
   labels: StepLabels = recorded
   separator: str = ""
   split: Split | None = None
-  length: int = 256
+  length: AtLeast(2) = 256
   prompting: Prompting = as_text
   convention: Convention | None = None
-  batch_size: int = 32
-  seed: int = 0
+  batch_size: PositiveInt = 32
+  seed: NonNegativeInt = 0
 
   def __post_init__(self):
-    pipeline.check_sizes(self, length=2, batch_size=1, seed=0)
-    own = self.separator == "" and self.prompting is as_text
-    if self.convention is not None and not own:
+    super().__post_init__()
+    as_is = self.separator == "" and self.prompting is as_text
+    if self.convention is not None and not as_is:
       raise UserError(
         f"LabelledRows.convention: found {type(self.convention).__name__} and a"
         " separator or a prompting, expected one or the other: a convention has"

@@ -16,6 +16,7 @@ import numpy as np
 from research.prm import judge
 from research.prm.labelled import LabelledSolution
 from research.prm.scores.aggregate import Aggregate, Product
+from research.ranges import OneOf, Ranged
 from research.reasoning.problem import Verdict
 from research.reasoning.segmentation import SEGMENTERS, steps_of
 from research.training.alignment.rewarded_task import AnswerRewards, Prompt
@@ -36,7 +37,7 @@ class RewardSource(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoredTask:
+class ScoredTask(Ranged):
   """Prompts of a task, and a reward model that judges answers to them.
 
   A `RewardedTask`. The reward of an answer is from 0 to 1: the aggregate of its
@@ -56,17 +57,10 @@ class ScoredTask:
 
   task: VerifiedTask
   reward_model: RewardSource
-  segmenter: str
+  segmenter: OneOf(*SEGMENTERS)
   aggregate: Aggregate = Product()
   separator: str = ""
   answer_required: bool = False
-
-  def __post_init__(self):
-    if self.segmenter not in SEGMENTERS:
-      raise UserError(
-        f"ScoredTask.segmenter: found {self.segmenter!r}, expected one of"
-        f" {', '.join(SEGMENTERS)}."
-      )
 
   @functools.cached_property
   def _loaded(self) -> Any:

@@ -18,6 +18,13 @@ from research import tree, weights
 from research.quant.numerics import exact_division
 from research.quant.numerics.integers import integer_codes, integer_product
 from research.quant.qtensor import QTensor
+from research.ranges import (
+  Between,
+  NonNegativeInt,
+  OneOf,
+  PositiveShare,
+  Ranged,
+)
 from research.typing import (
   Array,
   Float,
@@ -143,7 +150,7 @@ class InputTensor(weights.WrappedWeight):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Round(Op):
+class Round(Ranged, Op):
   """Rounds activations to integers, with a scale per token or per tensor.
 
   The scale is `clip max|x| / (2^(bits-1) - 1)`, or with a zero point
@@ -166,26 +173,17 @@ class Round(Op):
       integer codes, too.
   """
 
-  bits: int = 8
-  per: str = "token"
-  group: int = 0
-  clip: float = 1.0
+  bits: Between(2, 8) = 8
+  per: OneOf("token", "tensor") = "token"
+  group: NonNegativeInt = 0
+  clip: PositiveShare = 1.0
   symmetric: bool = True
   full: bool = False
   integer: bool = False
 
   def __post_init__(self):
-    if not 2 <= self.bits <= 8:
-      raise UserError(f"Round.bits: found {self.bits}, expected 2 to 8.")
-    if self.per not in ("token", "tensor"):
-      raise UserError(
-        f"Round.per: found {self.per!r}, expected 'token' or 'tensor'."
-      )
-    if not 0 < self.clip <= 1:
-      raise UserError(
-        f"Round.clip: found {self.clip}, expected more than 0, at most 1."
-      )
-    if self.group < 0 or (self.group and self.per == "tensor"):
+    super().__post_init__()
+    if self.group and self.per == "tensor":
       raise UserError(
         f"Round.group: found {self.group} with per={self.per!r}, expected 0, or"
         " a number of inputs with per='token'."
@@ -296,7 +294,7 @@ integer_einsum.defvjp(_integer_forward, _integer_backward)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundFloat(Op):
+class RoundFloat(Ranged, Op):
   """Rounds activations to FP8 E4M3, with a scale per token or per tensor.
 
   The scale is `max|x| / 448`, or the leaf's static scale. Gradients pass
@@ -306,13 +304,7 @@ class RoundFloat(Op):
     per: what shares a scale, 'token' or 'tensor', as in `Round`.
   """
 
-  per: str = "token"
-
-  def __post_init__(self):
-    if self.per not in ("token", "tensor"):
-      raise UserError(
-        f"RoundFloat.per: found {self.per!r}, expected 'token' or 'tensor'."
-      )
+  per: OneOf("token", "tensor") = "token"
 
   def is_row_wise(self, scale: Any = None) -> bool:
     """Whether no rows share a scale of their values."""

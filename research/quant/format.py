@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.quant.numerics import codebooks
+from research.ranges import Ranged
 from research.typing import Array, Float, UInt8, UserError
 
 Parts = Mapping[str, Any]
@@ -86,7 +87,7 @@ class NormalForm:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Format:
+class Format(Ranged):
   """Base class of formats: encodes a matrix to arrays and decodes it.
 
   Attributes:

@@ -48,6 +48,7 @@ class Ggml(Format):
   fields: ClassVar[tuple[Field, ...]] = ()
 
   def __post_init__(self):
+    super().__post_init__()
     if self.block != type(self).block:
       raise UserError(
         f"{self.kind}: block is {self.block}, expected {type(self).block}"

@@ -18,7 +18,8 @@ from research.quant.formats.affine import Affine
 from research.quant.numerics import exact_division
 from research.quant.numerics.integers import integer_codes, integer_product
 from research.quant.qtensor import QTensor
-from research.typing import Array, Float, UserError
+from research.ranges import Ranged, Real
+from research.typing import Array, Float
 
 INT8 = Affine(
   block=0, bits=8, symmetric=True, rule="amax/qmax", scale_dtype="float32"
@@ -31,7 +32,7 @@ _LARGEST = 65504.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outliers(Op):
+class Outliers(Ranged, Op):
   """Rounds activations to 8 bits, except inputs with outliers.
 
   Both products have full size, since the outlier inputs are not known at
@@ -42,13 +43,7 @@ class Outliers(Op):
     threshold: magnitude of an outlier; 0 rounds all inputs to 8 bits.
   """
 
-  threshold: float = 6.0
-
-  def __post_init__(self):
-    if not self.threshold >= 0:
-      raise UserError(
-        f"Outliers.threshold: found {self.threshold}, expected 0 or more."
-      )
+  threshold: Real(at_least=0, infinite=True) = 6.0
 
   def is_row_wise(self, scale: Any = None) -> bool:
     """Whether no row makes an input of other rows an outlier."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 from research.prm.scores.aggregate import Aggregate
+from research.ranges import PositiveShare, Ranged
 from research.search.engine import Path
 from research.search.estimators.voting import vote, weighted_vote
 from research.search.step_search import needs_scores
@@ -97,7 +98,7 @@ class Weighted:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Confident:
+class Confident(Ranged):
   """A vote of the most confident paths (DeepConf, Fu et al. 2025,
   arXiv:2508.15260, offline).
 
@@ -109,12 +110,8 @@ class Confident:
     inner: how they vote.
   """
 
-  keep: float | int = 0.5
+  keep: PositiveShare = 0.5
   inner: Choice = Majority()
-
-  def __post_init__(self):
-    if not 0 < self.keep <= 1:
-      raise UserError(f"Confident: keep is {self.keep}, expected 0 to 1")
 
   @property
   def needs_scores(self) -> bool:

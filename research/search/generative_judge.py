@@ -27,6 +27,7 @@ from research.nn.flops import Causal, ModelCost, model_cost
 from research.nn.transformer import Transformer
 from research.prm.formats import genprm, thinkprm
 from research.prm.model import GenerativeReward
+from research.ranges import PositiveInt, Ranged, Share
 from research.rounding import next_power_of_two
 from research.search import ledger as ledgers
 from research.search.ledger import Ledger
@@ -308,7 +309,7 @@ class JudgedRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerativeJudge:
+class GenerativeJudge(Ranged):
   """A verifier that writes; see `search.engine.WritingVerifier`.
 
   Attributes:
@@ -323,16 +324,8 @@ class GenerativeJudge:
   writer: Writer
   text: Callable[[Sequence[int]], str]
   format: JudgeFormat = GenPRMChat()
-  count: int = 1
-  unparsed: float | int = 0.0
-
-  def __post_init__(self):
-    if self.count < 1 or not 0 <= self.unparsed <= 1:
-      raise UserError(
-        f"GenerativeJudge: found {self.count} critiques, and"
-        f" {self.unparsed} for those without a verdict; expected at least 1,"
-        " and 0 to 1"
-      )
+  count: PositiveInt = 1
+  unparsed: Share = 0.0
 
   def prompt_cost(self, tokens: int) -> Ledger:
     """Returns nothing: a judge reads a problem with each of its steps."""

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from research.ranges import PositiveInt, Ranged
 from research.search.engine import Engine, Frontier, Path
 from research.search.ledger import Ledger
 from research.typing import PRNGKey, UserError
@@ -85,20 +86,14 @@ def needs_scores(part: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepSearch:
+class StepSearch(Ranged):
   """A search that says after each step how many children each path has.
 
   Attributes:
     copies: paths of a problem at the beginning, and at most at any time.
   """
 
-  copies: int = 16
-
-  def __post_init__(self):
-    if self.copies < 1:
-      raise UserError(
-        f"{type(self).__name__}: copies is {self.copies}, expected at least 1"
-      )
+  copies: PositiveInt = 16
 
   def children(self, paths: Sequence[Path]) -> Sequence[int]:
     """Returns how many paths go on from each of a problem's open paths.

@@ -21,7 +21,13 @@ from jax.sharding import NamedSharding
 
 from research import sharding as shardings
 from research.io import folders
-from research.optim import ranges
+from research.ranges import (
+  NonNegativeInt,
+  PositiveFloat,
+  PositiveInt,
+  Ranged,
+  Share,
+)
 from research.training import evaluating, memory, preemption
 from research.training.aot import StateTransform, compile_steps
 from research.training.checkpoints import run_lock, unevaluated
@@ -40,7 +46,7 @@ from research.typing import PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Ranged):
   """Duration of training, and the schedule of evaluations and checkpoints.
 
   Attributes:
@@ -63,39 +69,18 @@ class TrainConfig:
       counted from the start of this process, or None.
   """
 
-  steps: int
-  seed: int = 0
-  accumulate: int = 1
-  average: float | int = 0.999
-  eval_every: int = 0
-  save_every: int = 0
-  keep: int = 2
-  keep_every: int = 0
+  steps: PositiveInt
+  seed: NonNegativeInt = 0
+  accumulate: PositiveInt = 1
+  average: Share = 0.999
+  eval_every: NonNegativeInt = 0
+  save_every: NonNegativeInt = 0
+  keep: PositiveInt = 2
+  keep_every: NonNegativeInt = 0
   best: str = "validation/loss"
   better: Literal["lower", "higher"] = "lower"
-  stalled_after: float | int | None = 3600
-  profile: tuple[int, int] | None = None
-
-  def __post_init__(self):
-    every = ("eval_every", "save_every", "keep_every")
-    least = {"steps": 1, "accumulate": 1, "keep": 1, "seed": 0}
-    for name, low in {**least, **dict.fromkeys(every, 0)}.items():
-      if getattr(self, name) < low:
-        raise UserError(
-          f"TrainConfig.{name}: found {getattr(self, name)}, expected at least "
-          f"{low}."
-        )
-    ranges.share("TrainConfig", average=self.average)
-    if self.stalled_after is not None and self.stalled_after <= 0:
-      raise UserError(
-        f"TrainConfig.stalled_after: found {self.stalled_after}, expected"
-        " seconds above 0, or None."
-      )
-    if self.profile is not None and min(self.profile) < 1:
-      raise UserError(
-        f"TrainConfig.profile: found {self.profile}, expected a first step and"
-        " a number of steps, both at least 1."
-      )
+  stalled_after: PositiveFloat | None = 3600
+  profile: tuple[PositiveInt, PositiveInt] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from research.data import pipeline
 from research.data.array_batches import ShuffledBatches
 from research.data.packing import Row
+from research.ranges import AtLeast, NonNegativeInt, PositiveInt, Ranged
 from research.reasoning import isolation
 from research.reasoning.isolation import Guarded
 from research.reasoning.problem import Problem, Verdict
@@ -44,7 +44,7 @@ class DrawsAtOnce(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Solutions(ShuffledBatches):
+class Solutions(Ranged, ShuffledBatches):
   """Problems with the solutions of the task's oracle, one a row.
 
   The loss covers the solution and the token that ends it. A task that draws all
@@ -62,13 +62,10 @@ class Solutions(ShuffledBatches):
   """
 
   task: Task
-  length: int
+  length: AtLeast(2)
   prompting: Prompting = as_text
-  batch_size: int = 256
-  seed: int = 0
-
-  def __post_init__(self):
-    pipeline.check_sizes(self, length=2, batch_size=1, seed=0)
+  batch_size: PositiveInt = 256
+  seed: NonNegativeInt = 0
 
   def rows(self, tokenizer: Any) -> "_SolutionRows":
     """Returns the rows in the task's order."""

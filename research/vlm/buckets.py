@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from research.data import bucketing, knapsack, pipeline
+from research.data import bucketing, knapsack
 from research.data.bucketing import BucketedBatches, BucketRows
 from research.data.packing import Row, Rows
 from research.data.sources import NoExamples
 from research.io import folders
+from research.ranges import AtLeast, NonNegativeInt, PositiveInt, Ranged
 from research.typing import Int, UserError
 from research.vlm import data
 from research.vlm.images.plan import Plan, Views
@@ -34,7 +35,7 @@ from research.vlm.images.resize import Size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bucket:
+class Bucket(Ranged):
   """A shape of batches.
 
   Attributes:
@@ -46,16 +47,14 @@ class Bucket:
     pool: consecutive rows that share their views; a divisor of `rows`.
   """
 
-  length: int
-  views: int = 1
-  patches: int | None = None
-  rows: int = 8
-  pool: int = 1
+  length: AtLeast(2)
+  views: NonNegativeInt = 1
+  patches: PositiveInt | None = None
+  rows: PositiveInt = 8
+  pool: PositiveInt = 1
 
   def __post_init__(self):
-    pipeline.check_sizes(self, length=2, views=0, rows=1, pool=1)
-    if self.patches is not None:
-      pipeline.check_sizes(self, patches=1)
+    super().__post_init__()
     if self.rows % self.pool:
       raise UserError(
         f"Bucket.rows: found {self.rows}, expected a multiple of pool,"
@@ -74,7 +73,7 @@ class Bucket:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BucketedQuestions(data.ImageData):
+class BucketedQuestions(Ranged, data.ImageData):
   """Samples in buckets; a `research.data.pipeline.Data`.
 
   Attributes:
@@ -96,12 +95,12 @@ class BucketedQuestions(data.ImageData):
   buckets: tuple[Bucket, ...]
   template: data.Template = data.Template()
   packing: knapsack.Packing = knapsack.best_fit
-  seed: int = 0
-  threads: int = 1
+  seed: NonNegativeInt = 0
+  threads: PositiveInt = 1
   inputs: data.ViewInputs = data.Pixels()
 
   def __post_init__(self):
-    pipeline.check_sizes(self, threads=1, seed=0)
+    super().__post_init__()
     shapes = [(x.length, x.views, x.patches, x.pool) for x in self.buckets]
     if not shapes or len(set(shapes)) < len(shapes):
       raise UserError(

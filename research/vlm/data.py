@@ -20,6 +20,7 @@ from research.data.examples import Example
 from research.data.packing import Row
 from research.data.sources import Documents
 from research.generation import generate
+from research.ranges import AtLeast, NonNegativeInt, PositiveInt, Ranged
 from research.typing import Int32, Params, UInt8, UserError
 from research.vlm.encoders.grouped import GroupedViews
 from research.vlm.encoders.native import CHANNELS, Images, Patches
@@ -197,7 +198,7 @@ class Texts(Documents):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageQuestions(pipeline.ShuffledRows, ImageData):
+class ImageQuestions(Ranged, pipeline.ShuffledRows, ImageData):
   """Samples as rows of tokens and views; a `research.data.pipeline.Data`.
 
   Attributes:
@@ -218,16 +219,16 @@ class ImageQuestions(pipeline.ShuffledRows, ImageData):
   samples: Samples
   preprocessor: Preprocessor
   image_token: int
-  length: int
-  views: int = 1
+  length: AtLeast(2)
+  views: PositiveInt = 1
   patches: int | None = None
   template: Template = Template()
-  batch_size: int = 8
-  seed: int = 0
+  batch_size: PositiveInt = 8
+  seed: NonNegativeInt = 0
   inputs: ViewInputs = Pixels()
 
   def __post_init__(self):
-    pipeline.check_sizes(self, length=2, views=1, batch_size=1, seed=0)
+    super().__post_init__()
     self.preprocessor.check_patches("ImageQuestions", self.patches)
 
   def rows(self, tokenizer: Any) -> "ImageRows":

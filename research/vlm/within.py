@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+from research.ranges import OneOf, Ranged
 from research.typing import Params, PRNGKey, UserError
 from research.vlm.model import TOWERS
 
@@ -31,7 +32,7 @@ class _Rotates(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Within:
+class Within(Ranged):
   """A transform of one tower's parameters; the others stay as they are.
 
   Attributes:
@@ -40,15 +41,11 @@ class Within:
       within it are the tower's own: `layers/0/attention/q`.
   """
 
-  tower: str
+  tower: OneOf(*TOWERS)
   transform: Transform
 
   def __post_init__(self):
-    if self.tower not in TOWERS:
-      raise UserError(
-        f"Within.tower: found {self.tower!r}, expected one of"
-        f" {', '.join(TOWERS)}"
-      )
+    super().__post_init__()
     rotates = isinstance(self.transform, _Rotates)
     if rotates and self.transform.rotates_residual:
       raise UserError(

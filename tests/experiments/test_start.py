@@ -46,7 +46,7 @@ HEAVY = {
 
 OURS = {
   *("bindings", "choices", "cli", "flags_from", "packed_weights", "runtime"),
-  *("errors", "progress", "typechecks", "packages", "folders"),
+  *("errors", "progress", "typechecks", "packages", "folders", "ranges"),
   # What flags are made from.
   *("settings", "config", "policies", "remask", "combinations"),
   *("conversation", "prompts", "text_perplexity", "conversion", "formats"),

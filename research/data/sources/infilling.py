@@ -13,6 +13,7 @@ import numpy as np
 from research.data.examples import Example
 from research.data.sources import Split
 from research.data.sources.synthetic import rng_of
+from research.ranges import AtLeast, PositiveInt, Ranged
 from research.typing import Bool, Int, UserError
 
 
@@ -49,7 +50,7 @@ def _examples(rows: np.ndarray, learned: np.ndarray | bool) -> list[Example]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pairs:
+class Pairs(Ranged):
   """Facts about names: `name IS fact`, of half of them also `fact WAS name`.
 
   What the other half says is asked in the order of training, by the template
@@ -63,13 +64,14 @@ class Pairs:
     seed: seed that the pairs are drawn with.
   """
 
-  count: int = 40
+  count: AtLeast(2) = 40
   size: int = 2
   words: int = 30
   seed: int = 0
 
   def __post_init__(self):
-    if self.count < 2 or self.words**self.size < 4 * self.count:
+    super().__post_init__()
+    if self.words**self.size < 4 * self.count:
       raise UserError(
         f"Pairs: count is {self.count}, expected 2 to a quarter of the"
         f" {self.words**self.size} names"
@@ -109,7 +111,7 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Orders:
+class Orders(Ranged):
   """`how x x x x | y y y y`: y is x as it is, turned round, or moved by one.
 
   Attributes:
@@ -124,20 +126,13 @@ class Orders:
     seed: seed that the rows are drawn with.
   """
 
-  symbols: int = 12
-  length: int = 6
+  symbols: AtLeast(2) = 12
+  length: AtLeast(2) = 6
   instructed: bool = True
   count: int = 8192
   split: Split = "train"
   heldout: int = 256
   seed: int = 0
-
-  def __post_init__(self):
-    if self.symbols < 2 or self.length < 2:
-      raise UserError(
-        f"Orders: symbols is {self.symbols} and length {self.length}, expected"
-        " at least 2"
-      )
 
   def _rows(
     self, split: Split, count: int, instructed: bool
@@ -166,7 +161,7 @@ class Orders:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sums:
+class Sums(Ranged):
   """Digits, and after each one the sum so far, modulo m: `d a d a d a ..`.
 
   All sums are certain, and far ones hard to see: each follows from its digit
@@ -184,20 +179,13 @@ class Sums:
     seed: seed that the rows are drawn with.
   """
 
-  modulus: int = 3
-  length: int = 16
-  given: int = 8
+  modulus: AtLeast(2) = 3
+  length: PositiveInt = 16
+  given: PositiveInt = 8
   count: int = 8192
   split: Split = "train"
   heldout: int = 256
   seed: int = 0
-
-  def __post_init__(self):
-    if self.modulus < 2 or self.length < 1 or self.given < 1:
-      raise UserError(
-        f"Sums: modulus is {self.modulus}, length {self.length}, given"
-        f" {self.given}; expected at least 2, 1 and 1"
-      )
 
   def _rows(self, split: Split, count: int) -> Int[np.ndarray, "N T"]:
     rng = rng_of(self.seed, split)

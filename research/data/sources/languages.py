@@ -16,11 +16,12 @@ import scipy
 from research.data.examples import Example
 from research.data.sources import Split
 from research.data.sources.synthetic import rng_of
+from research.ranges import AtLeast, PositiveInt, Ranged
 from research.typing import Float, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogLinear:
+class LogLinear(Ranged):
   """Tokens with `p(next | x, y) = softmax(f_1[y] + f_2[x])`, y the last one.
 
   Each seed in `mix` determines two tables f [V, V] of normal random numbers
@@ -36,9 +37,9 @@ class LogLinear:
     split: which documents.
   """
 
-  vocab: int = 32
-  length: int = 33
-  count: int = 4096
+  vocab: AtLeast(2) = 32
+  length: AtLeast(3) = 33
+  count: PositiveInt = 4096
   mix: Mapping[int, float | int] = dataclasses.field(
     default_factory=lambda: {0: 1.0}
   )
@@ -47,12 +48,7 @@ class LogLinear:
   split: Split = "train"
 
   def __post_init__(self):
-    for name, low in (("vocab", 2), ("length", 3), ("count", 1)):
-      if getattr(self, name) < low:
-        raise UserError(
-          f"LogLinear.{name}: found {getattr(self, name)}, expected at least"
-          f" {low}."
-        )
+    super().__post_init__()
     if not self.mix:
       raise UserError("LogLinear.mix: is empty, expected {seed: weight}.")
 

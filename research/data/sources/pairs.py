@@ -17,6 +17,7 @@ from research.data import pipeline
 from research.data.packing import PackedRows, Piece, Row
 from research.data.sources import NoExamples
 from research.data.sources.records import Pair
+from research.ranges import AtLeast, NonNegativeInt, PositiveInt, Ranged
 from research.typing import UserError
 
 
@@ -46,7 +47,7 @@ class PairedRows:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pairs:
+class Pairs(Ranged):
   """Preference pairs as shuffled batches; see `pipeline.Pipeline`.
 
   Attributes:
@@ -59,13 +60,10 @@ class Pairs:
   """
 
   source: PairSource
-  length: int = 256
-  batch_size: int = 4
-  seed: int = 0
+  length: AtLeast(2) = 256
+  batch_size: PositiveInt = 4
+  seed: NonNegativeInt = 0
   longer: Literal["error", "drop"] = "error"
-
-  def __post_init__(self):
-    pipeline.check_sizes(self, length=2, batch_size=1, seed=0)
 
   def rows(self, tokenizer: Any) -> PairedRows:
     """Returns the pairs in the source's order."""

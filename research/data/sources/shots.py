@@ -14,6 +14,7 @@ from research.data.examples import Example
 from research.data.sources import Split
 from research.data.sources.infilling import Question
 from research.data.sources.synthetic import rng_of
+from research.ranges import AtLeast, Ranged
 from research.typing import Int, UserError
 
 Evidence = Literal["before", "after", "none"]
@@ -23,7 +24,7 @@ _EVIDENCE = ("before", "after", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shots:
+class Shots(Ranged):
   """Rows of key-value pairs, each with its own mapping.
 
   Each of the `used` keys of a row gets a uniformly random value, so without
@@ -42,9 +43,9 @@ class Shots:
   """
 
   keys: int = 16
-  values: int = 16
+  values: AtLeast(2) = 16
   used: int = 8
-  pairs: int = 16
+  pairs: AtLeast(3) = 16
   count: int = 65_536
   split: Split = "train"
   shots: int = 8
@@ -52,16 +53,8 @@ class Shots:
   seed: int = 0
 
   def __post_init__(self):
-    if not 2 <= self.used < self.keys:
-      raise UserError(
-        f"Shots.used: found {self.used}, expected 2 to {self.keys - 1}, so that"
-        " a row has an unused key"
-      )
-    if self.values < 2 or self.pairs < 3:
-      raise UserError(
-        f"Shots: values is {self.values} and pairs {self.pairs}, expected at"
-        " least 2 and 3"
-      )
+    super().__post_init__()
+    self.expect("used", 2, self.keys - 1, why="a row has an unused key")
 
   @property
   def mask_id(self) -> int:

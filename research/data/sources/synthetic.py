@@ -15,7 +15,8 @@ import numpy as np
 
 from research.data.examples import Example
 from research.data.sources import Split
-from research.typing import Float, UserError
+from research.ranges import AtLeast, PositiveInt, Ranged, Real
+from research.typing import Float
 
 _SPLITS = ("train", "validation", "heldout")
 
@@ -25,17 +26,8 @@ def rng_of(seed: int, split: Split, *more: int) -> np.random.Generator:
   return np.random.default_rng([seed, _SPLITS.index(split), *more])
 
 
-def _check(source: Any, **least: int) -> None:
-  for name, low in least.items():
-    if getattr(source, name) < low:
-      raise UserError(
-        f"{type(source).__name__}.{name}: found {getattr(source, name)},"
-        f" expected at least {low}."
-      )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Markov:
+class Markov(Ranged):
   """A first-order Markov chain, started in its stationary distribution.
 
   Each row of the transition matrix is drawn from a symmetric Dirichlet
@@ -51,20 +43,12 @@ class Markov:
     split: which documents.
   """
 
-  vocab: int = 32
-  length: int = 256
-  count: int = 1024
-  concentration: float | int = 0.3
+  vocab: AtLeast(2) = 32
+  length: AtLeast(2) = 256
+  count: PositiveInt = 1024
+  concentration: Real(at_least=1e-3, at_most=1e6) = 0.3
   seed: int = 0
   split: Split = "train"
-
-  def __post_init__(self):
-    _check(self, vocab=2, length=2, count=1)
-    if not 1e-3 <= self.concentration <= 1e6:
-      raise UserError(
-        f"Markov.concentration: found {self.concentration}, expected 0.001 to"
-        " 1,000,000."
-      )
 
   @property
   def transitions(self) -> Float[np.ndarray, "V V"]:
@@ -116,7 +100,7 @@ def _choose(rows, uniform):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Copy:
+class Copy(Ranged):
   """Copy task: random symbols, a separator (id V), and the same symbols again.
 
   The loss covers the second half only, which is a copy of the first.
@@ -129,14 +113,11 @@ class Copy:
     split: which documents.
   """
 
-  vocab: int = 32
-  length: int = 24
-  count: int = 1024
+  vocab: AtLeast(2) = 32
+  length: PositiveInt = 24
+  count: PositiveInt = 1024
   seed: int = 0
   split: Split = "train"
-
-  def __post_init__(self):
-    _check(self, vocab=2, length=1, count=1)
 
   @property
   def optimal_loss(self) -> float:
@@ -159,7 +140,7 @@ class Copy:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recall:
+class Recall(Ranged):
   """Associative recall: key-value pairs, then all keys again as queries.
 
   Multi-query recall as in Arora et al. 2023 (arXiv:2312.04927), section 3:
@@ -176,14 +157,15 @@ class Recall:
   """
 
   keys: int = 32
-  values: int = 32
-  pairs: int = 8
-  count: int = 1024
+  values: AtLeast(2) = 32
+  pairs: PositiveInt = 8
+  count: PositiveInt = 1024
   seed: int = 0
   split: Split = "train"
 
   def __post_init__(self):
-    _check(self, keys=self.pairs, values=2, pairs=1, count=1)
+    super().__post_init__()
+    self.expect("keys", self.pairs)
 
   @property
   def optimal_loss(self) -> float:

@@ -32,6 +32,7 @@ from research.diffusion.mask_ratio_time import if_conditioned
 from research.diffusion.sampling import denoiser
 from research.diffusion.schedule import Linear, Schedule
 from research.nn.transformer import Transformer
+from research.ranges import Decay, PositiveInt, Ranged
 from research.training import positions
 from research.typing import (
   Array,
@@ -62,18 +63,14 @@ class Views:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FullMask:
+class FullMask(Ranged):
   """One pass: all of the answer masked.
 
   Attributes:
     prompt: how likely a token of the prompt is masked, too.
   """
 
-  prompt: float = 0.15
-
-  def __post_init__(self):
-    if not 0 <= self.prompt < 1:
-      raise UserError(f"FullMask: prompt is {self.prompt}, expected 0 to 1")
+  prompt: Decay = 0.15
 
   def plan(
     self, keys: PRNGKey, answer: Bool[Array, "B T"], real: Bool[Array, "B T"]
@@ -137,7 +134,7 @@ class Coupled:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Elbo:
+class Elbo(Ranged):
   """`times` numbers of masks, `masks` sets of each; together unbiased.
 
   The time of n masks of L is when the n-th token is masked: its share is drawn
@@ -148,15 +145,8 @@ class Elbo:
     masks: n_y; more of them is worth less than more times.
   """
 
-  times: int = 8
-  masks: int = 1
-
-  def __post_init__(self):
-    if self.times < 1 or self.masks < 1:
-      raise UserError(
-        f"Elbo: times is {self.times} and masks {self.masks}, expected at "
-        "least 1"
-      )
+  times: PositiveInt = 8
+  masks: PositiveInt = 1
 
   def plan(self, keys, answer, real):
     """Returns `times * masks` views; see `FullMask.plan`."""

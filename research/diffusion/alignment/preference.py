@@ -18,13 +18,14 @@ from research.diffusion.alignment.estimators import Elbo, Estimator
 from research.diffusion.schedule import Linear, Schedule
 from research.generation.sampling import row_keys
 from research.nn.transformer import Transformer
+from research.ranges import PositiveFloat, Ranged
 from research.training.objectives.objective import Batch, Sums
 from research.training.objectives.preference import Part, Select, all_params
-from research.typing import Params, PRNGKey, UserError
+from research.typing import Params, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VRPO:
+class VRPO(Ranged):
   """-log sigmoid(b [ratio(chosen) - ratio(rejected)]), ratios of bounds.
 
   The batch is that of `research.data.sources.pairs`.
@@ -46,7 +47,7 @@ class VRPO:
   model: Transformer | None = None
   mask_id: int = -1
   estimator: Estimator = Elbo()
-  beta: float = 0.2
+  beta: PositiveFloat = 0.2
   shared: bool = True
   by_length: bool = False
   shift: bool = False
@@ -55,10 +56,6 @@ class VRPO:
   policy: Select = all_params
   reference: Select = Part("reference")
   rows: int = 256
-
-  def __post_init__(self):
-    if not self.beta > 0:
-      raise UserError(f"VRPO: beta is {self.beta}, expected more than 0")
 
   @property
   def rearranged(self) -> str:

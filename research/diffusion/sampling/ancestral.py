@@ -22,6 +22,7 @@ from research.diffusion import process
 from research.diffusion.likelihood import Scores
 from research.diffusion.sampling.remask import Remask
 from research.diffusion.schedule import Linear, Schedule
+from research.ranges import PositiveInt, Ranged
 from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 
 Grid = Literal["uniform", "cosine", "dream"]
@@ -32,7 +33,7 @@ who compiles the samplers has to look for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ancestral:
+class Ancestral(Ranged):
   """A grid of times, and what is masked again on it.
 
   Attributes:
@@ -43,14 +44,10 @@ class Ancestral:
     remask: how likely filled places are masked again, or None.
   """
 
-  steps: int
+  steps: PositiveInt
   schedule: Schedule = Linear()
   grid: Grid = "uniform"
   remask: Remask | None = None
-
-  def __post_init__(self):
-    if self.steps < 1:
-      raise UserError(f"Ancestral: steps is {self.steps}, expected at least 1")
 
   def times(self) -> Float[Array, " N"]:
     """Returns the grid, from 1 down to 0, `steps + 1` numbers."""

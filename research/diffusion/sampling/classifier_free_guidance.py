@@ -4,6 +4,7 @@ import dataclasses
 
 from research.diffusion import likelihood, process
 from research.diffusion.sampling.denoiser import Denoiser
+from research.ranges import NonNegativeFloat, Ranged
 from research.typing import Array, Bool, Params, UserError
 
 
@@ -16,7 +17,7 @@ def with_prompt(params: Params, prompt: Bool[Array, "B T"]) -> Params:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassifierFreeGuidance(Denoiser):
+class ClassifierFreeGuidance(Ranged, Denoiser):
   """`likelihood.guided_logits` of a free and a conditioned call.
 
   Each step reads rows twice, and each of the two has a cache of its own if
@@ -31,14 +32,7 @@ class ClassifierFreeGuidance(Denoiser):
 
   inner: Denoiser
   mask_id: int
-  weight: float = 1.0
-
-  def __post_init__(self):
-    if self.weight < 0:
-      raise UserError(
-        f"ClassifierFreeGuidance: weight is {self.weight}, expected a number "
-        "of at least 0"
-      )
+  weight: NonNegativeFloat = 1.0
 
   @property
   def passes(self) -> int:

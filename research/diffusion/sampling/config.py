@@ -22,6 +22,7 @@ from research.diffusion.sampling.remask import Remask
 from research.errors import UserError
 from research.io import settings
 from research.io.settings import Form, Forms, setting
+from research.ranges import AtLeast, NonNegativeInt, PositiveInt, Ranged, Share
 
 BLOCK = 32
 """Tokens of a block where neither the model nor a setting says how many."""
@@ -42,7 +43,7 @@ class Dual:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Vicinity:
+class Vicinity(Ranged):
   """Keys and values of all but some tokens around a block are kept.
 
   Attributes:
@@ -50,18 +51,12 @@ class Vicinity:
     after: tokens behind it; None for as many.
   """
 
-  before: int
-  after: int | None = None
-
-  def __post_init__(self):
-    for name in ("before", "after"):
-      value = getattr(self, name)
-      if value is not None and value < 0:
-        raise UserError(f"Vicinity: {name} is {value}, expected at least 0")
+  before: NonNegativeInt
+  after: NonNegativeInt | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Delayed:
+class Delayed(Ranged):
   """Keys and values of all but masks and what was just filled are kept.
 
   Attributes:
@@ -70,25 +65,15 @@ class Delayed:
     halvings: how often the number of tokens that a call reads may halve.
   """
 
-  refresh: int | None = None
-  halvings: int = 3
-
-  def __post_init__(self):
-    if self.refresh is not None and self.refresh < 1:
-      raise UserError(
-        f"Delayed: refresh is {self.refresh}, expected at least 1, or None"
-      )
-    if self.halvings < 0:
-      raise UserError(
-        f"Delayed: halvings is {self.halvings}, expected at least 0"
-      )
+  refresh: PositiveInt | None = None
+  halvings: NonNegativeInt = 3
 
 
 Cache = Prefix | Dual | Vicinity | Delayed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Growth:
+class Growth(Ranged):
   """When a canvas grows, and by how much; the defaults are DAEDAL's.
 
   See `variable_length` (Li et al. 2025, arXiv:2508.00819).
@@ -106,25 +91,13 @@ class Growth:
       the paper, but in its code, half a window.
   """
 
-  start: int | None = None
-  by: int = 8
-  window: int = 32
-  eos_threshold: float = 0.5
-  expand_threshold: float = 0.9
-  low_threshold: float = 0.1
-  ends: int = 16
-
-  def __post_init__(self):
-    least = dict(start=1, by=2, window=1, ends=0)
-    for name, low in least.items():
-      value = getattr(self, name)
-      if value is not None and value < low:
-        raise UserError(f"Growth: {name} is {value}, expected at least {low}")
-    for name in ("eos_threshold", "expand_threshold", "low_threshold"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise UserError(
-          f"Growth: {name} is {getattr(self, name)}, expected 0 to 1"
-        )
+  start: PositiveInt | None = None
+  by: AtLeast(2) = 8
+  window: PositiveInt = 32
+  eos_threshold: Share = 0.5
+  expand_threshold: Share = 0.9
+  low_threshold: Share = 0.1
+  ends: NonNegativeInt = 16
 
   def first_length(self, length: int) -> int:
     """Returns the places of a canvas at first, of `length` at most."""

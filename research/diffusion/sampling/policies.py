@@ -14,7 +14,13 @@ imported when they are used.
 import dataclasses
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from research.errors import UserError
+from research.ranges import (
+  Decay,
+  NonNegativeFloat,
+  PositiveFloat,
+  PositiveShare,
+  Ranged,
+)
 
 
 @runtime_checkable
@@ -64,7 +70,7 @@ class Quota:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Threshold:
+class Threshold(Ranged):
   """All places at least this sure, and always the surest one.
 
   Wu et al. 2025 (Fast-dLLM, arXiv:2505.22618), section 3.3.
@@ -74,12 +80,9 @@ class Threshold:
     quota_first: keep at least the schedule's quota, as LLaDA 2 does.
   """
 
-  threshold: float = 0.9
+  threshold: PositiveShare = 0.9
   quota_first: bool = False
   needs_probabilities: ClassVar[bool] = True
-
-  def __post_init__(self):
-    _check_shares(self, "threshold")
 
   @property
   def uses_quota(self) -> bool:
@@ -107,22 +110,13 @@ class Credit(Threshold):
     gamma: the power of a first choice's probability that it earns.
   """
 
-  alpha: float = 0.7
-  beta: float = 0.8
-  gamma: float = 0.2
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.alpha < 0 or not 0 <= self.beta < 1 or self.gamma < 0:
-      raise UserError(
-        f"Credit: alpha is {self.alpha}, beta {self.beta} and gamma "
-        f"{self.gamma}, expected alpha and gamma of at least 0, and beta from "
-        "0 to below 1"
-      )
+  alpha: NonNegativeFloat = 0.7
+  beta: Decay = 0.8
+  gamma: NonNegativeFloat = 0.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Factor:
+class Factor(Ranged):
   """As many of the surest as an error of `factor` allows.
 
   The r-th surest, from 1, needs a confidence of `1 - factor / (r + 1)`, and
@@ -133,13 +127,9 @@ class Factor:
     factor: f; 1 is what the theorem asks.
   """
 
-  factor: float = 1.0
+  factor: PositiveFloat = 1.0
   needs_probabilities: ClassVar[bool] = True
   uses_quota: ClassVar[bool] = False
-
-  def __post_init__(self):
-    if not self.factor > 0:
-      raise UserError(f"Factor: factor is {self.factor}, expected above 0")
 
   def commit(self, confidence, eligible, quota):
     rank = ranks(confidence, eligible)
@@ -152,7 +142,7 @@ class Factor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Hierarchy:
+class Hierarchy(Ranged):
   """The surest place of each run of masks, if sure enough (dInfer).
 
   Attributes:
@@ -160,13 +150,10 @@ class Hierarchy:
     low: what the surest of a run needs.
   """
 
-  threshold: float = 0.92
-  low: float = 0.62
+  threshold: PositiveShare = 0.92
+  low: PositiveShare = 0.62
   needs_probabilities: ClassVar[bool] = True
   uses_quota: ClassVar[bool] = False
-
-  def __post_init__(self):
-    _check_shares(self, "threshold", "low")
 
   def commit(self, confidence, eligible, quota):
     import jax.numpy as jnp
@@ -185,14 +172,3 @@ class Hierarchy:
     kept &= eligible
     first = ranks(confidence, eligible) == 0
     return kept | (eligible & first & ~kept.any(-1, keepdims=True))
-
-
-def _check_shares(policy: Policy, *names: str) -> None:
-  """Raises UserError unless fields are probabilities above 0."""
-  for name in names:
-    value = getattr(policy, name)
-    if not 0 < value <= 1:
-      raise UserError(
-        f"{type(policy).__name__}: {name} is {value}, expected above 0 and at "
-        "most 1"
-      )

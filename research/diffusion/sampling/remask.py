@@ -11,12 +11,13 @@ import dataclasses
 from typing import Any, Literal
 
 from research.errors import UserError
+from research.ranges import Ranged, Share
 
 Kind = Literal["cap", "rescale", "confidence"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Remask:
+class Remask(Ranged):
   """How likely filled places are masked again.
 
   Attributes:
@@ -28,13 +29,12 @@ class Remask:
   """
 
   kind: Kind = "cap"
-  eta: float
+  eta: Share
   start: float = 1.0
   stop: float = 0.0
 
   def __post_init__(self):
-    if not 0 <= self.eta <= 1:
-      raise UserError(f"Remask: eta is {self.eta}, expected 0 to 1")
+    super().__post_init__()
     if not 0 <= self.stop <= self.start <= 1:
       raise UserError(
         f"Remask: start is {self.start} and stop {self.stop}, expected"

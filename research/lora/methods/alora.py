@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from research.lora.methods.lora import LoRA
+from research.ranges import NonNegativeInt
 from research.typing import Array, Bool, Int, UserError
 
 
@@ -26,18 +27,10 @@ class ALoRA(LoRA):
     invocation: token ids that activate the adapter.
   """
 
-  invocation: tuple[int, ...] = ()
+  invocation: tuple[NonNegativeInt, ...] = ()
 
   GATED: ClassVar = True
   PEFT_FLAG: ClassVar = "alora_invocation_tokens"
-
-  def __post_init__(self):
-    super().__post_init__()
-    wrong = [t for t in self.invocation if type(t) is not int or t < 0]
-    if wrong:
-      raise UserError(
-        f"ALoRA: invocation holds {wrong[0]!r}, expected token ids"
-      )
 
   def init_arrays(self, key, spec, w, stats=None):
     if not self.invocation:

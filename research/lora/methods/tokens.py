@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from research import weights
 from research.lora.method import Method, contracts_output, dense_fp32
+from research.ranges import NonNegativeInt
 from research.typing import UserError
 
 KEY, NESTED_PREFIX = "trainable_tokens_delta", "token_adapter."
@@ -28,7 +29,7 @@ class Tokens(Method):
     beside: whether a file combines it with another method.
   """
 
-  ids: tuple[int, ...] = ()
+  ids: tuple[NonNegativeInt, ...] = ()
   side: Literal["in", "out"] = "in"
   beside: bool = False
 
@@ -39,8 +40,6 @@ class Tokens(Method):
 
   def __post_init__(self):
     super().__post_init__()
-    if any(type(i) is not int or i < 0 for i in self.ids):
-      raise UserError(f"Tokens: ids are {self.ids[:9]}, expected token ids")
     if len(set(self.ids)) < len(self.ids):
       raise UserError("Tokens: ids hold a token twice, expected it once")
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import optax
 
-from research import tree
+from research import ranges, tree
 from research.lora.methods.lora import LoRA
 from research.lora.optim import pairs
 from research.lora.optim.pairs import DOWN, UP
-from research.optim import optim, ranges, rates
+from research.optim import optim, rates
 from research.typing import Array, UserError
 
 EMBEDDING = r"(^|/)embed/"
@@ -46,7 +46,7 @@ def loraplus(
     weight_decay: decoupled weight decay, multiplied by the learning rate.
     clip: bound of the gradient's global norm, or None.
   """
-  ranges.non_negative("loraplus", ratio=ratio)
+  ranges.check("loraplus", ranges.NonNegativeFloat, ratio=ratio)
   fast = re.compile(rf"{EMBEDDING}(.*/)?{DOWN}$|^(?!(.*/)?embed/)(.*/)?{UP}$")
   rest = rates.adamw(
     learning_rate,
@@ -103,8 +103,10 @@ def peft_groups(
     weight_decay: decoupled weight decay, multiplied by the learning rate.
     clip: bound of the gradient's global norm, or None.
   """
-  ranges.positive("peft_groups", peak=peak)
-  ranges.non_negative("peft_groups", ratio=ratio, embedding=embedding)
+  ranges.check("peft_groups", ranges.PositiveFloat, peak=peak)
+  ranges.check(
+    "peft_groups", ranges.NonNegativeFloat, ratio=ratio, embedding=embedding
+  )
   share = embedding / (learning_rate if peak is None else peak)
   rest = rates.adamw(
     learning_rate,

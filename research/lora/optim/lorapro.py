@@ -16,8 +16,9 @@ the two symmetric r x r matrices.
 import jax.numpy as jnp
 import optax
 
+from research import ranges
 from research.lora.optim import pairs
-from research.optim import optim, ranges
+from research.optim import optim
 from research.typing import Array, Float
 
 
@@ -47,7 +48,7 @@ def match_full_gradient(
       through.
   """
 
-  ranges.non_negative("optimizer", damping=damping)
+  ranges.check("optimizer", ranges.NonNegativeFloat, damping=damping)
 
   def change(a, b, ga, gb, scale):
     p, q = pairs.gram(b, damping), pairs.gram(a, damping)

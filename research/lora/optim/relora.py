@@ -30,10 +30,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research import tree, weights
+from research import ranges, tree, weights
 from research.lora.method import MatrixSpec
 from research.lora.wrap import biases, is_embedding, leaves
-from research.optim import optim, ranges
+from research.optim import optim
+from research.ranges import PositiveInt, Ranged, Share
 from research.training.state import TrainState
 from research.typing import Array, Float, PRNGKey, UserError
 
@@ -66,10 +67,17 @@ def schedule(
   Raises:
     UserError: `every` does not divide `steps`, or a warmup is longer than it.
   """
-  ranges.non_negative(
-    "relora.schedule", peak=peak, warmup=warmup, rewarm=rewarm, final=final
+  ranges.check(
+    "relora.schedule",
+    ranges.NonNegativeFloat,
+    peak=peak,
+    warmup=warmup,
+    rewarm=rewarm,
+    final=final,
   )
-  ranges.positive("relora.schedule", steps=steps, every=every)
+  ranges.check(
+    "relora.schedule", ranges.PositiveFloat, steps=steps, every=every
+  )
   if steps % every or max(warmup, rewarm) > every:
     raise UserError(
       f"relora.schedule: found {steps} steps, restarts every {every}, warmups"
@@ -98,17 +106,14 @@ def zero(moment: Array, key: PRNGKey) -> Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MagnitudePruning:
+class MagnitudePruning(Ranged):
   """Sets a moment's elements of least magnitude to zero.
 
   Attributes:
     share: share of all elements that are set to zero.
   """
 
-  share: float
-
-  def __post_init__(self):
-    ranges.share("MagnitudePruning", share=self.share)
+  share: Share
 
   def __call__(self, moment: Array, key: PRNGKey) -> Array:
     """Returns the moment with elements up to that quantile set to zero."""
@@ -120,17 +125,14 @@ class MagnitudePruning:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandomPruning:
+class RandomPruning(Ranged):
   """Sets random elements of a moment to zero.
 
   Attributes:
     share: probability of an element; the authors use 0.999.
   """
 
-  share: float
-
-  def __post_init__(self):
-    ranges.share("RandomPruning", share=self.share)
+  share: Share
 
   def __call__(self, moment: Array, key: PRNGKey) -> Array:
     """Returns the moment, each element kept with probability `1 - share`."""
@@ -173,7 +175,7 @@ def stochastic(x: Float[Array, "..."], dtype: Any, key: PRNGKey) -> Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Restart:
+class Restart(Ranged):
   """Periodically merges the adapters into the base and reinitialises them.
 
   A state transform `(state, metrics) -> (state, metrics)`, applied after each
@@ -196,7 +198,7 @@ class Restart:
     seed: seed of the new `a`.
   """
 
-  every: int
+  every: PositiveInt
   until: int | None = None
   after: int = 0
   reset: Reset = zero
@@ -205,11 +207,8 @@ class Restart:
   seed: int = 0
 
   def __post_init__(self):
-    if self.every < 1 or not 0 <= self.after < self.every:
-      raise UserError(
-        f"Restart: found every {self.every} and after {self.after}.\n"
-        "Expected every to be at least 1, and after to be less than every."
-      )
+    super().__post_init__()
+    self.expect("after", 0, self.every - 1)
 
   def __call__(
     self, state: TrainState, metrics: Metrics

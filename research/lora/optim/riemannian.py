@@ -18,9 +18,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from research import tree
+from research import ranges, tree
 from research.lora.optim import pairs
-from research.optim import optim, ranges
+from research.optim import optim
 
 
 def scaled(
@@ -35,7 +35,7 @@ def scaled(
     matching: regular expression of the pairs' paths; other gradients pass
       through. PEFT excludes embeddings: `"^(?!embed/)"`.
   """
-  ranges.non_negative("optimizer", damping=damping)
+  ranges.check("optimizer", ranges.NonNegativeFloat, damping=damping)
 
   def change(a, b, ga, gb, scale):
     del scale
@@ -57,7 +57,7 @@ def frozen_a(
     matching: regular expression of the pairs' paths; other gradients pass
       through.
   """
-  ranges.non_negative("optimizer", damping=damping)
+  ranges.check("optimizer", ranges.NonNegativeFloat, damping=damping)
 
   def change(a, b, ga, gb, scale):
     del b

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from research import tree
-from research.optim import muon, optim, ranges
+from research import ranges, tree
+from research.optim import muon, optim
 from research.optim.low_rank import projected
 from research.optim.low_rank.subspace import Projection
 from research.typing import Array, Float
@@ -107,8 +107,8 @@ def scale_by_low_rank(
     b2: decay of the mean square.
     eps: added to the root of the mean square before its bias is corrected.
   """
-  ranges.decay("optimizer", b1=b1, b2=b2)
-  ranges.non_negative("optimizer", eps=eps)
+  ranges.check("optimizer", ranges.Decay, b1=b1, b2=b2)
+  ranges.check("optimizer", ranges.NonNegativeFloat, eps=eps)
 
   def init(params):
     projectors = projected.zeros(projection, matrices, params)
@@ -183,7 +183,7 @@ def apollo(
     weight_decay: share of a parameter taken off at rate 1.
     clip: bound of the gradient's global norm, or None.
   """
-  ranges.non_negative("optimizer", scale=scale)
+  ranges.check("optimizer", ranges.NonNegativeFloat, scale=scale)
 
   def direction(g, small, normed, projector, last):
     del projector
@@ -228,7 +228,7 @@ def fira(
     weight_decay: share of a parameter taken off at rate 1.
     clip: bound of the gradient's global norm, or None.
   """
-  ranges.non_negative("optimizer", scale=scale)
+  ranges.check("optimizer", ranges.NonNegativeFloat, scale=scale)
 
   def direction(g, small, normed, projector, last):
     def up(x):

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from research import tree
-from research.optim import muon, optim, ranges
+from research import ranges, tree
+from research.optim import muon, optim
 from research.optim.low_rank import projected
 from research.optim.low_rank.compressing import Compressing, followed_by
 from research.optim.low_rank.subspace import Projection
@@ -187,7 +187,7 @@ def galore(
     decayed: regular expression of the paths that decay.
     clip: bound of the projected gradients' global norm, or None.
   """
-  ranges.non_negative("optimizer", scale=scale)
+  ranges.check("optimizer", ranges.NonNegativeFloat, scale=scale)
   inner = optax.scale_by_adam(eps=1e-6) if moments is None else moments
   if clip is not None:
     inner = optax.chain(optim.clipped(clip), inner)

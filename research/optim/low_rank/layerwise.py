@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from research import tree, weights
-from research.optim import matching, muon, optim, ranges
+from research import ranges, tree, weights
+from research.optim import matching, muon, optim
 from research.optim.low_rank.projected_grad_weight import (
   ProjectedGradWeight,
   Rule,
@@ -350,7 +350,7 @@ def galore(
     storage: the form that projectors are kept in.
     pace: when projectors are made anew.
   """
-  ranges.non_negative("optimizer", scale=scale)
+  ranges.check("optimizer", ranges.NonNegativeFloat, scale=scale)
   inner = optax.scale_by_adam(eps=1e-6) if moments is None else moments
   if clip is not None:
     inner = optax.chain(optim.clipped(clip), inner)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.ranges import Ranged, Whole
 from research.typing import Array, Bool, Float, Int, UserError
 
 
@@ -39,7 +40,7 @@ class Float32:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int4:
+class Int4(Ranged):
   """Codes 0 to 15 times a step from a least number, for each `group`.
 
   Groups follow the elements of the projector of a weight stored `[out, in]`,
@@ -49,14 +50,7 @@ class Int4:
     group: numbers that share a step and a least number.
   """
 
-  group: int = 256
-
-  def __post_init__(self):
-    if self.group < 2 or self.group % 2:
-      raise UserError(
-        f"Int4.group: found {self.group}, expected an even number of at least"
-        " 2; two codes share a byte."
-      )
+  group: Whole(at_least=2, multiple=2, why="two codes share a byte") = 256
 
   def encode(self, p: Float[Array, "..."]) -> Mapping[str, Any]:
     """Returns codes, steps and zero codes, all in floats.

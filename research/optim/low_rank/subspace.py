@@ -17,7 +17,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from research.typing import Array, Float, PRNGKey, UserError
+from research.ranges import PositiveInt, Ranged
+from research.typing import Array, Float, PRNGKey
 
 Side = Literal["shorter", "longer", "in", "out"]
 """Which axis of a matrix is projected; of a square one, "shorter" is "in"."""
@@ -103,7 +104,7 @@ class Gaussian:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Projection:
+class Projection(Ranged):
   """How the gradients of matrices are projected.
 
   Attributes:
@@ -114,19 +115,11 @@ class Projection:
     seed: of random bases.
   """
 
-  rank: int
-  every: int = 200
+  rank: PositiveInt
+  every: PositiveInt = 200
   side: Side = "shorter"
   basis: Basis = Exact()
   seed: int = 0
-
-  def __post_init__(self):
-    for name in ("rank", "every"):
-      if getattr(self, name) < 1:
-        raise UserError(
-          f"Projection.{name}: found {getattr(self, name)}, expected at least"
-          " 1."
-        )
 
   def projects_in(self, shape: tuple[int, ...]) -> bool:
     """Whether the axis `in` of such a matrix is projected, not `out`."""

@@ -27,6 +27,7 @@ from jaxtyping import Float
 
 from research.errors import UserError
 from research.prm.scores.checks import Scores, probabilities
+from research.ranges import PositiveInt, Ranged
 
 WORST = -math.inf
 """The score of a trace without steps."""
@@ -125,18 +126,14 @@ class Mean(_Probability):
 
 
 @dataclasses.dataclass(frozen=True)
-class LastMean(_Probability):
+class LastMean(Ranged, _Probability):
   """The mean of the last steps.
 
   Attributes:
     steps: how many, or all where there are fewer.
   """
 
-  steps: int
-
-  def __post_init__(self) -> None:
-    if self.steps < 1:
-      raise UserError(f"LastMean: found {self.steps} steps, expected 1 or more")
+  steps: PositiveInt
 
   def _of(self, scores: Float[np.ndarray, "T"]) -> float | np.floating:
     return scores[-self.steps :].mean()

@@ -25,12 +25,13 @@ from research.quant.algorithms.calibrate import Calibration, NeedsModel
 from research.quant.format import Format, format_for
 from research.quant.formats.affine import Affine
 from research.quant.numerics import finite
+from research.ranges import PositiveInt, Ranged
 from research.taps.statistics import Covariance, Magnitudes
 from research.typing import Array, Int, Params, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AWQ(NeedsModel):
+class AWQ(Ranged, NeedsModel):
   """Transform that scales and clips; follow it by `Quantize` of that format.
 
   Does not scale experts' `down`, which few tokens reach.
@@ -49,16 +50,12 @@ class AWQ(NeedsModel):
 
   calibration: Calibration = Calibration(windows=4)
   format: Format = Affine(bits=4, block=64)
-  steps: int = 20
+  steps: PositiveInt = 20
   duo: bool = True
   loss: Literal["module", "diag"] = "module"
   clip: bool = True
   model: Any = None
   tokenizer: Any = None
-
-  def __post_init__(self):
-    if self.steps < 1:
-      raise UserError(f"AWQ.steps: found {self.steps}, expected at least 1.")
 
   def check(self, params: Params) -> None:
     """Raises UserError for what cannot be scaled, quantized or clipped.

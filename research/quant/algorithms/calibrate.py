@@ -28,6 +28,7 @@ from research.nn.block import Block
 from research.nn.transformer import Transformer
 from research.quant import activation_cache
 from research.quant.algorithms import error_propagation
+from research.ranges import PositiveInt, Ranged
 from research.taps.statistics import Gradient, Statistic
 from research.text import special_tokens
 from research.typing import Array, Float, Int, Params, UserError
@@ -63,7 +64,7 @@ class NeedsModel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Calibration:
+class Calibration(Ranged):
   """Calibration data: random windows of a text, without replacement.
 
   Attributes:
@@ -76,18 +77,10 @@ class Calibration:
   """
 
   source: Documents = PydocTopics("train")
-  windows: int = 24
-  length: int = 512
-  batch: int = 4
+  windows: PositiveInt = 24
+  length: PositiveInt = 512
+  batch: PositiveInt = 4
   seed: int = 0
-
-  def __post_init__(self):
-    for name in ("windows", "length", "batch"):
-      if getattr(self, name) < 1:
-        raise UserError(
-          f"Calibration.{name}: found {getattr(self, name)}, expected at "
-          "least 1"
-        )
 
   def read(self, tokenizer: Any) -> "Windows":
     """Tokenizes the text and returns the chosen windows.

@@ -6,7 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from research.typing import Array, Float, UserError
+from research.ranges import PositiveFloat, Ranged
+from research.typing import Array, Float
 
 
 @runtime_checkable
@@ -21,7 +22,7 @@ class Grids(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Clip:
+class Clip(Ranged):
   """Grid search over `w (1 - i / steps)` for the least sum of errors.
 
   The smallest i wins ties. Errors are those of weights: if some inputs are much
@@ -35,16 +36,11 @@ class Clip:
 
   steps: int = 100
   candidates: int = 80
-  norm: float = 2.4
+  norm: PositiveFloat = 2.4
 
   def __post_init__(self):
-    if not 1 <= self.candidates <= self.steps:
-      raise UserError(
-        f"Clip: candidates is {self.candidates}, expected 1 to steps,"
-        f" {self.steps}"
-      )
-    if not self.norm > 0:
-      raise UserError(f"Clip: norm is {self.norm}, expected more than 0")
+    super().__post_init__()
+    self.expect("candidates", 1, self.steps)
 
   def grid(
     self,

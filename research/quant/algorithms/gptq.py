@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from research.quant.algorithms import hessian
 from research.quant.algorithms.clip import Clip
 from research.quant.algorithms.hessian import Damping
+from research.ranges import NonNegativeFloat, Ranged, Share
 from research.typing import Array, Float, Int, UserError
 
 MAX_BLOCK = 128
@@ -51,7 +52,7 @@ class Grids(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPTQ:
+class GPTQ(Ranged):
   """Settings of GPTQ.
 
   Attributes:
@@ -71,18 +72,10 @@ class GPTQ:
 
   order: Literal["natural", "activations", "groups"] = "groups"
   grids: Literal["fresh", "stale", "static"] = "fresh"
-  damp: float = 0.01
+  damp: NonNegativeFloat = 0.01
   dead: Literal["round", "zero"] = "round"
   clip: Clip | None = None
-  drift: float = 0.0
-
-  def __post_init__(self):
-    if not 0 <= self.damp < float("inf"):
-      raise UserError(
-        f"GPTQ: damp is {self.damp}, expected 0 or more, such as 0.01"
-      )
-    if not 0 <= self.drift <= 1:
-      raise UserError(f"GPTQ: drift is {self.drift}, expected 0 to 1")
+  drift: Share = 0.0
 
 
 @jax.tree_util.register_dataclass

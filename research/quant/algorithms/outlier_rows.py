@@ -30,11 +30,12 @@ from research.quant.methods import (
   Method,
   RoundToNearest,
 )
+from research.ranges import PositiveInt, Ranged
 from research.typing import Array, Float, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KeepOutlierRows:
+class KeepOutlierRows(Ranged):
   """Rounding method that keeps the most sensitive rows unrounded.
 
   Attributes:
@@ -44,14 +45,11 @@ class KeepOutlierRows:
   """
 
   method: Method = RoundToNearest()
-  rows: int = 4
+  rows: PositiveInt = 4
   dtype: str = "float16"
 
   def __post_init__(self):
-    if self.rows < 1:
-      raise UserError(
-        f"KeepOutlierRows: rows is {self.rows}, expected 1 or more"
-      )
+    super().__post_init__()
     if isinstance(self.method, GPTQMethod) and self.method.options.drift:
       raise UserError("KeepOutlierRows: GPTQ.drift moves rows, expected 0")
 

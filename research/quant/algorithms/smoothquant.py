@@ -21,6 +21,7 @@ from research.nn.transformer import Transformer
 from research.quant.algorithms import folding
 from research.quant.algorithms.calibrate import Calibration, NeedsModel
 from research.quant.algorithms.folding import Flat
+from research.ranges import Ranged, Share
 from research.taps.statistics import Magnitudes
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError
 
@@ -114,7 +115,7 @@ def _over_experts(x, width):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SmoothQuant(NeedsModel):
+class SmoothQuant(Ranged, NeedsModel):
   """Transform that smooths activations; follow it by `Quantize` and `Inputs`.
 
   Attributes:
@@ -124,15 +125,9 @@ class SmoothQuant(NeedsModel):
   """
 
   calibration: Calibration = Calibration()
-  alpha: float = 0.5
+  alpha: Share = 0.5
   model: Any = None
   tokenizer: Any = None
-
-  def __post_init__(self):
-    if not 0 <= self.alpha <= 1:
-      raise UserError(
-        f"SmoothQuant.alpha: found {self.alpha}, expected 0 to 1."
-      )
 
   def __call__(
     self, params: Params, key: PRNGKey | None = None

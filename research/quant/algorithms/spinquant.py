@@ -26,6 +26,7 @@ from research.quant.activations import Op, Round
 from research.quant.algorithms import rotate
 from research.quant.algorithms.calibrate import Calibration, NeedsModel
 from research.quant.numerics import hadamard
+from research.ranges import PositiveFloat, PositiveInt, Ranged
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError
 
 
@@ -74,7 +75,7 @@ def loss(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpinQuant(NeedsModel):
+class SpinQuant(Ranged, NeedsModel):
   """Transform like `rotate.Rotate`, with a learned R1.
 
   Attributes:
@@ -88,19 +89,12 @@ class SpinQuant(NeedsModel):
 
   calibration: Calibration = Calibration(windows=32, length=128, batch=4)
   op: Op = Round(bits=4)
-  steps: int = 100
-  rate: float = 1.5
+  steps: PositiveInt = 100
+  rate: PositiveFloat = 1.5
   values: bool = True
   hidden: bool = True
   model: Any = None
   tokenizer: Any = None
-
-  def __post_init__(self):
-    if self.steps < 1 or not self.rate > 0:
-      raise UserError(
-        f"SpinQuant: found steps {self.steps} and rate {self.rate}, expected"
-        " at least 1, and more than 0."
-      )
 
   @property
   def rotates_residual(self) -> bool:

@@ -16,7 +16,8 @@ import numpy as np
 from research.quant.format import Format, NormalForm, Parts
 from research.quant.layouts import packing
 from research.quant.numerics import exact_division
-from research.typing import Array, Float, Shaped, UInt8, UserError
+from research.ranges import Between, OneOf
+from research.typing import Array, Float, Shaped, UInt8
 
 RULES = {
   "amax/qmax": "codes -7..7 of 4 bits: QuaRot, AWQ, SmoothQuant",
@@ -39,19 +40,14 @@ class Affine(Format):
     scale_dtype: dtype of scales, and of `"float"` zeros.
   """
 
-  bits: int = 4
+  bits: Between(2, 8) = 4
   symmetric: bool = False
-  rule: str = "2amax/Q"
+  rule: OneOf(*RULES) = "2amax/Q"
   zero: Literal["int", "float"] = "int"
   scale_dtype: str = "float16"
 
   def __post_init__(self):
-    if not 2 <= self.bits <= 8:
-      raise UserError(f"Affine: bits is {self.bits}, expected 2 to 8")
-    if self.rule not in RULES:
-      raise UserError(
-        f"Affine: rule is {self.rule!r}, expected one of {', '.join(RULES)}"
-      )
+    super().__post_init__()
     if self.block:
       packing.check(self.block, self.bits, "Affine")
 

@@ -18,6 +18,7 @@ import numpy as np
 from research.optim.adam8bit import dynamic_map
 from research.quant.format import Format, NormalForm, Parts
 from research.quant.numerics import codebooks
+from research.ranges import OneOf
 from research.typing import Array, Float, UInt8, UserError
 
 NESTED = 256
@@ -43,23 +44,9 @@ class Codebook(Format):
       quantization.
   """
 
-  kind: str = "nf4"
-  nested: int = NESTED
-
-  def __post_init__(self):
-    if self.kind not in codebooks.CODEBOOKS:
-      raise UserError(
-        f"packed weight: kind is {self.kind!r}, expected one of "
-        f"{', '.join(codebooks.CODEBOOKS)}"
-      )
-    if self.block not in BLOCKS:
-      raise UserError(
-        f"block is {self.block}, expected a power of two, 32 to 4096"
-      )
-    if self.nested not in (0, NESTED):
-      raise UserError(
-        f"nested is {self.nested}, expected {NESTED}, or 0 for none"
-      )
+  block: OneOf(*BLOCKS) = 64
+  kind: OneOf(*codebooks.CODEBOOKS) = "nf4"
+  nested: OneOf(0, NESTED) = NESTED
 
   @property
   def name(self) -> str:

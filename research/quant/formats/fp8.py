@@ -14,7 +14,8 @@ import numpy as np
 
 from research.quant.format import Format, NormalForm, Parts
 from research.quant.numerics import exact_division, minifloats
-from research.typing import Array, Float, UInt8, UserError
+from research.ranges import OneOf, PositiveInt
+from research.typing import Array, Float, UInt8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,29 +34,12 @@ class FP8(Format):
     scale_dtype: dtype of scales.
   """
 
-  block: int = 1
-  element: str = "e4m3"
-  share: str = "channel"
-  tile_inputs: int = 128
-  tile_outputs: int = 128
+  block: OneOf(1) = 1
+  element: OneOf("e4m3", "e5m2") = "e4m3"
+  share: OneOf("tensor", "channel", "tile") = "channel"
+  tile_inputs: PositiveInt = 128
+  tile_outputs: PositiveInt = 128
   scale_dtype: str = "float32"
-
-  def __post_init__(self):
-    good = {
-      "block": (self.block == 1, "1"),
-      "element": (self.element in ("e4m3", "e5m2"), "'e4m3' or 'e5m2'"),
-      "share": (
-        self.share in ("tensor", "channel", "tile"),
-        "'tensor', 'channel' or 'tile'",
-      ),
-      "tile_inputs": (self.tile_inputs > 0, "at least 1"),
-      "tile_outputs": (self.tile_outputs > 0, "at least 1"),
-    }
-    for name, (fits, expected) in good.items():
-      if not fits:
-        raise UserError(
-          f"FP8: {name} is {getattr(self, name)!r}, expected {expected}"
-        )
 
   @property
   def kind(self) -> minifloats.MiniFloat:

@@ -22,7 +22,7 @@ from research.quant.ggml_format import Field, Ggml, merge_blocks, to_float16
 from research.quant.numerics import ggml_bits as bits
 from research.quant.numerics import scale_search
 from research.quant.qtensor import QTensor
-from research.typing import UserError
+from research.ranges import OneOf
 
 F = np.float32
 KINDS = {
@@ -53,14 +53,7 @@ class GGML(Ggml):
   """
 
   block: int = 32
-  kind: str = "Q4_0"
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.kind not in KINDS:
-      raise UserError(
-        f"GGML: kind is {self.kind!r}, expected one of {', '.join(KINDS)}"
-      )
+  kind: OneOf(*KINDS) = "Q4_0"
 
   @property
   def fields(self) -> tuple[Field, ...]:

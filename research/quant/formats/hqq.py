@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from research.quant.formats.affine import Affine
+from research.ranges import NonNegativeInt, PositiveShare
 from research.typing import Array, Float, UserError
 
 LIMIT = 2e4
@@ -33,8 +34,8 @@ class HQQ(Affine):
   """
 
   zero: str = "float"
-  steps: int = 20
-  norm: float = 0.7
+  steps: NonNegativeInt = 20
+  norm: PositiveShare = 0.7
   beta: float = 10.0
   growth: float = 1.01
 
@@ -42,11 +43,6 @@ class HQQ(Affine):
     super().__post_init__()
     if self.symmetric or self.zero != "float":
       raise UserError("HQQ: expected symmetric=False and zero='float'.")
-    if not 0 < self.norm <= 1 or self.steps < 0:
-      raise UserError(
-        f"HQQ: norm is {self.norm}, expected more than 0 and at most 1; steps"
-        f" is {self.steps}, expected 0 or more."
-      )
 
   @property
   def name(self) -> str:

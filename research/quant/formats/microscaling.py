@@ -18,7 +18,8 @@ import numpy as np
 from research.quant.format import Format, NormalForm, Parts
 from research.quant.layouts import packing
 from research.quant.numerics import minifloats
-from research.typing import Array, Float, UInt8, UserError
+from research.ranges import Between, OneOf
+from research.typing import Array, Float, UInt8
 
 INT8 = minifloats.MiniFloat("int8", 1, 6, 1, 0x7F)
 """MXINT8 elements, integers / 64, as floats with one exponent bit."""
@@ -40,23 +41,12 @@ class Microscaling(Format):
   """
 
   block: int = 32
-  element: str = "e2m1"
-  rule: str = "even"
-  search: int = 0
+  element: OneOf(*minifloats.KINDS, "int8") = "e2m1"
+  rule: OneOf(*minifloats.RULES) = "even"
+  search: Between(0, 8) = 0
 
   def __post_init__(self):
-    kinds, rules = (*minifloats.KINDS, "int8"), minifloats.RULES
-    checks = {
-      "element": (self.element in kinds, f"one of {', '.join(kinds)}"),
-      "rule": (self.rule in rules, f"one of {', '.join(rules)}"),
-      "search": (0 <= self.search <= 8, "0 to 8"),
-    }
-    for name, (good, expected) in checks.items():
-      if not good:
-        found = getattr(self, name)
-        raise UserError(
-          f"Microscaling: {name} is {found!r}, expected {expected}"
-        )
+    super().__post_init__()
     packing.check(self.block, self.bits, "Microscaling")
 
   @property

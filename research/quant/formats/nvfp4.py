@@ -18,7 +18,8 @@ from research.quant.format import Format, NormalForm, Parts
 from research.quant.layouts import packing
 from research.quant.numerics import exact_division, minifloats
 from research.quant.numerics.minifloats import E2M1, E4M3
-from research.typing import Array, Float, UInt8, UserError
+from research.ranges import Between
+from research.typing import Array, Float, UInt8
 
 _MAX = E4M3.max * E2M1.max
 
@@ -39,12 +40,11 @@ class NVFP4(Format):
   """
 
   block: int = 16
-  search: int = 0
+  search: Between(0, 16) = 0
   divided: bool = True
 
   def __post_init__(self):
-    if not 0 <= self.search <= 16:
-      raise UserError(f"NVFP4: search is {self.search}, expected 0 to 16")
+    super().__post_init__()
     packing.check(self.block, 4, "NVFP4")
 
   @property

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from research.quant.kv.kv_cache import KeysOrValues, QuantizedLayer
 from research.quant.kv.kv_grid import BITS, Grid
+from research.ranges import NonNegativeInt, OneOf, PositiveInt, Ranged
 from research.typing import UserError
 
 AXES = ("per_channel", "per_token", "hadamard+per_token")
@@ -22,7 +23,7 @@ AXES = ("per_channel", "per_token", "hadamard+per_token")
 
 
 @dataclasses.dataclass(frozen=True)
-class KVQuantizer:
+class KVQuantizer(Ranged):
   """Settings of a quantized KV cache: KIVI's, sinks, rotation, key bias.
 
   Attributes:
@@ -41,28 +42,18 @@ class KVQuantizer:
     scale_dtype: dtype of scales and minima.
   """
 
-  key: str = "per_channel"
-  value: str = "per_token"
-  bits_k: int | str = 4
-  bits_v: int | str = 4
-  group: int = 32
-  residual: int = 128
-  sink_tokens: int = 0
+  key: OneOf(*AXES) = "per_channel"
+  value: OneOf(*AXES) = "per_token"
+  bits_k: OneOf(*BITS) = 4
+  bits_v: OneOf(*BITS) = 4
+  group: PositiveInt = 32
+  residual: NonNegativeInt = 128
+  sink_tokens: NonNegativeInt = 0
   less_bias: bool = False
-  scale_dtype: str = "float16"
+  scale_dtype: OneOf("float16", "bfloat16", "float32") = "float16"
 
   def __post_init__(self):
-    for name in ("key", "value"):
-      _check_choice(name, getattr(self, name), AXES)
-    for name in ("bits_k", "bits_v"):
-      _check_choice(name, getattr(self, name), BITS)
-    _check_choice(
-      "scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32")
-    )
-    for name, least in (("group", 1), ("residual", 0), ("sink_tokens", 0)):
-      found = getattr(self, name)
-      if found < least:
-        raise UserError(f"kv {name}: found {found}, expected at least {least}")
+    super().__post_init__()
     if self.residual % self.group and any(g.packs_blocks for g in self.grids):
       raise UserError(
         f"kv residual: found {self.residual}, expected a multiple of the group "
@@ -243,11 +234,3 @@ def _value(field, value: str, text: str) -> Any:
   raise UserError(
     f"kv={text}: found {field.name}={value}, expected {kinds[kind]}"
   )
-
-
-def _check_choice(name: str, found: Any, known: tuple) -> None:
-  if found not in known:
-    raise UserError(
-      f"kv {name}: found {found!r}, expected one of "
-      f"{', '.join(map(str, known))}"
-    )

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from research.data.sources import Paths, expand, jsonl
 from research.errors import UserError
+from research.ranges import NonNegativeInt, OneOf
 from research.reasoning import extraction
 from research.reasoning.extraction import Extractor
 from research.reasoning.grading import ExactMatch, Grader, Ladder, judge
@@ -49,7 +50,7 @@ class AnswerFile(Task):
   NAME: ClassVar[str] = "answers"
 
   path: Paths
-  count: int | None = None
+  count: NonNegativeInt | None = None
   question: str = "question"
   answer: str = "answer"
   difficulty: str | None = None
@@ -59,19 +60,15 @@ class AnswerFile(Task):
   extract: Extractor = extraction.boxed_or_phrase
   shown: str = "The answer is \\boxed{{{answer}}}."
   grader: Grader = Ladder()
-  parts: str = "all"
+  parts: OneOf("all", "hash") = "all"
 
   def __post_init__(self):
     if isinstance(self.path, list):
       object.__setattr__(self, "path", tuple(self.path))
-    if self.parts not in ("all", "hash"):
-      raise UserError(
-        f"AnswerFile.parts: found {self.parts!r}, expected 'all' or 'hash'."
-      )
+    super().__post_init__()
     found = len(self._records)
     if self.count is None:
       object.__setattr__(self, "count", found)
-    super().__post_init__()
     if self.count > found:
       raise UserError(
         f"{self.path}: found {found} problems, expected {self.count}; lower"

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from research.data.sources import split_of
 from research.errors import UserError
+from research.ranges import NonNegativeInt
 from research.reasoning.extras import needs
 from research.reasoning.problem import Problem, Verdict
 from research.reasoning.tasks.task import Task
@@ -37,18 +38,15 @@ class ARC(Task):
 
   NAME: ClassVar[str] = "arc"
 
-  count: int | None = None
+  count: NonNegativeInt | None = None
   version: str = "latest"
 
   def __post_init__(self):
+    super().__post_init__()
     if self.count is None:
       object.__setattr__(self, "count", len(self._tasks()))
-    super().__post_init__()
-    if self.count > len(self._tasks()):
-      raise UserError(
-        f"ARC.count: found {self.count}, but the split {self.split!r} has"
-        f" {len(self._tasks())} problems."
-      )
+    why = f"problems of the split {self.split!r}"
+    self.expect("count", 0, len(self._tasks()), why=why)
 
   def _tasks(self) -> Sequence[tuple[Any, int]]:
     return _problems(self.version, self.split)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from research.errors import UserError
+from research.ranges import Between
 from research.reasoning.problem import Problem, StepVerdict, Verdict
 from research.reasoning.tasks.task import GeneratedTask, answer_of, mutate
 from research.reasoning.words import EOS, PAD
@@ -38,13 +39,12 @@ class Chain(GeneratedTask):
   NAME: ClassVar[str] = "chain"
 
   terms: tuple[int, int] = (8, 8)
-  digits: int = 2
+  digits: Between(1, 9) = 2
   operators: str = "+-"
   totals: tuple[int, int] | None = None
 
   def __post_init__(self):
     super().__post_init__()
-    self.expect("digits", 1, 9)
     low, high = self.terms
     if not 2 <= low <= high <= 100:
       raise UserError(

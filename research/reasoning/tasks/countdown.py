@@ -24,6 +24,7 @@ import numpy as np
 
 from research.data.sources import split_of
 from research.errors import UserError
+from research.ranges import Between
 from research.reasoning.problem import Problem, StepVerdict, Verdict
 from research.reasoning.segmentation import SEMICOLON, steps_of
 from research.reasoning.tasks.task import (
@@ -66,7 +67,7 @@ class Countdown(GeneratedTask):
 
   NAME: ClassVar[str] = "countdown"
 
-  numbers: int = 4
+  numbers: Between(2, MAX_NUMBERS) = 4
   values: tuple[int, int] = (1, 12)
   targets: tuple[int, int] = (10, 99)
   largest: int = 199
@@ -74,7 +75,6 @@ class Countdown(GeneratedTask):
 
   def __post_init__(self):
     super().__post_init__()
-    self.expect("numbers", 2, MAX_NUMBERS)
     for name in ("values", "targets"):
       low, high = getattr(self, name)
       if not 0 <= low <= high <= self.largest:

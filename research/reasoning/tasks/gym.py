@@ -32,6 +32,7 @@ from typing import Any, ClassVar
 
 from research.data.sources.sources import PARTS
 from research.errors import UserError
+from research.ranges import AtLeast
 from research.reasoning.extraction import Extractor, answer_tag
 from research.reasoning.extras import needs
 from research.reasoning.problem import Problem, Verdict
@@ -69,13 +70,12 @@ class Gym(Task):
 
   name: str
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  size: int = 20_000
+  size: AtLeast(10) = 20_000
   suffix: str = "\nGive the answer between <answer> and </answer>."
   extract: Extractor = answer_tag
 
   def __post_init__(self):
     super().__post_init__()
-    self.expect("size", 10)
     self.expect("seed", 0, (1 << 32) // self.size - 1)
     if self.name not in allowed():
       why = refused().get(self.name, "it is no data set of it")

@@ -10,10 +10,11 @@ import dataclasses
 import random
 import re
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, get_args, overload
 
 from research.data.sources import Split, split_of
 from research.errors import UserError
+from research.ranges import Between, OneOf, Ranged
 from research.reasoning.problem import Problem, Verdict
 from research.reasoning.words import EOS
 
@@ -38,7 +39,7 @@ class SolvedProblems(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task(Sequence[Problem], abc.ABC):
+class Task(Ranged, Sequence[Problem], abc.ABC):
   """Problems of one kind.
 
   Attributes:
@@ -49,27 +50,9 @@ class Task(Sequence[Problem], abc.ABC):
 
   NAME: ClassVar[str]
 
-  count: int = 1000
-  split: Split = "train"
-  seed: int = 0
-
-  def __post_init__(self):
-    self.expect("count", 0)
-    self.expect("seed", 0)
-    if self.split not in ("train", "validation", "heldout"):
-      raise UserError(
-        f"{type(self).__name__}.split: found {self.split!r}, expected train,"
-        " validation or heldout."
-      )
-
-  def expect(self, field: str, least: int, most: int = 1 << 31) -> None:
-    """Raises UserError unless a field lies between two numbers."""
-    found = getattr(self, field)
-    if not least <= found <= most:
-      raise UserError(
-        f"{type(self).__name__}.{field}: found {found}, expected {least} to"
-        f" {most}."
-      )
+  count: Between(0, 1 << 31) = 1000
+  split: OneOf(*get_args(Split)) = "train"
+  seed: Between(0, 1 << 31) = 0
 
   @abc.abstractmethod
   def problem(self, index: int) -> Problem:

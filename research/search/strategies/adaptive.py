@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 import jax
 import scipy
 
+from research.ranges import PositiveInt, Ranged, Real
 from research.search.choose import answers_of
 from research.search.engine import Engine, Path
 from research.search.ledger import Ledger
@@ -36,7 +37,7 @@ def lead(answers: Sequence[Hashable | None]) -> float:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adaptive:
+class Adaptive(Ranged):
   """Rounds of independent samples, for the problems that are undecided.
 
   Attributes:
@@ -47,19 +48,16 @@ class Adaptive:
   """
 
   answer: Callable[[Path], Hashable | None]
-  round: int = 4
-  max_samples: int = 32
-  confidence: float | int = 0.95
+  round: PositiveInt = 4
+  max_samples: PositiveInt = 32
+  confidence: Real(above=0.5, below=1) = 0.95
 
   def __post_init__(self):
-    if self.round < 1 or self.max_samples < 1 or self.max_samples % self.round:
+    super().__post_init__()
+    if self.max_samples % self.round:
       raise UserError(
         f"Adaptive: found rounds of {self.round} and at most {self.max_samples}"
         " samples, expected a multiple"
-      )
-    if not 0.5 < self.confidence < 1:
-      raise UserError(
-        f"Adaptive: confidence is {self.confidence}, expected 0.5 to 1"
       )
 
   def __call__(

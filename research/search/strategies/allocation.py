@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from research.prm.scores.aggregate import Aggregate, Product
+from research.ranges import Ranged
 from research.search.choose import answers_of
 from research.search.engine import Engine, Frontier, Path
 from research.search.ledger import Ledger
@@ -89,7 +90,7 @@ def allocate(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaptiveAllocation:
+class AdaptiveAllocation(Ranged):
   """Independent samples; a problem's number depends on its difficulty.
 
   Attributes:
@@ -104,11 +105,8 @@ class AdaptiveAllocation:
   first: int = 4
 
   def __post_init__(self):
-    if not 1 <= self.first <= self.copies:
-      raise UserError(
-        f"AdaptiveAllocation: found {self.first} first samples of"
-        f" {self.copies}, expected at least 1 and at most all of them"
-      )
+    super().__post_init__()
+    self.expect("first", 1, self.copies)
 
   def __call__(
     self, engine: Engine, prompts: Sequence[Sequence[int]], limits: Limits

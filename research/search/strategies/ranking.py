@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from research.prm.scores.aggregate import Aggregate, Last
+from research.ranges import PositiveInt
 from research.search.engine import Path
 from research.search.step_search import StepSearch
 from research.typing import UserError
@@ -40,12 +41,12 @@ class OfWidth(StepSearch):
   """
 
   needs_scores: ClassVar[bool] = True
-  width: int = 4
+  width: PositiveInt = 4
   prune: Aggregate = Last()
 
   def __post_init__(self):
     super().__post_init__()
-    if self.width < 1 or self.copies % self.width:
+    if self.copies % self.width:
       raise UserError(
         f"{type(self).__name__}: width is {self.width}, expected a divisor of"
         f" the {self.copies} paths"

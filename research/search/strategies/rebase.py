@@ -7,9 +7,9 @@ from typing import ClassVar
 import numpy as np
 
 from research.prm.scores.aggregate import Aggregate, Last
+from research.ranges import PositiveFloat
 from research.search.engine import Path
 from research.search.step_search import StepSearch
-from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,15 +23,8 @@ class Rebase(StepSearch):
   """
 
   needs_scores: ClassVar[bool] = True
-  temperature: float | int = 0.2
+  temperature: PositiveFloat = 0.2
   prune: Aggregate = Last()
-
-  def __post_init__(self):
-    super().__post_init__()
-    if not self.temperature > 0:
-      raise UserError(
-        f"Rebase: temperature is {self.temperature}, expected more than 0"
-      )
 
   def children(self, paths: Sequence[Path]) -> Sequence[int]:
     """Returns shares of the paths that are left, which add up to them.

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from research.ranges import NonNegativeInt, PositiveInt, PositiveShare, Ranged
 from research.search.diffusion_policy import DiffusionPolicy
 from research.search.engine import Engine, Frontier, Path, Verifier
 from research.search.step_search import Limits, Samples, Strategy
@@ -48,18 +49,14 @@ class BelowThreshold:
 
 
 @dataclasses.dataclass(frozen=True)
-class AllButBest:
+class AllButBest(Ranged):
   """All but the best ones of a problem; of equal ones the first.
 
   Attributes:
     keep: how many stay.
   """
 
-  keep: int = 1
-
-  def __post_init__(self):
-    if self.keep < 1:
-      raise UserError(f"AllButBest: keep is {self.keep}, expected at least 1")
+  keep: PositiveInt = 1
 
   def __call__(self, scores: Sequence[float]) -> Sequence[bool]:
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
@@ -68,7 +65,7 @@ class AllButBest:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Remasking:
+class Remasking(Ranged):
   """A search whose new blocks are masked again before it sees them.
 
   Attributes:
@@ -82,15 +79,8 @@ class Remasking:
   needs_scores: ClassVar[bool] = True
   inner: Strategy = Independent()
   rejects: Rejection = BelowThreshold()
-  rounds: int = 1
-  share: float | int = 1.0
-
-  def __post_init__(self):
-    if self.rounds < 0 or not 0 < self.share <= 1:
-      raise UserError(
-        f"Remasking: found {self.rounds} rounds and the share {self.share},"
-        " expected at least 0, and above 0 to 1"
-      )
+  rounds: NonNegativeInt = 1
+  share: PositiveShare = 1.0
 
   def __call__(
     self, engine: Engine, prompts: Sequence[Sequence[int]], limits: Limits

@@ -14,11 +14,11 @@ from typing import Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from research.ranges import PositiveInt, Ranged
 from research.search.engine import Engine, Path
 from research.search.ledger import Ledger
 from research.search.step_search import Limits, Samples
 from research.search.strategies.independent import Independent
-from research.typing import UserError
 
 Rewrite = Callable[[Sequence[int], Sequence[Path]], Sequence[int]]
 """(a problem's prompt, earlier solutions) -> the prompt that shows them."""
@@ -41,20 +41,14 @@ class HistorySelector(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class LastTries:
+class LastTries(Ranged):
   """Each chain its own last tries, the oldest first.
 
   Attributes:
     max_tries: tries that are shown; 4 in Snell et al.
   """
 
-  max_tries: int = 4
-
-  def __post_init__(self):
-    if self.max_tries < 1:  # of a list, the last 0 would be all
-      raise UserError(
-        f"LastTries: max_tries is {self.max_tries}, expected at least 1"
-      )
+  max_tries: PositiveInt = 4
 
   def __call__(
     self, history: Sequence[Sequence[Path]], rng: np.random.Generator
@@ -66,18 +60,14 @@ class LastTries:
 
 
 @dataclasses.dataclass(frozen=True)
-class Subsets:
+class Subsets(Ranged):
   """A random subset of the last round's solutions, for each new one.
 
   Attributes:
     size: of a subset; K of RSA.
   """
 
-  size: int = 4
-
-  def __post_init__(self):
-    if self.size < 1:
-      raise UserError(f"Subsets: size is {self.size}, expected at least 1")
+  size: PositiveInt = 4
 
   def __call__(
     self, history: Sequence[Sequence[Path]], rng: np.random.Generator
@@ -91,7 +81,7 @@ class Subsets:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rounds:
+class Rounds(Ranged):
   """Solutions, and solutions of prompts that show solutions.
 
   Attributes:
@@ -106,17 +96,10 @@ class Rounds:
 
   rewrite: Rewrite
   shown: HistorySelector = LastTries()
-  width: int = 4
-  rounds: int = 4
+  width: PositiveInt = 4
+  rounds: PositiveInt = 4
   every: bool = True
   seed: int = 0
-
-  def __post_init__(self):
-    if self.width < 1 or self.rounds < 1:
-      raise UserError(
-        f"Rounds: found {self.rounds} rounds of {self.width}, expected at least"
-        " 1 of each"
-      )
 
   def __call__(
     self, engine: Engine, prompts: Sequence[Sequence[int]], limits: Limits

@@ -11,14 +11,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
+from research.ranges import NonNegativeInt, PositiveInt, Ranged
 from research.search.engine import Engine, Frontier, Path
 from research.search.ledger import Ledger
 from research.search.step_search import Limits, Samples, check_scores
-from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepRevision:
+class StepRevision(Ranged):
   """Chains of tries, each of which keeps the right steps of the last one.
 
   Attributes:
@@ -30,17 +30,10 @@ class StepRevision:
   """
 
   needs_scores: ClassVar[bool] = True
-  copies: int = 4
-  rounds: int = 2
+  copies: PositiveInt = 4
+  rounds: NonNegativeInt = 2
   threshold: float | int = 0.5
   every: bool = True
-
-  def __post_init__(self):
-    if self.copies < 1 or self.rounds < 0:
-      raise UserError(
-        f"StepRevision: found {self.copies} chains and {self.rounds} rounds,"
-        " expected at least 1 and at least 0"
-      )
 
   def __call__(
     self, engine: Engine, prompts: Sequence[Sequence[int]], limits: Limits

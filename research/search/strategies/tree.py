@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from research.prm.scores.aggregate import Aggregate, Last
+from research.ranges import NonNegativeInt, PositiveInt, Ranged
 from research.search.engine import Engine, Frontier, Path
 from research.search.step_search import Limits, Samples, check_scores
 from research.typing import Int, UserError
@@ -47,7 +48,7 @@ class Node:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TreeSearch:
+class TreeSearch(Ranged):
   """MCTS over steps.
 
   Attributes:
@@ -59,18 +60,11 @@ class TreeSearch:
   """
 
   needs_scores: ClassVar[bool] = True
-  simulations: int = 16
-  width: int = 4
+  simulations: NonNegativeInt = 16
+  width: PositiveInt = 4
   base: float | int = 19_652
   init: float | int = 1.25
   prune: Aggregate = Last()
-
-  def __post_init__(self):
-    if self.simulations < 0 or self.width < 1:
-      raise UserError(
-        f"TreeSearch: found {self.simulations} simulations of width"
-        f" {self.width}, expected at least 0 and at least 1"
-      )
 
   def __call__(
     self, engine: Engine, prompts: Sequence[Sequence[int]], limits: Limits

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from research.data.sources import Split
+from research.ranges import AtLeast, Ranged
 from research.training.alignment.rewarded_task import Prompt
-from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Additions:
+class Additions(Ranged):
   """Sums of two numbers below n, each number one token.
 
   Ids 0 to 2n - 2 are numbers, the three after them `+`, `=` and the end.
@@ -22,16 +22,9 @@ class Additions:
     every: see `split`.
   """
 
-  numbers: int = 10
+  numbers: AtLeast(2) = 10
   split: Split = "train"
-  every: int = 7
-
-  def __post_init__(self):
-    if self.numbers < 2 or self.every < 2:
-      raise UserError(
-        f"Additions: found numbers {self.numbers} and every {self.every},"
-        " expected at least 2."
-      )
+  every: AtLeast(2) = 7
 
   @property
   def plus(self) -> int:

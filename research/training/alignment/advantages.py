@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from research.optim import ranges
+from research.ranges import NonNegativeFloat, OneOf, Ranged
 from research.typing import Array, Bool, Float, UserError
 
 Advantages = Callable[[Float[Array, "P G"]], Float[Array, "P G"]]
@@ -31,7 +31,7 @@ def centered(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Standardized:
+class Standardized(Ranged):
   """Rewards less the group's mean, over its standard deviation.
 
   GRPO (arXiv:2402.03300, section 4.1.2).
@@ -41,13 +41,8 @@ class Standardized:
     ddof: 0 divides the squares' sum by G, 1 by G - 1 (as TRL does).
   """
 
-  eps: float = 1e-4
-  ddof: int = 0
-
-  def __post_init__(self):
-    ranges.non_negative("Standardized", eps=self.eps)
-    if self.ddof not in (0, 1):
-      raise UserError(f"Standardized.ddof: found {self.ddof}, expected 0 or 1.")
+  eps: NonNegativeFloat = 1e-4
+  ddof: OneOf(0, 1) = 0
 
   def __call__(self, rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
     """Returns advantages; zeros in a group of equal rewards.

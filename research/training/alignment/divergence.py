@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from research.optim import ranges
+from research.ranges import NonNegativeFloat, Ranged
 from research.typing import Array, Float
 
 Estimate = Callable[[Float[Array, "B T"]], Float[Array, "B T"]]
@@ -36,7 +36,7 @@ def k3(d: Float[Array, "B T"]) -> Float[Array, "B T"]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KL:
+class KL(Ranged):
   """A penalty for leaving the reference.
 
   Attributes:
@@ -44,8 +44,5 @@ class KL:
     estimate: `k1`, `k2` or `k3`.
   """
 
-  beta: float = 0.04
+  beta: NonNegativeFloat = 0.04
   estimate: Estimate = k3
-
-  def __post_init__(self):
-    ranges.non_negative("KL", beta=self.beta)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.generation.sampling import Sampling
+from research.ranges import AtLeast, PositiveInt, Ranged
 from research.training.alignment.advantages import (
   Advantages,
   Selection,
@@ -37,7 +38,7 @@ from research.typing import Params, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupRollouts:
+class GroupRollouts(Ranged):
   """Rounds of prompts, groups of answers, and rewards.
 
   Attributes:
@@ -63,30 +64,20 @@ class GroupRollouts:
   """
 
   task: RewardedTask
-  prompts: int = 8
-  group: int = 8
-  updates: int = 1
-  prompt_tokens: int
-  new_tokens: int
+  prompts: PositiveInt = 8
+  group: AtLeast(2) = 8
+  updates: PositiveInt = 1
+  prompt_tokens: PositiveInt
+  new_tokens: PositiveInt
   stop_tokens: tuple[int, ...] = ()
   sampling: Sampling = Sampling(temperature=1.0)
   advantages: Advantages = Standardized()
   select: Selection = every_group
-  attempts: int = 1
+  attempts: PositiveInt = 1
   overlong: Overlong = keep_overlong
   reference: Select = Part("reference")
   seed: int = 0
   objective: PolicyGradient | None = None
-
-  def __post_init__(self):
-    least = dict(prompts=1, group=2, updates=1, attempts=1)
-    least |= dict(prompt_tokens=1, new_tokens=1)
-    for name, low in least.items():
-      if getattr(self, name) < low:
-        raise UserError(
-          f"GroupRollouts.{name}: found {getattr(self, name)}, expected at"
-          f" least {low}."
-        )
 
   def with_objective(self, objective: Any) -> "GroupRollouts":
     """Returns the rollouts of an objective's policy.

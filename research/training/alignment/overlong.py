@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from research.typing import Array, Bool, Float, Int, UserError
+from research.ranges import Ranged
+from research.typing import Array, Bool, Float, Int
 
 Overlong = Callable[
   [Float[Array, "*B"], Int[Array, "*B"], Bool[Array, "*B"]],
@@ -44,7 +45,7 @@ def mask_overlong(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SoftOverlong:
+class SoftOverlong(Ranged):
   """A punishment that grows linearly towards the limit (DAPO, equation 13).
 
     0 up to `limit - buffer` tokens, -1 from `limit` on, linear between
@@ -58,11 +59,8 @@ class SoftOverlong:
   buffer: int
 
   def __post_init__(self):
-    if not 0 < self.buffer <= self.limit:
-      raise UserError(
-        f"SoftOverlong: found limit {self.limit} and buffer {self.buffer},"
-        " expected a buffer from 1 to the limit."
-      )
+    super().__post_init__()
+    self.expect("buffer", 1, self.limit)
 
   def __call__(
     self,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kernels_pallas.masks import Mask
 from research import weights
 from research.nn.transformer import Transformer
-from research.optim import ranges
+from research.ranges import PositiveFloat, PositiveInt, Ranged
 from research.training import positions
 from research.training.alignment.surrogate import Surrogate
 from research.training.objectives.objective import Batch, Sums
@@ -17,7 +17,7 @@ from research.typing import Array, Float, Params, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyGradient:
+class PolicyGradient(Ranged):
   """The clipped surrogate of answers that a policy sampled.
 
   A batch has what text has (`tokens`, `targets`, `positions`, `segments` and
@@ -40,14 +40,9 @@ class PolicyGradient:
 
   model: Transformer | None = None
   surrogate: Surrogate = Surrogate()
-  temperature: float | int = 1.0
+  temperature: PositiveFloat = 1.0
   policy: Select = all_params
-  rows: int = 256
-
-  def __post_init__(self):
-    ranges.positive(
-      "PolicyGradient", temperature=self.temperature, rows=self.rows
-    )
+  rows: PositiveInt = 256
 
   def log_probs(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
     """Returns log p of each target, 0 where it is not an answer's.

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from research.optim import ranges
+from research.ranges import PositiveFloat, PositiveInt, Ranged
 from research.training.alignment.divergence import KL
 from research.training.objectives.objective import Sums
 from research.typing import Array, Bool, Float, UserError
@@ -68,7 +68,7 @@ def sequence_token_ratio(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Clip:
+class Clip(Ranged):
   """The pessimistic clip: `min(r A, clip(r, 1 - lower, 1 + upper) A)`.
 
   Schulman et al. 2017 (PPO, arXiv:1707.06347, equation 7). A larger `upper`
@@ -81,12 +81,12 @@ class Clip:
       of a bad answer that became likely; None for no bound (TRL's `delta`).
   """
 
-  lower: float = 0.2
-  upper: float = 0.2
+  lower: PositiveFloat = 0.2
+  upper: PositiveFloat = 0.2
   dual_clip: float | None = None
 
   def __post_init__(self):
-    ranges.positive("Clip", lower=self.lower, upper=self.upper)
+    super().__post_init__()
     if self.dual_clip is not None and not self.dual_clip > 1 + self.upper:
       raise UserError(
         f"Clip.dual_clip: found {self.dual_clip}, expected more than 1 + upper"
@@ -130,7 +130,7 @@ def per_token(
 
 
 @dataclasses.dataclass(frozen=True)
-class PerLength:
+class PerLength(Ranged):
   """Sums over tokens, over a constant; each answer has weight 1 (Dr. GRPO).
 
   Neither an answer's length nor the batch's changes what a token weighs
@@ -140,10 +140,7 @@ class PerLength:
     length: the constant, such as the longest answer's tokens.
   """
 
-  length: float | int
-
-  def __post_init__(self):
-    ranges.positive("PerLength", length=self.length)
+  length: PositiveInt
 
   def __call__(
     self, terms: Float[Array, "B T"], answer: Bool[Array, "B T"]

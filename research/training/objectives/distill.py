@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kernels_pallas.masks import Mask
 from research import weights
 from research.nn.transformer import Transformer
+from research.ranges import PositiveFloat, Ranged, Share
 from research.training import positions
 from research.training.objectives import losses
 from research.training.objectives.objective import Batch, Sums
@@ -17,7 +18,7 @@ from research.typing import Array, Float, Params, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Distill:
+class Distill(Ranged):
   """Distillation loss: forward KL from the teacher, mixed with cross-entropy.
 
     (1 - h) t^2 KL(teacher^(1/t) || student^(1/t)) + h (-log student(target))
@@ -38,19 +39,11 @@ class Distill:
 
   model: Transformer | None = None
   teacher: Transformer | None = None
-  temperature: float | int = 1.0
-  hard_weight: float | int = 0.0
+  temperature: PositiveFloat = 1.0
+  hard_weight: Share = 0.0
   student: Select = Part("student")
   source: Select = Part("teacher")
   rows: int = 256
-
-  def __post_init__(self):
-    if not self.temperature > 0 or not 0 <= self.hard_weight <= 1:
-      raise UserError(
-        f"Distill: found temperature {self.temperature} and hard_weight"
-        f" {self.hard_weight}, expected a temperature above 0 and a share from"
-        " 0 to 1."
-      )
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, weights and metrics.

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from research import tree
+from research import ranges, tree
 from research.nn.moe import routing
-from research.optim import ranges
+from research.ranges import NonNegativeFloat, Ranged
 from research.training.state import TrainState
 from research.typing import Array, UserError
 
@@ -25,7 +25,7 @@ Metrics = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Balance:
+class Balance(Ranged):
   """Auxiliary losses for a model with experts.
 
   Attributes:
@@ -36,12 +36,9 @@ class Balance:
       arrays under `counts/<run>/<layer>`, for `rebalance`.
   """
 
-  loss: float | int = 0.01
-  z: float | int = 0.001
+  loss: NonNegativeFloat = 0.01
+  z: NonNegativeFloat = 0.001
   counts: bool = False
-
-  def __post_init__(self):
-    ranges.non_negative("Balance", loss=self.loss, z=self.z)
 
   def __call__(
     self, loads: Mapping[str, Any], weight: Array, training: bool
@@ -97,7 +94,7 @@ def rebalance(
   Raises:
     UserError: the bias of a router is not among the trainable parameters.
   """
-  ranges.non_negative("rebalance", rate=rate)
+  ranges.check("rebalance", ranges.NonNegativeFloat, rate=rate)
 
   def after(state: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
     counts = {

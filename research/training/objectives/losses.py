@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from research.nn import collectives
-from research.optim import ranges
+from research.ranges import NonNegativeFloat, PositiveInt, Ranged, Share
 from research.typing import Array, Float, Int, Shaped
 
 Logits = Callable[[Any, Float[Array, "B T D"]], Float[Array, "B T V"]]
@@ -31,7 +31,7 @@ Logits = Callable[[Any, Float[Array, "B T D"]], Float[Array, "B T V"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenLoss:
+class TokenLoss(Ranged):
   """The loss of one position, and the size of a chunk.
 
     (1 - s) * -log p(target) + s * mean over v of -log p(v) + z * logZ^2
@@ -44,15 +44,10 @@ class TokenLoss:
       first, and no logits are computed for the rest.
   """
 
-  z_loss: float | int = 0.0
-  smoothing: float | int = 0.0
-  rows: int = 256
+  z_loss: NonNegativeFloat = 0.0
+  smoothing: Share = 0.0
+  rows: PositiveInt = 256
   sparse: bool = False
-
-  def __post_init__(self):
-    ranges.non_negative("TokenLoss", z_loss=self.z_loss)
-    ranges.share("TokenLoss", smoothing=self.smoothing)
-    ranges.positive("TokenLoss", rows=self.rows)
 
 
 def token_losses(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from kernels_pallas.masks import Mask, autoregressive_blocks
 from research import weights
 from research.nn.transformer import Transformer
-from research.optim import ranges
+from research.ranges import NonNegativeFloat, PositiveInt, Ranged, Share
 from research.training.objectives import losses
 from research.training.objectives.experts import Balance
 from research.typing import Array, Params, PRNGKey, UserError
@@ -123,7 +123,7 @@ def prefix_mask(batch: Batch) -> Mask:
 
 
 @dataclasses.dataclass(frozen=True)
-class NextToken:
+class NextToken(Ranged):
   """Next-token prediction over packed rows.
 
   The loss of an evaluation is the cross-entropy alone, of which perplexity and
@@ -139,16 +139,11 @@ class NextToken:
   """
 
   model: Transformer | None = None
-  z_loss: float | int = 0.0
-  label_smoothing: float | int = 0.0
-  rows: int = 256
+  z_loss: NonNegativeFloat = 0.0
+  label_smoothing: Share = 0.0
+  rows: PositiveInt = 256
   experts: Balance | None = None
   mask: Callable[[Batch], Mask] = causal_mask
-
-  def __post_init__(self):
-    ranges.non_negative("NextToken", z_loss=self.z_loss)
-    ranges.share("NextToken", label_smoothing=self.label_smoothing)
-    ranges.positive("NextToken", rows=self.rows)
 
   def with_mask(self, mask: Callable[[Batch], Mask]) -> "NextToken":
     """Returns the objective with this mask; see `TakesMask`."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from kernels_pallas.masks import Mask
 from research import weights
 from research.nn.transformer import Transformer
+from research.ranges import PositiveFloat, Ranged, Real
 from research.training import positions
 from research.training.objectives.objective import Batch, Sums
 from research.typing import Array, Float, Params, PRNGKey, UserError
@@ -83,7 +84,7 @@ class KeepPart:
 
 
 @dataclasses.dataclass(frozen=True)
-class DPO:
+class DPO(Ranged):
   """DPO loss: -log sigmoid(b [log-ratio(chosen) - log-ratio(rejected)]).
 
   Equation 7 of the paper. A log-ratio is
@@ -102,18 +103,11 @@ class DPO:
   """
 
   model: Transformer | None = None
-  beta: float | int = 0.1
-  smoothing: float | int = 0.0
+  beta: PositiveFloat = 0.1
+  smoothing: Real(at_least=0, below=0.5) = 0.0
   policy: Select = all_params
   reference: Select = Part("reference")
   rows: int = 256
-
-  def __post_init__(self):
-    if not self.beta > 0 or not 0 <= self.smoothing < 0.5:
-      raise UserError(
-        f"DPO: found beta {self.beta} and smoothing {self.smoothing}, expected"
-        " beta above 0 and smoothing from 0 to below 0.5."
-      )
 
   @property
   def rearranged(self) -> str:

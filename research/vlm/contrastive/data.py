@@ -10,6 +10,7 @@ import numpy as np
 from research.data import pipeline
 from research.data.packing import Row
 from research.data.sources import Documents
+from research.ranges import AtLeast, NonNegativeInt, Ranged
 from research.typing import Int32, UInt8, UserError
 from research.vlm.data import Pixels, Prompt
 from research.vlm.images.preprocessor import Preprocessor
@@ -117,7 +118,7 @@ class CaptionTexts(Documents):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Captions(pipeline.ShuffledRows):
+class Captions(Ranged, pipeline.ShuffledRows):
   """Pictures with captions as rows; a `research.data.pipeline.Data`.
 
   A row has `pixels`, uint8 [1, H, W, 3], or, at native resolution, `patches`,
@@ -139,15 +140,15 @@ class Captions(pipeline.ShuffledRows):
 
   samples: Samples
   preprocessor: Preprocessor
-  length: int
+  length: AtLeast(2)
   patches: int | None = None
   templates: tuple[str, ...] = PLAIN
   augment: Augment = same
-  batch_size: int = 64
-  seed: int = 0
+  batch_size: AtLeast(2) = 64
+  seed: NonNegativeInt = 0
 
   def __post_init__(self):
-    pipeline.check_sizes(self, length=2, batch_size=2, seed=0)
+    super().__post_init__()
     self.preprocessor.check_patches("Captions", self.patches)
     self.preprocessor.check_one_view("Captions.preprocessor")
     check_templates("Captions", self.templates)

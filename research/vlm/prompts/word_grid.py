@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from research.ranges import AtLeast, NonNegativeInt, PositiveInt, Ranged
 from research.typing import Int, UInt8, UserError
 from research.vlm.scenes import drawing
 
@@ -15,7 +16,7 @@ _WHITE = 255
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WordGrid:
+class WordGrid(Ranged):
   """Draws a text's words, black on white, each within a cell of its own.
 
   Where in its cell a word stands is drawn at random from the text, so a text
@@ -30,24 +31,12 @@ class WordGrid:
     seed: of the places.
   """
 
-  columns: int = 4
-  rows: int = 4
-  cell: int = 16
-  capital: int = 8
-  scatter: int = 3
+  columns: PositiveInt = 4
+  rows: PositiveInt = 4
+  cell: AtLeast(4) = 16
+  capital: AtLeast(3) = 8
+  scatter: NonNegativeInt = 3
   seed: int = 0
-
-  def __post_init__(self):
-    for name, least in dict(columns=1, rows=1, cell=4, capital=3).items():
-      if getattr(self, name) < least:
-        raise UserError(
-          f"WordGrid.{name}: found {getattr(self, name)}, expected at least"
-          f" {least}"
-        )
-    if self.scatter < 0:
-      raise UserError(
-        f"WordGrid.scatter: found {self.scatter}, expected at least 0"
-      )
 
   def __call__(self, text: str) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the picture, `rows * cell` by `columns * cell` pixels.

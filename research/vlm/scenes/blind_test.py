@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageDraw
 
+from research.ranges import Between
 from research.typing import UInt8
 from research.vlm.scenes import drawing
 from research.vlm.scenes.rules import MAJORITY, BestGiven, PerSample, yes_no
@@ -83,11 +84,7 @@ class BlindTest(Task):
     "other axis": PerSample(_other_axis, ("grid",)),
   }
 
-  size: int = 64
-
-  def __post_init__(self):
-    super().__post_init__()
-    self.expect("size", 64, 2048)
+  size: Between(64, 2048) = 64
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
     """Returns a sample without images."""

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from research.ranges import PositiveInt
 from research.typing import UInt8, UserError
 from research.vlm.scenes import drawing
 from research.vlm.scenes.rules import MAJORITY, BestGiven
@@ -52,7 +53,7 @@ class ShapeCaptions(Task):
   min_objects: int = 1
   max_objects: int = 8
   size: int = 64
-  cells: int = 4
+  cells: PositiveInt = 4
 
   def __post_init__(self):
     super().__post_init__()
@@ -64,7 +65,6 @@ class ShapeCaptions(Task):
         f" {self.colours}, expected one or more of"
         f" {', '.join(drawing.SHAPES)}, and of colours."
       )
-    self.expect("cells", 1)
     self.expect("min_objects", 1, self.max_objects)
     self.expect("max_objects", 1, self.cells**2)
     self.expect("size", 8 * self.cells)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from research.data.sources import Split
+from research.ranges import AtLeast, Between
 from research.typing import Int, UInt8, UserError
 from research.vlm.scenes.rules import MAJORITY, BestGiven
 from research.vlm.scenes.sample import YES_NO, Object, Sample
@@ -105,15 +106,13 @@ class Digits(Task):
 
   max_digits: int = 6
   max_count: int = 3
-  scale: int = 2
-  cells: int = 4
+  scale: Between(1, 64) = 2
+  cells: AtLeast(2) = 4
 
   def __post_init__(self):
     super().__post_init__()
-    self.expect("cells", 2)
     self.expect("max_digits", 2, self.cells**2)
     self.expect("max_count", 1, self.max_digits)
-    self.expect("scale", 1, 64)
 
   @property
   def size(self) -> int:
@@ -221,11 +220,7 @@ class DigitNames(Task):
 
   KINDS: ClassVar = ("caption",)
 
-  scale: int = 4
-
-  def __post_init__(self):
-    super().__post_init__()
-    self.expect("scale", 1, 64)
+  scale: Between(1, 64) = 4
 
   @property
   def size(self) -> int:

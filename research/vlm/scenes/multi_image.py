@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from research.ranges import Between
 from research.typing import UInt8, UserError
 from research.vlm.images.resize import Size
 from research.vlm.scenes import drawing
@@ -80,7 +81,7 @@ class MultiImage(Task):
     ),
   }
 
-  images: int = 2
+  images: Between(2, 16) = 2
   colours: tuple[str, ...] = ("red", "green", "blue")
   shapes: tuple[str, ...] = ("circle", "square", "triangle")
   max_objects: int = 6
@@ -95,7 +96,6 @@ class MultiImage(Task):
         f"MultiImage: found colours {self.colours} and shapes {self.shapes},"
         " expected at least two of each."
       )
-    self.expect("images", 2, 16)
     self.expect("max_objects", 2, self.cells**2)
     self.expect("size", 8 * self.cells)
 

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from research.ranges import Whole
 from research.typing import UInt8, UserError
 from research.vlm.images.resize import Size
 from research.vlm.scenes import drawing
@@ -123,7 +124,7 @@ class Shapes(Task):
   max_count: int = 4
   max_objects: int = 8
   size: int = 64
-  cells: int = 4
+  cells: Whole(at_least=4, multiple=2) = 4
   held_out: tuple[Pair, ...] = ()
   composition: Literal["familiar", "novel"] = "familiar"
 
@@ -137,12 +138,9 @@ class Shapes(Task):
           f"Shapes.{name}: found {found}, expected at least three of"
           f" {', '.join(known)}."
         )
-    self.expect("cells", 4)
     self.expect("max_count", 2, self.max_objects)
     self.expect("max_objects", 4, self.cells**2)
     self.expect("size", 8 * self.cells)
-    if self.cells % 2:
-      raise UserError(f"Shapes.cells: found {self.cells}, expected even.")
     if self.composition == "novel":
       if not self.held_out:
         raise UserError(

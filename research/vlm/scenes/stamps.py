@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from research.data.sources import Split
+from research.ranges import Between
 from research.typing import UInt8, UserError
 from research.vlm.scenes.rules import MAJORITY, PerSample, yes_no
 from research.vlm.scenes.sample import YES_NO, Object, Sample
@@ -180,12 +181,8 @@ class Stamps(Task):
   }
 
   folder: str = FOLDER
-  size: int = 64
+  size: Between(8, 4096) = 64
   background: tuple[int, int, int] = (255, 255, 255)
-
-  def __post_init__(self):
-    super().__post_init__()
-    self.expect("size", 8, 4096)
 
   def belongs(self, sample: Sample) -> bool:
     """All are: they are drawn from this split's captions."""

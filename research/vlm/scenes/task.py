@@ -15,6 +15,7 @@ from typing import ClassVar, overload
 import numpy as np
 
 from research.data.sources import Split
+from research.ranges import NonNegativeInt, Ranged
 from research.typing import UInt8, UserError
 from research.vlm.images.resize import Size
 from research.vlm.scenes.rules import MAJORITY, BestGiven, Rule
@@ -34,7 +35,7 @@ def split_of(objects: Iterable[Object]) -> Split:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task(Samples, abc.ABC):
+class Task(Ranged, Samples, abc.ABC):
   """Samples of a kind of scene; subclasses draw and render them.
 
   Attributes:
@@ -48,27 +49,17 @@ class Task(Samples, abc.ABC):
   RULES: ClassVar[Mapping[str, Rule]] = {"majority": MAJORITY}
 
   kinds: tuple[str, ...] = ()
-  count: int = 1024
-  seed: int = 0
+  count: NonNegativeInt = 1024
+  seed: NonNegativeInt = 0
   split: Split = "train"
 
   def __post_init__(self):
+    super().__post_init__()
     unknown = [x for x in self.kinds if x not in self.KINDS]
     if unknown:
       raise UserError(
         f"{type(self).__name__}.kinds: found {unknown[0]!r}, expected some of"
         f" {', '.join(self.KINDS)}."
-      )
-    self.expect("count", 0)
-    self.expect("seed", 0)
-
-  def expect(self, field: str, least: int, most: int = 1 << 31) -> None:
-    """Raises UserError unless a field lies between two numbers."""
-    found = getattr(self, field)
-    if not least <= found <= most:
-      raise UserError(
-        f"{type(self).__name__}.{field}: found {found}, expected {least} to"
-        f" {most}."
       )
 
   @abc.abstractmethod

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageDraw
 
+from research.ranges import AtLeast, Between, PositiveInt
 from research.typing import UInt8, UserError
 from research.vlm.scenes import drawing
 from research.vlm.scenes.rules import MAJORITY, PerSample
@@ -58,21 +59,17 @@ class Text(Task):
     "first bar": PerSample(lambda x: _value(x.objects[0]), ("bar",)),
   }
 
-  heights: tuple[int, ...] = (4, 6, 8, 10, 12, 16, 20, 24)
-  length: int = 4
+  heights: tuple[AtLeast(2), ...] = (4, 6, 8, 10, 12, 16, 20, 24)
+  length: Between(1, 32) = 4
   alphabet: str = ALPHABET
-  step: int = 1
+  step: PositiveInt = 1
   width: int = 192
   height: int = 128
 
   def __post_init__(self):
     super().__post_init__()
-    if not self.heights or not 2 <= min(self.heights) <= max(self.heights):
-      raise UserError(
-        f"Text.heights: found {self.heights}, expected pixels, at least 2."
-      )
-    self.expect("length", 1, 32)
-    self.expect("step", 1)
+    if not self.heights:
+      raise UserError("Text.heights: found none, expected at least one.")
     if not self.alphabet or self.alphabet != self.alphabet.replace(" ", ""):
       raise UserError(
         f"Text.alphabet: found {self.alphabet!r}, expected characters, without"

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageDraw
 
+from research.ranges import Between
 from research.typing import UInt8
 from research.vlm.scenes import drawing
 from research.vlm.scenes.rules import MAJORITY, PerSample
@@ -52,15 +53,13 @@ class SpotTiles(Task):
 
   size: int = 1024
   tile: int = 512
-  height: int = 20
-  max_count: int = 4
+  height: Between(4, 256) = 20
+  max_count: Between(1, 8) = 4
 
   def __post_init__(self):
     super().__post_init__()
-    self.expect("height", 4, 256)
     self.expect("tile", 4 * self.height)
     self.expect("size", 2 * self.tile, 1 << 14)
-    self.expect("max_count", 1, 8)
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
     """Returns a sample without images."""

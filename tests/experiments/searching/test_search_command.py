@@ -282,7 +282,7 @@ def test_random_scores_cost_nothing_and_are_shown(run):
   [
     (("VERIFIER=@parity.Diverged()",), "the score nan for problem 0 after 1"),
     (("PROBLEMS=(0, 5000)",), "within the 1000 problems"),
-    (("LOOKAHEAD=1",), "and a verifier if above"),
+    (("LOOKAHEAD=1",), "expected 0 or a verifier"),
     (
       ("STRATEGY=@strategies.AllocatedSamples()", "PROBLEMS=(0, 3)"),
       "expected multiples of it",

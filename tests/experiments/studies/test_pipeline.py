@@ -222,7 +222,7 @@ def test_a_run_file_lists_commands_and_claims(tmp_path):
   [
     ("'title': '2 steps'", "found the field 'tilte'.*did you mean 'title'"),
     ("'first': 'long'", "step 'lang'"),
-    ("'command': 'convert'", "found 'covert', expected one of train"),
+    ("'command': 'convert'", "found 'covert', expected train, label"),
   ],
 )
 def test_a_field_that_is_misspelt_is_named(text, message, tmp_path, capsys):

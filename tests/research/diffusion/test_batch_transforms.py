@@ -11,7 +11,6 @@ import pytest
 from research.data import packing
 from research.diffusion.batch_transforms import PadWithEOS, RandomTruncation
 from research.diffusion.objective import MaskedDiffusion
-from research.typing import UserError
 from tests import support
 
 V, T = 16, 8
@@ -146,10 +145,3 @@ def test_rows_that_only_fill_up_a_batch_stay_empty():
   got = PadWithEOS(end=END, multiple=T)(blank, None)
   assert (got["segments"][0] == 0).all() and (got["segments"][1] == -1).all()
   assert not got["weights"][1].any()
-
-
-def test_mistakes():
-  with pytest.raises(UserError, match="chance is 2"):
-    RandomTruncation(chance=2.0)
-  with pytest.raises(UserError, match="end is 3 and multiple 0"):
-    PadWithEOS(end=3, multiple=0)

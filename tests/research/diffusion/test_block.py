@@ -175,7 +175,6 @@ def test_documents_do_not_leak():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (dict(block=0), "block is 0"),
     (dict(low=0.0), "low is 0.0 and high 1.0"),
     (dict(low=0.8, high=0.5), "low is 0.8 and high 0.5"),
   ],

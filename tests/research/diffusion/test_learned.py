@@ -132,7 +132,3 @@ def test_rates_begin_where_they_are_told():
 def test_mistakes():
   with pytest.raises(UserError, match=r"no 'mask_rates'; put learned\.Rates"):
     GenMD4(mask_id=3)({}, {}, None)
-  with pytest.raises(UserError, match="first is 1"):
-    GenMD4(mask_id=3, first=1.0)
-  with pytest.raises(UserError, match="start 0"):
-    Rates(vocab=3, start=0.0)

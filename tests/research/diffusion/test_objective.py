@@ -298,7 +298,6 @@ def test_evaluation_draws_other_times_for_other_batches():
   [
     (dict(complement=True, schedule=Cosine()), "needs a linear schedule"),
     (dict(complement=True, levels=4), "complement with levels 4"),
-    (dict(levels=0), "levels is 0"),
   ],
 )
 def test_mistakes(change, message):

@@ -142,5 +142,3 @@ def test_mistakes():
     process.noisy(jnp.zeros((1, 2), int), jnp.ones((1, 2), bool), -1)
   with pytest.raises(UserError, match="low is 0.6 and high 0.5"):
     Linear(low=0.6, high=0.5)
-  with pytest.raises(UserError, match="power is 0"):
-    Power(power=0.0)

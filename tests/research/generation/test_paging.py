@@ -32,13 +32,12 @@ def test_what_a_command_line_says(text, expected):
   [
     ("", "found '' as size, expected a number"),
     ("x", "found 'x' as size"),
-    ("0", "pages size: found 0"),
-    ("4,rows=0", "pages rows: found 0"),
+    ("0", "Paging.size: found 0"),
     ("4,count=-1", "found '-1' as count"),
     ("4,size=4", "found 'size=4', expected count=, rows= or dtype="),
     ("4,rows=1,rows=2", "found 'rows=2'"),
     ("4,rows", "found 'rows'"),
-    ("4,dtype=int4", "pages dtype: found 'int4', expected one of int8, fp8"),
+    ("4,dtype=int4", "Paging.dtype: found 'int4', expected int8 or fp8"),
   ],
 )
 def test_mistakes(text, words):

@@ -137,8 +137,6 @@ def test_targets(targets, count):
       "two keys of rank_pattern match layers/0/attention/q",
     ),
     (dict(alpha_pattern={"q": 2.0, "[qk]": 3.0}), "alpha_pattern match"),
-    (dict(rank=0), "rank is 0"),
-    (dict(dropout=1.0), "dropout is 1.0"),
   ],
 )
 def test_bad_configurations(options, message):

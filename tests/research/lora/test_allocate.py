@@ -117,19 +117,9 @@ def test_budget_falls_by_a_cube():
   assert BUDGET.last_allocation == 9
 
 
-@pytest.mark.parametrize(
-  "change, said",
-  [
-    (dict(warmup=9), "some steps between"),
-    (dict(final=-1), "some steps between"),
-    (dict(target=0), "target is 0"),
-    (dict(every=0), "every 0"),
-  ],
-)
-def test_impossible_budgets_are_refused(change, said):
-  fields = dict(target=2, steps=12, warmup=2, final=3) | change
-  with pytest.raises(UserError, match=said):
-    allocate.Budget(**fields)
+def test_impossible_budgets_are_refused():
+  with pytest.raises(UserError, match="some steps between"):
+    allocate.Budget(target=2, steps=12, warmup=9, final=3)
 
 
 def test_a_training_step_can_donate_the_first_state():

@@ -12,8 +12,7 @@ import pytest
 from research.lora.optim import loraplus, lorapro, relora, riemannian
 from research.optim import adam8bit, muon, optim, rates, schedule_free, stages
 from research.optim.low_rank import apollo, galore, layerwise, subspace
-from research.training import loop
-from research.training.objectives import experts, objective
+from research.training.objectives import experts
 from research.typing import UserError
 
 
@@ -108,8 +107,6 @@ RANGES = [
   (stages.stages, dict(peak=1, later=1, at=2, steps=9, final=-1)),
   (relora.schedule, dict(peak=-1, steps=4, every=2, warmup=1, rewarm=1)),
   (relora.schedule, dict(peak=1, steps=4, every=0, warmup=0, rewarm=0)),
-  (relora.RandomPruning, dict(share=1.1)),
-  (relora.MagnitudePruning, dict(share=-0.1)),
   *[
     (make, dict(learning_rate=1e-3, **fixed) | wrong)
     for make, fixed in (
@@ -156,17 +153,14 @@ RANGES = [
     )
   ],
   (apollo.apollo, dict(learning_rate=1, projection=RANKED, scale=-1)),
-  (objective.NextToken, dict(z_loss=-1)),
-  (objective.NextToken, dict(label_smoothing=1.5)),
-  (experts.Balance, dict(loss=-1)),
   (experts.rebalance, dict(rate=-0.1)),
-  (loop.TrainConfig, dict(steps=1, average=1.5)),
 ]
 
 
 @pytest.mark.parametrize(("make", "wrong"), RANGES)
 def test_numbers_that_make_no_sense_are_refused_at_once(make, wrong):
-  with pytest.raises(UserError, match=r"\.\w+: found \S+, expected a finite"):
+  words = r"\.\w+: found \S+, expected (a finite number, )?(at least|above) 0"
+  with pytest.raises(UserError, match=words):
     make(**wrong)
 
 

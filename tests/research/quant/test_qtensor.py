@@ -355,19 +355,6 @@ def test_mistakes_in_quantize(change, message):
     Quantize(**change)(params)
 
 
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    (dict(block=48), "block is 48, expected a power of two"),
-    (dict(nested=64), "nested is 64, expected 256, or 0"),
-    (dict(kind="nf5"), "kind is 'nf5', expected one of nf4"),
-  ],
-)
-def test_mistakes_in_a_codebook(change, message):
-  with pytest.raises(UserError, match=message):
-    Codebook(**change)
-
-
 def test_adapted_weights_are_not_packed():
   params = support.params(support.model(**SIZES))
   adapted = support_lora.adapting(rank=2)(params, jax.random.key(0))

@@ -86,11 +86,6 @@ def test_nothing_is_chosen_where_nothing_was_answered(rule):
   assert accuracy({}, bool) == 0
 
 
-def test_settings_are_checked():
-  with pytest.raises(UserError, match="keep is 0"):
-    Confident(keep=0)
-
-
 def test_confidence_needs_log_probabilities():
   paths = [path(1, 0.5), path(2, 0.5, log_prob=None)]
   with pytest.raises(UserError, match="without a log-probability"):

@@ -515,8 +515,6 @@ def blocks_of(size):
       lambda: exact().remask(exact().begin([[0]], 4), [False], 0.0),
       "share is 0.0",
     ),
-    (lambda: Remasking(rounds=-1), "found -1 rounds"),
-    (lambda: AllButBest(0), "keep is 0"),
     (
       lambda: Remasking()(
         Engine(policy=autoregressive()), PROMPTS, Limits(tokens=4)

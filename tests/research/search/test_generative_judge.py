@@ -296,8 +296,6 @@ def test_chances_are_the_two_words_softmax_where_the_verdict_stands():
 
 
 def test_mistakes():
-  with pytest.raises(UserError, match="found 0 critiques"):
-    GenerativeJudge(writer=Scripted(says), text=text, count=0)
   judge = GenerativeJudge(writer=Scripted(says), text=text)
   with pytest.raises(UserError, match="known only afterwards"):
     judge.step_cost(3, 4)

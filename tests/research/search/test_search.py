@@ -308,15 +308,6 @@ def test_what_cannot_be_searched_is_an_error(engine, strategy, message):
     found(strategy, engine)
 
 
-@pytest.mark.parametrize(
-  ("make", "message"),
-  [
-    (lambda: Beam(copies=4, width=3), "width is 3"),
-    (lambda: DiverseTrees(copies=4, width=0), "width is 0"),
-    (lambda: Rebase(temperature=0), "temperature is 0"),
-    (lambda: Independent(copies=0), "copies is 0"),
-  ],
-)
-def test_settings_are_checked(make, message):
-  with pytest.raises(UserError, match=message):
-    make()
+def test_settings_are_checked():
+  with pytest.raises(UserError, match="width is 3"):
+    Beam(copies=4, width=3)

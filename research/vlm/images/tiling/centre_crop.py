@@ -6,7 +6,7 @@ LLaVA-1.5.
 
 import dataclasses
 
-from research.errors import UserError
+from research.ranges import Ranged
 from research.vlm.images.plan import Plan, Tiling, square
 from research.vlm.images.resize import (
   Resample,
@@ -17,7 +17,7 @@ from research.vlm.images.resize import (
 
 
 @dataclasses.dataclass(frozen=True)
-class CentreCrop(Tiling):
+class CentreCrop(Ranged, Tiling):
   """One square view of the image's middle.
 
   Attributes:
@@ -35,11 +35,8 @@ class CentreCrop(Tiling):
   resample: Resample = "bicubic"
 
   def __post_init__(self):
-    if self.tile > self.shortest:
-      raise UserError(
-        f"CentreCrop: tile is {self.tile}, expected at most shortest, "
-        f"{self.shortest}: nothing is padded"
-      )
+    super().__post_init__()
+    self.expect("shortest", self.tile, why="nothing is padded")
 
   def _plan(self, height, width):
     canvas = shortest_side(height, width, self.shortest)

@@ -8,13 +8,13 @@ import dataclasses
 
 import numpy as np
 
-from research.errors import UserError
+from research.ranges import PositiveInt, Ranged
 from research.vlm.images.plan import Plan, Tiling, square
 from research.vlm.images.resize import Resample, Size, cut, resize
 
 
 @dataclasses.dataclass(frozen=True)
-class InternVL(Tiling):
+class InternVL(Ranged, Tiling):
   """Tiles of the stretched image, row by row, then the whole image.
 
   Attributes:
@@ -28,18 +28,15 @@ class InternVL(Tiling):
   """
 
   tile: int = 448
-  min_tiles: int = 1
+  min_tiles: PositiveInt = 1
   max_tiles: int = 12
   patch: int = 14
   pool: int = 2
   resample: Resample = "bicubic"
 
   def __post_init__(self):
-    if not 1 <= self.min_tiles <= self.max_tiles:
-      raise UserError(
-        f"InternVL: from {self.min_tiles} to {self.max_tiles} tiles, expected"
-        " 1 <= min_tiles <= max_tiles"
-      )
+    super().__post_init__()
+    self.expect("max_tiles", self.min_tiles)
 
   def _plan(self, height, width):
     rows, columns = self._grid(height, width)

@@ -7,6 +7,7 @@ import dataclasses
 import math
 
 from research.errors import UserError
+from research.ranges import PositiveInt, Ranged
 from research.vlm.images.plan import Plan, Tiling
 from research.vlm.images.resize import Resample, Size, resize
 
@@ -15,7 +16,7 @@ MOST_OBLONG = 200
 
 
 @dataclasses.dataclass(frozen=True)
-class Native(Tiling):
+class Native(Ranged, Tiling):
   """One view of the image's own shape, with a bounded number of pixels.
 
   Attributes:
@@ -30,16 +31,13 @@ class Native(Tiling):
 
   patch: int = 14
   merge: int = 2
-  min_pixels: int = 56 * 56
+  min_pixels: PositiveInt = 56 * 56
   max_pixels: int = 28 * 28 * 1280
   resample: Resample = "bicubic"
 
   def __post_init__(self):
-    if not 0 < self.min_pixels <= self.max_pixels:
-      raise UserError(
-        f"Native: from {self.min_pixels} to {self.max_pixels} pixels, expected"
-        " 1 <= min_pixels <= max_pixels"
-      )
+    super().__post_init__()
+    self.expect("max_pixels", self.min_pixels)
 
   @property
   def native_square(self) -> int:

@@ -75,8 +75,6 @@ def test_a_question_has_its_evidence_there_and_nowhere_else(evidence, shots):
 def test_what_makes_no_sense_is_refused():
   with pytest.raises(UserError, match="used: found 9, expected 2 to 8"):
     Shots(keys=9, used=9)
-  with pytest.raises(UserError, match="values is 1 and pairs 16"):
-    Shots(values=1)
   with pytest.raises(UserError, match="found 6 shots after, expected 1 to 5"):
     SOURCE.question("after", 6, "heldout", 2)
   with pytest.raises(UserError, match="found 0 shots before"):

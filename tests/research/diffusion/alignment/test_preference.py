@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from research.diffusion.alignment import estimators
-from research.diffusion.alignment.estimators import Coupled, Elbo, FullMask
+from research.diffusion.alignment.estimators import Coupled, Elbo
 from research.diffusion.alignment.grpo import GRPO
 from research.diffusion.alignment.preference import VRPO
 from research.diffusion.sampling import denoiser
@@ -287,15 +287,6 @@ def test_far_ratios_have_no_gradient_and_divergence_pulls_back():
   np.testing.assert_allclose(sums["divergence"] / count, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-  ("make", "message"),
-  [
-    (lambda: FullMask(prompt=1.0), "prompt is 1.0"),
-    (lambda: Coupled(low=0.0), "low is 0.0 and high 0.8"),
-    (lambda: Elbo(times=0), "times is 0 and masks 1"),
-    (lambda: VRPO(beta=0.0), "beta is 0.0"),
-  ],
-)
-def test_mistakes(make, message):
-  with pytest.raises(UserError, match=message):
-    make()
+def test_mistakes():
+  with pytest.raises(UserError, match="low is 0.0 and high 0.8"):
+    Coupled(low=0.0)

@@ -152,10 +152,6 @@ def test_logits_that_are_no_numbers(f):
 
 
 def test_mistakes():
-  with pytest.raises(UserError, match="steps is 0"):
-    Ancestral(steps=0)
-  with pytest.raises(UserError, match="eta is 2"):
-    Remask(eta=2.0)
   for times in (dict(start=0.2, stop=0.8), dict(start=2.0), dict(stop=-0.1)):
     with pytest.raises(UserError, match="expected 0 <= stop <= start <= 1"):
       Remask(eta=0.1, **times)

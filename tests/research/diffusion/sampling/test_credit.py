@@ -5,14 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from research.diffusion.sampling import sampler
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.credit import Credited
 from research.diffusion.sampling.denoiser import Denoiser
 from research.diffusion.sampling.policies import Credit, Threshold
-from research.typing import UserError
 
 MASK = 3
 
@@ -75,8 +73,3 @@ def test_without_credit_nothing_changes():
   np.testing.assert_array_equal(got, table[0])
   got, _ = credited.step({"table": table}, None, None, 0, 3, carry)
   np.testing.assert_array_equal(got, table[1])
-
-
-def test_mistakes():
-  with pytest.raises(UserError, match="beta 1"):
-    Credit(beta=1.0)

@@ -12,7 +12,6 @@ from research.diffusion.sampling import sampler
 from research.diffusion.sampling.config import SamplerConfig
 from research.diffusion.sampling.delayed_kv_cache import DelayedKVCache
 from research.diffusion.sampling.denoiser import NoCache
-from research.typing import UserError
 from tests import support
 
 V, T, K, DIM = 24, 16, 8, 8
@@ -203,9 +202,3 @@ def test_rows_do_not_depend_on_their_batch():
   alone = filled(d, (tuple(PROMPTS[0]),), (0,))
   size = len(PROMPTS[0]) + 8
   np.testing.assert_array_equal(alone.tokens[0], both.tokens[0, -size:])
-
-
-@pytest.mark.parametrize("wrong", [dict(refresh=0), dict(halvings=-1)])
-def test_mistakes(wrong):
-  with pytest.raises(UserError, match=f"Delayed: {next(iter(wrong))} is"):
-    DelayedKVCache(model=network()[0], mask_id=MASK, **wrong)

@@ -13,7 +13,6 @@ from research.diffusion.sampling.candidates import candidates, quota, shares_of
 from research.diffusion.sampling.config import (
   POLICIES,
   SamplerConfig,
-  Vicinity,
 )
 from research.diffusion.sampling.policies import (
   Factor,
@@ -152,9 +151,6 @@ def test_mistakes(change, message):
   with pytest.raises(UserError, match=message):
     SamplerConfig(mask_id=9, length=8, block=8, **change)
   assert SamplerConfig(mask_id=9, length=8, block=8, policy=Quota())
-  for value in (dict(before=-4), dict(before=0, after=-1)):
-    with pytest.raises(UserError, match="Vicinity: .* expected at least 0"):
-      Vicinity(**value)
   with pytest.raises(UserError, match="shape is 'square'"):
     shares_of("square", 3)
 

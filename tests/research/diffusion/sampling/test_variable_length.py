@@ -402,16 +402,6 @@ def test_no_length_compiles_again():
 @pytest.mark.parametrize(
   ("growth", "options", "words"),
   [
-    (dict(start=0), {}, "start is 0, expected at least 1"),
-    (dict(by=1), {}, "by is 1, expected at least 2"),
-    (dict(window=0), {}, "window is 0, expected at least 1"),
-    (dict(ends=-1), {}, "ends is -1, expected at least 0"),
-    (dict(low_threshold=1.5), {}, "low_threshold is 1.5, expected 0 to 1"),
-    (
-      dict(expand_threshold=float("nan")),
-      {},
-      "expand_threshold is nan, expected 0 to 1",
-    ),
     (dict(start=21), {}, "expected auto:N with N from 1 to length=20"),
     ({}, dict(end=()), "end is empty"),
     ({}, dict(policy=Quota(), steps=5), "steps=5: not with canvas=auto:4"),

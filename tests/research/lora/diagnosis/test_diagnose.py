@@ -230,7 +230,7 @@ def test_mistakes():
   for call, words in (
     (lambda: diagnose.diagnose({"x": jnp.zeros((2, 2))}), "no adapter"),
     (lambda: diagnose.diagnose(params, top=0), "top is 0"),
-    (lambda: diagnose.diagnose(params, energy=0.0), "energy is 0"),
+    (lambda: diagnose.diagnose(params, energy=0.0), "Energy.share: found 0"),
     (lambda: diagnose.mitigate(params, strength=2.0), "strength is 2"),
   ):
     with pytest.raises(UserError, match=words):

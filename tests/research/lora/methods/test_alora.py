@@ -224,7 +224,7 @@ def test_trains_only_where_it_is_invoked():
       ),
       "expected those of its tokens",
     ),
-    (lambda t: ALoRA(invocation=(3, -1)), "expected token ids"),
+    (lambda t: ALoRA(invocation=(3, -1)), "found -1, expected at least 0"),
     (
       lambda t: adapt.Adapt(method=ALoRA())(support.params(model()), KEY),
       "is empty",

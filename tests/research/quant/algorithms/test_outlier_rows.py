@@ -146,7 +146,6 @@ def test_each_expert_has_its_own_rows():
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: KeepOutlierRows(rows=0), "rows is 0, expected 1 or more"),
     (
       lambda: rounded(KeepOutlierRows(rows=64)),
       "expected fewer than the matrix's 64",

@@ -300,8 +300,6 @@ def test_codes_in_whole_bytes(bits):
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: Affine(bits=9), "bits is 9, expected 2 to 8"),
-    (lambda: Affine(rule="max"), "rule is 'max', expected one of amax/qmax"),
     (lambda: Affine(bits=3, block=12), "12 codes of 3 bits do not fill"),
     (lambda: Affine(block=96).for_shape(256, 4), "256 inputs are no multiple"),
     (

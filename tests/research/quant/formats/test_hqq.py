@@ -57,5 +57,3 @@ def test_zeros_are_floats_and_count_as_bits():
 def test_bad_settings_raise():
   with pytest.raises(UserError, match="symmetric=False"):
     HQQ(symmetric=True)
-  with pytest.raises(UserError, match="norm is 2"):
-    HQQ(norm=2.0)

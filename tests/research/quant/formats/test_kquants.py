@@ -171,5 +171,3 @@ def test_rows_must_be_whole_blocks():
     qtensor.pack(np.zeros((576, 2), np.float32), kquants.Q4K())
   with pytest.raises(UserError, match="Q4_K: block is 32, expected 256"):
     kquants.Q4K(block=32)
-  with pytest.raises(UserError, match="kind is 'Q4_2', expected one of Q4_0"):
-    ggml.GGML(kind="Q4_2")

@@ -58,10 +58,9 @@ def test_no_text_is_no_quantizer():
     ("k4v4;k8v8", "found 'k8v8', expected layers"),
     ("k4v4;0=k8v8;1,0=k2v2", "found layer 0 twice"),
     ("k4v4;0=k9v9", "found 'k9v9'"),
-    ("k4v4,group=0", "kv group: found 0, expected at least 1"),
+    ("k4v4,group=0", "KVQuantizer.group: found 0, expected at least 1"),
     ("k4v4,residual=48", "residual: found 48, expected a multiple.*32"),
-    ("k4v4,key=channel", "kv key: found 'channel', expected one of per_ch"),
-    ("k4v4,scale_dtype=int8", "kv scale_dtype: found 'int8'"),
+    ("k4v4,key=channel", "KVQuantizer.key: found 'channel', expected per_ch"),
   ],
 )
 def test_bad_texts_are_refused(text, words):

@@ -98,7 +98,9 @@ def test_a_budget_of_first_samples_is_as_many_of_each():
 
 def test_mistakes():
   for first in (0, 5):
-    with pytest.raises(UserError, match=f"found {first} first samples of 4"):
+    with pytest.raises(
+      UserError, match=f"first: found {first}, expected 1 to 4"
+    ):
       AdaptiveAllocation(predictor=np.mean, copies=4, first=first)
   with pytest.raises(UserError, match="MeanScore: found paths without scores"):
     MeanScore()([Path(0, 0, 1, steps=((1,),))])

@@ -197,10 +197,6 @@ def test_an_early_end_is_replaced_and_a_late_one_forced():
   ("make", "message"),
   [
     (lambda: Adaptive(answer=id, round=3, max_samples=4), "rounds of 3"),
-    (lambda: Adaptive(answer=id, confidence=0.4), "confidence is 0.4"),
-    (lambda: Rounds(rewrite=shows, width=0), "rounds of 0"),
-    (lambda: LastTries(0), "max_tries is 0"),
-    (lambda: Subsets(0), "size is 0"),
     (lambda: BudgetForcing(min_tokens=3), "found min_tokens 3"),
     (lambda: BudgetForcing(max_tokens=3), "found max_tokens 3 and no answer"),
     (

@@ -108,7 +108,6 @@ def test_the_peak_is_what_is_in_the_cache():
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: TreeSearch(width=0), "of width 0"),
     (
       lambda: TreeSearch(prune=Last())(
         Engine(policy=shared.policy()), [[1]], Limits(tokens=2)

@@ -9,7 +9,6 @@ from research.interop import load
 from research.training.alignment.additions import Additions
 from research.training.checkpoints.workdir import claim_workdir
 from research.training.reports import metrics
-from research.typing import UserError
 
 SMALL = ["PROMPTS=2", "GROUP=4", "rewarded_task.GreedyReward.count=8"]
 
@@ -62,5 +61,3 @@ def test_a_sum_is_judged_exactly_and_splits_are_apart():
   ]
   assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == 100
   assert 10 <= len(splits[1]) <= 20
-  with pytest.raises(UserError, match="found numbers 1 and every 7"):
-    Additions(numbers=1)

@@ -77,7 +77,10 @@ def test_overlong_answers():
     (lambda: Standardized(ddof=2), "Standardized.ddof: found 2"),
     (lambda: Standardized(ddof=1)(jnp.ones((2, 1))), "groups of 1, expected"),
     (lambda: leave_one_out(jnp.ones((2, 1))), "groups of 1, expected"),
-    (lambda: SoftOverlong(limit=4, buffer=5), "limit 4 and buffer 5"),
+    (
+      lambda: SoftOverlong(limit=4, buffer=5),
+      "buffer: found 5, expected 1 to 4",
+    ),
   ],
 )
 def test_mistakes(make, message):
