@@ -46,7 +46,7 @@ class Markov(Ranged):
   vocab: AtLeast(2) = 32
   length: AtLeast(2) = 256
   count: PositiveInt = 1024
-  concentration: Real(at_least=1e-3, at_most=1e6) = 0.3
+  concentration: Real(at_least=1e-3, at_most=1_000_000) = 0.3
   seed: int = 0
   split: Split = "train"
 

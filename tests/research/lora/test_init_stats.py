@@ -319,10 +319,6 @@ def test_packed_experts_are_measured():
 @pytest.mark.parametrize(
   ("wrong", "message"),
   [
-    (
-      lambda: init_stats.CalibrationData(data=Batches(), batches=0),
-      "at least 1",
-    ),
     (lambda: LOOKS[EVA](params(), ["layers/0/mlp/up"], KEY), "has no model"),
     (
       lambda: LOOKS[EVA].with_model(LOADED)(params(), ["embed"], KEY),
@@ -345,12 +341,6 @@ def test_packed_experts_are_measured():
     (
       lambda: AdaptEVA(adapt=adapt.Adapt(), calibration=READING),
       "expected the method EVA",
-    ),
-    (
-      lambda: AdaptEVA(
-        adapt=adapt.Adapt(method=EVA()), calibration=READING, rho=0.5
-      ),
-      "rho",
     ),
     (
       lambda: jax.eval_shape(

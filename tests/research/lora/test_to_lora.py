@@ -125,11 +125,3 @@ def test_factors_of_methods_that_are_lora():
     lora_factors.factors(support.params(MODEL))
   with pytest.raises(UserError, match="hold no adapter"):
     to_lora.to_lora(support.params(MODEL), to_lora.Rank(1))
-
-
-@pytest.mark.parametrize(
-  "make", [lambda: to_lora.Rank(0), lambda: to_lora.Energy(1.5)]
-)
-def test_sizes_out_of_range(make):
-  with pytest.raises(UserError, match="expected"):
-    make()

@@ -140,8 +140,6 @@ def test_files_of_other_sorts_are_refused(tmp_path):
     formats.read(str(path), Champ())
   with pytest.raises(UserError, match="cannot be read"):
     formats.read(str(tmp_path / "none.json"), Champ())
-  with pytest.raises(UserError, match=r"Champ.segmenter.*blank_line"):
-    Champ(segmenter="sentences")
 
 
 def test_the_package_is_found_and_not_run(tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ from research.prm.objective import (
 )
 from research.training import state, step
 from research.training.checkpoints.checkpoint import Checkpoints
-from research.typing import UserError
 from tests import support
 
 RNG = np.random.default_rng(0)
@@ -185,8 +184,3 @@ def test_a_probe_trains_and_saves_the_head_alone(tmp_path):
   gap = abs(found.params["score"]["out"] - params["score"]["out"]).max()
   assert float(gap) > 1e-3
   np.testing.assert_array_equal(found.params["embed"], params["embed"])
-
-
-def test_mistakes():
-  with pytest.raises(UserError, match="PQM.margin: found -1"):
-    PQM(margin=-1)

@@ -177,8 +177,6 @@ def test_adapters_receive_unrounded_activations():
 
 
 def test_bad_settings_raise():
-  with pytest.raises(UserError, match="bits"):
-    Round(bits=1)
   with pytest.raises(UserError, match="group"):
     Round(group=5)(_x())
   with pytest.raises(UserError, match="no zero"):

@@ -10,7 +10,6 @@ import pytest
 from research import weights
 from research.quant import llm_int8, qtensor
 from research.quant.activations import InputTensor
-from research.typing import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "llm_int8.json"
 CASES = json.loads(GOLDEN.read_text("utf-8"))
@@ -70,8 +69,3 @@ def test_outliers_are_exact():
     np.testing.assert_allclose(got, op(x) @ w.dense(), rtol=1e-5, atol=1e-4)
     errors.append(np.abs(got - want).mean())
   assert errors[0] < 0.1 * errors[1]
-
-
-def test_a_negative_threshold_is_refused():
-  with pytest.raises(UserError, match="threshold"):
-    llm_int8.Outliers(threshold=-1.0)

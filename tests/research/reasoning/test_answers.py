@@ -151,5 +151,3 @@ def test_a_file_with_fewer_problems_is_an_error(tmp_path):
     AnswerFile(path=path, count=2)
   with pytest.raises(UserError, match="cannot be read"):
     AnswerFile(path=str(tmp_path / "none.jsonl"))
-  with pytest.raises(UserError, match="parts: found 'half'"):
-    AnswerFile(path=path, parts="half")

@@ -213,7 +213,6 @@ def test_words_are_the_tokens_of_every_trace():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"numbers": 7}, "numbers: found 7, expected 2 to 6"),
     ({"values": (5, 3)}, "Countdown.values: found 5 to 3"),
     ({"targets": (10, 999)}, "Countdown.targets: found 10 to 999"),
     ({"operators": "+/"}, "Countdown.operators"),

@@ -219,6 +219,3 @@ def test_bad_use():
     int8_weights.encode(jnp.ones((8, 16)))
   with pytest.raises(UserError, match="256 does not divide a projector"):
     projectors.Int4().encode(jnp.ones((8, 4)))
-  for group in (0, -2, 7):
-    with pytest.raises(UserError, match=f"Int4.group: found {group}, expected"):
-      projectors.Int4(group=group)

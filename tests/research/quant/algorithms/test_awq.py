@@ -310,5 +310,3 @@ def test_weights_that_are_not_finite_are_named():
 def test_bad_settings_raise():
   with pytest.raises(UserError, match="no model"):
     awq.AWQ()({})
-  with pytest.raises(UserError, match="steps"):
-    awq.AWQ(steps=0)

@@ -217,7 +217,6 @@ def test_greedy_answers_are_counted():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda: made(group=1), "GroupRollouts.group: found 1, expected at"),
     (
       lambda: made(prompt_tokens=2).sample_round(PARAMS, 0),
       "prompt_tokens: found a prompt of 3 tokens",

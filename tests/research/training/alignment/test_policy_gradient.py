@@ -14,7 +14,6 @@ from research.training.alignment.policy_gradient import (
   PolicyGradient,
 )
 from research.training.alignment.surrogate import PerLength, Surrogate
-from research.typing import UserError
 from tests import support
 
 V, PROMPT, LENGTH = 4, 2, 2
@@ -75,8 +74,3 @@ def test_the_gradient_is_that_of_the_expected_reward():
   surprisal = -(np.asarray(old).sum(-1) / LENGTH).mean()
   assert float(sums["surprisal"] / weight) == pytest.approx(surprisal, rel=1e-5)
   np.testing.assert_allclose(sums["ratio"] / weight, 1, rtol=1e-6)
-
-
-def test_mistakes():
-  with pytest.raises(UserError, match="PolicyGradient.temperature: found 0"):
-    PolicyGradient(temperature=0)

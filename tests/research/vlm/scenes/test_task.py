@@ -74,8 +74,6 @@ def test_mistakes_name_the_field():
     scenes.Shapes(kinds=("counts",))
   with pytest.raises(UserError, match=r"Shapes\.max_objects: found 17"):
     scenes.Shapes(max_objects=17)
-  with pytest.raises(UserError, match=r"Shapes\.cells: found 3"):
-    scenes.Shapes(cells=3)
   with pytest.raises(UserError, match=r"found 'pink', expected some of red"):
     scenes.Shapes(colours=("pink", "red", "blue"))
   with pytest.raises(UserError, match=r"Text\.width: found 60, expected"):
