@@ -22,11 +22,11 @@ class Context:
     policy: samples solutions.
     prompt_room: tokens that prompts are padded for at least.
     params: its weights as they were loaded, before `generate.prepare`.
-    tokenizer: of both models.
+    tokenizer: the models' shared tokenizer.
     prompting: what the policy reads of a question.
-    task: of the problems.
-    judge: of texts.
-    problems: of the batch, by `Path.problem`.
+    task: source and verifier of the problems.
+    judge: judges texts.
+    problems: the batch's problems, by `Path.problem`.
     prompts: some of the run's, which show what stands beside their tokens.
     questions: texts of these prompts' problems.
   """
@@ -56,5 +56,5 @@ class Context:
   def answer(self, path: Path) -> str | None:
     """Returns a path's answer in canonical form, or None."""
     problem = self.problems[path.problem]
-    found = self.judge.verify(problem, self.text(path)).canonical
-    return found if found and found.strip() else None
+    canonical = self.judge.verify(problem, self.text(path)).canonical
+    return canonical if canonical and canonical.strip() else None

@@ -39,7 +39,6 @@ def for_terminal(searched: Searched, color: bool) -> str:
   """Returns a problem and its samples as lines of a terminal.
 
   Args:
-    searched: the problem.
     color: whether steps are coloured; their scores are printed in any case.
   """
 
@@ -74,7 +73,6 @@ def page(pool: Sequence[Searched], title: str) -> str:
 
   Args:
     pool: problems, of which the first are shown.
-    title: of the page.
   """
   body = "\n".join(map(_section, pool[:PROBLEMS]))
   rest = len(pool) - PROBLEMS

@@ -31,13 +31,12 @@ class RandomScores:
   """Scores that are drawn: what any other has to beat.
 
   Attributes:
-    seed: of the scores; a path has one score.
+    seed: random seed; a path always has the same score.
   """
 
   seed: int = 0
 
   def load(self, context: Context) -> Verifier:
-    """Returns the verifier."""
     del context
     return Stateless(lambda path: _uniform(self.seed, path))
 
@@ -53,7 +52,7 @@ class ExactSteps(Ranged):
   Attributes:
     right: chance that it accepts a right step, t.
     wrong: chance that it accepts a wrong one, f.
-    seed: of its errors; a path has one score.
+    seed: random seed of its errors; a path always has the same score.
   """
 
   right: Share = 1.0
@@ -79,45 +78,39 @@ class Stateless:
   """A verifier that is a function of a path.
 
   Attributes:
-    score: of the path's last step, from 0 to 1.
+    score: path -> score of its last step, from 0 to 1.
   """
 
   score: Callable[[Path], float]
 
   def prompt_cost(self, tokens: int) -> Ledger:
-    """Returns no cost."""
     del tokens
     return Ledger()
 
   def step_cost(self, start: int, tokens: int) -> Ledger:
-    """Returns no cost."""
     del start, tokens
     return Ledger()
 
   def start(
     self, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int
   ) -> Any:
-    """Returns no state."""
     del prompts, copies, max_new_tokens
 
   def read(
     self, state: Any, paths: Sequence[Path], new: Int[np.ndarray, "R C"]
   ) -> tuple[Any, Float[np.ndarray, " R"]]:
-    """Returns no state, and the scores."""
     fresh = (new != NO_TOKEN).any(axis=1)
     scores = [
-      self.score(path) if own else 0.0
-      for path, own in zip(paths, fresh, strict=True)
+      self.score(path) if is_new else 0.0
+      for path, is_new in zip(paths, fresh, strict=True)
     ]
     return state, np.array(scores, float)
 
   def select(self, state: Any, rows: Sequence[int]) -> Any:
-    """Returns no state."""
     del rows
     return state
 
   def store(self, state: Any, new: Any, rows: Sequence[int]) -> Any:
-    """Returns no state."""
     del new, rows
     return state
 
@@ -130,8 +123,6 @@ class _Oracle(Stateless):
   context: Context
 
   def with_problems(self, problems: Sequence[Problem]) -> Verifier:
-    """Returns the verifier of these problems."""
-
     def score(path: Path) -> float:
       steps = steps_of(path, self.context.tokenizer.decode)[1]
       words = [step.text for step in steps]

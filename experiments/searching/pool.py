@@ -28,9 +28,9 @@ class Sample:
   """A solution that was searched.
 
   Attributes:
-    trace: in steps, with their scores.
-    verdict: of the task's verifier on its text.
-    root: the copy of the prompt that it comes from.
+    trace: steps with their scores.
+    verdict: the task verifier's judgement of the text.
+    root: index of the prompt's copy that it comes from.
   """
 
   trace: Trace
@@ -49,7 +49,6 @@ class Sample:
 
   @property
   def scores(self) -> tuple[float, ...]:
-    """Of its steps; empty without a verifier."""
     return tuple(s.score for s in self.trace.steps if s.score is not None)
 
   def path(self) -> Path:
@@ -78,8 +77,8 @@ class Searched:
   Attributes:
     problem: the problem.
     samples: in the search's order.
-    ledger: of all that was computed.
-    prompt_ledger: the part that does not grow with the number of samples.
+    ledger: cost of the whole search.
+    prompt_ledger: the cost that does not grow with the number of samples.
   """
 
   problem: Problem
@@ -131,15 +130,15 @@ def read(path: pathlib.Path) -> list[Searched]:
   """
   if not path.exists():
     return []
-  found = []
+  problems = []
   for i, line in enumerate(_parts(path)[0].split(b"\n")[:-1], 1):
     where = f"{path}:{i}"
     try:
       record = jsonl.parse(line.decode("utf-8"), where)
     except UnicodeDecodeError as error:
       raise UserError(f"{where}: is not UTF-8 at byte {error.start}") from error
-    found.append(Searched.from_json(record.values, where))
-  return found
+    problems.append(Searched.from_json(record.values, where))
+  return problems
 
 
 def repair(path: pathlib.Path) -> None:
@@ -158,8 +157,8 @@ def append(path: pathlib.Path, searched: Sequence[Searched]) -> None:
   All is ASCII: a model may write what a terminal would obey.
   """
   with path.open("a", encoding="ascii") as file:
-    for one in searched:
-      file.write(json.dumps(one.to_json(), allow_nan=False) + "\n")
+    for problem in searched:
+      file.write(json.dumps(problem.to_json(), allow_nan=False) + "\n")
       file.flush()
 
 
@@ -171,13 +170,13 @@ def _parts(path: pathlib.Path) -> tuple[bytes, bytes]:
 
 
 def _object(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-  found = values.get(name)
-  if not isinstance(found, dict):
+  value = values.get(name)
+  if not isinstance(value, dict):
     raise UserError(
-      f"{where}: {name}: found {found!r:.60}, expected an object: is it a"
+      f"{where}: {name}: found {value!r:.60}, expected an object: is it a"
       " line of experiments.search's pool.jsonl?"
     )
-  return found
+  return value
 
 
 def _sample(values: Any, where: str) -> Sample:

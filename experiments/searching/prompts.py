@@ -31,7 +31,7 @@ class Chat:
 
   Attributes:
     system: the message before it; None for the template's own.
-    template: of the user's message, with `{question}` in it.
+    template: the user's message, with `{question}` in it.
   """
 
   system: str | None = None

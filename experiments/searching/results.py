@@ -31,7 +31,6 @@ def accuracy_of(searched: Searched, choice: Choice) -> float:
 
   Args:
     searched: a problem; one without any answer is wrong.
-    choice: among its samples.
   """
   return _chosen(searched, choice, range(len(searched.samples)))
 
@@ -57,7 +56,6 @@ def accuracy_at(searched: Searched, choice: Choice, n: int) -> float:
 
   Args:
     searched: a problem with n samples at least.
-    choice: among them.
     n: number of samples to choose among.
   """
   samples = searched.samples
@@ -131,7 +129,6 @@ def accuracies(
   """Returns each problem's chance of a right answer.
 
   Args:
-    pool: problems.
     choice: among the samples of each.
     n: samples to choose among, or None for all.
   """
@@ -201,7 +198,6 @@ def estimates_of(
   (`search.estimators`), with intervals over problems; and the mean FLOPs.
 
   Args:
-    pool: problems.
     strategy: that searched them; None is returned for any but `Independent`,
       of which no subset is a smaller search.
   """

@@ -26,7 +26,6 @@ class RewardedProblems(Task):
   rewards: RewardedTask
 
   def problem(self, index: int) -> Problem:
-    """Returns the problem of an index from 0 on."""
     text = " ".join(map(str, self._prompt(index).tokens))
     return Problem(id=text, prompt=text, meta={"index": index})
 
@@ -41,6 +40,6 @@ class RewardedProblems(Task):
       return Verdict(False, reason="no answer")
     prompt = self._prompt(problem.meta["index"])
     reward = self.rewards.reward(prompt, [int(word) for word in words])
-    found = " ".join(words)
+    answer = " ".join(words)
     reason = "correct" if reward >= 1 else f"wrong: reward {reward:.3g}"
-    return Verdict(reward >= 1, found, found, reason)
+    return Verdict(reward >= 1, answer, answer, reason)

@@ -37,7 +37,6 @@ def complete(run: SearchRun, folder: pathlib.Path, text: str) -> list[Searched]:
   """Searches the problems that a folder's pool lacks; returns all of the run.
 
   Args:
-    run: what is searched, and how.
     folder: the working directory; made if missing.
     text: the configuration, which is written there.
 
@@ -55,22 +54,22 @@ def _complete(
   _claim(run, folder, text)
   path = folder / pools.FILE
   pools.repair(path)
-  found = {one.problem.id: one for one in pools.read(path)}
-  if not found:  # a pool that is complete does not need the models' runs
+  searched_by_id = {x.problem.id: x for x in pools.read(path)}
+  if not searched_by_id:  # a complete pool does not need the models' runs
     trained.check_workdirs(run)
   problems = sampling.problems_of(run)
-  sampled = {name: one.problem for name, one in found.items()}
+  sampled = {name: x.problem for name, x in searched_by_id.items()}
   _check_problems(folder, problems, sampled)
   ids = [problem.id for problem in problems]
-  done = sum(x in found for x in ids)
+  done = sum(x in searched_by_id for x in ids)
   if done < len(ids):
-    batches = sampling.batches(run, found)  # opens the models
+    batches = sampling.batches(run, searched_by_id)  # opens the models
     with progress.phase(None), _bar(len(ids), done) as bar:
       for searched in batches:
         pools.append(path, searched)
-        found |= {one.problem.id: one for one in searched}
+        searched_by_id |= {x.problem.id: x for x in searched}
         bar.update(len(searched))
-  return [found[x] for x in ids]
+  return [searched_by_id[x] for x in ids]
 
 
 def _check_problems(
@@ -152,33 +151,33 @@ def _check_trained(
 
 def _settings(note: pathlib.Path) -> dict[str, Any]:
   try:
-    found = json.loads(note.read_text("utf-8"))
+    settings = json.loads(note.read_text("utf-8"))
   except (ValueError, RecursionError) as error:
     raise UserError(f"{note}: is not JSON: {error}") from error
-  if not isinstance(found, dict):
+  if not isinstance(settings, dict):
     raise UserError(f"{note}: expected a JSON object with a search's settings")
-  return found
+  return settings
 
 
 def report(
   run: SearchRun, pool: list[Searched], folder: pathlib.Path
 ) -> dict[str, Any]:
   """Writes the files of a result; returns what to print as JSON."""
-  found = {
+  result = {
     "task": _task_name(run.task),
     "strategy": type(run.strategy).__name__,
     **results.result_of(pool, run.strategy, run.choice, run.n),
   }
-  more = {
+  details = {
     "choice": repr(run.choice),
     "split": run.task.split,
     "estimates": results.estimates_of(pool, run.strategy),
   }
-  cli.write_json(folder / "result.json", found | more)
-  title = f"{found['task']}: {found['strategy']}"
+  cli.write_json(folder / "result.json", result | details)
+  title = f"{result['task']}: {result['strategy']}"
   folders.write_text(folder / TRACES, display.page(pool, title))
   _write_logs(run, pool, folder)
-  return found
+  return result
 
 
 def _task_name(task: Task) -> str:
@@ -194,12 +193,12 @@ def _write_logs(
   logs = [
     sample_logs.sample_of(
       i,
-      one.problem,
-      [x.trace.text for x in one.samples],
-      [_counted(x) for x in one.samples],
+      searched.problem,
+      [x.trace.text for x in searched.samples],
+      [_counted(x) for x in searched.samples],
       {"temperature": run.sampling.temperature or 0.0},
     )
-    for i, one in enumerate(pool, run.problems[0])
+    for i, searched in enumerate(pool, run.problems[0])
   ]
   sample_logs.write_samples(str(folder / LOGS), logs)
 

@@ -40,7 +40,6 @@ def batches(
   """Opens the models; yields each batch's problems that are not done yet.
 
   Args:
-    run: what is searched, and how.
     done: ids of problems that are in the pool.
 
   Raises:
@@ -57,9 +56,9 @@ def batches(
   search = Search(run, problems)
 
   def searched(start: int) -> list[Searched]:
-    own = problems[start : start + run.batch]
-    found = search(own, run.problems[0] + start)
-    return [one for one in found if one.problem.id not in done]
+    batch = problems[start : start + run.batch]
+    results = search(batch, run.problems[0] + start)
+    return [x for x in results if x.problem.id not in done]
 
   return map(searched, todo)
 
@@ -71,13 +70,13 @@ def problems_of(run: SearchRun) -> list[Problem]:
     UserError: the task has not so many.
   """
   first, last = run.problems
-  found: dict[str, Problem] = {}
+  distinct: dict[str, Problem] = {}
   for problem in run.task:
-    found.setdefault(problem.id, problem)
-    if len(found) == last:
-      return list(found.values())[first:]
+    distinct.setdefault(problem.id, problem)
+    if len(distinct) == last:
+      return list(distinct.values())[first:]
   raise UserError(
-    f"SearchRun.problems: found {len(found)} different ones among the"
+    f"SearchRun.problems: found {len(distinct)} different ones among the"
     f" {len(run.task)} of {type(run.task).__name__}, expected {last}; raise its"
     " count, or give it more room."
   )
@@ -90,7 +89,6 @@ class Search:
     """Loads the models.
 
     Args:
-      run: what is searched, and how.
       problems: all of them, for the longest prompt.
     """
     cli.loading(run.policy)
@@ -117,19 +115,19 @@ class Search:
         " answer."
       )
     prompts = list(self._prompts.values())
-    found = policies.policy_of(loaded, prompts, "SearchRun.policy")
+    source = policies.policy_of(loaded, prompts, "SearchRun.policy")
     room = max(map(len, prompts))
     if run.sampler is None:
       check_next_token(loaded, "SearchRun.policy, without a sampler")
       policy = Stepwise(
-        model=found.model,
-        params=found.params,
+        model=source.model,
+        params=source.params,
         sampling=run.sampling,
         stop_tokens=tuple(stop),
-        boundary=run.steps(self._words, found.model.vocab_size),
+        boundary=run.steps(self._words, source.model.vocab_size),
         log_probs=True,
         prompt_room=room,
-        reader=found.reader,
+        reader=source.reader,
       )
     else:
       if not isinstance(run.steps, AtEnd):
@@ -139,13 +137,13 @@ class Search:
           " SamplerConfig.block"
         )
       policy = policies.diffusion_policy(
-        *(found, run.sampler, loaded.diffusion, stop, run.new_tokens),
+        *(source, run.sampler, loaded.diffusion, stop, run.new_tokens),
         run.sampling,
       )
     return Context(
       policy=policy,
       prompt_room=room,
-      params=found.loaded,
+      params=source.loaded,
       prompts=tuple(prompts[:1]),
       questions=(self._question,),
       tokenizer=self._words,
@@ -186,37 +184,37 @@ class Search:
       first: index of the first one in the task.
     """
     begin, run = time.perf_counter(), self._run
-    asked = [*problems, *[problems[-1]] * (run.batch - len(problems))]
+    batch = [*problems, *[problems[-1]] * (run.batch - len(problems))]
     limits = Limits(
       tokens=run.new_tokens,
       steps=run.most_steps,
       key=jax.random.fold_in(jax.random.key(run.seed), first),
     )
-    prompts = [self._prompts[x.id] for x in asked]
-    strategy, engine = self._strategy(asked), self._engine
+    prompts = [self._prompts[x.id] for x in batch]
+    strategy, engine = self._strategy(batch), self._engine
     if isinstance(engine.verifier, ReadsProblems):
-      verifier = engine.verifier.with_problems(asked)
+      verifier = engine.verifier.with_problems(batch)
       engine = dataclasses.replace(engine, verifier=verifier)
-    found = strategy(engine, prompts, limits)[: len(problems)]
-    made = [
-      self._searched(problem, one)
-      for problem, one in zip(problems, found, strict=True)
+    samples_of_each = strategy(engine, prompts, limits)[: len(problems)]
+    results = [
+      self._searched(problem, samples)
+      for problem, samples in zip(problems, samples_of_each, strict=True)
     ]
     # Ledgers add up: each problem has its share of the batch's time.
-    seconds = (time.perf_counter() - begin) / len(made)
+    seconds = (time.perf_counter() - begin) / len(results)
     return [
       dataclasses.replace(
-        one, ledger=dataclasses.replace(one.ledger, seconds=seconds)
+        x, ledger=dataclasses.replace(x.ledger, seconds=seconds)
       )
-      for one in made
+      for x in results
     ]
 
   def _strategy(self, problems: Sequence[Problem]) -> Strategy:
-    found = self._run.strategy
-    if not isinstance(found, TextStrategy):
-      return found
-    own = dataclasses.replace(self._context, problems=tuple(problems))
-    return found.of_tokens(own)
+    strategy = self._run.strategy
+    if not isinstance(strategy, TextStrategy):
+      return strategy
+    context = dataclasses.replace(self._context, problems=tuple(problems))
+    return strategy.of_tokens(context)
 
   def _searched(self, problem: Problem, samples: Samples) -> Searched:
     verdict_of = functools.cache(
@@ -245,8 +243,8 @@ class Search:
 def _policy_id(run: SearchRun) -> str:
   """Returns the policy's name or folder, else the kind of its source."""
   for field in ("name", "workdir"):
-    if found := getattr(run.policy, field, None):
-      return str(found)
+    if identifier := getattr(run.policy, field, None):
+      return str(identifier)
   return type(run.policy).__name__
 
 
@@ -257,15 +255,7 @@ def trace_of(
   verdict: Verdict,
   sampler: Sampler,
 ) -> Trace:
-  """Returns a path as a trace.
-
-  Args:
-    path: path of a search.
-    steps: its steps, from `policy.steps_of`.
-    problem_id: id of its problem.
-    verdict: verdict on its text.
-    sampler: how it was sampled.
-  """
+  """Returns a path, and its steps from `policy.steps_of`, as a trace."""
   answer = verdict.canonical
   return Trace(
     problem_id=problem_id,

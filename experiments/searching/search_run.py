@@ -43,14 +43,14 @@ class SearchRun(Ranged):
     lookahead: steps that a greedy rollout goes on before a step is scored.
     steps: where a step of a solution ends.
     prompting: what the policy reads of a problem.
-    sampling: of the policy's tokens.
+    sampling: how the policy's tokens are drawn.
     sampler: how a masked diffusion policy fills its blocks, which are the
       steps; None for a policy that writes token by token.
-    new_tokens: of a solution, at most; of whole blocks.
-    most_steps: of a solution, at most.
-    stop_tokens: that end a solution; None for the tokenizer's.
+    new_tokens: most tokens of a solution; of whole blocks.
+    most_steps: most steps of a solution.
+    stop_tokens: ids that end a solution; None for the tokenizer's.
     batch: problems that are searched at once.
-    seed: of the sampling.
+    seed: random seed of the sampling.
     judge: makes what judges texts of the task: `isolation.Guarded`, or
       `isolation.Isolated` for verifiers that may hang.
     judge_timeout: seconds that a verdict on a text may take; None for the

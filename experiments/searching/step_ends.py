@@ -44,8 +44,8 @@ class AtText:
   def __call__(self, tokenizer: Any, vocab_size: int) -> Boundary | None:
     """Returns the boundary."""
     texts = separators.token_texts(tokenizer, vocab_size)
-    found = separators.separator_automaton(texts, self.text.encode())
-    return Boundary(*found, np.int32(self.max_tokens))
+    automaton = separators.separator_automaton(texts, self.text.encode())
+    return Boundary(*automaton, np.int32(self.max_tokens))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,6 @@ class AdaptiveVotes:
   confidence: float | int = 0.95
 
   def of_tokens(self, context: Context) -> Strategy:
-    """Returns the search of tokens."""
     return Adaptive(
       answer=context.answer,
       round=self.round,
@@ -81,7 +80,6 @@ class AllocatedSamples:
     return self.scores is not None
 
   def of_tokens(self, context: Context) -> Strategy:
-    """Returns the search of tokens."""
     predictor = (
       Agreement(context.answer)
       if self.scores is None
@@ -112,7 +110,6 @@ class BudgetForcedText:
   answer: str = ""
 
   def of_tokens(self, context: Context) -> Strategy:
-    """Returns the search of tokens."""
     encode = context.tokenizer.encode
     return BudgetForcing(
       copies=self.copies,
@@ -129,9 +126,9 @@ class RoundsOfText:
   """`strategies.Rounds` whose prompts show solutions in a template.
 
   Attributes:
-    template: of the question that is asked again, with `{question}` and
+    template: prompt that asks the question again, with `{question}` and
       `{solutions}` in it.
-    solution: of each solution, with `{solution}` in it.
+    solution: template of each solution, with `{solution}` in it.
     shown: `LastTries()` for revision, `Subsets()` for RSA.
     width, rounds, every, seed: see `strategies.Rounds`.
   """
@@ -159,8 +156,6 @@ class RoundsOfText:
         )
 
   def of_tokens(self, context: Context) -> Strategy:
-    """Returns the search of tokens."""
-
     def rewrite(prompt: Sequence[int], shown: Sequence[Path]) -> Sequence[int]:
       del prompt
       texts = [
@@ -186,4 +181,4 @@ def filled(template: str, **texts: str) -> str:
   Texts are not searched for names in turn: a model may write them.
   """
   names = "|".join(texts)
-  return re.sub(rf"\{{({names})\}}", lambda found: texts[found[1]], template)
+  return re.sub(rf"\{{({names})\}}", lambda match: texts[match[1]], template)

@@ -30,8 +30,7 @@ def restore(
   applied to its weights.
 
   Args:
-    workdir: of the run; of several stages the last one is meant.
-    checkpoint: which one.
+    workdir: working directory; of several stages the last one is meant.
 
   Raises:
     UserError: there is no run, or it has saved nothing.
@@ -59,9 +58,9 @@ def workdirs(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
   """Yields (field, working directory) of each run whose model is in a value.
 
   Args:
-    value: of dataclasses, lists, tuples and mappings, such as a `SearchRun`;
-      one with a field `workdir` loads a run's model.
-    name: of the value, which those of its fields begin with.
+    value: dataclasses, lists, tuples and mappings, such as a `SearchRun`; a
+      dataclass with a field `workdir` loads a run's model.
+    name: name of the value, with which those of its fields begin.
   """
   if isinstance(value, type):  # which makes judges, say
     parts: dict[Any, Any] = {}
@@ -107,7 +106,7 @@ class Trained:
   """The model that a run has trained, as a policy.
 
   Attributes:
-    workdir: of the run.
+    workdir: the run's working directory.
     checkpoint: which of its checkpoints.
   """
 
@@ -115,7 +114,6 @@ class Trained:
   checkpoint: CheckpointChoice = "best"
 
   def load(self, shardings: Shardings | None = None) -> Loaded:
-    """Returns the model, its weights and its tokenizer."""
     del shardings
     built, params, _ = restore(self.workdir, self.checkpoint)
     return dataclasses.replace(built.loaded, params=params)

@@ -56,7 +56,7 @@ class TrainedReward:
   """A reward model that a run has trained, which reads all that is written.
 
   Attributes:
-    workdir: of the run, whose data say what it reads of a solution.
+    workdir: the run's directory, whose data say what it reads of a solution.
     checkpoint: which of its checkpoints.
     readout: logits -> score, from 0 to 1.
   """
@@ -103,7 +103,7 @@ class TrainedProbe:
   Its backbone is the policy, whose states are scored: it costs a token a step.
 
   Attributes:
-    workdir: of the run.
+    workdir: the run's working directory.
     checkpoint: which of its checkpoints.
     readout: logits -> score, from 0 to 1.
   """
@@ -153,8 +153,8 @@ class NewReward:
 
   Attributes:
     model: source of the backbone.
-    head: of hidden states.
-    seed: of its parameters.
+    head: hidden states -> scores.
+    seed: random seed of its parameters.
   """
 
   model: Source
@@ -162,7 +162,6 @@ class NewReward:
   seed: int = 0
 
   def load(self, context: Context) -> Verifier:
-    """Returns the verifier."""
     loaded = self.model.load()
     model = RewardModel(backbone=loaded.model, head=self.head)
     params = model.with_new_head(loaded.params, jax.random.key(self.seed))
@@ -223,10 +222,10 @@ class TextVerifier:
   Attributes:
     model: the reward model.
     params: its parameters.
-    tokenizer: of the reward model.
+    tokenizer: the reward model's.
     convention: what it reads.
-    context: of the policy, whose tokens become texts.
-    problems: of the batch, by `Path.problem`.
+    context: turns the policy's tokens into texts.
+    problems: the batch's problems, by `Path.problem`.
   """
 
   model: Reward
@@ -241,7 +240,6 @@ class TextVerifier:
     return model_cost(self.model.backbone, self.model.outputs, self.params)
 
   def with_problems(self, problems: Sequence[Problem]) -> "TextVerifier":
-    """Returns the verifier of these problems."""
     return dataclasses.replace(self, problems=tuple(problems))
 
   def prompt_cost(self, tokens: int) -> Ledger:
@@ -257,13 +255,11 @@ class TextVerifier:
     )
 
   def spent(self, state: Sequence[Ledger]) -> list[Ledger]:
-    """Returns what the last `read` has cost, of each row."""
     return list(state)
 
   def start(
     self, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int
   ) -> list[Ledger]:
-    """Returns the state of `copies` rows for each prompt."""
     del max_new_tokens
     return [Ledger()] * (len(prompts) * copies)
 
@@ -279,14 +275,14 @@ class TextVerifier:
       UserError: a text is longer than the reward model's context.
     """
     spent, scores = [Ledger()] * len(state), np.zeros(len(state))
-    found = {
+    encoded_by_row = {
       i: encoded
       for i, row in enumerate(new)
       if (row != NO_TOKEN).any() and (encoded := self._encoded(paths[i]))
     }
-    if not found:
+    if not encoded_by_row:
       return spent, scores
-    longest = max(len(x.tokens) for x in found.values())
+    longest = max(len(x.tokens) for x in encoded_by_row.values())
     room = self.model.max_positions
     if room is not None and longest > room:
       raise UserError(
@@ -295,14 +291,14 @@ class TextVerifier:
       )
     tokens = np.zeros((len(paths), next_power_of_two(longest)), np.int32)
     ends = np.full((len(paths), 1), -1, np.int32)
-    for i, (ids, own) in found.items():
-      tokens[i, : len(ids)], ends[i] = ids, own[-1]
+    for i, (ids, step_ends) in encoded_by_row.items():
+      tokens[i, : len(ids)], ends[i] = ids, step_ends[-1]
       spent[i] = Ledger(
         verifier_new_tokens=len(ids),
         flops_verifier=self._cost.forward(len(ids), Causal(0, len(ids)), 1),
       )
-    every = np.asarray(self.model.scores(self.params, tokens, ends))[:, 0]
-    return spent, np.where(ends[:, 0] >= 0, every, 0.0)
+    last_scores = np.asarray(self.model.scores(self.params, tokens, ends))[:, 0]
+    return spent, np.where(ends[:, 0] >= 0, last_scores, 0.0)
 
   def _encoded(self, path: Path) -> Encoded | None:
     """Returns what the model reads of a path, or None of one without text."""
@@ -322,18 +318,16 @@ class TextVerifier:
   def select(
     self, state: Sequence[Ledger], rows: Sequence[int]
   ) -> list[Ledger]:
-    """Returns the state of chosen rows."""
     return [state[row] for row in rows]
 
   def store(
     self, state: Sequence[Ledger], new: Sequence[Ledger], rows: Sequence[int]
   ) -> list[Ledger]:
-    """Returns the state with rows of `new` in place of some."""
-    found = list(state)
-    for row, own in zip(rows, new, strict=True):
-      if row < len(found):
-        found[row] = own
-    return found
+    stored = list(state)
+    for row, spent in zip(rows, new, strict=True):
+      if row < len(stored):
+        stored[row] = spent
+    return stored
 
 
 class TrainedModel(NamedTuple):
@@ -342,7 +336,7 @@ class TrainedModel(NamedTuple):
   Attributes:
     model: the reward model.
     params: its parameters.
-    tokenizer: of the run; None for a model of ids.
+    tokenizer: the run's; None for a model of ids.
     data: labelled solutions that it was trained on; None for other data.
     vision: model and parameters of all towers, if it takes images; else None.
   """
@@ -357,8 +351,7 @@ class TrainedModel(NamedTuple):
     """Checks that it can read the policy's prompts and steps.
 
     Args:
-      context: of the search.
-      where: name of the model, for errors.
+      context: the search's models and prompts.
 
     Raises:
       UserError: its tokens or its prompts are others than the policy's.
@@ -440,11 +433,11 @@ def _first_difference(params: Params, policy: Params) -> str | None:
 
   A reward model may lack the policy's head of words.
   """
-  own = dict(tree.flatten_paths(policy))
+  policy_leaves = dict(tree.flatten_paths(policy))
   for path, leaf in tree.flatten_paths(params):
     if path.split("/")[0] == SCORE:
       continue
-    other = own.get(path)
+    other = policy_leaves.get(path)
     same = other is not None and other.shape == leaf.shape
     if not same or not np.array_equal(np.asarray(other), np.asarray(leaf)):
       return path

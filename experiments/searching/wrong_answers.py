@@ -50,20 +50,20 @@ def kinds_of(
     and a right one of the same problem, the share in which the right one has
     the higher score, ties counting half; None where there is no such pair.
   """
-  total = sum(len(one.samples) for one in pool)
+  total = sum(len(searched.samples) for searched in pool)
   counts: dict[str, int] = {}
   wins: dict[str, float] = {}
   pairs: dict[str, int] = {}
-  for one in pool:
-    right = [aggregate(x.scores) for x in one.samples if x.correct]
-    for sample in one.samples:
+  for searched in pool:
+    right = [aggregate(x.scores) for x in searched.samples if x.correct]
+    for sample in searched.samples:
       if not (kind := kind_of(sample)):
         continue
       counts[kind] = counts.get(kind, 0) + 1
       if sample.scores:
         score = aggregate(sample.scores)
-        won = sum((x > score) + 0.5 * (x == score) for x in right)
-        wins[kind] = wins.get(kind, 0.0) + won
+        wins_of_right = sum((x > score) + 0.5 * (x == score) for x in right)
+        wins[kind] = wins.get(kind, 0.0) + wins_of_right
         pairs[kind] = pairs.get(kind, 0) + len(right)
   return {
     kind: {

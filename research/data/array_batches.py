@@ -39,7 +39,6 @@ class ShuffledBatches(ShuffledRows):
   def training(
     self, tokenizer: Any, process: int = 0, processes: int = 1
   ) -> grain.IterDataset:
-    """Returns endless shuffled batches; `iter()` of it can be checkpointed."""
     if self.batch_size % processes:
       raise UserError(
         f"{type(self).__name__}.batch_size: found {self.batch_size}, expected a"

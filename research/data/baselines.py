@@ -18,7 +18,6 @@ def compressed(text: bytes, known: bytes = b"") -> dict[str, float]:
   """Returns compressor -> bits per byte of `text`.
 
   Args:
-    text: the text to compress.
     known: training text. `xz_after_training` is the increase in compressed size
       when `text` is appended to `known`, all of it within xz's dictionary.
   """

@@ -66,7 +66,6 @@ def training(
   Args:
     buckets: none of them empty.
     seed: of the shuffles.
-    process: index of this process.
     processes: number of processes; divides the units of every batch.
     threads: that make units, ahead of time.
     report: see `BucketedBatches`.

@@ -106,8 +106,6 @@ def compare(
   read once.
 
   Args:
-    train: training documents.
-    evaluation: evaluation documents.
     words: words in an n-gram; a shorter document is one n-gram, which is
       searched for within training documents if it has 8 words at least (Brown
       et al. 2020, arXiv:2005.14165, appendix C), and else only as a whole one.

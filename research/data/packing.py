@@ -67,7 +67,6 @@ def tokenize(
   """Returns the tokens of each document, int32 [length].
 
   Args:
-    documents: the texts.
     encode: text to token ids, without special tokens.
     special: special tokens around each document.
 
@@ -241,7 +240,6 @@ def pack(
 
   Args:
     documents: tokens of each document, int32 [length].
-    length: row length T.
     plan: how documents share rows.
     loss_mask: see `PackedRows`.
     begin: special tokens to repeat at the start of each later piece of a

@@ -61,21 +61,17 @@ class ShuffledRows:
   """Random transforms of a row, in order; training only."""
 
   def rows(self, tokenizer: Any) -> Rows:
-    """Returns the rows in the source's order."""
     raise NotImplementedError
 
   def stream(self, tokenizer: Any) -> grain.MapDataset:
-    """Returns the endless shuffled rows of all processes."""
     return shuffled(self.rows(tokenizer), self.seed, self.transforms)
 
   def training(
     self, tokenizer: Any, process: int = 0, processes: int = 1
   ) -> grain.IterDataset:
-    """Returns endless shuffled batches; `iter()` of it can be checkpointed."""
     return share(self.stream(tokenizer), self.batch_size, process, processes)
 
   def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
-    """Returns all rows once, in order, in at most `limit` equal batches."""
     return in_order(self.rows(tokenizer), self.batch_size, limit)
 
 
@@ -243,7 +239,6 @@ class Mixture(Ranged, ShuffledRows):
     return [parts[part][i] for _, part, i in sorted(places)]
 
   def stream(self, tokenizer: Any) -> grain.MapDataset:
-    """Returns the endless shuffled rows of all processes."""
     streams = [part.stream(tokenizer) for part in self.parts]
     _check_equal_shapes(streams)
     return grain.MapDataset.mix(streams, self.weights)
@@ -275,7 +270,6 @@ def share(
   Args:
     stream: the rows of all processes.
     batch_size: rows in a batch over all processes.
-    process: index of this process.
     processes: number of processes; must divide the batch.
 
   Raises:

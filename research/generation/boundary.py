@@ -60,7 +60,6 @@ class Boundary:
   max_tokens: Any = 2**30
 
   def start(self, rows: int) -> StepState:
-    """Returns the state of rows without a new token."""
     none = jnp.zeros(rows, jnp.int32)
     return StepState(jnp.zeros(rows, bool), none, none)
 

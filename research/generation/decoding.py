@@ -126,14 +126,10 @@ def next_token(
   for a feature, not for a word.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
-    rows: before the token.
+    rows: rows before the token.
     hidden: hidden states of their last tokens.
-    sampling: sampling parameters.
     stop: tokens that end a row.
     boundary: where rows pause; None for nowhere.
-    log_probs: whether to return them.
 
   Returns:
     The rows with it; the tokens, `NO_TOKEN` for rows that are not active; and
@@ -147,8 +143,8 @@ def next_token(
   ).astype(jnp.int32)
   scores = None
   if log_probs:
-    own = jnp.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0]
-    scores = own.astype(jnp.float32) - jax.nn.logsumexp(logits, axis=-1)
+    logit = jnp.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0]
+    scores = logit.astype(jnp.float32) - jax.nn.logsumexp(logits, axis=-1)
     scores = jnp.where(active, scores, 0.0)
   step = rows.step + active
   done = rows.done | (active & has_ended(drawn, step, rows.limit, stop))
@@ -164,8 +160,8 @@ def _occurred(rows: Rows, which: Bool[Array, "B"]) -> Any:
   """Returns `rows.occurred`, with the last generated token of some rows."""
   if rows.occurred is None:
     return None
-  own = which & (rows.step > 0)
-  place = jnp.where(own, rows.token, rows.occurred.shape[1])
+  has_token = which & (rows.step > 0)
+  place = jnp.where(has_token, rows.token, rows.occurred.shape[1])
   lines = jnp.arange(len(place))
   return rows.occurred.at[lines, place].set(True, mode="drop")
 
@@ -195,11 +191,7 @@ def prefill(
   of 3 prompts and 6 rows, rows 0 and 1 continue the first one.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     tokens: prompts, right-padded.
-    lengths: lengths of the prompts.
-    sampling: sampling parameters.
     key: random key of the whole call.
     examples: index of each row, from which its own key is derived; N is a
       multiple of B.
@@ -273,10 +265,7 @@ def decode(
   """Decodes up to `size` tokens; stops early when no row is active.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     state: from `prefill`, `decode` or `select`; its buffers are donated.
-    sampling: sampling parameters.
     stop: tokens that end a row.
     size: C, number of tokens.
     boundary, log_probs: as for `prefill`.
@@ -292,11 +281,11 @@ def decode(
       cache=state.cache,
       lengths=state.rows.active.astype(jnp.int32),
     )
-    rows, *found = next_token(
+    rows, *drawn = next_token(
       *(model, params, state.rows, hidden[:, 0], sampling, stop),
       *(boundary, log_probs),
     )
-    return State(cache, rows), *found
+    return State(cache, rows), *drawn
 
   return repeat(step, state, lambda state: state.rows, size, log_probs)
 
@@ -317,11 +306,9 @@ def append(
   step of its text.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
-    state: any; its buffers are donated.
-    tokens: of each row, with `NO_TOKEN` behind the last one. With those that it
-      has, no row may have more than its limit.
+    state: any state; its buffers are donated.
+    tokens: new tokens for each row, with `NO_TOKEN` behind the last one. With
+      those that it has, no row may have more than its limit.
     replace: which rows lose their last token first, such as one that ended
       them too early.
   """
@@ -370,7 +357,7 @@ def repeat(
 
   Args:
     step: state -> state, tokens `[B]`, and their log-probabilities or None.
-    state: at the beginning.
+    state: state at the beginning.
     rows_of: state -> its rows.
     size: C, number of steps.
     log_probs: whether `step` returns them.
@@ -385,10 +372,10 @@ def repeat(
   def put(out, new, i):
     return jax.lax.dynamic_update_slice_in_dim(out, new[:, None], i, axis=1)
 
-  def one(carry):
+  def body(carry):
     i, state, out = carry
-    state, *found = step(state)
-    new = tuple(found) if log_probs else tuple(found[:1])
+    state, *drawn = step(state)
+    new = tuple(drawn) if log_probs else tuple(drawn[:1])
     return i + 1, state, tuple(map(functools.partial(put, i=i), out, new))
 
   def unfinished(carry):
@@ -396,7 +383,7 @@ def repeat(
     return (i < size) & jnp.any(rows_of(state).active)
 
   out = (tokens, scores) if log_probs else (tokens,)
-  _, state, out = jax.lax.while_loop(unfinished, one, (0, state, out))
+  _, state, out = jax.lax.while_loop(unfinished, body, (0, state, out))
   return state, GeneratedTokens(out[0], rows_of(state).done, *out[1:])
 
 
@@ -457,9 +444,9 @@ def branch_keys(
   """Returns the random keys of continuations of rows; branch 0 has the row's.
 
   Args:
-    keys: of the rows, `[N]`.
+    keys: random keys of the rows, `[N]`.
     step: numbers that sampling has folded into them so far, from 0 up.
-    branch: which continuation of its row each is.
+    branch: number of each continuation of its row.
   """
 
   def fork(key, step, branch):

@@ -77,11 +77,9 @@ def chunks(
   """Yields chunks of new tokens `[B, n]`, with `NO_TOKEN` after a row's end.
 
   Args:
-    model: the Transformer.
     params: its parameters, preferably from `prepare`.
     prompts: token ids, at least one each.
     max_new_tokens: maximum per prompt; fewer if the context is full earlier.
-    sampling: sampling parameters.
     key: random key of the sampling; seed 0 by default.
     stop_tokens: end a row, and are yielded as its last token.
     examples: index of each prompt; its sample depends on the key and on this
@@ -176,7 +174,6 @@ def bind_prompts(
   """Returns weights that know the tokens of their rows (`weights.with_tokens`).
 
   Args:
-    params: parameters of the model.
     tokens, lengths: from `pad_prompts`.
   """
   inside = np.arange(tokens.shape[1]) < lengths[:, None]

@@ -172,15 +172,17 @@ class _Batch:
       prompts=self.prompt_of.copy() if self.per_row else None,
     )
     out, done = np.asarray(drawn.tokens), np.asarray(drawn.done)
-    lengths, found = np.asarray(self.rows.length), {}
+    lengths, new_tokens = np.asarray(self.rows.length), {}
     for row, i in list(self.active.items()):
-      found[i] = [token for token in out[row].tolist() if token != NO_TOKEN]
+      new_tokens[i] = [
+        token for token in out[row].tolist() if token != NO_TOKEN
+      ]
       if done[row]:
         self.pages.release(row)
         del self.active[row]
       elif reach is not None:
         self.pages.trim(row, int(lengths[row]) - reach + 1)
-    return found
+    return new_tokens
 
 
 def chunks(
@@ -226,8 +228,9 @@ def chunks(
   rows = range(len(prompts)) if examples is None else examples
   keys = samplers.row_keys(key, jnp.array(rows, jnp.int32))
   rules = sampling, generate.pad_stop_tokens(stop_tokens), keys
-  given = model, params, prompts, limits, rules, pages, layout.dtype, mask
-  batch = _Batch(*given)
+  batch = _Batch(
+    model, params, prompts, limits, rules, pages, layout.dtype, mask
+  )
   windows = [kind.attention.window for kind in model.layer_kinds()]
   reach = None if None in windows else max(windows)
   waiting = collections.deque(range(len(prompts)))
@@ -236,10 +239,12 @@ def chunks(
     while waiting and (row := batch.free_row_for(waiting[0])) is not None:
       i = waiting.popleft()
       first[i] = batch.admit(row, i)
-    found = batch.decode(size, reach)
-    found |= {i: [int(token), *found[i]] for i, token in first.items()}
+    new_tokens = batch.decode(size, reach)
+    new_tokens |= {
+      i: [int(token), *new_tokens[i]] for i, token in first.items()
+    }
     out = np.full((len(prompts), 1 + size), NO_TOKEN, np.int32)
-    for i, tokens in found.items():
+    for i, tokens in new_tokens.items():
       out[i, : len(tokens)] = tokens
     yield drop_empty_columns(out)
 
@@ -275,10 +280,10 @@ def _check_rows(params, count):
 
   Images do; they have to be those of `count` prompts.
   """
-  found = row_weights.row_counts(params)
-  if found - {count}:
+  counts = row_weights.row_counts(params)
+  if counts - {count}:
     raise UserError(
-      f"pages: found images of {max(found - {count})} prompts, expected those "
+      f"pages: found images of {max(counts - {count})} prompts, expected those "
       f"of {count}"
     )
   params = row_weights.without_rows(params)

@@ -73,8 +73,6 @@ def prefill(
   """Prefills a piece of a prompt.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     pool: all pages; donated.
     table: page table of the row.
     length: number of tokens of the row before the piece.
@@ -119,22 +117,19 @@ def insert_row(
   """Samples a prefilled row's first token and inserts the row into the batch.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     rows: all rows; donated.
     row: index to insert at.
     new: the new row, R = 1, without a token.
     hidden: hidden state of its prompt's last token.
-    sampling: sampling parameters.
     stop: tokens that end a row.
 
   Returns:
     The updated rows, and the first token.
   """
-  one, token, _ = decoding.next_token(
+  drawn, token, _ = decoding.next_token(
     model, params, new.rows, hidden, sampling, stop
   )
-  new = PagedRows(new.length, one)
+  new = PagedRows(new.length, drawn)
   rows = jax.tree.map(lambda old, x: old.at[row].set(x[0]), rows, new)
   return rows, token[0]
 
@@ -162,11 +157,8 @@ def decode(
   Rows that have ended or pause write nothing.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     pool, rows: current pages and rows; donated.
     table: page table of each row.
-    sampling: sampling parameters.
     stop: tokens that end a row.
     size: C, number of tokens.
     boundary, log_probs: as for `decoding.prefill`.

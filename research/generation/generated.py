@@ -34,7 +34,6 @@ def collect(
 
   Args:
     parts: chunks `[B, n]`, each row padded with `NO_TOKEN`.
-    stop_tokens: tokens that end a row.
   """
   ends, out, reasons = set(stop_tokens), [], []
   for row in np.concatenate(list(parts), axis=1).tolist():

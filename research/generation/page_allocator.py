@@ -53,8 +53,8 @@ class PageAllocator:
     Raises:
       UserError: one of them is below 1.
     """
-    given = {"count": count, "size": size, "rows": rows, "width": width}
-    for name, value in given.items():
+    sizes = {"count": count, "size": size, "rows": rows, "width": width}
+    for name, value in sizes.items():
       if value < 1:
         raise UserError(f"pages {name}: found {value}, expected at least 1")
     self.count, self.size, self.most_used = count, size, 0
@@ -121,30 +121,30 @@ class PageAllocator:
       UserError: there are too few free pages, or the row has pages already.
     """
     shared, part, length = self._known(prompt)
-    own = self._assign(row, shared, tokens)
-    self._remember(shared + own, len(shared), prompt)
+    assigned = self._assign(row, shared, tokens)
+    self._remember(shared + assigned, len(shared), prompt)
     read = len(shared) * self.size + length
-    return Admission(read, None if part is None else (part, own[0]))
+    return Admission(read, None if part is None else (part, assigned[0]))
 
   def _assign(self, row: int, shared: list[int], tokens: int) -> list[int]:
     """Gives shared pages and free ones to a row; returns the latter."""
     if np.any(self.table[row] != NO_PAGE):
       raise UserError(f"pages: row {row} has some, expected them released")
     self.check(tokens)
-    wanted = self._unshared(tokens, shared)
-    if wanted > self.free:
+    needed = self._unshared(tokens, shared)
+    if needed > self.free:
       raise UserError(
-        f"pages: found {self.free} of {self.count} free, expected {wanted} for "
+        f"pages: found {self.free} of {self.count} free, expected {needed} for "
         f"a row of {tokens} tokens in pages of {self.size}, {len(shared)} of "
         "them shared.\nGive more pages (count), or wait until rows end."
       )
-    own = [self._free.pop() for _ in range(wanted)]
-    pages = shared + own
+    assigned = [self._free.pop() for _ in range(needed)]
+    pages = shared + assigned
     for page in pages:
       self._holders[page] += 1
     self.table[row, : len(pages)] = pages
     self.most_used = max(self.most_used, self.used)
-    return own
+    return assigned
 
   def release(self, row: int) -> None:
     """Releases the pages of a row; pages shared with others stay in use."""
@@ -179,15 +179,15 @@ class PageAllocator:
     pages, before, end = [], NO_PAGE, len(prompt) - 1
     while True:
       rest = tuple(prompt[len(pages) * self.size : end][: self.size])
-      found, length = None, 0
+      best, length = None, 0
       for page in self._behind.get(before, ()):
         alike = _common_prefix(self._held[page][1], rest)
         if alike > length:
-          found, length = page, alike
+          best, length = page, alike
       if length < self.size:
-        return pages, found, length
-      pages.append(found)
-      before = found
+        return pages, best, length
+      pages.append(best)
+      before = best
 
   def _remember(
     self, pages: list[int], first: int, prompt: Sequence[int]

@@ -73,9 +73,7 @@ def allocator(
   """Creates the page allocator for a call of `generate_paged.chunks`.
 
   Args:
-    model: the Transformer.
     prompts, max_new_tokens: as for `chunks`.
-    paging: page configuration.
     extra: as for `generate.token_limits`.
 
   Raises:
@@ -120,7 +118,6 @@ def memory(
   Args:
     model, params, prompts, max_new_tokens: as for `chunks`.
     pages: the allocator, after generation.
-    dtype: of the pages.
 
   Returns:
     Page size and counts, `pool_bytes` (all pages), `most_bytes` (peak in use),

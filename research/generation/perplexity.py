@@ -65,8 +65,6 @@ def log_probs(
   Logits are computed for a few positions at a time, never as `[B, T, V]`.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     tokens: the text of each row.
     lengths: lengths of the texts, if rows are right-padded.
   """
@@ -91,16 +89,20 @@ def _log_probs(
   rows = min(ROWS, count)
   chunks = -(-count // rows)
   flat = jnp.pad(flat, ((0, chunks * rows - count), (0, 0)))
-  wanted = jnp.pad(targets.reshape(-1), (0, chunks * rows - count))
+  flat_targets = jnp.pad(targets.reshape(-1), (0, chunks * rows - count))
 
-  def one(part):
+  def chunk_log_probs(part):
     hidden, targets = part
     logits = model.apply({"params": params}, hidden, method="logits")
-    own = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return own - jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-  parts = flat.reshape(chunks, rows, -1), wanted.reshape(chunks, rows)
-  return jax.lax.map(one, parts).reshape(-1)[:count].reshape(targets.shape)
+  parts = flat.reshape(chunks, rows, -1), flat_targets.reshape(chunks, rows)
+  return (
+    jax.lax.map(chunk_log_probs, parts)
+    .reshape(-1)[:count]
+    .reshape(targets.shape)
+  )
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -109,13 +111,13 @@ def _sums(
   params: Params,
   tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"],
-  given: Int[Array, ""],
+  first: Int[Array, ""],
 ) -> Float[Array, "B"]:
   """Returns the summed log-likelihood of each window, without padding."""
-  found = log_probs(model, params, tokens, lengths)
+  each = log_probs(model, params, tokens, lengths)
   place = jnp.arange(1, tokens.shape[1])
-  predicted = (place >= given) & (place < lengths[:, None])
-  return jnp.sum(jnp.where(predicted, found, 0.0), axis=-1)
+  predicted = (place >= first) & (place < lengths[:, None])
+  return jnp.sum(jnp.where(predicted, each, 0.0), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "chunk", "kv"))
@@ -124,7 +126,7 @@ def _cached_sums(
   params: Params,
   tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"],
-  given: Int[Array, ""],
+  first: Int[Array, ""],
   chunk: int,
   kv: Any,
 ) -> Float[Array, "B"]:
@@ -139,10 +141,10 @@ def _cached_sums(
   def step(cache, part):
     tokens, targets, start = part
     hidden, cache = model.apply({"params": params}, tokens, cache=cache)
-    found = _log_probs(model, params, hidden, targets)
+    each = _log_probs(model, params, hidden, targets)
     place = start + jnp.arange(1, chunk + 1)
-    predicted = (place >= given) & (place < lengths[:, None])
-    return cache, jnp.sum(jnp.where(predicted, found, 0.0), axis=-1)
+    predicted = (place >= first) & (place < lengths[:, None])
+    return cache, jnp.sum(jnp.where(predicted, each, 0.0), axis=-1)
 
   inputs, targets = (
     x.reshape(rows, steps, chunk).swapaxes(0, 1)
@@ -193,8 +195,6 @@ def perplexity(
   """Returns the perplexity of a text.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     ids: tokens of the whole text.
     window: tokens per window; together with `begin`, at most the model's
       context.
@@ -217,9 +217,9 @@ def perplexity(
   if kv is not None and chunk is None:
     raise UserError("kv: found no chunk, expected one to read through a cache")
   if model.max_positions is not None and width > model.max_positions:
-    more = f" and {len(begin)} special before them" if begin else ""
+    special = f" and {len(begin)} special before them" if begin else ""
     raise UserError(
-      f"window: found {window} tokens{more}, expected at most the model's "
+      f"window: found {window} tokens{special}, expected at most the model's "
       f"context of {model.max_positions}"
     )
   if len(ids) < 2:
@@ -234,26 +234,26 @@ def perplexity(
   rows = -(-len(parts) // batch) * batch
   tokens = np.zeros((rows, width), np.int32)
   lengths = np.zeros((rows,), np.int32)
-  given = np.int32(len(begin) + 1)
+  first = np.int32(len(begin) + 1)
   for i, part in enumerate([*begin, *part] for part in parts):
     tokens[i, : len(part)], lengths[i] = part, len(part)
-  sums, how = _sums, {}
+  sums, options = _sums, {}
   if chunk is not None:
-    sums, how = _cached_sums, {"chunk": chunk, "kv": kv}
+    sums, options = _cached_sums, {"chunk": chunk, "kv": kv}
   with progress.phase("compiling the model"):
     lowered = sums.lower(
-      model, params, tokens[:batch], lengths[:batch], given, **how
+      model, params, tokens[:batch], lengths[:batch], first, **options
     )
     compiled = lowered.compile()
   start = time.perf_counter()
   sums = []
   for i in progress.track(range(0, rows, batch), "reading windows"):
     part = slice(i, i + batch)
-    sums.append(compiled(params, tokens[part], lengths[part], given))
+    sums.append(compiled(params, tokens[part], lengths[part], first))
     jax.block_until_ready(sums[-2:-1])  # at most two wait
   total = float(np.sum(np.asarray(jax.device_get(sums), np.float64)))
   seconds = time.perf_counter() - start
-  count = int(np.sum(np.maximum(lengths - given, 0)))
+  count = int(np.sum(np.maximum(lengths - first, 0)))
   nll = -total / count
   # exp overflows for an untrained or broken model: return infinity.
   value = math.exp(nll) if nll < 700 else math.inf

@@ -117,12 +117,15 @@ def keep_top_p(logits: Float[Array, "B V"], p: Any) -> Float[Array, "B V"]:
     inside = jnp.sum(above, axis=-1) < p
     return jnp.where(inside, low, middle), jnp.where(inside, middle, high)
 
-  one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)
+  bits_of_one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)
   # `low` starts below 0.0, so that 0 itself can be the answer.
-  bounds = jnp.full((rows,), -1, jnp.int32), jnp.full((rows,), one, jnp.int32)
+  bounds = (
+    jnp.full((rows,), -1, jnp.int32),
+    jnp.full((rows,), bits_of_one, jnp.int32),
+  )
   _, high = jax.lax.fori_loop(0, 31, halve, bounds)
-  least = jax.lax.bitcast_convert_type(high, jnp.float32)[:, None]
-  return jnp.where(probabilities < least, -jnp.inf, logits)
+  cutoff = jax.lax.bitcast_convert_type(high, jnp.float32)[:, None]
+  return jnp.where(probabilities < cutoff, -jnp.inf, logits)
 
 
 def keep_min_p(logits: Float[Array, "B V"], ratio: Any) -> Float[Array, "B V"]:
@@ -162,8 +165,7 @@ def sample(
   """Samples the next token of each row.
 
   Args:
-    logits: of the last position.
-    sampling: sampling parameters.
+    logits: logits of the last position.
     keys: one random key per row, from `row_keys`.
     step: number of tokens generated so far, shared or per row.
     occurred: whether each token occurs in the row already, for the repetition
@@ -172,8 +174,8 @@ def sample(
   logits = process_logits(logits, sampling, occurred)
   if sampling.temperature is None:
     return _largest(logits)
-  own = 0 if jnp.ndim(step) else None
-  keys = jax.vmap(jax.random.fold_in, (0, own))(keys, step)
+  step_axis = 0 if jnp.ndim(step) else None
+  keys = jax.vmap(jax.random.fold_in, (0, step_axis))(keys, step)
   return jax.vmap(jax.random.categorical)(keys, logits)
 
 
@@ -185,6 +187,6 @@ def _largest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
   decoding step.
   """
   top = jnp.max(logits, axis=-1, keepdims=True)
-  found = (logits == top) | jnp.isnan(logits)
+  is_largest = (logits == top) | jnp.isnan(logits)
   ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-  return jnp.min(jnp.where(found, ids, ids[-1]), axis=-1)
+  return jnp.min(jnp.where(is_largest, ids, ids[-1]), axis=-1)

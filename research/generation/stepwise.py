@@ -33,7 +33,7 @@ class PromptReader(Protocol):
   """Reads prompts that are more than tokens, such as those with images.
 
   Attributes:
-    flops: of what is read beside the tokens of one prompt, for ledgers.
+    flops: FLOPs of what is read beside the tokens of one prompt, for ledgers.
     mask: what the tokens of a prompt see of each other; None for causal.
   """
 
@@ -160,7 +160,7 @@ class Stepwise:
   ) -> tuple[State, GeneratedTokens]:
     """Returns the rows after their first token; arguments as for `start`."""
     limits = self._limits(prompts, max_new_tokens, copies)
-    tokens, given = generate.pad_prompts(prompts, self.prompt_room)
+    tokens, lengths = generate.pad_prompts(prompts, self.prompt_room)
     longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
     longest = max(longest, self.prompt_room + max(limits))
     reader = self.reader
@@ -168,7 +168,7 @@ class Stepwise:
       self.model,
       self.params if reader is None else reader(prompts),
       tokens,
-      given,
+      lengths,
       self.sampling,
       jax.random.key(0) if key is None else key,
       np.arange(len(prompts) * copies, dtype=np.int32),
@@ -185,7 +185,7 @@ class Stepwise:
     """Lets paused rows go on; returns them up to the next pause, or the end.
 
     Args:
-      state: of any rows; its buffers are donated.
+      state: state of any rows; its buffers are donated.
 
     Returns:
       The state, and the new tokens `[B, C]`, of which each row has those of one
@@ -217,8 +217,8 @@ class Stepwise:
     """Returns the state after tokens that were not drawn; `decoding.append`.
 
     Args:
-      state: any; its buffers are donated.
-      tokens: of each row, or none.
+      state: any state; its buffers are donated.
+      tokens: token ids for each row, or none.
       replace: which rows lose their last token first; by default no row.
 
     Raises:
@@ -234,8 +234,8 @@ class Stepwise:
         f" of row {row}, expected at most {int(state.rows.limit[row])} together"
       )
     padded = np.full((len(tokens), max(count.max(), 1)), NO_TOKEN, np.int32)
-    for row, own in zip(padded, tokens, strict=True):
-      row[: len(own)] = own
+    for row, added in zip(padded, tokens, strict=True):
+      row[: len(added)] = added
     return decoding.append(self.model, self.params, state, padded, lost)
 
   def store(self, state: State, new: State, rows: Sequence[int]) -> State:
@@ -243,11 +243,9 @@ class Stepwise:
     return decoding.store(state, new, np.array(rows, np.int32))
 
   def done(self, state: State) -> Bool[Array, "B"]:
-    """Returns which rows have ended."""
     return state.rows.done
 
   def end(self, state: State, rows: Bool[np.ndarray, "B"]) -> State:
-    """Returns the state in which some rows have ended."""
     return dataclasses.replace(state, rows=ended(state.rows, rows))
 
   def _limits(
@@ -310,6 +308,6 @@ def joined(parts: Sequence[GeneratedTokens], done: Any) -> GeneratedTokens:
   used = np.any(tokens != NO_TOKEN, axis=0)
   scores = None
   if parts[0].log_probs is not None:
-    found = [np.asarray(x.log_probs) for x in parts]
-    scores = np.concatenate(found, axis=1)[:, used]
+    scores_of_parts = [np.asarray(x.log_probs) for x in parts]
+    scores = np.concatenate(scores_of_parts, axis=1)[:, used]
   return GeneratedTokens(tokens[:, used], np.asarray(done), scores)

@@ -55,8 +55,8 @@ class _Row:
     """Returns the last piece, with all text that was buffered."""
     self.ended = True
     text += self._cut.feed(self._decoder.flush())
-    found = self._cut.found
-    return Piece(text + self._cut.flush(), read, "stop" if found else reason)
+    stopped = self._cut.found
+    return Piece(text + self._cut.flush(), read, "stop" if stopped else reason)
 
 
 def stream(
@@ -75,12 +75,10 @@ def stream(
   """Yields a piece for each prompt, until all have ended.
 
   Args:
-    model: the Transformer.
     params: its parameters, preferably from `generate.prepare`.
     tokenizer: its stop tokens end a row and are not part of the text.
     prompts: token ids.
     max_new_tokens: maximum per prompt.
-    sampling: sampling parameters.
     key: random key of the sampling; seed 0 by default.
     stop: strings that end a row at their first occurrence in its new text.
     size: tokens per piece.

@@ -135,8 +135,6 @@ def init_adapters(
 
   Args:
     key: shared key; each matrix folds its address into it.
-    paths: addresses of the matrices.
-    method: the method of all of them.
     w: the matrices, stacked.
     stats: each matrix's calibration statistics by address, or empty.
 

@@ -53,7 +53,6 @@ class AdaptedTensor(weights.WrappedWeight):
     return self.method.einsum(eq, x, self._dropped(x), self.arrays, self.w)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns adapted embedding rows."""
     rows = weights.take(self.w, ids)
     update = self.method.rows(ids, self.arrays, self.w).astype(rows.dtype)
     return rows + self._gated(update)
@@ -74,7 +73,6 @@ class AdaptedTensor(weights.WrappedWeight):
     return b if gain is None else dense_fp32(b) * dense_fp32(self.arrays[gain])
 
   def delta(self) -> Float[Array, "..."]:
-    """Returns the update that merging adds to the base, in fp32."""
     f = self.method.delta
     for _ in self.shape[:-2]:
       f = jax.vmap(f)

@@ -70,7 +70,6 @@ class Budget(Ranged):
 
     Args:
       terms: number of terms of all matrices at the start.
-      matrices: number of matrices.
     """
     goal, rows = self.target * matrices, []
     for step in range(self.last_allocation + 1):

@@ -126,11 +126,8 @@ def fit(
 
   Args:
     w: any floating-point dtype, to which q decodes.
-    rank: rank of the factors.
-    scale: scale of the adapter.
     steps: number of alternations.
     first: which is computed first, see `LoftQ`.
-    format: format of q.
   """
   full = dense_fp32(w)
   a = jnp.zeros((rank, w.shape[0]), jnp.float32)

@@ -43,7 +43,6 @@ class Factors:
     return self.a.shape[-2]
 
   def delta(self) -> Float[np.ndarray, "*E I O"]:
-    """Returns the update, fp32."""
     return np.float32(self.scale) * (self.a.swapaxes(-1, -2) @ self.b)
 
 
@@ -150,8 +149,6 @@ def over_original(
   is `L⁻¹ aᵀ b R⁻¹`.
 
   Args:
-    model: the Transformer.
-    params: parameters with adapters.
     base: without, in its own coordinates.
 
   Raises:
@@ -185,7 +182,6 @@ def wrap_factors(
   """Returns `params` with plain LoRA adapters of the given factors.
 
   Args:
-    params: parameters without adapters.
     adapter_factors: address -> factors.
     dropout: address -> rate, where not 0.
   """

@@ -129,7 +129,6 @@ class Method(Ranged):
 
     Args:
       name: `model.layers.3.mlp.down_proj`.
-      names: all adapted modules.
     """
     return self
 
@@ -144,19 +143,13 @@ class Method(Ranged):
 
     Args:
       key: random key of this matrix alone.
-      spec: shape and role of the matrix.
       w: the matrix, any weight; most methods do not read it.
       stats: calibration statistics of this matrix, for methods that need them.
     """
     raise NotImplementedError
 
   def delta(self, p: Arrays, w: Any) -> Float[Array, "I O"]:
-    """Returns the update that merging adds to `w`, in fp32.
-
-    Args:
-      p: all arrays, trained and fixed.
-      w: the base, any weight.
-    """
+    """Returns the update that merging adds to `w`, in fp32."""
     raise NotImplementedError
 
   def active(
@@ -165,7 +158,6 @@ class Method(Ranged):
     """Returns at which positions a `GATED` method acts.
 
     Args:
-      tokens: token ids of the next batch.
       segments: document of each token, -1 for padding; None for one document
         per row.
     """
@@ -197,10 +189,7 @@ class Method(Ranged):
 
     Args:
       eq: contracts either axis of `w`, see `contracts_output`.
-      x: activations.
       dropped: `x` after dropout, the adapter's input.
-      p: all arrays.
-      w: the base.
     """
     return weights.einsum(eq, x, w) + self.branch(eq, dropped, p, w)
 
@@ -255,12 +244,7 @@ class Method(Ranged):
     return {}
 
   def to_peft(self, p: Arrays, spec: MatrixSpec) -> dict[str, Any]:
-    """Returns one module's tensors by name, without the module's prefix.
-
-    Args:
-      p: all arrays.
-      spec: the matrix.
-    """
+    """Returns one module's tensors by name, without the module's prefix."""
     raise NotImplementedError
 
   def from_peft(
@@ -270,7 +254,6 @@ class Method(Ranged):
 
     Args:
       tensors: by name, without the module's prefix.
-      spec: the matrix.
       w: the matrix itself, any weight.
     """
     raise NotImplementedError

@@ -98,7 +98,6 @@ def thin_svd_of(address: str, t: AdaptedTensor) -> lora_factors.Triple | None:
   two adapters on one weight.
 
   Args:
-    address: of the weight, for messages.
     t: an adapter in NumPy, as of `lora_factors.adapters`.
   """
   if weights.is_adapter(t.w):

@@ -28,9 +28,9 @@ class Attacked(NamedTuple):
   """A changed solution.
 
   Attributes:
-    solution: with what is known of its steps.
-    origin: of each of its steps, the index of the step that it was; None for
-      one that was put in.
+    solution: the changed solution, with what is known of its steps.
+    origin: for each of its steps, the index of the step that it was; None for a
+      step that was put in.
   """
 
   solution: LabelledSolution
@@ -207,11 +207,11 @@ class Merged:
     values = solution.label_source in VALUE_SOURCES
     steps, labels, origin = [], [], []
     for i in range(0, len(solution.steps), 2):
-      own = solution.labels[i : i + 2]
-      if not values and 0 in own:
+      pair = solution.labels[i : i + 2]
+      if not values and 0 in pair:
         label = 0
       else:
-        label = None if None in own and not values else own[-1]
+        label = None if None in pair and not values else pair[-1]
       first, *rest = solution.steps[i : i + 2]
       apart = not rest or _ending(first) or rest[0][:1].isspace()
       steps.append(("" if apart else self.separator).join([first, *rest]))
@@ -257,7 +257,7 @@ class Corrupted:
   them: one that hears neither style nor errors hears nothing.
 
   Attributes:
-    seed: of the choice among right steps with a result.
+    seed: random seed of the choice among right steps with a result.
   """
 
   seed: int = 0
@@ -269,11 +269,11 @@ class Corrupted:
     """
     origin = list(range(len(solution.steps)))
     places = {
-      i: found
+      i: place
       for i, (step, label) in enumerate(
         zip(solution.steps, solution.labels, strict=True)
       )
-      if label == 1 and (found := _result(step)) is not None
+      if label == 1 and (place := _result(step)) is not None
     }
     if not places:
       return Attacked(solution, tuple(origin))
@@ -300,8 +300,8 @@ ATTACKS = {
 
 def _result(step: str) -> tuple[int, int] | None:
   """Returns where the whole number after the last equals sign stands."""
-  found = list(re.finditer(r"=\s*(-?\d{1,15})(?!\d|\.\d)", step))
-  return found[-1].span(1) if found else None
+  matches = list(re.finditer(r"=\s*(-?\d{1,15})(?!\d|\.\d)", step))
+  return matches[-1].span(1) if matches else None
 
 
 def _ending(step: str) -> str:

@@ -41,7 +41,7 @@ def step_tokens(tokenizer: Any, step: str, separator: str = "") -> list[int]:
   encoded on their own, so that no token reaches over the seam.
 
   Args:
-    tokenizer: of the reward model; has `encode(text)`.
+    tokenizer: the reward model's; has `encode(text)`.
     step: text, with whatever separates it from the next one in its solution,
       but without the token that ends a text.
     separator: text that the model reads after each step, in place of the
@@ -69,9 +69,8 @@ class Convention(Protocol):
     """Returns a solution's tokens, and where its steps are scored.
 
     Args:
-      tokenizer: of the reward model, a `text.Tokenizer`.
-      question: the problem's text.
-      steps: of the solution, at least one.
+      tokenizer: the reward model's `text.Tokenizer`.
+      steps: texts of the solution's steps, at least one.
 
     Raises:
       UserError: the tokenizer is not of a model with this convention.
@@ -99,7 +98,6 @@ class MathShepherd:
   def encode(
     self, tokenizer: Any, question: str, steps: Sequence[str]
   ) -> Encoded:
-    """Returns tokens and places of scores; see `Convention`."""
     text, ends = f"{question} ", []
     for i, step in enumerate(steps, start=1):
       step, header = step.strip(), f"Step {i}:"
@@ -119,9 +117,9 @@ class RLHFlow:
   answer, which predicts it; earlier answers are "+", even those of bad steps.
 
   Attributes:
-    joint: between the question and the first step; ProcessBench's script has a
-      blank line.
-    answer: of all turns.
+    joint: text between the question and the first step; ProcessBench's script
+      has a blank line.
+    answer: text of all answers.
   """
 
   joint: str = " "
@@ -130,7 +128,6 @@ class RLHFlow:
   def encode(
     self, tokenizer: Any, question: str, steps: Sequence[str]
   ) -> Encoded:
-    """Returns tokens and places of scores; see `Convention`."""
     turns: list[dict[str, str]] = []
     before = []
     for i, step in enumerate(steps):
@@ -160,7 +157,6 @@ class Skywork:
   def encode(
     self, tokenizer: Any, question: str, steps: Sequence[str]
   ) -> Encoded:
-    """Returns tokens and places of scores; see `Convention`."""
     tokens = [*_bos(tokenizer), *tokenizer.encode(question + "\n")]
     newline, ends = tokenizer.encode("\n")[-1:], []
     for step in steps:
@@ -191,10 +187,9 @@ class QwenMathPRM:
   def encode(
     self, tokenizer: Any, question: str, steps: Sequence[str]
   ) -> Encoded:
-    """Returns tokens and places of scores; see `Convention`."""
-    if len(found := tokenizer.encode(self.tag)) != 1:
+    if len(tag_ids := tokenizer.encode(self.tag)) != 1:
       raise UserError(
-        f"QwenMathPRM.tag: found {self.tag!r}, which is the tokens {found},"
+        f"QwenMathPRM.tag: found {self.tag!r}, which is the tokens {tag_ids},"
         " expected a special token of the model"
       )
     parts = [step.strip("\n") + self.tag for step in steps]
@@ -234,7 +229,6 @@ class TRL:
   def encode(
     self, tokenizer: Any, question: str, steps: Sequence[str]
   ) -> Encoded:
-    """Returns tokens and places of scores; see `Convention`."""
     solution = LabelledSolution(
       prompt=question,
       steps=tuple(x.removesuffix(self.separator) for x in steps),
@@ -278,7 +272,7 @@ def _located(
   Raises:
     UserError: a token reaches over an end.
   """
-  tokens, found = list(encode(text)), []
+  tokens, last_tokens = list(encode(text)), []
   for end in ends:
     before = list(encode(text[:end]))
     if not before or tokens[: len(before)] != before:
@@ -287,5 +281,5 @@ def _located(
         f" {text[:end][-20:]!r} into {text[end : end + 10]!r}, expected a"
         " tokenizer that separates them, as the reward model's own"
       )
-    found.append(len(before) - 1)
-  return Encoded(tokens, found)
+    last_tokens.append(len(before) - 1)
+  return Encoded(tokens, last_tokens)

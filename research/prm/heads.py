@@ -41,7 +41,7 @@ class LinearHead(nn.Module):
 
     Args:
       hidden: states after the final norm.
-      key: of dropout; None for none.
+      key: random key of dropout; None for none.
     """
     x = hidden.astype(jnp.float32)
     if key is not None and self.dropout > 0:

@@ -46,14 +46,12 @@ def score_solutions(
   Args:
     model: a `RewardModel` or `GenerativeReward`, or one of these that sees
       images.
-    params: its parameters.
-    tokenizer: of the model.
-    solutions: in steps.
     separator: as for `rows.encode`.
     batch_size: solutions of a program. All batches have one shape, whose
       length and number of steps are powers of two: calls share programs.
     prompting: what the model reads of a solution's prompt.
-    convention: of a public reward model, in place of prompt and separator.
+    convention: encoding of a public reward model, in place of prompt and
+      separator.
 
   Raises:
     UserError: a solution is longer than the model's context, or the model sees
@@ -84,26 +82,26 @@ def score_solutions(
   most = next_power_of_two(max((len(x.ends) for x in encoded), default=1))
   tokens = np.zeros((len(encoded), length), np.int32)
   ends = np.full((len(encoded), most), -1, np.int32)
-  for i, (ids, own) in enumerate(encoded):
-    tokens[i, : len(ids)], ends[i, : len(own)] = ids, own
-  found: list[list[float]] = []
+  for i, (ids, places) in enumerate(encoded):
+    tokens[i, : len(ids)], ends[i, : len(places)] = ids, places
+  scores_by_solution: list[list[float]] = []
   for start in range(0, len(encoded), batch_size):
     part = slice(start, start + batch_size)
     fill = ((0, max(0, start + batch_size - len(encoded))), (0, 0))
-    own = params
+    batch_params = params
     if isinstance(model, ImageConditioned):
-      asked = [x.prompt for x in solutions[part]]
-      asked += asked[-1:] * fill[0][1]
-      pixels = arrays_of([prompts[x] for x in asked])["pixels"]
-      own = model.with_images_compiled(params, jnp.asarray(pixels))
+      problems = [x.prompt for x in solutions[part]]
+      problems += problems[-1:] * fill[0][1]
+      pixels = arrays_of([prompts[x] for x in problems])["pixels"]
+      batch_params = model.with_images_compiled(params, jnp.asarray(pixels))
     scores = reward.scores(
-      own,
+      batch_params,
       np.pad(tokens[part], fill),
       np.pad(ends[part], fill, constant_values=-1),
     )
-    for one, row in zip(encoded[part], np.asarray(scores), strict=False):
-      found.append(row[: len(one.ends)].tolist())
-  return found
+    for solution, row in zip(encoded[part], np.asarray(scores), strict=False):
+      scores_by_solution.append(row[: len(solution.ends)].tolist())
+  return scores_by_solution
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,10 @@ class LabelledSolution:
   Attributes:
     prompt: the problem.
     steps: texts, first to last.
-    labels: of each step; None where it is unknown, as after a first error.
-    mc: of each step its rollouts, or None where there are none.
-    critiques: what a judge wrote: of each step, or once for all; or empty.
+    labels: label of each step; None where it is unknown, as after a first
+      error.
+    mc: rollouts of each step, or None where there are none.
+    critiques: what a judge wrote, for each step, or once for all; or empty.
     final_correct: whether the final answer is correct, or None.
     problem_id, policy_id, segmenter_id: which problem, which model wrote the
       steps, and what cut them; "" where unknown.
@@ -90,7 +91,6 @@ def labels_until(first_error: int, n: int) -> tuple[Label, ...]:
 
   Args:
     first_error: its index, or -1 where all are right.
-    n: number of steps.
 
   Raises:
     UserError: there is no such step.

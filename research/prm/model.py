@@ -60,7 +60,7 @@ class RewardModel:
 
   Attributes:
     backbone: the Transformer; a head for the vocabulary is not used.
-    head: of hidden states.
+    head: hidden states -> logits.
     readout: logits -> score: `probability`, `log_odds` (a raw value, such as
       PQM's) or `difference`.
   """
@@ -70,7 +70,6 @@ class RewardModel:
   readout: Readout = probability
 
   def init(self, key: PRNGKey) -> dict[str, Any]:
-    """Returns new parameters."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return self.with_new_head(self.backbone.init(key, tokens)["params"], key)
 
@@ -81,16 +80,13 @@ class RewardModel:
     return dict(params) | {SCORE: head}
 
   def clone(self, *, remat: layers.Remat) -> "RewardModel":
-    """Returns the model whose backward passes recompute what `remat` says."""
     return dataclasses.replace(self, backbone=self.backbone.clone(remat=remat))
 
   def layer_kinds(self) -> tuple[Block, ...]:
-    """Returns each layer's block, first to last."""
     return self.backbone.layer_kinds()
 
   @property
   def max_positions(self) -> int | None:
-    """The backbone's context."""
     return self.backbone.max_positions
 
   def logits(
@@ -105,11 +101,10 @@ class RewardModel:
     """Returns logits of tokens.
 
     Args:
-      params: see the class.
       tokens: ids.
       positions, segments: as in a batch of text; None for one text a row, from
         its first token on.
-      key: of dropout; None for none.
+      key: random key of dropout; None for none.
       keep: indices of the tokens whose outputs are computed; None for all.
     """
     hidden = _hidden(self.backbone, params, tokens, positions, segments, keep)
@@ -136,7 +131,6 @@ class RewardModel:
     """Returns the score of each step, NaN where there is none.
 
     Args:
-      params: see the class.
       tokens: texts, padded on the right.
       steps: index of each step's last token, -1 for steps that do not exist.
     """
@@ -173,11 +167,9 @@ class GenerativeReward:
 
   @property
   def max_positions(self) -> int | None:
-    """The backbone's context."""
     return self.backbone.max_positions
 
   def init(self, key: PRNGKey) -> dict[str, Any]:
-    """Returns new parameters."""
     return self.backbone.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
   def logits(
@@ -216,7 +208,6 @@ class GenerativeReward:
   def scores(
     self, params: Params, tokens: Int[Any, "B T"], steps: Int[Any, "B S"]
   ) -> Float[Array, "B S"]:
-    """Returns the score of each step; see `RewardModel.scores`."""
     return _scores(self, params, jnp.asarray(tokens), jnp.asarray(steps))
 
 
@@ -235,5 +226,5 @@ def _scores(model, params, tokens, steps):
   # Padding is no part of a text, by whose length `rope.Dynamic` rotates it.
   lengths = keep.max(1) + 1
   hidden = _hidden(model.backbone, params, tokens, None, None, keep, lengths)
-  found = model.readout(model.logits_of(params, hidden))
-  return jnp.where(steps >= 0, found, jnp.nan)
+  scores = model.readout(model.logits_of(params, hidden))
+  return jnp.where(steps >= 0, scores, jnp.nan)

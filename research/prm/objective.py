@@ -169,8 +169,8 @@ class StepReward:
 
   Attributes:
     model: the reward model; an experiment sets it.
-    loss: of steps: `soft`, a `Hard`, `squared_probability`, `squared_value` or
-      a `PQM`.
+    loss: loss of the steps: `soft`, a `Hard`, `squared_probability`,
+      `squared_value` or a `PQM`.
     supervision: which labels are learned: `every_step`, `last_step` or
       `outcome_everywhere`.
   """
@@ -197,13 +197,13 @@ class StepReward:
     # Whatever stands where there is no label must not reach a gradient.
     labels = jnp.where(w > 0, labels, 0.0)
     total, weight = self.loss(z, labels, w)
-    found = {
+    metrics = {
       "accuracy": ((z > 0) == (labels > 0.5)).astype(jnp.float32),
       "score": jax.nn.sigmoid(z),
       "label": labels,
     }
     share = weight / jnp.maximum(w.sum(1), 1e-9)
-    sums = {k: ((x * w).sum(1) * share).sum() for k, x in found.items()}
+    sums = {k: ((x * w).sum(1) * share).sum() for k, x in metrics.items()}
     return total.sum(), weight.sum(), sums
 
 
@@ -225,5 +225,5 @@ def _next(marked: Array, offset: int) -> tuple[Array, Array]:
   """
   length = marked.shape[1]
   at = jnp.where(marked, jnp.arange(length) + offset, length)
-  found = jax.lax.cummin(at, axis=1, reverse=True)
-  return jnp.minimum(found, length - 1), found < length
+  nearest = jax.lax.cummin(at, axis=1, reverse=True)
+  return jnp.minimum(nearest, length - 1), nearest < length

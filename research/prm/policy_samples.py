@@ -77,7 +77,6 @@ class PolicySampler:
 
     Args:
       prompts: token ids; equal ones get different texts.
-      key: random key of the sampling.
     """
     # Those of one length together, which is padded alike.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -130,10 +129,8 @@ def sample_solutions(
   Args:
     sampler: the policy.
     verifier: judges whole solutions.
-    problems: problems to solve.
     copies: number of solutions of each problem.
     segmenter: splits a solution.
-    key: random key of the sampling.
   """
   repeated = [problem for problem in problems for _ in range(copies)]
   texts = sampler([sampler.prompt(problem) for problem in repeated], key)
@@ -161,7 +158,6 @@ def with_exact_labels(
   """Returns solutions with an oracle's labels, unknown after the first error.
 
   Args:
-    solutions: solutions split into steps.
     verifier: judges steps exactly.
     problems: at least those of the solutions.
   """
@@ -192,12 +188,10 @@ def with_rollouts(
   rollout: its count is the verdict.
 
   Args:
-    solutions: solutions split into steps.
     sampler: the policy that completes them.
     verifier: judges whole solutions.
     problems: at least those of the solutions.
     k: number of rollouts of each prefix.
-    key: random key of the sampling.
 
   Raises:
     UserError: k is below 1.

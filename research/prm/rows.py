@@ -75,11 +75,11 @@ class Counted:
   """Labels from the file's counts of rollouts, the share that succeeded.
 
   Attributes:
-    rollouts: how many of them are used, drawn without replacement; None for
+    rollouts: number of them that are used, drawn without replacement; None for
       all. So one file shows what fewer rollouts would have given.
     threshold: a larger share is 1, others 0: hard labels, which end at the
       first error. None for soft labels, which do not.
-    seed: of the draws.
+    seed: random seed of the draws.
   """
 
   rollouts: int | None = None
@@ -115,11 +115,11 @@ def encode(
   """Returns a solution's tokens, and where its steps end.
 
   Args:
-    solution: in steps.
     tokenizer: has `encode(text)`, and `prompt(text)` for what begins a text.
     separator: text after each step, as for `step_tokens`.
     prompting: what the model reads of the solution's prompt.
-    convention: of a public reward model, in place of prompt and separator.
+    convention: encoding of a public reward model, in place of prompt and
+      separator.
 
   Raises:
     UserError: a step has no token.
@@ -157,10 +157,10 @@ class LabelledRows(Ranged, FromFiles, ShuffledBatches):
     length: row length T.
     prompting: what the model reads of a solution's prompt. Arrays beside the
       tokens, such as a picture's pixels, are in the batch.
-    convention: of a public reward model, which says itself what it reads of
-      prompt and steps; None for `prompting` and `separator`.
+    convention: encoding of a public reward model, which says itself what it
+      reads of prompt and steps; None for `prompting` and `separator`.
     batch_size: rows in a batch over all processes, B.
-    seed: of the shuffle.
+    seed: random seed of the shuffle.
   """
 
   paths: str
@@ -193,11 +193,10 @@ class LabelledRows(Ranged, FromFiles, ShuffledBatches):
       read(self.paths, self.format)
 
   def solutions(self) -> list[LabelledSolution]:
-    """Returns the solutions of the split."""
-    found = read(self.paths, self.format)
+    all_splits = read(self.paths, self.format)
     if self.split is None:
-      return found
-    return [x for x in found if split_of(x.prompt) == self.split]
+      return all_splits
+    return [x for x in all_splits if split_of(x.prompt) == self.split]
 
   def rows(self, tokenizer: Any) -> "_LabelledRows":
     """Returns the rows that have a label, in the files' order.
@@ -253,7 +252,7 @@ class _LabelledRows:
     """Returns the rows of solutions that keep a label."""
     words = _Cached(tokenizer)
     # A convention encodes whole texts, which no two solutions share.
-    own_words = words if data.convention is None else tokenizer
+    encoder = words if data.convention is None else tokenizer
     prompting = functools.lru_cache(None)(data.prompting)
     shape = len(solutions), data.length
     tokens = np.zeros(shape, np.int32)
@@ -262,7 +261,7 @@ class _LabelledRows:
     cut = 0
     for i, solution in enumerate(solutions):
       ids, ends = encode(
-        *(solution, own_words, data.separator, prompting, data.convention)
+        *(solution, encoder, data.separator, prompting, data.convention)
       )
       cut += len(ids) > data.length
       ids = ids[: data.length]
@@ -270,15 +269,19 @@ class _LabelledRows:
       for end, label in zip(ends, data.labels(solution), strict=True):
         if label is not None and end < data.length:
           labels[i, end] = label
-    some = ~np.isnan(labels).all(axis=1)
-    asked = [x.prompt for x, own in zip(solutions, some, strict=True) if own]
-    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(asked))}
+    has_label = ~np.isnan(labels).all(axis=1)
+    prompts = [
+      x.prompt
+      for x, is_kept in zip(solutions, has_label, strict=True)
+      if is_kept
+    ]
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     return cls(
-      tokens[some],
-      sizes[some],
-      labels[some],
+      tokens[has_label],
+      sizes[has_label],
+      labels[has_label],
       cut,
-      np.array([places[x] for x in asked], int),
+      np.array([places[x] for x in prompts], int),
       arrays_of([prompting(words, x) for x in places]),
     )
 
@@ -290,7 +293,6 @@ class _LabelledRows:
     return {name: x[0] for name, x in batch.items()}
 
   def take(self, indices: np.ndarray) -> Row:
-    """Returns a batch of rows."""
     at = np.arange(self.tokens.shape[1], dtype=np.int32)[None]
     real = at < self.sizes[indices, None]
     labels = self.labels[indices]

@@ -97,15 +97,15 @@ class ScoredTask(Ranged):
     ]
     solutions = [
       LabelledSolution(
-        prompt=prompt.problem.prompt, steps=own, labels=(None,) * len(own)
+        prompt=prompt.problem.prompt, steps=texts, labels=(None,) * len(texts)
       )
-      for (prompt, _), own in zip(pairs, steps, strict=True)
-      if own
+      for (prompt, _), texts in zip(pairs, steps, strict=True)
+      if texts
     ]
     scores = iter(self._scores(solutions))
     rewards = [
-      float(self.aggregate.weight(next(scores))) if own else 0.0
-      for own in steps
+      float(self.aggregate.weight(next(scores))) if texts else 0.0
+      for texts in steps
     ]
     right = [verdict is not None and verdict.correct for verdict in verdicts]
     return AnswerRewards(rewards, {VERIFIED: float(np.mean(right))})

@@ -48,7 +48,6 @@ class CachedInputTensor(weights.WrappedWeight):
     return weights.einsum(eq, self.x.astype(x.dtype), self.w)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows of the matrix."""
     return weights.take(self.w, ids)
 
   def ragged_dot(
@@ -60,7 +59,6 @@ class CachedInputTensor(weights.WrappedWeight):
     )
 
   def dense(self) -> Float[Array, "..."]:
-    """Returns the matrix."""
     return weights.dense(self.w)
 
   def axes(self, names: tuple[str | None, ...]) -> "CachedInputTensor":
@@ -69,7 +67,6 @@ class CachedInputTensor(weights.WrappedWeight):
     return CachedInputTensor(weights.axes(self.w, names), inputs)
 
   def map_inner(self, f: Any) -> "CachedInputTensor":
-    """Returns a copy with `f` applied to the innermost weight."""
     return dataclasses.replace(self, w=weights.map_inner(self.w, f))
 
 
@@ -142,7 +139,6 @@ def with_cached_inputs(
   """Returns `params` whose cached matrices use the inputs of a batch.
 
   Args:
-    params: the layer's parameters.
     memory: path -> cached inputs.
     batch: index of the batch.
   """

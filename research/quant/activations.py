@@ -63,7 +63,6 @@ class Op:
     w: weights.AnyWeight,
     scale: Any = None,
   ) -> Float[Array, "..."]:
-    """Returns `einsum(eq, self(x), w)`, in the dtype of `x`."""
     return weights.einsum(eq, self(x, scale), w)
 
   def is_row_wise(self, scale: Any = None) -> bool:
@@ -145,7 +144,6 @@ class InputTensor(weights.WrappedWeight):
     return dataclasses.replace(self, w=w, scale=scale)
 
   def map_inner(self, f: Any) -> "InputTensor":
-    """Returns a copy with `f` applied to the innermost weight."""
     return dataclasses.replace(self, w=weights.map_inner(self.w, f))
 
 

@@ -237,7 +237,6 @@ class Format(Ranged):
     """Returns the parts with other codes on the same grids.
 
     Args:
-      parts: parts of one matrix.
       codes: codes as in the normal form.
 
     Raises:
@@ -255,11 +254,6 @@ class Format(Ranged):
 
 def format_for(where: str, format: Format, shape: Sequence[int]) -> Format:
   """Returns `format.for_shape` of a matrix `[..., I, O]`.
-
-  Args:
-    where: the matrix's address, for error messages.
-    format: the format.
-    shape: shape of the matrix or stack.
 
   Raises:
     UserError: the format cannot hold such a matrix.

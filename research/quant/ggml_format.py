@@ -174,7 +174,6 @@ class Ggml(Format):
   def with_codes(
     self, parts: Parts, codes: Shaped[Array, "I O"]
   ) -> dict[str, Any]:
-    """Returns parts with other codes on the same grids."""
     blocks = codes.reshape(-1, self.block, codes.shape[-1])
     return dict(parts) | self.pack_codes(blocks)
 

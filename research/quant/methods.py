@@ -42,8 +42,6 @@ class Method(Protocol):
     """Raises UserError for a format or matrix that the method cannot round.
 
     Args:
-      format: format of the matrix.
-      inputs: number of inputs of the matrix.
       calibrated: whether input statistics are available.
     """
 
@@ -59,7 +57,6 @@ class Method(Protocol):
     Args:
       ws: matrices with the same inputs.
       stats: statistics of these inputs, or None.
-      format: format of the matrices.
       encoded: the matrices rounded to nearest, for formats whose encoder cannot
         be traced; else None.
     """
@@ -229,7 +226,6 @@ class FixedGrids:
     return scale, jnp.broadcast_to(shift.astype(jnp.float32), scale.shape)
 
   def codes(self, w, scale, shift):
-    """Returns the nearest codes."""
     scale, shift = scale[..., None, :], shift[..., None, :]
     unit = (w - shift) / jnp.where(scale == 0, 1, scale)
     if self.codebook is None:
@@ -238,7 +234,6 @@ class FixedGrids:
     return abs(unit[..., None] - table).argmin(-1)
 
   def values(self, codes, scale, shift):
-    """Returns the values of codes, float32."""
     value = codes.astype(jnp.float32)
     if self.codebook is not None:
       value = jnp.asarray(self.codebook, jnp.float32)[codes]
@@ -300,8 +295,6 @@ def round_matrices(
   Args:
     ws: matrices `[I, O]`, or stacked experts `[E, I, O]`.
     stats: statistics of their inputs, or None; see `InputStats`.
-    format: format of the matrices.
-    method: rounding method.
     compare: whether to compute the error of rounding to nearest as well.
     of: dtype of the decoded matrices.
 

@@ -95,11 +95,9 @@ class QTensor(weights.Weight):
 
   @property
   def sliceable(self) -> bool:
-    """Whether `output_slice` works."""
     return self.format.sliceable
 
   def to_sliceable(self) -> "QTensor":
-    """Returns an equal matrix whose parts can be sliced by outputs."""
     format, parts = self.format.to_sliceable(self.parts)
     return dataclasses.replace(self, format=format, parts=parts)
 
@@ -118,7 +116,6 @@ class QTensor(weights.Weight):
     return w.astype(self.dtype)
 
   def dense(self) -> Float[Array, "..."]:
-    """Returns the logical matrix."""
     stored = self.stored()
     return stored if self.axis == -2 else jnp.swapaxes(stored, -1, -2)
 
@@ -143,8 +140,6 @@ class QTensor(weights.Weight):
     return some.dense().reshape(*ids.shape, self.inputs)
 
   def output_slice(self, i: Int[Array, ""], size: int) -> "QTensor":
-    """Returns outputs `[i size, (i + 1) size)`."""
-
     def cut(x: Array) -> Array:
       return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=-1)
 
@@ -166,7 +161,6 @@ class QTensor(weights.Weight):
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
-    """Returns each row of `x` times its expert's matrix."""
     return products.ragged_dot(x, self, sizes, self.axis)
 
   def axes(self, names: tuple[str | None, ...]) -> "QTensor":
@@ -221,9 +215,7 @@ def pack(
   Args:
     w: finite. NumPy arrays are packed in NumPy if the format supports that;
       every format packs traced arrays, see `Format.encode_traced`.
-    format: the format.
     importance: weight of each input's errors; see `Format.encode`.
-    where: the matrix's address, for error messages.
 
   Raises:
     UserError: the format cannot hold such a matrix, or it is not finite (not

@@ -90,12 +90,7 @@ class Quantize:
     ]
 
   def pack(self, w: Any, where: str = "Quantize") -> qtensor.QTensor:
-    """Packs one weight or a stack; compiles once per shape.
-
-    Args:
-      w: any weight.
-      where: its address, for error messages.
-    """
+    """Packs one weight or a stack; compiles once per shape."""
     if not self.format.traceable:
       dense = np.asarray(weights.dense(w))
       return qtensor.pack(dense, self.format, where=where)

@@ -108,10 +108,6 @@ class Quantization(NeedsModel):
   ) -> tuple[dict[str, Any], "Report"]:
     """Quantizes `params` by the rules.
 
-    Args:
-      params: any tree of weights without adapters.
-      log: receives progress messages.
-
     Returns:
       (parameters, report of each matrix's errors).
 

@@ -47,11 +47,9 @@ class Untied(weights.Weight):
     return self.table.dtype
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns `einsum(eq, x, head)`."""
     return weights.einsum(eq, x, self.head)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows of `table`."""
     return weights.take(self.table, ids)
 
   def ragged_dot(self, x: Any, sizes: Any) -> Any:
@@ -59,11 +57,9 @@ class Untied(weights.Weight):
     raise UserError("an embedding is not a stack of experts")
 
   def dense(self) -> Shaped[Array, "..."]:
-    """Returns `table`."""
     return weights.dense(self.table)
 
   def count(self) -> int:
-    """Returns the number of parameters of both."""
     return weights.count((self.table, self.head))
 
   def axes(self, names: tuple[str | None, ...]) -> "Untied":
@@ -71,7 +67,6 @@ class Untied(weights.Weight):
     return Untied(*(weights.axes(w, names) for w in (self.table, self.head)))
 
   def bind(self, *, key: PRNGKey | None, ids: Any) -> "Untied":
-    """Returns a copy with both weights bound to the batch."""
     both = {"table": self.table, "head": self.head}
     return Untied(**weights.bind(both, key=key, ids=ids))
 

@@ -40,8 +40,8 @@ class Node:
 
   Attributes:
     kind: "number", "name", a function's name, or one of `+ - * / ^`.
-    value: of a number.
-    name: of a name.
+    value: a number's value.
+    name: a name's text.
     inner: operands.
   """
 
@@ -65,11 +65,11 @@ def parse(text: str) -> Node:
     raise NotAnExpression(f"{len(text)} characters")
   tokens, at = [], 0
   while at < len(text.rstrip()):
-    found = _TOKEN.match(text, at)
-    if not found:
+    match = _TOKEN.match(text, at)
+    if not match:
       raise NotAnExpression(f"{text[at : at + 20]!r}")
-    tokens.append(found.group().strip())
-    at = found.end()
+    tokens.append(match.group().strip())
+    at = match.end()
   parser = _Parser([*tokens, ""])
   tree = parser.sum(0)
   if parser.token:

@@ -58,8 +58,8 @@ def gsm8k_strict(text: str) -> str | None:
 
   lm-evaluation-harness' filter `strict-match` of the task gsm8k.
   """
-  found = _STRICT.search(text)
-  return found.group(1) if found else None
+  match = _STRICT.search(text)
+  return match.group(1) if match else None
 
 
 def gsm8k_flexible(text: str) -> str | None:
@@ -68,28 +68,28 @@ def gsm8k_flexible(text: str) -> str | None:
   lm-evaluation-harness' filter `flexible-extract` of the task gsm8k, which may
   return "$5." or ".,"; `grading.ExactMatch` removes what it should ignore.
   """
-  found = None
-  for found in _FLEXIBLE.finditer(text):  # noqa: B007
+  match = None
+  for match in _FLEXIBLE.finditer(text):  # noqa: B007
     pass
-  return (found.group(1) or found.group(2)).strip() if found else None
+  return (match.group(1) or match.group(2)).strip() if match else None
 
 
 def last_number(text: str) -> str | None:
   """Returns the last number, without commas of thousands or a full stop."""
-  found = _NUMBER.findall(text)
-  return found[-1].replace(",", "").replace("−", "-") if found else None
+  numbers = _NUMBER.findall(text)
+  return numbers[-1].replace(",", "").replace("−", "-") if numbers else None
 
 
 def answer_tag(text: str) -> str | None:
   """Returns what the last `<answer>...</answer>` has, as reasoning-gym does."""
-  found, at = None, 0
+  answer, at = None, 0
   while (start := text.find(_OPEN, at)) >= 0:
     stop = text.find(_CLOSE, start)
     if stop < 0:
       break
-    found = text[start + len(_OPEN) : stop].strip()
+    answer = text[start + len(_OPEN) : stop].strip()
     at = stop + len(_CLOSE)
-  return found
+  return answer
 
 
 def boxed(text: str) -> str | None:

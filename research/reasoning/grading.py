@@ -65,12 +65,10 @@ class Ladder:
   """
 
   def equal(self, truth: str, answer: str) -> bool:
-    """Whether the given answer is the truth."""
     form = self.canonical(answer)
     return bool(form) and form == self.canonical(truth)
 
   def canonical(self, answer: str) -> str:
-    """Returns the form that equal answers share."""
     return normalization.canonical(normalization.normalize(answer))
 
 
@@ -129,7 +127,6 @@ def judge(
     text: the model's; None for none.
     truth: the reference answer; None if there is none, and then nothing is
       right.
-    extract: finds the one answer in the text.
     grader: compares it with the truth.
   """
   answer = None if text is None else extract(text)

@@ -61,8 +61,8 @@ class Worker:
     """Starts nothing; the first call does.
 
     Args:
-      module: whose public functions are called, with JSON in and out.
-      seconds: of wall time for a call.
+      module: module whose public functions are called, with JSON in and out.
+      seconds: wall time of a call.
       memory: address space of the process, in bytes.
     """
     if not seconds > 0:
@@ -180,7 +180,7 @@ class Guarded:
 
   Attributes:
     verifier: whatever has `verify`, and `verify_step` or not.
-    seconds: of wall time for a text or a step; None for any number. What takes
+    seconds: wall time of a text or a step; None for any number. What takes
       longer runs on beside: `Isolated` ends it.
     failures: how many verdicts there were in place of the verifier's, by kind.
   """
@@ -193,31 +193,32 @@ class Guarded:
 
   def verify(self, problem: Problem, text: str | None) -> Verdict:
     """Returns its verdict, or a wrong one with the reason "error: ..."."""
-    found = self._call(lambda: self.verifier.verify(problem, text), Verdict)
-    return _failed(found) if isinstance(found, str) else found
+    verdict = self._call(lambda: self.verifier.verify(problem, text), Verdict)
+    return _failed(verdict) if isinstance(verdict, str) else verdict
 
   def verify_step(
     self, problem: Problem, steps: Sequence[str], step: str
   ) -> StepVerdict:
-    """Returns its verdict; "unknown" if it raises or judges no steps."""
-    found = self._call(
+    verdict = self._call(
       lambda: self.verifier.verify_step(problem, steps, step), StepVerdict
     )
-    return StepVerdict("unknown", found) if isinstance(found, str) else found
+    return (
+      StepVerdict("unknown", verdict) if isinstance(verdict, str) else verdict
+    )
 
   def _call(self, call: Callable[[], Any], kind: type) -> Any:
     """Returns what a call returns, or why it returns nothing of its kind."""
     try:
-      found = within(self.seconds, call)
+      verdict = within(self.seconds, call)
     except TimedOut as error:
       return self._counted("timeout", f"timeout: {error}")
     except Exception as error:
       name = type(error).__name__
       return self._counted(name, f"error: {name}: {error}")
-    if not isinstance(found, kind):
-      text = f"error: found {found!r:.60} instead of a {kind.__name__}"
-      return self._counted(type(found).__name__, text)
-    return found
+    if not isinstance(verdict, kind):
+      text = f"error: found {verdict!r:.60} instead of a {kind.__name__}"
+      return self._counted(type(verdict).__name__, text)
+    return verdict
 
   def _counted(self, kind: str, reason: str) -> str:
     self.failures[kind] += 1
@@ -236,8 +237,6 @@ def guard(
   """Returns a verifier behind `judge`, such as `Guarded` or `Isolated`.
 
   Args:
-    judge: class of the guard.
-    verifier: what is guarded.
     seconds: wall time for a verdict; None for the guard's default.
   """
   return judge(verifier, **({} if seconds is None else {"seconds": seconds}))
@@ -249,7 +248,7 @@ class Isolated:
 
   Attributes:
     verifier: a frozen dataclass, such as a task: the process makes its own.
-    seconds: of wall time for a text or a step.
+    seconds: wall time of a text or a step.
   """
 
   verifier: Any
@@ -269,8 +268,8 @@ class Isolated:
   ) -> StepVerdict:
     """Returns its verdict, "unknown" if there is none in time."""
     try:
-      found = self._call("hosted_verify_step", problem, list(steps), step)
-      return StepVerdict.from_json(found)
+      verdict = self._call("hosted_verify_step", problem, list(steps), step)
+      return StepVerdict.from_json(verdict)
     except TimedOut as error:
       return StepVerdict("unknown", f"timeout: {error}")
     except Failed as error:
@@ -285,7 +284,7 @@ def within(seconds: float | int | None, call: Callable[[], Any]) -> Any:
   """Returns what a call returns, or raises what it raises, within some time.
 
   Args:
-    seconds: of wall time; None for any number.
+    seconds: wall time; None for any number.
     call: in this process; what takes longer runs on in its thread.
 
   Raises:
@@ -293,17 +292,17 @@ def within(seconds: float | int | None, call: Callable[[], Any]) -> Any:
   """
   if seconds is None:
     return call()
-  found: queue.Queue = queue.Queue()
+  outcomes: queue.Queue = queue.Queue()
 
   def run():
     try:
-      found.put((call(), None))
+      outcomes.put((call(), None))
     except BaseException as error:
-      found.put((None, error))
+      outcomes.put((None, error))
 
   threading.Thread(target=run, daemon=True).start()
   try:
-    value, error = found.get(timeout=seconds)
+    value, error = outcomes.get(timeout=seconds)
   except queue.Empty:
     raise TimedOut(f"more than {seconds} s") from None
   if error is not None:
@@ -355,12 +354,12 @@ def build(description: Any) -> Any:
   module, _, path = (
     description.get("type") or description["function"]
   ).partition(":")
-  found = importlib.import_module(module)
+  value = importlib.import_module(module)
   for name in path.split("."):
-    found = getattr(found, name)
+    value = getattr(value, name)
   if "function" in description:
-    return found
-  return found(**{k: build(x) for k, x in description["fields"].items()})
+    return value
+  return value(**{k: build(x) for k, x in description["fields"].items()})
 
 
 @functools.lru_cache(maxsize=16)
@@ -379,5 +378,5 @@ def hosted_verify_step(
 ) -> Any:
   """What `Isolated.verify_step` has its process do."""
   verifier = _hosted(json.dumps(description))
-  found = verifier.verify_step(Problem.from_json(problem), steps, step)
-  return found.to_json()
+  verdict = verifier.verify_step(Problem.from_json(problem), steps, step)
+  return verdict.to_json()

@@ -184,12 +184,12 @@ def _canonical(element: str) -> str:
     return element
   if value is not None:  # 3/1 is no integer as it is written
     return f"{value.numerator}/{value.denominator}"
-  found = values.at_points(tree)
+  points = values.at_points(tree)
   letters = "".join(values.names(tree))
   if len(letters) == 1:
     alone = values.at_points(expressions.parse(letters))
-    return letters if found == alone else found or element
-  return found or element
+    return letters if points == alone else points or element
+  return points or element
 
 
 def _plain(text: str) -> str:
@@ -215,8 +215,8 @@ def _plain(text: str) -> str:
 def _grouped(text: str) -> str:
   r"""Brackets an exponent of several parts, and what `\sqrt[n]` is taken of."""
   at = 0
-  while found := _GROUPED.search(text, at):
-    at = found.end()
+  while match := _GROUPED.search(text, at):
+    at = match.end()
     inner, end = _argument(text, at)
     if inner is not None:
       made = inner if _ATOM.fullmatch(inner) else f"({inner})"
@@ -229,17 +229,17 @@ def _macro(text: str, name: str, count: int, build: Callable[..., str]) -> str:
   pattern = re.compile(rf"\\{name}(?![A-Za-z])")
   # A macro without its arguments stays, so there is an end to the search.
   at = 0
-  while found := pattern.search(text, at):
-    arguments, end = [], found.end()
+  while match := pattern.search(text, at):
+    arguments, end = [], match.end()
     for _ in range(count):
       argument, end = _argument(text, end)
       arguments.append(argument)
     if None in arguments:
-      at = found.end()
+      at = match.end()
       continue
-    before = text[: found.start()]
+    before = text[: match.start()]
     made = build(before, *arguments)
-    text, at = before + made + text[end:], found.start()
+    text, at = before + made + text[end:], match.start()
   return text
 
 
@@ -270,21 +270,21 @@ def _frac(before: str, top: str, bottom: str) -> str:
   return f"({made})" if product else made
 
 
-def _scaled(found: re.Match) -> str:
-  number = Fraction(found[1]) * _SCALES[found[2]]
-  return str(number) if number.denominator == 1 else found[0]
+def _scaled(match: re.Match) -> str:
+  number = Fraction(match[1]) * _SCALES[match[2]]
+  return str(number) if number.denominator == 1 else match[0]
 
 
 def _thousands(text: str) -> str:
   """Removes well-formed commas of thousands, but not those in brackets."""
   out, depth, at = [], 0, 0
-  for found in _THOUSANDS.finditer(text):
-    part = text[at : found.start()]
+  for match in _THOUSANDS.finditer(text):
+    part = text[at : match.start()]
     depth += sum(part.count(x) for x in _OPEN)
     depth -= sum(part.count(x) for x in _CLOSE)
-    number = found[0] if depth > 0 else found[0].replace(",", "")
+    number = match[0] if depth > 0 else match[0].replace(",", "")
     out += [part, number]
-    at = found.end()
+    at = match.end()
   return "".join([*out, text[at:]])
 
 
@@ -302,8 +302,8 @@ def _number(text: str) -> str:
   inner = re.sub(r"^\++(?=[^+])", "", inner)
   if _SCIENTIFIC.fullmatch(inner) and Fraction(inner).denominator == 1:
     inner = str(Fraction(inner))
-  if found := _FLOAT.fullmatch(inner):
-    inner = found[1]
+  if match := _FLOAT.fullmatch(inner):
+    inner = match[1]
   if _INTEGER.fullmatch(inner):
     inner = str(int(inner))
   return before + inner + after

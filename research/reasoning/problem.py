@@ -184,19 +184,19 @@ def _read(cls: type, values: Mapping[str, Any], where: str) -> Any:
   unknown = [name for name in values if name not in fields]
   missing = [name for name in required if name not in values]
   if unknown or missing:
-    found = f"{unknown[0]!r}" if unknown else f"no {missing[0]!r}"
+    mistake = f"{unknown[0]!r}" if unknown else f"no {missing[0]!r}"
     raise UserError(
-      f"{where or cls.__name__}: found {found} in a {cls.__name__}, expected"
+      f"{where or cls.__name__}: found {mistake} in a {cls.__name__}, expected"
       f" {', '.join(fields)}."
     )
   kinds = get_type_hints(cls)
-  for name, found in values.items():
+  for name, value in values.items():
     kind = _KINDS.get(kinds[name], kinds[name])
     # JSON's true is no number, though Python's is.
-    stray = isinstance(found, bool) and kind is not bool
-    if not isinstance(found, kind) or stray:
+    stray = isinstance(value, bool) and kind is not bool
+    if not isinstance(value, kind) or stray:
       raise UserError(
-        f"{where or cls.__name__}: field {name!r}: found {found!r:.60},"
+        f"{where or cls.__name__}: field {name!r}: found {value!r:.60},"
         f" expected {getattr(kind, '__name__', kind)}."
       )
   try:

@@ -67,7 +67,7 @@ def arrays_of(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     UserError: prompts have arrays of different names or shapes.
   """
   each = [x.arrays if isinstance(x, PromptWithArrays) else {} for x in prompts]
-  shapes = [{name: x.shape for name, x in one.items()} for one in each]
+  shapes = [{name: x.shape for name, x in arrays.items()} for arrays in each]
   for i, shape in enumerate(shapes):
     if shape != shapes[0]:
       raise UserError(
@@ -76,4 +76,4 @@ def arrays_of(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         " images at one size"
       )
   first = each[0] if each else {}
-  return {name: np.stack([one[name] for one in each]) for name in first}
+  return {name: np.stack([arrays[name] for arrays in each]) for name in first}

@@ -38,7 +38,7 @@ class Rates:
     problems: how many there were.
     false_negative: the oracle's text was rejected.
     false_positive: the oracle's text with another answer was accepted.
-    hedge: of the texts with the right and a wrong answer, those accepted.
+    hedge: texts with the right and a wrong answer were accepted.
   """
 
   problems: int
@@ -60,8 +60,7 @@ def measure(
   """Returns how often a verifier errs on a task's problems.
 
   Args:
-    task: makes the texts.
-    problems: of the task; at least one.
+    problems: problems of the task; at least one.
     verifier: judges them; None for the task itself.
   """
   verify = (verifier or task).verify

@@ -64,7 +64,7 @@ class SampleLog:
     Raises:
       UserError: a metric has the name of a field.
     """
-    one = isinstance(self.filtered, str)
+    single = isinstance(self.filtered, str)
     values = {
       "doc_id": self.doc_id,
       "doc": dict(self.doc),
@@ -73,7 +73,7 @@ class SampleLog:
         "gen_args_0": {"arg_0": self.prompt, "arg_1": dict(self.generation)}
       },
       "resps": [list(self.responses)],
-      "filtered_resps": [self.filtered if one else list(self.filtered)],
+      "filtered_resps": [self.filtered if single else list(self.filtered)],
       "filter": self.filter,
       "metrics": list(self.metrics),
       "doc_hash": _hash(json.dumps(self.doc, indent=2, ensure_ascii=False)),
@@ -139,10 +139,8 @@ def sample_of(
 
   Args:
     doc_id: the problem's index.
-    problem: the document.
     texts: the model's, at least one.
     verdicts: one a text.
-    generation: settings of the sampler.
   """
   if not texts or len(texts) != len(verdicts):
     raise UserError(

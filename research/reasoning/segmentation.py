@@ -38,7 +38,7 @@ class Separator:
   r"""Steps that end with a separator.
 
   Attributes:
-    pattern: of the separator, a regular expression that matches no empty text.
+    pattern: regular expression of the separator, which matches no empty text.
     fences: pairs of marks between which separators do not count.
   """
 
@@ -53,7 +53,6 @@ class Separator:
       )
 
   def split(self, text: str) -> list[Span]:
-    """Returns where steps start and stop, in characters."""
     closed = _fenced(text, self.fences)
     ends = (
       x.end()
@@ -68,15 +67,14 @@ class Header:
   """Steps that begin with a header; what stands before the first joins it.
 
   Attributes:
-    pattern: of the header, a regular expression in multi-line mode.
+    pattern: regular expression of the header, in multi-line mode.
   """
 
   pattern: str
 
   def split(self, text: str) -> list[Span]:
-    """Returns where steps start and stop, in characters."""
-    found = re.finditer(self.pattern, text, re.MULTILINE)
-    return _spans(text, [x.start() for x in found][1:])
+    headers = re.finditer(self.pattern, text, re.MULTILINE)
+    return _spans(text, [x.start() for x in headers][1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,18 +151,18 @@ def _spans(text: str, ends: Iterable[int]) -> list[Span]:
 
 def _fenced(text: str, fences: Sequence[tuple[str, str]]) -> list[Span]:
   """Returns from where to where fences reach; one that never closes, on."""
-  found, at = [], 0
+  spans, at = [], 0
   while True:
     places = [(_place(text, x, at), x, y) for x, y in fences]
     places = [x for x in places if x[0] >= 0]
     if not places:
-      return found
+      return spans
     start, opening, closing = min(places)
     stop = _place(text, closing, start + len(opening))
     if stop < 0:
-      return [*found, (start, len(text) + 1)]
+      return [*spans, (start, len(text) + 1)]
     at = stop + len(closing)
-    found.append((start, at))
+    spans.append((start, at))
 
 
 def _place(text: str, mark: str, at: int) -> int:

@@ -17,12 +17,12 @@ _POINTS = tuple(
 )
 
 
-def math_verify_form(given: str) -> str | None:
+def math_verify_form(answer: str) -> str | None:
   """Returns what math-verify reads in an answer, in a form by value.
 
   None where it reads nothing, or an equation that says nothing.
   """
-  parsed = _parsed(given)
+  parsed = _parsed(answer)
   return _form(parsed[0]) if parsed else None
 
 

@@ -59,10 +59,10 @@ class Step:
   """One step of a trace.
 
   Attributes:
-    text: of the step, its separator included; not blank.
+    text: the step's text, its separator included; not blank.
     start, end: its tokens `[start, end)`, counted from the first new token;
       None where tokens are unknown.
-    score: by a process reward model, or None.
+    score: a process reward model's score, or None.
     label: 0 (wrong) to 1 (right), soft in between; None where unknown.
     mc: rollouts from the end of this step, or None.
   """
@@ -101,8 +101,8 @@ class Sampler:
   """How a trace was sampled.
 
   Attributes:
-    temperature, top_p: of the sampling; temperature 0 is greedy.
-    seed: of its key.
+    temperature, top_p: settings of the sampling; temperature 0 is greedy.
+    seed: seed of its key.
     policy_id: name of the policy, such as a checkpoint's digest.
   """
 
@@ -117,12 +117,13 @@ class Trace:
   """A solution in steps.
 
   Attributes:
-    problem_id: of the problem that it solves.
+    problem_id: id of the problem that it solves.
     steps: first to last.
     finish: why it ended.
     final_answer: what was extracted, in canonical form; None for nothing.
     n_prompt, n_new: number of tokens of the prompt, and of new ones.
-    logprob_sum: of the new tokens under the policy, in nats, or None.
+    logprob_sum: log-probability of the new tokens under the policy, in nats, or
+      None.
     sampler: how it was sampled, or None.
   """
 
@@ -177,17 +178,17 @@ class Trace:
 
   def to_json(self) -> dict[str, Any]:
     """Returns the trace as a JSON object, without its empty fields."""
-    found = {
+    values = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
     }
-    found["steps"] = [_without_none(dataclasses.asdict(x)) for x in self.steps]
-    for step in found["steps"]:
+    values["steps"] = [_without_none(dataclasses.asdict(x)) for x in self.steps]
+    for step in values["steps"]:
       if "mc" in step:
         step["mc"] = {"c": step["mc"][0], "k": step["mc"][1]}
     if self.sampler is not None:
-      found["sampler"] = dataclasses.asdict(self.sampler)
-    return _without_none(found)
+      values["sampler"] = dataclasses.asdict(self.sampler)
+    return _without_none(values)
 
   @classmethod
   def from_json(cls, values: Any, where: str = "trace") -> "Trace":
@@ -195,7 +196,6 @@ class Trace:
 
     Args:
       values: the JSON object, from any source.
-      where: its file and line, for errors.
 
     Raises:
       UserError: a field is missing, unknown, or not what it should be.
@@ -206,15 +206,15 @@ class Trace:
     steps = fields.get("steps")
     if not isinstance(steps, list):
       raise fields.wrong("steps", "a list")
-    found = dict(values)
-    found["steps"] = tuple(
+    parsed = dict(values)
+    parsed["steps"] = tuple(
       _step(step, f"{where}: steps[{i}]") for i, step in enumerate(steps)
     )
-    if found.get("sampler") is not None:
-      sampler = _fields(found["sampler"], f"{where}: sampler", Sampler)
-      found["sampler"] = Sampler(**sampler.values)
+    if parsed.get("sampler") is not None:
+      sampler = _fields(parsed["sampler"], f"{where}: sampler", Sampler)
+      parsed["sampler"] = Sampler(**sampler.values)
     try:
-      return cls(**found)
+      return cls(**parsed)
     except UserError as error:
       raise UserError(f"{where}: {error}") from error
 
@@ -224,15 +224,15 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _step(values: Any, where: str) -> Step:
-  found = dict(_fields(values, where, Step).values)
-  counts = found.get("mc")
+  parsed = dict(_fields(values, where, Step).values)
+  counts = parsed.get("mc")
   if counts is not None:
     if not isinstance(counts, dict) or set(counts) != {"c", "k"}:
       raise UserError(f"{where}: mc is {counts!r}, expected c and k")
     pair = Fields(counts, f"{where}: mc")
-    found["mc"] = MonteCarlo(pair.integer("c", least=0), pair.integer("k"))
+    parsed["mc"] = MonteCarlo(pair.integer("c", least=0), pair.integer("k"))
   try:
-    return Step(**found)
+    return Step(**parsed)
   except UserError as error:
     raise UserError(f"{where}: {error}") from error
 

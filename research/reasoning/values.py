@@ -42,12 +42,12 @@ def at_points(tree: expressions.Node) -> str | None:
   A constant has one value; letters have four each, of which a digest is given.
   """
   letters = names(tree)
-  found = [_at(tree, i) for i in range(len(_SIGNS) if letters else 1)]
-  if all(x is None for x in found):
+  values = [_at(tree, i) for i in range(len(_SIGNS) if letters else 1)]
+  if all(x is None for x in values):
     return None
   if not letters:
-    return f"≈{found[0]}"
-  digest = hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+    return f"≈{values[0]}"
+  digest = hashlib.sha256(repr(values).encode()).hexdigest()[:16]
   return f"≈{''.join(sorted(letters))}:{digest}"
 
 

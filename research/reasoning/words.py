@@ -27,10 +27,10 @@ def word_tokenizer(words: Sequence[str]) -> Any:
   ids = {word: i for i, word in enumerate(words)}
   missing = [x for x in (EOS, PAD) if x not in ids]
   if missing or len(ids) != len(words):
-    found = f"no {missing[0]}" if missing else "a word twice"
+    mistake = f"no {missing[0]}" if missing else "a word twice"
     raise UserError(
-      f"word_tokenizer: found {found}, expected different words with {EOS} and"
-      f" {PAD} among them."
+      f"word_tokenizer: found {mistake}, expected different words with {EOS}"
+      f" and {PAD} among them."
     )
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids))
   backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -51,5 +51,4 @@ class WordVocabulary:
   words: tuple[str, ...] = dataclasses.field(repr=False)
 
   def load(self) -> Any:
-    """Returns the tokenizer."""
     return word_tokenizer(self.words)

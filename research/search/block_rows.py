@@ -100,9 +100,9 @@ class BlockRows:
 
     Args:
       which: rows whose last block is finished.
-      share: of the tokens up to the block's first end, the least likely ones.
-      mask: id of the mask.
-      size: of a block.
+      share: share of the tokens up to the block's first end, the least likely
+        ones.
+      size: places of a block.
       ends: tokens that end a text.
       draw: which of the row's next draws of the block this is, from 0.
     """
@@ -130,9 +130,9 @@ def _forked(
   state: sampler.State, rows: Int[Array, " N"], branch: Int[Array, " N"]
 ) -> sampler.State:
   """Returns chosen rows with the keys of their branches."""
-  found = _each(lambda x: x[rows], state)
-  keys = decoding.branch_keys(found.keys, found.count, branch)
-  return dataclasses.replace(found, keys=keys)
+  chosen = _each(lambda x: x[rows], state)
+  keys = decoding.branch_keys(chosen.keys, chosen.count, branch)
+  return dataclasses.replace(chosen, keys=keys)
 
 
 @jax.jit
@@ -172,26 +172,18 @@ def _masked_again(
   mask: int,
   size: int,
 ) -> sampler.State:
-  """Returns rows with the least sure places of a block masked again.
-
-  Args:
-    state: rows.
-    at: where each row's block begins.
-    which: rows that are masked again.
-    share: of the tokens up to the first end in the block.
-    stop: tokens that are ends.
-    mask: id of the mask.
-    size: of the block.
-  """
+  """Returns rows with the least sure places of a block masked again."""
   place = jnp.arange(state.tokens.shape[1])
-  own = ~state.fixed & state.valid & (place >= at[:, None]) & which[:, None]
-  block = own & (place < at[:, None] + size)
+  candidates = (
+    ~state.fixed & state.valid & (place >= at[:, None]) & which[:, None]
+  )
+  block = candidates & (place < at[:, None] + size)
   ends = block & jnp.isin(state.tokens, stop)
   drawn = block & (jnp.cumsum(ends, axis=1) - ends == 0)
   rank = process.ranks(jnp.where(drawn, state.confidence, jnp.inf))
   # A product may be rounded up: 0.6 of 25 are 15.000001 in float32.
   count = jnp.ceil(share * drawn.sum(axis=1, keepdims=True) * (1 - 1e-6))
-  again = own & ~(drawn & (rank >= count))
+  again = candidates & ~(drawn & (rank >= count))
   return dataclasses.replace(
     state,
     tokens=jnp.where(again, mask, state.tokens),

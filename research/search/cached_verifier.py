@@ -36,8 +36,8 @@ class Reading(NamedTuple):
   """How far a row is read: `[R]`, or numbers of one row.
 
   Attributes:
-    tokens: in the cache.
-    characters: of the path's text.
+    tokens: number of tokens in the cache.
+    characters: number of the path's text.
     step_tokens, step_characters: the same before the newest step, which is read
       again with text that joins it.
   """
@@ -55,7 +55,7 @@ class VerifierRows:
   Attributes:
     cache: keys and values of all that it has read, R rows.
     reading: how far that is.
-    scores: of the newest step of each row, `[R]`; 0 before the first one.
+    scores: score of the newest step of each row, `[R]`; 0 before the first one.
     spent: cost of the last `read`, of each row.
   """
 
@@ -119,13 +119,11 @@ class CachedVerifier:
     )
 
   def spent(self, state: VerifierRows) -> Sequence[Ledger]:
-    """Returns what the last `read` has cost, of each row."""
     return state.spent
 
   def start(
     self, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int
   ) -> VerifierRows:
-    """Returns the state of `copies` rows for each prompt, read once."""
     longest = max(map(len, prompts))
     most = self.model.max_positions
     if most is not None and longest + max_new_tokens > most:
@@ -228,7 +226,6 @@ class CachedVerifier:
     return _grown(self.model, self.params, cache, generate.bucket(tokens))
 
   def select(self, state: VerifierRows, rows: Sequence[int]) -> VerifierRows:
-    """Returns the state of chosen rows."""
     at = np.array(rows, np.int32)
     return VerifierRows(
       cache=_select(state.cache, at),
@@ -240,7 +237,6 @@ class CachedVerifier:
   def store(
     self, state: VerifierRows, new: VerifierRows, rows: Sequence[int]
   ) -> VerifierRows:
-    """Returns the state with rows of `new` in place of some."""
     at, count = np.array(rows, np.int32), len(state.scores)
     inside = at < count
     # One of them may have read further than there was room for at first.

@@ -144,7 +144,7 @@ def accuracy(chances: Chances, correct: Callable[[Hashable], float]) -> float:
   """Returns the chance that the chosen answer is correct; 0 without answers.
 
   Args:
-    chances: of answers to be chosen.
+    chances: each answer's chance to be chosen.
     correct: whether an answer is, or the share of its samples that are.
   """
   return float(sum(p * correct(answer) for answer, p in chances.items()))

@@ -81,7 +81,7 @@ class DenoiserCost:
     """Returns the tokens in the cache of one path, shared ones included.
 
     Args:
-      tokens: of prompt and path.
+      tokens: length of prompt and path.
       row: places of the whole row.
     """
     if isinstance(self.denoiser, NoCache):

@@ -42,11 +42,11 @@ from research.typing import (
 class GeneratedBlocks(GeneratedTokens):
   """New tokens, and the passes that drew them.
 
-  `log_probs` are those that tokens had when they were filled in: of the order
-  in which they were, the sum is the log-probability.
+  `log_probs` are those that tokens had when they were filled in: their sum is
+  the log-probability of the order in which they were.
 
   Attributes:
-    passes: of each row.
+    passes: passes that drew each row's block.
   """
 
   passes: Sequence[Passes] = ()
@@ -58,7 +58,7 @@ class DiffusionPolicy:
 
   Attributes:
     denoiser: how the model reads rows; `make_denoiser` returns it.
-    params: of its model.
+    params: its model's parameters.
     config: settings of the sampler, from `SamplerConfig.for_model`; `length`
       is that of `start`, with as many steps a block as `config` has.
     sampling: how candidates are drawn. Greedy ones differ in nothing: copies
@@ -175,7 +175,7 @@ class DiffusionPolicy:
     """Fills the next block of all rows that have not ended.
 
     Args:
-      state: of any rows; its buffers are used up.
+      state: state of any rows; its buffers are used up.
 
     Returns:
       The state, and the new tokens `[R, K]`, of which a row that ends has those
@@ -213,7 +213,7 @@ class DiffusionPolicy:
 
     Args:
       state: R rows; its buffers are used up.
-      new: of the same prompts.
+      new: rows of the same prompts.
       rows: where each row of `new` goes; R or more: nowhere.
     """
     return state.store(new, np.array(rows, np.int32))
@@ -232,10 +232,10 @@ class DiffusionPolicy:
     masked again as well.
 
     Args:
-      state: any.
+      state: state of any rows.
       rows: which of them; others stay as they are.
-      share: of the block's tokens that are masked again, rounded up: those that
-        were least likely when they were filled in.
+      share: share of the block's tokens that are masked again, rounded up:
+        those that were least likely when they were filled in.
       draw: from 0. Who draws a block of the same state several times, and drops
         what comes of it, gives each another number: it is another draw.
 
@@ -268,11 +268,9 @@ class DiffusionPolicy:
     )
 
   def done(self, state: BlockRows) -> Bool[np.ndarray, " R"]:
-    """Returns which rows have ended."""
     return np.asarray(state.rows.done)
 
   def end(self, state: BlockRows, rows: Bool[np.ndarray, " R"]) -> BlockRows:
-    """Returns the rows, some of which get no more tokens."""
     done = state.rows.done | rows
     return dataclasses.replace(
       state, rows=dataclasses.replace(state.rows, done=done)
@@ -296,20 +294,22 @@ class DiffusionPolicy:
 
     Tokens are counted once, as they are written, however many passes read them.
     """
-    found = []
-    for path, row, own in zip(paths, drawn.tokens, drawn.passes, strict=True):
+    ledgers = []
+    for path, row, passes in zip(
+      paths, drawn.tokens, drawn.passes, strict=True
+    ):
       count = int((row != NO_TOKEN).sum())
       cached = self._cost.cached(
-        path.prompt + len(path.tokens) + count, own.row
+        path.prompt + len(path.tokens) + count, passes.row
       )
-      found.append(
+      ledgers.append(
         Ledger(
           policy_decode_tokens=count,
-          flops_policy=self._cost.block(own),
+          flops_policy=self._cost.block(passes),
           peak_cache_tokens=max(0, cached - self._cost.shared(path.prompt)),
         )
       )
-    return found
+    return ledgers
 
   # --- one block ---
 
@@ -324,7 +324,7 @@ class DiffusionPolicy:
     """Returns rows, some of which have the block at `at` filled.
 
     Args:
-      state: whose memory is used up.
+      state: state whose memory is used up.
       which: rows that are at that block.
       at: where it begins.
       cached: whether their cache has all before it.
@@ -346,8 +346,8 @@ class DiffusionPolicy:
     )
     sampler.checked(finite, f"of the block at {at}")
     if memory is not None and not alone:
-      own = np.where(which, np.arange(len(which)), len(which))
-      memory = merged(state.memory, memory, own)
+      targets = np.where(which, np.arange(len(which)), len(which))
+      memory = merged(state.memory, memory, targets)
     last = at + size == rows.tokens.shape[1]
     done = jnp.where(which, rows.done | last, state.rows.done)
     return dataclasses.replace(
@@ -383,29 +383,29 @@ class DiffusionPolicy:
       np.asarray(x)[:, at : at + size]
       for x in (rows.tokens, rows.fixed, rows.valid, rows.confidence)
     )
-    own = valid & ~fixed & which[:, None]
-    ends = own & np.isin(tokens, self.stop_tokens)
+    is_new = valid & ~fixed & which[:, None]
+    ends = is_new & np.isin(tokens, self.stop_tokens)
     # Behind the first end the sampler has filled the row up.
-    own &= np.cumsum(ends, axis=1) - ends == 0
+    is_new &= np.cumsum(ends, axis=1) - ends == 0
     scores = np.log(np.maximum(confidence, np.finfo(np.float32).tiny))
     counts = np.asarray(rows.count) - np.asarray(before.rows.count)
     begins = np.argmax(np.asarray(rows.valid), axis=1)
     passes = [
       Passes(
-        row=one.row,
+        row=previous.row,
         start=at - int(begins[i]),
         block=size,
         count=int(counts[i]) * self.denoiser.passes,
         read=0 if before.cached[i] or before.memory is None else size,
       )
       if which[i]
-      else one
-      for i, one in enumerate(drawn.passes)
+      else previous
+      for i, previous in enumerate(drawn.passes)
     ]
     return GeneratedBlocks(
-      tokens=np.where(own, tokens, drawn.tokens),
+      tokens=np.where(is_new, tokens, drawn.tokens),
       done=np.asarray(rows.done),
-      log_probs=np.where(own, scores, drawn.log_probs),
+      log_probs=np.where(is_new, scores, drawn.log_probs),
       passes=passes,
     )
 

@@ -42,7 +42,7 @@ class Verifier(Protocol):
 
     Args:
       start: tokens before the step.
-      tokens: of the step.
+      tokens: tokens in the step.
     """
     ...
 
@@ -58,8 +58,8 @@ class Verifier(Protocol):
     """Returns the state, and each row's score after its new tokens.
 
     Args:
-      state: of rows.
-      paths: of the rows, new tokens included.
+      state: verifier's state of the rows.
+      paths: paths of the rows, new tokens included.
       new: the tokens that were not read yet, `NO_TOKEN` in other places; a row
         without any keeps its state, and its score means nothing.
     """
@@ -162,8 +162,8 @@ class Engine:
     """Returns `copies` paths for each problem, after their first step.
 
     Args:
-      prompts: of the problems, token ids.
-      max_new_tokens: of a path.
+      prompts: token ids of each problem.
+      max_new_tokens: most tokens of a path.
       copies: paths of a problem, one after the other.
       key: random key of the sampling; seed 0 by default.
     """
@@ -188,9 +188,11 @@ class Engine:
     """
     began = time.perf_counter()
     state = self.policy.begin(prompts, max_new_tokens, key, copies)
-    found = self._without_steps(state, prompts, max_new_tokens, copies, began)
-    paths = tuple(dataclasses.replace(x, rereads=True) for x in found.paths)
-    return dataclasses.replace(found, paths=paths)
+    frontier = self._without_steps(
+      state, prompts, max_new_tokens, copies, began
+    )
+    paths = tuple(dataclasses.replace(x, rereads=True) for x in frontier.paths)
+    return dataclasses.replace(frontier, paths=paths)
 
   def _without_steps(
     self,
@@ -248,7 +250,7 @@ class Engine:
 
     Args:
       frontier: any; its buffers are used up.
-      tokens: of each path, or none.
+      tokens: token ids for each path, or none.
       replace: which paths that get some lose their last token first.
 
     Raises:
@@ -263,26 +265,26 @@ class Engine:
     state = self.policy.append(frontier.state, tokens, replace)
     cost, ledgers = self._model_cost, list(frontier.ledgers)
     paths = list(frontier.paths)
-    for row, (own, lost) in enumerate(zip(tokens, replace, strict=True)):
-      if not own:
+    for row, (added, lost) in enumerate(zip(tokens, replace, strict=True)):
+      if not added:
         continue
       path = paths[row]
       *steps, last = path.steps
       kept = last[:-1] if lost else last
       before = path.prompt + len(path.tokens) - 1
-      fed = len(own) - lost
+      fed = len(added) - lost
       ledgers[path.problem] += Ledger(
-        policy_decode_tokens=len(own),
+        policy_decode_tokens=len(added),
         flops_policy=cost.forward(fed, Causal(before, fed), 0),
       )
-      steps = (*steps, kept, tuple(own)) if kept else (*steps, tuple(own))
+      steps = (*steps, kept, tuple(added)) if kept else (*steps, tuple(added))
       paths[row] = dataclasses.replace(
         path, steps=tuple(steps), log_prob=None, done=False, stopped=False
       )
     done = np.asarray(self.policy.done(state))
     paths = [
-      dataclasses.replace(path, done=bool(end)) if own else path
-      for path, end, own in zip(paths, done, tokens, strict=True)
+      dataclasses.replace(path, done=bool(end)) if added else path
+      for path, end, added in zip(paths, done, tokens, strict=True)
     ]
     return dataclasses.replace(
       frontier, state=state, paths=tuple(paths), ledgers=tuple(ledgers)
@@ -294,17 +296,17 @@ class Engine:
     """Returns the frontier with rows of `new` in place of some.
 
     Args:
-      frontier: any; its buffers are used up.
-      new: of the same problems, with what they have cost by now.
+      frontier: any frontier; its buffers are used up.
+      new: frontier of the same problems, with what they have cost by now.
       rows: where each row of `new` goes; past the last row, nowhere.
     """
     judged = frontier.verifier
     if self._reader is not None:
       judged = self._reader.store(judged, new.verifier, rows)
     paths, advanced = list(frontier.paths), list(frontier.advanced)
-    for row, path, own in zip(rows, new.paths, new.advanced, strict=True):
+    for row, path, new_step in zip(rows, new.paths, new.advanced, strict=True):
       if row < len(paths):
-        paths[row], advanced[row] = path, own
+        paths[row], advanced[row] = path, new_step
     return dataclasses.replace(
       frontier,
       state=self.policy.store(frontier.state, new.state, rows),
@@ -337,10 +339,12 @@ class Engine:
     to_score = self._to_score(frontier.paths, new)
     if self.verifier is not None:
       advanced = (to_score != NO_TOKEN).any(axis=1)
-      judged, found = self._judged(judged, state, paths, to_score)
+      judged, step_scores = self._judged(judged, state, paths, to_score)
       paths = [
-        _scored(path, score) if own else path
-        for path, score, own in zip(paths, found, advanced, strict=True)
+        _scored(path, score) if is_scored else path
+        for path, score, is_scored in zip(
+          paths, step_scores, advanced, strict=True
+        )
       ]
     advanced = tuple(bool(x) for x in (new != NO_TOKEN).any(axis=1))
     return dataclasses.replace(
@@ -384,19 +388,19 @@ class Engine:
       return self._reader.read(judged, paths, to_score)
 
     try:
-      judged, found = within(self.timeout, read)
+      judged, scores = within(self.timeout, read)
     except TimedOut:
       raise UserError(
         f"verifier: found no scores after {self.timeout} s, expected them by"
         " then.\nGive Engine.timeout more (SearchRun.timeout in a run file), or"
         " judge fewer paths at a time."
       ) from None
-    if np.shape(found) != (len(paths),):
+    if np.shape(scores) != (len(paths),):
       raise UserError(
-        f"verifier: found scores of shape {np.shape(found)}, expected one for"
+        f"verifier: found scores of shape {np.shape(scores)}, expected one for"
         f" each of {len(paths)} paths"
       )
-    return judged, found
+    return judged, scores
 
   def _longer(
     self, path: Path, row: Int[np.ndarray, " C"], log_probs: Any, done: bool

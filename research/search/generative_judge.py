@@ -60,9 +60,8 @@ class JudgeFormat(Protocol):
     """Returns what asks for a critique of the last step.
 
     Args:
-      problem: its text.
-      steps: so far, at least one.
-      critiques: of all steps but the last one.
+      steps: texts of the steps so far, at least one.
+      critiques: one for each step but the last.
     """
     ...
 
@@ -90,8 +89,8 @@ class GenPRMChat:
   def decision(self, critique: str, steps: int) -> Decision | None:
     """Returns the last output's verdict; see `JudgeFormat`."""
     del steps
-    found = genprm.decision(critique)
-    return None if found is None else Decision(bool(found[0]), found[1])
+    verdict = genprm.decision(critique)
+    return None if verdict is None else Decision(bool(verdict[0]), verdict[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +122,11 @@ class ThinkPRMChain:
     A chain that found an error before the last step says that it follows a
     wrong one; a chain that ends earlier without an error says nothing.
     """
-    found = thinkprm.decisions(critique)[:steps]
-    for right, at in found:
+    decisions = thinkprm.decisions(critique)[:steps]
+    for right, at in decisions:
       if not right:
         return Decision(False, at)
-    return Decision(True, found[-1][1]) if len(found) == steps else None
+    return Decision(True, decisions[-1][1]) if len(decisions) == steps else None
 
 
 class Judgement(NamedTuple):
@@ -164,7 +163,6 @@ class Writer(Protocol):
     Args:
       conversations: at least one.
       decide: reads critiques of each of them.
-      count: how many.
     """
     ...
 
@@ -180,12 +178,12 @@ class LanguageModelWriter:
     decode: token ids -> text.
     sampling: several critiques differ only with a temperature.
     stop_tokens: end a critique.
-    max_new_tokens: of a critique; one that is cut has no verdict, unless it
-      came before.
+    max_new_tokens: most tokens of a critique; one that is cut has no verdict,
+      unless it came before.
     words: ids of the words for right and wrong at a verdict, each of which
       begins a token: the chance is then the softmax of the two. None: a verdict
       is a vote, 0 or 1.
-    seed: of the sampling.
+    seed: random seed of the sampling.
   """
 
   model: Transformer
@@ -220,29 +218,31 @@ class LanguageModelWriter:
     """Returns critiques; see `Writer`."""
     prompts = [list(self.encode(x)) for x in conversations]
     # Numbers of rows are powers of two, so that few programs are compiled.
-    more = next_power_of_two(len(prompts)) - len(prompts)
+    padding = next_power_of_two(len(prompts)) - len(prompts)
     # By content: prompts of equal lengths would else share their noise.
     key = jax.random.fold_in(
       jax.random.key(self.seed), zlib.crc32(repr(prompts).encode())
     )
     _, drawn = self._policy.start(
-      [*prompts, *prompts[:1] * more], self.max_new_tokens, key, count
+      [*prompts, *prompts[:1] * padding], self.max_new_tokens, key, count
     )
     written = [row[row != NO_TOKEN].tolist() for row in drawn.tokens]
-    found = []
+    judgements = []
     for i, prompt in enumerate(prompts):
-      own = written[i * count : (i + 1) * count]
-      texts = tuple(self.decode(self._text(tokens)) for tokens in own)
+      critiques = written[i * count : (i + 1) * count]
+      texts = tuple(self.decode(self._text(tokens)) for tokens in critiques)
       verdicts = [decide[i](text) for text in texts]
-      spent = ledgers.generation(self._cost, len(prompt), list(map(len, own)))
+      spent = ledgers.generation(
+        self._cost, len(prompt), list(map(len, critiques))
+      )
       ledger = Ledger(
         verifier_prefill_tokens=len(prompt),
         verifier_decode_tokens=spent.policy_decode_tokens,
         flops_verifier=spent.flops_policy,
       )
-      chances, read = self._chances(prompt, own, verdicts)
-      found.append(Judgement(texts, chances, ledger + read))
-    return found
+      chances, reading_cost = self._chances(prompt, critiques, verdicts)
+      judgements.append(Judgement(texts, chances, ledger + reading_cost))
+    return judgements
 
   def _text(self, tokens: Sequence[int]) -> Sequence[int]:
     ended = tokens[-1] in self.stop_tokens
@@ -273,10 +273,10 @@ class LanguageModelWriter:
     scores = np.asarray(
       reward.scores(self.params, tokens, lengths[:, None] - 1)
     )
-    own = iter(scores[:, 0].tolist())
+    chances = iter(scores[:, 0].tolist())
     sizes = [len(text) for text in texts]
     return (
-      tuple(None if x is None else next(own) for x in verdicts),
+      tuple(None if x is None else next(chances) for x in verdicts),
       Ledger(
         verifier_new_tokens=sum(sizes),
         flops_verifier=sum(
@@ -340,13 +340,11 @@ class GenerativeJudge(Ranged):
     )
 
   def spent(self, state: Sequence[JudgedRow]) -> list[Ledger]:
-    """Returns what the last `read` has cost, of each row."""
     return [row.spent for row in state]
 
   def start(
     self, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int
   ) -> list[JudgedRow]:
-    """Returns the state of `copies` rows for each prompt."""
     del max_new_tokens
     return [JudgedRow(tuple(x)) for x in prompts for _ in range(copies)]
 
@@ -380,21 +378,20 @@ class GenerativeJudge(Ranged):
       decide.append(functools.partial(self.format.decision, steps=len(steps)))
     if not judged:
       return rows, scores
-    found = self.writer(conversations, decide, self.count)
-    for i, one in zip(judged, found, strict=True):
-      chances = [self.unparsed if x is None else x for x in one.chances]
+    judgements = self.writer(conversations, decide, self.count)
+    for i, judgement in zip(judged, judgements, strict=True):
+      chances = [self.unparsed if x is None else x for x in judgement.chances]
       scores[i] = float(np.mean(chances))
       rows[i] = JudgedRow(
         problem=rows[i].problem,
-        critiques=(*rows[i].critiques, one.critiques[0]),
-        spent=one.ledger,
+        critiques=(*rows[i].critiques, judgement.critiques[0]),
+        spent=judgement.ledger,
       )
     return rows, scores
 
   def select(
     self, state: Sequence[JudgedRow], rows: Sequence[int]
   ) -> list[JudgedRow]:
-    """Returns the state of chosen rows."""
     return [state[row] for row in rows]
 
   def store(
@@ -403,9 +400,8 @@ class GenerativeJudge(Ranged):
     new: Sequence[JudgedRow],
     rows: Sequence[int],
   ) -> list[JudgedRow]:
-    """Returns the state with rows of `new` in place of some."""
-    found = list(state)
-    for row, own in zip(rows, new, strict=True):
-      if row < len(found):
-        found[row] = own
-    return found
+    stored = list(state)
+    for row, judged_row in zip(rows, new, strict=True):
+      if row < len(stored):
+        stored[row] = judged_row
+    return stored

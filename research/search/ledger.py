@@ -19,15 +19,15 @@ class Ledger:
   """The cost of one or several problems; ledgers add up.
 
   Attributes:
-    policy_prefill_tokens: of prompts, each read once.
-    policy_decode_tokens: written.
-    verifier_prefill_tokens: of prompts that the verifier read.
-    verifier_new_tokens: after the prompt that it read, again where it read
-      again.
-    flops_policy, flops_verifier: of both.
-    seconds: of wall time.
+    policy_prefill_tokens: tokens of prompts, each read once.
+    policy_decode_tokens: tokens that the policy wrote.
+    verifier_prefill_tokens: tokens of prompts that the verifier read.
+    verifier_new_tokens: tokens after the prompt that it read, counted again
+      where it read them again.
+    flops_policy, flops_verifier: FLOPs of each.
+    seconds: wall time.
     peak_cache_tokens: most tokens in the policy's cache at once.
-    verifier_decode_tokens: that the verifier wrote, as judges do that think.
+    verifier_decode_tokens: tokens that the verifier wrote, as judges do.
   """
 
   policy_prefill_tokens: int = 0
@@ -66,11 +66,11 @@ class Ledger:
   def two_n(self, policy: ModelCost, verifier: ModelCost | None = None) -> int:
     """Returns the FLOPs by the usual `2 N` a token, beside the exact ones."""
     tokens = self.policy_prefill_tokens + self.policy_decode_tokens
-    found = policy.two_n(tokens)
+    flops = policy.two_n(tokens)
     if verifier is not None:
       read = self.verifier_prefill_tokens + self.verifier_new_tokens
-      found += verifier.two_n(read + self.verifier_decode_tokens)
-    return found
+      flops += verifier.two_n(read + self.verifier_decode_tokens)
+    return flops
 
   def to_json(self) -> dict[str, int | float]:
     """Returns its fields."""
@@ -90,7 +90,6 @@ def decode(cost: ModelCost, start: int, tokens: int) -> Ledger:
   """Returns the cost of tokens that are fed to the policy one by one.
 
   Args:
-    cost: of the policy.
     start: tokens in the cache.
     tokens: fed after them, logits computed at each.
   """
@@ -108,8 +107,7 @@ def generation(cost: ModelCost, prompt: int, new: Sequence[int]) -> Ledger:
   never fed: n new tokens are n - 1 passes.
 
   Args:
-    cost: of the policy.
-    prompt: its tokens.
+    prompt: number of its tokens.
     new: tokens that each sample wrote, the end token included.
 
   Raises:
@@ -189,9 +187,8 @@ def verification(
   """Returns what the verifier's scores of all steps cost.
 
   Args:
-    cost: of the verifier, with its own head.
-    prompt: its tokens.
-    ends: of each sample, how many new tokens there are at each step's end.
+    prompt: number of its tokens.
+    ends: for each sample, the number of new tokens at each step's end.
     reading: with a cache, or without.
 
   Raises:

@@ -61,8 +61,8 @@ class Lookahead(Engine):
       for row, path in enumerate(now.paths)
     )
     peaks = [
-      [x.peak_cache_tokens for x in one.ledgers]
-      for one in (frontier, now, ahead)
+      [ledger.peak_cache_tokens for ledger in x.ledgers]
+      for x in (frontier, now, ahead)
     ]
     # What is thrown away is in the cache beside the rows; they share prompts.
     shared = {
@@ -72,9 +72,9 @@ class Lookahead(Engine):
     ledgers = tuple(
       dataclasses.replace(
         ledger,
-        peak_cache_tokens=max(before, own, own + more - shared.get(i, 0)),
+        peak_cache_tokens=max(before, step, step + rollout - shared.get(i, 0)),
       )
-      for i, (ledger, before, own, more) in enumerate(
+      for i, (ledger, before, step, rollout) in enumerate(
         zip(ahead.ledgers, *peaks, strict=True)
       )
     )

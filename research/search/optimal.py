@@ -55,12 +55,13 @@ class Choice:
   """What choosing by difficulty reaches, beside what it is compared with.
 
   Attributes:
-    accuracy: of the chosen strategies, on problems that did not choose.
-    best_single: of one strategy for all problems, chosen the same way.
-    random: of a random strategy: the mean.
-    oracle: of the best strategy of each problem, unknown in practice.
-    same_problems: of choices on the problems that are reported: inflated.
-    chosen: of each fold that chose, each bin's strategy; -1 for an empty one.
+    accuracy: mean of the chosen strategies, on problems that did not choose.
+    best_single: the same of one strategy for all problems, chosen the same way.
+    random: mean accuracy of a random strategy.
+    oracle: mean accuracy of each problem's best strategy, unknown in practice.
+    same_problems: accuracy of choices on the problems that are reported:
+      inflated.
+    chosen: for each fold that chose, each bin's strategy; -1 for an empty one.
     per_problem: accuracy of each problem, from the other fold's choice.
     single_per_problem: the same of `best_single`.
   """
@@ -83,9 +84,9 @@ def compute_optimal(
   """Returns the compute-optimal choice at one budget, cross-validated in two.
 
   Args:
-    accuracy: of each strategy on each problem, 0 to 1, at equal cost.
+    accuracy: each strategy's on each problem, 0 to 1, at equal cost.
     bins: each problem's level, from 0.
-    seed: of the halves, drawn within each bin.
+    seed: random seed of the halves, drawn within each bin.
 
   Raises:
     UserError: shapes do not fit, a value is NaN, or a bin has one problem.
@@ -142,9 +143,9 @@ def _best(
   size: int,
 ) -> Int[np.ndarray, "M"]:
   """Returns each bin's best strategy; the first of equal ones."""
-  found = np.full(size, -1)
+  best = np.full(size, -1)
   for level in range(size):
     rows = np.flatnonzero(which & (bins == level))
     if len(rows):
-      found[level] = int(accuracy[:, rows].mean(axis=1).argmax())
-  return found
+      best[level] = int(accuracy[:, rows].mean(axis=1).argmax())
+  return best

@@ -37,8 +37,8 @@ class Path:
     prompt: number of tokens of the prompt.
     steps: tokens of each step.
     scores: the verifier's, of each step; empty without a verifier.
-    log_prob: of all tokens under the policy, in nats; None if not asked for,
-      or if some tokens were not drawn.
+    log_prob: log-probability of all tokens under the policy, in nats; None if
+      not asked for, or if some tokens were not drawn.
     done: whether it has ended.
     stopped: whether it ended by a stop token, rather than by its length.
     rereads: whether its first step feeds the prompt's last token once more
@@ -254,17 +254,17 @@ class AutoregressiveCost:
     A path's first token is drawn from its prompt's last state, unless it
     `rereads`; the last one of each step is fed when the next step begins.
     """
-    found = []
+    ledgers = []
     for path, row in zip(paths, np.asarray(drawn.tokens), strict=True):
       count, before = int((row != NO_TOKEN).sum()), len(path.tokens)
-      now = Ledger(peak_cache_tokens=path.prompt + before + count)
+      ledger = Ledger(peak_cache_tokens=path.prompt + before + count)
       if count:
         again = bool(path.steps) or path.rereads
         fed = count if again else count - 1
         start = path.prompt + (before - 1 if again else 0)
         flops = self.model.forward(fed, Causal(start, fed), fed)
-        now = dataclasses.replace(
-          now, policy_decode_tokens=count, flops_policy=flops
+        ledger = dataclasses.replace(
+          ledger, policy_decode_tokens=count, flops_policy=flops
         )
-      found.append(now)
-    return found
+      ledgers.append(ledger)
+    return ledgers

@@ -22,9 +22,9 @@ class Curve:
   """A system's accuracy at several costs.
 
   Attributes:
-    name: of the system.
+    name: the system's.
     costs: rising, above 0, in one unit for all systems that are compared.
-    accuracies: at each of them.
+    accuracies: accuracy at each of them.
   """
 
   name: str
@@ -58,8 +58,8 @@ class Curve:
     """
     if budget < self.costs[0]:
       return None
-    found = np.interp(np.log(budget), np.log(self.costs), self.accuracies)
-    return float(found)
+    accuracy = np.interp(np.log(budget), np.log(self.costs), self.accuracies)
+    return float(accuracy)
 
 
 class Point(NamedTuple):
@@ -82,16 +82,16 @@ def at_equal_cost(
   None for a system of which the budget buys nothing.
 
   Args:
-    systems: whose costs are in one unit, which names the protocol: FLOPs of
-      inference, `total_flops`, or seconds.
+    systems: curves whose costs are in one unit, which names the protocol: FLOPs
+      of inference, `total_flops`, or seconds.
     budget: in that unit, such as a single pass of the large model.
   """
-  found = {}
+  reached = {}
   for curve in systems:
     i = curve.affordable(budget)
     point = i is not None and Point(curve.costs[i], curve.accuracies[i])
-    found[curve.name] = point or None
-  return found
+    reached[curve.name] = point or None
+  return reached
 
 
 def crossover(small: Curve, large: Curve) -> float | int | None:
@@ -104,14 +104,14 @@ def crossover(small: Curve, large: Curve) -> float | int | None:
   if end < max(small.costs[0], large.costs[0]):
     return None
   costs = sorted({x for x in (*small.costs, *large.costs) if x <= end})
-  found = None
+  lowest = None
   for cost in costs:
     mine, theirs = small.interpolated(cost), large.interpolated(cost)
     if mine is None and theirs is None:
       continue
     behind = mine is not None and (theirs is None or theirs <= mine)
-    found = None if behind else cost if found is None else found
-  return found
+    lowest = None if behind else cost if lowest is None else lowest
+  return lowest
 
 
 def total_flops(
@@ -161,9 +161,9 @@ def effective_size(
   to the ladder's accuracies. Nothing is extrapolated.
 
   Args:
-    parameters: of the ladder's models, rising.
-    accuracies: of a single pass of each.
-    accuracy: of the system.
+    parameters: sizes of the ladder's models, rising.
+    accuracies: accuracy of a single pass of each.
+    accuracy: the system's.
 
   Raises:
     UserError: there are fewer than two models, or sizes do not rise.

@@ -64,12 +64,11 @@ def verifier_of(
 
   Args:
     model: the reward model, which shares the policy's vocabulary.
-    params: its parameters.
     tokenizer: encodes the texts of steps, see `CachedVerifier`.
     separator: text that it reads after each step, see `CachedVerifier`.
     readout: see `StepScore`.
     prompt_room: as the policy's.
-    reader: of prompts with images, see `CachedVerifier`.
+    reader: reads prompts with images, see `CachedVerifier`.
   """
   return CachedVerifier(
     model=model.backbone,
@@ -91,7 +90,7 @@ class PolicyProbe:
     policy: whose states are scored; without pages or a quantized cache, into
       which no token can be written again.
     head: makes scores of hidden states.
-    params: of the head.
+    params: the head's parameters.
     outputs: numbers that the head computes for a token; for the ledger.
   """
 
@@ -137,7 +136,7 @@ class PolicyProbe:
         f"PolicyProbe: found a policy's state {type(state).__name__}, expected"
         " that of generation.Stepwise; pages cannot be read without writing"
       )
-    found = _probe(
+    scores = _probe(
       self.policy.model,
       self.policy.params,
       self.params,
@@ -145,7 +144,7 @@ class PolicyProbe:
       last,
       self.head,
     )
-    return np.asarray(found)
+    return np.asarray(scores)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "head"))

@@ -22,7 +22,7 @@ class Samples:
 
   Attributes:
     paths: complete ones, and those that ran out of tokens or steps.
-    ledger: of all that was computed, dropped paths included.
+    ledger: cost of the whole search, dropped paths included.
   """
 
   paths: tuple[Path, ...]
@@ -34,8 +34,8 @@ class Limits:
   """How far paths may go, and the randomness.
 
   Attributes:
-    tokens: of a path, at most.
-    steps: of a path, at most; those that are open then are cut.
+    tokens: most tokens of a path.
+    steps: most steps of a path; those that are open then are cut.
     key: random key of the sampling; seed 0 by default.
   """
 
@@ -54,9 +54,7 @@ class Strategy(Protocol):
     """Returns each problem's samples.
 
     Args:
-      engine: policy and verifier.
-      prompts: of the problems, token ids.
-      limits: of the paths.
+      prompts: token ids of each problem.
     """
     ...
 
@@ -117,10 +115,10 @@ class StepSearch(Ranged):
     """
     check_scores(self, engine)
     frontier = engine.start(prompts, limits.tokens, self.copies, limits.key)
-    found: list[list[Path]] = [[] for _ in prompts]
+    paths_by_problem: list[list[Path]] = [[] for _ in prompts]
     for step in range(1, limits.steps + 1):
       rows, branch = [], []
-      for i, paths in enumerate(found):
+      for i, paths in enumerate(paths_by_problem):
         slots = range(i * self.copies, (i + 1) * self.copies)
         advanced = [row for row in slots if frontier.advanced[row]]
         opened = [row for row in advanced if not frontier.paths[row].done]
@@ -137,7 +135,7 @@ class StepSearch(Ranged):
       frontier = engine.advance(_rearranged(engine, frontier, rows, branch))
     return [
       Samples(tuple(paths), ledger)
-      for paths, ledger in zip(found, frontier.ledgers, strict=True)
+      for paths, ledger in zip(paths_by_problem, frontier.ledgers, strict=True)
     ]
 
 
@@ -186,7 +184,7 @@ def _rearranged(
   """Returns the frontier whose rows go on as these branches."""
   if list(rows) != list(range(len(rows))):
     # An idle row is nobody's child: any branch that is not another's will do.
-    own = [k if k != IDLE else len(rows) for k in branch]
-    frontier = engine.select(frontier, rows, own)
+    branches = [k if k != IDLE else len(rows) for k in branch]
+    frontier = engine.select(frontier, rows, branches)
   idle = [k == IDLE for k in branch]
   return engine.end(frontier, idle) if any(idle) else frontier

@@ -25,12 +25,7 @@ Evaluations = Mapping[str, Sequence[Batch]]
 def compiled(
   objective: Objective, sharding: NamedSharding | None = None
 ) -> EvalStep:
-  """Returns the jitted evaluation step; its sums are replicated.
-
-  Args:
-    objective: the objective to evaluate.
-    sharding: of batches, or None without a mesh.
-  """
+  """Returns the jitted evaluation step; its sums are replicated."""
   where = None if sharding is None else shardings.replicated(sharding.mesh)
   return jax.jit(make_eval_step(objective), out_shardings=where)
 
@@ -46,9 +41,7 @@ def evaluate_all(
 
   Args:
     step: from `compiled`.
-    state: the state to evaluate.
     evaluations: name -> whole batches, the same in every process.
-    sharding: of batches, or None without a mesh.
     should_stop: called before each batch; must return the same in every
       process.
 
@@ -83,18 +76,20 @@ def evaluate(
 
   Args:
     step: from `compiled`.
-    state: the state to evaluate.
     batches: whole batches of one shape, the same in every process.
-    sharding: of batches, or None without a mesh.
 
   Raises:
     UserError: the total weight is zero.
   """
   sums = None
   for batch in progress.track(batches, "evaluating batches"):
-    found = step(state, global_batch.to_global(batch, sharding))
+    batch_sums = step(state, global_batch.to_global(batch, sharding))
     # Summed on the device, so that batches are dispatched without waiting.
-    sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
+    sums = (
+      batch_sums
+      if sums is None
+      else jax.tree.map(jax.numpy.add, sums, batch_sums)
+    )
   total = {k: float(v) for k, v in jax.device_get(sums or {}).items()}
   weight = total.pop("weight", 0.0)
   if not weight:

@@ -24,7 +24,7 @@ def share(sharding: NamedSharding | None) -> tuple[int, int]:
   Returns `(0, 1)`, all rows, if the mesh scatters this process's rows.
 
   Args:
-    sharding: of a batch's arrays `[B, T]`, or None for one device.
+    sharding: sharding of a batch's arrays `[B, T]`, or None for one device.
   """
   if sharding is None or jax.process_count() == 1:
     return 0, 1
@@ -58,9 +58,7 @@ def array_sharding(
   of those of an array in `PER_ROW`.
 
   Args:
-    sharding: of `[B, T]`.
-    shape: of the array.
-    name: of the array in the batch.
+    sharding: sharding of `[B, T]`.
 
   Raises:
     UserError: the mesh does not divide the rows.
@@ -80,8 +78,8 @@ def check_rows(sharding: NamedSharding | None, rows: int) -> None:
   """Raises UserError if the mesh does not divide a batch of so many rows.
 
   Args:
-    sharding: of `[B, T]`; None on one device.
-    rows: of all processes, B.
+    sharding: sharding of `[B, T]`; None on one device.
+    rows: rows of all processes, B.
   """
   if sharding is not None and rows % _pieces(sharding, 0):
     raise _does_not_divide(sharding, rows, "batch_size")
@@ -112,7 +110,7 @@ def to_global(
 
   Args:
     batch: host arrays `[B / parts, ...]`.
-    sharding: of arrays `[B, T]`; None returns the batch unchanged.
+    sharding: sharding of arrays `[B, T]`; None returns the batch unchanged.
     parts: number of equal parts of the rows among processes, see `share`.
   """
   if sharding is None:

@@ -130,7 +130,6 @@ def fit(
   of `training`. They stop at the same step, whatever the reason.
 
   Args:
-    objective: the loss.
     tx: the optimizer that `state` was created with.
     state: the initial state. Its trainable part is donated.
     training: endless batches with this process's share of the rows
@@ -144,8 +143,8 @@ def fit(
     source: where the frozen weights can be loaded from, see `record_base`.
     writers: metric writers in addition to `metrics.jsonl`.
     state_transforms: applied to the state after each step, in order.
-    sharding: of batches `[B, T]`, on the mesh of `state`; None for a state on
-      one device.
+    sharding: sharding of batches `[B, T]`, on the mesh of `state`; None for a
+      state on one device.
     started_at: start time of this process (`time.time()`), for `Goodput`.
 
   Raises:
@@ -226,14 +225,14 @@ def fit(
       )
       try:
         with clock.doing("evaluate"):
-          found = evaluating.evaluate_all(
+          metrics = evaluating.evaluate_all(
             evaluate_step, state, evaluations, sharding, points.reached
           )
       except evaluating.Stopped:
         return None
-      report.write(int(state.step), found)
-      check_best(tuple(sorted(found)))
-      return found
+      report.write(int(state.step), metrics)
+      check_best(tuple(sorted(metrics)))
+      return metrics
 
     @contextlib.contextmanager
     def saving_in_time(requested: bool) -> Iterator[None]:
@@ -248,10 +247,12 @@ def fit(
       times.measured(clock.seconds["save"] - begin)
 
     def save(
-      state: TrainState, found: dict[str, float] | None, requested: bool = False
+      state: TrainState,
+      metrics: dict[str, float] | None,
+      requested: bool = False,
     ) -> None:
       with saving_in_time(requested):
-        checkpoints.save(state, batches.resumable, found)
+        checkpoints.save(state, batches.resumable, metrics)
       report.write(int(state.step), clock.summary())
       points.unsaved(False)
 
@@ -300,24 +301,24 @@ def fit(
         )
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
           moving, values = update(moving, frozen, batch, key)
-        more = {"tokens": _positions(batch), **values, **batches.metrics}
-        report.late.push(number, more)
+        values = {"tokens": _positions(batch), **values, **batches.metrics}
+        report.late.push(number, values)
         leaving = points.reached()
         saving = looking or _due(config.save_every, number, last or leaving)
         if saving:
           report.late.flush()  # raises for non-finite values before saving
 
       # --- evaluate and save ---
-      found = None
+      metrics = None
       if looking and not leaving:
-        found = evaluated(dataclasses.replace(moving, frozen=frozen))
-        evaluation, leaving = found or {}, found is None
+        metrics = evaluated(dataclasses.replace(moving, frozen=frozen))
+        evaluation, leaving = metrics or {}, metrics is None
       if looking and leaving:
         with saving_in_time(True):
           unevaluated.save(workdir, moving, batches.resumable)
         leave(f"step {number} is saved, but for its evaluation")
       if saving:
-        save(moving, found, leaving)
+        save(moving, metrics, leaving)
         report.restart()
         if leaving or points.reached():
           leave(f"step {number} is saved")

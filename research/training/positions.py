@@ -39,8 +39,8 @@ def map_positions(
   def chunked(parts, *arrays):
     length = arrays[0].shape[1]
     chunks = losses.split_rows(rows, *arrays)
-    found = jax.lax.map(lambda chunk: again(parts, chunk), chunks)
-    return jax.tree.map(lambda x: losses.join_rows(x, length), found)
+    outputs = jax.lax.map(lambda chunk: again(parts, chunk), chunks)
+    return jax.tree.map(lambda x: losses.join_rows(x, length), outputs)
 
   return collectives.map_tokens(chunked, parts, *arrays)
 
@@ -66,7 +66,6 @@ def log_probs(
 
   Args:
     model: the model whose output head is used.
-    params: its parameters.
     hidden: the hidden states that predict `targets`.
     targets: token ids.
     rows: batch times positions per chunk on a device.

@@ -239,8 +239,8 @@ class _Process:
   """What stop points of one process share, of all its loops.
 
   Attributes:
-    number: of the last one. After a notice, JAX waits for the number after the
-      last that it was asked about.
+    number: number of the last stop point. After a notice, JAX waits for the
+      number after the last that it was asked about.
     others_wait: whether all other processes wait for this one.
   """
 
@@ -263,8 +263,8 @@ class StopPoints:
 
   def __init__(self):
     """Uses the handler that `handling_signals` installed, if any."""
-    found = signal.getsignal(signal.SIGINT)
-    self._request = found if isinstance(found, StopRequest) else None
+    handler = signal.getsignal(signal.SIGINT)
+    self._request = handler if isinstance(handler, StopRequest) else None
 
   def reached(self) -> bool:
     """Returns whether all processes should save and stop at this point.

@@ -58,7 +58,7 @@ class Solutions(Ranged, ShuffledBatches):
     prompting: what the model reads of a problem. Arrays beside the tokens, such
       as a picture's pixels, are in the batch; they are made anew for each.
     batch_size: rows in a batch over all processes, B.
-    seed: of the shuffle.
+    seed: random seed of the shuffle.
   """
 
   task: Task
@@ -68,7 +68,6 @@ class Solutions(Ranged, ShuffledBatches):
   seed: NonNegativeInt = 0
 
   def rows(self, tokenizer: Any) -> "_SolutionRows":
-    """Returns the rows in the task's order."""
     if tokenizer is None:
       raise UserError(
         f"{type(self.task).__name__}: is text, and this model has no tokenizer."
@@ -128,23 +127,23 @@ class _SolutionRows:
   def _prompt_of(self, index: int) -> Sequence[int]:
     return self._prompting(self._tokenizer, self._questions[index])
 
-  def fill(self, found: SolvedProblems) -> None:
+  def fill(self, solved: SolvedProblems) -> None:
     """Makes all rows from what the task has drawn at once.
 
     Raises:
       UserError: a word is not one token, or a row is too short.
     """
-    ids = [self._tokenizer.encode(word) for word in found.words]
-    for word, own in zip(found.words, ids, strict=True):
-      if len(own) != 1:
+    ids = [self._tokenizer.encode(word) for word in solved.words]
+    for word, word_ids in zip(solved.words, ids, strict=True):
+      if len(word_ids) != 1:
         raise UserError(
-          f"{type(self._task).__name__}: found {word!r} to be the tokens {own},"
-          " expected one: give the model @words.WordVocabulary()."
+          f"{type(self._task).__name__}: found {word!r} to be the tokens"
+          f" {word_ids}, expected one: give the model @words.WordVocabulary()."
         )
-    size = found.rows.shape[1]
+    size = solved.rows.shape[1]
     self._check("problems", size)
-    self._tokens[:, :size] = np.array(ids, np.int32)[found.rows, 0]
-    self._prompt[:], self._size[:] = found.prompt, size
+    self._tokens[:, :size] = np.array(ids, np.int32)[solved.rows, 0]
+    self._prompt[:], self._size[:] = solved.prompt, size
 
   def _make(self, index: int) -> Sequence[int]:
     """Makes a row, and returns its prompt."""
@@ -224,12 +223,11 @@ class VerifiedTask:
     """Indices of problems whose questions may be sampled."""
     if self.excluding is None:
       return np.arange(len(self.task))
-    asked = {problem.prompt for problem in self.excluding}
-    own = enumerate(self.task)
-    return np.array([i for i, x in own if x.prompt not in asked], int)
+    excluded = {problem.prompt for problem in self.excluding}
+    numbered = enumerate(self.task)
+    return np.array([i for i, x in numbered if x.prompt not in excluded], int)
 
   def prompt(self, problem: Problem) -> Prompt:
-    """Returns what a policy reads of a problem."""
     return Prompt(tuple(self.tokenizer.prompt(problem.prompt)), problem)
 
   def reward(self, prompt: Prompt, answer: Sequence[int]) -> float:

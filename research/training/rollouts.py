@@ -50,7 +50,7 @@ class Rollouts(Protocol):
   """Samples from a policy, scores the samples, and makes batches of them.
 
   Attributes:
-    updates: of the parameters by one round of samples.
+    updates: updates of the parameters by one round of samples.
   """
 
   updates: int
@@ -70,7 +70,7 @@ class Bucketed(Protocol):
   """Endless batches of several shapes, all of which are known at the start.
 
   Attributes:
-    shapes: of this process's share of a batch, for each bucket.
+    shapes: shapes of this process's share of a batch, for each bucket.
   """
 
   shapes: Sequence[Mapping[str, jax.ShapeDtypeStruct]]
@@ -197,12 +197,12 @@ class OnPolicy:
     """Goes to a position that `get_state` returned."""
     self._step, self._round = position["step"], None
     self._start = self._step - self._step % self._rollouts.updates
-    found = position["round"]
-    if found is not None:
+    saved = position["round"]
+    if saved is not None:
       self._round = Round(
-        {k: _decode(x) for k, x in found["common"].items()},
-        {k: _decode(x) for k, x in found["own"].items()},
-        found["metrics"],
+        {k: _decode(x) for k, x in saved["common"].items()},
+        {k: _decode(x) for k, x in saved["own"].items()},
+        saved["metrics"],
       )
 
   def _sample(self, state: TrainState, step: int) -> None:
@@ -216,13 +216,13 @@ class OnPolicy:
         " the checkpoint has no round.\nResume from one that has, or start"
         f" over: {type(self._rollouts).__name__}.updates changed?"
       )
-    found = self._rollouts.sample_round(state.params, step)
+    drawn = self._rollouts.sample_round(state.params, step)
     self._start, self._round = (
       start,
       Round(
-        {name: np.asarray(x) for name, x in found.common.items()},
-        {name: np.asarray(x) for name, x in found.own.items()},
-        found.metrics,
+        {name: np.asarray(x) for name, x in drawn.common.items()},
+        {name: np.asarray(x) for name, x in drawn.own.items()},
+        drawn.metrics,
       ),
     )
 
@@ -237,7 +237,7 @@ def batch_source(
 
   Args:
     training: endless batches, or rollouts.
-    sharding: of batches `[B, T]`, or None on one device.
+    sharding: sharding of batches `[B, T]`, or None on one device.
   """
   if isinstance(training, Rollouts):
     return OnPolicy(training, sharding)
@@ -255,6 +255,6 @@ def _encode(name: str, x: Any) -> dict[str, Any]:
   return {"dtype": kind, "shape": list(x.shape), "data": data}
 
 
-def _decode(found: Mapping[str, Any]) -> np.ndarray:
-  data = base64.b64decode(found["data"])
-  return np.frombuffer(data, found["dtype"]).reshape(found["shape"])
+def _decode(encoded: Mapping[str, Any]) -> np.ndarray:
+  data = base64.b64decode(encoded["data"])
+  return np.frombuffer(data, encoded["dtype"]).reshape(encoded["shape"])

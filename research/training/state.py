@@ -72,11 +72,10 @@ def create(
     params: any tree of weights. Its trainable arrays are copied, since a step
       donates its input state; the frozen ones are shared.
     trainable: regular expression, searched for in each array's path.
-    tx: the optimizer.
-    dtype: of the trainable arrays. By default they are fp32 master weights, for
-      a base of any dtype; the dtype of activations is the compute dtype.
-      Weights that a `Layerwise` optimizer trains as codes (`int8_weights`) keep
-      their dtypes.
+    dtype: dtype of the trainable arrays. By default they are fp32 master
+      weights, for a base of any dtype; the dtype of activations is the compute
+      dtype. Weights that a `Layerwise` optimizer trains as codes
+      (`int8_weights`) keep their dtypes.
     average: whether to keep a moving average of the trainable arrays.
     transformed: regular expression of the non-trainable paths that state
       transforms change; they are copied, in their own dtype.
@@ -148,13 +147,10 @@ def _check(
 
   Args:
     field: name of the field with the pattern.
-    selected: the selected arrays.
-    params: all parameters.
-    pattern: the regular expression.
     codes: whether the optimizer can train weights stored as codes.
   """
-  found = tree.flatten_paths(selected)
-  if not found:
+  selected_arrays = tree.flatten_paths(selected)
+  if not selected_arrays:
     paths = [path for path, _ in tree.flatten_paths(params)]
     raise UserError(
       f"{field}: {pattern!r} matches none of {len(paths)} parameters.\n"

@@ -59,7 +59,6 @@ def make_train_step(
   The step's randomness derives from `fold_in(key, state.step)`.
 
   Args:
-    objective: the loss.
     tx: the optimizer, over `state.trainable`.
     accumulate: number of microbatches for gradient accumulation; must divide
       the batch.
@@ -138,16 +137,13 @@ def _gradients(objective, state, batch, key, accumulate, tx):
 
   layerwise, small = isinstance(tx, Layerwise), _adds_small(tx, accumulate)
 
-  def one(opt_state, first, last, batch, key):
+  def gradients(opt_state, first, last, batch, key):
     """Returns the optimizer state, whether it is settled, and sums.
 
     Args:
-      opt_state: the optimizer's.
       first: whether no microbatch before this one had a gradient.
       last: whether none follows. Others without a gradient, as where all is
         masked, have no directions to settle projectors with.
-      batch: the microbatch.
-      key: its own.
     """
     if layerwise:
       (loss_sum, (weight, sums)), grads, fresh, misread = tx.gradients(
@@ -176,16 +172,16 @@ def _gradients(objective, state, batch, key, accumulate, tx):
     return opt_state, settles, (grads, loss_sum, weight, sums)
 
   if accumulate == 1:
-    opt_state, _, total = one(state.opt_state, True, True, batch, key)
+    opt_state, _, total = gradients(state.opt_state, True, True, batch, key)
     return total, opt_state
 
   def add(carry, numbered):
     (opt_state, settled, total), (index, part) = carry, numbered
     last = index == accumulate - 1
-    opt_state, settles, found = one(
+    opt_state, settles, part_total = gradients(
       opt_state, ~settled, last, part, jax.random.fold_in(key, index)
     )
-    total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, found)
+    total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, part_total)
     return (opt_state, settled | settles, total), None
 
   parts = _microbatches(batch, accumulate)
@@ -194,7 +190,7 @@ def _gradients(objective, state, batch, key, accumulate, tx):
   changes = small or layerwise
   opt_state = state.opt_state if changes else None
   shapes = jax.eval_shape(
-    lambda *x: one(opt_state, True, True, *x)[2], first, key
+    lambda *x: gradients(opt_state, True, True, *x)[2], first, key
   )
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),

@@ -39,9 +39,6 @@ def clear(workdir: Folder) -> None:
 
   The first process does, before any process trains: another one that hangs
   until then would count as being as far as it came in that run.
-
-  Args:
-    workdir: of the run.
   """
   with folders.writing(workdir / FOLDER):
     for path in (workdir / FOLDER).glob("*.json"):
@@ -53,8 +50,8 @@ class Activity:
   """What a process does.
 
   Attributes:
-    count: of activities so far, this one included.
-    doing: in a few words.
+    count: number of activities so far, this one included.
+    doing: description in a few words.
     collective: the last one that it entered; empty before the first.
   """
 
@@ -67,7 +64,7 @@ class Watchdog:
   """Watches the processes of a run; a context manager.
 
   Attributes:
-    activity: of this process.
+    activity: what this process does.
   """
 
   def __init__(
@@ -82,9 +79,8 @@ class Watchdog:
     """Starts nothing yet.
 
     Args:
-      workdir: of the run, which all processes see.
-      process: index of this one.
-      processes: how many there are.
+      workdir: the run's directory, which all processes see.
+      processes: number of processes.
       patience: seconds without any progress; None never ends a run.
       end: is called with `EXIT_STATUS`.
       clock: returns seconds.
@@ -130,12 +126,12 @@ class Watchdog:
     """Writes this process's file and reads all; returns who hangs, if any."""
     self._write()
     now = self._clock()
-    found = {
+    activities = {
       i: self.activity if i == self._process else self._read(i)
       for i in range(self._processes)
     }
-    if found != self._seen:
-      self._seen, self._changed = found, now
+    if activities != self._seen:
+      self._seen, self._changed = activities, now
     if now - self._changed < self._patience:
       return None
     return self._verdict(now - self._changed)

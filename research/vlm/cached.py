@@ -63,7 +63,6 @@ class CachedFeatures:
     """Returns what makes features of views by this encoder.
 
     Args:
-      model: the experiment's.
       params: of all its towers, before the first step.
       trainable: regular expression of the paths that are learned.
 

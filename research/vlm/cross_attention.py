@@ -25,7 +25,6 @@ def interleave(
   """Returns `model` with a cross-attention layer before every n-th layer.
 
   Args:
-    model: a language model.
     layer: the new layer.
     every: n; Flamingo's is 1, 4 and 7 for 3, 9 and 80 billion parameters.
     first: the first layer, counted from 0, that has one before it: 0 in
@@ -77,7 +76,6 @@ def with_media(
 
   Args:
     model: from `interleave`.
-    params: its parameters.
     media: what the connector makes of each row's images, one after the other.
     sizes: how many vectors of `media` each image has.
     token: id of the token that stands for an image, a row of the vocabulary.

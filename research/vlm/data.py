@@ -148,7 +148,6 @@ class ImageData:
     """Returns the data of an experiment with this model.
 
     Args:
-      model: the experiment's.
       params: its parameters before the first step.
       trainable: regular expression of the paths that are learned.
 
@@ -232,7 +231,6 @@ class ImageQuestions(Ranged, pipeline.ShuffledRows, ImageData):
     self.preprocessor.check_patches("ImageQuestions", self.patches)
 
   def rows(self, tokenizer: Any) -> "ImageRows":
-    """Returns the rows in the samples' order."""
     return ImageRows(self, tokenizer)
 
 
@@ -428,7 +426,6 @@ def prompt_ids(
     question: text; what it says of images is text as well.
     images: what stands for each.
     tokenizer, image_token: as for `joined_ids`.
-    template: around the question.
     form: the preprocessor's.
 
   Raises:

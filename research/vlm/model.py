@@ -118,7 +118,6 @@ class VisionLanguageModel:
   placement: Splice | LatestImage = Splice()
 
   def init(self, key: PRNGKey) -> dict[str, Any]:
-    """Returns new parameters of all three."""
     key, own = jax.random.split(key)
     if isinstance(self.language, Transformer):
       tokens = jnp.zeros((1, 1), jnp.int32)
@@ -145,7 +144,6 @@ class VisionLanguageModel:
     return self.language.backbone
 
   def clone(self, *, remat: layers.Remat) -> "VisionLanguageModel":
-    """Returns the model whose backward passes recompute what `remat` says."""
     return dataclasses.replace(
       self,
       vision=self.vision.clone(remat=remat),
@@ -183,9 +181,6 @@ class VisionLanguageModel:
     """Checks that an image has a placeholder for each of its soft tokens.
 
     With others, features would stand at the placeholders of other features.
-
-    Args:
-      preprocessor: of the images.
 
     Raises:
       UserError: an image has more or fewer.
@@ -336,7 +331,6 @@ class VisionLanguageModel:
     """Returns the language model's parameters, which see these images.
 
     Args:
-      params: of all three.
       images: as for `encode`; row i of a batch of tokens sees row i.
       pool: consecutive rows of tokens that share a row of images.
     """
@@ -349,7 +343,6 @@ class VisionLanguageModel:
     """Returns `with_images` of images that are encoded already.
 
     Args:
-      params: of all three.
       features: `view_features` of each row's views, R rows and S columns of
         patches, padded at the end.
       pool: as for `with_images`.
@@ -364,7 +357,6 @@ class VisionLanguageModel:
   def with_images_compiled(
     self, params: Params, images: Images
   ) -> dict[str, Any]:
-    """Returns `with_images`, compiled once for each shape of `images`."""
     towers = {k: params[k] for k in ("vision", "connector")}
     soft = _encode(self, towers, images)
     return self._placed(params["language"], soft, self.soft_grids(images))
@@ -380,7 +372,6 @@ class VisionLanguageModel:
 
   @property
   def max_positions(self) -> int | None:
-    """The language model's context length."""
     return self.language.max_positions
 
 

@@ -22,7 +22,6 @@ def at_resolution(
 
   Args:
     model: whose encoder has a table of positions.
-    params: its parameters.
     pixels: along each side of the new images.
     interpolation: of the table, see `encoders.resize_positions`.
 

@@ -57,7 +57,6 @@ class SplicedEmbedding(weights.WrappedWeight):
     return (self.token,)
 
   def dense(self) -> Shaped[Array, "..."]:
-    """Returns the table."""
     return weights.dense(self.w)
 
   @property
@@ -70,7 +69,6 @@ class SplicedEmbedding(weights.WrappedWeight):
     return dataclasses.replace(self, features=self.features[rows])
 
   def axes(self, names: tuple[str | None, ...]) -> "SplicedEmbedding":
-    """Returns the logical axis names of the table and of the features."""
     axes = weights.axes(self.w, names)
     return dataclasses.replace(self, w=axes, features=("batch", None, None))
 
@@ -109,15 +107,12 @@ class RowOfImages(weights.WrappedWeight):
   row: int
 
   def dense(self) -> Shaped[Array, "..."]:
-    """Returns the table."""
     return weights.dense(self.w)
 
   def axes(self, names: tuple[str | None, ...]) -> "RowOfImages":
-    """Returns the logical axis names of the table."""
     return dataclasses.replace(self, w=weights.axes(self.w, names))
 
   def take(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Returns rows of the table."""
     return weights.take(self.w, jnp.where(ids == self.token, self.row, ids))
 
 
@@ -134,7 +129,6 @@ def with_features(
     params: of a `Transformer`.
     features: of each row's images, in the order of its placeholders. A model
       that scales its embeddings scales these as well (`embed_scale`).
-    token: id of the placeholder.
     pool: consecutive rows that share an entry of `features`.
     onto: see `SplicedEmbedding`.
   """
@@ -169,11 +163,8 @@ class Splice:
     """Returns the language model's parameters, which see these images.
 
     Args:
-      model: the language model.
-      params: its parameters.
       soft: soft tokens of each row, or of each pool of rows, view by view.
       grids: rows and columns of soft tokens of each view; zeros for none.
-      token: id of the placeholder.
       pool: rows that share their views.
 
     Raises:

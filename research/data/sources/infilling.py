@@ -92,7 +92,6 @@ class Pairs(Ranged):
     return np.concatenate([first, middle, second], axis=1)
 
   def examples(self, tokenizer=None) -> list[Example]:
-    """Returns what is learned."""
     del tokenizer
     both = self.sentences(1, True)[: self.count // 2]
     return _examples(np.concatenate([self.sentences(0, False), both]), True)
@@ -149,13 +148,11 @@ class Orders(Ranged):
     return np.arange(2 * self.length + 2) > self.length + 1
 
   def examples(self, tokenizer=None) -> list[Example]:
-    """Returns the rows."""
     del tokenizer
     rows = self._rows(self.split, self.count, self.instructed)
     return _examples(rows, self._answer() | (not self.instructed))
 
   def questions(self) -> dict[str, Question]:
-    """Returns instructions."""
     rows = self._rows("heldout", self.heldout, True)
     return {"instructions": _asking(rows, self._answer())}
 

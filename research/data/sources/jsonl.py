@@ -186,7 +186,6 @@ def parse(text: str, where: str) -> Record:
 
   Args:
     text: of a stranger.
-    where: its file and line, for errors.
 
   Raises:
     UserError: the text is not one object of standard JSON.

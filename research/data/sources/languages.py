@@ -78,7 +78,6 @@ class LogLinear(Ranged):
     return float(np.sum(self.stationary * surprise))
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns the documents; the loss covers all tokens."""
     draws = rng_of(self.seed, self.split).random((self.count, self.length))
     tokens = np.empty((self.count, self.length), np.int32)
     pairs = np.cumsum(self.stationary.reshape(-1))

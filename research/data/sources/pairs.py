@@ -66,7 +66,6 @@ class Pairs(Ranged):
   longer: Literal["error", "drop"] = "error"
 
   def rows(self, tokenizer: Any) -> PairedRows:
-    """Returns the pairs in the source's order."""
     pairs = self.source.pairs(tokenizer)
     sizes = [max(len(e.tokens) for e in pair) for pair in pairs]
     fitting = [i for i, size in enumerate(sizes) if size <= self.length]
@@ -99,16 +98,13 @@ class Pairs(Ranged):
     )
 
   def stream(self, tokenizer: Any) -> grain.MapDataset:
-    """Returns the endless shuffled pairs of all processes."""
     return pipeline.shuffled(self.rows(tokenizer), self.seed)
 
   def training(
     self, tokenizer: Any, process: int = 0, processes: int = 1
   ) -> grain.IterDataset:
-    """Returns endless shuffled batches; `iter()` of it can be checkpointed."""
     stream = self.stream(tokenizer)
     return pipeline.share(stream, self.batch_size, process, processes)
 
   def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
-    """Returns all pairs once, in order, in at most `limit` equal batches."""
     return pipeline.in_order(self.rows(tokenizer), self.batch_size, limit)

@@ -94,7 +94,6 @@ class Chat(FromRecords, ConversationSource):
   key: str | None = None
 
   def conversations(self) -> list[Conversation]:
-    """Returns the validated conversations."""
     return self._parsed()
 
   def _parse(self, record: Record) -> Conversation:
@@ -123,7 +122,6 @@ class Completions(FromRecords):
   key: str | None = None
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns prompts with completions; the loss covers the completions."""
     return [
       completion_example(tokenizer, prompt, answer)
       for prompt, answer in self._parsed()

@@ -73,7 +73,6 @@ class Shots(Ranged):
     return self._rows(rng, order)
 
   def examples(self, tokenizer=None) -> list[Example]:
-    """Returns the rows; the loss covers all tokens."""
     del tokenizer
     mask = np.ones(2 * self.pairs, bool)
     return [Example(x, mask) for x in self.rows(self.split, self.count)]

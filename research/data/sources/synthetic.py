@@ -68,7 +68,6 @@ class Markov(Ranged):
     return float(self.stationary @ surprise.sum(-1))
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns the documents; the loss covers all tokens."""
     uniform = rng_of(self.seed, self.split).random((self.count, self.length))
     tokens = np.empty((self.count, self.length), np.int32)
     tokens[:, 0] = _choose(self.stationary[None], uniform[:, 0])

@@ -62,8 +62,9 @@ class Precision:
   """Bytes per element.
 
   Attributes:
-    weights, gradients, state: of trained weights, gradients, optimizer state.
-    master: of master weights; 0 for none.
+    weights, gradients, state: bytes of trained weights, gradients, optimizer
+      state.
+    master: bytes of master weights; 0 for none.
   """
 
   weights: int = 4
@@ -96,7 +97,6 @@ def lora_memory(
     params: a model's parameters or their shapes; nothing is computed.
     transforms: an experiment's transforms, such as `Quantize()` and `Adapt()`.
     trainable: regular expression of the trained paths.
-    optimizer: optimizer of the trained weights.
     precision: bytes per element of the trained part.
   """
   key = jax.eval_shape(jax.random.key, 0)

@@ -17,8 +17,6 @@ def draw(
 
   Args:
     found: address -> diagnosis.
-    picture: path of the PNG.
-    title: title of the figure.
   """
   drawn = plots.figure(11, 7)
   drawn.suptitle(title)
@@ -35,10 +33,10 @@ def draw(
   plots.save(drawn, picture)
 
 
-def _intruders(axes, found: Mapping[str, Diagnosis]) -> None:
+def _intruders(axes, diagnoses: Mapping[str, Diagnosis]) -> None:
   thresholds = np.linspace(0, 1, 101)
   rows = np.array(
-    [[d.intruders(t) for t in thresholds] for d in found.values()]
+    [[d.intruders(t) for t in thresholds] for d in diagnoses.values()]
   )
   axes.fill_between(
     thresholds, rows.min(0), rows.max(0), color="0.85", label="all matrices"

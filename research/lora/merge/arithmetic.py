@@ -35,10 +35,10 @@ def add_weighted(
     weights: one for each adapter; may be negative.
     how: `cat` (exact, ranks add up), `svd` (the best of one rank), or another
       of `COMBINATIONS`.
-    rank: of what is decomposed again; None for the adapters' largest.
+    rank: rank of what is decomposed again; None for the adapters' largest.
     density: share of the entries that is left, where some are dropped.
     elect: a sign by the sum of the entries or by their number.
-    key: of random entries.
+    key: random key of the entries that are dropped.
 
   Raises:
     UserError: the numbers do not fit each other, or the ranks do not where

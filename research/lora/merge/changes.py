@@ -18,17 +18,17 @@ class Change:
   """One tensor.
 
   Attributes:
-    name: in the file that was written.
+    name: name in the file that was written.
     before, after: how it was and is stored.
     max_abs_error: the largest difference of a number, as both are meant.
     relative_error: norm of all differences over the norm of the tensor.
-    fidelity: where an adapter was merged, how far the change that it made of
-      what was written is from its update, in norm, over the norm of the update;
-      0 is all of it kept, 1 as much lost as there was, and more is more noise
-      than update. The change is from the base written alone: what that loses
-      is no loss of the adapter's. None where nothing was merged.
-    kept: of a merged update, what is left along it: 1 where rounding errors
-      have nothing to do with it, 0 where every number stayed what it was.
+    fidelity: `||(written - base) - update|| / ||update||` of a merged adapter,
+      with the base written alone, whose loss is not the adapter's; 0 keeps the
+      whole update, above 1 is more noise than update. None where nothing was
+      merged.
+    kept: share of a merged update that is left along it: 1 where rounding
+      errors have nothing to do with it, 0 where every number stayed what it
+      was.
     update: the norm of the update.
   """
 

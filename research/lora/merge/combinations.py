@@ -21,7 +21,7 @@ class Combination:
   Attributes:
     of: what is summed: the whole update, which is decomposed again; each
       factor; or nothing, since factors are concatenated, which is exact.
-    keep: of an adapter: all of it, its largest entries, or random ones.
+    keep: all of an adapter, its largest entries, or random ones.
     signs: whether only entries of the elected sign are averaged.
   """
 

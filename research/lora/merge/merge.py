@@ -80,7 +80,7 @@ def merge(
   Args:
     params: with adapters, on any base.
     rounding: `changes.cast`, to nearest, or `StochasticRounding`.
-    dtype: of merged weights; None for each base's own.
+    dtype: dtype of merged weights; None for each base's own.
     least: share of all updates that has to be kept; None for whatever it is.
 
   Raises:
@@ -183,7 +183,7 @@ def merge_as(
 
   Args:
     params: adapters over packed matrices, or over any.
-    mode: of `MODES`.
+    mode: one of `MODES`.
     original: for that mode, the tree before it was packed.
 
   Raises:
@@ -221,7 +221,7 @@ def report_modes(
   """Returns, for each mode, how its logits differ from the adapted model's.
 
   Args:
-    model: of all trees.
+    model: Transformer of all trees.
     params, original: as in `merge_as`; that mode is left out without one.
     tokens: rows that are read.
   """

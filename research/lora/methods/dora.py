@@ -34,8 +34,6 @@ class DoRA(LoRA):
     adapted itself.
 
     Args:
-      p: arrays.
-      w: the base.
       each: maps a function of (p, w) over leading axes, such as `jax.vmap`.
     """
     # Constant in the backward pass, and without dropout in an adapted base.

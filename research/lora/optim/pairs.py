@@ -42,7 +42,6 @@ def pairs(params: Any, matching: str = ".") -> list[Pair]:
   """Returns the pairs of a tree, in its order.
 
   Args:
-    params: a tree of weights or a subtree.
     matching: regular expression, searched for in the path of `a`.
 
   Raises:
@@ -111,7 +110,6 @@ def map_pairs(
     change: receives float32 (or wider) arrays; its results are cast to the
       updates' dtypes.
     updates: gradients, in the structure of `params`.
-    params: the trainable parameters.
     matching: as in `pairs`.
   """
   if params is None:

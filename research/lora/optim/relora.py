@@ -57,7 +57,6 @@ def schedule(
   first update has rate 0, too.
 
   Args:
-    peak: maximum learning rate.
     steps: updates of the whole run; a multiple of `every`.
     every: updates between restarts.
     warmup: updates of the first warmup.
@@ -234,7 +233,6 @@ class Restart(Ranged):
     """Returns the state with its adapters merged and reinitialised.
 
     Args:
-      state: the training state.
       key: key of the initialisation, the resets and the rounding.
 
     Raises:

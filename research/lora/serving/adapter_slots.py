@@ -32,8 +32,6 @@ def add_slots(
 
   Args:
     params: parameters without adapters, packed or not.
-    slots: number of adapters per weight.
-    rank: rank of each slot.
     dtype: dtype of the factors.
     targets: see `adapt.Adapt`.
 

@@ -144,7 +144,6 @@ def rowwise_lora(
     32  64   4   8       4850        6683        12464
 
   Args:
-    x: activations.
     first, second: stacked factors, in the order of application.
     ids: each row's adapter; `NONE` gives exactly 0.
   """

@@ -93,7 +93,6 @@ def create(
 
   Args:
     params: the base, packed or not.
-    model: the base's model.
     slots: number of different adapters in a batch.
     rank: largest rank of an adapter.
     keep: number of re-readable adapters to keep in host memory.
@@ -124,7 +123,6 @@ def from_directories(
 
   Args:
     params: the base, packed or not.
-    model: the base's model.
     directories: adapter name -> path, see `add`.
     read: reads adapters' directories, see `Reader`.
   """

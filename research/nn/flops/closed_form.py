@@ -61,7 +61,7 @@ class Cached:
 
   Attributes:
     tokens: new ones.
-    capacity: of the cache; windowed layers have at most their window.
+    capacity: slots of the cache; windowed layers have at most their window.
   """
 
   tokens: int
@@ -78,7 +78,7 @@ class Dense:
 
   Attributes:
     tokens: queries.
-    keys: of each of them.
+    keys: keys for each query.
   """
 
   tokens: int
@@ -94,7 +94,7 @@ class Blockwise:
   """Each token attends to its block and all before it.
 
   Attributes:
-    tokens: of a row, from its beginning.
+    tokens: places of a row, from its beginning.
     block: tokens of a block.
   """
 
@@ -117,7 +117,7 @@ class LayerCost:
     matrices: parameters of the products that a token takes part in.
     heads_width: `N H`, numbers of all query heads.
     cache: numbers that a token leaves in the cache.
-    window: of the attention, or None.
+    window: the attention's window in tokens, or None.
   """
 
   matrices: int
@@ -252,7 +252,7 @@ def layer_cost(block: Any, width: int) -> LayerCost:
 
   Args:
     block: the layer.
-    width: of the model.
+    width: the model's width.
 
   Raises:
     UserError: it has products that this has no formula for.

@@ -164,8 +164,6 @@ def write(
 
   Args:
     path: the file, which is replaced.
-    solutions: solutions of any origin.
-    format: the layout.
 
   Raises:
     UserError: the layout has no place for a solution; nothing is written.

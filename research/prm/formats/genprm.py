@@ -31,17 +31,17 @@ def decision(critique: str) -> tuple[int, int] | None:
   The last `<output>` counts, and it has one verdict; None where it has not.
   """
   outputs = list(_OUTPUT.finditer(critique))
-  found = list(_BOXED.finditer(outputs[-1][1])) if outputs else []
-  if len(found) != 1:
+  verdicts = list(_BOXED.finditer(outputs[-1][1])) if outputs else []
+  if len(verdicts) != 1:
     return None
-  at = outputs[-1].start(1) + found[0].start(1)
-  return int(found[0][1] == "Yes"), at
+  at = outputs[-1].start(1) + verdicts[0].start(1)
+  return int(verdicts[0][1] == "Yes"), at
 
 
 def verdict(critique: str) -> int | None:
   """Returns the label that a critique ends in, 1 or 0, or None for none."""
-  found = decision(critique)
-  return None if found is None else found[0]
+  decided = decision(critique)
+  return None if decided is None else decided[0]
 
 
 def turns(
@@ -50,20 +50,18 @@ def turns(
   """Returns the (role, text) of a chat of steps and critiques.
 
   Args:
-    system: the system prompt.
-    prompt: the problem.
     steps: first to last, at least one.
-    critiques: of all steps, or of all but the last one, which is then asked
-      for.
+    critiques: one for each step, or for all but the last one, which is then
+      asked for.
   """
   first, *rest = steps
   users = [f"{_QUESTION}{prompt}\n\n{first}", *rest]
-  found = [("system", system)]
+  chat = [("system", system)]
   for i, user in enumerate(users):
-    found.append(("user", user))
+    chat.append(("user", user))
     if i < len(critiques):
-      found.append(("assistant", critiques[i]))
-  return found
+      chat.append(("assistant", critiques[i]))
+  return chat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +80,8 @@ class GenPRM:
       expected = "system, then user and assistant in turn"
       raise record.wrong("conversations", roles, expected)
     if chat[0][1] != self.system:
-      found, expected = chat[0][1], f"the system prompt {self.system[:40]!r}"
-      raise record.wrong("conversations[0].content", found, expected)
+      expected = f"the system prompt {self.system[:40]!r}"
+      raise record.wrong("conversations[0].content", chat[0][1], expected)
     question, gap, first = chat[1][1].partition("\n\n")
     if not gap or not question.startswith(_QUESTION):
       expected = f"{_QUESTION!r}, the question, an empty line, the first step"

@@ -21,10 +21,10 @@ _SOURCE = "monte_carlo_soft"
 
 
 def _value(record: Record) -> float | int:
-  found = record.get("mc_value")
-  if type(found) not in (int, float) or not 0 <= found <= 1:
-    raise record.wrong("mc_value", found, "0 to 1")
-  return found
+  value = record.get("mc_value")
+  if type(value) not in (int, float) or not 0 <= value <= 1:
+    raise record.wrong("mc_value", value, "0 to 1")
+  return value
 
 
 def _solution(question: str, steps: Any, labels: Any) -> LabelledSolution:
@@ -171,10 +171,10 @@ class MathAPSProcess:
   """The layout for training: steps with tags in one text, and their labels.
 
   Attributes:
-    tag: after each step and a space: one token of Qwen's tokenizer, or
+    tag: text after each step and a space: one token of Qwen's tokenizer, or
       Math-Shepherd's.
-    joiner: between a tag and the next step.
-    name: of the field with labels: "label" in the scripts, "labels" in their
+    joiner: text between a tag and the next step.
+    name: field with the labels: "label" in the scripts, "labels" in their
       example.
   """
 
@@ -184,7 +184,6 @@ class MathAPSProcess:
   single: ClassVar[bool] = True
 
   def solutions(self, record: Record) -> list[LabelledSolution]:
-    """Returns the record's solution."""
     *steps, rest = record.text("process").split(f" {self.tag}")
     if rest or not steps:
       expected = f"steps, each with the tag {self.tag!r} at its end"
@@ -198,20 +197,21 @@ class MathAPSProcess:
     numbers = [type(sign) is int for sign in signs]
     if any(numbers) != all(numbers):
       raise record.wrong(self.name, signs, "signs or numbers, not both")
-    more = files.extra(record, ("question", "process", self.name))
+    extra = files.extra(record, ("question", "process", self.name))
     if any(numbers):
-      more[files.NUMBERS] = True
-    found = _solution(
+      extra[files.NUMBERS] = True
+    solution = _solution(
       record.text("question"),
       [step.removeprefix(self.joiner) for step in steps],
       labels,
     )
     return [
-      dataclasses.replace(found, label_source="monte_carlo_hard", extra=more)
+      dataclasses.replace(
+        solution, label_source="monte_carlo_hard", extra=extra
+      )
     ]
 
   def values(self, solution: LabelledSolution) -> dict[str, Any]:
-    """Returns the record."""
     more = dict(solution.extra)
     signs = (0, 1) if more.pop(files.NUMBERS, False) else "-+"
     tagged = [f"{step} {self.tag}" for step in solution.steps]

@@ -32,8 +32,10 @@ class MathShepherd:
       )
     start = " Step 1: "
     if parts[0].count(start) != 1:
-      found = f"{start!r} {parts[0].count(start)} times"
-      raise record.wrong("input", found, "it once, between question and steps")
+      count_of_start = f"{start!r} {parts[0].count(start)} times"
+      raise record.wrong(
+        "input", count_of_start, "it once, between question and steps"
+      )
     prompt, first = parts[0].split(start)
     chunks = [start[1:] + first, *parts[1:-1]]
     for i, chunk in enumerate(chunks, start=1):
@@ -75,7 +77,7 @@ class MathShepherd:
 
 
 def _labels(record: Record, parts: list[str]) -> tuple[int, ...]:
-  label, at, found = record.text("label"), 0, []
+  label, at, labels = record.text("label"), 0, []
   for i, part in enumerate(parts, start=1):
     at += len(part)
     sign = label[at : at + 1]
@@ -83,8 +85,8 @@ def _labels(record: Record, parts: list[str]) -> tuple[int, ...]:
       raise record.wrong(
         "label", label[max(0, at - 20) : at + 20], f"'+' or '-' after step {i}"
       )
-    found.append(int(sign == "+"))
+    labels.append(int(sign == "+"))
     at += 1
   if label[at:]:
     raise record.wrong("label", label[at:], "the end, after the last sign")
-  return tuple(found)
+  return tuple(labels)

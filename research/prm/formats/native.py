@@ -32,7 +32,7 @@ class Native:
     if correct is not None:
       files.boolean(record, "final_correct")
     critiques = record.get("critiques")
-    found = LabelledSolution(
+    solution = LabelledSolution(
       **{name: record.text(name) for name in _TEXTS},
       steps=files.texts(record, "steps"),
       labels=tuple(labels),
@@ -41,13 +41,12 @@ class Native:
       final_correct=correct,
       extra=files.extra(record, _KNOWN),
     )
-    if record.get("first_error") != found.first_error:
-      was, expected = record.get("first_error"), found.first_error
+    if record.get("first_error") != solution.first_error:
+      was, expected = record.get("first_error"), solution.first_error
       raise record.wrong("first_error", was, f"{expected}, as step_labels say")
-    return [found]
+    return [solution]
 
   def values(self, solution: LabelledSolution) -> dict[str, Any]:
-    """Returns the record."""
     counts = solution.mc and [
       x and {"c": x.correct, "k": x.rollouts} for x in solution.mc
     ]
@@ -67,13 +66,13 @@ def _counts(record: Record) -> tuple[MonteCarlo | None, ...] | None:
     return None
   expected = "null, or c of k rollouts, a step"
   rows = files.items(record, "step_mc", (dict, type(None)), expected)
-  found: list[MonteCarlo | None] = []
+  counts: list[MonteCarlo | None] = []
   for i, row in enumerate(rows):
     if row is None:
-      found.append(None)
+      counts.append(None)
       continue
     c, k = row.get("c"), row.get("k")
     if type(c) is not int or type(k) is not int or len(row) != 2:
       raise record.wrong(f"step_mc[{i}]", row, expected)
-    found.append(MonteCarlo(c, k))
-  return tuple(found)
+    counts.append(MonteCarlo(c, k))
+  return tuple(counts)

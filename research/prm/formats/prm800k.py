@@ -93,13 +93,13 @@ class PRM800K:
 
   def _completions(self, step: Record) -> list[tuple[str, Label]]:
     ratings = {-1: 0, 0: self.neutral, 1: 1, None: None}
-    found = []
+    completions = []
     rows = files.items(step, "completions", dict, "a list of completions")
     for i, values in enumerate(rows):
       row = Record(values, f"{step.where}: completions[{i}]")
       label = files.choice(row, "rating", row.get("rating"), ratings)
-      found.append((row.text("text"), label))
-    return found
+      completions.append((row.text("text"), label))
+    return completions
 
   def values(self, solution: LabelledSolution) -> dict[str, Any]:
     """Returns a record of phase 2 with this path, one completion a step."""
@@ -145,8 +145,10 @@ def _chosen(step: Record, n: int) -> int | None:
 
 def _human(step: Record) -> tuple[str | None, Label]:
   """Returns the labeller's own step, which counts as right, or None."""
-  found = step.get("human_completion")
-  text = found.get("text") if isinstance(found, dict) else found
+  completion = step.get("human_completion")
+  text = completion.get("text") if isinstance(completion, dict) else completion
   if text is not None and not isinstance(text, str):
-    raise step.wrong("human_completion", found, "a text, or an object with one")
+    raise step.wrong(
+      "human_completion", completion, "a text, or an object with one"
+    )
   return text, 1

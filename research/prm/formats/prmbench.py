@@ -59,7 +59,6 @@ class PRMBench:
     )
 
   def values(self, solution: LabelledSolution) -> dict[str, Any]:
-    """Returns the record."""
     if "classification" not in solution.extra:
       raise UserError(
         "extra: found no classification, expected the error's kind"

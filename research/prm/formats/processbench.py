@@ -26,7 +26,6 @@ class ProcessBench:
   single: ClassVar[bool] = True
 
   def solutions(self, record: Record) -> list[LabelledSolution]:
-    """Returns the record's solution."""
     steps = files.texts(record, "steps")
     label = record.get("label")
     if type(label) is not int or not -1 <= label < len(steps):

@@ -31,7 +31,6 @@ class RLHFlow:
   single: ClassVar[bool] = True
 
   def solutions(self, record: Record) -> list[LabelledSolution]:
-    """Returns the record's solution."""
     turns = files.chat(record, "conversations")
     roles = [role for role, _ in turns]
     if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
@@ -61,7 +60,6 @@ class RLHFlow:
     return problem, turn[len(problem + self.joiner) :]
 
   def values(self, solution: LabelledSolution) -> dict[str, Any]:
-    """Returns the record."""
     files.check_steps(solution)
     signs = files.hard(solution, "-+".__getitem__)
     steps = list(solution.steps)

@@ -22,8 +22,8 @@ _SIGNS = {"+": 1, "-": 0}
 
 def decisions(chain: str) -> tuple[tuple[int, int], ...]:
   """Returns a chain's verdicts on steps, and where their words begin."""
-  found = _BOXED.finditer(chain)
-  return tuple((int(x[1] == "correct"), x.start(1)) for x in found)
+  matches = _BOXED.finditer(chain)
+  return tuple((int(x[1] == "correct"), x.start(1)) for x in matches)
 
 
 def verdicts(chain: str) -> tuple[int, ...]:
@@ -36,10 +36,10 @@ def agrees(solution: LabelledSolution) -> bool:
 
   The filter that the published chains passed; chains stop at an error.
   """
-  found = verdicts(solution.critiques[0]) if solution.critiques else ()
+  chain_labels = verdicts(solution.critiques[0]) if solution.critiques else ()
   error = solution.first_error
   n = len(solution.steps) if error in (None, -1) else error + 1
-  return found[:n] == solution.labels[:n]
+  return chain_labels[:n] == solution.labels[:n]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,6 @@ class TRL:
   single: ClassVar[bool] = True
 
   def solutions(self, record: Record) -> list[LabelledSolution]:
-    """Returns the record's solution."""
     steps = files.texts(record, "completions")
     kinds = bool, int, float
     labels = files.items(record, "labels", kinds, "a list of true and false")

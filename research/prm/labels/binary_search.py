@@ -101,10 +101,10 @@ def locate_with_rollouts(
   while probes:
     batch = list(probes.items())
     prefixes = [solutions[i][: at + 1] for i, at in batch]
-    found = rollouts(complete, prefixes, k)
-    for (i, at), some in zip(batch, found, strict=True):
-      drawn[i][at] = some
-      advance(i, any(x.correct for x in some))
+    drawn_rollouts = rollouts(complete, prefixes, k)
+    for (i, at), step_rollouts in zip(batch, drawn_rollouts, strict=True):
+      drawn[i][at] = step_rollouts
+      advance(i, any(x.correct for x in step_rollouts))
   return [
     (Located(errors[i], {at: count(x) for at, x in drawn[i].items()}), drawn[i])
     for i in range(len(solutions))

@@ -30,8 +30,8 @@ class State:
   """A prefix of solutions.
 
   Attributes:
-    steps: of the prefix, from the problem on; () is the problem itself.
-    counts: of its rollouts.
+    steps: steps of the prefix, from the problem on; () is the problem itself.
+    counts: number of its rollouts, and of correct ones.
     visits: `N(s)`, how often it was selected.
     wrong: its wrong rollouts that were not selected yet.
   """
@@ -51,7 +51,7 @@ class Selection(NamedTuple):
   """One round: what was selected, and where its first error was.
 
   Attributes:
-    steps: of the state.
+    steps: steps of the state.
     rollout: the wrong rollout from it.
     first_error: index of the first wrong step in the whole solution.
   """
@@ -84,10 +84,10 @@ class Tree:
     counts = {state.steps: state.counts for state in self.states}
     inner = {x[:n] for x in counts for n in range(len(x))}
     ends = [x for x in counts if x and x not in inner]
-    found = []
+    solutions = []
     for steps in ends:
       way = [counts.get(steps[:n]) for n in range(1, len(steps) + 1)]
-      found.append(
+      solutions.append(
         LabelledSolution(
           prompt=prompt,
           steps=steps,
@@ -96,7 +96,7 @@ class Tree:
           label_source="monte_carlo_soft",
         )
       )
-    return found
+    return solutions
 
 
 def words(steps: Steps) -> int:
@@ -109,12 +109,12 @@ class OmegaPRM:
   """The search's settings; defaults are the paper's (section 4.1).
 
   Attributes:
-    alpha, beta, scale: of `Q(s, r) = alpha^(1 - MC(s)) beta^(len(r) / scale)`.
-    c_puct: of `U(s) = c_puct sqrt(sum_i N(s_i)) / (1 + N(s))`.
+    alpha, beta, scale: in `Q(s, r) = alpha^(1 - MC(s)) beta^(len(r) / scale)`.
+    c_puct: in `U(s) = c_puct sqrt(sum_i N(s_i)) / (1 + N(s))`.
     k: rollouts a state.
     selections: most selections.
     rollouts: most rollouts; a selection that starts below it is finished.
-    length: of a rollout's steps, in the unit of `scale`.
+    length: measures a rollout's steps, in the unit of `scale`.
   """
 
   alpha: float | int = 0.5
@@ -130,7 +130,7 @@ class OmegaPRM:
     """Returns `Q(s, r) + U(s)`.
 
     Args:
-      state: of the pool.
+      state: a state of the pool.
       rollout: one of its wrong ones.
       visits: sum of all states' visits.
     """
@@ -169,9 +169,9 @@ class OmegaPRM:
       error, probed = self._expand(state, rollout, complete)
       used += self.k * len(probed)
       done.append(Selection(state.steps, rollout, error))
-      for steps, found in probed.items():
+      for steps, drawn in probed.items():
         tried = {x.rollout for x in done if x.steps == steps}
-        states[steps] = _merged(states.get(steps), _state(steps, found), tried)
+        states[steps] = _merged(states.get(steps), _state(steps, drawn), tried)
     return Tree(tuple(states.values()), tuple(done), used)
 
   def _expand(
@@ -186,14 +186,14 @@ class OmegaPRM:
 
     located, probed = locate_with_rollouts([rollout], after, self.k)[0]
     prefixes = {
-      state.steps + rollout[: at + 1]: found for at, found in probed.items()
+      state.steps + rollout[: at + 1]: drawn for at, drawn in probed.items()
     }
     return len(state.steps) + located.first_error, prefixes
 
 
-def _state(steps: Steps, found: Sequence[Rollout]) -> State:
-  wrong = dict.fromkeys(x.steps for x in found if not x.correct)
-  return State(steps, count(found), 0, tuple(wrong))
+def _state(steps: Steps, drawn: Sequence[Rollout]) -> State:
+  wrong = dict.fromkeys(x.steps for x in drawn if not x.correct)
+  return State(steps, count(drawn), 0, tuple(wrong))
 
 
 def _selected(state: State, rollout: Steps) -> State:

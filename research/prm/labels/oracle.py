@@ -17,8 +17,8 @@ class Transition(NamedTuple):
   """A step that a policy may take.
 
   Attributes:
-    state: after it.
-    probability: of the policy to take it.
+    state: state after it.
+    probability: the policy's probability to take it.
   """
 
   state: Hashable
@@ -88,7 +88,7 @@ def label_steps(
   """Returns a checker's labels, unknown after the first error.
 
   Args:
-    steps: of a solution.
+    steps: texts of a solution's steps.
     verify: says of a prefix and the next step whether that is right; of a
       `reasoning.StepVerifier`, the label of its `verify_step`.
   """

@@ -55,19 +55,19 @@ def rollouts(
   """
   if k < 1:
     raise UserError(f"rollouts: found k = {k}, expected one at least")
-  found = [list(x) for x in complete(prefixes, k)] if prefixes else []
-  sizes = [len(x) for x in found]
+  drawn = [list(x) for x in complete(prefixes, k)] if prefixes else []
+  sizes = [len(x) for x in drawn]
   if sizes != [k] * len(prefixes):
     raise UserError(
       f"complete: found {sizes} rollouts, expected {k} of each of"
       f" {len(prefixes)} prefixes"
     )
-  return found
+  return drawn
 
 
-def count(found: Sequence[Rollout]) -> MonteCarlo:
+def count(drawn: Sequence[Rollout]) -> MonteCarlo:
   """Returns how many rollouts there are, and how many are correct."""
-  return MonteCarlo(sum(bool(x.correct) for x in found), len(found))
+  return MonteCarlo(sum(bool(x.correct) for x in drawn), len(drawn))
 
 
 def monte_carlo(
@@ -78,16 +78,15 @@ def monte_carlo(
   The last one needs none: its count is the verdict on the solution.
 
   Args:
-    steps: of a whole solution.
+    steps: steps of a whole solution.
     correct: the verifier's verdict on it.
-    complete: writes rollouts.
     k: their number; 8 in the paper, 16 in RLHFlow's data.
   """
   if not steps:
     return ()
   prefixes = [steps[:n] for n in range(1, len(steps))]
-  found = rollouts(complete, prefixes, k)
-  return (*map(count, found), MonteCarlo(int(correct), 1))
+  drawn = rollouts(complete, prefixes, k)
+  return (*map(count, drawn), MonteCarlo(int(correct), 1))
 
 
 def soft(counts: Sequence[MonteCarlo | None]) -> tuple[Label, ...]:
@@ -127,6 +126,5 @@ def chance_of_positive(value: float | int, k: int) -> float:
 
   Args:
     value: the completer's chance of success from the state.
-    k: number of rollouts.
   """
   return 1 - (1 - value) ** k

@@ -54,15 +54,14 @@ class _Probability:
   """An aggregate whose score is itself a probability."""
 
   def __call__(self, scores: Scores) -> float:
-    found = probabilities(scores)
-    return float(self._of(found)) if len(found) else WORST
+    chances = probabilities(scores)
+    return float(self._of(chances)) if len(chances) else WORST
 
   def weight(self, scores: Scores) -> float:
     """Returns the score itself, 0 for a trace without steps."""
     return max(self(scores), 0.0)
 
   def weights(self, traces: Sequence[Scores]) -> list[float]:
-    """Returns the weight of each trace."""
     return [self.weight(scores) for scores in traces]
 
   def _of(self, scores: Float[np.ndarray, "T"]) -> float | np.floating:
@@ -73,11 +72,11 @@ class _Log:
   """An aggregate whose score is a logarithm, so that it cannot underflow."""
 
   def __call__(self, scores: Scores) -> float:
-    found = probabilities(scores)
-    if not len(found):
+    chances = probabilities(scores)
+    if not len(chances):
       return WORST
     with np.errstate(divide="ignore"):
-      return float(self._of(np.log(found)))
+      return float(self._of(np.log(chances)))
 
   def weight(self, scores: Scores) -> float:
     """Returns the exponential of the score."""

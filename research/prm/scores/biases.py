@@ -25,8 +25,8 @@ def length_bias(
   for group in (correct, ~correct):
     if len(set(steps[group].tolist())) > 1 and np.ptp(scores[group]) > 0:
       n = int(group.sum())
-      found = scipy.stats.spearmanr(scores[group], steps[group]).statistic
-      total, weight = total + n * float(found), weight + n
+      correlation = scipy.stats.spearmanr(scores[group], steps[group]).statistic
+      total, weight = total + n * float(correlation), weight + n
   return total / weight if weight else float("nan")
 
 

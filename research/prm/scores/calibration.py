@@ -46,7 +46,6 @@ def expected_calibration_error(
   are cut between different scores, where the ranks are nearest to equal mass.
 
   Args:
-    scores: probabilities.
     labels: 0 to 1.
     bins: most bins.
   """
@@ -123,8 +122,9 @@ def auc_by(
   """Returns the AUC of each group of steps.
 
   Args:
-    scores, labels: of each trace's steps; labels of None are left out.
-    group: of a step's index and its trace's number of steps, its group.
+    scores, labels: one sequence for each trace, a value a step; labels of None
+      are left out.
+    group: (index of a step, number of steps of its trace) -> its group.
   """
   groups: dict[int, list[tuple[float, float]]] = {}
   for trace, known in zip(scores, labels, strict=True):
@@ -158,7 +158,7 @@ def fit_temperature(logits: Scores, labels: Labels) -> Temperature:
   The loss is convex in `1 / temperature`.
 
   Args:
-    logits: of a binary score, before the sigmoid.
+    logits: binary scores before the sigmoid.
     labels: 0 to 1.
   """
   logits, labels = _pair(logits, labels)
@@ -167,10 +167,10 @@ def fit_temperature(logits: Scores, labels: Labels) -> Temperature:
     z = logits * np.exp(log_scale)
     return float(np.mean(np.logaddexp(0.0, z) - labels * z))
 
-  found = scipy.optimize.minimize_scalar(
+  fit = scipy.optimize.minimize_scalar(
     loss, bounds=(-6.0, 6.0), method="bounded", options={"xatol": 1e-9}
   )
-  return Temperature(float(np.exp(-found.x)))
+  return Temperature(float(np.exp(-fit.x)))
 
 
 class Isotonic(NamedTuple):
@@ -178,7 +178,7 @@ class Isotonic(NamedTuple):
 
   Attributes:
     scores: increasing.
-    values: of them, not decreasing.
+    values: calibrated score at each of them, not decreasing.
   """
 
   scores: Scores

@@ -18,16 +18,16 @@ def finite(scores: Scores) -> Float[np.ndarray, "T"]:
     UserError: they are not one a step, or one is NaN or infinite: such a score
       compares as false with everything, and would silently pass or fail.
   """
-  found = np.asarray(scores, float)
-  if found.ndim != 1:
-    raise UserError(f"scores: found shape {found.shape}, expected one a step")
-  if not np.isfinite(found).all():
-    at = int(np.flatnonzero(~np.isfinite(found))[0])
+  values = np.asarray(scores, float)
+  if values.ndim != 1:
+    raise UserError(f"scores: found shape {values.shape}, expected one a step")
+  if not np.isfinite(values).all():
+    at = int(np.flatnonzero(~np.isfinite(values))[0])
     raise UserError(
-      f"scores[{at}]: found {found[at]}, expected a finite number; did the"
+      f"scores[{at}]: found {values[at]}, expected a finite number; did the"
       " verifier diverge, or overflow in half precision?"
     )
-  return found
+  return values
 
 
 def probabilities(scores: Scores) -> Float[np.ndarray, "T"]:
@@ -36,10 +36,10 @@ def probabilities(scores: Scores) -> Float[np.ndarray, "T"]:
   Raises:
     UserError: they are not finite, or not 0 to 1.
   """
-  found = finite(scores)
-  if not ((found >= 0) & (found <= 1)).all():
+  values = finite(scores)
+  if not ((values >= 0) & (values <= 1)).all():
     raise UserError(
-      f"scores: found {found.tolist()!s:.80}, expected probabilities, 0 to 1;"
+      f"scores: found {values.tolist()!s:.80}, expected probabilities, 0 to 1;"
       " apply the sigmoid to logits"
     )
-  return found
+  return values

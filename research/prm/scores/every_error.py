@@ -34,9 +34,9 @@ class StepScores(NamedTuple):
   """What the benchmark reports of one class of errors, or of all.
 
   Attributes:
-    f1: of right steps.
-    negative_f1: of wrong steps.
-    accuracy: of all steps.
+    f1: F1 score for right steps.
+    negative_f1: F1 score for wrong steps.
+    accuracy: share of all steps that are classified correctly.
     first_error: share of solutions with errors whose first was called wrong.
   """
 
@@ -60,7 +60,7 @@ def step_counts(
   """Returns the confusion of one solution's steps.
 
   Args:
-    scores: of the steps; above the threshold is right.
+    scores: scores of the steps; above the threshold is right.
     labels: 1 or 0; steps of None are left out.
     threshold: state it beside every result.
 
@@ -71,12 +71,12 @@ def step_counts(
     raise UserError(
       f"prmbench: found {len(scores)} scores of {len(labels)} steps"
     )
-  found = [0, 0, 0, 0]
+  counts = [0, 0, 0, 0]
   for score, label in zip(finite(scores).tolist(), labels, strict=True):
     if label is not None:
       right, called = label > 0.5, score > threshold
-      found[(0 if called else 3) if right else (1 if called else 2)] += 1
-  return StepCounts(*found)
+      counts[(0 if called else 3) if right else (1 if called else 2)] += 1
+  return StepCounts(*counts)
 
 
 def prmbench(
@@ -91,17 +91,17 @@ def prmbench(
   part of "all", as in the benchmark's code.
 
   Args:
-    scores, labels: of each solution's steps.
-    classes: of each solution, the record's `classification`.
+    scores, labels: one sequence for each solution, a value a step.
+    classes: each solution's class, the record's `classification`.
     threshold: above it a step is called right.
   """
   counts: dict[str, StepCounts] = {}
   first: dict[str, list[bool]] = {}
   for mine, truth, kind in zip(scores, labels, classes, strict=True):
-    found = step_counts(mine, truth, threshold)
+    confusion = step_counts(mine, truth, threshold)
     names = (kind,) if kind == "correct" else (kind, "all")
     for name in names:
-      counts[name] = counts.get(name, StepCounts()).plus(found)
+      counts[name] = counts.get(name, StepCounts()).plus(confusion)
       first.setdefault(name, [])
       if 0 in truth:
         first[name].append(mine[list(truth).index(0)] <= threshold)

@@ -43,7 +43,6 @@ def first_error(scores: Scores, threshold: float | int = 0.5) -> int:
   """Returns the index of the first step whose score is below a threshold.
 
   Args:
-    scores: of the steps.
     threshold: state it beside every result: the paper takes 0.5 for models of
       two classes, and fits it on the GSM8K subset for others.
 
@@ -60,8 +59,8 @@ def processbench(
   """Returns the accuracies of one subset.
 
   Args:
-    predicted: of each solution, the index of its first error or -1; None, such
-      as a judge's answer that cannot be parsed, is wrong.
+    predicted: index of each solution's first error, or -1; None, such as a
+      judge's answer that cannot be parsed, is wrong.
     labels: the same of people.
 
   Raises:

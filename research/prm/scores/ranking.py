@@ -61,18 +61,18 @@ def wrong_process_detection(
   right answer by a wrong process.
 
   Args:
-    scores: of each trace's steps.
+    scores: scores of each trace's steps.
     final_correct: whether its answer is right.
     process_correct: whether all of its steps are.
     threshold: below it a step is called wrong.
   """
   rows = zip(scores, final_correct, process_correct, strict=True)
-  found = [
+  detected = [
     finite(mine).min(initial=np.inf) < threshold
     for mine, answer, process in rows
     if answer and not process
   ]
-  return float(np.mean(found)) if found else float("nan")
+  return float(np.mean(detected)) if detected else float("nan")
 
 
 def rank_correlation(

@@ -24,13 +24,13 @@ class StepReport:
   """How well a model judges steps.
 
   Attributes:
-    first: ProcessBench's accuracies, of solutions whose first error is known.
+    first: ProcessBench's accuracies, on solutions whose first error is known.
     chance: the same of uniform random scores, on average.
     threshold: below it a step is called wrong.
-    auc, brier, ece: of all labelled steps.
+    auc, brier, ece: metrics over all labelled steps.
     auc_error: standard error of the AUC, over problems; NaN of one problem.
     base_rate: share of these that are right: what a constant could know.
-    auc_by_index, auc_by_steps_to_go: of steps with one index, or one depth.
+    auc_by_index, auc_by_steps_to_go: AUC of steps with one index, or one depth.
     min_at_last: share of traces whose lowest score is the last step's.
     solutions, steps: number of solutions, and of labelled steps.
   """
@@ -58,7 +58,7 @@ class StepReport:
 
   def to_json(self) -> dict[str, Any]:
     """Returns the metrics; NaN, where there is nothing to say, is None."""
-    found = {
+    metrics = {
       "f1": self.first.f1,
       "f1_random": self.chance.f1,
       "accuracy_error": self.first.error,
@@ -75,7 +75,7 @@ class StepReport:
       **{f"auc_step_{i}": x for i, x in self.auc_by_index.items()},
       **{f"auc_{i}_to_go": x for i, x in self.auc_by_steps_to_go.items()},
     }
-    return {name: None if x != x else x for name, x in found.items()}
+    return {name: None if x != x else x for name, x in metrics.items()}
 
 
 def evaluate_steps(
@@ -87,7 +87,7 @@ def evaluate_steps(
 
   Args:
     solutions: with hard labels; unknown ones are left out.
-    scores: of each solution's steps, probabilities.
+    scores: probabilities of each solution's steps.
     threshold: fixed before the test set is opened, and stated.
 
   Raises:

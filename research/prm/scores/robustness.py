@@ -28,8 +28,8 @@ class AttackReport:
     right, wrong: mean change of the scores of steps with that label, which the
       solution had before; their difference moves what is wrong towards right.
     new_errors: mean change of steps that the change made wrong.
-    auc_before, auc_after: of all labelled steps, before and after: sensitivity
-      to what is correct.
+    auc_before, auc_after: AUC over all labelled steps, before and after:
+      sensitivity to what is correct.
     solutions: number of solutions.
   """
 
@@ -45,8 +45,8 @@ class AttackReport:
 
   def to_json(self) -> dict[str, Any]:
     """Returns the metrics; NaN, where there is nothing to say, is None."""
-    found = dataclasses.asdict(self)
-    return {name: None if x != x else x for name, x in found.items()}
+    metrics = dataclasses.asdict(self)
+    return {name: None if x != x else x for name, x in metrics.items()}
 
 
 def attack_report(
@@ -116,15 +116,15 @@ def _changes(
   new: Sequence[np.ndarray],
 ) -> list[tuple[float, Any, Any]]:
   """Returns (change, label before, label after) of every step that remains."""
-  found = []
+  changes = []
   for solution, changed, x, y in zip(
     solutions, attacked, old, new, strict=True
   ):
     for at, origin in enumerate(changed.origin):
       if origin is not None:
         labels = solution.labels[origin], changed.solution.labels[at]
-        found.append((float(y[at] - x[origin]), *labels))
-  return found
+        changes.append((float(y[at] - x[origin]), *labels))
+  return changes
 
 
 def _auc(

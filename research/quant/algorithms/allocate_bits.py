@@ -193,10 +193,6 @@ class Allocation(NeedsModel):
   ) -> tuple[dict[str, Any], Report]:
     """Chooses formats and quantizes `params`.
 
-    Args:
-      params: any tree of weights without adapters.
-      log: receives progress messages.
-
     Returns:
       (parameters, report of each matrix's errors).
 
@@ -286,8 +282,6 @@ def with_weights(
   Operations on their inputs stay.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     every: address -> weight that replaces the one of `params`.
   """
 

@@ -113,7 +113,6 @@ def search_layer(
   """Returns (the layer scaled and clipped, the search's report).
 
   Args:
-    search: the settings.
     block: the layer's module.
     flat: path -> array of the layer.
     x: the layer's inputs.
@@ -227,7 +226,6 @@ def _search(
   """Returns the best scales, and the report of losses and alpha.
 
   Args:
-    search: the settings.
     flat: the layer.
     paths: the matrices that multiply the inputs.
     moments: moments of these inputs.
@@ -282,8 +280,6 @@ def clip_ranges(
   k-quants, or all inputs of an output with one scale.
 
   Args:
-    search: the settings.
-    w: the matrix.
     xx: mean of `x xᵀ` over its inputs.
   """
   groups = _groups(

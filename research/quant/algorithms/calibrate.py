@@ -175,7 +175,6 @@ class LayerInputs:
     """Returns a statistic of the inputs of some of the layer's weights.
 
     Args:
-      params: the layer's parameters.
       paths: paths of weights, such as `attention/q`.
       statistic: see `research.taps.statistics`.
     """
@@ -215,7 +214,6 @@ def walk(
 
   Args:
     model: the Transformer; its layers are visited first to last.
-    params: its parameters.
     tokens: calibration rows, from position 0.
     visit: see `Visit`.
     batch: rows per forward pass.

@@ -50,7 +50,6 @@ def changes(
   """Returns how matrices were changed, by address.
 
   Args:
-    model: the Transformer.
     before: its parameters.
     after: those after transforms, perhaps packed, without adapters.
 

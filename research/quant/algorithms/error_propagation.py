@@ -47,7 +47,6 @@ class PairedWeight(weights.Weight):
     )
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows of the new matrix."""
     return weights.take(self.new, ids)
 
   def ragged_dot(
@@ -60,7 +59,6 @@ class PairedWeight(weights.Weight):
     )
 
   def dense(self) -> Float[Array, "..."]:
-    """Returns the new matrix."""
     return weights.dense(self.new)
 
   def axes(self, names: tuple[str | None, ...]) -> "PairedWeight":

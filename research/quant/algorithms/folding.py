@@ -77,7 +77,6 @@ def cast_like(tree_of: Any, params: Params) -> Any:
 
   Args:
     tree_of: a tree like `params`; a weight may have become several arrays.
-    params: the original parameters.
   """
   dtypes = {path: w.dtype for path, w in weights.named_weights(params)}
 
@@ -97,8 +96,6 @@ def map_layers(
   Args:
     f: receives layers stacked along a leading axis, their module, and their
       path for error messages; returns the new layers.
-    model: the Transformer.
-    params: its parameters.
   """
   out = tree.outer_params(params)
   for name, _, blocks in model.stack.runs(params):

@@ -131,7 +131,6 @@ def prepare(
     h: sum of `x xᵀ` over the inputs, times any number; float32, or float64,
       in which everything but the grids is then computed.
     group: number of rows that share a grid.
-    options: settings of GPTQ.
     drift: sum of `(x - y) yᵀ`, where `y` are the inputs of `h` and `x` those
       of the original model, scaled as `h`; None for no correction.
     tokens: number of inputs in `h`, for more damping if they are few; or None.
@@ -173,7 +172,6 @@ def quantize(
   Args:
     given: the prepared matrix, with groups of `format.block`.
     format: computes grids and codes.
-    options: settings of GPTQ.
     known: the groups' grids, a tuple of arrays `[G, O]`; None to fit them.
   """
   w, rows, group = given.w, given.rows, format.block

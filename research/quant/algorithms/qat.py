@@ -69,9 +69,6 @@ class FakeQuantTensor(weights.WrappedWeight):
   def pack(self, where: str = "FakeQuantTensor") -> qtensor.QTensor:
     """Returns the rounded matrix as a packed weight.
 
-    Args:
-      where: its address, for error messages.
-
     Raises:
       UserError: the master weights are not finite.
     """
@@ -110,17 +107,14 @@ class FakeQuantTensor(weights.WrappedWeight):
     return bound
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns `einsum(eq, x, rounded w)`."""
     return weights.einsum(eq, x, self.dense())
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows of the rounded matrix."""
     return weights.take(self.dense(), ids)
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
-    """Returns each row of `x` times its expert's rounded matrix."""
     return weights.ragged_dot(x, self.dense(), sizes)
 
   def axes(self, names: tuple[str | None, ...]) -> "FakeQuantTensor":

@@ -125,7 +125,6 @@ def rotate_residual(
   """Rotates the residual stream by `r`; the model's outputs are unchanged.
 
   Args:
-    model: the Transformer.
     params: its parameters, with norms of gain 1, see `fold_norms`.
     r: orthogonal.
   """
@@ -250,7 +249,6 @@ def rotate_model(
   """Returns the parameters of the rotated model, computed in float64.
 
   Args:
-    model: the Transformer.
     params: its parameters; norms are folded if `residual` is given.
     residual: R1, orthogonal up to fp32 rounding, or None.
     values: R2, likewise.

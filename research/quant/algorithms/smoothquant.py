@@ -46,7 +46,6 @@ def smooth(
   """Smooths the activations after norms; the model's outputs are unchanged.
 
   Args:
-    model: the Transformer.
     params: its parameters; packed matrices are decoded.
     found: path in `params` -> `Magnitudes` of each matrix, stacked as it is.
     alpha: 0 to 1; the larger, the smoother the activations.
@@ -83,8 +82,6 @@ def magnitudes(
   """Returns path in `params` -> `Magnitudes` of each matrix's inputs.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     tokens: rows from position 0, without padding.
     batch: rows per forward pass.
   """

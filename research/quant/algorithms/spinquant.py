@@ -58,7 +58,6 @@ def loss(
   """Returns the mean next-token loss in nats, with activations under `op`.
 
   Args:
-    model: the Transformer.
     params: its parameters, arrays, with norms of gain 1, see
       `rotate.fold_norms`.
     r: orthogonal.

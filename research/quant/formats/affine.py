@@ -132,7 +132,6 @@ class Affine(Format):
     scale: Float[Array, "*B O"],
     zero: Float[Array, "*B O"] | float,
   ) -> Float[Array, "*B S O"]:
-    """Returns the nearest codes on a grid, as float32 integers."""
     shift = zero if isinstance(zero, float) else zero[..., None, :]
     x = exact_division.divide(w, scale[..., None, :])
     # An integer zero is added after rounding, which matters for ties.
@@ -146,7 +145,6 @@ class Affine(Format):
     scale: Float[Array, "*B O"],
     zero: Float[Array, "*B O"] | float,
   ) -> Float[Array, "*B S O"]:
-    """Returns the values of codes on a grid, float32."""
     shift = zero if isinstance(zero, float) else zero[..., None, :]
     return (codes - shift) * scale[..., None, :]
 
@@ -167,7 +165,6 @@ class Affine(Format):
     scale: Float[Array, "*B X O"],
     zero: Float[Array, "*B X O"] | float,
   ) -> dict[str, Any]:
-    """Returns the parts of codes on a grid."""
     kept: Any = None
     if not self.symmetric:
       kind = self.scale_dtype if self.zero == "float" else jnp.uint8
@@ -197,7 +194,6 @@ class Affine(Format):
   def with_codes(
     self, parts: Parts, codes: UInt8[Array, "I O"]
   ) -> dict[str, Any]:
-    """Returns the parts with other codes on the same grids."""
     size = self.block or len(codes)
     groups = codes.reshape(-1, size, codes.shape[-1])
     return dict(parts) | {"codes": packing.pack(groups, self.bits)}

@@ -106,7 +106,6 @@ class Codebook(Format):
   def values(
     self, codes: UInt8[Array, "*B S O"], top: Float[Array, "*B O"]
   ) -> Float[Array, "*B S O"]:
-    """Returns the values of codes, float32."""
     found = codebooks.lookup(codes, codebooks.table(self.kind))
     return found * top[..., None, :]
 
@@ -120,7 +119,6 @@ class Codebook(Format):
   def with_codes(
     self, parts: Parts, codes: UInt8[Array, "I O"]
   ) -> dict[str, Any]:
-    """Returns the parts with other codes on the same grids."""
     flat = codes.T.reshape(-1)
     flat = jnp.pad(flat, (0, flat.size % 2))
     placed = self._placed(flat, jnp.zeros(parts["top"].size), *codes.shape)

@@ -66,7 +66,6 @@ def _scales(x, weight, scale, drop, top):
     x: the groups.
     weight: weights of their errors, or None without importances.
     scale, drop: `[X, G, O]`.
-    top: the largest code.
 
   Returns:
     (codes of scales, codes of offsets, scale of scales, scale of offsets).

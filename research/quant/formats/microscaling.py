@@ -81,19 +81,16 @@ class Microscaling(Format):
   def codes(
     self, w: Float[Array, "*B S O"], scale: UInt8[Array, "*B O"]
   ) -> Array:
-    """Returns the codes of the nearest elements."""
     x = minifloats.divide_by_scale(w.astype(jnp.float32), scale[..., None, :])
     return minifloats.encode(x, self.kind)
 
   def values(
     self, codes: Array, scale: UInt8[Array, "*B O"]
   ) -> Float[Array, "*B S O"]:
-    """Returns the values of codes."""
     x = minifloats.decode(codes.astype(jnp.uint8), self.kind)
     return x * minifloats.block_scale(scale)[..., None, :]
 
   def parts(self, codes: Array, scale: UInt8[Array, "*B O"]) -> dict[str, Any]:
-    """Returns the parts of codes on a grid."""
     codes = codes.astype(jnp.uint8)
     if self.element == "int8":
       size = (codes & 127).astype(jnp.int8)

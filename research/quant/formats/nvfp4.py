@@ -86,7 +86,6 @@ class NVFP4(Format):
     scale: UInt8[Array, "*B O"],
     divisor: Float[Array, ""],
   ) -> UInt8[Array, "*B S O"]:
-    """Returns the nearest codes."""
     step = minifloats.decode(scale, E4M3) / divisor
     x = exact_division.divide(w.astype(jnp.float32), step[..., None, :])
     return minifloats.encode(x, E2M1)
@@ -97,7 +96,6 @@ class NVFP4(Format):
     scale: UInt8[Array, "*B O"],
     divisor: Float[Array, ""],
   ) -> Float[Array, "*B S O"]:
-    """Returns the values of codes."""
     step = minifloats.decode(scale, E4M3) / divisor
     return minifloats.decode(codes, E2M1) * step[..., None, :]
 
@@ -107,7 +105,6 @@ class NVFP4(Format):
     scale: UInt8[Array, "*B O"],
     divisor: Float[Array, ""],
   ) -> dict[str, Any]:
-    """Returns the parts of codes on a grid."""
     packed = packing.pack(codes.astype(jnp.uint8), 4)
     return {"codes": packed, "scale": scale, "divisor": divisor}
 

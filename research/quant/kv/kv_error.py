@@ -30,10 +30,7 @@ def attention_errors(
   """Returns `|o' - o| / |o|` of attention's outputs, `[layers, kvs]`.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     tokens: token ids; T is a multiple of every group of tokens.
-    kvs: the quantizers to compare.
 
   Raises:
     UserError: T is no such multiple.

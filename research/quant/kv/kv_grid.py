@@ -80,7 +80,6 @@ class Grid:
 
     Args:
       dim: H.
-      what: name for error messages.
     """
     if self.unquantized or (self.bits in SYMMETRIC and not self.per_channel):
       return
@@ -143,7 +142,6 @@ class Grid:
     """Returns an empty `Packed` for `slots` tokens, all zeros.
 
     Args:
-      lead: leading axes.
       slots: S.
       dim: H.
       dtype: dtype of unquantized numbers.
@@ -186,7 +184,6 @@ def encode(
 
   Args:
     x: groups of N numbers, float32.
-    bits: bits of a code.
     dtype: dtype of scales and minima.
   """
   most = float(jnp.finfo(dtype).max)

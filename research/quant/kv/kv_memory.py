@@ -38,7 +38,6 @@ def memory(
   """Returns the memory of a cache, without allocating it.
 
   Args:
-    model: the Transformer.
     params: its parameters, or their shapes.
     batch: number of rows.
     capacity: positions in layers without a window.

@@ -88,7 +88,6 @@ def is_supported(
   """Whether the kernels support the packed matrix `w`.
 
   Args:
-    w: a packed matrix.
     gpu: for GPUs, whose kernels read 8-bit codes in words.
     dtype: dtype of the activations. All kernels support bfloat16, TPUs also
       float32, GPUs also float16.
@@ -109,7 +108,6 @@ def from_qtensor(w: QTensor, gpu: bool = False) -> PlanarTensor:
   """Converts a supported packed matrix to planes.
 
   Args:
-    w: the packed matrix.
     gpu: whether for a GPU, which reads 8-bit codes in words.
   """
   codes, scale, offset, rest = kernel_codes.kernel_operands(w)
@@ -133,8 +131,6 @@ def to_planes(
   `params`.
 
   Args:
-    params: parameters of a Transformer.
-    key: unused.
     gpu: whether for a GPU; None for the device of this process.
     dtype: dtype that the model computes in.
   """

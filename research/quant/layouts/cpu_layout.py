@@ -126,7 +126,6 @@ def from_array(w: Float[Array, "... I O"], axis: int = -2) -> PanelTensor:
   """Returns a bfloat16 or float32 matrix in panels.
 
   Args:
-    w: the matrix.
     axis: see `PanelTensor`.
   """
   stored = w if axis == -2 else jnp.swapaxes(w, -1, -2)
@@ -146,8 +145,6 @@ def to_panels(
   are gate and up, if they have the same kind and row order and no adapters.
 
   Args:
-    params: parameters of a Transformer.
-    key: unused.
     dtype: dtype that the model computes in; float32 matrices are rounded to
       it, as in `weights.einsum`.
   """
@@ -233,7 +230,6 @@ def decode_unsupported(params: Params, dtype: str = "float32") -> Params:
   Other packed matrices, such as experts, would be decoded for every product.
 
   Args:
-    params: parameters of a Transformer.
     dtype: dtype that the model computes in, and of decoded matrices.
   """
 
@@ -268,7 +264,6 @@ def for_reading(params: Params, model: Transformer, rows: int) -> Params:
   panels as with XLA; otherwise the parameters are unchanged.
 
   Args:
-    params: the model's parameters.
     model: a Transformer that computes in float32 or bfloat16.
     rows: number of tokens per forward pass.
   """
@@ -286,7 +281,6 @@ def for_decoding(params: Params, dtype: str = "float32") -> Params:
   support the model's dtype. Otherwise `params` itself.
 
   Args:
-    params: parameters of a Transformer.
     dtype: dtype that the model computes in, float32 or bfloat16.
   """
   if _kernel(params, dtype) is None:

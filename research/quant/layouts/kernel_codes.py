@@ -109,8 +109,6 @@ def warn_unsupported(
   """Warns about packed matrices without a kernel; Python shows it once.
 
   Args:
-    layout: name of the layout.
-    device: name of the devices, in the plural.
     names: names of the matrices' formats; none for no warning.
     cost: phrase that says how much slower they are than which others.
   """

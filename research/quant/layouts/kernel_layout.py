@@ -65,5 +65,4 @@ class KernelLayout(weights.Weight):
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
-    """Returns each row of `x` times its expert's matrix."""
     return products.ragged_dot(x, self, sizes, self.axis)

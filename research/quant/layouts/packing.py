@@ -42,7 +42,6 @@ def pack(
 
   Args:
     codes: below `2**bits`; a NumPy array gives a NumPy array.
-    bits: bits of a code.
   """
   xp = np if isinstance(codes, np.ndarray) else jnp
   *lead, size, outputs = codes.shape

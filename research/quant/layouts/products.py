@@ -235,7 +235,6 @@ def linear(
 
   Args:
     f: a function linear in `x`.
-    x: activations.
     w: packed matrix, decoded in the dtype of `x`.
     *rest: arrays without gradients, such as sizes of groups.
     along: output axis of `w` in the product, for slicing; None decodes at

@@ -50,7 +50,6 @@ def nearest(
 
   Args:
     x: within [-1, 1]; a NumPy array gives a NumPy array.
-    kind: name of the codebook.
   """
   values = table(kind)
   # FP4 has two zeros: the stable sort puts the first one lower, and tiny

@@ -23,7 +23,6 @@ def check(w: Any, where: str) -> None:
 
   Args:
     w: a JAX or NumPy array; traced arrays and shapes pass unchecked.
-    where: its address, for the error message.
   """
   if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
     return

@@ -108,7 +108,6 @@ def encode(
 
   Args:
     x: any float dtype; a NaN becomes the format's NaN, or 0 if it has none.
-    kind: the format.
   """
   xp = np if isinstance(x, np.ndarray) else jnp
   x = xp.asarray(x).astype(np.float32)

@@ -106,7 +106,6 @@ def affine(
   Args:
     x: `[..., n, N]`.
     weight: weight of errors, as `x`.
-    top: the largest code.
     trials: (first, step, count): trial `k` of 0 to count maps the range to
       `top + first + step k` codes.
     absolute: whether to compare trials by absolute rather than squared errors.
@@ -214,7 +213,6 @@ def positive(
 
   Args:
     x, weight: `[..., n, N]`.
-    top: the largest code.
   """
   most = np.maximum(x.max(-2), F(0))
   empty = most < EMPTY

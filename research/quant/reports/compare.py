@@ -93,8 +93,6 @@ def base_outputs(
   """Runs the base model on windows of text, for `compare`.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     tokens: windows, read independently.
     batch: windows per forward pass.
 
@@ -131,7 +129,6 @@ def compare(
   Args:
     found: the base's outputs, see `base_outputs`.
     model: the other Transformer, with the same vocabulary.
-    params: its parameters.
 
   Raises:
     UserError: the vocabularies differ.

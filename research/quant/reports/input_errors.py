@@ -36,12 +36,10 @@ class InputRows:
   length: int
 
   def shapes(self, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of the inputs."""
     del size_out
     return {"inputs": (self.batch, self.length, size_in)}
 
   def compute(self, rows: Rows) -> dict[str, Array]:
-    """Returns the inputs, float32."""
     return {"inputs": rows.x.astype(jnp.float32)}
 
   def join(self, a: Any, b: Any) -> Any:
@@ -58,8 +56,6 @@ def collect_inputs(
   """Returns address -> (the matrix's inputs, one row per token; the matrix).
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     tokens: rows from position 0.
     addresses: addresses such as `layers/11/mlp/down`.
 
@@ -112,7 +108,6 @@ def errors(
 
   Args:
     x: inputs, one row per token.
-    w: the matrix.
     key: random key of the rotation's signs.
 
   Returns:

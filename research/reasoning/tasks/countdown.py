@@ -58,11 +58,11 @@ class Countdown(GeneratedTask):
   """Countdown with exact oracles of traces and of steps.
 
   Attributes:
-    numbers: how many there are, K.
+    numbers: number of them, K.
     values: least and largest of them.
     targets: least and largest target.
-    largest: of any number on the way; none is below 0.
-    operators: of `+`, `-` and `*`.
+    largest: largest number on the way; none is below 0.
+    operators: those used, out of `+`, `-` and `*`.
   """
 
   NAME: ClassVar[str] = "countdown"
@@ -295,11 +295,11 @@ class Countdown(GeneratedTask):
     Raises:
       IllegalStep: naming the first rule that it breaks.
     """
-    found = _match(step)
-    if found is None:
+    match = _match(step)
+    if match is None:
       raise IllegalStep(f"found {step.strip()!r:.60}, not a step")
-    a, b, c = (int(found[i]) for i in (1, 3, 4))
-    sign, copies = found[2], tuple(map(int, found[5].split()))
+    a, b, c = (int(match[i]) for i in (1, 3, 4))
+    sign, copies = match[2], tuple(map(int, match[5].split()))
     if sign not in self.operators:
       raise IllegalStep(f"{sign} is not allowed")
     rest = collections.Counter(left)
@@ -333,13 +333,13 @@ def parse_prompt(prompt: str) -> tuple[Numbers, int]:
   Raises:
     UserError: it is not one of countdown.
   """
-  found = re.fullmatch(r"(\d+(?: \d+)+) > (\d+) >", prompt)
-  if not found:
+  match = re.fullmatch(r"(\d+(?: \d+)+) > (\d+) >", prompt)
+  if not match:
     raise UserError(
       f"countdown: found the prompt {prompt!r:.60}, expected one such as"
       " '3 5 7 12 > 24 >'."
     )
-  return tuple(map(int, found[1].split())), int(found[2])
+  return tuple(map(int, match[1].split())), int(match[2])
 
 
 @functools.lru_cache(maxsize=1 << 18)
@@ -349,7 +349,7 @@ def _reachable(
   """As `Countdown.reachable`, of sorted numbers."""
   if len(numbers) == 1:
     return frozenset(numbers)
-  found: set[int] = set()
+  results: set[int] = set()
   for i in range(len(numbers)):
     for j in range(i):  # sorted: the larger one comes first
       rest = _without(numbers, i, j)
@@ -357,8 +357,8 @@ def _reachable(
         result = _apply(numbers[i], sign, numbers[j])
         if 0 <= result <= largest:
           after = tuple(sorted((result, *rest)))
-          found |= _reachable(after, largest, operators)
-  return frozenset(found)
+          results |= _reachable(after, largest, operators)
+  return frozenset(results)
 
 
 def _apply(a: int, sign: str, b: int) -> int:

@@ -85,7 +85,6 @@ class GSMSymbolic(GeneratedTask):
     return str(template) + (numbers if self.split_by == "numbers" else "")
 
   def present(self, answer: str) -> str:
-    """Returns an answer in a box."""
     return f"The answer is \\boxed{{{answer}}}."
 
   def verify(self, problem: Problem, text: str | None) -> Verdict:

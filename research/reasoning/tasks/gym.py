@@ -59,10 +59,10 @@ class Gym(Task):
   """One of reasoning-gym's data sets.
 
   Attributes:
-    name: of the data set, one of `allowed()`.
+    name: name of the data set, one of `allowed()`.
     config: its settings, such as `{"min_terms": 2, "max_terms": 2}`.
     size: indices of the seed, of which 8 of 10 train.
-    suffix: behind every question.
+    suffix: text behind every question.
     extract: finds the answer in a text.
   """
 
@@ -117,7 +117,6 @@ class Gym(Task):
     return json.dumps(settings | {"config": dict(self.config)})
 
   def present(self, answer: str) -> str:
-    """Returns an answer between its tags."""
     return f"<answer>{answer}</answer>"
 
   def score(self, problem: Problem, answer: str | None) -> float:
@@ -130,14 +129,14 @@ class Gym(Task):
 
   def verify(self, problem: Problem, text: str | None) -> Verdict:
     """Returns whether the answer in the text has the full score."""
-    found = None if text is None else self.extract(text)
-    if found is None:
+    answer = None if text is None else self.extract(text)
+    if answer is None:
       return Verdict(False, reason="no answer")
-    score = self.score(problem, found)
+    score = self.score(problem, answer)
     correct = score >= FULL
     reason = "correct" if correct else f"wrong: score {score:.3g}"
     # Whether case, spaces or zeros matter is known to the scorer alone.
-    return Verdict(correct, found, found, reason)
+    return Verdict(correct, answer, answer, reason)
 
 
 def allowed() -> tuple[str, ...]:
@@ -268,34 +267,34 @@ def _digests(hash_seed: str) -> dict[str, str]:
   return json.loads(done.stdout)
 
 
-def main(what: str = "list") -> None:
+def main(output: str = "list") -> None:
   """Prints the list of allowed and refused data sets as JSON.
 
   Args:
-    what: "list", or "questions" for the digests of all questions.
+    output: "list", or "questions" for the digests of all questions.
   """
   # Progress bars and prints of theirs would be in the file.
   with contextlib.redirect_stdout(sys.stderr):
-    if what == "questions":
-      found = {name: questions(name) for name in _names()}
+    if output == "questions":
+      results = {name: questions(name) for name in _names()}
     else:
-      found = {name: self_test(name) for name in _names()}
-  if what == "questions":
-    print(json.dumps(found))
+      results = {name: self_test(name) for name in _names()}
+  if output == "questions":
+    print(json.dumps(results))
     return
-  one, other = _digests("1"), _digests("2")
-  for name in found:
-    if not found[name] and one[name] != other[name]:
+  first, second = _digests("1"), _digests("2")
+  for name in results:
+    if not results[name] and first[name] != second[name]:
       # Another process, such as `Isolated`'s, would judge another question.
-      found[name] = "its questions depend on the seed of Python's hashes"
+      results[name] = "its questions depend on the seed of Python's hashes"
   version = importlib.metadata.version("reasoning-gym")
   print(
     json.dumps(
       {
         "made_by": "python -m research.reasoning.tasks.gym",
         "reasoning_gym": version,
-        "allowed": [name for name, why in found.items() if not why],
-        "refused": {name: why for name, why in found.items() if why},
+        "allowed": [name for name, why in results.items() if not why],
+        "refused": {name: why for name, why in results.items() if why},
       },
       indent=1,
     )

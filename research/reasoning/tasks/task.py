@@ -45,7 +45,7 @@ class Task(Ranged, Sequence[Problem], abc.ABC):
   Attributes:
     count: number of problems.
     split: which of them; no problem is in two splits.
-    seed: of generated problems.
+    seed: random seed of generated problems.
   """
 
   NAME: ClassVar[str]
@@ -115,24 +115,23 @@ class Task(Ranged, Sequence[Problem], abc.ABC):
     """Returns the first problems that differ in what they ask.
 
     Args:
-      count: how many.
       excluding: prompts, such as those of training, that none may have.
 
     Raises:
       UserError: the task has fewer.
     """
-    found: dict[str, Problem] = {}
+    problems: dict[str, Problem] = {}
     for problem in self:
-      if len(found) == count:
+      if len(problems) == count:
         break
       if problem.prompt not in excluding:
-        found.setdefault(problem.prompt, problem)
-    if len(found) < count:
+        problems.setdefault(problem.prompt, problem)
+    if len(problems) < count:
       raise UserError(
-        f"{type(self).__name__}: found {len(found)} different problems among"
+        f"{type(self).__name__}: found {len(problems)} different problems among"
         f" {self.count}, expected {count}; raise the task's count."
       )
-    return list(found.values())
+    return list(problems.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,9 +158,9 @@ class GeneratedTask(Task):
     # A string seeds by SHA-512, so neighbouring seeds share no problems.
     rng = random.Random(f"{self.NAME}/{self.split}/{self.seed}/{index}")
     for _ in range(DRAWS):
-      found = self.draw(rng)
-      if found is not None and split_of(self.key(found)) == self.split:
-        return found
+      drawn = self.draw(rng)
+      if drawn is not None and split_of(self.key(drawn)) == self.split:
+        return drawn
     raise UserError(
       f"{type(self).__name__}: found no problem of split {self.split!r} in"
       f" {DRAWS} draws: the settings admit too few."
@@ -175,8 +174,8 @@ def answer_of(text: str | None) -> str:
 
 def mutate(answer: str) -> str:
   """Returns another answer: its last integer plus one, or its text reversed."""
-  found = _INTEGER.search(answer)
-  if found:
-    number = str(int(found.group()) + 1)
-    return answer[: found.start()] + number + answer[found.end() :]
+  match = _INTEGER.search(answer)
+  if match:
+    number = str(int(match.group()) + 1)
+    return answer[: match.start()] + number + answer[match.end() :]
   return answer[::-1] if answer != answer[::-1] else answer + "x"

@@ -46,16 +46,15 @@ def noisy_best_of_n(
     p: chance of a sample to be correct.
     true_positive: t, chance to accept a correct one.
     false_positive: f, chance to accept a wrong one.
-    n: number of samples.
   """
   accepted = p * true_positive + (1 - p) * false_positive
-  none = (1 - accepted) ** n
-  found = 0.0
+  none_accepted = (1 - accepted) ** n
+  accuracy = 0.0
   if accepted > 0:
-    found += (1 - none) * p * true_positive / accepted
+    accuracy += (1 - none_accepted) * p * true_positive / accepted
   if accepted < 1:
-    found += none * p * (1 - true_positive) / (1 - accepted)
-  return found
+    accuracy += none_accepted * p * (1 - true_positive) / (1 - accepted)
+  return accuracy
 
 
 def tries_until_success(p: float | int, most: int) -> float:

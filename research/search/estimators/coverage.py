@@ -98,7 +98,6 @@ def fit_beta(
 
   Args:
     samples: number of samples of each problem.
-    correct: number of correct ones.
 
   Raises:
     UserError: counts do not fit, or all problems are always or never solved.
@@ -119,8 +118,8 @@ def fit_beta(
 
   share = np.clip(correct.sum() / samples.sum(), 1e-3, 1 - 1e-3)
   start = np.log([share, 1 - share])
-  found = scipy.optimize.minimize(
+  fit = scipy.optimize.minimize(
     loss, start, method="L-BFGS-B", bounds=[(-9, 9), (-9, 9)]
   )
-  alpha, beta = np.exp(found.x)
+  alpha, beta = np.exp(fit.x)
   return BetaBinomial(float(alpha), float(beta))

@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
 
   Attributes:
     value: the mean over seeds and problems.
-    low, high: of the interval.
+    low, high: ends of the interval.
     problems, seeds: how many of each.
   """
 
@@ -54,7 +54,6 @@ def mean_accuracy(
   Args:
     outcomes: correctness of each problem, 0 to 1.
     resamples: drawn with replacement, where some are neither 0 nor 1.
-    seed: of the draws.
 
   Raises:
     UserError: there are no problems, or a value is not from 0 to 1.
@@ -68,9 +67,9 @@ def mean_accuracy(
   # Also of NaN. A mean over subsets may be above 1 by rounding.
   if not (np.abs(outcomes - 0.5) <= 0.5 + 1e-9).all():
     raise UserError("mean_accuracy: found an outcome that is not from 0 to 1")
-  found = intervals.of_share(outcomes, resamples, seed)
+  interval = intervals.of_share(outcomes, resamples, seed)
   return Estimate(
-    float(outcomes.mean()), found.low, found.high, len(outcomes), 1
+    float(outcomes.mean()), interval.low, interval.high, len(outcomes), 1
   )
 
 
@@ -89,7 +88,6 @@ def paired_difference(
     first, second: correctness of each problem, 0 to 1, at equal cost: `[P]`, or
       `[S, P]` with a row a training seed.
     resamples: drawn with replacement.
-    seed: of the draws.
 
   Raises:
     UserError: shapes differ, there are no problems, or a value is NaN.
@@ -105,9 +103,9 @@ def paired_difference(
     raise UserError("paired_difference: found a value that is not finite")
   seeds, problems = difference.shape
   if seeds == 1 or problems == 1 or not difference.any():
-    found = intervals.of_difference(difference.mean(axis=0), resamples, seed)
+    interval = intervals.of_difference(difference.mean(axis=0), resamples, seed)
   else:
-    found = intervals.bootstrap(
+    interval = intervals.bootstrap(
       lambda s, p: difference[s[..., None], p[..., None, :]].mean((-2, -1)),
       seeds,
       problems,
@@ -115,5 +113,5 @@ def paired_difference(
       seed=seed,
     )
   return Estimate(
-    float(difference.mean()), found.low, found.high, problems, seeds
+    float(difference.mean()), interval.low, interval.high, problems, seeds
   )

@@ -31,7 +31,6 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
   Args:
     n: number of samples of one problem.
     correct: number of correct ones, c.
-    k: budget.
 
   Raises:
     UserError: k is not 1 to n, or c not 0 to n.
@@ -54,9 +53,8 @@ def best_of_k(
   scores a random one is taken, so that each counts with their mean.
 
   Args:
-    scores: of one problem's samples; higher is better, -inf the worst.
+    scores: scores of one problem's samples; higher is better, -inf the worst.
     correct: their verdicts.
-    k: budget.
 
   Raises:
     UserError: k is not 1 to n, or a score is NaN.

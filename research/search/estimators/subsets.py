@@ -47,11 +47,9 @@ def mean_over_subsets(
   """Returns the mean of a statistic over k-subsets of n units.
 
   Args:
-    statistic: of the indices of a subset, in order.
+    statistic: indices of a subset, in order -> number.
     n: number of units: samples, or groups of samples that belong together.
-    k: size of the subsets.
     draws: where there are more than `EXACT` subsets.
-    seed: of the draws.
 
   Raises:
     UserError: k is not 1 to n.
@@ -83,10 +81,9 @@ def weighted_majority_at_k(
   """Returns the chance that the weighted vote of k samples is correct.
 
   Args:
-    answers: of one problem's samples; None is no vote.
+    answers: answers of one problem's samples; None is no vote.
     weights: at least 0.
     correct: verdicts, see `voting.shares_correct`.
-    k: budget.
     draws, seed: as for `mean_over_subsets`.
 
   Raises:
@@ -99,9 +96,9 @@ def weighted_majority_at_k(
     )
 
   def chance(subset: tuple[int, ...]) -> float:
-    found = [answers[i] for i in subset]
-    winners = weighted_vote(found, [weights[i] for i in subset])
-    shares = shares_correct(found, [correct[i] for i in subset])
+    voted = [answers[i] for i in subset]
+    winners = weighted_vote(voted, [weights[i] for i in subset])
+    shares = shares_correct(voted, [correct[i] for i in subset])
     return sum((s * shares[x] for x, s in winners.items()), 0.0)
 
   return mean_over_subsets(chance, len(answers), k, draws, seed)

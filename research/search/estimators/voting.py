@@ -28,7 +28,7 @@ def shares_correct(
   that votes with it.
 
   Args:
-    answers: of one problem's samples; None is left out.
+    answers: answers of one problem's samples; None is left out.
     correct: their verdicts.
 
   Raises:
@@ -53,9 +53,8 @@ def majority_at_k(answers: Answers, correct: Sequence[bool], k: int) -> float:
   others, x counts samples and z answers with exactly j.
 
   Args:
-    answers: of one problem's samples.
+    answers: answers of one problem's samples.
     correct: their verdicts, see `shares_correct`.
-    k: budget.
 
   Raises:
     UserError: k is not 1 to n, or not as many verdicts as answers.
@@ -79,7 +78,7 @@ def majority_at_k(answers: Answers, correct: Sequence[bool], k: int) -> float:
 
 
 def _wins(
-  own: Float[np.ndarray, "M"],
+  counts: Float[np.ndarray, "M"],
   j: int,
   others: Sequence[np.ndarray],
   unanswered: np.ndarray,
@@ -92,11 +91,10 @@ def _wins(
   no size of a pool makes too large or too small.
 
   Args:
-    own: chances that 0, 1, ... of the answer's samples are drawn.
+    counts: chances that 0, 1, ... of the answer's samples are drawn.
     j: number of them.
-    others, unanswered: as `own`, of other answers and of samples without one;
-      their lengths differ.
-    k: budget.
+    others, unanswered: the same chances of other answers and of samples without
+      one; their lengths differ.
   """
   rest = k - j
   poly = np.zeros((1, rest + 1))
@@ -105,7 +103,7 @@ def _wins(
   for chances, limit in factors:
     poly = _times(poly, chances, limit)
   ways = poly[:, rest] @ (1 / np.arange(1, len(poly) + 1))
-  return float(ways * own[j])
+  return float(ways * counts[j])
 
 
 def _times(

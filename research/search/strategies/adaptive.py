@@ -65,29 +65,29 @@ class Adaptive(Ranged):
   ) -> list[Samples]:
     """Returns each problem's samples; see `Strategy`."""
     key = jax.random.key(0) if limits.key is None else limits.key
-    found = [Samples((), Ledger()) for _ in prompts]
+    samples = [Samples((), Ledger()) for _ in prompts]
     for k in range(self.max_samples // self.round):
-      opened = [i for i, one in enumerate(found) if not self._decided(one)]
+      opened = [i for i, x in enumerate(samples) if not self._decided(x)]
       if not opened:
         break
       # All problems, so that each has its index, and all rounds their programs.
-      more = Independent(copies=self.round)(
+      drawn = Independent(copies=self.round)(
         engine,
         prompts,
         dataclasses.replace(limits, key=jax.random.fold_in(key, k)),
       )
-      for i, one in enumerate(more):
+      for i, new in enumerate(drawn):
         # What is decided has been decoded with the others: it ran.
-        ledger = found[i].ledger + one.ledger
+        ledger = samples[i].ledger + new.ledger
         if i not in opened:
-          found[i] = dataclasses.replace(found[i], ledger=ledger)
+          samples[i] = dataclasses.replace(samples[i], ledger=ledger)
           continue
-        own = [
+        paths = [
           dataclasses.replace(path, root=k * self.round + path.root)
-          for path in one.paths
+          for path in new.paths
         ]
-        found[i] = Samples((*found[i].paths, *own), ledger)
-    return found
+        samples[i] = Samples((*samples[i].paths, *paths), ledger)
+    return samples
 
   def _decided(self, samples: Samples) -> bool:
     return lead(answers_of(samples.paths, self.answer)) >= self.confidence

@@ -114,17 +114,19 @@ class AdaptiveAllocation(Ranged):
     """Returns each problem's samples; see `Strategy`."""
     start = engine.begin(prompts, limits.tokens, 1, limits.key)
     first = [range(self.first)] * len(prompts)
-    found, ledgers = _sampled(engine, start, first, limits.steps)
-    pass_rates = [self.predictor(paths) for paths in found]
+    paths_of_each, ledgers = _sampled(engine, start, first, limits.steps)
+    pass_rates = [self.predictor(paths) for paths in paths_of_each]
     counts = allocate(pass_rates, self.copies * len(prompts), self.first)
     if self.copies > self.first:
       start = dataclasses.replace(start, ledgers=ledgers)
       rest = [range(self.first, count) for count in counts]
-      more, ledgers = _sampled(engine, start, rest, limits.steps)
-      found = [[*x, *y] for x, y in zip(found, more, strict=True)]
+      added, ledgers = _sampled(engine, start, rest, limits.steps)
+      paths_of_each = [
+        [*x, *y] for x, y in zip(paths_of_each, added, strict=True)
+      ]
     return [
       Samples(tuple(paths), ledger)
-      for paths, ledger in zip(found, ledgers, strict=True)
+      for paths, ledger in zip(paths_of_each, ledgers, strict=True)
     ]
 
 
@@ -137,13 +139,13 @@ def _sampled(
   """Returns each problem's paths, and the ledgers after them.
 
   Args:
-    engine: policy and verifier.
     start: a row for each problem, before its first step; it stays as it is.
-    branches: of each problem, from which its paths have their random keys.
-    steps: of a path, at most.
+    branches: for each problem, the branches from which its paths have their
+      random keys.
+    steps: most steps of a path.
   """
-  rows = [i for i, own in enumerate(branches) for _ in own]
-  branch = [k for own in branches for k in own]
+  rows = [i for i, numbers in enumerate(branches) for _ in numbers]
+  branch = [k for numbers in branches for k in numbers]
   now = engine.select(start, rows, branch)
   paths = tuple(
     dataclasses.replace(path, root=k)
@@ -154,7 +156,7 @@ def _sampled(
     now = engine.advance(now)
     if all(path.done for path in now.paths):
       break
-  found: list[list[Path]] = [[] for _ in branches]
+  paths_by_problem: list[list[Path]] = [[] for _ in branches]
   for path in now.paths:
-    found[path.problem].append(path)
-  return found, now.ledgers
+    paths_by_problem[path.problem].append(path)
+  return paths_by_problem, now.ledgers

@@ -73,20 +73,20 @@ class BudgetForcing:
     waited = np.zeros(len(frontier.paths), int)
     forced = np.zeros(len(frontier.paths), bool)
     for _ in range(limits.steps - 1):
-      words, replace = [], []
+      appended, replace = [], []
       for row, path in enumerate(frontier.paths):
         count = len(path.tokens)
         early = path.stopped and count < self.min_tokens and not forced[row]
         late = not path.done and count >= self.max_tokens and not forced[row]
-        own: Sequence[int] = ()
+        forced_tokens: Sequence[int] = ()
         if early and waited[row] < self.max_waits:
-          own, waited[row] = self.wait, waited[row] + 1
+          forced_tokens, waited[row] = self.wait, waited[row] + 1
         elif late:
-          own, forced[row] = self.answer, True
+          forced_tokens, forced[row] = self.answer, True
         room = limits.tokens - count + early
-        words.append(own[: max(room - 1, 0)])
+        appended.append(forced_tokens[: max(room - 1, 0)])
         replace.append(early)
-      frontier = engine.append(frontier, words, replace)
+      frontier = engine.append(frontier, appended, replace)
       if all(path.done for path in frontier.paths):
         break
       frontier = engine.advance(frontier)

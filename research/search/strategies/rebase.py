@@ -18,7 +18,7 @@ class Rebase(StepSearch):
 
   Attributes:
     copies: the budget at the beginning; each path that ends takes one of it.
-    temperature: of the softmax.
+    temperature: the softmax's.
     prune: makes one score, 0 to 1, of a path's steps so far.
   """
 

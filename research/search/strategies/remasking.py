@@ -29,7 +29,7 @@ class Rejection(Protocol):
     """Returns whether each block is.
 
     Args:
-      scores: of the newest blocks of a problem's paths, at least one.
+      scores: scores of the newest blocks of a problem's paths, at least one.
     """
     ...
 
@@ -71,9 +71,9 @@ class Remasking(Ranged):
   Attributes:
     inner: the search that goes on with the blocks.
     rejects: which blocks are masked again.
-    rounds: how often at most; 0 is `inner`.
-    share: of a block's tokens that are masked again, the least likely ones; 1
-      draws the block anew.
+    rounds: most times that a block is masked again; 0 is `inner`.
+    share: share of a block's tokens that are masked again, the least likely
+      ones; 1 draws the block anew.
   """
 
   needs_scores: ClassVar[bool] = True
@@ -160,22 +160,21 @@ class _Engine(Engine):
 
     Args:
       now: after the blocks.
-      before: the paths before them.
     """
-    found = [False] * len(now.paths)
+    rejections = [False] * len(now.paths)
     for problem in {path.problem for path in now.paths}:
-      own = [
+      scored_rows = [
         row
         for row, path in enumerate(now.paths)
         if path.problem == problem
         and now.advanced[row]
         and _has_score(path, before[row])
       ]
-      if own:
-        verdicts = self.search.rejects([_last(now, row) for row in own])
-        for row, rejected in zip(own, verdicts, strict=True):
-          found[row] = bool(rejected)
-    return found
+      if scored_rows:
+        verdicts = self.search.rejects([_last(now, row) for row in scored_rows])
+        for row, rejected in zip(scored_rows, verdicts, strict=True):
+          rejections[row] = bool(rejected)
+    return rejections
 
   def _redrawn(
     self,

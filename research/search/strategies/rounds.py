@@ -64,7 +64,7 @@ class Subsets(Ranged):
   """A random subset of the last round's solutions, for each new one.
 
   Attributes:
-    size: of a subset; K of RSA.
+    size: solutions of a subset; K of RSA.
   """
 
   size: PositiveInt = 4
@@ -88,10 +88,10 @@ class Rounds(Ranged):
     rewrite: makes the prompt.
     shown: `LastTries()` for revision, `Subsets()` for RSA.
     width: solutions of a round.
-    rounds: how many.
+    rounds: number of rounds.
     every: whether earlier rounds' solutions are samples as well: for revision,
       which turns right answers wrong, too; RSA has those of the last round.
-    seed: of random subsets.
+    seed: random seed of the subsets.
   """
 
   rewrite: Rewrite
@@ -108,28 +108,28 @@ class Rounds(Ranged):
     key = jax.random.key(0) if limits.key is None else limits.key
     rng = np.random.default_rng(self.seed)
     first = Independent(copies=self.width)(engine, prompts, limits)
-    history = [[_in_order(one.paths)] for one in first]
-    ledgers = [one.ledger for one in first]
+    history = [[_in_order(samples.paths)] for samples in first]
+    ledgers = [samples.ledger for samples in first]
     for k in range(1, self.rounds):
-      asked = [
+      new_prompts = [
         self.rewrite(prompt, shown)
         for prompt, rounds in zip(prompts, history, strict=True)
         for shown in self.shown(rounds, rng)
       ]
-      own = dataclasses.replace(limits, key=jax.random.fold_in(key, k))
-      made = Independent(copies=1)(engine, asked, own)
+      round_limits = dataclasses.replace(limits, key=jax.random.fold_in(key, k))
+      solutions = Independent(copies=1)(engine, new_prompts, round_limits)
       for i, rounds in enumerate(history):
-        part = made[i * self.width : (i + 1) * self.width]
+        part = solutions[i * self.width : (i + 1) * self.width]
         rounds.append(
           [
-            dataclasses.replace(one.paths[0], problem=i, root=root)
-            for root, one in enumerate(part)
+            dataclasses.replace(samples.paths[0], problem=i, root=root)
+            for root, samples in enumerate(part)
           ]
         )
-        ledgers[i] += _together([one.ledger for one in part])
+        ledgers[i] += _together([samples.ledger for samples in part])
     first = 0 if self.every else -1
     return [
-      Samples(tuple(path for one in rounds[first:] for path in one), ledger)
+      Samples(tuple(path for paths in rounds[first:] for path in paths), ledger)
       for rounds, ledger in zip(history, ledgers, strict=True)
     ]
 
@@ -140,6 +140,6 @@ def _in_order(paths: Sequence[Path]) -> list[Path]:
 
 def _together(ledgers: Sequence[Ledger]) -> Ledger:
   total = ledgers[0]
-  for one in ledgers[1:]:
-    total = total.alongside(one)
+  for ledger in ledgers[1:]:
+    total = total.alongside(ledger)
   return total

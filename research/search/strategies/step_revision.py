@@ -45,11 +45,11 @@ class StepRevision(Ranged):
     # Each chain before the first wrong step of its last try.
     stored = engine.select(now, rows, [0] * len(rows))
     revised = [True] * len(rows)
-    found: list[list[Path]] = [[] for _ in prompts]
+    tries: list[list[Path]] = [[] for _ in prompts]
     for k in range(1, self.rounds + 2):
       now, stored, wrong = self._try(engine, now, stored, revised, limits.steps)
-      for path, own in zip(now.paths, revised, strict=True):
-        found[path.problem] += [path] * own
+      for path, is_revised in zip(now.paths, revised, strict=True):
+        tries[path.problem] += [path] * is_revised
       revised = wrong
       if k > self.rounds or not any(wrong):
         break
@@ -61,9 +61,9 @@ class StepRevision(Ranged):
     for path in stored.paths:
       other_tokens[path.problem] += len(path.tokens)
     return [
-      self._samples(paths, ledger, more)
-      for paths, ledger, more in zip(
-        found, now.ledgers, other_tokens, strict=True
+      self._samples(paths, ledger, stored_tokens)
+      for paths, ledger, stored_tokens in zip(
+        tries, now.ledgers, other_tokens, strict=True
       )
     ]
 
@@ -78,11 +78,10 @@ class StepRevision(Ranged):
     """Lets chains go on to their ends.
 
     Args:
-      engine: policy and verifier.
       now: the chains; its buffers are used up, as those of `stored`.
       stored: states to go back to.
       revised: which chains go on; others are idle.
-      steps: of a path, at most.
+      steps: most steps of a path.
 
     Returns:
       The chains at their ends, states to go back to, and which chains have a

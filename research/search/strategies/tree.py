@@ -24,9 +24,9 @@ class Node:
   """A step of the tree, or the problem itself, which has no path.
 
   Attributes:
-    path: up to this step.
+    path: solution up to this step.
     slot: row of its state.
-    prior: of the policy, among its siblings.
+    prior: the policy's probability, among its siblings.
     visits: evaluations below it, its own included.
     total: sum of their scores.
     children: next steps.
@@ -52,10 +52,10 @@ class TreeSearch(Ranged):
   """MCTS over steps.
 
   Attributes:
-    simulations: after the first expansion.
+    simulations: number of them after the first expansion.
     width: next steps that an expansion adds.
-    base, init: of PUCT's exploration: it grows with
-      `log((visits + base + 1) / base) + init`.
+    base, init: constants of PUCT's exploration: it grows with `log((visits +
+      base + 1) / base) + init`.
     prune: makes one score, 0 to 1, of a path's steps.
   """
 
@@ -143,10 +143,10 @@ class TreeSearch(Ranged):
         slots += [nowhere] * self.width
         self._visit(line)
         continue
-      own = range(begin, begin + self.width)
-      slots += own
+      new_slots = range(begin, begin + self.width)
+      slots += new_slots
       paths = now.paths[i * self.width : (i + 1) * self.width]
-      self._expand(line, list(zip(own, paths, strict=True)))
+      self._expand(line, list(zip(new_slots, paths, strict=True)))
     return engine.store(stored, now, slots), cached
 
   def _visit(self, line: Sequence[Node]) -> None:

@@ -43,15 +43,17 @@ class GroupRollouts(Ranged):
 
   Attributes:
     task: prompts and rewards.
-    prompts: of a round.
+    prompts: number of prompts of a round.
     group: answers to a prompt.
-    updates: of the parameters by one round; clipping matters from the second.
-    prompt_tokens: of the longest prompt.
-    new_tokens: of the longest answer, its stop token included.
+    updates: updates of the parameters by one round; clipping matters from the
+      second.
+    prompt_tokens: tokens of the longest prompt.
+    new_tokens: tokens of the longest answer, its stop token included.
     stop_tokens: ids that end an answer.
-    sampling: of answers. The objective's temperature must be the same, and
-      top-p and the like would sample from another policy than the one learned.
-    advantages: of rewards in a group: `Standardized`, `centered`, ...
+    sampling: how answers are drawn. The objective's temperature must be the
+      same, and top-p and the like would sample from another policy than the one
+      learned.
+    advantages: rewards of groups -> advantages: `Standardized`, `centered`, ...
     select: which groups are learned, by the task's rewards: `every_group`, or
       `varied` (DAPO).
     attempts: as many times new prompts are drawn until `prompts` groups are
@@ -59,7 +61,7 @@ class GroupRollouts(Ranged):
     overlong: what becomes of answers without an end.
     reference: selects the reference's parameters, if the surrogate has a
       divergence.
-    seed: of prompts and answers.
+    seed: random seed of prompts and answers.
     objective: the loss, with its model; an experiment sets it.
   """
 
@@ -113,15 +115,15 @@ class GroupRollouts(Ranged):
     policy = self.objective.policy(params)
     groups: list[_Group] = []
     seen: list[_Group] = []
-    own: list[Mapping[str, float]] = []
+    task_metrics: list[Mapping[str, float]] = []
     for attempt in range(self.attempts):
       rng = np.random.default_rng([self.seed, step, attempt])
-      found, measured = self._groups(
+      drawn, measured = self._groups(
         policy, rng, jax.random.fold_in(key, attempt)
       )
-      own.append(measured)
-      seen += found
-      groups += [x for x in found if x.selected]
+      task_metrics.append(measured)
+      seen += drawn
+      groups += [x for x in drawn if x.selected]
       if len(groups) >= self.prompts:
         break
     # Of a fixed shape: groups that are not learned fill what is missing.
@@ -138,7 +140,9 @@ class GroupRollouts(Ranged):
       "varied": (rewards.max(1) > rewards.min(1)).mean(),
       "ended": np.mean([self._ended(answer) for answer in answers]),
       "answer_tokens": np.mean([len(answer) for answer in answers]),
-    } | {name: np.mean([x[name] for x in own]) for name in own[0]}
+    } | {
+      name: np.mean([x[name] for x in task_metrics]) for name in task_metrics[0]
+    }
     return Round(batch, metrics={k: float(v) for k, v in metrics.items()})
 
   def _groups(
@@ -167,8 +171,9 @@ class GroupRollouts(Ranged):
       )
     lengths = np.array([len(x) for x in answers]).reshape(shape)
     ended = np.array([self._ended(x) for x in answers]).reshape(shape)
-    given = map(jnp.asarray, (rewards, lengths, ended))
-    shaped, learned = map(np.asarray, self.overlong(*given))
+    shaped, learned = map(
+      np.asarray, self.overlong(*map(jnp.asarray, (rewards, lengths, ended)))
+    )
     advantages = np.asarray(self.advantages(jnp.asarray(shaped)))
     # DAPO selects by accuracy: equally right answers differ in length.
     selected = np.asarray(self.select(jnp.asarray(rewards)))

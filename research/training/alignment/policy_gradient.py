@@ -48,15 +48,15 @@ class PolicyGradient(Ranged):
     """Returns log p of each target, 0 where it is not an answer's.
 
     Args:
-      params: of one model, such as the policy or the reference.
-      batch: of text.
+      params: parameters of one model, such as the policy or the reference.
+      batch: batch of text.
     """
     mask = Mask.causal(segments=batch["segments"])
     params = weights.with_tokens(params, batch["tokens"], batch["segments"])
     hidden, _ = self.model.apply(
       {"params": params}, batch["tokens"], batch["positions"], mask
     )
-    found = positions.log_probs(
+    scores = positions.log_probs(
       self.model,
       params,
       hidden,
@@ -64,7 +64,7 @@ class PolicyGradient(Ranged):
       self.rows,
       temperature=self.temperature,
     )
-    return jnp.where(batch["weights"] > 0, found, 0.0)
+    return jnp.where(batch["weights"] > 0, scores, 0.0)
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the surrogate's sums, and `surprisal`, the mean of -log p.

@@ -46,7 +46,7 @@ class AnswerRewards(NamedTuple):
 
   Attributes:
     rewards: one for each answer.
-    metrics: of all of them, by name, to be logged beside the reward.
+    metrics: means over all of them, by name, to be logged beside the reward.
   """
 
   rewards: Sequence[float]
@@ -97,13 +97,9 @@ def sampled(
   """Returns answers to prompts, each with its stop token if it ended by one.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     prompts: token ids.
     new_tokens: most tokens of an answer.
     stop_tokens: ids that end an answer.
-    sampling: of tokens.
-    key: of the sampling.
     mask: what the tokens of a prompt see of each other; None for causal.
   """
   parts = generate.chunks(
@@ -118,8 +114,8 @@ class AnswerRate:
   """The share of prompts that a model answers right.
 
   Attributes:
-    right: number of them.
-    count: of all.
+    right: number of right answers.
+    count: number of prompts.
   """
 
   right: float
@@ -139,10 +135,10 @@ class GreedyReward:
 
   Attributes:
     task: prompts and rewards.
-    count: of prompts.
+    count: number of prompts.
     new_tokens, stop_tokens: as for `GroupRollouts`.
     policy: selects the policy's parameters.
-    seed: of the prompts; the task decides which are held out.
+    seed: random seed of the prompts; the task decides which are held out.
   """
 
   task: RewardedTask
@@ -177,8 +173,8 @@ class GreedyReward:
       sampling,
       key,
     )
-    found = judged(self.task, prompts, answers)
-    return AnswerRate(float(sum(found.rewards)), len(prompts))
+    judgement = judged(self.task, prompts, answers)
+    return AnswerRate(float(sum(judgement.rewards)), len(prompts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +182,8 @@ class PolicyRates:
   """The shares of right answers, greedy and sampled.
 
   Attributes:
-    greedy: of greedy answers.
-    sampled: of all sampled ones.
+    greedy: rate of greedy answers.
+    sampled: rate of all sampled ones.
     samples: answers sampled to each prompt.
   """
 
@@ -216,7 +212,7 @@ class SampledReward(GreedyReward):
 
   Attributes:
     samples: answers sampled to each prompt.
-    sampling: of their tokens.
+    sampling: how their tokens are drawn.
   """
 
   samples: int = 4

@@ -158,7 +158,7 @@ class Surrogate:
 
   Attributes:
     ratio: `token_ratio`, `sequence_ratio` or `sequence_token_ratio`.
-    clip: of ratios.
+    clip: how ratios are clipped.
     normalization: `per_answer`, `per_token` or a `PerLength`.
     divergence: the penalty for leaving the reference; None for no reference.
   """
@@ -184,8 +184,8 @@ class Surrogate:
 
     Args:
       new: log p of each token by the policy that learns.
-      old: by the policy that sampled them.
-      advantage: of answers, or of their tokens.
+      old: log p by the policy that sampled them.
+      advantage: advantages of answers, or of their tokens.
       answer: which tokens are an answer's.
       reference: log p of each token by the reference.
 
@@ -195,7 +195,7 @@ class Surrogate:
     if advantage.ndim == 1:
       advantage = advantage[:, None]
     ratio = jnp.exp(self.ratio(jnp.where(answer, new - old, 0.0), answer))
-    found = {
+    metrics = {
       "ratio": ratio,
       "clipped": self.clip.acts(ratio, advantage).astype(jnp.float32),
     }
@@ -206,14 +206,14 @@ class Surrogate:
           "Surrogate.divergence: found no log p of a reference, expected"
           " `reference` in the batch; set it to None to train without one."
         )
-      apart = jnp.where(answer, reference - new, 0.0)
-      found["divergence"] = self.divergence.estimate(apart)
-      terms = terms - self.divergence.beta * found["divergence"]
+      log_ratio = jnp.where(answer, reference - new, 0.0)
+      metrics["divergence"] = self.divergence.estimate(log_ratio)
+      terms = terms - self.divergence.beta * metrics["divergence"]
     total, weight = self.normalization(terms, answer)
     share = weight / _length(answer)
     sums = {
       name: (jnp.where(answer, x, 0.0).sum(-1) * share).sum()
-      for name, x in found.items()
+      for name, x in metrics.items()
     }
     return -total.sum(), weight.sum(), sums
 

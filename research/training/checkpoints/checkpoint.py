@@ -187,7 +187,6 @@ class Checkpoints:
       target: a state with the right structure, shapes, dtypes and shardings;
         its frozen part is reused.
       data: the data iterator, whose position is restored.
-      step: the step to restore.
 
     Raises:
       UserError: there is no such step, it is damaged, or it does not match
@@ -248,9 +247,9 @@ class Checkpoints:
       if bad := checksums.damaged_file(where):
         raise checksums.Damaged(bad)
       meta = self._steps.metadata(step)
-      found = checksums.array_types(meta.metadata)
+      kinds = checksums.array_types(meta.metadata)
       note = (meta.custom_metadata or {}).get("checks")
-      if note and found != note["kinds"]:
+      if note and kinds != note["kinds"]:
         raise checksums.Damaged(
           "state: its list of arrays is not what was saved"
         )
@@ -264,8 +263,8 @@ class Checkpoints:
         raise checksums.Damaged(
           "data: the iterator's position is not what was saved"
         )
-    expected = _as_saved(_moving(target), found)
-    _compare(where, found, expected)
+    expected = _as_saved(_moving(target), kinds)
+    _compare(where, kinds, expected)
     with _quiet(), checksums.raise_together():
       parts = {"state": jax.tree.map(_abstract, expected)}
       state = self._steps.load_checkpointables(step, parts)["state"]
@@ -349,8 +348,8 @@ def wait_for_all(key: str, seconds: int) -> None:
   ended. A collective is not for that: on CPUs it gives up after 30 s.
 
   Args:
-    key: of this call; no other one has it.
-    seconds: that they wait at most.
+    key: name of this call; no other one has it.
+    seconds: longest wait.
   """
   multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * seconds)
 
@@ -401,15 +400,15 @@ def _moving(state: TrainState) -> dict[str, Any]:
 
 
 def _as_saved(
-  moving: Mapping[str, Any], found: Mapping[str, str]
+  moving: Mapping[str, Any], kinds: Mapping[str, str]
 ) -> dict[str, Any]:
   """Returns a state's entries under their names in a checkpoint.
 
   Args:
     moving: the entries by their names of today.
-    found: the checkpoint's arrays by path.
+    kinds: the checkpoint's arrays by path.
   """
-  saved = {path.partition("/")[0] for path in found}
+  saved = {path.partition("/")[0] for path in kinds}
   former = {n: old for n, old in FORMER_NAMES.items() if old in saved}
   return {former.get(name, name): x for name, x in moving.items()}
 
@@ -456,7 +455,6 @@ def load_tree(path: os.PathLike, target: Any) -> Any:
   """Reads a tree of arrays that `save_tree` wrote.
 
   Args:
-    path: its folder.
     target: a tree with its structure, shapes, dtypes and shardings.
 
   Raises:

@@ -54,15 +54,17 @@ def sums(arrays: Any) -> dict[str, int]:
   Args:
     arrays: a tree of arrays of any dtype and sharding.
   """
-  found = tree.flatten_paths(arrays)
-  if not found:
+  arrays_by_path = tree.flatten_paths(arrays)
+  if not arrays_by_path:
     return {}
-  leaves = [x for _, x in found]
+  leaves = [x for _, x in arrays_by_path]
   sharding = replicated_sharding(leaves)
   # One program per shape, which other trees share; all are dispatched before
   # the first result is awaited.
   numbers = jax.device_get([_summed(x, sharding) for x in leaves])
-  return {path: int(n) for (path, _), n in zip(found, numbers, strict=True)}
+  return {
+    path: int(n) for (path, _), n in zip(arrays_by_path, numbers, strict=True)
+  }
 
 
 def replicated_sharding(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
@@ -118,15 +120,15 @@ def list_files(folder: folders.Folder) -> dict[str, list[int]]:
   Args:
     folder: an existing folder.
   """
-  found = {}
+  files = {}
   for name, path in _walk(folder, ""):
     stat = path.stat()
     size = stat.length if hasattr(stat, "length") else stat.st_size
-    found[name] = [
+    files[name] = [
       size,
       zlib.crc32(path.read_bytes()) if size <= MAX_CRC_BYTES else -1,
     ]
-  return found
+  return files
 
 
 def write_list(folder: folders.Folder) -> None:
@@ -155,21 +157,21 @@ def damaged_file(folder: folders.Folder) -> str | None:
     return f"{FILE_LIST}: cannot be read"
   if not isinstance(listed, Mapping):
     return f"{FILE_LIST}: is not a list of files"
-  found = list_files(folder)
-  for name in sorted({*listed, *found}):
-    if name not in found:
+  files = list_files(folder)
+  for name in sorted({*listed, *files}):
+    if name not in files:
       return f"{name}: is missing"
-    if found[name] != listed.get(name):
-      return f"{name}: {_difference(listed.get(name), found[name])}"
+    if files[name] != listed.get(name):
+      return f"{name}: {_difference(listed.get(name), files[name])}"
   return None
 
 
-def _difference(listed: Any, found: list[int]) -> str:
+def _difference(listed: Any, current: list[int]) -> str:
   if listed is None:
     return "was not there when it was saved"
   size = listed[0] if isinstance(listed, list) and listed else None
-  if size != found[0]:
-    return f"has {found[0]} bytes, not {size}"
+  if size != current[0]:
+    return f"has {current[0]} bytes, not {size}"
   return "has other content than what was saved"
 
 

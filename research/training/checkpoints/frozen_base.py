@@ -51,7 +51,6 @@ def record_base(
   """Records the frozen weights of a run, or checks them against the record.
 
   Args:
-    folder: folder of the run's checkpoints.
     frozen: the frozen parameters.
     source: a JSON object that says where the weights can be loaded from. If
       None, they are copied into `folder/frozen`.
@@ -63,11 +62,11 @@ def record_base(
   """
   folder = folders.folder(folder)
   note = folder / "base.json"
-  found = fingerprint(frozen)
+  current = fingerprint(frozen)
   here = None if source is None else dict(source)
   if saved and note.exists():
     known = _read_note(note)
-    if known["fingerprint"] != found:
+    if known["fingerprint"] != current:
       raise UserError(
         f"{note}: this run's frozen weights came from {known.get('source')} and"
         f" are not the same as now, from {here}.\n"
@@ -76,7 +75,7 @@ def record_base(
     return
   with folders.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"source": here, "fingerprint": found}
+    record = {"source": here, "fingerprint": current}
     if source is None and jax.tree.leaves(frozen):
       record["sums"] = checksums.sums(frozen)
       checkpoint.save_tree(folder / "frozen", frozen)
@@ -94,7 +93,6 @@ def warn_of_other_base(
   as quantized ones, in another way.
 
   Args:
-    folder: folder of the run's checkpoints.
     frozen: the frozen parameters of now.
     source: where they come from.
   """
@@ -130,7 +128,6 @@ def load_frozen(folder: str | os.PathLike, target: Any) -> Any:
   """Loads the frozen weights that `record_base` copied.
 
   Args:
-    folder: folder of the run's checkpoints.
     target: a tree with their structure, shapes, dtypes and shardings.
 
   Raises:
@@ -142,15 +139,15 @@ def load_frozen(folder: str | os.PathLike, target: Any) -> Any:
     raise UserError(
       f"{path}: found no frozen weights; base.json names their source."
     )
-  found = checkpoint.load_tree(path, target)
+  frozen = checkpoint.load_tree(path, target)
   note = path.parent / "base.json"
   known = _read_note(note)["sums"] if note.exists() else {}
   if known:
-    sums = checksums.sums(found)
+    sums = checksums.sums(frozen)
     bad = [name for name in sums if sums[name] != known.get(name)]
     if bad:
       raise UserError(
         f"{path}: {bad[0]} differs from its checksum in {note}.\n"
         "The files are damaged: copy them again."
       )
-  return found
+  return frozen

@@ -124,7 +124,7 @@ def _is_alive_here(file) -> bool:
     return False
   asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
   try:
-    found = fcntl.fcntl(file, fcntl.F_GETLK, asked)
+    answer = fcntl.fcntl(file, fcntl.F_GETLK, asked)
   except OSError:
     return False
-  return struct.unpack(_FLOCK, found)[-1] > 0  # of NFS, 0 or negative
+  return struct.unpack(_FLOCK, answer)[-1] > 0  # of NFS, 0 or negative

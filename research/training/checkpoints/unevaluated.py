@@ -24,8 +24,8 @@ NAME = "unevaluated"
 def save(workdir: Folder, state: TrainState, data: Any = None) -> None:
   """Saves the state; arguments as for `Checkpoints.save`."""
   remove(workdir)  # a damaged one that was not used: Orbax replaces no step
-  with Checkpoints(workdir / NAME, keep=1, sweep=True) as one:
-    one.save(state, data)
+  with Checkpoints(workdir / NAME, keep=1, sweep=True) as checkpoints:
+    checkpoints.save(state, data)
 
 
 def restore(
@@ -34,7 +34,6 @@ def restore(
   """Restores the unevaluated state if it is later than step `resumed`.
 
   Args:
-    workdir: working directory of the run.
     target: a state with the right shapes and shardings.
     data: the data iterator, whose position is restored.
     resumed: the step that the run would resume from otherwise.
@@ -45,12 +44,12 @@ def restore(
   folder = workdir / NAME
   if not folder.is_dir():
     return target, None
-  with Checkpoints(folder, keep=1) as one:
-    step = one.latest
+  with Checkpoints(folder, keep=1) as checkpoints:
+    step = checkpoints.latest
     if step is None or step <= (resumed or 0):
       return target, None
     try:
-      return one.restore(target, data, step), step
+      return checkpoints.restore(target, data, step), step
     except UserError as error:
       folders.warn(f"not used: {error}")
       return target, None

@@ -24,16 +24,16 @@ _PACKAGES = ("research", "kernels_pallas", "experiments")
 
 def current() -> dict[str, str]:
   """Returns name -> version of everything that affects a run's numbers."""
-  found = {"python": platform.python_version()}
+  versions = {"python": platform.python_version()}
   for name in LIBRARIES:
     try:
-      found[name] = importlib.metadata.version(name)
+      versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      found[name] = "none"
+      versions[name] = "none"
   devices = jax.devices()
-  found["devices"] = f"{len(devices)} x {devices[0].device_kind}"
-  found["code"] = code()
-  return found
+  versions["devices"] = f"{len(devices)} x {devices[0].device_kind}"
+  versions["code"] = code()
+  return versions
 
 
 def code() -> str:
@@ -74,12 +74,14 @@ def record(workdir: Folder) -> None:
 def _read(path: Folder) -> list[Mapping[str, str]]:
   """Returns the recorded versions; warns if the file cannot be read."""
   try:
-    found = json.loads(path.read_bytes())
+    recorded = json.loads(path.read_bytes())
   except FileNotFoundError:
     return []
   except (OSError, ValueError):
-    found = None
-  if isinstance(found, list) and all(isinstance(x, Mapping) for x in found):
-    return found
+    recorded = None
+  if isinstance(recorded, list) and all(
+    isinstance(x, Mapping) for x in recorded
+  ):
+    return recorded
   folders.warn(f"{path}: cannot be read; it will be rewritten")
   return []

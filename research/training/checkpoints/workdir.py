@@ -61,7 +61,6 @@ def claim_workdir(
 
   Args:
     workdir: local, or remote such as `gs://bucket/run`.
-    config: the operative configuration.
     may_differ: regular expression of lines that may differ.
 
   Raises:
@@ -151,24 +150,26 @@ def _statements(text: str) -> list[str]:
   Values of several lines are joined: as lines of their own they could change
   places, or binding, unnoticed.
   """
-  found: list[str] = []
+  statements: list[str] = []
   inside = False
   for line in text.splitlines():
     bound = re.match(r"[\w./]+ = ", line)
     if line[:1] in ("#", ""):
       inside = False
     elif inside and not bound and not re.match(r"(from|import)\s", line):
-      found[-1] = f"{found[-1].removesuffix('\\').strip()} {line.strip()}"
+      statements[-1] = (
+        f"{statements[-1].removesuffix('\\').strip()} {line.strip()}"
+      )
     else:
-      found.append(line.strip())
+      statements.append(line.strip())
       inside = bound is not None
-  return found
+  return statements
 
 
 def _bindings(text: str) -> dict[str, str]:
   """Returns the bindings of an operative configuration, by name."""
   pairs = (re.match(r"([\w./]+) = (.*)", x) for x in _statements(text))
-  return {found[1]: found[2] for found in pairs if found}
+  return {match[1]: match[2] for match in pairs if match}
 
 
 def _changes(

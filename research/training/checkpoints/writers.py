@@ -110,7 +110,8 @@ def wait(
   and so does this process at another one.
 
   Args:
-    response: of an asynchronous save; None if there was nothing to save.
+    response: response of an asynchronous save; None if there was nothing to
+      save.
     failures: errors of this process's writers, see `collect_errors`.
 
   Returns:

@@ -69,14 +69,14 @@ class Distill(Ranged):
       model.apply({"params": p}, batch["tokens"], batch["positions"], mask)[0]
       for model, p in ((self.model, student), (teacher, source))
     ]
-    found = positions.map_positions(
+    metrics = positions.map_positions(
       self._of_chunk,
       (positions.head_of(student), positions.head_of(source)),
       *hiddens,
       batch["targets"],
       rows=self.rows,
     )
-    sums = {k: (v * batch["weights"]).sum() for k, v in found.items()}
+    sums = {k: (v * batch["weights"]).sum() for k, v in metrics.items()}
     soft = self.temperature**2 * sums["divergence"]
     loss_sum = (1 - self.hard_weight) * soft + self.hard_weight * sums[
       "cross_entropy"

@@ -53,15 +53,15 @@ class Balance(Ranged):
     Raises:
       UserError: the model has no experts.
     """
-    found = routing.find_loads(loads)
-    if not found:
+    layer_loads = routing.find_loads(loads)
+    if not layer_loads:
       raise UserError(
         "experts: the model has no experts to balance; leave the objective's "
         "field out"
       )
 
     def mean(f):
-      return jnp.concatenate([f(load) for load in found]).mean()
+      return jnp.concatenate([f(load) for load in layer_loads]).mean()
 
     balance, z = mean(routing.balance_loss), mean(routing.z_loss)
     sums = {

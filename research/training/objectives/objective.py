@@ -87,9 +87,9 @@ def with_model(objective: Any, model: Any) -> Any:
   kinds: tuple[type, ...] = ()
   for field in dataclasses.fields(objective):
     if field.name == "model":
-      given = typing.get_args(field.type) or (field.type,)
-      if Any not in given:
-        kinds = tuple(x for x in given if isinstance(x, type))
+      accepted = typing.get_args(field.type) or (field.type,)
+      if Any not in accepted:
+        kinds = tuple(x for x in accepted if isinstance(x, type))
   expected = [x for x in kinds if x is not type(None)]
   if expected and not isinstance(model, kinds):
     name = type(objective).__name__
@@ -146,7 +146,6 @@ class NextToken(Ranged):
   mask: Callable[[Batch], Mask] = causal_mask
 
   def with_mask(self, mask: Callable[[Batch], Mask]) -> "NextToken":
-    """Returns the objective with this mask; see `TakesMask`."""
     return dataclasses.replace(self, mask=mask)
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
@@ -175,8 +174,8 @@ class NextToken(Ranged):
     )
     weight, sums = batch["weights"].sum(), {"accuracy": correct_sum}
     if self.experts is not None:
-      added, found = self.experts(loads, weight, training=key is not None)
-      loss_sum, sums = loss_sum + added, sums | found
+      added, router_sums = self.experts(loads, weight, training=key is not None)
+      loss_sum, sums = loss_sum + added, sums | router_sums
     return loss_sum, weight, sums
 
   def _logits(self, head, hidden):

@@ -111,7 +111,6 @@ class DPO(Ranged):
 
   @property
   def rearranged(self) -> str:
-    """What the network reads; see `Rearranges`."""
     return "pairs of answers"
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
@@ -128,13 +127,13 @@ class DPO(Ranged):
     loss = -(1 - self.smoothing) * jax.nn.log_sigmoid(margin)
     loss -= self.smoothing * jax.nn.log_sigmoid(-margin)
     real = (batch["weights"] > 0).any((1, 2)).astype(jnp.float32)
-    found = {
+    metrics = {
       "accuracy": (margin > 0).astype(jnp.float32),
       "margin": margin,
       "reward_chosen": rewards[:, 0],
       "reward_rejected": rewards[:, 1],
     }
-    sums = {k: (v * real).sum() for k, v in found.items()}
+    sums = {k: (v * real).sum() for k, v in metrics.items()}
     return (loss * real).sum(), real.sum(), sums
 
   def _scores(self, params: Params, batch: Batch) -> Float[Array, "B 2"]:
@@ -147,8 +146,8 @@ class DPO(Ranged):
     hidden, _ = self.model.apply(
       {"params": params}, flat["tokens"], flat["positions"], mask
     )
-    found = positions.log_probs(
+    scores = positions.log_probs(
       self.model, params, hidden, flat["targets"], self.rows
     )
     # Chosen and rejected are rows of one batch: a single forward pass.
-    return (found * flat["weights"]).sum(-1).reshape(-1, 2)
+    return (scores * flat["weights"]).sum(-1).reshape(-1, 2)

@@ -111,10 +111,10 @@ class Goodput:
       records = []  # the file is about to be replaced
     if not records:
       return
-    found = earlier_totals(records, step)
-    self._lives += int(found.pop("goodput/lives"))
-    self._slow += int(found.pop("goodput/slow_steps"))
-    self._earlier = found
+    totals = earlier_totals(records, step)
+    self._lives += int(totals.pop("goodput/lives"))
+    self._slow += int(totals.pop("goodput/slow_steps"))
+    self._earlier = totals
 
   def stepped(self, seconds: float) -> dict[str, int]:
     """Records a step time; returns `train/slow_step` if it is an outlier."""

@@ -148,12 +148,10 @@ class TensorBoardWriter:
     self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge)
 
   def scalars(self, step: int, values: Values) -> None:
-    """Writes one scalar per name."""
     for name, value in values.items():
       self._writer.add_scalar(name, value, step)
 
   def close(self) -> None:
-    """Closes the event file."""
     self._writer.close()
 
 
@@ -195,11 +193,9 @@ class WandbWriter:
     )
 
   def scalars(self, step: int, values: Values) -> None:
-    """Logs the values of a step."""
     self._run.log(dict(values), step=step)
 
   def close(self) -> None:
-    """Finishes the run."""
     self._run.finish()
 
 
@@ -235,7 +231,6 @@ def progress_bar(steps: int, done: int, shown: bool = True) -> tqdm.tqdm:
   """Returns a progress bar on stderr, updated rarely if that is no terminal.
 
   Args:
-    steps: total number of steps.
     done: number of steps already done.
     shown: whether to display it; only one process should.
   """

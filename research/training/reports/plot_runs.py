@@ -75,9 +75,9 @@ def series(
   records: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[list[int], list[float]]:
   """Returns the steps at which a metric was recorded, and its values."""
-  found = [(r["step"], plots.metric_value(r, name)) for r in records]
-  found = [(step, value) for step, value in found if value is not None]
-  return [step for step, _ in found], [value for _, value in found]
+  points = [(r["step"], plots.metric_value(r, name)) for r in records]
+  points = [(step, value) for step, value in points if value is not None]
+  return [step for step, _ in points], [value for _, value in points]
 
 
 def _loss(axes: Any, runs: Sequence[Curves]) -> None:

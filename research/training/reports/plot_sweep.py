@@ -30,10 +30,7 @@ def plot_sweep(
 
   Args:
     groups: at least one group, with at least one run each.
-    picture: path of the PNG.
     axis: parameter on the x axis; groups without it are left out.
-    metric: label of the y axis.
-    title: title of the plot.
   """
   here = [(unit, values) for unit, values in groups if axis in unit]
   place, scale = _places([unit[axis] for unit, _ in here])

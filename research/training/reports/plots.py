@@ -38,8 +38,6 @@ def loss_curve(
   Args:
     metrics: a metrics.jsonl; `train/loss` is drawn as a curve, every other
       `<part>/loss` as a line with markers.
-    picture: path of the PNG.
-    title: title of the plot.
     points: additional points to mark, e.g. held-out loss before and after.
 
   Raises:

@@ -35,7 +35,6 @@ class Report:
       workdir: receives `metrics.jsonl`.
       writers: additional writers.
       resumed: the step that the run resumes from, or None.
-      steps: total number of updates.
       clock: records slow steps.
       good: returns the step of the last checkpoint, or None.
     """

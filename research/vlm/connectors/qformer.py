@@ -78,7 +78,6 @@ class QFormer(nn.Module):
   remat: layers.Remat = "none"
 
   def layer_kinds(self) -> tuple[QFormerBlock, ...]:
-    """Returns each layer's block, first to last."""
     return self.stack.kinds()
 
   @nn.compact
@@ -128,7 +127,6 @@ def qformer(
     width, depth, heads, hidden: `W`, layers, heads, inner width.
     queries: number of soft tokens.
     every: queries attend to the image in layers 0, `every`, 2 `every`, ...
-    eps: of the norms.
     **more: other attributes of `QFormer`.
   """
   shape = dict(heads=heads, head_dim=width // heads)

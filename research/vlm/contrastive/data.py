@@ -88,7 +88,6 @@ def caption_tokens(
   """Returns a caption's tokens and the end, cut or padded to a length.
 
   Args:
-    text: the caption.
     tokenizer: of the text tower.
     length: T.
   """
@@ -154,7 +153,6 @@ class Captions(Ranged, pipeline.ShuffledRows):
     check_templates("Captions", self.templates)
 
   def rows(self, tokenizer: Any) -> "CaptionRows":
-    """Returns the rows in the samples' order."""
     return CaptionRows(self, tokenizer)
 
   def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:

@@ -85,7 +85,6 @@ def clip_gathered_loss(
   Args:
     images, texts, ids: this device's rows.
     scale: as for `clip_loss`; the same on all devices.
-    axes: the mesh axes that divide the batch.
   """
   rows = (images, texts, ids)
   all_images, all_texts, others = jax.lax.all_gather(rows, axes, tiled=True)
@@ -140,7 +139,6 @@ def siglip_ring_loss(
   Args:
     images, texts, ids: this device's rows.
     scale, bias: as for `siglip_loss`; the same on all devices.
-    axes: the mesh axes that divide the batch.
   """
   # Varying here, so that their gradients are summed over devices once.
   scale, bias = jax.lax.pcast((scale, bias), axes, to="varying")

@@ -42,7 +42,6 @@ def image_vectors(
 
   Args:
     model: of both towers.
-    params: of both.
     images: one view an image; or patches of native resolution, one image a row.
     normalise: of the pixels.
   """

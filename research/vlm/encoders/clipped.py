@@ -36,7 +36,6 @@ class Clipped(weights.WrappedWeight):
     return weights.dense(self.w)
 
   def axes(self, names: tuple[str | None, ...]) -> "Clipped":
-    """Returns the logical axis names of the matrix and of the bounds."""
     return Clipped(
       weights.axes(self.w, names),
       *(weights.axes(bound, ()) for bound in self.bounds().values()),

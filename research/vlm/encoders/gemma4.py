@@ -46,7 +46,6 @@ def gemma4_vision(
       for.
     heads: of its attention.
     clipping: of the matrices of layers, in the small models.
-    dtype: of the computation.
   """
   norm = RMSNorm(eps=sizes.eps or 1e-6)
   block = Block(

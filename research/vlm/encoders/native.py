@@ -103,7 +103,6 @@ def encoder_inputs(
   Args:
     images: views of one size, or images of native resolution.
     normalise: of the pixels.
-    model: the encoder.
 
   Returns:
     Patches and their coordinates, as `VisionTransformer` takes them.

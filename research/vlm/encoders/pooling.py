@@ -29,7 +29,6 @@ class ClassPooling(nn.Module):
     Args:
       x: the last layer's output, the class token first.
       valid: which tokens are part of the image.
-      norm: the encoder's final norm.
     """
     del valid
     return weights.project(self, norm(x[:, 0]), "projection", self.size)

@@ -69,7 +69,6 @@ def qwen2_vl(
 
   Args:
     sizes: of the tower; its grid is not used.
-    dtype: of the computation.
   """
   mlp = PlainMlp(
     hidden=sizes.hidden, activation=sizes.activation or "quick_gelu"
@@ -91,7 +90,6 @@ def qwen2_5_vl(
     sizes: of the tower; its grid is not used.
     window: side of the windows, in patches.
     full: numbers of the layers without windows, from 0.
-    dtype: of the computation.
 
   Raises:
     UserError: `full` names a layer that is not there.
@@ -124,7 +122,6 @@ def qwen3_vl(
 
   Args:
     sizes: of the tower; its grid is that of the learned positions.
-    dtype: of the computation.
   """
   mlp = PlainMlp(
     hidden=sizes.hidden, activation=sizes.activation or "gelu_tanh"

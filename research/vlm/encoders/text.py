@@ -81,7 +81,6 @@ class TextEncoder(nn.Module):
   remat: layers.Remat = "none"
 
   def layer_kinds(self) -> tuple[Block, ...]:
-    """Returns each layer's block, first to last."""
     return self.stack.kinds()
 
   @nn.compact

@@ -98,7 +98,6 @@ class VisionTransformer(nn.Module):
   remat: layers.Remat = "none"
 
   def layer_kinds(self) -> tuple[Block, ...]:
-    """Returns each layer's block, first to last."""
     return self.stack.kinds()
 
   @nn.compact
@@ -321,7 +320,6 @@ def view_patches(
   """Returns the patches of views of one size, and their coordinates.
 
   Args:
-    model: the encoder that takes them.
     pixels: of the views.
     normalise: of the pixels.
 

@@ -43,7 +43,6 @@ class Preprocessor:
   class_token: bool = False
 
   def plan(self, height: int, width: int) -> Plan:
-    """Returns what becomes of an image of this size; see `Tiling.plan`."""
     plan = self.tiling.plan(height, width)
     if not self.class_token:
       return plan
@@ -51,7 +50,6 @@ class Preprocessor:
     return dataclasses.replace(plan, grids=grids)
 
   def views(self, image: np.ndarray, plan: Plan | None = None) -> Views:
-    """Returns the image's views in uint8; see `Tiling.views`."""
     return self.tiling.views(image, plan or self.plan(*image.shape[:2]))
 
   def pieces(self, plan: Plan) -> tuple[Piece, ...]:
@@ -123,9 +121,7 @@ def describe(
   """Returns a text of what an image of this size costs, in tokens.
 
   Args:
-    preprocessor: of the model.
     height: of the image, upright, in pixels.
-    width: of the image.
     name: of the preset, for the first line.
   """
   plan = preprocessor.plan(height, width)

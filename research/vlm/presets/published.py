@@ -44,7 +44,6 @@ class CrossLayers:
     """Returns `model` with these layers among its own.
 
     Args:
-      model: the language model.
       media_width: width of what the connector makes.
     """
     layer = GatedCrossAttention(

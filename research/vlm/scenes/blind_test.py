@@ -87,7 +87,6 @@ class BlindTest(Task):
   size: Between(64, 2048) = 64
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
-    """Returns a sample without images."""
     return getattr(self, f"_{kind}")(rng)
 
   def _lines(self, rng: np.random.Generator) -> Sample:
@@ -176,7 +175,6 @@ class BlindTest(Task):
     return dataclasses.replace(sample, program={"axis": axis})
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
-    """Returns the image of a drawn sample."""
     scale = drawing.SCALE
     canvas = Image.new("RGB", (scale * self.size,) * 2, drawing.BACKGROUND)
     draw = ImageDraw.Draw(canvas)

@@ -76,7 +76,6 @@ class ShapeCaptions(Task):
     return tuple(" ".join(pair) for pair in pairs)
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
-    """Returns a sample without images."""
     total = int(rng.integers(self.min_objects, self.max_objects + 1))
     drawn = rng.integers(len(self.classes), size=total)
     pairs = [tuple(self.classes[i].split(" ")) for i in drawn]
@@ -89,5 +88,4 @@ class ShapeCaptions(Task):
     return Sample((), QUESTION, text, kind, stratum, {}, objects, choices)
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
-    """Returns the image of a drawn sample."""
     return (drawing.scene(sample.objects, self.size, self.size),)

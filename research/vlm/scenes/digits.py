@@ -124,7 +124,6 @@ class Digits(Task):
     return True
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
-    """Returns a sample without images."""
     return getattr(self, f"_{kind}")(rng)
 
   def _read(self, rng: np.random.Generator) -> Sample:
@@ -232,7 +231,6 @@ class DigitNames(Task):
     return True
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
-    """Returns a sample without images."""
     digit = int(rng.integers(10))
     pool = indices(self.split)[digit]
     source = int(pool[rng.integers(len(pool))])

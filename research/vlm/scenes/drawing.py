@@ -65,8 +65,6 @@ def scene(
 
   Args:
     objects: each named after one of `SHAPES`.
-    width: of the image, in pixels.
-    height: of the image, in pixels.
   """
   canvas = Image.new("RGB", (SCALE * width, SCALE * height), BACKGROUND)
   draw = ImageDraw.Draw(canvas)

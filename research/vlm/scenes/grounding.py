@@ -88,7 +88,6 @@ class Grounding(Task):
     self.expect("size", 8 * self.cells)
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
-    """Returns a sample without images."""
     pairs = list(itertools.product(self.colours, self.shapes))
     colour, shape = pair = pairs[rng.integers(len(pairs))]
     stratum = ("distinct", "shared")[rng.integers(2)]
@@ -115,7 +114,6 @@ class Grounding(Task):
     )
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
-    """Returns the image of a drawn sample."""
     return (drawing.scene(sample.objects, self.size, self.size),)
 
 

@@ -44,12 +44,10 @@ class Mixed(Sequence[Sample]):
     return task[number]
 
   def drawn(self, index: int) -> Sample:
-    """Returns a sample without its images."""
     task, number = self._at(index)
     return task.drawn(number)
 
   def outline(self, index: int) -> tuple[Sample, tuple[Size, ...]]:
-    """Returns a sample without its images, and the sizes of these."""
     task, number = self._at(index)
     return task.outline(number)
 

@@ -171,15 +171,12 @@ class MultiImage(Task):
     return Sample((), "", "", kind, stratum, program, objects, choices)
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
-    """Returns a sample without images."""
     return self._more(rng) if kind == "more" else self._which(rng)
 
   def image_sizes(self, sample: Sample) -> tuple[Size, ...]:
-    """Returns (height, width) of each image."""
     return ((self.size, self.size),) * len(sample.choices)
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
-    """Returns the images of a drawn sample, in order."""
     return tuple(
       drawing.scene(
         [x for x in sample.objects if x.image == i], self.size, self.size

@@ -77,7 +77,6 @@ class PopeShapes(Task):
     return (shape - colour) % len(self.shapes), colour
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
-    """Returns a sample without images."""
     pairs = self.pairs
     stratum = self.STRATA[rng.integers(len(self.STRATA))]
     most = self.popular if stratum == "popular" else len(pairs)
@@ -109,5 +108,4 @@ class PopeShapes(Task):
     return [some[i] for i in rng.choice(len(some), size=count, p=p / p.sum())]
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
-    """Returns the image of a drawn sample."""
     return (drawing.scene(sample.objects, self.size, self.size),)

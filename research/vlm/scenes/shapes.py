@@ -333,7 +333,6 @@ class Shapes(Task):
   # Scenes
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
-    """Returns a sample without images."""
     draft: Draft = getattr(self, f"_{kind}")(rng)
     objects = place(rng, draft.pairs, self.size, self.cells, draft.cells)
     return Sample(
@@ -348,12 +347,10 @@ class Shapes(Task):
     )
 
   def image_sizes(self, sample: Sample) -> tuple[Size, ...]:
-    """Returns (height, width) of the image."""
     del sample
     return ((self.size, self.size),)
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
-    """Returns the image of a drawn sample."""
     return (drawing.scene(sample.objects, self.size, self.size),)
 
 
@@ -369,7 +366,6 @@ def place(
   Args:
     rng: of cells, sizes and jitter.
     pairs: colour and shape of each object.
-    size: of the image, in pixels.
     cells: along a side.
     fixed: column and row of the first objects.
   """

@@ -193,7 +193,6 @@ class Stamps(Task):
     return _of_split(self.folder, self.split)
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
-    """Returns a sample without images."""
     return getattr(self, f"_{kind}")(rng)
 
   def _caption(self, rng: np.random.Generator) -> Sample:
@@ -240,7 +239,6 @@ class Stamps(Task):
     )
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
-    """Returns the picture of a drawn sample."""
     stamp = read_stamps(self.folder)[sample.objects[0].source]
     return (_image(stamp, self.size, self.background),)
 

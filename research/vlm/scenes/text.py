@@ -93,7 +93,6 @@ class Text(Task):
     return max(right for _, _, right, _ in boxes)
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
-    """Returns a sample without images."""
     height = int(rng.choice(self.heights))
     return getattr(self, f"_{kind}")(rng, height)
 

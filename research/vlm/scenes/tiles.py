@@ -62,7 +62,6 @@ class SpotTiles(Task):
     self.expect("size", 2 * self.tile, 1 << 14)
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:
-    """Returns a sample without images."""
     border = bool(rng.integers(2))
     count = 1 if kind == "read" else int(rng.integers(1, self.max_count + 1))
     objects: list[Object] = []
@@ -102,7 +101,6 @@ class SpotTiles(Task):
         return box
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
-    """Returns the image of a drawn sample."""
     canvas = Image.new("RGB", (self.size, self.size), drawing.BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     for x in sample.objects:

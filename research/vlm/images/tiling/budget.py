@@ -31,7 +31,6 @@ class Budget(Tiling):
 
   @property
   def native_square(self) -> int:
-    """Side, in patches, of what becomes one soft token."""
     return self.pool
 
   def _plan(self, height, width):

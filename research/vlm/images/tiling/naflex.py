@@ -31,7 +31,6 @@ class NaFlex(Tiling):
 
   @property
   def native_square(self) -> int:
-    """Side, in patches, of what becomes one soft token."""
     return 1
 
   def _plan(self, height, width):

@@ -41,7 +41,6 @@ class Native(Ranged, Tiling):
 
   @property
   def native_square(self) -> int:
-    """Side, in patches, of what becomes one soft token."""
     return self.merge
 
   def _plan(self, height, width):
