@@ -173,6 +173,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from experiments.stages import staged
 
   run = config.read(_CONFIG.value, _SET.value).experiment
+  cli.log(f"tracing {_CONFIG.value} for {_TOPOLOGY.value}")
   if any(flag.value for flag in (_FILL, _GENERATE, _SEARCH)):
     return _sampling(staged.final(run), topology)
   if not isinstance(run, staged.Staged):
