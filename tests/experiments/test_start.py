@@ -159,7 +159,7 @@ WORK = {
   ),
   f"generate --model={MODEL} --prompt=a --max_new_tokens=4": "loading tests/",
   f"perplexity --model={MODEL} --text={TEXT} --window=64": "loading tests/",
-  PLAN: "path",
+  PLAN: "tracing",
   f"{QUANTIZE} --set=BLOCK=32 --set=experiment.Pretrained.name='{MODEL}'": (
     "loading Pretrained(name='tests/"
   ),
