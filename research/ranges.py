@@ -169,11 +169,13 @@ def _is_ranged(kind: Any) -> bool:
 def _check(where: str, kind: Any, value: Any, else_none: str = "") -> None:
   origin, arms = get_origin(kind), get_args(kind)
   if origin is Annotated:
+    fraction = arms[0] is int and isinstance(value, float)
     for bound in kind.__metadata__:
-      if isinstance(bound, Range | Choice) and value not in bound:
+      if isinstance(bound, Range | Choice) and (fraction or value not in bound):
+        number = "a whole number, " if fraction else _number(bound, value)
         raise UserError(
-          f"{where}: found {value!r}, expected {_number(bound, value)}{bound}"
-          f"{else_none}{bound.why and f': {bound.why}'}."
+          f"{where}: found {value!r}, expected {number}{bound}{else_none}"
+          f"{bound.why and f': {bound.why}'}."
         )
   elif origin in (Union, types.UnionType):
     optional = types.NoneType in arms

@@ -70,7 +70,8 @@ def outside(kind: Any) -> list[Any]:
       *([bound.at_least + 1] if bound.multiple else []),
       *([] if whole or bound.infinite else [math.inf]),
     ]
-    return [*values, *nan, "8", True]
+    fraction = [max(bound.at_least, 0) + 0.5] if whole else []
+    return [*values, *nan, *fraction, "8", True]
   if origin in (Union, types.UnionType):
     return [value for arm in arms for value in outside(arm)]
   if origin is tuple and arms[-1] is not Ellipsis:
