@@ -17,12 +17,9 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from kernels_pallas.common.chips import TPUS, Chip
+from kernels_pallas.common.chips import TPUS, Chip, find_by_kind
 from research.planning import gpus
 from research.typing import UserError
-
-CHIPS = {chip.kind: chip for chip in TPUS.values()}
-"""JAX's device kind -> chip specification."""
 
 _LIBTPU = {
   # Otherwise libtpu queries a metadata server that exists on Google Cloud only.
@@ -67,10 +64,6 @@ class Topology:
     return jax.default_device(first)
 
 
-TPU_SLICES = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-"""Kinds of TPUs, as names of topologies begin."""
-
-
 def topology(name: str) -> Topology:
   """Returns the topology with this name.
 
@@ -92,10 +85,10 @@ def topology(name: str) -> Topology:
     )
   if kind == "cpu" and re.fullmatch(r"[1-9]\d*", size):
     return _cpu(name, int(size))
-  if kind not in TPU_SLICES or not re.fullmatch(r"\d+(x\d+)*", size):
+  if kind not in TPUS or not re.fullmatch(r"\d+(x\d+)*", size):
     raise UserError(
       f"topology {name!r}: expected a slice of a TPU pod such as v5e:4x4"
-      f" ({', '.join(TPU_SLICES)}),\nGPUs such as h100:8 or h100:4x8, or"
+      f" ({', '.join(TPUS)}),\nGPUs such as h100:8 or h100:4x8, or"
       " virtual devices of this machine, cpu:8."
     )
   return _tpu(name)
@@ -143,11 +136,11 @@ def _tpu(name: str) -> Topology:
       f"topology {name!r}: {str(error).splitlines()[0]}"
     ) from error
   devices = found.devices
-  chip = CHIPS.get(devices[0].device_kind)
+  chip = find_by_kind(devices[0].device_kind)
   if chip is None:
     raise UserError(
       f"topology {name!r}: {devices[0].device_kind!r} is not in"
-      f" kernels_pallas.common.chips.TPUS ({', '.join(CHIPS)})."
+      f" kernels_pallas.common.chips.TPUS ({', '.join(TPUS)})."
     )
   # Some chips appear as two devices, one per core.
   shared = max(collections.Counter(str(d.coords) for d in devices).values())
