@@ -70,8 +70,6 @@ def read_factors(
 
   Args:
     place: a directory in PEFT's format or of a run, or a .gguf file.
-    params: the base, packed or not.
-    model: of it.
     rank: the largest that is taken.
 
   Raises:
@@ -98,7 +96,6 @@ def read_factors(
 
 
 def _saved(place):
-  """Returns what PEFT's directory `place` says it brings whole."""
   fields, _ = peft_config.read_config(place)
   saved = peft_config.modules_to_save(fields)
   return saved if peft_config.bias_mode(fields) == "none" else (*saved, "bias")

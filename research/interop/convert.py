@@ -63,11 +63,8 @@ def to_hf(
   """Writes a Hugging Face directory; adapters are merged.
 
   Args:
-    source: any.
-    to: a new directory.
     dtype: to round to; None for each tensor's own, float32 if packed.
     shard_size: bytes a file.
-    rounding: of what adapters were merged into.
     least: share of the adapters' updates that has to be left; None for any.
 
   Raises:
@@ -99,12 +96,7 @@ def to_hf(
 
 
 def _warn_of_activations(source: sources.Source, kept: Any) -> None:
-  """Warns if the source rounds its activations, and the result does not.
-
-  Args:
-    source: any.
-    kept: those that the result has, as `Source.activations`.
-  """
+  """Warns if the source rounds its activations, and the result does not."""
   if any(x is not None and x != kept for x in source.activations):
     warnings.warn(
       f"{source.origin.get('path')}: rounds activations, which the result does"
@@ -161,8 +153,6 @@ def to_gguf(
   """Writes a GGUF file; adapters are merged.
 
   Args:
-    source: any.
-    to: a new file.
     recipe: what the matrices are stored in; None keeps each one's type.
     least: share of the adapters' updates that has to be left; None for any.
 
@@ -214,8 +204,6 @@ def to_quantized(
 
   Args:
     source: any; adapters are merged.
-    to: a new directory.
-    writer: of the tool.
     requantize: whether matrices that do not fit it are quantized again.
     dtype: of what is not packed; None for each tensor's own.
     shard_size: bytes a file.
@@ -252,10 +240,6 @@ def _name(source: sources.Source) -> str:
 
 def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
   """Writes our own checkpoint: every bit, packed or adapted, is kept.
-
-  Args:
-    source: any.
-    to: a new directory.
 
   Raises:
     UserError: the source rounds activations in a way that is not known here.
@@ -306,8 +290,6 @@ def to_peft(
   """Writes an adapter in PEFT's format, with what else differs from the base.
 
   Args:
-    source: with adapters.
-    to: a new directory.
     base: the model that it adapts, if the source does not know.
     use_rslora: how scales are stated.
 
@@ -356,7 +338,6 @@ def to_gguf_adapter(
 
   Args:
     source: with adapters that are plain LoRA, or exported as such.
-    to: a new file.
     kind: ggml's type of the factors.
 
   Raises:
@@ -403,8 +384,6 @@ def brought_addresses(
   for `over_base` to undo or refuse.
 
   Args:
-    source: with adapters.
-    params: its parameters.
     base: what the adapters are for.
   """
   if source.whole is not None:

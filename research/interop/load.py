@@ -55,7 +55,6 @@ def load_model(
   Args:
     name: a directory (Hugging Face, PEFT adapter, or a run's), a .gguf file,
       one of `PACKAGES`, or `org/name` on the Hub.
-    dtype: of parameters and computation.
     packed: keep quantized weights as they are in the file; "any": if there are
       any. None: those of Hugging Face directories; weights of .gguf files and
       of our checkpoints are decoded. Quantized models with images are an error.
@@ -245,10 +244,6 @@ def adapter_tokenizer(path: pathlib.Path, base: Any) -> Any:
 
   One is there where tokens were added, or the chat template is another. What
   ends the base's texts, by its own files, ends the adapter's, too.
-
-  Args:
-    path: the adapter's directory.
-    base: the base's tokenizer, or None.
   """
   own = tokenizer(path)
   if own is None or base is None:

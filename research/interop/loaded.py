@@ -87,20 +87,12 @@ def load_abstract(source: Source) -> Loaded:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerOf:
-  """A model's tokenizer, without its weights.
-
-  Attributes:
-    source: of the model.
-  """
+  """A model's tokenizer, without its weights."""
 
   source: Source
 
   def load(self) -> Any:
-    """Returns the tokenizer.
-
-    Raises:
-      UserError: the model has none.
-    """
+    """Returns the tokenizer."""
     found = load_abstract(self.source).tokenizer
     if found is None:
       raise UserError(

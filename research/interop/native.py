@@ -61,15 +61,7 @@ def save(
   config: Mapping[str, Any],
   source: Mapping[str, Any],
 ) -> None:
-  """Writes a checkpoint into an empty directory.
-
-  Args:
-    directory: exists.
-    model: what `params` are for.
-    params: any tree of weights.
-    config: config.json of `model`.
-    source: a JSON object: where it came from.
-  """
+  """Writes a checkpoint into an empty directory."""
   params = _numbers(params)
   note = dict(
     version=VERSION,
@@ -216,10 +208,7 @@ def load(
   """Returns (model, params as they were saved, source) of a checkpoint.
 
   Args:
-    directory: that `save` wrote.
-    dtype: of the computation.
     shardings: where the arrays go, see `unread.place`.
-    config: what config.json says, if it has been read.
 
   Raises:
     UserError: it is damaged, or of a later version.
@@ -262,8 +251,6 @@ def cast(params: Params, dtype: str, packed: bool) -> Any:
   """Returns `params` in `dtype`; adapters stay in float32.
 
   Args:
-    params: any tree of weights.
-    dtype: of arrays that are numbers.
     packed: whether packed weights stay as they are, or are decoded.
   """
 

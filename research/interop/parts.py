@@ -62,7 +62,6 @@ class Part:
 
   @property
   def packed(self) -> bool:
-    """Whether it is stored as anything but plain numbers."""
     return self.kind not in PLAIN
 
   def equals(self, other: "Part") -> bool:

@@ -43,9 +43,6 @@ class WithHead:
   def load(self, shardings: unread.Shardings | None = None) -> Loaded:
     """Returns the reward model, its weights, and the backbone's tokenizer.
 
-    Args:
-      shardings: of the weights, see `load.load_model`.
-
     Raises:
       UserError: the backbone is no language model, or its texts or prompts are
         not causal.
@@ -113,11 +110,6 @@ class PretrainedReward:
   readout: Readout = probability
 
   def load(self, shardings: unread.Shardings | None = None) -> Loaded:
-    """Returns the model, its weights and its tokenizer.
-
-    Args:
-      shardings: of the weights, see `load.load_model`.
-    """
     path: Any = load.locate(self.name)
     model, params, source = rewards.load_reward_model(
       pathlib.Path(path), self.dtype, shardings
@@ -146,9 +138,6 @@ class WithWords:
 
   def load(self, shardings: unread.Shardings | None = None) -> Loaded:
     """Returns the reward model, its weights and its tokenizer.
-
-    Args:
-      shardings: of the weights, see `load.load_model`.
 
     Raises:
       UserError: the backbone is no language model that predicts next tokens, or

@@ -30,7 +30,6 @@ class Source:
   """A model to be converted.
 
   Attributes:
-    model: how it computes.
     parts: its parameters, unread, as they are stored.
     params: returns the tree, in the stored types.
     origin: a JSON object: format, path, and so on.
@@ -252,10 +251,6 @@ def from_training(
   """Returns what a run made of the model that it loaded.
 
   Args:
-    loaded: what the run started from.
-    params: what came of it.
-    origin: a JSON object: format, path, and so on.
-    name: what the run calls its model, or None.
     start: weights before the first step, after the run's transforms; None
       where they are not known.
   """
@@ -278,7 +273,6 @@ def from_training(
 
 
 def _of_images(loaded: Loaded) -> bool:
-  """Whether it is the language model out of a directory of one with images."""
   source = loaded.source.get("base", loaded.source)
   kind = source.get("model_type")
   return kind in families.MODULES and isinstance(loaded.model, Transformer)

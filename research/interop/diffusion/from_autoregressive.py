@@ -36,11 +36,7 @@ def to_diffusion(
   """Returns an autoregressive model as one that fills in masks.
 
   Args:
-    model: any.
-    params: its parameters.
     mask: an id that texts do not use; None for a new one, after the others.
-    block: see `Spec`.
-    end: see `Spec`.
 
   Raises:
     UserError: there is no such id, or it ends texts.
@@ -63,10 +59,6 @@ def source_to_diffusion(
   block: int | None = None,
 ) -> sources.Source:
   """Returns a model that is to be converted as one that fills in masks.
-
-  Args:
-    given: any; texts end with its tokenizer's stop tokens.
-    mask, block: as for `to_diffusion`.
 
   Raises:
     UserError: there is no such id, or it is a diffusion model already.

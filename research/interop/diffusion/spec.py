@@ -47,7 +47,6 @@ class Spec:
     return self.shift and self.block == 1
 
   def to_config(self) -> dict[str, Any]:
-    """Returns what config.json has under `diffusion`."""
     return {
       "mask_token_id": self.mask_id,
       "shift": self.shift,
@@ -60,10 +59,6 @@ def from_config(
   config: Mapping[str, Any], where: str = "config.json"
 ) -> Spec | None:
   """Returns what a config.json says about diffusion, or None.
-
-  Args:
-    config: the parsed file.
-    where: the file, for messages.
 
   Raises:
     UserError: a field is of the wrong type, or beyond the vocabulary.

@@ -82,12 +82,7 @@ def _matrices(
 
 
 def architecture(model: Transformer, hint: str | None = None) -> str:
-  """Returns llama.cpp's name of the architecture of `model`.
-
-  Args:
-    model: of a family that llama.cpp has.
-    hint: model_type to try first.
-  """
+  """Returns llama.cpp's name of the architecture of `model`."""
   return gguf_config.metadata_from_model(model, hint, "")[0][_ARCH]
 
 
@@ -114,9 +109,7 @@ def save(
   Args:
     path: a new file.
     params: with adapters that are plain LoRA, or exported as such.
-    model: the base.
     hint: model_type of the base to try first.
-    name: `general.name`.
     kind: ggml's type of the factors, one of `TYPES`.
 
   Returns:
@@ -179,11 +172,6 @@ def load(
   path: str | os.PathLike, params: Params, model: Transformer
 ) -> dict[str, Any]:
   """Returns `params` with the adapter of a GGUF file around its weights.
-
-  Args:
-    path: the file.
-    params: the base's, packed or not.
-    model: the base.
 
   Raises:
     UserError: it is damaged, no adapter, or one of another base.

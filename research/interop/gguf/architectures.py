@@ -91,12 +91,7 @@ def model_type(metadata: Mapping[str, Any]) -> str | None:
 
 
 def check_known(name: str, architecture: str) -> None:
-  """Raises UserError where llama.cpp would not open a file with a tensor.
-
-  Args:
-    name: GGUF's, without the layer.
-    architecture: of the file.
-  """
+  """Raises UserError where llama.cpp would not open a file with a tensor."""
   known = ARCHITECTURES.get(architecture)
   if known is not None and name in known.unknown:
     raise UserError(

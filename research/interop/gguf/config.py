@@ -110,10 +110,6 @@ def sizes_from_metadata(
 ) -> tuple[presets.Family, presets.Sizes, bool]:
   """Returns family, sizes, and whether query and key rows are interleaved.
 
-  Args:
-    path: the file's name, for messages.
-    file: an open file.
-
   Raises:
     UserError: unknown architecture, a missing, malformed or unknown key.
   """
@@ -191,11 +187,6 @@ def _experts(
 ) -> presets.Sparse | None:
   """Returns the experts that a file's keys describe, or None.
 
-  Args:
-    keys: the architecture's.
-    architecture: of the file.
-    hidden: its `feed_forward_length`.
-
   Raises:
     UserError: a key is missing, or more experts are used than there are.
   """
@@ -215,7 +206,6 @@ def _experts(
 def _pattern(
   keys: _Keys, family: presets.Family, depth: int
 ) -> tuple[str, ...] | None:
-  """Returns the kinds of layers where the file says which are global."""
   every = keys.integer("attention.sliding_window_pattern")
   if every is None or "local" not in family.pattern:
     return None
@@ -256,11 +246,6 @@ def metadata_from_model(
   """Returns the metadata of `model`, and tensors that belong to it.
 
   Inverts `sizes_from_metadata`; `check_described` reads it back.
-
-  Args:
-    model: of a family that llama.cpp has an architecture for.
-    hint: model_type to try first.
-    name: `general.name`.
 
   Raises:
     UserError: GGUF has no way to say what this model computes.

@@ -66,11 +66,9 @@ class Tensor:
     return self.stored
 
   def rows(self) -> np.ndarray:
-    """Returns the bytes with one row of the tensor a row."""
     return self.data.reshape(math.prod(self.shape[:-1]), -1)
 
   def decode(self) -> np.ndarray:
-    """Returns the float32 array it stands for."""
     return decode(self.type, self.data, self.shape)
 
   def expert(self, number: int) -> "Tensor":
@@ -204,9 +202,6 @@ class _Reader:
 def open_gguf(path: str | os.PathLike) -> GGUF:
   """Maps a GGUF file and checks its header; reads no tensor.
 
-  Args:
-    path: the file.
-
   Raises:
     UserError: there is no such file, or any field of it is not as it must be.
   """
@@ -247,7 +242,6 @@ def _alignment(read: _Reader, metadata: Mapping[str, Any]) -> int:
 
 
 def _tensor_info(read: _Reader, i: int, count: int):
-  """Returns name, type, shape, bytes and offset of the next tensor."""
   name = read.string(f"name of tensor {i} of {count}", _MAX_NAME)
   where = f"tensor {name!r}"
   rank = read.number("<I", where)
@@ -345,7 +339,6 @@ def write_gguf(
   """Writes a version 3 file, whole or not at all.
 
   Args:
-    path: where to.
     metadata: key to str, bool, int (stored as uint32 where it fits), float
       (float32), a list of one of these (ints as int32), or numpy values,
       which keep their own type.

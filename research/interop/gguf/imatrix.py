@@ -48,7 +48,6 @@ class Importances:
   datasets: tuple[str, ...] = ()
 
   def means(self) -> dict[str, np.ndarray]:
-    """Returns the mean square of each input; 1 where no row was summed."""
     return {
       name: x / np.float32(self.counts[name])
       if self.counts[name]
@@ -138,13 +137,6 @@ def collect(
 ) -> Importances:
   """Returns the sums over all tokens, for every matrix of the layers.
 
-  Args:
-    model: of dense layers.
-    params: its parameters.
-    tokens: windows of a text.
-    batch: windows that are computed at a time.
-    dataset: what the text is.
-
   Raises:
     UserError: a layer has experts.
   """
@@ -173,7 +165,6 @@ def collect(
 
 
 def _matrices(part: Any, prefix: str = "") -> list[str]:
-  """Returns the paths of a layer's matrices."""
   out = []
   for name, leaf in part.items():
     path = f"{prefix}{name}"

@@ -94,10 +94,6 @@ def target_type(name: str, path: str, layer: int | None, shape: Shape) -> str:
 
   Args:
     name: of the mixture, one of `MIXTURES`.
-    path: of the matrix, inside its layer: `attention/v`, `mlp/down` (that of
-      an expert, too), `embed`.
-    layer: its number, or None outside of layers.
-    shape: of the model.
   """
   base = MIXTURES[name].base
   if path == OUTPUT or (path == EMBED and shape.tied):
@@ -169,9 +165,6 @@ def stored_type(where: str, kind: str, columns: int, fallback: bool) -> str:
 
   Args:
     where: the tensor's name, for the message.
-    kind: ggml's type that is wanted.
-    columns: weights of a row.
-    fallback: whether another may be taken, as llama.cpp does.
 
   Raises:
     UserError: blocks do not divide rows, and nothing else may be taken.

@@ -41,7 +41,6 @@ def _few(names: Iterable[str]) -> str:
 
 
 def _check(path: str, file: GGUF, family, sizes) -> None:
-  """Raises where the tensors are not exactly those of the model."""
   top = [r for r in gguf_names.TOP if r.path != "head" or not sizes.tied]
   wanted = {r.name: r for r in top} | {
     f"blk.{i}.{r.name}": r
@@ -107,7 +106,6 @@ class _Matrix:
     return found[rows if self.order is None else self.order[rows]]
 
   def numbers(self, rows: slice, columns: slice) -> np.ndarray:
-    """Returns a part, float32; blocks are decoded that hold some of it."""
     kind = TYPES[self.tensor.type]
     first, last = columns.start // kind.block, -(-columns.stop // kind.block)
     raw = self.blocks(rows, slice(first, last))
@@ -117,11 +115,9 @@ class _Matrix:
     return x[:, columns.start - skipped : columns.stop - skipped]
 
   def expert(self, number: int) -> "_Matrix":
-    """Returns one of a stack's."""
     return _Matrix(self.tensor.expert(number))
 
   def vector(self, index: unread.Index) -> np.ndarray:
-    """Returns a part of a vector, float32."""
     x = self.tensor.decode()
     x = x if self.order is None else x[self.order]
     # Our norm adds again what the converter has added.
@@ -148,7 +144,6 @@ class _Matrix:
 def _leaf(
   row: Row, stored: Sequence[_Matrix], dtype: str | None, packed: bool
 ) -> Any:
-  """Returns one weight of all of a run's layers, unread, `[layers, ...]`."""
   lead, first = (len(stored),), stored[0].tensor
   if len(first.shape) == 3:
     lead += first.shape[:1]
@@ -185,7 +180,6 @@ def _matrix(
 def _unread(
   file: GGUF, family, sizes, model: Transformer, interleave: bool, dtype, packed
 ) -> dict[str, Any]:
-  """Returns the parameter tree, of `unread.LazyArray` arrays."""
   rows = gguf_names.rows_of(family, sizes)
 
   def matrix(row: Row, layer: int) -> _Matrix:
@@ -215,7 +209,6 @@ def _unread(
 
 
 def _first(leaf: Any) -> Any:
-  """Returns what stands behind a leading axis of one."""
   return jax.tree.map(lambda x: x.first(), leaf)
 
 
@@ -223,10 +216,6 @@ def open_model(
   path: str, file: GGUF
 ) -> tuple[Transformer, dict[Address, Part], Any]:
   """Returns (model, its parameters unread, tokenizer or None).
-
-  Args:
-    path: the file's name, for messages.
-    file: an open file; its blocks stay as they are.
 
   Raises:
     UserError: it is not exactly a model that is supported.
@@ -275,16 +264,12 @@ def load_gguf(
   """Reads a model from a GGUF file.
 
   Args:
-    path: the file.
     dtype: of the arrays, and the model's compute dtype. Decoded weights are
       float32 numbers; bfloat16 rounds them to nearest even once more. None
       keeps what is not packed in its own type, and computes in float32.
     packed: keep matrices of 4, 5 and 8 bits as their blocks (`QTensor`),
       bit for bit, instead of decoding them.
     shardings: where the arrays go, see `unread.place`.
-
-  Returns:
-    The model; its source names the path, format and architecture.
 
   Raises:
     UserError: a damaged file, an architecture, feature or type that is not
@@ -309,7 +294,6 @@ def load_gguf(
 
 
 def _tokenizer(path: str, metadata: Mapping[str, Any], vocab: int) -> Any:
-  """Returns the embedded tokenizer, or None where there is none."""
   if not has_tokenizer(metadata):
     return None
   from research.text.tokenizer import Tokenizer

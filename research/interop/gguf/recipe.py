@@ -61,7 +61,6 @@ class Recipe:
       )
 
   def shape(self, model: Transformer) -> mixtures.Shape:
-    """Returns what mixtures ask of a model."""
     kinds = model.layer_kinds()
     a = kinds[0].attention
     mlp = kinds[0].mlp
@@ -82,13 +81,6 @@ class Recipe:
     shape: mixtures.Shape,
   ) -> tuple[str, str]:
     """Returns (type that is wanted, type that is taken) of a tensor.
-
-    Args:
-      name: GGUF's.
-      address: ours.
-      part: the parameter.
-      columns: weights of a row.
-      shape: of the model.
 
     Raises:
       UserError: blocks do not divide rows, or the type is none of weights.

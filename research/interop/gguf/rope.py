@@ -97,9 +97,7 @@ def llama3_from_factors(
   """Returns the scaling whose divisors of the frequencies are `factors`.
 
   Args:
-    path: the file's name, for messages.
     factors: `[dim / 2]`.
-    theta, dim: of the rotation.
     original: the length that the file has, or None. No other tool writes it:
       then it is one that gives these divisors, as several may.
 

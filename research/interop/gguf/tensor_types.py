@@ -82,10 +82,6 @@ SUPPORTED = (*_PLAIN, *ggml.TYPES)
 def require(kind: str, what: str) -> Type:
   """Returns the supported type called `kind`.
 
-  Args:
-    kind: ggml's name.
-    what: what has it, for the message.
-
   Raises:
     UserError: it is another.
   """
@@ -100,7 +96,6 @@ def decode(kind: str, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """Returns the float32 array that bytes of type `kind` stand for.
 
   Args:
-    kind: a supported type's name.
     raw: uint8, one dimension.
     shape: of the array; the last axis is a whole number of blocks.
 

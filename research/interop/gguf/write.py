@@ -50,13 +50,9 @@ def tensors(
   wanted has its name, and both types.
 
   Args:
-    model: whose parameters `parts` are.
     parts: adapters merge in float32; blocks of the type wanted stay as they
       are.
     given: the file's metadata.
-    extra: tensors that are no parameters.
-    recipe: what the matrices are stored in.
-    log: records what changed as the tensors are made.
 
   Raises:
     UserError: the metadata means another model, a type does not fit, or
@@ -120,8 +116,6 @@ def _together(parts: Parts) -> dict[Address, list[Part]]:
 
 
 def _stacked(name: str, alike: list[Part], how: tuple[Any, ...]):
-  """Returns what makes one tensor of experts' matrices."""
-
   def make():
     makers = (_maker(f"{name}[{e}]", x, *how) for e, x in enumerate(alike))
     return np.concatenate([make() for make in makers])
@@ -219,13 +213,8 @@ def write_model(
   """Writes a file, whole or not at all.
 
   Args:
-    path: where to.
-    model, parts: what to write.
-    recipe: what the matrices are stored in.
-    log: records what changed.
     given: metadata of the GGUF file it came from, kept as it is.
     hint: model_type to try first.
-    name: `general.name` where `given` has none.
     tokenizer: its `tokenizer.*` keys, where `given` has none; without any the
       file says that it has no tokenizer.
   """

@@ -73,11 +73,7 @@ def sizes_from_config(
 
 
 def kind_of(config: Mapping[str, Any], where: str) -> str | None:
-  """Returns the `model_type` of a config.json, None where it has none.
-
-  Raises:
-    UserError: it is no name.
-  """
+  """Returns the `model_type` of a config.json, None where it has none."""
   kind = config.get("model_type")
   if kind is not None and not isinstance(kind, str):
     raise Fields(config, where).wrong("model_type", "a name")
@@ -180,7 +176,6 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
 
 
 def _time_embedding(fields: Fields | None) -> TimeEmbedding | None:
-  """Returns how a model of ours is conditioned on time, or None."""
   if fields is None:
     return None
   sizes = {
@@ -198,7 +193,6 @@ def _time_embedding(fields: Fields | None) -> TimeEmbedding | None:
 
 
 def _rotated(fields: Fields, kind: str, head_dim: int) -> float:
-  """Returns the share of a head's dimensions that rotate."""
   if kind != llada2.KIND:
     return 1.0
   share = fields.number("partial_rotary_factor")

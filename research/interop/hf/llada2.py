@@ -86,7 +86,6 @@ def to_qwen3_moe_names(
   """Returns the tensors under the usual names, unread; others keep theirs.
 
   Args:
-    tensors: by their names in the file.
     heads, kv_heads: `N` and `K`; a matrix that they do not divide is left as it
       is, and so will be called superfluous.
   """

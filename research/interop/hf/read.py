@@ -62,13 +62,7 @@ def mismatch(
   extra: Sequence[str],
   expected: str = "the configuration",
 ) -> UserError:
-  """Returns the error that names what is missing and what is superfluous.
-
-  Args:
-    where: the file.
-    missing, extra: names of tensors.
-    expected: what says which tensors there are.
-  """
+  """Returns the error that names what is missing and what is superfluous."""
 
   def shown(word, items):
     some = ", ".join(sorted(items)[:_SHOWN])
@@ -133,12 +127,8 @@ def read_params(
   ever held twice; with shardings, each device's part of it is.
 
   Args:
-    model: what to fill.
-    tensors: by their names; exactly the model's.
     dtype: of the result; wider values are rounded to nearest even. None for
       the stored one, or float32 where layers differ or have float64.
-    where: the file or directory, for messages.
-    shardings: where the arrays go, see `unread.place`.
     packed: whether packed matrices stay as they are, or are decoded.
 
   Raises:
@@ -176,8 +166,6 @@ def _is_packed(tensor: quantized.Tensor) -> bool:
 
 
 def _packed_params(model, rows, places, tensors, dtype) -> dict[str, Any]:
-  """Returns the tree whose runs are of layers that are kept alike."""
-
   def leaf(slot: Slot, address: Address) -> Any:
     name, transposed = rows.theirs(address)
     tensor = tensors[name]
@@ -216,7 +204,6 @@ def _packed_params(model, rows, places, tensors, dtype) -> dict[str, Any]:
 
 
 def _wanted(rows: hf_names.Table, places: Sequence[Slot]) -> dict[str, tuple]:
-  """Returns the shape of every tensor that must be there."""
   wanted = {}
   for slot in places:
     for name, transposed in map(rows.theirs, slot.addresses):
@@ -281,11 +268,6 @@ def open_model(
 ) -> tuple[Transformer, dict[str, quantized.Tensor], dict[str, Any]]:
   """Returns (model, its tensors unread, source) of a directory.
 
-  Args:
-    directory: has config.json and safetensors files.
-    dtype: of the computation.
-    config: what config.json says, if it has been read.
-
   Raises:
     UserError: anything in it is missing, damaged or not supported.
   """
@@ -331,11 +313,8 @@ def model_from_directory(
   """Returns (model, params, source) of a Hugging Face directory.
 
   Args:
-    directory: has config.json and safetensors files.
     dtype: of the parameters and of the computation.
-    shardings: where the parameters go, see `unread.place`.
     packed: whether matrices that a tool has quantized stay packed.
-    config: what config.json says, if it has been read.
 
   Raises:
     UserError: anything in it is missing, damaged or not supported.

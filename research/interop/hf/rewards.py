@@ -88,10 +88,8 @@ def load_reward_model(
   """Returns (model, params, source) of a reward model's directory.
 
   Args:
-    directory: has config.json and safetensors files.
     dtype: of the body's parameters and of the computation; the head's are
       float32.
-    shardings: where the parameters go, see `unread.place`.
 
   Raises:
     UserError: there is no head, or anything is missing, damaged or of another
@@ -137,16 +135,8 @@ def write_reward_model(
   """Writes a reward model; adapters are merged, packed weights decoded.
 
   Args:
-    directory: exists, and holds no model yet.
-    model: what `params` are for.
-    params: any tree of weights.
     config: the source's config.json, or None.
     layout: a key of `LAYOUTS`; None for the head's own.
-    dtype: to round to; None for each tensor's own.
-    shard_size: bytes a file.
-
-  Returns:
-    What changed as tensors were made.
 
   Raises:
     UserError: the layout has no names for this head.
@@ -183,7 +173,6 @@ def write_reward_model(
 def _layout(
   own: Mapping[str, quantized.Tensor], directory: pathlib.Path
 ) -> str:
-  """Returns the layout whose names the head's tensors have."""
   for name, layout in LAYOUTS.items():
     names = {row.theirs for row in layout.rows}
     # Only a classifier's bias may be missing.

@@ -45,7 +45,6 @@ def from_config(
   """Returns theta, the local layers' theta (None if shared), the scaling.
 
   Args:
-    fields: the whole config.json.
     separate_local: whether windowed layers always have a rotation of their
       own, unscaled (Gemma 3).
 

@@ -30,7 +30,6 @@ def write(
   """Writes the tokenizer's files and the generation config; returns names.
 
   Args:
-    directory: where to.
     source: a directory whose files are copied as they are, or None.
     tokenizer: whose files are written where there are none to be copied.
   """

@@ -34,8 +34,6 @@ def tensors(
     model: whose parameters `parts` are.
     parts: packed weights are decoded, adapters merged in float32.
     dtype: to round to; None for each one's own (float32 if packed).
-    log: records what changed as the tensors are made.
-    rounding: of what adapters were merged into.
   """
   rows, out = hf.table(model), {}
   for address in ordered(parts):
@@ -52,13 +50,7 @@ def pending(
   log: changes.Log,
   rounding: changes.Rounding = changes.cast,
 ) -> safetensors.Pending:
-  """Returns one tensor of a file, unread.
-
-  Args:
-    row: its whole name in the file, and whether it is transposed there.
-    part: the parameter.
-    dtype, log, rounding: as for `tensors`.
-  """
+  """Returns one tensor of a file, unread."""
   kind = dtype or ("float32" if part.packed else part.kind)
   shape = part.shape[::-1] if row.transposed else part.shape
   make = _maker(row.theirs, part, kind, row.transposed, log, rounding)
@@ -106,12 +98,6 @@ def config_json(
 
   It names the class, which other readers ask for, also where the source had no
   config.json or one without.
-
-  Args:
-    model: what to describe.
-    given: the source's config.json, or None.
-    dtype: of the tensors, or None if each keeps its own.
-    hint: model_type to try first.
   """
   if given is not None and _describes(given, model):
     config = dict(given)

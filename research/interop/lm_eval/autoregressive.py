@@ -77,10 +77,8 @@ def generate_until(
   """Returns continuations, cut before the first of some strings.
 
   Args:
-    loaded: the model.
     requests: (context, options): `until` (strings), `max_gen_toks`,
       `do_sample`, `temperature`, `top_p`, `top_k`; other options are errors.
-    batch: contexts continued at a time.
     seed: of the sampling; a sample depends on it and on the request's place.
   """
   _check(loaded)
@@ -116,11 +114,8 @@ def score(
   """Returns (log-likelihood, greedy?) of token continuations.
 
   Args:
-    model: the Transformer.
-    params: its parameters.
     requests: (context, continuation), both not empty; where they are longer
       than the model's context, their beginning is left out.
-    batch: requests scored at a time.
     special: with what every row of the model begins; it is not left out.
   """
   size, head = context_of(model), special.row_begin

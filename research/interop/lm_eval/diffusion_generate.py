@@ -28,14 +28,7 @@ def generate_until(
   batch: int = 8,
   settings: DiffusionEvalSettings = DEFAULT,
 ) -> list[str]:
-  """Returns continuations, cut before the first of some strings.
-
-  Args:
-    loaded: the model.
-    requests: (context, options), see `harness_requests.options_of`.
-    batch: contexts continued at a time.
-    settings: see `DiffusionEvalSettings`.
-  """
+  """Returns continuations, cut before the first of some strings."""
   spec, out = spec_of(loaded), [""] * len(requests)
   for options, members in texts.grouped(requests).items():
     for start in range(0, len(members), batch):
@@ -91,7 +84,6 @@ def text_of(tokenizer: Any, ids: list[int], until: Sequence[str]) -> str:
 
 
 def _block(spec: Spec, settings: DiffusionEvalSettings, count: int) -> int:
-  """Returns the tokens of a block that is filled."""
   block = settings.options.get("block")
   if spec.block is None:
     return block or min(32, count)

@@ -29,8 +29,6 @@ def adapter(
 
   Args:
     loaded: of either kind: a masked diffusion model is scored by estimates.
-    batch: requests at a time.
-    diffusion: how a masked diffusion model is evaluated.
 
   Raises:
     UserError: the harness is not installed, or there is no tokenizer.
@@ -52,8 +50,6 @@ def adapter(
     )
 
   class Heptad(LM):
-    """The harness's interface; a method asks a function of its name."""
-
     tokenizer_name = "heptad"
 
     def loglikelihood(self, requests, disable_tqdm=False):

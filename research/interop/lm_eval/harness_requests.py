@@ -49,10 +49,6 @@ def unfinished(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
   The harness asks for it where a task begins the answer (`gen_prefix`), and has
   the text of transformers' `continue_final_message`.
 
-  Args:
-    tokenizer: has a chat template.
-    messages: `{"role": ..., "content": ...}`, in order; the last one is a text.
-
   Raises:
     UserError: the template fails, or leaves out the end of the last message.
   """
@@ -106,7 +102,6 @@ class Options:
 
   @property
   def rule(self) -> Sampling:
-    """Returns how tokens are drawn."""
     return Sampling(**dict(self.sampling)) if self.sampling else GREEDY
 
 

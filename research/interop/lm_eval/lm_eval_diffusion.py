@@ -7,8 +7,6 @@ sum over windows, which LLaDA's own evaluation leaves out; `generate_until` is
 the sampler's (`diffusion_generate`). A model with blocks is asked block after
 block, each given the clean ones before it, so with blocks of one token the
 value is exact; what is before a block is read once, by the model's own cache.
-
-`research.interop.lm_eval.adapter` puts them behind the harness's interface.
 """
 
 import dataclasses
@@ -53,10 +51,7 @@ def loglikelihood(
   """Returns (estimate of log p(continuation | context), greedy?) of each.
 
   Args:
-    loaded: the model.
-    pairs: contexts and continuations.
     batch: not used: the rows of a step are samples of one request.
-    settings: see `DiffusionEvalSettings`.
   """
   del batch
   requests = [texts.encoded(loaded.tokenizer, *pair) for pair in pairs]
@@ -69,14 +64,7 @@ def rolling(
   batch: int = 8,
   settings: DiffusionEvalSettings = DEFAULT,
 ) -> list[float]:
-  """Returns estimates of log p of whole texts, in windows.
-
-  Args:
-    loaded: the model.
-    whole: the texts.
-    batch: not used, see `loglikelihood`.
-    settings: see `DiffusionEvalSettings`.
-  """
+  """Returns estimates of log p of whole texts, in windows."""
   del batch
   requests, owners = [], []
   for i, text in enumerate(whole):
@@ -101,11 +89,9 @@ def score(
   """Returns (estimate of the log-likelihood, greedy?) of token continuations.
 
   Args:
-    loaded: the model.
     requests: (context, continuation), the first not empty; where they are
       longer than the model's context, the first one's beginning is left out.
       An empty continuation has 0.
-    settings: see `DiffusionEvalSettings`.
 
   Raises:
     UserError: the model has no mask, or a request holds it, or a continuation
@@ -164,7 +150,6 @@ class _Row:
     return total, greedy
 
   def parts(self) -> Iterator[Part]:
-    """Yields the parts of the continuation that are scored at once."""
     if self.first == len(self.ids):
       return
     if self.spec.block is None:

@@ -40,7 +40,6 @@ def header(params: Params, without: Collection[str] = ()) -> dict[str, str]:
   """Returns what to write of the base under the adapters in `params`.
 
   Args:
-    params: any tree of weights.
     without: addresses of weights that are no longer the base's.
   """
   base = wrap.disable(params)
@@ -60,11 +59,8 @@ def check(file: Any, name: Any, notes: Mapping[str, str], params: Params):
   adapter then makes another model.
 
   Args:
-    file: the adapter's, for messages.
-    name: what the adapter calls its base.
     notes: the file's; those of older files, or none, are checked as far
       as they go.
-    params: any tree of weights.
   """
   where = other_numbers(file, notes, params)
   if where is None:
@@ -83,13 +79,7 @@ def check(file: Any, name: Any, notes: Mapping[str, str], params: Params):
 def other_numbers(
   file: Any, notes: Mapping[str, str], params: Params
 ) -> str | None:
-  """Returns where `params` cannot be the base that notes speak of, or None.
-
-  Args:
-    file: the adapter's, for messages.
-    notes: from `header`.
-    params: any tree of weights.
-  """
+  """Returns where `params` cannot be the base that notes speak of, or None."""
   wanted = notes.get(FINGERPRINT)
   if SAMPLE in notes:
     theirs, ours = _read(file, notes[SAMPLE]), sample(wrap.disable(params))
@@ -229,7 +219,6 @@ def _picked_there(x: Any, alone: bool) -> Any:
 
 
 def _read(file: Any, text: str) -> dict[str, str]:
-  """Returns a file's sample; whatever else it holds is an error."""
   try:
     found = json.loads(text)
     if all(len(_numbers(x)) == COUNT for x in found.values()):

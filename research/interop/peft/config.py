@@ -182,7 +182,6 @@ def read_config(directory: pathlib.Path) -> tuple[Fields, type[Method]]:
 
 
 def _kind(fields: Fields) -> type[Method]:
-  """Returns the method of a file."""
   name = fields.get("peft_type")
   for kind in of_peft_type(name) if isinstance(name, str) else ():
     flag = kind.PEFT_FLAG
@@ -232,9 +231,6 @@ def read_methods(
   """Returns what a configuration adapts, and how, by address.
 
   Args:
-    fields: the configuration.
-    kind: its method, of `read_config`.
-    modules: module names by address.
     sizes: (in, out) of each matrix by address, where methods are to be used.
   """
   chooses, whole = read_targets(fields), modules_to_save(fields)
@@ -268,10 +264,7 @@ def read_token_rows(
   head is tied to the embedding, it has the embedding's rows.
 
   Args:
-    fields: the configuration.
-    taken: what is adapted already.
     tied: whether the base's head is its embedding; both then have the rows.
-    naming: of the base.
   """
   sides = {"embed": naming.embedding, "head": naming.head}
   name = TOKENS
@@ -338,12 +331,7 @@ def make_config(
   """Returns adapter_config.json.
 
   Args:
-    methods: of each adapted module, by its name.
-    modules: names of all modules that could be adapted.
-    base_name: of the base model.
     whole: modules_to_save.
-    bias: which of `BIASES` are brought along.
-    tied: ensure_weight_tying.
     rows: which tokens have rows of their own, by module.
     experts: methods of stacked experts' parameters, by name, and what stands
       for these names in target_parameters.
@@ -446,5 +434,4 @@ def _exact(module: str) -> str:
 
 
 def _number(x: Any) -> Any:
-  """Returns whole numbers as such, as people write them."""
   return int(x) if isinstance(x, float) and x == int(x) and x else x

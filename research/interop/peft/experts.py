@@ -46,7 +46,6 @@ class Stack:
 
   @property
   def shapes(self) -> dict[str, tuple[int, int]]:
-    """Of its tensors, by their keys."""
     experts, size_in, size_out = self.size
     r = self.method.rank * experts
     return {
@@ -56,13 +55,7 @@ class Stack:
 
 
 def stacks(fields: Fields, params: Params, usual: Any) -> list[Stack]:
-  """Returns what a configuration adapts of experts.
-
-  Args:
-    fields: the configuration.
-    params: the base's.
-    usual: the method of `fields`.
-  """
+  """Returns what a configuration adapts of experts."""
   wanted = peft_config.expert_parameters(fields)
   if not wanted:
     return []
@@ -140,11 +133,6 @@ def to_tensors(
 
   Tensors by their names, a method for each parameter of PEFT's, and what to
   call all of these in `target_parameters`.
-
-  Args:
-    directory: of the file, for messages.
-    found: those adapters, by address.
-    params: with all adapters; which parameters there are.
 
   Raises:
     UserError: an adapter there is not LoRA.

@@ -74,14 +74,7 @@ def required(
   saved: Sequence[str],
   bias: str,
 ) -> dict[str, Weight]:
-  """Returns what the file must hold whole, by its key.
-
-  Args:
-    found: the base's parameters.
-    adapted: modules that have an adapter.
-    saved: modules_to_save.
-    bias: `"none"`, `"all"` or `"lora_only"`.
-  """
+  """Returns what the file must hold whole, by its key."""
   out = {}
   for w in found.values():
     if is_saved(w.module, saved):
@@ -106,14 +99,6 @@ def embeddings(
 
   PEFT writes both where one is adapted or the vocabulary has grown; of a tied
   model the head's is a copy.
-
-  Args:
-    found: the base's parameters.
-    tied: whether its head is the embedding.
-    taken: keys that mean something else already.
-    adapted: modules that have an adapter.
-    naming: of the base.
-    rows: modules that have rows of some tokens beside another method.
   """
   out = {}
   for module in (naming.embedding, naming.head):

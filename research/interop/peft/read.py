@@ -43,11 +43,6 @@ def load_adapter(
 ) -> dict[str, Any]:
   """Returns `params` with PEFT's adapter around its weights, in fp32.
 
-  Args:
-    directory: holds adapter_config.json and adapter_model.safetensors.
-    params: the base's, packed or not.
-    model: the base.
-
   Raises:
     UserError: the adapter is damaged, does not fit, has a feature that is not
       supported, would change nothing, or makes another model of the base
@@ -108,7 +103,6 @@ def open_adapter(
 
 
 def _weights_of(directory: pathlib.Path) -> pathlib.Path:
-  """Returns the file of an adapter's tensors."""
   file = directory / WEIGHTS
   if not file.is_file():
     pickled = (directory / "adapter_model.bin").exists()
@@ -141,7 +135,6 @@ def _whole(fields, base, adapted, tensors, tied, naming):
 
 
 def _wrapped(file, tensors, params, methods, modules, experts):
-  """Returns the parameters with what was read around their weights."""
   live = []
 
   def make(paths, method, w):
@@ -176,7 +169,6 @@ def _one(w, k):
 
 
 def _read(file, tensors, module, method, w):
-  """Returns (trained, fixed) of one module."""
   size = tuple(w.shape)
   place = MatrixSpec(*size, embedding=peft_names.is_embedding(module))
   found = {
@@ -240,7 +232,6 @@ def _untied(fields, kind, params, model, naming):
 
 
 def _with_whole(path, tensors, whole, params, model):
-  """Returns (params, model) with what the file brings whole."""
   values: dict[str, np.ndarray] = {}
   for key, w in whole.items():
     if key not in tensors:

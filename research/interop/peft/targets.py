@@ -54,7 +54,6 @@ class Targets:
   containers: tuple[str, ...] | None = None
 
   def match(self, name: str) -> bool:
-    """Returns whether the linear map or embedding `name` is adapted."""
     if _named(name, self.exclude, "exclude_modules"):
       return False
     target = DEFAULT_TARGETS if self.target is None else self.target

@@ -55,8 +55,6 @@ def findings(
   """Returns what is wrong with the rules of a configuration.
 
   Args:
-    config: adapter_config.json, of any method.
-    modules: names of the base's modules that can be adapted.
     all_modules: names of all of its modules, norms included.
     parameters: names of those that target_parameters adapts.
   """
@@ -91,12 +89,7 @@ def warn(
   all_modules: Sequence[str] = (),
   parameters: Sequence[str] = (),
 ) -> None:
-  """Warns of each rule that matches nothing, as PEFT does on loading.
-
-  Args:
-    config, modules, all_modules, parameters: as for `findings`.
-    where: the file, for the text.
-  """
+  """Warns of each rule that matches nothing, as PEFT does on loading."""
   for found in findings(config, modules, all_modules, parameters):
     if found.kind == "nothing":
       text = f"{where}: {found.field}: {found.rule!r} {found.text}"
@@ -104,7 +97,6 @@ def warn(
 
 
 def _fields(config: Mapping[str, Any]) -> Sequence[str]:
-  """Returns the fields of patterns that a configuration's method has."""
   kinds = methods.of_peft_type(str(config.get("peft_type")))
   theirs = {field for kind in kinds for field in kind.PEFT_PATTERNS.values()}
   return [f for f in _PATTERNS if f in theirs or not kinds]

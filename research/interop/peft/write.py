@@ -54,9 +54,7 @@ def save_adapter(
   and warned of: PEFT has none there.
 
   Args:
-    directory: made if need be.
     params: with AdaptedTensor leaves; one adapter a weight.
-    model: the base.
     base_name: base_model_name_or_path: a name, or a directory, absolute or
       relative to `directory`.
     use_rslora: whether to state the scales of plain LoRA as `alpha / sqrt(r)`
@@ -65,7 +63,6 @@ def save_adapter(
     resized: whether the base has another number of tokens; both embeddings
       are written then, and whoever loads the adapter resizes the base first.
     naming: what the base calls its modules.
-    base: the weights that `base_name` stands for, to check that the adapters
       were trained over these, packed or not; None for no check.
 
   Raises:
@@ -160,14 +157,6 @@ def over_base(
 
   They are unchanged if the adapters were trained over `base` as it is, packed
   or not.
-
-  Args:
-    where: path to write, for the message.
-    params: with AdaptedTensor leaves.
-    model: the base.
-    base_name: name of the base.
-    base: its weights.
-    whole: addresses of weights that the adapter brings.
 
   Raises:
     UserError: they were trained over other weights, or over `base` rotated or
@@ -324,7 +313,6 @@ def _stated(method: Method, use_rslora: bool | None) -> Method:
 
 
 def _thin(w: AdaptedTensor) -> AdaptedTensor:
-  """Returns an adapter without its base."""
   if isinstance(w.w, AdaptedTensor):
     raise UserError("two adapters on one weight: merge one before saving")
   return dataclasses.replace(w, w=None, key=None)

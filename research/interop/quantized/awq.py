@@ -53,10 +53,6 @@ class Scheme:
 def parse(values: Mapping[str, Any], where: str) -> Scheme:
   """Returns what a `quantization_config` or quant_config.json says.
 
-  Args:
-    values: the JSON object.
-    where: it comes from, for messages.
-
   Raises:
     UserError: a field is wrong, or means what is not supported.
   """
@@ -100,11 +96,6 @@ def from_tensors(
   tensors: Mapping[str, np.ndarray], scheme: Scheme, where: str = "module"
 ) -> QTensor:
   """Returns one matrix `[I, O]`; inverts `to_tensors`.
-
-  Args:
-    tensors: of one module, by their names behind `P.`, its bias aside.
-    scheme: by its config.
-    where: they come from, for messages.
 
   Raises:
     UserError: a tensor is missing or does not fit the others.
@@ -151,7 +142,6 @@ class _Tensors:
     return np.asarray(found)
 
   def groups(self, inputs: int, group: int) -> int:
-    """Returns how many groups so many inputs are."""
     group = group or inputs
     if inputs % group:
       raise UserError(
@@ -195,10 +185,6 @@ def _gemv(given: _Tensors, group: int) -> _Parts:
 
 def to_tensors(w: Integers, where: str = "module") -> dict[str, np.ndarray]:
   """Returns the tensors of one matrix by their names behind `P.`.
-
-  Args:
-    w: one matrix.
-    where: they are for, for messages.
 
   Raises:
     UserError: this format cannot hold it.

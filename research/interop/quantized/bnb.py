@@ -70,10 +70,6 @@ class Scheme:
 def parse(values: Mapping[str, Any], where: str) -> Scheme:
   """Returns what a `quantization_config` says.
 
-  Args:
-    values: the JSON object.
-    where: it comes from, for messages.
-
   Raises:
     UserError: a field is wrong, or means what is not supported.
   """
@@ -99,15 +95,7 @@ def config(
   skipped: Sequence[str] = (),
   threshold: float = THRESHOLD,
 ) -> dict[str, Any]:
-  """Returns the `quantization_config`; `parse` reads it.
-
-  Args:
-    kind: `"nf4"`, `"fp4"` or `"int8"`.
-    nested: whether magnitudes of 4 bits are coded themselves.
-    of: dtype of the computation.
-    skipped: linear modules that are not quantized.
-    threshold: as in `Scheme`.
-  """
+  """Returns the `quantization_config`; `parse` reads it."""
   common = dict(quant_method=METHOD, llm_int8_skip_modules=[*skipped] or None)
   if kind == "int8":
     eight = dict(load_in_8bit=True, load_in_4bit=False)
@@ -124,10 +112,6 @@ def config(
 
 def to_tensors(w: QTensor, where: str = "module") -> dict[str, np.ndarray]:
   """Returns the tensors of one matrix by their names behind `P.`.
-
-  Args:
-    w: one matrix `[I, O]`.
-    where: they are for, for messages.
 
   Raises:
     UserError: bitsandbytes has no such matrix.
@@ -200,10 +184,6 @@ def from_tensors(
 ) -> QTensor:
   """Returns one matrix `[I, O]`; inverts `to_tensors`.
 
-  Args:
-    tensors: of one module, by their names behind `P.`.
-    where: they come from, for messages.
-
   Raises:
     UserError: a tensor is missing or does not fit the others.
   """
@@ -234,10 +214,6 @@ def from_state_dict(
   tensors: Mapping[str, np.ndarray], where: str = "state dict"
 ) -> QTensor:
   """Returns one matrix; inverts `to_state_dict`.
-
-  Args:
-    tensors: of one module, by their names behind `P.`.
-    where: they come from, for messages.
 
   Raises:
     UserError: a tensor is missing or does not fit the others.
@@ -329,7 +305,6 @@ def _as_bytes(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _tensor(tensors, name, shape, where, dtype="uint8") -> np.ndarray:
-  """Returns a tensor, flat, if it is what the JSON makes it."""
   found = tensors.get(name)
   size = math.prod(shape)
   if found is None:

@@ -59,25 +59,16 @@ class CheckpointFormat(Protocol):
     ...
 
   def choose(self, found: Sequence[Any], inputs: Sequence[int]) -> Any:
-    """Returns what the config says of all matrices.
-
-    Args:
-      found: of each matrix that fits, what `describe` returned.
-      inputs: of each matrix that is to be quantized again.
-    """
+    """Returns what the config says of all matrices."""
     ...
 
-  def mismatch(self, found: Any, scheme: Any) -> str:
-    """Returns how a matrix is not as the config says, or ""."""
-    ...
+  def mismatch(self, found: Any, scheme: Any) -> str: ...
 
   def format(self, scheme: Any) -> Format:
     """Returns what a matrix is quantized to that does not fit."""
     ...
 
-  def tensors(self, w: QTensor, scheme: Any, where: str) -> Tensors:
-    """Returns the tensors of one matrix by their names behind `P.`."""
-    ...
+  def tensors(self, w: QTensor, scheme: Any, where: str) -> Tensors: ...
 
   def config(
     self, scheme: Any, found: Mapping[str, Any], plain: Sequence[str]
@@ -85,8 +76,6 @@ class CheckpointFormat(Protocol):
     """Returns the `quantization_config`.
 
     Args:
-      scheme: of all matrices.
-      found: module -> what `describe` returned.
       plain: linear modules that are not quantized.
     """
     ...
@@ -121,12 +110,7 @@ def _grid(x: Integers) -> _Grid:
 def _common(
   found: Sequence[_Grid], bits: int | None, group: int | None
 ) -> tuple[int, int] | None:
-  """Returns the (bits, group) of most matrices, 0 for all their inputs.
-
-  Args:
-    found: of each matrix.
-    bits, group: that are wanted, or None for any.
-  """
+  """Returns the (bits, group) of most matrices, 0 for all their inputs."""
   found = [x for x in found if x.fits(bits or x.bits, _wanted(group, x))]
   if group is not None:
     return (found[0].bits, group) if found else None

@@ -33,11 +33,6 @@ _ALONE = "load the weights alone, with packed=False (--nopacked)"
 def round_inputs(params: Params, quantization: Any, where: str) -> Any:
   """Returns `params` whose packed matrices round their inputs, as configured.
 
-  Args:
-    params: of a model, packed.
-    quantization: its `quantization_config`, or None.
-    where: it comes from, for messages.
-
   Raises:
     UserError: activations are to be rounded in a way that is not known here.
   """
@@ -82,7 +77,6 @@ def rounding(params: Params, said: Sequence[Any]) -> tuple[Any, ...]:
 
   Args:
     params: of a model; adapters may be on them.
-    said: what a config says of them, from `stated`; without it, operations
       stand for themselves.
   """
   found: dict[Op, None] = {}
@@ -130,8 +124,6 @@ def op_of(quantization: Mapping[str, Any], where: str) -> Op | None:
 
 
 def _op(fields: Fields) -> Op:
-  """Returns the op of a group's `input_activations`."""
-
   def refused(name: str, expected: str) -> UserError:
     return fields.wrong(name, f"{expected}; or {_ALONE}")
 

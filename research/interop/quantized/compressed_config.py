@@ -80,7 +80,6 @@ class Scheme:
 
   @property
   def kind(self) -> str:
-    """Returns `"int"` or `"float"`."""
     return FORMATS[self.format][0]
 
 
@@ -98,7 +97,6 @@ class Config:
 
   @functools.cached_property
   def _schemes(self) -> dict[str, Scheme]:
-    """Target -> scheme."""
     return {name: found for names, found in self.groups for name in names}
 
   def scheme(self, module: str, kind: str = "Linear") -> Scheme | None:
@@ -106,10 +104,6 @@ class Config:
 
     As in the package (`match_targets`), a name goes before expressions, and
     those, in alphabetical order, before its class.
-
-    Args:
-      module: its name, such as `model.layers.0.mlp.up_proj`.
-      kind: its class in torch.
     """
     if any(_matches(module, kind, name) for name in self.ignore):
       return None
@@ -129,10 +123,6 @@ def _matches(module: str, kind: str, target: str) -> bool:
 
 def parse(values: Mapping[str, Any], where: str) -> Config:
   """Returns what a `quantization_config` says.
-
-  Args:
-    values: the JSON object.
-    where: it comes from, for messages.
 
   Raises:
     UserError: it is another method's, or says what is not understood.
@@ -297,8 +287,6 @@ def write(
   """Returns the `quantization_config` of modules; `parse` inverts it.
 
   Args:
-    schemes: by the module's name.
-    ignore: linear modules that are not quantized.
     activations: `input_activations` of all modules, or None.
 
   Raises:

@@ -58,9 +58,6 @@ def from_tensors(
   """Returns one matrix `[I, O]`; inverts `to_tensors`.
 
   Args:
-    tensors: of one module, by their names behind `P.`, its bias aside.
-    scheme: of its weight, by `compressed_config`.
-    where: they come from, for messages.
     of: dtype of the decoded matrix; by default its scales', if that is one of
       a model's, else float32.
 
@@ -93,7 +90,6 @@ class _Tensors:
       )
 
   def get(self, name: str, *kinds: str) -> np.ndarray:
-    """Returns a tensor of one of some dtypes."""
     if name not in self.tensors:
       raise UserError(
         f"{self.where}: {name} is missing, which {self.scheme.format} has"
@@ -111,7 +107,6 @@ class _Tensors:
     )
 
   def matrix(self, name: str, *kinds: str) -> np.ndarray:
-    """Returns a tensor `[out, in]`."""
     found = self.get(name, *kinds)
     if found.ndim != 2 or 0 in found.shape:
       raise self.wrong(name, found, "a matrix [out, in]")
@@ -135,7 +130,6 @@ class _Tensors:
     return found
 
   def scales_shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
-    """Returns the shape of the scales of a matrix."""
     scheme = self.scheme
     if scheme.strategy == "tensor":
       return (1,)
@@ -152,7 +146,6 @@ class _Tensors:
     return (outputs, inputs // scheme.group)
 
   def check_names(self) -> None:
-    """Refuses tensors that nothing has read."""
     unknown = sorted(set(self.tensors) - self.used - {*_UNUSED})
     zero = np.asarray(self.tensors.get("weight_zero_point", 1))
     if unknown == ["weight_zero_point"] and not zero.astype(bool).any():
@@ -318,7 +311,6 @@ def _from_nvfp4(given: _Tensors) -> QTensor:
 
 
 def _unpacked(given: _Tensors, bits: int) -> np.ndarray:
-  """Returns the codes `[out, in]` of bytes."""
   packed = given.matrix("weight_packed", "uint8")
   if packed.shape[1] % 4:
     raise given.wrong("weight_packed", packed, "whole groups")
@@ -338,16 +330,11 @@ def _made(parts, format, inputs, outputs, **more) -> QTensor:
 
 
 def _transposed(x: np.ndarray) -> np.ndarray:
-  """Returns the transpose, copied."""
   return np.ascontiguousarray(x.T)
 
 
 def scheme_of(w: QTensor, form: str | None = None) -> Scheme:
   """Returns the scheme of a matrix as it is.
-
-  Args:
-    w: one matrix.
-    form: of integers, `"int-quantized"` instead of `"pack-quantized"`.
 
   Raises:
     UserError: compressed-tensors has no such matrix.
@@ -406,7 +393,6 @@ def to_tensors(
   """Returns the tensors of one matrix by their names behind `P.`, lossless.
 
   Args:
-    w: one matrix `[I, O]`.
     scheme: that its config will say; by default `scheme_of(w)`.
 
   Raises:

@@ -77,16 +77,11 @@ class Scheme:
 
   @property
   def middle(self) -> int:
-    """Returns the zero of a symmetric grid."""
     return 1 << (self.bits - 1)
 
 
 def parse(values: Mapping[str, Any], where: str) -> Scheme:
   """Returns what a `quantization_config` or quantize_config.json says.
-
-  Args:
-    values: the JSON object.
-    where: it comes from, for messages.
 
   Raises:
     UserError: a field is wrong, or means what is not supported.
@@ -200,10 +195,6 @@ def detect_version(
   stands unless the other version fits better by half, and codes are so many
   that their mean is known to a twentieth.
 
-  Args:
-    scheme: by the config.
-    modules: tensors of some modules, by their names.
-
   Raises:
     UserError: tensors do not fit each other, or symmetric zeros are neither
       version's.
@@ -241,9 +232,7 @@ def from_tensors(
   """Returns one matrix `[I, O]`; inverts `to_tensors`.
 
   Args:
-    tensors: of one module, by their names behind `P.`, its bias aside.
     scheme: by its config, with the version `detect_version`.
-    where: they come from, for messages.
 
   Raises:
     UserError: a tensor is missing or does not fit the others.
@@ -303,11 +292,6 @@ def to_tensors(
   w: Integers, version: int, where: str = "module"
 ) -> dict[str, np.ndarray]:
   """Returns the tensors of one matrix by their names behind `P.`.
-
-  Args:
-    w: one matrix.
-    version: of the zeros.
-    where: they are for, for messages.
 
   Raises:
     UserError: this format cannot hold it.

@@ -49,10 +49,6 @@ class Integers:
 def to_integers(w: QTensor, where: str) -> Integers:
   """Returns one matrix `[I, O]` as integers, without loss.
 
-  Args:
-    w: in any format.
-    where: it is for, for messages.
-
   Raises:
     UserError: it is no such grid; the message names the field.
   """

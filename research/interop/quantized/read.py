@@ -57,11 +57,9 @@ class PackedTensor:
     return self.leaf.dtype
 
   def weight(self) -> Any:
-    """Returns the packed weight."""
     return jax.tree.map(_read_all, self.leaf)
 
   def read(self, index: Any = ...) -> np.ndarray:
-    """Returns `tensor[index]`, decoded."""
     return np.asarray(self.weight().dense()).T[index]
 
 
@@ -77,10 +75,6 @@ def split_config(
   config: Mapping[str, Any], directory: pathlib.Path
 ) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
   """Returns (config.json without it, the `quantization_config` or None).
-
-  Args:
-    config: config.json of the model.
-    directory: it is in.
 
   Raises:
     UserError: it is no object.
@@ -116,11 +110,6 @@ def open_tensors(
   """Returns (tensors, those of each packed module as one; the config).
 
   Every module is read once, to be checked and for its smaller arrays.
-
-  Args:
-    quantization: the `quantization_config`.
-    tensors: by their names.
-    directory: they come from, for messages.
 
   Raises:
     UserError: a config that is not supported, or tensors that do not fit it.
@@ -166,7 +155,6 @@ def without_zero_biases(
 
   Args:
     tensors: by their names.
-    known: names that the model has.
   """
 
   def superfluous(name: str) -> bool:
@@ -239,11 +227,6 @@ def open_modules(
   values: Mapping[str, Any], tensors: Tensors, where: str
 ) -> Opened:
   """Returns the packed modules among a checkpoint's tensors.
-
-  Args:
-    values: the `quantization_config`.
-    tensors: all of the checkpoint's, by their names.
-    where: the config comes from, for messages.
 
   Raises:
     UserError: an unknown method, or a config that is not supported.

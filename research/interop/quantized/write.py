@@ -58,13 +58,8 @@ def write_model(
   """Writes the tensors and config.json into an empty directory.
 
   Args:
-    directory: exists.
     source: the model; adapters are merged, so their matrices do not fit.
-    writer: the tool.
     requantize: whether what does not fit is quantized again.
-    dtype: of what is not packed; None for each tensor's own.
-    shard_size: bytes a file.
-    log: records what changed.
 
   Raises:
     UserError: something does not fit, or all of it is plain.

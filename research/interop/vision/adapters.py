@@ -19,7 +19,6 @@ def language_model(model: Any, params: Params) -> tuple[Transformer, Params]:
 
   Args:
     model: a vision language model, or a language model, which is returned.
-    params: with `AdaptedTensor` leaves.
 
   Raises:
     UserError: there are adapters on other modules, whose names in PEFT's files
@@ -47,8 +46,6 @@ def open_adapter(
   """Returns (params, model) with PEFT's adapter; see `peft.open_adapter`.
 
   Args:
-    directory: of the adapter.
-    params: the base's.
     model: a language model, or a vision language model, whose language model
       is adapted.
 

@@ -18,11 +18,6 @@ def vision_language_model(
 ) -> VisionLanguageModel:
   """Returns the model of a config.json of one of `families.MODULES`.
 
-  Args:
-    config: the object.
-    where: its file, for messages.
-    dtype: of the computation.
-
   Raises:
     UserError: an unknown model type, an unsupported feature, or a field of the
       wrong type.

@@ -18,10 +18,6 @@ from research.vlm.model import VisionLanguageModel
 def config_of(model: VisionLanguageModel, family: Family) -> dict[str, Any]:
   """Returns the config.json of a model; inverts `vision_language_model`.
 
-  Args:
-    model: any.
-    family: that is to describe it.
-
   Raises:
     UserError: reading the result back would not give `model`.
   """

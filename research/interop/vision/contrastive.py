@@ -197,13 +197,6 @@ def contrastive_params(
 ) -> dict[str, Any]:
   """Returns a contrastive model's parameters out of a file's tensors.
 
-  Args:
-    model: what to fill.
-    kind: one of `KINDS`.
-    tensors: by their names; exactly the model's.
-    dtype: of the result.
-    where: the file or directory, for messages.
-
   Raises:
     UserError: the tensors are not exactly the model's.
   """
@@ -252,13 +245,7 @@ def contrastive_params(
 def contrastive_tensors(
   kind: str, params: Params, dtype: str = "float32"
 ) -> dict[str, np.ndarray]:
-  """Returns every tensor under its name; inverts `contrastive_params`.
-
-  Args:
-    kind: one of `KINDS`.
-    params: of both towers; packed weights are decoded.
-    dtype: of the tensors.
-  """
+  """Returns every tensor under its name; inverts `contrastive_params`."""
   row, out = KINDS[kind], {}
   for part, prefix, rows in (
     ("image", "vision_model.", row.image_rows),

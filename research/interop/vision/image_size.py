@@ -116,7 +116,6 @@ def _check(model: Any, pixels: int) -> None:
 
 
 def _described(loaded: Loaded, pixels: int) -> VisionLanguageModel:
-  """Returns what the file would describe with views of so many pixels."""
   source = loaded.source.get("base", loaded.source)  # an adapter's base
   config = source["config"]
   inner = dict(config.get("vision_config") or {}) | {"image_size": pixels}
@@ -133,8 +132,6 @@ def with_views_of(
   """Returns the preprocessor whose views have so many pixels.
 
   Args:
-    found: the one of other views, or None.
-    pixels: side of a view.
     pool: patches, each way, that become one soft token.
 
   Raises:

@@ -56,11 +56,7 @@ class _Joined(Lazy):
 
 @dataclasses.dataclass(frozen=True)
 class Molmo2Names:
-  """Molmo 2's names: those of a layer's queries, keys and values are one.
-
-  Attributes:
-    towers: which tensor is of which tower.
-  """
+  """Molmo 2's names: those of a layer's queries, keys and values are one."""
 
   towers: Prefixes = Prefixes(
     (
@@ -82,12 +78,10 @@ class Molmo2Names:
   def split(
     self, tensors: Mapping[str, Any], where: Any
   ) -> dict[str, dict[str, Any]]:
-    """Returns each tower's tensors; see `prefixes.Naming`."""
     found = self.towers.split(tensors, where)
     return found | dict(language=_plain(found["language"], where))
 
   def join(self, towers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns all tensors under the file's names; see `prefixes.Naming`."""
     language = _fused(towers["language"])
     rows = towers["language"]["lm_head.weight"].shape[0]
     table = language.pop("model.embed_tokens.weight")

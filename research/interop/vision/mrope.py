@@ -54,11 +54,6 @@ class TextKind:
   def read(self, text: Config, where: str, dtype: str) -> Transformer:
     """Returns the language model of its text fields.
 
-    Args:
-      text: the fields.
-      where: their file and place, for messages.
-      dtype: of the computation.
-
     Raises:
       UserError: another model type, or a rotation that is not M-RoPE's.
     """
@@ -78,7 +73,6 @@ class TextKind:
     return with_axes(model, self.axes(sizes=sections))
 
   def _rotation(self, fields: Fields) -> tuple[float, tuple[int, ...]]:
-    """Returns theta and the sections."""
     given = fields.object("rope_scaling") or fields.object("rope_parameters")
     given = given or Fields({}, fields.where)
     unknown = sorted(set(given.values) - _ROPE_FIELDS)

@@ -181,7 +181,6 @@ def read_tower(
   """Returns a tower's arrays: outside of layers, of each layer, and names read.
 
   Args:
-    rows: of the tower.
     outside: shapes of our parameters outside of layers, by path.
     layers: shapes of each layer's parameters, by path.
     tensors: the file's, by their names within the tower; unread.

@@ -72,7 +72,6 @@ class Prefixes:
   def split(
     self, tensors: Mapping[str, Any], where: Any
   ) -> dict[str, dict[str, Any]]:
-    """Returns each tower's tensors; see `Naming`."""
     out: dict[str | None, dict[str, Any]] = {tower: {} for tower in TOWERS}
     for name, tensor in tensors.items():
       tower, own = self._tower_of(name, where)
@@ -88,7 +87,6 @@ class Prefixes:
     raise hf.mismatch(where, [], [name])
 
   def join(self, towers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns all tensors under the file's names; see `Naming`."""
     out = {}
     for tower, tensors in towers.items():
       rows = [

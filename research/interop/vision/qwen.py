@@ -40,22 +40,12 @@ def tower(
   read: Callable[..., VisionTransformer],
   write: Callable[..., dict[str, Any]],
 ) -> Tower:
-  """Returns a kind of tower; files of before transformers 5 call it otherwise.
-
-  Args:
-    kind: its model type.
-    read, write: see `Tower`.
-  """
+  """Returns a kind of tower; files before transformers 5 call it otherwise."""
   return Tower(kind, read, write, others=(kind.removesuffix("_vision"),))
 
 
 def vision_config(config: Config, kind: str) -> dict[str, Any]:
-  """Returns what a config.json says of its tower, whose type may be left out.
-
-  Args:
-    config: the whole file.
-    kind: model type of the tower.
-  """
+  """Returns what a config.json says of its tower, which may have no type."""
   return {"model_type": kind} | field_of(config, "vision_config")
 
 
@@ -65,9 +55,7 @@ def sizes(fields: Fields, width: str, hidden: int) -> EncoderSizes:
   Args:
     fields: of its `vision_config`.
     width: the field that has its width.
-    hidden: inner width of the feed-forwards.
 
-  Raises:
     UserError: a field has a value that no tower here has.
   """
   for channels in ("in_channels", "in_chans"):
@@ -96,7 +84,6 @@ def sizes(fields: Fields, width: str, hidden: int) -> EncoderSizes:
 
 
 def _side(fields: Fields, name: str) -> int:
-  """Returns a number that some files give once for each axis."""
   x = fields.get(name)
   if isinstance(x, list | tuple) and len(set(x)) == 1:
     fields = Fields({name: x[0]}, fields.where)
@@ -104,13 +91,7 @@ def _side(fields: Fields, name: str) -> int:
 
 
 def layer_numbers(fields: Fields, name: str, depth: int) -> list[int]:
-  """Returns numbers of layers, from 0 and in order.
-
-  Args:
-    fields: of a `vision_config`.
-    name: of the field.
-    depth: number of layers.
-  """
+  """Returns numbers of layers, from 0 and in order."""
   x = fields.get(name)
   ok = isinstance(x, list | tuple) and all(type(i) is int for i in x)
   if not ok or any(not 0 <= i < depth for i in x) or list(x) != sorted(set(x)):
@@ -135,14 +116,7 @@ def written(vision: VisionTransformer) -> dict[str, Any]:
 def merger(
   parts: Parts, fields: Fields, output: str, **norms: Norm
 ) -> connectors.Squares:
-  """Returns what makes a soft token of a square of patches.
-
-  Args:
-    parts: of the model.
-    fields: of its `vision_config`.
-    output: the field that has the language model's width.
-    **norms: of the merger.
-  """
+  """Returns what makes a soft token of a square of patches."""
   size, side = parts.language.width, fields.integer("spatial_merge_size")
   if fields.integer(output) != size:
     raise fields.wrong(output, f"{size}, the language model's width")
@@ -153,14 +127,7 @@ def merger(
 def with_merger(
   model: VisionLanguageModel, config: Config, output: str, **more: Any
 ) -> dict[str, Any]:
-  """Returns the `vision_config` of a model, that of its mergers included.
-
-  Args:
-    model: the model.
-    config: its config.json, with the tower's fields.
-    output: the field that has the language model's width.
-    **more: further fields of `vision_config`.
-  """
+  """Returns the `vision_config` of a model, that of its mergers included."""
   own = {"spatial_merge_size": model.square, output: model.language.width}
   return dict(vision_config={**config["vision_config"], **own, **more})
 

@@ -39,10 +39,6 @@ def vision_language_params(
   each process, which `placed` moves.
 
   Args:
-    model: what to fill.
-    family: whose names the tensors have.
-    tensors: by their names; exactly the model's.
-    dtype: of the result.
     where: the file or directory, for messages.
     shardings: of the whole tree, see `unread.place`; with `unread.unplaced`
       towers are not read either.
@@ -99,9 +95,6 @@ def model_from_directory(
   Args:
     path: with config.json and safetensors, whose model type is one of
       `contrastive.KINDS` or of `families.MODULES`.
-    dtype: of parameters and computation.
-    config: what config.json says, if it has been read.
-    shardings: see `vision_language_params`.
 
   Raises:
     UserError: it is quantized, or its tensors are not exactly the model's.
@@ -135,9 +128,6 @@ def load(
   Args:
     path: a directory whose model type is one of `families.MODULES` or of
       `contrastive.KINDS`.
-    dtype: of parameters and computation.
-    config: what config.json says, if it has been read.
-    shardings: see `vision_language_params`; `placed` does the rest.
   """
   model, params, config = model_from_directory(path, dtype, config, shardings)
   words, preprocessor = None, None
@@ -178,12 +168,7 @@ def load_language(
   config: Mapping[str, Any] | None = None,
   shardings: unread.Shardings | None = None,
 ) -> Loaded:
-  """Returns the language model of a vision language model alone.
-
-  Args:
-    path, dtype, config: as for `load`.
-    shardings: of the language model's parameters.
-  """
+  """Returns the language model of a vision language model alone."""
   of_all = shardings
   if shardings is not None and shardings is not unread.unplaced:
 
@@ -205,7 +190,6 @@ def _check_plain(config: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def _preprocessor_file(path: pathlib.Path) -> pathlib.Path | None:
-  """Returns the file that says what becomes of images, or None."""
   if (path / PREPROCESSOR).is_file():
     return path / PREPROCESSOR
   # Files of Gemma 4 have it beside what becomes of videos and of sound.
@@ -229,7 +213,6 @@ def language_of(loaded: Loaded, params: Params | None = None) -> Loaded:
   """Returns the language model of a vision language model alone.
 
   Args:
-    loaded: the vision language model.
     params: of the language model, such as those that see images; by default
       its own.
   """

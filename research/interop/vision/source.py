@@ -74,7 +74,6 @@ class Assembled:
     placement: where the language model meets images: `LatestImage()` for an
       `Interleaved` one, with a placeholder of its vocabulary.
     seed: of the new weights.
-    remat: what the encoder's backward pass recomputes.
   """
 
   language: Source
@@ -160,11 +159,6 @@ def encoder_params(
   vision: VisionTransformer, model: Any, params: Params
 ) -> Params:
   """Returns the weights of a model's encoder, for an encoder that is equal.
-
-  Args:
-    vision: that gets them.
-    model: a `VisionLanguageModel` or a `DualEncoder`.
-    params: of the model.
 
   Raises:
     UserError: the model has no encoder, or another one.

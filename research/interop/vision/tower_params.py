@@ -25,14 +25,6 @@ def read_tower(
 ) -> dict[str, Any]:
   """Returns a tower's parameters, its layers as runs.
 
-  Args:
-    shapes: of the parameters.
-    rows: of the tower (`names.Row`).
-    tensors: the file's, by their names within the tower; exactly the tower's.
-    model: the tower; asked for `layer_kinds` where it has layers.
-    dtype: of the result.
-    where: the file or directory, for messages.
-
   Raises:
     UserError: the tensors are not exactly the tower's.
   """
@@ -78,13 +70,7 @@ def layer_shapes(
 def tower_tensors(
   rows: Iterable[names.Row], params: Params, dtype: str
 ) -> dict[str, np.ndarray]:
-  """Returns a tower's tensors, by their names within it.
-
-  Args:
-    rows: of the tower.
-    params: its parameters; packed weights are decoded.
-    dtype: of the tensors.
-  """
+  """Returns a tower's tensors, by their names within it."""
 
   def flat(subtree: Any) -> dict[str, np.ndarray]:
     arrays = {}

@@ -48,7 +48,6 @@ class Tower:
 
   @property
   def model_types(self) -> tuple[str, ...]:
-    """All model types that it is read of."""
     return (self.model_type, *self.others)
 
 
@@ -119,9 +118,6 @@ def clip(
   """Returns CLIP's image tower.
 
   Args:
-    config: a `vision_config`.
-    where: its file and place, for messages.
-    dtype: of the computation.
     size: of the space it shares with texts; None for a tower of patches.
   """
   fields = Fields(config, where, CLIP_DEFAULTS)
@@ -177,7 +173,6 @@ def written_sizes(tower: VisionTransformer | TextEncoder) -> dict[str, Any]:
 
 
 def _written(vision: VisionTransformer) -> dict[str, Any]:
-  """Returns the `vision_config` of CLIP's or SigLIP's tower."""
   table = vision.positions
   values = written_sizes(vision) | dict(num_channels=3, patch_size=vision.patch)
   if isinstance(table, AntialiasedTable):

@@ -45,14 +45,7 @@ def vision_language_tensors(
   params: Params,
   dtype: str = "float32",
 ) -> dict[str, np.ndarray]:
-  """Returns every tensor under the name that the Hub's files have.
-
-  Args:
-    model: whose parameters `params` are.
-    family: whose names they get.
-    params: of all three towers; packed weights are decoded, adapters merged.
-    dtype: of the tensors.
-  """
+  """Returns every tensor under the name that the Hub's files have."""
   pending = hf_write.tensors(
     model.language, parts.from_params(params["language"]), dtype, changes.Log()
   )
@@ -76,11 +69,9 @@ def write_model(
   """Writes a model with images as a Hugging Face directory.
 
   Args:
-    directory: a new one.
     loaded: the model, its tokenizer and its preprocessor. A vision language
       model, or a contrastive one of two towers.
     params: of all towers; packed weights are decoded, adapters merged.
-    dtype: of the tensors.
 
   Raises:
     UserError: none of `families.MODULES`, or of `contrastive.KINDS`, can

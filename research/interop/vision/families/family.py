@@ -25,13 +25,7 @@ def field_of(config: Config, name: str) -> dict[str, Any]:
 
 
 def language_model(config: Config, where: str, dtype: str) -> Transformer:
-  """Returns the language model of one of `hf.families.MODEL_TYPES`.
-
-  Args:
-    config: its fields.
-    where: their file and place, for messages.
-    dtype: of the computation.
-  """
+  """Returns the language model of one of `hf.families.MODEL_TYPES`."""
   family, sizes = hf_config.sizes_from_config(config, where)
   return presets.transformer(family, sizes, dtype)
 
@@ -58,12 +52,7 @@ class Language:
 @dataclasses.dataclass(frozen=True)
 class Parts:
   """A config.json, taken apart.
-
-  Attributes:
-    fields: all of it.
-    vision: the encoder it describes.
-    language: the language model it describes.
-    image_token: id of the placeholder, by whichever name the file has it.
+  image_token: id of the placeholder, by whichever name the file has it.
   """
 
   fields: Fields

@@ -85,13 +85,7 @@ VISION_ROWS = (
 
 
 def _read_vision(config: Config, where: str, dtype: str) -> VisionTransformer:
-  """Returns the image tower that a `vision_config` describes.
-
-  Args:
-    config: the object.
-    where: its file and place, for messages.
-    dtype: of the computation.
-  """
+  """Returns the image tower that a `vision_config` describes."""
   fields = Fields(config, where, VISION_DEFAULTS)
   fields.neutral(
     {"use_qk_norm": (None, False), "use_mask_token": (None, False)}
@@ -153,7 +147,6 @@ def _pair(fields: Fields, name: str) -> tuple[int, int]:
 
 
 def _write_vision(vision: VisionTransformer) -> dict[str, Any]:
-  """Returns the `vision_config` of a tower; inverts `_read_vision`."""
   block, patch = vision.stack.blocks[0], vision.patch
   grid = vision.positions or PositionTable(1, 1)
   norms = {kind: name for name, kind in _NORMS.items()}

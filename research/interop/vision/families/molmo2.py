@@ -73,7 +73,6 @@ _RELEASED = {
 
 
 def _renamed(config: Config, *known: str) -> dict[str, Any]:
-  """Returns an object with the released names of `known` fields renamed."""
   return {
     _RELEASED[k] if _RELEASED.get(k) in known else k: v
     for k, v in config.items()
@@ -140,7 +139,6 @@ def _read_vision(config: Config, where: str, dtype: str) -> VisionTransformer:
 
 
 def _heads(fields: Fields) -> tuple[int, int]:
-  """Returns heads and their dimension; keys have as many."""
   heads = fields.integer("num_attention_heads")
   if fields.integer("num_key_value_heads") != heads:
     raise fields.wrong("num_key_value_heads", f"{heads}, as of queries")

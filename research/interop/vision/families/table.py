@@ -48,10 +48,6 @@ CONTRASTIVE = ("clip", "siglip", "siglip2")
 def check_naming(config: Mapping[str, Any], where: Any) -> None:
   """Checks that a file's tensors can have names that are known here.
 
-  Args:
-    config: a config.json.
-    where: that file, for messages.
-
   Raises:
     UserError: they have those of a model's first code.
   """
@@ -64,10 +60,6 @@ def check_naming(config: Mapping[str, Any], where: Any) -> None:
 
 def family_of(kind: Any, where: Any = "config.json") -> Any:
   """Returns the `Family` of a model type.
-
-  Args:
-    kind: of a config.json.
-    where: that file, for messages.
 
   Raises:
     UserError: there is none.
