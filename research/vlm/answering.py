@@ -33,14 +33,10 @@ class Answerer:
   It is what `evaluation.protocol.evaluate` calls.
 
   Attributes:
-    model: the model.
     params: of all three towers.
-    tokenizer: of the language model.
     preprocessor: how an image becomes views, and what stands for it.
     views: views of a row; prompts may have fewer, or none.
     template: the text around images.
-    max_new_tokens: tokens of an answer.
-    sampling: how tokens are chosen.
     source: what generates tokens; None for one after the other, with the
       model's mask.
     rows: a batch is padded to a multiple of so many rows, by its last one, so
@@ -64,10 +60,6 @@ class Answerer:
     questions: Sequence[str],
   ) -> list[str]:
     """Returns the answers, without spaces around them.
-
-    Args:
-      images: of each question: one, several or none.
-      questions: texts; all are one batch.
 
     Raises:
       UserError: the preprocessor is another model's, or images have more views.

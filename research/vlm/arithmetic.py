@@ -74,9 +74,7 @@ def image_cost(
   """Returns what an image of this size costs a published model.
 
   Args:
-    preset: the model.
     height: of the image, upright, in pixels.
-    width: of the image.
     text: tokens of the question.
     kv_width: bytes of a number in the cache of keys and values.
 
@@ -111,12 +109,7 @@ def image_cost(
 
 
 def media_tokens(model: VisionLanguageModel, plan: Plan) -> int:
-  """Returns what layers of cross-attention read of an image, 0 without any.
-
-  Args:
-    model: the model.
-    plan: of the image.
-  """
+  """Returns what layers of cross-attention read of an image, 0 without any."""
   if not isinstance(model.placement, LatestImage):
     return 0
   return plan.views * model.tokens_per_view(*plan.view)
@@ -126,10 +119,6 @@ def encoder_flops(model: VisionLanguageModel, plan: Plan) -> int:
   """Returns the FLOPs of encoding an image.
 
   Layers behind the last one that is a feature do not run.
-
-  Args:
-    model: whose encoder it is.
-    plan: of the image.
   """
   return plan.views * _encoder_of_view(model, plan.patches)
 
@@ -162,12 +151,7 @@ def _pairs(block: Block, grid: Size, tokens: int) -> int:
 
 
 def connector_flops(model: VisionLanguageModel, plan: Plan) -> int:
-  """Returns the FLOPs of the connector for an image, as traced.
-
-  Args:
-    model: whose connector it is.
-    plan: of the image.
-  """
+  """Returns the FLOPs of the connector for an image, as traced."""
   if not isinstance(model.connector, GroupAttention):
     return plan.views * _connector(model, plan.patches)
   # Groups reach over views.
@@ -201,7 +185,6 @@ def pixels_flops(
   """Returns the FLOPs of making soft tokens of views of one size.
 
   Args:
-    model: whose encoder and connector these are.
     shape: of the pixels, `[V, H, W, 3]`.
   """
   views, height, width, _ = shape
@@ -222,8 +205,6 @@ def training_flops(
   tokens.
 
   Args:
-    model: the model.
-    plan: of the row's images.
     tokens: of the row, images included.
     trained: names of towers that have trained weights.
   """
@@ -248,14 +229,7 @@ def training_flops(
 def describe_cost(
   preset: Preset, cost: ImageCost, name: str = "image", kv_width: int = 2
 ) -> str:
-  """Returns a text of what an image costs a model.
-
-  Args:
-    preset: the model.
-    cost: of the image, from `image_cost`.
-    name: of the preset, for the first line.
-    kv_width: bytes of a number in the cache, as for `image_cost`.
-  """
+  """Returns a text of what an image costs a model."""
   of_image = describe(preset.preprocessor, cost.height, cost.width, name)
   encoder, language = cost.encoder_flops / 1e12, cost.language_flops / 1e12
   read = f", {cost.media_tokens} of the image by cross-attention"

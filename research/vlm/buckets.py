@@ -116,19 +116,14 @@ class BucketedQuestions(Ranged, data.ImageData):
 
   @property
   def length(self) -> int:
-    """Tokens of the longest rows."""
     return max(bucket.length for bucket in self.buckets)
 
   @property
   def batch_size(self) -> int:
-    """Rows of the largest batch."""
     return max(bucket.rows for bucket in self.buckets)
 
   def plan(self, tokenizer: Any) -> "BucketPlan":
     """Returns which samples share which rows of which bucket.
-
-    Args:
-      tokenizer: of the language model.
 
     Raises:
       NoExamples: no sample fits in any bucket.
@@ -192,7 +187,6 @@ class BucketedQuestions(Ranged, data.ImageData):
     return bucketing.evaluation(self._rows(plan, tokenizer), limit)
 
   def rows(self, tokenizer: Any) -> Rows:
-    """Returns the pools of all buckets, one bucket after the other."""
     buckets = self._rows(self.plan(tokenizer), tokenizer)
     return [unit for bucket in buckets for unit in bucket.units]
 

@@ -63,7 +63,6 @@ class CachedFeatures:
     """Returns what makes features of views by this encoder.
 
     Args:
-      params: of all its towers, before the first step.
       trainable: regular expression of the paths that are learned.
 
     Raises:
@@ -114,7 +113,6 @@ class EncodedViews:
 
   Attributes:
     settings: it was made of.
-    model: of the encoder.
     params: `vision` alone.
     folder: of features by this encoder, or None.
     max_bytes: bytes of features in memory.

@@ -49,13 +49,7 @@ def interleave(
 def add_layers(
   model: Transformer, params: Params, key: PRNGKey
 ) -> dict[str, Any]:
-  """Returns the parameters of a pretrained model, with new layers among them.
-
-  Args:
-    model: from `interleave`.
-    params: of the model without its new layers.
-    key: of the new weights.
-  """
+  """Returns a pretrained model's parameters, with new layers among them."""
   kinds, layers = model.layer_kinds(), list(tree.layers(params))
   x = jnp.zeros((1, 1, model.width), model.dtype)
   for i, kind in enumerate(kinds):
@@ -106,8 +100,6 @@ def with_media(
 
 
 def _keys_and_values(cross, layers, media, sizes):
-  """Returns keys, values and sizes for the stacked layers of a run."""
-
   def one(own):
     return cross.attention.apply(
       {"params": own}, media, method="keys_and_values"

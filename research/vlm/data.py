@@ -126,7 +126,6 @@ class ImageData:
   def example(
     self, sample: AnySample, images: Sequence[tuple[Piece, ...]], tokenizer: Any
   ) -> Example:
-    """Returns a sample's tokens, see `tokens_of` and `conversations`."""
     if isinstance(sample, ChatSample):
       return conversations.tokens_of(
         sample,
@@ -148,7 +147,6 @@ class ImageData:
     """Returns the data of an experiment with this model.
 
     Args:
-      params: its parameters before the first step.
       trainable: regular expression of the paths that are learned.
 
     Raises:
@@ -177,12 +175,7 @@ class Template:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Texts(Documents):
-  """The texts of samples, without their images: what a tokenizer learns from.
-
-  Attributes:
-    samples: questions about images.
-    template: the text around images.
-  """
+  """Texts of samples, without their images: what a tokenizer learns from."""
 
   samples: Task | Mixed
   template: Template = Template()
@@ -269,7 +262,6 @@ class ImageRows(Sequence):  # of `Row`: a check of types would make one
 
 
 def _name(sample: AnySample) -> str:
-  """Returns what a sample is known by, in errors."""
   if isinstance(sample, ChatSample):
     return sample.conversation.where
   return repr(sample.question)
@@ -301,8 +293,6 @@ class Prompt:
     """Returns the views of some images, and what stands for them.
 
     Args:
-      images: each [H, W, 3]; none for a prompt of text alone.
-      preprocessor: of the model; its views are all of one size.
       most: V.
       patches: N, at native resolution; None for as many as the largest image
         has.
@@ -350,9 +340,6 @@ def patches_of(
   """Returns the patches of images of native resolution, and then zeros.
 
   Args:
-    made: each image's view.
-    preprocessor: that made them.
-    most: V, at least as many as there are images.
     count: N; None for as many as the largest image has.
 
   Raises:
@@ -422,12 +409,6 @@ def prompt_ids(
 ) -> list[int]:
   """Returns the ids that the answer follows: images, then the question.
 
-  Args:
-    question: text; what it says of images is text as well.
-    images: what stands for each.
-    tokenizer, image_token: as for `joined_ids`.
-    form: the preprocessor's.
-
   Raises:
     UserError: the tokenizer reads a placeholder in the text.
   """
@@ -444,12 +425,7 @@ def tokens_of(
   template: Template,
   form: PromptFormat,
 ) -> Example:
-  """Returns a sample's tokens; the loss covers its answer and the end.
-
-  Args:
-    sample: question and answer.
-    images, tokenizer, image_token, template, form: as for `prompt_ids`.
-  """
+  """Returns a sample's tokens; the loss covers its answer and the end."""
   before = prompt_ids(
     sample.question, images, tokenizer, image_token, template, form
   )

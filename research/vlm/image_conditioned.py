@@ -15,7 +15,6 @@ class ImageConditioned(Protocol):
   towers is one as well.
 
   Attributes:
-    language: the language model.
     image_token: id of the placeholder.
     mask: what the tokens of a prompt see of each other.
     square: side, in patches, of the squares that become one soft token.

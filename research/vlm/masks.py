@@ -45,7 +45,6 @@ class BidirectionalPrompt:
   def __call__(
     self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
   ) -> Mask:
-    """Returns the mask of right-padded prompts."""
     positions = _positions(tokens, lengths)
     return Mask.prefix_lm(
       lengths, q_positions=positions, kv_positions=positions
@@ -75,7 +74,6 @@ class BidirectionalImages:
   def __call__(
     self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
   ) -> Mask:
-    """Returns the mask of right-padded prompts."""
     inside = _positions(tokens, lengths) >= 0
     images = _runs(tokens == self.image_token)
     return image_blocks(images, segments=jnp.where(inside, 0, -1))
@@ -88,7 +86,6 @@ class BidirectionalImages:
     return image_blocks(_runs(tokens == self.image_token))
 
   def of_rows(self, batch: Batch) -> Mask:
-    """Returns the mask of packed rows of prompts and answers."""
     images = _runs(batch["tokens"] == self.image_token)
     return image_blocks(images, segments=batch["segments"])
 
@@ -108,13 +105,11 @@ class BidirectionalVision:
   def __call__(
     self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
   ) -> Mask:
-    """Returns the mask of right-padded prompts."""
     inside = _positions(tokens, lengths) >= 0
     segments = jnp.where(inside, 0, -1)
     return bidirectional_tokens(self._marked(tokens) & inside, segments)
 
   def of_rows(self, batch: Batch) -> Mask:
-    """Returns the mask of packed rows of prompts and answers."""
     marked = self._marked(batch["tokens"])
     return bidirectional_tokens(marked, batch["segments"])
 
@@ -131,10 +126,6 @@ def prompt_context(mask: PromptMask | None, tokens: int) -> flops.Context:
   """Returns the pairs of a prompt's tokens that see each other, for costs.
 
   Tokens of images that see each other beside a causal prompt count as causal.
-
-  Args:
-    mask: what they see of each other; None for causal.
-    tokens: number of tokens of the prompt.
   """
   if isinstance(mask, BidirectionalPrompt):
     return flops.Dense(tokens, tokens)

@@ -94,7 +94,6 @@ class VisionLanguageModel:
   """Three modules, and what happens between them.
 
   Attributes:
-    vision: the encoder.
     connector: makes soft tokens of its features.
     language: the language model, or what reads its states, such as a reward
       model.
@@ -127,7 +126,6 @@ class VisionLanguageModel:
     return self.new_towers(key) | {"language": language}
 
   def new_towers(self, key: PRNGKey) -> dict[str, Any]:
-    """Returns new parameters of the encoder and of the connector."""
     key, own = jax.random.split(key)
     side = self.square
     features = jnp.zeros(
@@ -155,7 +153,6 @@ class VisionLanguageModel:
     return (*self.vision.layer_kinds(), *self.language.layer_kinds())
 
   def grid(self, height: int, width: int) -> Grid:
-    """Returns rows and columns of patches of an image of so many pixels."""
     return height // self.vision.patch, width // self.vision.patch
 
   def tokens_per_view(self, height: int, width: int) -> int:
@@ -285,7 +282,6 @@ class VisionLanguageModel:
 
     Args:
       params: of all three, or of vision alone.
-      pixels: of the views.
 
     Raises:
       UserError: the encoder's learned positions are of another grid.
@@ -300,7 +296,6 @@ class VisionLanguageModel:
     coordinates: Int[Array, "B N 2"],
     valid: Bool[Array, "B N"] | None = None,
   ) -> Float[Array, "B M C"]:
-    """Returns the encoder's features; arguments as for the encoder."""
     return self.vision.apply(
       {"params": params["vision"]}, patches, coordinates, valid, self.features
     )

@@ -59,7 +59,6 @@ class WithImages:
       )
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
-    """Returns the sums of the language model's objective."""
     towers = {k: v for k, v in params.items() if k != "language"}
     # The objective binds the language model's weights itself.
     bound = weights.bind(towers, key=key) | {"language": params["language"]}

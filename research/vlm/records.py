@@ -57,7 +57,6 @@ class ImageRecords(FromFiles, Sequence[AnySample]):
     folder: where the images are; no record names one outside of it.
     images: field with a list of paths; a record without it is text alone.
     image: field with one path, or a list, where there is no `images`.
-    question: field of the question.
     answer: field of the answer.
     messages: field of a chat's messages, with images in parts of them.
     conversations: field of LLaVA's turns, with images at `<image>`.
@@ -119,7 +118,6 @@ class ImageRecords(FromFiles, Sequence[AnySample]):
     return dataclasses.replace(sample, images=pixels)
 
   def outline(self, index: int) -> tuple[AnySample, tuple[Size, ...]]:
-    """Returns a sample without its images, and their sizes by their headers."""
     sample, files = self._read(self.records[index])
     sizes = tuple(decode.image_size(path, self.max_pixels) for path in files)
     return sample, sizes
@@ -170,7 +168,6 @@ class ImageRecords(FromFiles, Sequence[AnySample]):
     )
 
   def _names(self, record: Record) -> list[str]:
-    """Returns the paths in the fields of images."""
     field, found = self.images, record.get(self.images)
     if found is None and (found := record.get(self.image)) is not None:
       field, found = self.image, [found] if isinstance(found, str) else found

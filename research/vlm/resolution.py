@@ -20,11 +20,6 @@ def at_resolution(
 ) -> tuple[VisionLanguageModel, Params]:
   """Returns a model and its parameters for square images of another size.
 
-  Args:
-    model: whose encoder has a table of positions.
-    pixels: along each side of the new images.
-    interpolation: of the table, see `encoders.resize_positions`.
-
   Raises:
     UserError: the encoder has no table of one grid.
   """

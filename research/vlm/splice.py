@@ -53,7 +53,6 @@ class SplicedEmbedding(weights.WrappedWeight):
 
   @property
   def extra_ids(self) -> tuple[int, ...]:
-    """Returns the placeholder's id, which may be no row of the table."""
     return (self.token,)
 
   def dense(self) -> Shaped[Array, "..."]:
@@ -61,7 +60,6 @@ class SplicedEmbedding(weights.WrappedWeight):
 
   @property
   def row_count(self) -> int:
-    """Returns the number of rows."""
     return self.features.shape[0]
 
   def take_rows(self, rows: Int[Array, " N"]) -> "SplicedEmbedding":
@@ -126,7 +124,6 @@ def with_features(
   """Returns a language model's parameters with features at placeholders.
 
   Args:
-    params: of a `Transformer`.
     features: of each row's images, in the order of its placeholders. A model
       that scales its embeddings scales these as well (`embed_scale`).
     pool: consecutive rows that share an entry of `features`.

@@ -35,7 +35,6 @@ class DeepStack(nn.Module):
 
     Args:
       x: features of the output and of J other layers, concatenated.
-      grid: of the patches.
 
     Returns:
       `[B, S, (1 + J) width]`; `Splice` takes them apart.
@@ -52,5 +51,4 @@ class DeepStack(nn.Module):
     return jnp.concatenate(soft, axis=-1)
 
   def tokens(self, grid: Grid) -> int:
-    """Returns the number of soft tokens of a grid of patches."""
     return self.first.tokens(grid)

@@ -91,6 +91,5 @@ class GroupAttention(nn.Module):
     return weights.project(self, product, "down", self.size)
 
   def tokens(self, grid: Grid) -> int:
-    """Returns the number of soft tokens of a grid of patches."""
     rows, columns = (-(-n // self.side) for n in grid)
     return rows * columns

@@ -17,11 +17,9 @@ def latents(
   """Returns a module's parameter `latents`, once for each row of `x`.
 
   Args:
-    module: that has them.
     x: features of the patches, whose type they get.
     count: number of latents, S.
     width: of each, W.
-    std: standard deviation of new ones.
   """
   init = nn.initializers.normal(std)
   own = weights.weight(module, "latents", init, (count, width))

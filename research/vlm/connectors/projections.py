@@ -30,7 +30,6 @@ class ScaledNormal:
   def __call__(
     self, key: PRNGKey, shape: tuple[int, ...], dtype: Any = jnp.float32
   ) -> Float[Array, "C D"]:
-    """Returns a matrix [inputs, outputs]."""
     return self.rms / shape[0] ** 0.5 * jax.random.normal(key, shape, dtype)
 
 
@@ -38,7 +37,6 @@ class Linear(nn.Module):
   """One matrix: LLaVA (Liu et al. 2023, arXiv:2304.08485) and PaliGemma.
 
   Attributes:
-    size: width of the language model, `D`.
     bias: whether it has a bias.
     kernel_init: of the matrix; zeros for PaliGemma.
   """
@@ -55,14 +53,12 @@ class Linear(nn.Module):
 
     Args:
       x: features of the patches, row by row.
-      grid: of the patches.
     """
     del grid
     weights.weight(self, "project", self.kernel_init, (x.shape[-1], self.size))
     return weights.project(self, x, "project", self.size, self.bias)
 
   def tokens(self, grid: Grid) -> int:
-    """Returns the number of soft tokens of a grid of patches."""
     return grid[0] * grid[1]
 
 
@@ -90,7 +86,6 @@ class Mlp(nn.Module):
     return weights.project(self, y, "down", self.size, True)
 
   def tokens(self, grid: Grid) -> int:
-    """Returns the number of soft tokens of a grid of patches."""
     return grid[0] * grid[1]
 
 
@@ -125,7 +120,6 @@ class Squares(nn.Module):
     return self.inner(x, (grid[0] // self.side, grid[1] // self.side))
 
   def tokens(self, grid: Grid) -> int:
-    """Returns the number of soft tokens of a grid of patches."""
     return grid[0] * grid[1] // self.side**2
 
 
@@ -174,7 +168,6 @@ class AveragePool(nn.Module):
     )
 
   def tokens(self, grid: Grid) -> int:
-    """Returns the number of soft tokens of a grid of patches."""
     return grid[0] * grid[1] // self.side**2
 
 
@@ -185,7 +178,6 @@ def space_to_depth(
 
   Args:
     x: features of the patches, row by row.
-    grid: of the patches.
     side: of a square; divides both sides of the grid.
 
   Returns:

@@ -124,8 +124,6 @@ def qformer(
 
   Args:
     size: width of the language model.
-    width, depth, heads, hidden: `W`, layers, heads, inner width.
-    queries: number of soft tokens.
     every: queries attend to the image in layers 0, `every`, 2 `every`, ...
     **more: other attributes of `QFormer`.
   """

@@ -17,8 +17,6 @@ class AttentionPool(nn.Module):
 
   Attributes:
     size: width of the language model, `D`.
-    queries: number of soft tokens.
-    heads: number of heads.
     norm: of the patches.
   """
 
@@ -81,8 +79,6 @@ class PerceiverResampler(nn.Module):
   Attributes:
     size: width of the language model, `D`; None for soft tokens as wide as the
       patches, without the last matrix, for cross-attention.
-    queries: number of latents.
-    depth: number of layers.
     heads, head_dim: of the attention.
     activation: of the feed-forward, which is 4 times as wide as the patches.
     eps: of the norms.

@@ -42,7 +42,6 @@ class SquareAttention(nn.Module):
 
     Args:
       x: features of the patches, row by row.
-      grid: of the patches.
       coverage: share of each patch that is image rather than padding; negative
         for patches of absent crops, whose features are 0. None for 1.
     """
@@ -67,11 +66,9 @@ class SquareAttention(nn.Module):
     return weights.project(self, product, "down", self.size)
 
   def tokens(self, grid: Grid) -> int:
-    """Returns the number of soft tokens of a grid of patches."""
     return grid[0] * grid[1] // self.side**2
 
   def _padded(self, x, coverage):
-    """Returns features that say which patches are padding, partly or all."""
     init = nn.initializers.normal(0.02)
     padding = weights.weight(self, "padding", init, (2, x.shape[-1]))
     if coverage is None:

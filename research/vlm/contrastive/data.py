@@ -85,12 +85,7 @@ def cropped(
 def caption_tokens(
   text: str, tokenizer: Any, length: int
 ) -> Int32[np.ndarray, "T"]:
-  """Returns a caption's tokens and the end, cut or padded to a length.
-
-  Args:
-    tokenizer: of the text tower.
-    length: T.
-  """
+  """Returns a caption's tokens and the end, cut or padded to a length."""
   ids = [*tokenizer.encode(text)[: length - 1], *tokenizer.stop[:1]]
   ids += [tokenizer.pad or 0] * (length - len(ids))
   return np.asarray(ids, np.int32)
@@ -191,12 +186,7 @@ class CaptionRows(Sequence):  # of `Row`: a check of types would make one
 
 
 def check_templates(where: str, templates: Sequence[str]) -> None:
-  """Raises UserError unless each template has one place for a caption.
-
-  Args:
-    where: the class with this field.
-    templates: its value.
-  """
+  """Raises UserError unless each template has one place for a caption."""
   wrong = [x for x in templates if x.count("{}") != 1]
   if wrong or not templates:
     raise UserError(

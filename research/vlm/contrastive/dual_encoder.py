@@ -32,7 +32,6 @@ class DualEncoder(nn.Module):
 
   @property
   def max_positions(self) -> int:
-    """Tokens of a text."""
     return self.text.length
 
   def layer_kinds(self) -> tuple[Block, ...]:
@@ -66,7 +65,6 @@ class DualEncoder(nn.Module):
 
   @nn.compact
   def embed_texts(self, tokens: Int[Array, "C T"]) -> Float[Array, "C E"]:
-    """Returns the texts' unit vectors."""
     return unit(self.text(tokens))
 
   def _scale(self):

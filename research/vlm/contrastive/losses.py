@@ -54,7 +54,6 @@ def clip_loss(
 
   Args:
     images, texts: unit vectors, row i of one belongs to row i of the other.
-    scale: of their products.
     ids: numbers of the captions, -1 for padding; None if all differ.
   """
   ids = jnp.arange(len(images)) if ids is None else ids
@@ -157,7 +156,6 @@ def _around(
   part: Any,
   axes: Axes,
 ) -> Any:
-  """Combines `compare(*part)` of all devices' parts, which go around."""
   count = jax.lax.axis_size(axes)
   ring = [(i, (i + 1) % count) for i in range(count)]
   # Stored for the gradient, the products of all hops would be b x B.

@@ -62,7 +62,6 @@ class Contrastive(WholeBatch):
   Attributes:
     model: the experiment sets it after loading.
     loss: `softmax` (CLIP) or `sigmoid` (SigLIP).
-    normalise: of the pixels.
     chunked: where a mesh divides the rows of a batch, each device computes its
       part of the loss, so that none has the B x B products. If false, XLA
       partitions the loss of all rows; a `loss` without `axes` needs this.

@@ -41,9 +41,7 @@ def image_vectors(
   """Returns the unit vectors of images, compiled for each shape.
 
   Args:
-    model: of both towers.
     images: one view an image; or patches of native resolution, one image a row.
-    normalise: of the pixels.
   """
   if not isinstance(images, Patches):
     images = images[:, None]
@@ -76,7 +74,6 @@ class Classifier:
   """Classes as a function of images: a `protocol.AnswerFn`.
 
   Attributes:
-    model, params: of both towers.
     preprocessor: makes one view of an image.
     classes: by question.
     rows: a batch is padded to a multiple of so many images, so that few shapes
@@ -94,12 +91,7 @@ class Classifier:
     images: Sequence[Sequence[UInt8[np.ndarray, "..."]]],
     questions: Sequence[str],
   ) -> list[str]:
-    """Returns the name of a class for each image.
-
-    Args:
-      images: of each question, one.
-      questions: texts, which say what the classes are.
-    """
+    """Returns the name of a class for each image."""
     return self.choose(self.vectors(images), questions)
 
   def vectors(
@@ -126,13 +118,7 @@ class Classifier:
     questions: Sequence[str],
     templates: slice = slice(None),
   ) -> list[str]:
-    """Returns the names of the classes that are nearest.
-
-    Args:
-      vectors: of images.
-      questions: one for each.
-      templates: which of them are averaged.
-    """
+    """Returns the names of the classes that are nearest."""
     out = [""] * len(questions)
     for question in set(questions):
       asked = [i for i, x in enumerate(questions) if x == question]
@@ -168,7 +154,6 @@ class ZeroShotReport:
     return "\n\n".join([str(self.report), "\n".join(more)])
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the report's entries, `classes` and `templates`."""
     found = {"classes": self.classes, "templates": self.alone}
     return self.report.to_json() | found
 
@@ -185,8 +170,6 @@ class ZeroShot:
     captions: samples, whose answers are classes, with the templates of their
       captions.
     limit: samples at most, the first ones; None for all.
-    batch: samples in a call.
-    seed: of the shuffled images.
   """
 
   captions: data.Captions
@@ -228,7 +211,6 @@ class ZeroShot:
   def classes(
     self, samples: Sequence[Sample], loaded: Any
   ) -> dict[str, Classes]:
-    """Returns the classes of each question, with their captions' vectors."""
     out = {}
     for question in sorted({x.question for x in samples}):
       asked = [x for x in samples if x.question == question]

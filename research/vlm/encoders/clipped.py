@@ -51,7 +51,6 @@ class Clipped(weights.WrappedWeight):
     return jnp.clip(y, least, most)
 
   def bounds(self) -> dict[str, Any]:
-    """Returns the bounds, by name."""
     return {name: getattr(self, name) for name in BOUNDS}
 
 
@@ -63,8 +62,6 @@ class Clipping:
   """Makes `Clipped` of a layer's matrices, with bounds that bound nothing."""
 
   def __call__(self, params: Params) -> Params:
-    """Returns a layer's parameters."""
-
     def clipped(path: str, x: Any) -> Any:
       del path
       if x.ndim != 2:

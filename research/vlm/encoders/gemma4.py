@@ -44,8 +44,6 @@ def gemma4_vision(
   Args:
     sizes: of the tower; its grid is the rows, and columns, that it has vectors
       for.
-    heads: of its attention.
-    clipping: of the matrices of layers, in the small models.
   """
   norm = RMSNorm(eps=sizes.eps or 1e-6)
   block = Block(

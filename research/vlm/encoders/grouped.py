@@ -29,7 +29,6 @@ class GroupedViews:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Returns the shape of the pixels."""
     return self.pixels.shape
 
   def padded(self, count: int) -> "GroupedViews":

@@ -38,7 +38,6 @@ class Patches:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Returns the shape of the pixels."""
     return self.pixels.shape
 
   def padded(self, count: int) -> "Patches":
@@ -102,7 +101,6 @@ def encoder_inputs(
 
   Args:
     images: views of one size, or images of native resolution.
-    normalise: of the pixels.
 
   Returns:
     Patches and their coordinates, as `VisionTransformer` takes them.

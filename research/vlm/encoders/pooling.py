@@ -39,11 +39,6 @@ class AttentionPooling(nn.Module):
 
   `y = attention(probe, x); y + mlp(norm(y))` (Zhai et al. 2022, "Scaling Vision
   Transformers", section 3.2).
-
-  Attributes:
-    heads: number of heads.
-    mlp: feed-forward on the pooled vector.
-    norm: its norm.
   """
 
   heads: int

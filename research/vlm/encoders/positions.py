@@ -12,12 +12,7 @@ from research.typing import Array, Float, Int, UserError
 
 
 class PositionTable(nn.Module):
-  """One learned vector per cell of a grid.
-
-  Attributes:
-    rows, columns: of the grid.
-    kernel_init: initialiser of the table.
-  """
+  """One learned vector per cell of a grid."""
 
   rows: int
   columns: int
@@ -32,7 +27,6 @@ class PositionTable(nn.Module):
     Args:
       coordinates: row and column of each patch; -1 for padding.
       width: D.
-      class_token: whether the table starts with a vector for a class token.
     """
     count = self.rows * self.columns + class_token
     table = weights.weight(self, "table", self.kernel_init, (count, width))
@@ -62,10 +56,6 @@ class InterpolatedTable(nn.Module):
 
   Bilinear, with corners on corners: the first and the last row of patches have
   those of the grid (`align_corners` of `torch.nn.functional.interpolate`).
-
-  Attributes:
-    rows, columns: of the learned grid.
-    kernel_init: initialiser of the table.
   """
 
   rows: int
@@ -82,7 +72,6 @@ class InterpolatedTable(nn.Module):
       coordinates: row and column of each patch; -1 for padding. The largest are
         the image's last row and column.
       width: D.
-      class_token: False.
 
     Raises:
       UserError: there is a class token, which has no place in a grid.
@@ -110,10 +99,6 @@ class AntialiasedTable(nn.Module):
   with edges on edges; where an image has fewer patches than the grid has cells,
   each is a weighted mean of several (`scale_and_translate` of `jax.image`, with
   antialiasing).
-
-  Attributes:
-    rows, columns: of the learned grid.
-    kernel_init: initialiser of the table.
   """
 
   rows: int
@@ -148,13 +133,7 @@ class AntialiasedTable(nn.Module):
 def _shares(
   at: Int[Array, "B N"], sizes: Int[Array, "B 1"], cells: int
 ) -> Float[Array, "B N R"]:
-  """Returns how much of each cell of an axis there is in each place.
-
-  Args:
-    at: the places.
-    sizes: how many places there are along the axis of each image.
-    cells: R.
-  """
+  """Returns how much of each cell of an axis there is in each place."""
   scale = cells / sizes
   centre = (at + 0.5) * scale - 0.5
   distance = jnp.abs(jnp.arange(cells) - centre[..., None])

@@ -79,7 +79,6 @@ def siglip(sizes: EncoderSizes, *, head: bool = False) -> VisionTransformer:
   """Returns SigLIP's image tower (Zhai et al. 2023, arXiv:2303.15343).
 
   Args:
-    sizes: of the tower.
     head: whether it has the pooling head, which language models do not use.
   """
   sizes = _siglip(sizes)
@@ -115,7 +114,6 @@ def clip(sizes: EncoderSizes, *, size: int | None = None) -> VisionTransformer:
   """Returns CLIP's image tower (Radford et al. 2021, arXiv:2103.00020).
 
   Args:
-    sizes: of the tower.
     size: of the shared space; None for a tower without its projection.
   """
   sizes = _clip(sizes)
@@ -157,11 +155,7 @@ def rice(sizes: EncoderSizes) -> VisionTransformer:
 
 
 def eva(sizes: EncoderSizes) -> VisionTransformer:
-  """Returns EVA's image tower (Fang et al. 2022, arXiv:2211.07636): BLIP-2's.
-
-  Args:
-    sizes: of the tower.
-  """
+  """EVA's image tower (Fang et al. 2022, arXiv:2211.07636): BLIP-2's."""
   return VisionTransformer(
     width=sizes.width,
     patch=sizes.patch,
@@ -177,9 +171,6 @@ def intern_vit(sizes: EncoderSizes) -> VisionTransformer:
 
   Learned factors scale its sublayers; patches have no final norm, as language
   models use it. See `interop.vision.families.internvl` for the others.
-
-  Args:
-    sizes: of the tower.
   """
   [block] = encoder_stack(sizes).blocks
   stack = Stack(sizes.depth, (block.clone(post_norm=LayerScale(start=0.1)),))
@@ -192,8 +183,6 @@ def siglip_text(
   """Returns SigLIP's text tower.
 
   Args:
-    sizes: of the tower.
-    vocab: number of tokens.
     length: tokens a text, padding included.
     size: of the shared space; None for the width.
   """
@@ -221,9 +210,6 @@ def clip_text(
   """Returns CLIP's text tower.
 
   Args:
-    sizes: of the tower.
-    size: of the shared space.
-    vocab: number of tokens.
     length: tokens a text, padding included.
     end: id of the end token, see `EndOfText`.
   """

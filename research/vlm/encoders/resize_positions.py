@@ -49,7 +49,6 @@ def bicubic(old: int, new: int) -> np.ndarray:
 
 
 def _keys(x: np.ndarray, a: float = -0.75) -> np.ndarray:
-  """Returns the kernel at distances 0 to 2."""
   near = ((a + 2) * x - (a + 3)) * x * x + 1
   far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
   return np.where(x <= 1, near, far)
@@ -67,8 +66,6 @@ def resized_positions(
 
   Args:
     table: a vector for each cell of the grid, row by row.
-    old: rows and columns of its grid.
-    new: rows and columns of the result's.
     interpolation: along each axis, `corner_aligned` or `bicubic`.
     class_token: whether the table starts with a class token's vector, which
       stays as it is (CLIP).

@@ -27,11 +27,9 @@ class EndOfText:
   token: int | None = None
 
   def mask(self) -> Mask:
-    """Returns the attention mask."""
     return Mask.causal()
 
   def index(self, tokens: Int[Array, "B T"]) -> Int[Array, "B"]:
-    """Returns the position of each row's vector."""
     if self.token is None:
       return jnp.argmax(tokens, axis=-1)
     return jnp.argmax(tokens == self.token, axis=-1)
@@ -46,11 +44,9 @@ class LastPosition:
   """
 
   def mask(self) -> Mask:
-    """Returns the attention mask."""
     return Mask.full()
 
   def index(self, tokens: Int[Array, "B T"]) -> Int[Array, "B"]:
-    """Returns the position of each row's vector."""
     return jnp.full(tokens.shape[:1], tokens.shape[1] - 1)
 
 
@@ -65,7 +61,6 @@ class TextEncoder(nn.Module):
     size: of the result, `E`.
     projection_bias: whether the projection to it has a bias.
     norm: the final norm.
-    dtype: compute dtype.
     remat: see `layers.run_layers`.
   """
 

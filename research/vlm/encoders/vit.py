@@ -73,7 +73,6 @@ class VisionTransformer(nn.Module):
     centre: of patches that come as values in [0, 1], or None (Gemma 4).
     patch_bias: whether the patch embedding has a bias.
     class_token: whether a learned token comes first (CLIP).
-    input_norm: normalises the input of the first layer, or None (CLIP).
     norm: the final norm, or None (InternVL).
     pooling: one vector per image, or None.
     clipping: bounds what goes into and comes out of a new layer's matrices, or
@@ -318,10 +317,6 @@ def view_patches(
   normalise: Normalisation,
 ) -> tuple[Float[Array, "B N X"], Int[Array, "B N 2"]]:
   """Returns the patches of views of one size, and their coordinates.
-
-  Args:
-    pixels: of the views.
-    normalise: of the pixels.
 
   Raises:
     UserError: the encoder's learned positions are of another grid.

@@ -13,9 +13,6 @@ class WindowedBlock(Block):
 
   Bai et al. 2025 (arXiv:2502.13923), section 2.1.1. Windows start at the first
   row and column of an image; those at its ends are smaller.
-
-  Attributes:
-    side: of a window, in patches.
   """
 
   side: int = 8
@@ -29,13 +26,7 @@ def window_side(block: Block) -> int:
 def windows_of(
   coordinates: Int[Array, "B N 2"], valid: Bool[Array, "B N"], side: int
 ) -> Int[Array, "B N"]:
-  """Returns the number of each patch's window, row by row; -1 for padding.
-
-  Args:
-    coordinates: row and column of each patch.
-    valid: whether it is part of the image.
-    side: of a window, in patches.
-  """
+  """Returns the number of each patch's window, row by row; -1 for padding."""
   row, column = coordinates[..., 0] // side, coordinates[..., 1] // side
   return jnp.where(valid, row * coordinates.shape[1] + column, -1)
 
@@ -51,7 +42,6 @@ def window_order(
   comes last.
 
   Args:
-    coordinates, valid: as for `windows_of`.
     blocks: the layers, of which one at least has windows; of several sizes the
       smallest count.
   """

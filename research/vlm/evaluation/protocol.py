@@ -40,11 +40,9 @@ def evaluate(
 
   Args:
     samples: read twice in order, and once shuffled; two at least.
-    answer: of the model; called with `batch` samples at most.
     rules: of the task, such as `Shapes().rules()`.
     score: of a parsed answer.
     parser: of the model's texts; an invalid answer scores 0.
-    batch: samples in a call.
     seed: of the shuffled images.
 
   Raises:
@@ -122,7 +120,6 @@ def shuffled_images(
 
   Args:
     samples: two at least.
-    seed: of the exchange.
     pictures: equal for samples of equal images; None if all differ.
 
   Raises:

@@ -88,7 +88,6 @@ class Report:
     return found
 
   def groups(self) -> list[tuple[str, str]]:
-    """Returns kinds and their strata, in order of their names."""
     return sorted({(x.kind, x.stratum) for x in self.samples})
 
   def systems(

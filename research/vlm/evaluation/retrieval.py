@@ -43,8 +43,6 @@ def recall_at(
   ranks first. The other direction is that of both arrays transposed.
 
   Args:
-    similarity: of queries and items.
-    relevant: whether an item answers a query.
     ranks: from 1.
 
   Raises:

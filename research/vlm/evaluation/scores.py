@@ -29,7 +29,6 @@ def vqa_accuracy(
   Of fewer than four people nothing is 1: two who agree are 1/3, three 2/3.
 
   Args:
-    prediction: the model's answer.
     answers: one a person, of two at least.
     normalize: of both; `vqa_normalize` for VQA v2, `str` for none.
 
@@ -72,7 +71,6 @@ def anls(
   DocVQA's evaluation.
 
   Args:
-    prediction: the model's answer.
     answers: any of them is right.
     threshold: least similarity that counts.
 

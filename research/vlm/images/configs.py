@@ -88,7 +88,6 @@ class _Source:
     return x
 
   def edge(self, name: str) -> int:
-    """Returns the longer side."""
     x = self.fields.get(name)
     x = x.get("longest_edge") if isinstance(x, dict) else x
     if type(x) is not int or not 1 <= x <= 2**14:

@@ -13,7 +13,6 @@ def patchify(
 
   Args:
     view: pixels, whole patches each way.
-    patch: the side of a patch.
     merge: patches of a merge x merge group follow each other, as in Qwen2-VL,
       so that a merger's groups are contiguous; 1 goes row by row.
 

@@ -72,7 +72,15 @@ class Views:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling(abc.ABC):
-  """How an image becomes views; a kind is a file in `tiling/`."""
+  """How an image becomes views; a kind is a file in `tiling/`.
+
+  Kinds have some fields in common, all numbers of pixels but `pool`:
+
+  Attributes:
+    tile: side of a view, where all are square.
+    patch: the encoder's patch.
+    pool: patches, each way, that become one soft token.
+  """
 
   @property
   def native_square(self) -> int | None:
@@ -135,7 +143,6 @@ def square(tile: int, patch: int, pool: int) -> tuple[Size, Size]:
   """Returns the patches and the soft tokens of a square view.
 
   Args:
-    tile: its side, in pixels.
     patch: the encoder's patch, in pixels; what is left over is not seen.
     pool: how many patches, each way, the connector makes one token of.
   """

@@ -53,14 +53,12 @@ class Preprocessor:
     return self.tiling.views(image, plan or self.plan(*image.shape[:2]))
 
   def pieces(self, plan: Plan) -> tuple[Piece, ...]:
-    """Returns what stands for the image in a prompt."""
     return self.layout(plan)
 
   def check_patches(self, where: str, patches: int | None) -> None:
     """Raises UserError unless rows have places for the patches of images.
 
     Args:
-      where: the class that says how many.
       patches: the most of an image, at native resolution; None where all views
         are of one size.
     """
@@ -80,11 +78,7 @@ class Preprocessor:
       )
 
   def check_one_view(self, where: str) -> None:
-    """Raises UserError if the tiling cuts images into several views.
-
-    Args:
-      where: the field that has the preprocessor.
-    """
+    """Raises UserError if the tiling cuts images into several views."""
     for height, width in _SIZES:
       views, kind = self.plan(height, width).views, type(self.tiling).__name__
       if views > 1:
@@ -97,10 +91,6 @@ class Preprocessor:
   def check_normalise(self, where: str, normalise: Normalisation) -> None:
     """Checks that training sees the pixels that evaluations see.
 
-    Args:
-      where: the class that normalises pixels itself.
-      normalise: its constants.
-
     Raises:
       UserError: they are not the preprocessor's.
     """
@@ -111,7 +101,6 @@ class Preprocessor:
       )
 
   def floats(self, views: Views) -> Float32[np.ndarray, "N H W 3"]:
-    """Returns the views as the encoder takes them."""
     return self.normalise(views.pixels)
 
 

@@ -32,9 +32,6 @@ def joined_ids(
 
   Args:
     texts: before each image, and after the last one.
-    images: what stands for each.
-    tokenizer: of the language model.
-    image_token: id of the placeholder.
     form: where the tokens stand that begin documents (`place_begin`), and what
       ends the prompt.
 
@@ -65,7 +62,6 @@ def place_begin(
 
 
 def _special_of(tokenizer: Any, form: PromptFormat) -> SpecialTokens:
-  """Returns the special tokens around a prompt of a format."""
   found = special_tokens.from_tokenizer(tokenizer)
   if form.begin == "first" or found.begin:
     return found
@@ -81,8 +77,6 @@ def text_ids(
   """Returns the ids of a text, of which none stands for a feature.
 
   Args:
-    text: without images.
-    tokenizer, image_token: as for `joined_ids`.
     before: ids that it follows.
 
   Raises:
@@ -103,9 +97,6 @@ def typed_ids(
   """Returns the ids of a text, in which a placeholder is text as well.
 
   The tokenizer gets the placeholder's first character apart from the others.
-
-  Args:
-    text, tokenizer, image_token, before: as for `text_ids`.
 
   Raises:
     UserError: the tokenizer reads a placeholder nevertheless.
@@ -139,11 +130,6 @@ def interleaved_ids(
   Newlines around an image may be a token with those of the text next to it, and
   are in Gemma's vocabulary.
 
-  Args:
-    texts, images, tokenizer, image_token: as for `joined_ids`.
-    before: ids that they follow.
-    read: makes ids of a text.
-
   Raises:
     UserError: as for `joined_ids`.
   """
@@ -165,11 +151,6 @@ def _parts(
 ) -> list[str | int]:
   """Returns what stands for an image: texts, and ids of other pieces.
 
-  Args:
-    pieces: from a preprocessor.
-    tokenizer: of the language model.
-    image_token: id of the placeholder.
-
   Raises:
     UserError: the tokenizer has no such token.
   """
@@ -188,7 +169,6 @@ def _parts(
 
 
 def _token(text: str, tokenizer: Any) -> int:
-  """Returns the id of a token: a special one, or one of the vocabulary."""
   special = tokenizer.backend.token_to_id(text)
   ids = [special] if special is not None else tokenizer.encode(text)
   if len(ids) != 1:

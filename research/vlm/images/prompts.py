@@ -61,12 +61,7 @@ class PromptFormat:
 
 
 def text_of(pieces: Iterable[Piece], placeholder: str) -> str:
-  """Returns the text that a tokenizer reads.
-
-  Args:
-    pieces: of an image.
-    placeholder: the token that stands for one feature, such as `<image>`.
-  """
+  """Returns the text that a tokenizer reads."""
   return "".join(
     placeholder * piece.count if isinstance(piece, Soft) else piece.text
     for piece in pieces
@@ -79,7 +74,6 @@ def token_count(
   """Returns how many positions the pieces take.
 
   Args:
-    pieces: of an image.
     count_text: a tokenizer's count for `Text`; by default texts count nothing.
   """
   total = 0
@@ -95,12 +89,7 @@ def token_count(
 
 @dataclasses.dataclass(frozen=True)
 class Wrapped:
-  """All of an image's features in a row, between some tokens.
-
-  Attributes:
-    before: tokens in front of the features.
-    after: tokens behind them.
-  """
+  """All of an image's features in a row, between some tokens."""
 
   before: tuple[str, ...] = ()
   after: tuple[str, ...] = ()
@@ -142,12 +131,7 @@ class RowsAndColumns:
 
 @dataclasses.dataclass(frozen=True)
 class WholeThenTiles:
-  """nanoVLM's: a tag before the whole view and before each tile, no more.
-
-  Attributes:
-    whole: the tag of the whole view.
-    tile: the tag of a tile.
-  """
+  """nanoVLM's: a tag before the whole view and before each tile, no more."""
 
   whole: str = "<|global_image|>"
   tile: str = "<row_{row}_col_{column}>"
@@ -167,12 +151,7 @@ class WholeThenTiles:
 
 @dataclasses.dataclass(frozen=True)
 class WholeAndCrops:
-  """Gemma 3's: each view wrapped; crops are introduced by words.
-
-  Attributes:
-    before: tokens in front of each view.
-    after: tokens behind it.
-  """
+  """Gemma 3's: each view wrapped; crops are introduced by words."""
 
   before: tuple[str, ...] = ("\n\n", "<start_of_image>")
   after: tuple[str, ...] = ("<end_of_image>", "\n\n")

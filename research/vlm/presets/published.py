@@ -41,11 +41,7 @@ class CrossLayers:
   hidden: int
 
   def add_to(self, model: Transformer, media_width: int) -> Transformer:
-    """Returns `model` with these layers among its own.
-
-    Args:
-      media_width: width of what the connector makes.
-    """
+    """Returns `model` with these layers among its own."""
     layer = GatedCrossAttention(
       attention=CrossAttention(heads=self.heads, head_dim=self.head_dim),
       mlp=PlainMlp(hidden=self.hidden, bias=False),
@@ -70,7 +66,6 @@ class Preset:
   """A published model.
 
   Attributes:
-    vision: the encoder.
     connector: a key of `connectors.presets.CONNECTORS`.
     family: of the language model, a key of `nn.presets.FAMILIES`, if it is of
       one.
@@ -148,9 +143,6 @@ class Preset:
     Heads, vocabulary, images and so the numbers of tokens stay as they are.
     Layers are two at least, and features are taken as far from the last as
     there are layers.
-
-    Args:
-      shrink: what widths and depths are divided by; 1 for all of it.
     """
     if shrink == 1:
       return self

@@ -20,12 +20,7 @@ def less(size: int, shrink: int, least: int = SMALLEST) -> int:
 
 
 def encoder(model: VisionTransformer, shrink: int) -> VisionTransformer:
-  """Returns an encoder of fewer and narrower layers, the last ones' kinds.
-
-  Args:
-    model: the published one.
-    shrink: what widths and depths are divided by.
-  """
+  """Returns an encoder of fewer and narrower layers, the last ones' kinds."""
   stack = _layers(model.stack, shrink)
   attention = stack.blocks[0].attention
   return model.clone(width=attention.heads * attention.head_dim, stack=stack)
@@ -46,12 +41,7 @@ def _layers(stack, shrink: int):
 
 
 def features(published: Features, depth: int) -> Features:
-  """Returns features of the nearest layers that an encoder has.
-
-  Args:
-    published: of a deeper encoder.
-    depth: of the encoder.
-  """
+  """Returns features of the nearest layers that an encoder has."""
   nearest = tuple(max(-depth - 1, min(i, depth)) for i in published.layers)
   return dataclasses.replace(published, layers=nearest)
 
@@ -66,8 +56,6 @@ def language(
   """Returns a language model of fewer and narrower layers, of the same type.
 
   Args:
-    published: the published one.
-    shrink: what widths and depths are divided by.
     least: layers, at least.
     rotated: whether tokens have several coordinates, which share a head.
   """
@@ -100,13 +88,7 @@ def _gemma4(sizes: Gemma4Sizes, shrink: int) -> dict[str, Any]:
 
 
 def positions(axes: Axes | None, published: Any, smaller: Any) -> Axes | None:
-  """Returns the axes' same shares of a smaller head.
-
-  Args:
-    axes: of the published language model, or None.
-    published: its sizes.
-    smaller: the reduced ones.
-  """
+  """Returns the axes' same shares of a smaller head."""
   if axes is None:
     return None
   sizes = tuple(x * smaller.head_dim // published.head_dim for x in axes.sizes)

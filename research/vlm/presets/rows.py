@@ -135,14 +135,7 @@ _QWEN2_3B = dataclasses.replace(
 def _qwen_vl(
   version: str, vision: VisionTransformer, language: Sizes, **more
 ) -> Preset:
-  """Returns Qwen2-VL's or its successors' row.
-
-  Args:
-    version: of the connector and the preprocessing.
-    vision: the encoder.
-    language: the language model's sizes.
-    **more: other attributes.
-  """
+  """Returns Qwen2-VL's or its successors' row."""
   given = dict(
     family="qwen2",
     features=Features(normed=False),
@@ -370,11 +363,7 @@ def preset(name: str) -> Preset:
 
 
 def wrapper_tokens(name: str) -> tuple[str, ...]:
-  """Returns the tokens that may stand around a published model's images.
-
-  Args:
-    name: of a preset.
-  """
+  """Returns the tokens that may stand around a published model's images."""
   preprocessor = preset(name).preprocessor
   # A square image is cut into as many rows and columns as any.
   pieces = preprocessor.pieces(preprocessor.plan(64, 64))

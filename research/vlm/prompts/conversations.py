@@ -66,10 +66,7 @@ def tokens_of(
   where it is asked. Earlier answers are learned as they stand in it.
 
   Args:
-    sample: the conversation.
     images: what stands for each image.
-    tokenizer: of the language model, with a chat template.
-    image_token: id of the placeholder.
     form: the format of prompts that the model was trained with.
 
   Raises:
@@ -110,12 +107,7 @@ def tokens_of(
 def _as_asked(
   parts: list[tuple[str, bool]], end: str
 ) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-  """Returns the parts before the last one in the loss, ended, and the others.
-
-  Args:
-    parts: a rendered conversation: (text, whether it is in the loss).
-    end: text behind a prompt.
-  """
+  """Returns the parts before the last one in the loss, ended, and the rest."""
   last = max((i for i, (_, on) in enumerate(parts) if on), default=len(parts))
   prompt = parts[:last]
   if end:

@@ -41,7 +41,6 @@ class WithPlaceholder(weights.WrappedWeight):
     return (self.token,)
 
   def dense(self) -> Array:
-    """Returns the table."""
     return weights.dense(self.w)
 
   def axes(self, names: tuple[str | None, ...]) -> "WithPlaceholder":
@@ -63,7 +62,6 @@ class ImageReader:
 
   Attributes:
     model: whose images take the place of placeholders (`Splice`).
-    params: of all three towers.
     flops: of encoding the images of one prompt, for ledgers.
   """
 
@@ -96,8 +94,6 @@ class ImageReader:
     """Returns a reader whose ledger counts the images of such prompts.
 
     Args:
-      model: the model.
-      params: of all three towers.
       prompts: that have `pixels` of one shape.
     """
     shape = _pixels(arrays_of(prompts[:1])).shape[1:]

@@ -78,7 +78,6 @@ class WordGrid(Ranged):
 
 @functools.lru_cache(maxsize=4096)
 def _ink(word: str, capital: int) -> UInt8[np.ndarray, "H W"]:
-  """Returns a word's picture, cut at its edges."""
   left, top, right, bottom = drawing.text_box(0, 0, word, capital)
   canvas = Image.new("RGB", (right - left, bottom - top), drawing.BACKGROUND)
   drawing.write(ImageDraw.Draw(canvas), -left, -top, word, capital)

@@ -69,9 +69,6 @@ class BlindTest(Task):
   | circles | whether two circles overlap | close, far: the gap, in pixels |
   | squares | how many squares are nested: 2 to 5 | none |
   | grid | how many rows or columns: 3 to 7 | rows, columns |
-
-  Attributes:
-    size: width and height of the image, in pixels.
   """
 
   KINDS: ClassVar = ("lines", "circles", "squares", "grid")

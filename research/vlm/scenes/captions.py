@@ -35,11 +35,7 @@ class ShapeCaptions(Task):
   | caption | the number of objects |
 
   Attributes:
-    colours: names of colours.
-    shapes: names of shapes.
     min_objects, max_objects: objects in a scene; their number is uniform.
-    size: width and height of the image, in pixels.
-    cells: along each side of the grid; an object takes one.
   """
 
   KINDS: ClassVar = ("caption",)

@@ -116,7 +116,6 @@ class Digits(Task):
 
   @property
   def size(self) -> int:
-    """Width and height of the image, in pixels."""
     return self.cells * self.scale * SIDE
 
   def belongs(self, sample: Sample) -> bool:
@@ -201,7 +200,6 @@ class Digits(Task):
     return tuple(sorted(objects, key=lambda x: (x.box[1], x.box[0])))
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
-    """Returns the image of a drawn sample: black ink on white."""
     return (_canvas(sample.objects, self.size),)
 
 
@@ -223,7 +221,6 @@ class DigitNames(Task):
 
   @property
   def size(self) -> int:
-    """Width and height of the image, in pixels."""
     return self.scale * SIDE
 
   def belongs(self, sample: Sample) -> bool:
@@ -240,7 +237,6 @@ class DigitNames(Task):
     return Sample((), text, NAMES[digit], kind, str(digit), {}, objects, NAMES)
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
-    """Returns the image of a drawn sample: black ink on white."""
     return (_canvas(sample.objects, self.size),)
 
 

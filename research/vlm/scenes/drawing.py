@@ -61,11 +61,7 @@ SHAPES = ("circle", *POLYGONS)
 def scene(
   objects: Sequence[Object], width: int, height: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-  """Returns coloured shapes on white, the later ones in front.
-
-  Args:
-    objects: each named after one of `SHAPES`.
-  """
+  """Returns coloured shapes on white, the later ones in front."""
   canvas = Image.new("RGB", (SCALE * width, SCALE * height), BACKGROUND)
   draw = ImageDraw.Draw(canvas)
   for x in objects:
@@ -91,12 +87,7 @@ def reduced(canvas: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def named(colours: Sequence[str], where: str) -> None:
-  """Raises UserError unless every colour has a name here.
-
-  Args:
-    colours: names, some of `COLOURS`.
-    where: the field that they come from.
-  """
+  """Raises UserError unless every colour has a name here."""
   for x in colours:
     if x not in COLOURS:
       raise UserError(

@@ -59,8 +59,6 @@ class Grounding(Task):
     colours: names of colours, at least two.
     shapes: names of shapes, at least two.
     max_objects: in a scene; there are three at least.
-    size: width and height of the image, in pixels.
-    cells: along each side of the grid; an object takes one.
   """
 
   KINDS: ClassVar = ("locate",)

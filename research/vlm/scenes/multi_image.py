@@ -57,12 +57,9 @@ class MultiImage(Task):
   Answers are the image's number, from 1.
 
   Attributes:
-    images: of a sample.
     colours: names of colours, at least two.
     shapes: names of shapes, at least two.
     max_objects: in an image; there are at least two.
-    size: width and height of an image, in pixels.
-    cells: along each side of the grid; an object takes one.
   """
 
   KINDS: ClassVar = ("more", "which")

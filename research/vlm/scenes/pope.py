@@ -27,12 +27,8 @@ class PopeShapes(Task):
   """Is there such an object? Strata: random, popular, adversarial.
 
   Attributes:
-    colours: names of colours.
-    shapes: names of shapes.
     popular: how many of the most frequent pairs count as popular.
     max_objects: in a scene; there are at least two.
-    size: width and height of the image, in pixels.
-    cells: along each side of the grid; an object takes one.
   """
 
   KINDS: ClassVar = ("exists",)

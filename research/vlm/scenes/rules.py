@@ -29,7 +29,6 @@ class PerSample:
   kinds: tuple[str, ...] = ()
 
   def __call__(self, samples: Sequence[Sample]) -> list[str | None]:
-    """Returns an answer for each sample."""
     return [
       self.answer(x) if not self.kinds or x.kind in self.kinds else None
       for x in samples

@@ -53,7 +53,6 @@ class Sample:
   Attributes:
     images: uint8 RGB, each `[H, W, 3]`; one but for multi-image tasks.
     question: as the model reads it, without response-format suffix.
-    answer: the only right one.
     kind: which of the task's questions it is, such as "count".
     stratum: group within the kind that scores are reported for.
     program: what the question names, such as `{"colour": "red"}`.

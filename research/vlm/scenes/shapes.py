@@ -44,9 +44,6 @@ class Draft(NamedTuple):
   """A sample before its objects have places.
 
   Attributes:
-    question: the text.
-    answer: the right one.
-    choices: all possible ones.
     stratum: of the sample.
     program: what the question names.
     pairs: colour and shape of each object.
@@ -101,7 +98,6 @@ class Shapes(Task):
     shapes: names of shapes, at least three.
     max_count: largest count; counts are uniform from 0.
     max_objects: in a scene.
-    size: width and height of the image, in pixels.
     cells: along each side of the grid, even, at least 4; an object takes one.
     held_out: colour-shape pairs that familiar scenes do not have.
     composition: "familiar", or "novel": questions about pairs held out.
@@ -172,7 +168,6 @@ class Shapes(Task):
 
   @functools.cached_property
   def _possible(self) -> list[Pair]:
-    """Returns the pairs that scenes may have."""
     out = set(self.held_out) if self.composition == "familiar" else ()
     pairs = itertools.product(self.colours, self.shapes)
     return [pair for pair in pairs if pair not in out]
@@ -365,9 +360,6 @@ def place(
 
   Args:
     rng: of cells, sizes and jitter.
-    pairs: colour and shape of each object.
-    cells: along a side.
-    fixed: column and row of the first objects.
   """
   free = [
     (column, row)

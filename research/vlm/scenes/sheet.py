@@ -32,8 +32,6 @@ def contact_sheet(
 
   Args:
     samples: to show; by default one of each kind of drawn scene.
-    columns: samples in a row.
-    width: of a sample on the sheet, in pixels.
   """
   samples = samples or examples()
   height = width * 2 // 3

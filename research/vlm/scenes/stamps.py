@@ -169,7 +169,6 @@ class Stamps(Task):
 
   Attributes:
     folder: of the installed package.
-    size: width and height of the image, in pixels.
     background: behind what is transparent. On white, a white cloud is gone.
   """
 
@@ -189,7 +188,6 @@ class Stamps(Task):
     return True
 
   def stamps(self) -> list[Stamp]:
-    """Returns the pictures of this split."""
     return _of_split(self.folder, self.split)
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:

@@ -40,9 +40,11 @@ class Task(Ranged, Samples, abc.ABC):
 
   Attributes:
     kinds: of questions, asked in turn; empty for all of the task's.
-    count: number of samples.
-    seed: of the samples.
     split: which scenes; none is in two splits.
+
+  Of many kinds `size` is the image's width and height, or `width` and `height`
+  are, in pixels; `colours` and `shapes` are names; and objects stand on a grid
+  of `cells` along each side, one in each.
   """
 
   KINDS: ClassVar[tuple[str, ...]]

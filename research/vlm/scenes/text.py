@@ -47,8 +47,6 @@ class Text(Task):
     length: characters of a line.
     alphabet: of a line, each character as likely as any other.
     step: a line begins at multiples of so many pixels, across and down.
-    width: of the image, in pixels.
-    height: of the image, in pixels.
   """
 
   KINDS: ClassVar = ("line", "field", "bar")

@@ -40,7 +40,6 @@ class SpotTiles(Task):
 
   Attributes:
     size: width and height of the image, in pixels.
-    tile: side of a tile, in pixels.
     height: of the letters, in pixels.
     max_count: largest count, from 1.
   """

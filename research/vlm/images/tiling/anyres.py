@@ -37,11 +37,7 @@ class AnyRes(Tiling):
   cut off, and each row that is left ends with a learned vector (`sources`).
 
   Attributes:
-    tile: the side of a view, in pixels.
     canvases: (height, width) of those to choose from, whole tiles each.
-    patch: the encoder's patch, in pixels.
-    pool: patches, each way, that become one soft token.
-    resample: the filter.
   """
 
   tile: int = 336

@@ -19,9 +19,6 @@ class Budget(Tiling):
 
   Attributes:
     budget: soft tokens, at most; Gemma 4 was trained with `GEMMA4_BUDGETS`.
-    patch: the encoder's patch, in pixels.
-    pool: patches, each way, that become one soft token.
-    resample: the filter.
   """
 
   budget: int = 280

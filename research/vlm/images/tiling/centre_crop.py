@@ -22,10 +22,6 @@ class CentreCrop(Ranged, Tiling):
 
   Attributes:
     shortest: what the image's shorter side becomes, in pixels.
-    tile: the side of the view, at most `shortest`.
-    patch: the encoder's patch, in pixels.
-    pool: patches, each way, that become one soft token.
-    resample: the filter.
   """
 
   shortest: int = 336

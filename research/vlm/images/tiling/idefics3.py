@@ -25,10 +25,6 @@ class Idefics3(Tiling):
 
   Attributes:
     longest: what the image's longer side becomes, in pixels.
-    tile: the side of a view.
-    patch: the encoder's patch, in pixels.
-    pool: patches, each way, that become one soft token.
-    resample: the filter.
     scale: `exact` makes the longer side `longest`, whatever it was, so that a
       thumbnail costs as much as a page (huggingface/smollm issue 146); `shrink`
       never enlarges, beyond whole tiles.

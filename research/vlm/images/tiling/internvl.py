@@ -18,13 +18,9 @@ class InternVL(Ranged, Tiling):
   """Tiles of the stretched image, row by row, then the whole image.
 
   Attributes:
-    tile: the side of a view, in pixels.
     min_tiles: tiles, at least.
     max_tiles: tiles, at most; 12 in training, up to 40 in use. A whole view
       comes on top where there are several.
-    patch: the encoder's patch, in pixels.
-    pool: patches, each way, that become one soft token.
-    resample: the filter.
   """
 
   tile: int = 448

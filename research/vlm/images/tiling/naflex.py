@@ -21,8 +21,6 @@ class NaFlex(Tiling):
 
   Attributes:
     budget: patches, at most.
-    patch: the encoder's patch, in pixels.
-    resample: the filter.
   """
 
   budget: int = 256

@@ -22,9 +22,6 @@ class NanoVLM(Tiling):
 
   Attributes:
     longest: the longer side, in pixels, at most: whole tiles.
-    tile: the side of a view.
-    patch: the encoder's patch, in pixels.
-    pool: patches, each way, that become one soft token.
     resample: the filter for the canvas.
     whole_resample: the filter from there to the whole view.
     scale: `exact` makes the longer side `longest`; `shrink` never enlarges,

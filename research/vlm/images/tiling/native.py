@@ -20,13 +20,10 @@ class Native(Ranged, Tiling):
   """One view of the image's own shape, with a bounded number of pixels.
 
   Attributes:
-    patch: the encoder's patch, in pixels.
     merge: patches, each way, that become one soft token. Their order is that
       of `patchify(view, patch, merge)`: groups follow each other.
     min_pixels: pixels, at least. Published files call it `min_pixels`, or
       `size.shortest_edge`, which is no edge.
-    max_pixels: pixels, at most.
-    resample: the filter.
   """
 
   patch: int = 14

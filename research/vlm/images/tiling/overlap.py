@@ -33,13 +33,9 @@ class Overlap(Tiling):
   Molmo resizes in floats and keeps them; our uint8 is within one level of it.
 
   Attributes:
-    tile: the side of a view, in pixels.
     max_tiles: tiles, at most, besides the whole view.
     margins: patches of a tile, left or above and right or below, that others
       have as well.
-    patch: the encoder's patch, in pixels.
-    pool: patches, each way, that become one soft token.
-    resample: the filter.
     fit: `pad` keeps the aspect ratio, with black around; `stretch` fills.
   """
 

@@ -16,10 +16,6 @@ class PadToSquare(Tiling):
   The image is padded before it is resized, so that the margin's edge is soft.
 
   Attributes:
-    tile: the side of the view, in pixels.
-    patch: the encoder's patch, in pixels.
-    pool: patches, each way, that become one soft token.
-    resample: the filter.
     colour: of the margins; CLIP's mean, in whole levels.
   """
 

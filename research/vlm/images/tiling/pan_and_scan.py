@@ -18,13 +18,9 @@ class PanAndScan(Tiling):
   """The whole image as a square, then crops along its longer side.
 
   Attributes:
-    tile: the side of a view, in pixels.
     ratio: of the sides, from which on there are crops.
     min_crop: a crop's sides, in the image's pixels, at least.
     most_crops: crops, at most.
-    patch: the encoder's patch, in pixels.
-    pool: patches, each way, that become one soft token.
-    resample: the filter.
   """
 
   tile: int = 896

@@ -14,10 +14,6 @@ class Square(Tiling):
   """One view, stretched to a square.
 
   Attributes:
-    tile: the side of the view, in pixels.
-    patch: the encoder's patch, in pixels.
-    pool: patches, each way, that become one soft token.
-    resample: the filter.
     queries: soft tokens of the view, where they are not made of its patches one
       by one (a Q-Former's); None for `pool`'s.
   """
