@@ -36,7 +36,6 @@ class CachedInputTensor(weights.WrappedWeight):
   """A matrix that multiplies cached inputs instead of its argument.
 
   Attributes:
-    w: any weight `[I, O]`.
     x: the cached inputs `[B, T, I]`.
   """
 
@@ -44,7 +43,6 @@ class CachedInputTensor(weights.WrappedWeight):
   x: Any
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the product with the cached inputs, in the dtype of `x`."""
     return weights.einsum(eq, self.x.astype(x.dtype), self.w)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
@@ -75,7 +73,6 @@ class StatisticAndRows:
   """A statistic that also returns the inputs themselves (`rows`), float32.
 
   Attributes:
-    statistic: the statistic.
     batch, length: shape of the rows, `[B, T]`.
   """
 
@@ -105,7 +102,6 @@ class CachedInputs:
   """Cached inputs of a matrix.
 
   Attributes:
-    params: the layer's parameters that computed them.
     rows: the inputs of each batch, `[B, T, I]`.
   """
 

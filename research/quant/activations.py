@@ -108,7 +108,6 @@ class InputTensor(weights.WrappedWeight):
 
   @property
   def row_wise(self) -> bool:
-    """Whether a row's product depends on that row only; see `Op`."""
     return self.op.is_row_wise(self.scale)
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -135,7 +134,6 @@ class InputTensor(weights.WrappedWeight):
     return weights.ragged_dot(self.op(x, self.scale), self.w, sizes)
 
   def dense(self) -> Shaped[Array, "..."]:
-    """Returns the effective matrix of op and weight, activations unrounded."""
     return self.op.effective_weight(weights.dense(self.w))
 
   def axes(self, names: tuple[str | None, ...]) -> "InputTensor":
@@ -190,12 +188,10 @@ class Round(Ranged, Op):
       raise UserError("Round.integer: expected symmetric=True and group=0.")
 
   def is_row_wise(self, scale: Any = None) -> bool:
-    """Whether no rows share a scale of their values."""
     return self.per == "token" or scale is not None
 
   @property
   def top(self) -> int:
-    """The largest code of a symmetric grid."""
     return 2 ** (self.bits - 1) - 1
 
   def __call__(
@@ -305,7 +301,6 @@ class RoundFloat(Ranged, Op):
   per: OneOf("token", "tensor") = "token"
 
   def is_row_wise(self, scale: Any = None) -> bool:
-    """Whether no rows share a scale of their values."""
     return self.per == "token" or scale is not None
 
   def __call__(

@@ -99,7 +99,6 @@ class Format(Ranged):
 
   @property
   def name(self) -> str:
-    """The format's name in tables."""
     raise NotImplementedError
 
   @property
@@ -236,9 +235,6 @@ class Format(Ranged):
   ) -> dict[str, Any]:
     """Returns the parts with other codes on the same grids.
 
-    Args:
-      codes: codes as in the normal form.
-
     Raises:
       UserError: the format cannot replace codes.
     """
@@ -248,7 +244,6 @@ class Format(Ranged):
     )
 
   def decode(self, parts: Parts) -> Float[Array, "... I O"]:
-    """Decodes parts to the matrix, float32."""
     return self.normal_form(parts).dense()
 
 

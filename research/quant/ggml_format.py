@@ -38,11 +38,7 @@ class Field(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ggml(Format):
-  """A block type of ggml; subclasses define its fields and their meaning.
-
-  Attributes:
-    block: weights per block, fixed by the type.
-  """
+  """A block type of ggml; subclasses define its fields and their meaning."""
 
   kind: ClassVar[str] = ""
   fields: ClassVar[tuple[Field, ...]] = ()
@@ -64,7 +60,6 @@ class Ggml(Format):
 
   @property
   def nbytes(self) -> int:
-    """Bytes of a block."""
     return sum(field.nbytes for field in self.fields)
 
   def layout(self) -> dict[str, str]:
@@ -111,7 +106,6 @@ class Ggml(Format):
     """Encodes one matrix to the bytes that the C reference gives.
 
     Args:
-      w: finite.
       importance: weight of each input's squared error, or None.
 
     Raises:
@@ -218,11 +212,7 @@ class Ggml(Format):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SuperBlock(Ggml):
-  """A type whose groups' scales are quantized themselves.
-
-  Attributes:
-    block: 256.
-  """
+  """A type whose groups' scales are quantized themselves."""
 
   block: int = 256
 

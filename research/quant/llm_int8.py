@@ -51,7 +51,6 @@ class Outliers(Ranged, Op):
     return not self.threshold
 
   def __call__(self, x: Float[Array, "*B I"], scale: Any = None) -> Any:
-    """Returns `x`, rounded except for inputs with outliers."""
     codes, scale, exact = self.parts(x, scale)
     return (codes * scale).astype(x.dtype) + exact
 

@@ -122,9 +122,6 @@ class GPTQMethod:
   Formats whose grids do not depend on one group alone (double quantization,
   second-level scales, searched zeros) use the grids of the original matrix:
   static grids, for any `options.grids`.
-
-  Attributes:
-    options: settings of GPTQ.
   """
 
   options: GPTQ = GPTQ()

@@ -74,17 +74,14 @@ class QTensor(weights.Weight):
 
   @property
   def columns(self) -> int:
-    """`I`, for `products`."""
     return self.inputs
 
   @property
   def rows(self) -> int:
-    """`O`, for `products`."""
     return self.outputs
 
   @property
   def nbytes(self) -> int:
-    """Bytes of all arrays."""
     return sum(x.nbytes for x in jax.tree.leaves(self))
 
   @property
@@ -102,7 +99,6 @@ class QTensor(weights.Weight):
     return dataclasses.replace(self, format=format, parts=parts)
 
   def normal_form(self) -> NormalForm:
-    """Returns the normal form of the parts, without order and outliers."""
     return self.format.normal_form(jax.tree.map(jnp.asarray, self.parts))
 
   def stored(self) -> Float[Array, "... I O"]:

@@ -26,7 +26,6 @@ class Quantize:
   """Transform that packs the layers' matrices, see `research.quant.qtensor`.
 
   Attributes:
-    format: the format of the packed matrices.
     targets: `"all-linear"`, every matrix of a layer except the router, whose
       discrete choices rounding could change; or names such as `("q",
       "mlp/up")` matched at the end of paths. Embedding, head and norms are not
@@ -109,11 +108,7 @@ def _packed(w, format):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cast:
-  """Transform that casts every array of a tree, such as a base to 16 bits.
-
-  Attributes:
-    dtype: the target dtype, such as `"bfloat16"`.
-  """
+  """Transform that casts every array of a tree, such as a base to 16 bits."""
 
   dtype: str = "bfloat16"
 

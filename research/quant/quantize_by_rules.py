@@ -56,7 +56,6 @@ class Rule:
   Attributes:
     match: regular expression, searched for in addresses.
     format: format of these matrices; None leaves them unquantized.
-    method: rounding method.
   """
 
   match: str
@@ -75,7 +74,6 @@ class Quantization(NeedsModel):
   """Transform that quantizes a tree by rules.
 
   Attributes:
-    rules: the first that matches applies.
     calibration: data that inputs are measured on, or None for methods without
       calibration.
     sequential: which matrices are already quantized when inputs are measured:
@@ -83,7 +81,6 @@ class Quantization(NeedsModel):
       `"layers"`, earlier layers; `"none"`, none, which compares methods on
       equal inputs.
     compare: whether the report includes the error of rounding to nearest.
-    model, tokenizer: run on the calibration data; set by `with_model`.
   """
 
   rules: tuple[Rule, ...]
@@ -95,7 +92,6 @@ class Quantization(NeedsModel):
 
   @property
   def calibrates(self) -> bool:
-    """Whether there is calibration data to read."""
     return self.calibration is not None
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
@@ -263,7 +259,6 @@ def _axis(name: str) -> int:
 
 
 def _check_bare(name: str, w: Any) -> None:
-  """Raises UserError for a matrix that is adapted."""
   if weights.unwrap(weights.inner(w)) is not None:
     raise UserError(
       f"Quantization: {name} is adapted; quantize first, then adapt"

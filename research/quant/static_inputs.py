@@ -25,10 +25,8 @@ class StaticInputs(NeedsModel):
   `activations.Inputs` is the dynamic form, with a scale per token.
 
   Attributes:
-    calibration: data that magnitudes are measured on.
     op: rounding with one scale per tensor and no zero point.
     targets: regular expression, searched for in a matrix's path.
-    model, tokenizer: run on the calibration data; set by `with_model`.
   """
 
   calibration: Calibration = Calibration()

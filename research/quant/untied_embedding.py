@@ -63,7 +63,6 @@ class Untied(weights.Weight):
     return weights.count((self.table, self.head))
 
   def axes(self, names: tuple[str | None, ...]) -> "Untied":
-    """Both have the embedding's logical axes."""
     return Untied(*(weights.axes(w, names) for w in (self.table, self.head)))
 
   def bind(self, *, key: PRNGKey | None, ids: Any) -> "Untied":

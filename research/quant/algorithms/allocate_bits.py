@@ -101,12 +101,6 @@ def greedy(
   Optimal for the bits spent until a step exceeds the remaining budget.
   `allocate` uses the result as an upper bound.
 
-  Args:
-    choices, budget: see `allocate`.
-
-  Returns:
-    unit -> index of its choice.
-
   Raises:
     UserError: the cheapest choices exceed the budget.
   """
@@ -168,10 +162,8 @@ class Allocation(NeedsModel):
     bits: average bits per weight over the matrices that `unit` matches.
     unit: regular expression, searched for in addresses; matrices with the same
       match form a unit, matrices without a match are not quantized.
-    method: rounding method.
     calibration: data for the rounding method's input statistics, or None.
     probe: data that divergences are measured on.
-    model, tokenizer: run on the data; set by `with_model`.
   """
 
   formats: tuple[Format, ...]
@@ -215,7 +207,6 @@ class Allocation(NeedsModel):
     return self._quantization(chosen).run(params, log)
 
   def units(self, params: Params) -> dict[str, list[str]]:
-    """Returns unit -> addresses of its matrices."""
     out: dict[str, list[str]] = {}
     for address, _ in quantize_by_rules.named_matrices(params):
       text = re.search(self.unit, address)

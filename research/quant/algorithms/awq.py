@@ -37,15 +37,12 @@ class AWQ(Ranged, NeedsModel):
   Does not scale experts' `down`, which few tokens reach.
 
   Attributes:
-    calibration: calibration data.
-    format: the format in which the matrices will be packed.
     steps: alphas are `i / steps`, i < steps.
     duo: whether scales are divided by the weights' relative magnitudes to the
       power 1 - alpha (AutoAWQ); the search includes no scaling.
     loss: `"module"`, or `"diag"`, `Σ (mean|x_i| Δw_io)²`, which needs no
       forward pass.
     clip: whether ranges are clipped.
-    model, tokenizer: run on the calibration data; set by `with_model`.
   """
 
   calibration: Calibration = Calibration(windows=4)
@@ -106,7 +103,6 @@ class AWQ(Ranged, NeedsModel):
     """Returns (`params` scaled and clipped, a report per layer).
 
     Args:
-      params: parameters; packed matrices are decoded.
       tokens: calibration tokens, without padding.
 
     Returns:

@@ -41,11 +41,9 @@ class Search:
   clip: bool
 
   def alphas(self) -> list[float]:
-    """Returns the candidate powers."""
     return [i / self.steps for i in range(self.steps)]
 
   def rounded(self, w: Float[Array, "... I O"]) -> Float[Array, "... I O"]:
-    """Returns a matrix packed and decoded."""
     return qtensor.pack(w, self.format).dense()
 
   def candidates(
@@ -113,8 +111,6 @@ def search_layer(
   """Returns (the layer scaled and clipped, the search's report).
 
   Args:
-    block: the layer's module.
-    flat: path -> array of the layer.
     x: the layer's inputs.
     moments: path -> moments of the inputs of `attention/o` and `mlp/down`.
   """
@@ -226,9 +222,6 @@ def _search(
   """Returns the best scales, and the report of losses and alpha.
 
   Args:
-    flat: the layer.
-    paths: the matrices that multiply the inputs.
-    moments: moments of these inputs.
     loss: path -> rounded matrix -> loss.
     tied: projects scales `[I]` to scales that can be folded.
   """
@@ -250,13 +243,11 @@ def _search(
 
 
 def _module_loss(module, flat, x, rounded):
-  """Returns the mean square error of a module's outputs."""
   error = module(flat | rounded, x) - module(flat, x)
   return jnp.mean(jnp.square(error.astype(jnp.float32)))
 
 
 def _output_loss(flat, xx, rounded):
-  """Returns the mean square error of a matrix's outputs."""
   ((path, w),) = rounded.items()
   d = (w - flat[path]).astype(jnp.float32)
   return jnp.sum(d * jnp.matmul(xx, d, precision=HIGHEST)) / d.shape[-1]

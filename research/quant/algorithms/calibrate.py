@@ -69,11 +69,8 @@ class Calibration(Ranged):
 
   Attributes:
     source: documents, concatenated.
-    windows: number of windows.
     length: tokens per window; documents and windows begin with the tokenizer's
       special tokens (`research.text.special_tokens`).
-    batch: windows per forward pass.
-    seed: seed of the random choice.
   """
 
   source: Documents = PydocTopics("train")
@@ -138,9 +135,7 @@ class LayerInputs:
   `N T` rows of each in the layer's dtype, until the layer is done.
 
   Attributes:
-    block: the layer's module.
     x: the inputs, `[N, T, D]`.
-    batch: rows per forward pass.
     memory: path -> cached inputs of a measured matrix.
   """
 
@@ -152,13 +147,11 @@ class LayerInputs:
   )
 
   def batches(self) -> list[Float[Array, "B T D"]]:
-    """Returns the inputs in batches."""
     return [
       self.x[i : i + self.batch] for i in range(0, len(self.x), self.batch)
     ]
 
   def outputs(self, params: Params) -> Float[Array, "N T D"]:
-    """Returns the layer's outputs for all rows."""
     held = activation_cache.still_valid(self.memory, params)
     return jnp.concatenate(
       [
@@ -172,12 +165,7 @@ class LayerInputs:
   def measure(
     self, params: Params, paths: Sequence[str], statistic: Statistic
   ) -> InputStats:
-    """Returns a statistic of the inputs of some of the layer's weights.
-
-    Args:
-      paths: paths of weights, such as `attention/q`.
-      statistic: see `research.taps.statistics`.
-    """
+    """Returns a statistic of the inputs of some of the layer's weights."""
     # No cache for gradients: they do not pass through cached inputs.
     held = activation_cache.still_valid(self.memory, params)
     held = {} if isinstance(statistic, Gradient) else held
@@ -213,10 +201,8 @@ def walk(
   """Returns `params` with each layer replaced by the result of its visit.
 
   Args:
-    model: the Transformer; its layers are visited first to last.
     tokens: calibration rows, from position 0.
     visit: see `Visit`.
-    batch: rows per forward pass.
     follow: which layers compute the next layer's inputs: 'new' the visited
       ones, 'old' the original ones, 'pairs' both, in each batch first the old
       layers' rows, then the new layers', see `error_propagation`.
@@ -277,8 +263,6 @@ def measure(
   keep: tuple[str, ...] = (),
 ) -> tuple[InputStats, dict[str, Float[Array, "B T I"]]]:
   """Returns a statistic of the inputs of some weights of a layer.
-
-  See `LayerInputs.measure`.
 
   Returns:
     (path -> statistic, path -> inputs for the paths in `keep`).

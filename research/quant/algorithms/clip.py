@@ -52,7 +52,6 @@ class Clip(Ranged):
 
     Args:
       format: a format whose grids depend on the weights' extremes alone.
-      w: groups of `S` weights, float32.
       importance: weight of each input's errors, or None for 1.
     """
     weigh = 1.0 if importance is None else importance[..., None]

@@ -50,7 +50,6 @@ def changes(
   """Returns how matrices were changed, by address.
 
   Args:
-    before: its parameters.
     after: those after transforms, perhaps packed, without adapters.
 
   Raises:

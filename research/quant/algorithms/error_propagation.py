@@ -62,7 +62,6 @@ class PairedWeight(weights.Weight):
     return weights.dense(self.new)
 
   def axes(self, names: tuple[str | None, ...]) -> "PairedWeight":
-    """Both have the same logical axes."""
     return PairedWeight(
       weights.axes(self.old, names), weights.axes(self.new, names)
     )

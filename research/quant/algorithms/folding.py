@@ -113,9 +113,7 @@ def scale_norm(
   """Divides a norm's output by `s`; multiplies its readers to compensate.
 
   Args:
-    flat: the layer.
     norm: `attention_norm` or `mlp_norm`.
-    s: positive scales.
     offset: the norm's offset of its gain, 1 for Gemma.
   """
   path = f"{norm}/scale"
@@ -138,10 +136,8 @@ def scale_values(
   """Divides the values by `s`; multiplies `o` to compensate.
 
   Args:
-    flat: the layer.
     s: scale of each output `[..., K H]` of `v`; query heads that share a value
       head share its scales.
-    heads, kv_heads: N, K.
   """
   v, o = (dense_array(flat[f"attention/{name}"], name) for name in "vo")
   out = {"attention/v": (v / s[..., None, :]).astype(v.dtype)}
@@ -156,12 +152,7 @@ def scale_values(
 def to_heads(
   s: Float[Array, "*L X"], heads: int, kv_heads: int
 ) -> Float[Array, "*L Y"]:
-  """Repeats numbers of value heads `[..., K H]` for query heads, `[..., N H]`.
-
-  Args:
-    s: `[..., K H]`.
-    heads, kv_heads: N, K.
-  """
+  """Repeats numbers of value heads `[..., K H]` for query heads `[..., N H]`."""
   apart = s.reshape(*s.shape[:-1], kv_heads, -1)
   found = jnp.repeat(apart, heads // kv_heads, axis=-2)
   return found.reshape(*s.shape[:-1], -1)
@@ -173,10 +164,6 @@ def from_heads(
   """Returns geometric means over query heads that share a value head.
 
   The result is `[..., K H]`.
-
-  Args:
-    s: positive `[..., N H]`.
-    heads, kv_heads: N, K.
   """
   apart = s.reshape(*s.shape[:-1], kv_heads, heads // kv_heads, -1)
   found = jnp.exp(jnp.mean(jnp.log(apart), axis=-2))
@@ -187,7 +174,6 @@ def scale_hidden(flat: Flat, mlp: str, s: Float[Array, "*L F"]) -> Flat:
   """Divides the hidden units by `s`; multiplies `down` to compensate.
 
   Args:
-    flat: the layer.
     mlp: one of `MLPS`.
     s: positive scales; `[..., E, F]` for experts.
   """

@@ -127,7 +127,6 @@ def prepare(
   """Factors the Hessian, orders rows and corrects `w` for drift.
 
   Args:
-    w: the matrix, any floating-point dtype.
     h: sum of `x xᵀ` over the inputs, times any number; float32, or float64,
       in which everything but the grids is then computed.
     group: number of rows that share a grid.
@@ -170,8 +169,6 @@ def quantize(
   """Rounds a matrix to the grids of `format`.
 
   Args:
-    given: the prepared matrix, with groups of `format.block`.
-    format: computes grids and codes.
     known: the groups' grids, a tuple of arrays `[G, O]`; None to fit them.
   """
   w, rows, group = given.w, given.rows, format.block
@@ -198,10 +195,7 @@ def _rows(w, u, format, fit, options, static, home):
   """Returns (codes, grid, loss) of rows in the order of rounding.
 
   Args:
-    w: `[I, O]` in that order.
     u: as `hessian.inverse_factor`.
-    format, fit: compute codes, and fit grids to groups.
-    options: see `GPTQ`.
     static: fixed grids `[G, O]`, or None.
     home: the group of each row in `static`.
   """
@@ -253,10 +247,7 @@ def _block(w, u, near, format, grid):
 
   Args:
     w: `[S, O]`, updated for all errors before the block.
-    u: `[S, S]`, the diagonal block of the factor.
     near: index in `grid` of each row's group.
-    format: computes codes.
-    grid: arrays `[groups, O]`.
   """
 
   def row(w, given):
@@ -296,7 +287,6 @@ def _fill_diagonal(h, diagonal, dead):
 
 
 def _order(diagonal, order: str, group: int) -> Int[Array, " I"]:
-  """Returns the indices of rows in the order of rounding."""
   if order == "natural":
     return jnp.arange(len(diagonal))
   if order == "activations":

@@ -41,7 +41,6 @@ class KeepOutlierRows(Ranged):
   Attributes:
     method: rounding method of all other rows.
     rows: number of rows to keep; each also takes 4 bytes for its index.
-    dtype: dtype of these rows.
   """
 
   method: Method = RoundToNearest()

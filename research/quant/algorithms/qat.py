@@ -57,7 +57,6 @@ class FakeQuantTensor(weights.WrappedWeight):
   )
 
   def dense(self) -> Float[Array, "..."]:
-    """Returns the rounded matrix; gradients reach the master weights."""
     w = weights.dense(self.w)
     if self.gain is None:
       return fake_quantize(self.format, w)
@@ -191,8 +190,6 @@ class Prepare:
   """Transform that adds fake quantization; after `Adapt`, if adapters are used.
 
   Attributes:
-    format: the format to train for.
-    targets: as `Quantize.targets`.
     learned: whether scales are learned (LSQ), from
       `2 mean|w| / sqrt(largest code)`; requires a symmetric `Affine`.
   """
@@ -218,7 +215,6 @@ class Prepare:
     return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
   def prepare(self, w: Any) -> FakeQuantTensor:
-    """Returns one weight, or a stack, with fake quantization."""
     for below in weights.nested(w):
       if isinstance(below, InputTensor):
         raise UserError(

@@ -42,7 +42,6 @@ class Hadamard(Op):
   """Op that rotates inputs by `hadamard.rotate`; its weight is rotated, too."""
 
   def __call__(self, x: Float[Array, "..."], scale: Any = None) -> Any:
-    """Returns `x` rotated along its last axis."""
     del scale
     return hadamard.rotate(x)
 
@@ -53,11 +52,9 @@ class Hadamard(Op):
   def effective_weight(
     self, w: Float[Array, "*L I O"]
   ) -> Float[Array, "*L I O"]:
-    """Returns the matrix without the rotation."""
     return _rotated_rows(w, inverse=True)
 
   def stored_weight(self, w: Float[Array, "*L I O"]) -> Float[Array, "*L I O"]:
-    """Returns the matrix with its inputs rotated."""
     return _rotated_rows(w)
 
 
@@ -126,7 +123,6 @@ def rotate_residual(
 
   Args:
     params: its parameters, with norms of gain 1, see `fold_norms`.
-    r: orthogonal.
   """
 
   def rows(w):
@@ -200,12 +196,6 @@ class Rotate:
 
   QuaRot's rotation of queries and keys after the rotary embedding serves the
   key cache alone, which has its own rotation (`kv.kv_cache`).
-
-  Attributes:
-    residual: whether to rotate the residual stream (R1).
-    values: whether to rotate value heads (R2).
-    hidden: whether to rotate the inputs of `down` at run time.
-    model: the parameters' model; set by `with_model`.
   """
 
   residual: bool = True
@@ -215,7 +205,6 @@ class Rotate:
 
   @property
   def rotates_residual(self) -> bool:
-    """Whether what enters the residual stream must be rotated, too."""
     return self.residual
 
   def with_model(self, loaded: Any) -> "Rotate":
@@ -252,7 +241,6 @@ def rotate_model(
     params: its parameters; norms are folded if `residual` is given.
     residual: R1, orthogonal up to fp32 rounding, or None.
     values: R2, likewise.
-    hidden: whether `down` rotates its inputs.
   """
   with jax.enable_x64(True):
     out = folding.to_float64(params)

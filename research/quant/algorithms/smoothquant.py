@@ -46,9 +46,7 @@ def smooth(
   """Smooths the activations after norms; the model's outputs are unchanged.
 
   Args:
-    params: its parameters; packed matrices are decoded.
     found: path in `params` -> `Magnitudes` of each matrix, stacked as it is.
-    alpha: 0 to 1; the larger, the smoother the activations.
   """
 
   def layer(flat: Flat, block: Any, where: str) -> Flat:
@@ -83,7 +81,6 @@ def magnitudes(
 
   Args:
     tokens: rows from position 0, without padding.
-    batch: rows per forward pass.
   """
 
   def loss(params, rows):
@@ -118,7 +115,6 @@ class SmoothQuant(Ranged, NeedsModel):
   Attributes:
     calibration: data that magnitudes are measured on.
     alpha: 0.5 for OPT, 0.8 for Llama.
-    model, tokenizer: run on the calibration data; set by `with_model`.
   """
 
   calibration: Calibration = Calibration()

@@ -36,8 +36,6 @@ def cayley_step(
   """Returns the orthogonal matrix after one descent step.
 
   Args:
-    r: orthogonal.
-    gradient: gradient of the loss by `r`.
     rate: maximum step size; reduced if A is large.
   """
   both = gradient @ r.T
@@ -60,8 +58,6 @@ def loss(
   Args:
     params: its parameters, arrays, with norms of gain 1, see
       `rotate.fold_norms`.
-    r: orthogonal.
-    tokens: rows from position 0.
     op: operation on the inputs of all matrices except router and head.
   """
   turned = rotate.rotate_residual(model, params, r)
@@ -80,10 +76,8 @@ class SpinQuant(Ranged, NeedsModel):
   Attributes:
     calibration: training data; a step uses `batch` of its windows.
     op: rounding of activations while R1 is trained.
-    steps: number of training steps.
     rate: first step size; it decreases along a cosine.
     values, hidden: see `rotate.Rotate`.
-    model, tokenizer: run on the training data; set by `with_model`.
   """
 
   calibration: Calibration = Calibration(windows=32, length=128, batch=4)
@@ -97,7 +91,6 @@ class SpinQuant(Ranged, NeedsModel):
 
   @property
   def rotates_residual(self) -> bool:
-    """As `rotate.Rotate`."""
     return True
 
   def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
@@ -131,8 +124,6 @@ class SpinQuant(Ranged, NeedsModel):
 
     Args:
       params: parameters with all other rotations applied.
-      r: initial R1.
-      tokens: rows from position 0.
     """
     folded = rotate.fold_norms(self.model, params)
     model = self.model.clone(remat="layer")

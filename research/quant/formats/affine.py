@@ -58,12 +58,10 @@ class Affine(Format):
 
   @property
   def top(self) -> int:
-    """The largest code."""
     return 2**self.bits - 1
 
   @property
   def middle(self) -> float:
-    """The zero of a symmetric grid."""
     return float(2 ** (self.bits - 1))
 
   @property
@@ -118,7 +116,6 @@ class Affine(Format):
     return jnp.where(scale == 0, 1.0, scale)
 
   def _stored(self, scale: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """Returns scales rounded to `scale_dtype`, never zero."""
     kind = jnp.finfo(self.scale_dtype)
     least = jnp.float32(kind.smallest_subnormal)
     least = jnp.maximum(least, jnp.finfo(jnp.float32).tiny)

@@ -39,7 +39,6 @@ class Codebook(Format):
 
   Attributes:
     block: weights per magnitude, one of `BLOCKS`.
-    kind: name of the codebook.
     nested: magnitudes per second-level magnitude, 256; 0 for no double
       quantization.
   """
@@ -93,13 +92,11 @@ class Codebook(Format):
     return {"codes": codes, "top": top.reshape(outputs, x).T}
 
   def grid(self, w: Float[Array, "*B S O"]) -> tuple[Float[Array, "*B O"]]:
-    """Returns the largest magnitude of each group of `S` weights."""
     return (abs(w).max(-2),)
 
   def codes(
     self, w: Float[Array, "*B S O"], top: Float[Array, "*B O"]
   ) -> UInt8[Array, "*B S O"]:
-    """Returns the nearest codes; ties go to the lower value."""
     unit = w * codebooks.inverse(top)[..., None, :]
     return codebooks.nearest(jnp.clip(unit, -1, 1), self.kind)
 
@@ -144,7 +141,6 @@ class Codebook(Format):
     return jax.lax.optimization_barrier(scaled) + mean
 
   def _places(self, top) -> np.ndarray:
-    """Returns each magnitude's block index in the rows of `[O, I]`."""
     x, outputs = top.shape[-2:]
     return np.arange(outputs) * x + np.arange(x)[:, None]
 

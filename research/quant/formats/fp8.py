@@ -31,7 +31,6 @@ class FP8(Format):
     share: weights that share a scale: `"tensor"`, `"channel"` (an output) or
       `"tile"`.
     tile_inputs, tile_outputs: sizes of a tile; the last ones may be smaller.
-    scale_dtype: dtype of scales.
   """
 
   block: OneOf(1) = 1
@@ -43,7 +42,6 @@ class FP8(Format):
 
   @property
   def kind(self) -> minifloats.MiniFloat:
-    """The element format."""
     return minifloats.KINDS[self.element]
 
   @property
@@ -63,7 +61,6 @@ class FP8(Format):
     return {"codes": "xo", "scale": scale[self.share]}
 
   def to_sliceable(self, parts: Parts) -> tuple[Format, Parts]:
-    """Returns it with tiles of one output."""
     if self.share != "tile" or self.tile_outputs == 1:
       return self, parts
     outputs = parts["codes"].shape[-1]

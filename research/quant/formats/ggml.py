@@ -46,10 +46,6 @@ class GGML(Ggml):
   high nibbles the others, or int8 `[..., X, 32, O]` for 8 bits; scale float16
   `[..., X, O]`; for some types offset, like scale; for 5 bits high, uint8
   `[..., X, 4, O]`, bit `j` the fifth bit of code `j`.
-
-  Attributes:
-    block: 32.
-    kind: ggml's name of the type.
   """
 
   block: int = 32
@@ -188,10 +184,8 @@ def from_ggml_unread(
   Reading a slice reads only the rows and blocks that it needs.
 
   Args:
-    kind: ggml's name of the type, see `packs`.
     matrices: (rows, blocks) -> raw blocks of a matrix, uint8 `[rows, bytes]`.
     shape: shape of each matrix, `[rows, blocks of a row]`.
-    axis: as for `from_ggml`.
     lead: sizes of the leading axes over matrices; one axis by default.
   """
   format = TYPES[kind]

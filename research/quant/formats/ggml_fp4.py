@@ -79,11 +79,7 @@ def _to_unsigned(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgmlMXFP4(Ggml):
-  """MXFP4: 32 weights share a power of two, 4.25 bits per weight.
-
-  Attributes:
-    block: 32.
-  """
+  """MXFP4: 32 weights share a power of two, 4.25 bits per weight."""
 
   kind: ClassVar[str] = "MXFP4"
   fields: ClassVar[tuple[Field, ...]] = (
@@ -112,11 +108,7 @@ class GgmlMXFP4(Ggml):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgmlNVFP4(Ggml):
-  """NVFP4: 16 weights share an unsigned E4M3 scale, 4.5 bits per weight.
-
-  Attributes:
-    block: 64.
-  """
+  """NVFP4: 16 weights share an unsigned E4M3 scale, 4.5 bits per weight."""
 
   kind: ClassVar[str] = "NVFP4"
   fields: ClassVar[tuple[Field, ...]] = (

@@ -53,7 +53,6 @@ class Int8(Format):
   def with_codes(
     self, parts: Parts, codes: Shaped[Array, "I O"]
   ) -> dict[str, Any]:
-    """Returns the parts with other codes and the same magnitudes."""
     return dict(parts) | {"codes": codes}
 
   def normal_form(self, parts: Parts) -> NormalForm:

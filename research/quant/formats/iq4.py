@@ -39,7 +39,6 @@ _NEAREST = np.searchsorted(_MIDDLES, _HALVES, side="right").astype(np.uint8)
 
 
 def _nearest(x: np.ndarray) -> np.ndarray:
-  """Returns the codes of `x`, uint8."""
   at = np.floor(x * F(2))
   np.maximum(at, F(2 * -127), out=at)
   np.minimum(at, F(2 * 113), out=at)
@@ -81,7 +80,6 @@ class IQ4NL(Ggml):
   """IQ4_NL, 4.5 bits per weight.
 
   Attributes:
-    block: 32.
     tries: number of trials on either side, 0 for no search.
   """
 

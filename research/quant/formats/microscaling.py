@@ -51,12 +51,10 @@ class Microscaling(Format):
 
   @property
   def kind(self) -> minifloats.MiniFloat:
-    """The element format."""
     return minifloats.KINDS.get(self.element, INT8)
 
   @property
   def bits(self) -> int:
-    """Bits of an element."""
     return self.kind.bits
 
   @property

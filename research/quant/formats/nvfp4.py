@@ -66,12 +66,7 @@ class NVFP4(Format):
   def grid(
     self, w: Float[Array, "*B S O"], divisor: Float[Array, ""] | None = None
   ) -> tuple[UInt8[Array, "*B O"], Float[Array, ""]]:
-    """Returns the scales' codes of groups of `S` weights, and the divisor.
-
-    Args:
-      w: groups of weights.
-      divisor: divisor of their matrix; computed from `w` by default.
-    """
+    """Returns the scales' codes of groups of `S` weights, and the divisor."""
     w = w.astype(jnp.float32)
     if divisor is None:
       divisor = self.divisor(w)

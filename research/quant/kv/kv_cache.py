@@ -57,18 +57,15 @@ class KeysOrValues:
 
   @property
   def slots(self) -> int:
-    """P, the number of packed slots."""
     return self.grid.tokens(self.packed)
 
   @property
   def ring(self) -> int:
-    """R, the size of the ring buffer."""
     return 0 if self.recent is None else self.recent.shape[-2]
 
   def read(
     self, tokens: NewTokens, dtype: Any, shift: Shift | None
   ) -> Float[Array, "B K P H"]:
-    """Returns the contents of all slots before a call's tokens are written."""
     x = self.grid.decode(self.packed)
     held = slot_positions(tokens.before, self.slots)
     if shift is not None:
@@ -179,7 +176,6 @@ class QuantizedLayer(SlotCache):
   """Quantized counterpart of `LayerCache`.
 
   Attributes:
-    k, v: keys and values.
     sinks: the first keys and values, `[..., B, K, n, H]` each, unquantized; or
       None.
     shifted: whether the keys' bias is subtracted before packing.
@@ -192,12 +188,10 @@ class QuantizedLayer(SlotCache):
 
   @property
   def first(self) -> int:
-    """Number of sink tokens per row."""
     return 0 if self.sinks is None else self.sinks[0].shape[-2]
 
   @property
   def slots(self) -> int:
-    """Number of positions in the cache."""
     return self.first + self.k.slots
 
   def extend(
@@ -279,7 +273,6 @@ def _put(
   """Returns `old` `[B, K, S, ...]` with `new` `[B, T, K, ...]` written.
 
   Args:
-    old: the slots.
     new: the values to write.
     index: index of each value; its slot is `index mod S`.
     alive: mask of values to write, at most one per slot.

@@ -59,7 +59,6 @@ def _layer(
   x: Float[Array, "B T D"],
   kvs: tuple[KVQuantizer, ...],
 ) -> tuple[Float[Array, "B T D"], Float[Array, " E"]]:
-  """Returns the layer's output and the error of each quantizer."""
   a = block.attention
   positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
   rotation = None

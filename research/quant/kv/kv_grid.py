@@ -56,7 +56,6 @@ class Grid:
     per_channel: whether a group is tokens of one channel.
     group: numbers per group; ignored by `int8` and `fp8` per token.
     rotated: whether heads are rotated by a Hadamard matrix first.
-    scale_dtype: dtype of scales and minima.
   """
 
   bits: int | str = 4
@@ -76,11 +75,7 @@ class Grid:
     return self.per_channel and not self.unquantized
 
   def check(self, dim: int, what: str) -> None:
-    """Raises UserError unless heads of `dim` channels can be packed.
-
-    Args:
-      dim: H.
-    """
+    """Raises UserError unless heads of `dim` channels can be packed."""
     if self.unquantized or (self.bits in SYMMETRIC and not self.per_channel):
       return
     if not self.per_channel and dim % self.group:
@@ -92,11 +87,7 @@ class Grid:
       packing.check(self.group, self.bits, f"{what}: a group")
 
   def bits_per_number(self, dim: int) -> float:
-    """Returns bits per packed number, with its share of scale and minimum.
-
-    Args:
-      dim: H.
-    """
+    """Returns bits per packed number, with its share of scale and minimum."""
     if self.bits in SYMMETRIC:
       return 8 + 32 / (self.group if self.per_channel else dim)
     return self.bits + 16 * jnp.dtype(self.scale_dtype).itemsize / self.group
@@ -139,25 +130,17 @@ class Grid:
     return hadamard.rotate(x, inverse=True) if self.rotated else x
 
   def empty(self, lead: tuple[int, ...], slots: int, dim: int, dtype: Any):
-    """Returns an empty `Packed` for `slots` tokens, all zeros.
-
-    Args:
-      slots: S.
-      dim: H.
-      dtype: dtype of unquantized numbers.
-    """
+    """Returns an empty `Packed` for `slots` tokens, all zeros."""
     like = jax.ShapeDtypeStruct((*lead, slots, dim), dtype)
     shapes = jax.eval_shape(self.encode, like)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
   def tokens(self, packed: Packed) -> int:
-    """Returns S, the number of tokens."""
     if self.packs_blocks:
       return packed.codes.shape[-3] * self.group
     return packed.codes.shape[-2]
 
   def _grouped(self, x):
-    """Returns `x` with groups along the second-to-last axis."""
     *lead, tokens, dim = x.shape
     if self.per_channel:
       return x.reshape(*lead, tokens // self.group, self.group, dim)
@@ -165,7 +148,6 @@ class Grid:
     return x.reshape(*lead, tokens, dim // size, size, 1)
 
   def _joined(self, codes):
-    """Returns codes of groups in the layout of `Packed`."""
     if self.per_channel:
       return codes
     return codes.reshape(*codes.shape[:-3], -1)
@@ -184,7 +166,6 @@ def encode(
 
   Args:
     x: groups of N numbers, float32.
-    dtype: dtype of scales and minima.
   """
   most = float(jnp.finfo(dtype).max)
   low = jnp.min(x, axis=-2)

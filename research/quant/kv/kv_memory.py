@@ -39,8 +39,6 @@ def memory(
 
   Args:
     params: its parameters, or their shapes.
-    batch: number of rows.
-    capacity: positions in layers without a window.
     kv: the quantizer; None for the model's dtype.
   """
   cache = jax.eval_shape(

@@ -39,7 +39,6 @@ class KVQuantizer(Ranged):
     less_bias: whether the key projection's bias, rotated to each position, is
       subtracted before packing: Qwen 2's is far larger than the rest of its
       keys.
-    scale_dtype: dtype of scales and minima.
   """
 
   key: OneOf(*AXES) = "per_channel"
@@ -62,8 +61,6 @@ class KVQuantizer(Ranged):
 
   @property
   def grids(self) -> tuple[Grid, Grid]:
-    """The grids of keys and of values."""
-
     def grid(axis, bits):
       return Grid(
         bits,
@@ -93,8 +90,6 @@ class KVQuantizer(Ranged):
     Args:
       lead: `[L, B, K]`, or `[B, K]` for one layer.
       slots: number of positions, rounded up to a multiple of the ring buffer.
-      dim: H.
-      dtype: dtype of unquantized numbers.
       windowed: whether new positions overwrite old ones.
 
     Raises:
@@ -191,7 +186,6 @@ def parse(text: str) -> KVQuantizer | KVByLayer | None:
 
 
 def _parse_one(part: str, text: str) -> KVQuantizer:
-  """Parses the settings of one part of the text."""
   head, *rest = part.split(",")
   fields = _bits(head, text)
   known = {f.name: f for f in dataclasses.fields(KVQuantizer)}

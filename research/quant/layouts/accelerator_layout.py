@@ -105,11 +105,7 @@ def is_supported(
 
 @functools.partial(jax.jit, static_argnames="gpu")
 def from_qtensor(w: QTensor, gpu: bool = False) -> PlanarTensor:
-  """Converts a supported packed matrix to planes.
-
-  Args:
-    gpu: whether for a GPU, which reads 8-bit codes in words.
-  """
+  """Converts a supported packed matrix to planes."""
   codes, scale, offset, rest = kernel_codes.kernel_operands(w)
   planes = planar.pack(codes, scale, offset, **rest)
   if gpu:
@@ -132,7 +128,6 @@ def to_planes(
 
   Args:
     gpu: whether for a GPU; None for the device of this process.
-    dtype: dtype that the model computes in.
   """
   del key
   gpu = gpu_support.is_for() if gpu is None else gpu

@@ -51,7 +51,6 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
   Args:
     packed: int32 or uint32 `[words(count, bits), O]`.
-    bits: bits of a code, 1 to 8.
     count: number of codes per column.
 
   Raises:

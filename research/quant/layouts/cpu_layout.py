@@ -64,12 +64,10 @@ class PanelTensor(KernelLayout):
 
   @property
   def columns(self) -> int:
-    """`I` of the stored matrix."""
     return self.panels.inputs
 
   @property
   def rows(self) -> int:
-    """`O` of the stored matrix."""
     return self.panels.outputs
 
   @property
@@ -123,11 +121,7 @@ def from_qtensor(w: QTensor) -> PanelTensor:
 
 
 def from_array(w: Float[Array, "... I O"], axis: int = -2) -> PanelTensor:
-  """Returns a bfloat16 or float32 matrix in panels.
-
-  Args:
-    axis: see `PanelTensor`.
-  """
+  """Returns a bfloat16 or float32 matrix in panels."""
   stored = w if axis == -2 else jnp.swapaxes(w, -1, -2)
   return PanelTensor(jax.jit(layout.pack)(stored), axis=axis)
 
@@ -195,7 +189,6 @@ def _fuse(part: Any) -> Any:
 
 
 def _same_row_order(sources: Sequence[Any]) -> bool:
-  """Whether matrices have the same order of rows."""
   if any(x is None for x in sources):
     return all(x is None for x in sources)
   if any(isinstance(x, jax.core.Tracer) for x in sources):
@@ -265,7 +258,6 @@ def for_reading(params: Params, model: Transformer, rows: int) -> Params:
 
   Args:
     model: a Transformer that computes in float32 or bfloat16.
-    rows: number of tokens per forward pass.
   """
   cpu_bf16 = model.dtype == "bfloat16" and jax.default_backend() == "cpu"
   if rows >= FEW_ROWS and (not cpu_bf16 or _any_packed(params)):

@@ -20,7 +20,6 @@ class KernelLayout(weights.Weight):
 
   @property
   def operand(self) -> Any:
-    """The kernel's operand."""
     raise NotImplementedError
 
   def decode_stored(self) -> Float[Array, "... I O"]:

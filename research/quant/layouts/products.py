@@ -133,7 +133,6 @@ def _joined(f: Step, w: Sliceable, count: int, axis: int) -> Array:
 
 
 def _summed(f: Step, w: Sliceable, count: int) -> Array:
-  """Returns the sum of the slices' products, float32."""
   size = w.rows // count
 
   def one(i):
@@ -145,7 +144,6 @@ def _summed(f: Step, w: Sliceable, count: int) -> Array:
 
 
 def _part(x: Array, i: Int[Array, ""], count: int, axis: int) -> Array:
-  """Returns slice `i` of `count` equal slices of an axis."""
   size = x.shape[axis] // count
   return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=axis)
 
@@ -235,7 +233,6 @@ def linear(
 
   Args:
     f: a function linear in `x`.
-    w: packed matrix, decoded in the dtype of `x`.
     *rest: arrays without gradients, such as sizes of groups.
     along: output axis of `w` in the product, for slicing; None decodes at
       once.
@@ -294,9 +291,7 @@ def ragged_dot(
   """Returns each row of `x` times its expert's matrix, saving only `w`.
 
   Args:
-    x: rows sorted by expert.
     w: one packed matrix per expert.
-    sizes: number of rows per expert.
     axis: -2 if `w` is stored in its logical orientation, -1 if transposed.
   """
 

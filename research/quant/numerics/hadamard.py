@@ -129,7 +129,6 @@ def _prime_power(q: int) -> tuple[int, int] | None:
 
 @functools.cache
 def _paley(k: int) -> np.ndarray:
-  """Returns Paley's matrix of order `k`, int8."""
   if k == 1:
     return np.ones((1, 1), np.int8)
   form, q = _paley_order(k)

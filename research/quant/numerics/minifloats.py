@@ -39,9 +39,6 @@ class MiniFloat:
   """A floating-point format: a sign, `exponent` bits and `mantissa` bits.
 
   Attributes:
-    name: name in the specification, in lower case.
-    exponent, mantissa: number of bits.
-    bias: bias of the exponent.
     top: code of the largest finite number.
     nan: code of a NaN; None if the format has none.
   """
@@ -55,22 +52,18 @@ class MiniFloat:
 
   @property
   def bits(self) -> int:
-    """Bits of a code."""
     return 1 + self.exponent + self.mantissa
 
   @property
   def max(self) -> float:
-    """The largest finite number."""
     return self.values[self.top]
 
   @property
   def emax(self) -> int:
-    """The exponent of the largest finite number."""
     return (self.top >> self.mantissa) - self.bias
 
   @functools.cached_property
   def values(self) -> tuple[float, ...]:
-    """The value of each code."""
     half = []
     for code in range(1 << (self.bits - 1)):
       power, rest = code >> self.mantissa, code & ((1 << self.mantissa) - 1)
@@ -162,7 +155,6 @@ def block_exponent(
 
   Args:
     top: largest magnitudes; 0 gives the smallest scale, NaN the byte of NaN.
-    kind: format of the elements.
     rule: one of `RULES`.
   """
   xp = np if isinstance(top, np.ndarray) else jnp

@@ -38,11 +38,9 @@ class BaseOutputs:
   """Outputs of a base model on windows of text, to compare others with.
 
   Attributes:
-    model: the base model.
     head: parameters that compute logits from hidden states.
     tokens: int32 `[N, T]`; the first token of a window is not predicted.
     hidden: last hidden states of the predicting positions, `[N, T - 1, D]`.
-    batch: windows per forward pass.
   """
 
   model: Transformer
@@ -92,10 +90,6 @@ def base_outputs(
 ) -> BaseOutputs:
   """Runs the base model on windows of text, for `compare`.
 
-  Args:
-    tokens: windows, read independently.
-    batch: windows per forward pass.
-
   Raises:
     UserError: there is nothing to predict, or a window exceeds the context.
   """
@@ -127,7 +121,6 @@ def compare(
   """Compares a model with the base.
 
   Args:
-    found: the base's outputs, see `base_outputs`.
     model: the other Transformer, with the same vocabulary.
 
   Raises:
@@ -205,7 +198,6 @@ def standard_error(x: Float[np.ndarray, "N T"], run: int = RUN) -> float:
   """Returns the standard error of the mean over tokens in windows.
 
   Args:
-    x: a number per token.
     run: number of neighbouring tokens that form one observation; the remainder
       at a window's end is ignored. A shorter window is one observation.
 

@@ -56,7 +56,6 @@ def collect_inputs(
   """Returns address -> (the matrix's inputs, one row per token; the matrix).
 
   Args:
-    tokens: rows from position 0.
     addresses: addresses such as `layers/11/mlp/down`.
 
   Raises:

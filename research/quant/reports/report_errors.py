@@ -145,7 +145,6 @@ def errors(
   """Measures each matrix that differs between two trees, except experts.
 
   Args:
-    model: the model of both trees.
     params: the reference tree, which computes activations.
     other: the same layers with some matrices replaced.
     tokens: text to run on; a few hundred tokens are enough.

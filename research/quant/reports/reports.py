@@ -22,7 +22,6 @@ class Row:
   Attributes:
     address: address such as `layers/3/attention/q`.
     format, method: names of the format and the rounding method.
-    inputs, outputs: sizes of the matrix.
     matrices: number of matrices, the experts of a stack.
     bits: bits per weight, with scales and everything else.
     weight_error: root mean square error over that of the weights.
@@ -59,8 +58,6 @@ class Row:
   def from_errors(
     cls, address: str, q: QTensor, method: str, found: RoundingErrors
   ) -> "Row":
-    """Returns the row of a packed matrix with its errors."""
-
     def value(x, how=np.mean, kind=float):
       return None if x is None else kind(how(np.asarray(x)))
 
@@ -127,7 +124,6 @@ class Report:
   """Report of a run of `quantize_by_rules.Quantization`.
 
   Attributes:
-    rows: one row per matrix.
     calibration: record of the calibration windows, or None.
   """
 
@@ -135,11 +131,9 @@ class Report:
   calibration: dict[str, Any] | None = None
 
   def warnings(self) -> list[str]:
-    """Returns the warnings of all matrices."""
     return [text for row in self.rows for text in row.warnings()]
 
   def table(self) -> str:
-    """Returns the rows as a text table."""
     rows = [HEAD, *(row.cells() for row in self.rows)]
     return "\n".join(tables.aligned(rows, right=range(2, len(HEAD))))
 
