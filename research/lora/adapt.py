@@ -68,7 +68,6 @@ class Adapt:
     return wrap(params, methods, make)
 
   def with_model(self, loaded: Any) -> "Adapt":
-    """Returns a copy whose `init_stats` runs `loaded.model`, if it has any."""
     if not hasattr(self.init_stats, "with_model"):
       return self
     return dataclasses.replace(
@@ -76,7 +75,6 @@ class Adapt:
     )
 
   def methods(self, params: Params) -> dict[str, Method]:
-    """Returns the method of each matrix to adapt, by address."""
     chosen = self._chosen(params)
     for pattern in self.exclude:
       left = _compiled(rf"(.*/)?({pattern})", "exclude")
@@ -135,7 +133,6 @@ def init_adapters(
 
   Args:
     key: shared key; each matrix folds its address into it.
-    w: the matrices, stacked.
     stats: each matrix's calibration statistics by address, or empty.
 
   Returns:

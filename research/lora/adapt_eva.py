@@ -47,7 +47,6 @@ class AdaptEVA(Ranged):
       )
 
   def with_model(self, loaded: Any) -> "AdaptEVA":
-    """Returns a copy that measures the inputs of `loaded.model`."""
     return dataclasses.replace(
       self, calibration=self.calibration.with_model(loaded)
     )
@@ -116,7 +115,6 @@ class AdaptEVA(Ranged):
     )
 
   def _alpha(self, alpha: float, rank: int) -> float:
-    """Returns the alpha with which `rank` has the scale of the usual rank."""
     method = self.adapt.method
     share = rank / method.rank
     return alpha * (share**0.5 if method.rslora else share)

@@ -44,7 +44,6 @@ class AdaptedTensor(weights.WrappedWeight):
 
   @property
   def arrays(self) -> Arrays:
-    """All arrays of the method."""
     return {**self.fixed, **self.trained}
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -142,7 +141,6 @@ class AdaptedTensor(weights.WrappedWeight):
     return self.key is None and self.gate is None and weights.token_wise(self.w)
 
   def map_base(self, f: Callable[[Any], Any]) -> "AdaptedTensor":
-    """Returns a copy with base `f(w)`."""
     return dataclasses.replace(self, w=f(self.w))
 
   def _with_key(self, key: PRNGKey) -> "AdaptedTensor":

@@ -86,7 +86,6 @@ class State(NamedTuple):
     count: number of updates done.
     importance, uncertainty: moving averages per trained parameter.
     kept: mask of the last allocation, by the path of the terms' `e`.
-    inner: state of the wrapped optimizer.
   """
 
   count: Array
@@ -104,7 +103,6 @@ def adalora_optimizer(
   Args:
     inner: the optimizer that computes updates; importance is of the gradient
       before any clipping in it.
-    budget: budget of all AdaLoRA adapters among the parameters.
   """
   inner = optax.with_extra_args_support(inner)
 
@@ -167,7 +165,6 @@ def _triples(params: Any) -> dict[str, Array]:
 
 
 def _update_averages(budget, state, new, slopes):
-  """Returns both moving averages, constant from the last allocation on."""
   importance, uncertainty = {}, {}
   learns = state.count < budget.last_allocation
   for path, x in new.items():
@@ -181,7 +178,6 @@ def _update_averages(budget, state, new, slopes):
 
 
 def _masks(budget, step, importance, uncertainty):
-  """Returns the masks of the highest-scoring terms within the budget."""
   score = {path: importance[path] * uncertainty[path] for path in importance}
   terms = {
     path: score[path]
@@ -228,9 +224,7 @@ class Orthogonal:
   Evaluation, which has no key, reports the objective alone.
 
   Attributes:
-    objective: the objective to regularise.
     weight: weight of the regulariser.
-    model: the network of the objective; an experiment sets it.
     term: parameters -> what is added; KaSA's is `methods.kasa.penalty`, whose
       weight is 1.
   """

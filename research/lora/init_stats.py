@@ -40,7 +40,6 @@ class CalibrationData(Ranged):
 
   Attributes:
     data: the source; the first batches of its training order are read.
-    batches: number of batches.
     objective: the loss, evaluated without dropout.
     counts: field of a batch with each token's weight in the statistics; None
       weighs all tokens equally.
@@ -55,7 +54,6 @@ class CalibrationData(Ranged):
   tokenizer: Any = None
 
   def with_model(self, loaded: Any) -> "CalibrationData":
-    """Returns a copy that runs `loaded.model`."""
     objective = dataclasses.replace(self.objective, model=loaded.model)
     return dataclasses.replace(
       self, objective=objective, tokenizer=loaded.tokenizer
@@ -156,7 +154,6 @@ class Covariances:
   calibration: CalibrationData
 
   def with_model(self, loaded: Any) -> "Covariances":
-    """Returns a copy that measures `loaded.model`."""
     return dataclasses.replace(
       self, calibration=self.calibration.with_model(loaded)
     )
@@ -178,7 +175,6 @@ class Gradients:
   calibration: CalibrationData
 
   def with_model(self, loaded: Any) -> "Gradients":
-    """Returns a copy that measures `loaded.model`."""
     return dataclasses.replace(
       self, calibration=self.calibration.with_model(loaded)
     )
@@ -200,7 +196,6 @@ class InputPCA:
   incremental PCA of centred inputs and stop when its components converge.
 
   Attributes:
-    calibration: the data.
     count: components per matrix; at least the method's rank.
   """
 
@@ -208,7 +203,6 @@ class InputPCA:
   count: int = 16
 
   def with_model(self, loaded: Any) -> "InputPCA":
-    """Returns a copy that measures `loaded.model`."""
     return dataclasses.replace(
       self, calibration=self.calibration.with_model(loaded)
     )

@@ -126,7 +126,6 @@ def fit(
 
   Args:
     w: any floating-point dtype, to which q decodes.
-    steps: number of alternations.
     first: which is computed first, see `LoftQ`.
   """
   full = dense_fp32(w)

@@ -78,7 +78,6 @@ def adapters(params: Params) -> dict[str, AdaptedTensor]:
 
 
 def _without_dropout(t: AdaptedTensor) -> AdaptedTensor:
-  """Returns the adapter without dropout keys."""
   if isinstance(t.w, AdaptedTensor):
     t = dataclasses.replace(t, w=_without_dropout(t.w))
   return dataclasses.replace(t, key=None)
@@ -148,9 +147,6 @@ def over_original(
   Merged, both are the same model: with the base W as `L W R`, the update of W
   is `L⁻¹ aᵀ b R⁻¹`.
 
-  Args:
-    base: without, in its own coordinates.
-
   Raises:
     UserError: the update is no product of two factors, or `params` are not
       this base, see `coordinates.changes`.
@@ -182,7 +178,6 @@ def wrap_factors(
   """Returns `params` with plain LoRA adapters of the given factors.
 
   Args:
-    adapter_factors: address -> factors.
     dropout: address -> rate, where not 0.
   """
   methods = {

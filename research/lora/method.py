@@ -133,7 +133,6 @@ class Method(Ranged):
     return self
 
   def canonical(self) -> "Method":
-    """Returns the method without fields that only PEFT's file needs."""
     return self
 
   def init_arrays(
@@ -250,12 +249,7 @@ class Method(Ranged):
   def from_peft(
     self, tensors: Mapping[str, Any], spec: MatrixSpec, w: Any
   ) -> tuple[Arrays, Arrays]:
-    """Returns (trained, fixed) from one module's tensors; inverts `to_peft`.
-
-    Args:
-      tensors: by name, without the module's prefix.
-      w: the matrix itself, any weight.
-    """
+    """Returns (trained, fixed) from one module's tensors; inverts `to_peft`."""
     raise NotImplementedError
 
   def peft_fields(self, methods: Mapping[str, "Method"]) -> dict[str, Any]:

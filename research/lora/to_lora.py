@@ -47,7 +47,6 @@ class Fit:
   """Result of converting one matrix.
 
   Attributes:
-    rank: rank of the factors.
     error: Frobenius norm of the truncated part over that of the update.
   """
 
@@ -62,10 +61,6 @@ def to_lora(
 
   b includes the scale, so alpha equals the rank. Biases that an adapter scales
   are merged.
-
-  Args:
-    params: parameters with adapters of any method, on any base.
-    size: how much of each update to keep.
 
   Returns:
     (parameters, address -> `Fit`).

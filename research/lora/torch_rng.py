@@ -21,11 +21,6 @@ def randperm_prefix(seed: int, total: int, count: int) -> np.ndarray:
   (randperm_cpu in aten/src/ATen/native/TensorFactories.cpp). From 214,748,364
   entries on the whole permutation must be drawn, which takes 10 seconds.
 
-  Args:
-    seed: argument of `torch.Generator().manual_seed`.
-    total: length of the permutation of 0 to total - 1.
-    count: number of entries to return.
-
   Returns:
     int32 `[count]`, read-only.
 
@@ -44,7 +39,6 @@ def randperm_prefix(seed: int, total: int, count: int) -> np.ndarray:
 
 
 def _forward_shuffle(seed: int, total: int, count: int) -> np.ndarray:
-  """Returns the start of a forward Fisher-Yates shuffle."""
   raw = np.random.RandomState(seed)._bit_generator.random_raw(count)
   moved: dict[int, int] = {}
   out = np.zeros(count, np.int32)

@@ -160,7 +160,6 @@ def adapters(
   """Returns each matrix's adapter, by address.
 
   Args:
-    params: parameters with adapters of any method.
     prepare: applied to each adapted leaf, layers stacked, before it is split
       into layers.
 
@@ -238,7 +237,6 @@ class Merge:
   """Transform after a stage: what `merge` does, for `Experiment.after`."""
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
-    """Returns the tree with every adapter merged into its base."""
     del key
     return merge(params)
 

@@ -56,7 +56,6 @@ def diagnose(
   """Returns the diagnosis of every adapted matrix, of each expert separately.
 
   Args:
-    params: parameters with adapters of any method.
     top: number of leading singular vectors to test for intruders.
     energy: share of the squared norm for `energy_rank`.
 
@@ -153,7 +152,6 @@ def _diagnosis(
 
 
 def _angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """Returns the principal angles between the spans of orthonormal rows."""
   if not len(a):
     return np.zeros(0, np.float32)
   cosines = np.linalg.svd(a @ b.T, compute_uv=False)
@@ -161,7 +159,6 @@ def _angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _cosines(changed: np.ndarray, base: np.ndarray) -> np.ndarray:
-  """Returns each row's largest absolute cosine with any row of `base`."""
   return np.abs(changed @ base.T).max(1, initial=0.0)
 
 
@@ -216,7 +213,6 @@ def _refactored(
   """Returns factors of `f` and more terms, truncated to the rank of `f`.
 
   Args:
-    f: plain LoRA.
     more_in, more_out: factors `[n, in]`, `[n, out]` of what is added, to be
       multiplied by the scale of `f`.
   """

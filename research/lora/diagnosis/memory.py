@@ -26,8 +26,6 @@ class Memory:
 
   Attributes:
     frozen: weights without gradients, in their storage format.
-    learned: trained weights.
-    gradients: gradients of the trained weights.
     master: full-precision copy of the trained weights in mixed precision.
     optimizer: optimizer state and moving average of the weights.
     activations: residuals that the forward pass saves for the backward pass.
@@ -94,7 +92,6 @@ def lora_memory(
   """Returns the memory of a run's weights, gradients and optimizer.
 
   Args:
-    params: a model's parameters or their shapes; nothing is computed.
     transforms: an experiment's transforms, such as `Quantize()` and `Adapt()`.
     trainable: regular expression of the trained paths.
     precision: bytes per element of the trained part.
@@ -124,7 +121,6 @@ def galore_memory(
   m r elements and two moments of r n elements.
 
   Args:
-    params: a model's parameters or their shapes.
     rank: r; at most m of each matrix.
     state: bytes per element of a moment.
     layerwise: whether each layer is updated as soon as its gradient exists, so
@@ -185,10 +181,7 @@ def step_memory(objective: Any, state: Any, batch: Any, key: Any) -> Memory:
   """Returns a training step's memory on one device.
 
   Args:
-    objective: an objective with a field `model`, such as `NextToken`.
     state: a `TrainState` or its shapes.
-    batch: one microbatch or its shapes.
-    key: a random key or its shape.
   """
 
   def loss(learned, *rest):

@@ -13,11 +13,7 @@ from research.training.reports import plots
 def draw(
   diagnoses: Mapping[str, Diagnosis], picture: str | os.PathLike, title: str
 ) -> None:
-  """Plots intruders by threshold, and norms and ranks by layer, into a PNG.
-
-  Args:
-    found: address -> diagnosis.
-  """
+  """Plots intruders by threshold, and norms and ranks by layer, into a PNG."""
   drawn = plots.figure(11, 7)
   drawn.suptitle(title)
   axes = drawn.subplots(2, 2)

@@ -32,7 +32,6 @@ def decompose(
   than 1e-6 of the largest value are left out, as those of a null space are.
 
   Args:
-    w: any.
     rank: how many triples at most; None for all.
   """
   w = w.astype(np.float64)

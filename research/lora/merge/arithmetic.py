@@ -38,7 +38,6 @@ def add_weighted(
     rank: rank of what is decomposed again; None for the adapters' largest.
     density: share of the entries that is left, where some are dropped.
     elect: a sign by the sum of the entries or by their number.
-    key: random key of the entries that are dropped.
 
   Raises:
     UserError: the numbers do not fit each other, or the ranks do not where

@@ -20,7 +20,6 @@ class Change:
   Attributes:
     name: name in the file that was written.
     before, after: how it was and is stored.
-    max_abs_error: the largest difference of a number, as both are meant.
     relative_error: norm of all differences over the norm of the tensor.
     fidelity: `||(written - base) - update|| / ||update||` of a merged adapter,
       with the base written alone, whose loss is not the adapter's; 0 keeps the
@@ -29,7 +28,6 @@ class Change:
     kept: share of a merged update that is left along it: 1 where rounding
       errors have nothing to do with it, 0 where every number stayed what it
       was.
-    update: the norm of the update.
   """
 
   name: str
@@ -64,7 +62,6 @@ class Comparison:
     """Counts one piece in, in float64.
 
     Args:
-      want, got: as they were and are.
       base: what `want` was before an adapter was merged into it.
       alone: what `got` were of that; None for the same.
     """
@@ -88,7 +85,6 @@ class Comparison:
       self._along += float((change * update).sum())
 
   def change(self, name: str, before: str, after: str) -> Change:
-    """Returns what was found."""
     merge: dict[str, float] = {}
     if self._merged:
       u = self._update
@@ -178,9 +174,6 @@ class Log:
     """Notes a tensor that was read and is now, decoded, `got`.
 
     Args:
-      name, before, after: see `Change`.
-      was: as it was.
-      got: as it is.
       alone: what its base is without an adapter; None for the same as before.
     """
     comparison = Comparison()
@@ -192,7 +185,6 @@ class Log:
     self.changes.append(comparison.change(name, before, after))
 
   def summary(self) -> dict[str, Any]:
-    """Returns what a JSON line can hold."""
     kinds: dict[str, int] = {}
     for c in self.changes:
       key = c.before if c.before == c.after else f"{c.before} -> {c.after}"

@@ -131,7 +131,6 @@ class LogitChange:
       a token.
     max_kl: the largest of a token.
     agreement: share of tokens after which both expect the same.
-    tokens: how many there are.
   """
 
   max_logit: float
@@ -221,9 +220,7 @@ def report_modes(
   """Returns, for each mode, how its logits differ from the adapted model's.
 
   Args:
-    model: Transformer of all trees.
     params, original: as in `merge_as`; that mode is left out without one.
-    tokens: rows that are read.
   """
   return {
     mode: logit_change(model, params, merge_as(params, mode, original), tokens)
@@ -239,7 +236,6 @@ def _check_outermost(params: Params) -> None:
 
 
 def _base(w: Any) -> Any:
-  """Returns what stands below all adapters."""
   while isinstance(w, AdaptedTensor):
     w = w.w
   return w

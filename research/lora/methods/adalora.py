@@ -47,7 +47,6 @@ class AdaLoRA(Method):
 
   @property
   def scale(self) -> float:
-    """`s`, a constant."""
     return self.alpha / (self.rank + 1e-5)
 
   def for_matrix(self, name, sizes):

@@ -22,9 +22,6 @@ class ALoRA(LoRA):
 
   The weights need the batch's tokens, see `weights.with_tokens`. The head
   cannot be adapted, since it receives single positions.
-
-  Attributes:
-    invocation: token ids that activate the adapter.
   """
 
   invocation: tuple[NonNegativeInt, ...] = ()
@@ -98,5 +95,4 @@ def from_last_match(
 
 
 def _shift_left(x, k, fill):
-  """Returns each row shifted left by `k`, filled with `fill`."""
   return jnp.pad(x, ((0, 0), (0, k)), constant_values=fill)[:, k:]

@@ -20,7 +20,6 @@ class BDLoRA(LoRA):
   """`a [r, in / blocks]`, `b [r, out]`, or `a [r, in]`, `b [r / blocks, out]`.
 
   Attributes:
-    blocks: number of blocks on the diagonal.
     side: the block-diagonal factor, or "" for neither; set by `for_matrix`.
     by_input, by_output: names of the matrices with blocks in a, and in b.
     strict: whether a matrix named by neither is an error.
@@ -133,7 +132,6 @@ class BDLoRA(LoRA):
 
 
 def _block_diagonal(parts):
-  """Returns the block-diagonal matrix of `parts [n, rows, columns]`."""
   n, rows, columns = parts.shape
   out = jnp.eye(n, dtype=parts.dtype)[:, None, :, None] * parts[:, :, None]
   return out.reshape(n * rows, n * columns)

@@ -18,8 +18,6 @@ class FourierFT(DenseDelta):
   """The real part of the inverse FFT of `spectrum`, times `scaling`.
 
   Attributes:
-    frequencies: number of trained spectral entries.
-    scaling: factor of the update.
     seed: seed of their positions, which equal PEFT's for the same seed.
   """
 

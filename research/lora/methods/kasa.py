@@ -59,7 +59,6 @@ class KaSA(LoRA):
     return {"a0": (u * s).T, "b0": v}
 
   def _terms(self, p):
-    """Returns two factor pairs: of the added and of the subtracted product."""
     scaled = p["b"] * (self.scale * p["d"])[..., None]
     return (p["a"], scaled), (p["a0"], p["b0"])
 

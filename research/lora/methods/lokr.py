@@ -31,7 +31,6 @@ def factors(size: int, factor: int) -> tuple[int, int]:
   """Splits `size` into a product of two integers.
 
   Args:
-    size: the integer to split.
     factor: the first integer, if it divides `size`; otherwise the result is
       the pair of closest divisors, smaller first, at most `factor` unless -1.
   """

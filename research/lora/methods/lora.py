@@ -54,7 +54,6 @@ class LoRA(Method):
 
   @property
   def scale(self) -> float:
-    """`s`, a constant."""
     return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
   @property

@@ -29,7 +29,6 @@ class RandLoRA(Method):
   that layers can be scanned.
 
   Attributes:
-    seed: seed of a and b.
     widest: largest input and output of all matrices; set by `for_matrix`.
   """
 

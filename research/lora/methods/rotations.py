@@ -30,11 +30,9 @@ class Rotation(Method):
   SUPPORTS_DROPOUT: ClassVar = False
 
   def rotate(self, x, p):
-    """Returns `x R`."""
     raise NotImplementedError
 
   def rotate_back(self, x, p):
-    """Returns `x Rᵀ`."""
     raise NotImplementedError
 
   def gain(self, p):
@@ -72,7 +70,6 @@ class OFT(Rotation):
   diagonal, row by row.
 
   Attributes:
-    block: side of the blocks.
     form: 'exact' is `(1 - q) (1 + q)^-1`; 'neumann' is its Neumann series with
       the opposite sign of `q` (PEFT's default).
     terms: number of terms of the series.

@@ -28,8 +28,6 @@ class VeRA(Method):
   scanned.
 
   Attributes:
-    first: initial value of d.
-    seed: seed of a and b.
     widest: largest input of all adapted matrices; set by `for_matrix`.
   """
 

@@ -32,7 +32,7 @@ def loraplus(
   weight_decay: optim.Number = 0.0,
   clip: optim.Number | None = 1.0,
 ) -> optax.GradientTransformation:
-  """Returns AdamW with a larger learning rate for every `b`.
+  """Returns `optim.adamw` with a larger learning rate for every `b`.
 
   Its `init` raises UserError if no trainable array is a `b`.
 
@@ -40,11 +40,6 @@ def loraplus(
     learning_rate: rate of `a` and all other parameters: a number, or a
       schedule of the number of updates done.
     ratio: rate of `b` over that of `a`; on an embedding, `a` over `b`.
-    b1: decay rate of the first moment.
-    b2: decay rate of the second moment.
-    eps: added to the root of the second moment.
-    weight_decay: decoupled weight decay, multiplied by the learning rate.
-    clip: bound of the gradient's global norm, or None.
   """
   ranges.check("loraplus", ranges.NonNegativeFloat, ratio=ratio)
   fast = re.compile(rf"{EMBEDDING}(.*/)?{DOWN}$|^(?!(.*/)?embed/)(.*/)?{UP}$")
@@ -81,7 +76,7 @@ def peft_groups(
   weight_decay: optim.Number = 0.0,
   clip: optim.Number | None = None,
 ) -> optax.GradientTransformation:
-  """Returns AdamW with the parameter groups of PEFT 0.21.
+  """Returns `optim.adamw` with the parameter groups of PEFT 0.21.
 
   Its `init` raises UserError for adapters of other methods than LoRA, since
   PEFT's groups depend on its names and axes of LoRA's parameters.
@@ -96,12 +91,6 @@ def peft_groups(
     ratio: rate of `b` and of vectors over `learning_rate`.
     embedding: rate of the embedding's adapters where the schedule is at `peak`.
     peak: maximum of the schedule; None if `learning_rate` is a number.
-    undecayed: regular expression, searched for in paths.
-    b1: decay rate of the first moment.
-    b2: decay rate of the second moment.
-    eps: added to the root of the second moment.
-    weight_decay: decoupled weight decay, multiplied by the learning rate.
-    clip: bound of the gradient's global norm, or None.
   """
   ranges.check("peft_groups", ranges.PositiveFloat, peak=peak)
   ranges.check(

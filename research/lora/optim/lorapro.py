@@ -77,20 +77,10 @@ def lorapro(
   b2: optim.Number = 0.999,
   eps: optim.Number = 1e-8,
 ) -> optax.GradientTransformation:
-  """Returns AdamW on gradients transformed by `match_full_gradient`.
+  """Returns `optim.adamw` on gradients changed by `match_full_gradient`.
 
   The authors' code instead keeps Adam's moments of `s (daᵀ b + aᵀ db)`, which
   are as large as the full matrix.
-
-  Args:
-    learning_rate: a number, or a schedule of the number of updates done.
-    damping: see `match_full_gradient`.
-    matching: regular expression of the pairs' paths.
-    weight_decay: decoupled weight decay, multiplied by the learning rate.
-    clip: bound of the global norm of the transformed gradients, or None.
-    b1: decay rate of the first moment.
-    b2: decay rate of the second moment.
-    eps: added to the root of the second moment.
   """
   rest = optim.adamw(
     learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, clip=clip

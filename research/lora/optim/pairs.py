@@ -109,8 +109,6 @@ def map_pairs(
   Args:
     change: receives float32 (or wider) arrays; its results are cast to the
       updates' dtypes.
-    updates: gradients, in the structure of `params`.
-    matching: as in `pairs`.
   """
   if params is None:
     raise ValueError("pairs: the update needs the parameters")
@@ -130,12 +128,7 @@ def map_pairs(
 def stateless(
   change: PairUpdate, matching: str
 ) -> optax.GradientTransformation:
-  """Returns `map_pairs` as a stateless gradient transformation.
-
-  Args:
-    change: see `map_pairs`.
-    matching: as in `pairs`.
-  """
+  """Returns `map_pairs` as a stateless gradient transformation."""
 
   def init(params):
     pairs(params, matching)  # raises before the first step

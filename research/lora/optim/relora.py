@@ -59,8 +59,6 @@ def schedule(
   Args:
     steps: updates of the whole run; a multiple of `every`.
     every: updates between restarts.
-    warmup: updates of the first warmup.
-    rewarm: updates of each later warmup.
     final: last learning rate, as a share of `peak`.
 
   Raises:
@@ -115,7 +113,6 @@ class MagnitudePruning(Ranged):
   share: Share
 
   def __call__(self, moment: Array, key: PRNGKey) -> Array:
-    """Returns the moment with elements up to that quantile set to zero."""
     del key
     size = jnp.abs(moment)
     axes = tuple(range(max(0, moment.ndim - 2), moment.ndim))
@@ -134,7 +131,6 @@ class RandomPruning(Ranged):
   share: Share
 
   def __call__(self, moment: Array, key: PRNGKey) -> Array:
-    """Returns the moment, each element kept with probability `1 - share`."""
     kept = jax.random.bernoulli(key, 1 - self.share, moment.shape)
     return jnp.where(kept, moment, 0)
 
@@ -154,7 +150,6 @@ def stochastic(x: Float[Array, "..."], dtype: Any, key: PRNGKey) -> Array:
   Args:
     x: float32.
     dtype: bfloat16, or float32, which rounds nothing.
-    key: key of the random bits.
 
   Raises:
     UserError: another dtype.
@@ -194,7 +189,6 @@ class Restart(Ranged):
       updates of up to 6.5 times the learning rate, which is why the rate must
       warm up again from 0.
     rounding: rounds the merged base to its dtype.
-    seed: seed of the new `a`.
   """
 
   every: PositiveInt
@@ -212,7 +206,6 @@ class Restart(Ranged):
   def __call__(
     self, state: TrainState, metrics: Metrics
   ) -> tuple[TrainState, Metrics]:
-    """Returns the state, restarted if a restart is due, and the metrics."""
     since = state.step - self.after
     due = (since % self.every == 0) & (since > 0)
     if self.until is not None:
@@ -276,7 +269,6 @@ class Restart(Ranged):
     )
 
   def _check_moment(self, path: str, x: Array) -> None:
-    """Raises UserError unless `reset` is right for an optimizer's array."""
     if re.search(r"(^|/)z/", path):
       raise UserError(
         f"relora: {path} is an iterate of schedule-free, not a moment, and must"

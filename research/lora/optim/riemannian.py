@@ -78,18 +78,7 @@ def riemannian(
   weight_decay: optim.Number = 0.0,
   clip: optim.Number | None = 1.0,
 ) -> optax.GradientTransformation:
-  """Returns AdamW on gradients preconditioned by `scaled`.
-
-  Args:
-    learning_rate: a number, or a schedule of the number of updates done.
-    damping: added to the diagonals.
-    matching: regular expression of the pairs' paths.
-    b1: decay rate of the first moment.
-    b2: decay rate of the second moment.
-    eps: added to the root of the second moment.
-    weight_decay: decoupled weight decay, multiplied by the learning rate.
-    clip: bound of the global norm of the preconditioned gradients, or None.
-  """
+  """Returns `optim.adamw` on gradients preconditioned by `scaled`."""
   rest = optim.adamw(
     learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, clip=clip
   )
@@ -111,15 +100,6 @@ def lora_fa(
   `a` must be among the trainable parameters, since the preconditioner reads it
   (`trainable` '/trained/|/fixed/a$' where the method fixes `a`). It has no
   moments and no weight decay, and its update is exactly 0.
-
-  Args:
-    learning_rate: a number, or a schedule of the number of updates done.
-    damping: see `frozen_a`.
-    matching: regular expression of the pairs' paths.
-    b1: decay rate of the first moment.
-    b2: decay rate of the second moment.
-    eps: added to the root of the second moment.
-    weight_decay: decoupled weight decay, multiplied by the learning rate.
   """
 
   def kinds(params: Any) -> Any:

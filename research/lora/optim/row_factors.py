@@ -31,10 +31,6 @@ _MORE = 8
 def extract(params: Params, rank: int) -> dict[str, Any]:
   """Returns the `Factors` of every adapter of a tree, in host memory.
 
-  Args:
-    params: parameters with adapters of any method.
-    rank: largest rank allowed.
-
   Raises:
     UserError: an adapter's rank is larger, its update has higher rank (DoRA's
       and (IA)^3's rescale the whole base), it belongs to an expert, it scales

@@ -31,8 +31,6 @@ def add_slots(
   """Returns `params` with empty adapter slots on its target weights.
 
   Args:
-    params: parameters without adapters, packed or not.
-    dtype: dtype of the factors.
     targets: see `adapt.Adapt`.
 
   Raises:
@@ -81,7 +79,7 @@ def write(params: Params, adapter: Factors, slot: int) -> Any:
 
   Args:
     params: the tree; its slots' memory is donated.
-    found: address -> factors; other matrices get zeros in this slot.
+    adapter: factors by address; other matrices get zeros in this slot.
     slot: index of the slot; all indices share one compiled program.
   """
   factors, new = {}, {}
@@ -102,7 +100,6 @@ def write(params: Params, adapter: Factors, slot: int) -> Any:
 
 
 def _addresses(params, name) -> list[str]:
-  """Returns the addresses of the matrices stacked in a leaf."""
   run, _, rest = name.partition("/")
   layer, _, inner = rest.partition("/")
   rows = tree.layer_indices(params).get(f"{run}/{layer}")

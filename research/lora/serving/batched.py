@@ -105,11 +105,9 @@ class BatchedTensor(weights.WrappedWeight):
     return dataclasses.replace(bound, ids=ids)
 
   def map_base(self, f: Callable[[Any], Any]) -> "BatchedTensor":
-    """Returns a copy with base `f(w)`."""
     return dataclasses.replace(self, w=f(self.w))
 
   def with_factors(self, a: Any, b: Any) -> "BatchedTensor":
-    """Returns a copy with other factors."""
     return dataclasses.replace(self, a=a, b=b)
 
   def _rows(self, x: Any) -> int:

@@ -75,7 +75,6 @@ class Pool:
 
   @property
   def names(self) -> tuple[str, ...]:
-    """Names of all adapters, sorted."""
     return tuple(sorted({*self.host, *self.directories}))
 
 
@@ -92,12 +91,8 @@ def create(
   """Returns an empty pool over a base without adapters.
 
   Args:
-    params: the base, packed or not.
     slots: number of different adapters in a batch.
-    rank: largest rank of an adapter.
     keep: number of re-readable adapters to keep in host memory.
-    targets: matrices that adapters may change, see `adapt.Adapt`.
-    read: reads adapters' directories, see `Reader`.
 
   Raises:
     UserError: a number is below 1, or targets match nothing or experts.
@@ -120,11 +115,6 @@ def from_directories(
   """Returns a pool sized for the given adapters, all in host memory.
 
   Its slots, rank and target matrices are the smallest that fit them.
-
-  Args:
-    params: the base, packed or not.
-    directories: adapter name -> path, see `add`.
-    read: reads adapters' directories, see `Reader`.
   """
   factors = {
     name: read(pathlib.Path(place), params, model, MAX_RANK)
@@ -175,7 +165,6 @@ def add_tree(pool: Pool, name: str, params: Params) -> Pool:
 
   Args:
     pool: as for `add`.
-    name: as for `add`.
     params: parameters with the adapter, as `adapt.Adapt` or training returns.
   """
   _check_name(name)
@@ -235,7 +224,6 @@ def _check_name(name: str) -> None:
 
 
 def _without_slot(pool, name):
-  """Returns the pool with no slot for `name`."""
   return dataclasses.replace(
     pool,
     slots=tuple(None if n == name else n for n in pool.slots),
@@ -244,7 +232,6 @@ def _without_slot(pool, name):
 
 
 def _put(pool, name, adapter):
-  """Returns the pool with factors in host memory; checks that they fit."""
   sizes = slots_of.sizes(pool.params)
   for path, (a, b) in adapter.items():
     if path not in sizes:
@@ -264,7 +251,6 @@ def _put(pool, name, adapter):
 
 
 def _trimmed(pool):
-  """Drops re-readable adapters beyond `keep` from host memory."""
   again = [name for name in pool.host if name in pool.directories]
   out = set(again[: max(0, len(again) - pool.keep)])
   host = {k: v for k, v in pool.host.items() if k not in out}
@@ -272,7 +258,6 @@ def _trimmed(pool):
 
 
 def _read_adapter(pool, place):
-  """Reads an adapter's factors from a directory for this pool."""
   if pool.read is None:
     raise UserError(
       f"{place}: the pool was created without `read`, which reads directories"

@@ -152,7 +152,7 @@ def scale_values(
 def to_heads(
   s: Float[Array, "*L X"], heads: int, kv_heads: int
 ) -> Float[Array, "*L Y"]:
-  """Repeats numbers of value heads `[..., K H]` for query heads `[..., N H]`."""
+  """Repeats value heads' numbers `[..., K H]` for query heads, `[..., N H]`."""
   apart = s.reshape(*s.shape[:-1], kv_heads, -1)
   found = jnp.repeat(apart, heads // kv_heads, axis=-2)
   return found.reshape(*s.shape[:-1], -1)
