@@ -41,11 +41,8 @@ def lower_step(
   is not. Metrics that are still arrays after all transforms are dropped.
 
   Args:
-    step: from `make_train_step`.
     state: the state or its shapes. On a mesh, the new state has the same
       sharding, and metrics are replicated.
-    batch: a batch or its shapes.
-    key: the random key or its shape.
     state_transforms: applied to the state after each step, in order.
 
   Raises:
@@ -158,7 +155,6 @@ def _same(moving: TrainState) -> Any:
 
 
 def _kinds(batch: Batch) -> Kinds:
-  """Returns the shapes and dtypes that a program was compiled for."""
   return frozenset(
     (path, x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
     for path, x in batch.items()
@@ -166,7 +162,6 @@ def _kinds(batch: Batch) -> Kinds:
 
 
 def _shapes(batch: Batch) -> dict[str, str]:
-  """Returns shapes and dtypes as text."""
   return {
     path: f"{np.dtype(x.dtype).name}{list(x.shape)}"
     for path, x in sorted(batch.items())

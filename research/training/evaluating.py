@@ -40,7 +40,6 @@ def evaluate_all(
   """Returns `{"name/metric": mean}` over all evaluations.
 
   Args:
-    step: from `compiled`.
     evaluations: name -> whole batches, the same in every process.
     should_stop: called before each batch; must return the same in every
       process.
@@ -75,7 +74,6 @@ def evaluate(
   """Returns the weighted means of the metrics, and the total `weight`.
 
   Args:
-    step: from `compiled`.
     batches: whole batches of one shape, the same in every process.
 
   Raises:

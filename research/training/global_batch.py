@@ -22,9 +22,6 @@ def share(sharding: NamedSharding | None) -> tuple[int, int]:
   """Returns `(i, n)`: this process has the i-th of n equal parts of the rows.
 
   Returns `(0, 1)`, all rows, if the mesh scatters this process's rows.
-
-  Args:
-    sharding: sharding of a batch's arrays `[B, T]`, or None for one device.
   """
   if sharding is None or jax.process_count() == 1:
     return 0, 1
@@ -57,9 +54,6 @@ def array_sharding(
   Axes after the first that the mesh does not divide stay unsharded, as do all
   of those of an array in `PER_ROW`.
 
-  Args:
-    sharding: sharding of `[B, T]`.
-
   Raises:
     UserError: the mesh does not divide the rows.
   """
@@ -78,7 +72,6 @@ def check_rows(sharding: NamedSharding | None, rows: int) -> None:
   """Raises UserError if the mesh does not divide a batch of so many rows.
 
   Args:
-    sharding: sharding of `[B, T]`; None on one device.
     rows: rows of all processes, B.
   """
   if sharding is not None and rows % _pieces(sharding, 0):

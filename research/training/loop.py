@@ -58,7 +58,6 @@ class TrainConfig(Ranged):
     eval_every: steps between evaluations; 0 for one at the end only.
     save_every: steps between checkpoints, in addition to those after each
       evaluation and the last step; 0 for none.
-    keep: number of latest checkpoints to keep, besides the best.
     keep_every: steps between checkpoints that are never deleted; 0 for none.
     best: the metric that determines the best checkpoint.
     better: whether lower or higher values of it are better.
@@ -88,10 +87,8 @@ class Outcome:
   """The result of a run.
 
   Attributes:
-    state: the state after the last step.
     start: number of updates done before this process started.
     best: (step, metric) of the best checkpoint, or None.
-    evaluation: metrics of the last evaluation in this process.
     tokens_per_s: training throughput in this process, without padding,
       evaluation and saving; None if it did no step.
     seconds: seconds per activity in this process, see `Goodput`.
@@ -130,14 +127,12 @@ def fit(
   of `training`. They stop at the same step, whatever the reason.
 
   Args:
-    tx: the optimizer that `state` was created with.
     state: the initial state. Its trainable part is donated.
     training: endless batches with this process's share of the rows
       (`global_batch.share`), of one shape, or of as many as it says
       (`Bucketed`), for each of which a program is compiled. The iterator is
       checkpointed if it is one of grain's. Or `Rollouts`, which sample them
       from the parameters.
-    config: duration and schedule.
     workdir: receives `metrics.jsonl`, `checkpoints/` and `profile/`.
     evaluations: name -> whole batches; metrics are written as `name/metric`.
     source: where the frozen weights can be loaded from, see `record_base`.
@@ -340,7 +335,6 @@ def fit(
 def _is_evaluated(
   config: TrainConfig, number: int, evaluations: Evaluations | None
 ) -> bool:
-  """Whether step `number` is evaluated."""
   return bool(evaluations) and _due(
     config.eval_every, number, number == config.steps
   )

@@ -65,12 +65,8 @@ def log_probs(
   """Returns log p(target) of each position.
 
   Args:
-    model: the model whose output head is used.
-    hidden: the hidden states that predict `targets`.
-    targets: token ids.
     rows: batch times positions per chunk on a device.
     excluded: a token that gets probability 0, or None.
-    temperature: divides the logits.
   """
 
   def one(head, hidden, targets):

@@ -78,7 +78,6 @@ class StopRequest:
   """
 
   def __init__(self):
-    """Creates a handler; JAX may be connected to other processes already."""
     self.requested = False
     self.unsaved = False
     self.alone = not jax.distributed.is_initialized() or _is_alone()
@@ -198,9 +197,6 @@ class SaveTimes:
   def __init__(self, nbytes: int):
     """Expects `ASSUMED_RATE` until a save was measured.
 
-    Args:
-      nbytes: that this process saves.
-
     Raises:
       UserError: the variable holds no number.
     """
@@ -231,7 +227,6 @@ class SaveTimes:
     )
 
   def measured(self, seconds: float) -> None:
-    """Notes how long a save took."""
     self._expected, self._measured = seconds, True
 
 

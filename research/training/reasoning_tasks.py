@@ -58,7 +58,6 @@ class Solutions(Ranged, ShuffledBatches):
     prompting: what the model reads of a problem. Arrays beside the tokens, such
       as a picture's pixels, are in the batch; they are made anew for each.
     batch_size: rows in a batch over all processes, B.
-    seed: random seed of the shuffle.
   """
 
   task: Task
@@ -177,7 +176,6 @@ class VerifiedTask:
 
   Attributes:
     task: has the problems, and judges answers.
-    vocabulary: source of the model's tokenizer.
     stop_tokens: ids that end an answer; None for the tokenizer's.
     excluding: problems whose questions are never sampled. Generators may ask
       the same in two splits, as reasoning-gym's do where there is little to
@@ -200,7 +198,6 @@ class VerifiedTask:
 
   @functools.cached_property
   def tokenizer(self) -> Any:
-    """The model's tokenizer."""
     return self.vocabulary.load()
 
   def sample(self, rng: np.random.Generator, count: int) -> list[Prompt]:
@@ -220,7 +217,6 @@ class VerifiedTask:
 
   @functools.cached_property
   def _allowed(self) -> np.ndarray:
-    """Indices of problems whose questions may be sampled."""
     if self.excluding is None:
       return np.arange(len(self.task))
     excluded = {problem.prompt for problem in self.excluding}
@@ -236,12 +232,7 @@ class VerifiedTask:
     return float(verdict is not None and verdict.correct)
 
   def verdict(self, prompt: Prompt, answer: Sequence[int]) -> Verdict | None:
-    """Returns the task's verdict on an answer; None for one that was cut.
-
-    Args:
-      prompt: has the problem.
-      answer: token ids, the end's included.
-    """
+    """Returns the task's verdict on an answer; None for one that was cut."""
     stop = self.stop_tokens
     stop = self.tokenizer.stop if stop is None else stop
     # What was cut may look right, and go on wrongly.

@@ -122,7 +122,6 @@ class Stream:
     return first
 
   def next(self, state: TrainState, step: int) -> Batch:
-    """Returns the next batch."""
     del state, step
     if self._placed is None:
       self._placed = global_batch.to_global_batches(
@@ -156,7 +155,6 @@ class OnPolicy:
 
   @property
   def resumable(self) -> "OnPolicy":
-    """What `checkpoints` asks for its position: this."""
     return self
 
   @property
@@ -175,7 +173,6 @@ class OnPolicy:
 
     Args:
       state: before the update; read at the start of a round only.
-      step: number of updates done.
     """
     self._sample(state, step)
     self._step = step + 1
@@ -194,7 +191,6 @@ class OnPolicy:
     return position
 
   def set_state(self, position: Mapping[str, Any]) -> None:
-    """Goes to a position that `get_state` returned."""
     self._step, self._round = position["step"], None
     self._start = self._step - self._step % self._rollouts.updates
     saved = position["round"]
@@ -233,12 +229,7 @@ class OnPolicy:
 def batch_source(
   training: Iterable[Batch] | Rollouts, sharding: NamedSharding | None
 ) -> Stream | OnPolicy:
-  """Returns where the loop's batches come from.
-
-  Args:
-    training: endless batches, or rollouts.
-    sharding: sharding of batches `[B, T]`, or None on one device.
-  """
+  """Returns where the loop's batches come from."""
   if isinstance(training, Rollouts):
     return OnPolicy(training, sharding)
   return Stream(training, sharding)

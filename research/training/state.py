@@ -125,7 +125,6 @@ def shard_params(params: Params, shardings: Placement) -> Params:
 
   Args:
     params: arrays that every process holds completely, or global arrays.
-    shardings: maps the tree to its shardings.
   """
 
   def one(x: Any, where: jax.sharding.Sharding) -> Array:
@@ -143,12 +142,7 @@ def shard_params(params: Params, shardings: Placement) -> Params:
 def _check(
   field: str, selected: Params, params: Params, pattern: str, codes: bool
 ) -> None:
-  """Raises UserError if nothing, or something not trainable, is selected.
-
-  Args:
-    field: name of the field with the pattern.
-    codes: whether the optimizer can train weights stored as codes.
-  """
+  """Raises UserError if nothing, or something not trainable, is selected."""
   selected_arrays = tree.flatten_paths(selected)
   if not selected_arrays:
     paths = [path for path, _ in tree.flatten_paths(params)]

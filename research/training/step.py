@@ -59,7 +59,6 @@ def make_train_step(
   The step's randomness derives from `fold_in(key, state.step)`.
 
   Args:
-    tx: the optimizer, over `state.trainable`.
     accumulate: number of microbatches for gradient accumulation; must divide
       the batch.
     average: decay of the exponential moving average, if the state has one.
@@ -110,12 +109,10 @@ def make_train_step(
 
 
 def _adds_small(tx: optax.GradientTransformation, accumulate: int) -> bool:
-  """Whether projected gradients of microbatches are accumulated."""
   return accumulate > 1 and isinstance(tx, Compressing)
 
 
 def _moved(tx, accumulate, grads, opt_state, trainable):
-  """Returns the parameters and the optimizer state after an update."""
   if isinstance(tx, Layerwise):
     return tx.move(grads, opt_state, trainable)
   apply = tx.apply if _adds_small(tx, accumulate) else tx.update

@@ -61,11 +61,7 @@ class Activity:
 
 
 class Watchdog:
-  """Watches the processes of a run; a context manager.
-
-  Attributes:
-    activity: what this process does.
-  """
+  """Watches the processes of a run; a context manager."""
 
   def __init__(
     self,
@@ -79,11 +75,8 @@ class Watchdog:
     """Starts nothing yet.
 
     Args:
-      workdir: the run's directory, which all processes see.
-      processes: number of processes.
       patience: seconds without any progress; None never ends a run.
       end: is called with `EXIT_STATUS`.
-      clock: returns seconds.
     """
     self.activity = Activity()
     self._folder = workdir / FOLDER
@@ -109,12 +102,7 @@ class Watchdog:
       self._thread.join()
 
   def doing(self, what: str, collective: str | None = None) -> None:
-    """Notes what this process does from now on.
-
-    Args:
-      what: in a few words.
-      collective: that it enters, if it does.
-    """
+    """Notes what this process does from now on."""
     last = self.activity
     self.activity = Activity(
       count=last.count + 1,

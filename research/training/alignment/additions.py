@@ -33,12 +33,10 @@ class Additions(Ranged):
 
   @property
   def end(self) -> int:
-    """The id of the end of an answer, the last one."""
     return self.plus + 2
 
   @property
   def vocab(self) -> int:
-    """How many ids there are."""
     return self.end + 1
 
   def sample(self, rng: np.random.Generator, count: int) -> list[Prompt]:
@@ -51,7 +49,6 @@ class Additions(Ranged):
     return [self.prompt(*divmod(int(i), self.numbers)) for i in chosen]
 
   def prompt(self, a: int, b: int) -> Prompt:
-    """Returns `a + b =`."""
     return Prompt((a, self.plus, b, self.plus + 1), (a, b))
 
   def reward(self, prompt: Prompt, answer: Sequence[int]) -> float:

@@ -43,7 +43,6 @@ class GroupRollouts(Ranged):
 
   Attributes:
     task: prompts and rewards.
-    prompts: number of prompts of a round.
     group: answers to a prompt.
     updates: updates of the parameters by one round; clipping matters from the
       second.
@@ -61,7 +60,6 @@ class GroupRollouts(Ranged):
     overlong: what becomes of answers without an end.
     reference: selects the reference's parameters, if the surrogate has a
       divergence.
-    seed: random seed of prompts and answers.
     objective: the loss, with its model; an experiment sets it.
   """
 

@@ -31,7 +31,6 @@ class PolicyGradient(Ranged):
 
   Attributes:
     model: the network; the experiment sets it.
-    surrogate: the loss.
     temperature: by which logits are divided, that of the sampling: the policy
       is the distribution that answers were drawn from.
     policy: selects the policy's parameters.
@@ -45,12 +44,7 @@ class PolicyGradient(Ranged):
   rows: PositiveInt = 256
 
   def log_probs(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
-    """Returns log p of each target, 0 where it is not an answer's.
-
-    Args:
-      params: parameters of one model, such as the policy or the reference.
-      batch: batch of text.
-    """
+    """Returns log p of each target, 0 where it is not an answer's."""
     mask = Mask.causal(segments=batch["segments"])
     params = weights.with_tokens(params, batch["tokens"], batch["segments"])
     hidden, _ = self.model.apply(

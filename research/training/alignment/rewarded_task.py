@@ -17,12 +17,7 @@ from research.typing import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A prompt of the policy.
-
-  Attributes:
-    tokens: ids, at least one.
-    problem: what the task needs to judge an answer.
-  """
+  """A prompt of the policy."""
 
   tokens: tuple[int, ...]
   problem: Any = None
@@ -69,13 +64,7 @@ def judged(
   prompts: Sequence[Prompt],
   answers: Sequence[Sequence[int]],
 ) -> AnswerRewards:
-  """Returns the rewards of answers, one by one or all at once.
-
-  Args:
-    task: that judges.
-    prompts: one for each answer.
-    answers: token ids.
-  """
+  """Returns the rewards of answers, one by one or all at once."""
   if isinstance(task, JudgesTogether):
     return task.judge(prompts, answers)
   pairs = zip(prompts, answers, strict=True)
@@ -97,9 +86,7 @@ def sampled(
   """Returns answers to prompts, each with its stop token if it ended by one.
 
   Args:
-    prompts: token ids.
     new_tokens: most tokens of an answer.
-    stop_tokens: ids that end an answer.
     mask: what the tokens of a prompt see of each other; None for causal.
   """
   parts = generate.chunks(
@@ -111,12 +98,7 @@ def sampled(
 
 @dataclasses.dataclass(frozen=True)
 class AnswerRate:
-  """The share of prompts that a model answers right.
-
-  Attributes:
-    right: number of right answers.
-    count: number of prompts.
-  """
+  """The share of prompts that a model answers right."""
 
   right: float
   count: int
@@ -125,7 +107,6 @@ class AnswerRate:
     return f"{100 * self.right / self.count:.1f} of {self.count} prompts"
 
   def to_json(self) -> dict[str, Any]:
-    """Returns numbers."""
     return {"reward": self.right / self.count, "count": self.count}
 
 
@@ -135,9 +116,7 @@ class GreedyReward:
 
   Attributes:
     task: prompts and rewards.
-    count: number of prompts.
     new_tokens, stop_tokens: as for `GroupRollouts`.
-    policy: selects the policy's parameters.
     seed: random seed of the prompts; the task decides which are held out.
   """
 
@@ -149,7 +128,6 @@ class GreedyReward:
   seed: int = 0
 
   def __call__(self, loaded: Any) -> AnswerRate:
-    """Returns the rate of a model's greedy answers."""
     key = jax.random.key(0)
     return self._rate(loaded, self._prompts(), GREEDY, key)
 
@@ -163,7 +141,6 @@ class GreedyReward:
     sampling: Sampling,
     key: Array,
   ) -> AnswerRate:
-    """Returns the rate of one answer to each prompt."""
     answers = sampled(
       loaded.model,
       self.policy(loaded.params),
@@ -197,7 +174,6 @@ class PolicyRates:
     )
 
   def to_json(self) -> dict[str, Any]:
-    """Returns numbers."""
     return {
       "greedy": self.greedy.right / self.greedy.count,
       "sampled": self.sampled.right / self.sampled.count,
@@ -211,7 +187,6 @@ class SampledReward(GreedyReward):
   """The mean rewards of greedy and of sampled answers.
 
   Attributes:
-    samples: answers sampled to each prompt.
     sampling: how their tokens are drawn.
   """
 
@@ -219,7 +194,6 @@ class SampledReward(GreedyReward):
   sampling: Sampling = Sampling(temperature=1.0)
 
   def __call__(self, loaded: Any) -> PolicyRates:
-    """Returns the rates of a model's answers."""
     prompts = self._prompts()
     keys = jax.random.split(jax.random.key(self.seed), self.samples + 1)
     greedy = self._rate(loaded, prompts, GREEDY, keys[0])

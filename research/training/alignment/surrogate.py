@@ -96,7 +96,6 @@ class Clip(Ranged):
   def __call__(
     self, ratio: Float[Array, "B T"], advantage: Float[Array, "B #T"]
   ) -> Float[Array, "B T"]:
-    """Returns the gain of each token."""
     near = jnp.clip(ratio, 1 - self.lower, 1 + self.upper)
     if self.dual_clip is not None:
       ratio = jnp.minimum(ratio, self.dual_clip)
@@ -105,7 +104,6 @@ class Clip(Ranged):
   def acts(
     self, ratio: Float[Array, "B T"], advantage: Float[Array, "B #T"]
   ) -> Bool[Array, "B T"]:
-    """Returns whether a token lost its gradient to `lower` or `upper`."""
     low = (ratio < 1 - self.lower) & (advantage < 0)
     return low | ((ratio > 1 + self.upper) & (advantage > 0))
 
@@ -145,7 +143,6 @@ class PerLength(Ranged):
   def __call__(
     self, terms: Float[Array, "B T"], answer: Bool[Array, "B T"]
   ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Returns each row's sum over `length`, and its weight."""
     total = jnp.where(answer, terms, 0.0).sum(-1)
     return total / self.length, answer.any(-1).astype(jnp.float32)
 

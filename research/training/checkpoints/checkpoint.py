@@ -63,7 +63,6 @@ class Checkpoints:
 
     Args:
       folder: folder of the run's checkpoints, local or remote.
-      keep: number of latest checkpoints to keep.
       every: steps between permanent checkpoints; 0 for none.
       best: the metric that determines the best checkpoint.
       better: whether lower or higher values of it are better.
@@ -117,17 +116,14 @@ class Checkpoints:
 
   @property
   def steps(self) -> list[int]:
-    """The steps that exist, in order."""
     return [c.step for c in self._steps.checkpoints]
 
   @property
   def latest(self) -> int | None:
-    """The last step, or None."""
     return self.steps[-1] if self.steps else None
 
   @property
   def best(self) -> tuple[int, float] | None:
-    """The best step and its metric, or None if none has a finite metric."""
     costs = [
       (c.metrics["cost"], -c.step)
       for c in self._steps.checkpoints
@@ -215,10 +211,6 @@ class Checkpoints:
     A damaged checkpoint is reported on stderr and moved aside
     (`<step>.damaged`); then the previous one is tried. Returns
     `(target, None)` if nothing was ever saved.
-
-    Args:
-      target: see `restore`.
-      data: the data iterator, whose position is restored.
 
     Raises:
       UserError: it does not match `target`, or all checkpoints are damaged.
@@ -336,7 +328,6 @@ def _check_name(path: os.PathLike) -> None:
 
 
 def _barrier() -> None:
-  """Waits for all processes, so that all see the renamed folders."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("checkpoints")
 

@@ -49,11 +49,7 @@ def array_types(arrays: Any) -> dict[str, str]:
 
 
 def sums(arrays: Any) -> dict[str, int]:
-  """Returns path -> checksum of every array, in every process.
-
-  Args:
-    arrays: a tree of arrays of any dtype and sharding.
-  """
+  """Returns path -> checksum of every array, in every process."""
   arrays_by_path = tree.flatten_paths(arrays)
   if not arrays_by_path:
     return {}
@@ -116,9 +112,6 @@ def list_files(folder: folders.Folder) -> dict[str, list[int]]:
 
   Files larger than `MAX_CRC_BYTES` have no CRC: they contain arrays, which have
   checksums.
-
-  Args:
-    folder: an existing folder.
   """
   files = {}
   for name, path in _walk(folder, ""):

@@ -51,7 +51,6 @@ def record_base(
   """Records the frozen weights of a run, or checks them against the record.
 
   Args:
-    frozen: the frozen parameters.
     source: a JSON object that says where the weights can be loaded from. If
       None, they are copied into `folder/frozen`.
     saved: whether the run has saved anything; until then, what it recorded is
@@ -91,10 +90,6 @@ def warn_of_other_base(
 
   No error: other hardware may round weights that a transform has computed, such
   as quantized ones, in another way.
-
-  Args:
-    frozen: the frozen parameters of now.
-    source: where they come from.
   """
   note = folders.folder(folder) / "base.json"
   if not note.exists():  # of a run from before there were notes

@@ -33,11 +33,6 @@ def restore(
 ) -> tuple[TrainState, int | None]:
   """Restores the unevaluated state if it is later than step `resumed`.
 
-  Args:
-    target: a state with the right shapes and shardings.
-    data: the data iterator, whose position is restored.
-    resumed: the step that the run would resume from otherwise.
-
   Returns:
     `(state, step)`, or `(target, None)` if there is none or it is damaged.
   """

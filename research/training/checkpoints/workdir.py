@@ -61,7 +61,6 @@ def claim_workdir(
 
   Args:
     workdir: local, or remote such as `gs://bucket/run`.
-    may_differ: regular expression of lines that may differ.
 
   Raises:
     UserError: it belongs to another experiment, or cannot be written.
@@ -167,7 +166,6 @@ def _statements(text: str) -> list[str]:
 
 
 def _bindings(text: str) -> dict[str, str]:
-  """Returns the bindings of an operative configuration, by name."""
   pairs = (re.match(r"([\w./]+) = (.*)", x) for x in _statements(text))
   return {match[1]: match[2] for match in pairs if match}
 

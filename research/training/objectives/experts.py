@@ -47,7 +47,6 @@ class Balance(Ranged):
 
     Args:
       loads: third output of `Transformer.with_router_loads`.
-      weight: weight of the batch, which multiplies the means over layers.
       training: whether to add the losses; evaluation only reports metrics.
 
     Raises:

@@ -101,10 +101,7 @@ def chunked_cross_entropy(
   Args:
     logits: a pure function that closes over no traced array.
     head: the parameters of `logits`: a Weight, or a tree of Weights.
-    hidden: final hidden states.
     targets: token ids; those with weight 0 may be any id below V.
-    weight: weight of each target in the sum.
-    loss: the loss of a position, and the size of a chunk.
   """
   leaves, structure = jax.tree.flatten(head)
 

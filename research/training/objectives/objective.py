@@ -77,10 +77,6 @@ class WholeBatch:
 def with_model(objective: Any, model: Any) -> Any:
   """Returns the objective with its network.
 
-  Args:
-    objective: a dataclass with a field `model`.
-    model: a value of the field's type.
-
   Raises:
     UserError: the objective is of another kind of model.
   """
@@ -149,7 +145,6 @@ class NextToken(Ranged):
     return dataclasses.replace(self, mask=mask)
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
-    """Returns the sums of loss, weights and correct predictions."""
     params = weights.bind(params, key=key)
     tokens, segments = batch["tokens"], batch["segments"]
     params = weights.with_tokens(params, tokens, segments)

@@ -29,16 +29,11 @@ def all_params(params: Params) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Selects one of several models in a tree.
-
-  Attributes:
-    name: key of the model.
-  """
+  """Selects one of several models in a tree."""
 
   name: str
 
   def __call__(self, params: Params) -> Any:
-    """Returns the parameters under the key."""
     if self.name not in params:
       raise UserError(
         f"params: found {', '.join(params)}, expected {self.name!r}.\n"
@@ -53,15 +48,11 @@ class Copies:
 
   The arrays are shared, not copied. Train one of the copies
   (`trainable = '^policy/'`) and the others stay fixed.
-
-  Attributes:
-    names: keys of the new tree.
   """
 
   names: tuple[str, ...] = ("policy", "reference")
 
   def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
-    """Returns `{name: params}`."""
     return {name: params for name in self.names}
 
 
@@ -70,15 +61,11 @@ class KeepPart:
   """A weight transform: keeps one of several models, the inverse of `Copies`.
 
   After training (`Experiment.after`) the reference is of no more use.
-
-  Attributes:
-    name: key of the model.
   """
 
   name: str = "policy"
 
   def __call__(self, params: Params, key: PRNGKey) -> Any:
-    """Returns the parameters under the key."""
     del key
     return Part(self.name)(params)
 
@@ -96,7 +83,6 @@ class DPO(Ranged):
     beta: b, the strength of the KL regularisation towards the reference.
     smoothing: probability that a label is wrong (conservative DPO, Mitchell
       2023, equation 3).
-    policy: selects the parameters of the policy.
     reference: selects the parameters of the reference, which get no gradient.
       If the policy is an adapted model, this can be the base model.
     rows: rows of logits materialised at a time.
@@ -137,7 +123,6 @@ class DPO(Ranged):
     return (loss * real).sum(), real.sum(), sums
 
   def _scores(self, params: Params, batch: Batch) -> Float[Array, "B 2"]:
-    """Returns log p(answer | prompt) of both answers of each pair."""
     flat = {
       k: v.reshape(-1, v.shape[-1]) for k, v in batch.items() if v.ndim == 3
     }

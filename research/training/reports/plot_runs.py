@@ -36,8 +36,6 @@ class Curves:
   """The data of a run to plot.
 
   Attributes:
-    name: legend entry.
-    records: records of its metrics file.
     seconds: bucket -> wall seconds; empty if not recorded.
     fraction: its goodput, or None.
   """

@@ -29,7 +29,6 @@ def plot_sweep(
   seeds. Each run is a dot; the band spans minimum to maximum.
 
   Args:
-    groups: at least one group, with at least one run each.
     axis: parameter on the x axis; groups without it are left out.
   """
   here = [(unit, values) for unit, values in groups if axis in unit]

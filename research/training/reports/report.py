@@ -68,7 +68,6 @@ class Report:
     self._before = time.perf_counter()
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Writes metrics of `step`."""
     for writer in self._writers:
       writer.scalars(step, values)
 
