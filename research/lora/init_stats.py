@@ -148,15 +148,20 @@ def _name(arrays: Mapping[str, Any]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Covariances:
-  """CorDA's input covariances, normalised per sample, averaged over samples."""
+class _Measured:
+  """Base of statistics that a model's run on data measures."""
 
   calibration: CalibrationData
 
-  def with_model(self, loaded: Any) -> "Covariances":
+  def with_model(self, loaded: Any) -> Any:
     return dataclasses.replace(
       self, calibration=self.calibration.with_model(loaded)
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Covariances(_Measured):
+  """CorDA's input covariances, normalised per sample, averaged over samples."""
 
   def __call__(
     self, params: Params, addresses: Sequence[str], key: PRNGKey
@@ -169,15 +174,8 @@ class Covariances:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gradients:
+class Gradients(_Measured):
   """LoRA-GA's gradients of the mean loss, averaged over batches."""
-
-  calibration: CalibrationData
-
-  def with_model(self, loaded: Any) -> "Gradients":
-    return dataclasses.replace(
-      self, calibration=self.calibration.with_model(loaded)
-    )
 
   def __call__(
     self, params: Params, addresses: Sequence[str], key: PRNGKey
@@ -189,7 +187,7 @@ class Gradients:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InputPCA:
+class InputPCA(_Measured):
   """EVA's principal components of the inputs, by decreasing variance.
 
   Exact eigenvectors of the covariance of centred inputs; EVA's authors use
@@ -199,13 +197,7 @@ class InputPCA:
     count: components per matrix; at least the method's rank.
   """
 
-  calibration: CalibrationData
   count: int = 16
-
-  def with_model(self, loaded: Any) -> "InputPCA":
-    return dataclasses.replace(
-      self, calibration=self.calibration.with_model(loaded)
-    )
 
   def __call__(
     self, params: Params, addresses: Sequence[str], key: PRNGKey

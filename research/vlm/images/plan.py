@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from research.errors import UserError
-from research.vlm.images.resize import Pixels, Size
+from research.vlm.images.resize import Pixels, Size, resize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Tiling(abc.ABC):
     tile: side of a view, where all are square.
     patch: the encoder's patch.
     pool: patches, each way, that become one soft token.
+    resample: the filter that resizes.
   """
 
   @property
@@ -133,10 +134,8 @@ class Tiling(abc.ABC):
   @abc.abstractmethod
   def _plan(self, height: int, width: int) -> Plan: ...
 
-  @abc.abstractmethod
-  def _views(
-    self, image: Pixels, plan: Plan
-  ) -> UInt8[np.ndarray, "N H W 3"]: ...
+  def _views(self, image: Pixels, plan: Plan) -> UInt8[np.ndarray, "N H W 3"]:
+    return resize(image, plan.content, self.resample)[None]
 
 
 def square(tile: int, patch: int, pool: int) -> tuple[Size, Size]:

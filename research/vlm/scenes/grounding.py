@@ -16,7 +16,7 @@ from research.vlm.scenes import drawing
 from research.vlm.scenes.rules import PerSample, Rule, question_part
 from research.vlm.scenes.sample import Box, Sample
 from research.vlm.scenes.shapes import place
-from research.vlm.scenes.task import Task
+from research.vlm.scenes.task import Task, pick
 
 _UNITS = 100
 
@@ -95,9 +95,9 @@ class Grounding(Task):
     others = [x for x in pairs if x[0] != colour and x[1] != shape]
     scene = [pair]
     if stratum == "shared":
-      scene += [_pick(rng, same_colour), _pick(rng, same_shape)]
+      scene += [pick(rng, same_colour), pick(rng, same_shape)]
       others += same_colour + same_shape
-    scene += [_pick(rng, others) for _ in range(total - len(scene))]
+    scene += [pick(rng, others) for _ in range(total - len(scene))]
     objects = place(rng, scene, self.size, self.cells)
     (box,) = [x.box for x in objects if (x.colour, x.name) == pair]
     program = {
@@ -113,7 +113,3 @@ class Grounding(Task):
 
   def render(self, sample: Sample) -> tuple[UInt8[np.ndarray, "..."], ...]:
     return (drawing.scene(sample.objects, self.size, self.size),)
-
-
-def _pick(rng: np.random.Generator, values):
-  return values[int(rng.integers(len(values)))]

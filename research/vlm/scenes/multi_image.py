@@ -22,7 +22,7 @@ from research.vlm.scenes.rules import (
 )
 from research.vlm.scenes.sample import Object, Sample
 from research.vlm.scenes.shapes import place
-from research.vlm.scenes.task import Task
+from research.vlm.scenes.task import Task, pick
 
 _MARGIN = 1.2
 """Least ratio of the largest area to the next."""
@@ -97,13 +97,13 @@ class MultiImage(Task):
     self.expect("size", 8 * self.cells)
 
   def _more(self, rng: np.random.Generator) -> Sample:
-    colour = _pick(rng, self.colours)
+    colour = pick(rng, self.colours)
     while True:
       scenes = [
         place(
           rng,
           [
-            (_pick(rng, self.colours), "square")
+            (pick(rng, self.colours), "square")
             for _ in range(rng.integers(2, self.max_objects + 1))
           ],
           self.size,
@@ -126,7 +126,7 @@ class MultiImage(Task):
   def _which(self, rng: np.random.Generator) -> Sample:
     colour, other = (self.colours[i] for i in _two(rng, self.colours))
     shape, other_shape = (self.shapes[i] for i in _two(rng, self.shapes))
-    stratum = _pick(rng, ("absent", "unbound"))
+    stratum = pick(rng, ("absent", "unbound"))
     answer = int(rng.integers(self.images))
     fillers = [
       (c, s)
@@ -141,9 +141,9 @@ class MultiImage(Task):
       elif stratum == "unbound":
         pairs = [(colour, other_shape), (other, shape)]
       else:
-        pairs = [_pick(rng, fillers), _pick(rng, fillers)]
+        pairs = [pick(rng, fillers), pick(rng, fillers)]
       rest = int(rng.integers(self.max_objects - 1))
-      pairs += [_pick(rng, fillers) for _ in range(rest)]
+      pairs += [pick(rng, fillers) for _ in range(rest)]
       scenes.append(place(rng, pairs, self.size, self.cells))
     program = {"colour": colour, "shape": shape}
     drawn = self._sample("which", scenes, program, stratum)
@@ -184,7 +184,3 @@ class MultiImage(Task):
 
 def _two(rng: np.random.Generator, values: tuple[str, ...]) -> list[int]:
   return rng.permutation(len(values))[:2].tolist()
-
-
-def _pick(rng: np.random.Generator, values):
-  return values[int(rng.integers(len(values)))]

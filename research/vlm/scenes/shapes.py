@@ -27,7 +27,7 @@ from research.vlm.scenes.rules import (
   yes_no,
 )
 from research.vlm.scenes.sample import YES_NO, Object, Sample
-from research.vlm.scenes.task import Task
+from research.vlm.scenes.task import Task, pick
 
 Pair = tuple[str, str]
 """A colour and a shape."""
@@ -195,8 +195,8 @@ class Shapes(Task):
 
   def _count(self, rng: np.random.Generator) -> Draft:
     forms = ("colour", "shape", "pair")
-    form = "pair" if self.composition == "novel" else _pick(rng, forms)
-    colour, shape = _pick(rng, self._asked_pairs)
+    form = "pair" if self.composition == "novel" else pick(rng, forms)
+    colour, shape = pick(rng, self._asked_pairs)
     program = {"colour": colour, "shape": shape}
     if form != "pair":
       program = {form: program[form]}
@@ -215,10 +215,10 @@ class Shapes(Task):
     return Draft(text, str(count), numbers, form, program, pairs)
 
   def _exists(self, rng: np.random.Generator) -> Draft:
-    pair, other, has_colour, has_shape = _pick(rng, self._squares)
+    pair, other, has_colour, has_shape = pick(rng, self._squares)
     colour, shape = pair
-    stratum = _pick(rng, ("absent", "one", "both"))
-    answer = _pick(rng, YES_NO)
+    stratum = pick(rng, ("absent", "one", "both"))
+    answer = pick(rng, YES_NO)
     total = int(rng.integers(2, self.max_objects + 1))
     possible = self._possible
     if stratum == "both":
@@ -233,7 +233,7 @@ class Shapes(Task):
         if (given == 0 or p[0] != colour) and (given == 1 or p[1] != shape)
       ]
       first = other if given is None else (has_colour, has_shape)[given]
-      two = [first, pair if answer == "yes" else _pick(rng, rest)]
+      two = [first, pair if answer == "yes" else pick(rng, rest)]
     return Draft(
       f"Is there a {colour} {shape}?",
       answer,
@@ -246,12 +246,12 @@ class Shapes(Task):
   def _relation(self, rng: np.random.Generator) -> Draft:
     pairs = self._possible
     first, second = (pairs[i] for i in rng.permutation(len(pairs))[:2])
-    relation = _pick(rng, tuple(RELATIONS))
+    relation = pick(rng, tuple(RELATIONS))
     axis, sign = RELATIONS[relation]
-    answer = _pick(rng, YES_NO)
-    stratum = _pick(rng, ("same half", "across"))
+    answer = pick(rng, YES_NO)
+    stratum = pick(rng, ("same half", "across"))
     half = self.cells // 2
-    low, high = _pick(
+    low, high = pick(
       rng,
       [
         ends
@@ -285,9 +285,9 @@ class Shapes(Task):
     )
 
   def _colour(self, rng: np.random.Generator) -> Draft:
-    shape = _pick(rng, self.shapes)
+    shape = pick(rng, self.shapes)
     choices = tuple(c for c in self.colours if (c, shape) in self._possible)
-    answer = _pick(rng, choices)
+    answer = pick(rng, choices)
     total = int(rng.integers(1, self.max_objects + 1))
     rest = [p for p in self._possible if p[1] != shape]
     stratum = "1-3 objects" if total <= 3 else "4 or more"
@@ -298,10 +298,10 @@ class Shapes(Task):
   def _compare(self, rng: np.random.Generator) -> Draft:
     colours = [self.colours[i] for i in rng.permutation(len(self.colours))]
     first, second = colours[:2]
-    answer = _pick(rng, YES_NO)
-    stratum = _pick(rng, ("by one", "by more"))
+    answer = pick(rng, YES_NO)
+    stratum = pick(rng, ("by one", "by more"))
     most = min(self.max_count, self.max_objects // 2)
-    less, more = _pick(
+    less, more = pick(
       rng,
       [
         ends
@@ -386,9 +386,5 @@ def _matches(pair: Pair, program: dict[str, str | int]) -> bool:
   return all(program.get(part, found) == found for part, found in named)
 
 
-def _pick(rng: np.random.Generator, values):
-  return values[int(rng.integers(len(values)))]
-
-
 def _picks(rng: np.random.Generator, values, count: int) -> list:
-  return [_pick(rng, values) for _ in range(count)]
+  return [pick(rng, values) for _ in range(count)]

@@ -21,7 +21,7 @@ from research.ranges import Between
 from research.typing import UInt8, UserError
 from research.vlm.scenes.rules import MAJORITY, PerSample, yes_no
 from research.vlm.scenes.sample import YES_NO, Object, Sample
-from research.vlm.scenes.task import Task
+from research.vlm.scenes.task import Task, pick
 
 FOLDER = "/usr/share/tuxpaint/stamps"
 """Where the package puts them."""
@@ -194,30 +194,30 @@ class Stamps(Task):
     return getattr(self, f"_{kind}")(rng)
 
   def _caption(self, rng: np.random.Generator) -> Sample:
-    stamp = _pick(rng, self.stamps())
+    stamp = pick(rng, self.stamps())
     text = "What is in the picture?"
     return self._sample("caption", text, stamp.caption, stamp.category, stamp)
 
   def _category(self, rng: np.random.Generator) -> Sample:
     choices = tuple(sorted({x.category for x in read_stamps(self.folder)}))
     stamps = self.stamps()
-    category = _pick(rng, sorted({x.category for x in stamps}))
-    stamp = _pick(rng, [x for x in stamps if x.category == category])
+    category = pick(rng, sorted({x.category for x in stamps}))
+    stamp = pick(rng, [x for x in stamps if x.category == category])
     text = "What kind of thing is in the picture?"
     return self._sample("category", text, category, category, stamp, choices)
 
   def _exists(self, rng: np.random.Generator) -> Sample:
     stamps = self.stamps()
-    stratum, alike = _pick(rng, list(_NEGATIVES.items()))
-    answer = _pick(rng, YES_NO)
+    stratum, alike = pick(rng, list(_NEGATIVES.items()))
+    answer = pick(rng, YES_NO)
     while True:
-      asked = _pick(rng, stamps)
+      asked = pick(rng, stamps)
       others = [
         x for x in stamps if x.caption != asked.caption and alike(asked, x)
       ]
       if others:
         break
-    stamp = asked if answer == "yes" else _pick(rng, others)
+    stamp = asked if answer == "yes" else pick(rng, others)
     text = f"Does this describe the picture? {asked.caption}"
     program = {
       "caption": asked.caption,
@@ -246,7 +246,3 @@ _NEGATIVES: dict[str, Callable[[Stamp, Stamp], bool]] = {
   "category": lambda asked, x: x.category == asked.category,
   "folder": lambda asked, x: x.folder == asked.folder,
 }
-
-
-def _pick(rng: np.random.Generator, values):
-  return values[int(rng.integers(len(values)))]

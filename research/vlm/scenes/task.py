@@ -9,7 +9,7 @@ seeds, and questions about one image stay together.
 import abc
 import dataclasses
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, overload
 
 import numpy as np
@@ -24,6 +24,11 @@ from research.vlm.scenes.sample import Object, Sample, Samples
 _ATTEMPTS = 2000
 _PARTS = 10
 _VALIDATION, _HELDOUT = 0, 1
+
+
+def pick[T](rng: np.random.Generator, values: Sequence[T]) -> T:
+  """Returns one of some values, each as likely as any other."""
+  return values[int(rng.integers(len(values)))]
 
 
 def split_of(objects: Iterable[Object]) -> Split:

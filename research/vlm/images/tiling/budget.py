@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from research.vlm.images.plan import Plan, Tiling
-from research.vlm.images.resize import Resample, Size, resize
+from research.vlm.images.resize import Resample, Size
 
 GEMMA4_BUDGETS = (70, 140, 280, 560, 1120)
 
@@ -38,9 +38,6 @@ class Budget(Tiling):
       views=1, view=size, patches=grid,
       grids=((grid[0] // self.pool, grid[1] // self.pool),),
     )  # fmt: skip
-
-  def _views(self, image, plan):
-    return resize(image, plan.content, self.resample)[None]
 
   def _size(self, height: int, width: int) -> Size:
     """Returns whole cells each way, rounded down; a thin image has one."""

@@ -7,7 +7,7 @@ import dataclasses
 import math
 
 from research.vlm.images.plan import Plan, Tiling
-from research.vlm.images.resize import Resample, Size, resize
+from research.vlm.images.resize import Resample, Size
 
 _PRECISION = 1e-5
 _LARGEST_SCALE = 100.0
@@ -38,9 +38,6 @@ class NaFlex(Tiling):
       size=(height, width), content=size, canvas=size, rows=0, columns=0,
       views=1, view=size, patches=grid, grids=(grid,),
     )  # fmt: skip
-
-  def _views(self, image, plan):
-    return resize(image, plan.content, self.resample)[None]
 
   def _grid(self, height: int, width: int) -> Size:
     """Returns the patches at the largest scale within the budget.

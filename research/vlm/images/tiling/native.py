@@ -9,7 +9,7 @@ import math
 from research.errors import UserError
 from research.ranges import PositiveInt, Ranged
 from research.vlm.images.plan import Plan, Tiling
-from research.vlm.images.resize import Resample, Size, resize
+from research.vlm.images.resize import Resample, Size
 
 MOST_OBLONG = 200
 """Times that one side may be the other."""
@@ -53,9 +53,6 @@ class Native(Ranged, Tiling):
       views=1, view=size, patches=grid,
       grids=((grid[0] // self.merge, grid[1] // self.merge),),
     )  # fmt: skip
-
-  def _views(self, image, plan):
-    return resize(image, plan.content, self.resample)[None]
 
   def _rounded(self, height: int, width: int) -> Size:
     """Returns whole groups each way, rounded as Python does: half to even."""

@@ -6,7 +6,7 @@ PaliGemma (arXiv:2407.07726, section 3.1), SigLIP, Gemma 3 without pan and scan.
 import dataclasses
 
 from research.vlm.images.plan import Plan, Tiling, square
-from research.vlm.images.resize import Resample, resize
+from research.vlm.images.resize import Resample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,3 @@ class Square(Tiling):
       size=(height, width), content=size, canvas=size, rows=0, columns=0,
       views=1, view=size, patches=patches, grids=(tokens,),
     )  # fmt: skip
-
-  def _views(self, image, plan):
-    return resize(image, plan.content, self.resample)[None]
