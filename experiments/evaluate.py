@@ -24,55 +24,37 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments.core import cli, runtime
+from experiments.core.definers import definers
 from research.errors import UserError
 
 FLAGS = cli.new_flags(cluster=True)
+define = definers(FLAGS)
 
-_CONFIG = flags.DEFINE_string(
-  "config",
-  None,
-  "Gin file; by default the working directory's config.gin.",
-  flag_values=FLAGS,
+_CONFIG = define.text(
+  "config", "Gin file; by default the working directory's config.gin."
 )
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "A run's working directory.", flag_values=FLAGS
+_WORKDIR = define.text("workdir", "A run's working directory.")
+_STEP = define.integer(
+  "step", "Step of the checkpoint; by default the best one, else the last."
 )
-_STEP = flags.DEFINE_integer(
-  "step",
-  None,
-  "Step of the checkpoint; by default the best one, else the last.",
-  flag_values=FLAGS,
-)
-_MODEL = flags.DEFINE_string(
-  "model", None, f"With --base: {cli.MODEL}", flag_values=FLAGS
-)
-_BASE = flags.DEFINE_string(
-  "base", None, "The model that --model is compared with.", flag_values=FLAGS
-)
-_TEXT = flags.DEFINE_string(
+_MODEL = define.text("model", f"With --base: {cli.MODEL}")
+_BASE = define.text("base", "The model that --model is compared with.")
+_TEXT = define.text(
   "text",
-  None,
   "With --base: a text file in UTF-8; by default held-out topics of the Python "
   "reference.",
-  flag_values=FLAGS,
 )
-_WINDOW = flags.DEFINE_integer(
+_WINDOW = define.integer(
   "window",
-  512,
   "With --base: tokens read together, at most the model's context.",
-  flag_values=FLAGS,
+  default=512,
 )
-_MAX_WINDOWS = flags.DEFINE_integer(
-  "max_windows",
-  8,
-  "With --base: how many windows at most; 0 for all.",
-  flag_values=FLAGS,
+_MAX_WINDOWS = define.integer(
+  "max_windows", "With --base: how many windows at most; 0 for all.", default=8
 )
-_LAYERS = flags.DEFINE_bool(
-  "layers", True, "With --base: measure each matrix.", flag_values=FLAGS
+_LAYERS = define.switch(
+  "layers", "With --base: measure each matrix.", default=True
 )
 _SET = cli.define_set(FLAGS, "EVAL_BATCHES=4")
 _OF_COMPARISONS = ("text", "window", "max_windows", "layers")

@@ -55,132 +55,91 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
-from experiments.core import cli, flags_from, packed_weights, runtime
+from experiments.core import cli, flags_from, runtime
+from experiments.core.definers import definers
+from experiments.generating import packed_weights
 from research.diffusion.sampling.config import SamplerConfig
 from research.errors import UserError
 
 FLAGS = cli.new_flags()
+define = definers(FLAGS)
 
-_MODEL = flags.DEFINE_string("model", None, cli.MODEL, flag_values=FLAGS)
-_PROMPT = flags.DEFINE_multi_string(
-  "prompt",
-  [],
-  "The text to continue; may be given several times.",
-  flag_values=FLAGS,
+_MODEL = define.text("model", cli.MODEL)
+_PROMPT = define.texts(
+  "prompt", "The text to continue; may be given several times."
 )
-_PROMPT_FILE = flags.DEFINE_multi_string(
+_PROMPT_FILE = define.texts(
   "prompt_file",
-  [],
   "A UTF-8 file with a prompt, or - for stdin; may be given several times.",
-  flag_values=FLAGS,
 )
-_CHAT = flags.DEFINE_bool(
+_CHAT = define.switch(
   "chat",
-  False,
   "Apply the model's chat template to the prompt, as a user's message; without "
   "a prompt, start a conversation in the terminal.",
-  flag_values=FLAGS,
 )
-_SYSTEM = flags.DEFINE_string(
-  "system",
-  None,
-  "With --chat: the system message.",
-  flag_values=FLAGS,
-)
-_ADAPTER = flags.DEFINE_multi_string(
+_SYSTEM = define.text("system", "With --chat: the system message.")
+_ADAPTER = define.texts(
   "adapter",
-  [],
   "An adapter to apply, as NAME=DIR (PEFT's format, or a run that trained one) "
   "or NAME=FILE.gguf (llama.cpp's); may be given several times, one for each "
   "prompt.",
-  flag_values=FLAGS,
 )
-_IMAGE = flags.DEFINE_multi_string(
+_IMAGE = define.texts(
   "image",
-  [],
   "An image file on this machine, for a vision language model; may be given "
   "several times. They fill <image> in the prompt in order, or come first.",
-  flag_values=FLAGS,
 )
-_SAMPLER = flags.DEFINE_enum(
+_SAMPLER = define.choice(
   "sampler",
-  "autoregressive",
-  ["autoregressive", "diffusion"],
   "How to generate: token by token, or by unmasking (diffusion models).",
-  flag_values=FLAGS,
+  default="autoregressive",
+  enum_values=["autoregressive", "diffusion"],
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 128, "Maximum number of new tokens.", flag_values=FLAGS
+_MAX_NEW_TOKENS = define.integer(
+  "max_new_tokens", "Maximum number of new tokens.", default=128
 )
-_TEMPERATURE = flags.DEFINE_float(
+_TEMPERATURE = define.number(
   "temperature",
-  None,
   "Sampling temperature; 0 is greedy decoding. By default 0, or 1 if --top_k, "
   "--top_p or --min_p is given.",
-  flag_values=FLAGS,
 )
-_TOP_K = flags.DEFINE_integer(
-  "top_k", None, "Sample from the k most likely tokens.", flag_values=FLAGS
-)
-_TOP_P = flags.DEFINE_float(
+_TOP_K = define.integer("top_k", "Sample from the k most likely tokens.")
+_TOP_P = define.number(
   "top_p",
-  None,
   "Sample from the most likely tokens that have this total probability.",
-  flag_values=FLAGS,
 )
-_MIN_P = flags.DEFINE_float(
-  "min_p",
-  None,
-  "Sample from tokens at least this likely relative to the likeliest.",
-  flag_values=FLAGS,
+_MIN_P = define.number(
+  "min_p", "Sample from tokens at least this likely relative to the likeliest."
 )
-_PENALTY = flags.DEFINE_float(
-  "repetition_penalty",
-  None,
-  "Above 1 makes tokens that have occurred less likely.",
-  flag_values=FLAGS,
+_PENALTY = define.number(
+  "repetition_penalty", "Above 1 makes tokens that have occurred less likely."
 )
-_SEED = flags.DEFINE_integer(
-  "seed", 0, "Seed of the sampling.", flag_values=FLAGS
-)
-_STOP = flags.DEFINE_multi_string(
-  "stop",
-  [],
-  "Stop before this text; may be given several times.",
-  flag_values=FLAGS,
+_SEED = define.integer("seed", "Seed of the sampling.", default=0)
+_STOP = define.texts(
+  "stop", "Stop before this text; may be given several times."
 )
 _DTYPE = packed_weights.define_dtype(FLAGS)
 packed_weights.define(FLAGS)
-_KV = flags.DEFINE_string(
+_KV = define.text(
   "kv",
-  "",
   "Quantize the KV cache, e.g. k4v4, k8v4,residual=64 or int8.",
-  flag_values=FLAGS,
+  default="",
 )
-_PAGES = flags.DEFINE_string(
+_PAGES = define.text(
   "pages",
-  "",
   "Paged KV cache, with pages of this many tokens, e.g. 16, or "
   "16,count=200,rows=4,dtype=int8: 200 pages in all, 4 prompts at a time.",
-  flag_values=FLAGS,
+  default="",
 )
-_INFILL = flags.DEFINE_multi_string(
+_INFILL = define.texts(
   "infill",
-  [],
   "For diffusion: a text with gaps to fill, [[N]] for a gap of N tokens, e.g. "
   '--infill="def f(x): [[8]] return y". It follows the --prompt, if there is '
   "one (with --chat, as the beginning of the answer). Write \\[[ for literal "
   "brackets. May be given several times.",
-  flag_values=FLAGS,
 )
-_GIF = flags.DEFINE_string(
-  "gif", None, "For diffusion: an animated GIF to write.", flag_values=FLAGS
-)
-_HTML = flags.DEFINE_string(
-  "html", None, "For diffusion: an HTML page to write.", flag_values=FLAGS
-)
+_GIF = define.text("gif", "For diffusion: an animated GIF to write.")
+_HTML = define.text("html", "For diffusion: an HTML page to write.")
 
 _SHARED = ("max_new_tokens",)
 _OF_DIFFUSION = (

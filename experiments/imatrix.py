@@ -22,43 +22,31 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments.core import cli, runtime
+from experiments.core.definers import definers
 from research.io import folders
 
 FLAGS = cli.new_flags()
+define = definers(FLAGS)
 
-_MODEL = flags.DEFINE_string("model", None, cli.MODEL, flag_values=FLAGS)
-_TO = flags.DEFINE_string(
-  "to", None, "The file to write; it must not exist yet.", flag_values=FLAGS
+_MODEL = define.text("model", cli.MODEL)
+_TO = define.text("to", "The file to write; it must not exist yet.")
+_TEXT = define.text(
+  "text", "A text file in UTF-8; by default topics of the Python reference."
 )
-_TEXT = flags.DEFINE_string(
-  "text",
-  None,
-  "A text file in UTF-8; by default topics of the Python reference.",
-  flag_values=FLAGS,
-)
-_WINDOWS = flags.DEFINE_integer(
+_WINDOWS = define.integer(
   "windows",
-  24,
   "Windows that are sampled from the text.",
+  default=24,
   lower_bound=1,
-  flag_values=FLAGS,
 )
-_WINDOW = flags.DEFINE_integer(
-  "window", 512, "Tokens of a window.", lower_bound=1, flag_values=FLAGS
+_WINDOW = define.integer(
+  "window", "Tokens of a window.", default=512, lower_bound=1
 )
-_BATCH = flags.DEFINE_integer(
-  "batch",
-  4,
-  "Windows computed at a time.",
-  lower_bound=1,
-  flag_values=FLAGS,
+_BATCH = define.integer(
+  "batch", "Windows computed at a time.", default=4, lower_bound=1
 )
-_SEED = flags.DEFINE_integer(
-  "seed", 0, "Seed of the sampling.", flag_values=FLAGS
-)
+_SEED = define.integer("seed", "Seed of the sampling.", default=0)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

@@ -22,20 +22,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments.core import cli, runtime
+from experiments.core.definers import definers
 from research.io import folders
 
 FLAGS = cli.new_flags()
+define = definers(FLAGS)
 
 _CONFIG = cli.define_config(FLAGS, "runs/prm/countdown_labels.gin")
-_TO = flags.DEFINE_string(
-  "to",
-  None,
-  "The file to write; it must not exist yet.",
-  flag_values=FLAGS,
-)
+_TO = define.text("to", "The file to write; it must not exist yet.")
 _SET = cli.define_set(FLAGS, "ROLLOUTS=16")
 
 

@@ -27,17 +27,16 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
-from experiments.core import cli, flags_from, packed_weights, runtime
+from experiments.core import cli, flags_from, runtime
+from experiments.core.definers import definers
+from experiments.generating import packed_weights
 from experiments.generating.text_perplexity import TextPerplexity
 
 FLAGS = cli.new_flags()
+define = definers(FLAGS)
 
-_MODEL = flags.DEFINE_string("model", None, cli.MODEL, flag_values=FLAGS)
-_TEXT = flags.DEFINE_string(
-  "text", None, "A text file in UTF-8.", flag_values=FLAGS
-)
+_MODEL = define.text("model", cli.MODEL)
+_TEXT = define.text("text", "A text file in UTF-8.")
 _DTYPE = packed_weights.define_dtype(FLAGS)
 packed_weights.define(FLAGS)
 flags_from.define(TextPerplexity, FLAGS)

@@ -33,118 +33,90 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments.core import bindings, cli
+from experiments.core.definers import definers
 from research.errors import UserError
 
 FLAGS = cli.new_flags()
+define = definers(FLAGS)
 
 _CONFIG = cli.define_config(FLAGS)
-_TOPOLOGY = flags.DEFINE_string(
+_TOPOLOGY = define.text(
   "topology",
-  None,
   "A slice of a TPU pod, e.g. v5e:4x4, v5p:2x2x4 or v6e:16x16; GPUs of one "
   "host or of several, e.g. h100:8 or h100:4x8; or virtual devices of this "
   "machine, e.g. cpu:8.",
-  flag_values=FLAGS,
 )
 _SET = cli.define_set(FLAGS, "BATCH=64")
-_HLO = flags.DEFINE_string(
-  "hlo",
-  None,
-  "File to write the compiled program to, as XLA's text.",
-  flag_values=FLAGS,
+_HLO = define.text(
+  "hlo", "File to write the compiled program to, as XLA's text."
 )
-_FILL = flags.DEFINE_string(
+_FILL = define.text(
   "fill",
-  None,
   "ROWSxPROMPT+LENGTH: plan sampling from a masked diffusion model instead of "
   "training: rows of a batch, tokens of a prompt, tokens to generate.",
-  flag_values=FLAGS,
 )
-_CACHE = flags.DEFINE_string(
+_CACHE = define.text(
   "cache",
-  None,
   "With --fill: the KV cache: none, prefix, dual, vicinity:N or delayed; by "
   "default dual, or prefix for a block-causal model.",
-  flag_values=FLAGS,
 )
-_GUIDANCE = flags.DEFINE_float(
+_GUIDANCE = define.number(
   "guidance",
-  0.0,
   "With --fill: the scale of classifier-free guidance; above 0 each step takes "
   "two forward passes.",
+  default=0.0,
   lower_bound=0.0,
-  flag_values=FLAGS,
 )
-_GENERATE = flags.DEFINE_string(
+_GENERATE = define.text(
   "generate",
-  None,
   "ROWSxPROMPT+LENGTH: plan autoregressive generation instead of training.",
-  flag_values=FLAGS,
 )
-_PAGES = flags.DEFINE_string(
+_PAGES = define.text(
   "pages",
-  None,
   "With --generate or --search: a paged KV cache, in the notation of `generate "
   "--pages`, e.g. 16 or 128,dtype=int8.",
-  flag_values=FLAGS,
 )
-_SEARCH = flags.DEFINE_string(
+_SEARCH = define.text(
   "search",
-  None,
   "PROBLEMSxCOPIESxPROMPT+LENGTH: plan a search instead of training: problems "
   "in a batch, solutions per problem, tokens of a problem and of a solution.",
-  flag_values=FLAGS,
 )
-_VERIFIER = flags.DEFINE_string(
+_VERIFIER = define.text(
   "verifier",
-  None,
   "With --search: the run file of the reward model that scores solutions; "
   "--set applies to both run files.",
-  flag_values=FLAGS,
 )
-_SCORED = flags.DEFINE_integer(
+_SCORED = define.integer(
   "scored",
-  None,
   "With --verifier: how many solutions it scores in one batch; by default all.",
   lower_bound=1,
-  flag_values=FLAGS,
 )
-_ADVISE = flags.DEFINE_bool(
+_ADVISE = define.switch(
   "advise",
-  False,
   "Try other meshes, remat policies, accumulation and packed weights, and rank "
   "what fits.",
-  flag_values=FLAGS,
 )
-_COMPILES = flags.DEFINE_integer(
+_COMPILES = define.integer(
   "compiles",
-  8,
   "With --advise: the maximum number of programs to compile.",
+  default=8,
   lower_bound=1,
-  flag_values=FLAGS,
 )
-_PRESET = flags.DEFINE_string(
+_PRESET = define.text(
   "preset",
-  None,
   "A published vision language model (research/vlm/presets): print the cost of "
   "an image of --image_size.",
-  flag_values=FLAGS,
 )
-_IMAGE_SIZE = flags.DEFINE_string(
+_IMAGE_SIZE = define.text(
   "image_size",
-  None,
   "With --preset: HEIGHTxWIDTH of an image, in pixels, e.g. 480x640.",
-  flag_values=FLAGS,
 )
-_TEXT_TOKENS = flags.DEFINE_integer(
+_TEXT_TOKENS = define.integer(
   "text_tokens",
-  0,
   "With --preset: tokens of the question.",
+  default=0,
   lower_bound=0,
-  flag_values=FLAGS,
 )
 
 

@@ -21,29 +21,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments.core import cli, runtime
+from experiments.core.definers import definers
 from research.io import folders
 
 FLAGS = cli.new_flags()
+define = definers(FLAGS)
 
-_CONFIG = flags.DEFINE_string(
+_CONFIG = define.text(
   "config",
-  None,
   "Gin file: a path, or one under configs/, e.g. runs/quant/gptq_smollm2.gin.",
-  flag_values=FLAGS,
 )
-_TO = flags.DEFINE_string(
-  "to",
-  None,
-  "The directory to write; it must not exist yet.",
-  flag_values=FLAGS,
-)
+_TO = define.text("to", "The directory to write; it must not exist yet.")
 _SET = cli.define_set(FLAGS, "BITS=3")
-_TABLE = flags.DEFINE_bool(
-  "table", False, "Print a line for each matrix.", flag_values=FLAGS
-)
+_TABLE = define.switch("table", "Print a line for each matrix.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

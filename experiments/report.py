@@ -18,23 +18,17 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments.core import cli
+from experiments.core.definers import definers
 
 FLAGS = cli.new_flags()
+define = definers(FLAGS)
 
-_WORKDIR = flags.DEFINE_list(
-  "workdir",
-  [],
-  "Working directories of runs, separated by commas.",
-  flag_values=FLAGS,
+_WORKDIR = define.words(
+  "workdir", "Working directories of runs, separated by commas."
 )
-_OUT = flags.DEFINE_string(
-  "out",
-  None,
-  "The directory of the plot; by default the first working directory.",
-  flag_values=FLAGS,
+_OUT = define.text(
+  "out", "The directory of the plot; by default the first working directory."
 )
 
 

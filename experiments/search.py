@@ -25,25 +25,21 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments.core import cli
+from experiments.core.definers import definers
 
 FLAGS = cli.new_flags()
+define = definers(FLAGS)
 
 _CONFIG = cli.define_config(FLAGS, "runs/search/chain_sum_smollm2.gin")
-_WORKDIR = flags.DEFINE_string(
-  "workdir",
-  None,
-  "The search's working directory; created if missing.",
-  flag_values=FLAGS,
+_WORKDIR = define.text(
+  "workdir", "The search's working directory; created if missing."
 )
 _SET = cli.define_set(FLAGS, "N=4")
-_SHOW = flags.DEFINE_integer(
+_SHOW = define.integer(
   "show",
-  0,
   "Print the samples of this many problems, with steps coloured by score.",
-  flag_values=FLAGS,
+  default=0,
   lower_bound=0,
 )
 

@@ -26,33 +26,27 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments.core import cli
+from experiments.core.definers import definers
 from research.errors import UserError
 
 FLAGS = cli.new_flags()
+define = definers(FLAGS)
 
 _CONFIG = cli.define_config(FLAGS, "runs/lora/claims_capacity.gin")
-_WORKDIR = flags.DEFINE_string(
-  "workdir",
-  None,
-  "The study's working directory; created if missing.",
-  flag_values=FLAGS,
+_WORKDIR = define.text(
+  "workdir", "The study's working directory; created if missing."
 )
 _SET = cli.define_set(FLAGS)
-_ONLY = flags.DEFINE_string(
+_ONLY = define.text(
   "only",
-  "",
   "Regular expression: run only arms whose names contain a match, e.g."
   " --only='seed 0'.",
-  flag_values=FLAGS,
+  default="",
 )
-_RENDER = flags.DEFINE_bool(
+_RENDER = define.switch(
   "render",
-  False,
   "Store the result under configs/ and rewrite the pages that show it.",
-  flag_values=FLAGS,
 )
 
 

@@ -35,91 +35,65 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments.core import cli
+from experiments.core.definers import definers
 from research.errors import UserError
 
 FLAGS = cli.new_flags()
+define = definers(FLAGS)
 
-_SWEEP = flags.DEFINE_string(
+_SWEEP = define.text(
   "sweep",
-  None,
   "Gin file: a path, or one under configs/, e.g. sweeps/quickstart_rank.gin.",
-  flag_values=FLAGS,
 )
-_LAUNCHER = flags.DEFINE_enum(
+_LAUNCHER = define.choice(
   "launcher",
-  "local",
-  ["local", "slurm", "jobset"],
   "Where units run: on this machine, on Slurm as a job array, or on Kubernetes "
   "as JobSets.",
-  flag_values=FLAGS,
+  default="local",
+  enum_values=["local", "slurm", "jobset"],
 )
-_SBATCH = flags.DEFINE_multi_string(
+_SBATCH = define.texts(
   "sbatch",
-  [],
   "Option of sbatch, for Slurm's jobs, e.g. --sbatch=--gpus-per-node=8.",
-  flag_values=FLAGS,
 )
-_TOPOLOGY = flags.DEFINE_string(
+_TOPOLOGY = define.text(
   "topology",
-  None,
   "What each JobSet runs on: a slice of TPUs, e.g. v5e:4x4, v5p:2x2x4 or "
   "v6e:16x16, or a node of GPUs, e.g. h100:8.",
-  flag_values=FLAGS,
 )
-_SLICES = flags.DEFINE_integer(
+_SLICES = define.integer(
   "slices",
-  1,
   "Slices of TPUs, or nodes of GPUs, of each JobSet.",
+  default=1,
   lower_bound=1,
-  flag_values=FLAGS,
 )
-_IMAGE = flags.DEFINE_string(
-  "image",
-  None,
-  "Image of a JobSet's containers, in which `python` has Heptad.",
-  flag_values=FLAGS,
+_IMAGE = define.text(
+  "image", "Image of a JobSet's containers, in which `python` has Heptad."
 )
-_VOLUME = flags.DEFINE_multi_string(
+_VOLUME = define.texts(
   "volume",
-  [],
   "CLAIM:/path: a PersistentVolumeClaim that pods mount. One has the working "
   "directory, under the same path as here.",
-  flag_values=FLAGS,
 )
-_STATUS = flags.DEFINE_bool(
+_STATUS = define.switch(
   "status",
-  False,
   "Start nothing; print which units are queued, running, done and failed, and "
   "collect the results.",
-  flag_values=FLAGS,
 )
-_CANCEL = flags.DEFINE_bool(
+_CANCEL = define.switch(
   "cancel",
-  False,
   "Start nothing; cancel the units that Slurm has queued or runs. Runs save.",
-  flag_values=FLAGS,
 )
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = define.text(
   "workdir",
-  None,
   "The sweep's working directory; by default runs/ and the sweep's name.",
-  flag_values=FLAGS,
 )
-_SET = flags.DEFINE_multi_string(
-  "set",
-  [],
-  "Gin binding for every unit, e.g. --set=STEPS=4 for a trial.",
-  flag_values=FLAGS,
+_SET = define.texts(
+  "set", "Gin binding for every unit, e.g. --set=STEPS=4 for a trial."
 )
-_PARALLEL = flags.DEFINE_integer(
-  "parallel",
-  1,
-  "Units that run at the same time.",
-  lower_bound=1,
-  flag_values=FLAGS,
+_PARALLEL = define.integer(
+  "parallel", "Units that run at the same time.", default=1, lower_bound=1
 )
 
 

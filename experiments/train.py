@@ -32,31 +32,24 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments.core import cli, runtime
+from experiments.core.definers import definers
 
 FLAGS = cli.new_flags(cluster=True)
+define = definers(FLAGS)
 
 _CONFIG = cli.define_config(FLAGS, default="the workdir's own, to resume it")
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = define.text(
   "workdir",
-  None,
   "The run's working directory; created if missing, else the run is resumed.",
-  flag_values=FLAGS,
 )
 _SET = cli.define_set(FLAGS)
-_TENSORBOARD = flags.DEFINE_bool(
+_TENSORBOARD = define.switch(
   "tensorboard",
-  False,
   "Also write TensorBoard events; needs pip install -e '.[tracking]'.",
-  flag_values=FLAGS,
 )
-_WANDB = flags.DEFINE_bool(
-  "wandb",
-  False,
-  "Also log to Weights & Biases; needs pip install -e '.[tracking]'.",
-  flag_values=FLAGS,
+_WANDB = define.switch(
+  "wandb", "Also log to Weights & Biases; needs pip install -e '.[tracking]'."
 )
 
 

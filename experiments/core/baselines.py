@@ -20,16 +20,16 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments.core import cli
+from experiments.core.definers import definers
 
 FLAGS = cli.new_flags()
+define = definers(FLAGS)
 
 _CONFIG = cli.define_config(FLAGS, "runs/pretrain_tiny.gin")
 _SET = cli.define_set(FLAGS)
-_ORDER = flags.DEFINE_integer(
-  "order", 6, "Bytes of the longest n-gram, at most 8.", flag_values=FLAGS
+_ORDER = define.integer(
+  "order", "Bytes of the longest n-gram, at most 8.", default=6
 )
 
 

@@ -19,56 +19,41 @@ from typing import Any, NoReturn
 
 from absl import flags
 
+from experiments.core.definers import definers
 from research.errors import UserError
 
 _SHARED = flags.FlagValues()
-flags.DEFINE_bool(
-  "traceback",
-  False,
-  "Show where in the code an error came from.",
-  flag_values=_SHARED,
-)
-flags.DEFINE_string(
+_shared = definers(_SHARED)
+_shared.switch("traceback", "Show where in the code an error came from.")
+_shared.text(
   "result",
-  None,
   "Also write the last line of stdout, the result, to this file, as a sweep's "
   "units do.",
-  flag_values=_SHARED,
 )
 # The next two are read by runtime.prepare, before flags are parsed.
-flags.DEFINE_bool(
+_shared.switch(
   "typecheck",
-  True,
   "Check shapes and types of every call at run time.",
-  flag_values=_SHARED,
+  default=True,
 )
-flags.DEFINE_bool(
+_shared.switch(
   "huge_pages",
-  True,
   "Let glibc ask for huge pages (Linux; faster on CPU).",
-  flag_values=_SHARED,
+  default=True,
 )
 
 _CLUSTER = flags.FlagValues()
-flags.DEFINE_integer(
-  "devices",
-  None,
-  "Emulate this many devices on the CPU, to try out a mesh.",
-  flag_values=_CLUSTER,
+_cluster = definers(_CLUSTER)
+_cluster.integer(
+  "devices", "Emulate this many devices on the CPU, to try out a mesh."
 )
-flags.DEFINE_string(
+_cluster.text(
   "coordinator",
-  None,
   "host:port where process 0 listens, for several processes. SLURM, Open MPI, "
   "GKE and TPU pods need none of these flags.",
-  flag_values=_CLUSTER,
 )
-flags.DEFINE_integer(
-  "processes", None, "The number of processes.", flag_values=_CLUSTER
-)
-flags.DEFINE_integer(
-  "process", None, "The index of this process, from 0.", flag_values=_CLUSTER
-)
+_cluster.integer("processes", "The number of processes.")
+_cluster.integer("process", "The index of this process, from 0.")
 
 CLUSTER = tuple(_CLUSTER)
 """The flags of commands that may be one process of several."""
@@ -97,11 +82,9 @@ def define_config(
     default: what is read without the flag, where it may be left out.
   """
   without = f" By default {default}." if default else ""
-  return flags.DEFINE_string(
+  return definers(values).text(
     "config",
-    None,
     f"Gin file: a path, or one under configs/, e.g. {example}.{without}",
-    flag_values=values,
   )
 
 
@@ -109,11 +92,8 @@ def define_set(
   values: flags.FlagValues, example: str = "STEPS=20"
 ) -> flags.FlagHolder:
   """Defines `--set` of a command that reads a gin file."""
-  return flags.DEFINE_multi_string(
-    "set",
-    [],
-    f"Gin binding that overrides the file's, e.g. --set={example}.",
-    flag_values=values,
+  return definers(values).texts(
+    "set", f"Gin binding that overrides the file's, e.g. --set={example}."
   )
 
 
@@ -124,8 +104,8 @@ flags.FLAGS.append_flag_values(_SHARED)
 def new_flags(cluster: bool = False) -> flags.FlagValues:
   """Returns the flags of a new command: those that every command has.
 
-  A command keeps them in `FLAGS` and defines its own with `flag_values=FLAGS`,
-  so that two commands in one process do not share any.
+  A command keeps them in `FLAGS` and defines its own there (`definers`), so
+  that two commands in one process do not share any.
 
   Args:
     cluster: whether it may be one process of several, on many devices.

@@ -45,7 +45,8 @@ HEAVY = {
 """Those that no value of a flag takes."""
 
 OURS = {
-  *("bindings", "choices", "cli", "flags_from", "packed_weights", "runtime"),
+  *("bindings", "choices", "cli", "definers", "flags_from", "runtime"),
+  "packed_weights",
   *("errors", "progress", "typechecks", "packages", "folders", "ranges"),
   # What flags are made from.
   *("settings", "config", "policies", "remask", "combinations"),

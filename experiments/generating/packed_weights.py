@@ -6,30 +6,29 @@ from typing import Any
 from absl import flags
 
 from experiments.core import cli
+from experiments.core.definers import definers
 from research.errors import UserError
 
 
 def define_dtype(values: flags.FlagValues) -> flags.FlagHolder:
   """Defines `--dtype` of a command that reads or generates text."""
-  return flags.DEFINE_enum(
+  return definers(values).choice(
     "dtype",
-    "float32",
-    ["float32", "bfloat16", "float16"],
     "Of weights and computation.",
-    flag_values=values,
+    default="float32",
+    enum_values=["float32", "bfloat16", "float16"],
   )
 
 
 def define(values: flags.FlagValues) -> None:
   """Defines `--packed` of a command that reads or generates text."""
-  flags.DEFINE_bool(
+  definers(values).switch(
     "packed",
-    None,
     "Keep quantized weights packed in memory, or dequantize them (--nopacked). "
     "By default they are kept if this machine has a kernel for them, which "
     "saves time and memory and gives the same text; those of Hugging Face "
     "directories are always kept.",
-    flag_values=values,
+    default=None,
   )
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from experiments import perplexity
-from experiments.core import cli, packed_weights
+from experiments.core import cli
+from experiments.generating import packed_weights
 from research import tree, weights
 from research.interop import convert, load, parts, sources
 from research.interop.peft import full_weights
