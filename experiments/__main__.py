@@ -70,9 +70,6 @@ def index() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
   """Lists the commands, or runs one, which ends the process.
 
-  Args:
-    argv: the command line; by default this process's.
-
   Returns:
     The exit status, where no command ran.
   """

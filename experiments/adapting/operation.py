@@ -126,11 +126,6 @@ class ComparesLogits:
   def read_tokens(self, text: str, source: Any, name: str) -> Any:
     """Returns the first tokens of a text, `[1, T]`.
 
-    Args:
-      text: what --text has.
-      source: whose tokenizer reads it.
-      name: of the source, for the error.
-
     Raises:
       UserError: the source has no tokenizer.
     """

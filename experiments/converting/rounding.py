@@ -7,12 +7,7 @@ Rounding = Literal["nearest", "stochastic"]
 
 
 def make(name: Rounding, seed: int = 0) -> Any:
-  """Returns the rounding of that name, see `research.lora.merge.changes`.
-
-  Args:
-    name: which.
-    seed: of stochastic rounding.
-  """
+  """Returns the rounding of that name, see `research.lora.merge.changes`."""
   from research.lora.merge import changes, merge
 
   kinds = dict(nearest=changes.cast, stochastic=merge.StochasticRounding(seed))

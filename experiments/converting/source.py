@@ -27,9 +27,6 @@ def open_checkpoint(workdir: pathlib.Path) -> Any:
 
   Its base is made again as the run made it: the run's `adapter/` has the name
   of the base alone, and not how that was packed.
-
-  Args:
-    workdir: the run's working directory.
   """
   experiment = config.read_workdir(str(workdir)).experiment
   built = experiment.build()
@@ -45,7 +42,6 @@ def as_diffusion(source: Any, mask_token: str, block: int | None) -> Any:
   """Returns an autoregressive source as a masked diffusion model.
 
   Args:
-    source: a model that predicts the next token.
     mask_token: a token's text, its id, or `new`.
     block: tokens of a block, which see each other; None for all.
 

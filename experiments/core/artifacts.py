@@ -54,10 +54,7 @@ def save(
   """Writes the plot of the loss, and the trained weights.
 
   Args:
-    experiment, built, workdir: of the run.
-    trained: the state after the last step.
     heldout: when -> (step, means over held-out data or None).
-    title: of the plot.
 
   Returns:
     Whether other commands can read the weights.
@@ -206,10 +203,6 @@ def _save_model(folder, experiment, built, params) -> bool:
 def _write(folder: pathlib.Path, write: Callable[[], Any]) -> bool:
   """Returns whether a model was written; logs why its format cannot have it.
 
-  Args:
-    folder: where to, for the log.
-    write: writes it.
-
   Raises:
     WriteError: there is no room for it, or no permission.
   """
@@ -294,9 +287,7 @@ def next_commands(
   """Returns commands to try next, with the Python that runs this process.
 
   Args:
-    workdir: of the run.
     usable: the trained model; None if nothing can be done with it alone.
-    devices: number of devices of the run.
     chats: whether it was trained on conversations.
   """
   python = os.path.relpath(sys.executable)

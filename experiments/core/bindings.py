@@ -231,7 +231,6 @@ def _check_value(field: str, name: str, value: str, place: str) -> None:
 
   Args:
     field, name, value: see `_values_in_use`; what is no text stays for gin.
-    place: where it is bound, for the error.
   """
   try:
     literal = ast.literal_eval(value)
@@ -449,7 +448,6 @@ def _instead(name: str, places: Sequence[str], used: Bound) -> str:
   Args:
     name: of a macro, or `scope/module.Class.parameter`.
     places: scopes in which the parameter is bound.
-    used: all that is.
   """
   if places:
     own = [joined(place, name) for place in places]

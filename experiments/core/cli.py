@@ -77,7 +77,6 @@ def define_config(
   """Defines `--config` of a command that reads an experiment.
 
   Args:
-    values: the command's flags.
     example: a file, for the help.
     default: what is read without the flag, where it may be left out.
   """
@@ -228,8 +227,6 @@ def exclusive(flag: str, values: flags.FlagValues, *others: str) -> None:
 
   Args:
     flag: what they have no effect beside, as on a command line.
-    values: the command's flags.
-    others: names of flags.
   """
   for name in others:
     if values[name].present:
@@ -453,7 +450,6 @@ def read_text(path: str, flag: str) -> str:
 
   Args:
     path: of a file in UTF-8; - for standard input.
-    flag: the flag that named it, for error messages.
 
   Raises:
     UserError: the file is missing, a directory, empty, or not UTF-8.

@@ -115,9 +115,7 @@ def parse(
   """Returns the experiment that gin `text` describes.
 
   Args:
-    text: of a gin file.
     bindings, root: see `read`.
-    name: of the file, for errors.
     folder: of the file, where those that it includes may be.
   """
   # Of a name that is bound twice the last value counts; flags must not be.
@@ -178,7 +176,6 @@ def _built(root: type, explicit: Sequence[str]) -> tuple[Read, Record]:
 
   Args:
     root: see `read`.
-    explicit: names that the user has bound.
   """
   shorten_schedules(gin_config._CONFIG, explicit)
   gin.finalize()
@@ -199,7 +196,6 @@ def shorten_schedules(bound: Any, explicit: Iterable[str]) -> None:
   has bound stays, and is refused by the schedule if it does not fit.
 
   Args:
-    bound: gin's bindings, which change.
     explicit: names that the user has bound.
   """
   explicit = set(explicit)
@@ -232,14 +228,7 @@ def shorten_schedules(bound: Any, explicit: Iterable[str]) -> None:
 def _resolved(
   bound: Any, values: Any, parameter: str, place: str
 ) -> tuple[Any, set[str], Any]:
-  """Returns a parameter's value, its names, and what writes another value.
-
-  Args:
-    bound: gin's bindings.
-    values: those of the configurable.
-    parameter: its name.
-    place: `scope/module.Class`.
-  """
+  """Returns a parameter's value, its names, and what writes another value."""
   names, key = {f"{place}.{parameter}"}, parameter
   while (macro := getattr(values[key], "config_key", ("", "")))[1] == MACRO:
     if macro not in bound or macro[0] in names:
@@ -308,9 +297,6 @@ def _effective(used: Record) -> Record:
 
   A value that is used in the scope `a/b` is that of the innermost scope, among
   `a/b`, `a` and none, which has a binding of it.
-
-  Args:
-    used: gin's record, by the scope in which values were used.
   """
   bound = gin_config._CONFIG
   found: dict[tuple[str, str], dict[str, Any]] = {}
@@ -391,7 +377,6 @@ def _check_file(
 
   Args:
     own: names that the file binds.
-    lines: of the command line.
     used, stages: see `check_used`.
   """
   for name, instead in binding_lines.unused(own, *used, stages=stages):

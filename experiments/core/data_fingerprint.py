@@ -82,7 +82,6 @@ def check_files(
   Each file is read once, whatever the number of its splits.
 
   Args:
-    experiment: any.
     parts: the fields of it whose data are checked.
 
   Raises:
@@ -191,8 +190,6 @@ def restore_tokenizer(
   """Returns the tokenizer with the special tokens that the run began with.
 
   Args:
-    experiment: of the run.
-    tokenizer: of its model; None stays None.
     workdir: the run's, which may have a record of them. Runs from before there
       were records used none, unless they were configured.
     keep: whether to write a record where there is none.
@@ -265,8 +262,6 @@ def bits_per_byte(
   """Returns the held-out bits per byte; None where they are not defined.
 
   Args:
-    experiment: whose held-out texts were evaluated.
-    tokenizer: of its model.
     found: `loss`, a mean, and `weight`, the number of tokens.
   """
   plain = isinstance(experiment.objective, NextToken)

@@ -73,11 +73,7 @@ class DeviceContext:
 
 
 def current(layout: Layout) -> DeviceContext:
-  """Returns the context of `layout` on the mesh that is set, if one is.
-
-  Args:
-    layout: of arrays.
-  """
+  """Returns the context of `layout` on the mesh that is set, if one is."""
   mesh = jax.sharding.get_mesh()
   return DeviceContext(layout=layout, mesh=None if mesh.empty else mesh)
 

@@ -110,11 +110,7 @@ class Pretrained:
   image_size: Callable[[Loaded], Loaded] | None = None
 
   def load(self, shardings: Shardings | None = None) -> Loaded:
-    """Returns the model, its weights and its tokenizer.
-
-    Args:
-      shardings: of the weights, see `load.load_model`.
-    """
+    """Returns the model, its weights and its tokenizer."""
     loaded = load.load_model(
       self.name,
       self.dtype,
@@ -241,12 +237,7 @@ class Experiment(Ranged):
   def training(
     self, built: "BuiltExperiment", tokenizer: Any
   ) -> Iterable[Batch] | Rollouts:
-    """Returns what the loop trains on.
-
-    Args:
-      built: from `build`.
-      tokenizer: of its model.
-    """
+    """Returns what the loop trains on."""
     if isinstance(self.data, RolloutData):
       return self.data.with_objective(built.objective)
     return self.data.training(tokenizer, *built.context.share)

@@ -42,8 +42,6 @@ def define(config: type, values: flags.FlagValues, before: str = "") -> None:
   One that is there already stays: a command may share it with other settings.
 
   Args:
-    config: the dataclass.
-    values: of the command.
     before: what every help begins with.
   """
   for field in _settings(config):
@@ -57,8 +55,6 @@ def build(config: type, values: flags.FlagValues, **more: Any) -> Any:
   """Returns the dataclass that flags describe.
 
   Args:
-    config: the dataclass.
-    values: parsed flags.
     **more: fields that are given here.
 
   Raises:

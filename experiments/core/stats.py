@@ -126,8 +126,6 @@ def seeds_to_decide(
 
   Args:
     difference: mean over at least two seeds, with its interval.
-    seeds: number of seeds that it is over.
-    least: number that it is compared with.
   """
   t = scipy.stats.t.ppf(UPPER, seeds - 1)
   spread = max(difference.half * math.sqrt(seeds) / t, 1e-12)

@@ -46,9 +46,6 @@ def train(
   left as it is.
 
   Args:
-    experiment: to be trained.
-    workdir: of the run.
-    writers: of metrics, see `loop.fit`.
     started_at: when the work on it began (`time.time()`), as a command's, which
       began with its process; None for now.
 
@@ -249,7 +246,6 @@ def evaluate(
   """Evaluates `experiment` on its validation and held-out data.
 
   Args:
-    experiment: any.
     workdir: the run's, with checkpoints; None for the model before training.
     number: step of the checkpoint; None for the best, or else the last.
   """
@@ -349,9 +345,6 @@ def restore_checkpoint(
   """Returns (step, state) of a checkpoint of a run.
 
   Args:
-    experiment: of the run.
-    built: from `experiment.build`.
-    workdir: the run's, with checkpoints.
     number: step of the checkpoint; None for the best, or else the last.
   """
   folder = workdir / "checkpoints"

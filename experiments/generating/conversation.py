@@ -23,7 +23,6 @@ def text_of(tokenizer: Any, messages: Messages) -> str:
   """Returns a conversation as the model's chat template renders it.
 
   Args:
-    tokenizer: has the template.
     messages: of texts, one at least; each `MARK` is an image.
   """
   from research.vlm.images.prompts import MARK

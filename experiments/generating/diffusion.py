@@ -56,10 +56,6 @@ def check_next_token(loaded: Loaded, what: str) -> None:
 
   One that was trained to fill in masks with both sides in sight gives a next
   token, too, which says nothing.
-
-  Args:
-    loaded: the model.
-    what: names it, for messages.
   """
   if not loaded.predicts_next_token:
     raise UserError(
@@ -72,14 +68,7 @@ def check_next_token(loaded: Loaded, what: str) -> None:
 def check(
   config: SamplerConfig, infills: Sequence[str], count: int, pictures: Pictures
 ) -> None:
-  """Raises UserError for what a command cannot do, whatever the model is.
-
-  Args:
-    config: the sampler's settings.
-    infills: texts with gaps, if those are filled.
-    count: how many prompts there are, or texts with gaps.
-    pictures: to be written.
-  """
+  """Raises UserError for what a command cannot do, whatever the model is."""
   for text in infills:
     infilling.parsed(text)
   if infills and not config.stop_early:
@@ -110,13 +99,8 @@ def fill(
   """Fills rows after prompts; returns the report of each, and of all.
 
   Args:
-    loaded: the model.
-    spec: what its checkpoint says.
     prompts: ids; rows of a batch do not depend on each other. With `texts`
       those, masks in their gaps.
-    rules: how candidates are drawn.
-    config: the sampler's settings.
-    seed: of the sampling.
     texts: where the gaps of each are, if gaps are filled.
     pictures: to be written, of a single row.
 
@@ -255,7 +239,6 @@ def _texts(loaded, prepared, got, texts, ready):
   """Returns rows, and how many tokens of each the first block has filled.
 
   Args:
-    loaded, prepared, got, texts: of a batch.
     ready: how many places that block has filled: the first ones of each row.
   """
   rows, early = [], []

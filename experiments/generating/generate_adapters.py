@@ -17,9 +17,6 @@ from research.typing import UserError
 def named(texts: Sequence[str]) -> tuple[list[str], dict[str, str]]:
   """Returns the adapters' names in the order of their flags, and the places.
 
-  Args:
-    texts: of --adapter.
-
   Raises:
     UserError: one of them is no NAME=DIR, or takes a name again.
   """
@@ -42,10 +39,6 @@ def rows(
   prompts: Sequence[str], names: Sequence[str]
 ) -> list[tuple[str, str | None]]:
   """Returns (prompt, adapter's name or None) of each row of the batch.
-
-  Args:
-    prompts: of --prompt.
-    names: of adapters, from `named`.
 
   Raises:
     UserError: there are neither as many of both, nor one of either.
@@ -71,8 +64,6 @@ def on_all_rows(
   Images come after it: an adapter of the embedding leaves them as they are.
 
   Args:
-    loaded: the model.
-    names: of the rows' adapters.
     places: name -> an adapter's directory or file; empty for none.
   """
   if not places or len(set(names)) > 1:
@@ -85,12 +76,7 @@ def on_all_rows(
 def prepared(
   loaded: Loaded, names: Sequence[str | None], places: Mapping[str, str]
 ) -> Any:
-  """Returns parameters for decoding, each row's adapter in them.
-
-  Args:
-    loaded: the model, from `on_all_rows`.
-    names, places: as for `on_all_rows`.
-  """
+  """Returns parameters for decoding, each row's adapter in them."""
 
   def ready(params):
     fast = cpu_layout.for_decoding(params, loaded.model.dtype)

@@ -15,11 +15,6 @@ from research.typing import Params, UserError
 def parse_flags(text: str, kv: str, adapters: Sequence[str]) -> Paging | None:
   """Returns how pages are laid out, or None without any.
 
-  Args:
-    text: of --pages.
-    kv: of --kv.
-    adapters: names of all that were asked for.
-
   Raises:
     UserError: it is nothing that pages can be, or beside it stands what pages
       do not go with.
@@ -80,12 +75,6 @@ def open_call(
   extra: Sequence[int] = (),
 ) -> Paged:
   """Returns a call with its pages, all of them free.
-
-  Args:
-    layout: from `parse_flags`.
-    model: the Transformer.
-    prompts, max_new_tokens: as for `generate.chunks`.
-    extra: as for `generate.token_limits`.
 
   Raises:
     UserError: there are too few pages for a prompt.

@@ -38,11 +38,6 @@ def check(model: Any, files: Sequence[str], prompts: Sequence[str]) -> None:
   """Raises UserError for images without a model or a prompt to see them.
 
   So it does for a model that has no text to give.
-
-  Args:
-    model: the loaded one.
-    files: of --image.
-    prompts: of --prompt.
   """
   if isinstance(model, DualEncoder):
     raise UserError(
@@ -65,11 +60,6 @@ def check_text(model: Any, text: str, ids: Sequence[int]) -> None:
   """Raises UserError if a prompt without images has a place for one.
 
   The model would read an untrained vector there.
-
-  Args:
-    model: the loaded one.
-    text: what somebody typed.
-    ids: of the whole prompt.
   """
   if isinstance(model, ImageConditioned) and (
     MARK in text or model.image_token in ids
@@ -88,7 +78,6 @@ def text_ids(loaded: Loaded, text: str, *, rendered: bool) -> list[int]:
 
   Args:
     loaded: any model that has a tokenizer; without its parameters, too.
-    text: the prompt.
     rendered: whether a chat template has rendered it.
   """
   tokenizer, how = loaded.tokenizer, loaded.preprocessor
@@ -108,8 +97,6 @@ def prompt_of(
   """Returns a prompt and parameters that see the images.
 
   Args:
-    loaded: a vision language model.
-    files: of images, on this machine.
     text: the prompt; its `MARK`s are images, in order. Without any, the images
       come first.
     render: the prompt -> a conversation as the model's chat template renders
@@ -174,11 +161,6 @@ def source_of(
   mask: PromptMask | None, kv: Any, pages: TokenSource | None
 ) -> dict[str, Any]:
   """Returns the arguments of `stream.stream` that say where tokens come from.
-
-  Args:
-    mask: of the prompts, from `mask_of`.
-    kv: quantizer of the cache, or None.
-    pages: of --pages, or None.
 
   Raises:
     UserError: the prompts have a mask that pages cannot apply.

@@ -38,12 +38,7 @@ class Text:
   def kept(
     self, tokens: Int[np.ndarray, "T"], end: Sequence[int]
   ) -> Bool[np.ndarray, "T"]:
-    """Returns what is text of filled tokens: in a gap, what is before an end.
-
-    Args:
-      tokens: of all `ids`.
-      end: those that end a gap.
-    """
+    """Returns what is text of filled tokens: in a gap, what is before an end."""
     out = np.ones(len(self.ids), bool)
     for start, stop in self.gaps:
       ended = np.isin(tokens[start:stop], end)
@@ -103,11 +98,8 @@ def rows(
   """Returns each row's prompt, and its text behind it.
 
   Args:
-    infills: texts with gaps.
     prompts: what they follow: one for each, one for all, or none.
-    tokenizer: the model's.
     spelled: what gives a prompt's ids.
-    mask_id: of the mask.
 
   Raises:
     UserError: there are other numbers of prompts, or as of `tokens`.
@@ -134,8 +126,6 @@ def tokens(
   """Returns a text; each of its parts is split into tokens by itself.
 
   Args:
-    tokenizer: the model's.
-    text: as of `parsed`.
     mask_id: of the mask; the tokenizer need not know it.
     prompt: what the text follows; None where it is a document.
 

@@ -75,12 +75,9 @@ def diffusion_policy(
   """Returns a masked diffusion model as what writes solutions, block by block.
 
   Args:
-    found: the model, from `policy_of`.
     config: settings of the sampler; with the mask's id where `spec` has none.
     spec: what the checkpoint says of its masks, or None.
-    stop: ids that end a solution.
     new_tokens: of a solution, a multiple of the block.
-    sampling: of candidates.
 
   Raises:
     UserError: nothing says which id the mask is.

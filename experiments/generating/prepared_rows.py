@@ -57,8 +57,6 @@ def batches(
 
   Args:
     prompts: ids; with `gaps` whole texts, masks in their gaps.
-    spec: what the checkpoint says.
-    config: the sampler's settings.
     gaps: whether gaps are filled, not answers.
   """
   if config.steps is None:
@@ -87,10 +85,6 @@ def prepare(
     prompts: ids, of one of the `batches`; with `gaps` whole texts, masks in
       their gaps.
     examples: their numbers, which their randomness comes from.
-    spec: what the checkpoint says.
-    config: the sampler's settings.
-    seed: of the sampling.
-    gaps: whether gaps are filled, not answers.
 
   Raises:
     UserError: a prompt holds the mask, or blocks and steps do not divide.

@@ -31,12 +31,7 @@ def read(texts: Sequence[str], files: Sequence[str]) -> list[str]:
 
 
 def messages(text: str, system: str | None) -> list[dict[str, str]]:
-  """Returns a conversation that begins with a user's message.
-
-  Args:
-    text: the user's.
-    system: the system message before it, or None.
-  """
+  """Returns a conversation that begins with a user's message."""
   first = [] if system is None else [{"role": "system", "content": system}]
   return [*first, {"role": "user", "content": text}]
 
@@ -45,7 +40,6 @@ def answer(number: int, row: Mapping[str, Any]) -> str:
   """Returns an answer under a line that says to which prompt.
 
   Args:
-    number: of the prompt, from 1.
     row: its prompt ("" for a text without one), its text and, where there is
       one, its adapter.
   """

@@ -49,11 +49,6 @@ class TextPerplexity:
   def measure(self, loaded: Any, text: str, name: str) -> dict[str, Any]:
     """Returns the perplexity, and with `kv` also that of an exact cache.
 
-    Args:
-      loaded: a model with a tokenizer.
-      text: what it reads.
-      name: of the model, for messages.
-
     Raises:
       UserError: a setting does not fit the model, or the text has one token.
     """

@@ -35,9 +35,7 @@ class UnmaskDisplay:
     """Sets where rows begin to be shown.
 
     Args:
-      tokenizer: the model's.
       first_shown: each row's first place that is shown.
-      mask_id: of the mask.
       kept: what of the row's tokens is text; by default all. A terminal, which
         shows what steps do, shows the others, too.
     """

@@ -139,7 +139,6 @@ def moved(
   Args:
     length: Tokens of one head.
     blocks: Queries and keys of a tile of our TPU kernel.
-    head_dim: Of q, k and v.
 
   Returns:
     First standard attention (block 0), then a row for each block: `bytes`

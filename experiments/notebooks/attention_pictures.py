@@ -103,10 +103,6 @@ def schedule(target: str, *options: str) -> Any:
 
   Prints their numbers, too. Needs libtpu, no TPU; without it, says so and
   returns None.
-
-  Args:
-    target: A chip of `kernels_pallas.inspect`.
-    options: More arguments of that command.
   """
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "schedule.png"

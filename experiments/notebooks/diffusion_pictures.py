@@ -90,8 +90,6 @@ def step(
   Args:
     before: letters of the row, masks among them.
     after: letters after a step.
-    chances: of each place's token.
-    names: of the tokens.
   """
   figure, axes = plt.subplots(figsize=(9, 0.28 * len(names) + 1.2))
   axes.imshow(np.asarray(chances).T, cmap="viridis", vmin=0, vmax=1)

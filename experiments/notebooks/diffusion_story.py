@@ -104,15 +104,7 @@ def network(vocab: int) -> Loaded:
 def trained(
   objective: Objective, params: Params, pool: Batch, steps: int, rows: int = 32
 ) -> Params:
-  """Returns the moving average of weights after training, as one program.
-
-  Args:
-    objective: with its model.
-    params: at the start.
-    pool: batch of all rows, from which batches are drawn.
-    steps: number of updates by Adam.
-    rows: number of rows of a batch.
-  """
+  """Returns the moving average of weights after training, as one program."""
   tx = optim.adamw(optim.constant(3e-3, 50))
   update = step.make_train_step(objective, tx, average=0.99)
   key, total = jax.random.key(0), pool["tokens"].shape[0]
@@ -156,9 +148,7 @@ def by_count(
   The mean over 1, 2, .. T is the bound, a token.
 
   Args:
-    denoiser, params: the model, with scores of whole rows.
     rows: what is masked, each row in one way a number.
-    mask_id: of the mask.
   """
   rows = jnp.asarray(rows)
   whole = jnp.ones(rows.shape, bool)
@@ -229,10 +219,7 @@ def by_steps(
 
   Args:
     toy: whose chain is the truth.
-    denoiser, params: the model.
-    steps: how many.
     selects: how places are chosen, see `SamplerConfig`.
-    count: rows that are drawn.
   """
   length = toy.source.length
   noisy = np.full((count, length), toy.mask_id)
@@ -281,7 +268,6 @@ def caches(
 
   Args:
     toy: whose held-out rows are continued, from the middle.
-    params: of its model.
     around: name -> tokens before and after a block that are read again; None
       for all.
   """

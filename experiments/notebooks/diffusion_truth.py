@@ -35,13 +35,7 @@ class Chain(Denoiser):
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"] | None = None,
   ) -> Float[Array, "B T V"]:
-    """Returns log p of every place, as if it were masked; none for the mask.
-
-    Args:
-      params: from `tables`.
-      tokens: rows.
-      valid: as for `denoiser.NoCache.scores`; all are.
-    """
+    """Returns log p of every place, as if it were masked; none for the mask."""
     del valid
     powers, stationary = params["powers"], params["stationary"]
     count = tokens.shape[1]

@@ -21,7 +21,6 @@ def front_and_ranking(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
 
   Args:
     rows: as `quant_story.measured` returns them.
-    title: above it.
   """
   groups = list(dict.fromkeys(r["group"] for r in rows))
   drawn = plots.figure(13, max(5, 0.2 * len(rows) + 1))

@@ -61,13 +61,7 @@ def histogram(w: Float[Array, "I O"], block: int = 64) -> Any:
 def formats(
   x: Float[Array, "M I"], w: Float[Array, "I O"], some: Sequence[Format]
 ) -> Rows:
-  """Returns a line a format: bits, and relative errors of one matrix.
-
-  Args:
-    x: what it multiplies.
-    w: the matrix.
-    some: formats.
-  """
+  """Returns a line a format: bits, and relative errors of one matrix."""
   want = x @ w
   out = []
   for format in some:
@@ -134,8 +128,6 @@ def gptq_steps(
 
   Args:
     x: inputs, one row a token; more of them than `w` has rows.
-    w: the matrix.
-    bits: of a code.
   """
   format = Affine(bits=bits, block=w.shape[0])
   options = gptq.GPTQ(order="natural", grids="static", dead="round")
@@ -190,12 +182,7 @@ def gptq_picture(steps: Steps) -> Any:
 
 
 def turned(x: Float[Array, "M I"], w: Float[Array, "I O"]) -> tuple[Any, Rows]:
-  """Returns inputs before and after a random rotation, drawn, and errors.
-
-  Args:
-    x: inputs, one row a token.
-    w: what they multiply.
-  """
+  """Returns inputs before and after a random rotation, drawn, and errors."""
   key = jax.random.key(0)
   signs = jax.random.rademacher(key, (x.shape[-1],), jnp.float32)
   both = {"as they are": x, "rotated": hadamard.rotate(x * signs)}
@@ -244,11 +231,7 @@ def heads(found: Mapping[str, np.ndarray]) -> Any:
 
 
 def compared(quick: bool) -> dict[str, Sequence[Format]]:
-  """Returns the formats of the comparison at equal bits, by group.
-
-  Args:
-    quick: whether two are enough.
-  """
+  """Returns the formats of the comparison at equal bits, by group."""
   if quick:
     return {"integers": (Affine(bits=4), Affine(bits=3))}
   return {
@@ -271,13 +254,7 @@ def measured(
   tokens: Int[Array, "N T"],
   formats: Mapping[str, Sequence[Format]],
 ) -> Rows:
-  """Returns sizes of a model's layers in formats, and how much they diverge.
-
-  Args:
-    loaded: the model before.
-    tokens: windows that it reads.
-    formats: by group, for pictures.
-  """
+  """Returns sizes of a model's layers in formats, and how much they diverge."""
   base = compare.base_outputs(loaded.model, loaded.params, tokens, batch=1)
   rows = []
   for group, some in formats.items():

@@ -23,7 +23,6 @@ def states(task: Countdown, problem: Problem) -> Any:
   be made of them.
 
   Args:
-    task: whose rules they are.
     problem: of three numbers, so that all states fit.
   """
   numbers, target = parse_prompt(problem.prompt)
@@ -63,7 +62,6 @@ def counts(
 
   Args:
     successes: of each step, all of as many rollouts.
-    right: the oracle's labels, 1 or 0.
   """
   figure, axes = plt.subplots(figsize=(7, 3))
   bins = np.arange(successes.max() + 2) - 0.5
@@ -81,7 +79,6 @@ def solutions(
   """Returns a figure of solutions, a line each, steps coloured by scores.
 
   Args:
-    shown: with the oracle's labels.
     scores: of their steps, 0 (orange) to 1 (blue).
   """
   most = max(len(one.steps) for one in shown)
@@ -107,13 +104,7 @@ def calibration(
   labels: Float[np.ndarray, " B"],
   bins: int = 10,
 ) -> Any:
-  """Returns a figure of the share of right steps by score.
-
-  Args:
-    scores: by name, of the same steps.
-    labels: of the steps, 1 or 0.
-    bins: of equal mass.
-  """
+  """Returns a figure of the share of right steps by score."""
   figure, axes = plt.subplots(figsize=(4.2, 4.2))
   axes.plot([0, 1], [0, 1], color="0.8", lw=1)
   for (name, own), color in zip(scores.items(), COLORS, strict=False):

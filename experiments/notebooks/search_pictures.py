@@ -18,7 +18,6 @@ def budgets(
   """Returns a figure of accuracies by number of samples, with intervals.
 
   Args:
-    ks: numbers of samples.
     curves: by name, (value, low, high) of each number, as in the `estimates`
       of a search.
   """
@@ -36,11 +35,7 @@ def budgets(
 
 
 def costs(pools: Mapping[str, Sequence[Searched]]) -> Any:
-  """Returns a figure of what searches cost a problem, by what it went to.
-
-  Args:
-    pools: what was searched, by name.
-  """
+  """Returns a figure of what searches cost a problem, by what it went to."""
   figure, axes = plt.subplots(figsize=(8, 0.45 * len(pools) + 1.1))
   parts = {
     "policy, prompt": lambda x: x.prompt_ledger.flops_policy,
@@ -61,12 +56,7 @@ def costs(pools: Mapping[str, Sequence[Searched]]) -> Any:
 
 
 def against_flops(curves: Sequence[Curve], points: Mapping[str, Point]) -> Any:
-  """Returns a figure of accuracies against FLOPs.
-
-  Args:
-    curves: systems by budget; costs in FLOPs.
-    points: systems of one budget, by name.
-  """
+  """Returns a figure of accuracies against FLOPs."""
   figure, axes = plt.subplots(figsize=(9, 5))
   for i, curve in enumerate(curves):
     axes.plot(

@@ -18,7 +18,6 @@ def views(image: UInt8[np.ndarray, "H W 3"], preprocessor: Preprocessor) -> Any:
   are the soft tokens that each becomes.
 
   Args:
-    image: RGB.
     preprocessor: one whose tiles come before the whole view, such as SmolVLM's
       or InternVL's.
   """
@@ -65,7 +64,6 @@ def features(
   """Returns a figure of features: their three main directions as colours.
 
   Args:
-    image: what they are of.
     found: on the grid of patches or of soft tokens.
   """
   flat = found.reshape(-1, found.shape[-1]).astype(np.float64)
@@ -91,7 +89,6 @@ def attention(
   """Returns a figure of attention over an image, one panel a map.
 
   Args:
-    image: what is attended to.
     maps: by title, on grids of soft tokens; bright is much.
   """
   figure, axes = plt.subplots(

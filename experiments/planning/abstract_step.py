@@ -60,7 +60,6 @@ def build(experiment: Experiment, devices: Sequence[Any]) -> AbstractStep:
   Only the first row of the data, or of each bucket, is made, for its shape.
 
   Args:
-    experiment: to be trained.
     devices: JAX's; this machine need not have them.
 
   Raises:
@@ -95,12 +94,7 @@ def build(experiment: Experiment, devices: Sequence[Any]) -> AbstractStep:
 
 
 def lower(experiment: Experiment, abstract: AbstractStep) -> jax.stages.Lowered:
-  """Returns the experiment's training step, ready to be compiled.
-
-  Args:
-    experiment: to be trained.
-    abstract: from `build` of that experiment.
-  """
+  """Returns the experiment's training step, ready to be compiled."""
   plan = experiment.plan
   update = step.make_train_step(
     abstract.objective, experiment.optimizer, plan.accumulate, plan.average

@@ -78,8 +78,6 @@ def advise(
   """Returns trials of a run, those that fit first, the fastest of them first.
 
   Args:
-    experiment: the run.
-    topology: the devices.
     compiles: programs to compile at most.
 
   Raises:

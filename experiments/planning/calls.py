@@ -39,10 +39,6 @@ class Rows:
 def rows(given: str, flag: str = "generate") -> Rows:
   """Returns what `16x1024+256` stands for: rows, prompt, generated tokens.
 
-  Args:
-    given: the text.
-    flag: that has it, for the error.
-
   Raises:
     UserError: it stands for nothing.
   """
@@ -80,8 +76,6 @@ class Planner:
     """Returns a call's cost, and the shapes of its results.
 
     Args:
-      words: what the call is, for the screen.
-      call: a pure function.
       *args: arrays' shapes, sharded.
       tokens: that the call is for, over all rows.
       donate: arguments whose memory the results may take.

@@ -96,9 +96,6 @@ def plan(
   cuts them.
 
   Args:
-    experiment: whose model generates.
-    topology: what on.
-    request: rows.
     paging: pages of the cache; None for one array a row.
 
   Raises:
@@ -122,10 +119,8 @@ def calls(
   """Returns the costs of `prefill` and of `decode`, a step, and both together.
 
   Args:
-    model: that generates.
     request: rows; `count` is that of prompts.
     copies: answers to each prompt, which is read once.
-    paging: see `plan`.
   """
   each = dense if paging is None else in_pages
   out = each(model, request, copies, paging)

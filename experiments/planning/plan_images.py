@@ -36,7 +36,6 @@ def plan(name: str, given: str, text: int = 0) -> dict[str, Any]:
 
   Args:
     name: of a preset, a row of `research.vlm.presets`.
-    given: HEIGHTxWIDTH.
     text: tokens of the question.
 
   Raises:

@@ -47,8 +47,6 @@ def plan(
 
   Args:
     experiment: whose objective has a mask.
-    topology: what on.
-    request: rows.
     cache: what is kept from call to call, as `generate --cache=` has it; by
       default dual, or prefix for a model of blocks.
     guidance: by the prompt; above 0 each call reads rows twice.

@@ -85,8 +85,6 @@ def plan(
   Args:
     policy: whose model writes.
     verifier: whose reward model scores; None for none.
-    topology: what on.
-    search: what is searched.
     batch: solutions that the verifier reads at once; by default all.
     paging: of the policy's cache, see `plan_decoding.plan`.
 
@@ -133,12 +131,6 @@ def score(
 ) -> tuple[dict[str, Any], int]:
   """Returns the cost of scoring solutions, and the verifier's bytes a device.
 
-  Args:
-    verifier: whose model scores.
-    topology: what on.
-    count: solutions at once.
-    length: tokens of each.
-
   Raises:
     UserError: its model is no reward model.
   """
@@ -172,7 +164,6 @@ def all_resident(
   Args:
     resident: bytes of each model's weights: the policy's, and the verifier's.
     needs: costs of the policy's calls, then of the verifier's.
-    topology: the devices.
   """
   totals = []
   for i, need in enumerate(needs):

@@ -37,10 +37,7 @@ def plan(
   """Returns the cost of a step of `experiment` on `topology`, and prints it.
 
   Args:
-    experiment: to be trained.
-    topology: the devices.
     hlo: file for the compiled program's text, or None.
-    quiet: whether nothing is printed but progress.
 
   Raises:
     UserError: an error of a run before its first step.

@@ -20,9 +20,6 @@ def shares(abstract: AbstractStep) -> dict[str, dict[str, Any]]:
 
   FLOPs are the model's own, all devices together, by `training_flops`. Bytes
   are those of a device: weights and the optimizer's state.
-
-  Args:
-    abstract: a training step.
   """
   model, batch = abstract.loaded.model, abstract.batch
   if not isinstance(model, VisionLanguageModel):

@@ -77,9 +77,6 @@ def overall(matrices: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
   `outliers` has the median over matrices of the largest over the mean
   magnitude, of inputs and of weights, and of the inputs of each kind of matrix.
-
-  Args:
-    matrices: of `report_errors.errors`.
   """
   worst = max(matrices, key=lambda a: matrices[a]["output"])
   peak = max(matrices, key=lambda a: matrices[a]["inputs"])

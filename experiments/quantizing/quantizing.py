@@ -37,11 +37,7 @@ class Job:
   seed: int = 0
 
   def run(self, say: Say) -> tuple[Loaded, dict[str, Any], list[Report]]:
-    """Returns the model as it was, its new weights, and what was reported.
-
-    Args:
-      say: called with lines of progress.
-    """
+    """Returns the model as it was, its new weights, and what was reported."""
     cli.loading(self.model)
     loaded = self.model.load()
     params, reports = loaded.params, []

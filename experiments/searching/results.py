@@ -79,7 +79,6 @@ def best_at(
 
   Args:
     searched: a problem; a sample without an answer is never the best.
-    aggregate: combines the scores of a sample's steps.
     budgets: numbers of samples to choose among.
   """
   scores = np.array(
@@ -98,8 +97,6 @@ def result_of(
   """Returns the accuracy of a pool, its interval and its cost.
 
   Args:
-    pool: problems, at least one.
-    strategy: that searched them.
     choice: among the samples of each.
     n: samples to choose among, or None for all.
 
@@ -129,7 +126,6 @@ def accuracies(
   """Returns each problem's chance of a right answer.
 
   Args:
-    choice: among the samples of each.
     n: samples to choose among, or None for all.
   """
   if n is None:

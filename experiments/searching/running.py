@@ -38,7 +38,6 @@ def complete(run: SearchRun, folder: pathlib.Path, text: str) -> list[Searched]:
 
   Args:
     folder: the working directory; made if missing.
-    text: the configuration, which is written there.
 
   Raises:
     UserError: the pool is of other settings, another process adds to it, or

@@ -39,9 +39,6 @@ def batches(
 ) -> Iterator[list[Searched]]:
   """Opens the models; yields each batch's problems that are not done yet.
 
-  Args:
-    done: ids of problems that are in the pool.
-
   Raises:
     UserError: the task has too few problems, or what models and searches raise.
   """
@@ -180,7 +177,6 @@ class Search:
     """Returns what is found for the problems of a batch.
 
     Args:
-      problems: at most the run's `batch`.
       first: index of the first one in the task.
     """
     begin, run = time.perf_counter(), self._run

@@ -60,7 +60,6 @@ def workdirs(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
   Args:
     value: dataclasses, lists, tuples and mappings, such as a `SearchRun`; a
       dataclass with a field `workdir` loads a run's model.
-    name: name of the value, with which those of its fields begin.
   """
   if isinstance(value, type):  # which makes judges, say
     parts: dict[Any, Any] = {}

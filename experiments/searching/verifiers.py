@@ -350,9 +350,6 @@ class TrainedModel(NamedTuple):
   def check_reads(self, context: Context, where: str) -> None:
     """Checks that it can read the policy's prompts and steps.
 
-    Args:
-      context: the search's models and prompts.
-
     Raises:
       UserError: its tokens or its prompts are others than the policy's.
     """

@@ -41,10 +41,6 @@ def kinds_of(
 ) -> dict[str, dict[str, Any]]:
   """Returns the kinds of wrong solutions of a pool, the most frequent first.
 
-  Args:
-    pool: problems, whose samples have scores.
-    aggregate: makes one score of a sample's steps.
-
   Returns:
     By kind `share` of all samples, and `below`: of all pairs of such a solution
     and a right one of the same problem, the share in which the right one has
@@ -81,10 +77,6 @@ def errors_of(
 
   Solutions with equal text have one score, so they count once; those without
   an answer are never chosen, and do not count.
-
-  Args:
-    pool: problems, whose samples have scores.
-    aggregate: makes one score of a sample's steps.
 
   Returns:
     `auc` of all right and wrong solutions and `auc_within` those of the same

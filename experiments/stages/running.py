@@ -37,9 +37,7 @@ def claim(
   for an experiment that has finished.
 
   Args:
-    run: an experiment, or stages with their texts.
     text: the operative configuration; of all stages, if there are any.
-    workdir: local, or an object store's.
     may_differ: regular expression of lines that may differ.
     stack: keeps the directory locked (`run_lock`) from before anything is
       written; None unlocks it at the end.
@@ -129,9 +127,7 @@ def train(
   result of each. A stage that has finished is left as it is.
 
   Args:
-    run: an experiment, or stages.
     workdir: of the run; each stage has the folder of its name in it.
-    writers: of metrics, see `loop.fit`.
     started_at: when the work on it began, see `train_eval.train`.
 
   Raises:

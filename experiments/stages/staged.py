@@ -195,7 +195,6 @@ def open_results(
   """Returns an experiment whose source knows where stages' results are.
 
   Args:
-    experiment: of a stage.
     find: name of a stage -> that stage, and its working directory.
   """
 

@@ -36,7 +36,6 @@ def set_parts(study: Any, **kinds: type) -> None:
   """Sets fields of a frozen dataclass to what `from_mapping` makes of them.
 
   Args:
-    study: the dataclass, in its `__post_init__`.
     **kinds: dataclass of each field, which lists one or several.
   """
   for field, of in kinds.items():
@@ -60,7 +59,6 @@ def with_systems(
 
   Args:
     part: a dataclass, or several; in fields of `NAMED`, texts are names.
-    systems: by name.
     named: whether the texts of `part` itself are names.
 
   Raises:

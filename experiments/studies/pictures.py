@@ -36,8 +36,6 @@ def curves(
   """Draws a curve a name over its seeds' rows, in a style of its own each.
 
   Args:
-    axes: where.
-    runs: rows of the seeds, by name.
     x, y: columns of a row, lists of equal length.
   """
   for i, (name, rows) in enumerate(runs.items()):
@@ -81,10 +79,7 @@ def bar_panels(
   """Saves a picture of panels beside each other, bars in each.
 
   Args:
-    path: of the picture.
-    title: of all.
     panels: means by name, by the label of their axis.
-    size: width and height, inches.
   """
   drawn = plots.figure(*size)
   (places,) = drawn.subplots(1, len(panels), squeeze=False)
@@ -100,7 +95,6 @@ def ranking(
   """Draws names under each other, the last on top, with their intervals.
 
   Args:
-    axes: where.
     found: by name, in their order from below.
     styles: by name, of `errorbar`.
   """

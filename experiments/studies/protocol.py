@@ -67,11 +67,7 @@ class Study(abc.ABC):
     """Names of the arms, in the order of running."""
 
   def prepare(self, workdir: pathlib.Path) -> Any:
-    """Returns what arms share; called once, and only if an arm has to run.
-
-    Args:
-      workdir: of the study, for what is worth storing.
-    """
+    """Returns what arms share; called once, and only if an arm has to run."""
     return workdir
 
   @abc.abstractmethod
@@ -79,9 +75,7 @@ class Study(abc.ABC):
     """Runs an arm.
 
     Args:
-      arm: its name.
       before: rows of the arms before it that are there.
-      shared: of `prepare`.
     """
 
   def needs(self, arm: str) -> Sequence[str]:
@@ -152,7 +146,6 @@ def describe(value: Any, *without: str) -> str:
   arrays by a digest.
 
   Args:
-    value: a dataclass, or what its fields may be.
     without: fields of `value` to leave out.
   """
   return _text(value, (), without)
@@ -204,9 +197,7 @@ def check_settings(path: pathlib.Path, found: str | None, now: str) -> None:
   """Checks that a stored file was made from the settings of now.
 
   Args:
-    path: of the file.
     found: the settings that it was made from; None where it has no record.
-    now: the study's, see `Study.settings`.
 
   Raises:
     UserError: they differ, by more than imports that nothing uses.
@@ -277,14 +268,7 @@ class Store(NamedTuple):
       path.unlink(missing_ok=True)
 
   def write(self, arm: str, settings: str, row: Row, **origin: Any) -> None:
-    """Writes an arm's file.
-
-    Args:
-      arm: its name.
-      settings: see `Study.settings`.
-      row: what was measured.
-      origin: seconds, commit.
-    """
+    """Writes an arm's file."""
     self.folder.mkdir(parents=True, exist_ok=True)
     text = {"arm": arm, "settings": settings, **origin, "row": row}
     folders.write_text(self.path(arm), json.dumps(cli.plain(text)))

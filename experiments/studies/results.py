@@ -304,10 +304,6 @@ def render_pages(write: bool = True) -> list[pathlib.Path]:
 def render(config: str, result: Mapping[str, Any]) -> list[pathlib.Path]:
   """Stores a result beside its run file and rewrites the pages that show it.
 
-  Args:
-    config: the run file.
-    result: of all its arms.
-
   Returns:
     The files that changed.
   """

@@ -162,10 +162,7 @@ def manifest(
   """Returns the YAML of a sweep: two documents a unit.
 
   Args:
-    units: of the sweep.
-    sweep: its name.
     image: of the container, with Heptad and its Python first in PATH.
-    on: what each unit runs on.
     volumes: `CLAIM:/path`: a PersistentVolumeClaim, and where it is mounted,
       here and in pods: one has the sweep's working directory.
 

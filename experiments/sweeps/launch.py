@@ -59,9 +59,6 @@ def local(
   SIGTERM.
 
   Args:
-    work: the units.
-    parallel: processes at a time.
-    events: is called with what happens.
     lock: descriptor that units inherit, see `work.lock`.
     interval: seconds between polls of running processes.
 

@@ -151,7 +151,6 @@ def rows(
   """Returns a row for each unit: bindings, status, and all of its result.
 
   Args:
-    units: of the sweep.
     statuses: exit statuses of the units that ran just now.
   """
   table = []
@@ -193,8 +192,6 @@ def groups(
   """Returns units by their bindings without the seed.
 
   Args:
-    units: of the sweep.
-    metric: the entry of a result that is compared.
     seed: the binding that seeds have.
     failed: names of units that ran and have no result.
   """
@@ -260,10 +257,6 @@ def report(
 
 def check_complete(result: Mapping[str, Any], units: Sequence[Planned]) -> None:
   """Raises unless every unit is done, and then prints the result as it is.
-
-  Args:
-    result: from `report`.
-    units: of the sweep.
 
   Raises:
     Preempted: units are missing, since the sweep was asked to stop.

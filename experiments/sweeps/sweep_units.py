@@ -79,8 +79,6 @@ def plan(
   """Returns the units of a sweep; builds each configuration, runs nothing.
 
   Args:
-    sweep: of the units.
-    workdir: of the sweep.
     more: gin bindings for all units; they win over `sweep.fixed`.
     options: flags for all units.
 

@@ -119,11 +119,7 @@ def _growth(row: Mapping[str, Any]) -> str:
 
 
 def linear(rows: Sequence[Mapping[str, Any]]) -> bool:
-  """Returns whether the last doubling is one of tiles' memory, not of scores'.
-
-  Args:
-    rows: rows of `attention_costs.memory`.
-  """
+  """Returns whether the last doubling is one of tiles' memory, not of scores'."""
   before, row = rows[-2:]
   growth = row["flash"] / before["flash"]
   longer = row["length"] / before["length"]
@@ -138,10 +134,6 @@ def bandwidth_bound(
 
   And whether bytes are as counted, and fall with the size of a tile as the
   paper says.
-
-  Args:
-    moved: rows of `attention_costs.moved`.
-    ridges: values of `attention_costs.ridges`.
   """
   plain, *tiled = moved
   constants = [row["constant"] for row in tiled]

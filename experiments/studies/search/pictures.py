@@ -21,12 +21,9 @@ def against_flops(
   """Draws systems as points, and pools of samples as curves over budgets.
 
   Args:
-    points: systems with their rows.
     curves: pools of independent samples: of each there is a curve of what an
       exact final check would reach (pass@k), and where steps are scored, one of
       best-of-k by the product of scores.
-    path: of the PNG.
-    title: above it.
   """
   drawn = plots.figure(9, 5.5)
   axes = drawn.subplots()

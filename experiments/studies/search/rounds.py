@@ -21,9 +21,6 @@ POINTS = 30
 def curves_of(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns the curves of a run that learned from rewards; {} for others.
 
-  Args:
-    workdir: of the run.
-
   Returns:
     `curves`: `step`, `reward` and `verified`, the share of right answers, at
     most `POINTS` each. Where the reward is the verdict, both are the same.

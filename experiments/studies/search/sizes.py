@@ -91,9 +91,6 @@ class EffectiveSizes(Report):
     These are all that it needs, so that it can be made of a stored table, too.
     A mean is a pair: its value and its half.
 
-    Args:
-      line: returns a system's.
-
     Returns:
       No lines where one of the ladder's is missing.
     """
