@@ -6,7 +6,6 @@ says the opposite, and None (undecided) in between and with one seed.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,10 +38,6 @@ class Mean(NamedTuple):
   def times(self, factor: float | int) -> "Mean":
     """Returns the mean in another unit, such as per cent."""
     return Mean(factor * self.value, abs(factor) * self.half)
-
-  def over(self, exact: float) -> "Mean":
-    """Returns how far the mean is above a number that is known."""
-    return Mean(self.value - exact, self.half)
 
 
 def mean(values: Any) -> Mean:
@@ -78,17 +73,6 @@ def common_seeds(what: str, first: int, second: int) -> int:
       f"{what}: found {first} and {second} seeds, expected as many, or one"
     )
   return seeds
-
-
-def paired(a: Any, b: Any) -> Mean:
-  """Returns the mean of `a - b`, paired by seed; each a list or an array.
-
-  Raises:
-    UserError: not equally many of both.
-  """
-  if len(a) != len(b):
-    raise UserError(f"stats.paired: found {len(a)} and {len(b)} values")
-  return mean(np.asarray(a, float) - np.asarray(b, float))
 
 
 # --- decisions ---
@@ -135,21 +119,3 @@ def seeds_to_decide(
     if scipy.stats.nct.sf(t, n - 1, effect * math.sqrt(n)) >= POWER:
       return n
   return MOST_SEEDS
-
-
-def opposite(decision: Decision) -> Decision:
-  """Returns the decision on the opposite claim."""
-  return None if decision is None else not decision
-
-
-def every(decisions: Iterable[Decision]) -> Decision:
-  """Whether all hold: one that does not decides."""
-  some = list(decisions)
-  if any(x is not None and not x for x in some):
-    return False
-  return None if any(x is None for x in some) else True
-
-
-def either(decisions: Iterable[Decision]) -> Decision:
-  """Whether any holds: one that does decides."""
-  return opposite(every(map(opposite, decisions)))

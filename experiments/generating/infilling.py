@@ -38,7 +38,7 @@ class Text:
   def kept(
     self, tokens: Int[np.ndarray, "T"], end: Sequence[int]
   ) -> Bool[np.ndarray, "T"]:
-    """Returns what is text of filled tokens: in a gap, what is before an end."""
+    """Returns which filled tokens are text: in a gap, those before an end."""
     out = np.ones(len(self.ids), bool)
     for start, stop in self.gaps:
       ended = np.isin(tokens[start:stop], end)

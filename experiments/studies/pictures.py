@@ -1,4 +1,4 @@
-"""What pictures of studies share: curves over seeds, bars, rankings, labels."""
+"""What pictures of studies share: bars, rankings, labels."""
 
 import itertools
 import math
@@ -6,50 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from experiments.core.stats import Mean
 from research.training.reports import plots
-
-GREY = "0.65"
-"""Of what has no colour of its own."""
-
-
-def colors(names: Sequence[str]) -> dict[str, str]:
-  """Returns a colour for each name, none twice: grey once they are used up."""
-  own = dict(zip(names, plots.COLORS, strict=False))
-  return {name: own.get(name, GREY) for name in names}
-
-
-def spread(axes: Any, x: Any, runs: Any, label: str | None, style: Any) -> None:
-  """Draws the mean over seeds, and their range; `runs` is [S, T] numbers."""
-  runs = np.asarray(runs, float)
-  axes.plot(x, runs.mean(0), marker="o", markersize=3, label=label, **style)
-  axes.fill_between(
-    x, runs.min(0), runs.max(0), alpha=0.15, color=style["color"]
-  )
-
-
-def curves(
-  axes: Any, runs: Mapping[str, Sequence[Mapping[str, Any]]], x: str, y: str
-) -> None:
-  """Draws a curve a name over its seeds' rows, in a style of its own each.
-
-  Args:
-    x, y: columns of a row, lists of equal length.
-  """
-  for i, (name, rows) in enumerate(runs.items()):
-    spread(axes, rows[0][x], [row[y] for row in rows], name, plots.style(i))
-
-
-def means(
-  axes: Any, x: Any, found: Sequence[Mean], label: str, style: Any
-) -> None:
-  """Draws means, and their 95% intervals."""
-  y = np.array([m.value for m in found])
-  half = np.array(halves(found))
-  axes.plot(x, y, marker="o", markersize=3, label=label, **style)
-  axes.fill_between(x, y - half, y + half, alpha=0.15, color=style["color"])
 
 
 def halves(found: Sequence[Mean]) -> list[float]:

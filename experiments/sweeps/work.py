@@ -8,7 +8,7 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 from research.training.preemption import Preempted
 from research.typing import UserError
@@ -76,10 +76,6 @@ class Events:
 
   def tick(self) -> None:
     """Some time has passed."""
-
-
-Launcher = Callable[[Sequence[Work]], Mapping[str, int]]
-"""Units -> exit statuses by name; without those that were not started."""
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ def _growth(row: Mapping[str, Any]) -> str:
 
 
 def linear(rows: Sequence[Mapping[str, Any]]) -> bool:
-  """Returns whether the last doubling is one of tiles' memory, not of scores'."""
+  """Returns whether the last doubling is of tiles' memory, not of scores'."""
   before, row = rows[-2:]
   growth = row["flash"] / before["flash"]
   longer = row["length"] / before["length"]
