@@ -153,7 +153,6 @@ _NOT_OF_DIFFUSION = (
 
 
 def _load() -> Any:
-  """Returns the model."""
   towers = "language" if _SAMPLER.value == "diffusion" else "all"
   given = _MODEL.value, _DTYPE.value, FLAGS["packed"].value, towers
   return packed_weights.load_with_tokenizer(*given)
@@ -174,7 +173,6 @@ def _tokens(loaded: Any, text: str) -> list[int]:
 
 
 def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
-  """Returns the result of one row."""
   return {
     "text": "".join(p.text for p in pieces),
     "tokens": sum(p.tokens for p in pieces),
@@ -186,7 +184,6 @@ def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
 def _fill(
   prompts: list[str], rules: Any, config: SamplerConfig
 ) -> dict[str, Any]:
-  """Returns what filling in masks gives."""
   from experiments.generating import diffusion, infilling
   from research.generation import generate
 
@@ -330,7 +327,6 @@ def _streamed(
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-  """Generates; returns the result, which the command prints as JSON."""
   del argv
   from experiments.generating import conversation
   from experiments.generating import prompts as asked

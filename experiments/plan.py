@@ -121,7 +121,6 @@ _TEXT_TOKENS = define.integer(
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-  """Plans; returns the result, which the command prints as JSON."""
   del argv
   if _PRESET.value is not None:
     own = {_PRESET.name, _IMAGE_SIZE.name, _TEXT_TOKENS.name}
@@ -226,7 +225,6 @@ def _sampling(run: Any, topology: Any) -> dict[str, Any]:
 
 
 def _image() -> dict[str, Any]:
-  """Returns what an image costs a published model."""
   cli.required(image_size=_IMAGE_SIZE.value)
   from experiments.planning import plan_images
 

@@ -33,7 +33,6 @@ class Combine(WritesAdapter):
   seed: int = option(0, "Seed of the entries that are dropped at random.")
 
   def make(self) -> tuple[Any, Any, dict[str, Any]]:
-    """Returns the first source, the base with the sum, and the result."""
     import jax
 
     from research.lora import lora_factors, wrap
@@ -99,7 +98,6 @@ class ToLora(WritesAdapter):
       raise UserError("--op=lora: expected either --rank or --energy")
 
   def make(self) -> tuple[Any, Any, dict[str, Any]]:
-    """Returns the source, its parameters as plain LoRA, and the result."""
     from research.lora import to_lora
 
     size = (

@@ -29,7 +29,6 @@ class Diagnose(FindsIntruders, ReadsAdapters):
   picture: str | None = option(None, "A PNG to draw.")
 
   def run(self) -> dict[str, Any]:
-    """Returns means over all matrices."""
     import numpy as np
 
     from research.interop import sources
@@ -61,7 +60,6 @@ class WeakenIntruders(FindsIntruders, WritesAdapter):
   )
 
   def make(self) -> tuple[Any, Any, dict[str, Any]]:
-    """Returns the source, parameters without intruders, and the result."""
     from research.lora import lora_factors, wrap
     from research.lora.diagnosis import diagnose
 

@@ -21,7 +21,6 @@ class Fidelity(ComparesLogits, ReadsAdapters):
   seed: int = option(0, "Seed of stochastic rounding.", needs="rounding")
 
   def run(self) -> dict[str, Any]:
-    """Returns the share of the update that is kept, and changes of logits."""
     from research.lora.merge import changes, merge
 
     text = None if self.text is None else cli.read_text(self.text, "text")

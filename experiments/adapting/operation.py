@@ -105,7 +105,6 @@ class WritesAdapter(ReadsAdapters):
     raise NotImplementedError
 
   def run(self) -> dict[str, Any]:
-    """Makes the adapter, and writes it."""
     from research.interop import convert
 
     to = pathlib.Path(self.to)

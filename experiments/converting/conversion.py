@@ -53,7 +53,6 @@ class Conversion:
   )
 
   def open(self) -> Any:
-    """Returns the source."""
     from experiments.converting import source
 
     return source.open_source(self.from_)
@@ -164,7 +163,6 @@ class SupportsDiffusion(Conversion):
   )
 
   def open(self) -> Any:
-    """Returns the source, as a diffusion model where --mask_token is given."""
     from experiments.converting import source
 
     opened = super().open()

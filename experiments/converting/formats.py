@@ -30,7 +30,6 @@ class HuggingFace(SupportsDiffusion, WritesShards, MergesAdapters):
   )
 
   def writer(self) -> Writer:
-    """Returns what writes the directory."""
     from research.interop import convert
 
     size, how = self.shard_bytes, rounding.make(self.rounding)
@@ -52,7 +51,6 @@ class Gguf(MergesAdapters):
   )
 
   def writer(self) -> Writer:
-    """Returns what writes the file."""
     from research.interop.gguf import imatrix
     from research.interop.gguf import recipe as gguf_recipe
 
@@ -106,7 +104,6 @@ class Peft(Conversion):
   rslora: bool = option(False, "State scales as alpha / sqrt(rank).")
 
   def writer(self) -> Writer:
-    """Returns what writes the directory."""
     from research.interop import convert
 
     return lambda source, to: Written(
@@ -123,7 +120,6 @@ class GgufAdapter(Conversion):
   type: str | None = argument("TYPE")
 
   def writer(self) -> Writer:
-    """Returns what writes the file."""
     from research.interop import convert
 
     kind = (self.type or "F32").upper()
@@ -135,7 +131,6 @@ class Orbax(SupportsDiffusion):
   """Our checkpoint: every bit, adapters and packed weights included."""
 
   def writer(self) -> Writer:
-    """Returns what writes the directory."""
     from research.interop import convert
 
     return lambda source, to: Written(convert.to_orbax(source, to))

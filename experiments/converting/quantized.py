@@ -25,7 +25,6 @@ class _Quantized(WritesShards, MergesAdapters):
     raise NotImplementedError
 
   def writer(self) -> Writer:
-    """Returns what writes the directory."""
     from research.interop import convert
 
     size = self.shard_bytes
@@ -78,7 +77,6 @@ class Awq(_Grouped):
   """AWQ's directory."""
 
   def tool(self, source: Any) -> Any:
-    """Returns AWQ's writer."""
     from research.interop.quantized import checkpoint_formats
 
     del source
@@ -92,7 +90,6 @@ class BitsAndBytes(_Quantized):
   type: str | None = argument("TYPE", "nf4", "fp4", "int8")
 
   def tool(self, source: Any) -> Any:
-    """Returns bitsandbytes' writer, with the source's threshold."""
     from research.interop.quantized import checkpoint_formats
     from research.quant.llm_int8 import Outliers
 
@@ -108,7 +105,6 @@ class CompressedTensors(_Grouped):
   type: str | None = argument("TYPE", "int4", "int8", "fp8", "nvfp4", "mxfp4")
 
   def tool(self, source: Any) -> Any:
-    """Returns compressed-tensors' writer, with the source's activations."""
     from research.interop.quantized import checkpoint_formats
 
     given, *more = source.activations or [None]

@@ -231,7 +231,6 @@ def _save_reward_model(folder, loaded, params) -> None:
 
 
 def _save_vision_model(folder, loaded, params) -> bool:
-  """Writes a model that sees images, in Hugging Face's format."""
   shutil.rmtree(folder, ignore_errors=True)
   return _write(folder, lambda: vision.write_model(folder, loaded, params))
 

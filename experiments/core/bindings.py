@@ -433,7 +433,6 @@ def _scopes(target: str, used: Bound) -> list[str]:
 
 
 def _macros(used: Bound) -> list[str]:
-  """Returns the names of macros, which gin has as scopes."""
   return sorted({scope for (scope, name), _ in used if name == MACRO})
 
 

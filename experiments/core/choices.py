@@ -144,7 +144,6 @@ class Choices:
     return "\n\n".join([self.help, *found])
 
   def owners(self, option: str) -> list[str]:
-    """Returns the choices that take an option."""
     return [name for name, c in self.table.items() if option in c.options]
 
   def chosen(self, values: flags.FlagValues) -> Any:

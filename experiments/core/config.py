@@ -475,7 +475,6 @@ def _shorten(error: Exception) -> str:
 
 
 def _without_gin(text: str) -> str:
-  """Returns a message without gin's notes on which call it came from."""
   return "\n".join(
     line
     for line in text.splitlines()

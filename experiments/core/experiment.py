@@ -237,7 +237,6 @@ class Experiment(Ranged):
   def training(
     self, built: "BuiltExperiment", tokenizer: Any
   ) -> Iterable[Batch] | Rollouts:
-    """Returns what the loop trains on."""
     if isinstance(self.data, RolloutData):
       return self.data.with_objective(built.objective)
     return self.data.training(tokenizer, *built.context.share)
@@ -289,6 +288,5 @@ class BuiltExperiment:
   context: DeviceContext = SINGLE_DEVICE
 
   def with_tokenizer(self, tokenizer: Any) -> "BuiltExperiment":
-    """Returns the same with another tokenizer."""
     loaded = dataclasses.replace(self.loaded, tokenizer=tokenizer)
     return dataclasses.replace(self, loaded=loaded)

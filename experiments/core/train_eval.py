@@ -321,12 +321,10 @@ def _judged(
 
 
 def _trained(built: BuiltExperiment, trained: state.TrainState) -> Loaded:
-  """Returns the model with trained weights."""
   return dataclasses.replace(built.loaded, params=trained.params)
 
 
 def _start(experiment: Experiment, built: BuiltExperiment) -> state.TrainState:
-  """Returns the state before the first step."""
   return state.create(
     built.params,
     experiment.trainable,

@@ -222,7 +222,6 @@ def _check_context(
 
 
 def _row(loaded, prepared, got, i, prompt, length) -> dict[str, Any]:
-  """Returns what is reported of one row."""
   made = got.tokens[i, prepared.heads[i] :][:length]
   ends = np.flatnonzero(np.isin(made, prepared.config.end))
   count = int(ends[0]) if ends.size else len(made)
@@ -253,7 +252,6 @@ def _texts(loaded, prepared, got, texts, ready):
 
 
 def _filled(loaded, text, tokens, kept) -> dict[str, Any]:
-  """Returns what is reported of one text with gaps."""
   decode = loaded.tokenizer.decode
   gaps = [tokens[slice(*gap)][kept[slice(*gap)]] for gap in text.gaps]
   given = len(text.ids) - sum(stop - start for start, stop in text.gaps)

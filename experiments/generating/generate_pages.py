@@ -60,7 +60,6 @@ class Paged:
     )
 
   def report(self, params: Params) -> dict[str, Any]:
-    """Returns what the result says of pages, afterwards."""
     if self.layout is None:
       return {}
     call = self.prompts, self.max_new_tokens, self.pages, self.layout.dtype

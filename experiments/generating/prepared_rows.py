@@ -115,7 +115,6 @@ def prepare(
 
 
 def _block(spec: Spec, config: SamplerConfig, gaps: bool) -> int:
-  """Returns a block's tokens."""
   if config.canvas is not None and spec.block is not None:
     raise UserError(
       f"{config.show('canvas')}: this model is block-causal, and adds blocks "

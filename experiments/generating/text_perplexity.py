@@ -78,7 +78,6 @@ class TextPerplexity:
     return result | compared | self._cache_bytes(loaded, kv)
 
   def _begin(self, tokenizer: Any, name: str) -> tuple[int, ...]:
-    """Returns the special tokens before each window."""
     expected = tokenizer.special.row_begin
     if self.bos == "auto":
       return expected

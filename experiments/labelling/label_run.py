@@ -108,7 +108,6 @@ class LabelRun(Ranged):
       )
 
   def run(self, say: Callable[[str], Any]) -> Labelled:
-    """Returns the labelled solutions."""
     keys = jax.random.split(jax.random.key(self.seed))
     unused = {x.prompt for x in self.excluding or ()}
     verifier = guard(self.judge, self.task, self.timeout)

@@ -57,7 +57,6 @@ class Toy:
 
   @functools.cached_property
   def network(self) -> tuple[Transformer, Params]:
-    """The model and its random weights."""
     loaded = network(self.source.vocab + 1)
     return loaded.model, loaded.params
 
@@ -73,7 +72,6 @@ class Toy:
     return diffusion_truth.Chain(mask_id=self.mask_id), tables
 
   def rows(self, count: int) -> Int[np.ndarray, "N T"]:
-    """Returns held-out rows of the chain."""
     source = dataclasses.replace(self.source, split="heldout", count=count)
     return _rows_of(source)
 

@@ -44,13 +44,11 @@ class Context:
 
   @property
   def vocab_size(self) -> int:
-    """The number of the policy's ids."""
     if isinstance(self.policy, DiffusionPolicy):
       return self.policy.denoiser.model.vocab_size
     return self.policy.model.vocab_size
 
   def text(self, path: Path) -> str:
-    """Returns a path's text."""
     return path.text(self.tokenizer.decode)
 
   def answer(self, path: Path) -> str | None:

@@ -87,7 +87,6 @@ class Searched:
   prompt_ledger: Ledger
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the object of a line."""
     return {
       "problem": self.problem.to_json(),
       "samples": [

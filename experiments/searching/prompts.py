@@ -21,7 +21,6 @@ class Plain:
   template: str = "{question}"
 
   def __call__(self, tokenizer: Any, question: str) -> list[int]:
-    """Returns the prompt's tokens, with those that begin a document."""
     return tokenizer.prompt(self.template.replace("{question}", question))
 
 
@@ -38,7 +37,6 @@ class Chat:
   template: str = "{question}"
 
   def __call__(self, tokenizer: Any, question: str) -> list[int]:
-    """Returns the tokens of the rendered conversation."""
     text = self.template.replace("{question}", question)
     messages = [{"role": "user", "content": text}]
     if self.system is not None:
@@ -52,7 +50,6 @@ class IdWords:
   stop: tuple[int, ...] = ()
 
   def prompt(self, text: str) -> list[int]:
-    """Returns the ids that a text lists."""
     return self.encode(text)
 
   def encode(self, text: str) -> list[int]:
@@ -71,5 +68,4 @@ class IdWords:
     return [int(word) for word in words]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns ids as words."""
     return " ".join(str(i) for i in ids)

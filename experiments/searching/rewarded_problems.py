@@ -34,7 +34,6 @@ class RewardedProblems(Task):
     return self.rewards.sample(rng, 1)[0]
 
   def verify(self, problem: Problem, text: str | None) -> Verdict:
-    """Returns whether an answer's tokens have the reward 1."""
     words = (text or "").split()
     if not words or not all(word.isdecimal() for word in words):
       return Verdict(False, reason="no answer")

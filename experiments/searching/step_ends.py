@@ -24,7 +24,6 @@ class AtEnd:
   """A solution is one step: what an outcome reward model scores."""
 
   def __call__(self, tokenizer: Any, vocab_size: int) -> Boundary | None:
-    """Returns no boundary."""
     del tokenizer, vocab_size
     return None
 
@@ -42,7 +41,6 @@ class AtText:
   max_tokens: int = 256
 
   def __call__(self, tokenizer: Any, vocab_size: int) -> Boundary | None:
-    """Returns the boundary."""
     texts = separators.token_texts(tokenizer, vocab_size)
     automaton = separators.separator_automaton(texts, self.text.encode())
     return Boundary(*automaton, np.int32(self.max_tokens))
@@ -91,7 +89,6 @@ class EveryTokens:
   count: int = 16
 
   def __call__(self, tokenizer: Any, vocab_size: int) -> Boundary | None:
-    """Returns the boundary."""
     del tokenizer
     none = np.zeros((1, vocab_size), bool)
     same = np.zeros_like(none, np.int32)

@@ -37,7 +37,6 @@ class StageAtResolution(StageResult):
     return self._resized(super().load(shardings), at_resolution)
 
   def load_abstract(self) -> Loaded:
-    """Returns the same with shapes in place of weights."""
     return self._resized(super().load_abstract(), _abstractly)
 
   def _resized(self, loaded, resize) -> Loaded:
@@ -59,7 +58,6 @@ class StageAtResolution(StageResult):
 
 
 def _abstractly(model, params, pixels):
-  """Returns `at_resolution` of shapes."""
   found = []
 
   def resize(params):

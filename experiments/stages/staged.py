@@ -164,7 +164,6 @@ class Staged:
 
   @property
   def last(self) -> str:
-    """The name of the last stage."""
     return list(self.stages)[-1]
 
   def in_workdir(self, workdir: Folder) -> "Staged":

@@ -226,7 +226,6 @@ class Pipeline(protocol.Study):
     ]
 
   def run(self, arm: str, before: Rows, shared: pathlib.Path) -> Row:
-    """Returns what the command's result says."""
     del before
     step, seed = self._step(arm)
     places = {
@@ -239,7 +238,6 @@ class Pipeline(protocol.Study):
     return _run(step, places, seed)
 
   def summary(self, row: Row) -> str:
-    """Returns the accuracy, if there is one."""
     if "accuracy" in row:
       return f"{100 * row['accuracy']:.1f}% right"
     return ", ".join(
@@ -247,7 +245,6 @@ class Pipeline(protocol.Study):
     )
 
   def table(self, rows: Rows) -> Lines:
-    """Returns a line for each system that is shown."""
     return [
       systems.line(system, found)
       for system in self.shown
@@ -255,7 +252,6 @@ class Pipeline(protocol.Study):
     ]
 
   def tables(self, rows: Rows) -> list[Lines]:
-    """Returns the tables of steps and of systems, and those of the reports."""
     lines = [self._metrics(rows)] if self.columns else []
     lines += [self.table(rows)] if self.shown else []
     reports = [x.lines(lambda s: self.rows_of(s, rows)) for x in self.reports]
@@ -288,7 +284,6 @@ class Pipeline(protocol.Study):
     return [rows[arm] for arm in arms if arm in rows]
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
-    """Returns what the comparisons say."""
     by_step = {x.name: self._rows_of(x.name, rows) for x in self.steps}
     return [x.verdict(by_step) for x in self.claims] + [
       systems.verdict(x, by_step[x.first.step], by_step[x.second.step])
@@ -370,7 +365,6 @@ def _configured(step: Step, bindings: Sequence[str]) -> config.Read:
 
 
 def _run(step: Step, places: Mapping[str, str], seed: int) -> Row:
-  """Runs a step's command; returns what its result says."""
   folder = pathlib.Path(places[step.pool or step.name])
   if step.command in FLAGGED:
     return _called(step, places, seed)
@@ -432,7 +426,6 @@ def _best(step: Step, places: Mapping[str, str], seed: int) -> Row:
 
 
 def _try(place: pathlib.Path, index: int) -> str:
-  """Returns the working directory of a training with a value that is tried."""
   return f"{place}_try_{index}"
 
 

@@ -54,7 +54,6 @@ class Run:
     return known
 
   def curves(self) -> Curves:
-    """Returns the curves to plot."""
     return Curves(
       name=self.name,
       records=self.records,
@@ -63,7 +62,6 @@ class Run:
     )
 
   def row(self) -> dict[str, Any]:
-    """Returns the run's line in the table."""
     steps, losses = series(self.records, "train/loss")
     _, validation = series(self.records, "validation/loss")
     timed = [r for r in self.records if r.get("train/seconds")]

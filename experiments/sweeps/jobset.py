@@ -369,7 +369,6 @@ class _Dumper(yaml.SafeDumper):
   """Writes texts of several lines as they are read, and shares nothing."""
 
   def ignore_aliases(self, data: Any) -> bool:
-    """Whether a value that occurs twice is written twice."""
     return True
 
 

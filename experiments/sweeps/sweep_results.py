@@ -39,7 +39,6 @@ class Progress(Events):
     todo: int,
     workdir: pathlib.Path,
   ):
-    """Counts up to `todo`."""
     self._sweep, self._units = sweep, {u.work.name: u for u in units}
     self._todo, self._done, self._workdir = todo, 0, workdir
     self._statuses: dict[str, int] = {}
@@ -48,11 +47,9 @@ class Progress(Events):
     self._table = live_table.LiveTable()
 
   def started(self, work: Work) -> None:
-    """Adds a unit to the table."""
     self._running[work.name] = work, time.monotonic()
 
   def retried(self, work: Work, status: int) -> None:
-    """Prints that a unit failed, and runs once more."""
     self._running.pop(work.name, None)
     self._failed.add(work.name)
     self._say(
@@ -61,7 +58,6 @@ class Progress(Events):
     )
 
   def ended(self, work: Work, status: int, seconds: float) -> None:
-    """Prints how a unit ended."""
     self._running.pop(work.name, None)
     self._done += 1
     self._statuses[work.name] = status
@@ -83,7 +79,6 @@ class Progress(Events):
     self._table.draw(self._rows)
 
   def close(self) -> None:
-    """Removes the table."""
     self._table.clear()
 
   def _say(self, text: str) -> None:

@@ -52,7 +52,6 @@ class Planned:
     return _flat(found)
 
   def is_written(self) -> bool:
-    """Returns whether this very configuration is on disk."""
     try:
       return self.work.config.read_text("utf-8") == self.text
     except (OSError, ValueError):
@@ -117,7 +116,6 @@ def plan(
 
 
 def root(command: str) -> type:
-  """Returns the class that a command's configuration builds."""
   module, _, name = ROOTS[command].partition(":")
   return getattr(importlib.import_module(module), name)
 

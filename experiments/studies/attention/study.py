@@ -48,12 +48,10 @@ class Study(protocol.Study):
 
   @property
   def arms(self) -> list[str]:
-    """Memory by each compiler, then errors, then bytes."""
     memory = [f"memory {x}" for x in ("cpu", *self.topologies)]
     return [*memory, EXACTNESS, TRAFFIC]
 
   def run(self, arm: str, before: Rows, shared: Any) -> Row:
-    """Returns an arm's rows, those of `attention_costs`."""
     del before, shared
     if arm == EXACTNESS:
       return {"rows": costs.exactness(self.exact_length)}
@@ -76,7 +74,6 @@ class Study(protocol.Study):
     ]
 
   def tables(self, rows: Rows) -> list[Lines]:
-    """Returns a table for each arm."""
     return [self.table({arm: row}) for arm, row in rows.items()]
 
   def verdicts(self, rows: Rows) -> list[Verdict]:

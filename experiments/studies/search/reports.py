@@ -60,11 +60,9 @@ class Budgets(Report):
 
   @property
   def systems(self) -> Named:
-    """The pools."""
     return self.pools
 
   def lines(self, found: Found) -> Lines:
-    """Returns a line for each pool and power of two."""
     return [
       {
         "policy": pool.name,
@@ -129,7 +127,6 @@ class Ablation(Report):
     return tuple(x for one in every for x in (one.system, *one.models))
 
   def lines(self, found: Found) -> Lines:
-    """Returns a line for each part whose rows are there."""
     whole = found(self.whole.system)
     if not whole:
       return []
@@ -186,11 +183,9 @@ class ByDifficulty(Report):
 
   @property
   def systems(self) -> Named:
-    """All of them."""
     return (self.pool, *self.compared)
 
   def lines(self, found: Found) -> Lines:
-    """Returns a line for each level, and for all problems."""
     rows = {x: found(x) for x in self.systems}
     if not all(rows.values()):
       return []
@@ -271,11 +266,9 @@ class Extrapolated(Report):
 
   @property
   def systems(self) -> Named:
-    """The pool."""
     return (self.pool,)
 
   def lines(self, found: Found) -> Lines:
-    """Returns a line for each budget."""
     rows = found(self.pool)
     if not rows:
       return []
@@ -372,9 +365,7 @@ class NoisePlateau(Report):
 
   @property
   def systems(self) -> Named:
-    """Those of all verifiers."""
     return tuple(x.system for x in self.verifiers)
 
   def lines(self, found: Found) -> Lines:
-    """Returns a line for each verifier and number of samples."""
     return [x.line(rows) for x in self.verifiers if (rows := found(x.system))]

@@ -60,7 +60,6 @@ class Optimized(Report):
   systems: Named = dataclasses.field(metadata=NAMED)
 
   def lines(self, found: Found) -> Lines:
-    """Returns a line for each policy that is there."""
     return [
       {
         "reward": system.name,

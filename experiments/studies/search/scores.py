@@ -54,7 +54,6 @@ class WrongSolutions(Report):
   least: float | int = 0.02
 
   def lines(self, found: Found) -> Lines:
-    """Returns a line for each kind, with a column for each system."""
     rows = {x: found(x) for x in self.systems}
     if not all(rows.values()):
       return []
@@ -88,7 +87,6 @@ class ScoreErrors(Report):
   systems: Named = dataclasses.field(metadata=NAMED)
 
   def lines(self, found: Found) -> Lines:
-    """Returns a line for each system whose rows are there."""
     columns = {
       "AUC, %": "auc",
       "AUC within a problem, %": "auc_within",
@@ -123,11 +121,9 @@ class Aggregations(Report):
 
   @property
   def systems(self) -> Named:
-    """The pools."""
     return self.pools
 
   def lines(self, found: Found) -> Lines:
-    """Returns a line for each pool whose rows are there."""
     return [
       {"scores": pool.name}
       | {

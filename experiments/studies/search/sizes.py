@@ -77,7 +77,6 @@ class EffectiveSizes(Report):
     return (*(x.system for x in self.ladder), *self.compared)
 
   def lines(self, found: Found) -> Lines:
-    """Returns a line for each model of the ladder, and for each system."""
 
     def line(system: System) -> Mapping[str, Any] | None:
       rows = found(system)
