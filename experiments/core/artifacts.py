@@ -183,7 +183,9 @@ def _save_model(folder, experiment, built, params) -> bool:
     _save_reward_model(folder, built.loaded, params)
     return False  # it writes no text: evaluate and search read it
   if sees:
-    return _save_vision_model(folder, built.loaded, params)
+    shutil.rmtree(folder, ignore_errors=True)
+    given = folder, built.loaded, params
+    return _write(folder, lambda: vision.write_model(*given))
   source = sources.from_training(
     built.loaded,
     params,
@@ -228,11 +230,6 @@ def _save_reward_model(folder, loaded, params) -> None:
 
   if not _write(folder, write):
     shutil.rmtree(folder, ignore_errors=True)  # what it began with
-
-
-def _save_vision_model(folder, loaded, params) -> bool:
-  shutil.rmtree(folder, ignore_errors=True)
-  return _write(folder, lambda: vision.write_model(folder, loaded, params))
 
 
 def _with_mask_config(source: sources.Source, objective: Any) -> sources.Source:

@@ -89,17 +89,15 @@ def check_files(
   """
   done: list[Any] = []
   for part in parts:
-    for source, _ in _outermost(getattr(experiment, part), _checks_files):
+    for source, _ in _outermost(
+      getattr(experiment, part), lambda x: isinstance(x, ChecksFiles) or None
+    ):
       whole = source
       if getattr(source, "split", None) is not None:
         whole = dataclasses.replace(source, split=None)
       if whole not in done:
         whole.check_files()
         done.append(whole)
-
-
-def _checks_files(data: Any) -> bool | None:
-  return isinstance(data, ChecksFiles) or None
 
 
 def hashes(experiment: Experiment) -> dict[str, str]:

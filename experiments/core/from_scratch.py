@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from research.interop.loaded import Loaded
+from research.io.unread import Shardings
 from research.nn import presets
 from research.nn.layers import Remat
 from research.ranges import OneOf, Ranged
-from research.typing import UserError
+from research.typing import Params, UserError
 from research.vlm import presets as vision_presets
 from research.vlm.contrastive.dual_encoder import DualEncoder
 from research.vlm.encoders import vit
@@ -25,6 +26,16 @@ class Vocabulary(Protocol):
   """A source of a tokenizer: one that is trained, or one that exists."""
 
   def load(self) -> Any: ...
+
+
+def _drawn(
+  init: Callable[[Any], Params], seed: int, shardings: Shardings | None
+) -> Params:
+  """Returns random weights, whose values do not depend on their shardings."""
+  key, places = jax.random.key(seed), None
+  if shardings is not None:
+    places = shardings(jax.eval_shape(init, key))
+  return jax.jit(init, out_shardings=places)(key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,12 +61,8 @@ class FromScratch(Ranged):
   dtype: str = "float32"
   remat: Remat = "none"
 
-  def load(self, shardings: Callable[[Any], Any] | None = None) -> Loaded:
+  def load(self, shardings: Shardings | None = None) -> Loaded:
     """Returns the model, random weights, and its tokenizer.
-
-    Args:
-      shardings: abstract parameters -> their shardings, on which the values do
-        not depend.
 
     Raises:
       UserError: the tokenizer has more ids than the model.
@@ -76,10 +83,7 @@ class FromScratch(Ranged):
       embed = params["embed"]
       return params | {"embed": embed * (self.embed_std / embed.std())}
 
-    key, places = jax.random.key(self.seed), None
-    if shardings is not None:
-      places = shardings(jax.eval_shape(init, key))
-    params = jax.jit(init, out_shardings=places)(key)
+    params = _drawn(init, self.seed, shardings)
     source = {"format": "fresh", "family": self.family, "seed": self.seed}
     return Loaded(model.clone(remat=self.remat), params, tokenizer, source)
 
@@ -107,21 +111,13 @@ class VisionFromScratch:
   def __post_init__(self):
     vision_presets.preset(self.preset)
 
-  def load(self, shardings: Callable[[Any], Any] | None = None) -> Loaded:
-    """Returns the model, random weights, and the tokenizer.
-
-    Args:
-      shardings: abstract parameters -> their shardings, on which the values do
-        not depend.
-    """
+  def load(self, shardings: Shardings | None = None) -> Loaded:
+    """Returns the model, random weights, and the tokenizer."""
     row = vision_presets.preset(self.preset).reduced(self.shrink)
     model = row.model(self.dtype).clone(remat=self.remat)
-    key, places = jax.random.key(self.seed), None
-    if shardings is not None:
-      places = shardings(jax.eval_shape(model.init, key))
     return Loaded(
       model=model,
-      params=jax.jit(model.init, out_shardings=places)(key),
+      params=_drawn(model.init, self.seed, shardings),
       tokenizer=None if self.tokenizer is None else self.tokenizer.load(),
       source={"format": "fresh", "preset": self.preset, "seed": self.seed},
       preprocessor=row.preprocessor,
@@ -156,14 +152,8 @@ class DualFromScratch:
   bias: float | None = -10.0
   seed: int = 0
 
-  def load(
-    self, shardings: Callable[[Any], Any] | None = None
-  ) -> LoadedDualEncoder:
+  def load(self, shardings: Shardings | None = None) -> LoadedDualEncoder:
     """Returns the model, random weights, and its tokenizer.
-
-    Args:
-      shardings: abstract parameters -> their shardings, on which the values do
-        not depend.
 
     Raises:
       UserError: the tokenizer has more ids than the text tower.
@@ -184,10 +174,7 @@ class DualFromScratch:
       tokens = jnp.zeros((1, self.text.length), jnp.int32)
       return model.init(key, patches, at, tokens)["params"]
 
-    key, places = jax.random.key(self.seed), None
-    if shardings is not None:
-      places = shardings(jax.eval_shape(init, key))
-    params = jax.jit(init, out_shardings=places)(key)
+    params = _drawn(init, self.seed, shardings)
     source = {"format": "fresh", "family": "dual encoder", "seed": self.seed}
     return LoadedDualEncoder(
       model, params, tokenizer, source, preprocessor=self.preprocessor

@@ -26,7 +26,7 @@ def text(rows: Rows) -> str:
   right = [
     i
     for i, name in enumerate(names)
-    if all(_number(row.get(name)) for row in rows)
+    if all(isinstance(row.get(name), int | float | None) for row in rows)
   ]
   widths = (max(map(len, column)) for column in zip(names, *cells, strict=True))
   rule = ["-" * width for width in widths]
@@ -48,10 +48,6 @@ def without_empty(rows: Rows) -> list[dict[str, Any]]:
   """Returns the rows without columns in which all are None."""
   kept = [n for n in columns(rows) if any(r.get(n) is not None for r in rows)]
   return [{name: row.get(name) for name in kept} for row in rows]
-
-
-def _number(value: Any) -> bool:
-  return value is None or isinstance(value, int | float)
 
 
 def write_csv(path: str | os.PathLike, rows: Rows) -> None:

@@ -161,7 +161,12 @@ def _train(
     "total_parameters": total,
     "parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(built.params)),
     "seconds": time.perf_counter() - begin,
-    **_loop_summary(workdir, outcome),
+    "tokens_per_s": outcome.tokens_per_s,
+    "peak_memory_bytes": outcome.peak_memory_bytes,
+    "seconds_to_first_step": _seconds_to_first_step(workdir, outcome),
+    "seconds_by_part": outcome.seconds,
+    "goodput": outcome.goodput["goodput/fraction"],
+    "best": outcome.best,
     "devices": 1 if context.mesh is None else context.mesh.size,
     "processes": jax.process_count(),
     "steps": experiment.plan.steps,
@@ -224,18 +229,6 @@ def _last_evaluation(
       named = {k: v for k, v in record.items() if k.startswith("validation/")}
       found |= named
   return found
-
-
-def _loop_summary(workdir: Folder, outcome: loop.Outcome) -> dict[str, Any]:
-  """Returns the entries of a result about the training loop."""
-  return {
-    "tokens_per_s": outcome.tokens_per_s,
-    "peak_memory_bytes": outcome.peak_memory_bytes,
-    "seconds_to_first_step": _seconds_to_first_step(workdir, outcome),
-    "seconds_by_part": outcome.seconds,
-    "goodput": outcome.goodput["goodput/fraction"],
-    "best": outcome.best,
-  }
 
 
 def evaluate(

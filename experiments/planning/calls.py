@@ -64,6 +64,15 @@ class Planner:
   mesh: Mesh
   topology: Topology
 
+  @property
+  def devices(self) -> dict[str, Any]:
+    """What a plan's result says of its devices."""
+    return {
+      "topology": self.topology.name,
+      "chip": self.topology.chip.name,
+      "devices": self.mesh.size,
+    }
+
   def plan(
     self,
     words: str,

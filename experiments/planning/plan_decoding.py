@@ -104,9 +104,7 @@ def plan(
   model = policy(experiment, topology)
   made = calls(model, request, 1, paging)
   return {
-    "topology": topology.name,
-    "chip": topology.chip.name,
-    "devices": model.planner.mesh.size,
+    **model.planner.devices,
     "rows": dataclasses.asdict(request),
     **made,
     **largest(made),

@@ -101,9 +101,7 @@ def plan(
       donate=(3,),
     )
   return {
-    "topology": topology.name,
-    "chip": topology.chip.name,
-    "devices": planner.mesh.size,
+    **planner.devices,
     "rows": dataclasses.asdict(request),
     "cache": asked,
     "guidance": guidance,

@@ -57,13 +57,10 @@ def parse_search(given: str) -> SearchRows:
   """
   problems, _, rest = given.partition("x")
   copies, _, tokens = rest.partition("x")
-  if not (copies.isdecimal() and 0 < int(copies) < 10**6):
-    raise UserError(
-      f"--search={given}: expected PROBLEMSxCOPIESxPROMPT+LENGTH, e.g."
-      " 8x16x512+1024"
-    )
   try:
     found = rows(f"{problems}x{tokens}", "search")
+    if not (copies.isdecimal() and 0 < int(copies) < 10**6):
+      raise UserError("COPIES")
   except UserError as error:
     raise UserError(
       f"--search={given}: expected PROBLEMSxCOPIESxPROMPT+LENGTH, e.g."
@@ -94,9 +91,7 @@ def plan(
   """
   model = plan_decoding.policy(policy, topology)
   out: dict[str, Any] = {
-    "topology": topology.name,
-    "chip": topology.chip.name,
-    "devices": model.planner.mesh.size,
+    **model.planner.devices,
     "problems": search.rows.count,
     "copies": search.copies,
     "policy": plan_decoding.calls(model, search.rows, search.copies, paging),

@@ -42,7 +42,8 @@ def plan(
   Raises:
     UserError: an error of a run before its first step.
   """
-  begin, say = time.perf_counter(), _silent if quiet else cli.say
+  begin = time.perf_counter()
+  say = (lambda text: None) if quiet else cli.say
   abstract = largest_bucket(
     experiment, abstract_step.build(experiment, topology.devices)
   )
@@ -69,10 +70,6 @@ def plan(
   found |= text.as_json(cost, found["model_flops"], abstract.tokens)
   say(text.describe(cost, found, topology.notes))
   return found
-
-
-def _silent(text: str) -> None:
-  del text
 
 
 def largest_bucket(

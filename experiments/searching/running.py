@@ -63,7 +63,10 @@ def _complete(
   done = sum(x in searched_by_id for x in ids)
   if done < len(ids):
     batches = sampling.batches(run, searched_by_id)  # opens the models
-    with progress.phase(None), _bar(len(ids), done) as bar:
+    bar = tqdm.tqdm(
+      total=len(ids), initial=done, unit="problem", dynamic_ncols=True
+    )
+    with progress.phase(None), bar:
       for searched in batches:
         pools.append(path, searched)
         searched_by_id |= {x.problem.id: x for x in searched}
@@ -89,12 +92,6 @@ def _check_problems(
           f" {before[field]!r:.160},\nfound {now[field]!r:.160}. The task's"
           " data has changed: use another --workdir."
         )
-
-
-def _bar(total: int, done: int) -> tqdm.tqdm:
-  return tqdm.tqdm(
-    total=total, initial=done, unit="problem", dynamic_ncols=True
-  )
 
 
 def _claim(run: SearchRun, folder: pathlib.Path, text: str) -> None:

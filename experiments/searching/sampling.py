@@ -92,15 +92,14 @@ class Search:
     loaded = run.policy.load()
     self._run = run
     self._words = IdWords() if loaded.tokenizer is None else loaded.tokenizer
-    self._prompts = {x.id: self._prompt(x) for x in problems}
+    self._prompts = {
+      x.id: run.prompting(self._words, x.prompt) for x in problems
+    }
     self._question = problems[0].prompt
     context = self._context_of(loaded)
     self._engine = self._engine_of(context)
     # The weights as they were loaded are not needed again.
     self._context = dataclasses.replace(context, params={})
-
-  def _prompt(self, problem: Problem) -> Sequence[int]:
-    return self._run.prompting(self._words, problem.prompt)
 
   def _context_of(self, loaded: Loaded) -> Context:
     run = self._run
@@ -158,19 +157,14 @@ class Search:
     silent = tuple(
       x for x in context.policy.stop_tokens if not self._words.decode([x])
     )
-    if not run.lookahead:
-      return Engine(
-        policy=context.policy,
-        verifier=verifier,
-        silent=silent,
-        timeout=run.timeout,
-      )
-    return Lookahead(
+    make = Engine
+    if run.lookahead:
+      make = functools.partial(Lookahead, steps=run.lookahead)
+    return make(
       policy=context.policy,
       verifier=verifier,
       silent=silent,
       timeout=run.timeout,
-      steps=run.lookahead,
     )
 
   def __call__(self, problems: Sequence[Problem], first: int) -> list[Searched]:

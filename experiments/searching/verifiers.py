@@ -52,8 +52,8 @@ class VerifierSource(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainedReward:
-  """A reward model that a run has trained, which reads all that is written.
+class _OfRun:
+  """A reward model that a run has trained.
 
   Attributes:
     workdir: the run's directory, whose data say what it reads of a solution.
@@ -64,6 +64,11 @@ class TrainedReward:
   workdir: str
   checkpoint: CheckpointChoice = "best"
   readout: Readout = probability
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedReward(_OfRun):
+  """A reward model that a run has trained, which reads all that is written."""
 
   def load(self, context: Context) -> Verifier:
     """Returns the verifier.
@@ -97,20 +102,11 @@ class TrainedReward:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainedProbe:
+class TrainedProbe(_OfRun):
   """A reward model that a run has trained on top of the frozen policy.
 
   Its backbone is the policy, whose states are scored: it costs a token a step.
-
-  Attributes:
-    workdir: the run's working directory.
-    checkpoint: which of its checkpoints.
-    readout: logits -> score, from 0 to 1.
   """
-
-  workdir: str
-  checkpoint: CheckpointChoice = "best"
-  readout: Readout = probability
 
   def load(self, context: Context) -> StateVerifier:
     """Returns the verifier.

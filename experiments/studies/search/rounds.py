@@ -1,7 +1,6 @@
 """Policies that learn from rewards: what they earn, and what is right of it."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from experiments.studies.listed import NAMED
 from experiments.studies.protocol import Lines, Row
 from experiments.studies.search.reports import Found, Named, Report
 from research.prm.scored_task import VERIFIED
-from research.training.reports import plots
+from research.training.reports import metrics, plots
 
 POINTS = 30
 """Of a curve: means over as many equal parts of a training."""
@@ -25,9 +24,7 @@ def curves_of(workdir: pathlib.Path) -> dict[str, Any]:
     `curves`: `step`, `reward` and `verified`, the share of right answers, at
     most `POINTS` each. Where the reward is the verdict, both are the same.
   """
-  path = workdir / "metrics.jsonl"  # stages have theirs
-  text = path.read_text("utf-8") if path.exists() else ""
-  lines = [json.loads(line) for line in text.splitlines()]
+  lines = metrics.read_jsonl(workdir / "metrics.jsonl")  # stages have theirs
   rounds = [x for x in lines if "train/reward" in x]
   if not rounds:
     return {}
