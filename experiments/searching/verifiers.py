@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from research.prm.rows import LabelledRows
 from research.reasoning.problem import Problem
 from research.rounding import next_power_of_two
 from research.search.engine import Path, StateVerifier, Verifier
+from research.search.generative_judge import ReadsAnew
 from research.search.ledger import Ledger
 from research.search.policy import steps_of
 from research.search.reward_verifiers import (
@@ -210,7 +211,7 @@ class PublicReward:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TextVerifier:
+class TextVerifier(ReadsAnew):
   """Scores the newest step of texts; see `search.engine.WritingVerifier`.
 
   Its state is what the last `read` has cost, of each row.
@@ -223,6 +224,8 @@ class TextVerifier:
     context: turns the policy's tokens into texts.
     problems: the batch's problems, by `Path.problem`.
   """
+
+  KIND: ClassVar[str] = "a verifier of texts"
 
   model: Reward
   params: Params
@@ -237,18 +240,6 @@ class TextVerifier:
 
   def with_problems(self, problems: Sequence[Problem]) -> "TextVerifier":
     return dataclasses.replace(self, problems=tuple(problems))
-
-  def prompt_cost(self, tokens: int) -> Ledger:
-    """Returns nothing: a problem is read with each of its steps."""
-    del tokens
-    return Ledger()
-
-  def step_cost(self, start: int, tokens: int) -> Ledger:
-    """Raises UserError: how many tokens a text has is known once it is read."""
-    raise UserError(
-      f"step_cost: found a verifier of texts, of {tokens} tokens after {start},"
-      " whose cost is known only afterwards; expected a call of `spent`"
-    )
 
   def spent(self, state: Sequence[Ledger]) -> list[Ledger]:
     return list(state)
@@ -310,20 +301,6 @@ class TextVerifier:
     question = self.problems[path.problem].prompt
     words = [step.text for step in steps]
     return self.convention.encode(self.tokenizer, question, words)
-
-  def select(
-    self, state: Sequence[Ledger], rows: Sequence[int]
-  ) -> list[Ledger]:
-    return [state[row] for row in rows]
-
-  def store(
-    self, state: Sequence[Ledger], new: Sequence[Ledger], rows: Sequence[int]
-  ) -> list[Ledger]:
-    stored = list(state)
-    for row, spent in zip(rows, new, strict=True):
-      if row < len(stored):
-        stored[row] = spent
-    return stored
 
 
 class TrainedModel(NamedTuple):

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -308,8 +308,42 @@ class JudgedRow:
   spent: Ledger = Ledger()
 
 
+class ReadsAnew:
+  """What verifiers share that read a problem with each of its steps.
+
+  Their state is a list, of a value a row.
+  """
+
+  KIND: ClassVar[str]
+  """In words, for errors."""
+
+  def prompt_cost(self, tokens: int) -> Ledger:
+    """Returns nothing: a problem is read with each of its steps."""
+    del tokens
+    return Ledger()
+
+  def step_cost(self, start: int, tokens: int) -> Ledger:
+    """Raises UserError: a step's cost is known once it has been judged."""
+    raise UserError(
+      f"step_cost: found {self.KIND}, of {tokens} tokens after {start},"
+      " whose cost is known only afterwards; expected a call of `spent`"
+    )
+
+  def select(self, state: Sequence[Any], rows: Sequence[int]) -> list[Any]:
+    return [state[row] for row in rows]
+
+  def store(
+    self, state: Sequence[Any], new: Sequence[Any], rows: Sequence[int]
+  ) -> list[Any]:
+    stored = list(state)
+    for row, value in zip(rows, new, strict=True):
+      if row < len(stored):
+        stored[row] = value
+    return stored
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerativeJudge(Ranged):
+class GenerativeJudge(ReadsAnew, Ranged):
   """A verifier that writes; see `search.engine.WritingVerifier`.
 
   Attributes:
@@ -321,23 +355,13 @@ class GenerativeJudge(Ranged):
       much as one that says wrong, so that no text gains by confusing the judge.
   """
 
+  KIND: ClassVar[str] = "a generative judge"
+
   writer: Writer
   text: Callable[[Sequence[int]], str]
   format: JudgeFormat = GenPRMChat()
   count: PositiveInt = 1
   unparsed: Share = 0.0
-
-  def prompt_cost(self, tokens: int) -> Ledger:
-    """Returns nothing: a judge reads a problem with each of its steps."""
-    del tokens
-    return Ledger()
-
-  def step_cost(self, start: int, tokens: int) -> Ledger:
-    """Raises UserError: what a critique costs is known once it is written."""
-    raise UserError(
-      f"step_cost: found a generative judge, of {tokens} tokens after {start},"
-      " whose cost is known only afterwards; expected a call of `spent`"
-    )
 
   def spent(self, state: Sequence[JudgedRow]) -> list[Ledger]:
     return [row.spent for row in state]
@@ -388,20 +412,3 @@ class GenerativeJudge(Ranged):
         spent=judgement.ledger,
       )
     return rows, scores
-
-  def select(
-    self, state: Sequence[JudgedRow], rows: Sequence[int]
-  ) -> list[JudgedRow]:
-    return [state[row] for row in rows]
-
-  def store(
-    self,
-    state: Sequence[JudgedRow],
-    new: Sequence[JudgedRow],
-    rows: Sequence[int],
-  ) -> list[JudgedRow]:
-    stored = list(state)
-    for row, judged_row in zip(rows, new, strict=True):
-      if row < len(stored):
-        stored[row] = judged_row
-    return stored

@@ -83,7 +83,7 @@ def test_what_does_not_fit(fresh):
     dataclasses.replace(
       fresh, sizes=dataclasses.replace(SIZES, vocab=399)
     ).load()
-  with pytest.raises(UserError, match="'lama', expected one of llama"):
+  with pytest.raises(UserError, match="'lama', expected llama"):
     FromScratch(sizes=SIZES, family="lama")
 
 
