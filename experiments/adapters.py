@@ -51,6 +51,7 @@ OPERATIONS.define(FLAGS)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Does it; returns the result, which the command prints as JSON."""
   del argv
   operation = OPERATIONS.chosen(FLAGS)
   cli.existing("from", operation.from_)

@@ -74,6 +74,7 @@ FORMATS.define(FLAGS)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Converts; returns the result, which the command prints as JSON."""
   del argv
   flags = ("from", "to", "format")
   cli.required(**{name: FLAGS[name].value for name in flags})

@@ -61,6 +61,7 @@ _OF_COMPARISONS = ("text", "window", "max_windows", "layers")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
+  """Evaluates; returns the metrics, which the first process prints as JSON."""
   del argv
   cli.directory(workdir=_WORKDIR.value)
   if _MODEL.value is not None or _BASE.value is not None:

@@ -327,6 +327,7 @@ def _streamed(
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Generates; returns the result, which the command prints as JSON."""
   del argv
   from experiments.generating import conversation
   from experiments.generating import prompts as asked

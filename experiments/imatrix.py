@@ -50,6 +50,7 @@ _SEED = define.integer("seed", "Seed of the sampling.", default=0)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Collects; returns the result, which the command prints as JSON."""
   del argv
   cli.required(model=_MODEL.value, to=_TO.value)
   cli.model(_MODEL.value)

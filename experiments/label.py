@@ -35,6 +35,7 @@ _SET = cli.define_set(FLAGS, "ROLLOUTS=16")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Labels; returns the result, which the command prints as JSON."""
   del argv
   cli.required(config=_CONFIG.value, to=_TO.value)
   cli.local(to=_TO.value)

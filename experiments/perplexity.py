@@ -43,6 +43,7 @@ flags_from.define(TextPerplexity, FLAGS)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Measures; returns the result, which the command prints as JSON."""
   del argv
   cli.required(model=_MODEL.value, text=_TEXT.value)
   cli.model(_MODEL.value)

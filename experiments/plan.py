@@ -121,6 +121,7 @@ _TEXT_TOKENS = define.integer(
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Plans; returns the result, which the command prints as JSON."""
   del argv
   if _PRESET.value is not None:
     own = {_PRESET.name, _IMAGE_SIZE.name, _TEXT_TOKENS.name}

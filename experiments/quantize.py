@@ -38,6 +38,7 @@ _TABLE = define.switch("table", "Print a line for each matrix.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Quantizes; returns the result, which the command prints as JSON."""
   del argv
   cli.required(config=_CONFIG.value, to=_TO.value)
   cli.local(to=_TO.value)

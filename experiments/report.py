@@ -37,6 +37,7 @@ SHOWN = 40
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Compares; returns the numbers, which the command prints as JSON."""
   del argv
   cli.required(workdir=",".join(_WORKDIR.value))
   cli.local(workdir=",".join(_WORKDIR.value), out=_OUT.value)

@@ -45,6 +45,7 @@ _SHOW = define.integer(
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Searches what is missing; returns the result."""
   del argv
   cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
   cli.local(workdir=_WORKDIR.value)

@@ -51,6 +51,7 @@ _RENDER = define.switch(
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Runs what is missing; returns the result."""
   del argv
   cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
   cli.local(workdir=_WORKDIR.value)

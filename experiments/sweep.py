@@ -105,6 +105,7 @@ _OF_LAUNCHERS = {
 
 
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
+  """Runs the units; returns the result, which the command prints as JSON."""
   del argv
   cli.required(sweep=_SWEEP.value)
   cli.local(workdir=_WORKDIR.value)

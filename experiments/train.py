@@ -54,6 +54,7 @@ _WANDB = define.switch(
 
 
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
+  """Trains; returns the result, which the first process prints as JSON."""
   del argv
   cli.required(workdir=_WORKDIR.value)
   cli.directory(workdir=_WORKDIR.value)

@@ -56,6 +56,7 @@ def _joined(texts: Sequence[str]) -> bytes:
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Measures; returns the result, which the command prints as JSON."""
   del argv
   cli.required(config=_CONFIG.value)
   from experiments.core import config

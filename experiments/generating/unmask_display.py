@@ -100,6 +100,7 @@ class UnmaskDisplay:
 
 
 def pieces_of(tokenizer: Any, tokens: Any, mask_id: int) -> list[str]:
+  """Returns the text of each token."""
   return [
     visualize.HIDDEN
     if i == mask_id

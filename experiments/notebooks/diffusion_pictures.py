@@ -122,6 +122,7 @@ def quality(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
 
 
 def rungs(rows: Sequence[Mapping[str, Any]], entropy: float) -> Any:
+  """Returns a figure of `diffusion_story.ladder`."""
   figure, axes = plt.subplots(figsize=(5, 3))
   axes.plot([r["block"] for r in rows], [r["bound"] for r in rows], "o-")
   axes.set_xscale("log", base=2)

@@ -80,6 +80,7 @@ def trained(name: str, method: Method, shapes: Any) -> int:
 
 
 def smollm2_shapes() -> Any:
+  """Returns the shapes of SmolLM2-135M's parameters."""
   model = presets.transformer(presets.FAMILIES["llama"], SMOLLM2)
   tokens = jnp.zeros((1, 2), jnp.int32)
   return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])

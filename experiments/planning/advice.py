@@ -186,6 +186,7 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def as_json(trial: Trial) -> dict[str, Any]:
+  """Returns a trial as plain values."""
   found = trial.found or {}
   names = ("total_bytes", "limit_bytes", "seconds", "tokens_per_s", "mfu_bound")
   return {
@@ -196,6 +197,7 @@ def as_json(trial: Trial) -> dict[str, Any]:
 
 
 def describe(trials: Sequence[Trial], left_out: int) -> str:
+  """Returns ranked trials as a table."""
   rows = [("", "a device", "s a step", "tokens/s", "change")]
   for trial in trials:
     found = trial.found or {}

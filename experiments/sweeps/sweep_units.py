@@ -116,6 +116,7 @@ def plan(
 
 
 def root(command: str) -> type:
+  """Returns the class that a command's configuration builds."""
   module, _, name = ROOTS[command].partition(":")
   return getattr(importlib.import_module(module), name)
 

@@ -101,6 +101,7 @@ def _chosen_among(rows: Sequence[Row]) -> float:
 
 
 def line(system: System, rows: Sequence[Row]) -> dict[str, Any]:
+  """Returns a system's line of the table."""
   policy, verifier = flops_of(system, rows)
   samples = system.checked or _chosen_among(rows)
   return {
