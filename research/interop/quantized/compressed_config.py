@@ -186,7 +186,7 @@ def _scheme(weights: Fields, form: Any, activations: str | None) -> Scheme:
     strategy = "channel" if group == -1 else strategy
   if strategy not in _STRATEGIES:
     raise weights.wrong("strategy", f"one of {', '.join(_STRATEGIES)}")
-  form = _format(weights, form, kind, strategy)
+  form = _format(weights, form, kind)
   want_kind, want_bits, strategies = FORMATS[form]
   if kind != want_kind:
     raise weights.wrong("type", f"{want_kind!r}, as the format {form} is")
@@ -214,7 +214,7 @@ def _scheme(weights: Fields, form: Any, activations: str | None) -> Scheme:
   )
 
 
-def _format(weights: Fields, form: Any, kind: str, strategy: str) -> str:
+def _format(weights: Fields, form: Any, kind: str) -> str:
   if form == "naive-quantized":
     return f"{kind}-quantized"
   if form == "mixed-precision":

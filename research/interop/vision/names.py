@@ -69,8 +69,6 @@ CONVOLUTION = Layout(_patches, _convolution)
 TWO_FRAMES = Layout(_frames, _convolution_of_frames)
 FIRST_OF_ONE = Layout(lambda x: x[0], lambda x: x[None])
 PROBE = Layout(lambda x: x.reshape(1, -1), lambda x: x[None])
-SCALAR = Layout(lambda x: x.reshape(()), lambda x: x)
-"""Also read of `[1]`, as SigLIP's files have it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,12 +59,11 @@ def _share(x, top):
   return np.minimum(codes, F(top)).astype(np.uint8), most / F(top)
 
 
-def _scales(x, weight, scale, drop, top):
+def _scales(weight, scale, drop, top):
   """Quantizes groups' scales and offsets.
 
   Args:
-    x: the groups.
-    weight: weights of their errors, or None without importances.
+    weight: weights of the groups' errors, or None without importances.
     scale, drop: `[X, G, O]`.
 
   Returns:
@@ -114,7 +113,7 @@ class Q2K(SuperBlock):
     else:
       ws = error_weights(x, weight, 16, 1.0)
       scale, drop, kept = scale_search.affine(xs, ws, 3, (-0.9, 0.05, 36))
-    a, b, d, least = _scales(xs, ws, scale, drop, 15)
+    a, b, d, least = _scales(ws, scale, drop, 15)
     (d, d32), (least, least32) = to_float16(d), to_float16(least)
     codes = _recoded(xs, d32[:, None] * a, least32[:, None] * b, 3, 0, kept)
     scales = {"scales": a | b << 4, "scale": d, "drop": least}
@@ -219,7 +218,7 @@ class Q4K(SuperBlock):
       scale, drop, kept = scale_search.affine(
         xs, ws, self.top, (-0.9, 0.05, 36)
       )
-    a, b, d, least = _scales(xs, ws, scale, drop, 63)
+    a, b, d, least = _scales(ws, scale, drop, 63)
     (d, d32), (least, least32) = to_float16(d), to_float16(least)
     codes = _recoded(
       xs, d32[:, None] * a, least32[:, None] * b, self.top, 0, kept

@@ -65,7 +65,7 @@ _LLAMA2_13B = dataclasses.replace(
 )  # fmt: skip
 
 
-def _llava(language: Sizes, preprocessor: str = "llava-1.5") -> Preset:
+def _llava(language: Sizes) -> Preset:
   # The placeholder follows the vocabulary, as in llava-hf's files.
   return Preset(
     vision=encoders.clip(CLIP_L14_336),
@@ -73,7 +73,7 @@ def _llava(language: Sizes, preprocessor: str = "llava-1.5") -> Preset:
     family="llama",
     language=language,
     image_token=32_000,
-    images=preprocessor,
+    images="llava-1.5",
     features=_LLAVA_FEATURES,
   )
 

@@ -32,13 +32,13 @@ SCALE = 4
 _TURN = 2 * math.pi
 
 
-def _polygon(corners: int, inner: float = 1.0, phase: float = 0.0):
+def _polygon(corners: int, inner: float = 1.0):
   """Returns the corners of a regular polygon, or of a star, in [-1, 1]."""
   steps = corners if inner == 1 else 2 * corners
   return [
     (
-      (inner if i % 2 else 1) * math.sin(_TURN * (i / steps + phase)),
-      -(inner if i % 2 else 1) * math.cos(_TURN * (i / steps + phase)),
+      (inner if i % 2 else 1) * math.sin(_TURN * (i / steps)),
+      -(inner if i % 2 else 1) * math.cos(_TURN * (i / steps)),
     )
     for i in range(steps)
   ]
