@@ -81,7 +81,7 @@ def compile_steps(
   another shape raises a UserError instead of recompiling silently.
 
   Args:
-    step, state, key, state_transforms: as for `lower_step`.
+    state, state_transforms: as for `lower_step`.
     batches: one of each shape, or their shapes.
 
   Returns:

@@ -79,7 +79,6 @@ class BucketedQuestions(Ranged, data.ImageData):
   Attributes:
     samples: questions about images, or about none, and conversations.
     preprocessor: how an image becomes views, and what stands for it.
-    image_token: id of the placeholder.
     buckets: the shapes.
     template: the text around images; conversations have the tokenizer's.
     packing: how samples share rows: `knapsack.best_fit` or `one_per_row`.

@@ -196,7 +196,6 @@ class ImageQuestions(Ranged, pipeline.ShuffledRows, ImageData):
   Attributes:
     samples: questions about images, or about none, and conversations.
     preprocessor: how an image becomes views, and what stands for it.
-    image_token: id of the placeholder.
     length: tokens of a row, T; a longer sample is refused.
     views: views of a row, V; a sample with more of them is refused.
     patches: places for patches of a view, N, at native resolution; an image of

@@ -41,7 +41,6 @@ def sizes_from_config(
 
   Args:
     config: the parsed file; `gemma3` (multimodal) gives its text part.
-    where: the file, for messages.
 
   Raises:
     UserError: an unknown architecture, an unsupported feature, or a field of
@@ -247,10 +246,6 @@ def _kinds(fields: Fields, kind: str, depth: int) -> list[str]:
 def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
   """Returns the config.json of `model`; inverts `sizes_from_config`.
 
-  Args:
-    model: whose layers one of `families.MODEL_TYPES` can describe.
-    model_type: that family.
-
   Raises:
     UserError: reading the result back would not give `model`.
   """
@@ -319,7 +314,6 @@ def describe(model: Transformer, hint: str | None = None) -> dict[str, Any]:
   """Returns the config.json of the first family that can describe `model`.
 
   Args:
-    model: any.
     hint: the family to try before all others, in order.
 
   Raises:

@@ -102,7 +102,6 @@ def _llada2_from_config(
 
 
 def _count(fields: Fields) -> int:
-  """Returns the number of experts."""
   given = [name for name in COUNTS if name in fields.values]
   found = {
     fields.integer(name, most=MAX_EXPERTS) for name in given or COUNTS[:1]
@@ -113,7 +112,6 @@ def _count(fields: Fields) -> int:
 
 
 def _dense(fields: Fields, depth: int) -> tuple[int, ...]:
-  """Returns the layers with a single feed-forward."""
   every = fields.integer("decoder_sparse_step")
   named = fields.get("mlp_only_layers") or []
   if not isinstance(named, list) or not all(

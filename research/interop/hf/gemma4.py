@@ -62,11 +62,6 @@ def read(
 ) -> Transformer:
   """Returns the language model of its text fields.
 
-  Args:
-    config: the fields.
-    where: their file and place, for messages.
-    dtype: of the computation.
-
   Raises:
     UserError: another model type, experts, or a field of a wrong value.
   """
@@ -141,7 +136,6 @@ def _kinds(fields: Fields) -> tuple[str, ...]:
 
 
 def _global(fields: Fields, kinds: tuple[str, ...]) -> dict[str, Any]:
-  """Returns the sizes of global layers."""
   own = fields
   given = fields.object("per_layer_config")
   if given is not None and given.values:

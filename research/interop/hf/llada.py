@@ -98,10 +98,6 @@ def is_mixture(config: Mapping[str, Any]) -> bool:
 def to_known_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   """Returns the config.json of the Llama or Qwen3-MoE that a LLaDA's describes.
 
-  Args:
-    config: the parsed file.
-    where: the file, for messages.
-
   Raises:
     UserError: it is another architecture, or of the wrong types.
   """
@@ -159,10 +155,6 @@ def to_qwen3_moe_config(
 
 def to_llama_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   """Returns the config.json of the Llama that a LLaDA's describes.
-
-  Args:
-    config: the parsed file.
-    where: the file, for messages.
 
   Raises:
     UserError: it is another architecture, or of the wrong types.

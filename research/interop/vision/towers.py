@@ -134,7 +134,6 @@ def siglip(
   """Returns SigLIP's image tower, its head included where the file has it.
 
   Args:
-    config, where, dtype: as for `clip`.
     defaults: of fields that the file leaves out.
   """
   fields = Fields(config, where, defaults)
@@ -145,7 +144,7 @@ def siglip(
 def naflex(
   config: Mapping[str, Any], where: str, dtype: str
 ) -> VisionTransformer:
-  """Returns SigLIP 2's tower of NaFlex; arguments as for `siglip`."""
+  """Returns SigLIP 2's tower of NaFlex."""
   fields = Fields(config, where, NAFLEX_DEFAULTS)
   if fields.integer("num_channels") != 3:
     raise fields.wrong("num_channels", "3")

@@ -196,6 +196,11 @@ class Rotate:
 
   QuaRot's rotation of queries and keys after the rotary embedding serves the
   key cache alone, which has its own rotation (`kv.kv_cache`).
+
+  Attributes:
+    residual: whether to rotate the residual stream (R1).
+    values: whether to rotate value heads (R2).
+    hidden: whether to rotate the inputs of `down` at run time.
   """
 
   residual: bool = True

@@ -84,7 +84,6 @@ class QFormer(nn.Module):
   def __call__(
     self, x: Float[Array, "B N C"], grid: Grid
   ) -> Float[Array, "B S D"]:
-    """Returns `queries` soft tokens; arguments as for `Linear`."""
     del grid
     image = x.astype(self.dtype)
     x = latents(self, image, self.queries, self.width, std=0.02)
@@ -103,7 +102,6 @@ class QFormer(nn.Module):
     return weights.project(self, x, "projection", self.size, True)
 
   def tokens(self, grid: Grid) -> int:
-    """Returns the number of soft tokens, whatever the grid."""
     del grid
     return self.queries
 

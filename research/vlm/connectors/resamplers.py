@@ -29,7 +29,6 @@ class AttentionPool(nn.Module):
   def __call__(
     self, x: Float[Array, "B N C"], grid: Grid
   ) -> Float[Array, "B S D"]:
-    """Returns `queries` soft tokens; arguments as for `Linear`."""
     del grid
     width = x.shape[-1]
     queries = latents(self, x, self.queries, width, std=0.02)
@@ -40,7 +39,6 @@ class AttentionPool(nn.Module):
     return weights.project(self, y, "projection", self.size, True)
 
   def tokens(self, grid: Grid) -> int:
-    """Returns the number of soft tokens, whatever the grid."""
     del grid
     return self.queries
 
@@ -96,7 +94,6 @@ class PerceiverResampler(nn.Module):
   def __call__(
     self, x: Float[Array, "B N C"], grid: Grid
   ) -> Float[Array, "B S D"]:
-    """Returns `queries` soft tokens; arguments as for `Linear`."""
     del grid
     y = latents(self, x, self.queries, x.shape[-1], std=1.0)
     for i in range(self.depth):
@@ -114,6 +111,5 @@ class PerceiverResampler(nn.Module):
     return weights.project(self, y, "projection", self.size, True)
 
   def tokens(self, grid: Grid) -> int:
-    """Returns the number of soft tokens, whatever the grid."""
     del grid
     return self.queries

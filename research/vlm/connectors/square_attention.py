@@ -41,7 +41,6 @@ class SquareAttention(nn.Module):
     """Returns a soft token for each square.
 
     Args:
-      x: features of the patches, row by row.
       coverage: share of each patch that is image rather than padding; negative
         for patches of absent crops, whose features are 0. None for 1.
     """

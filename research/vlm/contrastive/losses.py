@@ -83,7 +83,7 @@ def clip_gathered_loss(
 
   Args:
     images, texts, ids: this device's rows.
-    scale: as for `clip_loss`; the same on all devices.
+    scale: of their products; the same on all devices.
   """
   rows = (images, texts, ids)
   all_images, all_texts, others = jax.lax.all_gather(rows, axes, tiled=True)
@@ -106,7 +106,7 @@ def siglip_loss(
   the number of images.
 
   Args:
-    images, texts, scale, ids: as for `clip_loss`.
+    images, texts, ids: as for `clip_loss`.
     bias: added to the products.
   """
   ids = jnp.arange(len(images)) if ids is None else ids
@@ -137,7 +137,7 @@ def siglip_ring_loss(
 
   Args:
     images, texts, ids: this device's rows.
-    scale, bias: as for `siglip_loss`; the same on all devices.
+    scale, bias: of their products; the same on all devices.
   """
   # Varying here, so that their gradients are summed over devices once.
   scale, bias = jax.lax.pcast((scale, bias), axes, to="varying")

@@ -22,7 +22,6 @@ class DrawnQuestion:
     draw: the picture of a text, such as a `WordGrid`; it depends on nothing
       else.
     preprocessor: the model's, whose views are all of one size.
-    image_token: id of the placeholder.
     text: after the picture, where the answer begins.
   """
 
