@@ -92,7 +92,6 @@ class TokenizerOf:
   source: Source
 
   def load(self) -> Any:
-    """Returns the tokenizer."""
     found = load_abstract(self.source).tokenizer
     if found is None:
       raise UserError(

@@ -65,7 +65,6 @@ class Part:
     return self.kind not in PLAIN
 
   def equals(self, other: "Part") -> bool:
-    """Whether both are stored as the same arrays."""
     mine, theirs = (jax.tree.flatten(x.read()) for x in (self, other))
     return mine[1] == theirs[1] and all(map(np.array_equal, mine[0], theirs[0]))
 
@@ -155,7 +154,6 @@ class Slot:
 
   @property
   def one(self) -> tuple[int, ...]:
-    """The shape of one parameter."""
     return self.shape[len(self.lead) :]
 
 

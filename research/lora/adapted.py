@@ -104,7 +104,6 @@ class AdaptedTensor(weights.WrappedWeight):
   def bind(
     self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
   ) -> "AdaptedTensor":
-    """Returns a copy with a dropout key for each stacked matrix."""
     keys = None
     if key is not None and self.method.dropout:
       lead = self.shape[:-2]
@@ -192,5 +191,4 @@ class AdaptedBias(weights.WrappedWeight):
   matrix: weights.WrappedWeight
 
   def dense(self) -> Shaped[Array, "..."]:
-    """Returns the merged bias, in the dtype of `w`."""
     return self.matrix.scaled_bias(jnp.asarray(self.w)).astype(self.dtype)

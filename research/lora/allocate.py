@@ -152,7 +152,6 @@ def _is_singular_values(path: str) -> bool:
 
 
 def _triples(params: Any) -> dict[str, Array]:
-  """Returns the arrays a, b and e of AdaLoRA's adapters, by path."""
   every = dict(tree.flatten_paths(params))
   stems = [path[:-1] for path in every if _is_singular_values(path)]
   stems = [s for s in stems if s + "a" in every and s + "b" in every]
@@ -235,7 +234,6 @@ class Orthogonal:
   term: Callable[[Params], Array] = orthogonality
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
-    """Returns the objective's sums, the loss with the regulariser added."""
     objective = self.objective
     if self.model is not None:
       objective = dataclasses.replace(objective, model=self.model)

@@ -193,7 +193,6 @@ class Method(Ranged):
     return weights.einsum(eq, x, w) + self.branch(eq, dropped, p, w)
 
   def rows(self, ids: Any, p: Arrays, w: Any) -> Float[Array, "... O"]:
-    """Returns rows `ids` of an embedding's update."""
     return jnp.take(self.delta(p, w), ids, axis=0)
 
   def ragged(

@@ -60,7 +60,6 @@ class CachedInputTensor(weights.WrappedWeight):
     return weights.dense(self.w)
 
   def axes(self, names: tuple[str | None, ...]) -> "CachedInputTensor":
-    """Logical axes of the matrix and of the cached activations."""
     inputs = weights.axes(self.x, ("batch", "length", names[-2]))
     return CachedInputTensor(weights.axes(self.w, names), inputs)
 

@@ -130,14 +130,12 @@ class InputTensor(weights.WrappedWeight):
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
-    """Returns each row of `op(x)` times its expert's matrix."""
     return weights.ragged_dot(self.op(x, self.scale), self.w, sizes)
 
   def dense(self) -> Shaped[Array, "..."]:
     return self.op.effective_weight(weights.dense(self.w))
 
   def axes(self, names: tuple[str | None, ...]) -> "InputTensor":
-    """Logical axes of the weight; scales are replicated."""
     w, scale = weights.axes(self.w, names), weights.axes(self.scale, ())
     return dataclasses.replace(self, w=w, scale=scale)
 

@@ -207,7 +207,6 @@ class FixedGrids:
 
   @classmethod
   def from_normal_form(cls, plain: NormalForm) -> "FixedGrids":
-    """Returns the code range and codebook of a normal form."""
     signed = jnp.issubdtype(plain.codes.dtype, jnp.signedinteger)
     low = -(2 ** (plain.bits - 1)) if signed else 0
     ends = plain.code_range or (low, low + 2**plain.bits - 1)

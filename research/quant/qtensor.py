@@ -102,7 +102,6 @@ class QTensor(weights.Weight):
     return self.format.normal_form(jax.tree.map(jnp.asarray, self.parts))
 
   def stored(self) -> Float[Array, "... I O"]:
-    """Returns the decoded matrix in its stored orientation."""
     w = self.format.decode(jax.tree.map(jnp.asarray, self.parts))
     if self.order is not None:
       w = jnp.take_along_axis(w, self.order[..., None], axis=-2)
@@ -142,7 +141,6 @@ class QTensor(weights.Weight):
     return dataclasses.replace(self._outputs(cut), outputs=size)
 
   def _outputs(self, f) -> "QTensor":
-    """Returns a copy with `f` applied to every array with an output axis."""
     w = self.to_sliceable()
     layout = w.format.layout()
     parts = {
@@ -185,7 +183,6 @@ class QTensor(weights.Weight):
   def bind(
     self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
   ) -> "QTensor":
-    """Returns itself; nothing depends on the batch."""
     return self
 
   def squeeze(self) -> "QTensor":
@@ -194,7 +191,6 @@ class QTensor(weights.Weight):
 
 
 def _replaced(w, rows, values):
-  """Returns `w [..., I, O]` with some of its rows replaced."""
   if w.ndim == 2:
     return w.at[rows].set(values)
   return jax.vmap(_replaced)(w, rows, values)

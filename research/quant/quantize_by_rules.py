@@ -95,7 +95,6 @@ class Quantization(NeedsModel):
     return self.calibration is not None
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
-    """Returns `params`, packed by the rules; see `run`."""
     del key
     return self.run(params)[0]
 
@@ -231,7 +230,6 @@ def _check_fit(
 def _check_rule(
   address: str, shape: Sequence[int], rule: Rule, calibrated: bool
 ) -> None:
-  """Raises UserError if a rule's format or method does not fit a matrix."""
   format = format_for(address, rule.format, shape)
   try:
     rule.method.check(format, shape[-2], calibrated)
@@ -247,7 +245,6 @@ def _check_sound(name: str, w: Any) -> None:
 
 
 def _needs_no_data(method: Method) -> bool:
-  """Whether a method works without calibration."""
   while isinstance(method, KeepOutlierRows):
     method = method.method
   return isinstance(method, RoundToNearest) and not method.weighted
@@ -280,7 +277,6 @@ class _Work:
   rows: list["Row"] = dataclasses.field(default_factory=list)
 
   def alone(self, i: int, layer: Params) -> Params:
-    """Returns a layer, packed without calibration."""
     for path in matrices(layer):
       layer = self._replaced(layer, self._pack(i, layer, [path], None)[0])
     return layer
@@ -308,7 +304,6 @@ class _Work:
     return dataclasses.replace(packed[0], axis=axis)
 
   def walked(self, params: Params, tokens: Any, follow: str) -> list[Params]:
-    """Returns the layers, packed with calibration."""
     out = []
     count = sum(1 for _ in tree.layers(params))
 

@@ -214,7 +214,6 @@ def fit(
     check_best = functools.cache(functools.partial(_check_best, config.best))
 
     def evaluated(state: TrainState) -> dict[str, float] | None:
-      """Returns the evaluation of a state, or None if it was interrupted."""
       watched.doing(
         f"evaluating step {int(state.step)}", "an evaluation's batch"
       )
@@ -350,7 +349,6 @@ def _check_best(best: str, names: Sequence[str]) -> None:
 
 
 def _key(seed: int, sharding: NamedSharding | None) -> PRNGKey:
-  """Returns the run's random key, replicated on the mesh."""
   if sharding is None:
     return jax.random.key(seed)
   where = shardings.replicated(sharding.mesh)

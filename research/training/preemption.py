@@ -277,7 +277,6 @@ class StopPoints:
       return False
 
   def unsaved(self, whether: bool) -> None:
-    """Sets whether exiting immediately would lose a step."""
     if self._request is not None:
       self._request.unsaved = whether
 

@@ -41,7 +41,6 @@ class Round:
   metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def batch(self, update: int) -> dict[str, Any]:
-    """Returns the batch of one of the round's updates."""
     return {**self.common, **{k: x[update] for k, x in self.own.items()}}
 
 
@@ -202,7 +201,6 @@ class OnPolicy:
       )
 
   def _sample(self, state: TrainState, step: int) -> None:
-    """Samples the round of an update unless it is there."""
     start = step - step % self._rollouts.updates
     if self._round is not None and self._start == start:
       return

@@ -49,7 +49,6 @@ class TrainState:
 
   @property
   def params(self) -> Params:
-    """The whole parameter tree."""
     moving = self.trainable
     if self.transformed is not None:
       moving = tree.combine(moving, self.transformed)

@@ -102,7 +102,6 @@ class Watchdog:
       self._thread.join()
 
   def doing(self, what: str, collective: str | None = None) -> None:
-    """Notes what this process does from now on."""
     last = self.activity
     self.activity = Activity(
       count=last.count + 1,

@@ -63,7 +63,6 @@ class ImageCost:
 
   @property
   def encoder_share(self) -> float:
-    """The encoder's share of all FLOPs before the first token."""
     rest = self.connector_flops + self.language_flops + self.head_flops
     return self.encoder_flops / (self.encoder_flops + rest)
 

@@ -203,7 +203,6 @@ class BucketedQuestions(Ranged, data.ImageData):
   def _packed(
     self, bucket: Bucket, own: Int[np.ndarray, " samples"], needs: "SampleSizes"
   ) -> "Part":
-    """Returns the samples of a bucket in rows."""
     pools = self.packing(
       needs.tokens[own],
       needs.views[own],

@@ -110,7 +110,6 @@ class Pixels:
   def with_encoder(
     self, model: Any, params: Params, trainable: str
   ) -> "Pixels":
-    """Returns itself, whatever the model."""
     del model, params, trainable
     return self
 
@@ -321,7 +320,6 @@ class Prompt:
 
   @property
   def soft_tokens(self) -> int:
-    """Number of placeholders."""
     return sum(
       piece.count
       for pieces in self.pieces

@@ -34,7 +34,6 @@ class Causal:
     return None
 
   def of_rows(self, batch: Batch) -> Mask:
-    """Returns the mask of packed rows of prompts and answers."""
     return objective.causal_mask(batch)
 
 

@@ -149,7 +149,6 @@ class VisionLanguageModel:
     )
 
   def layer_kinds(self) -> tuple[Block, ...]:
-    """Returns the blocks of the encoder, then those of the language model."""
     return (*self.vision.layer_kinds(), *self.language.layer_kinds())
 
   def grid(self, height: int, width: int) -> Grid:

@@ -249,7 +249,6 @@ def _is_image(part: Record, role: Any) -> bool:
 
 
 def _path(part: Record) -> str | None:
-  """Returns the path in a part, if it has one."""
   if part.get("url") is not None:
     raise part.wrong("url", part.get("url"), "'path', of a file in the folder")
   for field in ("image", "path"):

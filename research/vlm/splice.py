@@ -63,7 +63,6 @@ class SplicedEmbedding(weights.WrappedWeight):
     return self.features.shape[0]
 
   def take_rows(self, rows: Int[Array, " N"]) -> "SplicedEmbedding":
-    """Returns the table with the features of chosen rows."""
     return dataclasses.replace(self, features=self.features[rows])
 
   def axes(self, names: tuple[str | None, ...]) -> "SplicedEmbedding":
@@ -71,7 +70,6 @@ class SplicedEmbedding(weights.WrappedWeight):
     return dataclasses.replace(self, w=axes, features=("batch", None, None))
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns `einsum(eq, x, w)` in the dtype of `x`: a tied head."""
     return weights.einsum(eq, x, self.w)
 
   def take(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:

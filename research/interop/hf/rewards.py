@@ -236,7 +236,6 @@ def _config(
   dtype: str | None,
   bias: bool,
 ) -> dict[str, Any]:
-  """Returns config.json with the head's class and number of labels."""
   backbone = model.backbone
   if given is not None and given.get("tie_word_embeddings") is False:
     backbone = backbone.clone(tied=False)  # whose head the file left out

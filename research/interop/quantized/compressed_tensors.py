@@ -213,7 +213,6 @@ def _unsigned(given: _Tensors, name: str, codes: np.ndarray) -> np.ndarray:
 
 
 def _zero(given: _Tensors, shape: tuple[int, ...], outputs: int) -> np.ndarray:
-  """Returns the zero points, uint8, in the shape of the scales."""
   scheme = given.scheme
   if scheme.format == "pack-quantized" and scheme.strategy != "tensor":
     words = (-(-outputs * scheme.bits // 32), shape[1])

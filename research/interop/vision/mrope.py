@@ -48,7 +48,6 @@ class TextKind:
   defaults: Mapping[str, Any]
 
   def language(self) -> Language:
-    """Returns the row's `Language`."""
     return Language(self.model_type, _fields, self.read, self.write)
 
   def read(self, text: Config, where: str, dtype: str) -> Transformer:

@@ -202,7 +202,6 @@ def _preprocessor_file(path: pathlib.Path) -> pathlib.Path | None:
 def _check_placeholders(
   preprocessor: Preprocessor, model: VisionLanguageModel, where: pathlib.Path
 ) -> None:
-  """Raises UserError if images have other placeholders than soft tokens."""
   try:
     model.check_placeholders(preprocessor)
   except UserError as e:

@@ -200,7 +200,6 @@ def _check_normalisation(encoder: Loaded, preprocessor: Preprocessor) -> None:
 
 
 def _differences(found: VisionTransformer, vision: VisionTransformer) -> str:
-  """Returns the fields in which two encoders differ."""
   pairs = {
     field.name: (getattr(found, field.name), getattr(vision, field.name))
     for field in dataclasses.fields(vision)

@@ -232,6 +232,5 @@ def _layer(objective, learned, frozen, batch, key) -> int:
 
 
 def _logits(objective: Any, batch: Any) -> int:
-  """Returns the bytes of a chunk of logits and of their gradient."""
   rows = min(objective.rows, int(np.prod(batch["tokens"].shape)))
   return 2 * 4 * rows * objective.model.vocab_size

@@ -230,7 +230,6 @@ def report_modes(
 
 
 def _check_outermost(params: Params) -> None:
-  """Raises UserError if an adapter is inside another weight."""
   for _ in wrap.adapted(params):
     pass
 

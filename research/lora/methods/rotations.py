@@ -90,7 +90,6 @@ class OFT(Rotation):
     return {"v": zeros(n, self.block * (self.block - 1) // 2)}, {}
 
   def _rotations(self, v):
-    """Returns the blocks, `[n, block, block]`."""
     rows, columns = np.triu_indices(self.block, 1)
     q = jnp.zeros((len(v), self.block, self.block), v.dtype)
     q = q.at[:, rows, columns].set(v)

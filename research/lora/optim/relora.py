@@ -292,7 +292,6 @@ def _key(key: PRNGKey, path: str) -> PRNGKey:
 
 
 def _new_arrays(path, method, w, key: PRNGKey) -> dict[str, Array]:
-  """Returns path -> array of a new adapter, stacked as `w` is."""
   *lead, size_in, size_out = w.shape
   spec = MatrixSpec(size_in, size_out, embedding=is_embedding(path))
   count = math.prod(lead)

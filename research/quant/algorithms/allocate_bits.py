@@ -176,7 +176,6 @@ class Allocation(NeedsModel):
   tokenizer: Any = None
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
-    """Returns `params`, packed; see `run`."""
     del key
     return self.run(params)[0]
 

@@ -207,7 +207,6 @@ def _moments(x: Float[Array, "N T I"]) -> Moments:
 
 
 def _divide_moments(moments: Moments, s: Float[Array, " I"]) -> Moments:
-  """Returns the moments of inputs divided by `s`."""
   return moments[0] / s, moments[1] / (s[:, None] * s)
 
 

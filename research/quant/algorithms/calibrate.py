@@ -165,7 +165,6 @@ class LayerInputs:
   def measure(
     self, params: Params, paths: Sequence[str], statistic: Statistic
   ) -> InputStats:
-    """Returns a statistic of the inputs of some of the layer's weights."""
     # No cache for gradients: they do not pass through cached inputs.
     held = activation_cache.still_valid(self.memory, params)
     held = {} if isinstance(statistic, Gradient) else held

@@ -79,7 +79,6 @@ def changes(
 def _of_layer(
   block: Any, old: folding.Flat, new: folding.Flat, turn: Product
 ) -> dict[str, Change]:
-  """Returns the changes of a layer's matrices, by path."""
   out = {path: Change(columns=turn) for path in folding.WRITERS if path in old}
   for norm in folding.READERS:
     if paths := folding.readers(old, norm):

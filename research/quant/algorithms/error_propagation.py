@@ -40,7 +40,6 @@ class PairedWeight(weights.Weight):
     return self.old.dtype
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns each half of the rows of `x` times its matrix."""
     old, new = jnp.split(x, 2)
     return jnp.concatenate(
       [weights.einsum(eq, old, self.old), weights.einsum(eq, new, self.new)]

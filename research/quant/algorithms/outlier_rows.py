@@ -69,7 +69,6 @@ class KeepOutlierRows(Ranged):
     self.method.check(format, inputs, calibrated)
 
   def parts(self, ws, stats, format, encoded):
-    """Returns the method's parts of matrices whose outlier rows are 0."""
     return self.method.parts(ws, stats, format, encoded)
 
   def split_outliers(

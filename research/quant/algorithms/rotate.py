@@ -213,7 +213,6 @@ class Rotate:
     return self.residual
 
   def with_model(self, loaded: Any) -> "Rotate":
-    """Returns a copy with `loaded.model`."""
     return dataclasses.replace(self, model=loaded.model)
 
   def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:

@@ -90,7 +90,6 @@ class KeysOrValues:
     tokens: NewTokens,
     shift: Shift | None,
   ) -> "KeysOrValues":
-    """Returns a copy with a call's tokens written."""
     if self.grid.packs_blocks:
       if x.shape[1] == 1:
         return self._write_one(x, tokens, shift)

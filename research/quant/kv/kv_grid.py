@@ -66,7 +66,6 @@ class Grid:
 
   @property
   def unquantized(self) -> bool:
-    """Whether numbers are stored in the cache's dtype."""
     return self.bits == 16
 
   @property
@@ -130,7 +129,6 @@ class Grid:
     return hadamard.rotate(x, inverse=True) if self.rotated else x
 
   def empty(self, lead: tuple[int, ...], slots: int, dim: int, dtype: Any):
-    """Returns an empty `Packed` for `slots` tokens, all zeros."""
     like = jax.ShapeDtypeStruct((*lead, slots, dim), dtype)
     shapes = jax.eval_shape(self.encode, like)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

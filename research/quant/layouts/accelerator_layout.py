@@ -67,7 +67,6 @@ class PlanarTensor(KernelLayout):
     return found.reshape(*ids.shape, found.shape[-1])
 
   def axes(self, names: tuple[str | None, ...]) -> "PlanarTensor":
-    """Planes have the logical axes of inputs and outputs."""
     *lead, first, second = names
     stored = (first, second) if self.axis == -2 else (second, first)
     planes = jax.tree.map(

@@ -120,7 +120,6 @@ Step = Callable[[Float[Array, "... I O"], Int[Array, ""]], Array]
 
 
 def _joined(f: Step, w: Sliceable, count: int, axis: int) -> Array:
-  """Returns the slices' products, concatenated along `axis`."""
   size = w.rows // count
 
   def one(i):

@@ -110,7 +110,6 @@ class Probe(weights.WrappedWeight):
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
-    """Returns the experts' matmul, which is not measured."""
     return weights.ragged_dot(x, self.w, sizes)
 
   def dense(self) -> Shaped[Array, "..."]:
@@ -206,8 +205,6 @@ def _of_tokens(seen: Float[np.ndarray, "T S"]) -> dict[str, float]:
 
 @jax.jit
 def _of_weights(w, other):
-  """Returns relative errors and outliers of stacked matrices."""
-
   def one(pair):
     old, new = (weights.dense(x).astype(jnp.float32) for x in pair)
     size = jnp.abs(old)
@@ -236,7 +233,6 @@ def _matrices(params: Params) -> list[tuple[str, Any]]:
 
 
 def _same(a: Any, b: Any) -> bool:
-  """Whether two weights are one array, or equal ones."""
   if a is b:
     return True
   arrays = not weights.is_weight(a) and not weights.is_weight(b)
@@ -244,8 +240,6 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _same_runs(a: Params, b: Params) -> bool:
-  """Whether two trees have the same runs."""
-
   def runs(params):
     return {p: list(i) for p, i in tree.layer_indices(params).items()}
 

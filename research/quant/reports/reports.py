@@ -87,7 +87,6 @@ class Row:
     )
 
   def warnings(self) -> list[str]:
-    """Returns warnings about the calibration of this matrix."""
     out = []
     if self.failed:
       out.append("no factor of its Hessian: rounded to nearest")

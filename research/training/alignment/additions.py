@@ -52,5 +52,4 @@ class Additions(Ranged):
     return Prompt((a, self.plus, b, self.plus + 1), (a, b))
 
   def reward(self, prompt: Prompt, answer: Sequence[int]) -> float:
-    """Returns 1 for the sum and the end, and 0 for anything else."""
     return float(list(answer) == [sum(prompt.problem), self.end])

@@ -146,7 +146,6 @@ class GroupRollouts(Ranged):
   def _groups(
     self, policy, rng, key
   ) -> "tuple[list[_Group], Mapping[str, float]]":
-    """Returns groups of new prompts, and the task's metrics."""
     prompts = self.task.sample(rng, self.prompts)
     self._check(prompts)
     asked = [prompt for prompt in prompts for _ in range(self.group)]

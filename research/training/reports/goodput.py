@@ -160,7 +160,6 @@ class SlowStepDetector:
   """
 
   def __init__(self, window: int = WINDOW, least: int = 10):
-    """Uses the last `window` steps, and at least `least`."""
     self._last: collections.deque[float] = collections.deque()
     self._sorted: list[float] = []
     self._window, self._least = window, least

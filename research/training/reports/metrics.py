@@ -90,7 +90,6 @@ class JsonlWriter:
       self._written = time.monotonic()
 
   def close(self) -> None:
-    """Writes all pending lines and closes the file."""
     self.flush()
     if self._file is not None:
       with folders.writing(self._path):
@@ -218,7 +217,6 @@ class OneStepLate:
       self._out(*pending)
 
   def flush(self) -> None:
-    """Emits the pending metrics, waiting for their step."""
     pending, self._pending = self._pending, None
     if pending is not None:
       self._out(*pending)

@@ -35,7 +35,6 @@ class DualEncoder(nn.Module):
     return self.text.length
 
   def layer_kinds(self) -> tuple[Block, ...]:
-    """Returns the blocks of the image tower, then those of the text tower."""
     return (*self.image.layer_kinds(), *self.text.layer_kinds())
 
   @nn.compact

@@ -91,7 +91,6 @@ class Classifier:
     images: Sequence[Sequence[UInt8[np.ndarray, "..."]]],
     questions: Sequence[str],
   ) -> list[str]:
-    """Returns the name of a class for each image."""
     return self.choose(self.vectors(images), questions)
 
   def vectors(

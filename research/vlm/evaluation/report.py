@@ -121,7 +121,6 @@ class Report:
     stratum: str = "",
     answer: str = "",
   ) -> Result:
-    """Returns the score of the model or of a baseline in a group."""
     scores = self.scores[system][self.within(kind, stratum, answer)]
     low, high, _ = intervals.of_share(scores)
     return Result(float(scores.mean()), low, high, len(scores))

@@ -41,7 +41,6 @@ class CrossLayers:
   hidden: int
 
   def add_to(self, model: Transformer, media_width: int) -> Transformer:
-    """Returns `model` with these layers among its own."""
     layer = GatedCrossAttention(
       attention=CrossAttention(heads=self.heads, head_dim=self.head_dim),
       mlp=PlainMlp(hidden=self.hidden, bias=False),
@@ -99,7 +98,6 @@ class Preset:
 
   @property
   def preprocessor(self) -> Preprocessor:
-    """Returns what becomes of its images."""
     return images.preset(self.images)
 
   def model(self, dtype: str = "float32") -> VisionLanguageModel:

@@ -135,7 +135,6 @@ _QWEN2_3B = dataclasses.replace(
 def _qwen_vl(
   version: str, vision: VisionTransformer, language: Sizes, **more
 ) -> Preset:
-  """Returns Qwen2-VL's or its successors' row."""
   given = dict(
     family="qwen2",
     features=Features(normed=False),

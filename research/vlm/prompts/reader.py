@@ -44,11 +44,9 @@ class WithPlaceholder(weights.WrappedWeight):
     return weights.dense(self.w)
 
   def axes(self, names: tuple[str | None, ...]) -> "WithPlaceholder":
-    """Returns the logical axis names of the table."""
     return dataclasses.replace(self, w=weights.axes(self.w, names))
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns `einsum(eq, x, w)` in the dtype of `x`: a tied head."""
     return weights.einsum(eq, x, self.w)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:

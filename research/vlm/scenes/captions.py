@@ -67,7 +67,6 @@ class ShapeCaptions(Task):
 
   @functools.cached_property
   def classes(self) -> tuple[str, ...]:
-    """The captions of one object."""
     pairs = itertools.product(self.colours, self.shapes)
     return tuple(" ".join(pair) for pair in pairs)
 

@@ -224,7 +224,6 @@ class DigitNames(Task):
     return self.scale * SIDE
 
   def belongs(self, sample: Sample) -> bool:
-    """All are: they are drawn from this split's images."""
     return True
 
   def draw(self, rng: np.random.Generator, kind: str) -> Sample:

@@ -50,7 +50,6 @@ class Stamp:
 
   @property
   def folder(self) -> str:
-    """The last folder, with those before it."""
     return self.name.rpartition("/")[0]
 
   @property

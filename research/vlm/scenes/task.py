@@ -85,12 +85,10 @@ class Task(Ranged, Samples, abc.ABC):
     return tuple(image.shape[:2] for image in self.render(sample))
 
   def outline(self, index: int) -> tuple[Sample, tuple[Size, ...]]:
-    """Returns a sample without its images, and the sizes of these."""
     sample = self.drawn(index)
     return sample, self.image_sizes(sample)
 
   def belongs(self, sample: Sample) -> bool:
-    """Whether a drawn sample is of this split."""
     return split_of(sample.objects) == self.split
 
   def rules(self, samples: int = 2048) -> dict[str, Rule]:

@@ -80,7 +80,6 @@ class Text(Task):
     self.expect("height", tallest + 2 if only_lines else 5 * tallest)
 
   def _line_width(self, kind: str, height: int) -> int:
-    """Returns what a kind's longest line takes, in pixels."""
     if kind == "bar":
       return _axis_width(height) + len(BARS) * height
     if kind == "field":
@@ -166,7 +165,6 @@ class Text(Task):
 
 
 def _axis_width(height: int) -> int:
-  """Returns what the numbers of an axis take, in pixels."""
   return drawing.text_box(0, 0, "10", height)[2] + 2
 
 
