@@ -117,8 +117,6 @@ class Choices:
   """The flag that chooses, and what there is to choose from.
 
   Attributes:
-    flag: its name.
-    help: what it is for.
     table: value of the flag -> choice.
   """
 

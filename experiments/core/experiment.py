@@ -278,8 +278,6 @@ class BuiltExperiment:
   Attributes:
     loaded: the model as it was imported.
     params: its weights after the transforms.
-    objective: the loss of that model.
-    context: the devices that they are on.
   """
 
   loaded: Loaded

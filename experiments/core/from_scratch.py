@@ -93,7 +93,6 @@ class VisionFromScratch:
   """A row of `research.vlm.presets`, for plans and tests: nothing is read.
 
   Attributes:
-    preset: its name.
     shrink: what its widths and depths are divided by; 1 for its own.
     tokenizer: its source; with fewer ids than the model.
     seed: of the weights.

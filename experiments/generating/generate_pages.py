@@ -39,7 +39,6 @@ class Paged:
   """A call of generation, over pages or not.
 
   Attributes:
-    model, prompts, max_new_tokens: of it.
     layout: how pages are laid out, or None.
     pages: who gives them out, or None.
   """

@@ -57,18 +57,13 @@ def load(
   return dataclasses.replace(loaded, params=params)
 
 
-def load_with_tokenizer(
-  name: str,
-  dtype: str = "float32",
-  packed: bool | None = None,
-  towers: Any = "language",
-) -> Any:
+def load_with_tokenizer(name: str, *settings: Any) -> Any:
   """Returns a model that reads text, see `load`.
 
   Raises:
     UserError: it has no tokenizer.
   """
-  loaded = load(name, dtype, packed, towers)
+  loaded = load(name, *settings)
   if loaded.tokenizer is None:
     raise UserError(f"--model={name}: found no tokenizer in it")
   return loaded

@@ -31,7 +31,6 @@ class Labelled(NamedTuple):
   """What a run has made.
 
   Attributes:
-    solutions: with labels.
     cut: solutions that were left out, as they had no end or no step.
   """
 

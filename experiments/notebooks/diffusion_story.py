@@ -44,7 +44,6 @@ class Toy:
 
   Attributes:
     source: the chain; the mask is one more id.
-    steps: of training.
   """
 
   source: Markov = Markov(vocab=10, length=32, concentration=0.15, count=4096)

@@ -28,10 +28,7 @@ class AbstractStep:
   Attributes:
     loaded: the model; its transformed parameters are shapes.
     objective: the loss of that model.
-    mesh: the experiment's, over the given devices.
-    state: a `TrainState`.
     batches: of training, one for each bucket.
-    key: of the run.
     bucket: the batch that the step is planned for, by its number.
   """
 

@@ -54,12 +54,7 @@ def rows(given: str, flag: str = "generate") -> Rows:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Planner:
-  """Compiles calls for one topology, and says what each costs.
-
-  Attributes:
-    mesh: over devices of the topology.
-    topology: the devices.
-  """
+  """Compiles calls for one topology, and says what each costs."""
 
   mesh: Mesh
   topology: Topology

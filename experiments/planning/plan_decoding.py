@@ -39,11 +39,7 @@ class Policy:
   """A language model that generates, by shapes.
 
   Attributes:
-    model: the Transformer.
     params: its weights as they are served, sharded.
-    batch_sharding: the sharding of a batch.
-    planner: compiles calls.
-    sampling: of tokens.
   """
 
   model: Transformer

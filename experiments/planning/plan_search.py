@@ -40,7 +40,6 @@ class SearchRows:
 
   Attributes:
     rows: problems at once, their tokens and those of a solution.
-    copies: solutions of each.
   """
 
   rows: Rows

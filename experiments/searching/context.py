@@ -19,13 +19,11 @@ class Context:
   """A run's models and task, and the problems of a batch.
 
   Attributes:
-    policy: samples solutions.
     prompt_room: tokens that prompts are padded for at least.
     params: its weights as they were loaded, before `generate.prepare`.
     tokenizer: the models' shared tokenizer.
     prompting: what the policy reads of a question.
     task: source and verifier of the problems.
-    judge: judges texts.
     problems: the batch's problems, by `Path.problem`.
     prompts: some of the run's, which show what stands beside their tokens.
     questions: texts of these prompts' problems.

@@ -75,7 +75,6 @@ class Searched:
   """A problem, and what was found.
 
   Attributes:
-    problem: the problem.
     samples: in the search's order.
     ledger: cost of the whole search.
     prompt_ledger: the cost that does not grow with the number of samples.

@@ -80,11 +80,7 @@ class AtWord:
 
 @dataclasses.dataclass(frozen=True)
 class EveryTokens:
-  """A step is so many tokens.
-
-  Attributes:
-    count: how many.
-  """
+  """A step is so many tokens."""
 
   count: int = 16
 

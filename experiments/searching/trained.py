@@ -102,12 +102,7 @@ def check_workdirs(value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-  """The model that a run has trained, as a policy.
-
-  Attributes:
-    workdir: the run's working directory.
-    checkpoint: which of its checkpoints.
-  """
+  """The model that a run has trained, as a policy."""
 
   workdir: str
   checkpoint: CheckpointChoice = "best"

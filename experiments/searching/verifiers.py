@@ -151,7 +151,6 @@ class NewReward:
   Attributes:
     model: source of the backbone.
     head: hidden states -> scores.
-    seed: random seed of its parameters.
   """
 
   model: Source
@@ -217,9 +216,6 @@ class TextVerifier(ReadsAnew):
   Its state is what the last `read` has cost, of each row.
 
   Attributes:
-    model: the reward model.
-    params: its parameters.
-    tokenizer: the reward model's.
     convention: what it reads.
     context: turns the policy's tokens into texts.
     problems: the batch's problems, by `Path.problem`.
@@ -321,11 +317,7 @@ class TrainedModel(NamedTuple):
   vision: tuple[VisionLanguageModel, Params] | None = None
 
   def check_reads(self, context: Context, where: str) -> None:
-    """Checks that it can read the policy's prompts and steps.
-
-    Raises:
-      UserError: its tokens or its prompts are others than the policy's.
-    """
+    """Raises UserError if its tokens or prompts are not the policy's."""
     size, policy_size = self.model.backbone.vocab_size, context.vocab_size
     if size != policy_size:
       raise UserError(

@@ -36,11 +36,7 @@ RESERVED = {"validation", "heldout", "checkpoints", "adapter", "model", "units"}
 
 
 def check_names(names: Sequence[str]) -> None:
-  """Checks the names of a run's stages.
-
-  Raises:
-    UserError: there is none, or one cannot be a scope and a folder.
-  """
+  """Raises UserError for no names, or one that is no scope and folder."""
   good = [
     re.fullmatch(r"[A-Za-z]\w*", name) is not None and name not in RESERVED
     for name in names

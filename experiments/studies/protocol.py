@@ -111,11 +111,7 @@ class Study(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """The root of a run file.
-
-  Attributes:
-    study: what to run.
-  """
+  """The root of a run file."""
 
   study: Study | None = None
 
@@ -129,11 +125,7 @@ class Run:
 
 
 def distinct(names: Sequence[str], field: str) -> None:
-  """Checks that no two arms share a name.
-
-  Raises:
-    UserError: some do.
-  """
+  """Raises UserError if two arms share a name."""
   for name in names:
     if names.count(name) > 1:
       raise UserError(f"{field}: two are called {name!r}.")

@@ -13,9 +13,6 @@ from research.training.reports import goodput, metrics, plots
 from research.training.reports.plot_runs import Curves, series
 from research.typing import UserError
 
-OLD_PARTS = {"train": "step"}
-"""Parts of a run's time in result.json, by their names before goodput."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
@@ -35,23 +32,15 @@ class Run:
 
   @property
   def totals(self) -> Mapping[str, Any]:
-    """The last `Goodput.summary` of the run; empty in old ones."""
+    """The last `Goodput.summary` of the run; empty before the first."""
     written = (r for r in reversed(self.records) if "goodput/step" in r)
     return next(written, {})
 
   def seconds(self) -> dict[str, float]:
-    """Returns bucket -> wall seconds; from result.json in old runs."""
+    """Returns bucket -> wall seconds."""
     totals = self.totals
-    if totals:
-      return {b: totals.get(f"goodput/{b}") or 0.0 for b in goodput.BUCKETS}
-    parts = self.result.get("seconds_by_part")
-    if not isinstance(parts, Mapping):
-      return {}
-    known = {OLD_PARTS.get(k, k): v for k, v in parts.items()}
-    known = {k: v for k, v in known.items() if k in goodput.BUCKETS}
-    wall = self.result.get("seconds") or 0.0
-    known["other"] = max(0.0, wall - sum(known.values()))
-    return known
+    buckets = goodput.BUCKETS if totals else ()
+    return {b: totals.get(f"goodput/{b}") or 0.0 for b in buckets}
 
   def curves(self) -> Curves:
     return Curves(

@@ -194,10 +194,7 @@ def ended(workdir: pathlib.Path, queued: Mapping[str, Job]) -> set[str]:
 
 
 def cancel(workdir: pathlib.Path) -> list[str]:
-  """Cancels the units that are queued or run; returns their names.
-
-  A run saves before it ends.
-  """
+  """Cancels units that are queued or run, and save; returns their names."""
   jobs = queued(workdir)
   if jobs:
     _slurm("scancel", *sorted({job.array for job in jobs.values()}))

@@ -134,12 +134,9 @@ def _all_different(planned: Sequence[Planned]) -> None:
 
 
 def check_steps(planned: Sequence[Planned]) -> None:
-  """Checks that no unit has trained for more steps than it is to.
+  """Raises UserError if a unit has trained for more steps than it is to.
 
   A run that has finished is left as it is: its result would be that of more.
-
-  Raises:
-    UserError: one has.
   """
   for unit in planned:
     if unit.work.program != "train":

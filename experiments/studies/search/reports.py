@@ -175,7 +175,6 @@ class ByDifficulty(Report):
   Attributes:
     pool: independent samples that no system shares: the levels are theirs. Of
       the samples that are judged, the lucky problems would be the easy ones.
-    compared: the systems.
   """
 
   pool: System | str = dataclasses.field(metadata=NAMED)
