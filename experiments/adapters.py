@@ -13,7 +13,6 @@ in PEFT's format to --to; other operations write nothing but --picture,
 --report, and for merge --to. The last line on stdout is JSON.
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

@@ -38,7 +38,6 @@ merging, merge_kept is the share of the update that is left, merge_loss the
 share that rounding lost, and merge_noise the size of the rounding noise.
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

@@ -15,7 +15,6 @@ error, agreement on the most likely token, bits per weight, size, and the error
 of each matrix.
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

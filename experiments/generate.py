@@ -44,7 +44,6 @@ has them as gaps:
     --infill="def area(r): [[8]] return pi * r**2"
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

@@ -11,7 +11,6 @@ The file is in llama.cpp's format. The last line on stdout is JSON: matrices,
 tokens, windows.
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

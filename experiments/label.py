@@ -10,7 +10,6 @@ last line on stdout is JSON: solutions, steps, labelled, correct, base_rate,
 first_errors, cut, seconds, to.
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

@@ -18,7 +18,6 @@ reads through a quantized KV cache, --chunk tokens at a time, and also measures
 the model without it.
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

@@ -24,7 +24,6 @@ compiles nothing: crops, tokens, FLOPs of each module, bytes of the KV cache:
   python -m experiments.plan --preset=smolvlm-256m --image_size=480x640
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

@@ -10,7 +10,6 @@ calibrated it. The last line on stdout is JSON: matrices, bits_per_weight,
 output_error, nearest_error, failed, seconds, bytes.
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

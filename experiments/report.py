@@ -8,7 +8,6 @@ directory of a sweep counts as all of its units. The last line on stdout is JSON
 with the numbers of the table.
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

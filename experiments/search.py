@@ -14,7 +14,6 @@ sampling:
   --set=CHOICE=@choose.Majority() --set=N=4
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

@@ -13,7 +13,6 @@ run file and updates the tables in the documentation. The last line on stdout is
 the result.
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

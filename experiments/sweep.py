@@ -23,7 +23,6 @@ For Kubernetes this writes jobset.yaml, which `kubectl apply -f` takes:
       --topology=v5e:4x4 --slices=2 --image=IMAGE --volume=CLAIM:/mnt
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

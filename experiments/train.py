@@ -22,7 +22,6 @@ Macros of configs/base.gin set the device mesh; to try it on a CPU:
   python -m experiments.train --config=... --workdir=D --devices=8 --set=FSDP=8
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

@@ -11,7 +11,6 @@ their 13-grams of words with it (known), and the share of the held-out text that
 is in the latter (known_share), which tests memory alone.
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
   from experiments.core import runtime
 

@@ -72,20 +72,17 @@ def read(
   return parse(text, bindings, path, root, file.parent)
 
 
-def read_workdir(
-  workdir: str, bindings: Sequence[str] = (), fix: str = ""
-) -> Read:
+def read_workdir(workdir: str, bindings: Sequence[str] = ()) -> Read:
   """Returns the experiment that a run's working directory is of.
 
   Args:
     workdir: local, or an object store's.
     bindings: see `read`.
-    fix: how to mend that there is no run, for the error.
 
   Raises:
     UserError: there is no run, or what `read` raises.
   """
-  binding_lines.check_workdir(workdir, fix)
+  binding_lines.check_workdir(workdir)
   file = folders.folder(workdir) / "config.gin"
   read = parse(file.read_text("utf-8"), bindings, str(file))
   return read._replace(experiment=_opened(read.experiment, file.parent))
