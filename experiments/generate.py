@@ -50,6 +50,7 @@ if __name__ == "__main__":
   runtime.prepare()
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -277,16 +278,20 @@ def _streamed(
   """
   import jax
 
-  from experiments.generating import generate_pages, images
+  from experiments.generating import images
   from research import progress, weights
-  from research.generation import stream
+  from research.generation import generate_paged, paging, stream
 
   key = jax.random.key(_SEED.value)
   start, first, steps = time.perf_counter(), None, []
   most = _MAX_NEW_TOKENS.value
-  paged = generate_pages.open_call(
-    layout, loaded.model, prompts, most, weights.extra_ids(params)
-  )
+  pages = source = None
+  if layout is not None:
+    extra = weights.extra_ids(params)
+    pages = paging.allocator(loaded.model, prompts, most, layout, extra)
+    source = functools.partial(
+      generate_paged.chunks, layout=layout, pages=pages
+    )
   with progress.phase("reading prompts") as now:
     for pieces in stream.stream(
       loaded.model,
@@ -297,7 +302,7 @@ def _streamed(
       rules,
       jax.random.fold_in(key, turn) if turn else key,
       stop=_STOP.value,
-      **images.source_of(mask, kv, paged.source),
+      **images.source_of(mask, kv, source),
     ):
       first = first or time.perf_counter()
       steps.append(pieces)
@@ -314,15 +319,18 @@ def _streamed(
   ]
   # A token of each row comes first; with pages, those of its first chunk, too.
   after, more = end - first, sum(x.tokens for row in steps[1:] for x in row)
-  return results, {
+  shared = {
     "tokens": sum(row["tokens"] for row in results),
     "tokens_per_s": more / after if more and after else None,
     "seconds": end - start,
     "model": _MODEL.value,
     "kv": _KV.value or None,
     **packed_weights.report(loaded.params),
-    **paged.report(params),
   }
+  if layout is not None:
+    used = prompts, most, pages, layout.dtype
+    shared["pages"] = paging.memory(loaded.model, params, *used)
+  return results, shared
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
