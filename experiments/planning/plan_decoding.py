@@ -116,8 +116,10 @@ def calls(
     request: rows; `count` is that of prompts.
     copies: answers to each prompt, which is read once.
   """
-  each = dense if paging is None else in_pages
-  out = each(model, request, copies, paging)
+  if paging is None:
+    out = dense(model, request, copies)
+  else:
+    out = in_pages(model, request, copies, paging)
   parts = [out.get(name, {}).get("seconds") for name in ("prefill", "decode")]
   if None not in parts:
     first, step = parts
@@ -133,11 +135,8 @@ def calls(
   return out
 
 
-def dense(
-  model: Policy, request: Rows, copies: int, paging: None = None
-) -> dict[str, Any]:
+def dense(model: Policy, request: Rows, copies: int) -> dict[str, Any]:
   """Returns the costs with a cache that has room for all tokens of each row."""
-  del paging
   total = request.count * copies
   capacity = bucket(request.prompt + request.length)
 

@@ -77,7 +77,6 @@ class EffectiveSizes(Report):
     return (*(x.system for x in self.ladder), *self.compared)
 
   def lines(self, found: Found) -> Lines:
-
     def line(system: System) -> Mapping[str, Any] | None:
       rows = found(system)
       return systems.line(system, rows) if rows else None
