@@ -47,12 +47,7 @@ class Reports(Operation):
   )
 
   def summary(self, rows: Mapping[str, Any], **values: Any) -> dict[str, Any]:
-    """Writes the report; returns the result.
-
-    Args:
-      rows: a matrix's path -> what the report says of it.
-      **values: of all matrices together.
-    """
+    """Writes the report; returns the result."""
     if self.report is not None:
       cli.write_json(self.report, dict(rows))
     return dict(matrices=len(rows), **values)

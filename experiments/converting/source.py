@@ -10,11 +10,7 @@ from research.typing import UserError
 
 
 def open_source(name: str) -> Any:
-  """Returns a source; a run without a written model by its checkpoint.
-
-  Args:
-    name: what --model= takes, or a run whose whole model was trained.
-  """
+  """Returns a source; a run without a written model by its checkpoint."""
   path = load.last_stage(pathlib.Path(name))
   written = [path / "adapter" / load.ADAPTER_CONFIG, path / "model"]
   if (path / "config.gin").is_file() and not any(p.exists() for p in written):

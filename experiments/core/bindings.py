@@ -45,7 +45,6 @@ def find(
   Args:
     path: absolute, or relative to the working directory, to `folder`, or to
       `configs/`.
-    flag: the flag that named it, for the error: `config` or `sweep`.
     folder: of the file that includes it, if that is not one of ours.
   """
   for place in (pathlib.Path(), *places(folder)):
@@ -196,12 +195,7 @@ def _value_of(
 def _values_in_use(
   bound: Mapping[str, str], unneeded: str, root: str
 ) -> Iterator[tuple[str, str, str]]:
-  """Yields (`module.Class.field`, binding, value) of what a command builds.
-
-  Args:
-    bound: see `_value_of`.
-    unneeded, root: see `check_text`.
-  """
+  """Yields (`module.Class.field`, binding, value) of what a command builds."""
   fields: dict[str, list[str]] = {}
   for target in (name.rpartition("/")[2] for name in bound):
     if not re.fullmatch(unneeded, target):
@@ -227,11 +221,7 @@ def _values_in_use(
 
 
 def _check_value(field: str, name: str, value: str, place: str) -> None:
-  """Refuses a path or a model's name that stands for nothing.
-
-  Args:
-    field, name, value: see `_values_in_use`; what is no text stays for gin.
-  """
+  """Refuses a path or a model's name that stands for nothing."""
   try:
     literal = ast.literal_eval(value)
   except (ValueError, SyntaxError):
@@ -360,7 +350,6 @@ def check_used(
   Args:
     lines: of the command line; those of a stage are left to its own check.
     records: the bindings that a run used, by the scope in which they are bound.
-    stages: names of the run's stages, which are scopes, too.
     theirs: the bindings of those scopes.
 
   Raises:
@@ -442,12 +431,7 @@ def joined(scope: str, name: str) -> str:
 
 
 def _instead(name: str, places: Sequence[str], used: Bound) -> str:
-  """Returns what to bind instead of `name`.
-
-  Args:
-    name: of a macro, or `scope/module.Class.parameter`.
-    places: scopes in which the parameter is bound.
-  """
+  """Returns what to bind instead of `name`."""
   if places:
     own = [joined(place, name) for place in places]
     return f"did you mean {' or '.join(own[:3])}?"

@@ -50,7 +50,6 @@ def argument(name: str, *values: str) -> Any:
   """Returns a field for what may stand behind the choice and a colon.
 
   Args:
-    name: for the help, as in `gguf:TYPE`.
     values: that it may have; none for any, which the dataclass checks.
   """
   return dataclasses.field(

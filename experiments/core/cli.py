@@ -74,12 +74,7 @@ def define_config(
   example: str = "runs/quickstart.gin",
   default: str | None = None,
 ) -> flags.FlagHolder:
-  """Defines `--config` of a command that reads an experiment.
-
-  Args:
-    example: a file, for the help.
-    default: what is read without the flag, where it may be left out.
-  """
+  """Defines `--config` of a command that reads an experiment."""
   without = f" By default {default}." if default else ""
   return definers(values).text(
     "config",
@@ -140,11 +135,7 @@ def log(text: str) -> None:
 
 
 def loading(*models: Any) -> None:
-  """Says which models are loaded next, a line each.
-
-  Args:
-    *models: names, or what loads them.
-  """
+  """Says which models are loaded next, a line each."""
   for text in map(str, models):
     start = text[:60] + text[60:].partition(" ")[0]  # cuts no path
     log(f"loading {start}" + " [...]" * (start != text))
@@ -223,11 +214,7 @@ def run_file(
 
 
 def exclusive(flag: str, values: flags.FlagValues, *others: str) -> None:
-  """Raises UserError for the first of `others` that is on the command line.
-
-  Args:
-    flag: what they have no effect beside, as on a command line.
-  """
+  """Raises UserError for the first of `others` that is on the command line."""
   for name in others:
     if values[name].present:
       raise UserError(f"--{name}: has no effect {flag}; leave it out.")

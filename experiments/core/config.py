@@ -75,10 +75,6 @@ def read(
 def read_workdir(workdir: str, bindings: Sequence[str] = ()) -> Read:
   """Returns the experiment that a run's working directory is of.
 
-  Args:
-    workdir: local, or an object store's.
-    bindings: see `read`.
-
   Raises:
     UserError: there is no run, or what `read` raises.
   """
@@ -169,11 +165,7 @@ def _parsed(
 
 
 def _built(root: type, explicit: Sequence[str]) -> tuple[Read, Record]:
-  """Returns what is bound, built, and which bindings that used.
-
-  Args:
-    root: see `read`.
-  """
+  """Returns what is bound, built, and which bindings that used."""
   shorten_schedules(gin_config._CONFIG, explicit)
   gin.finalize()
   experiment = gin.get_configurable(root)()
@@ -191,9 +183,6 @@ def shorten_schedules(bound: Any, explicit: Iterable[str]) -> None:
 
   Where they fill the run they are lowered to half of it together. What the user
   has bound stays, and is refused by the schedule if it does not fit.
-
-  Args:
-    explicit: names that the user has bound.
   """
   explicit = set(explicit)
   for (scope, selector), values in list(bound.items()):
@@ -247,8 +236,6 @@ def _enter(stage: str, names: Sequence[str], before: str | None) -> Record:
   """Leaves the bindings of a stage: those of its scope, over those of none.
 
   Args:
-    stage: its name.
-    names: of all stages.
     before: the stage whose result its model is, unless it binds another; None
       for the first one.
 

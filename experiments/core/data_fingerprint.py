@@ -81,9 +81,6 @@ def check_files(
 
   Each file is read once, whatever the number of its splits.
 
-  Args:
-    parts: the fields of it whose data are checked.
-
   Raises:
     UserError: a file cannot be read, or a record of it is wrong.
   """

@@ -40,9 +40,6 @@ def define(config: type, values: flags.FlagValues, before: str = "") -> None:
   """Defines a flag for each `research.io.settings.setting` of a dataclass.
 
   One that is there already stays: a command may share it with other settings.
-
-  Args:
-    before: what every help begins with.
   """
   for field in _settings(config):
     name = field.metadata["flag"] or field.name
@@ -53,9 +50,6 @@ def define(config: type, values: flags.FlagValues, before: str = "") -> None:
 
 def build(config: type, values: flags.FlagValues, **more: Any) -> Any:
   """Returns the dataclass that flags describe.
-
-  Args:
-    **more: fields that are given here.
 
   Raises:
     UserError: a text is not understood, or the dataclass refuses a value; what

@@ -77,7 +77,6 @@ def text_ids(loaded: Loaded, text: str, *, rendered: bool) -> list[int]:
   where a chat template leaves that to the processor (LLaVA's).
 
   Args:
-    loaded: any model that has a tokenizer; without its parameters, too.
     rendered: whether a chat template has rendered it.
   """
   tokenizer, how = loaded.tokenizer, loaded.preprocessor

@@ -99,7 +99,6 @@ def rows(
 
   Args:
     prompts: what they follow: one for each, one for all, or none.
-    spelled: what gives a prompt's ids.
 
   Raises:
     UserError: there are other numbers of prompts, or as of `tokens`.

@@ -38,12 +38,7 @@ def load(
   packed: bool | None = None,
   towers: Any = "language",
 ) -> Any:
-  """Returns a model, its quantized weights as `--packed` has them.
-
-  Args:
-    name, dtype, towers: see `research.interop.load.load_model`.
-    packed: the flag's value.
-  """
+  """Returns a model, its quantized weights as `--packed` has them."""
   cli.loading(name)
   from research.interop.load import load_model
   from research.quant.layouts import cpu_layout

@@ -39,9 +39,7 @@ def policy_of(
   """Returns what writes solutions.
 
   Args:
-    loaded: a language model, or one that sees images.
     prompts: of which the first one shows what stands beside their tokens.
-    where: the field that it comes from, for errors.
 
   Raises:
     UserError: it is neither; or the prompts have no images for one that sees
@@ -76,7 +74,6 @@ def diffusion_policy(
 
   Args:
     config: settings of the sampler; with the mask's id where `spec` has none.
-    spec: what the checkpoint says of its masks, or None.
     new_tokens: of a solution, a multiple of the block.
 
   Raises:

@@ -77,9 +77,6 @@ def advise(
 ) -> dict[str, Any]:
   """Returns trials of a run, those that fit first, the fastest of them first.
 
-  Args:
-    compiles: programs to compile at most.
-
   Raises:
     UserError: an error of the run as it is, before its first step.
   """

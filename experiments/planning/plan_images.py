@@ -34,10 +34,6 @@ def size(given: str) -> tuple[int, int]:
 def plan(name: str, given: str, text: int = 0) -> dict[str, Any]:
   """Returns what an image of a size costs a published model, and prints it.
 
-  Args:
-    name: of a preset, a row of `research.vlm.presets`.
-    text: tokens of the question.
-
   Raises:
     UserError: there is no such preset, or no such size.
   """

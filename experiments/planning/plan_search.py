@@ -79,8 +79,6 @@ def plan(
   """Returns what a search costs on `topology`, and prints it.
 
   Args:
-    policy: whose model writes.
-    verifier: whose reward model scores; None for none.
     batch: solutions that the verifier reads at once; by default all.
     paging: of the policy's cache, see `plan_decoding.plan`.
 

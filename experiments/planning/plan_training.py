@@ -36,9 +36,6 @@ def plan(
 ) -> dict[str, Any]:
   """Returns the cost of a step of `experiment` on `topology`, and prints it.
 
-  Args:
-    hlo: file for the compiled program's text, or None.
-
   Raises:
     UserError: an error of a run before its first step.
   """

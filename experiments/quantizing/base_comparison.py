@@ -37,8 +37,6 @@ def compare_with_base(
       the Python reference that this project holds out.
     window: tokens read together, besides those that every row of the model
       begins with; fewer where its context has no room for both.
-    max_windows: how many windows at most; None for all.
-    batch: windows computed at a time.
     layers: whether errors are measured matrix by matrix, which is shown.
 
   Raises:

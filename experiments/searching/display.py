@@ -69,11 +69,7 @@ def summary(sample: Sample) -> str:
 
 
 def page(pool: Sequence[Searched], title: str) -> str:
-  """Returns a page of HTML that needs nothing else.
-
-  Args:
-    pool: problems, of which the first are shown.
-  """
+  """Returns a page of HTML that needs nothing else."""
   body = "\n".join(map(_section, pool[:PROBLEMS]))
   rest = len(pool) - PROBLEMS
   more = f"<p>{rest} more problems are in pool.jsonl.</p>" if rest > 0 else ""

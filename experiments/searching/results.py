@@ -53,10 +53,6 @@ def accuracy_at(searched: Searched, choice: Choice, n: int) -> float:
 
   Votes and best-of-n by their closed forms, others by subsets, which are drawn
   where they are many.
-
-  Args:
-    searched: a problem with n samples at least.
-    n: number of samples to choose among.
   """
   samples = searched.samples
   answers = [x.answer for x in samples]
@@ -79,7 +75,6 @@ def best_at(
 
   Args:
     searched: a problem; a sample without an answer is never the best.
-    budgets: numbers of samples to choose among.
   """
   scores = np.array(
     [
@@ -95,10 +90,6 @@ def result_of(
   pool: Sequence[Searched], strategy: Any, choice: Choice, n: int | None
 ) -> dict[str, Any]:
   """Returns the accuracy of a pool, its interval and its cost.
-
-  Args:
-    choice: among the samples of each.
-    n: samples to choose among, or None for all.
 
   Raises:
     UserError: the choice needs scores, or n subsets, that the pool cannot give.
@@ -123,11 +114,7 @@ def result_of(
 def accuracies(
   pool: Sequence[Searched], choice: Choice, n: int | None
 ) -> list[float]:
-  """Returns each problem's chance of a right answer.
-
-  Args:
-    n: samples to choose among, or None for all.
-  """
+  """Returns each problem's chance of a right answer."""
   if n is None:
     return [accuracy_of(searched, choice) for searched in pool]
   return [accuracy_at(searched, choice, n) for searched in pool]

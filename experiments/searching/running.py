@@ -36,9 +36,6 @@ TRACES = "traces.html"
 def complete(run: SearchRun, folder: pathlib.Path, text: str) -> list[Searched]:
   """Searches the problems that a folder's pool lacks; returns all of the run.
 
-  Args:
-    folder: the working directory; made if missing.
-
   Raises:
     UserError: the pool is of other settings, another process adds to it, or
       what searches raise.

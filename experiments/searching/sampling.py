@@ -168,11 +168,7 @@ class Search:
     )
 
   def __call__(self, problems: Sequence[Problem], first: int) -> list[Searched]:
-    """Returns what is found for the problems of a batch.
-
-    Args:
-      first: index of the first one in the task.
-    """
+    """Returns what is found for the problems of a batch."""
     begin, run = time.perf_counter(), self._run
     batch = [*problems, *[problems[-1]] * (run.batch - len(problems))]
     limits = Limits(

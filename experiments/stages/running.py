@@ -127,7 +127,6 @@ def train(
   result of each. A stage that has finished is left as it is.
 
   Args:
-    workdir: of the run; each stage has the folder of its name in it.
     started_at: when the work on it began, see `train_eval.train`.
 
   Raises:

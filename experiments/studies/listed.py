@@ -33,11 +33,7 @@ def from_mapping(of: type, fields: Any) -> Any:
 
 
 def set_parts(study: Any, **kinds: type) -> None:
-  """Sets fields of a frozen dataclass to what `from_mapping` makes of them.
-
-  Args:
-    **kinds: dataclass of each field, which lists one or several.
-  """
+  """Sets fields of a frozen dataclass to what `from_mapping` makes of them."""
   for field, of in kinds.items():
     part = getattr(study, field)
     several = isinstance(part, tuple | list)

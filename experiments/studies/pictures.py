@@ -34,11 +34,7 @@ def bar_panels(
   panels: Mapping[str, Mapping[str, Mean]],
   size: tuple[float, float],
 ) -> None:
-  """Saves a picture of panels beside each other, bars in each.
-
-  Args:
-    panels: means by name, by the label of their axis.
-  """
+  """Saves a picture of panels beside each other, bars in each."""
   drawn = plots.figure(*size)
   (places,) = drawn.subplots(1, len(panels), squeeze=False)
   for axes, (label, found) in zip(places, panels.items(), strict=True):
@@ -50,12 +46,7 @@ def bar_panels(
 def ranking(
   axes: Any, found: Mapping[str, Mean], styles: Mapping[str, Mapping[str, Any]]
 ) -> None:
-  """Draws names under each other, the last on top, with their intervals.
-
-  Args:
-    found: by name, in their order from below.
-    styles: by name, of `errorbar`.
-  """
+  """Draws names under each other, the last on top, with their intervals."""
   for place, (name, m) in enumerate(found.items()):
     (half,) = halves([m])
     axes.errorbar(m.value, place, xerr=half, **styles[name])

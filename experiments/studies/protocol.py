@@ -72,11 +72,7 @@ class Study(abc.ABC):
 
   @abc.abstractmethod
   def run(self, arm: str, before: Rows, shared: Any) -> Row:
-    """Runs an arm.
-
-    Args:
-      before: rows of the arms before it that are there.
-    """
+    """Runs an arm."""
 
   def needs(self, arm: str) -> Sequence[str]:
     """Returns the arms whose rows or files an arm needs: all before it."""
@@ -136,9 +132,6 @@ def describe(value: Any, *without: str) -> str:
 
   Dataclasses are described by their fields, functions by what they close over,
   arrays by a digest.
-
-  Args:
-    without: fields of `value` to leave out.
   """
   return _text(value, (), without)
 

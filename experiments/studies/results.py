@@ -326,7 +326,6 @@ def _json(x: Any, end: str) -> str:
   """Returns JSON, indented where something has parts.
 
   Args:
-    x: plain values.
     end: what ends a line here: a newline and the indentation; "" for one line.
   """
   inner = end + " "

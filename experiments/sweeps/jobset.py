@@ -101,7 +101,6 @@ def hardware(topology: str, slices: int = 1) -> Hardware:
   Args:
     topology: a slice of TPUs such as `v5e:4x4` or `v5p:2x2x4`, or a node of
       GPUs, `h100:8`.
-    slices: how many of them.
 
   Raises:
     UserError: there is no such topology.

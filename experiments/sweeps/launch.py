@@ -60,7 +60,6 @@ def local(
 
   Args:
     lock: descriptor that units inherit, see `work.lock`.
-    interval: seconds between polls of running processes.
 
   Returns:
     Exit statuses; `PREEMPTED` for units that have to run again.

@@ -92,7 +92,6 @@ def script(
 
   Args:
     units: of one sweep: they differ in their names.
-    folder: for what Slurm itself says.
     options: of `sbatch`, which win: `--nodes=2`, `--time=8:00:00`.
 
   Raises:

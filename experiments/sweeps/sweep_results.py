@@ -187,7 +187,6 @@ def groups(
   """Returns units by their bindings without the seed.
 
   Args:
-    seed: the binding that seeds have.
     failed: names of units that ran and have no result.
   """
   found: dict[str, Group] = {}

@@ -79,7 +79,6 @@ def plan(
 
   Args:
     more: gin bindings for all units; they win over `sweep.fixed`.
-    options: flags for all units.
 
   Raises:
     UserError: a unit's binding is unknown, or of the wrong type, or changes
