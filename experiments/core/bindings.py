@@ -111,7 +111,7 @@ def check_text(
   not there.
 
   Args:
-    path, flag: see `find`.
+    path: see `find`.
     lines: bindings of the command line.
     unneeded: regular expression of fields whose values need not be there.
     root: the class that is built, `module.Class`.
@@ -350,6 +350,7 @@ def check_used(
   Args:
     lines: of the command line; those of a stage are left to its own check.
     records: the bindings that a run used, by the scope in which they are bound.
+    stages: names of the run's stages, which are scopes, too.
     theirs: the bindings of those scopes.
 
   Raises:

@@ -61,7 +61,6 @@ def read(
       directory, to itself, or to `configs/`.
     bindings: further lines, which win: `"STEPS = 20"`, `"lora.LoRA.rank=4"`.
     root: the class to build, without arguments.
-    flag: see `find`.
 
   Raises:
     UserError: the file is missing, names a module or parameter that does not
