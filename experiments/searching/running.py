@@ -60,10 +60,8 @@ def _complete(
   done = sum(x in searched_by_id for x in ids)
   if done < len(ids):
     batches = sampling.batches(run, searched_by_id)  # opens the models
-    bar = tqdm.tqdm(
-      total=len(ids), initial=done, unit="problem", dynamic_ncols=True
-    )
-    with progress.phase(None), bar:
+    size = dict(total=len(ids), initial=done, dynamic_ncols=True)
+    with progress.phase(None), tqdm.tqdm(**size, unit="problem") as bar:
       for searched in batches:
         pools.append(path, searched)
         searched_by_id |= {x.problem.id: x for x in searched}
