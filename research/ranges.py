@@ -17,11 +17,12 @@ import numbers
 import operator
 import types
 from collections.abc import Mapping
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin, no_type_check
 
 from research.errors import UserError
 
 
+@no_type_check  # or importing this module would import beartype
 @dataclasses.dataclass(frozen=True, repr=False)
 class Range:
   """Bounds of a finite number.
@@ -68,6 +69,7 @@ class Range:
     return " and ".join(text for text, is_bound in bounds.items() if is_bound)
 
 
+@no_type_check  # or importing this module would import beartype
 @dataclasses.dataclass(frozen=True, repr=False)
 class Choice:
   """A few allowed values."""
@@ -83,26 +85,31 @@ class Choice:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+@no_type_check
 def Real(**bounds: Any) -> Any:
   """Returns the type of numbers in a `Range`."""
   return Annotated[float | int, Range(**bounds)]
 
 
+@no_type_check
 def Whole(**bounds: Any) -> Any:
   """Returns the type of whole numbers in a `Range`."""
   return Annotated[int, Range(**bounds)]
 
 
+@no_type_check
 def AtLeast(low: int, why: str = "") -> Any:
   """Returns the type of whole numbers from `low` on."""
   return Annotated[int, Range(at_least=low, why=why)]
 
 
+@no_type_check
 def Between(low: int, high: int) -> Any:
   """Returns the type of whole numbers from `low` to `high`."""
   return Annotated[int, Range(at_least=low, at_most=high)]
 
 
+@no_type_check
 def OneOf(*values: Any) -> Any:
   """Returns the type of one of several values."""
   kind = functools.reduce(operator.or_, map(type, values))
