@@ -184,8 +184,8 @@ def _save_model(folder, experiment, built, params) -> bool:
     return False  # it writes no text: evaluate and search read it
   if sees:
     shutil.rmtree(folder, ignore_errors=True)
-    given = folder, built.loaded, params
-    return _write(folder, lambda: vision.write_model(*given))
+    write = vision.write_model
+    return _write(folder, lambda: write(folder, built.loaded, params))
   source = sources.from_training(
     built.loaded,
     params,

@@ -83,7 +83,7 @@ def clip_gathered_loss(
 
   Args:
     images, texts, ids: this device's rows.
-    scale: of their products; the same on all devices.
+    scale: factor of their products; the same on all devices.
   """
   rows = (images, texts, ids)
   all_images, all_texts, others = jax.lax.all_gather(rows, axes, tiled=True)
@@ -137,7 +137,8 @@ def siglip_ring_loss(
 
   Args:
     images, texts, ids: this device's rows.
-    scale, bias: of their products; the same on all devices.
+    scale, bias: factor of their products, and what is added to them; the same
+      on all devices.
   """
   # Varying here, so that their gradients are summed over devices once.
   scale, bias = jax.lax.pcast((scale, bias), axes, to="varying")

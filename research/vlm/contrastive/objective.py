@@ -120,7 +120,7 @@ class Contrastive(WholeBatch):
 
     Args:
       images, texts: unit vectors, [B, E].
-      scale, bias: of their products.
+      scale, bias: factor of their products, and what is added to them.
       ids: numbers of the captions, [B], -1 for padding.
     """
     rows = sharding.activation_axes(ids.shape, "batch")[0]
