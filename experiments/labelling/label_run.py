@@ -53,7 +53,7 @@ class LabelRun(Ranged):
     segmenter: splits a solution into steps, a key of `SEGMENTERS`; those of a
       pool as well, whose search may have had other steps.
     problems: first and last index of the task's problems, the last one not
-      included.
+      included; None for all.
     copies: solutions of a problem.
     pool: `pool.jsonl` of `experiments.search`, whose solutions are labelled in
       place of new ones; None for new ones.
@@ -74,7 +74,7 @@ class LabelRun(Ranged):
   task: Task
   policy: Source
   segmenter: OneOf(*SEGMENTERS)
-  problems: tuple[int, int] = (0, 1000)
+  problems: tuple[int, int] | None = (0, 1000)
   copies: PositiveInt = 4
   pool: str | None = None
   excluding: Task | None = None
@@ -91,6 +91,8 @@ class LabelRun(Ranged):
   def __post_init__(self):
     super().__post_init__()
     check_sampling(self.sampling)
+    if self.problems is None:
+      object.__setattr__(self, "problems", (0, len(self.task)))
     first, last = self.problems
     if not 0 <= first < last <= len(self.task):
       raise UserError(

@@ -91,6 +91,8 @@ def result_of(
 ) -> dict[str, Any]:
   """Returns the accuracy of a pool, its interval and its cost.
 
+  `answered` is the share of all samples in which an answer was found.
+
   Raises:
     UserError: the choice needs scores, or n subsets, that the pool cannot give.
   """
@@ -98,11 +100,13 @@ def result_of(
   each = accuracies(pool, choice, n)
   costs = [cost_at(searched, n) for searched in pool]
   accuracy = mean_accuracy(each)
+  samples = [x for searched in pool for x in searched.samples]
   return {
     "n": _number(n or _budget(pool, strategy)),
     "problems": len(pool),
     "accuracy": accuracy.value,
     "interval": [accuracy.low, accuracy.high],
+    "answered": sum(x.answer is not None for x in samples) / len(samples),
     "flops_per_problem": _mean(costs, "flops"),
     "flops_policy": _mean(costs, "flops_policy"),
     "flops_verifier": _mean(costs, "flops_verifier"),

@@ -159,6 +159,12 @@ def report(
     "strategy": type(run.strategy).__name__,
     **results.result_of(pool, run.strategy, run.choice, run.n),
   }
+  if result["answered"] < 0.5:
+    cli.warn(
+      f"an answer was found in {result['answered']:.0%} of the samples;"
+      f" see {folder / TRACES} for their texts. The task's `extract` says where"
+      " an answer stands."
+    )
   details = {
     "choice": repr(run.choice),
     "split": run.task.split,

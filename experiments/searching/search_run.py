@@ -38,7 +38,7 @@ class SearchRun(Ranged):
     strategy: the search, of `research.search.strategies`, or one of
       `searching.strategies`.
     problems: first and last index, the last one not included, among the task's
-      problems with different ids.
+      problems with different ids; None for all.
     verifier: where scores of steps come from; None for no scores.
     lookahead: steps that a greedy rollout goes on before a step is scored.
     steps: where a step of a solution ends.
@@ -65,7 +65,7 @@ class SearchRun(Ranged):
   task: Task
   policy: Source
   strategy: SearchStrategy
-  problems: tuple[int, int] = (0, 100)
+  problems: tuple[int, int] | None = (0, 100)
   verifier: VerifierSource | None = None
   lookahead: NonNegativeInt = 0
   steps: StepEnds = AtEnd()
@@ -86,6 +86,8 @@ class SearchRun(Ranged):
   def __post_init__(self):
     super().__post_init__()
     check_sampling(self.sampling)
+    if self.problems is None:
+      object.__setattr__(self, "problems", (0, len(self.task)))
     first, last = self.problems
     if not 0 <= first < last <= len(self.task):
       raise UserError(

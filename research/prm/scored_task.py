@@ -72,6 +72,10 @@ class ScoredTask(Ranged):
       )
     return dataclasses.replace(loaded, params=jax.device_put(loaded.params))
 
+  @property
+  def stop_tokens(self) -> tuple[int, ...]:
+    return self.task.stop_tokens
+
   def sample(self, rng: np.random.Generator, count: int) -> list[Prompt]:
     """Returns prompts of different problems of the task."""
     return self.task.sample(rng, count)

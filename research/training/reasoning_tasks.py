@@ -172,14 +172,16 @@ class _SolutionRows:
 class VerifiedTask:
   """Prompts and rewards of a task: 1 if its verifier accepts the answer.
 
-  A `RewardedTask` of `training.alignment`.
+  A `RewardedTask` of `training.alignment`. Answers without an end have 0.
 
   Attributes:
     task: has the problems, and judges answers.
-    stop_tokens: ids that end an answer; None for the tokenizer's.
+    prompting: what the policy reads of a problem.
+    stop: ids that end an answer; None for the tokenizer's.
     excluding: problems whose questions are never sampled. Generators may ask
       the same in two splits, as reasoning-gym's do where there is little to
       ask; None for a task that does not.
+    reward_fn: problem, text of an answer -> reward; None for the verifier's.
     guard: makes what judges answers of the task: `isolation.Guarded`, or
       `isolation.Isolated` for verifiers that may hang.
     timeout: seconds that a verdict may take; None for the guard's default.
@@ -187,8 +189,10 @@ class VerifiedTask:
 
   task: Task
   vocabulary: Vocabulary
-  stop_tokens: tuple[int, ...] | None = None
+  prompting: Prompting = as_text
+  stop: tuple[int, ...] | None = None
   excluding: Task | None = None
+  reward_fn: Callable[[Problem, str], float] | None = None
   guard: Callable[..., Any] = Guarded
   timeout: float | int | None = None
 
@@ -199,6 +203,11 @@ class VerifiedTask:
   @functools.cached_property
   def tokenizer(self) -> Any:
     return self.vocabulary.load()
+
+  @property
+  def stop_tokens(self) -> tuple[int, ...]:
+    """Ids that end an answer."""
+    return self.tokenizer.stop if self.stop is None else self.stop
 
   def sample(self, rng: np.random.Generator, count: int) -> list[Prompt]:
     """Returns prompts of different problems of the task.
@@ -224,18 +233,23 @@ class VerifiedTask:
     return np.array([i for i, x in numbered if x.prompt not in excluded], int)
 
   def prompt(self, problem: Problem) -> Prompt:
-    return Prompt(tuple(self.tokenizer.prompt(problem.prompt)), problem)
+    return Prompt(tuple(self.prompting(self.tokenizer, problem.prompt)), problem)
 
   def reward(self, prompt: Prompt, answer: Sequence[int]) -> float:
-    """Returns 1 for an answer that has ended and is right, else 0."""
+    """Returns the reward of an answer: 0 for one that was cut."""
+    if self.reward_fn is not None:
+      text = self._ended_text(answer)
+      return 0.0 if text is None else float(self.reward_fn(prompt.problem, text))
     verdict = self.verdict(prompt, answer)
     return float(verdict is not None and verdict.correct)
 
   def verdict(self, prompt: Prompt, answer: Sequence[int]) -> Verdict | None:
     """Returns the task's verdict on an answer; None for one that was cut."""
-    stop = self.stop_tokens
-    stop = self.tokenizer.stop if stop is None else stop
+    text = self._ended_text(answer)
+    return None if text is None else self._judge.verify(prompt.problem, text)
+
+  def _ended_text(self, answer: Sequence[int]) -> str | None:
     # What was cut may look right, and go on wrongly.
-    if not answer or answer[-1] not in stop:
+    if not answer or answer[-1] not in self.stop_tokens:
       return None
-    return self._judge.verify(prompt.problem, self.tokenizer.decode(answer))
+    return self.tokenizer.decode(answer)

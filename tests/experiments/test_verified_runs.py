@@ -25,6 +25,8 @@ CHANGED = {
   "prm/countdown_attack": PRETRAINED
   | {"TASK": "@train/reasoning_tasks.VerifiedTask()"},
   "search/grpo_chain_sum_smollm2": PRETRAINED,
+  "data/rewarded": PRETRAINED
+  | {"FILES": f"'{config.CONFIGS / 'data/ten_questions.jsonl'}'"},
 }
 """What a run starts with in place of other runs, and of a large model."""
 

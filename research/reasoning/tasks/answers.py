@@ -34,7 +34,8 @@ class AnswerFile(Task):
     path: files, as `research.data.sources.expand` reads them.
     count: number of problems; None for all.
     question: dotted path of the field with the question.
-    answer: path of the field with the answer, or with a solution that has it.
+    answer: path of the field with the answer, or with a solution that has it;
+      None for questions without answers, which `verify` refuses.
     difficulty: path of a field with a number, or None.
     identity: path of a field with an id that no other line has; None for the
       line's number, behind the file's name, and its folder's where names are
@@ -53,7 +54,7 @@ class AnswerFile(Task):
   path: Paths
   count: NonNegativeInt | None = None
   question: str = "question"
-  answer: str = "answer"
+  answer: str | None = "answer"
   difficulty: str | None = None
   identity: str | None = None
   template: str = "{question}"
@@ -88,7 +89,21 @@ class AnswerFile(Task):
       UserError: a field is missing, or the answer is not in its field.
     """
     record = self._records[index]
-    question, solution = record.text(self.question), record.get(self.answer)
+    solution, answer = self._answer(record)
+    identity = record.get(self.identity) if self.identity else None
+    return Problem(
+      id=str(identity) if identity is not None else self._place(record),
+      prompt=self.template.format(question=record.text(self.question)),
+      answer=answer,
+      meta={"solution": solution},
+      difficulty=self._difficulty(record),
+    )
+
+  def _answer(self, record: jsonl.Record) -> tuple[str, str | None]:
+    """Returns the text of the field `answer`, and the answer in it."""
+    if self.answer is None:
+      return "", None
+    solution = record.get(self.answer)
     if isinstance(solution, int | float) and not isinstance(solution, bool):
       solution = str(solution)
     if not isinstance(solution, str):
@@ -96,14 +111,7 @@ class AnswerFile(Task):
     answer = self.reference(solution)
     if answer is None:
       raise record.wrong(self.answer, solution, "text with an answer in it")
-    identity = record.get(self.identity) if self.identity else None
-    return Problem(
-      id=str(identity) if identity is not None else self._place(record),
-      prompt=self.template.format(question=question),
-      answer=answer,
-      meta={"solution": solution},
-      difficulty=self._difficulty(record),
-    )
+    return solution, answer
 
   def _place(self, record: jsonl.Record) -> str:
     """Returns `file.jsonl:3` of a line, wherever the file lies."""
@@ -126,7 +134,16 @@ class AnswerFile(Task):
     return self.shown.format(answer=answer)
 
   def verify(self, problem: Problem, text: str | None) -> Verdict:
-    """Returns whether the answer in the text is that of the file."""
+    """Returns whether the answer in the text is that of the file.
+
+    Raises:
+      UserError: the file has no answers.
+    """
+    if problem.answer is None:
+      raise UserError(
+        f"{problem.id}: has no answer to compare with; name its field by"
+        " AnswerFile.answer."
+      )
     return judge(text, problem.answer, self.extract, self.grader)
 
 

@@ -36,6 +36,10 @@ class Additions(Ranged):
     return self.plus + 2
 
   @property
+  def stop_tokens(self) -> tuple[int, ...]:
+    return (self.end,)
+
+  @property
   def vocab(self) -> int:
     return self.end + 1
 

@@ -48,7 +48,6 @@ class GroupRollouts(Ranged):
       second.
     prompt_tokens: tokens of the longest prompt.
     new_tokens: tokens of the longest answer, its stop token included.
-    stop_tokens: ids that end an answer.
     sampling: how answers are drawn. The objective's temperature must be the
       same, and top-p and the like would sample from another policy than the one
       learned.
@@ -69,7 +68,6 @@ class GroupRollouts(Ranged):
   updates: PositiveInt = 1
   prompt_tokens: PositiveInt
   new_tokens: PositiveInt
-  stop_tokens: tuple[int, ...] = ()
   sampling: Sampling = Sampling(temperature=1.0)
   advantages: Advantages = Standardized()
   select: Selection = every_group
@@ -154,7 +152,7 @@ class GroupRollouts(Ranged):
       policy,
       [prompt.tokens for prompt in asked],
       self.new_tokens,
-      self.stop_tokens,
+      self.task.stop_tokens,
       self.sampling,
       key,
     )
@@ -189,7 +187,8 @@ class GroupRollouts(Ranged):
 
   def _ended(self, answer: Sequence[int]) -> bool:
     """Whether an answer ended by itself, or has no way to."""
-    return not self.stop_tokens or answer[-1] in self.stop_tokens
+    stop_tokens = self.task.stop_tokens
+    return not stop_tokens or answer[-1] in stop_tokens
 
   def _check(self, prompts: Sequence[Prompt]) -> None:
     longest = max(len(prompt.tokens) for prompt in prompts)

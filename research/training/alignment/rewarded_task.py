@@ -27,6 +27,11 @@ class Prompt:
 class RewardedTask(Protocol):
   """Prompts, and an exact judge of answers to them."""
 
+  @property
+  def stop_tokens(self) -> tuple[int, ...]:
+    """Ids that end an answer; none if every answer has all of its tokens."""
+    ...
+
   def sample(self, rng: np.random.Generator, count: int) -> Sequence[Prompt]:
     """Returns prompts of the training split."""
     ...
@@ -116,14 +121,13 @@ class GreedyReward:
 
   Attributes:
     task: prompts and rewards.
-    new_tokens, stop_tokens: as for `GroupRollouts`.
+    new_tokens: tokens of the longest answer, its stop token included.
     seed: random seed of the prompts; the task decides which are held out.
   """
 
   task: RewardedTask
   count: int = 256
   new_tokens: int
-  stop_tokens: tuple[int, ...] = ()
   policy: Select = all_params
   seed: int = 0
 
@@ -146,7 +150,7 @@ class GreedyReward:
       self.policy(loaded.params),
       [prompt.tokens for prompt in prompts],
       self.new_tokens,
-      self.stop_tokens,
+      self.task.stop_tokens,
       sampling,
       key,
     )

@@ -23,7 +23,7 @@ from tests.experiments.searching import parity
 TINY = str(pathlib.Path(__file__).with_name("tiny.gin"))
 FIELDS = (
   *("task", "strategy", "n", "problems", "accuracy", "interval"),
-  *("flops_per_problem", "flops_policy", "flops_verifier"),
+  *("answered", "flops_per_problem", "flops_policy", "flops_verifier"),
   *("tokens_per_problem", "seconds"),
 )
 """Of the last line on stdout."""

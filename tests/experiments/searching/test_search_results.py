@@ -184,6 +184,19 @@ def test_what_a_pool_cannot_say_is_an_error(pool, strategy, choice, n, message):
 # --- files --------------------------------------------------------------------
 
 
+def test_texts_without_answers_are_warned_of(tmp_path, capsys):
+  """Of texts in which no answer was found, all were wrong without a word."""
+  run = SearchRun(
+    task=Parity(), policy=Pretrained(name="x"), strategy=Independent(copies=2)
+  )
+  for answers, share in ((("7", None), 0.5), ((None, None), 0.0)):
+    pool = [searched(*map(sample, answers))]
+    assert running.report(run, pool, tmp_path)["answered"] == share
+    assert ("found in 0% of the samples" in capsys.readouterr().err) == (
+      share < 0.5
+    )
+
+
 def test_logs_count_the_answers_that_results_count(tmp_path):
   """A sample that was cut has none, whatever its text looks like."""
   run = SearchRun(

@@ -107,7 +107,7 @@ def test_answers_end_where_the_task_says(monkeypatch):
   words = WordVocabulary(words=vocabulary())
   (end,) = words.load().encode(";")
   verified = VerifiedTask(
-    task=Countdown(count=8), vocabulary=words, stop_tokens=(end,)
+    task=Countdown(count=8), vocabulary=words, stop=(end,)
   )
   task = scored(task=verified, answer_required=True)
   (prompt,) = task.sample(np.random.default_rng(0), 1)

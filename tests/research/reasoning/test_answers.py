@@ -67,6 +67,14 @@ def test_math_is_graded_by_the_ladder_or_math_verify(tmp_path):
     assert lenient.verify(problem, text).correct == verified, text
 
 
+def test_questions_without_answers_are_asked_and_not_judged(tmp_path):
+  path = write(tmp_path / "own.jsonl", {"question": "Why?"})
+  (problem,) = task = AnswerFile(path=path, answer=None)
+  assert (problem.prompt, problem.answer) == ("Why?", None)
+  with pytest.raises(UserError, match=r"own.jsonl:1: has no answer"):
+    task.verify(problem, "the answer is 4.")
+
+
 def test_a_file_of_ones_own(tmp_path):
   rows = [
     {"q": {"text": f"{i} + 1?"}, "gold": i + 1, "name": f"a{i}", "hard": i}

@@ -185,12 +185,36 @@ def test_questions_of_another_split_are_not_sampled():
 def test_an_answer_may_end_with_other_tokens():
   task = Countdown(count=1, split="heldout")
   ends = tuple(WORDS.load().encode(";"))
-  verified = VerifiedTask(task=task, vocabulary=WORDS, stop_tokens=ends)
+  verified = VerifiedTask(task=task, vocabulary=WORDS, stop=ends)
   prompt = verified.prompt(task[0])
   right = verified.tokenizer.encode(task.oracle(task[0]))
   assert right[-1] in ends and verified.reward(prompt, right) == 1
   ended = [*right, *verified.tokenizer.stop]
   assert verified.reward(prompt, ended) == 0
+
+
+def test_a_reward_function_reads_the_answer_that_has_ended():
+  """Of the problem and the text; what the policy reads is the prompting's."""
+  asked = []
+
+  def longer(problem, text):
+    asked.append((problem, text))
+    return len(text.split()) / 100
+
+  def twice(tokenizer, question):
+    return tokenizer.prompt(question) * 2
+
+  task = Countdown(count=1)
+  verified = VerifiedTask(
+    task=task, vocabulary=WORDS, reward_fn=longer, prompting=twice
+  )
+  (prompt,) = verified.sample(np.random.default_rng(0), 1)
+  tokenizer = verified.tokenizer
+  assert list(prompt.tokens) == tokenizer.prompt(task[0].prompt) * 2
+  words = tokenizer.encode("7 + 5")
+  assert verified.reward(prompt, words) == 0 and not asked
+  assert verified.reward(prompt, [*words, *tokenizer.stop]) == 0.03
+  assert asked == [(task[0], "7 + 5")]
 
 
 def test_a_verifier_that_raises_gives_no_reward():

@@ -35,6 +35,7 @@ class Echo:
   """Rewards an answer that begins with the prompt's last token."""
 
   bad: float | None = None
+  stop_tokens: tuple[int, ...] = (END,)
 
   def sample(self, rng, count):
     rows = rng.integers(0, END, (count, 3))
@@ -62,7 +63,7 @@ class Together(Echo):
 
 def made(**more):
   how = dict(task=Echo(), prompts=4, group=4, prompt_tokens=3, new_tokens=3)
-  how |= dict(stop_tokens=(END,), advantages=centered)
+  how |= dict(advantages=centered)
   return GroupRollouts(**(how | more)).with_objective(GOAL)
 
 
@@ -207,7 +208,7 @@ def test_greedy_answers_are_counted():
     model: object
     params: object
 
-  how = GreedyReward(task=Echo(), count=12, new_tokens=3, stop_tokens=(END,))
+  how = GreedyReward(task=Echo(), count=12, new_tokens=3)
   found = how(Loaded(MODEL, PARAMS))
   assert found.count == 12 and 0 <= found.right <= 12
   assert found.to_json() == {"reward": found.right / 12, "count": 12}
