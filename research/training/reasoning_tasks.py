@@ -233,13 +233,17 @@ class VerifiedTask:
     return np.array([i for i, x in numbered if x.prompt not in excluded], int)
 
   def prompt(self, problem: Problem) -> Prompt:
-    return Prompt(tuple(self.prompting(self.tokenizer, problem.prompt)), problem)
+    return Prompt(
+      tuple(self.prompting(self.tokenizer, problem.prompt)), problem
+    )
 
   def reward(self, prompt: Prompt, answer: Sequence[int]) -> float:
     """Returns the reward of an answer: 0 for one that was cut."""
     if self.reward_fn is not None:
       text = self._ended_text(answer)
-      return 0.0 if text is None else float(self.reward_fn(prompt.problem, text))
+      return (
+        0.0 if text is None else float(self.reward_fn(prompt.problem, text))
+      )
     verdict = self.verdict(prompt, answer)
     return float(verdict is not None and verdict.correct)
 
