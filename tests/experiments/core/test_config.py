@@ -28,7 +28,11 @@ ROOTS = {
 }
 """What run files build that import these."""
 
+QUESTIONS = [f"FILES='{config.CONFIGS / 'data/ten_questions.jsonl'}'"]
 GIVEN = {
+  "runs/data/labels": QUESTIONS,
+  "runs/data/rewarded": QUESTIONS,
+  "runs/data/reward_model": ["LABELS=a.jsonl", "TEST=b.jsonl"],
   "runs/data/": ["FILES=mine.jsonl"],
   "runs/prm/champ": ["CHAMP=v0.json"],
 }
