@@ -91,15 +91,8 @@ class LabelRun(Ranged):
   def __post_init__(self):
     super().__post_init__()
     check_sampling(self.sampling)
-    if self.problems is None:
-      object.__setattr__(self, "problems", (0, len(self.task)))
-    first, last = self.problems
-    if not 0 <= first < last <= len(self.task):
-      raise UserError(
-        f"LabelRun.problems: found {first} to {last}, expected a range within"
-        f" the {len(self.task)} problems of {type(self.task).__name__}; raise"
-        " its count."
-      )
+    problems = self.task.range_of(self.problems, "LabelRun.problems")
+    object.__setattr__(self, "problems", problems)
     exact = isinstance(self.task, StepVerifier)
     if not (exact or self.rollouts or self.segmenter == "whole"):
       raise UserError(

@@ -86,15 +86,8 @@ class SearchRun(Ranged):
   def __post_init__(self):
     super().__post_init__()
     check_sampling(self.sampling)
-    if self.problems is None:
-      object.__setattr__(self, "problems", (0, len(self.task)))
-    first, last = self.problems
-    if not 0 <= first < last <= len(self.task):
-      raise UserError(
-        f"SearchRun.problems: found {first} to {last}, expected a range within"
-        f" the {len(self.task)} problems of {type(self.task).__name__}; raise"
-        " its count."
-      )
+    first, last = self.task.range_of(self.problems, "SearchRun.problems")
+    object.__setattr__(self, "problems", (first, last))
     if isinstance(self.strategy, AllocatedSamples) and (
       first % self.batch or last % self.batch
     ):

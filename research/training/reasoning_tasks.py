@@ -233,9 +233,18 @@ class VerifiedTask:
     return np.array([i for i, x in numbered if x.prompt not in excluded], int)
 
   def prompt(self, problem: Problem) -> Prompt:
-    return Prompt(
-      tuple(self.prompting(self.tokenizer, problem.prompt)), problem
-    )
+    """Returns what the policy reads of a problem.
+
+    Raises:
+      UserError: that is more than tokens; rollouts have no arrays.
+    """
+    tokens = self.prompting(self.tokenizer, problem.prompt)
+    if isinstance(tokens, PromptWithArrays):
+      raise UserError(
+        f"VerifiedTask.prompting: found {self.prompting}, whose prompts have"
+        f" the arrays {', '.join(tokens.arrays)}, expected tokens alone."
+      )
+    return Prompt(tuple(tokens), problem)
 
   def reward(self, prompt: Prompt, answer: Sequence[int]) -> float:
     """Returns the reward of an answer: 0 for one that was cut."""
@@ -253,6 +262,7 @@ class VerifiedTask:
     return None if text is None else self._judge.verify(prompt.problem, text)
 
   def _ended_text(self, answer: Sequence[int]) -> str | None:
+    """Returns the text of an answer; None for one that was cut."""
     # What was cut may look right, and go on wrongly.
     if not answer or answer[-1] not in self.stop_tokens:
       return None

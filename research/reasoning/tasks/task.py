@@ -109,6 +109,26 @@ class Task(Ranged, Sequence[Problem], abc.ABC):
       return [self[i] for i in range(*index.indices(self.count))]
     return self.problem(range(self.count)[index])  # or IndexError
 
+  def range_of(
+    self, problems: tuple[int, int] | None, field: str
+  ) -> tuple[int, int]:
+    """Returns the first and last index of a range, the last one not included.
+
+    Args:
+      problems: the two indices; None for all problems.
+      field: whose value they are, such as "SearchRun.problems".
+
+    Raises:
+      UserError: the range is empty, or not within the task.
+    """
+    first, last = (0, len(self)) if problems is None else problems
+    if not 0 <= first < last <= len(self):
+      raise UserError(
+        f"{field}: found {first} to {last}, expected a range within the"
+        f" {len(self)} problems of {type(self).__name__}; raise its count."
+      )
+    return first, last
+
   def distinct(
     self, count: int, excluding: Collection[str] = ()
   ) -> list[Problem]:

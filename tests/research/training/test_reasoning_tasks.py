@@ -9,6 +9,7 @@ import pytest
 from research.data import packing, sources
 from research.data.sources.records import completion_example
 from research.reasoning.problem import Problem, Verdict
+from research.reasoning.prompting import PromptWithArrays
 from research.reasoning.tasks import Chain, Countdown, chain, countdown
 from research.reasoning.tasks.task import Task
 from research.reasoning.words import EOS, WordVocabulary
@@ -215,6 +216,19 @@ def test_a_reward_function_reads_the_answer_that_has_ended():
   assert verified.reward(prompt, words) == 0 and not asked
   assert verified.reward(prompt, [*words, *tokenizer.stop]) == 0.03
   assert asked == [(task[0], "7 + 5")]
+
+
+def test_prompts_with_pictures_are_refused():
+  """Their tokens alone were sampled from."""
+
+  def drawn(tokenizer, question):
+    tokens = tuple(tokenizer.prompt(question))
+    return PromptWithArrays(tokens, {"pixels": np.zeros((1, 2, 2, 3))})
+
+  task = Countdown(count=1)
+  verified = VerifiedTask(task=task, vocabulary=WORDS, prompting=drawn)
+  with pytest.raises(UserError, match=r"prompting: .* the arrays pixels"):
+    verified.sample(np.random.default_rng(0), 1)
 
 
 def test_a_verifier_that_raises_gives_no_reward():
