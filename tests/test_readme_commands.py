@@ -23,7 +23,7 @@ from tests.test_pages import ROOT, commands
 README = (ROOT / "README.md").read_text("utf-8")
 TINY = ROOT / "tests" / "golden" / "models" / "gguf_f32" / "model.gguf"
 
-FILES = "chat.jsonl", "notes.txt", "questions.jsonl"
+FILES = "chat.jsonl", "notes.txt", "questions.jsonl", "mine.jsonl"
 """What a reader has; `_write` makes them."""
 
 
@@ -149,6 +149,9 @@ ENTRIES = {
   "search runs/search/countdown_pool.gin": Run(
     ("PROBLEMS=(0, 2)", "COPIES=2", "BATCH=2")
   ),
+  "search runs/search/answers.gin": Run(
+    ("PROBLEMS=(0, 2)", "COPIES=2", "NEW_TOKENS=8")
+  ),
   "study runs/flash_attention/claims_cost.gin": Run(
     ("study.Study.lengths=(2048, 4096)", "study.Study.topologies=()")
   ),
@@ -199,17 +202,19 @@ def test_tests_that_entries_name_exist():
 def _write(folder: pathlib.Path) -> None:
   """Writes the reader's files: some records of each are in every split."""
   rng = np.random.default_rng(0)
-  chat, questions = [], []
+  chat, questions, sums = [], [], []
   for i in range(40):
     turns = ("user", f"What is {i} + {i}?"), ("assistant", f"It is {2 * i}.")
     messages = [{"role": role, "content": text} for role, text in turns]
     chat.append({"messages": messages})
+    sums.append({"question": turns[0][1], "answer": 2 * i})
     pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(pixels).save(folder / f"{i}.png")
     questions.append(
       {"images": [f"{i}.png"], "question": f"Which? {i}", "answer": str(i)}
     )
-  for name, records in (("chat", chat), ("questions", questions)):
+  files = {"chat": chat, "questions": questions, "mine": sums}
+  for name, records in files.items():
     text = "".join(json.dumps(record) + "\n" for record in records)
     (folder / f"{name}.jsonl").write_text(text)
   notes = (f"Note {i}: {i} and {i} are {2 * i}.\n" for i in range(500))

@@ -32,11 +32,15 @@ ELSEWHERE = {
   "additions",
   "chain_sum_rewards",
   "countdown_scored",
+  "question_rewards",
   # Problems with a vocabulary of their own, and labels of them.
   "chain",
   "countdown",
   "digit_chain",
   "labelled_steps",
+  "questions_jsonl",
+  # Rows of which a run file chooses the task: tests of research/diffusion.
+  "toy",
   # Images, whose run files bind the rest: tests of research/vlm.
   "captions",
   "image_jsonl",
