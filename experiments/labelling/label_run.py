@@ -91,6 +91,8 @@ class LabelRun(Ranged):
   def __post_init__(self):
     super().__post_init__()
     check_sampling(self.sampling)
+    if self.pool is None or self.rollouts:
+      self.task.require_answers()
     problems = self.task.range_of(self.problems, "LabelRun.problems")
     object.__setattr__(self, "problems", problems)
     exact = isinstance(self.task, StepVerifier)

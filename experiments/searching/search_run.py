@@ -86,6 +86,7 @@ class SearchRun(Ranged):
   def __post_init__(self):
     super().__post_init__()
     check_sampling(self.sampling)
+    self.task.require_answers()
     first, last = self.task.range_of(self.problems, "SearchRun.problems")
     object.__setattr__(self, "problems", (first, last))
     if isinstance(self.strategy, AllocatedSamples) and (

@@ -55,8 +55,9 @@ class PolicySampler:
     tokenizer: encodes and decodes; its `stop` ids end a text.
     new_tokens: maximum number of tokens of a text.
     sampling: how tokens are drawn.
-    rows: batch size; all batches have as many, so that programs compile once
-      for each length of prompts.
+    rows: batch size, at most. All batches of a call have as many rows, so that
+      programs compile once for each length of prompts; of fewer prompts the
+      next power of two.
     prompting: what the policy reads of a problem.
     reader: gives the parameters that read prompts; None: `params` do.
   """
@@ -81,9 +82,10 @@ class PolicySampler:
     # Those of one length together, which is padded alike.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts: list[str | None] = [None] * len(prompts)
-    for start in range(0, len(order), self.rows):
-      batch = order[start : start + self.rows]
-      padded = [*batch, *[batch[-1]] * (self.rows - len(batch))]
+    rows = min(self.rows, 1 << (len(order) - 1).bit_length()) if order else 1
+    for start in range(0, len(order), rows):
+      batch = order[start : start + rows]
+      padded = [*batch, *[batch[-1]] * (rows - len(batch))]
       batch_prompts = [prompts[i] for i in padded]
       reader = self.reader
       answers = sampled(

@@ -196,6 +196,10 @@ class VerifiedTask:
   guard: Callable[..., Any] = Guarded
   timeout: float | int | None = None
 
+  def __post_init__(self):
+    if self.reward_fn is None:
+      self.task.require_answers()
+
   @functools.cached_property
   def _judge(self) -> Any:
     return isolation.guard(self.guard, self.task, self.timeout)

@@ -7,6 +7,7 @@ import pytest
 from experiments.core import config
 from experiments.labelling.label_run import LabelRun
 from experiments.searching.search_run import SearchRun
+from research.typing import UserError
 from tests.experiments.test_verified_runs import TINY
 
 QUESTIONS = [
@@ -58,6 +59,27 @@ def test_no_question_is_learned_and_searched(files):
   ]
   assert prompts[0] == prompts[3] and prompts[1] == prompts[2]
   assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+
+
+@pytest.mark.parametrize(
+  ("name", "root"),
+  [
+    ("search/answers", SearchRun),
+    ("data/labels", LabelRun),
+    ("data/rewarded", None),
+  ],
+)
+def test_questions_without_answers_need_a_reward(name, root, files):
+  """What cannot be judged would be wrong throughout, hours later."""
+  bindings = files, MODEL, "ANSWER=None"
+  with pytest.raises(UserError, match="expected the field with the answers"):
+    read(name, root, *bindings)
+
+
+def test_a_reward_needs_no_answers(files):
+  reward = "reasoning_tasks.VerifiedTask.reward_fn=@extraction.last_number"
+  task = read("data/rewarded", None, files, "ANSWER=None", reward).data.task
+  assert task.task[0].answer is None
 
 
 def test_by_default_all_questions_are_searched(files):

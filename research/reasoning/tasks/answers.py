@@ -129,6 +129,14 @@ class AnswerFile(Task):
       raise record.wrong(self.difficulty, level, "a number")
     return level
 
+  def require_answers(self) -> None:
+    if self.answer is None:
+      raise UserError(
+        "AnswerFile.answer: found None, expected the field with the answers:"
+        " without them no text can be judged. A reward of your own needs none:"
+        " VerifiedTask.reward_fn, REWARD in runs/data/rewarded.gin."
+      )
+
   def present(self, answer: str) -> str:
     """Returns an answer as the text of a model that found it."""
     return self.shown.format(answer=answer)
@@ -139,11 +147,7 @@ class AnswerFile(Task):
     Raises:
       UserError: the file has no answers.
     """
-    if problem.answer is None:
-      raise UserError(
-        f"{problem.id}: has no answer to compare with; name its field by"
-        " AnswerFile.answer."
-      )
+    self.require_answers()
     return judge(text, problem.answer, self.extract, self.grader)
 
 

@@ -62,6 +62,9 @@ class Task(Ranged, Sequence[Problem], abc.ABC):
   def verify(self, problem: Problem, text: str | None) -> Verdict:
     """Returns the verdict on a model's text."""
 
+  def require_answers(self) -> None:
+    """Raises UserError where `verify` has nothing to compare texts with."""
+
   def present(self, answer: str) -> str:
     """Returns an answer as a text in which `verify` finds it."""
     return answer

@@ -71,7 +71,7 @@ def test_questions_without_answers_are_asked_and_not_judged(tmp_path):
   path = write(tmp_path / "own.jsonl", {"question": "Why?"})
   (problem,) = task = AnswerFile(path=path, answer=None)
   assert (problem.prompt, problem.answer) == ("Why?", None)
-  with pytest.raises(UserError, match=r"own.jsonl:1: has no answer"):
+  with pytest.raises(UserError, match="answer: found None, expected the field"):
     task.verify(problem, "the answer is 4.")
 
 
