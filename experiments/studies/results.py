@@ -13,6 +13,9 @@ where it comes from. It draws a table as bars into FILE, beside the page, where
 a line says so:
 
   <!-- bars: runs/lora/NAME.json TABLE FILE.svg -->
+
+In a table below `<!-- claims -->`, whose lines name a run file and the first
+words of one of its claims, it writes what was found for each.
 """
 
 import json
@@ -43,6 +46,10 @@ _BLOCK = re.compile(
 )
 _BARS = re.compile(
   r"^<!-- bars: (?P<path>\S+\.json) (?P<table>\d+) (?P<file>[\w-]+\.svg) -->$",
+  re.M,
+)
+_CLAIMS = re.compile(
+  r"(?<=^<!-- claims -->\n)(?P<head>\|.*\n\|[-| ]+\n)(?P<lines>(?:\|.*\n)+)",
   re.M,
 )
 
@@ -245,7 +252,33 @@ def rewrite(text: str) -> str:
     parts = found[1], markdown(table), "", origin(result), found["end"]
     return "\n".join(parts)
 
-  return _BLOCK.sub(block, text)
+  return _CLAIMS.sub(_claims, _BLOCK.sub(block, text))
+
+
+def _claims(table: re.Match[str]) -> str:
+  """Returns a table of claims with their effects in the column "found"."""
+  names, *lines = (
+    [x.strip() for x in line.strip()[1:-1].split("|")]
+    for line in (table["head"].splitlines()[0], *table["lines"].splitlines())
+  )
+  for line in lines:
+    run = re.search(r"configs/(\S+)\.gin\)", line[names.index("run file")])
+    words = line[names.index("as tested")]
+    line[names.index("found")] = _effect(f"{run[1]}.json", words) if run else ""
+  return table["head"] + "".join(f"| {' | '.join(x)} |\n" for x in lines)
+
+
+def _effect(path: str, words: str) -> str:
+  """Returns what was found for the claim that begins with these words.
+
+  "" where the result, an older one, has no verdicts that say it.
+  """
+  if not path_of(path).exists():
+    return ""
+  verdicts = load(path).get("verdicts", ())
+  return next(
+    (x["found"] for x in verdicts if x["claim"].startswith(words)), ""
+  )
 
 
 def _table(

@@ -9,7 +9,7 @@ import numpy as np
 from experiments.studies.listed import NAMED
 from experiments.studies.protocol import Lines, Row
 from experiments.studies.search import systems
-from experiments.studies.search.reports import Found, Named, Report
+from experiments.studies.search.reports import Named, Report, RowsOf
 from experiments.studies.search.systems import System
 from research import intervals
 from research.search.protocols import Curve, crossover
@@ -35,8 +35,8 @@ class Crossovers(Report):
   def systems(self) -> Named:
     return self.pools
 
-  def lines(self, found: Found) -> Lines:
-    present = {x: found(x) for x in self.pools}
+  def lines(self, rows_of: RowsOf) -> Lines:
+    present = {x: rows_of(x) for x in self.pools}
     pools = [_Pool(x, rows) for x, rows in present.items() if rows]
     return [_line(*pair) for pair in itertools.combinations(pools, 2)]
 

@@ -19,7 +19,7 @@ from research.search.estimators import closed_forms, coverage
 from research.search.estimators.intervals import paired_difference
 from research.typing import UserError
 
-Found = Callable[[System], list[Row]]
+RowsOf = Callable[[System], list[Row]]
 """A system's rows that are there, a seed after the other."""
 
 Named = Sequence[System | str]
@@ -36,12 +36,12 @@ class Report(abc.ABC):
   """Those whose rows it needs."""
 
   @abc.abstractmethod
-  def lines(self, found: Found) -> Lines:
+  def lines(self, rows_of: RowsOf) -> Lines:
     """Returns the table; no lines where rows are missing."""
 
-  def plot(self, found: Found, path: pathlib.Path) -> None:
+  def plot(self, rows_of: RowsOf, path: pathlib.Path) -> None:
     """Leaves a picture, if there is one to draw."""
-    del found, path
+    del rows_of, path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Budgets(Report):
   def systems(self) -> Named:
     return self.pools
 
-  def lines(self, found: Found) -> Lines:
+  def lines(self, rows_of: RowsOf) -> Lines:
     return [
       {
         "policy": pool.name,
@@ -75,7 +75,7 @@ class Budgets(Report):
         / 1e6,
       }
       for pool in self.pools
-      if (rows := found(pool))
+      if (rows := rows_of(pool))
       for i, k in enumerate(rows[0]["estimates"]["k"])
     ]
 
@@ -126,21 +126,21 @@ class Ablation(Report):
     every = (self.whole, *self.without)
     return tuple(x for one in every for x in (one.system, *one.models))
 
-  def lines(self, found: Found) -> Lines:
-    whole = found(self.whole.system)
+  def lines(self, rows_of: RowsOf) -> Lines:
+    whole = rows_of(self.whole.system)
     if not whole:
       return []
     each = systems.each_of(self.whole.system, whole)
     lines = []
     for one in (self.whole, *self.without):
-      rows = found(one.system)
+      rows = rows_of(one.system)
       if not rows:
         continue
       own = systems.each_of(one.system, rows)
       seeds = min(len(own), len(each))
       apart = paired_difference(own[:seeds], each[:seeds])
       shown = systems.line(one.system, rows)
-      trained = [found(model) for model in one.models]
+      trained = [rows_of(model) for model in one.models]
       lines.append(
         {
           "without": one.part or "(nothing)",
@@ -184,8 +184,8 @@ class ByDifficulty(Report):
   def systems(self) -> Named:
     return (self.pool, *self.compared)
 
-  def lines(self, found: Found) -> Lines:
-    rows = {x: found(x) for x in self.systems}
+  def lines(self, rows_of: RowsOf) -> Lines:
+    rows = {x: rows_of(x) for x in self.systems}
     if not all(rows.values()):
       return []
     pass_rates = _pass_at_1(rows[self.pool])
@@ -219,27 +219,27 @@ def _level(name: str, which: np.ndarray, each: dict[str, np.ndarray]):
 
 def _paired_points(first: np.ndarray, second: np.ndarray) -> Mean:
   """Returns a paired difference in points, and half of its interval."""
-  found = paired_difference(first, second)
-  return Mean(found.value, found.half).times(100)
+  difference = paired_difference(first, second)
+  return Mean(difference.value, difference.half).times(100)
 
 
 def _joined(bins: np.ndarray) -> np.ndarray:
   """Returns levels of which none has a single problem, if there are two."""
-  found = bins.copy()
+  joined = bins.copy()
   for level in np.unique(bins):
-    others = np.unique(found[found != level])
-    if (found == level).sum() == 1 and len(others):
-      found[found == level] = others[np.abs(others - level).argmin()]
-  return found
+    others = np.unique(joined[joined != level])
+    if (joined == level).sum() == 1 and len(others):
+      joined[joined == level] = others[np.abs(others - level).argmin()]
+  return joined
 
 
 def _chosen(accuracy: np.ndarray, bins: np.ndarray, names: list[str]) -> Lines:
-  found = optimal.compute_optimal(accuracy, _joined(bins))
+  chosen = optimal.compute_optimal(accuracy, _joined(bins))
   values = {
-    "the best for each level, cross-validated": 100 * found.accuracy,
-    "the best for all, cross-validated": 100 * found.best_single,
+    "the best for each level, cross-validated": 100 * chosen.accuracy,
+    "the best for all, cross-validated": 100 * chosen.best_single,
     "points between these two": _paired_points(
-      found.per_problem, found.single_per_problem
+      chosen.per_problem, chosen.single_per_problem
     ),
   }
   n = int(accuracy.shape[1])
@@ -267,8 +267,8 @@ class Extrapolated(Report):
   def systems(self) -> Named:
     return (self.pool,)
 
-  def lines(self, found: Found) -> Lines:
-    rows = found(self.pool)
+  def lines(self, rows_of: RowsOf) -> Lines:
+    rows = rows_of(self.pool)
     if not rows:
       return []
     samples = np.array(rows[0]["samples"])
@@ -366,5 +366,5 @@ class NoisePlateau(Report):
   def systems(self) -> Named:
     return tuple(x.system for x in self.verifiers)
 
-  def lines(self, found: Found) -> Lines:
-    return [x.line(rows) for x in self.verifiers if (rows := found(x.system))]
+  def lines(self, rows_of: RowsOf) -> Lines:
+    return [x.line(rows) for x in self.verifiers if (rows := rows_of(x.system))]

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.studies.listed import NAMED
 from experiments.studies.protocol import Lines, Row
-from experiments.studies.search.reports import Found, Named, Report
+from experiments.studies.search.reports import Named, Report, RowsOf
 from research.prm.scored_task import VERIFIED
 from research.training.reports import metrics, plots
 
@@ -56,7 +56,7 @@ class Optimized(Report):
 
   systems: Named = dataclasses.field(metadata=NAMED)
 
-  def lines(self, found: Found) -> Lines:
+  def lines(self, rows_of: RowsOf) -> Lines:
     return [
       {
         "reward": system.name,
@@ -68,12 +68,12 @@ class Optimized(Report):
         "sampled, %": 100 * _mean(rows, "sampled"),
       }
       for system in self.systems
-      if (rows := found(system))
+      if (rows := rows_of(system))
     ]
 
-  def plot(self, found: Found, path: pathlib.Path) -> None:
+  def plot(self, rows_of: RowsOf, path: pathlib.Path) -> None:
     """Draws rewards above, shares of right answers below."""
-    rows = {x: found(x) for x in self.systems}
+    rows = {x: rows_of(x) for x in self.systems}
     if not any(rows.values()):
       return
     drawn = plots.figure(7, 6)

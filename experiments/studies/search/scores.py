@@ -7,7 +7,7 @@ from typing import Any
 from experiments.core.stats import over_seeds
 from experiments.studies.listed import NAMED
 from experiments.studies.protocol import Lines
-from experiments.studies.search.reports import Found, Named, Report
+from experiments.studies.search.reports import Named, Report, RowsOf
 from research.prm.scores.aggregate import AGGREGATES
 
 
@@ -21,9 +21,9 @@ class RewardModels(Report):
 
   systems: Named = dataclasses.field(metadata=NAMED)
 
-  def lines(self, found: Found) -> Lines:
+  def lines(self, rows_of: RowsOf) -> Lines:
     """Returns a line for each model that is there, and one of chance."""
-    every = [(x.name, rows) for x in self.systems if (rows := found(x))]
+    every = [(x.name, rows) for x in self.systems if (rows := rows_of(x))]
     # All models of a seed are tested on the same solutions; rows of older
     # evaluations do not say what chance reaches there.
     most = max((rows for _, rows in every), key=len, default=[])
@@ -53,8 +53,8 @@ class WrongSolutions(Report):
   systems: Named = dataclasses.field(metadata=NAMED)
   least: float | int = 0.02
 
-  def lines(self, found: Found) -> Lines:
-    rows = {x: found(x) for x in self.systems}
+  def lines(self, rows_of: RowsOf) -> Lines:
+    rows = {x: rows_of(x) for x in self.systems}
     if not all(rows.values()):
       return []
     first = rows[self.systems[0]][0]["wrong"]
@@ -86,7 +86,7 @@ class ScoreErrors(Report):
 
   systems: Named = dataclasses.field(metadata=NAMED)
 
-  def lines(self, found: Found) -> Lines:
+  def lines(self, rows_of: RowsOf) -> Lines:
     columns = {
       "AUC, %": "auc",
       "AUC within a problem, %": "auc_within",
@@ -105,7 +105,7 @@ class ScoreErrors(Report):
       }
       | {"seeds": len(rows)}
       for system in self.systems
-      if (rows := found(system))
+      if (rows := rows_of(system))
     ]
 
 
@@ -123,7 +123,7 @@ class Aggregations(Report):
   def systems(self) -> Named:
     return self.pools
 
-  def lines(self, found: Found) -> Lines:
+  def lines(self, rows_of: RowsOf) -> Lines:
     return [
       {"scores": pool.name}
       | {
@@ -138,5 +138,5 @@ class Aggregations(Report):
         )
       }
       for pool in self.pools
-      if (rows := found(pool))
+      if (rows := rows_of(pool))
     ]

@@ -13,7 +13,7 @@ from typing import Any
 from experiments.studies.listed import NAMED, set_parts
 from experiments.studies.protocol import Lines
 from experiments.studies.search import systems
-from experiments.studies.search.reports import Found, Named, Report
+from experiments.studies.search.reports import Named, Report, RowsOf
 from experiments.studies.search.systems import System
 from research.search.protocols import EffectiveSize, effective_size
 from research.typing import UserError
@@ -76,9 +76,9 @@ class EffectiveSizes(Report):
     """The ladder's, then those that are compared."""
     return (*(x.system for x in self.ladder), *self.compared)
 
-  def lines(self, found: Found) -> Lines:
+  def lines(self, rows_of: RowsOf) -> Lines:
     def line(system: System) -> Mapping[str, Any] | None:
-      rows = found(system)
+      rows = rows_of(system)
       return systems.line(system, rows) if rows else None
 
     return self.from_table(line)
