@@ -73,6 +73,7 @@ def chunks(
   size: int = CHUNK,
   kv: Any = None,
   mask: PromptMask | None = None,
+  copies: int = 1,
 ) -> Iterator[np.ndarray]:
   """Yields chunks of new tokens `[B, n]`, with `NO_TOKEN` after a row's end.
 
@@ -82,12 +83,14 @@ def chunks(
     max_new_tokens: maximum per prompt; fewer if the context is full earlier.
     key: random key of the sampling; seed 0 by default.
     stop_tokens: end a row, and are yielded as its last token.
-    examples: index of each prompt; its sample depends on the key and on this
+    examples: index of each row; its sample depends on the key and on this
       index, not on the batch. By default 0, 1, ...
     size: tokens per chunk.
     kv: quantizer of the cache, as for `init_cache`.
     mask: what the tokens of a prompt see of each other; None for causal. Bind
       it by `functools.partial` to get a `TokenSource`.
+    copies: rows that continue each prompt, one after the other; the prompt is
+      processed once.
 
   Raises:
     UserError: a prompt is empty, too long, or has ids outside the vocabulary.
@@ -96,13 +99,17 @@ def chunks(
   extra = weights.extra_ids(params)
   room = token_limits(model, prompts, max_new_tokens, extra)
   tokens, lengths = pad_prompts(prompts)
-  params = bind_prompts(params, tokens, lengths)
-  limit, stop = np.array(room, np.int32), pad_stop_tokens(stop_tokens)
-  rows = range(len(prompts)) if examples is None else examples
+  asked = bind_prompts(params, tokens, lengths)
+  params = bind_prompts(
+    params, *(x.repeat(copies, 0) for x in (tokens, lengths))
+  )
+  limit = np.array(room, np.int32).repeat(copies)
+  stop = pad_stop_tokens(stop_tokens)
+  rows = range(len(limit)) if examples is None else examples
   steps = max(room)
   state, drawn = decoding.prefill(
     model,
-    params,
+    asked,
     tokens,
     lengths,
     sampling,

@@ -2,9 +2,9 @@
 
 `GroupRollouts` is a source of the training loop (`training.rollouts`). A round
 draws prompts, samples a group of answers to each, asks the task for rewards,
-and makes a batch of `PolicyGradient`: advantages, and log p by the policy that
-sampled, and by the reference if there is one. Everything follows from
-parameters, step and seed.
+and makes a batch of `PolicyGradient`: advantages, log p by the policy that
+sampled if it is updated several times, and by the reference if there is one.
+Everything follows from parameters, step and seed.
 """
 
 import dataclasses
@@ -125,7 +125,8 @@ class GroupRollouts(Ranged):
     # Of a fixed shape: groups that are not learned fill what is missing.
     groups += [x for x in seen if not x.selected]
     batch = self._batch(groups[: self.prompts])
-    batch["old"] = _log_probs(self.objective, policy, batch)
+    if self.updates > 1:  # the first update's log p is that of the sampling
+      batch["old"] = _log_probs(self.objective, policy, batch)
     if self.objective.surrogate.divergence is not None:
       reference = self.reference(params)
       batch["reference"] = _log_probs(self.objective, reference, batch)
@@ -146,16 +147,17 @@ class GroupRollouts(Ranged):
   ) -> "tuple[list[_Group], Mapping[str, float]]":
     prompts = self.task.sample(rng, self.prompts)
     self._check(prompts)
-    asked = [prompt for prompt in prompts for _ in range(self.group)]
     answers = sampled(
       self.objective.model,
       policy,
-      [prompt.tokens for prompt in asked],
+      [prompt.tokens for prompt in prompts],
       self.new_tokens,
       self.task.stop_tokens,
       self.sampling,
       key,
+      copies=self.group,
     )
+    asked = [prompt for prompt in prompts for _ in range(self.group)]
     shape = len(prompts), self.group
     raw, measured = judged(self.task, asked, answers)
     rewards = np.array(raw, np.float32).reshape(shape)

@@ -24,7 +24,9 @@ class PolicyGradient(Ranged):
   `weights`, which is above 0 where the target is an answer's token), and:
 
     advantage   float32 `[B]`, or `[B, T]` of each target
-    old         float32 `[B, T]`, log p of each target when it was sampled
+    old         float32 `[B, T]`, log p of each target when it was sampled;
+                without it, of the policy that the update finds: all ratios
+                are 1, and the gradient is that of a round's first update
     reference   float32 `[B, T]`, by the reference, if there is a divergence
 
   `rollouts.GroupRollouts` samples such batches.
@@ -69,8 +71,9 @@ class PolicyGradient(Ranged):
     params = weights.bind(self.policy(params), key=key)
     answer = batch["weights"] > 0
     new = self.log_probs(params, batch)
+    old = batch.get("old", jax.lax.stop_gradient(new))
     loss_sum, weight, sums = self.surrogate(
-      new, batch["old"], batch["advantage"], answer, batch.get("reference")
+      new, old, batch["advantage"], answer, batch.get("reference")
     )
     total, count = self.surrogate.normalization(jnp.ones_like(new), answer)
     del total

@@ -87,15 +87,19 @@ def sampled(
   sampling: Sampling,
   key: Array,
   mask: PromptMask | None = None,
+  copies: int = 1,
 ) -> list[list[int]]:
   """Returns answers to prompts, each with its stop token if it ended by one.
 
   Args:
     new_tokens: most tokens of an answer.
     mask: what the tokens of a prompt see of each other; None for causal.
+    copies: answers to each prompt, one after the other.
   """
   parts = generate.chunks(
-    model, params, prompts, new_tokens, sampling, key, stop_tokens, mask=mask
+    *(model, params, prompts, new_tokens, sampling, key, stop_tokens),
+    mask=mask,
+    copies=copies,
   )
   rows = np.concatenate(list(parts), axis=1)
   return [[t for t in row if t != NO_TOKEN] for row in rows.tolist()]

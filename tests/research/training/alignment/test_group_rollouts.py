@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.generation.sampling import Sampling
 from research.optim import optim
 from research.training import loop, state
 from research.training.alignment import surrogate
@@ -20,6 +21,7 @@ from research.training.alignment.rewarded_task import (
   AnswerRewards,
   GreedyReward,
   Prompt,
+  sampled,
 )
 from research.training.objectives.objective import NextToken
 from research.typing import UserError
@@ -107,6 +109,31 @@ def test_a_round_has_what_its_samples_say():
   assert found.metrics["answer_tokens"] == pytest.approx(lengths / 16)
 
 
+def test_one_update_learns_as_the_first_of_two():
+  """What samples has log p of its own; it is asked again where it moves."""
+  one, two = (made(updates=n).sample_round(PARAMS, 8).common for n in (1, 2))
+  assert "old" not in one and (np.asarray(two["old"]) != 0).any()
+  chex.assert_trees_all_equal(one, {x: two[x] for x in one})
+
+  @jax.jit
+  def gradient(batch):
+    return jax.grad(lambda params: GOAL(params, batch, None)[0])(PARAMS)
+
+  chex.assert_trees_all_close(gradient(one), gradient(two), atol=1e-6)
+  assert max(float(abs(x).max()) for x in jax.tree.leaves(gradient(one))) > 1e-3
+
+
+def test_answers_are_those_of_each_prompt_alone():
+  """A prompt that is processed once, and copied, is continued as many are."""
+  prompts = [(1,), (2, 3), (0, 2, 1), (1,)]
+  key = jax.random.key(5)
+  how, drawn = (MODEL, PARAMS), Sampling(temperature=1.0)
+  once = sampled(*how, prompts, 6, (END,), drawn, key, copies=3)
+  each = [prompt for prompt in prompts for _ in range(3)]
+  assert once == sampled(*how, each, 6, (END,), drawn, key)
+  assert len({tuple(x) for x in once}) > 4
+
+
 def test_a_round_is_a_function_of_parameters_and_step():
   how = made()
   first = how.sample_round(PARAMS, 3).common
@@ -173,7 +200,8 @@ def test_a_reference_is_asked_where_the_loss_needs_it():
   given = {k: jnp.asarray(v) for k, v in batch.items()}
   want = jax.jit(goal.log_probs)(other, given)
   np.testing.assert_allclose(batch["reference"], want, atol=1e-5)
-  assert (np.asarray(batch["reference"]) != np.asarray(batch["old"])).any()
+  policy = jax.jit(goal.log_probs)(PARAMS, given)
+  assert (np.asarray(batch["reference"]) != np.asarray(policy)).any()
 
 
 @pytest.mark.slow
