@@ -43,16 +43,22 @@ _STOPS = 8
 def prepare(params: Params, model: Transformer) -> Params:
   """Returns `params` in the layout that decodes fastest; call it once.
 
-  XLA's CPU backend reads fp32 weights faster as one array per layer than as
-  slices of a stacked array. With bf16, which it converts, the scan is faster.
   On a CPU, large arrays are copied to huge pages (`cpu_memory`): drop the
   originals to free their memory.
   """
   if jax.default_backend() != "cpu":
     return params
-  if model.dtype == "float32":
-    params = tree.unroll(params)
-  return cpu_memory.in_huge_pages(params)
+  return cpu_memory.in_huge_pages(by_layer(params, model))
+
+
+def by_layer(params: Params, model: Transformer) -> Params:
+  """Returns `params` with an array for each layer where that decodes faster.
+
+  XLA's CPU backend reads fp32 weights faster so than as slices of a stacked
+  array. With bf16, which it converts, the scan is faster.
+  """
+  on_cpu = jax.default_backend() == "cpu"
+  return tree.unroll(params) if on_cpu and model.dtype == "float32" else params
 
 
 def bucket(n: int) -> int:
@@ -74,6 +80,7 @@ def chunks(
   kv: Any = None,
   mask: PromptMask | None = None,
   copies: int = 1,
+  room: int = 1,
 ) -> Iterator[np.ndarray]:
   """Yields chunks of new tokens `[B, n]`, with `NO_TOKEN` after a row's end.
 
@@ -91,22 +98,24 @@ def chunks(
       it by `functools.partial` to get a `TokenSource`.
     copies: rows that continue each prompt, one after the other; the prompt is
       processed once.
+    room: prompt tokens that there is room for at least: calls whose prompts are
+      no longer share their programs.
 
   Raises:
     UserError: a prompt is empty, too long, or has ids outside the vocabulary.
   """
   samplers.check(sampling)
   extra = weights.extra_ids(params)
-  room = token_limits(model, prompts, max_new_tokens, extra)
-  tokens, lengths = pad_prompts(prompts)
+  limits = token_limits(model, prompts, max_new_tokens, extra)
+  tokens, lengths = pad_prompts(prompts, room)
   asked = bind_prompts(params, tokens, lengths)
   params = bind_prompts(
     params, *(x.repeat(copies, 0) for x in (tokens, lengths))
   )
-  limit = np.array(room, np.int32).repeat(copies)
+  limit = np.array(limits, np.int32).repeat(copies)
   stop = pad_stop_tokens(stop_tokens)
   rows = range(len(limit)) if examples is None else examples
-  steps = max(room)
+  steps = max(limits)
   state, drawn = decoding.prefill(
     model,
     asked,
@@ -117,7 +126,7 @@ def chunks(
     np.array(rows, np.int32),
     limit,
     stop,
-    capacity=bucket(max(map(len, prompts)) + steps),
+    capacity=bucket(max(room, *map(len, prompts)) + steps),
     kv=kv,
     mask=mask,
   )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.generation import generate
 from research.generation.sampling import Sampling
 from research.ranges import AtLeast, PositiveInt, Ranged
 from research.training.alignment.advantages import (
@@ -109,13 +110,14 @@ class GroupRollouts(Ranged):
     """
     key = jax.random.fold_in(jax.random.key(self.seed), step)
     policy = self.objective.policy(params)
+    layers = generate.by_layer(policy, self.objective.model)
     groups: list[_Group] = []
     seen: list[_Group] = []
     task_metrics: list[Mapping[str, float]] = []
     for attempt in range(self.attempts):
       rng = np.random.default_rng([self.seed, step, attempt])
       drawn, measured = self._groups(
-        policy, rng, jax.random.fold_in(key, attempt)
+        layers, rng, jax.random.fold_in(key, attempt)
       )
       task_metrics.append(measured)
       seen += drawn
@@ -156,6 +158,7 @@ class GroupRollouts(Ranged):
       self.sampling,
       key,
       copies=self.group,
+      room=self.prompt_tokens,
     )
     asked = [prompt for prompt in prompts for _ in range(self.group)]
     shape = len(prompts), self.group

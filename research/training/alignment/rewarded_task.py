@@ -88,6 +88,7 @@ def sampled(
   key: Array,
   mask: PromptMask | None = None,
   copies: int = 1,
+  room: int = 1,
 ) -> list[list[int]]:
   """Returns answers to prompts, each with its stop token if it ended by one.
 
@@ -95,11 +96,14 @@ def sampled(
     new_tokens: most tokens of an answer.
     mask: what the tokens of a prompt see of each other; None for causal.
     copies: answers to each prompt, one after the other.
+    room: tokens of the longest prompt of several calls, which then share their
+      programs.
   """
   parts = generate.chunks(
     *(model, params, prompts, new_tokens, sampling, key, stop_tokens),
     mask=mask,
     copies=copies,
+    room=room,
   )
   rows = np.concatenate(list(parts), axis=1)
   return [[t for t in row if t != NO_TOKEN] for row in rows.tolist()]
