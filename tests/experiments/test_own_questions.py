@@ -47,6 +47,9 @@ def test_all_commands_ask_the_same_prompts(files):
   first = rewarded.task[0].prompt
   assert asked[3] == list(search.prompting(tokenizer, first))
   assert asked[0] == asked[1] == asked[2]
+  # A reward model judges what the search samples, so it learns from the same.
+  assert labels.sampling == search.sampling
+  assert labels.new_tokens == search.new_tokens
 
 
 def test_no_question_is_learned_and_searched(files):
