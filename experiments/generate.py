@@ -154,8 +154,9 @@ _NOT_OF_DIFFUSION = (
 
 def _load() -> Any:
   towers = "language" if _SAMPLER.value == "diffusion" else "all"
-  given = _MODEL.value, _DTYPE.value, FLAGS["packed"].value, towers
-  return packed_weights.load_with_tokenizer(*given)
+  return packed_weights.load_with_tokenizer(
+    _MODEL.value, _DTYPE.value, FLAGS["packed"].value, towers
+  )
 
 
 def _tokens(loaded: Any, text: str) -> list[int]:

@@ -118,6 +118,15 @@ def test_files_that_are_named_are_there(page):
   assert not missing
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p.endswith("/README.md")])
+def test_modules_of_a_table_are_below_its_page(page):
+  """Those that its first column names without a folder."""
+  cells = re.findall(r"^\|([^|]*`[^|]*)\|", _text(page), re.M)
+  named = re.findall(r"`([\w-]+\.py)`", " ".join(cells))
+  below = {x.name for x in PAGES[page].parent.rglob("*.py")}
+  assert not set(named) - below
+
+
 def test_examples_of_what_one_file_adds_have_so_many_lines():
   rows = re.findall(
     r"^\|[^|]+\| `([\w/]+\.py)` \| (\d+) \|",

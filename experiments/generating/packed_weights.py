@@ -52,13 +52,15 @@ def load(
   return dataclasses.replace(loaded, params=params)
 
 
-def load_with_tokenizer(name: str, *settings: Any) -> Any:
+def load_with_tokenizer(
+  name: str, dtype: str, packed: bool | None, towers: Any = "language"
+) -> Any:
   """Returns a model that reads text, see `load`.
 
   Raises:
     UserError: it has no tokenizer.
   """
-  loaded = load(name, *settings)
+  loaded = load(name, dtype, packed, towers)
   if loaded.tokenizer is None:
     raise UserError(f"--model={name}: found no tokenizer in it")
   return loaded

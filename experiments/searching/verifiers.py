@@ -27,7 +27,6 @@ from research.prm.rows import LabelledRows
 from research.reasoning.problem import Problem
 from research.rounding import next_power_of_two
 from research.search.engine import Path, StateVerifier, Verifier
-from research.search.generative_judge import ReadsAnew
 from research.search.ledger import Ledger
 from research.search.policy import steps_of
 from research.search.reward_verifiers import (
@@ -35,6 +34,7 @@ from research.search.reward_verifiers import (
   StepScore,
   verifier_of,
 )
+from research.search.uncached_verifier import UncachedVerifier
 from research.text.tokenizer import Tokenizer
 from research.typing import Float, Int, Params, UserError
 from research.vlm.model import VisionLanguageModel
@@ -210,7 +210,7 @@ class PublicReward:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TextVerifier(ReadsAnew):
+class TextVerifier(UncachedVerifier):
   """Scores the newest step of texts; see `search.engine.WritingVerifier`.
 
   Its state is what the last `read` has cost, of each row.

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -32,7 +32,8 @@ from research.rounding import next_power_of_two
 from research.search import ledger as ledgers
 from research.search.ledger import Ledger
 from research.search.policy import Path, steps_of
-from research.typing import Float, Int, Params, UserError
+from research.search.uncached_verifier import UncachedVerifier
+from research.typing import Float, Int, Params
 
 Conversation = Sequence[tuple[str, str]]
 """(role, text) of each turn; the judge writes the next one."""
@@ -308,42 +309,8 @@ class JudgedRow:
   spent: Ledger = Ledger()
 
 
-class ReadsAnew:
-  """What verifiers share that read a problem with each of its steps.
-
-  Their state is a list, of a value a row.
-  """
-
-  KIND: ClassVar[str]
-  """In words, for errors."""
-
-  def prompt_cost(self, tokens: int) -> Ledger:
-    """Returns nothing: a problem is read with each of its steps."""
-    del tokens
-    return Ledger()
-
-  def step_cost(self, start: int, tokens: int) -> Ledger:
-    """Raises UserError: a step's cost is known once it has been judged."""
-    raise UserError(
-      f"step_cost: found {self.KIND}, of {tokens} tokens after {start},"
-      " whose cost is known only afterwards; expected a call of `spent`"
-    )
-
-  def select(self, state: Sequence[Any], rows: Sequence[int]) -> list[Any]:
-    return [state[row] for row in rows]
-
-  def store(
-    self, state: Sequence[Any], new: Sequence[Any], rows: Sequence[int]
-  ) -> list[Any]:
-    stored = list(state)
-    for row, value in zip(rows, new, strict=True):
-      if row < len(stored):
-        stored[row] = value
-    return stored
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerativeJudge(ReadsAnew, Ranged):
+class GenerativeJudge(UncachedVerifier, Ranged):
   """A verifier that writes; see `search.engine.WritingVerifier`.
 
   Attributes:
