@@ -7,7 +7,7 @@ beyond the ladder's ends only a bound is known, and is shown as one.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.studies.listed import NAMED, set_parts
@@ -23,9 +23,6 @@ RIGHT = "right, %"
 
 SIZE = "size of as good a single pass, thousand parameters"
 """Column of the effective sizes."""
-
-Line = Callable[[System], Mapping[str, Any] | None]
-"""A system's line of the table of a study; None if it is not there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,54 +74,62 @@ class EffectiveSizes(Report):
     return (*(x.system for x in self.ladder), *self.compared)
 
   def lines(self, rows_of: RowsOf) -> Lines:
-    def line(system: System) -> Mapping[str, Any] | None:
-      rows = rows_of(system)
-      return systems.line(system, rows) if rows else None
-
-    return self.from_table(line)
-
-  def from_table(self, line: Line) -> Lines:
-    """Returns the lines, given those of the study's table.
-
-    These are all that it needs, so that it can be made of a stored table, too.
-    A mean is a pair: its value and its half.
-
-    Returns:
-      No lines where one of the ladder's is missing.
-    """
-    every = [line(x.system) for x in self.ladder]
-    rungs = [x for x in every if x is not None]
-    if len(rungs) < len(every):
+    ladder = [(x.system, rows_of(x.system)) for x in self.ladder]
+    if not all(rows for _, rows in ladder):
       return []
-    sizes = [x.parameters for x in self.ladder]
-    ends = [_ends(x[RIGHT]) or (_value(x[RIGHT]),) * 2 for x in rungs]
-    lows, highs = zip(*ends, strict=True)
-    means = [_value(x[RIGHT]) for x in rungs]
-    out = []
-    for size, rung in zip(sizes, rungs, strict=True):
-      out.append(_line(rung, size / 1e3, "", ""))
-    for system in self.compared:
-      if (own := line(system)) is None:
-        continue
-      shown = [_shown(effective_size(sizes, means, _value(own[RIGHT]))), "", ""]
-      if (both := _ends(own[RIGHT])) is not None:
-        shown[1] = _shown(effective_size(sizes, highs, both[0]))
-        shown[2] = _shown(effective_size(sizes, lows, both[1]))
-      out.append(_line(own, *shown))
-    return out
+    compared = [(x, rows_of(x)) for x in self.compared]
+    return size_lines(
+      [x.parameters for x in self.ladder],
+      [systems.line(*x) for x in ladder],
+      [systems.line(x, rows) for x, rows in compared if rows],
+    )
+
+
+def size_lines(
+  sizes: Sequence[int],
+  ladder: Sequence[Mapping[str, Any]],
+  compared: Sequence[Mapping[str, Any]],
+) -> Lines:
+  """Returns the lines of effective sizes, given those of the study's table.
+
+  Args:
+    sizes: parameters of the ladder's models.
+    ladder: line of each of them.
+    compared: lines of the systems to measure.
+  """
+  means = [_value(x[RIGHT]) for x in ladder]
+  ends = [_ends(x[RIGHT]) or (_value(x[RIGHT]),) * 2 for x in ladder]
+  lows, highs = zip(*ends, strict=True)
+  lines = [
+    _line(x, size / 1e3, "", "") for size, x in zip(sizes, ladder, strict=True)
+  ]
+  for system in compared:
+    shown = [
+      _shown(effective_size(sizes, means, _value(system[RIGHT]))),
+      "",
+      "",
+    ]
+    if (interval := _ends(system[RIGHT])) is not None:
+      shown[1] = _shown(effective_size(sizes, highs, interval[0]))
+      shown[2] = _shown(effective_size(sizes, lows, interval[1]))
+    lines.append(_line(system, *shown))
+  return lines
 
 
 def _line(
-  own: Mapping[str, Any], size: float | str, low: float | str, high: float | str
+  line: Mapping[str, Any],
+  size: float | str,
+  low: float | str,
+  high: float | str,
 ) -> dict[str, Any]:
   return {
-    "system": own["system"],
-    RIGHT: own[RIGHT],
+    "system": line["system"],
+    RIGHT: line[RIGHT],
     SIZE: size,
     "from": low,
     "to": high,
-    "MFLOP a problem": own["MFLOP a problem"],
-    "seeds": own["seeds"],
+    "MFLOP a problem": line["MFLOP a problem"],
+    "seeds": line["seeds"],
   }
 
 

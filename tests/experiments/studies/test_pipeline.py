@@ -109,7 +109,7 @@ def test_settings_are_those_of_all_that_an_arm_needs():
     ("llada/claims_policies", "factor", "policies.Factor.factor=0.5"),
     ("llada/claims_sft", "tuned", "@infilling.Orders()"),
     ("prm/claims_champ", "last", "SUPERVISION = @objective.last_step"),
-    ("search/claims_countdown", "large_pool", "WIDTH = 96"),
+    ("search/claims_countdown_ladder", "p96_pool", "WIDTH = 96"),
     ("lora/claims_capacity", "update", "--op=diagnose"),
     ("lora/claims_methods", "HiRA", "METHOD = @hira.HiRA()"),
     ("lora/claims_methods_markov", "EVA", "@heldout/synthetic.Markov()"),

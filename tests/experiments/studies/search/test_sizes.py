@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from experiments.core import config
@@ -12,7 +13,7 @@ from experiments.studies.search.sizes import RIGHT, SIZE, EffectiveSizes, Rung
 from experiments.studies.search.systems import System
 from research.typing import UserError
 
-RUN = "runs/search/claims_countdown.gin"
+RUN = "runs/search/claims_countdown_ladder.gin"
 SMALL, LARGE, FIRST, SECOND = (
   System(step=x) for x in ("small", "large", "first", "second")
 )
@@ -27,14 +28,13 @@ TABLE = EffectiveSizes(
 
 def lines(**right):
   """Returns the table, given accuracies by the systems' names."""
-
-  def line(system):
-    if system.name not in right:
-      return None
-    own = {"system": system.name, RIGHT: right[system.name]}
-    return own | {"MFLOP a problem": 1.0, "seeds": 1}
-
-  return {x["system"]: x for x in TABLE.from_table(line)}
+  table = {
+    name: {"system": name, RIGHT: x, "MFLOP a problem": 1.0, "seeds": 1}
+    for name, x in right.items()
+  }
+  ladder = [table.pop("small"), table.pop("large")]
+  made = sizes.size_lines([10_000, 1_000_000], ladder, list(table.values()))
+  return {x["system"]: x for x in made}
 
 
 def test_a_size_is_interpolated_in_its_logarithm():
@@ -101,38 +101,32 @@ def test_a_ladder_has_rising_sizes(counts):
 
 def test_recorded_sizes_are_those_of_the_recorded_accuracies():
   """Between two models: `log n` is linear in the accuracy."""
-  result = results.load(RUN)
-  table, found = (
+  table, recorded = (
     {row[0]: dict(zip(x["header"], row, strict=True)) for row in x["rows"]}
-    for x in result["tables"]
+    for x in results.load(RUN)["tables"][:2]
   )
-  small, large = (table[f"{x}, greedy"][RIGHT] for x in ("small", "large"))
-  ends = [found[f"{x}, greedy"][SIZE] for x in ("small", "large")]
-  (low, half), high = small, large
-  assert low < high and len(found) > 10
+  report = config.read(RUN, root=protocol.Run).experiment.study.reports[0]
+  names = [x.system.name for x in report.ladder]
+  means, halves = np.array([table[x][RIGHT] for x in names]).T
+  logs = np.log([x.parameters / 1e3 for x in report.ladder])
+
+  def size(right, ladder):
+    if (np.diff(ladder) <= 0).any():
+      pytest.skip("the ladder's ends do not rise")
+    if not ladder[0] < right <= ladder[-1]:
+      bound, i = ("at least", -1) if right > ladder[0] else ("at most", 0)
+      return f"{bound} {math.exp(logs[i]):.4g}: beyond the ladder"
+    return pytest.approx(math.exp(np.interp(right, ladder, logs)), rel=1e-3)
+
   inside = 0
-  for name, line in found.items():
-    assert line[RIGHT] == table[name][RIGHT]
-    if name in ("small, greedy", "large, greedy"):
-      continue
-    own = line[RIGHT]
-    value, own_half = own if isinstance(own, list) else (own, None)
-
-    def size(right, start):
-      share = (right - start) / (high - start)  # noqa: B023
-      if 0 < share <= 1:
-        return pytest.approx(ends[0] * (ends[1] / ends[0]) ** share, rel=1e-4)
-      bound, end = ("at least", 1) if share > 0 else ("at most", 0)
-      return f"{bound} {ends[end]:.4g}: beyond the ladder"
-
-    assert line[SIZE] == size(value, low), name
-    inside += not isinstance(line[SIZE], str)
-    if own_half is None:
-      assert line["from"] == line["to"] == ""
-    else:
-      assert line["from"] == size(value - own_half, low + half), name
-      assert line["to"] == size(value + own_half, low - half), name
-  assert inside > 3
+  for system in report.compared:
+    line, (value, half) = recorded[system.name], table[system.name][RIGHT]
+    assert line[RIGHT] == [value, half]
+    assert line[SIZE] == size(value, means), system.name
+    assert line["from"] == size(value - half, means + halves), system.name
+    assert line["to"] == size(value + half, means - halves), system.name
+    inside += sum(isinstance(line[x], float) for x in (SIZE, "from", "to"))
+  assert inside > 4
 
 
 def test_the_ladder_has_the_models_sizes():
@@ -142,11 +136,11 @@ def test_the_ladder_has_the_models_sizes():
   from research.nn import presets
 
   study = config.read(RUN, root=protocol.Run).experiment.study
-  (report,) = study.reports
+  report = study.reports[0]
   assert isinstance(report, sizes.EffectiveSizes)
-  trained = {"greedy": "policy", "large_greedy": "large"}
   for rung in report.ladder:
-    (step,) = (x for x in study.steps if x.name == trained[rung.system.step])
+    trained = rung.system.step.removesuffix("_greedy")
+    (step,) = (x for x in study.steps if x.name == trained)
     sets = [x.replace("{seed}", "0") for x in step.set]
     own = config.read(step.path, sets).experiment.model.sizes
     model = presets.transformer(presets.FAMILIES["llama"], own, "float32")

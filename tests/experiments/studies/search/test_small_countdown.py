@@ -1,7 +1,8 @@
-"""The countdown study from training to verdicts, at small size.
+"""The countdown ladder from training to verdicts, at small size.
 
-Its own commands, run by `experiments.study`: three numbers, widths of 24 and
-64, 100 problems. What it leaves is counted again here, from the texts alone.
+Its own commands, and a beam of 4, run by `experiments.study`: three numbers,
+widths of 24 and 64, 100 problems. What it leaves is counted again here, from
+the texts alone.
 """
 
 import collections
@@ -21,10 +22,16 @@ from experiments.core import cli, config, train_eval
 from experiments.searching import running
 from experiments.studies import pipeline, protocol
 
-RUN = "runs/search/claims_countdown.gin"
-ONCE = "policy", "large", "labels", "test", "reward", "greedy", "large_greedy"
-TWICE = "pool", "pool_4", "beam_4"  # with two seeds of sampling
-SEARCHES = "greedy", "large_greedy", "pool", "beam_4"
+RUN = "runs/search/claims_countdown_ladder.gin"
+ONCE = "p32", "p96", "labels", "test", "reward", "p32_greedy", "p96_greedy"
+TWICE = "p32_pool", "p32_best_4", "beam_4"  # with two seeds of sampling
+SEARCHES = "p32_greedy", "p96_greedy", "p32_pool", "beam_4"
+BEAM = {
+  "name": "beam_4",
+  "command": "search",
+  "path": "runs/search/countdown_beam.gin",
+  "set": ["POLICY={p32}", "PRM={reward}", "SEED={seed}", "COPIES=4", "WIDTH=2"],
+}
 TRAINING = "WARMUP=20", "BATCH=64", "LENGTH=21"
 POLICY = (
   *(*TRAINING, "STEPS=400", "NUMBERS=3", "NEW_TOKENS=15"),
@@ -36,8 +43,8 @@ SEARCH = (
   "search_run.SearchRun.new_tokens=15",
 )
 SMALL = {
-  "policy": (*POLICY, "WIDTH=24"),
-  "large": (*POLICY, "WIDTH=64", "STEPS=60"),
+  "p32": (*POLICY, "WIDTH=24"),
+  "p96": (*POLICY, "WIDTH=64", "STEPS=60"),
   "labels": (*LABELS, "LAST=500", "COPIES=4"),
   "test": (*LABELS, "LAST=100", "COPIES=2"),
   "reward": (*TRAINING, "STEPS=150"),
@@ -47,16 +54,17 @@ SMALL = {
 SYSTEMS = """
 pipeline.Pipeline.seeds = 2
 pipeline.Pipeline.shown = [
-  'small, greedy', 'small, beam of 4 (2 x 2)', 'small, best of 16, product',
-  'small, exact check of 4', 'large, greedy']
-pipeline.Pipeline.curves = ['small']
-sizes.EffectiveSizes.compared = ['small, beam of 4 (2 x 2)']
+  '25k, greedy', 'beam of 4', '25k, best of 16', '25k, exact check of 6',
+  '222k, greedy']
+pipeline.Pipeline.curves = ['25k']
+pipeline.Pipeline.reports = [@sizes.EffectiveSizes()]
+sizes.EffectiveSizes.compared = ['beam of 4']
 sizes.EffectiveSizes.ladder = [
-  {'system': 'small, greedy', 'parameters': 13944},
-  {'system': 'large, greedy', 'parameters': 98368}]
+  {'system': '25k, greedy', 'parameters': 13944},
+  {'system': '222k, greedy', 'parameters': 98368}]
 """
-COMPARED = 0, 2, 7, 11
-"""Of the experiment's comparisons."""
+COMPARED = 0, 4, 5
+"""Of the study's comparisons; a beam's is added."""
 
 # Of a model of two layers: parameters of its products, without the head.
 MATRICES = {24: 2 * (4 * 24**2 + 3 * 24 * 64)}
@@ -71,12 +79,21 @@ def study_file(folder: pathlib.Path) -> pathlib.Path:
     dataclasses.asdict(x) | ({"seeds": 1} if x.name in ONCE else {})
     for x in study.steps
     if x.name in names
-  ]
+  ] + [BEAM]
   compared = [
     dataclasses.asdict(x) | {"first": x.first.name, "second": x.second.name}
     for x in (study.comparisons[i] for i in COMPARED)
   ]
+  compared.append(
+    {
+      "claim": "A beam of 4 beats the best of 4",
+      "first": "beam of 4",
+      "second": "25k, best of 4",
+      "within": 1.05,
+    }
+  )
   systems = [dataclasses.asdict(x) for x in study.systems if x.step in names]
+  systems.append({"title": "beam of 4", "step": "beam_4"})
   overrides = {x["name"]: SMALL.get(x["name"], SEARCH) for x in steps}
   lines = [
     "from __gin__ import dynamic_registration",
@@ -304,12 +321,12 @@ def test_the_study_runs_from_training_to_verdicts(
   }
 
   # --- what the steps leave ---
-  for name in ("policy", "large", "reward"):
+  for name in ("p32", "p96", "reward"):
     left = json.loads((work / "runs" / f"{name}_0/result.json").read_text())
     row = rows[f"{name}, seed 0"]
     assert left["total_parameters"] == row["total_parameters"]
     assert (work / "runs" / f"{name}_0/config.gin").exists()
-  for name, width, own in (("policy", 24, 13_944), ("large", 64, 98_368)):
+  for name, width, own in (("p32", 24, 13_944), ("p96", 64, 98_368)):
     total = rows[f"{name}, seed 0"]["total_parameters"]
     assert total - 2 * 208 * width == own  # without embedding and head
   assert rows["reward, seed 0"]["auc"] > 0.5  # by chance
@@ -322,14 +339,16 @@ def test_the_study_runs_from_training_to_verdicts(
     assert path.exists() == (name in SEARCHES)
     if path.exists():
       check_pool(path, row, scored="greedy" not in name)
-    if name in ("pool", "beam_4"):
+    if name in ("p32_pool", "beam_4"):
       check_verifier(path, dropped=name == "beam_4")
   for seed in (0, 1):
-    every, four = (rows[f"{x}, seed {seed}"] for x in ("pool", "pool_4"))
+    every, four = (
+      rows[f"{x}, seed {seed}"] for x in ("p32_pool", "p32_best_4")
+    )
     assert every["right"] == four["right"]  # of the same samples
     for name in ("flops_policy", "flops_verifier"):
       assert 0.25 < four[name] / every[name] < 0.3
-  assert rows["pool, seed 0"]["right"] != rows["pool, seed 1"]["right"]
+  assert rows["p32_pool, seed 0"]["right"] != rows["p32_pool, seed 1"]["right"]
 
   # --- what they say ---
   study = config.read(str(file), root=protocol.Run).experiment.study
@@ -353,7 +372,7 @@ def test_the_study_runs_from_training_to_verdicts(
     patch.setattr(pipeline.Pipeline, "run", fail)
     assert run() == result
   # Rows that are lost are read again from what the commands have left.
-  for name in ("policy", "pool"):
+  for name in ("p32", "p32_pool"):
     (work / "arms" / f"{name}_seed_0.json").unlink()
   monkeypatch.setattr(train_eval.loop, "fit", fail)
   monkeypatch.setattr(running.sampling, "Search", fail)
