@@ -197,9 +197,10 @@ def in_pages(
       model.model, params, pool, table, length, tokens, number
     )
 
-  def decode(params, pool, rows, table, stop):
+  def decode(params, pool, length, rows, table, stop):
     return generate_paged_rows.decode(
-      model.model, params, pool, rows, table, model.sampling, stop, CHUNK
+      *(model.model, params, pool, length, rows, table),
+      *(model.sampling, stop, CHUNK),
     )
 
   with jax.set_mesh(mesh), model.planner.topology.lowering():
@@ -225,15 +226,16 @@ def in_pages(
   rows = jax.eval_shape(
     lambda key: generate_paged_rows.empty_rows(total, key), jax.random.key(0)
   )
-  rows = jax.tree.map(lambda x: placed(x, whole), rows)
+  length = jax.ShapeDtypeStruct((total,), jnp.int32)
+  length, rows = jax.tree.map(lambda x: placed(x, whole), (length, rows))
   out["decode"], _ = model.planner.plan(
     f"a step of decoding, {total} rows in {count} pages of {size}",
     decode,
-    *(model.params, made[1], rows),
+    *(model.params, made[1], length, rows),
     jax.ShapeDtypeStruct((total, width), jnp.int32),
     model.stop,
     tokens=total,
-    donate=(1, 2),
+    donate=(1, 2, 3),
     loops=1,
   )
   return out

@@ -274,7 +274,13 @@ def decode(
     The new state, and the new tokens `[B, C]`.
   """
 
-  def step(state):
+  count = state.rows.token.shape[0]
+  tokens = jnp.full((count, size), NO_TOKEN, jnp.int32)
+  scores = jnp.zeros((count, size), jnp.float32)
+  out = (tokens, scores) if log_probs else (tokens,)
+
+  def step(carry):
+    i, state, out = carry
     hidden, cache = model.apply(
       {"params": params},
       state.rows.token[:, None],
@@ -285,9 +291,18 @@ def decode(
       *(model, params, state.rows, hidden[:, 0], sampling, stop),
       *(boundary, log_probs),
     )
-    return State(cache, rows), *drawn
+    out = tuple(
+      jax.lax.dynamic_update_slice_in_dim(old, new[:, None], i, axis=1)
+      for old, new in zip(out, drawn[: len(out)], strict=True)
+    )
+    return i + 1, State(cache, rows), out
 
-  return repeat(step, state, lambda state: state.rows, size, log_probs)
+  def unfinished(carry):
+    i, state, _ = carry
+    return (i < size) & jnp.any(state.rows.active)
+
+  _, state, out = jax.lax.while_loop(unfinished, step, (0, state, out))
+  return state, GeneratedTokens(out[0], state.rows.done, *out[1:])
 
 
 @functools.partial(
@@ -344,47 +359,6 @@ def append(
     steps=None if rows.steps is None else rows.steps.restarted(some),
   )
   return State(cache, new)
-
-
-def repeat(
-  step: Callable[[Any], tuple[Any, Array, Array | None]],
-  state: Any,
-  rows_of: Callable[[Any], Rows],
-  size: int,
-  log_probs: bool,
-) -> tuple[Any, GeneratedTokens]:
-  """Runs up to `size` steps on the device, while any row is active.
-
-  Args:
-    step: state -> state, tokens `[B]`, and their log-probabilities or None.
-    state: state at the beginning.
-    rows_of: state -> its rows.
-    size: C, number of steps.
-    log_probs: whether `step` returns them.
-
-  Returns:
-    The state at the end, and the tokens of all steps.
-  """
-  count = rows_of(state).token.shape[0]
-  scores = jnp.zeros((count, size), jnp.float32) if log_probs else None
-  tokens = jnp.full((count, size), NO_TOKEN, jnp.int32)
-
-  def put(out, new, i):
-    return jax.lax.dynamic_update_slice_in_dim(out, new[:, None], i, axis=1)
-
-  def body(carry):
-    i, state, out = carry
-    state, *drawn = step(state)
-    new = tuple(drawn) if log_probs else tuple(drawn[:1])
-    return i + 1, state, tuple(map(functools.partial(put, i=i), out, new))
-
-  def unfinished(carry):
-    i, state, _ = carry
-    return (i < size) & jnp.any(rows_of(state).active)
-
-  out = (tokens, scores) if log_probs else (tokens,)
-  _, state, out = jax.lax.while_loop(unfinished, body, (0, state, out))
-  return state, GeneratedTokens(out[0], rows_of(state).done, *out[1:])
 
 
 def resume(rows: Rows) -> Rows:

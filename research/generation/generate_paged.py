@@ -75,6 +75,8 @@ class _Batch:
     self.active: dict[int, int] = {}
     self.pool = paged.empty_pool(model, params, pages.count, pages.size, dtype)
     asked = self.sampling.repetition_penalty is not None
+    # Tokens of each row in pages: all of a row's but the last.
+    self.length = jnp.zeros(len(pages.table), jnp.int32)
     self.rows = programs.empty_rows(
       len(pages.table), self.keys[0], model.vocab_size if asked else None
     )
@@ -126,11 +128,11 @@ class _Batch:
         self.mask,
       )
     occurred = None
-    if self.rows.rows.occurred is not None:
+    if self.rows.occurred is not None:
       # A placeholder may lie outside of the vocabulary.
       occurred = np.isin(np.arange(self.model.vocab_size), prompt)[None]
     none = np.int32([0])
-    rows = Rows(
+    new = Rows(
       token=none,
       step=none,
       limit=np.int32([self.limits[i]]),
@@ -138,13 +140,14 @@ class _Batch:
       keys=self.keys[i : i + 1],
       occurred=occurred,
     )
-    new = programs.PagedRows(np.int32([len(prompt)]), rows)
     self.active[row] = self.prompt_of[row] = i
-    self.rows, token = programs.insert_row(
+    self.length, self.rows, token = programs.insert_row(
       self.model,
       self.params,
+      self.length,
       self.rows,
       np.int32(row),
+      np.int32(len(prompt)),
       new,
       hidden,
       self.sampling,
@@ -160,10 +163,11 @@ class _Batch:
       reach: largest attention window of all layers, or None if unlimited.
     """
     # A copy: the table changes before the device has read it.
-    self.pool, self.rows, drawn = programs.decode(
+    self.pool, self.length, self.rows, drawn = programs.decode(
       self.model,
       self.params,
       self.pool,
+      self.length,
       self.rows,
       self.pages.table.copy(),
       self.sampling,
@@ -172,7 +176,7 @@ class _Batch:
       prompts=self.prompt_of.copy() if self.per_row else None,
     )
     out, done = np.asarray(drawn.tokens), np.asarray(drawn.done)
-    lengths, new_tokens = np.asarray(self.rows.length), {}
+    lengths, new_tokens = np.asarray(self.length), {}
     for row, i in list(self.active.items()):
       new_tokens[i] = [
         token for token in out[row].tolist() if token != NO_TOKEN

@@ -4,39 +4,27 @@ The state of the rows is data, so between two calls any row may end and be
 assigned to another prompt without recompilation.
 """
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from research import weights
 from research.generation import decoding
-from research.generation.boundary import Boundary
-from research.generation.decoding import GeneratedTokens, PromptMask, Rows
+from research.generation.decoding import (
+  GeneratedTokens,
+  PromptMask,
+  Rows,
+  State,
+)
 from research.generation.sampling import Sampling
 from research.nn.cache import paged
 from research.nn.transformer import Transformer
 from research.typing import Array, Float, Int, Params, PRNGKey
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PagedRows:
-  """The rows of a batch, and how many of their tokens are in pages.
-
-  Attributes:
-    length: `[R]`, number of tokens in pages: all of a row's but the last.
-    rows: everything else; those that are unassigned have ended.
-  """
-
-  length: Any
-  rows: Rows
-
-
-def empty_rows(count: int, key: PRNGKey, vocab: int | None = None) -> PagedRows:
-  """Returns the state of unassigned rows.
+def empty_rows(count: int, key: PRNGKey, vocab: int | None = None) -> Rows:
+  """Returns the state of unassigned rows, which have ended.
 
   Args:
     count: R.
@@ -44,8 +32,8 @@ def empty_rows(count: int, key: PRNGKey, vocab: int | None = None) -> PagedRows:
     vocab: V, if `occurred` is needed, else None.
   """
   # Separate arrays: a buffer may be donated only once.
-  length, token, step, limit = (jnp.zeros(count, jnp.int32) for _ in range(4))
-  rows = Rows(
+  token, step, limit = (jnp.zeros(count, jnp.int32) for _ in range(3))
+  return Rows(
     token=token,
     step=step,
     limit=limit,
@@ -53,7 +41,6 @@ def empty_rows(count: int, key: PRNGKey, vocab: int | None = None) -> PagedRows:
     keys=jnp.broadcast_to(key, (count,)),
     occurred=None if vocab is None else jnp.zeros((count, vocab), bool),
   )
-  return PagedRows(length, rows)
 
 
 @functools.partial(
@@ -102,110 +89,77 @@ def _of_prompts(params: Params, prompts: Int[Array, " R"] | None) -> Params:
 
 
 @functools.partial(
-  jax.jit, static_argnames=("model",), donate_argnames=("rows",)
+  jax.jit, static_argnames=("model",), donate_argnames=("length", "rows")
 )
 def insert_row(
   model: Transformer,
   params: Params,
-  rows: PagedRows,
+  length: Int[Array, " R"],
+  rows: Rows,
   row: Int[Array, ""],
-  new: PagedRows,
+  count: Int[Array, ""],
+  new: Rows,
   hidden: Float[Array, "1 D"],
   sampling: Sampling,
   stop: Int[Array, "E"],
-) -> tuple[PagedRows, Int[Array, ""]]:
+) -> tuple[Int[Array, " R"], Rows, Int[Array, ""]]:
   """Samples a prefilled row's first token and inserts the row into the batch.
 
   Args:
-    rows: all rows; donated.
+    length, rows: tokens of each row in pages, and all rows; donated.
     row: index to insert at.
+    count: number of tokens of its prompt.
     new: the new row, R = 1, without a token.
     hidden: hidden state of its prompt's last token.
     stop: tokens that end a row.
 
   Returns:
-    The updated rows, and the first token.
+    The updated lengths and rows, and the first token.
   """
   drawn, token, _ = decoding.next_token(
-    model, params, new.rows, hidden, sampling, stop
+    model, params, new, hidden, sampling, stop
   )
-  new = PagedRows(new.length, drawn)
-  rows = jax.tree.map(lambda old, x: old.at[row].set(x[0]), rows, new)
-  return rows, token[0]
+  rows = jax.tree.map(lambda old, x: old.at[row].set(x[0]), rows, drawn)
+  return length.at[row].set(count), rows, token[0]
 
 
 @functools.partial(
   jax.jit,
-  static_argnames=("model", "size", "log_probs"),
-  donate_argnames=("pool", "rows"),
+  static_argnames=("model", "size"),
+  donate_argnames=("pool", "length", "rows"),
 )
 def decode(
   model: Transformer,
   params: Params,
   pool: paged.Pool,
-  rows: PagedRows,
+  length: Int[Array, " R"],
+  rows: Rows,
   table: Int[Array, "R W"],
   sampling: Sampling,
   stop: Int[Array, "E"],
   size: int,
-  boundary: Boundary | None = None,
-  log_probs: bool = False,
   prompts: Int[Array, " R"] | None = None,
-) -> tuple[paged.Pool, PagedRows, GeneratedTokens]:
-  """Decodes up to `size` tokens for all rows; stops early if none is active.
-
-  Rows that have ended or pause write nothing.
+) -> tuple[paged.Pool, Int[Array, " R"], Rows, GeneratedTokens]:
+  """Decodes up to `size` tokens as `decoding.decode` does, with pages.
 
   Args:
-    pool, rows: current pages and rows; donated.
+    pool, length, rows: current pages, tokens of each row in them, and rows;
+      donated.
     table: page table of each row.
     stop: tokens that end a row.
     size: C, number of tokens.
-    boundary, log_probs: as for `decoding.prefill`.
     prompts: the prompt of each row, if weights are per row: a row for each
       prompt. Any for a row that has ended.
 
   Returns:
-    The updated pages and rows, and the new tokens `[R, C]`.
+    The updated pages, lengths and rows, and the new tokens `[R, C]`.
   """
-  params = _of_prompts(params, prompts)
-
-  def step(carry):
-    pool, now = carry
-    hidden, cache = model.apply(
-      {"params": params},
-      now.rows.token[:, None],
-      cache=paged.paged_cache(pool, table, now.length),
-      lengths=now.rows.active.astype(jnp.int32),
-    )
-    rows, token, scores = decoding.next_token(
-      *(model, params, now.rows, hidden[:, 0], sampling, stop),
-      *(boundary, log_probs),
-    )
-    after = PagedRows(cache.length, rows)
-    return (paged.pool_from_cache(cache), after), token, scores
-
-  (pool, rows), drawn = decoding.repeat(
-    step, (pool, rows), lambda carry: carry[1].rows, size, log_probs
+  state = State(paged.paged_cache(pool, table, length), rows)
+  state, drawn = decoding.decode(
+    model, _of_prompts(params, prompts), state, sampling, stop, size
   )
-  return pool, rows, drawn
+  pool = paged.pool_from_cache(state.cache)
+  return pool, state.cache.length, state.rows, drawn
 
-
-first_tokens = functools.partial(
-  jax.jit, static_argnames=("model", "log_probs")
-)(decoding.next_token)
-"""Samples the first token of rows whose prompts are in pages."""
 
 copy_page = jax.jit(paged.copy_page, donate_argnames=("pool",))
-
-copy_pages = jax.jit(paged.copy_pages, donate_argnames=("pool",))
-
-
-@jax.jit
-def select_rows(
-  rows: PagedRows, chosen: Int[Array, " N"], branch: Int[Array, " N"]
-) -> PagedRows:
-  """Returns N rows; arguments as for `decoding.select`."""
-  return PagedRows(
-    rows.length[chosen], decoding.select_rows(rows.rows, chosen, branch)
-  )

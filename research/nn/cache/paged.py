@@ -266,20 +266,3 @@ def copy_page(
     return jax.lax.dynamic_update_index_in_dim(x, page, target, 1)
 
   return jax.tree.map(one, pool)
-
-
-def copy_pages(
-  pool: Pool, sources: Int[Array, " N"], targets: Int[Array, " N"]
-) -> Pool:
-  """Returns the pool with pages copied, all at once.
-
-  Args:
-    pool: all pages.
-    sources: pages to copy; they are read before any is written.
-    targets: where to; a number that no page has copies nothing.
-  """
-
-  def one(x):
-    return x.at[:, targets].set(x[:, sources], mode="drop")
-
-  return jax.tree.map(one, pool)

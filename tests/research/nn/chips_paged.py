@@ -56,11 +56,12 @@ def lowered(device, dtype):
   keys = shapes(lambda: row_keys(jax.random.key(0), jnp.zeros(ROWS, "int32")))
   done = whole(ROWS, dtype="bool")
   rows = programs.Rows(*[whole(ROWS)] * 3, done, keys)
-  rows = programs.PagedRows(whole(ROWS), rows)
   stop = whole(len(generate.pad_stop_tokens(())))
   with jax.set_mesh(mesh), jax.default_device(device):
     yield programs.decode.lower(
-      model, params, pool, rows, whole(ROWS, WIDTH), GREEDY, stop, size=4
+      *(model, params, pool, whole(ROWS), rows, whole(ROWS, WIDTH)),
+      *(GREEDY, stop),
+      size=4,
     )
     for size in PREFILL_SIZES:
       yield programs.prefill.lower(
